@@ -1,0 +1,38 @@
+"""
+Conversations with local language models that never read a token twice, and prove it.
+
+    import recollect
+
+    model = recollect.load()
+    chat = model.session("You are a careful assistant.")
+    print(chat.respond("My name is Alex."))
+"""
+
+from recollect._version import __version__
+from recollect.conversation.model import Model, load
+from recollect.conversation.session import Reply, ReplyStream, Session
+from recollect.conversation.tree import Node, Tree
+from recollect.engine.engine import Engine
+from recollect.engine.generator import Generator
+from recollect.engine.sequence import Sequence
+from recollect.errors import MisuseError, RecollectError
+from recollect.types import Message, SamplingParams, Usage
+
+__all__ = [
+    "Engine",
+    "Generator",
+    "Message",
+    "MisuseError",
+    "Model",
+    "Node",
+    "RecollectError",
+    "Reply",
+    "ReplyStream",
+    "SamplingParams",
+    "Sequence",
+    "Session",
+    "Tree",
+    "Usage",
+    "__version__",
+    "load",
+]

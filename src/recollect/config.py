@@ -1,0 +1,67 @@
+"""
+Settings: where data lives, and how much memory KV may take.
+
+Reads the environment and the machine's free memory; does not know models or runtimes.
+"""
+
+import os
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Final
+
+import platformdirs
+import psutil
+
+from recollect.errors import ConfigError
+from recollect.types import Profile
+
+PROFILES: Final[tuple[Profile, ...]] = ("exact", "fast", "small")
+DEFAULT_PROFILE: Final[Profile] = "fast"
+
+_UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SIZE: Final = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
+
+
+def home() -> Path:
+    """Return where models and conversations are: `RECOLLECT_HOME`, or the platform's user data folder."""
+    chosen = os.environ.get("RECOLLECT_HOME")
+    return (
+        Path(chosen).expanduser()
+        if chosen
+        else Path(platformdirs.user_data_dir("recollect", False))
+    )
+
+
+def parse_size(text: str) -> int:
+    """
+    Return the bytes that a size like `2GB`, `512 MiB` or `100000` means.
+
+    Raises:
+        ConfigError: *text* is not a size above 0.
+    """
+    match = _SIZE.fullmatch(text)
+    size = int(Fraction(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
+    if size <= 0:
+        raise ConfigError(
+            f"{text!r} is not a size: write a number with a unit, such as 2GB or 512MiB."
+        )
+    return size
+
+
+def parse_profile(text: str) -> Profile:
+    """
+    Return the profile of that name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    for profile in PROFILES:
+        if text == profile:
+            return profile
+    raise ConfigError(f"There is no profile {text!r}: choose one of {', '.join(PROFILES)}.")
+
+
+def default_kv_memory_bytes() -> int:
+    """Return a quarter of the memory that is free now, in bytes."""
+    return psutil.virtual_memory().available // 4
