@@ -1,0 +1,1 @@
+"""Blocks of KV: who holds them, and what they hold."""

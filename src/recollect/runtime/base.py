@@ -1,0 +1,141 @@
+"""
+The contract between the engine and whatever runs the forward pass.
+
+A paged runtime keeps KV in numbered blocks and does what the block tables say. It does not know
+sequences, sharing or conversations: which block holds what is decided above it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from recollect.errors import RuntimeFailure
+
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """
+    One sequence's share of a forward pass.
+
+    The pass writes the KV of `token_ids` at the positions `[past, past + len(token_ids))` of
+    `block_table`, and each token attends to the slots `[0, its own position]` of it.
+    """
+
+    token_ids: Sequence[int]
+    """Shape `(n,)`, n >= 1."""
+    past: int
+    """Slots that hold KV already, >= 0."""
+    block_table: Sequence[int]
+    """Block numbers in order of position; at least ceil((past + n) / block_size) of them."""
+    wants_logits: bool = True
+    """Whether the logits after the last token are returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeInfo:
+    """What the engine needs to know of a runtime; constant once it is loaded."""
+
+    name: str
+    """For people and fingerprints, with its version."""
+    block_size: int
+    """Token slots per block."""
+    bytes_per_block: int
+    """KV of one block in all layers."""
+    vocab_size: int
+    context_length: int
+    """Most tokens that one sequence may have."""
+    whole_blocks_only: bool = False
+    """KV inside a block depends on its later tokens (scales over a block), so a rewind keeps whole blocks."""
+
+
+class PagedRuntime(Protocol):
+    """
+    A forward pass over KV blocks.
+
+    Not thread-safe: the engine calls it from one thread at a time.
+    """
+
+    @property
+    def info(self) -> RuntimeInfo:
+        """Return what this runtime is."""
+
+    def allocate(self, num_blocks: int) -> None:
+        """
+        Make room for that many blocks, once, before the first forward pass.
+
+        Raises:
+            RuntimeFailure: The memory cannot be had.
+        """
+
+    def forward(self, rows: Sequence[Row]) -> Logits:
+        """
+        Run one forward pass over any mix of prefill and decode rows.
+
+        Returns:
+            A new array `(rows that want logits, vocab_size)`, in the order of the rows.
+
+        Raises:
+            RuntimeFailure: It failed. The KV of the slots being written is then undefined; all
+                other slots are as they were.
+        """
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy the KV of whole blocks, `(source, target)` each."""
+
+    def close(self) -> None:
+        """Give the memory back; the runtime cannot be used afterwards."""
+
+
+@contextmanager
+def mapped_errors(doing: str, *, foreign: type[Exception] = RuntimeError) -> Iterator[None]:
+    """
+    Turn a back-end's exceptions into `RuntimeFailure`, with the cause chained.
+
+    The one place where that happens.
+    """
+    try:
+        yield
+    except (foreign, MemoryError) as cause:
+        reason = str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
+        raise RuntimeFailure(f"The runtime failed while {doing}: {reason}") from cause
+
+
+def check_rows(rows: Sequence[Row], info: RuntimeInfo, num_blocks: int) -> None:
+    """
+    Refuse rows that reach outside of the KV memory, the context or the vocabulary.
+
+    A back-end in native code would read or write past its buffers.
+
+    Raises:
+        RuntimeFailure: A row does; nothing was computed.
+    """
+    if not rows:
+        raise RuntimeFailure("A forward pass needs at least one row.")
+    for row in rows:
+        count, end = len(row.token_ids), row.past + len(row.token_ids)
+        if (
+            count == 0
+            or row.past < 0
+            or end > min(info.context_length, len(row.block_table) * info.block_size)
+        ):
+            raise RuntimeFailure(f"A row of {count} tokens at {row.past} does not fit its blocks.")
+        if min(row.token_ids) < 0 or max(row.token_ids) >= info.vocab_size:
+            raise RuntimeFailure(f"A row holds a token id that is not in [0, {info.vocab_size}).")
+        check_blocks(row.block_table, num_blocks)
+
+
+def check_blocks(blocks: Sequence[int], num_blocks: int) -> None:
+    """
+    Refuse block numbers that there are not.
+
+    Raises:
+        RuntimeFailure: There is one.
+    """
+    if blocks and (min(blocks) < 0 or max(blocks) >= num_blocks):
+        raise RuntimeFailure(f"A block number is not in [0, {num_blocks}).")

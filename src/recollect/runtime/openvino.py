@@ -1,0 +1,157 @@
+"""
+OpenVINO with paged attention on the CPU: the default runtime.
+
+Knows one compiled model and its KV tensors. Which block belongs to whom is decided above.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import openvino as ov
+
+from recollect.errors import MisuseError
+from recollect.runtime.base import (
+    Logits,
+    Row,
+    RuntimeInfo,
+    check_blocks,
+    check_rows,
+    mapped_errors,
+)
+from recollect.runtime.graph import LOGITS_ROWS, make_paged
+from recollect.types import Profile
+
+BLOCK_SIZE: Final = 32
+"""Token slots per block, fixed by OpenVINO's CPU plugin."""
+
+SETTINGS: Final[dict[Profile, dict[str, str]]] = {
+    # f32 everywhere, and activations that are not quantized on the fly: prefill, decode, batched
+    # and alone then agree within 6e-5. The profile of every truth test.
+    "exact": {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    },
+    # A prefill may be split anywhere, and stays bitwise the same.
+    "fast": {"KV_CACHE_PRECISION": "f16"},
+    # Scales cover a block: the same only at block borders.
+    "small": {"KV_CACHE_PRECISION": "u8"},
+}
+
+
+class OpenVinoRuntime:
+    """
+    A compiled model and the KV tensors that its block tables point into.
+
+    Owned by the engine; one thread at a time.
+
+    Raises:
+        UnsupportedModelError: The model cannot be made paged.
+        RuntimeFailure: It cannot be read or compiled.
+    """
+
+    def __init__(self, xml: Path, *, profile: Profile, context_length: int) -> None:
+        core = ov.Core()
+        with mapped_errors(f"reading {xml.name}"):
+            model = core.read_model(xml)
+        make_paged(model)
+        with mapped_errors("compiling the model"):
+            settings = {"PERFORMANCE_HINT": "LATENCY", **SETTINGS[profile]}
+            compiled = core.compile_model(model, "CPU", settings)
+            self._request = compiled.create_infer_request()
+        self._cache_ports = [port for port in compiled.inputs if "_cache." in port.any_name]
+        self._caches: list[ov.Tensor] = []
+        self._num_blocks = 0
+        self._info = RuntimeInfo(
+            name=f"openvino-{ov.get_version()}-{profile}",
+            block_size=BLOCK_SIZE,
+            bytes_per_block=sum(
+                int(np.prod(_block_shape(port))) * port.element_type.size
+                for port in self._cache_ports
+            ),
+            vocab_size=compiled.outputs[0].partial_shape[-1].get_length(),
+            context_length=context_length,
+            whole_blocks_only=profile == "small",
+        )
+
+    @property
+    def info(self) -> RuntimeInfo:
+        """Return what this runtime is."""
+        return self._info
+
+    def allocate(self, num_blocks: int) -> None:
+        """
+        Make room for that many blocks.
+
+        The pages of a block become real memory when it is first written.
+        """
+        with mapped_errors(f"allocating {num_blocks} KV blocks"):
+            for port in self._cache_ports:
+                shape = ov.Shape([num_blocks, *_block_shape(port)])
+                tensor = ov.Tensor(port.element_type, shape)
+                self._request.set_tensor(port.any_name, tensor)
+                self._caches.append(tensor)
+        self._num_blocks = num_blocks
+
+    def forward(self, rows: Sequence[Row]) -> Logits:
+        """Run one forward pass over the rows; see `PagedRuntime.forward`."""
+        self._require_memory()
+        check_rows(rows, self._info, self._num_blocks)
+        wanted = [index for index, row in enumerate(rows) if row.wants_logits]
+        with mapped_errors("running the model"):
+            for name, value in _inputs(rows, wanted or [0]).items():
+                self._request.set_tensor(name, ov.Tensor(value))
+            self._request.infer()
+            logits = self._request.get_output_tensor(0).data
+        rows_wanted: Logits = logits.reshape(-1, self._info.vocab_size)[: len(wanted)]
+        return rows_wanted.astype(np.float32)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks in all layers, `(source, target)` each."""
+        self._require_memory()
+        check_blocks([block for pair in pairs for block in pair], self._num_blocks)
+        for cache in self._caches:
+            slots = cache.data
+            for source, target in pairs:
+                slots[target] = slots[source]
+
+    def close(self) -> None:
+        """Give the model and its KV memory back."""
+        self._caches.clear()
+        self._cache_ports = []
+        self._request = None
+
+    def _require_memory(self) -> None:
+        if not self._caches:
+            raise MisuseError(
+                "the runtime has no KV memory: allocate() comes first, and nothing after close()"
+            )
+
+
+def _block_shape(port: ov.ConstOutput) -> list[int]:
+    """Return the shape of one block in a cache, such as `(kv_heads, 32, head_size)`."""
+    return [dimension.get_length() for dimension in list(port.partial_shape)[1:]]
+
+
+def _inputs(rows: Sequence[Row], wanted: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return the paged graph's inputs for these rows; *wanted* are the rows to compute logits for."""
+    lengths = [len(row.token_ids) for row in rows]
+    ends = [row.past + length for row, length in zip(rows, lengths, strict=True)]
+    used = [-(-end // BLOCK_SIZE) for end in ends]
+    begins = np.cumsum([0, *lengths])
+    return {
+        "input_ids": np.concatenate([np.asarray(row.token_ids, np.int64) for row in rows]),
+        "position_ids": np.concatenate(
+            [np.arange(row.past, end, dtype=np.int64) for row, end in zip(rows, ends, strict=True)]
+        ),
+        "past_lens": np.array([row.past for row in rows], np.int32),
+        "subsequence_begins": begins.astype(np.int32),
+        "block_indices": np.concatenate(
+            [np.asarray(row.block_table[:n], np.int32) for row, n in zip(rows, used, strict=True)]
+        ),
+        "block_indices_begins": np.cumsum([0, *used]).astype(np.int32),
+        "max_context_len": np.array(max(ends), np.int32),
+        LOGITS_ROWS: (begins[1:] - 1)[list(wanted)].astype(np.int64),
+    }

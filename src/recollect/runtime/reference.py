@@ -1,0 +1,108 @@
+"""
+A runtime without weights, on which every mistake in KV bookkeeping changes the output.
+
+Each slot really holds what was written to it: token id, position, and a digest of the context that
+it was computed in, as the KV of a transformer depends on all that came before. The logits are a
+hash of everything that the block table yields. A hole, a stale slot or a block of another history
+therefore gives other logits, exactly as it would with a model, and far more visibly.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from recollect.errors import MisuseError
+from recollect.runtime.base import Logits, Row, RuntimeInfo, check_blocks, check_rows
+
+_EMPTY = -1
+_FIELDS = 4  # token id, position, digest of the context, scale of the block
+_SCALE = 3
+
+
+class ReferenceRuntime:
+    """
+    The `PagedRuntime` of the tests, of `--model reference`, and of whoever writes another one.
+
+    Owned by the engine; one thread at a time.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        context_length: int = 4096,
+        block_size: int = 32,
+        whole_blocks_only: bool = False,
+    ) -> None:
+        self._info = RuntimeInfo(
+            name="reference-1",
+            block_size=block_size,
+            bytes_per_block=block_size * _FIELDS * 8,
+            vocab_size=vocab_size,
+            context_length=context_length,
+            whole_blocks_only=whole_blocks_only,
+        )
+        self._slots: npt.NDArray[np.int64] | None = None
+
+    @property
+    def info(self) -> RuntimeInfo:
+        """Return what this runtime is."""
+        return self._info
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make room for that many blocks, all slots empty."""
+        self._slots = np.full((num_blocks, self._info.block_size, _FIELDS), _EMPTY, np.int64)
+
+    def forward(self, rows: Sequence[Row]) -> Logits:
+        """Write the rows' tokens into their slots and hash what their tables then yield."""
+        check_rows(rows, self._info, len(self._memory()))
+        for row in rows:
+            self._write(row)
+        wanted = [self._logits(row) for row in rows if row.wants_logits]
+        return np.stack(wanted) if wanted else np.empty((0, self._info.vocab_size), np.float32)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, `(source, target)` each."""
+        slots = self._memory()
+        check_blocks([block for pair in pairs for block in pair], len(slots))
+        for source, target in pairs:
+            slots[target] = slots[source]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._slots = None
+
+    def _memory(self) -> npt.NDArray[np.int64]:
+        if self._slots is None:
+            raise MisuseError(
+                "the runtime has no KV memory: allocate() comes first, and nothing after close()"
+            )
+        return self._slots
+
+    def _context(self, row: Row, length: int) -> npt.NDArray[np.int64]:
+        """Return what the table yields for the first *length* positions, `(length, 4)`."""
+        blocks = np.asarray(row.block_table[: -(-length // self._info.block_size)], np.int64)
+        return self._memory()[blocks].reshape(-1, _FIELDS)[:length]
+
+    def _write(self, row: Row) -> None:
+        slots, size = self._memory(), self._info.block_size
+        for position, token in enumerate(row.token_ids, row.past):
+            # Read the slot before from the table rather than trust a variable, as attention does.
+            before = slots[row.block_table[(position - 1) // size], (position - 1) % size]
+            digest = _digest(before.tobytes() if position else b"")
+            block, slot = row.block_table[position // size], position % size
+            slots[block, slot] = (token, position, digest, _EMPTY)
+            if self._info.whole_blocks_only:  # a scale over the block: earlier slots change too
+                slots[block, : slot + 1, _SCALE] = digest
+
+    def _logits(self, row: Row) -> Logits:
+        context = self._context(row, row.past + len(row.token_ids))
+        seed = int.from_bytes(hashlib.blake2b(context.tobytes(), digest_size=8).digest(), "little")
+        noise = np.random.Generator(np.random.Philox(key=seed))
+        return noise.standard_normal(self._info.vocab_size, np.float32) * np.float32(4)
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
