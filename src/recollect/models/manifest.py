@@ -1,0 +1,73 @@
+"""
+The note that lies in a folder which recollect converted, with all that is needed to use it again.
+
+Reads and writes one JSON file. Does not know how a model is converted, or when it has to be anew.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+MANIFEST_NAME: Final = "recollect.json"
+FORMAT_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What was known of a model when it was converted."""
+
+    name: str
+    """What the model was called when it was converted."""
+    source_sha256: str
+    source_bytes: int
+    architecture: str
+    context_length: int
+    chat_template: str | None
+    eos_token_ids: list[int]
+    bos_token: str | None
+    eos_token: str | None
+    fingerprint: str
+    library_versions: dict[str, str]
+    """Package to version, of those that wrote the folder."""
+    file_bytes: dict[str, int]
+    """File name to size: a quick look shows whether the folder is still whole."""
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write the note into *folder*."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        (folder / MANIFEST_NAME).write_text(text + "\n", "utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """Return the note in *folder*, or None where there is none that can be understood."""
+        try:
+            fields: Any = json.loads((folder / MANIFEST_NAME).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
+            return None
+        try:
+            return cls(**fields) if _is_sound(fields) else None
+        except TypeError:  # a field too many or too few
+            return None
+
+
+_TEXTS: Final = ("name", "source_sha256", "architecture", "fingerprint")
+_NUMBERS: Final = ("source_bytes", "context_length")
+_TABLES: Final = ("library_versions", "file_bytes")
+_OPTIONAL: Final = ("chat_template", "bos_token", "eos_token")
+
+
+def _is_sound(fields: dict[str, Any]) -> bool:
+    """Return whether the fields hold what their types say: the file can have been edited."""
+    ends = fields.get("eos_token_ids")
+    return (
+        all(isinstance(fields.get(name), str) for name in _TEXTS)
+        and all(isinstance(fields.get(name), int) for name in _NUMBERS)
+        and all(isinstance(fields.get(name), str | None) for name in _OPTIONAL)
+        and all(isinstance(fields.get(name), dict) for name in _TABLES)
+        and isinstance(ends, list)
+        and all(isinstance(token_id, int) for token_id in ends)
+    )

@@ -1,0 +1,175 @@
+"""
+Text to token ids and back, and text as it arrives one token at a time.
+
+Does not know templates, models or conversations: what a message looks like is decided above it.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+import openvino
+import openvino_genai
+
+from recollect.errors import UnsupportedModelError
+from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.models.local import LocalModel
+from recollect.models.tokenizer_ir import without_truncation
+
+_REPLACEMENT: Final = "\ufffd"
+# An unfinished character lacks at least one of its at most four bytes, so no more than three
+# replacement characters at the end of a text can still turn into something else.
+_LONGEST_UNFINISHED: Final = 3
+
+
+class Tokenizer(Protocol):
+    """Encodes and decodes; safe to use from several threads."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Return one more than the largest id that stands for text."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Return the ids that end a reply."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of *text*, shape `(n,)`: nothing added, special tokens recognised."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of *ids*, shape `(n,)`; an id that stands for no text gives none."""
+
+    def token_id(self, text: str) -> int | None:
+        """Return the one id that *text* encodes to, or None where it takes none or several."""
+
+
+class OpenVinoTokenizer:
+    """The tokenizer that lies beside an OpenVINO model. Safe to use from several threads."""
+
+    def __init__(self, folder: Path, eos_token_ids: frozenset[int]) -> None:
+        self.eos_token_ids: Final = eos_token_ids
+        try:
+            self._tokenizer = _load(folder)
+        except (RuntimeError, OSError, ValueError) as cause:
+            raise UnsupportedModelError(
+                f"The tokenizer in {folder} cannot be read: export it again with "
+                "`optimum-cli export openvino`, or remove the folder and load the model anew."
+            ) from cause
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Return one more than the largest id that stands for text."""
+        ids: list[int] = list(self._tokenizer.get_vocab().values())
+        return 1 + max(ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of *text*, shape `(n,)`: nothing added, special tokens recognised."""
+        if not text:
+            return []
+        # Half a surrogate pair is not a character: no tokenizer has a token for it.
+        clean = text.encode("utf-8", "replace").decode() if _has_surrogates(text) else text
+        encoded = self._tokenizer.encode(clean, add_special_tokens=False)
+        ids: list[int] = encoded.input_ids.data.reshape(-1).tolist()
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of *ids*, shape `(n,)`; an id that stands for no text gives none."""
+        if not ids:
+            return ""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_id(self, text: str) -> int | None:
+        """Return the one id that *text* encodes to, or None where it takes none or several."""
+        ids = self.encode(text)
+        return ids[0] if len(ids) == 1 else None
+
+
+def load_tokenizer(model: LocalModel) -> Tokenizer:
+    """
+    Return the tokenizer of a model.
+
+    Raises:
+        UnsupportedModelError: Its files cannot be read.
+    """
+    if model.folder is None:
+        return ByteTokenizer()
+    return OpenVinoTokenizer(model.folder, model.eos_token_ids)
+
+
+class Detokenizer:
+    """
+    Turns tokens into pieces of text as they come.
+
+    Owned by whoever streams one reply. A character is held back until all of its bytes are there.
+
+    Invariants:
+        1. The pieces joined equal `decode` of all ids, if no later id changes the text before it
+           (true of byte-level and sentencepiece vocabularies).
+        2. A piece is never taken back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # The ids from which the next piece is decoded. The first `_settled` of them are context
+        # (some vocabularies drop a space at the very start of a text); their text is out already.
+        self._ids: list[int] = []
+        self._settled = 0
+        self._shown = ""
+
+    def push(self, token_id: int) -> str:
+        """Return the text that *token_id* completes, which may be empty."""
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids)
+        unfinished = len(text) - len(text.rstrip(_REPLACEMENT))
+        stable = text[: len(text) - min(unfinished, _LONGEST_UNFINISHED)]
+        piece = self._new_part(stable)
+        if piece and not unfinished:
+            self._move_window()
+        return piece
+
+    def finish(self) -> str:
+        """Return what was held back: the text of an unfinished character, or nothing."""
+        piece = self._new_part(self._tokenizer.decode(self._ids))
+        self._ids, self._settled, self._shown = [], 0, ""
+        return piece
+
+    def _new_part(self, text: str) -> str:
+        if len(text) <= len(self._shown):
+            return ""
+        piece = text[len(self._shown) :]
+        self._shown = text
+        return piece
+
+    def _move_window(self) -> None:
+        """Forget all ids before the last piece, so that a long reply costs no more per token."""
+        self._ids = self._ids[self._settled :]
+        self._settled = len(self._ids)
+        self._shown = self._tokenizer.decode(self._ids)
+
+
+def _has_surrogates(text: str) -> bool:
+    return (
+        any("\ud800" <= character <= "\udfff" for character in text)
+        if not text.isascii()
+        else False
+    )
+
+
+def _load(folder: Path) -> openvino_genai.Tokenizer:
+    xml, weights = without_truncation(
+        (folder / "openvino_tokenizer.xml").read_text("utf-8"),
+        (folder / "openvino_tokenizer.bin").read_bytes(),
+    )
+    return openvino_genai.Tokenizer(
+        xml,
+        _tensor(weights),
+        (folder / "openvino_detokenizer.xml").read_text("utf-8"),
+        _tensor((folder / "openvino_detokenizer.bin").read_bytes()),
+    )
+
+
+def _tensor(data: bytes) -> openvino.Tensor:
+    return openvino.Tensor(np.frombuffer(data, np.uint8))

@@ -1,0 +1,143 @@
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import pytest
+
+from recollect.errors import UnsupportedModelError
+from recollect.models.convert import Conversion, convert, find_converted
+from recollect.models.fingerprint import sha256_file
+from recollect.models.manifest import MANIFEST_NAME, Manifest
+from recollect.types import no_progress
+
+MakeGguf = Callable[..., Path]
+
+
+def run(path: Path, folder: Path, home: Path) -> Manifest:
+    job = Conversion("tiny", path, sha256_file(path))
+    return convert(job, folder, home=home, progress=no_progress)
+
+
+@pytest.fixture
+def converted(converted_once: Path, tmp_path: Path) -> Path:
+    """A converted folder that the test may spoil."""
+    return shutil.copytree(converted_once, tmp_path / "home" / "models" / "tiny")
+
+
+def test_a_converted_folder_is_whole_and_found_again(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    converted = tmp_path / "home" / "models" / "tiny"
+    made = run(make_gguf(), converted, tmp_path / "home")
+    manifest = find_converted(converted, sha256_file(tmp_path / "tiny.gguf"))
+    assert manifest == made
+    assert manifest.name == "tiny"
+    assert manifest.architecture == "llama"
+    assert manifest.context_length == 512
+    assert manifest.eos_token_ids == [0, 2]
+    assert manifest.source_bytes == (tmp_path / "tiny.gguf").stat().st_size
+    assert set(manifest.file_bytes) | {MANIFEST_NAME} == {file.name for file in converted.iterdir()}
+    assert list((tmp_path / "home" / "tmp").iterdir()) == []
+
+
+def test_the_users_file_stays_as_it_was(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    path = make_gguf()
+    before = path.read_bytes()
+    run(path, tmp_path / "home" / "m", tmp_path / "home")
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.glob("openvino*")] == []
+
+
+def test_a_folder_of_another_source_is_not_found(converted: Path) -> None:
+    assert find_converted(converted, "00" * 32) is None
+    assert find_converted(converted, None) is not None
+
+
+def test_a_folder_with_a_changed_or_missing_file_is_not_found(converted: Path) -> None:
+    weights = converted / "openvino_model.bin"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    assert find_converted(converted, None) is None
+    weights.unlink()
+    assert find_converted(converted, None) is None
+
+
+@pytest.mark.parametrize(
+    ("release", "found"), [("2026.0.0.0", True), ("2025.4.1.0", False), ("", False)]
+)
+def test_a_folder_of_another_release_year_is_not_found(
+    converted: Path, release: str, found: bool
+) -> None:
+    manifest = Manifest.read(converted)
+    assert manifest is not None
+    versions = manifest.library_versions | {"openvino-genai": release}
+    replace(manifest, library_versions=versions).write(converted)
+    assert (find_converted(converted, None) is not None) == found
+
+
+def test_a_folder_of_no_use_is_replaced(
+    converted: Path, make_gguf: MakeGguf, tmp_path: Path
+) -> None:
+    (converted / "openvino_model.bin").write_bytes(b"half")
+    (converted / "stray").touch()
+    manifest = run(make_gguf(), converted, tmp_path / "home")
+    assert find_converted(converted, manifest.source_sha256) == manifest
+    assert not (converted / "stray").exists()
+
+
+def test_the_fingerprint_follows_weights_and_template(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    settings: list[dict[str, object]] = [{}, {}, {"seed": 1}, {"template": "other"}]
+    prints = []
+    for number, setting in enumerate(settings):
+        path = make_gguf(f"{number}.gguf", **setting)
+        prints.append(run(path, tmp_path / str(number), tmp_path).fingerprint)
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+def test_what_the_converter_refuses_is_said_in_its_words(
+    make_gguf: MakeGguf, tmp_path: Path
+) -> None:
+    folder = tmp_path / "home" / "models" / "tiny"
+    with pytest.raises(UnsupportedModelError, match=r"could not convert tiny\.gguf \(.+\): "):
+        run(make_gguf(tensors=False), folder, tmp_path / "home")
+    assert not folder.exists()
+    assert list((tmp_path / "home" / "tmp").iterdir()) == []
+
+
+def test_an_unreadable_tensor_type_is_refused_before_the_converter_runs(
+    make_gguf: MakeGguf, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModelError, match="Q5_0"):
+        run(make_gguf(tensor_type=gguf.GGMLQuantizationType.Q5_0), tmp_path / "m", tmp_path)
+    assert not (tmp_path / "tmp").exists()
+
+
+def test_two_processes_at_once_end_with_one_whole_folder(
+    make_gguf: MakeGguf, tmp_path: Path
+) -> None:
+    """Each prints what it got; both must have got the same, and it must be what lies there."""
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from recollect.models.prepare import prepare\n"
+        "print(prepare(sys.argv[1], home=Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", program, str(make_gguf()), str(tmp_path / "home")]
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own
+        for _ in range(2)
+    ]
+    printed = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert len(set(printed)) == 1
+    (folder,) = (tmp_path / "home" / "models").iterdir()
+    assert find_converted(folder, None) is not None
+    assert list((tmp_path / "home" / "tmp").iterdir()) == []
+
+
+def test_the_manifest_is_plain_json(converted: Path) -> None:
+    fields = json.loads((converted / MANIFEST_NAME).read_text("utf-8"))
+    assert fields["format_version"] == 1

@@ -1,0 +1,137 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from recollect.errors import UnsupportedModelError
+from recollect.models.folder import MODEL_FILES, TOKENIZER_FILES, open_folder
+from recollect.models.local import LocalModel
+
+RUNTIME_INFO = (
+    '<net><layers/><rt_info><chat_template value="from runtime info"/>'
+    '<eos_token_id value="7"/><bos_token_id value="1"/></rt_info></net>'
+)
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    """The files of an export, as far as opening reads them."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for name in (*MODEL_FILES, *TOKENIZER_FILES):
+        (folder / name).write_text(f"content of {name}")
+    (folder / "openvino_tokenizer.xml").write_text(RUNTIME_INFO)
+    write(folder, "config.json", {"max_position_embeddings": 4096})
+    return folder
+
+
+def write(folder: Path, name: str, content: object) -> None:
+    (folder / name).write_text(json.dumps(content))
+
+
+def opened(folder: Path) -> LocalModel:
+    return open_folder(folder, name="it", home=folder.parent / "home")
+
+
+def test_a_plain_export_is_opened(export: Path) -> None:
+    model = opened(export)
+    assert model.name == "it"
+    assert model.format == "openvino"
+    assert model.folder == export
+    assert model.context_length == 4096
+    assert model.chat_template == "from runtime info"
+    assert model.eos_token_ids == {7}
+    assert (model.bos_token, model.eos_token) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 10}, 10),
+        ({"n_positions": 20}, 20),
+        ({"text_config": {"max_position_embeddings": 30}}, 30),
+        ({"max_position_embeddings": 10, "text_config": None}, 10),
+    ],
+)
+def test_the_context_length_is_found(export: Path, config: object, length: int) -> None:
+    write(export, "config.json", config)
+    assert opened(export).context_length == length
+
+
+@pytest.mark.parametrize("config", [{}, [], {"max_position_embeddings": "x"}])
+def test_a_missing_context_length_is_said_with_a_remedy(export: Path, config: object) -> None:
+    write(export, "config.json", config)
+    with pytest.raises(UnsupportedModelError, match=r"original model's config\.json"):
+        opened(export)
+
+
+@pytest.mark.parametrize("found", [2, [2, 3], [3, 2]])
+def test_ends_of_all_files_count(export: Path, found: object) -> None:
+    write(export, "generation_config.json", {"eos_token_id": found})
+    write(export, "config.json", {"max_position_embeddings": 1, "eos_token_id": 5})
+    expected = {5, 7, *(found if isinstance(found, list) else [found])}
+    assert opened(export).eos_token_ids == expected
+
+
+def test_special_tokens_are_found_as_text_or_as_object(export: Path) -> None:
+    tokenizer = {
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>"},
+        "added_tokens_decoder": {"9": {"content": "</s>"}, "1": {"content": "<s>"}},
+    }
+    write(export, "tokenizer_config.json", tokenizer)
+    model = opened(export)
+    assert (model.bos_token, model.eos_token) == ("<s>", "</s>")
+    assert model.eos_token_ids == {7, 9}
+
+
+def test_special_tokens_are_found_by_id(export: Path) -> None:
+    added = {"7": {"content": "<end>"}, "1": {"content": "<begin>"}}
+    write(export, "tokenizer_config.json", {"added_tokens_decoder": added})
+    model = opened(export)
+    assert (model.bos_token, model.eos_token) == ("<begin>", "<end>")
+
+
+def test_the_nearest_chat_template_wins(export: Path) -> None:
+    """The file of its own is newest, then the tokenizer's settings, then what the converter saw."""
+    assert opened(export).chat_template == "from runtime info"
+    write(export, "chat_template.json", {"chat_template": "legacy"})
+    assert opened(export).chat_template == "legacy"
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    write(export, "tokenizer_config.json", {"chat_template": named})
+    assert opened(export).chat_template == "d"
+    write(export, "tokenizer_config.json", {"chat_template": "c"})
+    assert opened(export).chat_template == "c"
+    (export / "chat_template.jinja").write_text("j")
+    assert opened(export).chat_template == "j"
+
+
+def test_a_model_may_have_no_chat_template(export: Path) -> None:
+    (export / "openvino_tokenizer.xml").write_text("<net/>")
+    assert opened(export).chat_template is None
+
+
+@pytest.mark.parametrize("name", [*MODEL_FILES, *TOKENIZER_FILES])
+def test_a_missing_file_is_named_with_the_command_that_makes_it(export: Path, name: str) -> None:
+    (export / name).unlink()
+    with pytest.raises(
+        UnsupportedModelError, match=f"holds no {name}: .*optimum-cli export openvino"
+    ):
+        opened(export)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "openvino_tokenizer.xml"])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00"])
+def test_a_damaged_file_is_named(export: Path, name: str, content: bytes) -> None:
+    (export / name).write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match=name):
+        opened(export)
+
+
+@pytest.mark.parametrize("name", [*MODEL_FILES, *TOKENIZER_FILES, "chat_template.jinja"])
+def test_the_fingerprint_follows_every_file_that_matters(export: Path, name: str) -> None:
+    before = opened(export).fingerprint
+    assert opened(export).fingerprint == before
+    file = export / name
+    file.write_text((file.read_text() if file.exists() else "") + " ")
+    assert opened(export).fingerprint != before

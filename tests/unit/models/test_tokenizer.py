@@ -1,0 +1,135 @@
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recollect.errors import UnsupportedModelError
+from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.models.prepare import prepare
+from recollect.models.tokenizer import Detokenizer, OpenVinoTokenizer, Tokenizer, load_tokenizer
+
+
+class DroppingTokenizer(ByteTokenizer):
+    """Leaves out bytes that are no character, as OpenVINO's detokenizers for GGUF do."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return bytes(number for number in ids if number < 256).decode("utf-8", "ignore")
+
+
+class PerByteTokenizer(ByteTokenizer):
+    """Writes one replacement character for each byte that is no character."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        data = bytes(number for number in ids if number < 256)
+        text = data.decode("utf-8", "surrogateescape")
+        return "".join("\ufffd" if "\ud800" <= letter <= "\udfff" else letter for letter in text)
+
+
+class SpaceStrippingTokenizer(ByteTokenizer):
+    """Drops one space at the very start of a text, as sentencepiece does."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return super().decode(ids).removeprefix(" ")
+
+
+TOKENIZERS = (ByteTokenizer, DroppingTokenizer, PerByteTokenizer, SpaceStrippingTokenizer)
+
+
+def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer)
+    return [*(detokenizer.push(number) for number in ids), detokenizer.finish()]
+
+
+IDS = st.lists(
+    st.one_of(st.integers(0, 258), st.sampled_from(b" a\xe2\x82\xac\xf0\x9f\x8e\x89\xef\xbf\xbd"))
+)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(ids=IDS)
+def test_the_pieces_joined_are_the_text_of_all_ids(
+    kind: type[ByteTokenizer], ids: list[int]
+) -> None:
+    tokenizer = kind()
+    assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(text=st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\ufffd")))
+def test_valid_text_never_shows_a_replacement_character(
+    kind: type[ByteTokenizer], text: str
+) -> None:
+    tokenizer = kind()
+    assert "\ufffd" not in "".join(pieces(tokenizer, tokenizer.encode(text))[:-1])
+
+
+def test_a_character_comes_out_with_its_last_byte() -> None:
+    assert pieces(ByteTokenizer(), list("a€b".encode())) == ["a", "", "", "€", "b", ""]
+
+
+def test_a_genuine_replacement_character_comes_out_with_what_follows() -> None:
+    assert pieces(ByteTokenizer(), list("\ufffdx".encode())) == ["", "", "", "\ufffdx", ""]
+
+
+def test_broken_bytes_are_not_held_back_for_ever() -> None:
+    shown = pieces(ByteTokenizer(), [0x80] * 10)
+    assert "".join(shown[:-1]) == "\ufffd" * 7
+
+
+def test_an_unfinished_character_comes_out_at_the_end() -> None:
+    assert pieces(ByteTokenizer(), [0xE2, 0x82]) == ["", "", "\ufffd"]
+
+
+def test_a_long_reply_is_decoded_in_short_windows() -> None:
+    class Counting(ByteTokenizer):
+        longest = 0
+
+        def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+            self.longest = max(self.longest, len(ids))
+            return super().decode(ids)
+
+    tokenizer = Counting()
+    pieces(tokenizer, tokenizer.encode("one two three €" * 100))
+    assert tokenizer.longest <= 8
+
+
+@pytest.fixture
+def openvino_tokenizer(converted_once: Path, tmp_path: Path) -> Tokenizer:
+    return load_tokenizer(prepare(str(converted_once), home=tmp_path / "home"))
+
+
+def test_an_openvino_tokenizer_does_what_the_byte_tokenizer_does(
+    openvino_tokenizer: Tokenizer,
+) -> None:
+    tokenizer = openvino_tokenizer
+    assert tokenizer.encode("") == []
+    assert tokenizer.decode([]) == ""
+    for text in ("hello", " leading", "trailing \n\n", "é🎉€", "a\x00b", "<|im_start|>user\n"):
+        ids = tokenizer.encode(text)
+        assert all(type(number) is int for number in ids)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+        assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+    assert tokenizer.token_id("<|im_end|>") == 2
+    assert tokenizer.token_id("two") is None
+    assert tokenizer.eos_token_ids == {0, 2}
+    assert tokenizer.vocab_size == 261
+    assert tokenizer.decode([10**6]) == ""
+    assert tokenizer.encode("\ud83d") == tokenizer.encode("?")
+
+
+def test_a_text_longer_than_the_context_is_encoded_whole(openvino_tokenizer: Tokenizer) -> None:
+    """The converter writes a limit of 512 tokens into this one, which drops the head in silence."""
+    assert len(openvino_tokenizer.encode("abc" * 1000)) == 3000
+
+
+@pytest.mark.parametrize("damage", [b"", b"not xml", b"<net/>", b"\xff"])
+def test_a_damaged_tokenizer_is_refused(
+    converted_once: Path, tmp_path: Path, damage: bytes
+) -> None:
+    folder = shutil.copytree(converted_once, tmp_path / "model")
+    (folder / "openvino_tokenizer.xml").write_bytes(damage)
+    with pytest.raises(UnsupportedModelError, match="tokenizer in"):
+        OpenVinoTokenizer(folder, frozenset())
