@@ -1,0 +1,1 @@
+"""Sequences, sampling and forward passes: everything on token ids."""
