@@ -1,0 +1,117 @@
+"""
+Turn a conversation into token ids, with each reply as the ids that the model generated.
+
+A template gives text. Rendered once with marks in place of the replies, that text falls into
+segments; each is encoded by itself, and the replies' own ids are put between them. So a reply is
+never decoded and encoded again. Knows no KV: what of the result is computed already is the
+session's to find out.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+from recollect.conversation.tree import Node
+from recollect.models.template import ChatTemplate
+from recollect.models.tokenizer import Tokenizer
+from recollect.types import Message
+
+_ENCODED_SEGMENTS: Final = 4096
+"""Segments whose encoding is remembered: two a turn, so thousands of turns in all sessions together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation as token ids."""
+
+    token_ids: list[int]
+    rewritten_reply: int | None = None
+    """
+    The first reply, counted from 0, that the template does not show as it was generated; None
+    where it shows all of them. From there on the ids are those of the template's text.
+    """
+
+
+class PromptEncoder:
+    """
+    Encodes conversations with one template and one tokenizer.
+
+    Safe from any thread; what it remembers is derived.
+    """
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+        self._template = template
+        self._tokenizer = tokenizer
+        self._encode_text = lru_cache(_ENCODED_SEGMENTS)(self._encode_anew)
+        # Texts that nobody writes and that templates which strip or split leave whole.
+        self._reply_mark = f"reply{secrets.token_hex(12)}x"
+        self._typed_mark = f"typed{secrets.token_hex(12)}x"
+
+    def encode(self, path: Sequence[Node], said: str | None = None) -> Prompt:
+        """
+        Return the ids of the messages and of the start of the reply to them.
+
+        Args:
+            path: Messages from the first on.
+            said: A user's message after those, which is no node yet.
+
+        Raises:
+            TemplateError: The template refuses the conversation.
+        """
+        new: list[Message] = [] if said is None else [{"role": "user", "content": said}]
+
+        def render(messages: list[Message]) -> str:
+            return self._template.render([*messages, *new], add_generation_prompt=True)
+
+        return self._encode_path(path, render)
+
+    def encode_typed(self, path: Sequence[Node], typed: str) -> Prompt:
+        """
+        Return the ids of the messages and of a user's message that is still being typed.
+
+        They end where the text ends: what the template puts after it would have to be taken back.
+
+        Raises:
+            TemplateError: The template refuses the conversation.
+        """
+        last: Message = {"role": "user", "content": self._typed_mark}
+
+        def render(messages: list[Message]) -> str:
+            text = self._template.render([*messages, last], add_generation_prompt=False)
+            return text.partition(self._typed_mark)[0] + typed
+
+        return self._encode_path(path, render)
+
+    def _encode_path(self, path: Sequence[Node], render: Callable[[list[Message]], str]) -> Prompt:
+        messages = [node.message() for node in path]
+        replies = [node for node in path if node.role == "assistant"]
+        text = render(messages)
+        segments = render([self._marked(message) for message in messages]).split(self._reply_mark)
+        ids: list[int] = []
+        end = 0  # of the text whose ids are in the list
+        rewritten = None
+        for number, reply in enumerate(replies):
+            segment = segments[number]
+            shown = segment + reply.content
+            # The last segment is followed by no reply; fewer segments mean that a reply was dropped.
+            if number + 1 >= len(segments) or not text.startswith(shown, end):
+                rewritten = number
+                break
+            ids += self._encode_text(segment)
+            ids += self._reply_ids(reply)
+            end += len(shown)
+        return Prompt(ids + list(self._encode_text(text[end:])), rewritten)
+
+    def _marked(self, message: Message) -> Message:
+        if message["role"] != "assistant":
+            return message
+        return {"role": "assistant", "content": self._reply_mark}
+
+    def _reply_ids(self, reply: Node) -> tuple[int, ...]:
+        """Return the generated ids; those of the text for a reply that came as text."""
+        return self._encode_text(reply.content) if reply.token_ids is None else reply.token_ids
+
+    def _encode_anew(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text))

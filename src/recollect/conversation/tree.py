@@ -1,0 +1,136 @@
+"""
+A conversation as a tree of messages: nothing is ever changed or deleted, only added.
+
+Pure bookkeeping: no runtime, no text encoding.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from recollect.errors import UnknownNodeError
+from recollect.types import FinishReason, Message, Role, Usage
+
+
+@dataclass(eq=False, slots=True, frozen=True)
+class Node:
+    """
+    A message in its place.
+
+    The root has no message: its role is None. Two nodes are equal only where they are the same.
+    """
+
+    id: int
+    parent: "Node | None"
+    role: Role | None
+    content: str
+    token_ids: tuple[int, ...] | None = None
+    """What the model generated; None for what it did not write."""
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    children: list["Node"] = field(default_factory=list)
+
+    def path(self) -> list["Node"]:
+        """Return the nodes from the first message to this one, without the root."""
+        path, node = [], self
+        while node.parent is not None:
+            path.append(node)
+            node = node.parent
+        return path[::-1]
+
+    @property
+    def turns(self) -> int:
+        """Return how many replies the path to this node has."""
+        return sum(node.role == "assistant" for node in self.path())
+
+    def message(self) -> Message:
+        """Return the message as templates expect it."""
+        assert self.role is not None, "the root is no message"
+        return {"role": self.role, "content": self.content}
+
+    def __repr__(self) -> str:
+        return f"Node({self.id}, {self.role}, {self.content[:30]!r})"
+
+
+class Tree:
+    """
+    All messages of a conversation, in all its branches.
+
+    Invariants:
+        1. Every node but the root is among the children of its parent, once.
+        2. Ids are unique and grow from parent to child.
+        3. Only replies have token ids.
+    """
+
+    def __init__(self) -> None:
+        self.root = Node(id=0, parent=None, role=None, content="")
+        self._nodes = {0: self.root}
+        self._ids = itertools.count(1)  # atomic: forks in several threads may add at once
+
+    def __len__(self) -> int:
+        """Return the number of messages."""
+        return len(self._nodes) - 1
+
+    def nodes(self) -> Iterator[Node]:
+        """Iterate over all messages, parents first."""
+        return (node for node in list(self._nodes.values()) if node.parent is not None)
+
+    def node(self, node_id: int) -> Node:
+        """
+        Return the node with that id.
+
+        Raises:
+            UnknownNodeError: There is none.
+        """
+        try:
+            return self._nodes[node_id]
+        except KeyError:
+            raise UnknownNodeError(
+                f"This conversation has no node {node_id}; its nodes are 0 to {len(self)}."
+            ) from None
+
+    def require(self, node: Node) -> None:
+        """
+        Check that the node is of this tree.
+
+        Raises:
+            UnknownNodeError: It is of another conversation.
+        """
+        if self._nodes.get(node.id) is not node:
+            raise UnknownNodeError(f"{node!r} is not a node of this conversation.")
+
+    def add(
+        self,
+        parent: Node,
+        role: Role,
+        content: str,
+        *,
+        token_ids: tuple[int, ...] | None = None,
+        finish_reason: FinishReason | None = None,
+        usage: Usage | None = None,
+    ) -> Node:
+        """Add a message after *parent* and return its node."""
+        self.require(parent)
+        node = Node(next(self._ids), parent, role, content, token_ids, finish_reason, usage)
+        self._nodes[node.id] = node
+        parent.children.append(node)
+        return node
+
+    def check(self) -> None:
+        """
+        Verify the invariants.
+
+        Raises:
+            AssertionError: One does not hold.
+        """
+        reached, pending = {self.root.id}, [self.root]
+        while pending:
+            node = pending.pop()
+            for child in node.children:
+                assert child.parent is node, f"{child!r} hangs under a node that is not its parent"
+                assert child.id not in reached, f"{child!r} is reached twice"
+                assert child.id > node.id, f"{child!r} is older than its parent"
+                assert child.token_ids is None or child.role == "assistant", f"{child!r} has tokens"
+                reached.add(child.id)
+                pending.append(child)
+        assert reached == set(self._nodes), "a node cannot be reached from the root"
