@@ -1,0 +1,1 @@
+"""What the commands compute that prove and measure reuse."""

@@ -1,0 +1,271 @@
+"""
+Check on this machine, with this model, that what is reused is right.
+
+Random conversations are held on the engine: append, generate, stop in the middle, rewind, fork,
+regenerate, several sequences in one pass. After each operation the logits of the next token are
+compared with those of a fresh prefill of the same token ids in other blocks. Nothing here looks at
+how reuse is done; only at what comes out of it.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from recollect.conversation.model import Model
+from recollect.engine.generator import Generator
+from recollect.engine.sequence import Sequence
+from recollect.errors import ConfigError
+from recollect.runtime.base import Logits
+from recollect.types import SamplingParams
+
+EXACT_LIMIT: Final = 1e-3
+"""A fault moves logits by 0.1 to 10; f32 arithmetic in another order by less than 1e-4."""
+
+NOISE_ALLOWANCE: Final = 2.0
+"""Outside `exact` the limit is this times the noise control: the largest of hundreds of differences
+against the largest of a few."""
+
+_NOISE_CONTROLS: Final = 4
+_LONGEST_TOKENS: Final = 400
+"""Histories are kept below this: a fault shows at any length, and each check is a whole prefill."""
+_MOST_SEQUENCES: Final = 4
+_LONGEST_REPLY: Final = 12
+
+_SENTENCES: Final = (
+    "My name is Alex, and I work as a data scientist.",
+    "Write a function that reverses a linked list, in Python.",
+    "The Nile flows north through eleven countries before it reaches the sea.",
+    "¿Dónde está la biblioteca? 図書館はどこですか。",
+    "If each tree bears 120 apples, how many apples do 240 trees bear?",
+    "x = [i ** 2 for i in range(100) if i % 7 == 3]",
+    "Please answer with three bullet points only.",
+    "🎉 That is all I wanted to know. Thanks!",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The largest difference that was seen, and where."""
+
+    logits: float
+    operation: int
+    name: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a run of `verify` found."""
+
+    model: str
+    profile: str
+    seed: int
+    operations: int
+    counts: dict[str, int]
+    largest: Difference
+    noise: float
+    limit: float
+    computed_tokens: int
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class _Conversations:
+    """The live sequences, and one random operation at a time on them."""
+
+    model: Model
+    dice: random.Random
+    live: list[Generator] = field(default_factory=list)
+
+    def operate(self) -> tuple[str, Generator]:
+        """Do something at random; return its name and the sequence that it was done to."""
+        if not self.live:
+            self.live.append(self._generator())
+            self.append(self.live[0])
+            return "append", self.live[0]
+        generator = self.dice.choice(self.live)
+        if len(generator.sequence) > _longest(self.model) - 2 * _LONGEST_REPLY:
+            self.rewind(generator)
+            return "rewind", generator
+        do = self.dice.choice(self._operations())
+        return do.__name__, do(generator) or generator
+
+    def append(self, generator: Generator) -> None:
+        """Say one to three sentences, as many tokens of them as fit."""
+        said = " ".join(self.dice.choices(_SENTENCES, k=self.dice.randint(1, 3)))
+        room = _longest(self.model) - len(generator.sequence) - _LONGEST_REPLY
+        generator.append_tokens(self.model.tokenizer.encode(said)[: max(1, room)])
+
+    def generate(self, generator: Generator) -> None:
+        """Generate a few tokens greedily; the last is in the history without KV."""
+        self._generate(generator, SamplingParams(ignore_eos=True))
+
+    def stop(self, generator: Generator) -> None:
+        """Be cut off by the caller in the middle of a reply, and go on with another message."""
+        self._generate(generator, SamplingParams(ignore_eos=True))
+        self.append(generator)
+
+    def rewind(self, generator: Generator) -> None:
+        """Go back to any length of at least one token."""
+        generator.rewind_to(self.dice.randint(1, len(generator.sequence)))
+
+    def fork(self, generator: Generator) -> Generator:
+        """Fork, and let both go on; the eldest makes room."""
+        if len(self.live) == _MOST_SEQUENCES:
+            eldest = next(other for other in self.live if other is not generator)
+            self.live.remove(eldest)
+            eldest.close()
+        other = generator.fork()
+        self.live.append(other)
+        self._generate(self.dice.choice([generator, other]), SamplingParams(ignore_eos=True))
+        return other
+
+    def regenerate(self, generator: Generator) -> None:
+        """Take the reply back and draw another."""
+        generator.rewind_to(max(1, generator.reply_start))
+        self._generate(
+            generator,
+            SamplingParams(
+                temperature=1.0, top_p=0.95, seed=self.dice.getrandbits(32), ignore_eos=True
+            ),
+        )
+
+    def together(self, _: Generator) -> None:
+        """Compute all live sequences in shared passes, then generate one token in each."""
+        self.model.engine.compute([other.sequence for other in self.live])
+        for other in self.live:
+            other.set_params(SamplingParams(ignore_eos=True))
+            if not other.is_done():
+                other.generate_next_token()
+
+    def _operations(self) -> list[Callable[[Generator], Generator | None]]:
+        return [
+            self.append,
+            self.generate,
+            self.stop,
+            self.rewind,
+            self.fork,
+            self.regenerate,
+            self.together,
+        ]
+
+    def _generator(self) -> Generator:
+        return Generator(self.model.engine)
+
+    def _generate(self, generator: Generator, params: SamplingParams) -> None:
+        generator.set_params(params)
+        for _ in range(self.dice.randint(1, _LONGEST_REPLY)):
+            generator.generate_next_token()
+
+
+def verify(
+    model: Model,
+    *,
+    operations: int = 200,
+    seed: int = 0,
+    progress: Callable[[int, float], None] = lambda _done, _largest: None,
+) -> VerifyReport:
+    """
+    Hold random conversations and compare each state with a fresh prefill.
+
+    Args:
+        model: The model, in the profile that is to be checked.
+        operations: How many, >= 1.
+        seed: The same seed gives the same operations.
+        progress: Called after each operation with (operations done, largest difference so far).
+
+    Raises:
+        ConfigError: There is nothing to do.
+        OutOfBlocksError: The KV memory is too small for a handful of short conversations.
+    """
+    if operations < 1:
+        raise ConfigError(f"{operations} operations prove nothing: give at least 1.")
+    conversations = _Conversations(model, random.Random(seed))  # noqa: S311 - not for secrets
+    fed_before = model.engine.computed_tokens
+    counts: Counter[str] = Counter()
+    largest = Difference(0.0, 0, "", 0)
+    controls = set(range(operations - 1, 0, -max(1, operations // _NOISE_CONTROLS)))
+    noise = 0.0
+    try:
+        for number in range(operations):
+            name, generator = conversations.operate()
+            counts[name] += 1
+            ids = generator.get_sequence()
+            fresh = _fresh_logits(model, ids)
+            difference = _difference(_next_logits(model, generator.sequence), fresh)
+            if not difference <= largest.logits:  # so that NaN is a difference too
+                largest = Difference(difference, number, name, len(ids))
+            if number in controls or operations == 1:
+                noise = max(noise, _difference(_token_by_token(model, ids), fresh))
+            model.engine.check()
+            progress(number + 1, largest.logits)
+    finally:
+        for generator in conversations.live:
+            generator.close()
+    limit = EXACT_LIMIT if model.profile == "exact" else max(EXACT_LIMIT, NOISE_ALLOWANCE * noise)
+    return VerifyReport(
+        model=model.name,
+        profile=model.profile,
+        seed=seed,
+        operations=operations,
+        counts=dict(sorted(counts.items())),
+        largest=largest,
+        noise=noise,
+        limit=limit,
+        computed_tokens=model.engine.computed_tokens - fed_before,
+        passed=largest.logits <= limit,
+    )
+
+
+def _longest(model: Model) -> int:
+    return min(_LONGEST_TOKENS, model.context_length)
+
+
+def _next_logits(model: Model, sequence: Sequence) -> Logits:
+    """Return the logits after the sequence as it stands, computed on a fork so that it stays as it is."""
+    fork = sequence.fork()
+    try:
+        return _computed(model, fork)
+    finally:
+        fork.release()
+
+
+def _fresh_logits(model: Model, ids: list[int]) -> Logits:
+    """Return the logits after one prefill of the ids, in blocks that share nothing."""
+    fresh = model.engine.new_sequence()
+    try:
+        fresh.append(ids)
+        return _computed(model, fresh)
+    finally:
+        fresh.release()
+
+
+def _token_by_token(model: Model, ids: list[int]) -> Logits:
+    """Return the logits after feeding the ids one at a time: the noise that needs no reuse."""
+    single = model.engine.new_sequence()
+    try:
+        for token in ids[:-1]:
+            single.append([token])
+            model.engine.compute([single])
+        single.append(ids[-1:])
+        return _computed(model, single)
+    finally:
+        single.release()
+
+
+def _computed(model: Model, sequence: Sequence) -> Logits:
+    model.engine.compute([sequence])
+    assert sequence.logits is not None, "compute() leaves the logits known"
+    return sequence.logits
+
+
+def _difference(first: Logits, second: Logits) -> float:
+    return float(np.abs(first - second).max())
