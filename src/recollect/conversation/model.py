@@ -18,7 +18,6 @@ from recollect.models.prepare import prepare
 from recollect.models.template import ChatTemplate
 from recollect.models.tokenizer import Tokenizer, load_tokenizer
 from recollect.runtime.base import PagedRuntime, RuntimeInfo
-from recollect.runtime.openvino import OpenVinoRuntime
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import Profile, Progress, SamplingParams, no_progress
 
@@ -136,5 +135,8 @@ def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:
         return ReferenceRuntime(
             vocab_size=load_tokenizer(local).vocab_size, context_length=local.context_length
         )
+    # Here and not above: it takes half a second, which `recollect --help` need not wait for.
+    from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415
+
     xml = local.folder / "openvino_model.xml"
     return OpenVinoRuntime(xml, profile=profile, context_length=local.context_length)

@@ -7,16 +7,18 @@ Does not know templates, models or conversations: what a message looks like is d
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
-import openvino
-import openvino_genai
 
 from recollect.errors import UnsupportedModelError
 from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.models.local import LocalModel
 from recollect.models.tokenizer_ir import without_truncation
+
+if TYPE_CHECKING:  # half a second of start-up, which `recollect --help` need not wait for
+    import openvino
+    import openvino_genai
 
 _REPLACEMENT: Final = "\ufffd"
 # An unfinished character lacks at least one of its at most four bytes, so no more than three
@@ -158,7 +160,9 @@ def _has_surrogates(text: str) -> bool:
     )
 
 
-def _load(folder: Path) -> openvino_genai.Tokenizer:
+def _load(folder: Path) -> "openvino_genai.Tokenizer":
+    import openvino_genai  # noqa: PLC0415 - see above
+
     xml, weights = without_truncation(
         (folder / "openvino_tokenizer.xml").read_text("utf-8"),
         (folder / "openvino_tokenizer.bin").read_bytes(),
@@ -171,5 +175,7 @@ def _load(folder: Path) -> openvino_genai.Tokenizer:
     )
 
 
-def _tensor(data: bytes) -> openvino.Tensor:
+def _tensor(data: bytes) -> "openvino.Tensor":
+    import openvino  # noqa: PLC0415 - see above
+
     return openvino.Tensor(np.frombuffer(data, np.uint8))

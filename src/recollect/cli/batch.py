@@ -1,0 +1,86 @@
+"""
+A chat without a person at the keyboard: prompts from lines, replies to stdout.
+
+Reads and writes streams; knows no commands, and never touches the terminal.
+"""
+
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from recollect.cli.terminal import printable
+from recollect.conversation.session import Session
+from recollect.errors import ConfigError
+
+
+@contextmanager
+def open_prompts(file: Path | None) -> Iterator[Iterator[str]]:
+    """
+    Open a file of prompts, one a line, or stdin where there is none.
+
+    Yields:
+        The prompts, as they come, without blank lines.
+
+    Raises:
+        ConfigError: It cannot be opened, or, from the iterator, is not UTF-8 text.
+    """
+    if file is None:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+        yield _prompts(sys.stdin, "stdin")
+        return
+    try:
+        stream = file.open(encoding="utf-8-sig")
+    except OSError as cause:
+        raise ConfigError(f"{file} cannot be read ({cause.strerror}): check the path.") from cause
+    with stream:
+        yield _prompts(stream, str(file))
+
+
+def answer_all(session: Session, prompts: Iterable[str], *, as_json: bool) -> None:
+    """
+    Say each prompt in turn and print its reply: plain text, or one JSON object a line.
+
+    Raises:
+        RecollectError: A turn failed; what was printed of the turns before is complete.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and as_json:
+        sys.stdout.reconfigure(encoding="utf-8")  # what JSON is written in, whatever the locale
+    for prompt in prompts:
+        if as_json:
+            _answer_as_json(session, prompt, sys.stdout)
+        else:
+            _answer_as_text(session, prompt, sys.stdout)
+
+
+def _prompts(lines: Iterable[str], source: str) -> Iterator[str]:
+    try:
+        yield from (line.rstrip("\r\n") for line in lines if line.strip())
+    except UnicodeDecodeError as cause:
+        raise ConfigError(f"{source} is not UTF-8 text: convert it first.") from cause
+
+
+def _answer_as_text(session: Session, prompt: str, out: TextIO) -> None:
+    with session.stream(prompt) as stream:
+        for piece in stream:
+            out.write(printable(piece) if out.isatty() else piece)
+            out.flush()
+    out.write("\n")
+    out.flush()
+
+
+def _answer_as_json(session: Session, prompt: str, out: TextIO) -> None:
+    reply = session.respond(prompt)
+    turn = {
+        "prompt": prompt,
+        "reply": reply.text,
+        "finish_reason": reply.finish_reason,
+        "usage": reply.usage.to_dict(),
+    }
+    # On a terminal all but ASCII is escaped: some of the rest would be obeyed and not shown.
+    out.write(json.dumps(turn, ensure_ascii=out.isatty()) + "\n")
+    out.flush()

@@ -1,0 +1,244 @@
+"""
+The commands of a chat at the terminal: `/undo`, `/fork`, `/tree` and the others, as a table.
+
+Each is a function of the chat and what was typed after its name. Does not read input.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from rich.text import Text
+
+from recollect.cli.state import REGENERATE_TEMPERATURE, Chat
+from recollect.cli.statistics import statistics
+from recollect.cli.terminal import printable
+from recollect.cli.tree_view import draw_tree
+from recollect.conversation.tree import Node
+from recollect.errors import ConversationError, InvalidParameterError, RecollectError, RewindError
+
+PREFIX: Final = "/"
+
+Action = Callable[[Chat, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Something that can be typed instead of a message."""
+
+    name: str
+    arguments: str
+    """How they are shown in /help; empty where there are none."""
+    help: str
+    run: Action
+    """Called with the chat and the rest of the line. Raises a RecollectError where it cannot."""
+
+
+def is_command(text: str) -> bool:
+    """Return whether a line is a command; a space before the slash makes it a message."""
+    return text.startswith(PREFIX)
+
+
+def run_command(chat: Chat, line: str) -> None:
+    """
+    Do what the line says.
+
+    Raises:
+        RecollectError: There is no such command, or it cannot be done; nothing was changed.
+    """
+    words = line.removeprefix(PREFIX).split(maxsplit=1)
+    name, rest = [*words, "", ""][:2]
+    command = COMMANDS.get(name.lower())
+    if command is None:
+        raise InvalidParameterError(_unknown(name))
+    if rest and not command.arguments:
+        raise InvalidParameterError(f"/{command.name} takes nothing after it.")
+    command.run(chat, rest.strip())
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
+    hint = f"did you mean /{near[0]}?" if near else "/help lists them."
+    return f"There is no command /{name}: {hint} (To say it, put a space before it.)"
+
+
+def _number(text: str, what: str) -> int:
+    """Return a whole number that the user typed."""
+    if not (text.isascii() and text.isdecimal()):
+        raise InvalidParameterError(f"{text!r} is not a number: give {what}.")
+    return int(text)
+
+
+def _start(chat: Chat) -> Node:
+    """Return the node before the first turn: the instructions, or the root."""
+    path = chat.session.path()
+    return path[0] if path and path[0].role == "system" else chat.session.tree.root
+
+
+def _turn(chat: Chat, number: int) -> Node:
+    """Return the user's message of a turn on the current path, counted from 1."""
+    asked = [node for node in chat.session.path() if node.role == "user"]
+    if not 1 <= number <= len(asked):
+        has = f"this conversation has {len(asked)} turns" if asked else "nothing was said yet"
+        raise RewindError(f"There is no turn {number}: {has}; /tree shows them.")
+    return asked[number - 1]
+
+
+def _tell_place(chat: Chat) -> None:
+    tip = chat.session.tip
+    where = f"after turn {tip.turns}" if tip.turns else "at the start"
+    chat.note(f"{chat.current} is {where}.")
+
+
+def undo(chat: Chat, rest: str) -> None:
+    """Take back the last turns of the session."""
+    chat.session.undo(_number(rest, "how many turns to take back") if rest else 1)
+    _tell_place(chat)
+
+
+def rewind(chat: Chat, rest: str) -> None:
+    """Go to after a turn of the current path."""
+    number = _number(rest, "the turn to go back to, or 0 for the start")
+    if number == 0:
+        chat.session.rewind(_start(chat))
+    else:
+        asked = _turn(chat, number)
+        chat.session.rewind(next(node for node in chat.session.path() if node.parent is asked))
+    _tell_place(chat)
+
+
+def goto(chat: Chat, rest: str) -> None:
+    """Go to any reply of the tree."""
+    number = _number(rest.removeprefix("#"), "the number that /tree shows after #")
+    node = chat.session.tree.node(number)
+    if node.role in {"user", "system", None}:
+        raise ConversationError(f"#{number} is not a reply: give a number that /tree shows.")
+    chat.session.rewind(node)
+    _tell_place(chat)
+
+
+def fork(chat: Chat, rest: str) -> None:
+    """Make a second session at this place and go to it."""
+    former = chat.current
+    chat.add_session(rest, chat.session.fork)
+    chat.note(f"Now in {rest}, which shares all memory so far; /switch {former} goes back.")
+
+
+def switch(chat: Chat, rest: str) -> None:
+    """Go to another session."""
+    if rest:
+        chat.require_session(rest)
+        chat.current = rest
+        _tell_place(chat)
+        return
+    for name, session in chat.sessions.items():
+        here = "  (here)" if name == chat.current else ""
+        chat.note(f"{name}: {session.tip.turns} turns{here}")
+
+
+def close(chat: Chat, rest: str) -> None:
+    """Give up a session and its memory."""
+    session = chat.require_session(rest)
+    if rest == chat.current:
+        raise ConversationError(f"You are in {rest}: /switch to another session first.")
+    session.close()
+    del chat.sessions[rest]
+    chat.note(f"Closed {rest}; what was said in it stays in /tree where another session shares it.")
+
+
+def regenerate(chat: Chat, _rest: str) -> None:
+    """Have the last message answered again, not greedily."""
+    chat.say_at(chat.session.last_user(), None, chat.varied_params())
+
+
+def edit(chat: Chat, rest: str) -> None:
+    """Say something else in place of an earlier message."""
+    number, _, text = rest.partition(" ")
+    asked = _turn(chat, _number(number, "the turn whose message to change"))
+    assert asked.parent is not None, "a user's message has a parent"
+    if text.strip():
+        chat.say_at(asked.parent, text.strip())
+    else:
+        chat.draft = f"/edit {number} {asked.content}"
+
+
+def tree(chat: Chat, _rest: str) -> None:
+    """Draw the conversation."""
+    shown = chat.session.tree
+    sessions = {name: item for name, item in chat.sessions.items() if item.tree is shown}
+    tips = {name: session.tip for name, session in sessions.items()}
+    for line in draw_tree(shown, tips, chat.current, chat.console.width):
+        chat.console.print(line, highlight=False)
+    elsewhere = [name for name in chat.sessions if name not in sessions]
+    if elsewhere:
+        chat.note(f"In other conversations: {', '.join(elsewhere)}.")
+
+
+def stats(chat: Chat, _rest: str) -> None:
+    """Show what was computed and what was not."""
+    for name, value in statistics(chat):
+        chat.console.print(Text.assemble((f"{name:<18}", "dim"), value), highlight=False)
+
+
+def system(chat: Chat, rest: str) -> None:
+    """Begin a new conversation with instructions."""
+    kept = chat.start_anew(rest or None)
+    how = "with these instructions" if rest else "without instructions"
+    before = f" The one before is kept: /switch {kept}" if kept else ""
+    chat.note(f"A new conversation {how}.{before}")
+
+
+def help_text(chat: Chat, _rest: str) -> None:
+    """List the commands and keys."""
+    for command in COMMANDS.values():
+        usage = f"/{command.name} {command.arguments}".rstrip()
+        chat.console.print(Text.assemble((f"  {usage:<18}", "bold"), command.help))
+    chat.console.print()
+    for key, meaning in _KEYS:
+        chat.console.print(Text.assemble((f"  {key:<18}", "bold"), meaning))
+
+
+def leave(chat: Chat, _rest: str) -> None:
+    """End the chat."""
+    chat.leaving = True
+
+
+_KEYS: Final = (
+    ("Alt-Enter", "a new line in the message; so do a \\ at its end and a pasted newline"),
+    ('"""', "begins a message of several lines that ends with another"),
+    ("Ctrl-C", "stops a reply and keeps what was said; at the prompt, clears the line"),
+    ("Ctrl-D", "leaves; so does Ctrl-C twice"),
+)
+
+COMMANDS: Final[dict[str, Command]] = {
+    command.name: command
+    for command in (
+        Command("undo", "[N]", "take back the last turn, or the last N; they stay in /tree", undo),
+        Command("rewind", "N", "go to after turn N; 0 is the start", rewind),
+        Command("edit", "N [TEXT]", "say something else in turn N; without TEXT, edit it", edit),
+        Command(
+            "regenerate",
+            "",
+            f"another reply, at temperature {REGENERATE_TEMPERATURE} or more, with a new seed",
+            regenerate,
+        ),
+        Command("fork", "NAME", "a second session from here on, and go to it; costs nothing", fork),
+        Command("switch", "[NAME]", "go to another session, or list them", switch),
+        Command("close", "NAME", "give up a session and its memory", close),
+        Command("tree", "", "all turns in all branches, and where the sessions are", tree),
+        Command("goto", "#ID", "go to any reply of the tree, also one taken back", goto),
+        Command("stats", "", "what was computed, what was reused, and memory", stats),
+        Command("system", "[TEXT]", "begin a new conversation with these instructions", system),
+        Command("help", "", "this list", help_text),
+        Command("quit", "", "leave", leave),
+    )
+}
+
+
+def do_safely(chat: Chat, action: Callable[[], object]) -> None:
+    """Do something, and print an error of recollect's in one line instead of raising it."""
+    try:
+        action()
+    except RecollectError as error:
+        chat.console.print(Text(printable(f"recollect: {error}"), "red"), highlight=False)

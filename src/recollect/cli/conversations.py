@@ -1,0 +1,274 @@
+"""
+`recollect conversations`: list, show, rename, delete, export and import what was said.
+
+Works on the journal alone: no model is loaded, and none has to be there.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from recollect.errors import ConversationError, ConversationFileError
+
+if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite and tables
+    from rich.table import Table
+
+    from recollect.conversation.journal import Journal
+    from recollect.conversation.records import ConversationInfo, StoredConversation
+    from recollect.conversation.tree import Node, Tree
+
+Format = Literal["markdown", "json"]
+
+app = typer.Typer(
+    name="conversations",
+    help="List, show, rename, delete, export and import conversations.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="As `recollect conversations` lists it.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON list, sizes in bytes, times in UTC.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def conversations(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List, show, rename, delete, export and import conversations."""
+    if context.invoked_subcommand is None:
+        list_all(as_json=as_json)
+
+
+@app.command("list")
+def list_all(as_json: JsonOption = False) -> None:
+    """List all conversations, the one that was used last first. Also what no command does."""
+    with _journal() as journal:
+        found = journal.conversations()
+    if as_json:
+        typer.echo(json.dumps([_as_dict(info) for info in found], ensure_ascii=False, indent=2))
+    elif not found:
+        typer.echo("There is no conversation yet: `recollect chat` begins one.")
+    else:
+        from rich.console import Console  # noqa: PLC0415 - see the imports for type checking
+
+        Console().print(conversations_table(found))
+
+
+@app.command()
+def show(name: NameArgument) -> None:
+    """Draw a conversation as a tree, one line a turn."""
+    with _journal() as journal:
+        conversation = journal.load(name)
+    from rich.console import Console  # noqa: PLC0415 - see the imports for type checking
+
+    from recollect.cli.tree_view import draw_tree  # noqa: PLC0415
+
+    tree, nodes = _tree(conversation)
+    tips = {tip: nodes[node_id] for tip, node_id in conversation.tips.items()}
+    here = _current_tip(conversation)
+    console = Console()
+    for line in draw_tree(tree, tips, here, console.width):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def rename(
+    old: Annotated[str, typer.Argument(metavar="OLD", help="What it is called.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="What it shall be called.")],
+) -> None:
+    """Give a conversation another name."""
+    with _journal() as journal:
+        journal.rename(old, new)
+    typer.echo(f"{old!r} is {new!r} now.")
+
+
+@app.command()
+def delete(
+    name: NameArgument,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a conversation with all its branches, for good."""
+    with _journal() as journal:
+        turns = journal.load(name).turns
+        if not yes:
+            if not sys.stdin.isatty():
+                raise ConversationError(
+                    f"Nobody can be asked whether to delete {name!r}: say so with --yes."
+                )
+            if not typer.confirm(f"Delete {name!r} with {_count(turns, 'turn')} for good?"):
+                typer.echo("Nothing was deleted.")
+                return
+        journal.delete(name)
+    typer.echo(f"{name!r} was deleted.")
+
+
+@app.command()
+def export(
+    name: NameArgument,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Where to; must be new.", show_default="print it"),
+    ] = None,
+    to: Annotated[
+        Format | None,
+        typer.Option(
+            "--format",
+            help="markdown: one path, to read. json: everything, to import.",
+            show_default="json for a file that ends in .json, else markdown",
+        ),
+    ] = None,
+    tip: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Where the path ends, in Markdown.", show_default="main"),
+    ] = None,
+) -> None:
+    """Write a conversation as Markdown or JSON."""
+    from recollect.conversation.export import to_json, to_markdown  # noqa: PLC0415 - as above
+
+    with _journal() as journal:
+        conversation = journal.load(name)
+    if to is None:
+        to = "json" if file is not None and file.suffix.lower() == ".json" else "markdown"
+    text = to_json(conversation) if to == "json" else to_markdown(conversation, tip=tip)
+    if file is None:
+        from recollect.cli.terminal import printable  # noqa: PLC0415 - as above
+
+        # As bytes: a pipe gets UTF-8 whatever the terminal's encoding is, so JSON stays whole.
+        typer.echo(printable(text) if sys.stdout.isatty() else text.encode(), nl=False)
+        return
+    with _file_errors(file):
+        try:
+            stream = file.open("x", encoding="utf-8", newline="\n")
+        except FileExistsError:
+            raise ConversationFileError(
+                f"{file} exists already: choose another name, or remove it first."
+            ) from None
+        with stream:
+            stream.write(text)
+    typer.echo(f"{name!r} is in {file}.")
+
+
+@app.command("import")
+def import_file(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON that `export` wrote.")],
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What to call it.", show_default="as the file says"),
+    ] = None,
+) -> None:
+    """Add a conversation from a JSON file, with all its branches."""
+    from recollect.conversation.importing import from_json  # noqa: PLC0415 - as above
+
+    with _file_errors(file):
+        data = file.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")  # some editors put a mark before it
+    except UnicodeDecodeError:
+        raise ConversationFileError(
+            f"{file} is no text: give a file that `recollect conversations export` wrote as JSON."
+        ) from None
+    conversation = from_json(text)
+    with _journal() as journal:
+        info = journal.add(conversation, name)
+    typer.echo(f"{info.name!r} was imported, with {_count(info.turns, 'turn')}.")
+
+
+def conversations_table(found: "list[ConversationInfo]") -> "Table":
+    """Return the conversations as a table for people."""
+    from rich import box  # noqa: PLC0415 - see the imports for type checking
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    from recollect.cli.models import format_bytes  # noqa: PLC0415
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("name", overflow="fold")
+    table.add_column("last used", no_wrap=True)
+    table.add_column("turns", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("model", overflow="fold")
+    table.add_column("tips", overflow="fold")
+    for info in found:
+        table.add_row(
+            Text(info.name),
+            Text(_local(info.updated_at)),
+            f"{info.turns:,}",
+            format_bytes(info.size_bytes),
+            Text(info.model),
+            Text(", ".join(info.tips), "dim"),
+        )
+    return table
+
+
+@contextmanager
+def _journal() -> "Iterator[Journal]":
+    from recollect import config  # noqa: PLC0415 - see the imports for type checking
+    from recollect.conversation.journal import JOURNAL_NAME, Journal  # noqa: PLC0415
+
+    with Journal.open(config.home() / JOURNAL_NAME) as journal:
+        yield journal
+
+
+@contextmanager
+def _file_errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConversationFileError(
+            f"{file} cannot be used ({error.strerror}): check the path and what is allowed there."
+        ) from error
+
+
+def _tree(conversation: "StoredConversation") -> "tuple[Tree, dict[int | None, Node]]":
+    """
+    Return the messages as a tree to draw, and its nodes by id, the root by None.
+
+    Without what would move a terminal's cursor: others may have written what was imported.
+    """
+    from recollect.cli.terminal import printable  # noqa: PLC0415 - as above
+    from recollect.conversation.tree import Node, Tree  # noqa: PLC0415
+
+    tree = Tree()
+    nodes: dict[int | None, Node] = {None: tree.root}
+    for record in conversation.nodes:
+        parent = nodes[record.parent_id]
+        node = Node(record.id, parent, record.role, printable(record.content))
+        parent.children.append(node)
+        nodes[record.id] = node
+    return tree, nodes
+
+
+def _current_tip(conversation: "StoredConversation") -> str:
+    """Return the name of the tip at which a resumed conversation would stand."""
+    from recollect.conversation.records import DEFAULT_TIP  # noqa: PLC0415 - as above
+
+    tips = conversation.tips
+    return DEFAULT_TIP if DEFAULT_TIP in tips else next(iter(tips), DEFAULT_TIP)
+
+
+def _as_dict(info: "ConversationInfo") -> dict[str, object]:
+    return {
+        "name": info.name,
+        "created_at": info.created_at.isoformat(),
+        "updated_at": info.updated_at.isoformat(),
+        "model": info.model,
+        "fingerprint": info.fingerprint,
+        "turns": info.turns,
+        "tips": list(info.tips),
+        "size_bytes": info.size_bytes,
+    }
+
+
+def _local(moment: datetime) -> str:
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"1 {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,0 +1,94 @@
+"""
+`recollect models` and `recollect pull`: what can be loaded, and getting it.
+
+Shows what the model folder says; decides nothing about it.
+"""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from recollect import config
+from recollect.cli.progress import progress_bar
+
+if TYPE_CHECKING:  # imported by the commands, see there
+    from recollect.models.status import ModelStatus
+
+
+def models(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON list, sizes in bytes.")
+    ] = False,
+) -> None:
+    """List the models that go by a name, and what is on this disk."""
+    # Here and not above: it takes the runtime's libraries along, half a second of start-up.
+    from recollect.models.status import installed  # noqa: PLC0415
+
+    found = installed(config.home())
+    if as_json:
+        typer.echo(json.dumps([_as_dict(status) for status in found], ensure_ascii=False, indent=2))
+        return
+    console = Console()
+    console.print(models_table(found))
+    console.print(
+        "[dim]`recollect pull NAME` fetches one ahead of time; `recollect chat --model NAME` does "
+        "it the first time.\nPaths of .gguf files and OpenVINO folders work as names, too.[/]",
+        highlight=False,
+    )
+
+
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `chat --model` takes it.")],
+) -> None:
+    """Fetch a model and convert it, so that it can be loaded without a network."""
+    with progress_bar(f"Fetching {name}") as progress:
+        from recollect.models.prepare import prepare  # noqa: PLC0415 - as above
+
+        local = prepare(name, home=config.home(), progress=progress)
+    where = f" in {local.folder}" if local.folder else ""
+    typer.echo(f"{local.name} is ready{where}")
+
+
+def models_table(found: "list[ModelStatus]") -> Table:
+    """Return the models as a table for people."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    table.add_column("here")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    for status in found:
+        size = status.disk_bytes if status.is_installed else status.download_bytes
+        about = Text(status.description)
+        if status.path is not None:
+            about.append(f"\n{status.path}", "dim")
+        table.add_row(
+            Text(status.name),
+            Text("yes", "green") if status.is_installed else Text("no", "dim"),
+            "" if size is None else format_bytes(size),
+            about,
+        )
+    return table
+
+
+def format_bytes(size: int) -> str:
+    """Return a size for people, in powers of ten as disks are sold and `--kv-memory` reads them."""
+    if size < 10**6:
+        return f"{size / 10**3:.0f} kB"
+    return f"{size / 10**6:.0f} MB" if size < 10**9 else f"{size / 10**9:.1f} GB"
+
+
+def _as_dict(status: "ModelStatus") -> dict[str, object]:
+    return {
+        "name": status.name,
+        "description": status.description,
+        "licence": status.licence,
+        "installed": status.is_installed,
+        "download_bytes": status.download_bytes,
+        "disk_bytes": status.disk_bytes,
+        "path": None if status.path is None else str(status.path),
+    }

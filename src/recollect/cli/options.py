@@ -1,0 +1,141 @@
+"""
+Options that several commands share, and how they become a loaded model.
+
+Nothing here is read from the terminal; the imports at the top are only those that `--help` needs.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from recollect.cli.progress import progress_bar
+from recollect.types import Profile
+
+if TYPE_CHECKING:  # see open_model
+    from recollect.conversation.model import Model
+
+_SAMPLING: Final = "Sampling"
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="A name of `recollect models`, a .gguf file, an OpenVINO folder, or org/repo:file.",
+    ),
+]
+ProfileOption = Annotated[
+    Profile,
+    typer.Option(help="exact: f32 throughout. fast: f16 KV. small: u8 KV, half the memory."),
+]
+KvMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most memory for KV, such as 2GB or 512MiB.",
+        show_default="a quarter of what is free",
+    ),
+]
+SystemOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Instructions before the first message.")
+]
+
+MaxTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens",
+        "-n",
+        metavar="N",
+        help="Most tokens in one reply.",
+        show_default="what the context holds",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(
+        "--temperature", "-t", metavar="X", help="0 is greedy.", rich_help_panel=_SAMPLING
+    ),
+]
+TopKOption = Annotated[
+    int,
+    typer.Option(metavar="N", help="Only the N likeliest; 0 is off.", rich_help_panel=_SAMPLING),
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        metavar="X", help="Only the likeliest that add up to X.", rich_help_panel=_SAMPLING
+    ),
+]
+MinPOption = Annotated[
+    float,
+    typer.Option(
+        metavar="X",
+        help="Only those at least X times as likely as the likeliest.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="The same seed gives the same reply.",
+        show_default="a new one for each reply",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+RepetitionPenaltyOption = Annotated[
+    float,
+    typer.Option(
+        metavar="X", help="Above 1: less of what is there already.", rich_help_panel=_SAMPLING
+    ),
+]
+PresencePenaltyOption = Annotated[
+    float,
+    typer.Option(
+        metavar="X", help="Taken from what the reply has once.", rich_help_panel=_SAMPLING
+    ),
+]
+FrequencyPenaltyOption = Annotated[
+    float,
+    typer.Option(
+        metavar="X", help="Taken from it for each time it has it.", rich_help_panel=_SAMPLING
+    ),
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help="A reply ends before this; may be given several times.",
+        show_default=False,
+        rich_help_panel=_SAMPLING,
+    ),
+]
+IgnoreEosOption = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-eos", help="Go on where the model would end.", rich_help_panel=_SAMPLING
+    ),
+]
+
+
+def open_model(name: str, *, profile: Profile, kv_memory: str | None = None) -> "Model":
+    """
+    Return the model, fetched, converted and loaded, with a progress bar on a terminal's stderr.
+
+    Args:
+        kv_memory: As it was typed, such as "2GB"; None: the library's default.
+
+    Raises:
+        ModelError: It cannot be had or read.
+        ConfigError: `kv_memory` is no size, or holds no block.
+    """
+    with progress_bar(f"Loading {name}") as progress:
+        # Imported here: the runtime takes half a second, which neither `--help` nor a misspelt
+        # option should wait for.
+        from recollect import config  # noqa: PLC0415
+        from recollect.conversation.model import load  # noqa: PLC0415
+
+        budget = None if kv_memory is None else config.parse_size(kv_memory)
+        return load(name, profile=profile, kv_memory=budget, progress=progress)

@@ -1,0 +1,228 @@
+"""
+What a chat at the terminal holds: sessions by name, the current one, and what they have cost.
+
+Prints to a console it is given; does not read input, and knows no commands.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Final
+
+from rich.console import Console
+
+from recollect.cli.streaming import show_reply
+from recollect.cli.terminal import printable
+from recollect.conversation.model import Model
+from recollect.conversation.session import Reply, ReplyStream, Session
+from recollect.conversation.tree import Node
+from recollect.errors import ConversationError, InvalidParameterError, RecollectError
+from recollect.types import SamplingParams, Usage
+
+FIRST_SESSION: Final = "main"
+REGENERATE_TEMPERATURE: Final = 0.7
+"""Least temperature of /regenerate: a greedy model would say the same again."""
+LONG_PROMPT_TOKENS: Final = 128
+"""Fewest computed tokens whose time says how fast prefill is: that of a few is mostly overhead."""
+_NOTES: Final = {"cancelled": "stopped", "length": "cut at the token limit", "stop": ""}
+
+
+@dataclass(slots=True)
+class Totals:
+    """What the replies of this process have cost."""
+
+    replies: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    best_prefill_tps: float | None = None
+    """The fastest prefill of a long prompt; the fastest, so as not to overstate what was saved."""
+
+    def add(self, usage: Usage) -> None:
+        """Count a reply."""
+        self.replies += 1
+        self.reused_tokens += usage.reused_tokens
+        self.generated_tokens += usage.generated_tokens
+        if usage.prefill_tps is not None and usage.computed_tokens >= LONG_PROMPT_TOKENS:
+            self.best_prefill_tps = max(self.best_prefill_tps or 0.0, usage.prefill_tps)
+
+    @property
+    def saved_s(self) -> float | None:
+        """Return how long prefill of the reused tokens would have taken, or None where unknown."""
+        rate = self.best_prefill_tps
+        return None if rate is None else self.reused_tokens / rate
+
+
+class Chat:
+    """
+    The state of `recollect chat`.
+
+    Owns its sessions. Used from the main thread, which is where Ctrl-C arrives.
+
+    Invariants:
+        1. `current` is a key of `sessions`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        console: Console,
+        *,
+        params: SamplingParams | None = None,
+        system: str | None = None,
+    ) -> None:
+        self.model: Final = model
+        self.console: Final = console
+        self.params = params or SamplingParams()
+        self.sessions: dict[str, Session] = {
+            FIRST_SESSION: model.session(system, params=self.params)
+        }
+        self.current = FIRST_SESSION
+        self.totals = Totals()
+        self.draft = ""
+        """What the next prompt begins with, for the user to go on from."""
+        self.leaving = False
+        self._warming: threading.Thread | None = None
+
+    @property
+    def session(self) -> Session:
+        """Return the session that is spoken to."""
+        return self.sessions[self.current]
+
+    def note(self, text: str) -> None:
+        """Print a dim line that is not the model's."""
+        self.console.print(printable(text), style="dim", markup=False, highlight=False)
+
+    def warm_up(self) -> None:
+        """
+        Compute what comes before the first message while it is being typed.
+
+        From then on until `wait_until_warm`, nobody else may use the session.
+        """
+        self._warming = threading.Thread(target=_prewarm, args=(self.session,), daemon=True)
+        self._warming.start()
+
+    def wait_until_warm(self) -> None:
+        """Have the session for oneself again."""
+        if self._warming is not None:
+            self._warming.join()
+            self._warming = None
+
+    def say(self, text: str | None, params: SamplingParams | None = None) -> Reply | None:
+        """
+        Say something, or have the tip answered, and print the reply.
+
+        Returns:
+            The reply; None where it was stopped before anything was said.
+
+        Raises:
+            RecollectError: As `Session.stream` does.
+        """
+        session = self.session
+        reply = show_reply(self._starter(session, text, params), self.console)
+        if reply is None:
+            self.note("Stopped before anything was said; the conversation is as it was.")
+            return None
+        self.totals.add(reply.usage)
+        self.note("  " + usage_line(reply))
+        return reply
+
+    def say_at(self, node: Node, text: str | None, params: SamplingParams | None = None) -> None:
+        """
+        Go to a node and say something there; if nothing comes of it, go back.
+
+        Raises:
+            RecollectError: As `Session.stream` does. The session is where it was.
+        """
+        session, before = self.session, self.session.tip
+        session.rewind(node)
+        try:
+            self.say(text, params)
+        finally:
+            if session.tip is node:
+                session.rewind(before)
+
+    def varied_params(self) -> SamplingParams:
+        """Return the parameters of a second try: never greedy, and with a new seed."""
+        temperature = max(self.params.temperature, REGENERATE_TEMPERATURE)
+        return replace(self.params, temperature=temperature, seed=None)
+
+    def add_session(self, name: str, make: Callable[[], Session]) -> None:
+        """
+        Make a session under a new name and go to it.
+
+        Raises:
+            ConversationError: The name is taken.
+            InvalidParameterError: It is no name.
+        """
+        if not name or not name.isprintable() or " " in name:
+            raise InvalidParameterError("A session needs a name without spaces, such as `idea`.")
+        if name in self.sessions:
+            raise ConversationError(
+                f"There is a session {name!r} already: take another name, or /switch to it."
+            )
+        self.sessions[name] = make()
+        self.current = name
+
+    def require_session(self, name: str) -> Session:
+        """
+        Return the session of that name.
+
+        Raises:
+            ConversationError: There is none.
+        """
+        if name not in self.sessions:
+            raise ConversationError(
+                f"There is no session {name!r}: there is {', '.join(self.sessions)}."
+            )
+        return self.sessions[name]
+
+    def start_anew(self, system: str | None) -> str | None:
+        """
+        Begin another conversation under the current name.
+
+        Returns:
+            The name under which the former one is kept; None where nothing had been said in it.
+        """
+        name, former = self.current, self.session
+        fresh = self.model.session(system, params=self.params)
+        self.sessions[name] = fresh
+        if not former.tip.turns:
+            former.close()
+            return None
+        number = 1
+        while (kept := f"{name}-{number}") in self.sessions:
+            number += 1
+        self.sessions[kept] = former
+        return kept
+
+    def _starter(
+        self, session: Session, text: str | None, params: SamplingParams | None
+    ) -> Callable[[], ReplyStream]:
+        return lambda: session.stream(text, params=params)
+
+
+def _prewarm(session: Session) -> None:
+    with suppress(RecollectError):  # the first message runs into the same, and says so
+        session.prewarm()
+
+
+def usage_line(reply: Reply) -> str:
+    """Return what a reply cost, as the line under it."""
+    usage = reply.usage
+    parts = [_NOTES[reply.finish_reason], f"{usage.computed_tokens:,} new"]
+    if usage.reused_tokens:
+        parts.append(f"{usage.reused_tokens:,} reused (memory)")
+    parts.append(f"first token {format_duration(usage.ttft_s)}")
+    if usage.decode_tps is not None:
+        parts.append(f"{usage.decode_tps:,.0f} tok/s")
+    if reply.rewritten_reply is not None:
+        parts.append(f"the template rewrote reply {reply.rewritten_reply + 1}")
+    return " · ".join(part for part in parts if part)
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration for people: milliseconds below a second."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"

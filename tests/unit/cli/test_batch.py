@@ -1,0 +1,83 @@
+"""A chat by pipe, on the reference model."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from recollect.cli.batch import answer_all, open_prompts
+from recollect.cli.terminal import printable
+from recollect.conversation.model import Model
+from recollect.errors import ConfigError, ContextFullError
+from recollect.types import SamplingParams
+
+SHORT = SamplingParams(max_tokens=6, ignore_eos=True)
+
+
+def prompts_of(path: Path) -> list[str]:
+    with open_prompts(path) as prompts:
+        return list(prompts)
+
+
+def test_blank_lines_are_no_prompts_and_spaces_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffone\r\n\n   \n  two\nünf".encode())
+    assert prompts_of(path) == ["one", "  two", "ünf"]
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        prompts_of(tmp_path / "nowhere")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.bin"
+    path.write_bytes(b"one\n\xff\xfe\n")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        prompts_of(path)
+
+
+def test_each_turn_is_one_json_object(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    session = model.session(params=SHORT)
+    answer_all(session, ["one", "two"], as_json=True)
+    turns = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [turn["prompt"] for turn in turns] == ["one", "two"]
+    assert all(set(turn) == {"prompt", "reply", "finish_reason", "usage"} for turn in turns)
+    replies = [node for node in session.path() if node.role == "assistant"]
+    assert [turn["reply"] for turn in turns] == [node.content for node in replies]
+    assert [turn["usage"] for turn in turns] == [
+        node.usage.to_dict() for node in replies if node.usage
+    ]
+
+
+def test_text_is_the_replies_and_nothing_else(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    session = model.session(params=SHORT)
+    answer_all(session, ["one", "two"], as_json=False)
+    replies = [node.content for node in session.path() if node.role == "assistant"]
+    assert out.getvalue() == "".join(reply + "\n" for reply in replies)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_control_characters_of_the_model_do_not_reach_a_terminal(
+    model: Model, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout", out)
+    params = SamplingParams(max_tokens=400, ignore_eos=True)
+    answer_all(model.session(params=params), ["one"], as_json=as_json)
+    assert printable(out.getvalue()) == out.getvalue()
+
+
+def test_the_turns_before_an_error_are_printed(
+    model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = model.session(params=SHORT)
+    with pytest.raises(ContextFullError):
+        answer_all(session, ["one", "long " * 1000, "three"], as_json=True)
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["one"]

@@ -1,0 +1,289 @@
+"""The commands of a chat, on the reference model."""
+
+from collections.abc import Callable
+from io import StringIO
+from typing import Any
+
+import pytest
+
+from recollect.cli.commands import COMMANDS, is_command, run_command
+from recollect.cli.repl import handle_line
+from recollect.cli.state import Chat
+from recollect.errors import (
+    ContextFullError,
+    ConversationError,
+    InvalidParameterError,
+    RecollectError,
+    RewindError,
+)
+
+
+def said(chat: Chat) -> list[str]:
+    """Return the user's messages on the current path."""
+    return [node.content for node in chat.session.path() if node.role == "user"]
+
+
+def take(screen: StringIO) -> str:
+    """Return what was printed since the last call."""
+    text = screen.getvalue()
+    screen.seek(0)
+    screen.truncate()
+    return text
+
+
+def test_undo_takes_back_the_last_turn(chat: Chat) -> None:
+    for text in ("one", "two"):
+        handle_line(chat, text)
+    run_command(chat, "/undo")
+    assert said(chat) == ["one"]
+
+
+def test_undo_takes_a_number(chat: Chat) -> None:
+    for text in ("one", "two", "three"):
+        handle_line(chat, text)
+    run_command(chat, "/undo 2")
+    assert said(chat) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("number", "left"), [(0, []), (1, ["one"]), (2, ["one", "two"]), (3, ["one", "two", "three"])]
+)
+def test_rewind_goes_to_after_that_turn(chat: Chat, number: int, left: list[str]) -> None:
+    for text in ("one", "two", "three"):
+        handle_line(chat, text)
+    run_command(chat, f"/rewind {number}")
+    assert said(chat) == left
+
+
+def test_rewind_to_the_start_keeps_the_instructions(make_chat: Callable[..., Chat]) -> None:
+    chat = make_chat(system="be brief")
+    handle_line(chat, "one")
+    run_command(chat, "/rewind 0")
+    assert chat.session.transcript() == [{"role": "system", "content": "be brief"}]
+
+
+@pytest.mark.parametrize("line", ["/rewind 4", "/rewind 99", "/undo 4", "/undo 0"])
+def test_a_turn_that_is_not_there_is_refused_and_changes_nothing(chat: Chat, line: str) -> None:
+    for text in ("one", "two", "three"):
+        handle_line(chat, text)
+    tip = chat.session.tip
+    with pytest.raises(RewindError):
+        run_command(chat, line)
+    assert chat.session.tip is tip
+
+
+@pytest.mark.parametrize(
+    "line", ["/rewind", "/rewind x", "/rewind -1", "/undo ²", "/goto", "/edit"]
+)
+def test_what_is_no_number_is_refused(chat: Chat, line: str) -> None:
+    with pytest.raises(InvalidParameterError):
+        run_command(chat, line)
+
+
+def test_goto_reaches_a_turn_that_was_taken_back(chat: Chat) -> None:
+    for text in ("one", "two"):
+        handle_line(chat, text)
+    taken_back = chat.session.tip
+    run_command(chat, "/rewind 0")
+    run_command(chat, f"/goto #{taken_back.id}")
+    assert chat.session.tip is taken_back
+
+
+def test_goto_refuses_what_is_no_reply(chat: Chat) -> None:
+    handle_line(chat, "one")
+    for line in ("/goto 0", "/goto 1", "/goto 77"):
+        with pytest.raises(ConversationError):
+            run_command(chat, line)
+
+
+def test_a_fork_shares_the_past_and_not_the_future(chat: Chat) -> None:
+    handle_line(chat, "one")
+    run_command(chat, "/fork idea")
+    handle_line(chat, "in idea")
+    run_command(chat, "/switch main")
+    handle_line(chat, "in main")
+    assert said(chat) == ["one", "in main"]
+    run_command(chat, "/switch idea")
+    assert said(chat) == ["one", "in idea"]
+
+
+def test_a_fork_costs_no_forward_pass(chat: Chat) -> None:
+    handle_line(chat, "one")
+    before = chat.model.engine.forward_passes
+    run_command(chat, "/fork idea")
+    assert chat.model.engine.forward_passes == before
+
+
+@pytest.mark.parametrize("name", ["main", "", "two words"])
+def test_a_fork_needs_a_name_of_its_own(chat: Chat, name: str) -> None:
+    with pytest.raises(RecollectError):
+        run_command(chat, f"/fork {name}")
+    assert list(chat.sessions) == ["main"]
+
+
+def test_switch_without_a_name_lists_the_sessions(chat: Chat, screen: StringIO) -> None:
+    run_command(chat, "/fork idea")
+    take(screen)
+    run_command(chat, "/switch")
+    assert screen.getvalue() == "main: 0 turns\nidea: 0 turns  (here)\n"
+
+
+def test_a_session_that_is_not_there_is_named(chat: Chat) -> None:
+    with pytest.raises(ConversationError, match="nowhere"):
+        run_command(chat, "/switch nowhere")
+    with pytest.raises(ConversationError, match="nowhere"):
+        run_command(chat, "/close nowhere")
+
+
+def test_close_gives_blocks_back(chat: Chat) -> None:
+    handle_line(chat, "one")
+    run_command(chat, "/fork idea")
+    handle_line(chat, "a longer message, that takes blocks of its own")
+    run_command(chat, "/switch main")
+    pool = chat.model.engine.pool
+    before = pool.free_blocks
+    run_command(chat, "/close idea")
+    assert pool.free_blocks > before
+    assert list(chat.sessions) == ["main"]
+
+
+def test_the_session_one_is_in_cannot_be_closed(chat: Chat) -> None:
+    with pytest.raises(ConversationError):
+        run_command(chat, "/close main")
+    assert list(chat.sessions) == ["main"]
+
+
+def test_regenerate_adds_another_reply_to_the_same_message(chat: Chat) -> None:
+    handle_line(chat, "one")
+    first = chat.session.tip
+    run_command(chat, "/regenerate")
+    assert chat.session.tip is not first
+    assert chat.session.tip.parent is first.parent
+
+
+def test_regenerate_is_never_greedy(chat: Chat) -> None:
+    params = chat.varied_params()
+    assert params.temperature > 0
+    assert params.seed is None
+
+
+def test_regenerate_with_nothing_said_is_refused(chat: Chat) -> None:
+    with pytest.raises(ConversationError):
+        run_command(chat, "/regenerate")
+
+
+def test_a_regenerate_that_fails_leaves_the_conversation_where_it_was(
+    chat: Chat,
+    faults: Any,
+) -> None:
+    handle_line(chat, "one")
+    tip = chat.session.tip
+    faults.forward_in = 0
+    with pytest.raises(RecollectError):
+        run_command(chat, "/regenerate")
+    assert chat.session.tip is tip
+
+
+def test_edit_says_something_else_in_that_turn(chat: Chat) -> None:
+    for text in ("one", "two"):
+        handle_line(chat, text)
+    run_command(chat, "/edit 1 uno")
+    assert said(chat) == ["uno"]
+    assert len(chat.session.tree.root.children) == 2
+
+
+def test_edit_without_text_offers_the_old_one(chat: Chat) -> None:
+    handle_line(chat, "one\nand a half")
+    run_command(chat, "/edit 1")
+    assert chat.draft == "/edit 1 one\nand a half"
+    assert said(chat) == ["one\nand a half"]
+
+
+def test_an_edit_that_does_not_fit_leaves_the_conversation_where_it_was(
+    make_chat: Callable[..., Chat],
+) -> None:
+    chat = make_chat(context_length=128)
+    handle_line(chat, "one")
+    tip = chat.session.tip
+    with pytest.raises(ContextFullError):
+        run_command(chat, "/edit 1 " + "long " * 100)
+    assert chat.session.tip is tip
+
+
+def test_system_begins_anew_and_keeps_the_conversation_before(chat: Chat) -> None:
+    handle_line(chat, "one")
+    run_command(chat, "/system be brief")
+    assert chat.session.transcript() == [{"role": "system", "content": "be brief"}]
+    assert chat.current == "main"
+    run_command(chat, "/switch main-1")
+    assert said(chat) == ["one"]
+
+
+def test_system_keeps_nothing_where_nothing_was_said(chat: Chat) -> None:
+    run_command(chat, "/system one")
+    run_command(chat, "/system two\nlines")
+    assert list(chat.sessions) == ["main"]
+    assert chat.session.transcript() == [{"role": "system", "content": "two\nlines"}]
+
+
+def test_stats_count_what_the_engine_counts(chat: Chat, screen: StringIO) -> None:
+    for text in ("one", "two"):
+        handle_line(chat, text)
+    take(screen)
+    run_command(chat, "/stats")
+    reused = sum(node.usage.reused_tokens for node in chat.session.path() if node.usage)
+    assert reused > 0
+    assert f"computed          {chat.model.engine.computed_tokens:,} tokens" in screen.getvalue()
+    assert f"reused            {reused:,} tokens in 2 replies" in screen.getvalue()
+
+
+def test_what_was_saved_is_only_said_once_a_long_prompt_was_timed(
+    chat: Chat, screen: StringIO
+) -> None:
+    handle_line(chat, "one")
+    run_command(chat, "/stats")
+    assert "saved             unknown" in take(screen)
+    handle_line(chat, "a long message " * 20)
+    run_command(chat, "/stats")
+    assert "saved             about" in take(screen)
+
+
+def test_help_names_every_command(chat: Chat, screen: StringIO) -> None:
+    run_command(chat, "/help")
+    for name in COMMANDS:
+        assert f"/{name}" in screen.getvalue()
+
+
+def test_quit_leaves(chat: Chat) -> None:
+    run_command(chat, "/quit")
+    assert chat.leaving
+
+
+def test_an_unknown_command_names_the_near_one(chat: Chat) -> None:
+    with pytest.raises(InvalidParameterError, match="did you mean /undo"):
+        run_command(chat, "/unod")
+    with pytest.raises(InvalidParameterError, match="/help lists them"):
+        run_command(chat, "/xyzzy")
+
+
+def test_a_command_that_takes_nothing_refuses_what_follows_it(chat: Chat) -> None:
+    with pytest.raises(InvalidParameterError):
+        run_command(chat, "/quit now")
+    assert not chat.leaving
+
+
+def test_a_space_before_the_slash_makes_it_a_message(chat: Chat) -> None:
+    assert is_command("/etc/hosts")
+    handle_line(chat, " /etc/hosts is what?")
+    assert said(chat) == ["/etc/hosts is what?"]
+
+
+def test_an_error_is_one_line_and_the_chat_goes_on(
+    make_chat: Callable[..., Chat], screen: StringIO
+) -> None:
+    chat = make_chat(context_length=128)
+    handle_line(chat, "/unod")
+    handle_line(chat, "x" * 200)
+    assert take(screen).count("recollect: ") == 2
+    handle_line(chat, "one")
+    assert said(chat) == ["one"]

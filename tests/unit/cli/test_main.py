@@ -1,0 +1,130 @@
+"""The command line as a whole: options, errors, and what `models` prints."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recollect import __version__
+from recollect.cli.main import run
+from recollect.cli.models import format_bytes
+from recollect.conversation import model as model_module
+from recollect.models.catalog import CATALOG, DEFAULT_MODEL
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECOLLECT_HOME", str(tmp_path / "home"))
+
+
+def status_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """Run the command line in this process and return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["recollect", *arguments])
+    with pytest.raises(SystemExit) as left:
+        run()
+    return left.value.code
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"recollect {__version__}\n"
+
+
+def test_help_loads_no_runtime() -> None:
+    program = (
+        "import sys, recollect.cli.main; "
+        "print(sorted({'openvino', 'openvino_genai', 'prompt_toolkit'} & set(sys.modules)))"
+    )
+    done = subprocess.run(  # noqa: S603 - our own program
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["chat", "--model", "no such model"],
+        ["chat", "--model", "reference", "--top-p", "4"],
+        ["chat", "--model", "reference", "--kv-memory", "much"],
+        ["chat", "--model", "reference", "--kv-memory", "1"],
+        ["chat", "--model", "reference", "--prompts", "no such file"],
+        ["pull", "no such model"],
+    ],
+)
+def test_an_error_is_one_line_and_status_2(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(monkeypatch, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("recollect: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["chat", "--nonsense"], ["chat", "--profile", "quick"], ["x"]]
+)
+def test_a_wrong_option_is_status_2(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(monkeypatch, *arguments) == 2
+    assert "Usage: " in capsys.readouterr().err
+
+
+def test_options_reach_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    status = status_of(
+        monkeypatch,
+        *("chat", "-m", "reference", "--json", "--prompts", str(prompts)),
+        *("-n", "5", "--ignore-eos", "--system", "be brief", "-t", "1", "--seed", "7"),
+        *("--stop", "never said", "--stop", "nor this", "--kv-memory", "1MB"),
+    )
+    assert status == 0
+    out = capsys.readouterr().out
+    first, second = (json.loads(line) for line in out.splitlines())
+    assert first["finish_reason"] == "length"
+    assert first["usage"]["generated_tokens"] == 5
+    assert first["usage"]["prompt_tokens"] > len("be briefone")
+    assert second["usage"]["reused_tokens"] > 0
+
+
+def test_models_lists_the_catalog(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(monkeypatch, "models", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in listed] == list(CATALOG)
+    assert not any(entry["installed"] for entry in listed)
+
+
+def test_models_for_people_names_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(monkeypatch, "models") == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in CATALOG)
+
+
+def test_what_is_here_can_be_pulled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(monkeypatch, "pull", "reference") == 0
+    assert capsys.readouterr().out == "reference is ready\n"
+
+
+def test_the_default_model_is_that_of_the_library() -> None:
+    assert DEFAULT_MODEL == model_module.DEFAULT_MODEL
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(4_000, "4 kB"), (98_362_432, "98 MB"), (1_117_320_768, "1.1 GB"), (10**9, "1.0 GB")],
+)
+def test_sizes_have_a_unit_that_fits(size: int, text: str) -> None:
+    assert text == format_bytes(size)

@@ -1,0 +1,153 @@
+"""What a chat holds and prints."""
+
+import signal
+from collections.abc import Callable
+from io import StringIO
+
+import pytest
+
+from recollect.cli.state import Chat, Totals, format_duration, usage_line
+from recollect.conversation.session import Reply
+from recollect.conversation.tree import Tree
+from recollect.types import FinishReason, Usage
+
+
+def usage(computed: int = 31, reused: int = 96, prefill_tps: float | None = 2000.0) -> Usage:
+    return Usage(
+        prompt_tokens=computed + reused,
+        reused_tokens=reused,
+        computed_tokens=computed,
+        generated_tokens=9,
+        ttft_s=0.041,
+        prefill_tps=prefill_tps,
+        decode_tps=58.2,
+    )
+
+
+def reply(reason: FinishReason = "stop", cost: Usage | None = None) -> Reply:
+    tree = Tree()
+    node = tree.add(tree.root, "user", "hello")
+    return Reply("hello", reason, cost or usage(), node)
+
+
+def test_the_line_under_a_reply() -> None:
+    expected = "31 new · 96 reused (memory) · first token 41 ms · 58 tok/s"
+    assert expected == usage_line(reply())
+
+
+def test_the_line_says_nothing_of_what_was_not_reused() -> None:
+    assert "reused" not in usage_line(reply(cost=usage(reused=0)))
+
+
+@pytest.mark.parametrize(
+    ("reason", "begins"), [("cancelled", "stopped · "), ("length", "cut at the token limit · ")]
+)
+def test_the_line_says_why_a_reply_is_not_whole(reason: FinishReason, begins: str) -> None:
+    assert usage_line(reply(reason)).startswith(begins)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0414, "41 ms"), (0.9994, "999 ms"), (1.25, "1.2 s"), (90, "1.5 min")]
+)
+def test_durations_have_a_unit_that_fits(seconds: float, text: str) -> None:
+    assert text == format_duration(seconds)
+
+
+def test_saved_time_is_taken_from_the_fastest_long_prompt_alone() -> None:
+    totals = Totals()
+    totals.add(usage(computed=31, prefill_tps=10.0))
+    assert totals.saved_s is None
+    totals.add(usage(computed=1000, reused=0, prefill_tps=1000.0))
+    totals.add(usage(computed=1000, reused=904, prefill_tps=500.0))
+    assert totals.saved_s == pytest.approx(1.0)
+
+
+def test_control_characters_of_the_model_do_not_reach_the_terminal(
+    make_chat: Callable[..., Chat],
+    screen: StringIO,
+) -> None:
+    chat = make_chat(max_tokens=400)
+    given = chat.say("hello")
+    assert given is not None
+    assert any(ord(character) < 32 for character in given.text if character not in "\n\t")
+    shown = screen.getvalue()
+    assert not any(ord(character) < 32 for character in shown if character not in "\n\t")
+
+
+def test_the_reply_is_on_the_screen_before_its_line(chat: Chat, screen: StringIO) -> None:
+    given = chat.say("hello")
+    assert given is not None
+    assert screen.getvalue().endswith(f"\n  {usage_line(given)}\n")
+
+
+def test_ctrl_c_in_the_middle_keeps_what_was_said(
+    make_chat: Callable[..., Chat],
+    screen: StringIO,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chat = make_chat(max_tokens=500)
+    write = screen.write
+    pieces = 0
+
+    def write_and_interrupt(text: str) -> int:
+        nonlocal pieces
+        pieces += 1
+        if pieces == 20:
+            signal.raise_signal(signal.SIGINT)
+        return int(write(text))
+
+    monkeypatch.setattr(screen, "write", write_and_interrupt)
+    given = chat.say("hello")
+    assert given is not None
+    assert given.finish_reason == "cancelled"
+    assert 1 <= given.usage.generated_tokens < 500
+    assert chat.session.tip is given.node
+    assert "stopped · " in screen.getvalue()
+
+
+def test_ctrl_c_before_the_first_token_leaves_the_conversation_as_it_was(
+    chat: Chat,
+    screen: StringIO,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = chat.session
+    start = session.stream
+
+    def interrupted(text: str | None, **settings: object) -> object:
+        stream = start(text)
+        signal.raise_signal(signal.SIGINT)
+        return stream
+
+    monkeypatch.setattr(session, "stream", interrupted)
+    tip = session.tip
+    assert chat.say("hello") is None
+    assert session.tip is tip
+    assert "Stopped before anything was said" in screen.getvalue()
+
+
+def test_ctrl_c_is_as_before_after_a_reply(chat: Chat) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    chat.say("hello")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_warming_up_computes_the_instructions_once(make_chat: Callable[..., Chat]) -> None:
+    chat = make_chat(system="be brief, and careful")
+    chat.warm_up()
+    chat.wait_until_warm()
+    given = chat.say("hello")
+    assert given is not None
+    assert given.usage.reused_tokens > len("be brief, and careful")
+    engine = chat.model.engine
+    prompt, generated = given.usage.prompt_tokens, given.usage.generated_tokens
+    # The last generated token has no KV yet, and no token was fed twice.
+    assert engine.computed_tokens == prompt + generated - 1
+
+
+def test_warming_up_what_does_not_fit_leaves_the_error_to_the_first_message(
+    make_chat: Callable[..., Chat],
+) -> None:
+    chat = make_chat(system="long " * 100, context_length=128)
+    chat.warm_up()
+    chat.wait_until_warm()
+    assert chat.model.engine.computed_tokens == 0
