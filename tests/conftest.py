@@ -1,0 +1,192 @@
+"""
+Fixtures that every part's tests share, and the Hypothesis profiles.
+
+Test modules do not import each other; what they share comes from here.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from recollect.conversation.model import Model
+from recollect.engine.engine import Engine
+from recollect.errors import RuntimeFailure
+from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.models.reference import reference_model
+from recollect.runtime.base import Logits, Row
+from recollect.runtime.reference import ReferenceRuntime
+
+_SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile(
+    "dev", max_examples=50, deadline=None, suppress_health_check=_SLOW_IS_FINE
+)
+settings.register_profile(
+    "ci", max_examples=200, deadline=None, suppress_health_check=_SLOW_IS_FINE
+)
+settings.register_profile(
+    "nightly", max_examples=3000, deadline=None, suppress_health_check=_SLOW_IS_FINE
+)
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if "CI" in os.environ else "dev")
+)
+
+
+@dataclass
+class Faults:
+    """What the next calls of a `FaultyRuntime` do; None: nothing wrong."""
+
+    forward_in: int | None = None
+    """Forward passes until one fails, after it has written garbage; 0 is the next."""
+    copy: bool = False
+    """Whether the next copy fails before it has copied anything."""
+    error: type[BaseException] = RuntimeFailure
+
+
+class FaultyRuntime(ReferenceRuntime):
+    """Fails on demand, and leaves the worst that the contract allows behind."""
+
+    def __init__(
+        self,
+        faults: Faults,
+        *,
+        vocab_size: int,
+        context_length: int,
+        block_size: int,
+        whole_blocks_only: bool,
+    ) -> None:
+        super().__init__(
+            vocab_size=vocab_size,
+            context_length=context_length,
+            block_size=block_size,
+            whole_blocks_only=whole_blocks_only,
+        )
+        self._faults = faults
+
+    def forward(self, rows: Sequence[Row]) -> Logits:
+        faults = self._faults
+        if faults.forward_in == 0:
+            faults.forward_in = None
+            vocab_size = self.info.vocab_size
+            super().forward(
+                [
+                    replace(row, token_ids=[(token + 1) % vocab_size for token in row.token_ids])
+                    for row in rows
+                ]
+            )
+            raise faults.error("injected while writing")
+        if faults.forward_in is not None:
+            faults.forward_in -= 1
+        return super().forward(rows)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        if self._faults.copy:
+            self._faults.copy = False
+            raise self._faults.error("injected while copying")
+        super().copy_blocks(pairs)
+
+
+@pytest.fixture
+def faults() -> Faults:
+    """Return the switch of every runtime that `make_engine` and `make_model` make in this test."""
+    return Faults()
+
+
+@pytest.fixture
+def make_engine(faults: Faults) -> Callable[..., Engine]:
+    """Return a maker of small engines on the reference runtime."""
+
+    def make(
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        vocab_size: int = 50,
+        context_length: int = 128,
+        whole_blocks_only: bool = False,
+        eos_token_ids: Sequence[int] = (),
+    ) -> Engine:
+        runtime = FaultyRuntime(
+            faults,
+            vocab_size=vocab_size,
+            context_length=context_length,
+            block_size=block_size,
+            whole_blocks_only=whole_blocks_only,
+        )
+        return Engine(runtime, num_blocks=num_blocks, eos_token_ids=eos_token_ids)
+
+    return make
+
+
+@pytest.fixture
+def engine(make_engine: Callable[..., Engine]) -> Engine:
+    """Return an engine of 64 blocks of 4 slots, 50 token ids, 128 tokens of context."""
+    return make_engine()
+
+
+@pytest.fixture
+def fresh_logits() -> Callable[..., Logits]:
+    """Return the oracle: one prefill of some ids on a runtime of their own, without any engine."""
+
+    def fresh(
+        ids: Sequence[int],
+        *,
+        vocab_size: int = 50,
+        block_size: int = 4,
+        whole_blocks_only: bool = False,
+    ) -> Logits:
+        runtime = ReferenceRuntime(
+            vocab_size=vocab_size, block_size=block_size, whole_blocks_only=whole_blocks_only
+        )
+        num_blocks = -(-len(ids) // block_size)
+        runtime.allocate(num_blocks)
+        logits: Logits = runtime.forward([Row(list(ids), 0, range(num_blocks))])[0]
+        return logits
+
+    return fresh
+
+
+@pytest.fixture
+def tokenizer() -> ByteTokenizer:
+    """Return the tokenizer of the reference model."""
+    return ByteTokenizer()
+
+
+@pytest.fixture
+def make_model(faults: Faults) -> Iterator[Callable[..., Model]]:
+    """Return a maker of reference models with any template, context and KV memory."""
+    made: list[Model] = []
+
+    def make(
+        *,
+        template: str | None = None,
+        context_length: int = 2048,
+        num_blocks: int = 512,
+        block_size: int = 8,
+        whole_blocks_only: bool = False,
+    ) -> Model:
+        local = replace(reference_model(), context_length=context_length)
+        if template is not None:
+            local = replace(local, chat_template=template)
+        runtime = FaultyRuntime(
+            faults,
+            vocab_size=ByteTokenizer().vocab_size,
+            context_length=context_length,
+            block_size=block_size,
+            whole_blocks_only=whole_blocks_only,
+        )
+        kv_memory = num_blocks * runtime.info.bytes_per_block
+        made.append(Model(local, runtime, profile="exact", kv_memory=kv_memory))
+        return made[-1]
+
+    yield make
+    for model in made:
+        model.engine.check()
+        model.close()
+
+
+@pytest.fixture
+def model(make_model: Callable[..., Model]) -> Model:
+    """Return the reference model, with blocks of 8 slots."""
+    return make_model()

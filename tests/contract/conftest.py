@@ -1,0 +1,68 @@
+"""The runtimes that the contract is checked on."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from recollect import config
+from recollect.models.prepare import prepare
+from recollect.runtime.base import PagedRuntime
+from recollect.runtime.openvino import OpenVinoRuntime
+from recollect.runtime.reference import ReferenceRuntime
+
+NUM_BLOCKS = 24
+
+
+def _reference(whole_blocks_only: bool) -> PagedRuntime:
+    return ReferenceRuntime(
+        vocab_size=300, context_length=512, block_size=32, whole_blocks_only=whole_blocks_only
+    )
+
+
+def _openvino() -> PagedRuntime:
+    # RECOLLECT_TEST_MODEL: another model, or a folder, in place of the default one.
+    local = prepare(os.environ.get("RECOLLECT_TEST_MODEL", "smollm2"), home=config.home())
+    assert local.folder is not None
+    xml = Path(local.folder) / "openvino_model.xml"
+    return OpenVinoRuntime(xml, profile="exact", context_length=512)
+
+
+RUNTIMES: dict[str, Callable[[], PagedRuntime]] = {
+    "reference": lambda: _reference(False),
+    "reference-whole-blocks": lambda: _reference(True),
+    "openvino-exact": _openvino,
+}
+PARAMS = [
+    pytest.param(name, marks=[pytest.mark.model] if name.startswith("openvino") else [])
+    for name in RUNTIMES
+]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
+def runtime_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def make_runtime(runtime_name: str) -> Iterator[Callable[[], PagedRuntime]]:
+    """Return a maker of runtimes that have no memory yet."""
+    made: list[PagedRuntime] = []
+
+    def make() -> PagedRuntime:
+        made.append(RUNTIMES[runtime_name]())
+        return made[-1]
+
+    yield make
+    for runtime in made:
+        runtime.close()
+
+
+@pytest.fixture(scope="module")
+def runtime(runtime_name: str) -> Iterator[PagedRuntime]:
+    """Return a runtime of 24 blocks; tests leave KV behind in it, and no test may be disturbed by that."""
+    runtime = RUNTIMES[runtime_name]()
+    runtime.allocate(NUM_BLOCKS)
+    yield runtime
+    runtime.close()

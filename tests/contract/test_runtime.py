@@ -1,0 +1,224 @@
+"""
+What the engine relies on, checked on every runtime.
+
+Whoever writes another runtime adds it to the conftest beside this file.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from recollect.errors import MisuseError, RuntimeFailure
+from recollect.runtime.base import Logits, PagedRuntime, Row
+
+TOLERANCE = 1e-3
+"""Between passes cut or mixed differently, in the exact profile. A wrong slot is off by more than 1."""
+
+
+def ids_of(length: int, seed: int = 0) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(10, 250, length)]
+
+
+def run(
+    runtime: PagedRuntime, ids: list[int], blocks: list[int], cuts: tuple[int, ...] = ()
+) -> Logits:
+    """Compute some ids from nothing, in the passes that the cuts make; return the last logits."""
+    ends = [*cuts, len(ids)]
+    logits = np.empty(0, np.float32)
+    for start, end in zip([0, *cuts], ends, strict=True):
+        logits = runtime.forward([Row(ids[start:end], start, blocks)])[0]
+    return logits
+
+
+def same(first: Logits, second: Logits) -> bool:
+    return bool(np.abs(first - second).max() <= TOLERANCE)
+
+
+def test_the_info_is_usable(runtime: PagedRuntime) -> None:
+    info = runtime.info
+    assert info.name
+    assert min(info.block_size, info.bytes_per_block, info.vocab_size, info.context_length) > 0
+    assert runtime.info == info
+
+
+def test_logits_are_one_row_each_new_and_in_f32(runtime: PagedRuntime) -> None:
+    first = runtime.forward([Row(ids_of(5), 0, [0])])
+    assert first.shape == (1, runtime.info.vocab_size)
+    assert first.dtype == np.float32
+    kept = first.copy()
+    runtime.forward([Row(ids_of(5, 1), 0, [1])])
+    assert np.array_equal(first, kept)
+    assert np.isfinite(first).all()
+
+
+@pytest.mark.parametrize("cuts", [(1,), (31,), (32,), (33,), (64,), (7, 32, 70), (32, 64), (72,)])
+def test_chunks_equal_one_pass(runtime: PagedRuntime, cuts: tuple[int, ...]) -> None:
+    ids = ids_of(73)
+    assert same(run(runtime, ids, [0, 1, 2]), run(runtime, ids, [3, 4, 5], cuts))
+
+
+def test_token_by_token_equals_one_pass(runtime: PagedRuntime) -> None:
+    ids = ids_of(40)
+    assert same(run(runtime, ids, [0, 1]), run(runtime, ids, [2, 3], tuple(range(1, 40))))
+
+
+def test_the_order_of_blocks_does_not_matter(runtime: PagedRuntime) -> None:
+    ids = ids_of(90)
+    expected = run(runtime, ids, [0, 1, 2])
+    assert same(expected, run(runtime, ids, [20, 3, 11]))
+    assert same(expected, run(runtime, ids, [5, 4, 3, 2, 1]))
+
+
+def test_other_tokens_give_other_logits(runtime: PagedRuntime) -> None:
+    """So that the comparisons in this file can fail."""
+    ids = ids_of(40)
+    expected = run(runtime, ids, [0, 1])
+    for place in (0, 20, 39):
+        assert not same(expected, run(runtime, [*ids[:place], 9, *ids[place + 1 :]], [2, 3]))
+    run(runtime, ids_of(40, 5), [4, 5])
+    assert not same(expected, runtime.forward([Row(ids[32:], 32, [4, 1])])[0])
+
+
+def test_a_mixed_batch_equals_each_row_alone(runtime: PagedRuntime) -> None:
+    short, middle, long = ids_of(1, 1), ids_of(33, 2), ids_of(70, 3)
+    alone = [run(runtime, ids, [0, 1, 2]) for ids in (short, middle, long)]
+    run(runtime, middle[:-1], [3, 4])
+    run(runtime, long[:40], [5, 6])
+    batch = runtime.forward(
+        [
+            Row(middle[-1:], 32, [3, 4]),
+            Row(short, 0, [8]),
+            Row(long[40:], 40, [5, 6, 7]),
+        ]
+    )
+    for logits, expected in zip(batch, (alone[1], alone[0], alone[2]), strict=True):
+        assert same(logits, expected)
+
+
+def test_only_rows_that_want_logits_have_them_in_their_order(runtime: PagedRuntime) -> None:
+    rows = [ids_of(6, seed) for seed in range(4)]
+    alone = [run(runtime, ids, [10]) for ids in rows]
+    wants = [False, True, False, True]
+    batch = runtime.forward(
+        [
+            Row(ids, 0, [number], wants_logits=want)
+            for number, (ids, want) in enumerate(zip(rows, wants, strict=True))
+        ]
+    )
+    assert len(batch) == 2
+    assert same(batch[0], alone[1])
+    assert same(batch[1], alone[3])
+    nothing = runtime.forward([Row(rows[0], 0, [0], wants_logits=False)])
+    assert nothing.shape == (0, runtime.info.vocab_size)
+
+
+def test_a_row_without_logits_has_its_kv(runtime: PagedRuntime) -> None:
+    ids = ids_of(40)
+    runtime.forward([Row(ids[:-1], 0, [0, 1], wants_logits=False)])
+    assert same(run(runtime, ids, [2, 3]), runtime.forward([Row(ids[-1:], 39, [0, 1])])[0])
+
+
+def test_a_shared_prefix_is_read_through_two_tables(runtime: PagedRuntime) -> None:
+    prefix, first, second = ids_of(32), ids_of(9, 1), ids_of(5, 2)
+    run(runtime, prefix, [0])
+    batch = runtime.forward([Row(first, 32, [0, 1]), Row(second, 32, [0, 2])])
+    assert same(batch[0], run(runtime, prefix + first, [3, 4]))
+    assert same(batch[1], run(runtime, prefix + second, [3, 4]))
+
+
+def test_copied_blocks_are_the_same_and_independent(runtime: PagedRuntime) -> None:
+    ids, other = ids_of(40), ids_of(4, 1)
+    run(runtime, ids, [0, 1])
+    runtime.copy_blocks([(0, 5), (1, 6)])
+    expected = run(runtime, ids + other, [7, 8])
+    run(runtime, ids_of(64, 9), [0, 1])  # the source is written over
+    assert same(expected, runtime.forward([Row(other, 40, [5, 6])])[0])
+
+
+def test_copies_happen_in_order(runtime: PagedRuntime) -> None:
+    ids, other = ids_of(32), ids_of(3, 1)
+    run(runtime, ids, [0])
+    runtime.copy_blocks([(0, 1), (1, 2)])
+    expected = run(runtime, ids + other, [7, 8])
+    assert same(expected, runtime.forward([Row(other, 32, [2, 3])])[0])
+
+
+def test_copying_nothing_does_nothing(runtime: PagedRuntime) -> None:
+    runtime.copy_blocks([])
+
+
+def test_the_last_token_can_be_fed_again(runtime: PagedRuntime) -> None:
+    if runtime.info.whole_blocks_only:
+        return  # there whole blocks are fed again, which the chunk tests cover
+    ids = ids_of(41)
+    expected = run(runtime, ids[:37], [0, 1])
+    run(runtime, ids, [2, 3])
+    assert same(expected, runtime.forward([Row(ids[36:37], 36, [2, 3])])[0])
+
+
+def test_a_whole_block_can_be_fed_again(runtime: PagedRuntime) -> None:
+    ids = ids_of(60)
+    expected = run(runtime, ids[:37], [0, 1])
+    run(runtime, ids, [2, 3])
+    assert same(expected, runtime.forward([Row(ids[32:37], 32, [2, 3])])[0])
+
+
+BAD_ROWS = {
+    "none": [],
+    "no tokens": [Row([], 0, [0])],
+    "no tokens beside a good row": [Row([1, 2], 0, [0]), Row([], 0, [1])],
+    "too few blocks": [Row([1] * 40, 0, [0])],
+    "no blocks": [Row([1], 0, [])],
+    "past beyond the blocks": [Row([1], 32, [0])],
+    "negative past": [Row([1], -1, [0])],
+    "unknown block": [Row([1], 0, [10_000])],
+    "unknown block later": [Row([1] * 40, 0, [0, 24])],
+    "negative block": [Row([1], 0, [-1])],
+    "beyond the context": [Row([1] * 513, 0, list(range(17)))],
+    "unknown token": [Row([10**7], 0, [0])],
+    "negative token": [Row([-1], 0, [0])],
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_are_a_runtime_failure_and_other_kv_is_as_it_was(
+    runtime: PagedRuntime, case: str
+) -> None:
+    ids = ids_of(40)
+    run(runtime, ids[:-1], [20, 21])
+    with pytest.raises(RuntimeFailure):
+        runtime.forward(BAD_ROWS[case])
+    assert same(run(runtime, ids, [22, 23]), runtime.forward([Row(ids[-1:], 39, [20, 21])])[0])
+
+
+@pytest.mark.parametrize("pair", [(0, 24), (24, 0), (-1, 0), (0, -1)])
+def test_copying_blocks_that_do_not_exist_is_a_runtime_failure(
+    runtime: PagedRuntime, pair: tuple[int, int]
+) -> None:
+    with pytest.raises(RuntimeFailure):
+        runtime.copy_blocks([pair])
+
+
+def test_before_allocate_and_after_close_it_is_misuse(
+    make_runtime: Callable[[], PagedRuntime],
+) -> None:
+    runtime = make_runtime()
+    with pytest.raises(MisuseError):
+        runtime.forward([Row([1], 0, [0])])
+    with pytest.raises(MisuseError):
+        runtime.copy_blocks([(0, 1)])
+    runtime.allocate(2)
+    runtime.forward([Row([1], 0, [0])])
+    runtime.close()
+    runtime.close()
+    with pytest.raises(MisuseError):
+        runtime.forward([Row([1], 0, [0])])
+    with pytest.raises(MisuseError):
+        runtime.copy_blocks([(0, 1)])
+
+
+def test_a_runtime_with_more_rows_than_ever_before_still_works(runtime: PagedRuntime) -> None:
+    rows = [Row([number + 10], 0, [number]) for number in range(24)]
+    batch = runtime.forward(rows)
+    assert same(batch[7], run(runtime, [17], [0]))

@@ -1,0 +1,400 @@
+"""Conversations against a list of messages and a prefill of everything, in any order of operations."""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Final
+from unittest import mock
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from recollect.conversation.model import Model
+from recollect.conversation.prompt import PromptEncoder
+from recollect.conversation.session import Session
+from recollect.conversation.tree import Node
+from recollect.engine import engine as engine_module
+from recollect.engine.generator import Generator
+from recollect.engine.sequence import Sequence as TokenSequence
+from recollect.errors import (
+    ContextFullError,
+    ConversationError,
+    OutOfBlocksError,
+    RewindError,
+    RuntimeFailure,
+)
+from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.models.reference import reference_model
+from recollect.runtime.base import Logits, Row
+from recollect.runtime.reference import ReferenceRuntime
+from recollect.types import SamplingParams, common_prefix_length
+
+CONTEXT: Final = 260
+SIZE: Final = 8
+NUM_BLOCKS: Final = 60
+TOKENIZER: Final = ByteTokenizer()
+TEXTS = st.sampled_from(["", "a", "b", "ab", "abc", "a longer message", "é€"])
+LIMITS = st.integers(1, 7)
+
+
+class FailingRuntime(ReferenceRuntime):
+    """Fails at the pass that it is told to, after it has written the wrong tokens."""
+
+    fail_in: int | None = None
+
+    def forward(self, rows: Sequence[Row]) -> Logits:
+        if self.fail_in is not None:
+            self.fail_in -= 1
+            if self.fail_in < 0:
+                self.fail_in = None
+                super().forward([replace(row, token_ids=[7] * len(row.token_ids)) for row in rows])
+                raise RuntimeFailure("injected")
+        return super().forward(rows)
+
+
+@lru_cache(5000)
+def fresh_reply(prompt: tuple[int, ...], limit: int) -> tuple[int, ...]:
+    """Return the greedy reply: one prefill of everything on a runtime of its own, then token by token."""
+    runtime = ReferenceRuntime(vocab_size=TOKENIZER.vocab_size, block_size=512)
+    runtime.allocate(1)
+    reply: list[int] = []
+    logits = runtime.forward([Row(prompt, 0, [0])])[0]
+    while len(reply) < min(limit, CONTEXT - len(prompt)):
+        token = int(logits.argmax())
+        if token in TOKENIZER.eos_token_ids:
+            break
+        reply.append(token)
+        logits = runtime.forward([Row([token], len(prompt) + len(reply) - 1, [0])])[0]
+    return tuple(reply)
+
+
+@dataclass(frozen=True)
+class Said:
+    """A message in the dumb model; the conversation is the chain of those before it."""
+
+    before: "Said | None"
+    role: str
+    content: str
+    ids: tuple[int, ...] | None = None
+
+    def chain(self) -> list["Said"]:
+        return [*(self.before.chain() if self.before else []), self]
+
+
+def prompt_of(chain: list[Said]) -> list[int]:
+    ids: list[int] = []
+    for said in chain:
+        ids += TOKENIZER.encode(f"<|im_start|>{said.role}\n")
+        ids += TOKENIZER.encode(said.content) if said.ids is None else said.ids
+        ids += TOKENIZER.encode("<|im_end|>\n")
+    return ids + TOKENIZER.encode("<|im_start|>assistant\n")
+
+
+class SessionMachine(RuleBasedStateMachine):
+    sessions = Bundle("sessions")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chunk = mock.patch.object(engine_module, "PREFILL_CHUNK", 16)
+        self.chunk.start()
+        self.runtime = FailingRuntime(
+            vocab_size=TOKENIZER.vocab_size, context_length=CONTEXT, block_size=SIZE
+        )
+        self.model = Model(
+            replace(reference_model(), context_length=CONTEXT),
+            self.runtime,
+            profile="exact",
+            kv_memory=NUM_BLOCKS * self.runtime.info.bytes_per_block,
+        )
+        self.tips: dict[Session, Said | None] = {}
+        self.known: dict[Node, Said | None] = {}
+
+    def teardown(self) -> None:
+        self.chunk.stop()
+        for session in self.tips:
+            session.close()
+        assert self.model.engine.pool.used_blocks == 0
+        self.model.close()
+
+    @initialize(target=sessions)
+    def begin(self) -> Session:
+        return self._new("S")
+
+    @rule(target=sessions, system=st.sampled_from([None, "S", "T"]))
+    def new(self, system: str | None) -> Session:
+        return self._new(system)
+
+    def _new(self, system: str | None) -> Session:
+        session = self.model.session(system)
+        said = None if system is None else Said(None, "system", system)
+        self.known[session.tree.root] = None
+        self._at(session, said)
+        return session
+
+    @rule(session=sessions, text=TEXTS, limit=LIMITS, stop_after=st.none() | st.integers(0, 4))
+    def say(self, session: Session, text: str, limit: int, stop_after: int | None) -> None:
+        self._turn(session, Said(self.tips[session], "user", text), text, limit, stop_after)
+
+    @rule(session=sessions, limit=LIMITS, stop_after=st.none() | st.integers(0, 4))
+    def answer(self, session: Session, limit: int, stop_after: int | None) -> None:
+        tip = self.tips[session]
+        if tip is None or tip.role != "user":
+            with pytest.raises(ConversationError):
+                session.stream(None)
+        else:
+            self._turn(session, tip, None, limit, stop_after)
+
+    @rule(session=sessions, turns=st.integers(0, 3))
+    def undo(self, session: Session, turns: int) -> None:
+        tip = self.tips[session]
+        asked = [said for said in (tip.chain() if tip else []) if said.role == "user"]
+        if not 1 <= turns <= len(asked):
+            with pytest.raises(RewindError):
+                session.undo(turns)
+        else:
+            session.undo(turns)
+            self._at(session, asked[-turns].before)
+
+    @rule(session=sessions, number=st.integers(0, 30))
+    def rewind(self, session: Session, number: int) -> None:
+        node = session.tree.node(number % (len(session.tree) + 1))
+        fed = self.model.engine.computed_tokens
+        session.rewind(node)
+        assert self.model.engine.computed_tokens == fed
+        self._at(session, self.known[node])
+
+    @rule(target=sessions, session=sessions, number=st.none() | st.integers(0, 30))
+    def fork(self, session: Session, number: int | None) -> Session:
+        used, fed = self.model.engine.pool.used_blocks, self.model.engine.computed_tokens
+        node = None if number is None else session.tree.node(number % (len(session.tree) + 1))
+        other = session.fork(node)
+        assert (self.model.engine.pool.used_blocks, self.model.engine.computed_tokens) == (
+            used,
+            fed,
+        )
+        self._at(other, self.tips[session] if node is None else self.known[node])
+        return other
+
+    @rule(session=sessions, limit=LIMITS)
+    def regenerate(self, session: Session, limit: int) -> None:
+        before = self.tips[session]
+        asked = [said for said in (before.chain() if before else []) if said.role == "user"]
+        if not asked:
+            with pytest.raises(ConversationError):
+                session.regenerate()
+            return
+        self._replied(session, before, asked[-1], lambda p: session.regenerate(params=p), limit)
+
+    @rule(session=sessions, number=st.integers(0, 30), text=TEXTS, limit=LIMITS)
+    def edit(self, session: Session, number: int, text: str, limit: int) -> None:
+        node = session.tree.node(number % (len(session.tree) + 1))
+        said, before = self.known[node], self.tips[session]
+        if said is None or said.role != "user":
+            with pytest.raises(ConversationError):
+                session.edit(node, text)
+            return
+        user = Said(said.before, "user", text)
+        self._replied(session, before, user, lambda p: session.edit(node, text, params=p), limit)
+
+    @rule(session=sessions, text=TEXTS)
+    def prewarm(self, session: Session, text: str) -> None:
+        fed = self.model.engine.computed_tokens
+        try:
+            computed = session.prewarm(text)
+        except (ContextFullError, OutOfBlocksError, RuntimeFailure):
+            return
+        assert self.model.engine.computed_tokens - fed == computed
+        assert session.prewarm(text) == 0
+        assert session.sequence.computed == len(session.sequence)
+
+    @rule(session=sessions, text=TEXTS)
+    def forget_a_stream(self, session: Session, text: str) -> None:
+        try:
+            session.stream(text)
+        except ContextFullError:
+            return
+        gc.collect(0)
+
+    @rule(passes=st.integers(0, 5))
+    def fail_soon(self, passes: int) -> None:
+        self.runtime.fail_in = passes
+
+    @rule(session=consumes(sessions))
+    def close(self, session: Session) -> None:
+        session.close()
+        del self.tips[session]
+
+    @invariant()
+    def the_bookkeeping_is_right(self) -> None:
+        self.model.engine.check()
+        for session in self.tips:
+            session.tree.check()
+
+    @invariant()
+    def transcripts_are_the_lists(self) -> None:
+        for session, tip in self.tips.items():
+            chain = tip.chain() if tip else []
+            assert [(m["role"], m["content"]) for m in session.transcript()] == [
+                (said.role, said.content) for said in chain
+            ]
+            assert [node.token_ids for node in session.path()] == [said.ids for said in chain]
+
+    def _at(self, session: Session, said: Said | None) -> None:
+        """Note where the dumb model says that a session stands now."""
+        self.tips[session] = said
+        node: Node | None = session.tip
+        while node is not None and node.parent is not None and said is not None:
+            assert self.known.setdefault(node, said) is said or self.known[node] == said
+            node, said = node.parent, said.before
+
+    def _turn(
+        self, session: Session, user: Said, text: str | None, limit: int, stop_after: int | None
+    ) -> None:
+        before, nodes = self.tips[session], len(session.tree)
+        kv = session.sequence.token_ids[: session.sequence.computed]
+        prompt = prompt_of(user.chain())
+        pieces: list[str] = []
+        try:
+            stream = session.stream(text, params=SamplingParams(max_tokens=limit))
+        except ContextFullError:
+            assert len(prompt) + 1 > CONTEXT
+            assert (session.tip, len(session.tree)) == (session.tip, nodes)
+            return
+        assert len(prompt) < CONTEXT
+        failed = False
+        try:
+            if stop_after == 0:
+                stream.stop()
+            for number, piece in enumerate(stream, 1):
+                pieces.append(piece)
+                if number == stop_after:
+                    stream.stop()
+        except (OutOfBlocksError, RuntimeFailure):
+            failed = True
+        reply = stream.reply
+        if reply is None:
+            assert failed or stop_after == 0
+            assert len(session.tree) == nodes
+            self._at(session, before)
+            return
+        ids = reply.node.token_ids
+        assert ids is not None
+        full = fresh_reply(tuple(prompt), limit)
+        assert ids == full[: len(ids)]
+        assert failed or stop_after is not None or ids == full
+        assert reply.text.startswith("".join(pieces)) if failed else reply.text == "".join(pieces)
+        assert reply.text == TOKENIZER.decode(ids)
+        usage = reply.usage
+        assert usage.prompt_tokens == len(prompt) == usage.reused_tokens + usage.computed_tokens
+        assert usage.computed_tokens <= max(1, len(prompt) - common_prefix_length(kv, prompt))
+        self._at(session, Said(user, "assistant", reply.text, ids))
+
+    def _replied(
+        self,
+        session: Session,
+        before: Said | None,
+        user: Said,
+        operation: Callable[[SamplingParams], object],
+        limit: int,
+    ) -> None:
+        prompt = prompt_of(user.chain())
+        fails = self.runtime.fail_in is not None
+        try:
+            operation(SamplingParams(max_tokens=limit))
+        except (ContextFullError, OutOfBlocksError, RuntimeFailure) as refused:
+            assert fails or not isinstance(refused, RuntimeFailure)  # noqa: PT017
+            assert (len(prompt) >= CONTEXT) == isinstance(refused, ContextFullError)  # noqa: PT017
+            self._learn(session)
+            self._at(session, before)
+            return
+        ids = session.tip.token_ids
+        assert ids == fresh_reply(tuple(prompt), limit)
+        self._at(session, Said(user, "assistant", TOKENIZER.decode(ids), ids))
+
+    def _learn(self, session: Session) -> None:
+        """Take note of a reply that failed midway: it stays in the tree, and nobody stands there."""
+        for node in session.tree.nodes():
+            if node not in self.known:
+                assert node.parent is not None
+                assert node.role is not None
+                self.known[node] = Said(
+                    self.known[node.parent], node.role, node.content, node.token_ids
+                )
+
+
+TestSession = SessionMachine.TestCase
+
+
+def _rewind_that_keeps_the_kv(patch: pytest.MonkeyPatch) -> None:
+    """Other ids over old KV, as where text is undone and the cache is not."""
+
+    def rewind(self: TokenSequence, length: int) -> None:
+        del self._token_ids[length:]
+        self._logits = None
+        self._table.crop(min(self._computed, length))
+        self._computed = min(self._computed, length)
+        if length % SIZE and self._computed == length:
+            self._kept = length  # type: ignore[attr-defined]
+
+    append = TokenSequence.append
+
+    def over_old(self: TokenSequence, ids: list[int]) -> None:
+        append(self, ids)
+        kept = getattr(self, "_kept", None)
+        if kept is not None and self._computed == kept and len(self) > kept + 1:
+            self._computed = kept + 1
+        self._kept = None  # type: ignore[attr-defined]
+
+    patch.setattr(TokenSequence, "rewind_to", rewind)
+    patch.setattr(TokenSequence, "append", over_old)
+
+
+def _encode_replies_again(patch: pytest.MonkeyPatch) -> None:
+    """The reply's text, decoded and encoded, in place of the ids: not the same for bytes that are no text."""
+    patch.setattr(
+        PromptEncoder, "_reply_ids", lambda self, reply: tuple(TOKENIZER.encode(reply.content))
+    )
+
+
+def _compute_everything_each_time(patch: pytest.MonkeyPatch) -> None:
+    init = Generator.__init__
+
+    def wasteful(self: Generator, *args: object, **kwargs: object) -> None:
+        init(self, *args, **kwargs)  # type: ignore[arg-type]
+        self.sequence.crop_kv(0)
+
+    patch.setattr(Generator, "__init__", wasteful)
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "a rewind that keeps the KV": _rewind_that_keeps_the_kv,
+    "replies encoded again": _encode_replies_again,
+    "everything computed each time": _compute_everything_each_time,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAULTS[fault](monkeypatch)
+    search = settings(
+        max_examples=300,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(SessionMachine, settings=search)

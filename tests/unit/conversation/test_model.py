@@ -1,0 +1,57 @@
+"""Loading puts the parts together, within the memory that was asked for."""
+
+from pathlib import Path
+
+import pytest
+
+import recollect
+from recollect.conversation.model import CONTEXTS_IN_POOL, pool_size
+from recollect.errors import ConfigError, ModelError
+from recollect.runtime.base import RuntimeInfo
+
+INFO = RuntimeInfo("x", block_size=32, bytes_per_block=1000, vocab_size=10, context_length=100)
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(1000, 1), (1999, 1), (2000, 2), (10**6, 1000)])
+def test_a_pool_is_what_the_memory_holds(memory: int, expected: int) -> None:
+    assert pool_size(INFO, memory) == expected
+
+
+@pytest.mark.parametrize("memory", [0, 999, -1])
+def test_memory_for_no_block_is_refused(memory: int) -> None:
+    with pytest.raises(ConfigError, match="1,000"):
+        pool_size(INFO, memory)
+
+
+def test_without_a_budget_the_pool_holds_some_full_contexts() -> None:
+    assert pool_size(INFO, None) == CONTEXTS_IN_POOL * 4
+
+
+def test_the_reference_model_needs_no_weights(tmp_path: Path) -> None:
+    with recollect.load("reference", home=tmp_path) as model:
+        assert model.name == "reference"
+        assert model.context_length == model.engine.info.context_length
+        chat = model.session("S")
+        assert chat.respond("Hello").usage.generated_tokens > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_loads_of_one_model_have_one_fingerprint_and_give_the_same_reply() -> None:
+    with recollect.load("reference") as first, recollect.load("reference") as second:
+        assert first.fingerprint == second.fingerprint
+        assert first.session().respond("Hi").text == second.session().respond("Hi").text
+
+
+def test_an_unknown_profile_is_refused() -> None:
+    with pytest.raises(ConfigError):
+        recollect.load("reference", profile="huge")  # type: ignore[arg-type]
+
+
+def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        recollect.load("no-such-model", home=tmp_path)
+
+
+def test_a_small_kv_memory_is_kept_to() -> None:
+    with recollect.load("reference", kv_memory=10_000) as model:
+        assert model.engine.pool.num_blocks * model.engine.info.bytes_per_block <= 10_000

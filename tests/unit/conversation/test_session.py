@@ -1,0 +1,681 @@
+"""Whatever is done to a conversation, the next reply is a fresh one's, and nothing is computed twice."""
+
+import gc
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+import recollect
+from recollect.conversation.model import Model
+from recollect.conversation.session import Reply, Session
+from recollect.conversation.tree import Tree
+from recollect.engine import engine as engine_module
+from recollect.errors import (
+    ContextFullError,
+    ConversationError,
+    InvalidParameterError,
+    MisuseError,
+    OutOfBlocksError,
+    RewindError,
+    RuntimeFailure,
+    SessionBusyError,
+    TemplateError,
+    UnknownNodeError,
+)
+from recollect.types import SamplingParams
+
+SHORT = SamplingParams(max_tokens=6)
+SYSTEM = "You are brief."
+
+
+@pytest.fixture
+def chat(model: Model) -> Session:
+    return model.session(SYSTEM, params=SHORT)
+
+
+def said(session: Session) -> list[str]:
+    return [message["content"] for message in session.transcript()]
+
+
+def fresh_reply(session: Session, text: str | None) -> tuple[str, tuple[int, ...] | None]:
+    """Return what a session that computes everything anew answers at the same place."""
+    fresh = session.fork()
+    fresh.sequence.rewind_to(0)
+    assert fresh.sequence.computed == 0
+    tip, before = fresh.tip, len(fresh.tree)
+    reply = fresh.respond(text)
+    assert reply.usage.reused_tokens == 0
+    fresh.close()
+    # Only this test looks at the answer: take it out of the tree again.
+    assert len(fresh.tree) > before
+    assert session.tip is tip
+    return reply.text, reply.node.token_ids
+
+
+def check_as_fresh(session: Session, text: str | None) -> Reply:
+    expected = fresh_reply(session, text)
+    kv = session.sequence.token_ids[: session.sequence.computed]
+    reply = session.respond(text)
+    assert (reply.text, reply.node.token_ids) == expected
+    usage = reply.usage
+    assert usage.reused_tokens + usage.computed_tokens == usage.prompt_tokens
+    prompt = session.sequence.token_ids[: usage.prompt_tokens]
+    shared = recollect.types.common_prefix_length(kv, prompt)
+    assert usage.computed_tokens <= max(1, len(prompt) - shared)
+    session.tree.check()
+    session._model.engine.check()
+    return reply
+
+
+def test_the_first_turn_computes_its_prompt_and_the_next_only_what_is_new(chat: Session) -> None:
+    first = chat.respond("Hello")
+    assert (first.usage.reused_tokens, first.usage.computed_tokens) == (
+        0,
+        first.usage.prompt_tokens,
+    )
+    second = check_as_fresh(chat, "And now?")
+    # The last token of the reply, what the template puts between, and the message.
+    new = second.usage.prompt_tokens - first.usage.prompt_tokens - first.usage.generated_tokens
+    assert second.usage.computed_tokens == new + 1
+
+
+def test_a_conversation_says_what_was_said(chat: Session) -> None:
+    first = chat.respond("Hello")
+    second = chat.respond("More")
+    assert chat.transcript() == [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "More"},
+        {"role": "assistant", "content": second.text},
+    ]
+    assert chat.tip is second.node
+    assert str(second) == second.text
+    assert second.node.usage == second.usage
+    assert second.finish_reason == "length"
+
+
+def test_without_a_system_message_there_is_none(model: Model) -> None:
+    chat = model.session(params=SHORT)
+    assert chat.transcript() == []
+    chat.respond("Hello")
+    assert len(chat.path()) == 2
+
+
+def test_the_pieces_of_a_stream_are_the_reply(chat: Session) -> None:
+    with chat.stream("Hello") as stream:
+        assert stream.reply is None
+        pieces = list(stream)
+    assert stream.reply is not None
+    assert "".join(pieces) == stream.reply.text
+    assert stream.prefill_progress[0] == stream.prefill_progress[1]
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_undo_goes_back_by_turns_and_the_next_reply_is_as_if_they_had_not_been(
+    chat: Session, turns: int
+) -> None:
+    places = [chat.tip]
+    for text in ("one", "two", "three"):
+        chat.respond(text)
+        places.append(chat.tip)
+    fed = chat.sequence.fed_tokens
+    assert chat.undo(turns) is places[-1 - turns]
+    assert chat.sequence.fed_tokens == fed
+    assert len(said(chat)) == 1 + 2 * (3 - turns)
+    check_as_fresh(chat, "other")
+
+
+@pytest.mark.parametrize("turns", [0, -1, 3])
+def test_undo_of_turns_that_were_not_is_refused_and_changes_nothing(
+    chat: Session, turns: int
+) -> None:
+    chat.respond("one")
+    chat.respond("two")
+    before = (chat.tip, said(chat))
+    with pytest.raises(RewindError):
+        chat.undo(turns)
+    assert (chat.tip, said(chat)) == before
+
+
+def test_undone_turns_stay_in_the_tree_and_can_be_gone_back_to(chat: Session) -> None:
+    chat.respond("one")
+    later = chat.respond("two").node
+    chat.undo(2)
+    chat.respond("other")
+    chat.rewind(later)
+    assert said(chat)[1::2] == ["one", "two"]
+    check_as_fresh(chat, "three")
+
+
+def test_rewind_to_a_users_message_lets_it_be_answered(chat: Session) -> None:
+    reply = chat.respond("one")
+    user = reply.node.parent
+    assert user is not None
+    chat.rewind(user)
+    again = check_as_fresh(chat, None)
+    assert again.text == reply.text
+    assert again.node.parent is user
+
+
+def test_rewind_to_the_root_begins_anew_without_even_the_system_message(chat: Session) -> None:
+    chat.respond("one")
+    chat.rewind(chat.tree.root)
+    check_as_fresh(chat, "two")
+    assert len(said(chat)) == 2
+
+
+def test_a_node_of_another_conversation_is_refused_everywhere(chat: Session, model: Model) -> None:
+    other = model.session(SYSTEM, params=SHORT)
+    stranger = other.respond("one").node
+    chat.respond("one")
+    before = chat.tip
+    assert stranger.parent is not None
+    user = stranger.parent
+    for use in (
+        lambda: chat.rewind(stranger),
+        lambda: chat.fork(stranger),
+        lambda: chat.edit(user, "x"),
+    ):
+        with pytest.raises(UnknownNodeError):
+            use()
+    assert chat.tip is before
+
+
+def test_a_fork_costs_nothing_and_then_goes_its_own_way(chat: Session, model: Model) -> None:
+    chat.respond("one")
+    middle = chat.tip
+    chat.respond("two")
+    passes, used = model.engine.forward_passes, model.engine.pool.used_blocks
+    at_tip, at_middle = chat.fork(), chat.fork(middle)
+    assert (model.engine.forward_passes, model.engine.pool.used_blocks) == (passes, used)
+    for session, text in ((at_middle, "m"), (chat, "c"), (at_tip, "t"), (at_middle, "m2")):
+        check_as_fresh(session, text)
+    assert said(at_middle)[1::2] == ["one", "m", "m2"]
+    assert said(at_tip)[1::2] == ["one", "two", "t"]
+    assert said(chat)[1::2] == ["one", "two", "c"]
+    assert at_tip.tree is chat.tree
+    chat.close()
+    check_as_fresh(at_tip, "t2")
+
+
+def test_a_fork_in_the_middle_of_a_reply_is_at_the_place_before_it(chat: Session) -> None:
+    chat.respond("one")
+    tip = chat.tip
+    stream = iter(chat.stream("two", params=SamplingParams(max_tokens=12)))
+    next(stream)
+    fork = chat.fork()
+    assert fork.tip is tip
+    check_as_fresh(fork, "other")
+    list(stream)
+    check_as_fresh(chat, "three")
+
+
+def test_regenerate_answers_the_same_message_again(chat: Session) -> None:
+    first = chat.respond("one")
+    again = chat.regenerate()
+    assert again.text == first.text
+    hot = SamplingParams(max_tokens=6, temperature=2.0, seed=5)
+    other = chat.regenerate(params=hot)
+    assert other.text != first.text
+    assert first.node.parent is not None
+    assert first.node.parent.children == [first.node, again.node, other.node]
+    assert other.usage.computed_tokens == 1
+    check_as_fresh(chat, "two")
+
+
+def test_regenerate_where_nothing_was_said_is_refused(chat: Session) -> None:
+    with pytest.raises(ConversationError, match="Nothing has been said"):
+        chat.regenerate()
+    assert said(chat) == [SYSTEM]
+
+
+def test_edit_says_something_else_at_that_place_and_keeps_the_old_branch(chat: Session) -> None:
+    chat.respond("one")
+    first = chat.path()[1]
+    old_tip = chat.respond("two").node
+    reply = chat.edit(first, "uno")
+    assert said(chat) == [SYSTEM, "uno", reply.text]
+    assert len(chat.path()[0].children) == 2
+    chat.rewind(old_tip)
+    assert said(chat)[1::2] == ["one", "two"]
+    check_as_fresh(chat, "three")
+
+
+def test_only_a_users_message_can_be_edited(chat: Session) -> None:
+    reply = chat.respond("one")
+    system = chat.path()[0]
+    for node in (reply.node, system, chat.tree.root):
+        with pytest.raises(ConversationError):
+            chat.edit(node, "x")
+    assert chat.tip is reply.node
+
+
+def test_an_answer_needs_a_message(chat: Session) -> None:
+    for _ in range(2):
+        with pytest.raises(ConversationError, match="no message to answer"):
+            chat.respond(None)
+    chat.respond("one")
+    with pytest.raises(ConversationError):
+        chat.respond(None)
+    chat.respond("two")
+
+
+def test_prewarm_computes_the_message_before_it_is_said(chat: Session) -> None:
+    chat.respond("one")
+    before = said(chat)
+    typed = "A rather long message that takes a while to type"
+    assert chat.prewarm("A rather long") > 0
+    assert chat.prewarm("A rather long") == 0
+    assert chat.prewarm(typed) == len(typed) - len("A rather long")
+    assert said(chat) == before
+    reply = check_as_fresh(chat, typed)
+    assert reply.usage.computed_tokens < len(typed)
+
+
+def test_prewarm_of_other_text_leaves_no_trace(chat: Session) -> None:
+    chat.respond("one")
+    chat.prewarm("this is not what will be said")
+    check_as_fresh(chat, "thus")
+
+
+def test_prewarm_that_failed_can_be_tried_again(chat: Session, faults: Any) -> None:
+    chat.respond("one")
+    faults.forward_in = 0
+    with pytest.raises(RuntimeFailure):
+        chat.prewarm("typed text")
+    assert chat.prewarm("typed text") > 0
+    check_as_fresh(chat, "typed text and more")
+
+
+def test_prewarm_before_anything_was_said_computes_the_system_message(chat: Session) -> None:
+    assert chat.prewarm() > len(SYSTEM)
+    check_as_fresh(chat, "one")
+
+
+def test_leaving_the_loop_keeps_what_was_said(chat: Session) -> None:
+    pieces = []
+    for piece in chat.stream("one", params=SamplingParams(max_tokens=50)):
+        pieces.append(piece)
+        if len(pieces) == 3:
+            break
+    tip = chat.tip
+    assert tip.role == "assistant"
+    assert tip.content.startswith("".join(pieces))
+    assert tip.finish_reason == "cancelled"
+    check_as_fresh(chat, "two")
+
+
+@pytest.mark.parametrize("after", range(8))
+def test_a_reply_stopped_anywhere_is_followed_as_if_it_had_ended_there(
+    chat: Session, after: int
+) -> None:
+    stream = chat.stream("one")
+    out = ""
+    if after == 0:
+        stream.stop()
+    for number, piece in enumerate(stream, 1):
+        out += piece
+        if number == after:
+            stream.stop()
+    assert out == ("" if stream.reply is None else stream.reply.text)
+    assert (stream.reply is None) == (after == 0)
+    check_as_fresh(chat, "two")
+
+
+def test_a_reply_that_had_not_begun_leaves_the_conversation_as_it_was(chat: Session) -> None:
+    chat.respond("one")
+    before = (chat.tip, len(chat.tree))
+    with chat.stream("two") as stream:
+        pass
+    assert stream.reply is None
+    chat.stream("three").close()
+    assert (chat.tip, len(chat.tree)) == before
+    check_as_fresh(chat, "four")
+
+
+def test_a_stream_that_is_forgotten_does_not_block_the_session(chat: Session) -> None:
+    chat.stream("one")
+    gc.collect()
+    assert said(chat) == [SYSTEM]
+    check_as_fresh(chat, "two")
+
+
+def test_cancelling_during_the_prefill_keeps_what_was_computed_and_says_nothing(
+    chat: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
+    engine, step = chat._model.engine, chat._model.engine.step
+    long = "word " * 40
+    stream = chat.stream(long)
+
+    def step_then_stop(sequences: Any) -> bool:
+        done = step(sequences)
+        if stream.prefill_progress[0] >= 64:
+            stream.stop()
+        return done
+
+    monkeypatch.setattr(engine, "step", step_then_stop)
+    assert list(stream) == []
+    assert (stream.reply, said(chat)) == (None, [SYSTEM])
+    assert stream.prefill_progress[0] == 64
+    monkeypatch.undo()
+    assert check_as_fresh(chat, long).usage.reused_tokens == 64
+
+
+def test_a_session_that_replies_refuses_everything_else(chat: Session) -> None:
+    reply = chat.respond("one")
+    user = reply.node.parent
+    assert user is not None
+    stream = chat.stream("two")
+    pieces = iter(stream)
+    next(pieces)
+    for use in (
+        lambda: chat.respond("x"),
+        lambda: chat.stream("x"),
+        lambda: chat.rewind(chat.tree.root),
+        chat.undo,
+        chat.regenerate,
+        lambda: chat.edit(user, "x"),
+        lambda: chat.prewarm("x"),
+    ):
+        with pytest.raises(SessionBusyError):
+            use()
+        assert chat.tip is reply.node
+    list(pieces)
+    assert said(chat)[1::2] == ["one", "two"]
+    check_as_fresh(chat, "three")
+
+
+def test_a_second_thread_is_refused_too(chat: Session) -> None:
+    raised: list[BaseException] = []
+
+    def intrude() -> None:
+        try:
+            chat.respond("x")
+        except SessionBusyError as error:
+            raised.append(error)
+
+    with chat.stream("one") as stream:
+        pieces = iter(stream)
+        next(pieces)
+        thread = threading.Thread(target=intrude)
+        thread.start()
+        thread.join()
+    assert len(raised) == 1
+    assert said(chat)[1::2] == ["one"]
+
+
+def test_sessions_in_several_threads_give_what_they_give_alone(model: Model) -> None:
+    texts = ["one", "two", "three"]
+    alone = [said_by(model.session(f"S{number}", params=SHORT), texts) for number in range(4)]
+    base = [model.session(f"S{number}", params=SHORT) for number in range(4)]
+    results: dict[int, list[str]] = {}
+
+    def talk(number: int) -> None:
+        results[number] = said_by(base[number], texts)
+
+    threads = [threading.Thread(target=talk, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [results[number] for number in range(4)] == alone
+
+
+def said_by(session: Session, texts: list[str]) -> list[str]:
+    return [session.respond(text).text for text in texts]
+
+
+def test_a_prompt_that_does_not_fit_leaves_the_conversation_as_it_was(
+    make_model: Callable[..., Model],
+) -> None:
+    chat = make_model(context_length=200).session(SYSTEM, params=SHORT)
+    chat.respond("one")
+    before = (chat.tip, len(chat.tree), chat.sequence.token_ids)
+    for use in (
+        lambda: chat.respond("x" * 200),
+        lambda: chat.prewarm("x" * 200),
+        lambda: chat.edit(chat.path()[1], "x" * 200),
+    ):
+        with pytest.raises(ContextFullError) as raised:
+            use()
+        assert raised.value.limit == 200
+        assert (chat.tip, len(chat.tree), chat.sequence.token_ids) == before
+    check_as_fresh(chat, "two")
+
+
+def test_a_context_that_fills_up_ends_the_reply(make_model: Callable[..., Model]) -> None:
+    chat = make_model(context_length=120).session(params=SamplingParams(ignore_eos=True))
+    reply = chat.respond("one")
+    assert reply.finish_reason == "length"
+    assert reply.usage.prompt_tokens + reply.usage.generated_tokens == 120
+    with pytest.raises(ContextFullError):
+        chat.respond("two")
+    chat.undo()
+    check_as_fresh(chat, "two")
+
+
+def test_bad_parameters_leave_the_conversation_as_it_was(chat: Session) -> None:
+    chat.respond("one")
+    before = (chat.tip, len(chat.tree))
+    with pytest.raises(InvalidParameterError):
+        chat.respond("two", params=SamplingParams(logit_bias={10**6: 1.0}))
+    assert (chat.tip, len(chat.tree)) == before
+    check_as_fresh(chat, "two")
+
+
+def test_a_refusal_of_the_template_leaves_the_conversation_as_it_was(
+    make_model: Callable[..., Model],
+) -> None:
+    source = (
+        "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
+    )
+    chat = make_model(template=source).session(params=SHORT)
+    chat.respond("one")
+    before = (chat.tip, len(chat.tree))
+    with pytest.raises(TemplateError):
+        chat.respond("bad")
+    with pytest.raises(TemplateError):
+        chat.edit(chat.path()[0], "bad")
+    assert (chat.tip, len(chat.tree)) == before
+    check_as_fresh(chat, "two")
+
+
+def test_a_template_that_rewrites_a_reply_is_reported_and_the_reply_is_still_right(
+    make_model: Callable[..., Model],
+) -> None:
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{{ m.content | reverse }}"
+        "{% else %}{{ m.content }}{% endif %}\n{% endfor %}[assistant]"
+    )
+    chat = make_model(template=source).session(params=SHORT)
+    first = chat.respond("one")
+    assert first.rewritten_reply is None
+    second = check_as_fresh(chat, "two")
+    assert second.rewritten_reply == 0
+
+
+@pytest.mark.parametrize("failing_pass", range(7))
+def test_a_failing_pass_keeps_what_was_said_and_the_conversation_can_go_on(
+    chat: Session, faults: Any, failing_pass: int
+) -> None:
+    chat.respond("one")
+    before = chat.tip
+    faults.forward_in = failing_pass
+    if failing_pass < 6:
+        with pytest.raises(RuntimeFailure):
+            chat.respond("two")
+    else:
+        chat.respond("two")
+    faults.forward_in = None
+    if failing_pass == 0:
+        assert chat.tip is before
+    else:
+        assert chat.tip.finish_reason == ("cancelled" if failing_pass < 6 else "length")
+        assert chat.tip.token_ids is not None
+        assert len(chat.tip.token_ids) == failing_pass
+    check_as_fresh(chat, "three")
+
+
+@pytest.mark.parametrize("operation", ["regenerate", "edit"])
+@pytest.mark.parametrize("failing_pass", [0, 2])
+def test_when_an_edit_or_a_regeneration_fails_the_session_stands_where_it_stood(
+    chat: Session, faults: Any, operation: str, failing_pass: int
+) -> None:
+    chat.respond("one")
+    tip = chat.respond("two").node
+    faults.forward_in = failing_pass
+    first = chat.path()[1]
+    act = partial(chat.edit, first, "uno") if operation == "edit" else chat.regenerate
+    with pytest.raises(RuntimeFailure):
+        act()
+    assert chat.tip is tip
+    check_as_fresh(chat, "three")
+
+
+def test_out_of_blocks_at_the_prompt_leaves_the_conversation_as_it_was(
+    make_model: Callable[..., Model],
+) -> None:
+    chat = make_model(num_blocks=20).session(SYSTEM, params=SHORT)
+    chat.respond("one")
+    before = (chat.tip, len(chat.tree))
+    with pytest.raises(OutOfBlocksError):
+        chat.respond("x" * 160)
+    assert (chat.tip, len(chat.tree)) == before
+    chat._model.engine.check()
+    chat.respond("two")
+
+
+def test_out_of_blocks_in_the_middle_of_a_reply_keeps_what_was_said_and_reports(
+    make_model: Callable[..., Model],
+) -> None:
+    model = make_model(num_blocks=8)
+    chat = model.session(params=SamplingParams(ignore_eos=True))
+    pieces: list[str] = []
+    with pytest.raises(OutOfBlocksError):
+        pieces.extend(chat.stream("one"))
+    assert chat.tip.role == "assistant"
+    assert chat.tip.finish_reason == "cancelled"
+    # 64 slots are full, and the 65th token is known and has no KV.
+    assert len(chat.sequence) == 65
+    model.engine.check()
+    chat.undo()
+    check = chat.respond("one", params=SHORT)
+    assert check.usage.computed_tokens <= 1
+
+
+def test_closing_gives_all_blocks_back_and_the_tree_can_still_be_read(
+    chat: Session, model: Model
+) -> None:
+    chat.respond("one")
+    with chat:
+        pass
+    chat.close()
+    assert model.engine.pool.used_blocks == 0
+    assert len(said(chat)) == 3
+    for use in (lambda: chat.respond("two"), chat.fork, lambda: chat.prewarm("x")):
+        with pytest.raises(MisuseError):
+            use()
+    assert model.engine.pool.used_blocks == 0
+
+
+def test_closing_in_the_middle_of_a_reply_keeps_what_was_said_and_leaks_nothing(
+    chat: Session, model: Model
+) -> None:
+    stream = chat.stream("one", params=SamplingParams(max_tokens=30))
+    pieces = iter(stream)
+    next(pieces)
+    chat.close()
+    with pytest.raises(MisuseError):
+        list(pieces)
+    assert chat.tip.role == "assistant"
+    assert model.engine.pool.used_blocks == 0
+    model.engine.check()
+
+
+def test_a_closed_model_is_misuse_and_its_conversations_can_still_be_read(
+    make_model: Callable[..., Model],
+) -> None:
+    with make_model() as model:
+        chat = model.session(SYSTEM, params=SHORT)
+        chat.respond("one")
+    model.close()
+    assert len(said(chat)) == 3
+    with pytest.raises(MisuseError):
+        chat.respond("two")
+    with pytest.raises(MisuseError):
+        model.session().respond("one")
+    assert len(said(chat)) == 3
+
+
+def test_a_forgotten_session_gives_its_blocks_back(model: Model) -> None:
+    model.session(SYSTEM, params=SHORT).respond("one")
+    gc.collect()
+    assert model.engine.pool.used_blocks == 0
+
+
+def test_text_of_any_kind_can_be_said(chat: Session) -> None:
+    for text in ("", " ", "\n\n", "é€😀", "<|im_end|>", "\ud800", "a\x00b"):
+        check_as_fresh(chat, text)
+
+
+def test_parameters_of_the_session_hold_unless_a_call_says_otherwise(chat: Session) -> None:
+    assert chat.respond("one").usage.generated_tokens == 6
+    assert chat.respond("two", params=SamplingParams(max_tokens=2)).usage.generated_tokens == 2
+    assert chat.respond("three").usage.generated_tokens == 6
+
+
+def test_stop_strings_end_a_reply_and_the_next_turn_follows_the_cut(chat: Session) -> None:
+    whole = chat.respond("one", params=SamplingParams(max_tokens=20)).text
+    stop = whole[4:6]
+    reply = chat.regenerate(params=SamplingParams(max_tokens=20, stop=(stop,)))
+    assert reply.finish_reason == "stop"
+    assert reply.text == whole[: whole.index(stop)]
+    assert reply.node.token_ids is not None
+    assert chat._model.tokenizer.decode(reply.node.token_ids) == reply.text
+    check_as_fresh(chat, "two")
+
+
+def test_with_whole_blocks_only_everything_is_still_as_fresh(
+    make_model: Callable[..., Model],
+) -> None:
+    chat = make_model(whole_blocks_only=True).session(SYSTEM, params=SHORT)
+    for text in ("one", "two"):
+        chat.respond(text)
+    fork = chat.fork()
+    chat.undo()
+    assert chat.respond("three").usage.reused_tokens % 8 == 0
+    fork.regenerate()
+    expected = make_model(whole_blocks_only=True).session(SYSTEM, params=SHORT)
+    for text in ("one", "three"):
+        expected.respond(text)
+    assert said(chat) == said(expected)
+
+
+# The oracle above must be able to fail.
+
+
+def test_a_session_that_keeps_stale_kv_is_seen(
+    chat: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Undo that forgets the text and keeps the KV: the new ids over the old blocks."""
+    chat.respond("one")
+    chat.respond("two")
+    chat.undo()
+    other = "something that is longer than what was undone " * 3
+    expected = fresh_reply(chat, other)
+    with monkeypatch.context() as planted:
+        planted.setattr(chat.sequence, "crop_kv", lambda _: None)
+        reply = chat.respond(other)
+    assert (reply.text, reply.node.token_ids) != expected
+
+
+def test_a_tree_is_shared_by_forks_and_by_nobody_else(chat: Session, model: Model) -> None:
+    assert chat.fork().tree is chat.tree
+    assert model.session().tree is not chat.tree
+    assert isinstance(chat.tree, Tree)

@@ -1,0 +1,315 @@
+"""A reply's text, its tokens in the history and its usage say the same, wherever it ends."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recollect.engine import engine as engine_module
+from recollect.engine.engine import Engine
+from recollect.engine.generator import Generator
+from recollect.engine.reply import ReplyGeneration
+from recollect.engine.sequence import Sequence as TokenSequence
+from recollect.errors import RuntimeFailure
+from recollect.runtime.base import Logits, Row
+from recollect.runtime.reference import ReferenceRuntime
+from recollect.types import SamplingParams
+
+END = 16
+
+
+class Pieces:
+    """A tokenizer whose tokens are pieces of any bytes: letters, words, halves of characters."""
+
+    PIECES: Final = (
+        b"a", b"b", b"c", b"ab", b"bc", b"abc", b"cab", b" ", b"a\xc3", b"\xa9b", b"\xc3", b"\xa9",
+        b"\xe2\x82", b"\xac", b"\xf0\x9f", b"\xef\xbf\xbd", b"",
+    )  # fmt: skip
+    eos_token_ids: Final = frozenset({END})
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.PIECES)
+
+    def encode(self, text: str) -> list[int]:
+        rest, ids = text.encode("utf-8", "replace"), []
+        while rest:
+            fitting = [i for i, piece in enumerate(self.PIECES) if piece and rest.startswith(piece)]
+            if not fitting:
+                rest = rest[1:]
+                continue
+            best = max(fitting, key=lambda i: len(self.PIECES[i]))
+            ids.append(best)
+            rest = rest[len(self.PIECES[best]) :]
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return b"".join(self.PIECES[i] for i in ids).decode("utf-8", "replace")
+
+    def token_id(self, text: str) -> int | None:
+        ids = self.encode(text)
+        return ids[0] if len(ids) == 1 else None
+
+
+class Script(ReferenceRuntime):
+    """A reference runtime whose logits after position `n` favour the n-th token of a script."""
+
+    def __init__(self, script: Sequence[int], prompt: int) -> None:
+        super().__init__(vocab_size=len(Pieces.PIECES), context_length=64, block_size=4)
+        self._script = list(script)
+        self._prompt = prompt
+
+    def forward(self, rows: Sequence[Row]) -> Logits:
+        logits = super().forward(rows).copy()
+        for place, row in enumerate(row for row in rows if row.wants_logits):
+            said = row.past + len(row.token_ids) - self._prompt
+            logits[place, self._script[said] if 0 <= said < len(self._script) else END] = 1000
+        return logits
+
+
+PROMPT = [0, 1, 2, 3, 4, 5]
+
+
+def reply_to(
+    script: Sequence[int], params: SamplingParams | None = None
+) -> tuple[Engine, Generator, ReplyGeneration]:
+    engine = Engine(Script(script, len(PROMPT)), num_blocks=32, eos_token_ids=[END])
+    generator = Generator(engine, params)
+    generator.append_tokens(PROMPT)
+    return engine, generator, ReplyGeneration(engine, generator, Pieces())
+
+
+def ids(text: str) -> list[int]:
+    return Pieces().encode(text)
+
+
+def verify(engine: Engine, generator: Generator, reply: ReplyGeneration) -> None:
+    """The history ends with the reply's tokens, those are its text, and the KV is theirs."""
+    assert generator.get_sequence()[: len(PROMPT)] == PROMPT
+    assert generator.get_sequence()[len(PROMPT) :] == reply.token_ids
+    assert Pieces().decode(reply.token_ids) == reply.text
+    engine.check()
+    probe: TokenSequence = generator.sequence.fork()
+    engine.compute([probe])
+    fresh = Script(reply._generator._engine._runtime._script, len(PROMPT))  # type: ignore[attr-defined]
+    fresh.allocate(32)
+    expected = fresh.forward([Row(probe.token_ids, 0, range(32))])[0]
+    assert probe.logits is not None
+    assert np.array_equal(probe.logits, expected)
+    probe.release()
+
+
+def test_the_pieces_are_the_text_of_the_tokens() -> None:
+    script = [8, 9, 3, 7, 10, 11, 12, 13]
+    engine, generator, reply = reply_to(script)
+    pieces = list(reply)
+    assert "".join(pieces) == reply.text == "aéb" + "ab" + " " + "é" + "€"
+    assert all(pieces)
+    assert reply.token_ids == script
+    assert (reply.finish_reason, reply.generated_tokens) == ("stop", 8)
+    verify(engine, generator, reply)
+
+
+def test_a_reply_that_ends_inside_a_character_gives_out_the_replacement() -> None:
+    engine, generator, reply = reply_to([0, 12])
+    assert "".join(reply) == reply.text == "a\ufffd"
+    verify(engine, generator, reply)
+
+
+@pytest.mark.parametrize(
+    ("script", "stop", "text", "tokens"),
+    [
+        ([0, 1, 2, 0], ("bc",), "a", [0]),
+        ([0, 1, 2, 0], ("b",), "a", [0]),
+        ([0, 4, 0], ("b",), "a", [0]),
+        ([5, 5], ("b",), "a", [0]),  # "abc" is cut inside and its "a" encoded again
+        ([5, 6], ("cc",), "ab", [3]),
+        ([3, 3, 3], ("aba",), "", []),
+        ([0, 1, 0, 2], ("bab", "ac"), "ab", [0, 1]),
+        ([8, 9, 2], ("b",), "aé", [8, 11]),
+        ([8, 9, 2], ("é",), "a", [0]),
+        ([12, 13, 0], ("€a",), "", []),
+        ([0, 7, 1], (" ",), "a", [0]),
+    ],
+)
+def test_a_stop_string_ends_the_reply_before_it_also_inside_and_across_tokens(
+    script: list[int], stop: tuple[str, ...], text: str, tokens: list[int]
+) -> None:
+    engine, generator, reply = reply_to(script, SamplingParams(stop=stop))
+    assert "".join(reply) == reply.text == text
+    assert reply.finish_reason == "stop"
+    assert reply.generated_tokens >= len(tokens)
+    if "é" not in text:
+        assert reply.token_ids == tokens
+    verify(engine, generator, reply)
+
+
+def test_what_was_held_back_for_a_stop_string_that_never_came_is_given_out() -> None:
+    engine, generator, reply = reply_to([0, 1], SamplingParams(stop=("abc",)))
+    assert "".join(reply) == reply.text == "ab"
+    verify(engine, generator, reply)
+
+
+@pytest.mark.parametrize("limit", range(1, 7))
+def test_max_tokens_ends_a_reply_with_everything_given_out(limit: int) -> None:
+    script = [0, 12, 13, 8, 9, 1, 2]
+    engine, generator, reply = reply_to(script, SamplingParams(max_tokens=limit, stop=("abc",)))
+    assert "".join(reply) == reply.text == Pieces().decode(script[:limit])
+    assert (reply.finish_reason, reply.generated_tokens) == ("length", limit)
+    verify(engine, generator, reply)
+
+
+SCRIPTS = st.lists(st.integers(0, END - 1), max_size=12)
+STOPS = st.lists(st.text("abcé€ \ufffd", min_size=1, max_size=3), max_size=3).map(tuple)
+
+
+@given(
+    SCRIPTS,
+    STOPS,
+    st.one_of(st.none(), st.integers(1, 12)),
+    st.one_of(st.none(), st.integers(0, 12)),
+)
+def test_text_and_tokens_agree_for_any_reply_stop_strings_limit_and_stopping_place(
+    script: list[int], stop: tuple[str, ...], limit: int | None, stop_after: int | None
+) -> None:
+    engine, generator, reply = reply_to(script, SamplingParams(stop=stop, max_tokens=limit))
+    if stop_after == 0:
+        reply.stop()
+    out = []
+    for number, piece in enumerate(reply, 1):
+        out.append(piece)
+        if number == stop_after:
+            reply.stop()
+    assert "".join(out) == reply.text
+    assert not any(s in reply.text for s in stop)
+    verify(engine, generator, reply)
+
+
+@given(SCRIPTS, STOPS, st.integers(0, 12))
+def test_text_and_tokens_agree_when_the_loop_is_left(
+    script: list[int], stop: tuple[str, ...], leave_after: int
+) -> None:
+    engine, generator, reply = reply_to(script, SamplingParams(stop=stop))
+    pieces = iter(reply)
+    out = [piece for _, piece in zip(range(leave_after), pieces, strict=False)]
+    reply.finish()
+    reply.finish()
+    assert reply.text.startswith("".join(out))
+    assert reply.finish_reason is not None
+    verify(engine, generator, reply)
+
+
+def test_a_stop_string_found_at_the_very_end_is_a_stop_and_no_length() -> None:
+    _, _, reply = reply_to([0, 12], SamplingParams(max_tokens=2, stop=("\ufffd",)))
+    assert "".join(reply) == "a"
+    assert reply.finish_reason == "stop"
+
+
+def test_a_cut_token_that_takes_more_tokens_still_fits_a_full_context() -> None:
+    """The last token of the context reaches across the stop string, and its rest is two tokens."""
+    script = [7] * (64 - len(PROMPT) - 1) + [6]
+    engine = Engine(Script(script, len(PROMPT)), num_blocks=32, eos_token_ids=[END])
+
+    class Letters(Pieces):
+        """Encodes letter by letter, so that what is cut takes more tokens than it took."""
+
+        def encode(self, text: str) -> list[int]:
+            return ["abc".index(letter) if letter in "abc" else 7 for letter in text]
+
+    generator = Generator(engine, SamplingParams(stop=("b",)))
+    generator.append_tokens(PROMPT)
+    reply = ReplyGeneration(engine, generator, Letters())
+    text = "".join(reply)
+    assert reply.finish_reason == "stop"
+    assert text.endswith(" ca")
+    engine.check()
+    assert len(generator.get_sequence()) <= 64
+
+
+def test_stopping_before_the_first_pass_computes_nothing() -> None:
+    engine, generator, reply = reply_to([0, 1])
+    reply.stop()
+    assert list(reply) == []
+    assert (reply.finish_reason, reply.generated_tokens) == ("cancelled", 0)
+    assert engine.forward_passes == 0
+    verify(engine, generator, reply)
+
+
+def test_a_long_prompt_can_be_cancelled_between_its_chunks(
+    make_engine: Callable[..., Engine], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 10)
+    engine = make_engine(vocab_size=259)
+    generator = Generator(engine)
+    generator.append_tokens([1] * 100)
+    reply = ReplyGeneration(engine, generator, tokenizer)
+    step, seen = engine.step, []
+
+    def step_then_stop(sequences: Any) -> bool:
+        done = step(sequences)
+        seen.append(reply.prefilled_tokens)
+        if len(seen) == 3:
+            reply.stop()
+        return done
+
+    monkeypatch.setattr(engine, "step", step_then_stop)
+    assert list(reply) == []
+    assert seen == [10, 20, 30]
+    assert (reply.finish_reason, reply.prompt_tokens) == ("cancelled", 100)
+    engine.check()
+
+
+def test_usage_adds_up_for_a_first_and_a_later_reply() -> None:
+    engine, generator, reply = reply_to([0, 1, 2])
+    list(reply)
+    usage = reply.usage()
+    assert (usage.prompt_tokens, usage.reused_tokens, usage.computed_tokens) == (6, 0, 6)
+    assert usage.generated_tokens == 3
+    assert usage.ttft_s > 0
+    generator.append_tokens([1, 2])
+    later = ReplyGeneration(engine, generator, Pieces())
+    list(later)
+    usage = later.usage()
+    # Three tokens of the reply went through a pass, the last of them for the end of sequence.
+    assert (usage.prompt_tokens, usage.reused_tokens, usage.computed_tokens) == (11, 9, 2)
+
+
+def test_usage_after_a_rewind_to_known_ground_counts_the_one_token_that_is_fed_again() -> None:
+    engine, generator, reply = reply_to([0, 1, 2])
+    list(reply)
+    generator.rewind_to(len(PROMPT))
+    again = ReplyGeneration(engine, generator, Pieces())
+    list(again)
+    usage = again.usage()
+    assert (usage.prompt_tokens, usage.reused_tokens, usage.computed_tokens) == (6, 5, 1)
+
+
+def test_usage_of_a_reply_of_one_token_has_no_decode_rate() -> None:
+    _, _, reply = reply_to([0], SamplingParams(max_tokens=1))
+    list(reply)
+    assert reply.usage().decode_tps is None
+    assert reply.usage().prefill_tps is not None
+
+
+def test_an_error_in_the_middle_keeps_text_and_tokens_in_step() -> None:
+    engine, generator, reply = reply_to([0, 1, 12, 13])
+    runtime: Any = engine._runtime
+    forward, passes = runtime.forward, []
+
+    def failing(rows: Sequence[Row]) -> Logits:
+        passes.append(rows)
+        if len(passes) == 4:
+            raise RuntimeFailure("injected")
+        logits: Logits = forward(rows)
+        return logits
+
+    runtime.forward = failing
+    with pytest.raises(RuntimeFailure):
+        list(reply)
+    reply.finish()
+    assert reply.finish_reason == "cancelled"
+    assert reply.text == "ab\ufffd"
+    verify(engine, generator, reply)

@@ -1,0 +1,251 @@
+"""Sampling does what a slow and plain version of it does, and depends on its arguments alone."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recollect.engine.sampling import choose_token, random_number
+from recollect.errors import RuntimeFailure
+from recollect.types import SamplingParams
+
+EMPTY = np.zeros(0, np.int64)
+
+
+def some_logits(size: int = 12, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(size).astype(np.float32) * 2
+
+
+def plain_distribution(
+    logits: np.ndarray, params: SamplingParams, history: list[int], reply_start: int
+) -> dict[int, float]:
+    """Return the probability of each token that may be chosen: lists, loops and nothing clever."""
+    scores = [float(score) for score in logits]
+    for token, bias in params.logit_bias.items():
+        scores[token] += bias
+    for token in set(history):
+        penalty = params.repetition_penalty
+        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    for token, count in Counter(history[reply_start:]).items():
+        scores[token] -= params.presence_penalty + params.frequency_penalty * count
+    if params.temperature == 0:
+        return {max(range(len(scores)), key=lambda token: scores[token]): 1.0}
+    best = max(scores)
+    weights = {
+        token: math.exp((score - best) / params.temperature) for token, score in enumerate(scores)
+    }
+    ranked = sorted(weights, key=lambda token: -weights[token])
+    if params.top_k:
+        ranked = ranked[: params.top_k]
+    total = sum(weights[token] for token in ranked)
+    kept, mass = [], 0.0
+    for token in ranked:
+        if params.top_p == 1 or mass < params.top_p:
+            kept.append(token)
+        mass += weights[token] / total
+    kept = [token for token in kept if weights[token] >= params.min_p * weights[kept[0]]]
+    total = sum(weights[token] for token in kept)
+    return {token: weights[token] / total for token in kept if weights[token] > 0}
+
+
+def draw(
+    logits: np.ndarray, params: SamplingParams, history: list[int], reply_start: int, count: int
+) -> Counter[int]:
+    ids = np.array(history, np.int64)
+    return Counter(
+        choose_token(logits, params, history=ids, reply_start=reply_start, seed=seed)
+        for seed in range(count)
+    )
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.5},
+    {"temperature": 3.0},
+    {"top_k": 1},
+    {"top_k": 4},
+    {"top_k": 100},
+    {"top_p": 0.3},
+    {"top_p": 0.8},
+    {"top_p": 1e-6},
+    {"min_p": 0.2},
+    {"min_p": 1.0},
+    {"top_k": 6, "top_p": 0.7, "min_p": 0.1, "temperature": 1.7},
+    {"repetition_penalty": 1.8},
+    {"repetition_penalty": 0.5},
+    {"presence_penalty": 1.5},
+    {"presence_penalty": -1.0},
+    {"frequency_penalty": 0.8},
+    {"presence_penalty": 0.5, "frequency_penalty": 0.4, "repetition_penalty": 1.2, "top_p": 0.9},
+    {"logit_bias": {0: -math.inf, 3: 2.5}},
+    {"logit_bias": {0: -math.inf, 1: -math.inf}, "repetition_penalty": 2.0, "presence_penalty": 1},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_draws_follow_the_plain_distribution(case: dict[str, Any]) -> None:
+    params = SamplingParams(**{"temperature": 1.0, **case})
+    history, reply_start, draws = [1, 2, 2, 5, 5, 5, 7], 3, 3000
+    expected = plain_distribution(some_logits(), params, history, reply_start)
+    drawn = draw(some_logits(), params, history, reply_start, draws)
+    assert set(drawn) <= set(expected)
+    for token, probability in expected.items():
+        # Five standard deviations: the seeds are fixed, so this fails always or never.
+        tolerance = 5 * math.sqrt(probability * (1 - probability) / draws) + 1e-9
+        assert drawn[token] / draws == pytest.approx(probability, abs=tolerance)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_greedy_takes_the_best_after_bias_and_penalties(case: dict[str, Any]) -> None:
+    for logits_seed in range(20):
+        logits = some_logits(seed=logits_seed)
+        params = SamplingParams(**{**case, "temperature": 0.0})
+        history = [1, 2, 2, 5, 5, 5, 7]
+        (expected,) = plain_distribution(logits, params, history, 3)
+        assert draw(logits, params, history, 3, 1) == {expected: 1}
+
+
+@pytest.mark.parametrize(("top_p", "spread"), [(0.2, 0.0), (0.9, 0.01), (0.999, 1e-4)])
+def test_top_p_of_a_flat_distribution_keeps_as_many_as_hold_the_mass(
+    top_p: float, spread: float
+) -> None:
+    """Far more candidates than are sorted at first: a wrong first guess would show."""
+    size = 49_152
+    logits = (some_logits(size) * spread).astype(np.float32)
+    params = SamplingParams(temperature=1.0, top_p=top_p)
+    drawn = draw(logits, params, [], 0, 60)
+    weights = np.sort(np.exp(logits.astype(np.float64)))[::-1]
+    expected = int(np.searchsorted(np.cumsum(weights) / weights.sum(), top_p)) + 1
+    threshold = weights[expected - 1]
+    assert all(np.exp(np.float64(logits[token])) >= threshold * (1 - 1e-9) for token in drawn)
+    # Of 60 draws out of more than 9,000 nearly all differ: the guess of 256 was left behind.
+    assert len(drawn) > 55
+
+
+def test_choosing_changes_nothing() -> None:
+    logits, history = some_logits(), np.array([1, 2, 2], np.int64)
+    logits_before, history_before = logits.copy(), history.copy()
+    params = SamplingParams(
+        temperature=1.0, repetition_penalty=2, presence_penalty=1, logit_bias={1: 5}, top_p=0.5
+    )
+    first = choose_token(logits, params, history=history, reply_start=0, seed=3)
+    assert first == choose_token(logits, params, history=history, reply_start=0, seed=3)
+    assert np.array_equal(logits, logits_before)
+    assert np.array_equal(history, history_before)
+
+
+def test_read_only_logits_will_do() -> None:
+    logits = some_logits()
+    logits.flags.writeable = False
+    params = SamplingParams(temperature=1, repetition_penalty=2, logit_bias={1: 1})
+    choose_token(logits, params, history=np.array([1]), reply_start=0, seed=0)
+
+
+def test_presence_and_frequency_look_at_the_reply_alone_and_repetition_at_everything() -> None:
+    logits = np.array([1.0, 0.9, 0.0], np.float32)
+    history = np.array([0, 0, 1], np.int64)
+
+    def greedy(params: SamplingParams, reply_start: int) -> int:
+        return choose_token(logits, params, history=history, reply_start=reply_start, seed=0)
+
+    assert greedy(SamplingParams(presence_penalty=0.5), 3) == 0
+    assert greedy(SamplingParams(presence_penalty=0.5), 2) == 0
+    assert greedy(SamplingParams(frequency_penalty=0.5), 0) == 1
+    assert greedy(SamplingParams(repetition_penalty=50.0), 3) == 0
+    only_zero = np.array([0], np.int64)
+    params = SamplingParams(repetition_penalty=1.5)
+    assert choose_token(logits, params, history=only_zero, reply_start=1, seed=0) == 1
+
+
+def test_of_equal_logits_the_first_is_the_greedy_choice() -> None:
+    logits = np.array([0, 3, 3, 3], np.float32)
+    assert choose_token(logits, SamplingParams(), history=EMPTY, reply_start=0, seed=0) == 1
+
+
+@pytest.mark.parametrize("case", [{"top_k": 2}, {"top_p": 0.4}, {"top_k": 3, "top_p": 0.5}])
+def test_ties_fall_the_same_way_every_time(case: dict[str, Any]) -> None:
+    logits = np.full(1000, 1.0, np.float32)
+    params = SamplingParams(temperature=1.0, **case)
+    first = [
+        choose_token(logits, params, history=EMPTY, reply_start=0, seed=seed) for seed in range(50)
+    ]
+    again = [
+        choose_token(logits.copy(), params, history=EMPTY, reply_start=0, seed=seed)
+        for seed in range(50)
+    ]
+    assert first == again
+
+
+def test_top_k_keeps_exactly_that_many_of_equal_logits() -> None:
+    drawn = draw(np.ones(100, np.float32), SamplingParams(temperature=1, top_k=3), [], 0, 300)
+    assert len(drawn) == 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_a_runtime_failure(bad: float, temperature: float) -> None:
+    logits = some_logits()
+    logits[4] = bad
+    with pytest.raises(RuntimeFailure):
+        choose_token(
+            logits, SamplingParams(temperature=temperature), history=EMPTY, reply_start=0, seed=0
+        )
+
+
+def test_when_everything_is_banned_it_is_a_runtime_failure() -> None:
+    params = SamplingParams(logit_bias=dict.fromkeys(range(12), -math.inf))
+    with pytest.raises(RuntimeFailure):
+        choose_token(some_logits(), params, history=EMPTY, reply_start=0, seed=0)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-30, 1e30])
+def test_the_smallest_and_the_largest_temperature_give_a_token(temperature: float) -> None:
+    logits = some_logits()
+    token = choose_token(
+        logits, SamplingParams(temperature=temperature), history=EMPTY, reply_start=0, seed=1
+    )
+    assert 0 <= token < len(logits)
+    if temperature < 1:
+        assert token == int(logits.argmax())
+
+
+def test_a_low_temperature_tends_to_greedy() -> None:
+    drawn = draw(some_logits(), SamplingParams(temperature=0.001), [], 0, 100)
+    assert drawn == {int(some_logits().argmax()): 100}
+
+
+def test_random_numbers_belong_to_seed_and_position_and_are_uniform() -> None:
+    numbers = [random_number(7, position) for position in range(4000)]
+    assert numbers == [random_number(7, position) for position in range(4000)]
+    assert len(set(numbers)) == 4000
+    assert all(0 <= number < 1 for number in numbers)
+    tenths = Counter(int(number * 10) for number in numbers)
+    assert all(abs(count - 400) < 100 for count in tenths.values())
+    assert random_number(8, 0) != random_number(7, 0)
+    assert 0 <= random_number(2**64 - 1, 10**6) < 1
+
+
+def test_neighbouring_seeds_and_positions_do_not_share_numbers() -> None:
+    numbers = [random_number(seed, position) for seed in range(40) for position in range(40)]
+    assert len(set(numbers)) == 1600
+
+
+def test_the_draw_depends_on_the_position_and_not_on_the_tokens_before() -> None:
+    params, logits = SamplingParams(temperature=1.0), some_logits(1000)
+
+    def at(history: list[int]) -> int:
+        return choose_token(
+            logits, params, history=np.array(history, np.int64), reply_start=0, seed=5
+        )
+
+    assert at([1, 2, 3]) == at([4, 5, 6])
+    assert len({at([0] * length) for length in range(50)}) > 25
+
+
+def test_parameters_that_are_off_change_nothing() -> None:
+    base = SamplingParams(temperature=1.0)
+    off = replace(base, top_k=len(some_logits()), min_p=0.0, top_p=1.0, repetition_penalty=1.0)
+    assert draw(some_logits(), base, [1, 2], 0, 200) == draw(some_logits(), off, [1, 2], 0, 200)

@@ -1,0 +1,77 @@
+"""Stop strings are found however the text is cut into pieces."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from recollect.engine.stopping import StopMatcher
+
+TEXT = st.text("ab.é", max_size=20)
+STOPS = st.lists(st.text("ab.é", min_size=1, max_size=4), max_size=4).map(tuple)
+
+
+def dumb(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
+    """Read letter by letter; as soon as what was read ends with a stop string, cut that off."""
+    for end in range(1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            return text[: end - max(map(len, ending))], True
+    return text, False
+
+
+def run(pieces: list[str], stops: tuple[str, ...]) -> tuple[str, bool]:
+    matcher = StopMatcher(stops)
+    out = "".join(matcher.push(piece) for piece in pieces)
+    return out + matcher.finish(), matcher.matched
+
+
+def cut(text: str, places: list[int]) -> list[str]:
+    ends = sorted({place % (len(text) + 1) for place in places} | {0, len(text)})
+    return [text[start:end] for start, end in pairwise(ends)]
+
+
+@given(TEXT, STOPS, st.lists(st.integers(0, 20)))
+@example("abc", ("abc", "b"), [])
+@example("abc", ("abc", "b"), [1, 2])
+def test_any_cutting_into_pieces_gives_what_reading_letter_by_letter_gives(
+    text: str, stops: tuple[str, ...], places: list[int]
+) -> None:
+    assert run(cut(text, places), stops) == dumb(text, stops)
+
+
+@given(TEXT, STOPS, st.lists(st.integers(0, 20)))
+def test_what_is_let_through_is_never_taken_back_and_never_holds_a_stop_string(
+    text: str, stops: tuple[str, ...], places: list[int]
+) -> None:
+    matcher, out, pushed = StopMatcher(stops), "", ""
+    for piece in cut(text, places):
+        out += matcher.push(piece)
+        pushed += piece
+        assert text.startswith(out)
+        assert not any(stop in out for stop in stops)
+        held = "" if matcher.matched else pushed[len(out) :]
+        assert not held or any(stop.startswith(held) and stop != held for stop in stops)
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "expected"),
+    [
+        ((), ["a", "b"], ("ab", False)),
+        (("b",), ["a", "b", "c"], ("a", True)),
+        (("END",), ["xE", "N", "D", "y"], ("x", True)),
+        (("END",), ["xE", "N", "x"], ("xENx", False)),
+        (("aab",), ["a", "a", "a", "b"], ("a", True)),
+        (("ab", "b"), ["a", "b"], ("", True)),
+    ],
+)
+def test_examples(stops: tuple[str, ...], pieces: list[str], expected: tuple[str, bool]) -> None:
+    assert run(pieces, stops) == expected
+
+
+def test_nothing_comes_after_a_match() -> None:
+    matcher = StopMatcher(["x"])
+    assert matcher.push("axb") == "a"
+    assert matcher.push("more") == ""
+    assert matcher.finish() == ""

@@ -1,0 +1,213 @@
+"""Blocks are handed out once, shared by count, and copied before a shared one is written."""
+
+import threading
+
+import pytest
+
+from recollect.errors import MisuseError, OutOfBlocksError
+from recollect.kv.blocks import BlockPool, BlockTable, WritePlan, blocks_for
+
+
+def filled(pool: BlockPool, slots: int) -> BlockTable:
+    """Return a table whose slots `[0, slots)` were written."""
+    table = BlockTable(pool)
+    if slots:
+        table.prepare_write(0, slots)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(0, 0), (1, 1), (3, 1), (4, 1), (5, 2), (8, 2), (9, 3)]
+)
+def test_blocks_for_rounds_up(tokens: int, expected: int) -> None:
+    assert blocks_for(tokens, 4) == expected
+
+
+def test_allocated_blocks_are_all_different() -> None:
+    pool = BlockPool(5, 4)
+    assert sorted(pool.allocate(2) + pool.allocate(3)) == [0, 1, 2, 3, 4]
+    assert (pool.free_blocks, pool.used_blocks) == (0, 5)
+
+
+def test_allocate_takes_all_or_nothing() -> None:
+    pool = BlockPool(3, 4)
+    held = pool.allocate(2)
+    with pytest.raises(OutOfBlocksError) as raised:
+        pool.allocate(2)
+    assert (raised.value.needed, raised.value.free, raised.value.total) == (2, 1, 3)
+    assert pool.free_blocks == 1
+    pool.check([held])
+
+
+def test_allocating_nothing_takes_nothing_even_of_an_empty_pool() -> None:
+    assert BlockPool(0, 4).allocate(0) == []
+
+
+def test_a_block_is_free_after_its_last_release_and_not_before() -> None:
+    pool = BlockPool(1, 4)
+    blocks = pool.allocate(1)
+    pool.retain(blocks)
+    pool.release(blocks)
+    assert pool.free_blocks == 0
+    pool.release(blocks)
+    assert pool.free_blocks == 1
+
+
+def test_releasing_too_often_is_caught() -> None:
+    pool = BlockPool(2, 4)
+    blocks = pool.allocate(1)
+    pool.release(blocks)
+    with pytest.raises(AssertionError, match="more often"):
+        pool.release(blocks)
+
+
+def test_sharing_a_free_block_is_caught() -> None:
+    with pytest.raises(AssertionError, match="is free"):
+        BlockPool(2, 4).retain([0])
+
+
+def test_dropped_blocks_are_free_when_next_asked_for() -> None:
+    pool = BlockPool(2, 4)
+    pool.drop(pool.allocate(2))
+    assert len(pool.allocate(2)) == 2
+
+
+def test_blocks_dropped_from_other_threads_all_come_back() -> None:
+    pool = BlockPool(64, 4)
+    tables = [filled(pool, 16) for _ in range(16)]
+    threads = [threading.Thread(target=table.drop) for table in tables]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert pool.free_blocks == 64
+    pool.check([])
+
+
+def test_check_finds_a_block_that_is_held_and_not_counted() -> None:
+    pool = BlockPool(3, 4)
+    held = pool.allocate(1)
+    with pytest.raises(AssertionError, match="held 2 times"):
+        pool.check([held, held])
+
+
+def test_check_finds_a_leak() -> None:
+    pool = BlockPool(3, 4)
+    pool.allocate(1)
+    with pytest.raises(AssertionError, match="held 0 times"):
+        pool.check([])
+
+
+# Blocks of 4 slots. `slots` of the table are written, of which a fork shares the first `shared`.
+PLANS = [
+    # slots, shared, start, end, expected
+    (0, 0, 0, 1, WritePlan(keep=0, new_blocks=1, copy_first=False)),
+    (0, 0, 0, 9, WritePlan(keep=0, new_blocks=3, copy_first=False)),
+    (3, 0, 3, 4, WritePlan(keep=1, new_blocks=0, copy_first=False)),
+    (3, 0, 3, 9, WritePlan(keep=1, new_blocks=2, copy_first=False)),
+    (4, 0, 4, 5, WritePlan(keep=1, new_blocks=1, copy_first=False)),
+    (3, 3, 3, 4, WritePlan(keep=0, new_blocks=1, copy_first=True)),
+    (3, 3, 2, 3, WritePlan(keep=0, new_blocks=1, copy_first=True)),
+    (4, 4, 4, 5, WritePlan(keep=1, new_blocks=1, copy_first=False)),
+    (8, 4, 5, 9, WritePlan(keep=2, new_blocks=1, copy_first=False)),
+    (8, 8, 4, 8, WritePlan(keep=1, new_blocks=1, copy_first=False)),
+    (8, 8, 5, 9, WritePlan(keep=1, new_blocks=2, copy_first=True)),
+    (8, 8, 0, 8, WritePlan(keep=0, new_blocks=2, copy_first=False)),
+    (8, 5, 7, 8, WritePlan(keep=1, new_blocks=1, copy_first=True)),
+    # the last token once more, after its KV was complete
+    (4, 0, 3, 4, WritePlan(keep=1, new_blocks=0, copy_first=False)),
+    (4, 4, 3, 4, WritePlan(keep=0, new_blocks=1, copy_first=True)),
+]
+
+
+@pytest.mark.parametrize(("slots", "shared", "start", "end", "expected"), PLANS)
+def test_a_write_copies_a_shared_block_and_only_that(
+    slots: int, shared: int, start: int, end: int, expected: WritePlan
+) -> None:
+    table = filled(BlockPool(16, 4), slots)
+    fork = table.fork(shared)
+    assert table.plan_write(start, end) == expected
+    assert fork.blocks == table.blocks[: blocks_for(shared, 4)]
+
+
+@pytest.mark.parametrize(("slots", "shared", "start", "end", "expected"), PLANS)
+def test_after_a_write_is_prepared_no_other_table_holds_what_is_written(
+    slots: int, shared: int, start: int, end: int, expected: WritePlan
+) -> None:
+    pool = BlockPool(16, 4)
+    table = filled(pool, slots)
+    fork = table.fork(shared)
+    before, of_fork = list(table.blocks), list(fork.blocks)
+    copies = table.prepare_write(start, end)
+    written = table.blocks[start // 4 : blocks_for(end, 4)]
+    assert set(written) & set(of_fork) == set()
+    assert table.blocks[: start // 4] == before[: start // 4]
+    assert fork.blocks == of_fork
+    assert bool(copies) == expected.copy_first
+    assert all((s, t) == (before[start // 4], table.blocks[start // 4]) for s, t in copies)
+    assert len(table.blocks) == blocks_for(end, 4)
+    pool.check([table.blocks, fork.blocks])
+
+
+def test_the_second_writer_of_a_shared_block_keeps_it() -> None:
+    pool = BlockPool(4, 4)
+    first = filled(pool, 3)
+    second = first.fork(3)
+    shared = second.blocks[0]
+    assert len(first.prepare_write(3, 4)) == 1
+    assert second.prepare_write(3, 4) == []
+    assert second.blocks == [shared]
+
+
+def test_a_write_without_enough_blocks_changes_nothing() -> None:
+    pool = BlockPool(3, 4)
+    table = filled(pool, 7)
+    fork = table.fork(7)
+    before = list(table.blocks)
+    with pytest.raises(OutOfBlocksError):
+        table.prepare_write(7, 9)
+    assert table.blocks == before
+    assert fork.blocks == before
+    pool.check([table.blocks, fork.blocks])
+
+
+@pytest.mark.parametrize("length", range(10))
+def test_crop_keeps_the_blocks_of_the_first_slots(length: int) -> None:
+    pool = BlockPool(4, 4)
+    table = filled(pool, 9)
+    before = list(table.blocks)
+    table.crop(length)
+    assert table.blocks == before[: blocks_for(length, 4)]
+    pool.check([table.blocks])
+
+
+def test_crop_beyond_the_end_changes_nothing() -> None:
+    table = filled(BlockPool(4, 4), 5)
+    table.crop(100)
+    assert len(table.blocks) == 2
+
+
+def test_cropping_a_fork_leaves_the_other_its_blocks() -> None:
+    pool = BlockPool(4, 4)
+    table = filled(pool, 9)
+    fork = table.fork(9)
+    fork.crop(0)
+    assert len(table.blocks) == 3
+    pool.check([table.blocks, fork.blocks])
+
+
+def test_a_fork_of_slots_that_no_block_holds_is_misuse() -> None:
+    pool = BlockPool(4, 4)
+    table = filled(pool, 4)
+    with pytest.raises(MisuseError):
+        table.fork(5)
+    pool.check([table.blocks])
+
+
+def test_dropping_twice_releases_once() -> None:
+    pool = BlockPool(4, 4)
+    table = filled(pool, 5)
+    table.drop()
+    table.drop()
+    assert pool.free_blocks == 4
+    pool.check([])

@@ -1,0 +1,72 @@
+"""Sizes, profiles and folders are read as people write them, or refused with a ConfigError."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recollect import config
+from recollect.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1", 1),
+        ("100000", 100_000),
+        ("2GB", 2 * 10**9),
+        ("512 MiB", 512 * 2**20),
+        ("1.5k", 1500),
+        (" 3gib ", 3 * 2**30),
+        ("7b", 7),
+        ("1Ki", 1024),
+        ("0.1G", 10**8),
+    ],
+)
+def test_a_size_is_read_with_its_unit(text: str, expected: int) -> None:
+    assert config.parse_size(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", "0GB", "-1GB", "GB", "1TB", "1 2", "1e9", "0.4", "nan", "inf", "1..2", "9" * 400],
+)
+def test_what_is_not_a_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        config.parse_size(text)
+
+
+@given(st.text())
+def test_any_text_is_a_size_or_a_config_error(text: str) -> None:
+    with contextlib.suppress(ConfigError):
+        assert config.parse_size(text) > 0
+
+
+@pytest.mark.parametrize("profile", config.PROFILES)
+def test_each_profile_goes_by_its_name(profile: str) -> None:
+    assert config.parse_profile(profile) == profile
+
+
+def test_an_unknown_profile_is_refused_and_the_known_ones_are_named() -> None:
+    with pytest.raises(ConfigError, match="exact, fast, small"):
+        config.parse_profile("Fast")
+
+
+def test_home_is_where_the_variable_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RECOLLECT_HOME", str(tmp_path))
+    assert config.home() == tmp_path
+
+
+def test_home_without_the_variable_is_the_platform_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in (None, ""):
+        if value is None:
+            monkeypatch.delenv("RECOLLECT_HOME", raising=False)
+        else:
+            monkeypatch.setenv("RECOLLECT_HOME", value)
+        assert config.home().name == "recollect"
+
+
+def test_the_default_kv_memory_is_some_and_less_than_the_machine_has() -> None:
+    assert 0 < config.default_kv_memory_bytes() < 2**50

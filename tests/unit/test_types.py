@@ -1,0 +1,97 @@
+"""Parameters are checked where they are made; values that everybody shares behave as values."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recollect.errors import InvalidParameterError
+from recollect.types import SamplingParams, Usage, common_prefix_length, tokens_per_second
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("max_tokens", [1, None, 10**6]),
+        ("temperature", [0, 0.7, 100.0]),
+        ("top_k", [0, 1, 10**9]),
+        ("top_p", [1e-9, 0.5, 1]),
+        ("min_p", [0, 0.5, 1]),
+        ("repetition_penalty", [0.5, 1, 2]),
+        ("presence_penalty", [-2, 0, 2]),
+        ("frequency_penalty", [-2, 0, 2]),
+        ("logit_bias", [{}, {3: -INF}, {0: 5}]),
+        ("seed", [None, 0, 2**64 - 1]),
+        ("stop", [(), ("a",), ["a", "b"]]),
+    ],
+)
+def test_a_value_in_range_is_taken(name: str, values: list[Any]) -> None:
+    for value in values:
+        assert getattr(SamplingParams(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("max_tokens", [0, -1]),
+        ("temperature", [-0.1, NAN, INF]),
+        ("top_k", [-1]),
+        ("top_p", [0, -1, 1.1, NAN]),
+        ("min_p", [-0.1, 1.1, NAN]),
+        ("repetition_penalty", [0, -1, NAN, INF]),
+        ("presence_penalty", [NAN, INF, -INF]),
+        ("frequency_penalty", [NAN, INF, -INF]),
+        ("logit_bias", [{3: NAN}, {3: INF}]),
+        ("seed", [-1, 2**64]),
+        ("stop", ["a", ("",), ("a", "")]),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(InvalidParameterError, match=name):
+            SamplingParams(**{name: value})
+
+
+def test_parameters_cannot_be_changed_after_the_check() -> None:
+    params = SamplingParams()
+    with pytest.raises(AttributeError):
+        params.temperature = -1  # type: ignore[misc]
+
+
+@given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3)))
+def test_the_common_prefix_is_the_longest_that_both_begin_with(a: list[int], b: list[int]) -> None:
+    length = common_prefix_length(a, b)
+    assert a[:length] == b[:length]
+    assert length == min(len(a), len(b)) or a[length] != b[length]
+
+
+def test_a_rate_of_nothing_is_none() -> None:
+    assert tokens_per_second(10, 2.0) == 5.0
+    assert tokens_per_second(0, 2.0) is None
+    assert tokens_per_second(10, 0.0) is None
+    assert tokens_per_second(-1, 1.0) is None
+
+
+def test_usage_is_plain_json_values() -> None:
+    usage = Usage(
+        prompt_tokens=3,
+        reused_tokens=2,
+        computed_tokens=1,
+        generated_tokens=4,
+        ttft_s=0.5,
+        prefill_tps=2.0,
+        decode_tps=None,
+    )
+    assert usage.to_dict() == {
+        "prompt_tokens": 3,
+        "reused_tokens": 2,
+        "computed_tokens": 1,
+        "generated_tokens": 4,
+        "ttft_s": 0.5,
+        "prefill_tps": 2.0,
+        "decode_tps": None,
+    }
