@@ -1,0 +1,46 @@
+"""
+Look through a journal for anything that cannot be.
+
+Reads only; does not know how the rows came to be written.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from typing import Final
+
+from recollect.conversation.rows import NODE_COLUMNS, is_sound
+
+_RULES: Final = {
+    "SELECT n.id FROM nodes n LEFT JOIN nodes p ON p.id = n.parent_id WHERE n.parent_id "
+    "IS NOT NULL AND (p.id IS NULL OR p.conversation_id != n.conversation_id)": (
+        "node {} hangs under a node that is not in its conversation"
+    ),
+    "SELECT id FROM nodes WHERE parent_id >= id": "node {} is not younger than its parent",
+    "SELECT id FROM nodes WHERE token_ids IS NOT NULL AND role != 'assistant'": (
+        "node {} has token ids and is no reply"
+    ),
+    "SELECT id FROM nodes WHERE length(token_ids) % 4 != 0": "node {} has a part of a token id",
+    "SELECT id FROM nodes WHERE conversation_id NOT IN (SELECT id FROM conversations)": (
+        "node {} is of no conversation"
+    ),
+    "SELECT t.name FROM tips t LEFT JOIN nodes n ON n.id = t.node_id AND n.conversation_id = "
+    "t.conversation_id WHERE t.node_id IS NOT NULL AND n.id IS NULL": "tip {!r} stands at no node",
+    "SELECT name FROM tips WHERE conversation_id NOT IN (SELECT id FROM conversations)": (
+        "tip {!r} is of no conversation"
+    ),
+}
+"""A query that finds what breaks a rule, and what to say of it. No parent is as old as its child
+means that there is no cycle."""
+
+
+def problems(connection: sqlite3.Connection) -> Iterator[str]:
+    """Yield a sentence for each thing that is wrong; nothing for a sound journal."""
+    for (found,) in connection.execute("PRAGMA integrity_check"):
+        if found != "ok":
+            yield f"SQLite: {found}"
+    for query, sentence in _RULES.items():
+        for (what,) in connection.execute(query):
+            yield sentence.format(what)
+    for row in connection.execute(f"SELECT {NODE_COLUMNS} FROM nodes"):  # noqa: S608
+        if not is_sound(row):
+            yield f"node {row[0]} is not as it was written"

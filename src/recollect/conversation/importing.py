@@ -1,0 +1,199 @@
+"""
+Read a conversation from the JSON that `export.py` writes, and trust nothing in it.
+
+Pure: text in, values or an error out.
+"""
+
+import json
+import math
+from datetime import UTC, datetime
+from typing import Any, Final, NoReturn
+
+from recollect.conversation.export import FORMAT_NAME, FORMAT_VERSION
+from recollect.conversation.records import (
+    FINISH_REASONS,
+    MAX_TOKEN_ID,
+    ROLES,
+    ConversationRecord,
+    NodeRecord,
+    require_name,
+    require_text,
+)
+from recollect.errors import ConversationError, ConversationFileError
+
+_REMEDY: Final = "export the conversation again with `recollect conversations export --format json`"
+_KINDS: Final[dict[type, str]] = {str: "text", list: "a list", dict: "an object"}
+_USAGE_DEPTH: Final = 8
+"""Usage is flat today, or nearly: more than this is an attempt to break something."""
+
+
+def from_json(text: str) -> ConversationRecord:
+    """
+    Return the conversation in a JSON text.
+
+    Raises:
+        ConversationFileError: It is no conversation, or not a sound one; the message says where.
+    """
+    try:
+        fields = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise ConversationFileError(f"This is no JSON ({error}): {_REMEDY}.") from None
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT_NAME:
+        _refuse("there is no conversation in it")
+    version = fields.get("version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise ConversationFileError(
+            f"This file has version {version!r} and only {FORMAT_VERSION} is known: update "
+            "recollect, or export the conversation again with the one installed here."
+        )
+    nodes = _nodes(_field(fields, "nodes", list, "the file"))
+    return ConversationRecord(
+        name=_name(_field(fields, "name", str, "the file"), "conversation"),
+        created_at=_moment(fields, "created_at", "the file"),
+        updated_at=_moment(fields, "updated_at", "the file"),
+        model=_text(fields, "model", "the file"),
+        fingerprint=_text(fields, "fingerprint", "the file"),
+        nodes=nodes,
+        tips=_tips(_field(fields, "tips", dict, "the file"), {node.id for node in nodes}),
+    )
+
+
+def _nodes(values: list[Any]) -> tuple[NodeRecord, ...]:
+    nodes: dict[int, NodeRecord] = {}
+    ids = {value.get("id") for value in values if _has_plain_id(value)}
+    for place, value in enumerate(values):
+        where = f"node {place + 1} of {len(values)}"
+        if not isinstance(value, dict):
+            _refuse(f"{where} is no object")
+        node = _node(value, where)
+        if node.id in nodes:
+            _refuse(f"{where} has the id {node.id}, which another one has")
+        if node.parent_id is not None and node.parent_id not in nodes:
+            known = (
+                "comes after it or is part of a circle" if node.parent_id in ids else "is missing"
+            )
+            _refuse(f"the parent {node.parent_id} of {where} {known}")
+        if node.parent_id is not None and node.parent_id > node.id:
+            _refuse(f"{where} has a smaller id than its parent")
+        nodes[node.id] = node
+    return tuple(nodes.values())
+
+
+def _has_plain_id(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("id"), int)
+
+
+def _node(value: dict[str, Any], where: str) -> NodeRecord:
+    role = _field(value, "role", str, where)
+    finish_reason = _optional(value, "finish_reason", str, where)
+    if role not in ROLES:
+        _refuse(f"{where} has the role {role!r}, which is none of {', '.join(ROLES)}")
+    if finish_reason is not None and finish_reason not in FINISH_REASONS:
+        _refuse(f"{where} has the finish reason {finish_reason!r}")
+    fingerprint = value.get("fingerprint")
+    return NodeRecord(
+        id=_id(value.get("id"), f"the id of {where}"),
+        parent_id=None
+        if value.get("parent") is None
+        else _id(value["parent"], f"the parent of {where}"),
+        role=role,
+        content=_text(value, "content", where),
+        token_ids=_token_ids(value, where, is_reply=role == "assistant"),
+        finish_reason=finish_reason,
+        usage=_usage(value, where),
+        created_at=_moment(value, "created_at", where),
+        fingerprint=None if fingerprint is None else _text(value, "fingerprint", where),
+    )
+
+
+def _token_ids(value: dict[str, Any], where: str, *, is_reply: bool) -> tuple[int, ...] | None:
+    ids = _optional(value, "token_ids", list, where)
+    if ids is None:
+        return None
+    if not is_reply:
+        _refuse(f"{where} has token ids and is no reply")
+    # By type and not by isinstance: true and false are integers to that.
+    if not all(type(token_id) is int and 0 <= token_id <= MAX_TOKEN_ID for token_id in ids):
+        _refuse(f"{where} has a token id that is none")
+    return tuple(ids)
+
+
+def _tips(values: dict[str, Any], node_ids: set[int]) -> dict[str, int | None]:
+    tips: dict[str, int | None] = {}
+    for name, node_id in values.items():
+        if node_id is not None and (type(node_id) is not int or node_id not in node_ids):
+            _refuse(f"the tip {name!r} stands at a node that is missing")
+        tips[_name(name, "tip")] = node_id
+    return tips
+
+
+def _id(value: object, where: str) -> int:
+    if type(value) is not int or value < 1:
+        _refuse(f"{where} is {value!r} and not a whole number above 0")
+    return value
+
+
+def _name(name: str, what: str) -> str:
+    try:
+        return require_name(name, what)
+    except ConversationError as error:
+        raise ConversationFileError(str(error)) from None
+
+
+def _text(fields: dict[str, Any], key: str, where: str) -> str:
+    text: str = _field(fields, key, str, where)
+    try:
+        require_text(text)
+    except ConversationError:
+        _refuse(f"{key!r} of {where} holds half a character")
+    return text
+
+
+def _moment(fields: dict[str, Any], key: str, where: str) -> datetime:
+    text = _field(fields, key, str, where)
+    try:
+        moment = datetime.fromisoformat(text)
+        moment_utc = moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        _refuse(f"{key!r} of {where} is {text!r} and no time")
+    if moment.tzinfo is None:
+        _refuse(f"{key!r} of {where} is {text!r}, without an offset from UTC")
+    return moment_utc
+
+
+def _usage(value: dict[str, Any], where: str) -> dict[str, Any] | None:
+    usage: dict[str, Any] | None = _optional(value, "usage", dict, where)
+    if not _is_shallow(usage, _USAGE_DEPTH):
+        _refuse(f"'usage' of {where} is nested more than {_USAGE_DEPTH} deep")
+    return usage
+
+
+def _is_shallow(value: object, depth: int) -> bool:
+    """Return whether a value can be written again without running out of stack."""
+    if not isinstance(value, dict | list):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in inner)
+
+
+def _optional(fields: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    return None if fields.get(key) is None else _field(fields, key, kind, where)
+
+
+def _field(fields: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    value = fields.get(key)
+    if not isinstance(value, kind):
+        _refuse(f"{key!r} of {where} is not {_KINDS[kind]}")
+    return value
+
+
+def _finite(text: str) -> float:
+    """Return a number that can be written as JSON again: neither NaN nor too large."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ConversationFileError(f"This file cannot be imported, {what}: {_REMEDY}.")

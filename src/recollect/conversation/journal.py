@@ -1,0 +1,290 @@
+"""
+Conversations on disk: a turn that was reported finished is there, whatever happens next.
+
+Knows no model and no session: it keeps what it is given and gives it back.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Self
+
+from recollect.conversation import audit
+from recollect.conversation.database import BUSY_TIMEOUT_S, Database
+from recollect.conversation.records import (
+    ConversationInfo,
+    ConversationRecord,
+    NewNode,
+    StoredConversation,
+    require_name,
+)
+from recollect.conversation.rows import (
+    insert_node,
+    read_nodes,
+    stored_conversation,
+    text_to_keep,
+)
+from recollect.conversation.statements import (
+    conversation_infos,
+    find_conversation,
+    insert_conversation,
+    require_free,
+    require_node,
+    touch,
+    write_tip,
+)
+
+JOURNAL_NAME: Final = "conversations.sqlite3"
+
+
+class Journal:
+    """
+    All conversations of a user, with all their branches.
+
+    Owns one file. Any number of threads and processes may use it at once: each call is one
+    transaction, ids come from the file, and what two of them say after the same node becomes two
+    branches. A call that raises has changed nothing.
+
+    Invariants:
+        1. The file is sound, as SQLite sees it.
+        2. The parent of a node is an older node of the same conversation.
+        3. Only replies have token ids.
+        4. Nodes and tips belong to conversations, and tips stand at nodes of theirs.
+        5. What is read is what was written: each node has a checksum.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @classmethod
+    def open(cls, path: Path, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Self:
+        """
+        Return the journal in a file, which is created or brought to the newest version if needed.
+
+        Args:
+            path: Usually `JOURNAL_NAME` in `config.home()`. A new file and its folder can be read
+                by their owner only.
+            busy_timeout_s: How long each call waits for others that use the file.
+
+        Raises:
+            StoreBusyError: Somebody else holds it.
+            StoreCorruptError: It is damaged, or something else. It was left as it is.
+            StoreVersionError: A newer version wrote it. It was left as it is.
+            StoreError: It cannot be opened.
+        """
+        return cls(Database(path, busy_timeout_s=busy_timeout_s))
+
+    @property
+    def path(self) -> Path:
+        """Return where the file is."""
+        return self._database.path
+
+    def conversations(self) -> list[ConversationInfo]:
+        """
+        Return all conversations, the one that was used last first.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with self._database.reading() as connection:
+            return conversation_infos(connection, self.path)
+
+    def create(self, name: str | None = None, *, model: str, fingerprint: str) -> ConversationInfo:
+        """
+        Begin a conversation.
+
+        Args:
+            name: None: today's date, with a number where there is such a one already.
+            model: What the user calls the model.
+            fingerprint: Of that model.
+
+        Raises:
+            NameTakenError: Another conversation goes by that name.
+            ConversationError: That cannot be a name.
+            StoreError: It cannot be written.
+        """
+        empty = _empty_record(
+            _today() if name is None else name, model=model, fingerprint=fingerprint
+        )
+        with self._database.writing() as connection:
+            conversation_id = insert_conversation(connection, empty, find_free=name is None)
+            return conversation_infos(connection, self.path, conversation_id)[0]
+
+    def add(self, conversation: ConversationRecord, name: str | None = None) -> ConversationInfo:
+        """
+        Keep a whole conversation, as an import gives it; its nodes get ids of this journal.
+
+        Args:
+            conversation: Its order of nodes stays, so its branches stay in their order.
+            name: None: its own.
+
+        Raises:
+            NameTakenError, ConversationError, StoreError: As `create` does.
+        """
+        with self._database.writing() as connection:
+            conversation_id = insert_conversation(connection, conversation, name)
+            ids: dict[int | None, int | None] = {None: None}
+            for node in conversation.nodes:
+                parent_id = ids[node.parent_id]
+                ids[node.id] = insert_node(
+                    connection, conversation_id, parent_id, node, node.created_at
+                )
+            for tip, node_id in conversation.tips.items():
+                write_tip(connection, conversation_id, tip, ids[node_id])
+            return conversation_infos(connection, self.path, conversation_id)[0]
+
+    def append(
+        self,
+        conversation_id: int,
+        parent_id: int | None,
+        nodes: Sequence[NewNode],
+        *,
+        tip: str | None = None,
+    ) -> list[int]:
+        """
+        Keep a turn; it is on the disk when this returns.
+
+        Args:
+            conversation_id: Of the conversation.
+            parent_id: The node that the first one follows; None: the root.
+            nodes: Each follows the one before it.
+            tip: Its name, to have it stand at the last of them.
+
+        Returns:
+            Their ids, each larger than any that was given before.
+
+        Raises:
+            UnknownConversationError: It has been deleted.
+            UnknownNodeError: The parent is not in it.
+            ConversationError: A text, or the tip's name, cannot be kept.
+            StoreError: It cannot be written.
+        """
+        now = datetime.now(UTC)
+        ids: list[int] = []
+        with self._database.writing() as connection:
+            touch(connection, conversation_id, now)
+            require_node(connection, conversation_id, parent_id)
+            last = parent_id
+            for node in nodes:
+                last = insert_node(connection, conversation_id, last, node, now)
+                ids.append(last)
+            if tip is not None:
+                write_tip(connection, conversation_id, tip, last)
+        return ids
+
+    def set_tip(self, conversation_id: int, name: str, node_id: int | None) -> None:
+        """
+        Have a tip stand at a node, or at the root for None; it is made if there is none.
+
+        Raises:
+            UnknownConversationError, UnknownNodeError, ConversationError, StoreError: As `append`.
+        """
+        with self._database.writing() as connection:
+            touch(connection, conversation_id, datetime.now(UTC))
+            require_node(connection, conversation_id, node_id)
+            write_tip(connection, conversation_id, name, node_id)
+
+    def set_model(self, conversation_id: int, *, model: str, fingerprint: str) -> None:
+        """
+        Note that a conversation goes on with another model; its nodes keep their fingerprints.
+
+        Raises:
+            UnknownConversationError: It has been deleted.
+            StoreError: It cannot be written.
+        """
+        with self._database.writing() as connection:
+            touch(connection, conversation_id, datetime.now(UTC))
+            connection.execute(
+                "UPDATE conversations SET model = ?, fingerprint = ? WHERE id = ?",
+                (text_to_keep(model), fingerprint, conversation_id),
+            )
+
+    def load(self, name_or_id: str | int) -> StoredConversation:
+        """
+        Return a whole conversation, by its name or its id.
+
+        Raises:
+            UnknownConversationError: There is none.
+            StoreCorruptError: What is there is not what was written.
+            StoreVersionError: A newer version wrote it.
+            StoreError: The file cannot be read.
+        """
+        path = self._database.path
+        with self._database.reading() as connection:
+            row = find_conversation(connection, name_or_id)
+            nodes = tuple(read_nodes(connection, row[0], path))
+            tips = connection.execute(
+                "SELECT name, node_id FROM tips WHERE conversation_id = ? ORDER BY name", (row[0],)
+            ).fetchall()
+            return stored_conversation(row, nodes, dict(tips), path)
+
+    def rename(self, name_or_id: str | int, name: str) -> None:
+        """
+        Give a conversation another name.
+
+        Raises:
+            UnknownConversationError: There is none to rename.
+            NameTakenError, ConversationError, StoreError: As `create` does.
+        """
+        require_name(name)
+        with self._database.writing() as connection:
+            conversation_id = find_conversation(connection, name_or_id)[0]
+            require_free(connection, name, but=conversation_id)
+            connection.execute(
+                "UPDATE conversations SET name = ? WHERE id = ?", (name, conversation_id)
+            )
+
+    def delete(self, name_or_id: str | int) -> None:
+        """
+        Delete a conversation with all its branches, and overwrite what it said in the file.
+
+        Raises:
+            UnknownConversationError: There is none.
+            StoreError: It cannot be written.
+        """
+        with self._database.writing() as connection:
+            conversation_id = find_conversation(connection, name_or_id)[0]
+            for statement in (
+                "DELETE FROM tips WHERE conversation_id = ?",
+                # All nodes in one statement: their references to each other are checked at its end.
+                "DELETE FROM nodes WHERE conversation_id = ?",
+                "DELETE FROM conversations WHERE id = ?",
+            ):
+                connection.execute(statement, (conversation_id,))
+        # Until the log is cut, it still holds the pages as they were.
+        self._database.empty_log()
+
+    def check(self) -> list[str]:
+        """
+        Look through everything for what breaks the invariants; slow for a large journal.
+
+        Returns:
+            A sentence for each fault; empty for a sound journal.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with self._database.reading() as connection:
+            return list(audit.problems(connection))
+
+    def close(self) -> None:
+        """Close the file. Calling it again does nothing."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _today() -> str:
+    """Return the user's date."""
+    return datetime.now().astimezone().date().isoformat()
+
+
+def _empty_record(name: str, *, model: str, fingerprint: str) -> ConversationRecord:
+    now = datetime.now(UTC)
+    return ConversationRecord(
+        name=name, created_at=now, updated_at=now, model=model, fingerprint=fingerprint
+    )

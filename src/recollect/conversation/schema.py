@@ -1,0 +1,108 @@
+"""
+The tables of the journal, version by version, and how an older file becomes a current one.
+
+Knows SQL and nothing of what is written into the tables.
+"""
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from typing import Final
+
+Migration = Callable[[sqlite3.Connection], None]
+"""Brings the tables from one version to the next, inside a transaction that is not its own."""
+
+APPLICATION_ID: Final = 0x7265_636F
+"""`reco`: tells a journal from any other SQLite file."""
+NODE_FORMAT: Final = 1
+"""How a conversation's nodes are encoded: token ids as little-endian int32, usage as JSON."""
+
+_FIRST_TABLES: Final = (
+    """
+    CREATE TABLE conversations (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        name TEXT NOT NULL UNIQUE,
+        created_at TEXT NOT NULL,  -- ISO 8601, UTC, always with microseconds: sorts as text
+        updated_at TEXT NOT NULL,
+        model TEXT NOT NULL,
+        fingerprint TEXT NOT NULL,
+        format INTEGER NOT NULL
+    )
+    """,
+    # Ids grow from parent to child, so a cycle cannot be written. AUTOINCREMENT: an id is never
+    # given again, not even after its conversation was deleted. The long columns come last, so
+    # that the others are read without them.
+    """
+    CREATE TABLE nodes (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        conversation_id INTEGER NOT NULL REFERENCES conversations (id),
+        parent_id INTEGER CHECK (parent_id < id),  -- NULL under the root
+        role TEXT NOT NULL CHECK (role IN ('system', 'user', 'assistant')),
+        finish_reason TEXT,
+        created_at TEXT NOT NULL,
+        fingerprint TEXT,
+        checksum INTEGER NOT NULL,
+        usage TEXT,  -- JSON
+        token_ids BLOB,
+        content TEXT NOT NULL,
+        CHECK (token_ids IS NULL OR (role = 'assistant' AND length(token_ids) % 4 = 0)),
+        UNIQUE (conversation_id, id),
+        FOREIGN KEY (conversation_id, parent_id) REFERENCES nodes (conversation_id, id)
+    )
+    """,
+    # Without it, deleting a conversation looks through all nodes once for each that goes.
+    "CREATE INDEX children ON nodes (conversation_id, parent_id)",
+    """
+    CREATE TABLE tips (
+        conversation_id INTEGER NOT NULL REFERENCES conversations (id),
+        name TEXT NOT NULL,
+        node_id INTEGER,  -- NULL at the root
+        PRIMARY KEY (conversation_id, name),
+        FOREIGN KEY (conversation_id, node_id) REFERENCES nodes (conversation_id, id)
+    ) WITHOUT ROWID
+    """,
+    # As above, for the tips' foreign key.
+    "CREATE INDEX tips_of_nodes ON tips (conversation_id, node_id)",
+)
+
+
+def _create_tables(connection: sqlite3.Connection) -> None:
+    # One by one: `executescript` would end the transaction.
+    for statement in _FIRST_TABLES:
+        connection.execute(statement)
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
+MIGRATIONS: Final[tuple[Migration, ...]] = (_create_tables,)
+"""The n-th brings a file from version n to n + 1; what has been released is never changed."""
+
+
+def version(connection: sqlite3.Connection) -> int:
+    """Return the version of the tables; 0: there are none yet."""
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def is_foreign(connection: sqlite3.Connection) -> bool:
+    """Return whether the file holds tables that are not a journal's."""
+    if connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID:
+        return False
+    return connection.execute("SELECT 1 FROM sqlite_master").fetchone() is not None
+
+
+def migrate(connection: sqlite3.Connection, migrations: Sequence[Migration] = MIGRATIONS) -> None:
+    """
+    Bring the tables to the newest version: all the way, or not at all.
+
+    Of several processes that open the file at once, one does it.
+    """
+    if version(connection) >= len(migrations):
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        for number in range(version(connection), len(migrations)):
+            migrations[number](connection)
+            connection.execute(f"PRAGMA user_version = {number + 1}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
