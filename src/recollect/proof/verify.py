@@ -240,7 +240,7 @@ def _next_logits(model: Model, sequence: Sequence) -> Logits:
 
 def _fresh_logits(model: Model, ids: list[int]) -> Logits:
     """Return the logits after one prefill of the ids, in blocks that share nothing."""
-    fresh = model.engine.new_sequence()
+    fresh = model.engine.new_sequence(namespace=None)
     try:
         fresh.append(ids)
         return _computed(model, fresh)
@@ -250,7 +250,7 @@ def _fresh_logits(model: Model, ids: list[int]) -> Logits:
 
 def _token_by_token(model: Model, ids: list[int]) -> Logits:
     """Return the logits after feeding the ids one at a time: the noise that needs no reuse."""
-    single = model.engine.new_sequence()
+    single = model.engine.new_sequence(namespace=None)
     try:
         for token in ids[:-1]:
             single.append([token])

@@ -1,0 +1,40 @@
+"""
+Seeded traces of conversations: what is computed, and whether anything is computed twice.
+
+    python benchmarks/workloads.py [--model smollm2|reference] [--save]
+
+The traces and the count are `recollect.proof.workloads`; see there. `--model reference` takes two
+seconds and counts the same things without weights.
+"""
+
+from dataclasses import asdict
+
+from harness import Load, parser, report, say
+
+import recollect
+from recollect.proof.workloads import TRACES, run_trace
+
+
+def main() -> None:
+    options = parser("Seeded traces: computed, reused and recomputed tokens.", profile="fast")
+    options.add_argument("--seed", type=int, default=0)
+    args = options.parse_args()
+    load = Load()
+    with recollect.load(args.model, profile=args.profile) as model:
+        say(f"{'trace':24} {'requests':>8} {'prompts':>8} {'computed':>8} {'twice':>6} {'ttft s':>8}")
+        results = []
+        for trace in TRACES:
+            result = run_trace(model, trace, seed=args.seed)
+            model.engine.check()
+            results.append(asdict(result))
+            say(
+                f"{result.name:24} {result.requests:8} {result.prompt_tokens:8,} "
+                f"{result.computed_tokens:8,} {result.recomputed_tokens:6} {result.ttft_s:8.2f}"
+            )
+        evicted = model.engine.cache.evicted_blocks
+        result = {"traces": results, "evicted_blocks": evicted, "others_load": load.others()}
+        report("workloads", model, result, save=args.save)
+
+
+if __name__ == "__main__":
+    main()

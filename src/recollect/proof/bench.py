@@ -1,0 +1,269 @@
+"""
+The two-turn benchmark of the field: the second response with and without reuse of the first turn.
+
+Case 1, without: the second prompt is prompt 1 + response 1 + prompt 2, prefilled anew.
+Case 2, with: prompt 2 is appended to the sequence that holds the rest.
+Both cases run in every iteration, in turns first, so that a machine that slows down slows both.
+
+The saving is latency(case 1, response 2) - latency(case 2, response 2). The ideal is the time of a
+prefill of exactly the tokens that were reused, measured in the same iteration in blocks of its own:
+nothing but that work can be saved, because the new tokens attend to the reused ones in both cases.
+The share is median(saving) / median(ideal) over the iterations. Prints nothing.
+"""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from recollect.conversation.model import Model
+from recollect.engine.generator import Generator
+from recollect.errors import ConfigError, ContextFullError, InvalidParameterError, OutOfBlocksError
+from recollect.kv.blocks import blocks_for
+from recollect.proof.energy import EnergyMeter
+from recollect.proof.statistics import Summary, summarize
+from recollect.proof.timing import ResponseSample, time_response
+from recollect.types import Progress, no_progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """
+    Lengths in tokens, and how often.
+
+    Raises:
+        InvalidParameterError: A length is below 1, or the first iteration would be the only one.
+    """
+
+    input_tokens: int = 2048
+    output_tokens: int = 256
+    input2_tokens: int = 256
+    output2_tokens: int = 128
+    iterations: int = 10
+    """The first is discarded."""
+    growth_turns: int = 12
+    """Turns of `input2_tokens` and `output2_tokens` each; 0 leaves the growth curve out."""
+    growth_iterations: int = 3
+
+    def __post_init__(self) -> None:
+        least = {"iterations": 2, "growth_turns": 0}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if value < least.get(name, 1):
+                raise InvalidParameterError(
+                    f"{name} is {value}; it must be at least {least.get(name, 1)}."
+                )
+
+    @property
+    def tokens_needed(self) -> int:
+        """Return the longest history that any part of the benchmark reaches."""
+        case = self.input_tokens + self.output_tokens + self.input2_tokens + self.output2_tokens
+        return max(case, self.growth_turns * (self.input2_tokens + self.output2_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Both responses of one case."""
+
+    first: ResponseSample
+    second: ResponseSample
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """Both cases, and the prefill that the second one saves."""
+
+    without: Case
+    reuse: Case
+    ideal_tokens: int
+    ideal_s: float
+    """Prefill of the reused tokens alone, in a fresh sequence."""
+    reuse_went_first: bool
+
+    @property
+    def saving_s(self) -> float:
+        """Return what reuse saves in the whole second response."""
+        return self.without.second.latency_s - self.reuse.second.latency_s
+
+    @property
+    def ttft_saving_s(self) -> float:
+        """Return what reuse saves before the first token of the second response."""
+        return self.without.second.ttft_s - self.reuse.second.ttft_s
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseSummary:
+    """One response of one case over the iterations that count."""
+
+    latency_s: Summary
+    ttft_s: Summary
+    decode_s: Summary
+    energy_j: Summary | None
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSummary:
+    """What the iterations come to, the first left out."""
+
+    without_first: ResponseSummary
+    without_second: ResponseSummary
+    reuse_first: ResponseSummary
+    reuse_second: ResponseSummary
+    saving_s: Summary
+    ttft_saving_s: Summary
+    ideal_s: Summary
+    share_of_ideal: float
+    """median(saving_s) / median(ideal_s), over whole responses."""
+    ttft_share_of_ideal: float
+    """The same up to the first token: without the noise of two times decoding."""
+    ttft_ratio: float
+    """median first-token time of response 2, reuse / without."""
+
+
+def bench_text(path: Path | None = None) -> str:
+    """
+    Return the text that prompts are cut from: a file's, or the one that comes with the package.
+
+    Raises:
+        ConfigError: The file cannot be read as text.
+    """
+    if path is None:
+        return resources.files("recollect.proof").joinpath("data/bench.txt").read_text("utf-8")
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise ConfigError(f"{path} cannot be read as text: {cause}; give a UTF-8 file.") from cause
+
+
+def check_room(model: Model, config: BenchConfig) -> None:
+    """
+    Check that the benchmark can run to its end.
+
+    Raises:
+        ContextFullError: The context is too small for the lengths.
+        OutOfBlocksError: The KV memory is, for two sequences of that length.
+    """
+    needed = config.tokens_needed
+    if needed > model.context_length:
+        raise ContextFullError(needed=needed, limit=model.context_length)
+    pool = model.engine.pool
+    blocks = 2 * blocks_for(needed, model.engine.block_size)
+    if blocks > pool.free_blocks:
+        raise OutOfBlocksError(needed=blocks, free=pool.free_blocks, total=pool.num_blocks)
+
+
+def cut_to_length(model: Model, text: str, tokens: int) -> list[int]:
+    """
+    Return the first *tokens* ids of the text, repeated where it is too short.
+
+    Raises:
+        InvalidParameterError: The text has no tokens.
+    """
+    ids = model.tokenizer.encode(text)
+    if not ids:
+        raise InvalidParameterError("The text is empty: give a file with some words in it.")
+    return repeated(ids, tokens)
+
+
+def run_iterations(
+    model: Model,
+    config: BenchConfig,
+    text: str,
+    *,
+    meter: EnergyMeter | None = None,
+    progress: Progress = no_progress,
+) -> list[Iteration]:
+    """
+    Run both cases as often as *config* says; the first iteration is a warm-up and in the list.
+
+    Raises:
+        ContextFullError: The context is too small for the lengths. Nothing was run.
+        OutOfBlocksError: The KV memory is. Nothing was run.
+    """
+    check_room(model, config)
+    ids = cut_to_length(model, text, config.input_tokens + config.input2_tokens)
+    prompt, prompt2 = ids[: config.input_tokens], ids[config.input_tokens :]
+    run = _Run(model, config, prompt, prompt2, meter)
+    iterations = []
+    for number in range(config.iterations):
+        progress("iteration", number, config.iterations)
+        iterations.append(run.iteration(reuse_first=number % 2 == 1))
+    return iterations
+
+
+def summarize_iterations(iterations: Sequence[Iteration]) -> BenchSummary:
+    """
+    Return what all but the first iteration come to; the first is the warm-up.
+
+    Raises:
+        ValueError: There is no second one.
+    """
+    counted = iterations[1:]
+    ideal = summarize([iteration.ideal_s for iteration in counted])
+    saving = summarize([iteration.saving_s for iteration in counted])
+    ttft_saving = summarize([iteration.ttft_saving_s for iteration in counted])
+    without_second = _summarize_responses([i.without.second for i in counted])
+    reuse_second = _summarize_responses([i.reuse.second for i in counted])
+    return BenchSummary(
+        without_first=_summarize_responses([i.without.first for i in counted]),
+        without_second=without_second,
+        reuse_first=_summarize_responses([i.reuse.first for i in counted]),
+        reuse_second=reuse_second,
+        saving_s=saving,
+        ttft_saving_s=ttft_saving,
+        ideal_s=ideal,
+        share_of_ideal=saving.median / ideal.median,
+        ttft_share_of_ideal=ttft_saving.median / ideal.median,
+        ttft_ratio=reuse_second.ttft_s.median / without_second.ttft_s.median,
+    )
+
+
+def _summarize_responses(samples: Sequence[ResponseSample]) -> ResponseSummary:
+    energies = [sample.energy_j for sample in samples if sample.energy_j is not None]
+    return ResponseSummary(
+        latency_s=summarize([sample.latency_s for sample in samples]),
+        ttft_s=summarize([sample.ttft_s for sample in samples]),
+        decode_s=summarize([sample.decode_s for sample in samples]),
+        energy_j=summarize(energies) if energies else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What every case of an iteration is run with."""
+
+    model: Model
+    config: BenchConfig
+    prompt: list[int]
+    prompt2: list[int]
+    meter: EnergyMeter | None
+
+    def iteration(self, *, reuse_first: bool) -> Iteration:
+        cases = {reuse: self._case(reuse=reuse) for reuse in (reuse_first, not reuse_first)}
+        reused = cases[True].second.reused_tokens
+        return Iteration(cases[False], cases[True], reused, self._prefill_s(reused), reuse_first)
+
+    def _case(self, *, reuse: bool) -> Case:
+        config = self.config
+        with closing(Generator(self.model.engine, namespace=None)) as generator:
+            first = self._time(generator, self.prompt, config.output_tokens)
+            if reuse:
+                return Case(first, self._time(generator, self.prompt2, config.output2_tokens))
+            history = generator.get_sequence()
+        with closing(Generator(self.model.engine, namespace=None)) as generator:
+            return Case(first, self._time(generator, history + self.prompt2, config.output2_tokens))
+
+    def _prefill_s(self, tokens: int) -> float:
+        """Return the time to compute that many tokens anew; which ones makes no difference."""
+        ids = self.prompt + self.prompt2
+        with closing(Generator(self.model.engine, namespace=None)) as generator:
+            return self._time(generator, repeated(ids, tokens), 1).ttft_s
+
+    def _time(self, generator: Generator, new: list[int], tokens: int) -> ResponseSample:
+        return time_response(generator, new, tokens, meter=self.meter)
+
+
+def repeated(ids: list[int], length: int) -> list[int]:
+    """Return the first *length* of the ids, over and over again."""
+    return (ids * -(-length // len(ids)))[:length]

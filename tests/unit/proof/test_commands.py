@@ -1,0 +1,121 @@
+"""The proofs as commands: what they print, write, and return."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from recollect.cli.bench import bench
+from recollect.cli.rewind import rewind_test
+from recollect.cli.scenarios import scenarios
+from recollect.errors import ContextFullError, InvalidParameterError
+from recollect.proof.scenarios import ScenarioResult
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run() -> Run:
+    app = typer.Typer()
+    app.command()(bench)
+    app.command()(rewind_test)
+    app.command()(scenarios)
+    runner = CliRunner()
+
+    def invoke(command: str, *arguments: str) -> Result:
+        return runner.invoke(app, [command, "--model", "reference", *arguments])
+
+    return invoke
+
+
+SHORT = ("--input", "50", "--output", "9", "--input2", "20", "--output2", "5", "--turns", "3")
+
+
+def test_rewind_test_prints_ok(run: Run) -> None:
+    result = run("rewind-test")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == "rewind test OK"
+
+
+def test_rewind_test_fails_and_names_the_first_different_token(
+    run: Run, plant_hole: Callable[[], None]
+) -> None:
+    plant_hole()
+    result = run("rewind-test")
+    assert result.exit_code == 1
+    assert "a fresh prefill differs from A2 at token" in result.stdout
+    assert result.stdout.splitlines()[-1] == "rewind test FAILED"
+
+
+def test_scenarios_say_apart_what_the_model_and_what_reuse_did(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "scenarios.json"
+    result = run("scenarios", "--profile", "exact", "--json", str(path))
+    assert result.exit_code == 0
+    assert "The model got" in result.stdout
+    assert "Reuse changed 0 of" in result.stdout
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert len(written["scenarios"]) == 6
+    assert written["summary"]["changed_by_reuse"] == []
+    assert written["summary"]["facts"] == 16
+    turn = written["scenarios"][0]["turns"][1]
+    assert turn["rewound"]["token_ids"] == turn["full"]["token_ids"]
+
+
+def test_scenarios_fail_in_exact_where_reuse_changed_something(
+    run: Run, plant_hole: Callable[[], None]
+) -> None:
+    plant_hole()
+    result = run("scenarios", "--profile", "exact")
+    assert result.exit_code == 1
+    assert "reuse differs at token" in result.stdout
+
+
+def test_scenarios_report_a_change_in_other_profiles_with_a_remark(
+    run: Run, plant_hole: Callable[[], None]
+) -> None:
+    plant_hole()
+    result = run("scenarios", "--profile", "fast")
+    assert result.exit_code == 0
+    assert "--profile exact" in " ".join(result.stdout.split())
+
+
+def test_bench_prints_a_card_and_a_table_and_writes_all_samples(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    result = run("bench", *SHORT, "--iterations", "3", "--json", str(path))
+    assert result.exit_code == 0
+    assert result.stdout.startswith("CPU")
+    assert "share of the ideal" in result.stdout
+    assert "Energy" in result.stdout
+    assert "iteration 1 of 3" in result.stderr
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert len(written["iterations"]) == 3
+    assert written["summary"]["saving_s"]["count"] == 2
+    assert len(written["growth"]) == 3
+
+
+def test_bench_without_a_growth_curve(run: Run) -> None:
+    result = run("bench", *SHORT[:-1], "0", "--iterations", "2")
+    assert result.exit_code == 0
+    assert "turn" not in result.stdout.split("Energy")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [(("--input", "9000"), ContextFullError), (("--iterations", "1"), InvalidParameterError)],
+)
+def test_bench_refuses_what_cannot_be_run(
+    run: Run, arguments: tuple[str, str], error: type[Exception]
+) -> None:
+    result = run("bench", *arguments)
+    assert isinstance(result.exception, error)
+    assert "iteration 1" not in result.stderr
+
+
+def test_no_result_is_a_summary_of_nothing() -> None:
+    from recollect.cli.scenarios import summary
+
+    nothing: list[ScenarioResult] = []
+    assert summary(nothing)["facts"] == 0
