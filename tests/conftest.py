@@ -7,6 +7,7 @@ Test modules do not import each other; what they share comes from here.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -95,8 +96,9 @@ def faults() -> Faults:
 
 
 @pytest.fixture
-def make_engine(faults: Faults) -> Callable[..., Engine]:
+def make_engine(faults: Faults) -> Iterator[Callable[..., Engine]]:
     """Return a maker of small engines on the reference runtime."""
+    made: list[Engine] = []
 
     def make(
         *,
@@ -114,9 +116,12 @@ def make_engine(faults: Faults) -> Callable[..., Engine]:
             block_size=block_size,
             whole_blocks_only=whole_blocks_only,
         )
-        return Engine(runtime, num_blocks=num_blocks, eos_token_ids=eos_token_ids)
+        made.append(Engine(runtime, num_blocks=num_blocks, eos_token_ids=eos_token_ids))
+        return made[-1]
 
-    return make
+    yield make
+    for engine in made:
+        engine.close()
 
 
 @pytest.fixture
@@ -154,7 +159,7 @@ def tokenizer() -> ByteTokenizer:
 
 
 @pytest.fixture
-def make_model(faults: Faults) -> Iterator[Callable[..., Model]]:
+def make_model(faults: Faults, tmp_path: Path) -> Iterator[Callable[..., Model]]:
     """Return a maker of reference models with any template, context and KV memory."""
     made: list[Model] = []
 
@@ -177,7 +182,8 @@ def make_model(faults: Faults) -> Iterator[Callable[..., Model]]:
             whole_blocks_only=whole_blocks_only,
         )
         kv_memory = num_blocks * runtime.info.bytes_per_block
-        made.append(Model(local, runtime, profile="exact", kv_memory=kv_memory))
+        home = tmp_path / "home"
+        made.append(Model(local, runtime, profile="exact", home=home, kv_memory=kv_memory))
         return made[-1]
 
     yield make

@@ -14,6 +14,22 @@ from recollect.errors import InvalidParameterError
 FinishReason = Literal["stop", "length", "cancelled"]
 """`stop`: end of sequence or a stop string. `length`: the token or context limit. `cancelled`: the caller."""
 
+Reason = Literal[
+    "new",
+    "system_changed",
+    "message_changed",
+    "template_rewrote",
+    "evicted",
+    "other_model",
+]
+"""
+Why the tokens that were computed were not reused.
+
+`new`: nothing earlier had them. `evicted`: they were computed once, and their KV is gone since.
+`other_model`: the conversation was written with another model. The others: the prompt parts from an
+earlier one there.
+"""
+
 Role = Literal["system", "user", "assistant"]
 
 Profile = Literal["exact", "fast", "small"]
@@ -120,8 +136,11 @@ class Usage:
     """Computed tokens per second before the first new token; None where none was computed."""
     decode_tps: float | None
     """Generated tokens per second after the first; None for a reply of fewer than two."""
+    reason: Reason = "new"
+    difference: str | None = None
+    """What differs from the earlier prompt, in words, where `reason` says that something does."""
 
-    def to_dict(self) -> dict[str, int | float | None]:
+    def to_dict(self) -> dict[str, int | float | str | None]:
         """Return the fields as plain JSON values."""
         return asdict(self)
 

@@ -1,7 +1,8 @@
 """Any order of append, compute, generate, rewind, fork, release and failure gives fresh logits."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Final
@@ -21,21 +22,26 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from recollect.engine import engine as engine_module
+from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.sequence import Sequence as TokenSequence
+from recollect.engine.task import Task
 from recollect.errors import MemoryLimitError, OutOfBlocksError, RuntimeFailure
-from recollect.kv.blocks import BlockPool
+from recollect.kv.blocks import BlockPool, BlockTable, blocks_for
+from recollect.kv.cached_table import CachedTable
+from recollect.kv.prefix import CachedBlock, PrefixCache
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
-from recollect.types import SamplingParams
+from recollect.types import SamplingParams, common_prefix_length
 
 VOCAB: Final = 8
 SIZE: Final = 4
 CONTEXT: Final = 40
 NUM_BLOCKS: Final = 16
 CHUNK: Final = 6
+Ids = tuple[int, ...]
+NAMESPACES = st.sampled_from(["", "other", None])
 TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9)
 
 
@@ -44,8 +50,17 @@ class FailingRuntime(ReferenceRuntime):
 
     fail_forward = False
     fail_copy = False
+    _cancel: tuple[int, Task] | None = None
+
+    def cancel_after(self, passes: int, task: Task) -> None:
+        self._cancel = (passes, task)
 
     def forward(self, rows: Sequence[Row]) -> Logits:
+        if self._cancel is not None:
+            passes, task = self._cancel
+            self._cancel = (passes - 1, task) if passes > 1 else None
+            if passes == 1:
+                task.cancel()
         if self.fail_forward:
             self.fail_forward = False
             super().forward(
@@ -73,14 +88,21 @@ def fresh(ids: tuple[int, ...], whole_blocks_only: bool) -> bytes:
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Generators over one small pool; the dumb model of each is the list of its ids."""
+    """
+    Generators over one small pool; the dumb model of each is the list of its ids.
+
+    `left` and `seen` are dumb models of the cache: for each namespace the histories that it must
+    have while nothing was evicted, and all that it may have.
+    """
 
     whole_blocks_only = False
     generators = Bundle("generators")
 
     def __init__(self) -> None:
         super().__init__()
-        self.chunk = mock.patch.object(engine_module, "PREFILL_CHUNK", CHUNK)
+        self.chunk = mock.patch.multiple(
+            scheduler_module, PREFILL_CHUNK=CHUNK, SHARED_CHUNK=SIZE, MOST_RUNNING=3
+        )
         self.chunk.start()
         self.runtime = FailingRuntime(
             vocab_size=VOCAB,
@@ -90,6 +112,9 @@ class EngineMachine(RuleBasedStateMachine):
         )
         self.engine = Engine(self.runtime, num_blocks=NUM_BLOCKS, eos_token_ids=[0])
         self.model: dict[Generator, list[int]] = {}
+        self.left: defaultdict[str, set[Ids]] = defaultdict(set)
+        self.seen: defaultdict[str, set[Ids]] = defaultdict(set)
+        self.disturbed = False
 
     def teardown(self) -> None:
         self.chunk.stop()
@@ -98,18 +123,21 @@ class EngineMachine(RuleBasedStateMachine):
             self.probe(generator)
         for generator in self.model:
             generator.close()
-        assert self.engine.pool.used_blocks == 0
+        assert self.engine.pool.used_blocks == len(self.engine.cache)
+        assert self.engine.cache.evictable_blocks == len(self.engine.cache)
+        self.engine.close()
 
     @initialize(target=generators)
     def first(self) -> Generator:
-        return self._born()
+        return self._born("")
 
-    @rule(target=generators)
-    def new(self) -> Generator:
-        return self._born()
+    @rule(target=generators, namespace=NAMESPACES)
+    def new(self, namespace: str | None) -> Generator:
+        return self._born(namespace)
 
-    def _born(self) -> Generator:
-        generator = Generator(self.engine, SamplingParams(temperature=1.0, seed=1))
+    def _born(self, namespace: str | None) -> Generator:
+        params = SamplingParams(temperature=1.0, seed=1)
+        generator = Generator(self.engine, params, namespace=namespace)
         self.model[generator] = []
         return generator
 
@@ -128,7 +156,8 @@ class EngineMachine(RuleBasedStateMachine):
             if generator.is_done() or not self.model[generator]:
                 return
             try:
-                token = generator.generate_next_token()
+                with self._counted(generator):
+                    token = generator.generate_next_token()
             except (OutOfBlocksError, RuntimeFailure):
                 return
             if token is None:
@@ -139,28 +168,42 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(chosen=st.lists(generators, max_size=4))
     def compute(self, chosen: list[Generator]) -> None:
-        sequences = [one.sequence for one in chosen if self.model[one]]
-        before = {sequence: sequence.computed for sequence in sequences}
-        fed = self.engine.computed_tokens
+        chosen = [one for one in dict.fromkeys(chosen) if self.model[one]]
         try:
-            self.engine.compute(sequences)
+            with self._counted(*chosen):
+                self.engine.compute([one.sequence for one in chosen])
         except OutOfBlocksError:
-            assert self.engine.computed_tokens == fed, "refused before anything was computed"
-            assert {sequence: sequence.computed for sequence in sequences} == before
+            held = {b for one in self.model for b in one.sequence.kv.blocks}
+            longest = max(blocks_for(len(self.model[one]), SIZE) for one in chosen)
+            assert len(held) + longest + 1 > NUM_BLOCKS, "there was room for each by itself"
         except RuntimeFailure:
             pass
         else:
-            assert all(sequence.logits is not None for sequence in sequences)
+            assert all(one.sequence.logits is not None for one in chosen)
 
-    @rule(chosen=st.lists(generators, max_size=3))
-    def step(self, chosen: list[Generator]) -> None:
-        """One pass only: a prefill that is cancelled between its chunks."""
-        with tolerated():
-            self.engine.step([one.sequence for one in chosen if self.model[one]])
+    @rule(generator=generators, passes=st.integers(1, 2), idle=st.booleans())
+    def cancel(self, generator: Generator, passes: int, idle: bool) -> None:
+        """A prefill that is given up between its chunks."""
+        sequence = generator.sequence
+        if not self.model[generator] or sequence.logits is not None:
+            return
+        self._leaves_tails()
+        task = Task(sequence, lambda: False, idle=idle)
+        self.runtime.cancel_after(passes, task)
+        self.engine.submit(task)
+        task.join()
+        self._note(generator)
+
+    @rule(generator=generators)
+    def park(self, generator: Generator) -> None:
+        self._leaves_tail(generator)
+        generator.sequence.park()
 
     @rule(generator=generators, back=st.integers(0, 12))
     def rewind(self, generator: Generator, back: int) -> None:
         length = max(0, len(self.model[generator]) - back)
+        if length < generator.sequence.computed:
+            self._leaves_tail(generator)
         generator.rewind_to(length)
         del self.model[generator][length:]
 
@@ -177,6 +220,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(generator=consumes(generators))
     def close(self, generator: Generator) -> None:
+        self._leaves_tail(generator)
         generator.close()
         del self.model[generator]
 
@@ -205,19 +249,49 @@ class EngineMachine(RuleBasedStateMachine):
             self.compute([other])
         return other
 
+    @rule(
+        target=generators,
+        generator=generators,
+        namespace=NAMESPACES,
+        back=st.integers(0, 5),
+        ids=TOKENS,
+        closes=st.booleans(),
+    )
+    def say_the_same(
+        self,
+        generator: Generator,
+        namespace: str | None,
+        back: int,
+        ids: list[int],
+        closes: bool,
+    ) -> Generator:
+        """Begin like another, perhaps in another namespace: what the cache is for."""
+        begun = self.model[generator][: max(0, len(self.model[generator]) - back)]
+        other = self._born(namespace)
+        self.append(other, [*begun, *ids][:CONTEXT])
+        if closes:
+            self.park(generator)
+        self.compute([other])
+        return other
+
     @rule(generator=generators)
     def probe(self, generator: Generator) -> None:
         """Feed the last token once more in a fork, which must not disturb the original."""
         ids = self.model[generator]
         if not ids:
             return
+        self._leaves_tails()
         other = generator.sequence.fork()
         other.rewind_to(len(ids) - 1)
         other.append(ids[-1:])
         with tolerated():
             self.engine.compute([other])
         self._compare(other, ids)
+        if other.namespace is not None:
+            self.seen[other.namespace].add(tuple(ids))
+            self.left[other.namespace].add(tuple(ids[: other.computed]))
         other.release()
+        self._note(generator)
 
     @invariant()
     def the_bookkeeping_is_right(self) -> None:
@@ -228,6 +302,70 @@ class EngineMachine(RuleBasedStateMachine):
         for generator, ids in self.model.items():
             assert generator.get_sequence() == ids
             self._compare(generator.sequence, ids)
+
+    @contextlib.contextmanager
+    def _counted(self, *generators: Generator) -> Iterator[None]:
+        """Compare what one sequence costs with the dumb models of the cache."""
+        fails = self.runtime.fail_copy or self.runtime.fail_forward
+        self._leaves_tails()
+        single = generators[0] if len(generators) == 1 else None
+        bounds = self._bounds(single) if single is not None else None
+        fed = self.engine.computed_tokens
+        try:
+            yield
+        finally:
+            fed = self.engine.computed_tokens - fed
+            evicted = self.engine.cache.evicted_blocks + self.engine.preemptions > 0
+            if fails or evicted:  # what is lost by that is another's to say
+                self.disturbed = True
+            for generator in generators:
+                self._note(generator)
+        if bounds is not None and not fails:
+            least, most = bounds
+            assert least <= fed, "reused what nobody of this namespace has computed"
+            assert self.disturbed or fed <= most, "computed what was in memory"
+
+    def _bounds(self, generator: Generator) -> tuple[int, int]:
+        """Return how many tokens it takes at least and at most to have the logits."""
+        sequence, ids = generator.sequence, self.model[generator]
+        if sequence.logits is not None:
+            return 0, 0
+        namespace = sequence.namespace
+        least, most = (
+            len(ids) - max(sequence.computed, 0 if namespace is None else self._longest(known, ids))
+            for known in (self.seen[namespace or ""], self.left[namespace or ""])
+        )
+        again = 1  # logits need a forward pass
+        if self.whole_blocks_only:
+            again = (len(ids) - 1) % SIZE + 1
+        at_the_end = len(ids) == CONTEXT  # where generating ends without a forward pass
+        return 0 if at_the_end else max(1, least), most or again
+
+    def _longest(self, known: set[Ids], ids: list[int]) -> int:
+        longest = max((common_prefix_length(ids, one) for one in known), default=0)
+        return longest // SIZE * SIZE if self.whole_blocks_only else longest
+
+    def _note(self, generator: Generator) -> None:
+        """Take note of what was computed: full blocks can be found, and the end of a prompt."""
+        sequence, ids = generator.sequence, self.model[generator]
+        if sequence.namespace is not None and not sequence.closed:
+            done = tuple(ids[: sequence.computed])
+            self.seen[sequence.namespace].add(tuple(ids) if self.disturbed else done)
+            self.left[sequence.namespace].add(done[: len(done) // SIZE * SIZE])
+
+    def _leaves_tail(self, generator: Generator) -> None:
+        sequence = generator.sequence
+        if sequence.namespace is not None:
+            done = tuple(self.model[generator][: sequence.computed])
+            self.seen[sequence.namespace].add(done)
+            self.left[sequence.namespace].add(done)
+
+    def _leaves_tails(self) -> None:
+        """Take note of what the engine may take from anybody when blocks run short."""
+        for generator, ids in self.model.items():
+            if generator.sequence.namespace is not None:
+                done = tuple(ids[: generator.sequence.computed])
+                self.seen[generator.sequence.namespace].add(done)
 
     def _compare(self, sequence: TokenSequence, ids: list[int]) -> None:
         if sequence.logits is not None:
@@ -259,8 +397,8 @@ def _leave_a_token_without_kv(patch: pytest.MonkeyPatch) -> None:
     def forgetful(self: TokenSequence, ids: Sequence[int]) -> None:
         known = self.logits is not None and len(ids) == 1
         append(self, ids)
-        if known and len(self) % SIZE != 1:  # inside a block, so that the table still fits
-            self._computed = len(self)
+        if known and self.computed and len(self) % SIZE > 1:  # so that the table still fits
+            self.kv.length = len(self)
 
     patch.setattr(TokenSequence, "append", forgetful)
 
@@ -275,15 +413,7 @@ def _skip_the_copy(patch: pytest.MonkeyPatch) -> None:
 
 def _trust_kv_after_a_failure(patch: pytest.MonkeyPatch) -> None:
     """What a failed pass wrote counts as computed up to where it began, copies included."""
-    crop = TokenSequence.crop_kv
-
-    def forgiving(self: TokenSequence, computed: int) -> None:
-        if computed % SIZE == 0 and computed < self._computed < len(self):
-            self._table.crop(self._computed)
-            return
-        crop(self, computed)
-
-    patch.setattr(TokenSequence, "crop_kv", forgiving)
+    patch.setattr(CachedTable, "abandon", lambda self, _: self.table.crop(self.length))
 
 
 def _keep_logits_after_a_rewind(patch: pytest.MonkeyPatch) -> None:
@@ -299,7 +429,47 @@ def _keep_logits_after_a_rewind(patch: pytest.MonkeyPatch) -> None:
 
 
 def _leak(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(BlockPool, "drop", lambda _self, _blocks: None)
+    def crop(self: BlockTable, length: int) -> None:
+        del self._blocks[blocks_for(length, SIZE) :]
+
+    patch.setattr(BlockTable, "crop", crop)
+
+
+def _share_across_namespaces(patch: pytest.MonkeyPatch) -> None:
+    root = PrefixCache.root
+    patch.setattr(PrefixCache, "root", lambda self, _namespace="": root(self, "all"))
+
+
+def _share_what_is_private(patch: pytest.MonkeyPatch) -> None:
+    new = Engine.new_sequence
+
+    def shared(self: Engine, namespace: str | None = "") -> TokenSequence:
+        sequence = new(self, namespace or "")
+        sequence.namespace = namespace
+        return sequence
+
+    patch.setattr(Engine, "new_sequence", shared)
+
+
+def _find_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(TokenSequence, "reuse", lambda _self: None)
+
+
+def _forget_the_tail(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CachedTable, "leave_tail", lambda _self, _ids: None)
+
+
+def _share_a_wrong_block(patch: pytest.MonkeyPatch) -> None:
+    """Blocks are taken for the same where their tokens are, whatever came before."""
+    insert = PrefixCache.insert
+
+    def careless(
+        self: PrefixCache, after: CachedBlock, ids: Sequence[int], block: int
+    ) -> CachedBlock:
+        same = (c for c in self.blocks() if c.token_ids == tuple(ids) and len(ids) == SIZE)
+        return next(same, None) or insert(self, after, ids, block)
+
+    patch.setattr(PrefixCache, "insert", careless)
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -309,6 +479,11 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "trusting KV after a failure": _trust_kv_after_a_failure,
     "stale logits": _keep_logits_after_a_rewind,
     "a leak": _leak,
+    "sharing across namespaces": _share_across_namespaces,
+    "sharing what is private": _share_what_is_private,
+    "finding nothing": _find_nothing,
+    "forgetting the tail": _forget_the_tail,
+    "sharing a wrong block": _share_a_wrong_block,
 }
 
 
@@ -324,7 +499,7 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
-    with pytest.raises((AssertionError, ExceptionGroup)):
+    with pytest.raises((AssertionError, ExceptionGroup, RuntimeFailure)):
         run_state_machine_as_test(EngineMachine, settings=search)
 
 

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Final
 from unittest import mock
 
@@ -20,12 +21,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from recollect.conversation.matching import MessageIndex
 from recollect.conversation.model import Model
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
-from recollect.engine import engine as engine_module
-from recollect.engine.generator import Generator
+from recollect.engine import scheduler as scheduler_module
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (
     ContextFullError,
@@ -34,6 +35,8 @@ from recollect.errors import (
     RewindError,
     RuntimeFailure,
 )
+from recollect.kv.cached_table import CachedTable
+from recollect.kv.prefix import CachedBlock, Match, PrefixCache
 from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.models.reference import reference_model
 from recollect.runtime.base import Logits, Row
@@ -106,7 +109,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.chunk = mock.patch.object(engine_module, "PREFILL_CHUNK", 16)
+        self.chunk = mock.patch.multiple(scheduler_module, PREFILL_CHUNK=16, SHARED_CHUNK=8)
         self.chunk.start()
         self.runtime = FailingRuntime(
             vocab_size=TOKENIZER.vocab_size, context_length=CONTEXT, block_size=SIZE
@@ -115,16 +118,20 @@ class SessionMachine(RuleBasedStateMachine):
             replace(reference_model(), context_length=CONTEXT),
             self.runtime,
             profile="exact",
+            home=Path(),  # nothing is kept
             kv_memory=NUM_BLOCKS * self.runtime.info.bytes_per_block,
         )
         self.tips: dict[Session, Said | None] = {}
         self.known: dict[Node, Said | None] = {}
+        self.done: set[tuple[int, ...]] = set()
 
     def teardown(self) -> None:
         self.chunk.stop()
         for session in self.tips:
             session.close()
-        assert self.model.engine.pool.used_blocks == 0
+        engine = self.model.engine
+        engine.check()
+        assert engine.pool.used_blocks == engine.cache.evictable_blocks == len(engine.cache)
         self.model.close()
 
     @initialize(target=sessions)
@@ -169,6 +176,7 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(session=sessions, number=st.integers(0, 30))
     def rewind(self, session: Session, number: int) -> None:
         node = session.tree.node(number % (len(session.tree) + 1))
+        self._settle()
         fed = self.model.engine.computed_tokens
         session.rewind(node)
         assert self.model.engine.computed_tokens == fed
@@ -176,6 +184,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(target=sessions, session=sessions, number=st.none() | st.integers(0, 30))
     def fork(self, session: Session, number: int | None) -> Session:
+        self._settle()
         used, fed = self.model.engine.pool.used_blocks, self.model.engine.computed_tokens
         node = None if number is None else session.tree.node(number % (len(session.tree) + 1))
         other = session.fork(node)
@@ -209,6 +218,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(session=sessions, text=TEXTS)
     def prewarm(self, session: Session, text: str) -> None:
+        self._settle()
         fed = self.model.engine.computed_tokens
         try:
             computed = session.prewarm(text)
@@ -216,7 +226,35 @@ class SessionMachine(RuleBasedStateMachine):
             return
         assert self.model.engine.computed_tokens - fed == computed
         assert session.prewarm(text) == 0
-        assert session.sequence.computed == len(session.sequence)
+
+    @rule(session=sessions, pins=st.booleans())
+    def pin(self, session: Session, pins: bool) -> None:
+        if not pins:
+            session.unpin()
+            return
+        try:
+            session.pin()
+        except (ContextFullError, OutOfBlocksError, RuntimeFailure):
+            return
+        warm, tokens = session.warm_tokens()
+        assert warm == tokens
+        for other in list(self.tips)[:-2]:  # so that others find room
+            other.unpin()
+
+    @rule(session=sessions, namespace=st.sampled_from(["", "other"]))
+    def match(self, session: Session, namespace: str) -> None:
+        """A client that sends everything as text gets back what was generated, and only its own."""
+        messages = session.transcript()
+        if not messages:
+            return
+        found = self.model.session_from(messages, namespace=namespace)
+        assert found.transcript() == messages
+        own = [node.token_ids for node in found.path()]
+        if namespace:
+            assert own == [None] * len(own)
+        elif session.tip.token_ids is not None:
+            assert own[-1] is not None
+            assert TOKENIZER.decode(own[-1]) == session.tip.content
 
     @rule(session=sessions, text=TEXTS)
     def forget_a_stream(self, session: Session, text: str) -> None:
@@ -237,9 +275,10 @@ class SessionMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_bookkeeping_is_right(self) -> None:
+        self._settle()
         self.model.engine.check()
         for session in self.tips:
-            session.tree.check()
+            session.conversation.check()
 
     @invariant()
     def transcripts_are_the_lists(self) -> None:
@@ -262,8 +301,11 @@ class SessionMachine(RuleBasedStateMachine):
         self, session: Session, user: Said, text: str | None, limit: int, stop_after: int | None
     ) -> None:
         before, nodes = self.tips[session], len(session.tree)
-        kv = session.sequence.token_ids[: session.sequence.computed]
+        self._settle()
+        fails = self.runtime.fail_in is not None
         prompt = prompt_of(user.chain())
+        known = self.model.engine.warm_tokens(prompt)
+        lost = self.model.engine.cache.evicted_blocks
         pieces: list[str] = []
         try:
             stream = session.stream(text, params=SamplingParams(max_tokens=limit))
@@ -297,8 +339,27 @@ class SessionMachine(RuleBasedStateMachine):
         assert reply.text == TOKENIZER.decode(ids)
         usage = reply.usage
         assert usage.prompt_tokens == len(prompt) == usage.reused_tokens + usage.computed_tokens
-        assert usage.computed_tokens <= max(1, len(prompt) - common_prefix_length(kv, prompt))
+        lost = self.model.engine.cache.evicted_blocks - lost
+        assert fails or lost or usage.computed_tokens == max(1, len(prompt) - known)
+        self._never_twice(prompt, usage.reused_tokens, fails)
+        self._said(prompt, ids)
         self._at(session, Said(user, "assistant", reply.text, ids))
+
+    def _settle(self) -> None:
+        """Wait until all work that nobody waits for is done."""
+        engine = self.model.engine
+        with engine._work:
+            while engine._passing or engine._scheduler.tasks():
+                engine._work.wait(0.001)
+
+    def _never_twice(self, prompt: list[int], reused: int, fails: bool) -> None:
+        """What was once said is never computed again, but for the last token, while it is in memory."""
+        done = max((common_prefix_length(prompt, one) for one in self.done), default=0)
+        if self.model.engine.cache.evicted_blocks == 0 and not fails:
+            assert reused >= min(done, len(prompt) - 1)
+
+    def _said(self, prompt: list[int], ids: tuple[int, ...]) -> None:
+        self.done.add((*prompt, *ids[:-1]))
 
     def _replied(
         self,
@@ -336,28 +397,28 @@ class SessionMachine(RuleBasedStateMachine):
 TestSession = SessionMachine.TestCase
 
 
-def _rewind_that_keeps_the_kv(patch: pytest.MonkeyPatch) -> None:
+def _skip_the_copy(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(FailingRuntime, "copy_blocks", lambda _self, _pairs: None)
+
+
+def _match_a_token_too_many(patch: pytest.MonkeyPatch) -> None:
     """Other ids over old KV, as where text is undone and the cache is not."""
+    match = PrefixCache.match
 
-    def rewind(self: TokenSequence, length: int) -> None:
-        del self._token_ids[length:]
-        self._logits = None
-        self._table.crop(min(self._computed, length))
-        self._computed = min(self._computed, length)
-        if length % SIZE and self._computed == length:
-            self._kept = length  # type: ignore[attr-defined]
+    def greedy(
+        self: PrefixCache, after: CachedBlock, ids: Sequence[int], *, inside_block: bool
+    ) -> Match:
+        found = match(self, after, ids, inside_block=inside_block)
+        end = len(found.full) * SIZE + found.partial_tokens
+        if found.partial is None or end >= len(ids) or found.partial_tokens == SIZE:
+            return found
+        return replace(found, partial_tokens=found.partial_tokens + 1)
 
-    append = TokenSequence.append
+    patch.setattr(PrefixCache, "match", greedy)
 
-    def over_old(self: TokenSequence, ids: list[int]) -> None:
-        append(self, ids)
-        kept = getattr(self, "_kept", None)
-        if kept is not None and self._computed == kept and len(self) > kept + 1:
-            self._computed = kept + 1
-        self._kept = None  # type: ignore[attr-defined]
 
-    patch.setattr(TokenSequence, "rewind_to", rewind)
-    patch.setattr(TokenSequence, "append", over_old)
+def _find_messages_of_anybody(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Model, "_index", lambda self, _: self._indices.setdefault("", MessageIndex()))
 
 
 def _encode_replies_again(patch: pytest.MonkeyPatch) -> None:
@@ -368,19 +429,20 @@ def _encode_replies_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def _compute_everything_each_time(patch: pytest.MonkeyPatch) -> None:
-    init = Generator.__init__
+    patch.setattr(TokenSequence, "reuse", lambda _self: None)
 
-    def wasteful(self: Generator, *args: object, **kwargs: object) -> None:
-        init(self, *args, **kwargs)  # type: ignore[arg-type]
-        self.sequence.crop_kv(0)
 
-    patch.setattr(Generator, "__init__", wasteful)
+def _forget_the_reply(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CachedTable, "leave_tail", lambda _self, _ids: None)
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "a rewind that keeps the KV": _rewind_that_keeps_the_kv,
+    "skipping the copy": _skip_the_copy,
+    "matching a token too many": _match_a_token_too_many,
+    "messages found across namespaces": _find_messages_of_anybody,
     "replies encoded again": _encode_replies_again,
     "everything computed each time": _compute_everything_each_time,
+    "the end of a reply forgotten": _forget_the_reply,
 }
 
 

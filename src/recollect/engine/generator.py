@@ -33,9 +33,10 @@ class Generator:
         params: SamplingParams | None = None,
         *,
         sequence: Sequence | None = None,
+        namespace: str | None = "",
     ) -> None:
         self._engine = engine
-        self._sequence = engine.new_sequence() if sequence is None else sequence
+        self._sequence = engine.new_sequence(namespace) if sequence is None else sequence
         # As intervals of the history: where prompts end, replies begin.
         self._prompts = [(0, len(self._sequence))]
         self._finish_reason: FinishReason | None = None

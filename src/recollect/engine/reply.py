@@ -6,10 +6,12 @@ Knows a generator and a tokenizer; not what a conversation is.
 
 import time
 from collections.abc import Iterator
+from queue import SimpleQueue
 
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.stopping import StopMatcher
+from recollect.engine.task import Task
 from recollect.models.tokenizer import Detokenizer, Tokenizer
 from recollect.types import FinishReason, Usage, tokens_per_second
 
@@ -18,7 +20,8 @@ class ReplyGeneration:
     """
     The reply that a generator gives to what was last appended.
 
-    Iterate over it for pieces of text. It may be left at any time: `finish` closes it, and the
+    The engine's thread generates tokens, from `start` on; whoever iterates turns them into text, so
+    that one reader's text never delays another's tokens. `finish` closes it, at any time: the
     generator's history then ends with exactly the tokens of the text that was given out.
     """
 
@@ -30,17 +33,19 @@ class ReplyGeneration:
         self._matcher = StopMatcher(generator.params.stop)
         self._sequence = generator.sequence
         self._start = len(self._sequence)
-        plan = self._sequence.plan()
-        self._reused = self._start if plan is None else plan.start
-        self._fed_before = self._sequence.fed_tokens
-        self._computed = 0
-        self._begun_s = time.perf_counter()
-        self._first_token_s: float | None = None
-        self._last_token_s = self._begun_s
-        self._generated = 0
+        self._task = Task(
+            self._sequence, self._on_logits, hand_over=self._hand_over, on_end=self._on_end
+        )
+        self._fresh: list[int] = []  # tokens that the reader is not told of yet
+        # Tokens on their way from the engine's thread; None is the last.
+        self._queue: SimpleQueue[int | None] = SimpleQueue()
         self._pieces: list[str] = []
         self._finish_reason: FinishReason | None = None
-        self._stopping = False
+        self._read_to_end = False  # there is nothing more to wait for
+        self._is_whole = False
+        self._begun_s = self._last_token_s = time.perf_counter()
+        self._first_token_s: float | None = None
+        self._generated = 0
 
     @property
     def text(self) -> str:
@@ -72,84 +77,111 @@ class ReplyGeneration:
         """Return the tokens of the reply in the history."""
         return self._sequence.tokens(self._start)
 
+    def start(self) -> None:
+        """Have the engine begin."""
+        self._engine.submit(self._task)
+
     def __iter__(self) -> Iterator[str]:
-        """Yield pieces of text, each at least one character, until the reply ends."""
-        while self._finish_reason is None:
-            piece = ""
-            if self._stopping:
-                piece = self.finish()
-            elif self._engine.step([self._sequence]):
-                piece = self._next_piece()
-                self._pieces.append(piece)
-            if piece:
-                yield piece
+        """
+        Yield pieces of text, each at least one character, until the reply ends.
+
+        Raises:
+            RecollectError: What the engine failed with; the pieces before it are part of the reply.
+        """
+        if self._read_to_end:
+            return
+        while not self._matcher.matched and (token := self._queue.get()) is not None:
+            yield from self._given(self._matcher.push(self._detokenizer.push(token)))
+        self._read_to_end = True
+        if self._matcher.matched:
+            self._finish_reason = "stop"
+            self._task.cancel()
+            return
+        # What was held back because more was to come belongs to the reply.
+        rest = self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
+        self._is_whole = not self._matcher.matched
+        self._finish_reason = self._generator.finish_reason if self._is_whole else "stop"
+        self._finish_reason = self._finish_reason or "cancelled"
+        yield from self._given(rest)
+        self._task.wait()
 
     def stop(self) -> None:
         """Ask for the reply to end after the forward pass under way; from any thread or signal handler."""
-        self._stopping = True
+        self._task.cancel()
 
-    def finish(self) -> str:
+    def finish(self) -> None:
         """
-        End the reply here, as cancelled, unless it has ended already.
+        End the reply here, as cancelled, unless it has ended already. May be called again.
 
-        Returns:
-            Text that was held back because more was to come; it belongs to the reply.
+        What was generated but not given out is taken back.
         """
-        if self._finish_reason is not None:
-            return ""
-        self._finish_reason = "cancelled"
-        piece = self._flush()
-        self._pieces.append(piece)
-        return piece
+        self._read_to_end = True
+        self._task.cancel()
+        self._task.join()
+        if self._finish_reason is None:
+            self._finish_reason = "cancelled"
+        if not self._is_whole:
+            self._is_whole = True
+            self._cut_at(self.text)
+
+    def release(self) -> None:
+        """Give the blocks back; the cache keeps them findable."""
+        self._generator.close()
 
     def usage(self) -> Usage:
-        """Return what the reply has cost so far."""
+        """
+        Return what the reply has cost.
+
+        Reused are the tokens of the prompt that no forward pass was planned to feed; computed are
+        all that one was fed with, so a token fed twice would show.
+        """
+        fed = [plan for plan in self._task.fed if plan.start < self._start]
+        positions = {n for plan in fed for n in range(plan.start, min(plan.end, self._start))}
+        computed = sum(min(plan.end, self._start) - plan.start for plan in fed)
         first = self._first_token_s
         ttft_s = (self._last_token_s if first is None else first) - self._begun_s
         decode_s = 0.0 if first is None else self._last_token_s - first
         return Usage(
             prompt_tokens=self._start,
-            reused_tokens=self._reused,
-            computed_tokens=self._computed,
+            reused_tokens=self._start - len(positions),
+            computed_tokens=computed,
             generated_tokens=self._generated,
             ttft_s=ttft_s,
-            prefill_tps=tokens_per_second(self._computed, ttft_s),
+            prefill_tps=tokens_per_second(computed, ttft_s),
             decode_tps=tokens_per_second(self._generated - 1, decode_s),
         )
 
-    def _next_piece(self) -> str:
-        """Generate one token and return the text that became certain with it."""
+    def _on_logits(self) -> bool:
+        """Generate one token, on the engine's thread; return whether to go on."""
         token = self._generator.generate_next_token()
         self._last_token_s = time.perf_counter()
         if self._first_token_s is None:
             self._first_token_s = self._last_token_s
-            self._computed = self._sequence.fed_tokens - self._fed_before
-        if token is None:
-            self._finish_reason = self._generator.finish_reason
-            return self._flush()
-        self._generated += 1
-        piece = self._matcher.push(self._detokenizer.push(token))
-        if self._matcher.matched:
-            self._end_at_stop_string(piece)
-        elif self._generator.is_done():
-            self._finish_reason = self._generator.finish_reason
-            piece = self._flush(piece)
-        return piece
+        if token is not None:
+            self._generated += 1
+            self._fresh.append(token)
+        return not self._generator.is_done()
 
-    def _flush(self, piece: str = "") -> str:
-        """Return *piece*, which was not given out yet, and what was held back after it."""
-        piece += self._matcher.push(self._detokenizer.finish())
-        if self._matcher.matched:
-            self._end_at_stop_string(piece)
-        return piece + self._matcher.finish()
+    def _hand_over(self) -> None:
+        for token in self._fresh:
+            self._queue.put(token)
+        self._fresh.clear()
 
-    def _end_at_stop_string(self, piece: str) -> None:
-        self._finish_reason = "stop"
-        self._cut_at(self.text + piece)
+    def _on_end(self) -> None:
+        """Let others have the blocks, however late the caller reads."""
+        try:
+            self._sequence.park()
+        finally:
+            self._queue.put(None)
+
+    def _given(self, piece: str) -> Iterator[str]:
+        if piece:
+            self._pieces.append(piece)
+            yield piece
 
     def _cut_at(self, text: str) -> None:
         """
-        Make the history end where *text* ends, before a stop string.
+        Make the history end where *text* ends.
 
         A token that reaches across the cut is replaced by the encoding of its part before it, so
         that the history says what the reply says.

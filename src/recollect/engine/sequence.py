@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import MisuseError, RewindError
-from recollect.kv.blocks import BlockTable
-from recollect.runtime.base import Logits
+from recollect.errors import ContextFullError, MisuseError, RewindError, TokenIdError
+from recollect.kv.cached_table import CachedTable
+from recollect.runtime.base import Logits, Row
 
 if TYPE_CHECKING:  # the engine makes sequences, so the import would be a circle
     from recollect.engine.engine import Engine
@@ -50,29 +50,32 @@ def plan_feed(length: int, computed: int, *, keep_multiple_of: int = 1) -> FeedP
 
 class Sequence:
     """
-    A history of token ids, the blocks that hold its KV, and how many tokens have KV.
+    A history of token ids, and the KV of its leading tokens.
 
-    Made by `Engine.new_sequence` or `fork`; used from one thread at a time. What a caller may see
-    is always consistent, also after an exception: `token_ids` is the truth, and whatever has no KV
-    is computed by the next forward pass, which starts at `computed`.
+    Made by `Engine.new_sequence` or `fork`; used from one thread at a time, which is the engine's
+    while a task runs on it. What a caller may see is always consistent, also after an exception:
+    `token_ids` is the truth, and whatever has no KV is computed by the next forward pass, which
+    starts at `computed`.
 
     Invariants:
         1. 0 <= computed <= len(token_ids).
-        2. The table holds exactly the blocks of `[0, computed)`.
-        3. Logits, where known, are those after the last token, and all tokens have KV.
+        2. All of `CachedTable`, and the KV in it is that of this history.
+        3. Logits, where known, are those after the last token.
     """
 
     def __init__(
-        self, engine: "Engine", token_ids: "array[int]", table: BlockTable, computed: int
+        self, engine: "Engine", token_ids: "array[int]", kv: CachedTable, namespace: str | None
     ) -> None:
         self._engine = engine
+        self.namespace = namespace
+        """Who shares KV with it; None: nobody."""
         self._token_ids = token_ids
-        self._table = table
-        self._computed = computed
+        self._kv = kv
         self._logits: Logits | None = None
         self.fed_tokens = 0
         """Tokens of this sequence that went through a forward pass, counted there."""
-        self._finalizer = weakref.finalize(self, table.drop)
+        self._finalizer = weakref.finalize(self, kv.table.drop)
+        self._finalizer.atexit = False  # the whole pool goes then
 
     def __len__(self) -> int:
         """Return the length of the history in tokens."""
@@ -86,12 +89,12 @@ class Sequence:
     @property
     def history(self) -> npt.NDArray[np.int64]:
         """Return the history as an array; copied, because the buffer grows."""
-        return np.array(self._token_ids, np.int64)
+        return np.frombuffer(self._token_ids, np.int64).copy()
 
     @property
     def computed(self) -> int:
-        """Return how many leading tokens have KV."""
-        return self._computed
+        """Return how many leading tokens have KV that this sequence holds."""
+        return self._kv.length
 
     @property
     def logits(self) -> Logits | None:
@@ -99,9 +102,9 @@ class Sequence:
         return self._logits
 
     @property
-    def table(self) -> BlockTable:
-        """Return the block table, for the engine."""
-        return self._table
+    def kv(self) -> CachedTable:
+        """Return the KV, for the engine."""
+        return self._kv
 
     @property
     def closed(self) -> bool:
@@ -112,6 +115,12 @@ class Sequence:
         """Return the ids in `[start, end)`."""
         return self._token_ids[start:end].tolist()
 
+    def shares(self, other: "Sequence", length: int) -> bool:
+        """Return whether the KV of the first *length* tokens is the same in both, and may be shared."""
+        return (
+            self._kv.shares_with(other.kv) and self._token_ids[:length] == other._token_ids[:length]
+        )
+
     def append(self, token_ids: Tokens[int]) -> None:
         """
         Add tokens to the history; nothing is computed yet.
@@ -121,7 +130,7 @@ class Sequence:
             ContextFullError: They do not fit the context. Nothing was changed.
         """
         self._require_open()
-        self._engine.check_append(len(self), token_ids)
+        self._check_append(token_ids)
         self._token_ids += array("q", token_ids)  # made first: all of them or none
         self._logits = None
 
@@ -129,7 +138,8 @@ class Sequence:
         """
         Forget all tokens from *length* on.
 
-        Exactly there: the next token can be sampled anew at *length*. Costs no forward pass.
+        Exactly there: the next token can be sampled anew at *length*. Costs no forward pass, and
+        what is given up can be found again until it is evicted.
 
         Raises:
             RewindError: *length* is below 0 or beyond the end. Nothing was changed.
@@ -142,24 +152,36 @@ class Sequence:
             )
         if length == len(self):
             return
+        if length < self.computed:
+            keep = length // self._engine.keep_multiple_of * self._engine.keep_multiple_of
+            with self._engine.lock:
+                self._kv.crop(self._token_ids, keep)
         del self._token_ids[length:]
         self._logits = None
-        if length < self._computed:
-            self.crop_kv(length // self._engine.keep_multiple_of * self._engine.keep_multiple_of)
 
     def fork(self) -> "Sequence":
         """Return a second sequence over the same history and blocks; costs no forward pass."""
         self._require_open()
         with self._engine.lock:
-            table = self._table.fork(self._computed)
-        other = Sequence(self._engine, self._token_ids[:], table, self._computed)
+            other = Sequence(self._engine, self._token_ids[:], self._kv.fork(), self.namespace)
         other._logits = self._logits
         return self._engine.adopt(other)
 
+    def park(self) -> None:
+        """
+        Hold no blocks until the next forward pass; the history stays.
+
+        The KV stays findable in the cache, where it can be evicted when others need the room.
+        """
+        self._require_open()
+        with self._engine.lock:
+            self._kv.crop(self._token_ids, 0)
+
     def release(self) -> None:
         """Give the blocks back; the sequence cannot be used afterwards. Calling it again does nothing."""
+        if not self.closed:
+            self.park()
         self._logits = None
-        self._computed = 0
         self._finalizer()
 
     def plan(self) -> FeedPlan | None:
@@ -169,19 +191,35 @@ class Sequence:
             return None
         if not len(self):
             raise MisuseError("an empty sequence has no next token: append something first")
-        return plan_feed(len(self), self._computed, keep_multiple_of=self._engine.keep_multiple_of)
+        return plan_feed(len(self), self.computed, keep_multiple_of=self._engine.keep_multiple_of)
 
-    def crop_kv(self, computed: int) -> None:
-        """Give up KV from *computed* on; the history stays. For the engine."""
+    def is_warm(self) -> bool:
+        """Return whether all of the history has KV, here or in the cache."""
+        return self.computed == len(self) or len(self) == self._engine.warm_tokens(
+            self.token_ids, self.namespace
+        )
+
+    def reuse(self) -> None:
+        """Take over what the cache has of the history; costs no forward pass."""
         with self._engine.lock:
-            self._table.crop(computed)
-        self._computed = min(self._computed, computed)
+            self._kv.reuse(self._token_ids)
 
-    def advance(self, fed: FeedPlan, logits: Logits | None) -> None:
+    def row(self, fed: FeedPlan) -> Row:
+        """Return the sequence's share of a forward pass that feeds *fed*. For the engine."""
+        return Row(
+            token_ids=self.tokens(fed.start, fed.end),
+            past=fed.start,
+            block_table=self._kv.blocks,
+            wants_logits=fed.end == len(self),
+        )
+
+    def written(self, fed: FeedPlan, logits: Logits | None) -> None:
         """Take note of a forward pass that computed the KV of *fed*. For the engine."""
         self.fed_tokens += fed.end - fed.start
-        self._computed = fed.end
-        self._logits = logits if fed.end == len(self) else None
+        self._kv.written(self._token_ids, fed.end)
+        self._logits = logits
+        if logits is not None and fed.end - fed.start > 1:
+            self._kv.leave_tail(self._token_ids)  # the end of a prompt, which others may send too
 
     def check(self) -> None:
         """
@@ -190,10 +228,28 @@ class Sequence:
         Raises:
             AssertionError: One does not hold.
         """
-        assert 0 <= self._computed <= len(self), "more tokens have KV than there are"
-        expected = -(-self._computed // self._engine.block_size)
-        assert len(self._table.blocks) == expected, "the table does not cover what is computed"
-        assert self._logits is None or self._computed == len(self), "logits of another history"
+        assert 0 <= self.computed <= len(self), "more tokens have KV than there are"
+        self._kv.check()
+        start = 0
+        for cached in self._kv.chain:
+            end = start + len(cached.token_ids)
+            assert list(cached.token_ids) == self.tokens(start, end), "KV of another history"
+            start = end
+
+    def _check_append(self, token_ids: Tokens[int]) -> None:
+        info = self._engine.info
+        if len(token_ids) == 0:
+            raise TokenIdError("There are no tokens to append: give at least one.")
+        low, high = min(token_ids), max(token_ids)
+        if low < 0 or high >= info.vocab_size:
+            wrong = low if low < 0 else high
+            raise TokenIdError(
+                f"Token id {wrong} is outside the vocabulary: "
+                f"ids go from 0 to {info.vocab_size - 1}."
+            )
+        needed = len(self) + len(token_ids)
+        if needed > info.context_length:
+            raise ContextFullError(needed=needed, limit=info.context_length)
 
     def _require_open(self) -> None:
         if self.closed:

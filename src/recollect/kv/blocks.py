@@ -105,6 +105,10 @@ class BlockPool:
         """Release the blocks as soon as the pool is next asked for some; safe from any thread."""
         self._dropped.append(blocks)
 
+    def references(self, block: int) -> int:
+        """Return how many times tables hold the block."""
+        return self._references[block]
+
     def is_shared(self, block: int) -> bool:
         """Return whether more than one table holds the block."""
         return self._references[block] > 1
@@ -203,6 +207,17 @@ class BlockTable:
         shared = self._blocks[:keep]
         self._pool.retain(shared)
         return BlockTable(self._pool, shared)
+
+    def replace(self, index: int, block: int) -> None:
+        """Hold another block, which holds the same KV, in place of the one at *index*."""
+        self._pool.retain([block])
+        self._pool.release([self._blocks[index]])
+        self._blocks[index] = block
+
+    def extend(self, blocks: Sequence[int]) -> None:
+        """Hold more blocks after the last, shared with whoever holds them."""
+        self._pool.retain(blocks)
+        self._blocks.extend(blocks)
 
     def drop(self) -> None:
         """Give up all blocks; safe from any thread, takes effect when the pool is next used."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.engine import engine as engine_module
+from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.reply import ReplyGeneration
@@ -79,7 +79,12 @@ def reply_to(
     engine = Engine(Script(script, len(PROMPT)), num_blocks=32, eos_token_ids=[END])
     generator = Generator(engine, params)
     generator.append_tokens(PROMPT)
-    return engine, generator, ReplyGeneration(engine, generator, Pieces())
+    return engine, generator, started(ReplyGeneration(engine, generator, Pieces()))
+
+
+def started(reply: ReplyGeneration) -> ReplyGeneration:
+    reply.start()
+    return reply
 
 
 def ids(text: str) -> list[int]:
@@ -88,6 +93,7 @@ def ids(text: str) -> list[int]:
 
 def verify(engine: Engine, generator: Generator, reply: ReplyGeneration) -> None:
     """The history ends with the reply's tokens, those are its text, and the KV is theirs."""
+    reply.finish()
     assert generator.get_sequence()[: len(PROMPT)] == PROMPT
     assert generator.get_sequence()[len(PROMPT) :] == reply.token_ids
     assert Pieces().decode(reply.token_ids) == reply.text
@@ -142,6 +148,7 @@ def test_a_stop_string_ends_the_reply_before_it_also_inside_and_across_tokens(
     assert "".join(reply) == reply.text == text
     assert reply.finish_reason == "stop"
     assert reply.generated_tokens >= len(tokens)
+    reply.finish()
     if "é" not in text:
         assert reply.token_ids == tokens
     verify(engine, generator, reply)
@@ -221,8 +228,9 @@ def test_a_cut_token_that_takes_more_tokens_still_fits_a_full_context() -> None:
 
     generator = Generator(engine, SamplingParams(stop=("b",)))
     generator.append_tokens(PROMPT)
-    reply = ReplyGeneration(engine, generator, Letters())
+    reply = started(ReplyGeneration(engine, generator, Letters()))
     text = "".join(reply)
+    reply.finish()
     assert reply.finish_reason == "stop"
     assert text.endswith(" ca")
     engine.check()
@@ -230,8 +238,12 @@ def test_a_cut_token_that_takes_more_tokens_still_fits_a_full_context() -> None:
 
 
 def test_stopping_before_the_first_pass_computes_nothing() -> None:
-    engine, generator, reply = reply_to([0, 1])
+    engine = Engine(Script([0, 1], len(PROMPT)), num_blocks=32, eos_token_ids=[END])
+    generator = Generator(engine)
+    generator.append_tokens(PROMPT)
+    reply = ReplyGeneration(engine, generator, Pieces())
     reply.stop()
+    reply.start()
     assert list(reply) == []
     assert (reply.finish_reason, reply.generated_tokens) == ("cancelled", 0)
     assert engine.forward_passes == 0
@@ -241,24 +253,78 @@ def test_stopping_before_the_first_pass_computes_nothing() -> None:
 def test_a_long_prompt_can_be_cancelled_between_its_chunks(
     make_engine: Callable[..., Engine], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 10)
+    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", 12)
     engine = make_engine(vocab_size=259)
     generator = Generator(engine)
     generator.append_tokens([1] * 100)
     reply = ReplyGeneration(engine, generator, tokenizer)
-    step, seen = engine.step, []
+    runtime: Any = engine._runtime
+    forward, seen = runtime.forward, []
 
-    def step_then_stop(sequences: Any) -> bool:
-        done = step(sequences)
+    def forward_then_stop(rows: Sequence[Row]) -> Logits:
+        logits: Logits = forward(rows)
         seen.append(reply.prefilled_tokens)
         if len(seen) == 3:
             reply.stop()
-        return done
+        return logits
 
-    monkeypatch.setattr(engine, "step", step_then_stop)
+    runtime.forward = forward_then_stop
+    reply.start()
     assert list(reply) == []
-    assert seen == [10, 20, 30]
+    assert seen == [0, 12, 24]
     assert (reply.finish_reason, reply.prompt_tokens) == ("cancelled", 100)
+    assert engine.warm_tokens([1] * 100) == 36
+    engine.check()
+
+
+def test_a_reply_that_was_read_gives_nothing_more() -> None:
+    """Reading it again, or after the end, waits for nobody."""
+    engine, generator, reply = reply_to([0, 1, 2])
+    assert len(list(reply)) == 3
+    assert list(reply) == []
+    reply.finish()
+    assert list(reply) == []
+    _, _, other = reply_to([0, 1, 2])
+    pieces = iter(other)
+    assert next(pieces) == "a"
+    other.finish()
+    assert list(other) == []
+    assert other.text == "a"
+    verify(engine, generator, reply)
+
+
+def test_leaving_takes_back_what_was_generated_and_not_given_out() -> None:
+    engine, generator, reply = reply_to([0, 1, 2, 0, 1, 2])
+    pieces = iter(reply)
+    assert (next(pieces), next(pieces)) == ("a", "b")
+    reply._task.join()  # the engine is far ahead of the reader
+    assert len(generator.sequence) == len(PROMPT) + 6
+    reply.finish()
+    assert (reply.token_ids, reply.text, reply.finish_reason) == ([0, 1], "ab", "cancelled")
+    assert reply.generated_tokens == 6
+    verify(engine, generator, reply)
+
+
+def test_a_reply_holds_no_blocks_once_it_has_ended_however_late_it_is_read() -> None:
+    engine, generator, reply = reply_to([0, 1, 2])
+    reply._task.join()
+    assert engine.cache.evictable_blocks == engine.pool.used_blocks == 3
+    assert "".join(reply) == "abc"
+    verify(engine, generator, reply)
+
+
+def test_a_tokenizer_that_fails_ends_its_own_reply_only() -> None:
+    class Broken(Pieces):
+        def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+            raise ZeroDivisionError
+
+    engine, _, good = reply_to([0, 1, 2])
+    generator = Generator(engine)
+    generator.append_tokens(PROMPT)
+    bad = started(ReplyGeneration(engine, generator, Broken()))
+    with pytest.raises(ZeroDivisionError):
+        list(bad)
+    assert "".join(good) == "abc"
     engine.check()
 
 
@@ -270,7 +336,7 @@ def test_usage_adds_up_for_a_first_and_a_later_reply() -> None:
     assert usage.generated_tokens == 3
     assert usage.ttft_s > 0
     generator.append_tokens([1, 2])
-    later = ReplyGeneration(engine, generator, Pieces())
+    later = started(ReplyGeneration(engine, generator, Pieces()))
     list(later)
     usage = later.usage()
     # Three tokens of the reply went through a pass, the last of them for the end of sequence.
@@ -281,7 +347,7 @@ def test_usage_after_a_rewind_to_known_ground_counts_the_one_token_that_is_fed_a
     engine, generator, reply = reply_to([0, 1, 2])
     list(reply)
     generator.rewind_to(len(PROMPT))
-    again = ReplyGeneration(engine, generator, Pieces())
+    again = started(ReplyGeneration(engine, generator, Pieces()))
     list(again)
     usage = again.usage()
     assert (usage.prompt_tokens, usage.reused_tokens, usage.computed_tokens) == (6, 5, 1)
@@ -295,7 +361,10 @@ def test_usage_of_a_reply_of_one_token_has_no_decode_rate() -> None:
 
 
 def test_an_error_in_the_middle_keeps_text_and_tokens_in_step() -> None:
-    engine, generator, reply = reply_to([0, 1, 12, 13])
+    engine = Engine(Script([0, 1, 12, 13], len(PROMPT)), num_blocks=32, eos_token_ids=[END])
+    generator = Generator(engine)
+    generator.append_tokens(PROMPT)
+    reply = ReplyGeneration(engine, generator, Pieces())
     runtime: Any = engine._runtime
     forward, passes = runtime.forward, []
 
@@ -307,6 +376,7 @@ def test_an_error_in_the_middle_keeps_text_and_tokens_in_step() -> None:
         return logits
 
     runtime.forward = failing
+    reply.start()
     with pytest.raises(RuntimeFailure):
         list(reply)
     reply.finish()

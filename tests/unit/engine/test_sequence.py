@@ -29,7 +29,7 @@ def state(sequence: Sequence) -> tuple[Any, ...]:
         sequence.token_ids,
         sequence.computed,
         None if sequence.logits is None else sequence.logits.tobytes(),
-        list(sequence.table.blocks),
+        list(sequence.kv.blocks),
         sequence.fed_tokens,
     )
 
@@ -156,12 +156,53 @@ def test_a_rewind_to_the_end_keeps_the_logits(engine: Engine) -> None:
 
 
 def test_a_rewind_gives_blocks_back(engine: Engine) -> None:
-    sequence = computed(engine, [1] * 9)
+    sequence = engine.new_sequence(namespace=None)
+    sequence.append([1] * 9)
+    engine.compute([sequence])
     assert engine.pool.used_blocks == 3
     sequence.rewind_to(4)
     assert engine.pool.used_blocks == 1
     sequence.rewind_to(0)
     assert engine.pool.used_blocks == 0
+
+
+def test_what_a_rewind_gives_up_can_be_found_again_to_the_last_token(engine: Engine) -> None:
+    ids = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    sequence = computed(engine, ids)
+    sequence.rewind_to(3)
+    assert engine.warm_tokens(ids) == 10
+    sequence.append(ids[3:])
+    fed = engine.computed_tokens
+    engine.compute([sequence])
+    assert engine.computed_tokens == fed + 1
+    assert engine.cache.evictable_blocks < engine.pool.used_blocks == 4
+
+
+def test_park_gives_all_blocks_to_the_cache_and_the_next_pass_takes_them_back(
+    engine: Engine, fresh_logits: Callable[..., Any]
+) -> None:
+    sequence = computed(engine, [1, 2, 3, 4, 5, 6])
+    sequence.park()
+    assert (sequence.computed, list(sequence.kv.blocks), len(sequence)) == (0, [], 6)
+    assert engine.cache.evictable_blocks == engine.pool.used_blocks == 2
+    sequence.append([7])
+    fed = engine.computed_tokens
+    engine.compute([sequence])
+    assert engine.computed_tokens == fed + 1
+    assert same(sequence.logits, fresh_logits([1, 2, 3, 4, 5, 6, 7]))
+
+
+def test_is_warm_says_whether_all_of_the_history_has_kv(engine: Engine) -> None:
+    sequence = computed(engine, [1, 2, 3, 4, 5, 6])
+    other = engine.new_sequence()
+    other.append([1, 2, 3, 4, 5])
+    stranger = engine.new_sequence("other")
+    stranger.append([1, 2, 3, 4, 5])
+    assert sequence.is_warm()
+    assert other.is_warm()
+    assert not stranger.is_warm()
+    other.append([9])
+    assert not other.is_warm()
 
 
 def test_a_rewind_of_tokens_without_kv_keeps_all_kv(engine: Engine) -> None:
@@ -217,7 +258,7 @@ def test_a_released_sequence_is_of_no_use_and_holds_no_blocks(engine: Engine) ->
     sequence.release()
     sequence.release()
     assert sequence.closed
-    assert engine.pool.used_blocks == 0
+    assert engine.pool.used_blocks == engine.cache.evictable_blocks == 3
     for use in (
         lambda: sequence.append([1]),
         lambda: sequence.rewind_to(0),
@@ -226,7 +267,7 @@ def test_a_released_sequence_is_of_no_use_and_holds_no_blocks(engine: Engine) ->
     ):
         with pytest.raises(MisuseError):
             use()
-    assert engine.pool.used_blocks == 0
+    assert engine.pool.used_blocks == engine.cache.evictable_blocks == 3
     engine.check()
 
 
@@ -243,7 +284,7 @@ def test_releasing_a_fork_leaves_the_other_its_kv(
 def test_a_forgotten_sequence_gives_its_blocks_back(engine: Engine) -> None:
     computed(engine, [1] * 9)
     gc.collect()
-    assert engine.pool.used_blocks == 0
+    assert engine.pool.used_blocks == engine.cache.evictable_blocks
     engine.check()
 
 

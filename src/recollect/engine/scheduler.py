@@ -1,0 +1,156 @@
+"""
+Which sequences the next forward pass feeds, and how many tokens of each.
+
+A pure decision over the tasks at hand; the engine carries it out.
+"""
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from recollect.engine.sequence import FeedPlan
+from recollect.engine.task import Task
+
+PREFILL_CHUNK: Final = 512
+"""Most prompt tokens in one forward pass while nobody waits for a next token, so that a cancel is
+never far away. Costs under 5 % of prefill speed against one pass. Source: benchmarks/runtime.py."""
+
+SHARED_CHUNK: Final = 128
+"""The same while others are being answered: what they wait between two tokens."""
+
+MOST_RUNNING: Final = 16
+"""Sequences in one pass; more wait. Decode gains little beyond, and each holds blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one forward pass feeds: a range of each task's history."""
+
+    chunks: dict[Task, FeedPlan]
+
+
+class Scheduler:
+    """
+    The tasks that wait and those that run.
+
+    Owned by the engine's thread.
+
+    Invariants:
+        1. A task waits or runs, not both, and not twice.
+        2. At most `MOST_RUNNING` run.
+        3. An idle task runs only alone.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self.waiting: deque[Task] = deque()
+        self.running: list[Task] = []
+        self._last_served = ""  # the namespace whose prompt was fed last
+
+    def add(self, task: Task) -> None:
+        """Let a task wait for its turn."""
+        self.waiting.append(task)
+
+    def tasks(self) -> list[Task]:
+        """Return all tasks, those that run first."""
+        return [*self.running, *self.waiting]
+
+    def remove(self, task: Task) -> None:
+        """Forget a task that has ended."""
+        if task in self.running:
+            self.running.remove(task)
+        else:
+            self.waiting.remove(task)
+
+    def preempt(self, task: Task) -> None:
+        """Let a running task wait again, before all others."""
+        self.running.remove(task)
+        self.waiting.appendleft(task)
+
+    def admit(self, fits: Callable[[Task], bool]) -> None:
+        """
+        Let waiting tasks run, those of the namespace with the fewest first, while there is room.
+
+        Idle ones run when nothing else is there. One task always runs, whether it fits or not.
+        """
+        if any(not task.idle for task in self.waiting):
+            for idle in [task for task in self.running if task.idle]:
+                self.preempt(idle)
+        while len(self.running) < MOST_RUNNING and (task := self._next_waiting()) is not None:
+            if self.running and not fits(task):
+                break
+            self.waiting.remove(task)
+            self.running.append(task)
+
+    def plan(self) -> Pass:
+        """
+        Return what the next pass feeds.
+
+        Every sequence that lacks only its last token gets it. What is left goes to prompts: first
+        to the namespaces in turn, then in order of arrival. A prompt waits while another in the
+        pass computes the same tokens, and finds them in the cache afterwards.
+        """
+        plans = {task: plan for task in self.running if (plan := task.sequence.plan()) is not None}
+        chunks = {task: plan for task, plan in plans.items() if plan.end - plan.start == 1}
+        prompts = [task for task in plans if task not in chunks]
+        budget = SHARED_CHUNK if chunks else PREFILL_CHUNK
+        for task in self._in_turn(prompts):
+            if budget < self._block_size:
+                break
+            plan = plans[task]
+            if _computed_by_another(task, plan, chunks):
+                continue
+            chunks[task] = _chunk(plan, budget, self._block_size)
+            budget -= chunks[task].end - plan.start
+            self._last_served = task.namespace
+        return Pass(chunks)
+
+    def check(self) -> None:
+        """
+        Verify the invariants.
+
+        Raises:
+            AssertionError: One does not hold.
+        """
+        tasks = self.tasks()
+        assert len(tasks) == len(set(tasks)), "a task is there twice"
+        assert len(self.running) <= MOST_RUNNING, "too many run"
+        assert len(self.running) <= 1 or not any(task.idle for task in self.running), "idle work"
+
+    def _next_waiting(self) -> Task | None:
+        if any(task.idle for task in self.running):
+            return None
+        busy = [task for task in self.waiting if not task.idle]
+        if not busy:
+            return self.waiting[0] if self.waiting and not self.running else None
+        running = [task.namespace for task in self.running]
+        return min(busy, key=lambda task: running.count(task.namespace))
+
+    def _in_turn(self, prompts: Collection[Task]) -> Iterable[Task]:
+        """Return the prompts, one of each namespace in turn, beginning after the one served last."""
+        queues: dict[str, deque[Task]] = {}
+        for task in prompts:
+            queues.setdefault(task.namespace, deque()).append(task)
+        names = deque(sorted(queues))
+        names.rotate(-sum(name <= self._last_served for name in names))
+        while names:
+            name = names.popleft()
+            yield queues[name].popleft()
+            if queues[name]:
+                names.append(name)
+
+
+def _chunk(plan: FeedPlan, budget: int, block_size: int) -> FeedPlan:
+    """Return the part of a plan within the budget; it ends with a full block, which others can share."""
+    if plan.end - plan.start <= budget:
+        return plan
+    return FeedPlan(plan.start, (plan.start + budget) // block_size * block_size)
+
+
+def _computed_by_another(task: Task, plan: FeedPlan, chunks: dict[Task, FeedPlan]) -> bool:
+    """Return whether the pass computes the first token of *plan*, under the same prefix, elsewhere."""
+    return any(
+        fed.start <= plan.start < fed.end and other.sequence.shares(task.sequence, plan.start + 1)
+        for other, fed in chunks.items()
+    )

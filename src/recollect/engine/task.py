@@ -1,0 +1,91 @@
+"""
+A piece of work for the engine: bring a sequence to its next logits, again and again.
+
+Knows nothing of sampling or text: what is done with the logits is a callback's business.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Literal
+
+from recollect.engine.sequence import FeedPlan, Sequence
+
+TaskState = Literal["waiting", "running", "done", "cancelled", "failed"]
+
+
+class Task:
+    """
+    Work on one sequence, which belongs to the engine's thread until the task has ended.
+
+    Args:
+        sequence: What to compute.
+        on_logits: Called on the engine's thread whenever the logits after the sequence are known.
+            May append to it; returns whether to go on.
+        idle: Run only while there is nothing else to do.
+        hand_over: Called on the engine's thread when a forward pass is about to run, and before
+            `on_end`: the moment to wake readers, who then work while the runtime does.
+        on_end: Called on the engine's thread when it is over, however it ended.
+    """
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        on_logits: Callable[[], bool],
+        *,
+        idle: bool = False,
+        hand_over: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.sequence = sequence
+        self.on_logits = on_logits
+        self.namespace = sequence.namespace or ""
+        self.idle = idle
+        """Whether it runs only while nothing else does."""
+        self.state: TaskState = "waiting"
+        self.error: Exception | None = None
+        self.fed: list[FeedPlan] = []
+        """What forward passes were fed with for it, in order."""
+        self.hand_over = hand_over
+        self._on_end = on_end
+        self._cancelled = False
+        self._ended = threading.Event()
+
+    @property
+    def cancelled(self) -> bool:
+        """Return whether the caller wants no more of it."""
+        return self._cancelled
+
+    @property
+    def ended(self) -> bool:
+        """Return whether the sequence is the caller's again."""
+        return self._ended.is_set()
+
+    def cancel(self) -> None:
+        """Ask for the end, after the forward pass under way; from any thread or signal handler."""
+        self._cancelled = True
+
+    def wait(self) -> None:
+        """
+        Wait for the end.
+
+        Raises:
+            Exception: What the task failed with.
+        """
+        self.join()
+        if self.error is not None:
+            raise self.error
+
+    def join(self) -> None:
+        """Wait for the end, whatever it is."""
+        self._ended.wait()
+
+    def end(self, state: TaskState, error: Exception | None = None) -> None:
+        """Give the sequence back to the caller. For the scheduler."""
+        self.state, self.error = state, error
+        try:
+            self.hand_over()
+            self._on_end()
+        except Exception as bug:  # noqa: BLE001 - handed to whoever waits
+            self.state, self.error = "failed", error or bug
+        finally:
+            self._ended.set()

@@ -1,0 +1,438 @@
+"""Pool, prefix cache and tables against a dictionary of prefixes, in any order of operations."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from recollect.kv.blocks import BlockPool
+from recollect.kv.cached_table import CachedTable
+from recollect.kv.prefix import CachedBlock, Match, PrefixCache
+from recollect.types import common_prefix_length
+
+NUM_BLOCKS: Final = 14
+SIZE: Final = 3
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=7)
+NAMESPACES = st.sampled_from(["a", "b", None])
+Ids = tuple[int, ...]
+Slot = tuple[object, Ids]
+"""What a slot holds, as KV does: whose it is, and all tokens up to its own."""
+
+
+@dataclass(eq=False)
+class Dumb:
+    """A history, and how much of it has KV; nothing shared and nothing saved."""
+
+    kv: CachedTable
+    owner: object
+    ids: list[int] = field(default_factory=list)
+
+    @property
+    def shares(self) -> bool:
+        return isinstance(self.owner, str)
+
+    def holds(self) -> list[Slot]:
+        return [(self.owner, tuple(self.ids[: n + 1])) for n in range(self.kv.length)]
+
+
+class PrefixMachine(RuleBasedStateMachine):
+    """
+    The memory is simulated: what is read through a table must be what was computed for its tokens.
+
+    `left` is the dumb model of the cache: for each namespace the token histories that can be found.
+    """
+
+    whole_blocks_only = False
+    tables = Bundle("tables")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(NUM_BLOCKS, SIZE)
+        self.cache = PrefixCache(self.pool, "fingerprint")
+        self.memory: list[list[Slot | None]] = [[None] * SIZE for _ in range(NUM_BLOCKS)]
+        self.alive: list[Dumb] = []
+        self.left: dict[object, set[Ids]] = {"a": set(), "b": set()}
+        self.pinned: list[list[CachedBlock]] = []
+        self.strangers = itertools.count()
+
+    @initialize(target=tables)
+    def first(self) -> Dumb:
+        return self._born("a")
+
+    @rule(target=tables, namespace=NAMESPACES)
+    def new(self, namespace: str | None) -> Dumb:
+        return self._born(namespace)
+
+    @rule(dumb=tables, ids=TOKENS, fails=st.sampled_from([False, False, False, True]))
+    def append_and_compute(self, dumb: Dumb, ids: list[int], fails: bool) -> None:
+        before, length = dumb.ids[:], dumb.kv.length
+        dumb.ids += ids
+        known = self._known(dumb) if dumb.shares and dumb.kv.length < len(dumb.ids) - 1 else 0
+        gained = dumb.kv.reuse(dumb.ids)
+        assert dumb.kv.length == max(length, known), "what is known is taken over, and nothing else"
+        assert gained == dumb.kv.length - length
+        start = dumb.kv.length
+        if start == len(dumb.ids):
+            unit = SIZE if self.whole_blocks_only else 1
+            start = (start - 1) // unit * unit
+        if not self._make_room(dumb, start):
+            if dumb.kv.length > len(before):
+                dumb.kv.crop(dumb.ids, len(before) // SIZE * SIZE)
+            dumb.ids = before
+            return
+        self._compute(dumb, start, fails)
+
+    @rule(dumb=tables)
+    def end_of_prompt(self, dumb: Dumb) -> None:
+        dumb.kv.leave_tail(dumb.ids)
+        self._leaves_tail(dumb)
+
+    @rule(dumb=tables, back=st.integers(0, 9))
+    def rewind(self, dumb: Dumb, back: int) -> None:
+        length = max(0, len(dumb.ids) - back)
+        if length < dumb.kv.length:
+            self._leaves_tail(dumb)
+            dumb.kv.crop(dumb.ids, length // SIZE * SIZE if self.whole_blocks_only else length)
+        del dumb.ids[length:]
+
+    @rule(dumb=tables)
+    def park(self, dumb: Dumb) -> None:
+        self._leaves_tail(dumb)
+        dumb.kv.crop(dumb.ids, 0)
+
+    @rule(target=tables, dumb=tables)
+    def fork(self, dumb: Dumb) -> Dumb:
+        used = self.pool.used_blocks
+        other = Dumb(dumb.kv.fork(), dumb.owner, dumb.ids[:])
+        self.alive.append(other)
+        assert self.pool.used_blocks == used
+        return other
+
+    @rule(dumb=consumes(tables), parks=st.booleans())
+    def release(self, dumb: Dumb, parks: bool) -> None:
+        """With or without leaving the tail behind, as when it is only forgotten."""
+        if parks:
+            self.park(dumb)
+        dumb.kv.table.drop()
+        self.alive.remove(dumb)
+
+    @rule(dumb=tables, length=st.integers(0, 12))
+    def pin(self, dumb: Dumb, length: int) -> None:
+        if not dumb.shares:
+            return
+        ids = dumb.ids[:length]
+        match = self._match(dumb.owner, ids)
+        found = [*match.full[-1:], *([match.partial] if match.partial else [])]
+        for cached in found:
+            self.cache.pin(cached)
+        self.pinned.append(found)
+
+    @rule(number=st.integers(0, 9))
+    def unpin(self, number: int) -> None:
+        if self.pinned:
+            for cached in self.pinned.pop(number % len(self.pinned)):
+                self.cache.unpin(cached)
+
+    @rule(count=st.integers(1, 6))
+    def evict(self, count: int) -> None:
+        possible = self.cache.evictable_blocks
+        expected = self._least_recently_used(count)
+        free = self.pool.free_blocks
+        evicted = self.cache.evict(count)
+        assert evicted == min(count, possible) == len(expected)
+        assert self.pool.free_blocks == free + evicted
+        assert not {id(cached) for cached in expected} & {id(c) for c in self.cache.blocks()}
+        self._forget_what_is_gone()
+
+    @rule(dumb=tables, back=st.integers(0, 5), ids=TOKENS, namespace=st.sampled_from(["a", "b"]))
+    def look_up(self, dumb: Dumb, back: int, ids: list[int], namespace: str) -> None:
+        wanted = [*dumb.ids[: max(0, len(dumb.ids) - back)], *ids]
+        match = self._match(namespace, wanted)
+        found = len(match.full) * SIZE + match.partial_tokens
+        assert found == self._expected(namespace, wanted)
+        blocks = [cached.block for cached in match.full]
+        if match.partial is not None:
+            blocks.append(match.partial.block)
+        read = [slot for block in blocks for slot in self.memory[block]][:found]
+        assert read == [(namespace, tuple(wanted[: n + 1])) for n in range(found)]
+
+    @invariant()
+    def the_bookkeeping_is_right(self) -> None:
+        self.pool.check([*(d.kv.blocks for d in self.alive), self.cache.held_blocks()])
+        self.cache.check()
+        for dumb in self.alive:
+            dumb.kv.check()
+            assert dumb.kv.length <= len(dumb.ids)
+
+    @invariant()
+    def every_table_reads_the_kv_of_its_own_history(self) -> None:
+        for dumb in self.alive:
+            read = [slot for block in dumb.kv.blocks for slot in self.memory[block]]
+            assert read[: dumb.kv.length] == dumb.holds()
+
+    @invariant()
+    def the_cache_has_what_was_left_and_nothing_else(self) -> None:
+        for namespace, histories in self.left.items():
+            there = self._histories(namespace)
+            assert all(any(one[: len(ids)] == ids for one in there) for ids in histories if ids)
+            assert all(any(one[: len(ids)] == ids for one in histories) for ids in there)
+
+    @invariant()
+    def full_blocks_of_one_prefix_are_one_block(self) -> None:
+        blocks: dict[Slot, int] = {}
+        for dumb in self.alive:
+            for index in range(dumb.kv.length // SIZE if dumb.shares else 0):
+                prefix = (dumb.owner, tuple(dumb.ids[: (index + 1) * SIZE]))
+                assert blocks.setdefault(prefix, dumb.kv.blocks[index]) == dumb.kv.blocks[index]
+
+    def _born(self, namespace: str | None) -> Dumb:
+        root = None if namespace is None else self.cache.root(namespace)
+        kv = CachedTable(self.pool, self.cache, root, inside_blocks=not self.whole_blocks_only)
+        dumb = Dumb(kv, next(self.strangers) if namespace is None else namespace)
+        self.alive.append(dumb)
+        return dumb
+
+    def _make_room(self, dumb: Dumb, start: int) -> bool:
+        """Evict as the engine does; return whether there is room now."""
+        plan = dumb.kv.plan_write(start, len(dumb.ids))
+        short = plan.new_blocks - self.pool.free_blocks
+        if short > 0 and self.cache.evict(short) < short and dumb.kv.take_back(start):
+            plan = dumb.kv.plan_write(start, len(dumb.ids))
+        self._forget_what_is_gone()
+        return plan.new_blocks <= self.pool.free_blocks
+
+    def _compute(self, dumb: Dumb, start: int, fails: bool) -> None:
+        copies = dumb.kv.prepare_write(start, len(dumb.ids))
+        if fails:
+            for place in range(start, len(dumb.ids)):
+                self.memory[dumb.kv.blocks[place // SIZE]][place % SIZE] = None
+            dumb.kv.abandon(start // SIZE * SIZE)
+            return
+        for source, target in copies:
+            self.memory[target] = self.memory[source][:]
+        for place in range(start, len(dumb.ids)):
+            slot = (dumb.owner, tuple(dumb.ids[: place + 1]))
+            self.memory[dumb.kv.blocks[place // SIZE]][place % SIZE] = slot
+        dumb.kv.written(dumb.ids, len(dumb.ids))
+        if dumb.shares:
+            self.left[dumb.owner].add(tuple(dumb.ids[: len(dumb.ids) // SIZE * SIZE]))
+
+    def _leaves_tail(self, dumb: Dumb) -> None:
+        if dumb.shares and not self.whole_blocks_only:
+            self.left[dumb.owner].add(tuple(dumb.ids[: dumb.kv.length]))
+
+    def _expected(self, namespace: object, ids: Sequence[int]) -> int:
+        longest = max((common_prefix_length(ids, one) for one in self.left[namespace]), default=0)
+        return longest // SIZE * SIZE if self.whole_blocks_only else longest
+
+    def _known(self, dumb: Dumb) -> int:
+        return self._expected(dumb.owner, dumb.ids)
+
+    def _match(self, namespace: object, ids: Sequence[int]) -> Match:
+        assert isinstance(namespace, str)
+        inside = not self.whole_blocks_only
+        return self.cache.match(self.cache.root(namespace), ids, inside_block=inside)
+
+    def _histories(self, namespace: object) -> set[Ids]:
+        """Return what each cached block of a namespace stands for, from the first token on."""
+        root = self.cache.root(str(namespace))
+        found = set()
+        for cached in self.cache.blocks():
+            ids: Ids = ()
+            node: CachedBlock | None = cached
+            while node is not None and node is not root:
+                ids, node = node.token_ids + ids, node.parent
+            if node is root:
+                found.add(ids)
+        return found
+
+    def _forget_what_is_gone(self) -> None:
+        for namespace, histories in self.left.items():
+            there = self._histories(namespace)
+            for ids in list(histories):
+                histories.remove(ids)
+                histories.add(
+                    ids[: max((common_prefix_length(ids, one) for one in there), default=0)]
+                )
+
+    def _least_recently_used(self, count: int) -> list[CachedBlock]:
+        """Return what has to be evicted: again and again the oldest of the blocks that nothing follows."""
+        there = {id(cached): cached for cached in self.cache.blocks()}
+        gone: list[CachedBlock] = []
+        while len(gone) < count:
+            leaves = [
+                cached
+                for cached in there.values()
+                if not any(id(child) in there for child in cached.children.values())
+                and not cached.pins
+                and self.pool.references(cached.block) == 1
+            ]
+            if not leaves:
+                break
+            oldest = min(leaves, key=_last_use)
+            del there[id(oldest)]
+            gone.append(oldest)
+        return gone
+
+
+def _last_use(cached: CachedBlock) -> int:
+    """Return when a block or what follows it was last used."""
+    return max([cached.last_used, *(_last_use(child) for child in cached.children.values())])
+
+
+class WholeBlocksMachine(PrefixMachine):
+    """The same where only whole blocks can be shared."""
+
+    whole_blocks_only = True
+
+
+TestPrefix = PrefixMachine.TestCase
+TestPrefixWithWholeBlocksOnly = WholeBlocksMachine.TestCase
+
+
+# The machine must be able to fail: each of these faults is planted, and has to be found.
+
+
+def _match_across_namespaces(patch: pytest.MonkeyPatch) -> None:
+    root = PrefixCache.root
+    patch.setattr(PrefixCache, "root", lambda self, _namespace="": root(self, "all"))
+
+
+def _evict_prefixes_first(patch: pytest.MonkeyPatch) -> None:
+    def evict(self: PrefixCache, count: int) -> int:
+        oldest = sorted(self.blocks(), key=lambda cached: cached.last_used)
+        chosen = [c for c in oldest if self._is_evictable(c)][:count]
+        for cached in chosen:
+            assert cached.parent is not None
+            del cached.parent.children[cached.token_ids]
+            self._pool.release([cached.block])
+        return len(chosen)
+
+    patch.setattr(PrefixCache, "evict", evict)
+
+
+def _evict_the_latest(patch: pytest.MonkeyPatch) -> None:
+    match = PrefixCache.match
+
+    def forgetful(
+        self: PrefixCache, after: CachedBlock, ids: Sequence[int], *, inside_block: bool
+    ) -> Match:
+        found = match(self, after, ids, inside_block=inside_block)
+        for cached in found.full:
+            cached.last_used = 0
+            for child in cached.children.values():
+                child.last_used = 0
+        return found
+
+    patch.setattr(PrefixCache, "match", forgetful)
+    patch.setattr(
+        PrefixCache,
+        "evict",
+        lambda self, count: sum(
+            self._remove(cached) is None
+            for cached in sorted(
+                (c for c in self.blocks() if not c.children and self._is_evictable(c)),
+                key=lambda c: -c.last_used,
+            )[:count]
+        ),
+    )
+
+
+def _evict_pinned(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PrefixCache, "_is_evictable", lambda self, c: self._pool.references(c.block) == 1)
+
+
+def _evict_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PrefixCache, "_is_evictable", lambda _self, cached: cached.pins == 0)
+
+
+def _skip_the_copy(patch: pytest.MonkeyPatch) -> None:
+    """The cached part of a block is written over, because nobody seems to share it."""
+    patch.setattr(BlockPool, "is_shared", lambda _self, _block: False)
+
+
+def _share_a_wrong_block(patch: pytest.MonkeyPatch) -> None:
+    """Blocks are taken for the same where their first tokens are."""
+
+    def covering(_: PrefixCache, parent: CachedBlock, ids: Ids) -> CachedBlock | None:
+        alike = (c for c in parent.children.values() if c.token_ids[: len(ids) - 1] == ids[:-1])
+        return next((c for c in alike if len(c.token_ids) == len(ids)), None)
+
+    patch.setattr(PrefixCache, "_covering", covering)
+
+
+def _match_a_token_too_many(patch: pytest.MonkeyPatch) -> None:
+    match = PrefixCache.match
+
+    def greedy(
+        self: PrefixCache, after: CachedBlock, ids: Sequence[int], *, inside_block: bool
+    ) -> Match:
+        found = match(self, after, ids, inside_block=inside_block)
+        partial = found.partial
+        if partial is None or found.partial_tokens >= len(partial.token_ids):
+            return found
+        if len(found.full) * SIZE + found.partial_tokens >= len(ids):
+            return found
+        return Match(found.full, partial, found.partial_tokens + 1)
+
+    patch.setattr(PrefixCache, "match", greedy)
+
+
+def _keep_two_of_one(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CachedTable, "reuse", lambda _self, _ids: 0)
+
+
+def _forget_the_tail(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CachedTable, "leave_tail", lambda _self, _ids: None)
+
+
+def _trust_kv_after_a_failure(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        CachedTable,
+        "abandon",
+        lambda self, length: setattr(self, "length", min(len(self.blocks) * SIZE, length + 1)),
+    )
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "matching across namespaces": _match_across_namespaces,
+    "evicting prefixes first": _evict_prefixes_first,
+    "evicting the latest": _evict_the_latest,
+    "evicting what is pinned": _evict_pinned,
+    "evicting what is in use": _evict_what_is_in_use,
+    "skipping the copy": _skip_the_copy,
+    "sharing a wrong block": _share_a_wrong_block,
+    "matching a token too many": _match_a_token_too_many,
+    "reusing nothing": _keep_two_of_one,
+    "forgetting the tail": _forget_the_tail,
+    "trusting KV after a failure": _trust_kv_after_a_failure,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAULTS[fault](monkeypatch)
+    search = settings(
+        max_examples=300,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    with pytest.raises((AssertionError, ExceptionGroup, KeyError)):
+        run_state_machine_as_test(PrefixMachine, settings=search)

@@ -1,0 +1,453 @@
+"""Any number of threads submit, cancel and fail; each gets what it would get alone."""
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recollect.engine import engine as engine_module
+from recollect.engine import scheduler as scheduler_module
+from recollect.engine.engine import Engine
+from recollect.engine.generator import Generator
+from recollect.engine.sequence import Sequence as TokenSequence
+from recollect.engine.task import Task
+from recollect.errors import MisuseError, OutOfBlocksError, RecollectError, RuntimeFailure
+from recollect.runtime.base import Logits, Row
+from recollect.types import SamplingParams
+
+WAIT_S = 20  # for what takes milliseconds: a test that would hang fails instead
+
+
+def ids_of(length: int, seed: int = 0) -> list[int]:
+    return [(7 * place + 13 * seed + place * place) % 50 for place in range(length)]
+
+
+class Talk:
+    """A reply of some tokens, generated on the engine's thread."""
+
+    def __init__(
+        self, engine: Engine, ids: Sequence[int], count: int, *, namespace: str | None = ""
+    ) -> None:
+        params = SamplingParams(max_tokens=count, temperature=1.0, seed=3, ignore_eos=True)
+        self.generator = Generator(engine, params, namespace=namespace)
+        self.generator.append_tokens(ids)
+        self.prompt = list(ids)
+        sequence = self.generator.sequence
+        self.task = Task(sequence, self._on_logits, on_end=sequence.park)
+        self.first = threading.Event()
+        engine.submit(self.task)
+
+    def _on_logits(self) -> bool:
+        self.generator.generate_next_token()
+        self.first.set()
+        return not self.generator.is_done()
+
+    def tokens(self) -> list[int]:
+        assert self.task._ended.wait(WAIT_S)
+        self.task.wait()
+        return self.generator.get_sequence()[len(self.prompt) :]
+
+
+class Gate:
+    """Lets forward passes through one by one, so that a test knows what has happened."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.arrived, self.passes = threading.Semaphore(0), threading.Semaphore(0)
+        self.rows: list[Sequence[Row]] = []
+        self.open = False
+        runtime: Any = engine._runtime
+        forward = runtime.forward
+
+        def gated(rows: Sequence[Row]) -> Logits:
+            self.rows.append(rows)
+            self.arrived.release()
+            if not self.open:
+                assert self.passes.acquire(timeout=WAIT_S)
+            logits: Logits = forward(rows)
+            return logits
+
+        runtime.forward = gated
+
+    def wait(self) -> None:
+        """Wait until a pass has arrived."""
+        assert self.arrived.acquire(timeout=WAIT_S)
+
+    def let_all_through(self) -> None:
+        self.open = True
+        self.passes.release(1000)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(scheduler_module, "SHARED_CHUNK", 4)
+
+
+@pytest.fixture
+def gates() -> Iterator[list[Gate]]:
+    made: list[Gate] = []
+    yield made
+    for gate in made:
+        gate.let_all_through()
+
+
+def prompts(count: int) -> list[list[int]]:
+    return [ids_of(5 + 7 * (number % 4), number // 2) for number in range(count)]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+@pytest.mark.parametrize("whole_blocks_only", [False, True])
+@pytest.mark.usefixtures("small_chunks")
+def test_the_same_requests_give_the_same_tokens_alone_and_at_once(
+    make_engine: Callable[..., Engine], at_once: int, whole_blocks_only: bool
+) -> None:
+    oracle = make_engine(whole_blocks_only=whole_blocks_only)
+    alone = [Talk(oracle, ids, 12, namespace=None).tokens() for ids in prompts(8)]
+    engine = make_engine(num_blocks=256, whole_blocks_only=whole_blocks_only)
+    together: list[list[int]] = []
+    for start in range(0, 8, at_once):
+        talks = [Talk(engine, ids, 12) for ids in prompts(8)[start : start + at_once]]
+        together += [talk.tokens() for talk in talks]
+        engine.check()
+    assert together == alone
+
+
+def test_replies_share_their_passes(engine: Engine, gates: list[Gate]) -> None:
+    gates.append(gate := Gate(engine))
+    talks = [Talk(engine, [number, 1], 6) for number in range(4)]
+    gate.let_all_through()
+    for talk in talks:
+        talk.tokens()
+    assert engine.forward_passes <= 1 + 2 + 6
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_long_prompt_does_not_stop_the_replies_of_others(
+    engine: Engine, gates: list[Gate]
+) -> None:
+    gates.append(gate := Gate(engine))
+    reply = Talk(engine, [1], 10)
+    gate.wait()
+    prompt = Talk(engine, ids_of(60), 1)
+    gate.let_all_through()
+    reply.tokens()
+    prompt.tokens()
+    beside = [rows for rows in gate.rows if len(rows) == 2]
+    assert len(beside) >= 9, "each token of the reply came with a chunk of the prompt"
+    assert all(sum(len(row.token_ids) for row in rows) <= 1 + 4 for rows in beside)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+@pytest.mark.usefixtures("small_chunks")
+def test_what_was_prefilled_before_a_cancel_is_warm_for_the_next(
+    engine: Engine, gates: list[Gate], passes: int
+) -> None:
+    gates.append(gate := Gate(engine))
+    talk = Talk(engine, ids_of(40), 5)
+    for number in range(passes):
+        gate.wait()
+        if number + 1 == passes:
+            talk.task.cancel()
+        gate.passes.release()
+    assert talk.tokens() == []
+    assert talk.task.state == "cancelled"
+    talk.generator.close()
+    gate.let_all_through()
+    assert engine.warm_tokens(ids_of(40)) == 8 * passes
+    fed = engine.computed_tokens
+    Talk(engine, ids_of(40), 1).tokens()
+    assert engine.computed_tokens - fed == 40 - 8 * passes
+
+
+@pytest.mark.parametrize("num_blocks", [14, 18, 24])
+@pytest.mark.usefixtures("small_chunks")
+def test_a_preempted_reply_is_the_same_as_one_that_was_not(
+    make_engine: Callable[..., Engine], num_blocks: int
+) -> None:
+    oracle = make_engine()
+    alone = [Talk(oracle, ids_of(9, seed), 30, namespace=None).tokens() for seed in range(4)]
+    engine = make_engine(num_blocks=num_blocks)
+    talks = [Talk(engine, ids_of(9, seed), 30) for seed in range(4)]
+    assert [talk.tokens() for talk in talks] == alone
+    assert engine.preemptions > 0
+    engine.check()
+    for talk in talks:
+        talk.generator.close()
+    assert engine.pool.used_blocks == engine.cache.evictable_blocks == len(engine.cache)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_only_what_cannot_fit_runs_out_of_blocks(make_engine: Callable[..., Engine]) -> None:
+    alone = [Talk(make_engine(), ids_of(6, seed), 10, namespace=None).tokens() for seed in range(3)]
+    engine = make_engine(num_blocks=10)
+    large = Talk(engine, ids_of(60, 9), 5)
+    small = [Talk(engine, ids_of(6, seed), 10) for seed in range(3)]
+    with pytest.raises(OutOfBlocksError):
+        large.tokens()
+    assert [talk.tokens() for talk in small] == alone
+    engine.check()
+
+
+def test_a_failing_pass_hurts_only_the_one_whose_row_fails(
+    engine: Engine, gates: list[Gate], fresh_logits: Callable[..., Any]
+) -> None:
+    gates.append(gate := Gate(engine))
+    runtime: Any = engine._runtime
+    gated = runtime.forward
+
+    def poisoned(rows: Sequence[Row]) -> Logits:
+        if any(49 in row.token_ids for row in rows):
+            raise RuntimeFailure("injected")
+        logits: Logits = gated(rows)
+        return logits
+
+    runtime.forward = poisoned
+    sequences = [engine.new_sequence() for _ in range(3)]
+    for sequence, ids in zip(sequences, ([1, 2, 3], [4, 49, 5], [6, 7, 8]), strict=True):
+        sequence.append(ids)
+    tasks = [Task(sequence, lambda: False) for sequence in sequences]
+    with engine.lock:
+        for task in tasks:
+            engine.submit(task)
+    gate.let_all_through()
+    for task in tasks:
+        assert task._ended.wait(WAIT_S)
+    assert [task.state for task in tasks] == ["done", "failed", "done"]
+    with pytest.raises(RuntimeFailure, match="injected"):
+        tasks[1].wait()
+    for sequence in (sequences[0], sequences[2]):
+        assert np.array_equal(sequence.logits, fresh_logits(sequence.token_ids))  # type: ignore[arg-type]
+    engine.check()
+
+
+def test_an_exception_in_a_callback_ends_its_own_task_only(engine: Engine) -> None:
+    def fail() -> bool:
+        raise ZeroDivisionError
+
+    sequence = engine.new_sequence()
+    sequence.append([1, 2, 3])
+    bad = Task(sequence, fail)
+    good = Talk(engine, ids_of(9), 8)
+    engine.submit(bad)
+    assert len(good.tokens()) == 8
+    with pytest.raises(ZeroDivisionError):
+        bad.wait()
+    assert len(Talk(engine, ids_of(9), 3).tokens()) == 3
+    engine.check()
+
+
+def test_an_exception_at_the_end_leaves_nobody_waiting(engine: Engine) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    sequence = engine.new_sequence()
+    sequence.append([1, 2, 3])
+    bad = Task(sequence, lambda: False, on_end=fail)
+    engine.submit(bad)
+    assert bad._ended.wait(WAIT_S)
+    with pytest.raises(ZeroDivisionError):
+        bad.wait()
+    assert len(Talk(engine, ids_of(9), 3).tokens()) == 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_in_the_engine_leaves_nobody_waiting(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talks = [Talk(engine, ids_of(9, seed), 100) for seed in range(3)]
+    for talk in talks:
+        assert talk.first.wait(WAIT_S)
+
+    def broken() -> None:
+        raise AssertionError("planted")
+
+    monkeypatch.setattr(engine._scheduler, "plan", broken)
+    for talk in talks:
+        assert talk.task._ended.wait(WAIT_S)
+        with pytest.raises(RuntimeFailure, match="planted"):
+            talk.task.wait()
+    with pytest.raises(RuntimeFailure, match="met a bug"):
+        engine.compute([appended(engine, [1])])
+
+
+def appended(engine: Engine, ids: list[int]) -> TokenSequence:
+    sequence = engine.new_sequence()
+    sequence.append(ids)
+    return sequence
+
+
+def test_closing_ends_what_is_under_way_and_says_so(engine: Engine, gates: list[Gate]) -> None:
+    gates.append(gate := Gate(engine))
+    talk = Talk(engine, ids_of(9), 100)
+    waiting = appended(engine, [1, 2, 3])
+    raised: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            engine.compute([waiting])
+        except MisuseError as error:
+            raised.append(error)
+
+    gate.wait()
+    caller, closer = threading.Thread(target=wait), threading.Thread(target=engine.close)
+    caller.start()
+    while waiting not in [task.sequence for task in engine._scheduler.tasks()]:
+        pass
+    closer.start()
+    while not engine._closed:
+        pass
+    gate.let_all_through()
+    for thread in (caller, closer):
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    assert talk.task.state == "cancelled"
+    assert len(raised) == 1
+    assert waiting.token_ids == [1, 2, 3]
+
+
+def test_without_work_the_thread_ends_and_the_next_work_starts_another(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_LINGER_S", 0.0)
+    for _ in range(3):
+        Talk(engine, ids_of(9), 3).tokens()
+        thread = engine._thread
+        if thread is not None:
+            thread.join(WAIT_S)
+        assert engine._thread is None
+    assert len(Talk(engine, ids_of(9), 3).tokens()) == 3
+
+
+def test_an_engine_that_is_dropped_goes_without_being_closed(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_LINGER_S", 0.0)
+    template = make_engine()
+    engine = Engine(type(template._runtime)(  # type: ignore[call-arg]
+        template._runtime._faults,  # type: ignore[attr-defined]
+        vocab_size=50,
+        context_length=64,
+        block_size=4,
+        whole_blocks_only=False,
+    ), num_blocks=8)  # fmt: skip
+    talk = Talk(engine, [1, 2, 3], 4)
+    talk.tokens()
+    thread = engine._thread
+    if thread is not None:
+        thread.join(WAIT_S)
+    gone = weakref.ref(engine)
+    del engine, talk, thread
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_forgotten_sequence_is_not_kept_alive_by_the_thread(engine: Engine) -> None:
+    sequence = appended(engine, [1] * 9)
+    engine.compute([sequence])
+    gone = weakref.ref(sequence)
+    del sequence
+    while engine._passing:
+        pass
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_interrupt_in_a_waiting_caller_leaves_the_sequence_usable(
+    engine: Engine,
+    gates: list[Gate],
+    fresh_logits: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gates.append(gate := Gate(engine))
+    sequence = appended(engine, ids_of(9))
+
+    def interrupted(_: Task) -> None:
+        gate.wait()
+        gate.passes.release()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as planted:
+        planted.setattr(Task, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.compute([sequence])
+    assert engine._scheduler.tasks() == []
+    engine.check()
+    gate.let_all_through()
+    sequence.append([1])
+    engine.compute([sequence])
+    assert np.array_equal(sequence.logits, fresh_logits([*ids_of(9), 1]))  # type: ignore[arg-type]
+
+
+def test_a_sequence_that_is_worked_on_is_refused_and_free_afterwards(
+    engine: Engine, gates: list[Gate]
+) -> None:
+    gates.append(gate := Gate(engine))
+    sequence = appended(engine, ids_of(9))
+    task = Task(sequence, lambda: False)
+    engine.submit(task)
+    with pytest.raises(MisuseError, match="worked on already"):
+        engine.compute([sequence])
+    gate.let_all_through()
+    task.wait()
+    engine.compute([sequence])
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_idle_work_gives_way_and_is_done_in_the_end(engine: Engine, gates: list[Gate]) -> None:
+    gates.append(gate := Gate(engine))
+    idle = Task(appended(engine, ids_of(40)), lambda: False, idle=True)
+    engine.submit(idle)
+    gate.wait()
+    work = Talk(engine, ids_of(5, 1), 3)
+    gate.let_all_through()
+    work.tokens()
+    assert not idle.ended or idle.state == "done"
+    idle.wait()
+    lengths = [[len(row.token_ids) for row in rows] for rows in gate.rows]
+    assert lengths == [[8], [5], [1], [1], [8], [8], [8], [8]]
+
+
+@pytest.mark.parametrize("whole_blocks_only", [False, True])
+@pytest.mark.usefixtures("small_chunks")
+def test_eight_threads_in_a_small_pool_are_right_and_leak_nothing(
+    make_engine: Callable[..., Engine], fresh_logits: Callable[..., Any], whole_blocks_only: bool
+) -> None:
+    engine = make_engine(num_blocks=60, whole_blocks_only=whole_blocks_only)
+    wrong: list[object] = []
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(6):
+                name = "ab"[number % 2]
+                talk = Talk(engine, ids_of(8 + 5 * turn, number % 3), 6 + number, namespace=name)
+                if (number + turn) % 4 == 0:
+                    talk.first.wait(WAIT_S)
+                    talk.task.cancel()
+                talk.tokens()
+                sequence = talk.generator.sequence
+                sequence.rewind_to(len(sequence) - turn)
+                fork = sequence.fork()
+                fork.append([number, turn])
+                engine.compute([fork])
+                expected = fresh_logits(fork.token_ids, whole_blocks_only=whole_blocks_only)
+                if not np.array_equal(fork.logits, expected):  # type: ignore[arg-type]
+                    wrong.append(fork.token_ids)
+                fork.release()
+                talk.generator.close()
+        except (RecollectError, AssertionError) as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        engine.check()
+        threads[0].join(0.002)  # so that the checks do not take all the time
+    assert wrong == []
+    engine.check()
+    assert engine.cache.evicted_blocks > 0
+    assert engine.pool.used_blocks == engine.cache.evictable_blocks == len(engine.cache)

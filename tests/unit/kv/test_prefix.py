@@ -1,0 +1,171 @@
+"""What one sequence has read is found by all others, and evicted from the end."""
+
+import pytest
+
+from recollect.kv.blocks import BlockPool
+from recollect.kv.prefix import CachedBlock, PrefixCache, chained_key, namespace_key
+
+SIZE = 4
+
+
+@pytest.fixture
+def pool() -> BlockPool:
+    return BlockPool(16, SIZE)
+
+
+@pytest.fixture
+def cache(pool: BlockPool) -> PrefixCache:
+    return PrefixCache(pool, "model")
+
+
+def left(cache: PrefixCache, ids: list[int], namespace: str = "") -> list[CachedBlock]:
+    """Leave the blocks of a sequence behind that nobody else holds."""
+    after, made = cache.root(namespace), []
+    for start in range(0, len(ids), SIZE):
+        (block,) = cache._pool.allocate(1)
+        after = cache.insert(after, ids[start : start + SIZE], block)
+        cache._pool.release([block])
+        made.append(after)
+    cache.check()
+    return made
+
+
+def found(cache: PrefixCache, ids: list[int], namespace: str = "", *, inside: bool = True) -> int:
+    match = cache.match(cache.root(namespace), ids, inside_block=inside)
+    return len(match.full) * SIZE + match.partial_tokens
+
+
+def test_a_name_says_all_that_came_before() -> None:
+    names = {
+        chained_key(chained_key(namespace_key(model, space), first), second)
+        for model in ("m", "n")
+        for space in ("", "a")
+        for first in ([1, 2], [1, 3])
+        for second in ([4], [4, 5])
+    }
+    assert len(names) == 16
+    assert namespace_key("ab", "c") != namespace_key("a", "bc")
+
+
+@pytest.mark.parametrize("length", range(11))
+def test_the_longest_known_prefix_is_found_also_inside_a_block(
+    cache: PrefixCache, length: int
+) -> None:
+    left(cache, list(range(10)))
+    left(cache, [0, 1, 2, 3, 4, 9, 9, 9])
+    assert found(cache, [*range(length), 40]) == length
+    assert found(cache, [*range(length), 40], inside=False) == min(length, 8) // SIZE * SIZE
+
+
+def test_nothing_is_found_in_another_namespace(cache: PrefixCache) -> None:
+    left(cache, [1, 2, 3, 4, 5], "a")
+    assert [found(cache, [1, 2, 3, 4, 5], name) for name in ("a", "b", "")] == [5, 0, 0]
+
+
+def test_the_second_to_compute_a_block_is_given_the_first_ones(
+    cache: PrefixCache, pool: BlockPool
+) -> None:
+    (first,) = left(cache, [1, 2, 3, 4])
+    (block,) = pool.allocate(1)
+    assert cache.insert(cache.root(), [1, 2, 3, 4], block) is first
+    assert pool.references(block) == 1
+
+
+def test_a_longer_part_takes_the_place_of_a_shorter_one(cache: PrefixCache) -> None:
+    left(cache, [1, 2])
+    left(cache, [1, 2, 3])
+    left(cache, [1])
+    assert len(cache) == 1
+    left(cache, [1, 2, 3, 4])
+    left(cache, [1, 9])
+    assert len(cache) == 2
+    assert found(cache, [1, 2, 3]) == 3
+
+
+def test_the_least_recently_used_goes_first_and_tails_before_their_prefixes(
+    cache: PrefixCache,
+) -> None:
+    left(cache, [1] * 8)
+    left(cache, [2] * 8)
+    left(cache, [3] * 8)
+    found(cache, [1] * 4)  # a use of the prefix, not of the tail
+    assert cache.evict(1) == 1
+    assert [found(cache, [n] * 8) for n in (1, 2, 3)] == [4, 8, 8]
+    cache.evict(1)  # the prefix of the first was used before those two were looked up
+    assert [found(cache, [n] * 8) for n in (1, 2, 3)] == [0, 8, 8]
+    found(cache, [2] * 8)
+    cache.evict(2)
+    assert [found(cache, [n] * 8) for n in (2, 3)] == [8, 0]
+    assert cache.evicted_blocks == 4
+
+
+def test_what_a_table_holds_is_not_evicted(cache: PrefixCache, pool: BlockPool) -> None:
+    first, second = left(cache, [1] * 8)
+    pool.retain([first.block])
+    assert cache.evictable_blocks == 1
+    assert cache.evict(5) == 1
+    assert found(cache, [1] * 8) == 4
+    pool.release([first.block])
+    assert cache.evict(5) == 1
+    assert pool.used_blocks == 0
+    assert second.block != first.block
+
+
+def test_what_is_pinned_is_not_evicted_nor_what_it_follows(cache: PrefixCache) -> None:
+    _, middle, _ = left(cache, [1] * 12)
+    cache.pin(middle)
+    cache.pin(middle)
+    assert cache.evict(5) == 1
+    cache.unpin(middle)
+    assert cache.evict(5) == 0
+    cache.unpin(middle)
+    assert cache.evict(5) == 2
+    with pytest.raises(AssertionError, match="more often"):
+        cache.unpin(middle)
+
+
+def test_a_pinned_part_goes_when_it_is_unpinned_and_a_longer_one_has_come(
+    cache: PrefixCache,
+) -> None:
+    (part,) = left(cache, [1, 2])
+    cache.pin(part)
+    left(cache, [1, 2, 3, 4])
+    assert len(cache) == 2
+    cache.unpin(part)
+    cache.check()
+    assert len(cache) == 1
+    assert found(cache, [1, 2]) == 2
+
+
+def test_a_block_can_be_taken_back_by_the_only_one_that_holds_it(
+    cache: PrefixCache, pool: BlockPool
+) -> None:
+    first, second = left(cache, [1] * 6)
+    root = cache.root()
+    assert not cache.forget(first, second.block), "nobody asks for it"
+    pool.retain([first.block, second.block])
+    assert not cache.forget(root, first.block), "something follows it"
+    assert not cache.forget(root, second.block), "it is elsewhere"
+    cache.pin(second)
+    assert not cache.forget(first, second.block), "it is pinned"
+    cache.unpin(second)
+    pool.retain([second.block])
+    assert not cache.forget(first, second.block), "a third holds it"
+    pool.release([second.block])
+    assert cache.forget(first, second.block)
+    assert pool.references(second.block) == 1
+    cache.check()
+
+
+def test_check_finds_a_block_that_is_there_twice(cache: PrefixCache) -> None:
+    first, second = left(cache, [1] * 8)
+    second.block = first.block
+    with pytest.raises(AssertionError, match="twice"):
+        cache.check()
+
+
+def test_check_finds_a_wrong_key_and_a_part_that_something_follows(cache: PrefixCache) -> None:
+    first, _ = left(cache, [1] * 8)
+    first.key = b"wrong"
+    with pytest.raises(AssertionError, match="key"):
+        cache.check()
