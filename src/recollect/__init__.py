@@ -9,8 +9,10 @@ Conversations with local language models that never read a token twice, and prov
 """
 
 from recollect._version import __version__
+from recollect.conversation.conversation import Conversation
 from recollect.conversation.model import Model, load
-from recollect.conversation.session import Reply, ReplyStream, Session
+from recollect.conversation.reply import Reply, ReplyStream
+from recollect.conversation.session import Session
 from recollect.conversation.tree import Node, Tree
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
@@ -19,6 +21,7 @@ from recollect.errors import MisuseError, RecollectError
 from recollect.types import Message, SamplingParams, Usage
 
 __all__ = [
+    "Conversation",
     "Engine",
     "Generator",
     "Message",

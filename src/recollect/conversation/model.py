@@ -4,22 +4,28 @@ A loaded model: everything that its sessions share.
 The one place where a model on disk, a runtime, a pool and a tokenizer are put together.
 """
 
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Self
 
 from recollect import config
+from recollect.conversation.conversation import Conversation
+from recollect.conversation.journal import JOURNAL_NAME, Journal
+from recollect.conversation.matching import MessageIndex
 from recollect.conversation.prompt import PromptEncoder
+from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, require_name
 from recollect.conversation.session import Session
-from recollect.conversation.tree import Tree
+from recollect.conversation.window import Overflow
 from recollect.engine.engine import Engine
-from recollect.errors import ConfigError
+from recollect.errors import ConfigError, ConversationError, UnknownConversationError
 from recollect.models.local import LocalModel
 from recollect.models.prepare import prepare
 from recollect.models.template import ChatTemplate
 from recollect.models.tokenizer import Tokenizer, load_tokenizer
 from recollect.runtime.base import PagedRuntime, RuntimeInfo
 from recollect.runtime.reference import ReferenceRuntime
-from recollect.types import Profile, Progress, SamplingParams, no_progress
+from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
 
 DEFAULT_MODEL: Final = "smollm2"
 CONTEXTS_IN_POOL: Final = 4
@@ -31,24 +37,38 @@ class Model:
     """
     A model that is ready to talk.
 
-    Owns the engine and with it all KV memory. Sessions of one model may be used from different
-    threads; their forward passes take turns.
+    Owns the engine and with it all KV memory, and what finds messages again. Sessions of one model
+    may be used from different threads; their forward passes are shared.
     """
 
     def __init__(
-        self, local: LocalModel, runtime: PagedRuntime, *, profile: Profile, kv_memory: int | None
+        self,
+        local: LocalModel,
+        runtime: PagedRuntime,
+        *,
+        profile: Profile,
+        home: Path,
+        kv_memory: int | None = None,
     ) -> None:
         self.name: Final = local.name
+        self._home = home
+        self._lock = threading.RLock()
+        self._journal: Journal | None = None
+        self._indices: dict[str, MessageIndex] = {}
         self.profile: Final = profile
         self.tokenizer: Final[Tokenizer] = load_tokenizer(local)
         self.template: Final = ChatTemplate(
             local.chat_template, bos_token=local.bos_token, eos_token=local.eos_token
         )
-        self.prompts: Final = PromptEncoder(self.template, self.tokenizer)
+        self.weights_fingerprint: Final = local.fingerprint
+        self.prompts: Final = PromptEncoder(
+            self.template, self.tokenizer, fingerprint=local.fingerprint
+        )
         self.engine: Final = Engine(
             runtime,
             num_blocks=pool_size(runtime.info, kv_memory),
             eos_token_ids=local.eos_token_ids,
+            fingerprint=local.fingerprint,
         )
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
 
@@ -57,8 +77,23 @@ class Model:
         """Return the most tokens that one conversation may have."""
         return self.engine.info.context_length
 
+    @property
+    def journal(self) -> Journal:
+        """Return the journal that named conversations are kept in; opened when first needed."""
+        with self._lock:
+            if self._journal is None:
+                self._journal = Journal.open(self._home / JOURNAL_NAME)
+            return self._journal
+
     def session(
-        self, system: str | None = None, *, params: SamplingParams | None = None
+        self,
+        system: str | None = None,
+        *,
+        params: SamplingParams | None = None,
+        namespace: str = "",
+        keep: bool = False,
+        name: str | None = None,
+        overflow: Overflow = "error",
     ) -> Session:
         """
         Begin a conversation.
@@ -66,14 +101,140 @@ class Model:
         Args:
             system: Instructions before the first message; None: what the template says without.
             params: How replies are sampled unless a call says otherwise; None: greedy.
+            namespace: KV is reused, and messages are found again, within it and never across.
+            keep: Whether turns are kept in the journal, from the first on.
+            name: Of the conversation in the journal, and then it is kept; None: the journal finds one.
+            overflow: What happens when the context is full.
+
+        Raises:
+            NameTakenError: There is a conversation of that name.
+            StoreError: The journal cannot be used.
         """
-        tree = Tree()
-        tip = tree.root if system is None else tree.add(tree.root, "system", system)
-        return Session(self, tree, tip, self.engine.new_sequence(), params or SamplingParams())
+        conversation = self._conversation(namespace)
+        if keep or name is not None:
+            conversation.keep_in(self.journal, None if name is None else require_name(name))
+        tip = conversation.tree.root
+        if system is not None:
+            tip = conversation.add_unkept(tip, {"role": "system", "content": system})
+            conversation.set_tip(DEFAULT_TIP, tip)
+        return Session(
+            self,
+            conversation,
+            tip,
+            params or SamplingParams(),
+            namespace=namespace,
+            name=DEFAULT_TIP,
+            overflow=overflow,
+        )
+
+    def session_from(
+        self,
+        messages: Sequence[Message],
+        *,
+        params: SamplingParams | None = None,
+        namespace: str = "",
+        overflow: Overflow = "error",
+    ) -> Session:
+        """
+        Return a session at the end of messages that came as text.
+
+        What of them is known from an earlier session of the namespace is taken over as it was
+        generated. `respond(None)` answers the last one, if it is a user's.
+
+        Args:
+            messages: The whole conversation, from the first on.
+            params: As in `session`.
+            namespace: As in `session`.
+            overflow: As in `session`.
+
+        Raises:
+            ConversationError: There are no messages.
+        """
+        if not messages:
+            raise ConversationError("There are no messages: give at least one.")
+        with self._lock:
+            index = self._index(namespace)
+            found = index.find(messages)
+            change = index.change(messages, found)
+        if found is None:
+            conversation = self._conversation(namespace)
+            tip, known = conversation.tree.root, 0
+        else:
+            conversation, tip, known = found.conversation, found.node, found.messages
+        for message in messages[known:]:
+            tip = conversation.add_unkept(tip, message)
+        return Session(
+            self,
+            conversation,
+            tip,
+            params or SamplingParams(),
+            namespace=namespace,
+            overflow=overflow,
+            change=change,
+        )
+
+    def sessions(self) -> list[ConversationInfo]:
+        """Return what is kept, the last used first."""
+        return self.journal.conversations()
+
+    def resume(
+        self,
+        name: str | None = None,
+        *,
+        tip: str = DEFAULT_TIP,
+        params: SamplingParams | None = None,
+        overflow: Overflow = "error",
+    ) -> Session:
+        """
+        Go on with a conversation that is kept.
+
+        Args:
+            name: None: the one used last.
+            tip: At which of its named tips.
+            params: As in `session`.
+            overflow: As in `session`.
+
+        Raises:
+            UnknownConversationError: There is none of that name, or none at all.
+            ConversationError: It has no such tip.
+        """
+        if name is None:
+            kept = self.sessions()
+            if not kept:
+                raise UnknownConversationError("No conversation is kept yet: start one first.")
+            name = kept[0].name
+        conversation = self._conversation("")
+        conversation.load(self.journal, self.journal.load(name))
+        if tip not in conversation.tips:
+            raise ConversationError(
+                f"{name!r} has no branch {tip!r}: choose one of {', '.join(conversation.tips)}."
+            )
+        return Session(
+            self,
+            conversation,
+            conversation.tips[tip],
+            params or SamplingParams(),
+            name=tip,
+            overflow=overflow,
+        )
 
     def close(self) -> None:
         """Give all memory back; its sessions can still be read, not continued."""
         self.engine.close()
+        with self._lock:
+            if self._journal is not None:
+                self._journal.close()
+                self._journal = None
+
+    def _conversation(self, namespace: str) -> Conversation:
+        return Conversation(
+            model=self.name,
+            fingerprint=self.weights_fingerprint,
+            index=self._index(namespace),
+        )
+
+    def _index(self, namespace: str) -> MessageIndex:
+        return self._indices.setdefault(namespace, MessageIndex())
 
     def __enter__(self) -> Self:
         return self
@@ -96,7 +257,7 @@ def load(
     Args:
         model: A name in the catalog, a `.gguf` file, an OpenVINO folder, `org/repo:file` on the
             hub, or `reference`, which needs no weights and talks nonsense.
-        profile: `exact`, `fast` or `small`; see DESIGN in ARCHITECTURE.md.
+        profile: `exact`, `fast` or `small`; see ARCHITECTURE.md.
         kv_memory: Most bytes of KV; None: a quarter of the free memory, at most what
             `CONTEXTS_IN_POOL` full contexts need.
         home: Where models are kept; None: `RECOLLECT_HOME` or the user's data folder.
@@ -107,8 +268,10 @@ def load(
         ConfigError: `kv_memory` holds no block, or there is no such profile.
     """
     config.parse_profile(profile)
-    local = prepare(str(model), home=home or config.home(), progress=progress)
-    return Model(local, _runtime(local, profile), profile=profile, kv_memory=kv_memory)
+    home = home or config.home()
+    local = prepare(str(model), home=home, progress=progress)
+    runtime = _runtime(local, profile)
+    return Model(local, runtime, profile=profile, home=home, kv_memory=kv_memory)
 
 
 def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:

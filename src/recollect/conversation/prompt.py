@@ -32,6 +32,10 @@ class Prompt:
     The first reply, counted from 0, that the template does not show as it was generated; None
     where it shows all of them. From there on the ids are those of the template's text.
     """
+    reencoded_replies: int = 0
+    """Replies that another model wrote: their text is encoded, since its ids mean nothing here."""
+    generated_length: int = 0
+    """Leading ids that a model has seen or generated before: up to the end of the last own reply."""
 
 
 class PromptEncoder:
@@ -41,7 +45,10 @@ class PromptEncoder:
     Safe from any thread; what it remembers is derived.
     """
 
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, template: ChatTemplate, tokenizer: Tokenizer, *, fingerprint: str = ""
+    ) -> None:
+        self._fingerprint = fingerprint
         self._template = template
         self._tokenizer = tokenizer
         self._encode_text = lru_cache(_ENCODED_SEGMENTS)(self._encode_anew)
@@ -92,6 +99,7 @@ class PromptEncoder:
         ids: list[int] = []
         end = 0  # of the text whose ids are in the list
         rewritten = None
+        generated_length = 0
         for number, reply in enumerate(replies):
             segment = segments[number]
             shown = segment + reply.content
@@ -102,7 +110,14 @@ class PromptEncoder:
             ids += self._encode_text(segment)
             ids += self._reply_ids(reply)
             end += len(shown)
-        return Prompt(ids + list(self._encode_text(text[end:])), rewritten)
+            if self._is_own(reply):
+                generated_length = len(ids)
+        return Prompt(
+            token_ids=ids + list(self._encode_text(text[end:])),
+            rewritten_reply=rewritten,
+            reencoded_replies=sum(not self._is_own(reply) for reply in replies),
+            generated_length=generated_length,
+        )
 
     def _marked(self, message: Message) -> Message:
         if message["role"] != "assistant":
@@ -110,8 +125,13 @@ class PromptEncoder:
         return {"role": "assistant", "content": self._reply_mark}
 
     def _reply_ids(self, reply: Node) -> tuple[int, ...]:
-        """Return the generated ids; those of the text for a reply that came as text."""
-        return self._encode_text(reply.content) if reply.token_ids is None else reply.token_ids
+        """Return the generated ids; for a reply that this model did not generate, its text's."""
+        if reply.token_ids is None or not self._is_own(reply):
+            return self._encode_text(reply.content)
+        return reply.token_ids
+
+    def _is_own(self, reply: Node) -> bool:
+        return reply.token_ids is not None and reply.fingerprint == self._fingerprint
 
     def _encode_anew(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text))

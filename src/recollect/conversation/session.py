@@ -1,75 +1,89 @@
 """
-A conversation that a person holds: ask, undo, rewind, fork, regenerate, edit.
+A place in a conversation from which a person goes on: ask, undo, rewind, fork, regenerate, edit.
 
-Joins the tree (what was said), the prompt encoder (as which token ids) and a sequence (what has
-KV). The history wanted is worked out anew for each turn and compared with what is there, so no
-operation on the tree can leave the KV behind.
+Joins the tree (what was said) and the prompt encoder (as which token ids). No KV is held between
+turns: each turn asks for the token ids that its place in the tree means, and finds in the engine's
+cache what any earlier work left of them. So no operation on the tree can leave the KV behind.
 """
 
 import threading
-import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
+from recollect.conversation.conversation import Conversation
+from recollect.conversation.idle import IdleWork
+from recollect.conversation.matching import Change
+from recollect.conversation.reason import Expectation, explained
+from recollect.conversation.records import NewNode
+from recollect.conversation.reply import Reply, ReplyStream, as_new_node
 from recollect.conversation.tree import Node, Tree
+from recollect.conversation.window import Overflow, Window, turn_starts
 from recollect.engine.generator import Generator
 from recollect.engine.reply import ReplyGeneration
-from recollect.engine.sequence import Sequence
-from recollect.errors import ContextFullError, ConversationError, RewindError, SessionBusyError
-from recollect.types import FinishReason, Message, SamplingParams, Usage, common_prefix_length
+from recollect.engine.sequence import Sequence as TokenSequence
+from recollect.errors import (
+    ContextFullError,
+    ConversationError,
+    RewindError,
+    SessionBusyError,
+    TemplateError,
+)
+from recollect.types import Message, SamplingParams
 
 if TYPE_CHECKING:  # a model makes sessions, so the import would be a circle
     from recollect.conversation.model import Model
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What the model said to one message."""
-
-    text: str
-    finish_reason: FinishReason
-    usage: Usage
-    node: Node
-    rewritten_reply: int | None = None
-    """The first earlier reply that the template shows otherwise than it was generated, if any."""
-
-    def __str__(self) -> str:
-        return self.text
+    from recollect.kv.prefix import CachedBlock
 
 
 class Session:
     """
-    A place in a conversation's tree, and a sequence with the KV of what led there.
+    A place in a conversation's tree.
 
-    Used from one thread at a time; a second reply while one is being generated is refused. Forks
-    share the tree and the blocks, and nothing else.
+    Safe from several threads in that a second reply, while one is being generated, is refused.
+    Forks share the conversation and nothing else.
 
     Invariants:
         1. The tip is a node of the tree.
-        2. The sequence's history is a prefix of some path's token ids; where it leaves the tip's
-           path, the next turn rewinds it.
+        2. Between turns the session holds no blocks, but for those that `pin` keeps.
     """
 
     def __init__(
-        self, model: "Model", tree: Tree, tip: Node, sequence: Sequence, params: SamplingParams
+        self,
+        model: "Model",
+        conversation: Conversation,
+        tip: Node,
+        params: SamplingParams,
+        *,
+        namespace: str = "",
+        name: str | None = None,
+        overflow: Overflow = "error",
+        change: Change | None = None,
     ) -> None:
         self._model = model
         self._tip = tip
-        self._sequence = sequence
+        self._namespace = namespace
+        self._change = change
         self._busy = threading.Lock()
-        self.tree = tree
+        self._idle = IdleWork(model.engine)
+        self._pinned: list[CachedBlock] = []
+        self._window = Window()
+        self.conversation = conversation
+        self.name = name
+        """The conversation's named tip that moves with this session; None: none does."""
         self.params = params
+        self.overflow = overflow
 
     @property
     def tip(self) -> Node:
-        """Return the node at which the conversation stands."""
+        """Return the node at which the session stands."""
         return self._tip
 
     @property
-    def sequence(self) -> Sequence:
-        """Return the token history and its KV, to look at."""
-        return self._sequence
+    def tree(self) -> Tree:
+        """Return all messages in all branches."""
+        return self.conversation.tree
 
     def path(self) -> list[Node]:
         """Return the messages up to the tip."""
@@ -79,7 +93,7 @@ class Session:
         """Return the messages up to the tip as plain values."""
         return [node.message() for node in self.path()]
 
-    def stream(self, text: str | None, *, params: SamplingParams | None = None) -> "ReplyStream":
+    def stream(self, text: str | None, *, params: SamplingParams | None = None) -> ReplyStream:
         """
         Say something, and return the reply as it is generated.
 
@@ -94,20 +108,11 @@ class Session:
             OutOfBlocksError: It does not fit the KV memory; raised by the first piece.
                 In each case the conversation is as it was.
         """
-        self._begin()
-        try:
-            return self._turn(text, params or self.params)
-        except BaseException:
-            self._busy.release()
-            raise
+        return self._stream(None, text, params)
 
     def respond(self, text: str | None, *, params: SamplingParams | None = None) -> Reply:
         """Say something and return the whole reply; see `stream`."""
-        with self.stream(text, params=params) as stream:
-            for _ in stream:
-                pass
-        assert stream.reply is not None, "a stream that was read to its end has a reply"
-        return stream.reply
+        return self.stream(text, params=params).read()
 
     def regenerate(self, *, params: SamplingParams | None = None) -> Reply:
         """
@@ -118,13 +123,7 @@ class Session:
         Raises:
             ConversationError: There is no reply to replace.
         """
-        before = self._tip
-        self.rewind(self.last_user())
-        try:
-            return self.respond(None, params=params)
-        except BaseException:
-            self._tip = before
-            raise
+        return self._stream(self.last_user(), None, params).read()
 
     def edit(self, node: Node, text: str, *, params: SamplingParams | None = None) -> Reply:
         """
@@ -138,13 +137,7 @@ class Session:
             raise ConversationError(
                 f"{node!r} is not a user's message, and only those can be edited."
             )
-        before = self._tip
-        self.rewind(node.parent)
-        try:
-            return self.respond(text, params=params)
-        except BaseException:
-            self._tip = before
-            raise
+        return self._stream(node.parent, text, params).read()
 
     def last_user(self) -> Node:
         """
@@ -164,11 +157,14 @@ class Session:
 
         Raises:
             UnknownNodeError: It is not a node of this conversation. Nothing was changed.
+            StoreError: The journal cannot keep it. Nothing was changed.
         """
         self.tree.require(node)
-        self._begin()
-        self._tip = node
-        self._busy.release()
+        with self._exclusively():
+            if self.name is not None:
+                self.conversation.set_tip(self.name, node)
+            self._tip = node
+            self._change = None
 
     def undo(self, turns: int = 1) -> Node:
         """
@@ -188,16 +184,33 @@ class Session:
         self.rewind(parent)
         return parent
 
-    def fork(self, node: Node | None = None) -> "Session":
+    def fork(self, node: Node | None = None, *, name: str | None = None) -> "Session":
         """
         Return a second session at a node, or at the tip; costs no forward pass and no copy.
 
+        With a name it is a branch: a tip that is kept with the conversation and moves with the fork.
+
         Raises:
             UnknownNodeError: It is not a node of this conversation.
+            ConversationError: There is a tip of that name.
         """
-        at = self._tip if node is None else node
+        at = node or self._tip
         self.tree.require(at)
-        return Session(self._model, self.tree, at, self._sequence.fork(), self.params)
+        if name is not None:
+            self.conversation.new_tip(name, at)
+        return self._beside(at, name)
+
+    def branch(self, name: str) -> "Session":
+        """
+        Return a second session at a named tip of the conversation, which moves with it from now on.
+
+        Raises:
+            ConversationError: There is no such tip.
+        """
+        tips = self.conversation.tips
+        if name not in tips:
+            raise ConversationError(f"There is no branch {name!r}: there is {', '.join(tips)}.")
+        return self._beside(tips[name], name)
 
     def prewarm(self, text: str = "") -> int:
         """
@@ -208,20 +221,50 @@ class Session:
         Raises:
             As `stream` does; the conversation is as it was.
         """
-        self._begin()
-        try:
-            ids = self._model.prompts.encode_typed(self.path(), text).token_ids
-            fed_before = self._sequence.fed_tokens
-            self._adopt(ids)
-            if self._sequence.computed < len(ids):
-                self._model.engine.compute([self._sequence])
-            return self._sequence.fed_tokens - fed_before
-        finally:
-            self._busy.release()
+        with self._exclusively():
+            sequence = self._typed(text)
+            try:
+                if not sequence.is_warm():
+                    self._model.engine.compute([sequence])
+            finally:
+                sequence.release()
+            return sequence.fed_tokens
+
+    def prewarm_later(self, text: str = "") -> None:
+        """Do what `prewarm` does at once, when the engine is idle; using the session ends it."""
+        if self._busy.acquire(blocking=False):
+            try:
+                self._start_idle_work(text)
+            finally:
+                self._busy.release()
+
+    def warm_tokens(self, node: Node | None = None) -> tuple[int, int]:
+        """Return how many tokens up to a node, or to the tip, have KV in memory, and how many there are."""
+        path = self._window.shown((node or self._tip).path())
+        ids = self._model.prompts.encode_typed(path, "").token_ids
+        return self._model.engine.warm_tokens(ids, self._namespace), len(ids)
+
+    def pin(self) -> None:
+        """
+        Keep the KV of the conversation up to the tip in memory, whatever else needs room.
+
+        Computes what is not there. Until `unpin`, or another `pin`.
+        """
+        self.prewarm()
+        ids = self._model.prompts.encode_typed(self.path(), "").token_ids
+        pinned = self._model.engine.pin(ids, self._namespace)
+        self.unpin()
+        self._pinned = pinned
+
+    def unpin(self) -> None:
+        """Let the KV be evicted again."""
+        self._model.engine.unpin(self._pinned)
+        self._pinned = []
 
     def close(self) -> None:
-        """Give the blocks back. The tree can still be read."""
-        self._sequence.release()
+        """Stop what is done in the background and unpin. The session can still be used."""
+        self._idle.stop()
+        self.unpin()
 
     def __enter__(self) -> Self:
         return self
@@ -234,123 +277,120 @@ class Session:
             raise SessionBusyError(
                 "A reply is being generated in this session: read it to its end or stop it first."
             )
+        try:
+            self._idle.stop()
+        except BaseException:  # an interrupt while waiting
+            self._busy.release()
+            raise
 
-    def _turn(self, text: str | None, params: SamplingParams) -> "ReplyStream":
-        """Make the sequence ready for a reply; the tree and the tip stay as they are."""
-        if text is None and self._tip.role != "user":
-            raise ConversationError("There is no message to answer: say something.")
-        prompt = self._model.prompts.encode(self.path(), text)
-        self._adopt(prompt.token_ids)
-        engine = self._model.engine
-        generator = Generator(engine, params, sequence=self._sequence)
-        generation = ReplyGeneration(engine, generator, self._model.tokenizer)
-        return ReplyStream(
-            self,
-            generation,
-            said=text,
-            rewritten_reply=prompt.rewritten_reply,
-            free_session=self._busy.release,
+    def _beside(self, at: Node, name: str | None) -> "Session":
+        return Session(
+            self._model,
+            self.conversation,
+            at,
+            self.params,
+            namespace=self._namespace,
+            name=name,
+            overflow=self.overflow,
         )
 
-    def finish_turn(self, said: str | None, reply: ReplyGeneration) -> Node | None:
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        self._begin()
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _stream(
+        self, at: Node | None, text: str | None, params: SamplingParams | None
+    ) -> ReplyStream:
+        """Say something at a node, at the tip without one, and return the reply as it is generated."""
+        self._begin()
+        try:
+            return self._turn(self._tip if at is None else at, text, params or self.params)
+        except BaseException:
+            self._busy.release()
+            raise
+
+    def _turn(self, at: Node, text: str | None, params: SamplingParams) -> ReplyStream:
+        """Have a reply begun; the tree and the tip stay as they are."""
+        if text is None and at.role != "user":
+            raise ConversationError("There is no message to answer: say something.")
+        path = self._fitting_path(at, text)
+        prompt = self._model.prompts.encode(path, text)
+        engine = self._model.engine
+        generator = Generator(engine, params, sequence=self._sequence(prompt.token_ids))
+        generation = ReplyGeneration(engine, generator, self._model.tokenizer)
+        dropped = len(turn_starts(at.path())) - len(turn_starts(path))
+        change = self._change if at is self._tip else None
+        expected = Expectation(prompt, engine.keep_multiple_of, change)
+        generation.start()
+        keep = partial(self._finish, generation, at, text, expected, dropped)
+        return ReplyStream(generation, keep=keep, free_session=self._busy.release)
+
+    def _finish(
+        self,
+        generation: ReplyGeneration,
+        at: Node,
+        said: str | None,
+        expected: Expectation,
+        dropped: int,
+    ) -> Reply | None:
         """
-        Put a reply that has ended into the tree and go there. For `ReplyStream`.
+        Keep a reply that has ended, and go to it; an edit that was broken off is kept beside.
 
         Returns:
-            Its node; None where nothing was generated, and the conversation is then as it was.
+            None where nothing was said; the conversation is then as it was.
         """
-        node = None
-        if reply.generated_tokens or reply.finish_reason != "cancelled":
-            user = self._tip if said is None else self.tree.add(self._tip, "user", said)
-            node = self._tip = self.tree.add(
-                user,
-                "assistant",
-                reply.text,
-                token_ids=tuple(reply.token_ids),
-                finish_reason=reply.finish_reason,
-                usage=reply.usage(),
-            )
-        return node
+        generation.release()
+        reason = generation.finish_reason
+        assert reason is not None, "it has ended"
+        if not generation.text and reason == "cancelled":
+            return None
+        usage = explained(generation.usage(), expected)
+        asked = [] if said is None else [NewNode(role="user", content=said)]
+        replied = as_new_node(generation, usage, self._model.weights_fingerprint)
+        goes_there = at is self._tip or reason != "cancelled"
+        name = self.name if goes_there else None
+        node = self.conversation.add(at, [*asked, replied], tip=name)
+        if goes_there:
+            self._tip, self._change = node, None
+        self._start_idle_work()
+        return Reply(generation.text, reason, usage, node, dropped)
 
-    def _adopt(self, token_ids: list[int]) -> int:
+    def _fitting_path(self, at: Node, said: str | None) -> list[Node]:
+        """Return the messages that the prompt is made of: all, or those that still fit."""
+
+        def measure(messages: Sequence[Node]) -> int:
+            return len(self._model.prompts.encode(messages, said).token_ids)
+
+        limit = self._model.context_length
+        return self._window.fitting(at.path(), limit, measure, self.overflow)
+
+    def _sequence(self, token_ids: list[int]) -> TokenSequence:
         """
-        Make these ids the sequence's history; return how many of them it had.
+        Return a sequence with this history.
 
         Raises:
-            ContextFullError: They do not fit. Nothing was changed.
+            ContextFullError: It leaves no place for a reply.
         """
         limit = self._model.context_length
-        needed = len(token_ids) + 1  # one place for the reply
+        needed = len(token_ids) + 1
         if needed > limit:
             raise ContextFullError(needed=needed, limit=limit)
-        shared = common_prefix_length(self._sequence.token_ids, token_ids)
-        self._sequence.rewind_to(shared)
-        if shared < len(token_ids):
-            self._sequence.append(token_ids[shared:])
-        return shared
+        sequence = self._model.engine.new_sequence(self._namespace)
+        sequence.append(token_ids)
+        return sequence
 
+    def _typed(self, text: str) -> TokenSequence:
+        path = self._window.shown(self.path())
+        return self._sequence(self._model.prompts.encode_typed(path, text).token_ids)
 
-class ReplyStream:
-    """
-    A reply as it is generated: iterate over it for pieces of text.
-
-    Leaving the loop early, `stop`, and the end of a `with` block all end the reply and keep what
-    was said as a turn. A reply that had not begun leaves the conversation as it was.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        generation: ReplyGeneration,
-        *,
-        said: str | None,
-        rewritten_reply: int | None,
-        free_session: Callable[[], None],
-    ) -> None:
-        self._session = session
-        self._generation = generation
-        self._said = said
-        self._rewritten_reply = rewritten_reply
-        self._closed = False
-        # Also where the stream is forgotten without ever having been read.
-        self._free_session = weakref.finalize(self, free_session)
-        self.reply: Reply | None = None
-        """The whole reply, once it has ended; None before, and where nothing was said."""
-
-    @property
-    def prefill_progress(self) -> tuple[int, int]:
-        """Return how many tokens of the prompt have KV, and how many there are."""
-        return self._generation.prefilled_tokens, self._generation.prompt_tokens
-
-    def __iter__(self) -> Iterator[str]:
+    def _start_idle_work(self, text: str = "") -> None:
+        """Compute a message being typed, or what the template puts before it, while nobody waits."""
         try:
-            yield from self._generation
-        finally:
-            self.close()
-
-    def stop(self) -> None:
-        """End the reply after the forward pass under way; from any thread or signal handler."""
-        self._generation.stop()
-
-    def close(self) -> None:
-        """End the reply here and keep what was said. Calling it again does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self._generation.finish()
-            node = self._session.finish_turn(self._said, self._generation)
-        finally:
-            self._free_session()
-        if node is not None:
-            assert node.finish_reason is not None, "a reply that has ended has a reason"
-            assert node.usage is not None, "and a usage"
-            self.reply = Reply(
-                node.content, node.finish_reason, node.usage, node, self._rewritten_reply
-            )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            sequence = self._typed(text)
+        except (TemplateError, ContextFullError):
+            return  # the next turn says what is wrong; here nobody asked
+        self._idle.start(sequence)

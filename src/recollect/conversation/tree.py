@@ -4,12 +4,24 @@ A conversation as a tree of messages: nothing is ever changed or deleted, only a
 Pure bookkeeping: no runtime, no text encoding.
 """
 
+import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 from recollect.errors import UnknownNodeError
-from recollect.types import FinishReason, Message, Role, Usage
+from recollect.types import FinishReason, Message, Role
+
+ROOT_KEY: Final = b""
+
+
+def message_key(parent: bytes, role: Role, content: str) -> bytes:
+    """Return the name of a message in its place: a hash of what came before, its role and its text."""
+    head = f"{role}:{len(content)}:".encode()
+    return hashlib.blake2b(
+        parent + head + content.encode("utf-8", "surrogatepass"), digest_size=16
+    ).digest()
 
 
 @dataclass(eq=False, slots=True, frozen=True)
@@ -24,10 +36,15 @@ class Node:
     parent: "Node | None"
     role: Role | None
     content: str
+    key: bytes = ROOT_KEY
+    """The same for the same text after the same messages, in whatever tree."""
     token_ids: tuple[int, ...] | None = None
     """What the model generated; None for what it did not write."""
+    fingerprint: str | None = None
+    """The model that generated the tokens."""
     finish_reason: FinishReason | None = None
-    usage: Usage | None = None
+    usage: Mapping[str, Any] | None = None
+    """As `Usage.to_dict` gives it."""
     children: list["Node"] = field(default_factory=list)
 
     def path(self) -> list["Node"]:
@@ -59,7 +76,8 @@ class Tree:
     Invariants:
         1. Every node but the root is among the children of its parent, once.
         2. Ids are unique and grow from parent to child.
-        3. Only replies have token ids.
+        3. Only replies have token ids, and those name the model that generated them.
+        4. A key is that of the parent, the role and the text.
     """
 
     def __init__(self) -> None:
@@ -86,7 +104,7 @@ class Tree:
             return self._nodes[node_id]
         except KeyError:
             raise UnknownNodeError(
-                f"This conversation has no node {node_id}; its nodes are 0 to {len(self)}."
+                f"This conversation has no node {node_id}: see its tree for those that it has."
             ) from None
 
     def require(self, node: Node) -> None:
@@ -106,12 +124,23 @@ class Tree:
         content: str,
         *,
         token_ids: tuple[int, ...] | None = None,
+        fingerprint: str | None = None,
         finish_reason: FinishReason | None = None,
-        usage: Usage | None = None,
+        usage: Mapping[str, Any] | None = None,
     ) -> Node:
         """Add a message after *parent* and return its node."""
         self.require(parent)
-        node = Node(next(self._ids), parent, role, content, token_ids, finish_reason, usage)
+        node = Node(
+            id=next(self._ids),
+            parent=parent,
+            role=role,
+            content=content,
+            key=message_key(parent.key, role, content),
+            token_ids=token_ids,
+            fingerprint=fingerprint,
+            finish_reason=finish_reason,
+            usage=usage,
+        )
         self._nodes[node.id] = node
         parent.children.append(node)
         return node
@@ -131,6 +160,12 @@ class Tree:
                 assert child.id not in reached, f"{child!r} is reached twice"
                 assert child.id > node.id, f"{child!r} is older than its parent"
                 assert child.token_ids is None or child.role == "assistant", f"{child!r} has tokens"
+                assert (child.token_ids is None) == (child.fingerprint is None), (
+                    f"{child!r} by whom"
+                )
+                assert child.role is not None, f"{child!r} is a second root"
+                key = message_key(node.key, child.role, child.content)
+                assert child.key == key, f"{child!r} has the key of another"
                 reached.add(child.id)
                 pending.append(child)
         assert reached == set(self._nodes), "a node cannot be reached from the root"

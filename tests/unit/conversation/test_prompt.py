@@ -81,7 +81,8 @@ def conversation(said: Sequence[Said], *, own_ids: bool = True) -> list[Node]:
         ids = None
         if role == "assistant" and own_ids:
             ids = (256, *ByteTokenizer().encode(content), 256)
-        node = tree.add(node, role, content, token_ids=ids)
+        by = None if ids is None else ""
+        node = tree.add(node, role, content, token_ids=ids, fingerprint=by)
     return node.path()
 
 
@@ -211,7 +212,8 @@ def test_whatever_the_template_does_the_ids_say_what_it_says(
     node = tree.root
     for role, content in turns:
         ids = tuple(ByteTokenizer().encode(content)) if role == "assistant" else None
-        node = tree.add(node, role, content, token_ids=ids)
+        by = None if ids is None else ""
+        node = tree.add(node, role, content, token_ids=ids, fingerprint=by)
     text = template.render(
         [*[node.message() for node in node.path()], {"role": "user", "content": said}],
         add_generation_prompt=True,
@@ -262,3 +264,24 @@ def test_empty_replies_keep_their_place() -> None:
     prompt = prompts.encode(path, "c")
     assert prompt.rewritten_reply is None
     assert contains(prompt.token_ids, (256, 256))
+
+
+def test_replies_of_another_model_are_encoded_anew_and_counted() -> None:
+    prompts, template, _ = encoder(PLAIN)
+    tree = Tree()
+    node = tree.root
+    for role, content in TURNS:
+        ids = (256, 1, 256) if role == "assistant" else None
+        by = None if ids is None else "another"
+        node = tree.add(node, role, content, token_ids=ids, fingerprint=by)
+    prompt = prompts.encode(node.path())
+    expected = template.render([one.message() for one in node.path()], add_generation_prompt=True)
+    assert text_of(prompt.token_ids) == expected
+    assert (prompt.reencoded_replies, prompt.generated_length) == (2, 0)
+
+
+def test_the_generated_length_ends_with_the_last_reply_of_this_model() -> None:
+    prompts, _, _ = encoder(PLAIN)
+    prompt = prompts.encode(conversation(TURNS[:3]), "How?")
+    generated = prompt.token_ids[: prompt.generated_length]
+    assert text_of(generated).endswith("Hi there<|im_start|>")

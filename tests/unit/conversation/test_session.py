@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 
-import recollect
+from recollect.conversation.idle import IdleWork
 from recollect.conversation.model import Model
-from recollect.conversation.session import Reply, Session
+from recollect.conversation.reply import Reply
+from recollect.conversation.session import Session
 from recollect.conversation.tree import Tree
-from recollect.engine import engine as engine_module
+from recollect.engine import scheduler as scheduler_module
+from recollect.engine.generator import Generator
+from recollect.engine.reply import ReplyGeneration
+from recollect.engine.task import Task
 from recollect.errors import (
     ContextFullError,
     ConversationError,
@@ -40,34 +44,48 @@ def said(session: Session) -> list[str]:
     return [message["content"] for message in session.transcript()]
 
 
-def fresh_reply(session: Session, text: str | None) -> tuple[str, tuple[int, ...] | None]:
-    """Return what a session that computes everything anew answers at the same place."""
-    fresh = session.fork()
-    fresh.sequence.rewind_to(0)
-    assert fresh.sequence.computed == 0
-    tip, before = fresh.tip, len(fresh.tree)
-    reply = fresh.respond(text)
-    assert reply.usage.reused_tokens == 0
-    fresh.close()
-    # Only this test looks at the answer: take it out of the tree again.
-    assert len(fresh.tree) > before
-    assert session.tip is tip
-    return reply.text, reply.node.token_ids
+def fresh_reply(session: Session, text: str | None) -> tuple[str, list[int]]:
+    """Return what a sequence that shares nothing and computes everything anew answers there."""
+    model = session._model
+    prompt = model.prompts.encode(session.path(), text)
+    generator = Generator(model.engine, session.params, namespace=None)
+    generator.append_tokens(prompt.token_ids)
+    reply = ReplyGeneration(model.engine, generator, model.tokenizer)
+    reply.start()
+    answer = "".join(reply)
+    reply.finish()
+    assert reply.usage().reused_tokens == 0
+    ids = reply.token_ids
+    reply.release()
+    return answer, ids
 
 
 def check_as_fresh(session: Session, text: str | None) -> Reply:
+    engine = session._model.engine
+    text_ids = session._model.prompts.encode(session.path(), text).token_ids
     expected = fresh_reply(session, text)
-    kv = session.sequence.token_ids[: session.sequence.computed]
+    settle(session)
+    known = engine.warm_tokens(text_ids, session._namespace)
     reply = session.respond(text)
-    assert (reply.text, reply.node.token_ids) == expected
+    assert (reply.text, list(reply.node.token_ids or ())) == expected
     usage = reply.usage
-    assert usage.reused_tokens + usage.computed_tokens == usage.prompt_tokens
-    prompt = session.sequence.token_ids[: usage.prompt_tokens]
-    shared = recollect.types.common_prefix_length(kv, prompt)
-    assert usage.computed_tokens <= max(1, len(prompt) - shared)
-    session.tree.check()
-    session._model.engine.check()
+    assert usage.reused_tokens + usage.computed_tokens == usage.prompt_tokens == len(text_ids)
+    assert usage.computed_tokens == max(1, len(text_ids) - known)
+    session.conversation.check()
+    engine.check()
     return reply
+
+
+def settle(session: Session) -> None:
+    """Wait until the idle work after the last turn is done, so that what is warm is certain."""
+    task = session._idle._task
+    if task is not None:
+        task.wait()
+
+
+def used_up(model: Model) -> bool:
+    """Return whether anybody but the cache holds a block."""
+    return model.engine.pool.used_blocks != model.engine.cache.evictable_blocks
 
 
 def test_the_first_turn_computes_its_prompt_and_the_next_only_what_is_new(chat: Session) -> None:
@@ -77,9 +95,9 @@ def test_the_first_turn_computes_its_prompt_and_the_next_only_what_is_new(chat: 
         first.usage.prompt_tokens,
     )
     second = check_as_fresh(chat, "And now?")
-    # The last token of the reply, what the template puts between, and the message.
-    new = second.usage.prompt_tokens - first.usage.prompt_tokens - first.usage.generated_tokens
-    assert second.usage.computed_tokens == new + 1
+    # What the template puts before the message was computed while nobody waited.
+    assert second.usage.computed_tokens == len("And now?E\nSassistant\n")
+    assert second.usage.reason == "new"
 
 
 def test_a_conversation_says_what_was_said(chat: Session) -> None:
@@ -94,7 +112,7 @@ def test_a_conversation_says_what_was_said(chat: Session) -> None:
     ]
     assert chat.tip is second.node
     assert str(second) == second.text
-    assert second.node.usage == second.usage
+    assert second.node.usage == second.usage.to_dict()
     assert second.finish_reason == "length"
 
 
@@ -111,7 +129,6 @@ def test_the_pieces_of_a_stream_are_the_reply(chat: Session) -> None:
         pieces = list(stream)
     assert stream.reply is not None
     assert "".join(pieces) == stream.reply.text
-    assert stream.prefill_progress[0] == stream.prefill_progress[1]
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
@@ -122,9 +139,10 @@ def test_undo_goes_back_by_turns_and_the_next_reply_is_as_if_they_had_not_been(
     for text in ("one", "two", "three"):
         chat.respond(text)
         places.append(chat.tip)
-    fed = chat.sequence.fed_tokens
+    settle(chat)
+    fed = chat._model.engine.computed_tokens
     assert chat.undo(turns) is places[-1 - turns]
-    assert chat.sequence.fed_tokens == fed
+    assert chat._model.engine.computed_tokens == fed
     assert len(said(chat)) == 1 + 2 * (3 - turns)
     check_as_fresh(chat, "other")
 
@@ -189,6 +207,7 @@ def test_a_fork_costs_nothing_and_then_goes_its_own_way(chat: Session, model: Mo
     chat.respond("one")
     middle = chat.tip
     chat.respond("two")
+    settle(chat)
     passes, used = model.engine.forward_passes, model.engine.pool.used_blocks
     at_tip, at_middle = chat.fork(), chat.fork(middle)
     assert (model.engine.forward_passes, model.engine.pool.used_blocks) == (passes, used)
@@ -268,6 +287,7 @@ def test_prewarm_computes_the_message_before_it_is_said(chat: Session) -> None:
     chat.respond("one")
     before = said(chat)
     typed = "A rather long message that takes a while to type"
+    settle(chat)
     assert chat.prewarm("A rather long") > 0
     assert chat.prewarm("A rather long") == 0
     assert chat.prewarm(typed) == len(typed) - len("A rather long")
@@ -284,6 +304,7 @@ def test_prewarm_of_other_text_leaves_no_trace(chat: Session) -> None:
 
 def test_prewarm_that_failed_can_be_tried_again(chat: Session, faults: Any) -> None:
     chat.respond("one")
+    settle(chat)
     faults.forward_in = 0
     with pytest.raises(RuntimeFailure):
         chat.prewarm("typed text")
@@ -347,21 +368,24 @@ def test_a_stream_that_is_forgotten_does_not_block_the_session(chat: Session) ->
 def test_cancelling_during_the_prefill_keeps_what_was_computed_and_says_nothing(
     chat: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
-    engine, step = chat._model.engine, chat._model.engine.step
+    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", 16)
+    runtime: Any = chat._model.engine._runtime
+    forward, passes = runtime.forward, []
     long = "word " * 40
-    stream = chat.stream(long)
+    begun = threading.Event()
 
-    def step_then_stop(sequences: Any) -> bool:
-        done = step(sequences)
-        if stream.prefill_progress[0] >= 64:
+    def forward_then_stop(rows: Any) -> Any:
+        assert begun.wait(20)
+        passes.append(rows)
+        if len(passes) == 4:
             stream.stop()
-        return done
+        return forward(rows)
 
-    monkeypatch.setattr(engine, "step", step_then_stop)
+    monkeypatch.setattr(runtime, "forward", forward_then_stop)
+    stream = chat.stream(long)
+    begun.set()
     assert list(stream) == []
     assert (stream.reply, said(chat)) == (None, [SYSTEM])
-    assert stream.prefill_progress[0] == 64
     monkeypatch.undo()
     assert check_as_fresh(chat, long).usage.reused_tokens == 64
 
@@ -435,7 +459,7 @@ def test_a_prompt_that_does_not_fit_leaves_the_conversation_as_it_was(
 ) -> None:
     chat = make_model(context_length=200).session(SYSTEM, params=SHORT)
     chat.respond("one")
-    before = (chat.tip, len(chat.tree), chat.sequence.token_ids)
+    before = (chat.tip, len(chat.tree))
     for use in (
         lambda: chat.respond("x" * 200),
         lambda: chat.prewarm("x" * 200),
@@ -444,7 +468,7 @@ def test_a_prompt_that_does_not_fit_leaves_the_conversation_as_it_was(
         with pytest.raises(ContextFullError) as raised:
             use()
         assert raised.value.limit == 200
-        assert (chat.tip, len(chat.tree), chat.sequence.token_ids) == before
+        assert (chat.tip, len(chat.tree)) == before
     check_as_fresh(chat, "two")
 
 
@@ -495,9 +519,10 @@ def test_a_template_that_rewrites_a_reply_is_reported_and_the_reply_is_still_rig
     )
     chat = make_model(template=source).session(params=SHORT)
     first = chat.respond("one")
-    assert first.rewritten_reply is None
+    assert first.usage.reason == "new"
     second = check_as_fresh(chat, "two")
-    assert second.rewritten_reply == 0
+    assert second.usage.reason == "template_rewrote"
+    assert second.usage.difference == "The template shows reply 1 otherwise."
 
 
 @pytest.mark.parametrize("failing_pass", range(7))
@@ -505,6 +530,7 @@ def test_a_failing_pass_keeps_what_was_said_and_the_conversation_can_go_on(
     chat: Session, faults: Any, failing_pass: int
 ) -> None:
     chat.respond("one")
+    settle(chat)
     before = chat.tip
     faults.forward_in = failing_pass
     if failing_pass < 6:
@@ -529,6 +555,7 @@ def test_when_an_edit_or_a_regeneration_fails_the_session_stands_where_it_stood(
 ) -> None:
     chat.respond("one")
     tip = chat.respond("two").node
+    settle(chat)
     faults.forward_in = failing_pass
     first = chat.path()[1]
     act = partial(chat.edit, first, "uno") if operation == "edit" else chat.regenerate
@@ -562,40 +589,40 @@ def test_out_of_blocks_in_the_middle_of_a_reply_keeps_what_was_said_and_reports(
     assert chat.tip.role == "assistant"
     assert chat.tip.finish_reason == "cancelled"
     # 64 slots are full, and the 65th token is known and has no KV.
-    assert len(chat.sequence) == 65
+    prompt = model.prompts.encode([], "one").token_ids
+    assert chat.tip.token_ids is not None
+    assert len(prompt) + len(chat.tip.token_ids) == 65
+    assert chat.tip.content.startswith("".join(pieces))
     model.engine.check()
     chat.undo()
-    check = chat.respond("one", params=SHORT)
-    assert check.usage.computed_tokens <= 1
+    assert chat.respond("one", params=SHORT).usage.computed_tokens == 1
 
 
-def test_closing_gives_all_blocks_back_and_the_tree_can_still_be_read(
+def test_between_turns_a_session_holds_no_block_and_a_closed_one_can_be_used_again(
     chat: Session, model: Model
 ) -> None:
     chat.respond("one")
+    settle(chat)
+    assert not used_up(model)
     with chat:
         pass
     chat.close()
-    assert model.engine.pool.used_blocks == 0
+    assert not used_up(model)
     assert len(said(chat)) == 3
-    for use in (lambda: chat.respond("two"), chat.fork, lambda: chat.prewarm("x")):
-        with pytest.raises(MisuseError):
-            use()
-    assert model.engine.pool.used_blocks == 0
+    check_as_fresh(chat, "two")
 
 
-def test_closing_in_the_middle_of_a_reply_keeps_what_was_said_and_leaks_nothing(
+def test_closing_in_the_middle_of_a_reply_leaves_the_reply_to_its_reader(
     chat: Session, model: Model
 ) -> None:
     stream = chat.stream("one", params=SamplingParams(max_tokens=30))
     pieces = iter(stream)
     next(pieces)
     chat.close()
-    with pytest.raises(MisuseError):
-        list(pieces)
+    list(pieces)
     assert chat.tip.role == "assistant"
-    assert model.engine.pool.used_blocks == 0
-    model.engine.check()
+    settle(chat)
+    assert not used_up(model)
 
 
 def test_a_closed_model_is_misuse_and_its_conversations_can_still_be_read(
@@ -610,13 +637,34 @@ def test_a_closed_model_is_misuse_and_its_conversations_can_still_be_read(
         chat.respond("two")
     with pytest.raises(MisuseError):
         model.session().respond("one")
+    with pytest.raises(MisuseError):
+        chat.prewarm("two")
+    chat.close()
     assert len(said(chat)) == 3
 
 
-def test_a_forgotten_session_gives_its_blocks_back(model: Model) -> None:
-    model.session(SYSTEM, params=SHORT).respond("one")
+def test_a_model_that_is_closed_while_it_replies_keeps_what_was_given_out(
+    make_model: Callable[..., Model],
+) -> None:
+    model = make_model(context_length=8000, num_blocks=2000)
+    chat = model.session(params=SamplingParams(ignore_eos=True, max_tokens=7000))
+    stream = chat.stream("one")
+    pieces = iter(stream)
+    out = next(pieces)
+    model.close()
+    out += "".join(pieces)
+    assert stream.reply is not None
+    assert stream.reply.text == chat.tip.content == out
+    assert chat.tip.finish_reason == "cancelled"
+
+
+def test_a_forgotten_session_leaves_its_blocks_to_others(model: Model) -> None:
+    chat = model.session(SYSTEM, params=SHORT)
+    chat.respond("one")
+    settle(chat)
+    del chat
     gc.collect()
-    assert model.engine.pool.used_blocks == 0
+    assert not used_up(model)
 
 
 def test_text_of_any_kind_can_be_said(chat: Session) -> None:
@@ -663,19 +711,161 @@ def test_with_whole_blocks_only_everything_is_still_as_fresh(
 def test_a_session_that_keeps_stale_kv_is_seen(
     chat: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Undo that forgets the text and keeps the KV: the new ids over the old blocks."""
+    """Where the histories part inside a block, the rest of it is not there."""
     chat.respond("one")
     chat.respond("two")
     chat.undo()
     other = "something that is longer than what was undone " * 3
     expected = fresh_reply(chat, other)
+
     with monkeypatch.context() as planted:
-        planted.setattr(chat.sequence, "crop_kv", lambda _: None)
+        planted.setattr(chat._model.engine._runtime, "copy_blocks", lambda _: None)
         reply = chat.respond(other)
-    assert (reply.text, reply.node.token_ids) != expected
+    assert (reply.text, list(reply.node.token_ids or ())) != expected
 
 
 def test_a_tree_is_shared_by_forks_and_by_nobody_else(chat: Session, model: Model) -> None:
     assert chat.fork().tree is chat.tree
     assert model.session().tree is not chat.tree
     assert isinstance(chat.tree, Tree)
+
+
+def test_regenerating_computes_one_token(chat: Session) -> None:
+    chat.respond("one")
+    assert chat.regenerate().usage.computed_tokens == 1
+
+
+def test_an_edit_reuses_all_that_comes_before_the_first_difference(chat: Session) -> None:
+    chat.respond("a message that is long")
+    chat.respond("two")
+    usage = chat.edit(chat.path()[1], "a message that is other").usage
+    assert usage.computed_tokens == len("otherE\nSassistant\n")
+
+
+def test_sessions_on_one_system_prompt_compute_it_once_and_hold_it_once(model: Model) -> None:
+    system = "You are an assistant for all questions about trains. " * 6
+    model.session(system, params=SHORT).respond("one")
+    blocks = model.engine.pool.used_blocks
+    for number in range(7):
+        usage = model.session(system, params=SHORT).respond(f"{number} is my question").usage
+        assert usage.reused_tokens >= len(system)
+    assert model.engine.pool.used_blocks - blocks <= 7 * 10
+
+
+def test_namespaces_share_neither_kv_nor_messages(model: Model) -> None:
+    ours = model.session(SYSTEM, params=SHORT, namespace="ours")
+    ours.respond("one")
+    assert model.session_from(ours.transcript(), namespace="theirs").tip.token_ids is None
+    assert model.session_from(ours.transcript(), namespace="ours").tip is ours.tip
+    theirs = model.session(SYSTEM, params=SHORT, namespace="theirs").respond("one")
+    assert theirs.usage.reused_tokens == 0
+
+
+def test_idle_work_computes_what_the_template_puts_before_the_next_message(
+    chat: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as planted:
+        planted.setattr(IdleWork, "start", lambda _self, sequence: sequence.release())
+        chat.respond("one")
+        lazy = chat.respond("two").usage.computed_tokens
+    chat.respond("three")
+    settle(chat)
+    # The last token of the reply, its end, and the head of the next message.
+    assert lazy - chat.respond("two").usage.computed_tokens == len("xE\nSuser\n")
+
+
+def test_a_prewarm_is_dropped_for_free(chat: Session) -> None:
+    chat.respond("one")
+    chat.prewarm("typed and then")
+    assert chat.respond("typed at last").usage.computed_tokens == len("t lastE\nSassistant\n")
+
+
+def test_what_is_pinned_survives_whatever_else_needs_room(make_model: Callable[..., Model]) -> None:
+    model = make_model(num_blocks=40)
+    pinned, other = (model.session(text, params=SHORT) for text in ("pinned " * 8, "other " * 8))
+    pinned.respond("one")
+    pinned.pin()
+    other.respond("one")
+    settle(other)
+    for number in range(6):
+        model.session(f"{number} " * 90, params=SHORT).respond("one")
+    assert model.engine.cache.evicted_blocks > 0
+    warm, tokens = pinned.warm_tokens()
+    assert warm == tokens
+    assert other.warm_tokens()[0] < other.warm_tokens()[1]
+    pinned.unpin()
+    for number in range(6):
+        model.session(f"{number} " * 90, params=SHORT).respond("one")
+    assert pinned.warm_tokens()[0] < tokens
+
+
+def test_going_on_after_a_pin_and_unpinning_leaves_the_books_right(
+    chat: Session, model: Model
+) -> None:
+    """What is pinned may end inside a block that then grows."""
+    for text in ("one", "two", "three"):
+        chat.respond(text)
+        chat.pin()
+        chat.respond("x")
+        settle(chat)
+        model.engine.check()
+        chat.unpin()
+        model.engine.check()
+
+
+def test_two_threads_that_edit_and_say_are_refused_and_never_mixed(
+    chat: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However they interleave, what is said follows a place where the session stood."""
+    chat.respond("one")
+    tip = chat.respond("two").node
+    answers: list[object] = []
+
+    def say() -> None:
+        try:
+            answers.append(chat.respond("mine").node.path())
+        except SessionBusyError:
+            answers.append(None)
+
+    threads: list[threading.Thread] = []
+    begin = Session._begin
+
+    def begin_slowly(self: Session) -> None:
+        begin(self)
+        if len(threads) < 3:
+            threads.append(thread := threading.Thread(target=say))
+            thread.start()
+            thread.join()
+
+    monkeypatch.setattr(Session, "_begin", begin_slowly)
+    chat.regenerate()
+    assert answers
+    assert set(map(str, answers)) == {"None"}
+    assert chat.tip.parent is tip.parent
+    assert not any(node.content == "mine" for node in chat.tree.nodes())
+
+
+def test_an_interrupt_while_waiting_for_idle_work_leaves_the_session_free(
+    chat: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat.respond("one")
+
+    def interrupted(_: Task) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as planted:
+        planted.setattr(Task, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            chat.respond("two")
+    check_as_fresh(chat, "two")
+
+
+def test_reading_a_stream_again_gives_nothing_and_waits_for_nobody(chat: Session) -> None:
+    stream = chat.stream("one")
+    assert list(stream)
+    assert list(stream) == []
+    left = chat.stream("two")
+    for _ in left:
+        break
+    assert list(left) == []
+    check_as_fresh(chat, "three")

@@ -28,8 +28,8 @@ def test_a_new_tree_has_a_root_and_no_messages() -> None:
 def test_messages_hang_under_their_parents_in_order() -> None:
     tree = Tree()
     hello = tree.add(tree.root, "user", "Hello")
-    first = tree.add(hello, "assistant", "Hi", token_ids=(1, 2))
-    second = tree.add(hello, "assistant", "Hey", token_ids=(3,))
+    first = tree.add(hello, "assistant", "Hi", token_ids=(1, 2), fingerprint="m")
+    second = tree.add(hello, "assistant", "Hey", token_ids=(3,), fingerprint="m")
     assert hello.children == [first, second]
     assert second.path() == [hello, second]
     assert list(tree.nodes()) == [hello, first, second]

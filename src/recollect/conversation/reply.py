@@ -1,0 +1,123 @@
+"""
+A reply: while it is generated, and when it is there.
+
+Knows how a reply ends, not how one begins: that is the session's.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Self
+
+from recollect.conversation.records import NewNode
+from recollect.conversation.tree import Node
+from recollect.engine.reply import ReplyGeneration
+from recollect.errors import ConversationError
+from recollect.types import FinishReason, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the model said to one message."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    node: Node
+    dropped_turns: int = 0
+    """Oldest turns that were left out because the context was full."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class ReplyStream:
+    """
+    A reply as it is generated: iterate over it for pieces of text.
+
+    Leaving the loop early, `stop`, and the end of a `with` block all end the reply and keep what
+    was said as a turn. A reply that had not begun leaves the conversation as it was.
+    """
+
+    def __init__(
+        self,
+        generation: ReplyGeneration,
+        *,
+        keep: Callable[[], Reply | None],
+        free_session: Callable[[], None],
+    ) -> None:
+        self._generation = generation
+        self._keep = keep
+        self._closed = False
+        # Also where the stream is forgotten without ever having been read.
+        self._free_session = weakref.finalize(self, _give_up, generation, free_session)
+        self.reply: Reply | None = None
+        """The whole reply, once it has ended; None before, and where nothing was said."""
+
+    @property
+    def prefill_progress(self) -> tuple[int, int]:
+        """Return how many tokens of the prompt have KV, and how many there are."""
+        return self._generation.prefilled_tokens, self._generation.prompt_tokens
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._generation
+        finally:
+            self.close()
+
+    def read(self) -> Reply:
+        """
+        Read to the end and return the whole reply.
+
+        Raises:
+            ConversationError: It was stopped before anything was said.
+        """
+        with self:
+            for _ in self:
+                pass
+        if self.reply is None:
+            raise ConversationError("The reply was stopped before it began: ask again.")
+        return self.reply
+
+    def stop(self) -> None:
+        """End the reply after the forward pass under way; from any thread or signal handler."""
+        self._generation.stop()
+
+    def close(self) -> None:
+        """
+        End the reply here and keep what was said. Calling it again does nothing.
+
+        Raises:
+            StoreError: The journal cannot keep it. The conversation is as it was.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._generation.finish()
+            self.reply = self._keep()
+        finally:
+            self._free_session()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def as_new_node(generation: ReplyGeneration, usage: Usage, fingerprint: str) -> NewNode:
+    """Return a reply that has ended as what is to be kept of it."""
+    return NewNode(
+        role="assistant",
+        content=generation.text,
+        token_ids=generation.token_ids,
+        fingerprint=fingerprint,
+        finish_reason=generation.finish_reason,
+        usage=usage.to_dict(),
+    )
+
+
+def _give_up(generation: ReplyGeneration, free_session: Callable[[], None]) -> None:
+    generation.stop()
+    free_session()
