@@ -7,7 +7,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,42 +29,6 @@ CTRL_D = "\x04"
 UP = "\x1b[A"
 
 Spawn = Callable[..., Any]
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """Return an environment with a home of its own and a terminal that answers no questions."""
-    return {
-        **os.environ,
-        "RECOLLECT_HOME": str(tmp_path / "home"),
-        "TERM": "xterm",
-        "PROMPT_TOOLKIT_NO_CPR": "1",
-        "PYTHONUTF8": "1",
-    }
-
-
-@pytest.fixture
-def spawn(environment: dict[str, str]) -> Iterator[Spawn]:
-    """Return what starts a chat on a pseudo-terminal and waits for its prompt."""
-    children: list[Any] = []
-
-    def start(*arguments: str) -> Any:
-        child = pexpect.spawn(
-            CHAT[0],
-            [*CHAT[1:], *arguments],
-            env=environment,
-            dimensions=(50, 100),
-            encoding="utf-8",
-            codec_errors="replace",
-            timeout=TIMEOUT_S,
-        )
-        children.append(child)
-        child.expect_exact(PROMPT)
-        return child
-
-    yield start
-    for child in children:
-        child.close(force=True)
 
 
 def enter(child: Any, line: str) -> None:

@@ -1,27 +1,62 @@
 """
 `recollect chat`: talk to a model, by hand or by pipe.
 
-Decides which of the two it is; the work is done in `repl` and `batch`.
+Decides which of the two it is, and what is kept; the work is done in `repl` and `batch`.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from recollect.cli import options
+from recollect.cli.opening import LAST, Opening
 from recollect.config import DEFAULT_PROFILE
+from recollect.errors import ConfigError
 from recollect.models.catalog import DEFAULT_MODEL
-from recollect.types import SamplingParams
+from recollect.types import Profile, SamplingParams
+
+_CONVERSATION: Final = "Conversation"
+_RESUME: Final = "--resume"
+
+
+class ChatCommand(TyperCommand):
+    """A command whose `--resume` may stand without a name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line; the context's own type is one that Typer keeps to itself."""
+        return super().parse_args(ctx, with_resume_value(args))
+
+
+def with_resume_value(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with `LAST` for the value of a `--resume` that has none."""
+    return [
+        f"{_RESUME}={LAST}"
+        if argument == _RESUME and (not following or following[0].startswith("-"))
+        else argument
+        for argument, following in (
+            (argument, arguments[index + 1 : index + 2]) for index, argument in enumerate(arguments)
+        )
+    ]
 
 
 def chat(
     *,
-    model: options.ModelOption = DEFAULT_MODEL,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="A name of `recollect models`, a .gguf file, an OpenVINO folder, or org/repo:file.",
+            show_default=f"{DEFAULT_MODEL}, or that of the conversation",
+        ),
+    ] = None,
     profile: options.ProfileOption = DEFAULT_PROFILE,
     kv_memory: options.KvMemoryOption = None,
-    system: options.SystemOption = None,
     prompts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Say the lines of a file, blank ones skipped."),
@@ -29,6 +64,47 @@ def chat(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a turn, and nothing else.")
     ] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            _RESUME,
+            metavar="[NAME]",
+            help="Go on with the conversation of that name, or with the last one.",
+            rich_help_panel=_CONVERSATION,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Keep this new conversation under that name.",
+            show_default="the date",
+            rich_help_panel=_CONVERSATION,
+        ),
+    ] = None,
+    no_save: Annotated[
+        bool,
+        typer.Option(
+            "--no-save",
+            help="Keep nothing. A pipe keeps nothing without a name anyway.",
+            rich_help_panel=_CONVERSATION,
+        ),
+    ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Instructions before the first message.",
+            rich_help_panel=_CONVERSATION,
+        ),
+    ] = None,
+    overflow: Annotated[
+        Literal["error", "drop-oldest"],
+        typer.Option(
+            help="When the context is full: stop, or leave the oldest turns out.",
+            rich_help_panel=_CONVERSATION,
+        ),
+    ] = "error",
     max_tokens: options.MaxTokensOption = None,
     temperature: options.TemperatureOption = 0.0,
     top_k: options.TopKOption = 0,
@@ -45,7 +121,8 @@ def chat(
     Talk to a model.
 
     On a terminal: line editing, history, and commands such as /undo, /fork, /tree.
-    /help lists them. From a pipe or a file: a line is a prompt, replies are plain text.
+    /help lists them. What is said is kept: --resume goes on with it.
+    From a pipe or a file: a line is a prompt, replies are plain text.
     """
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -61,18 +138,43 @@ def chat(
         ignore_eos=ignore_eos,
     )
     by_hand = prompts is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty()
+    if no_save and (name is not None or resume is not None):
+        raise ConfigError("--no-save keeps nothing: leave it out, or --name and --resume.")
+    opening = Opening(
+        keep=by_hand and not no_save,
+        name=name,
+        resume=resume,
+        system=system,
+        overflow="drop_oldest" if overflow == "drop-oldest" else "error",
+    )
+    _talk(opening, params, model, profile, kv_memory, prompts, by_hand=by_hand, as_json=as_json)
+
+
+def _talk(
+    opening: Opening,
+    params: SamplingParams,
+    model: str | None,
+    profile: Profile,
+    kv_memory: str | None,
+    prompts: Path | None,
+    *,
+    by_hand: bool,
+    as_json: bool,
+) -> None:
+    found = opening.find()
+    model = model or (DEFAULT_MODEL if found is None else found.model)
     if by_hand:
         # Each imported where it is needed: a pipe has no use for line editing.
         from recollect.cli import repl  # noqa: PLC0415
 
         with options.open_model(model, profile=profile, kv_memory=kv_memory) as loaded:
-            repl.talk(loaded, params, system)
+            repl.talk(loaded, opening.open(loaded, found, params))
         return
     from recollect.cli import batch  # noqa: PLC0415
 
     with (
         batch.open_prompts(prompts) as lines,
         options.open_model(model, profile=profile, kv_memory=kv_memory) as loaded,
-        loaded.session(system, params=params) as session,
+        opening.open(loaded, found, params) as session,
     ):
         batch.answer_all(session, lines, as_json=as_json)

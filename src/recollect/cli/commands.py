@@ -14,7 +14,9 @@ from rich.text import Text
 from recollect.cli.state import REGENERATE_TEMPERATURE, Chat
 from recollect.cli.statistics import statistics
 from recollect.cli.terminal import printable
-from recollect.cli.tree_view import draw_tree
+from recollect.cli.tree_view import MARKS, draw_tree
+from recollect.cli.warmth import warmth
+from recollect.cli.welcome import branches
 from recollect.conversation.tree import Node
 from recollect.errors import ConversationError, InvalidParameterError, RecollectError, RewindError
 
@@ -121,14 +123,14 @@ def goto(chat: Chat, rest: str) -> None:
 def fork(chat: Chat, rest: str) -> None:
     """Make a second session at this place and go to it."""
     former = chat.current
-    chat.add_session(rest, chat.session.fork)
+    chat.add_session(rest, lambda: chat.session.fork(name=rest))
     chat.note(f"Now in {rest}, which shares all memory so far; /switch {former} goes back.")
 
 
 def switch(chat: Chat, rest: str) -> None:
     """Go to another session."""
     if rest:
-        chat.require_session(rest)
+        chat.reopen(rest)
         chat.current = rest
         _tell_place(chat)
         return
@@ -138,13 +140,13 @@ def switch(chat: Chat, rest: str) -> None:
 
 
 def close(chat: Chat, rest: str) -> None:
-    """Give up a session and its memory."""
+    """Close a session; its branch stays in the tree."""
     session = chat.require_session(rest)
     if rest == chat.current:
         raise ConversationError(f"You are in {rest}: /switch to another session first.")
     session.close()
     del chat.sessions[rest]
-    chat.note(f"Closed {rest}; what was said in it stays in /tree where another session shares it.")
+    chat.note(f"Closed {rest}. What was said in it stays: /switch {rest} opens it again.")
 
 
 def regenerate(chat: Chat, _rest: str) -> None:
@@ -165,14 +167,44 @@ def edit(chat: Chat, rest: str) -> None:
 
 def tree(chat: Chat, _rest: str) -> None:
     """Draw the conversation."""
-    shown = chat.session.tree
-    sessions = {name: item for name, item in chat.sessions.items() if item.tree is shown}
-    tips = {name: session.tip for name, session in sessions.items()}
-    for line in draw_tree(shown, tips, chat.current, chat.console.width):
+    session, tips = chat.session, chat.tips()
+    states = warmth(session.tree, session.warm_tokens, slack=chat.model.engine.keep_multiple_of + 1)
+    for line in draw_tree(session.tree, tips, chat.current, chat.console.width, states):
         chat.console.print(line, highlight=False)
-    elsewhere = [name for name in chat.sessions if name not in sessions]
+    chat.note(f"{branches(chat)}   {_LEGEND}" if states else branches(chat))
+    elsewhere = [name for name in chat.sessions if name not in tips]
     if elsewhere:
         chat.note(f"In other conversations: {', '.join(elsewhere)}.")
+
+
+def name(chat: Chat, rest: str) -> None:
+    """Say what the conversation is called, or call it otherwise."""
+    conversation = chat.session.conversation
+    if rest:
+        conversation.rename(rest)
+        chat.note(f"This conversation is {rest!r} now.")
+    elif not conversation.is_kept:
+        chat.note("This conversation is not kept, so it has no name.")
+    elif conversation.name is None:
+        chat.note("It gets the date for a name with the first turn; /name NEW gives another.")
+    else:
+        chat.note(f"This conversation is {conversation.name!r}.")
+
+
+def pin(chat: Chat, _rest: str) -> None:
+    """Keep what was said so far in memory."""
+    chat.session.pin()
+    warm, _ = chat.session.warm_tokens()
+    chat.note(
+        f"{warm:,} tokens of {chat.current} stay in memory until /unpin, whoever needs room; "
+        "what is said from here on takes another /pin."
+    )
+
+
+def unpin(chat: Chat, _rest: str) -> None:
+    """Let what was pinned go where others need room."""
+    chat.session.unpin()
+    chat.note(f"The memory of {chat.current} may be reused when room is needed.")
 
 
 def stats(chat: Chat, _rest: str) -> None:
@@ -204,6 +236,7 @@ def leave(chat: Chat, _rest: str) -> None:
     chat.leaving = True
 
 
+_LEGEND: Final = f"{MARKS['warm']} in memory  {MARKS['partly']} in part  {MARKS['cold']} not"
 _KEYS: Final = (
     ("Alt-Enter", "a new line in the message; so do a \\ at its end and a pasted newline"),
     ('"""', "begins a message of several lines that ends with another"),
@@ -225,9 +258,12 @@ COMMANDS: Final[dict[str, Command]] = {
         ),
         Command("fork", "NAME", "a second session from here on, and go to it; costs nothing", fork),
         Command("switch", "[NAME]", "go to another session, or list them", switch),
-        Command("close", "NAME", "give up a session and its memory", close),
-        Command("tree", "", "all turns in all branches, and where the sessions are", tree),
+        Command("close", "NAME", "close a session; its branch stays in /tree", close),
+        Command("tree", "", "all branches, their names and turns, and what is in memory", tree),
         Command("goto", "#ID", "go to any reply of the tree, also one taken back", goto),
+        Command("name", "[NEW]", "what this conversation is kept as, or another name for it", name),
+        Command("pin", "", "keep what was said so far in memory, whoever needs room", pin),
+        Command("unpin", "", "let it go again when room is needed", unpin),
         Command("stats", "", "what was computed, what was reused, and memory", stats),
         Command("system", "[TEXT]", "begin a new conversation with these instructions", system),
         Command("help", "", "this list", help_text),
@@ -240,5 +276,7 @@ def do_safely(chat: Chat, action: Callable[[], object]) -> None:
     """Do something, and print an error of recollect's in one line instead of raising it."""
     try:
         action()
+    except KeyboardInterrupt:  # in what is no reply, such as /pin
+        chat.note("Stopped.")
     except RecollectError as error:
         chat.console.print(Text(printable(f"recollect: {error}"), "red"), highlight=False)

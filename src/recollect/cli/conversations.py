@@ -227,19 +227,14 @@ def _file_errors(file: Path) -> Iterator[None]:
 
 
 def _tree(conversation: "StoredConversation") -> "tuple[Tree, dict[int | None, Node]]":
-    """
-    Return the messages as a tree to draw, and its nodes by id, the root by None.
-
-    Without what would move a terminal's cursor: others may have written what was imported.
-    """
-    from recollect.cli.terminal import printable  # noqa: PLC0415 - as above
+    """Return the messages as a tree to draw, and its nodes by id, the root by None."""
     from recollect.conversation.tree import Node, Tree  # noqa: PLC0415
 
     tree = Tree()
     nodes: dict[int | None, Node] = {None: tree.root}
     for record in conversation.nodes:
         parent = nodes[record.parent_id]
-        node = Node(record.id, parent, record.role, printable(record.content))
+        node = Node(record.id, parent, record.role, record.content)
         parent.children.append(node)
         nodes[record.id] = node
     return tree, nodes

@@ -40,6 +40,12 @@ def unquote(text: str) -> str:
     return inner[len(QUOTES) : -len(QUOTES)].strip("\n")
 
 
+def typed_message(text: str) -> str:
+    """Return what of a text being typed belongs to the message: not the quotes around a block."""
+    inner = unquote(text) if not is_open(text) else text.lstrip()[len(QUOTES) :]
+    return inner.strip()
+
+
 def history_at(path: Path) -> History:
     """
     Return what was typed before, kept in a file that only its owner can read.

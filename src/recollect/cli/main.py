@@ -11,7 +11,8 @@ import typer
 
 from recollect._version import __version__
 from recollect.cli.bench import bench
-from recollect.cli.chat import chat
+from recollect.cli.chat import ChatCommand, chat
+from recollect.cli.conversations import app as conversations
 from recollect.cli.models import models, pull
 from recollect.cli.rewind import rewind_test
 from recollect.cli.scenarios import scenarios
@@ -29,7 +30,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,  # a bug shows Python's own traceback, which can be reported
 )
-app.command()(chat)
+app.command(cls=ChatCommand)(chat)
+app.add_typer(conversations)
 app.command()(models)
 app.command()(pull)
 app.command()(verify)

@@ -37,9 +37,6 @@ KvMemoryOption = Annotated[
         show_default="a quarter of what is free",
     ),
 ]
-SystemOption = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="Instructions before the first message.")
-]
 
 MaxTokensOption = Annotated[
     int | None,

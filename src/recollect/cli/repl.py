@@ -10,29 +10,37 @@ from rich.console import Console
 
 from recollect import config
 from recollect.cli.commands import COMMANDS, PREFIX, do_safely, is_command, run_command
-from recollect.cli.keys import WordsCompleter, history_at, make_prompt, unquote
+from recollect.cli.keys import WordsCompleter, history_at, make_prompt, typed_message, unquote
 from recollect.cli.state import FIRST_SESSION, Chat
+from recollect.cli.typed import TypedText
+from recollect.cli.welcome import farewell, welcome
 from recollect.conversation.model import Model
-from recollect.types import SamplingParams
+from recollect.conversation.session import Session
 
 
-def talk(model: Model, params: SamplingParams, system: str | None) -> None:
+def talk(model: Model, session: Session) -> None:
     """Talk until the user leaves."""
-    chat = Chat(model, Console(), params=params, system=system)
+    chat = Chat(model, Console(), session)
     completer = WordsCompleter([PREFIX + name for name in COMMANDS], names=chat.sessions.keys)
     prompt = make_prompt(history_at(config.home() / "history"), completer)
-    chat.note(
-        f"{model.name} · {model.profile} · {model.context_length:,} tokens of context · "
-        "/help lists commands, Ctrl-D leaves"
-    )
-    chat.warm_up()
+
+    def prewarm(text: str) -> None:
+        chat.session.prewarm_later(text)  # of the session that is current by then
+
+    typed = TypedText(prewarm)
+    prompt.default_buffer.on_text_changed += lambda buffer: typed.changed(_message(buffer.text))
+    welcome(chat)
     while not chat.leaving:
-        line = read_line(chat, prompt)
-        chat.wait_until_warm()
+        typed.begin()
+        try:
+            line = read_line(chat, prompt)
+        finally:
+            typed.stop()
         if line is None:
             chat.leaving = True
         else:
             handle_line(chat, line)
+    farewell(chat)
 
 
 def handle_line(chat: Chat, line: str) -> None:
@@ -43,6 +51,11 @@ def handle_line(chat: Chat, line: str) -> None:
         do_safely(chat, lambda: run_command(chat, line))
     else:
         do_safely(chat, lambda: chat.say(unquote(line).strip()))
+
+
+def _message(text: str) -> str:
+    """Return what of a line being typed will be said; nothing of a command."""
+    return "" if is_command(text) else typed_message(text)
 
 
 def read_line(chat: Chat, prompt: "PromptSession[str]") -> str | None:

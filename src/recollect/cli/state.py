@@ -4,9 +4,7 @@ What a chat at the terminal holds: sessions by name, the current one, and what t
 Prints to a console it is given; does not read input, and knows no commands.
 """
 
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -15,12 +13,14 @@ from rich.console import Console
 from recollect.cli.streaming import show_reply
 from recollect.cli.terminal import printable
 from recollect.conversation.model import Model
-from recollect.conversation.session import Reply, ReplyStream, Session
+from recollect.conversation.records import DEFAULT_TIP, require_name
+from recollect.conversation.reply import Reply, ReplyStream
+from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
-from recollect.errors import ConversationError, InvalidParameterError, RecollectError
+from recollect.errors import ConversationError, InvalidParameterError
 from recollect.types import SamplingParams, Usage
 
-FIRST_SESSION: Final = "main"
+FIRST_SESSION: Final = DEFAULT_TIP
 REGENERATE_TEMPERATURE: Final = 0.7
 """Least temperature of /regenerate: a greedy model would say the same again."""
 LONG_PROMPT_TOKENS: Final = 128
@@ -57,32 +57,26 @@ class Chat:
     """
     The state of `recollect chat`.
 
-    Owns its sessions. Used from the main thread, which is where Ctrl-C arrives.
+    Owns its sessions: one for each named tip of the conversation, and those of conversations that
+    were begun since. Used from the main thread, which is where Ctrl-C arrives.
 
     Invariants:
         1. `current` is a key of `sessions`.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        console: Console,
-        *,
-        params: SamplingParams | None = None,
-        system: str | None = None,
-    ) -> None:
+    def __init__(self, model: Model, console: Console, session: Session) -> None:
         self.model: Final = model
         self.console: Final = console
-        self.params = params or SamplingParams()
-        self.sessions: dict[str, Session] = {
-            FIRST_SESSION: model.session(system, params=self.params)
-        }
-        self.current = FIRST_SESSION
+        self.params = session.params
+        self.current = session.name or FIRST_SESSION
+        self.sessions: dict[str, Session] = {self.current: session}
+        for name in session.conversation.tips:
+            if name != self.current:
+                self.sessions[name] = session.branch(name)
         self.totals = Totals()
         self.draft = ""
         """What the next prompt begins with, for the user to go on from."""
         self.leaving = False
-        self._warming: threading.Thread | None = None
 
     @property
     def session(self) -> Session:
@@ -93,20 +87,16 @@ class Chat:
         """Print a dim line that is not the model's."""
         self.console.print(printable(text), style="dim", markup=False, highlight=False)
 
-    def warm_up(self) -> None:
-        """
-        Compute what comes before the first message while it is being typed.
-
-        From then on until `wait_until_warm`, nobody else may use the session.
-        """
-        self._warming = threading.Thread(target=_prewarm, args=(self.session,), daemon=True)
-        self._warming.start()
-
-    def wait_until_warm(self) -> None:
-        """Have the session for oneself again."""
-        if self._warming is not None:
-            self._warming.join()
-            self._warming = None
+    def tips(self) -> dict[str, Node]:
+        """Return where the sessions of the current conversation stand, and its closed branches."""
+        conversation = self.session.conversation
+        here = {
+            session.name: name
+            for name, session in self.sessions.items()
+            if session.conversation is conversation
+        }
+        tips = {here.get(tip, tip): node for tip, node in conversation.tips.items()}
+        return {self.current: self.session.tip} | tips
 
     def say(self, text: str | None, params: SamplingParams | None = None) -> Reply | None:
         """
@@ -155,8 +145,9 @@ class Chat:
             ConversationError: The name is taken.
             InvalidParameterError: It is no name.
         """
-        if not name or not name.isprintable() or " " in name:
+        if not name or " " in name:
             raise InvalidParameterError("A session needs a name without spaces, such as `idea`.")
+        require_name(name, "session")
         if name in self.sessions:
             raise ConversationError(
                 f"There is a session {name!r} already: take another name, or /switch to it."
@@ -177,6 +168,17 @@ class Chat:
             )
         return self.sessions[name]
 
+    def reopen(self, name: str) -> Session:
+        """
+        Return the session of that name, made again if it was closed.
+
+        Raises:
+            ConversationError: There is no session and no branch of that name.
+        """
+        if name not in self.sessions and name in self.tips():
+            self.sessions[name] = self.session.branch(name)
+        return self.require_session(name)
+
     def start_anew(self, system: str | None) -> str | None:
         """
         Begin another conversation under the current name.
@@ -185,7 +187,12 @@ class Chat:
             The name under which the former one is kept; None where nothing had been said in it.
         """
         name, former = self.current, self.session
-        fresh = self.model.session(system, params=self.params)
+        fresh = self.model.session(
+            system,
+            params=self.params,
+            keep=former.conversation.is_kept,
+            overflow=former.overflow,
+        )
         self.sessions[name] = fresh
         if not former.tip.turns:
             former.close()
@@ -202,11 +209,6 @@ class Chat:
         return lambda: session.stream(text, params=params)
 
 
-def _prewarm(session: Session) -> None:
-    with suppress(RecollectError):  # the first message runs into the same, and says so
-        session.prewarm()
-
-
 def usage_line(reply: Reply) -> str:
     """Return what a reply cost, as the line under it."""
     usage = reply.usage
@@ -216,8 +218,11 @@ def usage_line(reply: Reply) -> str:
     parts.append(f"first token {format_duration(usage.ttft_s)}")
     if usage.decode_tps is not None:
         parts.append(f"{usage.decode_tps:,.0f} tok/s")
-    if reply.rewritten_reply is not None:
-        parts.append(f"the template rewrote reply {reply.rewritten_reply + 1}")
+    if usage.difference is not None:
+        parts.append(usage.difference.rstrip("."))
+    if reply.dropped_turns:
+        turns = "turn is" if reply.dropped_turns == 1 else f"{reply.dropped_turns} turns are"
+        parts.append(f"the oldest {turns} left out, the context is full")
     return " · ".join(part for part in parts if part)
 
 

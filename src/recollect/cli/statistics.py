@@ -8,31 +8,58 @@ import psutil
 
 from recollect.cli.models import format_bytes
 from recollect.cli.state import LONG_PROMPT_TOKENS, Chat, format_duration
+from recollect.cli.terminal import printable
+from recollect.engine.engine import Engine
 
 
 def statistics(chat: Chat) -> list[tuple[str, str]]:
     """Return names and values, in the order in which they are shown."""
     engine, totals = chat.model.engine, chat.totals
-    pool, block_bytes = engine.pool, engine.info.bytes_per_block
+    with engine.lock:  # one moment for all counters
+        computed, passes = engine.computed_tokens, engine.forward_passes
+        memory, pressure = _memory(engine), _pressure(engine)
     turns = sum(node.role == "assistant" for node in chat.session.tree.nodes())
     usage = chat.session.tip.usage
-    history = 0 if usage is None else usage.prompt_tokens + usage.generated_tokens
+    history = 0 if usage is None else usage["prompt_tokens"] + usage["generated_tokens"]
     return [
         ("model", f"{chat.model.name}, profile {chat.model.profile}"),
         ("runtime", engine.info.name),
+        ("kept as", _kept_as(chat)),
         ("conversation", f"{turns} turns in all branches, {len(chat.sessions)} sessions"),
         ("context", f"{history:,} of {chat.model.context_length:,} tokens in {chat.current}"),
-        ("computed", f"{engine.computed_tokens:,} tokens in {engine.forward_passes:,} passes"),
+        ("computed", f"{computed:,} tokens in {passes:,} passes"),
         ("reused", f"{totals.reused_tokens:,} tokens in {totals.replies:,} replies"),
         ("saved", _saved(chat)),
-        (
-            "KV memory",
-            f"{pool.used_blocks:,} of {pool.num_blocks:,} blocks used, {pool.free_blocks:,} free "
-            f"({format_bytes(pool.used_blocks * block_bytes)} of "
-            f"{format_bytes(pool.num_blocks * block_bytes)})",
-        ),
+        ("KV memory", memory),
+        ("KV pressure", pressure),
         ("process memory", format_bytes(psutil.Process().memory_info().rss)),
     ]
+
+
+def _kept_as(chat: Chat) -> str:
+    conversation = chat.session.conversation
+    if not conversation.is_kept:
+        return "not kept"
+    return printable(conversation.name or "the date, from the first turn on")
+
+
+def _memory(engine: Engine) -> str:
+    """Return how the blocks are used: by sequences and pins, only by the cache, or not at all."""
+    pool, block_bytes = engine.pool, engine.info.bytes_per_block
+    cached = engine.cache.evictable_blocks
+    return (
+        f"{pool.used_blocks - cached:,} blocks in use, {cached:,} cached, {pool.free_blocks:,} "
+        f"free ({format_bytes(pool.used_blocks * block_bytes)} of "
+        f"{format_bytes(pool.num_blocks * block_bytes)} filled)"
+    )
+
+
+def _pressure(engine: Engine) -> str:
+    pinned = sum(cached.pins > 0 for cached in engine.cache.blocks())
+    return (
+        f"{engine.cache.evicted_blocks:,} blocks evicted, {engine.preemptions:,} preemptions, "
+        f"{pinned:,} blocks pinned"
+    )
 
 
 def _saved(chat: Chat) -> str:

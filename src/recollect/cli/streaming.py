@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from recollect.cli.terminal import WordWrapper, no_echo, printable
-from recollect.conversation.session import Reply, ReplyStream
+from recollect.conversation.reply import Reply, ReplyStream
 
 PATIENCE_S: Final = 0.5
 """How long a prompt is read without a word about it."""
@@ -83,7 +83,7 @@ class PrefillMeter:
     """
     A bar that appears when a prompt takes long to read, until it is closed.
 
-    Draws from a thread of its own, because the main thread is in the forward pass.
+    Draws from a thread of its own, because the main thread waits for the first piece.
     """
 
     def __init__(self, stream: ReplyStream, console: Console) -> None:

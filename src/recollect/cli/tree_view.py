@@ -12,10 +12,12 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from recollect.cli.terminal import printable
+from recollect.cli.warmth import Warmth
 from recollect.conversation.tree import Node, Tree
 
 _SHORT: Final = 10
 """Fewest columns that a message gets, however narrow the terminal."""
+MARKS: Final[Mapping[Warmth, str]] = {"warm": "●", "partly": "◐", "cold": "○"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,13 @@ class _Line:
     """What is drawn before the turns after it."""
 
 
-def draw_tree(tree: Tree, sessions: Mapping[str, Node], current: str, width: int) -> list[Text]:
+def draw_tree(
+    tree: Tree,
+    sessions: Mapping[str, Node],
+    current: str,
+    width: int,
+    warmth: Mapping[int, Warmth] | None = None,
+) -> list[Text]:
     """
     Return the tree as lines of at most *width* columns.
 
@@ -42,14 +50,17 @@ def draw_tree(tree: Tree, sessions: Mapping[str, Node], current: str, width: int
         sessions: Names and tips of the sessions in this tree.
         current: The one that is spoken to.
         width: Columns of the terminal.
+        warmth: Of the replies, by their ids; they get a mark.
     """
     here = sessions.get(current)
     on_path = set() if here is None else {node.id for node in [tree.root, *here.path()]}
-    lines = [_line(_Line(tree.root, 0, "", ""), sessions, current, width, on_path)]
+    marks = {node_id: MARKS[state] for node_id, state in (warmth or {}).items()}
+    lines = [_line(_Line(tree.root, 0, "", ""), sessions, current, width, on_path, "")]
     pending = _turns_after(_Line(tree.root, 0, "", ""))
     while pending:
         turn = pending.pop()
-        lines.append(_line(turn, sessions, current, width, on_path))
+        mark = marks.get(turn.node.id, "")
+        lines.append(_line(turn, sessions, current, width, on_path, mark))
         pending += _turns_after(turn)
     return lines
 
@@ -79,12 +90,17 @@ def _next_nodes(node: Node) -> Iterator[Node]:
 
 
 def _line(
-    line: _Line, sessions: Mapping[str, Node], current: str, width: int, on_path: set[int]
+    line: _Line,
+    sessions: Mapping[str, Node],
+    current: str,
+    width: int,
+    on_path: set[int],
+    mark: str,
 ) -> Text:
     names = [name for name, tip in sessions.items() if _stands_at(tip, line.node)]
-    marks = ", ".join(f"{name} (here)" if name == current else name for name in names)
-    suffix = f"  ← {marks}" if marks else ""
-    label = _label(line, width - len(suffix))
+    here = ", ".join(f"{name} (here)" if name == current else name for name in names)
+    suffix = f"  ← {printable(here)}" if here else ""
+    label = _label(line, width - cell_len(suffix), mark)
     style = "" if line.node.id in on_path else "dim"
     text = Text(label, style, no_wrap=True, overflow="ellipsis")
     return text.append(suffix, "bold" if current in names else "not dim")
@@ -95,14 +111,14 @@ def _stands_at(tip: Node, node: Node) -> bool:
     return tip is node or (node.role is None and tip.role == "system")
 
 
-def _label(line: _Line, width: int) -> str:
+def _label(line: _Line, width: int, mark: str) -> str:
     node = line.node
     if node.role is None:
         system = node.children[0].content if _has_system(node) else ""
         return _shorten(f"0 start {f'({system})' if system else ''}".rstrip(), width)
     # Where branches nest deeper than half the screen, only the innermost are drawn.
     hang = line.first if len(line.first) <= width // 2 else "…" + line.first[-(width // 2) :]
-    head = f"{hang}{line.number} "
+    head = f"{hang}{mark}{' ' if mark else ''}{line.number} "
     tail = f"  #{node.id}"
     room = max(2 * _SHORT, width - len(head) - len(tail) - 3)
     if node.role == "user":

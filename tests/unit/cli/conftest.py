@@ -23,10 +23,13 @@ def screen() -> io.StringIO:
 def make_chat(make_model: Callable[..., Model], screen: io.StringIO) -> Callable[..., Chat]:
     """Return a maker of chats whose replies are short."""
 
-    def make(*, system: str | None = None, max_tokens: int = 8, **settings: int) -> Chat:
+    def make(
+        *, system: str | None = None, max_tokens: int = 8, keep: bool = False, **settings: int
+    ) -> Chat:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        console = Console(file=screen, width=100)
-        return Chat(make_model(**settings), console, params=params, system=system)
+        model = make_model(**settings)
+        session = model.session(system, params=params, keep=keep)
+        return Chat(model, Console(file=screen, width=100), session)
 
     return make
 

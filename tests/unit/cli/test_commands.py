@@ -13,6 +13,7 @@ from recollect.errors import (
     ContextFullError,
     ConversationError,
     InvalidParameterError,
+    NameTakenError,
     RecollectError,
     RewindError,
 )
@@ -29,6 +30,10 @@ def take(screen: StringIO) -> str:
     screen.seek(0)
     screen.truncate()
     return text
+
+
+def pinned_blocks(chat: Chat) -> int:
+    return sum(cached.pins > 0 for cached in chat.model.engine.cache.blocks())
 
 
 def test_undo_takes_back_the_last_turn(chat: Chat) -> None:
@@ -135,16 +140,108 @@ def test_a_session_that_is_not_there_is_named(chat: Chat) -> None:
         run_command(chat, "/close nowhere")
 
 
-def test_close_gives_blocks_back(chat: Chat) -> None:
+def test_close_lets_blocks_go_that_were_pinned(chat: Chat) -> None:
     handle_line(chat, "one")
     run_command(chat, "/fork idea")
     handle_line(chat, "a longer message, that takes blocks of its own")
+    run_command(chat, "/pin")
     run_command(chat, "/switch main")
-    pool = chat.model.engine.pool
-    before = pool.free_blocks
+    assert pinned_blocks(chat) > 0
     run_command(chat, "/close idea")
-    assert pool.free_blocks > before
+    assert pinned_blocks(chat) == 0
     assert list(chat.sessions) == ["main"]
+
+
+def test_a_closed_session_is_opened_again_where_it_stood(chat: Chat) -> None:
+    handle_line(chat, "one")
+    run_command(chat, "/fork idea")
+    handle_line(chat, "two")
+    tip = chat.session.tip
+    for line in ("/switch main", "/close idea", "/switch idea"):
+        run_command(chat, line)
+    assert chat.session.tip is tip
+    handle_line(chat, "three")
+    assert chat.session.conversation.tips["idea"] is chat.session.tip
+
+
+def test_a_pin_can_be_taken_back(chat: Chat, screen: StringIO) -> None:
+    handle_line(chat, "one")
+    run_command(chat, "/pin")
+    warm, total = chat.session.warm_tokens()
+    assert warm == total
+    assert f"{warm:,} tokens of main stay in memory" in take(screen)
+    run_command(chat, "/stats")
+    assert f"{pinned_blocks(chat)} blocks pinned" in take(screen)
+    run_command(chat, "/unpin")
+    assert pinned_blocks(chat) == 0
+
+
+def test_name_keeps_the_conversation_under_another_name(
+    make_chat: Callable[..., Chat], screen: StringIO
+) -> None:
+    chat = make_chat(keep=True)
+    run_command(chat, "/name")
+    assert "gets the date" in take(screen)
+    handle_line(chat, "one")
+    run_command(chat, "/name a poem")
+    handle_line(chat, "two")
+    (kept,) = chat.model.sessions()
+    assert (kept.name, kept.turns) == ("a poem", 2)
+    run_command(chat, "/name")
+    assert "'a poem'" in take(screen)
+
+
+def test_a_name_before_the_first_turn_leaves_nothing_behind(
+    make_chat: Callable[..., Chat],
+) -> None:
+    chat = make_chat(keep=True)
+    run_command(chat, "/name poem")
+    assert chat.model.sessions() == []
+    handle_line(chat, "one")
+    assert [kept.name for kept in chat.model.sessions()] == ["poem"]
+
+
+def test_a_name_that_is_taken_or_none_is_refused(make_chat: Callable[..., Chat]) -> None:
+    chat = make_chat(keep=True)
+    handle_line(chat, "/name poem")
+    handle_line(chat, "one")
+    run_command(chat, "/system")
+    with pytest.raises(NameTakenError):
+        run_command(chat, "/name poem")
+    with pytest.raises(ConversationError):
+        run_command(chat, "/name -x")
+    handle_line(chat, "two")
+    with pytest.raises(NameTakenError):
+        run_command(chat, "/name poem")
+    assert len(chat.model.sessions()) == 2
+
+
+def test_what_is_not_kept_has_no_name(chat: Chat) -> None:
+    with pytest.raises(ConversationError, match="not kept"):
+        run_command(chat, "/name poem")
+
+
+def test_the_tree_says_what_is_in_memory_and_how_long_branches_are(
+    chat: Chat, screen: StringIO
+) -> None:
+    handle_line(chat, "one")
+    run_command(chat, "/fork idea")
+    handle_line(chat, "two")
+    chat.session.prewarm()
+    take(screen)
+    run_command(chat, "/tree")
+    lines = take(screen).splitlines()
+    assert lines[1].startswith("● 1 one → ")
+    assert lines[2].startswith("● 2 two → ")
+    assert lines[3].startswith("idea 2 turns (here) · main 1 turn   ● in memory")
+
+
+def test_the_tree_names_branches_that_were_closed(chat: Chat, screen: StringIO) -> None:
+    handle_line(chat, "one")
+    run_command(chat, "/fork idea")
+    for line in ("/switch main", "/close idea", "/tree"):
+        run_command(chat, line)
+    assert "main (here), idea" in take(screen)
 
 
 def test_the_session_one_is_in_cannot_be_closed(chat: Chat) -> None:
@@ -178,6 +275,7 @@ def test_a_regenerate_that_fails_leaves_the_conversation_where_it_was(
 ) -> None:
     handle_line(chat, "one")
     tip = chat.session.tip
+    chat.session.prewarm()  # so that the fault is not that of what is done in the background
     faults.forward_in = 0
     with pytest.raises(RecollectError):
         run_command(chat, "/regenerate")
@@ -229,9 +327,10 @@ def test_system_keeps_nothing_where_nothing_was_said(chat: Chat) -> None:
 def test_stats_count_what_the_engine_counts(chat: Chat, screen: StringIO) -> None:
     for text in ("one", "two"):
         handle_line(chat, text)
+    chat.session.close()  # what is done in the background counts too
     take(screen)
     run_command(chat, "/stats")
-    reused = sum(node.usage.reused_tokens for node in chat.session.path() if node.usage)
+    reused = sum(node.usage["reused_tokens"] for node in chat.session.path() if node.usage)
     assert reused > 0
     assert f"computed          {chat.model.engine.computed_tokens:,} tokens" in screen.getvalue()
     assert f"reused            {reused:,} tokens in 2 replies" in screen.getvalue()

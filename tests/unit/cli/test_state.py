@@ -1,5 +1,6 @@
 """What a chat holds and prints."""
 
+import re
 import signal
 from collections.abc import Callable
 from io import StringIO
@@ -7,8 +8,9 @@ from io import StringIO
 import pytest
 
 from recollect.cli.state import Chat, Totals, format_duration, usage_line
-from recollect.conversation.session import Reply
+from recollect.conversation.reply import Reply
 from recollect.conversation.tree import Tree
+from recollect.errors import ConversationError
 from recollect.types import FinishReason, Usage
 
 
@@ -110,12 +112,14 @@ def test_ctrl_c_before_the_first_token_leaves_the_conversation_as_it_was(
     screen: StringIO,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    session = chat.session
+    session, engine = chat.session, chat.model.engine
     start = session.stream
 
     def interrupted(text: str | None, **settings: object) -> object:
-        stream = start(text)
-        signal.raise_signal(signal.SIGINT)
+        with engine.lock:  # which lets no forward pass begin
+            stream = start(text)
+            stream.stop()
+            signal.raise_signal(signal.SIGINT)
         return stream
 
     monkeypatch.setattr(session, "stream", interrupted)
@@ -131,23 +135,50 @@ def test_ctrl_c_is_as_before_after_a_reply(chat: Chat) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_warming_up_computes_the_instructions_once(make_chat: Callable[..., Chat]) -> None:
-    chat = make_chat(system="be brief, and careful")
-    chat.warm_up()
-    chat.wait_until_warm()
-    given = chat.say("hello")
-    assert given is not None
-    assert given.usage.reused_tokens > len("be brief, and careful")
-    engine = chat.model.engine
-    prompt, generated = given.usage.prompt_tokens, given.usage.generated_tokens
-    # The last generated token has no KV yet, and no token was fed twice.
-    assert engine.computed_tokens == prompt + generated - 1
+def test_each_branch_of_a_conversation_is_a_session(make_chat: Callable[..., Chat]) -> None:
+    chat = make_chat(keep=True)
+    chat.say("one")
+    chat.add_session("idea", lambda: chat.session.fork(name="idea"))
+    chat.say("two")
+    kept = chat.session.conversation.name
+    again = Chat(chat.model, chat.console, chat.model.resume(kept))
+    assert (again.current, list(again.sessions)) == ("main", ["main", "idea"])
+    assert [len(session.path()) for session in again.sessions.values()] == [2, 4]
 
 
-def test_warming_up_what_does_not_fit_leaves_the_error_to_the_first_message(
+def test_a_branch_from_before_the_first_turn_is_there_again(
     make_chat: Callable[..., Chat],
 ) -> None:
-    chat = make_chat(system="long " * 100, context_length=128)
-    chat.warm_up()
-    chat.wait_until_warm()
-    assert chat.model.engine.computed_tokens == 0
+    chat = make_chat(keep=True, system="be brief")
+    chat.add_session("idea", lambda: chat.session.fork(name="idea"))
+    chat.say("one")
+    again = Chat(chat.model, chat.console, chat.model.resume())
+    roles = {name: [m["role"] for m in s.transcript()] for name, s in again.sessions.items()}
+    assert roles == {"main": ["system"], "idea": ["system", "user", "assistant"]}
+
+
+def test_what_is_begun_anew_is_kept_where_the_one_before_was(
+    make_chat: Callable[..., Chat],
+) -> None:
+    chat = make_chat(keep=True)
+    chat.say("one")
+    chat.start_anew("be brief")
+    chat.say("two")
+    assert [kept.turns for kept in chat.model.sessions()] == [1, 1]
+
+
+def test_a_session_can_be_called_only_what_the_journal_can_keep(
+    make_chat: Callable[..., Chat],
+) -> None:
+    chat = make_chat(keep=True)
+    with pytest.raises(ConversationError):
+        chat.add_session("-x", chat.session.fork)
+    assert list(chat.sessions) == ["main"]
+
+
+def test_what_is_left_out_of_a_full_context_is_said(make_chat: Callable[..., Chat]) -> None:
+    chat = make_chat(context_length=200)
+    chat.session.overflow = "drop_oldest"
+    lines = [usage_line(given) for text in "abcdefgh" if (given := chat.say(text * 9)) is not None]
+    assert "left out" not in lines[0]
+    assert re.search(r"the oldest \d turns are left out, the context is full", lines[-1])

@@ -1,0 +1,91 @@
+"""What a chat begins and ends with."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+
+from recollect.cli.state import Chat
+from recollect.cli.welcome import count, farewell, welcome
+from recollect.conversation.records import NewNode
+
+
+@pytest.fixture
+def kept(make_chat: Callable[..., Chat]) -> Chat:
+    return make_chat(keep=True)
+
+
+def resumed(chat: Chat, screen: StringIO) -> str:
+    """Resume the last conversation, and return what is shown then."""
+    again = Chat(chat.model, chat.console, chat.model.resume())
+    screen.seek(0)
+    screen.truncate()
+    welcome(again)
+    return screen.getvalue()
+
+
+def test_a_new_chat_says_what_is_spoken_to(chat: Chat, screen: StringIO) -> None:
+    welcome(chat)
+    assert screen.getvalue().startswith("reference · exact · 2,048 tokens of context · /help")
+    assert screen.getvalue().count("\n") == 1
+
+
+def test_a_resumed_chat_shows_its_branches_and_the_last_turns(kept: Chat, screen: StringIO) -> None:
+    for text in ("one", "two", "three"):
+        kept.say(text)
+    kept.add_session("idea", lambda: kept.session.fork(name="idea"))
+    shown = resumed(kept, screen)
+    assert ": main 3 turns (here) · idea 3 turns\n" in shown
+    assert "…\nyou: two\n" in shown
+    assert "you: three\n" in shown
+    assert "one" not in shown
+
+
+def test_long_messages_are_shortened_and_move_no_cursor(kept: Chat, screen: StringIO) -> None:
+    long = "begin\x1b[2J " + "middle " * 200 + "end"
+    parent = kept.session.tip
+    messages = [NewNode(role="user", content=long), NewNode(role="assistant", content=long)]
+    kept.session.conversation.add(parent, messages, tip="main")
+    shown = resumed(kept, screen)
+    assert "\x1b" not in shown
+    assert shown.count("begin") == shown.count("end") == 2
+    assert len(shown) < 1600
+
+
+def test_a_conversation_of_another_model_says_so(kept: Chat, screen: StringIO) -> None:
+    journal = kept.model.journal
+    chat_id = journal.create("poem", model="bard", fingerprint="f00d").id
+    reply = NewNode(role="assistant", content="uno", token_ids=[1], fingerprint="f00d")
+    turn = [NewNode(role="user", content="one"), reply]
+    last = journal.append(chat_id, None, turn, tip="main")[-1]
+    assert "1 reply of it came from bard: reference reads the text anew" in resumed(kept, screen)
+    again = [replace(turn[0], content="two"), replace(reply, content="due")]
+    journal.append(chat_id, last, again, tip="main")
+    journal.set_model(chat_id, model="reference", fingerprint="f00d")
+    assert "2 replies of it came from another model" in resumed(kept, screen)
+
+
+def test_leaving_says_how_to_go_on(kept: Chat, screen: StringIO) -> None:
+    farewell(kept)
+    assert screen.getvalue() == ""
+    kept.session.conversation.rename("a poem")
+    farewell(kept)
+    assert screen.getvalue() == ""
+    kept.say("one")
+    farewell(kept)
+    assert screen.getvalue().endswith("\nKept: recollect chat --resume 'a poem'\n")
+
+
+def test_what_is_not_kept_ends_without_a_word(chat: Chat, screen: StringIO) -> None:
+    chat.say("one")
+    before = screen.getvalue()
+    farewell(chat)
+    assert screen.getvalue() == before
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 turns"), (1, "1 turn"), (2, "2 turns"), (1234, "1,234 turns")]
+)
+def test_numbers_have_their_noun(number: int, text: str) -> None:
+    assert text == count(number, "turn")
