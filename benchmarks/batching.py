@@ -17,11 +17,11 @@ import statistics
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import perf_counter
 
-from harness import Load, parser, report, say
-
 import recollect
+from harness import Load, parser, report, say
 from recollect import config
 from recollect.engine.scheduler import SHARED_CHUNK
 from recollect.models.prepare import prepare
@@ -30,7 +30,7 @@ from recollect.runtime.openvino import OpenVinoRuntime
 from recollect.types import SamplingParams
 
 DECODED = 48
-WORDS = "one two three four five six seven eight nine ten".split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 @dataclass
@@ -87,7 +87,7 @@ def main() -> None:
     with recollect.Model(
         local, runtime, profile=args.profile, home=config.home(), kv_memory=2 * 10**9
     ) as model:
-        result = {
+        result: dict[str, object] = {
             "overhead": overhead(model, runtime, tokens=4000),
             "throughput": throughput(model, runtime, tokens=1000),
             "gap": gap(model, runtime, tokens=4000),
@@ -99,14 +99,18 @@ def main() -> None:
 def overhead(model: recollect.Model, runtime: TimedRuntime, *, tokens: int) -> dict[str, object]:
     decode_together(model, runtime, 4, tokens)
     between = pauses(runtime.passes, decodes=4)
-    result = {
+    between_ms = statistics.median(between) * 1e3
+    pass_ms = statistics.median(p.duration for p in runtime.passes if p.decodes == 4) * 1e3
+    result: dict[str, object] = {
         "sequences": 4,
         "tokens": tokens,
-        "between_passes_ms": statistics.median(between) * 1e3,
-        "pass_ms": statistics.median(p.duration for p in runtime.passes if p.decodes == 4) * 1e3,
+        "between_passes_ms": between_ms,
+        "pass_ms": pass_ms,
         "samples": len(between),
     }
-    say(f"overhead: {result['between_passes_ms']:.2f} ms beside passes of {result['pass_ms']:.1f} ms")
+    say(
+        f"overhead: {result['between_passes_ms']:.2f} ms beside passes of {result['pass_ms']:.1f} ms"
+    )
     return result
 
 
@@ -114,22 +118,24 @@ def throughput(model: recollect.Model, runtime: TimedRuntime, *, tokens: int) ->
     rates: dict[int, list[float]] = {1: [], 4: []}
     bounds: dict[int, list[float]] = {1: [], 4: []}
     for _ in range(5):
-        for count in rates:
+        for count in (1, 4):
             decode_together(model, runtime, count, tokens)
             steady = [p for p in runtime.passes if p.lengths == (1,) * count]
             rates[count].append(count * (len(steady) - 1) / (steady[-1].ended - steady[0].ended))
             bounds[count].append(count / statistics.median(p.duration for p in steady))
     medians = {count: statistics.median(rates[count]) for count in rates}
-    result = {
+    ratio = medians[4] / medians[1]
+    forward_ratio = statistics.median(bounds[4]) / statistics.median(bounds[1])
+    result: dict[str, object] = {
         "tokens": tokens,
         "tokens_per_s": medians,
         "samples": rates,
-        "ratio": medians[4] / medians[1],
-        "forward_ratio": statistics.median(bounds[4]) / statistics.median(bounds[1]),
+        "ratio": ratio,
+        "forward_ratio": forward_ratio,
     }
     say(
-        f"throughput: {medians[4]:.0f} against {medians[1]:.0f} tok/s, {result['ratio']:.2f} times; "
-        f"the forward pass alone {result['forward_ratio']:.2f}"
+        f"throughput: {medians[4]:.0f} against {medians[1]:.0f} tok/s, {ratio:.2f} times; "
+        f"the forward pass alone {forward_ratio:.2f}"
     )
     return result
 
@@ -151,19 +157,16 @@ def gap(model: recollect.Model, runtime: TimedRuntime, *, tokens: int) -> dict[s
                 other.start()
             if other is not None and len(arrivals) > 10 and not other.is_alive():
                 break
-    waits = [later - earlier for earlier, later in zip(arrivals, arrivals[1:], strict=False)]
-    result = {
+    longest = max(later - earlier for earlier, later in pairwise(arrivals[5:]))
+    result: dict[str, object] = {
         "prompt_tokens": tokens,
         "chunk_tokens": SHARED_CHUNK,
         "chunk_alone_ms": alone * 1e3,
-        "longest_wait_ms": max(waits[5:]) * 1e3,
-        "ratio": max(waits[5:]) / alone,
+        "longest_wait_ms": longest * 1e3,
+        "ratio": longest / alone,
         "tokens_meanwhile": len(arrivals) - 5,
     }
-    say(
-        f"gap: {result['longest_wait_ms']:.0f} ms at most, a chunk alone takes "
-        f"{result['chunk_alone_ms']:.0f} ms"
-    )
+    say(f"gap: {longest * 1e3:.0f} ms at most, a chunk alone takes {alone * 1e3:.0f} ms")
     return result
 
 
@@ -181,9 +184,7 @@ def chunk_alone(model: recollect.Model, runtime: TimedRuntime, past: int) -> flo
     return statistics.median(p.duration for p in runtime.passes)
 
 
-def decode_together(
-    model: recollect.Model, runtime: TimedRuntime, count: int, tokens: int
-) -> None:
+def decode_together(model: recollect.Model, runtime: TimedRuntime, count: int, tokens: int) -> None:
     """Let that many conversations of that many tokens decode at once; the passes are noted."""
     params = SamplingParams(max_tokens=DECODED, ignore_eos=True)
     sessions = [model.session(prompt(tokens, f"chat {n}")) for n in range(count)]
@@ -204,7 +205,7 @@ def pauses(passes: Sequence[Pass], *, decodes: int) -> list[float]:
     """Return the times between passes in which exactly that many sequences decoded."""
     return [
         later.begun - earlier.ended
-        for earlier, later in zip(passes, passes[1:], strict=False)
+        for earlier, later in pairwise(passes)
         if earlier.lengths == later.lengths == (1,) * decodes
     ]
 

@@ -9,9 +9,8 @@ seconds and counts the same things without weights.
 
 from dataclasses import asdict
 
-from harness import Load, parser, report, say
-
 import recollect
+from harness import Load, parser, report, say
 from recollect.proof.workloads import TRACES, run_trace
 
 
@@ -21,7 +20,9 @@ def main() -> None:
     args = options.parse_args()
     load = Load()
     with recollect.load(args.model, profile=args.profile) as model:
-        say(f"{'trace':24} {'requests':>8} {'prompts':>8} {'computed':>8} {'twice':>6} {'ttft s':>8}")
+        say(
+            f"{'trace':24} {'requests':>8} {'prompts':>8} {'computed':>8} {'twice':>6} {'ttft s':>8}"
+        )
         results = []
         for trace in TRACES:
             result = run_trace(model, trace, seed=args.seed)
@@ -32,8 +33,12 @@ def main() -> None:
                 f"{result.computed_tokens:8,} {result.recomputed_tokens:6} {result.ttft_s:8.2f}"
             )
         evicted = model.engine.cache.evicted_blocks
-        result = {"traces": results, "evicted_blocks": evicted, "others_load": load.others()}
-        report("workloads", model, result, save=args.save)
+        counted: dict[str, object] = {
+            "traces": results,
+            "evicted_blocks": evicted,
+            "others_load": load.others(),
+        }
+        report("workloads", model, counted, save=args.save)
 
 
 if __name__ == "__main__":

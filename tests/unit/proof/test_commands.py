@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from recollect.cli.bench import bench
 from recollect.cli.rewind import rewind_test
 from recollect.cli.scenarios import scenarios
+from recollect.cli.verify import verify
 from recollect.errors import ContextFullError, InvalidParameterError
 from recollect.proof.scenarios import ScenarioResult
 
@@ -23,6 +24,7 @@ def run() -> Run:
     app.command()(bench)
     app.command()(rewind_test)
     app.command()(scenarios)
+    app.command()(verify)
     runner = CliRunner()
 
     def invoke(command: str, *arguments: str) -> Result:
@@ -119,3 +121,18 @@ def test_no_result_is_a_summary_of_nothing() -> None:
 
     nothing: list[ScenarioResult] = []
     assert summary(nothing)["facts"] == 0
+
+
+def test_verify_prints_what_it_did_and_passes(run: Run, tmp_path: Path) -> None:
+    result = run("verify", "--operations", "40", "--json", str(tmp_path / "report.json"))
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0] == "reference · exact · 40 operations · seed 0"
+    assert result.stdout.splitlines()[-1] == "PASS"
+    assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
+
+
+def test_verify_fails_on_one_token_without_kv(run: Run, plant_hole: Callable[[], None]) -> None:
+    plant_hole()
+    result = run("verify", "--operations", "40")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1] == "FAIL"

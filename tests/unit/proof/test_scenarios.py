@@ -42,9 +42,13 @@ def test_the_full_prefill_reuses_nothing_and_computes_the_same_prompt(
 
 def test_reuse_computes_what_is_new_alone(turns: tuple[Turn, ...]) -> None:
     for before, turn in pairwise(turns):
-        # The last token of a reply has no KV yet: it is computed with the next prompt.
+        # The last token of a reply has no KV when it ends. Idle work adds it, and what the template
+        # puts before the next message, if there was time for that.
         known = before.reuse.usage.prompt_tokens + len(before.reuse.token_ids)
-        assert turn.reuse.usage.reused_tokens in {known, known - 1}
+        idle = len(
+            "<|im_end|>"[:1] + "\n" + "<|im_start|>"[:1] + "user\n"
+        )  # special tokens are one
+        assert turn.reuse.usage.reused_tokens in {known, known - 1, known + idle}
 
 
 def test_only_the_second_turn_is_asked_again(turns: tuple[Turn, ...]) -> None:
@@ -90,4 +94,4 @@ def test_play_all_reports_progress_and_every_scenario(model: Model) -> None:
 
 def test_playing_gives_all_blocks_back(model: Model) -> None:
     play(model, SHORT)
-    assert model.engine.pool.used_blocks == 0
+    assert model.engine.pool.used_blocks == len(model.engine.cache)

@@ -1,0 +1,50 @@
+"""Claims about `proof/verify.py`: it passes what is right, and finds a single token without KV."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import recollect
+from recollect.errors import ConfigError
+from recollect.proof.verify import EXACT_LIMIT, verify
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Iterator[recollect.Model]:
+    with recollect.load("reference", profile="exact", home=tmp_path) as loaded:
+        yield loaded
+
+
+def test_what_is_right_passes_without_any_difference(model: recollect.Model) -> None:
+    report = verify(model, operations=150)
+    assert report.passed
+    assert report.largest.logits == 0
+    assert sum(report.counts.values()) == 150
+    assert set(report.counts) == {
+        "append", "fork", "generate", "regenerate", "rewind", "stop", "together",
+    }  # fmt: skip
+
+
+def test_one_token_without_kv_fails(model: recollect.Model, plant_hole: Callable[[], None]) -> None:
+    plant_hole()
+    report = verify(model, operations=60)
+    assert not report.passed
+    assert report.largest.logits > 1000 * EXACT_LIMIT
+
+
+def test_the_same_seed_gives_the_same_operations(model: recollect.Model) -> None:
+    first, second = (verify(model, operations=40, seed=3) for _ in range(2))
+    assert first.counts == second.counts
+    assert verify(model, operations=40, seed=4).counts != first.counts
+
+
+def test_it_leaves_no_sequence_behind(model: recollect.Model) -> None:
+    verify(model, operations=30)
+    model.engine.check()
+    assert model.engine.pool.used_blocks == len(model.engine.cache)
+
+
+def test_no_operations_prove_nothing(model: recollect.Model) -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        verify(model, operations=0)
