@@ -10,7 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -488,19 +488,12 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_found(
+    fault: str, monkeypatch: pytest.MonkeyPatch, fault_search: Callable[[int], settings]
+) -> None:
     FAULTS[fault](monkeypatch)
-    search = settings(
-        max_examples=200,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        phases=[Phase.generate],
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
     with pytest.raises((AssertionError, ExceptionGroup, RuntimeFailure)):
-        run_state_machine_as_test(EngineMachine, settings=search)
+        run_state_machine_as_test(EngineMachine, settings=fault_search(200))
 
 
 def test_the_oracle_tells_histories_apart() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -423,16 +423,9 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_found(
+    fault: str, monkeypatch: pytest.MonkeyPatch, fault_search: Callable[[int], settings]
+) -> None:
     FAULTS[fault](monkeypatch)
-    search = settings(
-        max_examples=300,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        phases=[Phase.generate],
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
     with pytest.raises((AssertionError, ExceptionGroup, KeyError)):
-        run_state_machine_as_test(PrefixMachine, settings=search)
+        run_state_machine_as_test(PrefixMachine, settings=fault_search(300))

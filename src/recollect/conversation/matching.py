@@ -5,6 +5,7 @@ A client that sends the whole conversation each time gets its replies back as th
 were generated. Pure bookkeeping over trees: no runtime, no encoding.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class MessageIndex:
     """
     Which node stands for which messages, in one namespace.
 
-    Owned by a model; under its lock.
+    Owned by a model; safe from any thread.
 
     Invariants:
         1. A key leads to a node that has it, and the node is of the conversation beside it.
@@ -59,6 +60,7 @@ class MessageIndex:
     def __init__(self) -> None:
         self._nodes: OrderedDict[bytes, tuple[Conversation, Node]] = OrderedDict()
         self._after_system: OrderedDict[str, Node] = OrderedDict()  # first question to instructions
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Return how many messages can be found."""
@@ -70,28 +72,29 @@ class MessageIndex:
 
         Of several with the same messages, the last that was generated is found: its KV is the warmest.
         """
-        known = self._nodes.get(node.key)
-        if known is None or known[1].token_ids is None or node.token_ids is not None:
-            self._nodes[node.key] = (conversation, node)
-        self._nodes.move_to_end(node.key)
-        if node.parent is not None and node.parent.role == "system":
-            self._after_system[node.content] = node.parent
-        while len(self._nodes) > _MOST_MESSAGES:
-            self._nodes.popitem(last=False)
-        while len(self._after_system) > _MOST_MESSAGES:
-            self._after_system.popitem(last=False)
+        with self._lock:
+            known = self._nodes.get(node.key)
+            if known is None or known[1].token_ids is None or node.token_ids is not None:
+                self._nodes[node.key] = (conversation, node)
+            self._nodes.move_to_end(node.key)
+            if node.parent is not None and node.parent.role == "system":
+                self._after_system[node.content] = node.parent
+            for index in (self._nodes, self._after_system):
+                while len(index) > _MOST_MESSAGES:
+                    index.popitem(last=False)
 
     def find(self, messages: Sequence[Message]) -> Found | None:
         """Return the longest known beginning of *messages*; None where not even the first is known."""
         found = None
         key = ROOT_KEY
-        for count, message in enumerate(messages, 1):
-            key = message_key(key, message["role"], message["content"])
-            if key not in self._nodes:
-                break
-            self._nodes.move_to_end(key)
-            conversation, node = self._nodes[key]
-            found = Found(conversation, node, count)
+        with self._lock:
+            for count, message in enumerate(messages, 1):
+                key = message_key(key, message["role"], message["content"])
+                if key not in self._nodes:
+                    break
+                self._nodes.move_to_end(key)
+                conversation, node = self._nodes[key]
+                found = Found(conversation, node, count)
         return found
 
     def change(self, messages: Sequence[Message], found: Found | None) -> Change | None:

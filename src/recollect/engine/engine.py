@@ -164,6 +164,8 @@ class Engine:
             MisuseError: The engine is closed, or was meanwhile.
         """
         lacking = [one for one in dict.fromkeys(sequences) if one.plan() is not None]
+        if lacking and threading.current_thread() is self._thread:
+            raise MisuseError("a task's callback cannot wait for another forward pass")
         tasks = [Task(sequence, lambda: False) for sequence in lacking]
         try:
             with self.lock:  # so that they begin in one pass
@@ -205,9 +207,7 @@ class Engine:
                 sequence.check()
 
     def close(self) -> None:
-        """
-        Cancel all tasks and give the memory back; histories can still be read. May be called again.
-        """
+        """Cancel all tasks and give the memory back; histories stay readable. May be called again."""
         with self._work:
             if self._closed:
                 return

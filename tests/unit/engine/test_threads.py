@@ -451,3 +451,20 @@ def test_eight_threads_in_a_small_pool_are_right_and_leak_nothing(
     engine.check()
     assert engine.cache.evicted_blocks > 0
     assert engine.pool.used_blocks == engine.cache.evictable_blocks == len(engine.cache)
+
+
+def test_a_callback_that_waits_for_the_engine_is_refused_and_not_stuck(engine: Engine) -> None:
+    outer, inner = engine.new_sequence(), engine.new_sequence()
+    outer.append([1, 2, 3])
+    inner.append([4, 5, 6])
+
+    def wait_for_another() -> bool:
+        engine.compute([inner])
+        return False
+
+    task = Task(outer, wait_for_another)
+    engine.submit(task)
+    with pytest.raises(MisuseError, match="callback"):
+        task.wait()
+    engine.compute([inner])
+    assert inner.logits is not None
