@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from recollect.conversation.model import Model
+from recollect.engine import sequence as sequence_module
 from recollect.engine.engine import Engine
 from recollect.errors import RuntimeFailure
 from recollect.models.byte_tokenizer import ByteTokenizer
@@ -196,3 +197,23 @@ def make_model(faults: Faults, tmp_path: Path) -> Iterator[Callable[..., Model]]
 def model(make_model: Callable[..., Model]) -> Model:
     """Return the reference model, with blocks of 8 slots."""
     return make_model()
+
+
+@pytest.fixture
+def plant_hole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """
+    Return a switch after which every prompt that is appended to KV leaves out its first token.
+
+    The fault of the best-known implementation, whose own rewind test passes with it.
+    """
+    plan_feed = sequence_module.plan_feed
+
+    def with_hole(
+        length: int, computed: int, *, keep_multiple_of: int = 1
+    ) -> sequence_module.FeedPlan:
+        plan = plan_feed(length, computed, keep_multiple_of=keep_multiple_of)
+        if plan.start > 0 and plan.end - plan.start > 1:
+            plan = replace(plan, start=plan.start + 1)
+        return plan
+
+    return lambda: monkeypatch.setattr(sequence_module, "plan_feed", with_hole)

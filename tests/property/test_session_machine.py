@@ -377,11 +377,24 @@ class SessionMachine(RuleBasedStateMachine):
             assert fails or not isinstance(refused, RuntimeFailure)  # noqa: PT017
             assert (len(prompt) >= CONTEXT) == isinstance(refused, ContextFullError)  # noqa: PT017
             self._learn(session)
-            self._at(session, before)
+            self._at(session, self._broken_off(session, before, user, limit))
             return
         ids = session.tip.token_ids
         assert ids == fresh_reply(tuple(prompt), limit)
         self._at(session, Said(user, "assistant", TOKENIZER.decode(ids), ids))
+
+    def _broken_off(
+        self, session: Session, before: Said | None, user: Said, limit: int
+    ) -> Said | None:
+        """Return where a session stands after a reply failed: with what was said, if it went on."""
+        stands = self.known[session.tip]
+        if stands is None or stands == before:
+            return before
+        assert before in (user, user.before), "what was broken off elsewhere is kept beside"
+        assert (stands.before, stands.role) == (user, "assistant")
+        ids = stands.ids or ()
+        assert ids == fresh_reply(tuple(prompt_of(user.chain())), limit)[: len(ids)]
+        return stands
 
     def _learn(self, session: Session) -> None:
         """Take note of a reply that failed midway: it stays in the tree, and nobody stands there."""

@@ -85,6 +85,8 @@ def test_usage_is_plain_json_values() -> None:
         ttft_s=0.5,
         prefill_tps=2.0,
         decode_tps=None,
+        reason="evicted",
+        difference="5 tokens",
     )
     assert usage.to_dict() == {
         "prompt_tokens": 3,
@@ -94,4 +96,6 @@ def test_usage_is_plain_json_values() -> None:
         "ttft_s": 0.5,
         "prefill_tps": 2.0,
         "decode_tps": None,
+        "reason": "evicted",
+        "difference": "5 tokens",
     }

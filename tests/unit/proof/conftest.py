@@ -1,33 +1,11 @@
-"""A fault to plant, and results of a benchmark with known numbers."""
+"""Results of a benchmark with known numbers."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
-from recollect.engine import sequence
 from recollect.proof.bench import Case, Iteration
 from recollect.proof.timing import ResponseSample
-
-PlanFeed = Callable[..., sequence.FeedPlan]
-
-
-@pytest.fixture
-def plant_hole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """
-    Return a switch after which every prompt that is appended to KV leaves out its first token.
-
-    The fault of the best-known implementation, whose own rewind test passes with it.
-    """
-    plan_feed: PlanFeed = sequence.plan_feed
-
-    def with_hole(length: int, computed: int, *, keep_multiple_of: int = 1) -> sequence.FeedPlan:
-        plan = plan_feed(length, computed, keep_multiple_of=keep_multiple_of)
-        if plan.start > 0 and plan.end - plan.start > 1:
-            plan = replace(plan, start=plan.start + 1)
-        return plan
-
-    return lambda: monkeypatch.setattr(sequence, "plan_feed", with_hole)
 
 
 @pytest.fixture
