@@ -150,8 +150,8 @@ def tokens_per_second(tokens: int, seconds: float) -> float | None:
     return tokens / seconds if tokens > 0 and seconds > 0 else None
 
 
-def common_prefix_length(first: Iterable[int], second: Iterable[int]) -> int:
-    """Return how many leading items two token histories share."""
+def common_prefix_length(first: Iterable[object], second: Iterable[object]) -> int:
+    """Return how many leading items two token histories, or characters two texts, share."""
     length = 0
     for a, b in zip(first, second, strict=False):
         if a != b:

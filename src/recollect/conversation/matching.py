@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from recollect.conversation.tree import ROOT_KEY, Node, message_key
-from recollect.types import Message
+from recollect.types import Message, common_prefix_length
 
 if TYPE_CHECKING:  # a conversation tells the index of its nodes, so the import would be a circle
     from recollect.conversation.conversation import Conversation
@@ -114,7 +114,9 @@ class MessageIndex:
         if not siblings:
             return None
         # An edit rarely changes the start, so the likeliest origin begins like the message.
-        origin = max(siblings, key=lambda node: _common_length(node.content, message["content"]))
+        origin = max(
+            siblings, key=lambda node: common_prefix_length(node.content, message["content"])
+        )
         return _describe(found.messages, origin, message)
 
     def _changed_instructions(self, messages: Sequence[Message]) -> Change | None:
@@ -139,19 +141,10 @@ class MessageIndex:
 
 def _describe(index: int, known: Node, message: Message) -> Change:
     """Return what differs between a known message and the one in its place."""
-    start = _common_length(known.content, message["content"])
+    start = common_prefix_length(known.content, message["content"])
     return Change(
         message=index,
         role=message["role"],
         was=known.content[start : start + _SHOWN_CHARACTERS],
         is_now=message["content"][start : start + _SHOWN_CHARACTERS],
     )
-
-
-def _common_length(first: str, second: str) -> int:
-    length = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length

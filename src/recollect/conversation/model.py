@@ -19,6 +19,7 @@ from recollect.conversation.session import Session
 from recollect.conversation.window import Overflow
 from recollect.engine.engine import Engine
 from recollect.errors import ConfigError, ConversationError, UnknownConversationError
+from recollect.kv.blocks import blocks_for
 from recollect.models.local import LocalModel
 from recollect.models.prepare import prepare
 from recollect.models.template import ChatTemplate
@@ -282,7 +283,7 @@ def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
         ConfigError: Not even one.
     """
     if kv_memory is None:
-        blocks_of_contexts = CONTEXTS_IN_POOL * -(-info.context_length // info.block_size)
+        blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)
         budget = config.default_kv_memory_bytes()
         return max(1, min(budget // info.bytes_per_block, blocks_of_contexts))
     blocks = kv_memory // info.bytes_per_block

@@ -6,7 +6,7 @@ Does not keep the token history; whoever does passes it in. No runtime.
 
 from collections.abc import Sequence
 
-from recollect.kv.blocks import BlockPool, BlockTable, WritePlan
+from recollect.kv.blocks import BlockPool, BlockTable, WritePlan, blocks_for
 from recollect.kv.prefix import CachedBlock, PrefixCache
 
 
@@ -175,7 +175,9 @@ class CachedTable:
             AssertionError: One does not hold.
         """
         size = self._pool.block_size
-        assert len(self.blocks) == -(-self.length // size), "the table does not cover what has KV"
+        assert len(self.blocks) == blocks_for(self.length, size), (
+            "the table does not cover what has KV"
+        )
         ours = list(self.blocks[: len(self._chain)])
         assert [cached.block for cached in self._chain] == ours, "the chain is of other blocks"
         if self._root is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from recollect.kv.blocks import BlockPool
+from recollect.types import common_prefix_length
 
 Key = bytes
 
@@ -289,11 +290,7 @@ def _longest_common(
     best: CachedBlock | None = None
     longest = 0
     for child in parent.children.values():
-        length = 0
-        for ours, theirs in zip(token_ids, child.token_ids, strict=False):
-            if ours != theirs:
-                break
-            length += 1
+        length = common_prefix_length(token_ids, child.token_ids)
         if length > longest:
             best, longest = child, length
     return best, longest
