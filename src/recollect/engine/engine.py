@@ -181,6 +181,11 @@ class Engine:
             for cached in pinned:
                 self._cache.unpin(cached)
 
+    def forget(self) -> int:
+        """Give up all KV in memory that no sequence holds and nobody pinned; return how many blocks."""
+        with self.lock:
+            return self._cache.evict(self._pool.num_blocks)
+
     def submit(self, task: Task) -> None:
         """
         Have a task worked on; its sequence belongs to the engine's thread until the task has ended.
