@@ -86,6 +86,7 @@ class Model:
             store=store,
         )
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
+        self.engine.start()
 
     @property
     def context_length(self) -> int:
