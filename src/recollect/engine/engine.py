@@ -38,13 +38,11 @@ class Engine:
 
     Any thread may submit tasks and wait for them. Forward passes and the callbacks of tasks run on
     the engine's own thread. Bookkeeping happens under `lock`, which is not held during a forward
-    pass, so that a fork or a rewind never waits for one.
+    pass, so that a fork or a rewind never waits for one. A store, where there is one, keeps blocks
+    below memory, and is closed with the engine.
 
-    Invariants:
-        1. All of `BlockPool`, over the tables of the sequences that are alive and the cache.
-        2. All of `PrefixCache`.
-        3. All of `Sequence`, for each of them.
-        4. All of `Scheduler`.
+    Invariants: all of `BlockPool`, over the tables of the sequences that are alive, the cache and
+    what is being written to the store; of `PrefixCache`, of each `Sequence`, and of `Scheduler`.
     """
 
     def __init__(
@@ -56,16 +54,6 @@ class Engine:
         fingerprint: str = "",
         store: DiskStore | None = None,
     ) -> None:
-        """
-        Take over a runtime, and allocate its blocks.
-
-        Args:
-            runtime: Nobody else uses it from now on.
-            num_blocks: Of KV, in memory.
-            eos_token_ids: Tokens that end a reply.
-            fingerprint: Of the model.
-            store: Where blocks are kept below memory; closed with the engine. None: nowhere.
-        """
         self._runtime = runtime
         info = runtime.info
         runtime.allocate(num_blocks)
