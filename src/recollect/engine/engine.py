@@ -89,7 +89,7 @@ class Engine:
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._work = threading.Condition(self.lock)
         self._thread: threading.Thread | None = None
-        self._is_warm = False
+        self._warm = threading.Event()
         self._passing = False
         self._closed = False
         # A thread in a forward pass when the interpreter ends would abort the process, and whoever
@@ -182,6 +182,11 @@ class Engine:
         with self._work:
             self._require_open()
             self._wake()
+
+    def wait_until_warm(self) -> None:
+        """Wait for the end of what `start` began; before that, a first token is a second slower."""
+        self.start()
+        self._warm.wait()
 
     def submit(self, task: Task) -> None:
         """
@@ -289,10 +294,10 @@ class Engine:
         self._work.notify_all()
 
     def _warm_up(self) -> None:
-        if not self._is_warm:
-            self._is_warm = True
+        if not self._warm.is_set():
             with suppress(RuntimeFailure):  # the first pass tells whoever waits for it
                 self._runtime.warm_up()
+            self._warm.set()
 
     def _run(self) -> None:
         """Be the engine's thread: a bug ends it, and leaves nobody waiting."""
@@ -303,6 +308,7 @@ class Engine:
         except BaseException as bug:
             with self._work:
                 self._bug, self._passing = bug, False
+                self._warm.set()
                 for task in self._scheduler.tasks():
                     self._end(task, "failed", RuntimeFailure(f"The engine met a bug: {bug!r}"))
                 self._work.notify_all()
