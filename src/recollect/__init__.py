@@ -18,12 +18,13 @@ from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.sequence import Sequence
 from recollect.errors import MisuseError, RecollectError
-from recollect.types import Message, SamplingParams, Usage
+from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, Usage
 
 __all__ = [
     "Conversation",
     "Engine",
     "Generator",
+    "Grammar",
     "Message",
     "MisuseError",
     "Model",
@@ -34,6 +35,7 @@ __all__ = [
     "SamplingParams",
     "Sequence",
     "Session",
+    "TokenLogprob",
     "Tree",
     "Usage",
     "__version__",

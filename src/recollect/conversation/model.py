@@ -18,6 +18,7 @@ from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, requir
 from recollect.conversation.session import Session
 from recollect.conversation.window import Overflow
 from recollect.engine.engine import Engine
+from recollect.engine.grammar import Grammars
 from recollect.errors import ConfigError, ConversationError, UnknownConversationError
 from recollect.kv.blocks import blocks_for
 from recollect.models.local import LocalModel
@@ -71,6 +72,8 @@ class Model:
             eos_token_ids=local.eos_token_ids,
             fingerprint=local.fingerprint,
         )
+        self.grammars: Final = Grammars(self.tokenizer, vocab_size=runtime.info.vocab_size)
+        """Of which a `Generator` follows one, where its parameters name one."""
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
 
     @property

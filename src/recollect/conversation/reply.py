@@ -13,7 +13,7 @@ from recollect.conversation.records import NewNode
 from recollect.conversation.tree import Node
 from recollect.engine.reply import ReplyGeneration
 from recollect.errors import ConversationError
-from recollect.types import FinishReason, Usage
+from recollect.types import FinishReason, TokenLogprob, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,8 @@ class Reply:
     node: Node
     dropped_turns: int = 0
     """Oldest turns that were left out because the context was full."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """How likely each token was; None where `SamplingParams.logprobs` is."""
 
     def __str__(self) -> str:
         return self.text
@@ -58,6 +60,16 @@ class ReplyStream:
     def prefill_progress(self) -> tuple[int, int]:
         """Return how many tokens of the prompt have KV, and how many there are."""
         return self._generation.prefilled_tokens, self._generation.prompt_tokens
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """
+        Return how likely the tokens of the pieces so far were; None where nobody asked.
+
+        It only grows: what is new after a piece belongs to that piece and those before it. A token
+        comes once all of its text has, the last ones when the reply has ended.
+        """
+        return self._generation.logprobs
 
     def __iter__(self) -> Iterator[str]:
         try:

@@ -320,7 +320,8 @@ class Session:
         path = self._fitting_path(at, text)
         prompt = self._model.prompts.encode(path, text)
         engine = self._model.engine
-        generator = Generator(engine, params, sequence=self._sequence(prompt.token_ids))
+        sequence = self._sequence(prompt.token_ids)
+        generator = Generator(engine, params, sequence=sequence, grammars=self._model.grammars)
         generation = ReplyGeneration(engine, generator, self._model.tokenizer)
         dropped = len(turn_starts(at.path())) - len(turn_starts(path))
         change = self._change if at is self._tip else None
@@ -357,7 +358,7 @@ class Session:
         if goes_there:
             self._tip, self._change = node, None
         self._start_idle_work()
-        return Reply(generation.text, reason, usage, node, dropped)
+        return Reply(generation.text, reason, usage, node, dropped, generation.logprobs)
 
     def _fitting_path(self, at: Node, said: str | None) -> list[Node]:
         """Return the messages that the prompt is made of: all, or those that still fit."""
