@@ -6,9 +6,9 @@ Pure: no runtime, no disk, no clock.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal, Self, TypedDict
+from typing import Any, Final, Literal, NotRequired, Self, TypedDict
 
 from recollect.errors import InvalidParameterError
 
@@ -17,6 +17,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 Reason = Literal[
     "new",
+    "tools_changed",
     "system_changed",
     "message_changed",
     "template_rewrote",
@@ -31,7 +32,8 @@ Why the tokens that were computed were not reused.
 earlier one there.
 """
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+"""`tool`: what a tool gave back."""
 
 Profile = Literal["exact", "fast", "small"]
 """How numbers are computed: f32 throughout, f16 KV, or u8 KV."""
@@ -40,11 +42,61 @@ Progress = Callable[[str, int, int | None], None]
 """Called with (what is being done, units done, units in all or None when unknown)."""
 
 
+class FunctionCall(TypedDict):
+    """Which function is called, and with what."""
+
+    name: str
+    arguments: str
+    """JSON text."""
+
+
+class MessageToolCall(TypedDict):
+    """A call of a tool in a message, as OpenAI's API has it."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class Message(TypedDict):
-    """A message as chat templates expect it."""
+    """A message, as chat templates and OpenAI's API have it."""
 
     role: Role
-    content: str
+    content: str | None
+    """None where an assistant's message has only calls."""
+    tool_calls: NotRequired[Sequence[MessageToolCall]]
+    """What the assistant calls."""
+    tool_call_id: NotRequired[str]
+    """Which call a tool's message answers."""
+    name: NotRequired[str]
+    """Which tool that was."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool that the model calls, and with what."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON text, as the model wrote it."""
+
+    def to_dict(self) -> MessageToolCall:
+        """Return the call as a message has it."""
+        function: FunctionCall = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolLinks:
+    """How a message hangs together with calls of tools."""
+
+    call_ids: tuple[str, ...] = ()
+    """The ids of the calls that the message makes, in their order; its text has the rest."""
+    tool_call_id: str | None = None
+    """Which call the message answers."""
+    name: str | None = None
+    """Which tool that was."""
 
 
 def no_progress(_what: str, _done: int, _total: int | None) -> None:

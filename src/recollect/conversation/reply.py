@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from recollect.conversation.records import NewNode
 from recollect.conversation.tree import Node
 from recollect.engine.reply import ReplyGeneration
 from recollect.errors import ConversationError
-from recollect.types import FinishReason, TokenLogprob, Usage
+from recollect.models.tool_calls import Event, TextDelta, ToolCallParser, parse_reply
+from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,13 @@ class Reply:
     """Oldest turns that were left out because the context was full."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """How likely each token was; None where `SamplingParams.logprobs` is."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """What the model calls, where the session offers tools: those of the calls that are whole."""
+
+    @property
+    def content(self) -> str:
+        """Return what is said beside the calls; `text` has all that the model wrote."""
+        return parse_reply(self.text).content if self.tool_calls else self.text
 
     def __str__(self) -> str:
         return self.text
@@ -47,8 +54,10 @@ class ReplyStream:
         *,
         keep: Callable[[], Reply | None],
         free_session: Callable[[], None],
+        call_prefix: str | None = None,
     ) -> None:
         self._generation = generation
+        self._call_prefix = call_prefix
         self._keep = keep
         self._closed = False
         # Also where the stream is forgotten without ever having been read.
@@ -76,6 +85,20 @@ class ReplyStream:
             yield from self._generation
         finally:
             self.close()
+
+    def events(self) -> Iterator[Event]:
+        """
+        Read the reply as text and calls of tools, both as they are generated.
+
+        The ids of the calls are those in the reply. Without tools there is text alone.
+        """
+        if self._call_prefix is None:
+            yield from map(TextDelta, self)
+            return
+        parser = ToolCallParser(self._call_prefix)
+        for piece in self:
+            yield from parser.push(piece)
+        yield from parser.finish()
 
     def read(self) -> Reply:
         """
@@ -116,18 +139,6 @@ class ReplyStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def as_new_node(generation: ReplyGeneration, usage: Usage, fingerprint: str) -> NewNode:
-    """Return a reply that has ended as what is to be kept of it."""
-    return NewNode(
-        role="assistant",
-        content=generation.text,
-        token_ids=generation.token_ids,
-        fingerprint=fingerprint,
-        finish_reason=generation.finish_reason,
-        usage=usage.to_dict(),
-    )
 
 
 def _give_up(generation: ReplyGeneration, free_session: Callable[[], None]) -> None:

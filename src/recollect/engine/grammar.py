@@ -73,7 +73,7 @@ class Grammars:
             source = make.grammar_from_lark(grammar.source)
         else:
             source = make.grammar_from_json_schema(grammar.source, _JSON_OPTIONS)
-        matcher = make(self._table(library), source, log_level=0)
+        matcher: llguidance.LLMatcher = make(self._table(library), source, log_level=0)
         if matcher.is_error():
             what = grammar.kind.replace("_", " ")
             reason = matcher.get_error().strip().partition("\n")[0].rstrip(".")

@@ -1,0 +1,251 @@
+"""
+Find the calls of tools in what a model writes, while it writes.
+
+Pure: text in, events out.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from recollect.models.tool_text import CALL_END, CALL_START
+from recollect.types import ToolCall
+
+# The usual beginning: the name, then arguments that can be passed on as they come.
+_OPENING: Final = re.compile(
+    r'\s*\{\s*"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)'
+)
+_Place = Literal["text", "opening", "arguments", "closing"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More of what is said beside the calls."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallStarted:
+    """A call has begun; its arguments follow."""
+
+    index: int
+    """Which call of the reply, counted from 0."""
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentsDelta:
+    """More of the arguments of a call, as JSON text."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnded:
+    """A call is whole. Where a reply is cut inside a call, this does not come."""
+
+    index: int
+
+
+Event = TextDelta | CallStarted | ArgumentsDelta | CallEnded
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedReply:
+    """A reply, taken apart."""
+
+    content: str
+    """What is said beside the calls."""
+    calls: tuple[ToolCall, ...]
+    """Those that are whole."""
+
+
+def new_call_prefix() -> str:
+    """Return what the ids of the calls of one reply begin with: no two replies have the same."""
+    return f"call_{secrets.token_hex(8)}_"
+
+
+class ToolCallParser:
+    """
+    Turns pieces of a reply into events.
+
+    White space around a call belongs to neither call nor text. What looks like a call and is none
+    is text. Owned by whoever reads the reply.
+
+    Invariants:
+        1. The events do not depend on how the text falls into pieces, but for how deltas do.
+        2. Without a call, the text deltas joined are the pieces joined.
+        3. What was told is never taken back.
+    """
+
+    def __init__(self, id_prefix: str | None = None) -> None:
+        self._prefix = new_call_prefix() if id_prefix is None else id_prefix
+        self._place: _Place = "text"
+        self._rest = ""  # not told yet
+        self._before = ""  # white space before the mark of what may be a call
+        self._calls = 0
+        self._after_call = False  # nothing was said since the last one
+        self._json = _JsonObject()
+        self._steps: dict[_Place, Callable[[], Iterator[Event]]] = {
+            "text": self._in_text,
+            "opening": self._in_opening,
+            "arguments": self._in_arguments,
+            "closing": self._in_closing,
+        }
+
+    def push(self, piece: str) -> Iterator[Event]:
+        """Take more text; yield what it tells."""
+        self._rest += piece
+        while True:
+            place, length = self._place, len(self._rest)
+            yield from self._steps[place]()
+            if (self._place, len(self._rest)) == (place, length) or not self._rest:
+                return
+
+    def finish(self) -> Iterator[Event]:
+        """Yield what was held back, now that no more comes."""
+        if self._place == "opening":
+            yield from self._no_call(self._rest)
+        elif self._place == "closing":
+            yield self._end()
+        elif self._place == "text" and (self._rest.strip() or not self._after_call):
+            yield from self._text(self._rest)
+        self._rest = ""
+
+    def _in_text(self) -> Iterator[Event]:
+        said, mark, after = self._rest.partition(CALL_START)
+        if mark:
+            text = said.rstrip()
+            self._before, self._rest, self._place = said[len(text) :], after, "opening"
+            yield from self._text(text)
+            return
+        # Hold back what may be a part of the mark, and the white space before it.
+        cut = max(0, len(said) - len(CALL_START))
+        while not CALL_START.startswith(said[cut:]):
+            cut += 1
+        text = said[:cut].rstrip()
+        self._rest = said[len(text) :]
+        yield from self._text(text)
+
+    def _in_opening(self) -> Iterator[Event]:
+        if opening := _OPENING.match(self._rest):
+            self._rest = self._rest[opening.end() :]
+            self._place, self._json = "arguments", _JsonObject()
+            yield self._start(json.loads(opening["name"], strict=False))
+            return
+        body, mark, after = self._rest.partition(CALL_END)
+        if not mark:
+            return
+        self._rest, self._place = after, "text"
+        call = _as_call(body)
+        if call is None:
+            yield from self._no_call(body + CALL_END)
+            return
+        name, arguments = call
+        yield self._start(name)
+        yield ArgumentsDelta(self._calls - 1, arguments)
+        yield self._end()
+
+    def _in_arguments(self) -> Iterator[Event]:
+        length = self._json.length_in(self._rest)
+        text, self._rest = self._rest[:length], self._rest[length:]
+        if self._json.closed:
+            self._place = "closing"
+        if text:
+            yield ArgumentsDelta(self._calls - 1, text)
+
+    def _in_closing(self) -> Iterator[Event]:
+        _, mark, after = self._rest.partition(CALL_END)
+        if mark:
+            self._rest = after
+            yield self._end()
+
+    def _start(self, name: str) -> CallStarted:
+        self._calls += 1
+        return CallStarted(self._calls - 1, f"{self._prefix}{self._calls - 1}", name)
+
+    def _end(self) -> CallEnded:
+        self._place, self._after_call = "text", True
+        return CallEnded(self._calls - 1)
+
+    def _text(self, text: str) -> Iterator[TextDelta]:
+        if text:
+            self._after_call = False
+            yield TextDelta(text)
+
+    def _no_call(self, body: str) -> Iterator[TextDelta]:
+        self._place = "text"
+        yield from self._text(self._before + CALL_START + body)
+
+
+class _JsonObject:
+    """Finds the end of a JSON object in text that arrives in pieces."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = self._escaped = False
+        self.closed = False
+
+    def length_in(self, text: str) -> int:
+        """Return how much of more text belongs to the object."""
+        for place, letter in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped, self._in_string = letter == "\\", letter != '"'
+            elif letter == '"':
+                self._in_string = True
+            else:
+                self._depth += (letter in "{[") - (letter in "}]")
+                if self._depth == 0:
+                    self.closed = True
+                    return place + 1
+        return len(text)
+
+
+def parse_reply(text: str, ids: str | Iterable[str] = "") -> ParsedReply:
+    """
+    Take a whole reply apart.
+
+    Args:
+        text: As the model wrote it.
+        ids: Of its calls, or what `ToolCallParser` was told that they begin with.
+    """
+    if CALL_START not in text:
+        return ParsedReply(text, ())
+    parser = ToolCallParser(ids if isinstance(ids, str) else "")
+    known = () if isinstance(ids, str) else tuple(ids)
+    content: list[str] = []
+    started: dict[int, CallStarted] = {}
+    arguments: dict[int, str] = {}
+    calls: list[ToolCall] = []
+    for event in [*parser.push(text), *parser.finish()]:
+        match event:
+            case TextDelta(said):
+                content.append(said)
+            case CallStarted(index):
+                started[index], arguments[index] = event, ""
+            case ArgumentsDelta(index, more):
+                arguments[index] += more
+            case CallEnded(index):
+                id_ = known[index] if index < len(known) else started[index].id
+                calls.append(ToolCall(id_, started[index].name, arguments[index]))
+    return ParsedReply("".join(content), tuple(calls))
+
+
+def _as_call(body: str) -> tuple[str, str] | None:
+    """Return the name and the arguments in an unusual call; None where it is none."""
+    try:
+        call: Any = json.loads(body)
+    except ValueError:
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return None
+    arguments = call.get("arguments", {})
+    return (call["name"], json.dumps(arguments)) if isinstance(arguments, dict) else None
