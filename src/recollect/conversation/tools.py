@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
+from recollect.engine.grammar import JSON_STYLE
 from recollect.errors import InvalidParameterError
 from recollect.models.tool_text import CALL_CLOSING, CALL_START, call_opening
 from recollect.types import Grammar
@@ -17,9 +18,9 @@ from recollect.types import Grammar
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MODES: Final = ("none", "auto", "required")
 
-# Arguments are held to what of their schema can be held to; a word in it that is not known is no
-# reason to refuse the tool. White space is bounded, as in `engine/grammar.py`.
-_GUIDANCE: Final = {"whitespace_pattern": r"[\x20\x0A]{1,20}", "lenient": True}
+# Arguments are held to what of their schema they can be held to: a word in it that is not known is
+# no reason to refuse the tool.
+_GUIDANCE: Final = {**JSON_STYLE, "lenient": True}
 
 _AUTO: Final = r"""
 tail: TEXT
@@ -145,7 +146,10 @@ def _bodies(schemas: Sequence[Mapping[str, Any]]) -> str:
 
 def _answer(answer: Grammar) -> str:
     if answer.kind == "json_schema":
-        return f"answer: %json {answer.source}"
+        schema = json.loads(answer.source)
+        if isinstance(schema, dict):
+            schema = {**schema, "x-guidance": JSON_STYLE}
+        return f"answer: %json {json.dumps(schema)}"
     if answer.kind == "regex":
         pattern = answer.source.replace("/", r"\/")
         return f"answer: ANSWER\nANSWER: /{pattern}/"

@@ -26,9 +26,12 @@ Mask = npt.NDArray[np.bool_]
 _MOST_COMPILED: Final = 128
 """Compiled grammars that are kept: a client sends the same few schemas again and again."""
 
-_JSON_OPTIONS: Final = {"whitespace_pattern": r"[\x20\x0A]{1,20}"}
-"""Bounded, because small models fall into endless white space where it is allowed. Twenty is a new line
-with an indentation ten levels deep."""
+JSON_STYLE: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""
+How JSON is written: on one line, as Python's `json` does.
+
+Models see it so in their templates; and small ones fall into endless white space where it is free.
+"""
 
 
 class Grammars:
@@ -72,7 +75,7 @@ class Grammars:
         elif grammar.kind == "lark":
             source = make.grammar_from_lark(grammar.source)
         else:
-            source = make.grammar_from_json_schema(grammar.source, _JSON_OPTIONS)
+            source = make.grammar_from_json_schema(grammar.source, JSON_STYLE)
         matcher: llguidance.LLMatcher = make(self._table(library), source, log_level=0)
         if matcher.is_error():
             what = grammar.kind.replace("_", " ")

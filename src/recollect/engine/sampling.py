@@ -51,7 +51,7 @@ def choose_token(
     scores = _adjusted(masked, params, history, reply_start)
     best = int(scores.argmax())
     if not np.isfinite(scores[best]):
-        raise _nothing_to_choose(masked, params)
+        raise _nothing_to_choose(masked, allowed)
     if params.temperature == 0:
         return best
     ids = np.arange(len(scores)) if allowed is None else np.flatnonzero(allowed)
@@ -108,10 +108,10 @@ def _adjusted(
     return scores
 
 
-def _nothing_to_choose(masked: Scores, params: SamplingParams) -> RecollectError:
-    if params.logit_bias and np.isfinite(masked[masked.argmax()]):
+def _nothing_to_choose(masked: Scores, allowed: Mask | None) -> RecollectError:
+    if allowed is not None and np.isfinite(masked[masked.argmax()]):
         return InvalidParameterError(
-            "logit_bias bans every token that could follow: lift a ban, or change the grammar."
+            "logit_bias bans every token that the grammar allows: lift a ban, or change the grammar."
         )
     return RuntimeFailure("The model gave no finite logits: its weights or its KV are damaged.")
 

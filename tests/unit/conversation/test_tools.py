@@ -89,11 +89,11 @@ def test_the_choice_says_what_a_reply_may_be(
     "answer",
     [Grammar.json_schema({"type": "object", "properties": {"a": {"const": "x/y"}},
                           "additionalProperties": False}),
-     Grammar.regex(r'\{"a":"x/y"\}')],
+     Grammar.regex(r'\{"a": "x/y"\}')],
 )  # fmt: skip
 def test_a_reply_is_a_call_or_an_answer_of_the_wanted_form(answer: Grammar) -> None:
     tools = Tools.of(TOOLS)
-    assert fits(tools, '{"a":"x/y"}', answer) == YES
+    assert fits(tools, '{"a": "x/y"}', answer) == YES
     assert fits(tools, PARIS, answer) == YES
     assert fits(tools, "Hi.", answer) == NO
     with pytest.raises(InvalidParameterError, match="joined"):
@@ -298,9 +298,9 @@ def test_a_template_that_knows_tools_shows_them_itself(make_model: Callable[...,
     chat.tools = replace(chat.tools, choice="none")
     second = chat.respond(None, params=SamplingParams(max_tokens=5))
     assert second.usage.reason == "new"
-    shown = model.template.render(chat.path()[3].written_message() and [
-        node.written_message() for node in chat.path()], add_generation_prompt=False, tools=TOOLS,
-    )  # fmt: skip
+    shown = model.template.render(
+        [node.written_message() for node in chat.path()], add_generation_prompt=False, tools=TOOLS
+    )
     assert shown.startswith(f"Tools:{json.dumps(WEATHER)}{json.dumps(CLOCK)}")
     assert "[tool]Sunny.[end]" in shown
 
