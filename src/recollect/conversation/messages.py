@@ -41,7 +41,7 @@ def to_message(role: Role, content: str, links: ToolLinks | None) -> Message:
     """Return what is kept as a client sends and gets it, calls beside the text."""
     if links is None or not links.call_ids:
         return as_written(role, content, links)
-    parsed = parse_reply(content, links.call_ids)
+    parsed = parse_reply(content, links.call_ids, names=None)
     return {
         "role": role,
         "content": parsed.content or None,
@@ -61,6 +61,8 @@ def as_written(role: Role, content: str, links: ToolLinks | None) -> Message:
 
 def canonical(role: Role, content: str, links: ToolLinks | None) -> str:
     """Return a text that is the same for the same message, however a client writes its calls."""
+    if links is not None and links.call_ids:
+        return _canonical_reply(parse_reply(content, names=None))
     if role == "assistant" and CALL_START in content:
         return _canonical_reply(parse_reply(content))
     if role == "tool" and links is not None:

@@ -12,7 +12,7 @@ from typing import Self
 from recollect.conversation.tree import Node
 from recollect.engine.reply import ReplyGeneration
 from recollect.errors import ConversationError
-from recollect.models.tool_calls import Event, TextDelta, ToolCallParser, parse_reply
+from recollect.models.tool_calls import Event, TextDelta, ToolCallParser
 from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage
 
 
@@ -31,10 +31,8 @@ class Reply:
     tool_calls: tuple[ToolCall, ...] = ()
     """What the model calls, where the session offers tools: those of the calls that are whole."""
 
-    @property
-    def content(self) -> str:
-        """Return what is said beside the calls; `text` has all that the model wrote."""
-        return parse_reply(self.text).content if self.tool_calls else self.text
+    content: str = ""
+    """What is said beside the calls; `text` has all that the model wrote."""
 
     def __str__(self) -> str:
         return self.text
@@ -54,10 +52,10 @@ class ReplyStream:
         *,
         keep: Callable[[], Reply | None],
         free_session: Callable[[], None],
-        call_prefix: str | None = None,
+        parser: ToolCallParser | None = None,
     ) -> None:
         self._generation = generation
-        self._call_prefix = call_prefix
+        self._parser = parser
         self._keep = keep
         self._closed = False
         # Also where the stream is forgotten without ever having been read.
@@ -92,13 +90,12 @@ class ReplyStream:
 
         The ids of the calls are those in the reply. Without tools there is text alone.
         """
-        if self._call_prefix is None:
+        if self._parser is None:
             yield from map(TextDelta, self)
             return
-        parser = ToolCallParser(self._call_prefix)
         for piece in self:
-            yield from parser.push(piece)
-        yield from parser.finish()
+            yield from self._parser.push(piece)
+        yield from self._parser.finish()
 
     def read(self) -> Reply:
         """

@@ -343,6 +343,7 @@ class Session:
             raise ConversationError("There is no message to answer: say something.")
         tools, engine = self.tools, self._model.engine
         prompt, dropped = self._prompting.asking(at, text, tools, self.overflow)
+        bare_names = tools.bare_names(params.grammar)
         if tools.schemas:
             params = replace(params, grammar=tools.grammar(params.grammar))
         sequence = self._prompting.sequence(prompt.token_ids)
@@ -354,13 +355,13 @@ class Session:
             self.conversation.tools_change(at, tools),
         )
         generation = ReplyGeneration(engine, generator, self._model.tokenizer)
-        turn = Turn(at, text, generation, expected, tools, dropped)
+        turn = Turn(at, text, generation, expected, tools, dropped, bare_names)
         generation.start()
         return ReplyStream(
             generation,
             keep=partial(self._finish, turn),
             free_session=self._busy.release,
-            call_prefix=turn.call_prefix if tools.schemas else None,
+            parser=turn.new_parser(),
         )
 
     def _finish(self, turn: Turn) -> Reply | None:

@@ -21,13 +21,23 @@ _MODES: Final = ("none", "auto", "required")
 # Arguments are held to what of their schema they can be held to: a word in it that is not known is
 # no reason to refuse the tool.
 _GUIDANCE: Final = {**JSON_STYLE, "lenient": True}
+_BARE_GUIDANCE: Final = {"whitespace_pattern": r"[\x20\x0A]{1,20}", "lenient": True}
+"""Calls without marks come over several lines. Bounded: small models fall into endless white space."""
 
+# Text, and calls in it; or, from the beginning, calls without marks, as `models/tool_calls.py` has
+# them. A lazy rule wins over free text as soon as it matches.
 _AUTO: Final = r"""
 tail: TEXT
 TEXT: /(?s:.*)/
 trigger[lazy]: TEXT "<tool_call>"
 call: trigger after_mark
+BARE_END: /[ \n]{0,20}\}?[ \n]{0,20}(```)?/
+SPACE: /[ \n]{1,20}/
 """
+_BARE_HEAD: Final = (
+    r"/[ \n]{0,20}(```(json)?[ \n]{0,20})?\{\{?[ \n]{0,20}"
+    r'"name"[ \n]{0,20}:[ \n]{0,20}"NAME"[ \n]{0,20},[ \n]{0,20}"arguments"[ \n]{0,20}:/'
+)
 _NO_CALL: Final = "start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*)<tool_call>(?s:.*)/"
 
 
@@ -93,13 +103,19 @@ class Tools:
         schemas = [one for one in self.schemas if self.choice in (*_MODES, _name(one))]
         one_only = not self.parallel or self.choice not in _MODES
         if self.choice == "auto" and answer is None:
-            start = "start: call | tail" if one_only else "start: call* tail"
-            return Grammar.lark(f"{start}\n{_AUTO}{_bodies(schemas)}")
+            many = "start: call | tail | bare" if one_only else "start: call* tail | bare+"
+            start = f"{many} BARE_END?"
+            return Grammar.lark(f"{start}\n{_AUTO}{_bodies(schemas)}\n{_bare(schemas)}")
         calls = "calls: one" if one_only else r'calls: one ("\n" one)*'
         rules = [calls, f'one: "{CALL_START}" after_mark', _bodies(schemas)]
         if self.choice == "auto" and answer is not None:
             return Grammar.lark("\n".join(["start: calls | answer", _answer(answer), *rules]))
         return Grammar.lark("\n".join(["start: calls", *rules]))
+
+    def bare_names(self, answer: Grammar | None = None) -> tuple[str, ...]:
+        """Return the tools whose calls `grammar` allows without marks."""
+        is_free = self.choice == "auto" and answer is None
+        return tuple(_name(schema) for schema in self.schemas) if is_free else ()
 
     def difference(self, earlier: "Tools") -> str | None:
         """Return how these differ from earlier ones, in words; None where they are the same."""
@@ -135,13 +151,30 @@ def _bodies(schemas: Sequence[Mapping[str, Any]]) -> str:
     """Return the rules for what follows the mark of a call: one of the tools, and its arguments."""
     rules = ["after_mark: " + " | ".join(f"call_{n}" for n in range(len(schemas)))]
     for n, schema in enumerate(schemas):
-        parameters = schema["function"].get("parameters") or {"type": "object", "properties": {}}
         opening = call_opening(_name(schema)).removeprefix(CALL_START)
         rules.append(
             f"call_{n}: {json.dumps(opening)} arguments_{n} {json.dumps(CALL_CLOSING)}\n"
-            f"arguments_{n}: %json {json.dumps({**parameters, 'x-guidance': _GUIDANCE})}"
+            f"arguments_{n}: {_arguments(schema, _GUIDANCE)}"
         )
     return "\n".join(rules)
+
+
+def _bare(schemas: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rules for calls without marks."""
+    rules = ["bare: " + " | ".join(f"bare_{n}" for n in range(len(schemas)))]
+    for n, schema in enumerate(schemas):
+        head = _BARE_HEAD.replace("NAME", re.escape(_name(schema)))
+        rules.append(
+            f"bare_head_{n}[lazy]: {head}\n"
+            f'bare_{n}: bare_head_{n} SPACE? bare_arguments_{n} SPACE? "}}"\n'
+            f"bare_arguments_{n}: {_arguments(schema, _BARE_GUIDANCE)}"
+        )
+    return "\n".join(rules)
+
+
+def _arguments(schema: Mapping[str, Any], guidance: Mapping[str, Any]) -> str:
+    parameters = schema["function"].get("parameters") or {"type": "object", "properties": {}}
+    return f"%json {json.dumps({**parameters, 'x-guidance': guidance})}"
 
 
 def _answer(answer: Grammar) -> str:

@@ -12,8 +12,8 @@ from recollect.conversation.reply import Reply
 from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node
 from recollect.engine.reply import ReplyGeneration
-from recollect.models.tool_calls import new_call_prefix, parse_reply
-from recollect.types import FinishReason, ToolCall, ToolLinks, Usage
+from recollect.models.tool_calls import ParsedReply, ToolCallParser, new_call_prefix, parse_reply
+from recollect.types import FinishReason, ToolLinks, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class Turn:
     expected: Expectation
     tools: Tools
     dropped_turns: int
+    bare_names: tuple[str, ...] = ()
+    """Tools that may be called without marks."""
     call_prefix: str = field(default_factory=new_call_prefix)
     """What the ids of the reply's calls begin with."""
 
@@ -42,16 +44,20 @@ class Turn:
         """Return what the reply has cost, and why not less."""
         return explained(self.generation.usage(), self.expected)
 
-    def calls(self) -> tuple[ToolCall, ...]:
-        """Return what the reply calls."""
+    def parsed(self) -> ParsedReply:
+        """Return the reply, calls beside the text."""
         if not self.tools.schemas:
-            return ()
-        return parse_reply(self.generation.text, self.call_prefix).calls
+            return ParsedReply(self.generation.text, ())
+        return parse_reply(self.generation.text, self.call_prefix, self.bare_names)
+
+    def new_parser(self) -> ToolCallParser | None:
+        """Return what finds the same calls while they are written; None where there are no tools."""
+        return ToolCallParser(self.call_prefix, self.bare_names) if self.tools.schemas else None
 
     def messages(self, usage: Usage, fingerprint: str) -> list[NewNode]:
         """Return what is kept of it: what was said, and the reply as the model wrote it."""
         asked = [] if self.said is None else [NewNode(role="user", content=self.said)]
-        calls = self.calls()
+        calls = self.parsed().calls
         reply = NewNode(
             role="assistant",
             content=self.generation.text,
@@ -65,6 +71,7 @@ class Turn:
 
     def reply(self, usage: Usage, node: Node) -> Reply:
         """Return the reply, which has become a node."""
+        parsed = self.parsed()
         return Reply(
             self.generation.text,
             self.finish_reason,
@@ -72,5 +79,6 @@ class Turn:
             node,
             self.dropped_turns,
             self.generation.logprobs,
-            self.calls(),
+            parsed.calls,
+            parsed.content,
         )

@@ -18,7 +18,16 @@ from recollect.types import ToolCall
 _OPENING: Final = re.compile(
     r'\s*\{\s*"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)'
 )
-_Place = Literal["text", "opening", "arguments", "closing"]
+# A call without the marks, which some models write instead: bare or in a fence of Markdown, and with
+# the doubled brace that Qwen2.5-Coder's own template shows them.
+_BARE_OPENING: Final = re.compile(
+    r'\s*(?:```(?:json)?\s*)?\{\{?\s*"name"\s*:\s*"(?P<name>[^"]*)"\s*,\s*"arguments"\s*:\s*(?=\{)'
+)
+_BARE_BEGINNINGS: Final = tuple(f"{fence}{{" for fence in ("", "```", "```json"))
+_NAMES: Final = re.compile(r'"name"\s*:\s*"([^"]*)"')
+_BARE_CLOSING: Final = re.compile(r"\s*\}")
+_AFTER_BARE: Final = re.compile(r"\s*\}?\s*(?:```)?\s*")
+_Place = Literal["bare", "text", "opening", "arguments", "closing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +87,33 @@ class ToolCallParser:
     White space around a call belongs to neither call nor text. What looks like a call and is none
     is text. Owned by whoever reads the reply.
 
+    Args:
+        id_prefix: What the ids of the calls begin with; None: something new.
+        names: Tools whose calls are calls without the marks too, where the reply begins with them.
+
     Invariants:
         1. The events do not depend on how the text falls into pieces, but for how deltas do.
         2. Without a call, the text deltas joined are the pieces joined.
         3. What was told is never taken back.
     """
 
-    def __init__(self, id_prefix: str | None = None) -> None:
+    def __init__(self, id_prefix: str | None = None, names: Iterable[str] = ()) -> None:
         self._prefix = new_call_prefix() if id_prefix is None else id_prefix
-        self._place: _Place = "text"
+        self._beginnings = [
+            f'{beginning}{brace}"name":"{name}","arguments":{{'
+            for name in names
+            for beginning in _BARE_BEGINNINGS
+            for brace in ("", "{")
+        ]
+        self._is_bare = bool(self._beginnings)
+        self._place: _Place = "bare" if self._is_bare else "text"
         self._rest = ""  # not told yet
         self._before = ""  # white space before the mark of what may be a call
         self._calls = 0
         self._after_call = False  # nothing was said since the last one
         self._json = _JsonObject()
         self._steps: dict[_Place, Callable[[], Iterator[Event]]] = {
+            "bare": self._in_bare,
             "text": self._in_text,
             "opening": self._in_opening,
             "arguments": self._in_arguments,
@@ -114,9 +135,28 @@ class ToolCallParser:
             yield from self._no_call(self._rest)
         elif self._place == "closing":
             yield self._end()
+        elif self._place == "bare":
+            yield from self._text(self._after_bare())
         elif self._place == "text" and (self._rest.strip() or not self._after_call):
             yield from self._text(self._rest)
         self._rest = ""
+
+    def _in_bare(self) -> Iterator[Event]:
+        rest = self._after_bare()
+        written = "".join(rest.split())
+        if any(beginning.startswith(written) for beginning in self._beginnings):
+            return  # it may become a call
+        opening = _BARE_OPENING.match(rest)
+        if opening and any(written.startswith(beginning) for beginning in self._beginnings):
+            self._rest = rest[opening.end() :]
+            self._place, self._json = "arguments", _JsonObject()
+            yield self._start(opening["name"])
+        else:
+            self._rest, self._place, self._is_bare = rest, "text", False
+
+    def _after_bare(self) -> str:
+        """Return what is not told yet, without what ends the call before it."""
+        return _AFTER_BARE.sub("", self._rest, count=1) if self._after_call else self._rest
 
     def _in_text(self) -> Iterator[Event]:
         said, mark, after = self._rest.partition(CALL_START)
@@ -161,6 +201,11 @@ class ToolCallParser:
             yield ArgumentsDelta(self._calls - 1, text)
 
     def _in_closing(self) -> Iterator[Event]:
+        if self._is_bare:
+            if closing := _BARE_CLOSING.match(self._rest):
+                self._rest = self._rest[closing.end() :]
+                yield self._end()
+            return
         _, mark, after = self._rest.partition(CALL_END)
         if mark:
             self._rest = after
@@ -171,7 +216,7 @@ class ToolCallParser:
         return CallStarted(self._calls - 1, f"{self._prefix}{self._calls - 1}", name)
 
     def _end(self) -> CallEnded:
-        self._place, self._after_call = "text", True
+        self._place, self._after_call = "bare" if self._is_bare else "text", True
         return CallEnded(self._calls - 1)
 
     def _text(self, text: str) -> Iterator[TextDelta]:
@@ -209,17 +254,22 @@ class _JsonObject:
         return len(text)
 
 
-def parse_reply(text: str, ids: str | Iterable[str] = "") -> ParsedReply:
+def parse_reply(
+    text: str, ids: str | Iterable[str] = "", names: Iterable[str] | None = ()
+) -> ParsedReply:
     """
     Take a whole reply apart.
 
     Args:
         text: As the model wrote it.
         ids: Of its calls, or what `ToolCallParser` was told that they begin with.
+        names: As `ToolCallParser` was told; None: whatever they are.
     """
-    if CALL_START not in text:
+    if names is None:
+        names = set(_NAMES.findall(text))
+    if CALL_START not in text and not names:
         return ParsedReply(text, ())
-    parser = ToolCallParser(ids if isinstance(ids, str) else "")
+    parser = ToolCallParser(ids if isinstance(ids, str) else "", names)
     known = () if isinstance(ids, str) else tuple(ids)
     content: list[str] = []
     started: dict[int, CallStarted] = {}

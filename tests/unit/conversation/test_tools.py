@@ -36,6 +36,7 @@ CLOCK = tool("clock", zone={"enum": ["UTC"]})
 TOOLS = [WEATHER, CLOCK]
 PARIS = call_text("weather", '{"city": "Paris", "days": 1}')
 UTC = call_text("clock", '{"zone": "UTC"}')
+BARE_UTC = '{\n "name": "clock",\n "arguments": {\n  "zone": "UTC"\n }\n}'
 WILD = SamplingParams(temperature=3, seed=4, max_tokens=600)
 
 
@@ -65,6 +66,12 @@ YES, BEGUN, NO = (True, True), (True, False), (False, False)
         ("auto", True, "<tool_call>\nnonsense", NO),
         ("auto", True, call_text("weather", '{"city": "Berlin"'), NO),
         ("auto", True, call_text("other", "{}"), NO),
+        ("auto", True, '{"name": "clock", "arguments": {"zone": "UTC"}}', YES),
+        ("auto", True, f"```json\n{BARE_UTC}\n{BARE_UTC}\n```", YES),
+        ("auto", True, f"```json\n{BARE_UTC[:-6]}", BEGUN),
+        ("auto", True, BARE_UTC.replace("UTC", "CET"), NO),
+        ("auto", True, BARE_UTC.replace("clock", "other"), YES),
+        ("auto", False, f"{BARE_UTC}\n{BARE_UTC}", NO),
         ("auto", False, PARIS, YES),
         ("auto", False, f"{PARIS}\n{UTC}", NO),
         ("none", True, "Hi. <tool_ca", YES),

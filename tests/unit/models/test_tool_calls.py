@@ -23,13 +23,13 @@ FRAGMENTS = st.sampled_from(
     [
         "<tool_call>", "</tool_call>", "\n", " ", "Hi", "<", "<tool", '{"name": "f", "arguments": ',
         "{", "}", '"', "\\", '{"a": "}<tool_call>"}', '{"arguments": {}, "name": "g"}', PARIS,
-        '{"name": 5}', "é",
+        '{"name": 5}', "é", "```json", "```", '{"name": "f", "arguments": {"a": "}"}}',
     ]
 )  # fmt: skip
 
 
-def events(text: str, cuts: list[int] | None = None) -> list[Event]:
-    parser = ToolCallParser("id_")
+def events(text: str, cuts: list[int] | None = None, names: tuple[str, ...] = ()) -> list[Event]:
+    parser = ToolCallParser("id_", names)
     told: list[Event] = []
     places = sorted({min(cut, len(text)) for cut in cuts or []})
     for start, end in zip([0, *places], [*places, len(text)], strict=True):
@@ -121,11 +121,60 @@ def test_only_the_closing_mark_may_be_missing() -> None:
     assert len(parse_reply(PARIS.removesuffix("</tool_call>")).calls) == 1
 
 
-@given(parts=st.lists(FRAGMENTS, max_size=12), cuts=st.lists(st.integers(0, 80), max_size=8))
-def test_the_pieces_do_not_matter(parts: list[str], cuts: list[int]) -> None:
+BARE = '{"name": "f", "arguments": {"a": 1}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        (BARE, 1),
+        (f"\n```json\n{BARE}\n```\n", 1),
+        (f"```json\n{BARE}\n{BARE}\n```", 2),
+        (f"```json\n{BARE}\n```\n```json\n{BARE}\n```", 2),
+        ('{\n  "name": "f",\n  "arguments": {\n    "a": 1\n  }\n}', 1),
+        (f"{{{BARE}}}", 1),
+    ],
+)
+def test_a_reply_that_is_nothing_but_a_call_needs_no_marks(text: str, calls: int) -> None:
+    for cuts in ([], list(range(len(text)))):
+        told = events(text, cuts, names=("e", "f"))
+        assert sum(isinstance(event, CallEnded) for event in told) == calls
+        assert not any(isinstance(event, TextDelta) for event in told)
+    assert [json.loads(call.arguments) for call in parse_reply(text, names=None).calls] == [
+        {"a": 1}
+    ] * calls
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"So: {BARE}",
+        BARE.replace('"f"', '"other"'),
+        '{"name": "f"}',
+        "```python\nprint()\n```",
+        "  {",
+        "",
+    ],
+)
+def test_what_is_no_call_of_a_tool_that_is_offered_is_text(text: str) -> None:
+    for cuts in ([], list(range(len(text)))):
+        told = events(text, cuts, names=("f",))
+        assert "".join(event.text for event in told if isinstance(event, TextDelta)) == text
+        assert not any(isinstance(event, CallStarted) for event in told)
+
+
+def test_marks_are_found_where_calls_without_them_might_have_been() -> None:
+    assert sum(isinstance(event, CallEnded) for event in events(PARIS, names=("weather",))) == 1
+
+
+@given(parts=st.lists(FRAGMENTS, max_size=12), cuts=st.lists(st.integers(0, 80), max_size=8),
+       names=st.sampled_from([(), ("f", "g")]))  # fmt: skip
+def test_the_pieces_do_not_matter(
+    parts: list[str], cuts: list[int], names: tuple[str, ...]
+) -> None:
     text = "".join(parts)
-    told = events(text, cuts)
-    assert joined(told) == joined(events(text))
+    told = events(text, cuts, names)
+    assert joined(told) == joined(events(text, names=names))
     if not any(isinstance(event, CallStarted) for event in told):
         assert "".join(event.text for event in told if isinstance(event, TextDelta)) == text
 
