@@ -145,7 +145,7 @@ def _copied(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     return copied
 
 
-def _name(schema: Mapping[str, Any]) -> str:
+def _name(schema: Any) -> str:
     function = schema.get("function") if isinstance(schema, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not _NAME.fullmatch(name):
