@@ -6,38 +6,38 @@ turns: each turn asks for the token ids that its place in the tree means, and fi
 cache what any earlier work left of them. So no operation on the tree can leave the KV behind.
 """
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
+from recollect.conversation.checkpoints import Checkpoint
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.idle import IdleWork
 from recollect.conversation.matching import Change
+from recollect.conversation.place import Place
 from recollect.conversation.reason import Expectation, explained
-from recollect.conversation.records import NewNode
+from recollect.conversation.records import NewNode, require_name
 from recollect.conversation.reply import Reply, ReplyStream, as_new_node
-from recollect.conversation.tree import Node, Tree
+from recollect.conversation.tree import Node
 from recollect.conversation.window import Overflow, Window, turn_starts
 from recollect.engine.generator import Generator
+from recollect.engine.pinning import pin_on_disk
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (
     ContextFullError,
     ConversationError,
-    RewindError,
-    SessionBusyError,
     TemplateError,
+    UnknownNodeError,
 )
-from recollect.types import Message, SamplingParams
+from recollect.types import SamplingParams
 
 if TYPE_CHECKING:  # a model makes sessions, so the import would be a circle
     from recollect.conversation.model import Model
     from recollect.kv.prefix import CachedBlock
 
 
-class Session:
+class Session(Place):
     """
     A place in a conversation's tree.
 
@@ -45,7 +45,7 @@ class Session:
     Forks share the conversation and nothing else.
 
     Invariants:
-        1. The tip is a node of the tree.
+        1. All of `Place`.
         2. Between turns the session holds no blocks, but for those that `pin` keeps.
     """
 
@@ -61,37 +61,14 @@ class Session:
         overflow: Overflow = "error",
         change: Change | None = None,
     ) -> None:
+        super().__init__(conversation, tip, name=name, change=change)
         self._model = model
-        self._tip = tip
         self._namespace = namespace
-        self._change = change
-        self._busy = threading.Lock()
         self._idle = IdleWork(model.engine)
         self._pinned: list[CachedBlock] = []
         self._window = Window()
-        self.conversation = conversation
-        self.name = name
-        """The conversation's named tip that moves with this session; None: none does."""
         self.params = params
         self.overflow = overflow
-
-    @property
-    def tip(self) -> Node:
-        """Return the node at which the session stands."""
-        return self._tip
-
-    @property
-    def tree(self) -> Tree:
-        """Return all messages in all branches."""
-        return self.conversation.tree
-
-    def path(self) -> list[Node]:
-        """Return the messages up to the tip."""
-        return self._tip.path()
-
-    def transcript(self) -> list[Message]:
-        """Return the messages up to the tip as plain values."""
-        return [node.message() for node in self.path()]
 
     def stream(self, text: str | None, *, params: SamplingParams | None = None) -> ReplyStream:
         """
@@ -138,51 +115,6 @@ class Session:
                 f"{node!r} is not a user's message, and only those can be edited."
             )
         return self._stream(node.parent, text, params).read()
-
-    def last_user(self) -> Node:
-        """
-        Return the user's message that the tip answers, or the tip if it is one.
-
-        Raises:
-            ConversationError: Nobody has said anything yet.
-        """
-        for node in reversed(self.path()):
-            if node.role == "user":
-                return node
-        raise ConversationError("Nothing has been said yet: say something first.")
-
-    def rewind(self, node: Node) -> None:
-        """
-        Go to a node of the tree, in any branch; costs no forward pass.
-
-        Raises:
-            UnknownNodeError: It is not a node of this conversation. Nothing was changed.
-            StoreError: The journal cannot keep it. Nothing was changed.
-        """
-        self.tree.require(node)
-        with self._exclusively():
-            if self.name is not None:
-                self.conversation.set_tip(self.name, node)
-            self._tip = node
-            self._change = None
-
-    def undo(self, turns: int = 1) -> Node:
-        """
-        Go back by that many turns and return the new tip; they stay in the tree.
-
-        Raises:
-            RewindError: There are not as many. Nothing was changed.
-        """
-        asked = [node for node in self.path() if node.role == "user"]
-        if not 1 <= turns <= len(asked):
-            raise RewindError(
-                f"Cannot undo {turns} turns: the conversation has {len(asked)}; "
-                "give a number between 1 and that."
-            )
-        parent = asked[-turns].parent
-        assert parent is not None, "a user's message has a parent"
-        self.rewind(parent)
-        return parent
 
     def fork(self, node: Node | None = None, *, name: str | None = None) -> "Session":
         """
@@ -238,11 +170,51 @@ class Session:
             finally:
                 self._busy.release()
 
-    def warm_tokens(self, node: Node | None = None) -> tuple[int, int]:
-        """Return how many tokens up to a node, or to the tip, have KV in memory, and how many there are."""
-        path = self._window.shown((node or self._tip).path())
-        ids = self._model.prompts.encode_typed(path, "").token_ids
-        return self._model.engine.warm_tokens(ids, self._namespace), len(ids)
+    def warm_tokens(self, node: Node | None = None, *, on_disk: bool = False) -> tuple[int, int]:
+        """
+        Return how many tokens up to a node, or to the tip, have KV, and how many there are.
+
+        In memory, or with *on_disk* in memory or there.
+        """
+        ids = self._typed_ids(node or self._tip)
+        return self._model.engine.warm_tokens(ids, self._namespace, on_disk=on_disk), len(ids)
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """
+        Keep the KV up to the tip on disk, whatever else needs room, for `return_to` to come back.
+
+        Computes what is not there. Until `Model.drop_checkpoint`, also in other processes.
+
+        Raises:
+            NameTakenError: There is such a checkpoint, or something else is kept under that name.
+            ConversationError: The conversation is not kept, or that cannot be a name.
+            StoreError: No KV is kept on disk, or there is no room for this.
+                In each case nothing is kept, and the conversation is as it was.
+        """
+        require_name(name, "checkpoint")
+        with self._exclusively():
+            engine, places = self._model.engine, self._model.places
+            facts = places.facts(self.conversation.spot(self._tip))
+            ids = self._typed_ids(self._tip)
+            pin_on_disk(engine, ids, self._namespace, name=name, about=facts)
+            return places.find(name)
+
+    def return_to(self, name: str) -> None:
+        """
+        Go to a checkpoint of this conversation, as `rewind` does.
+
+        Raises:
+            UnknownCheckpointError: There is none of that name.
+            UnknownNodeError: It is of another conversation. Nothing was changed.
+        """
+        found = self._model.places.find(name)
+        node = self.conversation.node_at(found.conversation_id, found.node_id)
+        if node is None:
+            raise UnknownNodeError(
+                f"The checkpoint {name!r} is not in this conversation: resume at it "
+                f"(`recollect chat --checkpoint`, or `resume` with `checkpoint`)."
+            )
+        self.rewind(node)
 
     def pin(self) -> None:
         """
@@ -251,8 +223,7 @@ class Session:
         Computes what is not there. Until `unpin`, or another `pin`.
         """
         self.prewarm()
-        ids = self._model.prompts.encode_typed(self.path(), "").token_ids
-        pinned = self._model.engine.pin(ids, self._namespace)
+        pinned = self._model.engine.pin(self._typed_ids(self._tip), self._namespace)
         self.unpin()
         self._pinned = pinned
 
@@ -273,10 +244,7 @@ class Session:
         self.close()
 
     def _begin(self) -> None:
-        if not self._busy.acquire(blocking=False):
-            raise SessionBusyError(
-                "A reply is being generated in this session: read it to its end or stop it first."
-            )
+        super()._begin()
         try:
             self._idle.stop()
         except BaseException:  # an interrupt while waiting
@@ -293,14 +261,6 @@ class Session:
             name=name,
             overflow=self.overflow,
         )
-
-    @contextmanager
-    def _exclusively(self) -> Iterator[None]:
-        self._begin()
-        try:
-            yield
-        finally:
-            self._busy.release()
 
     def _stream(
         self, at: Node | None, text: str | None, params: SamplingParams | None
@@ -386,6 +346,11 @@ class Session:
     def _typed(self, text: str) -> TokenSequence:
         path = self._window.shown(self.path())
         return self._sequence(self._model.prompts.encode_typed(path, text).token_ids)
+
+    def _typed_ids(self, node: Node) -> list[int]:
+        """Return the ids up to where a message after a node would begin."""
+        path = self._window.shown(node.path())
+        return self._model.prompts.encode_typed(path, "").token_ids
 
     def _start_idle_work(self, text: str = "") -> None:
         """Compute a message being typed, or what the template puts before it, while nobody waits."""

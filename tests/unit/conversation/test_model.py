@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import recollect
-from recollect.conversation.model import CONTEXTS_IN_POOL, pool_size
+from recollect.engine.sizing import CONTEXTS_IN_POOL, pool_size
 from recollect.errors import ConfigError, ModelError
 from recollect.runtime.base import RuntimeInfo
 
@@ -28,7 +28,7 @@ def test_without_a_budget_the_pool_holds_some_full_contexts() -> None:
 
 
 def test_the_reference_model_needs_no_weights(tmp_path: Path) -> None:
-    with recollect.load("reference", home=tmp_path) as model:
+    with recollect.load("reference", home=tmp_path, kv_disk=0) as model:
         assert model.name == "reference"
         assert model.context_length == model.engine.info.context_length
         chat = model.session("S")
