@@ -12,6 +12,7 @@ import typer
 from recollect._version import __version__
 from recollect.cli.bench import bench
 from recollect.cli.chat import ChatCommand, chat
+from recollect.cli.checkpoints import app as checkpoints
 from recollect.cli.conversations import app as conversations
 from recollect.cli.models import models, pull
 from recollect.cli.rewind import rewind_test
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command(cls=ChatCommand)(chat)
 app.add_typer(conversations)
+app.add_typer(checkpoints)
 app.command()(models)
 app.command()(pull)
 app.command()(verify)

@@ -137,15 +137,20 @@ class Checkpoints:
         )
 
 
-def drop_of_conversation(store: DiskStore, info: ConversationInfo) -> list[str]:
+def drop_of_conversation(store: DiskStore, conversation_id: int, begun: datetime) -> list[str]:
     """
     Drop the checkpoints of a conversation that is deleted; return their names.
+
+    Args:
+        store: Where they are.
+        conversation_id: In the journal.
+        begun: When the conversation was created, as the journal has it.
 
     Raises:
         StoreError: The store cannot be written.
     """
-    begun = info.created_at.isoformat()
-    return pins.drop_all(store, {**_KIND, "conversation": info.id, "begun": begun})
+    facts = {"conversation": conversation_id, "begun": begun.isoformat()}
+    return pins.drop_all(store, _KIND | facts)
 
 
 def _is_checkpoint(pin: Pin) -> bool:

@@ -192,7 +192,7 @@ def test_with_a_conversation_go_its_checkpoints(warm: Model) -> None:
     assert gone.conversation is None
     with pytest.raises(UnknownCheckpointError, match="deleted"):
         warm.resume(checkpoint="here")
-    assert drop_of_conversation(store_of(warm), info) == ["here"]
+    assert drop_of_conversation(store_of(warm), info.id, info.created_at) == ["here"]
     assert [made.name for made in warm.checkpoints()] == ["there"]
 
 
