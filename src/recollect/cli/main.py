@@ -11,6 +11,7 @@ import typer
 
 from recollect._version import __version__
 from recollect.cli.bench import bench
+from recollect.cli.carry import export, import_file
 from recollect.cli.chat import ChatCommand, chat
 from recollect.cli.checkpoints import app as checkpoints
 from recollect.cli.conversations import app as conversations
@@ -34,6 +35,8 @@ app = typer.Typer(
 app.command(cls=ChatCommand)(chat)
 app.add_typer(conversations)
 app.add_typer(checkpoints)
+app.command()(export)
+app.command("import")(import_file)
 app.command()(models)
 app.command()(pull)
 app.command()(verify)

@@ -70,6 +70,11 @@ class Session(Place):
         self.params = params
         self.overflow = overflow
 
+    @property
+    def namespace(self) -> str:
+        """Return within which KV is shared."""
+        return self._namespace
+
     def stream(self, text: str | None, *, params: SamplingParams | None = None) -> ReplyStream:
         """
         Say something, and return the reply as it is generated.
@@ -170,13 +175,18 @@ class Session(Place):
             finally:
                 self._busy.release()
 
+    def typed_ids(self, node: Node | None = None) -> list[int]:
+        """Return the token ids up to where a message after a node, or after the tip, begins."""
+        path = self._window.shown((node or self._tip).path())
+        return self._model.prompts.encode_typed(path, "").token_ids
+
     def warm_tokens(self, node: Node | None = None, *, on_disk: bool = False) -> tuple[int, int]:
         """
         Return how many tokens up to a node, or to the tip, have KV, and how many there are.
 
         In memory, or with *on_disk* in memory or there.
         """
-        ids = self._typed_ids(node or self._tip)
+        ids = self.typed_ids(node)
         return self._model.engine.warm_tokens(ids, self._namespace, on_disk=on_disk), len(ids)
 
     def checkpoint(self, name: str) -> Checkpoint:
@@ -195,7 +205,7 @@ class Session(Place):
         with self._exclusively():
             engine, places = self._model.engine, self._model.places
             facts = places.facts(self.conversation.spot(self._tip))
-            ids = self._typed_ids(self._tip)
+            ids = self.typed_ids()
             pin_on_disk(engine, ids, self._namespace, name=name, about=facts)
             return places.find(name)
 
@@ -223,7 +233,7 @@ class Session(Place):
         Computes what is not there. Until `unpin`, or another `pin`.
         """
         self.prewarm()
-        pinned = self._model.engine.pin(self._typed_ids(self._tip), self._namespace)
+        pinned = self._model.engine.pin(self.typed_ids(), self._namespace)
         self.unpin()
         self._pinned = pinned
 
@@ -346,11 +356,6 @@ class Session(Place):
     def _typed(self, text: str) -> TokenSequence:
         path = self._window.shown(self.path())
         return self._sequence(self._model.prompts.encode_typed(path, text).token_ids)
-
-    def _typed_ids(self, node: Node) -> list[int]:
-        """Return the ids up to where a message after a node would begin."""
-        path = self._window.shown(node.path())
-        return self._model.prompts.encode_typed(path, "").token_ids
 
     def _start_idle_work(self, text: str = "") -> None:
         """Compute a message being typed, or what the template puts before it, while nobody waits."""

@@ -5,8 +5,9 @@ Knows token ids; not what they are of.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Tokens
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,6 +25,16 @@ from recollect.types import Progress, no_progress
 _REFRESH_S: Final = 0.1
 _MOST_PINNED: Final = 3 / 4
 """Of the budget: what is pinned is never given up, and the rest has to go round for all others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A prefix whose KV is in memory and stays there for a while."""
+
+    blocks: list[CachedBlock]
+    """From the first on; the last may hold more tokens than the prefix has."""
+    computed_tokens: int
+    """That were neither in memory nor on disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +94,37 @@ def pin_on_disk(
     tier = require_tier(engine)
     _require_room(engine, tier, len(token_ids))
     begun = time.perf_counter()
+    with in_memory(engine, token_ids, namespace, progress=progress) as held:
+        pin = _pin(tier, held.blocks, len(token_ids), name, about)
+    return PinnedPrefix(
+        pin=pin,
+        computed_tokens=held.computed_tokens,
+        seconds=time.perf_counter() - begun,
+        stored_bytes=pins.stored(tier.store, pin).stored_bytes,
+    )
+
+
+@contextmanager
+def in_memory(
+    engine: Engine, token_ids: Tokens[int], namespace: str, *, progress: Progress = no_progress
+) -> Iterator[Held]:
+    """
+    Hold the KV of a prefix in memory, after bringing from disk or computing what is not there.
+
+    Args:
+        engine: Whose KV it is.
+        token_ids: The prefix, shape `(n,)`, n >= 1.
+        namespace: Who shares it.
+        progress: Called while it is computed.
+
+    Yields:
+        Its blocks; where KV inside a block cannot be cut, without the one that is not full.
+
+    Raises:
+        StoreError: That leaves no block.
+        ContextFullError: It does not fit the context.
+        OutOfBlocksError: It does not fit the memory.
+    """
     sequence = engine.new_sequence(namespace)
     held: list[CachedBlock] = []
     try:
@@ -95,13 +137,11 @@ def pin_on_disk(
             with engine.lock:
                 sequence.park()
                 held = engine.pin(token_ids, namespace)
-        pin = _pin(tier, held, len(token_ids), name, about)
-        return PinnedPrefix(
-            pin=pin,
-            computed_tokens=sequence.fed_tokens,
-            seconds=time.perf_counter() - begun,
-            stored_bytes=pins.stored(tier.store, pin).stored_bytes,
-        )
+        if not held:
+            raise StoreError(
+                "This is shorter than a block of KV, which is the least that can be kept."
+            )
+        yield Held(held[-1].path(), sequence.fed_tokens)
     finally:
         engine.unpin(held)
         sequence.release()
@@ -134,13 +174,10 @@ def _compute(engine: Engine, sequence: Sequence, progress: Progress) -> None:
 
 
 def _pin(
-    tier: DiskTier, held: list[CachedBlock], tokens: int, name: str, about: Mapping[str, Any]
+    tier: DiskTier, path: list[CachedBlock], tokens: int, name: str, about: Mapping[str, Any]
 ) -> Pin:
     """Pin first and write then: so nothing of it is evicted or replaced meanwhile."""
-    if not held:
-        raise StoreError("This is shorter than a block of KV, which is the least that can be kept.")
-    tail = held[-1]
-    stored = sum(len(block.token_ids) for block in tail.path())
+    tail, stored = path[-1], sum(len(block.token_ids) for block in path)
     identity = tier.identity.digest().hex()
     pin = Pin(name, tail.key, min(tokens, stored), identity, time.time(), dict(about))
     if not pins.add(tier.store, pin):

@@ -57,6 +57,7 @@ class DiskTier:
         self.identity: Final = identity
         self._lock = lock
         self._cache = cache
+        self._runtime = runtime
         self._block_size = runtime.info.block_size
         self._inside_blocks = not runtime.info.whole_blocks_only
         self._written = WriteBehind(store, identity, runtime, pool, cache, lock)
@@ -116,6 +117,10 @@ class DiskTier:
                 for block in path:
                     block.on_disk = False
         raise StoreError("This could not be kept on disk: there is no room for it (--kv-disk).")
+
+    def read_block(self, cached: CachedBlock, into: memoryview) -> None:
+        """Copy a block's bytes from memory; whoever calls holds it there."""
+        self._runtime.read_block(cached.block, into)
 
     def stored_tokens(self, match: Match, root: CachedBlock, token_ids: Tokens[int]) -> int:
         """
