@@ -19,6 +19,7 @@ from recollect.cli.models import models, pull
 from recollect.cli.rewind import rewind_test
 from recollect.cli.scenarios import scenarios
 from recollect.cli.verify import verify
+from recollect.cli.warm import warm
 from recollect.errors import RecollectError
 
 EXIT_ERROR: Final = 2
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.command(cls=ChatCommand)(chat)
 app.add_typer(conversations)
 app.add_typer(checkpoints)
+app.command()(warm)
 app.command()(export)
 app.command("import")(import_file)
 app.command()(models)

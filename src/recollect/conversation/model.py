@@ -20,6 +20,7 @@ from recollect.conversation.matching import MessageIndex
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, require_name
 from recollect.conversation.session import Session
+from recollect.conversation.warming import Warmed, warm
 from recollect.conversation.window import Overflow
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import require_tier
@@ -253,6 +254,30 @@ class Model:
         if checkpoint is not None:
             session.return_to(checkpoint)
         return session
+
+    def warm(
+        self,
+        text: str = "",
+        *,
+        system: str | None = None,
+        name: str,
+        progress: Progress = no_progress,
+    ) -> Warmed:
+        """
+        Read a text once and keep its KV on disk, so that first messages which begin so start warm.
+
+        Args:
+            text: What they begin with; empty: only the instructions.
+            system: Instructions before it.
+            name: Of what is kept; a text that has changed takes the place of the one before.
+            progress: Called with tokens while they are read.
+
+        Raises:
+            NameTakenError: Something else is kept under that name.
+            StoreError: No KV is kept on disk here, or there is no room for it.
+            ContextFullError: It does not fit the context.
+        """
+        return warm(self, text, system=system, name=name, progress=progress)
 
     def checkpoints(self) -> list[Checkpoint]:
         """

@@ -156,7 +156,7 @@ def _require_room(engine: Engine, tier: DiskTier, tokens: int) -> None:
     if pinned + needed > room:
         raise StoreFullError(
             f"This takes {needed:,} bytes on disk, and {pinned:,} of {room:,} that may be kept from "
-            "eviction are taken: drop a checkpoint, or give more room (--kv-disk)."
+            "eviction are taken: let one go (`recollect cache unpin`), or give more room (--kv-disk)."
         )
 
 
@@ -183,7 +183,7 @@ def _pin(
     if not pins.add(tier.store, pin):
         raise NameTakenError(
             f"Something is kept on disk as {name!r} already: take another name, or drop that one "
-            "(`recollect checkpoints drop`)."
+            "(`recollect cache unpin`)."
         )
     try:
         tier.keep(tail)
