@@ -11,6 +11,7 @@ import typer
 
 from recollect._version import __version__
 from recollect.cli.bench import bench
+from recollect.cli.cache import app as cache
 from recollect.cli.carry import export, import_file
 from recollect.cli.chat import ChatCommand, chat
 from recollect.cli.checkpoints import app as checkpoints
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command(cls=ChatCommand)(chat)
 app.add_typer(conversations)
 app.add_typer(checkpoints)
+app.add_typer(cache)
 app.command()(warm)
 app.command()(export)
 app.command("import")(import_file)

@@ -62,6 +62,24 @@ def shrink(folder: Path) -> int | None:
         return before - data.stat().st_size
 
 
+def discard(folder: Path) -> bool:
+    """
+    Delete the file of a store that is damaged; return False where somebody has it open.
+
+    Raises:
+        StoreError: It cannot be deleted.
+    """
+    if is_open(folder):
+        return False
+    with translated(folder), _alone(folder) as alone:
+        if alone:
+            try:
+                (folder / _DATA).unlink(missing_ok=True)
+            except PermissionError:  # Windows: it is open
+                return False
+        return alone
+
+
 def _continue_from(folder: Path, last: int) -> None:
     """
     Let the newest state of a copy lie where whoever waits for the lock will look for it.
