@@ -91,9 +91,12 @@ def stats(as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps(values, indent=2))
         return
+    saved = f"{format_duration(values['saved_s'])} of computing, by the speed measured here"
+    if values["restored_tokens"] and not values["saved_s"]:
+        saved = "unknown until a long prompt has been computed here"
     for name, value in (
         ("restored", f"{values['restored_tokens']:,} tokens instead of computing them"),
-        ("saved", f"{format_duration(values['saved_s'])}, as measured on this machine"),
+        ("saved", saved),
         ("kept", f"{values['tokens']:,} tokens in {values['blocks']:,} blocks"),
         (
             "size",

@@ -36,7 +36,11 @@ def verify(
     kv_memory: KvMemoryOption = None,
     kv_disk: ProofKvDiskOption = "0",
 ) -> None:
-    """Hold random conversations, and compare each state with a fresh prefill of the same tokens."""
+    """
+    Hold random conversations, and compare each state with a fresh prefill of the same tokens.
+
+    With --kv-disk they are also forgotten in memory and read back from disk.
+    """
     with open_model(model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk) as loaded:
         from recollect.proof import verify as proof  # noqa: PLC0415
 

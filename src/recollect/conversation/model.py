@@ -89,6 +89,7 @@ class Model:
             store=store,
         )
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
+        self.engine.start()
 
     @property
     def context_length(self) -> int:
@@ -329,6 +330,7 @@ def load(
     profile: Profile = config.DEFAULT_PROFILE,
     kv_memory: int | None = None,
     kv_disk: int | None = None,
+    store: DiskStore | None = None,
     home: Path | None = None,
     progress: Progress = no_progress,
 ) -> Model:
@@ -343,6 +345,7 @@ def load(
             four full contexts need.
         kv_disk: Most bytes of KV on disk, shared by all models of the home; 0: none is kept. None:
             10 GB or a tenth of the free disk, whichever is smaller.
+        store: Where KV is kept on disk instead, open; closed with the model.
         home: Where models are kept; None: `RECOLLECT_HOME` or the user's data folder.
         progress: Called while fetching and converting.
 
@@ -355,7 +358,7 @@ def load(
     home = home or config.home()
     local = prepare(str(model), home=home, progress=progress)
     runtime = _runtime(local, profile)
-    store = _store(home, kv_disk)
+    store = store or _store(home, kv_disk)
     try:
         return Model(local, runtime, profile=profile, home=home, kv_memory=kv_memory, store=store)
     except BaseException:

@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Final
 
 from recollect.engine.sequence import Sequence
-from recollect.errors import RuntimeFailure, StoreError
+from recollect.errors import RuntimeFailure, StoreBusyError, StoreError
 from recollect.kv.blocks import BlockPool
 from recollect.kv.disk import DiskStore, Found
 from recollect.kv.prefix import PrefixCache
@@ -117,7 +117,7 @@ class Restorer:
         """Restored so far."""
         self.seconds = 0.0
         """That this took."""
-        self.error: StoreError | RuntimeFailure | None = None
+        self.error: StoreError | None = None
         """Why nothing is read any more; None: it is."""
         self.used: set[bytes] = set()
         """Keys of the last blocks that were read; whoever notes them empties it."""
@@ -144,12 +144,19 @@ class Restorer:
                 return Restored(0, plan.is_all)
             gained, count = self._carry_out(sequence, plan)
         except (StoreError, RuntimeFailure) as error:
-            self.error = error
-            self._store.misses["store"] += 1
-            _log.warning("KV on disk is not used any more. %s", error)
+            self._failed(error)
             return _NOTHING
         self._measured(count, gained, perf_counter() - begun)
         return Restored(gained, plan.is_all or count < len(plan.entries))
+
+    def _failed(self, error: StoreError | RuntimeFailure) -> None:
+        """Count it as a miss; where the files are at fault, do without them from now on."""
+        self._store.misses["store"] += 1
+        if isinstance(error, StoreError) and not isinstance(error, StoreBusyError):
+            self.error = error
+            _log.warning("KV on disk is not used any more. %s", error)
+        else:
+            _log.warning("KV on disk was not used this time. %s", error)
 
     def _plan(
         self, sequence: Sequence, compute_s_per_token: float | None, most_s: float | None

@@ -11,7 +11,7 @@ import pytest
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.restore import Rates, plan_restore
-from recollect.errors import RuntimeFailure
+from recollect.errors import RuntimeFailure, StoreCorruptError
 from recollect.kv import disk_audit
 from recollect.kv.disk import DiskStore, Found
 from recollect.kv.record import Entry, Identity
@@ -279,7 +279,7 @@ def test_a_prompt_is_restored_between_the_tokens_of_another(
 ) -> None:
     """A long restore is cut into steps, and the other's tokens come between them."""
     monkeypatch.setattr("recollect.engine.restore._FIRST_BLOCKS", 1)
-    monkeypatch.setattr("recollect.engine.engine._MOST_RESTORE_S", 0.0)
+    monkeypatch.setattr("recollect.engine.tier._MOST_RESTORE_S", 0.0)
     engine = make_engine(store=open_store())
     one, two = engine.new_sequence(), engine.new_sequence()
     one.append([49, 48, 47])
@@ -354,7 +354,30 @@ def test_an_engine_that_fails_to_restore_once_still_serves_memory(
 ) -> None:
     engine = make_engine(store=open_store())
     faults.write_in, faults.error = 0, RuntimeFailure
-    logits_after(engine, PROMPT)
+    logits_after(engine, PROMPT[:9])
     before = engine.computed_tokens
     logits_after(engine, PROMPT)
-    assert engine.computed_tokens - before == 1
+    assert engine.computed_tokens - before == 1, "and tries the disk again"
+
+
+def test_a_store_that_cannot_be_read_is_done_without(
+    make_engine: Make,
+    open_store: Open,
+    warm_disk: list[int],
+    fresh_logits: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = make_engine(store=open_store())
+
+    def unreadable(*_: object, **__: object) -> Found:
+        raise StoreCorruptError("The KV store is damaged: clear it.")
+
+    monkeypatch.setattr(DiskStore, "find", unreadable)
+    with caplog.at_level(logging.WARNING, logger="recollect"):
+        for length in (9, 20, 30):
+            ids = PROMPT[:length]
+            assert np.array_equal(logits_after(engine, ids), fresh_logits(ids))
+    assert len(caplog.records) == 1
+    assert tier_of(engine).statistics().misses == {"store": 1}
+    assert "damaged" in (tier_of(engine).statistics().error or "")
