@@ -9,11 +9,13 @@ Conversations with local language models that never read a token twice, and prov
 """
 
 from recollect._version import __version__
+from recollect.conversation.checkpoints import Checkpoint
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.model import Model, load
 from recollect.conversation.reply import Reply, ReplyStream
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node, Tree
+from recollect.conversation.warming import Warmed
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.sequence import Sequence
@@ -21,6 +23,7 @@ from recollect.errors import MisuseError, RecollectError
 from recollect.types import Message, SamplingParams, Usage
 
 __all__ = [
+    "Checkpoint",
     "Conversation",
     "Engine",
     "Generator",
@@ -36,6 +39,7 @@ __all__ = [
     "Session",
     "Tree",
     "Usage",
+    "Warmed",
     "__version__",
     "load",
 ]

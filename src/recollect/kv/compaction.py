@@ -120,9 +120,9 @@ def _alone(folder: Path) -> Iterator[bool]:
     try:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
-        except (BlockingIOError, PermissionError):
-            yield False
-        else:
-            yield True
+            alone = True
+        except OSError:  # somebody has it, or nobody can tell
+            alone = False
+        yield alone
     finally:
         os.close(lock)
