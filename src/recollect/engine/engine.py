@@ -149,13 +149,17 @@ class Engine:
             self._sequences.add(sequence)
         return sequence
 
-    def warm_tokens(self, token_ids: Tokens[int], namespace: str | None = "") -> int:
-        """Return how many leading tokens the cache has KV for; counts as a use of it."""
+    def warm_tokens(
+        self, token_ids: Tokens[int], namespace: str | None = "", *, on_disk: bool = False
+    ) -> int:
+        """Return how many leading tokens have KV in memory, or with *on_disk* there; counts as a use."""
         if namespace is None:
             return 0
         with self.lock:
-            match = self._match(token_ids, namespace)
-            return len(match.full) * self.block_size + match.partial_tokens
+            match, root = self._match(token_ids, namespace), self._cache.root(namespace)
+        if on_disk and self._tier is not None:
+            return self._tier.stored_tokens(match, root, token_ids)
+        return len(match.full) * self.block_size + match.partial_tokens
 
     def pin(self, token_ids: Tokens[int], namespace: str = "") -> list[CachedBlock]:
         """Keep what the cache has of a prefix until `unpin`; return what to unpin."""
@@ -274,7 +278,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
         if self._tier is not None:
-            self._tier.close()
+            self._tier.close(compute_s_per_token=self._passes.s_per_token)
         self._runtime.close()
 
     def _match(self, token_ids: Tokens[int], namespace: str) -> Match:

@@ -79,9 +79,9 @@ class Task:
         if self.error is not None:
             raise self.error
 
-    def join(self) -> None:
-        """Wait for the end, whatever it is."""
-        self._ended.wait()
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end, whatever it is, or for some seconds; return whether it has come."""
+        return self._ended.wait(timeout_s)
 
     def end(self, state: TaskState, error: Exception | None = None) -> None:
         """Give the sequence back to the caller. For the scheduler."""
