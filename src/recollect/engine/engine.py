@@ -15,7 +15,7 @@ from typing import Final
 
 from recollect.engine.scheduler import Pass, Scheduler
 from recollect.engine.sequence import FeedPlan, Sequence
-from recollect.engine.task import Task, TaskState
+from recollect.engine.task import Task, TaskState, count_replays
 from recollect.errors import MisuseError, OutOfBlocksError, RuntimeFailure
 from recollect.kv.blocks import BlockPool, blocks_for
 from recollect.kv.cached_table import CachedTable
@@ -50,9 +50,8 @@ class Engine:
         fingerprint: str = "",
     ) -> None:
         self._runtime = runtime
-        info = runtime.info
         runtime.allocate(num_blocks)
-        self.info = info
+        self.info = info = runtime.info
         self.block_size = info.block_size
         self.keep_multiple_of = info.block_size if info.whole_blocks_only else 1
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -65,7 +64,7 @@ class Engine:
         self._pool = BlockPool(num_blocks, info.block_size)
         self._cache = PrefixCache(self._pool, f"{fingerprint}/{info.name}")
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
-        self._scheduler = Scheduler(info.block_size)
+        self._scheduler = Scheduler(info.block_size, info.most_rows)
         self._work = threading.Condition(self.lock)
         self._thread: threading.Thread | None = None
         self._passing = False
@@ -377,6 +376,7 @@ class Engine:
         logits = self._runtime.forward(list(rows.values()))
         self.forward_passes += 1
         self.computed_tokens += sum(len(row.token_ids) for row in rows.values())
+        self.computed_tokens += count_replays(self._runtime, rows)
         wanting = [task for task, row in rows.items() if row.wants_logits]
         return dict(zip(wanting, logits, strict=True))
 

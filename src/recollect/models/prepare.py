@@ -19,6 +19,7 @@ from recollect.models.folder import from_manifest, open_folder
 from recollect.models.hub import download_from_hub
 from recollect.models.local import LocalModel
 from recollect.models.manifest import Manifest
+from recollect.models.onnx_folder import is_onnx_folder, open_onnx_folder
 from recollect.models.reference import reference_model
 from recollect.models.resolve import FolderSource, GgufSource, ReferenceModel, Source, resolve
 from recollect.models.scratch import scratch_folder
@@ -39,8 +40,9 @@ def prepare(
     Return the model that *reference* names, downloading and converting it the first time.
 
     Args:
-        reference: A name of the catalog, the path of a .gguf file or of an OpenVINO folder,
-            `org/repo:file.gguf` on the model hub, or "reference" for the model without weights.
+        reference: A name of the catalog, the path of a .gguf file, of an OpenVINO or of an ONNX
+            GenAI folder, `org/repo:file.gguf` on the model hub, or "reference" for the model
+            without weights.
         home: Where models are kept.
         catalog: The models that go by a name.
 
@@ -68,7 +70,8 @@ def _prepare(source: Source, home: Path, progress: Progress) -> LocalModel:
         case GgufSource():
             return _prepare_gguf(source, home, progress)
         case FolderSource():
-            return open_folder(source.path, name=str(source.path), home=home, progress=progress)
+            opened = open_onnx_folder if is_onnx_folder(source.path) else open_folder
+            return opened(source.path, name=str(source.path), home=home, progress=progress)
         case HubFile():
             return _prepare_hub_file(source, home, progress)
         case _:
