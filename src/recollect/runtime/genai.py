@@ -81,6 +81,7 @@ class GenAiRuntime:
                 "library; docs/ryzen-ai.md says how to get AMD's."
             ) from cause
         config = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
+        self._pad_token_id = config.get("pad_token_id")
         self._turn = _longrope_turn(config, context_length)
         self._info = RuntimeInfo(
             name=f"onnxruntime-genai-{self._library.__version__}-{self._model.device_type}",
@@ -169,10 +170,24 @@ class GenAiRuntime:
             self._live.remove(live)  # until it has succeeded
         with mapped_errors("running the model"):
             live.generator.append_tokens(history[keep:])
-            logits = np.array(live.generator.get_logits(), np.float32).reshape(-1)
+            logits = self._logits(live.generator, history)
         live.history = LiveHistory(history, is_beyond(len(history), self._turn))
         self._live.append(live)
-        return live, keep, logits[-self._info.vocab_size :]
+        return live, keep, logits
+
+    def _logits(self, generator: Any, history: TokenArray) -> Logits:
+        """
+        Return the logits after the last token.
+
+        `get_logits` takes padding at the end of what was appended for no text, and gives the logits
+        of the token before. Where the padding token also ends a turn, as in many chat models, that
+        is wrong; the whole output, which is then copied, is right. Source: docs/og.md.
+        """
+        if history[-1] == self._pad_token_id:
+            logits = generator.get_output("logits")
+        else:
+            logits = generator.get_logits()
+        return np.array(logits, np.float32).reshape(-1, logits.shape[-1])[-1, : self._info.vocab_size]
 
     def _rewound(self, live: _Live, keep: int) -> _Live | None:
         """Return the generator rewound, or None where the library cannot: then it is given up."""
