@@ -13,6 +13,7 @@ from recollect._version import __version__
 from recollect.cli.bench import bench
 from recollect.cli.chat import ChatCommand, chat
 from recollect.cli.conversations import app as conversations
+from recollect.cli.convert import convert
 from recollect.cli.models import models, pull
 from recollect.cli.rewind import rewind_test
 from recollect.cli.scenarios import scenarios
@@ -34,6 +35,7 @@ app.command(cls=ChatCommand)(chat)
 app.add_typer(conversations)
 app.command()(models)
 app.command()(pull)
+app.command()(convert)
 app.command()(verify)
 app.command()(bench)
 app.command()(scenarios)

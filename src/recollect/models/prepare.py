@@ -6,7 +6,8 @@ converted first. Does not load the model.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, assert_never
 
@@ -76,6 +77,31 @@ def _prepare(source: Source, home: Path, progress: Progress) -> LocalModel:
             return _prepare_hub_file(source, home, progress)
         case _:
             assert_never(source)
+
+
+@contextmanager
+def original_of(reference: str, *, home: Path, progress: Progress = no_progress) -> Iterator[Path]:
+    """
+    Yield the GGUF file or the folder that *reference* names, downloaded if it must be, not converted.
+
+    Raises:
+        UnknownModelError: Nothing goes by it.
+        FetchError: It cannot be downloaded.
+        UnsupportedModelError: It has no original: the model without weights.
+    """
+    match resolve(reference):
+        case ReferenceModel():
+            raise UnsupportedModelError(
+                "The reference model has no weights to convert: name another."
+            )
+        case CatalogEntry() as entry:
+            yield (gguf := fetch_entry(entry, home=home, progress=progress))
+            gguf.unlink(missing_ok=True)  # as after every conversion; it can be had again
+        case HubFile() as file:
+            with scratch_folder(home) as scratch:
+                yield download_from_hub(file, scratch, progress)
+        case GgufSource(path) | FolderSource(path):
+            yield path
 
 
 def models_folder(home: Path) -> Path:

@@ -187,7 +187,9 @@ class GenAiRuntime:
             logits = generator.get_output("logits")
         else:
             logits = generator.get_logits()
-        return np.array(logits, np.float32).reshape(-1, logits.shape[-1])[-1, : self._info.vocab_size]
+        return np.array(logits, np.float32).reshape(-1, logits.shape[-1])[
+            -1, : self._info.vocab_size
+        ]
 
     def _rewound(self, live: _Live, keep: int) -> _Live | None:
         """Return the generator rewound, or None where the library cannot: then it is given up."""
