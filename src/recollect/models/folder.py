@@ -55,6 +55,7 @@ def from_manifest(manifest: Manifest, folder: Path, name: str) -> LocalModel:
         bos_token=manifest.bos_token,
         eos_token=manifest.eos_token,
         fingerprint=manifest.fingerprint,
+        architecture=manifest.architecture,
     )
 
 
@@ -96,7 +97,14 @@ class _Export:
             bos_token=self._special_token("bos_token"),
             eos_token=self._special_token("eos_token"),
             fingerprint=combine(["openvino folder 1", *parts, template or ""]),
+            architecture=self._architecture(),
         )
+
+    def _architecture(self) -> str | None:
+        if self._source is not None:
+            return self._source.architecture
+        found = self._config.get("model_type")
+        return found if isinstance(found, str) else None
 
     def _read_source(self) -> GgufHeader | None:
         """Return the header of the one GGUF file that OpenVINO GenAI saved this folder beside."""

@@ -36,3 +36,5 @@ class LocalModel:
     """Hex sha256 of weights, tokenizer, template and format: KV is shared only under the same."""
     search_defaults: Mapping[str, Any] = field(default_factory=dict)
     """How the folder says that tokens be chosen, in ONNX Runtime GenAI's words; only `recollect.og` asks."""
+    architecture: str | None = None
+    """What the model's own files call it, such as `llama`; None where they do not say."""

@@ -62,6 +62,7 @@ def open_onnx_folder(
         eos_token=special_token(tokenizer_config, "eos_token") or _first(eos, added),
         fingerprint=_fingerprint(folder, home, progress),
         search_defaults=_table(whole.get("search")),
+        architecture=str(config.get("type", "")) or None,
     )
 
 
