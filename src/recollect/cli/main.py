@@ -16,6 +16,7 @@ from recollect.cli.carry import export, import_file
 from recollect.cli.chat import ChatCommand, chat
 from recollect.cli.checkpoints import app as checkpoints
 from recollect.cli.conversations import app as conversations
+from recollect.cli.convert import convert
 from recollect.cli.models import models, pull
 from recollect.cli.rewind import rewind_test
 from recollect.cli.scenarios import scenarios
@@ -43,6 +44,7 @@ app.command()(export)
 app.command("import")(import_file)
 app.command()(models)
 app.command()(pull)
+app.command()(convert)
 app.command()(verify)
 app.command()(bench)
 app.command()(scenarios)

@@ -362,9 +362,10 @@ def load(
     Return a model that is ready to talk, after fetching and converting it where that is needed.
 
     Args:
-        model: A name in the catalog, a `.gguf` file, an OpenVINO folder, `org/repo:file` on the
-            hub, or `reference`, which needs no weights and talks nonsense.
-        profile: `exact`, `fast` or `small`; see ARCHITECTURE.md.
+        model: A name in the catalog, a `.gguf` file, an OpenVINO or ONNX GenAI folder,
+            `org/repo:file` on the hub, or `reference`, which needs no weights and talks nonsense.
+        profile: `exact`, `fast` or `small`; see ARCHITECTURE.md. An ONNX GenAI folder computes in
+            the precision that it was converted with, whatever the profile.
         kv_memory: Most bytes of KV; None: a quarter of the free memory, at most what
             four full contexts need.
         kv_disk: Most bytes of KV on disk, shared by all models of the home; 0: none is kept. None:
@@ -406,6 +407,10 @@ def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:
         return ReferenceRuntime(
             vocab_size=load_tokenizer(local).vocab_size, context_length=local.context_length
         )
+    if local.format == "onnx-genai":
+        from recollect.runtime.genai import GenAiRuntime  # noqa: PLC0415 - as below
+
+        return GenAiRuntime(local.folder, context_length=local.context_length)
     # Here and not above: it takes half a second, which `recollect --help` need not wait for.
     from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415
 

@@ -55,16 +55,15 @@ class Engine:
         store: DiskStore | None = None,
     ) -> None:
         self._runtime = runtime
-        info = runtime.info
         runtime.allocate(num_blocks)
-        self.info = info
+        self.info = info = runtime.info
         self.block_size = info.block_size
         self.keep_multiple_of = info.block_size if info.whole_blocks_only else 1
         self.eos_token_ids = frozenset(eos_token_ids)
         self.lock = threading.RLock()
         """Held while block tables, pool and cache change."""
         self._pool = BlockPool(num_blocks, info.block_size)
-        self._scheduler = Scheduler(info.block_size)
+        self._scheduler = Scheduler(info.block_size, info.most_rows)
         self._passes = ForwardPasses(runtime, keep_multiple_of=self.keep_multiple_of)
         self._tier: DiskTier | None = None
         identity = Identity(fingerprint, info.name, info.kv_format)

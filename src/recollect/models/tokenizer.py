@@ -13,7 +13,9 @@ import numpy as np
 
 from recollect.errors import UnsupportedModelError
 from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.models.hf_tokenizer import HfTokenizer
 from recollect.models.local import LocalModel
+from recollect.models.onnx_folder import TOKENIZER_NAME
 from recollect.models.tokenizer_ir import without_truncation
 from recollect.models.vocabulary import (
     TEXT_MARKS,
@@ -134,6 +136,8 @@ def load_tokenizer(model: LocalModel) -> Tokenizer:
     """
     if model.folder is None:
         return ByteTokenizer()
+    if model.format == "onnx-genai":
+        return HfTokenizer(model.folder / TOKENIZER_NAME, model.eos_token_ids)
     return OpenVinoTokenizer(model.folder, model.eos_token_ids)
 
 
