@@ -31,6 +31,7 @@ from recollect.conversation.statements import (
     insert_conversation,
     require_free,
     require_node,
+    tips_of,
     touch,
     write_tip,
 )
@@ -220,10 +221,8 @@ class Journal:
         with self._database.reading() as connection:
             row = find_conversation(connection, name_or_id, namespace)
             nodes = tuple(read_nodes(connection, row[0], path))
-            tips = connection.execute(
-                "SELECT name, node_id FROM tips WHERE conversation_id = ? ORDER BY name", (row[0],)
-            ).fetchall()
-            return stored_conversation(row, nodes, dict(tips), path)
+            tips = dict(tips_of(connection, row[0]))
+            return stored_conversation(row, nodes, tips, path)
 
     def rename(self, name_or_id: str | int, name: str) -> None:
         """
@@ -261,6 +260,16 @@ class Journal:
                 connection.execute(statement, (conversation_id,))
         # Until the log is cut, it still holds the pages as they were.
         self._database.empty_log()
+
+    def tips(self, conversation_id: int) -> dict[str, int | None]:
+        """
+        Return where the tips of a conversation stand; None is the root.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with self._database.reading() as connection:
+            return dict(tips_of(connection, conversation_id))
 
     def set_label(self, label: Label) -> None:
         """

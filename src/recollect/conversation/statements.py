@@ -176,6 +176,14 @@ def require_node(connection: sqlite3.Connection, conversation_id: int, node_id: 
         )
 
 
+def tips_of(connection: sqlite3.Connection, conversation_id: int) -> list[tuple[str, int | None]]:
+    """Return the names of a conversation's tips, sorted, and where each stands."""
+    return connection.execute(
+        "SELECT name, node_id FROM tips WHERE conversation_id = ? ORDER BY name",
+        (conversation_id,),
+    ).fetchall()
+
+
 def write_tip(
     connection: sqlite3.Connection, conversation_id: int, name: str, node_id: int | None
 ) -> None:

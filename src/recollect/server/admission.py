@@ -27,7 +27,7 @@ class Ticket:
         """Give the turn to whoever waits; calling it again does nothing."""
         admission, self._admission = self._admission, None
         if admission is not None:
-            admission._give_back(self._weight, monotonic() - self._begun_s)  # noqa: SLF001 - a part of it
+            admission._give_back(self._weight, monotonic() - self._begun_s)
 
 
 class Admission:

@@ -92,11 +92,8 @@ def api_error(error: Exception) -> ApiError:
     """Return how an error is told to a client; what is not in the table is a bug, and says nothing."""
     if isinstance(error, ApiError):
         return error
-    for kind, answer in TABLE:
-        if isinstance(error, kind):
-            break
-    else:
-        answer = Answer(500, _OURS, "internal_error", _SEE_LOG)
+    fitting = (answer for kind, answer in TABLE if isinstance(error, kind))
+    answer = next(fitting, Answer(500, _OURS, "internal_error", _SEE_LOG))
     if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         _log.error("%s: %s", type(error).__name__, error, exc_info=error)
     headers = {} if answer.retry_after_s is None else {"Retry-After": str(answer.retry_after_s)}
@@ -151,7 +148,7 @@ _ANTHROPIC_KINDS: Final = {
 
 def anthropic_body(error: ApiError) -> dict[str, Any]:
     """Return an error as Anthropic's clients expect it."""
-    kind = _ANTHROPIC_KINDS.get(error.status, INVALID if error.status < 500 else "api_error")  # noqa: PLR2004
+    kind = _ANTHROPIC_KINDS.get(error.status, INVALID if error.status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 

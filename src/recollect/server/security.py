@@ -70,7 +70,10 @@ class Security:
         known = own | {*self._settings.cors_origins}
         is_foreign = origin is not None and origin not in known
         # A page can load an image or a script without naming its origin.
-        is_embedded = origin is None and headers.get("sec-fetch-site") in {"cross-site", "same-site"}
+        is_embedded = origin is None and headers.get("sec-fetch-site") in {
+            "cross-site",
+            "same-site",
+        }
         if is_foreign or is_embedded:
             raise ApiError(
                 f"Web pages of {origin or 'other sites'} may not call this server: --cors lets "

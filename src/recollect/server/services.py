@@ -9,6 +9,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import time
 from typing import Final
 
 from fastapi import Request
@@ -18,8 +19,8 @@ from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
 from recollect.server.admission import Admission
 from recollect.server.hub import ModelHub
-from recollect.server.keys import Client
 from recollect.server.kept import KeptConversations
+from recollect.server.keys import Client
 from recollect.server.metrics import Metrics
 from recollect.server.security import CLIENT
 from recollect.server.settings import Settings
@@ -47,6 +48,8 @@ class Services:
     metrics: Metrics
     kept: KeptConversations
     speeds: dict[str, PrefillSpeed] = field(default_factory=lambda: defaultdict(PrefillSpeed))
+    started_at: int = field(default_factory=lambda: int(time()))
+    """In seconds since 1970."""
     _journal: Journal | None = None
 
     @property
@@ -86,10 +89,10 @@ class Job:
         self.model: Final = model
         self.model_name: Final = model_name
 
-    def cost(self, replies: Sequence[Reply]) -> Cost:
-        """Return what the replies cost together."""
+    def cost(self, replies: Sequence[Reply], *, per_prompt: int | None = None) -> Cost:
+        """Return what the replies cost together; see `usage.cost`."""
         usages = [reply.usage for reply in replies]
-        return cost(usages, self._services.speeds[self.model_name])
+        return cost(usages, self._services.speeds[self.model_name], per_prompt=per_prompt)
 
     async def replies(self, request: Request) -> list[Reply]:
         """
@@ -121,14 +124,17 @@ class Job:
             ClientGone, RecollectError: As in `replies`.
         """
         try:
-            first = await unless_disconnected(request, self._readers.first())
-            if isinstance(first, Ended) and first.error is not None:
-                raise first.error
+            _require_no_failure(await unless_disconnected(request, self._readers.first()))
         except BaseException:
             self._readers.stop()
             raise
         events = encode(self._readers.events())
         return EventStream(events, on_close=self._readers.stop, headers=headers or {})
+
+
+def _require_no_failure(event: Event) -> None:
+    if isinstance(event, Ended) and event.error is not None:
+        raise event.error
 
 
 async def begin(
@@ -147,9 +153,7 @@ async def begin(
     return await unless_disconnected(request, _begin(services, model_name, prepare, choices))
 
 
-async def _begin(
-    services: Services, model_name: str | None, prepare: Prepare, choices: int
-) -> Job:
+async def _begin(services: Services, model_name: str | None, prepare: Prepare, choices: int) -> Job:
     ticket = await services.admission.enter(choices)
     try:
         lease = await services.hub.acquire(model_name)

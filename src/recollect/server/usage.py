@@ -4,8 +4,8 @@ What a reply cost, as clients are told: in each API's own fields, and in ours be
 Cached tokens are those that no forward pass was fed with: the prompt's, less the computed ones.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
 
 from recollect.types import Reason, Usage
@@ -108,20 +108,40 @@ class Cost:
         }
 
 
-def cost(usages: Sequence[Usage], speed: PrefillSpeed) -> Cost:
-    """Return what replies to one request cost, the first of which is asked for the reason."""
-    most = max(usages, key=lambda usage: usage.computed_tokens)
+def cost(usages: Sequence[Usage], speed: PrefillSpeed, *, per_prompt: int | None = None) -> Cost:
+    """
+    Return what the replies to one request cost.
+
+    Args:
+        usages: Of the replies, in their order.
+        speed: Of the model.
+        per_prompt: How many of them in a row share a prompt; None: all do.
+    """
+    size = per_prompt or len(usages)
+    groups = [usages[start : start + size] for start in range(0, len(usages), size)]
+    # Of replies that share a prompt one computes it, and the others find what it left.
+    most = [max(group, key=lambda usage: usage.computed_tokens) for group in groups]
+    saved = [speed.time_saved_s(usage) for usage in most]
+    reused = sum(usage.reused_tokens for usage in most)
     return Cost(
-        prompt_tokens=most.prompt_tokens,
-        computed_tokens=most.computed_tokens,
-        reused_tokens=most.reused_tokens,
+        prompt_tokens=sum(usage.prompt_tokens for usage in most),
+        computed_tokens=sum(usage.computed_tokens for usage in most),
+        reused_tokens=reused,
         generated_tokens=sum(usage.generated_tokens for usage in usages),
         ttft_s=min(usage.ttft_s for usage in usages),
-        tier="memory" if most.reused_tokens else None,
-        time_saved_s=speed.time_saved_s(most),
-        reason=most.reason,
-        difference=most.difference,
+        tier="memory" if reused else None,
+        time_saved_s=sum(seconds for seconds in saved if seconds is not None)
+        if None not in saved
+        else None,
+        reason=most[0].reason,
+        difference=most[0].difference,
     )
+
+
+def recorded(values: Mapping[str, Any]) -> Usage:
+    """Return the usage that the journal has of a reply; fields of other versions are left out."""
+    known = {one.name for one in fields(Usage)}
+    return Usage(**{name: value for name, value in values.items() if name in known})
 
 
 def _header_value(value: object) -> str:
