@@ -8,7 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
 from time import time
 from types import TracebackType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -37,14 +37,16 @@ from recollect.types import SamplingParams
 
 router = APIRouter(tags=["OpenAI"])
 
+_Item = TypeVar("_Item")
 TokenId = Annotated[int, Field(ge=0)]
+Prompts = Annotated[list[_Item], Field(min_length=1)]
 
 
 class CompletionRequest(SamplingFields):
     """The body of `POST /v1/completions`."""
 
     model: str | None = None
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Prompts[str] | Prompts[TokenId] | Prompts[list[TokenId]]
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     n: Annotated[int, Field(ge=1)] | None = None
     echo: bool | None = False

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException as AnyHttpException
 
 from recollect import errors
 from recollect.errors import RecollectError
@@ -27,8 +27,12 @@ _CLIENT_GONE: Final = 499
 """What proxies note of a request whose client went away; nobody reads it."""
 
 
-class ApiError(Exception):
-    """A request is refused; the sentence is for the client."""
+class ApiError(HTTPException):
+    """
+    A request is refused; the sentence is for the client.
+
+    One of FastAPI's own, which it lets through where it turns others into a 400.
+    """
 
     def __init__(
         self,
@@ -40,13 +44,12 @@ class ApiError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(status, message, dict(headers or {}))
         self.message = message
         self.status = status
         self.kind = kind
         self.code = code
         self.param = param
-        self.headers = dict(headers or {})
 
 
 class ClientGone(Exception):  # noqa: N818 - not an error: nobody is left to be told
@@ -169,7 +172,7 @@ def install(app: FastAPI) -> None:
         return error_response(request.url.path, _validation_error(error.errors()))
 
     async def http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+        assert isinstance(error, AnyHttpException)
         refused = ApiError(
             str(error.detail), status=error.status_code, headers=dict(error.headers or {})
         )
@@ -181,7 +184,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, refuse)
     app.add_exception_handler(RecollectError, refuse)
     app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(AnyHttpException, http)
     app.add_exception_handler(ClientGone, gone)
 
 

@@ -54,7 +54,10 @@ def start(
             limits=limits or Limits(shutdown_s=5),
             **settings,
         )
-        stored = [StoredKey(key, hash_key(key), key in operators) for key in keys]
+        stored = [
+            StoredKey(f"client {number}", hash_key(key), key in operators)
+            for number, key in enumerate(keys)
+        ]
         app = create_app(chosen, hub, Keyring(stored))
         config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
