@@ -77,7 +77,8 @@ class Metrics:
     def observe(self, model: str, usage: Usage) -> None:
         """Take note of a reply that has ended."""
         self._tokens.labels(model, "computed").inc(usage.computed_tokens)
-        self._tokens.labels(model, "memory").inc(usage.reused_tokens)
+        self._tokens.labels(model, "memory").inc(usage.reused_tokens - usage.restored_tokens)
+        self._tokens.labels(model, "disk").inc(usage.restored_tokens)
         self._generated.labels(model).inc(usage.generated_tokens)
         self._reasons.labels(model, usage.reason).inc()
         if usage.generated_tokens:

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 from recollect.types import Reason, Usage
 
-Tier = Literal["memory", "disk"]
+Tier = Literal["memory", "disk", "memory+disk"]
 
 _FEW_TOKENS: Final = 64
 """A prefill of fewer says little about speed: most of it is one pass's fixed cost."""
@@ -42,10 +42,10 @@ class Cost:
     computed_tokens: int
     """Of the prompt, in the reply that computed most of it."""
     reused_tokens: int
+    restored_tokens: int
+    """Of those, the ones whose KV came from disk."""
     generated_tokens: int
     ttft_s: float
-    tier: Tier | None
-    """Where reused tokens came from; None where none were."""
     time_saved_s: float | None
     reason: Reason
     difference: str | None
@@ -54,6 +54,15 @@ class Cost:
     def cached_tokens(self) -> int:
         """Return the tokens of the prompt that were not computed."""
         return self.prompt_tokens - self.computed_tokens
+
+    @property
+    def tier(self) -> Tier | None:
+        """Return where reused tokens came from; None where none were."""
+        if not self.reused_tokens:
+            return None
+        if not self.restored_tokens:
+            return "memory"
+        return "disk" if self.restored_tokens == self.reused_tokens else "memory+disk"
 
     def chat(self) -> dict[str, Any]:
         """Return `usage` as chat completions and completions have it."""
@@ -92,6 +101,7 @@ class Cost:
         return {
             "computed_tokens": self.computed_tokens,
             "reused_tokens": self.reused_tokens,
+            "restored_tokens": self.restored_tokens,
             "tier": self.tier,
             "time_saved_s": None if self.time_saved_s is None else round(self.time_saved_s, 4),
             "ttft_s": round(self.ttft_s, 4),
@@ -122,14 +132,13 @@ def cost(usages: Sequence[Usage], speed: PrefillSpeed, *, per_prompt: int | None
     # Of replies that share a prompt one computes it, and the others find what it left.
     most = [max(group, key=lambda usage: usage.computed_tokens) for group in groups]
     saved = [speed.time_saved_s(usage) for usage in most]
-    reused = sum(usage.reused_tokens for usage in most)
     return Cost(
         prompt_tokens=sum(usage.prompt_tokens for usage in most),
         computed_tokens=sum(usage.computed_tokens for usage in most),
-        reused_tokens=reused,
+        reused_tokens=sum(usage.reused_tokens for usage in most),
+        restored_tokens=sum(usage.restored_tokens for usage in most),
         generated_tokens=sum(usage.generated_tokens for usage in usages),
         ttft_s=min(usage.ttft_s for usage in usages),
-        tier="memory" if reused else None,
         time_saved_s=sum(seconds for seconds in saved if seconds is not None)
         if None not in saved
         else None,
