@@ -6,6 +6,7 @@ Neither bodies nor keys are logged.
 
 import logging
 from time import monotonic
+from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -13,6 +14,9 @@ from recollect.server.metrics import Metrics
 from recollect.server.security import CLIENT
 
 _log = logging.getLogger(__name__)
+
+_WATCHED: Final = frozenset({"/health", "/metrics"})
+"""What is asked for every few seconds, by machines."""
 
 
 class Counted:
@@ -43,7 +47,8 @@ class Counted:
             endpoint = getattr(route, "path", "other")
             self._metrics.requests.labels(endpoint, status).inc()
             client = scope.get("state", {}).get(CLIENT)
-            _log.info(
+            _log.log(
+                logging.DEBUG if endpoint in _WATCHED else logging.INFO,
                 "%s %s %d %.3f s %s",
                 scope["method"],
                 endpoint,
