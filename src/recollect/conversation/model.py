@@ -5,9 +5,9 @@ The one place where a model on disk, a runtime, a pool and a tokenizer are put t
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from recollect import config
 from recollect.conversation.conversation import Conversation
@@ -16,8 +16,10 @@ from recollect.conversation.matching import MessageIndex
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, require_name
 from recollect.conversation.session import Session
+from recollect.conversation.tools import Tools
 from recollect.conversation.window import Overflow
 from recollect.engine.engine import Engine
+from recollect.engine.grammar import Grammars
 from recollect.errors import ConfigError, ConversationError, UnknownConversationError
 from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import STORE_FOLDER, DiskStore
@@ -85,6 +87,8 @@ class Model:
             fingerprint=local.fingerprint,
             store=store,
         )
+        self.grammars: Final = Grammars(self.tokenizer, vocab_size=runtime.info.vocab_size)
+        """Of which a `Generator` follows one, where its parameters name one."""
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
 
     @property
@@ -109,6 +113,9 @@ class Model:
         keep: bool = False,
         name: str | None = None,
         overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Session:
         """
         Begin a conversation.
@@ -120,11 +127,17 @@ class Model:
             keep: Whether turns are kept in the journal, from the first on.
             name: Of the conversation in the journal, and then it is kept; None: the journal finds one.
             overflow: What happens when the context is full.
+            tools: What replies may call, each as OpenAI's API describes one; needs the extra
+                `recollect[grammar]`.
+            tool_choice: `none`, `auto`, `required`, or the name of the tool that is called.
+            parallel_tool_calls: Whether one reply may have several calls.
 
         Raises:
+            InvalidParameterError: A tool cannot be one, or the choice is none.
             NameTakenError: There is a conversation of that name.
             StoreError: The journal cannot be used.
         """
+        offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         conversation = self._conversation(namespace)
         if keep or name is not None:
             conversation.keep_in(self.journal, None if name is None else require_name(name))
@@ -140,6 +153,7 @@ class Model:
             namespace=namespace,
             name=DEFAULT_TIP,
             overflow=overflow,
+            tools=offered,
         )
 
     def session_from(
@@ -149,22 +163,26 @@ class Model:
         params: SamplingParams | None = None,
         namespace: str = "",
         overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Session:
         """
         Return a session at the end of messages that came as text.
 
         What of them is known from an earlier session of the namespace is taken over as it was
-        generated. `respond(None)` answers the last one, if it is a user's.
+        generated. `respond(None)` answers the last one, if it is a user's or a tool's.
 
         Args:
             messages: The whole conversation, from the first on.
-            params: As in `session`.
-            namespace: As in `session`.
-            overflow: As in `session`.
+            params, namespace, overflow, tools, tool_choice, parallel_tool_calls: As in `session`.
 
         Raises:
             ConversationError: There are no messages.
+            InvalidParameterError: A message lacks something, a tool cannot be one, or the choice is
+                none.
         """
+        offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         if not messages:
             raise ConversationError("There are no messages: give at least one.")
         with self._lock:
@@ -186,6 +204,7 @@ class Model:
             namespace=namespace,
             overflow=overflow,
             change=change,
+            tools=offered,
         )
 
     def sessions(self) -> list[ConversationInfo]:
@@ -199,6 +218,9 @@ class Model:
         tip: str = DEFAULT_TIP,
         params: SamplingParams | None = None,
         overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Session:
         """
         Go on with a conversation that is kept.
@@ -206,13 +228,14 @@ class Model:
         Args:
             name: None: the one used last.
             tip: At which of its named tips.
-            params: As in `session`.
-            overflow: As in `session`.
+            params, overflow, tools, tool_choice, parallel_tool_calls: As in `session`.
 
         Raises:
+            InvalidParameterError: A tool cannot be one, or the choice is none.
             UnknownConversationError: There is none of that name, or none at all.
             ConversationError: It has no such tip.
         """
+        offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         if name is None:
             kept = self.sessions()
             if not kept:
@@ -230,6 +253,7 @@ class Model:
             params or SamplingParams(),
             name=tip,
             overflow=overflow,
+            tools=offered,
         )
 
     def conversation(self, name_or_id: str | int, *, namespace: str = "") -> Conversation:

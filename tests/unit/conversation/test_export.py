@@ -136,7 +136,8 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
     ("path", "value", "problem"),
     [
         ("format", "other", "no conversation"),
-        ("version", 2, "version 2"),
+        ("version", 3, "version 3"),
+        ("version", 0, "version 0"),
         ("version", True, "version True"),
         ("name", "a\nb", "cannot be the name of a conversation"),
         ("name", None, "'name' of the file is not text"),
@@ -155,7 +156,7 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ("nodes.0.parent", 2, "part of a circle"),
         ("nodes.0.parent", 1, "part of a circle"),
         ("nodes.0.id", 3, "is missing"),
-        ("nodes.1.role", "tool", "role 'tool'"),
+        ("nodes.1.role", "robot", "role 'robot'"),
         ("nodes.1.role", None, "'role' of node 2 of 7 is not text"),
         ("nodes.1.content", None, "'content' of node 2 of 7 is not text"),
         ("nodes.1.content", "\ud83c", "half a character"),
