@@ -14,18 +14,24 @@ from fastapi.responses import JSONResponse, Response
 
 from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
+from recollect.models.tool_calls import ArgumentsDelta, CallStarted
 from recollect.server.chat_schema import ChatRequest, check_limits
 from recollect.server.errors import api_error, openai_body
 from recollect.server.services import Job, begin, client_of, services_of
 from recollect.server.streaming import (
+    Call,
+    CallEvent,
     Ended,
     Event,
     Piece,
+    Progress,
     Readable,
     progress_comment,
     require_reply,
     sse,
 )
+from recollect.server.tool_schema import logprob_entry
+from recollect.types import TokenLogprob
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -45,8 +51,16 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         body.sampling(choice, temperature=settings.temperature) for choice in range(body.choices)
     ]
 
+    offered = body.offer()
+
     def prepare(model: Model) -> Sequence[Readable]:
-        session = model.session_from(body.conversation(), namespace=namespace)
+        session = model.session_from(
+            body.conversation(),
+            namespace=namespace,
+            tools=offered.tools,
+            tool_choice=offered.choice,
+            parallel_tool_calls=offered.parallel,
+        )
         sessions = [session, *(session.fork() for _ in params[1:])]
         return [one.stream(None, params=how) for one, how in zip(sessions, params, strict=True)]
 
@@ -73,9 +87,9 @@ class Completion:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": reply.text, "refusal": None},
-                "finish_reason": reply.finish_reason,
-                "logprobs": None,
+                "message": _message(reply),
+                "finish_reason": _finish_reason(reply),
+                "logprobs": _logprobs(reply.logprobs),
             }
             for index, reply in enumerate(replies)
         ]
@@ -87,12 +101,16 @@ class Completion:
         begun: set[int] = set()
         replies: list[Reply] = []
         async for event in events:
-            if isinstance(event, Piece | Ended) and event.choice not in begun:
+            if not isinstance(event, Progress) and event.choice not in begun:
                 begun.add(event.choice)
                 yield self._chunk(event.choice, {"role": "assistant", "content": ""})
             match event:
                 case Piece():
-                    yield self._chunk(event.choice, {"content": event.text})
+                    likely = _logprobs(event.logprobs or None)
+                    yield self._chunk(event.choice, {"content": event.text}, logprobs=likely)
+                case Call():
+                    if delta := _call_delta(event.event):
+                        yield self._chunk(event.choice, {"tool_calls": [delta]})
                 case Ended():
                     try:
                         reply = require_reply(event)
@@ -101,8 +119,8 @@ class Completion:
                         return
                     replies.append(reply)
                     own = self._job.cost([reply]).own()
-                    yield self._chunk(event.choice, {}, reply.finish_reason, recollect=own)
-                case _:
+                    yield self._chunk(event.choice, {}, _finish_reason(reply), recollect=own)
+                case Progress():
                     yield progress_comment(event)
         if self._body.include_usage:
             usage = self._job.cost(replies).chat()
@@ -110,12 +128,18 @@ class Completion:
         yield sse("[DONE]")
 
     def _chunk(
-        self, index: int, delta: dict[str, Any], finish_reason: str | None = None, **more: Any
+        self,
+        index: int,
+        delta: dict[str, Any],
+        finish_reason: str | None = None,
+        *,
+        logprobs: dict[str, Any] | None = None,
+        **more: Any,
     ) -> str:
         choice = {
             "index": index,
             "delta": delta,
-            "logprobs": None,
+            "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
         usage = {"usage": None} if self._body.include_usage else {}
@@ -129,3 +153,35 @@ class Completion:
             "model": self._job.model_name,
             "system_fingerprint": f"recollect-{self._job.model.fingerprint[:12]}",
         }
+
+
+def _message(reply: Reply) -> dict[str, Any]:
+    message = {"role": "assistant", "content": reply.content, "refusal": None}
+    if reply.tool_calls:
+        message["content"] = reply.content or None
+        message["tool_calls"] = [call.to_dict() for call in reply.tool_calls]
+    return message
+
+
+def _finish_reason(reply: Reply) -> str:
+    if reply.tool_calls and reply.finish_reason == "stop":
+        return "tool_calls"
+    return reply.finish_reason
+
+
+def _logprobs(tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+    if tokens is None:
+        return None
+    return {"content": [logprob_entry(token) for token in tokens], "refusal": None}
+
+
+def _call_delta(event: CallEvent) -> dict[str, Any] | None:
+    """Return more of a call; None where nothing is told of its end."""
+    match event:
+        case CallStarted():
+            function = {"name": event.name, "arguments": ""}
+            return {"index": event.index, "id": event.id, "type": "function", "function": function}
+        case ArgumentsDelta():
+            return {"index": event.index, "function": {"arguments": event.text}}
+        case _:
+            return None

@@ -10,14 +10,50 @@ from pydantic import Field, model_validator
 
 from recollect.server.errors import ApiError
 from recollect.server.fields import Body, Ignored, SamplingFields, Text, unsupported
-from recollect.types import Message, Role, SamplingParams
+from recollect.server.tool_schema import (
+    ChatFormat,
+    FunctionTool,
+    LogprobCount,
+    Offer,
+    ToolChoice,
+    grammar_of,
+    offer,
+)
+from recollect.types import Message, MessageToolCall, Role, SamplingParams
+
+
+class CalledFunction(Body):
+    """A function, and what it is called with as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    """A call of a tool in an assistant's message."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: Ignored = None
+
+    def call(self) -> MessageToolCall:
+        """Return it as the engine has it."""
+        name, arguments = self.function.name, self.function.arguments
+        return {
+            "id": self.id,
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
 
 
 class ChatMessage(Body):
     """A message."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
     name: Ignored = None
     refusal: Ignored = None
     audio: Ignored = None
@@ -26,7 +62,12 @@ class ChatMessage(Body):
     def message(self) -> Message:
         """Return it as the engine has it; instructions of a developer are those of the system."""
         role: Role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content or ""}
+        message: Message = {"role": role, "content": self.content}
+        if role == "assistant" and self.tool_calls:
+            message["tool_calls"] = [call.call() for call in self.tool_calls]
+        if role == "tool" and self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
 
 
 class StreamOptions(Body):
@@ -47,10 +88,16 @@ class ChatRequest(SamplingFields):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
+    response_format: ChatFormat | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    logprobs: bool | None = False
+    top_logprobs: LogprobCount | None = None
+
     modalities: list[Literal["text"]] | None = None
 
     metadata: Ignored = None
-    parallel_tool_calls: Ignored = None
     prediction: Ignored = None
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
@@ -65,6 +112,8 @@ class ChatRequest(SamplingFields):
     def _check(self) -> "ChatRequest":
         if self.stream_options is not None and not self.stream:
             raise unsupported("stream_options", "only where stream is true.")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise unsupported("top_logprobs", "only where logprobs is true.")
         return self
 
     @property
@@ -81,10 +130,20 @@ class ChatRequest(SamplingFields):
         """Return the messages as the engine has them."""
         return [message.message() for message in self.messages]
 
+    def offer(self) -> Offer:
+        """Return what the reply may call."""
+        return offer(self.tools, self.tool_choice, self.parallel_tool_calls)
+
     def sampling(self, choice: int, *, temperature: float) -> SamplingParams:
         """Return how a reply is sampled; see `SamplingFields.params`."""
         limit = self.max_completion_tokens or self.max_tokens
-        return self.params(max_tokens=limit, temperature=temperature, choice=choice)
+        return self.params(
+            max_tokens=limit,
+            temperature=temperature,
+            choice=choice,
+            grammar=grammar_of(self.response_format),
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
 
 
 def check_limits(

@@ -20,6 +20,8 @@ from recollect.conversation.tree import Node
 from recollect.engine.generator import Generator
 from recollect.engine.reply import ReplyGeneration
 from recollect.errors import ContextFullError, InvalidParameterError
+from recollect.models.tool_calls import Event as ReplyEvent
+from recollect.models.tool_calls import TextDelta
 from recollect.server.chat_schema import StreamOptions, check_limits
 from recollect.server.errors import api_error, openai_body
 from recollect.server.fields import Ignored, SamplingFields
@@ -28,12 +30,13 @@ from recollect.server.streaming import (
     Ended,
     Event,
     Piece,
+    Progress,
     Readable,
     progress_comment,
     require_reply,
     sse,
 )
-from recollect.types import SamplingParams
+from recollect.types import SamplingParams, TokenLogprob
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -53,6 +56,7 @@ class CompletionRequest(SamplingFields):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     best_of: Literal[1] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     suffix: Literal[""] | None = None
     user: Ignored = None
 
@@ -80,7 +84,12 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         most_choices=settings.limits.choices,
     )
     params = [
-        body.params(max_tokens=body.max_tokens, temperature=settings.temperature, choice=choice)
+        body.params(
+            max_tokens=body.max_tokens,
+            temperature=settings.temperature,
+            choice=choice,
+            logprobs=body.logprobs,
+        )
         for choice in range(number)
     ]
 
@@ -127,7 +136,7 @@ class TextStream:
             raise ContextFullError(needed=len(ids) + 1, limit=model.context_length)
         sequence = model.engine.new_sequence(namespace)
         sequence.append(ids)
-        generator = Generator(model.engine, params, sequence=sequence)
+        generator = Generator(model.engine, params, sequence=sequence, grammars=model.grammars)
         self._generation = ReplyGeneration(model.engine, generator, model.tokenizer)
         self._echo = model.tokenizer.decode(ids) if echo else ""
         self.reply: Reply | None = None
@@ -138,10 +147,16 @@ class TextStream:
         """Return how many tokens of the prompt have KV, and how many there are."""
         return self._generation.prefilled_tokens, self._generation.prompt_tokens
 
-    def __iter__(self) -> Iterator[str]:
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Return how likely the tokens so far were; None where nobody asked."""
+        return self._generation.logprobs
+
+    def events(self) -> Iterator[ReplyEvent]:
+        """Read what comes, which is text."""
         if self._echo:
-            yield self._echo
-        yield from self._generation
+            yield TextDelta(self._echo)
+        yield from map(TextDelta, self._generation)
 
     def stop(self) -> None:
         """End it after the forward pass under way."""
@@ -162,7 +177,8 @@ class TextStream:
         assert reason is not None, "it has ended"
         text = self._echo + self._generation.text
         nowhere = Node(id=0, parent=None, role=None, content="")
-        self.reply = Reply(text, reason, self._generation.usage(), nowhere)
+        usage, logprobs = self._generation.usage(), self._generation.logprobs
+        self.reply = Reply(text, reason, usage, nowhere, content=text, logprobs=logprobs)
 
 
 class TextCompletion:
@@ -182,7 +198,8 @@ class TextCompletion:
     def whole(self, replies: Sequence[Reply]) -> dict[str, Any]:
         """Return everything at once."""
         choices = [
-            _choice(index, reply.text, reply.finish_reason) for index, reply in enumerate(replies)
+            _choice(index, reply.text, reply.finish_reason, reply.logprobs)
+            for index, reply in enumerate(replies)
         ]
         return {**self._head, "choices": choices, "usage": self._usage(replies)}
 
@@ -192,7 +209,8 @@ class TextCompletion:
         async for event in events:
             match event:
                 case Piece():
-                    yield sse({**self._head, "choices": [_choice(event.choice, event.text, None)]})
+                    piece = _choice(event.choice, event.text, None, event.logprobs or None)
+                    yield sse({**self._head, "choices": [piece]})
                 case Ended():
                     try:
                         reply = require_reply(event)
@@ -202,7 +220,7 @@ class TextCompletion:
                     replies[event.choice] = reply
                     last = _choice(event.choice, "", reply.finish_reason)
                     yield sse({**self._head, "choices": [last]})
-                case _:
+                case Progress():
                     yield progress_comment(event)
         if self._include_usage:
             usage = self._usage([replies[choice] for choice in sorted(replies)])
@@ -213,5 +231,25 @@ class TextCompletion:
         return self._job.cost(replies, per_prompt=self._per_prompt).chat()
 
 
-def _choice(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+def _choice(
+    index: int,
+    text: str,
+    finish_reason: str | None,
+    logprobs: Sequence[TokenLogprob] | None = None,
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": None if logprobs is None else _logprobs(logprobs),
+        "finish_reason": finish_reason,
+    }
+
+
+def _logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """Return how likely tokens were, in the older form that completions have."""
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [{other.text: other.logprob for other in token.top} for token in tokens],
+        "text_offset": None,
+    }

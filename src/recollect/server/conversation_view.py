@@ -14,7 +14,7 @@ from recollect.conversation.labels import Label
 from recollect.conversation.records import DEFAULT_TIP, NodeRecord, StoredConversation
 from recollect.server.errors import not_found
 from recollect.server.places import split_branch
-from recollect.server.response_object import input_item
+from recollect.server.response_object import items_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,9 @@ class ConversationView:
             ApiError: It is not of this conversation.
         """
         by_name = {response: node for node, response in self.responses.items()}
+        by_name |= {
+            item["id"]: node.id for node in self.stored.nodes for item in self.items([node])
+        }
         by_name |= {self.item_id(node.id): node.id for node in self.stored.nodes}
         if name not in by_name:
             raise not_found(f"item {name!r} in this conversation")
@@ -93,13 +96,15 @@ class ConversationView:
 
     def items(self, nodes: Sequence[NodeRecord]) -> list[dict[str, Any]]:
         """Return messages as items."""
-        return [input_item(self.item_id(node.id), node) for node in nodes]
+        return [item for node in nodes for item in items_of(self.item_id(node.id), node)]
 
     def tree(self) -> dict[str, Any]:
         """Return all messages in all branches, parents first, and where each branch stands."""
         nodes = [
             {
-                **input_item(self.item_id(node.id), node),
+                "id": self.item_id(node.id),
+                "role": node.role,
+                "items": self.items([node]),
                 "parent_id": None if node.parent_id is None else self.item_id(node.parent_id),
                 "response_id": self.responses.get(node.id),
                 "created_at": int(node.created_at.timestamp()),

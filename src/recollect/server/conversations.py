@@ -12,6 +12,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import Field, model_validator
 
 from recollect.conversation.labels import Label
+from recollect.conversation.messages import to_node
 from recollect.conversation.records import NewNode, NodeRecord
 from recollect.errors import RewindError
 from recollect.server.chat_schema import check_limits
@@ -19,7 +20,7 @@ from recollect.server.conversation_view import ConversationView
 from recollect.server.errors import ApiError, not_found
 from recollect.server.fields import Body, Ignored
 from recollect.server.places import split_branch
-from recollect.server.response_schema import InputMessage
+from recollect.server.response_schema import InputItem, merged
 from recollect.server.services import client_of, services_of
 
 router = APIRouter(tags=["Conversations"])
@@ -32,7 +33,7 @@ _PAGE: int = 20
 class NewConversation(Body):
     """The body of `POST /v1/conversations`."""
 
-    items: list[InputMessage] | None = None
+    items: list[InputItem] | None = None
     metadata: dict[str, Any] | None = None
 
 
@@ -45,7 +46,7 @@ class ConversationChange(Body):
 class NewItems(Body):
     """The body of `POST /v1/conversations/{id}/items`."""
 
-    items: Annotated[list[InputMessage], Field(min_length=1)]
+    items: Annotated[list[InputItem], Field(min_length=1)]
 
 
 class Rewind(Body):
@@ -178,7 +179,8 @@ def add_items(conversation_id: str, body: NewItems, request: Request) -> dict[st
 def get_item(conversation_id: str, item_id: str, request: Request) -> dict[str, Any]:
     """Return a message of a conversation, in whatever branch."""
     view = _view(request, conversation_id)
-    return view.items([_node(view, view.node_id(item_id))])[0]
+    items = view.items([_node(view, view.node_id(item_id))])
+    return next((item for item in items if item["id"] == item_id), items[0])
 
 
 @router.post("/v1/conversations/{conversation_id}/rewind")
@@ -218,14 +220,13 @@ def _view(request: Request, conversation_id: str) -> ConversationView:
     return ConversationView.load(journal, conversation_id, client_of(request).namespace)
 
 
-def _check_items(request: Request, items: list[InputMessage]) -> None:
+def _check_items(request: Request, items: list[InputItem]) -> None:
     most = services_of(request).settings.limits.messages
     check_limits(items, 1, most_messages=most, most_choices=1)
 
 
-def _nodes(items: list[InputMessage]) -> list[NewNode]:
-    messages = [item.message() for item in items]
-    return [NewNode(role=message["role"], content=message["content"]) for message in messages]
+def _nodes(items: list[InputItem]) -> list[NewNode]:
+    return [to_node(message) for message in merged(items)]
 
 
 def _node(view: ConversationView, node_id: int) -> NodeRecord:

@@ -44,7 +44,8 @@ class ApiError(HTTPException):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, message, dict(headers or {}))
+        self.sent_headers = dict(headers or {})
+        super().__init__(status, message, self.sent_headers)
         self.message = message
         self.status = status
         self.kind = kind
@@ -158,7 +159,7 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
 def error_response(path: str, error: ApiError) -> JSONResponse:
     """Return the response to a request that is refused, in the shape of the API it was made to."""
     body = anthropic_body(error) if path.startswith(_MESSAGES_PATH) else openai_body(error)
-    return JSONResponse(body, error.status, error.headers)
+    return JSONResponse(body, error.status, error.sent_headers)
 
 
 def install(app: FastAPI) -> None:
@@ -181,6 +182,7 @@ def install(app: FastAPI) -> None:
     async def gone(_request: Request, _error: Exception) -> Response:
         return Response(status_code=_CLIENT_GONE)
 
+    app.add_exception_handler(Exception, refuse)  # a bug: its traceback goes to the log
     app.add_exception_handler(ApiError, refuse)
     app.add_exception_handler(RecollectError, refuse)
     app.add_exception_handler(RequestValidationError, invalid)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.journal import Journal
+from recollect.conversation.messages import to_message, to_node
 from recollect.conversation.model import Model
 from recollect.conversation.records import DEFAULT_TIP, NewNode
-from recollect.conversation.tree import Node
+from recollect.conversation.tree import Node, message_key
 from recollect.server.errors import ApiError, not_found
 from recollect.server.kept import KeptConversations
 from recollect.types import Message
@@ -100,7 +101,7 @@ class Places:
     def known(self, messages: Sequence[Message]) -> list[NewNode]:
         """Return messages sent as text, with the token ids of those that were generated here."""
         if not any(message["role"] == "assistant" for message in messages):
-            return [NewNode(role=one["role"], content=one["content"]) for one in messages]
+            return [to_node(message) for message in messages]
         session = self._model.session_from(messages, namespace=self._namespace)
         return [_as_new(node) for node in session.path()]
 
@@ -144,14 +145,15 @@ def grow(conversation: Conversation, at: Node, messages: Sequence[NewNode]) -> N
     if generated:
         at = conversation.add(at, left[:generated], tip=None)
     for new in left[generated:]:
-        at = conversation.add_unkept(at, {"role": new.role, "content": new.content})
+        at = conversation.add_unkept(at, to_message(new.role, new.content, new.links))
     return at
 
 
 def _child(node: Node, message: NewNode) -> Node | None:
     ids = None if message.token_ids is None else tuple(message.token_ids)
+    key = message_key(node.key, message.role, message.content, message.links)
     for child in node.children:
-        if (child.role, child.content, child.token_ids) == (message.role, message.content, ids):
+        if child.key == key and child.token_ids == ids:
             return child
     return None
 
@@ -165,4 +167,5 @@ def _as_new(node: Node) -> NewNode:
         finish_reason=node.finish_reason,
         usage=node.usage,
         fingerprint=node.fingerprint,
+        links=node.links,
     )

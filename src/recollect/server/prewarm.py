@@ -31,7 +31,7 @@ async def prewarm(body: PrewarmRequest, request: Request) -> dict[str, Any]:
     check_limits(body.messages, 1, most_messages=most, most_choices=1)
     namespace = client_of(request).namespace
     messages = [one.message() for one in body.messages]
-    typed = messages.pop()["content"] if messages[-1]["role"] == "user" else ""
+    typed = (messages.pop()["content"] or "") if messages[-1]["role"] == "user" else ""
 
     def compute(model: Model) -> dict[str, Any]:
         session = (

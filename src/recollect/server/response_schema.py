@@ -4,12 +4,17 @@ The body of a response request, as OpenAI's clients send it, and what it means t
 Pure: parses and translates; generates nothing.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
 from recollect.server.fields import Body, Ignored, OnlyOff, SamplingFields, Text, unsupported
-from recollect.types import Message, Role, SamplingParams
+from recollect.server.tool_schema import LogprobCount, Offer, ResponseFormat, grammar_of
+from recollect.types import Message, MessageToolCall, Role, SamplingParams
+
+_LOGPROBS: Final = "message.output_text.logprobs"
+"""What a client includes to be told how likely tokens were."""
 
 
 class InputMessage(Body):
@@ -28,16 +33,88 @@ class InputMessage(Body):
         return {"role": role, "content": self.content}
 
 
-class PlainFormat(Body):
-    """Text as it comes."""
+class FunctionCallItem(Body):
+    """A call of a tool, as an earlier response had it."""
 
-    type: Literal["text"] = "text"
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: Ignored = None
+    status: Ignored = None
+    namespace: Ignored = None
+
+    def call(self) -> MessageToolCall:
+        """Return it as the engine has it."""
+        return {
+            "id": self.call_id,
+            "type": "function",
+            "function": {"name": self.name, "arguments": self.arguments},
+        }
+
+
+class FunctionOutputItem(Body):
+    """What a tool gave back."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Text
+    id: Ignored = None
+    status: Ignored = None
+
+    def message(self) -> Message:
+        """Return it as the engine has it."""
+        return {"role": "tool", "content": self.output, "tool_call_id": self.call_id}
+
+
+InputItem = InputMessage | FunctionCallItem | FunctionOutputItem
+
+
+def merged(items: Sequence[InputItem]) -> list[Message]:
+    """Return items as messages: what an assistant says and then calls is one message."""
+    messages: list[Message] = []
+    for item in items:
+        if not isinstance(item, FunctionCallItem):
+            messages.append(item.message())
+        elif messages and messages[-1]["role"] == "assistant":
+            calls = [*messages[-1].get("tool_calls", ()), item.call()]
+            messages[-1] = {**messages[-1], "tool_calls": calls}
+        else:
+            messages.append({"role": "assistant", "content": None, "tool_calls": [item.call()]})
+    return messages
+
+
+class FlatTool(Body):
+    """A tool, described as the Responses API does."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Ignored = None
+
+    def schema_of(self) -> dict[str, Any]:
+        """Return it as the engine has it."""
+        function = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+        }
+        given = {name: value for name, value in function.items() if value is not None}
+        return {"type": "function", "function": given}
+
+
+class FlatChoice(Body):
+    """The tool that has to be called."""
+
+    type: Literal["function"]
+    name: str
 
 
 class TextOptions(Body):
     """What the text of a reply is like."""
 
-    format: PlainFormat | None = None
+    format: ResponseFormat | None = None
     verbosity: Ignored = None
 
 
@@ -57,7 +134,7 @@ class ResponseRequest(SamplingFields):
     """The body of `POST /v1/responses`."""
 
     model: str | None = None
-    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None
     previous_response_id: str | None = None
     conversation: str | ConversationId | None = None
@@ -68,12 +145,15 @@ class ResponseRequest(SamplingFields):
     metadata: dict[str, Any] | None = None
     truncation: Literal["auto", "disabled"] | None = "disabled"
     text: TextOptions | None = None
+    tools: list[FlatTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
+    parallel_tool_calls: bool | None = None
+    top_logprobs: LogprobCount | None = None
+    include: list[str] | None = None
 
     background: OnlyOff = None
 
-    include: Ignored = None
     max_tool_calls: Ignored = None
-    parallel_tool_calls: Ignored = None
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
     reasoning: Ignored = None
@@ -102,8 +182,23 @@ class ResponseRequest(SamplingFields):
         """Return the input as the engine has it, without the instructions."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
-        return [item.message() for item in self.input]
+        return merged(self.input)
+
+    def offer(self) -> Offer:
+        """Return what the reply may call."""
+        choice = self.tool_choice
+        return Offer(
+            [tool.schema_of() for tool in self.tools or ()],
+            (choice.name if isinstance(choice, FlatChoice) else choice) or "auto",
+            self.parallel_tool_calls is not False,
+        )
 
     def sampling(self, *, temperature: float) -> SamplingParams:
         """Return how the reply is sampled; see `SamplingFields.params`."""
-        return self.params(max_tokens=self.max_output_tokens, temperature=temperature)
+        wants_logprobs = self.top_logprobs or _LOGPROBS in (self.include or ())
+        return self.params(
+            max_tokens=self.max_output_tokens,
+            temperature=temperature,
+            grammar=None if self.text is None else grammar_of(self.text.format),
+            logprobs=(self.top_logprobs or 0) if wants_logprobs else None,
+        )

@@ -20,17 +20,19 @@ from recollect.conversation.model import Model
 from recollect.conversation.records import NodeRecord
 from recollect.conversation.reply import Reply, ReplyStream
 from recollect.conversation.session import Session
+from recollect.conversation.tools import Tools
 from recollect.conversation.window import Overflow
+from recollect.models.tool_calls import Event
 from recollect.server.chat_schema import check_limits
 from recollect.server.errors import not_found
 from recollect.server.places import HAS_INSTRUCTIONS, Place, Places, grow, with_instructions
 from recollect.server.response_events import ResponseEvents
-from recollect.server.response_object import ResponseHead, input_item, response_object
+from recollect.server.response_object import ResponseHead, Said, items_of, response_object
 from recollect.server.response_schema import ResponseRequest
 from recollect.server.services import Services, begin, client_of, services_of
 from recollect.server.streaming import Readable
 from recollect.server.usage import cost, recorded
-from recollect.types import Message
+from recollect.types import Message, TokenLogprob
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -55,9 +57,7 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
         return await job.stream(request, ResponseEvents(job, head, body.instructions).events)
     (reply,) = await job.replies(request)
     spent = job.cost([reply])
-    response = response_object(
-        head, reply.text, reply.finish_reason, spent.responses(), body.instructions
-    )
+    response = response_object(head, Said.of(reply), spent.responses(), body.instructions)
     return JSONResponse(response, headers=spent.headers())
 
 
@@ -91,10 +91,13 @@ class _Turn:
         else:
             place = places.new()
         overflow: Overflow = "drop_oldest" if body.truncation == "auto" else "error"
+        offered = body.offer()
+        tools = Tools.of(offered.tools, offered.choice, parallel=offered.parallel)
         if not body.keeps:
             before = [node.message() for node in place.node.path()][place.has_instructions :]
             messages = [*_instructions(body), *before, *body.messages()]
             session = model.session_from(messages, namespace=self.namespace, overflow=overflow)
+            session.tools = tools
             return session, place
         node = grow(
             place.conversation,
@@ -109,6 +112,7 @@ class _Turn:
             namespace=self.namespace,
             name=place.tip,
             overflow=overflow,
+            tools=tools,
         )
         return session, place
 
@@ -145,8 +149,14 @@ class _Kept:
         """Return how many tokens of the prompt have KV, and how many there are."""
         return self._stream.prefill_progress
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stream)
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Return how likely the tokens so far were; None where nobody asked."""
+        return self._stream.logprobs
+
+    def events(self) -> Iterator[Event]:
+        """Read the reply as text and calls of tools."""
+        return self._stream.events()
 
     def stop(self) -> None:
         """End the reply after the forward pass under way."""
@@ -178,11 +188,7 @@ def get_response(response_id: str, request: Request) -> JSONResponse:
     spent = None if usage is None else cost([usage], services_of(request).speeds[head.model])
     return JSONResponse(
         response_object(
-            head,
-            reply.content,
-            reply.finish_reason,
-            None if spent is None else spent.responses(),
-            instructions,
+            head, Said.kept(reply), None if spent is None else spent.responses(), instructions
         )
     )
 
@@ -192,9 +198,9 @@ def get_input_items(response_id: str, request: Request) -> dict[str, Any]:
     """Return the messages that a response answered, the last first."""
     label, path = _kept_response(request, response_id)
     asked = path[bool(label.note.get(HAS_INSTRUCTIONS)) : -1]
+    name = label.name.removeprefix("resp_")
     items = [
-        input_item(f"msg_{label.name.removeprefix('resp_')}_{number}", node)
-        for number, node in enumerate(asked)
+        item for number, node in enumerate(asked) for item in items_of(f"msg_{name}_{number}", node)
     ][::-1]
     return {
         "object": "list",

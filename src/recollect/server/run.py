@@ -6,8 +6,11 @@ as cancelled, what was said is in the journal, and the models are closed.
 """
 
 import logging
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Final
 
 import uvicorn
@@ -35,6 +38,22 @@ class _Server(uvicorn.Server):
         if self.started and not self.should_exit:
             listening = [one for server in self.servers for one in server.sockets]
             self._on_listening(listening[0].getsockname()[1])
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Stop at a signal, and then end as a command that did what it was told."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def fail(self, error: Exception) -> None:
         """Stop, because there is no model."""

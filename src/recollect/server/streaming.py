@@ -20,12 +20,18 @@ from starlette.types import Receive, Scope, Send
 
 from recollect.conversation.reply import Reply
 from recollect.errors import RecollectError
+from recollect.models.tool_calls import ArgumentsDelta, CallEnded, CallStarted, TextDelta
+from recollect.models.tool_calls import Event as ReplyEvent
 from recollect.server.errors import ClientGone
+from recollect.types import TokenLogprob
 
 _T = TypeVar("_T")
 
 PROGRESS_EVERY_S: Final = 1.0
 """Proxies and clients give up on a connection that is silent for some tens of seconds."""
+
+
+CallEvent = CallStarted | ArgumentsDelta | CallEnded
 
 
 class Readable(Protocol):
@@ -37,7 +43,12 @@ class Readable(Protocol):
     def prefill_progress(self) -> tuple[int, int]:
         """Return how many tokens of the prompt have KV, and how many there are."""
 
-    def __iter__(self) -> Iterator[str]: ...
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Return how likely the tokens so far were; None where nobody asked. It only grows."""
+
+    def events(self) -> Iterator[ReplyEvent]:
+        """Read the reply as text and calls of tools."""
 
     def stop(self) -> None:
         """End the reply after the forward pass under way."""
@@ -58,6 +69,16 @@ class Piece:
 
     choice: int
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens whose text is out now, where they were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """More of a call of a tool."""
+
+    choice: int
+    event: CallEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +98,7 @@ class Progress:
     total: int
 
 
-Event = Piece | Ended | Progress
+Event = Piece | Call | Ended | Progress
 
 
 class Readers:
@@ -158,9 +179,17 @@ class Readers:
     def _read(self, choice: int, stream: Readable) -> None:
         """Be the thread that reads one reply."""
         try:
+            sent = 0
             with stream:
-                for text in stream:
-                    self._put(Piece(choice, text))
+                for event in stream.events():
+                    if isinstance(event, TextDelta):
+                        new = (stream.logprobs or ())[sent:]
+                        sent += len(new)
+                        self._put(Piece(choice, event.text, new))
+                    else:
+                        self._put(Call(choice, event))
+            if rest := (stream.logprobs or ())[sent:]:
+                self._put(Piece(choice, "", rest))
             ended = Ended(choice, stream.reply)
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for the reply
             ended = Ended(choice, error=error)

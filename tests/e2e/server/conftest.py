@@ -42,6 +42,7 @@ class Server:
                 self.url = found[0]
                 break
         else:
+            self._process.communicate()
             raise AssertionError("".join(self.lines))
 
     @property
@@ -51,9 +52,10 @@ class Server:
 
     def stop(self) -> int:
         """Stop it as a service manager does; return its exit status."""
-        self._process.send_signal(signal.SIGTERM)
-        _, rest = self._process.communicate(timeout=60)
-        self.lines.append(rest)
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            _, rest = self._process.communicate(timeout=60)
+            self.lines.append(rest)
         return self._process.returncode
 
 

@@ -33,7 +33,7 @@ def test_who_finds_the_queue_full_is_told_when_to_come_back() -> None:
         with pytest.raises(ApiError) as refused:
             await admission.enter()
         assert refused.value.status == 429
-        assert 1 <= int(refused.value.headers["Retry-After"]) <= 60
+        assert 1 <= int(refused.value.sent_headers["Retry-After"]) <= 60
 
     asyncio.run(run())
 

@@ -107,7 +107,7 @@ def test_the_tree_shows_all_branches(
     assert by_id[tree["tips"]["main"]]["response_id"] == last["id"]
     one = next(node for node in tree["nodes"] if node["response_id"] == first["id"])
     children = [node for node in tree["nodes"] if node["parent_id"] == one["id"]]
-    assert [node["content"][0]["text"] for node in children] == ["Two", "Other two"]
+    assert [node["items"][0]["content"][0]["text"] for node in children] == ["Two", "Other two"]
 
 
 def test_items_come_in_pages(client: httpx.Client, post: Callable[..., Json]) -> None:

@@ -94,7 +94,7 @@ def test_where_all_memory_is_in_use_a_client_is_told_to_come_back(
         with pytest.raises(ApiError, match="no memory") as refused:
             await hub.acquire("b")
         assert refused.value.status == 503
-        assert "Retry-After" in refused.value.headers
+        assert "Retry-After" in refused.value.sent_headers
         await hub.close()
 
     asyncio.run(run())

@@ -58,7 +58,12 @@ def test_tokens_can_be_counted(client: httpx.Client, post: Callable[..., Json]) 
 
 
 def test_errors_have_its_shape(client: httpx.Client) -> None:
-    for body in (body_of(("user", "x" * 3000)), {"messages": []}, body_of(("user", "a"), tempo=1)):
+    wrong: list[Json] = [
+        body_of(("user", "x" * 3000)),
+        {"messages": []},
+        body_of(("user", "a"), tempo=1),
+    ]
+    for body in wrong:
         response = client.post(PATH, json=body)
         assert response.status_code == 400
         assert response.json()["type"] == "error"
