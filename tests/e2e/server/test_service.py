@@ -33,5 +33,5 @@ def test_a_response_goes_on_after_a_restart_and_is_warm(start_server: Callable[.
 
 
 def test_a_wrong_setting_ends_it_with_a_sentence(start_server: Callable[..., Any]) -> None:
-    with pytest.raises(AssertionError, match="recollect: .* --api-key"):
+    with pytest.raises(AssertionError, match=r"recollect: .* --api-key"):
         start_server("--host", "0.0.0.0")  # noqa: S104 - what it refuses without a key
