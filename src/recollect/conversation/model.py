@@ -90,6 +90,7 @@ class Model:
         self.grammars: Final = Grammars(self.tokenizer, vocab_size=runtime.info.vocab_size)
         """Of which a `Generator` follows one, where its parameters name one."""
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
+        self.engine.start()
 
     @property
     def context_length(self) -> int:

@@ -5,11 +5,13 @@ Knows the store, not the scheduler.
 """
 
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
 from recollect.engine.restore import Restored, Restorer
 from recollect.engine.sequence import Sequence
+from recollect.engine.task import Task
 from recollect.engine.write_behind import WriteBehind
 from recollect.errors import StoreError
 from recollect.kv import accounts
@@ -18,6 +20,9 @@ from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import CachedBlock, PrefixCache
 from recollect.kv.record import Identity
 from recollect.runtime.base import PagedRuntime
+
+_MOST_RESTORE_S: Final = 0.05
+"""How long others wait while one is read from disk, roughly: less than for a chunk of its prefill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +78,28 @@ class DiskTier:
         """Take note of whether the engine has anything to do."""
         self._written.engine_works(works)
 
-    def restore(
-        self, sequence: Sequence, *, compute_s_per_token: float | None, most_s: float | None
+    def restore_for(self, tasks: Collection[Task], *, compute_s_per_token: float | None) -> None:
+        """
+        Bring what the disk has of new tasks' histories, a little at a time where others wait.
+
+        Args:
+            tasks: Those that run; they belong to the calling thread, which is the engine's.
+            compute_s_per_token: As measured; None where nothing was yet.
+        """
+        most_s = _MOST_RESTORE_S if len(tasks) > 1 else None
+        for task in tasks:
+            if not task.restoring:
+                continue
+            if task.sequence.logits is not None:
+                task.restoring = False
+                continue
+            restored = self._restore(task.sequence, compute_s_per_token, most_s)
+            task.restored_tokens += restored.tokens
+            task.restoring = not restored.is_done
+
+    def _restore(
+        self, sequence: Sequence, compute_s_per_token: float | None, most_s: float | None
     ) -> Restored:
-        """Bring what the disk has of a sequence's history; see `Restorer.restore`."""
         if compute_s_per_token is not None:
             self._compute_s_per_token = compute_s_per_token
         restored = self._restorer.restore(

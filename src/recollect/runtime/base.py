@@ -92,6 +92,13 @@ class PagedRuntime(Protocol):
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy the KV of whole blocks, `(source, target)` each."""
 
+    def warm_up(self) -> None:
+        """
+        Do what the first passes would be slow for, such as compiling kernels, where there is anything.
+
+        Called once at most, before the first pass; may leave anything in any block.
+        """
+
     def read_block(self, block: int, into: memoryview) -> None:
         """
         Copy a block's bytes of all layers, `bytes_per_block` of them, to *into*.
