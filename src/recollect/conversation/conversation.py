@@ -31,7 +31,14 @@ class Conversation:
         2. Named tips are nodes of the tree.
     """
 
-    def __init__(self, *, model: str, fingerprint: str, index: MessageIndex | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        model: str,
+        fingerprint: str,
+        index: MessageIndex | None = None,
+        namespace: str = "",
+    ) -> None:
         self.tree = Tree()
         self.name: str | None = None
         """Under which it is kept; None: it goes when the program does."""
@@ -40,6 +47,7 @@ class Conversation:
         self._model = model
         self._fingerprint = fingerprint
         self._index = index
+        self._namespace = namespace
         self._journal: Journal | None = None
         self._record: int | None = None
         self._record_ids: dict[int, int] = {}  # node id to id in the journal
@@ -56,6 +64,21 @@ class Conversation:
     def is_kept(self) -> bool:
         """Return whether what is said goes to a journal."""
         return self._journal is not None
+
+    @property
+    def kept_as(self) -> int | None:
+        """Return its id in the journal; None until there is something to keep."""
+        return self._record
+
+    def kept_id(self, node: Node) -> int | None:
+        """Return the id of a node in the journal; None for the root and for what is not kept yet."""
+        return self._record_ids.get(node.id)
+
+    def kept_node(self, kept_id: int) -> Node | None:
+        """Return the node that has an id in the journal; None where it is not known here."""
+        with self._lock:
+            found = next((node for node, kept in self._record_ids.items() if kept == kept_id), None)
+        return None if found is None else self.tree.node(found)
 
     def keep_in(self, journal: Journal, name: str | None) -> None:
         """
@@ -232,7 +255,12 @@ class Conversation:
             return [None] * len(messages)
         is_new = self._record is None
         if self._record is None:
-            info = self._journal.create(self.name, model=self._model, fingerprint=self._fingerprint)
+            info = self._journal.create(
+                self.name,
+                model=self._model,
+                fingerprint=self._fingerprint,
+                namespace=self._namespace,
+            )
             self.name, self._record = info.name, info.id
         elif self.other_model is not None:
             self._journal.set_model(self._record, model=self._model, fingerprint=self._fingerprint)

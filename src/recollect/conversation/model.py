@@ -261,8 +261,7 @@ class Model:
             if not kept:
                 raise UnknownConversationError("No conversation is kept yet: start one first.")
             name = kept[0].name
-        conversation = self._conversation("")
-        conversation.load(self.journal, self.journal.load(name))
+        conversation = self.conversation(name)
         if tip not in conversation.tips:
             raise ConversationError(
                 f"{name!r} has no branch {tip!r}: choose one of {', '.join(conversation.tips)}."
@@ -323,6 +322,18 @@ class Model:
         """
         self.places.drop(name)
 
+    def conversation(self, name_or_id: str | int, *, namespace: str = "") -> Conversation:
+        """
+        Return a conversation that is kept; its messages can be found again from now on.
+
+        Raises:
+            UnknownConversationError: There is none in that namespace.
+        """
+        conversation = self._conversation(namespace)
+        stored = self.journal.load(name_or_id, namespace=namespace)
+        conversation.load(self.journal, stored)
+        return conversation
+
     def close(self) -> None:
         """Give all memory back; its sessions can still be read, not continued."""
         self.engine.close()
@@ -336,6 +347,7 @@ class Model:
             model=self.name,
             fingerprint=self.weights_fingerprint,
             index=self._index(namespace),
+            namespace=namespace,
         )
 
     def _index(self, namespace: str) -> MessageIndex:
