@@ -16,9 +16,11 @@ from recollect.cli.carry import export, import_file
 from recollect.cli.chat import ChatCommand, chat
 from recollect.cli.checkpoints import app as checkpoints
 from recollect.cli.conversations import app as conversations
+from recollect.cli.convert import convert
 from recollect.cli.models import models, pull
 from recollect.cli.rewind import rewind_test
 from recollect.cli.scenarios import scenarios
+from recollect.cli.serve import keys_app, serve
 from recollect.cli.verify import verify
 from recollect.cli.warm import warm
 from recollect.errors import RecollectError
@@ -35,6 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug shows Python's own traceback, which can be reported
 )
 app.command(cls=ChatCommand)(chat)
+app.command()(serve)
+app.add_typer(keys_app)
 app.add_typer(conversations)
 app.add_typer(checkpoints)
 app.add_typer(cache)
@@ -43,6 +47,7 @@ app.command()(export)
 app.command("import")(import_file)
 app.command()(models)
 app.command()(pull)
+app.command()(convert)
 app.command()(verify)
 app.command()(bench)
 app.command()(scenarios)

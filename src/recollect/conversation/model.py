@@ -5,9 +5,9 @@ The one place where a model on disk, a runtime, a pool and a tokenizer are put t
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from recollect import config
 from recollect.conversation.checkpoints import (
@@ -20,9 +20,11 @@ from recollect.conversation.matching import MessageIndex
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, require_name
 from recollect.conversation.session import Session
+from recollect.conversation.tools import Tools
 from recollect.conversation.warming import Warmed, warm
 from recollect.conversation.window import Overflow
 from recollect.engine.engine import Engine
+from recollect.engine.grammar import Grammars
 from recollect.engine.pinning import require_tier
 from recollect.engine.sizing import pool_size
 from recollect.errors import ConversationError, UnknownConversationError
@@ -88,6 +90,8 @@ class Model:
             fingerprint=local.fingerprint,
             store=store,
         )
+        self.grammars: Final = Grammars(self.tokenizer, vocab_size=runtime.info.vocab_size)
+        """Of which a `Generator` follows one, where its parameters name one."""
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
         self.engine.start()
 
@@ -123,6 +127,9 @@ class Model:
         keep: bool = False,
         name: str | None = None,
         overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Session:
         """
         Begin a conversation.
@@ -134,11 +141,17 @@ class Model:
             keep: Whether turns are kept in the journal, from the first on.
             name: Of the conversation in the journal, and then it is kept; None: the journal finds one.
             overflow: What happens when the context is full.
+            tools: What replies may call, each as OpenAI's API describes one; needs the extra
+                `recollect[grammar]`.
+            tool_choice: `none`, `auto`, `required`, or the name of the tool that is called.
+            parallel_tool_calls: Whether one reply may have several calls.
 
         Raises:
+            InvalidParameterError: A tool cannot be one, or the choice is none.
             NameTakenError: There is a conversation of that name.
             StoreError: The journal cannot be used.
         """
+        offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         conversation = self._conversation(namespace)
         if keep or name is not None:
             conversation.keep_in(self.journal, None if name is None else require_name(name))
@@ -154,6 +167,7 @@ class Model:
             namespace=namespace,
             name=DEFAULT_TIP,
             overflow=overflow,
+            tools=offered,
         )
 
     def session_from(
@@ -163,22 +177,26 @@ class Model:
         params: SamplingParams | None = None,
         namespace: str = "",
         overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Session:
         """
         Return a session at the end of messages that came as text.
 
         What of them is known from an earlier session of the namespace is taken over as it was
-        generated. `respond(None)` answers the last one, if it is a user's.
+        generated. `respond(None)` answers the last one, if it is a user's or a tool's.
 
         Args:
             messages: The whole conversation, from the first on.
-            params: As in `session`.
-            namespace: As in `session`.
-            overflow: As in `session`.
+            params, namespace, overflow, tools, tool_choice, parallel_tool_calls: As in `session`.
 
         Raises:
             ConversationError: There are no messages.
+            InvalidParameterError: A message lacks something, a tool cannot be one, or the choice is
+                none.
         """
+        offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         if not messages:
             raise ConversationError("There are no messages: give at least one.")
         with self._lock:
@@ -200,6 +218,7 @@ class Model:
             namespace=namespace,
             overflow=overflow,
             change=change,
+            tools=offered,
         )
 
     def sessions(self) -> list[ConversationInfo]:
@@ -214,6 +233,9 @@ class Model:
         checkpoint: str | None = None,
         params: SamplingParams | None = None,
         overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Session:
         """
         Go on with a conversation that is kept.
@@ -222,15 +244,16 @@ class Model:
             name: None: that of the checkpoint, or the one used last.
             tip: At which of its named tips.
             checkpoint: To which the tip is moved then; None: it stays where it is.
-            params: As in `session`.
-            overflow: As in `session`.
+            params, overflow, tools, tool_choice, parallel_tool_calls: As in `session`.
 
         Raises:
+            InvalidParameterError: A tool cannot be one, or the choice is none.
             UnknownConversationError: There is none of that name, or none at all.
             ConversationError: It has no such tip.
             UnknownCheckpointError: There is no checkpoint of that name.
             UnknownNodeError: It is of another conversation than *name*.
         """
+        offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         if name is None and checkpoint is not None:
             name = self.places.find(checkpoint).conversation
         if name is None:
@@ -238,8 +261,7 @@ class Model:
             if not kept:
                 raise UnknownConversationError("No conversation is kept yet: start one first.")
             name = kept[0].name
-        conversation = self._conversation("")
-        conversation.load(self.journal, self.journal.load(name))
+        conversation = self.conversation(name)
         if tip not in conversation.tips:
             raise ConversationError(
                 f"{name!r} has no branch {tip!r}: choose one of {', '.join(conversation.tips)}."
@@ -251,6 +273,7 @@ class Model:
             params or SamplingParams(),
             name=tip,
             overflow=overflow,
+            tools=offered,
         )
         if checkpoint is not None:
             session.return_to(checkpoint)
@@ -299,6 +322,18 @@ class Model:
         """
         self.places.drop(name)
 
+    def conversation(self, name_or_id: str | int, *, namespace: str = "") -> Conversation:
+        """
+        Return a conversation that is kept; its messages can be found again from now on.
+
+        Raises:
+            UnknownConversationError: There is none in that namespace.
+        """
+        conversation = self._conversation(namespace)
+        stored = self.journal.load(name_or_id, namespace=namespace)
+        conversation.load(self.journal, stored)
+        return conversation
+
     def close(self) -> None:
         """Give all memory back; its sessions can still be read, not continued."""
         self.engine.close()
@@ -312,6 +347,7 @@ class Model:
             model=self.name,
             fingerprint=self.weights_fingerprint,
             index=self._index(namespace),
+            namespace=namespace,
         )
 
     def _index(self, namespace: str) -> MessageIndex:
@@ -338,9 +374,10 @@ def load(
     Return a model that is ready to talk, after fetching and converting it where that is needed.
 
     Args:
-        model: A name in the catalog, a `.gguf` file, an OpenVINO folder, `org/repo:file` on the
-            hub, or `reference`, which needs no weights and talks nonsense.
-        profile: `exact`, `fast` or `small`; see ARCHITECTURE.md.
+        model: A name in the catalog, a `.gguf` file, an OpenVINO or ONNX GenAI folder,
+            `org/repo:file` on the hub, or `reference`, which needs no weights and talks nonsense.
+        profile: `exact`, `fast` or `small`; see ARCHITECTURE.md. An ONNX GenAI folder computes in
+            the precision that it was converted with, whatever the profile.
         kv_memory: Most bytes of KV; None: a quarter of the free memory, at most what
             four full contexts need.
         kv_disk: Most bytes of KV on disk, shared by all models of the home; 0: none is kept. None:
@@ -382,6 +419,10 @@ def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:
         return ReferenceRuntime(
             vocab_size=load_tokenizer(local).vocab_size, context_length=local.context_length
         )
+    if local.format == "onnx-genai":
+        from recollect.runtime.genai import GenAiRuntime  # noqa: PLC0415 - as below
+
+        return GenAiRuntime(local.folder, context_length=local.context_length)
     # Here and not above: it takes half a second, which `recollect --help` need not wait for.
     from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415
 

@@ -7,12 +7,16 @@ Knows nodes and named tips; no tokens, no KV, no replies.
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.matching import Change
 from recollect.conversation.tree import Node, Tree
 from recollect.errors import ConversationError, RewindError, SessionBusyError
 from recollect.types import Message
+
+ANSWERED: Final = ("user", "tool")
+"""Roles whose messages a reply can follow."""
 
 
 class Place:
@@ -55,18 +59,18 @@ class Place:
         return self._tip.path()
 
     def transcript(self) -> list[Message]:
-        """Return the messages up to the tip as plain values."""
+        """Return the messages up to the tip as plain values, calls of tools beside the text."""
         return [node.message() for node in self.path()]
 
     def last_user(self) -> Node:
         """
-        Return the user's message that the tip answers, or the tip if it is one.
+        Return the message that the tip answers, a user's or a tool's, or the tip if it is one.
 
         Raises:
             ConversationError: Nobody has said anything yet.
         """
         for node in reversed(self.path()):
-            if node.role == "user":
+            if node.role in ANSWERED:
                 return node
         raise ConversationError("Nothing has been said yet: say something first.")
 

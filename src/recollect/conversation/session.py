@@ -6,7 +6,7 @@ turns: each turn asks for the token ids that its place in the tree means, and fi
 cache what any earlier work left of them. So no operation on the tree can leave the KV behind.
 """
 
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
@@ -14,12 +14,15 @@ from recollect.conversation.checkpoints import Checkpoint
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.idle import IdleWork
 from recollect.conversation.matching import Change
-from recollect.conversation.place import Place
-from recollect.conversation.reason import Expectation, explained
-from recollect.conversation.records import NewNode, require_name
-from recollect.conversation.reply import Reply, ReplyStream, as_new_node
+from recollect.conversation.place import ANSWERED, Place
+from recollect.conversation.prompting import Prompting
+from recollect.conversation.reason import Expectation
+from recollect.conversation.records import require_name
+from recollect.conversation.reply import Reply, ReplyStream
+from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node
-from recollect.conversation.window import Overflow, Window, turn_starts
+from recollect.conversation.turn import Turn
+from recollect.conversation.window import Overflow
 from recollect.engine.generator import Generator
 from recollect.engine.pinning import pin_on_disk
 from recollect.engine.reply import ReplyGeneration
@@ -30,7 +33,7 @@ from recollect.errors import (
     TemplateError,
     UnknownNodeError,
 )
-from recollect.types import SamplingParams
+from recollect.types import Message, SamplingParams
 
 if TYPE_CHECKING:  # a model makes sessions, so the import would be a circle
     from recollect.conversation.model import Model
@@ -60,15 +63,18 @@ class Session(Place):
         name: str | None = None,
         overflow: Overflow = "error",
         change: Change | None = None,
+        tools: Tools = NO_TOOLS,
     ) -> None:
         super().__init__(conversation, tip, name=name, change=change)
         self._model = model
         self._namespace = namespace
         self._idle = IdleWork(model.engine)
         self._pinned: list[CachedBlock] = []
-        self._window = Window()
+        self._prompting = Prompting(model.engine, model.prompts, namespace)
         self.params = params
         self.overflow = overflow
+        self.tools = tools
+        """What replies may call from now on; `dataclasses.replace` gives another choice."""
 
     @property
     def namespace(self) -> str:
@@ -80,11 +86,13 @@ class Session(Place):
         Say something, and return the reply as it is generated.
 
         Args:
-            text: The message; None to have the tip answered, which then is a user's message.
+            text: The message; None to have the tip answered, which then is a user's message or
+                what a tool gave back.
             params: How to sample this reply; None: as the session does.
 
         Raises:
             ConversationError: There is nothing to answer, or a reply is being generated already.
+            ConfigError: A parameter, a grammar or a tool cannot be used; the subclass says why.
             TemplateError: The template refuses the conversation.
             ContextFullError: It does not fit the context.
             OutOfBlocksError: It does not fit the KV memory; raised by the first piece.
@@ -95,6 +103,19 @@ class Session(Place):
     def respond(self, text: str | None, *, params: SamplingParams | None = None) -> Reply:
         """Say something and return the whole reply; see `stream`."""
         return self.stream(text, params=params).read()
+
+    def add(self, message: Message) -> Node:
+        """
+        Add a message that something else is said after, such as what a tool gave back.
+
+        It is kept with the next reply.
+
+        Raises:
+            InvalidParameterError: It lacks something. The conversation is as it was.
+        """
+        with self._exclusively():
+            self._tip = self.conversation.add_unkept(self._tip, message)
+            return self._tip
 
     def regenerate(self, *, params: SamplingParams | None = None) -> Reply:
         """
@@ -177,8 +198,7 @@ class Session(Place):
 
     def typed_ids(self, node: Node | None = None) -> list[int]:
         """Return the token ids up to where a message after a node, or after the tip, begins."""
-        path = self._window.shown((node or self._tip).path())
-        return self._model.prompts.encode_typed(path, "").token_ids
+        return self._prompting.typing(node or self._tip, "", self.tools)
 
     def warm_tokens(self, node: Node | None = None, *, on_disk: bool = False) -> tuple[int, int]:
         """
@@ -270,6 +290,7 @@ class Session(Place):
             namespace=self._namespace,
             name=name,
             overflow=self.overflow,
+            tools=self.tools,
         )
 
     def _stream(
@@ -285,77 +306,54 @@ class Session(Place):
 
     def _turn(self, at: Node, text: str | None, params: SamplingParams) -> ReplyStream:
         """Have a reply begun; the tree and the tip stay as they are."""
-        if text is None and at.role != "user":
+        if text is None and at.role not in ANSWERED:
             raise ConversationError("There is no message to answer: say something.")
-        path = self._fitting_path(at, text)
-        prompt = self._model.prompts.encode(path, text)
-        engine = self._model.engine
-        generator = Generator(engine, params, sequence=self._sequence(prompt.token_ids))
+        tools, engine = self.tools, self._model.engine
+        prompt, dropped = self._prompting.asking(at, text, tools, self.overflow)
+        bare_names = tools.bare_names(params.grammar)
+        if tools.schemas:
+            params = replace(params, grammar=tools.grammar(params.grammar))
+        sequence = self._prompting.sequence(prompt.token_ids)
+        generator = Generator(engine, params, sequence=sequence, grammars=self._model.grammars)
+        expected = Expectation(
+            prompt,
+            engine.keep_multiple_of,
+            self._change if at is self._tip else None,
+            self.conversation.tools_change(at, tools),
+        )
         generation = ReplyGeneration(engine, generator, self._model.tokenizer)
-        dropped = len(turn_starts(at.path())) - len(turn_starts(path))
-        change = self._change if at is self._tip else None
-        expected = Expectation(prompt, engine.keep_multiple_of, change)
+        turn = Turn(at, text, generation, expected, tools, dropped, bare_names)
         generation.start()
-        keep = partial(self._finish, generation, at, text, expected, dropped)
-        return ReplyStream(generation, keep=keep, free_session=self._busy.release)
+        return ReplyStream(
+            generation,
+            keep=partial(self._finish, turn),
+            free_session=self._busy.release,
+            parser=turn.new_parser(),
+        )
 
-    def _finish(
-        self,
-        generation: ReplyGeneration,
-        at: Node,
-        said: str | None,
-        expected: Expectation,
-        dropped: int,
-    ) -> Reply | None:
+    def _finish(self, turn: Turn) -> Reply | None:
         """
         Keep a reply that has ended, and go to it; an edit that was broken off is kept beside.
 
         Returns:
             None where nothing was said; the conversation is then as it was.
         """
-        generation.release()
-        reason = generation.finish_reason
-        assert reason is not None, "it has ended"
-        if not generation.text and reason == "cancelled":
+        turn.generation.release()
+        is_whole = turn.finish_reason != "cancelled"
+        if not turn.generation.text and not is_whole:
             return None
-        usage = explained(generation.usage(), expected)
-        asked = [] if said is None else [NewNode(role="user", content=said)]
-        replied = as_new_node(generation, usage, self._model.weights_fingerprint)
-        goes_there = at is self._tip or reason != "cancelled"
-        name = self.name if goes_there else None
-        node = self.conversation.add(at, [*asked, replied], tip=name)
+        usage = turn.usage()
+        goes_there = turn.at is self._tip or is_whole
+        messages = turn.messages(usage, self._model.weights_fingerprint)
+        node = self.conversation.add(turn.at, messages, tip=self.name if goes_there else None)
+        self.conversation.note_tools(node, turn.tools)
         if goes_there:
             self._tip, self._change = node, None
         self._start_idle_work()
-        return Reply(generation.text, reason, usage, node, dropped)
-
-    def _fitting_path(self, at: Node, said: str | None) -> list[Node]:
-        """Return the messages that the prompt is made of: all, or those that still fit."""
-
-        def measure(messages: Sequence[Node]) -> int:
-            return len(self._model.prompts.encode(messages, said).token_ids)
-
-        limit = self._model.context_length
-        return self._window.fitting(at.path(), limit, measure, self.overflow)
-
-    def _sequence(self, token_ids: list[int]) -> TokenSequence:
-        """
-        Return a sequence with this history.
-
-        Raises:
-            ContextFullError: It leaves no place for a reply.
-        """
-        limit = self._model.context_length
-        needed = len(token_ids) + 1
-        if needed > limit:
-            raise ContextFullError(needed=needed, limit=limit)
-        sequence = self._model.engine.new_sequence(self._namespace)
-        sequence.append(token_ids)
-        return sequence
+        return turn.reply(usage, node)
 
     def _typed(self, text: str) -> TokenSequence:
-        path = self._window.shown(self.path())
-        return self._sequence(self._model.prompts.encode_typed(path, text).token_ids)
+        return self._prompting.sequence(self._prompting.typing(self._tip, text, self.tools))
 
     def _start_idle_work(self, text: str = "") -> None:
         """Compute a message being typed, or what the template puts before it, while nobody waits."""

@@ -55,16 +55,15 @@ class Engine:
         store: DiskStore | None = None,
     ) -> None:
         self._runtime = runtime
-        info = runtime.info
         runtime.allocate(num_blocks)
-        self.info = info
+        self.info = info = runtime.info
         self.block_size = info.block_size
         self.keep_multiple_of = info.block_size if info.whole_blocks_only else 1
         self.eos_token_ids = frozenset(eos_token_ids)
         self.lock = threading.RLock()
         """Held while block tables, pool and cache change."""
         self._pool = BlockPool(num_blocks, info.block_size)
-        self._scheduler = Scheduler(info.block_size)
+        self._scheduler = Scheduler(info.block_size, info.most_rows)
         self._passes = ForwardPasses(runtime, keep_multiple_of=self.keep_multiple_of)
         self._tier: DiskTier | None = None
         identity = Identity(fingerprint, info.name, info.kv_format)
@@ -89,7 +88,7 @@ class Engine:
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._work = threading.Condition(self.lock)
         self._thread: threading.Thread | None = None
-        self._is_warm = False
+        self._warm = threading.Event()
         self._passing = False
         self._closed = False
         # A thread in a forward pass when the interpreter ends would abort the process, and whoever
@@ -186,6 +185,11 @@ class Engine:
         with self._work:
             self._require_open()
             self._wake()
+
+    def wait_until_warm(self) -> None:
+        """Wait for the end of what `start` began; before that, a first token is a second slower."""
+        self.start()
+        self._warm.wait()
 
     def submit(self, task: Task) -> None:
         """
@@ -293,10 +297,10 @@ class Engine:
         self._work.notify_all()
 
     def _warm_up(self) -> None:
-        if not self._is_warm:
-            self._is_warm = True
+        if not self._warm.is_set():
             with suppress(RuntimeFailure):  # the first pass tells whoever waits for it
                 self._runtime.warm_up()
+            self._warm.set()
 
     def _run(self) -> None:
         """Be the engine's thread: a bug ends it, and leaves nobody waiting."""
@@ -307,6 +311,7 @@ class Engine:
         except BaseException as bug:
             with self._work:
                 self._bug, self._passing = bug, False
+                self._warm.set()
                 for task in self._scheduler.tasks():
                     self._end(task, "failed", RuntimeFailure(f"The engine met a bug: {bug!r}"))
                 self._work.notify_all()

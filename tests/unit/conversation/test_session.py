@@ -41,7 +41,7 @@ def chat(model: Model) -> Session:
 
 
 def said(session: Session) -> list[str]:
-    return [message["content"] for message in session.transcript()]
+    return [node.content for node in session.path()]
 
 
 def fresh_reply(session: Session, text: str | None) -> tuple[str, list[int]]:

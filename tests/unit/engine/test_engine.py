@@ -120,7 +120,7 @@ def test_the_runtime_is_warmed_up_once_and_before_anything_else(
 
     runtime.forward = noted
     engine.start()
-    engine.start()
+    engine.wait_until_warm()
     for _ in range(2):
         assert same(appended_and_computed(engine, [1, 2, 3]), fresh_logits([1, 2, 3]))
     assert calls == ["warm up", "forward", "forward"]
