@@ -18,13 +18,15 @@ Every exception that recollect raises on purpose.
     ├── StoreError                  what is kept on disk cannot be read or written
     │   ├── StoreBusyError          somebody else holds it for too long
     │   ├── StoreCorruptError       it is damaged
+    │   ├── StoreFullError          there is no room for more
     │   └── StoreVersionError       a newer version wrote it
     └── ConversationError           the tree of turns
         ├── UnknownNodeError        that node is not in this conversation
         ├── RewindError             that place is not in this history
         ├── SessionBusyError        a reply is being generated in this session
         ├── UnknownConversationError  no conversation goes by that name
-        ├── NameTakenError          another conversation goes by that name
+        ├── UnknownCheckpointError  no checkpoint goes by that name
+        ├── NameTakenError          something else goes by that name
         └── ConversationFileError   a file is no conversation, or cannot be written
     MisuseError                     a bug in the calling code (a RuntimeError, not a RecollectError)
 
@@ -126,6 +128,10 @@ class StoreCorruptError(StoreError):
     """The store is damaged; it was left untouched."""
 
 
+class StoreFullError(StoreError):
+    """There is no room for more; nothing was changed."""
+
+
 class StoreVersionError(StoreError):
     """A newer version of recollect wrote this; it was left untouched."""
 
@@ -150,8 +156,12 @@ class UnknownConversationError(ConversationError):
     """No conversation goes by that name, or it has been deleted."""
 
 
+class UnknownCheckpointError(ConversationError):
+    """No checkpoint goes by that name, or its conversation has been deleted."""
+
+
 class NameTakenError(ConversationError):
-    """Another conversation goes by that name; nothing was changed."""
+    """Another conversation, or something else of the kind, goes by that name; nothing was changed."""
 
 
 class ConversationFileError(ConversationError):

@@ -30,7 +30,8 @@ def generate(generator: Any, tokens: int) -> list[int]:
 
 def test_an_empty_append_is_refused(library: Any) -> None:
     generator = library.generator()
-    for empty in ([], np.array([], np.int32)):
+    nothings: tuple[Any, ...] = ([], np.array([], np.int32))
+    for empty in nothings:
         with pytest.raises(RuntimeError, match="input_ids is empty"):
             generator.append_tokens(empty)
     assert generator.token_count() == 0

@@ -4,12 +4,16 @@ One conversation: its tree, where it is kept, and how its messages are found aga
 What all sessions on it share. Knows no tokens' meaning and no KV.
 """
 
+import itertools
 import threading
 from collections.abc import Sequence
 
+from recollect.conversation.checkpoints import Spot
 from recollect.conversation.journal import Journal
 from recollect.conversation.matching import MessageIndex
+from recollect.conversation.messages import to_node
 from recollect.conversation.records import DEFAULT_TIP, NewNode, StoredConversation, require_name
+from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node, Tree
 from recollect.errors import ConversationError, NameTakenError
 from recollect.types import Message
@@ -40,6 +44,7 @@ class Conversation:
         self._record: int | None = None
         self._record_ids: dict[int, int] = {}  # node id to id in the journal
         self._tips: dict[str, Node] = {DEFAULT_TIP: self.tree.root}
+        self._tools: dict[int, Tools] = {}  # node id to what its reply could call
         self._lock = threading.Lock()
 
     @property
@@ -100,6 +105,7 @@ class Conversation:
                 fingerprint=record.fingerprint,
                 finish_reason=record.finish_reason,
                 usage=record.usage,
+                links=record.links,
             )
             self._record_ids[nodes[record.id].id] = record.id
             self._find_later(nodes[record.id])
@@ -130,10 +136,30 @@ class Conversation:
             return node
 
     def add_unkept(self, parent: Node, message: Message) -> Node:
-        """Add a message that is kept only when something is said after it; return its node."""
+        """
+        Add a message that is kept only when something is said after it; return its node.
+
+        Raises:
+            InvalidParameterError: It lacks something. Nothing was changed.
+        """
+        new = to_node(message)
         with self._lock:
-            new = NewNode(role=message["role"], content=message["content"])
             return self._grow(parent, new, None)
+
+    def note_tools(self, reply: Node, tools: Tools) -> None:
+        """Remember, until the program ends, with which tools a reply was generated."""
+        self._tools[reply.id] = tools
+
+    def tools_change(self, node: Node, tools: Tools) -> str | None:
+        """
+        Return how tools differ from those that *node* was answered with before, in words.
+
+        Where it was not, from those of the last reply before it; None where none differ.
+        """
+        answers = [self._tools[child.id] for child in node.children if child.id in self._tools]
+        before = (self._tools[one.id] for one in reversed(node.path()) if one.id in self._tools)
+        changes = [tools.difference(one) for one in answers or itertools.islice(before, 1)]
+        return None if None in changes else next(iter(changes), None)
 
     def set_tip(self, name: str, node: Node) -> None:
         """
@@ -158,6 +184,30 @@ class Conversation:
         if name in self._tips:
             raise ConversationError(f"There is a branch {name!r} already: take another name.")
         self.set_tip(name, node)
+
+    def spot(self, node: Node) -> Spot:
+        """
+        Return where the journal has a node.
+
+        Raises:
+            ConversationError: It is not kept.
+        """
+        record_id = self._record_ids.get(node.id)
+        if self._journal is None:
+            raise ConversationError(
+                "This conversation is not kept, so nobody could come back to it: begin one that has "
+                "a name."
+            )
+        if self._record is None or record_id is None:
+            raise ConversationError("Nothing has been said here yet: say something first.")
+        return Spot(self._record, record_id, node.turns)
+
+    def node_at(self, conversation_id: int, record_id: int) -> Node | None:
+        """Return the node that the journal has there; None: it is of another conversation, or newer."""
+        if conversation_id != self._record:
+            return None
+        found = (node for node, record in self._record_ids.items() if record == record_id)
+        return next((self.tree.node(node) for node in found), None)
 
     def check(self) -> None:
         """
@@ -208,6 +258,7 @@ class Conversation:
             fingerprint=message.fingerprint,
             finish_reason=message.finish_reason,
             usage=message.usage,
+            links=message.links,
         )
         if record_id is not None:
             self._record_ids[node.id] = record_id
@@ -221,4 +272,4 @@ class Conversation:
 
 def _as_new(node: Node) -> NewNode:
     assert node.role is not None, "the root is not kept"
-    return NewNode(role=node.role, content=node.content)
+    return NewNode(role=node.role, content=node.content, links=node.links)

@@ -5,33 +5,39 @@ The one place where a model on disk, a runtime, a pool and a tokenizer are put t
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from recollect import config
+from recollect.conversation.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+)
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.matching import MessageIndex
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, require_name
 from recollect.conversation.session import Session
+from recollect.conversation.tools import Tools
+from recollect.conversation.warming import Warmed, warm
 from recollect.conversation.window import Overflow
 from recollect.engine.engine import Engine
-from recollect.errors import ConfigError, ConversationError, UnknownConversationError
-from recollect.kv.blocks import blocks_for
+from recollect.engine.grammar import Grammars
+from recollect.engine.pinning import require_tier
+from recollect.engine.sizing import pool_size
+from recollect.errors import ConversationError, UnknownConversationError
+from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.models.local import LocalModel
 from recollect.models.prepare import prepare
 from recollect.models.template import ChatTemplate
 from recollect.models.tokenizer import Tokenizer, load_tokenizer
-from recollect.runtime.base import PagedRuntime, RuntimeInfo
+from recollect.runtime.base import PagedRuntime
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
 
 DEFAULT_MODEL: Final = "smollm2"
-CONTEXTS_IN_POOL: Final = 4
-"""By default the pool holds at most this many full contexts: one conversation, and room for its
-branches and for others. Pages that are never written take no memory."""
 
 
 class Model:
@@ -50,7 +56,19 @@ class Model:
         profile: Profile,
         home: Path,
         kv_memory: int | None = None,
+        store: DiskStore | None = None,
     ) -> None:
+        """
+        Put together what was loaded; `load` is the usual way.
+
+        Args:
+            local: What the model is on disk.
+            runtime: Runs it; owned by the model from now on.
+            profile: That the runtime was made for.
+            home: Where the journal is.
+            kv_memory: As in `load`.
+            store: Where KV is kept below memory, closed with the model; None: nowhere.
+        """
         self.name: Final = local.name
         self._home = home
         self._lock = threading.RLock()
@@ -70,8 +88,12 @@ class Model:
             num_blocks=pool_size(runtime.info, kv_memory),
             eos_token_ids=local.eos_token_ids,
             fingerprint=local.fingerprint,
+            store=store,
         )
+        self.grammars: Final = Grammars(self.tokenizer, vocab_size=runtime.info.vocab_size)
+        """Of which a `Generator` follows one, where its parameters name one."""
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
+        self.engine.start()
 
     @property
     def context_length(self) -> int:
@@ -86,6 +108,16 @@ class Model:
                 self._journal = Journal.open(self._home / JOURNAL_NAME)
             return self._journal
 
+    @property
+    def places(self) -> Checkpoints:
+        """
+        Return what keeps checkpoints.
+
+        Raises:
+            StoreError: No KV is kept on disk here, or the journal cannot be used.
+        """
+        return Checkpoints(require_tier(self.engine).store, self.journal)
+
     def session(
         self,
         system: str | None = None,
@@ -95,6 +127,9 @@ class Model:
         keep: bool = False,
         name: str | None = None,
         overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Session:
         """
         Begin a conversation.
@@ -106,11 +141,17 @@ class Model:
             keep: Whether turns are kept in the journal, from the first on.
             name: Of the conversation in the journal, and then it is kept; None: the journal finds one.
             overflow: What happens when the context is full.
+            tools: What replies may call, each as OpenAI's API describes one; needs the extra
+                `recollect[grammar]`.
+            tool_choice: `none`, `auto`, `required`, or the name of the tool that is called.
+            parallel_tool_calls: Whether one reply may have several calls.
 
         Raises:
+            InvalidParameterError: A tool cannot be one, or the choice is none.
             NameTakenError: There is a conversation of that name.
             StoreError: The journal cannot be used.
         """
+        offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         conversation = self._conversation(namespace)
         if keep or name is not None:
             conversation.keep_in(self.journal, None if name is None else require_name(name))
@@ -126,6 +167,7 @@ class Model:
             namespace=namespace,
             name=DEFAULT_TIP,
             overflow=overflow,
+            tools=offered,
         )
 
     def session_from(
@@ -135,22 +177,26 @@ class Model:
         params: SamplingParams | None = None,
         namespace: str = "",
         overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Session:
         """
         Return a session at the end of messages that came as text.
 
         What of them is known from an earlier session of the namespace is taken over as it was
-        generated. `respond(None)` answers the last one, if it is a user's.
+        generated. `respond(None)` answers the last one, if it is a user's or a tool's.
 
         Args:
             messages: The whole conversation, from the first on.
-            params: As in `session`.
-            namespace: As in `session`.
-            overflow: As in `session`.
+            params, namespace, overflow, tools, tool_choice, parallel_tool_calls: As in `session`.
 
         Raises:
             ConversationError: There are no messages.
+            InvalidParameterError: A message lacks something, a tool cannot be one, or the choice is
+                none.
         """
+        offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         if not messages:
             raise ConversationError("There are no messages: give at least one.")
         with self._lock:
@@ -172,6 +218,7 @@ class Model:
             namespace=namespace,
             overflow=overflow,
             change=change,
+            tools=offered,
         )
 
     def sessions(self) -> list[ConversationInfo]:
@@ -183,22 +230,32 @@ class Model:
         name: str | None = None,
         *,
         tip: str = DEFAULT_TIP,
+        checkpoint: str | None = None,
         params: SamplingParams | None = None,
         overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Session:
         """
         Go on with a conversation that is kept.
 
         Args:
-            name: None: the one used last.
+            name: None: that of the checkpoint, or the one used last.
             tip: At which of its named tips.
-            params: As in `session`.
-            overflow: As in `session`.
+            checkpoint: To which the tip is moved then; None: it stays where it is.
+            params, overflow, tools, tool_choice, parallel_tool_calls: As in `session`.
 
         Raises:
+            InvalidParameterError: A tool cannot be one, or the choice is none.
             UnknownConversationError: There is none of that name, or none at all.
             ConversationError: It has no such tip.
+            UnknownCheckpointError: There is no checkpoint of that name.
+            UnknownNodeError: It is of another conversation than *name*.
         """
+        offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
+        if name is None and checkpoint is not None:
+            name = self.places.find(checkpoint).conversation
         if name is None:
             kept = self.sessions()
             if not kept:
@@ -210,14 +267,61 @@ class Model:
             raise ConversationError(
                 f"{name!r} has no branch {tip!r}: choose one of {', '.join(conversation.tips)}."
             )
-        return Session(
+        session = Session(
             self,
             conversation,
             conversation.tips[tip],
             params or SamplingParams(),
             name=tip,
             overflow=overflow,
+            tools=offered,
         )
+        if checkpoint is not None:
+            session.return_to(checkpoint)
+        return session
+
+    def warm(
+        self,
+        text: str = "",
+        *,
+        system: str | None = None,
+        name: str,
+        progress: Progress = no_progress,
+    ) -> Warmed:
+        """
+        Read a text once and keep its KV on disk, so that first messages which begin so start warm.
+
+        Args:
+            text: What they begin with; empty: only the instructions.
+            system: Instructions before it.
+            name: Of what is kept; a text that has changed takes the place of the one before.
+            progress: Called with tokens while they are read.
+
+        Raises:
+            NameTakenError: Something else is kept under that name.
+            StoreError: No KV is kept on disk here, or there is no room for it.
+            ContextFullError: It does not fit the context.
+        """
+        return warm(self, text, system=system, name=name, progress=progress)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """
+        Return the places that `Session.checkpoint` has kept, by name; also those of other models.
+
+        Raises:
+            StoreError: No KV is kept on disk here, or it cannot be read.
+        """
+        return self.places.all()
+
+    def drop_checkpoint(self, name: str) -> None:
+        """
+        Let the KV of a checkpoint be evicted; the conversation stays as it is.
+
+        Raises:
+            UnknownCheckpointError: There is none of that name.
+            StoreError: No KV is kept on disk here, or it cannot be written.
+        """
+        self.places.drop(name)
 
     def close(self) -> None:
         """Give all memory back; its sessions can still be read, not continued."""
@@ -249,6 +353,8 @@ def load(
     *,
     profile: Profile = config.DEFAULT_PROFILE,
     kv_memory: int | None = None,
+    kv_disk: int | None = None,
+    store: DiskStore | None = None,
     home: Path | None = None,
     progress: Progress = no_progress,
 ) -> Model:
@@ -261,38 +367,39 @@ def load(
         profile: `exact`, `fast` or `small`; see ARCHITECTURE.md. An ONNX GenAI folder computes in
             the precision that it was converted with, whatever the profile.
         kv_memory: Most bytes of KV; None: a quarter of the free memory, at most what
-            `CONTEXTS_IN_POOL` full contexts need.
+            four full contexts need.
+        kv_disk: Most bytes of KV on disk, shared by all models of the home; 0: none is kept. None:
+            10 GB or a tenth of the free disk, whichever is smaller.
+        store: Where KV is kept on disk instead, open; closed with the model.
         home: Where models are kept; None: `RECOLLECT_HOME` or the user's data folder.
         progress: Called while fetching and converting.
 
     Raises:
         ModelError: It cannot be had or read; the subclass says which.
-        ConfigError: `kv_memory` holds no block, or there is no such profile.
+        ConfigError: `kv_memory` or `kv_disk` holds no block, or there is no such profile.
+        StoreError: KV cannot be kept on disk.
     """
     config.parse_profile(profile)
     home = home or config.home()
     local = prepare(str(model), home=home, progress=progress)
     runtime = _runtime(local, profile)
-    return Model(local, runtime, profile=profile, home=home, kv_memory=kv_memory)
+    store = store or _store(home, kv_disk)
+    try:
+        return Model(local, runtime, profile=profile, home=home, kv_memory=kv_memory, store=store)
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
 
 
-def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
-    """
-    Return how many blocks a memory budget in bytes holds.
-
-    Raises:
-        ConfigError: Not even one.
-    """
-    if kv_memory is None:
-        blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)
-        budget = config.default_kv_memory_bytes()
-        return max(1, min(budget // info.bytes_per_block, blocks_of_contexts))
-    blocks = kv_memory // info.bytes_per_block
-    if blocks < 1:
-        raise ConfigError(
-            f"{kv_memory:,} bytes hold no KV block: give at least {info.bytes_per_block:,}."
-        )
-    return blocks
+def _store(home: Path, kv_disk: int | None) -> DiskStore | None:
+    folder = home / STORE_FOLDER
+    budget = (
+        config.default_kv_disk_bytes(folder)
+        if kv_disk is None
+        else config.require_disk_size(kv_disk)
+    )
+    return DiskStore(folder, budget_bytes=budget) if budget else None
 
 
 def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:

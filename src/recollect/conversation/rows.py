@@ -18,6 +18,8 @@ from recollect.conversation.records import (
     NodeRecord,
     StoredConversation,
     checksum,
+    links_from_dict,
+    links_to_dict,
     pack_token_ids,
     require_text,
     unpack_token_ids,
@@ -29,8 +31,10 @@ _CHECKED: Final = (
     "conversation_id, parent_id, role, finish_reason, created_at, fingerprint, usage, token_ids, "
     "content"
 )
-_INSERT: Final = f"INSERT INTO nodes ({_CHECKED}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
-NODE_COLUMNS: Final = f"id, checksum, {_CHECKED}"
+_INSERT: Final = (
+    f"INSERT INTO nodes ({_CHECKED}, links, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+)
+NODE_COLUMNS: Final = f"id, checksum, {_CHECKED}, links"
 CONVERSATION_COLUMNS: Final = "id, name, created_at, updated_at, model, fingerprint, format"
 
 
@@ -71,7 +75,9 @@ def insert_node(
         token_ids,
         node.content,
     )
-    node_id = connection.execute(_INSERT, (*values, checksum(*values))).lastrowid
+    links = None if node.links is None else json.dumps(links_to_dict(node.links))
+    summed = _checksum(values, links)
+    node_id = connection.execute(_INSERT, (*values, links, summed)).lastrowid
     assert node_id is not None, "an insert gives an id"
     return node_id
 
@@ -102,11 +108,19 @@ def read_nodes(
 
 def is_sound(row: tuple[Any, ...]) -> bool:
     """Return whether a row of `NODE_COLUMNS` is what was written."""
-    return bool(row[1] == checksum(*row[2:]))
+    return bool(row[1] == _checksum(row[2:-1], row[-1]))
+
+
+def _checksum(values: tuple[Any, ...], links: str | None) -> int:
+    """Return the checksum of a row; one without links has that of version 1, which had no such column."""
+    return checksum(*values) if links is None else checksum(*values, links)
 
 
 def _node(row: tuple[Any, ...]) -> NodeRecord:
-    (node_id, _, _, parent_id, role, finish, created_at, fingerprint, usage, token_ids, text) = row
+    node_id, _, _, parent_id, role, finish, created_at, fingerprint, usage, token_ids, text = row[
+        :-1
+    ]
+    links = row[-1]
     return NodeRecord(
         id=node_id,
         parent_id=parent_id,
@@ -117,6 +131,7 @@ def _node(row: tuple[Any, ...]) -> NodeRecord:
         usage=None if usage is None else json.loads(usage),
         created_at=datetime.fromisoformat(created_at),
         fingerprint=fingerprint,
+        links=None if links is None else links_from_dict(json.loads(links)),
     )
 
 

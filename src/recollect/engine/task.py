@@ -44,6 +44,10 @@ class Task:
         """Whether it runs only while nothing else does."""
         self.state: TaskState = "waiting"
         self.error: Exception | None = None
+        self.restoring = False
+        """Whether the disk may have more of it; it is not fed meanwhile."""
+        self.restored_tokens = 0
+        """Tokens whose KV came from disk for it."""
         self.fed: list[FeedPlan] = []
         """What forward passes were fed with for it, in order."""
         self.hand_over = hand_over
@@ -76,9 +80,9 @@ class Task:
         if self.error is not None:
             raise self.error
 
-    def join(self) -> None:
-        """Wait for the end, whatever it is."""
-        self._ended.wait()
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end, whatever it is, or for some seconds; return whether it has come."""
+        return self._ended.wait(timeout_s)
 
     def end(self, state: TaskState, error: Exception | None = None) -> None:
         """Give the sequence back to the caller. For the scheduler."""

@@ -35,6 +35,9 @@ MOST_LIVE: Final = 4
 """Live generators: one conversation, and others or its forks. Each has KV for a full context."""
 
 _EMPTY: Final = -1
+_NO_BYTES: Final = (
+    "ONNX Runtime GenAI keeps its KV to itself: it cannot be put on disk (--kv-disk 0)."
+)
 _BYTES_PER_NUMBER: Final = 4
 """Of KV. f32 on the CPU; where a folder has f16, KV takes half of what the budget allows."""
 
@@ -89,6 +92,7 @@ class GenAiRuntime:
             bytes_per_block=BLOCK_SIZE * _kv_bytes_per_token(config["decoder"]),
             vocab_size=config["vocab_size"],
             context_length=context_length,
+            has_block_bytes=False,  # the library gives no KV away
         )
         self._slots: npt.NDArray[np.int32] | None = None
         self._live: list[_Live] = []
@@ -135,6 +139,17 @@ class GenAiRuntime:
         check_blocks([block for pair in pairs for block in pair], len(slots))
         for source, target in pairs:
             slots[target] = slots[source]
+
+    def warm_up(self) -> None:
+        """Do nothing: the library is ready when it is loaded."""
+
+    def read_block(self, block: int, into: memoryview) -> None:  # noqa: ARG002 - the contract's
+        """Refuse: there is no KV in blocks."""
+        raise RuntimeFailure(_NO_BYTES)
+
+    def write_block(self, block: int, content: memoryview) -> None:  # noqa: ARG002 - the contract's
+        """Refuse: there is no KV in blocks."""
+        raise RuntimeFailure(_NO_BYTES)
 
     def close(self) -> None:
         """Give the model and its generators back."""
