@@ -40,8 +40,9 @@ NEW = ReusePlan(None, 0)
         ("abcd", 3, ["ab", "abc"], True, ReusePlan(1, 3)),  # the longest
         ("abcd", 2, ["abxyz", "abx"], False, ReusePlan(1, 2)),  # of equals what gives up less
         ("abcd", 2, ["abx", "aby"], False, ReusePlan(1, 2)),  # of those the last used
-        ("abcd", 2, ["abxyzw"], True, NEW),  # another conversation, and there is room
-        ("abcd", 2, ["abxyzw"], False, ReusePlan(0, 2)),  # and there is none
+        ("abcd", 2, ["abxyzxyz"], True, ReusePlan(0, 2)),  # an undo
+        ("abcd", 2, ["abxyzxyzxyz"], True, NEW),  # another conversation, and there is room
+        ("abcd", 2, ["abxyzxyzxyz"], False, ReusePlan(0, 2)),  # and there is none
     ],
 )
 def test_the_plan(
