@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from recollect import config
+from recollect.models.onnx_convert import Precision
 from recollect.models.prepare import prepare
 from recollect.runtime.base import PagedRuntime
+from recollect.runtime.genai import GenAiRuntime
 from recollect.runtime.openvino import OpenVinoRuntime
 from recollect.runtime.reference import ReferenceRuntime
 
@@ -29,14 +31,16 @@ def _openvino() -> PagedRuntime:
     return OpenVinoRuntime(xml, profile="exact", context_length=512)
 
 
-RUNTIMES: dict[str, Callable[[], PagedRuntime]] = {
+Maker = Callable[[], PagedRuntime]
+
+RUNTIMES: dict[str, Maker] = {
     "reference": lambda: _reference(False),
     "reference-whole-blocks": lambda: _reference(True),
     "openvino-exact": _openvino,
 }
 PARAMS = [
-    pytest.param(name, marks=[pytest.mark.model] if name.startswith("openvino") else [])
-    for name in RUNTIMES
+    pytest.param(name, marks=[] if name.startswith("reference") else [pytest.mark.model])
+    for name in [*RUNTIMES, "genai-fp32"]
 ]
 
 
@@ -45,13 +49,22 @@ def runtime_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="module")
+def maker(runtime_name: str, onnx_folder: Callable[[Precision], Path]) -> Maker:
+    """Return what makes one runtime of the kind under test."""
+    if runtime_name == "genai-fp32":
+        folder = onnx_folder("fp32")
+        return lambda: GenAiRuntime(folder, context_length=512)
+    return RUNTIMES[runtime_name]
+
+
 @pytest.fixture
-def make_runtime(runtime_name: str) -> Iterator[Callable[[], PagedRuntime]]:
+def make_runtime(maker: Maker) -> Iterator[Maker]:
     """Return a maker of runtimes that have no memory yet."""
     made: list[PagedRuntime] = []
 
     def make() -> PagedRuntime:
-        made.append(RUNTIMES[runtime_name]())
+        made.append(maker())
         return made[-1]
 
     yield make
@@ -60,9 +73,9 @@ def make_runtime(runtime_name: str) -> Iterator[Callable[[], PagedRuntime]]:
 
 
 @pytest.fixture(scope="module")
-def runtime(runtime_name: str) -> Iterator[PagedRuntime]:
+def runtime(maker: Maker) -> Iterator[PagedRuntime]:
     """Return a runtime of 24 blocks; tests leave KV behind in it, and no test may be disturbed by that."""
-    runtime = RUNTIMES[runtime_name]()
+    runtime = maker()
     runtime.allocate(NUM_BLOCKS)
     yield runtime
     runtime.close()

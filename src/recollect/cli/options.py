@@ -22,7 +22,7 @@ ModelOption = Annotated[
         "--model",
         "-m",
         metavar="NAME",
-        help="A name of `recollect models`, a .gguf file, an OpenVINO folder, or org/repo:file.",
+        help="A name of `recollect models`, a .gguf file, an OpenVINO or ONNX folder, or org/repo:file.",
     ),
 ]
 ProfileOption = Annotated[

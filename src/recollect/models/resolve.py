@@ -80,5 +80,5 @@ def _explain(reference: str, catalog: Mapping[str, CatalogEntry]) -> str:
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return (
         f"{start}: {hint}`recollect models` lists the names; a path to a .gguf file or to an "
-        "OpenVINO folder works too."
+        "OpenVINO or ONNX GenAI folder works too."
     )

@@ -4,6 +4,7 @@ The machine card: on what, and with what, a number was measured.
 Reads the operating system; names no host and no path.
 """
 
+import contextlib
 import platform
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,7 +17,7 @@ from recollect._version import __version__
 from recollect.conversation.model import Model
 
 _CPUINFO: Final = Path("/proc/cpuinfo")
-_PACKAGES: Final = ("openvino", "openvino-genai", "numpy")
+_PACKAGES: Final = ("openvino", "openvino-genai", "onnxruntime-genai", "onnxruntime", "numpy")
 _INTERESTING_FLAGS: Final = ("avx2", "avx512f", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8")
 """What decides the arithmetic of the CPU plugin: without a bf16 flag, `fast` computes in f32."""
 
@@ -67,7 +68,11 @@ def machine_card(model: Model) -> MachineCard:
 
 
 def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in _PACKAGES}
+    installed = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # some are extras
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def _cpu_name() -> str:

@@ -6,11 +6,16 @@ Pure: token ids in, a plan out. Does not know the library whose generators they 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 TokenArray = npt.NDArray[np.int32]
+
+FAR_MORE: Final = 4
+"""A replay costs what is kept, for certain; a rewind costs what is given up, if that is wanted again.
+So an undo and a short fork rewind, and a second conversation with the same instructions does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,7 @@ def plan_reuse(
     Return the plan for computing `history[past:]`: never more is kept than *past*, and never a wrong token.
 
     The longest common prefix wins; of equals the one that gives up the least, then the one used last.
-    Where a rewind would give up more than it keeps, another conversation has merely begun alike:
+    Where a rewind would give up far more than it keeps, another conversation has merely begun alike:
     while there is room it keeps its generator, and a new one replays the common part.
 
     Args:
@@ -80,6 +85,6 @@ def plan_reuse(
         lost = len(held.token_ids) - keep
         if keep and (keep > best.keep or (keep == best.keep and lost <= best_lost)):
             best, best_lost = ReusePlan(index, keep), lost
-    if has_room and best_lost > best.keep:
+    if has_room and best_lost > FAR_MORE * best.keep:
         return ReusePlan(None, 0)
     return best
