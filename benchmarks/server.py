@@ -110,7 +110,10 @@ async def ask(url: str, messages: Sequence[Message], *, max_tokens: int = REPLY_
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    text, first, usage, timings = "", None, {}, {}
+    text = ""
+    first: float | None = None
+    usage: dict[str, Any] = {}
+    timings: dict[str, Any] = {}
     begun = perf_counter()
     async with (
         httpx.AsyncClient(trust_env=False, timeout=300) as client,
@@ -263,7 +266,7 @@ def overhead(server: Running) -> float:
                         own = json.loads(line.removeprefix("data: ")).get("recollect") or own
         if first is not None and own is not None:
             added.append(first - begun - own["ttft_s"])
-    return median(added)
+    return float(median(added))
 
 
 def free_port() -> int:

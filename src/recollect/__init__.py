@@ -9,12 +9,14 @@ Conversations with local language models that never read a token twice, and prov
 """
 
 from recollect._version import __version__
+from recollect.conversation.checkpoints import Checkpoint
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.model import Model, load
 from recollect.conversation.reply import Reply, ReplyStream
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node, Tree
+from recollect.conversation.warming import Warmed
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.sequence import Sequence
@@ -23,6 +25,7 @@ from recollect.models.tool_calls import ToolCallParser
 from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, ToolCall, Usage
 
 __all__ = [
+    "Checkpoint",
     "Conversation",
     "Engine",
     "Generator",
@@ -43,6 +46,7 @@ __all__ = [
     "Tools",
     "Tree",
     "Usage",
+    "Warmed",
     "__version__",
     "load",
 ]

@@ -37,6 +37,21 @@ KvMemoryOption = Annotated[
         show_default="a quarter of what is free",
     ),
 ]
+KvDiskOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most disk for KV, shared by all models; 0: none is kept.",
+        show_default="10GB, or a tenth of what is free",
+    ),
+]
+ProofKvDiskOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="Most disk for KV; 0: none is written or read, so that nothing but computing counts.",
+    ),
+]
 
 MaxTokensOption = Annotated[
     int | None,
@@ -117,16 +132,20 @@ IgnoreEosOption = Annotated[
 ]
 
 
-def open_model(name: str, *, profile: Profile, kv_memory: str | None = None) -> "Model":
+def open_model(
+    name: str, *, profile: Profile, kv_memory: str | None = None, kv_disk: str | None = None
+) -> "Model":
     """
     Return the model, fetched, converted and loaded, with a progress bar on a terminal's stderr.
 
     Args:
         kv_memory: As it was typed, such as "2GB"; None: the library's default.
+        kv_disk: Likewise; "0": none.
 
     Raises:
         ModelError: It cannot be had or read.
-        ConfigError: `kv_memory` is no size, or holds no block.
+        ConfigError: `kv_memory` or `kv_disk` is no size, or holds no block.
+        StoreError: KV cannot be kept on disk.
     """
     with progress_bar(f"Loading {name}") as progress:
         # Imported here: the runtime takes half a second, which neither `--help` nor a misspelt
@@ -134,5 +153,10 @@ def open_model(name: str, *, profile: Profile, kv_memory: str | None = None) -> 
         from recollect import config  # noqa: PLC0415
         from recollect.conversation.model import load  # noqa: PLC0415
 
-        budget = None if kv_memory is None else config.parse_size(kv_memory)
-        return load(name, profile=profile, kv_memory=budget, progress=progress)
+        return load(
+            name,
+            profile=profile,
+            kv_memory=None if kv_memory is None else config.parse_size(kv_memory),
+            kv_disk=None if kv_disk is None else config.parse_disk_size(kv_disk),
+            progress=progress,
+        )

@@ -21,7 +21,11 @@ from recollect.conversation.session import Session
 def talk(model: Model, session: Session) -> None:
     """Talk until the user leaves."""
     chat = Chat(model, Console(), session)
-    completer = WordsCompleter([PREFIX + name for name in COMMANDS], names=chat.sessions.keys)
+    completer = WordsCompleter(
+        [PREFIX + name for name in COMMANDS],
+        names=chat.sessions.keys,
+        names_after={f"{PREFIX}load": chat.checkpoint_names},
+    )
     prompt = make_prompt(history_at(config.home() / "history"), completer)
 
     def prewarm(text: str) -> None:

@@ -8,6 +8,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 
+from recollect.conversation.checkpoints import Spot
 from recollect.conversation.journal import Journal
 from recollect.conversation.matching import MessageIndex
 from recollect.conversation.messages import to_node
@@ -217,6 +218,30 @@ class Conversation:
         if name in self._tips:
             raise ConversationError(f"There is a branch {name!r} already: take another name.")
         self.set_tip(name, node)
+
+    def spot(self, node: Node) -> Spot:
+        """
+        Return where the journal has a node.
+
+        Raises:
+            ConversationError: It is not kept.
+        """
+        record_id = self._record_ids.get(node.id)
+        if self._journal is None:
+            raise ConversationError(
+                "This conversation is not kept, so nobody could come back to it: begin one that has "
+                "a name."
+            )
+        if self._record is None or record_id is None:
+            raise ConversationError("Nothing has been said here yet: say something first.")
+        return Spot(self._record, record_id, node.turns)
+
+    def node_at(self, conversation_id: int, record_id: int) -> Node | None:
+        """Return the node that the journal has there; None: it is of another conversation, or newer."""
+        if conversation_id != self._record:
+            return None
+        found = (node for node, record in self._record_ids.items() if record == record_id)
+        return next((self.tree.node(node) for node in found), None)
 
     def check(self) -> None:
         """

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from recollect import config
+from recollect.conversation.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+)
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.matching import MessageIndex
@@ -17,24 +21,23 @@ from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, require_name
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
+from recollect.conversation.warming import Warmed, warm
 from recollect.conversation.window import Overflow
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars
-from recollect.errors import ConfigError, ConversationError, UnknownConversationError
-from recollect.kv.blocks import blocks_for
+from recollect.engine.pinning import require_tier
+from recollect.engine.sizing import pool_size
+from recollect.errors import ConversationError, UnknownConversationError
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.models.local import LocalModel
 from recollect.models.prepare import prepare
 from recollect.models.template import ChatTemplate
 from recollect.models.tokenizer import Tokenizer, load_tokenizer
-from recollect.runtime.base import PagedRuntime, RuntimeInfo
+from recollect.runtime.base import PagedRuntime
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
 
 DEFAULT_MODEL: Final = "smollm2"
-CONTEXTS_IN_POOL: Final = 4
-"""By default the pool holds at most this many full contexts: one conversation, and room for its
-branches and for others. Pages that are never written take no memory."""
 
 
 class Model:
@@ -104,6 +107,16 @@ class Model:
             if self._journal is None:
                 self._journal = Journal.open(self._home / JOURNAL_NAME)
             return self._journal
+
+    @property
+    def places(self) -> Checkpoints:
+        """
+        Return what keeps checkpoints.
+
+        Raises:
+            StoreError: No KV is kept on disk here, or the journal cannot be used.
+        """
+        return Checkpoints(require_tier(self.engine).store, self.journal)
 
     def session(
         self,
@@ -221,6 +234,7 @@ class Model:
         name: str | None = None,
         *,
         tip: str = DEFAULT_TIP,
+        checkpoint: str | None = None,
         params: SamplingParams | None = None,
         overflow: Overflow = "error",
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -231,16 +245,21 @@ class Model:
         Go on with a conversation that is kept.
 
         Args:
-            name: None: the one used last.
+            name: None: that of the checkpoint, or the one used last.
             tip: At which of its named tips.
+            checkpoint: To which the tip is moved then; None: it stays where it is.
             params, overflow, tools, tool_choice, parallel_tool_calls: As in `session`.
 
         Raises:
             InvalidParameterError: A tool cannot be one, or the choice is none.
             UnknownConversationError: There is none of that name, or none at all.
             ConversationError: It has no such tip.
+            UnknownCheckpointError: There is no checkpoint of that name.
+            UnknownNodeError: It is of another conversation than *name*.
         """
         offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
+        if name is None and checkpoint is not None:
+            name = self.places.find(checkpoint).conversation
         if name is None:
             kept = self.sessions()
             if not kept:
@@ -251,7 +270,7 @@ class Model:
             raise ConversationError(
                 f"{name!r} has no branch {tip!r}: choose one of {', '.join(conversation.tips)}."
             )
-        return Session(
+        session = Session(
             self,
             conversation,
             conversation.tips[tip],
@@ -260,6 +279,52 @@ class Model:
             overflow=overflow,
             tools=offered,
         )
+        if checkpoint is not None:
+            session.return_to(checkpoint)
+        return session
+
+    def warm(
+        self,
+        text: str = "",
+        *,
+        system: str | None = None,
+        name: str,
+        progress: Progress = no_progress,
+    ) -> Warmed:
+        """
+        Read a text once and keep its KV on disk, so that first messages which begin so start warm.
+
+        Args:
+            text: What they begin with; empty: only the instructions.
+            system: Instructions before it.
+            name: Of what is kept; a text that has changed takes the place of the one before.
+            progress: Called with tokens while they are read.
+
+        Raises:
+            NameTakenError: Something else is kept under that name.
+            StoreError: No KV is kept on disk here, or there is no room for it.
+            ContextFullError: It does not fit the context.
+        """
+        return warm(self, text, system=system, name=name, progress=progress)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """
+        Return the places that `Session.checkpoint` has kept, by name; also those of other models.
+
+        Raises:
+            StoreError: No KV is kept on disk here, or it cannot be read.
+        """
+        return self.places.all()
+
+    def drop_checkpoint(self, name: str) -> None:
+        """
+        Let the KV of a checkpoint be evicted; the conversation stays as it is.
+
+        Raises:
+            UnknownCheckpointError: There is none of that name.
+            StoreError: No KV is kept on disk here, or it cannot be written.
+        """
+        self.places.drop(name)
 
     def conversation(self, name_or_id: str | int, *, namespace: str = "") -> Conversation:
         """
@@ -313,11 +378,12 @@ def load(
     Return a model that is ready to talk, after fetching and converting it where that is needed.
 
     Args:
-        model: A name in the catalog, a `.gguf` file, an OpenVINO folder, `org/repo:file` on the
-            hub, or `reference`, which needs no weights and talks nonsense.
-        profile: `exact`, `fast` or `small`; see ARCHITECTURE.md.
+        model: A name in the catalog, a `.gguf` file, an OpenVINO or ONNX GenAI folder,
+            `org/repo:file` on the hub, or `reference`, which needs no weights and talks nonsense.
+        profile: `exact`, `fast` or `small`; see ARCHITECTURE.md. An ONNX GenAI folder computes in
+            the precision that it was converted with, whatever the profile.
         kv_memory: Most bytes of KV; None: a quarter of the free memory, at most what
-            `CONTEXTS_IN_POOL` full contexts need.
+            four full contexts need.
         kv_disk: Most bytes of KV on disk, shared by all models of the home; 0: none is kept. None:
             10 GB or a tenth of the free disk, whichever is smaller.
         store: Where KV is kept on disk instead, open; closed with the model.
@@ -352,30 +418,15 @@ def _store(home: Path, kv_disk: int | None) -> DiskStore | None:
     return DiskStore(folder, budget_bytes=budget) if budget else None
 
 
-def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
-    """
-    Return how many blocks a memory budget in bytes holds.
-
-    Raises:
-        ConfigError: Not even one.
-    """
-    if kv_memory is None:
-        blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)
-        budget = config.default_kv_memory_bytes()
-        return max(1, min(budget // info.bytes_per_block, blocks_of_contexts))
-    blocks = kv_memory // info.bytes_per_block
-    if blocks < 1:
-        raise ConfigError(
-            f"{kv_memory:,} bytes hold no KV block: give at least {info.bytes_per_block:,}."
-        )
-    return blocks
-
-
 def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:
     if local.folder is None:
         return ReferenceRuntime(
             vocab_size=load_tokenizer(local).vocab_size, context_length=local.context_length
         )
+    if local.format == "onnx-genai":
+        from recollect.runtime.genai import GenAiRuntime  # noqa: PLC0415 - as below
+
+        return GenAiRuntime(local.folder, context_length=local.context_length)
     # Here and not above: it takes half a second, which `recollect --help` need not wait for.
     from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415
 

@@ -166,11 +166,11 @@ def require_text(content: str) -> bytes:
 def links_to_dict(links: ToolLinks) -> dict[str, Any]:
     """Return links as plain JSON values, without those that say nothing."""
     fields = {
-        "call_ids": list(links.call_ids),
+        "call_ids": list(links.call_ids) or None,
         "tool_call_id": links.tool_call_id,
         "name": links.name,
     }
-    return {name: value for name, value in fields.items() if value}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def links_from_dict(fields: Mapping[str, Any]) -> ToolLinks:

@@ -30,7 +30,6 @@ class Reply:
     """How likely each token was; None where `SamplingParams.logprobs` is."""
     tool_calls: tuple[ToolCall, ...] = ()
     """What the model calls, where the session offers tools: those of the calls that are whole."""
-
     content: str = ""
     """What is said beside the calls; `text` has all that the model wrote."""
 

@@ -6,32 +6,32 @@ turns: each turn asks for the token ids that its place in the tree means, and fi
 cache what any earlier work left of them. So no operation on the tree can leave the KV behind.
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Self
 
+from recollect.conversation.checkpoints import Checkpoint
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.idle import IdleWork
 from recollect.conversation.matching import Change
+from recollect.conversation.place import ANSWERED, Place
 from recollect.conversation.prompting import Prompting
 from recollect.conversation.reason import Expectation
+from recollect.conversation.records import require_name
 from recollect.conversation.reply import Reply, ReplyStream
 from recollect.conversation.tools import NO_TOOLS, Tools
-from recollect.conversation.tree import Node, Tree
+from recollect.conversation.tree import Node
 from recollect.conversation.turn import Turn
 from recollect.conversation.window import Overflow
 from recollect.engine.generator import Generator
+from recollect.engine.pinning import pin_on_disk
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (
     ContextFullError,
     ConversationError,
-    RewindError,
-    SessionBusyError,
     TemplateError,
+    UnknownNodeError,
 )
 from recollect.types import Message, SamplingParams
 
@@ -39,11 +39,8 @@ if TYPE_CHECKING:  # a model makes sessions, so the import would be a circle
     from recollect.conversation.model import Model
     from recollect.kv.prefix import CachedBlock
 
-_ANSWERED: Final = ("user", "tool")
-"""Roles whose messages a reply can follow."""
 
-
-class Session:
+class Session(Place):
     """
     A place in a conversation's tree.
 
@@ -51,7 +48,7 @@ class Session:
     Forks share the conversation and nothing else.
 
     Invariants:
-        1. The tip is a node of the tree.
+        1. All of `Place`.
         2. Between turns the session holds no blocks, but for those that `pin` keeps.
     """
 
@@ -68,39 +65,21 @@ class Session:
         change: Change | None = None,
         tools: Tools = NO_TOOLS,
     ) -> None:
+        super().__init__(conversation, tip, name=name, change=change)
         self._model = model
-        self._tip = tip
         self._namespace = namespace
-        self._change = change
-        self._busy = threading.Lock()
         self._idle = IdleWork(model.engine)
         self._pinned: list[CachedBlock] = []
         self._prompting = Prompting(model.engine, model.prompts, namespace)
-        self.conversation = conversation
-        self.name = name
-        """The conversation's named tip that moves with this session; None: none does."""
         self.params = params
         self.overflow = overflow
         self.tools = tools
         """What replies may call from now on; `dataclasses.replace` gives another choice."""
 
     @property
-    def tip(self) -> Node:
-        """Return the node at which the session stands."""
-        return self._tip
-
-    @property
-    def tree(self) -> Tree:
-        """Return all messages in all branches."""
-        return self.conversation.tree
-
-    def path(self) -> list[Node]:
-        """Return the messages up to the tip."""
-        return self._tip.path()
-
-    def transcript(self) -> list[Message]:
-        """Return the messages up to the tip as plain values, calls of tools beside the text."""
-        return [node.message() for node in self.path()]
+    def namespace(self) -> str:
+        """Return within which KV is shared."""
+        return self._namespace
 
     def stream(self, text: str | None, *, params: SamplingParams | None = None) -> ReplyStream:
         """
@@ -163,51 +142,6 @@ class Session:
             )
         return self._stream(node.parent, text, params).read()
 
-    def last_user(self) -> Node:
-        """
-        Return the message that the tip answers, a user's or a tool's, or the tip if it is one.
-
-        Raises:
-            ConversationError: Nobody has said anything yet.
-        """
-        for node in reversed(self.path()):
-            if node.role in _ANSWERED:
-                return node
-        raise ConversationError("Nothing has been said yet: say something first.")
-
-    def rewind(self, node: Node) -> None:
-        """
-        Go to a node of the tree, in any branch; costs no forward pass.
-
-        Raises:
-            UnknownNodeError: It is not a node of this conversation. Nothing was changed.
-            StoreError: The journal cannot keep it. Nothing was changed.
-        """
-        self.tree.require(node)
-        with self._exclusively():
-            if self.name is not None:
-                self.conversation.set_tip(self.name, node)
-            self._tip = node
-            self._change = None
-
-    def undo(self, turns: int = 1) -> Node:
-        """
-        Go back by that many turns and return the new tip; they stay in the tree.
-
-        Raises:
-            RewindError: There are not as many. Nothing was changed.
-        """
-        asked = [node for node in self.path() if node.role == "user"]
-        if not 1 <= turns <= len(asked):
-            raise RewindError(
-                f"Cannot undo {turns} turns: the conversation has {len(asked)}; "
-                "give a number between 1 and that."
-            )
-        parent = asked[-turns].parent
-        assert parent is not None, "a user's message has a parent"
-        self.rewind(parent)
-        return parent
-
     def fork(self, node: Node | None = None, *, name: str | None = None) -> "Session":
         """
         Return a second session at a node, or at the tip; costs no forward pass and no copy.
@@ -262,10 +196,55 @@ class Session:
             finally:
                 self._busy.release()
 
-    def warm_tokens(self, node: Node | None = None) -> tuple[int, int]:
-        """Return how many tokens up to a node, or to the tip, have KV in memory, and how many there are."""
-        ids = self._prompting.typing(node or self._tip, "", self.tools)
-        return self._model.engine.warm_tokens(ids, self._namespace), len(ids)
+    def typed_ids(self, node: Node | None = None) -> list[int]:
+        """Return the token ids up to where a message after a node, or after the tip, begins."""
+        return self._prompting.typing(node or self._tip, "", self.tools)
+
+    def warm_tokens(self, node: Node | None = None, *, on_disk: bool = False) -> tuple[int, int]:
+        """
+        Return how many tokens up to a node, or to the tip, have KV, and how many there are.
+
+        In memory, or with *on_disk* in memory or there.
+        """
+        ids = self.typed_ids(node)
+        return self._model.engine.warm_tokens(ids, self._namespace, on_disk=on_disk), len(ids)
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """
+        Keep the KV up to the tip on disk, whatever else needs room, for `return_to` to come back.
+
+        Computes what is not there. Until `Model.drop_checkpoint`, also in other processes.
+
+        Raises:
+            NameTakenError: There is such a checkpoint, or something else is kept under that name.
+            ConversationError: The conversation is not kept, or that cannot be a name.
+            StoreError: No KV is kept on disk, or there is no room for this.
+                In each case nothing is kept, and the conversation is as it was.
+        """
+        require_name(name, "checkpoint")
+        with self._exclusively():
+            engine, places = self._model.engine, self._model.places
+            facts = places.facts(self.conversation.spot(self._tip))
+            ids = self.typed_ids()
+            pin_on_disk(engine, ids, self._namespace, name=name, about=facts)
+            return places.find(name)
+
+    def return_to(self, name: str) -> None:
+        """
+        Go to a checkpoint of this conversation, as `rewind` does.
+
+        Raises:
+            UnknownCheckpointError: There is none of that name.
+            UnknownNodeError: It is of another conversation. Nothing was changed.
+        """
+        found = self._model.places.find(name)
+        node = self.conversation.node_at(found.conversation_id, found.node_id)
+        if node is None:
+            raise UnknownNodeError(
+                f"The checkpoint {name!r} is not in this conversation: resume at it "
+                f"(`recollect chat --checkpoint`, or `resume` with `checkpoint`)."
+            )
+        self.rewind(node)
 
     def pin(self) -> None:
         """
@@ -274,8 +253,7 @@ class Session:
         Computes what is not there. Until `unpin`, or another `pin`.
         """
         self.prewarm()
-        ids = self._prompting.typing(self._tip, "", self.tools)
-        pinned = self._model.engine.pin(ids, self._namespace)
+        pinned = self._model.engine.pin(self.typed_ids(), self._namespace)
         self.unpin()
         self._pinned = pinned
 
@@ -296,10 +274,7 @@ class Session:
         self.close()
 
     def _begin(self) -> None:
-        if not self._busy.acquire(blocking=False):
-            raise SessionBusyError(
-                "A reply is being generated in this session: read it to its end or stop it first."
-            )
+        super()._begin()
         try:
             self._idle.stop()
         except BaseException:  # an interrupt while waiting
@@ -318,14 +293,6 @@ class Session:
             tools=self.tools,
         )
 
-    @contextmanager
-    def _exclusively(self) -> Iterator[None]:
-        self._begin()
-        try:
-            yield
-        finally:
-            self._busy.release()
-
     def _stream(
         self, at: Node | None, text: str | None, params: SamplingParams | None
     ) -> ReplyStream:
@@ -339,7 +306,7 @@ class Session:
 
     def _turn(self, at: Node, text: str | None, params: SamplingParams) -> ReplyStream:
         """Have a reply begun; the tree and the tip stay as they are."""
-        if text is None and at.role not in _ANSWERED:
+        if text is None and at.role not in ANSWERED:
             raise ConversationError("There is no message to answer: say something.")
         tools, engine = self.tools, self._model.engine
         prompt, dropped = self._prompting.asking(at, text, tools, self.overflow)

@@ -68,10 +68,10 @@ class Tools:
         Return the tools of these descriptions.
 
         Raises:
-            InvalidParameterError: A description has no name that can be one, two have the same, or
-                the choice is none.
+            InvalidParameterError: A description is no JSON or has no name that can be one, two have
+                the same name, or the choice is none.
         """
-        tools = cls(tuple(schemas or ()), choice, parallel)
+        tools = cls(tuple(map(_copied, schemas or ())), choice, parallel)
         names = [_name(schema) for schema in tools.schemas]
         if twice := {name for name in names if names.count(name) > 1}:
             raise InvalidParameterError(
@@ -136,8 +136,17 @@ class Tools:
 NO_TOOLS: Final = Tools()
 
 
-def _name(schema: Mapping[str, Any]) -> str:
-    function = schema.get("function")
+def _copied(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a description that nobody can change, as JSON has it."""
+    try:
+        copied: Mapping[str, Any] = json.loads(json.dumps(schema, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as cause:
+        raise InvalidParameterError(f"A tool is no JSON value ({cause}): correct it.") from cause
+    return copied
+
+
+def _name(schema: Any) -> str:
+    function = schema.get("function") if isinstance(schema, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidParameterError(

@@ -55,16 +55,15 @@ class Engine:
         store: DiskStore | None = None,
     ) -> None:
         self._runtime = runtime
-        info = runtime.info
         runtime.allocate(num_blocks)
-        self.info = info
+        self.info = info = runtime.info
         self.block_size = info.block_size
         self.keep_multiple_of = info.block_size if info.whole_blocks_only else 1
         self.eos_token_ids = frozenset(eos_token_ids)
         self.lock = threading.RLock()
         """Held while block tables, pool and cache change."""
         self._pool = BlockPool(num_blocks, info.block_size)
-        self._scheduler = Scheduler(info.block_size)
+        self._scheduler = Scheduler(info.block_size, info.most_rows)
         self._passes = ForwardPasses(runtime, keep_multiple_of=self.keep_multiple_of)
         self._tier: DiskTier | None = None
         identity = Identity(fingerprint, info.name, info.kv_format)
@@ -149,13 +148,17 @@ class Engine:
             self._sequences.add(sequence)
         return sequence
 
-    def warm_tokens(self, token_ids: Tokens[int], namespace: str | None = "") -> int:
-        """Return how many leading tokens the cache has KV for; counts as a use of it."""
+    def warm_tokens(
+        self, token_ids: Tokens[int], namespace: str | None = "", *, on_disk: bool = False
+    ) -> int:
+        """Return how many leading tokens have KV in memory, or with *on_disk* there; counts as a use."""
         if namespace is None:
             return 0
         with self.lock:
-            match = self._match(token_ids, namespace)
-            return len(match.full) * self.block_size + match.partial_tokens
+            match, root = self._match(token_ids, namespace), self._cache.root(namespace)
+        if on_disk and self._tier is not None:
+            return self._tier.stored_tokens(match, root, token_ids)
+        return len(match.full) * self.block_size + match.partial_tokens
 
     def pin(self, token_ids: Tokens[int], namespace: str = "") -> list[CachedBlock]:
         """Keep what the cache has of a prefix until `unpin`; return what to unpin."""
@@ -274,7 +277,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
         if self._tier is not None:
-            self._tier.close()
+            self._tier.close(compute_s_per_token=self._passes.s_per_token)
         self._runtime.close()
 
     def _match(self, token_ids: Tokens[int], namespace: str) -> Match:

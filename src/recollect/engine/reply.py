@@ -16,6 +16,9 @@ from recollect.engine.task import Task
 from recollect.models.tokenizer import Detokenizer, Tokenizer
 from recollect.types import FinishReason, TokenLogprob, Usage, tokens_per_second
 
+_Generated = tuple[int, Likelihood | None]
+"""A token, and how likely it was where somebody asked."""
+
 
 class ReplyGeneration:
     """
@@ -37,11 +40,9 @@ class ReplyGeneration:
         self._task = Task(
             self._sequence, self._on_logits, hand_over=self._hand_over, on_end=self._on_end
         )
-        self._fresh: list[
-            tuple[int, Likelihood | None]
-        ] = []  # tokens that the reader is not told of yet
+        self._fresh: list[_Generated] = []  # tokens that the reader is not told of yet
         # Tokens on their way from the engine's thread; None is the last.
-        self._queue: SimpleQueue[tuple[int, Likelihood | None] | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Generated | None] = SimpleQueue()
         self._pieces: list[str] = []
         self._logprobs = None if generator.params.logprobs is None else AlignedLogprobs(tokenizer)
         self._finish_reason: FinishReason | None = None

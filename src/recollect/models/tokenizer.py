@@ -13,9 +13,16 @@ import numpy as np
 
 from recollect.errors import UnsupportedModelError
 from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.models.hf_tokenizer import HfTokenizer
 from recollect.models.local import LocalModel
+from recollect.models.onnx_folder import TOKENIZER_NAME
 from recollect.models.tokenizer_ir import without_truncation
-from recollect.models.vocabulary import TEXT_MARKS, Vocabulary, make_vocabulary
+from recollect.models.vocabulary import (
+    TEXT_MARKS,
+    Vocabulary,
+    decode_with_marks,
+    make_vocabulary,
+)
 
 if TYPE_CHECKING:  # half a second of start-up, which `recollect --help` need not wait for
     import openvino
@@ -89,7 +96,7 @@ class OpenVinoTokenizer:
         return {
             token_id: mark
             for mark, token_id in ids.items()
-            if token_id is not None and not self._shown([token_id], skip_special_tokens=True)
+            if token_id is not None and not self._shown([token_id])
         }
 
     def encode(self, text: str) -> list[int]:
@@ -104,17 +111,11 @@ class OpenVinoTokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of *ids*, shape `(n,)`; an id that stands for no text gives none."""
-        marks = self._hidden_marks
-        if not skip_special_tokens or marks.keys().isdisjoint(ids):
-            return self._shown(ids, skip_special_tokens=skip_special_tokens)
-        parts, start = [], 0
-        for place, token_id in enumerate(ids):
-            if token_id in marks:
-                parts += [self._shown(ids[start:place], skip_special_tokens=True), marks[token_id]]
-                start = place + 1
-        return "".join([*parts, self._shown(ids[start:], skip_special_tokens=True)])
+        if not skip_special_tokens:
+            return self._shown(ids, skip_special_tokens=False)
+        return decode_with_marks(ids, self._hidden_marks, self._shown)
 
-    def _shown(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+    def _shown(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         if not ids:
             return ""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -135,6 +136,8 @@ def load_tokenizer(model: LocalModel) -> Tokenizer:
     """
     if model.folder is None:
         return ByteTokenizer()
+    if model.format == "onnx-genai":
+        return HfTokenizer(model.folder / TOKENIZER_NAME, model.eos_token_ids)
     return OpenVinoTokenizer(model.folder, model.eos_token_ids)
 
 

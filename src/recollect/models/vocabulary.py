@@ -5,7 +5,7 @@ Pure: a tokenizer says what it knows; here is what grammars and log probabilitie
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -57,6 +57,27 @@ def make_vocabulary(
             id_ for id_, text in enumerate(shown) if text and not shown_as_text[id_]
         ),
     )
+
+
+def decode_with_marks(
+    ids: Sequence[int], marks: Mapping[int, str], decode: Callable[[Sequence[int]], str]
+) -> str:
+    """
+    Return the text of ids with the marks in it that a tokenizer leaves out.
+
+    Args:
+        ids: Shape `(n,)`.
+        marks: The text of each id that is left out.
+        decode: Returns the text of ids that are no marks.
+    """
+    if marks.keys().isdisjoint(ids):
+        return decode(ids)
+    parts, start = [], 0
+    for place, token_id in enumerate(ids):
+        if token_id in marks:
+            parts += [decode(ids[start:place]), marks[token_id]]
+            start = place + 1
+    return "".join([*parts, decode(ids[start:])])
 
 
 def _plain_bytes(name: bytes, shown: str) -> bytes:

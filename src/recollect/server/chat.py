@@ -156,7 +156,7 @@ class Completion:
 
 
 def _message(reply: Reply) -> dict[str, Any]:
-    message = {"role": "assistant", "content": reply.content, "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": None}
     if reply.tool_calls:
         message["content"] = reply.content or None
         message["tool_calls"] = [call.to_dict() for call in reply.tool_calls]

@@ -69,7 +69,9 @@ def test_openai_stream_equals_the_whole_reply(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(
         model=MODEL, messages=messages(QUESTION), max_tokens=16, n=2, seed=3, temperature=0.8
     )
-    texts, reasons, usage = ["", ""], {}, None
+    texts = ["", ""]
+    reasons: dict[int, str | None] = {}
+    usage = None
     with client.chat.completions.create(
         model=MODEL,
         messages=messages(QUESTION),
@@ -272,7 +274,7 @@ def test_litellm(url: str, keys: tuple[str, str], monkeypatch: pytest.MonkeyPatc
         max_tokens=8,
     )
     assert answer.choices[0].message.content
-    with pytest.raises(litellm.ContextWindowExceededError):
+    with pytest.raises(litellm.exceptions.ContextWindowExceededError):
         litellm.completion(
             model=f"openai/{MODEL}",
             api_base=url,

@@ -27,6 +27,7 @@ from recollect.errors import (
     UnknownConversationError,
     UnknownNodeError,
 )
+from recollect.types import ToolLinks
 
 USAGE = {"prompt_tokens": 7, "ttft_s": 0.125, "decode_tps": None, "reason": {"what": "new"}}
 
@@ -410,6 +411,22 @@ def test_a_letter_that_was_changed_in_the_file_is_noticed(path: Path) -> None:
             journal.load("chat")
         assert journal.load("fine").nodes == ()
         assert journal.check() == [f"node {ids[1]} is not as it was written"]
+
+
+def test_what_has_to_do_with_tools_is_kept_and_checked(path: Path) -> None:
+    calls = NewNode(
+        role="assistant", content="", token_ids=(1,), links=ToolLinks(call_ids=("call_1", "call_2"))
+    )
+    answers = NewNode(role="tool", content="42", links=ToolLinks(tool_call_id="call_1", name="f"))
+    with Journal.open(path) as journal:
+        ids = journal.append(create(journal, "chat"), None, [calls, answers])
+        assert [node.links for node in journal.load("chat").nodes] == [calls.links, answers.links]
+    for damaged in ("'{}'", "NULL"):
+        sql(path, f"UPDATE nodes SET links = {damaged} WHERE id = {ids[1]}")  # noqa: S608
+        with Journal.open(path) as journal:
+            with pytest.raises(StoreCorruptError, match=f"node {ids[1]}"):
+                journal.load("chat")
+            assert journal.check() == [f"node {ids[1]} is not as it was written"]
 
 
 def test_text_that_is_no_text_any_more_is_noticed(path: Path) -> None:

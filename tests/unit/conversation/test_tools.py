@@ -123,6 +123,8 @@ def test_references_inside_a_schema_and_words_that_nobody_knows_are_no_obstacle(
     ("tools", "choice", "words"),
     [
         ([{"type": "function"}], "auto", "None"),
+        (["clock"], "auto", "None"),
+        ([{"function": {"name": "f", "parameters": {"const": {1}}}}], "auto", "no JSON value"),
         ([tool("a b")], "auto", "'a b'"),
         ([CLOCK, CLOCK], "auto", "Two tools are called clock"),
         ([CLOCK], "weather", "none, auto, required, clock"),

@@ -3,7 +3,7 @@
 import pytest
 
 from recollect.models.byte_tokenizer import ByteTokenizer
-from recollect.models.vocabulary import make_vocabulary
+from recollect.models.vocabulary import decode_with_marks, make_vocabulary
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,17 @@ def test_the_byte_tokenizer_knows_its_bytes() -> None:
     ids = ByteTokenizer().encode(text)
     assert b"".join(vocabulary.token_bytes[id_] for id_ in ids).decode() == text
     assert {id_ for id_ in ids if id_ in vocabulary.special_token_ids} == {ids[-1]}
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([], ""),
+        ([97, 98], "ab"),
+        ([300], "<mark>"),
+        ([300, 97, 300, 300, 98], "<mark>a<mark><mark>b"),
+        ([0xC3, 0xA9, 300, 97], "é<mark>a"),
+    ],
+)
+def test_marks_that_a_tokenizer_leaves_out_are_put_back(ids: list[int], expected: str) -> None:
+    assert decode_with_marks(ids, {300: "<mark>"}, ByteTokenizer().decode) == expected
