@@ -169,6 +169,17 @@ class Conversation:
         with self._lock:
             return self._grow(parent, new, None)
 
+    def take_over(self, other: "Conversation", node: Node) -> Node:
+        """Copy the messages up to a node of another conversation, and return the last one's node."""
+        assert not self.is_kept, "a copy is not kept"
+        copy = self.tree.root
+        with self._lock:
+            for one in node.path():
+                copy = self._grow(copy, as_new(one), None)
+                if one.id in other._tools:
+                    self._tools[copy.id] = other._tools[one.id]
+        return copy
+
     def note_tools(self, reply: Node, tools: Tools) -> None:
         """Remember, until the program ends, with which tools a reply was generated."""
         self._tools[reply.id] = tools
@@ -268,7 +279,7 @@ class Conversation:
         path = [self.tree.root, *parent.path()]
         unkept = [node for node in path[1:] if node.id not in self._record_ids]
         above = path[len(path) - len(unkept) - 1]
-        nodes = [*(_as_new(node) for node in unkept), *messages]
+        nodes = [*(as_new(node) for node in unkept), *messages]
         ids = self._journal.append(self._record, self._record_ids.get(above.id), nodes, tip=tip)
         self._record_ids |= {node.id: record for node, record in zip(unkept, ids, strict=False)}
         if is_new:  # branches that were begun before anything was said
@@ -298,6 +309,15 @@ class Conversation:
             self._index.add(self, node)
 
 
-def _as_new(node: Node) -> NewNode:
+def as_new(node: Node) -> NewNode:
+    """Return a message as it is to be kept, or added, somewhere else too."""
     assert node.role is not None, "the root is not kept"
-    return NewNode(role=node.role, content=node.content, links=node.links)
+    return NewNode(
+        role=node.role,
+        content=node.content,
+        token_ids=node.token_ids,
+        finish_reason=node.finish_reason,
+        usage=node.usage,
+        fingerprint=node.fingerprint,
+        links=node.links,
+    )

@@ -185,7 +185,7 @@ class Model:
         Return a session at the end of messages that came as text.
 
         What of them is known from an earlier session of the namespace is taken over as it was
-        generated. `respond(None)` answers the last one, if it is a user's or a tool's.
+        generated; nothing that is said after them is kept in the journal. `respond(None)` answers the last one, if it is a user's or a tool's.
 
         Args:
             messages: The whole conversation, from the first on.
@@ -206,6 +206,10 @@ class Model:
         if found is None:
             conversation = self._conversation(namespace)
             tip, known = conversation.tree.root, 0
+        elif found.conversation.is_kept:
+            # What comes as text is no part of a conversation that is kept; its replies' ids are.
+            conversation = self._conversation(namespace)
+            tip, known = conversation.take_over(found.conversation, found.node), found.messages
         else:
             conversation, tip, known = found.conversation, found.node, found.messages
         for message in messages[known:]:

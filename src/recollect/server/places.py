@@ -8,7 +8,7 @@ said before is found by its token ids. Knows trees and the journal, and nothing 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from recollect.conversation.conversation import Conversation
+from recollect.conversation.conversation import Conversation, as_new
 from recollect.conversation.journal import Journal
 from recollect.conversation.messages import to_message, to_node
 from recollect.conversation.model import Model
@@ -103,7 +103,7 @@ class Places:
         if not any(message["role"] == "assistant" for message in messages):
             return [to_node(message) for message in messages]
         session = self._model.session_from(messages, namespace=self._namespace)
-        return [_as_new(node) for node in session.path()]
+        return [as_new(node) for node in session.path()]
 
     def _open(self, kept_as: int, node_id: int | None) -> Conversation:
         return self._kept.conversation(
@@ -122,7 +122,7 @@ def with_instructions(place: Place, instructions: str | None) -> Node:
     before = path[0].content if place.has_instructions else None
     if before == instructions:
         return place.node
-    rest = [_as_new(node) for node in (path[1:] if place.has_instructions else path)]
+    rest = [as_new(node) for node in (path[1:] if place.has_instructions else path)]
     first = [] if instructions is None else [NewNode(role="system", content=instructions)]
     return grow(place.conversation, place.conversation.tree.root, [*first, *rest])
 
@@ -156,16 +156,3 @@ def _child(node: Node, message: NewNode) -> Node | None:
         if child.key == key and child.token_ids == ids:
             return child
     return None
-
-
-def _as_new(node: Node) -> NewNode:
-    assert node.role is not None, "a path does not begin with the root"
-    return NewNode(
-        role=node.role,
-        content=node.content,
-        token_ids=node.token_ids,
-        finish_reason=node.finish_reason,
-        usage=node.usage,
-        fingerprint=node.fingerprint,
-        links=node.links,
-    )

@@ -262,7 +262,8 @@ def test_anthropic_messages(url: str, keys: tuple[str, str]) -> None:
         ).messages.create(**asked)
 
 
-def test_litellm(url: str, keys: tuple[str, str]) -> None:
+def test_litellm(url: str, keys: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would ask the network
     import litellm
 
     answer = litellm.completion(

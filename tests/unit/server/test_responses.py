@@ -163,6 +163,26 @@ def test_a_history_sent_as_items_is_taken_over_as_it_was_generated(
     assert computed(third) < 60
 
 
+def test_a_chat_takes_over_what_a_response_said_and_is_not_kept_with_it(
+    client: httpx.Client, respond: Callable[..., Json], chat: Callable[..., Json]
+) -> None:
+    first = respond(client, LONG)
+    history = [("user", LONG), ("assistant", text_of(first)), ("user", "Go on")]
+    answer = chat(client, *history)
+    assert answer["usage"]["recollect"]["computed_tokens"] < 60
+    kept = client.get("/v1/conversations").json()["data"]
+    assert [one["turns"] for one in kept] == [1]
+    client.delete(f"/v1/conversations/{kept[0]['id']}")
+    again = chat(
+        client,
+        *history,
+        ("assistant", answer["choices"][0]["message"]["content"]),
+        ("user", "And?"),
+    )
+    assert again["usage"]["recollect"]["computed_tokens"] < 60
+    assert chat(client, *history[:1])["choices"]
+
+
 def test_a_stream_has_the_events_that_clients_wait_for(
     client: httpx.Client, respond: Callable[..., Json], events: Callable[..., list[Any]]
 ) -> None:
