@@ -91,6 +91,7 @@ def test_usage_is_plain_json_values() -> None:
     assert usage.to_dict() == {
         "prompt_tokens": 3,
         "reused_tokens": 2,
+        "restored_tokens": 0,
         "computed_tokens": 1,
         "generated_tokens": 4,
         "ttft_s": 0.5,

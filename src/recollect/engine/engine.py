@@ -326,6 +326,7 @@ class Engine:
                 if not self._work.wait(_LINGER_S) and not self._scheduler.tasks():
                     self._thread = None  # without a thread, an engine nobody uses can go
                     return False
+                self._drop_cancelled()
             self._tell_tier(works=True)
             if self._closed:
                 for task in self._scheduler.tasks():
