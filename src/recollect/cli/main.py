@@ -20,6 +20,7 @@ from recollect.cli.convert import convert
 from recollect.cli.models import models, pull
 from recollect.cli.rewind import rewind_test
 from recollect.cli.scenarios import scenarios
+from recollect.cli.serve import keys_app, serve
 from recollect.cli.verify import verify
 from recollect.cli.warm import warm
 from recollect.errors import RecollectError
@@ -36,6 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug shows Python's own traceback, which can be reported
 )
 app.command(cls=ChatCommand)(chat)
+app.command()(serve)
+app.add_typer(keys_app)
 app.add_typer(conversations)
 app.add_typer(checkpoints)
 app.add_typer(cache)

@@ -31,7 +31,14 @@ class Conversation:
         2. Named tips are nodes of the tree.
     """
 
-    def __init__(self, *, model: str, fingerprint: str, index: MessageIndex | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        model: str,
+        fingerprint: str,
+        index: MessageIndex | None = None,
+        namespace: str = "",
+    ) -> None:
         self.tree = Tree()
         self.name: str | None = None
         """Under which it is kept; None: it goes when the program does."""
@@ -40,6 +47,7 @@ class Conversation:
         self._model = model
         self._fingerprint = fingerprint
         self._index = index
+        self._namespace = namespace
         self._journal: Journal | None = None
         self._record: int | None = None
         self._record_ids: dict[int, int] = {}  # node id to id in the journal
@@ -56,6 +64,21 @@ class Conversation:
     def is_kept(self) -> bool:
         """Return whether what is said goes to a journal."""
         return self._journal is not None
+
+    @property
+    def kept_as(self) -> int | None:
+        """Return its id in the journal; None until there is something to keep."""
+        return self._record
+
+    def kept_id(self, node: Node) -> int | None:
+        """Return the id of a node in the journal; None for the root and for what is not kept yet."""
+        return self._record_ids.get(node.id)
+
+    def kept_node(self, kept_id: int) -> Node | None:
+        """Return the node that has an id in the journal; None where it is not known here."""
+        with self._lock:
+            found = next((node for node, kept in self._record_ids.items() if kept == kept_id), None)
+        return None if found is None else self.tree.node(found)
 
     def keep_in(self, journal: Journal, name: str | None) -> None:
         """
@@ -146,6 +169,17 @@ class Conversation:
         with self._lock:
             return self._grow(parent, new, None)
 
+    def take_over(self, other: "Conversation", node: Node) -> Node:
+        """Copy the messages up to a node of another conversation, and return the last one's node."""
+        assert not self.is_kept, "a copy is not kept"
+        copy = self.tree.root
+        with self._lock:
+            for one in node.path():
+                copy = self._grow(copy, as_new(one), None)
+                if one.id in other._tools:
+                    self._tools[copy.id] = other._tools[one.id]
+        return copy
+
     def note_tools(self, reply: Node, tools: Tools) -> None:
         """Remember, until the program ends, with which tools a reply was generated."""
         self._tools[reply.id] = tools
@@ -232,7 +266,12 @@ class Conversation:
             return [None] * len(messages)
         is_new = self._record is None
         if self._record is None:
-            info = self._journal.create(self.name, model=self._model, fingerprint=self._fingerprint)
+            info = self._journal.create(
+                self.name,
+                model=self._model,
+                fingerprint=self._fingerprint,
+                namespace=self._namespace,
+            )
             self.name, self._record = info.name, info.id
         elif self.other_model is not None:
             self._journal.set_model(self._record, model=self._model, fingerprint=self._fingerprint)
@@ -240,7 +279,7 @@ class Conversation:
         path = [self.tree.root, *parent.path()]
         unkept = [node for node in path[1:] if node.id not in self._record_ids]
         above = path[len(path) - len(unkept) - 1]
-        nodes = [*(_as_new(node) for node in unkept), *messages]
+        nodes = [*(as_new(node) for node in unkept), *messages]
         ids = self._journal.append(self._record, self._record_ids.get(above.id), nodes, tip=tip)
         self._record_ids |= {node.id: record for node, record in zip(unkept, ids, strict=False)}
         if is_new:  # branches that were begun before anything was said
@@ -270,6 +309,15 @@ class Conversation:
             self._index.add(self, node)
 
 
-def _as_new(node: Node) -> NewNode:
+def as_new(node: Node) -> NewNode:
+    """Return a message as it is to be kept, or added, somewhere else too."""
     assert node.role is not None, "the root is not kept"
-    return NewNode(role=node.role, content=node.content, links=node.links)
+    return NewNode(
+        role=node.role,
+        content=node.content,
+        token_ids=node.token_ids,
+        finish_reason=node.finish_reason,
+        usage=node.usage,
+        fingerprint=node.fingerprint,
+        links=node.links,
+    )

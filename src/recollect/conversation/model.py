@@ -185,7 +185,7 @@ class Model:
         Return a session at the end of messages that came as text.
 
         What of them is known from an earlier session of the namespace is taken over as it was
-        generated. `respond(None)` answers the last one, if it is a user's or a tool's.
+        generated; nothing that is said after them is kept in the journal. `respond(None)` answers the last one, if it is a user's or a tool's.
 
         Args:
             messages: The whole conversation, from the first on.
@@ -206,6 +206,10 @@ class Model:
         if found is None:
             conversation = self._conversation(namespace)
             tip, known = conversation.tree.root, 0
+        elif found.conversation.is_kept:
+            # What comes as text is no part of a conversation that is kept; its replies' ids are.
+            conversation = self._conversation(namespace)
+            tip, known = conversation.take_over(found.conversation, found.node), found.messages
         else:
             conversation, tip, known = found.conversation, found.node, found.messages
         for message in messages[known:]:
@@ -261,8 +265,7 @@ class Model:
             if not kept:
                 raise UnknownConversationError("No conversation is kept yet: start one first.")
             name = kept[0].name
-        conversation = self._conversation("")
-        conversation.load(self.journal, self.journal.load(name))
+        conversation = self.conversation(name)
         if tip not in conversation.tips:
             raise ConversationError(
                 f"{name!r} has no branch {tip!r}: choose one of {', '.join(conversation.tips)}."
@@ -323,6 +326,18 @@ class Model:
         """
         self.places.drop(name)
 
+    def conversation(self, name_or_id: str | int, *, namespace: str = "") -> Conversation:
+        """
+        Return a conversation that is kept; its messages can be found again from now on.
+
+        Raises:
+            UnknownConversationError: There is none in that namespace.
+        """
+        conversation = self._conversation(namespace)
+        stored = self.journal.load(name_or_id, namespace=namespace)
+        conversation.load(self.journal, stored)
+        return conversation
+
     def close(self) -> None:
         """Give all memory back; its sessions can still be read, not continued."""
         self.engine.close()
@@ -336,6 +351,7 @@ class Model:
             model=self.name,
             fingerprint=self.weights_fingerprint,
             index=self._index(namespace),
+            namespace=namespace,
         )
 
     def _index(self, namespace: str) -> MessageIndex:

@@ -78,6 +78,8 @@ class ConversationRecord:
     """Of that model."""
     nodes: tuple[NodeRecord, ...] = ()
     tips: dict[str, int | None] = field(default_factory=dict)
+    namespace: str = ""
+    """Who may see it; empty: the user of this machine."""
 
     @property
     def turns(self) -> int:

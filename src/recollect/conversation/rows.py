@@ -35,7 +35,9 @@ _INSERT: Final = (
     f"INSERT INTO nodes ({_CHECKED}, links, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
 )
 NODE_COLUMNS: Final = f"id, checksum, {_CHECKED}, links"
-CONVERSATION_COLUMNS: Final = "id, name, created_at, updated_at, model, fingerprint, format"
+CONVERSATION_COLUMNS: Final = (
+    "id, name, created_at, updated_at, model, fingerprint, format, namespace"
+)
 
 
 def time_text(moment: datetime) -> str:
@@ -144,7 +146,7 @@ def conversation_info(
     Raises:
         StoreCorruptError: It holds no times.
     """
-    conversation_id, name, created_at, updated_at, model, fingerprint, _ = row
+    conversation_id, name, created_at, updated_at, model, fingerprint, *_ = row
     return ConversationInfo(
         id=conversation_id,
         name=name,
@@ -171,7 +173,7 @@ def stored_conversation(
         StoreVersionError: A newer version wrote its nodes.
         StoreCorruptError: It holds no times, or a tip stands at no node of it.
     """
-    conversation_id, name, created_at, updated_at, model, fingerprint, node_format = row
+    conversation_id, name, created_at, updated_at, model, fingerprint, node_format, namespace = row
     if node_format > NODE_FORMAT:
         raise StoreVersionError(
             f"A newer recollect wrote the conversation {name!r}: update recollect to read it."
@@ -189,6 +191,7 @@ def stored_conversation(
         fingerprint=fingerprint,
         nodes=nodes,
         tips=dict(tips),
+        namespace=namespace,
     )
 
 

@@ -114,7 +114,28 @@ def _let_tools_speak(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
 
 
-MIGRATIONS: Final[tuple[Migration, ...]] = (_create_tables, _let_tools_speak)
+def _add_namespaces_and_labels(connection: sqlite3.Connection) -> None:
+    connection.execute("ALTER TABLE conversations ADD COLUMN namespace TEXT NOT NULL DEFAULT ''")
+    # Names that a server gives out. A table of its own, so that one can come and go without
+    # touching what was said.
+    connection.execute(
+        """
+        CREATE TABLE labels (
+            label TEXT PRIMARY KEY,
+            conversation_id INTEGER NOT NULL REFERENCES conversations (id),
+            node_id INTEGER,  -- NULL: of the conversation itself
+            note TEXT NOT NULL  -- JSON
+        ) WITHOUT ROWID
+        """
+    )
+    connection.execute("CREATE INDEX labels_of_conversations ON labels (conversation_id, node_id)")
+
+
+MIGRATIONS: Final[tuple[Migration, ...]] = (
+    _create_tables,
+    _let_tools_speak,
+    _add_namespaces_and_labels,
+)
 """The n-th brings a file from version n to n + 1; what has been released is never changed."""
 
 

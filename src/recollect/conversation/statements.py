@@ -21,10 +21,10 @@ from recollect.errors import NameTakenError, UnknownConversationError, UnknownNo
 
 
 def conversation_infos(
-    connection: sqlite3.Connection, path: Path, only_id: int | None = None
+    connection: sqlite3.Connection, path: Path, only_id: int | None = None, *, namespace: str = ""
 ) -> list[ConversationInfo]:
     """
-    Return what a list says of all conversations, or of one; last used first.
+    Return what a list says of all conversations of a namespace, or of one; last used first.
 
     Raises:
         StoreCorruptError: What is there is not what was written.
@@ -42,8 +42,9 @@ def conversation_infos(
         "count(CASE WHEN n.role = 'assistant' THEN 1 END), coalesce(sum("
         "length(CAST(n.content AS BLOB)) + coalesce(length(n.token_ids), 0)), 0) "
         "FROM conversations c LEFT JOIN nodes n ON n.conversation_id = c.id "
-        "WHERE ?1 IS NULL OR c.id = ?1 GROUP BY c.id ORDER BY c.updated_at DESC, c.id DESC",
-        (only_id,),
+        "WHERE c.id = ?1 OR (?1 IS NULL AND c.namespace = ?2) "
+        "GROUP BY c.id ORDER BY c.updated_at DESC, c.id DESC",
+        (only_id, namespace),
     )
     return [
         conversation_info(
@@ -76,8 +77,9 @@ def insert_conversation(
         wanted = _free_name(connection, wanted)
     require_free(connection, wanted)
     created = connection.execute(
-        "INSERT INTO conversations (name, created_at, updated_at, model, fingerprint, format) "
-        "VALUES (?, ?, ?, ?, ?, ?)",
+        "INSERT INTO conversations "
+        "(name, created_at, updated_at, model, fingerprint, format, namespace) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
         (
             wanted,
             time_text(conversation.created_at),
@@ -85,6 +87,7 @@ def insert_conversation(
             text_to_keep(conversation.model),
             conversation.fingerprint,
             NODE_FORMAT,
+            conversation.namespace,
         ),
     ).lastrowid
     assert created is not None, "an insert gives an id"
@@ -117,19 +120,22 @@ def require_free(connection: sqlite3.Connection, name: str, *, but: int | None =
         raise NameTakenError(f"There is a conversation {name!r} already: take another name.")
 
 
-def find_conversation(connection: sqlite3.Connection, name_or_id: str | int) -> tuple[Any, ...]:
+def find_conversation(
+    connection: sqlite3.Connection, name_or_id: str | int, namespace: str
+) -> tuple[Any, ...]:
     """
     Return the row of a conversation, in `CONVERSATION_COLUMNS`.
 
     Raises:
-        UnknownConversationError: There is none.
+        UnknownConversationError: There is none in that namespace.
     """
     column = "name" if isinstance(name_or_id, str) else "id"
     row: tuple[Any, ...] | None = None
     if not isinstance(name_or_id, str) or name_or_id.isprintable():
         row = connection.execute(
-            f"SELECT {CONVERSATION_COLUMNS} FROM conversations WHERE {column} = ?",  # noqa: S608
-            (name_or_id,),
+            f"SELECT {CONVERSATION_COLUMNS} FROM conversations "  # noqa: S608
+            f"WHERE {column} = ? AND namespace = ?",
+            (name_or_id, namespace),
         ).fetchone()
     if row is None:
         raise UnknownConversationError(
@@ -168,6 +174,14 @@ def require_node(connection: sqlite3.Connection, conversation_id: int, node_id: 
         raise UnknownNodeError(
             f"This conversation has no node {node_id} in the journal: load it again."
         )
+
+
+def tips_of(connection: sqlite3.Connection, conversation_id: int) -> list[tuple[str, int | None]]:
+    """Return the names of a conversation's tips, sorted, and where each stands."""
+    return connection.execute(
+        "SELECT name, node_id FROM tips WHERE conversation_id = ? ORDER BY name",
+        (conversation_id,),
+    ).fetchall()
 
 
 def write_tip(

@@ -61,27 +61,32 @@ class _Audit:
     recomputed_tokens: int = 0
 
     def add(self, model: Model, replies: Sequence[Reply]) -> None:
-        """Take note of requests, in their order; those before them had ended when these began."""
+        """
+        Take note of requests that ran at once; those noted before had ended when these began.
+
+        Nobody knows in which order they were computed, so they are counted together: what all of
+        them computed, less what none of them could find.
+        """
         self.replies += replies
-        for reply in replies:
-            ids = model.prompts.encode(reply.node.path()[:-1]).token_ids
-            known = self._known(ids)
-            # The last token of a prompt is fed in any case: its pass yields the first new token.
-            could_reuse = min(known, len(ids) - 1)
-            self.recomputed_tokens += max(0, could_reuse - reply.usage.reused_tokens)
+        prompts = [model.prompts.encode(reply.node.path()[:-1]).token_ids for reply in replies]
+        new = [self._learn(ids) for ids in prompts]
+        # The last token of a prompt is fed in any case: its pass yields the first new token.
+        needed = sum(max(1, count) for count in new)
+        computed = sum(
+            len(ids) - reply.usage.reused_tokens for ids, reply in zip(prompts, replies, strict=True)
+        )
+        self.recomputed_tokens += max(0, computed - needed)
+        for ids, reply in zip(prompts, replies, strict=True):
             # The last token of a reply has no KV before something follows it.
             self._learn([*ids, *(reply.node.token_ids or ())[:-1]])
 
-    def _known(self, ids: Sequence[int]) -> int:
-        level, length = self.computed, 0
-        while length < len(ids) and ids[length] in level:
-            level, length = level[ids[length]], length + 1
-        return length
-
-    def _learn(self, ids: Sequence[int]) -> None:
-        level = self.computed
+    def _learn(self, ids: Sequence[int]) -> int:
+        """Take note of tokens that have KV now; return how many of them had none."""
+        level, new = self.computed, 0
         for token in ids:
+            new += token not in level
             level = level.setdefault(token, {})
+        return new
 
 
 @dataclass(frozen=True, slots=True)
