@@ -66,7 +66,8 @@ def _pressure(engine: Engine) -> str:
 def _disk(engine: Engine) -> list[tuple[str, str]]:
     """Return what the tier below memory has done, and why it does nothing where that is so."""
     if engine.tier is None:
-        return [("KV on disk", "none (--kv-disk 0)")]
+        why = "--kv-disk 0" if engine.info.has_block_bytes else "this runtime keeps KV to itself"
+        return [("KV on disk", f"none ({why})")]
     tier = engine.tier.statistics()
     work = (
         f"{tier.restored_tokens:,} tokens restored in {format_duration(tier.restore_s)}, "

@@ -63,6 +63,8 @@ def why_not(model: Model, file: PortableFile) -> str | None:
     """Return why a model here cannot use the KV in a file; None: it can."""
     if file.head is None:
         return "the file has none"
+    if not model.engine.info.has_block_bytes:
+        return "this model's runtime keeps its KV to itself"
     if model.engine.tier is None:
         return "no KV is kept on disk here (--kv-disk)"
     here, there, info = model.engine.tier.identity, file.head.identity, model.engine.info

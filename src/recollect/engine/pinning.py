@@ -57,6 +57,11 @@ def require_tier(engine: Engine) -> DiskTier:
     Raises:
         StoreError: There is none, or it was turned off.
     """
+    if not engine.info.has_block_bytes:
+        raise StoreError(
+            "This model's runtime keeps its KV to itself, so none can be kept on disk: run the "
+            "model on OpenVINO for that."
+        )
     if engine.tier is None:
         raise StoreError(
             "No KV is kept on disk here, so nothing can be kept there: give it room (--kv-disk, "

@@ -18,7 +18,8 @@ import pytest
 
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
-from recollect.errors import RuntimeFailure, UnsupportedModelError
+from recollect.engine.pinning import require_tier
+from recollect.errors import RuntimeFailure, StoreError, UnsupportedModelError
 from recollect.runtime.base import Row
 from recollect.runtime.genai import GenAiRuntime
 from recollect.types import SamplingParams
@@ -241,6 +242,13 @@ def test_the_engine_counts_what_was_computed_anew(
     assert sum(talk.sequence.fed_tokens for talk in talks) == library.appended
     assert library.appended > 3 * 4
     engine.check()
+    engine.close()
+
+
+def test_kv_on_disk_is_refused_in_a_sentence(make_runtime: Callable[..., GenAiRuntime]) -> None:
+    engine = Engine(make_runtime(), num_blocks=4)
+    with pytest.raises(StoreError, match="keeps its KV to itself"):
+        require_tier(engine)
     engine.close()
 
 
