@@ -43,7 +43,7 @@ Message = dict[str, str]
 _LLAMA_SERVER: Final = """
 import sys, time, xllamacpp as x
 p = x.CommonParams()
-p.model.path, p.hostname, p.port = sys.argv[1], "127.0.0.1", int(sys.argv[2])
+p.model.path, p.hostnames, p.port = sys.argv[1], ["127.0.0.1"], int(sys.argv[2])
 p.n_ctx, p.n_parallel, p.cpuparams.n_threads = int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 server = x.Server(p)
 while True:

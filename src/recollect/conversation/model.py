@@ -185,7 +185,8 @@ class Model:
         Return a session at the end of messages that came as text.
 
         What of them is known from an earlier session of the namespace is taken over as it was
-        generated; nothing that is said after them is kept in the journal. `respond(None)` answers the last one, if it is a user's or a tool's.
+        generated; what is said after them is not kept in the journal. `respond(None)` answers the
+        last one, if it is a user's or a tool's.
 
         Args:
             messages: The whole conversation, from the first on.

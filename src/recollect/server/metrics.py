@@ -5,6 +5,7 @@ Counters grow as replies end; what the engines know is asked when somebody looks
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,6 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from recollect.conversation.model import Model
+from recollect.errors import StoreError
+from recollect.kv import accounts
 from recollect.types import Usage
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -113,8 +116,10 @@ class _Engines(Collector):
         preempted = CounterMetricFamily(
             "recollect_preemptions", "Replies that made way for others.", labels=["model"]
         )
+        disk = _Disk()
         for name, model in self._loaded().items():
             engine = model.engine
+            disk.add(name, model)
             with engine.lock:
                 free, evictable = engine.pool.free_blocks, engine.cache.evictable_blocks
                 total = engine.pool.num_blocks
@@ -127,4 +132,41 @@ class _Engines(Collector):
             evicted.add_metric([name], engine.cache.evicted_blocks)
             computed.add_metric([name], engine.computed_tokens)
             preempted.add_metric([name], engine.preemptions)
-        yield from (blocks, evicted, computed, preempted)
+        yield from (blocks, evicted, computed, preempted, *disk.families)
+
+
+class _Disk:
+    """What the tiers on disk have done; nothing where there is none."""
+
+    def __init__(self) -> None:
+        self._bytes = GaugeMetricFamily("recollect_disk_bytes", "KV on disk, of all models.")
+        self._written = CounterMetricFamily(
+            "recollect_disk_written_bytes", "KV written to disk.", labels=["model"]
+        )
+        self._evicted = CounterMetricFamily(
+            "recollect_disk_evicted_blocks", "KV blocks given up on disk.", labels=["model"]
+        )
+        self._misses = CounterMetricFamily(
+            "recollect_disk_misses",
+            "Blocks on disk that were refused, by reason.",
+            labels=["model", "reason"],
+        )
+
+    @property
+    def families(self) -> tuple[Metric, ...]:
+        """Return the metrics."""
+        return self._bytes, self._written, self._evicted, self._misses
+
+    def add(self, name: str, model: Model) -> None:
+        """Ask the tier of a model."""
+        tier = model.engine.tier
+        if tier is None:
+            return
+        done = tier.statistics()
+        self._written.add_metric([name], done.written_bytes)
+        self._evicted.add_metric([name], done.evicted_blocks)
+        for reason, count in done.misses.items():
+            self._misses.add_metric([name, reason], count)
+        if not self._bytes.samples:  # the models of a home share it
+            with suppress(StoreError), tier.store.env.reading() as txn:
+                self._bytes.add_metric([], accounts.total_bytes(txn, tier.store.env))
