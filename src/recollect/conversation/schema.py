@@ -72,7 +72,20 @@ def _create_tables(connection: sqlite3.Connection) -> None:
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
 
-MIGRATIONS: Final[tuple[Migration, ...]] = (_create_tables,)
+def _add_encryption(connection: sqlite3.Connection) -> None:
+    # One row in an encrypted journal, none in another. What is sealed lies in the columns that it
+    # always had, as a BLOB; they are NOT NULL and of no type that refuses one.
+    connection.execute(
+        """
+        CREATE TABLE encryption (
+            mark BLOB NOT NULL,  -- opens with the right key
+            is_clean INTEGER NOT NULL  -- whether the file holds nothing any more of what it was before
+        )
+        """
+    )
+
+
+MIGRATIONS: Final[tuple[Migration, ...]] = (_create_tables, _add_encryption)
 """The n-th brings a file from version n to n + 1; what has been released is never changed."""
 
 

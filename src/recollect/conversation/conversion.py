@@ -1,0 +1,61 @@
+"""
+Turn a plain journal into an encrypted one, all of it or nothing.
+
+A second step, after the transaction, removes what the file and its log still hold of the plain one.
+"""
+
+import sqlite3
+from pathlib import Path
+
+from recollect.conversation.database import Database, corrupt_error
+from recollect.conversation.rows import CONVERSATION_COLUMNS, NODE_COLUMNS, is_sound, seal_node
+from recollect.conversation.sealing import Sealing
+from recollect.conversation.statements import seal_conversation
+
+
+def encrypt_if_plain(database: Database, sealing: Sealing) -> None:
+    """
+    Make sure that a journal is encrypted where there is a key, and only there.
+
+    Killed at any moment, it goes on when the journal is opened the next time.
+
+    Raises:
+        ConfigError: It is encrypted, and there is no key or another one.
+        StoreCorruptError: A row is not as it was written. Nothing was changed.
+        StoreBusyError: Another program uses it; what it held before is still in the file.
+    """
+    with database.reading() as connection:
+        is_encrypted = sealing.read_mark(connection)
+    if not sealing.is_on:
+        return
+    if not is_encrypted:
+        with database.writing() as connection:
+            if not sealing.read_mark(connection):  # else another process was faster
+                _seal_all(connection, sealing, database.path)
+                sealing.mark(connection)
+    _clean(database)
+
+
+def _seal_all(connection: sqlite3.Connection, sealing: Sealing, path: Path) -> None:
+    plain = Sealing(path, None)
+    conversations = connection.execute(f"SELECT {CONVERSATION_COLUMNS} FROM conversations")  # noqa: S608
+    for row in conversations.fetchall():
+        seal_conversation(connection, row, plain, sealing)
+    for (node_id,) in connection.execute("SELECT id FROM nodes").fetchall():
+        row = connection.execute(
+            f"SELECT {NODE_COLUMNS} FROM nodes WHERE id = ?",  # noqa: S608
+            (node_id,),
+        ).fetchone()
+        if not is_sound(row):
+            raise corrupt_error(path, f"node {node_id} is not as it was written")
+        seal_node(connection, sealing, row)
+
+
+def _clean(database: Database) -> None:
+    """Remove the plain text that freed pages and the log still hold, once."""
+    with database.reading() as connection:
+        is_clean = connection.execute("SELECT is_clean FROM encryption").fetchone()[0]
+    if not is_clean:
+        database.rewrite()
+        with database.writing() as connection:
+            connection.execute("UPDATE encryption SET is_clean = 1")
