@@ -9,7 +9,9 @@ Conversations with local language models that never read a token twice, and prov
 """
 
 from recollect._version import __version__
+from recollect.cipher import Cipher
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.encryption import encrypt
 from recollect.conversation.model import Model, load
 from recollect.conversation.reply import Reply, ReplyStream
 from recollect.conversation.session import Session
@@ -18,9 +20,11 @@ from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.sequence import Sequence
 from recollect.errors import MisuseError, RecollectError
+from recollect.keyfile import unlock
 from recollect.types import Message, SamplingParams, Usage
 
 __all__ = [
+    "Cipher",
     "Conversation",
     "Engine",
     "Generator",
@@ -37,5 +41,7 @@ __all__ = [
     "Tree",
     "Usage",
     "__version__",
+    "encrypt",
     "load",
+    "unlock",
 ]

@@ -19,6 +19,11 @@ from recollect.types import Profile
 PROFILES: Final[tuple[Profile, ...]] = ("exact", "fast", "small")
 DEFAULT_PROFILE: Final[Profile] = "fast"
 
+HISTORY_NAME: Final = "history"
+"""Of the file in `home()` that holds what was typed into chats."""
+KV_NAME: Final = "kv"
+"""Of the folder in `home()` that holds KV."""
+
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE: Final = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
 

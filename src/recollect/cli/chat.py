@@ -6,18 +6,23 @@ Decides which of the two it is, and what is kept; the work is done in `repl` and
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 from typer.core import TyperCommand
 
 from recollect.cli import options
 from recollect.cli.opening import LAST, Opening
+from recollect.cli.passphrase import unlock_home
 from recollect.config import DEFAULT_PROFILE
 from recollect.errors import ConfigError
 from recollect.models.catalog import DEFAULT_MODEL
 from recollect.types import Profile, SamplingParams
+
+if TYPE_CHECKING:  # the library behind it is an extra
+    from recollect.cipher import Cipher
 
 _CONVERSATION: Final = "Conversation"
 _RESUME: Final = "--resume"
@@ -105,6 +110,7 @@ def chat(
             rich_help_panel=_CONVERSATION,
         ),
     ] = "error",
+    encrypt: options.EncryptOption = False,
     max_tokens: options.MaxTokensOption = None,
     temperature: options.TemperatureOption = 0.0,
     top_k: options.TopKOption = 0,
@@ -147,7 +153,18 @@ def chat(
         system=system,
         overflow="drop_oldest" if overflow == "drop-oldest" else "error",
     )
-    _talk(opening, params, model, profile, kv_memory, prompts, by_hand=by_hand, as_json=as_json)
+    cipher = unlock_home(encrypt=encrypt)
+    _talk(
+        opening,
+        params,
+        model,
+        profile,
+        kv_memory,
+        cipher,
+        prompts,
+        by_hand=by_hand,
+        as_json=as_json,
+    )
 
 
 def _talk(
@@ -156,25 +173,27 @@ def _talk(
     model: str | None,
     profile: Profile,
     kv_memory: str | None,
+    cipher: "Cipher | None",
     prompts: Path | None,
     *,
     by_hand: bool,
     as_json: bool,
 ) -> None:
-    found = opening.find()
+    found = opening.find(cipher)
     model = model or (DEFAULT_MODEL if found is None else found.model)
+    load = partial(options.open_model, model, profile=profile, kv_memory=kv_memory, cipher=cipher)
     if by_hand:
         # Each imported where it is needed: a pipe has no use for line editing.
         from recollect.cli import repl  # noqa: PLC0415
 
-        with options.open_model(model, profile=profile, kv_memory=kv_memory) as loaded:
+        with load() as loaded:
             repl.talk(loaded, opening.open(loaded, found, params))
         return
     from recollect.cli import batch  # noqa: PLC0415
 
     with (
         batch.open_prompts(prompts) as lines,
-        options.open_model(model, profile=profile, kv_memory=kv_memory) as loaded,
+        load() as loaded,
         opening.open(loaded, found, params) as session,
     ):
         batch.answer_all(session, lines, as_json=as_json)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from recollect.cli.options import EncryptOption
+from recollect.cli.passphrase import unlock_home
 from recollect.errors import ConversationError, ConversationFileError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite and tables
@@ -162,6 +164,7 @@ def import_file(
         str | None,
         typer.Option(metavar="NAME", help="What to call it.", show_default="as the file says"),
     ] = None,
+    encrypt: EncryptOption = False,
 ) -> None:
     """Add a conversation from a JSON file, with all its branches."""
     from recollect.conversation.importing import from_json  # noqa: PLC0415 - as above
@@ -175,7 +178,7 @@ def import_file(
             f"{file} is no text: give a file that `recollect conversations export` wrote as JSON."
         ) from None
     conversation = from_json(text)
-    with _journal() as journal:
+    with _journal(encrypt=encrypt) as journal:
         info = journal.add(conversation, name)
     typer.echo(f"{info.name!r} was imported, with {_count(info.turns, 'turn')}.")
 
@@ -208,11 +211,12 @@ def conversations_table(found: "list[ConversationInfo]") -> "Table":
 
 
 @contextmanager
-def _journal() -> "Iterator[Journal]":
+def _journal(*, encrypt: bool = False) -> "Iterator[Journal]":
     from recollect import config  # noqa: PLC0415 - see the imports for type checking
     from recollect.conversation.journal import JOURNAL_NAME, Journal  # noqa: PLC0415
 
-    with Journal.open(config.home() / JOURNAL_NAME) as journal:
+    cipher = unlock_home(encrypt=encrypt)
+    with Journal.open(config.home() / JOURNAL_NAME, cipher=cipher) as journal:
         yield journal
 
 

@@ -14,6 +14,7 @@ from recollect.cli.bench import bench
 from recollect.cli.chat import ChatCommand, chat
 from recollect.cli.conversations import app as conversations
 from recollect.cli.models import models, pull
+from recollect.cli.passphrase import encrypt
 from recollect.cli.rewind import rewind_test
 from recollect.cli.scenarios import scenarios
 from recollect.cli.verify import verify
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command(cls=ChatCommand)(chat)
 app.add_typer(conversations)
+app.command()(encrypt)
 app.command()(models)
 app.command()(pull)
 app.command()(verify)

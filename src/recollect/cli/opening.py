@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from recollect.errors import ConfigError, NameTakenError, StoreError, UnknownConversationError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite
+    from recollect.cipher import Cipher
     from recollect.conversation.model import Model
     from recollect.conversation.records import ConversationInfo
     from recollect.conversation.session import Session
@@ -45,9 +46,12 @@ class Opening:
                     f"{option} is for a new conversation: leave it out of --resume; {remedy}."
                 )
 
-    def find(self) -> "ConversationInfo | None":
+    def find(self, cipher: "Cipher | None" = None) -> "ConversationInfo | None":
         """
         Return what is to be resumed; None where a conversation begins.
+
+        Args:
+            cipher: Of the data folder.
 
         Raises:
             UnknownConversationError: There is none to resume.
@@ -56,7 +60,7 @@ class Opening:
         """
         if not self.keep and self.name is None and self.resume is None:
             return None
-        by_name = {info.name: info for info in self._kept()}
+        by_name = {info.name: info for info in self._kept(cipher)}
         if self.name is not None and self.name in by_name:
             raise NameTakenError(
                 f"There is a conversation {self.name!r} already: take another name, or go on with "
@@ -90,12 +94,12 @@ class Opening:
             self.system, params=params, keep=self.keep, name=self.name, overflow=self.overflow
         )
 
-    def _kept(self) -> "list[ConversationInfo]":
+    def _kept(self, cipher: "Cipher | None") -> "list[ConversationInfo]":
         from recollect import config  # noqa: PLC0415 - see the imports for type checking
         from recollect.conversation.journal import JOURNAL_NAME, Journal  # noqa: PLC0415
 
         try:
-            with Journal.open(config.home() / JOURNAL_NAME) as journal:
+            with Journal.open(config.home() / JOURNAL_NAME, cipher=cipher) as journal:
                 return journal.conversations()
         except StoreError as error:
             if self.name is not None or self.resume is not None:

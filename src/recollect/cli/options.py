@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from recollect.cli.passphrase import unlock_home
 from recollect.cli.progress import progress_bar
 from recollect.types import Profile
 
 if TYPE_CHECKING:  # see open_model
+    from recollect.cipher import Cipher
     from recollect.conversation.model import Model
 
 _SAMPLING: Final = "Sampling"
@@ -35,6 +37,14 @@ KvMemoryOption = Annotated[
         metavar="SIZE",
         help="Most memory for KV, such as 2GB or 512MiB.",
         show_default="a quarter of what is free",
+    ),
+]
+
+EncryptOption = Annotated[
+    bool,
+    typer.Option(
+        "--encrypt",
+        help="Encrypt what is kept with a passphrase, if it is not yet; `recollect encrypt` says more.",
     ),
 ]
 
@@ -117,17 +127,21 @@ IgnoreEosOption = Annotated[
 ]
 
 
-def open_model(name: str, *, profile: Profile, kv_memory: str | None = None) -> "Model":
+def open_model(
+    name: str, *, profile: Profile, kv_memory: str | None = None, cipher: "Cipher | None" = None
+) -> "Model":
     """
     Return the model, fetched, converted and loaded, with a progress bar on a terminal's stderr.
 
     Args:
         kv_memory: As it was typed, such as "2GB"; None: the library's default.
+        cipher: Of the data folder, where somebody has unlocked it already.
 
     Raises:
         ModelError: It cannot be had or read.
-        ConfigError: `kv_memory` is no size, or holds no block.
+        ConfigError: `kv_memory` is no size, or holds no block, or the folder stays locked.
     """
+    cipher = cipher or unlock_home()
     with progress_bar(f"Loading {name}") as progress:
         # Imported here: the runtime takes half a second, which neither `--help` nor a misspelt
         # option should wait for.
@@ -135,4 +149,4 @@ def open_model(name: str, *, profile: Profile, kv_memory: str | None = None) -> 
         from recollect.conversation.model import load  # noqa: PLC0415
 
         budget = None if kv_memory is None else config.parse_size(kv_memory)
-        return load(name, profile=profile, kv_memory=budget, progress=progress)
+        return load(name, profile=profile, kv_memory=budget, cipher=cipher, progress=progress)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Self
 
-from recollect import config
+from recollect import config, keyfile
+from recollect.cipher import Cipher
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.matching import MessageIndex
@@ -50,9 +51,11 @@ class Model:
         profile: Profile,
         home: Path,
         kv_memory: int | None = None,
+        cipher: Cipher | None = None,
     ) -> None:
         self.name: Final = local.name
         self._home = home
+        self._cipher = cipher
         self._lock = threading.RLock()
         self._journal: Journal | None = None
         self._indices: dict[str, MessageIndex] = {}
@@ -83,7 +86,7 @@ class Model:
         """Return the journal that named conversations are kept in; opened when first needed."""
         with self._lock:
             if self._journal is None:
-                self._journal = Journal.open(self._home / JOURNAL_NAME)
+                self._journal = Journal.open(self._home / JOURNAL_NAME, cipher=self._cipher)
             return self._journal
 
     def session(
@@ -250,6 +253,7 @@ def load(
     profile: Profile = config.DEFAULT_PROFILE,
     kv_memory: int | None = None,
     home: Path | None = None,
+    cipher: Cipher | None = None,
     progress: Progress = no_progress,
 ) -> Model:
     """
@@ -262,17 +266,23 @@ def load(
         kv_memory: Most bytes of KV; None: a quarter of the free memory, at most what
             `CONTEXTS_IN_POOL` full contexts need.
         home: Where models are kept; None: `RECOLLECT_HOME` or the user's data folder.
+        cipher: Of an encrypted home; None: that of its keyring, or of `RECOLLECT_PASSPHRASE`.
         progress: Called while fetching and converting.
 
     Raises:
         ModelError: It cannot be had or read; the subclass says which.
-        ConfigError: `kv_memory` holds no block, or there is no such profile.
+        ConfigError: `kv_memory` holds no block, there is no such profile, or the home is encrypted
+            with another key than that.
     """
     config.parse_profile(profile)
     home = home or config.home()
+    if cipher is None:
+        cipher = keyfile.unlock(home)
+    else:
+        keyfile.require(home, cipher)
     local = prepare(str(model), home=home, progress=progress)
     runtime = _runtime(local, profile)
-    return Model(local, runtime, profile=profile, home=home, kv_memory=kv_memory)
+    return Model(local, runtime, profile=profile, home=home, kv_memory=kv_memory, cipher=cipher)
 
 
 def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
