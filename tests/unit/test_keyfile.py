@@ -213,11 +213,13 @@ def test_a_keyring_without_the_key_or_with_another_is_refused(
         keyfile.unlock(tmp_path)
 
 
-@pytest.mark.parametrize("ring", [fail.Keyring(), null.Keyring()])
+@pytest.mark.parametrize("kind", [fail.Keyring, null.Keyring])
 def test_where_no_keyring_can_be_used_it_names_the_passphrase(
-    tmp_path: Path, use_keyring: Callable[[KeyringBackend], None], ring: KeyringBackend
+    tmp_path: Path,
+    use_keyring: Callable[[KeyringBackend], None],
+    kind: Callable[[], KeyringBackend],
 ) -> None:
-    use_keyring(ring)
+    use_keyring(kind())
     with pytest.raises(ConfigError, match=PASSPHRASE_VARIABLE):
         keyfile.new_key("keyring")
 
@@ -227,7 +229,8 @@ def test_a_keyring_that_has_gone_is_told(
 ) -> None:
     use_keyring(Ring())
     keyfile.save(tmp_path, keyfile.new_key("keyring")[1])
-    use_keyring(fail.Keyring())
+    gone: Callable[[], KeyringBackend] = fail.Keyring
+    use_keyring(gone())
     with pytest.raises(ConfigError, match="cannot be read"):
         keyfile.unlock(tmp_path)
 

@@ -8,7 +8,6 @@ import pytest
 
 import recollect
 from recollect import config, keyfile
-from recollect.conversation import encryption
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.errors import ConfigError, StoreError
 
@@ -107,7 +106,7 @@ def test_what_broke_off_is_finished_by_the_next_who_has_the_key(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(encryption.Journal, "open", die)
+        patch.setattr(Journal, "open", die)
         with pytest.raises(KeyboardInterrupt):
             recollect.encrypt(home, passphrase="open sesame")
     assert list(readable(home)) == [JOURNAL_NAME]
