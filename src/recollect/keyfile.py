@@ -37,7 +37,7 @@ class Scrypt:
     """
     How much work it is to try a passphrase.
 
-    128 MiB and a third of a second. Source: OWASP Password Storage Cheat Sheet, scrypt.
+    128 MiB, and 0.75 s on a slow core. Source: OWASP Password Storage Cheat Sheet, scrypt.
     """
 
     n: int = 2**17
@@ -92,13 +92,15 @@ def unlock(
         ask: Called for a passphrase where there is none.
 
     Raises:
-        ConfigError: The passphrase is wrong or missing, the keyring does not have the key, or a
-            library is not installed.
+        ConfigError: The passphrase is wrong or missing, or is given and the folder is not
+            encrypted; the keyring does not have the key; a library is not installed.
         StoreError: What says which key it is cannot be read.
     """
     home = home or config.home()
     key_file = _read(home / KEY_FILE)
     if key_file is None:
+        if passphrase is not None:  # who gives one does not want to write plain text
+            raise _not_encrypted(home)
         return None
     if key_file.source == "keyring":
         return _unlock_by_keyring(home, key_file)
@@ -124,7 +126,7 @@ def require(home: Path, cipher: Cipher) -> None:
     """
     key_file = _read(home / KEY_FILE)
     if key_file is None:
-        raise ConfigError(f"{home} is not encrypted: do that first, by recollect.encrypt().")
+        raise _not_encrypted(home)
     try:
         cipher.for_purpose("verifier").open(key_file.verifier, context=_VERIFIER)
     except StoreCorruptError:
@@ -134,7 +136,7 @@ def require(home: Path, cipher: Cipher) -> None:
 
 
 def new_key(
-    source: Source,
+    kept_in: Source,
     *,
     passphrase: str | None = None,
     ask: Ask | None = None,
@@ -144,7 +146,7 @@ def new_key(
     Return the cipher of a new key, and what `save` writes into the folder that it is for.
 
     Args:
-        source: Where the key shall be; in the keyring it is when this returns.
+        kept_in: Where the key shall be; in the keyring it is when this returns.
         passphrase: As for `unlock`.
         ask: As for `unlock`.
         scrypt: None: what is safe today.
@@ -153,7 +155,7 @@ def new_key(
         ConfigError: There is no passphrase, no keyring or no library.
     """
     salt, scrypt = secrets.token_bytes(16), scrypt or Scrypt()
-    if source == "keyring":
+    if kept_in == "keyring":
         secret = secrets.token_bytes(KEY_BYTES)
     else:
         text = passphrase if passphrase is not None else _given(ask)
@@ -164,9 +166,9 @@ def new_key(
         secret = _stretched(text, salt, scrypt)
     cipher = Cipher(secret)
     verifier = cipher.for_purpose("verifier").seal(b"", context=_VERIFIER)
-    if source == "keyring":
+    if kept_in == "keyring":
         _into_keyring(salt, secret)
-    return cipher, KeyFile(source=source, salt=salt, scrypt=scrypt, verifier=verifier)
+    return cipher, KeyFile(source=kept_in, salt=salt, scrypt=scrypt, verifier=verifier)
 
 
 def save(home: Path, key_file: KeyFile) -> None:
@@ -205,6 +207,16 @@ def save(home: Path, key_file: KeyFile) -> None:
     finally:
         with suppress(OSError):
             unfinished.unlink()
+
+
+def source(home: Path | None = None) -> Source | None:
+    """Return where the key of a data folder is; None for one that is not encrypted."""
+    key_file = _read((home or config.home()) / KEY_FILE)
+    return None if key_file is None else key_file.source
+
+
+def _not_encrypted(home: Path) -> ConfigError:
+    return ConfigError(f"{home} is not encrypted: do that first, by recollect.encrypt().")
 
 
 def _given(ask: Ask | None) -> str | None:

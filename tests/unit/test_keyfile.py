@@ -57,7 +57,13 @@ def same(one: Cipher | None, other: Cipher) -> bool:
 
 def test_a_folder_without_the_file_is_not_encrypted(tmp_path: Path) -> None:
     assert not keyfile.is_encrypted(tmp_path)
-    assert keyfile.unlock(tmp_path, passphrase="x") is None
+    assert keyfile.source(tmp_path) is None
+    assert keyfile.unlock(tmp_path) is None
+
+
+def test_who_gives_a_passphrase_does_not_get_a_plain_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not encrypted"):
+        keyfile.unlock(tmp_path, passphrase="open sesame")
 
 
 def test_the_passphrase_opens_it_and_no_other_does(tmp_path: Path) -> None:
@@ -188,6 +194,7 @@ def test_the_keyring_keeps_a_key_that_nobody_has_to_type(
     for name in ("one", "other"):
         cipher, key_file = keyfile.new_key("keyring")
         keyfile.save(tmp_path / name, key_file)
+        assert keyfile.source(tmp_path / name) == "keyring"
         assert same(keyfile.unlock(tmp_path / name), cipher)
         ciphers.append(cipher)
     assert not same(*ciphers)

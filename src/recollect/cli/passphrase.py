@@ -29,9 +29,9 @@ def unlock_home(*, encrypt: bool = False) -> "Cipher | None":
         ConfigError: The passphrase is wrong, or there is nobody to ask for it. Nothing was changed.
         StoreError: The folder cannot be encrypted.
     """
-    if keyfile.is_encrypted():
-        return keyfile.unlock(ask=_ask if _has_terminal() else None)
-    return _encrypt(keyring=False) if encrypt else None
+    if encrypt:
+        return _encrypt(keyring=False)
+    return keyfile.unlock(ask=_ask if _has_terminal() else None)
 
 
 def encrypt(
@@ -46,23 +46,18 @@ def encrypt(
     The key comes from a passphrase: that in RECOLLECT_PASSPHRASE, or one that is asked for.
     From then on every command that reads what is kept needs it. A lost passphrase cannot be replaced.
     """
-    home = config.home()
-    if keyfile.is_encrypted(home):
-        raise ConfigError(
-            f"{home} is encrypted already: for another key, export its conversations and import "
-            "them with another RECOLLECT_HOME."
-        )
     _encrypt(keyring=keyring)
-    where = "in the keyring of this system" if keyring else "the passphrase"
+    where = "in the keyring of this system" if keyfile.source() == "keyring" else "the passphrase"
     typer.echo(
-        f"{home} is encrypted. The key is {where}: without it nobody can read what is there."
+        f"{config.home()} is encrypted. The key is {where}: without it nobody can read what is kept."
     )
 
 
 def _encrypt(*, keyring: bool) -> "Cipher":
     from recollect.conversation.encryption import encrypt as encrypt_home  # noqa: PLC0415 - as above
 
-    return encrypt_home(keyring=keyring, ask=_ask_for_a_new_one if _has_terminal() else None)
+    ask = _ask if keyfile.is_encrypted() else _ask_for_a_new_one
+    return encrypt_home(keyring=keyring, ask=ask if _has_terminal() else None)
 
 
 def _ask() -> str:

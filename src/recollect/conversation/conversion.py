@@ -11,16 +11,18 @@ from recollect.conversation.database import Database, corrupt_error
 from recollect.conversation.rows import CONVERSATION_COLUMNS, NODE_COLUMNS, is_sound, seal_node
 from recollect.conversation.sealing import Sealing
 from recollect.conversation.statements import seal_conversation
+from recollect.errors import ConfigError
 
 
-def encrypt_if_plain(database: Database, sealing: Sealing) -> None:
+def match_key(database: Database, sealing: Sealing, *, convert: bool) -> None:
     """
     Make sure that a journal is encrypted where there is a key, and only there.
 
-    Killed at any moment, it goes on when the journal is opened the next time.
+    A plain one is encrypted at once while it is empty, and later only when somebody says so: anybody
+    could have put it there. Killed at any moment, this goes on where it was called the next time.
 
     Raises:
-        ConfigError: It is encrypted, and there is no key or another one.
+        ConfigError: It is encrypted, and there is no key or another one; or it is not, and there is.
         StoreCorruptError: A row is not as it was written. Nothing was changed.
         StoreBusyError: Another program uses it; what it held before is still in the file.
     """
@@ -31,9 +33,19 @@ def encrypt_if_plain(database: Database, sealing: Sealing) -> None:
     if not is_encrypted:
         with database.writing() as connection:
             if not sealing.read_mark(connection):  # else another process was faster
+                if not convert:
+                    _require_empty(connection, database.path)
                 _seal_all(connection, sealing, database.path)
                 sealing.mark(connection)
     _clean(database)
+
+
+def _require_empty(connection: sqlite3.Connection, path: Path) -> None:
+    if connection.execute("SELECT 1 FROM conversations").fetchone() is not None:
+        raise ConfigError(
+            f"{path} is not encrypted, and its folder is: if you know where it comes from, "
+            "`recollect encrypt` converts it; else move it away."
+        )
 
 
 def _seal_all(connection: sqlite3.Connection, sealing: Sealing, path: Path) -> None:

@@ -39,14 +39,16 @@ def encrypt(
             encrypted, and calling this again goes on with the rest.
     """
     home = home or config.home()
-    cipher = keyfile.unlock(home, passphrase=passphrase, ask=ask)
+    cipher = None
+    if keyfile.is_encrypted(home):
+        cipher = keyfile.unlock(home, passphrase=passphrase, ask=ask)
     if cipher is None:
         source: keyfile.Source = "keyring" if keyring else "passphrase"
         cipher, key_file = keyfile.new_key(source, passphrase=passphrase, ask=ask)
         _remove_plain(home)  # before the folder counts as encrypted: it may end here
         keyfile.save(home, key_file)
-    if (home / JOURNAL_NAME).exists():  # converted when it is opened with a cipher
-        Journal.open(home / JOURNAL_NAME, cipher=cipher).close()
+    if (home / JOURNAL_NAME).exists():
+        Journal.open(home / JOURNAL_NAME, cipher=cipher, convert=True).close()
     return cipher
 
 

@@ -13,7 +13,7 @@ from typing import Final, Self
 
 from recollect.cipher import Cipher
 from recollect.conversation import audit
-from recollect.conversation.conversion import encrypt_if_plain
+from recollect.conversation.conversion import match_key
 from recollect.conversation.database import BUSY_TIMEOUT_S, Database
 from recollect.conversation.records import (
     ConversationInfo,
@@ -67,7 +67,12 @@ class Journal:
 
     @classmethod
     def open(
-        cls, path: Path, *, cipher: Cipher | None = None, busy_timeout_s: float = BUSY_TIMEOUT_S
+        cls,
+        path: Path,
+        *,
+        cipher: Cipher | None = None,
+        convert: bool = False,
+        busy_timeout_s: float = BUSY_TIMEOUT_S,
     ) -> Self:
         """
         Return the journal in a file, which is created or brought to the newest version if needed.
@@ -75,21 +80,22 @@ class Journal:
         Args:
             path: Usually `JOURNAL_NAME` in `config.home()`. A new file and its folder can be read
                 by their owner only.
-            cipher: Of the folder that it is in, if that is encrypted. A journal that is not, is
-                encrypted now, for good, and nothing of the plain one stays in the file.
+            cipher: Of the folder that it is in, if that is encrypted. A new one is, then.
+            convert: Encrypt a plain one, for good, so that nothing of it stays in the file.
             busy_timeout_s: How long each call waits for others that use the file.
 
         Raises:
             StoreBusyError: Somebody else holds it.
             StoreCorruptError: It is damaged, or something else. It was left as it is.
             StoreVersionError: A newer version wrote it. It was left as it is.
-            ConfigError: It is encrypted, and there is no key or another one.
+            ConfigError: It is encrypted, and there is no key or another one; or it is plain, there
+                is a key, and it is not to be converted.
             StoreError: It cannot be opened.
         """
         sealing = Sealing(path, cipher)
         database = Database(path, busy_timeout_s=busy_timeout_s)
         try:
-            encrypt_if_plain(database, sealing)
+            match_key(database, sealing, convert=convert)
         except BaseException:
             database.close()
             raise

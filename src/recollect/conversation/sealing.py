@@ -62,9 +62,11 @@ class Sealing:
         Raises:
             StoreCorruptError: It is not what was written there.
         """
-        if self._cipher is None and isinstance(kept, str):
+        if self._cipher is not None:
+            return self.read_bytes(kept, place, what).decode()
+        if isinstance(kept, str):
             return kept
-        return self.read_bytes(kept, place, what).decode()
+        raise self._not_as_written(what)
 
     def read_bytes(self, kept: str | bytes, place: Place, what: str) -> bytes:
         """Return bytes that were kept; as `read_text` in all else."""
@@ -73,7 +75,10 @@ class Sealing:
                 return kept
             with suppress(StoreCorruptError):  # which names neither the file nor the place
                 return self._cipher.open(kept, context=_context(place))
-        raise corrupt_error(self._path, f"{what} is not as it was written")
+        raise self._not_as_written(what)
+
+    def _not_as_written(self, what: str) -> StoreCorruptError:
+        return corrupt_error(self._path, f"{what} is not as it was written")
 
     def mark(self, connection: sqlite3.Connection) -> None:
         """Have the journal say that it is encrypted, and by which key."""

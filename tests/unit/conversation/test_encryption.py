@@ -97,7 +97,7 @@ def test_encrypting_again_needs_the_same_passphrase(home: Path) -> None:
         recollect.encrypt(home, passphrase="wrong")
 
 
-def test_what_broke_off_is_finished_by_the_next_who_has_the_key(
+def test_what_broke_off_is_finished_by_encrypting_again(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the worst moment: the folder says that it is encrypted, and its journal is not yet."""
@@ -111,6 +111,9 @@ def test_what_broke_off_is_finished_by_the_next_who_has_the_key(
             recollect.encrypt(home, passphrase="open sesame")
     assert list(readable(home)) == [JOURNAL_NAME]
     cipher = recollect.unlock(home, passphrase="open sesame")
+    with pytest.raises(ConfigError, match="`recollect encrypt` converts it"):
+        Journal.open(home / JOURNAL_NAME, cipher=cipher)
+    recollect.encrypt(home, passphrase="open sesame")
     with Journal.open(home / JOURNAL_NAME, cipher=cipher) as journal:
         assert list(readable(home)) == []
         assert [info.name for info in journal.conversations()] == ["secret plan"]

@@ -124,7 +124,7 @@ def test_a_plain_journal_is_converted_and_leaves_no_trace(path: Path) -> None:
         journal.delete("x")
         before = journal.load(SECRETS["name"])
         infos = journal.conversations()
-    with Journal.open(path, cipher=CIPHER) as journal:
+    with Journal.open(path, cipher=CIPHER, convert=True) as journal:
         assert in_the_files(path) == []
         assert journal.check() == []
         assert journal.load(SECRETS["name"]) == before
@@ -145,7 +145,7 @@ def test_a_file_of_the_first_version_is_converted_as_well(path: Path) -> None:
         )
     with Journal.open(path) as journal:
         assert [info.model for info in journal.conversations()] == [SECRETS["model"]]
-    with Journal.open(path, cipher=CIPHER) as journal:
+    with Journal.open(path, cipher=CIPHER, convert=True) as journal:
         assert [info.name for info in journal.conversations()] == [SECRETS["name"]]
     assert in_the_files(path) == []
 
@@ -155,7 +155,7 @@ def test_a_damaged_plain_journal_is_not_converted(path: Path) -> None:
         fill(journal)
     sql(path, "UPDATE nodes SET content = 'forged' WHERE id = 1")
     with pytest.raises(StoreCorruptError, match="node 1"):
-        Journal.open(path, cipher=CIPHER)
+        Journal.open(path, cipher=CIPHER, convert=True)
     with Journal.open(path) as journal:
         assert [info.name for info in journal.conversations()] == [SECRETS["name"]]
 
@@ -174,8 +174,8 @@ def test_a_conversion_that_breaks_off_is_finished_when_it_is_opened_again(
     with monkeypatch.context() as patch:
         patch.setattr(where, step, break_down)
         with pytest.raises(KeyboardInterrupt):
-            Journal.open(path, cipher=CIPHER)
-    with Journal.open(path, cipher=CIPHER) as journal:
+            Journal.open(path, cipher=CIPHER, convert=True)
+    with Journal.open(path, cipher=CIPHER, convert=True) as journal:
         assert is_as_it_was_filled(journal.load(SECRETS["name"]))
         assert in_the_files(path) == []
 
@@ -187,10 +187,23 @@ def test_the_plain_text_goes_when_its_last_reader_has_gone(path: Path) -> None:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM nodes").fetchone()
         with pytest.raises(StoreBusyError):
-            Journal.open(path, cipher=CIPHER, busy_timeout_s=0.05)
+            Journal.open(path, cipher=CIPHER, convert=True, busy_timeout_s=0.05)
         assert in_the_files(path) != []
     with Journal.open(path, cipher=CIPHER):
         assert in_the_files(path) == []
+
+
+def test_a_plain_journal_is_not_taken_for_an_encrypted_one(path: Path) -> None:
+    """Anybody could have put it there; nobody has to be asked about an empty one."""
+    with Journal.open(path) as journal:
+        fill(journal)
+    with pytest.raises(ConfigError, match="recollect encrypt"):
+        Journal.open(path, cipher=CIPHER)
+    with Journal.open(path) as journal:
+        assert is_as_it_was_filled(journal.load(SECRETS["name"]))
+        journal.delete(SECRETS["name"])
+    with Journal.open(path, cipher=CIPHER) as journal:
+        assert journal.conversations() == []
 
 
 def test_without_the_key_or_with_another_it_is_refused_and_left_alone(path: Path) -> None:
@@ -207,7 +220,7 @@ def test_without_the_key_or_with_another_it_is_refused_and_left_alone(path: Path
 def test_who_has_it_open_plain_cannot_write_plain_text_into_it(path: Path) -> None:
     with Journal.open(path) as plain:
         chat = fill(plain)
-        with Journal.open(path, cipher=CIPHER):
+        with Journal.open(path, cipher=CIPHER, convert=True):
             with pytest.raises(StoreError, match="start again"):
                 plain.append(chat, None, [NewNode(role="user", content=SECRETS["question"])])
             with pytest.raises(StoreError, match="start again"):
