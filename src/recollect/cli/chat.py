@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from recollect.cli import options
 from recollect.cli.opening import LAST, Opening
-from recollect.cli.passphrase import unlock_home
+from recollect.cli.passphrase import EncryptOption, unlock_home
 from recollect.config import DEFAULT_PROFILE
 from recollect.errors import ConfigError
 from recollect.models.catalog import DEFAULT_MODEL
@@ -110,7 +110,7 @@ def chat(
             rich_help_panel=_CONVERSATION,
         ),
     ] = "error",
-    encrypt: options.EncryptOption = False,
+    encrypt: EncryptOption = False,
     max_tokens: options.MaxTokensOption = None,
     temperature: options.TemperatureOption = 0.0,
     top_k: options.TopKOption = 0,

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from recollect.cli.options import EncryptOption
-from recollect.cli.passphrase import unlock_home
+from recollect.cli.passphrase import EncryptOption, unlock_home
 from recollect.errors import ConversationError, ConversationFileError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite and tables

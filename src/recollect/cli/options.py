@@ -40,14 +40,6 @@ KvMemoryOption = Annotated[
     ),
 ]
 
-EncryptOption = Annotated[
-    bool,
-    typer.Option(
-        "--encrypt",
-        help="Encrypt what is kept with a passphrase, if it is not yet; `recollect encrypt` says more.",
-    ),
-]
-
 MaxTokensOption = Annotated[
     int | None,
     typer.Option(

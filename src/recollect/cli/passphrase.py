@@ -17,6 +17,14 @@ from recollect.errors import ConfigError
 if TYPE_CHECKING:  # the library behind it is an extra
     from recollect.cipher import Cipher
 
+EncryptOption = Annotated[
+    bool,
+    typer.Option(
+        "--encrypt",
+        help="Encrypt what is kept with a passphrase, if it is not yet; `recollect encrypt` says more.",
+    ),
+]
+
 
 def unlock_home(*, encrypt: bool = False) -> "Cipher | None":
     """
