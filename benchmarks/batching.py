@@ -65,6 +65,12 @@ class TimedRuntime:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         self.runtime.copy_blocks(pairs)
 
+    def read_block(self, block: int, into: memoryview) -> None:
+        self.runtime.read_block(block, into)
+
+    def write_block(self, block: int, content: memoryview) -> None:
+        self.runtime.write_block(block, content)
+
     def close(self) -> None:
         self.runtime.close()
 

@@ -18,7 +18,7 @@ TRUNK_BLOCKS = 2048 // 32
 def main() -> int:
     """Run, print, and return 1 where something costs more than it may."""
     arguments = parser(__doc__ or "", profile="fast").parse_args()
-    with recollect.load(arguments.model, profile=arguments.profile) as model:
+    with recollect.load(arguments.model, profile=arguments.profile, kv_disk=0) as model:
         say("prefilling 8,000 tokens ...")
         result = measure_forks(model, cut_to_length(model, bench_text(), 8000))
         report("fork", model, {"result": result.to_dict()}, save=arguments.save)

@@ -19,7 +19,7 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     args = options.parse_args()
     load = Load()
-    with recollect.load(args.model, profile=args.profile) as model:
+    with recollect.load(args.model, profile=args.profile, kv_disk=0) as model:
         say(
             f"{'trace':24} {'requests':>8} {'prompts':>8} {'computed':>8} {'twice':>6} {'ttft s':>8}"
         )

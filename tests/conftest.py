@@ -16,6 +16,8 @@ from recollect.conversation.model import Model
 from recollect.engine import sequence as sequence_module
 from recollect.engine.engine import Engine
 from recollect.errors import RuntimeFailure
+from recollect.kv.disk import DiskStore
+from recollect.kv.record import Sealer
 from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.models.reference import reference_model
 from recollect.runtime.base import Logits, Row
@@ -50,11 +52,22 @@ class Faults:
     """Forward passes until one fails, after it has written garbage; 0 is the next."""
     copy: bool = False
     """Whether the next copy fails before it has copied anything."""
+    write_in: int | None = None
+    """Blocks that are restored until one fails; 0 is the next."""
     error: type[BaseException] = RuntimeFailure
 
 
 class FaultyRuntime(ReferenceRuntime):
     """Fails on demand, and leaves the worst that the contract allows behind."""
+
+    def write_block(self, block: int, content: memoryview) -> None:
+        faults = self._faults
+        if faults.write_in == 0:
+            faults.write_in = None
+            raise faults.error("injected while restoring")
+        if faults.write_in is not None:
+            faults.write_in -= 1
+        super().write_block(block, content)
 
     def __init__(
         self,
@@ -115,6 +128,8 @@ def make_engine(faults: Faults) -> Iterator[Callable[..., Engine]]:
         context_length: int = 128,
         whole_blocks_only: bool = False,
         eos_token_ids: Sequence[int] = (),
+        fingerprint: str = "",
+        store: DiskStore | None = None,
     ) -> Engine:
         runtime = FaultyRuntime(
             faults,
@@ -123,12 +138,29 @@ def make_engine(faults: Faults) -> Iterator[Callable[..., Engine]]:
             block_size=block_size,
             whole_blocks_only=whole_blocks_only,
         )
-        made.append(Engine(runtime, num_blocks=num_blocks, eos_token_ids=eos_token_ids))
-        return made[-1]
+        engine = Engine(
+            runtime,
+            num_blocks=num_blocks,
+            eos_token_ids=eos_token_ids,
+            fingerprint=fingerprint,
+            store=store,
+        )
+        made.append(engine)
+        return engine
 
     yield make
     for engine in made:
         engine.close()
+
+
+@pytest.fixture
+def open_store(tmp_path: Path) -> Callable[..., DiskStore]:
+    """Return an opener of one folder's store; whoever opens it closes it, as an engine does."""
+
+    def open_it(*, budget_bytes: int = 64 << 20, sealer: Sealer | None = None) -> DiskStore:
+        return DiskStore(tmp_path / "kv", budget_bytes=budget_bytes, sealer=sealer)
+
+    return open_it
 
 
 @pytest.fixture
@@ -177,6 +209,7 @@ def make_model(faults: Faults, tmp_path: Path) -> Iterator[Callable[..., Model]]
         num_blocks: int = 512,
         block_size: int = 8,
         whole_blocks_only: bool = False,
+        store: DiskStore | None = None,
     ) -> Model:
         local = replace(reference_model(), context_length=context_length)
         if template is not None:
@@ -190,8 +223,9 @@ def make_model(faults: Faults, tmp_path: Path) -> Iterator[Callable[..., Model]]
         )
         kv_memory = num_blocks * runtime.info.bytes_per_block
         home = tmp_path / "home"
-        made.append(Model(local, runtime, profile="exact", home=home, kv_memory=kv_memory))
-        return made[-1]
+        model = Model(local, runtime, profile="exact", home=home, kv_memory=kv_memory, store=store)
+        made.append(model)
+        return model
 
     yield make
     for model in made:

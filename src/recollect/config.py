@@ -21,8 +21,8 @@ DEFAULT_PROFILE: Final[Profile] = "fast"
 
 HISTORY_NAME: Final = "history"
 """Of the file in `home()` that holds what was typed into chats."""
-KV_NAME: Final = "kv"
-"""Of the folder in `home()` that holds KV."""
+LEAST_KV_DISK_BYTES: Final = 1 << 20
+"""Below that LMDB has no room for its own pages while it replaces them."""
 
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE: Final = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
@@ -54,6 +54,33 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_disk_size(text: str) -> int:
+    """
+    Return the bytes that KV may take on disk; `0` and `off` are none.
+
+    Raises:
+        ConfigError: *text* is no size, or one that holds next to nothing.
+    """
+    if text.strip().lower() in ("0", "off"):
+        return 0
+    return require_disk_size(parse_size(text))
+
+
+def require_disk_size(size: int) -> int:
+    """
+    Return a budget in bytes that can be kept to.
+
+    Raises:
+        ConfigError: It is smaller than what the database itself needs.
+    """
+    if size and size < LEAST_KV_DISK_BYTES:
+        raise ConfigError(
+            f"{size:,} bytes on disk hold no KV: give at least {LEAST_KV_DISK_BYTES:,}, or 0 to do "
+            "without."
+        )
+    return size
+
+
 def parse_profile(text: str) -> Profile:
     """
     Return the profile of that name.
@@ -70,3 +97,10 @@ def parse_profile(text: str) -> Profile:
 def default_kv_memory_bytes() -> int:
     """Return a quarter of the memory that is free now, in bytes."""
     return psutil.virtual_memory().available // 4
+
+
+def default_kv_disk_bytes(folder: Path) -> int:
+    """Return 10 GB or a tenth of what is free where *folder* is or will be, whichever is smaller."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    size = min(10 * 10**9, psutil.disk_usage(str(there)).free // 10)
+    return size if size >= LEAST_KV_DISK_BYTES else 0

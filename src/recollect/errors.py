@@ -18,6 +18,7 @@ Every exception that recollect raises on purpose.
     ├── StoreError                  what is kept on disk cannot be read or written
     │   ├── StoreBusyError          somebody else holds it for too long
     │   ├── StoreCorruptError       it is damaged
+    │   ├── StoreFullError          there is no room for more
     │   └── StoreVersionError       a newer version wrote it
     └── ConversationError           the tree of turns
         ├── UnknownNodeError        that node is not in this conversation
@@ -124,6 +125,10 @@ class StoreBusyError(StoreError):
 
 class StoreCorruptError(StoreError):
     """The store is damaged; it was left untouched."""
+
+
+class StoreFullError(StoreError):
+    """There is no room for more; nothing was changed."""
 
 
 class StoreVersionError(StoreError):

@@ -30,6 +30,17 @@ Why the tokens that were computed were not reused.
 earlier one there.
 """
 
+MissReason = Literal[
+    "checksum", "truncated", "format", "identity", "sealed", "key", "missing", "store"
+]
+"""
+Why a stored block was not used.
+
+`checksum`, `truncated`, `format`: it is not what was written. `identity`: of another model, runtime
+or precision. `sealed`: encrypted with another key. `key`: its tokens do not give its name.
+`missing`: noted, and not there. `store`: the database failed.
+"""
+
 Role = Literal["system", "user", "assistant"]
 
 Profile = Literal["exact", "fast", "small"]
@@ -127,6 +138,8 @@ class Usage:
     """Tokens of the conversation before the reply."""
     reused_tokens: int
     """Of those, the ones whose KV was there already."""
+    restored_tokens: int = 0
+    """Of the reused, the ones whose KV came from disk."""
     computed_tokens: int
     """Of those, the ones fed to the model before the first new token."""
     generated_tokens: int

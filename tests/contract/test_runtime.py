@@ -222,3 +222,36 @@ def test_a_runtime_with_more_rows_than_ever_before_still_works(runtime: PagedRun
     rows = [Row([number + 10], 0, [number]) for number in range(24)]
     batch = runtime.forward(rows)
     assert same(batch[7], run(runtime, [17], [0]))
+
+
+def test_a_block_read_as_bytes_means_the_same_in_another_runtime(
+    make_runtime: Callable[[], PagedRuntime],
+) -> None:
+    here, there = make_runtime(), make_runtime()
+    here.allocate(4)
+    there.allocate(8)
+    ids = ids_of(70)
+    expected = run(here, ids, [2, 0, 3], (64,))
+    for source, target in ((2, 5), (0, 7)):
+        content = bytearray(here.info.bytes_per_block)
+        here.read_block(source, memoryview(content))
+        there.write_block(target, memoryview(content))
+    assert same(there.forward([Row(ids[64:], 64, [5, 7, 1])])[0], expected)
+    here.read_block(2, memoryview(content))
+    there.write_block(7, memoryview(content))  # a block of other tokens changes what comes after it
+    assert not same(there.forward([Row(ids[64:], 64, [5, 7, 1])])[0], expected)
+
+
+def test_bytes_of_another_length_and_blocks_that_are_not_there_are_refused(
+    runtime: PagedRuntime,
+) -> None:
+    whole = bytearray(runtime.info.bytes_per_block)
+    with pytest.raises(RuntimeFailure, match="bytes of KV"):
+        runtime.write_block(0, memoryview(whole)[1:])
+    with pytest.raises(RuntimeFailure, match="bytes of KV"):
+        runtime.read_block(0, memoryview(whole + b"x"))
+    for block in (-1, 24):
+        with pytest.raises(RuntimeFailure, match="block number"):
+            runtime.write_block(block, memoryview(whole))
+        with pytest.raises(RuntimeFailure, match="block number"):
+            runtime.read_block(block, memoryview(whole))

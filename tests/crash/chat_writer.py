@@ -16,9 +16,13 @@ import typer.main
 
 from recollect.cli import batch, main
 from recollect.conversation import model
+from recollect.engine import write_behind
 
 # What the command imports late.
 _IMPORTED_BEFORE_THE_FORK = (batch, model, numpy.random)
+# KV goes to disk all the time, so that a kill finds a write under way.
+for name in ("_SETTLE_S", "_OVERDUE_S", "_BUSY_PAUSE"):
+    setattr(write_behind, name, 0.0)
 typer.main.get_group(main.app).commands["chat"].make_context("chat", ["-n", "5", "--prompts", "x"])
 
 

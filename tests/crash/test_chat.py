@@ -1,4 +1,7 @@
-"""`kill -9` of a whole `recollect chat` at any moment loses no turn whose reply was printed."""
+"""
+`kill -9` of a whole `recollect chat` at any moment loses no turn whose reply was printed, and leaves
+no KV on disk that is not as it was written.
+"""
 
 import json
 import os
@@ -14,11 +17,13 @@ import pytest
 
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.records import StoredConversation
+from recollect.kv.disk import STORE_FOLDER, DiskStore
+from recollect.kv.disk_audit import holdings, problems
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a way to start quickly")
 
 WRITER = Path(__file__).with_name("chat_writer.py")
-ROUNDS = 100
+ROUNDS = 200
 ROUNDS_A_CONVERSATION = 10
 PROMPTS = 2000
 """More than a process can say before it is killed."""
@@ -98,12 +103,22 @@ def assert_nothing_is_lost(
     assert tip is None or nodes[tip].role == "assistant"
 
 
-def test_a_hundred_kills_of_a_chat_lose_no_turn_that_was_printed(
+def kv_blocks(home: Path) -> int:
+    """Check all KV on disk, and return how many blocks there are."""
+    store = DiskStore(home / STORE_FOLDER, budget_bytes=64 << 20)
+    try:
+        assert list(problems(store)) == []
+        return sum(holding.blocks for holding in holdings(store))
+    finally:
+        store.close()
+
+
+def test_two_hundred_kills_of_a_chat_lose_no_turn_and_leave_no_wrong_kv(
     chats: Chats, home: Path, tmp_path: Path
 ) -> None:
     """Every third round two processes are in the same conversation."""
     chance = random.Random(20260303)  # noqa: S311 - moments, no secrets
-    total = 0
+    total, kept = 0, 0
     for first in range(0, ROUNDS, ROUNDS_A_CONVERSATION):
         conversation, runs = f"chat {first}", []
         for number in range(first, first + ROUNDS_A_CONVERSATION):
@@ -126,4 +141,6 @@ def test_a_hundred_kills_of_a_chat_lose_no_turn_that_was_printed(
             assert journal.check() == []
             if any(runs):
                 assert_nothing_is_lost(journal.load(conversation), runs)
+        kept_before, kept = kept, kv_blocks(home)
+        assert kept > kept_before, "no KV was being written"
     assert total > ROUNDS, "the processes were killed before they had said anything"

@@ -15,6 +15,7 @@ if sys.platform == "win32":
 
 import pexpect
 
+from recollect.config import HISTORY_NAME
 from recollect.conversation.journal import JOURNAL_NAME
 from recollect.keyfile import KEY_FILE, PASSPHRASE_VARIABLE
 
@@ -104,8 +105,8 @@ def test_a_plain_folder_is_encrypted_with_a_passphrase_that_is_typed_twice(
     environment: dict[str, str], home: Path
 ) -> None:
     run(environment, "chat", *SHORT, "--name", "map", text=f"{PHRASE}\n")
-    (home / "history").write_text(PHRASE)
-    assert in_the_files(home) == [JOURNAL_NAME, "history"]
+    (home / HISTORY_NAME).write_text(PHRASE)
+    assert in_the_files(home) == [JOURNAL_NAME, HISTORY_NAME]
     for second, says in (("other", "differ"), ("sesame", "is encrypted")):
         child = pexpect.spawn(
             sys.executable,
@@ -151,7 +152,7 @@ def test_a_chat_at_the_terminal_asks_for_the_passphrase_and_leaves_no_history(
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
-    assert sorted(file.name for file in home.iterdir()) == [JOURNAL_NAME, KEY_FILE]
+    assert not (home / HISTORY_NAME).exists()
     assert in_the_files(home) == []
     listed = run(environment, "conversations", "--json", passphrase="sesame")
     assert [info["turns"] for info in json.loads(listed.stdout)] == [1]

@@ -1,10 +1,13 @@
 """Any order of append, compute, generate, rewind, fork, release and failure gives fresh logits."""
 
 import contextlib
+import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Final
 from unittest import mock
 
@@ -28,9 +31,13 @@ from recollect.engine.generator import Generator
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.engine.task import Task
 from recollect.errors import MemoryLimitError, OutOfBlocksError, RuntimeFailure
+from recollect.kv import disk as disk_module
+from recollect.kv import prefix as prefix_module
 from recollect.kv.blocks import BlockPool, BlockTable, blocks_for
 from recollect.kv.cached_table import CachedTable
-from recollect.kv.prefix import CachedBlock, PrefixCache
+from recollect.kv.disk import DiskStore
+from recollect.kv.prefix import CachedBlock, PrefixCache, chained_key
+from recollect.kv.record import Buffer, Entry, Identity
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import SamplingParams, common_prefix_length
@@ -40,7 +47,10 @@ SIZE: Final = 4
 CONTEXT: Final = 40
 NUM_BLOCKS: Final = 16
 CHUNK: Final = 6
+BLOCK_BYTES: Final = SIZE * 4 * 8
 Ids = tuple[int, ...]
+Take = Callable[[int, Buffer], None]
+TABLES = st.sampled_from(["blocks", "entries"])
 NAMESPACES = st.sampled_from(["", "other", None])
 TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9)
 
@@ -50,6 +60,7 @@ class FailingRuntime(ReferenceRuntime):
 
     fail_forward = False
     fail_copy = False
+    fail_write = False
     _cancel: tuple[int, Task] | None = None
 
     def cancel_after(self, passes: int, task: Task) -> None:
@@ -68,6 +79,13 @@ class FailingRuntime(ReferenceRuntime):
             )
             raise RuntimeFailure("injected while writing")
         return super().forward(rows)
+
+    def write_block(self, block: int, content: memoryview) -> None:
+        if self.fail_write:
+            self.fail_write = False
+            super().write_block(block, memoryview(bytes(content.nbytes)))
+            raise RuntimeFailure("injected while restoring")
+        super().write_block(block, content)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         if self.fail_copy:
@@ -110,7 +128,7 @@ class EngineMachine(RuleBasedStateMachine):
             block_size=SIZE,
             whole_blocks_only=self.whole_blocks_only,
         )
-        self.engine = Engine(self.runtime, num_blocks=NUM_BLOCKS, eos_token_ids=[0])
+        self.engine = self._make_engine()
         self.model: dict[Generator, list[int]] = {}
         self.left: defaultdict[str, set[Ids]] = defaultdict(set)
         self.seen: defaultdict[str, set[Ids]] = defaultdict(set)
@@ -126,6 +144,9 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.pool.used_blocks == len(self.engine.cache)
         assert self.engine.cache.evictable_blocks == len(self.engine.cache)
         self.engine.close()
+
+    def _make_engine(self) -> Engine:
+        return Engine(self.runtime, num_blocks=NUM_BLOCKS, eos_token_ids=[0])
 
     @initialize(target=generators)
     def first(self) -> Generator:
@@ -378,6 +399,71 @@ class WholeBlocksMachine(EngineMachine):
     whole_blocks_only = True
 
 
+class DiskMachine(EngineMachine):
+    """
+    The same over a disk that blocks go to and come back from, and on which anything may be wrong.
+
+    What memory gave up is on disk, so `disturbed` begins only where something failed.
+    """
+
+    def _make_engine(self) -> Engine:
+        self.folder = tempfile.mkdtemp()
+        store = DiskStore(Path(self.folder) / "kv", budget_bytes=16 << 20)
+        return Engine(self.runtime, num_blocks=NUM_BLOCKS, eos_token_ids=[0], store=store)
+
+    def teardown(self) -> None:
+        self.runtime.fail_write = False
+        try:
+            super().teardown()
+        finally:
+            self.engine.close()
+            shutil.rmtree(self.folder)
+
+    @rule()
+    def forget_what_is_in_memory_only_for_later(self) -> None:
+        """As a restart does: what is used next has to come from disk."""
+        assert self.engine.tier is not None
+        self.engine.tier.flush()
+        with self.engine.lock:
+            self.engine.cache.evict(NUM_BLOCKS)
+
+    @rule(
+        generator=EngineMachine.generators,
+        table=TABLES,
+        which=st.integers(0, 60),
+        bit=st.integers(0, 4000),
+    )
+    def flip_a_bit(self, generator: Generator, table: str, which: int, bit: int) -> None:
+        """On disk, where what is said again has to come from."""
+        assert self.engine.tier is not None
+        self.park(generator)
+        self.forget_what_is_in_memory_only_for_later()
+        env = self.engine.tier.store.env
+        with env.writing() as txn:
+            items = [(bytes(k), bytearray(v)) for k, v in txn.cursor(env.table(table))]
+            if items:
+                key, value = items[which % len(items)]
+                value[-1 - bit // 8 % len(value)] ^= 1 << bit % 8
+                txn.put(key, bytes(value), db=env.table(table))
+                self.disturbed = True
+        self.probe(generator)
+
+    @rule(target=EngineMachine.generators, generator=EngineMachine.generators)
+    def say_it_twice(self, generator: Generator) -> Generator:
+        """The same tokens after other ones, which is other KV."""
+        ids = self.model[generator][:SIZE]
+        other = self._born(generator.sequence.namespace)
+        if ids:
+            self.append(other, ids * 2 + ids[:1])
+            self.compute([other])
+        return other
+
+    @rule()
+    def fail_the_next_restore(self) -> None:
+        self.runtime.fail_write = True
+        self.disturbed = True
+
+
 def tolerated() -> contextlib.suppress:
     """Return a context in which what was planned may go wrong does so in silence."""
     return contextlib.suppress(OutOfBlocksError, RuntimeFailure)
@@ -385,6 +471,7 @@ def tolerated() -> contextlib.suppress:
 
 TestEngine = EngineMachine.TestCase
 TestEngineWithWholeBlocksOnly = WholeBlocksMachine.TestCase
+TestEngineWithADisk = DiskMachine.TestCase
 
 
 # The machines must be able to fail: each of these faults is planted, and has to be found.
@@ -494,6 +581,56 @@ def test_a_planted_fault_is_found(
     FAULTS[fault](monkeypatch)
     with pytest.raises((AssertionError, ExceptionGroup, RuntimeFailure)):
         run_state_machine_as_test(EngineMachine, settings=fault_search(200))
+
+
+def _trust_the_disk(patch: pytest.MonkeyPatch) -> None:
+    """No checksum, and no look at the key."""
+
+    def trusting(
+        _key: bytes, _digest: bytes, _tokens: int, stored: memoryview, _: object
+    ) -> object:
+        return stored[-BLOCK_BYTES:]
+
+    patch.setattr(disk_module, "unpack_block", trusting)
+
+
+def _keep_what_a_failed_restore_wrote(patch: pytest.MonkeyPatch) -> None:
+    def careless(self: DiskStore, identity: Identity, entries: Sequence[Entry], take: Take) -> int:
+        with contextlib.suppress(RuntimeFailure):
+            return read(self, identity, entries, take)
+        return len(entries)
+
+    read = DiskStore.read
+    patch.setattr(DiskStore, "read", careless)
+
+
+def _find_what_follows_something_else(patch: pytest.MonkeyPatch) -> None:
+    """Blocks on disk are told apart by their tokens alone."""
+    patch.setattr(disk_module, "chained_key", lambda _parent, ids: chained_key(b"", ids))
+    patch.setattr(prefix_module, "chained_key", lambda _parent, ids: chained_key(b"", ids))
+
+
+def _share_across_namespaces_on_disk(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        prefix_module, "namespace_key", lambda fingerprint, _, secret: chained_key(secret, [])
+    )
+
+
+DISK_FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "trusting the disk": _trust_the_disk,
+    "keeping what a failed restore wrote": _keep_what_a_failed_restore_wrote,
+    "finding what follows something else": _find_what_follows_something_else,
+    "sharing across namespaces on disk": _share_across_namespaces_on_disk,
+}
+
+
+@pytest.mark.parametrize("fault", DISK_FAULTS)
+def test_a_planted_fault_of_the_disk_is_found(
+    fault: str, monkeypatch: pytest.MonkeyPatch, fault_search: Callable[[int], settings]
+) -> None:
+    DISK_FAULTS[fault](monkeypatch)
+    with pytest.raises((AssertionError, ExceptionGroup, RuntimeFailure)):
+        run_state_machine_as_test(DiskMachine, settings=fault_search(400))
 
 
 def test_the_oracle_tells_histories_apart() -> None:

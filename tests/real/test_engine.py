@@ -29,7 +29,7 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def model() -> Iterator[Model]:
     name = os.environ.get("RECOLLECT_TEST_MODEL", "smollm2")
-    with recollect.load(name, profile="exact", kv_memory=512 * 2**20) as loaded:
+    with recollect.load(name, profile="exact", kv_memory=512 * 2**20, kv_disk=0) as loaded:
         yield loaded
         loaded.engine.check()
 

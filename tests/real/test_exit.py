@@ -13,7 +13,7 @@ PROGRAM = """
 import sys
 import recollect
 
-session = recollect.load(sys.argv[1]).session()
+session = recollect.load(sys.argv[1], kv_disk=0).session()
 for _ in session.stream("Tell me a very long story."):
     break  # the engine is in a forward pass
 session.respond("Go on.", params=recollect.SamplingParams(max_tokens=3))

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.model
 
 @pytest.fixture(scope="module")
 def exact() -> Iterator[Model]:
-    with recollect.load("smollm2", profile="exact") as model:
+    with recollect.load("smollm2", profile="exact", kv_disk=0) as model:
         yield model
 
 
@@ -41,14 +41,14 @@ def test_a_turn_on_reused_tokens_begins_several_times_sooner() -> None:
     config = BenchConfig(
         input_tokens=1024, output_tokens=8, input2_tokens=64, output2_tokens=4, iterations=2
     )
-    with recollect.load("smollm2", profile="fast") as model:
+    with recollect.load("smollm2", profile="fast", kv_disk=0) as model:
         _, counted = run_iterations(model, config, "The harbour lies at the end of a long bay.")
         assert counted.reuse.second.computed_tokens == 64 + 1
         assert counted.reuse.second.ttft_s < counted.without.second.ttft_s / 2
 
 
 def test_forks_run_no_forward_pass_and_share_their_trunk() -> None:
-    with recollect.load("smollm2", profile="fast") as model:
+    with recollect.load("smollm2", profile="fast", kv_disk=0) as model:
         result = measure_forks(model, [number % 1000 for number in range(600)], trunk_tokens=512)
         assert result.forward_passes == 0
         assert result.fork_blocks <= 512 // 32 + result.fork_count

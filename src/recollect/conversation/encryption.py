@@ -11,6 +11,7 @@ from recollect import config, keyfile
 from recollect.cipher import Cipher
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.errors import StoreError
+from recollect.kv.disk import STORE_FOLDER
 
 
 def encrypt(
@@ -56,8 +57,8 @@ def _remove_plain(home: Path) -> None:
     """Delete what holds content and is no loss."""
     try:
         (home / config.HISTORY_NAME).unlink(missing_ok=True)
-        if (home / config.KV_NAME).exists():
-            shutil.rmtree(home / config.KV_NAME)
+        if (home / STORE_FOLDER).exists():
+            shutil.rmtree(home / STORE_FOLDER)
     except OSError as error:
         raise StoreError(
             f"{error.filename} cannot be deleted ({error.strerror}): delete it, since it shows what "

@@ -21,6 +21,7 @@ from recollect.conversation.window import Overflow
 from recollect.engine.engine import Engine
 from recollect.errors import ConfigError, ConversationError, UnknownConversationError
 from recollect.kv.blocks import blocks_for
+from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.models.local import LocalModel
 from recollect.models.prepare import prepare
 from recollect.models.template import ChatTemplate
@@ -51,8 +52,21 @@ class Model:
         profile: Profile,
         home: Path,
         kv_memory: int | None = None,
+        store: DiskStore | None = None,
         cipher: Cipher | None = None,
     ) -> None:
+        """
+        Put together what was loaded; `load` is the usual way.
+
+        Args:
+            local: What the model is on disk.
+            runtime: Runs it; owned by the model from now on.
+            profile: That the runtime was made for.
+            home: Where the journal is.
+            kv_memory: As in `load`.
+            store: Where KV is kept below memory, closed with the model; None: nowhere.
+            cipher: Of an encrypted home; None: it is not encrypted.
+        """
         self.name: Final = local.name
         self._home = home
         self._cipher = cipher
@@ -73,6 +87,7 @@ class Model:
             num_blocks=pool_size(runtime.info, kv_memory),
             eos_token_ids=local.eos_token_ids,
             fingerprint=local.fingerprint,
+            store=store,
         )
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
 
@@ -252,6 +267,8 @@ def load(
     *,
     profile: Profile = config.DEFAULT_PROFILE,
     kv_memory: int | None = None,
+    kv_disk: int | None = None,
+    store: DiskStore | None = None,
     home: Path | None = None,
     cipher: Cipher | None = None,
     progress: Progress = no_progress,
@@ -265,14 +282,18 @@ def load(
         profile: `exact`, `fast` or `small`; see ARCHITECTURE.md.
         kv_memory: Most bytes of KV; None: a quarter of the free memory, at most what
             `CONTEXTS_IN_POOL` full contexts need.
+        kv_disk: Most bytes of KV on disk, shared by all models of the home; 0: none is kept. None:
+            10 GB or a tenth of the free disk, whichever is smaller.
+        store: Where KV is kept on disk instead, open; closed with the model.
         home: Where models are kept; None: `RECOLLECT_HOME` or the user's data folder.
         cipher: Of an encrypted home; None: that of its keyring, or of `RECOLLECT_PASSPHRASE`.
         progress: Called while fetching and converting.
 
     Raises:
         ModelError: It cannot be had or read; the subclass says which.
-        ConfigError: `kv_memory` holds no block, there is no such profile, or the home is encrypted
-            with another key than that.
+        ConfigError: `kv_memory` or `kv_disk` holds no block, there is no such profile, or the home
+            is encrypted with another key than that.
+        StoreError: KV cannot be kept on disk.
     """
     config.parse_profile(profile)
     home = home or config.home()
@@ -282,7 +303,32 @@ def load(
         keyfile.require(home, cipher)
     local = prepare(str(model), home=home, progress=progress)
     runtime = _runtime(local, profile)
-    return Model(local, runtime, profile=profile, home=home, kv_memory=kv_memory, cipher=cipher)
+    store = store or _store(home, kv_disk, cipher)
+    try:
+        return Model(
+            local,
+            runtime,
+            profile=profile,
+            home=home,
+            kv_memory=kv_memory,
+            store=store,
+            cipher=cipher,
+        )
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
+
+
+def _store(home: Path, kv_disk: int | None, cipher: Cipher | None) -> DiskStore | None:
+    folder = home / STORE_FOLDER
+    budget = (
+        config.default_kv_disk_bytes(folder)
+        if kv_disk is None
+        else config.require_disk_size(kv_disk)
+    )
+    sealer = None if cipher is None else cipher.for_purpose("kv")
+    return DiskStore(folder, budget_bytes=budget, sealer=sealer) if budget else None
 
 
 def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:

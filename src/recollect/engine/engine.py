@@ -13,17 +13,24 @@ from collections.abc import Sequence as Tokens
 from functools import partial
 from typing import Final
 
+from recollect.engine.forward import ForwardPasses
+from recollect.engine.room import Room
 from recollect.engine.scheduler import Pass, Scheduler
-from recollect.engine.sequence import FeedPlan, Sequence
+from recollect.engine.sequence import Sequence
 from recollect.engine.task import Task, TaskState
-from recollect.errors import MisuseError, OutOfBlocksError, RuntimeFailure
-from recollect.kv.blocks import BlockPool, blocks_for
+from recollect.engine.tier import DiskTier
+from recollect.errors import MisuseError, RuntimeFailure
+from recollect.kv.blocks import BlockPool
 from recollect.kv.cached_table import CachedTable
+from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import CachedBlock, Match, PrefixCache
-from recollect.runtime.base import Logits, PagedRuntime
+from recollect.kv.record import Identity
+from recollect.runtime.base import PagedRuntime
 
 _LINGER_S: Final = 2.0
 """How long the thread waits for work before it ends; the next task starts another."""
+_MOST_RESTORE_S: Final = 0.05
+"""How long others wait while one is read from disk, roughly: less than for a chunk of its prefill."""
 
 
 class Engine:
@@ -48,7 +55,18 @@ class Engine:
         num_blocks: int,
         eos_token_ids: Collection[int] = (),
         fingerprint: str = "",
+        store: DiskStore | None = None,
     ) -> None:
+        """
+        Take over a runtime, and allocate its blocks.
+
+        Args:
+            runtime: Nobody else uses it from now on.
+            num_blocks: Of KV, in memory.
+            eos_token_ids: Tokens that end a reply.
+            fingerprint: Of the model.
+            store: Where blocks are kept below memory; closed with the engine. None: nowhere.
+        """
         self._runtime = runtime
         info = runtime.info
         runtime.allocate(num_blocks)
@@ -58,14 +76,27 @@ class Engine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.lock = threading.RLock()
         """Held while block tables, pool and cache change."""
-        self.computed_tokens = 0
-        """Tokens fed so far, counted at the forward pass."""
-        self.forward_passes = 0
-        self.preemptions = 0
         self._pool = BlockPool(num_blocks, info.block_size)
-        self._cache = PrefixCache(self._pool, f"{fingerprint}/{info.name}")
+        self._passes = ForwardPasses(runtime, keep_multiple_of=self.keep_multiple_of)
+        self._tier: DiskTier | None = None
+        identity = Identity(fingerprint, info.name, info.kv_format)
+        sealer = None if store is None else store.sealer
+        self._cache = PrefixCache(
+            self._pool,
+            identity.text(),
+            secret=b"" if sealer is None else sealer.name_secret,
+            on_new=self._note_new,
+        )
+        if store is not None and info.has_block_bytes:
+            self._tier = DiskTier(store, identity, runtime, self._pool, self._cache, self.lock)
         self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._scheduler = Scheduler(info.block_size)
+        self._room = Room(
+            self._scheduler,
+            self._pool,
+            self._cache,
+            fail=lambda task, error: self._end(task, "failed", error),
+        )
         self._work = threading.Condition(self.lock)
         self._thread: threading.Thread | None = None
         self._passing = False
@@ -77,6 +108,21 @@ class Engine:
         self._bug: BaseException | None = None
 
     @property
+    def computed_tokens(self) -> int:
+        """Return how many tokens were fed so far, counted at the forward pass."""
+        return self._passes.computed_tokens
+
+    @property
+    def forward_passes(self) -> int:
+        """Return how many forward passes have run."""
+        return self._passes.count
+
+    @property
+    def preemptions(self) -> int:
+        """Return how many tasks had to make way for others."""
+        return self._room.preemptions
+
+    @property
     def pool(self) -> BlockPool:
         """Return the pool, to look at."""
         return self._pool
@@ -85,6 +131,11 @@ class Engine:
     def cache(self) -> PrefixCache:
         """Return what is known of prefixes, to look at."""
         return self._cache
+
+    @property
+    def tier(self) -> DiskTier | None:
+        """Return the tier below memory; None: there is none."""
+        return self._tier
 
     def new_sequence(self, namespace: str | None = "") -> Sequence:
         """
@@ -130,6 +181,11 @@ class Engine:
             for cached in pinned:
                 self._cache.unpin(cached)
 
+    def forget(self) -> int:
+        """Give up all KV in memory that no sequence holds and nobody pinned; return how many blocks."""
+        with self.lock:
+            return self._cache.evict(self._pool.num_blocks)
+
     def submit(self, task: Task) -> None:
         """
         Have a task worked on; its sequence belongs to the engine's thread until the task has ended.
@@ -146,6 +202,7 @@ class Engine:
                 )
             if any(other.sequence is task.sequence for other in self._scheduler.tasks()):
                 raise MisuseError("this sequence is being worked on already")
+            task.restoring = self._tier is not None
             self._scheduler.add(task)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="recollect", daemon=True)
@@ -200,7 +257,8 @@ class Engine:
                 self._work.wait()
             alive = [sequence for sequence in self._sequences if not sequence.closed]
             tables = [list(sequence.kv.blocks) for sequence in alive]
-            self._pool.check([*tables, self._cache.held_blocks()])
+            leased = [] if self._tier is None else self._tier.leased_blocks
+            self._pool.check([*tables, self._cache.held_blocks(), leased])
             self._cache.check()
             self._scheduler.check()
             for sequence in alive:
@@ -216,6 +274,8 @@ class Engine:
         atexit.unregister(self._at_exit)
         if self._thread is not None:
             self._thread.join()
+        if self._tier is not None:
+            self._tier.close()
         self._runtime.close()
 
     def _match(self, token_ids: Tokens[int], namespace: str) -> Match:
@@ -246,20 +306,49 @@ class Engine:
         with self._work:
             self._drop_cancelled()
             while not self._closed and not self._scheduler.tasks():
+                self._tell_tier(works=False)
                 if not self._work.wait(_LINGER_S) and not self._scheduler.tasks():
                     self._thread = None  # without a thread, an engine nobody uses can go
                     return False
+            self._tell_tier(works=True)
             if self._closed:
                 for task in self._scheduler.tasks():
                     self._end(task, "cancelled")
                 return False
-            self._scheduler.admit(self._fits)
-            planned, copies = self._prepare()
+            self._scheduler.admit(self._room.fits)
+            running = list(self._scheduler.running)
+            self._passing = True
+        self._restore(running)
+        with self._work:
+            planned, copies = self._room.prepare()
             tasks = self._scheduler.tasks()
         for task in tasks:
             task.hand_over()
         self._pass(planned, copies)
         return True
+
+    def _restore(self, running: Collection[Task]) -> None:
+        """Bring from disk what memory lacks of new tasks, a little at a time while others wait."""
+        most_s = _MOST_RESTORE_S if len(running) > 1 else None
+        for task in running:
+            if not task.restoring:
+                continue
+            if self._tier is None or task.sequence.logits is not None:
+                task.restoring = False
+                continue
+            restored = self._tier.restore(
+                task.sequence, compute_s_per_token=self._passes.s_per_token, most_s=most_s
+            )
+            task.restored_tokens += restored.tokens
+            task.restoring = not restored.is_done
+
+    def _note_new(self, cached: CachedBlock) -> None:
+        if self._tier is not None:
+            self._tier.note(cached)
+
+    def _tell_tier(self, *, works: bool) -> None:
+        if self._tier is not None:
+            self._tier.engine_works(works)
 
     def _drop_cancelled(self) -> None:
         for task in self._scheduler.tasks():
@@ -270,66 +359,9 @@ class Engine:
         self._scheduler.remove(task)
         task.end(state, error)
 
-    def _prepare(self) -> tuple[Pass, list[tuple[int, int]]]:
-        """
-        Decide on the next pass, and make its slots writable.
-
-        Where blocks run short, gives up what is least needed: first what only the cache holds,
-        then the place of the task that came last. A task for which even that is not enough fails.
-
-        Returns:
-            The pass, which may be empty, and blocks to copy before it.
-        """
-        while True:
-            for task in self._scheduler.running:
-                task.sequence.reuse()
-            planned = self._scheduler.plan()
-            needed = sum(
-                task.sequence.kv.plan_write(fed.start, fed.end).new_blocks
-                for task, fed in planned.chunks.items()
-            )
-            short = needed - self._pool.free_blocks
-            if short > 0:
-                short -= self._cache.evict(short)
-            if short <= 0:
-                break
-            if not self._take_tails_back(planned):
-                self._make_way(needed)
-        copies: list[tuple[int, int]] = []
-        for task, fed in planned.chunks.items():
-            task.fed.append(fed)
-            copies += task.sequence.kv.prepare_write(fed.start, fed.end)
-        self._passing = True
-        return planned, copies
-
-    def _take_tails_back(self, planned: Pass) -> bool:
-        """Spare the copy of a block that only the cache holds besides; return whether there was any."""
-        return any(task.sequence.kv.take_back(fed.start) for task, fed in planned.chunks.items())
-
-    def _make_way(self, needed: int) -> None:
-        """Take the blocks of tasks that wait, else of the one that came last, else fail the only one."""
-        holding = [task for task in self._scheduler.waiting if task.sequence.computed]
-        if holding:
-            for task in holding:
-                task.sequence.park()
-        elif len(self._scheduler.running) > 1:
-            last = self._scheduler.running[-1]
-            last.sequence.park()
-            self._scheduler.preempt(last)
-            self.preemptions += 1
-        else:
-            free, total = self._pool.free_blocks, self._pool.num_blocks
-            error = OutOfBlocksError(needed=needed, free=free, total=total)
-            self._end(self._scheduler.running[0], "failed", error)
-
-    def _fits(self, task: Task) -> bool:
-        """Return whether a waiting task has room beside those that run."""
-        room = self._pool.free_blocks + self._cache.evictable_blocks
-        return blocks_for(len(task.sequence) + 1, self.block_size) <= room
-
     def _pass(self, planned: Pass, copies: list[tuple[int, int]]) -> None:
         """Run a forward pass, and hand the logits to the tasks that now have them."""
-        logits, errors = self._try(planned.chunks, copies)
+        logits, errors = self._passes.run(planned.chunks, copies)
         with self._work:
             for task, fed in planned.chunks.items():
                 if task in errors:
@@ -344,41 +376,6 @@ class Engine:
         for task in list(self._scheduler.running):
             if task.sequence.logits is not None:
                 self._deliver(task)
-
-    def _try(
-        self, chunks: dict[Task, FeedPlan], copies: list[tuple[int, int]]
-    ) -> tuple[dict[Task, Logits], dict[Task, Exception]]:
-        """Feed the chunks; where that fails, each by itself, so that one cannot hurt the others."""
-        try:
-            if copies:
-                self._runtime.copy_blocks(copies)
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the tasks
-            return {}, dict.fromkeys(chunks, error)
-        try:
-            return self._forward(chunks), {}
-        except Exception as error:  # noqa: BLE001 - likewise
-            if len(chunks) == 1:
-                return {}, dict.fromkeys(chunks, error)
-        logits: dict[Task, Logits] = {}
-        errors: dict[Task, Exception] = {}
-        for task, fed in chunks.items():
-            start = fed.start // self.keep_multiple_of * self.keep_multiple_of
-            chunks[task] = FeedPlan(start, fed.end)  # what failed may have spoilt all of a block
-            own_logits, own_errors = self._try({task: chunks[task]}, [])
-            logits |= own_logits
-            errors |= own_errors
-        return logits, errors
-
-    def _forward(self, chunks: dict[Task, FeedPlan]) -> dict[Task, Logits]:
-        """Feed the chunks in one forward pass; return the logits of the tasks that reach their end."""
-        if not chunks:
-            return {}
-        rows = {task: task.sequence.row(fed) for task, fed in chunks.items()}
-        logits = self._runtime.forward(list(rows.values()))
-        self.forward_passes += 1
-        self.computed_tokens += sum(len(row.token_ids) for row in rows.values())
-        wanting = [task for task, row in rows.items() if row.wants_logits]
-        return dict(zip(wanting, logits, strict=True))
 
     def _deliver(self, task: Task) -> None:
         """Let a task use its logits; whatever its callback raises ends that task and no other."""

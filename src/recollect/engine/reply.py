@@ -144,6 +144,7 @@ class ReplyGeneration:
         return Usage(
             prompt_tokens=self._start,
             reused_tokens=self._start - len(positions),
+            restored_tokens=min(self._task.restored_tokens, self._start - len(positions)),
             computed_tokens=computed,
             generated_tokens=self._generated,
             ttft_s=ttft_s,

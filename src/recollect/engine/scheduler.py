@@ -91,7 +91,11 @@ class Scheduler:
         to the namespaces in turn, then in order of arrival. A prompt waits while another in the
         pass computes the same tokens, and finds them in the cache afterwards.
         """
-        plans = {task: plan for task in self.running if (plan := task.sequence.plan()) is not None}
+        plans = {
+            task: plan
+            for task in self.running
+            if not task.restoring and (plan := task.sequence.plan()) is not None
+        }
         chunks = {task: plan for task, plan in plans.items() if plan.end - plan.start == 1}
         prompts = [task for task in plans if task not in chunks]
         budget = SHARED_CHUNK if chunks else PREFILL_CHUNK

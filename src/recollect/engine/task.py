@@ -43,6 +43,10 @@ class Task:
         """Whether it runs only while nothing else does."""
         self.state: TaskState = "waiting"
         self.error: Exception | None = None
+        self.restoring = False
+        """Whether the disk may have more of it; it is not fed meanwhile."""
+        self.restored_tokens = 0
+        """Tokens whose KV came from disk for it."""
         self.fed: list[FeedPlan] = []
         """What forward passes were fed with for it, in order."""
         self.hand_over = hand_over

@@ -44,6 +44,11 @@ class CachedTable:
         """Return the cache's entries for the full blocks, in order of position."""
         return self._chain
 
+    @property
+    def last_full(self) -> CachedBlock | None:
+        """Return the entry of the last full block, or the root; None where nothing is shared."""
+        return self._chain[-1] if self._chain else self._root
+
     def plan_write(self, start: int, end: int) -> WritePlan:
         """Return what writing the slots `[start, end)` takes; changes nothing."""
         return self.table.plan_write(start, end)

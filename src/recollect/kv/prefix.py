@@ -6,7 +6,7 @@ Pure bookkeeping over the pool: no runtime, no disk. Time is a counter of uses.
 
 import hashlib
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,10 +26,17 @@ def chained_key(parent: Key, token_ids: Sequence[int]) -> Key:
     return hashlib.blake2b(parent + _token_bytes(token_ids), digest_size=32).digest()
 
 
-def namespace_key(fingerprint: str, namespace: str = "") -> Key:
-    """Return the first parent of a chain: what KV depends on besides tokens, and who may see it."""
+def namespace_key(fingerprint: str, namespace: str = "", secret: bytes = b"") -> Key:
+    """
+    Return the first parent of a chain: what KV depends on besides tokens, and who may see it.
+
+    Args:
+        fingerprint: Of model, runtime and precision.
+        namespace: Who shares.
+        secret: At most 64 bytes; with it, the names of prefixes tell nobody else which text they are of.
+    """
     content = f"{len(fingerprint)}:{fingerprint}:{namespace}".encode()
-    return hashlib.blake2b(content, digest_size=32).digest()
+    return hashlib.blake2b(content, digest_size=32, key=secret).digest()
 
 
 @dataclass(eq=False, slots=True)
@@ -46,7 +53,13 @@ class CachedBlock:
     block: int
     last_used: int = 0
     pins: int = 0
+    on_disk: bool = False
+    """Whether the tier below has it, as far as is known."""
     children: dict[tuple[int, ...], "CachedBlock"] = field(default_factory=dict)
+
+    def path(self) -> list["CachedBlock"]:
+        """Return the blocks from the first of the prefix to this one, without the root."""
+        return [block for block in _with_prefix(self) if block.parent is not None][::-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +87,27 @@ class PrefixCache:
         5. Pins of a block >= pins of each child.
     """
 
-    def __init__(self, pool: BlockPool, fingerprint: str) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        fingerprint: str,
+        *,
+        secret: bytes = b"",
+        on_new: Callable[[CachedBlock], None] = lambda _: None,
+    ) -> None:
+        """
+        Begin without any prefixes.
+
+        Args:
+            pool: Where the blocks are.
+            fingerprint: As `namespace_key` takes it.
+            secret: Likewise.
+            on_new: Called with each block that comes into the tree; does not use the cache.
+        """
         self._pool = pool
         self._fingerprint = fingerprint
+        self._secret = secret
+        self._on_new = on_new
         self._roots: dict[str, CachedBlock] = {}
         self._uses = 0
         self.evicted_blocks = 0
@@ -85,7 +116,7 @@ class PrefixCache:
     def root(self, namespace: str = "") -> CachedBlock:
         """Return the root of a namespace."""
         if namespace not in self._roots:
-            key = namespace_key(self._fingerprint, namespace)
+            key = namespace_key(self._fingerprint, namespace, self._secret)
             self._roots[namespace] = CachedBlock(key, None, (), -1)
         return self._roots[namespace]
 
@@ -137,7 +168,9 @@ class PrefixCache:
         partial.last_used = self._uses
         return Match(full, partial, length)
 
-    def insert(self, after: CachedBlock, token_ids: Sequence[int], block: int) -> CachedBlock:
+    def insert(
+        self, after: CachedBlock, token_ids: Sequence[int], block: int, *, on_disk: bool = False
+    ) -> CachedBlock:
         """
         Make a computed block findable; return what is in the tree for it.
 
@@ -148,6 +181,7 @@ class PrefixCache:
             after: The block before, which is full, or a root.
             token_ids: What the block holds, shape `(n,)`, 1 <= n <= block size.
             block: Its number; the caller holds it.
+            on_disk: Whether it came from the tier below.
         """
         self._uses += 1
         tokens = tuple(token_ids)
@@ -155,11 +189,13 @@ class PrefixCache:
         if known is not None:
             known.last_used = self._uses
             return known
-        cached = CachedBlock(chained_key(after.key, tokens), after, tokens, block, self._uses)
+        key = chained_key(after.key, tokens)
+        cached = CachedBlock(key, after, tokens, block, self._uses, on_disk=on_disk)
         for shorter in self._covered_by(after, tokens):
             self._remove(shorter)
         after.children[tokens] = cached
         self._pool.retain([block])
+        self._on_new(cached)
         return cached
 
     def evict(self, count: int) -> int:
@@ -218,6 +254,11 @@ class PrefixCache:
         parent = cached.parent
         if parent is not None and not cached.pins and self._is_covered(cached, parent):
             self._remove(cached)  # a longer one came meanwhile
+
+    def holds(self, cached: CachedBlock) -> bool:
+        """Return whether a block is still in the tree."""
+        parent = cached.parent
+        return parent is not None and parent.children.get(cached.token_ids) is cached
 
     def held_blocks(self) -> list[int]:
         """Return the blocks that the cache holds a reference to, for `BlockPool.check`."""

@@ -2,7 +2,8 @@
 Check on this machine, with this model, that what is reused is right.
 
 Random conversations are held on the engine: append, generate, stop in the middle, rewind, fork,
-regenerate, several sequences in one pass. After each operation the logits of the next token are
+regenerate, several sequences in one pass and, where KV is kept on disk, all of it forgotten in
+memory and read back. After each operation the logits of the next token are
 compared with those of a fresh prefill of the same token ids in other blocks. Nothing here looks at
 how reuse is done; only at what comes out of it.
 """
@@ -70,6 +71,8 @@ class VerifyReport:
     noise: float
     limit: float
     computed_tokens: int
+    restored_tokens: int
+    """From disk."""
     passed: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,6 +149,15 @@ class _Conversations:
             if not other.is_done():
                 other.generate_next_token()
 
+    def restore(self, _: Generator) -> None:
+        """Have everything come back from disk, as after a restart."""
+        tier = self.model.engine.tier
+        assert tier is not None, "there is a disk to restore from"
+        for other in self.live:
+            other.sequence.park()
+        tier.flush()
+        self.model.engine.forget()
+
     def _operations(self) -> list[Callable[[Generator], Generator | None]]:
         return [
             self.append,
@@ -155,6 +167,7 @@ class _Conversations:
             self.fork,
             self.regenerate,
             self.together,
+            *([] if self.model.engine.tier is None else [self.restore]),
         ]
 
     def _generator(self) -> Generator:
@@ -189,7 +202,7 @@ def verify(
     if operations < 1:
         raise ConfigError(f"{operations} operations prove nothing: give at least 1.")
     conversations = _Conversations(model, random.Random(seed))  # noqa: S311 - not for secrets
-    fed_before = model.engine.computed_tokens
+    fed_before, restored_before = model.engine.computed_tokens, _restored(model)
     counts: Counter[str] = Counter()
     largest = Difference(0.0, 0, "", 0)
     controls = set(range(operations - 1, 0, -max(1, operations // _NOISE_CONTROLS)))
@@ -223,8 +236,14 @@ def verify(
         noise=noise,
         limit=limit,
         computed_tokens=model.engine.computed_tokens - fed_before,
+        restored_tokens=_restored(model) - restored_before,
         passed=largest.logits <= limit,
     )
+
+
+def _restored(model: Model) -> int:
+    tier = model.engine.tier
+    return 0 if tier is None else tier.statistics().restored_tokens
 
 
 def _longest(model: Model) -> int:

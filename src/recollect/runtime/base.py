@@ -52,6 +52,10 @@ class RuntimeInfo:
     """Most tokens that one sequence may have."""
     whole_blocks_only: bool = False
     """KV inside a block depends on its later tokens (scales over a block), so a rewind keeps whole blocks."""
+    kv_format: str = ""
+    """Element types and shapes of a block's bytes; equal where they mean the same."""
+    has_block_bytes: bool = True
+    """Whether blocks can be read and written as bytes, and so be kept on disk."""
 
 
 class PagedRuntime(Protocol):
@@ -87,6 +91,22 @@ class PagedRuntime(Protocol):
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy the KV of whole blocks, `(source, target)` each."""
+
+    def read_block(self, block: int, into: memoryview) -> None:
+        """
+        Copy a block's bytes of all layers, `bytes_per_block` of them, to *into*.
+
+        The one call that another thread may make during a forward pass, for a block that the pass
+        does not write.
+        """
+
+    def write_block(self, block: int, content: memoryview) -> None:
+        """
+        Make a block hold what `read_block` gave, also that of another process.
+
+        Raises:
+            RuntimeFailure: It has another length; nothing was changed.
+        """
 
     def close(self) -> None:
         """Give the memory back; the runtime cannot be used afterwards."""
@@ -128,6 +148,19 @@ def check_rows(rows: Sequence[Row], info: RuntimeInfo, num_blocks: int) -> None:
         if min(row.token_ids) < 0 or max(row.token_ids) >= info.vocab_size:
             raise RuntimeFailure(f"A row holds a token id that is not in [0, {info.vocab_size}).")
         check_blocks(row.block_table, num_blocks)
+
+
+def check_block_bytes(content: memoryview, info: RuntimeInfo) -> None:
+    """
+    Refuse bytes that are not those of one block.
+
+    Raises:
+        RuntimeFailure: There are more or fewer.
+    """
+    if content.nbytes != info.bytes_per_block:
+        raise RuntimeFailure(
+            f"A block has {info.bytes_per_block:,} bytes of KV here, and not {content.nbytes:,}."
+        )
 
 
 def check_blocks(blocks: Sequence[int], num_blocks: int) -> None:

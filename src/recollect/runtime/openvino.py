@@ -16,6 +16,7 @@ from recollect.runtime.base import (
     Logits,
     Row,
     RuntimeInfo,
+    check_block_bytes,
     check_blocks,
     check_rows,
     mapped_errors,
@@ -63,6 +64,7 @@ class OpenVinoRuntime:
             self._request = compiled.create_infer_request()
         self._cache_ports = [port for port in compiled.inputs if "_cache." in port.any_name]
         self._caches: list[ov.Tensor] = []
+        self._bytes: list[np.ndarray] = []  # of each cache, a row for each block
         self._num_blocks = 0
         self._input_index = {port.any_name: n for n, port in enumerate(compiled.inputs)}
         self._bound: dict[str, np.ndarray] = {}  # what the inputs read from
@@ -76,6 +78,10 @@ class OpenVinoRuntime:
             vocab_size=compiled.outputs[0].partial_shape[-1].get_length(),
             context_length=context_length,
             whole_blocks_only=profile == "small",
+            kv_format=",".join(
+                f"{port.any_name}:{port.element_type.get_type_name()}{_block_shape(port)}"
+                for port in self._cache_ports
+            ),
         )
 
     @property
@@ -95,6 +101,7 @@ class OpenVinoRuntime:
                 tensor = ov.Tensor(port.element_type, shape)
                 self._request.set_tensor(port.any_name, tensor)
                 self._caches.append(tensor)
+                self._bytes.append(tensor.data.reshape(num_blocks, -1).view(np.uint8))
         self._num_blocks = num_blocks
 
     def forward(self, rows: Sequence[Row]) -> Logits:
@@ -118,9 +125,28 @@ class OpenVinoRuntime:
             for source, target in pairs:
                 slots[target] = slots[source]
 
+    def read_block(self, block: int, into: memoryview) -> None:
+        """Copy a block's bytes, layer after layer, to *into*."""
+        target = self._block_bytes(block, into)
+        start = 0
+        for cache in self._bytes:
+            end = start + cache.shape[1]
+            target[start:end] = cache[block]
+            start = end
+
+    def write_block(self, block: int, content: memoryview) -> None:
+        """Make a block hold bytes that `read_block` gave."""
+        source = self._block_bytes(block, content)
+        start = 0
+        for cache in self._bytes:
+            end = start + cache.shape[1]
+            cache[block] = source[start:end]
+            start = end
+
     def close(self) -> None:
         """Give the model and its KV memory back."""
         self._caches.clear()
+        self._bytes.clear()
         self._bound.clear()
         self._cache_ports = []
         self._request = None
@@ -139,6 +165,13 @@ class OpenVinoRuntime:
         tensor = ov.Tensor(value)
         self._request.set_input_tensor(self._input_index[name], tensor)
         self._bound[name] = tensor.data
+
+    def _block_bytes(self, block: int, content: memoryview) -> np.ndarray:
+        """Return *content* as an array, after checking that it can be that block's."""
+        self._require_memory()
+        check_blocks([block], self._num_blocks)
+        check_block_bytes(content, self._info)
+        return np.frombuffer(content, np.uint8)
 
     def _require_memory(self) -> None:
         if not self._caches:

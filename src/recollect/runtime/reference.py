@@ -14,7 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from recollect.errors import MisuseError
-from recollect.runtime.base import Logits, Row, RuntimeInfo, check_blocks, check_rows
+from recollect.runtime.base import (
+    Logits,
+    Row,
+    RuntimeInfo,
+    check_block_bytes,
+    check_blocks,
+    check_rows,
+)
 
 _EMPTY = -1
 _FIELDS = 4  # token id, position, digest of the context, scale of the block
@@ -43,6 +50,7 @@ class ReferenceRuntime:
             vocab_size=vocab_size,
             context_length=context_length,
             whole_blocks_only=whole_blocks_only,
+            kv_format=f"i8x{block_size}x{_FIELDS}",
         )
         self._slots: npt.NDArray[np.int64] | None = None
 
@@ -69,6 +77,20 @@ class ReferenceRuntime:
         check_blocks([block for pair in pairs for block in pair], len(slots))
         for source, target in pairs:
             slots[target] = slots[source]
+
+    def read_block(self, block: int, into: memoryview) -> None:
+        """Copy a block's bytes to *into*."""
+        slots = self._memory()
+        check_blocks([block], len(slots))
+        check_block_bytes(into, self._info)
+        into[:] = slots[block].reshape(-1).view(np.uint8)
+
+    def write_block(self, block: int, content: memoryview) -> None:
+        """Make a block hold bytes that `read_block` gave."""
+        slots = self._memory()
+        check_blocks([block], len(slots))
+        check_block_bytes(content, self._info)
+        slots[block].reshape(-1).view(np.uint8)[:] = np.frombuffer(content, np.uint8)
 
     def close(self) -> None:
         """Give the memory back."""

@@ -1,5 +1,6 @@
 """Encrypting a folder leaves nothing in it that can be read, and nothing is lost but caches."""
 
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,10 @@ import recollect
 from recollect import config, keyfile
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.errors import ConfigError, StoreError
+from recollect.kv.disk import STORE_FOLDER
+from recollect.types import SamplingParams
 
+SHORT = SamplingParams(max_tokens=8, ignore_eos=True)
 SAID = "Where is the treasure buried?"
 
 
@@ -26,9 +30,7 @@ def home(tmp_path: Path) -> Path:
     """Return a folder with a conversation, KV, and a history of what was typed."""
     home = tmp_path / "home"
     with recollect.load("reference", home=home) as model:
-        model.session(name="secret plan").respond(SAID)
-    (home / config.KV_NAME / "data").mkdir(parents=True)
-    (home / config.KV_NAME / "data" / "block").write_text(SAID)
+        model.session(name="secret plan").respond(SAID, params=SHORT)
     (home / config.HISTORY_NAME).write_text(f"+{SAID}\n")
     (home / "models").mkdir()
     (home / "models" / "weights").write_text("public")
@@ -36,14 +38,16 @@ def home(tmp_path: Path) -> Path:
 
 
 def readable(home: Path) -> Iterator[str]:
-    """Yield the names of the files in which what was said can be read."""
+    """Yield the names of the files in which what was said can be read, as text or as token ids."""
+    # A byte is a token here, and ids are kept as int32.
+    words = (SAID.encode(), b"plan", b"".join(bytes([byte, 0, 0, 0]) for byte in b"treasure"))
     for file in home.rglob("*"):
-        if file.is_file() and any(word in file.read_bytes() for word in (SAID.encode(), b"plan")):
+        if file.is_file() and any(word in file.read_bytes() for word in words):
             yield file.name
 
 
 def test_encrypting_leaves_nothing_to_read_and_everything_to_resume(home: Path) -> None:
-    assert sorted(readable(home)) == ["block", JOURNAL_NAME, config.HISTORY_NAME]
+    assert sorted(readable(home)) == [JOURNAL_NAME, "data.mdb", config.HISTORY_NAME]
     cipher = recollect.encrypt(home, passphrase="open sesame")
     assert list(readable(home)) == []
     assert sorted(file.name for file in home.iterdir()) == [
@@ -138,3 +142,20 @@ def test_a_new_folder_is_encrypted_from_its_first_turn(tmp_path: Path) -> None:
     with recollect.load("reference", home=tmp_path / "new", cipher=cipher) as model:
         model.session(name="secret plan").respond(SAID)
         assert list(readable(tmp_path / "new")) == []
+
+
+def test_kv_comes_back_from_an_encrypted_disk_and_not_with_another_key(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    recollect.encrypt(one, passphrase="open sesame")
+    recollect.encrypt(other, passphrase="open sesame")  # with a salt of its own
+
+    def restored_tokens(home: Path) -> int:
+        cipher = recollect.unlock(home, passphrase="open sesame")
+        with recollect.load("reference", home=home, cipher=cipher) as model:
+            return model.session().respond(SAID * 5, params=SHORT).usage.restored_tokens
+
+    assert restored_tokens(one) == 0
+    assert restored_tokens(one) > 100
+    shutil.copytree(one / STORE_FOLDER, other / STORE_FOLDER)
+    assert restored_tokens(other) == 0
+    assert list(readable(tmp_path)) == []

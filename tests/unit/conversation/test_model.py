@@ -1,5 +1,7 @@
 """Loading puts the parts together, within the memory that was asked for."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ def test_without_a_budget_the_pool_holds_some_full_contexts() -> None:
 
 
 def test_the_reference_model_needs_no_weights(tmp_path: Path) -> None:
-    with recollect.load("reference", home=tmp_path) as model:
+    with recollect.load("reference", home=tmp_path, kv_disk=0) as model:
         assert model.name == "reference"
         assert model.context_length == model.engine.info.context_length
         chat = model.session("S")
@@ -36,8 +38,13 @@ def test_the_reference_model_needs_no_weights(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_loads_of_one_model_have_one_fingerprint_and_give_the_same_reply() -> None:
-    with recollect.load("reference") as first, recollect.load("reference") as second:
+def test_two_loads_of_one_model_have_one_fingerprint_and_give_the_same_reply(
+    tmp_path: Path,
+) -> None:
+    with (
+        recollect.load("reference", home=tmp_path) as first,
+        recollect.load("reference", home=tmp_path) as second,
+    ):
         assert first.fingerprint == second.fingerprint
         assert first.session().respond("Hi").text == second.session().respond("Hi").text
 
@@ -52,6 +59,56 @@ def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
         recollect.load("no-such-model", home=tmp_path)
 
 
-def test_a_small_kv_memory_is_kept_to() -> None:
-    with recollect.load("reference", kv_memory=10_000) as model:
+def test_a_small_kv_memory_is_kept_to(tmp_path: Path) -> None:
+    with recollect.load("reference", home=tmp_path, kv_memory=10_000) as model:
         assert model.engine.pool.num_blocks * model.engine.info.bytes_per_block <= 10_000
+
+
+def test_after_a_restart_a_conversation_is_warm(tmp_path: Path) -> None:
+    with recollect.load("reference", home=tmp_path) as model:
+        chat = model.session("You are terse.", name="notes")
+        first = chat.respond("Hello there, my name is Alex.").usage
+    with recollect.load("reference", home=tmp_path) as model:
+        usage = model.resume("notes").respond("What is my name?").usage
+    known = first.prompt_tokens + first.generated_tokens - 1
+    assert usage.restored_tokens >= known
+    assert usage.reused_tokens == usage.restored_tokens
+    assert usage.reason == "new"
+
+
+def test_without_a_disk_it_is_read_again_and_says_so(tmp_path: Path) -> None:
+    with recollect.load("reference", home=tmp_path, kv_disk=0) as model:
+        model.session("You are terse.", name="notes").respond("Hello there.")
+    with recollect.load("reference", home=tmp_path, kv_disk=0) as model:
+        usage = model.resume("notes").respond("What is my name?").usage
+    assert (usage.reused_tokens, usage.restored_tokens) == (0, 0)
+    assert usage.reason == "evicted"
+
+
+def test_a_budget_that_holds_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="or 0 to do without"):
+        recollect.load("reference", home=tmp_path, kv_disk=1000)
+
+
+def test_another_process_is_warmed_by_this_one(tmp_path: Path) -> None:
+    """And the other way round: both have the store open at once."""
+    script = (
+        "import sys, recollect\n"
+        "from pathlib import Path\n"
+        "with recollect.load('reference', home=Path(sys.argv[1])) as model:\n"
+        "    usage = model.session('You are terse.').respond(sys.argv[2]).usage\n"
+        "    print(usage.restored_tokens, usage.computed_tokens)\n"
+    )
+    question = "Which rivers flow through more than three countries?"
+
+    def other() -> list[int]:
+        command = [sys.executable, "-c", script, str(tmp_path), question]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+        return [int(word) for word in done.stdout.split()]
+
+    with recollect.load("reference", home=tmp_path) as model:
+        restored, computed = other()
+        assert restored == 0
+        usage = model.session("You are terse.").respond(question).usage
+        assert usage.restored_tokens == computed - 1
+        assert other() == [computed - 1, 1]

@@ -7,12 +7,13 @@ import pytest
 
 import recollect
 from recollect.errors import ConfigError
+from recollect.kv.disk import DiskStore
 from recollect.proof.verify import EXACT_LIMIT, verify
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Iterator[recollect.Model]:
-    with recollect.load("reference", profile="exact", home=tmp_path) as loaded:
+    with recollect.load("reference", profile="exact", home=tmp_path, kv_disk=0) as loaded:
         yield loaded
 
 
@@ -24,6 +25,32 @@ def test_what_is_right_passes_without_any_difference(model: recollect.Model) -> 
     assert set(report.counts) == {
         "append", "fork", "generate", "regenerate", "rewind", "stop", "together",
     }  # fmt: skip
+
+
+def test_with_a_disk_it_restores_too(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "kv", budget_bytes=64 << 20)
+    with recollect.load("reference", profile="exact", home=tmp_path, store=store) as loaded:
+        report = verify(loaded, operations=150)
+    assert report.passed
+    assert report.largest.logits == 0
+    assert report.counts["restore"] > 5
+    assert report.restored_tokens > 500
+
+
+def test_a_disk_that_gives_wrong_kv_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One byte of each block is wrong, and no checksum would tell."""
+
+    def wrong(_key: bytes, _id: bytes, _n: int, stored: memoryview, _: object) -> bytes:
+        payload = bytearray(stored[-1024:])
+        payload[16] ^= 1
+        return bytes(payload)
+
+    monkeypatch.setattr("recollect.kv.disk.unpack_block", wrong)
+    store = DiskStore(tmp_path / "kv", budget_bytes=64 << 20)
+    with recollect.load("reference", profile="exact", home=tmp_path, store=store) as loaded:
+        report = verify(loaded, operations=60)
+    assert report.restored_tokens > 0
+    assert not report.passed
 
 
 def test_one_token_without_kv_fails(model: recollect.Model, plant_hole: Callable[[], None]) -> None:

@@ -1,0 +1,102 @@
+"""
+Room for the next forward pass: which slots it writes, and who gives up blocks for them.
+
+Knows the scheduler, the pool and the cache; runs nothing.
+"""
+
+from collections.abc import Callable
+
+from recollect.engine.scheduler import Pass, Scheduler
+from recollect.engine.task import Task
+from recollect.errors import OutOfBlocksError
+from recollect.kv.blocks import BlockPool, blocks_for
+from recollect.kv.prefix import PrefixCache
+
+
+class Room:
+    """
+    What makes the slots of a pass writable.
+
+    Used by the engine's thread, under its lock.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        pool: BlockPool,
+        cache: PrefixCache,
+        *,
+        fail: Callable[[Task, Exception], None],
+    ) -> None:
+        """
+        Look after the blocks of a scheduler's tasks.
+
+        Args:
+            scheduler: Whose tasks run.
+            pool: Where blocks come from.
+            cache: What gives them up first.
+            fail: Called with a task that there is no room for; ends it.
+        """
+        self._scheduler = scheduler
+        self._pool = pool
+        self._cache = cache
+        self._fail = fail
+        self.preemptions = 0
+        """Running tasks that had to make way so far."""
+
+    def fits(self, task: Task) -> bool:
+        """Return whether a waiting task has room beside those that run."""
+        room = self._pool.free_blocks + self._cache.evictable_blocks
+        return blocks_for(len(task.sequence) + 1, self._pool.block_size) <= room
+
+    def prepare(self) -> tuple[Pass, list[tuple[int, int]]]:
+        """
+        Decide on the next pass, and make its slots writable.
+
+        Where blocks run short, gives up what is least needed: first what only the cache holds,
+        then the place of the task that came last. A task for which even that is not enough fails.
+
+        Returns:
+            The pass, which may be empty, and blocks to copy before it.
+        """
+        while True:
+            for task in self._scheduler.running:
+                task.sequence.reuse()
+            planned = self._scheduler.plan()
+            needed = sum(
+                task.sequence.kv.plan_write(fed.start, fed.end).new_blocks
+                for task, fed in planned.chunks.items()
+            )
+            short = needed - self._pool.free_blocks
+            if short > 0:
+                short -= self._cache.evict(short)
+            if short <= 0:
+                break
+            if not self._take_tails_back(planned):
+                self._make_way(needed)
+        copies: list[tuple[int, int]] = []
+        for task, fed in planned.chunks.items():
+            task.fed.append(fed)
+            copies += task.sequence.kv.prepare_write(fed.start, fed.end)
+        return planned, copies
+
+    def _take_tails_back(self, planned: Pass) -> bool:
+        """Spare the copy of a block that only the cache holds besides; return whether there was any."""
+        return any(task.sequence.kv.take_back(fed.start) for task, fed in planned.chunks.items())
+
+    def _make_way(self, needed: int) -> None:
+        """Take the blocks of tasks that wait, else of the one that came last, else fail the only one."""
+        holding = [task for task in self._scheduler.waiting if task.sequence.computed]
+        if holding:
+            for task in holding:
+                task.sequence.park()
+        elif len(self._scheduler.running) > 1:
+            last = self._scheduler.running[-1]
+            last.sequence.park()
+            self._scheduler.preempt(last)
+            last.restoring = True  # what it gives up may be on disk
+            self.preemptions += 1
+        else:
+            free, total = self._pool.free_blocks, self._pool.num_blocks
+            error = OutOfBlocksError(needed=needed, free=free, total=total)
+            self._fail(self._scheduler.running[0], error)

@@ -1,0 +1,167 @@
+"""
+What a store notes beside its blocks: bytes in all, whose they are, what is pinned, what goes first.
+
+Functions inside a transaction of `DiskStore`; no state of its own.
+"""
+
+import heapq
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from recollect.kv.environment import Environment, Transaction
+from recollect.kv.prefix import Key
+from recollect.kv.record import EntryHead, Identity, Refused, entry_head
+
+_BYTES: Final = b"bytes"
+_SAVED: Final = b"saved:"
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A prefix that is kept until somebody lets it go."""
+
+    name: str
+    tail: Key
+    """Its last block."""
+    tokens: int
+    identity: str
+    """Hex digest of what its KV is of."""
+    created: float
+    """Unix time in seconds."""
+    about: dict[str, Any]
+    """What whoever pinned it wants to know again, as JSON values."""
+
+
+def total_bytes(txn: Transaction, env: Environment) -> int:
+    """Return what all blocks take."""
+    return int.from_bytes(txn.get(_BYTES, b"", db=env.table("info")), "little")
+
+
+def add_bytes(txn: Transaction, env: Environment, change: int) -> None:
+    """Count bytes that came, or went."""
+    total = max(0, total_bytes(txn, env) + change)
+    txn.put(_BYTES, total.to_bytes(8, "little"), db=env.table("info"))
+
+
+def note_identity(txn: Transaction, env: Environment, identity: Identity) -> None:
+    """Note in words what the digest in blocks and entries stands for."""
+    digest, table = identity.digest(), env.table("identities")
+    if txn.get(digest, db=table) is None:
+        txn.put(digest, json.dumps(asdict(identity)).encode(), db=table)
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """What the tier was good for."""
+
+    tokens: int = 0
+    """Restored instead of computed."""
+    seconds: float = 0.0
+    """That computing them would have taken longer."""
+    compute_s_per_token: float | None = None
+    """As measured last."""
+
+
+def savings(txn: Transaction, env: Environment, identity: bytes) -> Savings:
+    """Return what the tier was good for so far, with one model, runtime and precision."""
+    return Savings(**json.loads(bytes(txn.get(_SAVED + identity, b"{}", db=env.table("info")))))
+
+
+def add_savings(txn: Transaction, env: Environment, identity: bytes, more: Savings) -> None:
+    """Count what one process saved."""
+    known = savings(txn, env, identity)
+    total = Savings(
+        known.tokens + more.tokens,
+        known.seconds + more.seconds,
+        more.compute_s_per_token or known.compute_s_per_token,
+    )
+    txn.put(_SAVED + identity, json.dumps(asdict(total)).encode(), db=env.table("info"))
+
+
+def put_pin(txn: Transaction, env: Environment, pin: Pin) -> None:
+    """Keep a prefix from eviction; a pin of the same name is replaced."""
+    value = asdict(pin) | {"tail": pin.tail.hex()}
+    txn.put(pin.name.encode(), json.dumps(value).encode(), db=env.table("pins"))
+
+
+def drop_pin(txn: Transaction, env: Environment, name: str) -> bool:
+    """Let a prefix be evicted again; return whether it was pinned."""
+    return bool(txn.delete(name.encode(), db=env.table("pins")))
+
+
+def pins(txn: Transaction, env: Environment) -> list[Pin]:
+    """Return all pins, by name."""
+    values = [json.loads(bytes(value)) for _, value in txn.cursor(env.table("pins"))]
+    return [Pin(**value | {"tail": bytes.fromhex(value["tail"])}) for value in values]
+
+
+def pinned_tails(txn: Transaction, env: Environment) -> set[Key]:
+    """Return the last blocks of what is pinned."""
+    return {pin.tail for pin in pins(txn, env)}
+
+
+def pinned_keys(txn: Transaction, env: Environment) -> set[Key]:
+    """Return all blocks of what is pinned."""
+    keys: set[Key] = set()
+    table = env.table("entries")
+    for tail in pinned_tails(txn, env):
+        key = tail
+        while key not in keys and (head := sound_head(key, txn.get(key, db=table))) is not None:
+            keys.add(key)
+            key = head.parent
+    return keys
+
+
+def sound_head(key: Key, stored: bytes | memoryview | None) -> EntryHead | None:
+    """Return the head of a stored entry; None where there is none, or a damaged one."""
+    try:
+        return None if stored is None else entry_head(key, stored)
+    except Refused:
+        return None
+
+
+def heads(txn: Transaction, env: Environment) -> dict[Key, EntryHead]:
+    """Return the heads of all entries that are as they were written."""
+    read = ((bytes(key), value) for key, value in txn.cursor(env.table("entries")))
+    return {key: head for key, value in read if (head := sound_head(key, value)) is not None}
+
+
+def remove_damaged(txn: Transaction, env: Environment, key: Key) -> None:
+    """Remove a block whose entry tells neither what it follows nor its size, and count all anew."""
+    txn.delete(key, db=env.table("blocks"))
+    txn.delete(key, db=env.table("entries"))
+    table = env.table("children")
+    parents = [bytes(parent) for parent, child in txn.cursor(table) if bytes(child) == key]
+    for parent in parents:
+        txn.delete(parent, key, db=table)
+    total = sum(head.stored_bytes for head in heads(txn, env).values())
+    txn.put(_BYTES, total.to_bytes(8, "little"), db=env.table("info"))
+
+
+def tails_first(txn: Transaction, env: Environment) -> Iterator[tuple[Key, int]]:
+    """
+    Yield (key, bytes) in the order in which blocks are given up; whoever takes one removes it.
+
+    The least recently used first, and always tails before what they follow, so that what survives
+    is the longest prefix. What is pinned is never among them.
+    """
+    known = heads(txn, env)
+    keep = pinned_keys(txn, env)
+    followers = dict.fromkeys(known, 0)
+    for head in known.values():
+        if head.parent in followers:
+            followers[head.parent] += 1
+    used = {key: head.last_used for key, head in known.items()}
+    heap = [(used[key], key) for key, count in followers.items() if not count and key not in keep]
+    heapq.heapify(heap)
+    while heap:
+        last_used, key = heapq.heappop(heap)
+        yield key, known[key].stored_bytes
+        parent = known[key].parent
+        if parent in followers:
+            followers[parent] -= 1
+            used[parent] = max(used[parent], last_used)  # a prefix was in use when its tail was
+            if not followers[parent] and parent not in keep:
+                heapq.heappush(heap, (used[parent], parent))

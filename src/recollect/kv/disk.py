@@ -1,0 +1,390 @@
+"""
+Blocks on disk, found by the name of the prefix that they end: the tier below memory.
+
+Knows keys, tokens and bytes; neither the runtime that the bytes are for nor when to read or write.
+"""
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from recollect.errors import StoreFullError
+from recollect.kv import accounts
+from recollect.kv.environment import Environment, Transaction
+from recollect.kv.prefix import Key, chained_key
+from recollect.kv.record import (
+    Buffer,
+    Entry,
+    Identity,
+    Refused,
+    Sealer,
+    entry_size,
+    pack_block,
+    pack_entry,
+    touched,
+    unpack_block,
+    unpack_entry,
+)
+from recollect.types import MissReason, common_prefix_length
+
+TABLES: Final = ("blocks", "entries", "children", "pins", "identities", "info")
+STORE_FOLDER: Final = "kv"
+
+PAGE_BYTES: Final = 4096
+_PAGE_HEAD: Final = 16
+"""What LMDB puts before a value that has pages of its own. Source: lmdb, mdb.c, PAGEHDRSZ."""
+_LIVE_SHARE: Final = 7 / 8
+"""Of the budget; the rest is for pages that LMDB has not taken back yet, so the file stays within it."""
+_EVICT_SHARE: Final = 1 / 16
+"""Of the budget, given up beyond what is needed: looking for what to give up reads all entries."""
+RESERVED_BYTES: Final = 256 << 20
+"""Room on the disk that is left to others."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewBlock:
+    """A block to be stored."""
+
+    key: Key
+    parent: Key
+    follows_root: bool
+    """Whether the parent is the root of a namespace, which is not stored."""
+    token_ids: tuple[int, ...]
+    payload: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The longest stored continuation of a prefix."""
+
+    entries: list[Entry]
+    last_tokens: int = 0
+    """Leading tokens of the last entry that match: all, or a part of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a write has done."""
+
+    stored: set[Key]
+    """Of the blocks given, those that are on disk now."""
+    blocks: int
+    """That are new."""
+    stored_bytes: int
+    """That they take."""
+
+
+class DiskStore:
+    """
+    What of KV lies in a folder, for all models, namespaces and processes.
+
+    Safe from any thread. Every value is checked when it is read, and what is not as it was written
+    is a miss with a counted reason.
+
+    Invariants (`disk_audit.problems` verifies them):
+        1. An entry's key is the chained hash of its parent and its tokens.
+        2. An entry's parent is an entry or a root, and knows it as a child.
+        3. An entry has a block, whose checksum holds under its key.
+        4. The bytes that are counted are those of all entries.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        budget_bytes: int,
+        sealer: Sealer | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.folder: Final = folder
+        self.budget_bytes: Final = budget_bytes
+        self.misses: Counter[MissReason] = Counter()
+        """By reason, in this process."""
+        self.evicted_blocks = 0
+        self._refused: set[Key] = set()
+        self._sealer = sealer
+        self._clock = clock
+        self._env = Environment.open(folder, map_bytes=budget_bytes, tables=TABLES)
+
+    @property
+    def env(self) -> Environment:
+        """Return the files, for accounts and audits."""
+        return self._env
+
+    @property
+    def sealer(self) -> Sealer | None:
+        """Return what encrypts; None: nothing does."""
+        return self._sealer
+
+    def close(self) -> None:
+        """Give the files back."""
+        self._env.close()
+
+    def find(
+        self, after: Key, token_ids: Sequence[int], *, block_size: int, inside_block: bool
+    ) -> Found:
+        """
+        Return the blocks that continue a prefix: whole ones, then one of which a part matches.
+
+        Args:
+            after: The name of the prefix, or of a root.
+            token_ids: What follows it, shape `(n,)`.
+            block_size: Tokens in a whole block.
+            inside_block: Whether a part of a block may be reused.
+
+        Raises:
+            StoreError: The files cannot be read.
+        """
+        entries: list[Entry] = []
+        start = 0
+        with self._env.reading() as txn:
+            while start + block_size <= len(token_ids):
+                key = chained_key(after, token_ids[start : start + block_size])
+                entry = self._entry(txn, key)
+                if entry is None:
+                    break
+                entries.append(entry)
+                after, start = key, start + block_size
+            rest = token_ids[start : start + block_size]
+            best, longest = self._best_child(txn, after, rest) if inside_block else (None, 0)
+        if best is not None:
+            return Found([*entries, best], longest)
+        return Found(entries, block_size if entries else 0)
+
+    def read(
+        self, identity: Identity, entries: Sequence[Entry], take: Callable[[int, Buffer], None]
+    ) -> int:
+        """
+        Hand the payloads of blocks to *take*, in order and each checked; return how many were right.
+
+        Stops at the first that is not.
+
+        Args:
+            identity: What they have to be of.
+            entries: What `find` returned.
+            take: Called with (index, payload); the payload is a view that ends with the call.
+
+        Raises:
+            StoreError: The files cannot be read.
+        """
+        digest = identity.digest()
+        with self._env.reading() as txn:
+            for number, entry in enumerate(entries):
+                stored = txn.get(entry.key, db=self._env.table("blocks"))
+                if stored is None:
+                    self._refuse(entry.key, "missing")
+                    return number
+                try:
+                    count = len(entry.token_ids)
+                    payload = unpack_block(entry.key, digest, count, stored, self._sealer)
+                except Refused as refused:
+                    self._refuse(entry.key, refused.reason)
+                    return number
+                take(number, payload)
+        return len(entries)
+
+    def write(self, identity: Identity, blocks: Sequence[NewBlock]) -> Written:
+        """
+        Store blocks that are not there yet, parents first; then keep to the budget.
+
+        A block whose parent is not stored is left out: nothing could find it.
+
+        Raises:
+            StoreFullError: There is no room, or the disk has none. Nothing was changed.
+            StoreError: The files cannot be written. Nothing was changed.
+        """
+        packed = {block.key: self._packed(identity, block) for block in blocks}
+        needed = sum(stored_bytes(len(value)) for value in packed.values())
+        if shutil.disk_usage(self.folder).free < needed + RESERVED_BYTES:
+            raise StoreFullError(f"The disk of {self.folder} is nearly full: make room on it.")
+        with suppress(StoreFullError):
+            return self._write(identity, blocks, packed)
+        # Pages that were given up are free for the next transaction, not for the same one.
+        with self._env.writing() as txn:
+            self._evict(txn, needed + int(self.budget_bytes * _EVICT_SHARE))
+        return self._write(identity, blocks, packed)
+
+    def touch(self, keys: Iterable[Key]) -> None:
+        """
+        Note that blocks were used, and so what they follow.
+
+        Raises:
+            StoreError: The files cannot be written.
+        """
+        now, entries = self._clock(), self._env.table("entries")
+        with self._env.writing() as txn:
+            for key in keys:
+                stored = txn.get(key, db=entries)
+                if stored is not None:
+                    txn.put(key, touched(key, stored, now), db=entries)
+
+    def take_refused(self) -> set[Key]:
+        """Return the keys of blocks that were not as they were written, once; they are best removed."""
+        refused, self._refused = self._refused, set()
+        return refused
+
+    def remove(self, keys: Iterable[Key]) -> int:
+        """
+        Remove blocks and all that follow them; return how many.
+
+        Raises:
+            StoreError: The files cannot be written.
+        """
+        with self._env.writing() as txn:
+            return sum(self._remove_tree(txn, key) for key in keys)
+
+    def evict(self, wanted_bytes: int) -> int:
+        """
+        Give up the least recently used tails until that many bytes are free; return the bytes.
+
+        Raises:
+            StoreError: The files cannot be written.
+        """
+        with self._env.writing() as txn:
+            return self._evict(txn, wanted_bytes)
+
+    def clear(self, *, pinned: bool = False) -> int:
+        """
+        Remove everything but what is pinned, or that too; return how many blocks were.
+
+        Raises:
+            StoreError: The files cannot be written.
+        """
+        with self._env.writing() as txn:
+            keep = set() if pinned else accounts.pinned_keys(txn, self._env)
+            if pinned:
+                txn.drop(self._env.table("pins"), delete=False)
+            keys = [bytes(key) for key, _ in txn.cursor(self._env.table("entries"))]
+            going = [key for key in keys if key not in keep]
+            for key in going:
+                self._remove(txn, key)
+            return len(going)
+
+    def _packed(self, identity: Identity, block: NewBlock) -> bytearray:
+        count = len(block.token_ids)
+        return pack_block(block.key, identity.digest(), count, block.payload, self._sealer)
+
+    def _write(
+        self, identity: Identity, blocks: Sequence[NewBlock], packed: dict[Key, bytearray]
+    ) -> Written:
+        stored: set[Key] = set()
+        sizes: list[int] = []
+        with self._env.writing() as txn:
+            accounts.note_identity(txn, self._env, identity)
+            pinned = accounts.pinned_tails(txn, self._env)
+            for block in blocks:
+                if self._is_stored(txn, block.key):
+                    stored.add(block.key)
+                elif block.follows_root or self._is_stored(txn, block.parent):
+                    sizes.append(self._put(txn, identity, block, packed[block.key], pinned))
+                    stored.add(block.key)
+            excess = accounts.total_bytes(txn, self._env) - int(self.budget_bytes * _LIVE_SHARE)
+            if excess > 0:
+                self._evict(txn, excess + int(self.budget_bytes * _EVICT_SHARE))
+        return Written(stored, len(sizes), sum(sizes))
+
+    def _put(
+        self,
+        txn: Transaction,
+        identity: Identity,
+        block: NewBlock,
+        packed: bytearray,
+        pinned: set[Key],
+    ) -> int:
+        """Store one block in place of those that it covers; return what it takes."""
+        for sibling in self._children(txn, block.parent):
+            length = len(sibling.token_ids)
+            covered = block.token_ids[:length] == sibling.token_ids
+            if covered and length < len(block.token_ids) and sibling.key not in pinned:
+                self._remove(txn, sibling.key)
+        size = stored_bytes(len(packed)) + entry_size(len(block.token_ids))
+        entry = Entry(
+            key=block.key,
+            parent=block.parent,
+            identity=identity.digest(),
+            token_ids=block.token_ids,
+            last_used=self._clock(),
+            stored_bytes=size,
+        )
+        txn.put(block.key, packed, db=self._env.table("blocks"))
+        txn.put(block.key, pack_entry(entry, self._sealer), db=self._env.table("entries"))
+        txn.put(block.parent, block.key, db=self._env.table("children"), dupdata=True)
+        accounts.add_bytes(txn, self._env, size)
+        return size
+
+    def _is_stored(self, txn: Transaction, key: Key) -> bool:
+        return txn.get(key, db=self._env.table("entries")) is not None
+
+    def _entry(self, txn: Transaction, key: Key) -> Entry | None:
+        """Return what is known of a block; None, and counted, where it is not what was written."""
+        stored = txn.get(key, db=self._env.table("entries"))
+        if stored is None:
+            return None
+        try:
+            entry = unpack_entry(key, stored, self._sealer)
+        except Refused as refused:
+            self._refuse(key, refused.reason)
+            return None
+        if chained_key(entry.parent, entry.token_ids) != key:
+            self._refuse(key, "key")
+            return None
+        return entry
+
+    def _refuse(self, key: Key, reason: MissReason) -> None:
+        self.misses[reason] += 1
+        self._refused.add(key)
+
+    def _children(self, txn: Transaction, parent: Key) -> list[Entry]:
+        cursor = txn.cursor(self._env.table("children"))
+        keys = [bytes(key) for key in cursor.iternext_dup()] if cursor.set_key(parent) else []
+        return [entry for key in keys if (entry := self._entry(txn, key)) is not None]
+
+    def _best_child(
+        self, txn: Transaction, parent: Key, token_ids: Sequence[int]
+    ) -> tuple[Entry | None, int]:
+        """Return the child that begins with the most of these tokens, and how many."""
+        best: Entry | None = None
+        longest = 0
+        for child in self._children(txn, parent) if token_ids else []:
+            length = common_prefix_length(token_ids, child.token_ids)
+            if length > longest:
+                best, longest = child, length
+        return best, longest
+
+    def _remove_tree(self, txn: Transaction, key: Key) -> int:
+        cursor = txn.cursor(self._env.table("children"))
+        after = [bytes(child) for child in cursor.iternext_dup()] if cursor.set_key(key) else []
+        removed = sum(self._remove_tree(txn, child) for child in after)
+        return removed + self._remove(txn, key)
+
+    def _remove(self, txn: Transaction, key: Key) -> int:
+        """Remove one block; return whether it was there."""
+        stored = txn.get(key, db=self._env.table("entries"))
+        head = accounts.sound_head(key, stored)
+        if head is None:
+            accounts.remove_damaged(txn, self._env, key)
+            return 0 if stored is None else 1
+        txn.delete(key, db=self._env.table("entries"))
+        txn.delete(key, db=self._env.table("blocks"))
+        txn.delete(head.parent, key, db=self._env.table("children"))
+        accounts.add_bytes(txn, self._env, -head.stored_bytes)
+        return 1
+
+    def _evict(self, txn: Transaction, wanted_bytes: int) -> int:
+        freed = 0
+        for key, size in accounts.tails_first(txn, self._env):
+            if freed >= wanted_bytes:
+                break
+            self.evicted_blocks += self._remove(txn, key)
+            freed += size
+        return freed
+
+
+def stored_bytes(value_bytes: int) -> int:
+    """Return what a value of that many bytes takes in the file, in whole pages."""
+    return -(-(value_bytes + _PAGE_HEAD) // PAGE_BYTES) * PAGE_BYTES

@@ -1,0 +1,115 @@
+"""
+Look through a store: what is in it, and whether anything is not as it was written.
+
+Reads only; slow where there is much.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from recollect.kv import accounts
+from recollect.kv.accounts import Pin, Savings
+from recollect.kv.disk import DiskStore
+from recollect.kv.environment import Transaction
+from recollect.kv.prefix import Key, chained_key
+from recollect.kv.record import Identity, Refused, unpack_block, unpack_entry
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a store has of one model, runtime and precision."""
+
+    identity: Identity
+    blocks: int
+    tokens: int
+    stored_bytes: int
+    last_used: float
+    """Unix time in seconds; 0 where there are no blocks."""
+    savings: Savings
+
+
+def holdings(store: DiskStore) -> list[Holding]:
+    """
+    Return what is stored, by model, the last used first.
+
+    Raises:
+        StoreError: The files cannot be read.
+    """
+    env = store.env
+    with env.reading() as txn:
+        named = {
+            bytes(digest): Identity(**json.loads(bytes(text)))
+            for digest, text in txn.cursor(env.table("identities"))
+        }
+        heads = accounts.heads(txn, env).values()
+        found = []
+        for digest, identity in named.items():
+            own = [head for head in heads if head.identity == digest]
+            found.append(
+                Holding(
+                    identity=identity,
+                    blocks=len(own),
+                    tokens=sum(head.tokens for head in own),
+                    stored_bytes=sum(head.stored_bytes for head in own),
+                    last_used=max((head.last_used for head in own), default=0.0),
+                    savings=accounts.savings(txn, env, digest),
+                )
+            )
+    return sorted(found, key=lambda holding: -holding.last_used)
+
+
+def pins(store: DiskStore) -> list[Pin]:
+    """
+    Return what is kept from eviction, by name.
+
+    Raises:
+        StoreError: The files cannot be read.
+    """
+    with store.env.reading() as txn:
+        return accounts.pins(txn, store.env)
+
+
+def problems(store: DiskStore) -> Iterator[tuple[Key, str]]:
+    """
+    Yield (key, sentence) for each block that is not as it was written, and for wrong accounts.
+
+    Raises:
+        StoreError: The files cannot be read.
+    """
+    env = store.env
+    with env.reading() as txn:
+        keys = [bytes(key) for key, _ in txn.cursor(env.table("entries"))]
+        known = set(keys)
+        total = sum(head.stored_bytes for head in accounts.heads(txn, env).values())
+        for key in keys:
+            wrong = _block_problem(store, txn, key)
+            if wrong is not None:
+                yield key, wrong
+        for key, _ in txn.cursor(env.table("blocks")):
+            if bytes(key) not in known:
+                yield bytes(key), "a block that nothing is known of"
+        for parent, child in txn.cursor(env.table("children")):
+            if bytes(child) not in known:
+                yield bytes(parent), "is followed by a block that is not there"
+        counted = accounts.total_bytes(txn, env)
+        if counted != total:
+            yield b"", f"{counted:,} bytes are counted, and there are {total:,}"
+
+
+def _block_problem(store: DiskStore, txn: Transaction, key: Key) -> str | None:
+    env = store.env
+    try:
+        entry = unpack_entry(key, txn.get(key, db=env.table("entries")), store.sealer)
+        if chained_key(entry.parent, entry.token_ids) != key:
+            return "its tokens do not give its name"
+        stored = txn.get(key, db=env.table("blocks"))
+        if stored is None:
+            return "has no block"
+        unpack_block(key, entry.identity, len(entry.token_ids), stored, store.sealer)
+    except Refused as refused:
+        return f"is not as it was written ({refused.reason})"
+    cursor = txn.cursor(env.table("children"))
+    if not cursor.set_key_dup(entry.parent, key):
+        return "is not known to the block before it"
+    return None

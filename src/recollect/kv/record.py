@@ -1,0 +1,235 @@
+"""
+How a block and what is known of it lie on disk, byte by byte.
+
+Pure: packs and unpacks; knows neither the database nor who asks. docs/store-format.md is the same
+contract in words.
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
+
+import numpy as np
+import xxhash
+
+from recollect.errors import StoreCorruptError
+from recollect.kv.prefix import Key
+from recollect.types import MissReason
+
+FORMAT: Final = 1
+"""Of everything in this module; another number is another layout, and a miss."""
+
+Buffer = bytes | bytearray | memoryview
+
+_MAGIC: Final = b"RKVB"
+# magic, format, whether sealed, tokens, payload bytes, identity, checksum
+_HEADER: Final = struct.Struct("<4sBBxxIQ16s16s")
+_CHECKED: Final = _HEADER.size - 16  # the header up to its checksum
+# checksum, last used (Unix seconds), stored bytes, parent, identity, whether sealed, tokens
+_ENTRY: Final = struct.Struct("<QdQ32s16sBxxxI")
+_ENTRY_CHECKED: Final = 8
+
+
+class Sealer(Protocol):
+    """Encrypts what is stored; the context is authenticated with it, so that two values cannot be swapped."""
+
+    @property
+    def name_secret(self) -> bytes:
+        """Return 32 bytes that the names of prefixes depend on, so that they tell nothing of the text."""
+
+    def seal(self, plain: bytes | memoryview, *, context: bytes) -> bytes:
+        """Return the encrypted bytes."""
+
+    def open(self, sealed: bytes | memoryview, *, context: bytes) -> bytes:
+        """
+        Return the plain bytes.
+
+        Raises:
+            StoreCorruptError: They are not what was sealed under that context.
+        """
+
+
+class Refused(Exception):  # noqa: N818 - never leaves kv/: a miss is a result, not an error
+    """What is stored is not what was written, or is of something else."""
+
+    def __init__(self, reason: MissReason) -> None:
+        super().__init__(reason)
+        self.reason: Final = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What the bytes of a block depend on besides its tokens and those before."""
+
+    fingerprint: str
+    """Of weights, tokenizer and template."""
+    runtime: str
+    """With its version and profile."""
+    kv_format: str
+    """Element types and shapes of a block in all layers."""
+
+    def digest(self) -> bytes:
+        """Return 16 bytes that stand for all of it."""
+        return xxhash.xxh3_128_digest(self.text().encode())
+
+    def text(self) -> str:
+        """Return all of it as one text."""
+        return "\0".join((self.fingerprint, self.runtime, self.kv_format))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is known of a stored block without reading it."""
+
+    key: Key
+    parent: Key
+    """The block before, or the root of a namespace."""
+    identity: bytes
+    token_ids: tuple[int, ...]
+    last_used: float
+    """Unix time in seconds."""
+    stored_bytes: int
+    """What it takes in the file, in whole pages."""
+
+
+def pack_block(
+    key: Key, identity: bytes, tokens: int, payload: Buffer, sealer: Sealer | None
+) -> bytearray:
+    """
+    Return a block as it is stored.
+
+    Args:
+        key: The name of the prefix that it ends; part of the checksum, so a block under another
+            key is refused.
+        identity: `Identity.digest()`.
+        tokens: How many of its slots hold KV.
+        payload: The block's bytes of all layers.
+        sealer: None: they are stored as they are.
+    """
+    if sealer is not None:
+        payload = sealer.seal(memoryview(payload), context=b"block" + key + identity)
+    packed = bytearray(_HEADER.size + len(payload))
+    packed[_HEADER.size :] = payload
+    _HEADER.pack_into(
+        packed, 0, _MAGIC, FORMAT, sealer is not None, tokens, len(payload), identity, b""
+    )
+    packed[_CHECKED : _HEADER.size] = _checksum(key, memoryview(packed))
+    return packed
+
+
+def unpack_block(
+    key: Key, identity: bytes, tokens: int, stored: memoryview, sealer: Sealer | None
+) -> Buffer:
+    """
+    Return the payload of a stored block; a view into *stored* where it is not sealed.
+
+    Raises:
+        Refused: It is damaged, or of another key, model, runtime, precision or format.
+    """
+    if len(stored) < _HEADER.size:
+        raise Refused("truncated")
+    magic, version, sealed, count, length, whose, checksum = _HEADER.unpack_from(stored)
+    if magic != _MAGIC or version != FORMAT:
+        raise Refused("format")
+    if len(stored) != _HEADER.size + length:
+        raise Refused("truncated")
+    if checksum != _checksum(key, stored):
+        raise Refused("checksum")
+    if whose != identity or count != tokens:
+        raise Refused("identity")
+    return _opened(stored[_HEADER.size :], bool(sealed), b"block" + key + identity, sealer)
+
+
+def pack_entry(entry: Entry, sealer: Sealer | None) -> bytes:
+    """Return an entry as it is stored."""
+    tokens: bytes = np.asarray(entry.token_ids, "<i4").tobytes()
+    if sealer is not None:
+        tokens = sealer.seal(tokens, context=b"entry" + entry.key)
+    head = _ENTRY.pack(
+        0,
+        entry.last_used,
+        entry.stored_bytes,
+        entry.parent,
+        entry.identity,
+        sealer is not None,
+        len(entry.token_ids),
+    )
+    return _with_checksum(entry.key, head[_ENTRY_CHECKED:] + tokens)
+
+
+def unpack_entry(key: Key, stored: Buffer, sealer: Sealer | None) -> Entry:
+    """
+    Return a stored entry.
+
+    Raises:
+        Refused: It is damaged, or of another key.
+    """
+    head = entry_head(key, stored)
+    packed = _opened(memoryview(stored)[_ENTRY.size :], head.is_sealed, b"entry" + key, sealer)
+    if len(packed) != 4 * head.tokens:
+        raise Refused("truncated")
+    tokens = tuple(np.frombuffer(packed, "<i4").tolist())
+    return Entry(key, head.parent, head.identity, tokens, head.last_used, head.stored_bytes)
+
+
+class EntryHead(NamedTuple):
+    """What of an entry is known without its tokens."""
+
+    last_used: float
+    stored_bytes: int
+    parent: Key
+    identity: bytes
+    is_sealed: bool
+    tokens: int
+
+
+def entry_head(key: Key, stored: Buffer) -> EntryHead:
+    """
+    Return the head of a stored entry.
+
+    Raises:
+        Refused: It is damaged, or of another key.
+    """
+    stored = bytes(stored)
+    if len(stored) < _ENTRY.size:
+        raise Refused("truncated")
+    if stored != _with_checksum(key, stored[_ENTRY_CHECKED:]):
+        raise Refused("checksum")
+    _, last_used, size, parent, identity, sealed, tokens = _ENTRY.unpack_from(stored)
+    return EntryHead(last_used, size, parent, identity, bool(sealed), tokens)
+
+
+def touched(key: Key, stored: Buffer, last_used: float) -> bytes:
+    """Return a stored entry with another time of use, unopened."""
+    stored = bytes(stored)
+    return _with_checksum(key, struct.pack("<d", last_used) + stored[_ENTRY_CHECKED + 8 :])
+
+
+def entry_size(tokens: int) -> int:
+    """Return about how many bytes an entry takes, for accounts."""
+    return _ENTRY.size + 4 * tokens
+
+
+def _opened(stored: memoryview, sealed: bool, context: bytes, sealer: Sealer | None) -> Buffer:
+    if sealed != (sealer is not None):  # plain bytes among encrypted ones anybody can have forged
+        raise Refused("sealed")
+    if sealer is None:
+        return stored
+    try:
+        return sealer.open(stored, context=context)
+    except StoreCorruptError:
+        raise Refused("sealed") from None
+
+
+def _checksum(key: Key, stored: memoryview) -> bytes:
+    """Return the checksum of a stored block: over its key, its header and its payload."""
+    state = xxhash.xxh3_128(key)
+    state.update(stored[:_CHECKED])
+    state.update(stored[_HEADER.size :])
+    return state.digest()
+
+
+def _with_checksum(key: Key, rest: bytes) -> bytes:
+    state = xxhash.xxh3_64(key)
+    state.update(rest)
+    return struct.pack("<Q", state.intdigest()) + rest

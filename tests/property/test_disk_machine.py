@@ -1,0 +1,261 @@
+"""The store against a set of prefixes, in any order of operations, by two who have it open."""
+
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Final
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from recollect.kv import accounts, disk_audit
+from recollect.kv.accounts import Pin
+from recollect.kv.disk import DiskStore, NewBlock
+from recollect.kv.prefix import Key, chained_key, namespace_key
+from recollect.kv.record import Buffer, Identity
+from recollect.types import common_prefix_length
+
+SIZE: Final = 3
+IDENTITY: Final = Identity("weights", "runtime", "format")
+ROOTS: Final = {name: namespace_key("weights", name) for name in ("a", "b")}
+NAMES: Final = st.sampled_from(["a", "b"])
+IDS: Final = st.lists(st.integers(0, 1), min_size=1, max_size=10)
+WHICH: Final = st.integers(0, 40)
+Ids = tuple[int, ...]
+
+
+def blocks_of(name: str, ids: list[int]) -> list[NewBlock]:
+    """Return the blocks of a history, the last one perhaps in part; a payload is all tokens up to its end."""
+    made: list[NewBlock] = []
+    parent = ROOTS[name]
+    for start in range(0, len(ids), SIZE):
+        tokens = tuple(ids[start : start + SIZE])
+        key = chained_key(parent, tokens)
+        payload = bytes([ord(name), *ids[: start + len(tokens)]])
+        made.append(NewBlock(key, parent, start == 0, tokens, payload))
+        parent = key
+    return made
+
+
+class DiskMachine(RuleBasedStateMachine):
+    """
+    `stored` is the dumb model: for each block the whole history that it ends.
+
+    What is found for a history must be the longest of its beginnings that the model has, and what is
+    read must be what was written for exactly these tokens.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.stores = [self._opened(), self._opened()]
+        self.stored: dict[Key, tuple[str, Ids]] = {}
+        self.pinned: dict[str, Key] = {}
+        self.turn = 0
+
+    @property
+    def store(self) -> DiskStore:
+        """Return one of the two, in turn."""
+        self.turn += 1
+        return self.stores[self.turn % 2]
+
+    @rule(name=NAMES, ids=IDS)
+    def write(self, name: str, ids: list[int]) -> None:
+        blocks = blocks_of(name, ids)
+        written = self.store.write(IDENTITY, blocks)
+        assert written.stored == {block.key for block in blocks}
+        for number, block in enumerate(blocks):
+            if block.key not in self.stored:
+                self._replace_parts(block)
+                self.stored[block.key] = (name, tuple(ids[: number * SIZE + len(block.token_ids)]))
+
+    @rule(name=NAMES, ids=IDS)
+    def write_without_what_it_follows(self, name: str, ids: list[int]) -> None:
+        last = blocks_of(name, ids)[-1]
+        written = self.store.write(IDENTITY, [last])
+        can = last.follows_root or last.parent in self.stored
+        assert (last.key in written.stored) == (can or last.key in self.stored)
+        if can and last.key not in self.stored:
+            self._replace_parts(last)
+            self.stored[last.key] = (name, tuple(ids))
+
+    @rule(name=NAMES, ids=IDS, inside=st.booleans())
+    def find_and_read(self, name: str, ids: list[int], inside: bool) -> None:
+        found = self.store.find(ROOTS[name], ids, block_size=SIZE, inside_block=inside)
+        count = len(found.entries)
+        length = max(0, count - 1) * SIZE + found.last_tokens
+        assert length == self._known(name, ids, inside)
+        taken: list[bytes] = []
+
+        def take(_: int, payload: Buffer) -> None:
+            taken.append(bytes(payload))
+
+        assert self.store.read(IDENTITY, found.entries, take) == count
+        for number, payload in enumerate(taken):
+            end = min(length, (number + 1) * SIZE)
+            assert payload[0] == ord(name)
+            assert list(payload[1 : 1 + end]) == ids[:end]
+
+    @precondition(lambda self: self.stored)
+    @rule(which=WHICH)
+    def remove(self, which: int) -> None:
+        key = self._one(which)
+        whose, start = self.stored[key]
+        gone = {key} | {
+            other
+            for other, (owner, history) in self.stored.items()
+            if len(start) % SIZE == 0
+            and owner == whose
+            and len(history) > len(start)
+            and history[: len(start)] == start
+        }
+        assert self.store.remove([key, b"never stored".ljust(32)]) == len(gone)
+        for one in gone:
+            del self.stored[one]
+
+    @precondition(lambda self: self.stored)
+    @rule(name=NAMES, which=WHICH)
+    def pin(self, name: str, which: int) -> None:
+        key, store = self._one(which), self.store
+        with store.env.writing() as txn:
+            accounts.put_pin(txn, store.env, Pin(name, key, 1, "", 0.0, {}))
+        self.pinned[name] = key
+
+    @rule(name=NAMES)
+    def unpin(self, name: str) -> None:
+        store = self.store
+        with store.env.writing() as txn:
+            assert accounts.drop_pin(txn, store.env, name) == (name in self.pinned)
+        self.pinned.pop(name, None)
+
+    @rule(wanted=st.integers(1, 20_000))
+    def evict(self, wanted: int) -> None:
+        kept = self._beginnings(self.pinned.values())
+        self.store.evict(wanted)
+        left = self._on_disk()
+        assert kept <= left <= set(self.stored), "what is pinned stays, and nothing else comes"
+        for key in left:
+            assert self._beginnings([key]) <= left, "a tail goes before what it follows"
+        self.stored = {key: self.stored[key] for key in left}
+
+    @rule()
+    def clear(self) -> None:
+        kept = self._beginnings(self.pinned.values())
+        assert self.store.clear() == len(self.stored) - len(kept)
+        self.stored = {key: self.stored[key] for key in kept}
+
+    @rule(name=NAMES, ids=IDS)
+    def touch(self, name: str, ids: list[int]) -> None:
+        self.store.touch([block.key for block in blocks_of(name, ids)])
+
+    @rule(which=st.integers(0, 1))
+    def reopen(self, which: int) -> None:
+        self.stores[which].close()
+        self.stores[which] = self._opened()
+
+    @invariant()
+    def nothing_is_wrong(self) -> None:
+        assert list(disk_audit.problems(self.stores[0])) == []
+        assert self._on_disk() == set(self.stored)
+        assert sum(self.stores[0].misses.values()) == 0
+
+    def teardown(self) -> None:
+        for store in self.stores:
+            store.close()
+        self.folder.cleanup()
+
+    def _one(self, which: int) -> Key:
+        return sorted(self.stored)[which % len(self.stored)]
+
+    def _opened(self) -> DiskStore:
+        return DiskStore(Path(self.folder.name) / "kv", budget_bytes=16 << 20)
+
+    def _on_disk(self) -> set[Key]:
+        env = self.stores[1].env
+        with env.reading() as txn:
+            return set(accounts.heads(txn, env))
+
+    def _replace_parts(self, block: NewBlock) -> None:
+        """Forget the parts that a longer block begins with, as the store does."""
+        for key, (name, history) in list(self.stored.items()):
+            tokens = history[(len(history) - 1) // SIZE * SIZE :]
+            follows = chained_key(block.parent, tokens) == key
+            is_part = (
+                len(tokens) < len(block.token_ids) and block.token_ids[: len(tokens)] == tokens
+            )
+            if follows and is_part and key not in self.pinned.values():
+                assert name in ROOTS
+                del self.stored[key]
+
+    def _beginnings(self, keys: Iterable[Key]) -> set[Key]:
+        """Return the blocks that the histories of these pass through."""
+        wanted: set[Key] = set()
+        for key in keys:
+            if key in self.stored:
+                name, history = self.stored[key]
+                wanted |= {block.key for block in blocks_of(name, list(history))}
+        return wanted
+
+    def _known(self, name: str, ids: list[int], inside: bool) -> int:
+        """Return how many leading tokens the model has, by whole blocks and a part of one more."""
+        histories = {history for owner, history in self.stored.values() if owner == name}
+        whole = 0
+        while whole + SIZE <= len(ids) and tuple(ids[: whole + SIZE]) in histories:
+            whole += SIZE
+        if not inside:
+            return whole
+        after = [
+            h
+            for h in histories
+            if whole < len(h) <= whole + SIZE and h[:whole] == tuple(ids[:whole])
+        ]
+        return max([whole, *(common_prefix_length(h, ids) for h in after)])
+
+
+TestDisk = DiskMachine.TestCase
+TestDisk.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def _forgets_children(self: DiskStore, txn: object, key: Key) -> int:
+    return self._remove(txn, key)
+
+
+def _takes_any_sibling(self: DiskStore, txn: object, parent: Key, token_ids: object) -> object:
+    children = self._children(txn, parent)
+    return (children[0], len(children[0].token_ids)) if children else (None, 0)
+
+
+def _counts_nothing(*_: object) -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fault"),
+    [
+        (DiskStore, "_remove_tree", _forgets_children),
+        (DiskStore, "_best_child", _takes_any_sibling),
+        (accounts, "add_bytes", _counts_nothing),
+        (accounts, "pinned_keys", lambda *_: set()),
+    ],
+    ids=["orphans", "wrong sibling", "wrong account", "pins forgotten"],
+)
+def test_planted_faults_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+    fault_search: Callable[[int], settings],
+    where: object,
+    name: str,
+    fault: object,
+) -> None:
+    monkeypatch.setattr(where, name, fault)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(
+            DiskMachine, settings=settings(fault_search(200), stateful_step_count=30)
+        )
