@@ -65,6 +65,9 @@ class TimedRuntime:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         self.runtime.copy_blocks(pairs)
 
+    def warm_up(self) -> None:
+        self.runtime.warm_up()
+
     def read_block(self, block: int, into: memoryview) -> None:
         self.runtime.read_block(block, into)
 

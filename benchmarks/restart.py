@@ -6,7 +6,8 @@ What a conversation's next turn costs after a restart: cold, from memory, from d
 1. First token of the next turn on a conversation of that many tokens. Each sample is a process of
    its own: `cold` has no KV, `memory` has just had the conversation, `disk` finds it in the store
    (whose pages the system still caches), `disk, dropped` likewise after the system was told to
-   forget them. All answer the same question, and their replies are compared.
+   forget them; each once its runtime is warm, as after a second of typing. `at once` is `disk`,
+   asked the moment it is loaded. All answer the same question, and their replies are compared.
 2. Decode with write-behind on, over off: two models in one process, in turns, each right after a
    prompt whose blocks are to be written.
 3. What 20 branches over that conversation take on disk, over the conversation alone.
@@ -40,7 +41,7 @@ from recollect.proof.statistics import summarize
 from recollect.runtime.openvino import OpenVinoRuntime
 from recollect.types import Profile, SamplingParams
 
-WAYS = ("cold", "memory", "disk", "disk, dropped")
+WAYS = ("cold", "memory", "disk", "disk, dropped", "at once")
 NAME = "restart"
 BUDGET_BYTES = 8 << 30
 TOUCHED_BYTES = 6 << 30
@@ -122,6 +123,8 @@ def child(args: Namespace, way: str, folder: Path) -> dict[str, Any]:
             ).usage
             return {"prompt_tokens": usage.prompt_tokens, "s": usage.ttft_s}
         chat = model.resume(NAME).fork()
+        if kind != "at once":
+            model.engine.wait_until_warm()
         if kind == "memory":
             chat.prewarm()
         question = f"Question {number}: what is the most important point of all this?"

@@ -7,11 +7,15 @@ Test modules do not import each other; what they share comes from here.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
+import platformdirs
 import pytest
 from hypothesis import HealthCheck, settings
 
+from recollect import config
 from recollect.conversation.model import Model
 from recollect.engine import sequence as sequence_module
 from recollect.engine.engine import Engine
@@ -19,6 +23,10 @@ from recollect.errors import RuntimeFailure
 from recollect.kv.disk import DiskStore
 from recollect.kv.record import Sealer
 from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.models.catalog import CATALOG
+from recollect.models.onnx_convert import Precision, convert_to_onnx
+from recollect.models.onnx_folder import is_onnx_folder
+from recollect.models.prepare import original_of
 from recollect.models.reference import reference_model
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
@@ -257,3 +265,26 @@ def plant_hole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         return plan
 
     return lambda: monkeypatch.setattr(sequence_module, "plan_feed", with_hole)
+
+
+def _onnx_folder(precision: Precision) -> Path:
+    """Return the default model for ONNX Runtime GenAI, converted once for all runs of the tests."""
+    try:
+        made_with = version("onnxruntime-genai")
+    except PackageNotFoundError:
+        pytest.skip('needs ONNX Runtime GenAI: pip install "recollect[genai]"')
+    entry = CATALOG["smollm2"]
+    name = f"{entry.name}-{entry.sha256[:8]}-{precision}-{made_with}"
+    folder = platformdirs.user_cache_path("recollect") / "tests" / name
+    if not is_onnx_folder(folder):
+        if find_spec("torch") is None or find_spec("onnx_ir") is None:
+            pytest.skip('needs a converted model: pip install "recollect[convert]"')
+        with original_of(entry.name, home=config.home()) as source:
+            convert_to_onnx(source, folder, precision=precision)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def onnx_folder() -> Callable[[Precision], Path]:
+    """Return a maker of the default model's ONNX GenAI folder, int8 or fp32."""
+    return _onnx_folder

@@ -10,24 +10,30 @@ Conversations with local language models that never read a token twice, and prov
 
 from recollect._version import __version__
 from recollect.cipher import Cipher
+from recollect.conversation.checkpoints import Checkpoint
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.encryption import encrypt
 from recollect.conversation.model import Model, load
 from recollect.conversation.reply import Reply, ReplyStream
 from recollect.conversation.session import Session
+from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node, Tree
+from recollect.conversation.warming import Warmed
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.sequence import Sequence
 from recollect.errors import MisuseError, RecollectError
 from recollect.keyfile import unlock
-from recollect.types import Message, SamplingParams, Usage
+from recollect.models.tool_calls import ToolCallParser
+from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, ToolCall, Usage
 
 __all__ = [
+    "Checkpoint",
     "Cipher",
     "Conversation",
     "Engine",
     "Generator",
+    "Grammar",
     "Message",
     "MisuseError",
     "Model",
@@ -38,8 +44,13 @@ __all__ = [
     "SamplingParams",
     "Sequence",
     "Session",
+    "TokenLogprob",
+    "ToolCall",
+    "ToolCallParser",
+    "Tools",
     "Tree",
     "Usage",
+    "Warmed",
     "__version__",
     "encrypt",
     "load",

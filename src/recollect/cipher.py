@@ -19,6 +19,8 @@ TAG_BYTES: Final = 16
 OVERHEAD_BYTES: Final = NONCE_BYTES + TAG_BYTES
 """By which sealed bytes are longer than plain ones."""
 
+KV_PURPOSE: Final = "kv"
+
 _LABEL: Final = b"recollect 1 "
 """Before the purpose of each derived key; another number is another scheme."""
 

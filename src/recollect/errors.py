@@ -25,7 +25,8 @@ Every exception that recollect raises on purpose.
         ├── RewindError             that place is not in this history
         ├── SessionBusyError        a reply is being generated in this session
         ├── UnknownConversationError  no conversation goes by that name
-        ├── NameTakenError          another conversation goes by that name
+        ├── UnknownCheckpointError  no checkpoint goes by that name
+        ├── NameTakenError          something else goes by that name
         └── ConversationFileError   a file is no conversation, or cannot be written
     MisuseError                     a bug in the calling code (a RuntimeError, not a RecollectError)
 
@@ -155,8 +156,12 @@ class UnknownConversationError(ConversationError):
     """No conversation goes by that name, or it has been deleted."""
 
 
+class UnknownCheckpointError(ConversationError):
+    """No checkpoint goes by that name, or its conversation has been deleted."""
+
+
 class NameTakenError(ConversationError):
-    """Another conversation goes by that name; nothing was changed."""
+    """Another conversation, or something else of the kind, goes by that name; nothing was changed."""
 
 
 class ConversationFileError(ConversationError):

@@ -4,10 +4,11 @@ Values that every part shares: sampling parameters, usage, messages.
 Pure: no runtime, no disk, no clock.
 """
 
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal, TypedDict
+from typing import Any, Final, Literal, NotRequired, Self, TypedDict
 
 from recollect.errors import InvalidParameterError
 
@@ -16,6 +17,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 Reason = Literal[
     "new",
+    "tools_changed",
     "system_changed",
     "message_changed",
     "template_rewrote",
@@ -41,7 +43,8 @@ or precision. `sealed`: encrypted with another key. `key`: its tokens do not giv
 `missing`: noted, and not there. `store`: the database failed.
 """
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+"""`tool`: what a tool gave back."""
 
 Profile = Literal["exact", "fast", "small"]
 """How numbers are computed: f32 throughout, f16 KV, or u8 KV."""
@@ -50,11 +53,61 @@ Progress = Callable[[str, int, int | None], None]
 """Called with (what is being done, units done, units in all or None when unknown)."""
 
 
+class FunctionCall(TypedDict):
+    """Which function is called, and with what."""
+
+    name: str
+    arguments: str
+    """JSON text."""
+
+
+class MessageToolCall(TypedDict):
+    """A call of a tool in a message, as OpenAI's API has it."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class Message(TypedDict):
-    """A message as chat templates expect it."""
+    """A message, as chat templates and OpenAI's API have it."""
 
     role: Role
-    content: str
+    content: str | None
+    """None where an assistant's message has only calls."""
+    tool_calls: NotRequired[Sequence[MessageToolCall]]
+    """What the assistant calls."""
+    tool_call_id: NotRequired[str]
+    """Which call a tool's message answers."""
+    name: NotRequired[str]
+    """Which tool that was."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool that the model calls, and with what."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON text, as the model wrote it."""
+
+    def to_dict(self) -> MessageToolCall:
+        """Return the call as a message has it."""
+        function: FunctionCall = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolLinks:
+    """How a message hangs together with calls of tools."""
+
+    call_ids: tuple[str, ...] = ()
+    """The ids of the calls that the message makes, in their order; its text has the rest."""
+    tool_call_id: str | None = None
+    """Which call the message answers."""
+    name: str | None = None
+    """Which tool that was."""
 
 
 def no_progress(_what: str, _done: int, _total: int | None) -> None:
@@ -64,6 +117,75 @@ def no_progress(_what: str, _done: int, _total: int | None) -> None:
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
     if not holds:
         raise InvalidParameterError(f"{name} is {value!r}; it must be {allowed}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """
+    What a reply must look like, made by `json_object`, `json_schema`, `regex` or `lark`.
+
+    Needs the extra `recollect[grammar]`. Whether it is valid is found out when a reply begins.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str
+    """A schema as JSON text, a regular expression, or a grammar."""
+
+    @classmethod
+    def json_object(cls) -> Self:
+        """Return the grammar of any JSON object."""
+        return cls("json_schema", '{"type": "object"}')
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool) -> Self:
+        """
+        Return the grammar of the JSON that a schema describes, its properties in the schema's order.
+
+        Raises:
+            InvalidParameterError: The schema is no JSON value.
+        """
+        try:
+            return cls("json_schema", json.dumps(schema, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as cause:
+            raise InvalidParameterError(
+                f"The JSON schema is no JSON value ({cause}): correct it."
+            ) from cause
+
+    @classmethod
+    def regex(cls, pattern: str) -> Self:
+        """Return the grammar of what a regular expression matches as a whole, in Rust's syntax."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def lark(cls, grammar: str) -> Self:
+        """Return a context-free grammar in llguidance's dialect of Lark; it begins at `start`."""
+        return cls("lark", grammar)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """
+    A token and how likely the model held it.
+
+    The logarithm is natural, and of the model's own distribution: before grammar, bias, penalties
+    and temperature, as OpenAI's API has it.
+    """
+
+    token_id: int
+    token_bytes: bytes
+    """What the token adds to the text; a part of a character where several tokens make one."""
+    logprob: float
+    top: "tuple[TokenLogprob, ...]" = ()
+    """The likeliest tokens at this place, the likeliest first; the chosen one need not be among them."""
+
+    @property
+    def text(self) -> str:
+        """Return the bytes as text, with U+FFFD for what is none by itself."""
+        return self.token_bytes.decode("utf-8", "replace")
+
+
+MOST_LOGPROBS: Final = 20
+"""Most alternatives to a token that can be asked for. Source: OpenAI's API."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +219,10 @@ class SamplingParams:
     """A reply ends before the first of these strings."""
     ignore_eos: bool = False
     """Go on at end of sequence, for benchmarks of a fixed length."""
+    grammar: Grammar | None = None
+    """What the reply must look like; it ends where the grammar says that it is complete."""
+    logprobs: int | None = None
+    """How many alternatives to tell of each token, besides its own log probability; None: nothing."""
 
     def __post_init__(self) -> None:
         limit = self.max_tokens
@@ -123,6 +249,15 @@ class SamplingParams:
         )
         _require(not isinstance(self.stop, str), "stop", self.stop, "a tuple of strings")
         _require(all(self.stop), "stop", self.stop, "strings of at least one character")
+        told = self.logprobs
+        _require(
+            told is None or 0 <= told <= MOST_LOGPROBS,
+            "logprobs",
+            told,
+            f"between 0 and {MOST_LOGPROBS}, or None",
+        )
+        if self.grammar is not None:
+            _require(not self.ignore_eos, "ignore_eos", True, "False where there is a grammar")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

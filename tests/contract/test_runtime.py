@@ -224,6 +224,18 @@ def test_a_runtime_with_more_rows_than_ever_before_still_works(runtime: PagedRun
     assert same(batch[7], run(runtime, [17], [0]))
 
 
+def test_warming_up_changes_nothing_that_is_computed_later(
+    make_runtime: Callable[[], PagedRuntime],
+) -> None:
+    cold, warm = make_runtime(), make_runtime()
+    for runtime in (cold, warm):
+        runtime.allocate(4)
+    warm.warm_up()
+    ids = ids_of(40)
+    assert same(run(cold, ids, [0, 1]), run(warm, ids, [0, 1]))
+    make_runtime().close()
+
+
 def test_a_block_read_as_bytes_means_the_same_in_another_runtime(
     make_runtime: Callable[[], PagedRuntime],
 ) -> None:

@@ -1,6 +1,8 @@
 """What the README shows is true: its Python runs, its commands and options exist."""
 
+import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_python_runs(
+@pytest.fixture
+def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+) -> Iterator[Callable[[str], list[str]]]:
+    """Return what runs Python of the README on the reference model and returns the lines it prints."""
     load = recollect.load
     models = []
 
@@ -27,13 +31,27 @@ def test_the_python_runs(
         models.append(load("reference", home=tmp_path))
         return models[-1]
 
+    def run_code(code: str) -> list[str]:
+        exec(code, {})  # noqa: S102 - our own README
+        return capsys.readouterr().out.splitlines()
+
     monkeypatch.setattr(recollect, "load", load_reference)
-    (code,) = blocks("python")
-    exec(code, {})  # noqa: S102 - our own README
-    *_, reused = capsys.readouterr().out.splitlines()
+    yield run_code
+    for model in models:
+        model.engine.check()
+        model.close()
+
+
+def test_the_ten_lines_run(run: Callable[[str], list[str]]) -> None:
+    *_, reused = run(blocks("python")[0])
     assert int(reused) > 50
-    models[0].engine.check()
-    models[0].close()
+
+
+def test_json_and_tools_run(run: Callable[[str], list[str]]) -> None:
+    first = run(blocks("python")[1])[0]
+    answer, _, logprob = first.rpartition(" ")
+    assert isinstance(json.loads(answer)["name"], str)
+    assert float(logprob) < 0
 
 
 def test_every_command_that_it_shows_exists() -> None:

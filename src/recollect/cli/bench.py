@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from recollect.cli.options import KvMemoryOption, ModelOption, ProfileOption, open_model
+from recollect.cli.options import (
+    KvMemoryOption,
+    ModelOption,
+    ProfileOption,
+    ProofKvDiskOption,
+    open_model,
+)
 
 if TYPE_CHECKING:  # imported by the command, so that `--help` does not wait for the runtime
     from recollect.conversation.model import Model
@@ -26,6 +32,7 @@ def bench(
     model: ModelOption = "smollm2",
     profile: ProfileOption = "fast",
     kv_memory: KvMemoryOption = None,
+    kv_disk: ProofKvDiskOption = "0",
     input_tokens: Annotated[int, _option("--input", about="Tokens of prompt 1.")] = 2048,
     output_tokens: Annotated[int, _option("--output", about="Tokens of response 1.")] = 256,
     input2_tokens: Annotated[int, _option("--input2", about="Tokens of prompt 2.")] = 256,
@@ -59,7 +66,7 @@ def bench(
         require_writable(json_file)
     if plot_file is not None:
         require_plot(plot_file)
-    with open_model(model, profile=profile, kv_memory=kv_memory) as loaded:
+    with open_model(model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk) as loaded:
         check_room(loaded, config)
         _run(loaded, config, text, json_file=json_file, plot_file=plot_file)
 

@@ -5,7 +5,7 @@ Decides which of the two it is, and what is kept; the work is done in `repl` and
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -16,13 +16,14 @@ from typer.core import TyperCommand
 from recollect.cli import options
 from recollect.cli.opening import LAST, Opening
 from recollect.cli.passphrase import EncryptOption, unlock_home
+from recollect.cli.text_file import read_text
 from recollect.config import DEFAULT_PROFILE
 from recollect.errors import ConfigError
 from recollect.models.catalog import DEFAULT_MODEL
-from recollect.types import Profile, SamplingParams
+from recollect.types import SamplingParams
 
-if TYPE_CHECKING:  # the library behind it is an extra
-    from recollect.cipher import Cipher
+if TYPE_CHECKING:  # see options.open_model
+    from recollect.conversation.model import Model
 
 _CONVERSATION: Final = "Conversation"
 _RESUME: Final = "--resume"
@@ -62,6 +63,7 @@ def chat(
     ] = None,
     profile: options.ProfileOption = DEFAULT_PROFILE,
     kv_memory: options.KvMemoryOption = None,
+    kv_disk: options.KvDiskOption = None,
     prompts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Say the lines of a file, blank ones skipped."),
@@ -75,6 +77,14 @@ def chat(
             _RESUME,
             metavar="[NAME]",
             help="Go on with the conversation of that name, or with the last one.",
+            rich_help_panel=_CONVERSATION,
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Go on at a place that /save has kept.",
             rich_help_panel=_CONVERSATION,
         ),
     ] = None,
@@ -100,6 +110,14 @@ def chat(
         typer.Option(
             metavar="TEXT",
             help="Instructions before the first message.",
+            rich_help_panel=_CONVERSATION,
+        ),
+    ] = None,
+    system_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The same, from a text file.",
             rich_help_panel=_CONVERSATION,
         ),
     ] = None,
@@ -144,56 +162,49 @@ def chat(
         ignore_eos=ignore_eos,
     )
     by_hand = prompts is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty()
-    if no_save and (name is not None or resume is not None):
-        raise ConfigError("--no-save keeps nothing: leave it out, or --name and --resume.")
+    if no_save and (name is not None or resume is not None or checkpoint is not None):
+        raise ConfigError("--no-save keeps nothing: leave it out, or what names a conversation.")
+    if system_file is not None:
+        if system is not None:
+            raise ConfigError("--system and --system-file say the same: leave one of them out.")
+        system = read_text(system_file)
     opening = Opening(
         keep=by_hand and not no_save,
         name=name,
         resume=resume,
+        checkpoint=checkpoint,
         system=system,
         overflow="drop_oldest" if overflow == "drop-oldest" else "error",
     )
-    cipher = unlock_home(encrypt=encrypt)
-    _talk(
-        opening,
-        params,
-        model,
-        profile,
-        kv_memory,
-        cipher,
-        prompts,
-        by_hand=by_hand,
-        as_json=as_json,
-    )
+    unlock_home(encrypt=encrypt)
+    open_model = partial(options.open_model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk)
+    _talk(opening, params, model, open_model, prompts, by_hand=by_hand, as_json=as_json)
 
 
 def _talk(
     opening: Opening,
     params: SamplingParams,
     model: str | None,
-    profile: Profile,
-    kv_memory: str | None,
-    cipher: "Cipher | None",
+    open_model: Callable[[str], "Model"],
     prompts: Path | None,
     *,
     by_hand: bool,
     as_json: bool,
 ) -> None:
-    found = opening.find(cipher)
+    found = opening.find()
     model = model or (DEFAULT_MODEL if found is None else found.model)
-    load = partial(options.open_model, model, profile=profile, kv_memory=kv_memory, cipher=cipher)
     if by_hand:
         # Each imported where it is needed: a pipe has no use for line editing.
         from recollect.cli import repl  # noqa: PLC0415
 
-        with load() as loaded:
+        with open_model(model) as loaded:
             repl.talk(loaded, opening.open(loaded, found, params))
         return
     from recollect.cli import batch  # noqa: PLC0415
 
     with (
         batch.open_prompts(prompts) as lines,
-        load() as loaded,
+        open_model(model) as loaded,
         opening.open(loaded, found, params) as session,
     ):
         batch.answer_all(session, lines, as_json=as_json)

@@ -7,10 +7,12 @@ Each is a function of the chat and what was typed after its name. Does not read 
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from rich.text import Text
 
+from recollect.cli.models import format_bytes
 from recollect.cli.state import REGENERATE_TEMPERATURE, Chat
 from recollect.cli.statistics import statistics
 from recollect.cli.terminal import printable
@@ -168,7 +170,10 @@ def edit(chat: Chat, rest: str) -> None:
 def tree(chat: Chat, _rest: str) -> None:
     """Draw the conversation."""
     session, tips = chat.session, chat.tips()
-    states = warmth(session.tree, session.warm_tokens, slack=chat.model.engine.keep_multiple_of + 1)
+    engine = chat.model.engine
+    on_disk = None if engine.tier is None else partial(session.warm_tokens, on_disk=True)
+    slack = engine.keep_multiple_of + 1
+    states = warmth(session.tree, session.warm_tokens, stored=on_disk, slack=slack)
     for line in draw_tree(session.tree, tips, chat.current, chat.console.width, states):
         chat.console.print(line, highlight=False)
     chat.note(f"{branches(chat)}   {_LEGEND}" if states else branches(chat))
@@ -207,6 +212,33 @@ def unpin(chat: Chat, _rest: str) -> None:
     chat.note(f"The memory of {chat.current} may be reused when room is needed.")
 
 
+def save(chat: Chat, rest: str) -> None:
+    """Keep this place on disk, or list those that are kept."""
+    if rest:
+        made = chat.session.checkpoint(rest)
+        chat.note(
+            f"{made.tokens:,} tokens are kept on disk as {rest!r} ({format_bytes(made.stored_bytes)}): "
+            f"/load {rest} comes back here, also after a restart."
+        )
+        return
+    for made in chat.model.checkpoints():
+        of = made.conversation or "deleted"
+        chat.note(f"{made.name}: {of}, after turn {made.turns}, {made.tokens:,} tokens")
+
+
+def load(chat: Chat, rest: str) -> None:
+    """Go to a place that was kept."""
+    if not rest:
+        raise InvalidParameterError("Give the name of a checkpoint: /save lists them.")
+    former = chat.current
+    chat.load(rest)
+    if chat.current == former:
+        _tell_place(chat)
+    else:
+        kept = chat.session.conversation.name
+        chat.note(f"Now in {chat.current}, a session of {kept!r}; /switch {former} goes back.")
+
+
 def stats(chat: Chat, _rest: str) -> None:
     """Show what was computed and what was not."""
     for name, value in statistics(chat):
@@ -236,7 +268,10 @@ def leave(chat: Chat, _rest: str) -> None:
     chat.leaving = True
 
 
-_LEGEND: Final = f"{MARKS['warm']} in memory  {MARKS['partly']} in part  {MARKS['cold']} not"
+_LEGEND: Final = (
+    f"{MARKS['warm']} in memory  {MARKS['disk']} on disk  {MARKS['partly']} in part  "
+    f"{MARKS['cold']} not"
+)
 _KEYS: Final = (
     ("Alt-Enter", "a new line in the message; so do a \\ at its end and a pasted newline"),
     ('"""', "begins a message of several lines that ends with another"),
@@ -259,12 +294,14 @@ COMMANDS: Final[dict[str, Command]] = {
         Command("fork", "NAME", "a second session from here on, and go to it; costs nothing", fork),
         Command("switch", "[NAME]", "go to another session, or list them", switch),
         Command("close", "NAME", "close a session; its branch stays in /tree", close),
-        Command("tree", "", "all branches, their names and turns, and what is in memory", tree),
+        Command("tree", "", "all branches, their names and turns, and what is warm", tree),
         Command("goto", "#ID", "go to any reply of the tree, also one taken back", goto),
         Command("name", "[NEW]", "what this conversation is kept as, or another name for it", name),
         Command("pin", "", "keep what was said so far in memory, whoever needs room", pin),
         Command("unpin", "", "let it go again when room is needed", unpin),
-        Command("stats", "", "what was computed, what was reused, and memory", stats),
+        Command("save", "[NAME]", "keep this place on disk under a name, or list those kept", save),
+        Command("load", "NAME", "go back to a place that was kept by /save", load),
+        Command("stats", "", "what was computed, reused and restored, and memory", stats),
         Command("system", "[TEXT]", "begin a new conversation with these instructions", system),
         Command("help", "", "this list", help_text),
         Command("quit", "", "leave", leave),

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from recollect.cli.home import has_store, open_journal, open_store
 from recollect.cli.passphrase import EncryptOption, unlock_home
 from recollect.errors import ConversationError, ConversationFileError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite and tables
     from rich.table import Table
 
-    from recollect.conversation.journal import Journal
     from recollect.conversation.records import ConversationInfo, StoredConversation
     from recollect.conversation.tree import Node, Tree
 
@@ -50,7 +50,7 @@ def conversations(context: typer.Context, as_json: JsonOption = False) -> None:
 @app.command("list")
 def list_all(as_json: JsonOption = False) -> None:
     """List all conversations, the one that was used last first. Also what no command does."""
-    with _journal() as journal:
+    with open_journal() as journal:
         found = journal.conversations()
     if as_json:
         typer.echo(json.dumps([_as_dict(info) for info in found], ensure_ascii=False, indent=2))
@@ -65,7 +65,7 @@ def list_all(as_json: JsonOption = False) -> None:
 @app.command()
 def show(name: NameArgument) -> None:
     """Draw a conversation as a tree, one line a turn."""
-    with _journal() as journal:
+    with open_journal() as journal:
         conversation = journal.load(name)
     from rich.console import Console  # noqa: PLC0415 - see the imports for type checking
 
@@ -85,7 +85,7 @@ def rename(
     new: Annotated[str, typer.Argument(metavar="NEW", help="What it shall be called.")],
 ) -> None:
     """Give a conversation another name."""
-    with _journal() as journal:
+    with open_journal() as journal:
         journal.rename(old, new)
     typer.echo(f"{old!r} is {new!r} now.")
 
@@ -95,19 +95,23 @@ def delete(
     name: NameArgument,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a conversation with all its branches, for good."""
-    with _journal() as journal:
-        turns = journal.load(name).turns
+    """Delete a conversation with all its branches and checkpoints, for good."""
+    with open_journal() as journal:
+        conversation = journal.load(name)
         if not yes:
             if not sys.stdin.isatty():
                 raise ConversationError(
                     f"Nobody can be asked whether to delete {name!r}: say so with --yes."
                 )
-            if not typer.confirm(f"Delete {name!r} with {_count(turns, 'turn')} for good?"):
+            if not typer.confirm(
+                f"Delete {name!r} with {_count(conversation.turns, 'turn')} for good?"
+            ):
                 typer.echo("Nothing was deleted.")
                 return
         journal.delete(name)
     typer.echo(f"{name!r} was deleted.")
+    if has_store():
+        _drop_checkpoints(conversation)
 
 
 @app.command()
@@ -133,7 +137,7 @@ def export(
     """Write a conversation as Markdown or JSON."""
     from recollect.conversation.export import to_json, to_markdown  # noqa: PLC0415 - as above
 
-    with _journal() as journal:
+    with open_journal() as journal:
         conversation = journal.load(name)
     if to is None:
         to = "json" if file is not None and file.suffix.lower() == ".json" else "markdown"
@@ -177,7 +181,8 @@ def import_file(
             f"{file} is no text: give a file that `recollect conversations export` wrote as JSON."
         ) from None
     conversation = from_json(text)
-    with _journal(encrypt=encrypt) as journal:
+    unlock_home(encrypt=encrypt)
+    with open_journal() as journal:
         info = journal.add(conversation, name)
     typer.echo(f"{info.name!r} was imported, with {_count(info.turns, 'turn')}.")
 
@@ -210,16 +215,6 @@ def conversations_table(found: "list[ConversationInfo]") -> "Table":
 
 
 @contextmanager
-def _journal(*, encrypt: bool = False) -> "Iterator[Journal]":
-    from recollect import config  # noqa: PLC0415 - see the imports for type checking
-    from recollect.conversation.journal import JOURNAL_NAME, Journal  # noqa: PLC0415
-
-    cipher = unlock_home(encrypt=encrypt)
-    with Journal.open(config.home() / JOURNAL_NAME, cipher=cipher) as journal:
-        yield journal
-
-
-@contextmanager
 def _file_errors(file: Path) -> Iterator[None]:
     try:
         yield
@@ -227,6 +222,19 @@ def _file_errors(file: Path) -> Iterator[None]:
         raise ConversationFileError(
             f"{file} cannot be used ({error.strerror}): check the path and what is allowed there."
         ) from error
+
+
+def _drop_checkpoints(conversation: "StoredConversation") -> None:
+    """Let go what was kept of a conversation, and say what may be left of it."""
+    from recollect.conversation.checkpoints import drop_of_conversation  # noqa: PLC0415 - as above
+
+    with open_store() as store:
+        names = drop_of_conversation(store, conversation.id, conversation.created_at)
+    if names:
+        typer.echo(f"With it went its checkpoints: {', '.join(names)}.")
+    typer.echo(
+        "Its KV may lie on disk until others need the room; `recollect cache clear` removes it now."
+    )
 
 
 def _tree(conversation: "StoredConversation") -> "tuple[Tree, dict[int | None, Node]]":

@@ -5,7 +5,7 @@ Does not know what a message is for.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -64,9 +64,24 @@ def history_at(path: Path) -> History:
 class WordsCompleter(Completer):
     """Completes the first word of a command, and the names that can follow it."""
 
-    def __init__(self, commands: Iterable[str], names: Callable[[], Iterable[str]]) -> None:
+    def __init__(
+        self,
+        commands: Iterable[str],
+        names: Callable[[], Iterable[str]],
+        *,
+        names_after: Mapping[str, Callable[[], Iterable[str]]] | None = None,
+    ) -> None:
+        """
+        Complete these.
+
+        Args:
+            commands: With their slashes.
+            names: Return what can follow a command.
+            names_after: The same, for commands that other names follow.
+        """
         self._commands = sorted(commands)
         self._names = names
+        self._names_after = names_after or {}
 
     def get_completions(
         self, document: Document, complete_event: CompleteEvent
@@ -77,7 +92,8 @@ class WordsCompleter(Completer):
         if not before.startswith("/"):
             return
         first, space, typed = before.partition(" ")
-        words = self._names() if space else self._commands
+        names = self._names_after.get(first, self._names)
+        words = names() if space else self._commands
         start = typed if space else first
         for word in words:
             if word.startswith(start):

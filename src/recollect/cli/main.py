@@ -11,13 +11,19 @@ import typer
 
 from recollect._version import __version__
 from recollect.cli.bench import bench
+from recollect.cli.cache import app as cache
+from recollect.cli.carry import export, import_file
 from recollect.cli.chat import ChatCommand, chat
+from recollect.cli.checkpoints import app as checkpoints
 from recollect.cli.conversations import app as conversations
+from recollect.cli.convert import convert
 from recollect.cli.models import models, pull
 from recollect.cli.passphrase import encrypt
 from recollect.cli.rewind import rewind_test
 from recollect.cli.scenarios import scenarios
+from recollect.cli.serve import keys_app, serve
 from recollect.cli.verify import verify
+from recollect.cli.warm import warm
 from recollect.errors import RecollectError
 
 EXIT_ERROR: Final = 2
@@ -32,10 +38,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug shows Python's own traceback, which can be reported
 )
 app.command(cls=ChatCommand)(chat)
+app.command()(serve)
+app.add_typer(keys_app)
 app.add_typer(conversations)
+app.add_typer(checkpoints)
+app.add_typer(cache)
+app.command()(warm)
 app.command()(encrypt)
+app.command()(export)
+app.command("import")(import_file)
 app.command()(models)
 app.command()(pull)
+app.command()(convert)
 app.command()(verify)
 app.command()(bench)
 app.command()(scenarios)

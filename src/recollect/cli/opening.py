@@ -7,10 +7,10 @@ Reads the journal before a model is loaded, so that a mistake is told at once.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from recollect.cli.passphrase import unlock_home
 from recollect.errors import ConfigError, NameTakenError, StoreError, UnknownConversationError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite
-    from recollect.cipher import Cipher
     from recollect.conversation.model import Model
     from recollect.conversation.records import ConversationInfo
     from recollect.conversation.session import Session
@@ -31,48 +31,50 @@ class Opening:
     """Of a new one."""
     resume: str | None = None
     """The name of a kept one, or `LAST`; None: a new one."""
+    checkpoint: str | None = None
+    """The name of one, to go on there; `resume` need not name its conversation then."""
     system: str | None = None
     overflow: "Overflow" = "error"
 
     def __post_init__(self) -> None:
-        if self.resume is None:
+        if self.resume is None and self.checkpoint is None:
             return
+        goes_on = "--checkpoint" if self.resume is None else "--resume"
         for option, value, remedy in (
             ("--system", self.system, "its instructions stay as they are"),
             ("--name", self.name, "/name gives it another one"),
         ):
             if value is not None:
                 raise ConfigError(
-                    f"{option} is for a new conversation: leave it out of --resume; {remedy}."
+                    f"{option} is for a new conversation: leave it out of {goes_on}; {remedy}."
                 )
 
-    def find(self, cipher: "Cipher | None" = None) -> "ConversationInfo | None":
+    def find(self) -> "ConversationInfo | None":
         """
         Return what is to be resumed; None where a conversation begins.
 
-        Args:
-            cipher: Of the data folder.
-
         Raises:
             UnknownConversationError: There is none to resume.
+            UnknownCheckpointError: There is no checkpoint of that name.
             NameTakenError: There is one of the name that a new one shall have.
             StoreError: The journal cannot be used.
         """
-        if not self.keep and self.name is None and self.resume is None:
+        if not self.keep and self.name is None and self.resume is None and self.checkpoint is None:
             return None
-        by_name = {info.name: info for info in self._kept(cipher)}
+        by_name = {info.name: info for info in self._kept()}
         if self.name is not None and self.name in by_name:
             raise NameTakenError(
                 f"There is a conversation {self.name!r} already: take another name, or go on with "
                 "that one by --resume."
             )
-        if self.resume is None:
+        resume = self._of_checkpoint() if self.resume in (None, LAST) else self.resume
+        if resume is None:
             return None
-        if self.resume == LAST and by_name:
+        if resume == LAST and by_name:
             return next(iter(by_name.values()))
-        if self.resume not in by_name:
-            raise UnknownConversationError(_not_there(self.resume))
-        return by_name[self.resume]
+        if resume not in by_name:
+            raise UnknownConversationError(_not_there(resume))
+        return by_name[resume]
 
     def open(
         self, model: "Model", found: "ConversationInfo | None", params: "SamplingParams"
@@ -89,20 +91,31 @@ class Opening:
             RecollectError: As `Model.session` and `Model.resume` do.
         """
         if found is not None:
-            return model.resume(found.name, params=params, overflow=self.overflow)
+            return model.resume(
+                found.name, checkpoint=self.checkpoint, params=params, overflow=self.overflow
+            )
         return model.session(
             self.system, params=params, keep=self.keep, name=self.name, overflow=self.overflow
         )
 
-    def _kept(self, cipher: "Cipher | None") -> "list[ConversationInfo]":
+    def _of_checkpoint(self) -> str | None:
+        """Return the conversation that the checkpoint is of; what `resume` says without one."""
+        if self.checkpoint is None:
+            return self.resume
+        from recollect.cli.home import open_places  # noqa: PLC0415 - see the imports for types
+
+        with open_places() as places:
+            return places.find(self.checkpoint).conversation
+
+    def _kept(self) -> "list[ConversationInfo]":
         from recollect import config  # noqa: PLC0415 - see the imports for type checking
         from recollect.conversation.journal import JOURNAL_NAME, Journal  # noqa: PLC0415
 
         try:
-            with Journal.open(config.home() / JOURNAL_NAME, cipher=cipher) as journal:
+            with Journal.open(config.home() / JOURNAL_NAME, cipher=unlock_home()) as journal:
                 return journal.conversations()
         except StoreError as error:
-            if self.name is not None or self.resume is not None:
+            if (self.name, self.resume, self.checkpoint) != (None, None, None):
                 raise
             raise type(error)(f"{error} A chat with --no-save does without it.") from error
 

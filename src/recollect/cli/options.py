@@ -13,7 +13,6 @@ from recollect.cli.progress import progress_bar
 from recollect.types import Profile
 
 if TYPE_CHECKING:  # see open_model
-    from recollect.cipher import Cipher
     from recollect.conversation.model import Model
 
 _SAMPLING: Final = "Sampling"
@@ -37,6 +36,21 @@ KvMemoryOption = Annotated[
         metavar="SIZE",
         help="Most memory for KV, such as 2GB or 512MiB.",
         show_default="a quarter of what is free",
+    ),
+]
+KvDiskOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most disk for KV, shared by all models; 0: none is kept.",
+        show_default="10GB, or a tenth of what is free",
+    ),
+]
+ProofKvDiskOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="Most disk for KV; 0: none is written or read, so that nothing but computing counts.",
     ),
 ]
 
@@ -120,25 +134,33 @@ IgnoreEosOption = Annotated[
 
 
 def open_model(
-    name: str, *, profile: Profile, kv_memory: str | None = None, cipher: "Cipher | None" = None
+    name: str, *, profile: Profile, kv_memory: str | None = None, kv_disk: str | None = None
 ) -> "Model":
     """
     Return the model, fetched, converted and loaded, with a progress bar on a terminal's stderr.
 
     Args:
         kv_memory: As it was typed, such as "2GB"; None: the library's default.
-        cipher: Of the data folder, where somebody has unlocked it already.
+        kv_disk: Likewise; "0": none.
 
     Raises:
         ModelError: It cannot be had or read.
-        ConfigError: `kv_memory` is no size, or holds no block, or the folder stays locked.
+        ConfigError: `kv_memory` or `kv_disk` is no size, or holds no block; or the data folder is
+            encrypted, and there is no key.
+        StoreError: KV cannot be kept on disk.
     """
-    cipher = cipher or unlock_home()
+    cipher = unlock_home()  # before the bar is drawn: it may ask
     with progress_bar(f"Loading {name}") as progress:
         # Imported here: the runtime takes half a second, which neither `--help` nor a misspelt
         # option should wait for.
         from recollect import config  # noqa: PLC0415
         from recollect.conversation.model import load  # noqa: PLC0415
 
-        budget = None if kv_memory is None else config.parse_size(kv_memory)
-        return load(name, profile=profile, kv_memory=budget, cipher=cipher, progress=progress)
+        return load(
+            name,
+            profile=profile,
+            kv_memory=None if kv_memory is None else config.parse_size(kv_memory),
+            kv_disk=None if kv_disk is None else config.parse_disk_size(kv_disk),
+            cipher=cipher,
+            progress=progress,
+        )

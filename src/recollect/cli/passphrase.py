@@ -7,6 +7,7 @@ Asks for a passphrase on the terminal, where there is one, whatever stdin and st
 import os
 import sys
 from getpass import getpass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,6 +27,10 @@ EncryptOption = Annotated[
 ]
 
 
+_unlocked: "dict[Path, Cipher]" = {}
+"""A process is one command, which opens several files and asks once."""
+
+
 def unlock_home(*, encrypt: bool = False) -> "Cipher | None":
     """
     Return what reads and writes the data folder; None for one that is not encrypted.
@@ -37,9 +42,15 @@ def unlock_home(*, encrypt: bool = False) -> "Cipher | None":
         ConfigError: The passphrase is wrong, or there is nobody to ask for it. Nothing was changed.
         StoreError: The folder cannot be encrypted.
     """
+    home = config.home()
     if encrypt:
         return _encrypt(keyring=False)
-    return keyfile.unlock(ask=_ask if _has_terminal() else None)
+    if home in _unlocked and keyfile.is_encrypted(home):
+        return _unlocked[home]
+    cipher = keyfile.unlock(home, ask=_ask if _has_terminal() else None)
+    if cipher is not None:
+        _unlocked[home] = cipher
+    return cipher
 
 
 def encrypt(
@@ -65,7 +76,9 @@ def _encrypt(*, keyring: bool) -> "Cipher":
     from recollect.conversation.encryption import encrypt as encrypt_home  # noqa: PLC0415 - as above
 
     ask = _ask if keyfile.is_encrypted() else _ask_for_a_new_one
-    return encrypt_home(keyring=keyring, ask=ask if _has_terminal() else None)
+    cipher = encrypt_home(keyring=keyring, ask=ask if _has_terminal() else None)
+    _unlocked[config.home()] = cipher
+    return cipher
 
 
 def _ask() -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     ProgressColumn,
     SpinnerColumn,
     Task,
@@ -25,11 +26,11 @@ from recollect.types import Progress
 
 
 class _SizeColumn(ProgressColumn):
-    """Bytes done, for what is counted; nothing for what is only waited for."""
+    """Bytes or tokens done, for what is counted; nothing for what is only waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: DownloadColumn | MofNCompleteColumn) -> None:
         super().__init__()
-        self._sizes = DownloadColumn()
+        self._sizes = sizes
 
     def render(self, task: Task) -> Text:
         """Return the sizes as text."""
@@ -38,9 +39,13 @@ class _SizeColumn(ProgressColumn):
 
 
 @contextmanager
-def progress_bar(waiting: str) -> Iterator[Progress]:
+def progress_bar(waiting: str, *, tokens: bool = False) -> Iterator[Progress]:
     """
     Show a spinner beside *waiting*, and a bar for each thing that progress is reported of.
+
+    Args:
+        waiting: What is being done.
+        tokens: Whether tokens are counted, and not bytes.
 
     Yields:
         What to pass as `progress`.
@@ -50,7 +55,7 @@ def progress_bar(waiting: str) -> Iterator[Progress]:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
-        _SizeColumn(),
+        _SizeColumn(MofNCompleteColumn() if tokens else DownloadColumn()),
         TimeElapsedColumn(),
         console=console,
         transient=True,

@@ -22,7 +22,11 @@ from recollect.conversation.session import Session
 def talk(model: Model, session: Session) -> None:
     """Talk until the user leaves."""
     chat = Chat(model, Console(), session)
-    completer = WordsCompleter([PREFIX + name for name in COMMANDS], names=chat.sessions.keys)
+    completer = WordsCompleter(
+        [PREFIX + name for name in COMMANDS],
+        names=chat.sessions.keys,
+        names_after={f"{PREFIX}load": chat.checkpoint_names},
+    )
     prompt = make_prompt(_history(), completer)
 
     def prewarm(text: str) -> None:
@@ -56,11 +60,9 @@ def handle_line(chat: Chat, line: str) -> None:
 
 def _history() -> History:
     """Return what was typed before; in an encrypted folder that is nowhere."""
-    return (
-        InMemoryHistory()
-        if keyfile.is_encrypted()
-        else history_at(config.home() / config.HISTORY_NAME)
-    )
+    if keyfile.is_encrypted():
+        return InMemoryHistory()
+    return history_at(config.home() / config.HISTORY_NAME)
 
 
 def _message(text: str) -> str:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from recollect.cli.options import KvMemoryOption, ModelOption, ProfileOption, open_model
+from recollect.cli.options import (
+    KvMemoryOption,
+    ModelOption,
+    ProfileOption,
+    ProofKvDiskOption,
+    open_model,
+)
 
 if TYPE_CHECKING:  # imported by the command, so that `--help` does not wait for the runtime
     from recollect.proof.rewind_test import RewindResult
@@ -18,9 +24,10 @@ def rewind_test(
     model: ModelOption = "smollm2",
     profile: ProfileOption = "exact",
     kv_memory: KvMemoryOption = None,
+    kv_disk: ProofKvDiskOption = "0",
 ) -> None:
     """Ask three questions, rewind to after the first answer, and ask the second one again."""
-    with open_model(model, profile=profile, kv_memory=kv_memory) as loaded:
+    with open_model(model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk) as loaded:
         from recollect.proof.rewind_test import run_rewind_test  # noqa: PLC0415
 
         result = run_rewind_test(loaded)

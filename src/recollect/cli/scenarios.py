@@ -11,7 +11,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from recollect.cli.options import KvMemoryOption, ModelOption, ProfileOption, open_model
+from recollect.cli.options import (
+    KvMemoryOption,
+    ModelOption,
+    ProfileOption,
+    ProofKvDiskOption,
+    open_model,
+)
 from recollect.types import Profile
 
 if TYPE_CHECKING:  # imported by the command, so that `--help` does not wait for the runtime
@@ -22,6 +28,7 @@ def scenarios(
     model: ModelOption = "smollm2",
     profile: ProfileOption = "fast",
     kv_memory: KvMemoryOption = None,
+    kv_disk: ProofKvDiskOption = "0",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything there, too.")
     ] = None,
@@ -32,7 +39,7 @@ def scenarios(
     if json_file is not None:
         require_writable(json_file)
     console = Console(highlight=False)
-    with open_model(model, profile=profile, kv_memory=kv_memory) as loaded:
+    with open_model(model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk) as loaded:
         from recollect.proof.machine import machine_card  # noqa: PLC0415
         from recollect.proof.scenarios import load_scenarios, play_all  # noqa: PLC0415
 

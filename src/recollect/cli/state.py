@@ -17,7 +17,12 @@ from recollect.conversation.records import DEFAULT_TIP, require_name
 from recollect.conversation.reply import Reply, ReplyStream
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
-from recollect.errors import ConversationError, InvalidParameterError
+from recollect.errors import (
+    ConversationError,
+    InvalidParameterError,
+    StoreError,
+    UnknownNodeError,
+)
 from recollect.types import SamplingParams, Usage
 
 FIRST_SESSION: Final = DEFAULT_TIP
@@ -179,6 +184,27 @@ class Chat:
             self.sessions[name] = self.session.branch(name)
         return self.require_session(name)
 
+    def checkpoint_names(self) -> list[str]:
+        """Return what can be loaded; nothing where that cannot be known."""
+        try:
+            return [made.name for made in self.model.checkpoints()]
+        except StoreError:
+            return []
+
+    def load(self, checkpoint: str) -> None:
+        """
+        Go to a checkpoint: in this conversation, or in its own as a session of that name.
+
+        Raises:
+            UnknownCheckpointError: There is none of that name.
+            ConversationError: It is of another conversation, and there is a session of that name.
+        """
+        try:
+            self.session.return_to(checkpoint)
+        except UnknownNodeError:
+            name = "-".join(checkpoint.split())
+            self.add_session(name, lambda: self._resumed(checkpoint))
+
     def start_anew(self, system: str | None) -> str | None:
         """
         Begin another conversation under the current name.
@@ -203,6 +229,10 @@ class Chat:
         self.sessions[kept] = former
         return kept
 
+    def _resumed(self, checkpoint: str) -> Session:
+        overflow = self.session.overflow
+        return self.model.resume(checkpoint=checkpoint, params=self.params, overflow=overflow)
+
     def _starter(
         self, session: Session, text: str | None, params: SamplingParams | None
     ) -> Callable[[], ReplyStream]:
@@ -214,7 +244,7 @@ def usage_line(reply: Reply) -> str:
     usage = reply.usage
     parts = [_NOTES[reply.finish_reason], f"{usage.computed_tokens:,} new"]
     if usage.reused_tokens:
-        parts.append(f"{usage.reused_tokens:,} reused (memory)")
+        parts.append(f"{usage.reused_tokens:,} reused ({_whence(usage)})")
     parts.append(f"first token {format_duration(usage.ttft_s)}")
     if usage.decode_tps is not None:
         parts.append(f"{usage.decode_tps:,.0f} tok/s")
@@ -224,6 +254,14 @@ def usage_line(reply: Reply) -> str:
         turns = "turn is" if reply.dropped_turns == 1 else f"{reply.dropped_turns} turns are"
         parts.append(f"the oldest {turns} left out, the context is full")
     return " · ".join(part for part in parts if part)
+
+
+def _whence(usage: Usage) -> str:
+    """Return where the KV of the reused tokens came from."""
+    from_memory = usage.reused_tokens - usage.restored_tokens
+    if not usage.restored_tokens:
+        return "memory"
+    return f"{from_memory:,} memory, {usage.restored_tokens:,} disk" if from_memory else "disk"
 
 
 def format_duration(seconds: float) -> str:

@@ -32,6 +32,7 @@ def statistics(chat: Chat) -> list[tuple[str, str]]:
         ("saved", _saved(chat)),
         ("KV memory", memory),
         ("KV pressure", pressure),
+        *_disk(engine),
         ("process memory", format_bytes(psutil.Process().memory_info().rss)),
     ]
 
@@ -60,6 +61,23 @@ def _pressure(engine: Engine) -> str:
         f"{engine.cache.evicted_blocks:,} blocks evicted, {engine.preemptions:,} preemptions, "
         f"{pinned:,} blocks pinned"
     )
+
+
+def _disk(engine: Engine) -> list[tuple[str, str]]:
+    """Return what the tier below memory has done, and why it does nothing where that is so."""
+    if engine.tier is None:
+        return [("KV on disk", "none (--kv-disk 0)")]
+    tier = engine.tier.statistics()
+    work = (
+        f"{tier.restored_tokens:,} tokens restored in {format_duration(tier.restore_s)}, "
+        f"{tier.written_blocks:,} blocks written ({format_bytes(tier.written_bytes)}), "
+        f"{tier.evicted_blocks:,} evicted"
+    )
+    misses = ", ".join(f"{count:,} {reason}" for reason, count in tier.misses.items())
+    return [
+        ("KV on disk", work if tier.error is None else f"off. {printable(tier.error)}"),
+        *([("KV refused", f"{misses}: computed anew instead")] if misses else []),
+    ]
 
 
 def _saved(chat: Chat) -> str:

@@ -17,7 +17,7 @@ from recollect.conversation.tree import Node, Tree
 
 _SHORT: Final = 10
 """Fewest columns that a message gets, however narrow the terminal."""
-MARKS: Final[Mapping[Warmth, str]] = {"warm": "●", "partly": "◐", "cold": "○"}
+MARKS: Final[Mapping[Warmth, str]] = {"warm": "●", "disk": "◎", "partly": "◐", "cold": "○"}
 
 
 @dataclass(frozen=True, slots=True)

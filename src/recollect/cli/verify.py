@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recollect.cli.options import KvMemoryOption, ModelOption, ProfileOption, open_model
+from recollect.cli.options import (
+    KvMemoryOption,
+    ModelOption,
+    ProfileOption,
+    ProofKvDiskOption,
+    open_model,
+)
 from recollect.cli.progress import progress_bar
 
 if TYPE_CHECKING:  # imported by the command, so that `--help` does not wait for the runtime
@@ -28,9 +34,14 @@ def verify(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result there too.")
     ] = None,
     kv_memory: KvMemoryOption = None,
+    kv_disk: ProofKvDiskOption = "0",
 ) -> None:
-    """Hold random conversations, and compare each state with a fresh prefill of the same tokens."""
-    with open_model(model, profile=profile, kv_memory=kv_memory) as loaded:
+    """
+    Hold random conversations, and compare each state with a fresh prefill of the same tokens.
+
+    With --kv-disk they are also forgotten in memory and read back from disk.
+    """
+    with open_model(model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk) as loaded:
         from recollect.proof import verify as proof  # noqa: PLC0415
 
         with progress_bar("Verifying") as progress:

@@ -1,5 +1,5 @@
 """
-Which turns of a conversation have their KV in memory.
+Which turns of a conversation have their KV in memory, and which have it on disk.
 
 Pure: the caller measures; this decides where, and as seldom as it can: a measurement encodes
 everything up to a turn.
@@ -10,17 +10,20 @@ from typing import Final, Literal
 
 from recollect.conversation.tree import Node, Tree
 
-Warmth = Literal["warm", "partly", "cold"]
-"""Whether the tokens of a turn, message and reply, have KV: all, some or none."""
+Warmth = Literal["warm", "disk", "partly", "cold"]
+"""Whether the tokens of a turn, message and reply, have KV in memory: all, some or none; `disk`: not
+all in memory, but all there or on disk."""
 
 Measure = Callable[[Node], tuple[int, int]]
 """Returns how many tokens up to a node have KV, and how many there are."""
 
 MOST_MEASUREMENTS: Final = 200
-"""In one drawing, so that it is quick on a tree of many branches: the newest are looked at."""
+"""Of each kind in one drawing, so that it is quick on a tree of many branches: the newest are looked at."""
 
 
-def warmth(tree: Tree, measure: Measure, *, slack: int = 2) -> dict[int, Warmth]:
+def warmth(
+    tree: Tree, measure: Measure, *, stored: Measure | None = None, slack: int = 2
+) -> dict[int, Warmth]:
     """
     Return what is known of the replies in a tree, by their ids.
 
@@ -30,9 +33,20 @@ def warmth(tree: Tree, measure: Measure, *, slack: int = 2) -> dict[int, Warmth]
 
     Args:
         tree: The conversation.
-        measure: See `Measure`.
+        measure: Counts what is in memory.
+        stored: Counts what is in memory or on disk; None: nothing is on disk.
         slack: Tokens that may lack KV at the end of a warm turn.
     """
+    known = _states(tree, measure, slack)
+    if stored is not None and set(known.values()) - {"warm"}:
+        reach = _states(tree, stored, slack)
+        for node_id, state in known.items():
+            if state != "warm" and reach.get(node_id) == "warm":
+                known[node_id] = "disk"
+    return known
+
+
+def _states(tree: Tree, measure: Measure, slack: int) -> dict[int, Warmth]:
     counted = _Counted(measure, slack)
     known: dict[int, Warmth] = {}
     for node in reversed(list(tree.nodes())):  # children before parents, so branches from their end

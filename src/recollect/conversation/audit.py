@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final
 
+from recollect.conversation.labels import LABEL_COLUMNS, open_label
 from recollect.conversation.rows import CONVERSATION_COLUMNS, NODE_COLUMNS, is_sound, read_node
 from recollect.conversation.sealing import Sealing
 from recollect.conversation.statements import open_conversation, read_tip
@@ -61,6 +62,9 @@ def _sealed_names(connection: sqlite3.Connection, sealing: Sealing) -> Iterator[
     for row in connection.execute("SELECT conversation_id, name, node_id FROM tips"):
         if not _opens(partial(read_tip, sealing, *row)):
             yield f"a tip of conversation {row[0]} does not open with the key"
+    for row in connection.execute(f"SELECT {LABEL_COLUMNS} FROM labels"):  # noqa: S608
+        if not _opens(partial(open_label, sealing, row)):
+            yield f"the label {row[0]} does not open with the key"
 
 
 def _opens(read: Callable[[], object]) -> bool:

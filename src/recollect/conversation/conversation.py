@@ -4,12 +4,16 @@ One conversation: its tree, where it is kept, and how its messages are found aga
 What all sessions on it share. Knows no tokens' meaning and no KV.
 """
 
+import itertools
 import threading
 from collections.abc import Sequence
 
+from recollect.conversation.checkpoints import Spot
 from recollect.conversation.journal import Journal
 from recollect.conversation.matching import MessageIndex
+from recollect.conversation.messages import to_node
 from recollect.conversation.records import DEFAULT_TIP, NewNode, StoredConversation, require_name
+from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node, Tree
 from recollect.errors import ConversationError, NameTakenError
 from recollect.types import Message
@@ -27,7 +31,14 @@ class Conversation:
         2. Named tips are nodes of the tree.
     """
 
-    def __init__(self, *, model: str, fingerprint: str, index: MessageIndex | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        model: str,
+        fingerprint: str,
+        index: MessageIndex | None = None,
+        namespace: str = "",
+    ) -> None:
         self.tree = Tree()
         self.name: str | None = None
         """Under which it is kept; None: it goes when the program does."""
@@ -36,10 +47,12 @@ class Conversation:
         self._model = model
         self._fingerprint = fingerprint
         self._index = index
+        self._namespace = namespace
         self._journal: Journal | None = None
         self._record: int | None = None
         self._record_ids: dict[int, int] = {}  # node id to id in the journal
         self._tips: dict[str, Node] = {DEFAULT_TIP: self.tree.root}
+        self._tools: dict[int, Tools] = {}  # node id to what its reply could call
         self._lock = threading.Lock()
 
     @property
@@ -51,6 +64,21 @@ class Conversation:
     def is_kept(self) -> bool:
         """Return whether what is said goes to a journal."""
         return self._journal is not None
+
+    @property
+    def kept_as(self) -> int | None:
+        """Return its id in the journal; None until there is something to keep."""
+        return self._record
+
+    def kept_id(self, node: Node) -> int | None:
+        """Return the id of a node in the journal; None for the root and for what is not kept yet."""
+        return self._record_ids.get(node.id)
+
+    def kept_node(self, kept_id: int) -> Node | None:
+        """Return the node that has an id in the journal; None where it is not known here."""
+        with self._lock:
+            found = next((node for node, kept in self._record_ids.items() if kept == kept_id), None)
+        return None if found is None else self.tree.node(found)
 
     def keep_in(self, journal: Journal, name: str | None) -> None:
         """
@@ -100,6 +128,7 @@ class Conversation:
                 fingerprint=record.fingerprint,
                 finish_reason=record.finish_reason,
                 usage=record.usage,
+                links=record.links,
             )
             self._record_ids[nodes[record.id].id] = record.id
             self._find_later(nodes[record.id])
@@ -130,10 +159,30 @@ class Conversation:
             return node
 
     def add_unkept(self, parent: Node, message: Message) -> Node:
-        """Add a message that is kept only when something is said after it; return its node."""
+        """
+        Add a message that is kept only when something is said after it; return its node.
+
+        Raises:
+            InvalidParameterError: It lacks something. Nothing was changed.
+        """
+        new = to_node(message)
         with self._lock:
-            new = NewNode(role=message["role"], content=message["content"])
             return self._grow(parent, new, None)
+
+    def note_tools(self, reply: Node, tools: Tools) -> None:
+        """Remember, until the program ends, with which tools a reply was generated."""
+        self._tools[reply.id] = tools
+
+    def tools_change(self, node: Node, tools: Tools) -> str | None:
+        """
+        Return how tools differ from those that *node* was answered with before, in words.
+
+        Where it was not, from those of the last reply before it; None where none differ.
+        """
+        answers = [self._tools[child.id] for child in node.children if child.id in self._tools]
+        before = (self._tools[one.id] for one in reversed(node.path()) if one.id in self._tools)
+        changes = [tools.difference(one) for one in answers or itertools.islice(before, 1)]
+        return None if None in changes else next(iter(changes), None)
 
     def set_tip(self, name: str, node: Node) -> None:
         """
@@ -159,6 +208,30 @@ class Conversation:
             raise ConversationError(f"There is a branch {name!r} already: take another name.")
         self.set_tip(name, node)
 
+    def spot(self, node: Node) -> Spot:
+        """
+        Return where the journal has a node.
+
+        Raises:
+            ConversationError: It is not kept.
+        """
+        record_id = self._record_ids.get(node.id)
+        if self._journal is None:
+            raise ConversationError(
+                "This conversation is not kept, so nobody could come back to it: begin one that has "
+                "a name."
+            )
+        if self._record is None or record_id is None:
+            raise ConversationError("Nothing has been said here yet: say something first.")
+        return Spot(self._record, record_id, node.turns)
+
+    def node_at(self, conversation_id: int, record_id: int) -> Node | None:
+        """Return the node that the journal has there; None: it is of another conversation, or newer."""
+        if conversation_id != self._record:
+            return None
+        found = (node for node, record in self._record_ids.items() if record == record_id)
+        return next((self.tree.node(node) for node in found), None)
+
     def check(self) -> None:
         """
         Verify the invariants.
@@ -182,7 +255,12 @@ class Conversation:
             return [None] * len(messages)
         is_new = self._record is None
         if self._record is None:
-            info = self._journal.create(self.name, model=self._model, fingerprint=self._fingerprint)
+            info = self._journal.create(
+                self.name,
+                model=self._model,
+                fingerprint=self._fingerprint,
+                namespace=self._namespace,
+            )
             self.name, self._record = info.name, info.id
         elif self.other_model is not None:
             self._journal.set_model(self._record, model=self._model, fingerprint=self._fingerprint)
@@ -208,6 +286,7 @@ class Conversation:
             fingerprint=message.fingerprint,
             finish_reason=message.finish_reason,
             usage=message.usage,
+            links=message.links,
         )
         if record_id is not None:
             self._record_ids[node.id] = record_id
@@ -221,4 +300,4 @@ class Conversation:
 
 def _as_new(node: Node) -> NewNode:
     assert node.role is not None, "the root is not kept"
-    return NewNode(role=node.role, content=node.content)
+    return NewNode(role=node.role, content=node.content, links=node.links)

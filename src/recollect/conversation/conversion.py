@@ -8,6 +8,7 @@ import sqlite3
 from pathlib import Path
 
 from recollect.conversation.database import Database, corrupt_error
+from recollect.conversation.labels import seal_labels
 from recollect.conversation.rows import CONVERSATION_COLUMNS, NODE_COLUMNS, is_sound, seal_node
 from recollect.conversation.sealing import Sealing
 from recollect.conversation.statements import seal_conversation
@@ -53,6 +54,7 @@ def _seal_all(connection: sqlite3.Connection, sealing: Sealing, path: Path) -> N
     conversations = connection.execute(f"SELECT {CONVERSATION_COLUMNS} FROM conversations")  # noqa: S608
     for row in conversations.fetchall():
         seal_conversation(connection, row, plain, sealing)
+    seal_labels(connection, plain, sealing)
     for (node_id,) in connection.execute("SELECT id FROM nodes").fetchall():
         row = connection.execute(
             f"SELECT {NODE_COLUMNS} FROM nodes WHERE id = ?",  # noqa: S608

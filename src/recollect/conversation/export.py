@@ -7,18 +7,20 @@ Pure: values in, text out. What reads the JSON again is in `importing.py`.
 import json
 from typing import Any, Final
 
-from recollect.conversation.records import ConversationRecord, NodeRecord
+from recollect.conversation.records import ConversationRecord, NodeRecord, links_to_dict
 from recollect.errors import ConversationError
 from recollect.types import Role
 
 FORMAT_NAME: Final = "recollect-conversation"
-FORMAT_VERSION: Final = 1
-"""Grows with every change that an older recollect would misread."""
+FORMAT_VERSION: Final = 2
+"""Grows with every change that an older recollect would misread. Version 2 can have calls of tools;
+a conversation without them is written as version 1, which every recollect reads."""
 
 _SPEAKERS: Final[dict[Role, str]] = {
     "system": "Instructions",
     "user": "You",
     "assistant": "Assistant",
+    "tool": "Tool",
 }
 _ENDINGS: Final = {"length": "cut at the token limit", "cancelled": "stopped"}
 _PREVIEW: Final = 60
@@ -29,7 +31,7 @@ def to_json(conversation: ConversationRecord) -> str:
     """Return all of a conversation as JSON text: its tree, token ids, usage and tips."""
     fields = {
         "format": FORMAT_NAME,
-        "version": FORMAT_VERSION,
+        "version": FORMAT_VERSION if _has_tools(conversation) else 1,
         "name": conversation.name,
         "created_at": conversation.created_at.isoformat(),
         "updated_at": conversation.updated_at.isoformat(),
@@ -72,7 +74,12 @@ def to_markdown(conversation: ConversationRecord, *, tip: str | None = None) -> 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _has_tools(conversation: ConversationRecord) -> bool:
+    return any(node.role == "tool" or node.links is not None for node in conversation.nodes)
+
+
 def _node(node: NodeRecord) -> dict[str, Any]:
+    links = {} if node.links is None else {"links": links_to_dict(node.links)}
     return {
         "id": node.id,
         "parent": node.parent_id,
@@ -83,6 +90,7 @@ def _node(node: NodeRecord) -> dict[str, Any]:
         "usage": node.usage,
         "created_at": node.created_at.isoformat(),
         "fingerprint": node.fingerprint,
+        **links,
     }
 
 

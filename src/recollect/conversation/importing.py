@@ -20,6 +20,7 @@ from recollect.conversation.records import (
     require_text,
 )
 from recollect.errors import ConversationError, ConversationFileError
+from recollect.types import ToolLinks
 
 _REMEDY: Final = "export the conversation again with `recollect conversations export --format json`"
 _KINDS: Final[dict[type, str]] = {str: "text", list: "a list", dict: "an object"}
@@ -41,9 +42,9 @@ def from_json(text: str) -> ConversationRecord:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT_NAME:
         _refuse("there is no conversation in it")
     version = fields.get("version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ConversationFileError(
-            f"This file has version {version!r} and only {FORMAT_VERSION} is known: update "
+            f"This file has version {version!r} and 1 to {FORMAT_VERSION} are known: update "
             "recollect, or export the conversation again with the one installed here."
         )
     nodes = _nodes(_field(fields, "nodes", list, "the file"))
@@ -103,6 +104,20 @@ def _node(value: dict[str, Any], where: str) -> NodeRecord:
         usage=_usage(value, where),
         created_at=_moment(value, "created_at", where),
         fingerprint=None if fingerprint is None else _text(value, "fingerprint", where),
+        links=_links(value, where),
+    )
+
+
+def _links(value: dict[str, Any], where: str) -> ToolLinks | None:
+    fields = _optional(value, "links", dict, where)
+    if fields is None:
+        return None
+    call_ids = _optional(fields, "call_ids", list, where) or []
+    texts = {str(number): call_id for number, call_id in enumerate(call_ids)}
+    return ToolLinks(
+        call_ids=tuple(_text(texts, number, where) for number in texts),
+        tool_call_id=_text(fields, "tool_call_id", where) if "tool_call_id" in fields else None,
+        name=_text(fields, "name", where) if "name" in fields else None,
     )
 
 

@@ -15,6 +15,7 @@ from recollect.cipher import Cipher
 from recollect.conversation import audit
 from recollect.conversation.conversion import match_key
 from recollect.conversation.database import BUSY_TIMEOUT_S, Database
+from recollect.conversation.labels import Label, labels_of, read_label, write_label
 from recollect.conversation.records import (
     ConversationInfo,
     ConversationRecord,
@@ -58,7 +59,7 @@ class Journal:
         3. Only replies have token ids.
         4. Nodes and tips belong to conversations, and tips stand at nodes of theirs.
         5. What is read is what was written: each node has a checksum.
-        6. With a cipher, texts, token ids, usage and all names lie sealed in the file.
+        6. With a cipher, texts, token ids, usage, tool calls, notes and names lie sealed in the file.
     """
 
     def __init__(self, database: Database, sealing: Sealing) -> None:
@@ -106,17 +107,19 @@ class Journal:
         """Return where the file is."""
         return self._database.path
 
-    def conversations(self) -> list[ConversationInfo]:
+    def conversations(self, namespace: str = "") -> list[ConversationInfo]:
         """
-        Return all conversations, the one that was used last first.
+        Return all conversations of a namespace, the one that was used last first.
 
         Raises:
             StoreError: The file cannot be read.
         """
         with self._reading() as connection:
-            return conversation_infos(connection, self._sealing, self.path)
+            return conversation_infos(connection, self._sealing, self.path, namespace=namespace)
 
-    def create(self, name: str | None = None, *, model: str, fingerprint: str) -> ConversationInfo:
+    def create(
+        self, name: str | None = None, *, model: str, fingerprint: str, namespace: str = ""
+    ) -> ConversationInfo:
         """
         Begin a conversation.
 
@@ -124,6 +127,7 @@ class Journal:
             name: None: today's date, with a number where there is such a one already.
             model: What the user calls the model.
             fingerprint: Of that model.
+            namespace: Who may see it. Names are unique across all of them.
 
         Raises:
             NameTakenError: Another conversation goes by that name.
@@ -131,7 +135,10 @@ class Journal:
             StoreError: It cannot be written.
         """
         empty = _empty_record(
-            _today() if name is None else name, model=model, fingerprint=fingerprint
+            _today() if name is None else name,
+            model=model,
+            fingerprint=fingerprint,
+            namespace=namespace,
         )
         with self._writing() as connection:
             conversation_id = insert_conversation(
@@ -230,18 +237,18 @@ class Journal:
             touch(connection, conversation_id, datetime.now(UTC))
             write_model(connection, self._sealing, conversation_id, model, fingerprint)
 
-    def load(self, name_or_id: str | int) -> StoredConversation:
+    def load(self, name_or_id: str | int, *, namespace: str = "") -> StoredConversation:
         """
         Return a whole conversation, by its name or its id.
 
         Raises:
-            UnknownConversationError: There is none.
+            UnknownConversationError: There is none in that namespace.
             StoreCorruptError: What is there is not what was written.
             StoreVersionError: A newer version wrote it.
             StoreError: The file cannot be read.
         """
         with self._reading() as connection:
-            row = find_conversation(connection, self._sealing, name_or_id)
+            row = find_conversation(connection, self._sealing, name_or_id, namespace)
             nodes = tuple(read_nodes(connection, self._sealing, row[0], self.path))
             tips = read_tips(connection, self._sealing, row[0])
             return stored_conversation(row, nodes, tips, self.path)
@@ -256,21 +263,22 @@ class Journal:
         """
         require_name(name)
         with self._writing() as connection:
-            conversation_id = find_conversation(connection, self._sealing, name_or_id)[0]
+            conversation_id = find_conversation(connection, self._sealing, name_or_id, "")[0]
             require_free(connection, self._sealing, name, but=conversation_id)
             write_name(connection, self._sealing, conversation_id, name)
 
-    def delete(self, name_or_id: str | int) -> None:
+    def delete(self, name_or_id: str | int, *, namespace: str = "") -> None:
         """
         Delete a conversation with all its branches, and overwrite what it said in the file.
 
         Raises:
-            UnknownConversationError: There is none.
+            UnknownConversationError: There is none in that namespace.
             StoreError: It cannot be written.
         """
         with self._writing() as connection:
-            conversation_id = find_conversation(connection, self._sealing, name_or_id)[0]
+            conversation_id = find_conversation(connection, self._sealing, name_or_id, namespace)[0]
             for statement in (
+                "DELETE FROM labels WHERE conversation_id = ?",
                 "DELETE FROM tips WHERE conversation_id = ?",
                 # All nodes in one statement: their references to each other are checked at its end.
                 "DELETE FROM nodes WHERE conversation_id = ?",
@@ -279,6 +287,56 @@ class Journal:
                 connection.execute(statement, (conversation_id,))
         # Until the log is cut, it still holds the pages as they were.
         self._database.empty_log()
+
+    def tips(self, conversation_id: int) -> dict[str, int | None]:
+        """
+        Return where the tips of a conversation stand; None is the root.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with self._reading() as connection:
+            return read_tips(connection, self._sealing, conversation_id)
+
+    def set_label(self, label: Label) -> None:
+        """
+        Give a conversation, or a node of it, a name for others; it replaces one of that name.
+
+        Raises:
+            UnknownConversationError, UnknownNodeError, StoreError: As `append`.
+        """
+        with self._writing() as connection:
+            write_label(connection, self._sealing, label)
+
+    def find_label(self, name: str, *, namespace: str = "") -> Label | None:
+        """
+        Return a label of a conversation in a namespace; None where there is none.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with self._reading() as connection:
+            return read_label(connection, self._sealing, name, namespace)
+
+    def labels(self, conversation_id: int) -> list[Label]:
+        """
+        Return all labels of a conversation and of its nodes.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with self._reading() as connection:
+            return labels_of(connection, self._sealing, conversation_id)
+
+    def delete_label(self, name: str) -> None:
+        """
+        Forget a label, but not what it named.
+
+        Raises:
+            StoreError: It cannot be written.
+        """
+        with self._writing() as connection:
+            connection.execute("DELETE FROM labels WHERE label = ?", (name,))
 
     def check(self) -> list[str]:
         """
@@ -321,8 +379,13 @@ def _today() -> str:
     return datetime.now().astimezone().date().isoformat()
 
 
-def _empty_record(name: str, *, model: str, fingerprint: str) -> ConversationRecord:
+def _empty_record(name: str, *, model: str, fingerprint: str, namespace: str) -> ConversationRecord:
     now = datetime.now(UTC)
     return ConversationRecord(
-        name=name, created_at=now, updated_at=now, model=model, fingerprint=fingerprint
+        name=name,
+        created_at=now,
+        updated_at=now,
+        model=model,
+        fingerprint=fingerprint,
+        namespace=namespace,
     )

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from recollect.conversation.messages import to_node
+from recollect.conversation.records import NewNode
 from recollect.conversation.tree import ROOT_KEY, Node, message_key
 from recollect.types import Message, common_prefix_length
 
@@ -88,8 +90,8 @@ class MessageIndex:
         found = None
         key = ROOT_KEY
         with self._lock:
-            for count, message in enumerate(messages, 1):
-                key = message_key(key, message["role"], message["content"])
+            for count, message in enumerate(map(to_node, messages), 1):
+                key = message_key(key, message.role, message.content, message.links)
                 if key not in self._nodes:
                     break
                 self._nodes.move_to_end(key)
@@ -109,22 +111,20 @@ class MessageIndex:
             return self._changed_instructions(messages)
         if found.messages == len(messages):
             return None
-        message = messages[found.messages]
-        siblings = [node for node in found.node.children if node.role == message["role"]]
+        message = to_node(messages[found.messages])
+        siblings = [node for node in found.node.children if node.role == message.role]
         if not siblings:
             return None
         # An edit rarely changes the start, so the likeliest origin begins like the message.
-        origin = max(
-            siblings, key=lambda node: common_prefix_length(node.content, message["content"])
-        )
+        origin = max(siblings, key=lambda node: common_prefix_length(node.content, message.content))
         return _describe(found.messages, origin, message)
 
     def _changed_instructions(self, messages: Sequence[Message]) -> Change | None:
         """Return how the system message differs from that of a conversation with the same first question."""
         if len(messages) < 2 or messages[0]["role"] != "system":
             return None
-        known = self._after_system.get(messages[1]["content"])
-        return None if known is None else _describe(0, known, messages[0])
+        known = self._after_system.get(to_node(messages[1]).content)
+        return None if known is None else _describe(0, known, to_node(messages[0]))
 
     def check(self) -> None:
         """
@@ -139,12 +139,12 @@ class MessageIndex:
             conversation.tree.require(node)
 
 
-def _describe(index: int, known: Node, message: Message) -> Change:
+def _describe(index: int, known: Node, message: NewNode) -> Change:
     """Return what differs between a known message and the one in its place."""
-    start = common_prefix_length(known.content, message["content"])
+    start = common_prefix_length(known.content, message.content)
     return Change(
         message=index,
-        role=message["role"],
+        role=message.role,
         was=known.content[start : start + _SHOWN_CHARACTERS],
-        is_now=message["content"][start : start + _SHOWN_CHARACTERS],
+        is_now=message.content[start : start + _SHOWN_CHARACTERS],
     )

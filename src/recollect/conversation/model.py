@@ -5,35 +5,40 @@ The one place where a model on disk, a runtime, a pool and a tokenizer are put t
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from recollect import config, keyfile
-from recollect.cipher import Cipher
+from recollect.cipher import KV_PURPOSE, Cipher
+from recollect.conversation.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+)
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.matching import MessageIndex
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, require_name
 from recollect.conversation.session import Session
+from recollect.conversation.tools import Tools
+from recollect.conversation.warming import Warmed, warm
 from recollect.conversation.window import Overflow
 from recollect.engine.engine import Engine
-from recollect.errors import ConfigError, ConversationError, UnknownConversationError
-from recollect.kv.blocks import blocks_for
+from recollect.engine.grammar import Grammars
+from recollect.engine.pinning import require_tier
+from recollect.engine.sizing import pool_size
+from recollect.errors import ConversationError, UnknownConversationError
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.models.local import LocalModel
 from recollect.models.prepare import prepare
 from recollect.models.template import ChatTemplate
 from recollect.models.tokenizer import Tokenizer, load_tokenizer
-from recollect.runtime.base import PagedRuntime, RuntimeInfo
+from recollect.runtime.base import PagedRuntime
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
 
 DEFAULT_MODEL: Final = "smollm2"
-CONTEXTS_IN_POOL: Final = 4
-"""By default the pool holds at most this many full contexts: one conversation, and room for its
-branches and for others. Pages that are never written take no memory."""
 
 
 class Model:
@@ -89,7 +94,10 @@ class Model:
             fingerprint=local.fingerprint,
             store=store,
         )
+        self.grammars: Final = Grammars(self.tokenizer, vocab_size=runtime.info.vocab_size)
+        """Of which a `Generator` follows one, where its parameters name one."""
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
+        self.engine.start()
 
     @property
     def context_length(self) -> int:
@@ -104,6 +112,16 @@ class Model:
                 self._journal = Journal.open(self._home / JOURNAL_NAME, cipher=self._cipher)
             return self._journal
 
+    @property
+    def places(self) -> Checkpoints:
+        """
+        Return what keeps checkpoints.
+
+        Raises:
+            StoreError: No KV is kept on disk here, or the journal cannot be used.
+        """
+        return Checkpoints(require_tier(self.engine).store, self.journal)
+
     def session(
         self,
         system: str | None = None,
@@ -113,6 +131,9 @@ class Model:
         keep: bool = False,
         name: str | None = None,
         overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Session:
         """
         Begin a conversation.
@@ -124,11 +145,17 @@ class Model:
             keep: Whether turns are kept in the journal, from the first on.
             name: Of the conversation in the journal, and then it is kept; None: the journal finds one.
             overflow: What happens when the context is full.
+            tools: What replies may call, each as OpenAI's API describes one; needs the extra
+                `recollect[grammar]`.
+            tool_choice: `none`, `auto`, `required`, or the name of the tool that is called.
+            parallel_tool_calls: Whether one reply may have several calls.
 
         Raises:
+            InvalidParameterError: A tool cannot be one, or the choice is none.
             NameTakenError: There is a conversation of that name.
             StoreError: The journal cannot be used.
         """
+        offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         conversation = self._conversation(namespace)
         if keep or name is not None:
             conversation.keep_in(self.journal, None if name is None else require_name(name))
@@ -144,6 +171,7 @@ class Model:
             namespace=namespace,
             name=DEFAULT_TIP,
             overflow=overflow,
+            tools=offered,
         )
 
     def session_from(
@@ -153,22 +181,26 @@ class Model:
         params: SamplingParams | None = None,
         namespace: str = "",
         overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Session:
         """
         Return a session at the end of messages that came as text.
 
         What of them is known from an earlier session of the namespace is taken over as it was
-        generated. `respond(None)` answers the last one, if it is a user's.
+        generated. `respond(None)` answers the last one, if it is a user's or a tool's.
 
         Args:
             messages: The whole conversation, from the first on.
-            params: As in `session`.
-            namespace: As in `session`.
-            overflow: As in `session`.
+            params, namespace, overflow, tools, tool_choice, parallel_tool_calls: As in `session`.
 
         Raises:
             ConversationError: There are no messages.
+            InvalidParameterError: A message lacks something, a tool cannot be one, or the choice is
+                none.
         """
+        offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         if not messages:
             raise ConversationError("There are no messages: give at least one.")
         with self._lock:
@@ -190,6 +222,7 @@ class Model:
             namespace=namespace,
             overflow=overflow,
             change=change,
+            tools=offered,
         )
 
     def sessions(self) -> list[ConversationInfo]:
@@ -201,41 +234,109 @@ class Model:
         name: str | None = None,
         *,
         tip: str = DEFAULT_TIP,
+        checkpoint: str | None = None,
         params: SamplingParams | None = None,
         overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Session:
         """
         Go on with a conversation that is kept.
 
         Args:
-            name: None: the one used last.
+            name: None: that of the checkpoint, or the one used last.
             tip: At which of its named tips.
-            params: As in `session`.
-            overflow: As in `session`.
+            checkpoint: To which the tip is moved then; None: it stays where it is.
+            params, overflow, tools, tool_choice, parallel_tool_calls: As in `session`.
 
         Raises:
+            InvalidParameterError: A tool cannot be one, or the choice is none.
             UnknownConversationError: There is none of that name, or none at all.
             ConversationError: It has no such tip.
+            UnknownCheckpointError: There is no checkpoint of that name.
+            UnknownNodeError: It is of another conversation than *name*.
         """
+        offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
+        if name is None and checkpoint is not None:
+            name = self.places.find(checkpoint).conversation
         if name is None:
             kept = self.sessions()
             if not kept:
                 raise UnknownConversationError("No conversation is kept yet: start one first.")
             name = kept[0].name
-        conversation = self._conversation("")
-        conversation.load(self.journal, self.journal.load(name))
+        conversation = self.conversation(name)
         if tip not in conversation.tips:
             raise ConversationError(
                 f"{name!r} has no branch {tip!r}: choose one of {', '.join(conversation.tips)}."
             )
-        return Session(
+        session = Session(
             self,
             conversation,
             conversation.tips[tip],
             params or SamplingParams(),
             name=tip,
             overflow=overflow,
+            tools=offered,
         )
+        if checkpoint is not None:
+            session.return_to(checkpoint)
+        return session
+
+    def warm(
+        self,
+        text: str = "",
+        *,
+        system: str | None = None,
+        name: str,
+        progress: Progress = no_progress,
+    ) -> Warmed:
+        """
+        Read a text once and keep its KV on disk, so that first messages which begin so start warm.
+
+        Args:
+            text: What they begin with; empty: only the instructions.
+            system: Instructions before it.
+            name: Of what is kept; a text that has changed takes the place of the one before.
+            progress: Called with tokens while they are read.
+
+        Raises:
+            NameTakenError: Something else is kept under that name.
+            StoreError: No KV is kept on disk here, or there is no room for it.
+            ContextFullError: It does not fit the context.
+        """
+        return warm(self, text, system=system, name=name, progress=progress)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """
+        Return the places that `Session.checkpoint` has kept, by name; also those of other models.
+
+        Raises:
+            StoreError: No KV is kept on disk here, or it cannot be read.
+        """
+        return self.places.all()
+
+    def drop_checkpoint(self, name: str) -> None:
+        """
+        Let the KV of a checkpoint be evicted; the conversation stays as it is.
+
+        Raises:
+            UnknownCheckpointError: There is none of that name.
+            StoreError: No KV is kept on disk here, or it cannot be written.
+        """
+        self.places.drop(name)
+
+    def conversation(self, name_or_id: str | int, *, namespace: str = "") -> Conversation:
+        """
+        Return a conversation that is kept; its messages can be found again from now on.
+
+        Raises:
+            UnknownConversationError: There is none in that namespace.
+        """
+        conversation = self._conversation(namespace)
+        stored = self.journal.load(name_or_id, namespace=namespace)
+        conversation.load(self.journal, stored)
+        return conversation
 
     def close(self) -> None:
         """Give all memory back; its sessions can still be read, not continued."""
@@ -250,6 +351,7 @@ class Model:
             model=self.name,
             fingerprint=self.weights_fingerprint,
             index=self._index(namespace),
+            namespace=namespace,
         )
 
     def _index(self, namespace: str) -> MessageIndex:
@@ -277,11 +379,12 @@ def load(
     Return a model that is ready to talk, after fetching and converting it where that is needed.
 
     Args:
-        model: A name in the catalog, a `.gguf` file, an OpenVINO folder, `org/repo:file` on the
-            hub, or `reference`, which needs no weights and talks nonsense.
-        profile: `exact`, `fast` or `small`; see ARCHITECTURE.md.
+        model: A name in the catalog, a `.gguf` file, an OpenVINO or ONNX GenAI folder,
+            `org/repo:file` on the hub, or `reference`, which needs no weights and talks nonsense.
+        profile: `exact`, `fast` or `small`; see ARCHITECTURE.md. An ONNX GenAI folder computes in
+            the precision that it was converted with, whatever the profile.
         kv_memory: Most bytes of KV; None: a quarter of the free memory, at most what
-            `CONTEXTS_IN_POOL` full contexts need.
+            four full contexts need.
         kv_disk: Most bytes of KV on disk, shared by all models of the home; 0: none is kept. None:
             10 GB or a tenth of the free disk, whichever is smaller.
         store: Where KV is kept on disk instead, open; closed with the model.
@@ -327,27 +430,8 @@ def _store(home: Path, kv_disk: int | None, cipher: Cipher | None) -> DiskStore 
         if kv_disk is None
         else config.require_disk_size(kv_disk)
     )
-    sealer = None if cipher is None else cipher.for_purpose("kv")
+    sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
     return DiskStore(folder, budget_bytes=budget, sealer=sealer) if budget else None
-
-
-def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
-    """
-    Return how many blocks a memory budget in bytes holds.
-
-    Raises:
-        ConfigError: Not even one.
-    """
-    if kv_memory is None:
-        blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)
-        budget = config.default_kv_memory_bytes()
-        return max(1, min(budget // info.bytes_per_block, blocks_of_contexts))
-    blocks = kv_memory // info.bytes_per_block
-    if blocks < 1:
-        raise ConfigError(
-            f"{kv_memory:,} bytes hold no KV block: give at least {info.bytes_per_block:,}."
-        )
-    return blocks
 
 
 def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:
@@ -355,6 +439,10 @@ def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:
         return ReferenceRuntime(
             vocab_size=load_tokenizer(local).vocab_size, context_length=local.context_length
         )
+    if local.format == "onnx-genai":
+        from recollect.runtime.genai import GenAiRuntime  # noqa: PLC0415 - as below
+
+        return GenAiRuntime(local.folder, context_length=local.context_length)
     # Here and not above: it takes half a second, which `recollect --help` need not wait for.
     from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415
 

@@ -8,15 +8,17 @@ session's to find out.
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 from recollect.conversation.tree import Node
 from recollect.models.template import ChatTemplate
 from recollect.models.tokenizer import Tokenizer
 from recollect.types import Message
+
+ToolSchemas = Sequence[Mapping[str, Any]]
 
 _ENCODED_SEGMENTS: Final = 4096
 """Segments whose encoding is remembered: two a turn, so thousands of turns in all sessions together."""
@@ -56,13 +58,16 @@ class PromptEncoder:
         self._reply_mark = f"reply{secrets.token_hex(12)}x"
         self._typed_mark = f"typed{secrets.token_hex(12)}x"
 
-    def encode(self, path: Sequence[Node], said: str | None = None) -> Prompt:
+    def encode(
+        self, path: Sequence[Node], said: str | None = None, tools: ToolSchemas = ()
+    ) -> Prompt:
         """
         Return the ids of the messages and of the start of the reply to them.
 
         Args:
             path: Messages from the first on.
             said: A user's message after those, which is no node yet.
+            tools: What the model may call, as the template expects it.
 
         Raises:
             TemplateError: The template refuses the conversation.
@@ -70,11 +75,11 @@ class PromptEncoder:
         new: list[Message] = [] if said is None else [{"role": "user", "content": said}]
 
         def render(messages: list[Message]) -> str:
-            return self._template.render([*messages, *new], add_generation_prompt=True)
+            return self._template.render([*messages, *new], add_generation_prompt=True, tools=tools)
 
         return self._encode_path(path, render)
 
-    def encode_typed(self, path: Sequence[Node], typed: str) -> Prompt:
+    def encode_typed(self, path: Sequence[Node], typed: str, tools: ToolSchemas = ()) -> Prompt:
         """
         Return the ids of the messages and of a user's message that is still being typed.
 
@@ -86,13 +91,15 @@ class PromptEncoder:
         last: Message = {"role": "user", "content": self._typed_mark}
 
         def render(messages: list[Message]) -> str:
-            text = self._template.render([*messages, last], add_generation_prompt=False)
+            text = self._template.render(
+                [*messages, last], add_generation_prompt=False, tools=tools
+            )
             return text.partition(self._typed_mark)[0] + typed
 
         return self._encode_path(path, render)
 
     def _encode_path(self, path: Sequence[Node], render: Callable[[list[Message]], str]) -> Prompt:
-        messages = [node.message() for node in path]
+        messages = [node.written_message() for node in path]
         replies = [node for node in path if node.role == "assistant"]
         text = render(messages)
         segments = render([self._marked(message) for message in messages]).split(self._reply_mark)

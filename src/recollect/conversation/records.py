@@ -12,9 +12,9 @@ from datetime import datetime
 from typing import Any, Final
 
 from recollect.errors import ConversationError
-from recollect.types import FinishReason, Role
+from recollect.types import FinishReason, Role, ToolLinks
 
-ROLES: Final[tuple[Role, ...]] = ("system", "user", "assistant")
+ROLES: Final[tuple[Role, ...]] = ("system", "user", "assistant", "tool")
 FINISH_REASONS: Final[tuple[FinishReason, ...]] = ("stop", "length", "cancelled")
 DEFAULT_TIP: Final = "main"
 MAX_NAME: Final = 100
@@ -36,6 +36,8 @@ class NewNode:
     """As `Usage.to_dict` gives it: kept and given back as it is, whatever fields a version has."""
     fingerprint: str | None = None
     """Of the model that generated the token ids: with another one they mean something else."""
+    links: ToolLinks | None = None
+    """How it hangs together with calls of tools; None where it does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,7 @@ class NodeRecord:
     usage: dict[str, Any] | None
     created_at: datetime
     fingerprint: str | None
+    links: ToolLinks | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,8 @@ class ConversationRecord:
     """Of that model."""
     nodes: tuple[NodeRecord, ...] = ()
     tips: dict[str, int | None] = field(default_factory=dict)
+    namespace: str = ""
+    """Who may see it; empty: the user of this machine."""
 
     @property
     def turns(self) -> int:
@@ -156,6 +161,23 @@ def require_text(content: str) -> bytes:
             f"Character {error.start} of the message is half a character, which cannot be kept: "
             "remove it, or give the text as UTF-8."
         ) from None
+
+
+def links_to_dict(links: ToolLinks) -> dict[str, Any]:
+    """Return links as plain JSON values, without those that say nothing."""
+    fields = {
+        "call_ids": list(links.call_ids) or None,
+        "tool_call_id": links.tool_call_id,
+        "name": links.name,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def links_from_dict(fields: Mapping[str, Any]) -> ToolLinks:
+    """Return the links in plain JSON values of ours."""
+    return ToolLinks(
+        tuple(fields.get("call_ids", ())), fields.get("tool_call_id"), fields.get("name")
+    )
 
 
 def pack_token_ids(token_ids: Sequence[int]) -> bytes:

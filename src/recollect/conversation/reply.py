@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from recollect.conversation.records import NewNode
 from recollect.conversation.tree import Node
 from recollect.engine.reply import ReplyGeneration
 from recollect.errors import ConversationError
-from recollect.types import FinishReason, Usage
+from recollect.models.tool_calls import Event, TextDelta, ToolCallParser
+from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,12 @@ class Reply:
     node: Node
     dropped_turns: int = 0
     """Oldest turns that were left out because the context was full."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """How likely each token was; None where `SamplingParams.logprobs` is."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """What the model calls, where the session offers tools: those of the calls that are whole."""
+    content: str = ""
+    """What is said beside the calls; `text` has all that the model wrote."""
 
     def __str__(self) -> str:
         return self.text
@@ -45,8 +51,10 @@ class ReplyStream:
         *,
         keep: Callable[[], Reply | None],
         free_session: Callable[[], None],
+        parser: ToolCallParser | None = None,
     ) -> None:
         self._generation = generation
+        self._parser = parser
         self._keep = keep
         self._closed = False
         # Also where the stream is forgotten without ever having been read.
@@ -59,11 +67,34 @@ class ReplyStream:
         """Return how many tokens of the prompt have KV, and how many there are."""
         return self._generation.prefilled_tokens, self._generation.prompt_tokens
 
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """
+        Return how likely the tokens of the pieces so far were; None where nobody asked.
+
+        It only grows: what is new after a piece belongs to that piece and those before it. A token
+        comes once all of its text has, the last ones when the reply has ended.
+        """
+        return self._generation.logprobs
+
     def __iter__(self) -> Iterator[str]:
         try:
             yield from self._generation
         finally:
             self.close()
+
+    def events(self) -> Iterator[Event]:
+        """
+        Read the reply as text and calls of tools, both as they are generated.
+
+        The ids of the calls are those in the reply. Without tools there is text alone.
+        """
+        if self._parser is None:
+            yield from map(TextDelta, self)
+            return
+        for piece in self:
+            yield from self._parser.push(piece)
+        yield from self._parser.finish()
 
     def read(self) -> Reply:
         """
@@ -104,18 +135,6 @@ class ReplyStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def as_new_node(generation: ReplyGeneration, usage: Usage, fingerprint: str) -> NewNode:
-    """Return a reply that has ended as what is to be kept of it."""
-    return NewNode(
-        role="assistant",
-        content=generation.text,
-        token_ids=generation.token_ids,
-        fingerprint=fingerprint,
-        finish_reason=generation.finish_reason,
-        usage=usage.to_dict(),
-    )
 
 
 def _give_up(generation: ReplyGeneration, free_session: Callable[[], None]) -> None:

@@ -19,12 +19,14 @@ from recollect.conversation.records import (
     NodeRecord,
     StoredConversation,
     checksum,
+    links_from_dict,
+    links_to_dict,
     pack_token_ids,
     require_text,
     unpack_token_ids,
 )
 from recollect.conversation.schema import NODE_FORMAT
-from recollect.conversation.sealing import Sealing
+from recollect.conversation.sealing import Place, Sealing
 from recollect.errors import StoreVersionError
 
 Row = tuple[Any, ...]
@@ -32,13 +34,16 @@ Row = tuple[Any, ...]
 
 _HEAD: Final = "conversation_id, parent_id, role, finish_reason, created_at, fingerprint"
 _HEAD_LENGTH: Final = len(_HEAD.split(", "))
-_SEALED: Final = ("usage", "token_ids", "content")
+_SEALED: Final = ("usage", "token_ids", "content", "links")
+"""Columns that tell what was said; `links` is the last because rows of version 1 had none."""
 _CHECKED: Final = f"{_HEAD}, {', '.join(_SEALED)}"
 _INSERT: Final = (
-    f"INSERT INTO nodes (id, {_CHECKED}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+    f"INSERT INTO nodes (id, {_CHECKED}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
 )
 NODE_COLUMNS: Final = f"id, checksum, {_CHECKED}"
-CONVERSATION_COLUMNS: Final = "id, name, created_at, updated_at, model, fingerprint, format"
+CONVERSATION_COLUMNS: Final = (
+    "id, name, created_at, updated_at, model, fingerprint, format, namespace"
+)
 
 
 def time_text(moment: datetime) -> str:
@@ -79,17 +84,19 @@ def insert_node(
     require_text(node.content)
     usage = None if node.usage is None else json.dumps(dict(node.usage), allow_nan=False)
     token_ids = None if node.token_ids is None else pack_token_ids(node.token_ids)
+    links = None if node.links is None else json.dumps(links_to_dict(node.links))
     moment, reason = time_text(created_at), node.finish_reason
     head = (conversation_id, parent_id, node.role, reason, moment, node.fingerprint)
     node_id = next_id(connection, "nodes")
-    values = (*head, *sealed_columns(sealing, (node_id, *head), (usage, token_ids, node.content)))
-    connection.execute(_INSERT, (node_id, *values, checksum(*values)))
+    said = (usage, token_ids, node.content, links)
+    values = (*head, *sealed_columns(sealing, (node_id, *head), said))
+    connection.execute(_INSERT, (node_id, *values, _checksum(values)))
     return node_id
 
 
 def sealed_columns(sealing: Sealing, place: Row, columns: Row) -> Row:
     """
-    Return a node's usage, token ids and content as they are kept.
+    Return a node's usage, token ids, content and links as they are kept.
 
     Args:
         sealing: Of the journal.
@@ -97,9 +104,15 @@ def sealed_columns(sealing: Sealing, place: Row, columns: Row) -> Row:
         columns: Those that tell what was said.
     """
     return tuple(
-        None if value is None else sealing.seal(value, ("nodes", column, *place))
+        None if value is None else sealing.seal(value, _place(column, place, columns))
         for column, value in zip(_SEALED, columns, strict=True)
     )
+
+
+def _place(column: str, row: Row, columns: Row) -> Place:
+    """Return what a value is bound to; also which of the others are there, so that none can be taken out."""
+    there = "".join("0" if value is None else "1" for value in columns)
+    return ("nodes", column, *row, there)
 
 
 def seal_node(connection: sqlite3.Connection, sealing: Sealing, row: Row) -> None:
@@ -108,8 +121,9 @@ def seal_node(connection: sqlite3.Connection, sealing: Sealing, row: Row) -> Non
     head, plain = values[:_HEAD_LENGTH], values[_HEAD_LENGTH:]
     sealed = sealed_columns(sealing, (node_id, *head), tuple(plain))
     connection.execute(
-        "UPDATE nodes SET usage = ?, token_ids = ?, content = ?, checksum = ? WHERE id = ?",
-        (*sealed, checksum(*head, *sealed), node_id),
+        "UPDATE nodes SET usage = ?, token_ids = ?, content = ?, links = ?, checksum = ? "
+        "WHERE id = ?",
+        (*sealed, _checksum((*head, *sealed)), node_id),
     )
 
 
@@ -139,7 +153,12 @@ def read_nodes(
 
 def is_sound(row: Row) -> bool:
     """Return whether a row of `NODE_COLUMNS` is what was written."""
-    return bool(row[1] == checksum(*row[2:]))
+    return bool(row[1] == _checksum(row[2:]))
+
+
+def _checksum(values: Row) -> int:
+    """Return the checksum of `_CHECKED`; without links that of version 1, which had no such column."""
+    return checksum(*values) if values[-1] is not None else checksum(*values[:-1])
 
 
 def read_node(row: Row, sealing: Sealing) -> NodeRecord:
@@ -149,11 +168,12 @@ def read_node(row: Row, sealing: Sealing) -> NodeRecord:
     Raises:
         StoreCorruptError: It was sealed elsewhere, or with another key.
     """
-    (node_id, _, _, parent_id, role, finish, created_at, fingerprint, usage, token_ids, text) = row
+    node_id, _, _, parent_id, role, finish, created_at, fingerprint, *sealed = row
+    usage, token_ids, text, links = sealed
     rest, what = (node_id, *row[2 : 2 + _HEAD_LENGTH]), f"node {node_id}"
 
-    def place(column: str) -> Row:
-        return ("nodes", column, *rest)
+    def place(column: str) -> Place:
+        return _place(column, rest, tuple(sealed))
 
     return NodeRecord(
         id=node_id,
@@ -167,6 +187,9 @@ def read_node(row: Row, sealing: Sealing) -> NodeRecord:
         usage=None if usage is None else json.loads(sealing.read_text(usage, place("usage"), what)),
         created_at=datetime.fromisoformat(created_at),
         fingerprint=fingerprint,
+        links=None
+        if links is None
+        else links_from_dict(json.loads(sealing.read_text(links, place("links"), what))),
     )
 
 
@@ -179,7 +202,7 @@ def conversation_info(
     Raises:
         StoreCorruptError: It holds no times.
     """
-    conversation_id, name, created_at, updated_at, model, fingerprint, _ = row
+    conversation_id, name, created_at, updated_at, model, fingerprint, *_ = row
     return ConversationInfo(
         id=conversation_id,
         name=name,
@@ -206,7 +229,7 @@ def stored_conversation(
         StoreVersionError: A newer version wrote its nodes.
         StoreCorruptError: It holds no times, or a tip stands at no node of it.
     """
-    conversation_id, name, created_at, updated_at, model, fingerprint, node_format = row
+    conversation_id, name, created_at, updated_at, model, fingerprint, node_format, namespace = row
     if node_format > NODE_FORMAT:
         raise StoreVersionError(
             f"A newer recollect wrote the conversation {name!r}: update recollect to read it."
@@ -224,6 +247,7 @@ def stored_conversation(
         fingerprint=fingerprint,
         nodes=nodes,
         tips=dict(tips),
+        namespace=namespace,
     )
 
 

@@ -72,6 +72,65 @@ def _create_tables(connection: sqlite3.Connection) -> None:
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
 
+# A check cannot be altered, so the table is made anew. Source: "Making Other Kinds Of Table Schema
+# Changes" in SQLite's documentation of ALTER TABLE; references to `nodes` go by name and stay.
+_TOOLS: Final = (
+    """
+    CREATE TABLE new_nodes (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        conversation_id INTEGER NOT NULL REFERENCES conversations (id),
+        parent_id INTEGER CHECK (parent_id < id),  -- NULL under the root
+        role TEXT NOT NULL CHECK (role IN ('system', 'user', 'assistant', 'tool')),
+        finish_reason TEXT,
+        created_at TEXT NOT NULL,
+        fingerprint TEXT,
+        checksum INTEGER NOT NULL,
+        usage TEXT,  -- JSON
+        links TEXT,  -- JSON: how it hangs together with calls of tools
+        token_ids BLOB,
+        content TEXT NOT NULL,
+        CHECK (token_ids IS NULL OR (role = 'assistant' AND length(token_ids) % 4 = 0)),
+        UNIQUE (conversation_id, id),
+        FOREIGN KEY (conversation_id, parent_id) REFERENCES nodes (conversation_id, id)
+    )
+    """,
+    """
+    INSERT INTO new_nodes
+    SELECT id, conversation_id, parent_id, role, finish_reason, created_at, fingerprint, checksum,
+        usage, NULL, token_ids, content
+    FROM nodes
+    """,
+    # The largest id ever given, which can be that of a node that was deleted.
+    "DELETE FROM sqlite_sequence WHERE name = 'new_nodes'",
+    "INSERT INTO sqlite_sequence SELECT 'new_nodes', seq FROM sqlite_sequence WHERE name = 'nodes'",
+    "DROP TABLE nodes",
+    "ALTER TABLE new_nodes RENAME TO nodes",
+    "CREATE INDEX children ON nodes (conversation_id, parent_id)",
+)
+
+
+def _let_tools_speak(connection: sqlite3.Connection) -> None:
+    for statement in _TOOLS:
+        connection.execute(statement)
+
+
+def _add_namespaces_and_labels(connection: sqlite3.Connection) -> None:
+    connection.execute("ALTER TABLE conversations ADD COLUMN namespace TEXT NOT NULL DEFAULT ''")
+    # Names that a server gives out. A table of its own, so that one can come and go without
+    # touching what was said.
+    connection.execute(
+        """
+        CREATE TABLE labels (
+            label TEXT PRIMARY KEY,
+            conversation_id INTEGER NOT NULL REFERENCES conversations (id),
+            node_id INTEGER,  -- NULL: of the conversation itself
+            note TEXT NOT NULL  -- JSON
+        ) WITHOUT ROWID
+        """
+    )
+    connection.execute("CREATE INDEX labels_of_conversations ON labels (conversation_id, node_id)")
+
+
 def _add_encryption(connection: sqlite3.Connection) -> None:
     # One row in an encrypted journal, none in another. What is sealed lies in the columns that it
     # always had, as a BLOB; they are NOT NULL and of no type that refuses one.
@@ -85,7 +144,12 @@ def _add_encryption(connection: sqlite3.Connection) -> None:
     )
 
 
-MIGRATIONS: Final[tuple[Migration, ...]] = (_create_tables, _add_encryption)
+MIGRATIONS: Final[tuple[Migration, ...]] = (
+    _create_tables,
+    _let_tools_speak,
+    _add_namespaces_and_labels,
+    _add_encryption,
+)
 """The n-th brings a file from version n to n + 1; what has been released is never changed."""
 
 

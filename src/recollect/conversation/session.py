@@ -6,29 +6,32 @@ turns: each turn asks for the token ids that its place in the tree means, and fi
 cache what any earlier work left of them. So no operation on the tree can leave the KV behind.
 """
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
+from recollect.conversation.checkpoints import Checkpoint
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.idle import IdleWork
 from recollect.conversation.matching import Change
-from recollect.conversation.reason import Expectation, explained
-from recollect.conversation.records import NewNode
-from recollect.conversation.reply import Reply, ReplyStream, as_new_node
-from recollect.conversation.tree import Node, Tree
-from recollect.conversation.window import Overflow, Window, turn_starts
+from recollect.conversation.place import ANSWERED, Place
+from recollect.conversation.prompting import Prompting
+from recollect.conversation.reason import Expectation
+from recollect.conversation.records import require_name
+from recollect.conversation.reply import Reply, ReplyStream
+from recollect.conversation.tools import NO_TOOLS, Tools
+from recollect.conversation.tree import Node
+from recollect.conversation.turn import Turn
+from recollect.conversation.window import Overflow
 from recollect.engine.generator import Generator
+from recollect.engine.pinning import pin_on_disk
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (
     ContextFullError,
     ConversationError,
-    RewindError,
-    SessionBusyError,
     TemplateError,
+    UnknownNodeError,
 )
 from recollect.types import Message, SamplingParams
 
@@ -37,7 +40,7 @@ if TYPE_CHECKING:  # a model makes sessions, so the import would be a circle
     from recollect.kv.prefix import CachedBlock
 
 
-class Session:
+class Session(Place):
     """
     A place in a conversation's tree.
 
@@ -45,7 +48,7 @@ class Session:
     Forks share the conversation and nothing else.
 
     Invariants:
-        1. The tip is a node of the tree.
+        1. All of `Place`.
         2. Between turns the session holds no blocks, but for those that `pin` keeps.
     """
 
@@ -60,49 +63,36 @@ class Session:
         name: str | None = None,
         overflow: Overflow = "error",
         change: Change | None = None,
+        tools: Tools = NO_TOOLS,
     ) -> None:
+        super().__init__(conversation, tip, name=name, change=change)
         self._model = model
-        self._tip = tip
         self._namespace = namespace
-        self._change = change
-        self._busy = threading.Lock()
         self._idle = IdleWork(model.engine)
         self._pinned: list[CachedBlock] = []
-        self._window = Window()
-        self.conversation = conversation
-        self.name = name
-        """The conversation's named tip that moves with this session; None: none does."""
+        self._prompting = Prompting(model.engine, model.prompts, namespace)
         self.params = params
         self.overflow = overflow
+        self.tools = tools
+        """What replies may call from now on; `dataclasses.replace` gives another choice."""
 
     @property
-    def tip(self) -> Node:
-        """Return the node at which the session stands."""
-        return self._tip
-
-    @property
-    def tree(self) -> Tree:
-        """Return all messages in all branches."""
-        return self.conversation.tree
-
-    def path(self) -> list[Node]:
-        """Return the messages up to the tip."""
-        return self._tip.path()
-
-    def transcript(self) -> list[Message]:
-        """Return the messages up to the tip as plain values."""
-        return [node.message() for node in self.path()]
+    def namespace(self) -> str:
+        """Return within which KV is shared."""
+        return self._namespace
 
     def stream(self, text: str | None, *, params: SamplingParams | None = None) -> ReplyStream:
         """
         Say something, and return the reply as it is generated.
 
         Args:
-            text: The message; None to have the tip answered, which then is a user's message.
+            text: The message; None to have the tip answered, which then is a user's message or
+                what a tool gave back.
             params: How to sample this reply; None: as the session does.
 
         Raises:
             ConversationError: There is nothing to answer, or a reply is being generated already.
+            ConfigError: A parameter, a grammar or a tool cannot be used; the subclass says why.
             TemplateError: The template refuses the conversation.
             ContextFullError: It does not fit the context.
             OutOfBlocksError: It does not fit the KV memory; raised by the first piece.
@@ -113,6 +103,19 @@ class Session:
     def respond(self, text: str | None, *, params: SamplingParams | None = None) -> Reply:
         """Say something and return the whole reply; see `stream`."""
         return self.stream(text, params=params).read()
+
+    def add(self, message: Message) -> Node:
+        """
+        Add a message that something else is said after, such as what a tool gave back.
+
+        It is kept with the next reply.
+
+        Raises:
+            InvalidParameterError: It lacks something. The conversation is as it was.
+        """
+        with self._exclusively():
+            self._tip = self.conversation.add_unkept(self._tip, message)
+            return self._tip
 
     def regenerate(self, *, params: SamplingParams | None = None) -> Reply:
         """
@@ -138,51 +141,6 @@ class Session:
                 f"{node!r} is not a user's message, and only those can be edited."
             )
         return self._stream(node.parent, text, params).read()
-
-    def last_user(self) -> Node:
-        """
-        Return the user's message that the tip answers, or the tip if it is one.
-
-        Raises:
-            ConversationError: Nobody has said anything yet.
-        """
-        for node in reversed(self.path()):
-            if node.role == "user":
-                return node
-        raise ConversationError("Nothing has been said yet: say something first.")
-
-    def rewind(self, node: Node) -> None:
-        """
-        Go to a node of the tree, in any branch; costs no forward pass.
-
-        Raises:
-            UnknownNodeError: It is not a node of this conversation. Nothing was changed.
-            StoreError: The journal cannot keep it. Nothing was changed.
-        """
-        self.tree.require(node)
-        with self._exclusively():
-            if self.name is not None:
-                self.conversation.set_tip(self.name, node)
-            self._tip = node
-            self._change = None
-
-    def undo(self, turns: int = 1) -> Node:
-        """
-        Go back by that many turns and return the new tip; they stay in the tree.
-
-        Raises:
-            RewindError: There are not as many. Nothing was changed.
-        """
-        asked = [node for node in self.path() if node.role == "user"]
-        if not 1 <= turns <= len(asked):
-            raise RewindError(
-                f"Cannot undo {turns} turns: the conversation has {len(asked)}; "
-                "give a number between 1 and that."
-            )
-        parent = asked[-turns].parent
-        assert parent is not None, "a user's message has a parent"
-        self.rewind(parent)
-        return parent
 
     def fork(self, node: Node | None = None, *, name: str | None = None) -> "Session":
         """
@@ -238,11 +196,55 @@ class Session:
             finally:
                 self._busy.release()
 
-    def warm_tokens(self, node: Node | None = None) -> tuple[int, int]:
-        """Return how many tokens up to a node, or to the tip, have KV in memory, and how many there are."""
-        path = self._window.shown((node or self._tip).path())
-        ids = self._model.prompts.encode_typed(path, "").token_ids
-        return self._model.engine.warm_tokens(ids, self._namespace), len(ids)
+    def typed_ids(self, node: Node | None = None) -> list[int]:
+        """Return the token ids up to where a message after a node, or after the tip, begins."""
+        return self._prompting.typing(node or self._tip, "", self.tools)
+
+    def warm_tokens(self, node: Node | None = None, *, on_disk: bool = False) -> tuple[int, int]:
+        """
+        Return how many tokens up to a node, or to the tip, have KV, and how many there are.
+
+        In memory, or with *on_disk* in memory or there.
+        """
+        ids = self.typed_ids(node)
+        return self._model.engine.warm_tokens(ids, self._namespace, on_disk=on_disk), len(ids)
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """
+        Keep the KV up to the tip on disk, whatever else needs room, for `return_to` to come back.
+
+        Computes what is not there. Until `Model.drop_checkpoint`, also in other processes.
+
+        Raises:
+            NameTakenError: There is such a checkpoint, or something else is kept under that name.
+            ConversationError: The conversation is not kept, or that cannot be a name.
+            StoreError: No KV is kept on disk, or there is no room for this.
+                In each case nothing is kept, and the conversation is as it was.
+        """
+        require_name(name, "checkpoint")
+        with self._exclusively():
+            engine, places = self._model.engine, self._model.places
+            facts = places.facts(self.conversation.spot(self._tip))
+            ids = self.typed_ids()
+            pin_on_disk(engine, ids, self._namespace, name=name, about=facts)
+            return places.find(name)
+
+    def return_to(self, name: str) -> None:
+        """
+        Go to a checkpoint of this conversation, as `rewind` does.
+
+        Raises:
+            UnknownCheckpointError: There is none of that name.
+            UnknownNodeError: It is of another conversation. Nothing was changed.
+        """
+        found = self._model.places.find(name)
+        node = self.conversation.node_at(found.conversation_id, found.node_id)
+        if node is None:
+            raise UnknownNodeError(
+                f"The checkpoint {name!r} is not in this conversation: resume at it "
+                f"(`recollect chat --checkpoint`, or `resume` with `checkpoint`)."
+            )
+        self.rewind(node)
 
     def pin(self) -> None:
         """
@@ -251,8 +253,7 @@ class Session:
         Computes what is not there. Until `unpin`, or another `pin`.
         """
         self.prewarm()
-        ids = self._model.prompts.encode_typed(self.path(), "").token_ids
-        pinned = self._model.engine.pin(ids, self._namespace)
+        pinned = self._model.engine.pin(self.typed_ids(), self._namespace)
         self.unpin()
         self._pinned = pinned
 
@@ -273,10 +274,7 @@ class Session:
         self.close()
 
     def _begin(self) -> None:
-        if not self._busy.acquire(blocking=False):
-            raise SessionBusyError(
-                "A reply is being generated in this session: read it to its end or stop it first."
-            )
+        super()._begin()
         try:
             self._idle.stop()
         except BaseException:  # an interrupt while waiting
@@ -292,15 +290,8 @@ class Session:
             namespace=self._namespace,
             name=name,
             overflow=self.overflow,
+            tools=self.tools,
         )
-
-    @contextmanager
-    def _exclusively(self) -> Iterator[None]:
-        self._begin()
-        try:
-            yield
-        finally:
-            self._busy.release()
 
     def _stream(
         self, at: Node | None, text: str | None, params: SamplingParams | None
@@ -315,77 +306,54 @@ class Session:
 
     def _turn(self, at: Node, text: str | None, params: SamplingParams) -> ReplyStream:
         """Have a reply begun; the tree and the tip stay as they are."""
-        if text is None and at.role != "user":
+        if text is None and at.role not in ANSWERED:
             raise ConversationError("There is no message to answer: say something.")
-        path = self._fitting_path(at, text)
-        prompt = self._model.prompts.encode(path, text)
-        engine = self._model.engine
-        generator = Generator(engine, params, sequence=self._sequence(prompt.token_ids))
+        tools, engine = self.tools, self._model.engine
+        prompt, dropped = self._prompting.asking(at, text, tools, self.overflow)
+        bare_names = tools.bare_names(params.grammar)
+        if tools.schemas:
+            params = replace(params, grammar=tools.grammar(params.grammar))
+        sequence = self._prompting.sequence(prompt.token_ids)
+        generator = Generator(engine, params, sequence=sequence, grammars=self._model.grammars)
+        expected = Expectation(
+            prompt,
+            engine.keep_multiple_of,
+            self._change if at is self._tip else None,
+            self.conversation.tools_change(at, tools),
+        )
         generation = ReplyGeneration(engine, generator, self._model.tokenizer)
-        dropped = len(turn_starts(at.path())) - len(turn_starts(path))
-        change = self._change if at is self._tip else None
-        expected = Expectation(prompt, engine.keep_multiple_of, change)
+        turn = Turn(at, text, generation, expected, tools, dropped, bare_names)
         generation.start()
-        keep = partial(self._finish, generation, at, text, expected, dropped)
-        return ReplyStream(generation, keep=keep, free_session=self._busy.release)
+        return ReplyStream(
+            generation,
+            keep=partial(self._finish, turn),
+            free_session=self._busy.release,
+            parser=turn.new_parser(),
+        )
 
-    def _finish(
-        self,
-        generation: ReplyGeneration,
-        at: Node,
-        said: str | None,
-        expected: Expectation,
-        dropped: int,
-    ) -> Reply | None:
+    def _finish(self, turn: Turn) -> Reply | None:
         """
         Keep a reply that has ended, and go to it; an edit that was broken off is kept beside.
 
         Returns:
             None where nothing was said; the conversation is then as it was.
         """
-        generation.release()
-        reason = generation.finish_reason
-        assert reason is not None, "it has ended"
-        if not generation.text and reason == "cancelled":
+        turn.generation.release()
+        is_whole = turn.finish_reason != "cancelled"
+        if not turn.generation.text and not is_whole:
             return None
-        usage = explained(generation.usage(), expected)
-        asked = [] if said is None else [NewNode(role="user", content=said)]
-        replied = as_new_node(generation, usage, self._model.weights_fingerprint)
-        goes_there = at is self._tip or reason != "cancelled"
-        name = self.name if goes_there else None
-        node = self.conversation.add(at, [*asked, replied], tip=name)
+        usage = turn.usage()
+        goes_there = turn.at is self._tip or is_whole
+        messages = turn.messages(usage, self._model.weights_fingerprint)
+        node = self.conversation.add(turn.at, messages, tip=self.name if goes_there else None)
+        self.conversation.note_tools(node, turn.tools)
         if goes_there:
             self._tip, self._change = node, None
         self._start_idle_work()
-        return Reply(generation.text, reason, usage, node, dropped)
-
-    def _fitting_path(self, at: Node, said: str | None) -> list[Node]:
-        """Return the messages that the prompt is made of: all, or those that still fit."""
-
-        def measure(messages: Sequence[Node]) -> int:
-            return len(self._model.prompts.encode(messages, said).token_ids)
-
-        limit = self._model.context_length
-        return self._window.fitting(at.path(), limit, measure, self.overflow)
-
-    def _sequence(self, token_ids: list[int]) -> TokenSequence:
-        """
-        Return a sequence with this history.
-
-        Raises:
-            ContextFullError: It leaves no place for a reply.
-        """
-        limit = self._model.context_length
-        needed = len(token_ids) + 1
-        if needed > limit:
-            raise ContextFullError(needed=needed, limit=limit)
-        sequence = self._model.engine.new_sequence(self._namespace)
-        sequence.append(token_ids)
-        return sequence
+        return turn.reply(usage, node)
 
     def _typed(self, text: str) -> TokenSequence:
-        path = self._window.shown(self.path())
-        return self._sequence(self._model.prompts.encode_typed(path, text).token_ids)
+        return self._prompting.sequence(self._prompting.typing(self._tip, text, self.tools))
 
     def _start_idle_work(self, text: str = "") -> None:
         """Compute a message being typed, or what the template puts before it, while nobody waits."""

@@ -23,10 +23,15 @@ from recollect.errors import NameTakenError, UnknownConversationError, UnknownNo
 
 
 def conversation_infos(
-    connection: sqlite3.Connection, sealing: Sealing, path: Path, only_id: int | None = None
+    connection: sqlite3.Connection,
+    sealing: Sealing,
+    path: Path,
+    only_id: int | None = None,
+    *,
+    namespace: str = "",
 ) -> list[ConversationInfo]:
     """
-    Return what a list says of all conversations, or of one; last used first.
+    Return what a list says of all conversations of a namespace, or of one; last used first.
 
     Raises:
         StoreCorruptError: What is there is not what was written.
@@ -42,10 +47,11 @@ def conversation_infos(
         f"SELECT {columns}, "  # noqa: S608 - names of ours, no values
         "count(CASE WHEN n.role = 'assistant' THEN 1 END), coalesce(sum("
         "length(CAST(n.content AS BLOB)) + coalesce(length(n.token_ids), 0)), 0) - "
-        "?2 * (count(n.content) + count(n.token_ids)) "
+        "?3 * (count(n.content) + count(n.token_ids)) "
         "FROM conversations c LEFT JOIN nodes n ON n.conversation_id = c.id "
-        "WHERE ?1 IS NULL OR c.id = ?1 GROUP BY c.id ORDER BY c.updated_at DESC, c.id DESC",
-        (only_id, sealing.overhead_bytes),
+        "WHERE c.id = ?1 OR (?1 IS NULL AND c.namespace = ?2) "
+        "GROUP BY c.id ORDER BY c.updated_at DESC, c.id DESC",
+        (only_id, namespace, sealing.overhead_bytes),
     )
     return [
         conversation_info(
@@ -88,18 +94,18 @@ def open_conversation(sealing: Sealing, row: Row) -> Row:
     Raises:
         StoreCorruptError: They are not what was written.
     """
-    conversation_id, name, created_at, updated_at, model, fingerprint, node_format = row
+    conversation_id, name, created_at, updated_at, model, fingerprint, *rest = row
     what = f"conversation {conversation_id}"
     name = sealing.read_text(name, _name_place(conversation_id), what)
     model = sealing.read_text(model, _model_place(conversation_id, fingerprint), what)
-    return (conversation_id, name, created_at, updated_at, model, fingerprint, node_format)
+    return (conversation_id, name, created_at, updated_at, model, fingerprint, *rest)
 
 
 def seal_conversation(
     connection: sqlite3.Connection, row: Row, plain: Sealing, sealing: Sealing
 ) -> None:
     """Seal the names in a plain row of `CONVERSATION_COLUMNS`, and its tips."""
-    conversation_id, name, _, _, model, fingerprint, _ = open_conversation(plain, row)
+    conversation_id, name, _, _, model, fingerprint, *_ = open_conversation(plain, row)
     tips = read_tips(connection, plain, conversation_id)
     write_name(connection, sealing, conversation_id, name)
     write_model(connection, sealing, conversation_id, model, fingerprint)
@@ -134,7 +140,7 @@ def insert_conversation(
     created = next_id(connection, "conversations")
     model = text_to_keep(conversation.model)
     connection.execute(
-        f"INSERT INTO conversations ({CONVERSATION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+        f"INSERT INTO conversations ({CONVERSATION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
         (
             created,
             sealing.seal(wanted, _name_place(created)),
@@ -143,6 +149,7 @@ def insert_conversation(
             sealing.seal(model, _model_place(created, conversation.fingerprint)),
             conversation.fingerprint,
             NODE_FORMAT,
+            conversation.namespace,
         ),
     )
     return created
@@ -204,13 +211,13 @@ def require_free(
 
 
 def find_conversation(
-    connection: sqlite3.Connection, sealing: Sealing, name_or_id: str | int
+    connection: sqlite3.Connection, sealing: Sealing, name_or_id: str | int, namespace: str
 ) -> Row:
     """
     Return the row of a conversation, in `CONVERSATION_COLUMNS`, with its names open.
 
     Raises:
-        UnknownConversationError: There is none.
+        UnknownConversationError: There is none in that namespace.
     """
     wanted = (
         _ids_by_name(connection, sealing).get(name_or_id)
@@ -218,8 +225,8 @@ def find_conversation(
         else name_or_id
     )
     row: Row | None = connection.execute(
-        f"SELECT {CONVERSATION_COLUMNS} FROM conversations WHERE id = ?",  # noqa: S608
-        (wanted,),
+        f"SELECT {CONVERSATION_COLUMNS} FROM conversations WHERE id = ? AND namespace = ?",  # noqa: S608
+        (wanted, namespace),
     ).fetchone()
     if row is None:
         raise UnknownConversationError(

@@ -10,17 +10,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from recollect.conversation.messages import as_written, canonical, to_message
 from recollect.errors import UnknownNodeError
-from recollect.types import FinishReason, Message, Role
+from recollect.types import FinishReason, Message, Role, ToolLinks
 
 ROOT_KEY: Final = b""
 
 
-def message_key(parent: bytes, role: Role, content: str) -> bytes:
-    """Return the name of a message in its place: a hash of what came before, its role and its text."""
-    head = f"{role}:{len(content)}:".encode()
+def message_key(parent: bytes, role: Role, content: str, links: ToolLinks | None = None) -> bytes:
+    """Return the name of a message in its place: a hash of what came before and what it says."""
+    text = canonical(role, content, links)
+    head = f"{role}:{len(text)}:".encode()
     return hashlib.blake2b(
-        parent + head + content.encode("utf-8", "surrogatepass"), digest_size=16
+        parent + head + text.encode("utf-8", "surrogatepass"), digest_size=16
     ).digest()
 
 
@@ -45,6 +47,8 @@ class Node:
     finish_reason: FinishReason | None = None
     usage: Mapping[str, Any] | None = None
     """As `Usage.to_dict` gives it."""
+    links: ToolLinks | None = None
+    """How the message hangs together with calls of tools; None where it does not."""
     children: list["Node"] = field(default_factory=list)
 
     def path(self) -> list["Node"]:
@@ -61,9 +65,14 @@ class Node:
         return sum(node.role == "assistant" for node in self.path())
 
     def message(self) -> Message:
-        """Return the message as templates expect it."""
+        """Return the message as clients send it, with calls of tools beside the text."""
         assert self.role is not None, "the root is no message"
-        return {"role": self.role, "content": self.content}
+        return to_message(self.role, self.content, self.links)
+
+    def written_message(self) -> Message:
+        """Return the message as templates get it, with calls of tools as the model wrote them."""
+        assert self.role is not None, "the root is no message"
+        return as_written(self.role, self.content, self.links)
 
     def __repr__(self) -> str:
         return f"Node({self.id}, {self.role}, {self.content[:30]!r})"
@@ -77,7 +86,7 @@ class Tree:
         1. Every node but the root is among the children of its parent, once.
         2. Ids are unique and grow from parent to child.
         3. Only replies have token ids, and those name the model that generated them.
-        4. A key is that of the parent, the role and the text.
+        4. A key is that of the parent, the role, the text and, of what a tool gave back, its call.
     """
 
     def __init__(self) -> None:
@@ -127,6 +136,7 @@ class Tree:
         fingerprint: str | None = None,
         finish_reason: FinishReason | None = None,
         usage: Mapping[str, Any] | None = None,
+        links: ToolLinks | None = None,
     ) -> Node:
         """Add a message after *parent* and return its node."""
         self.require(parent)
@@ -135,11 +145,12 @@ class Tree:
             parent=parent,
             role=role,
             content=content,
-            key=message_key(parent.key, role, content),
+            key=message_key(parent.key, role, content, links),
             token_ids=token_ids,
             fingerprint=fingerprint,
             finish_reason=finish_reason,
             usage=usage,
+            links=links,
         )
         self._nodes[node.id] = node
         parent.children.append(node)
@@ -164,7 +175,7 @@ class Tree:
                     f"{child!r} by whom"
                 )
                 assert child.role is not None, f"{child!r} is a second root"
-                key = message_key(node.key, child.role, child.content)
+                key = message_key(node.key, child.role, child.content, child.links)
                 assert child.key == key, f"{child!r} has the key of another"
                 reached.add(child.id)
                 pending.append(child)

@@ -10,6 +10,7 @@ import weakref
 from array import array
 from collections.abc import Collection
 from collections.abc import Sequence as Tokens
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -29,8 +30,6 @@ from recollect.runtime.base import PagedRuntime
 
 _LINGER_S: Final = 2.0
 """How long the thread waits for work before it ends; the next task starts another."""
-_MOST_RESTORE_S: Final = 0.05
-"""How long others wait while one is read from disk, roughly: less than for a chunk of its prefill."""
 
 
 class Engine:
@@ -39,13 +38,11 @@ class Engine:
 
     Any thread may submit tasks and wait for them. Forward passes and the callbacks of tasks run on
     the engine's own thread. Bookkeeping happens under `lock`, which is not held during a forward
-    pass, so that a fork or a rewind never waits for one.
+    pass, so that a fork or a rewind never waits for one. A store, where there is one, keeps blocks
+    below memory, and is closed with the engine.
 
-    Invariants:
-        1. All of `BlockPool`, over the tables of the sequences that are alive and the cache.
-        2. All of `PrefixCache`.
-        3. All of `Sequence`, for each of them.
-        4. All of `Scheduler`.
+    Invariants: all of `BlockPool`, over the tables of the sequences that are alive, the cache and
+    what is being written to the store; of `PrefixCache`, of each `Sequence`, and of `Scheduler`.
     """
 
     def __init__(
@@ -57,26 +54,16 @@ class Engine:
         fingerprint: str = "",
         store: DiskStore | None = None,
     ) -> None:
-        """
-        Take over a runtime, and allocate its blocks.
-
-        Args:
-            runtime: Nobody else uses it from now on.
-            num_blocks: Of KV, in memory.
-            eos_token_ids: Tokens that end a reply.
-            fingerprint: Of the model.
-            store: Where blocks are kept below memory; closed with the engine. None: nowhere.
-        """
         self._runtime = runtime
-        info = runtime.info
         runtime.allocate(num_blocks)
-        self.info = info
+        self.info = info = runtime.info
         self.block_size = info.block_size
         self.keep_multiple_of = info.block_size if info.whole_blocks_only else 1
         self.eos_token_ids = frozenset(eos_token_ids)
         self.lock = threading.RLock()
         """Held while block tables, pool and cache change."""
         self._pool = BlockPool(num_blocks, info.block_size)
+        self._scheduler = Scheduler(info.block_size, info.most_rows)
         self._passes = ForwardPasses(runtime, keep_multiple_of=self.keep_multiple_of)
         self._tier: DiskTier | None = None
         identity = Identity(fingerprint, info.name, info.kv_format)
@@ -87,18 +74,21 @@ class Engine:
             secret=b"" if sealer is None else sealer.name_secret,
             on_new=self._note_new,
         )
-        if store is not None and info.has_block_bytes:
+        if store is not None and not info.has_block_bytes:
+            store.close()
+        elif store is not None:
             self._tier = DiskTier(store, identity, runtime, self._pool, self._cache, self.lock)
-        self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
-        self._scheduler = Scheduler(info.block_size)
         self._room = Room(
             self._scheduler,
             self._pool,
             self._cache,
+            restores=self._tier is not None,
             fail=lambda task, error: self._end(task, "failed", error),
         )
+        self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         self._work = threading.Condition(self.lock)
         self._thread: threading.Thread | None = None
+        self._warm = threading.Event()
         self._passing = False
         self._closed = False
         # A thread in a forward pass when the interpreter ends would abort the process, and whoever
@@ -158,13 +148,17 @@ class Engine:
             self._sequences.add(sequence)
         return sequence
 
-    def warm_tokens(self, token_ids: Tokens[int], namespace: str | None = "") -> int:
-        """Return how many leading tokens the cache has KV for; counts as a use of it."""
+    def warm_tokens(
+        self, token_ids: Tokens[int], namespace: str | None = "", *, on_disk: bool = False
+    ) -> int:
+        """Return how many leading tokens have KV in memory, or with *on_disk* there; counts as a use."""
         if namespace is None:
             return 0
         with self.lock:
-            match = self._match(token_ids, namespace)
-            return len(match.full) * self.block_size + match.partial_tokens
+            match, root = self._match(token_ids, namespace), self._cache.root(namespace)
+        if on_disk and self._tier is not None:
+            return self._tier.stored_tokens(match, root, token_ids)
+        return len(match.full) * self.block_size + match.partial_tokens
 
     def pin(self, token_ids: Tokens[int], namespace: str = "") -> list[CachedBlock]:
         """Keep what the cache has of a prefix until `unpin`; return what to unpin."""
@@ -186,6 +180,17 @@ class Engine:
         with self.lock:
             return self._cache.evict(self._pool.num_blocks)
 
+    def start(self) -> None:
+        """Have the thread warm the runtime up, if nothing was computed yet; returns at once."""
+        with self._work:
+            self._require_open()
+            self._wake()
+
+    def wait_until_warm(self) -> None:
+        """Wait for the end of what `start` began; before that, a first token is a second slower."""
+        self.start()
+        self._warm.wait()
+
     def submit(self, task: Task) -> None:
         """
         Have a task worked on; its sequence belongs to the engine's thread until the task has ended.
@@ -204,10 +209,7 @@ class Engine:
                 raise MisuseError("this sequence is being worked on already")
             task.restoring = self._tier is not None
             self._scheduler.add(task)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="recollect", daemon=True)
-                self._thread.start()
-            self._work.notify_all()
+            self._wake()
 
     def compute(self, sequences: Collection[Sequence]) -> None:
         """
@@ -275,7 +277,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
         if self._tier is not None:
-            self._tier.close()
+            self._tier.close(compute_s_per_token=self._passes.s_per_token)
         self._runtime.close()
 
     def _match(self, token_ids: Tokens[int], namespace: str) -> Match:
@@ -288,14 +290,28 @@ class Engine:
         if self._bug is not None:
             raise RuntimeFailure("The engine met a bug: load the model again.") from self._bug
 
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="recollect", daemon=True)
+            self._thread.start()
+        self._work.notify_all()
+
+    def _warm_up(self) -> None:
+        if not self._warm.is_set():
+            with suppress(RuntimeFailure):  # the first pass tells whoever waits for it
+                self._runtime.warm_up()
+            self._warm.set()
+
     def _run(self) -> None:
         """Be the engine's thread: a bug ends it, and leaves nobody waiting."""
         try:
+            self._warm_up()
             while self._work_once():
                 pass  # in a function of its own, so that nothing is kept alive while there is no work
         except BaseException as bug:
             with self._work:
                 self._bug, self._passing = bug, False
+                self._warm.set()
                 for task in self._scheduler.tasks():
                     self._end(task, "failed", RuntimeFailure(f"The engine met a bug: {bug!r}"))
                 self._work.notify_all()
@@ -318,7 +334,8 @@ class Engine:
             self._scheduler.admit(self._room.fits)
             running = list(self._scheduler.running)
             self._passing = True
-        self._restore(running)
+        if self._tier is not None:
+            self._tier.restore_for(running, compute_s_per_token=self._passes.s_per_token)
         with self._work:
             planned, copies = self._room.prepare()
             tasks = self._scheduler.tasks()
@@ -326,21 +343,6 @@ class Engine:
             task.hand_over()
         self._pass(planned, copies)
         return True
-
-    def _restore(self, running: Collection[Task]) -> None:
-        """Bring from disk what memory lacks of new tasks, a little at a time while others wait."""
-        most_s = _MOST_RESTORE_S if len(running) > 1 else None
-        for task in running:
-            if not task.restoring:
-                continue
-            if self._tier is None or task.sequence.logits is not None:
-                task.restoring = False
-                continue
-            restored = self._tier.restore(
-                task.sequence, compute_s_per_token=self._passes.s_per_token, most_s=most_s
-            )
-            task.restored_tokens += restored.tokens
-            task.restoring = not restored.is_done
 
     def _note_new(self, cached: CachedBlock) -> None:
         if self._tier is not None:

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Final
 
 from recollect.engine.sequence import FeedPlan
-from recollect.engine.task import Task
+from recollect.engine.task import Task, count_replays
 from recollect.runtime.base import Logits, PagedRuntime
 
 _TIMED_TOKENS: Final = 32
@@ -79,7 +79,7 @@ class ForwardPasses:
         fed_tokens = sum(len(row.token_ids) for row in rows.values())
         self._time(fed_tokens, perf_counter() - begun)
         self.count += 1
-        self.computed_tokens += fed_tokens
+        self.computed_tokens += fed_tokens + count_replays(self._runtime, rows)
         wanting = [task for task, row in rows.items() if row.wants_logits]
         return dict(zip(wanting, logits, strict=True))
 

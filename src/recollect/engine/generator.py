@@ -6,12 +6,25 @@ Knows no text; replies as text are made of it in `engine/reply.py`.
 
 import secrets
 from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
 
 from recollect.engine.engine import Engine
-from recollect.engine.sampling import choose_token
+from recollect.engine.grammar import Grammars, GrammarState
+from recollect.engine.sampling import choose_token, log_probabilities, most_likely
 from recollect.engine.sequence import Sequence
-from recollect.errors import InvalidParameterError, MisuseError
+from recollect.errors import ConfigError, InvalidParameterError, MisuseError
+from recollect.runtime.base import Logits
 from recollect.types import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How likely the model held a token and its alternatives, before anything changed the logits."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """Ids and logarithms of the likeliest tokens, the likeliest first."""
 
 
 class Generator:
@@ -19,8 +32,9 @@ class Generator:
     One sequence and how its next tokens are chosen.
 
     Owns its sequence; used from one thread at a time. The choice of a token depends on the
-    history, the parameters and the seed alone, so a rewind takes penalties and random numbers
-    back too: sampling anew at the same place gives the same token, until `params` or the seed change.
+    history, the parameters and the seed alone, so a rewind takes penalties, grammar and random
+    numbers back too: sampling anew at the same place gives the same token, until `params` or the
+    seed change.
 
     Invariants:
         1. Prompts ascend, do not touch, and none is beyond the end of the history.
@@ -34,12 +48,15 @@ class Generator:
         *,
         sequence: Sequence | None = None,
         namespace: str | None = "",
+        grammars: Grammars | None = None,
     ) -> None:
         self._engine = engine
+        self._grammars = grammars
         self._sequence = engine.new_sequence(namespace) if sequence is None else sequence
         # As intervals of the history: where prompts end, replies begin.
         self._prompts = [(0, len(self._sequence))]
         self._finish_reason: FinishReason | None = None
+        self._likelihood: Likelihood | None = None
         self.set_params(params or SamplingParams())
 
     @property
@@ -67,18 +84,27 @@ class Generator:
         """Return why the reply ended; None while it goes on."""
         return self._finish_reason
 
+    @property
+    def likelihood(self) -> Likelihood | None:
+        """Return how likely the token generated last was; None where `params.logprobs` is."""
+        return self._likelihood
+
     def set_params(self, params: SamplingParams) -> None:
         """
         Choose tokens in another way from now on.
 
         Raises:
-            InvalidParameterError: A biased token is outside the vocabulary. Nothing was changed.
+            InvalidParameterError: A biased token is outside the vocabulary, or the grammar is not
+                valid.
+            ConfigError: There is a grammar, and nothing to follow it with.
+                In each case nothing was changed.
         """
         for token in params.logit_bias:
             if not 0 <= token < self._engine.info.vocab_size:
                 raise InvalidParameterError(
                     f"logit_bias names token {token}; ids go from 0 to {self._engine.info.vocab_size - 1}."
                 )
+        self._grammar = self._state_of(params)
         self._params = params
         self._seed = secrets.randbits(64) if params.seed is None else params.seed
 
@@ -121,12 +147,17 @@ class Generator:
             history=self._sequence.history,
             reply_start=self.reply_start,
             seed=self._seed,
+            allowed=None if self._grammar is None else self._grammar.allowed(self._reply()),
         )
         if token in self._engine.eos_token_ids and not self._params.ignore_eos:
             self._finish_reason = "stop"
             return None
+        if self._params.logprobs is not None:
+            self._likelihood = _describe(token, logits, self._params.logprobs)
         self._sequence.append([token])
-        if self._is_long_enough():
+        if self._grammar is not None and self._grammar.is_finished(self._reply()):
+            self._finish_reason = "stop"  # end of sequence would follow: no pass is needed to know
+        elif self._is_long_enough():
             self._finish_reason = "length"
         return token
 
@@ -154,7 +185,10 @@ class Generator:
 
     def fork(self) -> "Generator":
         """Return a second generator over the same history; costs no forward pass."""
-        other = Generator(self._engine, self._params, sequence=self._sequence.fork())
+        other = Generator(self._engine, sequence=self._sequence.fork(), grammars=self._grammars)
+        other._params = self._params
+        other._grammar = None if self._grammar is None else self._grammar.copy()
+        other._likelihood = self._likelihood
         other._prompts = self._prompts[:]
         other._finish_reason = self._finish_reason
         other._seed = self._seed
@@ -164,6 +198,27 @@ class Generator:
         """Give the blocks back."""
         self._sequence.release()
 
+    def _reply(self) -> list[int]:
+        return self._sequence.tokens(self.reply_start)
+
+    def _state_of(self, params: SamplingParams) -> GrammarState | None:
+        """Return where the grammar of some parameters begins; None where they have none."""
+        if params.grammar is None:
+            return None
+        if self._grammars is None:
+            raise ConfigError(
+                "This generator was made without grammars: make it with `grammars=model.grammars`."
+            )
+        return self._grammars.start(params.grammar)
+
     def _is_long_enough(self) -> bool:
         limit = self._params.max_tokens
         return limit is not None and len(self._sequence) - self.reply_start >= limit
+
+
+def _describe(token: int, logits: Logits, alternatives: int) -> Likelihood:
+    log_probs = log_probabilities(logits)
+    top = most_likely(log_probs, alternatives)
+    return Likelihood(
+        token, float(log_probs[token]), tuple((int(id_), float(log_probs[id_])) for id_ in top)
+    )

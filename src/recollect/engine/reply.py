@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 
 from recollect.engine.engine import Engine
-from recollect.engine.generator import Generator
+from recollect.engine.generator import Generator, Likelihood
+from recollect.engine.logprobs import AlignedLogprobs
 from recollect.engine.stopping import StopMatcher
 from recollect.engine.task import Task
 from recollect.models.tokenizer import Detokenizer, Tokenizer
-from recollect.types import FinishReason, Usage, tokens_per_second
+from recollect.types import FinishReason, TokenLogprob, Usage, tokens_per_second
+
+_Generated = tuple[int, Likelihood | None]
+"""A token, and how likely it was where somebody asked."""
 
 
 class ReplyGeneration:
@@ -36,10 +40,11 @@ class ReplyGeneration:
         self._task = Task(
             self._sequence, self._on_logits, hand_over=self._hand_over, on_end=self._on_end
         )
-        self._fresh: list[int] = []  # tokens that the reader is not told of yet
+        self._fresh: list[_Generated] = []  # tokens that the reader is not told of yet
         # Tokens on their way from the engine's thread; None is the last.
-        self._queue: SimpleQueue[int | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Generated | None] = SimpleQueue()
         self._pieces: list[str] = []
+        self._logprobs = None if generator.params.logprobs is None else AlignedLogprobs(tokenizer)
         self._finish_reason: FinishReason | None = None
         self._read_to_end = False  # there is nothing more to wait for
         self._is_whole = False
@@ -51,6 +56,16 @@ class ReplyGeneration:
     def text(self) -> str:
         """Return the text given out so far."""
         return "".join(self._pieces)
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """
+        Return how likely the tokens of the text given out so far were; None where nobody asked.
+
+        A token is among them once all of its text was given out; once the reply has ended, all
+        tokens of the history that were generated are.
+        """
+        return None if self._logprobs is None else self._logprobs.given
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -90,8 +105,8 @@ class ReplyGeneration:
         """
         if self._read_to_end:
             return
-        while not self._matcher.matched and (token := self._queue.get()) is not None:
-            yield from self._given(self._matcher.push(self._detokenizer.push(token)))
+        while not self._matcher.matched and (generated := self._queue.get()) is not None:
+            yield from self._given(self._matcher.push(self._decoded(*generated)))
         self._read_to_end = True
         if self._matcher.matched:
             self._finish_reason = "stop"
@@ -120,9 +135,15 @@ class ReplyGeneration:
         self._task.join()
         if self._finish_reason is None:
             self._finish_reason = "cancelled"
+        kept = self._generated
         if not self._is_whole:
             self._is_whole = True
-            self._cut_at(self.text)
+            kept = self._cut_at(self.text)
+        if self._logprobs is not None:
+            while not self._queue.empty():  # tokens without text, which stay in the history
+                if (unread := self._queue.get()) is not None:
+                    self._decoded(*unread)
+            self._logprobs.finish(kept)
 
     def release(self) -> None:
         """Give the blocks back; the cache keeps them findable."""
@@ -160,12 +181,12 @@ class ReplyGeneration:
             self._first_token_s = self._last_token_s
         if token is not None:
             self._generated += 1
-            self._fresh.append(token)
+            self._fresh.append((token, self._generator.likelihood))
         return not self._generator.is_done()
 
     def _hand_over(self) -> None:
-        for token in self._fresh:
-            self._queue.put(token)
+        for generated in self._fresh:
+            self._queue.put(generated)
         self._fresh.clear()
 
     def _on_end(self) -> None:
@@ -175,14 +196,23 @@ class ReplyGeneration:
         finally:
             self._queue.put(None)
 
+    def _decoded(self, token_id: int, likelihood: Likelihood | None) -> str:
+        """Return the text that a token completes."""
+        piece = self._detokenizer.push(token_id)
+        if self._logprobs is not None and likelihood is not None:
+            self._logprobs.add(likelihood, piece, whole=not self._detokenizer.holds_back)
+        return piece
+
     def _given(self, piece: str) -> Iterator[str]:
         if piece:
             self._pieces.append(piece)
+            if self._logprobs is not None:
+                self._logprobs.give(len(piece))
             yield piece
 
-    def _cut_at(self, text: str) -> None:
+    def _cut_at(self, text: str) -> int:
         """
-        Make the history end where *text* ends.
+        Make the history end where *text* ends; return how many of the generated tokens stay.
 
         A token that reaches across the cut is replaced by the encoding of its part before it, so
         that the history says what the reply says.
@@ -196,3 +226,4 @@ class ReplyGeneration:
         # A token cut at the end of a full context may take more places than there are.
         if rest := rest[: self._engine.info.context_length - len(self._sequence)]:
             self._sequence.append(rest)
+        return keep

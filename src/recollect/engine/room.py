@@ -26,6 +26,7 @@ class Room:
         pool: BlockPool,
         cache: PrefixCache,
         *,
+        restores: bool,
         fail: Callable[[Task, Exception], None],
     ) -> None:
         """
@@ -35,11 +36,13 @@ class Room:
             scheduler: Whose tasks run.
             pool: Where blocks come from.
             cache: What gives them up first.
+            restores: Whether there is a tier below memory.
             fail: Called with a task that there is no room for; ends it.
         """
         self._scheduler = scheduler
         self._pool = pool
         self._cache = cache
+        self._restores = restores
         self._fail = fail
         self.preemptions = 0
         """Running tasks that had to make way so far."""
@@ -94,7 +97,7 @@ class Room:
             last = self._scheduler.running[-1]
             last.sequence.park()
             self._scheduler.preempt(last)
-            last.restoring = True  # what it gives up may be on disk
+            last.restoring = self._restores  # what it gives up may be on disk
             self.preemptions += 1
         else:
             free, total = self._pool.free_blocks, self._pool.num_blocks

@@ -9,12 +9,13 @@ without any state to restore.
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import RuntimeFailure
+from recollect.errors import InvalidParameterError, RecollectError, RuntimeFailure
 from recollect.types import SamplingParams
 
 Scores = npt.NDArray[np.float32]
 TokenArray = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 
 _FIRST_GUESS = 256
 """Candidates that top_p sorts before it tries all: sorting 49,152 takes 40 times as long as selecting
@@ -22,7 +23,13 @@ _FIRST_GUESS = 256
 
 
 def choose_token(
-    logits: Scores, params: SamplingParams, *, history: TokenArray, reply_start: int, seed: int
+    logits: Scores,
+    params: SamplingParams,
+    *,
+    history: TokenArray,
+    reply_start: int,
+    seed: int,
+    allowed: Mask | None = None,
 ) -> int:
     """
     Return the token id that follows *history*.
@@ -33,21 +40,41 @@ def choose_token(
         history: All token ids so far, shape `(n,)`.
         reply_start: Where the reply begins in *history*; presence and frequency count from there.
         seed: The seed of the reply; unused when greedy.
+        allowed: The tokens to choose among, shape `(vocab_size,)`; None: all. Applied before
+            everything else.
 
     Raises:
+        InvalidParameterError: All that is allowed is banned by `logit_bias`.
         RuntimeFailure: The logits hold no number to choose by.
     """
-    scores = _adjusted(logits, params, history, reply_start)
+    masked = logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
+    scores = _adjusted(masked, params, history, reply_start)
     best = int(scores.argmax())
     if not np.isfinite(scores[best]):
-        raise RuntimeFailure("The model gave no finite logits: its weights or its KV are damaged.")
+        raise _nothing_to_choose(masked, allowed)
     if params.temperature == 0:
         return best
-    candidates, probabilities = _candidates(scores, params)
+    ids = np.arange(len(scores)) if allowed is None else np.flatnonzero(allowed)
+    candidates, probabilities = _candidates(ids, scores, params)
     cumulative = np.cumsum(probabilities)
     drawn = random_number(seed, len(history)) * cumulative[-1]
     place = int(np.searchsorted(cumulative, drawn, side="right"))
     return int(candidates[min(place, len(candidates) - 1)])
+
+
+def log_probabilities(logits: Scores) -> Weights:
+    """Return the natural logarithms of the model's own probabilities, `(vocab_size,)`."""
+    below_best = logits.astype(np.float64) - logits.max()
+    return below_best - np.log(np.exp(below_best).sum())  # type: ignore[no-any-return]
+
+
+def most_likely(log_probs: Weights, count: int) -> TokenArray:
+    """Return the ids of the likeliest tokens, the likeliest first; of equal ones the lower id."""
+    if not count:
+        return np.empty(0, np.int64)
+    count = min(count, len(log_probs))
+    chosen = np.sort(np.argpartition(-log_probs, count - 1)[:count])
+    return chosen[np.argsort(-log_probs[chosen], kind="stable")]
 
 
 def random_number(seed: int, position: int) -> float:
@@ -81,15 +108,25 @@ def _adjusted(
     return scores
 
 
-def _candidates(scores: Scores, params: SamplingParams) -> tuple[TokenArray, Weights]:
+def _nothing_to_choose(masked: Scores, allowed: Mask | None) -> RecollectError:
+    if allowed is not None and np.isfinite(masked[masked.argmax()]):
+        return InvalidParameterError(
+            "logit_bias bans every token that the grammar allows: lift a ban, or change the grammar."
+        )
+    return RuntimeFailure("The model gave no finite logits: its weights or its KV are damaged.")
+
+
+def _candidates(
+    ids: TokenArray, scores: Scores, params: SamplingParams
+) -> tuple[TokenArray, Weights]:
     """
-    Return the token ids that may be drawn and their weights.
+    Return those of the token ids that may be drawn, and their weights.
 
     In the order of transformers: temperature, top_k, top_p, min_p.
     """
-    ids = np.arange(len(scores))
     if 0 < params.top_k < len(ids):
-        ids = np.sort(np.argpartition(-scores, params.top_k - 1)[: params.top_k])
+        chosen = np.argpartition(-scores[ids], params.top_k - 1)[: params.top_k]
+        ids = np.sort(ids[chosen])
     below_best = scores[ids].astype(np.float64) - scores.max()
     with np.errstate(over="ignore"):  # a tiny temperature: -inf, whose weight is 0, is right
         weights = np.exp(below_best / params.temperature)

@@ -38,12 +38,14 @@ class Scheduler:
 
     Invariants:
         1. A task waits or runs, not both, and not twice.
-        2. At most `MOST_RUNNING` run.
+        2. At most `most_running` run.
         3. An idle task runs only alone.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, most_rows: int | None = None) -> None:
         self._block_size = block_size
+        self.most_running = min(MOST_RUNNING, most_rows or MOST_RUNNING)
+        """Fewer where the runtime would have to compute one of them anew each time."""
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
         self._last_served = ""  # the namespace whose prompt was fed last
@@ -77,7 +79,7 @@ class Scheduler:
         if any(not task.idle for task in self.waiting):
             for idle in [task for task in self.running if task.idle]:
                 self.preempt(idle)
-        while len(self.running) < MOST_RUNNING and (task := self._next_waiting()) is not None:
+        while len(self.running) < self.most_running and (task := self._next_waiting()) is not None:
             if self.running and not fits(task):
                 break
             self.waiting.remove(task)
@@ -119,7 +121,7 @@ class Scheduler:
         """
         tasks = self.tasks()
         assert len(tasks) == len(set(tasks)), "a task is there twice"
-        assert len(self.running) <= MOST_RUNNING, "too many run"
+        assert len(self.running) <= self.most_running, "too many run"
         assert len(self.running) <= 1 or not any(task.idle for task in self.running), "idle work"
 
     def _next_waiting(self) -> Task | None:

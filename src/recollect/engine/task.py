@@ -5,10 +5,11 @@ Knows nothing of sampling or text: what is done with the logits is a callback's 
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from recollect.engine.sequence import FeedPlan, Sequence
+from recollect.runtime.base import PagedRuntime, ReplayingRuntime, Row
 
 TaskState = Literal["waiting", "running", "done", "cancelled", "failed"]
 
@@ -79,9 +80,9 @@ class Task:
         if self.error is not None:
             raise self.error
 
-    def join(self) -> None:
-        """Wait for the end, whatever it is."""
-        self._ended.wait()
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end, whatever it is, or for some seconds; return whether it has come."""
+        return self._ended.wait(timeout_s)
 
     def end(self, state: TaskState, error: Exception | None = None) -> None:
         """Give the sequence back to the caller. For the scheduler."""
@@ -93,3 +94,20 @@ class Task:
             self.state, self.error = "failed", error or bug
         finally:
             self._ended.set()
+
+
+def count_replays(runtime: PagedRuntime, rows: Mapping[Task, Row]) -> int:
+    """
+    Note for each task what the last pass computed besides its row, and return how many tokens that is.
+
+    None, unless the runtime keeps KV to itself: the plan took for computed what it no longer had.
+    """
+    if not isinstance(runtime, ReplayingRuntime):
+        return 0
+    tokens = 0
+    for (task, row), start in zip(rows.items(), runtime.started, strict=True):
+        if start < row.past:
+            task.fed.append(FeedPlan(start, row.past))
+            task.sequence.fed_tokens += row.past - start
+            tokens += row.past - start
+    return tokens

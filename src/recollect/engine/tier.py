@@ -5,19 +5,25 @@ Knows the store, not the scheduler.
 """
 
 import threading
+from collections.abc import Collection
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import Final
 
 from recollect.engine.restore import Restored, Restorer
 from recollect.engine.sequence import Sequence
+from recollect.engine.task import Task
 from recollect.engine.write_behind import WriteBehind
 from recollect.errors import StoreError
-from recollect.kv import accounts
+from recollect.kv import accounts, pins
 from recollect.kv.blocks import BlockPool
 from recollect.kv.disk import DiskStore
-from recollect.kv.prefix import CachedBlock, PrefixCache
+from recollect.kv.prefix import CachedBlock, Match, PrefixCache
 from recollect.kv.record import Identity
 from recollect.runtime.base import PagedRuntime
+
+_MOST_RESTORE_S: Final = 0.05
+"""How long others wait while one is read from disk, roughly: less than for a chunk of its prefill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,9 @@ class DiskTier:
         self.identity: Final = identity
         self._lock = lock
         self._cache = cache
+        self._runtime = runtime
+        self._block_size = runtime.info.block_size
+        self._inside_blocks = not runtime.info.whole_blocks_only
         self._written = WriteBehind(store, identity, runtime, pool, cache, lock)
         self._restorer = Restorer(store, identity, runtime, pool, cache, lock)
         self._compute_s_per_token = self._known_rate()
@@ -73,10 +82,28 @@ class DiskTier:
         """Take note of whether the engine has anything to do."""
         self._written.engine_works(works)
 
-    def restore(
-        self, sequence: Sequence, *, compute_s_per_token: float | None, most_s: float | None
+    def restore_for(self, tasks: Collection[Task], *, compute_s_per_token: float | None) -> None:
+        """
+        Bring what the disk has of new tasks' histories, a little at a time where others wait.
+
+        Args:
+            tasks: Those that run; they belong to the calling thread, which is the engine's.
+            compute_s_per_token: As measured; None where nothing was yet.
+        """
+        most_s = _MOST_RESTORE_S if len(tasks) > 1 else None
+        for task in tasks:
+            if not task.restoring:
+                continue
+            if task.sequence.logits is not None:
+                task.restoring = False
+                continue
+            restored = self._restore(task.sequence, compute_s_per_token, most_s)
+            task.restored_tokens += restored.tokens
+            task.restoring = not restored.is_done
+
+    def _restore(
+        self, sequence: Sequence, compute_s_per_token: float | None, most_s: float | None
     ) -> Restored:
-        """Bring what the disk has of a sequence's history; see `Restorer.restore`."""
         if compute_s_per_token is not None:
             self._compute_s_per_token = compute_s_per_token
         restored = self._restorer.restore(
@@ -99,14 +126,45 @@ class DiskTier:
         Raises:
             StoreError: They cannot be written.
         """
-        with self._lock:
-            for block in cached.path():
-                self._written.note(block)
-        self.flush()
-        if self._written.error is not None:
-            raise self._written.error
-        if not cached.on_disk:
-            raise StoreError("This could not be kept on disk: there is no room for it (--kv-disk).")
+        path = cached.path()
+        for _ in range(2):
+            with self._lock:
+                for block in path:
+                    self._written.note(block)
+            self.flush()
+            if self._written.error is not None:
+                raise self._written.error
+            if cached.on_disk and pins.are_stored(self.store, [block.key for block in path]):
+                return
+            with self._lock:  # evicted from disk, where nobody told the blocks in memory
+                for block in path:
+                    block.on_disk = False
+        raise StoreError("This could not be kept on disk: there is no room for it (--kv-disk).")
+
+    def read_block(self, cached: CachedBlock, into: memoryview) -> None:
+        """Copy a block's bytes from memory; whoever calls holds it there."""
+        self._runtime.read_block(cached.block, into)
+
+    def stored_tokens(self, match: Match, root: CachedBlock, token_ids: Tokens[int]) -> int:
+        """
+        Return how many leading tokens have KV in memory or on disk.
+
+        Args:
+            match: What memory has of them.
+            root: Of their namespace.
+            token_ids: Shape `(n,)`.
+        """
+        size = self._block_size
+        start = len(match.full) * size
+        after = match.full[-1] if match.full else root
+        try:
+            found = self.store.find(
+                after.key, token_ids[start:], block_size=size, inside_block=self._inside_blocks
+            )
+        except StoreError:
+            return start + match.partial_tokens  # the next restore tells what is wrong
+        on_disk = max(0, len(found.entries) - 1) * size + found.last_tokens
+        return start + max(match.partial_tokens, on_disk)
 
     def statistics(self) -> TierStatistics:
         """Return what was done so far."""
@@ -127,8 +185,14 @@ class DiskTier:
         rate = self._compute_s_per_token or 0.0
         return max(0.0, rate * self._restorer.tokens - self._restorer.seconds)
 
-    def close(self) -> None:
-        """Write what is left, note what was saved, and close the store."""
+    def close(self, *, compute_s_per_token: float | None = None) -> None:
+        """
+        Write what is left, note what was saved, and close the store.
+
+        Args:
+            compute_s_per_token: As measured last; None where nothing was.
+        """
+        self._compute_s_per_token = compute_s_per_token or self._compute_s_per_token
         try:
             self._written.close()
             if self._written.error is None:

@@ -86,6 +86,14 @@ def put_pin(txn: Transaction, env: Environment, pin: Pin) -> None:
     txn.put(pin.name.encode(), json.dumps(value).encode(), db=env.table("pins"))
 
 
+def add_pin(txn: Transaction, env: Environment, pin: Pin) -> bool:
+    """Keep a prefix from eviction; return whether nothing of that name was pinned."""
+    if txn.get(pin.name.encode(), db=env.table("pins")) is not None:
+        return False
+    put_pin(txn, env, pin)
+    return True
+
+
 def drop_pin(txn: Transaction, env: Environment, name: str) -> bool:
     """Let a prefix be evicted again; return whether it was pinned."""
     return bool(txn.delete(name.encode(), db=env.table("pins")))
@@ -136,6 +144,11 @@ def remove_damaged(txn: Transaction, env: Environment, key: Key) -> None:
     parents = [bytes(parent) for parent, child in txn.cursor(table) if bytes(child) == key]
     for parent in parents:
         txn.delete(parent, key, db=table)
+    recount(txn, env)
+
+
+def recount(txn: Transaction, env: Environment) -> None:
+    """Derive anew what all blocks take."""
     total = sum(head.stored_bytes for head in heads(txn, env).values())
     txn.put(_BYTES, total.to_bytes(8, "little"), db=env.table("info"))
 

@@ -89,9 +89,9 @@ def problems(store: DiskStore) -> Iterator[tuple[Key, str]]:
         for key, _ in txn.cursor(env.table("blocks")):
             if bytes(key) not in known:
                 yield bytes(key), "a block that nothing is known of"
-        for parent, child in txn.cursor(env.table("children")):
+        for _, child in txn.cursor(env.table("children")):
             if bytes(child) not in known:
-                yield bytes(parent), "is followed by a block that is not there"
+                yield bytes(child), "is known to follow another block, and is not there"
         counted = accounts.total_bytes(txn, env)
         if counted != total:
             yield b"", f"{counted:,} bytes are counted, and there are {total:,}"

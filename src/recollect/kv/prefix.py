@@ -26,6 +26,14 @@ def chained_key(parent: Key, token_ids: Sequence[int]) -> Key:
     return hashlib.blake2b(parent + _token_bytes(token_ids), digest_size=32).digest()
 
 
+def chained_keys(root: Key, token_ids: Sequence[int], block_size: int) -> list[Key]:
+    """Return the names of a prefix's blocks in order; the last may hold a part of one."""
+    keys = [root]
+    for start in range(0, len(token_ids), block_size):
+        keys.append(chained_key(keys[-1], token_ids[start : start + block_size]))
+    return keys[1:]
+
+
 def namespace_key(fingerprint: str, namespace: str = "", secret: bytes = b"") -> Key:
     """
     Return the first parent of a chain: what KV depends on besides tokens, and who may see it.

@@ -8,9 +8,15 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
+from recollect.models.vocabulary import Vocabulary
+
 END_OF_TURN: Final = "<|im_end|>"
 SPECIAL_TOKENS: Final = ("<|im_start|>", END_OF_TURN, "<|endoftext|>")
 _IDS: Final = {text: 256 + index for index, text in enumerate(SPECIAL_TOKENS)}
+_VOCABULARY: Final = Vocabulary(
+    token_bytes=(*(bytes([byte]) for byte in range(256)), *(t.encode() for t in SPECIAL_TOKENS)),
+    special_token_ids=frozenset(_IDS.values()),
+)
 _SPLIT: Final = re.compile("(" + "|".join(re.escape(text) for text in SPECIAL_TOKENS) + ")")
 
 
@@ -28,6 +34,11 @@ class ByteTokenizer:
     def vocab_size(self) -> int:
         """Return one more than the largest id."""
         return 256 + len(SPECIAL_TOKENS)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Return the bytes of each id."""
+        return _VOCABULARY
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of *text*, shape `(n,)`: nothing added, special tokens recognised."""

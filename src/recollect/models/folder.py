@@ -4,15 +4,15 @@ Opens a folder that holds an OpenVINO model: one that recollect converted, or an
 Reads the small files beside the weights. Does not load the model, and does not convert anything.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from xml.etree import ElementTree
 
 from recollect.errors import UnsupportedModelError
 from recollect.models.fingerprint import cached_sha256, combine
 from recollect.models.gguf_file import GgufHeader, read_header
+from recollect.models.hf_files import as_ids, chat_template, read_json, special_token
 from recollect.models.local import LocalModel
 from recollect.models.manifest import Manifest
 from recollect.types import Progress, no_progress
@@ -55,6 +55,7 @@ def from_manifest(manifest: Manifest, folder: Path, name: str) -> LocalModel:
         bos_token=manifest.bos_token,
         eos_token=manifest.eos_token,
         fingerprint=manifest.fingerprint,
+        architecture=manifest.architecture,
     )
 
 
@@ -73,9 +74,9 @@ class _Export:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._config = _read_json(folder / "config.json")
-        self._generation = _read_json(folder / "generation_config.json")
-        self._tokenizer = _read_json(folder / "tokenizer_config.json")
+        self._config = read_json(folder / "config.json")
+        self._generation = read_json(folder / "generation_config.json")
+        self._tokenizer = read_json(folder / "tokenizer_config.json")
         self._runtime = _runtime_info(folder / "openvino_tokenizer.xml")
         self._source = self._read_source()
 
@@ -96,7 +97,14 @@ class _Export:
             bos_token=self._special_token("bos_token"),
             eos_token=self._special_token("eos_token"),
             fingerprint=combine(["openvino folder 1", *parts, template or ""]),
+            architecture=self._architecture(),
         )
+
+    def _architecture(self) -> str | None:
+        if self._source is not None:
+            return self._source.architecture
+        found = self._config.get("model_type")
+        return found if isinstance(found, str) else None
 
     def _read_source(self) -> GgufHeader | None:
         """Return the header of the one GGUF file that OpenVINO GenAI saved this folder beside."""
@@ -118,22 +126,14 @@ class _Export:
         )
 
     def _chat_template(self) -> str | None:
-        file = self._folder / "chat_template.jinja"
-        if file.is_file():
-            return _read_text(file)
-        legacy = _read_json(self._folder / "chat_template.json").get("chat_template")
-        for found in (self._tokenizer.get("chat_template"), legacy):
-            template = _default_template(found)
-            if template:
-                return template
-        return self._runtime.get("chat_template") or None
+        return chat_template(self._folder) or self._runtime.get("chat_template") or None
 
     def _eos_token_ids(self) -> frozenset[int]:
         """Return the union: each file may know an end that the others lack."""
         ids = {
-            *_as_ids(self._generation.get("eos_token_id")),
-            *_as_ids(self._config.get("eos_token_id")),
-            *_as_ids(self._runtime.get("eos_token_id")),
+            *as_ids(self._generation.get("eos_token_id")),
+            *as_ids(self._config.get("eos_token_id")),
+            *as_ids(self._runtime.get("eos_token_id")),
             *(self._source.eos_token_ids if self._source else ()),
         }
         text = self._special_token("eos_token")
@@ -142,14 +142,12 @@ class _Export:
 
     def _special_token(self, name: str) -> str | None:
         """Return the text of `bos_token` or `eos_token`."""
-        found = self._tokenizer.get(name)
-        if isinstance(found, dict):
-            found = found.get("content")
-        if isinstance(found, str):
+        found = special_token(self._tokenizer, name)
+        if found is not None:
             return found
         if self._source is not None:
             return self._source.bos_token if name == "bos_token" else self._source.eos_token
-        ids = _as_ids(self._runtime.get(f"{name}_id"))
+        ids = as_ids(self._runtime.get(f"{name}_id"))
         known = dict(self._added_tokens())
         return next((known[number] for number in ids if number in known), None)
 
@@ -159,40 +157,6 @@ class _Export:
             content = token.get("content") if isinstance(token, dict) else None
             if number.isdecimal() and isinstance(content, str):
                 yield int(number), content
-
-
-def _as_ids(value: object) -> list[int]:
-    """Return the ids in a number, a list, or the text of either, as runtime info has it."""
-    if isinstance(value, str):
-        value = [int(part) for part in value.replace(",", " ").split() if part.isdecimal()]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [value]
-    return [item for item in value if isinstance(item, int)] if isinstance(value, list) else []
-
-
-def _default_template(found: object) -> str | None:
-    """Return the template, or of several named ones the default."""
-    if isinstance(found, list):
-        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as cause:
-        raise UnsupportedModelError(f"{path} cannot be read: export the model again.") from cause
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content: Any = json.loads(_read_text(path))
-    except json.JSONDecodeError as cause:
-        raise UnsupportedModelError(f"{path} is not valid JSON: export the model again.") from cause
-    return content if isinstance(content, dict) else {}
 
 
 def _runtime_info(path: Path) -> Mapping[str, str]:

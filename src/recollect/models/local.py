@@ -4,11 +4,12 @@ What a model is, once it is ready on this disk.
 Values only: does not know where a model came from or how it runs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-Format = Literal["openvino", "reference"]
+Format = Literal["openvino", "onnx-genai", "reference"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,10 @@ class LocalModel:
     """What the user called it."""
     format: Format
     folder: Path | None
-    """Holds the .xml and .bin of openvino_model, _tokenizer, _detokenizer; None for "reference"."""
+    """
+    Holds the .xml and .bin of openvino_model, _tokenizer, _detokenizer, or a genai_config.json, what
+    it names, and a tokenizer.json; None for "reference".
+    """
     context_length: int
     """Most tokens that one sequence may have."""
     chat_template: str | None
@@ -30,3 +34,7 @@ class LocalModel:
     eos_token: str | None
     fingerprint: str
     """Hex sha256 of weights, tokenizer, template and format: KV is shared only under the same."""
+    search_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """How the folder says that tokens be chosen, in ONNX Runtime GenAI's words; only `recollect.og` asks."""
+    architecture: str | None = None
+    """What the model's own files call it, such as `llama`; None where they do not say."""

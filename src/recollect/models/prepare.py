@@ -6,7 +6,8 @@ converted first. Does not load the model.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, assert_never
 
@@ -19,6 +20,7 @@ from recollect.models.folder import from_manifest, open_folder
 from recollect.models.hub import download_from_hub
 from recollect.models.local import LocalModel
 from recollect.models.manifest import Manifest
+from recollect.models.onnx_folder import is_onnx_folder, open_onnx_folder
 from recollect.models.reference import reference_model
 from recollect.models.resolve import FolderSource, GgufSource, ReferenceModel, Source, resolve
 from recollect.models.scratch import scratch_folder
@@ -39,8 +41,9 @@ def prepare(
     Return the model that *reference* names, downloading and converting it the first time.
 
     Args:
-        reference: A name of the catalog, the path of a .gguf file or of an OpenVINO folder,
-            `org/repo:file.gguf` on the model hub, or "reference" for the model without weights.
+        reference: A name of the catalog, the path of a .gguf file, of an OpenVINO or of an ONNX
+            GenAI folder, `org/repo:file.gguf` on the model hub, or "reference" for the model
+            without weights.
         home: Where models are kept.
         catalog: The models that go by a name.
 
@@ -68,11 +71,37 @@ def _prepare(source: Source, home: Path, progress: Progress) -> LocalModel:
         case GgufSource():
             return _prepare_gguf(source, home, progress)
         case FolderSource():
-            return open_folder(source.path, name=str(source.path), home=home, progress=progress)
+            opened = open_onnx_folder if is_onnx_folder(source.path) else open_folder
+            return opened(source.path, name=str(source.path), home=home, progress=progress)
         case HubFile():
             return _prepare_hub_file(source, home, progress)
         case _:
             assert_never(source)
+
+
+@contextmanager
+def original_of(reference: str, *, home: Path, progress: Progress = no_progress) -> Iterator[Path]:
+    """
+    Yield the GGUF file or the folder that *reference* names, downloaded if it must be, not converted.
+
+    Raises:
+        UnknownModelError: Nothing goes by it.
+        FetchError: It cannot be downloaded.
+        UnsupportedModelError: It has no original: the model without weights.
+    """
+    match resolve(reference):
+        case ReferenceModel():
+            raise UnsupportedModelError(
+                "The reference model has no weights to convert: name another."
+            )
+        case CatalogEntry() as entry:
+            yield (gguf := fetch_entry(entry, home=home, progress=progress))
+            gguf.unlink(missing_ok=True)  # as after every conversion; it can be had again
+        case HubFile() as file:
+            with scratch_folder(home) as scratch:
+                yield download_from_hub(file, scratch, progress)
+        case GgufSource(path) | FolderSource(path):
+            yield path
 
 
 def models_folder(home: Path) -> Path:

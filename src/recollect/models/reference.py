@@ -32,4 +32,5 @@ def reference_model() -> LocalModel:
         bos_token=None,
         eos_token=END_OF_TURN,
         fingerprint=combine(["reference 1", *SPECIAL_TOKENS, _TEMPLATE]),
+        architecture=REFERENCE_NAME,
     )

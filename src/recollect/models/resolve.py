@@ -34,7 +34,7 @@ class GgufSource:
 
 @dataclass(frozen=True, slots=True)
 class FolderSource:
-    """A folder that may hold an OpenVINO model; the path is absolute."""
+    """A folder that may hold an OpenVINO or an ONNX GenAI model; the path is absolute."""
 
     path: Path
 

@@ -13,6 +13,7 @@ from recollect.models.convert import find_converted
 from recollect.models.fetch import source_path
 from recollect.models.manifest import Manifest
 from recollect.models.prepare import models_folder
+from recollect.models.reference import REFERENCE_NAME, reference_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,23 @@ def installed(home: Path, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> l
     found = sorted(folders.iterdir()) if folders.is_dir() else []
     others = [_folder_status(folder) for folder in found if folder.name not in catalog]
     return entries + [status for status in others if status is not None]
+
+
+def is_here(reference: str, home: Path) -> bool:
+    """Return whether a model can be loaded without fetching anything."""
+    known = any(status.name == reference and status.is_installed for status in installed(home))
+    return known or reference == REFERENCE_NAME or Path(reference).expanduser().exists()
+
+
+def names_by_fingerprint(home: Path) -> dict[str, str]:
+    """Return what the models on this disk are called, by their fingerprints."""
+    folder = models_folder(home)
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    manifests = [manifest for path in found if (manifest := Manifest.read(path)) is not None]
+    reference = reference_model()
+    return {manifest.fingerprint: manifest.name for manifest in manifests} | {
+        reference.fingerprint: reference.name
+    }
 
 
 def _entry_status(entry: CatalogEntry, home: Path) -> ModelStatus:

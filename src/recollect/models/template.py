@@ -11,12 +11,13 @@ from datetime import datetime
 from typing import Any, Final, Never
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from recollect.errors import TemplateError
+from recollect.models.tool_text import CALL_START, spelled_out
 from recollect.types import Message
 
 # What an expression in a template can raise besides Jinja's own errors: `none + "x"`, `1 / 0`.
@@ -56,6 +57,8 @@ class ChatTemplate:
                 "choose one that was tuned for chat (its name often says Instruct or Chat)."
             )
         self.source: Final = source
+        self.knows_tools: Final = _knows_tools(source)
+        """Whether it shows tools, and calls of them in the Hermes format, by itself."""
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
         # What the model lacks stays undefined and prints as nothing; None would print "None".
         self._tokens = {name: token for name, token in tokens.items() if token is not None}
@@ -80,15 +83,18 @@ class ChatTemplate:
         Args:
             messages: From the first on.
             add_generation_prompt: Whether the text ends with the opening of a reply.
-            tools: Descriptions of tools, as JSON values; most templates ignore them.
+            tools: Descriptions of tools, as JSON values. A template that does not know them gets
+                them spelled out in the instructions, and their results as what the user says.
 
         Raises:
             TemplateError: The template refuses this conversation; the message gives its words.
         """
+        if not self.knows_tools:
+            messages, tools = spelled_out(messages, tools or ()), None
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
-                tools=tools,
+                tools=tools or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._tokens,
@@ -109,6 +115,17 @@ class _Generation(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
+
+
+def _knows_tools(source: str) -> bool:
+    """Return whether a template uses the variable `tools` and the marks of the Hermes format."""
+    try:
+        used = meta.find_undeclared_variables(
+            _environment(datetime.now().astimezone()).parse(source)
+        )
+    except (jinja2.TemplateError, RecursionError):
+        return False  # it is refused in a moment, with its words
+    return "tools" in used and CALL_START in source
 
 
 def _environment(now: datetime) -> ImmutableSandboxedEnvironment:

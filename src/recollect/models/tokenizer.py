@@ -13,8 +13,16 @@ import numpy as np
 
 from recollect.errors import UnsupportedModelError
 from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.models.hf_tokenizer import HfTokenizer
 from recollect.models.local import LocalModel
+from recollect.models.onnx_folder import TOKENIZER_NAME
 from recollect.models.tokenizer_ir import without_truncation
+from recollect.models.vocabulary import (
+    TEXT_MARKS,
+    Vocabulary,
+    decode_with_marks,
+    make_vocabulary,
+)
 
 if TYPE_CHECKING:  # half a second of start-up, which `recollect --help` need not wait for
     import openvino
@@ -36,6 +44,10 @@ class Tokenizer(Protocol):
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """Return the ids that end a reply."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Return the bytes of each id."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of *text*, shape `(n,)`: nothing added, special tokens recognised."""
@@ -66,6 +78,27 @@ class OpenVinoTokenizer:
         ids: list[int] = list(self._tokenizer.get_vocab().values())
         return 1 + max(ids)
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Return the bytes of each id; takes a quarter of a second for 49,152 the first time."""
+        each = [[token_id] for token_id in range(self.vocab_size)]
+        shown, shown_as_text = (
+            self._tokenizer.decode(each, skip_special_tokens=skip) for skip in (False, True)
+        )
+        for token_id, mark in self._hidden_marks.items():
+            shown_as_text[token_id] = mark
+        return make_vocabulary(self._tokenizer.get_vocab(), shown, shown_as_text)
+
+    @cached_property
+    def _hidden_marks(self) -> dict[int, str]:
+        """Return the ids of text that the tokenizer leaves out, wrongly, with the other special tokens."""
+        ids = {mark: self.token_id(mark) for mark in TEXT_MARKS}
+        return {
+            token_id: mark
+            for mark, token_id in ids.items()
+            if token_id is not None and not self._shown([token_id])
+        }
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of *text*, shape `(n,)`: nothing added, special tokens recognised."""
         if not text:
@@ -78,6 +111,11 @@ class OpenVinoTokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of *ids*, shape `(n,)`; an id that stands for no text gives none."""
+        if not skip_special_tokens:
+            return self._shown(ids, skip_special_tokens=False)
+        return decode_with_marks(ids, self._hidden_marks, self._shown)
+
+    def _shown(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         if not ids:
             return ""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -98,6 +136,8 @@ def load_tokenizer(model: LocalModel) -> Tokenizer:
     """
     if model.folder is None:
         return ByteTokenizer()
+    if model.format == "onnx-genai":
+        return HfTokenizer(model.folder / TOKENIZER_NAME, model.eos_token_ids)
     return OpenVinoTokenizer(model.folder, model.eos_token_ids)
 
 
@@ -120,12 +160,15 @@ class Detokenizer:
         self._ids: list[int] = []
         self._settled = 0
         self._shown = ""
+        self.holds_back = False
+        """Whether a part of the text so far waits for the end of a character."""
 
     def push(self, token_id: int) -> str:
         """Return the text that *token_id* completes, which may be empty."""
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)
         unfinished = len(text) - len(text.rstrip(_REPLACEMENT))
+        self.holds_back = unfinished > 0
         stable = text[: len(text) - min(unfinished, _LONGEST_UNFINISHED)]
         piece = self._new_part(stable)
         if piece and not unfinished:
@@ -136,6 +179,7 @@ class Detokenizer:
         """Return what was held back: the text of an unfinished character, or nothing."""
         piece = self._new_part(self._tokenizer.decode(self._ids))
         self._ids, self._settled, self._shown = [], 0, ""
+        self.holds_back = False
         return piece
 
     def _new_part(self, text: str) -> str:

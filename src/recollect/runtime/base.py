@@ -8,7 +8,7 @@ sequences, sharing or conversations: which block holds what is decided above it.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,8 @@ class RuntimeInfo:
     """Element types and shapes of a block's bytes; equal where they mean the same."""
     has_block_bytes: bool = True
     """Whether blocks can be read and written as bytes, and so be kept on disk."""
+    most_rows: int | None = None
+    """Sequences that take turns without being computed anew; None: any number. Known after `allocate`."""
 
 
 class PagedRuntime(Protocol):
@@ -92,6 +94,13 @@ class PagedRuntime(Protocol):
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy the KV of whole blocks, `(source, target)` each."""
 
+    def warm_up(self) -> None:
+        """
+        Do what the first passes would be slow for, such as compiling kernels, where there is anything.
+
+        Called once at most, before the first pass; may leave anything in any block.
+        """
+
     def read_block(self, block: int, into: memoryview) -> None:
         """
         Copy a block's bytes of all layers, `bytes_per_block` of them, to *into*.
@@ -110,6 +119,19 @@ class PagedRuntime(Protocol):
 
     def close(self) -> None:
         """Give the memory back; the runtime cannot be used afterwards."""
+
+
+@runtime_checkable
+class ReplayingRuntime(Protocol):
+    """
+    What a `PagedRuntime` offers besides where it keeps KV to itself, and may have lost some.
+
+    It then computes slots before a row's own again; what was computed is told, so that it is counted.
+    """
+
+    @property
+    def started(self) -> Sequence[int]:
+        """Return from which position each row of the last pass was computed, at most its `past`."""
 
 
 @contextmanager

@@ -16,7 +16,10 @@ from recollect.errors import (
     NameTakenError,
     RecollectError,
     RewindError,
+    StoreError,
+    UnknownCheckpointError,
 )
+from recollect.kv.disk import DiskStore
 
 
 def said(chat: Chat) -> list[str]:
@@ -248,6 +251,101 @@ def test_the_session_one_is_in_cannot_be_closed(chat: Chat) -> None:
     with pytest.raises(ConversationError):
         run_command(chat, "/close main")
     assert list(chat.sessions) == ["main"]
+
+
+def test_the_tree_says_what_is_on_disk_only(
+    make_chat: Callable[..., Chat], open_store: Callable[..., DiskStore], screen: StringIO
+) -> None:
+    chat = make_chat(keep=True, store=open_store())
+    handle_line(chat, "one")
+    chat.session.prewarm()
+    chat.model.close()
+    again = make_chat(store=open_store())
+    again.sessions["main"] = again.model.resume()
+    take(screen)
+    run_command(again, "/tree")
+    lines = take(screen).splitlines()
+    assert lines[1].startswith("◎ 1 one → ")
+    assert "◎ on disk" in lines[2]
+
+
+def test_save_and_load_go_away_and_come_back(
+    make_chat: Callable[..., Chat], open_store: Callable[..., DiskStore], screen: StringIO
+) -> None:
+    chat = make_chat(keep=True, store=open_store())
+    handle_line(chat, "one")
+    run_command(chat, "/save first")
+    assert "are kept on disk as 'first'" in take(screen)
+    handle_line(chat, "two")
+    run_command(chat, "/load first")
+    assert "main is after turn 1." in take(screen)
+    assert said(chat) == ["one"]
+    run_command(chat, "/save")
+    assert take(screen).startswith("first: 20")  # the date, which it is kept as
+    assert chat.checkpoint_names() == ["first"]
+
+
+def test_load_opens_another_conversation_beside(
+    make_chat: Callable[..., Chat], open_store: Callable[..., DiskStore], screen: StringIO
+) -> None:
+    chat = make_chat(keep=True, store=open_store())
+    handle_line(chat, "one")
+    run_command(chat, "/save the first")
+    run_command(chat, "/system be brief")
+    run_command(chat, "/load the first")
+    assert chat.current == "the-first"
+    assert said(chat) == ["one"]
+    assert "Now in the-first, a session of '20" in take(screen)
+    run_command(chat, "/switch main")
+    assert said(chat) == []
+
+
+def test_load_names_what_there_is_not(
+    make_chat: Callable[..., Chat], open_store: Callable[..., DiskStore]
+) -> None:
+    chat = make_chat(store=open_store())
+    with pytest.raises(UnknownCheckpointError):
+        run_command(chat, "/load nowhere")
+    with pytest.raises(InvalidParameterError):
+        run_command(chat, "/load")
+
+
+def test_without_kv_on_disk_save_says_how_to_have_it(chat: Chat) -> None:
+    with pytest.raises(StoreError, match="--kv-disk"):
+        run_command(chat, "/save here")
+    assert chat.checkpoint_names() == []
+
+
+def test_stats_show_what_the_disk_did(
+    make_chat: Callable[..., Chat], open_store: Callable[..., DiskStore], screen: StringIO
+) -> None:
+    chat = make_chat(store=open_store())
+    handle_line(chat, "one")
+    tier = chat.model.engine.tier
+    assert tier is not None
+    chat.session.close()
+    tier.flush()
+    take(screen)
+    run_command(chat, "/stats")
+    written = tier.statistics().written_blocks
+    assert written > 0
+    assert f"KV on disk        0 tokens restored in 0 ms, {written} blocks" in take(screen)
+
+
+def test_stats_say_why_the_disk_is_not_used(
+    make_chat: Callable[..., Chat],
+    open_store: Callable[..., DiskStore],
+    screen: StringIO,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chat = make_chat(store=open_store())
+    monkeypatch.setattr("recollect.kv.disk.RESERVED_BYTES", 1 << 60)
+    handle_line(chat, "one")
+    assert chat.model.engine.tier is not None
+    chat.model.engine.tier.flush()
+    take(screen)
+    run_command(chat, "/stats")
+    assert "KV on disk        off. The disk of " in take(screen)
 
 
 def test_regenerate_adds_another_reply_to_the_same_message(chat: Chat) -> None:

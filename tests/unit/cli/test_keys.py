@@ -18,7 +18,9 @@ ENTER, ALT_ENTER = "\r", "\x1b\r"
 
 
 def completer(commands: Iterable[str] = ("/undo", "/unknown", "/fork")) -> WordsCompleter:
-    return WordsCompleter(commands, names=lambda: ["main", "idea"])
+    return WordsCompleter(
+        commands, names=lambda: ["main", "idea"], names_after={"/load": lambda: ["a place"]}
+    )
 
 
 def typed(keys: str) -> str:
@@ -75,6 +77,7 @@ def completions(text: str) -> list[str]:
 def test_commands_and_names_are_completed() -> None:
     assert completions("/un") == ["/undo", "/unknown"]
     assert completions("/fork i") == ["idea"]
+    assert completions("/load ") == ["a place"]
 
 
 def test_messages_are_not_completed() -> None:

@@ -3,6 +3,7 @@
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -35,6 +36,15 @@ def reply(reason: FinishReason = "stop", cost: Usage | None = None) -> Reply:
 def test_the_line_under_a_reply() -> None:
     expected = "31 new · 96 reused (memory) · first token 41 ms · 58 tok/s"
     assert expected == usage_line(reply())
+
+
+@pytest.mark.parametrize(
+    ("restored", "whence"),
+    [(0, "96 reused (memory)"), (96, "96 reused (disk)"), (22, "96 reused (74 memory, 22 disk)")],
+)
+def test_the_line_says_where_kv_came_from(restored: int, whence: str) -> None:
+    cost = replace(usage(), restored_tokens=restored)
+    assert f" · {whence} · " in usage_line(reply(cost=cost))
 
 
 def test_the_line_says_nothing_of_what_was_not_reused() -> None:

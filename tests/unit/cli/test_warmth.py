@@ -77,6 +77,28 @@ def test_a_tree_of_many_branches_takes_no_more_than_a_bound() -> None:
     assert memory.tree.node(2).id not in states
 
 
+def test_what_is_not_in_memory_and_on_disk_is_told_from_what_is_nowhere() -> None:
+    memory, disk = Memory(), Memory()
+    memory_tip, disk_tip = memory.tree.root, disk.tree.root
+    for in_memory, with_disk in ((TURN, TURN), (4, TURN), (0, TURN), (0, 4), (0, 0)):
+        memory_tip, disk_tip = memory.add(memory_tip, in_memory), disk.add(disk_tip, with_disk)
+    states = warmth(memory.tree, memory.measure, stored=disk.measure, slack=1)
+    assert [states[node.id] for node in memory_tip.path() if node.role == "assistant"] == [
+        "warm",
+        "disk",
+        "disk",
+        "cold",
+        "cold",
+    ]
+
+
+def test_where_all_is_in_memory_nobody_looks_on_disk() -> None:
+    memory, disk = Memory(), Memory()
+    memory.add(memory.tree.root, TURN)
+    warmth(memory.tree, memory.measure, stored=disk.measure, slack=1)
+    assert disk.calls == 0
+
+
 def test_a_conversation_is_warm_after_its_turns_and_not_in_another_process(chat: Chat) -> None:
     chat.say("one")
     chat.say("two")

@@ -14,6 +14,7 @@ from recollect.conversation.export import to_json, to_markdown
 from recollect.conversation.importing import from_json
 from recollect.conversation.records import ROLES, ConversationRecord, NodeRecord
 from recollect.errors import ConversationError, ConversationFileError
+from recollect.types import ToolLinks
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -66,6 +67,9 @@ moments = st.datetimes(timezones=st.just(UTC))
 usages = st.dictionaries(
     texts, st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
 )
+links = st.builds(
+    ToolLinks, st.lists(texts, max_size=2).map(tuple), st.none() | texts, st.none() | texts
+)
 
 
 @st.composite
@@ -86,6 +90,7 @@ def conversations(draw: st.DrawFn) -> ConversationRecord:
                 usage=draw(st.none() | usages),
                 created_at=draw(moments),
                 fingerprint=draw(st.none() | texts),
+                links=draw(st.none() | links),
             )
         )
     places = st.sampled_from([None, *(node.id for node in nodes)])
@@ -112,6 +117,14 @@ def test_a_time_in_another_zone_is_the_same_time() -> None:
     assert from_json(text) == BRANCHED
 
 
+def test_only_what_has_to_do_with_tools_needs_a_reader_that_knows_them() -> None:
+    with_tools = replace(BRANCHED.nodes[-1], links=ToolLinks(call_ids=("call_1",)))
+    conversation = replace(BRANCHED, nodes=(*BRANCHED.nodes[:-1], with_tools))
+    assert json.loads(to_json(BRANCHED))["version"] == 1
+    assert json.loads(to_json(conversation))["version"] == 2
+    assert from_json(to_json(conversation)) == conversation
+
+
 def test_the_file_names_what_it_is_and_has_a_node_a_line() -> None:
     text = to_json(BRANCHED)
     fields = json.loads(text)
@@ -136,7 +149,8 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
     ("path", "value", "problem"),
     [
         ("format", "other", "no conversation"),
-        ("version", 2, "version 2"),
+        ("version", 3, "version 3"),
+        ("version", 0, "version 0"),
         ("version", True, "version True"),
         ("name", "a\nb", "cannot be the name of a conversation"),
         ("name", None, "'name' of the file is not text"),
@@ -155,7 +169,7 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ("nodes.0.parent", 2, "part of a circle"),
         ("nodes.0.parent", 1, "part of a circle"),
         ("nodes.0.id", 3, "is missing"),
-        ("nodes.1.role", "tool", "role 'tool'"),
+        ("nodes.1.role", "robot", "role 'robot'"),
         ("nodes.1.role", None, "'role' of node 2 of 7 is not text"),
         ("nodes.1.content", None, "'content' of node 2 of 7 is not text"),
         ("nodes.1.content", "\ud83c", "half a character"),
@@ -168,6 +182,9 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ("nodes.0.token_ids", [5], "no reply"),
         ("nodes.1.finish_reason", "bored", "finish reason 'bored'"),
         ("nodes.1.usage", [], "not an object"),
+        ("nodes.1.links", [], "not an object"),
+        ("nodes.1.links", {"call_ids": [5]}, "is not text"),
+        ("nodes.1.links", {"name": "\ud83c"}, "half a character"),
         ("nodes.1.usage", {"a": [[[[[[[[[]]]]]]]]]}, "nested"),
         ("tips", [], "not an object"),
         ("tips.main", 77, "stands at a node that is missing"),

@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from recollect.conversation import schema
 from recollect.conversation.journal import JOURNAL_NAME, Journal
+from recollect.conversation.labels import Label
 from recollect.conversation.records import ConversationRecord, NewNode
 from recollect.errors import (
     ConversationError,
@@ -25,6 +27,7 @@ from recollect.errors import (
     UnknownConversationError,
     UnknownNodeError,
 )
+from recollect.types import ToolLinks
 
 USAGE = {"prompt_tokens": 7, "ttft_s": 0.125, "decode_tps": None, "reason": {"what": "new"}}
 
@@ -410,6 +413,22 @@ def test_a_letter_that_was_changed_in_the_file_is_noticed(path: Path) -> None:
         assert journal.check() == [f"node {ids[1]} is not as it was written"]
 
 
+def test_what_has_to_do_with_tools_is_kept_and_checked(path: Path) -> None:
+    calls = NewNode(
+        role="assistant", content="", token_ids=(1,), links=ToolLinks(call_ids=("call_1", "call_2"))
+    )
+    answers = NewNode(role="tool", content="42", links=ToolLinks(tool_call_id="call_1", name="f"))
+    with Journal.open(path) as journal:
+        ids = journal.append(create(journal, "chat"), None, [calls, answers])
+        assert [node.links for node in journal.load("chat").nodes] == [calls.links, answers.links]
+    for damaged in ("'{}'", "NULL"):
+        sql(path, f"UPDATE nodes SET links = {damaged} WHERE id = {ids[1]}")  # noqa: S608
+        with Journal.open(path) as journal:
+            with pytest.raises(StoreCorruptError, match=f"node {ids[1]}"):
+                journal.load("chat")
+            assert journal.check() == [f"node {ids[1]} is not as it was written"]
+
+
 def test_text_that_is_no_text_any_more_is_noticed(path: Path) -> None:
     with Journal.open(path) as journal:
         journal.append(create(journal, "chat"), None, turn("a", "I never said that"))
@@ -524,6 +543,64 @@ def test_an_older_file_is_brought_to_the_newest_version(
             assert connection.execute("SELECT notes FROM conversations").fetchall() == [("",)]
     with Journal.open(path) as journal:
         assert journal.load("chat") == before
+
+
+def test_a_file_of_the_first_version_keeps_its_conversations_for_the_user(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        schema.migrate(connection, schema.MIGRATIONS[:1])
+        connection.execute(
+            "INSERT INTO conversations (name, created_at, updated_at, model, fingerprint, format)"
+            " VALUES ('old', ?1, ?1, 'smollm2', 'f00d', 1)",
+            (datetime.now(UTC).isoformat(timespec="microseconds"),),
+        )
+    with Journal.open(path) as journal:
+        assert [info.name for info in journal.conversations()] == ["old"]
+        assert journal.load("old").namespace == ""
+        assert journal.labels(journal.load("old").id) == []
+        assert journal.check() == []
+
+
+# --- namespaces and labels
+
+
+def test_what_is_in_one_namespace_is_not_there_for_another(journal: Journal) -> None:
+    theirs = journal.create("theirs", model="m", fingerprint="f", namespace="key").id
+    (node,) = journal.append(theirs, None, [NewNode(role="user", content="secret")])
+    assert journal.conversations() == []
+    assert [info.name for info in journal.conversations("key")] == ["theirs"]
+    for name in ("theirs", theirs):
+        with pytest.raises(UnknownConversationError):
+            journal.load(name)
+        with pytest.raises(UnknownConversationError):
+            journal.delete(name)
+    assert journal.load(theirs, namespace="key").nodes[0].content == "secret"
+    label = Label(name="resp_1", conversation_id=theirs, node_id=node)
+    journal.set_label(label)
+    assert journal.find_label("resp_1") is None
+    assert journal.find_label("resp_1", namespace="key") == label
+
+
+def test_a_label_is_there_until_it_or_its_conversation_goes(journal: Journal) -> None:
+    chat, other = create(journal), create(journal)
+    (node,) = journal.append(chat, None, [NewNode(role="user", content="a")])
+    whole = Label(name="conv", conversation_id=chat, note={"topic": "rivers"})
+    part = Label(name="resp", conversation_id=chat, node_id=node, note={"n": 1})
+    for label in (whole, replace(part, note={}), part):
+        journal.set_label(label)
+    assert journal.labels(chat) == [whole, part]
+    assert journal.labels(other) == []
+    with pytest.raises(UnknownNodeError):
+        journal.set_label(replace(part, conversation_id=other))
+    journal.delete_label("conv")
+    assert journal.find_label("conv") is None
+    assert journal.find_label("resp") == part
+    journal.delete(chat)
+    assert journal.labels(chat) == []
+    with pytest.raises(UnknownConversationError):
+        journal.set_label(whole)
 
 
 def test_a_migration_that_fails_changes_nothing(path: Path) -> None:

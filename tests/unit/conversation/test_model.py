@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import recollect
-from recollect.conversation.model import CONTEXTS_IN_POOL, pool_size
+from recollect.engine.sizing import CONTEXTS_IN_POOL, pool_size
 from recollect.errors import ConfigError, ModelError
 from recollect.runtime.base import RuntimeInfo
 

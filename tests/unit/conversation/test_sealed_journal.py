@@ -13,7 +13,8 @@ from recollect.cipher import Cipher
 from recollect.conversation import schema
 from recollect.conversation.database import Database
 from recollect.conversation.journal import JOURNAL_NAME, Journal
-from recollect.conversation.records import NewNode, StoredConversation, checksum
+from recollect.conversation.labels import Label
+from recollect.conversation.records import NewNode, StoredConversation, ToolLinks, checksum
 from recollect.conversation.rows import NODE_COLUMNS
 from recollect.conversation.sealing import Sealing
 from recollect.errors import (
@@ -31,8 +32,11 @@ SECRETS = {
     "tip": "idea of Tuesday",
     "question": "Where is the treasure buried?",
     "answer": "Below the oak, of course.",
+    "tool": "dig_below_the_oak",
+    "note": "for the heirs of Alexandrine",
 }
 TOKEN_IDS = (1_701_969_505, 538_976_288, 1_953_719_668)
+LINKS = ToolLinks(call_ids=("call_1",), name=SECRETS["tool"])
 USAGE = {"prompt_tokens": 123_456_789, "difference": "what was asked before"}
 
 
@@ -65,11 +69,15 @@ def fill(journal: Journal, turns: int = 1) -> int:
                     finish_reason="stop",
                     usage=USAGE,
                     fingerprint="f00d",
+                    links=LINKS,
                 ),
             ],
             tip=SECRETS["tip"],
         )
         parent = ids[-1]
+    journal.set_label(
+        Label(name="resp_1", conversation_id=chat, node_id=parent, note={"for": SECRETS["note"]})
+    )
     return chat
 
 
@@ -96,6 +104,7 @@ def is_as_it_was_filled(stored: StoredConversation) -> bool:
         names == (SECRETS["name"], SECRETS["model"], [SECRETS["tip"]])
         and (user.content, user.token_ids, user.usage) == (SECRETS["question"], None, None)
         and (reply.content, reply.token_ids, reply.usage) == (SECRETS["answer"], TOKEN_IDS, USAGE)
+        and (user.links, reply.links) == (None, LINKS)
     )
 
 
@@ -128,6 +137,7 @@ def test_a_plain_journal_is_converted_and_leaves_no_trace(path: Path) -> None:
         assert in_the_files(path) == []
         assert journal.check() == []
         assert journal.load(SECRETS["name"]) == before
+        assert [label.note for label in journal.labels(before.id)] == [{"for": SECRETS["note"]}]
         assert journal.conversations() == infos
         again = journal.append(before.id, before.nodes[-1].id, [NewNode(role="user", content="x")])
     assert again[0] > before.nodes[-1].id
@@ -252,6 +262,8 @@ def test_names_are_found_taken_and_given_away_as_in_a_plain_journal(sealed: Jour
         ("UPDATE nodes SET role = 'system' WHERE id = 1", 1),
         ("UPDATE nodes SET parent_id = 2 WHERE id = 4", 4),
         ("UPDATE nodes SET finish_reason = 'length' WHERE id = 2", 2),
+        ("UPDATE nodes SET links = (SELECT links FROM nodes WHERE id = 4) WHERE id = 2", 2),
+        ("UPDATE nodes SET links = NULL WHERE id = 2", 2),
     ],
 )
 def test_what_was_moved_or_changed_is_found_even_with_a_right_checksum(
@@ -268,12 +280,26 @@ def test_what_was_moved_or_changed_is_found_even_with_a_right_checksum(
             journal.load(SECRETS["name"])
 
 
+def test_a_note_opens_only_at_its_label(path: Path) -> None:
+    with Journal.open(path, cipher=CIPHER) as journal:
+        chat = fill(journal)
+        found = journal.find_label("resp_1")
+        assert found is not None
+        assert found.note == {"for": SECRETS["note"]}
+        journal.set_label(Label(name="resp_2", conversation_id=chat))
+    sql(path, "UPDATE labels SET note = (SELECT note FROM labels WHERE label = 'resp_1')")
+    with Journal.open(path, cipher=CIPHER) as journal:
+        assert journal.check() == ["the label resp_2 does not open with the key"]
+        with pytest.raises(StoreCorruptError, match="resp_2"):
+            journal.find_label("resp_2")
+
+
 def _set_checksums(path: Path) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         for row in connection.execute(f"SELECT {NODE_COLUMNS} FROM nodes").fetchall():  # noqa: S608
-            connection.execute(
-                "UPDATE nodes SET checksum = ? WHERE id = ?", (checksum(*row[2:]), row[0])
-            )
+            node_id, _, *values = row
+            summed = checksum(*values) if values[-1] is not None else checksum(*values[:-1])
+            connection.execute("UPDATE nodes SET checksum = ? WHERE id = ?", (summed, node_id))
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,34 @@ def test_between_chunks_everything_is_consistent_and_work_can_change_its_mind(
         assert same(one.logits, fresh_logits([*ids_of(5), 1, 2]))
 
 
+def test_the_runtime_is_warmed_up_once_and_before_anything_else(
+    engine: Engine, fresh_logits: Callable[..., Any]
+) -> None:
+    runtime: Any = engine._runtime
+    calls: list[str] = []
+    forward = runtime.forward
+    runtime.warm_up = lambda: calls.append("warm up")
+
+    def noted(rows: Any) -> Logits:
+        calls.append("forward")
+        logits: Logits = forward(rows)
+        return logits
+
+    runtime.forward = noted
+    engine.start()
+    engine.wait_until_warm()
+    for _ in range(2):
+        assert same(appended_and_computed(engine, [1, 2, 3]), fresh_logits([1, 2, 3]))
+    assert calls == ["warm up", "forward", "forward"]
+    assert engine.computed_tokens == 4, "what warms up is not counted: nothing of it is kept"
+
+
+def appended_and_computed(engine: Engine, ids: list[int]) -> Logits | None:
+    sequence = appended(engine, ids)
+    engine.compute([sequence])
+    return sequence.logits
+
+
 def test_known_logits_cost_nothing(engine: Engine) -> None:
     sequence = appended(engine, [1, 2, 3])
     engine.compute([sequence])

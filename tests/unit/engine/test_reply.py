@@ -14,6 +14,7 @@ from recollect.engine.generator import Generator
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import RuntimeFailure
+from recollect.models.vocabulary import Vocabulary
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import SamplingParams
@@ -33,6 +34,10 @@ class Pieces:
     @property
     def vocab_size(self) -> int:
         return len(self.PIECES)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.PIECES, frozenset({END}))
 
     def encode(self, text: str) -> list[int]:
         rest, ids = text.encode("utf-8", "replace"), []

@@ -12,6 +12,12 @@ from recollect.engine.sampling import choose_token, random_number
 from recollect.errors import RuntimeFailure
 from recollect.types import SamplingParams
 
+SETTINGS_WITH_MASKS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 2.0, "top_k": 3, "repetition_penalty": 1.4},
+    {"temperature": 1.0, "top_p": 0.7, "min_p": 0.05, "presence_penalty": 0.5},
+]
 EMPTY = np.zeros(0, np.int64)
 
 
@@ -193,6 +199,25 @@ def test_logits_that_are_no_numbers_are_a_runtime_failure(bad: float, temperatur
         choose_token(
             logits, SamplingParams(temperature=temperature), history=EMPTY, reply_start=0, seed=0
         )
+
+
+@pytest.mark.parametrize("settings", SETTINGS_WITH_MASKS)
+def test_a_mask_is_as_if_nothing_else_were_in_the_vocabulary(settings: dict[str, Any]) -> None:
+    logits, params = some_logits(), SamplingParams(**settings)
+    allowed = np.zeros(len(logits), np.bool_)
+    allowed[[2, 3, 7, 11]] = True
+    banned = dict.fromkeys(np.flatnonzero(~allowed).tolist(), -math.inf)
+    as_bans = replace(params, logit_bias=banned)
+    history = np.array([1, 2, 7, 7])
+    chosen = [
+        choose_token(logits, params, history=history, reply_start=1, seed=seed, allowed=allowed)
+        for seed in range(200)
+    ]
+    assert set(chosen) <= {2, 3, 7, 11}
+    assert chosen == [
+        choose_token(logits, as_bans, history=history, reply_start=1, seed=seed)
+        for seed in range(200)
+    ]
 
 
 def test_when_everything_is_banned_it_is_a_runtime_failure() -> None:

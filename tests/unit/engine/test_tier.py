@@ -279,7 +279,7 @@ def test_a_prompt_is_restored_between_the_tokens_of_another(
 ) -> None:
     """A long restore is cut into steps, and the other's tokens come between them."""
     monkeypatch.setattr("recollect.engine.restore._FIRST_BLOCKS", 1)
-    monkeypatch.setattr("recollect.engine.engine._MOST_RESTORE_S", 0.0)
+    monkeypatch.setattr("recollect.engine.tier._MOST_RESTORE_S", 0.0)
     engine = make_engine(store=open_store())
     one, two = engine.new_sequence(), engine.new_sequence()
     one.append([49, 48, 47])

@@ -39,10 +39,47 @@ def test_special_tokens_are_given_by_name() -> None:
     assert render("{{ bos_token }}{{ eos_token }}", **tokens) == "<s></s>"
 
 
-def test_tools_are_given() -> None:
-    template = ChatTemplate("{{ tools | tojson }}")
+def test_a_template_that_knows_tools_is_given_them() -> None:
+    template = ChatTemplate("{{ tools | tojson }} <tool_call>")
+    assert template.knows_tools
     text = template.render(HELLO, add_generation_prompt=False, tools=[{"name": "é"}])
-    assert text == '[{"name": "é"}]'
+    assert text == '[{"name": "é"}] <tool_call>'
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ tools }} in another format", "<tool_call> without them", "{{ messages }}"]
+)
+def test_a_template_without_tools_or_with_another_format_of_calls_does_not_know_them(
+    source: str,
+) -> None:
+    assert not ChatTemplate(source).knows_tools
+
+
+SAID = "{% for message in messages %}[{{ message.role }}]{{ message.content }}\n{% endfor %}"
+
+
+def test_what_a_template_does_not_know_is_spelled_out() -> None:
+    messages: list[Message] = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Both?"},
+        {"role": "assistant", "content": "<calls>"},
+        {"role": "tool", "content": "one", "tool_call_id": "1"},
+        {"role": "tool", "content": "two", "tool_call_id": "2"},
+        {"role": "user", "content": "Well?"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    text = ChatTemplate(SAID).render(messages, add_generation_prompt=False, tools=tools)
+    assert text.startswith("[system]Be kind.\n\n# Tools\n\nYou may call")
+    assert '<tools>\n{"type": "function", "function": {"name": "f"}}\n</tools>' in text
+    assert text.endswith(
+        "[assistant]<calls>\n[user]<tool_response>\none\n</tool_response>\n"
+        "<tool_response>\ntwo\n</tool_response>\n[user]Well?\n"
+    )
+
+
+def test_tools_without_instructions_become_instructions() -> None:
+    text = ChatTemplate(SAID).render(HELLO, add_generation_prompt=False, tools=[{"name": "f"}])
+    assert text.startswith("[system]# Tools")
 
 
 def test_the_date_does_not_change_while_the_template_lives() -> None:

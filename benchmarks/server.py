@@ -1,0 +1,354 @@
+"""
+The server against llama-server: the same weights, the same requests over HTTP, in turns.
+
+    python benchmarks/server.py [--rival FILE.gguf] [--rounds 2] [--save]
+
+Traces are conversations that are sent whole each time, as chat clients do: long, edited, on one
+system prompt, in branches, and after a restart of both. First-token time is measured by the client,
+from the request to the first piece of text. Computed tokens are each server's own count. llama-server
+runs from the `xllamacpp` package, its prompt cache on, with as many slots as there are clients; without
+that package, or a file for it, ours alone is measured.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import monotonic, perf_counter, sleep
+from typing import Any, Final
+
+import httpx
+
+import recollect
+from harness import RESULTS, Load, say, slug
+from recollect import config
+from recollect.models.prepare import models_folder
+from recollect.proof.machine import machine_card
+from recollect.proof.workloads import text_of
+
+REPLY_TOKENS: Final = 24
+CLIENTS: Final = 4
+
+Message = dict[str, str]
+
+_LLAMA_SERVER: Final = """
+import sys, time, xllamacpp as x
+p = x.CommonParams()
+p.model.path, p.hostname, p.port = sys.argv[1], "127.0.0.1", int(sys.argv[2])
+p.n_ctx, p.n_parallel, p.cpuparams.n_threads = int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+server = x.Server(p)
+while True:
+    time.sleep(1)
+"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one request cost."""
+
+    text: str
+    ttft_s: float
+    prompt_tokens: int
+    computed_tokens: int
+
+
+class Running:
+    """A server in a process of its own."""
+
+    def __init__(self, name: str, command: Sequence[str], url: str, home: Path) -> None:
+        self.name, self.url = name, url
+        self._command, self._home = list(command), home
+        self.start()
+
+    def start(self) -> None:
+        environment = {**os.environ, "RECOLLECT_HOME": str(self._home)}
+        self._process = subprocess.Popen(  # noqa: S603 - our own command lines
+            self._command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        end = monotonic() + 120
+        while True:
+            assert self._process.poll() is None, f"{self.name} ended"
+            assert monotonic() < end, f"{self.name} does not answer"
+            try:
+                if httpx.get(f"{self.url}/health", trust_env=False).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            sleep(0.1)
+        for _ in range(2):  # the first passes of a process are slow
+            asyncio.run(ask(self.url, [{"role": "user", "content": "Hello"}]))
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+
+async def ask(url: str, messages: Sequence[Message], *, max_tokens: int = REPLY_TOKENS) -> Asked:
+    """Ask for a reply and read it as a stream."""
+    body: dict[str, Any] = {
+        "messages": messages,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    text = ""
+    first: float | None = None
+    usage: dict[str, Any] = {}
+    timings: dict[str, Any] = {}
+    begun = perf_counter()
+    async with (
+        httpx.AsyncClient(trust_env=False, timeout=300) as client,
+        client.stream("POST", f"{url}/v1/chat/completions", json=body) as response,
+    ):
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            usage, timings = chunk.get("usage") or usage, chunk.get("timings") or timings
+            for choice in chunk["choices"]:
+                if piece := choice["delta"].get("content"):
+                    first = first or perf_counter()
+                    text += piece
+    details = usage.get("prompt_tokens_details") or {}
+    cached = details.get("cached_tokens", 0)
+    computed = timings.get("prompt_n", usage["prompt_tokens"] - cached)
+    return Asked(text, (first or perf_counter()) - begun, usage["prompt_tokens"], computed)
+
+
+@dataclass
+class Conversation:
+    """A conversation as a chat client holds it: text, sent whole each time."""
+
+    url: str
+    messages: list[Message]
+
+    async def say(self, text: str) -> Asked:
+        self.messages.append({"role": "user", "content": text})
+        asked = await ask(self.url, self.messages)
+        self.messages.append({"role": "assistant", "content": asked.text})
+        return asked
+
+    def fork(self, turns: int) -> "Conversation":
+        """Return the conversation up to a turn, to go on with in another way."""
+        return Conversation(self.url, self.messages[: 1 + 2 * turns])
+
+
+def new(url: str, system: str) -> Conversation:
+    return Conversation(url, [{"role": "system", "content": system}])
+
+
+async def long_chat(url: str, dice: random.Random) -> list[Asked]:
+    chat = new(url, text_of(dice, 60))
+    return [await chat.say(text_of(dice, dice.randint(5, 60))) for _ in range(12)]
+
+
+async def edits(url: str, dice: random.Random) -> list[Asked]:
+    chat, asked = new(url, text_of(dice, 60)), []
+    for turn in range(8):
+        asked.append(await chat.say(text_of(dice, 30)))
+        if turn % 2:
+            chat = chat.fork(turn - 1)
+            asked.append(await chat.say(text_of(dice, 30)))
+            asked.append(await chat.say(text_of(dice, 30)))
+    return asked
+
+
+async def one_system_prompt(url: str, dice: random.Random) -> list[Asked]:
+    system = text_of(dice, 900)
+    asked = []
+    for _ in range(6):
+        chat = new(url, system)
+        asked += [await chat.say(text_of(dice, 20)) for _ in range(2)]
+    return asked
+
+
+async def branches(url: str, dice: random.Random) -> list[Asked]:
+    trunk = new(url, text_of(dice, 200))
+    asked = [await trunk.say(text_of(dice, 60)) for _ in range(3)]
+    forks = [trunk.fork(3) for _ in range(8)]
+    for _ in range(2):
+        asked += [await fork.say(text_of(dice, 15)) for fork in forks]
+    return asked
+
+
+TRACES: Final = {
+    "long chat": long_chat,
+    "edits": edits,
+    "one system prompt": one_system_prompt,
+    "branches": branches,
+}
+
+
+def run_trace(server: Running, name: str, seed: str) -> dict[str, Any]:
+    dice = random.Random(seed)  # noqa: S311 - not for secrets
+    asked = asyncio.run(TRACES[name](server.url, dice))
+    return {
+        "server": server.name,
+        "trace": name,
+        "requests": len(asked),
+        "prompt_tokens": sum(one.prompt_tokens for one in asked),
+        "computed_tokens": sum(one.computed_tokens for one in asked),
+        "ttft_s": sum(one.ttft_s for one in asked),
+    }
+
+
+def after_restart(servers: Sequence[Running], seed: str) -> Iterator[dict[str, Any]]:
+    """A conversation goes on after each server was stopped and started."""
+    for server in servers:
+        dice = random.Random(seed)  # noqa: S311 - not for secrets
+        chat = new(server.url, text_of(dice, 300))
+        for _ in range(4):
+            asyncio.run(chat.say(text_of(dice, 60)))
+        server.restart()
+        asked = asyncio.run(chat.say(text_of(dice, 10)))
+        yield {"server": server.name, "trace": "after a restart", "requests": 1} | {
+            name: value for name, value in asdict(asked).items() if name != "text"
+        }
+
+
+def throughput(server: Running, seed: str) -> float:
+    """Return the tokens per second of several clients at once."""
+
+    async def run() -> float:
+        dice = random.Random(seed)  # noqa: S311 - not for secrets
+        asked = [[{"role": "user", "content": text_of(dice, 40)}] for _ in range(CLIENTS)]
+        begun = perf_counter()
+        await asyncio.gather(*(ask(server.url, one, max_tokens=128) for one in asked))
+        return CLIENTS * 128 / (perf_counter() - begun)
+
+    return asyncio.run(run())
+
+
+def overhead(server: Running) -> float:
+    """
+    Return the median of what HTTP adds to the first token, in seconds.
+
+    What the client measures, less what the library measured for the same reply.
+    """
+    added = []
+    for number in range(20):
+        body = {
+            "messages": [{"role": "user", "content": f"Number {number}"}],
+            "max_tokens": 2,
+            "stream": True,
+        }
+        with (
+            httpx.Client(trust_env=False) as client,
+            client.stream("GET", f"{server.url}/health") as warm,
+        ):
+            warm.read()
+            begun, first, own = perf_counter(), None, None
+            with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+                for line in response.iter_lines():
+                    if '"content":' in line and '"content":""' not in line:
+                        first = first or perf_counter()
+                    if line.startswith("data: {"):
+                        own = json.loads(line.removeprefix("data: ")).get("recollect") or own
+        if first is not None and own is not None:
+            added.append(first - begun - own["ttft_s"])
+    return float(median(added))
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def start_servers(args: argparse.Namespace, home: Path) -> list[Running]:
+    port = free_port()
+    ours = [sys.executable, "-m", "recollect", "serve", "--model", args.model]
+    ours += ["--profile", args.profile, "--port", str(port)]
+    servers = [Running("recollect", ours, f"http://127.0.0.1:{port}", home)]
+    if args.rival is not None:
+        port = free_port()
+        # Its context is divided among its slots.
+        theirs = [sys.executable, "-c", _LLAMA_SERVER, str(args.rival), str(port)]
+        theirs += [str(8192 * CLIENTS), str(CLIENTS), str(os.cpu_count() or 1)]
+        servers.append(Running("llama-server", theirs, f"http://127.0.0.1:{port}", home))
+    return servers
+
+
+def measure(servers: Sequence[Running], rounds: int) -> dict[str, Any]:
+    traces: list[dict[str, Any]] = []
+    speeds: dict[str, list[float]] = {server.name: [] for server in servers}
+    for number in range(rounds):
+        order = servers if number % 2 == 0 else servers[::-1]
+        for name in TRACES:
+            for server in order:
+                traces.append(run_trace(server, name, f"{name} {number}"))
+                say(
+                    "{server:14} {trace:18} {computed_tokens:7} {ttft_s:8.2f} s".format(
+                        **traces[-1]
+                    )
+                )
+        for server in order:
+            speeds[server.name].append(throughput(server, f"speed {number}"))
+            say(f"{server.name:14} {CLIENTS} clients {speeds[server.name][-1]:11.1f} tokens/s")
+        for result in after_restart(order, f"restart {number}"):
+            traces.append(result)
+            say("{server:14} {trace:18} {computed_tokens:7} {ttft_s:8.2f} s".format(**result))
+    added = overhead(servers[0])
+    say(f"HTTP adds {added * 1000:.1f} ms to the first token")
+    return {
+        "traces": traces,
+        "tokens_per_second": {name: median(values) for name, values in speeds.items()},
+        "http_overhead_s": added,
+    }
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    options.add_argument("--model", default="smollm2")
+    options.add_argument("--profile", default="fast", choices=["exact", "fast", "small"])
+    options.add_argument(
+        "--rival", type=Path, help="a GGUF file for llama-server, Q8_0 for its fast path"
+    )
+    options.add_argument("--rounds", type=int, default=2)
+    options.add_argument("--save", action="store_true", help="keep the result under results/")
+    args = options.parse_args()
+    load = Load()
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        models_folder(home).symlink_to(models_folder(config.home()))
+        servers = start_servers(args, home)
+        try:
+            result = measure(servers, args.rounds)
+        finally:
+            for server in servers:
+                server.stop()
+    with recollect.load(args.model, profile=args.profile, kv_disk=0) as model:
+        card = machine_card(model)
+    line = {"benchmark": "server", "machine": asdict(card), **result, "others_load": load.others()}
+    print(json.dumps(line))
+    if args.save:
+        path = RESULTS / slug(card) / f"server-{args.profile}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

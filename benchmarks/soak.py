@@ -1,0 +1,187 @@
+"""
+A server under clients that edit, cancel and hang up, for as long as one likes.
+
+    python benchmarks/soak.py [--minutes 30] [--clients 8] [--model smollm2|reference]
+
+Everything runs in one process, so that the engine's bookkeeping can be checked while it runs. At the
+end: no block is leaked (`check()`), memory is flat after the first fifth, and replies of the profile
+`exact` equal those of a model that has never seen anything else.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import httpx
+import psutil
+import uvicorn
+
+import recollect
+from harness import say
+from recollect.proof.workloads import text_of
+from recollect.server.app import create_app
+from recollect.server.hub import ModelHub
+from recollect.server.keys import Keyring
+from recollect.server.settings import Limits, Settings
+
+FLAT_BYTES = 64 << 20
+"""Memory may grow by this after the first fifth: texts and token ids of conversations are kept."""
+
+Message = dict[str, str]
+
+
+@dataclass
+class Soak:
+    """What came of it so far."""
+
+    url: str
+    ends_at: float
+    requests: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    whole: list[tuple[list[Message], str]] = field(default_factory=list)
+    """Some of the conversations, and their replies, to be generated anew."""
+
+
+async def be_a_client(soak: Soak, number: int) -> None:
+    """Talk, change what was said, and leave in the middle, until the time is over."""
+    dice = random.Random(number)  # noqa: S311 - not for secrets
+    system = text_of(random.Random(number % 3), 60)  # noqa: S311 - shared by some
+    messages: list[Message] = [{"role": "system", "content": system}]
+    async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
+        while monotonic() < soak.ends_at:
+            if len(messages) > 20 or dice.random() < 0.1:
+                del messages[1:]
+            elif dice.random() < 0.3:  # an edit: back to some turn
+                del messages[1 + 2 * dice.randrange(len(messages) // 2 + 1) :]
+            messages.append({"role": "user", "content": text_of(dice, dice.randint(3, 40))})
+            text = await say_it(soak, client, messages, dice)
+            if text is None:
+                messages.pop()
+            else:
+                messages.append({"role": "assistant", "content": text})
+
+
+async def say_it(
+    soak: Soak, client: httpx.AsyncClient, messages: list[Message], dice: random.Random
+) -> str | None:
+    """Ask; return the reply, or None where it was left or refused."""
+    body: dict[str, Any] = {"messages": messages, "max_tokens": dice.randint(4, 48)}
+    soak.requests += 1
+    if dice.random() < 0.3:
+        body["stream"] = True
+        left_after = dice.choice([0, 1, 5, 10**6])
+        async with client.stream("POST", f"{soak.url}/v1/chat/completions", json=body) as response:
+            text, seen = "", 0
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    seen += 1
+                    for choice in json.loads(line[6:])["choices"]:
+                        text += choice["delta"].get("content") or ""
+                if seen > left_after:
+                    soak.cancelled += 1
+                    return None
+        return text
+    try:
+        answer = await client.post(
+            f"{soak.url}/v1/chat/completions",
+            json=body,
+            timeout=0.05 if dice.random() < 0.1 else 120,
+        )
+    except httpx.TimeoutException:
+        soak.cancelled += 1
+        return None
+    if answer.status_code != 200:
+        assert answer.status_code in {400, 429}, answer.text
+        soak.refused += 1
+        return None
+    content: str = answer.json()["choices"][0]["message"]["content"]
+    if len(soak.whole) < 40 and dice.random() < 0.05:
+        soak.whole.append(
+            ([*messages, {"role": "limit", "content": str(body["max_tokens"])}], content)
+        )
+    return content
+
+
+async def watch(soak: Soak, model: recollect.Model, memory: list[int]) -> None:
+    """Check the bookkeeping and note the memory, ten times a run at least."""
+    pause = max(1.0, (soak.ends_at - monotonic()) / 50)
+    while monotonic() < soak.ends_at:
+        await asyncio.sleep(pause)
+        await asyncio.to_thread(model.engine.check)
+        memory.append(psutil.Process().memory_info().rss)
+        say(f"{soak.requests:7} requests  {memory[-1] >> 20:6} MiB  {soak.cancelled} left early")
+
+
+def equal_anew(args: argparse.Namespace, soak: Soak) -> int:
+    """Return how many replies a fresh model gives as they were given."""
+    equal = 0
+    with recollect.load(args.model, profile="exact", kv_disk=0) as fresh:
+        for number, (messages, text) in enumerate(soak.whole):
+            limit = recollect.SamplingParams(max_tokens=int(messages[-1]["content"]))
+            session = fresh.session_from(messages[:-1], namespace=f"{number}")  # type: ignore[arg-type]
+            equal += session.respond(None, params=limit).text == text
+    return equal
+
+
+async def run(args: argparse.Namespace, url: str, model: recollect.Model) -> tuple[Soak, list[int]]:
+    soak, memory = Soak(url, monotonic() + args.minutes * 60), [psutil.Process().memory_info().rss]
+    clients = [be_a_client(soak, number) for number in range(args.clients)]
+    await asyncio.gather(watch(soak, model, memory), *clients)
+    return soak, memory
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    options.add_argument("--model", default="smollm2")
+    options.add_argument("--minutes", type=float, default=30)
+    options.add_argument("--clients", type=int, default=8)
+    args = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = recollect.load(args.model, profile="exact", kv_memory=512 << 20, kv_disk=0)
+        hub = ModelHub(lambda _: model, [args.model])
+        settings = Settings(home=Path(folder), models=(args.model,), limits=Limits(concurrent=6))
+        app = create_app(settings, hub, Keyring())
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        while not server.started:
+            thread.join(0.05)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        soak, memory = asyncio.run(run(args, url, model))
+        deadline = monotonic() + 30
+        while app.state.services.admission.running and monotonic() < deadline:
+            thread.join(0.1)
+        left = app.state.services.admission.running
+        model.engine.check()
+        server.should_exit = True
+        thread.join()
+    grown = max(memory[len(memory) // 5 :]) - memory[len(memory) // 5]
+    equal = equal_anew(args, soak)
+    result = {
+        "benchmark": "soak",
+        "minutes": args.minutes,
+        "requests": soak.requests,
+        "left_early": soak.cancelled,
+        "refused": soak.refused,
+        "replies_left": left,
+        "grown_bytes": grown,
+        "compared": len(soak.whole),
+        "equal": equal,
+    }
+    print(json.dumps(result))
+    return int(left > 0 or grown > FLAT_BYTES or equal < len(soak.whole))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""
+`recollect serve` and `recollect keys`: the engine behind the API that every tool speaks.
+
+Reads options and says where it listens; the server itself is `recollect.server`.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from recollect.cli import options
+from recollect.cli.passphrase import EncryptOption, unlock_home
+from recollect.config import DEFAULT_PROFILE
+from recollect.errors import ConfigError
+from recollect.models.catalog import DEFAULT_MODEL
+
+if TYPE_CHECKING:  # the server takes a second to import, which `--help` need not wait for
+    from recollect.server.keys import KeyFile
+    from recollect.server.settings import Settings
+
+_ACCESS: Final = "Access"
+_LIMITS: Final = "Limits"
+
+keys_app = typer.Typer(
+    name="keys", help="API keys of `recollect serve`.", no_args_is_help=True, add_completion=False
+)
+
+
+def serve(
+    *,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="As in `recollect chat`; several: the first is the default.",
+            show_default=f"{DEFAULT_MODEL}, and what `recollect models` shows as installed",
+        ),
+    ] = None,
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=MODEL]",
+            help="Another name for a model, such as the one that a tool has built in.",
+            show_default=False,
+        ),
+    ] = None,
+    profile: options.ProfileOption = DEFAULT_PROFILE,
+    kv_memory: options.KvMemoryOption = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Most memory for all models and their KV; the least recently used goes.",
+            show_default="no limit",
+        ),
+    ] = None,
+    temperature: options.TemperatureOption = 0.0,
+    host: Annotated[
+        str,
+        typer.Option(
+            metavar="H",
+            help="Where to listen; other than 127.0.0.1 needs a key.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(metavar="P", help="0 takes a free one.", rich_help_panel=_ACCESS)
+    ] = 8765,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="K",
+            help="A key that clients have to send; several, or `recollect keys add`.",
+            envvar="RECOLLECT_API_KEY",
+            show_default=False,
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name that this machine goes by, beside localhost.",
+            show_default=False,
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="A web page that may call, such as http://localhost:3000.",
+            show_default=False,
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
+    concurrent: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Replies generated at once.", rich_help_panel=_LIMITS
+        ),
+    ] = 16,
+    queue: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Requests that may wait.", rich_help_panel=_LIMITS),
+    ] = 64,
+    encrypt: EncryptOption = False,
+) -> None:
+    """
+    Serve the APIs of OpenAI and Anthropic, for any client, with conversations that stay warm.
+
+    Point a client at http://127.0.0.1:8765/v1; /docs there shows every call.
+    """
+    _require_packages()
+    from recollect import config  # noqa: PLC0415 - see the imports for type checking
+    from recollect.models.status import installed  # noqa: PLC0415
+    from recollect.server.hub import ModelHub  # noqa: PLC0415
+    from recollect.server.keys import KeyFile, keyring  # noqa: PLC0415
+    from recollect.server.run import serve as run_server  # noqa: PLC0415
+    from recollect.server.settings import Limits, Settings  # noqa: PLC0415
+
+    home = config.home()
+    statuses = [one for one in installed(home) if one.is_installed]
+    given = model or [DEFAULT_MODEL, *(one.name for one in statuses)]
+    references = {_public_name(name): name for name in given}
+    names = tuple(references)
+    keys = keyring(KeyFile.in_home(home), api_key or ())
+    settings = Settings(
+        home=home,
+        cipher=unlock_home(encrypt=encrypt),
+        models=names,
+        aliases=_aliases(alias or (), names),
+        host=host,
+        port=port,
+        allowed_hosts=tuple(allow_host or ()),
+        cors_origins=tuple(cors or ()),
+        temperature=temperature,
+        has_keys=len(keys) > 0,
+        limits=Limits(concurrent=concurrent, queue=queue),
+    )
+    weights = {one.name: one.disk_bytes for one in statuses}
+    hub = ModelHub(
+        lambda name: options.open_model(references[name], profile=profile, kv_memory=kv_memory),
+        names,
+        aliases=settings.aliases,
+        memory_bytes=None if memory is None else config.parse_size(memory),
+        weight_bytes=lambda name: weights.get(name, 0),
+    )
+    _log_to_stderr()
+    run_server(settings, hub, keys, on_listening=lambda port: _say_where(settings, port))
+
+
+@keys_app.command("add")
+def add_key(
+    name: Annotated[str, typer.Argument(help="Whom it is for.")],
+    operator: Annotated[
+        bool, typer.Option("--operator", help="May read /metrics, which counts what all do.")
+    ] = False,
+) -> None:
+    """Make a key and print it, once: only its hash is kept."""
+    typer.echo(_key_file().add(name, is_operator=operator))
+    typer.echo(
+        "Keep it: it cannot be shown again. A running server does not know it yet.", err=True
+    )
+
+
+@keys_app.command("list")
+def list_keys() -> None:
+    """Show whom there are keys for."""
+    for stored in _key_file().read():
+        typer.echo(f"{stored.name}{'  (operator)' if stored.is_operator else ''}")
+
+
+@keys_app.command("remove")
+def remove_key(name: Annotated[str, typer.Argument(help="Whom it was for.")]) -> None:
+    """Refuse a key from the server's next start on."""
+    _key_file().remove(name)
+
+
+def _key_file() -> "KeyFile":
+    from recollect import config  # noqa: PLC0415 - see the imports for type checking
+    from recollect.server.keys import KeyFile  # noqa: PLC0415
+
+    return KeyFile.in_home(config.home())
+
+
+def _require_packages() -> None:
+    try:
+        import fastapi  # noqa: F401, PLC0415 - only whether it is there
+        import prometheus_client  # noqa: F401, PLC0415
+        import uvicorn  # noqa: F401, PLC0415
+    except ImportError as cause:
+        raise ConfigError(
+            f"The server needs the package {cause.name}: `python -m pip install "
+            '"recollect[server]"`.'
+        ) from cause
+
+
+def _public_name(reference: str) -> str:
+    """Return what clients call a model: they need not know where it lies."""
+    return Path(reference).stem if Path(reference).exists() else reference
+
+
+def _aliases(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    aliases = {}
+    for text in given:
+        alias, _, name = text.partition("=")
+        if (name or names[0]) not in names:
+            raise ConfigError(
+                f"--alias {text}: there is no model {name!r} among {', '.join(names)}."
+            )
+        aliases[alias] = name or names[0]
+    return aliases
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    logging.getLogger("recollect").setLevel(logging.INFO)
+
+
+def _say_where(settings: "Settings", port: int) -> None:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    keys = "an API key" if settings.has_keys else "no API key"
+    print(
+        f"Listening on http://{host}:{port}/v1 ({keys}); Ctrl-C stops.", file=sys.stderr, flush=True
+    )

@@ -1,0 +1,163 @@
+"""
+Places in conversations that are kept from eviction under a name, with their KV on disk.
+
+A checkpoint is a pin of the KV store that knows a node of the journal, by number: no text is in it.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from recollect.conversation.journal import Journal
+from recollect.conversation.records import ConversationInfo
+from recollect.errors import UnknownCheckpointError, UnknownConversationError
+from recollect.kv import disk_audit, pins
+from recollect.kv.accounts import Pin
+from recollect.kv.disk import DiskStore
+
+_KIND: Final = {"kind": "checkpoint"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A place that one can come back to without reading anything again."""
+
+    name: str
+    conversation: str | None
+    """What its conversation is called now; None: that was deleted."""
+    conversation_id: int
+    """In the journal."""
+    node_id: int
+    """In the journal."""
+    turns: int
+    """Replies up to it."""
+    tokens: int
+    stored_tokens: int
+    """Whose KV is on disk: all, unless something there was damaged."""
+    stored_bytes: int
+    """That their blocks take, also those that others share."""
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A node of a conversation that is kept, as the journal numbers it."""
+
+    conversation_id: int
+    node_id: int
+    turns: int
+    """Replies up to it."""
+
+
+class Checkpoints:
+    """
+    All checkpoints of a home.
+
+    Owns neither the store nor the journal. Any thread and any process may use them at once.
+    """
+
+    def __init__(self, store: DiskStore, journal: Journal) -> None:
+        self._store = store
+        self._journal = journal
+
+    def all(self) -> list[Checkpoint]:
+        """
+        Return all, by name.
+
+        Raises:
+            StoreError: The store or the journal cannot be read.
+        """
+        known = {info.id: info for info in self._journal.conversations()}
+        found = [pin for pin in disk_audit.pins(self._store) if _is_checkpoint(pin)]
+        return [self._of(pin, known.get(pin.about["conversation"])) for pin in found]
+
+    def facts(self, spot: Spot) -> dict[str, Any]:
+        """
+        Return what a pin has to know to be a checkpoint there.
+
+        Raises:
+            UnknownConversationError: The conversation has been deleted meanwhile.
+            StoreError: The journal cannot be read.
+        """
+        for info in self._journal.conversations():
+            if info.id == spot.conversation_id:
+                return {
+                    **_KIND,
+                    "conversation": spot.conversation_id,
+                    "begun": info.created_at.isoformat(),  # another journal may have that number
+                    "node": spot.node_id,
+                    "turns": spot.turns,
+                }
+        raise UnknownConversationError("This conversation has been deleted: begin another one.")
+
+    def find(self, name: str) -> Checkpoint:
+        """
+        Return the one of that name.
+
+        Raises:
+            UnknownCheckpointError: There is none, or its conversation was deleted.
+            StoreError: As `all`.
+        """
+        for checkpoint in self.all():
+            if checkpoint.name == name:
+                if checkpoint.conversation is None:
+                    raise UnknownCheckpointError(
+                        f"The conversation of the checkpoint {name!r} was deleted: drop it "
+                        f"(`recollect checkpoints drop`)."
+                    )
+                return checkpoint
+        raise _unknown(name)
+
+    def drop(self, name: str) -> None:
+        """
+        Let the KV of one be evicted again; its conversation stays as it is.
+
+        Raises:
+            UnknownCheckpointError: There is none of that name.
+            StoreError: The store cannot be written.
+        """
+        pin = pins.find(self._store, name)
+        if pin is None or not _is_checkpoint(pin) or not pins.drop(self._store, name):
+            raise _unknown(name)
+
+    def _of(self, pin: Pin, info: ConversationInfo | None) -> Checkpoint:
+        """Return a pin as a checkpoint, with what the journal has under its number."""
+        stored, about = pins.stored(self._store, pin), pin.about
+        is_same = info is not None and info.created_at.isoformat() == about["begun"]
+        return Checkpoint(
+            name=pin.name,
+            conversation=info.name if info is not None and is_same else None,
+            conversation_id=about["conversation"],
+            node_id=about["node"],
+            turns=about["turns"],
+            tokens=pin.tokens,
+            stored_tokens=min(pin.tokens, stored.tokens),
+            stored_bytes=stored.stored_bytes,
+            created_at=datetime.fromtimestamp(pin.created, UTC),
+        )
+
+
+def drop_of_conversation(store: DiskStore, conversation_id: int, begun: datetime) -> list[str]:
+    """
+    Drop the checkpoints of a conversation that is deleted; return their names.
+
+    Args:
+        store: Where they are.
+        conversation_id: In the journal.
+        begun: When the conversation was created, as the journal has it.
+
+    Raises:
+        StoreError: The store cannot be written.
+    """
+    facts = {"conversation": conversation_id, "begun": begun.isoformat()}
+    return pins.drop_all(store, _KIND | facts)
+
+
+def _is_checkpoint(pin: Pin) -> bool:
+    return _KIND.items() <= pin.about.items()
+
+
+def _unknown(name: str) -> UnknownCheckpointError:
+    return UnknownCheckpointError(
+        f"There is no checkpoint {name!r}: `recollect checkpoints` lists them."
+    )

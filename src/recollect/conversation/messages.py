@@ -1,0 +1,94 @@
+"""
+Messages as clients send them, and as they are kept.
+
+A reply is kept as the text that the model wrote, calls of tools in it; what a client sends with the
+calls beside the text becomes such a text again. Pure: values in, values out.
+"""
+
+import json
+from typing import Any
+
+from recollect.conversation.records import NewNode
+from recollect.errors import InvalidParameterError
+from recollect.models.tool_calls import ParsedReply, parse_reply
+from recollect.models.tool_text import CALL_START, call_text
+from recollect.types import Message, MessageToolCall, Role, ToolLinks
+
+
+def to_node(message: Message) -> NewNode:
+    """
+    Return a message as it is kept.
+
+    Raises:
+        InvalidParameterError: A call has no name, or a message that needs one no content.
+    """
+    role, content = message["role"], message.get("content")
+    if role == "assistant":
+        calls = message.get("tool_calls") or ()
+        texts = [content] if content else []
+        texts += [_call_text(call) for call in calls]
+        links = ToolLinks(call_ids=tuple(call["id"] for call in calls)) if calls else None
+        return NewNode(role=role, content="\n".join(texts), links=links)
+    if content is None:
+        raise InvalidParameterError(f"A message of role {role!r} has no content: give it a text.")
+    links = None
+    if role == "tool":
+        links = ToolLinks(tool_call_id=message.get("tool_call_id"), name=message.get("name"))
+    return NewNode(role=role, content=content, links=links if links != ToolLinks() else None)
+
+
+def to_message(role: Role, content: str, links: ToolLinks | None) -> Message:
+    """Return what is kept as a client sends and gets it, calls beside the text."""
+    if links is None or not links.call_ids:
+        return as_written(role, content, links)
+    parsed = parse_reply(content, links.call_ids, names=None)
+    return {
+        "role": role,
+        "content": parsed.content or None,
+        "tool_calls": [call.to_dict() for call in parsed.calls],
+    }
+
+
+def as_written(role: Role, content: str, links: ToolLinks | None) -> Message:
+    """Return what is kept as templates get it, calls in the text."""
+    message: Message = {"role": role, "content": content}
+    if links is not None and links.tool_call_id is not None:
+        message["tool_call_id"] = links.tool_call_id
+    if links is not None and links.name is not None:
+        message["name"] = links.name
+    return message
+
+
+def canonical(role: Role, content: str, links: ToolLinks | None) -> str:
+    """Return a text that is the same for the same message, however a client writes its calls."""
+    if links is not None and links.call_ids:
+        return _canonical_reply(parse_reply(content, names=None))
+    if role == "assistant" and CALL_START in content:
+        return _canonical_reply(parse_reply(content))
+    if role == "tool" and links is not None:
+        return json.dumps([links.tool_call_id, links.name, content])
+    return content
+
+
+def _canonical_reply(reply: ParsedReply) -> str:
+    if not reply.calls:
+        return reply.content
+    calls = [[call.name, _canonical_json(call.arguments)] for call in reply.calls]
+    return json.dumps([reply.content.strip(), calls])
+
+
+def _canonical_json(text: str) -> Any:
+    try:
+        return json.dumps(json.loads(text), sort_keys=True)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _call_text(call: MessageToolCall) -> str:
+    try:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+    except (KeyError, TypeError) as cause:
+        raise InvalidParameterError(
+            f"A tool call lacks {cause}: give it an id, and a function with name and arguments."
+        ) from cause
+    return call_text(name, arguments)

@@ -1,0 +1,201 @@
+"""
+The tools that a session offers, and how replies may call them.
+
+Pure: descriptions in, a grammar out. Nothing is called here.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+from recollect.engine.grammar import JSON_STYLE
+from recollect.errors import InvalidParameterError
+from recollect.models.tool_text import CALL_CLOSING, CALL_START, call_opening
+from recollect.types import Grammar
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_MODES: Final = ("none", "auto", "required")
+
+# Arguments are held to what of their schema they can be held to: a word in it that is not known is
+# no reason to refuse the tool.
+_GUIDANCE: Final = {**JSON_STYLE, "lenient": True}
+_BARE_GUIDANCE: Final = {"whitespace_pattern": r"[\x20\x0A]{1,20}", "lenient": True}
+"""Calls without marks come over several lines. Bounded: small models fall into endless white space."""
+
+# Text, and calls in it; or, from the beginning, calls without marks, as `models/tool_calls.py` has
+# them. A lazy rule wins over free text as soon as it matches.
+_AUTO: Final = r"""
+tail: TEXT
+TEXT: /(?s:.*)/
+trigger[lazy]: TEXT "<tool_call>"
+call: trigger after_mark
+BARE_END: /[ \n]{0,20}\}?[ \n]{0,20}(```)?/
+SPACE: /[ \n]{1,20}/
+"""
+_BARE_HEAD: Final = (
+    r"/[ \n]{0,20}(```(json)?[ \n]{0,20})?\{\{?[ \n]{0,20}"
+    r'"name"[ \n]{0,20}:[ \n]{0,20}"NAME"[ \n]{0,20},[ \n]{0,20}"arguments"[ \n]{0,20}:/'
+)
+_NO_CALL: Final = "start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*)<tool_call>(?s:.*)/"
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """
+    What a model may call, and whether it has to.
+
+    Made by `Tools.of`. Two that offer the same make the same prompts, whatever their `choice`.
+    """
+
+    schemas: tuple[Mapping[str, Any], ...] = ()
+    """As in OpenAI's API: `{"type": "function", "function": {"name": …, "parameters": …}}`."""
+    choice: str = "auto"
+    """`none`, `auto` (text, calls, or both), `required`, or the name of the one that is called."""
+    parallel: bool = True
+    """Whether one reply may have several calls."""
+
+    @classmethod
+    def of(
+        cls,
+        schemas: Sequence[Mapping[str, Any]] | None,
+        choice: str = "auto",
+        *,
+        parallel: bool = True,
+    ) -> Self:
+        """
+        Return the tools of these descriptions.
+
+        Raises:
+            InvalidParameterError: A description is no JSON or has no name that can be one, two have
+                the same name, or the choice is none.
+        """
+        tools = cls(tuple(map(_copied, schemas or ())), choice, parallel)
+        names = [_name(schema) for schema in tools.schemas]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise InvalidParameterError(
+                f"Two tools are called {', '.join(sorted(twice))}: give each a name of its own."
+            )
+        known = [*_MODES, *names] if names else _MODES[:2]
+        if choice not in known:
+            raise InvalidParameterError(
+                f"tool_choice is {choice!r}; it must be one of {', '.join(known)}."
+            )
+        return tools
+
+    def grammar(self, answer: Grammar | None = None) -> Grammar | None:
+        """
+        Return what a reply may look like; None: anything.
+
+        Calls are held to the schemas of their tools, and the end of a reply to the end of a call.
+
+        Args:
+            answer: What a reply that calls nothing must look like.
+
+        Raises:
+            InvalidParameterError: *answer* is a Lark grammar, which cannot be joined with others.
+        """
+        if not self.schemas:
+            return answer
+        if self.choice == "none":
+            return answer or Grammar.lark(_NO_CALL)
+        schemas = [one for one in self.schemas if self.choice in (*_MODES, _name(one))]
+        one_only = not self.parallel or self.choice not in _MODES
+        if self.choice == "auto" and answer is None:
+            many = "start: call | tail | bare" if one_only else "start: call* tail | bare+"
+            start = f"{many} BARE_END?"
+            return Grammar.lark(f"{start}\n{_AUTO}{_bodies(schemas)}\n{_bare(schemas)}")
+        calls = "calls: one" if one_only else r'calls: one ("\n" one)*'
+        rules = [calls, f'one: "{CALL_START}" after_mark', _bodies(schemas)]
+        if self.choice == "auto" and answer is not None:
+            return Grammar.lark("\n".join(["start: calls | answer", _answer(answer), *rules]))
+        return Grammar.lark("\n".join(["start: calls", *rules]))
+
+    def bare_names(self, answer: Grammar | None = None) -> tuple[str, ...]:
+        """Return the tools whose calls `grammar` allows without marks."""
+        is_free = self.choice == "auto" and answer is None
+        return tuple(_name(schema) for schema in self.schemas) if is_free else ()
+
+    def difference(self, earlier: "Tools") -> str | None:
+        """Return how these differ from earlier ones, in words; None where they are the same."""
+        if self.schemas == earlier.schemas:
+            return None
+        now = {_name(schema): schema for schema in self.schemas}
+        was = {_name(schema): schema for schema in earlier.schemas}
+        both = [name for name in now if name in was]
+        kinds = {
+            "added": [name for name in now if name not in was],
+            "removed": [name for name in was if name not in now],
+            "changed": [name for name in both if now[name] != was[name]],
+        }
+        words = [f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names]
+        return f"Tools: {'; '.join(words) or 'in another order'}."
+
+
+NO_TOOLS: Final = Tools()
+
+
+def _copied(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a description that nobody can change, as JSON has it."""
+    try:
+        copied: Mapping[str, Any] = json.loads(json.dumps(schema, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as cause:
+        raise InvalidParameterError(f"A tool is no JSON value ({cause}): correct it.") from cause
+    return copied
+
+
+def _name(schema: Any) -> str:
+    function = schema.get("function") if isinstance(schema, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidParameterError(
+            f"A tool is called {name!r}: give it a function with a name of 1 to 64 letters, "
+            "digits, dots, dashes or underscores."
+        )
+    return name
+
+
+def _bodies(schemas: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rules for what follows the mark of a call: one of the tools, and its arguments."""
+    rules = ["after_mark: " + " | ".join(f"call_{n}" for n in range(len(schemas)))]
+    for n, schema in enumerate(schemas):
+        opening = call_opening(_name(schema)).removeprefix(CALL_START)
+        rules.append(
+            f"call_{n}: {json.dumps(opening)} arguments_{n} {json.dumps(CALL_CLOSING)}\n"
+            f"arguments_{n}: {_arguments(schema, _GUIDANCE)}"
+        )
+    return "\n".join(rules)
+
+
+def _bare(schemas: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rules for calls without marks."""
+    rules = ["bare: " + " | ".join(f"bare_{n}" for n in range(len(schemas)))]
+    for n, schema in enumerate(schemas):
+        head = _BARE_HEAD.replace("NAME", re.escape(_name(schema)))
+        rules.append(
+            f"bare_head_{n}[lazy]: {head}\n"
+            f'bare_{n}: bare_head_{n} SPACE? bare_arguments_{n} SPACE? "}}"\n'
+            f"bare_arguments_{n}: {_arguments(schema, _BARE_GUIDANCE)}"
+        )
+    return "\n".join(rules)
+
+
+def _arguments(schema: Mapping[str, Any], guidance: Mapping[str, Any]) -> str:
+    parameters = schema["function"].get("parameters") or {"type": "object", "properties": {}}
+    return f"%json {json.dumps({**parameters, 'x-guidance': guidance})}"
+
+
+def _answer(answer: Grammar) -> str:
+    if answer.kind == "json_schema":
+        schema = json.loads(answer.source)
+        if isinstance(schema, dict):
+            schema = {**schema, "x-guidance": JSON_STYLE}
+        return f"answer: %json {json.dumps(schema)}"
+    if answer.kind == "regex":
+        pattern = answer.source.replace("/", r"\/")
+        return f"answer: ANSWER\nANSWER: /{pattern}/"
+    raise InvalidParameterError(
+        "A Lark grammar cannot be joined with tools: use a JSON schema or a regular expression, or "
+        "write the calls into the grammar and offer no tools."
+    )

@@ -1,0 +1,175 @@
+"""
+`Tokenizer`, `TokenizerStream` and `Tensor`: text and ids as the original's arrays.
+
+Knows the model's tokenizer and template, and no generator.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from recollect.models.hf_files import as_ids, read_json
+from recollect.models.local import LocalModel
+from recollect.models.onnx_folder import CONFIG_NAME
+from recollect.models.template import ChatTemplate
+from recollect.models.tokenizer import Detokenizer
+from recollect.og.errors import as_runtime_error
+from recollect.og.model import Model
+
+Ids = Sequence[int] | npt.NDArray[Any]
+
+
+class Tensor:
+    """A batch of ids, `(texts, longest)`, the shorter padded at their end."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self._array: Final = array
+
+    def as_numpy(self) -> npt.NDArray[Any]:
+        """Return the ids as an array."""
+        return self._array
+
+    def shape(self) -> list[int]:
+        """Return the shape as a list."""
+        return list(self._array.shape)
+
+
+class TokenizerStream:
+    """Turns tokens into text one by one; a character comes when its last token does."""
+
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self._detokenizer = detokenizer
+
+    def decode(self, token: int) -> str:
+        """Return the text that *token* completes, which may be empty."""
+        return self._detokenizer.push(int(token))
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template."""
+
+    def __init__(self, model: Model) -> None:
+        self._tokenizer = model.loaded.tokenizer
+        self._local = model.local
+        self._special = _special_ids(model.local)
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        """Return the ids of *text*, `(n,)`: nothing added, special tokens recognised."""
+        return np.array(self._tokenizer.encode(text), np.int32)
+
+    def decode(self, tokens: Ids) -> str:
+        """Return the text of ids, without special tokens."""
+        return self._tokenizer.decode(np.asarray(tokens, np.int64).reshape(-1).tolist())
+
+    def encode_batch(self, texts: Sequence[str]) -> Tensor:
+        """Return the ids of several texts, padded at their end to the longest."""
+        rows = [self._tokenizer.encode(text) for text in texts]
+        batch = np.full((len(rows), max(map(len, rows), default=0)), self.pad_token_id, np.int32)
+        for row, ids in zip(batch, rows, strict=True):
+            row[: len(ids)] = ids
+        return Tensor(batch)
+
+    def decode_batch(self, batch: Tensor | npt.NDArray[Any]) -> list[str]:
+        """Return the texts of several rows of ids."""
+        rows = batch.as_numpy() if isinstance(batch, Tensor) else batch
+        return [self.decode(row) for row in rows]
+
+    def apply_chat_template(
+        self,
+        messages: str,
+        *,
+        template_str: str | None = None,
+        tools: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """
+        Return a conversation as the text that the model was trained on.
+
+        Args:
+            messages: A JSON list of objects with "role" and "content".
+            template_str: Another template than the model's.
+            tools: A JSON list of descriptions.
+            add_generation_prompt: Whether the text ends with the opening of a reply.
+
+        Raises:
+            RuntimeError: That is no JSON, or the template refuses it.
+        """
+        with as_runtime_error():
+            template = ChatTemplate(
+                template_str or self._local.chat_template,
+                bos_token=self._local.bos_token,
+                eos_token=self._local.eos_token,
+            )
+            return template.render(
+                _parsed("messages", messages),
+                add_generation_prompt=add_generation_prompt,
+                tools=None if tools is None else _parsed("tools", tools),
+            )
+
+    def create_stream(self) -> TokenizerStream:
+        """Return what turns the tokens of one reply into text as they come."""
+        return TokenizerStream(Detokenizer(self._tokenizer))
+
+    def to_token_id(self, text: str) -> int:
+        """Return the one id that *text* encodes to; -1 where it takes none or several."""
+        number = self._tokenizer.token_id(text)
+        return -1 if number is None else number
+
+    @property
+    def eos_token_ids(self) -> npt.NDArray[np.int32]:
+        """Return the ids that end a reply."""
+        return np.array(sorted(self._local.eos_token_ids), np.int32)
+
+    @property
+    def bos_token_id(self) -> int:
+        """
+        Return the id that begins a text.
+
+        Raises:
+            RuntimeError: There is none.
+        """
+        return self._special_id("bos_token_id", self._local.bos_token)
+
+    @property
+    def pad_token_id(self) -> int:
+        """
+        Return the id that fills a batch: where the model names none, the one that ends a reply.
+
+        Raises:
+            RuntimeError: There is neither.
+        """
+        return self._special_id("pad_token_id", self._local.eos_token)
+
+    def _special_id(self, name: str, text: str | None) -> int:
+        number = self._special.get(name)
+        if number is None and text is not None:
+            number = self._tokenizer.token_id(text)
+        if number is None:
+            raise RuntimeError(f"{name} is not defined for this model")
+        return number
+
+
+def _special_ids(local: LocalModel) -> dict[str, int]:
+    """Return the ids that an ONNX GenAI folder names."""
+    if local.folder is None or local.format != "onnx-genai":
+        return {}
+    named = read_json(local.folder / CONFIG_NAME)["model"]
+    found = {name: as_ids(named.get(name)) for name in ("bos_token_id", "pad_token_id")}
+    return {name: ids[0] for name, ids in found.items() if ids}
+
+
+def _parsed(name: str, text: str) -> Any:
+    if not isinstance(text, str):
+        raise TypeError(
+            f"{name} is {type(text).__name__}; it must be a JSON text, as json.dumps makes it"
+        )
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as cause:
+        raise RuntimeError(f"{name} is not JSON: {cause}") from cause
+    if not isinstance(content, list):
+        raise RuntimeError(f"{name} is no JSON list.")  # noqa: TRY004 - as in the original
+    return content

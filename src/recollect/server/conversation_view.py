@@ -1,0 +1,118 @@
+"""
+A kept conversation as a client sees it: its items, branches and ids.
+
+Reads the journal alone, so that no model needs to be loaded. Ids of items say where in their
+conversation they are and nothing of any other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from recollect.conversation.journal import Journal
+from recollect.conversation.labels import Label
+from recollect.conversation.records import DEFAULT_TIP, NodeRecord, StoredConversation
+from recollect.server.errors import not_found
+from recollect.server.places import split_branch
+from recollect.server.response_object import items_of
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationView:
+    """A conversation at one of its branches, with the names that its nodes go by."""
+
+    id: str
+    """As the client said it: with the branch where it is not the main one."""
+    stored: StoredConversation
+    branch: str
+    label: Label
+    responses: dict[int, str]
+    """Response ids, by node."""
+
+    @classmethod
+    def load(cls, journal: Journal, conversation_id: str, namespace: str) -> Self:
+        """
+        Return a conversation of a client.
+
+        Raises:
+            ApiError: There is none of that id, for this client.
+        """
+        name, branch = split_branch(conversation_id)
+        label = journal.find_label(name, namespace=namespace)
+        if label is None or label.node_id is not None:
+            raise not_found(f"conversation {conversation_id!r}")
+        stored = journal.load(label.conversation_id, namespace=namespace)
+        if branch not in {DEFAULT_TIP, *stored.tips}:
+            raise not_found(f"conversation {conversation_id!r}")
+        responses = {
+            one.node_id: one.name
+            for one in journal.labels(label.conversation_id)
+            if one.node_id is not None
+        }
+        return cls(conversation_id, stored, branch, label, responses)
+
+    @property
+    def tip(self) -> int | None:
+        """Return the node at which the branch stands; None is the root."""
+        if self.branch in self.stored.tips:
+            return self.stored.tips[self.branch]
+        return self.stored.default_tip()
+
+    def body(self) -> dict[str, Any]:
+        """Return the conversation as OpenAI's clients read it."""
+        return {
+            "id": self.id,
+            "object": "conversation",
+            "created_at": int(self.stored.created_at.timestamp()),
+            "metadata": self.label.note.get("metadata", {}),
+        }
+
+    def path(self) -> list[NodeRecord]:
+        """Return the messages up to the tip."""
+        return self.stored.path(self.tip)
+
+    def item_id(self, node_id: int) -> str:
+        """Return the id of an item."""
+        if node_id in self.responses:
+            return f"msg_{self.responses[node_id].removeprefix('resp_')}"
+        numbers = {node.id: number for number, node in enumerate(self.stored.nodes, 1)}
+        return f"msg_{self.label.name.removeprefix('conv_')}_{numbers[node_id]}"
+
+    def node_id(self, name: str) -> int:
+        """
+        Return the node that an item's or a response's id names.
+
+        Raises:
+            ApiError: It is not of this conversation.
+        """
+        by_name = {response: node for node, response in self.responses.items()}
+        by_name |= {
+            item["id"]: node.id for node in self.stored.nodes for item in self.items([node])
+        }
+        by_name |= {self.item_id(node.id): node.id for node in self.stored.nodes}
+        if name not in by_name:
+            raise not_found(f"item {name!r} in this conversation")
+        return by_name[name]
+
+    def items(self, nodes: Sequence[NodeRecord]) -> list[dict[str, Any]]:
+        """Return messages as items."""
+        return [item for node in nodes for item in items_of(self.item_id(node.id), node)]
+
+    def tree(self) -> dict[str, Any]:
+        """Return all messages in all branches, parents first, and where each branch stands."""
+        nodes = [
+            {
+                "id": self.item_id(node.id),
+                "role": node.role,
+                "items": self.items([node]),
+                "parent_id": None if node.parent_id is None else self.item_id(node.parent_id),
+                "response_id": self.responses.get(node.id),
+                "created_at": int(node.created_at.timestamp()),
+            }
+            for node in self.stored.nodes
+        ]
+        tips = {
+            name: None if node_id is None else self.item_id(node_id)
+            for name, node_id in self.stored.tips.items()
+        }
+        return {"object": "conversation.tree", "id": self.id, "nodes": nodes, "tips": tips}

@@ -1,0 +1,280 @@
+"""
+`/v1/conversations`: kept conversations, and what others do not have: rewind, fork, checkpoint, tree.
+
+None of these computes anything: they move names in the journal. What they move to is warm while its
+KV is there.
+"""
+
+import secrets
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from pydantic import Field, model_validator
+
+from recollect.conversation.labels import Label
+from recollect.conversation.messages import to_node
+from recollect.conversation.records import NewNode, NodeRecord
+from recollect.errors import RewindError
+from recollect.server.chat_schema import check_limits
+from recollect.server.conversation_view import ConversationView
+from recollect.server.errors import ApiError, not_found
+from recollect.server.fields import Body, Ignored
+from recollect.server.places import split_branch
+from recollect.server.response_schema import InputItem, merged
+from recollect.server.services import client_of, services_of
+
+router = APIRouter(tags=["Conversations"])
+
+BranchName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+"""Part of an id, so nothing that an address gives a meaning."""
+_PAGE: int = 20
+
+
+class NewConversation(Body):
+    """The body of `POST /v1/conversations`."""
+
+    items: list[InputItem] | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class ConversationChange(Body):
+    """The body of `POST /v1/conversations/{id}`."""
+
+    metadata: dict[str, Any]
+
+
+class NewItems(Body):
+    """The body of `POST /v1/conversations/{id}/items`."""
+
+    items: Annotated[list[InputItem], Field(min_length=1)]
+
+
+class Rewind(Body):
+    """Where to go: to an item or a response, back by turns, or to a checkpoint."""
+
+    to: str | None = None
+    turns: Annotated[int, Field(ge=1)] | None = None
+    checkpoint: BranchName | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Rewind":
+        if sum(value is not None for value in (self.to, self.turns, self.checkpoint)) != 1:
+            raise ValueError("give exactly one of to, turns and checkpoint")
+        return self
+
+
+class Fork(Body):
+    """Where to fork, at the tip unless said otherwise, and what to call the branch."""
+
+    at: str | None = None
+    name: BranchName | None = None
+    metadata: Ignored = None
+
+
+class Checkpoint(Body):
+    """What to call this place."""
+
+    name: BranchName
+
+
+@router.post("/v1/conversations")
+def create_conversation(body: NewConversation, request: Request) -> dict[str, Any]:
+    """Begin a conversation, which may have something in it."""
+    services, namespace = services_of(request), client_of(request).namespace
+    _check_items(request, body.items or [])
+    info = services.journal.create(model=services.hub.default, fingerprint="", namespace=namespace)
+    label = Label(
+        name=f"conv_{secrets.token_hex(16)}",
+        conversation_id=info.id,
+        note={"metadata": body.metadata or {}},
+    )
+    services.journal.set_label(label)
+    services.journal.append(info.id, None, _nodes(body.items or []), tip="main")
+    return ConversationView.load(services.journal, label.name, namespace).body()
+
+
+@router.get("/v1/conversations")
+def list_conversations(request: Request) -> dict[str, Any]:
+    """Return the client's conversations, the one used last first."""
+    journal, namespace = services_of(request).journal, client_of(request).namespace
+    data = []
+    for info in journal.conversations(namespace):
+        labels = [one for one in journal.labels(info.id) if one.node_id is None]
+        if not labels:  # begun by a response, or in a terminal
+            labels = [Label(name=f"conv_{secrets.token_hex(16)}", conversation_id=info.id)]
+            journal.set_label(labels[0])
+        data.append(
+            {
+                "id": labels[0].name,
+                "object": "conversation",
+                "created_at": int(info.created_at.timestamp()),
+                "metadata": labels[0].note.get("metadata", {}),
+                "name": info.name,
+                "turns": info.turns,
+            }
+        )
+    return {"object": "list", "data": data, "has_more": False}
+
+
+@router.get("/v1/conversations/{conversation_id}")
+def get_conversation(conversation_id: str, request: Request) -> dict[str, Any]:
+    """Return a conversation, without its items."""
+    return _view(request, conversation_id).body()
+
+
+@router.post("/v1/conversations/{conversation_id}")
+def update_conversation(
+    conversation_id: str, body: ConversationChange, request: Request
+) -> dict[str, Any]:
+    """Replace a conversation's metadata."""
+    view = _view(request, conversation_id)
+    note = {**view.label.note, "metadata": body.metadata}
+    label = Label(name=view.label.name, conversation_id=view.label.conversation_id, note=note)
+    services_of(request).journal.set_label(label)
+    return _view(request, conversation_id).body()
+
+
+@router.delete("/v1/conversations/{conversation_id}")
+def delete_conversation(conversation_id: str, request: Request) -> dict[str, Any]:
+    """Delete a conversation with all its branches and responses."""
+    view, services = _view(request, conversation_id), services_of(request)
+    if split_branch(conversation_id)[0] != conversation_id:
+        raise ApiError("A branch goes with its conversation: delete that, or leave it.")
+    services.journal.delete(view.stored.id, namespace=client_of(request).namespace)
+    services.kept.forget(view.stored.id)
+    return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
+
+
+@router.get("/v1/conversations/{conversation_id}/items")
+def list_items(
+    conversation_id: str,
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=100)] = _PAGE,
+    order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
+    after: str | None = None,
+) -> dict[str, Any]:
+    """Return the messages of a conversation up to its tip."""
+    view = _view(request, conversation_id)
+    items = view.items(view.path())
+    items = items[::-1] if order == "desc" else items
+    if after is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise not_found(f"item {after!r} in this conversation")
+        items = items[ids.index(after) + 1 :]
+    return {**_list(items[:limit]), "has_more": len(items) > limit}
+
+
+@router.post("/v1/conversations/{conversation_id}/items")
+def add_items(conversation_id: str, body: NewItems, request: Request) -> dict[str, Any]:
+    """Add messages after the tip, which moves there."""
+    view, journal = _view(request, conversation_id), services_of(request).journal
+    _check_items(request, body.items)
+    ids = journal.append(view.stored.id, view.tip, _nodes(body.items), tip=view.branch)
+    view = _view(request, conversation_id)
+    return _list(view.items([node for node in view.stored.nodes if node.id in set(ids)]))
+
+
+@router.get("/v1/conversations/{conversation_id}/items/{item_id}")
+def get_item(conversation_id: str, item_id: str, request: Request) -> dict[str, Any]:
+    """Return a message of a conversation, in whatever branch."""
+    view = _view(request, conversation_id)
+    items = view.items([_node(view, view.node_id(item_id))])
+    return next((item for item in items if item["id"] == item_id), items[0])
+
+
+@router.post("/v1/conversations/{conversation_id}/rewind")
+def rewind(conversation_id: str, body: Rewind, request: Request) -> dict[str, Any]:
+    """Go back; what was said after that place stays in the tree."""
+    view = _view(request, conversation_id)
+    node_id = _target(view, body)
+    services_of(request).journal.set_tip(view.stored.id, view.branch, node_id)
+    return _standing(_view(request, conversation_id))
+
+
+@router.post("/v1/conversations/{conversation_id}/fork")
+def fork(conversation_id: str, body: Fork, request: Request) -> dict[str, Any]:
+    """Begin a branch, which has an id of its own and shares everything up to its beginning."""
+    view = _view(request, conversation_id)
+    name = body.name or f"fork-{secrets.token_hex(4)}"
+    _add_tip(request, view, name, view.tip if body.at is None else view.node_id(body.at))
+    return _standing(_view(request, f"{split_branch(conversation_id)[0]}.{name}"))
+
+
+@router.post("/v1/conversations/{conversation_id}/checkpoint")
+def checkpoint(conversation_id: str, body: Checkpoint, request: Request) -> dict[str, Any]:
+    """Give the place where a conversation stands a name, to come back to."""
+    view = _view(request, conversation_id)
+    _add_tip(request, view, body.name, view.tip)
+    return {**_standing(view), "checkpoint": body.name}
+
+
+@router.get("/v1/conversations/{conversation_id}/tree")
+def get_tree(conversation_id: str, request: Request) -> dict[str, Any]:
+    """Return everything that was said in a conversation, in all branches."""
+    return _view(request, conversation_id).tree()
+
+
+def _view(request: Request, conversation_id: str) -> ConversationView:
+    journal = services_of(request).journal
+    return ConversationView.load(journal, conversation_id, client_of(request).namespace)
+
+
+def _check_items(request: Request, items: list[InputItem]) -> None:
+    most = services_of(request).settings.limits.messages
+    check_limits(items, 1, most_messages=most, most_choices=1)
+
+
+def _nodes(items: list[InputItem]) -> list[NewNode]:
+    return [to_node(message) for message in merged(items)]
+
+
+def _node(view: ConversationView, node_id: int) -> NodeRecord:
+    return next(node for node in view.stored.nodes if node.id == node_id)
+
+
+def _target(view: ConversationView, where: Rewind) -> int | None:
+    """Return the node to go to; None is the root."""
+    if where.to is not None:
+        return view.node_id(where.to)
+    if where.checkpoint is not None:
+        if where.checkpoint not in view.stored.tips:
+            raise not_found(f"checkpoint {where.checkpoint!r} in this conversation")
+        return view.stored.tips[where.checkpoint]
+    asked = [node for node in view.path() if node.role == "user"]
+    assert where.turns is not None, "one of the three is given"
+    if where.turns > len(asked):
+        raise RewindError(f"Cannot go back {where.turns} turns: the conversation has {len(asked)}.")
+    return asked[-where.turns].parent_id
+
+
+def _add_tip(request: Request, view: ConversationView, name: str, node_id: int | None) -> None:
+    if name in view.stored.tips:
+        raise ApiError(
+            f"There is {name!r} in this conversation already: take another name.",
+            status=409,
+            code="name_taken",
+            param="name",
+        )
+    services_of(request).journal.set_tip(view.stored.id, name, node_id)
+
+
+def _standing(view: ConversationView) -> dict[str, Any]:
+    """Return a conversation, and where it stands."""
+    tip = view.tip
+    return {
+        **view.body(),
+        "branch": view.branch,
+        "tip": None if tip is None else view.item_id(tip),
+        "turns": sum(node.role == "assistant" for node in view.path()),
+    }
+
+
+def _list(items: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "object": "list",
+        "data": items,
+        "first_id": items[0]["id"] if items else None,
+        "last_id": items[-1]["id"] if items else None,
+        "has_more": False,
+    }

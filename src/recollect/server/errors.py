@@ -1,0 +1,206 @@
+"""
+How errors become HTTP: one table from recollect's tree to a status and OpenAI's JSON.
+
+Anthropic's clients get the same in their own shape.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException as AnyHttpException
+
+from recollect import errors
+from recollect.errors import RecollectError
+
+_log = logging.getLogger(__name__)
+
+INVALID: Final = "invalid_request_error"
+_MESSAGES_PATH: Final = "/v1/messages"
+_CLIENT_GONE: Final = 499
+"""What proxies note of a request whose client went away; nobody reads it."""
+
+
+class ApiError(HTTPException):
+    """
+    A request is refused; the sentence is for the client.
+
+    One of FastAPI's own, which it lets through where it turns others into a 400.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = INVALID,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.sent_headers = dict(headers or {})
+        super().__init__(status, message, self.sent_headers)
+        self.message = message
+        self.status = status
+        self.kind = kind
+        self.code = code
+        self.param = param
+
+
+class ClientGone(Exception):  # noqa: N818 - not an error: nobody is left to be told
+    """The client went away before there was anything to answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How an error of recollect's is told to a client."""
+
+    status: int
+    kind: str = INVALID
+    code: str | None = None
+    message: str | None = None
+    """In place of the error's own, where that speaks of this machine; None: the error's own."""
+    retry_after_s: int | None = None
+
+
+_BUSY: Final = "rate_limit_error"
+_OURS: Final = "server_error"
+_SEE_LOG: Final = "The server could not do this; its log says why."
+
+TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
+    (errors.ContextFullError, Answer(400, code="context_length_exceeded")),
+    (errors.OutOfBlocksError, Answer(503, _OURS, "out_of_memory", retry_after_s=5)),
+    (errors.InvalidParameterError, Answer(400, code="invalid_value")),
+    (errors.TokenIdError, Answer(400, code="invalid_value")),
+    (errors.TemplateError, Answer(400, code="invalid_messages")),
+    (errors.UnknownModelError, Answer(404, code="model_not_found")),
+    (errors.UnknownConversationError, Answer(404, code="not_found", message="Not found.")),
+    (errors.UnknownNodeError, Answer(404, code="not_found")),
+    (errors.SessionBusyError, Answer(409, code="conversation_busy")),
+    (errors.NameTakenError, Answer(409, code="name_taken")),
+    (errors.ConversationError, Answer(400, code="invalid_messages")),
+    (errors.StoreBusyError, Answer(503, _OURS, "store_busy", _SEE_LOG, retry_after_s=2)),
+    (errors.ModelError, Answer(503, _OURS, "model_unavailable", _SEE_LOG)),
+    (RecollectError, Answer(500, _OURS, "internal_error", _SEE_LOG)),
+)
+"""The first that fits an error counts, so what is special comes before what is general."""
+
+
+def api_error(error: Exception) -> ApiError:
+    """Return how an error is told to a client; what is not in the table is a bug, and says nothing."""
+    if isinstance(error, ApiError):
+        return error
+    fitting = (answer for kind, answer in TABLE if isinstance(error, kind))
+    answer = next(fitting, Answer(500, _OURS, "internal_error", _SEE_LOG))
+    if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        _log.error("%s: %s", type(error).__name__, error, exc_info=error)
+    headers = {} if answer.retry_after_s is None else {"Retry-After": str(answer.retry_after_s)}
+    message = answer.message or str(error)
+    if isinstance(error, errors.ContextFullError):
+        # The words that clients look for, to shorten their history and ask again.
+        message = f"This model's maximum context length is {error.limit} tokens. {message}"
+    return ApiError(
+        message, status=answer.status, kind=answer.kind, code=answer.code, headers=headers
+    )
+
+
+def too_busy(retry_after_s: float) -> ApiError:
+    """Return what a client is told when too much waits already."""
+    seconds = max(1, math.ceil(retry_after_s))
+    return ApiError(
+        f"Too many requests wait already: ask again in {seconds} s.",
+        status=429,
+        kind=_BUSY,
+        code="queue_full",
+        headers={"Retry-After": str(seconds)},
+    )
+
+
+def not_found(what: str) -> ApiError:
+    """Return what a client is told of an id that is nobody's, or another client's."""
+    return ApiError(f"There is no {what}.", status=404, code="not_found")
+
+
+def openai_body(error: ApiError) -> dict[str, Any]:
+    """Return an error as OpenAI's clients expect it."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.kind,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+_ANTHROPIC_KINDS: Final = {
+    400: INVALID,
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: _BUSY,
+    503: "overloaded_error",
+}
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    """Return an error as Anthropic's clients expect it."""
+    kind = _ANTHROPIC_KINDS.get(error.status, INVALID if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def error_response(path: str, error: ApiError) -> JSONResponse:
+    """Return the response to a request that is refused, in the shape of the API it was made to."""
+    body = anthropic_body(error) if path.startswith(_MESSAGES_PATH) else openai_body(error)
+    return JSONResponse(body, error.status, error.sent_headers)
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of an app be answered in these shapes."""
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        return error_response(request.url.path, api_error(error))
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(request.url.path, _validation_error(error.errors()))
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, AnyHttpException)
+        refused = ApiError(
+            str(error.detail), status=error.status_code, headers=dict(error.headers or {})
+        )
+        return error_response(request.url.path, refused)
+
+    async def gone(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=_CLIENT_GONE)
+
+    app.add_exception_handler(Exception, refuse)  # a bug: its traceback goes to the log
+    app.add_exception_handler(ApiError, refuse)
+    app.add_exception_handler(RecollectError, refuse)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(AnyHttpException, http)
+    app.add_exception_handler(ClientGone, gone)
+
+
+def _validation_error(found: Sequence[Any]) -> ApiError:
+    """Return the first thing that is wrong with a request's body, in words."""
+    first = found[0]
+    # The first part is where the value is: "body", "query" or "path".
+    place = [str(part) for part in first["loc"][1:]]
+    param = ".".join(place) or None
+    if first["type"] == "extra_forbidden":
+        message = f"Unknown parameter: {param!r}. It would have no effect here: leave it out."
+        return ApiError(message, code="unknown_parameter", param=param)
+    if first["type"] in {"json_invalid", "json_type"}:
+        return ApiError("The body is not JSON.", code="invalid_json")
+    code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
+    where = f"{param}: " if param else ""
+    return ApiError(f"{where}{first['msg']}.", code=code, param=param)

@@ -1,0 +1,202 @@
+"""
+`POST /v1/messages`: the same for clients of Anthropic's API.
+
+There, input tokens are those that were computed; what was not is `cache_read_input_tokens`.
+"""
+
+import json
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from recollect.conversation.model import Model
+from recollect.conversation.reply import Reply
+from recollect.conversation.session import Session
+from recollect.models.tool_calls import ArgumentsDelta, CallStarted
+from recollect.server.chat_schema import check_limits
+from recollect.server.errors import anthropic_body, api_error
+from recollect.server.message_schema import CountRequest, MessagesRequest
+from recollect.server.services import Job, begin, client_of, services_of, with_model
+from recollect.server.streaming import (
+    Call,
+    CallEvent,
+    Ended,
+    Event,
+    Piece,
+    Progress,
+    Readable,
+    progress_comment,
+    require_reply,
+    sse,
+)
+from recollect.types import FinishReason, ToolCall
+
+router = APIRouter(tags=["Anthropic"])
+
+_STOP_REASONS: Final[dict[FinishReason, str]] = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "cancelled": "end_turn",
+}
+
+
+@router.post("/v1/messages")
+async def create_message(body: MessagesRequest, request: Request) -> Response:
+    """Answer the last message of a conversation."""
+    settings, namespace = services_of(request).settings, client_of(request).namespace
+    check_limits(body.messages, 1, most_messages=settings.limits.messages, most_choices=1)
+    params = body.sampling(temperature=settings.temperature)
+
+    def prepare(model: Model) -> Sequence[Readable]:
+        return [_session(model, body, namespace).stream(None, params=params)]
+
+    job = await begin(request, body.model, prepare)
+    message = _Message(job)
+    if body.stream:
+        return await job.stream(request, message.events)
+    replies = await job.replies(request)
+    return JSONResponse(message.whole(replies[0]), headers=job.cost(replies).headers())
+
+
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(body: CountRequest, request: Request) -> dict[str, Any]:
+    """Return how many tokens a conversation is; nothing is computed."""
+    namespace = client_of(request).namespace
+
+    def count(model: Model) -> int:
+        session = _session(model, body, namespace)
+        return len(model.prompts.encode(session.path(), tools=session.tools.schemas).token_ids)
+
+    return {"input_tokens": await with_model(request, body.model, count)}
+
+
+def _session(model: Model, body: CountRequest, namespace: str) -> Session:
+    offered = body.offer()
+    return model.session_from(
+        body.conversation(),
+        namespace=namespace,
+        tools=offered.tools,
+        tool_choice=offered.choice,
+        parallel_tool_calls=offered.parallel,
+    )
+
+
+class _Message:
+    """The reply to one request, in Anthropic's words: a list of blocks."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._id = f"msg_{secrets.token_hex(12)}"
+        self._block = -1  # the last that was begun
+        self._open: Literal["text", "call"] | None = None
+
+    def whole(self, reply: Reply) -> dict[str, Any]:
+        """Return the reply at once."""
+        content: list[dict[str, Any]] = []
+        if reply.content or not reply.tool_calls:
+            content.append({"type": "text", "text": reply.content})
+        content += [
+            {"type": "tool_use", "id": call.id, "name": call.name, "input": _input(call)}
+            for call in reply.tool_calls
+        ]
+        return {
+            **self._head(),
+            "content": content,
+            "stop_reason": _stop_reason(reply),
+            "usage": self._job.cost([reply]).messages(),
+        }
+
+    async def events(self, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+        """Yield the reply as it comes."""
+        # What was reused is known only when the prompt is read; the last event has the numbers.
+        unknown = {
+            "input_tokens": 0,
+            "cache_read_input_tokens": 0,
+            "cache_creation_input_tokens": 0,
+            "output_tokens": 0,
+        }
+        yield _event("message_start", message={**self._head(), "usage": unknown})
+        async for event in events:
+            match event:
+                case Piece():
+                    yield self._text(event.text)
+                case Call():
+                    yield self._call(event.event)
+                case Ended():
+                    try:
+                        reply = require_reply(event)
+                    except Exception as error:  # noqa: BLE001 - told to the client, and in the log
+                        yield sse(anthropic_body(api_error(error)), "error")
+                        return
+                    yield self._end(reply)
+                case Progress():
+                    yield progress_comment(event)
+
+    def _text(self, text: str) -> str:
+        begun = "" if self._open == "text" else self._begin("text", {"type": "text", "text": ""})
+        return begun + self._delta({"type": "text_delta", "text": text})
+
+    def _call(self, event: CallEvent) -> str:
+        match event:
+            case CallStarted():
+                block = {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
+                return self._begin("call", block)
+            case ArgumentsDelta():
+                return self._delta({"type": "input_json_delta", "partial_json": event.text})
+            case _:
+                return self._close()
+
+    def _begin(self, kind: Literal["text", "call"], block: dict[str, Any]) -> str:
+        closed = self._close()
+        self._block, self._open = self._block + 1, kind
+        return closed + _event("content_block_start", index=self._block, content_block=block)
+
+    def _delta(self, delta: dict[str, Any]) -> str:
+        return _event("content_block_delta", index=self._block, delta=delta)
+
+    def _close(self) -> str:
+        is_open, self._open = self._open is not None, None
+        return _event("content_block_stop", index=self._block) if is_open else ""
+
+    def _end(self, reply: Reply) -> str:
+        nothing = self._text("") if self._block < 0 else ""
+        stop = {"stop_reason": _stop_reason(reply), "stop_sequence": None}
+        usage = self._job.cost([reply]).messages()
+        return (
+            nothing
+            + self._close()
+            + _event("message_delta", delta=stop, usage=usage)
+            + _event("message_stop")
+        )
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._job.model_name,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+        }
+
+
+def _stop_reason(reply: Reply) -> str:
+    if reply.tool_calls and reply.finish_reason == "stop":
+        return "tool_use"
+    return _STOP_REASONS[reply.finish_reason]
+
+
+def _input(call: ToolCall) -> Any:
+    """Return the arguments of a call as a value; a grammar has made them JSON."""
+    try:
+        return json.loads(call.arguments)
+    except ValueError:
+        return {}  # a bare model's: what cannot be read cannot be passed on as an object
+
+
+def _event(kind: str, **fields: Any) -> str:
+    return sse({"type": kind, **fields}, kind)

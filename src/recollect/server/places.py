@@ -1,0 +1,171 @@
+"""
+Where in a kept conversation's tree a response goes on.
+
+An earlier response is a node, so going on from any of them is a fork; what it shares with what was
+said before is found by its token ids. Knows trees and the journal, and nothing of HTTP.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from recollect.conversation.conversation import Conversation
+from recollect.conversation.journal import Journal
+from recollect.conversation.messages import to_message, to_node
+from recollect.conversation.model import Model
+from recollect.conversation.records import DEFAULT_TIP, NewNode
+from recollect.conversation.tree import Node, message_key
+from recollect.server.errors import ApiError, not_found
+from recollect.server.kept import KeptConversations
+from recollect.types import Message
+
+HAS_INSTRUCTIONS = "has_instructions"
+"""In the note of a response: whether its first message is the instructions of the request, which
+the next one does not inherit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A node of a conversation, and which of the conversation's tips moves on from it."""
+
+    conversation: Conversation
+    node: Node
+    has_instructions: bool = False
+    tip: str | None = None
+    """None: none moves."""
+
+
+def split_branch(conversation_id: str) -> tuple[str, str]:
+    """Return the label of a conversation, and the name of its branch that an id stands for."""
+    label, _, branch = conversation_id.partition(".")
+    return label, branch or DEFAULT_TIP
+
+
+class Places:
+    """Finds places for one client and one model. Used on one thread."""
+
+    def __init__(
+        self, journal: Journal, kept: KeptConversations, model: Model, namespace: str
+    ) -> None:
+        self._journal = journal
+        self._kept = kept
+        self._model = model
+        self._namespace = namespace
+
+    def after_response(self, response_id: str) -> Place:
+        """
+        Return the place after an earlier response.
+
+        Raises:
+            ApiError: There is no such response, for this client.
+        """
+        label = self._journal.find_label(response_id, namespace=self._namespace)
+        if label is None or label.node_id is None:
+            raise ApiError(
+                f"Previous response with id {response_id!r} not found.",
+                status=404,
+                code="previous_response_not_found",
+                param="previous_response_id",
+            )
+        conversation = self._open(label.conversation_id, label.node_id)
+        node = conversation.kept_node(label.node_id)
+        assert node is not None, "it was opened for this node"
+        # The main tip goes along with a conversation that goes straight on, and not with a fork.
+        goes_on = self._journal.tips(label.conversation_id).get(DEFAULT_TIP) == label.node_id
+        has_instructions = bool(label.note.get(HAS_INSTRUCTIONS))
+        return Place(conversation, node, has_instructions, DEFAULT_TIP if goes_on else None)
+
+    def at_tip(self, conversation_id: str) -> Place:
+        """
+        Return the place where a conversation, or a branch of it, stands.
+
+        Raises:
+            ApiError: There is none, for this client.
+        """
+        name, branch = split_branch(conversation_id)
+        label = self._journal.find_label(name, namespace=self._namespace)
+        tips = {} if label is None else self._journal.tips(label.conversation_id)
+        if label is None or label.node_id is not None or branch not in {DEFAULT_TIP, *tips}:
+            raise not_found(f"conversation {conversation_id!r}")
+        node_id = tips.get(branch)
+        conversation = self._open(label.conversation_id, node_id)
+        node = None if node_id is None else conversation.kept_node(node_id)
+        notes = {one.node_id: one.note for one in self._journal.labels(label.conversation_id)}
+        has_instructions = bool(node_id and notes.get(node_id, {}).get(HAS_INSTRUCTIONS))
+        return Place(conversation, node or conversation.tree.root, has_instructions, branch)
+
+    def new(self) -> Place:
+        """Return the beginning of a conversation, which is kept from its first reply on."""
+        session = self._model.session(namespace=self._namespace, keep=True)
+        return Place(session.conversation, session.tip, tip=DEFAULT_TIP)
+
+    def known(self, messages: Sequence[Message]) -> list[NewNode]:
+        """Return messages sent as text, with the token ids of those that were generated here."""
+        if not any(message["role"] == "assistant" for message in messages):
+            return [to_node(message) for message in messages]
+        session = self._model.session_from(messages, namespace=self._namespace)
+        return [_as_new(node) for node in session.path()]
+
+    def _open(self, kept_as: int, node_id: int | None) -> Conversation:
+        return self._kept.conversation(
+            self._model, kept_as, namespace=self._namespace, node_id=node_id
+        )
+
+
+def with_instructions(place: Place, instructions: str | None) -> Node:
+    """
+    Return the place's node, or the same messages after other instructions.
+
+    Raises:
+        StoreError: The journal cannot keep them.
+    """
+    path = place.node.path()
+    before = path[0].content if place.has_instructions else None
+    if before == instructions:
+        return place.node
+    rest = [_as_new(node) for node in (path[1:] if place.has_instructions else path)]
+    first = [] if instructions is None else [NewNode(role="system", content=instructions)]
+    return grow(place.conversation, place.conversation.tree.root, [*first, *rest])
+
+
+def grow(conversation: Conversation, at: Node, messages: Sequence[NewNode]) -> Node:
+    """
+    Return the node after messages, which are added where they are not there.
+
+    Replies are kept at once, since their token ids are; what follows them when something is said.
+
+    Raises:
+        StoreError: The journal cannot keep them.
+    """
+    left = list(messages)
+    while left and (known := _child(at, left[0])) is not None:
+        at = known
+        left.pop(0)
+    replies = [number for number, new in enumerate(left, 1) if new.token_ids is not None]
+    generated = replies[-1] if replies else 0
+    if generated:
+        at = conversation.add(at, left[:generated], tip=None)
+    for new in left[generated:]:
+        at = conversation.add_unkept(at, to_message(new.role, new.content, new.links))
+    return at
+
+
+def _child(node: Node, message: NewNode) -> Node | None:
+    ids = None if message.token_ids is None else tuple(message.token_ids)
+    key = message_key(node.key, message.role, message.content, message.links)
+    for child in node.children:
+        if child.key == key and child.token_ids == ids:
+            return child
+    return None
+
+
+def _as_new(node: Node) -> NewNode:
+    assert node.role is not None, "a path does not begin with the root"
+    return NewNode(
+        role=node.role,
+        content=node.content,
+        token_ids=node.token_ids,
+        finish_reason=node.finish_reason,
+        usage=node.usage,
+        fingerprint=node.fingerprint,
+        links=node.links,
+    )

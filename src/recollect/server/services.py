@@ -1,0 +1,199 @@
+"""
+What the endpoints share, and how a request becomes replies that are being generated.
+
+A request waits for its turn, then for its model; then a thread finds what is known of it and has
+the engine begin. From there on readers hand out what comes.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import time
+from typing import Final
+
+from fastapi import Request
+
+from recollect.conversation.journal import JOURNAL_NAME, Journal
+from recollect.conversation.model import Model
+from recollect.conversation.reply import Reply
+from recollect.server.admission import Admission
+from recollect.server.hub import ModelHub
+from recollect.server.kept import KeptConversations
+from recollect.server.keys import Client
+from recollect.server.metrics import Metrics
+from recollect.server.security import CLIENT
+from recollect.server.settings import Settings
+from recollect.server.streaming import (
+    Ended,
+    Event,
+    EventStream,
+    Readable,
+    Readers,
+    unless_disconnected,
+)
+from recollect.server.usage import Cost, PrefillSpeed, cost
+
+Prepare = Callable[[Model], Sequence[Readable]]
+"""Called on a thread; returns replies that the engine has begun."""
+
+
+@dataclass(slots=True)
+class Services:
+    """Everything that lives as long as the server."""
+
+    settings: Settings
+    hub: ModelHub
+    admission: Admission
+    metrics: Metrics
+    kept: KeptConversations
+    speeds: dict[str, PrefillSpeed] = field(default_factory=lambda: defaultdict(PrefillSpeed))
+    started_at: int = field(default_factory=lambda: int(time()))
+    """In seconds since 1970."""
+    _journal: Journal | None = None
+
+    @property
+    def journal(self) -> Journal:
+        """Return the journal that kept conversations are in; opened when first needed."""
+        if self._journal is None:
+            self._journal = Journal.open(
+                self.settings.home / JOURNAL_NAME, cipher=self.settings.cipher
+            )
+        return self._journal
+
+    def close(self) -> None:
+        """Close what is open; the hub closes itself."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+
+def services_of(request: Request) -> Services:
+    """Return the services of the app that a request came to."""
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services
+
+
+def client_of(request: Request) -> Client:
+    """Return who a request is from; the security layer has let it through."""
+    client = getattr(request.state, CLIENT)
+    assert isinstance(client, Client)
+    return client
+
+
+class Job:
+    """The replies to one request, as they are generated."""
+
+    def __init__(self, services: Services, model_name: str, model: Model, readers: Readers) -> None:
+        self._services = services
+        self._readers = readers
+        self.model: Final = model
+        self.model_name: Final = model_name
+
+    def cost(self, replies: Sequence[Reply], *, per_prompt: int | None = None) -> Cost:
+        """Return what the replies cost together; see `usage.cost`."""
+        usages = [reply.usage for reply in replies]
+        return cost(usages, self._services.speeds[self.model_name], per_prompt=per_prompt)
+
+    async def replies(self, request: Request) -> list[Reply]:
+        """
+        Return the whole replies; where the client goes away first, they end at once.
+
+        Raises:
+            ClientGone: It went away.
+            RecollectError: What one of them failed with.
+        """
+        try:
+            return await unless_disconnected(request, self._readers.replies())
+        except BaseException:
+            self._readers.stop()
+            raise
+
+    async def stream(
+        self,
+        request: Request,
+        encode: Callable[[AsyncIterator[Event]], AsyncIterator[str]],
+        headers: Mapping[str, str] | None = None,
+    ) -> EventStream:
+        """
+        Return the replies as server-sent events; where the client goes away, they end at once.
+
+        The response begins when the first token is there, or after a second: so what fails at once
+        is told with its own status.
+
+        Raises:
+            ClientGone, RecollectError: As in `replies`.
+        """
+        try:
+            _require_no_failure(await unless_disconnected(request, self._readers.first()))
+        except BaseException:
+            self._readers.stop()
+            raise
+        events = encode(self._readers.events())
+        return EventStream(events, on_close=self._readers.stop, headers=headers or {})
+
+
+def _require_no_failure(event: Event) -> None:
+    if isinstance(event, Ended) and event.error is not None:
+        raise event.error
+
+
+async def begin(
+    request: Request, model_name: str | None, prepare: Prepare, *, choices: int = 1
+) -> Job:
+    """
+    Have replies to a request begun.
+
+    Raises:
+        ClientGone: The client went away.
+        ApiError: Too much waits already.
+        RecollectError: There is no such model, or the request does not fit it.
+    """
+    services = services_of(request)
+    services.hub.resolve(model_name)  # a wrong name need not wait
+    return await unless_disconnected(request, _begin(services, model_name, prepare, choices))
+
+
+async def _begin(services: Services, model_name: str | None, prepare: Prepare, choices: int) -> Job:
+    ticket = await services.admission.enter(choices)
+    try:
+        lease = await services.hub.acquire(model_name)
+    except BaseException:
+        ticket.release()
+        raise
+
+    def on_end() -> None:
+        lease.release()
+        ticket.release()
+
+    def on_reply(ended: Ended) -> None:
+        if ended.reply is not None:
+            services.speeds[lease.name].learn(ended.reply.usage)
+            services.metrics.observe(lease.name, ended.reply.usage)
+
+    try:
+        streams = await asyncio.to_thread(prepare, lease.model)
+        readers = Readers(streams, on_reply=on_reply, on_end=on_end)
+    except BaseException:
+        on_end()
+        raise
+    readers.start()
+    return Job(services, lease.name, lease.model, readers)
+
+
+async def with_model(
+    request: Request, model_name: str | None, work: Callable[[Model], object]
+) -> object:
+    """Do something with a model on a thread, in turn with everything else, and return the result."""
+    services = services_of(request)
+    services.hub.resolve(model_name)
+    ticket = await services.admission.enter()
+    try:
+        lease = await services.hub.acquire(model_name)
+        try:
+            return await asyncio.to_thread(work, lease.model)
+        finally:
+            lease.release()
+    finally:
+        ticket.release()

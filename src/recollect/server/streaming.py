@@ -1,0 +1,283 @@
+"""
+From the engine's threads to the event loop, and on to the client.
+
+A reply is read by a thread, since reading waits; what it reads becomes events on the loop. Knows
+no API: what an event looks like on the wire is the endpoints' business.
+"""
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Protocol, Self, TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from recollect.conversation.reply import Reply
+from recollect.errors import RecollectError
+from recollect.models.tool_calls import ArgumentsDelta, CallEnded, CallStarted, TextDelta
+from recollect.models.tool_calls import Event as ReplyEvent
+from recollect.server.errors import ClientGone
+from recollect.types import TokenLogprob
+
+_T = TypeVar("_T")
+
+PROGRESS_EVERY_S: Final = 1.0
+"""Proxies and clients give up on a connection that is silent for some tens of seconds."""
+
+
+CallEvent = CallStarted | ArgumentsDelta | CallEnded
+
+
+class Readable(Protocol):
+    """A reply as it is generated; `ReplyStream` is one."""
+
+    reply: Reply | None
+
+    @property
+    def prefill_progress(self) -> tuple[int, int]:
+        """Return how many tokens of the prompt have KV, and how many there are."""
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Return how likely the tokens so far were; None where nobody asked. It only grows."""
+
+    def events(self) -> Iterator[ReplyEvent]:
+        """Read the reply as text and calls of tools."""
+
+    def stop(self) -> None:
+        """End the reply after the forward pass under way."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """More text of a reply."""
+
+    choice: int
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens whose text is out now, where they were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """More of a call of a tool."""
+
+    choice: int
+    event: CallEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A reply is over; without an error, and without a reply, it was stopped before it began."""
+
+    choice: int
+    reply: Reply | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Nothing new; this much of the prompts is read."""
+
+    done: int
+    total: int
+
+
+Event = Piece | Call | Ended | Progress
+
+
+class Readers:
+    """
+    Replies that are being read, each by a thread, as events in the order in which they come.
+
+    Made on the event loop, which is where its events are; `stop` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Readable],
+        *,
+        on_reply: Callable[[Ended], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            streams: What to read.
+            on_reply: Called on the event loop when one of them is over, whether anybody listens or not.
+            on_end: Called once, when the last of them is.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._streams = tuple(streams)
+        self._open = len(self._streams)
+        self._on_reply = on_reply
+        self._on_end = on_end
+        self._next: Event | None = None  # the one that `first` has seen
+
+    def start(self) -> None:
+        """Begin to read."""
+        for choice, stream in enumerate(self._streams):
+            threading.Thread(
+                target=self._read, args=(choice, stream), name="recollect-reader", daemon=True
+            ).start()
+
+    def stop(self) -> None:
+        """End the replies that go on; what was said is kept."""
+        for stream in self._streams:
+            stream.stop()
+
+    async def first(self) -> Event:
+        """Return the first event, which `events` gives again; a progress where it takes long."""
+        self._next = await self._get()
+        return self._next
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Yield what happens until the last reply is over."""
+        left = len(self._streams)
+        while left:
+            event, self._next = self._next or await self._get(), None
+            left -= isinstance(event, Ended)
+            yield event
+
+    async def replies(self) -> list[Reply]:
+        """
+        Return the whole replies.
+
+        Raises:
+            RecollectError: What one of them failed with.
+        """
+        ended: dict[int, Reply] = {}
+        async for event in self.events():
+            if isinstance(event, Ended):
+                ended[event.choice] = require_reply(event)
+        return [ended[choice] for choice in sorted(ended)]
+
+    async def _get(self) -> Event:
+        with suppress(asyncio.QueueEmpty):
+            return self._events.get_nowait()
+        try:
+            return await asyncio.wait_for(self._events.get(), PROGRESS_EVERY_S)
+        except TimeoutError:
+            states = [stream.prefill_progress for stream in self._streams]
+            return Progress(sum(done for done, _ in states), sum(total for _, total in states))
+
+    def _read(self, choice: int, stream: Readable) -> None:
+        """Be the thread that reads one reply."""
+        try:
+            sent = 0
+            with stream:
+                for event in stream.events():
+                    if isinstance(event, TextDelta):
+                        new = (stream.logprobs or ())[sent:]
+                        sent += len(new)
+                        self._put(Piece(choice, event.text, new))
+                    else:
+                        self._put(Call(choice, event))
+            if rest := (stream.logprobs or ())[sent:]:
+                self._put(Piece(choice, "", rest))
+            ended = Ended(choice, stream.reply)
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the reply
+            ended = Ended(choice, error=error)
+        self._put(ended)
+
+    def _put(self, event: Event) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._take, event)
+
+    def _take(self, event: Event) -> None:
+        self._events.put_nowait(event)
+        if isinstance(event, Ended):
+            self._open -= 1
+            self._on_reply(event)
+            if not self._open:
+                self._on_end()
+
+
+def require_reply(event: Ended) -> Reply:
+    """
+    Return the reply that has ended.
+
+    Raises:
+        RecollectError: It failed, or was stopped before anything was said.
+    """
+    if event.error is not None:
+        raise event.error
+    if event.reply is None:
+        raise RecollectError("The reply was stopped before it began.")
+    return event.reply
+
+
+async def unless_disconnected(request: Request, work: Awaitable[_T]) -> _T:
+    """
+    Return the result of *work*, which is cancelled where the client goes away first.
+
+    The body of the request has been read. Nobody else may wait for its messages meanwhile.
+
+    Raises:
+        ClientGone: It went away.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; `on_close` is called when they end, also where the client goes away."""
+
+    def __init__(
+        self,
+        events: AsyncIterator[str],
+        *,
+        on_close: Callable[[], None],
+        headers: Mapping[str, str],
+    ) -> None:
+        # Nginx holds responses back unless told otherwise.
+        quick = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
+        super().__init__(events, media_type="text/event-stream", headers=quick)
+        self._on_close = on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_close()
+
+
+def sse(data: Mapping[str, Any] | str, event: str | None = None) -> str:
+    """Return a server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
+    name = "" if event is None else f"event: {event}\n"
+    return f"{name}data: {text}\n\n"
+
+
+def progress_comment(progress: Progress) -> str:
+    """Return a comment, which clients skip: it tells a proxy, and whoever looks, that work goes on."""
+    return f": prefill {progress.done}/{progress.total}\n\n"

@@ -1,0 +1,334 @@
+"""Sessions offer tools: calls keep to their schemas, come back as they were, and stay token-exact."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recollect.conversation.model import Model
+from recollect.conversation.session import Session
+from recollect.conversation.tools import Tools
+from recollect.engine.grammar import Grammars
+from recollect.errors import InvalidParameterError
+from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.models.tool_calls import ArgumentsDelta, CallEnded, CallStarted, Event, TextDelta
+from recollect.models.tool_text import call_text
+from recollect.types import Grammar, Message, SamplingParams
+
+TOKENIZER = ByteTokenizer()
+
+
+def tool(name: str, **properties: Any) -> dict[str, Any]:
+    parameters = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+WEATHER = tool("weather", city={"enum": ["Paris", "Rome"]}, days={"enum": [1, 2]})
+CLOCK = tool("clock", zone={"enum": ["UTC"]})
+TOOLS = [WEATHER, CLOCK]
+PARIS = call_text("weather", '{"city": "Paris", "days": 1}')
+UTC = call_text("clock", '{"zone": "UTC"}')
+BARE_UTC = '{\n "name": "clock",\n "arguments": {\n  "zone": "UTC"\n }\n}'
+WILD = SamplingParams(temperature=3, seed=4, max_tokens=600)
+
+
+def fits(tools: Tools, text: str, answer: Grammar | None = None) -> tuple[bool, bool]:
+    """Return whether a text is the beginning of a reply, and whether it is a whole one."""
+    grammar = tools.grammar(answer)
+    assert grammar is not None
+    state = Grammars(TOKENIZER, vocab_size=TOKENIZER.vocab_size).start(grammar)
+    try:
+        allowed = state.allowed(TOKENIZER.encode(text))
+    except InvalidParameterError:
+        return False, False
+    return True, bool(allowed[list(TOKENIZER.eos_token_ids)].any())
+
+
+YES, BEGUN, NO = (True, True), (True, False), (False, False)
+
+
+@pytest.mark.parametrize(
+    ("choice", "parallel", "text", "expected"),
+    [
+        ("auto", True, "Hi.", YES),
+        ("auto", True, "a < b, <tool_cal", YES),
+        ("auto", True, f"Hm.\n{PARIS}", YES),
+        ("auto", True, f"{PARIS}\n{UTC}\nDone.", YES),
+        ("auto", True, PARIS[:-5], BEGUN),
+        ("auto", True, "<tool_call>\nnonsense", NO),
+        ("auto", True, call_text("weather", '{"city": "Berlin"'), NO),
+        ("auto", True, call_text("other", "{}"), NO),
+        ("auto", True, '{"name": "clock", "arguments": {"zone": "UTC"}}', YES),
+        ("auto", True, f"```json\n{BARE_UTC}\n{BARE_UTC}\n```", YES),
+        ("auto", True, f"```json\n{BARE_UTC[:-6]}", BEGUN),
+        ("auto", True, BARE_UTC.replace("UTC", "CET"), NO),
+        ("auto", True, BARE_UTC.replace("clock", "other"), YES),
+        ("auto", False, f"{BARE_UTC}\n{BARE_UTC}", NO),
+        ("auto", False, PARIS, YES),
+        ("auto", False, f"{PARIS}\n{UTC}", NO),
+        ("none", True, "Hi. <tool_ca", YES),
+        ("none", True, "<tool_call>", NO),
+        ("required", True, "Hi.", NO),
+        ("required", True, "", BEGUN),
+        ("required", True, PARIS, YES),
+        ("required", True, f"{PARIS}\n{UTC}", YES),
+        ("required", False, f"{PARIS}\n{UTC}", NO),
+        ("clock", True, UTC, YES),
+        ("clock", True, PARIS, NO),
+        ("clock", True, f"{UTC}\n{UTC}", NO),
+    ],
+)
+def test_the_choice_says_what_a_reply_may_be(
+    choice: str, parallel: bool, text: str, expected: tuple[bool, bool]
+) -> None:
+    assert fits(Tools.of(TOOLS, choice, parallel=parallel), text) == expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [Grammar.json_schema({"type": "object", "properties": {"a": {"const": "x/y"}},
+                          "additionalProperties": False}),
+     Grammar.regex(r'\{"a": "x/y"\}')],
+)  # fmt: skip
+def test_a_reply_is_a_call_or_an_answer_of_the_wanted_form(answer: Grammar) -> None:
+    tools = Tools.of(TOOLS)
+    assert fits(tools, '{"a": "x/y"}', answer) == YES
+    assert fits(tools, PARIS, answer) == YES
+    assert fits(tools, "Hi.", answer) == NO
+    with pytest.raises(InvalidParameterError, match="joined"):
+        tools.grammar(Grammar.lark('start: "a"'))
+
+
+def test_references_inside_a_schema_and_words_that_nobody_knows_are_no_obstacle() -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"at": {"$ref": "#/$defs/Place"}},
+        "required": ["at"],
+        "$defs": {"Place": {"type": "string", "format": "place-name"}},
+    }
+    tools = Tools.of([{"type": "function", "function": {"name": "go", "parameters": parameters}}])
+    assert fits(tools, call_text("go", '{"at": "home"}')) == YES
+    assert fits(tools, call_text("go", '{"at": 5}')) == NO
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "words"),
+    [
+        ([{"type": "function"}], "auto", "None"),
+        (["clock"], "auto", "None"),
+        ([{"function": {"name": "f", "parameters": {"const": {1}}}}], "auto", "no JSON value"),
+        ([tool("a b")], "auto", "'a b'"),
+        ([CLOCK, CLOCK], "auto", "Two tools are called clock"),
+        ([CLOCK], "weather", "none, auto, required, clock"),
+        ([], "required", "none, auto"),
+    ],
+)
+def test_tools_that_cannot_be_are_refused_before_anything_starts(
+    model: Model, tools: list[Any], choice: str, words: str
+) -> None:
+    with pytest.raises(InvalidParameterError, match=words):
+        model.session(tools=tools, tool_choice=choice)
+
+
+# --- in a session
+
+
+def required(model: Model, **kwargs: Any) -> Session:
+    return model.session("Help.", params=WILD, tools=TOOLS, tool_choice="required", **kwargs)
+
+
+def test_required_calls_keep_to_the_schemas_of_their_tools(model: Model) -> None:
+    reply = required(model).respond("What now?")
+    assert reply.tool_calls
+    for call in reply.tool_calls:
+        arguments = json.loads(call.arguments)
+        if call.name == "weather":
+            assert arguments["city"] in {"Paris", "Rome"}
+        else:
+            assert (call.name, arguments) == ("clock", {"zone": "UTC"})
+    assert reply.content == ""
+    assert len({call.id for call in reply.tool_calls}) == len(reply.tool_calls)
+
+
+def test_events_have_the_calls_of_the_reply(model: Model) -> None:
+    stream = required(model).stream("What now?")
+    told: list[Event] = list(stream.events())
+    assert stream.reply is not None
+    calls = stream.reply.tool_calls
+    assert [(e.id, e.name) for e in told if isinstance(e, CallStarted)] == [
+        (call.id, call.name) for call in calls
+    ]
+    for index, call in enumerate(calls):
+        deltas = [e.text for e in told if isinstance(e, ArgumentsDelta) and e.index == index]
+        assert "".join(deltas) == call.arguments
+    assert sum(isinstance(event, CallEnded) for event in told) == len(calls)
+
+
+def test_without_tools_events_are_the_text(model: Model) -> None:
+    stream = model.session(params=SamplingParams(max_tokens=20)).stream("Hi.")
+    told = list(stream.events())
+    assert stream.reply is not None
+    assert all(isinstance(event, TextDelta) for event in told)
+    assert "".join(e.text for e in told if isinstance(e, TextDelta)) == stream.reply.text
+    assert stream.reply.tool_calls == ()
+
+
+def test_a_tools_answer_is_answered_and_nothing_is_computed_twice(model: Model) -> None:
+    chat = required(model)
+    first = chat.respond("What now?")
+    for call in first.tool_calls:
+        chat.add({"role": "tool", "content": "Sunny.", "tool_call_id": call.id, "name": call.name})
+    chat.tools = replace(chat.tools, choice="none")
+    second = chat.respond(None)
+    assert second.tool_calls == ()
+    assert second.usage.reason == "new"
+    assert (
+        second.usage.reused_tokens >= first.usage.prompt_tokens + first.usage.generated_tokens - 8
+    )
+    shown = model.template.render(
+        [node.written_message() for node in second.node.path()[:-1]],
+        add_generation_prompt=True,
+        tools=TOOLS,
+    )
+    assert "<tool_response>\nSunny.\n</tool_response>" in shown
+
+
+def as_a_client_sends_it(session: Session) -> list[Message]:
+    """Return the transcript through JSON, as a client would send it again."""
+    sent: list[Message] = json.loads(json.dumps(session.transcript()))
+    return sent
+
+
+def test_a_client_that_sends_calls_beside_the_text_gets_the_ids_that_were_generated(
+    model: Model,
+) -> None:
+    chat = required(model)
+    first = chat.respond("What now?")
+    sent = as_a_client_sends_it(chat)
+    assert sent[-1]["content"] is None
+    assert sent[-1].get("tool_calls") == [call.to_dict() for call in first.tool_calls]
+    for call in sent[-1]["tool_calls"]:  # clients write JSON their own way
+        call["function"]["arguments"] = json.dumps(
+            json.loads(call["function"]["arguments"]), indent=1
+        )
+    answers: list[Message] = [
+        {"role": "tool", "content": "Sunny.", "tool_call_id": call.id} for call in first.tool_calls
+    ]
+    again = model.session_from([*sent, *answers], tools=TOOLS, params=WILD)
+    assert again.path()[2] is first.node
+    reply = again.respond(None)
+    assert reply.usage.reason == "new"
+    assert reply.usage.reused_tokens >= first.usage.prompt_tokens + first.usage.generated_tokens - 8
+
+
+def test_calls_that_were_not_generated_here_become_text_as_the_model_would_write_it(
+    model: Model,
+) -> None:
+    messages: list[Message] = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "One moment.", "tool_calls": [
+            {"id": "x1", "type": "function",
+             "function": {"name": "weather", "arguments": '{"city": "Paris", "days": 1}'}}]},
+        {"role": "tool", "content": "Sunny.", "tool_call_id": "x1"},
+    ]  # fmt: skip
+    session = model.session_from(messages, tools=TOOLS)
+    assert session.path()[1].content == f"One moment.\n{PARIS}"
+    assert session.transcript() == messages
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": None},
+        {"role": "tool", "content": None, "tool_call_id": "x"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "x", "type": "function"}]},
+    ],
+)
+def test_a_message_that_lacks_something_is_refused(model: Model, message: Message) -> None:
+    with pytest.raises(InvalidParameterError):
+        model.session_from([message])
+
+
+def test_other_tools_are_the_reason_and_named(model: Model) -> None:
+    messages: list[Message] = [{"role": "user", "content": "What now? " * 5}]
+    short = SamplingParams(max_tokens=5)
+    first = model.session_from(messages, tools=TOOLS, params=short).respond(None)
+    changed = [tool("weather", place={"type": "string"}), tool("map")]
+    usage = model.session_from(messages, tools=changed, params=short).respond(None).usage
+    assert usage.reason == "tools_changed"
+    assert usage.difference == "Tools: added map; removed clock; changed weather."
+    again: list[Message] = [
+        *messages,
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "And?"},
+    ]
+    usage = model.session_from(again, params=short).respond(None).usage
+    assert usage.reason == "tools_changed"
+    usage = model.session_from(again, tools=TOOLS, params=short).respond(None).usage
+    assert usage.reason == "new"
+
+
+def test_what_tools_have_to_do_with_is_kept(model: Model) -> None:
+    chat = required(model, name="kept")
+    first = chat.respond("What now?")
+    chat.add(
+        {"role": "tool", "content": "Sunny.", "tool_call_id": first.tool_calls[0].id, "name": "n"}
+    )
+    chat.tools = replace(chat.tools, choice="none")
+    chat.respond(None, params=SamplingParams(max_tokens=5))
+    resumed = model.resume("kept", tools=TOOLS)
+    assert resumed.transcript() == chat.transcript()
+    assert [node.token_ids for node in resumed.path()] == [node.token_ids for node in chat.path()]
+    assert [node.key for node in resumed.path()] == [node.key for node in chat.path()]
+    assert model.journal.check() == []
+
+
+KNOWS_TOOLS = (
+    "{% if tools %}Tools:{% for tool in tools %}{{ tool | tojson }}{% endfor %} as <tool_call>\n"
+    "{% endif %}{% for message in messages %}[{{ message.role }}]{{ message.content }}[end]\n"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_template_that_knows_tools_shows_them_itself(make_model: Callable[..., Model]) -> None:
+    model = make_model(template=KNOWS_TOOLS)
+    assert model.template.knows_tools
+    chat = required(model)
+    first = chat.respond("What now?")
+    chat.add({"role": "tool", "content": "Sunny.", "tool_call_id": first.tool_calls[0].id})
+    chat.tools = replace(chat.tools, choice="none")
+    second = chat.respond(None, params=SamplingParams(max_tokens=5))
+    assert second.usage.reason == "new"
+    shown = model.template.render(
+        [node.written_message() for node in chat.path()], add_generation_prompt=False, tools=TOOLS
+    )
+    assert shown.startswith(f"Tools:{json.dumps(WEATHER)}{json.dumps(CLOCK)}")
+    assert "[tool]Sunny.[end]" in shown
+
+
+def test_a_real_file_of_version_1_becomes_a_current_one(model: Model) -> None:
+    """Written by the last commit before messages of tools could be kept."""
+    source = Path(__file__).parent / "data" / "journal-version-1.sqlite3"
+    target = model._home / "conversations.sqlite3"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(source.read_bytes())
+    assert model.journal.check() == []
+    chat = model.resume("branches", tools=TOOLS, tool_choice="required", params=WILD)
+    assert [message["content"] for message in chat.transcript()][:2] == ["Be brief.", "One."]
+    assert sorted(chat.conversation.tips) == ["idea", "main"]
+    reply = chat.respond("Three.")
+    chat.add({"role": "tool", "content": "Done.", "tool_call_id": reply.tool_calls[0].id})
+    chat.tools = Tools()
+    chat.respond(None, params=SamplingParams(max_tokens=3))
+    assert model.journal.check() == []
+    nodes = model.journal.load("branches").nodes
+    assert [node.role for node in nodes][-4:] == ["user", "assistant", "tool", "assistant"]
+    assert min(node.id for node in nodes[-4:]) == 12  # 10 and 11 had been given, and deleted

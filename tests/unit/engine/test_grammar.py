@@ -1,0 +1,249 @@
+"""A grammar decides what may follow, end of sequence included, and costs a rewind nothing."""
+
+import json
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recollect.engine.engine import Engine
+from recollect.engine.generator import Generator
+from recollect.engine.grammar import Grammars, GrammarState
+from recollect.errors import ConfigError, InvalidParameterError
+from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.types import Grammar, SamplingParams
+
+TOKENIZER = ByteTokenizer()
+VOCAB_SIZE = TOKENIZER.vocab_size
+PERSON = Grammar.json_schema(
+    {
+        "type": "object",
+        "properties": {"name": {"enum": ["Ann", "Anton"]}, "age": {"type": "integer"}},
+        "required": ["name"],
+        "additionalProperties": False,
+    }
+)
+GRAMMARS = [
+    PERSON,
+    Grammar.json_object(),
+    Grammar.regex("(ab|ba)+c?"),
+    Grammar.lark('start: "(" start ")" | "x"'),
+]
+
+
+@pytest.fixture
+def grammars() -> Grammars:
+    return Grammars(TOKENIZER, vocab_size=VOCAB_SIZE)
+
+
+def after(state: GrammarState, text: str) -> str:
+    """Return the letters that may follow, with $ for the end."""
+    ids = np.flatnonzero(state.allowed(TOKENIZER.encode(text)))
+    return "".join("$" if id_ in TOKENIZER.eos_token_ids else chr(id_) for id_ in ids)
+
+
+def test_only_what_continues_the_grammar_may_follow(grammars: Grammars) -> None:
+    state = grammars.start(Grammar.regex("(ab|ba)+c?"))
+    assert after(state, "") == "ab"
+    assert after(state, "a") == "b"
+
+
+def test_the_end_is_allowed_exactly_where_the_grammar_accepts(grammars: Grammars) -> None:
+    state = grammars.start(Grammar.regex("(ab|ba)+c?"))
+    assert after(state, "ab") == "abc$$"
+    assert after(state, "aba") == "b"
+    assert after(state, "abc") == "$$"
+
+
+def test_a_reply_is_finished_where_only_the_end_may_follow(grammars: Grammars) -> None:
+    state = grammars.start(Grammar.regex("(ab|ba)+c?"))
+    assert [state.is_finished(TOKENIZER.encode(text)) for text in ("", "ab", "abc", "ba")] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_no_mark_of_a_turn_is_part_of_any_text(grammars: Grammars) -> None:
+    allowed = grammars.start(Grammar.regex("(?s:.*)")).allowed([])
+    assert allowed[:0x80].all()
+    assert not allowed[TOKENIZER.encode("<|im_start|>")[0]]
+
+
+def test_properties_come_in_the_order_of_the_schema(grammars: Grammars) -> None:
+    state = grammars.start(PERSON)
+    assert after(state, '{"') == "n"
+    assert after(state, '{"name": "An') == "nt"
+    assert after(state, '{"name": "Ann"') == ",}"
+
+
+def test_json_is_written_on_one_line_as_python_writes_it(grammars: Grammars) -> None:
+    state = grammars.start(Grammar.json_object())
+    written = json.dumps({"a": [1, {"b": None}], "c": "d e"})
+    for length in range(len(written)):
+        assert written[length] in after(state, written[:length])
+    assert not set(after(state, "{")) & set(" \n")
+    assert after(state, '{"a"') == ":"
+
+
+def test_a_reply_that_does_not_fit_is_refused_and_the_state_can_go_on(grammars: Grammars) -> None:
+    state = grammars.start(Grammar.regex("(ab)+"))
+    with pytest.raises(InvalidParameterError, match="Token 2 of the reply"):
+        state.allowed(TOKENIZER.encode("abx"))
+    assert after(state, "ab") == "a$$"
+
+
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        (Grammar.json_schema({"type": "objct"}), "objct"),
+        (Grammar.json_schema({"allOf": [{"type": "string"}, {"type": "number"}]}), "incompatible"),
+        (Grammar.json_schema({"type": "string", "format": "no-such-format"}), "no-such-format"),
+        (Grammar.regex("(a"), "regex"),
+        (Grammar.lark("start: nothing"), "nothing"),
+    ],
+)
+def test_what_is_no_grammar_is_refused_with_what_is_wrong_with_it(
+    grammars: Grammars, grammar: Grammar, words: str
+) -> None:
+    with pytest.raises(InvalidParameterError, match=words):
+        grammars.start(grammar)
+
+
+def test_a_schema_that_is_no_json_is_refused() -> None:
+    with pytest.raises(InvalidParameterError, match="no JSON value"):
+        Grammar.json_schema({"const": object()})
+
+
+def test_without_llguidance_the_error_says_what_to_install(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ConfigError, match=r"recollect\[grammar\]"):
+        grammars.start(PERSON)
+
+
+def test_a_grammar_needs_something_to_follow_it_with(engine: Engine) -> None:
+    with pytest.raises(ConfigError, match=r"grammars=model\.grammars"):
+        Generator(engine, SamplingParams(grammar=PERSON))
+
+
+def test_a_grammar_and_no_end_of_sequence_exclude_each_other() -> None:
+    with pytest.raises(InvalidParameterError, match="ignore_eos"):
+        SamplingParams(grammar=PERSON, ignore_eos=True)
+
+
+# --- in a generator
+
+
+def made(
+    make_engine: Callable[..., Engine], grammars: Grammars, params: SamplingParams
+) -> Generator:
+    engine = make_engine(
+        vocab_size=VOCAB_SIZE, context_length=1024, num_blocks=600,
+        eos_token_ids=TOKENIZER.eos_token_ids,
+    )  # fmt: skip
+    generator = Generator(engine, params, grammars=grammars)
+    generator.append_tokens(TOKENIZER.encode("Who?"))
+    return generator
+
+
+def to_end(generator: Generator) -> str:
+    while not generator.is_done():
+        generator.generate_next_token()
+    return TOKENIZER.decode(generator.get_sequence()[generator.reply_start :])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_reply_fits_the_schema_however_wild_the_logits(
+    make_engine: Callable[..., Engine], grammars: Grammars, seed: int
+) -> None:
+    params = SamplingParams(grammar=PERSON, temperature=5, seed=seed, max_tokens=300)
+    generator = made(make_engine, grammars, params)
+    reply = json.loads(to_end(generator))
+    assert reply["name"] in {"Ann", "Anton"}
+    assert generator.finish_reason == "stop"
+
+
+def test_a_reply_ends_without_a_pass_where_nothing_may_follow(
+    make_engine: Callable[..., Engine], grammars: Grammars
+) -> None:
+    generator = made(make_engine, grammars, SamplingParams(grammar=Grammar.regex("abc")))
+    assert to_end(generator) == "abc"
+    assert generator._engine.forward_passes == 3
+
+
+def test_a_ban_on_all_that_is_allowed_is_the_callers_mistake(
+    make_engine: Callable[..., Engine], grammars: Grammars
+) -> None:
+    banned = SamplingParams(grammar=Grammar.regex("a"), logit_bias={ord("a"): -np.inf})
+    with pytest.raises(InvalidParameterError, match="logit_bias"):
+        made(make_engine, grammars, banned).generate_next_token()
+
+
+def test_a_mask_that_leaves_little_leaves_chance_no_way_out(
+    make_engine: Callable[..., Engine], grammars: Grammars
+) -> None:
+    wild = SamplingParams(
+        grammar=Grammar.regex("[xy]{200}"), temperature=50, top_k=40, top_p=0.99, seed=3,
+        repetition_penalty=1.5, presence_penalty=1.0,
+    )  # fmt: skip
+    reply = to_end(made(make_engine, grammars, wild))
+    assert set(reply) == {"x", "y"}
+    assert len(reply) == 200
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("generate"), st.integers(1, 9)),
+        st.tuples(st.just("rewind"), st.integers(0, 30)),
+        st.tuples(st.just("fork"), st.integers(0, 3)),
+        st.tuples(st.just("seed"), st.integers(0, 9)),
+        st.tuples(st.just("ask"), st.integers(0, 9)),
+    ),
+    max_size=15,
+)
+
+
+@given(grammar=st.sampled_from(GRAMMARS), operations=OPERATIONS)
+def test_the_state_is_that_of_a_matcher_fed_from_scratch_whatever_came_before(
+    make_engine: Callable[..., Engine], grammar: Grammar, operations: list[tuple[str, int]]
+) -> None:
+    grammars = Grammars(TOKENIZER, vocab_size=VOCAB_SIZE)
+    params = SamplingParams(grammar=grammar, temperature=3, seed=0)
+    generators = [made(make_engine, grammars, params)]
+    for name, number in operations:
+        generator = generators[number % len(generators)]
+        length = len(generator.get_sequence())
+        if name == "generate":
+            for _ in range(number):
+                if not generator.is_done():
+                    generator.generate_next_token()
+        elif name == "rewind":
+            generator.rewind_to(max(4, length - number))
+        elif name == "fork":
+            generators.append(generator.fork())
+        elif name == "seed":
+            generator.set_params(SamplingParams(grammar=grammar, temperature=3, seed=number))
+        elif length < 900:
+            generator.append_tokens(TOKENIZER.encode("and"))
+        for one in generators:
+            reply = one.get_sequence()[one.reply_start :]
+            fresh = grammars.start(grammar)
+            assert one._grammar is not None
+            assert np.array_equal(one._grammar.allowed(reply), fresh.allowed(reply))
+            assert one._grammar.is_finished(reply) == fresh.is_finished(reply)
+
+
+def test_sampling_anew_at_the_same_place_gives_the_same_reply(
+    make_engine: Callable[..., Engine], grammars: Grammars
+) -> None:
+    params = SamplingParams(grammar=PERSON, temperature=2, seed=5, max_tokens=300)
+    generator = made(make_engine, grammars, params)
+    reply = to_end(generator)
+    generator.rewind_to(generator.reply_start + len(reply) // 2)
+    assert to_end(generator) == reply

@@ -1,0 +1,134 @@
+"""A server on the reference model, listening on a port of its own, in a thread."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from recollect.conversation.model import Model
+from recollect.server.app import create_app
+from recollect.server.hub import ModelHub
+from recollect.server.keys import Keyring, StoredKey, hash_key
+from recollect.server.settings import Limits, Settings
+
+Json = dict[str, Any]
+
+
+@pytest.fixture
+def servers() -> Iterator[ExitStack]:
+    """Return what all servers of a test end with; close it to stop them earlier."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def start(
+    make_model: Callable[..., Model], tmp_path: Path, servers: ExitStack
+) -> Callable[..., httpx.Client]:
+    """Return what starts a server and returns a client of it, with the first of its keys."""
+
+    def start(
+        *,
+        load: Callable[[str], Model] | None = None,
+        names: Sequence[str] = ("reference",),
+        keys: Sequence[str] = (),
+        operators: Sequence[str] = (),
+        memory_bytes: int | None = None,
+        limits: Limits | None = None,
+        aliases: dict[str, str] | None = None,
+        **settings: Any,
+    ) -> httpx.Client:
+        hub = ModelHub(
+            load or (lambda _: make_model()), names, aliases=aliases, memory_bytes=memory_bytes
+        )
+        chosen = Settings(
+            home=tmp_path / "home",
+            models=tuple(names),
+            has_keys=bool(keys),
+            limits=limits or Limits(shutdown_s=5),
+            **settings,
+        )
+        stored = [
+            StoredKey(f"client {number}", hash_key(key), key in operators)
+            for number, key in enumerate(keys)
+        ]
+        app = create_app(chosen, hub, Keyring(stored))
+        config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            thread.join(0.005)
+
+        def stop() -> None:
+            server.should_exit = True
+            thread.join(timeout=20)
+            assert not thread.is_alive(), "the server did not stop"
+
+        servers.callback(stop)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        return servers.enter_context(
+            httpx.Client(
+                base_url=f"http://127.0.0.1:{port}",
+                headers={"Authorization": f"Bearer {keys[0]}"} if keys else {},
+                timeout=20,
+                trust_env=False,
+            )
+        )
+
+    return start
+
+
+@pytest.fixture
+def client(start: Callable[..., httpx.Client]) -> httpx.Client:
+    """Return a client of a server without keys."""
+    return start()
+
+
+@pytest.fixture
+def post() -> Callable[..., Json]:
+    """Return what posts and returns the body of a success."""
+
+    def post(client: httpx.Client, path: str, body: Json, **options: Any) -> Json:
+        response = client.post(path, json=body, **options)
+        assert response.status_code == 200, response.text
+        answer: Json = response.json()
+        return answer
+
+    return post
+
+
+@pytest.fixture
+def chat(post: Callable[..., Json]) -> Callable[..., Json]:
+    """Return what asks for a chat completion of (role, content) pairs."""
+
+    def chat(client: httpx.Client, *messages: tuple[str, str], **fields: Any) -> Json:
+        said = [{"role": role, "content": content} for role, content in messages]
+        return post(client, "/v1/chat/completions", {"messages": said, "max_tokens": 8, **fields})
+
+    return chat
+
+
+@pytest.fixture
+def events() -> Callable[..., list[Any]]:
+    """Return what posts and returns the events: JSON as values, everything else as lines."""
+
+    def events(client: httpx.Client, path: str, body: Json) -> list[Any]:
+        with client.stream("POST", path, json=body) as response:
+            if response.status_code != 200:
+                pytest.fail(response.read().decode())
+            assert response.headers["content-type"].startswith("text/event-stream")
+            lines = [line for line in response.iter_lines() if line.startswith(("data: ", ":"))]
+        return [
+            json.loads(line.removeprefix("data: ")) if line.startswith("data: {") else line
+            for line in lines
+        ]
+
+    return events

@@ -1,0 +1,310 @@
+"""Chat completions: what comes as text each time is found again, and what it costs is told."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from recollect.conversation.model import Model
+from recollect.server.settings import Limits
+from recollect.types import SamplingParams
+
+Json = dict[str, Any]
+PATH = "/v1/chat/completions"
+SYSTEM = ("system", "You are careful. " * 10)
+
+
+def text_of(answer: Json) -> str:
+    content: str = answer["choices"][0]["message"]["content"]
+    return content
+
+
+def cached(answer: Json) -> int:
+    tokens: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return tokens
+
+
+def test_a_reply_is_the_one_that_the_library_gives(
+    client: httpx.Client, chat: Callable[..., Json], make_model: Callable[..., Model]
+) -> None:
+    answer = chat(client, SYSTEM, ("user", "Hello"))
+    session = make_model().session_from(
+        [{"role": "system", "content": SYSTEM[1]}, {"role": "user", "content": "Hello"}]
+    )
+    reply = session.respond(None, params=SamplingParams(max_tokens=8))
+    assert text_of(answer) == reply.text
+    assert answer["choices"][0]["finish_reason"] == reply.finish_reason
+    assert answer["usage"]["completion_tokens"] == reply.usage.generated_tokens
+
+
+def test_a_conversation_that_is_sent_whole_is_computed_once(
+    client: httpx.Client, chat: Callable[..., Json]
+) -> None:
+    first = chat(client, SYSTEM, ("user", "Hello"))
+    second = chat(
+        client, SYSTEM, ("user", "Hello"), ("assistant", text_of(first)), ("user", "Go on")
+    )
+    usage = second["usage"]
+    assert cached(first) == 0
+    assert first["usage"]["recollect"]["tier"] is None
+    new = usage["prompt_tokens"] - first["usage"]["prompt_tokens"] - 8
+    assert usage["recollect"]["computed_tokens"] <= new + 1
+    assert cached(second) == usage["prompt_tokens"] - usage["recollect"]["computed_tokens"]
+    assert usage["recollect"]["tier"] == "memory"
+    assert usage["recollect"]["reason"] == "new"
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+def test_what_was_changed_is_told(client: httpx.Client, chat: Callable[..., Json]) -> None:
+    chat(client, SYSTEM, ("user", "My name is Alex"))
+    own = chat(client, SYSTEM, ("user", "My name is Kim"))["usage"]["recollect"]
+    assert own["reason"] == "message_changed"
+    assert "'Alex' became 'Kim'" in own["difference"]
+
+
+def test_headers_say_the_same(client: httpx.Client) -> None:
+    said = [{"role": "system", "content": SYSTEM[1]}, {"role": "user", "content": ""}]
+    for content in ("Grüße\nund mehr", "Grüße\nund weniger 🎉"):
+        said[1]["content"] = content
+        response = client.post(PATH, json={"messages": said, "max_tokens": 4})
+    own = response.json()["usage"]["recollect"]
+    assert response.headers["x-recollect-computed-tokens"] == str(own["computed_tokens"])
+    assert response.headers["x-recollect-reason"] == own["reason"] == "message_changed"
+    assert "became" in response.headers["x-recollect-difference"]
+
+
+def test_a_stream_says_what_the_whole_reply_says(
+    client: httpx.Client, chat: Callable[..., Json], events: Callable[..., list[Any]]
+) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 12,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    found = [event for event in events(client, PATH, body) if not str(event).startswith(":")]
+    whole = chat(client, ("user", "Hello"), max_tokens=12)
+    *chunks, last, done = found
+    assert done == "data: [DONE]"
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(pieces) == text_of(whole)
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + [whole["choices"][0]["finish_reason"]]
+    assert chunks[-1]["recollect"]["computed_tokens"] == last["usage"]["prompt_tokens"]
+    assert last["choices"] == []
+    assert last["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert len({event["id"] for event in found[:-1]}) == 1
+
+
+def test_without_include_usage_a_stream_has_no_usage(
+    client: httpx.Client, events: Callable[..., list[Any]]
+) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "stream": True}
+    assert not any("usage" in event for event in events(client, PATH, body)[:-1])
+
+
+def test_several_choices_differ_and_share_their_prompt(
+    client: httpx.Client, chat: Callable[..., Json]
+) -> None:
+    answer = chat(client, SYSTEM, ("user", "Hello"), n=3, temperature=1, seed=7)
+    again = chat(client, SYSTEM, ("user", "Hello"), n=3, temperature=1, seed=7)
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert texts == [choice["message"]["content"] for choice in again["choices"]]
+    assert answer["usage"]["completion_tokens"] >= 3
+    assert cached(answer) == 0
+    assert cached(again) > 0
+
+
+def test_a_stop_string_ends_a_reply(client: httpx.Client, chat: Callable[..., Json]) -> None:
+    whole = text_of(chat(client, ("user", "Hello"), max_tokens=24))
+    stop = whole[3:5]
+    for given in (stop, [stop, "never said"]):
+        answer = chat(client, ("user", "Hello"), max_tokens=24, stop=given)
+        assert text_of(answer) == whole.split(stop)[0]
+        assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_banned_token_is_not_said(client: httpx.Client, chat: Callable[..., Json]) -> None:
+    plain = text_of(chat(client, ("user", "Hello"), max_tokens=1))
+    token = str(plain.encode()[0])
+    assert text_of(chat(client, ("user", "Hello"), max_tokens=1, logit_bias={token: -100})) != plain
+
+
+@pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
+def test_a_reply_is_as_long_as_it_may_be(
+    client: httpx.Client, post: Callable[..., Json], limit: str
+) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], limit: 3, "ignore_eos": True}
+    answer = post(client, PATH, body)
+    assert answer["usage"]["completion_tokens"] == 3
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_parts_and_developers_are_understood(
+    client: httpx.Client, post: Callable[..., Json], chat: Callable[..., Json]
+) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    messages = [{"role": "developer", "content": SYSTEM[1]}, {"role": "user", "content": parts}]
+    answer = post(client, PATH, {"messages": messages, "max_tokens": 8, "user": "somebody"})
+    assert text_of(answer) == text_of(chat(client, SYSTEM, ("user", "Hello")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"messages": []}, "invalid_value", "messages"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "invalid_messages", None),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, None),
+        ({"temperature": 3}, "invalid_value", "temperature"),
+        ({"max_tokens": 0}, "invalid_value", "max_tokens"),
+        ({"functions": []}, "unknown_parameter", "functions"),
+        ({"logit_bias": {"x": 1}}, "invalid_value", None),
+        ({"logit_bias": {"99999": 1}}, "invalid_value", None),
+        ({"stream_options": {"include_usage": True}}, "unsupported_parameter", "stream_options"),
+        ({"n": 99}, "invalid_value", "n"),
+        ({"model": "gpt-unknown"}, "model_not_found", None),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_words(
+    client: httpx.Client, fields: Json, code: str | None, param: str | None
+) -> None:
+    body = {"messages": [{"role": "user", "content": "Hello"}], **fields}
+    response = client.post(PATH, json=body)
+    error = response.json()["error"]
+    assert response.status_code == (404 if code == "model_not_found" else 400)
+    assert error["type"] == "invalid_request_error"
+    assert code in {None, error["code"]}
+    assert param in {None, error["param"]}
+    assert error["message"].endswith(".")
+
+
+def test_a_prompt_over_the_context_is_refused_with_both_numbers(client: httpx.Client) -> None:
+    said = [{"role": "user", "content": "x" * 3000}]
+    for stream in (False, True):
+        response = client.post(PATH, json={"messages": said, "stream": stream})
+        error = response.json()["error"]
+        assert response.status_code == 400
+        assert error["code"] == "context_length_exceeded"
+        assert "2048" in error["message"]
+        assert "3,0" in error["message"]
+
+
+def test_another_name_for_the_model_is_understood(
+    start: Callable[..., httpx.Client], chat: Callable[..., Json]
+) -> None:
+    client = start(aliases={"gpt-4o": "reference"})
+    assert chat(client, ("user", "a"), model="gpt-4o")["model"] == "reference"
+
+
+class Slow:
+    """A model whose forward passes wait until they are let go."""
+
+    def __init__(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model = model
+        self.passes = 0
+        self.go = threading.Event()
+        runtime = model.engine._runtime
+        forward = runtime.forward
+
+        def slow(rows: Any) -> Any:
+            self.passes += 1
+            assert self.go.wait(20)
+            time.sleep(0.005)
+            return forward(rows)
+
+        monkeypatch.setattr(runtime, "forward", slow)
+
+
+@pytest.fixture
+def slow(make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> Slow:
+    return Slow(make_model(), monkeypatch)
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)
+
+
+def test_while_a_prompt_is_read_the_client_hears_of_it(
+    start: Callable[..., httpx.Client], slow: Slow
+) -> None:
+    client = start(load=lambda _: slow.model)
+    body = {"messages": [{"role": "user", "content": "a" * 500}], "max_tokens": 2, "stream": True}
+    with client.stream("POST", PATH, json=body) as response:
+        lines = response.iter_lines()
+        comment = next(line for line in lines if line)
+        assert comment.startswith(": prefill 0/5")
+        slow.go.set()
+        assert "data: [DONE]" in list(lines)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_reply_at_once(
+    start: Callable[..., httpx.Client], slow: Slow, stream: bool, chat: Callable[..., Json]
+) -> None:
+    client = start(load=lambda _: slow.model)
+    body = {
+        "messages": [{"role": "user", "content": "a"}],
+        "max_tokens": 1500,
+        "ignore_eos": True,
+        "stream": stream,
+    }
+    engine = slow.model.engine
+    slow.go.set()
+    if stream:
+        with client.stream("POST", PATH, json=body) as response:
+            assert next(response.iter_lines()).startswith("data: ")
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(PATH, json=body, timeout=0.5)
+    eventually(lambda: not engine._scheduler.tasks())
+    assert slow.passes < 1000
+    engine.check()
+    assert chat(client, ("user", "a"))["usage"]["prompt_tokens"] > 0
+
+
+def test_who_waits_too_long_in_line_is_told_to_come_back(
+    start: Callable[..., httpx.Client], slow: Slow
+) -> None:
+    client = start(load=lambda _: slow.model, limits=Limits(concurrent=1, queue=1))
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    answers: list[int] = []
+
+    def ask() -> None:
+        answers.append(httpx.post(f"{client.base_url}{PATH}", json=body, timeout=20).status_code)
+
+    running, waiting = threading.Thread(target=ask), threading.Thread(target=ask)
+    running.start()
+    eventually(lambda: slow.passes > 0)
+    waiting.start()
+    eventually(lambda: "recollect_queue 1.0" in client.get("/metrics").text)
+    refused = client.post(PATH, json=body)
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["code"] == "queue_full"
+    slow.go.set()
+    running.join()
+    waiting.join()
+    assert answers == [200, 200]
+
+
+def test_a_failing_forward_pass_is_an_error_and_the_next_request_works(
+    start: Callable[..., httpx.Client], make_model: Callable[..., Model], faults: Any
+) -> None:
+    model = make_model()
+    client = start(load=lambda _: model)
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    faults.forward_in = 0
+    failed = client.post(PATH, json=body)
+    # Each sequence of a failed pass is tried by itself once more, so one fault may be survived.
+    assert failed.status_code in {200, 500}
+    assert client.post(PATH, json=body).status_code == 200
+    assert "injected" not in failed.text

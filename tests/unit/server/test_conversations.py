@@ -1,0 +1,166 @@
+"""Kept conversations over HTTP: items, rewind, fork, checkpoint, tree."""
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+Json = dict[str, Any]
+PATH = "/v1/conversations"
+LONG = "You are careful. " * 10
+
+
+@pytest.fixture
+def say(post: Callable[..., Json]) -> Callable[..., Json]:
+    def say(client: httpx.Client, conversation: str, text: str) -> Json:
+        body = {"input": text, "conversation": conversation, "max_output_tokens": 6}
+        return post(client, "/v1/responses", body)
+
+    return say
+
+
+def texts(client: httpx.Client, conversation: str) -> list[str]:
+    items = client.get(f"{PATH}/{conversation}/items", params={"order": "asc"}).json()["data"]
+    return [item["content"][0]["text"] for item in items if item["role"] != "assistant"]
+
+
+def computed(response: Json) -> int:
+    tokens: int = response["usage"]["recollect"]["computed_tokens"]
+    return tokens
+
+
+def test_a_conversation_remembers_what_was_said_in_it(
+    client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json]
+) -> None:
+    items = [{"type": "message", "role": "system", "content": LONG}]
+    made = post(client, PATH, {"items": items, "metadata": {"topic": "a"}})
+    assert made["object"] == "conversation"
+    assert made["metadata"] == {"topic": "a"}
+    first = say(client, made["id"], "Hello")
+    second = say(client, made["id"], "Go on")
+    assert computed(second) < 50 < first["usage"]["input_tokens"]
+    assert texts(client, made["id"]) == [LONG, "Hello", "Go on"]
+    assert client.get(f"{PATH}/{made['id']}").json() == made
+
+
+def test_rewind_goes_back_and_keeps_what_was_said_after(
+    client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json]
+) -> None:
+    conversation = post(client, PATH, {})["id"]
+    first = say(client, conversation, LONG)
+    say(client, conversation, "Two")
+    third = say(client, conversation, "Three")
+    back = post(client, f"{PATH}/{conversation}/rewind", {"turns": 2})
+    assert back["turns"] == 1
+    assert texts(client, conversation) == [LONG]
+    other = say(client, conversation, "Another two")
+    assert computed(other) < 50
+    post(client, f"{PATH}/{conversation}/rewind", {"to": third["id"]})
+    assert texts(client, conversation) == [LONG, "Two", "Three"]
+    item = first["output"][0]["id"]
+    post(client, f"{PATH}/{conversation}/rewind", {"to": item})
+    assert texts(client, conversation) == [LONG]
+
+
+def test_a_fork_has_an_id_of_its_own_and_shares_the_beginning(
+    client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json]
+) -> None:
+    conversation = post(client, PATH, {})["id"]
+    first = say(client, conversation, LONG)
+    say(client, conversation, "Two")
+    fork = post(client, f"{PATH}/{conversation}/fork", {"at": first["id"], "name": "idea"})
+    assert computed(say(client, fork["id"], "Or so")) < 50
+    assert texts(client, fork["id"]) == [LONG, "Or so"]
+    assert texts(client, conversation) == [LONG, "Two"]
+    again = client.post(f"{PATH}/{conversation}/fork", json={"name": "idea"})
+    assert again.status_code == 409
+    assert post(client, f"{PATH}/{conversation}/fork", {})["branch"].startswith("fork-")
+
+
+def test_a_checkpoint_is_a_place_to_come_back_to(
+    client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json]
+) -> None:
+    conversation = post(client, PATH, {})["id"]
+    say(client, conversation, "One")
+    post(client, f"{PATH}/{conversation}/checkpoint", {"name": "safe"})
+    say(client, conversation, "Two")
+    back = post(client, f"{PATH}/{conversation}/rewind", {"checkpoint": "safe"})
+    assert back["turns"] == 1
+    assert texts(client, conversation) == ["One"]
+    missing = client.post(f"{PATH}/{conversation}/rewind", json={"checkpoint": "other"})
+    assert missing.status_code == 404
+
+
+def test_the_tree_shows_all_branches(
+    client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json]
+) -> None:
+    conversation = post(client, PATH, {})["id"]
+    first = say(client, conversation, "One")
+    say(client, conversation, "Two")
+    post(client, f"{PATH}/{conversation}/rewind", {"to": first["id"]})
+    last = say(client, conversation, "Other two")
+    tree = client.get(f"{PATH}/{conversation}/tree").json()
+    assert len(tree["nodes"]) == 6
+    by_id = {node["id"]: node for node in tree["nodes"]}
+    assert len(by_id) == 6
+    assert by_id[tree["tips"]["main"]]["response_id"] == last["id"]
+    one = next(node for node in tree["nodes"] if node["response_id"] == first["id"])
+    children = [node for node in tree["nodes"] if node["parent_id"] == one["id"]]
+    assert [node["items"][0]["content"][0]["text"] for node in children] == ["Two", "Other two"]
+
+
+def test_items_come_in_pages(client: httpx.Client, post: Callable[..., Json]) -> None:
+    items = [{"role": "user", "content": f"{n}"} for n in range(5)]
+    conversation = post(client, PATH, {})["id"]
+    added = post(client, f"{PATH}/{conversation}/items", {"items": items})["data"]
+    address = f"{PATH}/{conversation}/items"
+    page = client.get(address, params={"limit": 2, "order": "asc"}).json()
+    assert [item["id"] for item in page["data"]] == [item["id"] for item in added[:2]]
+    assert page["has_more"] is True
+    rest = client.get(address, params={"order": "asc", "after": page["last_id"]}).json()
+    assert [item["content"][0]["text"] for item in rest["data"]] == ["2", "3", "4"]
+    newest = client.get(address).json()["data"][0]
+    assert newest["content"][0]["text"] == "4"
+    assert client.get(f"{address}/{newest['id']}").json() == newest
+
+
+def test_a_conversation_can_be_deleted(
+    client: httpx.Client, post: Callable[..., Json], say: Callable[..., Json]
+) -> None:
+    conversation = post(client, PATH, {})["id"]
+    response = say(client, conversation, "One")
+    assert client.delete(f"{PATH}/{conversation}").json()["deleted"] is True
+    for address in (f"{PATH}/{conversation}", f"/v1/responses/{response['id']}"):
+        assert client.get(address).status_code == 404
+
+
+def test_a_list_shows_those_that_responses_began_too(
+    client: httpx.Client, post: Callable[..., Json]
+) -> None:
+    made = post(client, PATH, {"metadata": {"a": "b"}})
+    post(client, "/v1/responses", {"input": "Hello", "max_output_tokens": 2})
+    listed = client.get(PATH).json()["data"]
+    assert [one["turns"] for one in listed] == [1, 0]
+    assert listed[1]["id"] == made["id"]
+    assert texts(client, listed[0]["id"]) == ["Hello"]
+    changed = post(client, f"{PATH}/{made['id']}", {"metadata": {"c": "d"}})
+    assert changed["metadata"] == {"c": "d"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("rewind", {}),
+        ("rewind", {"turns": 1, "to": "a"}),
+        ("rewind", {"turns": 3}),
+        ("fork", {"name": "a/b"}),
+        ("checkpoint", {"name": ""}),
+        ("items", {"items": []}),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    client: httpx.Client, post: Callable[..., Json], path: str, body: Json
+) -> None:
+    conversation = post(client, PATH, {})["id"]
+    assert client.post(f"{PATH}/{conversation}/{path}", json=body).status_code == 400

@@ -1,0 +1,70 @@
+"""Anthropic's API: the same replies and the same reuse, in its own words."""
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+Json = dict[str, Any]
+PATH = "/v1/messages"
+SYSTEM = "You are careful. " * 10
+
+
+def body_of(*messages: tuple[str, Any], **fields: Any) -> Json:
+    said = [{"role": role, "content": content} for role, content in messages]
+    return {"messages": said, "max_tokens": 8, "system": SYSTEM, **fields}
+
+
+def test_a_reply_is_that_of_a_chat_completion_and_shares_its_kv(
+    client: httpx.Client, post: Callable[..., Json], chat: Callable[..., Json]
+) -> None:
+    same = chat(client, ("system", SYSTEM), ("user", "Hello"))
+    blocks = [{"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}]
+    answer = post(client, PATH, body_of(("user", blocks)))
+    assert answer["content"] == [{"type": "text", "text": same["choices"][0]["message"]["content"]}]
+    usage = answer["usage"]
+    total = usage["input_tokens"] + usage["cache_read_input_tokens"]
+    assert total == same["usage"]["prompt_tokens"]
+    assert usage["input_tokens"] == 1
+    assert answer["stop_reason"] in {"end_turn", "max_tokens"}
+
+
+def test_a_stream_says_the_same(
+    client: httpx.Client, post: Callable[..., Json], events: Callable[..., list[Any]]
+) -> None:
+    found = events(client, PATH, body_of(("user", "Hello"), stream=True))
+    whole = post(client, PATH, body_of(("user", "Hello")))
+    kinds = list(dict.fromkeys(event["type"] for event in found))
+    assert kinds == [
+        "message_start",
+        "content_block_start",
+        "content_block_delta",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    deltas = [event["delta"]["text"] for event in found if event["type"].endswith("block_delta")]
+    assert "".join(deltas) == whole["content"][0]["text"]
+    assert found[-2]["delta"]["stop_reason"] == whole["stop_reason"]
+    assert found[-2]["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
+
+
+def test_tokens_can_be_counted(client: httpx.Client, post: Callable[..., Json]) -> None:
+    body = body_of(("user", "Hello"))
+    del body["max_tokens"]
+    counted = post(client, f"{PATH}/count_tokens", body)["input_tokens"]
+    usage = post(client, PATH, body_of(("user", "Hello")))["usage"]
+    assert counted == usage["input_tokens"] + usage["cache_read_input_tokens"]
+
+
+def test_errors_have_its_shape(client: httpx.Client) -> None:
+    wrong: list[Json] = [
+        body_of(("user", "x" * 3000)),
+        {"messages": []},
+        body_of(("user", "a"), tempo=1),
+    ]
+    for body in wrong:
+        response = client.post(PATH, json=body)
+        assert response.status_code == 400
+        assert response.json()["type"] == "error"
+        assert response.json()["error"]["type"] == "invalid_request_error"

@@ -1,0 +1,114 @@
+"""The OpenAPI document is true: no request that it allows makes the server fail or hang."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
+
+PATHS = {
+    "/health",
+    "/metrics",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/conversations",
+    "/v1/conversations/{conversation_id}",
+    "/v1/conversations/{conversation_id}/checkpoint",
+    "/v1/conversations/{conversation_id}/fork",
+    "/v1/conversations/{conversation_id}/items",
+    "/v1/conversations/{conversation_id}/items/{item_id}",
+    "/v1/conversations/{conversation_id}/rewind",
+    "/v1/conversations/{conversation_id}/tree",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/models",
+    "/v1/models/{model_id}",
+    "/v1/prewarm",
+    "/v1/responses",
+    "/v1/responses/{response_id}",
+    "/v1/responses/{response_id}/input_items",
+}
+
+
+def test_the_document_names_every_call(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    assert set(document["paths"]) == PATHS
+    assert client.get("/docs").status_code == 200
+
+
+SHORT = {
+    "/v1/chat/completions": "max_tokens",
+    "/v1/completions": "max_tokens",
+    "/v1/messages": "max_tokens",
+    "/v1/responses": "max_output_tokens",
+}
+"""Where a reply would go on to the end of the context otherwise."""
+
+
+def shorten(path: str, body: Any) -> None:
+    """Ask for a short reply, without making a wrong request right."""
+    name = SHORT.get(path)
+    if isinstance(body, dict) and name is not None and isinstance(body.get(name, 4), int):
+        body[name] = 4
+        body.pop("max_completion_tokens", None)
+
+
+@pytest.mark.slow
+def test_no_request_makes_it_fail(client: httpx.Client) -> None:
+    """Requests made from the document, nothing longer than 10 s."""
+    schema = schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")
+    statuses: Counter[int] = Counter()
+
+    def try_out(case: Any) -> None:
+        shorten(case.operation.path, case.body)
+        response = case.call(timeout=10)
+        statuses[response.status_code] += 1
+        case.validate_response(response, checks=[not_a_server_error])
+
+    for result in schema.get_all_operations():
+        bounded = settings(
+            max_examples=12,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        assert isinstance(result, Ok), result
+        bounded(given(result.ok().as_strategy())(try_out))()
+    assert statuses[200] > 20, statuses
+    assert statuses.total() > 5 * len(PATHS)
+
+
+@settings(max_examples=40)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["messages", "role", "content", "model", "stop", "n"]), inner
+            )
+        ),
+        max_leaves=8,
+    )
+)
+def test_no_json_makes_it_fail(shared: Callable[[Any], int], body: Any) -> None:
+    assert shared(body) < 500
+
+
+@pytest.fixture
+def shared(client: httpx.Client) -> Callable[[Any], int]:
+    def ask(body: Any) -> int:
+        content = json.dumps(body, allow_nan=True).encode("utf-8", "surrogatepass")
+        headers = {"Content-Type": "application/json"}
+        path = "/v1/chat/completions"
+        return client.post(path, content=content, headers=headers).status_code
+
+    return ask

@@ -1,0 +1,218 @@
+"""A response is a node of a kept tree: any earlier one can be gone on from, also after a restart."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import pytest
+
+Json = dict[str, Any]
+PATH = "/v1/responses"
+LONG = "You are careful. " * 10
+
+
+@pytest.fixture
+def respond(post: Callable[..., Json]) -> Callable[..., Json]:
+    def respond(client: httpx.Client, text: str | list[Json], **fields: Any) -> Json:
+        return post(client, PATH, {"input": text, "max_output_tokens": 8, **fields})
+
+    return respond
+
+
+def text_of(response: Json) -> str:
+    (message,) = response["output"]
+    text: str = message["content"][0]["text"]
+    return text
+
+
+def computed(response: Json) -> int:
+    tokens: int = response["usage"]["recollect"]["computed_tokens"]
+    return tokens
+
+
+def cached(response: Json) -> int:
+    tokens: int = response["usage"]["input_tokens_details"]["cached_tokens"]
+    return tokens
+
+
+def test_a_response_goes_on_from_any_earlier_one(
+    client: httpx.Client, respond: Callable[..., Json]
+) -> None:
+    first = respond(client, LONG)
+    second = respond(client, "Go on", previous_response_id=first["id"])
+    branch = respond(client, "Or not", previous_response_id=first["id"])
+    third = respond(client, "And now?", previous_response_id=second["id"])
+    assert len({one["id"] for one in (first, second, branch, third)}) == 4
+    for later in (second, branch, third):
+        assert computed(later) < 60 < cached(later)
+        assert cached(later) + computed(later) == later["usage"]["input_tokens"]
+    assert third["previous_response_id"] == second["id"]
+
+
+def test_it_says_what_a_chat_with_the_same_messages_says(
+    client: httpx.Client, respond: Callable[..., Json], chat: Callable[..., Json]
+) -> None:
+    first = respond(client, "Hello", instructions=LONG)
+    second = respond(client, "Go on", instructions=LONG, previous_response_id=first["id"])
+    same = chat(
+        client,
+        ("system", LONG),
+        ("user", "Hello"),
+        ("assistant", text_of(first)),
+        ("user", "Go on"),
+    )
+    assert text_of(second) == same["choices"][0]["message"]["content"]
+    assert second["usage"]["input_tokens"] == same["usage"]["prompt_tokens"]
+
+
+def test_instructions_are_not_inherited(
+    client: httpx.Client, respond: Callable[..., Json], chat: Callable[..., Json]
+) -> None:
+    first = respond(client, "Hello", instructions=LONG)
+    second = respond(client, "Go on", previous_response_id=first["id"])
+    other = respond(
+        client, "Go on", previous_response_id=second["id"], instructions="Be quick. " * 9
+    )
+    history = [("user", "Hello"), ("assistant", text_of(first)), ("user", "Go on")]
+    assert text_of(second) == chat(client, *history)["choices"][0]["message"]["content"]
+    history += [("assistant", text_of(second)), ("user", "Go on")]
+    same = chat(client, ("system", "Be quick. " * 9), *history)
+    assert text_of(other) == same["choices"][0]["message"]["content"]
+    assert other["instructions"] == "Be quick. " * 9
+
+
+def test_it_goes_on_after_a_restart(
+    start: Callable[..., httpx.Client], servers: ExitStack, respond: Callable[..., Json]
+) -> None:
+    before = start()
+    first = respond(before, LONG)
+    second = respond(before, "Go on", previous_response_id=first["id"])
+    expected = respond(before, "And?", previous_response_id=second["id"], store=False)
+    servers.close()
+    after = start()
+    again = respond(after, "And?", previous_response_id=second["id"])
+    assert text_of(again) == text_of(expected)
+    assert after.get(f"{PATH}/{first['id']}").json()["output"] == first["output"]
+
+
+def test_a_kept_response_is_what_was_answered(
+    client: httpx.Client, respond: Callable[..., Json]
+) -> None:
+    made = respond(client, "Hello", instructions="Be brief", metadata={"topic": "a"})
+    kept = client.get(f"{PATH}/{made['id']}").json()
+    for answer in (made, kept):  # an estimate that grows with what was measured
+        answer["usage"]["recollect"].pop("time_saved_s")
+    assert kept == made
+    assert kept["metadata"] == {"topic": "a"}
+    items = client.get(f"{PATH}/{made['id']}/input_items").json()["data"]
+    assert [item["content"][0]["text"] for item in items] == ["Hello"]
+
+
+def test_what_is_not_stored_is_not_there(
+    client: httpx.Client, respond: Callable[..., Json]
+) -> None:
+    first = respond(client, LONG)
+    gone = respond(client, "Go on", previous_response_id=first["id"], store=False)
+    assert computed(gone) < 60
+    assert client.get(f"{PATH}/{gone['id']}").status_code == 404
+    lost = client.post(PATH, json={"input": "a", "previous_response_id": gone["id"]})
+    assert lost.status_code == 404
+    assert lost.json()["error"]["code"] == "previous_response_not_found"
+
+
+def test_a_deleted_response_is_gone_and_the_others_are_not(
+    client: httpx.Client, respond: Callable[..., Json]
+) -> None:
+    first = respond(client, "Hello")
+    second = respond(client, "Go on", previous_response_id=first["id"])
+    assert client.delete(f"{PATH}/{first['id']}").json()["deleted"] is True
+    assert client.get(f"{PATH}/{first['id']}").status_code == 404
+    assert client.delete(f"{PATH}/{first['id']}").status_code == 404
+    respond(client, "And?", previous_response_id=second["id"])
+
+
+def test_with_its_last_response_a_conversation_is_deleted(
+    client: httpx.Client, respond: Callable[..., Json]
+) -> None:
+    first = respond(client, "Hello")
+    second = respond(client, "Go on", previous_response_id=first["id"])
+    for one in (first, second):
+        client.delete(f"{PATH}/{one['id']}")
+    assert client.get("/v1/conversations").json()["data"] == []
+
+
+def test_a_history_sent_as_items_is_taken_over_as_it_was_generated(
+    client: httpx.Client, respond: Callable[..., Json]
+) -> None:
+    first = respond(client, LONG, store=False)
+    history = [
+        {"role": "user", "content": LONG},
+        {
+            "type": "message",
+            "role": "assistant",
+            "id": first["output"][0]["id"],
+            "status": "completed",
+            "content": first["output"][0]["content"],
+        },
+        {"role": "user", "content": [{"type": "input_text", "text": "Go on"}]},
+    ]
+    second = respond(client, history)
+    assert computed(second) < 60
+    third = respond(client, "And?", previous_response_id=second["id"])
+    assert computed(third) < 60
+
+
+def test_a_stream_has_the_events_that_clients_wait_for(
+    client: httpx.Client, respond: Callable[..., Json], events: Callable[..., list[Any]]
+) -> None:
+    body = {"input": "Hello", "max_output_tokens": 8, "stream": True, "instructions": "Be brief"}
+    found = [event for event in events(client, PATH, body) if not str(event).startswith(":")]
+    kinds = list(dict.fromkeys(event["type"] for event in found))
+    assert kinds[:-1] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+    ]
+    last = found[-1]
+    assert last["type"] in {"response.completed", "response.incomplete"}
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    deltas = [event["delta"] for event in found if event["type"].endswith("text.delta")]
+    assert "".join(deltas) == text_of(last["response"])
+    assert (
+        client.get(f"{PATH}/{last['response']['id']}").json()["output"]
+        == (last["response"]["output"])
+    )
+    respond(client, "Go on", previous_response_id=last["response"]["id"])
+
+
+def test_a_full_context_drops_the_oldest_turns_where_that_is_wanted(
+    client: httpx.Client, respond: Callable[..., Json]
+) -> None:
+    last = respond(client, "x" * 900)
+    last = respond(client, "y" * 900, previous_response_id=last["id"])
+    body = {"input": "z" * 900, "previous_response_id": last["id"], "max_output_tokens": 8}
+    refused = client.post(PATH, json=body)
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert respond(client, "z" * 900, previous_response_id=last["id"], truncation="auto")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"background": True},
+        {"previous_response_id": "resp_1", "conversation": "conv_1"},
+        {"input": [{"type": "reasoning", "summary": []}]},
+        {"input": [{"role": "assistant", "content": "a"}]},
+        {"prompt": {"id": "pmpt_1"}},
+    ],
+)
+def test_what_cannot_be_done_is_refused(client: httpx.Client, fields: Json) -> None:
+    response = client.post(PATH, json={"input": "a", **fields})
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"

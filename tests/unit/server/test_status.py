@@ -1,0 +1,78 @@
+"""What a server says of itself, and what it makes of conversations that come early."""
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from recollect.server.usage import PrefillSpeed, cost
+from recollect.types import Usage
+
+Json = dict[str, Any]
+
+
+def metric(client: httpx.Client, start: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(start))
+
+
+def test_metrics_count_what_was_done(client: httpx.Client, chat: Callable[..., Json]) -> None:
+    first = chat(client, ("system", "a" * 100), ("user", "Hello"))
+    second = chat(client, ("system", "a" * 100), ("user", "Hello you"))
+    client.get("/v1/nowhere")
+    tokens = 'recollect_prompt_tokens_total{model="reference",source='
+    computed = [one["usage"]["recollect"]["computed_tokens"] for one in (first, second)]
+    reused = second["usage"]["recollect"]["reused_tokens"]
+    assert metric(client, tokens + '"computed"}') == sum(computed)
+    assert metric(client, tokens + '"memory"}') == reused > 100
+    assert metric(client, "recollect_first_token_seconds_count") == 2
+    assert metric(client, 'recollect_replies_total{model="reference",reason="new"}') == 1
+    requests = 'recollect_requests_total{endpoint="/v1/chat/completions",status="200"}'
+    assert metric(client, requests) == 2
+    assert metric(client, 'recollect_requests_total{endpoint="other",status="404"}') == 1
+    assert metric(client, 'recollect_blocks{model="reference",state="') == 512
+    assert metric(client, "recollect_running") == 0
+
+
+def test_a_conversation_is_computed_before_it_is_asked(
+    client: httpx.Client, post: Callable[..., Json], chat: Callable[..., Json]
+) -> None:
+    said = [("system", "a" * 100), ("user", "What is")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    warm = post(client, "/v1/prewarm", {"messages": messages})
+    assert warm["computed_tokens"] == warm["prompt_tokens"] > 100
+    again = post(client, "/v1/prewarm", {"messages": messages})
+    assert again["computed_tokens"] <= 1
+    answer = chat(client, said[0], ("user", "What is it?"))
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= warm["prompt_tokens"] - 1
+    post(client, "/v1/prewarm", {"messages": messages[:1]})
+    post(client, "/v1/prewarm", {"messages": messages[1:]})
+
+
+def usage(prompt: int, computed: int, *, prefill_tps: float | None = None) -> Usage:
+    return Usage(
+        prompt_tokens=prompt,
+        reused_tokens=prompt - computed,
+        computed_tokens=computed,
+        generated_tokens=3,
+        ttft_s=0.1,
+        prefill_tps=prefill_tps,
+        decode_tps=None,
+    )
+
+
+def test_time_saved_is_what_the_reused_tokens_would_have_taken() -> None:
+    speed = PrefillSpeed()
+    assert cost([usage(100, 10)], speed).time_saved_s is None
+    speed.learn(usage(100, 10, prefill_tps=1.0))  # too few to tell
+    assert speed.time_saved_s(usage(100, 10)) is None
+    speed.learn(usage(100, 100, prefill_tps=200.0))
+    assert cost([usage(100, 10)], speed).time_saved_s == 90 / 200
+
+
+def test_replies_that_share_a_prompt_cost_it_once() -> None:
+    shared = cost([usage(100, 100), usage(100, 1)], PrefillSpeed())
+    assert (shared.prompt_tokens, shared.computed_tokens, shared.cached_tokens) == (100, 100, 0)
+    assert shared.generated_tokens == 6
+    each = cost([usage(100, 100), usage(50, 1)], PrefillSpeed(), per_prompt=1)
+    assert (each.prompt_tokens, each.computed_tokens, each.reused_tokens) == (150, 101, 49)
