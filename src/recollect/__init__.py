@@ -9,9 +9,12 @@ Conversations with local language models that never read a token twice, and prov
 """
 
 from recollect._version import __version__
+from recollect.cipher import Cipher
 from recollect.conversation.checkpoints import Checkpoint
 from recollect.conversation.conversation import Conversation
-from recollect.conversation.model import Model, load
+from recollect.conversation.encryption import encrypt
+from recollect.conversation.loading import load
+from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply, ReplyStream
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
@@ -21,11 +24,13 @@ from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.sequence import Sequence
 from recollect.errors import MisuseError, RecollectError
+from recollect.keyfile import unlock
 from recollect.models.tool_calls import ToolCallParser
 from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, ToolCall, Usage
 
 __all__ = [
     "Checkpoint",
+    "Cipher",
     "Conversation",
     "Engine",
     "Generator",
@@ -48,5 +53,7 @@ __all__ = [
     "Usage",
     "Warmed",
     "__version__",
+    "encrypt",
     "load",
+    "unlock",
 ]

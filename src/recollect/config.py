@@ -19,6 +19,8 @@ from recollect.types import Profile
 PROFILES: Final[tuple[Profile, ...]] = ("exact", "fast", "small")
 DEFAULT_PROFILE: Final[Profile] = "fast"
 
+HISTORY_NAME: Final = "history"
+"""Of the file in `home()` that holds what was typed into chats."""
 LEAST_KV_DISK_BYTES: Final = 1 << 20
 """Below that LMDB has no room for its own pages while it replaces them."""
 

@@ -1,4 +1,4 @@
-"""The journal against a dictionary, with two connections that are reopened at any time."""
+"""The journal, plain and encrypted, against a dictionary, with two connections reopened at any time."""
 
 import shutil
 import tempfile
@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from recollect.cipher import OVERHEAD_BYTES, Cipher
 from recollect.conversation.journal import Journal
 from recollect.conversation.records import NewNode
 from recollect.errors import NameTakenError, UnknownConversationError, UnknownNodeError
@@ -27,6 +28,8 @@ class Machine(RuleBasedStateMachine):
         2. An id is larger than every id before.
     """
 
+    cipher: Cipher | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
@@ -37,7 +40,10 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def open(self) -> None:
-        self.journals = [Journal.open(self.folder / "j.sqlite3") for _ in range(2)]
+        self.journals = [self.opened() for _ in range(2)]
+
+    def opened(self) -> Journal:
+        return Journal.open(self.folder / "j.sqlite3", cipher=self.cipher)
 
     def teardown(self) -> None:
         for journal in self.journals:
@@ -164,7 +170,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=WHICH)
     def reopen(self, which: int) -> None:
         self.journals[which].close()
-        self.journals[which] = Journal.open(self.folder / "j.sqlite3")
+        self.journals[which] = self.opened()
 
     @invariant()
     def both_connections_show_the_dictionary(self) -> None:
@@ -187,5 +193,23 @@ class Machine(RuleBasedStateMachine):
                 assert infos[key].size_bytes == size
 
 
+class EncryptedMachine(Machine):
+    """The same with a key: every text and name in the tables is sealed."""
+
+    cipher = Cipher(bytes(range(32)))
+
+    @rule(which=WHICH)
+    def look_at_the_tables(self, which: int) -> None:
+        with self.journals[which]._database.reading() as connection:
+            kept = connection.execute(
+                "SELECT content FROM nodes UNION ALL SELECT name FROM conversations "
+                "UNION ALL SELECT name FROM tips UNION ALL SELECT model FROM conversations "
+            ).fetchall()
+        assert all(isinstance(value, bytes) for (value,) in kept)
+        assert all(len(value) >= OVERHEAD_BYTES for (value,) in kept)
+
+
 TestJournal = Machine.TestCase
 TestJournal.settings = settings(stateful_step_count=25)
+TestEncryptedJournal = EncryptedMachine.TestCase
+TestEncryptedJournal.settings = settings(stateful_step_count=25)

@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 
 from recollect.cli import options
 from recollect.cli.opening import LAST, Opening
+from recollect.cli.passphrase import EncryptOption, unlock_home
 from recollect.cli.text_file import read_text
 from recollect.config import DEFAULT_PROFILE
 from recollect.errors import ConfigError
@@ -127,6 +128,7 @@ def chat(
             rich_help_panel=_CONVERSATION,
         ),
     ] = "error",
+    encrypt: EncryptOption = False,
     max_tokens: options.MaxTokensOption = None,
     temperature: options.TemperatureOption = 0.0,
     top_k: options.TopKOption = 0,
@@ -174,6 +176,7 @@ def chat(
         system=system,
         overflow="drop_oldest" if overflow == "drop-oldest" else "error",
     )
+    unlock_home(encrypt=encrypt)
     open_model = partial(options.open_model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk)
     _talk(opening, params, model, open_model, prompts, by_hand=by_hand, as_json=as_json)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from recollect.cli.home import has_store, open_journal, open_store
+from recollect.cli.passphrase import EncryptOption, unlock_home
 from recollect.errors import ConversationError, ConversationFileError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite and tables
@@ -166,6 +167,7 @@ def import_file(
         str | None,
         typer.Option(metavar="NAME", help="What to call it.", show_default="as the file says"),
     ] = None,
+    encrypt: EncryptOption = False,
 ) -> None:
     """Add a conversation from a JSON file, with all its branches."""
     from recollect.conversation.importing import from_json  # noqa: PLC0415 - as above
@@ -179,6 +181,7 @@ def import_file(
             f"{file} is no text: give a file that `recollect conversations export` wrote as JSON."
         ) from None
     conversation = from_json(text)
+    unlock_home(encrypt=encrypt)
     with open_journal() as journal:
         info = journal.add(conversation, name)
     typer.echo(f"{info.name!r} was imported, with {_count(info.turns, 'turn')}.")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from recollect import config
+from recollect.cipher import KV_PURPOSE
+from recollect.cli.passphrase import unlock_home
 from recollect.errors import StoreError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite and LMDB
@@ -45,7 +47,10 @@ def open_store() -> "Iterator[DiskStore]":
         raise StoreError("No KV is kept on disk here yet: `recollect chat` does that.")
     folder = store_folder()
     room = (folder / "data.mdb").stat().st_size + _SPARE_BYTES
-    store = DiskStore(folder, budget_bytes=max(config.default_kv_disk_bytes(folder), room))
+    cipher = unlock_home()
+    sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
+    budget = max(config.default_kv_disk_bytes(folder), room)
+    store = DiskStore(folder, budget_bytes=budget, sealer=sealer)
     try:
         yield store
     finally:
@@ -62,7 +67,7 @@ def open_journal() -> "Iterator[Journal]":
     """
     from recollect.conversation.journal import JOURNAL_NAME, Journal  # noqa: PLC0415 - see above
 
-    with Journal.open(config.home() / JOURNAL_NAME) as journal:
+    with Journal.open(config.home() / JOURNAL_NAME, cipher=unlock_home()) as journal:
         yield journal
 
 

@@ -18,6 +18,7 @@ from recollect.cli.checkpoints import app as checkpoints
 from recollect.cli.conversations import app as conversations
 from recollect.cli.convert import convert
 from recollect.cli.models import models, pull
+from recollect.cli.passphrase import encrypt
 from recollect.cli.rewind import rewind_test
 from recollect.cli.scenarios import scenarios
 from recollect.cli.serve import keys_app, serve
@@ -43,6 +44,7 @@ app.add_typer(conversations)
 app.add_typer(checkpoints)
 app.add_typer(cache)
 app.command()(warm)
+app.command()(encrypt)
 app.command()(export)
 app.command("import")(import_file)
 app.command()(models)

@@ -7,6 +7,7 @@ Reads the journal before a model is loaded, so that a mistake is told at once.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from recollect.cli.passphrase import unlock_home
 from recollect.errors import ConfigError, NameTakenError, StoreError, UnknownConversationError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite
@@ -111,7 +112,7 @@ class Opening:
         from recollect.conversation.journal import JOURNAL_NAME, Journal  # noqa: PLC0415
 
         try:
-            with Journal.open(config.home() / JOURNAL_NAME) as journal:
+            with Journal.open(config.home() / JOURNAL_NAME, cipher=unlock_home()) as journal:
                 return journal.conversations()
         except StoreError as error:
             if (self.name, self.resume, self.checkpoint) != (None, None, None):

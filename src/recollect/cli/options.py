@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from recollect.cli.passphrase import unlock_home
 from recollect.cli.progress import progress_bar
 from recollect.types import Profile
 
@@ -144,19 +145,22 @@ def open_model(
 
     Raises:
         ModelError: It cannot be had or read.
-        ConfigError: `kv_memory` or `kv_disk` is no size, or holds no block.
+        ConfigError: `kv_memory` or `kv_disk` is no size, or holds no block; or the data folder is
+            encrypted, and there is no key.
         StoreError: KV cannot be kept on disk.
     """
+    cipher = unlock_home()  # before the bar is drawn: it may ask
     with progress_bar(f"Loading {name}") as progress:
         # Imported here: the runtime takes half a second, which neither `--help` nor a misspelt
         # option should wait for.
         from recollect import config  # noqa: PLC0415
-        from recollect.conversation.model import load  # noqa: PLC0415
+        from recollect.conversation.loading import load  # noqa: PLC0415
 
         return load(
             name,
             profile=profile,
             kv_memory=None if kv_memory is None else config.parse_size(kv_memory),
             kv_disk=None if kv_disk is None else config.parse_disk_size(kv_disk),
+            cipher=cipher,
             progress=progress,
         )

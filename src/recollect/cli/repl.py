@@ -6,9 +6,10 @@ What a line does is in `commands` and `state`; how it is typed, in `keys`.
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import FormattedText
+from prompt_toolkit.history import History, InMemoryHistory
 from rich.console import Console
 
-from recollect import config
+from recollect import config, keyfile
 from recollect.cli.commands import COMMANDS, PREFIX, do_safely, is_command, run_command
 from recollect.cli.keys import WordsCompleter, history_at, make_prompt, typed_message, unquote
 from recollect.cli.state import FIRST_SESSION, Chat
@@ -26,7 +27,7 @@ def talk(model: Model, session: Session) -> None:
         names=chat.sessions.keys,
         names_after={f"{PREFIX}load": chat.checkpoint_names},
     )
-    prompt = make_prompt(history_at(config.home() / "history"), completer)
+    prompt = make_prompt(_history(), completer)
 
     def prewarm(text: str) -> None:
         chat.session.prewarm_later(text)  # of the session that is current by then
@@ -55,6 +56,13 @@ def handle_line(chat: Chat, line: str) -> None:
         do_safely(chat, lambda: run_command(chat, line))
     else:
         do_safely(chat, lambda: chat.say(unquote(line).strip()))
+
+
+def _history() -> History:
+    """Return what was typed before; in an encrypted folder that is nowhere."""
+    if keyfile.is_encrypted():
+        return InMemoryHistory()
+    return history_at(config.home() / config.HISTORY_NAME)
 
 
 def _message(text: str) -> str:

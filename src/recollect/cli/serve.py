@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from recollect.cli import options
+from recollect.cli.passphrase import EncryptOption, unlock_home
 from recollect.config import DEFAULT_PROFILE
 from recollect.errors import ConfigError
 from recollect.models.catalog import DEFAULT_MODEL
@@ -110,6 +111,7 @@ def serve(
         int,
         typer.Option(metavar="N", min=0, help="Requests that may wait.", rich_help_panel=_LIMITS),
     ] = 64,
+    encrypt: EncryptOption = False,
 ) -> None:
     """
     Serve the APIs of OpenAI and Anthropic, for any client, with conversations that stay warm.
@@ -132,6 +134,7 @@ def serve(
     keys = keyring(KeyFile.in_home(home), api_key or ())
     settings = Settings(
         home=home,
+        cipher=unlock_home(encrypt=encrypt),
         models=names,
         aliases=_aliases(alias or (), names),
         host=host,

@@ -5,10 +5,15 @@ Reads only; does not know how the rows came to be written.
 """
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
-from recollect.conversation.rows import NODE_COLUMNS, is_sound
+from recollect.conversation.labels import LABEL_COLUMNS, open_label
+from recollect.conversation.rows import CONVERSATION_COLUMNS, NODE_COLUMNS, is_sound, read_node
+from recollect.conversation.sealing import Sealing
+from recollect.conversation.statements import open_conversation, read_tip
+from recollect.errors import StoreCorruptError
 
 _RULES: Final = {
     "SELECT n.id FROM nodes n LEFT JOIN nodes p ON p.id = n.parent_id WHERE n.parent_id "
@@ -33,14 +38,38 @@ _RULES: Final = {
 means that there is no cycle."""
 
 
-def problems(connection: sqlite3.Connection) -> Iterator[str]:
+def problems(connection: sqlite3.Connection, sealing: Sealing) -> Iterator[str]:
     """Yield a sentence for each thing that is wrong; nothing for a sound journal."""
     for (found,) in connection.execute("PRAGMA integrity_check"):
         if found != "ok":
             yield f"SQLite: {found}"
     for query, sentence in _RULES.items():
         for (what,) in connection.execute(query):
-            yield sentence.format(what)
+            yield sentence.format("(encrypted)" if isinstance(what, bytes) else what)
     for row in connection.execute(f"SELECT {NODE_COLUMNS} FROM nodes"):  # noqa: S608
         if not is_sound(row):
             yield f"node {row[0]} is not as it was written"
+        elif sealing.is_on and not _opens(partial(read_node, row, sealing)):
+            yield f"node {row[0]} does not open with the key"
+    if sealing.is_on:
+        yield from _sealed_names(connection, sealing)
+
+
+def _sealed_names(connection: sqlite3.Connection, sealing: Sealing) -> Iterator[str]:
+    for row in connection.execute(f"SELECT {CONVERSATION_COLUMNS} FROM conversations"):  # noqa: S608
+        if not _opens(partial(open_conversation, sealing, row)):
+            yield f"a name of conversation {row[0]} does not open with the key"
+    for row in connection.execute("SELECT conversation_id, name, node_id FROM tips"):
+        if not _opens(partial(read_tip, sealing, *row)):
+            yield f"a tip of conversation {row[0]} does not open with the key"
+    for row in connection.execute(f"SELECT {LABEL_COLUMNS} FROM labels"):  # noqa: S608
+        if not _opens(partial(open_label, sealing, row)):
+            yield f"the label {row[0]} does not open with the key"
+
+
+def _opens(read: Callable[[], object]) -> bool:
+    try:
+        read()
+    except StoreCorruptError:
+        return False
+    return True

@@ -95,6 +95,19 @@ class Database:
         with self._taken() as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
+    def rewrite(self) -> None:
+        """
+        Write the file anew, without anything that was overwritten or deleted in it, and cut the log.
+
+        Raises:
+            StoreBusyError: Somebody still reads what was there before, so it cannot go.
+        """
+        with self._taken() as connection:
+            connection.execute("VACUUM")
+            is_busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if is_busy:
+            raise _busy_error(self.path)
+
     def close(self) -> None:
         """Close the file. Calling it again does nothing."""
         with self._lock:

@@ -4,12 +4,16 @@ Conversations on disk: a turn that was reported finished is there, whatever happ
 Knows no model and no session: it keeps what it is given and gives it back.
 """
 
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Self
 
+from recollect.cipher import Cipher
 from recollect.conversation import audit
+from recollect.conversation.conversion import match_key
 from recollect.conversation.database import BUSY_TIMEOUT_S, Database
 from recollect.conversation.labels import Label, labels_of, read_label, write_label
 from recollect.conversation.records import (
@@ -23,16 +27,18 @@ from recollect.conversation.rows import (
     insert_node,
     read_nodes,
     stored_conversation,
-    text_to_keep,
 )
+from recollect.conversation.sealing import Sealing
 from recollect.conversation.statements import (
     conversation_infos,
     find_conversation,
     insert_conversation,
+    read_tips,
     require_free,
     require_node,
-    tips_of,
     touch,
+    write_model,
+    write_name,
     write_tip,
 )
 
@@ -53,28 +59,48 @@ class Journal:
         3. Only replies have token ids.
         4. Nodes and tips belong to conversations, and tips stand at nodes of theirs.
         5. What is read is what was written: each node has a checksum.
+        6. With a cipher, texts, token ids, usage, tool calls, notes and names lie sealed in the file.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, sealing: Sealing) -> None:
         self._database = database
+        self._sealing = sealing
 
     @classmethod
-    def open(cls, path: Path, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Self:
+    def open(
+        cls,
+        path: Path,
+        *,
+        cipher: Cipher | None = None,
+        convert: bool = False,
+        busy_timeout_s: float = BUSY_TIMEOUT_S,
+    ) -> Self:
         """
         Return the journal in a file, which is created or brought to the newest version if needed.
 
         Args:
             path: Usually `JOURNAL_NAME` in `config.home()`. A new file and its folder can be read
                 by their owner only.
+            cipher: Of the folder that it is in, if that is encrypted. A new one is, then.
+            convert: Encrypt a plain one, for good, so that nothing of it stays in the file.
             busy_timeout_s: How long each call waits for others that use the file.
 
         Raises:
             StoreBusyError: Somebody else holds it.
             StoreCorruptError: It is damaged, or something else. It was left as it is.
             StoreVersionError: A newer version wrote it. It was left as it is.
+            ConfigError: It is encrypted, and there is no key or another one; or it is plain, there
+                is a key, and it is not to be converted.
             StoreError: It cannot be opened.
         """
-        return cls(Database(path, busy_timeout_s=busy_timeout_s))
+        sealing = Sealing(path, cipher)
+        database = Database(path, busy_timeout_s=busy_timeout_s)
+        try:
+            match_key(database, sealing, convert=convert)
+        except BaseException:
+            database.close()
+            raise
+        return cls(database, sealing)
 
     @property
     def path(self) -> Path:
@@ -88,8 +114,8 @@ class Journal:
         Raises:
             StoreError: The file cannot be read.
         """
-        with self._database.reading() as connection:
-            return conversation_infos(connection, self.path, namespace=namespace)
+        with self._reading() as connection:
+            return conversation_infos(connection, self._sealing, self.path, namespace=namespace)
 
     def create(
         self, name: str | None = None, *, model: str, fingerprint: str, namespace: str = ""
@@ -114,9 +140,11 @@ class Journal:
             fingerprint=fingerprint,
             namespace=namespace,
         )
-        with self._database.writing() as connection:
-            conversation_id = insert_conversation(connection, empty, find_free=name is None)
-            return conversation_infos(connection, self.path, conversation_id)[0]
+        with self._writing() as connection:
+            conversation_id = insert_conversation(
+                connection, self._sealing, empty, find_free=name is None
+            )
+            return conversation_infos(connection, self._sealing, self.path, conversation_id)[0]
 
     def add(self, conversation: ConversationRecord, name: str | None = None) -> ConversationInfo:
         """
@@ -129,17 +157,22 @@ class Journal:
         Raises:
             NameTakenError, ConversationError, StoreError: As `create` does.
         """
-        with self._database.writing() as connection:
-            conversation_id = insert_conversation(connection, conversation, name)
+        with self._writing() as connection:
+            conversation_id = insert_conversation(connection, self._sealing, conversation, name)
             ids: dict[int | None, int | None] = {None: None}
             for node in conversation.nodes:
                 parent_id = ids[node.parent_id]
                 ids[node.id] = insert_node(
-                    connection, conversation_id, parent_id, node, node.created_at
+                    connection,
+                    self._sealing,
+                    conversation_id,
+                    parent_id,
+                    node,
+                    node.created_at,
                 )
             for tip, node_id in conversation.tips.items():
-                write_tip(connection, conversation_id, tip, ids[node_id])
-            return conversation_infos(connection, self.path, conversation_id)[0]
+                write_tip(connection, self._sealing, conversation_id, tip, ids[node_id])
+            return conversation_infos(connection, self._sealing, self.path, conversation_id)[0]
 
     def append(
         self,
@@ -169,15 +202,15 @@ class Journal:
         """
         now = datetime.now(UTC)
         ids: list[int] = []
-        with self._database.writing() as connection:
+        with self._writing() as connection:
             touch(connection, conversation_id, now)
             require_node(connection, conversation_id, parent_id)
             last = parent_id
             for node in nodes:
-                last = insert_node(connection, conversation_id, last, node, now)
+                last = insert_node(connection, self._sealing, conversation_id, last, node, now)
                 ids.append(last)
             if tip is not None:
-                write_tip(connection, conversation_id, tip, last)
+                write_tip(connection, self._sealing, conversation_id, tip, last)
         return ids
 
     def set_tip(self, conversation_id: int, name: str, node_id: int | None) -> None:
@@ -187,10 +220,10 @@ class Journal:
         Raises:
             UnknownConversationError, UnknownNodeError, ConversationError, StoreError: As `append`.
         """
-        with self._database.writing() as connection:
+        with self._writing() as connection:
             touch(connection, conversation_id, datetime.now(UTC))
             require_node(connection, conversation_id, node_id)
-            write_tip(connection, conversation_id, name, node_id)
+            write_tip(connection, self._sealing, conversation_id, name, node_id)
 
     def set_model(self, conversation_id: int, *, model: str, fingerprint: str) -> None:
         """
@@ -200,12 +233,9 @@ class Journal:
             UnknownConversationError: It has been deleted.
             StoreError: It cannot be written.
         """
-        with self._database.writing() as connection:
+        with self._writing() as connection:
             touch(connection, conversation_id, datetime.now(UTC))
-            connection.execute(
-                "UPDATE conversations SET model = ?, fingerprint = ? WHERE id = ?",
-                (text_to_keep(model), fingerprint, conversation_id),
-            )
+            write_model(connection, self._sealing, conversation_id, model, fingerprint)
 
     def load(self, name_or_id: str | int, *, namespace: str = "") -> StoredConversation:
         """
@@ -217,12 +247,11 @@ class Journal:
             StoreVersionError: A newer version wrote it.
             StoreError: The file cannot be read.
         """
-        path = self._database.path
-        with self._database.reading() as connection:
-            row = find_conversation(connection, name_or_id, namespace)
-            nodes = tuple(read_nodes(connection, row[0], path))
-            tips = dict(tips_of(connection, row[0]))
-            return stored_conversation(row, nodes, tips, path)
+        with self._reading() as connection:
+            row = find_conversation(connection, self._sealing, name_or_id, namespace)
+            nodes = tuple(read_nodes(connection, self._sealing, row[0], self.path))
+            tips = read_tips(connection, self._sealing, row[0])
+            return stored_conversation(row, nodes, tips, self.path)
 
     def rename(self, name_or_id: str | int, name: str) -> None:
         """
@@ -233,12 +262,10 @@ class Journal:
             NameTakenError, ConversationError, StoreError: As `create` does.
         """
         require_name(name)
-        with self._database.writing() as connection:
-            conversation_id = find_conversation(connection, name_or_id, "")[0]
-            require_free(connection, name, but=conversation_id)
-            connection.execute(
-                "UPDATE conversations SET name = ? WHERE id = ?", (name, conversation_id)
-            )
+        with self._writing() as connection:
+            conversation_id = find_conversation(connection, self._sealing, name_or_id, "")[0]
+            require_free(connection, self._sealing, name, but=conversation_id)
+            write_name(connection, self._sealing, conversation_id, name)
 
     def delete(self, name_or_id: str | int, *, namespace: str = "") -> None:
         """
@@ -248,8 +275,8 @@ class Journal:
             UnknownConversationError: There is none in that namespace.
             StoreError: It cannot be written.
         """
-        with self._database.writing() as connection:
-            conversation_id = find_conversation(connection, name_or_id, namespace)[0]
+        with self._writing() as connection:
+            conversation_id = find_conversation(connection, self._sealing, name_or_id, namespace)[0]
             for statement in (
                 "DELETE FROM labels WHERE conversation_id = ?",
                 "DELETE FROM tips WHERE conversation_id = ?",
@@ -268,8 +295,8 @@ class Journal:
         Raises:
             StoreError: The file cannot be read.
         """
-        with self._database.reading() as connection:
-            return dict(tips_of(connection, conversation_id))
+        with self._reading() as connection:
+            return read_tips(connection, self._sealing, conversation_id)
 
     def set_label(self, label: Label) -> None:
         """
@@ -278,8 +305,8 @@ class Journal:
         Raises:
             UnknownConversationError, UnknownNodeError, StoreError: As `append`.
         """
-        with self._database.writing() as connection:
-            write_label(connection, label)
+        with self._writing() as connection:
+            write_label(connection, self._sealing, label)
 
     def find_label(self, name: str, *, namespace: str = "") -> Label | None:
         """
@@ -288,8 +315,8 @@ class Journal:
         Raises:
             StoreError: The file cannot be read.
         """
-        with self._database.reading() as connection:
-            return read_label(connection, name, namespace)
+        with self._reading() as connection:
+            return read_label(connection, self._sealing, name, namespace)
 
     def labels(self, conversation_id: int) -> list[Label]:
         """
@@ -298,8 +325,8 @@ class Journal:
         Raises:
             StoreError: The file cannot be read.
         """
-        with self._database.reading() as connection:
-            return labels_of(connection, conversation_id)
+        with self._reading() as connection:
+            return labels_of(connection, self._sealing, conversation_id)
 
     def delete_label(self, name: str) -> None:
         """
@@ -308,7 +335,7 @@ class Journal:
         Raises:
             StoreError: It cannot be written.
         """
-        with self._database.writing() as connection:
+        with self._writing() as connection:
             connection.execute("DELETE FROM labels WHERE label = ?", (name,))
 
     def check(self) -> list[str]:
@@ -321,12 +348,24 @@ class Journal:
         Raises:
             StoreError: The file cannot be read.
         """
-        with self._database.reading() as connection:
-            return list(audit.problems(connection))
+        with self._reading() as connection:
+            return list(audit.problems(connection, self._sealing))
 
     def close(self) -> None:
         """Close the file. Calling it again does nothing."""
         self._database.close()
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._database.reading() as connection:
+            self._sealing.require_unchanged(connection)
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._database.writing() as connection:
+            self._sealing.require_unchanged(connection)
+            yield connection
 
     def __enter__(self) -> Self:
         return self

@@ -9,9 +9,12 @@ import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
+from recollect.conversation.sealing import Place, Sealing
 from recollect.conversation.statements import require_node, touch
+
+LABEL_COLUMNS: Final = "label, conversation_id, node_id, note"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +29,7 @@ class Label:
     note: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_label(connection: sqlite3.Connection, label: Label) -> None:
+def write_label(connection: sqlite3.Connection, sealing: Sealing, label: Label) -> None:
     """
     Keep a label.
 
@@ -36,32 +39,62 @@ def write_label(connection: sqlite3.Connection, label: Label) -> None:
     """
     touch(connection, label.conversation_id, datetime.now(UTC))
     require_node(connection, label.conversation_id, label.node_id)
-    note = json.dumps(dict(label.note), allow_nan=False)
     connection.execute(
         "INSERT OR REPLACE INTO labels (label, conversation_id, node_id, note) VALUES (?, ?, ?, ?)",
-        (label.name, label.conversation_id, label.node_id, note),
+        (label.name, label.conversation_id, label.node_id, _note(sealing, label)),
     )
 
 
-def read_label(connection: sqlite3.Connection, name: str, namespace: str) -> Label | None:
+def read_label(
+    connection: sqlite3.Connection, sealing: Sealing, name: str, namespace: str
+) -> Label | None:
     """Return a label of a conversation in a namespace; None where there is none."""
     row = connection.execute(
         "SELECT l.label, l.conversation_id, l.node_id, l.note FROM labels l "
         "JOIN conversations c ON c.id = l.conversation_id WHERE l.label = ? AND c.namespace = ?",
         (name, namespace),
     ).fetchone()
-    return None if row is None else _label(row)
+    return None if row is None else open_label(sealing, row)
 
 
-def labels_of(connection: sqlite3.Connection, conversation_id: int) -> list[Label]:
+def labels_of(
+    connection: sqlite3.Connection, sealing: Sealing, conversation_id: int
+) -> list[Label]:
     """Return all labels of a conversation."""
     rows = connection.execute(
-        "SELECT label, conversation_id, node_id, note FROM labels WHERE conversation_id = ?",
+        f"SELECT {LABEL_COLUMNS} FROM labels WHERE conversation_id = ?",  # noqa: S608
         (conversation_id,),
     ).fetchall()
-    return [_label(row) for row in rows]
+    return [open_label(sealing, row) for row in rows]
 
 
-def _label(row: tuple[Any, ...]) -> Label:
-    name, conversation_id, node_id, note = row
+def seal_labels(connection: sqlite3.Connection, plain: Sealing, sealing: Sealing) -> None:
+    """Seal the notes of all labels, which are not."""
+    rows = connection.execute(f"SELECT {LABEL_COLUMNS} FROM labels").fetchall()  # noqa: S608
+    for row in rows:
+        label = open_label(plain, row)
+        connection.execute(
+            "UPDATE labels SET note = ? WHERE label = ?", (_note(sealing, label), label.name)
+        )
+
+
+def open_label(sealing: Sealing, row: tuple[Any, ...]) -> Label:
+    """
+    Return the label in a row of `LABEL_COLUMNS`.
+
+    Raises:
+        StoreCorruptError: Its note is not what was written.
+    """
+    name, conversation_id, node_id, kept = row
+    note = sealing.read_text(kept, _place(name, conversation_id, node_id), f"the label {name}")
     return Label(name=name, conversation_id=conversation_id, node_id=node_id, note=json.loads(note))
+
+
+def _note(sealing: Sealing, label: Label) -> str | bytes:
+    """Return a label's note as it is kept."""
+    text = json.dumps(dict(label.note), allow_nan=False)
+    return sealing.seal(text, _place(label.name, label.conversation_id, label.node_id))
+
+
+def _place(name: str, conversation_id: int, node_id: int | None) -> Place:
+    return ("labels", "note", name, conversation_id, node_id)

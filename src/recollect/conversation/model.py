@@ -1,7 +1,8 @@
 """
 A loaded model: everything that its sessions share.
 
-The one place where a model on disk, a runtime, a pool and a tokenizer are put together.
+The one place where a runtime, a pool, a tokenizer and a journal are put together; `loading` finds
+them.
 """
 
 import threading
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
-from recollect import config
+from recollect.cipher import Cipher
 from recollect.conversation.checkpoints import (
     Checkpoint,
     Checkpoints,
@@ -28,16 +29,12 @@ from recollect.engine.grammar import Grammars
 from recollect.engine.pinning import require_tier
 from recollect.engine.sizing import pool_size
 from recollect.errors import ConversationError, UnknownConversationError
-from recollect.kv.disk import STORE_FOLDER, DiskStore
+from recollect.kv.disk import DiskStore
 from recollect.models.local import LocalModel
-from recollect.models.prepare import prepare
 from recollect.models.template import ChatTemplate
 from recollect.models.tokenizer import Tokenizer, load_tokenizer
 from recollect.runtime.base import PagedRuntime
-from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
-
-DEFAULT_MODEL: Final = "smollm2"
 
 
 class Model:
@@ -57,6 +54,7 @@ class Model:
         home: Path,
         kv_memory: int | None = None,
         store: DiskStore | None = None,
+        cipher: Cipher | None = None,
     ) -> None:
         """
         Put together what was loaded; `load` is the usual way.
@@ -68,9 +66,11 @@ class Model:
             home: Where the journal is.
             kv_memory: As in `load`.
             store: Where KV is kept below memory, closed with the model; None: nowhere.
+            cipher: Of an encrypted home; None: it is not encrypted.
         """
         self.name: Final = local.name
         self._home = home
+        self._cipher = cipher
         self._lock = threading.RLock()
         self._journal: Journal | None = None
         self._indices: dict[str, MessageIndex] = {}
@@ -105,7 +105,7 @@ class Model:
         """Return the journal that named conversations are kept in; opened when first needed."""
         with self._lock:
             if self._journal is None:
-                self._journal = Journal.open(self._home / JOURNAL_NAME)
+                self._journal = Journal.open(self._home / JOURNAL_NAME, cipher=self._cipher)
             return self._journal
 
     @property
@@ -363,73 +363,3 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def load(
-    model: str | Path = DEFAULT_MODEL,
-    *,
-    profile: Profile = config.DEFAULT_PROFILE,
-    kv_memory: int | None = None,
-    kv_disk: int | None = None,
-    store: DiskStore | None = None,
-    home: Path | None = None,
-    progress: Progress = no_progress,
-) -> Model:
-    """
-    Return a model that is ready to talk, after fetching and converting it where that is needed.
-
-    Args:
-        model: A name in the catalog, a `.gguf` file, an OpenVINO or ONNX GenAI folder,
-            `org/repo:file` on the hub, or `reference`, which needs no weights and talks nonsense.
-        profile: `exact`, `fast` or `small`; see ARCHITECTURE.md. An ONNX GenAI folder computes in
-            the precision that it was converted with, whatever the profile.
-        kv_memory: Most bytes of KV; None: a quarter of the free memory, at most what
-            four full contexts need.
-        kv_disk: Most bytes of KV on disk, shared by all models of the home; 0: none is kept. None:
-            10 GB or a tenth of the free disk, whichever is smaller.
-        store: Where KV is kept on disk instead, open; closed with the model.
-        home: Where models are kept; None: `RECOLLECT_HOME` or the user's data folder.
-        progress: Called while fetching and converting.
-
-    Raises:
-        ModelError: It cannot be had or read; the subclass says which.
-        ConfigError: `kv_memory` or `kv_disk` holds no block, or there is no such profile.
-        StoreError: KV cannot be kept on disk.
-    """
-    config.parse_profile(profile)
-    home = home or config.home()
-    local = prepare(str(model), home=home, progress=progress)
-    runtime = _runtime(local, profile)
-    store = store or _store(home, kv_disk)
-    try:
-        return Model(local, runtime, profile=profile, home=home, kv_memory=kv_memory, store=store)
-    except BaseException:
-        if store is not None:
-            store.close()
-        raise
-
-
-def _store(home: Path, kv_disk: int | None) -> DiskStore | None:
-    folder = home / STORE_FOLDER
-    budget = (
-        config.default_kv_disk_bytes(folder)
-        if kv_disk is None
-        else config.require_disk_size(kv_disk)
-    )
-    return DiskStore(folder, budget_bytes=budget) if budget else None
-
-
-def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:
-    if local.folder is None:
-        return ReferenceRuntime(
-            vocab_size=load_tokenizer(local).vocab_size, context_length=local.context_length
-        )
-    if local.format == "onnx-genai":
-        from recollect.runtime.genai import GenAiRuntime  # noqa: PLC0415 - as below
-
-        return GenAiRuntime(local.folder, context_length=local.context_length)
-    # Here and not above: it takes half a second, which `recollect --help` need not wait for.
-    from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415
-
-    xml = local.folder / "openvino_model.xml"
-    return OpenVinoRuntime(xml, profile=profile, context_length=local.context_length)

@@ -1,7 +1,8 @@
 """
 Conversations and their nodes as rows of the journal's tables, and back.
 
-Each node's row has a checksum over everything in it. Knows columns, not transactions.
+Each node's row has a checksum over everything in it, as it lies there. Knows columns, not
+transactions.
 """
 
 import json
@@ -25,16 +26,21 @@ from recollect.conversation.records import (
     unpack_token_ids,
 )
 from recollect.conversation.schema import NODE_FORMAT
+from recollect.conversation.sealing import Place, Sealing
 from recollect.errors import StoreVersionError
 
-_CHECKED: Final = (
-    "conversation_id, parent_id, role, finish_reason, created_at, fingerprint, usage, token_ids, "
-    "content"
-)
+Row = tuple[Any, ...]
+"""The columns of one, in the order of a constant here."""
+
+_HEAD: Final = "conversation_id, parent_id, role, finish_reason, created_at, fingerprint"
+_HEAD_LENGTH: Final = len(_HEAD.split(", "))
+_SEALED: Final = ("usage", "token_ids", "content", "links")
+"""Columns that tell what was said; `links` is the last because rows of version 1 had none."""
+_CHECKED: Final = f"{_HEAD}, {', '.join(_SEALED)}"
 _INSERT: Final = (
-    f"INSERT INTO nodes ({_CHECKED}, links, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+    f"INSERT INTO nodes (id, {_CHECKED}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
 )
-NODE_COLUMNS: Final = f"id, checksum, {_CHECKED}, links"
+NODE_COLUMNS: Final = f"id, checksum, {_CHECKED}"
 CONVERSATION_COLUMNS: Final = (
     "id, name, created_at, updated_at, model, fingerprint, format, namespace"
 )
@@ -50,8 +56,20 @@ def text_to_keep(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
+def next_id(connection: sqlite3.Connection, table: str) -> int:
+    """
+    Return the id of the next row of a table, which has never been given.
+
+    Asked before the row is written, because what is sealed in it is bound to it. Nobody else can
+    take it: this transaction writes.
+    """
+    row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)).fetchone()
+    return 1 if row is None else int(row[0]) + 1
+
+
 def insert_node(
     connection: sqlite3.Connection,
+    sealing: Sealing,
     conversation_id: int,
     parent_id: int | None,
     node: NewNode | NodeRecord,
@@ -66,26 +84,51 @@ def insert_node(
     require_text(node.content)
     usage = None if node.usage is None else json.dumps(dict(node.usage), allow_nan=False)
     token_ids = None if node.token_ids is None else pack_token_ids(node.token_ids)
-    values = (
-        conversation_id,
-        parent_id,
-        node.role,
-        node.finish_reason,
-        time_text(created_at),
-        node.fingerprint,
-        usage,
-        token_ids,
-        node.content,
-    )
     links = None if node.links is None else json.dumps(links_to_dict(node.links))
-    summed = _checksum(values, links)
-    node_id = connection.execute(_INSERT, (*values, links, summed)).lastrowid
-    assert node_id is not None, "an insert gives an id"
+    moment, reason = time_text(created_at), node.finish_reason
+    head = (conversation_id, parent_id, node.role, reason, moment, node.fingerprint)
+    node_id = next_id(connection, "nodes")
+    said = (usage, token_ids, node.content, links)
+    values = (*head, *sealed_columns(sealing, (node_id, *head), said))
+    connection.execute(_INSERT, (node_id, *values, _checksum(values)))
     return node_id
 
 
+def sealed_columns(sealing: Sealing, place: Row, columns: Row) -> Row:
+    """
+    Return a node's usage, token ids, content and links as they are kept.
+
+    Args:
+        sealing: Of the journal.
+        place: The node's id and the other columns, in the order of the table.
+        columns: Those that tell what was said.
+    """
+    return tuple(
+        None if value is None else sealing.seal(value, _place(column, place, columns))
+        for column, value in zip(_SEALED, columns, strict=True)
+    )
+
+
+def _place(column: str, row: Row, columns: Row) -> Place:
+    """Return what a value is bound to; also which of the others are there, so that none can be taken out."""
+    there = "".join("0" if value is None else "1" for value in columns)
+    return ("nodes", column, *row, there)
+
+
+def seal_node(connection: sqlite3.Connection, sealing: Sealing, row: Row) -> None:
+    """Seal a sound row of `NODE_COLUMNS` that is not."""
+    node_id, _, *values = row
+    head, plain = values[:_HEAD_LENGTH], values[_HEAD_LENGTH:]
+    sealed = sealed_columns(sealing, (node_id, *head), tuple(plain))
+    connection.execute(
+        "UPDATE nodes SET usage = ?, token_ids = ?, content = ?, links = ?, checksum = ? "
+        "WHERE id = ?",
+        (*sealed, _checksum((*head, *sealed)), node_id),
+    )
+
+
 def read_nodes(
-    connection: sqlite3.Connection, conversation_id: int, path: Path
+    connection: sqlite3.Connection, sealing: Sealing, conversation_id: int, path: Path
 ) -> Iterator[NodeRecord]:
     """
     Yield the nodes of a conversation, parents first.
@@ -101,44 +144,57 @@ def read_nodes(
     for row in rows:
         if not is_sound(row):
             raise corrupt_error(path, f"node {row[0]} is not as it was written")
-        node = _node(row)
+        node = read_node(row, sealing)
         if node.parent_id not in seen:
             raise corrupt_error(path, f"node {node.parent_id} is missing")
         seen.add(node.id)
         yield node
 
 
-def is_sound(row: tuple[Any, ...]) -> bool:
+def is_sound(row: Row) -> bool:
     """Return whether a row of `NODE_COLUMNS` is what was written."""
-    return bool(row[1] == _checksum(row[2:-1], row[-1]))
+    return bool(row[1] == _checksum(row[2:]))
 
 
-def _checksum(values: tuple[Any, ...], links: str | None) -> int:
-    """Return the checksum of a row; one without links has that of version 1, which had no such column."""
-    return checksum(*values) if links is None else checksum(*values, links)
+def _checksum(values: Row) -> int:
+    """Return the checksum of `_CHECKED`; without links that of version 1, which had no such column."""
+    return checksum(*values) if values[-1] is not None else checksum(*values[:-1])
 
 
-def _node(row: tuple[Any, ...]) -> NodeRecord:
-    node_id, _, _, parent_id, role, finish, created_at, fingerprint, usage, token_ids, text = row[
-        :-1
-    ]
-    links = row[-1]
+def read_node(row: Row, sealing: Sealing) -> NodeRecord:
+    """
+    Return the node in a sound row of `NODE_COLUMNS`.
+
+    Raises:
+        StoreCorruptError: It was sealed elsewhere, or with another key.
+    """
+    node_id, _, _, parent_id, role, finish, created_at, fingerprint, *sealed = row
+    usage, token_ids, text, links = sealed
+    rest, what = (node_id, *row[2 : 2 + _HEAD_LENGTH]), f"node {node_id}"
+
+    def place(column: str) -> Place:
+        return _place(column, rest, tuple(sealed))
+
     return NodeRecord(
         id=node_id,
         parent_id=parent_id,
         role=role,
-        content=text,
-        token_ids=None if token_ids is None else unpack_token_ids(token_ids),
+        content=sealing.read_text(text, place("content"), what),
+        token_ids=None
+        if token_ids is None
+        else unpack_token_ids(sealing.read_bytes(token_ids, place("token_ids"), what)),
         finish_reason=finish,
-        usage=None if usage is None else json.loads(usage),
+        usage=None if usage is None else json.loads(sealing.read_text(usage, place("usage"), what)),
         created_at=datetime.fromisoformat(created_at),
         fingerprint=fingerprint,
-        links=None if links is None else links_from_dict(json.loads(links)),
+        links=None
+        if links is None
+        else links_from_dict(json.loads(sealing.read_text(links, place("links"), what))),
     )
 
 
 def conversation_info(
-    row: tuple[Any, ...], *, turns: int, tips: tuple[str, ...], size_bytes: int, path: Path
+    row: Row, *, turns: int, tips: tuple[str, ...], size_bytes: int, path: Path
 ) -> ConversationInfo:
     """
     Return what a list says of a row of `CONVERSATION_COLUMNS`.
@@ -161,7 +217,7 @@ def conversation_info(
 
 
 def stored_conversation(
-    row: tuple[Any, ...],
+    row: Row,
     nodes: tuple[NodeRecord, ...],
     tips: Mapping[str, int | None],
     path: Path,

@@ -131,10 +131,24 @@ def _add_namespaces_and_labels(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE INDEX labels_of_conversations ON labels (conversation_id, node_id)")
 
 
+def _add_encryption(connection: sqlite3.Connection) -> None:
+    # One row in an encrypted journal, none in another. What is sealed lies in the columns that it
+    # always had, as a BLOB; they are NOT NULL and of no type that refuses one.
+    connection.execute(
+        """
+        CREATE TABLE encryption (
+            mark BLOB NOT NULL,  -- opens with the right key
+            is_clean INTEGER NOT NULL  -- whether the file holds nothing any more of what it was before
+        )
+        """
+    )
+
+
 MIGRATIONS: Final[tuple[Migration, ...]] = (
     _create_tables,
     _let_tools_speak,
     _add_namespaces_and_labels,
+    _add_encryption,
 )
 """The n-th brings a file from version n to n + 1; what has been released is never changed."""
 

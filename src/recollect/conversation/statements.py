@@ -7,21 +7,28 @@ Each function is part of somebody else's transaction; none begins or ends one.
 import sqlite3
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from recollect.conversation.records import ConversationInfo, ConversationRecord, require_name
 from recollect.conversation.rows import (
     CONVERSATION_COLUMNS,
+    Row,
     conversation_info,
+    next_id,
     text_to_keep,
     time_text,
 )
 from recollect.conversation.schema import NODE_FORMAT
+from recollect.conversation.sealing import Place, Sealing
 from recollect.errors import NameTakenError, UnknownConversationError, UnknownNodeError
 
 
 def conversation_infos(
-    connection: sqlite3.Connection, path: Path, only_id: int | None = None, *, namespace: str = ""
+    connection: sqlite3.Connection,
+    sealing: Sealing,
+    path: Path,
+    only_id: int | None = None,
+    *,
+    namespace: str = "",
 ) -> list[ConversationInfo]:
     """
     Return what a list says of all conversations of a namespace, or of one; last used first.
@@ -29,33 +36,87 @@ def conversation_infos(
     Raises:
         StoreCorruptError: What is there is not what was written.
     """
-    tips: dict[int, list[str]] = {}
-    for conversation_id, tip in connection.execute(
-        "SELECT conversation_id, name FROM tips WHERE ?1 IS NULL OR conversation_id = ?1 "
-        "ORDER BY name",
+    tips: dict[int, tuple[str, ...]] = {}
+    for (conversation_id,) in connection.execute(
+        "SELECT DISTINCT conversation_id FROM tips WHERE ?1 IS NULL OR conversation_id = ?1",
         (only_id,),
-    ):
-        tips.setdefault(conversation_id, []).append(tip)
+    ).fetchall():
+        tips[conversation_id] = tuple(read_tips(connection, sealing, conversation_id))
     columns = ", ".join(f"c.{column}" for column in CONVERSATION_COLUMNS.split(", "))
     rows = connection.execute(
         f"SELECT {columns}, "  # noqa: S608 - names of ours, no values
         "count(CASE WHEN n.role = 'assistant' THEN 1 END), coalesce(sum("
-        "length(CAST(n.content AS BLOB)) + coalesce(length(n.token_ids), 0)), 0) "
+        "length(CAST(n.content AS BLOB)) + coalesce(length(n.token_ids), 0)), 0) - "
+        "?3 * (count(n.content) + count(n.token_ids)) "
         "FROM conversations c LEFT JOIN nodes n ON n.conversation_id = c.id "
         "WHERE c.id = ?1 OR (?1 IS NULL AND c.namespace = ?2) "
         "GROUP BY c.id ORDER BY c.updated_at DESC, c.id DESC",
-        (only_id, namespace),
+        (only_id, namespace, sealing.overhead_bytes),
     )
     return [
         conversation_info(
-            row, turns=turns, tips=tuple(tips.get(row[0], ())), size_bytes=size_bytes, path=path
+            open_conversation(sealing, row),
+            turns=turns,
+            tips=tips.get(row[0], ()),
+            size_bytes=size_bytes,
+            path=path,
         )
         for *row, turns, size_bytes in rows
     ]
 
 
+def read_tips(
+    connection: sqlite3.Connection, sealing: Sealing, conversation_id: int
+) -> dict[str, int | None]:
+    """
+    Return the named tips of a conversation in their order, and at which nodes they stand.
+
+    Raises:
+        StoreCorruptError: One is not what was written.
+    """
+    rows = connection.execute(
+        "SELECT name, node_id FROM tips WHERE conversation_id = ?", (conversation_id,)
+    )
+    tips = {read_tip(sealing, conversation_id, *row): row[1] for row in rows}
+    return dict(sorted(tips.items()))
+
+
+def read_tip(sealing: Sealing, conversation_id: int, kept: str | bytes, node_id: int | None) -> str:
+    """Return the name of a tip; raises as `read_tips` does."""
+    what = f"a tip of conversation {conversation_id}"
+    return sealing.read_text(kept, _tip_place(conversation_id, node_id), what)
+
+
+def open_conversation(sealing: Sealing, row: Row) -> Row:
+    """
+    Return a row of `CONVERSATION_COLUMNS` with the names in it as they were given.
+
+    Raises:
+        StoreCorruptError: They are not what was written.
+    """
+    conversation_id, name, created_at, updated_at, model, fingerprint, *rest = row
+    what = f"conversation {conversation_id}"
+    name = sealing.read_text(name, _name_place(conversation_id), what)
+    model = sealing.read_text(model, _model_place(conversation_id, fingerprint), what)
+    return (conversation_id, name, created_at, updated_at, model, fingerprint, *rest)
+
+
+def seal_conversation(
+    connection: sqlite3.Connection, row: Row, plain: Sealing, sealing: Sealing
+) -> None:
+    """Seal the names in a plain row of `CONVERSATION_COLUMNS`, and its tips."""
+    conversation_id, name, _, _, model, fingerprint, *_ = open_conversation(plain, row)
+    tips = read_tips(connection, plain, conversation_id)
+    write_name(connection, sealing, conversation_id, name)
+    write_model(connection, sealing, conversation_id, model, fingerprint)
+    connection.execute("DELETE FROM tips WHERE conversation_id = ?", (conversation_id,))
+    for tip, node_id in tips.items():
+        write_tip(connection, sealing, conversation_id, tip, node_id)
+
+
 def insert_conversation(
     connection: sqlite3.Connection,
+    sealing: Sealing,
     conversation: ConversationRecord,
     name: str | None = None,
     *,
@@ -74,33 +135,61 @@ def insert_conversation(
     """
     wanted = require_name(name if name is not None else conversation.name)
     if find_free:
-        wanted = _free_name(connection, wanted)
-    require_free(connection, wanted)
-    created = connection.execute(
-        "INSERT INTO conversations "
-        "(name, created_at, updated_at, model, fingerprint, format, namespace) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?)",
+        wanted = _free_name(connection, sealing, wanted)
+    require_free(connection, sealing, wanted)
+    created = next_id(connection, "conversations")
+    model = text_to_keep(conversation.model)
+    connection.execute(
+        f"INSERT INTO conversations ({CONVERSATION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
         (
-            wanted,
+            created,
+            sealing.seal(wanted, _name_place(created)),
             time_text(conversation.created_at),
             time_text(conversation.updated_at),
-            text_to_keep(conversation.model),
+            sealing.seal(model, _model_place(created, conversation.fingerprint)),
             conversation.fingerprint,
             NODE_FORMAT,
             conversation.namespace,
         ),
-    ).lastrowid
-    assert created is not None, "an insert gives an id"
+    )
     return created
 
 
-def _free_name(connection: sqlite3.Connection, wanted: str) -> str:
-    taken = {
-        name
-        for (name,) in connection.execute(
-            "SELECT name FROM conversations WHERE name GLOB ?", (f"{wanted}*",)
-        )
+def write_name(
+    connection: sqlite3.Connection, sealing: Sealing, conversation_id: int, name: str
+) -> None:
+    """Give a conversation a name that is free."""
+    connection.execute(
+        "UPDATE conversations SET name = ? WHERE id = ?",
+        (sealing.seal(name, _name_place(conversation_id)), conversation_id),
+    )
+
+
+def write_model(
+    connection: sqlite3.Connection,
+    sealing: Sealing,
+    conversation_id: int,
+    model: str,
+    fingerprint: str,
+) -> None:
+    """Note with which model a conversation goes on."""
+    kept = sealing.seal(text_to_keep(model), _model_place(conversation_id, fingerprint))
+    connection.execute(
+        "UPDATE conversations SET model = ?, fingerprint = ? WHERE id = ?",
+        (kept, fingerprint, conversation_id),
+    )
+
+
+def _ids_by_name(connection: sqlite3.Connection, sealing: Sealing) -> dict[str, int]:
+    """Return all conversations; sealed names can be compared only when they are open."""
+    return {
+        sealing.read_text(name, _name_place(found), f"conversation {found}"): found
+        for found, name in connection.execute("SELECT id, name FROM conversations")
     }
+
+
+def _free_name(connection: sqlite3.Connection, sealing: Sealing, wanted: str) -> str:
+    taken = _ids_by_name(connection, sealing)
     name, number = wanted, 1
     while name in taken:
         number += 1
@@ -108,40 +197,42 @@ def _free_name(connection: sqlite3.Connection, wanted: str) -> str:
     return name
 
 
-def require_free(connection: sqlite3.Connection, name: str, *, but: int | None = None) -> None:
+def require_free(
+    connection: sqlite3.Connection, sealing: Sealing, name: str, *, but: int | None = None
+) -> None:
     """
     Check that no conversation has a name, other than the one with the id *but*.
 
     Raises:
         NameTakenError: One has.
     """
-    found = connection.execute("SELECT id FROM conversations WHERE name = ?", (name,)).fetchone()
-    if found is not None and found[0] != but:
+    if _ids_by_name(connection, sealing).get(name, but) != but:
         raise NameTakenError(f"There is a conversation {name!r} already: take another name.")
 
 
 def find_conversation(
-    connection: sqlite3.Connection, name_or_id: str | int, namespace: str
-) -> tuple[Any, ...]:
+    connection: sqlite3.Connection, sealing: Sealing, name_or_id: str | int, namespace: str
+) -> Row:
     """
-    Return the row of a conversation, in `CONVERSATION_COLUMNS`.
+    Return the row of a conversation, in `CONVERSATION_COLUMNS`, with its names open.
 
     Raises:
         UnknownConversationError: There is none in that namespace.
     """
-    column = "name" if isinstance(name_or_id, str) else "id"
-    row: tuple[Any, ...] | None = None
-    if not isinstance(name_or_id, str) or name_or_id.isprintable():
-        row = connection.execute(
-            f"SELECT {CONVERSATION_COLUMNS} FROM conversations "  # noqa: S608
-            f"WHERE {column} = ? AND namespace = ?",
-            (name_or_id, namespace),
-        ).fetchone()
+    wanted = (
+        _ids_by_name(connection, sealing).get(name_or_id)
+        if isinstance(name_or_id, str)
+        else name_or_id
+    )
+    row: Row | None = connection.execute(
+        f"SELECT {CONVERSATION_COLUMNS} FROM conversations WHERE id = ? AND namespace = ?",  # noqa: S608
+        (wanted, namespace),
+    ).fetchone()
     if row is None:
         raise UnknownConversationError(
             f"There is no conversation {name_or_id!r}: `recollect conversations` lists them."
         )
-    return row
+    return open_conversation(sealing, row)
 
 
 def touch(connection: sqlite3.Connection, conversation_id: int, now: datetime) -> None:
@@ -176,16 +267,12 @@ def require_node(connection: sqlite3.Connection, conversation_id: int, node_id: 
         )
 
 
-def tips_of(connection: sqlite3.Connection, conversation_id: int) -> list[tuple[str, int | None]]:
-    """Return the names of a conversation's tips, sorted, and where each stands."""
-    return connection.execute(
-        "SELECT name, node_id FROM tips WHERE conversation_id = ? ORDER BY name",
-        (conversation_id,),
-    ).fetchall()
-
-
 def write_tip(
-    connection: sqlite3.Connection, conversation_id: int, name: str, node_id: int | None
+    connection: sqlite3.Connection,
+    sealing: Sealing,
+    conversation_id: int,
+    name: str,
+    node_id: int | None,
 ) -> None:
     """
     Have a tip stand at a node of its conversation, or at the root.
@@ -193,7 +280,27 @@ def write_tip(
     Raises:
         ConversationError: That cannot be its name.
     """
+    require_name(name, "tip")
+    for kept, at in connection.execute(
+        "SELECT name, node_id FROM tips WHERE conversation_id = ?", (conversation_id,)
+    ).fetchall():
+        if read_tip(sealing, conversation_id, kept, at) == name:
+            connection.execute(
+                "DELETE FROM tips WHERE conversation_id = ? AND name = ?", (conversation_id, kept)
+            )
     connection.execute(
-        "INSERT OR REPLACE INTO tips (conversation_id, name, node_id) VALUES (?, ?, ?)",
-        (conversation_id, require_name(name, "tip"), node_id),
+        "INSERT INTO tips (conversation_id, name, node_id) VALUES (?, ?, ?)",
+        (conversation_id, sealing.seal(name, _tip_place(conversation_id, node_id)), node_id),
     )
+
+
+def _name_place(conversation_id: int) -> Place:
+    return ("conversations", "name", conversation_id)
+
+
+def _model_place(conversation_id: int, fingerprint: str) -> Place:
+    return ("conversations", "model", conversation_id, fingerprint)
+
+
+def _tip_place(conversation_id: int, node_id: int | None) -> Place:
+    return ("tips", "name", conversation_id, node_id)

@@ -211,10 +211,10 @@ def entry_size(tokens: int) -> int:
 
 
 def _opened(stored: memoryview, sealed: bool, context: bytes, sealer: Sealer | None) -> Buffer:
-    if not sealed:
-        return stored
-    if sealer is None:
+    if sealed != (sealer is not None):  # plain bytes among encrypted ones anybody can have forged
         raise Refused("sealed")
+    if sealer is None:
+        return stored
     try:
         return sealer.open(stored, context=context)
     except StoreCorruptError:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from recollect import config
+from recollect.conversation.loading import load
 from recollect.conversation.model import Model as LoadedModel
-from recollect.conversation.model import load
 from recollect.models.local import LocalModel
 from recollect.models.prepare import prepare
 from recollect.og.errors import as_runtime_error

@@ -56,7 +56,9 @@ class Services:
     def journal(self) -> Journal:
         """Return the journal that kept conversations are in; opened when first needed."""
         if self._journal is None:
-            self._journal = Journal.open(self.settings.home / JOURNAL_NAME)
+            self._journal = Journal.open(
+                self.settings.home / JOURNAL_NAME, cipher=self.settings.cipher
+            )
         return self._journal
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from recollect.cipher import Cipher
 from recollect.errors import ConfigError
 
 DEFAULT_HOST: Final = "127.0.0.1"
@@ -46,6 +47,8 @@ class Settings:
 
     home: Path
     """Where the journal is."""
+    cipher: Cipher | None = None
+    """Of an encrypted home; None: it is not encrypted."""
     models: tuple[str, ...]
     """What clients may ask for; the first is for those that name none."""
     aliases: Mapping[str, str] = field(default_factory=dict)

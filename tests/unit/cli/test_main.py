@@ -1,5 +1,6 @@
 """The command line as a whole: options, errors, and what `models` prints."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from recollect import __version__
 from recollect.cli.main import run
 from recollect.cli.models import format_bytes
-from recollect.conversation import model as model_module
+from recollect.conversation.loading import load
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL
 
 
@@ -119,7 +120,7 @@ def test_what_is_here_can_be_pulled(
 
 
 def test_the_default_model_is_that_of_the_library() -> None:
-    assert DEFAULT_MODEL == model_module.DEFAULT_MODEL
+    assert inspect.signature(load).parameters["model"].default == DEFAULT_MODEL
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,13 @@ def test_sealed_values_come_back_and_show_nothing() -> None:
     assert bytes(unpack_block(KEY, IDENTITY, 7, memoryview(block), sealer)) == PAYLOAD
     entry = pack_entry(ENTRY, sealer)
     assert unpack_entry(KEY, entry, sealer) == ENTRY
+    plain_block = pack_block(KEY, IDENTITY, 7, PAYLOAD, None)
     for read in (
         lambda: unpack_block(KEY, IDENTITY, 7, memoryview(block), None),
         lambda: unpack_entry(KEY, entry, None),
+        # Whoever can write the files can put plain bytes there, with a checksum that is right.
+        lambda: unpack_block(KEY, IDENTITY, 7, memoryview(plain_block), sealer),
+        lambda: unpack_entry(KEY, pack_entry(ENTRY, None), sealer),
     ):
         with pytest.raises(Refused, match="sealed"):
             read()

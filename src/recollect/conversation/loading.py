@@ -1,0 +1,105 @@
+"""
+From the name of a model to one that is ready to talk.
+
+Decides which runtime runs it and where its KV is kept; knows nothing of conversations.
+"""
+
+from pathlib import Path
+
+from recollect import config, keyfile
+from recollect.cipher import KV_PURPOSE, Cipher
+from recollect.conversation.model import Model
+from recollect.kv.disk import STORE_FOLDER, DiskStore
+from recollect.models.catalog import DEFAULT_MODEL
+from recollect.models.local import LocalModel
+from recollect.models.prepare import prepare
+from recollect.models.tokenizer import load_tokenizer
+from recollect.runtime.base import PagedRuntime
+from recollect.runtime.reference import ReferenceRuntime
+from recollect.types import Profile, Progress, no_progress
+
+
+def load(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    profile: Profile = config.DEFAULT_PROFILE,
+    kv_memory: int | None = None,
+    kv_disk: int | None = None,
+    store: DiskStore | None = None,
+    home: Path | None = None,
+    cipher: Cipher | None = None,
+    progress: Progress = no_progress,
+) -> Model:
+    """
+    Return a model that is ready to talk, after fetching and converting it where that is needed.
+
+    Args:
+        model: A name in the catalog, a `.gguf` file, an OpenVINO or ONNX GenAI folder,
+            `org/repo:file` on the hub, or `reference`, which needs no weights and talks nonsense.
+        profile: `exact`, `fast` or `small`; see ARCHITECTURE.md. An ONNX GenAI folder computes in
+            the precision that it was converted with, whatever the profile.
+        kv_memory: Most bytes of KV; None: a quarter of the free memory, at most what
+            four full contexts need.
+        kv_disk: Most bytes of KV on disk, shared by all models of the home; 0: none is kept. None:
+            10 GB or a tenth of the free disk, whichever is smaller.
+        store: Where KV is kept on disk instead, open; closed with the model.
+        home: Where models are kept; None: `RECOLLECT_HOME` or the user's data folder.
+        cipher: Of an encrypted home; None: that of its keyring, or of `RECOLLECT_PASSPHRASE`.
+        progress: Called while fetching and converting.
+
+    Raises:
+        ModelError: It cannot be had or read; the subclass says which.
+        ConfigError: `kv_memory` or `kv_disk` holds no block, there is no such profile, or the home
+            is encrypted with another key than that.
+        StoreError: KV cannot be kept on disk.
+    """
+    config.parse_profile(profile)
+    home = home or config.home()
+    if cipher is None:
+        cipher = keyfile.unlock(home)
+    else:
+        keyfile.require(home, cipher)
+    local = prepare(str(model), home=home, progress=progress)
+    runtime = _runtime(local, profile)
+    store = store or _store(home, kv_disk, cipher)
+    try:
+        return Model(
+            local,
+            runtime,
+            profile=profile,
+            home=home,
+            kv_memory=kv_memory,
+            store=store,
+            cipher=cipher,
+        )
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
+
+
+def _store(home: Path, kv_disk: int | None, cipher: Cipher | None) -> DiskStore | None:
+    folder = home / STORE_FOLDER
+    budget = (
+        config.default_kv_disk_bytes(folder)
+        if kv_disk is None
+        else config.require_disk_size(kv_disk)
+    )
+    sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
+    return DiskStore(folder, budget_bytes=budget, sealer=sealer) if budget else None
+
+
+def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:
+    if local.folder is None:
+        return ReferenceRuntime(
+            vocab_size=load_tokenizer(local).vocab_size, context_length=local.context_length
+        )
+    if local.format == "onnx-genai":
+        from recollect.runtime.genai import GenAiRuntime  # noqa: PLC0415 - as below
+
+        return GenAiRuntime(local.folder, context_length=local.context_length)
+    # Here and not above: it takes half a second, which `recollect --help` need not wait for.
+    from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415
+
+    xml = local.folder / "openvino_model.xml"
+    return OpenVinoRuntime(xml, profile=profile, context_length=local.context_length)

@@ -1,0 +1,334 @@
+"""
+The key of an encrypted data folder: where it comes from, and whether it is the right one.
+
+A small file in the folder says so; the key itself is in nobody's file. Does not ask anybody, and
+does not know what is encrypted.
+"""
+
+import base64
+import json
+import os
+import secrets
+import unicodedata
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+from recollect import config
+from recollect.cipher import KEY_BYTES, Cipher, missing_library
+from recollect.errors import ConfigError, StoreCorruptError, StoreError, StoreVersionError
+
+KEY_FILE: Final = "encryption.json"
+PASSPHRASE_VARIABLE: Final = "RECOLLECT_PASSPHRASE"  # noqa: S105 - the name of one
+FORMAT: Final = 1
+
+Source = Literal["passphrase", "keyring"]
+Ask = Callable[[], str]
+"""Asks somebody for the passphrase."""
+
+_SERVICE: Final = "recollect"
+_VERIFIER: Final = b"recollect key"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scrypt:
+    """
+    How much work it is to try a passphrase.
+
+    128 MiB, and 0.75 s on a slow core. Source: OWASP Password Storage Cheat Sheet, scrypt.
+    """
+
+    n: int = 2**17
+    r: int = 8
+    p: int = 1
+
+    def __post_init__(self) -> None:
+        # A file that somebody has changed must not take all memory.
+        if not (1 < self.n <= 2**20 and 1 <= self.r <= 16 and 1 <= self.p <= 16):
+            raise ValueError("out of range")
+        if self.n & (self.n - 1):
+            raise ValueError("no power of two")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyFile:
+    """What the file says: everything that is needed besides the secret."""
+
+    source: Source
+    salt: bytes
+    """Of the passphrase; for a keyring, what the key is filed under there."""
+    scrypt: Scrypt
+    verifier: bytes
+    """Opens with the right key."""
+
+    def cipher(self, secret: bytes) -> Cipher:
+        """
+        Return the cipher of the folder.
+
+        Raises:
+            StoreCorruptError: The key is another one.
+        """
+        cipher = Cipher(secret)
+        cipher.for_purpose("verifier").open(self.verifier, context=_VERIFIER)
+        return cipher
+
+
+def is_encrypted(home: Path | None = None) -> bool:
+    """Return whether a data folder, `config.home()` without one, is encrypted."""
+    return ((home or config.home()) / KEY_FILE).exists()
+
+
+def unlock(
+    home: Path | None = None, *, passphrase: str | None = None, ask: Ask | None = None
+) -> Cipher | None:
+    """
+    Return what reads and writes an encrypted data folder; None for one that is not encrypted.
+
+    Args:
+        home: None: `RECOLLECT_HOME` or the user's data folder.
+        passphrase: None: `RECOLLECT_PASSPHRASE`. Not needed where the key is in the keyring.
+        ask: Called for a passphrase where there is none.
+
+    Raises:
+        ConfigError: The passphrase is wrong or missing, or is given and the folder is not
+            encrypted; the keyring does not have the key; a library is not installed.
+        StoreError: What says which key it is cannot be read.
+    """
+    home = home or config.home()
+    key_file = _read(home / KEY_FILE)
+    if key_file is None:
+        if passphrase is not None:  # who gives one does not want to write plain text
+            raise _not_encrypted(home)
+        return None
+    if key_file.source == "keyring":
+        return _unlock_by_keyring(home, key_file)
+    text = passphrase if passphrase is not None else _given(ask)
+    if text is None:
+        raise ConfigError(
+            f"{home} is encrypted: give its passphrase in {PASSPHRASE_VARIABLE}, or on a terminal."
+        )
+    try:
+        return key_file.cipher(_stretched(text, key_file.salt, key_file.scrypt))
+    except StoreCorruptError:
+        raise ConfigError(
+            f"That is not the passphrase of {home}: try again; nothing was changed."
+        ) from None
+
+
+def require(home: Path, cipher: Cipher) -> None:
+    """
+    Check that a cipher is that of a folder.
+
+    Raises:
+        ConfigError: The folder is not encrypted, or with another key.
+    """
+    key_file = _read(home / KEY_FILE)
+    if key_file is None:
+        raise _not_encrypted(home)
+    try:
+        cipher.for_purpose("verifier").open(key_file.verifier, context=_VERIFIER)
+    except StoreCorruptError:
+        raise ConfigError(
+            f"{home} is encrypted with another key: unlock that folder itself."
+        ) from None
+
+
+def new_key(
+    kept_in: Source,
+    *,
+    passphrase: str | None = None,
+    ask: Ask | None = None,
+    scrypt: Scrypt | None = None,
+) -> tuple[Cipher, KeyFile]:
+    """
+    Return the cipher of a new key, and what `save` writes into the folder that it is for.
+
+    Args:
+        kept_in: Where the key shall be; in the keyring it is when this returns.
+        passphrase: As for `unlock`.
+        ask: As for `unlock`.
+        scrypt: None: what is safe today.
+
+    Raises:
+        ConfigError: There is no passphrase, no keyring or no library.
+    """
+    salt, scrypt = secrets.token_bytes(16), scrypt or Scrypt()
+    if kept_in == "keyring":
+        secret = secrets.token_bytes(KEY_BYTES)
+    else:
+        text = passphrase if passphrase is not None else _given(ask)
+        if not text:
+            raise ConfigError(
+                f"There is no passphrase: give one in {PASSPHRASE_VARIABLE}, or on a terminal."
+            )
+        secret = _stretched(text, salt, scrypt)
+    cipher = Cipher(secret)
+    verifier = cipher.for_purpose("verifier").seal(b"", context=_VERIFIER)
+    if kept_in == "keyring":
+        _into_keyring(salt, secret)
+    return cipher, KeyFile(source=kept_in, salt=salt, scrypt=scrypt, verifier=verifier)
+
+
+def save(home: Path, key_file: KeyFile) -> None:
+    """
+    Say in a folder, for good, which key is its own; all or nothing.
+
+    Args:
+        home: Made where there is no such folder.
+        key_file: Of the key.
+
+    Raises:
+        StoreError: It cannot be written, or another process was faster. The folder is as it was.
+    """
+    path = home / KEY_FILE
+    fields = {
+        "format": FORMAT,
+        "source": key_file.source,
+        "salt": key_file.salt.hex(),
+        "scrypt": asdict(key_file.scrypt),
+        "verifier": key_file.verifier.hex(),
+    }
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(fields, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        path.hardlink_to(unfinished)  # and not `replace`: a key that is there must stay
+        _sync_folder(path.parent)
+    except OSError as error:
+        if path.exists():
+            raise StoreError(f"Another program has just encrypted {home}: try again.") from None
+        raise StoreError(f"{path} cannot be written ({error.strerror}): allow it.") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def source(home: Path | None = None) -> Source | None:
+    """Return where the key of a data folder is; None for one that is not encrypted."""
+    key_file = _read((home or config.home()) / KEY_FILE)
+    return None if key_file is None else key_file.source
+
+
+def _not_encrypted(home: Path) -> ConfigError:
+    return ConfigError(f"{home} is not encrypted: do that first, by recollect.encrypt().")
+
+
+def _given(ask: Ask | None) -> str | None:
+    text = os.environ.get(PASSPHRASE_VARIABLE)
+    return text or (None if ask is None else ask())
+
+
+def _stretched(passphrase: str, salt: bytes, scrypt: Scrypt) -> bytes:
+    """Return the key that a passphrase gives; takes long, on purpose."""
+    try:
+        from cryptography.hazmat.primitives.kdf.scrypt import Scrypt as Kdf  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise missing_library("cryptography") from None
+    # The same letters are written differently by different systems; environments can hold any bytes.
+    text = unicodedata.normalize("NFC", passphrase).encode(errors="surrogateescape")
+    return Kdf(salt=salt, length=KEY_BYTES, n=scrypt.n, r=scrypt.r, p=scrypt.p).derive(text)
+
+
+def _unlock_by_keyring(home: Path, key_file: KeyFile) -> Cipher:
+    text = _from_keyring(key_file.salt)
+    if text is None:
+        raise ConfigError(
+            f"The keyring of this system has no key for {home}: log in as who encrypted it, where "
+            "that was done."
+        )
+    try:
+        return key_file.cipher(base64.b64decode(text, validate=True))
+    except (StoreCorruptError, ValueError):
+        raise ConfigError(
+            f"The key for {home} in the keyring of this system is another one: put "
+            f"{KEY_FILE} back, from a backup."
+        ) from None
+
+
+def _from_keyring(salt: bytes) -> str | None:
+    keyring = _keyring()
+    try:
+        text: str | None = keyring.get_password(_SERVICE, salt.hex())
+    except keyring.errors.KeyringError as error:
+        raise ConfigError(
+            f"The keyring of this system cannot be read ({_reason(error)}): unlock it, or log in "
+            "where there is one."
+        ) from error
+    return text
+
+
+def _into_keyring(salt: bytes, secret: bytes) -> None:
+    keyring, text = _keyring(), base64.b64encode(secret).decode()
+    try:
+        keyring.set_password(_SERVICE, salt.hex(), text)
+        kept = keyring.get_password(_SERVICE, salt.hex())
+    except keyring.errors.KeyringError as error:
+        raise _no_keyring(_reason(error)) from error
+    if kept != text:  # there is one that keeps nothing and says nothing
+        raise _no_keyring("it does not keep anything")
+
+
+def _keyring() -> Any:
+    try:
+        import keyring.errors  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise missing_library("keyring") from None
+    return keyring
+
+
+def _no_keyring(why: str) -> ConfigError:
+    return ConfigError(
+        f"The keyring of this system cannot keep a key ({why}): unlock it, or encrypt with a "
+        f"passphrase instead, in {PASSPHRASE_VARIABLE} or on a terminal."
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Return the first sentence of an error; the next recommends a keyring that encrypts nothing."""
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".") or type(error).__name__
+
+
+def _read(path: Path) -> KeyFile | None:
+    try:
+        return _parsed(path, json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read ({error.strerror}): allow it.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreCorruptError(
+            f"{path} is damaged, and without it nothing can be decrypted: put a backup in its place."
+        ) from error
+
+
+def _parsed(path: Path, fields: Any) -> KeyFile:
+    """Return what the fields say; raises ValueError, KeyError or TypeError where they are none."""
+    if fields["format"] > FORMAT:
+        raise StoreVersionError(
+            f"{path} has version {fields['format']} and this recollect knows {FORMAT} at most: "
+            "take a newer recollect, or set RECOLLECT_HOME elsewhere."
+        )
+    if fields["source"] not in get_args(Source):
+        raise ValueError(fields["source"])
+    return KeyFile(
+        source=fields["source"],
+        salt=bytes.fromhex(fields["salt"]),
+        scrypt=Scrypt(**fields["scrypt"]),
+        verifier=bytes.fromhex(fields["verifier"]),
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the name of a new file survive a power cut."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

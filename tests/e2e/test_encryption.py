@@ -1,0 +1,158 @@
+"""
+Encryption as a user has it: `--encrypt`, a passphrase in a pipe or typed, a wrong one, another terminal.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.platform == "win32":
+    pytest.skip("there are no pseudo-terminals", allow_module_level=True)
+
+import pexpect
+
+from recollect.config import HISTORY_NAME
+from recollect.conversation.journal import JOURNAL_NAME
+from recollect.keyfile import KEY_FILE, PASSPHRASE_VARIABLE
+
+# Python warns of a fork in a process with threads; the child executes another program at once.
+pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
+
+SHORT = ["--model", "reference", "--ignore-eos", "-n", "5"]
+PHRASE = "the treasure lies below the oak"
+TIMEOUT_S = 60
+
+
+@pytest.fixture
+def home(environment: dict[str, str]) -> Path:
+    environment.pop(PASSPHRASE_VARIABLE, None)
+    return Path(environment["RECOLLECT_HOME"])
+
+
+def run(
+    environment: dict[str, str], *arguments: str, text: str = "", passphrase: str | None = None
+) -> Any:
+    """Run a command without a terminal: in a session of its own it has none to ask on."""
+    secret = {} if passphrase is None else {PASSPHRASE_VARIABLE: passphrase}
+    return subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-m", "recollect", *arguments],
+        input=text,
+        capture_output=True,
+        encoding="utf-8",
+        env=environment | secret,
+        timeout=TIMEOUT_S,
+        check=False,
+        start_new_session=True,
+    )
+
+
+def in_the_files(home: Path) -> list[str]:
+    """Return the names of the files in which what was said can be read."""
+    files = [file for file in home.rglob("*") if file.is_file()]
+    return sorted(file.name for file in files if PHRASE.encode() in file.read_bytes())
+
+
+def test_a_chat_is_encrypted_and_resumed_through_pipes(
+    environment: dict[str, str], home: Path
+) -> None:
+    said = run(
+        environment,
+        *["chat", *SHORT, "--encrypt", "--name", "map"],
+        text=f"{PHRASE}\n",
+        passphrase="sesame",
+    )
+    assert (said.returncode, said.stderr) == (0, "")
+    assert in_the_files(home) == []
+    again = run(
+        environment, "chat", *SHORT, "--resume", "map", text="and now?\n", passphrase="sesame"
+    )
+    assert (again.returncode, again.stderr) == (0, "")
+    exported = run(
+        environment, "conversations", "export", "map", "--format", "json", passphrase="sesame"
+    )
+    nodes = json.loads(exported.stdout)["nodes"]
+    assert [node["content"] for node in nodes if node["role"] == "user"] == [PHRASE, "and now?"]
+
+
+@pytest.mark.parametrize(
+    ("passphrase", "says"),
+    [("Sesame", "That is not the passphrase"), (None, "is encrypted: give its passphrase")],
+)
+@pytest.mark.parametrize(
+    "command", [["chat", *SHORT, "--resume"], ["conversations"], ["chat", *SHORT, "--encrypt"]]
+)
+def test_without_the_passphrase_no_command_reads_or_changes_anything(
+    environment: dict[str, str],
+    home: Path,
+    command: list[str],
+    passphrase: str | None,
+    says: str,
+) -> None:
+    run(environment, "chat", *SHORT, "--encrypt", "--name", "map", text="x\n", passphrase="sesame")
+    before = (home / JOURNAL_NAME).read_bytes(), (home / KEY_FILE).read_bytes()
+    refused = run(environment, *command, text="y\n", passphrase=passphrase)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert says in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert ((home / JOURNAL_NAME).read_bytes(), (home / KEY_FILE).read_bytes()) == before
+
+
+def test_a_plain_folder_is_encrypted_with_a_passphrase_that_is_typed_twice(
+    environment: dict[str, str], home: Path
+) -> None:
+    run(environment, "chat", *SHORT, "--name", "map", text=f"{PHRASE}\n")
+    (home / HISTORY_NAME).write_text(PHRASE)
+    assert in_the_files(home) == [JOURNAL_NAME, HISTORY_NAME]
+    for second, says in (("other", "differ"), ("sesame", "is encrypted")):
+        child = pexpect.spawn(
+            sys.executable,
+            ["-m", "recollect", "encrypt"],
+            env=environment,
+            encoding="utf-8",
+            timeout=TIMEOUT_S,
+        )
+        for prompt, typed in (("New passphrase", "sesame"), ("again", second)):
+            child.expect(prompt)
+            child.waitnoecho()
+            child.sendline(typed)
+        child.expect(says)
+        child.expect(pexpect.EOF)
+        assert "sesame" not in child.before
+        child.close()
+    assert child.exitstatus == 0
+    assert in_the_files(home) == []
+    listed = run(environment, "conversations", "--json", passphrase="sesame")
+    assert [info["name"] for info in json.loads(listed.stdout)] == ["map"]
+
+
+def test_a_chat_at_the_terminal_asks_for_the_passphrase_and_leaves_no_history(
+    environment: dict[str, str], home: Path
+) -> None:
+    run(environment, "encrypt", passphrase="sesame")
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "recollect", "chat", *SHORT],
+        env=environment,
+        encoding="utf-8",
+        codec_errors="replace",
+        timeout=TIMEOUT_S,
+    )
+    child.expect("Passphrase of")
+    child.waitnoecho()
+    child.sendline("sesame")
+    child.expect_exact("you>")
+    child.send(PHRASE + "\r")
+    child.expect("first token")
+    child.expect_exact("you>")
+    child.send("\x04")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    assert not (home / HISTORY_NAME).exists()
+    assert in_the_files(home) == []
+    listed = run(environment, "conversations", "--json", passphrase="sesame")
+    assert [info["turns"] for info in json.loads(listed.stdout)] == [1]

@@ -1,0 +1,161 @@
+"""Encrypting a folder leaves nothing in it that can be read, and nothing is lost but caches."""
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import recollect
+from recollect import config, keyfile
+from recollect.conversation.journal import JOURNAL_NAME, Journal
+from recollect.errors import ConfigError, StoreError
+from recollect.kv.disk import STORE_FOLDER
+from recollect.types import SamplingParams
+
+SHORT = SamplingParams(max_tokens=8, ignore_eos=True)
+SAID = "Where is the treasure buried?"
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much work a passphrase is does not matter here."""
+    monkeypatch.setattr(keyfile, "Scrypt", partial(keyfile.Scrypt, n=2))
+    monkeypatch.delenv(keyfile.PASSPHRASE_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Return a folder with a conversation, KV, and a history of what was typed."""
+    home = tmp_path / "home"
+    with recollect.load("reference", home=home) as model:
+        model.session(name="secret plan").respond(SAID, params=SHORT)
+    (home / config.HISTORY_NAME).write_text(f"+{SAID}\n")
+    (home / "models").mkdir()
+    (home / "models" / "weights").write_text("public")
+    return home
+
+
+def readable(home: Path) -> Iterator[str]:
+    """Yield the names of the files in which what was said can be read, as text or as token ids."""
+    # A byte is a token here, and ids are kept as int32.
+    words = (SAID.encode(), b"plan", b"".join(bytes([byte, 0, 0, 0]) for byte in b"treasure"))
+    for file in home.rglob("*"):
+        if file.is_file() and any(word in file.read_bytes() for word in words):
+            yield file.name
+
+
+def test_encrypting_leaves_nothing_to_read_and_everything_to_resume(home: Path) -> None:
+    assert sorted(readable(home)) == [JOURNAL_NAME, "data.mdb", config.HISTORY_NAME]
+    cipher = recollect.encrypt(home, passphrase="open sesame")
+    assert list(readable(home)) == []
+    assert sorted(file.name for file in home.iterdir()) == [
+        JOURNAL_NAME,
+        keyfile.KEY_FILE,
+        "models",
+    ]
+    assert (home / "models" / "weights").read_text() == "public"
+    with recollect.load("reference", home=home, cipher=cipher) as model:
+        session = model.resume("secret plan")
+        assert next(message["content"] for message in session.transcript()) == SAID
+        session.respond("And what is in it?")
+        model.session(name="another plan").respond(SAID)
+        assert model.journal.check() == []
+    assert list(readable(home)) == []
+
+
+def test_the_environment_unlocks_a_folder_for_the_library(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recollect.encrypt(home, passphrase="open sesame")
+    with pytest.raises(ConfigError, match="is encrypted"):
+        recollect.load("reference", home=home)
+    monkeypatch.setenv(keyfile.PASSPHRASE_VARIABLE, "open sesame")
+    with recollect.load("reference", home=home) as model:
+        assert [info.name for info in model.sessions()] == ["secret plan"]
+
+
+def test_a_cipher_of_another_folder_is_refused(home: Path, tmp_path: Path) -> None:
+    other = recollect.encrypt(tmp_path / "other", passphrase="open sesame")
+    with pytest.raises(ConfigError, match="not encrypted"):
+        recollect.load("reference", home=home, cipher=other)
+    recollect.encrypt(home, passphrase="open sesame")
+    with pytest.raises(ConfigError, match="another key"):
+        recollect.load("reference", home=home, cipher=other)
+    assert recollect.unlock(home, passphrase="open sesame") is not None
+
+
+def test_what_is_refused_changes_nothing(home: Path) -> None:
+    before = {file: file.read_bytes() for file in home.rglob("*") if file.is_file()}
+    with pytest.raises(ConfigError, match="no passphrase"):
+        recollect.encrypt(home)
+    assert {file: file.read_bytes() for file in home.rglob("*") if file.is_file()} == before
+
+
+def test_encrypting_again_needs_the_same_passphrase(home: Path) -> None:
+    cipher = recollect.encrypt(home, passphrase="open sesame")
+    again = recollect.encrypt(home, passphrase="open sesame")
+    assert again.name_secret == cipher.name_secret
+    with pytest.raises(ConfigError, match="not the passphrase"):
+        recollect.encrypt(home, passphrase="wrong")
+
+
+def test_what_broke_off_is_finished_by_encrypting_again(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the worst moment: the folder says that it is encrypted, and its journal is not yet."""
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "open", die)
+        with pytest.raises(KeyboardInterrupt):
+            recollect.encrypt(home, passphrase="open sesame")
+    assert list(readable(home)) == [JOURNAL_NAME]
+    cipher = recollect.unlock(home, passphrase="open sesame")
+    with pytest.raises(ConfigError, match="`recollect encrypt` converts it"):
+        Journal.open(home / JOURNAL_NAME, cipher=cipher)
+    recollect.encrypt(home, passphrase="open sesame")
+    with Journal.open(home / JOURNAL_NAME, cipher=cipher) as journal:
+        assert list(readable(home)) == []
+        assert [info.name for info in journal.conversations()] == ["secret plan"]
+
+
+def test_a_cache_that_cannot_be_deleted_is_told_before_anything_is_encrypted(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    with pytest.raises(StoreError, match="delete it"):
+        recollect.encrypt(home, passphrase="open sesame")
+    assert not keyfile.is_encrypted(home)
+    with Journal.open(home / JOURNAL_NAME) as journal:
+        assert [info.name for info in journal.conversations()] == ["secret plan"]
+
+
+def test_a_new_folder_is_encrypted_from_its_first_turn(tmp_path: Path) -> None:
+    cipher = recollect.encrypt(tmp_path / "new", passphrase="open sesame")
+    with recollect.load("reference", home=tmp_path / "new", cipher=cipher) as model:
+        model.session(name="secret plan").respond(SAID)
+        assert list(readable(tmp_path / "new")) == []
+
+
+def test_kv_comes_back_from_an_encrypted_disk_and_not_with_another_key(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    recollect.encrypt(one, passphrase="open sesame")
+    recollect.encrypt(other, passphrase="open sesame")  # with a salt of its own
+
+    def restored_tokens(home: Path) -> int:
+        cipher = recollect.unlock(home, passphrase="open sesame")
+        with recollect.load("reference", home=home, cipher=cipher) as model:
+            return model.session().respond(SAID * 5, params=SHORT).usage.restored_tokens
+
+    assert restored_tokens(one) == 0
+    assert restored_tokens(one) > 100
+    shutil.copytree(one / STORE_FOLDER, other / STORE_FOLDER)
+    assert restored_tokens(other) == 0
+    assert list(readable(tmp_path)) == []
