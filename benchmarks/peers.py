@@ -214,7 +214,8 @@ def _differences(folder: Path) -> dict[str, dict[str, float]]:
     theirs = onnxruntime_genai.Model(str(folder))
     model = og.Model(folder, profile="exact")
     tokenizer = og.Tokenizer(model)
-    prompt = tokenizer.encode("<|im_start|>user\nName three rivers in Europe.<|im_end|>\n")
+    question = '[{"role": "user", "content": "Name three rivers in Europe."}]'
+    prompt = tokenizer.encode(tokenizer.apply_chat_template(question))
     more = tokenizer.encode("And the longest of them?")
     end = np.append(more, tokenizer.eos_token_ids[-1])
     found: dict[str, dict[str, float]] = {}
@@ -223,9 +224,10 @@ def _differences(folder: Path) -> dict[str, dict[str, float]]:
         for label, module, loaded in (("bare", onnxruntime_genai, theirs), ("ours", og, model)):
             generator = _exact_generator(module, loaded)
             operate(generator, prompt, more, end)
+            sequence = generator.get_sequence(0)  # before the logits: asking for them can change it
             logits = generator.get_logits().reshape(-1)
             oracle = _exact_generator(onnxruntime_genai, theirs)
-            oracle.append_tokens(generator.get_sequence(0))
+            oracle.append_tokens(sequence)
             fresh = oracle.get_output("logits")[0, -1]
             found[name][label] = float(np.abs(logits - fresh).max())
     model.close()
