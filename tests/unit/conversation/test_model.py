@@ -112,3 +112,26 @@ def test_another_process_is_warmed_by_this_one(tmp_path: Path) -> None:
         usage = model.session("You are terse.").respond(question).usage
         assert usage.restored_tokens == computed - 1
         assert other() == [computed - 1, 1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_disk_that_is_really_full_costs_one_warning_and_nothing_else(tmp_path: Path) -> None:
+    """No file may grow beyond 300 kB: what LMDB then gets is what a full disk gives it."""
+    script = (
+        "import resource, signal, sys, recollect\n"
+        "from pathlib import Path\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "with recollect.load('reference', home=Path(sys.argv[1]), kv_disk=64 << 20) as model:\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "    chat = model.session('You are terse. ' * 80)\n"
+        "    for number in range(6):\n"
+        "        print(chat.respond(f'{number}: ' + 'on and on, ' * 60).usage.generated_tokens)\n"
+        "        model.engine.tier.flush()\n"
+        "    model.engine.check()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    assert len(done.stdout.splitlines()) == 6
+    assert done.stderr.count("\n") == 1
+    assert "KV is no longer kept on disk" in done.stderr
+    assert "make room" in done.stderr
