@@ -10,22 +10,17 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from recollect import config
-from recollect.conversation.checkpoints import (
-    Checkpoint,
-    Checkpoints,
-)
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.journal import JOURNAL_NAME, Journal
+from recollect.conversation.keeping import Keeping
 from recollect.conversation.matching import MessageIndex
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, require_name
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
-from recollect.conversation.warming import Warmed, warm
 from recollect.conversation.window import Overflow
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars
-from recollect.engine.pinning import require_tier
 from recollect.engine.sizing import pool_size
 from recollect.errors import ConversationError, UnknownConversationError
 from recollect.kv.disk import STORE_FOLDER, DiskStore
@@ -40,7 +35,7 @@ from recollect.types import Message, Profile, Progress, SamplingParams, no_progr
 DEFAULT_MODEL: Final = "smollm2"
 
 
-class Model:
+class Model(Keeping):
     """
     A model that is ready to talk.
 
@@ -80,16 +75,15 @@ class Model:
             local.chat_template, bos_token=local.bos_token, eos_token=local.eos_token
         )
         self.weights_fingerprint: Final = local.fingerprint
-        self.prompts: Final = PromptEncoder(
-            self.template, self.tokenizer, fingerprint=local.fingerprint
-        )
-        self.engine: Final = Engine(
+        prompts = PromptEncoder(self.template, self.tokenizer, fingerprint=local.fingerprint)
+        engine = Engine(
             runtime,
             num_blocks=pool_size(runtime.info, kv_memory),
             eos_token_ids=local.eos_token_ids,
             fingerprint=local.fingerprint,
             store=store,
         )
+        super().__init__(engine, prompts)
         self.grammars: Final = Grammars(self.tokenizer, vocab_size=runtime.info.vocab_size)
         """Of which a `Generator` follows one, where its parameters name one."""
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
@@ -107,16 +101,6 @@ class Model:
             if self._journal is None:
                 self._journal = Journal.open(self._home / JOURNAL_NAME)
             return self._journal
-
-    @property
-    def places(self) -> Checkpoints:
-        """
-        Return what keeps checkpoints.
-
-        Raises:
-            StoreError: No KV is kept on disk here, or the journal cannot be used.
-        """
-        return Checkpoints(require_tier(self.engine).store, self.journal)
 
     def session(
         self,
@@ -185,7 +169,8 @@ class Model:
         Return a session at the end of messages that came as text.
 
         What of them is known from an earlier session of the namespace is taken over as it was
-        generated; nothing that is said after them is kept in the journal. `respond(None)` answers the last one, if it is a user's or a tool's.
+        generated; nothing that is said after them is kept in the journal. `respond(None)` answers
+        the last one, if it is a user's or a tool's.
 
         Args:
             messages: The whole conversation, from the first on.
@@ -282,49 +267,6 @@ class Model:
         if checkpoint is not None:
             session.return_to(checkpoint)
         return session
-
-    def warm(
-        self,
-        text: str = "",
-        *,
-        system: str | None = None,
-        name: str,
-        progress: Progress = no_progress,
-    ) -> Warmed:
-        """
-        Read a text once and keep its KV on disk, so that first messages which begin so start warm.
-
-        Args:
-            text: What they begin with; empty: only the instructions.
-            system: Instructions before it.
-            name: Of what is kept; a text that has changed takes the place of the one before.
-            progress: Called with tokens while they are read.
-
-        Raises:
-            NameTakenError: Something else is kept under that name.
-            StoreError: No KV is kept on disk here, or there is no room for it.
-            ContextFullError: It does not fit the context.
-        """
-        return warm(self, text, system=system, name=name, progress=progress)
-
-    def checkpoints(self) -> list[Checkpoint]:
-        """
-        Return the places that `Session.checkpoint` has kept, by name; also those of other models.
-
-        Raises:
-            StoreError: No KV is kept on disk here, or it cannot be read.
-        """
-        return self.places.all()
-
-    def drop_checkpoint(self, name: str) -> None:
-        """
-        Let the KV of a checkpoint be evicted; the conversation stays as it is.
-
-        Raises:
-            UnknownCheckpointError: There is none of that name.
-            StoreError: No KV is kept on disk here, or it cannot be written.
-        """
-        self.places.drop(name)
 
     def conversation(self, name_or_id: str | int, *, namespace: str = "") -> Conversation:
         """

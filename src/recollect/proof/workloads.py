@@ -73,7 +73,8 @@ class _Audit:
         # The last token of a prompt is fed in any case: its pass yields the first new token.
         needed = sum(max(1, count) for count in new)
         computed = sum(
-            len(ids) - reply.usage.reused_tokens for ids, reply in zip(prompts, replies, strict=True)
+            len(ids) - reply.usage.reused_tokens
+            for ids, reply in zip(prompts, replies, strict=True)
         )
         self.recomputed_tokens += max(0, computed - needed)
         for ids, reply in zip(prompts, replies, strict=True):
