@@ -51,6 +51,7 @@ def serve(
     ] = None,
     profile: options.ProfileOption = DEFAULT_PROFILE,
     kv_memory: options.KvMemoryOption = None,
+    kv_disk: options.KvDiskOption = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -143,7 +144,9 @@ def serve(
     )
     weights = {one.name: one.disk_bytes for one in statuses}
     hub = ModelHub(
-        lambda name: options.open_model(references[name], profile=profile, kv_memory=kv_memory),
+        lambda name: options.open_model(
+            references[name], profile=profile, kv_memory=kv_memory, kv_disk=kv_disk
+        ),
         names,
         aliases=settings.aliases,
         memory_bytes=None if memory is None else config.parse_size(memory),
