@@ -306,7 +306,7 @@ class Model:
             StoreError: No KV is kept on disk here, or there is no room for it.
             ContextFullError: It does not fit the context.
         """
-        return warm(self, text, system=system, name=name, progress=progress)
+        return warm(self.engine, self.prompts, text, system=system, name=name, progress=progress)
 
     def checkpoints(self) -> list[Checkpoint]:
         """

@@ -217,11 +217,17 @@ class Session(Place):
 
         Raises:
             NameTakenError: There is such a checkpoint, or something else is kept under that name.
-            ConversationError: The conversation is not kept, or that cannot be a name.
+            ConversationError: The conversation is not kept, or is in a namespace, or that cannot be a
+                name.
             StoreError: No KV is kept on disk, or there is no room for this.
                 In each case nothing is kept, and the conversation is as it was.
         """
         require_name(name, "checkpoint")
+        if self._namespace:
+            raise ConversationError(
+                "Names of checkpoints are for all who use this home, and this conversation is in a "
+                "namespace: begin one without."
+            )
         with self._exclusively():
             engine, places = self._model.engine, self._model.places
             facts = places.facts(self.conversation.spot(self._tip))

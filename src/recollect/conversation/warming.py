@@ -6,19 +6,18 @@ A system prompt, or the beginning of a first message. No text is in what is kept
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.records import require_name
 from recollect.conversation.tree import Tree
+from recollect.engine.engine import Engine
 from recollect.engine.pinning import pin_on_disk, require_tier
 from recollect.errors import ConversationError
 from recollect.kv import disk_audit, pins
 from recollect.kv.accounts import Pin
 from recollect.kv.prefix import chained_keys
 from recollect.types import Progress, no_progress
-
-if TYPE_CHECKING:  # a model warms texts, so the import would be a circle
-    from recollect.conversation.model import Model
 
 KIND: Final = "warm"
 
@@ -39,7 +38,8 @@ class Warmed:
 
 
 def warm(
-    model: "Model",
+    engine: Engine,
+    prompts: PromptEncoder,
     text: str,
     *,
     system: str | None,
@@ -57,8 +57,7 @@ def warm(
     require_name(name, "warm text")
     tree = Tree()
     path = [] if system is None else [tree.add(tree.root, "system", system)]
-    ids = model.prompts.encode_typed(path, text).token_ids
-    engine = model.engine
+    ids = prompts.encode_typed(path, text).token_ids
     store = require_tier(engine).store
     with engine.lock:
         root = engine.cache.root().key
@@ -68,7 +67,7 @@ def warm(
         if pin.about.get("prefix") == prefix and stored.tokens >= pin.tokens:
             return _warmed(pin, pin.tokens, stored.stored_bytes)
     former = pins.find(store, name)
-    is_older = former is not None and _is_older(former, model)
+    is_older = former is not None and _is_older(former, engine)
     if is_older:
         pins.drop(store, name)
     try:
@@ -88,9 +87,9 @@ def warm(
     )
 
 
-def _is_older(pin: Pin, model: "Model") -> bool:
+def _is_older(pin: Pin, engine: Engine) -> bool:
     """Return whether a pin is an earlier state of a text: of this model, under the same name."""
-    identity = require_tier(model.engine).identity.digest().hex()
+    identity = require_tier(engine).identity.digest().hex()
     return pin.about.get("kind") == KIND and pin.identity == identity
 
 

@@ -120,6 +120,13 @@ def test_a_conversation_that_is_not_kept_has_no_checkpoints(warm: Model) -> None
         session.checkpoint("here")
 
 
+def test_there_is_none_in_a_namespace_because_names_would_leak(warm: Model) -> None:
+    session = warm.session(name="poem", params=SHORT, namespace="theirs")
+    session.respond("one")
+    with pytest.raises(ConversationError, match="namespace"):
+        session.checkpoint("here")
+
+
 def test_there_is_none_before_anything_was_said(warm: Model) -> None:
     with pytest.raises(ConversationError, match="said"):
         talk(warm).checkpoint("here")
