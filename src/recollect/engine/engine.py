@@ -59,6 +59,7 @@ class Engine:
         self.info = info = runtime.info
         self.block_size = info.block_size
         self.keep_multiple_of = info.block_size if info.whole_blocks_only else 1
+        self._inside_blocks = not info.whole_blocks_only
         self.eos_token_ids = frozenset(eos_token_ids)
         self.lock = threading.RLock()
         """Held while block tables, pool and cache change."""
@@ -137,9 +138,7 @@ class Engine:
         """
         with self.lock:
             root = None if namespace is None else self._cache.root(namespace)
-            kv = CachedTable(
-                self._pool, self._cache, root, inside_blocks=not self.info.whole_blocks_only
-            )
+            kv = CachedTable(self._pool, self._cache, root, inside_blocks=self._inside_blocks)
         return self.adopt(Sequence(self, array("q"), kv, namespace))
 
     def adopt(self, sequence: Sequence) -> Sequence:
@@ -281,8 +280,8 @@ class Engine:
         self._runtime.close()
 
     def _match(self, token_ids: Tokens[int], namespace: str) -> Match:
-        inside = not self.info.whole_blocks_only
-        return self._cache.match(self._cache.root(namespace), token_ids, inside_block=inside)
+        root = self._cache.root(namespace)
+        return self._cache.match(root, token_ids, inside_block=self._inside_blocks)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -300,6 +299,8 @@ class Engine:
         if not self._warm.is_set():
             with suppress(RuntimeFailure):  # the first pass tells whoever waits for it
                 self._runtime.warm_up()
+                if self._tier is not None:
+                    self._tier.warm_up(self._pool.num_blocks)
             self._warm.set()
 
     def _run(self) -> None:

@@ -232,6 +232,7 @@ def test_a_restore_that_fails_half_way_leaves_the_engine_as_it_was(
     at: int,
 ) -> None:
     engine = make_engine(store=open_store())
+    engine.wait_until_warm()
     faults.write_in = at
     with caplog.at_level(logging.WARNING, logger="recollect"):
         assert np.array_equal(logits_after(engine, PROMPT), fresh_logits(PROMPT))
@@ -353,6 +354,7 @@ def test_an_engine_that_fails_to_restore_once_still_serves_memory(
     make_engine: Make, open_store: Open, warm_disk: list[int], faults: Any
 ) -> None:
     engine = make_engine(store=open_store())
+    engine.wait_until_warm()
     faults.write_in, faults.error = 0, RuntimeFailure
     logits_after(engine, PROMPT[:9])
     before = engine.computed_tokens
@@ -381,3 +383,14 @@ def test_a_store_that_cannot_be_read_is_done_without(
     assert len(caplog.records) == 1
     assert tier_of(engine).statistics().misses == {"store": 1}
     assert "damaged" in (tier_of(engine).statistics().error or "")
+
+
+def test_memory_that_is_made_ready_holds_nothing_that_counts(
+    make_engine: Make, open_store: Open, warm_disk: list[int], fresh_logits: Any
+) -> None:
+    engine = make_engine(store=open_store())
+    engine.wait_until_warm()
+    assert (engine.pool.used_blocks, len(engine.cache), engine.computed_tokens) == (0, 0, 0)
+    assert np.array_equal(logits_after(engine, warm_disk), fresh_logits(warm_disk))
+    assert engine.computed_tokens == 1
+    engine.check()
