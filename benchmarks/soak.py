@@ -15,6 +15,7 @@ import random
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -31,11 +32,10 @@ from recollect.server.app import create_app
 from recollect.server.hub import ModelHub
 from recollect.server.keys import Keyring
 from recollect.server.settings import Limits, Settings
+from recollect.types import Message
 
 FLAT_BYTES = 64 << 20
 """Memory may grow by this after the first fifth: texts and token ids of conversations are kept."""
-
-Message = dict[str, str]
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Soak:
     requests: int = 0
     cancelled: int = 0
     refused: int = 0
-    whole: list[tuple[list[Message], str]] = field(default_factory=list)
+    whole: list[tuple[list[Message], int, str]] = field(default_factory=list)
     """Some of the conversations, and their replies, to be generated anew."""
 
 
@@ -105,9 +105,7 @@ async def say_it(
         return None
     content: str = answer.json()["choices"][0]["message"]["content"]
     if len(soak.whole) < 40 and dice.random() < 0.05:
-        soak.whole.append(
-            ([*messages, {"role": "limit", "content": str(body["max_tokens"])}], content)
-        )
+        soak.whole.append(([*messages], body["max_tokens"], content))
     return content
 
 
@@ -121,14 +119,27 @@ async def watch(soak: Soak, model: recollect.Model, memory: list[int]) -> None:
         say(f"{soak.requests:7} requests  {memory[-1] >> 20:6} MiB  {soak.cancelled} left early")
 
 
-def equal_anew(args: argparse.Namespace, soak: Soak) -> int:
-    """Return how many replies a fresh model gives as they were given."""
+def prompts_of(soak: Soak, model: recollect.Model) -> list[tuple[list[int], int, str]]:
+    """Return the token ids that conversations were, how long their replies might be, and those."""
+    found = []
+    for messages, limit, text in soak.whole:
+        path = model.session_from(messages).path()
+        found.append((model.prompts.encode(path).token_ids, limit, text))
+    return found
+
+
+def equal_anew(args: argparse.Namespace, prompts: Sequence[tuple[list[int], int, str]]) -> int:
+    """Return how many replies a fresh model gives to the same token ids as they were given."""
     equal = 0
     with recollect.load(args.model, profile="exact", kv_disk=0) as fresh:
-        for number, (messages, text) in enumerate(soak.whole):
-            limit = recollect.SamplingParams(max_tokens=int(messages[-1]["content"]))
-            session = fresh.session_from(messages[:-1], namespace=f"{number}")  # type: ignore[arg-type]
-            equal += session.respond(None, params=limit).text == text
+        for ids, limit, text in prompts:
+            params = recollect.SamplingParams(max_tokens=limit)
+            generator = recollect.Generator(fresh.engine, params, namespace=None)
+            generator.append_tokens(ids)
+            while not generator.is_done():
+                generator.generate_next_token()
+            equal += fresh.tokenizer.decode(generator.get_sequence()[len(ids) :]) == text
+            generator.close()
     return equal
 
 
@@ -164,10 +175,11 @@ def main() -> int:
             thread.join(0.1)
         left = app.state.services.admission.running
         model.engine.check()
+        prompts = prompts_of(soak, model)
         server.should_exit = True
         thread.join()
     grown = max(memory[len(memory) // 5 :]) - memory[len(memory) // 5]
-    equal = equal_anew(args, soak)
+    equal = equal_anew(args, prompts)
     result = {
         "benchmark": "soak",
         "minutes": args.minutes,
