@@ -580,7 +580,7 @@ def test_a_planted_fault_is_found(
 ) -> None:
     FAULTS[fault](monkeypatch)
     with pytest.raises((AssertionError, ExceptionGroup, RuntimeFailure)):
-        run_state_machine_as_test(EngineMachine, settings=fault_search(200))
+        run_state_machine_as_test(EngineMachine, settings=fault_search(1500))
 
 
 def _trust_the_disk(patch: pytest.MonkeyPatch) -> None:
