@@ -257,5 +257,5 @@ def test_planted_faults_are_found(
     monkeypatch.setattr(where, name, fault)
     with pytest.raises(AssertionError):
         run_state_machine_as_test(
-            DiskMachine, settings=settings(fault_search(200), stateful_step_count=30)
+            DiskMachine, settings=settings(fault_search(1500), stateful_step_count=30)
         )

@@ -630,7 +630,7 @@ def test_a_planted_fault_of_the_disk_is_found(
 ) -> None:
     DISK_FAULTS[fault](monkeypatch)
     with pytest.raises((AssertionError, ExceptionGroup, RuntimeFailure)):
-        run_state_machine_as_test(DiskMachine, settings=fault_search(400))
+        run_state_machine_as_test(DiskMachine, settings=fault_search(1500))
 
 
 def test_the_oracle_tells_histories_apart() -> None:

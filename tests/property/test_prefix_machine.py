@@ -428,4 +428,4 @@ def test_a_planted_fault_is_found(
 ) -> None:
     FAULTS[fault](monkeypatch)
     with pytest.raises((AssertionError, ExceptionGroup, KeyError)):
-        run_state_machine_as_test(PrefixMachine, settings=fault_search(300))
+        run_state_machine_as_test(PrefixMachine, settings=fault_search(1500))

@@ -465,4 +465,4 @@ def test_a_planted_fault_is_found(
 ) -> None:
     FAULTS[fault](monkeypatch)
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(SessionMachine, settings=fault_search(300))
+        run_state_machine_as_test(SessionMachine, settings=fault_search(1500))

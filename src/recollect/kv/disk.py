@@ -286,6 +286,7 @@ class DiskStore:
             excess = accounts.total_bytes(txn, self._env) - int(self.budget_bytes * _LIVE_SHARE)
             if excess > 0:
                 self._evict(txn, excess + int(self.budget_bytes * _EVICT_SHARE))
+                stored = {key for key in stored if self._is_stored(txn, key)}
         return Written(stored, len(sizes), sum(sizes))
 
     def _put(
