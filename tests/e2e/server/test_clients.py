@@ -1,10 +1,13 @@
 """The clients that people use, unchanged, against a running server with a real model."""
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,6 +25,18 @@ pytestmark = [
 ]
 
 MODEL = "smollm2"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_the_clients_leave_behind() -> Iterator[None]:
+    """Have their unclosed loops and sockets collected here, and not counted against other tests."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        for _ in range(5):  # as often as pytest does at its end: one round may free the next
+            gc.collect()
+
+
 SYSTEM = (
     "You are a careful assistant of a small harbour on the northern coast. You know the tides, "
     "the boats and their owners, and you answer in one short sentence."
