@@ -298,6 +298,11 @@ def tokens_per_second(tokens: int, seconds: float) -> float | None:
     return tokens / seconds if tokens > 0 and seconds > 0 else None
 
 
+def running_average(known: float | None, newest: float) -> float:
+    """Return an average in which the newest measurement counts a quarter; the first counts whole."""
+    return newest if known is None else known + 0.25 * (newest - known)
+
+
 def common_prefix_length(first: Iterable[object], second: Iterable[object]) -> int:
     """Return how many leading items two token histories, or characters two texts, share."""
     length = 0

@@ -10,11 +10,10 @@ from typing import Final
 from recollect.engine.sequence import FeedPlan
 from recollect.engine.task import Task, count_replays
 from recollect.runtime.base import Logits, PagedRuntime
+from recollect.types import running_average
 
 _TIMED_TOKENS: Final = 32
 """A pass over fewer tokens says little of what prefill costs."""
-_NEWEST_SHARE: Final = 0.25
-"""Of the newest pass in the running average."""
 
 Chunks = dict[Task, FeedPlan]
 
@@ -84,7 +83,5 @@ class ForwardPasses:
         return dict(zip(wanting, logits, strict=True))
 
     def _time(self, tokens: int, seconds: float) -> None:
-        if tokens < _TIMED_TOKENS:
-            return
-        newest, known = seconds / tokens, self.s_per_token
-        self.s_per_token = newest if known is None else known + _NEWEST_SHARE * (newest - known)
+        if tokens >= _TIMED_TOKENS:
+            self.s_per_token = running_average(self.s_per_token, seconds / tokens)

@@ -17,11 +17,10 @@ from recollect.kv.disk import DiskStore, Found
 from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Buffer, Entry, Identity
 from recollect.runtime.base import PagedRuntime
+from recollect.types import running_average
 
 _log: Final = logging.getLogger(__name__)
 
-_NEWEST_SHARE: Final = 0.25
-"""Of the newest measurement in the running average."""
 _FIRST_BLOCKS: Final = 8
 """Read at once while nothing has been measured and others wait."""
 
@@ -219,7 +218,4 @@ class Restorer:
         self.tokens += tokens
         self.seconds += seconds
         if blocks:
-            newest, known = seconds / blocks, self.restore_s_per_block
-            self.restore_s_per_block = (
-                newest if known is None else known + _NEWEST_SHARE * (newest - known)
-            )
+            self.restore_s_per_block = running_average(self.restore_s_per_block, seconds / blocks)
