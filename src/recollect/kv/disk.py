@@ -16,7 +16,7 @@ from typing import Final
 from recollect.errors import StoreFullError
 from recollect.kv import accounts
 from recollect.kv.environment import Environment, Transaction
-from recollect.kv.prefix import Key, chained_key
+from recollect.kv.prefix import Key, chained_key, longest_common
 from recollect.kv.record import (
     Buffer,
     Entry,
@@ -30,7 +30,7 @@ from recollect.kv.record import (
     unpack_block,
     unpack_entry,
 )
-from recollect.types import MissReason, common_prefix_length
+from recollect.types import MissReason
 
 TABLES: Final = ("blocks", "entries", "children", "pins", "identities", "info")
 STORE_FOLDER: Final = "kv"
@@ -349,13 +349,7 @@ class DiskStore:
         self, txn: Transaction, parent: Key, token_ids: Sequence[int]
     ) -> tuple[Entry | None, int]:
         """Return the child that begins with the most of these tokens, and how many."""
-        best: Entry | None = None
-        longest = 0
-        for child in self._children(txn, parent) if token_ids else []:
-            length = common_prefix_length(token_ids, child.token_ids)
-            if length > longest:
-                best, longest = child, length
-        return best, longest
+        return longest_common(self._children(txn, parent) if token_ids else [], token_ids)
 
     def _remove_tree(self, txn: Transaction, key: Key) -> int:
         cursor = txn.cursor(self._env.table("children"))

@@ -6,7 +6,6 @@ Knows transactions, sizes and what can go wrong with the files; nothing of what 
 
 import errno
 import logging
-import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from typing import Any, Final
 import lmdb
 
 from recollect.errors import (
-    MisuseError,
     StoreBusyError,
     StoreCorruptError,
     StoreError,
@@ -176,18 +174,6 @@ def translated(folder: Path) -> Iterator[None]:
             f"The KV store in {folder} cannot be used ({cause}): allow that, set RECOLLECT_HOME "
             "elsewhere, or do without it (--kv-disk 0)."
         ) from cause
-
-
-def remove_files(folder: Path) -> None:
-    """
-    Delete the environment in a folder; no process may have it open.
-
-    Raises:
-        MisuseError: This one has.
-    """
-    if is_open(folder):
-        raise MisuseError("a store is closed before its files are deleted")
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put_aside(folder: Path, cause: Exception) -> None:

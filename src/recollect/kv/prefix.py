@@ -6,8 +6,9 @@ Pure bookkeeping over the pool: no runtime, no disk. Time is a counter of uses.
 
 import hashlib
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -68,6 +69,17 @@ class CachedBlock:
     def path(self) -> list["CachedBlock"]:
         """Return the blocks from the first of the prefix to this one, without the root."""
         return [block for block in _with_prefix(self) if block.parent is not None][::-1]
+
+
+class HasTokens(Protocol):
+    """A block in memory or on disk."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Return what it holds."""
+
+
+BlockT = TypeVar("BlockT", bound=HasTokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +182,7 @@ class PrefixCache:
         node.last_used = self._uses
         if not inside_block:
             return Match(full)
-        partial, length = _longest_common(node, token_ids[start : start + size])
+        partial, length = longest_common(node.children.values(), token_ids[start : start + size])
         if partial is None:
             return Match(full)
         partial.last_used = self._uses
@@ -332,13 +344,13 @@ def _with_prefix(cached: CachedBlock) -> Iterator[CachedBlock]:
         node = node.parent
 
 
-def _longest_common(
-    parent: CachedBlock, token_ids: Sequence[int]
-) -> tuple[CachedBlock | None, int]:
+def longest_common(
+    children: Iterable[BlockT], token_ids: Sequence[int]
+) -> tuple[BlockT | None, int]:
     """Return the child that begins with the most of these tokens, and how many."""
-    best: CachedBlock | None = None
+    best: BlockT | None = None
     longest = 0
-    for child in parent.children.values():
+    for child in children:
         length = common_prefix_length(token_ids, child.token_ids)
         if length > longest:
             best, longest = child, length
