@@ -12,6 +12,7 @@ that package, or a file for it, ours alone is measured.
 
 import argparse
 import asyncio
+import http.client
 import json
 import os
 import random
@@ -36,6 +37,7 @@ from recollect.proof.machine import machine_card
 from recollect.proof.workloads import text_of
 
 REPLY_TOKENS: Final = 24
+OVERHEAD_SAMPLES: Final = 60
 CLIENTS: Final = 4
 
 Message = dict[str, str]
@@ -239,34 +241,51 @@ def throughput(server: Running, seed: str) -> float:
     return asyncio.run(run())
 
 
-def overhead(server: Running) -> float:
+def overhead(url: str, model: recollect.Model) -> dict[str, float]:
     """
-    Return the median of what HTTP adds to the first token, in seconds.
+    Return the median times to the first text, in seconds: over HTTP, and of the library itself.
 
-    What the client measures, less what the library measured for the same reply.
+    In turns, the same short messages, each a first one; the connection is open, and the client is the
+    standard library's, so that what is measured is the server. The pauses let either finish what it
+    does after a reply.
     """
-    added = []
-    for number in range(20):
-        body = {
-            "messages": [{"role": "user", "content": f"Number {number}"}],
-            "max_tokens": 2,
-            "stream": True,
-        }
-        with (
-            httpx.Client(trust_env=False) as client,
-            client.stream("GET", f"{server.url}/health") as warm,
-        ):
-            warm.read()
-            begun, first, own = perf_counter(), None, None
-            with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
-                for line in response.iter_lines():
-                    if '"content":' in line and '"content":""' not in line:
-                        first = first or perf_counter()
-                    if line.startswith("data: {"):
-                        own = json.loads(line.removeprefix("data: ")).get("recollect") or own
-        if first is not None and own is not None:
-            added.append(first - begun - own["ttft_s"])
-    return float(median(added))
+    host = url.removeprefix("http://")
+    connection = http.client.HTTPConnection(host, timeout=60)
+    times: dict[str, list[float]] = {"http": [], "library": []}
+    for number in range(OVERHEAD_SAMPLES):
+        said = f"Number {number}"
+        for name in ("http", "library") if number % 2 else ("library", "http"):
+            sleep(0.1)
+            if name == "http":
+                times[name].append(http_first_text(connection, said))
+            else:
+                times[name].append(library_first_text(model, said))
+    connection.close()
+    return {name: median(values) for name, values in times.items()}
+
+
+def http_first_text(connection: http.client.HTTPConnection, said: str) -> float:
+    messages = [{"role": "user", "content": said}]
+    body = json.dumps({"messages": messages, "max_tokens": 2, "stream": True, "temperature": 0})
+    headers = {"Content-Type": "application/json"}
+    begun = perf_counter()
+    connection.request("POST", "/v1/chat/completions", body, headers)
+    response = connection.getresponse()
+    first = None
+    for line in response:
+        if first is None and b'"content":' in line and b'"content":""' not in line:
+            first = perf_counter() - begun
+    assert first is not None, response.status
+    return first
+
+
+def library_first_text(model: recollect.Model, said: str) -> float:
+    params = recollect.SamplingParams(max_tokens=2)
+    begun = perf_counter()
+    message: recollect.types.Message = {"role": "user", "content": said}
+    with model.session_from([message], params=params) as session, session.stream(None) as stream:
+        next(iter(stream))
+        return perf_counter() - begun
 
 
 def free_port() -> int:
@@ -309,12 +328,9 @@ def measure(servers: Sequence[Running], rounds: int) -> dict[str, Any]:
         for result in after_restart(order, f"restart {number}"):
             traces.append(result)
             say("{server:14} {trace:18} {computed_tokens:7} {ttft_s:8.2f} s".format(**result))
-    added = overhead(servers[0])
-    say(f"HTTP adds {added * 1000:.1f} ms to the first token")
     return {
         "traces": traces,
-        "tokens_per_second": {name: median(values) for name, values in speeds.items()},
-        "http_overhead_s": added,
+        "tokens_per_second": {name: median(values) for name, values in speeds.items() if values},
     }
 
 
@@ -327,7 +343,7 @@ def main() -> None:
     options.add_argument(
         "--rival", type=Path, help="a GGUF file for llama-server, Q8_0 for its fast path"
     )
-    options.add_argument("--rounds", type=int, default=2)
+    options.add_argument("--rounds", type=int, default=2, help="0: only what HTTP adds")
     options.add_argument("--save", action="store_true", help="keep the result under results/")
     args = options.parse_args()
     load = Load()
@@ -337,12 +353,15 @@ def main() -> None:
         servers = start_servers(args, home)
         try:
             result = measure(servers, args.rounds)
+            with recollect.load(args.model, profile=args.profile, kv_disk=0) as model:
+                card, first = machine_card(model), overhead(servers[0].url, model)
         finally:
             for server in servers:
                 server.stop()
-    with recollect.load(args.model, profile=args.profile, kv_disk=0) as model:
-        card = machine_card(model)
-    line = {"benchmark": "server", "machine": asdict(card), **result, "others_load": load.others()}
+    added_ms = (first["http"] - first["library"]) * 1000
+    say(f"HTTP adds {added_ms:.1f} ms to the {first['library'] * 1000:.1f} ms to the first text")
+    result |= {"first_text_s": first, "others_load": load.others()}
+    line = {"benchmark": "server", "machine": asdict(card), **result}
     print(json.dumps(line))
     if args.save:
         path = RESULTS / slug(card) / f"server-{args.profile}.json"

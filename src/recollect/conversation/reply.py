@@ -32,6 +32,8 @@ class Reply:
     """What the model calls, where the session offers tools: those of the calls that are whole."""
     content: str = ""
     """What is said beside the calls; `text` has all that the model wrote."""
+    stop_string: str | None = None
+    """The stop string that has ended it; None where none has."""
 
     def __str__(self) -> str:
         return self.text
@@ -50,12 +52,14 @@ class ReplyStream:
         generation: ReplyGeneration,
         *,
         keep: Callable[[], Reply | None],
+        measure: Callable[[], Usage],
         free_session: Callable[[], None],
         parser: ToolCallParser | None = None,
     ) -> None:
         self._generation = generation
         self._parser = parser
         self._keep = keep
+        self._measure = measure
         self._closed = False
         # Also where the stream is forgotten without ever having been read.
         self._free_session = weakref.finalize(self, _give_up, generation, free_session)
@@ -76,6 +80,14 @@ class ReplyStream:
         comes once all of its text has, the last ones when the reply has ended.
         """
         return self._generation.logprobs
+
+    def usage_so_far(self) -> Usage | None:
+        """
+        Return what the reply has cost by now; None before its first token.
+
+        From then on the numbers of the prompt stay as they are.
+        """
+        return self._measure() if self._generation.has_begun else None
 
     def __iter__(self) -> Iterator[str]:
         try:

@@ -333,6 +333,7 @@ class Session(Place):
         return ReplyStream(
             generation,
             keep=partial(self._finish, turn),
+            measure=turn.usage,
             free_session=self._busy.release,
             parser=turn.new_parser(),
         )

@@ -81,4 +81,5 @@ class Turn:
             self.generation.logprobs,
             parsed.calls,
             parsed.content,
+            self.generation.stop_string,
         )

@@ -73,6 +73,11 @@ class ReplyGeneration:
         return self._finish_reason
 
     @property
+    def stop_string(self) -> str | None:
+        """Return the stop string that has ended the reply; None where none has."""
+        return self._matcher.matched
+
+    @property
     def generated_tokens(self) -> int:
         """Return how many tokens were generated, those of a stop string included."""
         return self._generated
@@ -86,6 +91,11 @@ class ReplyGeneration:
     def prompt_tokens(self) -> int:
         """Return how many tokens the prompt has."""
         return self._start
+
+    @property
+    def has_begun(self) -> bool:
+        """Return whether the first token is there, and with it all that the prompt has cost."""
+        return self._first_token_s is not None
 
     @property
     def token_ids(self) -> list[int]:
@@ -105,16 +115,16 @@ class ReplyGeneration:
         """
         if self._read_to_end:
             return
-        while not self._matcher.matched and (generated := self._queue.get()) is not None:
+        while self.stop_string is None and (generated := self._queue.get()) is not None:
             yield from self._given(self._matcher.push(self._decoded(*generated)))
         self._read_to_end = True
-        if self._matcher.matched:
+        if self.stop_string is not None:
             self._finish_reason = "stop"
             self._task.cancel()
             return
         # What was held back because more was to come belongs to the reply.
         rest = self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
-        self._is_whole = not self._matcher.matched
+        self._is_whole = self.stop_string is None
         self._finish_reason = self._generator.finish_reason if self._is_whole else "stop"
         self._finish_reason = self._finish_reason or "cancelled"
         yield from self._given(rest)

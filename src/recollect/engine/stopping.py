@@ -19,18 +19,20 @@ class StopMatcher:
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._held = ""
-        self.matched = False
+        self.matched: str | None = None
+        """The stop string that has come."""
 
     def push(self, piece: str) -> str:
         """Take more text and return what can be let through now; nothing once a stop string has come."""
-        if self.matched:
+        if self.matched is not None:
             return ""
         text = self._held + piece
-        found = [(place + len(s), place) for s in self._stop if (place := text.find(s)) >= 0]
+        found = [(place + len(s), place, s) for s in self._stop if (place := text.find(s)) >= 0]
         if found:
             # The one complete first, and of those the longest: as if letters came one by one.
-            self.matched, self._held = True, ""
-            return text[: min(found)[1]]
+            _, place, self.matched = min(found)
+            self._held = ""
+            return text[:place]
         keep = self._possible_start(text)
         self._held = text[keep:]
         return text[:keep]

@@ -36,7 +36,7 @@ from recollect.server.streaming import (
     require_reply,
     sse,
 )
-from recollect.types import SamplingParams, TokenLogprob
+from recollect.types import SamplingParams, TokenLogprob, Usage
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -103,7 +103,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     job = await begin(request, body.model, prepare, choices=number * len(prompts))
     completion = TextCompletion(job, body)
     if body.stream:
-        return await job.stream(request, completion.events)
+        return await job.stream(request, completion.events, per_prompt=number)
     replies = await job.replies(request)
     cost = job.cost(replies, per_prompt=number)
     return JSONResponse(completion.whole(replies), headers=cost.headers())
@@ -151,6 +151,10 @@ class TextStream:
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
         """Return how likely the tokens so far were; None where nobody asked."""
         return self._generation.logprobs
+
+    def usage_so_far(self) -> Usage | None:
+        """Return what it has cost by now; None before its first token."""
+        return self._generation.usage() if self._generation.has_begun else None
 
     def events(self) -> Iterator[ReplyEvent]:
         """Read what comes, which is text."""

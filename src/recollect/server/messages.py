@@ -41,6 +41,13 @@ _STOP_REASONS: Final[dict[FinishReason, str]] = {
     "length": "max_tokens",
     "cancelled": "end_turn",
 }
+_NOTHING_SPENT: Final = {
+    "input_tokens": 0,
+    "cache_read_input_tokens": 0,
+    "cache_creation_input_tokens": 0,
+    "output_tokens": 0,
+}
+"""Of a reply that failed, or was stopped, before its first token."""
 
 
 @router.post("/v1/messages")
@@ -106,20 +113,18 @@ class _Message:
             **self._head(),
             "content": content,
             "stop_reason": _stop_reason(reply),
+            "stop_sequence": reply.stop_string,
             "usage": self._job.cost([reply]).messages(),
         }
 
     async def events(self, events: AsyncIterator[Event]) -> AsyncIterator[str]:
         """Yield the reply as it comes."""
-        # What was reused is known only when the prompt is read; the last event has the numbers.
-        unknown = {
-            "input_tokens": 0,
-            "cache_read_input_tokens": 0,
-            "cache_creation_input_tokens": 0,
-            "output_tokens": 0,
-        }
-        yield _event("message_start", message={**self._head(), "usage": unknown})
+        has_begun = False
         async for event in events:
+            # What was reused is known when the prompt is read; until then there are comments alone.
+            if not has_begun and not isinstance(event, Progress):
+                has_begun = True
+                yield self._start()
             match event:
                 case Piece():
                     yield self._text(event.text)
@@ -134,6 +139,11 @@ class _Message:
                     yield self._end(reply)
                 case Progress():
                     yield progress_comment(event)
+
+    def _start(self) -> str:
+        spent = self._job.cost_so_far()
+        usage = _NOTHING_SPENT if spent is None else spent.messages()
+        return _event("message_start", message={**self._head(), "usage": usage})
 
     def _text(self, text: str) -> str:
         begun = "" if self._open == "text" else self._begin("text", {"type": "text", "text": ""})
@@ -163,7 +173,7 @@ class _Message:
 
     def _end(self, reply: Reply) -> str:
         nothing = self._text("") if self._block < 0 else ""
-        stop = {"stop_reason": _stop_reason(reply), "stop_sequence": None}
+        stop = {"stop_reason": _stop_reason(reply), "stop_sequence": reply.stop_string}
         usage = self._job.cost([reply]).messages()
         return (
             nothing
@@ -187,6 +197,8 @@ class _Message:
 def _stop_reason(reply: Reply) -> str:
     if reply.tool_calls and reply.finish_reason == "stop":
         return "tool_use"
+    if reply.stop_string is not None:
+        return "stop_sequence"
     return _STOP_REASONS[reply.finish_reason]
 
 

@@ -32,7 +32,7 @@ from recollect.server.response_schema import ResponseRequest
 from recollect.server.services import Services, begin, client_of, services_of
 from recollect.server.streaming import Readable
 from recollect.server.usage import cost, recorded
-from recollect.types import Message, TokenLogprob
+from recollect.types import Message, TokenLogprob, Usage
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -153,6 +153,10 @@ class _Kept:
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
         """Return how likely the tokens so far were; None where nobody asked."""
         return self._stream.logprobs
+
+    def usage_so_far(self) -> Usage | None:
+        """Return what the reply has cost by now; None before its first token."""
+        return self._stream.usage_so_far()
 
     def events(self) -> Iterator[Event]:
         """Read the reply as text and calls of tools."""

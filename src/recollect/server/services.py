@@ -7,7 +7,7 @@ the engine begin. From there on readers hand out what comes.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from time import time
 from typing import Final
@@ -96,6 +96,13 @@ class Job:
         usages = [reply.usage for reply in replies]
         return cost(usages, self._services.speeds[self.model_name], per_prompt=per_prompt)
 
+    def cost_so_far(self, *, per_prompt: int | None = None) -> Cost | None:
+        """Return what the prompts have cost; None where one of the replies has not begun."""
+        usages = self._readers.usages()
+        if usages is None:
+            return None
+        return cost(usages, self._services.speeds[self.model_name], per_prompt=per_prompt)
+
     async def replies(self, request: Request) -> list[Reply]:
         """
         Return the whole replies; where the client goes away first, they end at once.
@@ -114,13 +121,14 @@ class Job:
         self,
         request: Request,
         encode: Callable[[AsyncIterator[Event]], AsyncIterator[str]],
-        headers: Mapping[str, str] | None = None,
+        *,
+        per_prompt: int | None = None,
     ) -> EventStream:
         """
         Return the replies as server-sent events; where the client goes away, they end at once.
 
         The response begins when the first token is there, or after a second: so what fails at once
-        is told with its own status.
+        is told with its own status, and headers tell what prompts cost that were read by then.
 
         Raises:
             ClientGone, RecollectError: As in `replies`.
@@ -131,7 +139,9 @@ class Job:
             self._readers.stop()
             raise
         events = encode(self._readers.events())
-        return EventStream(events, on_close=self._readers.stop, headers=headers or {})
+        spent = self.cost_so_far(per_prompt=per_prompt)
+        headers = {} if spent is None else spent.headers()
+        return EventStream(events, on_close=self._readers.stop, headers=headers)
 
 
 def _require_no_failure(event: Event) -> None:

@@ -23,7 +23,7 @@ from recollect.errors import RecollectError
 from recollect.models.tool_calls import ArgumentsDelta, CallEnded, CallStarted, TextDelta
 from recollect.models.tool_calls import Event as ReplyEvent
 from recollect.server.errors import ClientGone
-from recollect.types import TokenLogprob
+from recollect.types import TokenLogprob, Usage
 
 _T = TypeVar("_T")
 
@@ -46,6 +46,9 @@ class Readable(Protocol):
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
         """Return how likely the tokens so far were; None where nobody asked. It only grows."""
+
+    def usage_so_far(self) -> Usage | None:
+        """Return what the reply has cost by now; None before its first token."""
 
     def events(self) -> Iterator[ReplyEvent]:
         """Read the reply as text and calls of tools."""
@@ -145,6 +148,12 @@ class Readers:
         """Return the first event, which `events` gives again; a progress where it takes long."""
         self._next = await self._get()
         return self._next
+
+    def usages(self) -> list[Usage] | None:
+        """Return what the replies have cost by now; None where one of them has no token yet."""
+        found = [stream.usage_so_far() for stream in self._streams]
+        known = [usage for usage in found if usage is not None]
+        return known if len(known) == len(found) else None
 
     async def events(self) -> AsyncIterator[Event]:
         """Yield what happens until the last reply is over."""

@@ -76,6 +76,28 @@ def test_headers_say_the_same(client: httpx.Client) -> None:
     assert "became" in response.headers["x-recollect-difference"]
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}]}),
+        ("/v1/responses", {"input": "Hello"}),
+        ("/v1/completions", {"prompt": ["Hello", "Goodbye"], "n": 2}),
+    ],
+)
+def test_headers_of_a_stream_say_what_its_prompt_cost(
+    client: httpx.Client, post: Callable[..., Json], path: str, said: Json
+) -> None:
+    limit = "max_output_tokens" if path.endswith("responses") else "max_tokens"
+    computed = []
+    for _ in range(2):
+        with client.stream("POST", path, json={**said, limit: 4, "stream": True}) as response:
+            response.read()
+        computed.append(int(response.headers["x-recollect-computed-tokens"]))
+    whole = post(client, path, {**said, limit: 4})["usage"]["recollect"]["computed_tokens"]
+    assert computed[1] == whole < computed[0]
+
+
 def test_a_stream_says_what_the_whole_reply_says(
     client: httpx.Client, chat: Callable[..., Json], events: Callable[..., list[Any]]
 ) -> None:

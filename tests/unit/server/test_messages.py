@@ -47,6 +47,21 @@ def test_a_stream_says_the_same(
     assert "".join(deltas) == whole["content"][0]["text"]
     assert found[-2]["delta"]["stop_reason"] == whole["stop_reason"]
     assert found[-2]["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
+    first, last = found[0]["message"]["usage"], found[-2]["usage"]
+    assert first["input_tokens"] == last["input_tokens"] > whole["usage"]["input_tokens"]
+    assert first["cache_read_input_tokens"] == last["cache_read_input_tokens"]
+
+
+def test_the_stop_sequence_that_ended_a_reply_is_named(
+    client: httpx.Client, post: Callable[..., Json], events: Callable[..., list[Any]]
+) -> None:
+    text = post(client, PATH, body_of(("user", "Hello"), max_tokens=24))["content"][0]["text"]
+    stops = {"stop_sequences": ["never said", text[3:5]], "max_tokens": 24}
+    whole = post(client, PATH, body_of(("user", "Hello"), **stops))
+    assert whole["content"][0]["text"] == text.split(text[3:5])[0]
+    last = events(client, PATH, body_of(("user", "Hello"), stream=True, **stops))[-2]["delta"]
+    for told in (whole, last):
+        assert (told["stop_reason"], told["stop_sequence"]) == ("stop_sequence", text[3:5])
 
 
 def test_tokens_can_be_counted(client: httpx.Client, post: Callable[..., Json]) -> None:
