@@ -5,11 +5,14 @@ Test modules do not import each other; what they share comes from here.
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import pytest
@@ -265,6 +268,61 @@ def plant_hole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         return plan
 
     return lambda: monkeypatch.setattr(sequence_module, "plan_feed", with_hole)
+
+
+_TAKE_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Any]]:
+    """
+    Return what starts a program on a pseudo-terminal, as `pexpect.spawn` does.
+
+    That forks, and what runs in the child before the program does may find a lock that another
+    thread held. Models are loaded here, with threads that we know nothing of; so the child is made
+    as `subprocess` makes one, and takes the terminal for its own once nothing of ours is in it.
+    """
+    import pexpect
+    import ptyprocess
+
+    class Terminal(pexpect.spawn):  # type: ignore[misc]  # it has no types
+        def _spawnpty(self, args: Sequence[bytes], **options: Any) -> ptyprocess.PtyProcess:
+            ours, theirs = os.openpty()
+            launcher = subprocess.Popen(  # noqa: S603 - what tests start
+                [sys.executable, "-I", "-S", "-c", _TAKE_TERMINAL, *args],
+                stdin=theirs,
+                stdout=theirs,
+                stderr=theirs,
+                env=options["env"],
+                start_new_session=True,
+            )
+            launcher.returncode = 0  # whoever waits for it is pexpect
+            os.close(theirs)
+            process = ptyprocess.PtyProcess(launcher.pid, ours)
+            if options.get("dimensions"):
+                process.setwinsize(*options["dimensions"])
+            return process
+
+    started: list[Terminal] = []
+
+    def start(program: str, *arguments: str, **options: Any) -> Terminal:
+        child = Terminal(
+            program,
+            list(arguments),
+            encoding="utf-8",
+            codec_errors="replace",
+            timeout=60,
+            **options,
+        )
+        started.append(child)
+        return child
+
+    yield start
+    for child in started:
+        child.close(force=True)
 
 
 def _onnx_folder(precision: Precision) -> Path:

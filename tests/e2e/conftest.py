@@ -4,14 +4,11 @@ What the tests of the command line as a user has it share: a home, and a pseudo-
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pexpect
 import pytest
-
-TIMEOUT_S = 60
 
 
 @pytest.fixture
@@ -27,24 +24,13 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def spawn(environment: dict[str, str]) -> Iterator[Callable[..., Any]]:
+def spawn(environment: dict[str, str], terminal: Callable[..., Any]) -> Callable[..., Any]:
     """Return what starts a chat on a pseudo-terminal and waits for its prompt."""
-    children: list[Any] = []
 
     def start(*arguments: str) -> Any:
-        child = pexpect.spawn(
-            sys.executable,
-            ["-m", "recollect", "chat", *arguments],
-            env=environment,
-            dimensions=(50, 100),
-            encoding="utf-8",
-            codec_errors="replace",
-            timeout=TIMEOUT_S,
-        )
-        children.append(child)
+        chat = [sys.executable, "-m", "recollect", "chat", *arguments]
+        child = terminal(*chat, env=environment, dimensions=(50, 100))
         child.expect_exact("you>")
         return child
 
-    yield start
-    for child in children:
-        child.close(force=True)
+    return start

@@ -20,9 +20,6 @@ import pexpect
 
 from recollect import config
 
-# Python warns of a fork in a process with threads; the child executes another program at once.
-pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
-
 RECOLLECT = [sys.executable, "-m", "recollect"]
 SHORT = ["--model", "reference", "--ignore-eos", "-n", "5"]
 PROMPT = "you>"

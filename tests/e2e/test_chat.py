@@ -18,9 +18,6 @@ if sys.platform == "win32":
 
 import pexpect
 
-# Python warns of a fork in a process with threads; the child executes another program at once.
-pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
-
 CHAT = [sys.executable, "-m", "recollect", "chat"]
 REFERENCE = ["--model", "reference", "--ignore-eos"]
 PROMPT = "you>"  # and a space, which may come as a movement of the cursor
@@ -179,12 +176,12 @@ def test_a_pipe_gets_replies_as_text_without_decoration(environment: dict[str, s
     assert as_text.stderr == ""
 
 
-def test_a_pipe_leaves_the_terminal_alone(environment: dict[str, str]) -> None:
+def test_a_pipe_leaves_the_terminal_alone(
+    environment: dict[str, str], terminal: Callable[..., Any]
+) -> None:
     chat = " ".join([*CHAT, *REFERENCE, "-n", "5"])
     script = f"printf 'hi\\n' | {chat} > {os.devnull}; read line; echo got:$line"
-    child = pexpect.spawn(
-        "/bin/sh", ["-c", script], env=environment, encoding="utf-8", timeout=TIMEOUT_S
-    )
+    child = terminal("/bin/sh", "-c", script, env=environment)
     child.sendline("typed")
     child.expect("got:typed")
     child.expect(pexpect.EOF)

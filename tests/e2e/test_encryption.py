@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,6 @@ import pexpect
 from recollect.config import HISTORY_NAME
 from recollect.conversation.journal import JOURNAL_NAME
 from recollect.keyfile import KEY_FILE, PASSPHRASE_VARIABLE
-
-# Python warns of a fork in a process with threads; the child executes another program at once.
-pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
 
 SHORT = ["--model", "reference", "--ignore-eos", "-n", "5"]
 PHRASE = "the treasure lies below the oak"
@@ -131,19 +129,13 @@ def test_a_server_keeps_what_it_is_told_encrypted(environment: dict[str, str], h
 
 
 def test_a_plain_folder_is_encrypted_with_a_passphrase_that_is_typed_twice(
-    environment: dict[str, str], home: Path
+    environment: dict[str, str], home: Path, terminal: Callable[..., Any]
 ) -> None:
     run(environment, "chat", *SHORT, "--name", "map", text=f"{PHRASE}\n")
     (home / HISTORY_NAME).write_text(PHRASE)
     assert in_the_files(home) == [JOURNAL_NAME, HISTORY_NAME]
     for second, says in (("other", "differ"), ("sesame", "is encrypted")):
-        child = pexpect.spawn(
-            sys.executable,
-            ["-m", "recollect", "encrypt"],
-            env=environment,
-            encoding="utf-8",
-            timeout=TIMEOUT_S,
-        )
+        child = terminal(sys.executable, "-m", "recollect", "encrypt", env=environment)
         for prompt, typed in (("New passphrase", "sesame"), ("again", second)):
             child.expect(prompt)
             child.waitnoecho()
@@ -159,17 +151,10 @@ def test_a_plain_folder_is_encrypted_with_a_passphrase_that_is_typed_twice(
 
 
 def test_a_chat_at_the_terminal_asks_for_the_passphrase_and_leaves_no_history(
-    environment: dict[str, str], home: Path
+    environment: dict[str, str], home: Path, terminal: Callable[..., Any]
 ) -> None:
     run(environment, "encrypt", passphrase="sesame")
-    child = pexpect.spawn(
-        sys.executable,
-        ["-m", "recollect", "chat", *SHORT],
-        env=environment,
-        encoding="utf-8",
-        codec_errors="replace",
-        timeout=TIMEOUT_S,
-    )
+    child = terminal(sys.executable, "-m", "recollect", "chat", *SHORT, env=environment)
     child.expect("Passphrase of")
     child.waitnoecho()
     child.sendline("sesame")

@@ -20,9 +20,6 @@ import pexpect
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.records import NewNode, StoredConversation
 
-# Python warns of a fork in a process with threads; the child executes another program at once.
-pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
-
 RECOLLECT = [sys.executable, "-m", "recollect"]
 REFERENCE = ["--model", "reference", "--ignore-eos"]
 SHORT = [*REFERENCE, "-n", "5"]

@@ -8,7 +8,6 @@ import pytest
 
 import recollect
 from recollect.kv.disk import DiskStore
-from recollect.models.onnx_convert import Precision
 from recollect.proof.verify import EXACT_LIMIT, verify
 
 pytestmark = pytest.mark.model
@@ -35,12 +34,3 @@ def test_a_hole_of_one_token_fails(model: recollect.Model, plant_hole: Callable[
     report = verify(model, operations=14, seed=7)
     assert not report.passed
     assert report.largest.logits > 10 * EXACT_LIMIT
-
-
-def test_an_onnx_folder_in_fp32_equals_a_fresh_prefill(
-    onnx_folder: Callable[[Precision], Path],
-) -> None:
-    with recollect.load(onnx_folder("fp32"), profile="exact") as model:
-        report = verify(model, operations=12, seed=7)
-    assert report.passed
-    assert report.largest.logits < EXACT_LIMIT / 2

@@ -4,6 +4,7 @@ From the name of a model to one that is ready to talk.
 Decides which runtime runs it and where its KV is kept; knows nothing of conversations.
 """
 
+import logging
 from pathlib import Path
 
 from recollect import config, keyfile
@@ -17,6 +18,8 @@ from recollect.models.tokenizer import load_tokenizer
 from recollect.runtime.base import PagedRuntime
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import Profile, Progress, no_progress
+
+_log = logging.getLogger(__name__)
 
 
 def load(
@@ -61,7 +64,7 @@ def load(
         keyfile.require(home, cipher)
     local = prepare(str(model), home=home, progress=progress)
     runtime = _runtime(local, profile)
-    store = store or _store(home, kv_disk, cipher)
+    store = store or _store(home, kv_disk, cipher, runtime)
     try:
         return Model(
             local,
@@ -78,7 +81,17 @@ def load(
         raise
 
 
-def _store(home: Path, kv_disk: int | None, cipher: Cipher | None) -> DiskStore | None:
+def _store(
+    home: Path, kv_disk: int | None, cipher: Cipher | None, runtime: PagedRuntime
+) -> DiskStore | None:
+    if not runtime.info.has_block_bytes:
+        if kv_disk:
+            _log.warning(
+                "%s keeps its KV to itself, so none is kept on disk: run the model on OpenVINO for "
+                "that.",
+                runtime.info.name,
+            )
+        return None
     folder = home / STORE_FOLDER
     budget = (
         config.default_kv_disk_bytes(folder)

@@ -4,9 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
@@ -140,9 +141,11 @@ def test_delete_needs_a_yes_where_nobody_can_be_asked(poem: Journal) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize(("typed", "left"), [("n", 1), ("", 1), ("y", 0)])
-def test_delete_asks_at_a_terminal(poem: Journal, typed: str, left: int) -> None:
+def test_delete_asks_at_a_terminal(
+    poem: Journal, terminal: Callable[..., Any], typed: str, left: int
+) -> None:
     program = "from recollect.cli.conversations import app; app(['delete', 'poem'])"
-    command = pexpect.spawn(sys.executable, ["-c", program], encoding="utf-8", timeout=30)
+    command = terminal(sys.executable, "-c", program)
     command.expect_exact("with 3 turns for good?")
     command.sendline(typed)
     command.expect(pexpect.EOF)
