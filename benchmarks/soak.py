@@ -1,11 +1,11 @@
 """
 A server under clients that edit, cancel and hang up, for as long as one likes.
 
-    python benchmarks/soak.py [--minutes 30] [--clients 8] [--model smollm2|reference]
+    python benchmarks/soak.py [--minutes 30] [--clients 8] [--compare 60] [--model smollm2|reference]
 
 Everything runs in one process, so that the engine's bookkeeping can be checked while it runs. At the
 end: no block is leaked (`check()`), memory is flat after the first fifth, and replies of the profile
-`exact` equal those of a model that has never seen anything else.
+`exact`, drawn at random from all, equal those of a model that has never seen anything else.
 """
 
 import argparse
@@ -48,7 +48,19 @@ class Soak:
     cancelled: int = 0
     refused: int = 0
     whole: list[tuple[list[Message], int, str]] = field(default_factory=list)
-    """Some of the conversations, and their replies, to be generated anew."""
+    """Some of the conversations, and their replies, to be generated anew; any is as likely as any other."""
+    most: int = 60
+    """Of those."""
+    replies: int = 0
+    """That could be compared."""
+
+    def keep(self, messages: list[Message], limit: int, text: str, dice: random.Random) -> None:
+        """Draw without knowing how many there will be: the nth replaces one with odds of most / n."""
+        self.replies += 1
+        if len(self.whole) < self.most:
+            self.whole.append((messages, limit, text))
+        elif (place := dice.randrange(self.replies)) < self.most:
+            self.whole[place] = (messages, limit, text)
 
 
 async def be_a_client(soak: Soak, number: int) -> None:
@@ -104,8 +116,7 @@ async def say_it(
         soak.refused += 1
         return None
     content: str = answer.json()["choices"][0]["message"]["content"]
-    if len(soak.whole) < 40 and dice.random() < 0.05:
-        soak.whole.append(([*messages], body["max_tokens"], content))
+    soak.keep([*messages], body["max_tokens"], content, dice)
     return content
 
 
@@ -144,7 +155,8 @@ def equal_anew(args: argparse.Namespace, prompts: Sequence[tuple[list[int], int,
 
 
 async def run(args: argparse.Namespace, url: str, model: recollect.Model) -> tuple[Soak, list[int]]:
-    soak, memory = Soak(url, monotonic() + args.minutes * 60), [psutil.Process().memory_info().rss]
+    soak = Soak(url, monotonic() + args.minutes * 60, most=args.compare)
+    memory = [psutil.Process().memory_info().rss]
     clients = [be_a_client(soak, number) for number in range(args.clients)]
     await asyncio.gather(watch(soak, model, memory), *clients)
     return soak, memory
@@ -157,6 +169,7 @@ def main() -> int:
     options.add_argument("--model", default="smollm2")
     options.add_argument("--minutes", type=float, default=30)
     options.add_argument("--clients", type=int, default=8)
+    options.add_argument("--compare", type=int, default=60, help="replies to be generated anew")
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = recollect.load(args.model, profile="exact", kv_memory=512 << 20, kv_disk=0)
@@ -188,6 +201,7 @@ def main() -> int:
         "refused": soak.refused,
         "replies_left": left,
         "grown_bytes": grown,
+        "replies": soak.replies,
         "compared": len(soak.whole),
         "equal": equal,
     }
