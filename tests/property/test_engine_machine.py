@@ -36,7 +36,8 @@ from recollect.kv import prefix as prefix_module
 from recollect.kv.blocks import BlockPool, BlockTable, blocks_for
 from recollect.kv.cached_table import CachedTable
 from recollect.kv.disk import DiskStore
-from recollect.kv.prefix import CachedBlock, PrefixCache, chained_key
+from recollect.kv.names import chained_key
+from recollect.kv.prefix import CachedBlock, PrefixCache
 from recollect.kv.record import Buffer, Entry, Identity
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime

@@ -16,7 +16,7 @@ from recollect.engine.pinning import pin_on_disk, require_tier
 from recollect.errors import ConversationError
 from recollect.kv import disk_audit, pins
 from recollect.kv.accounts import Pin
-from recollect.kv.prefix import chained_keys
+from recollect.kv.names import chained_keys
 from recollect.types import Progress, no_progress
 
 KIND: Final = "warm"
