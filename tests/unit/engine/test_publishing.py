@@ -148,6 +148,18 @@ def test_half_of_the_memory_may_be_public(make_engine: Make) -> None:
     public.publish([8] * 12)
 
 
+def test_what_is_public_takes_room_once_for_all_who_begin_with_it(make_engine: Make) -> None:
+    engine = make_engine(num_blocks=16)
+    PublicPrefixes(engine).publish([7] * 32)
+    sequences = [engine.new_sequence(name) for name in ("a", "b", "c")]
+    for sequence in sequences:
+        sequence.append([*[7] * 32, 1, 2, 3])
+    passes = engine.forward_passes
+    engine.compute(sequences)
+    assert engine.forward_passes - passes == 1
+    engine.check()
+
+
 def test_what_fails_leaves_nothing_public(
     make_engine: Make, faults: Any, fresh_logits: Any
 ) -> None:

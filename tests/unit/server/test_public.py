@@ -151,9 +151,30 @@ def test_prompts_are_published_after_each_load(
         assert computed(answer) < 60
 
 
-def test_a_model_that_goes_takes_the_work_with_it(make_model: Callable[..., Model]) -> None:
+@pytest.mark.parametrize("working", [False, True])
+def test_a_model_that_goes_takes_the_work_with_it(
+    make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, working: bool
+) -> None:
     model = make_model()
-    model.close()
-    thread = publish_later(model, [SYSTEM])
-    thread.join(timeout=20)
-    assert not thread.is_alive()
+    forward = model.engine._runtime.forward
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def slow(rows: Any) -> Any:
+        begun.set()
+        assert goes_on.wait(timeout=20)
+        return forward(rows)
+
+    monkeypatch.setattr(model.engine._runtime, "forward", slow)
+    closing = threading.Thread(target=model.close)
+    if not working:
+        goes_on.set()
+        closing.start()
+        closing.join(timeout=20)
+    publishing = publish_later(model, ["long " * 200, SYSTEM])
+    if working:
+        assert begun.wait(timeout=20)
+        closing.start()
+        goes_on.set()
+    for thread in (publishing, closing):
+        thread.join(timeout=20)
+        assert not thread.is_alive()
