@@ -13,7 +13,7 @@ from recollect.server.public import publish_later
 Json = dict[str, Any]
 CHAT = "/v1/chat/completions"
 SYSTEM = "You answer for the town library. " * 8
-MARK = {"messages": [{"role": "system", "content": SYSTEM}], "public": True}
+MARK: Json = {"messages": [{"role": "system", "content": SYSTEM}], "public": True}
 
 
 def bearer(key: str) -> dict[str, str]:
