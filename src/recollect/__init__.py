@@ -22,6 +22,7 @@ from recollect.conversation.tree import Node, Tree
 from recollect.conversation.warming import Warmed
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
+from recollect.engine.publishing import Published
 from recollect.engine.sequence import Sequence
 from recollect.errors import MisuseError, RecollectError
 from recollect.keyfile import unlock
@@ -39,6 +40,7 @@ __all__ = [
     "MisuseError",
     "Model",
     "Node",
+    "Published",
     "RecollectError",
     "Reply",
     "ReplyStream",

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 from recollect.kv import accounts, disk_audit
 from recollect.kv.accounts import Pin
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.prefix import Key, chained_key, namespace_key
+from recollect.kv.names import Key, chained_key, namespace_key
 from recollect.kv.record import Buffer, Identity
 from recollect.types import common_prefix_length
 

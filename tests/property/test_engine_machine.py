@@ -28,15 +28,17 @@ from hypothesis.stateful import (
 from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
+from recollect.engine.publishing import PublicPrefixes
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.engine.task import Task
-from recollect.errors import MemoryLimitError, OutOfBlocksError, RuntimeFailure
+from recollect.errors import MemoryLimitError, OutOfBlocksError, RuntimeFailure, StoreError
 from recollect.kv import disk as disk_module
 from recollect.kv import prefix as prefix_module
 from recollect.kv.blocks import BlockPool, BlockTable, blocks_for
 from recollect.kv.cached_table import CachedTable
 from recollect.kv.disk import DiskStore
-from recollect.kv.prefix import CachedBlock, PrefixCache, chained_key
+from recollect.kv.names import chained_key
+from recollect.kv.prefix import CachedBlock, PrefixCache
 from recollect.kv.record import Buffer, Entry, Identity
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
@@ -46,6 +48,7 @@ VOCAB: Final = 8
 SIZE: Final = 4
 CONTEXT: Final = 40
 NUM_BLOCKS: Final = 16
+MOST_PUBLISHED: Final = 2
 CHUNK: Final = 6
 BLOCK_BYTES: Final = SIZE * 4 * 8
 Ids = tuple[int, ...]
@@ -110,7 +113,8 @@ class EngineMachine(RuleBasedStateMachine):
     Generators over one small pool; the dumb model of each is the list of its ids.
 
     `left` and `seen` are dumb models of the cache: for each namespace the histories that it must
-    have while nothing was evicted, and all that it may have.
+    have while nothing was evicted, and all that it may have. `published` and `ever` are the same of
+    what is public.
     """
 
     whole_blocks_only = False
@@ -132,6 +136,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.model: dict[Generator, list[int]] = {}
         self.left: defaultdict[str, set[Ids]] = defaultdict(set)
         self.seen: defaultdict[str, set[Ids]] = defaultdict(set)
+        self.public = PublicPrefixes(self.engine)
+        self.published: list[Ids] = []
+        self.ever: set[Ids] = set()
         self.disturbed = False
 
     def teardown(self) -> None:
@@ -141,6 +148,8 @@ class EngineMachine(RuleBasedStateMachine):
             self.probe(generator)
         for generator in self.model:
             generator.close()
+        while self.published:
+            self.unpublish()
         assert self.engine.pool.used_blocks == len(self.engine.cache)
         assert self.engine.cache.evictable_blocks == len(self.engine.cache)
         self.engine.close()
@@ -195,6 +204,7 @@ class EngineMachine(RuleBasedStateMachine):
                 self.engine.compute([one.sequence for one in chosen])
         except OutOfBlocksError:
             held = {b for one in self.model for b in one.sequence.kv.blocks}
+            held |= {cached.block for cached in self.engine.cache.blocks() if cached.pins}
             longest = max(blocks_for(len(self.model[one]), SIZE) for one in chosen)
             assert len(held) + longest + 1 > NUM_BLOCKS, "there was room for each by itself"
         except RuntimeFailure:
@@ -295,6 +305,31 @@ class EngineMachine(RuleBasedStateMachine):
         self.compute([other])
         return other
 
+    @rule(generator=generators, length=st.integers(0, 6), ids=TOKENS)
+    def publish(self, generator: Generator, length: int, ids: list[int]) -> None:
+        """Mark what others begin like, or nobody does."""
+        marked = (*self.model[generator][:length], *ids)
+        if len(self.published) == MOST_PUBLISHED or marked in self.published:
+            return
+        fails = self.runtime.fail_copy or self.runtime.fail_forward
+        self._leaves_tails()
+        self.ever.add(marked)
+        try:
+            self.public.publish(marked)
+        except (MemoryLimitError, RuntimeFailure, StoreError):
+            pass
+        else:
+            self.published.append(marked)
+        if fails or self.engine.cache.evicted_blocks + self.engine.preemptions > 0:
+            self.disturbed = True
+        for other in self.model:
+            self._note(other)
+
+    @rule()
+    def unpublish(self) -> None:
+        if self.published:
+            assert self.public.unpublish(self.published.pop(0))
+
     @rule(generator=generators)
     def probe(self, generator: Generator) -> None:
         """Feed the last token once more in a fork, which must not disturb the original."""
@@ -354,7 +389,10 @@ class EngineMachine(RuleBasedStateMachine):
         namespace = sequence.namespace
         least, most = (
             len(ids) - max(sequence.computed, 0 if namespace is None else self._longest(known, ids))
-            for known in (self.seen[namespace or ""], self.left[namespace or ""])
+            for known in (
+                self.seen[namespace or ""] | self.ever,
+                self.left[namespace or ""] | set(self.published),
+            )
         )
         again = 1  # logits need a forward pass
         if self.whole_blocks_only:

@@ -1,6 +1,7 @@
 """Pool, prefix cache and tables against a dictionary of prefixes, in any order of operations."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,10 +21,11 @@ from hypothesis.stateful import (
 
 from recollect.kv.blocks import BlockPool
 from recollect.kv.cached_table import CachedTable
+from recollect.kv.names import PUBLIC
 from recollect.kv.prefix import CachedBlock, Match, PrefixCache
 from recollect.types import common_prefix_length
 
-NUM_BLOCKS: Final = 14
+NUM_BLOCKS: Final = 16
 SIZE: Final = 3
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=7)
 NAMESPACES = st.sampled_from(["a", "b", None])
@@ -52,7 +54,8 @@ class PrefixMachine(RuleBasedStateMachine):
     """
     The memory is simulated: what is read through a table must be what was computed for its tokens.
 
-    `left` is the dumb model of the cache: for each namespace the token histories that can be found.
+    `left` is the dumb model of the cache: for each namespace the token histories that can be found
+    there. `published` is what can be found from everywhere, and `ever` what could be once.
     """
 
     whole_blocks_only = False
@@ -64,7 +67,9 @@ class PrefixMachine(RuleBasedStateMachine):
         self.cache = PrefixCache(self.pool, "fingerprint")
         self.memory: list[list[Slot | None]] = [[None] * SIZE for _ in range(NUM_BLOCKS)]
         self.alive: list[Dumb] = []
-        self.left: dict[object, set[Ids]] = {"a": set(), "b": set()}
+        self.left: dict[object, set[Ids]] = {"a": set(), "b": set(), PUBLIC: set()}
+        self.published: list[tuple[Ids, list[CachedBlock]]] = []
+        self.ever: set[Ids] = set()
         self.pinned: list[list[CachedBlock]] = []
         self.strangers = itertools.count()
 
@@ -80,7 +85,10 @@ class PrefixMachine(RuleBasedStateMachine):
     def append_and_compute(self, dumb: Dumb, ids: list[int], fails: bool) -> None:
         before, length = dumb.ids[:], dumb.kv.length
         dumb.ids += ids
-        known = self._known(dumb) if dumb.shares and dumb.kv.length < len(dumb.ids) - 1 else 0
+        known = 0
+        if dumb.shares and dumb.kv.length < len(dumb.ids) - 1:
+            known = self._known(dumb)
+            self._match(dumb.owner, dumb.ids)
         gained = dumb.kv.reuse(dumb.ids)
         assert dumb.kv.length == max(length, known), "what is known is taken over, and nothing else"
         assert gained == dumb.kv.length - length
@@ -90,6 +98,7 @@ class PrefixMachine(RuleBasedStateMachine):
             start = (start - 1) // unit * unit
         if not self._make_room(dumb, start):
             if dumb.kv.length > len(before):
+                self._leaves_tail(dumb)
                 dumb.kv.crop(dumb.ids, len(before) // SIZE * SIZE)
             dumb.ids = before
             return
@@ -146,13 +155,37 @@ class PrefixMachine(RuleBasedStateMachine):
             for cached in self.pinned.pop(number % len(self.pinned)):
                 self.cache.unpin(cached)
 
+    @rule(dumb=tables, length=st.integers(0, 9), ids=TOKENS)
+    def publish(self, dumb: Dumb, length: int, ids: list[int]) -> None:
+        """What is computed as public is found from everywhere, as soon as it is pinned."""
+        public = self._born(PUBLIC)
+        self.append_and_compute(public, [*dumb.ids[:length], *ids], False)
+        self.park(public)
+        wanted = public.ids
+        self.alive.remove(public)
+        match = self._match(PUBLIC, wanted)
+        found = [*match.full[-1:], *([match.partial] if match.partial else [])]
+        for cached in found:
+            self.cache.pin(cached)
+        if found:
+            marked = _history(found[-1])
+            assert marked[: len(wanted)] == tuple(wanted[: len(marked)])
+            self.published.append((marked, found))
+            self.ever.add(marked)
+
+    @rule(number=st.integers(0, 9))
+    def unpublish(self, number: int) -> None:
+        if self.published:
+            for cached in self.published.pop(number % len(self.published))[1]:
+                self.cache.unpin(cached)
+
     @rule(count=st.integers(1, 6))
     def evict(self, count: int) -> None:
         possible = self.cache.evictable_blocks
-        expected = self._least_recently_used(count)
+        expected, freed = self._least_recently_used(count)
         free = self.pool.free_blocks
         evicted = self.cache.evict(count)
-        assert evicted == min(count, possible) == len(expected)
+        assert evicted == min(count, possible) == freed
         assert self.pool.free_blocks == free + evicted
         assert not {id(cached) for cached in expected} & {id(c) for c in self.cache.blocks()}
         self._forget_what_is_gone()
@@ -160,14 +193,15 @@ class PrefixMachine(RuleBasedStateMachine):
     @rule(dumb=tables, back=st.integers(0, 5), ids=TOKENS, namespace=st.sampled_from(["a", "b"]))
     def look_up(self, dumb: Dumb, back: int, ids: list[int], namespace: str) -> None:
         wanted = [*dumb.ids[: max(0, len(dumb.ids) - back)], *ids]
+        expected = self._expected(namespace, wanted)
         match = self._match(namespace, wanted)
         found = len(match.full) * SIZE + match.partial_tokens
-        assert found == self._expected(namespace, wanted)
+        assert found == expected
         blocks = [cached.block for cached in match.full]
         if match.partial is not None:
             blocks.append(match.partial.block)
         read = [slot for block in blocks for slot in self.memory[block]][:found]
-        assert read == [(namespace, tuple(wanted[: n + 1])) for n in range(found)]
+        assert self._may_read(namespace, read, wanted)
 
     @invariant()
     def the_bookkeeping_is_right(self) -> None:
@@ -181,7 +215,7 @@ class PrefixMachine(RuleBasedStateMachine):
     def every_table_reads_the_kv_of_its_own_history(self) -> None:
         for dumb in self.alive:
             read = [slot for block in dumb.kv.blocks for slot in self.memory[block]]
-            assert read[: dumb.kv.length] == dumb.holds()
+            assert self._may_read(dumb.owner, read[: dumb.kv.length], dumb.ids)
 
     @invariant()
     def the_cache_has_what_was_left_and_nothing_else(self) -> None:
@@ -189,6 +223,14 @@ class PrefixMachine(RuleBasedStateMachine):
             there = self._histories(namespace)
             assert all(any(one[: len(ids)] == ids for one in there) for ids in histories if ids)
             assert all(any(one[: len(ids)] == ids for one in histories) for ids in there)
+
+    @invariant()
+    def nothing_in_the_tree_is_of_another_key(self) -> None:
+        """What is below the public root was computed as public, and all else by its own key."""
+        for namespace in self.left:
+            for ids in self._histories(namespace):
+                read = self._read(namespace, ids)
+                assert self._may_read(namespace, read, ids)
 
     @invariant()
     def full_blocks_of_one_prefix_are_one_block(self) -> None:
@@ -235,7 +277,9 @@ class PrefixMachine(RuleBasedStateMachine):
             self.left[dumb.owner].add(tuple(dumb.ids[: dumb.kv.length]))
 
     def _expected(self, namespace: object, ids: Sequence[int]) -> int:
-        longest = max((common_prefix_length(ids, one) for one in self.left[namespace]), default=0)
+        public = [] if namespace == PUBLIC else [one for one, _ in self.published]
+        known = [*self.left[namespace], *public]
+        longest = max((common_prefix_length(ids, one) for one in known), default=0)
         return longest // SIZE * SIZE if self.whole_blocks_only else longest
 
     def _known(self, dumb: Dumb) -> int:
@@ -244,20 +288,37 @@ class PrefixMachine(RuleBasedStateMachine):
     def _match(self, namespace: object, ids: Sequence[int]) -> Match:
         assert isinstance(namespace, str)
         inside = not self.whole_blocks_only
-        return self.cache.match(self.cache.root(namespace), ids, inside_block=inside)
+        match = self.cache.match(self.cache.root(namespace), ids, inside_block=inside)
+        found = [*match.full, *([match.partial] if match.partial else [])]
+        for history in [_history(cached) for cached in found[-1:]]:
+            if not any(one[: len(history)] == history for one in self.left[namespace]):
+                assert namespace != PUBLIC
+                assert any(one[: len(history)] == history for one, _ in self.published)
+                self.left[namespace].add(history)  # what is public has a place there now
+        return match
+
+    def _read(self, namespace: object, ids: Ids) -> list[Slot | None]:
+        """Return what the blocks of a prefix hold that is in the tree, found without `match`."""
+        node, start, read = self.cache.root(str(namespace)), 0, list[Slot | None]()
+        while start < len(ids):
+            node = node.children[ids[start : start + SIZE]]
+            read += self.memory[node.block]
+            start += SIZE
+        return read[: len(ids)]
+
+    def _may_read(self, owner: object, read: list[Slot | None], ids: Sequence[int]) -> bool:
+        """Return whether slots hold the KV of a prefix of *ids*, and it is the owner's or was public."""
+        for number, slot in enumerate(read, 1):
+            prefix = tuple(ids[:number])
+            public = isinstance(owner, str) and any(one[:number] == prefix for one in self.ever)
+            if slot != (owner, prefix) and not (public and slot == (PUBLIC, prefix)):
+                return False
+        return True
 
     def _histories(self, namespace: object) -> set[Ids]:
         """Return what each cached block of a namespace stands for, from the first token on."""
         root = self.cache.root(str(namespace))
-        found = set()
-        for cached in self.cache.blocks():
-            ids: Ids = ()
-            node: CachedBlock | None = cached
-            while node is not None and node is not root:
-                ids, node = node.token_ids + ids, node.parent
-            if node is root:
-                found.add(ids)
-        return found
+        return {_history(cached) for cached in self.cache.blocks() if _root(cached) is root}
 
     def _forget_what_is_gone(self) -> None:
         for namespace, histories in self.left.items():
@@ -268,24 +329,42 @@ class PrefixMachine(RuleBasedStateMachine):
                     ids[: max((common_prefix_length(ids, one) for one in there), default=0)]
                 )
 
-    def _least_recently_used(self, count: int) -> list[CachedBlock]:
-        """Return what has to be evicted: again and again the oldest of the blocks that nothing follows."""
+    def _least_recently_used(self, count: int) -> tuple[list[CachedBlock], int]:
+        """
+        Return what has to be evicted: again and again the oldest of the places that nothing follows.
+
+        And how many blocks that frees: those that have no place any more.
+        """
         there = {id(cached): cached for cached in self.cache.blocks()}
+        places = Counter(cached.block for cached in there.values())
+        spare = {block for block in places if self.pool.references(block) == places[block]}
         gone: list[CachedBlock] = []
-        while len(gone) < count:
+        freed = 0
+        while freed < count:
             leaves = [
                 cached
                 for cached in there.values()
                 if not any(id(child) in there for child in cached.children.values())
                 and not cached.pins
-                and self.pool.references(cached.block) == 1
+                and cached.block in spare
             ]
             if not leaves:
                 break
             oldest = min(leaves, key=_last_use)
             del there[id(oldest)]
             gone.append(oldest)
-        return gone
+            places[oldest.block] -= 1
+            freed += places[oldest.block] == 0
+        return gone, freed
+
+
+def _history(cached: CachedBlock) -> Ids:
+    """Return what a cached block stands for, from the first token on."""
+    return tuple(token for block in cached.path() for token in block.token_ids)
+
+
+def _root(cached: CachedBlock) -> CachedBlock:
+    return cached if cached.parent is None else _root(cached.parent)
 
 
 def _last_use(cached: CachedBlock) -> int:
@@ -395,6 +474,62 @@ def _keep_two_of_one(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CachedTable, "reuse", lambda _self, _ids: 0)
 
 
+def _publish_what_a_client_goes_on_with(patch: pytest.MonkeyPatch) -> None:
+    """What follows a public prefix is inserted where the prefix is public."""
+    insert = PrefixCache.insert
+
+    def misplaced(
+        self: PrefixCache, after: CachedBlock, ids: Sequence[int], block: int
+    ) -> CachedBlock:
+        public = self._public_twin(after) if after.parent is not None else None
+        return insert(self, public or after, ids, block)
+
+    patch.setattr(PrefixCache, "insert", misplaced)
+
+
+def _share_what_is_not_marked(patch: pytest.MonkeyPatch) -> None:
+    def child(parent: CachedBlock | None, ids: Ids) -> CachedBlock | None:
+        return None if parent is None else parent.children.get(ids)
+
+    patch.setattr("recollect.kv.prefix._pinned_child", child)
+
+
+def _take_any_key_for_public(patch: pytest.MonkeyPatch) -> None:
+    """What the key a has pinned, others find."""
+    init = PrefixCache.__init__
+
+    def made(self: PrefixCache, pool: BlockPool, fingerprint: str) -> None:
+        init(self, pool, fingerprint)
+        self._public = self.root("a")
+
+    patch.setattr(PrefixCache, "__init__", made)
+
+
+def _ignore_what_is_public(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PrefixCache, "_public_twin", lambda _self, _cached: None)
+
+
+def _hold_a_second_place_without_a_reference(patch: pytest.MonkeyPatch) -> None:
+    place = PrefixCache._place
+
+    def unheld(self: PrefixCache, after: CachedBlock, ids: Ids, block: int) -> CachedBlock:
+        placed = place(self, after, ids, block)
+        if self._places[block] > 1:
+            self._pool.release([block])
+        return placed
+
+    patch.setattr(PrefixCache, "_place", unheld)
+
+
+def _count_a_place_for_a_block(patch: pytest.MonkeyPatch) -> None:
+    """What is evicted is taken for free though it has another place."""
+    patch.setattr(
+        PrefixCache,
+        "evictable_blocks",
+        property(lambda self: sum(self._is_evictable(cached) for cached in self.blocks())),
+    )
+
+
 def _forget_the_tail(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CachedTable, "leave_tail", lambda _self, _ids: None)
 
@@ -417,6 +552,12 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "sharing a wrong block": _share_a_wrong_block,
     "matching a token too many": _match_a_token_too_many,
     "reusing nothing": _keep_two_of_one,
+    "publishing what a client goes on with": _publish_what_a_client_goes_on_with,
+    "sharing what is not marked": _share_what_is_not_marked,
+    "taking any key for public": _take_any_key_for_public,
+    "ignoring what is public": _ignore_what_is_public,
+    "holding a second place without a reference": _hold_a_second_place_without_a_reference,
+    "counting a place for a block": _count_a_place_for_a_block,
     "forgetting the tail": _forget_the_tail,
     "trusting KV after a failure": _trust_kv_after_a_failure,
 }

@@ -16,7 +16,7 @@ from recollect.errors import ConfigError, StoreCorruptError, StoreError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without LMDB and tables
     from recollect.kv.disk import DiskStore
-    from recollect.kv.prefix import Key
+    from recollect.kv.names import Key
 
 _EMPTY = "No KV is kept on disk here yet: `recollect chat` does that."
 

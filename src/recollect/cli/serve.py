@@ -14,6 +14,7 @@ import typer
 
 from recollect.cli import options
 from recollect.cli.passphrase import EncryptOption, unlock_home
+from recollect.cli.text_file import read_text
 from recollect.config import DEFAULT_PROFILE
 from recollect.errors import ConfigError
 from recollect.models.catalog import DEFAULT_MODEL
@@ -73,6 +74,15 @@ def serve(
     port: Annotated[
         int, typer.Option(metavar="P", help="0 takes a free one.", rich_help_panel=_ACCESS)
     ] = 8765,
+    public: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A system prompt that all keys may reuse, as text; several.",
+            show_default=False,
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -123,9 +133,11 @@ def serve(
     from recollect.models.status import installed  # noqa: PLC0415
     from recollect.server.hub import ModelHub  # noqa: PLC0415
     from recollect.server.keys import KeyFile, keyring  # noqa: PLC0415
+    from recollect.server.public import publish_later  # noqa: PLC0415
     from recollect.server.run import serve as run_server  # noqa: PLC0415
     from recollect.server.settings import Limits, Settings  # noqa: PLC0415
 
+    prompts = [read_text(file) for file in public or ()]
     home = config.home()
     statuses = [one for one in installed(home) if one.is_installed]
     given = model or [DEFAULT_MODEL, *(one.name for one in statuses)]
@@ -154,6 +166,7 @@ def serve(
         aliases=settings.aliases,
         memory_bytes=None if memory is None else config.parse_size(memory),
         weight_bytes=lambda name: weights.get(name, 0),
+        on_load=lambda model: publish_later(model, prompts),
     )
     _log_to_stderr()
     run_server(settings, hub, keys, on_listening=lambda port: _say_where(settings, port))
@@ -163,7 +176,7 @@ def serve(
 def add_key(
     name: Annotated[str, typer.Argument(help="Whom it is for.")],
     operator: Annotated[
-        bool, typer.Option("--operator", help="May read /metrics, which counts what all do.")
+        bool, typer.Option("--operator", help="May read /metrics, and make prompts public.")
     ] = False,
 ) -> None:
     """Make a key and print it, once: only its hash is kept."""

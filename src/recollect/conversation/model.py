@@ -22,11 +22,12 @@ from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, require_name
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
-from recollect.conversation.warming import Warmed, warm
+from recollect.conversation.warming import Warmed, beginning, warm
 from recollect.conversation.window import Overflow
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars
 from recollect.engine.pinning import require_tier
+from recollect.engine.publishing import PublicPrefixes, Published
 from recollect.engine.sizing import pool_size
 from recollect.errors import ConversationError, UnknownConversationError
 from recollect.kv.disk import DiskStore
@@ -92,6 +93,8 @@ class Model:
         )
         self.grammars: Final = Grammars(self.tokenizer, vocab_size=runtime.info.vocab_size)
         """Of which a `Generator` follows one, where its parameters name one."""
+        self.public: Final = PublicPrefixes(self.engine)
+        """What every namespace reuses; see `publish`."""
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
         self.engine.start()
 
@@ -307,6 +310,23 @@ class Model:
             ContextFullError: It does not fit the context.
         """
         return warm(self.engine, self.prompts, text, system=system, name=name, progress=progress)
+
+    def publish(self, system: str | None = None, text: str = "") -> Published:
+        """
+        Read instructions, and what a first message begins with, for the sessions of all namespaces.
+
+        Whatever begins so starts warm, until `unpublish` or `close`; what follows stays apart. Only
+        for what everybody may know: who tries texts out can tell that this one is public.
+
+        Raises:
+            ConversationError: There is neither.
+            MemoryLimitError: It does not fit the context, or half of the memory for KV.
+        """
+        return self.public.publish(beginning(self.prompts, text, system=system))
+
+    def unpublish(self, system: str | None = None, text: str = "") -> bool:
+        """Let no other namespace reuse what was published with these values; return whether it was."""
+        return self.public.unpublish(beginning(self.prompts, text, system=system))
 
     def checkpoints(self) -> list[Checkpoint]:
         """

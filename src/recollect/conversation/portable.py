@@ -25,7 +25,7 @@ from recollect.conversation.export import to_json
 from recollect.conversation.importing import from_json
 from recollect.conversation.records import MAX_TOKEN_ID, ConversationRecord
 from recollect.errors import ConfigError, ConversationFileError
-from recollect.kv.prefix import Key, chained_key, namespace_key
+from recollect.kv.names import Key, chained_key, namespace_key
 from recollect.kv.record import Identity
 from recollect.types import Profile
 

@@ -16,7 +16,7 @@ from recollect.engine.pinning import pin_on_disk, require_tier
 from recollect.errors import ConversationError
 from recollect.kv import disk_audit, pins
 from recollect.kv.accounts import Pin
-from recollect.kv.prefix import chained_keys
+from recollect.kv.names import chained_keys
 from recollect.types import Progress, no_progress
 
 KIND: Final = "warm"
@@ -52,12 +52,8 @@ def warm(
     Raises:
         NameTakenError: Something else is kept under that name. Nothing was changed.
     """
-    if not text and system is None:
-        raise ConversationError("There is nothing to read: give a text or instructions.")
+    ids = beginning(prompts, text, system=system)
     require_name(name, "warm text")
-    tree = Tree()
-    path = [] if system is None else [tree.add(tree.root, "system", system)]
-    ids = prompts.encode_typed(path, text).token_ids
     store = require_tier(engine).store
     with engine.lock:
         root = engine.cache.root().key
@@ -85,6 +81,20 @@ def warm(
         computed_tokens=made.computed_tokens,
         seconds=made.seconds,
     )
+
+
+def beginning(prompts: PromptEncoder, text: str, *, system: str | None) -> list[int]:
+    """
+    Return the token ids that a conversation begins with: its instructions, then a message's text.
+
+    Raises:
+        ConversationError: There is neither.
+    """
+    if not text and system is None:
+        raise ConversationError("There is nothing to read: give a text or instructions.")
+    tree = Tree()
+    path = [] if system is None else [tree.add(tree.root, "system", system)]
+    return prompts.encode_typed(path, text).token_ids
 
 
 def _is_older(pin: Pin, engine: Engine) -> bool:

@@ -111,7 +111,12 @@ def pin_on_disk(
 
 @contextmanager
 def in_memory(
-    engine: Engine, token_ids: Tokens[int], namespace: str, *, progress: Progress = no_progress
+    engine: Engine,
+    token_ids: Tokens[int],
+    namespace: str,
+    *,
+    idle: bool = False,
+    progress: Progress = no_progress,
 ) -> Iterator[Held]:
     """
     Hold the KV of a prefix in memory, after bringing from disk or computing what is not there.
@@ -120,6 +125,7 @@ def in_memory(
         engine: Whose KV it is.
         token_ids: The prefix, shape `(n,)`, n >= 1.
         namespace: Who shares it.
+        idle: Whether it is computed only while there is nothing else to do.
         progress: Called while it is computed.
 
     Yields:
@@ -138,7 +144,7 @@ def in_memory(
             if sequence.is_warm():
                 held = engine.pin(token_ids, namespace)
         if not held:
-            _compute(engine, sequence, progress)
+            _compute(engine, sequence, idle, progress)
             with engine.lock:
                 sequence.park()
                 held = engine.pin(token_ids, namespace)
@@ -165,8 +171,8 @@ def _require_room(engine: Engine, tier: DiskTier, tokens: int) -> None:
         )
 
 
-def _compute(engine: Engine, sequence: Sequence, progress: Progress) -> None:
-    task = Task(sequence, lambda: False)
+def _compute(engine: Engine, sequence: Sequence, idle: bool, progress: Progress) -> None:
+    task = Task(sequence, lambda: False, idle=idle)
     try:
         engine.submit(task)
         while not task.join(_REFRESH_S):

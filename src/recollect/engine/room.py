@@ -49,8 +49,11 @@ class Room:
 
     def fits(self, task: Task) -> bool:
         """Return whether a waiting task has room beside those that run."""
-        room = self._pool.free_blocks + self._cache.evictable_blocks
-        return blocks_for(len(task.sequence) + 1, self._pool.block_size) <= room
+        sequence = task.sequence
+        needed = blocks_for(len(sequence) + 1, self._pool.block_size)
+        if sequence.namespace is not None:
+            needed -= self._cache.public_blocks(sequence.token_ids)
+        return needed <= self._pool.free_blocks + self._cache.evictable_blocks
 
     def prepare(self) -> tuple[Pass, list[tuple[int, int]]]:
         """

@@ -15,7 +15,8 @@ from typing import Final
 from recollect.errors import StoreError
 from recollect.kv.blocks import BlockPool
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.prefix import CachedBlock, Key, PrefixCache
+from recollect.kv.names import Key
+from recollect.kv.prefix import CachedBlock, PrefixCache
 from recollect.kv.record import Identity
 from recollect.runtime.base import PagedRuntime
 

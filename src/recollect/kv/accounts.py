@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from recollect.kv.environment import Environment, Transaction
-from recollect.kv.prefix import Key
+from recollect.kv.names import Key
 from recollect.kv.record import EntryHead, Identity, Refused, entry_head
 
 _BYTES: Final = b"bytes"

@@ -16,7 +16,8 @@ from typing import Final
 from recollect.errors import StoreFullError
 from recollect.kv import accounts
 from recollect.kv.environment import Environment, Transaction
-from recollect.kv.prefix import Key, chained_key, longest_common
+from recollect.kv.names import Key, chained_key
+from recollect.kv.prefix import longest_common
 from recollect.kv.record import (
     Buffer,
     Entry,

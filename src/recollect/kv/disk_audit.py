@@ -12,7 +12,7 @@ from recollect.kv import accounts
 from recollect.kv.accounts import Pin, Savings
 from recollect.kv.disk import DiskStore
 from recollect.kv.environment import Transaction
-from recollect.kv.prefix import Key, chained_key
+from recollect.kv.names import Key, chained_key
 from recollect.kv.record import Identity, Refused, unpack_block, unpack_entry
 
 

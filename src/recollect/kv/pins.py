@@ -11,7 +11,7 @@ from typing import Any
 from recollect.kv import accounts
 from recollect.kv.accounts import Pin
 from recollect.kv.disk import DiskStore
-from recollect.kv.prefix import Key
+from recollect.kv.names import Key
 
 
 @dataclass(frozen=True, slots=True)

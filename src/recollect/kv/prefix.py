@@ -4,48 +4,15 @@ Which blocks hold the KV of which prefix, across all sequences: what one has rea
 Pure bookkeeping over the pool: no runtime, no disk. Time is a counter of uses.
 """
 
-import hashlib
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-import numpy as np
-
 from recollect.kv.blocks import BlockPool
+from recollect.kv.names import PUBLIC, Key, chained_key, namespace_key
 from recollect.types import common_prefix_length
-
-Key = bytes
-
-
-def chained_key(parent: Key, token_ids: Sequence[int]) -> Key:
-    """
-    Return the name of a prefix: a hash of the prefix before its last block, and that block's tokens.
-
-    The first parent is the name of a namespace, so nothing is shared across namespaces.
-    """
-    return hashlib.blake2b(parent + _token_bytes(token_ids), digest_size=32).digest()
-
-
-def chained_keys(root: Key, token_ids: Sequence[int], block_size: int) -> list[Key]:
-    """Return the names of a prefix's blocks in order; the last may hold a part of one."""
-    keys = [root]
-    for start in range(0, len(token_ids), block_size):
-        keys.append(chained_key(keys[-1], token_ids[start : start + block_size]))
-    return keys[1:]
-
-
-def namespace_key(fingerprint: str, namespace: str = "", secret: bytes = b"") -> Key:
-    """
-    Return the first parent of a chain: what KV depends on besides tokens, and who may see it.
-
-    Args:
-        fingerprint: Of model, runtime and precision.
-        namespace: Who shares.
-        secret: At most 64 bytes; with it, the names of prefixes tell nobody else which text they are of.
-    """
-    content = f"{len(fingerprint)}:{fingerprint}:{namespace}".encode()
-    return hashlib.blake2b(content, digest_size=32, key=secret).digest()
 
 
 @dataclass(eq=False, slots=True)
@@ -96,11 +63,16 @@ class PrefixCache:
     """
     A tree of blocks by token ids, one root for each namespace.
 
-    Owned by the engine, under its lock. The cache holds one reference to each of its blocks, so a
-    block that only the cache holds can be evicted.
+    Owned by the engine, under its lock. The cache holds one reference for each place that a block
+    has in the tree, so a block that only the cache holds can be evicted.
+
+    What is pinned under the root of `PUBLIC` is found from every other root. A block that is found
+    there gets a second place, under the root that it was looked for from. What follows it hangs
+    below that place, so nothing but what was computed as public is ever below the public root.
 
     Invariants:
-        1. A block is in the tree at most once, and the pool counts the cache's reference to it.
+        1. A block has one place at most below a root. Its places below several are of the same
+           prefix. The pool counts a reference for each.
         2. A block with children is full; its children are under their own tokens and know it.
         3. A key is the chained hash of the parent's key and the block's tokens.
         4. No partial block's tokens begin a sibling's, unless it is pinned.
@@ -122,13 +94,15 @@ class PrefixCache:
             pool: Where the blocks are.
             fingerprint: As `namespace_key` takes it.
             secret: Likewise.
-            on_new: Called with each block that comes into the tree; does not use the cache.
+            on_new: Called with each block that is inserted; does not use the cache.
         """
         self._pool = pool
         self._fingerprint = fingerprint
         self._secret = secret
         self._on_new = on_new
         self._roots: dict[str, CachedBlock] = {}
+        self._public = self.root(PUBLIC)
+        self._places: Counter[int] = Counter()  # in the tree, of each block that is there
         self._uses = 0
         self.evicted_blocks = 0
         """Blocks given up for room so far."""
@@ -141,28 +115,29 @@ class PrefixCache:
         return self._roots[namespace]
 
     def __len__(self) -> int:
-        """Return how many blocks the cache holds."""
-        return sum(1 for _ in self.blocks())
+        """Return how many blocks the cache holds, each counted once."""
+        return len(self._places)
 
     def blocks(self) -> Iterator[CachedBlock]:
-        """Iterate over all blocks in the cache, parents before children."""
-        pending = list(self._roots.values())
-        while pending:
-            cached = pending.pop()
-            if cached.parent is not None:
-                yield cached
-            pending.extend(cached.children.values())
+        """Iterate over all places of blocks in the cache, parents before children."""
+        return _below(self._roots.values())
 
     @property
     def evictable_blocks(self) -> int:
-        """Return how many blocks nobody but the cache holds and nobody pinned."""
-        return sum(self._is_evictable(cached) for cached in self.blocks())
+        """Return how many blocks `evict` can free: each with all its places, and all that follows."""
+        staying: set[CachedBlock] = set()
+        for cached in reversed(list(self.blocks())):
+            if cached in staying or not self._is_evictable(cached):
+                staying.add(cached)
+                if cached.parent is not None and cached.parent.parent is not None:
+                    staying.add(cached.parent)
+        return len(self._places) - len({cached.block for cached in staying})
 
     def match(self, after: CachedBlock, token_ids: Sequence[int], *, inside_block: bool) -> Match:
         """
         Return the longest prefix of *token_ids* that is known to follow *after*.
 
-        Counts as a use of what is found.
+        Counts as a use of what is found, and gives what is public a place of its own here.
 
         Args:
             after: A root or a full block.
@@ -172,21 +147,35 @@ class PrefixCache:
         self._uses += 1
         size = self._pool.block_size
         full: list[CachedBlock] = []
-        node, start = after, 0
+        node, start, public = after, 0, self._public_twin(after)
         while start + size <= len(token_ids):
-            child = node.children.get(tuple(token_ids[start : start + size]))
+            tokens = tuple(token_ids[start : start + size])
+            marked = _pinned_child(public, tokens)
+            child = node.children.get(tokens)
+            if child is None and marked is not None:
+                child = self._place(node, tokens, marked.block)
             if child is None:
                 break
             full.append(child)
-            node, start = child, start + size
+            node, start, public = child, start + size, marked
         node.last_used = self._uses
         if not inside_block:
             return Match(full)
-        partial, length = longest_common(node.children.values(), token_ids[start : start + size])
+        partial, length = self._partial(node, public, token_ids[start : start + size])
         if partial is None:
             return Match(full)
         partial.last_used = self._uses
         return Match(full, partial, length)
+
+    def public_blocks(self, token_ids: Sequence[int]) -> int:
+        """Return how many whole blocks that tokens begin with are public: they take no room anew."""
+        node, size, count = self._public, self._pool.block_size, 0
+        for start in range(0, len(token_ids) - size + 1, size):
+            child = _pinned_child(node, tuple(token_ids[start : start + size]))
+            if child is None:
+                break
+            node, count = child, count + 1
+        return count
 
     def insert(
         self, after: CachedBlock, token_ids: Sequence[int], block: int, *, on_disk: bool = False
@@ -209,12 +198,8 @@ class PrefixCache:
         if known is not None:
             known.last_used = self._uses
             return known
-        key = chained_key(after.key, tokens)
-        cached = CachedBlock(key, after, tokens, block, self._uses, on_disk=on_disk)
-        for shorter in self._covered_by(after, tokens):
-            self._remove(shorter)
-        after.children[tokens] = cached
-        self._pool.retain([block])
+        cached = self._place(after, tokens, block)
+        cached.on_disk = on_disk
         self._on_new(cached)
         return cached
 
@@ -223,20 +208,17 @@ class PrefixCache:
         Give up blocks until *count* are free, or none can be given up; return how many were.
 
         The least recently used first, and always tails before what they follow, so that what
-        survives is the longest prefix.
+        survives is the longest prefix. A block is free when its last place is given up.
         """
-        leaves = [
-            (cached.last_used, number, cached)
-            for number, cached in enumerate(self.blocks())
-            if not cached.children and self._is_evictable(cached)
-        ]
+        spare = (c for c in self.blocks() if not c.children and self._is_evictable(c))
+        leaves = [(cached.last_used, number, cached) for number, cached in enumerate(spare)]
         heapq.heapify(leaves)
-        evicted, number = 0, len(self)
+        evicted, number = 0, len(leaves)
         while leaves and evicted < count:
             last_used, _, cached = heapq.heappop(leaves)
             parent = cached.parent
             self._remove(cached)
-            evicted += 1
+            evicted += cached.block not in self._places
             assert parent is not None, "a root is never evicted"
             # A prefix was in use when its tail was.
             parent.last_used = max(parent.last_used, last_used)
@@ -281,7 +263,7 @@ class PrefixCache:
         return parent is not None and parent.children.get(cached.token_ids) is cached
 
     def held_blocks(self) -> list[int]:
-        """Return the blocks that the cache holds a reference to, for `BlockPool.check`."""
+        """Return the blocks that the cache holds, as often as it does, for `BlockPool.check`."""
         return [cached.block for cached in self.blocks()]
 
     def check(self) -> None:
@@ -291,11 +273,18 @@ class PrefixCache:
         Raises:
             AssertionError: One does not hold.
         """
-        held = self.held_blocks()
-        assert len(held) == len(set(held)), "a block is in the tree twice"
+        for root in self._roots.values():
+            held = [cached.block for cached in _below([root])]
+            assert len(held) == len(set(held)), "a block is below a root twice"
+        assert Counter(self.held_blocks()) == self._places, "the places are not counted right"
+        prefixes: dict[int, list[tuple[int, ...]]] = {}
         for cached in self.blocks():
             parent = cached.parent
             assert parent is not None
+            if self._places[cached.block] > 1:
+                prefix = [block.token_ids for block in cached.path()]
+                same = prefixes.setdefault(cached.block, prefix) == prefix
+                assert same, "a block stands for two prefixes"
             assert self._pool.references(cached.block) >= 1, "a free block is in the tree"
             assert parent.children.get(cached.token_ids) is cached, "a block is under other tokens"
             assert cached.key == chained_key(parent.key, cached.token_ids), "a key is wrong"
@@ -305,7 +294,39 @@ class PrefixCache:
             assert all(child.pins <= cached.pins for child in cached.children.values()), "pins"
 
     def _is_evictable(self, cached: CachedBlock) -> bool:
-        return cached.pins == 0 and self._pool.references(cached.block) == 1
+        """Return whether nobody but the cache holds the block, and nobody pinned this place."""
+        return (
+            cached.pins == 0 and self._pool.references(cached.block) == self._places[cached.block]
+        )
+
+    def _place(self, after: CachedBlock, tokens: tuple[int, ...], block: int) -> CachedBlock:
+        """Give a block a place in the tree, and a reference for it."""
+        key = chained_key(after.key, tokens)
+        cached = CachedBlock(key, after, tokens, block, self._uses)
+        for shorter in self._covered_by(after, tokens):
+            self._remove(shorter)
+        after.children[tokens] = cached
+        self._pool.retain([block])
+        self._places[block] += 1
+        return cached
+
+    def _public_twin(self, cached: CachedBlock) -> CachedBlock | None:
+        """Return the public root's block of the same prefix; None where not all of it is pinned."""
+        node: CachedBlock | None = self._public if self._public.pins else None
+        for block in cached.path() if node is not None else ():
+            node = _pinned_child(node, block.token_ids)
+        return node
+
+    def _partial(
+        self, after: CachedBlock, public: CachedBlock | None, token_ids: Sequence[int]
+    ) -> tuple[CachedBlock | None, int]:
+        """Return the child that begins with the most of these tokens, and how many; see `match`."""
+        partial, length = longest_common(after.children.values(), token_ids)
+        marked = [] if public is None else [c for c in public.children.values() if c.pins]
+        theirs, more = longest_common(marked, token_ids)
+        if theirs is not None and more > length:
+            return self._place(after, theirs.token_ids, theirs.block), more
+        return partial, length
 
     def _is_covered(self, cached: CachedBlock, parent: CachedBlock) -> bool:
         """Return whether a sibling begins with all of the block's tokens."""
@@ -335,6 +356,9 @@ class PrefixCache:
         assert not cached.children, "a block that others follow is never removed"
         del cached.parent.children[cached.token_ids]
         self._pool.release([cached.block])
+        self._places[cached.block] -= 1
+        if not self._places[cached.block]:
+            del self._places[cached.block]
 
 
 def _with_prefix(cached: CachedBlock) -> Iterator[CachedBlock]:
@@ -342,6 +366,21 @@ def _with_prefix(cached: CachedBlock) -> Iterator[CachedBlock]:
     while node is not None:
         yield node
         node = node.parent
+
+
+def _below(roots: Iterable[CachedBlock]) -> Iterator[CachedBlock]:
+    """Iterate over all blocks below some roots, parents before children."""
+    pending = list(roots)
+    while pending:
+        cached = pending.pop()
+        if cached.parent is not None:
+            yield cached
+        pending.extend(cached.children.values())
+
+
+def _pinned_child(parent: CachedBlock | None, tokens: tuple[int, ...]) -> CachedBlock | None:
+    child = None if parent is None else parent.children.get(tokens)
+    return child if child is not None and child.pins else None
 
 
 def longest_common(
@@ -355,7 +394,3 @@ def longest_common(
         if length > longest:
             best, longest = child, length
     return best, longest
-
-
-def _token_bytes(token_ids: Sequence[int]) -> bytes:
-    return np.asarray(token_ids, np.int64).tobytes()

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from recollect.errors import StoreCorruptError
-from recollect.kv.prefix import Key
+from recollect.kv.names import Key
 from recollect.types import MissReason
 
 FORMAT: Final = 1

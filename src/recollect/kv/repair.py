@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from recollect.kv import accounts
 from recollect.kv.disk import DiskStore
-from recollect.kv.prefix import Key
+from recollect.kv.names import Key
 
 
 def remove_wrong(store: DiskStore, keys: Iterable[Key]) -> int:

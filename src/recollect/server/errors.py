@@ -76,6 +76,7 @@ _SEE_LOG: Final = "The server could not do this; its log says why."
 TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
     (errors.ContextFullError, Answer(400, code="context_length_exceeded")),
     (errors.OutOfBlocksError, Answer(503, _OURS, "out_of_memory", retry_after_s=5)),
+    (errors.MemoryLimitError, Answer(400, code="memory_limit")),
     (errors.InvalidParameterError, Answer(400, code="invalid_value")),
     (errors.TokenIdError, Answer(400, code="invalid_value")),
     (errors.TemplateError, Answer(400, code="invalid_messages")),
@@ -125,6 +126,17 @@ def too_busy(retry_after_s: float) -> ApiError:
 def not_found(what: str) -> ApiError:
     """Return what a client is told of an id that is nobody's, or another client's."""
     return ApiError(f"There is no {what}.", status=404, code="not_found")
+
+
+def operators_only(param: str) -> ApiError:
+    """Return what a client is told that asks for what an operator alone may have done."""
+    return ApiError(
+        f"{param!r} is for operators: leave it out, or use a key that was made by `recollect keys "
+        "add NAME --operator`.",
+        status=403,
+        code="operator_only",
+        param=param,
+    )
 
 
 def openai_body(error: ApiError) -> dict[str, Any]:

@@ -68,6 +68,7 @@ class ModelHub:
         aliases: Mapping[str, str] | None = None,
         memory_bytes: int | None = None,
         weight_bytes: Callable[[str], int] = lambda _: 0,
+        on_load: Callable[[Model], object] = lambda _: None,
     ) -> None:
         """
         Args:
@@ -76,6 +77,7 @@ class ModelHub:
             aliases: Other names for those.
             memory_bytes: For weights and KV of all models together; None: no limit.
             weight_bytes: Returns what a model takes on disk, which is about what its weights take.
+            on_load: Called on the event loop with each model that was loaded; returns at once.
         """
         assert names, "a server has a model"
         self._load = load
@@ -83,6 +85,7 @@ class ModelHub:
         self._aliases = dict(aliases or {})
         self._memory_bytes = memory_bytes
         self._weight_bytes = weight_bytes
+        self._on_load = on_load
         self._loaded: dict[str, _Loaded] = {}
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._one_at_a_time = asyncio.Lock()
@@ -150,6 +153,7 @@ class ModelHub:
             model = await asyncio.to_thread(self._load, name)
             taken = self._weight_bytes(name) + _kv_bytes(model)
             self._loaded[name] = _Loaded(model, taken)
+            self._on_load(model)
             _log.info("loaded %s in %.1f s", name, monotonic() - begun)
             await self._give_up_idle(keep=name)
 

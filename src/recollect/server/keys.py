@@ -31,7 +31,7 @@ class Client:
     namespace: str
     """Under which everything of the client's is kept; empty on a server without keys."""
     is_operator: bool = False
-    """Whether the client may read the metrics, which count what all clients do."""
+    """Whether the client may read the metrics, which count what all do, and make prefixes public."""
 
 
 ANYBODY: Final = Client("local", "", is_operator=True)

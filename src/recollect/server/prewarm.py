@@ -10,7 +10,9 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from recollect.conversation.model import Model
+from recollect.kv.names import PUBLIC
 from recollect.server.chat_schema import ChatMessage, check_limits
+from recollect.server.errors import operators_only
 from recollect.server.fields import Body
 from recollect.server.services import client_of, services_of, with_model
 
@@ -22,6 +24,8 @@ class PrewarmRequest(Body):
 
     model: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    public: bool = False
+    """Whether every key may reuse it, while the model stays loaded; an operator's to say."""
 
 
 @router.post("/v1/prewarm")
@@ -29,7 +33,10 @@ async def prewarm(body: PrewarmRequest, request: Request) -> dict[str, Any]:
     """Compute what of a conversation is not computed yet."""
     most = services_of(request).settings.limits.messages
     check_limits(body.messages, 1, most_messages=most, most_choices=1)
-    namespace = client_of(request).namespace
+    client = client_of(request)
+    if body.public and not client.is_operator:
+        raise operators_only("public")
+    namespace = PUBLIC if body.public else client.namespace
     messages = [one.message() for one in body.messages]
     typed = (messages.pop()["content"] or "") if messages[-1]["role"] == "user" else ""
 
@@ -40,13 +47,16 @@ async def prewarm(body: PrewarmRequest, request: Request) -> dict[str, Any]:
             else model.session(namespace=namespace)
         )
         with session:
-            computed = session.prewarm(typed)
-        prompt = len(model.prompts.encode_typed(session.path(), typed).token_ids)
+            ids = model.prompts.encode_typed(session.path(), typed).token_ids
+            computed = (
+                model.public.publish(ids).computed_tokens if body.public else session.prewarm(typed)
+            )
         return {
             "object": "prewarm",
-            "prompt_tokens": prompt,
+            "public": body.public,
+            "prompt_tokens": len(ids),
             "computed_tokens": computed,
-            "reused_tokens": prompt - computed,
+            "reused_tokens": len(ids) - computed,
         }
 
     result = await with_model(request, body.model, compute)

@@ -15,7 +15,7 @@ from recollect.conversation.model import Model
 from recollect.errors import ConfigError, StoreError
 from recollect.kv import disk_audit
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.prefix import chained_key
+from recollect.kv.names import chained_key
 from recollect.kv.record import Identity
 from recollect.types import SamplingParams
 

@@ -10,7 +10,7 @@ import pytest
 from recollect.kv import disk_audit
 from recollect.kv.compaction import shrink
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.prefix import chained_key, namespace_key
+from recollect.kv.names import chained_key, namespace_key
 from recollect.kv.record import Identity
 
 IDENTITY = Identity("weights", "runtime", "f32")
@@ -105,7 +105,7 @@ def test_whoever_opens_it_meanwhile_waits_and_finds_it_whole(
         'print("open", flush=True)',
         "from recollect.kv.record import Identity\n"
         "from recollect.kv.disk import NewBlock\n"
-        "from recollect.kv.prefix import chained_key, namespace_key\n"
+        "from recollect.kv.names import chained_key, namespace_key\n"
         "root = namespace_key('weights', '')\n"
         "key = chained_key(root, (9, 9))\n"
         "block = NewBlock(key, root, True, (9, 9), b'late')\n"

@@ -9,7 +9,7 @@ from recollect.errors import StoreCorruptError, StoreFullError
 from recollect.kv import accounts, disk_audit
 from recollect.kv.accounts import Pin, Savings
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.prefix import chained_key, namespace_key
+from recollect.kv.names import chained_key, namespace_key
 from recollect.kv.record import Buffer, Entry, Identity, unpack_entry
 
 IDENTITY = Identity("weights", "runtime", "f32")

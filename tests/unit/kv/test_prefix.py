@@ -3,7 +3,8 @@
 import pytest
 
 from recollect.kv.blocks import BlockPool
-from recollect.kv.prefix import CachedBlock, PrefixCache, chained_key, namespace_key
+from recollect.kv.names import PUBLIC, chained_key, namespace_key
+from recollect.kv.prefix import CachedBlock, PrefixCache
 
 SIZE = 4
 
@@ -155,6 +156,74 @@ def test_a_block_can_be_taken_back_by_the_only_one_that_holds_it(
     assert cache.forget(first, second.block)
     assert pool.references(second.block) == 1
     cache.check()
+
+
+def test_what_is_pinned_as_public_is_found_from_every_namespace(cache: PrefixCache) -> None:
+    public = left(cache, [1, 2, 3, 4, 5, 6], PUBLIC)
+    wanted = [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [found(cache, wanted, name) for name in ("a", "")] == [0, 0], "it is not marked"
+    cache.pin(public[-1])
+    assert [found(cache, wanted, name) for name in ("a", "")] == [6, 6]
+    assert found(cache, wanted, "b", inside=False) == 4
+    assert len(cache) == 2, "there is no second copy"
+    cache.check()
+    cache.unpin(public[-1])
+    assert [found(cache, wanted, name) for name in ("a", "c")] == [6, 0], "who has it keeps it"
+
+
+def test_what_follows_a_public_prefix_is_found_from_its_own_namespace_alone(
+    cache: PrefixCache,
+) -> None:
+    public = left(cache, [1, 2, 3, 4], PUBLIC)
+    cache.pin(public[-1])
+    found(cache, [1, 2, 3, 4], "a")
+    left(cache, [1, 2, 3, 4, 5, 6, 7, 8], "a")
+    names = ("a", "b", "", PUBLIC)
+    assert [found(cache, [1, 2, 3, 4, 5, 6, 7, 8], name) for name in names] == [8, 4, 4, 4]
+
+
+def test_a_client_that_knew_the_beginning_finds_the_rest(cache: PrefixCache) -> None:
+    (own,) = left(cache, [1, 2, 3, 4], "a")
+    public = left(cache, [1, 2, 3, 4, 5, 6, 7, 8], PUBLIC)
+    cache.pin(public[-1])
+    match = cache.match(cache.root("a"), [1, 2, 3, 4, 5, 6, 7, 8], inside_block=True)
+    assert [one.block for one in match.full] == [own.block, public[1].block]
+    cache.check()
+
+
+def test_a_block_with_two_places_is_free_when_both_are_given_up(
+    cache: PrefixCache, pool: BlockPool
+) -> None:
+    public = left(cache, [1] * 8, PUBLIC)
+    cache.pin(public[-1])
+    found(cache, [1] * 8, "a")
+    assert (cache.evictable_blocks, cache.evict(9)) == (0, 0)
+    found(cache, [1] * 8, "a")
+    pool.retain([public[0].block])  # as a table does
+    cache.unpin(public[-1])
+    assert (cache.evictable_blocks, cache.evict(9)) == (1, 1)
+    cache.check()
+    pool.release([public[0].block])
+    assert (cache.evictable_blocks, cache.evict(9)) == (1, 1)
+    assert pool.used_blocks == len(cache) == 0
+
+
+def test_a_second_place_is_not_written_by_itself(pool: BlockPool) -> None:
+    new: list[CachedBlock] = []
+    cache = PrefixCache(pool, "model", on_new=new.append)
+    public = left(cache, [1] * 4, PUBLIC)
+    cache.pin(public[-1])
+    found(cache, [1] * 4, "a")
+    assert new == public
+
+
+def test_check_finds_a_block_that_stands_for_two_prefixes(
+    cache: PrefixCache, pool: BlockPool
+) -> None:
+    (ours,) = left(cache, [1] * 4, "a")
+    cache.insert(cache.root("b"), [2] * 4, ours.block)
+    with pytest.raises(AssertionError, match="two prefixes"):
+        cache.check()
 
 
 def test_check_finds_a_block_that_is_there_twice(cache: PrefixCache) -> None:

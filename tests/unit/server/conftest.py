@@ -42,10 +42,15 @@ def start(
         memory_bytes: int | None = None,
         limits: Limits | None = None,
         aliases: dict[str, str] | None = None,
+        on_load: Callable[[Model], object] = lambda _: None,
         **settings: Any,
     ) -> httpx.Client:
         hub = ModelHub(
-            load or (lambda _: make_model()), names, aliases=aliases, memory_bytes=memory_bytes
+            load or (lambda _: make_model()),
+            names,
+            aliases=aliases,
+            memory_bytes=memory_bytes,
+            on_load=on_load,
         )
         chosen = Settings(
             home=tmp_path / "home",

@@ -1,0 +1,55 @@
+"""What `recollect serve` is told before it listens."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from recollect.cli.main import app
+from recollect.conversation.model import Model
+from recollect.errors import ConfigError
+from recollect.server.hub import ModelHub
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECOLLECT_HOME", str(tmp_path / "home"))
+
+
+def test_a_public_file_that_cannot_be_read_is_told_at_the_start(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    for file, told in ((tmp_path / "none.txt", "cannot be read"), (empty, "no text in it")):
+        result = CliRunner().invoke(app, ["serve", "-m", "reference", "--public", str(file)])
+        assert isinstance(result.exception, ConfigError)
+        assert told in str(result.exception)
+        assert file.name in str(result.exception)
+
+
+def test_public_files_reach_each_model_that_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / "one.txt", tmp_path / "other.txt"]
+    for file in files:
+        file.write_text(f"You are {file.stem}.\n")
+    published: list[list[str]] = []
+
+    def note(_model: Model, prompts: Sequence[str]) -> None:
+        published.append(list(prompts))
+
+    async def load(hub: ModelHub) -> None:
+        (await hub.acquire(None)).release()
+        await hub.close()
+
+    def run(_settings: Any, hub: ModelHub, _keys: Any, **_options: Any) -> None:
+        asyncio.run(load(hub))
+
+    monkeypatch.setattr("recollect.server.public.publish_later", note)
+    monkeypatch.setattr("recollect.server.run.serve", run)
+    options = [option for file in files for option in ("--public", str(file))]
+    result = CliRunner().invoke(app, ["serve", "-m", "reference", *options])
+    assert result.exit_code == 0, result.output
+    assert published == [["You are one.", "You are other."]]
