@@ -31,9 +31,11 @@ from recollect.conversation.rows import (
 from recollect.conversation.sealing import Sealing
 from recollect.conversation.statements import (
     conversation_infos,
+    empty_record,
     find_conversation,
     insert_conversation,
     read_tips,
+    remove_tip,
     require_free,
     require_node,
     touch,
@@ -134,7 +136,7 @@ class Journal:
             ConversationError: That cannot be a name.
             StoreError: It cannot be written.
         """
-        empty = _empty_record(
+        empty = empty_record(
             _today() if name is None else name,
             model=model,
             fingerprint=fingerprint,
@@ -224,6 +226,16 @@ class Journal:
             touch(connection, conversation_id, datetime.now(UTC))
             require_node(connection, conversation_id, node_id)
             write_tip(connection, self._sealing, conversation_id, name, node_id)
+
+    def drop_tip(self, conversation_id: int, name: str) -> bool:
+        """
+        Forget a tip, but nothing that was said; return whether there was one of that name.
+
+        Raises:
+            StoreError: It cannot be written.
+        """
+        with self._writing() as connection:
+            return remove_tip(connection, self._sealing, conversation_id, name)
 
     def set_model(self, conversation_id: int, *, model: str, fingerprint: str) -> None:
         """
@@ -377,15 +389,3 @@ class Journal:
 def _today() -> str:
     """Return the user's date."""
     return datetime.now().astimezone().date().isoformat()
-
-
-def _empty_record(name: str, *, model: str, fingerprint: str, namespace: str) -> ConversationRecord:
-    now = datetime.now(UTC)
-    return ConversationRecord(
-        name=name,
-        created_at=now,
-        updated_at=now,
-        model=model,
-        fingerprint=fingerprint,
-        namespace=namespace,
-    )

@@ -5,16 +5,19 @@ Reads the journal alone, so that no model needs to be loaded. Ids of items say w
 conversation they are and nothing of any other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
+
+from fastapi import Request
 
 from recollect.conversation.journal import Journal
 from recollect.conversation.labels import Label
 from recollect.conversation.records import DEFAULT_TIP, NodeRecord, StoredConversation
 from recollect.server.errors import not_found
-from recollect.server.places import split_branch
+from recollect.server.places import branches, checkpoints, split_branch
 from recollect.server.response_object import items_of
+from recollect.server.services import client_of, services_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class ConversationView:
         if label is None or label.node_id is not None:
             raise not_found(f"conversation {conversation_id!r}")
         stored = journal.load(label.conversation_id, namespace=namespace)
-        if branch not in {DEFAULT_TIP, *stored.tips}:
+        if branch not in {DEFAULT_TIP, *branches(stored.tips)}:
             raise not_found(f"conversation {conversation_id!r}")
         responses = {
             one.node_id: one.name
@@ -65,6 +68,15 @@ class ConversationView:
             "object": "conversation",
             "created_at": int(self.stored.created_at.timestamp()),
             "metadata": self.label.note.get("metadata", {}),
+        }
+
+    def standing(self) -> dict[str, Any]:
+        """Return the conversation, and where it stands."""
+        return {
+            **self.body(),
+            "branch": self.branch,
+            "tip": None if self.tip is None else self.item_id(self.tip),
+            "turns": sum(node.role == "assistant" for node in self.path()),
         }
 
     def path(self) -> list[NodeRecord]:
@@ -94,12 +106,24 @@ class ConversationView:
             raise not_found(f"item {name!r} in this conversation")
         return by_name[name]
 
+    def checkpoint(self, name: str) -> int | None:
+        """
+        Return the node at which a checkpoint is; None is the root.
+
+        Raises:
+            ApiError: There is none of that name.
+        """
+        known = checkpoints(self.stored.tips)
+        if name not in known:
+            raise not_found(f"checkpoint {name!r} in this conversation")
+        return known[name]
+
     def items(self, nodes: Sequence[NodeRecord]) -> list[dict[str, Any]]:
         """Return messages as items."""
         return [item for node in nodes for item in items_of(self.item_id(node.id), node)]
 
     def tree(self) -> dict[str, Any]:
-        """Return all messages in all branches, parents first, and where each branch stands."""
+        """Return all messages in all branches, parents first, and where branches and checkpoints are."""
         nodes = [
             {
                 "id": self.item_id(node.id),
@@ -111,8 +135,27 @@ class ConversationView:
             }
             for node in self.stored.nodes
         ]
-        tips = {
-            name: None if node_id is None else self.item_id(node_id)
-            for name, node_id in self.stored.tips.items()
+        return {
+            "object": "conversation.tree",
+            "id": self.id,
+            "nodes": nodes,
+            "tips": self._named(branches(self.stored.tips)),
+            "checkpoints": self._named(checkpoints(self.stored.tips)),
         }
-        return {"object": "conversation.tree", "id": self.id, "nodes": nodes, "tips": tips}
+
+    def _named(self, places: Mapping[str, int | None]) -> dict[str, str | None]:
+        return {
+            name: None if node_id is None else self.item_id(node_id)
+            for name, node_id in places.items()
+        }
+
+
+def view_of(request: Request, conversation_id: str) -> ConversationView:
+    """
+    Return a conversation of the client that a request is from.
+
+    Raises:
+        ApiError: There is none of that id, for this client.
+    """
+    journal = services_of(request).journal
+    return ConversationView.load(journal, conversation_id, client_of(request).namespace)

@@ -5,8 +5,9 @@ An earlier response is a node, so going on from any of them is a fork; what it s
 said before is found by its token ids. Knows trees and the journal, and nothing of HTTP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from recollect.conversation.conversation import Conversation, as_new
 from recollect.conversation.journal import Journal
@@ -21,6 +22,8 @@ from recollect.types import Message
 HAS_INSTRUCTIONS = "has_instructions"
 """In the note of a response: whether its first message is the instructions of the request, which
 the next one does not inherit."""
+_CHECKPOINT: Final = "checkpoint:"
+"""What the tips that checkpoints are begin with: no branch that a client names has a colon in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,25 @@ def split_branch(conversation_id: str) -> tuple[str, str]:
     """Return the label of a conversation, and the name of its branch that an id stands for."""
     label, _, branch = conversation_id.partition(".")
     return label, branch or DEFAULT_TIP
+
+
+def branches(tips: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Return those of a conversation's tips that move with what is said."""
+    return {name: at for name, at in tips.items() if not name.startswith(_CHECKPOINT)}
+
+
+def checkpoints(tips: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Return where a conversation's checkpoints are, by the names that clients gave them."""
+    return {
+        name.removeprefix(_CHECKPOINT): at
+        for name, at in tips.items()
+        if name.startswith(_CHECKPOINT)
+    }
+
+
+def checkpoint_tip(name: str) -> str:
+    """Return the name of the tip that a checkpoint is."""
+    return _CHECKPOINT + name
 
 
 class Places:
@@ -83,7 +105,7 @@ class Places:
         """
         name, branch = split_branch(conversation_id)
         label = self._journal.find_label(name, namespace=self._namespace)
-        tips = {} if label is None else self._journal.tips(label.conversation_id)
+        tips = {} if label is None else branches(self._journal.tips(label.conversation_id))
         if label is None or label.node_id is not None or branch not in {DEFAULT_TIP, *tips}:
             raise not_found(f"conversation {conversation_id!r}")
         node_id = tips.get(branch)
