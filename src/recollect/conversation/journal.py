@@ -20,6 +20,7 @@ from recollect.conversation.records import (
     ConversationInfo,
     ConversationRecord,
     NewNode,
+    NodeRecord,
     StoredConversation,
     require_name,
 )
@@ -180,7 +181,7 @@ class Journal:
         self,
         conversation_id: int,
         parent_id: int | None,
-        nodes: Sequence[NewNode],
+        nodes: Sequence[NewNode | NodeRecord],
         *,
         tip: str | None = None,
     ) -> list[int]:
@@ -190,7 +191,7 @@ class Journal:
         Args:
             conversation_id: Of the conversation.
             parent_id: The node that the first one follows; None: the root.
-            nodes: Each follows the one before it.
+            nodes: Each follows the one before it; of one that is kept already, a copy is.
             tip: Its name, to have it stand at the last of them.
 
         Returns:

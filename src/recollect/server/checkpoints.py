@@ -222,7 +222,7 @@ def _last_head(services: Services, view: ConversationView) -> ResponseHead | Non
     """Return what is known of the last response on the way to where a conversation stands."""
     notes = {label.node_id: label for label in services.journal.labels(view.stored.id)}
     for node in reversed(view.path()):
-        label = notes.get(node.id)
+        label = notes.get(view.first(node.id))
         if label is not None and "head" in label.note:
             return ResponseHead.from_kept(label.name, label.note["head"])
     return None

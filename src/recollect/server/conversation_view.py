@@ -15,7 +15,7 @@ from recollect.conversation.journal import Journal
 from recollect.conversation.labels import Label
 from recollect.conversation.records import DEFAULT_TIP, NodeRecord, StoredConversation
 from recollect.server.errors import not_found
-from recollect.server.places import branches, checkpoints, split_branch
+from recollect.server.places import branches, checkpoints, copies_of, split_branch
 from recollect.server.response_object import items_of
 from recollect.server.services import client_of, services_of
 
@@ -31,6 +31,10 @@ class ConversationView:
     label: Label
     responses: dict[int, str]
     """Response ids, by node."""
+    names: dict[int, str]
+    """Of all nodes, each its own."""
+    copies: dict[int, int]
+    """Nodes that are the same message as others, which were there before an item was deleted."""
 
     @classmethod
     def load(cls, journal: Journal, conversation_id: str, namespace: str) -> Self:
@@ -52,7 +56,11 @@ class ConversationView:
             for one in journal.labels(label.conversation_id)
             if one.node_id is not None
         }
-        return cls(conversation_id, stored, branch, label, responses)
+        prefix = f"msg_{label.name.removeprefix('conv_')}"
+        names = {node.id: f"{prefix}_{number}" for number, node in enumerate(stored.nodes, 1)}
+        names |= {node: f"msg_{one.removeprefix('resp_')}" for node, one in responses.items()}
+        copies = copies_of(label)
+        return cls(conversation_id, stored, branch, label, responses, names, copies)
 
     @property
     def tip(self) -> int | None:
@@ -83,25 +91,28 @@ class ConversationView:
         """Return the messages up to the tip."""
         return self.stored.path(self.tip)
 
+    def first(self, node_id: int) -> int:
+        """Return the node where a message was said first; most are themselves."""
+        return self.copies.get(node_id, node_id)
+
     def item_id(self, node_id: int) -> str:
-        """Return the id of an item."""
-        if node_id in self.responses:
-            return f"msg_{self.responses[node_id].removeprefix('resp_')}"
-        numbers = {node.id: number for number, node in enumerate(self.stored.nodes, 1)}
-        return f"msg_{self.label.name.removeprefix('conv_')}_{numbers[node_id]}"
+        """Return the id of an item: a message keeps its own on whatever path it is."""
+        return self.names[self.first(node_id)]
 
     def node_id(self, name: str) -> int:
         """
-        Return the node that an item's or a response's id names.
+        Return the node that an item's or a response's id names, on this branch where it is there.
 
         Raises:
             ApiError: It is not of this conversation.
         """
         by_name = {response: node for node, response in self.responses.items()}
-        by_name |= {
-            item["id"]: node.id for node in self.stored.nodes for item in self.items([node])
-        }
-        by_name |= {self.item_id(node.id): node.id for node in self.stored.nodes}
+        for node in self.stored.nodes:
+            own = self.names[node.id]
+            by_name |= {item["id"]: node.id for item in items_of(own, node)} | {own: node.id}
+        for node in self.path():
+            by_name |= {item["id"]: node.id for item in self.items([node])}
+            by_name[self.item_id(node.id)] = node.id
         if name not in by_name:
             raise not_found(f"item {name!r} in this conversation")
         return by_name[name]
@@ -126,10 +137,10 @@ class ConversationView:
         """Return all messages in all branches, parents first, and where branches and checkpoints are."""
         nodes = [
             {
-                "id": self.item_id(node.id),
+                "id": self.names[node.id],
                 "role": node.role,
                 "items": self.items([node]),
-                "parent_id": None if node.parent_id is None else self.item_id(node.parent_id),
+                "parent_id": None if node.parent_id is None else self.names[node.parent_id],
                 "response_id": self.responses.get(node.id),
                 "created_at": int(node.created_at.timestamp()),
             }
@@ -145,7 +156,7 @@ class ConversationView:
 
     def _named(self, places: Mapping[str, int | None]) -> dict[str, str | None]:
         return {
-            name: None if node_id is None else self.item_id(node_id)
+            name: None if node_id is None else self.names[node_id]
             for name, node_id in places.items()
         }
 

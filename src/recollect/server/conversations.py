@@ -6,11 +6,13 @@ KV is there.
 """
 
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field, model_validator
 
+from recollect.conversation.journal import Journal
 from recollect.conversation.labels import Label
 from recollect.conversation.messages import to_node
 from recollect.conversation.records import NewNode, NodeRecord
@@ -20,7 +22,7 @@ from recollect.server.checkpoints import drop_all_kv
 from recollect.server.conversation_view import ConversationView, view_of
 from recollect.server.errors import ApiError, not_found
 from recollect.server.fields import Body, Ignored, PlaceName
-from recollect.server.places import split_branch
+from recollect.server.places import COPIES, split_branch
 from recollect.server.response_schema import InputItem, merged
 from recollect.server.services import client_of, services_of
 
@@ -120,10 +122,10 @@ def update_conversation(
     conversation_id: str, body: ConversationChange, request: Request
 ) -> dict[str, Any]:
     """Replace a conversation's metadata."""
-    view = view_of(request, conversation_id)
-    note = {**view.label.note, "metadata": body.metadata}
-    label = Label(name=view.label.name, conversation_id=view.label.conversation_id, note=note)
-    services_of(request).journal.set_label(label)
+    services = services_of(request)
+    with services.items_lock:
+        view = view_of(request, conversation_id)
+        _set_note(services.journal, view, {"metadata": body.metadata})
     return view_of(request, conversation_id).body()
 
 
@@ -177,6 +179,29 @@ def get_item(conversation_id: str, item_id: str, request: Request) -> dict[str, 
     return next((item for item in items if item["id"] == item_id), items[0])
 
 
+@router.delete("/v1/conversations/{conversation_id}/items/{item_id}")
+def delete_item(conversation_id: str, item_id: str, request: Request) -> dict[str, Any]:
+    """
+    Take a message out of a conversation, or out of a branch, and return the conversation.
+
+    The branch goes on along another path, without it: what other branches and responses have stays
+    as it was. Messages after it keep their ids, and replies the tokens that they were generated as.
+    """
+    services = services_of(request)
+    with services.items_lock:
+        view = view_of(request, conversation_id)
+        node, path = _node(view, view.node_id(item_id)), view.path()
+        if node not in path:
+            raise not_found(f"item {item_id!r} on this branch")
+        _require_whole(view, node, item_id)
+        rest = path[path.index(node) + 1 :]
+        ids = services.journal.append(view.stored.id, node.parent_id, rest, tip=view.branch)
+        again = {copy: view.first(one.id) for copy, one in zip(ids, rest, strict=True)}
+        if again:
+            _set_note(services.journal, view, {COPIES: view.copies | again})
+    return view_of(request, conversation_id).body()
+
+
 @router.post("/v1/conversations/{conversation_id}/rewind")
 def rewind(conversation_id: str, body: Rewind, request: Request) -> dict[str, Any]:
     """Go back; what was said after that place stays in the tree."""
@@ -220,6 +245,30 @@ def _nodes(items: list[InputItem]) -> list[NewNode]:
 
 def _node(view: ConversationView, node_id: int) -> NodeRecord:
     return next(node for node in view.stored.nodes if node.id == node_id)
+
+
+def _require_whole(view: ConversationView, node: NodeRecord, item_id: str) -> None:
+    """
+    Check that a message is shown as one item.
+
+    Raises:
+        ApiError: It is a reply that says something and calls, or calls several times: as generated,
+            it is one text.
+    """
+    items = view.items([node])
+    if len(items) > 1:
+        raise ApiError(
+            f"{item_id!r} is one of {len(items)} items of one reply, which cannot be without it: "
+            "rewind to before the reply, or fork there.",
+            code="item_not_separable",
+            param="item_id",
+        )
+
+
+def _set_note(journal: Journal, view: ConversationView, change: Mapping[str, Any]) -> None:
+    """Change what is noted of a conversation."""
+    note, kept_as = {**view.label.note, **change}, view.label.conversation_id
+    journal.set_label(Label(name=view.label.name, conversation_id=kept_as, note=note))
 
 
 def _target(view: ConversationView, where: Rewind) -> int | None:

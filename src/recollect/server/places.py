@@ -11,6 +11,7 @@ from typing import Final
 
 from recollect.conversation.conversation import Conversation, as_new
 from recollect.conversation.journal import Journal
+from recollect.conversation.labels import Label
 from recollect.conversation.messages import to_message, to_node
 from recollect.conversation.model import Model
 from recollect.conversation.records import DEFAULT_TIP, NewNode
@@ -22,6 +23,9 @@ from recollect.types import Message
 HAS_INSTRUCTIONS = "has_instructions"
 """In the note of a response: whether its first message is the instructions of the request, which
 the next one does not inherit."""
+COPIES = "copies"
+"""In the note of a conversation: which messages are the same as others, said again on another path
+after an item was deleted. Ids in the journal, as texts, and of the message that was said first."""
 _CHECKPOINT: Final = "checkpoint:"
 """What the tips that checkpoints are begin with: no branch that a client names has a colon in it."""
 
@@ -55,6 +59,11 @@ def checkpoints(tips: Mapping[str, int | None]) -> dict[str, int | None]:
         for name, at in tips.items()
         if name.startswith(_CHECKPOINT)
     }
+
+
+def copies_of(label: Label) -> dict[int, int]:
+    """Return which messages of a conversation are the same as others, by their ids in the journal."""
+    return {int(copy): first for copy, first in label.note.get(COPIES, {}).items()}
 
 
 def checkpoint_tip(name: str) -> str:
@@ -111,8 +120,7 @@ class Places:
         node_id = tips.get(branch)
         conversation = self._open(label.conversation_id, node_id)
         node = None if node_id is None else conversation.kept_node(node_id)
-        notes = {one.node_id: one.note for one in self._journal.labels(label.conversation_id)}
-        has_instructions = bool(node_id and notes.get(node_id, {}).get(HAS_INSTRUCTIONS))
+        has_instructions = node is not None and self._has_instructions(label, conversation, node)
         return Place(conversation, node or conversation.tree.root, has_instructions, branch)
 
     def new(self) -> Place:
@@ -126,6 +134,22 @@ class Places:
             return [to_node(message) for message in messages]
         session = self._model.session_from(messages, namespace=self._namespace)
         return [as_new(node) for node in session.path()]
+
+    def _has_instructions(self, label: Label, conversation: Conversation, node: Node) -> bool:
+        """Return whether the path to a node begins with the instructions of the response there."""
+        copies = copies_of(label)
+
+        def first(one: Node | None) -> int | None:
+            kept_id = None if one is None else conversation.kept_id(one)
+            return None if kept_id is None else copies.get(kept_id, kept_id)
+
+        said = first(node)
+        notes = {one.node_id: one.note for one in self._journal.labels(label.conversation_id)}
+        response = None if said is None else conversation.kept_node(said)
+        if response is None or not notes.get(said, {}).get(HAS_INSTRUCTIONS):
+            return False
+        # They are an item like others, which may have been deleted.
+        return first(node.path()[0]) == first(response.path()[0])
 
     def _open(self, kept_as: int, node_id: int | None) -> Conversation:
         return self._kept.conversation(

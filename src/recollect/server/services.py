@@ -6,6 +6,7 @@ the engine begin. From there on readers hand out what comes.
 """
 
 import asyncio
+import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,8 @@ class Services:
     speeds: dict[str, PrefillSpeed] = field(default_factory=lambda: defaultdict(PrefillSpeed))
     started_at: int = field(default_factory=lambda: int(time()))
     """In seconds since 1970."""
+    items_lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a conversation is read and written again by what it was."""
     _journal: Journal | None = None
 
     @property
