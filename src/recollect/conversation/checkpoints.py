@@ -71,7 +71,7 @@ class Checkpoints:
             StoreError: The store or the journal cannot be read.
         """
         known = {info.id: info for info in self._journal.conversations()}
-        found = [pin for pin in disk_audit.pins(self._store) if _is_checkpoint(pin)]
+        found = [pin for pin in disk_audit.pins(self._store) if is_checkpoint(pin)]
         return [self._of(pin, known.get(pin.about["conversation"])) for pin in found]
 
     def facts(self, spot: Spot) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Checkpoints:
             StoreError: The store cannot be written.
         """
         pin = pins.find(self._store, name)
-        if pin is None or not _is_checkpoint(pin) or not pins.drop(self._store, name):
+        if pin is None or not is_checkpoint(pin) or not pins.drop(self._store, name):
             raise _unknown(name)
 
     def of_servers(self) -> int:
@@ -181,7 +181,8 @@ def _facts(spot: Spot, begun: datetime) -> dict[str, Any]:
     }
 
 
-def _is_checkpoint(pin: Pin) -> bool:
+def is_checkpoint(pin: Pin) -> bool:
+    """Return whether a pin is a checkpoint that has its name from the terminal or the library."""
     return _KIND.items() <= pin.about.items()
 
 

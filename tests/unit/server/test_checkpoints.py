@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+import recollect
+from recollect import keyfile
 from recollect.cli.main import app
 from recollect.conversation.model import Model
 from recollect.kv import disk_audit
@@ -289,6 +292,30 @@ def test_with_a_conversation_go_its_pins(start_kept: Start, post: Post, home: Pa
     keep(post, client, other)
     assert client.delete(f"{PATH}/{conversation}").json()["deleted"] is True
     assert [name for name, _ in pinned(home)] == [f"{other}.safe"]
+
+
+def test_in_an_encrypted_home_no_name_of_them_can_be_read(
+    start: Start, servers: ExitStack, post: Post, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keyfile, "Scrypt", partial(keyfile.Scrypt, n=2))
+    cipher = recollect.encrypt(home, passphrase="open sesame")
+
+    def load(_: str) -> Model:
+        return recollect.load("reference", home=home, cipher=cipher, kv_disk=64 << 20)
+
+    client = start(load=load, cipher=cipher)
+    conversation = begun(post, client, LONG)
+    assert keep(post, client, conversation, "treasure")["kept"] is True
+    servers.close()
+    written = {file.name: file.read_bytes() for file in home.rglob("*") if file.is_file()}
+    assert "data.mdb" in written
+    for word in (b"treasure", b"checkpoint", b"harbour"):
+        assert [name for name, content in written.items() if word in content] == []
+    client = start(load=load, cipher=cipher)
+    post(client, f"{PATH}/{conversation}/rewind", {"checkpoint": "treasure"})
+    assert usage(say(post, client, conversation, "Go on"))["restored_tokens"] > len(LONG)
+    gone = client.delete(f"{PATH}/{conversation}/checkpoints/treasure")
+    assert gone.json()["deleted"] is True
 
 
 def test_the_command_line_tells_them_from_its_own(
