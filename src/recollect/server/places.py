@@ -12,6 +12,7 @@ from typing import Final
 from recollect.conversation.conversation import Conversation, as_new
 from recollect.conversation.journal import Journal
 from recollect.conversation.labels import Label
+from recollect.conversation.matching import Change, described
 from recollect.conversation.messages import to_message, to_node
 from recollect.conversation.model import Model
 from recollect.conversation.records import DEFAULT_TIP, NewNode
@@ -39,6 +40,8 @@ class Place:
     has_instructions: bool = False
     tip: str | None = None
     """None: none moves."""
+    change: Change | None = None
+    """Where the path leaves the one that was read before, since an item was deleted."""
 
 
 def split_branch(conversation_id: str) -> tuple[str, str]:
@@ -120,8 +123,11 @@ class Places:
         node_id = tips.get(branch)
         conversation = self._open(label.conversation_id, node_id)
         node = None if node_id is None else conversation.kept_node(node_id)
-        has_instructions = node is not None and self._has_instructions(label, conversation, node)
-        return Place(conversation, node or conversation.tree.root, has_instructions, branch)
+        if node is None:
+            return Place(conversation, conversation.tree.root, tip=branch)
+        has_instructions = self._has_instructions(label, conversation, node)
+        change = _change(copies_of(label), conversation, node)
+        return Place(conversation, node, has_instructions, branch, change)
 
     def new(self) -> Place:
         """Return the beginning of a conversation, which is kept from its first reply on."""
@@ -155,6 +161,32 @@ class Places:
         return self._kept.conversation(
             self._model, kept_as, namespace=self._namespace, node_id=node_id
         )
+
+
+def _change(copies: Mapping[int, int], conversation: Conversation, node: Node) -> Change | None:
+    """Return where the path to a node leaves that on which its last reply was generated."""
+    reply = next((one for one in reversed(node.path()) if one.role == "assistant"), None)
+    kept_id = None if reply is None else conversation.kept_id(reply)
+    first = None if kept_id is None else copies.get(kept_id)
+    before = None if first is None else conversation.kept_node(first)
+    if reply is None or before is None or _was_read(copies, conversation, reply):
+        return None
+    for number, (was, is_now) in enumerate(zip(before.path(), reply.path(), strict=False)):
+        if (was.role, was.content) != (is_now.role, is_now.content):
+            return described(number, was, as_new(is_now))
+    return None
+
+
+def _was_read(copies: Mapping[int, int], conversation: Conversation, copy: Node) -> bool:
+    """Return whether a reply was generated after the copy of one, and so with that before it."""
+    pending = list(copy.children)
+    while pending:
+        node = pending.pop()
+        kept_id = conversation.kept_id(node)
+        if node.token_ids is not None and kept_id not in copies:
+            return True
+        pending += node.children
+    return False
 
 
 def with_instructions(place: Place, instructions: str | None) -> Node:

@@ -294,6 +294,19 @@ def test_with_a_conversation_go_its_pins(start_kept: Start, post: Post, home: Pa
     assert [name for name, _ in pinned(home)] == [f"{other}.safe"]
 
 
+def test_with_the_last_response_of_a_conversation_go_its_pins(
+    start_kept: Start, post: Post, make_model: Callable[..., Model], home: Path
+) -> None:
+    """Such as those that were made in a terminal, where the conversation has no key."""
+    client = start_kept()
+    response = post(client, "/v1/responses", {"input": LONG, "max_output_tokens": 4})["id"]
+    model = make_model(store=DiskStore(home / STORE_FOLDER, budget_bytes=64 << 20))
+    model.resume().checkpoint("here")
+    assert pinned(home) == [("here", "checkpoint")]
+    assert client.delete(f"/v1/responses/{response}").json()["deleted"] is True
+    assert pinned(home) == []
+
+
 def test_in_an_encrypted_home_no_name_of_them_can_be_read(
     start: Start, servers: ExitStack, post: Post, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

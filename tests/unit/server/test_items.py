@@ -86,11 +86,17 @@ def test_replies_keep_the_tokens_that_they_were_generated_as(
     delete(client, conversation, items(client, conversation)[1]["id"])
     delete(client, conversation, question["id"])
     assert replies() == before[1:]
-    say(post, client, conversation, "Go on")
-    own = say(post, client, conversation, "And on")["usage"]["recollect"]
-    assert own["computed_tokens"] < 20
+    first, second = (
+        say(post, client, conversation, text)["usage"]["recollect"] for text in ("Go on", "And on")
+    )
+    assert (first["reason"], second["reason"]) == ("message_changed", "new")
+    assert first["difference"].startswith("Message 1: 'One' became 'Two'")
+    assert second["computed_tokens"] < 20
+    post(client, f"{PATH}/{conversation}/rewind", {"turns": 2})
+    third = say(post, client, conversation, "Or so")["usage"]["recollect"]
+    assert (third["reason"], third["computed_tokens"] < 20) == ("new", True), "it was read by now"
     tree = client.get(f"{PATH}/{conversation}/tree").json()
-    assert len({node["id"] for node in tree["nodes"]}) == len(tree["nodes"]) == 6 + 4 + 4 + 4
+    assert len({node["id"] for node in tree["nodes"]}) == len(tree["nodes"]) == 6 + 4 + 4 + 4 + 2
 
 
 def test_branches_checkpoints_and_responses_have_what_they_had(
