@@ -24,7 +24,7 @@ from recollect.engine.pinning import pin_on_disk
 from recollect.kv import pins
 from recollect.kv.disk import DiskStore
 from recollect.server.conversation_view import ConversationView, view_of
-from recollect.server.errors import ApiError, not_found
+from recollect.server.errors import ApiError
 from recollect.server.fields import Body, PlaceName
 from recollect.server.places import checkpoint_tip, checkpoints
 from recollect.server.response_object import ResponseHead
@@ -195,7 +195,7 @@ class _KeptPlace:
             tokens, computed = made.pin.tokens, made.computed_tokens
             if checkpoint_tip(self.name) not in self.services.journal.tips(self.view.stored.id):
                 pins.drop(engine.tier.store, name)
-                raise not_found(f"checkpoint {self.name!r} any more: it was deleted meanwhile")
+                return _not_kept("it was deleted meanwhile")
         return {"kept": True, "tokens": tokens, "computed_tokens": computed}
 
     def _still_kept(self, engine: Engine, about: dict[str, Any]) -> int | None:

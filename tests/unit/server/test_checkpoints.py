@@ -17,6 +17,7 @@ from recollect.cli.main import app
 from recollect.conversation.model import Model
 from recollect.kv import disk_audit
 from recollect.kv.disk import STORE_FOLDER, DiskStore
+from recollect.server import checkpoints
 
 Json = dict[str, Any]
 Start = Callable[..., httpx.Client]
@@ -283,6 +284,23 @@ def test_branches_are_no_checkpoints_and_checkpoints_do_not_move(
     assert client.delete(f"{PATH}/{fork}/checkpoints/safe").json()["deleted"] is True
     tree = client.get(f"{PATH}/{conversation}/tree").json()
     assert (set(tree["tips"]), tree["checkpoints"]) == ({"main", "safe"}, {})
+
+
+def test_one_that_is_deleted_while_it_is_kept_leaves_nothing(
+    start_kept: Start, post: Post, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = start_kept()
+    conversation = begun(post, client, LONG)
+    pin_on_disk = checkpoints.pin_on_disk
+
+    def meanwhile(*given: Any, **options: Any) -> Any:
+        address = f"{client.base_url}{PATH}/{conversation}/checkpoints/safe"
+        assert httpx.delete(address, trust_env=False).status_code == 200
+        return pin_on_disk(*given, **options)
+
+    monkeypatch.setattr(checkpoints, "pin_on_disk", meanwhile)
+    assert keep(post, client, conversation)["reason"] == "it was deleted meanwhile"
+    assert pinned(home) == []
 
 
 def test_with_a_conversation_go_its_pins(start_kept: Start, post: Post, home: Path) -> None:
