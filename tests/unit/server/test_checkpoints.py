@@ -15,6 +15,7 @@ import recollect
 from recollect import keyfile
 from recollect.cli.main import app
 from recollect.conversation.model import Model
+from recollect.engine.pinning import pin_on_disk
 from recollect.kv import disk_audit
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.server import checkpoints
@@ -291,7 +292,6 @@ def test_one_that_is_deleted_while_it_is_kept_leaves_nothing(
 ) -> None:
     client = start_kept()
     conversation = begun(post, client, LONG)
-    pin_on_disk = checkpoints.pin_on_disk
 
     def meanwhile(*given: Any, **options: Any) -> Any:
         address = f"{client.base_url}{PATH}/{conversation}/checkpoints/safe"
