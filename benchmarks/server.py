@@ -284,7 +284,8 @@ def library_first_text(model: recollect.Model, said: str) -> float:
     begun = perf_counter()
     message: recollect.types.Message = {"role": "user", "content": said}
     with model.session_from([message], params=params) as session, session.stream(None) as stream:
-        next(iter(stream))
+        pieces = iter(stream)  # once it is forgotten, the reply ends
+        next(pieces)
         return perf_counter() - begun
 
 

@@ -126,14 +126,14 @@ class DiskMachine(RuleBasedStateMachine):
     def pin(self, name: str, which: int) -> None:
         key, store = self._one(which), self.store
         with store.env.writing() as txn:
-            accounts.put_pin(txn, store.env, Pin(name, key, 1, "", 0.0, {}))
+            accounts.put_pin(txn, store.env, Pin(name, key, 1, "", 0.0, {}), None)
         self.pinned[name] = key
 
     @rule(name=NAMES)
     def unpin(self, name: str) -> None:
         store = self.store
         with store.env.writing() as txn:
-            assert accounts.drop_pin(txn, store.env, name) == (name in self.pinned)
+            assert accounts.drop_pin(txn, store.env, name, None) == (name in self.pinned)
         self.pinned.pop(name, None)
 
     @rule(wanted=st.integers(1, 20_000))

@@ -37,10 +37,10 @@ def checkpoints(context: typer.Context, as_json: JsonOption = False) -> None:
 @app.command("list")
 def list_all(as_json: JsonOption = False) -> None:
     """List all checkpoints, by name. Also what no command does."""
-    found = []
+    found, of_servers = [], 0
     if has_store():
         with open_places() as places:
-            found = places.all()
+            found, of_servers = places.all(), places.of_servers()
     if as_json:
         typer.echo(json.dumps([_as_dict(made) for made in found], ensure_ascii=False, indent=2))
     elif not found:
@@ -49,6 +49,10 @@ def list_all(as_json: JsonOption = False) -> None:
         from rich.console import Console  # noqa: PLC0415 - see the imports for type checking
 
         Console().print(_table(found))
+    if of_servers and not as_json:
+        typer.echo(
+            f"Clients of `recollect serve` have {of_servers:,} more: `recollect cache` lists them."
+        )
 
 
 @app.command()

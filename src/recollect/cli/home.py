@@ -5,7 +5,7 @@ What lies in the user's data folder, opened for commands that load no model.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from recollect import config
 from recollect.cipher import KV_PURPOSE
@@ -17,9 +17,6 @@ if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLi
     from recollect.conversation.journal import Journal
     from recollect.kv.disk import DiskStore
 
-_SPARE_BYTES: Final = 16 << 20
-"""Beyond what the file has: LMDB replaces pages before it gives them up, also to remove a block."""
-
 
 def store_folder() -> Path:
     """Return where KV is kept."""
@@ -30,7 +27,9 @@ def store_folder() -> Path:
 
 def has_store() -> bool:
     """Return whether any KV was ever kept here."""
-    return (store_folder() / "data.mdb").is_file()
+    from recollect.kv.opening import is_there  # noqa: PLC0415 - see above
+
+    return is_there(store_folder())
 
 
 @contextmanager
@@ -41,16 +40,13 @@ def open_store() -> "Iterator[DiskStore]":
     Raises:
         StoreError: There is none, or it cannot be opened.
     """
-    from recollect.kv.disk import DiskStore  # noqa: PLC0415 - see above
+    from recollect.kv.opening import open_existing  # noqa: PLC0415 - see above
 
     if not has_store():
         raise StoreError("No KV is kept on disk here yet: `recollect chat` does that.")
-    folder = store_folder()
-    room = (folder / "data.mdb").stat().st_size + _SPARE_BYTES
     cipher = unlock_home()
     sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
-    budget = max(config.default_kv_disk_bytes(folder), room)
-    store = DiskStore(folder, budget_bytes=budget, sealer=sealer)
+    store = open_existing(store_folder(), sealer)
     try:
         yield store
     finally:

@@ -16,6 +16,9 @@ from recollect.kv.accounts import Pin
 from recollect.kv.disk import DiskStore
 
 _KIND: Final = {"kind": "checkpoint"}
+_SERVER_KIND: Final = {"kind": "server checkpoint"}
+"""Of a pin whose place a client of a server has named. The journal has that name, in the client's
+namespace; names of other checkpoints are for all who use the home."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +71,7 @@ class Checkpoints:
             StoreError: The store or the journal cannot be read.
         """
         known = {info.id: info for info in self._journal.conversations()}
-        found = [pin for pin in disk_audit.pins(self._store) if _is_checkpoint(pin)]
+        found = [pin for pin in disk_audit.pins(self._store) if is_checkpoint(pin)]
         return [self._of(pin, known.get(pin.about["conversation"])) for pin in found]
 
     def facts(self, spot: Spot) -> dict[str, Any]:
@@ -81,13 +84,7 @@ class Checkpoints:
         """
         for info in self._journal.conversations():
             if info.id == spot.conversation_id:
-                return {
-                    **_KIND,
-                    "conversation": spot.conversation_id,
-                    "begun": info.created_at.isoformat(),  # another journal may have that number
-                    "node": spot.node_id,
-                    "turns": spot.turns,
-                }
+                return _KIND | _facts(spot, info.created_at)
         raise UnknownConversationError("This conversation has been deleted: begin another one.")
 
     def find(self, name: str) -> Checkpoint:
@@ -117,8 +114,19 @@ class Checkpoints:
             StoreError: The store cannot be written.
         """
         pin = pins.find(self._store, name)
-        if pin is None or not _is_checkpoint(pin) or not pins.drop(self._store, name):
+        if pin is None or not is_checkpoint(pin) or not pins.drop(self._store, name):
             raise _unknown(name)
+
+    def of_servers(self) -> int:
+        """
+        Return how many checkpoints clients of a server have; `all` has none of them.
+
+        Raises:
+            StoreError: The store cannot be read.
+        """
+        return sum(
+            _SERVER_KIND.items() <= pin.about.items() for pin in disk_audit.pins(self._store)
+        )
 
     def _of(self, pin: Pin, info: ConversationInfo | None) -> Checkpoint:
         """Return a pin as a checkpoint, with what the journal has under its number."""
@@ -137,9 +145,20 @@ class Checkpoints:
         )
 
 
+def server_facts(spot: Spot, begun: datetime) -> dict[str, Any]:
+    """
+    Return what a pin has to know to be a checkpoint of a client of a server.
+
+    Args:
+        spot: Where it is.
+        begun: When the conversation was created, as the journal has it.
+    """
+    return _SERVER_KIND | _facts(spot, begun)
+
+
 def drop_of_conversation(store: DiskStore, conversation_id: int, begun: datetime) -> list[str]:
     """
-    Drop the checkpoints of a conversation that is deleted; return their names.
+    Drop the checkpoints of a conversation that is deleted, of whatever kind; return their names.
 
     Args:
         store: Where they are.
@@ -150,10 +169,20 @@ def drop_of_conversation(store: DiskStore, conversation_id: int, begun: datetime
         StoreError: The store cannot be written.
     """
     facts = {"conversation": conversation_id, "begun": begun.isoformat()}
-    return pins.drop_all(store, _KIND | facts)
+    return pins.drop_all(store, facts)
 
 
-def _is_checkpoint(pin: Pin) -> bool:
+def _facts(spot: Spot, begun: datetime) -> dict[str, Any]:
+    return {
+        "conversation": spot.conversation_id,
+        "begun": begun.isoformat(),  # another journal may have that number
+        "node": spot.node_id,
+        "turns": spot.turns,
+    }
+
+
+def is_checkpoint(pin: Pin) -> bool:
+    """Return whether a pin is a checkpoint that has its name from the terminal or the library."""
     return _KIND.items() <= pin.about.items()
 
 

@@ -5,13 +5,18 @@ Knows what in the folder holds content. Models are not content.
 """
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 from recollect import config, keyfile
-from recollect.cipher import Cipher
+from recollect.cipher import KV_PURPOSE, Cipher
+from recollect.conversation.checkpoints import is_checkpoint
 from recollect.conversation.journal import JOURNAL_NAME, Journal
-from recollect.errors import StoreError
-from recollect.kv.disk import STORE_FOLDER
+from recollect.errors import StoreCorruptError, StoreError
+from recollect.kv import disk_audit, pins
+from recollect.kv.accounts import Pin
+from recollect.kv.disk import STORE_FOLDER, DiskStore
+from recollect.kv.opening import is_there, open_existing
 
 
 def encrypt(
@@ -25,7 +30,8 @@ def encrypt(
     Encrypt a data folder, once and for good, and return its cipher; one that is encrypted is unlocked.
 
     All conversations are converted. KV on disk and the history of what was typed are deleted: they
-    come again. Other programs that use the folder have to be closed before.
+    come again. Checkpoints stay as places, without KV. Other programs that use the folder have to be
+    closed before.
 
     Args:
         home: None: `RECOLLECT_HOME` or the user's data folder.
@@ -46,19 +52,43 @@ def encrypt(
     if cipher is None:
         source: keyfile.Source = "keyring" if keyring else "passphrase"
         cipher, key_file = keyfile.new_key(source, passphrase=passphrase, ask=ask)
+        kept = _checkpoints(home / STORE_FOLDER)
         _remove_plain(home)  # before the folder counts as encrypted: it may end here
         keyfile.save(home, key_file)
+        _keep(kept, home / STORE_FOLDER, cipher)
     if (home / JOURNAL_NAME).exists():
         Journal.open(home / JOURNAL_NAME, cipher=cipher, convert=True).close()
     return cipher
 
 
+def _checkpoints(folder: Path) -> list[Pin]:
+    """Return the places that have a name in a store, and nowhere else."""
+    if not is_there(folder):
+        return []
+    try:
+        with closing(open_existing(folder, None)) as store:
+            return [pin for pin in disk_audit.pins(store) if is_checkpoint(pin)]
+    except StoreCorruptError:
+        return []  # it could not have been used either
+
+
+def _keep(found: list[Pin], folder: Path, cipher: Cipher) -> None:
+    """Name places again, sealed; their KV is not there, and would have other names."""
+    if not found:
+        return
+    sealer, least = cipher.for_purpose(KV_PURPOSE), config.LEAST_KV_DISK_BYTES
+    with closing(DiskStore(folder, budget_bytes=least, sealer=sealer)) as store:
+        for pin in found:
+            pins.add(store, pin)
+
+
 def _remove_plain(home: Path) -> None:
-    """Delete what holds content and is no loss."""
+    """Delete what holds content and is no loss, with stores that were put aside as damaged."""
     try:
         (home / config.HISTORY_NAME).unlink(missing_ok=True)
-        if (home / STORE_FOLDER).exists():
-            shutil.rmtree(home / STORE_FOLDER)
+        for folder in (home / STORE_FOLDER, *home.glob(f"{STORE_FOLDER}.damaged-*")):
+            if folder.exists():
+                shutil.rmtree(folder)
     except OSError as error:
         raise StoreError(
             f"{error.filename} cannot be deleted ({error.strerror}): delete it, since it shows what "

@@ -20,6 +20,7 @@ from recollect.conversation.records import (
     ConversationInfo,
     ConversationRecord,
     NewNode,
+    NodeRecord,
     StoredConversation,
     require_name,
 )
@@ -31,9 +32,11 @@ from recollect.conversation.rows import (
 from recollect.conversation.sealing import Sealing
 from recollect.conversation.statements import (
     conversation_infos,
+    empty_record,
     find_conversation,
     insert_conversation,
     read_tips,
+    remove_tip,
     require_free,
     require_node,
     touch,
@@ -134,7 +137,7 @@ class Journal:
             ConversationError: That cannot be a name.
             StoreError: It cannot be written.
         """
-        empty = _empty_record(
+        empty = empty_record(
             _today() if name is None else name,
             model=model,
             fingerprint=fingerprint,
@@ -178,7 +181,7 @@ class Journal:
         self,
         conversation_id: int,
         parent_id: int | None,
-        nodes: Sequence[NewNode],
+        nodes: Sequence[NewNode | NodeRecord],
         *,
         tip: str | None = None,
     ) -> list[int]:
@@ -188,7 +191,7 @@ class Journal:
         Args:
             conversation_id: Of the conversation.
             parent_id: The node that the first one follows; None: the root.
-            nodes: Each follows the one before it.
+            nodes: Each follows the one before it; of one that is kept already, a copy is.
             tip: Its name, to have it stand at the last of them.
 
         Returns:
@@ -224,6 +227,16 @@ class Journal:
             touch(connection, conversation_id, datetime.now(UTC))
             require_node(connection, conversation_id, node_id)
             write_tip(connection, self._sealing, conversation_id, name, node_id)
+
+    def drop_tip(self, conversation_id: int, name: str) -> bool:
+        """
+        Forget a tip, but nothing that was said; return whether there was one of that name.
+
+        Raises:
+            StoreError: It cannot be written.
+        """
+        with self._writing() as connection:
+            return remove_tip(connection, self._sealing, conversation_id, name)
 
     def set_model(self, conversation_id: int, *, model: str, fingerprint: str) -> None:
         """
@@ -377,15 +390,3 @@ class Journal:
 def _today() -> str:
     """Return the user's date."""
     return datetime.now().astimezone().date().isoformat()
-
-
-def _empty_record(name: str, *, model: str, fingerprint: str, namespace: str) -> ConversationRecord:
-    now = datetime.now(UTC)
-    return ConversationRecord(
-        name=name,
-        created_at=now,
-        updated_at=now,
-        model=model,
-        fingerprint=fingerprint,
-        namespace=namespace,
-    )

@@ -117,14 +117,14 @@ class MessageIndex:
             return None
         # An edit rarely changes the start, so the likeliest origin begins like the message.
         origin = max(siblings, key=lambda node: common_prefix_length(node.content, message.content))
-        return _describe(found.messages, origin, message)
+        return described(found.messages, origin, message)
 
     def _changed_instructions(self, messages: Sequence[Message]) -> Change | None:
         """Return how the system message differs from that of a conversation with the same first question."""
         if len(messages) < 2 or messages[0]["role"] != "system":
             return None
         known = self._after_system.get(to_node(messages[1]).content)
-        return None if known is None else _describe(0, known, to_node(messages[0]))
+        return None if known is None else described(0, known, to_node(messages[0]))
 
     def check(self) -> None:
         """
@@ -139,7 +139,7 @@ class MessageIndex:
             conversation.tree.require(node)
 
 
-def _describe(index: int, known: Node, message: NewNode) -> Change:
+def described(index: int, known: Node, message: NewNode) -> Change:
     """Return what differs between a known message and the one in its place."""
     start = common_prefix_length(known.content, message.content)
     return Change(

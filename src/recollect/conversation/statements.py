@@ -5,7 +5,7 @@ Each function is part of somebody else's transaction; none begins or ends one.
 """
 
 import sqlite3
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from recollect.conversation.records import ConversationInfo, ConversationRecord, require_name
@@ -20,6 +20,19 @@ from recollect.conversation.rows import (
 from recollect.conversation.schema import NODE_FORMAT
 from recollect.conversation.sealing import Place, Sealing
 from recollect.errors import NameTakenError, UnknownConversationError, UnknownNodeError
+
+
+def empty_record(name: str, *, model: str, fingerprint: str, namespace: str) -> ConversationRecord:
+    """Return a conversation that begins now."""
+    now = datetime.now(UTC)
+    return ConversationRecord(
+        name=name,
+        created_at=now,
+        updated_at=now,
+        model=model,
+        fingerprint=fingerprint,
+        namespace=namespace,
+    )
 
 
 def conversation_infos(
@@ -281,17 +294,29 @@ def write_tip(
         ConversationError: That cannot be its name.
     """
     require_name(name, "tip")
-    for kept, at in connection.execute(
-        "SELECT name, node_id FROM tips WHERE conversation_id = ?", (conversation_id,)
-    ).fetchall():
-        if read_tip(sealing, conversation_id, kept, at) == name:
-            connection.execute(
-                "DELETE FROM tips WHERE conversation_id = ? AND name = ?", (conversation_id, kept)
-            )
+    remove_tip(connection, sealing, conversation_id, name)
     connection.execute(
         "INSERT INTO tips (conversation_id, name, node_id) VALUES (?, ?, ?)",
         (conversation_id, sealing.seal(name, _tip_place(conversation_id, node_id)), node_id),
     )
+
+
+def remove_tip(
+    connection: sqlite3.Connection, sealing: Sealing, conversation_id: int, name: str
+) -> bool:
+    """Forget a tip, but not where it stood; return whether there was one of that name."""
+    found = [
+        kept
+        for kept, at in connection.execute(
+            "SELECT name, node_id FROM tips WHERE conversation_id = ?", (conversation_id,)
+        ).fetchall()
+        if read_tip(sealing, conversation_id, kept, at) == name
+    ]
+    for kept in found:
+        connection.execute(
+            "DELETE FROM tips WHERE conversation_id = ? AND name = ?", (conversation_id, kept)
+        )
+    return bool(found)
 
 
 def _name_place(conversation_id: int) -> Place:

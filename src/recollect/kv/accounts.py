@@ -8,14 +8,20 @@ import heapq
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from typing import Any, Final
 
+from recollect.errors import StoreCorruptError
 from recollect.kv.environment import Environment, Transaction
 from recollect.kv.names import Key
-from recollect.kv.record import EntryHead, Identity, Refused, entry_head
+from recollect.kv.record import EntryHead, Identity, Refused, Sealer, entry_head
 
 _BYTES: Final = b"bytes"
 _SAVED: Final = b"saved:"
+_SEALED: Final = b"\x01"
+"""What a sealed pin begins with; a plain one is JSON."""
+_KEY_BYTES: Final = 32
+"""Of the name of a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,34 +86,52 @@ def add_savings(txn: Transaction, env: Environment, identity: bytes, more: Savin
     txn.put(_SAVED + identity, json.dumps(asdict(total)).encode(), db=env.table("info"))
 
 
-def put_pin(txn: Transaction, env: Environment, pin: Pin) -> None:
+def put_pin(txn: Transaction, env: Environment, pin: Pin, sealer: Sealer | None) -> None:
     """Keep a prefix from eviction; a pin of the same name is replaced."""
-    value = asdict(pin) | {"tail": pin.tail.hex()}
-    txn.put(pin.name.encode(), json.dumps(value).encode(), db=env.table("pins"))
+    key = _pin_key(pin.name, sealer)
+    txn.put(key, _packed_pin(key, pin, sealer), db=env.table("pins"))
 
 
-def add_pin(txn: Transaction, env: Environment, pin: Pin) -> bool:
+def add_pin(txn: Transaction, env: Environment, pin: Pin, sealer: Sealer | None) -> bool:
     """Keep a prefix from eviction; return whether nothing of that name was pinned."""
-    if txn.get(pin.name.encode(), db=env.table("pins")) is not None:
+    if txn.get(_pin_key(pin.name, sealer), db=env.table("pins")) is not None:
         return False
-    put_pin(txn, env, pin)
+    put_pin(txn, env, pin, sealer)
     return True
 
 
-def drop_pin(txn: Transaction, env: Environment, name: str) -> bool:
+def drop_pin(txn: Transaction, env: Environment, name: str, sealer: Sealer | None) -> bool:
     """Let a prefix be evicted again; return whether it was pinned."""
-    return bool(txn.delete(name.encode(), db=env.table("pins")))
+    return bool(txn.delete(_pin_key(name, sealer), db=env.table("pins")))
 
 
-def pins(txn: Transaction, env: Environment) -> list[Pin]:
-    """Return all pins, by name."""
-    values = [json.loads(bytes(value)) for _, value in txn.cursor(env.table("pins"))]
-    return [Pin(**value | {"tail": bytes.fromhex(value["tail"])}) for value in values]
+def find_pin(txn: Transaction, env: Environment, name: str, sealer: Sealer | None) -> Pin | None:
+    """Return the pin of that name."""
+    key = _pin_key(name, sealer)
+    value = txn.get(key, db=env.table("pins"))
+    return None if value is None else _unpacked_pin(key, bytes(value), sealer)
+
+
+def pins(txn: Transaction, env: Environment, sealer: Sealer | None) -> list[Pin]:
+    """Return all pins, by name; those that do not open are left out, and stay pinned."""
+    opened = (_unpacked_pin(key, value, sealer) for key, value in _stored_pins(txn, env))
+    return sorted((pin for pin in opened if pin is not None), key=lambda pin: pin.name)
+
+
+def seal_pins(txn: Transaction, env: Environment, sealer: Sealer) -> None:
+    """Seal the pins that are plain: an earlier version wrote them so in an encrypted store, too."""
+    plain = [one for one in _stored_pins(txn, env) if not one[1].startswith(_SEALED)]
+    for key, value in plain:
+        txn.delete(key, db=env.table("pins"))
+        pin = _unpacked_pin(key, value, None)
+        if pin is not None:
+            add_pin(txn, env, pin, sealer)
 
 
 def pinned_tails(txn: Transaction, env: Environment) -> set[Key]:
-    """Return the last blocks of what is pinned."""
-    return {pin.tail for pin in pins(txn, env)}
+    """Return the last blocks of what is pinned, which can be read without the key."""
+    found = (_pinned_tail(value) for _, value in _stored_pins(txn, env))
+    return {tail for tail in found if tail is not None}
 
 
 def pinned_keys(txn: Transaction, env: Environment) -> set[Key]:
@@ -178,3 +202,55 @@ def tails_first(txn: Transaction, env: Environment) -> Iterator[tuple[Key, int]]
             used[parent] = max(used[parent], last_used)  # a prefix was in use when its tail was
             if not followers[parent] and parent not in keep:
                 heapq.heappush(heap, (used[parent], parent))
+
+
+def _pin_key(name: str, sealer: Sealer | None) -> bytes:
+    """Return under what a pin lies: its name, or a hash of that which nobody can guess at."""
+    if sealer is None:
+        return name.encode()
+    return blake2b(name.encode(), digest_size=32, key=sealer.name_secret, person=b"pin").digest()
+
+
+def _packed_pin(key: bytes, pin: Pin, sealer: Sealer | None) -> bytes:
+    """Return a pin as it is stored: as JSON, or sealed but for its tail, which eviction needs."""
+    value = json.dumps(asdict(pin) | {"tail": pin.tail.hex()}).encode()
+    if sealer is None:
+        return value
+    return _SEALED + pin.tail + sealer.seal(value, context=_pin_context(key, pin.tail))
+
+
+def _unpacked_pin(key: bytes, value: bytes, sealer: Sealer | None) -> Pin | None:
+    """Return a stored pin; None where it is damaged, or sealed and does not open under this key."""
+    if not value.startswith(_SEALED):
+        return _pin_of(value)
+    if sealer is None:
+        return None
+    context = _pin_context(key, value[1 : 1 + _KEY_BYTES])
+    try:
+        return _pin_of(sealer.open(value[1 + _KEY_BYTES :], context=context))
+    except StoreCorruptError:
+        return None
+
+
+def _pinned_tail(value: bytes) -> Key | None:
+    if value.startswith(_SEALED):
+        return value[1 : 1 + _KEY_BYTES]
+    pin = _pin_of(value)
+    return None if pin is None else pin.tail
+
+
+def _pin_of(value: bytes) -> Pin | None:
+    """Return the pin in JSON of ours; None: it is damaged."""
+    try:
+        fields = json.loads(value)
+        return Pin(**fields | {"tail": bytes.fromhex(fields["tail"])})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _stored_pins(txn: Transaction, env: Environment) -> list[tuple[bytes, bytes]]:
+    return [(bytes(key), bytes(value)) for key, value in txn.cursor(env.table("pins"))]
+
+
+def _pin_context(key: bytes, tail: Key) -> bytes:
+    return b"pin" + key + tail

@@ -111,6 +111,11 @@ class DiskStore:
         self._sealer = sealer
         self._clock = clock
         self._env = Environment.open(folder, map_bytes=budget_bytes, tables=TABLES)
+        try:
+            self._seal_pins()
+        except BaseException:
+            self._env.close()
+            raise
 
     @property
     def env(self) -> Environment:
@@ -265,6 +270,11 @@ class DiskStore:
             for key in going:
                 self._remove(txn, key)
             return len(going)
+
+    def _seal_pins(self) -> None:
+        if self._sealer is not None:
+            with self._env.writing() as txn:
+                accounts.seal_pins(txn, self._env, self._sealer)
 
     def _packed(self, identity: Identity, block: NewBlock) -> bytearray:
         count = len(block.token_ids)

@@ -67,7 +67,7 @@ def pins(store: DiskStore) -> list[Pin]:
         StoreError: The files cannot be read.
     """
     with store.env.reading() as txn:
-        return accounts.pins(txn, store.env)
+        return accounts.pins(txn, store.env, store.sealer)
 
 
 def problems(store: DiskStore) -> Iterator[tuple[Key, str]]:

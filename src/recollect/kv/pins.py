@@ -31,7 +31,7 @@ def find(store: DiskStore, name: str) -> Pin | None:
         StoreError: The files cannot be read.
     """
     with store.env.reading() as txn:
-        return next((pin for pin in accounts.pins(txn, store.env) if pin.name == name), None)
+        return accounts.find_pin(txn, store.env, name, store.sealer)
 
 
 def add(store: DiskStore, pin: Pin) -> bool:
@@ -42,7 +42,7 @@ def add(store: DiskStore, pin: Pin) -> bool:
         StoreError: The files cannot be written.
     """
     with store.env.writing() as txn:
-        return accounts.add_pin(txn, store.env, pin)
+        return accounts.add_pin(txn, store.env, pin, store.sealer)
 
 
 def drop(store: DiskStore, name: str) -> bool:
@@ -53,7 +53,7 @@ def drop(store: DiskStore, name: str) -> bool:
         StoreError: The files cannot be written.
     """
     with store.env.writing() as txn:
-        return accounts.drop_pin(txn, store.env, name)
+        return accounts.drop_pin(txn, store.env, name, store.sealer)
 
 
 def drop_all(store: DiskStore, about: Mapping[str, Any]) -> list[str]:
@@ -64,11 +64,10 @@ def drop_all(store: DiskStore, about: Mapping[str, Any]) -> list[str]:
         StoreError: The files cannot be written.
     """
     with store.env.writing() as txn:
-        names = [
-            pin.name for pin in accounts.pins(txn, store.env) if about.items() <= pin.about.items()
-        ]
+        found = accounts.pins(txn, store.env, store.sealer)
+        names = [pin.name for pin in found if about.items() <= pin.about.items()]
         for name in names:
-            accounts.drop_pin(txn, store.env, name)
+            accounts.drop_pin(txn, store.env, name, store.sealer)
         return names
 
 

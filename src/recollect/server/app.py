@@ -15,6 +15,7 @@ from recollect._version import __version__
 from recollect.errors import RecollectError
 from recollect.server import (
     chat,
+    checkpoints,
     completions,
     conversations,
     errors,
@@ -40,6 +41,7 @@ _ROUTERS: Final = (
     completions.router,
     responses.router,
     conversations.router,
+    checkpoints.router,
     messages.router,
     prewarm.router,
     status.router,

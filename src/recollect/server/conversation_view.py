@@ -5,16 +5,19 @@ Reads the journal alone, so that no model needs to be loaded. Ids of items say w
 conversation they are and nothing of any other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
+
+from fastapi import Request
 
 from recollect.conversation.journal import Journal
 from recollect.conversation.labels import Label
 from recollect.conversation.records import DEFAULT_TIP, NodeRecord, StoredConversation
 from recollect.server.errors import not_found
-from recollect.server.places import split_branch
+from recollect.server.places import branches, checkpoints, copies_of, split_branch
 from recollect.server.response_object import items_of
+from recollect.server.services import client_of, services_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,10 @@ class ConversationView:
     label: Label
     responses: dict[int, str]
     """Response ids, by node."""
+    names: dict[int, str]
+    """Of all nodes, each its own."""
+    copies: dict[int, int]
+    """Nodes that are the same message as others, which were there before an item was deleted."""
 
     @classmethod
     def load(cls, journal: Journal, conversation_id: str, namespace: str) -> Self:
@@ -42,14 +49,18 @@ class ConversationView:
         if label is None or label.node_id is not None:
             raise not_found(f"conversation {conversation_id!r}")
         stored = journal.load(label.conversation_id, namespace=namespace)
-        if branch not in {DEFAULT_TIP, *stored.tips}:
+        if branch not in {DEFAULT_TIP, *branches(stored.tips)}:
             raise not_found(f"conversation {conversation_id!r}")
         responses = {
             one.node_id: one.name
             for one in journal.labels(label.conversation_id)
             if one.node_id is not None
         }
-        return cls(conversation_id, stored, branch, label, responses)
+        prefix = f"msg_{label.name.removeprefix('conv_')}"
+        names = {node.id: f"{prefix}_{number}" for number, node in enumerate(stored.nodes, 1)}
+        names |= {node: f"msg_{one.removeprefix('resp_')}" for node, one in responses.items()}
+        copies = copies_of(label)
+        return cls(conversation_id, stored, branch, label, responses, names, copies)
 
     @property
     def tip(self) -> int | None:
@@ -67,52 +78,95 @@ class ConversationView:
             "metadata": self.label.note.get("metadata", {}),
         }
 
+    def standing(self) -> dict[str, Any]:
+        """Return the conversation, and where it stands."""
+        return {
+            **self.body(),
+            "branch": self.branch,
+            "tip": None if self.tip is None else self.item_id(self.tip),
+            "turns": sum(node.role == "assistant" for node in self.path()),
+        }
+
     def path(self) -> list[NodeRecord]:
         """Return the messages up to the tip."""
         return self.stored.path(self.tip)
 
+    def first(self, node_id: int) -> int:
+        """Return the node where a message was said first; most are themselves."""
+        return self.copies.get(node_id, node_id)
+
     def item_id(self, node_id: int) -> str:
-        """Return the id of an item."""
-        if node_id in self.responses:
-            return f"msg_{self.responses[node_id].removeprefix('resp_')}"
-        numbers = {node.id: number for number, node in enumerate(self.stored.nodes, 1)}
-        return f"msg_{self.label.name.removeprefix('conv_')}_{numbers[node_id]}"
+        """Return the id of an item: a message keeps its own on whatever path it is."""
+        return self.names[self.first(node_id)]
 
     def node_id(self, name: str) -> int:
         """
-        Return the node that an item's or a response's id names.
+        Return the node that an item's or a response's id names, on this branch where it is there.
 
         Raises:
             ApiError: It is not of this conversation.
         """
         by_name = {response: node for node, response in self.responses.items()}
-        by_name |= {
-            item["id"]: node.id for node in self.stored.nodes for item in self.items([node])
-        }
-        by_name |= {self.item_id(node.id): node.id for node in self.stored.nodes}
+        for node in self.stored.nodes:
+            own = self.names[node.id]
+            by_name |= {item["id"]: node.id for item in items_of(own, node)} | {own: node.id}
+        for node in self.path():
+            by_name |= {item["id"]: node.id for item in self.items([node])}
+            by_name[self.item_id(node.id)] = node.id
         if name not in by_name:
             raise not_found(f"item {name!r} in this conversation")
         return by_name[name]
+
+    def checkpoint(self, name: str) -> int | None:
+        """
+        Return the node at which a checkpoint is; None is the root.
+
+        Raises:
+            ApiError: There is none of that name.
+        """
+        known = checkpoints(self.stored.tips)
+        if name not in known:
+            raise not_found(f"checkpoint {name!r} in this conversation")
+        return known[name]
 
     def items(self, nodes: Sequence[NodeRecord]) -> list[dict[str, Any]]:
         """Return messages as items."""
         return [item for node in nodes for item in items_of(self.item_id(node.id), node)]
 
     def tree(self) -> dict[str, Any]:
-        """Return all messages in all branches, parents first, and where each branch stands."""
+        """Return all messages in all branches, parents first, and where branches and checkpoints are."""
         nodes = [
             {
-                "id": self.item_id(node.id),
+                "id": self.names[node.id],
                 "role": node.role,
                 "items": self.items([node]),
-                "parent_id": None if node.parent_id is None else self.item_id(node.parent_id),
+                "parent_id": None if node.parent_id is None else self.names[node.parent_id],
                 "response_id": self.responses.get(node.id),
                 "created_at": int(node.created_at.timestamp()),
             }
             for node in self.stored.nodes
         ]
-        tips = {
-            name: None if node_id is None else self.item_id(node_id)
-            for name, node_id in self.stored.tips.items()
+        return {
+            "object": "conversation.tree",
+            "id": self.id,
+            "nodes": nodes,
+            "tips": self._named(branches(self.stored.tips)),
+            "checkpoints": self._named(checkpoints(self.stored.tips)),
         }
-        return {"object": "conversation.tree", "id": self.id, "nodes": nodes, "tips": tips}
+
+    def _named(self, places: Mapping[str, int | None]) -> dict[str, str | None]:
+        return {
+            name: None if node_id is None else self.names[node_id]
+            for name, node_id in places.items()
+        }
+
+
+def view_of(request: Request, conversation_id: str) -> ConversationView:
+    """
+    Return a conversation of the client that a request is from.
+
+    Raises:
+        ApiError: There is none of that id, for this client.
+    """
+    journal = services_of(request).journal
+    return ConversationView.load(journal, conversation_id, client_of(request).namespace)

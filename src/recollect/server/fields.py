@@ -55,6 +55,9 @@ def _text_of(part: Any) -> str:
 Text = Annotated[str, BeforeValidator(_text_parts)]
 """A text, or a list of parts that are texts."""
 
+PlaceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+"""Of a branch or a checkpoint: a part of ids and addresses, so nothing that those give a meaning."""
+
 Ignored = Annotated[Any, Field(description="Accepted, and without effect.")]
 """A field that would not change what is generated here."""
 

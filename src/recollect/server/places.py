@@ -5,11 +5,14 @@ An earlier response is a node, so going on from any of them is a fork; what it s
 said before is found by its token ids. Knows trees and the journal, and nothing of HTTP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from recollect.conversation.conversation import Conversation, as_new
 from recollect.conversation.journal import Journal
+from recollect.conversation.labels import Label
+from recollect.conversation.matching import Change, described
 from recollect.conversation.messages import to_message, to_node
 from recollect.conversation.model import Model
 from recollect.conversation.records import DEFAULT_TIP, NewNode
@@ -21,6 +24,11 @@ from recollect.types import Message
 HAS_INSTRUCTIONS = "has_instructions"
 """In the note of a response: whether its first message is the instructions of the request, which
 the next one does not inherit."""
+COPIES = "copies"
+"""In the note of a conversation: which messages are the same as others, said again on another path
+after an item was deleted. Ids in the journal, as texts, and of the message that was said first."""
+_CHECKPOINT: Final = "checkpoint:"
+"""What the tips that checkpoints are begin with: no branch that a client names has a colon in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +40,38 @@ class Place:
     has_instructions: bool = False
     tip: str | None = None
     """None: none moves."""
+    change: Change | None = None
+    """Where the path leaves the one that was read before, since an item was deleted."""
 
 
 def split_branch(conversation_id: str) -> tuple[str, str]:
     """Return the label of a conversation, and the name of its branch that an id stands for."""
     label, _, branch = conversation_id.partition(".")
     return label, branch or DEFAULT_TIP
+
+
+def branches(tips: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Return those of a conversation's tips that move with what is said."""
+    return {name: at for name, at in tips.items() if not name.startswith(_CHECKPOINT)}
+
+
+def checkpoints(tips: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Return where a conversation's checkpoints are, by the names that clients gave them."""
+    return {
+        name.removeprefix(_CHECKPOINT): at
+        for name, at in tips.items()
+        if name.startswith(_CHECKPOINT)
+    }
+
+
+def copies_of(label: Label) -> dict[int, int]:
+    """Return which messages of a conversation are the same as others, by their ids in the journal."""
+    return {int(copy): first for copy, first in label.note.get(COPIES, {}).items()}
+
+
+def checkpoint_tip(name: str) -> str:
+    """Return the name of the tip that a checkpoint is."""
+    return _CHECKPOINT + name
 
 
 class Places:
@@ -83,15 +117,17 @@ class Places:
         """
         name, branch = split_branch(conversation_id)
         label = self._journal.find_label(name, namespace=self._namespace)
-        tips = {} if label is None else self._journal.tips(label.conversation_id)
+        tips = {} if label is None else branches(self._journal.tips(label.conversation_id))
         if label is None or label.node_id is not None or branch not in {DEFAULT_TIP, *tips}:
             raise not_found(f"conversation {conversation_id!r}")
         node_id = tips.get(branch)
         conversation = self._open(label.conversation_id, node_id)
         node = None if node_id is None else conversation.kept_node(node_id)
-        notes = {one.node_id: one.note for one in self._journal.labels(label.conversation_id)}
-        has_instructions = bool(node_id and notes.get(node_id, {}).get(HAS_INSTRUCTIONS))
-        return Place(conversation, node or conversation.tree.root, has_instructions, branch)
+        if node is None:
+            return Place(conversation, conversation.tree.root, tip=branch)
+        has_instructions = self._has_instructions(label, conversation, node)
+        change = _change(copies_of(label), conversation, node)
+        return Place(conversation, node, has_instructions, branch, change)
 
     def new(self) -> Place:
         """Return the beginning of a conversation, which is kept from its first reply on."""
@@ -105,10 +141,52 @@ class Places:
         session = self._model.session_from(messages, namespace=self._namespace)
         return [as_new(node) for node in session.path()]
 
+    def _has_instructions(self, label: Label, conversation: Conversation, node: Node) -> bool:
+        """Return whether the path to a node begins with the instructions of the response there."""
+        copies = copies_of(label)
+
+        def first(one: Node | None) -> int | None:
+            kept_id = None if one is None else conversation.kept_id(one)
+            return None if kept_id is None else copies.get(kept_id, kept_id)
+
+        said = first(node)
+        notes = {one.node_id: one.note for one in self._journal.labels(label.conversation_id)}
+        response = None if said is None else conversation.kept_node(said)
+        if response is None or not notes.get(said, {}).get(HAS_INSTRUCTIONS):
+            return False
+        # They are an item like others, which may have been deleted.
+        return first(node.path()[0]) == first(response.path()[0])
+
     def _open(self, kept_as: int, node_id: int | None) -> Conversation:
         return self._kept.conversation(
             self._model, kept_as, namespace=self._namespace, node_id=node_id
         )
+
+
+def _change(copies: Mapping[int, int], conversation: Conversation, node: Node) -> Change | None:
+    """Return where the path to a node leaves that on which its last reply was generated."""
+    reply = next((one for one in reversed(node.path()) if one.role == "assistant"), None)
+    kept_id = None if reply is None else conversation.kept_id(reply)
+    first = None if kept_id is None else copies.get(kept_id)
+    before = None if first is None else conversation.kept_node(first)
+    if reply is None or before is None or _was_read(copies, conversation, reply):
+        return None
+    for number, (was, is_now) in enumerate(zip(before.path(), reply.path(), strict=False)):
+        if (was.role, was.content) != (is_now.role, is_now.content):
+            return described(number, was, as_new(is_now))
+    return None
+
+
+def _was_read(copies: Mapping[int, int], conversation: Conversation, copy: Node) -> bool:
+    """Return whether a reply was generated after the copy of one, and so with that before it."""
+    pending = list(copy.children)
+    while pending:
+        node = pending.pop()
+        kept_id = conversation.kept_id(node)
+        if node.token_ids is not None and kept_id not in copies:
+            return True
+        pending += node.children
+    return False
 
 
 def with_instructions(place: Place, instructions: str | None) -> Node:

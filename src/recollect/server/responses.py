@@ -24,6 +24,7 @@ from recollect.conversation.tools import Tools
 from recollect.conversation.window import Overflow
 from recollect.models.tool_calls import Event
 from recollect.server.chat_schema import check_limits
+from recollect.server.checkpoints import drop_all_kv
 from recollect.server.errors import not_found
 from recollect.server.places import HAS_INSTRUCTIONS, Place, Places, grow, with_instructions
 from recollect.server.response_events import ResponseEvents
@@ -112,6 +113,7 @@ class _Turn:
             namespace=self.namespace,
             name=place.tip,
             overflow=overflow,
+            change=place.change,
             tools=tools,
         )
         return session, place
@@ -226,8 +228,10 @@ def delete_response(response_id: str, request: Request) -> dict[str, Any]:
     services, namespace = services_of(request), client_of(request).namespace
     services.journal.delete_label(label.name)
     if not services.journal.labels(label.conversation_id):
-        services.journal.delete(label.conversation_id, namespace=namespace)
-        services.kept.forget(label.conversation_id)
+        stored = services.journal.load(label.conversation_id, namespace=namespace)
+        services.journal.delete(stored.id, namespace=namespace)
+        services.kept.forget(stored.id)
+        drop_all_kv(services, stored)
     return {"id": response_id, "object": "response", "deleted": True}
 
 

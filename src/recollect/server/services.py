@@ -6,17 +6,22 @@ the engine begin. From there on readers hand out what comes.
 """
 
 import asyncio
+import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import time
 from typing import Final
 
 from fastapi import Request
 
+from recollect.cipher import KV_PURPOSE
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
+from recollect.kv.disk import STORE_FOLDER, DiskStore
+from recollect.kv.opening import is_there, open_existing
 from recollect.server.admission import Admission
 from recollect.server.hub import ModelHub
 from recollect.server.kept import KeptConversations
@@ -50,6 +55,8 @@ class Services:
     speeds: dict[str, PrefillSpeed] = field(default_factory=lambda: defaultdict(PrefillSpeed))
     started_at: int = field(default_factory=lambda: int(time()))
     """In seconds since 1970."""
+    items_lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a conversation is read and written again by what it was."""
     _journal: Journal | None = None
 
     @property
@@ -60,6 +67,24 @@ class Services:
                 self.settings.home / JOURNAL_NAME, cipher=self.settings.cipher
             )
         return self._journal
+
+    @contextmanager
+    def store(self) -> Iterator[DiskStore | None]:
+        """
+        Show the KV that is kept on disk, whatever models are loaded; None: none ever was.
+
+        Raises:
+            StoreError: It cannot be opened.
+        """
+        folder, cipher = self.settings.home / STORE_FOLDER, self.settings.cipher
+        if not is_there(folder):
+            yield None
+            return
+        store = open_existing(folder, None if cipher is None else cipher.for_purpose(KV_PURPOSE))
+        try:
+            yield store
+        finally:
+            store.close()
 
     def close(self) -> None:
         """Close what is open; the hub closes itself."""

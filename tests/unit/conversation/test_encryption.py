@@ -27,10 +27,14 @@ def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Return a folder with a conversation, KV, and a history of what was typed."""
+    """Return a folder with a conversation, KV that is pinned, and a history of what was typed."""
     home = tmp_path / "home"
     with recollect.load("reference", home=home) as model:
-        model.session(name="secret plan").respond(SAID, params=SHORT)
+        session = model.session(name="secret plan")
+        session.respond(SAID, params=SHORT)
+        session.checkpoint("before the plan")
+        model.warm("A text that is long enough to be kept.", name="plan of the oak")
+        session.respond("And then?", params=SHORT)
     (home / config.HISTORY_NAME).write_text(f"+{SAID}\n")
     (home / "models").mkdir()
     (home / "models" / "weights").write_text("public")
@@ -40,7 +44,12 @@ def home(tmp_path: Path) -> Path:
 def readable(home: Path) -> Iterator[str]:
     """Yield the names of the files in which what was said can be read, as text or as token ids."""
     # A byte is a token here, and ids are kept as int32.
-    words = (SAID.encode(), b"plan", b"".join(bytes([byte, 0, 0, 0]) for byte in b"treasure"))
+    words = (
+        SAID.encode(),
+        b"plan",
+        b"checkpoint",
+        b"".join(bytes([byte, 0, 0, 0]) for byte in b"treasure"),
+    )
     for file in home.rglob("*"):
         if file.is_file() and any(word in file.read_bytes() for word in words):
             yield file.name
@@ -53,6 +62,7 @@ def test_encrypting_leaves_nothing_to_read_and_everything_to_resume(home: Path) 
     assert sorted(file.name for file in home.iterdir()) == [
         JOURNAL_NAME,
         keyfile.KEY_FILE,
+        STORE_FOLDER,
         "models",
     ]
     assert (home / "models" / "weights").read_text() == "public"
@@ -60,9 +70,41 @@ def test_encrypting_leaves_nothing_to_read_and_everything_to_resume(home: Path) 
         session = model.resume("secret plan")
         assert next(message["content"] for message in session.transcript()) == SAID
         session.respond("And what is in it?")
-        model.session(name="another plan").respond(SAID)
+        other = model.session(name="another plan")
+        other.respond(SAID)
+        other.checkpoint("another plan")
+        model.warm("A text that is long enough to be kept.", name="plan of the oak")
+        names = [made.name for made in model.checkpoints()]
+        assert names == ["another plan", "before the plan"]
         assert model.journal.check() == []
     assert list(readable(home)) == []
+
+
+def test_checkpoints_stay_as_places_and_warm_texts_go(home: Path) -> None:
+    cipher = recollect.encrypt(home, passphrase="open sesame")
+    with recollect.load("reference", home=home, cipher=cipher) as model:
+        (made,) = model.checkpoints()
+        assert (made.name, made.conversation, made.stored_tokens) == (
+            "before the plan",
+            "secret plan",
+            0,
+        )
+        back = model.resume(checkpoint="before the plan")
+        assert [node.content for node in back.path() if node.role == "user"] == [SAID]
+        model.drop_checkpoint("before the plan")
+        assert back.checkpoint("before the plan").stored_tokens == made.tokens
+    again = recollect.encrypt(home, passphrase="open sesame")
+    with recollect.load("reference", home=home, cipher=again) as model:
+        assert [made.name for made in model.checkpoints()] == ["before the plan"]
+
+
+def test_stores_that_were_put_aside_go_too(home: Path) -> None:
+    shutil.copytree(home / STORE_FOLDER, home / f"{STORE_FOLDER}.damaged-20260101T000000")
+    (home / STORE_FOLDER / "data.mdb").write_bytes(b"something else" * 1000)
+    recollect.encrypt(home, passphrase="open sesame")
+    assert list(readable(home)) == []
+    assert list(home.glob("*damaged*")) == []
+    assert not (home / STORE_FOLDER).exists()
 
 
 def test_the_environment_unlocks_a_folder_for_the_library(

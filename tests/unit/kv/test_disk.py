@@ -84,7 +84,7 @@ def test_a_part_that_is_pinned_is_not_replaced(store: DiskStore) -> None:
     store.write(IDENTITY, chain(A, TAIL))
     tail = chain(A, TAIL)[-1].key
     with store.env.writing() as txn:
-        accounts.put_pin(txn, store.env, Pin("here", tail, 6, "", 0.0, {}))
+        accounts.put_pin(txn, store.env, Pin("here", tail, 6, "", 0.0, {}), None)
     store.write(IDENTITY, chain(A, C))
     assert store.remove([]) == 0
     assert {TAIL, C} <= {entry.token_ids for entry in _all_entries(store)}
@@ -168,7 +168,7 @@ def test_what_is_pinned_is_never_given_up(tmp_path: Path) -> None:
     store.write(IDENTITY, chain(A, B, payload_bytes=60_000))
     with store.env.writing() as txn:
         pin = Pin("here", chain(A, B)[-1].key, 8, IDENTITY.digest().hex(), 0.0, {"why": "test"})
-        accounts.put_pin(txn, store.env, pin)
+        accounts.put_pin(txn, store.env, pin, None)
     for number in range(60):
         store.write(IDENTITY, chain((number, 1, 1, 1), payload_bytes=60_000))
     assert payloads(store, *A, *B) == [b.payload for b in chain(A, B, payload_bytes=60_000)]

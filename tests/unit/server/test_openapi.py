@@ -21,6 +21,7 @@ PATHS = {
     "/v1/conversations",
     "/v1/conversations/{conversation_id}",
     "/v1/conversations/{conversation_id}/checkpoint",
+    "/v1/conversations/{conversation_id}/checkpoints/{name}",
     "/v1/conversations/{conversation_id}/fork",
     "/v1/conversations/{conversation_id}/items",
     "/v1/conversations/{conversation_id}/items/{item_id}",
