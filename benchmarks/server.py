@@ -37,7 +37,7 @@ from recollect.proof.machine import machine_card
 from recollect.proof.workloads import text_of
 
 REPLY_TOKENS: Final = 24
-OVERHEAD_SAMPLES: Final = 60
+OVERHEAD_SAMPLES: Final = 150
 CLIENTS: Final = 4
 
 Message = dict[str, str]
@@ -85,7 +85,7 @@ class Running:
                     break
             except httpx.TransportError:
                 pass
-            sleep(0.1)
+            sleep(0.25)
         for _ in range(2):  # the first passes of a process are slow
             asyncio.run(ask(self.url, [{"role": "user", "content": "Hello"}]))
 
@@ -243,25 +243,25 @@ def throughput(server: Running, seed: str) -> float:
 
 def overhead(url: str, model: recollect.Model) -> dict[str, float]:
     """
-    Return the median times to the first text, in seconds: over HTTP, and of the library itself.
+    Return the median times to the first text, in seconds: over HTTP, of the library, and what HTTP adds.
 
-    In turns, the same short messages, each a first one; the connection is open, and the client is the
-    standard library's, so that what is measured is the server. The pauses let either finish what it
-    does after a reply.
+    In turns, short messages of the same length, each a first one; the connection is open, and the
+    client is the standard library's, so that what is measured is the server. The pauses let either
+    finish what it does after a reply. Passes vary by more than HTTP adds, so that is the median of
+    the differences.
     """
-    host = url.removeprefix("http://")
-    connection = http.client.HTTPConnection(host, timeout=60)
-    times: dict[str, list[float]] = {"http": [], "library": []}
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    over_http, direct = [], []
     for number in range(OVERHEAD_SAMPLES):
-        said = f"Number {number}"
-        for name in ("http", "library") if number % 2 else ("library", "http"):
-            sleep(0.1)
-            if name == "http":
-                times[name].append(http_first_text(connection, said))
+        for is_http in (number % 2 == 0, number % 2 == 1):
+            sleep(0.25)
+            if is_http:
+                over_http.append(http_first_text(connection, f"Number {100 + number}"))
             else:
-                times[name].append(library_first_text(model, said))
+                direct.append(library_first_text(model, f"Number {500 + number}"))
     connection.close()
-    return {name: median(values) for name, values in times.items()}
+    added = [one - other for one, other in zip(over_http, direct, strict=True)]
+    return {"http": median(over_http), "library": median(direct), "added": median(added)}
 
 
 def http_first_text(connection: http.client.HTTPConnection, said: str) -> float:
@@ -349,18 +349,20 @@ def main() -> None:
     args = options.parse_args()
     load = Load()
     with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-        models_folder(home).symlink_to(models_folder(config.home()))
+        home, beside = Path(folder, "served"), Path(folder, "beside")
+        for one in (home, beside):
+            one.mkdir()
+            models_folder(one).symlink_to(models_folder(config.home()))
         servers = start_servers(args, home)
         try:
             result = measure(servers, args.rounds)
-            with recollect.load(args.model, profile=args.profile, kv_disk=0) as model:
+            with recollect.load(args.model, profile=args.profile, home=beside) as model:
                 card, first = machine_card(model), overhead(servers[0].url, model)
         finally:
             for server in servers:
                 server.stop()
-    added_ms = (first["http"] - first["library"]) * 1000
-    say(f"HTTP adds {added_ms:.1f} ms to the {first['library'] * 1000:.1f} ms to the first text")
+    library_ms, added_ms = first["library"] * 1000, first["added"] * 1000
+    say(f"HTTP adds {added_ms:.1f} ms to the {library_ms:.1f} ms to the first text")
     result |= {"first_text_s": first, "others_load": load.others()}
     line = {"benchmark": "server", "machine": asdict(card), **result}
     print(json.dumps(line))

@@ -18,7 +18,7 @@ from recollect.engine.forward import ForwardPasses
 from recollect.engine.room import Room
 from recollect.engine.scheduler import Pass, Scheduler
 from recollect.engine.sequence import Sequence
-from recollect.engine.task import Task, TaskState
+from recollect.engine.task import Task, TaskState, hand_over
 from recollect.engine.tier import DiskTier
 from recollect.errors import MisuseError, RuntimeFailure
 from recollect.kv.blocks import BlockPool
@@ -341,8 +341,7 @@ class Engine:
         with self._work:
             planned, copies = self._room.prepare()
             tasks = self._scheduler.tasks()
-        for task in tasks:
-            task.hand_over()
+        hand_over(tasks)
         self._pass(planned, copies)
         return True
 

@@ -194,10 +194,12 @@ class ReplyGeneration:
             self._fresh.append((token, self._generator.likelihood))
         return not self._generator.is_done()
 
-    def _hand_over(self) -> None:
+    def _hand_over(self) -> bool:
+        is_first = 0 < self._generated == len(self._fresh)
         for generated in self._fresh:
             self._queue.put(generated)
         self._fresh.clear()
+        return is_first
 
     def _on_end(self) -> None:
         """Let others have the blocks, however late the caller reads."""
