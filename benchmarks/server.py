@@ -3,8 +3,8 @@ The server against llama-server: the same weights, the same requests over HTTP, 
 
     python benchmarks/server.py [--rival FILE.gguf] [--rounds 2] [--save]
 
-Traces are conversations that are sent whole each time, as chat clients do: long, edited, on one
-system prompt, in branches, and after a restart of both. First-token time is measured by the client,
+Traces are those of `benchmarks/workloads.py`, each conversation sent whole each time, as chat
+clients do; and one that goes on after a restart of both. First-token time is measured by the client,
 from the request to the first piece of text. Computed tokens are each server's own count. llama-server
 runs from the `xllamacpp` package, its prompt cache on, with as many slots as there are clients; without
 that package, or a file for it, ours alone is measured.
@@ -146,58 +146,95 @@ class Conversation:
 
     async def say(self, text: str) -> Asked:
         self.messages.append({"role": "user", "content": text})
+        return await self.answer()
+
+    async def answer(self) -> Asked:
         asked = await ask(self.url, self.messages)
         self.messages.append({"role": "assistant", "content": asked.text})
         return asked
 
-    def fork(self, turns: int) -> "Conversation":
-        """Return the conversation up to a turn, to go on with in another way."""
-        return Conversation(self.url, self.messages[: 1 + 2 * turns])
+    async def regenerate(self) -> Asked:
+        self.messages.pop()
+        return await self.answer()
+
+    async def edit(self, turn: int, text: str) -> Asked:
+        """Say something else in place of a turn's question; what came after it is gone."""
+        del self.messages[1 + 2 * turn :]
+        return await self.say(text)
+
+    def undo(self) -> None:
+        del self.messages[-2:]
+
+    @property
+    def turns(self) -> int:
+        return len(self.messages) // 2
+
+    def question(self, turn: int) -> str:
+        return self.messages[1 + 2 * turn]["content"]
+
+    def fork(self) -> "Conversation":
+        return Conversation(self.url, [*self.messages])
 
 
 def new(url: str, system: str) -> Conversation:
     return Conversation(url, [{"role": "system", "content": system}])
 
 
+async def at_once(chats: Sequence[Conversation], texts: Sequence[str]) -> list[Asked]:
+    return await asyncio.gather(*(chat.say(text) for chat, text in zip(chats, texts, strict=True)))
+
+
 async def long_chat(url: str, dice: random.Random) -> list[Asked]:
     chat = new(url, text_of(dice, 60))
-    return [await chat.say(text_of(dice, dice.randint(5, 60))) for _ in range(12)]
+    return [await chat.say(text_of(dice, dice.randint(5, 60))) for _ in range(20)]
 
 
-async def edits(url: str, dice: random.Random) -> list[Asked]:
+async def regenerate_and_edit(url: str, dice: random.Random) -> list[Asked]:
     chat, asked = new(url, text_of(dice, 60)), []
-    for turn in range(8):
+    for _ in range(12):
         asked.append(await chat.say(text_of(dice, 30)))
-        if turn % 2:
-            chat = chat.fork(turn - 1)
-            asked.append(await chat.say(text_of(dice, 30)))
-            asked.append(await chat.say(text_of(dice, 30)))
+        what = dice.choice(["regenerate", "edit last", "edit earlier", "undo"])
+        if what == "regenerate":
+            asked.append(await chat.regenerate())
+        elif what == "undo":
+            chat.undo()
+        else:
+            turn = chat.turns - 1 if what == "edit last" else dice.randrange(chat.turns)
+            words = chat.question(turn).split()
+            kept = words[: dice.randint(0, len(words) - 1)]
+            asked.append(await chat.edit(turn, " ".join([*kept, text_of(dice, 8)])))
     return asked
+
+
+async def interleaved(url: str, dice: random.Random) -> list[Asked]:
+    order = [new(url, text_of(dice, 20)) for _ in range(12)] * 4
+    dice.shuffle(order)
+    return [await chat.say(text_of(dice, dice.randint(5, 40))) for chat in order]
 
 
 async def one_system_prompt(url: str, dice: random.Random) -> list[Asked]:
-    system = text_of(dice, 900)
-    asked = []
-    for _ in range(6):
-        chat = new(url, system)
-        asked += [await chat.say(text_of(dice, 20)) for _ in range(2)]
+    system, asked = text_of(dice, 1350), []  # about 1,500 tokens
+    chats = [new(url, system) for _ in range(8)]
+    for _ in range(2):
+        asked += await at_once(chats, [text_of(dice, 20) for _ in chats])
     return asked
 
 
-async def branches(url: str, dice: random.Random) -> list[Asked]:
+async def agent(url: str, dice: random.Random) -> list[Asked]:
     trunk = new(url, text_of(dice, 200))
     asked = [await trunk.say(text_of(dice, 60)) for _ in range(3)]
-    forks = [trunk.fork(3) for _ in range(8)]
+    forks = [trunk.fork() for _ in range(16)]
     for _ in range(2):
-        asked += [await fork.say(text_of(dice, 15)) for fork in forks]
-    return asked
+        asked += await at_once(forks, [text_of(dice, 15) for _ in forks])
+    return [*asked, await trunk.say(text_of(dice, 15))]
 
 
 TRACES: Final = {
     "long chat": long_chat,
-    "edits": edits,
-    "one system prompt": one_system_prompt,
-    "branches": branches,
+    "regenerate and edit": regenerate_and_edit,
+    "12 interleaved": interleaved,
+    "8 on one system prompt": one_system_prompt,
+    "agent, 16 forks": agent,
 }
 
 
@@ -319,7 +356,7 @@ def measure(servers: Sequence[Running], rounds: int) -> dict[str, Any]:
             for server in order:
                 traces.append(run_trace(server, name, f"{name} {number}"))
                 say(
-                    "{server:14} {trace:18} {computed_tokens:7} {ttft_s:8.2f} s".format(
+                    "{server:14} {trace:22} {computed_tokens:7} {ttft_s:8.2f} s".format(
                         **traces[-1]
                     )
                 )
@@ -328,7 +365,7 @@ def measure(servers: Sequence[Running], rounds: int) -> dict[str, Any]:
             say(f"{server.name:14} {CLIENTS} clients {speeds[server.name][-1]:11.1f} tokens/s")
         for result in after_restart(order, f"restart {number}"):
             traces.append(result)
-            say("{server:14} {trace:18} {computed_tokens:7} {ttft_s:8.2f} s".format(**result))
+            say("{server:14} {trace:22} {computed_tokens:7} {ttft_s:8.2f} s".format(**result))
     return {
         "traces": traces,
         "tokens_per_second": {name: median(values) for name, values in speeds.items() if values},

@@ -13,6 +13,7 @@ from recollect.conversation.journal import Journal
 from recollect.conversation.matching import MessageIndex
 from recollect.conversation.messages import to_node
 from recollect.conversation.records import DEFAULT_TIP, NewNode, StoredConversation, require_name
+from recollect.conversation.remembered import RememberedReplies
 from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node, Tree
 from recollect.errors import ConversationError, NameTakenError
@@ -37,6 +38,7 @@ class Conversation:
         model: str,
         fingerprint: str,
         index: MessageIndex | None = None,
+        remembered: RememberedReplies | None = None,
         namespace: str = "",
     ) -> None:
         self.tree = Tree()
@@ -47,6 +49,7 @@ class Conversation:
         self._model = model
         self._fingerprint = fingerprint
         self._index = index
+        self._remembered = remembered
         self._namespace = namespace
         self._journal: Journal | None = None
         self._record: int | None = None
@@ -154,6 +157,8 @@ class Conversation:
             node = parent
             for message, record_id in zip(messages, kept, strict=True):
                 node = self._grow(node, message, record_id)
+                if self._remembered is not None:
+                    self._remembered.note(node)
             if tip is not None:
                 self._tips[tip] = node
             return node
@@ -162,10 +167,15 @@ class Conversation:
         """
         Add a message that is kept only when something is said after it; return its node.
 
+        A reply that was generated here at another time gets the token ids that it had, unless the
+        conversation is kept, whose replies are in the journal.
+
         Raises:
             InvalidParameterError: It lacks something. Nothing was changed.
         """
         new = to_node(message)
+        if self._remembered is not None and not self.is_kept:
+            new = self._remembered.recalled(parent, new)
         with self._lock:
             return self._grow(parent, new, None)
 

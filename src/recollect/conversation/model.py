@@ -20,6 +20,7 @@ from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.matching import MessageIndex
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, require_name
+from recollect.conversation.remembered import RememberedReplies
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
 from recollect.conversation.warming import Warmed, beginning, warm
@@ -368,10 +369,12 @@ class Model:
                 self._journal = None
 
     def _conversation(self, namespace: str) -> Conversation:
+        tier, fingerprint = self.engine.tier, self.weights_fingerprint
         return Conversation(
             model=self.name,
-            fingerprint=self.weights_fingerprint,
+            fingerprint=fingerprint,
             index=self._index(namespace),
+            remembered=None if tier is None else RememberedReplies(tier, fingerprint, namespace),
             namespace=namespace,
         )
 

@@ -15,11 +15,13 @@ from recollect.engine.sequence import Sequence
 from recollect.engine.task import Task
 from recollect.engine.write_behind import WriteBehind
 from recollect.errors import StoreError
-from recollect.kv import accounts, pins
+from recollect.kv import accounts, pins, replies
 from recollect.kv.blocks import BlockPool
 from recollect.kv.disk import DiskStore
+from recollect.kv.names import Key
 from recollect.kv.prefix import CachedBlock, Match, PrefixCache
 from recollect.kv.record import Identity
+from recollect.kv.replies import StoredReply
 from recollect.runtime.base import PagedRuntime
 
 _MOST_RESTORE_S: Final = 0.05
@@ -81,6 +83,17 @@ class DiskTier:
     def note(self, cached: CachedBlock) -> None:
         """Take note of a block that came into the cache; under the engine's lock."""
         self._written.note(cached)
+
+    def note_reply(self, name: Key, reply: StoredReply) -> None:
+        """Take note of a reply that a client may send back as text; it is written with the blocks."""
+        self._written.note_reply(name, reply)
+
+    def find_reply(self, name: Key) -> StoredReply | None:
+        """Return a reply of another time; None where there is none, or nothing can be read."""
+        try:
+            return replies.recall(self.store, name)
+        except StoreError:
+            return None  # the next restore tells what is wrong
 
     def engine_works(self, works: bool) -> None:
         """Take note of whether the engine has anything to do."""

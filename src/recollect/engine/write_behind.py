@@ -8,16 +8,18 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic, perf_counter
 from typing import Final
 
-from recollect.errors import StoreError
+from recollect.errors import StoreError, StoreFullError
+from recollect.kv import replies
 from recollect.kv.blocks import BlockPool
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.names import Key
 from recollect.kv.prefix import CachedBlock, PrefixCache
 from recollect.kv.record import Identity
+from recollect.kv.replies import StoredReply
 from recollect.runtime.base import PagedRuntime
 
 _log: Final = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ _BUSY_PAUSE: Final = 40
 
 class WriteBehind:
     """
-    The blocks that are not on disk yet, and the thread that writes them.
+    The blocks and replies that are not on disk yet, and the thread that writes them.
 
     `note` is called under the engine's lock, the rest from any thread. A block may be evicted from
     memory before it is written; it is then not written. While a block is read it has a reference
@@ -64,6 +66,7 @@ class WriteBehind:
         self._queue: OrderedDict[CachedBlock, float] = OrderedDict()  # with when it came
         self._used: set[Key] = set()
         self._bad: set[Key] = set()
+        self._replies: dict[Key, StoredReply] = {}
         self._state = threading.Condition()  # taken after the engine's lock, never before it
         self._thread: threading.Thread | None = None
         self._idle_since: float | None = monotonic()
@@ -92,6 +95,13 @@ class WriteBehind:
         with self._state:
             self._bad.update(keys)
             if self._bad:
+                self._wake()
+
+    def note_reply(self, name: Key, reply: StoredReply) -> None:
+        """Take note of a reply that a client may send back as text."""
+        if self.error is None:
+            with self._state:
+                self._replies[name] = reply
                 self._wake()
 
     def engine_works(self, works: bool) -> None:
@@ -125,7 +135,7 @@ class WriteBehind:
             self._wake()
 
     def _has_work(self) -> bool:
-        return bool(self._queue or self._bad)
+        return bool(self._queue or self._bad or self._replies)
 
     def _wake(self) -> None:
         if self._thread is None:
@@ -184,10 +194,14 @@ class WriteBehind:
         with self._state:
             bad, self._bad = self._bad, set()
             used, self._used = self._used, set()
+            said, self._replies = self._replies, {}
         if bad:
             self._store.remove(bad)
         if used:
             self._store.touch(used)
+        if said:
+            with suppress(StoreFullError):  # for a few bytes, KV is not given up
+                replies.remember(self._store, said)
         lost = self._write_chains(batch)
         if lost:  # a prefix was evicted from disk meanwhile: once more, with all of it
             with self._engine_lock:
@@ -255,4 +269,5 @@ class WriteBehind:
     def _stop(self, error: StoreError) -> None:
         self.error = error
         self._queue.clear()
+        self._replies.clear()
         self._bad.clear()

@@ -33,7 +33,7 @@ from recollect.kv.record import (
 )
 from recollect.types import MissReason
 
-TABLES: Final = ("blocks", "entries", "children", "pins", "identities", "info")
+TABLES: Final = ("blocks", "entries", "children", "pins", "identities", "info", "replies")
 STORE_FOLDER: Final = "kv"
 
 PAGE_BYTES: Final = 4096
@@ -109,7 +109,7 @@ class DiskStore:
         self.evicted_blocks = 0
         self._refused: set[Key] = set()
         self._sealer = sealer
-        self._clock = clock
+        self.clock: Final = clock
         self._env = Environment.open(folder, map_bytes=budget_bytes, tables=TABLES)
         try:
             self._seal_pins()
@@ -222,7 +222,7 @@ class DiskStore:
         Raises:
             StoreError: The files cannot be written.
         """
-        now, entries = self._clock(), self._env.table("entries")
+        now, entries = self.clock(), self._env.table("entries")
         with self._env.writing() as txn:
             for key in keys:
                 stored = txn.get(key, db=entries)
@@ -269,6 +269,7 @@ class DiskStore:
             going = [key for key in keys if key not in keep]
             for key in going:
                 self._remove(txn, key)
+            txn.drop(self._env.table("replies"), delete=False)
             return len(going)
 
     def _seal_pins(self) -> None:
@@ -320,7 +321,7 @@ class DiskStore:
             parent=block.parent,
             identity=identity.digest(),
             token_ids=block.token_ids,
-            last_used=self._clock(),
+            last_used=self.clock(),
             stored_bytes=size,
         )
         txn.put(block.key, packed, db=self._env.table("blocks"))

@@ -137,7 +137,7 @@ def unpack_block(
         raise Refused("checksum")
     if whose != identity or count != tokens:
         raise Refused("identity")
-    return _opened(stored[_HEADER.size :], bool(sealed), b"block" + key + identity, sealer)
+    return opened(stored[_HEADER.size :], bool(sealed), b"block" + key + identity, sealer)
 
 
 def pack_entry(entry: Entry, sealer: Sealer | None) -> bytes:
@@ -154,7 +154,7 @@ def pack_entry(entry: Entry, sealer: Sealer | None) -> bytes:
         sealer is not None,
         len(entry.token_ids),
     )
-    return _with_checksum(entry.key, head[_ENTRY_CHECKED:] + tokens)
+    return with_checksum(entry.key, head[_ENTRY_CHECKED:] + tokens)
 
 
 def unpack_entry(key: Key, stored: Buffer, sealer: Sealer | None) -> Entry:
@@ -165,7 +165,7 @@ def unpack_entry(key: Key, stored: Buffer, sealer: Sealer | None) -> Entry:
         Refused: It is damaged, or of another key.
     """
     head = entry_head(key, stored)
-    packed = _opened(memoryview(stored)[_ENTRY.size :], head.is_sealed, b"entry" + key, sealer)
+    packed = opened(memoryview(stored)[_ENTRY.size :], head.is_sealed, b"entry" + key, sealer)
     if len(packed) != 4 * head.tokens:
         raise Refused("truncated")
     tokens = tuple(np.frombuffer(packed, "<i4").tolist())
@@ -193,7 +193,7 @@ def entry_head(key: Key, stored: Buffer) -> EntryHead:
     stored = bytes(stored)
     if len(stored) < _ENTRY.size:
         raise Refused("truncated")
-    if stored != _with_checksum(key, stored[_ENTRY_CHECKED:]):
+    if stored != with_checksum(key, stored[_ENTRY_CHECKED:]):
         raise Refused("checksum")
     _, last_used, size, parent, identity, sealed, tokens = _ENTRY.unpack_from(stored)
     return EntryHead(last_used, size, parent, identity, bool(sealed), tokens)
@@ -202,7 +202,7 @@ def entry_head(key: Key, stored: Buffer) -> EntryHead:
 def touched(key: Key, stored: Buffer, last_used: float) -> bytes:
     """Return a stored entry with another time of use, unopened."""
     stored = bytes(stored)
-    return _with_checksum(key, struct.pack("<d", last_used) + stored[_ENTRY_CHECKED + 8 :])
+    return with_checksum(key, struct.pack("<d", last_used) + stored[_ENTRY_CHECKED + 8 :])
 
 
 def entry_size(tokens: int) -> int:
@@ -210,7 +210,13 @@ def entry_size(tokens: int) -> int:
     return _ENTRY.size + 4 * tokens
 
 
-def _opened(stored: memoryview, sealed: bool, context: bytes, sealer: Sealer | None) -> Buffer:
+def opened(stored: memoryview, sealed: bool, context: bytes, sealer: Sealer | None) -> Buffer:
+    """
+    Return what was stored.
+
+    Raises:
+        Refused: It is not what was sealed under that context, or is plain where it has to be sealed.
+    """
     if sealed != (sealer is not None):  # plain bytes among encrypted ones anybody can have forged
         raise Refused("sealed")
     if sealer is None:
@@ -229,7 +235,8 @@ def _checksum(key: Key, stored: memoryview) -> bytes:
     return state.digest()
 
 
-def _with_checksum(key: Key, rest: bytes) -> bytes:
+def with_checksum(key: Key, rest: bytes) -> bytes:
+    """Return a value with 8 bytes before it that hold for it under that key."""
     state = xxhash.xxh3_64(key)
     state.update(rest)
     return struct.pack("<Q", state.intdigest()) + rest
