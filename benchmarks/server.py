@@ -27,6 +27,7 @@ from statistics import median
 from time import monotonic, perf_counter, sleep
 from typing import Any, Final
 
+import aiohttp
 import httpx
 
 import recollect
@@ -116,16 +117,14 @@ async def ask(url: str, messages: Sequence[Message], *, max_tokens: int = REPLY_
     first: float | None = None
     usage: dict[str, Any] = {}
     timings: dict[str, Any] = {}
-    begun = perf_counter()
-    async with (
-        httpx.AsyncClient(trust_env=False, timeout=300) as client,
-        client.stream("POST", f"{url}/v1/chat/completions", json=body) as response,
-    ):
-        assert response.status_code == 200, await response.aread()
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
+    async with aiohttp.ClientSession() as client:
+        begun = perf_counter()
+        response = await client.post(f"{url}/v1/chat/completions", json=body)
+        assert response.status == 200, await response.text()
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
                 continue
-            chunk = json.loads(line.removeprefix("data: "))
+            chunk = json.loads(line.removeprefix(b"data: "))
             usage, timings = chunk.get("usage") or usage, chunk.get("timings") or timings
             for choice in chunk["choices"]:
                 if piece := choice["delta"].get("content"):
