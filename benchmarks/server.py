@@ -31,15 +31,15 @@ import aiohttp
 import httpx
 
 import recollect
-from harness import RESULTS, Load, say, slug
+from harness import Load, parser, report, say
 from recollect import config
 from recollect.models.prepare import models_folder
-from recollect.proof.machine import machine_card
 from recollect.proof.workloads import text_of
 
 REPLY_TOKENS: Final = 24
 OVERHEAD_SAMPLES: Final = 150
 CLIENTS: Final = 4
+SPEED_REPEATS: Final = 3
 
 Message = dict[str, str]
 
@@ -359,9 +359,10 @@ def measure(servers: Sequence[Running], rounds: int) -> dict[str, Any]:
                         **traces[-1]
                     )
                 )
-        for server in order:
-            speeds[server.name].append(throughput(server, f"speed {number}"))
-            say(f"{server.name:14} {CLIENTS} clients {speeds[server.name][-1]:11.1f} tokens/s")
+        for repeat in range(SPEED_REPEATS):
+            for server in order:
+                speeds[server.name].append(throughput(server, f"speed {number} {repeat}"))
+                say(f"{server.name:14} {CLIENTS} clients {speeds[server.name][-1]:11.1f} tokens/s")
         for result in after_restart(order, f"restart {number}"):
             traces.append(result)
             say("{server:14} {trace:22} {computed_tokens:7} {ttft_s:8.2f} s".format(**result))
@@ -372,16 +373,11 @@ def measure(servers: Sequence[Running], rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    options.add_argument("--model", default="smollm2")
-    options.add_argument("--profile", default="fast", choices=["exact", "fast", "small"])
+    options = parser("The server against llama-server, over HTTP.", profile="fast")
     options.add_argument(
         "--rival", type=Path, help="a GGUF file for llama-server, Q8_0 for its fast path"
     )
     options.add_argument("--rounds", type=int, default=2, help="0: only what HTTP adds")
-    options.add_argument("--save", action="store_true", help="keep the result under results/")
     args = options.parse_args()
     load = Load()
     with tempfile.TemporaryDirectory() as folder:
@@ -391,21 +387,15 @@ def main() -> None:
             models_folder(one).symlink_to(models_folder(config.home()))
         servers = start_servers(args, home)
         try:
-            result = measure(servers, args.rounds)
+            result: dict[str, object] = measure(servers, args.rounds)
             with recollect.load(args.model, profile=args.profile, home=beside) as model:
-                card, first = machine_card(model), overhead(servers[0].url, model)
+                first = overhead(servers[0].url, model)
+                result |= {"first_text_s": first, "others_load": load.others()}
+                say(f"HTTP adds {first['added'] * 1000:.1f} ms to the first text")
+                report("server", model, result, save=args.save)
         finally:
             for server in servers:
                 server.stop()
-    library_ms, added_ms = first["library"] * 1000, first["added"] * 1000
-    say(f"HTTP adds {added_ms:.1f} ms to the {library_ms:.1f} ms to the first text")
-    result |= {"first_text_s": first, "others_load": load.others()}
-    line = {"benchmark": "server", "machine": asdict(card), **result}
-    print(json.dumps(line))
-    if args.save:
-        path = RESULTS / slug(card) / f"server-{args.profile}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
