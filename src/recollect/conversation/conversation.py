@@ -157,7 +157,7 @@ class Conversation:
             node = parent
             for message, record_id in zip(messages, kept, strict=True):
                 node = self._grow(node, message, record_id)
-                if self._remembered is not None:
+                if self._remembered is not None and not self.is_kept:
                     self._remembered.note(node)
             if tip is not None:
                 self._tips[tip] = node

@@ -2,7 +2,7 @@
 The token ids of replies from other times: what a client sends as text is read as it was generated.
 
 While the program runs, `MessageIndex` finds replies as nodes; this finds them after a restart, where
-KV is kept on disk.
+KV is kept on disk. Replies of conversations that are kept are in the journal, and not here.
 """
 
 from dataclasses import replace

@@ -75,6 +75,15 @@ def test_what_was_changed_is_no_longer_what_was_generated(load: Load) -> None:
         assert model.session_from(changed).tip.token_ids is None
 
 
+def test_a_kept_conversation_is_in_the_journal_alone(load: Load) -> None:
+    model = load()
+    session = model.session(name="diary", params=SHORT)
+    session.respond("one")
+    messages = [node.message() for node in session.path()]
+    model.close()
+    assert load().session_from(messages).tip.token_ids is None
+
+
 def test_without_a_disk_nothing_is_remembered(
     make_model: Callable[..., Model], tmp_path: Path
 ) -> None:
