@@ -3,12 +3,14 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
 
 from recollect.conversation.model import Model
+from recollect.kv.disk import DiskStore
 from recollect.server.settings import Limits
 from recollect.types import SamplingParams
 
@@ -330,3 +332,27 @@ def test_a_failing_forward_pass_is_an_error_and_the_next_request_works(
     assert failed.status_code in {200, 500}
     assert client.post(PATH, json=body).status_code == 200
     assert "injected" not in failed.text
+
+
+def test_a_conversation_that_is_sent_whole_is_warm_after_a_restart(
+    start: Callable[..., httpx.Client],
+    servers: ExitStack,
+    make_model: Callable[..., Model],
+    open_store: Callable[[], DiskStore],
+    chat: Callable[..., Json],
+) -> None:
+    def start_it() -> httpx.Client:
+        return start(load=lambda _: make_model(store=open_store()))
+
+    said = [SYSTEM]
+    client = start_it()
+    for text in ("Hello", "And then?", "Who was it?"):
+        said.append(("user", text))
+        said.append(("assistant", text_of(chat(client, *said, max_tokens=16, ignore_eos=True))))
+    servers.close()
+    usage = chat(start_it(), *said, ("user", "Go on"))["usage"]
+    own = usage["recollect"]
+    assert own["tier"] == "disk"
+    assert own["reason"] == "new"
+    # The new message and what the template puts around it, and the rest of a block of 8.
+    assert own["computed_tokens"] < 64 < usage["prompt_tokens"] // 3
