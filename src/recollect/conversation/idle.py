@@ -33,7 +33,7 @@ class IdleWork:
         if sequence.is_warm():
             sequence.release()
             return
-        task = Task(sequence, lambda: False, idle=True, on_end=sequence.release)
+        task = Task(sequence, lambda: False, idle=True, spare=True, on_end=sequence.release)
         try:
             self._engine.submit(task)
         except (MisuseError, RuntimeFailure):

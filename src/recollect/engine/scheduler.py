@@ -23,6 +23,11 @@ MOST_RUNNING: Final = 16
 """Sequences in one pass; more wait. Decode gains little beyond, and each holds blocks."""
 
 
+MOST_SPARE: Final = 16
+"""Idle tasks that wait and that nobody waits for. On a server that is never idle each reply leaves
+one behind; the older ones are for conversations whose KV is evicted by the time that it rests."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pass:
     """What one forward pass feeds: a range of each task's history."""
@@ -40,6 +45,7 @@ class Scheduler:
         1. A task waits or runs, not both, and not twice.
         2. At most `most_running` run.
         3. An idle task runs only alone.
+        4. At most `MOST_SPARE` spare tasks wait that are not cancelled.
     """
 
     def __init__(self, block_size: int, most_rows: int | None = None) -> None:
@@ -51,8 +57,9 @@ class Scheduler:
         self._last_served = ""  # the namespace whose prompt was fed last
 
     def add(self, task: Task) -> None:
-        """Let a task wait for its turn."""
+        """Let a task wait for its turn; where there are too many spare ones, the oldest are cancelled."""
         self.waiting.append(task)
+        self._cancel_spare()
 
     def tasks(self) -> list[Task]:
         """Return all tasks, those that run first."""
@@ -69,6 +76,7 @@ class Scheduler:
         """Let a running task wait again, before all others."""
         self.running.remove(task)
         self.waiting.appendleft(task)
+        self._cancel_spare()
 
     def admit(self, fits: Callable[[Task], bool]) -> None:
         """
@@ -123,6 +131,14 @@ class Scheduler:
         assert len(tasks) == len(set(tasks)), "a task is there twice"
         assert len(self.running) <= self.most_running, "too many run"
         assert len(self.running) <= 1 or not any(task.idle for task in self.running), "idle work"
+        assert len(self._spare()) <= MOST_SPARE, "too much spare work waits"
+
+    def _cancel_spare(self) -> None:
+        for oldest in self._spare()[:-MOST_SPARE]:
+            oldest.cancel()
+
+    def _spare(self) -> list[Task]:
+        return [task for task in self.waiting if task.spare and not task.cancelled]
 
     def _next_waiting(self) -> Task | None:
         if any(task.idle for task in self.running):

@@ -30,6 +30,7 @@ class Task:
         on_logits: Called on the engine's thread whenever the logits after the sequence are known.
             May append to it; returns whether to go on.
         idle: Run only while there is nothing else to do.
+        spare: Idle, and nobody waits for it: the scheduler may cancel it where there are many.
         hand_over: Called on the engine's thread when a forward pass is about to run, and before
             `on_end`: the moment to wake readers, who then work while the runtime does. Returns whether
             one of them was given its first token.
@@ -42,14 +43,18 @@ class Task:
         on_logits: Callable[[], bool],
         *,
         idle: bool = False,
+        spare: bool = False,
         hand_over: Callable[[], bool] = lambda: False,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.sequence = sequence
         self.on_logits = on_logits
         self.namespace = sequence.namespace or ""
+        assert idle or not spare, "what is spare is idle"
         self.idle = idle
         """Whether it runs only while nothing else does."""
+        self.spare = spare
+        """Whether nobody waits for it."""
         self.state: TaskState = "waiting"
         self.error: Exception | None = None
         self.restoring = False

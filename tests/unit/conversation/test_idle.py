@@ -2,6 +2,7 @@
 
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
+from recollect.engine.scheduler import MOST_SPARE
 from recollect.engine.task import Task
 from recollect.types import SamplingParams
 
@@ -84,3 +85,16 @@ def test_a_branch_goes_on_where_it_stands(model: Model) -> None:
     again.respond("three")
     assert session.conversation.tips["idea"] is again.tip
     assert session.tip is session.conversation.tips["main"]
+
+
+def test_an_engine_that_is_never_idle_is_left_with_the_newest_of_them(model: Model) -> None:
+    sessions = [model.session(f"You are number {number}.") for number in range(40)]
+    with model.engine.lock:  # no forward pass begins
+        for session in sessions:
+            session.prewarm_later("what is the capital of")
+        model.engine.check()
+    settle(model)
+    warm = [session.warm_tokens() for session in sessions]
+    is_warm = [have == wanted for have, wanted in warm]
+    assert is_warm == [False] * (40 - MOST_SPARE) + [True] * MOST_SPARE
+    model.engine.check()
