@@ -8,6 +8,7 @@ no API: what an event looks like on the wire is the endpoints' business.
 import asyncio
 import json
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ class Readers:
         self._open = len(self._streams)
         self._on_reply = on_reply
         self._on_end = on_end
-        self._next: Event | None = None  # the one that `first` has seen
+        self._seen: deque[Event] = deque()  # by `first`
 
     def start(self) -> None:
         """Begin to read."""
@@ -145,9 +146,21 @@ class Readers:
             stream.stop()
 
     async def first(self) -> Event:
-        """Return the first event, which `events` gives again; a progress where it takes long."""
-        self._next = await self._get()
-        return self._next
+        """
+        Return the first event, which `events` gives again; a progress where it takes long.
+
+        Of several replies it is given when all have begun, or one has failed, or after a second.
+        """
+        deadline = self._loop.time() + PROGRESS_EVERY_S
+        self._seen.append(await self._get())
+        while (
+            not isinstance(self._seen[-1], Progress)
+            and not (isinstance(self._seen[-1], Ended) and self._seen[-1].error is not None)
+            and self._loop.time() < deadline
+            and self.usages() is None
+        ):
+            self._seen.append(await self._get())
+        return self._seen[0]
 
     def usages(self) -> list[Usage] | None:
         """Return what the replies have cost by now; None where one of them has no token yet."""
@@ -159,7 +172,7 @@ class Readers:
         """Yield what happens until the last reply is over."""
         left = len(self._streams)
         while left:
-            event, self._next = self._next or await self._get(), None
+            event = self._seen.popleft() if self._seen else await self._get()
             left -= isinstance(event, Ended)
             yield event
 
