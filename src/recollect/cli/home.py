@@ -3,7 +3,7 @@ What lies in the user's data folder, opened for commands that load no model.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,11 +46,8 @@ def open_store() -> "Iterator[DiskStore]":
         raise StoreError("No KV is kept on disk here yet: `recollect chat` does that.")
     cipher = unlock_home()
     sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
-    store = open_existing(store_folder(), sealer)
-    try:
+    with closing(open_existing(store_folder(), sealer)) as store:
         yield store
-    finally:
-        store.close()
 
 
 @contextmanager

@@ -59,7 +59,8 @@ class Scheduler:
     def add(self, task: Task) -> None:
         """Let a task wait for its turn; where there are too many spare ones, the oldest are cancelled."""
         self.waiting.append(task)
-        self._cancel_spare()
+        if task.spare:
+            self._cancel_spare()
 
     def tasks(self) -> list[Task]:
         """Return all tasks, those that run first."""
@@ -76,7 +77,8 @@ class Scheduler:
         """Let a running task wait again, before all others."""
         self.running.remove(task)
         self.waiting.appendleft(task)
-        self._cancel_spare()
+        if task.spare:
+            self._cancel_spare()
 
     def admit(self, fits: Callable[[Task], bool]) -> None:
         """

@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from time import time
 from typing import Final
@@ -38,6 +38,7 @@ from recollect.server.streaming import (
     unless_disconnected,
 )
 from recollect.server.usage import Cost, PrefillSpeed, cost
+from recollect.types import Usage
 
 Prepare = Callable[[Model], Sequence[Readable]]
 """Called on a thread; returns replies that the engine has begun."""
@@ -80,11 +81,9 @@ class Services:
         if not is_there(folder):
             yield None
             return
-        store = open_existing(folder, None if cipher is None else cipher.for_purpose(KV_PURPOSE))
-        try:
+        sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
+        with closing(open_existing(folder, sealer)) as store:
             yield store
-        finally:
-            store.close()
 
     def close(self) -> None:
         """Close what is open; the hub closes itself."""
@@ -118,14 +117,14 @@ class Job:
 
     def cost(self, replies: Sequence[Reply], *, per_prompt: int | None = None) -> Cost:
         """Return what the replies cost together; see `usage.cost`."""
-        usages = [reply.usage for reply in replies]
-        return cost(usages, self._services.speeds[self.model_name], per_prompt=per_prompt)
+        return self._cost([reply.usage for reply in replies], per_prompt)
 
     def cost_so_far(self, *, per_prompt: int | None = None) -> Cost | None:
         """Return what the prompts have cost; None where one of the replies has not begun."""
         usages = self._readers.usages()
-        if usages is None:
-            return None
+        return None if usages is None else self._cost(usages, per_prompt)
+
+    def _cost(self, usages: Sequence[Usage], per_prompt: int | None) -> Cost:
         return cost(usages, self._services.speeds[self.model_name], per_prompt=per_prompt)
 
     async def replies(self, request: Request) -> list[Reply]:
