@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 MANIFEST_NAME: Final = "recollect.json"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

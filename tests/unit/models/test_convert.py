@@ -12,7 +12,8 @@ import pytest
 from recollect.errors import UnsupportedModelError
 from recollect.models.convert import Conversion, convert, find_converted
 from recollect.models.fingerprint import sha256_file
-from recollect.models.manifest import MANIFEST_NAME, Manifest
+from recollect.models.int8_weights import is_faster_here
+from recollect.models.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
 from recollect.types import no_progress
 
 MakeGguf = Callable[..., Path]
@@ -21,6 +22,10 @@ MakeGguf = Callable[..., Path]
 def run(path: Path, folder: Path, home: Path) -> Manifest:
     job = Conversion("tiny", path, sha256_file(path))
     return convert(job, folder, home=home, progress=no_progress)
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def test_a_converted_folder_is_whole_and_found_again(make_gguf: MakeGguf, tmp_pa
     assert manifest.context_length == 512
     assert manifest.eos_token_ids == [0, 2]
     assert manifest.source_bytes == (tmp_path / "tiny.gguf").stat().st_size
-    assert set(manifest.file_bytes) | {MANIFEST_NAME} == {file.name for file in converted.iterdir()}
+    assert set(manifest.file_bytes) | {MANIFEST_NAME} == names(converted)
     assert list((tmp_path / "home" / "tmp").iterdir()) == []
 
 
@@ -98,6 +103,31 @@ def test_the_fingerprint_follows_weights_and_template(make_gguf: MakeGguf, tmp_p
     assert len(set(prints)) == 3
 
 
+def test_packed_weights_become_int8_where_that_is_faster(
+    make_gguf: MakeGguf, tmp_path: Path
+) -> None:
+    run(make_gguf(tensor_type=gguf.GGMLQuantizationType.Q8_0), tmp_path / "m", tmp_path)
+    xml = (tmp_path / "m" / "openvino_model.xml").read_text("utf-8")
+    assert ('element_type="i8"' in xml) == is_faster_here()
+    assert ('element_type="u8"' in xml) != is_faster_here()
+
+
+def test_weights_that_cannot_be_rewritten_stay_as_they_were(
+    make_gguf: MakeGguf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("recollect.models.convert._INT8", "recollect.models.nowhere")
+    path = make_gguf(tensor_type=gguf.GGMLQuantizationType.Q8_0)
+    manifest = run(path, tmp_path / "m", tmp_path)
+    assert find_converted(tmp_path / "m", None) == manifest
+    assert 'element_type="u8"' in (tmp_path / "m" / "openvino_model.xml").read_text("utf-8")
+    assert set(manifest.file_bytes) | {MANIFEST_NAME} == names(tmp_path / "m")
+    assert "may be slower than it could be" in caplog.text
+    assert str(tmp_path / "m") in caplog.text
+
+
 def test_what_the_converter_refuses_is_said_in_its_words(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -140,4 +170,4 @@ def test_two_processes_at_once_end_with_one_whole_folder(
 
 def test_the_manifest_is_plain_json(converted: Path) -> None:
     fields = json.loads((converted / MANIFEST_NAME).read_text("utf-8"))
-    assert fields["format_version"] == 1
+    assert fields["format_version"] == FORMAT_VERSION
