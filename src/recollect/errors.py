@@ -19,6 +19,7 @@ Every exception that recollect raises on purpose.
     │   ├── StoreBusyError          somebody else holds it for too long
     │   ├── StoreCorruptError       it is damaged
     │   ├── StoreFullError          there is no room for more
+    │   ├── TooShortError           it fills no block, and nothing less can be kept
     │   └── StoreVersionError       a newer version wrote it
     └── ConversationError           the tree of turns
         ├── UnknownNodeError        that node is not in this conversation
@@ -130,6 +131,18 @@ class StoreCorruptError(StoreError):
 
 class StoreFullError(StoreError):
     """There is no room for more; nothing was changed."""
+
+
+class TooShortError(StoreError):
+    """The prefix fills no block of KV, and this runtime keeps whole ones only; nothing was kept."""
+
+    def __init__(self, *, tokens: int, least: int) -> None:
+        super().__init__(
+            f"This is {tokens:,} tokens, and {least:,} are the least whose KV can be kept here: make "
+            "it longer, or use the profile `fast`."
+        )
+        self.tokens = tokens
+        self.least = least
 
 
 class StoreVersionError(StoreError):

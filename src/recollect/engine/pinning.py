@@ -15,7 +15,7 @@ from recollect.engine.engine import Engine
 from recollect.engine.sequence import Sequence
 from recollect.engine.task import Task
 from recollect.engine.tier import DiskTier
-from recollect.errors import MisuseError, NameTakenError, StoreError, StoreFullError
+from recollect.errors import MisuseError, NameTakenError, StoreError, StoreFullError, TooShortError
 from recollect.kv import pins
 from recollect.kv.accounts import Pin
 from recollect.kv.disk import stored_bytes
@@ -132,7 +132,7 @@ def in_memory(
         Its blocks; where KV inside a block cannot be cut, without the one that is not full.
 
     Raises:
-        StoreError: That leaves no block.
+        TooShortError: That leaves no block.
         ContextFullError: It does not fit the context.
         OutOfBlocksError: It does not fit the memory.
     """
@@ -149,9 +149,7 @@ def in_memory(
                 sequence.park()
                 held = engine.pin(token_ids, namespace)
         if not held:
-            raise StoreError(
-                "This is shorter than a block of KV, which is the least that can be kept."
-            )
+            raise TooShortError(tokens=len(token_ids), least=engine.keep_multiple_of)
         yield Held(held[-1].path(), sequence.fed_tokens)
     finally:
         engine.unpin(held)

@@ -62,7 +62,7 @@ class PublicPrefixes:
 
         Raises:
             MemoryLimitError: It does not fit the context, or what may be public.
-            StoreError: It is shorter than the least that can be shared.
+            TooShortError: It fills no block of KV, and nothing less can be shared.
             MisuseError: The engine is closed, or was meanwhile.
                 In each case what was public is, and nothing else.
         """

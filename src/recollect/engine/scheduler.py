@@ -110,7 +110,8 @@ class Scheduler:
         }
         chunks = {task: plan for task, plan in plans.items() if plan.end - plan.start == 1}
         prompts = [task for task in plans if task not in chunks]
-        budget = SHARED_CHUNK if chunks else PREFILL_CHUNK
+        # A block at least: else the prompt of a runtime with larger ones would wait for ever.
+        budget = max(self._block_size, SHARED_CHUNK if chunks else PREFILL_CHUNK)
         for task in self._in_turn(prompts):
             if budget < self._block_size:
                 break

@@ -79,6 +79,7 @@ TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
     (errors.MemoryLimitError, Answer(400, code="memory_limit")),
     (errors.InvalidParameterError, Answer(400, code="invalid_value")),
     (errors.TokenIdError, Answer(400, code="invalid_value")),
+    (errors.TooShortError, Answer(400, code="too_short")),
     (errors.TemplateError, Answer(400, code="invalid_messages")),
     (errors.UnknownModelError, Answer(404, code="model_not_found")),
     (errors.UnknownConversationError, Answer(404, code="not_found", message="Not found.")),

@@ -14,7 +14,7 @@ from recollect.errors import (
     MemoryLimitError,
     MisuseError,
     RuntimeFailure,
-    StoreError,
+    TooShortError,
 )
 from recollect.kv.disk import DiskStore
 from recollect.kv.names import PUBLIC
@@ -173,7 +173,7 @@ def test_what_fails_leaves_nothing_public(
     assert np.array_equal(logits, fresh_logits(PROMPT))
     with pytest.raises(ContextFullError):
         public.publish([1] * 127 + [2] * 2)
-    with pytest.raises(StoreError, match="shorter than a block"):
+    with pytest.raises(TooShortError, match="2 tokens, and 4 are the least"):
         PublicPrefixes(make_engine(whole_blocks_only=True)).publish([1, 2])
     assert not public.unpublish(PREFIX)
     engine.close()

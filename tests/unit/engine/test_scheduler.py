@@ -75,6 +75,13 @@ def test_alone_a_prompt_gets_a_large_chunk_and_beside_a_reply_a_small_one(
     assert fed(scheduler) == {long: FeedPlan(0, 8), reply: FeedPlan(0, 1)}
 
 
+def test_a_block_larger_than_a_chunk_is_fed_all_the_same(task_of: Callable[..., Task]) -> None:
+    scheduler = Scheduler(block_size=64)
+    long = task_of(ids_of(100))
+    admitted(scheduler, long)
+    assert fed(scheduler) == {long: FeedPlan(0, 64)}
+
+
 @pytest.mark.parametrize("chunk", [4, 5, 6, 7, 8, 11])
 def test_a_chunk_ends_with_a_full_block(
     scheduler: Scheduler,

@@ -116,6 +116,15 @@ def test_what_does_not_fit_is_refused_and_told(
     assert refused.json()["error"]["code"] == "memory_limit"
 
 
+def test_what_fills_no_block_is_refused_and_told(
+    start: Callable[..., httpx.Client], make_model: Callable[..., Model]
+) -> None:
+    client = start(load=lambda _: make_model(whole_blocks_only=True, block_size=512))
+    refused = client.post("/v1/prewarm", json=MARK)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "too_short"
+
+
 def test_the_beginning_of_a_conversation_may_be_marked(
     start: Callable[..., httpx.Client], post: Callable[..., Json], ask: Callable[..., Json]
 ) -> None:
