@@ -19,8 +19,9 @@ from recollect.types import Message, common_prefix_length
 if TYPE_CHECKING:  # a conversation tells the index of its nodes, so the import would be a circle
     from recollect.conversation.conversation import Conversation
 
-_MOST_MESSAGES: Final = 100_000
-"""Messages that can be found; the ones found or added longest ago are forgotten first."""
+_MOST_MESSAGES: Final = 20_000
+"""Messages of a namespace that can be found, about 5 kB of memory each; the ones found or added
+longest ago are forgotten first, and their replies are still known on disk. Source: benchmarks/soak.py."""
 
 _SHOWN_CHARACTERS: Final = 60
 
