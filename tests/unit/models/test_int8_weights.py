@@ -3,10 +3,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import openvino as ov
+import psutil
 import pytest
 from openvino import opset13 as ops
 
-from recollect.models.int8_weights import write_as_int8
+from recollect.models.int8_weights import has_room, write_as_int8
 
 WIDTH, GROUP = 64, 32
 
@@ -109,3 +110,9 @@ def test_a_model_without_packed_weights_stays_as_it_was() -> None:
     operations = [node.get_type_name() for node in model.get_ordered_ops()]
     write_as_int8(model)
     assert [node.get_type_name() for node in model.get_ordered_ops()] == operations
+
+
+def test_a_large_model_stays_small() -> None:
+    total = psutil.virtual_memory().total
+    assert has_room(total // 8)
+    assert not has_room(total // 8 + 1)
