@@ -63,3 +63,7 @@ class ByteTokenizer:
     def token_id(self, text: str) -> int | None:
         """Return the id of a special token, or None where *text* is not one."""
         return _IDS.get(text)
+
+    def added_text(self, token_id: int) -> str | None:
+        """Return the character that an id is by itself; None where it is a part of one, or a mark."""
+        return chr(token_id) if 0 <= token_id < 128 else None

@@ -61,6 +61,10 @@ class HfTokenizer:
         ids = self.encode(text)
         return ids[0] if len(ids) == 1 else None
 
+    def added_text(self, token_id: int) -> str | None:  # noqa: ARG002 - the protocol's
+        """Return None, not known: this tokenizer decodes fast enough for each token."""
+        return None
+
 
 def _byte_characters() -> dict[str, int]:
     """

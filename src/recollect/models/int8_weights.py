@@ -25,20 +25,19 @@ _MOST_OF_MEMORY: Final = 1 / 4
 """That weights of twice their size may take: with 8 GB, models of up to 1 GB become faster, and
 larger ones stay small. As much is given to KV."""
 _INT8: Final = np.iinfo(np.int8)
-_PROJECTIONS: Final = 3
-"""Products that share their input, when they are the query, key and value of a layer."""
 
 
 def write_as_int8(model: ov.Model) -> None:
     """
-    Make weights that are packed with zero points plain int8, and each layer's projections one.
+    Make weights that are packed with zero points plain int8, and products of one input one.
 
     The converter writes `(q - zero) * scale` with q and zero of 4 or 8 bits; q - zero is a whole
     number that mostly fits int8, and is written down as that. Where it does not, or where weights
-    are of another form, they stay as they are. The three products for query, key and value become
-    one where their groups are alike: most of the time of the narrow ones goes into starting them.
+    are of another form, they stay as they are. The products for query, key and value of a layer
+    become one where their groups are alike, and so do those for gate and up: starting a product
+    takes as long as a narrow one itself.
 
-    A pass over 4 sequences takes 0.7 of its time, over one 0.8 to 0.9; prefill takes the same.
+    A pass over 4 sequences takes 0.7 of its time, over one 0.8; prefill takes the same.
     Source: our own measurement on two cores with AVX2, benchmarks/weights.py.
     """
     for node in model.get_ops():
@@ -46,7 +45,7 @@ def write_as_int8(model: ov.Model) -> None:
         if packed is not None and (numbers := packed.numbers()) is not None:
             whole = ops.convert(ops.constant(numbers), node.get_output_element_type(0))
             node.output(0).replace(whole.output(0))
-    for products in list(_projections(model)):
+    for products in list(_of_one_input(model)):
         _fuse(products)
     model.validate_nodes_and_infer_types()
 
@@ -132,8 +131,8 @@ class _Product:
     scales: np.ndarray
 
 
-def _projections(model: ov.Model) -> Iterator[list[_Product]]:
-    """Yield the products that can be one: three of the same input, with groups alike."""
+def _of_one_input(model: ov.Model) -> Iterator[list[_Product]]:
+    """Yield the products that can be one: those of the same input, with groups alike."""
     sharing: dict[tuple[str, int], list[_Product]] = {}
     for node in model.get_ordered_ops():
         product = _product(node)
@@ -142,7 +141,7 @@ def _projections(model: ov.Model) -> Iterator[list[_Product]]:
             key = (source.get_node().get_name(), source.get_index())
             sharing.setdefault(key, []).append(product)
     for products in sharing.values():
-        if len(products) == _PROJECTIONS and len({p.numbers.shape[1:] for p in products}) == 1:
+        if len(products) > 1 and len({product.numbers.shape[1:] for product in products}) == 1:
             yield products
 
 

@@ -39,6 +39,11 @@ class Pieces:
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(self.PIECES, frozenset({END}))
 
+    def added_text(self, token_id: int) -> str | None:
+        piece = self.PIECES[token_id] if token_id != END else b""
+        is_whole = piece.decode("utf-8", "ignore").encode() == piece
+        return piece.decode() if piece and is_whole else None
+
     def encode(self, text: str) -> list[int]:
         rest, ids = text.encode("utf-8", "replace"), []
         while rest:

@@ -1,3 +1,4 @@
+import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,6 +97,20 @@ def test_a_long_reply_is_decoded_in_short_windows() -> None:
     assert tokenizer.longest <= 8
 
 
+def test_whole_characters_are_not_decoded_one_by_one() -> None:
+    class Counting(ByteTokenizer):
+        count = 0
+
+        def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+            self.count += 1
+            return super().decode(ids)
+
+    tokenizer = Counting()
+    text = "plain text " * 50
+    assert "".join(pieces(tokenizer, tokenizer.encode(text))) == text
+    assert tokenizer.count <= 3
+
+
 @pytest.fixture
 def openvino_tokenizer(converted_once: Path, tmp_path: Path) -> Tokenizer:
     return load_tokenizer(prepare(str(converted_once), home=tmp_path / "home"))
@@ -118,6 +133,29 @@ def test_an_openvino_tokenizer_does_what_the_byte_tokenizer_does(
     assert tokenizer.vocab_size == 261
     assert tokenizer.decode([10**6]) == ""
     assert tokenizer.encode("\ud83d") == tokenizer.encode("?")
+
+
+def test_the_pieces_of_an_openvino_tokenizer_joined_are_the_text(
+    openvino_tokenizer: Tokenizer,
+) -> None:
+    """Whole characters, parts of some, special tokens and ids that stand for nothing, in any order."""
+    dice = random.Random(1)  # noqa: S311 - not for secrets
+    likely = [*openvino_tokenizer.encode(" a€he🎉"), 0, 2]
+    for _ in range(200):
+        ids = [dice.choice([dice.randrange(270), *likely]) for _ in range(dice.randint(1, 12))]
+        assert "".join(pieces(openvino_tokenizer, ids)) == openvino_tokenizer.decode(ids), ids
+
+
+def test_the_text_that_an_id_adds_is_known_of_whole_characters_only(
+    openvino_tokenizer: Tokenizer,
+) -> None:
+    added = openvino_tokenizer.added_text
+    (word,) = openvino_tokenizer.encode("he")
+    assert added(word) == "he"
+    assert added(word) == "he"  # from what was found out
+    assert [added(part) for part in openvino_tokenizer.encode("€")] == [None] * 3
+    assert added(2) is None
+    assert added(10**6) is None
 
 
 def test_a_text_longer_than_the_context_is_encoded_whole(openvino_tokenizer: Tokenizer) -> None:
