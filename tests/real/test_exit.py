@@ -21,14 +21,45 @@ reading = iter(session.stream("And on."))  # never read to its end
 next(reading)
 """
 
+# OpenVINO gives the thread that loads its CPU plugin a stack for signals, and takes it away again.
+INTERRUPTED = """
+import gc, signal, sys, threading
+import recollect
 
-def test_a_program_that_never_closes_its_model_ends_in_peace() -> None:
-    ended = subprocess.run(  # noqa: S603 - our own program
-        [sys.executable, "-c", PROGRAM, MODEL],
+def load(profile):
+    return recollect.load(sys.argv[1], profile=profile, kv_disk=0)
+
+models = [load("fast"), load("exact")]
+while models:
+    models.pop(0).close()
+    gc.collect()
+models.append(load("fast"))
+other = threading.Thread(target=lambda: (models.pop().close(), gc.collect()))
+other.start()
+other.join()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def run(program: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(  # noqa: S603 - our own programs
+        [sys.executable, "-c", program, MODEL],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+
+
+def test_a_program_that_never_closes_its_model_ends_in_peace() -> None:
+    ended = run(PROGRAM)
     assert ended.returncode == 0
     assert ended.stderr == ""
+
+
+def test_ctrl_c_after_models_were_closed_is_an_interrupt() -> None:
+    ended = run(INTERRUPTED)
+    assert (ended.returncode, ended.stdout) == (0, "interrupted\n")

@@ -4,6 +4,8 @@ Text to token ids and back, and text as it arrives one token at a time.
 Does not know templates, models or conversations: what a message looks like is decided above it.
 """
 
+import hashlib
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -245,20 +247,38 @@ def _has_surrogates(text: str) -> bool:
 
 
 def _load(folder: Path) -> "openvino_genai.Tokenizer":
+    """
+    Return the tokenizer in a folder: the one that was made of the same files before, if there is one.
+
+    None is ever dropped. With the last one OpenVINO GenAI drops its CPU plugin, and with that goes
+    the stack on which the thread that made it takes its signals: the next Ctrl-C there would end
+    the process with a segmentation fault. See `recollect.runtime.openvino`, which keeps a core.
+    """
     import openvino_genai  # noqa: PLC0415 - see above
 
     xml, weights = without_truncation(
         (folder / "openvino_tokenizer.xml").read_text("utf-8"),
         (folder / "openvino_tokenizer.bin").read_bytes(),
     )
-    return openvino_genai.Tokenizer(
-        xml,
-        _tensor(weights),
-        (folder / "openvino_detokenizer.xml").read_text("utf-8"),
-        _tensor((folder / "openvino_detokenizer.bin").read_bytes()),
-        # More would take the processor from a forward pass, and make nothing here faster.
-        INFERENCE_NUM_THREADS=1,
-    )
+    back_xml = (folder / "openvino_detokenizer.xml").read_text("utf-8")
+    back_weights = (folder / "openvino_detokenizer.bin").read_bytes()
+    parts = (xml.encode(), weights, back_xml.encode(), back_weights)
+    key = b"".join(hashlib.sha256(part).digest() for part in parts)
+    with _LOADING:
+        if key not in _LOADED:
+            _LOADED[key] = openvino_genai.Tokenizer(
+                xml,
+                _tensor(weights),
+                back_xml,
+                _tensor(back_weights),
+                # More would take the processor from a forward pass, and make nothing here faster.
+                INFERENCE_NUM_THREADS=1,
+            )
+        return _LOADED[key]
+
+
+_LOADED: Final[dict[bytes, "openvino_genai.Tokenizer"]] = {}
+_LOADING: Final = threading.Lock()
 
 
 def _tensor(data: bytes) -> "openvino.Tensor":

@@ -4,6 +4,7 @@ OpenVINO with paged attention on the CPU: the default runtime.
 Knows one compiled model and its KV tensors. Which block belongs to whom is decided above.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -54,7 +55,7 @@ class OpenVinoRuntime:
     """
 
     def __init__(self, xml: Path, *, profile: Profile, context_length: int) -> None:
-        core = ov.Core()
+        core = _core()
         with mapped_errors(f"reading {xml.name}"):
             model = core.read_model(xml)
         make_paged(model)
@@ -191,6 +192,19 @@ class OpenVinoRuntime:
             raise MisuseError(
                 "the runtime has no KV memory: allocate() comes first, and nothing after close()"
             )
+
+
+@functools.cache
+def _core() -> ov.Core:
+    """
+    Return OpenVINO's core, one for as long as the process lives.
+
+    The CPU plugin of a core gives the thread that first uses it a stack for signals, and unmaps
+    that with itself: where another thread drops it, or two are dropped in the order in which they
+    were made, the thread is left without, and the next Ctrl-C there ends the process with a
+    segmentation fault. A core that stays costs nothing; what a model takes is given back with it.
+    """
+    return ov.Core()
 
 
 def _block_shape(port: ov.ConstOutput) -> list[int]:

@@ -10,6 +10,7 @@ from openvino import opset13 as ops
 from recollect.models.int8_weights import has_room, write_as_int8
 
 WIDTH, GROUP = 64, 32
+CORE = ov.Core()  # one that stays: see `recollect.runtime.openvino`
 
 
 def constant(numbers: np.ndarray, bits: int) -> ov.Node:
@@ -41,7 +42,7 @@ def product(
 def logits(model: ov.Model, tokens: int = 5) -> Sequence[np.ndarray]:
     values = np.random.default_rng(0).standard_normal((tokens, WIDTH)).astype(np.float32)
     settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    return list(ov.compile_model(model, "CPU", settings)([values]).to_tuple())
+    return list(CORE.compile_model(model, "CPU", settings)([values]).to_tuple())
 
 
 def kinds(model: ov.Model) -> Counter[str]:
