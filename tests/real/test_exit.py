@@ -26,6 +26,8 @@ INTERRUPTED = """
 import gc, signal, sys, threading
 import recollect
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs behind it
+
 def load(profile):
     return recollect.load(sys.argv[1], profile=profile, kv_disk=0)
 
