@@ -71,9 +71,10 @@ def both_ways(model: str, scratch: Path) -> dict[str, Path]:
     """Convert a model twice, and return the folders."""
     folders = {}
     with original_of(model, home=config.home(), progress=no_progress) as gguf:
+        sha256 = sha256_file(gguf)
         for name, as_packed in (("packed", True), ("int8", False)):
             folders[name] = scratch / "models" / name
-            job = Conversion(name, gguf, sha256_file(gguf), as_packed)
+            job = Conversion(name, gguf, sha256, as_packed)
             convert(job, folders[name], home=scratch, progress=no_progress)
     return folders
 

@@ -37,7 +37,7 @@ def write_as_int8(model: ov.Model) -> None:
     become one where their groups are alike, and so do those for gate and up: starting a product
     takes as long as a narrow one itself.
 
-    A pass over 4 sequences takes 0.7 of its time, over one 0.8; prefill takes the same.
+    A pass over 4 sequences takes 0.7 of its time, over one 0.9; prefill takes the same.
     Source: our own measurement on two cores with AVX2, benchmarks/weights.py.
     """
     for node in model.get_ops():

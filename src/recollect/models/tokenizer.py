@@ -97,8 +97,7 @@ class OpenVinoTokenizer:
         )
         for token_id, mark in self._hidden_marks.items():
             shown_as_text[token_id] = mark
-        by_name = {name: token_id for token_id, name in self._names.items()}
-        return make_vocabulary(by_name, shown, shown_as_text)
+        return make_vocabulary(self._tokenizer.get_vocab(), shown, shown_as_text)
 
     @cached_property
     def _names(self) -> dict[int, bytes]:

@@ -13,7 +13,7 @@ from recollect.errors import UnsupportedModelError
 from recollect.models.convert import Conversion, convert, find_converted
 from recollect.models.fingerprint import sha256_file
 from recollect.models.int8_weights import is_faster_here
-from recollect.models.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
+from recollect.models.manifest import MANIFEST_NAME, Manifest
 from recollect.types import no_progress
 
 MakeGguf = Callable[..., Path]
@@ -170,4 +170,4 @@ def test_two_processes_at_once_end_with_one_whole_folder(
 
 def test_the_manifest_is_plain_json(converted: Path) -> None:
     fields = json.loads((converted / MANIFEST_NAME).read_text("utf-8"))
-    assert fields["format_version"] == FORMAT_VERSION
+    assert fields["format_version"] == 2
