@@ -330,13 +330,13 @@ def _onnx_folder(precision: Precision) -> Path:
     try:
         made_with = version("onnxruntime-genai")
     except PackageNotFoundError:
-        pytest.skip('needs ONNX Runtime GenAI: pip install "recollect[genai]"')
+        pytest.skip('needs ONNX Runtime GenAI: pip install "recollect-llm[genai]"')
     entry = CATALOG["smollm2"]
     name = f"{entry.name}-{entry.sha256[:8]}-{precision}-{made_with}"
     folder = platformdirs.user_cache_path("recollect") / "tests" / name
     if not is_onnx_folder(folder):
         if find_spec("torch") is None or find_spec("onnx_ir") is None:
-            needs = 'needs a converted model: pip install "recollect[convert]"'
+            needs = 'needs a converted model: pip install "recollect-llm[convert]"'
             pytest.fail(needs) if "CI" in os.environ else pytest.skip(needs)
         with original_of(entry.name, home=config.home()) as source:
             convert_to_onnx(source, folder, precision=precision)

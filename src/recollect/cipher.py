@@ -93,7 +93,7 @@ def missing_library(name: str) -> ConfigError:
     """Return the error for a library of the extra that is not installed."""
     return ConfigError(
         f"Encryption needs the library {name}, which is not installed: "
-        'python -m pip install "recollect[encrypt]".'
+        'python -m pip install "recollect-llm[encrypt]".'
     )
 
 

@@ -124,7 +124,7 @@ class Grammar:
     """
     What a reply must look like, made by `json_object`, `json_schema`, `regex` or `lark`.
 
-    Needs the extra `recollect[grammar]`. Whether it is valid is found out when a reply begins.
+    Needs the extra `recollect-llm[grammar]`. Whether it is valid is found out when a reply begins.
     """
 
     kind: Literal["json_schema", "regex", "lark"]

@@ -89,5 +89,5 @@ def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     for name in list(sys.modules):
         if name.split(".")[0] == "cryptography":
             monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match=r"recollect\[encrypt\]"):
+    with pytest.raises(ConfigError, match=r"recollect-llm\[encrypt\]"):
         Cipher(KEY)

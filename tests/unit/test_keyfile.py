@@ -249,7 +249,7 @@ def test_without_the_libraries_it_says_what_to_install(
     for name in [*sys.modules, "keyring"]:
         if name.split(".")[0] in {"cryptography", "keyring"}:
             monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match=r"recollect\[encrypt\]"):
+    with pytest.raises(ConfigError, match=r"recollect-llm\[encrypt\]"):
         keyfile.new_key(source, passphrase="x", scrypt=QUICK)
 
 

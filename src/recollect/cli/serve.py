@@ -214,7 +214,7 @@ def _require_packages() -> None:
     except ImportError as cause:
         raise ConfigError(
             f"The server needs the package {cause.name}: `python -m pip install "
-            '"recollect[server]"`.'
+            '"recollect-llm[server]"`.'
         ) from cause
 
 

@@ -146,7 +146,7 @@ class Model:
             name: Of the conversation in the journal, and then it is kept; None: the journal finds one.
             overflow: What happens when the context is full.
             tools: What replies may call, each as OpenAI's API describes one; needs the extra
-                `recollect[grammar]`.
+                `recollect-llm[grammar]`.
             tool_choice: `none`, `auto`, `required`, or the name of the tool that is called.
             parallel_tool_calls: Whether one reply may have several calls.
 

@@ -178,5 +178,5 @@ def _llguidance() -> ModuleType:
     except ImportError as cause:
         raise ConfigError(
             "Grammars, JSON schemas and tools need llguidance: "
-            'install it with `python -m pip install "recollect[grammar]"`.'
+            'install it with `python -m pip install "recollect-llm[grammar]"`.'
         ) from cause

@@ -94,7 +94,7 @@ def _load(file: Path) -> "tokenizers.Tokenizer":
         import tokenizers  # noqa: PLC0415 - part of an extra
     except ModuleNotFoundError as cause:
         raise UnsupportedModelError(
-            'ONNX GenAI folders need two more libraries: pip install "recollect[genai]".'
+            'ONNX GenAI folders need two more libraries: pip install "recollect-llm[genai]".'
         ) from cause
     try:
         return tokenizers.Tokenizer.from_file(str(file))

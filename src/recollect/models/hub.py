@@ -33,7 +33,7 @@ def download_from_hub(file: HubFile, folder: Path, progress: Progress) -> Path:
     if not hub_is_installed():
         raise FetchError(
             f"{file} lies on the model hub: install what reads it, "
-            'with `pip install "recollect[hub]"`.'
+            'with `pip install "recollect-llm[hub]"`.'
         )
     hub = importlib.import_module(_PACKAGE)
     errors = importlib.import_module(f"{_PACKAGE}.errors")

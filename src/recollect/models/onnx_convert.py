@@ -47,7 +47,7 @@ def convert_to_onnx(
     missing = [name for name in _LIBRARIES if find_spec(name) is None]
     if missing:
         raise UnsupportedModelError(
-            f'Converting needs {", ".join(missing)}: pip install "recollect[convert,genai]".'
+            f'Converting needs {", ".join(missing)}: pip install "recollect-llm[convert,genai]".'
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already: name a folder that is not, or remove it.")

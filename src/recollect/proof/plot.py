@@ -31,7 +31,7 @@ def require_plot(path: Path) -> None:
     """
     if find_spec("matplotlib") is None:
         raise ConfigError(
-            "Plots need matplotlib, which is missing: python -m pip install 'recollect[plot]'."
+            "Plots need matplotlib, which is missing: python -m pip install 'recollect-llm[plot]'."
         )
     if path.suffix.lower() not in _FORMATS:
         raise ConfigError(f"{path.name} is no kind of plot: end it in {', '.join(_FORMATS)}.")

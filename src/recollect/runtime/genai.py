@@ -246,7 +246,7 @@ def _import_library() -> Any:
         import onnxruntime_genai  # noqa: PLC0415 - part of an extra
     except ImportError as cause:
         raise UnsupportedModelError(
-            'This folder runs on ONNX Runtime GenAI: pip install "recollect[genai]".'
+            'This folder runs on ONNX Runtime GenAI: pip install "recollect-llm[genai]".'
         ) from cause
     # A conversation stays on this machine, and so does when one was held.
     if hasattr(onnxruntime_genai, "disable_telemetry_events"):

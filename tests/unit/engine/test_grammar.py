@@ -123,7 +123,7 @@ def test_without_llguidance_the_error_says_what_to_install(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ConfigError, match=r"recollect\[grammar\]"):
+    with pytest.raises(ConfigError, match=r"recollect-llm\[grammar\]"):
         grammars.start(PERSON)
 
 

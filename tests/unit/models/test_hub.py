@@ -110,5 +110,5 @@ def test_without_the_package_the_remedy_is_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(FetchError, match=r'pip install "recollect\[hub\]"'):
+    with pytest.raises(FetchError, match=r'pip install "recollect-llm\[hub\]"'):
         download_from_hub(HubFile("org/repo", "a.gguf"), tmp_path, no_progress)

@@ -23,7 +23,7 @@ def test_a_missing_library_is_named_with_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(onnx_convert, "_LIBRARIES", ("no_such_library",))
-    with pytest.raises(UnsupportedModelError, match=r"no_such_library.*recollect\[convert"):
+    with pytest.raises(UnsupportedModelError, match=r"no_such_library.*recollect-llm\[convert"):
         convert_to_onnx(tmp_path / "x.gguf", tmp_path / "out")
 
 
@@ -53,7 +53,7 @@ def test_the_reference_model_has_nothing_to_convert() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("torch") is None or importlib.util.find_spec("onnx_ir") is None,
-    reason='pip install "recollect[convert]"',
+    reason='pip install "recollect-llm[convert]"',
 )
 def test_a_tiny_gguf_becomes_a_folder_that_loads(
     make_gguf: Callable[..., Path], tmp_path: Path

@@ -17,7 +17,7 @@ def test_a_missing_matplotlib_is_said_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(plot, "find_spec", lambda _name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'recollect\[plot\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'recollect-llm\[plot\]'"):
         plot.require_plot(tmp_path / "curve.png")
 
 

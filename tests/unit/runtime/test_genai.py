@@ -256,7 +256,7 @@ def test_without_the_library_a_folder_is_refused_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
-    with pytest.raises(UnsupportedModelError, match=r"recollect\[genai\]"):
+    with pytest.raises(UnsupportedModelError, match=r"recollect-llm\[genai\]"):
         GenAiRuntime(tmp_path, context_length=CONTEXT)
 
 
