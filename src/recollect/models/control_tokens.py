@@ -1,0 +1,101 @@
+"""
+Tokens that say where a turn begins and ends, found in a text.
+
+Nobody but a chat template may write them: what users, files and tools say is text, whatever it
+looks like. Pure: texts in, places out. Knows no tokenizer and no template.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+from recollect.models.vocabulary import TEXT_MARKS
+
+
+class ControlTokens:
+    """
+    The control tokens of one vocabulary, by their text. Immutable.
+
+    Those of a single character are left out: they could not be told from the letter.
+    """
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self.ids: Final = {text: token_id for text, token_id in ids.items() if len(text) > 1}
+        # The longest first, as tokenizers prefer it where several begin at one place.
+        names = sorted(self.ids, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        # Most texts are told apart by a few plain strings, ten times as fast as by the pattern.
+        self._openings = {name[:2] for name in names}
+        self._first = {name[0] for name in names}
+        self._last = {name[-1] for name in names}
+        self._heads = {name[:length] for name in names for length in range(1, len(name))}
+        self._tails = {name[length:] for name in names for length in range(1, len(name))}
+        self._longest = max(map(len, names), default=0)
+        self._all = "\n".join(names)
+
+    def find(self, text: str, start: int = 0) -> tuple[int, int] | None:
+        """Return where the first one from *start* on lies, as `[begin, end)`; None: there is none."""
+        found = self._pattern.search(text, start)
+        return None if found is None else found.span()
+
+    def begins(self, text: str) -> Iterator[int]:
+        """Iterate over all places where one begins, also inside another."""
+        if not any(opening in text for opening in self._openings):
+            return
+        start = 0
+        while (found := self._pattern.search(text, start)) is not None:
+            yield found.start()
+            start = found.start() + 1
+
+    def may_begin_before(self, text: str) -> bool:
+        """Return whether a text could be the end, or the middle, of one that begins before it."""
+        short = text[: self._longest]
+        if not any(last in short for last in self._last):
+            return self._is_inside(text)
+        return self._is_inside(text) or any(
+            short[:length] in self._tails for length in range(1, len(short) + 1)
+        )
+
+    def may_end_after(self, text: str) -> bool:
+        """Return whether a text could be the beginning, or the middle, of one that ends after it."""
+        short = text[-self._longest :] if self._longest else ""
+        if not any(first in short for first in self._first):
+            return self._is_inside(text)
+        return self._is_inside(text) or any(
+            short[-length:] in self._heads for length in range(1, len(short) + 1)
+        )
+
+    def _is_inside(self, text: str) -> bool:
+        return 0 < len(text) < self._longest and text in self._all
+
+
+def control_tokens(
+    special: Mapping[str, int], added: Mapping[str, int], template: str | None
+) -> ControlTokens:
+    """
+    Return which tokens of a vocabulary are control tokens.
+
+    Args:
+        special: Texts that the vocabulary calls special, and their ids.
+        added: Texts that are one token wherever they are. Many fine-tuned models have marks of turns
+            among these that nobody called special: those that the template writes are control tokens.
+        template: The source of the chat template; None where there is none.
+    """
+    written = {text: token_id for text, token_id in added.items() if text in (template or "")}
+    found = {**special, **written}
+    return ControlTokens({text: id_ for text, id_ in found.items() if text not in TEXT_MARKS})
+
+
+def encode_in_pieces(
+    text: str, control: ControlTokens, encode: Callable[[str], list[int]]
+) -> list[int]:
+    """
+    Return ids of a text without a control token, for a tokenizer that always recognises them.
+
+    The text of each is cut after its first character, so no piece has one. What is read is the
+    same; the ids around the cut may be others than a tokenizer would give that leaves them alone.
+    """
+    cuts = [0, *(place + 1 for place in control.begins(text)), len(text)]
+    pieces = (text[start:end] for start, end in itertools.pairwise(cuts))
+    return [token_id for piece in pieces for token_id in encode(piece)]

@@ -1,0 +1,69 @@
+"""Control tokens are found wherever they begin, and so is what could complete one."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recollect.models.control_tokens import ControlTokens, control_tokens, encode_in_pieces
+
+TOKENS = ("<|im_end|>", "<|im_start|>", "<s>", "</s>", "[X]", "[X]]")
+CONTROL = ControlTokens({text: number for number, text in enumerate(TOKENS)})
+TEXTS = st.lists(
+    st.one_of(st.sampled_from(["<", "|", "im", "_end", "|>", ">", "]", " ", *TOKENS]), st.text()),
+    max_size=8,
+).map("".join)
+
+
+def test_the_longest_of_those_at_one_place_is_found() -> None:
+    assert CONTROL.find("a[X]]b") == (1, 5)
+    assert CONTROL.find("a[X]]b", 2) is None
+    assert list(ControlTokens({"aa": 0}).begins("aaa")) == [0, 1]
+
+
+def test_a_token_of_one_character_is_a_letter() -> None:
+    assert ControlTokens({"x": 1, "xy": 2}).ids == {"xy": 2}
+
+
+def test_without_control_tokens_nothing_is_found() -> None:
+    nothing = ControlTokens({})
+    assert list(nothing.begins("<|im_end|>")) == []
+    assert not nothing.may_begin_before(">")
+    assert not nothing.may_end_after("<")
+
+
+def test_marks_of_turns_count_that_only_the_template_calls_so() -> None:
+    added = {"<|im_start|>": 1, "<|fim|>": 2, "<think>": 3}
+    found = control_tokens({"</s>": 0, "<tool_call>": 4}, added, "<|im_start|>{{ x }}<think>")
+    assert found.ids == {"</s>": 0, "<|im_start|>": 1}
+    assert control_tokens({}, added, None).ids == {}
+
+
+@given(text=TEXTS)
+def test_every_beginning_is_told(text: str) -> None:
+    expected = [i for i in range(len(text)) if any(text.startswith(t, i) for t in TOKENS)]
+    assert list(CONTROL.begins(text)) == expected
+
+
+@given(before=TEXTS, said=TEXTS.filter(bool), after=TEXTS)
+def test_a_token_is_only_completed_by_texts_that_may_complete_one(
+    before: str, said: str, after: str
+) -> None:
+    whole, start = before + said + after, len(before)
+    end = start + len(said)
+    spans = [(i, i + len(t)) for t in TOKENS for i in range(len(whole)) if whole.startswith(t, i)]
+    if any(begin < start < stop for begin, stop in spans):
+        assert CONTROL.may_begin_before(said)
+    if any(begin < end < stop for begin, stop in spans):
+        assert CONTROL.may_end_after(said)
+
+
+@given(text=TEXTS)
+def test_the_pieces_of_a_text_are_the_text_and_none_has_a_token(text: str) -> None:
+    pieces: list[str] = []
+
+    def encode(piece: str) -> list[int]:
+        pieces.append(piece)
+        return [len(piece)]
+
+    encode_in_pieces(text, CONTROL, encode)
+    assert "".join(pieces) == text
+    assert not any(token in piece for piece in pieces for token in TOKENS)
