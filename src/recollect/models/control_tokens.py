@@ -2,15 +2,17 @@
 Tokens that say where a turn begins and ends, found in a text.
 
 Nobody but a chat template may write them: what users, files and tools say is text, whatever it
-looks like. Pure: texts in, places out. Knows no tokenizer and no template.
+looks like and whichever characters it has. Pure: texts in, places out. Knows no tokenizer and no template.
 """
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from recollect.models.vocabulary import TEXT_MARKS
+
+_REPLACEMENT: Final = "\ufffd"
 
 
 class ControlTokens:
@@ -38,6 +40,10 @@ class ControlTokens:
         """Return where the first one from *start* on lies, as `[begin, end)`; None: there is none."""
         found = self._pattern.search(text, start)
         return None if found is None else found.span()
+
+    def count(self, text: str) -> int:
+        """Return how many a tokenizer finds in a text."""
+        return sum(1 for _ in self._pattern.finditer(text))
 
     def begins(self, text: str) -> Iterator[int]:
         """Iterate over all places where one begins, also inside another."""
@@ -68,6 +74,46 @@ class ControlTokens:
 
     def _is_inside(self, text: str) -> bool:
         return 0 < len(text) < self._longest and text in self._all
+
+
+class UnknownCharacters:
+    """
+    Characters that a vocabulary cannot spell, found out as they come.
+
+    Some vocabularies lack the bytes of rare characters, and their tokenizers put a control token
+    there: with SmolLM2 the character U+0004 ends the conversation. Holds a set of those that were
+    asked about, so no more than there are characters. Safe from several threads: at worst two find
+    out the same.
+    """
+
+    _AT_ONCE: Final = 4096
+    """Characters that are asked about in one call, to bound the memory that it takes."""
+
+    def __init__(self, are_unknown: Callable[[Sequence[str]], Sequence[bool]]) -> None:
+        """
+        Hold what is found out.
+
+        Args:
+            are_unknown: Tells which of some characters give a control token.
+        """
+        self._are_unknown = are_unknown
+        self._asked: set[str] = set()
+        self._unknown: set[str] = set()
+
+    def replaced(self, text: str) -> str:
+        """Return a text with U+FFFD in the place of each character that cannot be spelled."""
+        new = [
+            one for one in {*text, _REPLACEMENT} - self._asked if not "\ud800" <= one <= "\udfff"
+        ]
+        for start in range(0, len(new), self._AT_ONCE):
+            some = new[start : start + self._AT_ONCE]
+            unknown = self._are_unknown(some)
+            self._unknown.update(one for one, is_so in zip(some, unknown, strict=True) if is_so)
+            self._asked.update(some)
+        if self._unknown.isdisjoint(text):
+            return text
+        instead = "?" if _REPLACEMENT in self._unknown else _REPLACEMENT
+        return "".join(instead if one in self._unknown else one for one in text)
 
 
 def control_tokens(

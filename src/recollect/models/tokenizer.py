@@ -16,7 +16,12 @@ import numpy as np
 
 from recollect.errors import UnsupportedModelError
 from recollect.models.byte_tokenizer import ByteTokenizer
-from recollect.models.control_tokens import ControlTokens, control_tokens, encode_in_pieces
+from recollect.models.control_tokens import (
+    ControlTokens,
+    UnknownCharacters,
+    control_tokens,
+    encode_in_pieces,
+)
 from recollect.models.hf_tokenizer import HfTokenizer
 from recollect.models.local import LocalModel
 from recollect.models.onnx_folder import TOKENIZER_NAME
@@ -31,6 +36,7 @@ from recollect.models.vocabulary import (
 if TYPE_CHECKING:  # half a second of start-up, which `recollect --help` need not wait for
     import openvino
     import openvino_genai
+    from numpy.typing import NDArray
 
 _REPLACEMENT: Final = "\ufffd"
 # An unfinished character lacks at least one of its at most four bytes, so no more than three
@@ -94,6 +100,7 @@ class OpenVinoTokenizer:
         """
         self.eos_token_ids: Final = eos_token_ids
         self._added: dict[int, str | None] = {}  # what `added_text` has found out
+        self._unknown = UnknownCharacters(self._are_unknown)
         try:
             self._files = _Files.read(folder)
             self._tokenizer = _load(self._files)
@@ -137,9 +144,10 @@ class OpenVinoTokenizer:
 
     def _control_tokens(self, template: str | None) -> ControlTokens:
         added = {
-            text: self.token_id(text) for text in added_texts(self._files.xml, self._files.weights)
+            text: _encode(self._tokenizer, text).tolist()
+            for text in added_texts(self._files.xml, self._files.weights)
         }
-        known = {text: token_id for text, token_id in added.items() if token_id is not None}
+        known = {text: ids[0] for text, ids in added.items() if len(ids) == 1}
         special = {
             text: token_id for text, token_id in known.items() if not self._shown([token_id])
         }
@@ -147,16 +155,38 @@ class OpenVinoTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of *text*, shape `(n,)`: nothing added, special tokens recognised."""
-        return _encode(self._tokenizer, text)
+        ids = _encode(self._tokenizer, text)
+        found = np.count_nonzero(self._is_control(ids))
+        if found and found > self.control_tokens.count(text):
+            ids = _encode(self._tokenizer, self._unknown.replaced(text))
+        as_list: list[int] = ids.tolist()
+        return as_list
 
     def encode_text(self, text: str) -> list[int]:
-        """Return the ids of *text*, shape `(n,)`, the texts of control tokens as any other text."""
+        """
+        Return the ids of *text*, shape `(n,)`, the texts of control tokens as any other text.
+
+        Those that Hugging Face's tokenizers give with `split_special_tokens=True`.
+        """
         if next(self.control_tokens.begins(text), None) is None:
             return self.encode(text)
         ids = _encode(self._without_control_tokens, text)
-        if set(self.control_tokens.ids.values()).isdisjoint(ids):
-            return ids
+        if self._is_control(ids).any():
+            ids = _encode(self._without_control_tokens, self._unknown.replaced(text))
+        if not self._is_control(ids).any():
+            as_list: list[int] = ids.tolist()
+            return as_list
         return encode_in_pieces(text, self.control_tokens, self.encode)
+
+    def _is_control(self, ids: "NDArray[np.int64]") -> "NDArray[np.bool_]":
+        return np.isin(ids, list(self.control_tokens.ids.values()))
+
+    def _are_unknown(self, characters: Sequence[str]) -> Sequence[bool]:
+        encoded = self._tokenizer.encode(list(characters), add_special_tokens=False)
+        is_padding = encoded.attention_mask.data == 0
+        found = self._is_control(encoded.input_ids.data) & ~is_padding
+        unknown: list[bool] = found.any(axis=1).tolist()
+        return unknown
 
     @cached_property
     def _without_control_tokens(self) -> "openvino_genai.Tokenizer":
@@ -287,13 +317,13 @@ def _has_surrogates(text: str) -> bool:
     )
 
 
-def _encode(tokenizer: "openvino_genai.Tokenizer", text: str) -> list[int]:
+def _encode(tokenizer: "openvino_genai.Tokenizer", text: str) -> "NDArray[np.int64]":
     if not text:
-        return []
+        return np.empty(0, np.int64)
     # Half a surrogate pair is not a character: no tokenizer has a token for it.
     clean = text.encode("utf-8", "replace").decode() if _has_surrogates(text) else text
     encoded = tokenizer.encode(clean, add_special_tokens=False)
-    ids: list[int] = encoded.input_ids.data.reshape(-1).tolist()
+    ids: NDArray[np.int64] = encoded.input_ids.data.reshape(-1).copy()
     return ids
 
 

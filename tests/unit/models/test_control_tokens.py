@@ -1,9 +1,16 @@
 """Control tokens are found wherever they begin, and so is what could complete one."""
 
+from collections.abc import Sequence
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.models.control_tokens import ControlTokens, control_tokens, encode_in_pieces
+from recollect.models.control_tokens import (
+    ControlTokens,
+    UnknownCharacters,
+    control_tokens,
+    encode_in_pieces,
+)
 
 TOKENS = ("<|im_end|>", "<|im_start|>", "<s>", "</s>", "[X]", "[X]]")
 CONTROL = ControlTokens({text: number for number, text in enumerate(TOKENS)})
@@ -67,3 +74,18 @@ def test_the_pieces_of_a_text_are_the_text_and_none_has_a_token(text: str) -> No
     encode_in_pieces(text, CONTROL, encode)
     assert "".join(pieces) == text
     assert not any(token in piece for piece in pieces for token in TOKENS)
+
+
+def test_a_character_is_asked_about_once() -> None:
+    asked: list[str] = []
+
+    def are_unknown(characters: Sequence[str]) -> list[bool]:
+        asked.extend(characters)
+        return [one in "xy" for one in characters]
+
+    unknown = UnknownCharacters(are_unknown)
+    assert unknown.replaced("axbxa") == "a\ufffdb\ufffda"
+    assert unknown.replaced("aybz") == "a\ufffdbz"
+    assert unknown.replaced("abz\ud800") == "abz\ud800"
+    assert sorted(asked) == ["a", "b", "x", "y", "z", "\ufffd"]
+    assert UnknownCharacters(lambda some: [True] * len(some)).replaced("ab") == "??"
