@@ -137,15 +137,22 @@ class Tree:
         finish_reason: FinishReason | None = None,
         usage: Mapping[str, Any] | None = None,
         links: ToolLinks | None = None,
+        key: bytes | None = None,
     ) -> Node:
-        """Add a message after *parent* and return its node."""
+        """
+        Add a message after *parent* and return its node.
+
+        Args:
+            key: As `message_key` gives it; None: it is not known yet.
+            parent, role, content, token_ids, fingerprint, finish_reason, usage, links: As in `Node`.
+        """
         self.require(parent)
         node = Node(
             id=next(self._ids),
             parent=parent,
             role=role,
             content=content,
-            key=message_key(parent.key, role, content, links),
+            key=message_key(parent.key, role, content, links) if key is None else key,
             token_ids=token_ids,
             fingerprint=fingerprint,
             finish_reason=finish_reason,
