@@ -34,11 +34,11 @@ kept there. Source: benchmarks/soak.py, where 20,000 are some hours of eight bus
 MOST_BYTES: Final = 64 << 20
 """Of these messages: their texts and token ids, and what holds them. Long texts are fewer then."""
 
-_ENTRY_BYTES: Final = 1_200
+_ENTRY_BYTES: Final = 750
 """What a message takes beside its text and its ids: the objects that hold it, its places in the
 tables and among its siblings. Source: tracemalloc over 20,000 short chats, rounded up."""
 
-_USAGE_BYTES: Final = 1_500
+_USAGE_BYTES: Final = 600
 """What the figures of a reply take. Source: tracemalloc, as above."""
 
 _MOST_ANSWERS: Final = 8
