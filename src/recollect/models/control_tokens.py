@@ -7,6 +7,7 @@ looks like and whichever characters it has. Pure: texts in, places out. Knows no
 
 import itertools
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -81,11 +82,13 @@ class UnknownCharacters:
     Characters that a vocabulary cannot spell, found out as they come.
 
     Some vocabularies lack the bytes of rare characters, and their tokenizers put a control token
-    there: with SmolLM2 the character U+0004 ends the conversation. Holds a set of those that were
-    asked about, so no more than there are characters. Safe from several threads: at worst two find
-    out the same.
+    there: with SmolLM2 the character U+0004 ends the conversation. Safe from several threads.
+
+    Invariant: no more than `MOST_ASKED` characters are held between calls.
     """
 
+    MOST_ASKED: Final = 1 << 16
+    """About ten megabytes; more different characters than any conversation has."""
     _AT_ONCE: Final = 4096
     """Characters that are asked about in one call, to bound the memory that it takes."""
 
@@ -97,23 +100,24 @@ class UnknownCharacters:
             are_unknown: Tells which of some characters give a control token.
         """
         self._are_unknown = are_unknown
-        self._asked: set[str] = set()
-        self._unknown: set[str] = set()
+        self._known: dict[str, bool] = {}
+        self._lock = threading.Lock()
 
     def replaced(self, text: str) -> str:
         """Return a text with U+FFFD in the place of each character that cannot be spelled."""
-        new = [
-            one for one in {*text, _REPLACEMENT} - self._asked if not "\ud800" <= one <= "\udfff"
-        ]
-        for start in range(0, len(new), self._AT_ONCE):
-            some = new[start : start + self._AT_ONCE]
-            unknown = self._are_unknown(some)
-            self._unknown.update(one for one, is_so in zip(some, unknown, strict=True) if is_so)
-            self._asked.update(some)
-        if self._unknown.isdisjoint(text):
+        characters = {one for one in {*text, _REPLACEMENT} if not "\ud800" <= one <= "\udfff"}
+        with self._lock:
+            new = [one for one in characters if one not in self._known]
+            for start in range(0, len(new), self._AT_ONCE):
+                some = new[start : start + self._AT_ONCE]
+                self._known.update(zip(some, self._are_unknown(some), strict=True))
+            unknown = {one for one in characters if self._known[one]}
+            if len(self._known) > self.MOST_ASKED:
+                self._known.clear()
+        if unknown.isdisjoint(text):
             return text
-        instead = "?" if _REPLACEMENT in self._unknown else _REPLACEMENT
-        return "".join(instead if one in self._unknown else one for one in text)
+        instead = "?" if _REPLACEMENT in unknown else _REPLACEMENT
+        return "".join(instead if one in unknown else one for one in text)
 
 
 def control_tokens(
