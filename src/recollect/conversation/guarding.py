@@ -8,10 +8,11 @@ suspicious, nearly all, get no mark. Pure: knows no ids.
 """
 
 import itertools
+import json
 import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, cast
@@ -45,9 +46,11 @@ class Shown:
 
     def name(self) -> bytes:
         """Return a name that no other text, or the same with other places, has."""
-        places = array("q", self.breaks).tobytes()
         text = self.text.encode("utf-8", "surrogatepass")
-        return blake2b(text, digest_size=16, key=blake2b(places, digest_size=32).digest()).digest()
+        if not self.breaks:
+            return blake2b(text, digest_size=16).digest()
+        places = blake2b(array("q", self.breaks).tobytes(), digest_size=32).digest()
+        return blake2b(text, digest_size=16, key=places).digest()
 
     def part(self, start: int, end: int | None = None) -> "Shown":
         """Return what lies in `[start, end)`."""
@@ -87,10 +90,16 @@ class Guard:
 
     def __init__(self, control: ControlTokens, messages: Sequence[Message], tools: ToolSchemas):
         self._control = control
-        strings = [*_strings([_said_in(one) for one in messages]), *_strings(tools)]
-        self.is_needed: Final = any(self._cuts(string) for string in strings)
+        values = [value for one in messages for name, value in one.items() if name != "role"]
+        said = [text for value in values for text in _strings(value)]
+        suspicious: list[str] = []
+        if control.may_be_in(said):
+            suspicious += said
+        if tools and control.may_be_in_json(_json(tools), except_for=_SCHEMA_WORDS):
+            suspicious += _strings(tools)
+        self.is_needed: Final = any(map(self._cuts, suspicious))
         """Whether anything that is said could make a control token."""
-        self._mark = _new_mark(strings) if self.is_needed else _MARK
+        self._mark = _new_mark([*said, *_strings(tools)]) if self.is_needed else _MARK
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
         """Return messages with marks in them."""
@@ -173,18 +182,20 @@ def _new_mark(strings: Sequence[str]) -> str:
     return _MARK * (1 + max(runs, default=0))
 
 
+def _json(tools: ToolSchemas) -> str:
+    return json.dumps(list(tools), ensure_ascii=False)
+
+
 def _said_in(message: Message) -> dict[str, Any]:
     return {name: value for name, value in message.items() if name != "role"}
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Iterate over the texts of a JSON value, keys among them."""
+def _strings(value: Any) -> Iterable[str]:
+    """Return the texts of a JSON value, keys among them."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, one in value.items():
-            yield from _strings(key)
-            yield from _strings(one)
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _strings(one)
+        return (value,)
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for one in pair for text in _strings(one)]
+    if isinstance(value, list | tuple):
+        return [text for one in value for text in _strings(one)]
+    return ()

@@ -8,7 +8,7 @@ looks like and whichever characters it has. Pure: texts in, places out. Knows no
 import itertools
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 from recollect.models.vocabulary import TEXT_MARKS
@@ -28,14 +28,25 @@ class ControlTokens:
         # The longest first, as tokenizers prefer it where several begin at one place.
         names = sorted(self.ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        # Most texts are told apart by a few plain strings, ten times as fast as by the pattern.
-        self._openings = {name[:2] for name in names}
         self._first = {name[0] for name in names}
         self._last = {name[-1] for name in names}
         self._heads = {name[:length] for name in names for length in range(1, len(name))}
         self._tails = {name[length:] for name in names for length in range(1, len(name))}
-        self._longest = max(map(len, names), default=0)
+        self._longest = max(map(len, names), default=1)
         self._all = "\n".join(names)
+        # By their first characters, as looking for one character is by far the fastest.
+        self._openings = {
+            first: re.compile(
+                re.escape(first) + _any_of({name[1] for name in names if name[0] == first})
+            )
+            for first in self._first
+        }
+        # Of texts with quotation marks around them: the end of a name at the beginning of one or the
+        # beginning of a name at its end, roughly; and all that are no longer than a name.
+        first, last, most = _any_of(self._first), _any_of(self._last), self._longest
+        self._edges = re.compile(f'"[^"]{{0,{most}}}?{last}|{first}[^"]{{0,{most}}}"')
+        self._short = re.compile(f'"([^"]{{1,{most}}})(?=")')
+        self._has_quotes = any(mark in self._all for mark in '"\\')
 
     def find(self, text: str, start: int = 0) -> tuple[int, int] | None:
         """Return where the first one from *start* on lies, as `[begin, end)`; None: there is none."""
@@ -48,12 +59,51 @@ class ControlTokens:
 
     def begins(self, text: str) -> Iterator[int]:
         """Iterate over all places where one begins, also inside another."""
-        if not any(opening in text for opening in self._openings):
+        if not self._may_have_one(text):
             return
         start = 0
         while (found := self._pattern.search(text, start)) is not None:
             yield found.start()
             start = found.start() + 1
+
+    def may_be_in(self, texts: Sequence[str]) -> bool:
+        """
+        Return whether one could be in any of many texts, or be completed by what is around one.
+
+        A quick look, which may say so where a close one does not.
+        """
+        if not self.ids:
+            return False
+        most, ends = self._longest, []
+        for text in texts:
+            one = text.strip()
+            ends.append(one if len(one) <= 2 * most else f"{one[:most]} {one[-most:]}")
+        return self._may_have_one("\n".join(texts)) or self.may_be_in_json(
+            '"' + '""'.join(ends) + '"'
+        )
+
+    def may_be_in_json(self, text: str, *, except_for: Collection[str] = ()) -> bool:
+        """
+        Return the same of the texts in a JSON value.
+
+        Args:
+            text: The value as JSON, characters as they are.
+            except_for: Texts that cannot complete any.
+        """
+        if not self.ids:
+            return False
+        if self._has_quotes or self._may_have_one(text):
+            return True
+        if any(one in text for one in (*self._first, *self._last)) and self._edges.search(text):
+            return True
+        short = {one.strip() for one in self._short.findall(text)}
+        return any(one in self._all for one in short.difference(except_for) if one)
+
+    def _may_have_one(self, text: str) -> bool:
+        return any(
+            first in text and opening.search(text) is not None
+            for first, opening in self._openings.items()
+        )
 
     def may_begin_before(self, text: str) -> bool:
         """Return whether a text could be the end, or the middle, of one that begins before it."""
@@ -75,6 +125,10 @@ class ControlTokens:
 
     def _is_inside(self, text: str) -> bool:
         return 0 < len(text) < self._longest and text in self._all
+
+
+def _any_of(characters: Collection[str]) -> str:
+    return f"[{re.escape(''.join(sorted(characters)))}]" if characters else "(?!)"
 
 
 class UnknownCharacters:

@@ -1,5 +1,6 @@
 """Control tokens are found wherever they begin, and so is what could complete one."""
 
+import json
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -89,3 +90,31 @@ def test_a_character_is_asked_about_once() -> None:
     assert unknown.replaced("abz\ud800") == "abz\ud800"
     assert sorted(asked) == ["a", "b", "x", "y", "z", "\ufffd"]
     assert UnknownCharacters(lambda some: [True] * len(some)).replaced("ab") == "??"
+
+
+@given(texts=st.lists(TEXTS, max_size=5))
+def test_the_quick_look_misses_nothing(texts: list[str]) -> None:
+    """Also as JSON, where what is said stands between quotation marks."""
+    closely = any(
+        next(CONTROL.begins(text), None) is not None
+        or (
+            (core := text.strip())
+            and (CONTROL.may_begin_before(core) or CONTROL.may_end_after(core))
+        )
+        for text in texts
+    )
+    if closely:
+        assert CONTROL.may_be_in(texts)
+        plain = [text for text in texts if '"' not in text]
+        if len(plain) == len(texts):
+            assert CONTROL.may_be_in_json(json.dumps(texts, ensure_ascii=False))
+
+
+def test_ordinary_texts_pass_the_quick_look() -> None:
+    assert not CONTROL.may_be_in(
+        ["Hello, world!", "It says that something is <b>bold<b>, and more of it.", "", '"']
+    )
+    tools = {"type": "function", "name": "weather", "minimum": 3}
+    assert not CONTROL.may_be_in_json(json.dumps(tools))
+    assert CONTROL.may_be_in_json(json.dumps({"s": "q"}))
+    assert not CONTROL.may_be_in_json(json.dumps({"s": "q"}), except_for=["s"])
