@@ -338,13 +338,4 @@ class Conversation:
 
 def as_new(node: Node) -> NewNode:
     """Return a message as it is to be kept, or added, somewhere else too."""
-    assert node.role is not None, "the root is not kept"
-    return NewNode(
-        role=node.role,
-        content=node.content,
-        token_ids=node.token_ids,
-        finish_reason=node.finish_reason,
-        usage=node.usage,
-        fingerprint=node.fingerprint,
-        links=node.links,
-    )
+    return node.to_new()

@@ -4,7 +4,8 @@ Tell what a template writes from what is said, wherever that could make a contro
 A template gives one text for both. What is said gets a mark inside each control token that it spells,
 and at its ends where it could complete one together with the text around it; the marks travel
 through the template, and show in its text where no control token may be. Texts in which nothing is
-suspicious, nearly all, get no mark. Pure: knows no ids.
+suspicious, nearly all, get no mark. Only a template that takes letters out of what is said, or
+changes their case, could still make a token of it. Pure: knows no ids.
 """
 
 import itertools

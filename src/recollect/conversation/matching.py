@@ -65,6 +65,8 @@ class Known:
     """The same of the replies to this message, each once, the newest last."""
     next: dict[Role, list["Known"]] = field(default_factory=dict)
     """What was said after this, by who said it, sorted by text."""
+    size: int = 0
+    """The bytes that it is counted with."""
     after_system: bytes | None = None
     """Under which name it is known as a first question, for its instructions to be found."""
 
@@ -72,17 +74,6 @@ class Known:
     def text(self) -> str:
         """Return what the message says."""
         return self.message.content
-
-    @property
-    def size(self) -> int:
-        """Return the bytes that it is counted with."""
-        ids = 0 if self.packed_ids is None else len(self.packed_ids)
-        usage = 0 if self.message.usage is None else _USAGE_BYTES
-        links = self.message.links
-        texts = (
-            () if links is None else (*links.call_ids, links.tool_call_id or "", links.name or "")
-        )
-        return _ENTRY_BYTES + getsizeof(self.text) + ids + usage + sum(map(getsizeof, texts))
 
     def path(self) -> list["Known"]:
         """Return the messages from the first to this one."""
@@ -156,11 +147,19 @@ class KnownMessages:
             return self._roots.get(namespace)
         return self._all.get((namespace, key))
 
-    def put(self, namespace: str, parent: Known | None, node: Node) -> Known:
-        """Return the message that a node has, which is known from now on; bounds are not looked at."""
+    def put(self, namespace: str, parent: Known | None, node: Node, *, is_new: bool) -> Known:
+        """
+        Return the message that a node has, which is known from now on; bounds are not looked at.
+
+        Args:
+            namespace: Whose it is.
+            parent: What it follows; None: nothing.
+            node: The message.
+            is_new: Whether it was said just now, and not only found above what was.
+        """
         known = self._all.get((namespace, node.key))
         if known is not None:
-            if known.packed_ids is None or node.token_ids is not None:
+            if is_new and (known.packed_ids is None or node.token_ids is not None):
                 self._take(known, node)
             return known
         if parent is None:
@@ -243,6 +242,7 @@ class KnownMessages:
         known.message = _without_ids(node)
         known.packed_ids = None if node.token_ids is None else pack_token_ids(node.token_ids)
         insort(siblings, known, key=_order)
+        known.size = _size(known.message, known.packed_ids)
         self.held_bytes += known.size
 
 
@@ -271,9 +271,10 @@ class MessageIndex:
         above = nodes[0].path()[:-1]
         with self._known.lock:
             known: dict[bytes, Known] = {}
-            for node in (*above, *nodes):
+            for place, node in enumerate((*above, *nodes)):
                 parent = None if node.parent is None else known.get(node.parent.key)
-                known[node.key] = self._known.put(self._namespace, parent, node)
+                is_new = place >= len(above)
+                known[node.key] = self._known.put(self._namespace, parent, node, is_new=is_new)
             for node in (*reversed(nodes), *reversed(above)):
                 self._known.touch(known[node.key])
             self._known.forget()
@@ -388,6 +389,14 @@ def _keys(messages: Sequence[Message]) -> list[bytes]:
     return keys
 
 
+def _size(message: NewNode, packed_ids: bytes | None) -> int:
+    ids = 0 if packed_ids is None else len(packed_ids)
+    usage = 0 if message.usage is None else _USAGE_BYTES
+    links = message.links
+    names = () if links is None else (*links.call_ids, links.tool_call_id or "", links.name or "")
+    return _ENTRY_BYTES + getsizeof(message.content) + ids + usage + sum(map(getsizeof, names))
+
+
 def _order(known: Known) -> tuple[str, bytes]:
     return known.message.content, known.key
 
@@ -401,15 +410,7 @@ def _digest(text: str) -> bytes:
 
 
 def _without_ids(node: Node) -> NewNode:
-    assert node.role is not None, "a root says nothing"
-    return NewNode(
-        role=node.role,
-        content=node.content,
-        finish_reason=node.finish_reason,
-        usage=node.usage,
-        fingerprint=node.fingerprint,
-        links=node.links,
-    )
+    return replace(node.to_new(), token_ids=None)
 
 
 def _unpacked(key: bytes, message: NewNode, ids: bytes | None) -> tuple[bytes, NewNode]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from recollect.conversation.messages import as_written, canonical, to_message
+from recollect.conversation.records import NewNode
 from recollect.errors import UnknownNodeError
 from recollect.types import FinishReason, Message, Role, ToolLinks
 
@@ -73,6 +74,19 @@ class Node:
         """Return the message as templates get it, with calls of tools as the model wrote them."""
         assert self.role is not None, "the root is no message"
         return as_written(self.role, self.content, self.links)
+
+    def to_new(self) -> NewNode:
+        """Return the message as it is to be kept, or added, somewhere else too."""
+        assert self.role is not None, "the root is no message"
+        return NewNode(
+            role=self.role,
+            content=self.content,
+            token_ids=self.token_ids,
+            finish_reason=self.finish_reason,
+            usage=self.usage,
+            fingerprint=self.fingerprint,
+            links=self.links,
+        )
 
     def __repr__(self) -> str:
         return f"Node({self.id}, {self.role}, {self.content[:30]!r})"
