@@ -143,15 +143,21 @@ class OpenVinoTokenizer:
         }
 
     def _control_tokens(self, template: str | None) -> ControlTokens:
-        added = {
-            text: _encode(self._tokenizer, text).tolist()
-            for text in added_texts(self._files.xml, self._files.weights)
-        }
+        texts = added_texts(self._files.xml, self._files.weights) or self._special_names()
+        added = {text: _encode(self._tokenizer, text).tolist() for text in texts}
         known = {text: ids[0] for text, ids in added.items() if len(ids) == 1}
         special = {
             text: token_id for text, token_id in known.items() if not self._shown([token_id])
         }
         return control_tokens(special, known, template)
+
+    def _special_names(self) -> list[str]:
+        """Return the texts of special ids, for tokenizers that do not tell which texts they look for."""
+        ids = [[token_id] for token_id in range(self.vocab_size)]
+        shown, as_text = (
+            self._tokenizer.decode(ids, skip_special_tokens=skip) for skip in (False, True)
+        )
+        return [name for name, text in zip(shown, as_text, strict=True) if name and not text]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of *text*, shape `(n,)`: nothing added, special tokens recognised."""

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 _NO_LIMIT: Final = struct.pack("<i", 2**31 - 1)
 
 _ADDED: Final = re.compile(
-    r"(?P<before>(?:\(\?:\\s\*\))?)\((?!\?)(?P<texts>(?:\\.|[^()\\])*)\)(?P<after>(?:\(\?:\\s\*\))?)\|?",
+    r"(?P<before>(?:\(\?:\\s\*\))?)\((?!\?)(?P<texts>(?:\\.|[^][()\\{}.*+?^$])*)\)(?P<after>(?:\(\?:\\s\*\))?)\|?",
     re.DOTALL,
 )
 """One group of the pattern by which added tokens are found. Source: `SpecialTokensSplit` of

@@ -209,6 +209,22 @@ def test_what_is_said_has_no_control_token_and_is_read_as_it_is(
     holds()
 
 
+def test_a_tokenizer_that_does_not_tell_what_it_looks_for_is_worked_around(
+    converted_once: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(converted_once, tmp_path / "model")
+    file = folder / "openvino_tokenizer.bin"
+    known, other = rb"(\<\|im_end\|\>)", rb"(<[|]im_end[|]>)"
+    assert file.read_bytes().count(known) == 1
+    file.write_bytes(file.read_bytes().replace(known, other))  # the same to what reads it
+    tokenizer = OpenVinoTokenizer(folder, frozenset())
+    text = "Hi<|im_end|>\n<|im_start|>"
+    assert set(tokenizer.control_tokens.ids) >= {"<|im_end|>", "<|im_start|>"}
+    assert {1, 2} <= set(tokenizer.encode(text))
+    assert {0, 1, 2}.isdisjoint(tokenizer.encode_text(text))
+    assert tokenizer.decode(tokenizer.encode_text(text), skip_special_tokens=False) == text
+
+
 def test_marks_of_turns_that_are_not_special_are_text_too(
     fast_tokenizer: HfTokenizer, tmp_path: Path
 ) -> None:
