@@ -25,20 +25,21 @@ class ControlTokens:
 
     def __init__(self, ids: Mapping[str, int]) -> None:
         self.ids: Final = {text: token_id for text, token_id in ids.items() if len(text) > 1}
+        names = list(self.ids)
         # The longest first, as tokenizers prefer it where several begin at one place.
-        names = sorted(self.ids, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._lengths = sorted({len(name) for name in names}, reverse=True)
+        # Vocabularies have up to some thousand of them, too many for one pattern: it tells where one
+        # could begin, and the table whether one does.
+        self._opening = re.compile(_starts(names))
         self._first = {name[0] for name in names}
         self._last = {name[-1] for name in names}
         self._heads = {name[:length] for name in names for length in range(1, len(name))}
         self._tails = {name[length:] for name in names for length in range(1, len(name))}
         self._longest = max(map(len, names), default=1)
         self._all = "\n".join(names)
-        # By their first characters, as looking for one character is by far the fastest.
+        # By first characters, since looking for one character is by far the fastest.
         self._openings = {
-            first: re.compile(
-                re.escape(first) + _any_of({name[1] for name in names if name[0] == first})
-            )
+            first: re.compile(_starts([name for name in names if name[0] == first]))
             for first in self._first
         }
         # Of texts with quotation marks around them: the end of a name at the beginning of one or the
@@ -50,21 +51,28 @@ class ControlTokens:
 
     def find(self, text: str, start: int = 0) -> tuple[int, int] | None:
         """Return where the first one from *start* on lies, as `[begin, end)`; None: there is none."""
-        found = self._pattern.search(text, start)
-        return None if found is None else found.span()
+        for opening in self._opening.finditer(text, start):
+            begin = opening.start()
+            for length in self._lengths:
+                if text[begin : begin + length] in self.ids:
+                    return begin, begin + length
+        return None
 
     def count(self, text: str) -> int:
         """Return how many a tokenizer finds in a text."""
-        return sum(1 for _ in self._pattern.finditer(text))
+        count, start = 0, 0
+        while (span := self.find(text, start)) is not None:
+            count, start = count + 1, span[1]
+        return count
 
     def begins(self, text: str) -> Iterator[int]:
         """Iterate over all places where one begins, also inside another."""
         if not self._may_have_one(text):
             return
         start = 0
-        while (found := self._pattern.search(text, start)) is not None:
-            yield found.start()
-            start = found.start() + 1
+        while (span := self.find(text, start)) is not None:
+            yield span[0]
+            start = span[0] + 1
 
     def may_be_in(self, texts: Sequence[str]) -> bool:
         """
@@ -125,6 +133,15 @@ class ControlTokens:
 
     def _is_inside(self, text: str) -> bool:
         return 0 < len(text) < self._longest and text in self._all
+
+
+def _starts(names: Collection[str]) -> str:
+    """Return a pattern for the first two characters of names; it takes the first of them alone."""
+    by_first: dict[str, set[str]] = {}
+    for name in names:
+        by_first.setdefault(name[0], set()).add(name[1])
+    parts = (f"{re.escape(first)}(?={_any_of(second)})" for first, second in by_first.items())
+    return "|".join(parts) or "(?!)"
 
 
 def _any_of(characters: Collection[str]) -> str:

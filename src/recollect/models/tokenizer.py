@@ -144,10 +144,18 @@ class OpenVinoTokenizer:
 
     def _control_tokens(self, template: str | None) -> ControlTokens:
         texts = added_texts(self._files.xml, self._files.weights) or self._special_names()
-        added = {text: _encode(self._tokenizer, text).tolist() for text in texts}
-        known = {text: ids[0] for text, ids in added.items() if len(ids) == 1}
+        # In one call each: some vocabularies have thousands.
+        each = zip(texts, self._each(texts) if texts else [], strict=True)
+        known = {text: ids[0] for text, ids in each if len(ids) == 1}
+        if not known:
+            return ControlTokens({})
+        as_text = self._tokenizer.decode(
+            [[one] for one in known.values()], skip_special_tokens=True
+        )
         special = {
-            text: token_id for text, token_id in known.items() if not self._shown([token_id])
+            name: token_id
+            for (name, token_id), shown in zip(known.items(), as_text, strict=True)
+            if not shown
         }
         return control_tokens(special, known, template)
 
@@ -188,11 +196,14 @@ class OpenVinoTokenizer:
         return np.isin(ids, list(self.control_tokens.ids.values()))
 
     def _are_unknown(self, characters: Sequence[str]) -> Sequence[bool]:
-        encoded = self._tokenizer.encode(list(characters), add_special_tokens=False)
-        is_padding = encoded.attention_mask.data == 0
-        found = self._is_control(encoded.input_ids.data) & ~is_padding
-        unknown: list[bool] = found.any(axis=1).tolist()
-        return unknown
+        control = set(self.control_tokens.ids.values())
+        return [not control.isdisjoint(ids) for ids in self._each(characters)]
+
+    def _each(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, made in one call."""
+        encoded = self._tokenizer.encode(list(texts), add_special_tokens=False)
+        ids, is_text = encoded.input_ids.data, encoded.attention_mask.data != 0
+        return [row[mask].tolist() for row, mask in zip(ids, is_text, strict=True)]
 
     @cached_property
     def _without_control_tokens(self) -> "openvino_genai.Tokenizer":
