@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
 from recollect.models.tool_calls import ArgumentsDelta, CallStarted
+from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import ChatRequest, check_limits
 from recollect.server.errors import api_error, openai_body
 from recollect.server.services import Job, begin, client_of, services_of
@@ -33,7 +34,7 @@ from recollect.server.streaming import (
 from recollect.server.tool_schema import logprob_entry
 from recollect.types import TokenLogprob
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
 
 @router.post("/v1/chat/completions")

@@ -4,12 +4,22 @@ The body of a chat completion, as OpenAI's clients send it, and what it means to
 Pure: parses and translates; generates nothing.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from recollect.server.errors import ApiError
-from recollect.server.fields import Body, Ignored, SamplingFields, Text, unsupported
+from recollect.server.fields import (
+    MOST_CALLS,
+    MOST_TOOLS,
+    Body,
+    Ignored,
+    Items,
+    SamplingFields,
+    Text,
+    unsupported,
+)
 from recollect.server.tool_schema import (
     ChatFormat,
     FunctionTool,
@@ -52,7 +62,7 @@ class ChatMessage(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[Items[ToolCall], Field(max_length=MOST_CALLS)] | None = None
     tool_call_id: str | None = None
     name: Ignored = None
     refusal: Ignored = None
@@ -81,7 +91,7 @@ class ChatRequest(SamplingFields):
     """The body of `POST /v1/chat/completions`."""
 
     model: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
@@ -89,13 +99,13 @@ class ChatRequest(SamplingFields):
     stream_options: StreamOptions | None = None
 
     response_format: ChatFormat | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Annotated[Items[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = False
     top_logprobs: LogprobCount | None = None
 
-    modalities: list[Literal["text"]] | None = None
+    modalities: Items[Literal["text"]] | None = None
 
     metadata: Ignored = None
     prediction: Ignored = None
@@ -147,21 +157,26 @@ class ChatRequest(SamplingFields):
 
 
 def check_limits(
-    messages: list[Any], choices: int, *, most_messages: int, most_choices: int
+    messages: Sequence[Any],
+    choices: int,
+    *,
+    most_messages: int,
+    most_choices: int,
+    what: str = "messages",
 ) -> None:
     """
     Check that a request asks for no more than one may.
 
+    Args:
+        what: The field that the messages are in.
+
     Raises:
         ApiError: It does.
     """
-    for what, count, most in (
-        ("messages", len(messages), most_messages),
-        ("n", choices, most_choices),
-    ):
+    for name, count, most in ((what, len(messages), most_messages), ("n", choices, most_choices)):
         if count > most:
             raise ApiError(
-                f"{what}: {count:,} are too many; this server takes {most:,}.",
+                f"{name}: {count:,} are too many; this server takes {most:,}.",
                 code="invalid_value",
-                param=what,
+                param=name,
             )
