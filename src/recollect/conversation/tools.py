@@ -19,7 +19,7 @@ from recollect.types import Grammar
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MODES: Final = ("none", "auto", "required")
 
-_LINE: Final = re.compile(r"\(at (\d+)\(\d+\)")
+_LINE: Final = re.compile(r"at (\d+)\(\d+\)")
 """Where llguidance says that a Lark grammar is wrong: the line, from 1, and the column."""
 _ARGUMENTS: Final = re.compile(r"(?:bare_)?arguments_(\d+):")
 """What a line begins with that has the schema of a tool, and which tool that is."""
@@ -129,16 +129,18 @@ class Tools:
     def named(self, error: InvalidParameterError, grammar: Grammar) -> InvalidParameterError:
         """Return an error about what `grammar` returned, in words that name the tool it is about."""
         reason = str(error)
-        at = _LINE.search(reason)
+        why = reason[reason.find("(") + 1 : reason.rfind(")")]
+        at = _LINE.match(why)
         line = grammar.source.splitlines()[int(at[1]) - 1] if at else ""
         rule = _ARGUMENTS.match(line)
         if rule is None:
-            return error
+            return InvalidParameterError(
+                f"The tools cannot be held to their schemas ({why}): offer fewer, or simpler ones."
+            )
         name = _name(self._callable()[int(rule[1])])
-        why = reason.rpartition("schema: ")[2].removesuffix(": correct it.").removesuffix(")")
         return InvalidParameterError(
-            f"The parameters of the tool {name!r} are no schema that can be followed ({why}): "
-            "correct them."
+            f"The parameters of the tool {name!r} are no schema that can be followed "
+            f"({why.partition('schema: ')[2] or why}): correct them."
         )
 
     def _callable(self) -> list[Mapping[str, Any]]:

@@ -164,10 +164,11 @@ class GrammarState:
 
 def _unusable(grammar: Grammar, reason: str) -> InvalidParameterError:
     what = grammar.kind.replace("_", " ")
+    if reason.startswith("panic"):  # with a trace of this machine's own code behind it
+        reason = "it has more parts than can be followed"
     # A reason may come over several lines, the last of which says what it is.
-    return InvalidParameterError(
-        f"The {what} cannot be used as a grammar ({' '.join(reason.split()).rstrip('.')}): correct it."
-    )
+    why = " ".join(reason.split()).rstrip(".")
+    return InvalidParameterError(f"The {what} cannot be used as a grammar ({why}): correct it.")
 
 
 class _Wrapped:

@@ -39,8 +39,8 @@ _BANNED: Final = -100
 
 MOST_TOOLS: Final = 512
 """
-In one request. Their grammar is made in half a millisecond each, once, and all stand in the prompt.
-Clients that have several hundred offer them all; OpenAI takes 128.
+In one request. Their grammar is made in a millisecond each, once, and has at most 65,536 symbols; and
+all of them stand in the prompt. OpenAI takes 128.
 """
 MOST_CALLS: Final = 512
 """Of tools, in one message: each of the most tools once."""
