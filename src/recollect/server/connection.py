@@ -11,7 +11,7 @@ import json
 from http import HTTPStatus
 from typing import ClassVar, Final, Literal
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from recollect.server.errors import ApiError, openai_body
 from recollect.server.settings import Limits
@@ -105,8 +105,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return self.limits.header_s if part == "header" else self.limits.body_s + _GRACE_S
 
     def _too_slow(self, part: Literal["header", "body"], seconds: float) -> None:
-        is_answered = self.cycle is None or self.cycle.response_complete
-        if self.flow.read_paused or (part == "header" and not is_answered):
+        if self.flow.read_paused or (part == "header" and self._answering() is not None):
             # It is we who make the client wait: another of its requests is being answered.
             self._timer = self.loop.call_later(seconds, self._too_slow, part, seconds)
         else:
@@ -118,10 +117,18 @@ class BoundedProtocol(HttpToolsProtocol):
                 )
             )
 
+    def _answering(self) -> RequestResponseCycle | None:
+        """Return the request that is being answered; None where none is."""
+        cycle: object = self.cycle  # None before the first, which uvicorn's types do not say
+        if isinstance(cycle, RequestResponseCycle) and not cycle.response_complete:
+            return cycle
+        return None
+
     def _refuse(self, error: ApiError) -> None:
         """Close the connection, with an answer where none has begun."""
-        is_silent = self.cycle is None or self.cycle.response_complete
-        if not self.transport.is_closing() and (is_silent or not self.cycle.response_started):
+        answering = self._answering()
+        has_begun = answering is not None and answering.response_started
+        if not self.transport.is_closing() and not has_begun:
             body = json.dumps(openai_body(error)).encode()
             phrase = HTTPStatus(error.status).phrase
             head = (
