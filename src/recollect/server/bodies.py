@@ -15,10 +15,11 @@ from typing import Any, Final
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import from_json
 
 from recollect.server.errors import ApiError
+from recollect.server.fields import Body
 from recollect.server.mistakes import Place, name_of, wrong_body
 from recollect.server.settings import Limits
 
@@ -39,7 +40,7 @@ class Bodies:
         self._limits = limits
         self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="recollect-body")
 
-    async def read(self, data: bytes, kind: type[BaseModel]) -> BaseModel:
+    async def read(self, data: bytes, kind: type[Body]) -> Body:
         """
         Return a body as a model.
 
@@ -66,7 +67,7 @@ class BodyRoute(APIRoute):
             return answer
         kind = self.body_field.field_info.annotation
         assert isinstance(kind, type), "a body is one model"
-        assert issubclass(kind, BaseModel), "a body is one model"
+        assert issubclass(kind, Body), "a body is one model"
 
         async def handle(request: Request) -> Response:
             return await answer(_ReadRequest(request, kind))
@@ -77,18 +78,18 @@ class BodyRoute(APIRoute):
 class _ReadRequest(Request):
     """A request whose JSON is a model already, which FastAPI then takes as it is."""
 
-    def __init__(self, request: Request, kind: type[BaseModel]) -> None:
+    def __init__(self, request: Request, kind: type[Body]) -> None:
         super().__init__(request.scope, request.receive)
         self._kind = kind
 
-    async def json(self) -> BaseModel:
+    async def json(self) -> Body:
         """Return the body as a model."""
         bodies = self.app.state.bodies
         assert isinstance(bodies, Bodies)
         return await bodies.read(await self.body(), self._kind)
 
 
-def read_body(data: bytes, kind: type[BaseModel], limits: Limits) -> BaseModel:
+def read_body(data: bytes, kind: type[Body], limits: Limits) -> Body:
     """
     Return a body as a model.
 
@@ -97,10 +98,12 @@ def read_body(data: bytes, kind: type[BaseModel], limits: Limits) -> BaseModel:
     """
     value = read_json(data, limits)
     try:
-        return kind.model_validate(value)
+        body = kind.model_validate(value)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
         raise wrong_body(found, value) from None  # the cause holds the whole body
+    body.prepare()
+    return body
 
 
 def read_json(data: bytes, limits: Limits) -> Any:

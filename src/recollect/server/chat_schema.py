@@ -5,6 +5,7 @@ Pure: parses and translates; generates nothing.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -29,7 +30,7 @@ from recollect.server.tool_schema import (
     grammar_of,
     offer,
 )
-from recollect.types import Message, MessageToolCall, Role, SamplingParams
+from recollect.types import Grammar, Message, MessageToolCall, Role, SamplingParams
 
 
 class CalledFunction(Body):
@@ -140,9 +141,19 @@ class ChatRequest(SamplingFields):
         """Return the messages as the engine has them."""
         return [message.message() for message in self.messages]
 
-    def offer(self) -> Offer:
+    @cached_property
+    def offered(self) -> Offer:
         """Return what the reply may call."""
         return offer(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """Return what the reply must look like; None: anything goes."""
+        return grammar_of(self.response_format)
+
+    def prepare(self) -> None:
+        """Work out `offered` and `grammar`."""
+        _ = self.offered, self.grammar
 
     def sampling(self, choice: int, *, temperature: float) -> SamplingParams:
         """Return how a reply is sampled; see `SamplingFields.params`."""
@@ -151,7 +162,7 @@ class ChatRequest(SamplingFields):
             max_tokens=limit,
             temperature=temperature,
             choice=choice,
-            grammar=grammar_of(self.response_format),
+            grammar=self.grammar,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 

@@ -70,6 +70,9 @@ class Body(BaseModel):
         """Note the names of the fields as clients write them."""
         cls._names = frozenset(one.alias or name for name, one in cls.model_fields.items())
 
+    def prepare(self) -> None:
+        """Work out what an endpoint will ask for, and keep it: a large body has a thread now."""
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, fields: Any) -> Any:

@@ -5,6 +5,7 @@ Pure: parses and translates; generates nothing.
 """
 
 import json
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -125,12 +126,17 @@ class CountRequest(Body):
     thinking: Thinking | None = None
     cache_control: Ignored = None
 
+    @cached_property
     def conversation(self) -> list[Message]:
         """Return the messages as the engine has them, the instructions first."""
         first: list[Message] = []
         if self.system:
             first = [{"role": "system", "content": self.system}]
         return first + [message for one in self.messages for message in one.messages()]
+
+    def prepare(self) -> None:
+        """Work out `conversation`."""
+        _ = self.conversation
 
     def offer(self) -> Offer:
         """Return what the reply may call."""

@@ -90,13 +90,13 @@ def _check_messages(body: CountRequest, request: Request) -> None:
         ApiError: There are more than one may send.
     """
     most = services_of(request).settings.limits.messages
-    check_limits(body.conversation(), 1, most_messages=most, most_choices=1)
+    check_limits(body.conversation, 1, most_messages=most, most_choices=1)
 
 
 def _session(model: Model, body: CountRequest, namespace: str) -> Session:
     offered = body.offer()
     return model.session_from(
-        body.conversation(),
+        body.conversation,
         namespace=namespace,
         tools=offered.tools,
         tool_choice=offered.choice,

@@ -5,6 +5,7 @@ Pure: parses and translates; generates nothing.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -21,7 +22,7 @@ from recollect.server.fields import (
     unsupported,
 )
 from recollect.server.tool_schema import LogprobCount, Offer, ResponseFormat, grammar_of
-from recollect.types import Message, MessageToolCall, Role, SamplingParams
+from recollect.types import Grammar, Message, MessageToolCall, Role, SamplingParams
 
 _LOGPROBS: Final = "message.output_text.logprobs"
 """What a client includes to be told how likely tokens were."""
@@ -217,12 +218,21 @@ class ResponseRequest(SamplingFields):
             self.parallel_tool_calls is not False,
         )
 
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """Return what the reply must look like; None: anything goes."""
+        return None if self.text is None else grammar_of(self.text.format)
+
+    def prepare(self) -> None:
+        """Work out `grammar`."""
+        _ = self.grammar
+
     def sampling(self, *, temperature: float) -> SamplingParams:
         """Return how the reply is sampled; see `SamplingFields.params`."""
         wants_logprobs = self.top_logprobs or _LOGPROBS in (self.include or ())
         return self.params(
             max_tokens=self.max_output_tokens,
             temperature=temperature,
-            grammar=None if self.text is None else grammar_of(self.text.format),
+            grammar=self.grammar,
             logprobs=(self.top_logprobs or 0) if wants_logprobs else None,
         )
