@@ -1,18 +1,21 @@
 """What comes in as a body: what is refused, where that is said to be, and that it costs little."""
 
+import asyncio
 import json
+import threading
 import time
+import tracemalloc
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
 
 from recollect.conversation.model import Model
-from recollect.server.bodies import read_body, read_json
+from recollect.server.bodies import Bodies, read_body, read_json
 from recollect.server.chat_schema import ChatRequest
 from recollect.server.completions import CompletionRequest
 from recollect.server.conversations import ConversationChange, NewConversation, NewItems
@@ -266,6 +269,54 @@ def test_long_texts_of_a_client_are_not_sent_back(client: httpx.Client) -> None:
         assert len(refused.content) < 3000
 
 
+# --- what it costs
+
+
+def test_a_large_body_is_read_beside_the_event_loop() -> None:
+    may_go_on, threads = threading.Event(), []
+
+    def slowly(value: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        assert may_go_on.wait(20)
+        return value
+
+    class Slow(Body):
+        text: Annotated[str, BeforeValidator(slowly)]
+
+    async def run() -> None:
+        bodies = Bodies(Limits())
+        large = asyncio.create_task(bodies.read(json.dumps({"text": "a" * 100_000}).encode(), Slow))
+        while not threads:
+            await asyncio.sleep(0.001)  # the loop goes on
+        may_go_on.set()
+        await large
+        await bodies.read(b'{"text": "a"}', Slow)
+        bodies.close()
+
+    asyncio.run(run())
+    assert threads[0].startswith("recollect-body")
+    assert threads[1] == threading.current_thread().name
+
+
+@pytest.mark.parametrize(
+    "piece", ["{}", "[]", '""', '{"a":{}}', '{"role":"user","content":"a","x":1}', "5"]
+)
+def test_what_a_wrong_body_takes_has_a_bound(piece: str) -> None:
+    """Bytes of Python objects at the peak: for the most values that are taken, and for ten times more."""
+    limits, peaks = Limits(values=8192), []
+    most = limits.values // (piece.count(":") + 2)
+    for count in (most, 10 * most):
+        body = f'{{"messages": [{",".join([piece] * count)}]}}'.encode()
+        tracemalloc.start()
+        with pytest.raises(ApiError) as refused:
+            read_body(body, ChatRequest, limits)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(refused.value.message) < 300
+    assert peaks[0] < 400 * limits.values, peaks
+    assert peaks[1] < 100_000, peaks
+
+
 # --- counts
 
 
@@ -492,16 +543,25 @@ def broken(draw: st.DrawFn) -> tuple[str, bytes]:
     ]
 
 
+MADE = {"/v1/responses", "/v1/conversations"}
+"""What makes conversations."""
+
+
 @settings(max_examples=150)
 @given(broken())
-def test_no_broken_body_makes_it_fail(
-    shared: Callable[[str, bytes], httpx.Response], wrong: tuple[str, bytes]
+def test_no_broken_body_makes_it_fail_or_leaves_anything(
+    shared: Callable[[str, bytes], httpx.Response],
+    client: httpx.Client,
+    wrong: tuple[str, bytes],
 ) -> None:
     path, body = wrong
     answer = shared(path, body)
     assert answer.status_code < 500, answer.text
     if answer.status_code >= 400:
         assert answer.json()["error"]["message"]
+    elif path in MADE:
+        assert client.delete(f"{path}/{answer.json()['id']}").status_code == 200
+    assert client.get("/v1/conversations").json()["data"] == []
 
 
 @settings(max_examples=60)
