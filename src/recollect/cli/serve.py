@@ -214,6 +214,7 @@ def _key_file() -> "KeyFile":
 def _require_packages() -> None:
     try:
         import fastapi  # noqa: F401, PLC0415 - only whether it is there
+        import httptools  # noqa: F401, PLC0415
         import prometheus_client  # noqa: F401, PLC0415
         import uvicorn  # noqa: F401, PLC0415
     except ImportError as cause:

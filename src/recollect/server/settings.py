@@ -35,7 +35,7 @@ class Limits:
     body_s: float = 60.0
     """From the end of the headers to the end of the body: the largest takes 2.3 Mbit/s."""
     values: int = 2**18
-    """In a body: items of lists and members of objects. Eight prompts of 32,768 token ids are as many."""
+    """In a body: items of lists and members of objects; about as many as two prompts of 131,072 token ids."""
     depth: int = 100
     """Of lists and objects in each other. A schema takes two levels for one of what it describes; what
     writes JSON, or reads schemas, goes deeper by calling itself, and Python allows 1,000 calls."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BeforeValidator, ValidationError
 
 from recollect.conversation.model import Model
+from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.server.bodies import Bodies, read_body, read_json
 from recollect.server.chat_schema import ChatRequest
 from recollect.server.completions import CompletionRequest
@@ -272,7 +273,10 @@ def test_long_texts_of_a_client_are_not_sent_back(client: httpx.Client) -> None:
 # --- what it costs
 
 
-def test_a_large_body_is_read_beside_the_event_loop() -> None:
+@pytest.mark.parametrize(
+    "body", [b'{"text": "%b"}' % (b"a" * 100_000), b'{"text": [%b]}' % (b",".join([b"1"] * 2000))]
+)
+def test_a_large_body_is_read_beside_the_event_loop(body: bytes) -> None:
     may_go_on, threads = threading.Event(), []
 
     def slowly(value: Any) -> Any:
@@ -281,11 +285,11 @@ def test_a_large_body_is_read_beside_the_event_loop() -> None:
         return value
 
     class Slow(Body):
-        text: Annotated[str, BeforeValidator(slowly)]
+        text: Annotated[Any, BeforeValidator(slowly)]
 
     async def run() -> None:
         bodies = Bodies(Limits())
-        large = asyncio.create_task(bodies.read(json.dumps({"text": "a" * 100_000}).encode(), Slow))
+        large = asyncio.create_task(bodies.read(body, Slow))
         while not threads:
             await asyncio.sleep(0.001)  # the loop goes on
         may_go_on.set()
@@ -403,6 +407,11 @@ def bad_bodies() -> list[tuple[str, bytes]]:
         bodies.append((CHAT, body))
     bodies.append(("/v1/completions", f'{{"prompt": [{huge}]}}'))
     bodies.append((CHAT, json.dumps({"messages": [USER], "logit_bias": {huge: 1}})))
+    for name, token in (("messages", USER), ("prompt", "a")):
+        banned = {str(token_id): -100 for token_id in range(ByteTokenizer().vocab_size)}
+        path = CHAT if name == "messages" else "/v1/completions"
+        body = json.dumps({name: [token], "logit_bias": banned, "max_tokens": 2})
+        bodies.append((path, body))
     raw = [(path, body.encode()) for path, body in bodies]
     return [*raw, (CHAT, b"\xff\xfe"), (CHAT, b'{"messages": "\xff"}'), (CHAT, b"\x00" * 50)]
 
