@@ -495,6 +495,12 @@ SEEDS: dict[str, Json] = {
         "items": [{"role": "user", "content": "a"}],
         "metadata": {"a": {"b": [1]}},
     },
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "a"}], "system": "b"},
+    "/v1/conversations/{id}": {"metadata": {"a": "b"}},
+    "/v1/conversations/{id}/items": {"items": [{"role": "assistant", "content": "a"}]},
+    "/v1/conversations/{id}/rewind": {"turns": 1},
+    "/v1/conversations/{id}/fork": {"name": "a", "at": None},
+    "/v1/conversations/{id}/checkpoint": {"name": "a"},
 }
 
 NASTY = st.sampled_from(
@@ -556,7 +562,11 @@ MADE = {"/v1/responses", "/v1/conversations"}
 """What makes conversations."""
 
 
-@settings(max_examples=150)
+MADE = {"/v1/responses", "/v1/conversations"}
+"""What makes conversations."""
+
+
+@settings(max_examples=200)
 @given(broken())
 def test_no_broken_body_makes_it_fail_or_leaves_anything(
     shared: Callable[[str, bytes], httpx.Response],
@@ -564,17 +574,28 @@ def test_no_broken_body_makes_it_fail_or_leaves_anything(
     wrong: tuple[str, bytes],
 ) -> None:
     path, body = wrong
-    answer = shared(path, body)
+    conversation = ""
+    if "{id}" in path:
+        asked = {"items": [{"role": "user", "content": "a"}]}
+        conversation = client.post("/v1/conversations", json=asked).json()["id"]
+        before = client.get(f"/v1/conversations/{conversation}/tree").json()
+    answer = shared(path.replace("{id}", conversation), body)
     assert answer.status_code < 500, answer.text
     if answer.status_code >= 400:
         assert answer.json()["error"]["message"]
     elif path in MADE:
         assert client.delete(f"{path}/{answer.json()['id']}").status_code == 200
+    if conversation:
+        after = client.get(f"/v1/conversations/{conversation}/tree").json()
+        assert answer.status_code < 400 or after == before
+        assert client.delete(f"/v1/conversations/{conversation}").status_code == 200
     assert client.get("/v1/conversations").json()["data"] == []
 
 
 @settings(max_examples=60)
-@given(st.sampled_from(sorted(SEEDS)), st.binary(max_size=64))
+@given(
+    st.sampled_from(sorted(path for path in SEEDS if "{id}" not in path)), st.binary(max_size=64)
+)
 def test_no_bytes_make_it_fail(
     shared: Callable[[str, bytes], httpx.Response], path: str, body: bytes
 ) -> None:
