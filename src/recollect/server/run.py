@@ -90,9 +90,9 @@ def serve(
     def on_failure(error: Exception) -> None:
         server.fail(error)
 
-    sockets = bind(settings.host, settings.port)
     app = create_app(settings, hub, keyring, on_failure=on_failure)
     server = _Server(uvicorn_config(app, settings.limits), on_listening)
+    sockets = bind(settings.host, settings.port)
     try:
         server.run(sockets)
     finally:

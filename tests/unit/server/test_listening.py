@@ -2,7 +2,6 @@
 
 import socket
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import httpx
 import pytest
 
 from recollect.conversation.model import Model
-from recollect.errors import ConfigError
+from recollect.errors import ConfigError, FetchError
 from recollect.server.hub import ModelHub
 from recollect.server.keys import Keyring
 from recollect.server.listening import bind
@@ -65,37 +64,34 @@ def test_all_addresses_of_a_name_are_listened_on_at_one_port(
             one.close()
 
 
-def test_a_server_answers_on_the_port_that_it_took(
-    tmp_path: Path, make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from recollect.server import run
+def test_a_server_answers_on_the_port_that_it_took_and_frees_it(tmp_path: Path) -> None:
+    listening, may_fail, ports, told = threading.Event(), threading.Event(), [], []
 
-    servers: list[Any] = []
-    real = run._Server
-
-    def make(*args: Any) -> Any:
-        servers.append(real(*args))
-        return servers[-1]
-
-    monkeypatch.setattr(run, "_Server", make)
-    listening, ports = threading.Event(), []
+    def load(_name: str) -> Model:
+        assert may_fail.wait(20)
+        raise FetchError("There is no network.")
 
     def on_listening(port: int) -> None:
         ports.append(port)
         listening.set()
 
-    settings = Settings(home=tmp_path, models=("reference",), port=0)
-    hub = ModelHub(lambda _: make_model(), ["reference"])
-    thread = threading.Thread(
-        target=serve, args=(settings, hub, Keyring()), kwargs={"on_listening": on_listening}
-    )
+    def run() -> None:
+        settings = Settings(home=tmp_path, models=("reference",), port=0)
+        hub = ModelHub(load, ["reference"])
+        try:
+            serve(settings, hub, Keyring(), on_listening=on_listening)
+        except FetchError as error:
+            told.append(error)
+
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         assert listening.wait(20)
         url = f"http://127.0.0.1:{ports[0]}/v1/models"
         assert httpx.get(url, trust_env=False).status_code == 200
     finally:
-        servers[0].should_exit = True
+        may_fail.set()
         thread.join(20)
+    assert len(told) == 1
     with socket.create_server(("127.0.0.1", ports[0])):
         pass  # it is free again
