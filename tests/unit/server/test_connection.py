@@ -9,6 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recollect.server.connection import BoundedProtocol
 from recollect.server.settings import Limits
@@ -290,3 +292,28 @@ def test_all_bodies_together_have_a_limit(start: Callable[..., httpx.Client]) ->
     for _ in range(3):
         answered = client.post(CHAT, content=big, headers={"Content-Type": "application/json"})
         assert answered.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.fixture
+def hurried(start: Callable[..., httpx.Client]) -> httpx.Client:
+    return start(limits=QUICK)
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_no_bytes_on_a_connection_make_it_fail(hurried: httpx.Client, data: st.DataObject) -> None:
+    """A right request with some bytes changed is answered, and with no 5xx."""
+    request = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(request)))
+        without = data.draw(st.integers(0, 4))
+        request = request[:at] + data.draw(st.binary(max_size=4)) + request[at + without :]
+    with connected(hurried) as one:
+        one.settimeout(3)  # where it is kept open all the same
+        one.sendall(request)
+        told = b""
+        with suppress(TimeoutError, ConnectionResetError):
+            while piece := one.recv(65536):
+                told += piece
+    assert told.startswith((b"HTTP/1.1 2", b"HTTP/1.1 4")), told
+    assert b"HTTP/1.1 5" not in told
