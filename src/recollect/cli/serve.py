@@ -136,8 +136,12 @@ def serve(
     """
     _require_packages()
     from recollect import config  # noqa: PLC0415 - see the imports for type checking
-    from recollect.cli.served import aliases, public_names, weight_bytes  # noqa: PLC0415
-    from recollect.models.status import installed  # noqa: PLC0415
+    from recollect.cli.served import (  # noqa: PLC0415
+        aliases,
+        default_references,
+        public_names,
+        weight_bytes,
+    )
     from recollect.server.hub import ModelHub  # noqa: PLC0415
     from recollect.server.keys import KeyFile, keyring  # noqa: PLC0415
     from recollect.server.public import publish_later  # noqa: PLC0415
@@ -146,8 +150,7 @@ def serve(
 
     prompts = [read_text(file) for file in public or ()]
     home = config.home()
-    given = model or [DEFAULT_MODEL, *(one.name for one in installed(home) if one.is_installed)]
-    references = public_names(given)
+    references = public_names(model or default_references(home))
     names = tuple(references)
     keys = keyring(KeyFile.in_home(home), api_key or ())
     settings = Settings(

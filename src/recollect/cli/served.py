@@ -7,9 +7,10 @@ Reads folders and notes; loads nothing.
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from recollect.errors import ConfigError
-from recollect.models.catalog import CATALOG
+from recollect.errors import ConfigError, UnknownModelError
+from recollect.models.catalog import CATALOG, DEFAULT_MODEL
 from recollect.models.reference import REFERENCE_NAME
+from recollect.models.resolve import resolve
 from recollect.models.status import installed, size_bytes
 
 
@@ -42,6 +43,20 @@ def public_names(references: Iterable[str]) -> dict[str, str]:
             )
         for one in more:
             chosen[one] += 1
+
+
+def default_references(home: Path) -> list[str]:
+    """Return what is offered where nothing is named: the default, and what is installed and still there."""
+    names = [one.name for one in installed(home) if one.is_installed]
+    return [DEFAULT_MODEL, *(name for name in names if _leads_somewhere(name))]
+
+
+def _leads_somewhere(name: str) -> bool:
+    try:
+        resolve(name)
+    except UnknownModelError:  # converted from a file that is gone since
+        return False
+    return True
 
 
 def weight_bytes(reference: str, home: Path) -> int:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cli.served import public_names, weight_bytes
+from recollect.cli.served import default_references, public_names, weight_bytes
 from recollect.errors import ConfigError
+from recollect.models.status import ModelStatus
 
 
 def gguf(path: Path, size: int = 1) -> str:
@@ -49,3 +50,25 @@ def test_a_model_given_by_its_path_has_a_weight(tmp_path: Path) -> None:
     assert weight_bytes(str(folder), tmp_path / "home") == 1024
     assert weight_bytes("reference", tmp_path / "home") == 0
     assert weight_bytes("smollm2", tmp_path / "home") > 50_000_000  # what will be fetched
+
+
+def test_what_was_converted_from_a_file_that_is_gone_is_not_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = gguf(tmp_path / "there.gguf")
+    names = ["smollm2", there, str(tmp_path / "gone.gguf"), "org/repo:file.gguf"]
+    statuses = [
+        ModelStatus(
+            name=name,
+            description="",
+            licence=None,
+            download_bytes=None,
+            is_installed=True,
+            disk_bytes=1,
+            path=None,
+        )
+        for name in names
+    ]
+    monkeypatch.setattr("recollect.cli.served.installed", lambda _home: statuses)
+    offered = public_names(default_references(tmp_path))
+    assert list(offered) == ["smollm2", "there", "org/repo:file.gguf"]
