@@ -19,6 +19,7 @@ Every exception that recollect raises on purpose.
     │   ├── StoreBusyError          somebody else holds it for too long
     │   ├── StoreCorruptError       it is damaged
     │   ├── StoreFullError          there is no room for more
+    │   ├── StoreUnavailableError   the disk or the system does not let it be used
     │   ├── TooShortError           it fills no block, and nothing less can be kept
     │   └── StoreVersionError       a newer version wrote it
     └── ConversationError           the tree of turns
@@ -131,6 +132,10 @@ class StoreCorruptError(StoreError):
 
 class StoreFullError(StoreError):
     """There is no room for more; nothing was changed."""
+
+
+class StoreUnavailableError(StoreError):
+    """The disk or the system does not let the store be used, or not be written; nothing was changed."""
 
 
 class TooShortError(StoreError):

@@ -78,6 +78,7 @@ class Chat:
         for name in session.conversation.tips:
             if name != self.current:
                 self.sessions[name] = session.branch(name)
+        self._names = {key: made.name for key, made in self.sessions.items()}
         self.totals = Totals()
         self.draft = ""
         """What the next prompt begins with, for the user to go on from."""
@@ -102,6 +103,22 @@ class Chat:
         }
         tips = {here.get(tip, tip): node for tip, node in conversation.tips.items()}
         return {self.current: self.session.tip} | tips
+
+    def follow_tips(self) -> None:
+        """Say which sessions are branches of their own now, since others have moved their tips on."""
+        for key, session in list(self.sessions.items()):
+            was, now = self._names.setdefault(key, session.name), session.name
+            if now == was or now is None:
+                continue
+            self.note(
+                f"{was!r} was moved on elsewhere meanwhile: this goes on as the branch {now!r}, and "
+                f"{was!r} stays as it is there."
+            )
+            name = now if key == was and now not in self.sessions else key
+            self.sessions = {name if one is session else k: one for k, one in self.sessions.items()}
+            self._names[name] = now
+            if self.current == key:
+                self.current = name
 
     def say(self, text: str | None, params: SamplingParams | None = None) -> Reply | None:
         """

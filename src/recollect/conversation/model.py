@@ -19,7 +19,7 @@ from recollect.conversation.conversation import Conversation
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.matching import KnownMessages, MessageIndex
 from recollect.conversation.prompt import PromptEncoder
-from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, require_name
+from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, Page, require_name
 from recollect.conversation.remembered import RememberedReplies
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
@@ -74,6 +74,7 @@ class Model:
         self._home = home
         self._cipher = cipher
         self._lock = threading.RLock()
+        self._opening = threading.Lock()  # of the journal, which others may hold
         self._journal: Journal | None = None
         self.known: Final = KnownMessages()
         """What was said, for messages that come as text to be found again."""
@@ -108,7 +109,7 @@ class Model:
     @property
     def journal(self) -> Journal:
         """Return the journal that named conversations are kept in; opened when first needed."""
-        with self._lock:
+        with self._opening:
             if self._journal is None:
                 self._journal = Journal.open(self._home / JOURNAL_NAME, cipher=self._cipher)
             return self._journal
@@ -260,7 +261,7 @@ class Model:
         if name is None and checkpoint is not None:
             name = self.places.find(checkpoint).conversation
         if name is None:
-            kept = self.sessions()
+            kept = self.journal.conversations(page=Page(limit=1))
             if not kept:
                 raise UnknownConversationError("No conversation is kept yet: start one first.")
             name = kept[0].name
@@ -357,7 +358,7 @@ class Model:
     def close(self) -> None:
         """Give all memory back; its sessions can still be read, not continued."""
         self.engine.close()
-        with self._lock:
+        with self._opening:
             if self._journal is not None:
                 self._journal.close()
                 self._journal = None

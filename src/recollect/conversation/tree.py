@@ -6,12 +6,12 @@ Pure bookkeeping: no runtime, no text encoding.
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from recollect.conversation.messages import as_written, canonical, to_message
-from recollect.conversation.records import NewNode
+from recollect.conversation.records import NewNode, NodeRecord
 from recollect.errors import UnknownNodeError
 from recollect.types import FinishReason, Message, Role, ToolLinks
 
@@ -90,6 +90,29 @@ class Node:
 
     def __repr__(self) -> str:
         return f"Node({self.id}, {self.role}, {self.content[:30]!r})"
+
+
+def grown(records: Iterable[NodeRecord]) -> "tuple[Tree, dict[int | None, Node]]":
+    """
+    Return the tree of kept messages, parents first, and its nodes by their ids in the journal.
+
+    The root is under None. The tree numbers messages from 1 in the order in which they were kept, and
+    so does everything that shows numbers to people.
+    """
+    tree = Tree()
+    nodes: dict[int | None, Node] = {None: tree.root}
+    for record in records:
+        nodes[record.id] = tree.add(
+            nodes[record.parent_id],
+            record.role,
+            record.content,
+            token_ids=record.token_ids,
+            fingerprint=record.fingerprint,
+            finish_reason=record.finish_reason,
+            usage=record.usage,
+            links=record.links,
+        )
+    return tree, nodes
 
 
 class Tree:

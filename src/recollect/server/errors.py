@@ -77,6 +77,7 @@ class Answer:
 
 _BUSY: Final = "rate_limit_error"
 _OURS: Final = "server_error"
+_NO_ROOM: Final = "The server's disk is full: nothing was kept. What was kept before can be read."
 _SEE_LOG: Final = "The server could not do this; its log says why."
 
 TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
@@ -94,6 +95,8 @@ TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
     (errors.NameTakenError, Answer(409, code="name_taken")),
     (errors.ConversationError, Answer(400, code="invalid_messages")),
     (errors.StoreBusyError, Answer(503, _OURS, "store_busy", _SEE_LOG, retry_after_s=2)),
+    (errors.StoreFullError, Answer(507, _OURS, "insufficient_storage", _NO_ROOM)),
+    (errors.StoreError, Answer(503, _OURS, "store_unavailable", _SEE_LOG, retry_after_s=10)),
     (errors.ModelError, Answer(503, _OURS, "model_unavailable", _SEE_LOG)),
     (RecollectError, Answer(500, _OURS, "internal_error", _SEE_LOG)),
 )

@@ -54,7 +54,7 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
         stream = session.stream(None, params=params)
         return [_Kept(stream, lambda reply: turn.keep(model, place, reply))]
 
-    job = await begin(request, body.model, prepare)
+    job = await begin(request, body.model, prepare, keeps=body.keeps)
     head = turn.head(job.model_name)
     if body.stream:
         return await job.stream(request, ResponseEvents(job, head, body.instructions).events)
@@ -166,6 +166,10 @@ class _Kept:
         """Read the reply as text and calls of tools."""
         return self._stream.events()
 
+    def when_generated(self, call: Callable[[], object]) -> None:
+        """Have something called once the reply is generated, before it is kept."""
+        self._stream.when_generated(call)
+
     def stop(self) -> None:
         """End the reply after the forward pass under way."""
         self._stream.stop()
@@ -230,10 +234,10 @@ def delete_response(response_id: str, request: Request) -> dict[str, Any]:
     services, namespace = services_of(request), client_of(request).namespace
     services.journal.delete_label(label.name)
     if not services.journal.labels(label.conversation_id):
-        stored = services.journal.load(label.conversation_id, namespace=namespace)
-        services.journal.delete(stored.id, namespace=namespace)
-        services.kept.forget(stored.id)
-        drop_all_kv(services, stored)
+        info = services.journal.info(label.conversation_id)
+        services.journal.delete(info.id, namespace=namespace)
+        services.kept.forget(info.id)
+        drop_all_kv(services, info.id, info.created_at)
     return {"id": response_id, "object": "response", "deleted": True}
 
 

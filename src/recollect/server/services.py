@@ -9,8 +9,10 @@ import asyncio
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from time import time
 from typing import Final
 
@@ -33,6 +35,7 @@ from recollect.server.streaming import (
     Ended,
     Event,
     EventStream,
+    Keeping,
     Readable,
     Readers,
     unless_disconnected,
@@ -42,6 +45,10 @@ from recollect.types import Usage
 
 Prepare = Callable[[Model], Sequence[Readable]]
 """Called on a thread; returns replies that the engine has begun."""
+
+
+_MOST_PATIENT: Final = 64
+"""Requests that wait for the journal at once, as many as wait for a turn; threads are made as needed."""
 
 
 @dataclass(slots=True)
@@ -58,16 +65,21 @@ class Services:
     """In seconds since 1970."""
     items_lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while a conversation is read and written again by what it was."""
+    patient: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_MOST_PATIENT, "recollect-waits")
+    )
+    """Threads that wait for the journal, so that those which begin replies do not."""
     _journal: Journal | None = None
+    _opening: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def journal(self) -> Journal:
         """Return the journal that kept conversations are in; opened when first needed."""
-        if self._journal is None:
-            self._journal = Journal.open(
-                self.settings.home / JOURNAL_NAME, cipher=self.settings.cipher
-            )
-        return self._journal
+        with self._opening:
+            if self._journal is None:
+                path, cipher = self.settings.home / JOURNAL_NAME, self.settings.cipher
+                self._journal = Journal.open(path, cipher=cipher)
+            return self._journal
 
     @contextmanager
     def store(self) -> Iterator[DiskStore | None]:
@@ -85,11 +97,22 @@ class Services:
         with closing(open_existing(folder, sealer)) as store:
             yield store
 
+    def wait_for_journal(self) -> None:
+        """
+        Wait until no other program writes to the journal.
+
+        Raises:
+            StoreError: It does not come free, or cannot be written at all.
+        """
+        self.journal.wait()
+
     def close(self) -> None:
         """Close what is open; the hub closes itself."""
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        self.patient.shutdown(wait=False)
+        with self._opening:
+            if self._journal is not None:
+                self._journal.close()
+                self._journal = None
 
 
 def services_of(request: Request) -> Services:
@@ -174,10 +197,23 @@ def _require_no_failure(event: Event) -> None:
 
 
 async def begin(
-    request: Request, model_name: str | None, prepare: Prepare, *, choices: int = 1
+    request: Request,
+    model_name: str | None,
+    prepare: Prepare,
+    *,
+    choices: int = 1,
+    keeps: bool = False,
 ) -> Job:
     """
     Have replies to a request begun.
+
+    Args:
+        request: Which they answer.
+        model_name: As the client says it.
+        prepare: See there.
+        choices: How many they are.
+        keeps: Whether what is said goes to the journal. Where another program holds that, the request
+            waits for it without a turn, which others can use.
 
     Raises:
         ClientGone: The client went away.
@@ -186,10 +222,16 @@ async def begin(
     """
     services = services_of(request)
     services.hub.resolve(model_name)  # a wrong name need not wait
-    return await unless_disconnected(request, _begin(services, model_name, prepare, choices))
+    work = _begin(services, model_name, prepare, choices, keeps=keeps)
+    return await unless_disconnected(request, work)
 
 
-async def _begin(services: Services, model_name: str | None, prepare: Prepare, choices: int) -> Job:
+async def _begin(
+    services: Services, model_name: str | None, prepare: Prepare, choices: int, *, keeps: bool
+) -> Job:
+    loop = asyncio.get_running_loop()
+    if keeps:
+        await loop.run_in_executor(services.patient, services.wait_for_journal)
     ticket = await services.admission.enter(choices)
     try:
         lease = await services.hub.acquire(model_name)
@@ -212,8 +254,25 @@ async def _begin(services: Services, model_name: str | None, prepare: Prepare, c
     except BaseException:
         on_end()
         raise
+    # To keep a reply can take long, where another program holds the journal: somebody else's turn.
+    going_on = len(streams)
+
+    def generated() -> None:
+        nonlocal going_on
+        going_on -= 1
+        if not going_on:
+            ticket.release()
+
+    for stream in streams:
+        if isinstance(stream, Keeping):
+            stream.when_generated(partial(_on_loop, loop, generated))
     readers.start()
     return Job(services, lease.name, lease.model, readers)
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
+    with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(call)
 
 
 async def with_model(
