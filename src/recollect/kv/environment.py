@@ -40,6 +40,9 @@ _UNREADABLE: Final = (
 )
 _MAP_BYTES: Final = 1 << 40
 """Of address space, which costs nothing. A map that never grows need not be moved under readers."""
+_DATA: Final = "data.mdb"
+DAMAGED: Final = "damaged"
+"""The name of a file that says so."""
 _SORTED_VALUES: Final = {"siblings"}
 """Tables that have several values for a key."""
 _WALKS: Final = 100
@@ -62,6 +65,7 @@ class Environment:
     def __init__(self, folder: Path, least_bytes: int, tables: Sequence[str]) -> None:
         self.folder: Final = folder
         self._users = 1
+        self._may_be_written = False
         self._env, self.is_read_only = _opened(folder, least_bytes, len(tables) + 1)
         try:
             self._walk_pages()
@@ -96,10 +100,12 @@ class Environment:
             if found is not None:
                 found._users += 1
                 return found
+            if (folder / DAMAGED).exists():
+                _put_aside(folder, "as was found when it was last used")
             try:
                 opened = cls(folder, least_bytes, tables)
             except _UNREADABLE as cause:
-                _put_aside(folder, cause)
+                _put_aside(folder, str(cause))
                 opened = cls(folder, least_bytes, tables)
             _open[folder] = opened
             return opened
@@ -121,7 +127,7 @@ class Environment:
             StoreError: It is not there any more.
         """
         with translated(self.folder):
-            return (self.folder / "data.mdb").stat().st_size
+            return (self.folder / _DATA).stat().st_size
 
     @contextmanager
     def reading(self) -> Iterator[Transaction]:
@@ -131,13 +137,12 @@ class Environment:
         Raises:
             StoreError: They cannot be read.
         """
-        with translated(self.folder):
+        with self._noting_damage():
             txn = self._begin(write=False)
-        try:
-            with translated(self.folder):
+            try:
                 yield txn
-        finally:
-            txn.abort()
+            finally:
+                txn.abort()
 
     @contextmanager
     def writing(self) -> Iterator[Transaction]:
@@ -153,8 +158,10 @@ class Environment:
                 f"The KV store in {self.folder} can be read and not written: allow that, or set "
                 "RECOLLECT_HOME elsewhere."
             )
-        with translated(self.folder), self._begin(write=True) as txn:
-            yield txn
+        with self._noting_damage():
+            self._look_before_writing()
+            with self._begin(write=True) as txn:
+                yield txn
 
     def table(self, name: str) -> Any:
         """Return the handle of a named table."""
@@ -184,12 +191,29 @@ class Environment:
                 name.encode(), dupsort=name in _SORTED_VALUES, create=not self.is_read_only
             )
 
-    def _walk_pages(self) -> None:
+    def _walk_pages(self, *, values: bool = False) -> None:
         """Look at what LMDB is going to follow blindly, in a state that nobody can change meanwhile."""
         for _ in range(_WALKS):
             with self._env.begin() as txn:
-                if walk(self.folder / "data.mdb", txn.id()):
+                if walk(self.folder / _DATA, txn.id(), values=values):
                     return
+
+    def _look_before_writing(self) -> None:
+        """Look at what LMDB follows when it writes: once, and no sooner, as that is a read a value."""
+        if not self._may_be_written:
+            self._walk_pages(values=True)
+            self._may_be_written = True
+
+    @contextmanager
+    def _noting_damage(self) -> Iterator[None]:
+        """Raise our errors; where the file is damaged, have whoever opens it next put it aside."""
+        try:
+            with translated(self.folder):
+                yield
+        except StoreCorruptError:
+            with suppress(OSError):
+                (self.folder / DAMAGED).touch()
+            raise
 
     def _begin(self, *, write: bool) -> Transaction:
         return self._env.begin(write=write, buffers=True)
@@ -221,7 +245,8 @@ def translated(folder: Path) -> Iterator[None]:
         ) from cause
     except (*_UNREADABLE, lmdb.PageNotFoundError, lmdb.PanicError) as cause:
         raise StoreCorruptError(
-            f"The KV store in {folder} is damaged ({cause}): `recollect cache clear` begins anew."
+            f"The KV store in {folder} is damaged ({cause}): `recollect cache clear` begins anew, "
+            "and so does the next start."
         ) from cause
     except (lmdb.Error, OSError) as cause:
         code = getattr(cause, "code", None) or getattr(cause, "errno", None)
@@ -271,7 +296,7 @@ def _mapped(folder: Path, least_bytes: int, tables: int, *, readonly: bool) -> l
             map_bytes = max(least_bytes, map_bytes // 2)
 
 
-def _put_aside(folder: Path, cause: Exception) -> None:
+def _put_aside(folder: Path, cause: str) -> None:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     kept = folder.with_name(f"{folder.name}.damaged-{stamp}")
     folder.rename(kept)

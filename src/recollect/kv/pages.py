@@ -22,9 +22,12 @@ _MAGIC: Final = 0xBEEFC0DE
 _TREE: Final = struct.Struct("=IHHQQQQQ")
 """Page size (in a meta page), flags, depth, branch pages, leaf pages, overflow pages, entries, root."""
 _HEAD: Final = struct.Struct("=QHHHH")
+_BIG_HEAD: Final = struct.Struct("=QHHI")
+"""The same of the first page of a value that has pages of its own; at the end their number."""
 _NODE_BYTES: Final = 8
 _BRANCH: Final = 1
 _LEAF: Final = 2
+_OVERFLOW: Final = 4
 _SUBPAGE_FLAGS: Final = (0x42, 0x52)
 """A page inside a value, for few values of one key: leaf, sub-page, and perhaps dirty."""
 _NOTHING: Final = 2**64 - 1
@@ -43,15 +46,17 @@ class DamagedPagesError(Exception):
     """The file is not one that LMDB can read safely; never leaves kv/."""
 
 
-def walk(data: Path, transaction: int) -> bool:
+def walk(data: Path, transaction: int, *, values: bool = False) -> bool:
     """
     Look at every page that one state of a file uses; return whether that state could be found.
 
-    Reads the pages of trees, and of values only the place: a thousandth of what a store has.
+    Reads the pages of trees, a thousandth of what a store has. That is enough for whoever only reads.
 
     Args:
         data: The file.
         transaction: Which state; the caller has a transaction that shows it, so its pages stay.
+        values: Whether to read the head of each value with pages of its own, too: LMDB follows it
+            where a value is removed.
 
     Raises:
         DamagedPagesError: A page, a pointer or a size is wrong.
@@ -65,7 +70,8 @@ def walk(data: Path, transaction: int) -> bool:
         for number in (0, 1):
             meta = _META.unpack(_read(descriptor, number * page_bytes, _META.size))
             if meta[-1] == transaction and meta[5] == _MAGIC:
-                _Walk(descriptor, page_bytes, last_page=meta[-2]).run(free=meta[-4], main=meta[-3])
+                one = _Walk(descriptor, page_bytes, last_page=meta[-2], values=values)
+                one.run(free=meta[-4], main=meta[-3])
                 return True
         return False
     finally:
@@ -103,8 +109,9 @@ class _Nodes:
 class _Walk:
     """One pass over all pages of a state; each may be used once."""
 
-    def __init__(self, descriptor: int, page_bytes: int, last_page: int) -> None:
+    def __init__(self, descriptor: int, page_bytes: int, last_page: int, *, values: bool) -> None:
         self._descriptor = descriptor
+        self._values = values
         self._page_bytes = page_bytes
         self._pages = min(last_page + 1, os.fstat(descriptor).st_size // page_bytes)
         """That may be used: the last ones of a file may never have been written."""
@@ -178,9 +185,15 @@ class _Walk:
     def _big(self, value: bytes, size: int, *, is_read: bool) -> bytes:
         """Count the pages of a value that has its own; return the value where it is asked for."""
         (first,) = struct.unpack("=Q", value)
-        self._take(first, -(-(size + _HEAD.size) // self._page_bytes))
-        start = first * self._page_bytes + _HEAD.size
-        return _read(self._descriptor, start, size) if is_read else b""
+        count = -(-(size + _HEAD.size) // self._page_bytes)
+        self._take(first, count)
+        start = first * self._page_bytes
+        if self._values or is_read:
+            head = _read(self._descriptor, start, _BIG_HEAD.size)
+            there, _, flags, pages = _BIG_HEAD.unpack(head)
+            if (there, flags, pages) != (first, _OVERFLOW, count):
+                raise DamagedPagesError(f"page {first} is not what it should be")
+        return _read(self._descriptor, start + _HEAD.size, size) if is_read else b""
 
     def _note_free(self, value: bytes) -> None:
         if len(value) < 8 or len(value) % 8:
