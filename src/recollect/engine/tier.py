@@ -17,9 +17,10 @@ from recollect.engine.write_behind import WriteBehind
 from recollect.errors import StoreError
 from recollect.kv import accounts, pins, replies
 from recollect.kv.blocks import BlockPool
+from recollect.kv.cached_block import CachedBlock
 from recollect.kv.disk import DiskStore
 from recollect.kv.names import Key
-from recollect.kv.prefix import CachedBlock, Match, PrefixCache
+from recollect.kv.prefix import Match, PrefixCache
 from recollect.kv.record import Identity
 from recollect.kv.replies import StoredReply
 from recollect.runtime.base import PagedRuntime

@@ -15,9 +15,10 @@ from typing import Final
 from recollect.errors import StoreError, StoreFullError
 from recollect.kv import replies
 from recollect.kv.blocks import BlockPool
+from recollect.kv.cached_block import CachedBlock
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.names import Key
-from recollect.kv.prefix import CachedBlock, PrefixCache
+from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Identity
 from recollect.kv.replies import StoredReply
 from recollect.runtime.base import PagedRuntime
