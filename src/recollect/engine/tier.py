@@ -46,7 +46,7 @@ class TierStatistics:
     """Stored blocks that were refused, by reason."""
     evicted_blocks: int
     error: str | None
-    """Why it was turned off; None: it works."""
+    """Why it was turned off, or writes nothing for now; None: it works."""
 
 
 class DiskTier:
@@ -166,6 +166,7 @@ class DiskTier:
             StoreError: They cannot be written.
         """
         path = cached.path()
+        self._written.try_again()
         for _ in range(2):
             with self._lock:
                 for block in path:

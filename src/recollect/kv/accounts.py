@@ -189,9 +189,9 @@ def remove_damaged(txn: Transaction, env: Environment, keys: Collection[Key]) ->
             txn.delete(parent, row, db=table)
     for key in gone:
         txn.delete(key, db=env.table("blocks"))
-    count = sum(txn.delete(key, db=env.table("entries")) for key in gone)
+    removed = [key for key in gone if txn.delete(key, db=env.table("entries"))]
     recount(txn, env)
-    return count
+    return len(removed)
 
 
 def recount(txn: Transaction, env: Environment) -> None:

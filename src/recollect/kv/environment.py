@@ -153,15 +153,24 @@ class Environment:
             StoreFullError: There is no room; nothing was changed.
             StoreError: It cannot be written; nothing was changed.
         """
+        self.require_writable()
+        with self._noting_damage():
+            self._look_before_writing()
+            with self._begin(write=True) as txn:
+                yield txn
+
+    def require_writable(self) -> None:
+        """
+        Raise where the file can only be read.
+
+        Raises:
+            StoreError: It can.
+        """
         if self.is_read_only:
             raise StoreError(
                 f"The KV store in {self.folder} can be read and not written: allow that, or set "
                 "RECOLLECT_HOME elsewhere."
             )
-        with self._noting_damage():
-            self._look_before_writing()
-            with self._begin(write=True) as txn:
-                yield txn
 
     def table(self, name: str) -> Any:
         """Return the handle of a named table."""

@@ -260,14 +260,13 @@ class PrefixCache:
             assert full or not cached.children, "something follows a block that is not full"
             assert cached.pins or not self._is_covered(cached, parent), "a part is there twice"
             assert all(child.pins <= cached.pins for child in cached.children.values()), "pins"
-            assert self._pinned.get(parent, {}).get(cached.token_ids) is (
-                cached if cached.pins else None
-            ), "what is pinned is noted wrong"
+            pinned = self._pinned.get(parent, Siblings()).get(cached.token_ids)
+            assert (pinned is cached) == (cached.pins > 0), "what is pinned is noted wrong"
         for node in (*self._roots.values(), *placed):
             node.children.check()
         self._settle()
-        held = {cached for cached in placed if not self._is_evictable(cached)}
-        self._order.check(self.blocks(), held)
+        staying = {cached for cached in placed if not self._is_evictable(cached)}
+        self._order.check(self.blocks(), staying)
 
     def _is_evictable(self, cached: CachedBlock) -> bool:
         """Return whether nobody but the cache holds the block, and nobody pinned this place."""

@@ -8,6 +8,7 @@ one block, and twenty more blocks beside the second.
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -144,10 +145,10 @@ def test_a_store_that_cannot_be_written_is_read_as_it_is(
     """Also one of an earlier version, whose parts of blocks are then not found."""
     opened = lmdb.open
 
-    def refused(*args: object, readonly: bool = False, **options: object) -> object:
-        if not readonly:
+    def refused(path: str, **options: Any) -> lmdb.Environment:
+        if not options["readonly"]:
             raise lmdb.ReadonlyError("mdb_env_open: Read-only file system")
-        return opened(*args, readonly=True, **options)
+        return opened(path, **options)
 
     monkeypatch.setattr(lmdb, "open", refused)
     store = open_store(sealer=sealer)
