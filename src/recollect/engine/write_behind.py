@@ -17,7 +17,7 @@ from recollect.errors import StoreBusyError, StoreError, StoreFullError
 from recollect.kv import replies
 from recollect.kv.blocks import BlockPool
 from recollect.kv.cached_block import CachedBlock
-from recollect.kv.disk import DiskStore, NewBlock
+from recollect.kv.disk import DiskStore, NewBlock, stored_bytes
 from recollect.kv.names import Key
 from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Identity
@@ -215,7 +215,7 @@ class WriteBehind:
     def _most_blocks(self, most_bytes: int) -> int:
         """Return how many blocks to write at once."""
         most_bytes = min(most_bytes, int(self._store.budget_bytes * _BATCH_SHARE))
-        return max(1, most_bytes // self._runtime.info.bytes_per_block)
+        return max(1, most_bytes // stored_bytes(self._runtime.info.bytes_per_block))
 
     def _write(self, batch: list[CachedBlock]) -> None:
         with self._lock:
@@ -297,7 +297,7 @@ class WriteBehind:
                 _log.warning("KV is not kept on disk for now. %s", error)
         except StoreError as error:
             if self._stop(error, inf):
-                _log.warning("KV is not kept on disk any more. %s", error)
+                _log.warning("KV is no longer kept on disk. %s", error)
 
     def _stop(self, error: StoreError, retry_at: float) -> bool:
         """Write nothing until then, and return whether anything was written before."""
