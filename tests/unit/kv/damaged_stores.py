@@ -42,8 +42,9 @@ def chat(number: int) -> list[NewBlock]:
 def make_sound(folder: Path) -> None:
     """Have a store with trees of two levels, values with pages of their own, and free pages."""
     store = DiskStore(folder, budget_bytes=8 << 20)
-    for number in range(40):
-        store.write(IDENTITY, chat(number))
+    for first in range(0, 40, 10):  # in several transactions, so that pages are given up
+        numbers = range(first, first + 10)
+        store.write(IDENTITY, [block for number in numbers for block in chat(number)])
     store.remove([chat(number)[-1].key for number in range(5)])
     said = {bytes([n]) * 32: StoredReply("x" * n * 50, (1, 2, 3)) for n in range(60)}
     replies.remember(store, said)
@@ -82,8 +83,7 @@ def use(folder: Path) -> None:
             store.read(IDENTITY, found.entries, lambda _, payload: None)
         list(disk_audit.problems(store))
         disk_audit.holdings(store)
-        for number in range(100, 110):
-            store.write(IDENTITY, chat(number))
+        store.write(IDENTITY, [block for number in range(100, 110) for block in chat(number)])
         store.remove(store.take_refused())
         store.evict(200_000)
         replies.recall(store, bytes([7]) * 32)
