@@ -219,9 +219,11 @@ class Environment:
         try:
             with translated(self.folder):
                 yield
-        except StoreCorruptError:
-            with suppress(OSError):
-                (self.folder / DAMAGED).touch()
+        except StoreCorruptError as error:
+            # After a write that failed LMDB panics; the file is sound all the same.
+            if not isinstance(error.__cause__, lmdb.PanicError):
+                with suppress(OSError):
+                    (self.folder / DAMAGED).touch()
             raise
 
     def _begin(self, *, write: bool) -> Transaction:

@@ -70,6 +70,7 @@ class PrefixCache:
         self._public = self.root(PUBLIC)
         self._places: dict[int, list[CachedBlock]] = {}  # in the tree, of each block that is there
         self._pinned: dict[CachedBlock, Siblings] = {}  # of each block's children, those with pins
+        self._public_depths: Counter[int] = Counter()  # blocks in each pin below the public root
         self._order = EvictionOrder()
         self._uses = 0
         self.evicted_blocks = 0
@@ -202,6 +203,7 @@ class PrefixCache:
 
     def pin(self, cached: CachedBlock) -> None:
         """Keep a block and the prefix before it until `unpin`."""
+        self._count_public(cached, 1)
         for block in _with_prefix(cached):
             block.pins += 1
             if block.pins == 1 and block.parent is not None:
@@ -210,6 +212,7 @@ class PrefixCache:
 
     def unpin(self, cached: CachedBlock) -> None:
         """Take back one `pin`."""
+        self._count_public(cached, -1)
         for block in _with_prefix(cached):
             assert block.pins > 0, "unpinned more often than pinned"
             block.pins -= 1
@@ -295,12 +298,27 @@ class PrefixCache:
         self._order.add(cached)
         return cached
 
+    def _count_public(self, cached: CachedBlock, change: int) -> None:
+        *blocks, root = _with_prefix(cached)
+        if root is self._public:
+            self._public_depths[len(blocks)] += change
+            if not self._public_depths[len(blocks)]:
+                del self._public_depths[len(blocks)]
+
     def _public_twin(self, cached: CachedBlock) -> CachedBlock | None:
         """Return the public root's block of the same prefix; None where not all of it is pinned."""
-        node: CachedBlock | None = self._public if self._public.pins else None
-        for block in cached.path() if node is not None else ():
-            node = _pinned_child(node, block.token_ids)
-        return node
+        deepest = max(self._public_depths, default=0)
+        path: list[CachedBlock] = []
+        node = cached
+        while node.parent is not None:
+            if len(path) == deepest:
+                return None  # without going up all of a long prefix
+            path.append(node)
+            node = node.parent
+        twin: CachedBlock | None = self._public if deepest else None
+        for block in reversed(path):
+            twin = _pinned_child(twin, block.token_ids)
+        return twin
 
     def _partial(
         self, after: CachedBlock, public: CachedBlock | None, token_ids: Sequence[int]

@@ -10,7 +10,7 @@ import lmdb
 import pytest
 
 from recollect import config
-from recollect.errors import StoreBusyError, StoreError
+from recollect.errors import StoreBusyError, StoreCorruptError, StoreError
 from recollect.kv import disk_audit
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.names import chained_key, namespace_key
@@ -114,6 +114,28 @@ def test_a_map_that_another_process_outgrew_is_said_so(
     monkeypatch.setattr(store.env, "_begin", outgrown)
     with pytest.raises(StoreBusyError, match="--kv-disk"):
         store.find(ROOT, [1, 2, 3, 4], block_size=4, inside_block=True)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_damaged"), [(lmdb.CorruptedError, True), (lmdb.PanicError, False)]
+)
+def test_only_a_file_that_is_damaged_is_put_aside_by_the_next_start(
+    open_store: Open, monkeypatch: pytest.MonkeyPatch, error: type[Exception], is_damaged: bool
+) -> None:
+    store = open_store()
+    store.write(IDENTITY, [block(1)])
+
+    def fail(**_: object) -> None:
+        raise error("mdb_txn_begin: as if")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(store.env, "_begin", fail)
+        with pytest.raises(StoreCorruptError, match="next start"):
+            store.evict(1)
+    store.close()
+    store = open_store()
+    assert len(disk_audit.holdings(store)) == (0 if is_damaged else 1)
     store.close()
 
 

@@ -188,6 +188,20 @@ def test_public_prefixes_that_differ_late_are_found_among_10000() -> None:
     assert found[1] == found[0]
 
 
+def test_the_end_of_a_long_prefix_is_matched_as_cheaply_where_something_is_public() -> None:
+    """Each pass asks for what is known beyond what a sequence has."""
+    found = []
+    for length in (20, 2000):
+        pool = BlockPool(length + 10, SIZE)
+        cache = PrefixCache(pool, "model")
+        cache.pin(left(pool, cache, cache.root(PUBLIC), SYSTEM))
+        after = cache.root("somebody")
+        for number in range(length):
+            after = left(pool, cache, after, (number, *range(SIZE - 1)))
+        found.append(calls(lambda: cache.match(after, SYSTEM, inside_block=True)))  # noqa: B023
+    assert found[1] == found[0]
+
+
 def test_siblings_are_found_in_any_order() -> None:
     siblings = Siblings()
     made = {}
