@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -308,7 +309,7 @@ class DiskStore:
         sizes: list[int] = []
         with self._env.writing() as txn:
             accounts.note_identity(txn, self._env, identity)
-            pinned = accounts.pinned_tails(txn, self._env)
+            pinned = cache(lambda: accounts.pinned_tails(txn, self._env))  # reads all pins
             for block in blocks:
                 if self._is_stored(txn, block.key):
                     stored.add(block.key)
@@ -363,12 +364,12 @@ class DiskStore:
         identity: Identity,
         block: NewBlock,
         packed: bytearray,
-        pinned: set[Key],
+        pinned: Callable[[], set[Key]],
     ) -> int:
         """Store one block in place of those that it covers; return what it takes."""
         digests = self._digests(block.parent, block.token_ids)
         for part in self._parts(txn, block, digests):
-            if part not in pinned:
+            if part not in pinned():
                 self._remove(txn, part)
         size = stored_bytes(len(packed)) + entry_size(len(block.token_ids))
         entry = Entry(

@@ -36,6 +36,7 @@ _UNREADABLE: Final = (
     lmdb.InvalidError,
     lmdb.VersionMismatchError,
     lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
     DamagedPagesError,
 )
 _MAP_BYTES: Final = 1 << 40
@@ -254,7 +255,7 @@ def translated(folder: Path) -> Iterator[None]:
             f"Another program has given the KV store in {folder} more room than there is here: give "
             "the same --kv-disk in both, or close one of them."
         ) from cause
-    except (*_UNREADABLE, lmdb.PageNotFoundError, lmdb.PanicError) as cause:
+    except (*_UNREADABLE, lmdb.PanicError) as cause:
         raise StoreCorruptError(
             f"The KV store in {folder} is damaged ({cause}): `recollect cache clear` begins anew, "
             "and so does the next start."
