@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import lmdb
 import numpy as np
 import pytest
 
@@ -477,17 +476,10 @@ def test_a_store_that_cannot_be_written_is_read(
     make_engine: Make,
     open_store: Open,
     warm_disk: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    read_only_disk: Callable[[], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    opened = lmdb.open
-
-    def refused(path: str, **options: Any) -> lmdb.Environment:
-        if not options["readonly"]:
-            raise lmdb.ReadonlyError("mdb_env_open: Read-only file system")
-        return opened(path, **options)
-
-    monkeypatch.setattr(lmdb, "open", refused)
+    read_only_disk()
     with caplog.at_level(logging.WARNING, logger="recollect"):
         engine = make_engine(store=open_store())
         logits_after(engine, [*warm_disk, 3, 4])

@@ -8,7 +8,6 @@ one block, and twenty more blocks beside the second.
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lmdb
 import pytest
@@ -17,7 +16,6 @@ from recollect.cipher import KV_PURPOSE, Cipher
 from recollect.errors import StoreVersionError
 from recollect.kv import disk_audit
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.environment import Environment
 from recollect.kv.names import Key, chained_key, namespace_key
 from recollect.kv.record import Buffer, Identity
 
@@ -140,19 +138,11 @@ def test_what_a_later_version_wrote_is_left_alone(open_store: Open) -> None:
 
 
 def test_a_store_that_cannot_be_written_is_read_as_it_is(
-    open_store: Open, sealer: Cipher | None, monkeypatch: pytest.MonkeyPatch
+    open_store: Open, sealer: Cipher | None, read_only_disk: Callable[[], None]
 ) -> None:
     """Also one of an earlier version, whose parts of blocks are then not found."""
-    opened = lmdb.open
-
-    def refused(path: str, **options: Any) -> lmdb.Environment:
-        if not options["readonly"]:
-            raise lmdb.ReadonlyError("mdb_env_open: Read-only file system")
-        return opened(path, **options)
-
-    monkeypatch.setattr(lmdb, "open", refused)
+    read_only_disk()
     store = open_store(sealer=sealer)
-    assert isinstance(store.env, Environment)
     assert store.env.is_read_only
     assert restored(store, *A, *B) == (8, [bytes(A) * 8, bytes(B) * 8])
     assert disk_audit.holdings(store)[0].blocks == 24
