@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recollect.engine import grammar as grammar_module
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.grammar import Grammars, GrammarState
@@ -247,3 +248,15 @@ def test_sampling_anew_at_the_same_place_gives_the_same_reply(
     reply = to_end(generator)
     generator.rewind_to(generator.reply_start + len(reply) // 2)
     assert to_end(generator) == reply
+
+
+def test_large_grammars_are_kept_by_their_bytes(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_module, "MOST_COMPILED_BYTES", 2 << 20)
+    for number in range(30):
+        fields = {f"field_{number}_{field}": {"type": "string"} for field in range(100)}
+        grammars.start(Grammar.json_schema({"type": "object", "properties": fields}))
+        assert 0 < grammars.held_bytes <= 2 << 20
+    grammars.start(Grammar.regex("a" * 20_000))  # too large to be kept, and used all the same
+    assert grammars.held_bytes == 0
