@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import platformdirs
 import pytest
 from hypothesis import HealthCheck, settings
@@ -174,6 +175,19 @@ def open_store(tmp_path: Path) -> Callable[..., DiskStore]:
         return DiskStore(tmp_path / "kv", budget_bytes=budget_bytes, sealer=sealer)
 
     return open_it
+
+
+@pytest.fixture
+def read_only_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a switch after which LMDB's files can be opened for reading alone, whoever asks."""
+    opened = lmdb.open
+
+    def refused(path: str, **options: Any) -> lmdb.Environment:
+        if not options["readonly"]:
+            raise lmdb.ReadonlyError("mdb_env_open: Read-only file system")
+        return opened(path, **options)
+
+    return lambda: monkeypatch.setattr(lmdb, "open", refused)
 
 
 @pytest.fixture

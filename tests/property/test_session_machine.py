@@ -35,8 +35,9 @@ from recollect.errors import (
     RewindError,
     RuntimeFailure,
 )
+from recollect.kv.cached_block import CachedBlock
 from recollect.kv.cached_table import CachedTable
-from recollect.kv.prefix import CachedBlock, Match, PrefixCache
+from recollect.kv.prefix import Match, PrefixCache
 from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.models.reference import reference_model
 from recollect.runtime.base import Logits, Row

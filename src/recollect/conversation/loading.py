@@ -11,6 +11,8 @@ from recollect import config, keyfile
 from recollect.cipher import KV_PURPOSE, Cipher
 from recollect.conversation.model import Model
 from recollect.kv.disk import STORE_FOLDER, DiskStore
+from recollect.kv.environment import translated
+from recollect.kv.opening import is_there, open_existing
 from recollect.models.catalog import DEFAULT_MODEL
 from recollect.models.local import LocalModel
 from recollect.models.prepare import prepare
@@ -93,12 +95,15 @@ def _store(
             )
         return None
     folder = home / STORE_FOLDER
-    budget = (
-        config.default_kv_disk_bytes(folder)
-        if kv_disk is None
-        else config.require_disk_size(kv_disk)
-    )
     sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
+    with translated(folder):
+        budget = (
+            config.default_kv_disk_bytes(folder)
+            if kv_disk is None
+            else config.require_disk_size(kv_disk)
+        )
+    if kv_disk is None and not budget and is_there(folder):
+        return open_existing(folder, sealer)  # the disk is full: what is there can be read
     return DiskStore(folder, budget_bytes=budget, sealer=sealer) if budget else None
 
 

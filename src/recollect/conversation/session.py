@@ -38,7 +38,7 @@ from recollect.types import Message, SamplingParams
 
 if TYPE_CHECKING:  # a model makes sessions, so the import would be a circle
     from recollect.conversation.model import Model
-    from recollect.kv.prefix import CachedBlock
+    from recollect.kv.cached_block import CachedBlock
 
 
 class Session(Place):

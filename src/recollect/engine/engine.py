@@ -22,9 +22,10 @@ from recollect.engine.task import Task, TaskState, hand_over
 from recollect.engine.tier import DiskTier
 from recollect.errors import MisuseError, RuntimeFailure
 from recollect.kv.blocks import BlockPool
+from recollect.kv.cached_block import CachedBlock
 from recollect.kv.cached_table import CachedTable
 from recollect.kv.disk import DiskStore
-from recollect.kv.prefix import CachedBlock, Match, PrefixCache
+from recollect.kv.prefix import Match, PrefixCache
 from recollect.kv.record import Identity
 from recollect.runtime.base import PagedRuntime
 

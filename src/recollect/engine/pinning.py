@@ -18,8 +18,8 @@ from recollect.engine.tier import DiskTier
 from recollect.errors import MisuseError, NameTakenError, StoreError, StoreFullError, TooShortError
 from recollect.kv import pins
 from recollect.kv.accounts import Pin
+from recollect.kv.cached_block import CachedBlock
 from recollect.kv.disk import stored_bytes
-from recollect.kv.prefix import CachedBlock
 from recollect.types import Progress, no_progress
 
 _REFRESH_S: Final = 0.1
