@@ -8,6 +8,8 @@ import secrets
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
+import numpy as np
+
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars, GrammarState
 from recollect.engine.sampling import choose_token, log_probabilities, most_likely
@@ -217,8 +219,6 @@ class Generator:
 
 
 def _describe(token: int, logits: Logits, alternatives: int) -> Likelihood:
-    log_probs = log_probabilities(logits)
-    top = most_likely(log_probs, alternatives)
-    return Likelihood(
-        token, float(log_probs[token]), tuple((int(id_), float(log_probs[id_])) for id_ in top)
-    )
+    top = most_likely(logits, alternatives)
+    logprob, *others = log_probabilities(logits, np.array([token, *top])).tolist()
+    return Likelihood(token, logprob, tuple(zip(top.tolist(), others, strict=True)))
