@@ -6,7 +6,8 @@ comes from (seed, position) and penalties from the history, so a rewind takes al
 without any state to restore.
 """
 
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,23 @@ _HOTTEST: Final = float(np.finfo(np.float32).max)
 equal, all the same."""
 
 
+@dataclass(frozen=True, slots=True)
+class Bias:
+    """`SamplingParams.logit_bias` as arrays: made once for a reply, since there can be many."""
+
+    ids: TokenArray
+    values: Scores
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> Self:
+        """Return the biases of some parameters."""
+        count = len(params.logit_bias)
+        return cls(
+            np.fromiter(params.logit_bias, np.int64, count),
+            np.fromiter(params.logit_bias.values(), np.float32, count),
+        )
+
+
 def choose_token(
     logits: Scores,
     params: SamplingParams,
@@ -44,6 +62,7 @@ def choose_token(
     reply_start: int,
     seed: int,
     allowed: Mask | None = None,
+    bias: Bias | None = None,
 ) -> int:
     """
     Return the token id that follows *history*.
@@ -56,13 +75,14 @@ def choose_token(
         seed: The seed of the reply; unused when greedy.
         allowed: The tokens to choose among, shape `(vocab_size,)`; None: all. Applied before
             everything else.
+        bias: Of the parameters, where the caller has it already.
 
     Raises:
         InvalidParameterError: All that is allowed is banned by `logit_bias`.
         RuntimeFailure: The logits hold no number to choose by.
     """
     masked = logits if allowed is None else _masked(logits, allowed)
-    scores = _adjusted(masked, params, history, reply_start)
+    scores = _adjusted(masked, params, history, reply_start, bias or Bias.of(params))
     best = int(scores.argmax())
     if not np.isfinite(scores[best]):
         raise _nothing_to_choose(masked, allowed)
@@ -104,17 +124,16 @@ def _masked(logits: Scores, allowed: Mask) -> Scores:
 
 
 def _adjusted(
-    logits: Scores, params: SamplingParams, history: TokenArray, reply_start: int
+    logits: Scores, params: SamplingParams, history: TokenArray, reply_start: int, bias: Bias
 ) -> Scores:
     """Return the logits after bias and penalties; the same array where there are none."""
     reply = history[reply_start:]
     repeats = params.repetition_penalty != 1 and len(history)
     presents = (params.presence_penalty or params.frequency_penalty) and len(reply)
-    if not (params.logit_bias or repeats or presents):
+    if not (len(bias.ids) or repeats or presents):
         return logits
     scores = logits.copy()
-    if params.logit_bias:
-        scores[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), np.float32)
+    scores[bias.ids] += bias.values
     if repeats:
         seen = _distinct(history, len(scores))
         # Source: CTRL (Keskar et al., 2019), which divides; transformers multiplies negative scores.
