@@ -7,9 +7,10 @@ Knows the scheduler, the pool and the cache; runs nothing.
 from collections.abc import Callable
 
 from recollect.engine.scheduler import Pass, Scheduler
+from recollect.engine.sequence import Sequence
 from recollect.engine.task import Task
 from recollect.errors import OutOfBlocksError
-from recollect.kv.blocks import BlockPool, blocks_for
+from recollect.kv.blocks import BlockPool
 from recollect.kv.prefix import PrefixCache
 
 
@@ -48,12 +49,37 @@ class Room:
         """Running tasks that had to make way so far."""
 
     def fits(self, task: Task) -> bool:
-        """Return whether a waiting task has room beside those that run."""
-        sequence = task.sequence
-        needed = blocks_for(len(sequence) + 1, self._pool.block_size)
-        if sequence.namespace is not None:
-            needed -= self._cache.public_blocks(sequence.token_ids)
-        return needed <= self._pool.free_blocks + self._cache.evictable_blocks
+        """
+        Return whether a waiting task has room beside those that run, and what they have still to take.
+
+        Counted are the blocks that it would have to be given for its history and one more token.
+        """
+        sequences = [one.sequence for one in (*self._scheduler.running, task)]
+        lacking = [self._lacking(sequence) for sequence in sequences]
+        room = self._pool.free_blocks + self._cache.evictable_blocks
+        # Looking into the cache takes longer, and is rarely needed.
+        return sum(lacking) <= room or sum(lacking) - sum(map(self._shared, sequences)) <= room
+
+    def _lacking(self, sequence: Sequence) -> int:
+        """Return how many blocks a sequence does not hold for its history and the next token."""
+        plan = sequence.plan()
+        start = len(sequence) if plan is None else plan.start
+        return sequence.kv.plan_write(start, len(sequence) + 1).new_blocks
+
+    def _shared(self, sequence: Sequence) -> int:
+        """
+        Return how many blocks of those it can take over from the cache without less being evictable.
+
+        These are the ones that somebody holds, or pinned: the rest of what the cache has is room.
+        """
+        after, size = sequence.kv.last_full, self._pool.block_size
+        if after is None:
+            return 0
+        own = len(sequence.kv.chain)
+        match = self._cache.match(after, sequence.tokens(own * size), inside_block=False)
+        held = sum(c.pins > 0 or self._pool.is_shared(c.block) for c in match.full)
+        # The last block that it holds may be a part of one that is found whole.
+        return max(0, own + held - len(sequence.kv.blocks))
 
     def prepare(self) -> tuple[Pass, list[tuple[int, int]]]:
         """
