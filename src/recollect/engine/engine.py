@@ -111,7 +111,7 @@ class Engine:
     @property
     def preemptions(self) -> int:
         """Return how many tasks had to make way for others."""
-        return self._room.preemptions
+        return self._room.preemptions + self._scheduler.parked
 
     @property
     def pool(self) -> BlockPool:

@@ -5,7 +5,7 @@ What of it was generated here is taken over as the token ids that it was, so not
 """
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from time import time
 from typing import Any
 
@@ -53,7 +53,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
 
     offered = body.offer()
 
-    def prepare(model: Model) -> Sequence[Readable]:
+    def prepare(model: Model) -> Iterator[Readable]:
         session = model.session_from(
             body.conversation(),
             namespace=namespace,
@@ -62,7 +62,8 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             parallel_tool_calls=offered.parallel,
         )
         sessions = [session, *(session.fork() for _ in params[1:])]
-        return [one.stream(None, params=how) for one, how in zip(sessions, params, strict=True)]
+        for one, how in zip(sessions, params, strict=True):
+            yield one.stream(None, params=how)
 
     job = await begin(request, body.model, prepare, choices=body.choices)
     completion = Completion(job, body)
