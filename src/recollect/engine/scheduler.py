@@ -45,8 +45,11 @@ class _Turns:
     """
     How many tokens of prompts each namespace was fed with, lately: who has the fewest is next.
 
+    Who comes while another runs alone has the full credit, so that its first token waits for none of
+    the other's prompts; what it is fed uses that up, and what others are fed gives it back.
+
     Invariants:
-        1. No account is beyond `_most`, nor by more than `MOST_CREDIT` below it.
+        1. No account is beyond `_most`, nor `MOST_CREDIT` or more below it.
     """
 
     def __init__(self) -> None:
@@ -55,13 +58,14 @@ class _Turns:
 
     def account(self, namespace: str) -> int:
         """Return how many it was; one that was quiet for long is not known any more."""
-        return self._fed.get(namespace, max(0, self._most - MOST_CREDIT))
+        return self._fed.get(namespace, self._most - MOST_CREDIT)
 
-    def feed(self, namespace: str, tokens: int) -> None:
-        """Take note of a part of a prompt."""
-        self._fed[namespace] = self.account(namespace) + tokens
-        self._most = max(self._most, self._fed[namespace])
-        least = max(0, self._most - MOST_CREDIT)
+    def feed(self, namespace: str, tokens: int, *, alone: bool) -> None:
+        """Take note of a part of a prompt; *alone*: nothing of any other namespace runs."""
+        before = self._most if alone else self.account(namespace)
+        self._fed[namespace] = before + tokens
+        self._most = max(self._most, before + tokens)
+        least = self._most - MOST_CREDIT
         self._fed = {name: fed for name, fed in self._fed.items() if fed > least}
 
     def check(self) -> None:
@@ -188,9 +192,10 @@ class Scheduler:
 
     def feed(self, planned: Pass) -> None:
         """Take note that a pass is run: whose prompts are in it, is behind others in the next."""
+        alone = len(self._running_by_namespace()) == 1
         for task, fed in planned.chunks.items():
             if fed.end - fed.start > 1:
-                self._turns.feed(task.namespace, fed.end - fed.start)
+                self._turns.feed(task.namespace, fed.end - fed.start, alone=alone)
 
     def check(self) -> None:
         """
