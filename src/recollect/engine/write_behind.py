@@ -115,10 +115,12 @@ class WriteBehind:
         """Write all that is there to write, now, and wait for it."""
         with self._state:
             self._flushing += 1
+            if self._has_work():
+                self._wake()  # once: whoever waits here too would wake this one, and so on
             try:
-                while self._writing or (self._has_work() and self.error is None):
-                    self._wake()
-                    self._state.wait()
+                self._state.wait_for(
+                    lambda: not self._writing and (self.error is not None or not self._has_work())
+                )
             finally:
                 self._flushing -= 1
 

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -394,3 +395,36 @@ def test_memory_that_is_made_ready_holds_nothing_that_counts(
     assert np.array_equal(logits_after(engine, warm_disk), fresh_logits(warm_disk))
     assert engine.computed_tokens == 1
     engine.check()
+
+
+def test_two_who_wait_for_the_disk_do_not_wake_each_other(
+    make_engine: Make, open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_go_on, write = threading.Event(), threading.Event(), DiskStore.write
+
+    def slow(store: DiskStore, *args: Any, **options: Any) -> Any:
+        begun.set()
+        assert may_go_on.wait(20)
+        return write(store, *args, **options)
+
+    monkeypatch.setattr(DiskStore, "write", slow)
+    engine = make_engine(store=open_store())
+    logits_after(engine, [1, 2, 3, 4, 5])
+    wakes, notify_all = [], threading.Condition.notify_all
+
+    def counting(condition: threading.Condition) -> None:
+        wakes.append(condition)
+        notify_all(condition)
+
+    monkeypatch.setattr(threading.Condition, "notify_all", counting)
+    waiting = [threading.Thread(target=tier_of(engine).flush) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    assert begun.wait(20)
+    for thread in waiting:
+        thread.join(0.1)  # time enough for thousands
+    may_go_on.set()
+    for thread in waiting:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert len(wakes) < 50
