@@ -34,7 +34,7 @@ class Gate:
 
         def gated(runtime: ReferenceRuntime, rows: Sequence[Row]) -> Logits:
             self.passes.append(list(rows))
-            assert self._open.wait(WAIT_S)
+            assert self._open.wait(3 * WAIT_S)
             logits: Logits = forward(runtime, rows)
             return logits
 
@@ -253,26 +253,25 @@ def test_a_client_that_goes_while_its_replies_are_prepared_leaves_none_behind(
     start: Callable[..., httpx.Client],
     make_model: Callable[..., Model],
     monkeypatch: pytest.MonkeyPatch,
-    cancelled: threading.Event,
     submitted: list[Task],
 ) -> None:
-    """Rendering a long conversation takes its time; what it begins then, nobody would read."""
-    prepare, ready = Model.session_from, threading.Event()
+    """Encoding a long prompt takes its time; what it begins then, nobody would read."""
+    new_sequence, ready = Engine.new_sequence, threading.Event()
 
-    def slow(model: Model, *args: Any, **options: Any) -> Any:
+    def slow(engine: Engine, namespace: str | None = "") -> Any:
         assert ready.wait(WAIT_S)
-        return prepare(model, *args, **options)
+        return new_sequence(engine, namespace)
 
-    monkeypatch.setattr(Model, "session_from", slow)
+    monkeypatch.setattr(Engine, "new_sequence", slow)
     client = start(load=lambda _: make_model())
-    messages = [{"role": "user", "content": "one"}]
-    body = {"messages": messages, "max_tokens": 1500, "n": 2, "ignore_eos": True}
+    body = {"prompt": ["one", "two"], "max_tokens": 1500, "ignore_eos": True}
     with pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/chat/completions", json=body, timeout=0.5)
-    until(lambda: disconnected(client, "/v1/chat/completions"))
+        client.post("/v1/completions", json=body, timeout=0.5)
+    until(lambda: disconnected(client, "/v1/completions"))
+    assert "recollect_running 2.0" in client.get("/metrics").text
     ready.set()
     until(lambda: "recollect_running 0.0" in client.get("/metrics").text)
-    assert [task.state for task in submitted[:2]] == ["cancelled"] * 2
+    assert [task.state for task in submitted] == ["cancelled"] * 2
 
 
 def disconnected(client: httpx.Client, path: str) -> bool:
