@@ -224,7 +224,7 @@ class Scheduler:
     def _has_a_claim(self, task: Task) -> bool:
         """Return whether nothing of a task's namespace runs, while another has more than one."""
         running = self._running_by_namespace()
-        return not task.idle and not running[task.namespace] and max(running.values()) > 1
+        return not running[task.namespace] and max(running.values()) > 1
 
     def _next_waiting(self) -> Task | None:
         if any(task.idle for task in self.running):

@@ -225,10 +225,10 @@ async def _begin(
         return readers
 
     def abandon(preparing: asyncio.Future[list[Readable]]) -> None:
-        if preparing.exception() is None:
-            read(preparing.result()).stop()
-        else:
+        if preparing.cancelled() or preparing.exception() is not None:
             turn.release()
+        else:
+            read(preparing.result()).stop()
 
     preparing = asyncio.ensure_future(on_thread(lambda: _prepared(prepare, model)))
     try:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from recollect.engine.engine import Engine
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.engine.task import Task
@@ -15,8 +17,8 @@ def ids_of(length: int, seed: int = 0) -> list[int]:
     return [(7 * place + 13 * seed + place * place) % 50 for place in range(length)]
 
 
-def prompt(engine: Engine, ids: Sequence[int]) -> TokenSequence:
-    sequence = engine.new_sequence()
+def prompt(engine: Engine, ids: Sequence[int], namespace: str = "") -> TokenSequence:
+    sequence = engine.new_sequence(namespace)
     sequence.append(ids)
     return sequence
 
@@ -111,3 +113,29 @@ def test_a_prompt_waits_for_room_that_one_which_runs_has_not_taken_yet(
     talks = [talk(prompt(engine, ids_of(40, seed)), 4) for seed in range(2)]
     assert max(run_together(engine, talks)) == 1
     assert engine.preemptions == 0
+
+
+def test_memory_that_one_namespace_has_filled_is_shared_with_the_next(
+    make_engine: Callable[..., Engine], fresh_logits: Callable[..., Logits]
+) -> None:
+    engine = make_engine(num_blocks=44)
+    passes: list[int] = []
+    modest = prompt(engine, ids_of(30, 9), "b")
+    late = talk(modest, 3, on_first=lambda: passes.append(engine.forward_passes))
+
+    def bring_late() -> None:
+        passes.append(engine.forward_passes)
+        engine.submit(late)
+
+    full = [prompt(engine, ids_of(40, seed), "a") for seed in range(4)]
+    flood = [talk(full[0], 4, on_first=bring_late), *(talk(one, 4) for one in full[1:])]
+    run_together(engine, flood)
+    assert late.join(WAIT_S)
+    assert passes[1] - passes[0] == 1
+    assert engine.preemptions > 0
+    for sequence in (*full, modest):
+        engine.compute([sequence])
+        assert sequence.logits is not None
+        assert np.allclose(sequence.logits, fresh_logits(sequence.token_ids), atol=1e-4)
+        sequence.release()
+    engine.check()
