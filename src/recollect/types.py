@@ -188,6 +188,14 @@ MOST_LOGPROBS: Final = 20
 """Most alternatives to a token that can be asked for. Source: OpenAI's API."""
 
 
+MOST_STOP_STRINGS: Final = 64
+"""Most stop strings of a reply. OpenAI's API takes 4, and what clients send is near that."""
+
+MOST_STOP_CHARACTERS: Final = 8192
+"""Most characters in all stop strings of a reply together: what finds them takes some 400 bytes and a
+microsecond for each."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """
@@ -216,7 +224,7 @@ class SamplingParams:
     seed: int | None = None
     """None draws a new one for each reply."""
     stop: tuple[str, ...] = ()
-    """A reply ends before the first of these strings."""
+    """A reply ends before the first of these strings; at most 64, of 8,192 characters together."""
     ignore_eos: bool = False
     """Go on at end of sequence, for benchmarks of a fixed length."""
     grammar: Grammar | None = None
@@ -248,6 +256,7 @@ class SamplingParams:
             seed is None or 0 <= seed < 2**64, "seed", seed, "between 0 and 2**64 - 1, or None"
         )
         _require(not isinstance(self.stop, str), "stop", self.stop, "a tuple of strings")
+        _require_few_enough(self.stop)
         _require(all(self.stop), "stop", self.stop, "strings of at least one character")
         told = self.logprobs
         _require(
@@ -258,6 +267,20 @@ class SamplingParams:
         )
         if self.grammar is not None:
             _require(not self.ignore_eos, "ignore_eos", True, "False where there is a grammar")
+
+
+def _require_few_enough(stop: Sequence[str]) -> None:
+    """Refuse stop strings by their number and length; they may be too many to be shown."""
+    if len(stop) > MOST_STOP_STRINGS:
+        raise InvalidParameterError(
+            f"stop has {len(stop):,} strings; give at most {MOST_STOP_STRINGS}."
+        )
+    characters = sum(map(len, stop))
+    if characters > MOST_STOP_CHARACTERS:
+        raise InvalidParameterError(
+            f"The strings of stop have {characters:,} characters together; "
+            f"give at most {MOST_STOP_CHARACTERS:,}."
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,9 @@ Knows a generator and a tokenizer; not what a conversation is.
 """
 
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
+from operator import itemgetter
 from queue import SimpleQueue
 
 from recollect.engine.engine import Engine
@@ -43,6 +45,9 @@ class ReplyGeneration:
         self._fresh: list[_Generated] = []  # tokens that the reader is not told of yet
         # Tokens on their way from the engine's thread; None is the last.
         self._queue: SimpleQueue[_Generated | None] = SimpleQueue()
+        self._read = self._decoded_characters = 0
+        # Where the text can be cut between two tokens: after how many characters, and tokens.
+        self._boundaries = [(0, 0)]
         self._pieces: list[str] = []
         self._logprobs = None if generator.params.logprobs is None else AlignedLogprobs(tokenizer)
         self._finish_reason: FinishReason | None = None
@@ -211,6 +216,10 @@ class ReplyGeneration:
     def _decoded(self, token_id: int, likelihood: Likelihood | None) -> str:
         """Return the text that a token completes."""
         piece = self._detokenizer.push(token_id)
+        self._read += 1
+        self._decoded_characters += len(piece)
+        if not self._detokenizer.holds_back:
+            self._boundaries.append((self._decoded_characters, self._read))
         if self._logprobs is not None and likelihood is not None:
             self._logprobs.add(likelihood, piece, whole=not self._detokenizer.holds_back)
         return piece
@@ -229,12 +238,10 @@ class ReplyGeneration:
         A token that reaches across the cut is replaced by the encoding of its part before it, so
         that the history says what the reply says.
         """
-        tokens = self.token_ids
-        keep = len(tokens)
-        while not text.startswith(kept := self._tokenizer.decode(tokens[:keep])):
-            keep -= 1
+        place = bisect_right(self._boundaries, len(text), key=itemgetter(0)) - 1
+        characters, keep = self._boundaries[place]
         self._generator.rewind_to(self._start + keep)
-        rest = self._tokenizer.encode(text[len(kept) :])
+        rest = self._tokenizer.encode(text[characters:])
         # A token cut at the end of a full context may take more places than there are.
         if rest := rest[: self._engine.info.context_length - len(self._sequence)]:
             self._sequence.append(rest)

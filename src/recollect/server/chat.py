@@ -5,7 +5,7 @@ What of it was generated here is taken over as the token ids that it was, so not
 """
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from time import time
 from typing import Any
 
@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from recollect.conversation.model import Model
-from recollect.conversation.reply import Reply, ReplyStream
+from recollect.conversation.reply import Reply
 from recollect.models.tool_calls import ArgumentsDelta, CallStarted
 from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import ChatRequest, check_limits
@@ -54,7 +54,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
 
     offered = body.offered
 
-    def prepare(model: Model) -> Sequence[Readable]:
+    def prepare(model: Model) -> Iterator[Readable]:
         session = model.session_from(
             body.conversation(),
             namespace=namespace,
@@ -63,15 +63,8 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             parallel_tool_calls=offered.parallel,
         )
         sessions = [session, *(session.fork() for _ in params[1:])]
-        streams: list[ReplyStream] = []
-        try:
-            for one, how in zip(sessions, params, strict=True):
-                streams.append(one.stream(None, params=how))
-        except BaseException:
-            for stream in streams:  # nobody would read them
-                stream.close()
-            raise
-        return streams
+        for one, how in zip(sessions, params, strict=True):
+            yield one.stream(None, params=how)
 
     job = await begin(request, body.model, prepare, choices=body.choices)
     completion = Completion(job, body)

@@ -95,12 +95,15 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         for choice in range(number)
     ]
 
-    def prepare(model: Model) -> Sequence[Readable]:
-        return [
+    def prepare(model: Model) -> Iterator[Readable]:
+        streams = [
             TextStream(model, prompt, how, namespace=namespace, echo=bool(body.echo))
             for prompt in prompts
             for how in params
-        ]
+        ]  # all of them, so that nothing is begun where one prompt cannot be
+        for stream in streams:
+            stream.start()
+            yield stream
 
     job = await begin(request, body.model, prepare, choices=number * len(prompts))
     completion = TextCompletion(job, body)
@@ -124,7 +127,7 @@ class TextStream:
         echo: bool,
     ) -> None:
         """
-        Have it begun.
+        Have it ready to begin.
 
         Raises:
             InvalidParameterError: The prompt is empty.
@@ -142,6 +145,9 @@ class TextStream:
         self._generation = ReplyGeneration(model.engine, generator, model.tokenizer)
         self._echo = model.tokenizer.decode(ids) if echo else ""
         self.reply: Reply | None = None
+
+    def start(self) -> None:
+        """Have the engine begin."""
         self._generation.start()
 
     @property

@@ -197,7 +197,8 @@ def get_response(response_id: str, request: Request) -> JSONResponse:
     reply = path[-1]
     head = ResponseHead.from_kept(label.name, label.note["head"])
     usage = None if reply.usage is None else recorded(reply.usage)
-    spent = None if usage is None else cost([usage], services_of(request).speeds[head.model])
+    speed = services_of(request).speed(head.model, client_of(request).namespace)
+    spent = None if usage is None else cost([usage], speed)
     return JSONResponse(
         response_object(
             head, Said.kept(reply), None if spent is None else spent.responses(), instructions

@@ -42,7 +42,7 @@ class Limits:
     messages: int = 4096
     """In one request: a template is rendered over all of them."""
     concurrent: int = 16
-    """Replies generated at once; they share each forward pass."""
+    """Replies generated at once, which share each forward pass; and keys that have some at once."""
     queue: int = 64
     """Requests that wait for their turn; the next is told to come back later (429)."""
     choices: int = 8

@@ -398,3 +398,29 @@ def test_an_error_in_the_middle_keeps_text_and_tokens_in_step() -> None:
     assert reply.finish_reason == "cancelled"
     assert reply.text == "ab\ufffd"
     verify(engine, generator, reply)
+
+
+@pytest.mark.parametrize("stop", [(), ("c",)])
+def test_taking_back_what_was_not_given_out_decodes_nothing_again(stop: tuple[str, ...]) -> None:
+    """However many tokens that is; each decoding would be of the whole reply."""
+    decoded: list[int] = []
+
+    class Counting(Pieces):
+        def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+            decoded.append(len(ids))
+            return super().decode(ids, skip_special_tokens=skip_special_tokens)
+
+    script = [8, 9] * 20 + [2] + [8, 9] * 5
+    engine = Engine(Script(script, len(PROMPT)), num_blocks=32, eos_token_ids=[END])
+    generator = Generator(engine, SamplingParams(stop=stop))
+    generator.append_tokens(PROMPT)
+    reply = started(ReplyGeneration(engine, generator, Counting()))
+    if stop:
+        list(reply)
+    else:
+        next(iter(reply))
+    reply._task.join()
+    decoded.clear()
+    reply.finish()
+    assert decoded == []
+    verify(engine, generator, reply)
