@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "cipher": {"types", "errors", "config"},
     "keyfile": {"types", "errors", "config", "cipher"},
     "_version": set(),
+    "telemetry": set(),
     "kv": BASE,
     "runtime": BASE,
     "models": BASE,

@@ -8,6 +8,7 @@ Conversations with local language models that never read a token twice, and prov
     print(chat.respond("My name is Alex."))
 """
 
+from recollect import telemetry
 from recollect._version import __version__
 from recollect.cipher import Cipher
 from recollect.conversation.checkpoints import Checkpoint
@@ -28,6 +29,9 @@ from recollect.errors import MisuseError, RecollectError
 from recollect.keyfile import unlock
 from recollect.models.tool_calls import ToolCallParser
 from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, ToolCall, Usage
+
+# None of what is imported above loads the libraries that this is about; what comes later may.
+telemetry.switch_off()
 
 __all__ = [
     "Checkpoint",
