@@ -101,7 +101,8 @@ def chat(
         bool,
         typer.Option(
             "--no-save",
-            help="Keep nothing. A pipe keeps nothing without a name anyway.",
+            help="Leave nothing on disk of what is said: no turns, no history, and no KV unless "
+            "--kv-disk is given. A pipe without a name keeps no turns, but KV and the replies.",
             rich_help_panel=_CONVERSATION,
         ),
     ] = False,
@@ -168,6 +169,8 @@ def chat(
         if system is not None:
             raise ConfigError("--system and --system-file say the same: leave one of them out.")
         system = read_text(system_file)
+    if no_save and kv_disk is None:
+        kv_disk = "0"  # KV on disk comes with the token ids that it is of
     opening = Opening(
         keep=by_hand and not no_save,
         name=name,
@@ -198,7 +201,7 @@ def _talk(
         from recollect.cli import repl  # noqa: PLC0415
 
         with open_model(model) as loaded:
-            repl.talk(loaded, opening.open(loaded, found, params))
+            repl.talk(loaded, opening.open(loaded, found, params), keep_history=opening.keep)
         return
     from recollect.cli import batch  # noqa: PLC0415
 
