@@ -21,9 +21,14 @@ DEFAULT_PROFILE: Final[Profile] = "fast"
 
 HISTORY_NAME: Final = "history"
 """Of the file in `home()` that holds what was typed into chats."""
+OFFLINE_VARIABLE: Final = "RECOLLECT_OFFLINE"
 LEAST_KV_DISK_BYTES: Final = 1 << 20
 """Below that LMDB has no room for its own pages while it replaces them."""
 
+_SWITCH: Final = {
+    **dict.fromkeys(("1", "true", "yes", "on"), True),
+    **dict.fromkeys(("", "0", "false", "no", "off"), False),
+}
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE: Final = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
 
@@ -36,6 +41,20 @@ def home() -> Path:
         if chosen
         else Path(platformdirs.user_data_dir("recollect", False))
     )
+
+
+def is_offline() -> bool:
+    """
+    Return whether nothing may be fetched: what `RECOLLECT_OFFLINE` says.
+
+    Raises:
+        ConfigError: It says neither yes nor no.
+    """
+    text = os.environ.get(OFFLINE_VARIABLE, "")
+    value = _SWITCH.get(text.strip().lower())
+    if value is None:
+        raise ConfigError(f"{OFFLINE_VARIABLE} is {text!r}: set it to 1 or 0, or remove it.")
+    return value
 
 
 def parse_size(text: str) -> int:

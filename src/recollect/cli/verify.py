@@ -13,6 +13,7 @@ import typer
 from recollect.cli.options import (
     KvMemoryOption,
     ModelOption,
+    OfflineOption,
     ProfileOption,
     ProofKvDiskOption,
     open_model,
@@ -35,13 +36,16 @@ def verify(
     ] = None,
     kv_memory: KvMemoryOption = None,
     kv_disk: ProofKvDiskOption = "0",
+    offline: OfflineOption = False,
 ) -> None:
     """
     Hold random conversations, and compare each state with a fresh prefill of the same tokens.
 
     With --kv-disk they are also forgotten in memory and read back from disk.
     """
-    with open_model(model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk) as loaded:
+    with open_model(
+        model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk, offline=offline
+    ) as loaded:
         from recollect.proof import verify as proof  # noqa: PLC0415
 
         with progress_bar("Verifying") as progress:
