@@ -8,7 +8,7 @@ Conversations with local language models that never read a token twice, and prov
     print(chat.respond("My name is Alex."))
 """
 
-from recollect import telemetry
+from recollect import starting, telemetry  # noqa: F401 - the first is imported for what it does
 from recollect._version import __version__
 from recollect.cipher import Cipher
 from recollect.conversation.checkpoints import Checkpoint
@@ -32,7 +32,6 @@ from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, Tool
 
 # None of what is imported above loads the libraries that this is about; what comes later may.
 telemetry.switch_off()
-
 __all__ = [
     "Checkpoint",
     "Cipher",

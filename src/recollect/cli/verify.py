@@ -43,6 +43,10 @@ def verify(
 
     With --kv-disk they are also forgotten in memory and read back from disk.
     """
+    from recollect.proof.report import require_writable, written_to  # noqa: PLC0415 - see above
+
+    if json_file is not None:
+        require_writable(json_file)
     with open_model(
         model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk, offline=offline
     ) as loaded:
@@ -57,10 +61,11 @@ def verify(
                     f"largest difference {worst:.1e}", done, operations
                 ),
             )
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     for line in _lines(report):
         typer.echo(line)
+    if json_file is not None:
+        with written_to(json_file):
+            json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     if not report.passed:
         raise typer.Exit(1)
 

@@ -60,7 +60,7 @@ def load(
         StoreError: KV cannot be kept on disk.
     """
     config.parse_profile(profile)
-    home = home or config.home()
+    home = config.home() if home is None else config.require_folder(home)
     if cipher is None:
         cipher = keyfile.unlock(home)
     else:
