@@ -174,7 +174,7 @@ from recollect.og import Config, Generator, GeneratorParams, Model, Tokenizer
 
 short = SamplingParams(max_tokens=4, ignore_eos=True, logprobs=1)
 with recollect.load(sys.argv[1]) as model:
-    session = model.session("Be brief.", name="library", tools=[{"type": "function", "function": {
+    session = model.session("Be brief.", keep=True, tools=[{"type": "function", "function": {
         "name": "clock", "description": "the time", "parameters": {"type": "object"}}}])
     session.prewarm("what is typed")
     session.respond("what is typed and sent", params=SamplingParams(max_tokens=4))
