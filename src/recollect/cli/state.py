@@ -242,10 +242,9 @@ class Chat:
 def usage_line(reply: Reply) -> str:
     """Return what a reply cost, as the line under it."""
     usage = reply.usage
-    new = f"{usage.computed_tokens:,} new"
+    parts = [_NOTES[reply.finish_reason], f"{usage.awaited_tokens:,} new"]
     if usage.read_ahead_tokens:
-        new += f" ({usage.read_ahead_tokens:,} read ahead)"
-    parts = [_NOTES[reply.finish_reason], new]
+        parts.append(f"{usage.read_ahead_tokens:,} read ahead")
     if usage.reused_tokens:
         parts.append(f"{usage.reused_tokens:,} reused ({_whence(usage)})")
     parts.append(f"first token {format_duration(usage.ttft_s)}")

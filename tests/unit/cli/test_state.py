@@ -49,7 +49,7 @@ def test_the_line_says_where_kv_came_from(restored: int, whence: str) -> None:
 
 def test_the_line_tells_what_was_read_ahead_from_what_was_there_before() -> None:
     line = usage_line(reply(cost=replace(usage(computed=46, reused=0), read_ahead_tokens=45)))
-    assert line.startswith("46 new (45 read ahead) · first token")
+    assert line.startswith("1 new · 45 read ahead · first token")
 
 
 def test_speed_is_not_that_of_tokens_nobody_waited_for() -> None:
