@@ -431,7 +431,7 @@ def _match_a_token_too_many(patch: pytest.MonkeyPatch) -> None:
 
 
 def _find_messages_of_anybody(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Model, "_index", lambda self, _: self._indices.setdefault("", MessageIndex()))
+    patch.setattr(Model, "_index", lambda self, _: MessageIndex(self.known))
 
 
 def _encode_replies_again(patch: pytest.MonkeyPatch) -> None:

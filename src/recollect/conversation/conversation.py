@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from recollect.conversation.checkpoints import Spot
 from recollect.conversation.journal import Journal
-from recollect.conversation.matching import MessageIndex
+from recollect.conversation.matching import Found, MessageIndex
 from recollect.conversation.messages import to_node
 from recollect.conversation.records import DEFAULT_TIP, NewNode, StoredConversation, require_name
 from recollect.conversation.remembered import RememberedReplies
@@ -56,6 +56,9 @@ class Conversation:
         self._record_ids: dict[int, int] = {}  # node id to id in the journal
         self._tips: dict[str, Node] = {DEFAULT_TIP: self.tree.root}
         self._tools: dict[int, Tools] = {}  # node id to what its reply could call
+        self._answers: dict[
+            int, tuple[Tools, ...]
+        ] = {}  # node id to what others' replies to it could
         self._lock = threading.Lock()
 
     @property
@@ -134,7 +137,7 @@ class Conversation:
                 links=record.links,
             )
             self._record_ids[nodes[record.id].id] = record.id
-            self._find_later(nodes[record.id])
+        self._find_later([nodes[record.id] for record in stored.nodes])
         self._journal, self.name, self._record = journal, stored.name, stored.id
         self.other_model = None if stored.fingerprint == self._fingerprint else stored.model
         self._tips = {name: nodes[node_id] for name, node_id in stored.tips.items()}
@@ -154,45 +157,56 @@ class Conversation:
         """
         with self._lock:
             kept = self._keep(parent, messages, tip)
-            node = parent
+            node, grown = parent, []
             for message, record_id in zip(messages, kept, strict=True):
                 node = self._grow(node, message, record_id)
+                grown.append(node)
                 if self._remembered is not None and not self.is_kept:
                     self._remembered.note(node)
+            self._find_later(grown)
             if tip is not None:
                 self._tips[tip] = node
             return node
 
-    def add_unkept(self, parent: Node, message: Message) -> Node:
+    def add_unkept(self, parent: Node, *messages: Message) -> Node:
         """
-        Add a message that is kept only when something is said after it; return its node.
+        Add messages that are kept only when something is said after them; return the last one's node.
 
         A reply that was generated here at another time gets the token ids that it had, unless the
         conversation is kept, whose replies are in the journal.
 
         Raises:
-            InvalidParameterError: It lacks something. Nothing was changed.
+            InvalidParameterError: One lacks something. Nothing was changed.
         """
-        new = to_node(message)
-        if self._remembered is not None and not self.is_kept:
-            new = self._remembered.recalled(parent, new)
-        with self._lock:
-            return self._grow(parent, new, None)
+        node, grown = parent, []
+        new = [to_node(message) for message in messages]
+        remembered = None if self.is_kept else self._remembered
+        for one in new:
+            message = one if remembered is None else remembered.recalled(node, one)
+            with self._lock:
+                node = self._grow(node, message, None)
+            grown.append(node)
+        self._find_later(grown)
+        return node
 
-    def take_over(self, other: "Conversation", node: Node) -> Node:
-        """Copy the messages up to a node of another conversation, and return the last one's node."""
-        assert not self.is_kept, "a copy is not kept"
-        copy = self.tree.root
+    def take_over(self, found: Found) -> Node:
+        """Begin with messages that are known, and return the last one's node."""
+        assert not self.is_kept, "what comes as text is not kept"
+        node = reply = self.tree.root
         with self._lock:
-            for one in node.path():
-                copy = self._grow(copy, as_new(one), None)
-                if one.id in other._tools:
-                    self._tools[copy.id] = other._tools[one.id]
-        return copy
+            for key, message in found.path:
+                node = self._grow(node, message, None, key)
+                reply = node if node.role == "assistant" else reply
+            if found.tools is not None:
+                self._tools[reply.id] = found.tools
+            self._answers[node.id] = found.answers
+        return node
 
     def note_tools(self, reply: Node, tools: Tools) -> None:
-        """Remember, until the program ends, with which tools a reply was generated."""
+        """Remember with which tools a reply was generated."""
         self._tools[reply.id] = tools
+        if self._index is not None:
+            self._index.note_tools(reply, tools)
 
     def tools_change(self, node: Node, tools: Tools) -> str | None:
         """
@@ -201,6 +215,7 @@ class Conversation:
         Where it was not, from those of the last reply before it; None where none differ.
         """
         answers = [self._tools[child.id] for child in node.children if child.id in self._tools]
+        answers += self._answers.get(node.id, ())
         before = (self._tools[one.id] for one in reversed(node.path()) if one.id in self._tools)
         changes = [tools.difference(one) for one in answers or itertools.islice(before, 1)]
         return None if None in changes else next(iter(changes), None)
@@ -298,7 +313,9 @@ class Conversation:
                     self._journal.set_tip(self._record, other, self._record_ids.get(node.id))
         return ids[len(unkept) :]
 
-    def _grow(self, parent: Node, message: NewNode, record_id: int | None) -> Node:
+    def _grow(
+        self, parent: Node, message: NewNode, record_id: int | None, key: bytes | None = None
+    ) -> Node:
         node = self.tree.add(
             parent,
             message.role,
@@ -308,26 +325,17 @@ class Conversation:
             finish_reason=message.finish_reason,
             usage=message.usage,
             links=message.links,
+            key=key,
         )
         if record_id is not None:
             self._record_ids[node.id] = record_id
-        self._find_later(node)
         return node
 
-    def _find_later(self, node: Node) -> None:
+    def _find_later(self, nodes: Sequence[Node]) -> None:
         if self._index is not None:
-            self._index.add(self, node)
+            self._index.add(nodes)
 
 
 def as_new(node: Node) -> NewNode:
     """Return a message as it is to be kept, or added, somewhere else too."""
-    assert node.role is not None, "the root is not kept"
-    return NewNode(
-        role=node.role,
-        content=node.content,
-        token_ids=node.token_ids,
-        finish_reason=node.finish_reason,
-        usage=node.usage,
-        fingerprint=node.fingerprint,
-        links=node.links,
-    )
+    return node.to_new()

@@ -17,7 +17,7 @@ from recollect.conversation.checkpoints import (
 )
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.journal import JOURNAL_NAME, Journal
-from recollect.conversation.matching import MessageIndex
+from recollect.conversation.matching import KnownMessages, MessageIndex
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, require_name
 from recollect.conversation.remembered import RememberedReplies
@@ -75,7 +75,8 @@ class Model:
         self._cipher = cipher
         self._lock = threading.RLock()
         self._journal: Journal | None = None
-        self._indices: dict[str, MessageIndex] = {}
+        self.known: Final = KnownMessages()
+        """What was said, for messages that come as text to be found again."""
         self.profile: Final = profile
         self.tokenizer: Final[Tokenizer] = load_tokenizer(local)
         self.template: Final = ChatTemplate(
@@ -204,21 +205,14 @@ class Model:
         offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         if not messages:
             raise ConversationError("There are no messages: give at least one.")
-        with self._lock:
-            index = self._index(namespace)
-            found = index.find(messages)
-            change = index.change(messages, found)
-        if found is None:
-            conversation = self._conversation(namespace)
-            tip, known = conversation.tree.root, 0
-        elif found.conversation.is_kept:
-            # What comes as text is no part of a conversation that is kept; its replies' ids are.
-            conversation = self._conversation(namespace)
-            tip, known = conversation.take_over(found.conversation, found.node), found.messages
-        else:
-            conversation, tip, known = found.conversation, found.node, found.messages
-        for message in messages[known:]:
-            tip = conversation.add_unkept(tip, message)
+        index = self._index(namespace)
+        found = index.find(messages)
+        change = index.change(messages, found)
+        # A conversation of its own, which goes when the session does: what is said in others stays
+        # apart, and what comes as text is no part of a conversation that is kept.
+        conversation = self._conversation(namespace)
+        tip = conversation.tree.root if found is None else conversation.take_over(found)
+        tip = conversation.add_unkept(tip, *messages[0 if found is None else found.messages :])
         return Session(
             self,
             conversation,
@@ -379,7 +373,7 @@ class Model:
         )
 
     def _index(self, namespace: str) -> MessageIndex:
-        return self._indices.setdefault(namespace, MessageIndex())
+        return MessageIndex(self.known, namespace)
 
     def __enter__(self) -> Self:
         return self

@@ -31,6 +31,7 @@ from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (
     ContextFullError,
     ConversationError,
+    InvalidParameterError,
     TemplateError,
     UnknownNodeError,
 )
@@ -325,7 +326,13 @@ class Session(Place):
         if tools.schemas:
             params = replace(params, grammar=tools.grammar(params.grammar))
         sequence = self._prompting.sequence(prompt.token_ids)
-        generator = Generator(engine, params, sequence=sequence, grammars=self._model.grammars)
+        try:
+            generator = Generator(engine, params, sequence=sequence, grammars=self._model.grammars)
+        except InvalidParameterError as error:
+            sequence.release()
+            if params.grammar is None or not tools.schemas:
+                raise
+            raise tools.named(error, params.grammar) from error
         expected = Expectation(
             prompt,
             engine.keep_multiple_of,

@@ -109,10 +109,9 @@ def _adjusted(
 
 
 def _nothing_to_choose(masked: Scores, allowed: Mask | None) -> RecollectError:
-    if allowed is not None and np.isfinite(masked[masked.argmax()]):
-        return InvalidParameterError(
-            "logit_bias bans every token that the grammar allows: lift a ban, or change the grammar."
-        )
+    if np.isfinite(masked[masked.argmax()]):
+        what = "there is" if allowed is None else "the grammar allows"
+        return InvalidParameterError(f"logit_bias bans every token that {what}: lift a ban.")
     return RuntimeFailure("The model gave no finite logits: its weights or its KV are damaged.")
 
 

@@ -69,7 +69,7 @@ def _entry_status(entry: CatalogEntry, home: Path) -> ModelStatus:
         licence=entry.licence,
         download_bytes=entry.bytes,
         is_installed=find_converted(folder, entry.sha256) is not None,
-        disk_bytes=_size_bytes(folder) + _size_bytes(source_path(entry, home)),
+        disk_bytes=size_bytes(folder) + size_bytes(source_path(entry, home)),
         path=folder if folder.is_dir() else None,
     )
 
@@ -84,12 +84,12 @@ def _folder_status(folder: Path) -> ModelStatus | None:
         licence=None,
         download_bytes=None,
         is_installed=find_converted(folder, None) is not None,
-        disk_bytes=_size_bytes(folder),
+        disk_bytes=size_bytes(folder),
         path=folder,
     )
 
 
-def _size_bytes(path: Path) -> int:
+def size_bytes(path: Path) -> int:
     """Return the size of a file, or of all files in a folder; 0 where there is nothing."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())

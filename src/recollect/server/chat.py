@@ -13,8 +13,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from recollect.conversation.model import Model
-from recollect.conversation.reply import Reply
+from recollect.conversation.reply import Reply, ReplyStream
 from recollect.models.tool_calls import ArgumentsDelta, CallStarted
+from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import ChatRequest, check_limits
 from recollect.server.errors import api_error, openai_body
 from recollect.server.services import Job, begin, client_of, services_of
@@ -33,7 +34,7 @@ from recollect.server.streaming import (
 from recollect.server.tool_schema import logprob_entry
 from recollect.types import TokenLogprob
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
 
 @router.post("/v1/chat/completions")
@@ -51,7 +52,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         body.sampling(choice, temperature=settings.temperature) for choice in range(body.choices)
     ]
 
-    offered = body.offer()
+    offered = body.offered
 
     def prepare(model: Model) -> Sequence[Readable]:
         session = model.session_from(
@@ -62,7 +63,15 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             parallel_tool_calls=offered.parallel,
         )
         sessions = [session, *(session.fork() for _ in params[1:])]
-        return [one.stream(None, params=how) for one, how in zip(sessions, params, strict=True)]
+        streams: list[ReplyStream] = []
+        try:
+            for one, how in zip(sessions, params, strict=True):
+                streams.append(one.stream(None, params=how))
+        except BaseException:
+            for stream in streams:  # nobody would read them
+                stream.close()
+            raise
+        return streams
 
     job = await begin(request, body.model, prepare, choices=body.choices)
     completion = Completion(job, body)

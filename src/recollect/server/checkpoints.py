@@ -23,6 +23,7 @@ from recollect.engine.engine import Engine
 from recollect.engine.pinning import pin_on_disk
 from recollect.kv import pins
 from recollect.kv.disk import DiskStore
+from recollect.server.bodies import BodyRoute
 from recollect.server.conversation_view import ConversationView, view_of
 from recollect.server.errors import ApiError
 from recollect.server.fields import Body, PlaceName
@@ -32,7 +33,7 @@ from recollect.server.response_schema import FlatTool
 from recollect.server.services import Services, client_of, services_of, with_model
 from recollect.types import SamplingParams
 
-router = APIRouter(tags=["Conversations"])
+router = APIRouter(tags=["Conversations"], route_class=BodyRoute)
 
 _log = logging.getLogger(__name__)
 

@@ -17,16 +17,17 @@ from recollect.conversation.labels import Label
 from recollect.conversation.messages import to_node
 from recollect.conversation.records import NewNode, NodeRecord
 from recollect.errors import RewindError
+from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import check_limits
 from recollect.server.checkpoints import drop_all_kv
 from recollect.server.conversation_view import ConversationView, view_of
 from recollect.server.errors import ApiError, not_found
-from recollect.server.fields import Body, Ignored, PlaceName
+from recollect.server.fields import Body, Ignored, Items, Metadata, PlaceName
 from recollect.server.places import COPIES, split_branch
 from recollect.server.response_schema import InputItem, merged
 from recollect.server.services import client_of, services_of
 
-router = APIRouter(tags=["Conversations"])
+router = APIRouter(tags=["Conversations"], route_class=BodyRoute)
 
 _PAGE: int = 20
 
@@ -34,20 +35,20 @@ _PAGE: int = 20
 class NewConversation(Body):
     """The body of `POST /v1/conversations`."""
 
-    items: list[InputItem] | None = None
-    metadata: dict[str, Any] | None = None
+    items: Items[InputItem] | None = None
+    metadata: Metadata | None = None
 
 
 class ConversationChange(Body):
     """The body of `POST /v1/conversations/{id}`."""
 
-    metadata: dict[str, Any]
+    metadata: Metadata
 
 
 class NewItems(Body):
     """The body of `POST /v1/conversations/{id}/items`."""
 
-    items: Annotated[list[InputItem], Field(min_length=1)]
+    items: Annotated[Items[InputItem], Field(min_length=1)]
 
 
 class Rewind(Body):
@@ -236,7 +237,7 @@ def get_tree(conversation_id: str, request: Request) -> dict[str, Any]:
 
 def _check_items(request: Request, items: list[InputItem]) -> None:
     most = services_of(request).settings.limits.messages
-    check_limits(items, 1, most_messages=most, most_choices=1)
+    check_limits(items, 1, most_messages=most, most_choices=1, what="items")
 
 
 def _nodes(items: list[InputItem]) -> list[NewNode]:

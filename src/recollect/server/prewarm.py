@@ -11,19 +11,20 @@ from pydantic import Field
 
 from recollect.conversation.model import Model
 from recollect.kv.names import PUBLIC
+from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import ChatMessage, check_limits
 from recollect.server.errors import operators_only
-from recollect.server.fields import Body
+from recollect.server.fields import Body, Items
 from recollect.server.services import client_of, services_of, with_model
 
-router = APIRouter(tags=["Conversations"])
+router = APIRouter(tags=["Conversations"], route_class=BodyRoute)
 
 
 class PrewarmRequest(Body):
     """The body of `POST /v1/prewarm`: a last message of the user counts as not yet finished."""
 
     model: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     public: bool = False
     """Whether every key may reuse it, while the model stays loaded; an operator's to say."""
 

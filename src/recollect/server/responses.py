@@ -23,6 +23,7 @@ from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
 from recollect.conversation.window import Overflow
 from recollect.models.tool_calls import Event
+from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import check_limits
 from recollect.server.checkpoints import drop_all_kv
 from recollect.server.errors import not_found
@@ -35,7 +36,7 @@ from recollect.server.streaming import Readable
 from recollect.server.usage import cost, recorded
 from recollect.types import Message, TokenLogprob, Usage
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
 
 @router.post("/v1/responses")
@@ -43,7 +44,8 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     """Answer the input, after an earlier response or in a conversation where one is named."""
     services, namespace = services_of(request), client_of(request).namespace
     limits = services.settings.limits
-    check_limits(body.messages(), 1, most_messages=limits.messages, most_choices=1)
+    items = [] if isinstance(body.input, str) else body.input
+    check_limits(items, 1, most_messages=limits.messages, most_choices=1, what="input")
     params = body.sampling(temperature=services.settings.temperature)
     turn = _Turn(services, namespace, body, f"resp_{secrets.token_hex(16)}", int(time()))
 

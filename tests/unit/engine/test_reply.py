@@ -14,6 +14,7 @@ from recollect.engine.generator import Generator
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import RuntimeFailure
+from recollect.models.control_tokens import ControlTokens
 from recollect.models.vocabulary import Vocabulary
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
@@ -30,6 +31,7 @@ class Pieces:
         b"\xe2\x82", b"\xac", b"\xf0\x9f", b"\xef\xbf\xbd", b"",
     )  # fmt: skip
     eos_token_ids: Final = frozenset({END})
+    control_tokens: Final = ControlTokens({})
 
     @property
     def vocab_size(self) -> int:
@@ -55,6 +57,9 @@ class Pieces:
             ids.append(best)
             rest = rest[len(self.PIECES[best]) :]
         return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return b"".join(self.PIECES[i] for i in ids).decode("utf-8", "replace")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from recollect.engine.sampling import choose_token, random_number
-from recollect.errors import RuntimeFailure
+from recollect.errors import InvalidParameterError, RuntimeFailure
 from recollect.types import SamplingParams
 
 SETTINGS_WITH_MASKS: list[dict[str, Any]] = [
@@ -220,10 +220,17 @@ def test_a_mask_is_as_if_nothing_else_were_in_the_vocabulary(settings: dict[str,
     ]
 
 
-def test_when_everything_is_banned_it_is_a_runtime_failure() -> None:
+def test_when_everything_is_banned_it_is_the_callers_mistake() -> None:
     params = SamplingParams(logit_bias=dict.fromkeys(range(12), -math.inf))
-    with pytest.raises(RuntimeFailure):
+    with pytest.raises(InvalidParameterError, match="lift a ban"):
         choose_token(some_logits(), params, history=EMPTY, reply_start=0, seed=0)
+
+
+def test_when_the_model_gives_no_number_it_is_a_runtime_failure() -> None:
+    for logit in (math.nan, -math.inf):
+        logits = np.full(12, logit, np.float32)
+        with pytest.raises(RuntimeFailure, match="damaged"):
+            choose_token(logits, SamplingParams(), history=EMPTY, reply_start=0, seed=0)
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-30, 1e30])
