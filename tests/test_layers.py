@@ -19,6 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "cipher": {"types", "errors", "config"},
     "keyfile": {"types", "errors", "config", "cipher"},
     "_version": set(),
+    "starting": set(),
+    "telemetry": set(),
     "kv": BASE,
     "runtime": BASE,
     "models": BASE,
@@ -27,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "proof": BASE | {"kv", "runtime", "models", "engine", "conversation"},
     "og": BASE | {"kv", "runtime", "models", "engine", "conversation"},
     "server": BASE | {"kv", "runtime", "models", "engine", "conversation"},
-    "cli": BASE | {"kv", "runtime", "models", "engine", "conversation", "proof", "server"},
+    "cli": BASE
+    | {"starting", "kv", "runtime", "models", "engine", "conversation", "proof", "server"},
     "__main__": BASE | {"cli"},
 }
 # The package itself may be imported where a user's view is shown: it stands above `conversation`.

@@ -7,7 +7,8 @@ Every exception that recollect raises on purpose.
     ├── ModelError                  a model cannot be had or read
     │   ├── UnknownModelError       nothing goes by that name
     │   ├── FetchError              it could not be downloaded
-    │   │   └── ChecksumError       what was downloaded is not what was asked for
+    │   │   ├── ChecksumError       what was downloaded is not what was asked for
+    │   │   └── OfflineError        it is not here, and nothing may be fetched
     │   ├── UnsupportedModelError   it is there, but this runtime cannot run it
     │   └── TemplateError           its chat template is missing, or refuses the conversation
     ├── RuntimeFailure              the forward pass failed
@@ -71,6 +72,10 @@ class ChecksumError(FetchError):
         self.expected = expected
         self.actual = actual
         self.kept = kept
+
+
+class OfflineError(FetchError):
+    """The model is not on this disk, and nothing may be fetched; nothing was asked of a network."""
 
 
 class UnsupportedModelError(ModelError):

@@ -295,21 +295,30 @@ class Usage:
     prompt_tokens: int
     """Tokens of the conversation before the reply."""
     reused_tokens: int
-    """Of those, the ones whose KV was there already."""
+    """Of those, the ones whose KV was there already when the turn before had ended."""
     restored_tokens: int = 0
     """Of the reused, the ones whose KV came from disk."""
     computed_tokens: int
-    """Of those, the ones fed to the model before the first new token."""
+    """Of those, the ones fed to the model for this turn, before its first new token."""
+    read_ahead_tokens: int = 0
+    """Of the computed, the ones fed before the call: while it was typed, or nobody waited."""
     generated_tokens: int
     ttft_s: float
     """From the call to the first new token, in seconds."""
     prefill_tps: float | None
-    """Computed tokens per second before the first new token; None where none was computed."""
+    """
+    Tokens computed per second from the call to the first new token; None where none was computed.
+    """
     decode_tps: float | None
     """Generated tokens per second after the first; None for a reply of fewer than two."""
     reason: Reason = "new"
     difference: str | None = None
     """What differs from the earlier prompt, in words, where `reason` says that something does."""
+
+    @property
+    def awaited_tokens(self) -> int:
+        """Return how many tokens were computed while somebody waited."""
+        return self.computed_tokens - self.read_ahead_tokens
 
     def to_dict(self) -> dict[str, int | float | str | None]:
         """Return the fields as plain JSON values."""

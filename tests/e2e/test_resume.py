@@ -278,19 +278,19 @@ def test_what_was_said_can_be_listed_shown_and_exported(
 def test_what_is_typed_is_read_before_enter(spawn: Spawn) -> None:
     """A machine may be too busy for it in one pause, and not in all of them."""
     child = spawn(*SHORT)
-    reused = 0
+    ahead = 0
     for attempt in range(5):
         typed = f"message {attempt} " + "of some words " * 20
         child.send(typed)
         with pytest.raises(pexpect.TIMEOUT):  # a user who thinks, as long as nothing is drawn
             child.expect("(?s).{1000}", timeout=1.5)
         child.send("\r")
-        child.expect(r"new · (?:([\d,]+) reused)?")
-        reused = int((child.match[1] or "0").replace(",", ""))
+        child.expect(r"new · (?:([\d,]+) read ahead)?")
+        ahead = int((child.match[1] or "0").replace(",", ""))
         child.expect_exact(PROMPT)
         child.send("/rewind 0\r")
         child.expect_exact(PROMPT)
-        if reused >= len(typed) - 2:
+        if ahead >= len(typed) - 2:
             break
-    assert reused >= len(typed) - 2  # a byte is a token, and what ends it is said without spaces
+    assert ahead >= len(typed) - 2  # a byte is a token, and what ends it is said without spaces
     leave(child)

@@ -341,8 +341,8 @@ class SessionMachine(RuleBasedStateMachine):
         usage = reply.usage
         assert usage.prompt_tokens == len(prompt) == usage.reused_tokens + usage.computed_tokens
         lost = self.model.engine.cache.evicted_blocks - lost
-        assert fails or lost or usage.computed_tokens == max(1, len(prompt) - known)
-        self._never_twice(prompt, usage.reused_tokens, fails)
+        assert fails or lost or usage.awaited_tokens == max(1, len(prompt) - known)
+        self._never_twice(prompt, len(prompt) - usage.awaited_tokens, fails)
         self._said(prompt, ids)
         self._at(session, Said(user, "assistant", reply.text, ids))
 

@@ -100,6 +100,7 @@ def test_usage_is_plain_json_values() -> None:
         "reused_tokens": 2,
         "restored_tokens": 0,
         "computed_tokens": 1,
+        "read_ahead_tokens": 0,
         "generated_tokens": 4,
         "ttft_s": 0.5,
         "prefill_tps": 2.0,

@@ -53,6 +53,13 @@ ProofKvDiskOption = Annotated[
         help="Most disk for KV; 0: none is written or read, so that nothing but computing counts.",
     ),
 ]
+OfflineOption = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        help="Fetch nothing: a model that is not here is an error. RECOLLECT_OFFLINE=1 says so too.",
+    ),
+]
 
 MaxTokensOption = Annotated[
     int | None,
@@ -134,7 +141,12 @@ IgnoreEosOption = Annotated[
 
 
 def open_model(
-    name: str, *, profile: Profile, kv_memory: str | None = None, kv_disk: str | None = None
+    name: str,
+    *,
+    profile: Profile,
+    kv_memory: str | None = None,
+    kv_disk: str | None = None,
+    offline: bool = False,
 ) -> "Model":
     """
     Return the model, fetched, converted and loaded, with a progress bar on a terminal's stderr.
@@ -142,6 +154,7 @@ def open_model(
     Args:
         kv_memory: As it was typed, such as "2GB"; None: the library's default.
         kv_disk: Likewise; "0": none.
+        offline: Whether nothing may be fetched; otherwise `RECOLLECT_OFFLINE` says whether.
 
     Raises:
         ModelError: It cannot be had or read.
@@ -163,4 +176,5 @@ def open_model(
             kv_disk=None if kv_disk is None else config.parse_disk_size(kv_disk),
             cipher=cipher,
             progress=progress,
+            offline=offline or None,
         )

@@ -11,6 +11,7 @@ import typer
 from recollect.cli.options import (
     KvMemoryOption,
     ModelOption,
+    OfflineOption,
     ProfileOption,
     ProofKvDiskOption,
     open_model,
@@ -25,9 +26,12 @@ def rewind_test(
     profile: ProfileOption = "exact",
     kv_memory: KvMemoryOption = None,
     kv_disk: ProofKvDiskOption = "0",
+    offline: OfflineOption = False,
 ) -> None:
     """Ask three questions, rewind to after the first answer, and ask the second one again."""
-    with open_model(model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk) as loaded:
+    with open_model(
+        model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk, offline=offline
+    ) as loaded:
         from recollect.proof.rewind_test import run_rewind_test  # noqa: PLC0415
 
         result = run_rewind_test(loaded)

@@ -14,6 +14,7 @@ from rich.markup import escape
 from recollect.cli.options import (
     KvMemoryOption,
     ModelOption,
+    OfflineOption,
     ProfileOption,
     ProofKvDiskOption,
     open_model,
@@ -29,6 +30,7 @@ def scenarios(
     profile: ProfileOption = "fast",
     kv_memory: KvMemoryOption = None,
     kv_disk: ProofKvDiskOption = "0",
+    offline: OfflineOption = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything there, too.")
     ] = None,
@@ -39,7 +41,9 @@ def scenarios(
     if json_file is not None:
         require_writable(json_file)
     console = Console(highlight=False)
-    with open_model(model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk) as loaded:
+    with open_model(
+        model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk, offline=offline
+    ) as loaded:
         from recollect.proof.machine import machine_card  # noqa: PLC0415
         from recollect.proof.scenarios import load_scenarios, play_all  # noqa: PLC0415
 

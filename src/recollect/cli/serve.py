@@ -53,6 +53,7 @@ def serve(
     profile: options.ProfileOption = DEFAULT_PROFILE,
     kv_memory: options.KvMemoryOption = None,
     kv_disk: options.KvDiskOption = None,
+    offline: options.OfflineOption = False,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -168,7 +169,7 @@ def serve(
     )
     hub = ModelHub(
         lambda name: options.open_model(
-            references[name], profile=profile, kv_memory=kv_memory, kv_disk=kv_disk
+            references[name], profile=profile, kv_memory=kv_memory, kv_disk=kv_disk, offline=offline
         ),
         names,
         aliases=settings.aliases,

@@ -48,7 +48,7 @@ class Totals:
         self.replies += 1
         self.reused_tokens += usage.reused_tokens
         self.generated_tokens += usage.generated_tokens
-        if usage.prefill_tps is not None and usage.computed_tokens >= LONG_PROMPT_TOKENS:
+        if usage.prefill_tps is not None and usage.awaited_tokens >= LONG_PROMPT_TOKENS:
             self.best_prefill_tps = max(self.best_prefill_tps or 0.0, usage.prefill_tps)
 
     @property
@@ -259,7 +259,9 @@ class Chat:
 def usage_line(reply: Reply) -> str:
     """Return what a reply cost, as the line under it."""
     usage = reply.usage
-    parts = [_NOTES[reply.finish_reason], f"{usage.computed_tokens:,} new"]
+    parts = [_NOTES[reply.finish_reason], f"{usage.awaited_tokens:,} new"]
+    if usage.read_ahead_tokens:
+        parts.append(f"{usage.read_ahead_tokens:,} read ahead")
     if usage.reused_tokens:
         parts.append(f"{usage.reused_tokens:,} reused ({_whence(usage)})")
     parts.append(f"first token {format_duration(usage.ttft_s)}")

@@ -34,6 +34,7 @@ def load(
     home: Path | None = None,
     cipher: Cipher | None = None,
     progress: Progress = no_progress,
+    offline: bool | None = None,
 ) -> Model:
     """
     Return a model that is ready to talk, after fetching and converting it where that is needed.
@@ -51,6 +52,8 @@ def load(
         home: Where models are kept; None: `RECOLLECT_HOME` or the user's data folder.
         cipher: Of an encrypted home; None: that of its keyring, or of `RECOLLECT_PASSPHRASE`.
         progress: Called while fetching and converting.
+        offline: Whether a model that is not here is refused and not fetched; None: as
+            `RECOLLECT_OFFLINE` says, which is no where it is not set.
 
     Raises:
         ModelError: It cannot be had or read; the subclass says which.
@@ -59,12 +62,12 @@ def load(
         StoreError: KV cannot be kept on disk.
     """
     config.parse_profile(profile)
-    home = home or config.home()
+    home = config.home() if home is None else config.require_folder(home)
     if cipher is None:
         cipher = keyfile.unlock(home)
     else:
         keyfile.require(home, cipher)
-    local = prepare(str(model), home=home, progress=progress)
+    local = prepare(str(model), home=home, progress=progress, offline=offline)
     runtime = _runtime(local, profile)
     store = store or _store(home, kv_disk, cipher, runtime)
     try:

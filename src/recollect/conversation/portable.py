@@ -74,11 +74,15 @@ class CarriedBlock:
 
 def require_new(path: Path) -> None:
     """
-    Check that there is nothing of that name.
+    Check, before minutes of work, that there is nothing of that name, and a folder for it.
 
     Raises:
-        ConversationFileError: There is.
+        ConversationFileError: There is, or there is no such folder.
     """
+    if not path.parent.is_dir():
+        raise ConversationFileError(
+            f"{path} cannot be written: there is no folder {path.parent}; create it first."
+        )
     if path.exists():
         raise ConversationFileError(
             f"{path} exists already: choose another name, or remove it first."

@@ -25,7 +25,8 @@ from recollect.conversation.turn import Turn
 from recollect.conversation.window import Overflow
 from recollect.engine.generator import Generator
 from recollect.engine.pinning import pin_on_disk
-from recollect.engine.reply import ReplyGeneration
+from recollect.engine.reply import ReadAhead, ReplyGeneration
+from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (
     ContextFullError,
@@ -179,7 +180,8 @@ class Session(Place):
         """
         Compute the KV of a message that is still being typed; return how many tokens that took.
 
-        Nothing is said: if the text changes, only what changed is computed again.
+        Nothing is said: if the text changes, only what changed is computed again. The next turn
+        tells what of it was used as `Usage.read_ahead_tokens`.
 
         Raises:
             As `stream` does; the conversation is as it was.
@@ -191,7 +193,10 @@ class Session(Place):
                     self._model.engine.compute([sequence])
             finally:
                 sequence.release()
-            return sequence.fed_tokens
+            fed, end = sequence.fed_tokens, len(sequence)
+            if fed:
+                self._idle.note(ReadAhead(sequence, [FeedPlan(max(0, end - fed), end)]))
+            return fed
 
     def prewarm_later(self, text: str = "") -> None:
         """Do what `prewarm` does at once, when the engine is idle; using the session ends it."""
@@ -352,7 +357,9 @@ class Session(Place):
             self._change if at is self._tip else None,
             self.conversation.tools_change(at, tools),
         )
-        generation = ReplyGeneration(engine, generator, self._model.tokenizer)
+        generation = ReplyGeneration(
+            engine, generator, self._model.tokenizer, ahead=self._idle.ahead
+        )
         turn = Turn(at, text, generation, expected, tools, dropped, bare_names)
         asked = self.conversation.ask(at, text, tip=self.name if at is self._tip else None)
         try:
@@ -394,6 +401,7 @@ class Session(Place):
         self.conversation.note_tools(node, turn.tools)
         if goes_there:
             self._tip, self._change = node, None
+        self._idle.forget()
         self._start_idle_work()
         return turn.reply(usage, node)
 

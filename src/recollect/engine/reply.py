@@ -6,13 +6,16 @@ Knows a generator and a tokenizer; not what a conversation is.
 
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from queue import SimpleQueue
 
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator, Likelihood
 from recollect.engine.logprobs import AlignedLogprobs
+from recollect.engine.sequence import FeedPlan
+from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.engine.stopping import StopMatcher
 from recollect.engine.task import Task
 from recollect.models.tokenizer import Detokenizer, Tokenizer
@@ -20,6 +23,16 @@ from recollect.types import FinishReason, TokenLogprob, Usage, tokens_per_second
 
 _Generated = tuple[int, Likelihood | None]
 """A token, and how likely it was where somebody asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAhead:
+    """What was computed of a prompt before it was asked for; both may still grow."""
+
+    sequence: TokenSequence
+    """What the prompt looked like then; it may be released."""
+    fed: Sequence[FeedPlan]
+    """What of it forward passes were fed with."""
 
 
 class ReplyGeneration:
@@ -31,8 +44,16 @@ class ReplyGeneration:
     generator's history then ends with exactly the tokens of the text that was given out.
     """
 
-    def __init__(self, engine: Engine, generator: Generator, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        *,
+        ahead: Sequence[ReadAhead] = (),
+    ) -> None:
         self._engine = engine
+        self._ahead = tuple(ahead)
         self._generator = generator
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
@@ -168,25 +189,38 @@ class ReplyGeneration:
         """
         Return what the reply has cost.
 
-        Reused are the tokens of the prompt that no forward pass was planned to feed; computed are
-        all that one was fed with, so a token fed twice would show.
+        Reused are the tokens of the prompt that no forward pass was planned to feed for this turn;
+        computed are all that one was fed with, so a token fed twice would show.
         """
         fed = [plan for plan in self._task.fed if plan.start < self._start]
         positions = {n for plan in fed for n in range(plan.start, min(plan.end, self._start))}
         computed = sum(min(plan.end, self._start) - plan.start for plan in fed)
+        read_ahead = len(self._positions_read_ahead() - positions)
+        reused = self._start - len(positions) - read_ahead
         first = self._first_token_s
         ttft_s = (self._last_token_s if first is None else first) - self._begun_s
         decode_s = 0.0 if first is None else self._last_token_s - first
         return Usage(
             prompt_tokens=self._start,
-            reused_tokens=self._start - len(positions),
-            restored_tokens=min(self._task.restored_tokens, self._start - len(positions)),
-            computed_tokens=computed,
+            reused_tokens=reused,
+            restored_tokens=min(self._task.restored_tokens, reused),
+            computed_tokens=computed + read_ahead,
+            read_ahead_tokens=read_ahead,
             generated_tokens=self._generated,
             ttft_s=ttft_s,
             prefill_tps=tokens_per_second(computed, ttft_s),
             decode_tps=tokens_per_second(self._generated - 1, decode_s),
         )
+
+    def _positions_read_ahead(self) -> set[int]:
+        """Return which tokens of the prompt were fed before it was asked for."""
+        positions = set[int]()
+        for ahead in self._ahead:
+            if ahead.fed:
+                same = min(self._start, ahead.sequence.common_length(self._sequence))
+                for plan in ahead.fed:
+                    positions.update(range(plan.start, min(plan.end, same)))
+        return positions
 
     def _on_logits(self) -> bool:
         """Generate one token, on the engine's thread; return whether to go on."""

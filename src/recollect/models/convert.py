@@ -29,9 +29,9 @@ _CONVERTER: Final = "openvino-genai"
 _PUBLISH_ATTEMPTS: Final = 5
 _KILLED: Final = -9  # minus SIGKILL, a name that Windows lacks
 # In a process of its own: a damaged file can crash the converter, and its memory (four times the
-# file's size at worst) is given back.
+# file's size at worst) is given back. recollect comes first, because it switches telemetry off.
 _PROGRAM: Final = (
-    "import sys, openvino_genai as genai; "
+    "import sys, recollect, openvino_genai as genai; "
     "genai.LLMPipeline(sys.argv[1], 'CPU', enable_save_ov_model=True)"
 )
 _INT8: Final = "recollect.models.int8_weights"

@@ -44,13 +44,7 @@ def convert_to_onnx(
         ConfigError: There is something at *folder* already, or it cannot be written there.
         UnsupportedModelError: A library is missing, or the model cannot be converted.
     """
-    missing = [name for name in _LIBRARIES if find_spec(name) is None]
-    if missing:
-        raise UnsupportedModelError(
-            f'Converting needs {", ".join(missing)}: pip install "recollect-llm[convert,genai]".'
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is there already: name a folder that is not, or remove it.")
+    require_convertible(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
@@ -64,6 +58,26 @@ def convert_to_onnx(
             "for five times the model."
         ) from cause
     progress("writing ONNX", 2, 2)
+
+
+def require_convertible(folder: Path) -> None:
+    """
+    Check, before anything is fetched, that a folder can be made of a model.
+
+    Raises:
+        ConfigError: There is something at *folder* already, or something above it is no folder.
+        UnsupportedModelError: A library is missing.
+    """
+    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise UnsupportedModelError(
+            f'Converting needs {", ".join(missing)}: pip install "recollect-llm[convert,genai]".'
+        )
+    above = next(way for way in folder.absolute().parents if way.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{folder} cannot be made, because {above} is no folder: name another.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there already: name a folder that is not, or remove it.")
 
 
 def _convert(source: Path, scratch: Path, precision: Precision, progress: Progress) -> Path:

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, assert_never
 
+from recollect import config
 from recollect.errors import ConfigError, UnsupportedModelError
 from recollect.models.catalog import CATALOG, CatalogEntry, HubFile
 from recollect.models.convert import Conversion, convert, find_converted
-from recollect.models.fetch import fetch_entry
+from recollect.models.fetch import fetch_entry, fetch_hub_file, require_online
 from recollect.models.fingerprint import cached_sha256, combine, sha256_file
 from recollect.models.folder import from_manifest, open_folder
-from recollect.models.hub import download_from_hub
 from recollect.models.local import LocalModel
 from recollect.models.manifest import Manifest
 from recollect.models.onnx_folder import is_onnx_folder, open_onnx_folder
@@ -36,6 +36,7 @@ def prepare(
     home: Path,
     progress: Progress = no_progress,
     catalog: Mapping[str, CatalogEntry] = CATALOG,
+    offline: bool | None = None,
 ) -> LocalModel:
     """
     Return the model that *reference* names, downloading and converting it the first time.
@@ -46,15 +47,18 @@ def prepare(
             without weights.
         home: Where models are kept.
         catalog: The models that go by a name.
+        offline: Whether what is not here is refused and not fetched; None: as RECOLLECT_OFFLINE says.
 
     Raises:
         UnknownModelError: Nothing goes by it.
+        OfflineError: It is not here, and may not be fetched.
         FetchError: It cannot be downloaded, or something else came (`ChecksumError`).
         UnsupportedModelError: It cannot be read, or OpenVINO cannot run it.
         ConfigError: The data folder cannot be written to.
     """
+    offline = config.is_offline() if offline is None else offline
     try:
-        return _prepare(resolve(reference, catalog=catalog), home, progress)
+        return _prepare(resolve(reference, catalog=catalog), home, progress, offline=offline)
     except OSError as cause:
         raise ConfigError(
             f"{reference} could not be made ready ({cause.strerror or cause}): see that "
@@ -62,44 +66,54 @@ def prepare(
         ) from cause
 
 
-def _prepare(source: Source, home: Path, progress: Progress) -> LocalModel:
+def _prepare(source: Source, home: Path, progress: Progress, *, offline: bool) -> LocalModel:
     match source:
         case ReferenceModel():
             return reference_model()
         case CatalogEntry():
-            return _prepare_entry(source, home, progress)
+            return _prepare_entry(source, home, progress, offline=offline)
         case GgufSource():
             return _prepare_gguf(source, home, progress)
         case FolderSource():
             opened = open_onnx_folder if is_onnx_folder(source.path) else open_folder
             return opened(source.path, name=str(source.path), home=home, progress=progress)
         case HubFile():
-            return _prepare_hub_file(source, home, progress)
+            return _prepare_hub_file(source, home, progress, offline=offline)
         case _:
             assert_never(source)
 
 
 @contextmanager
-def original_of(reference: str, *, home: Path, progress: Progress = no_progress) -> Iterator[Path]:
+def original_of(
+    reference: str,
+    *,
+    home: Path,
+    progress: Progress = no_progress,
+    offline: bool | None = None,
+) -> Iterator[Path]:
     """
     Yield the GGUF file or the folder that *reference* names, downloaded if it must be, not converted.
 
     Raises:
         UnknownModelError: Nothing goes by it.
+        OfflineError: It is not here, and may not be fetched; *offline* is as in `prepare`.
         FetchError: It cannot be downloaded.
         UnsupportedModelError: It has no original: the model without weights.
     """
+    offline = config.is_offline() if offline is None else offline
     match resolve(reference):
         case ReferenceModel():
             raise UnsupportedModelError(
                 "The reference model has no weights to convert: name another."
             )
         case CatalogEntry() as entry:
-            yield (gguf := fetch_entry(entry, home=home, progress=progress))
+            gguf = fetch_entry(entry, home=home, progress=progress, offline=offline)
+            yield gguf
             gguf.unlink(missing_ok=True)  # as after every conversion; it can be had again
         case HubFile() as file:
+            require_online(str(file), offline=offline)
             with scratch_folder(home) as scratch:
-                yield download_from_hub(file, scratch, progress)
+                yield fetch_hub_file(file, scratch, progress)
         case GgufSource(path) | FolderSource(path):
             yield path
 
@@ -109,16 +123,20 @@ def models_folder(home: Path) -> Path:
     return home / "models"
 
 
-def _prepare_entry(entry: CatalogEntry, home: Path, progress: Progress) -> LocalModel:
+def _prepare_entry(
+    entry: CatalogEntry, home: Path, progress: Progress, *, offline: bool
+) -> LocalModel:
     folder = models_folder(home) / entry.name
     manifest = find_converted(folder, entry.sha256)
     if manifest is None:
-        manifest = _install(entry, folder, home, progress)
+        gguf = fetch_entry(entry, home=home, progress=progress, offline=offline)
+        manifest = _install(entry, gguf, folder, home, progress)
     return from_manifest(manifest, folder, entry.name)
 
 
-def _install(entry: CatalogEntry, folder: Path, home: Path, progress: Progress) -> Manifest:
-    gguf = fetch_entry(entry, home=home, progress=progress)
+def _install(
+    entry: CatalogEntry, gguf: Path, folder: Path, home: Path, progress: Progress
+) -> Manifest:
     job = Conversion(entry.name, gguf, entry.sha256)
     try:
         manifest = convert(job, folder, home=home, progress=progress)
@@ -143,14 +161,17 @@ def _prepare_gguf(source: GgufSource, home: Path, progress: Progress) -> LocalMo
     return from_manifest(manifest, folder, str(source.path))
 
 
-def _prepare_hub_file(file: HubFile, home: Path, progress: Progress) -> LocalModel:
+def _prepare_hub_file(
+    file: HubFile, home: Path, progress: Progress, *, offline: bool
+) -> LocalModel:
     # A name loses some characters, so two files could get the same one; the digest sees them all.
     digest = combine([file.repository, file.filename])
     folder = models_folder(home) / f"{_as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
     manifest = find_converted(folder, None)
     if manifest is None:
+        require_online(str(file), offline=offline)
         with scratch_folder(home) as scratch:
-            gguf = download_from_hub(file, scratch, progress)
+            gguf = fetch_hub_file(file, scratch, progress)
             job = Conversion(str(file), gguf, sha256_file(gguf, progress=progress))
             manifest = convert(job, folder, home=home, progress=progress)
     return from_manifest(manifest, folder, str(file))
