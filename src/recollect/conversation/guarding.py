@@ -10,7 +10,6 @@ changes their case, could still make a token of it. Pure: knows no ids.
 
 import itertools
 import json
-import re
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,16 +17,18 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, cast
 
+from recollect.errors import TemplateError
 from recollect.models.control_tokens import ControlTokens
 from recollect.types import Message
 
 ToolSchemas = Sequence[Mapping[str, Any]]
 Render = Callable[[list[Message], ToolSchemas], str]
 
-_MARK: Final = "\ufdd0"
+_MARKS: Final = (range(0xFDD0, 0xFDF0), range(0xF0000, 0x10FFFE))
 """
-A noncharacter: no text has a use for it, and nothing strips, splits, escapes or changes its case.
-Source: The Unicode Standard, section 23.7.
+Characters of which one marks: noncharacters, for which no text has a use, then those of private use.
+Nothing strips, splits, escapes them or changes their case. Source: The Unicode Standard, sections 23.5
+and 23.7.
 """
 
 _SCHEMA_WORDS: Final = frozenset(
@@ -100,7 +101,7 @@ class Guard:
             suspicious += _strings(tools)
         self.is_needed: Final = any(map(self._cuts, suspicious))
         """Whether anything that is said could make a control token."""
-        self._mark = _new_mark([*said, *_strings(tools)]) if self.is_needed else _MARK
+        self._mark = _new_mark([*said, *_strings(tools)]) if self.is_needed else ""
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
         """Return messages with marks in them."""
@@ -177,10 +178,20 @@ def _written(text: Shown, control: ControlTokens) -> list[str]:
     return found
 
 
-def _new_mark(strings: Sequence[str]) -> str:
-    """Return a mark that is longer than any run of its character in what is said."""
-    runs = (len(run) for string in strings for run in re.findall(f"{_MARK}+", string))
-    return _MARK * (1 + max(runs, default=0))
+def _new_mark(strings: Iterable[str]) -> str:
+    """
+    Return a character that is in none of the texts, so that no two of them can make it together.
+
+    Raises:
+        TemplateError: They have every one that could be taken.
+    """
+    used = set().union(*strings)
+    for place in itertools.chain(*_MARKS):
+        if chr(place) not in used:
+            return chr(place)
+    raise TemplateError(
+        "The messages hold every character of private use, which no text needs: take some out."
+    )
 
 
 def _json(tools: ToolSchemas) -> str:
