@@ -64,6 +64,7 @@ def chat(
     profile: options.ProfileOption = DEFAULT_PROFILE,
     kv_memory: options.KvMemoryOption = None,
     kv_disk: options.KvDiskOption = None,
+    allow_native_code: options.AllowNativeCodeOption = None,
     prompts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Say the lines of a file, blank ones skipped."),
@@ -177,7 +178,13 @@ def chat(
         overflow="drop_oldest" if overflow == "drop-oldest" else "error",
     )
     unlock_home(encrypt=encrypt)
-    open_model = partial(options.open_model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk)
+    open_model = partial(
+        options.open_model,
+        profile=profile,
+        kv_memory=kv_memory,
+        kv_disk=kv_disk,
+        allow_native_code=allow_native_code,
+    )
     _talk(opening, params, model, open_model, prompts, by_hand=by_hand, as_json=as_json)
 
 

@@ -54,6 +54,7 @@ def serve(
     profile: options.ProfileOption = DEFAULT_PROFILE,
     kv_memory: options.KvMemoryOption = None,
     kv_disk: options.KvDiskOption = None,
+    allow_native_code: options.AllowNativeCodeOption = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -160,7 +161,11 @@ def serve(
     weights = {one.name: one.disk_bytes for one in statuses}
     hub = ModelHub(
         lambda name: options.open_model(
-            references[name], profile=profile, kv_memory=kv_memory, kv_disk=kv_disk
+            references[name],
+            profile=profile,
+            kv_memory=kv_memory,
+            kv_disk=kv_disk,
+            allow_native_code=allow_native_code,
         ),
         names,
         aliases=settings.aliases,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recollect.cli.options import (
+    AllowNativeCodeOption,
     KvMemoryOption,
     ModelOption,
     ProfileOption,
@@ -35,13 +36,20 @@ def verify(
     ] = None,
     kv_memory: KvMemoryOption = None,
     kv_disk: ProofKvDiskOption = "0",
+    allow_native_code: AllowNativeCodeOption = None,
 ) -> None:
     """
     Hold random conversations, and compare each state with a fresh prefill of the same tokens.
 
     With --kv-disk they are also forgotten in memory and read back from disk.
     """
-    with open_model(model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk) as loaded:
+    with open_model(
+        model,
+        profile=profile,
+        kv_memory=kv_memory,
+        kv_disk=kv_disk,
+        allow_native_code=allow_native_code,
+    ) as loaded:
         from recollect.proof import verify as proof  # noqa: PLC0415
 
         with progress_bar("Verifying") as progress:

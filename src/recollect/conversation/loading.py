@@ -31,6 +31,7 @@ def load(
     store: DiskStore | None = None,
     home: Path | None = None,
     cipher: Cipher | None = None,
+    allow_native_code: str | None = None,
     progress: Progress = no_progress,
 ) -> Model:
     """
@@ -48,6 +49,9 @@ def load(
         store: Where KV is kept on disk instead, open; closed with the model.
         home: Where models are kept; None: `RECOLLECT_HOME` or the user's data folder.
         cipher: Of an encrypted home; None: that of its keyring, or of `RECOLLECT_PASSPHRASE`.
+        allow_native_code: The one native library that an ONNX GenAI folder may load, which then can
+            do anything that you can: the name of a file in the folder, or a path to one that
+            belongs to the vendor's software. None: such folders are refused.
         progress: Called while fetching and converting.
 
     Raises:
@@ -62,7 +66,7 @@ def load(
         cipher = keyfile.unlock(home)
     else:
         keyfile.require(home, cipher)
-    local = prepare(str(model), home=home, progress=progress)
+    local = prepare(str(model), home=home, allow_native_code=allow_native_code, progress=progress)
     runtime = _runtime(local, profile)
     store = store or _store(home, kv_disk, cipher, runtime)
     try:
@@ -110,7 +114,13 @@ def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:
     if local.format == "onnx-genai":
         from recollect.runtime.genai import GenAiRuntime  # noqa: PLC0415 - as below
 
-        return GenAiRuntime(local.folder, context_length=local.context_length)
+        assert local.onnx_config is not None, "it was read with the folder"
+        return GenAiRuntime(
+            local.folder,
+            local.onnx_config,
+            context_length=local.context_length,
+            native_library=local.native_library,
+        )
     # Here and not above: it takes half a second, which `recollect --help` need not wait for.
     from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415
 

@@ -15,7 +15,8 @@ from typing import Final, Literal
 
 from recollect.errors import ConfigError, UnsupportedModelError
 from recollect.models.gguf_file import read_header
-from recollect.models.onnx_folder import CONFIG_NAME, is_onnx_folder
+from recollect.models.onnx_config import CONFIG_NAME
+from recollect.models.onnx_folder import is_onnx_folder
 from recollect.types import Progress, no_progress
 
 Precision = Literal["int8", "fp32"]

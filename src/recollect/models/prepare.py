@@ -34,6 +34,7 @@ def prepare(
     reference: str,
     *,
     home: Path,
+    allow_native_code: str | None = None,
     progress: Progress = no_progress,
     catalog: Mapping[str, CatalogEntry] = CATALOG,
 ) -> LocalModel:
@@ -45,6 +46,7 @@ def prepare(
             GenAI folder, `org/repo:file.gguf` on the model hub, or "reference" for the model
             without weights.
         home: Where models are kept.
+        allow_native_code: As `onnx_config.check` takes it.
         catalog: The models that go by a name.
 
     Raises:
@@ -54,7 +56,7 @@ def prepare(
         ConfigError: The data folder cannot be written to.
     """
     try:
-        return _prepare(resolve(reference, catalog=catalog), home, progress)
+        return _prepare(resolve(reference, catalog=catalog), home, allow_native_code, progress)
     except OSError as cause:
         raise ConfigError(
             f"{reference} could not be made ready ({cause.strerror or cause}): see that "
@@ -62,7 +64,9 @@ def prepare(
         ) from cause
 
 
-def _prepare(source: Source, home: Path, progress: Progress) -> LocalModel:
+def _prepare(
+    source: Source, home: Path, allow_native_code: str | None, progress: Progress
+) -> LocalModel:
     match source:
         case ReferenceModel():
             return reference_model()
@@ -71,8 +75,16 @@ def _prepare(source: Source, home: Path, progress: Progress) -> LocalModel:
         case GgufSource():
             return _prepare_gguf(source, home, progress)
         case FolderSource():
-            opened = open_onnx_folder if is_onnx_folder(source.path) else open_folder
-            return opened(source.path, name=str(source.path), home=home, progress=progress)
+            name = str(source.path)
+            if is_onnx_folder(source.path):
+                return open_onnx_folder(
+                    source.path,
+                    name=name,
+                    home=home,
+                    allow_native_code=allow_native_code,
+                    progress=progress,
+                )
+            return open_folder(source.path, name=name, home=home, progress=progress)
         case HubFile():
             return _prepare_hub_file(source, home, progress)
         case _:

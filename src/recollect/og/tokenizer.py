@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from recollect.models.hf_files import as_ids, read_json
 from recollect.models.local import LocalModel
-from recollect.models.onnx_folder import CONFIG_NAME
+from recollect.models.onnx_config import CONFIG_NAME
 from recollect.models.template import ChatTemplate
 from recollect.models.tokenizer import Detokenizer
 from recollect.og.errors import as_runtime_error
