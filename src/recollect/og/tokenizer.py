@@ -102,6 +102,7 @@ class Tokenizer:
                 template_str or self._local.chat_template,
                 bos_token=self._local.bos_token,
                 eos_token=self._local.eos_token,
+                is_own=template_str is None and self._local.folder is None,
             )
             return template.render(
                 _parsed("messages", messages),
