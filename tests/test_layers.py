@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"types", "errors"},
     "cipher": {"types", "errors", "config"},
-    "keyfile": {"types", "errors", "config", "cipher"},
+    "keyfile": {"types", "errors", "config", "cipher", "files"},
     "files": set(),
     "_version": set(),
     "kv": BASE,

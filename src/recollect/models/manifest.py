@@ -9,8 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
+from recollect import files
+
 MANIFEST_NAME: Final = "recollect.json"
 FORMAT_VERSION: Final = 2
+_MOST_BYTES: Final = 4 * files.MIB
+"""A hundred times what is written; the chat template is most of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +47,9 @@ class Manifest:
     def read(cls, folder: Path) -> Self | None:
         """Return the note in *folder*, or None where there is none that can be understood."""
         try:
-            fields: Any = json.loads((folder / MANIFEST_NAME).read_text("utf-8"))
-        except (OSError, ValueError):
+            path = files.inside(folder, MANIFEST_NAME)
+            fields: Any = json.loads(files.read_text(path, most_bytes=_MOST_BYTES))
+        except (OSError, ValueError, RecursionError):
             return None
         if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
             return None
