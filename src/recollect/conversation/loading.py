@@ -7,7 +7,7 @@ Decides which runtime runs it and where its KV is kept; knows nothing of convers
 import logging
 from pathlib import Path
 
-from recollect import config, keyfile
+from recollect import config, files, keyfile
 from recollect.cipher import KV_PURPOSE, Cipher
 from recollect.conversation.model import Model
 from recollect.kv.disk import STORE_FOLDER, DiskStore
@@ -66,6 +66,7 @@ def load(
         cipher = keyfile.unlock(home)
     else:
         keyfile.require(home, cipher)
+    _warn_of_writers(home)
     local = prepare(str(model), home=home, allow_native_code=allow_native_code, progress=progress)
     runtime = _runtime(local, profile)
     store = store or _store(home, kv_disk, cipher, runtime)
@@ -83,6 +84,18 @@ def load(
         if store is not None:
             store.close()
         raise
+
+
+def _warn_of_writers(home: Path) -> None:
+    """Say in one line who else may change the data folder, if anybody may."""
+    who = files.others_may_write(home) if home.exists() else None
+    if who is not None:
+        _log.warning(
+            "The data folder %s can be changed by others (%s): they can change models and what was "
+            "said; `chmod 700` it, or set RECOLLECT_HOME to a folder of yours.",
+            home,
+            who,
+        )
 
 
 def _store(

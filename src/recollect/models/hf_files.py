@@ -92,17 +92,23 @@ def special_token(tokenizer_config: Mapping[str, Any], name: str) -> str | None:
 
 
 _MOST_IDS_TEXT: Final = 4096  # some hundred ids; models have up to ten ends
-_MOST_DIGITS: Final = 10  # of an id, which has 31 bits
+_MOST_DIGITS: Final = 10  # of an id
+MOST_ID: Final = 2**31 - 1
+"""Token ids are kept as int32."""
 
 
 def as_ids(value: object) -> list[int]:
     """Return the ids in a number, a list, or the text of either, as runtime info has it."""
     if isinstance(value, str):
         parts = value[:_MOST_IDS_TEXT].replace(",", " ").split()
-        value = [int(part) for part in parts if part.isdecimal() and len(part) <= _MOST_DIGITS]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [value]
-    return [item for item in value if isinstance(item, int)] if isinstance(value, list) else []
+        value = [int(part) for part in parts if is_id(part)]
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if type(item) is int and 0 <= item <= MOST_ID]
+
+
+def is_id(text: str) -> bool:
+    """Return whether a text is a token id in digits."""
+    return text.isdecimal() and len(text) <= _MOST_DIGITS and int(text) <= MOST_ID
 
 
 def _default_template(found: object) -> str | None:

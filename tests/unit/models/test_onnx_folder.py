@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -162,3 +164,39 @@ def test_a_folder_that_others_may_write_to_is_remarked_on_once(
         "can be changed by others (everybody on this machine may write to it)" in message
         for message in caplog.messages
     ] == [True]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[" * 100_000,
+        b'{"model": {"type": "BPE", "vocab": {"a": 4000000000}, "merges": []}}',
+        b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+        b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}',
+        b"\xff\xfe",
+    ],
+)
+def test_a_tokenizer_that_makes_no_sense_is_refused(
+    folder: Path, opened: Callable[[Path], LocalModel], content: bytes
+) -> None:
+    model = opened(folder)
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json cannot be"):
+        load_tokenizer(model)
+
+
+def test_damage_in_a_tokenizer_is_read_or_refused(
+    folder: Path, opened: Callable[[Path], LocalModel]
+) -> None:
+    """Numbers, brackets and names are exchanged for others."""
+    model = opened(folder)
+    original = (folder / "tokenizer.json").read_bytes()
+    random = Random(0)  # noqa: S311 - the same damage every time
+    for _ in range(150):
+        content = bytearray(original)
+        for _ in range(random.randint(1, 3)):
+            content[random.randrange(len(content))] = random.choice(b'0919{}[]",:-eE\\\x00\xff')
+        (folder / "tokenizer.json").write_bytes(content)
+        with suppress(UnsupportedModelError):
+            load_tokenizer(model).encode("the harbour and the bay")
