@@ -12,25 +12,25 @@ from typing import Any, Final
 
 from recollect.errors import TemplateError
 from recollect.models import template_engine
-from recollect.models.template_engine import COMPILED, FAILURES, REFUSED, TEXT, UNKNOWN, words
-from recollect.models.template_process import PROCESS, TemplateProcess
+from recollect.models.template_engine import COMPILED, FAILURES, REFUSED, TEXT, words
+from recollect.models.template_process import PROCESSES, TemplateProcesses
 from recollect.models.tool_text import CALL_START, spelled_out
 from recollect.types import Message
 
 MOST_SOURCE: Final = 1 << 20
-"""Characters of a template. The longest of 25 real ones has 16,738."""
+"""Characters of a template. The longest of 70 real ones has 17,000."""
 
 
 class ChatTemplate:
     """
-    A chat template, compiled once. Any thread may render it; its process renders one at a time.
+    A chat template, compiled once. Any thread may render it.
 
     A template that prints today's date gets the date on which this object was made, for as long
     as it lives: were it to change at midnight, every conversation would begin anew.
 
     Args:
         is_own: Whether it is part of recollect: such a one is rendered in this process.
-        process: Renders the others.
+        processes: Render the others.
 
     Raises:
         TemplateError: There is no template, it is not valid Jinja, or it takes too much to read.
@@ -44,7 +44,7 @@ class ChatTemplate:
         eos_token: str | None = None,
         now: datetime | None = None,
         is_own: bool = False,
-        process: TemplateProcess = PROCESS,
+        processes: TemplateProcesses = PROCESSES,
     ) -> None:
         if not source:
             raise TemplateError(
@@ -61,7 +61,7 @@ class ChatTemplate:
         # What the model lacks stays undefined and prints as nothing; None would print "None".
         self._tokens = {name: token for name, token in tokens.items() if token is not None}
         self._now = now or datetime.now().astimezone()
-        self._process = process
+        self._processes = processes
         # A date is part of what is compiled, so templates of two days are two.
         named = f"{self._now.isoformat()}\0{source}".encode("utf-8", "surrogatepass")
         self._name = hashlib.sha256(named).hexdigest()
@@ -108,7 +108,8 @@ class ChatTemplate:
         try:
             if self._own is not None:
                 return self._own.render(variables)
-            kind, text = self._ask(variables)
+            request = {"template": self._name, "variables": variables}
+            kind, text = self._processes.ask(request, self._introduction())
         except FAILURES as cause:  # of the template here; elsewhere the request is no JSON
             raise _refused(words(cause)) from cause
         if kind == REFUSED:
@@ -116,27 +117,21 @@ class ChatTemplate:
         assert kind == TEXT, "a rendering is a text, or refused"
         return text
 
-    def _ask(self, variables: Mapping[str, Any]) -> tuple[bytes, str]:
-        request = {"template": self._name, "variables": variables}
-        answer = self._process.ask(request)
-        if answer[0] == UNKNOWN:  # its process is a new one, or has met many others since
-            self._compile()
-            answer = self._process.ask(request)
-        return answer
-
     def _compile(self) -> bool:
         """Have the process compile the template; return whether it looks at tools."""
-        kind, text = self._process.ask(
-            {
-                "template": self._name,
-                "source": self.source,
-                "now": template_engine.moment_fields(self._now),
-            }
-        )
+        kind, text = self._processes.ask(self._introduction())
         if kind == REFUSED:
             raise _broken(text)
         assert kind == COMPILED, "what was compiled is not rendered yet"
         return bool(text)
+
+    def _introduction(self) -> dict[str, Any]:
+        """Return what a process is told that does not know the template."""
+        return {
+            "template": self._name,
+            "source": self.source,
+            "now": template_engine.moment_fields(self._now),
+        }
 
 
 def _broken(why: str) -> TemplateError:

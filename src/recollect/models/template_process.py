@@ -1,8 +1,9 @@
 """
-The process that renders chat templates, and the bounds that it has.
+The processes that render chat templates, and the bounds that they have.
 
-One for all templates of this process, started when the first is met and ended with it. What goes
-beyond a bound is refused, and the next template gets a new process. Knows no messages and no models.
+They serve all templates of this process; the first is started with the first template, and all end
+with this process. What goes beyond a bound is refused, and ends the process that it ran in. Knows no
+messages and no models.
 """
 
 import atexit
@@ -23,14 +24,17 @@ import psutil
 
 from recollect.errors import TemplateError
 from recollect.models import template_engine
-from recollect.models.template_engine import LENGTH_BYTES, TOO_MUCH
+from recollect.models.template_engine import COMPILED, LENGTH_BYTES, TOO_MUCH, UNKNOWN
 
-MOST_SECONDS: Final = 10.0
+MOST_SECONDS: Final = 30.0
 """
-For one rendering. Of 25 real templates the slowest takes 1.6 ms for 101 messages.
+For one rendering. Of 70 real templates 69 take at most 14 ms for 101 messages; the time of one
+(Gemma 4) grows with the square of their number: 0.09 s, and 6 s for 1,001.
 
 Source: benchmarks/templates.py.
 """
+MOST_PROCESSES: Final = 4
+"""At once, 25 MB each; more than one is started only where somebody would have to wait."""
 MOST_MEMORY_BYTES: Final = 1 << 30
 """Of the process. A conversation of four million tokens takes a third of that."""
 MOST_TEXT_BYTES: Final = 64 << 20
@@ -49,7 +53,7 @@ class Bounds:
     text_bytes: int = MOST_TEXT_BYTES
 
 
-class _Ended(Exception):  # noqa: N818 - not an error where the request can be made again
+class _EndedError(Exception):
     """The process is gone."""
 
 
@@ -94,14 +98,14 @@ class _Child:
         Return kind and content of the answer.
 
         Raises:
-            _Ended: The process was gone before it was asked.
+            _EndedError: The process was gone before it was asked.
             TemplateError: It went beyond a bound, or crashed; it is gone now.
         """
         try:
             self._requests.write(len(frame).to_bytes(LENGTH_BYTES, "big") + frame)
             self._requests.flush()
         except OSError as cause:
-            raise _Ended from cause
+            raise _EndedError from cause
         answer = self._wait()
         if answer is None:
             raise _too_much("crashed, or its text is larger than 64 MiB")
@@ -152,58 +156,83 @@ def _is_own(variable: str) -> bool:
     return variable.upper().startswith("RECOLLECT_")
 
 
-class TemplateProcess:
+class TemplateProcesses:
     """
-    Renders templates in a process of its own. Safe from any thread, one rendering at a time.
+    Renders templates in processes of their own. Safe from any thread.
+
+    One process serves whoever comes while it is free; those that come meanwhile get others, so that
+    a slow template keeps nobody else waiting.
 
     Invariants:
-        1. Whoever asks gets the answer to what was asked: after an exception the process is gone.
-        2. It is used only by the process that started it, not by one that was forked from that.
+        1. Whoever asks gets the answer to what was asked: after an exception its process is gone.
+        2. A process is used only by the one that started it, not by one that was forked from that.
     """
 
     def __init__(self, bounds: Bounds = Bounds()) -> None:
         self._bounds = bounds
-        self._lock = threading.Lock()
-        self._child: _Child | None = None
+        self._may_ask = threading.BoundedSemaphore(MOST_PROCESSES)
+        self._idle: list[_Child] = []
+        """The one that answered last is the last: without others at once, one is all there is."""
 
-    def ask(self, request: Mapping[str, Any]) -> tuple[bytes, str]:
+    def ask(
+        self, request: Mapping[str, Any], introduction: Mapping[str, Any] | None = None
+    ) -> tuple[bytes, str]:
         """
         Return kind and text of the answer.
+
+        Args:
+            introduction: What is asked before, where the process does not know the template.
 
         Raises:
             TemplateError: A bound was reached.
             TypeError, ValueError, RecursionError: The request is no JSON.
         """
-        frame = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        with self._lock:
+        frame = _frame(request)
+        with self._may_ask:
+            child, kind, content = self._first_answer(frame)
             try:
-                kind, content = self._ask(frame)
+                if kind == UNKNOWN and introduction is not None:
+                    kind, content = child.ask(_frame(introduction))
+                    if kind == COMPILED:
+                        kind, content = child.ask(frame)
             except BaseException:
-                self._end()  # also where Ctrl-C came: the answer would be taken for the next
+                child.end()
                 raise
+            self._idle.append(child)
         return kind, content.decode("utf-8", "surrogatepass")
 
     def close(self) -> None:
-        """End the process; the next question starts another."""
-        with self._lock:
-            self._end()
+        """End the processes that nobody asks; the next question starts another."""
+        while self._idle:
+            child = self._idle.pop()
+            if child.owner == os.getpid():
+                child.end()
 
-    def _ask(self, frame: bytes) -> tuple[bytes, bytes]:
+    def _first_answer(self, frame: bytes) -> tuple[_Child, bytes, bytes]:
         for is_last in (False, True):
-            if self._child is None or self._child.owner != os.getpid():
-                self._child = _Child(self._bounds)
+            child = self._any()
             try:
-                return self._child.ask(frame)
-            except _Ended as cause:  # while it was idle, as where memory runs out
-                self._end()
+                return child, *child.ask(frame)
+            except _EndedError as cause:  # while it was idle, as where memory runs out
+                child.end()
                 if is_last:
                     raise _too_much("cannot be rendered: its process ends at once") from cause
+            except BaseException:  # also Ctrl-C: the answer would be taken for the next
+                child.end()
+                raise
         raise AssertionError("the second try returns or raises")
 
-    def _end(self) -> None:
-        child, self._child = self._child, None
-        if child is not None and child.owner == os.getpid():
-            child.end()
+    def _any(self) -> _Child:
+        """Return a process that is free, or a new one."""
+        try:
+            child = self._idle.pop()
+        except IndexError:
+            return _Child(self._bounds)
+        return child if child.owner == os.getpid() else self._any()
+
+
+def _frame(request: Mapping[str, Any]) -> bytes:
+    return json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def _too_much(what: str) -> TemplateError:
@@ -213,6 +242,6 @@ def _too_much(what: str) -> TemplateError:
     )
 
 
-PROCESS: Final = TemplateProcess()
-"""The one that all templates share."""
-atexit.register(PROCESS.close)
+PROCESSES: Final = TemplateProcesses()
+"""Those that all templates share."""
+atexit.register(PROCESSES.close)

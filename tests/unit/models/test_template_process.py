@@ -1,17 +1,19 @@
 """A template takes what it is given: time, memory, length; and what it renders is Jinja's."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 
+import psutil
 import pytest
 
 from recollect.errors import TemplateError
 from recollect.models.template import MOST_SOURCE, ChatTemplate
-from recollect.models.template_process import Bounds, TemplateProcess
+from recollect.models.template_process import MOST_PROCESSES, Bounds, TemplateProcesses
 from recollect.types import Message
 
 HELLO: list[Message] = [{"role": "user", "content": "Hi"}]
@@ -19,14 +21,14 @@ SMALL = Bounds(seconds=1.0, memory_bytes=256 << 20, text_bytes=8 << 20)
 
 
 @pytest.fixture(scope="module")
-def process() -> Iterator[TemplateProcess]:
-    process = TemplateProcess(SMALL)
+def process() -> Iterator[TemplateProcesses]:
+    process = TemplateProcesses(SMALL)
     yield process
     process.close()
 
 
-def rendered(source: str, process: TemplateProcess, messages: list[Message] | None = None) -> str:
-    template = ChatTemplate(source, process=process)
+def rendered(source: str, process: TemplateProcesses, messages: list[Message] | None = None) -> str:
+    template = ChatTemplate(source, processes=process)
     return template.render(messages or HELLO, add_generation_prompt=True)
 
 
@@ -58,7 +60,7 @@ DOUBLED = "{% set ns = namespace(x=['x']) %}{% for i in range(40) %}{% set ns.x 
     ],
 )  # fmt: skip
 def test_what_goes_beyond_a_bound_is_refused(
-    source: str, bound: str | None, process: TemplateProcess
+    source: str, bound: str | None, process: TemplateProcesses
 ) -> None:
     """The next template is rendered as if nothing had been; None: it depends which bound is first."""
     with pytest.raises(TemplateError, match=f"{TOO_LONG}|{TOO_MUCH}|{TOO_LARGE}") as refusal:
@@ -86,13 +88,15 @@ def test_what_goes_beyond_a_bound_is_refused(
     ],
 )
 def test_what_cannot_be_rendered_is_refused_in_a_sentence(
-    source: str, process: TemplateProcess
+    source: str, process: TemplateProcesses
 ) -> None:
     with pytest.raises(TemplateError, match="chat template"):
         rendered(source, process)
 
 
-def test_own_templates_and_those_of_strangers_are_rendered_alike(process: TemplateProcess) -> None:
+def test_own_templates_and_those_of_strangers_are_rendered_alike(
+    process: TemplateProcesses,
+) -> None:
     source = (
         "{{ strftime_now('%d %b %Y %Z %z') }}|{{ messages[0].content }}|{{ messages | tojson }}|"
         "{{ messages[0] }}|{{ bos_token is defined }}|{{ tools }}|{{ 1.0 }}|{{ none }}|{{ true }}"
@@ -101,9 +105,9 @@ def test_own_templates_and_those_of_strangers_are_rendered_alike(process: Templa
     said: list[Message] = [{"role": "user", "content": "naïve 🎉 \ud800 \x00 </s>"}]
     now = datetime(2026, 11, 26, 23, 59, tzinfo=timezone(timedelta(hours=-8), "PST"))
     templates = [
-        ChatTemplate(source, now=now, process=process),
+        ChatTemplate(source, now=now, processes=process),
         ChatTemplate(source, now=now, is_own=True),
-        ChatTemplate(source, now=now.replace(tzinfo=None), process=process),
+        ChatTemplate(source, now=now.replace(tzinfo=None), processes=process),
     ]
     foreign, own, without_zone = (
         template.render(said, add_generation_prompt=True, tools=[{"name": "é", "n": 1}])
@@ -114,8 +118,17 @@ def test_own_templates_and_those_of_strangers_are_rendered_alike(process: Templa
     assert without_zone.startswith("26 Nov 2026  |")
 
 
-def test_many_threads_each_get_their_own_text(process: TemplateProcess) -> None:
-    template = ChatTemplate("{{ messages[0].content }}", process=process)
+def renderers() -> set[int]:
+    """Return the processes that render templates for this one."""
+    return {
+        child.pid
+        for child in psutil.Process().children()
+        if child.status() != psutil.STATUS_ZOMBIE and "template_engine" in "".join(child.cmdline())
+    }
+
+
+def test_many_threads_each_get_their_own_text(process: TemplateProcesses) -> None:
+    template = ChatTemplate("{{ messages[0].content }}", processes=process)
     wrong: list[str] = []
 
     def ask(who: str) -> None:
@@ -131,15 +144,47 @@ def test_many_threads_each_get_their_own_text(process: TemplateProcess) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+    assert 1 <= len(renderers()) <= MOST_PROCESSES + 1, "those of other tests may be there"
 
 
-def test_a_process_that_is_gone_is_replaced(process: TemplateProcess) -> None:
+def test_a_slow_template_keeps_nobody_else_waiting() -> None:
+    others = renderers()
+    processes = TemplateProcesses(Bounds(seconds=600.0))
+    quick = ChatTemplate("{{ messages[0].content }}", processes=processes)
+    slow = ChatTemplate(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        processes=processes,
+    )
+    refusals: list[TemplateError] = []
+
+    def ask() -> None:
+        try:
+            slow.render(HELLO, add_generation_prompt=True)
+        except TemplateError as refusal:
+            refusals.append(refusal)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    texts = set()
+    while len(renderers() - others) < 2:  # until one has the slow template, and one is free
+        texts.add(quick.render(HELLO, add_generation_prompt=True))
+    texts.add(quick.render(HELLO, add_generation_prompt=True))
+    assert texts == {"Hi"}
+    assert refusals == []
+    processes.close()  # the free one
+    for busy in renderers() - others:
+        os.kill(busy, signal.SIGKILL)
+    thread.join(timeout=60)
+    assert "crashed" in str(refusals[0])
+
+
+def test_a_process_that_is_gone_is_replaced(process: TemplateProcesses) -> None:
     """Also one that met so many other templates that it has forgotten this one."""
-    template = ChatTemplate("{{ messages[0].content }}", process=process)
+    template = ChatTemplate("{{ messages[0].content }}", processes=process)
     process.close()
     assert template.render(HELLO, add_generation_prompt=True) == "Hi"
     for number in range(40):
-        ChatTemplate(f"{number}", process=process)
+        ChatTemplate(f"{number}", processes=process)
     assert template.render(HELLO, add_generation_prompt=True) == "Hi"
 
 
@@ -169,12 +214,10 @@ def test_it_ends_with_the_program_that_started_it(tmp_path: object) -> None:
 
 
 def test_what_it_is_told_is_not_in_its_arguments_and_it_writes_no_file(
-    process: TemplateProcess,
+    process: TemplateProcesses,
 ) -> None:
     if not os.path.isdir("/proc"):  # noqa: PTH112 - a question, not a path of ours
         pytest.skip("reads /proc")
-    import psutil
-
     rendered("secret {{ messages[0].content }}", process)
     children = [
         child
