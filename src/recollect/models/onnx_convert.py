@@ -25,6 +25,9 @@ Precision = Literal["int8", "fp32"]
 _LIBRARIES: Final = ("torch", "transformers", "accelerate", "onnx_ir", "onnxruntime_genai")
 _OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
+_NO_CODE: Final = ("--extra_options", "hf_remote=false")
+"""A folder's own Python does not run: said here, and not left to what a release takes for granted."""
+
 
 def convert_to_onnx(
     source: Path,
@@ -84,7 +87,7 @@ def _convert(source: Path, scratch: Path, precision: Precision, progress: Progre
     made = scratch / "model"
     builder = ["onnxruntime_genai.models.builder", "-i", str(original), "-o", str(made)]
     options = ["-p", precision, "-e", "cpu", "-c", str(scratch / "cache")]
-    _run([*builder, *options], source)
+    _run([*builder, *options, *_NO_CODE], source)
     if not (made / CONFIG_NAME).is_file():
         raise _failed(source, f"no {CONFIG_NAME} was written")
     return made
