@@ -133,8 +133,10 @@ def _roots(folder: Path) -> list[Path]:
     """Return what files of *folder* may lie below, without links."""
     real = folder.resolve(strict=True)
     above = real.parent
-    if above.name == _HUB_SNAPSHOTS and (above.parent / _HUB_BLOBS).is_dir():
-        return [real, (above.parent / _HUB_BLOBS).resolve()]
+    blobs = above.parent / _HUB_BLOBS
+    # One that is a link itself may have come with the folder, and lead anywhere.
+    if above.name == _HUB_SNAPSHOTS and blobs.is_dir() and not blobs.is_symlink():
+        return [real, blobs]
     return [real]
 
 

@@ -77,6 +77,10 @@ def test_links_into_the_blobs_of_the_hub_cache_are_inside(tmp_path: Path) -> Non
     assert files.inside(snapshot, "config.json") == blobs / "0123"
     with pytest.raises(OSError, match="leads out of the folder"):
         files.inside(snapshot, "other")
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="leads out of the folder"):
+        files.inside(snapshot, "config.json")
 
 
 def test_who_else_may_write_is_said(folder: Path) -> None:

@@ -5,6 +5,7 @@ Reads the small files beside the weights. Does not load the model, and does not 
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree
@@ -33,6 +34,8 @@ TOKENIZER_FILES: Final = (
     "openvino_detokenizer.xml",
     "openvino_detokenizer.bin",
 )
+MODELS_FOLDER: Final = "models"
+"""In the home: where folders lie that recollect made, one each."""
 _MOST_GRAPH_BYTES: Final = 16 * files.MIB
 """Of a tokenizer's graph; the largest known has 40 KB."""
 _START_BYTES: Final = 256
@@ -52,9 +55,15 @@ def open_folder(
     _require_files(folder)
     warn_of_writers(folder, (*MODEL_FILES, *TOKENIZER_FILES))
     manifest = Manifest.read(folder)
-    if manifest is not None:
-        return from_manifest(manifest, folder, name)
-    return _Export(folder).describe(name, home, progress)
+    if manifest is None:
+        return _Export(folder).describe(name, home, progress)
+    model = from_manifest(manifest, folder, name)
+    if folder.resolve().is_relative_to((home / MODELS_FOLDER).resolve()):
+        return model
+    # Whoever made the folder wrote the note in it: taken at its word it could name another model,
+    # and have its own KV taken for that one's.
+    fingerprint = _fingerprint(folder, model.chat_template, home, progress)
+    return replace(model, fingerprint=fingerprint)
 
 
 def from_manifest(manifest: Manifest, folder: Path, name: str) -> LocalModel:
@@ -111,6 +120,14 @@ def _require_sound(path: Path, name: str) -> None:
             )
 
 
+def _fingerprint(folder: Path, template: str | None, home: Path, progress: Progress) -> str:
+    """Return a hash of what the folder holds."""
+    parts = ["openvino folder 1"]
+    for name in (*MODEL_FILES, *TOKENIZER_FILES):
+        parts += [name, cached_sha256(folder / name, home=home, progress=progress)]
+    return combine([*parts, template or ""])
+
+
 class _Export:
     """The facts in a folder that another tool wrote, wherever it may have put them."""
 
@@ -124,11 +141,6 @@ class _Export:
 
     def describe(self, name: str, home: Path, progress: Progress) -> LocalModel:
         template = self._chat_template()
-        files = [
-            (file, cached_sha256(self._folder / file, home=home, progress=progress))
-            for file in (*MODEL_FILES, *TOKENIZER_FILES)
-        ]
-        parts = [part for file in files for part in file]
         return LocalModel(
             name=name,
             format="openvino",
@@ -138,7 +150,7 @@ class _Export:
             eos_token_ids=self._eos_token_ids(),
             bos_token=self._special_token("bos_token"),
             eos_token=self._special_token("eos_token"),
-            fingerprint=combine(["openvino folder 1", *parts, template or ""]),
+            fingerprint=_fingerprint(self._folder, template, home, progress),
             architecture=self._architecture(),
         )
 

@@ -59,6 +59,7 @@ class Manifest:
             return None
 
 
+_MOST_NUMBER: Final = 2**31 - 1  # positions and token ids are kept as int32
 _TEXTS: Final = ("name", "source_sha256", "architecture", "fingerprint")
 _NUMBERS: Final = ("source_bytes", "context_length")
 _TABLES: Final = ("library_versions", "file_bytes")
@@ -70,9 +71,14 @@ def _is_sound(fields: dict[str, Any]) -> bool:
     ends = fields.get("eos_token_ids")
     return (
         all(isinstance(fields.get(name), str) for name in _TEXTS)
-        and all(isinstance(fields.get(name), int) for name in _NUMBERS)
+        and all(_is_number(fields.get(name)) for name in _NUMBERS)
+        and 1 <= fields["context_length"] <= _MOST_NUMBER
         and all(isinstance(fields.get(name), str | None) for name in _OPTIONAL)
         and all(isinstance(fields.get(name), dict) for name in _TABLES)
         and isinstance(ends, list)
-        and all(isinstance(token_id, int) for token_id in ends)
+        and all(_is_number(token_id) and token_id <= _MOST_NUMBER for token_id in ends)
     )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and value >= 0

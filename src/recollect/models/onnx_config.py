@@ -29,7 +29,7 @@ _MOST_NUMBER: Final = 2**31 - 1
 _MOST_WORD: Final = 256
 _MOST_FILES: Final = 64  # parts of a pipeline; the longest known has four
 
-_Kind = Literal["number", "threads", "flag", "word", "file", "numbers", "words"]
+_Kind = Literal["number", "threads", "flag", "word", "file", "graph", "numbers", "words"]
 _Schema = Mapping[str, "_Kind | _Schema"]
 
 
@@ -164,7 +164,7 @@ _WITH_NATIVE: Final[_Schema] = {
 """Further session options, of builds that come with a library of operators; the public build has none."""
 
 _GRAPH: Final[_Schema] = {
-    "filename": "file",
+    "filename": "graph",
     "session_options": {},  # these three are looked at by functions of their own
     "run_options": _RUN_OPTIONS,
     "inputs": {_ANY: "word"},
@@ -404,8 +404,8 @@ class _Check:
                 is_good = isinstance(value, bool)
             case "word":
                 is_good = isinstance(value, str) and _is_word(value)
-            case "file":
-                return self._file(value, where)
+            case "file" | "graph":
+                return self._file(value, kind, where)
             case "numbers" | "words":
                 if not isinstance(value, list):
                     self._refuse(where, "it is no list")
@@ -416,11 +416,13 @@ class _Check:
             )
         return value
 
-    def _file(self, value: object, where: str) -> object:
+    def _file(self, value: object, kind: _Kind, where: str) -> object:
         if value in ("", "null"):  # AMD's way to say that there is none
             return value
         if not isinstance(value, str) or len(self._file_names) >= _MOST_FILES:
             self._refuse(where, "it is no name of a file, or one too many")
+        if kind == "graph" and not is_graph(value):
+            self._refuse(where, f"{value!r} does not end in .onnx")
         try:
             files.inside(self._folder, value)
         except FileNotFoundError as cause:
@@ -440,6 +442,11 @@ class _Check:
             f"{self._folder / CONFIG_NAME} cannot be followed in {where} ({why}): take that out of "
             "the file, or get the folder from somebody you trust."
         )
+
+
+def is_graph(file_name: str) -> bool:
+    """Return whether a file is a graph in the one format that is looked into before it is loaded."""
+    return file_name.lower().endswith(".onnx")
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def open_onnx_folder(
         )
     checked = onnx_config.check(whole, folder, allow_native_code=allow_native_code)
     for file_name in checked.file_names:
-        if file_name.endswith(".onnx"):
+        if onnx_config.is_graph(file_name):
             require_own_files(files.inside(folder, file_name), folder)
     warn_of_writers(folder, (CONFIG_NAME, *checked.file_names))
     tokenizer_config = read_json(folder / "tokenizer_config.json")

@@ -16,7 +16,7 @@ from recollect.models.catalog import CATALOG, CatalogEntry, HubFile
 from recollect.models.convert import Conversion, convert, find_converted
 from recollect.models.fetch import fetch_entry
 from recollect.models.fingerprint import cached_sha256, combine, sha256_file
-from recollect.models.folder import from_manifest, open_folder
+from recollect.models.folder import MODELS_FOLDER, from_manifest, open_folder
 from recollect.models.hub import download_from_hub
 from recollect.models.local import LocalModel
 from recollect.models.manifest import Manifest
@@ -118,7 +118,7 @@ def original_of(reference: str, *, home: Path, progress: Progress = no_progress)
 
 def models_folder(home: Path) -> Path:
     """Return where converted models lie, one folder each."""
-    return home / "models"
+    return home / MODELS_FOLDER
 
 
 def _prepare_entry(entry: CatalogEntry, home: Path, progress: Progress) -> LocalModel:

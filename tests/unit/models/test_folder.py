@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from recollect.errors import UnsupportedModelError
 from recollect.models.folder import MODEL_FILES, TOKENIZER_FILES, open_folder
 from recollect.models.local import LocalModel
+from recollect.models.manifest import Manifest
 
 RUNTIME_INFO = (
     '<net><layers/><rt_info><chat_template value="from runtime info"/>'
@@ -208,3 +210,31 @@ def test_a_folder_that_others_may_write_to_is_remarked_on(
     opened(export)
     (message,) = caplog.messages
     assert "openvino_model.bin can be changed by others (everybody" in message
+
+
+def test_a_folder_from_elsewhere_is_not_taken_for_the_model_that_it_says_it_is(
+    export: Path, tmp_path: Path
+) -> None:
+    """KV is shared under a fingerprint, so a claimed one would have KV taken for another model's."""
+    fingerprints = set()
+    for claimed in ("a" * 64, "b" * 64):
+        Manifest(
+            name="tiny",
+            source_sha256="c" * 64,
+            source_bytes=1,
+            architecture="llama",
+            context_length=512,
+            chat_template=None,
+            eos_token_ids=[2],
+            bos_token=None,
+            eos_token=None,
+            fingerprint=claimed,
+            library_versions={},
+            file_bytes={},
+        ).write(export)
+        fingerprints.add(opened(export).fingerprint)
+    assert len(fingerprints) == 1
+    assert "b" * 64 not in fingerprints
+    own = tmp_path / "home" / "models" / "tiny"
+    shutil.copytree(export, own)
+    assert open_folder(own, name="it", home=tmp_path / "home").fingerprint == "b" * 64

@@ -72,6 +72,7 @@ def changed(folder: Path, config: dict[str, Any], tmp_path: Path) -> Callable[..
         (("model", "decoder", "filename"), "..\\model.onnx"),
         (("model", "decoder", "filename"), "model.onnx\0"),
         (("model", "decoder", "filename"), 5),
+        (("model", "decoder", "filename"), "model.onnx.data"),
         (("model", "decoder", "inputs", "past_key_names"), "%s%n"),
         (("model", "decoder", "inputs", "past_key_names"), "%d%d"),
         (("model", "decoder", "outputs", "logits"), {}),
