@@ -131,6 +131,10 @@ _PROVIDERS: Final[dict[str, _Schema]] = {
 }
 """Options of an execution provider; those that name a library, a cache or a file to write are not here."""
 
+_DEVICES: Final[_Schema] = {
+    "hardware_device_type": "word",
+    **_each("number", "hardware_device_id", "hardware_vendor_id"),
+}
 _SESSION_OPTIONS: Final[_Schema] = {
     **_each("threads", "intra_op_num_threads", "inter_op_num_threads"),
     **_each("number", "log_severity_level", "log_verbosity_level"),
@@ -367,6 +371,7 @@ class _Check:
                 schema = _PROVIDERS.get(plain)
                 if schema is None:
                     self._refuse_unknown(f"{where}.{name}")
+                schema = {**schema, "device_filtering_options": _DEVICES}
                 passed.append({name: self._object(options, schema, f"{where}.{name}")})
         return passed
 

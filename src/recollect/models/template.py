@@ -63,7 +63,9 @@ class ChatTemplate:
         self._now = now or datetime.now().astimezone()
         self._processes = processes
         # A date is part of what is compiled, so templates of two days are two.
-        named = f"{self._now.isoformat()}\0{source}".encode("utf-8", "surrogatepass")
+        named = f"{template_engine.moment_fields(self._now)}{source}".encode(
+            "utf-8", "surrogatepass"
+        )
         self._name = hashlib.sha256(named).hexdigest()
         self._own = None
         try:

@@ -172,6 +172,8 @@ def main(most_bytes: int) -> None:
             content = text.encode("utf-8", "surrogatepass")
         except MemoryError:
             kind, content = TOO_MUCH, b""
+        except Exception as cause:  # noqa: BLE001 - the last resort: whoever asked waits for an answer
+            kind, content = REFUSED, words(cause).encode("utf-8", "surrogatepass")
         stdout.write(kind + len(content).to_bytes(LENGTH_BYTES, "big") + content)
         stdout.flush()
         if kind == TOO_MUCH:

@@ -67,21 +67,24 @@ class _Child:
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
         self.owner = os.getpid()
-        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and program
-            [
-                sys.executable,
-                "-P",
-                "-B",
-                str(Path(template_engine.__file__)),
-                str(bounds.memory_bytes),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            # What is in the environment is not the templates' business, a passphrase least of all.
-            env={name: text for name, text in os.environ.items() if not _is_own(name)},
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-        )
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and program
+                [
+                    sys.executable,
+                    "-P",
+                    "-B",
+                    str(Path(template_engine.__file__)),
+                    str(bounds.memory_bytes),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                # What is in the environment is not the templates' business, a passphrase least of all.
+                env={name: text for name, text in os.environ.items() if not _is_own(name)},
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+            )
+        except OSError as cause:
+            raise _too_much(f"cannot be rendered ({cause.strerror or cause})") from cause
         assert self._process.stdin is not None, "it was asked for"
         assert self._process.stdout is not None, "likewise"
         self._requests: IO[bytes] = self._process.stdin
@@ -108,7 +111,8 @@ class _Child:
             raise _EndedError from cause
         answer = self._wait()
         if answer is None:
-            raise _too_much("crashed, or its text is larger than 64 MiB")
+            most = self._bounds.text_bytes >> 20
+            raise _too_much(f"crashed, or its text is larger than {most:,} MiB")
         if answer[0] == TOO_MUCH:
             raise _too_much(f"takes more memory than {self._bounds.memory_bytes >> 20:,} MiB")
         return answer
@@ -237,8 +241,8 @@ def _frame(request: Mapping[str, Any]) -> bytes:
 
 def _too_much(what: str) -> TemplateError:
     return TemplateError(
-        f"The model's chat template {what}, which none that is meant to be used does: get a corrected "
-        "version of the model."
+        f"The model's chat template {what}: see that the machine has room, or get a corrected version "
+        "of the model."
     )
 
 

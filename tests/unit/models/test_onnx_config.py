@@ -101,6 +101,10 @@ def test_what_is_not_known_to_be_harmless_is_refused_by_name(
         ((*SESSION, "session.set_denormal_as_zero"), "1"),
         ((*SESSION, "provider_options"), [{"cuda": {"enable_cuda_graph": "0"}}]),
         ((*SESSION, "provider_options"), [{"CPUExecutionProvider": {}}]),
+        (
+            (*SESSION, "provider_options"),
+            [{"QNN": {"device_filtering_options": {"hardware_device_type": "npu"}}}],
+        ),
         ((*SESSION, "provider_options"), [{"RyzenAI": {"external_data_file": "model.onnx.data"}}]),
         (("model", "decoder", "pipeline"), [{"a": {"filename": "model.onnx", "inputs": ["x"]}}]),
         (("model", "decoder", "sliding_window"), {"window_size": 128, "layers": [0]}),
