@@ -130,7 +130,7 @@ class _Child:
     def _memory(self) -> int:
         try:
             return int(psutil.Process(self._process.pid).memory_info().rss)
-        except psutil.Error:
+        except (psutil.Error, OSError):
             return 0  # it has just ended, which the next look at the queue tells
 
     def end(self) -> None:
