@@ -102,7 +102,10 @@ def inside(folder: Path, name: str) -> Path:
         raise OSError(errno.EACCES, "it is not a name inside the folder", name)
     if ".." in windows.parts:
         raise OSError(errno.EACCES, "it leads out of the folder", name)
-    path = (folder / name).resolve(strict=True)
+    try:
+        path = (folder / name).resolve(strict=True)
+    except RuntimeError as cause:  # what Python before 3.13 says of it
+        raise OSError(errno.ELOOP, "it is a link that leads to itself", name) from cause
     if not any(path.is_relative_to(root) for root in _roots(folder)):
         raise OSError(errno.EACCES, f"it is a link that leads out of the folder, to {path}", name)
     require_regular(path)

@@ -276,7 +276,7 @@ def _private_folder(folder: Path, settings: Mapping[str, Any], native_library: P
         for file in folder.iterdir():
             if file.name == _CONFIG_NAME:
                 continue
-            if native_library is not None and file.resolve() == native_library:
+            if native_library is not None and file.exists() and file.samefile(native_library):
                 # The library takes operators from its own folder alone, and follows links first.
                 shutil.copyfile(native_library, place / file.name)
             else:
@@ -294,7 +294,7 @@ def _private_folder(folder: Path, settings: Mapping[str, Any], native_library: P
 def _link(source: Path, target: Path) -> None:
     """Link to a file or folder: no bytes are copied."""
     with suppress(OSError, NotImplementedError):  # Windows refuses without developer mode
-        target.symlink_to(source.resolve(), target_is_directory=source.is_dir())
+        target.symlink_to(source.absolute(), target_is_directory=source.is_dir())
         return
     if source.is_file():
         os.link(source.resolve(), target)

