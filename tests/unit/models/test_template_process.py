@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 import psutil
@@ -17,14 +18,23 @@ from recollect.models.template_process import MOST_PROCESSES, Bounds, TemplatePr
 from recollect.types import Message
 
 HELLO: list[Message] = [{"role": "user", "content": "Hi"}]
-SMALL = Bounds(seconds=1.0, memory_bytes=256 << 20, text_bytes=8 << 20)
+# Time is short only where it is what is tested: the machine may have other work.
+PATIENT = Bounds(seconds=60.0, memory_bytes=256 << 20, text_bytes=8 << 20)
+HASTY = replace(PATIENT, seconds=3.0)
 
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[TemplateProcesses]:
-    process = TemplateProcesses(SMALL)
+    process = TemplateProcesses(PATIENT)
     yield process
     process.close()
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[TemplateProcesses]:
+    hasty = TemplateProcesses(HASTY)
+    yield hasty
+    hasty.close()
 
 
 def rendered(source: str, process: TemplateProcesses, messages: list[Message] | None = None) -> str:
@@ -60,13 +70,14 @@ DOUBLED = "{% set ns = namespace(x=['x']) %}{% for i in range(40) %}{% set ns.x 
     ],
 )  # fmt: skip
 def test_what_goes_beyond_a_bound_is_refused(
-    source: str, bound: str | None, process: TemplateProcesses
+    source: str, bound: str | None, process: TemplateProcesses, hasty: TemplateProcesses
 ) -> None:
     """The next template is rendered as if nothing had been; None: it depends which bound is first."""
+    chosen = process if bound in (TOO_MUCH, TOO_LARGE) else hasty
     with pytest.raises(TemplateError, match=f"{TOO_LONG}|{TOO_MUCH}|{TOO_LARGE}") as refusal:
-        rendered(source, process)
+        rendered(source, chosen)
     assert (bound or "") in str(refusal.value)
-    assert rendered("{{ messages[0].content }}", process) == "Hi"
+    assert rendered("{{ messages[0].content }}", chosen) == "Hi"
 
 
 @pytest.mark.parametrize(
