@@ -65,6 +65,7 @@ def chat(
     kv_memory: options.KvMemoryOption = None,
     kv_disk: options.KvDiskOption = None,
     offline: options.OfflineOption = False,
+    allow_native_code: options.AllowNativeCodeOption = None,
     prompts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Say the lines of a file, blank ones skipped."),
@@ -182,7 +183,12 @@ def chat(
     )
     unlock_home(encrypt=encrypt)
     open_model = partial(
-        options.open_model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk, offline=offline
+        options.open_model,
+        profile=profile,
+        kv_memory=kv_memory,
+        kv_disk=kv_disk,
+        allow_native_code=allow_native_code,
+        offline=offline,
     )
     _talk(opening, params, model, open_model, prompts, by_hand=by_hand, as_json=as_json)
 

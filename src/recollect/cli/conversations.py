@@ -170,10 +170,11 @@ def import_file(
     encrypt: EncryptOption = False,
 ) -> None:
     """Add a conversation from a JSON file, with all its branches."""
-    from recollect.conversation.importing import from_json  # noqa: PLC0415 - as above
+    from recollect import files  # noqa: PLC0415 - as above
+    from recollect.conversation.importing import MOST_JSON_BYTES, from_json  # noqa: PLC0415
 
     with _file_errors(file):
-        data = file.read_bytes()
+        data = files.read_bytes(file, most_bytes=MOST_JSON_BYTES)
     try:
         text = data.decode("utf-8-sig")  # some editors put a mark before it
     except UnicodeDecodeError:

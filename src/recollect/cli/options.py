@@ -46,6 +46,14 @@ KvDiskOption = Annotated[
         show_default="10GB, or a tenth of what is free",
     ),
 ]
+AllowNativeCodeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The one native library that an ONNX folder may run: a file in it, or a path.",
+        show_default="none",
+    ),
+]
 ProofKvDiskOption = Annotated[
     str,
     typer.Option(
@@ -147,6 +155,7 @@ def open_model(
     kv_memory: str | None = None,
     kv_disk: str | None = None,
     offline: bool = False,
+    allow_native_code: str | None = None,
 ) -> "Model":
     """
     Return the model, fetched, converted and loaded, with a progress bar on a terminal's stderr.
@@ -155,6 +164,7 @@ def open_model(
         kv_memory: As it was typed, such as "2GB"; None: the library's default.
         kv_disk: Likewise; "0": none.
         offline: Whether nothing may be fetched; otherwise `RECOLLECT_OFFLINE` says whether.
+        allow_native_code: As `recollect.load` takes it.
 
     Raises:
         ModelError: It cannot be had or read.
@@ -175,6 +185,7 @@ def open_model(
             kv_memory=None if kv_memory is None else config.parse_size(kv_memory),
             kv_disk=None if kv_disk is None else config.parse_disk_size(kv_disk),
             cipher=cipher,
+            allow_native_code=allow_native_code,
             progress=progress,
             offline=offline or None,
         )

@@ -54,6 +54,7 @@ def serve(
     kv_memory: options.KvMemoryOption = None,
     kv_disk: options.KvDiskOption = None,
     offline: options.OfflineOption = False,
+    allow_native_code: options.AllowNativeCodeOption = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -169,7 +170,12 @@ def serve(
     )
     hub = ModelHub(
         lambda name: options.open_model(
-            references[name], profile=profile, kv_memory=kv_memory, kv_disk=kv_disk, offline=offline
+            references[name],
+            profile=profile,
+            kv_memory=kv_memory,
+            kv_disk=kv_disk,
+            allow_native_code=allow_native_code,
+            offline=offline,
         ),
         names,
         aliases=settings.aliases,

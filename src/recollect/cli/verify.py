@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recollect.cli.options import (
+    AllowNativeCodeOption,
     KvMemoryOption,
     ModelOption,
     OfflineOption,
@@ -37,6 +38,7 @@ def verify(
     kv_memory: KvMemoryOption = None,
     kv_disk: ProofKvDiskOption = "0",
     offline: OfflineOption = False,
+    allow_native_code: AllowNativeCodeOption = None,
 ) -> None:
     """
     Hold random conversations, and compare each state with a fresh prefill of the same tokens.
@@ -48,7 +50,12 @@ def verify(
     if json_file is not None:
         require_writable(json_file)
     with open_model(
-        model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk, offline=offline
+        model,
+        profile=profile,
+        kv_memory=kv_memory,
+        kv_disk=kv_disk,
+        allow_native_code=allow_native_code,
+        offline=offline,
     ) as loaded:
         from recollect.proof import verify as proof  # noqa: PLC0415
 

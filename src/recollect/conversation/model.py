@@ -81,7 +81,10 @@ class Model:
         self.profile: Final = profile
         self.tokenizer: Final[Tokenizer] = load_tokenizer(local)
         self.template: Final = ChatTemplate(
-            local.chat_template, bos_token=local.bos_token, eos_token=local.eos_token
+            local.chat_template,
+            bos_token=local.bos_token,
+            eos_token=local.eos_token,
+            is_own=local.folder is None,
         )
         self.weights_fingerprint: Final = local.fingerprint
         self.prompts: Final = PromptEncoder(

@@ -19,6 +19,7 @@ from recollect.errors import UnsupportedModelError
 from recollect.models.fingerprint import combine
 from recollect.models.folder import MODEL_FILES, TOKENIZER_FILES
 from recollect.models.gguf_file import GgufHeader, read_header, require_readable
+from recollect.models.hf_files import warn_of_writers
 from recollect.models.manifest import Manifest
 from recollect.models.scratch import link_or_copy, scratch_folder
 from recollect.types import Progress
@@ -78,6 +79,7 @@ def convert(job: Conversion, folder: Path, *, home: Path, progress: Progress) ->
     """
     header = read_header(job.gguf)
     require_readable(header, job.gguf)
+    warn_of_writers(job.gguf.parent, (job.gguf.name,))
     progress(f"converting {job.name}", 0, None)
     with scratch_folder(home) as scratch:
         made = scratch / "model"

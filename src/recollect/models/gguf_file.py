@@ -5,6 +5,7 @@ Reads the header only. The gguf package's own reader takes seconds for it, becau
 array for each of the vocabulary's strings; its constants are used here. Converts nothing.
 """
 
+import math
 import mmap
 import struct
 from collections.abc import Iterator
@@ -14,7 +15,15 @@ from typing import Any, Final
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, TokenType
 
+from recollect import files
 from recollect.errors import UnsupportedModelError
+from recollect.models.gguf_check import (
+    MOST_HEADER_BYTES,
+    MOST_ITEMS,
+    fault_of_fields,
+    fault_of_tensor,
+    require_model,
+)
 
 # What the GGUF reader of OpenVINO GenAI 2026.4 accepts.
 READABLE_ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
@@ -22,6 +31,7 @@ READABLE_TENSOR_TYPES: Final = ("F16", "F32", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
+_SWAPPED: Final = tuple(version << 24 for version in _VERSIONS)
 _DEFAULT_ALIGNMENT: Final = 32
 _MOST_DIMENSIONS: Final = 8  # twice what the format has today; more means that the file is damaged
 _SCALARS: Final = {
@@ -70,7 +80,10 @@ def read_header(path: Path) -> GgufHeader:
         UnsupportedModelError: It is not a GGUF file of a known version, or it is damaged.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            files.open_regular(path) as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             fields, tensor_types = _parse(data, path)
     except _DamagedError as cause:
         raise UnsupportedModelError(
@@ -80,7 +93,7 @@ def read_header(path: Path) -> GgufHeader:
         raise _not_gguf(path) from cause
     except OSError as cause:
         raise UnsupportedModelError(
-            f"{path} cannot be read ({cause.strerror}): check the path and its permissions."
+            f"{path} cannot be read ({cause.strerror or cause}): check the path and its permissions."
         ) from cause
     return _describe(fields, tensor_types, path)
 
@@ -115,6 +128,7 @@ class _Cursor:
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
+        self._items = 0
         self.at = 0
 
     def skip(self, length: int) -> int:
@@ -122,6 +136,8 @@ class _Cursor:
         if length > len(self._data) - start:
             raise _DamagedError(f"it ends at byte {len(self._data):,}, inside its header")
         self.at += length
+        if self.at > MOST_HEADER_BYTES:
+            raise _DamagedError(f"its header has more than {MOST_HEADER_BYTES:,} bytes")
         return start
 
     def number(self, code: str) -> Any:
@@ -142,6 +158,9 @@ class _Cursor:
         if kind != GGUFValueType.ARRAY:
             return self._single(kind)
         item_kind, count = self.number("I"), self.number("Q")
+        self._items += count
+        if self._items > MOST_ITEMS:
+            raise _DamagedError(f"its header holds more than {MOST_ITEMS:,} values")
         code = _SCALARS.get(item_kind)
         if code is None:
             return [self._single(item_kind) for _ in range(count)]
@@ -163,6 +182,10 @@ def _parse(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], frozenset[str]]
         raise _not_gguf(path)
     cursor.skip(4)
     version = cursor.number("I")
+    if version in _SWAPPED:
+        raise UnsupportedModelError(
+            f"{path.name} was made for big-endian processors: get the file for the usual ones."
+        )
     if version not in _VERSIONS:
         raise UnsupportedModelError(
             f"{path.name} is GGUF version {version}, and versions {_VERSIONS} can be read: "
@@ -172,40 +195,51 @@ def _parse(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], frozenset[str]]
     fields = {}
     for _ in range(field_count):
         key = cursor.text()
+        if key in fields:  # two readers may each take another one
+            raise _DamagedError(f"it says {key[:100]!r} twice")
         fields[key] = cursor.value()
-    tensors = list(_tensors(cursor, tensor_count))
-    _require_whole(cursor.at, fields, tensors, len(data))
+    require_model(fields, tensor_count, path.name)
+    fault = fault_of_fields(fields)
+    if fault is not None:
+        raise _DamagedError(fault)
+    alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
+    tensors = list(_tensors(cursor, tensor_count, alignment))
+    _require_whole(cursor.at, alignment, tensors, len(data))
     return fields, frozenset(kind.name for kind, _ in tensors)
 
 
-def _tensors(cursor: _Cursor, count: int) -> Iterator[tuple[GGMLQuantizationType, int]]:
+def _tensors(
+    cursor: _Cursor, count: int, alignment: int
+) -> Iterator[tuple[GGMLQuantizationType, int]]:
     """Yield the type of each tensor, and where it ends, counted from the start of the data."""
+    names = set()
     for _ in range(count):
-        cursor.raw_text()
+        name = cursor.raw_text()
+        if name in names:
+            raise _DamagedError(f"it holds two tensors {name.decode('utf-8', 'replace')[:100]!r}")
+        names.add(name)
         dimensions = cursor.number("I")
         if dimensions > _MOST_DIMENSIONS:
             raise _DamagedError(f"it holds a tensor of {dimensions} dimensions")
-        elements = 1
-        for _ in range(dimensions):
-            elements *= cursor.number("Q")
+        shape = [cursor.number("Q") for _ in range(dimensions)]
         raw, offset = cursor.number("I"), cursor.number("Q")
         try:
             kind = GGMLQuantizationType(raw)
         except ValueError as cause:
             raise _DamagedError(f"it holds a tensor of the unknown type {raw}") from cause
         block_elements, block_bytes = GGML_QUANT_SIZES[kind]
-        yield kind, offset + elements // block_elements * block_bytes
+        fault = fault_of_tensor(shape, block_elements, offset, alignment)
+        if fault is not None:
+            raise _DamagedError(fault)
+        yield kind, offset + math.prod(shape) // block_elements * block_bytes
 
 
 def _require_whole(
     header_end: int,
-    fields: dict[str, Any],
+    alignment: int,
     tensors: list[tuple[GGMLQuantizationType, int]],
     size: int,
 ) -> None:
-    alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise _DamagedError(f"its alignment is {alignment!r}")
     start = -(-header_end // alignment) * alignment
     needed = start + max((end for _, end in tensors), default=0)
     if tensors and needed > size:
@@ -223,7 +257,7 @@ def _describe(fields: dict[str, Any], tensor_types: frozenset[str], path: Path) 
     tokens = fields.get("tokenizer.ggml.tokens")
     tokens = tokens if isinstance(tokens, list) else []
     named = fields.get("tokenizer.ggml.eos_token_id"), fields.get("tokenizer.ggml.eot_token_id")
-    ids = {number for number in named if isinstance(number, int)}
+    ids = {number for number in named if isinstance(number, int) and 0 <= number < len(tokens)}
     kinds = fields.get("tokenizer.ggml.token_type")
     kinds = kinds if isinstance(kinds, tuple) else ()
     # The same text can be an ordinary token: "</s>" is also how HTML ends a strike-through.

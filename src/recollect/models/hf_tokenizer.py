@@ -10,12 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from recollect import files
 from recollect.errors import UnsupportedModelError
 from recollect.models.control_tokens import ControlTokens, control_tokens, encode_in_pieces
+from recollect.models.hf_files import MOST_TOKENIZER_BYTES
 from recollect.models.vocabulary import Vocabulary, make_vocabulary
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+_MOST_VOCAB: Final = 1 << 22
+"""Sixteen times the largest vocabulary there is: a table of all ids is made."""
 
 
 class HfTokenizer:
@@ -42,7 +48,13 @@ class HfTokenizer:
         # A length limit that was saved with it would cut texts without a word, and padding add to them.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size: Final = 1 + max(self._tokenizer.get_vocab(True).values())
+        ids = self._tokenizer.get_vocab(True).values()
+        if not ids or max(ids) >= _MOST_VOCAB:
+            raise UnsupportedModelError(
+                f"{file} cannot be used (it has {len(ids):,} tokens, and ids up to "
+                f"{max(ids, default=0):,}): save the model's fast tokenizer there again."
+            )
+        self.vocab_size: Final = 1 + max(ids)
         added = self._tokenizer.get_added_tokens_decoder()
         self.control_tokens: Final[ControlTokens] = control_tokens(
             {token.content: token_id for token_id, token in added.items() if token.special},
@@ -144,8 +156,13 @@ def _load(file: Path) -> "tokenizers.Tokenizer":
             'ONNX GenAI folders need two more libraries: pip install "recollect-llm[genai]".'
         ) from cause
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as cause:  # the library raises nothing more exact
+        data = files.read_bytes(
+            files.inside(file.parent, file.name), most_bytes=MOST_TOKENIZER_BYTES
+        )
+        return tokenizers.Tokenizer.from_buffer(data)
+    except BaseException as cause:  # the library raises nothing more exact, and panics besides
+        if not isinstance(cause, Exception) and type(cause).__module__ != "pyo3_runtime":
+            raise
         raise UnsupportedModelError(
             f"{file} cannot be read ({cause}): save the model's fast tokenizer there again."
         ) from cause

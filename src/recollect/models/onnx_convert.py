@@ -15,7 +15,8 @@ from typing import Final, Literal
 
 from recollect.errors import ConfigError, UnsupportedModelError
 from recollect.models.gguf_file import read_header
-from recollect.models.onnx_folder import CONFIG_NAME, is_onnx_folder
+from recollect.models.onnx_config import CONFIG_NAME
+from recollect.models.onnx_folder import is_onnx_folder
 from recollect.types import Progress, no_progress
 
 Precision = Literal["int8", "fp32"]
@@ -23,6 +24,9 @@ Precision = Literal["int8", "fp32"]
 
 _LIBRARIES: Final = ("torch", "transformers", "accelerate", "onnx_ir", "onnxruntime_genai")
 _OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+_NO_CODE: Final = ("--extra_options", "hf_remote=false")
+"""A folder's own Python does not run: said here, and not left to what a release takes for granted."""
 
 
 def convert_to_onnx(
@@ -97,7 +101,7 @@ def _convert(source: Path, scratch: Path, precision: Precision, progress: Progre
     made = scratch / "model"
     builder = ["onnxruntime_genai.models.builder", "-i", str(original), "-o", str(made)]
     options = ["-p", precision, "-e", "cpu", "-c", str(scratch / "cache")]
-    _run([*builder, *options], source)
+    _run([*builder, *options, *_NO_CODE], source)
     if not (made / CONFIG_NAME).is_file():
         raise _failed(source, f"no {CONFIG_NAME} was written")
     return made

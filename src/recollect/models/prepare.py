@@ -17,7 +17,7 @@ from recollect.models.catalog import CATALOG, CatalogEntry, HubFile
 from recollect.models.convert import Conversion, convert, find_converted
 from recollect.models.fetch import fetch_entry, fetch_hub_file, require_online
 from recollect.models.fingerprint import cached_sha256, combine, sha256_file
-from recollect.models.folder import from_manifest, open_folder
+from recollect.models.folder import MODELS_FOLDER, from_manifest, open_folder
 from recollect.models.local import LocalModel
 from recollect.models.manifest import Manifest
 from recollect.models.onnx_folder import is_onnx_folder, open_onnx_folder
@@ -34,6 +34,7 @@ def prepare(
     reference: str,
     *,
     home: Path,
+    allow_native_code: str | None = None,
     progress: Progress = no_progress,
     catalog: Mapping[str, CatalogEntry] = CATALOG,
     offline: bool | None = None,
@@ -46,6 +47,7 @@ def prepare(
             GenAI folder, `org/repo:file.gguf` on the model hub, or "reference" for the model
             without weights.
         home: Where models are kept.
+        allow_native_code: As `onnx_config.check` takes it.
         catalog: The models that go by a name.
         offline: Whether what is not here is refused and not fetched; None: as RECOLLECT_OFFLINE says.
 
@@ -58,7 +60,13 @@ def prepare(
     """
     offline = config.is_offline() if offline is None else offline
     try:
-        return _prepare(resolve(reference, catalog=catalog), home, progress, offline=offline)
+        return _prepare(
+            resolve(reference, catalog=catalog),
+            home,
+            allow_native_code,
+            progress,
+            offline=offline,
+        )
     except OSError as cause:
         raise ConfigError(
             f"{reference} could not be made ready ({cause.strerror or cause}): see that "
@@ -66,7 +74,14 @@ def prepare(
         ) from cause
 
 
-def _prepare(source: Source, home: Path, progress: Progress, *, offline: bool) -> LocalModel:
+def _prepare(
+    source: Source,
+    home: Path,
+    allow_native_code: str | None,
+    progress: Progress,
+    *,
+    offline: bool,
+) -> LocalModel:
     match source:
         case ReferenceModel():
             return reference_model()
@@ -75,8 +90,16 @@ def _prepare(source: Source, home: Path, progress: Progress, *, offline: bool) -
         case GgufSource():
             return _prepare_gguf(source, home, progress)
         case FolderSource():
-            opened = open_onnx_folder if is_onnx_folder(source.path) else open_folder
-            return opened(source.path, name=str(source.path), home=home, progress=progress)
+            name = str(source.path)
+            if is_onnx_folder(source.path):
+                return open_onnx_folder(
+                    source.path,
+                    name=name,
+                    home=home,
+                    allow_native_code=allow_native_code,
+                    progress=progress,
+                )
+            return open_folder(source.path, name=name, home=home, progress=progress)
         case HubFile():
             return _prepare_hub_file(source, home, progress, offline=offline)
         case _:
@@ -120,7 +143,7 @@ def original_of(
 
 def models_folder(home: Path) -> Path:
     """Return where converted models lie, one folder each."""
-    return home / "models"
+    return home / MODELS_FOLDER
 
 
 def _prepare_entry(

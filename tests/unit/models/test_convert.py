@@ -132,8 +132,10 @@ def test_what_the_converter_refuses_is_said_in_its_words(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
     folder = tmp_path / "home" / "models" / "tiny"
+    path = make_gguf()
+    path.write_bytes(path.read_bytes().replace(b"blk.0.attn_q.weight", b"blk.0.attn_z.weight"))
     with pytest.raises(UnsupportedModelError, match=r"could not convert tiny\.gguf \(.+\): "):
-        run(make_gguf(tensors=False), folder, tmp_path / "home")
+        run(path, folder, tmp_path / "home")
     assert not folder.exists()
     assert list((tmp_path / "home" / "tmp").iterdir()) == []
 
@@ -171,3 +173,14 @@ def test_two_processes_at_once_end_with_one_whole_folder(
 def test_the_manifest_is_plain_json(converted: Path) -> None:
     fields = json.loads((converted / MANIFEST_NAME).read_text("utf-8"))
     assert fields["format_version"] == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of POSIX")
+def test_a_file_that_others_may_write_to_is_remarked_on(
+    make_gguf: MakeGguf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_gguf()
+    path.chmod(0o666)
+    run(path, tmp_path / "home" / "m", tmp_path / "home")
+    (message,) = [text for text in caplog.messages if "changed by others" in text]
+    assert f"{path} can be changed by others (everybody" in message
