@@ -16,15 +16,12 @@ from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
 from recollect.errors import UnsupportedModelError
-from recollect.proof.reference_model import Array, Description, Rope
+from recollect.proof import rope_scaling
+from recollect.proof.reference_model import Array, Description, NotCompared, Pairing, Rope
 
 _SUFFIX: Final = ".weight"
 _STEP_NUMBERS: Final = 1 << 22
 """Numbers that are dequantized at once: 16 MB of f32, several times that while gguf works on them."""
-
-
-class NotCompared(Exception):  # noqa: N818 - a result and not an error: `verify` prints it
-    """The reference does not know how this model computes; the message says what it does not know."""
 
 
 class GgufTensors:
@@ -210,7 +207,7 @@ def _ropes(
     if fields.architecture == "gemma3":
         # Source: `rope_local_base_freq` of Gemma 3's configurations; never scaled.
         base = fields.number("rope.freq_base_swa", 10_000.0)
-        nearby = Rope(_frequencies(head_size, base), "halves")
+        nearby = Rope(rope_scaling.plain(head_size, base), "halves")
     return (
         tuple(nearby if local else everywhere for local in is_local),
         tuple(int(window) if local else None for local in is_local),
@@ -220,17 +217,14 @@ def _ropes(
 def _rope(fields: _Fields, tensors: GgufTensors, head_size: int) -> Rope:
     turned = int(fields.number("rope.dimension_count", head_size))
     base = fields.number("rope.freq_base", 10_000.0)
-    frequencies = _frequencies(turned, base)
-    pairing = "neighbours" if fields.architecture == "llama" else "halves"
+    frequencies = rope_scaling.plain(turned, base)
+    pairing: Pairing = "neighbours" if fields.architecture == "llama" else "halves"
+    scale = fields.number("rope.scaling.attn_factor", 1.0)
     if "rope_freqs" in tensors:
         frequencies = frequencies / tensors.vector("rope_freqs")
-    kind = fields.get("rope.scaling.type", "none")
     if "rope_factors_short" in tensors:  # LongRoPE, within the context that it was trained on
-        return Rope(
-            frequencies / tensors.vector("rope_factors_short"),
-            pairing,
-            fields.number("rope.scaling.attn_factor", 1.0),
-        )
+        return Rope(frequencies / tensors.vector("rope_factors_short"), pairing, scale)
+    kind = fields.get("rope.scaling.type", "none")
     factor = fields.number("rope.scaling.factor", 1.0)
     match kind:
         case "none":
@@ -238,44 +232,16 @@ def _rope(fields: _Fields, tensors: GgufTensors, head_size: int) -> Rope:
         case "linear":
             return Rope(frequencies / factor, pairing)
         case "yarn":
-            return Rope(*_yarn(fields, frequencies, turned, base, factor, pairing))
+            stretched, by_factor = rope_scaling.yarn(
+                frequencies,
+                base=base,
+                factor=factor,
+                original=fields.number(
+                    "rope.scaling.original_context_length", fields.number("context_length")
+                ),
+                fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
+                slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
+            )
+            return Rope(stretched, pairing, scale * by_factor)
         case _:
             raise NotCompared(f"the reference does not know RoPE scaled by {kind!r}")
-
-
-def _frequencies(turned: int, base: float) -> npt.NDArray[np.float64]:
-    pairs = np.arange(turned // 2, dtype=np.float64)
-    frequencies: npt.NDArray[np.float64] = np.power(float(base), -2 * pairs / turned)
-    return frequencies
-
-
-def _yarn(
-    fields: _Fields,
-    plain: npt.NDArray[np.float64],
-    turned: int,
-    base: float,
-    factor: float,
-    pairing: Any,
-) -> tuple[npt.NDArray[np.float64], Any, float]:
-    """
-    Return frequencies, pairing and scale.
-
-    Pairs that turn often within the original context stay, those that turn less than once are
-    stretched by the factor, those between are mixed. Source: YaRN (Peng et al. 2023), section 3.2,
-    with the borders rounded outward as the authors' code does.
-    """
-    original = fields.number(
-        "rope.scaling.original_context_length", fields.number("context_length")
-    )
-
-    def pair_with(turns: float) -> float:
-        return turned / 2 * math.log(original / (turns * 2 * math.pi)) / math.log(base)
-
-    fast = fields.number("rope.scaling.yarn_beta_fast", 32.0)
-    slow = fields.number("rope.scaling.yarn_beta_slow", 1.0)
-    first = max(math.floor(pair_with(fast)), 0)
-    last = min(math.ceil(pair_with(slow)), turned - 1)
-    stretched = np.clip((np.arange(len(plain)) - first) / max(last - first, 0.001), 0.0, 1.0)
-    mixed = plain * (1 - stretched) + plain / factor * stretched
-    scale = fields.number("rope.scaling.attn_factor", 1.0) * (1 + 0.1 * math.log(factor))
-    return mixed, pairing, scale

@@ -27,6 +27,10 @@ _VOCABULARY_STEP: Final = 8192
 """Rows of the output matrix that are f32 at once: 64 MB at 2,048 wide, and large enough for BLAS."""
 
 
+class NotCompared(Exception):  # noqa: N818 - a result and not an error: `verify` prints it
+    """The reference does not know how a model computes; the message says what it does not know."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rope:
     """How a layer turns queries and keys by their positions."""
