@@ -58,6 +58,36 @@ def make_paged(model: ov.Model, *, long_context: bool = False) -> None:
     _require_bound(model)
 
 
+def join_embeddings(model: ov.Model, embeddings: ov.Model) -> None:
+    """
+    Make the text half of a multimodal export a model of token ids.
+
+    Args:
+        model: The language model, whose input is `inputs_embeds`; changed in place.
+        embeddings: What turns token ids into those; part of *model* afterwards.
+
+    Raises:
+        UnsupportedModelError: They do not fit each other.
+    """
+    token_ids = ops.parameter([-1, -1], np.int64, name="input_ids")
+    known = {port.any_name: port.get_node() for port in model.inputs}
+    if "inputs_embeds" not in known or len(embeddings.inputs) != 1:
+        raise UnsupportedModelError(
+            "This model's text half does not take the embeddings beside it: export it again."
+        )
+    embedded = embeddings.get_results()[0].input_value(0)
+    embeddings.get_parameters()[0].output(0).replace(token_ids.output(0))
+    known["inputs_embeds"].output(0).replace(embedded)
+    model.remove_parameter(known["inputs_embeds"])
+    if "token_type_ids" in known:  # which are parts of an image; here is only text
+        text = ops.broadcast(ops.constant(np.int64(0)), ops.shape_of(token_ids))
+        known["token_type_ids"].output(0).replace(text.output(0))
+        model.remove_parameter(known["token_type_ids"])
+    token_ids.output(0).set_names({"input_ids"})  # `replace` gave it the other's name, too
+    model.add_parameters([token_ids])
+    model.validate_nodes_and_infer_types()
+
+
 def decide_long_rope(model: ov.Model, *, long_context: bool) -> bool:
     """
     Put one of LongRoPE's two sets of factors in place of the choice between them.
