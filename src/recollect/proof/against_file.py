@@ -15,8 +15,9 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from recollect.conversation.model import Model
-from recollect.proof.gguf_reference import NotCompared, open_gguf
-from recollect.proof.reference_model import Array, log_softmax, logits_at
+from recollect.proof.gguf_reference import open_gguf
+from recollect.proof.openvino_reference import open_openvino
+from recollect.proof.reference_model import Array, NotCompared, log_softmax, logits_at
 from recollect.types import Profile
 
 Outcome = Literal["PASS", "FAIL", "NOT COMPARED"]
@@ -89,14 +90,17 @@ def compare_with_file(
     model: Model,
     path: Path | None,
     *,
+    long_context: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _of: None,
 ) -> FileReport:
     """
-    Compare the logits of a loaded model with those that its GGUF file gives.
+    Compare the logits of a loaded model with those that its file gives.
 
     Args:
         model: The model, in the profile that is to be checked.
-        path: The file that it was made of; None: it is not there any more.
+        path: The GGUF file that it was made of, or the OpenVINO folder that it is; None: it is not
+            there any more.
+        long_context: Which of LongRoPE's factors the model was loaded with.
         progress: Called with the layers of the reference that are done, and how many there are.
 
     Raises:
@@ -106,7 +110,9 @@ def compare_with_file(
         return FileReport(outcome="NOT COMPARED", reason="its file is not here any more")
     began = time.monotonic()
     try:
-        description, tensors = open_gguf(path)
+        description, tensors = (
+            open_openvino(path, long_context=long_context) if path.is_dir() else open_gguf(path)
+        )
     except NotCompared as unknown:
         return FileReport(outcome="NOT COMPARED", reason=str(unknown), file=path.name)
     ids = _token_ids(model)

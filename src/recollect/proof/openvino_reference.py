@@ -29,7 +29,8 @@ _TYPES: Final = {
     "i16": "<i2", "i8": "<i1", "u8": "<u1",
 }  # fmt: skip
 _NIBBLES: Final = ("u4", "i4")
-_THROUGH: Final = {"Convert", "Subtract", "Multiply", "Add", "Reshape", "Unsqueeze"}
+_ARITHMETIC: Final = {"Subtract": np.subtract, "Multiply": np.multiply, "Add": np.add}
+_THROUGH: Final = {"Convert", "Reshape", "Unsqueeze", *_ARITHMETIC}
 """What lies between a constant and its use where weights are packed."""
 _STEP_NUMBERS: Final = 1 << 24
 """Numbers that are widened to f32 at once: 64 MB, and several times that on the way."""
@@ -118,24 +119,15 @@ class _Graph:
         if node.kind == "Const":
             return self._constant(number, rows)
         first = self.value(sources[0], rows)
-        match node.kind:
-            case "Convert":
-                return first
-            case "Reshape":
-                target = self._constant(sources[1], None).astype(int).tolist()
-                return first.reshape(len(first) if len(target) > 1 else -1, *target[1:])
-            case "Unsqueeze":
-                return first
-        axes = rows if self.rows(sources[1]) == self.rows(sources[0]) else None
-        second = self.value(sources[1], axes)
-        match node.kind:
-            case "Subtract":
-                return first - second
-            case "Multiply":
-                return first * second
-            case "Add":
-                return first + second
-        raise NotCompared(f"weights go through {node.kind}")
+        if node.kind in ("Convert", "Unsqueeze"):
+            return first
+        if node.kind == "Reshape":
+            target = self._constant(sources[1], None).astype(int).tolist()
+            return first.reshape(len(first) if len(target) > 1 else -1, *target[1:])
+        is_by_row = self.rows(sources[1]) == self.rows(sources[0])
+        second = self.value(sources[1], rows if is_by_row else None)
+        result: Numbers = _ARITHMETIC[node.kind](first, second)
+        return result
 
     def _constant(self, number: str, rows: _Rows) -> Numbers:
         node, shape = self.nodes[number], self.shape(number)
@@ -161,8 +153,20 @@ class _Graph:
 class OpenVinoTensors:
     """The matrices, norms and biases of a graph; each is widened whenever it is asked for."""
 
-    def __init__(self, graph: _Graph, layers: int, *, norms_after: bool) -> None:
+    def __init__(
+        self, graph: _Graph, layers: int, *, norms_after: bool, embeddings: _Graph | None = None
+    ) -> None:
+        """
+        Find everything by the names of modules.
+
+        Args:
+            graph: Of the language model.
+            layers: How many it has.
+            norms_after: As in `Description`.
+            embeddings: Where they are apart, as in exports of multimodal models.
+        """
         self._graph = graph
+        self._embeddings = embeddings
         self._places: dict[str, str] = {}
         self._parts: dict[str, tuple[str, slice]] = {}
         by_module = _by_module(graph)
@@ -173,6 +177,8 @@ class OpenVinoTensors:
         self._note(by_module, "output_norm", "model.norm")
         self._note(by_module, "output", "lm_head")
         self._note(by_module, "token_embd", "model.embed_tokens")
+        if embeddings is not None:
+            self._places["token_embd"] = _table(embeddings)
         for required in ("token_embd", "output_norm"):
             if required not in self._places:
                 raise NotCompared(f"the graph does not name {required}")
@@ -194,7 +200,7 @@ class OpenVinoTensors:
             return self.matrix(whole)[part][rows]
         wanted = range(*rows.indices(self.rows(name)))
         parts = [
-            self._graph.value(self._places[name], slice(start, min(start + step, wanted.stop)))
+            self._value(name, slice(start, min(start + step, wanted.stop)))
             for step in [max(1, _STEP_NUMBERS // max(1, self._columns(name)))]
             for start in range(wanted.start, wanted.stop, step)
         ]
@@ -202,15 +208,15 @@ class OpenVinoTensors:
 
     def gather(self, name: str, rows: Sequence[int]) -> Array:
         """Return these rows of a matrix, in this order."""
-        return self._graph.value(self._places[name], list(rows)).reshape(len(rows), -1)
+        return self._value(name, list(rows)).reshape(len(rows), -1)
 
     def vector(self, name: str) -> Array:
         """Return a norm or a bias as f32."""
-        return self._graph.value(self._places[name]).reshape(-1)
+        return self._value(name).reshape(-1)
 
     def rows(self, name: str) -> int:
         """Return how many rows a matrix has."""
-        return self._graph.rows(self._places[name])
+        return self._of(name).rows(self._places[name])
 
     def types(self) -> dict[str, int]:
         """Return how many numbers of constants each type holds, the most first."""
@@ -220,6 +226,14 @@ class OpenVinoTensors:
                 kind = node.data["element_type"]
                 counts[kind] = counts.get(kind, 0) + math.prod(self._graph.shape(number))
         return dict(sorted(counts.items(), key=lambda one: -one[1]))
+
+    def _value(self, name: str, rows: _Rows = None) -> Numbers:
+        return self._of(name).value(self._places[name], rows)
+
+    def _of(self, name: str) -> _Graph:
+        """Return the graph that a weight is in."""
+        apart = name == "token_embd" and self._embeddings is not None
+        return self._embeddings if apart and self._embeddings is not None else self._graph
 
     def _columns(self, name: str) -> int:
         return len(self.gather(name, [0])[0])
@@ -245,6 +259,16 @@ class OpenVinoTensors:
                         self._places[f"{name}.bias"] = source
 
 
+def _table(graph: _Graph) -> str:
+    """Return the weight that a graph looks token ids up in."""
+    for number, node in graph.nodes.items():
+        if node.kind == "Gather":
+            for source in graph.inputs[number]:
+                if graph.is_weight(source) and graph.rows(source) > 1:
+                    return source
+    raise NotCompared("the graph of the embeddings has no table")
+
+
 def _by_module(graph: _Graph) -> dict[str, list[str]]:
     """Return the nodes of each module, by its name in Hugging Face's model."""
     found: dict[str, list[str]] = {}
@@ -258,14 +282,13 @@ def _by_module(graph: _Graph) -> dict[str, list[str]]:
 
 
 def open_openvino(
-    folder: Path, xml_name: str = "openvino_model.xml", *, long_context: bool = False
+    folder: Path, *, long_context: bool = False
 ) -> tuple[Description, OpenVinoTensors]:
     """
     Return how the model in a folder computes, and its tensors.
 
     Args:
         folder: As an export has written it, with a `config.json`.
-        xml_name: The graph in it.
         long_context: Whether LongRoPE's factors for long contexts are used.
 
     Raises:
@@ -278,8 +301,13 @@ def open_openvino(
         raise NotCompared(f"its config.json cannot be read ({cause})") from cause
     config = {**config, **config.get("text_config", {})}
     description = describe(config, long_context=long_context)
+    whole, text_half = folder / "openvino_model.xml", folder / "openvino_language_model.xml"
+    is_half = not whole.exists()
     tensors = OpenVinoTensors(
-        _Graph(folder / xml_name), description.layers, norms_after=description.norms_after
+        _Graph(text_half if is_half else whole),
+        description.layers,
+        norms_after=description.norms_after,
+        embeddings=_Graph(folder / "openvino_text_embeddings_model.xml") if is_half else None,
     )
     size = description.head_size
     for layer in range(description.layers):
@@ -360,10 +388,10 @@ def _rope(config: dict[str, Any], size: int, layer_type: str, *, long_context: b
     share = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     frequencies = rope_scaling.plain(int(size * share), base)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    original = (
-        config.get("original_max_position_embeddings")
-        or scaling.get("original_max_position_embeddings")
-        or config.get("max_position_embeddings")
+    original = float(
+        scaling.get("original_max_position_embeddings")
+        or config.get("original_max_position_embeddings")
+        or config["max_position_embeddings"]
     )
     match kind:
         case "default":
@@ -377,7 +405,7 @@ def _rope(config: dict[str, Any], size: int, layer_type: str, *, long_context: b
                 frequencies,
                 base=base,
                 factor=scaling["factor"],
-                original=scaling.get("original_max_position_embeddings") or original,
+                original=original,
                 fast=scaling.get("beta_fast") or 32.0,
                 slow=scaling.get("beta_slow") or 1.0,
             )

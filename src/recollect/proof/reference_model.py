@@ -224,4 +224,5 @@ def _activated(values: Array, kind: Literal["silu", "gelu"]) -> Array:
 def _capped(values: Array, cap: float | None) -> Array:
     if cap is None:
         return values
-    return np.float32(cap) * np.tanh(values / np.float32(cap))
+    capped: Array = np.float32(cap) * np.tanh(values / np.float32(cap))
+    return capped

@@ -126,7 +126,9 @@ def _comes_from(node: ov.Node, name: str) -> bool:
     """Return whether a node's value is computed from that input, through its first operands alone."""
     while node.get_input_size():
         node = node.input_value(0).get_node()
-    return name in node.get_friendly_name() or any(name in output.names for output in node.outputs())
+    return name in node.get_friendly_name() or any(
+        name in output.names for output in node.outputs()
+    )
 
 
 def _uses(node: ov.Node, kind: str) -> list[ov.Node]:
