@@ -208,14 +208,16 @@ def _heads(values: Array, count: int, size: int) -> Array:
 def _norm(values: Array, weight: Array, epsilon: float) -> Array:
     """Return the root-mean-square norm over the last axis."""
     mean = np.mean(np.square(values, dtype=np.float64), axis=-1, keepdims=True)
-    return (values / np.sqrt(mean + epsilon)).astype(np.float32) * weight
+    normed: Array = (values / np.sqrt(mean + epsilon)).astype(np.float32) * weight
+    return normed
 
 
 def _activated(values: Array, kind: Literal["silu", "gelu"]) -> Array:
     if kind == "silu":
         # exp overflows to infinity for what is very negative, and the quotient is then 0 as it is.
         with np.errstate(over="ignore"):
-            return values / (1 + np.exp(-values))
+            smooth: Array = values / (1 + np.exp(-values))
+        return smooth
     cubic = np.float32(math.sqrt(2 / math.pi)) * (values + np.float32(0.044715) * values**3)
     halved: Array = np.float32(0.5) * values * (1 + np.tanh(cubic))
     return halved
