@@ -13,6 +13,7 @@ import typer
 from recollect.cli.options import (
     AllowNativeCodeOption,
     KvMemoryOption,
+    LongContextOption,
     ModelOption,
     OfflineOption,
     ProfileOption,
@@ -39,6 +40,7 @@ def verify(
     kv_disk: ProofKvDiskOption = "0",
     offline: OfflineOption = False,
     allow_native_code: AllowNativeCodeOption = None,
+    long_context: LongContextOption = False,
 ) -> None:
     """
     Hold random conversations, and compare each state with a fresh prefill of the same tokens.
@@ -55,6 +57,7 @@ def verify(
         kv_memory=kv_memory,
         kv_disk=kv_disk,
         allow_native_code=allow_native_code,
+        long_context=long_context,
         offline=offline,
     ) as loaded:
         from recollect.proof import verify as proof  # noqa: PLC0415
