@@ -157,7 +157,7 @@ def serve(
         has_keys=len(keys) > 0,
         limits=Limits(concurrent=concurrent, queue=queue),
     )
-    weights = {one.name: one.disk_bytes for one in statuses}
+    weights = {one.name: one.disk_bytes - one.source_bytes for one in statuses}
     hub = ModelHub(
         lambda name: options.open_model(
             references[name], profile=profile, kv_memory=kv_memory, kv_disk=kv_disk

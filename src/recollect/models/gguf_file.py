@@ -1,24 +1,21 @@
 """
-Reads what a GGUF file says about itself, and whether OpenVINO can read the rest.
+Reads what a GGUF file says about itself: its fields, and where its tensors lie.
 
 Reads the header only. The gguf package's own reader takes seconds for it, because it makes an
 array for each of the vocabulary's strings; its constants are used here. Converts nothing.
 """
 
+import math
 import mmap
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, TokenType
 
 from recollect.errors import UnsupportedModelError
-
-# What the GGUF reader of OpenVINO GenAI 2026.4 accepts.
-READABLE_ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
-READABLE_TENSOR_TYPES: Final = ("F16", "F32", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q8_0")
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -50,28 +47,50 @@ _END_TOKENS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies in a file, and what it is."""
+
+    shape: tuple[int, ...]
+    """Outermost dimension first, as numpy has it; the file has it the other way round."""
+    kind: GGMLQuantizationType
+    start: int
+    """Its first byte, counted from the start of the file."""
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufContent:
+    """A file's fields and its table of tensors."""
+
+    fields: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    """By name, in the file's order."""
+    field_places: dict[str, slice]
+    """Where each field's bytes lie in the file, its name included."""
+
+
+@dataclass(frozen=True, slots=True)
 class GgufHeader:
     """What a GGUF file says about itself."""
 
     architecture: str
     context_length: int
-    tensor_types: frozenset[str]
     chat_template: str | None
     eos_token_ids: frozenset[int]
     bos_token: str | None
     eos_token: str | None
 
 
-def read_header(path: Path) -> GgufHeader:
+def read_content(path: Path) -> GgufContent:
     """
-    Return what the file at *path* says about itself.
+    Return the fields of the file at *path*, and where its tensors lie.
 
     Raises:
         UnsupportedModelError: It is not a GGUF file of a known version, or it is damaged.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            fields, tensor_types = _parse(data, path)
+            return _parse(data, path)
     except _DamagedError as cause:
         raise UnsupportedModelError(
             f"{path} is cut short or damaged ({cause}): download it again."
@@ -82,28 +101,17 @@ def read_header(path: Path) -> GgufHeader:
         raise UnsupportedModelError(
             f"{path} cannot be read ({cause.strerror}): check the path and its permissions."
         ) from cause
-    return _describe(fields, tensor_types, path)
 
 
-def require_readable(header: GgufHeader, path: Path) -> None:
+def read_header(path: Path) -> GgufHeader:
     """
-    Check that OpenVINO can read this model.
+    Return what the file at *path* says about the model in it.
 
     Raises:
-        UnsupportedModelError: It cannot; the message names the architecture or the tensor types.
+        UnsupportedModelError: It is not a GGUF file of a known version, it is damaged, or it holds
+            no language model.
     """
-    if header.architecture not in READABLE_ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{path.name} is of the {header.architecture} architecture, and OpenVINO reads only "
-            f"{', '.join(READABLE_ARCHITECTURES)} from GGUF: export the original model with "
-            "`optimum-cli export openvino`."
-        )
-    strange = sorted(header.tensor_types.difference(READABLE_TENSOR_TYPES))
-    if strange:
-        raise UnsupportedModelError(
-            f"{path.name} holds {', '.join(strange)} tensors, which OpenVINO does not read: choose "
-            f"a file of the model that holds only {', '.join(READABLE_TENSOR_TYPES)}, such as Q8_0."
-        )
+    return describe(read_content(path), path)
 
 
 class _DamagedError(Exception):
@@ -157,7 +165,7 @@ class _Cursor:
         return self.number(code)
 
 
-def _parse(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], frozenset[str]]:
+def _parse(data: mmap.mmap, path: Path) -> GgufContent:
     cursor = _Cursor(data)
     if data[:4] != _MAGIC:
         raise _not_gguf(path)
@@ -169,50 +177,56 @@ def _parse(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], frozenset[str]]
             "get a newer file of the model."
         )
     tensor_count, field_count = cursor.number("Q"), cursor.number("Q")
-    fields = {}
+    fields, places = {}, {}
     for _ in range(field_count):
+        start = cursor.at
         key = cursor.text()
         fields[key] = cursor.value()
-    tensors = list(_tensors(cursor, tensor_count))
-    _require_whole(cursor.at, fields, tensors, len(data))
-    return fields, frozenset(kind.name for kind, _ in tensors)
+        places[key] = slice(start, cursor.at)
+    tensors = dict(_tensors(cursor, tensor_count))
+    start = _data_start(cursor.at, fields)
+    needed = start + max(
+        (tensor.start + tensor.size_bytes for tensor in tensors.values()), default=0
+    )
+    if tensors and needed > len(data):
+        raise _DamagedError(f"it has {len(data):,} of {needed:,} bytes")
+    placed = {name: replace(tensor, start=start + tensor.start) for name, tensor in tensors.items()}
+    return GgufContent(fields, placed, places)
 
 
-def _tensors(cursor: _Cursor, count: int) -> Iterator[tuple[GGMLQuantizationType, int]]:
-    """Yield the type of each tensor, and where it ends, counted from the start of the data."""
+def _tensors(cursor: _Cursor, count: int) -> Iterator[tuple[str, TensorInfo]]:
+    """Yield each tensor's name and what it is, with its start counted from the start of the data."""
     for _ in range(count):
-        cursor.raw_text()
+        name = cursor.text()
         dimensions = cursor.number("I")
         if dimensions > _MOST_DIMENSIONS:
             raise _DamagedError(f"it holds a tensor of {dimensions} dimensions")
-        elements = 1
-        for _ in range(dimensions):
-            elements *= cursor.number("Q")
+        shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
         raw, offset = cursor.number("I"), cursor.number("Q")
         try:
             kind = GGMLQuantizationType(raw)
         except ValueError as cause:
             raise _DamagedError(f"it holds a tensor of the unknown type {raw}") from cause
         block_elements, block_bytes = GGML_QUANT_SIZES[kind]
-        yield kind, offset + elements // block_elements * block_bytes
+        size_bytes = math.prod(shape) // block_elements * block_bytes
+        yield name, TensorInfo(shape, kind, offset, size_bytes)
 
 
-def _require_whole(
-    header_end: int,
-    fields: dict[str, Any],
-    tensors: list[tuple[GGMLQuantizationType, int]],
-    size: int,
-) -> None:
+def _data_start(header_end: int, fields: dict[str, Any]) -> int:
     alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise _DamagedError(f"its alignment is {alignment!r}")
-    start = -(-header_end // alignment) * alignment
-    needed = start + max((end for _, end in tensors), default=0)
-    if tensors and needed > size:
-        raise _DamagedError(f"it has {size:,} of {needed:,} bytes")
+    return -(-header_end // alignment) * alignment
 
 
-def _describe(fields: dict[str, Any], tensor_types: frozenset[str], path: Path) -> GgufHeader:
+def describe(content: GgufContent, path: Path) -> GgufHeader:
+    """
+    Return what a file's fields say about the model in it.
+
+    Raises:
+        UnsupportedModelError: They name no architecture or no context length.
+    """
+    fields = content.fields
     architecture = fields.get("general.architecture")
     context_length = fields.get(f"{architecture}.context_length")
     if not isinstance(architecture, str) or not isinstance(context_length, int):
@@ -236,7 +250,6 @@ def _describe(fields: dict[str, Any], tensor_types: frozenset[str], path: Path) 
     return GgufHeader(
         architecture=architecture,
         context_length=context_length,
-        tensor_types=tensor_types,
         chat_template=template if isinstance(template, str) else None,
         eos_token_ids=frozenset(ids),
         bos_token=_token(tokens, fields.get("tokenizer.ggml.bos_token_id")),

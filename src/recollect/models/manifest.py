@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 MANIFEST_NAME: Final = "recollect.json"
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
+_INEXACT_VERSION: Final = 2
+"""
+Of folders whose weights OpenVINO GenAI's reader rounded, and whose RoPE it left unscaled. Such a
+folder runs as it did where the file cannot be fetched again; its fields are the same.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +39,11 @@ class Manifest:
     """File name to size: a quick look shows whether the folder is still whole."""
     format_version: int = FORMAT_VERSION
 
+    @property
+    def is_exact(self) -> bool:
+        """Return whether the folder's weights have the values of the file that they came from."""
+        return self.format_version == FORMAT_VERSION
+
     def write(self, folder: Path) -> None:
         """Write the note into *folder*."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
@@ -46,7 +56,8 @@ class Manifest:
             fields: Any = json.loads((folder / MANIFEST_NAME).read_text("utf-8"))
         except (OSError, ValueError):
             return None
-        if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
+        known = (FORMAT_VERSION, _INEXACT_VERSION)
+        if not isinstance(fields, dict) or fields.get("format_version") not in known:
             return None
         try:
             return cls(**fields) if _is_sound(fields) else None
