@@ -5,30 +5,27 @@ Run by `convert` in a process of its own: a damaged file can crash a library, an
 given back. Prints how many bytes of how many are done, a line each time.
 """
 
-import struct
 import sys
 import time
 from pathlib import Path
 from typing import Final
 
 import openvino as ov
-import openvino_genai as genai
 
 from recollect.errors import UnsupportedModelError
 from recollect.models.convert import NO_ROOM, REFUSED
 from recollect.models.folder import MODEL_FILES
 from recollect.models.gguf_decoder import read_decoder
-from recollect.models.gguf_file import read_content
 from recollect.models.gguf_graph import Constants, GraphBuilder
 from recollect.models.gguf_shards import Shards
+from recollect.models.gguf_tokenizer import write_tokenizer
 
 _REPORT_EVERY_S: Final = 0.1  # more often than a bar is drawn would be for nobody
-_MAGIC_AND_VERSION: Final = b"GGUF" + struct.pack("<I", 3)  # fields of version 2 are the same
 
 
 def main(gguf: Path, folder: Path) -> None:
     """Write the model of *gguf* and its tokenizer into *folder*."""
-    _write_tokenizer(gguf, folder)
+    write_tokenizer(gguf, folder)
     shards = Shards(gguf)
     report = _Reporter(shards.total_bytes)
     # Beside the model and not in memory; it goes with the folder that all this is in.
@@ -36,32 +33,6 @@ def main(gguf: Path, folder: Path) -> None:
     model = GraphBuilder(read_decoder(shards), shards, constants, report).build()
     # As f16 the rotary frequencies, norms and scales would be rounded.
     ov.save_model(model, folder / MODEL_FILES[0], compress_to_fp16=False)
-
-
-def _write_tokenizer(gguf: Path, folder: Path) -> None:
-    """
-    Write the tokenizer, which GenAI makes out of the file's fields.
-
-    It gets a file that has the fields and no tensors, because it would read and convert these too.
-    """
-    places = read_content(gguf).field_places
-    # It would look for the other files of a model that says that it has some.
-    kept = [place for name, place in places.items() if not name.startswith("split.")]
-    with gguf.open("rb") as file:
-        header = file.read(max(place.stop for place in kept))
-    without_tensors = folder / "tokenizer.gguf"
-    start = _MAGIC_AND_VERSION + struct.pack("<QQ", 0, len(kept))
-    without_tensors.write_bytes(start + b"".join(header[place] for place in kept))
-    try:
-        genai.Tokenizer(without_tensors, enable_save_ov_model=True)
-    except RuntimeError as cause:
-        lines = str(cause).strip().splitlines() or ["it gave no reason"]
-        raise UnsupportedModelError(
-            f"The tokenizer in {gguf.name} cannot be converted ({lines[-1].strip().rstrip('.')}): "
-            "export the original model with `optimum-cli export openvino`."
-        ) from cause
-    finally:
-        without_tensors.unlink()
 
 
 class _Reporter:

@@ -39,6 +39,8 @@ def write_gguf(
     template: str | None = TEMPLATE,
     tensors: bool = True,
     tokenizer: str = "gpt2",
+    splitter: str | None = "smollm",
+    merges: Sequence[str] = (),
     seed: int = 0,
 ) -> Path:
     """Write a model with one layer of random weights and one token per byte."""
@@ -57,13 +59,15 @@ def write_gguf(
     letters = _byte_letters()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     merged = letters[ord("h")] + letters[ord("e")]
-    tokens = [*specials, *letters, merged, "</s>"]  # the last one an ordinary token
+    made = [merge.replace(" ", "") for merge in merges]
+    tokens = [*specials, *letters, merged, *made, "</s>"]  # the last one an ordinary token
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model(tokenizer)
-    writer.add_tokenizer_pre("smollm")
+    if splitter is not None:
+        writer.add_tokenizer_pre(splitter)
     writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(specials) + [1] * (len(letters) + 2))
-    writer.add_token_merges([f"{letters[ord('h')]} {letters[ord('e')]}"])
+    writer.add_token_types([3] * len(specials) + [1] * (len(tokens) - len(specials)))
+    writer.add_token_merges([f"{letters[ord('h')]} {letters[ord('e')]}", *merges])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
