@@ -4,6 +4,7 @@ Opens a folder that holds an OpenVINO model: one that recollect converted, or an
 Reads the small files beside the weights. Does not load the model, and does not convert anything.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,8 @@ TOKENIZER_FILES: Final = (
     "openvino_detokenizer.xml",
     "openvino_detokenizer.bin",
 )
+_log = logging.getLogger(__name__)
+
 _EXPORT: Final = "`optimum-cli export openvino --model ORG/NAME FOLDER`"
 
 
@@ -39,6 +42,12 @@ def open_folder(
     _require_files(folder)
     manifest = Manifest.read(folder)
     if manifest is not None:
+        if not manifest.is_exact:
+            _log.warning(
+                "%s runs with rounded weights, as an earlier recollect converted it: name the model, "
+                "or its GGUF file, in place of the folder.",
+                folder,
+            )
         return from_manifest(manifest, folder, name)
     return _Export(folder).describe(name, home, progress)
 
@@ -81,6 +90,12 @@ class _Export:
         self._source = self._read_source()
 
     def describe(self, name: str, home: Path, progress: Progress) -> LocalModel:
+        if self._source is not None:
+            _log.warning(
+                "%s runs with weights that OpenVINO GenAI rounded: name the .gguf file in it in place "
+                "of the folder.",
+                self._folder,
+            )
         template = self._chat_template()
         files = [
             (file, cached_sha256(self._folder / file, home=home, progress=progress))

@@ -5,6 +5,8 @@ Run by `convert` in a process of its own: a damaged file can crash a library, an
 given back. Prints how many bytes of how many are done, a line each time.
 """
 
+import errno
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,7 +34,12 @@ def main(gguf: Path, folder: Path) -> None:
     constants = Constants(folder.parent / "constants.bin")
     model = GraphBuilder(read_decoder(shards), shards, constants, report).build()
     # As f16 the rotary frequencies, norms and scales would be rounded.
-    ov.save_model(model, folder / MODEL_FILES[0], compress_to_fp16=False)
+    xml = folder / MODEL_FILES[0]
+    try:
+        ov.save_model(model, xml, compress_to_fp16=False)
+        ov.Core().read_model(xml)  # checks that the weights are as long as the graph says
+    except RuntimeError as cause:  # what OpenVINO raises where it cannot write
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from cause
 
 
 class _Reporter:
@@ -58,5 +65,5 @@ if __name__ == "__main__":
         print(error, file=sys.stderr)
         sys.exit(REFUSED)
     except OSError as error:
-        print(error.errno, error.filename, file=sys.stderr)
+        print(error.errno, error.filename or sys.argv[2], file=sys.stderr)
         sys.exit(NO_ROOM)

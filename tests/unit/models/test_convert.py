@@ -148,6 +148,38 @@ def test_a_tokenizer_that_cannot_be_made_is_named(make_gguf: MakeGguf, tmp_path:
         run(make_gguf(tokenizer="llama"), tmp_path / "m", tmp_path)
 
 
+def test_an_interrupt_leaves_nothing(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    def interrupt(_what: str, _done: int, total: int | None) -> None:
+        if total is not None:
+            raise KeyboardInterrupt
+
+    path, home = make_gguf(), tmp_path / "home"
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            Conversion("tiny", path, "00"), home / "models" / "m", home=home, progress=interrupt
+        )
+    assert [file for file in home.rglob("*") if file.is_file()] == []
+
+
+@pytest.mark.parametrize("room", [-50_000, 100], ids=["while building", "while saving"])
+def test_a_full_disk_is_an_error_and_leaves_nothing(
+    room: int, make_gguf: MakeGguf, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for it: matrices are built, then saved with all else."""
+    resource = pytest.importorskip("resource")
+    path, home = make_gguf(), tmp_path / "home"
+    tensors = read_content(path).tensors.values()
+    most_bytes = room + sum(tensor.size_bytes for tensor in tensors if len(tensor.shape) == 2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large|No space left"):
+            run(path, home / "models" / "tiny", home)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file for file in home.rglob("*") if file.is_file()] == []
+
+
 def test_progress_counts_the_bytes_of_the_weights(make_gguf: MakeGguf, tmp_path: Path) -> None:
     path, seen = make_gguf(), []
     job = Conversion("tiny", path, sha256_file(path))

@@ -172,6 +172,19 @@ def test_a_model_with_rounded_weights_runs_where_its_file_cannot_be_had(
         prepare("tiny", home=home, catalog=catalog)
 
 
+def test_a_folder_with_rounded_weights_that_is_named_by_its_path_says_so(
+    make_gguf: MakeGguf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = prepare(str(make_gguf()), home=tmp_path / "home")
+    assert model.folder is not None
+    assert prepare(str(model.folder), home=tmp_path / "home").fingerprint == model.fingerprint
+    assert caplog.records == []
+    make_inexact(model.folder)
+    prepare(str(model.folder), home=tmp_path / "home")
+    (record,) = caplog.records
+    assert "runs with rounded weights" in record.getMessage()
+
+
 def make_inexact(folder: Path) -> None:
     """Make a folder what an earlier recollect would have left."""
     manifest = Manifest.read(folder)
