@@ -1,8 +1,9 @@
 """
 Makes the OpenVINO tokenizer of a GGUF file, which splits text as the file says.
 
-GenAI makes it out of the file's fields. It knows how two families split text before merging and
-takes llama.cpp's default for all others, Llama 3 among them: those are given their own rule here.
+GenAI makes it out of the file's fields where these hold merges of bytes. It knows how two families
+split text before merging and takes llama.cpp's default for all others, Llama 3 among them: those are
+given their own rule here. SentencePiece's vocabularies are unknown to it, and made beside this.
 """
 
 import struct
@@ -21,9 +22,12 @@ from openvino import opset13 as ops
 from recollect.errors import UnsupportedModelError
 from recollect.models.folder import TOKENIZER_FILES
 from recollect.models.gguf_file import GgufContent, read_content
+from recollect.models.gguf_sentencepiece import why_not, write_sentencepiece
 
 _EXPORT: Final = "export the original model with `optimum-cli export openvino`"
 _MAGIC_AND_VERSION: Final = b"GGUF" + struct.pack("<I", 3)  # fields of version 2 are the same
+_SENTENCEPIECE: Final = "llama"
+"""What files call it, after the model that had it first."""
 _SPLITTER: Final = "tokenizer.ggml.pre"
 
 _CONTRACTIONS: Final = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -61,12 +65,17 @@ def require_tokenizer(fields: Mapping[str, Any], name: str) -> None:
         UnsupportedModelError: It cannot; the message names its kind or its rule.
     """
     kind, splitter = fields.get("tokenizer.ggml.model"), fields.get(_SPLITTER, "default")
-    if kind != "gpt2":
+    if kind not in ("gpt2", _SENTENCEPIECE):
         raise UnsupportedModelError(
             f"{name} has a tokenizer of the kind {kind!r}, and recollect makes only 'gpt2' (merges of "
-            f"bytes) from GGUF: {_EXPORT}."
+            f"bytes) and 'llama' (SentencePiece) from GGUF: {_EXPORT}."
         )
-    if splitter not in _SPLITTERS:
+    what = why_not(fields) if kind == _SENTENCEPIECE else None
+    if what is not None:
+        raise UnsupportedModelError(
+            f"{name} has a tokenizer with {what}, which recollect cannot make from GGUF: {_EXPORT}."
+        )
+    if kind == "gpt2" and splitter not in _SPLITTERS:
         raise UnsupportedModelError(
             f"{name} has a tokenizer that splits text in the way {splitter!r}, which recollect does "
             f"not know: {_EXPORT}."
@@ -83,6 +92,9 @@ def write_tokenizer(gguf: Path, folder: Path) -> None:
     """
     content = read_content(gguf)
     require_tokenizer(content.fields, gguf.name)
+    if content.fields["tokenizer.ggml.model"] == _SENTENCEPIECE:
+        write_sentencepiece(content.fields, folder)
+        return
     known, expression = _SPLITTERS[content.fields.get(_SPLITTER, "default")]
     without_tensors = folder / "tokenizer.gguf"
     without_tensors.write_bytes(_fields_alone(gguf, content, known))

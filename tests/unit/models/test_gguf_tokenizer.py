@@ -5,8 +5,9 @@ import gguf
 import pytest
 
 from recollect.errors import UnsupportedModelError
+from recollect.models.gguf_sentencepiece import merges_of
 from recollect.models.gguf_tokenizer import write_tokenizer
-from recollect.models.tokenizer import OpenVinoTokenizer
+from recollect.models.tokenizer import Detokenizer, OpenVinoTokenizer
 
 MakeGguf = Callable[..., Path]
 
@@ -78,12 +79,121 @@ def test_a_rule_that_is_not_known_is_named(make_gguf: MakeGguf, tmp_path: Path) 
         write_tokenizer(path, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert", "rwkv"])
+@pytest.mark.parametrize("kind", ["bert", "rwkv"])
 def test_a_tokenizer_of_another_kind_is_named(
     kind: str, make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
     path = make_gguf(tokenizer=kind, tensors=False)
     with pytest.raises(UnsupportedModelError, match=rf"a tokenizer of the kind '{kind}'"):
+        write_tokenizer(path, tmp_path)
+
+
+CORPUS = (
+    "The cache of a conversation holds what was read, and reads nothing twice. "
+    "A cache that holds nothing reads everything: the conversation is read again, and again.\n"
+)
+SPACE = "\u2581"
+
+
+def write_sentencepiece_gguf(path: Path, **fields: object) -> Path:
+    """Write the fields of a file with a vocabulary as SentencePiece makes it of the corpus."""
+    tokenizers = pytest.importorskip("tokenizers")
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=150, show_progress=False)
+    trained.train_from_iterator([CORPUS.replace(" ", SPACE)] * 2, trainer)
+    pieces = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
+    merged = [piece for piece in pieces if len(piece) > 1]
+    letters = [piece for piece in pieces if len(piece) == 1]
+    special, found = ["<unk>", "<s>", "</s>"], ["[INST]"]
+    every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = [*special, *every_byte, *found, *merged, *letters]
+    counts = {"special": len(special), "bytes": 256}
+    scores = [0.0] * (counts["special"] + counts["bytes"] + len(found))
+    scores += [-float(rank) for rank in range(len(merged) + len(letters))]
+    kinds = [2, 3, 3, *[6] * 256, 4, *[1] * (len(merged) + len(letters))]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(512)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    for name, value in fields.items():
+        writer.add_key_value(f"tokenizer.ggml.{name}", value, gguf.GGUFValueType.get_type(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def sentencepiece(tmp_path: Path) -> OpenVinoTokenizer:
+    (tmp_path / "made").mkdir()
+    write_tokenizer(write_sentencepiece_gguf(tmp_path / "sp.gguf"), tmp_path / "made")
+    return OpenVinoTokenizer(tmp_path / "made", frozenset([2]))
+
+
+def test_sentencepiece_merges_as_hugging_face_does(
+    sentencepiece: OpenVinoTokenizer, tmp_path: Path
+) -> None:
+    """The other side is set up as Llama 2's tokenizer.json is."""
+    tokenizers = pytest.importorskip("tokenizers")
+    fields = {
+        name.rpartition(".")[2]: field.contents()
+        for name, field in gguf.GGUFReader(tmp_path / "sp.gguf").fields.items()
+    }
+    tokens = fields["tokens"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    merges = merges_of(tokens, fields["scores"], fields["token_type"])
+    theirs = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
+    )
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    theirs.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
+    theirs.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    theirs.add_special_tokens(["<s>", "</s>", "<unk>"])
+    theirs.add_tokens([tokenizers.AddedToken("[INST]", normalized=False)])
+    for text in [CORPUS, *TEXTS, "<s>[INST] The cache</s> reads", "  the  cache  ", "again\u200b"]:
+        ids = sentencepiece.encode(text)
+        assert ids == theirs.encode(text).ids, text
+        assert sentencepiece.decode(ids) == theirs.decode(ids), text
+    shown = sentencepiece.decode([1, 2], skip_special_tokens=False)
+    assert (shown, sentencepiece.decode([1, 2])) == ("<s></s>", "")
+    assert sentencepiece.vocabulary.special_token_ids == {0, 1, 2}
+    assert sentencepiece.vocabulary.token_bytes[3 + 0xC3] == b"\xc3"
+
+
+def test_sentencepiece_streams_without_loss(sentencepiece: OpenVinoTokenizer) -> None:
+    for text in (CORPUS, "naïve 🎉 日本語", " the  cache"):
+        ids = sentencepiece.encode(text)
+        detokenizer = Detokenizer(sentencepiece)
+        pieces = [*(detokenizer.push(number) for number in ids), detokenizer.finish()]
+        assert "".join(pieces) == sentencepiece.decode(ids) == text
+
+
+def test_merges_are_by_score_then_by_length() -> None:
+    tokens, kinds = ["<unk>", "a", "b", "ab", "aba", "ba"], [2, 1, 1, 1, 1, 1]
+    scores = [0.0, -9.0, -9.0, -2.0, -3.0, -1.0]
+    assert merges_of(tokens, scores, kinds) == [("b", "a"), ("a", "b"), ("ab", "a"), ("a", "ba")]
+
+
+def test_a_table_that_normalizes_is_refused(tmp_path: Path) -> None:
+    path = write_sentencepiece_gguf(tmp_path / "sp.gguf", precompiled_charsmap="x")
+    with pytest.raises(UnsupportedModelError, match=r"^sp\.gguf .* with a table that normalizes"):
         write_tokenizer(path, tmp_path)
 
 
