@@ -153,6 +153,24 @@ CASES: dict[str, Case] = {
         config={"num_hidden_layers": 4, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2},
     ),
     "olmo2": Case(model="Olmo2", architecture="olmo2"),
+    "gemma3": Case(
+        model="Gemma3",
+        architecture="gemma3",
+        config={
+            "num_hidden_layers": 6,
+            "head_dim": 64,
+            "query_pre_attn_scalar": 64,
+            "sliding_window": 40,
+            "tie_word_embeddings": True,
+        },
+        fields={"attention.sliding_window": 40},
+    ),
+    "phi3": Case(
+        model="Phi3",
+        architecture="phi3",
+        config={"sliding_window": 40, "pad_token_id": 0},
+        fields={"attention.sliding_window": 40},
+    ),
 }
 KINDS = sorted(
     (kind.name for kind in {*gguf.quants._type_traits} | {Kind.F32, Kind.F16}),
@@ -164,7 +182,8 @@ class Written:
 
     def __init__(self, case: Case, path: Path, ggml: ctypes.CDLL) -> None:
         torch.manual_seed(7)
-        config_class = getattr(transformers, f"{case.model}Config")
+        text_alone = "Text" if case.model == "Gemma3" else ""  # the other one has pictures, too
+        config_class = getattr(transformers, f"{case.model}{text_alone}Config")
         self.config = config_class(**CONFIG | case.config)
         model_class = getattr(transformers, f"{case.model}ForCausalLM")
         self.model = model_class._from_config(self.config, attn_implementation="eager")
@@ -212,7 +231,7 @@ class Written:
             "attention.head_count_kv": config.num_key_value_heads,
             "attention.key_length": head_size,
             "attention.value_length": head_size,
-            "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+            "rope.freq_base": float(rope_of(config)["rope_theta"]),
         }
         for key, value in (fields | case.fields).items():
             kind = gguf.GGUFValueType.get_type(value)
@@ -220,7 +239,9 @@ class Written:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         for tensor, (values, weight) in self._tensors(case).items():
             if values.ndim == 1:
-                writer.add_tensor(tensor, values)
+                # Gemma's norms multiply by one more than their weights, which files have added.
+                more = 1 if case.architecture == "gemma3" else 0
+                writer.add_tensor(tensor, values + np.float32(more))
                 continue
             is_down = "ffn_down" in tensor or "attn_v" in tensor or "token_embd" in tensor
             kind = Kind[case.down_kind if case.down_kind and is_down else case.kind]
@@ -232,7 +253,7 @@ class Written:
             exact = dequantize(quantized(ggml, values, kind), kind).reshape(values.shape)
             with torch.no_grad():
                 weight.copy_(torch.from_numpy(exact))
-        if config.rope_parameters.get("rope_type") == "llama3":
+        if rope_of(config).get("rope_type") == "llama3":
             writer.add_tensor("rope_freqs.weight", llama3_factors(config, head_size))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -258,6 +279,13 @@ class Written:
                 values = interleaved(values[:, None], heads, case.architecture)[:, 0]
             found[translated] = (values, weight)
         return found
+
+
+def rope_of(config: Any) -> dict[str, Any]:
+    """Return what a config says of RoPE; where layers differ, of those that see everything."""
+    found: dict[str, Any] = config.rope_parameters
+    everywhere: dict[str, Any] = found.get("full_attention", found)
+    return everywhere
 
 
 def interleaved(values: np.ndarray, heads: int | None, architecture: str) -> np.ndarray:

@@ -31,6 +31,12 @@ class _Family:
     """Every so many layers one has no rotary embedding; 0: all have."""
     scales: bool = False
     """Whether the fields of Granite's four multipliers count."""
+    is_gemma: bool = False
+    """Whether embeddings are scaled by the root of their width, and the feed-forward part has GELU."""
+    windowed_of: int = 0
+    """Of so many layers all but the last look back no further than the window; 0: none, 1: all do."""
+    fused: bool = False
+    """Whether query, key and value are one tensor, and gate and up another."""
 
 
 FAMILIES: Final[Mapping[str, _Family]] = MappingProxyType(
@@ -41,6 +47,8 @@ FAMILIES: Final[Mapping[str, _Family]] = MappingProxyType(
         "granite": _Family(interleaved=True, scales=True),
         "smollm3": _Family(interleaved=True, unrotated_every=4),
         "olmo2": _Family(),
+        "gemma3": _Family(is_gemma=True, windowed_of=6),
+        "phi3": _Family(windowed_of=1, fused=True),
     }
 )
 """
@@ -79,6 +87,15 @@ class Decoder:
     attention_scale: float
     """What the products of query and key are multiplied by."""
     embedding_scale: float = 1.0
+    has_gelu: bool = False
+    """Whether the feed-forward part has GELU, by its approximation with tanh, and not SiLU."""
+    fused: bool = False
+    """Whether query, key and value are one tensor, and gate and up another."""
+    window: int = 0
+    """How many tokens, the last one included, a layer of `windowed` looks back; 0: all."""
+    windowed: frozenset[int] = frozenset()
+    local_rope: Rope | None = None
+    """Of the layers in `windowed`, where it is another than that of the rest."""
     residual_scale: float = 1.0
     """What attention and feed-forward part are multiplied by before they are added."""
     logit_divisor: float = 1.0
@@ -114,6 +131,7 @@ def read_decoder(shards: Shards) -> Decoder:
     heads = fields.integer("attention.head_count")
     head_size = fields.integer("attention.key_length", fields.integer("embedding_length") // heads)
     layers = fields.integer("block_count")
+    windowed, window = _windowed(family, fields, layers)
     decoder = Decoder(
         architecture=fields.architecture,
         layers=layers,
@@ -124,8 +142,13 @@ def read_decoder(shards: Shards) -> Decoder:
         rope=_read_rope(fields, shards, head_size),
         interleaved=family.interleaved,
         unrotated=_unrotated(family, layers),
-        attention_scale=fields.real("attention.scale", 0.0) or 1 / math.sqrt(head_size),
-        embedding_scale=fields.real("embedding_scale", 1.0),
+        attention_scale=_attention_scale(family, fields, layers, head_size),
+        embedding_scale=_embedding_scale(family, fields),
+        has_gelu=family.is_gemma,
+        fused=family.fused,
+        window=window,
+        windowed=windowed,
+        local_rope=_local_rope(family, fields, head_size),
         residual_scale=fields.real("residual_scale", 1.0),
         logit_divisor=fields.real("logit_scale", 1.0),
         tensors=shards.tensors.keys(),
@@ -178,6 +201,42 @@ class _Fields:
         return value
 
 
+_GEMMA_27B_LAYERS: Final = 62
+"""The one Gemma 3 that scales attention by the width of a head's share. Source: llama.cpp, gemma3."""
+
+
+def _attention_scale(family: _Family, fields: _Fields, layers: int, head_size: int) -> float:
+    if family.is_gemma and layers == _GEMMA_27B_LAYERS:
+        head_size = fields.integer("embedding_length") // fields.integer("attention.head_count")
+    return fields.real("attention.scale", 0.0) or 1 / math.sqrt(head_size)
+
+
+def _embedding_scale(family: _Family, fields: _Fields) -> float:
+    if family.is_gemma:
+        return math.sqrt(fields.integer("embedding_length"))
+    return fields.real("embedding_scale", 1.0)
+
+
+def _windowed(family: _Family, fields: _Fields, layers: int) -> tuple[frozenset[int], int]:
+    """Return which layers look back no further than a window, and how long that is."""
+    window = fields.integer("attention.sliding_window", 0)
+    if not 0 < window < fields.integer("context_length"):
+        return frozenset(), 0
+    if not family.windowed_of:
+        raise fields.refusal("has a sliding window")
+    every = fields.integer("attention.sliding_window_pattern", family.windowed_of)
+    if every < 1:
+        raise fields.refusal(f"has windows in the pattern {every}")
+    return frozenset(n for n in range(layers) if every == 1 or (n + 1) % every != 0), window
+
+
+def _local_rope(family: _Family, fields: _Fields, head_size: int) -> Rope | None:
+    if not family.is_gemma:
+        return None
+    base = fields.real("rope.freq_base_swa", 10_000.0)
+    return Rope(base ** -(np.arange(0, head_size, 2) / head_size), 1.0)
+
+
 def _unrotated(family: _Family, layers: int) -> frozenset[int]:
     every = family.unrotated_every
     return frozenset(range(every - 1, layers, every)) if every else frozenset()
@@ -205,9 +264,6 @@ def _require_no_other_meaning(fields: _Fields, family: _Family) -> None:
         value = fields.get(name)
         if value is not None and not is_harmless(value):
             raise fields.refusal(what)
-    window = fields.integer("attention.sliding_window", 0)
-    if 0 < window < fields.integer("context_length"):
-        raise fields.refusal("has a sliding window")
     for name in () if family.scales else _GRANITE_SCALES:
         if fields.get(name) is not None:
             raise fields.refusal(f"has the field {fields.architecture}.{name}")
@@ -224,11 +280,12 @@ def _require_readable_kinds(shards: Shards) -> None:
 
 _IGNORED: Final = ("rope_freqs.weight", ".attn_rot_embd.weight", ".rope_freqs.weight")
 """Not weights of the graph: frequencies, which the rotary embedding takes or old files repeat."""
-_PER_LAYER: Final = (
+_PER_LAYER: Final[tuple[tuple[str, ...], ...]] = (
     ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
     ("attn_norm", "attn_q_norm", "attn_k_norm", "post_attention_norm"),
     ("ffn_norm", "post_ffw_norm"),
 )
+_FUSED: Final = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
 
 
 def _require_sound(decoder: Decoder, fields: _Fields) -> None:
@@ -238,6 +295,8 @@ def _require_sound(decoder: Decoder, fields: _Fields) -> None:
     if is_odd or decoder.layers > len(decoder.tensors):
         raise fields.refusal(f"says that it has layers, heads, KV heads and head size of {sizes}")
     matrices, *norms = _PER_LAYER
+    if decoder.fused:
+        matrices = _FUSED
     needed = {"token_embd.weight", "output_norm.weight"}
     allowed = {"output.weight", "output.bias"}
     for layer in range(decoder.layers):

@@ -42,6 +42,7 @@ _END_TOKENS: Final = (
     "<|eot_id|>",
     "<|eom_id|>",
     "<|end|>",
+    "<end_of_turn>",
     "</s>",
 )
 

@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as Kind
 from openvino import opset13 as ops
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.gguf_decoder import Decoder
+from recollect.models.gguf_decoder import Decoder, Rope
 from recollect.models.gguf_shards import Shards, iterate_rows
 from recollect.models.gguf_weights import LAYOUTS, Layout, take_apart, values_of
 
@@ -141,13 +141,36 @@ class GraphBuilder:
         for parameter in inputs:
             parameter.output(0).set_names({parameter.get_friendly_name()})
         self._batch = ops.gather(ops.shape_of(ids), _integers(0), _integers(0))
-        self._set_rotation(positions)
-        # For the stateful form. Paged attention has a mask of its own and drops this one.
+        self._rotation = self._rotation_of(positions, self._decoder.rope)
+        if self._decoder.local_rope is not None:
+            self._local_rotation = self._rotation_of(positions, self._decoder.local_rope)
+        self._set_masks(ids, attention, positions)
+        return inputs
+
+    def _set_masks(self, ids: ov.Node, attention: ov.Node, positions: ov.Node) -> None:
+        """
+        Make the masks for the stateful form. Paged attention has one of its own and drops these.
+
+        Of the second it takes the length of the window, which it finds only in this form: that of
+        gpt-oss as transformers writes it. Source: OpenVINO, state_management_pattern.cpp.
+        """
         length = ops.gather(ops.shape_of(attention), _number(1), _number(0))
         places = ops.unsqueeze(ops.range(_number(0), length, _number(1), "i64"), _integers(0, 1, 2))
-        is_seen = ops.less_equal(places, ops.unsqueeze(positions, _integers(1, 3)))
+        own = ops.unsqueeze(positions, _integers(1, 3))
+        is_seen = ops.less_equal(places, own)
         self._mask = ops.select(is_seen, _number(0.0), _number(_MASKED))
-        return inputs
+        if not self._decoder.window:
+            return
+        yes = ops.constant(np.array(True))
+        is_near = ops.greater(places, ops.add(own, _number(-self._decoder.window)))
+        both = ops.bitwise_and(ops.bitwise_and(yes, is_near), is_seen)
+        both = ops.bitwise_and(ops.bitwise_and(yes, both), yes)
+        width = ops.unsqueeze(length, _integers(0))
+        tokens = ops.gather(ops.shape_of(ids), _integers(1), _integers(0))
+        shape = ops.concat([self._batch, _integers(1), tokens, width], 0)
+        wide = ops.broadcast(both, shape, broadcast_spec="BIDIRECTIONAL")
+        mask = ops.select(wide, _number(0.0), _number(_MASKED))
+        self._window_mask = ops.slice(mask, _integers(0), width, _integers(1), _integers(3))
 
     def _layer(self, hidden: ov.Node, layer: int) -> ov.Node:
         """Return what a layer makes of its input. Each norm applies where the file has it."""
@@ -156,31 +179,56 @@ class GraphBuilder:
         attended = self._norm(attended, f"{name}.post_attention_norm")
         hidden = ops.add(hidden, _scaled(attended, scale))
         normed = self._norm(hidden, f"{name}.ffn_norm")
-        gate, up = self._products(normed, [f"{name}.ffn_gate", f"{name}.ffn_up"])
-        (down,) = self._products(ops.multiply(ops.swish(gate), up), [f"{name}.ffn_down"])
+        gate, up = self._gate_and_up(normed, name)
+        gate = ops.gelu(gate, "tanh") if self._decoder.has_gelu else ops.swish(gate)
+        (down,) = self._products(ops.multiply(gate, up), [f"{name}.ffn_down"])
         down = self._norm(down, f"{name}.post_ffw_norm")
         return ops.add(hidden, _scaled(down, scale))
+
+    def _gate_and_up(self, hidden: ov.Node, name: str) -> list[ov.Output]:
+        if not self._decoder.fused:
+            return self._products(hidden, [f"{name}.ffn_gate", f"{name}.ffn_up"])
+        (both,) = self._products(hidden, [f"{name}.ffn_up"])
+        halves: list[ov.Output] = ops.split(both, _number(-1), 2).outputs()
+        return halves
 
     # ---------------------------------------------------------------- attention
 
     def _attention(self, hidden: ov.Node, layer: int) -> ov.Output:
         decoder, name = self._decoder, f"blk.{layer}."
-        query, key, value = self._products(hidden, [f"{name}attn_{part}" for part in "qkv"])
+        query, key, value = self._query_key_value(hidden, name)
         query = self._heads(query, decoder.heads, f"{name}attn_q_norm")
         key = self._heads(key, decoder.kv_heads, f"{name}attn_k_norm")
+        is_windowed = layer in decoder.windowed
         if layer not in decoder.unrotated:
-            query, key = self._rotated(query), self._rotated(key)
+            is_local = is_windowed and decoder.local_rope is not None
+            rotation = self._local_rotation if is_local else self._rotation
+            query, key = self._rotated(query, rotation), self._rotated(key, rotation)
         state = f"past_key_values.{layer}.{{0}}present.{layer}.{{0}}"
         keys = self._cached(key, state.format("key"))
         values = self._cached(self._heads(value, decoder.kv_heads), state.format("value"))
         mixed = ops.scaled_dot_product_attention(
-            query, keys, values, self._mask, _number(decoder.attention_scale)
+            query,
+            keys,
+            values,
+            self._window_mask if is_windowed else self._mask,
+            _number(decoder.attention_scale),
         )
         width = decoder.heads * decoder.head_size
         flat = ops.reshape(
             ops.transpose(mixed, _integers(0, 2, 1, 3)), _integers(0, 0, width), True
         )
         return self._products(flat, [f"{name}attn_output"])[0]
+
+    def _query_key_value(self, hidden: ov.Node, name: str) -> list[ov.Output]:
+        decoder = self._decoder
+        if not decoder.fused:
+            return self._products(hidden, [f"{name}attn_{part}" for part in "qkv"])
+        (all_three,) = self._products(hidden, [f"{name}attn_qkv"])
+        heads = decoder.heads, decoder.kv_heads, decoder.kv_heads
+        widths = _integers(*[count * decoder.head_size for count in heads])
+        parts: list[ov.Output] = ops.variadic_split(all_three, _integers(-1), widths).outputs()
+        return parts
 
     def _heads(self, hidden: ov.Output, count: int, norm: str = "") -> ov.Node:
         """Return `(batch, heads, tokens, head size)`, normed over each head or over all of them."""
@@ -193,24 +241,23 @@ class GraphBuilder:
             heads = self._norm(heads, norm)
         return ops.transpose(heads, _integers(0, 2, 1, 3))
 
-    def _set_rotation(self, positions: ov.Node) -> None:
-        """Make the cosines and sines of all positions, in f32 whatever the weights are."""
-        rope = self._decoder.rope
+    def _rotation_of(self, positions: ov.Node, rope: Rope) -> tuple[ov.Node, ov.Node]:
+        """Return the cosines and sines of all positions, in f32 whatever the weights are."""
         angles = ops.multiply(
             ops.unsqueeze(ops.convert(positions, np.float32), _integers(2)),
             ops.constant(rope.frequencies.astype(np.float32)),
         )
         angles = ops.unsqueeze(ops.concat([angles, angles], -1), _integers(1))
-        self._cos = _scaled(ops.cos(angles), rope.factor)
-        self._sin = _scaled(ops.sin(angles), rope.factor)
+        return _scaled(ops.cos(angles), rope.factor), _scaled(ops.sin(angles), rope.factor)
 
-    def _rotated(self, heads: ov.Node) -> ov.Node:
+    def _rotated(self, heads: ov.Node, rotation: tuple[ov.Node, ov.Node]) -> ov.Node:
         """Return heads with their first dimensions rotated by halves, and the others as they are."""
+        cos, sin = rotation
         rotated, size = 2 * len(self._decoder.rope.frequencies), self._decoder.head_size
         turning = heads if rotated == size else _part(heads, 0, rotated)
         first, second = _part(turning, 0, rotated // 2), _part(turning, rotated // 2, rotated)
         swapped = ops.concat([ops.multiply(second, _number(-1.0)), first], -1)
-        turned = ops.add(ops.multiply(turning, self._cos), ops.multiply(swapped, self._sin))
+        turned = ops.add(ops.multiply(turning, cos), ops.multiply(swapped, sin))
         return turned if rotated == size else ops.concat([turned, _part(heads, rotated, size)], -1)
 
     def _cached(self, new: ov.Node, name: str) -> ov.Node:

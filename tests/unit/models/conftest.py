@@ -185,6 +185,9 @@ class Shape:
     head_norms: bool = False
     whole_norms: bool = False
     """Norms of query and key over all heads."""
+    fused: bool = False
+    """Query, key and value as one tensor, and gate and up as another."""
+    norms_on_both_sides: bool = False
     norms_after: bool = False
     """Norms after attention and feed-forward part, in place of those before."""
     fields: dict[str, object] = field(default_factory=dict)
@@ -228,7 +231,14 @@ def write_decoder(path: Path, shape: Shape) -> Path:
             f"{name}ffn_up": (shape.feed_forward, shape.width),
             f"{name}ffn_down": (shape.width, shape.feed_forward),
         }
+        if shape.fused:
+            for part in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"):
+                del matrices[name + part]
+            matrices[f"{name}attn_qkv"] = (all_heads + 2 * kv_width, shape.width)
+            matrices[f"{name}ffn_up"] = (2 * shape.feed_forward, shape.width)
         placed = ("post_attention_norm", "post_ffw_norm") if shape.norms_after else ()
+        if shape.norms_on_both_sides:
+            placed = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
         for norm in placed or ("attn_norm", "ffn_norm"):
             norms[name + norm] = shape.width
         if shape.head_norms or shape.whole_norms:

@@ -61,22 +61,40 @@ class NumpyDecoder:
     def logits(self, ids: Sequence[int], frequencies: np.ndarray, factor: float = 1) -> np.ndarray:
         """Return the logits after each token."""
         hidden = self.weights["token_embd.weight"][ids] * self.field("embedding_scale", 1)
+        is_gemma = self.architecture == "gemma3"
+        if is_gemma:
+            hidden = hidden * math.sqrt(hidden.shape[-1])
         scale = self.field("residual_scale", 1)
-        angles = np.arange(len(ids))[:, None] * frequencies
-        self.turn = np.exp(1j * angles)[:, None] * factor
+        places = np.arange(len(ids))[:, None]
         for layer in range(self.field("block_count")):
+            is_local = is_gemma and (layer + 1) % 6 != 0
+            self.window = (
+                self.field("attention.sliding_window") if is_local or not is_gemma else None
+            )
+            turned = plain(self.size) if is_local else frequencies
+            self.turn = np.exp(1j * places * turned)[:, None] * factor
             name = f"blk.{layer}."
             attended = self.attention(self.norm(hidden, name + "attn_norm"), name, layer)
             hidden = hidden + scale * self.norm(attended, name + "post_attention_norm")
             normed = self.norm(hidden, name + "ffn_norm")
-            gate = self.linear(normed, name + "ffn_gate")
-            gated = gate / (1 + np.exp(-gate)) * self.linear(normed, name + "ffn_up")
+            gate, up = self.gate_and_up(normed, name)
+            if is_gemma:
+                inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+                gated = gate / 2 * (1 + np.tanh(inner)) * up
+            else:
+                gated = gate / (1 + np.exp(-gate)) * up
             down = self.linear(gated, name + "ffn_down")
             hidden = hidden + scale * self.norm(down, name + "post_ffw_norm")
         hidden = self.norm(hidden, "output_norm")
         head = "output" if "output.weight" in self.weights else "token_embd"
         logits: np.ndarray = self.linear(hidden, head) / self.field("logit_scale", 1)
         return logits
+
+    def gate_and_up(self, hidden: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+        if name + "ffn_gate.weight" in self.weights:
+            return self.linear(hidden, name + "ffn_gate"), self.linear(hidden, name + "ffn_up")
+        gate, up = np.split(self.linear(hidden, name + "ffn_up"), 2, axis=-1)
+        return gate, up
 
     def attention(self, hidden: np.ndarray, name: str, layer: int) -> np.ndarray:
         rotates = self.architecture != "smollm3" or (layer + 1) % 4 != 0
@@ -87,14 +105,17 @@ class NumpyDecoder:
         key, value = np.repeat(key, shared, axis=1), np.repeat(value, shared, axis=1)
         scale = self.field("attention.scale", 1 / math.sqrt(self.size))
         scores = np.einsum("qhd,khd->hqk", query, key) * scale
-        scores[:, ~np.tri(len(hidden), dtype=bool)] = -np.inf
+        seen = np.tri(len(hidden), dtype=bool)
+        if self.window:
+            seen &= ~np.tri(len(hidden), k=-self.window, dtype=bool)
+        scores[:, ~seen] = -np.inf
         shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
         shares /= shares.sum(axis=-1, keepdims=True)
         mixed = np.einsum("hqk,khd->qhd", shares, value)
         return self.linear(mixed.reshape(len(hidden), -1), name + "attn_output")
 
     def split(self, hidden: np.ndarray, name: str, count: int, *, rotates: bool) -> np.ndarray:
-        out, norm = self.linear(hidden, name), self.weights.get(name + "_norm.weight")
+        out, norm = self.projected(hidden, name), self.weights.get(name + "_norm.weight")
         is_whole = norm is not None and len(norm) == out.shape[-1]
         if is_whole:
             out = self.norm(out, name + "_norm")
@@ -102,6 +123,13 @@ class NumpyDecoder:
         if norm is not None and not is_whole:
             heads = self.norm(heads, name + "_norm")
         return self.rotated(heads) if rotates else heads
+
+    def projected(self, hidden: np.ndarray, name: str) -> np.ndarray:
+        fused = name[:-1] + "qkv"
+        if fused + ".weight" not in self.weights:
+            return self.linear(hidden, name)
+        ends = np.cumsum([self.heads, self.kv_heads]) * self.size
+        return np.split(self.linear(hidden, fused), ends, axis=-1)["qkv".index(name[-1])]
 
     def rotated(self, heads: np.ndarray) -> np.ndarray:
         """Multiply pairs of dimensions, as complex numbers, where the architecture has them."""
@@ -175,6 +203,15 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "smollm3": {"architecture": "smollm3", "layers": 4, "tied": True},
     "olmo2": {"architecture": "olmo2", "norms_after": True, "whole_norms": True},
+    "phi3": {"architecture": "phi3", "fused": True, "fields": {"attention.sliding_window": 20}},
+    "gemma3": {
+        "architecture": "gemma3",
+        "layers": 6,
+        "tied": True,
+        "head_norms": True,
+        "norms_on_both_sides": True,
+        "fields": {"attention.sliding_window": 20},
+    },
 }
 
 
