@@ -6,6 +6,7 @@ Assign), which is what the paged-attention transformation recognizes. Weights ar
 mapped file, so that memory holds no more than the chunks that are being taken apart.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,11 +75,18 @@ class Constants:
 
 
 def _reserve(descriptor: int, start: int, size_bytes: int) -> None:
-    """Make a file larger. Where the system can, its room is taken now: a full disk is an error then,
-    and no crash when a page is written."""
-    if hasattr(os, "posix_fallocate"):
+    """
+    Make a file longer, and take its room on the disk where the system can.
+
+    A full disk is an error then, and no crash when a page of the mapped file is written.
+    """
+    try:
         os.posix_fallocate(descriptor, start, size_bytes)
-    else:
+    except AttributeError:  # on macOS and Windows
+        os.truncate(descriptor, start + size_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # what some file systems say
+            raise
         os.truncate(descriptor, start + size_bytes)
 
 
@@ -299,7 +307,7 @@ class GraphBuilder:
         Return the products of several matrices with one input.
 
         Those of one tensor type are one product, because starting one takes as long as a narrow one
-        itself: passes over 4 sequences take 0.8 of the time. Source: LOG.md, 2026-11-26.
+        itself: on AVX2 passes over 4 sequences take 0.8 of the time. Source: LOG.md, 2026-11-26.
         """
         by_kind: dict[Kind, list[str]] = {}
         for name in names:

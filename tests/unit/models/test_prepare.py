@@ -16,12 +16,13 @@ from recollect.errors import (
     UnsupportedModelError,
 )
 from recollect.models.byte_tokenizer import ByteTokenizer
-from recollect.models.catalog import CatalogEntry, Part
+from recollect.models.catalog import CatalogEntry, HubFile, Part
 from recollect.models.manifest import Manifest
 from recollect.models.prepare import prepare
 from recollect.models.status import installed, prune
 from recollect.models.template import ChatTemplate
 from recollect.models.tokenizer import load_tokenizer
+from recollect.types import Progress
 
 MakeGguf = Callable[..., Path]
 MakeWheel = Callable[[str, dict[str, bytes]], Path]
@@ -208,6 +209,37 @@ def test_a_model_in_several_files_is_one_model(make_gguf: MakeGguf, tmp_path: Pa
     parts[1].unlink()
     with pytest.raises(UnsupportedModelError, match=r"part-00002-of-00002\.gguf is not beside it"):
         prepare(str(parts[0]), home=tmp_path / "home")
+
+
+def test_a_model_of_the_hub_is_fetched_once_in_all_its_parts(
+    make_gguf: MakeGguf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    split(make_gguf(), "part")
+    fetched: list[str] = []
+
+    def download(file: HubFile, folder: Path, _progress: Progress) -> Path:
+        fetched.append(file.filename)
+        (folder / "q").mkdir(exist_ok=True)
+        return Path(shutil.copy(tmp_path / Path(file.filename).name, folder / file.filename))
+
+    def fail(file: HubFile, _folder: Path, _progress: Progress) -> Path:
+        raise FetchError(f"{file} cannot be had")
+
+    monkeypatch.setattr("recollect.models.prepare.download_from_hub", download)
+    home, name = tmp_path / "home", "org/repo:q/part-00001-of-00002.gguf"
+    model = prepare(name, home=home)
+    assert fetched == ["q/part-00001-of-00002.gguf", "q/part-00002-of-00002.gguf"]
+    assert model.folder is not None
+    monkeypatch.setattr("recollect.models.prepare.download_from_hub", fail)
+    make_inexact(model.folder)
+    assert prepare(name, home=home) == model  # made anew of what was kept
+    assert prune(name, home) > 0
+    make_inexact(model.folder)
+    assert prepare(name, home=home).fingerprint == "rounded"
+    assert "runs with rounded weights" in caplog.text
 
 
 def home_files(folder: Path) -> list[str]:
