@@ -25,11 +25,27 @@ def models(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON list, sizes in bytes.")
     ] = False,
+    prune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Delete the GGUF file that this model was converted from; the model stays.",
+        ),
+    ] = None,
 ) -> None:
     """List the models that go by a name, and what is on this disk."""
     # Here and not above: it takes the runtime's libraries along, half a second of start-up.
     from recollect.models.status import installed  # noqa: PLC0415
+    from recollect.models.status import prune as prune_source  # noqa: PLC0415
 
+    if prune is not None:
+        size = prune_source(prune, config.home())
+        typer.echo(
+            f"Deleted {format_bytes(size)} of GGUF; {prune} stays as it is."
+            if size
+            else f"No GGUF file of {prune} was kept: nothing to delete."
+        )
+        return
     found = installed(config.home())
     if as_json:
         typer.echo(json.dumps([_as_dict(status) for status in found], ensure_ascii=False, indent=2))
@@ -64,13 +80,22 @@ def models_table(found: "list[ModelStatus]") -> Table:
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("what", overflow="fold")
     for status in found:
+        here = Text("yes", "green") if status.is_installed else Text("no", "dim")
+        if status.is_installed and not status.is_exact:
+            here = Text("rounded", "yellow")
         size = status.disk_bytes if status.is_installed else status.download_bytes
         about = Text(status.description)
+        if status.source_bytes:
+            about.append(f"\n{format_bytes(status.source_bytes)} of it is the GGUF file", "dim")
+        if status.is_installed and not status.is_exact:
+            about.append(
+                f"\nits weights are rounded; `recollect pull {status.name}` mends it", "dim"
+            )
         if status.path is not None:
             about.append(f"\n{status.path}", "dim")
         table.add_row(
             Text(status.name),
-            Text("yes", "green") if status.is_installed else Text("no", "dim"),
+            here,
             "" if size is None else format_bytes(size),
             about,
         )
@@ -90,7 +115,9 @@ def _as_dict(status: "ModelStatus") -> dict[str, object]:
         "description": status.description,
         "licence": status.licence,
         "installed": status.is_installed,
+        "exact": status.is_exact,
         "download_bytes": status.download_bytes,
         "disk_bytes": status.disk_bytes,
+        "source_bytes": status.source_bytes,
         "path": None if status.path is None else str(status.path),
     }

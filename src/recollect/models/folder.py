@@ -4,6 +4,7 @@ Opens a folder that holds an OpenVINO model: one that recollect converted, or an
 Reads the small files beside the weights. Does not load the model, and does not convert anything.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,7 @@ _MOST_GRAPH_BYTES: Final = 16 * files.MIB
 """Of a tokenizer's graph; the largest known has 40 KB."""
 _START_BYTES: Final = 256
 _MOST_CONTEXT: Final = 2**31 - 1
+_log: Final = logging.getLogger(__name__)
 _EXPORT: Final = "`optimum-cli export openvino --model ORG/NAME FOLDER`"
 
 
@@ -65,6 +67,12 @@ def open_folder(
     manifest = Manifest.read(folder)
     if manifest is None:
         return _Export(folder).describe(name, home, progress)
+    if not manifest.is_exact:
+        _log.warning(
+            "%s runs with rounded weights, as an earlier recollect converted it: name the model, "
+            "or its GGUF file, in place of the folder.",
+            folder,
+        )
     model = from_manifest(manifest, folder, name)
     if folder.resolve().is_relative_to((home / MODELS_FOLDER).resolve()):
         return model
@@ -156,6 +164,12 @@ class _Export:
         self._source = self._read_source()
 
     def describe(self, name: str, home: Path, progress: Progress) -> LocalModel:
+        if self._source is not None:
+            _log.warning(
+                "%s runs with weights that OpenVINO GenAI rounded: name the .gguf file in it in place "
+                "of the folder.",
+                self._folder,
+            )
         template = self._chat_template()
         longest, first = self._context_length(), self._first_context_length()
         fingerprint = _fingerprint(self._folder, template, home, progress)
