@@ -65,7 +65,7 @@ class IdleWork:
             sequence.release()  # the engine is gone: whoever asks it for something is told
         else:
             self._task = task
-            self.note(ReadAhead(sequence, task.fed))
+            self.note(ReadAhead(sequence, task.fed, task))
 
     def stop(self) -> None:
         """Give it up, and wait for the end of a forward pass that is under way."""

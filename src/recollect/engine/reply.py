@@ -33,6 +33,8 @@ class ReadAhead:
     """What the prompt looked like then; it may be released."""
     fed: Sequence[FeedPlan]
     """What of it forward passes were fed with."""
+    task: Task | None = None
+    """What computes it, and knows how much of it came from disk; None: nothing did."""
 
 
 class ReplyGeneration:
@@ -203,13 +205,21 @@ class ReplyGeneration:
         return Usage(
             prompt_tokens=self._start,
             reused_tokens=reused,
-            restored_tokens=min(self._task.restored_tokens, reused),
+            restored_tokens=min(self._restored_tokens(), reused),
             computed_tokens=computed + read_ahead,
             read_ahead_tokens=read_ahead,
             generated_tokens=self._generated,
             ttft_s=ttft_s,
             prefill_tps=tokens_per_second(computed, ttft_s),
             decode_tps=tokens_per_second(self._generated - 1, decode_s),
+        )
+
+    def _restored_tokens(self) -> int:
+        """Return how many tokens of the prompt came from disk, for this turn or ahead of it."""
+        return self._task.restored_tokens + sum(
+            min(one.task.restored_tokens, one.sequence.common_length(self._sequence))
+            for one in self._ahead
+            if one.task is not None and one.task.restored_tokens
         )
 
     def _positions_read_ahead(self) -> set[int]:
