@@ -89,7 +89,7 @@ def models_table(found: "list[ModelStatus]") -> Table:
             about.append(f"\n{format_bytes(status.source_bytes)} of it is the GGUF file", "dim")
         if status.is_installed and not status.is_exact:
             about.append(
-                f"\nits weights are rounded; `recollect pull {status.name}` mends it", "dim"
+                f"\nits weights are rounded; `recollect pull {status.name}` converts it anew", "dim"
             )
         if status.path is not None:
             about.append(f"\n{status.path}", "dim")

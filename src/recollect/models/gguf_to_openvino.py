@@ -18,7 +18,7 @@ from recollect.errors import UnsupportedModelError
 from recollect.models.convert import NO_ROOM, REFUSED
 from recollect.models.folder import MODEL_FILES
 from recollect.models.gguf_decoder import read_decoder
-from recollect.models.gguf_graph import Constants, GraphBuilder
+from recollect.models.gguf_graph import Constants, GraphBuilder, has_avx2_kernel
 from recollect.models.gguf_shards import Shards
 from recollect.models.gguf_tokenizer import write_tokenizer
 
@@ -32,7 +32,10 @@ def main(gguf: Path, folder: Path) -> None:
     report = _Reporter(shards.total_bytes)
     # Beside the model and not in memory; it goes with the folder that all this is in.
     constants = Constants(folder.parent / "constants.bin")
-    model = GraphBuilder(read_decoder(shards), shards, constants, report).build()
+    builder = GraphBuilder(
+        read_decoder(shards), shards, constants, report, fuses_gate=has_avx2_kernel()
+    )
+    model = builder.build()
     # As f16 the rotary frequencies, norms and scales would be rounded.
     xml = folder / MODEL_FILES[0]
     try:

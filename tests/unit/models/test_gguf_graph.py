@@ -5,6 +5,9 @@ How both compare with transformers is in tests/real/test_gguf.py.
 """
 
 import math
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +31,13 @@ IDS = np.random.default_rng(5).integers(0, 96, 70).tolist()
 CLOSE = 1e-3  # at logits that vary by 8; what is meant is 1e-4
 
 
-def built(path: Path) -> OpenVinoRuntime:
+def built(path: Path, *, fuses_gate: bool = False) -> OpenVinoRuntime:
     """Return a runtime of the file's model, exact, with room for 8 blocks."""
     shards = Shards(path)
     constants = Constants(path.with_suffix(".constants"))
-    model = GraphBuilder(read_decoder(shards), shards, constants, lambda _count: None).build()
+    model = GraphBuilder(
+        read_decoder(shards), shards, constants, lambda _count: None, fuses_gate=fuses_gate
+    ).build()
     xml = path.with_suffix(".xml")
     ov.save_model(model, xml, compress_to_fp16=False)
     runtime = OpenVinoRuntime(xml, profile="exact", context_length=256)
@@ -234,6 +239,32 @@ def test_rope_is_scaled_as_the_file_says(architecture: str, make_decoder: MakeDe
     factors = np.geomspace(1, 8, 32)
     path = make_decoder(architecture=architecture, rope_freqs=factors)
     require_same(path, plain() / factors.astype(np.float32))
+
+
+def products_of(model: ov.Model) -> int:
+    return sum(node.get_type_name() == "MatMul" for node in model.get_ops())
+
+
+def test_gate_and_up_can_be_one_product(make_decoder: MakeDecoder) -> None:
+    path = make_decoder(kind="Q4_K", layers=2)
+    expected = NumpyDecoder(path).logits(IDS, plain())
+    for fuses, count in ((False, 2 * 5 + 1), (True, 2 * 4 + 1)):
+        runtime = built(path, fuses_gate=fuses)
+        assert products_of(ov.Core().read_model(path.with_suffix(".xml"))) == count
+        assert np.abs(runtime.forward([Row(IDS, 0, [0, 1, 2])])[0] - expected[-1]).max() < CLOSE
+        runtime.close()
+
+
+def test_the_kernel_for_packed_weights_is_asked_of_openvino() -> None:
+    """In a process of its own: a core that is dropped takes the thread's stack for signals along."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not cpuinfo.is_file():
+        pytest.skip("needs to know the processor")
+    program = "from recollect.models.gguf_graph import has_avx2_kernel as ask; print(ask())"
+    done = subprocess.run(  # noqa: S603 - our own program
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str("avx512f" not in cpuinfo.read_text("utf-8"))
 
 
 def test_a_table_of_frequencies_is_f32_also_where_weights_are_f16(
