@@ -142,7 +142,7 @@ def test_the_reference_knows_caps_that_the_export_leaves_out(
     found = logits_at(*open_openvino(made.folder), made.ids, [0, 50, 159])
     assert np.abs(found - made.logits[[0, 50, 159]]).max() < SAME
     with recollect.load(made.folder, profile="exact", home=tmp_path, kv_disk=0) as model:
-        report = compare_with_file(model, made.folder)
+        report = compare_with_file(model)
     assert report.outcome == "FAIL"
 
 
@@ -152,7 +152,7 @@ def test_verify_passes_what_is_right(
 ) -> None:
     made = export(name)
     with recollect.load(made.folder, profile="exact", home=tmp_path, kv_disk=0) as model:
-        report = compare_with_file(model, made.folder)
+        report = compare_with_file(model)
         assert report.outcome == "PASS", report.reason
         assert report.tokens >= 48
         assert verify(model, operations=25).passed
@@ -166,7 +166,7 @@ def test_what_the_reference_does_not_know_is_not_passed(
     with pytest.raises(NotCompared, match="architecture"):
         open_openvino(made.folder)
     with recollect.load(made.folder, profile="exact", home=tmp_path, kv_disk=0) as model:
-        report = compare_with_file(model, made.folder)
+        report = compare_with_file(model)
     assert report.outcome == "NOT COMPARED"
     assert "architecture" in report.reason
 

@@ -5,7 +5,9 @@ Shows what the model folder says; decides nothing about it.
 """
 
 import json
-from typing import TYPE_CHECKING, Annotated
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich import box
@@ -14,11 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from recollect import config
-from recollect.cli.options import OfflineOption
+from recollect.cli.options import OfflineOption, open_model
 from recollect.cli.progress import progress_bar
 
 if TYPE_CHECKING:  # imported by the commands, see there
     from recollect.models.status import ModelStatus
+
+
+_OUTCOMES: Final = {
+    "PASS": "computes what its file says",
+    "FAIL": "does not compute what its file says",
+}
 
 
 def models(
@@ -62,6 +70,14 @@ def models(
 def pull(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As `chat --model` takes it.")],
     offline: OfflineOption = False,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Whether it is compared with its file then; without, a terminal is asked.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Fetch a model and convert it, so that it can be loaded without a network."""
     with progress_bar(f"Fetching {name}") as progress:
@@ -70,6 +86,19 @@ def pull(
         local = prepare(name, home=config.home(), progress=progress, offline=offline or None)
     where = f" in {local.folder}" if local.folder else ""
     typer.echo(f"{local.name} is ready{where}")
+    if local.source is None:
+        return
+    if check is None and sys.stdin.isatty() and sys.stdout.isatty():
+        check = typer.confirm("Compare what it computes with its file now?", default=False)
+    if check:
+        from recollect.cli.verify import compare, file_lines  # noqa: PLC0415 - as above
+
+        with open_model(name, profile="exact", kv_disk="0", offline=offline) as loaded:
+            report = compare(loaded)
+        for line in file_lines(name, "exact", report)[:-1]:
+            typer.echo(line)
+        if report.outcome == "FAIL":
+            raise typer.Exit(1)
 
 
 def models_table(found: "list[ModelStatus]") -> Table:
@@ -90,6 +119,12 @@ def models_table(found: "list[ModelStatus]") -> Table:
         if status.is_installed and not status.is_exact:
             about.append(
                 f"\nits weights are rounded; `recollect pull {status.name}` converts it anew", "dim"
+            )
+        if status.compared is not None:
+            what = status.compared
+            about.append(
+                f"\n{_OUTCOMES.get(what.outcome, what.outcome)} ({what.profile}, {what.at[:10]})",
+                "dim",
             )
         if status.path is not None:
             about.append(f"\n{status.path}", "dim")
@@ -119,5 +154,6 @@ def _as_dict(status: "ModelStatus") -> dict[str, object]:
         "download_bytes": status.download_bytes,
         "disk_bytes": status.disk_bytes,
         "source_bytes": status.source_bytes,
+        "compared": None if status.compared is None else asdict(status.compared),
         "path": None if status.path is None else str(status.path),
     }

@@ -181,6 +181,7 @@ class _Export:
             format="openvino",
             folder=self._folder,
             graph=model_files(self._folder)[0],
+            source=self._folder,
             context_length=longest if first is None else first,
             long_context_length=None if first is None else longest,
             boundaries=self._boundaries(first),

@@ -47,6 +47,9 @@ class LocalModel:
     """What the model's own files call it, such as `llama`; None where they do not say."""
     graph: str = "openvino_model.xml"
     """The file in the folder that says what is computed; of OpenVINO's format alone."""
+    source: Path | None = None
+    """What says which values its weights have: the GGUF file that it was made of, the first of several,
+    or an export's own folder. None: it is not here, or there is none."""
     long_context_length: int | None = None
     """Of a model with LongRoPE, which has other factors for it; None: the model has no such choice."""
     is_long: bool = False

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, assert_never
 
@@ -18,7 +19,13 @@ from recollect import config
 from recollect.errors import ConfigError, FetchError, UnsupportedModelError
 from recollect.models.catalog import CATALOG, CatalogEntry, HubFile
 from recollect.models.convert import Conversion, convert, find_converted, find_inexact
-from recollect.models.fetch import fetch_entry, fetch_hub_file, require_online, sources_folder
+from recollect.models.fetch import (
+    fetch_entry,
+    fetch_hub_file,
+    require_online,
+    source_path,
+    sources_folder,
+)
 from recollect.models.fingerprint import cached_sha256, combine, sha256_file
 from recollect.models.folder import MODELS_FOLDER, from_manifest, open_folder
 from recollect.models.gguf_shards import part_names, parts_of
@@ -166,7 +173,13 @@ def _prepare_entry(
             manifest = _install(entry, gguf, folder, home, progress)
         except FetchError as error:
             manifest = _inexact(folder, entry.sha256, entry.name, error)
-    return from_manifest(manifest, folder, entry.name)
+    return _with_source(from_manifest(manifest, folder, entry.name), [source_path(entry, home)])
+
+
+def _with_source(model: LocalModel, parts: Iterable[Path]) -> LocalModel:
+    """Return the model with the file that it was made of, where all of it is still there."""
+    there = [part for part in parts if part.is_file()]
+    return replace(model, source=there[0]) if there and there == list(parts) else model
 
 
 def _install(
@@ -213,7 +226,7 @@ def _prepare_gguf(source: GgufSource, home: Path, progress: Progress) -> LocalMo
         job = Conversion(str(source.path), source.path, sha256)
         manifest = convert(job, folder, home=home, progress=progress)
         _keep(parts, folder, home)
-    return from_manifest(manifest, folder, str(source.path))
+    return _with_source(from_manifest(manifest, folder, str(source.path)), parts)
 
 
 def _keep(parts: Iterable[Path], folder: Path, home: Path) -> None:
@@ -243,7 +256,8 @@ def _prepare_hub_file(
             manifest = _install_hub_file(file, folder, home, progress, offline=offline)
         except FetchError as error:
             manifest = _inexact(folder, None, str(file), error)
-    return from_manifest(manifest, folder, str(file))
+    parts = _kept_parts(file, folder, home)
+    return _with_source(from_manifest(manifest, folder, str(file)), parts)
 
 
 def _install_hub_file(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from recollect.errors import ConfigError, UnknownModelError
 from recollect.models.catalog import CATALOG, CatalogEntry
+from recollect.models.compared import Compared
 from recollect.models.convert import find_inexact
 from recollect.models.fetch import source_path
 from recollect.models.manifest import Manifest
@@ -38,6 +39,8 @@ class ModelStatus:
     """What of it is that GGUF file; 0 where it is only a link to a file that lies elsewhere, too."""
     path: Path | None
     """Its folder, or None where there is none."""
+    compared: Compared | None = None
+    """What came of comparing it with its file; None: nobody has."""
 
 
 def installed(home: Path, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> list[ModelStatus]:
@@ -116,6 +119,7 @@ def _entry_status(entry: CatalogEntry, home: Path) -> ModelStatus:
         disk_bytes=size_bytes(folder) + source_bytes,
         source_bytes=source_bytes,
         path=folder if folder.is_dir() else None,
+        compared=None if manifest is None else Compared.read(home, manifest.fingerprint),
     )
 
 
@@ -134,6 +138,7 @@ def _folder_status(folder: Path, home: Path) -> ModelStatus | None:
         disk_bytes=size_bytes(folder) + source_bytes,
         source_bytes=source_bytes,
         path=folder,
+        compared=Compared.read(home, manifest.fingerprint),
     )
 
 

@@ -9,7 +9,6 @@ our own fresh prefill cannot: wrong weights, wrong RoPE, a norm that is missing.
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -88,9 +87,7 @@ class FileReport:
 
 def compare_with_file(
     model: Model,
-    path: Path | None,
     *,
-    long_context: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _of: None,
 ) -> FileReport:
     """
@@ -98,20 +95,18 @@ def compare_with_file(
 
     Args:
         model: The model, in the profile that is to be checked.
-        path: The GGUF file that it was made of, or the OpenVINO folder that it is; None: it is not
-            there any more.
-        long_context: Which of LongRoPE's factors the model was loaded with.
         progress: Called with the layers of the reference that are done, and how many there are.
 
     Raises:
         UnsupportedModelError: The file cannot be read.
     """
+    local, path = model.local, model.local.source
     if path is None:
-        return FileReport(outcome="NOT COMPARED", reason="its file is not here any more")
+        return FileReport(outcome="NOT COMPARED", reason=_why_not(model))
     began = time.monotonic()
     try:
         description, tensors = (
-            open_openvino(path, long_context=long_context) if path.is_dir() else open_gguf(path)
+            open_openvino(path, long_context=local.is_long) if path.is_dir() else open_gguf(path)
         )
     except NotCompared as unknown:
         return FileReport(outcome="NOT COMPARED", reason=str(unknown), file=path.name)
@@ -147,6 +142,12 @@ def compare_with_file(
         reference_perplexity=by_file,
         seconds=time.monotonic() - began,
     )
+
+
+def _why_not(model: Model) -> str:
+    if model.local.format == "openvino":
+        return f"its GGUF file is not here: `recollect pull {model.name}` fetches it"
+    return f"the reference does not read models of the format {model.local.format}"
 
 
 def _token_ids(model: Model) -> list[int]:

@@ -27,10 +27,11 @@ _STEP_NUMBERS: Final = 1 << 22
 class GgufTensors:
     """The tensors of a file, mapped; each is dequantized anew whenever it is asked for."""
 
-    def __init__(self, reader: GGUFReader) -> None:
+    def __init__(self, readers: Sequence[GGUFReader]) -> None:
         self._tensors: dict[str, ReaderTensor] = {}
-        for tensor in reader.tensors:
-            self._tensors[tensor.name.removesuffix(_SUFFIX)] = tensor
+        for reader in readers:
+            for tensor in reader.tensors:
+                self._tensors[tensor.name.removesuffix(_SUFFIX)] = tensor
         self._parts: dict[str, tuple[str, slice]] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -117,14 +118,25 @@ def open_gguf(path: Path) -> tuple[Description, GgufTensors]:
         NotCompared: The reference does not know this architecture, or something of it.
         UnsupportedModelError: The file cannot be read.
     """
+    first = _reader(path)
+    others = []
+    if "split.count" in first.fields:
+        count = int(first.fields["split.count"].contents())
+        # How llama.cpp's gguf-split names them. Source: its `llama_split_path`.
+        stem = path.name.removesuffix(f"-00001-of-{count:05}.gguf")
+        others = [
+            _reader(path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf"))
+            for number in range(2, count + 1)
+        ]
+    tensors = GgufTensors([first, *others])
+    return describe(_Fields(first), tensors), tensors
+
+
+def _reader(path: Path) -> GGUFReader:
     try:
-        reader = GGUFReader(path)
+        return GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as cause:
         raise UnsupportedModelError(f"{path} cannot be read as GGUF ({cause}).") from cause
-    if "split.count" in reader.fields and reader.fields["split.count"].contents() > 1:
-        raise NotCompared("the model is in several files")
-    tensors = GgufTensors(reader)
-    return describe(_Fields(reader), tensors), tensors
 
 
 _GATED: Final = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")
