@@ -80,6 +80,24 @@ def require_tokenizer(fields: Mapping[str, Any], name: str) -> None:
             f"{name} has a tokenizer that splits text in the way {splitter!r}, which recollect does "
             f"not know: {_EXPORT}."
         )
+    lacking = _lacking_product(fields) if kind == "gpt2" else None
+    if lacking is not None:
+        # OpenVINO's tokenizer takes such a vocabulary, and then gives no token for any text.
+        raise UnsupportedModelError(
+            f"{name} has a tokenizer that merges {lacking!r}, which makes no token of its vocabulary: "
+            "the file is damaged; download it again."
+        )
+
+
+def _lacking_product(fields: Mapping[str, Any]) -> str | None:
+    """Return the first merge whose product, or one of whose halves, is no token; None: there is none."""
+    tokens = set(fields.get("tokenizer.ggml.tokens", ()))
+    for merge in fields.get("tokenizer.ggml.merges", ()):
+        # Halves never hold a space: byte-level vocabularies write it as another letter.
+        first, space, second = merge.partition(" ")
+        if not space or not {first, second, first + second} <= tokens:
+            return str(merge)
+    return None
 
 
 def write_tokenizer(gguf: Path, folder: Path) -> None:

@@ -205,3 +205,12 @@ def test_nothing_is_left_beside_the_tokenizer(make_gguf: MakeGguf, tmp_path: Pat
         "openvino_tokenizer",
         "openvino_detokenizer",
     }
+
+
+def test_a_merge_that_makes_no_token_is_damage(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    """OpenVINO takes it, and gives no token for any text at all."""
+    path = make_gguf()
+    damaged = path.read_bytes().replace(b"h e", b"h f", 1)
+    path.write_bytes(damaged)
+    with pytest.raises(UnsupportedModelError, match=r"merges 'h f', which makes no token"):
+        write_tokenizer(path, tmp_path)
