@@ -5,6 +5,7 @@ Prints the verdicts; the checks themselves are in `proof/against_file.py` and `p
 """
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,6 +44,13 @@ def verify(
     offline: OfflineOption = False,
     allow_native_code: AllowNativeCodeOption = None,
     long_context: LongContextOption = False,
+    long: Annotated[
+        bool,
+        typer.Option(
+            "--long",
+            help="Look at windows and at the end of the context also where that takes long.",
+        ),
+    ] = False,
     against_file: Annotated[
         bool,
         typer.Option(
@@ -80,6 +88,7 @@ def verify(
                 loaded,
                 operations=operations,
                 seed=seed,
+                boundary_s=math.inf if long else proof.BOUNDARY_S,
                 progress=lambda done, worst: progress(
                     f"largest difference {worst:.1e}", done, operations
                 ),
@@ -146,6 +155,11 @@ def _lines(report: "VerifyReport") -> list[str]:
         f"{report.model} · {report.profile} · {report.operations} operations · seed {report.seed}",
         f"  {counts}",
         f"  largest difference  {largest.logits:.1e}  ({where}, {largest.tokens} tokens)",
+        *(
+            f"  around {found.tokens:>8,}     "
+            + (f"{found.difference:.1e}" if found.difference is not None else found.left_out)
+            for found in report.boundaries
+        ),
         f"  noise control       {report.noise:.1e}  (token by token against one prefill)",
         f"  limit               {report.limit:.1e}",
         "PASS" if report.passed else "FAIL",

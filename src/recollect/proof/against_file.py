@@ -21,17 +21,17 @@ from recollect.types import Profile
 
 Outcome = Literal["PASS", "FAIL", "NOT COMPARED"]
 
-LIMITS: Final[dict[Profile, float]] = {"exact": 1e-3, "fast": 1.0, "small": 1.5}
+LIMITS: Final[dict[Profile, float]] = {"exact": 1e-3, "fast": 2.0, "small": 2.5}
 """
 The largest difference of any logit that passes, by profile, whatever the types of the tensors are:
 each type that we read is stored so that the values are the file's, so none may be further off.
 
 `exact`: f32 products in another order. Twenty-eight layers, 1,536 wide, at a standard deviation of 8,
 came out 1e-4 off; ten times that leaves room for larger models, and the smallest fault that was ever
-seen (groups without a scale, in one matrix of 196) was 90 times as large.
-`fast`: KV in f16, and on processors with bf16 or VNNI products of rounded activations, which alone
-move logits by 0.3 to 0.8. `small`: KV in u8 besides. A fault that moves every logit by less is seen in
-`exact` only, which is why `verify` runs in it unless it is told otherwise.
+seen in use (groups without a scale, in one matrix of 196) was 90 times as large.
+`fast`: KV in f16, and products of rounded activations on processors with bf16 or VNNI, which alone
+move the largest of millions of logits by up to 1.0. `small`: KV in u8 besides. A fault that moves
+every logit by less is seen in `exact` only, which is why `verify` runs in it unless told otherwise.
 """
 
 PERPLEXITY_LIMIT: Final[dict[Profile, float]] = {"exact": 1e-3, "fast": 0.03, "small": 0.05}
