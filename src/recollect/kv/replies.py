@@ -48,8 +48,7 @@ def reply_name(store: DiskStore, fingerprint: str, namespace: str, message_key: 
         namespace: Who may find it.
         message_key: `Node.key`: a hash of all that was said, up to the reply.
     """
-    secret = b"" if store.sealer is None else store.sealer.name_secret
-    root = namespace_key(fingerprint, namespace, secret)
+    root = namespace_key(fingerprint, namespace, store.root_secret)  # which lies on no disk
     return blake2b(root + message_key, digest_size=32, person=b"recollect reply").digest()
 
 
