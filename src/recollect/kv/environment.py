@@ -50,7 +50,7 @@ SORTED_VALUES: Final = {"siblings"}
 _WALKS: Final = 100
 """Of finding the state that a transaction shows, while other processes write."""
 
-_WAIT_S: Final = 5.0
+WAIT_S: Final = 5.0
 """For others to close a file that has to be replaced: a command that only looks at it takes less."""
 _PAUSE_S: Final = 0.05
 
@@ -147,7 +147,7 @@ class Environment:
         cls, folder: Path, least_bytes: int, tables: Sequence[str], upgrade: Upgrade | None
     ) -> "Environment":
         """Open a file, after replacing one of an earlier version."""
-        deadline = monotonic() + _WAIT_S
+        deadline = monotonic() + WAIT_S
         while True:
             opened = cls(folder, least_bytes, tables)
             try:

@@ -2,8 +2,7 @@
 Write an encrypted store of an earlier version anew, under names that tell nothing without its secret.
 
 Up to format 2 the secret was in the name of the root alone. Whoever had the file read what a block
-follows, and could try which tokens give its name. Knows blocks, entries and pins; the names of
-replies hang on a root that lies on no disk, and stay.
+follows, and could try which tokens give its name.
 """
 
 import logging
@@ -16,13 +15,13 @@ from typing import Final
 
 import lmdb
 
-from recollect.kv import accounts
+from recollect.kv import accounts, replies
 from recollect.kv.accounts import Pin
 from recollect.kv.compaction import replace_file
 from recollect.kv.environment import DATA, SORTED_VALUES, Environment, Transaction
 from recollect.kv.layout import FORMAT, TABLES, digests_of, format_of, names_are_open, note_format
 from recollect.kv.names import Key, chained_key, disguised_key
-from recollect.kv.pages import walk
+from recollect.kv.pages import DamagedPagesError, walk
 from recollect.kv.record import (
     Entry,
     Refused,
@@ -39,16 +38,17 @@ _BATCH_BYTES: Final = 16 << 20
 """Of new values that are in memory at a time."""
 _SPARE_BYTES: Final = 64 << 20
 """Of address space, beyond twice what the file has: entries of format 1 get digests."""
-_COPIED: Final = ("identities", "info", "replies")
-"""Tables in which no block is named; of `info` the format and the bytes are written last."""
+_COPIED: Final = ("identities", "info")
+"""Tables in which nothing is named by its content; of `info` format and bytes are written last."""
+_NAMED: Final = ("entries", "pins", "replies")
 
 
 class Resealing:
     """
     Replaces the file of an encrypted store of an earlier version.
 
-    What does not open under the key, or finds no room beside the old file, is left out. A pin stays
-    in any case.
+    A block that does not open under the key, or finds no room beside the old file, is left out. A pin
+    stays, also without its blocks.
     """
 
     def __init__(self, sealer: Sealer, free_bytes: Callable[[], int]) -> None:
@@ -73,7 +73,8 @@ class Resealing:
         Write the file anew; return False where others have it open, and it was left as it is.
 
         Raises:
-            lmdb.Error, OSError, DamagedPagesError: It cannot be read or written; it is as it was.
+            lmdb.Error, OSError: It cannot be read or written; it is as it was.
+            DamagedPagesError: Nothing can be made of it; it is as it was.
         """
         begun = time.perf_counter()
         copies: list[_Copy] = []
@@ -158,22 +159,28 @@ class _Copy:
         self._sealer = sealer
         self._room = room
         self._taken = 0
+        self._opens = False
+        """Whether anything has opened, so that the key is the right one."""
         self._renamed: dict[Key, Key] = {}
         """What pins may name: the last blocks of what is pinned, and their leading parts."""
-        self._rows: list[tuple[str, bytes, bytes]] = []
+        self._rows: list[tuple[str, bytes, bytes | bytearray]] = []
         self._row_bytes = 0
 
     def run(self, txn: Transaction) -> None:
         """Copy everything that can be of what a transaction shows."""
         self._txn = txn
         for name in _COPIED:
-            if name in self._old:
-                for key, value in self._txn.cursor(self._old.table(name)):
-                    self._put(name, bytes(key), bytes(value))
+            for key, value in self._rows_of(name):
+                self._put(name, key, value)
         self._copy_blocks()
+        self._copy_replies()
         self._flush()
+        kept = accounts.pins(self._txn, self._old, self._sealer)
+        has_names = any(self._count(name) for name in _NAMED)
+        if has_names and not (self._opens or kept):
+            raise DamagedPagesError("nothing in it opens with the key of this folder")
         with self._writing() as out:
-            for pin in accounts.pins(self._txn, self._old, self._sealer):
+            for pin in kept:
                 accounts.add_pin(out, self._new, self._renamed_pin(pin), self._sealer)
             accounts.recount(out, self._new)
             note_format(out, self._new)
@@ -202,7 +209,24 @@ class _Copy:
             if key in given_up or parent in orphans or not self._copy_block(entry, new):
                 orphans.add(new.key)
             pending += [(follower, new.key) for follower in followers.get(key, ())]
-        self.lost = self._txn.stat(self._old.table("entries"))["entries"] - self.copied
+        self.lost = self._count("entries") - self.copied
+
+    def _copy_replies(self) -> None:
+        for name, value in self._rows_of("replies"):
+            new_name = disguised_key(name, self._secret)
+            resealed = replies.resealed(name, new_name, value, self._sealer)
+            if resealed is not None:
+                self._opens = True
+                self._put("replies", new_name, resealed)
+
+    def _count(self, table: str) -> int:
+        rows: int = self._txn.stat(self._old.table(table))["entries"] if table in self._old else 0
+        return rows
+
+    def _rows_of(self, table: str) -> Iterator[tuple[bytes, bytes]]:
+        if table in self._old:
+            for key, value in self._txn.cursor(self._old.table(table)):
+                yield bytes(key), bytes(value)
 
     @property
     def _secret(self) -> bytes:
@@ -225,6 +249,7 @@ class _Copy:
             entry = unpack_entry(key, stored, self._sealer)
         except Refused:
             return None
+        self._opens = True
         return entry if chained_key(entry.parent, entry.token_ids) == key else None
 
     def _copy_block(self, entry: Entry, new: Entry) -> bool:
