@@ -7,7 +7,7 @@ follows, and could try which tokens give its name.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -179,9 +179,10 @@ class _Copy:
         has_names = any(self._count(name) for name in _NAMED)
         if has_names and not (self._opens or kept):
             raise DamagedPagesError("nothing in it opens with the key of this folder")
+        names = {former.hex(): new.hex() for former, new in self._renamed.items()}
         with self._writing() as out:
             for pin in kept:
-                accounts.add_pin(out, self._new, self._renamed_pin(pin), self._sealer)
+                accounts.add_pin(out, self._new, self._renamed_pin(pin, names), self._sealer)
             accounts.recount(out, self._new)
             note_format(out, self._new)
 
@@ -276,10 +277,9 @@ class _Copy:
             former = chained_key(entry.parent, part)
             self._renamed[former] = chained_key(new.parent, part, self._secret)
 
-    def _renamed_pin(self, pin: Pin) -> Pin:
-        """Return a pin with the new names of what it names; its block may not be here."""
+    def _renamed_pin(self, pin: Pin, names: Mapping[str, str]) -> Pin:
+        """Return a pin with the new names of what it names, in hex; its block may not be here."""
         tail = self._renamed.get(pin.tail) or disguised_key(pin.tail, self._secret)
-        names = {former.hex(): new.hex() for former, new in self._renamed.items()}
         about = {
             fact: names.get(value, value) if isinstance(value, str) else value
             for fact, value in pin.about.items()
