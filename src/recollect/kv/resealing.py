@@ -38,6 +38,8 @@ _BATCH_BYTES: Final = 16 << 20
 """Of new values that are in memory at a time."""
 _SPARE_BYTES: Final = 64 << 20
 """Of address space, beyond twice what the file has: entries of format 1 get digests."""
+_LONG_BYTES: Final = 256 << 20
+"""From here on somebody waits, and is told why: a GiB takes 10 s. Source: our own measurement."""
 _COPIED: Final = ("identities", "info")
 """Tables in which nothing is named by its content; of `info` format and bytes are written last."""
 _NAMED: Final = ("entries", "pins", "replies")
@@ -80,7 +82,14 @@ class Resealing:
         copies: list[_Copy] = []
 
         def write(source: lmdb.Environment, scratch: Path) -> None:
-            map_bytes = 2 * (folder / DATA).stat().st_size + _SPARE_BYTES
+            file_bytes = (folder / DATA).stat().st_size
+            if file_bytes > _LONG_BYTES:
+                _log.warning(
+                    "The KV store in %s is rewritten for this version, once: %d MiB.",
+                    folder,
+                    file_bytes >> 20,
+                )
+            map_bytes = 2 * file_bytes + _SPARE_BYTES
             with lmdb.open(
                 str(scratch),
                 map_size=map_bytes,
