@@ -39,7 +39,7 @@ _BATCH_BYTES: Final = 16 << 20
 _SPARE_BYTES: Final = 64 << 20
 """Of address space, beyond twice what the file has: entries of format 1 get digests."""
 _LONG_BYTES: Final = 256 << 20
-"""From here on somebody waits, and is told why: a GiB takes 10 s. Source: our own measurement."""
+"""From here on somebody waits, and is told why: a GiB takes 10 s. Source: benchmarks/resealing.py."""
 _COPIED: Final = ("identities", "info")
 """Tables in which nothing is named by its content; of `info` format and bytes are written last."""
 _NAMED: Final = ("entries", "pins", "replies")

@@ -141,6 +141,16 @@ def test_what_a_later_version_wrote_is_left_alone(open_store: Open) -> None:
     assert (store.folder / "data.mdb").read_bytes() == before
 
 
+def test_a_plain_store_can_be_opened_by_the_version_before(open_store: Open) -> None:
+    """Only an encrypted one has other names, and a number of its own."""
+    for sealer, number in ((None, 2), (CIPHER, 3)):
+        store = open_store(sealer=sealer)
+        with store.env.reading() as txn:
+            assert txn.get(b"format", db=store.env.table("info"))[0] == number
+        store.close()
+        shutil.rmtree(store.folder)
+
+
 def test_a_store_that_cannot_be_written_is_read_as_it_is(
     open_store: Open, sealer: Cipher | None, read_only_disk: Callable[[], None]
 ) -> None:
