@@ -19,6 +19,8 @@ FORMAT: Final = 3
 PLAIN_FORMAT: Final = 2
 """Of a store that is not encrypted; 1 had no order among the blocks that follow the same one."""
 _FORMAT: Final = b"format"
+_UNORDERED: Final = b"unordered"
+"""Noted by versions that knew format 2, where tokens could not be opened."""
 _EARLIER_TABLE: Final = "children"
 """Of format 1, in the place of `siblings`."""
 _LATER: Final = b"KV store of a later format"
@@ -39,6 +41,7 @@ def names_are_open(txn: Transaction, env: Tables) -> bool:
 def note_format(txn: Transaction, env: Tables) -> None:
     """Note in a new file that it has this layout, and let versions that know format 1 refuse it."""
     txn.put(_EARLIER_TABLE.encode(), _LATER)
+    txn.delete(_UNORDERED, db=env.table("info"))
     txn.put(_FORMAT, FORMAT.to_bytes(8, "little"), db=env.table("info"))
 
 

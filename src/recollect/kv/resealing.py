@@ -202,8 +202,12 @@ class _Copy:
         followers: dict[Key, list[Key]] = {}
         for key, head in heads.items():
             followers.setdefault(head.parent, []).append(key)
-        # What follows nothing that is here follows the root of a namespace, whose name stays.
-        pending = [(key, head.parent) for key, head in heads.items() if head.parent not in heads]
+        pending = [
+            (key, root)
+            for root, keys in followers.items()
+            if not self._is_block(root)  # but the root of a namespace, whose name stays
+            for key in keys
+        ]
         orphans: set[Key] = set()  # by new names: what they follow has a name, and no block
         while pending:
             key, parent = pending.pop()
@@ -228,6 +232,10 @@ class _Copy:
             if resealed is not None:
                 self._opens = True
                 self._put("replies", new_name, resealed)
+
+    def _is_block(self, key: Key) -> bool:
+        """Return whether a name is that of a block, also where its entry is damaged."""
+        return self._txn.get(key, db=self._old.table("entries")) is not None
 
     def _count(self, table: str) -> int:
         rows: int = self._txn.stat(self._old.table(table))["entries"] if table in self._old else 0

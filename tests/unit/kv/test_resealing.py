@@ -212,6 +212,28 @@ def test_a_block_that_is_damaged_goes_with_what_follows_it_and_its_pin_stays(
     assert "2 of its blocks were dropped" in said
 
 
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_what_follows_a_damaged_entry_is_not_taken_for_a_first_block(
+    open_store: Open, tmp_path: Path, write_earlier_store: WriteEarlier, damaged: int
+) -> None:
+    """Its parent would stay in clear beside the name of the root, and could be tried."""
+    chains = [[(5, 6), (7, 8), (9, 10), (10, 9)], [(6, 5)]]
+    blocks = write_earlier_store(tmp_path / "kv", CIPHER, chains)
+    store = open_store()
+    with store.env.writing() as txn:
+        entry = bytearray(txn.get(blocks[damaged].key, db=store.env.table("entries")))
+        entry[40] ^= 1
+        txn.put(blocks[damaged].key, bytes(entry), db=store.env.table("entries"))
+    store.close()
+    store = open_store(sealer=CIPHER)
+    assert [len(found(store, chain)) for chain in chains] == [damaged, 1]
+    assert disk_audit.holdings(store)[0].blocks == damaged + 1
+    assert list(disk_audit.problems(store)) == []
+    store.close()
+    content = (tmp_path / "kv" / "data.mdb").read_bytes()
+    assert not any(block.key in content for block in blocks)
+
+
 def test_where_the_disk_has_no_room_for_all_what_was_used_last_and_is_pinned_stays(
     open_store: Open,
     tmp_path: Path,
