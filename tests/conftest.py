@@ -8,11 +8,14 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,12 @@ from recollect.conversation.model import Model
 from recollect.engine import sequence as sequence_module
 from recollect.engine.engine import Engine
 from recollect.errors import RuntimeFailure
-from recollect.kv.disk import DiskStore
-from recollect.kv.record import Sealer
+from recollect.kv import pins, replies
+from recollect.kv.accounts import Pin
+from recollect.kv.disk import DiskStore, NewBlock
+from recollect.kv.names import chained_key, namespace_key
+from recollect.kv.record import Identity, Sealer
+from recollect.kv.replies import StoredReply
 from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.models.catalog import CATALOG
 from recollect.models.onnx_convert import Precision, convert_to_onnx
@@ -175,6 +182,50 @@ def open_store(tmp_path: Path) -> Callable[..., DiskStore]:
         return DiskStore(tmp_path / "kv", budget_bytes=budget_bytes, sealer=sealer)
 
     return open_it
+
+
+@pytest.fixture
+def write_earlier_store() -> Callable[..., list[NewBlock]]:
+    """
+    Return what writes an encrypted store of format 2, whose names of blocks are no secret.
+
+    Apart from those and the number of the format, this version writes the same bytes. A block holds
+    its tokens and zeros, is later used than those of chains before its own, and follows the root of
+    `weights`. Returns the blocks.
+    """
+
+    def write(
+        folder: Path,
+        sealer: Sealer,
+        chains: Sequence[Sequence[tuple[int, ...]]],
+        *,
+        payload_bytes: int = 8,
+        kept: Sequence[Pin] = (),
+        said: Mapping[bytes, StoredReply] | None = None,
+    ) -> list[NewBlock]:
+        times, blocks = count(1.0), list[NewBlock]()
+        clock = partial(next, times)
+        store = DiskStore(folder, budget_bytes=64 << 20, sealer=sealer, clock=clock)
+        root = namespace_key("weights", "", sealer.name_secret)
+        for chain in chains:
+            parent = root
+            for ids in chain:
+                key = chained_key(parent, ids)
+                payload = bytes(ids).ljust(payload_bytes, b"\0")
+                blocks.append(NewBlock(key, parent, parent == root, ids, payload))
+                parent = key
+        store.write(Identity("weights", "runtime", "f32"), blocks)
+        for pin in kept:
+            pins.add(store, pin)
+        for place, reply in (said or {}).items():
+            name = blake2b(root + place, digest_size=32, person=b"recollect reply").digest()
+            replies.remember(store, {name: reply})
+        with store.env.writing() as txn:
+            txn.put(b"format", (2).to_bytes(8, "little"), db=store.env.table("info"))
+        store.close()
+        return blocks
+
+    return write
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ from recollect.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a way to start quickly")
 
-CONVERTER = Path(__file__).with_name("journal_converter.py")
 CIPHER = Cipher(bytes(32))
 PHRASE = "the treasure lies below the oak"
 ROUNDS = 30
@@ -47,34 +44,22 @@ def is_plain(path: Path) -> bool:
 
 
 def test_a_kill_while_it_is_encrypted_leaves_it_plain_or_encrypted(
-    plain: Path, tmp_path: Path
+    plain: Path, tmp_path: Path, convert_and_kill: Callable[[str, Path, float], int]
 ) -> None:
     with Journal.open(plain) as journal:
         before = journal.load("kept")
     chance = random.Random(20261125)  # noqa: S311 - moments, no secrets
     states = []
-    command = [sys.executable, str(CONVERTER)]
-    with subprocess.Popen(  # noqa: S603 - ourselves
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    ) as converter:
-        assert converter.stdin is not None
-        assert converter.stdout is not None
-        for number in range(ROUNDS):
-            folder = tmp_path / str(number)
-            shutil.copytree(plain.parent, folder)
-            converter.stdin.write(f"{folder / JOURNAL_NAME}\n")
-            pid = int(converter.stdout.readline())
-            # No sleep for something to happen: the moment is what is tried out.
-            time.sleep(chance.uniform(0, 0.2))
-            os.kill(pid, signal.SIGKILL)
-            converter.stdin.write("\n")
-            ended = int(converter.stdout.readline())
-            states.append((ended, is_plain(folder / JOURNAL_NAME)))
-            with Journal.open(folder / JOURNAL_NAME, cipher=CIPHER, convert=True) as journal:
-                assert journal.check() == []
-                assert journal.load("kept") == before
-                files = [file.read_bytes() for file in folder.iterdir()]
-                assert not any(PHRASE.encode() in data for data in files)
-        converter.stdin.close()
+    for number in range(ROUNDS):
+        folder = tmp_path / str(number)
+        shutil.copytree(plain.parent, folder)
+        path = folder / JOURNAL_NAME
+        ended = convert_and_kill("journal", path, chance.uniform(0, 0.2))
+        states.append((ended, is_plain(path)))
+        with Journal.open(path, cipher=CIPHER, convert=True) as journal:
+            assert journal.check() == []
+            assert journal.load("kept") == before
+            files = [file.read_bytes() for file in folder.iterdir()]
+            assert not any(PHRASE.encode() in data for data in files)
     killed = {was_plain for ended, was_plain in states if ended == -signal.SIGKILL}
     assert True in killed, "no process was killed before it had encrypted anything"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import pytest
 from starlette.testclient import TestClient
 
@@ -21,6 +22,7 @@ import recollect
 from recollect import keyfile
 from recollect.cli.main import run as run_command_line
 from recollect.conversation.journal import JOURNAL_NAME
+from recollect.kv.disk import STORE_FOLDER
 from recollect.server.app import create_app
 from recollect.server.hub import ModelHub
 from recollect.server.keys import KeyFile, keyring
@@ -114,6 +116,22 @@ def test_checkpoints_and_warm_texts_are_there_with_their_kv(old: OldHome) -> Non
         text = "A text that everybody asks about. " * 4
         about = model.session().respond(f"{text}What is it?", params=SHORT)
         assert about.usage.reused_tokens > 128
+
+
+@pytest.mark.parametrize(
+    "old", [path for path in ARCHIVES if "encrypted" in path.name], indirect=True
+)
+def test_names_that_give_tokens_away_are_gone_once_a_model_was_loaded(old: OldHome) -> None:
+    data = old.folder / STORE_FOLDER / "data.mdb"
+    with lmdb.open(str(data.parent), max_dbs=8, readonly=True, lock=False) as env:
+        entries, pins = (env.open_db(name, create=False) for name in (b"entries", b"pins"))
+        with env.begin() as txn:
+            former = {key for key, _ in txn.cursor(entries)}
+            former |= {value[1:33] for _, value in txn.cursor(pins)}
+    assert len(former) > 20
+    recollect.load("reference", home=old.folder, kv_disk=8 << 20).close()
+    content = data.read_bytes()
+    assert not any(name in content for name in former)
 
 
 def test_what_a_client_kept_is_there(old: OldHome, client: TestClient) -> None:

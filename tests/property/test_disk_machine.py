@@ -16,6 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from recollect.cipher import Cipher
 from recollect.kv import accounts, disk_audit
 from recollect.kv.accounts import Pin
 from recollect.kv.disk import DiskStore, NewBlock
@@ -26,20 +27,23 @@ from recollect.types import common_prefix_length
 
 SIZE: Final = 3
 IDENTITY: Final = Identity("weights", "runtime", "format")
-ROOTS: Final = {name: namespace_key("weights", name) for name in ("a", "b")}
 NAMES: Final = st.sampled_from(["a", "b"])
 IDS: Final = st.lists(st.integers(0, 1), min_size=1, max_size=10)
 WHICH: Final = st.integers(0, 40)
 Ids = tuple[int, ...]
 
 
-def blocks_of(name: str, ids: list[int]) -> list[NewBlock]:
+def root_of(name: str, secret: bytes) -> Key:
+    return namespace_key("weights", name, secret)
+
+
+def blocks_of(name: str, ids: list[int], secret: bytes) -> list[NewBlock]:
     """Return the blocks of a history, the last one perhaps in part; a payload is all tokens up to its end."""
     made: list[NewBlock] = []
-    parent = ROOTS[name]
+    parent = root_of(name, secret)
     for start in range(0, len(ids), SIZE):
         tokens = tuple(ids[start : start + SIZE])
-        key = chained_key(parent, tokens)
+        key = chained_key(parent, tokens, secret)
         payload = bytes([ord(name), *ids[: start + len(tokens)]])
         made.append(NewBlock(key, parent, start == 0, tokens, payload))
         parent = key
@@ -54,9 +58,12 @@ class DiskMachine(RuleBasedStateMachine):
     read must be what was written for exactly these tokens.
     """
 
+    sealer: Cipher | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
+        self.secret = b"" if self.sealer is None else self.sealer.name_secret
         self.stores = [self._opened(), self._opened()]
         self.stored: dict[Key, tuple[str, Ids]] = {}
         self.pinned: dict[str, Key] = {}
@@ -70,7 +77,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(name=NAMES, ids=IDS)
     def write(self, name: str, ids: list[int]) -> None:
-        blocks = blocks_of(name, ids)
+        blocks = blocks_of(name, ids, self.secret)
         written = self.store.write(IDENTITY, blocks)
         assert written.stored == {block.key for block in blocks}
         for number, block in enumerate(blocks):
@@ -80,7 +87,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(name=NAMES, ids=IDS)
     def write_without_what_it_follows(self, name: str, ids: list[int]) -> None:
-        last = blocks_of(name, ids)[-1]
+        last = blocks_of(name, ids, self.secret)[-1]
         written = self.store.write(IDENTITY, [last])
         can = last.follows_root or last.parent in self.stored
         assert (last.key in written.stored) == (can or last.key in self.stored)
@@ -90,7 +97,8 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(name=NAMES, ids=IDS, inside=st.booleans())
     def find_and_read(self, name: str, ids: list[int], inside: bool) -> None:
-        found = self.store.find(ROOTS[name], ids, block_size=SIZE, inside_block=inside)
+        root = root_of(name, self.secret)
+        found = self.store.find(root, ids, block_size=SIZE, inside_block=inside)
         count = len(found.entries)
         length = max(0, count - 1) * SIZE + found.last_tokens
         assert length == self._known(name, ids, inside)
@@ -127,14 +135,14 @@ class DiskMachine(RuleBasedStateMachine):
     def pin(self, name: str, which: int) -> None:
         key, store = self._one(which), self.store
         with store.env.writing() as txn:
-            accounts.put_pin(txn, store.env, Pin(name, key, 1, "", 0.0, {}), None)
+            accounts.put_pin(txn, store.env, Pin(name, key, 1, "", 0.0, {}), self.sealer)
         self.pinned[name] = key
 
     @rule(name=NAMES)
     def unpin(self, name: str) -> None:
         store = self.store
         with store.env.writing() as txn:
-            assert accounts.drop_pin(txn, store.env, name, None) == (name in self.pinned)
+            assert accounts.drop_pin(txn, store.env, name, self.sealer) == (name in self.pinned)
         self.pinned.pop(name, None)
 
     @rule(wanted=st.integers(1, 20_000))
@@ -155,7 +163,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(name=NAMES, ids=IDS)
     def touch(self, name: str, ids: list[int]) -> None:
-        self.store.touch([block.key for block in blocks_of(name, ids)])
+        self.store.touch([block.key for block in blocks_of(name, ids, self.secret)])
 
     @rule(which=st.integers(0, 1))
     def reopen(self, which: int) -> None:
@@ -177,7 +185,8 @@ class DiskMachine(RuleBasedStateMachine):
         return sorted(self.stored)[which % len(self.stored)]
 
     def _opened(self) -> DiskStore:
-        return DiskStore(Path(self.folder.name) / "kv", budget_bytes=16 << 20)
+        folder = Path(self.folder.name) / "kv"
+        return DiskStore(folder, budget_bytes=16 << 20, sealer=self.sealer)
 
     def _on_disk(self) -> set[Key]:
         env = self.stores[1].env
@@ -188,12 +197,12 @@ class DiskMachine(RuleBasedStateMachine):
         """Forget the parts that a longer block begins with, as the store does."""
         for key, (name, history) in list(self.stored.items()):
             tokens = history[(len(history) - 1) // SIZE * SIZE :]
-            follows = chained_key(block.parent, tokens) == key
+            follows = chained_key(block.parent, tokens, self.secret) == key
             is_part = (
                 len(tokens) < len(block.token_ids) and block.token_ids[: len(tokens)] == tokens
             )
             if follows and is_part and key not in self.pinned.values():
-                assert name in ROOTS
+                assert name in ("a", "b")
                 del self.stored[key]
 
     def _beginnings(self, keys: Iterable[Key]) -> set[Key]:
@@ -202,7 +211,7 @@ class DiskMachine(RuleBasedStateMachine):
         for key in keys:
             if key in self.stored:
                 name, history = self.stored[key]
-                wanted |= {block.key for block in blocks_of(name, list(history))}
+                wanted |= {block.key for block in blocks_of(name, list(history), self.secret)}
         return wanted
 
     def _known(self, name: str, ids: list[int], inside: bool) -> int:
@@ -221,8 +230,16 @@ class DiskMachine(RuleBasedStateMachine):
         return max([whole, *(common_prefix_length(h, ids) for h in after)])
 
 
+class SealedDiskMachine(DiskMachine):
+    """The same where everything is encrypted, and the secret is in every name."""
+
+    sealer = Cipher(bytes(32))
+
+
 TestDisk = DiskMachine.TestCase
 TestDisk.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestSealedDisk = SealedDiskMachine.TestCase
+TestSealedDisk.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 
 
 def _forgets_followers(_self: DiskStore, _txn: object, keys: Iterable[Key]) -> list[Key]:

@@ -645,8 +645,8 @@ def _keep_what_a_failed_restore_wrote(patch: pytest.MonkeyPatch) -> None:
 
 def _find_what_follows_something_else(patch: pytest.MonkeyPatch) -> None:
     """Blocks on disk are told apart by their tokens alone."""
-    patch.setattr(disk_module, "chained_key", lambda _parent, ids: chained_key(b"", ids))
-    patch.setattr(prefix_module, "chained_key", lambda _parent, ids: chained_key(b"", ids))
+    for module in (disk_module, prefix_module):
+        patch.setattr(module, "chained_key", lambda _parent, ids, _secret: chained_key(b"", ids))
 
 
 def _share_across_namespaces_on_disk(patch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def clear(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove all KV from the disk; conversations stay, and are read once more."""
+    """Remove all KV that is not pinned; conversations stay, and are read once more."""
     if not has_store():
         typer.echo(_EMPTY)
         return

@@ -95,7 +95,7 @@ def bring_in(model: Model, file: PortableFile) -> int:
     keys: list[Key] = []
     batch: list[NewBlock] = []
     batch_bytes = 0
-    for block in _named(root, file.blocks()):
+    for block in _named(root, file.blocks(), tier.store.chain_secret):
         keys.append(block.key)
         batch.append(block)
         batch_bytes += file.bytes_per_block
@@ -108,10 +108,10 @@ def bring_in(model: Model, file: PortableFile) -> int:
     return len(file.token_ids)
 
 
-def _named(root: Key, blocks: Iterable[CarriedBlock]) -> Iterator[NewBlock]:
-    """Yield blocks under the names that they have in a store with this root."""
+def _named(root: Key, blocks: Iterable[CarriedBlock], secret: bytes) -> Iterator[NewBlock]:
+    """Yield blocks under the names that they have in a store with this root and secret."""
     parent = root
     for block in blocks:
-        key = chained_key(parent, block.token_ids)
+        key = chained_key(parent, block.token_ids, secret)
         yield NewBlock(key, parent, parent == root, tuple(block.token_ids), block.payload.data)
         parent = key

@@ -6,6 +6,7 @@ Knows what in the folder holds content. Models are not content.
 
 import shutil
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from recollect import config, keyfile
@@ -16,6 +17,7 @@ from recollect.errors import StoreCorruptError, StoreError
 from recollect.kv import disk_audit, pins
 from recollect.kv.accounts import Pin
 from recollect.kv.disk import STORE_FOLDER, DiskStore
+from recollect.kv.names import disguised_key
 from recollect.kv.opening import is_there, open_existing
 
 
@@ -78,8 +80,9 @@ def _keep(found: list[Pin], folder: Path, cipher: Cipher) -> None:
         return
     sealer, least = cipher.for_purpose(KV_PURPOSE), config.LEAST_KV_DISK_BYTES
     with closing(DiskStore(folder, budget_bytes=least, sealer=sealer)) as store:
-        for pin in found:
-            pins.add(store, pin)
+        for pin in found:  # under its former name, tokens could be tried
+            tail = disguised_key(pin.tail, sealer.name_secret)
+            pins.add(store, replace(pin, tail=tail))
 
 
 def _remove_plain(home: Path) -> None:

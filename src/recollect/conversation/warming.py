@@ -57,7 +57,7 @@ def warm(
     store = require_tier(engine).store
     with engine.lock:
         root = engine.cache.root().key
-    prefix = chained_keys(root, ids, engine.block_size)[-1].hex()
+    prefix = chained_keys(root, ids, engine.block_size, store.chain_secret)[-1].hex()
     for pin in disk_audit.pins(store):
         stored = pins.stored(store, pin)
         if pin.about.get("prefix") == prefix and stored.tokens >= pin.tokens:

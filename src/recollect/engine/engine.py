@@ -69,11 +69,11 @@ class Engine:
         self._passes = ForwardPasses(runtime, keep_multiple_of=self.keep_multiple_of)
         self._tier: DiskTier | None = None
         identity = Identity(fingerprint, info.name, info.kv_format)
-        sealer = None if store is None else store.sealer
         self._cache = PrefixCache(
             self._pool,
             identity.text(),
-            secret=b"" if sealer is None else sealer.name_secret,
+            secret=b"" if store is None else store.root_secret,
+            chain_secret=b"" if store is None else store.chain_secret,
             on_new=self._note_new,
         )
         if store is not None and not info.has_block_bytes:

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from typing import Any, Final
 
 from recollect.errors import StoreCorruptError
-from recollect.kv.environment import Environment, Transaction
+from recollect.kv.environment import Tables, Transaction
 from recollect.kv.names import Key
 from recollect.kv.record import EntryHead, Identity, Refused, Sealer, entry_head
 
@@ -40,18 +40,18 @@ class Pin:
     """What whoever pinned it wants to know again, as JSON values."""
 
 
-def total_bytes(txn: Transaction, env: Environment) -> int:
+def total_bytes(txn: Transaction, env: Tables) -> int:
     """Return what all blocks take."""
     return int.from_bytes(txn.get(_BYTES, b"", db=env.table("info")), "little")
 
 
-def add_bytes(txn: Transaction, env: Environment, change: int) -> None:
+def add_bytes(txn: Transaction, env: Tables, change: int) -> None:
     """Count bytes that came, or went."""
     total = max(0, total_bytes(txn, env) + change)
     txn.put(_BYTES, total.to_bytes(8, "little"), db=env.table("info"))
 
 
-def note_identity(txn: Transaction, env: Environment, identity: Identity) -> None:
+def note_identity(txn: Transaction, env: Tables, identity: Identity) -> None:
     """Note in words what the digest in blocks and entries stands for."""
     digest, table = identity.digest(), env.table("identities")
     if txn.get(digest, db=table) is None:
@@ -70,7 +70,7 @@ class Savings:
     """As measured last."""
 
 
-def savings(txn: Transaction, env: Environment, identity: bytes) -> Savings:
+def savings(txn: Transaction, env: Tables, identity: bytes) -> Savings:
     """Return what the tier was good for so far, with one model, runtime and precision."""
     stored = bytes(txn.get(_SAVED + identity, b"{}", db=env.table("info")))
     try:
@@ -79,7 +79,7 @@ def savings(txn: Transaction, env: Environment, identity: bytes) -> Savings:
         return Savings()  # it is damaged, and counted anew from here on
 
 
-def add_savings(txn: Transaction, env: Environment, identity: bytes, more: Savings) -> None:
+def add_savings(txn: Transaction, env: Tables, identity: bytes, more: Savings) -> None:
     """Count what one process saved."""
     known = savings(txn, env, identity)
     total = Savings(
@@ -90,13 +90,13 @@ def add_savings(txn: Transaction, env: Environment, identity: bytes, more: Savin
     txn.put(_SAVED + identity, json.dumps(asdict(total)).encode(), db=env.table("info"))
 
 
-def put_pin(txn: Transaction, env: Environment, pin: Pin, sealer: Sealer | None) -> None:
+def put_pin(txn: Transaction, env: Tables, pin: Pin, sealer: Sealer | None) -> None:
     """Keep a prefix from eviction; a pin of the same name is replaced."""
     key = _pin_key(pin.name, sealer)
     txn.put(key, _packed_pin(key, pin, sealer), db=env.table("pins"))
 
 
-def add_pin(txn: Transaction, env: Environment, pin: Pin, sealer: Sealer | None) -> bool:
+def add_pin(txn: Transaction, env: Tables, pin: Pin, sealer: Sealer | None) -> bool:
     """Keep a prefix from eviction; return whether nothing of that name was pinned."""
     if txn.get(_pin_key(pin.name, sealer), db=env.table("pins")) is not None:
         return False
@@ -104,25 +104,25 @@ def add_pin(txn: Transaction, env: Environment, pin: Pin, sealer: Sealer | None)
     return True
 
 
-def drop_pin(txn: Transaction, env: Environment, name: str, sealer: Sealer | None) -> bool:
+def drop_pin(txn: Transaction, env: Tables, name: str, sealer: Sealer | None) -> bool:
     """Let a prefix be evicted again; return whether it was pinned."""
     return bool(txn.delete(_pin_key(name, sealer), db=env.table("pins")))
 
 
-def find_pin(txn: Transaction, env: Environment, name: str, sealer: Sealer | None) -> Pin | None:
+def find_pin(txn: Transaction, env: Tables, name: str, sealer: Sealer | None) -> Pin | None:
     """Return the pin of that name."""
     key = _pin_key(name, sealer)
     value = txn.get(key, db=env.table("pins"))
     return None if value is None else _unpacked_pin(key, bytes(value), sealer)
 
 
-def pins(txn: Transaction, env: Environment, sealer: Sealer | None) -> list[Pin]:
+def pins(txn: Transaction, env: Tables, sealer: Sealer | None) -> list[Pin]:
     """Return all pins, by name; those that do not open are left out, and stay pinned."""
     opened = (_unpacked_pin(key, value, sealer) for key, value in _stored_pins(txn, env))
     return sorted((pin for pin in opened if pin is not None), key=lambda pin: pin.name)
 
 
-def seal_pins(txn: Transaction, env: Environment, sealer: Sealer) -> None:
+def seal_pins(txn: Transaction, env: Tables, sealer: Sealer) -> None:
     """Seal the pins that are plain: an earlier version wrote them so in an encrypted store, too."""
     plain = [one for one in _stored_pins(txn, env) if not one[1].startswith(_SEALED)]
     for key, value in plain:
@@ -132,23 +132,23 @@ def seal_pins(txn: Transaction, env: Environment, sealer: Sealer) -> None:
             add_pin(txn, env, pin, sealer)
 
 
-def has_plain_pins(txn: Transaction, env: Environment) -> bool:
+def has_plain_pins(txn: Transaction, env: Tables) -> bool:
     """Return whether a pin is not sealed."""
     return any(not value.startswith(_SEALED) for _, value in _stored_pins(txn, env))
 
 
-def pinned_tails(txn: Transaction, env: Environment) -> set[Key]:
+def pinned_tails(txn: Transaction, env: Tables) -> set[Key]:
     """Return the last blocks of what is pinned, which can be read without the key."""
     found = (_pinned_tail(value) for _, value in _stored_pins(txn, env))
     return {tail for tail in found if tail is not None}
 
 
-def pinned_keys(txn: Transaction, env: Environment) -> set[Key]:
+def pinned_keys(txn: Transaction, env: Tables) -> set[Key]:
     """Return all blocks of what is pinned."""
     return _with_prefixes(txn, env, pinned_tails(txn, env))
 
 
-def _with_prefixes(txn: Transaction, env: Environment, tails: Iterable[Key]) -> set[Key]:
+def _with_prefixes(txn: Transaction, env: Tables, tails: Iterable[Key]) -> set[Key]:
     """Return the stored ones of some blocks, with all that they follow."""
     keys: set[Key] = set()
     table = env.table("entries")
@@ -168,13 +168,13 @@ def sound_head(key: Key, stored: bytes | memoryview | None) -> EntryHead | None:
         return None
 
 
-def heads(txn: Transaction, env: Environment) -> dict[Key, EntryHead]:
+def heads(txn: Transaction, env: Tables) -> dict[Key, EntryHead]:
     """Return the heads of all entries that are as they were written."""
     read = ((bytes(key), value) for key, value in txn.cursor(env.table("entries")))
     return {key: head for key, value in read if (head := sound_head(key, value)) is not None}
 
 
-def remove_damaged(txn: Transaction, env: Environment, keys: Collection[Key]) -> int:
+def remove_damaged(txn: Transaction, env: Tables, keys: Collection[Key]) -> int:
     """
     Remove blocks whose entries tell neither what they follow nor their size; return how many were there.
 
@@ -194,14 +194,14 @@ def remove_damaged(txn: Transaction, env: Environment, keys: Collection[Key]) ->
     return len(removed)
 
 
-def recount(txn: Transaction, env: Environment) -> None:
+def recount(txn: Transaction, env: Tables) -> None:
     """Derive anew what all blocks take."""
     total = sum(head.stored_bytes for head in heads(txn, env).values())
     txn.put(_BYTES, total.to_bytes(8, "little"), db=env.table("info"))
 
 
 def tails_first(
-    txn: Transaction, env: Environment, also_keep: Iterable[Key] = ()
+    txn: Transaction, env: Tables, also_keep: Iterable[Key] = ()
 ) -> Iterator[tuple[Key, int]]:
     """
     Yield (key, bytes) in the order in which blocks are given up; whoever takes one removes it.
@@ -273,7 +273,7 @@ def _pin_of(value: bytes) -> Pin | None:
         return None
 
 
-def _stored_pins(txn: Transaction, env: Environment) -> list[tuple[bytes, bytes]]:
+def _stored_pins(txn: Transaction, env: Tables) -> list[tuple[bytes, bytes]]:
     return [(bytes(key), bytes(value)) for key, value in txn.cursor(env.table("pins"))]
 
 

@@ -1,7 +1,8 @@
 """
-Give the disk space of a store back to others, where no process has it open.
+Put another file in the place of a store's, where no process has it open.
 
-LMDB reuses pages that were given up, and never shortens its file.
+To give the disk space back to others: LMDB reuses pages that were given up, and never shortens its
+file. To write it anew: pages that were given up keep what was in them.
 """
 
 import os
@@ -9,23 +10,26 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import lmdb
 
-from recollect.kv.environment import DAMAGED, is_open, translated
+from recollect.kv.environment import DAMAGED, DATA, is_open, translated
 
 try:
     import fcntl
 except ImportError:  # Windows, which lets nobody replace a file that is open
     fcntl = None  # type: ignore[assignment]
 
-_DATA: Final = "data.mdb"
 _LOCK: Final = "lock.mdb"
+_MOST_TABLES: Final = 16
+"""More than any version has had."""
 _SPARE_BYTES: Final = 1 << 20
+_SCRATCH: Final = "compact-"
+"""Begins the name of a folder for the new file; of a process that was killed it is left."""
 
 
 def shrink(folder: Path) -> int | None:
@@ -40,26 +44,46 @@ def shrink(folder: Path) -> int | None:
     """
     if is_open(folder):
         return None
-    data = folder / _DATA
-    with translated(folder), _alone(folder) as alone:
-        if not alone:
+    with translated(folder):
+        before = (folder / DATA).stat().st_size
+        if not replace_file(folder, lambda env, scratch: env.copy(str(scratch), compact=True)):
             return None
-        before = data.stat().st_size
-        scratch = Path(tempfile.mkdtemp(prefix="compact-", dir=folder))
+        return before - (folder / DATA).stat().st_size
+
+
+def replace_file(folder: Path, write: Callable[[lmdb.Environment, Path], object]) -> bool:
+    """
+    Put a new file in the place of a store's, in one step; return False where somebody has it open.
+
+    Whoever is killed meanwhile leaves the file as it was.
+
+    Args:
+        folder: Of the store, which this process has not open.
+        write: Called with the store, open for reading, and a folder for the new file.
+
+    Raises:
+        lmdb.Error, OSError: It cannot be read or written; it is as it was.
+    """
+    with _alone(folder) as alone:
+        if not alone:
+            return False
+        for left in folder.glob(f"{_SCRATCH}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=folder))
         try:
             # Without LMDB's own lock: that would, when it is closed, let go of ours.
-            with lmdb.open(str(folder), readonly=True, lock=False) as env:
-                env.copy(str(scratch), compact=True)
+            with lmdb.open(str(folder), readonly=True, lock=False, max_dbs=_MOST_TABLES) as env:
+                write(env, scratch)
                 last = env.info()["last_txnid"]
             _continue_from(scratch, last)
-            (scratch / _DATA).chmod(0o600)
+            (scratch / DATA).chmod(0o600)
             try:
-                (scratch / _DATA).replace(data)
+                (scratch / DATA).replace(folder / DATA)
             except PermissionError:  # Windows: it is open
-                return None
+                return False
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        return before - data.stat().st_size
+        return True
 
 
 def discard(folder: Path) -> bool:
@@ -74,7 +98,7 @@ def discard(folder: Path) -> bool:
     with translated(folder), _alone(folder) as alone:
         if alone:
             try:
-                (folder / _DATA).unlink(missing_ok=True)
+                (folder / DATA).unlink(missing_ok=True)
                 (folder / DAMAGED).unlink(missing_ok=True)
             except PermissionError:  # Windows: it is open
                 return False
@@ -89,7 +113,7 @@ def _continue_from(folder: Path, last: int) -> None:
     which is newer; who comes while another holds the lock takes the number of the last transaction
     from the lock file, which is that of the file before. Source: lmdb, mdb.c, mdb_txn_renew0.
     """
-    room = (folder / _DATA).stat().st_size + _SPARE_BYTES
+    room = (folder / DATA).stat().st_size + _SPARE_BYTES
     with lmdb.open(str(folder), lock=False, map_size=room, max_dbs=1) as env:
         info = env.open_db(b"info", create=False)
         while True:

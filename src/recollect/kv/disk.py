@@ -16,7 +16,7 @@ from typing import Final
 from recollect.errors import StoreFullError
 from recollect.kv import accounts
 from recollect.kv.environment import Environment, Transaction, translated
-from recollect.kv.layout import bring_up_to_date
+from recollect.kv.layout import TABLES, bring_up_to_date, names_are_open
 from recollect.kv.names import DIGEST_BYTES, Key, branch_digests, chained_key
 from recollect.kv.record import (
     Buffer,
@@ -31,9 +31,9 @@ from recollect.kv.record import (
     unpack_block,
     unpack_entry,
 )
+from recollect.kv.resealing import Resealing
 from recollect.types import MissReason, common_prefix_length
 
-TABLES: Final = ("blocks", "entries", "siblings", "pins", "identities", "info", "replies")
 STORE_FOLDER: Final = "kv"
 
 PAGE_BYTES: Final = 4096
@@ -115,9 +115,20 @@ class DiskStore:
         self._refused: set[Key] = set()
         self._sealer = sealer
         self.clock: Final = clock
-        self._env = Environment.open(folder, least_bytes=budget_bytes, tables=TABLES)
+        self._env = Environment.open(
+            folder,
+            least_bytes=budget_bytes,
+            tables=TABLES,
+            upgrade=None if sealer is None else Resealing(sealer, self._free_bytes),
+        )
         try:
             bring_up_to_date(self._env, sealer)
+            with self._env.reading() as txn:
+                names_are_keyed = not names_are_open(txn, self._env)
+            self.root_secret: Final = b"" if sealer is None else sealer.name_secret
+            """For the names of namespaces, `namespace_key`."""
+            self.chain_secret: Final = self.root_secret if names_are_keyed else b""
+            """For the names of blocks, `chained_key`; none where an earlier version gave them."""
             self._seal_pins()
             self._ceiling = max(budget_bytes, self._env.file_bytes)
         except BaseException:
@@ -166,7 +177,7 @@ class DiskStore:
             while start + block_size <= len(token_ids):
                 if len(entries) == most:
                     return Found(entries, block_size if entries else 0, is_all=False)
-                key = chained_key(after, token_ids[start : start + block_size])
+                key = chained_key(after, token_ids[start : start + block_size], self.chain_secret)
                 entry = self._entry(txn, key)
                 if entry is None:
                     break
@@ -224,9 +235,7 @@ class DiskStore:
             new = [block for block in blocks if not self._is_stored(txn, block.key)]
         packed = {block.key: self._packed(identity, block) for block in new}
         needed = sum(stored_bytes(len(value)) for value in packed.values())
-        with translated(self.folder):
-            free = shutil.disk_usage(self.folder).free
-        if free < needed + RESERVED_BYTES:
+        if self._free_bytes() < needed:
             raise StoreFullError(f"The disk of {self.folder} is nearly full: make room on it.")
         if needed:
             # Pages that were given up are free for the next transaction, not for the same one.
@@ -297,6 +306,11 @@ class DiskStore:
         if has_plain:
             with self._env.writing() as txn:
                 accounts.seal_pins(txn, self._env, self._sealer)
+
+    def _free_bytes(self) -> int:
+        """Return how much of the disk may be taken."""
+        with translated(self.folder):
+            return shutil.disk_usage(self.folder).free - RESERVED_BYTES
 
     def _packed(self, identity: Identity, block: NewBlock) -> bytearray:
         count = len(block.token_ids)
@@ -400,7 +414,7 @@ class DiskStore:
         except Refused as refused:
             self._refuse(key, refused.reason)
             return None
-        if chained_key(entry.parent, entry.token_ids) != key:
+        if chained_key(entry.parent, entry.token_ids, self.chain_secret) != key:
             self._refuse(key, "key")
             return None
         return entry
@@ -410,8 +424,7 @@ class DiskStore:
         self._refused.add(key)
 
     def _digests(self, parent: Key, token_ids: Sequence[int]) -> bytes:
-        secret = b"" if self._sealer is None else self._sealer.name_secret
-        return branch_digests(parent, token_ids, secret)
+        return branch_digests(parent, token_ids, self.root_secret)
 
     def _followers(self, txn: Transaction, key: Key) -> list[Key]:
         cursor = txn.cursor(self._env.table("siblings"))
@@ -460,7 +473,8 @@ class DiskStore:
         rows = self._neighbours(txn, block.parent, digests)
         shared = max((common_prefix_length(row, digests) for row in rows), default=0)
         most = min(len(block.token_ids) - 1, shared // DIGEST_BYTES)
-        keys = [chained_key(block.parent, block.token_ids[:n]) for n in range(1, most + 1)]
+        parts = (block.token_ids[:count] for count in range(1, most + 1))
+        keys = [chained_key(block.parent, part, self.chain_secret) for part in parts]
         return [key for key in keys if self._is_stored(txn, key)]
 
     def _with_followers(self, txn: Transaction, keys: Iterable[Key]) -> list[Key]:

@@ -114,7 +114,7 @@ def _block_problem(store: DiskStore, txn: Transaction, key: Key) -> str | None:
     env = store.env
     try:
         entry = unpack_entry(key, txn.get(key, db=env.table("entries")), store.sealer)
-        if chained_key(entry.parent, entry.token_ids) != key:
+        if chained_key(entry.parent, entry.token_ids, store.chain_secret) != key:
             return "its tokens do not give its name"
         stored = txn.get(key, db=env.table("blocks"))
         if stored is None:

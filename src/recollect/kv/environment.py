@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from time import monotonic, sleep
+from typing import Any, Final, Protocol
 
 import lmdb
 
@@ -41,17 +42,38 @@ _UNREADABLE: Final = (
 )
 _MAP_BYTES: Final = 1 << 40
 """Of address space, which costs nothing. A map that never grows need not be moved under readers."""
-_DATA: Final = "data.mdb"
+DATA: Final = "data.mdb"
 DAMAGED: Final = "damaged"
 """The name of a file that says so."""
-_SORTED_VALUES: Final = {"siblings"}
+SORTED_VALUES: Final = {"siblings"}
 """Tables that have several values for a key."""
 _WALKS: Final = 100
 """Of finding the state that a transaction shows, while other processes write."""
 
+WAIT_S: Final = 5.0
+"""For others to close a file that has to be replaced: a command that only looks at it takes less."""
+_PAUSE_S: Final = 0.05
+
 _open: dict[Path, "Environment"] = {}
 """Process-wide, because LMDB forbids to open a file twice in a process. Source: lmdb.h, mdb_env_open."""
 _open_lock: Final = threading.Lock()
+
+
+class Tables(Protocol):
+    """What has named tables."""
+
+    def table(self, name: str) -> Any:
+        """Return the handle of a named table."""
+
+
+class Upgrade(Protocol):
+    """Replaces the file of an earlier version by one of this."""
+
+    def is_needed(self, env: "Environment") -> bool:
+        """Return whether an open file is of an earlier version."""
+
+    def run(self, folder: Path) -> bool:
+        """Replace the file in a folder, which this process has not open; return False where others have."""
 
 
 class Environment:
@@ -79,7 +101,14 @@ class Environment:
             raise
 
     @classmethod
-    def open(cls, folder: Path, *, least_bytes: int, tables: Sequence[str]) -> "Environment":
+    def open(
+        cls,
+        folder: Path,
+        *,
+        least_bytes: int,
+        tables: Sequence[str],
+        upgrade: Upgrade | None = None,
+    ) -> "Environment":
         """
         Return the environment in a folder, which is created where there is none.
 
@@ -90,8 +119,10 @@ class Environment:
             folder: Where the file is.
             least_bytes: How large the file may have to become.
             tables: What it has.
+            upgrade: For a file of an earlier version; not used where this process has it open.
 
         Raises:
+            StoreBusyError: It has to be replaced, and another process has it open.
             StoreError: It cannot be opened.
         """
         with _open_lock, translated(folder):
@@ -104,12 +135,36 @@ class Environment:
             if (folder / DAMAGED).exists():
                 _put_aside(folder, "as was found when it was last used")
             try:
-                opened = cls(folder, least_bytes, tables)
+                opened = cls._up_to_date(folder, least_bytes, tables, upgrade)
             except _UNREADABLE as cause:
                 _put_aside(folder, str(cause))
                 opened = cls(folder, least_bytes, tables)
             _open[folder] = opened
             return opened
+
+    @classmethod
+    def _up_to_date(
+        cls, folder: Path, least_bytes: int, tables: Sequence[str], upgrade: Upgrade | None
+    ) -> "Environment":
+        """Open a file, after replacing one of an earlier version."""
+        deadline = monotonic() + WAIT_S
+        while True:
+            opened = cls(folder, least_bytes, tables)
+            try:
+                if upgrade is None or opened.is_read_only or not upgrade.is_needed(opened):
+                    return opened
+            except BaseException:
+                opened._env.close()
+                raise
+            opened._env.close()
+            if upgrade.run(folder):
+                continue
+            if monotonic() > deadline:
+                raise StoreBusyError(
+                    f"Another program has the KV store in {folder} open, which has to be rewritten "
+                    "once for this version: close it, or do without the store (--kv-disk 0)."
+                )
+            sleep(_PAUSE_S)  # whoever replaces it at this moment keeps us from opening it
 
     def close(self) -> None:
         """Give it back; nobody may use it afterwards through whoever called this."""
@@ -128,7 +183,7 @@ class Environment:
             StoreError: It is not there any more.
         """
         with translated(self.folder):
-            return (self.folder / _DATA).stat().st_size
+            return (self.folder / DATA).stat().st_size
 
     @contextmanager
     def reading(self) -> Iterator[Transaction]:
@@ -198,14 +253,14 @@ class Environment:
     def _open_table(self, name: str) -> None:
         with suppress(lmdb.NotFoundError):  # an earlier version made it, and it cannot be written
             self._tables[name] = self._env.open_db(
-                name.encode(), dupsort=name in _SORTED_VALUES, create=not self.is_read_only
+                name.encode(), dupsort=name in SORTED_VALUES, create=not self.is_read_only
             )
 
     def _walk_pages(self, *, values: bool = False) -> None:
         """Look at what LMDB is going to follow blindly, in a state that nobody can change meanwhile."""
         for _ in range(_WALKS):
             with self._env.begin() as txn:
-                if walk(self.folder / _DATA, txn.id(), values=values):
+                if walk(self.folder / DATA, txn.id(), values=values):
                     return
 
     def _look_before_writing(self) -> None:

@@ -1,30 +1,48 @@
 """
-Which layout a store has, and how one of an earlier version gets that of this one.
+Which layout a store has, and how a plain one of an earlier version gets that of this one.
 
-Knows entries and what follows what; neither budgets nor what is pinned.
+Knows entries and what follows what; neither budgets nor what is pinned. An encrypted one is written
+anew, by `resealing`.
 """
 
 from dataclasses import replace
 from typing import Final
 
-from recollect.errors import StoreVersionError
-from recollect.kv.environment import Environment, Transaction
+from recollect.errors import StoreBusyError, StoreVersionError
+from recollect.kv.environment import Environment, Tables, Transaction
 from recollect.kv.names import Key, branch_digests
 from recollect.kv.record import Entry, Refused, Sealer, entry_head, pack_entry, unpack_entry
 
-FORMAT: Final = 2
-"""Of the tables; 1 had no order among the blocks that follow the same one."""
+TABLES: Final = ("blocks", "entries", "siblings", "pins", "identities", "info", "replies")
+FORMAT: Final = 3
+"""Of the tables; up to 2 the names of blocks in an encrypted store were hashes without its secret."""
+PLAIN_FORMAT: Final = 2
+"""Of a store that is not encrypted; 1 had no order among the blocks that follow the same one."""
 _FORMAT: Final = b"format"
 _UNORDERED: Final = b"unordered"
-"""Noted where tokens could not be opened, so that the order of their blocks is not known yet."""
+"""Noted by versions that knew format 2, where tokens could not be opened."""
 _EARLIER_TABLE: Final = "children"
 """Of format 1, in the place of `siblings`."""
+_LATER: Final = b"KV store of a later format"
 
 
 def digests_of(entry: Entry, sealer: Sealer | None) -> bytes:
     """Return the place of a block among those that follow the same one."""
     secret = b"" if sealer is None else sealer.name_secret
     return branch_digests(entry.parent, entry.token_ids, secret)
+
+
+def names_are_open(txn: Transaction, env: Tables) -> bool:
+    """Return whether there are names of blocks that anybody can try tokens against."""
+    named = sum(txn.stat(env.table(name))["entries"] for name in ("entries", "pins"))
+    return bool(named) and format_of(txn, env) < FORMAT
+
+
+def note_format(txn: Transaction, env: Tables) -> None:
+    """Note in a new file that it has this layout, and let versions that know format 1 refuse it."""
+    txn.put(_EARLIER_TABLE.encode(), _LATER)
+    txn.delete(_UNORDERED, db=env.table("info"))
+    txn.put(_FORMAT, FORMAT.to_bytes(8, "little"), db=env.table("info"))
 
 
 def bring_up_to_date(env: Environment, sealer: Sealer | None) -> None:
@@ -35,62 +53,67 @@ def bring_up_to_date(env: Environment, sealer: Sealer | None) -> None:
 
     Raises:
         StoreVersionError: A later version wrote it; nothing was changed.
+        StoreBusyError: It is encrypted, of an earlier version, and open in this process without the
+            key, so that it could not be written anew; nothing was changed.
         StoreError: It cannot be written; nothing was changed.
     """
+    wanted = PLAIN_FORMAT if sealer is None else FORMAT
     with env.reading() as txn:
-        is_done = _is_done(txn, env, sealer)
+        is_done = format_of(txn, env) >= wanted
+        has_names = sealer is not None and names_are_open(txn, env)
     if is_done or env.is_read_only:
         return
+    if has_names:
+        raise StoreBusyError(
+            f"The KV store in {env.folder} has to be rewritten once for this version, and is open "
+            "in this program: close it there first."
+        )
     with env.writing() as txn:
-        if not _is_done(txn, env, sealer):  # another process may have been faster
-            _order_all(txn, env, sealer)
+        found = format_of(txn, env)
+        if found < wanted:  # another process may have been faster
+            if not found:
+                _order_all(txn, env)
+                env.replace_table(txn, _EARLIER_TABLE, _LATER)
+            txn.put(_FORMAT, wanted.to_bytes(8, "little"), db=env.table("info"))
 
 
-def _is_done(txn: Transaction, env: Environment, sealer: Sealer | None) -> bool:
-    info = env.table("info")
-    found = int.from_bytes(txn.get(_FORMAT, b"", db=info), "little")
+def format_of(txn: Transaction, env: Tables) -> int:
+    """
+    Return the number of a store's layout; 0: the first, or nothing was written yet.
+
+    Raises:
+        StoreVersionError: It is a later one than is known here.
+    """
+    found = int.from_bytes(txn.get(_FORMAT, b"", db=env.table("info")), "little")
     if found > FORMAT:
+        where = f" in {env.folder}" if isinstance(env, Environment) else ""
         raise StoreVersionError(
-            f"A newer version of recollect wrote the KV store in {env.folder}: use that one, set "
+            f"A newer version of recollect wrote the KV store{where}: use that one, set "
             "RECOLLECT_HOME elsewhere, or do without it (--kv-disk 0)."
         )
-    waits_for_key = sealer is not None and txn.get(_UNORDERED, db=info) is not None
-    return found == FORMAT and not waits_for_key
+    return found
 
 
-def _order_all(txn: Transaction, env: Environment, sealer: Sealer | None) -> None:
-    """Note for each block that has no place yet what it follows, and where among its siblings."""
-    entries, siblings, info = env.table("entries"), env.table("siblings"), env.table("info")
-    unordered = False
+def _order_all(txn: Transaction, env: Environment) -> None:
+    """Note for each block what it follows, and where among its siblings, unless that is sealed."""
+    entries, siblings = env.table("entries"), env.table("siblings")
     stored = [(bytes(key), bytes(value)) for key, value in txn.cursor(entries)]
     for key, value in stored:
         try:
             head = entry_head(key, value)
         except Refused:
             continue  # it is found to be damaged, and goes, when it is next asked for
-        if head.digests:
-            continue
-        ordered = _ordered(key, value, sealer)
-        if ordered is None:
-            unordered = True
-        else:
-            txn.delete(head.parent, key, db=siblings)  # it may have been unordered so far
-            txn.put(key, pack_entry(ordered, sealer), db=entries)
+        ordered = _ordered(key, value)
+        if ordered is not None:
+            txn.put(key, pack_entry(ordered, None), db=entries)
         digests = b"" if ordered is None else ordered.digests
         txn.put(head.parent, digests + key, db=siblings, dupdata=True)
-    if txn.get(_FORMAT, db=info) is None:
-        env.replace_table(txn, _EARLIER_TABLE, b"KV store of a later format")
-    txn.put(_FORMAT, FORMAT.to_bytes(8, "little"), db=info)
-    if unordered:
-        txn.put(_UNORDERED, b"", db=info)
-    else:
-        txn.delete(_UNORDERED, db=info)
 
 
-def _ordered(key: Key, stored: bytes, sealer: Sealer | None) -> Entry | None:
-    """Return an entry with its digests; None where its tokens cannot be opened."""
+def _ordered(key: Key, stored: bytes) -> Entry | None:
+    """Return an entry with its digests; None where its tokens are sealed."""
     try:
-        entry = unpack_entry(key, stored, sealer)
+        entry = unpack_entry(key, stored, None)
     except Refused:
         return None
-    return replace(entry, digests=digests_of(entry, sealer))
+    return replace(entry, digests=digests_of(entry, None))

@@ -21,21 +21,44 @@ MOST_DIGESTS: Final = 96
 """With a name after them they are a value of LMDB that can be sorted, of at most 511 bytes."""
 
 
-def chained_key(parent: Key, token_ids: Sequence[int]) -> Key:
+_CHAIN: Final = b"recollect block"
+"""Sets the names of blocks apart from whatever else is hashed with the same secret."""
+
+
+def chained_key(parent: Key, token_ids: Sequence[int], secret: bytes = b"") -> Key:
     """
     Return the name of a prefix: a hash of the prefix before its last block, and that block's tokens.
 
     The first parent is the name of a namespace, so nothing is shared across namespaces.
+
+    Args:
+        parent: The name of what the block follows.
+        token_ids: Its tokens, shape `(n,)`.
+        secret: At most 64 bytes; with it nobody else can try which tokens follow *parent*, although
+            both names lie on the disk for all to read.
     """
-    return hashlib.blake2b(parent + _token_bytes(token_ids), digest_size=32).digest()
+    content = parent + _token_bytes(token_ids)
+    person = _CHAIN if secret else b""  # names of plain stores and portable files stay as they were
+    return hashlib.blake2b(content, digest_size=32, key=secret, person=person).digest()
 
 
-def chained_keys(root: Key, token_ids: Sequence[int], block_size: int) -> list[Key]:
+def chained_keys(
+    root: Key, token_ids: Sequence[int], block_size: int, secret: bytes = b""
+) -> list[Key]:
     """Return the names of a prefix's blocks in order; the last may hold a part of one."""
     keys = [root]
     for start in range(0, len(token_ids), block_size):
-        keys.append(chained_key(keys[-1], token_ids[start : start + block_size]))
+        keys.append(chained_key(keys[-1], token_ids[start : start + block_size], secret))
     return keys[1:]
+
+
+def disguised_key(key: Key, secret: bytes) -> Key:
+    """
+    Return what stands for a name that was given without the secret, and cannot be traced to it.
+
+    It is the name of no block, because each has tokens.
+    """
+    return chained_key(key, (), secret)
 
 
 def branch_digests(parent: Key, token_ids: Sequence[int], secret: bytes = b"") -> bytes:
@@ -68,7 +91,7 @@ def namespace_key(fingerprint: str, namespace: str = "", secret: bytes = b"") ->
     Args:
         fingerprint: Of model, runtime and precision.
         namespace: Who shares.
-        secret: At most 64 bytes; with it, the names of prefixes tell nobody else which text they are of.
+        secret: At most 64 bytes; with it, the name tells nobody else whose it is.
     """
     content = f"{len(fingerprint)}:{fingerprint}:{namespace}".encode()
     return hashlib.blake2b(content, digest_size=32, key=secret).digest()

@@ -51,6 +51,7 @@ class PrefixCache:
         fingerprint: str,
         *,
         secret: bytes = b"",
+        chain_secret: bytes = b"",
         on_new: Callable[[CachedBlock], None] = lambda _: None,
     ) -> None:
         """
@@ -60,11 +61,13 @@ class PrefixCache:
             pool: Where the blocks are.
             fingerprint: As `namespace_key` takes it.
             secret: Likewise.
+            chain_secret: As `chained_key` takes it.
             on_new: Called with each block that is inserted; does not use the cache.
         """
         self._pool = pool
         self._fingerprint = fingerprint
         self._secret = secret
+        self._chain_secret = chain_secret
         self._on_new = on_new
         self._roots: dict[str, CachedBlock] = {}
         self._public = self.root(PUBLIC)
@@ -258,7 +261,9 @@ class PrefixCache:
                 assert same, "a block stands for two prefixes"
             assert self._pool.references(cached.block) >= 1, "a free block is in the tree"
             assert parent.children.get(cached.token_ids) is cached, "a block is under other tokens"
-            assert cached.key == chained_key(parent.key, cached.token_ids), "a key is wrong"
+            assert cached.key == chained_key(parent.key, cached.token_ids, self._chain_secret), (
+                "a key is wrong"
+            )
             full = len(cached.token_ids) == self._pool.block_size
             assert full or not cached.children, "something follows a block that is not full"
             assert cached.pins or not self._is_covered(cached, parent), "a part is there twice"
@@ -287,7 +292,7 @@ class PrefixCache:
 
     def _place(self, after: CachedBlock, tokens: tuple[int, ...], block: int) -> CachedBlock:
         """Give a block a place in the tree, and a reference for it."""
-        key = chained_key(after.key, tokens)
+        key = chained_key(after.key, tokens, self._chain_secret)
         cached = CachedBlock(key, after, tokens, block, self._uses)
         for shorter in after.children.parts_of(tokens):
             if not shorter.pins:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import recollect
 from recollect import config, keyfile
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.errors import ConfigError, StoreError
+from recollect.kv import disk_audit
 from recollect.kv.disk import STORE_FOLDER
+from recollect.kv.opening import open_existing
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -96,6 +99,16 @@ def test_checkpoints_stay_as_places_and_warm_texts_go(home: Path) -> None:
     again = recollect.encrypt(home, passphrase="open sesame")
     with recollect.load("reference", home=home, cipher=again) as model:
         assert [made.name for made in model.checkpoints()] == ["before the plan"]
+
+
+def test_the_places_that_stay_do_not_name_what_was_plain(home: Path) -> None:
+    """With the plain name of a place whoever has the file could check all that was said up to it."""
+    with closing(open_existing(home / STORE_FOLDER, None)) as store:
+        tails = [pin.tail for pin in disk_audit.pins(store)]
+    assert len(tails) == 2
+    recollect.encrypt(home, passphrase="open sesame")
+    content = (home / STORE_FOLDER / "data.mdb").read_bytes()
+    assert not any(tail in content or tail.hex().encode() in content for tail in tails)
 
 
 def test_stores_that_were_put_aside_go_too(home: Path) -> None:

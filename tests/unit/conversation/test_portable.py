@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
+from recollect.cipher import Cipher
 from recollect.conversation.carrying import bring_in, collect, why_not
 from recollect.conversation.model import Model
 from recollect.conversation.portable import (
@@ -82,6 +83,20 @@ def test_elsewhere_only_what_is_new_is_computed_and_the_reply_is_the_cold_one(
     assert warm.text == cold.text
     assert here.engine.tier is not None
     assert list(disk_audit.problems(here.engine.tier.store)) == []
+
+
+def test_an_encrypted_store_takes_it_under_names_of_its_own(
+    make_model: MakeModel, tmp_path: Path, file: Path
+) -> None:
+    """Names in the file can be computed by anybody; those in the store cannot."""
+    portable = PortableFile(file)
+    store = DiskStore(tmp_path / "sealed", budget_bytes=64 << 20, sealer=Cipher(bytes(32)))
+    here = make_model(store=store)
+    carried = bring_in(here, portable)
+    here.journal.add(portable.conversation, "carried")
+    warm = here.resume("carried", params=SHORT).respond("four")
+    assert (warm.usage.restored_tokens, warm.usage.reused_tokens) == (carried, carried)
+    assert list(disk_audit.problems(store)) == []
 
 
 def test_all_branches_of_the_text_come_back(

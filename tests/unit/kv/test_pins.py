@@ -10,7 +10,7 @@ from recollect.cipher import Cipher
 from recollect.kv import accounts, disk_audit, pins
 from recollect.kv.accounts import Pin
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.names import chained_key
+from recollect.kv.names import chained_key, disguised_key
 from recollect.kv.record import Identity
 
 IDENTITY = Identity("weights", "runtime-1", "f32")
@@ -114,8 +114,8 @@ def accounts_of(store: DiskStore) -> dict[str, int]:
     return {pin.name: pin.tokens for pin in disk_audit.pins(store)}
 
 
-def test_a_damaged_pin_is_none(opened: Open) -> None:
-    store = opened(None)
+def test_a_damaged_pin_is_none(open_store: Open, opened: Open) -> None:
+    store = open_store()
     pins.add(store, PIN)
     with store.env.writing() as txn:
         for key in (b"a", b"b"):
@@ -124,4 +124,6 @@ def test_a_damaged_pin_is_none(opened: Open) -> None:
     assert pins.find(store, "a") is None
     with store.env.reading() as txn:
         assert accounts.pinned_tails(txn, store.env) == {TAIL}
-    assert disk_audit.pins(opened()) == [PIN]
+    store.close()
+    secret = CIPHER.name_secret
+    assert disk_audit.pins(opened()) == [replace(PIN, tail=disguised_key(TAIL, secret))]
