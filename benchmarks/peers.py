@@ -23,10 +23,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+# First, because it switches off what the libraries below would report.
+import recollect  # isort: skip
+
 import numpy as np
 import onnxruntime_genai
 
-import recollect
 from harness import Load, parser, report, say
 from recollect import og
 from recollect.proof.bench import bench_text, cut_to_length

@@ -1,11 +1,16 @@
 """
 A server under clients that edit, cancel and hang up, for as long as one likes.
 
-    python benchmarks/soak.py [--minutes 30] [--clients 8] [--compare 60] [--model smollm2|reference]
+    python benchmarks/soak.py [--minutes 30] [--clients 8] [--short-chats 0] [--kv-disk-mib 0]
+                              [--compare 60] [--model smollm2|reference]
 
 Everything runs in one process, so that the engine's bookkeeping can be checked while it runs. At the
 end: no block is leaked (`check()`), memory is flat after the first fifth, and replies of the profile
 `exact`, drawn at random from all, equal those of a model that has never seen anything else.
+
+`--short-chats` adds clients whose every request is a new chat on one system prompt, as those of a
+service are; what is known of messages must stay within its bounds. With `--kv-disk-mib` KV and the
+ids of replies are on disk too, in a folder that goes with the run.
 """
 
 import argparse
@@ -27,6 +32,7 @@ import uvicorn
 
 import recollect
 from harness import say
+from recollect.kv.disk import DiskStore
 from recollect.proof.workloads import text_of
 from recollect.server.app import create_app
 from recollect.server.hub import ModelHub
@@ -44,11 +50,14 @@ class Soak:
 
     url: str
     ends_at: float
+    model: recollect.Model
     requests: int = 0
+    short_chats: int = 0
     cancelled: int = 0
     refused: int = 0
-    whole: list[tuple[list[Message], int, str]] = field(default_factory=list)
-    """Some of the conversations, and their replies, to be generated anew; any is as likely as any other."""
+    whole: list[tuple[list[int], int, str]] = field(default_factory=list)
+    """The token ids of some conversations, how long their replies might be, and those, to be generated
+    anew; any is as likely as any other."""
     most: int = 60
     """Of those."""
     replies: int = 0
@@ -57,10 +66,12 @@ class Soak:
     def keep(self, messages: list[Message], limit: int, text: str, dice: random.Random) -> None:
         """Draw without knowing how many there will be: the nth replaces one with odds of most / n."""
         self.replies += 1
-        if len(self.whole) < self.most:
-            self.whole.append((messages, limit, text))
-        elif (place := dice.randrange(self.replies)) < self.most:
-            self.whole[place] = (messages, limit, text)
+        place = len(self.whole) if len(self.whole) < self.most else dice.randrange(self.replies)
+        if place < self.most:
+            # Now, while it is known which ids earlier replies had.
+            path = self.model.session_from(messages).path()
+            prompt = self.model.prompts.encode(path).token_ids
+            self.whole[place : place + 1] = [(prompt, limit, text)]
 
 
 async def be_a_client(soak: Soak, number: int) -> None:
@@ -80,6 +91,21 @@ async def be_a_client(soak: Soak, number: int) -> None:
                 messages.pop()
             else:
                 messages.append({"role": "assistant", "content": text})
+
+
+async def be_a_service(soak: Soak, number: int) -> None:
+    """Begin one short chat after the other on the system prompt that all of these have."""
+    dice = random.Random(1000 + number)  # noqa: S311 - not for secrets
+    system: Message = {"role": "system", "content": text_of(random.Random(7), 60)}  # noqa: S311
+    async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
+        while monotonic() < soak.ends_at:
+            asked: Message = {"role": "user", "content": text_of(dice, dice.randint(3, 12))}
+            text = await say_it(soak, client, [system, asked], dice)
+            soak.short_chats += 1
+            if text is not None and dice.random() < 0.2:
+                more: Message = {"role": "user", "content": text_of(dice, 5)}
+                said: list[Message] = [system, asked, {"role": "assistant", "content": text}, more]
+                await say_it(soak, client, said, dice)
 
 
 async def say_it(
@@ -126,17 +152,19 @@ async def watch(soak: Soak, model: recollect.Model, memory: list[int]) -> None:
     while monotonic() < soak.ends_at:
         await asyncio.sleep(pause)
         await asyncio.to_thread(model.engine.check)
-        memory.append(psutil.Process().memory_info().rss)
-        say(f"{soak.requests:7} requests  {memory[-1] >> 20:6} MiB  {soak.cancelled} left early")
+        await asyncio.to_thread(model.known.check)
+        model.prompts.remembered.check()
+        memory.append(own_memory())
+        say(
+            f"{soak.requests:7} requests  {memory[-1] >> 20:6} MiB  {soak.cancelled} left early  "
+            f"{len(model.known)} messages known in {model.known.held_bytes >> 20} MiB"
+        )
 
 
-def prompts_of(soak: Soak, model: recollect.Model) -> list[tuple[list[int], int, str]]:
-    """Return the token ids that conversations were, how long their replies might be, and those."""
-    found = []
-    for messages, limit, text in soak.whole:
-        path = model.session_from(messages).path()
-        found.append((model.prompts.encode(path).token_ids, limit, text))
-    return found
+def own_memory() -> int:
+    """Return the bytes that only this process has: pages of the KV on disk are the system's."""
+    memory: int = psutil.Process().memory_full_info().uss
+    return memory
 
 
 def equal_anew(args: argparse.Namespace, prompts: Sequence[tuple[list[int], int, str]]) -> int:
@@ -155,10 +183,11 @@ def equal_anew(args: argparse.Namespace, prompts: Sequence[tuple[list[int], int,
 
 
 async def run(args: argparse.Namespace, url: str, model: recollect.Model) -> tuple[Soak, list[int]]:
-    soak = Soak(url, monotonic() + args.minutes * 60, most=args.compare)
-    memory = [psutil.Process().memory_info().rss]
+    soak = Soak(url, monotonic() + args.minutes * 60, model, most=args.compare)
+    memory = [own_memory()]
     clients = [be_a_client(soak, number) for number in range(args.clients)]
-    await asyncio.gather(watch(soak, model, memory), *clients)
+    services = [be_a_service(soak, number) for number in range(args.short_chats)]
+    await asyncio.gather(watch(soak, model, memory), *clients, *services)
     return soak, memory
 
 
@@ -169,10 +198,18 @@ def main() -> int:
     options.add_argument("--model", default="smollm2")
     options.add_argument("--minutes", type=float, default=30)
     options.add_argument("--clients", type=int, default=8)
+    options.add_argument(
+        "--short-chats", type=int, default=0, help="clients that begin a new chat each time"
+    )
+    options.add_argument("--kv-disk-mib", type=int, default=0, help="most MiB of KV on disk")
     options.add_argument("--compare", type=int, default=60, help="replies to be generated anew")
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = recollect.load(args.model, profile="exact", kv_memory=512 << 20, kv_disk=0)
+        disk = args.kv_disk_mib << 20
+        store = DiskStore(Path(folder) / "kv", budget_bytes=disk) if disk else None
+        model = recollect.load(
+            args.model, profile="exact", kv_memory=512 << 20, kv_disk=0, store=store
+        )
         hub = ModelHub(lambda _: model, [args.model])
         settings = Settings(home=Path(folder), models=(args.model,), limits=Limits(concurrent=6))
         app = create_app(settings, hub, Keyring())
@@ -188,19 +225,25 @@ def main() -> int:
             thread.join(0.1)
         left = app.state.services.admission.running
         model.engine.check()
-        prompts = prompts_of(soak, model)
+        tier = model.engine.tier
+        written = 0 if tier is None else tier.statistics().written_bytes
+        known, known_bytes = len(model.known), model.known.held_bytes
         server.should_exit = True
         thread.join()
     grown = max(memory[len(memory) // 5 :]) - memory[len(memory) // 5]
-    equal = equal_anew(args, prompts)
+    equal = equal_anew(args, soak.whole)
     result = {
         "benchmark": "soak",
         "minutes": args.minutes,
         "requests": soak.requests,
+        "short_chats": soak.short_chats,
         "left_early": soak.cancelled,
         "refused": soak.refused,
         "replies_left": left,
         "grown_bytes": grown,
+        "known_messages": known,
+        "known_bytes": known_bytes,
+        "written_to_disk_bytes": written,
         "replies": soak.replies,
         "compared": len(soak.whole),
         "equal": equal,

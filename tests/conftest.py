@@ -5,15 +5,18 @@ Test modules do not import each other; what they share comes from here.
 """
 
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import platformdirs
 import pytest
 from hypothesis import HealthCheck, settings
@@ -175,6 +178,19 @@ def open_store(tmp_path: Path) -> Callable[..., DiskStore]:
 
 
 @pytest.fixture
+def read_only_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a switch after which LMDB's files can be opened for reading alone, whoever asks."""
+    opened = lmdb.open
+
+    def refused(path: str, **options: Any) -> lmdb.Environment:
+        if not options["readonly"]:
+            raise lmdb.ReadonlyError("mdb_env_open: Read-only file system")
+        return opened(path, **options)
+
+    return lambda: monkeypatch.setattr(lmdb, "open", refused)
+
+
+@pytest.fixture
 def engine(make_engine: Callable[..., Engine]) -> Engine:
     """Return an engine of 64 blocks of 4 slots, 50 token ids, 128 tokens of context."""
     return make_engine()
@@ -242,6 +258,74 @@ def make_model(faults: Faults, tmp_path: Path) -> Iterator[Callable[..., Model]]
     for model in made:
         model.engine.check()
         model.close()
+
+
+@dataclass
+class SqlWork:
+    """What SQLite did for connections that were opened while it was counted."""
+
+    steps: int = 0
+    """Instructions of its virtual machine: some for each row that it looks at."""
+    statements: list[str] = field(default_factory=list)
+
+    def clear(self) -> None:
+        self.steps = 0
+        self.statements.clear()
+
+
+@pytest.fixture
+def sql_work(monkeypatch: pytest.MonkeyPatch) -> SqlWork:
+    """Return the count of what SQLite does from here on, for files that are opened from here on."""
+    work, connect = SqlWork(), sqlite3.connect
+
+    def step() -> int:
+        work.steps += 1
+        return 0
+
+    def counted(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*arguments, **options)
+        connection.set_progress_handler(step, 1)
+        connection.set_trace_callback(work.statements.append)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", counted)
+    return work
+
+
+class SmallDisk:
+    """A disk of its own that can be filled and made read-only, also for root, whom modes do not bind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fill(self) -> None:
+        with (self.path / "filler").open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    def make_room(self) -> None:
+        (self.path / "filler").unlink()
+
+    def make_read_only(self, *, again: bool = False) -> None:
+        """Refuse to write, or with *again* take it once more."""
+        how = "remount,rw" if again else "remount,ro"
+        subprocess.run(["mount", "-o", how, str(self.path)], check=True)  # noqa: S603, S607 - a test
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """Return a disk of 4 MB, mounted at the home of the test's models and servers."""
+    path = tmp_path / "home"
+    path.mkdir(mode=0o700)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", str(path)]
+    try:
+        mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0  # noqa: S603
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("no file system can be mounted here, which takes root")
+    yield SmallDisk(path)
+    subprocess.run(["umount", "--lazy", str(path)], check=True)  # noqa: S603, S607 - as above
 
 
 @pytest.fixture

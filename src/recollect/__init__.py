@@ -8,6 +8,7 @@ Conversations with local language models that never read a token twice, and prov
     print(chat.respond("My name is Alex."))
 """
 
+from recollect import starting, telemetry  # noqa: F401 - the first is imported for what it does
 from recollect._version import __version__
 from recollect.cipher import Cipher
 from recollect.conversation.checkpoints import Checkpoint
@@ -29,6 +30,8 @@ from recollect.keyfile import unlock
 from recollect.models.tool_calls import ToolCallParser
 from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, ToolCall, Usage
 
+# None of what is imported above loads the libraries that this is about; what comes later may.
+telemetry.switch_off()
 __all__ = [
     "Checkpoint",
     "Cipher",

@@ -21,21 +21,73 @@ DEFAULT_PROFILE: Final[Profile] = "fast"
 
 HISTORY_NAME: Final = "history"
 """Of the file in `home()` that holds what was typed into chats."""
+OFFLINE_VARIABLE: Final = "RECOLLECT_OFFLINE"
 LEAST_KV_DISK_BYTES: Final = 1 << 20
 """Below that LMDB has no room for its own pages while it replaces them."""
 
+_SWITCH: Final = {
+    **dict.fromkeys(("1", "true", "yes", "on"), True),
+    **dict.fromkeys(("", "0", "false", "no", "off"), False),
+}
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE: Final = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
 
 
 def home() -> Path:
-    """Return where models and conversations are: `RECOLLECT_HOME`, or the platform's user data folder."""
+    """
+    Return where models and conversations are: `RECOLLECT_HOME`, or the platform's user data folder.
+
+    Raises:
+        ConfigError: It cannot be a folder.
+    """
     chosen = os.environ.get("RECOLLECT_HOME")
-    return (
-        Path(chosen).expanduser()
-        if chosen
-        else Path(platformdirs.user_data_dir("recollect", False))
+    try:
+        folder = Path(chosen or platformdirs.user_data_dir("recollect", False)).expanduser()
+    except RuntimeError as cause:  # of a user that is not there
+        raise ConfigError(f"RECOLLECT_HOME is {chosen!r} ({cause}): name a folder.") from cause
+    return require_folder(folder)
+
+
+def require_folder(folder: Path) -> Path:
+    """
+    Return a folder that is there, or that can be made.
+
+    Raises:
+        ConfigError: Something on the way to it is no folder, or cannot be looked into.
+    """
+    try:
+        there = _first_there(folder)
+        if there.is_dir():
+            return folder
+    except OSError as cause:
+        raise ConfigError(
+            f"The data folder {folder} cannot be reached ({cause.strerror}): set RECOLLECT_HOME to "
+            "a folder of yours."
+        ) from cause
+    raise ConfigError(
+        f"The data folder cannot be {folder}, because {there} is no folder: set RECOLLECT_HOME to "
+        "another."
     )
+
+
+def _first_there(path: Path) -> Path:
+    """Return *path*, or the nearest folder above it that is there."""
+    ways = (path.absolute(), *path.absolute().parents)
+    return next(way for way in ways if way.is_symlink() or way.exists())
+
+
+def is_offline() -> bool:
+    """
+    Return whether nothing may be fetched: what `RECOLLECT_OFFLINE` says.
+
+    Raises:
+        ConfigError: It says neither yes nor no.
+    """
+    text = os.environ.get(OFFLINE_VARIABLE, "")
+    value = _SWITCH.get(text.strip().lower())
+    if value is None:
+        raise ConfigError(f"{OFFLINE_VARIABLE} is {text!r}: set it to 1 or 0, or remove it.")
+    return value
 
 
 def parse_size(text: str) -> int:
@@ -100,7 +152,18 @@ def default_kv_memory_bytes() -> int:
 
 
 def default_kv_disk_bytes(folder: Path) -> int:
-    """Return 10 GB or a tenth of what is free where *folder* is or will be, whichever is smaller."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    size = min(10 * 10**9, psutil.disk_usage(str(there)).free // 10)
+    """
+    Return 10 GB or a tenth of what is free where *folder* is or will be, whichever is smaller.
+
+    Raises:
+        ConfigError: The system does not say what is free.
+    """
+    try:
+        free = psutil.disk_usage(str(_first_there(require_folder(folder)))).free
+    except OSError as cause:
+        raise ConfigError(
+            f"What is free on the disk of {folder} cannot be read ({cause.strerror}): say how much "
+            "KV may take there, with --kv-disk or `kv_disk` of `load`."
+        ) from cause
+    size = min(10 * 10**9, free // 10)
     return size if size >= LEAST_KV_DISK_BYTES else 0

@@ -7,7 +7,8 @@ Every exception that recollect raises on purpose.
     ├── ModelError                  a model cannot be had or read
     │   ├── UnknownModelError       nothing goes by that name
     │   ├── FetchError              it could not be downloaded
-    │   │   └── ChecksumError       what was downloaded is not what was asked for
+    │   │   ├── ChecksumError       what was downloaded is not what was asked for
+    │   │   └── OfflineError        it is not here, and nothing may be fetched
     │   ├── UnsupportedModelError   it is there, but this runtime cannot run it
     │   └── TemplateError           its chat template is missing, or refuses the conversation
     ├── RuntimeFailure              the forward pass failed
@@ -19,6 +20,7 @@ Every exception that recollect raises on purpose.
     │   ├── StoreBusyError          somebody else holds it for too long
     │   ├── StoreCorruptError       it is damaged
     │   ├── StoreFullError          there is no room for more
+    │   ├── StoreUnavailableError   the disk or the system does not let it be used
     │   ├── TooShortError           it fills no block, and nothing less can be kept
     │   └── StoreVersionError       a newer version wrote it
     └── ConversationError           the tree of turns
@@ -70,6 +72,10 @@ class ChecksumError(FetchError):
         self.expected = expected
         self.actual = actual
         self.kept = kept
+
+
+class OfflineError(FetchError):
+    """The model is not on this disk, and nothing may be fetched; nothing was asked of a network."""
 
 
 class UnsupportedModelError(ModelError):
@@ -131,6 +137,10 @@ class StoreCorruptError(StoreError):
 
 class StoreFullError(StoreError):
     """There is no room for more; nothing was changed."""
+
+
+class StoreUnavailableError(StoreError):
+    """The disk or the system does not let the store be used, or not be written; nothing was changed."""
 
 
 class TooShortError(StoreError):

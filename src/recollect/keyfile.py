@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from recollect import config
+from recollect import config, files
 from recollect.cipher import KEY_BYTES, Cipher, missing_library
 from recollect.errors import ConfigError, StoreCorruptError, StoreError, StoreVersionError
 
@@ -296,12 +296,12 @@ def _reason(error: Exception) -> str:
 
 def _read(path: Path) -> KeyFile | None:
     try:
-        return _parsed(path, json.loads(path.read_bytes()))
+        return _parsed(path, json.loads(files.read_bytes(path, most_bytes=files.MIB)))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StoreError(f"{path} cannot be read ({error.strerror}): allow it.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreCorruptError(
             f"{path} is damaged, and without it nothing can be decrypted: put a backup in its place."
         ) from error

@@ -188,6 +188,14 @@ MOST_LOGPROBS: Final = 20
 """Most alternatives to a token that can be asked for. Source: OpenAI's API."""
 
 
+MOST_STOP_STRINGS: Final = 64
+"""Most stop strings of a reply. OpenAI's API takes 4, and what clients send is near that."""
+
+MOST_STOP_CHARACTERS: Final = 8192
+"""Most characters in all stop strings of a reply together: what finds them takes some 400 bytes and a
+microsecond for each."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """
@@ -216,7 +224,7 @@ class SamplingParams:
     seed: int | None = None
     """None draws a new one for each reply."""
     stop: tuple[str, ...] = ()
-    """A reply ends before the first of these strings."""
+    """A reply ends before the first of these strings; at most 64, of 8,192 characters together."""
     ignore_eos: bool = False
     """Go on at end of sequence, for benchmarks of a fixed length."""
     grammar: Grammar | None = None
@@ -248,6 +256,7 @@ class SamplingParams:
             seed is None or 0 <= seed < 2**64, "seed", seed, "between 0 and 2**64 - 1, or None"
         )
         _require(not isinstance(self.stop, str), "stop", self.stop, "a tuple of strings")
+        _require_few_enough(self.stop)
         _require(all(self.stop), "stop", self.stop, "strings of at least one character")
         told = self.logprobs
         _require(
@@ -258,6 +267,20 @@ class SamplingParams:
         )
         if self.grammar is not None:
             _require(not self.ignore_eos, "ignore_eos", True, "False where there is a grammar")
+
+
+def _require_few_enough(stop: Sequence[str]) -> None:
+    """Refuse stop strings by their number and length; they may be too many to be shown."""
+    if len(stop) > MOST_STOP_STRINGS:
+        raise InvalidParameterError(
+            f"stop has {len(stop):,} strings; give at most {MOST_STOP_STRINGS}."
+        )
+    characters = sum(map(len, stop))
+    if characters > MOST_STOP_CHARACTERS:
+        raise InvalidParameterError(
+            f"The strings of stop have {characters:,} characters together; "
+            f"give at most {MOST_STOP_CHARACTERS:,}."
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,21 +295,30 @@ class Usage:
     prompt_tokens: int
     """Tokens of the conversation before the reply."""
     reused_tokens: int
-    """Of those, the ones whose KV was there already."""
+    """Of those, the ones whose KV was there already when the turn before had ended."""
     restored_tokens: int = 0
     """Of the reused, the ones whose KV came from disk."""
     computed_tokens: int
-    """Of those, the ones fed to the model before the first new token."""
+    """Of those, the ones fed to the model for this turn, before its first new token."""
+    read_ahead_tokens: int = 0
+    """Of the computed, the ones fed before the call: while it was typed, or nobody waited."""
     generated_tokens: int
     ttft_s: float
     """From the call to the first new token, in seconds."""
     prefill_tps: float | None
-    """Computed tokens per second before the first new token; None where none was computed."""
+    """
+    Tokens computed per second from the call to the first new token; None where none was computed.
+    """
     decode_tps: float | None
     """Generated tokens per second after the first; None for a reply of fewer than two."""
     reason: Reason = "new"
     difference: str | None = None
     """What differs from the earlier prompt, in words, where `reason` says that something does."""
+
+    @property
+    def awaited_tokens(self) -> int:
+        """Return how many tokens were computed while somebody waited."""
+        return self.computed_tokens - self.read_ahead_tokens
 
     def to_dict(self) -> dict[str, int | float | str | None]:
         """Return the fields as plain JSON values."""

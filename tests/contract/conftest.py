@@ -54,7 +54,10 @@ def maker(runtime_name: str, onnx_folder: Callable[[Precision], Path]) -> Maker:
     """Return what makes one runtime of the kind under test."""
     if runtime_name == "genai-fp32":
         folder = onnx_folder("fp32")
-        return lambda: GenAiRuntime(folder, context_length=512)
+        local = prepare(str(folder), home=config.home())
+        assert local.onnx_config is not None
+        settings = local.onnx_config
+        return lambda: GenAiRuntime(folder, settings, context_length=512)
     return RUNTIMES[runtime_name]
 
 

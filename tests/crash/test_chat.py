@@ -92,15 +92,20 @@ def assert_nothing_is_lost(
     nodes = {node.id: node for node in conversation.nodes}
     asked = {node.content: node for node in conversation.nodes if node.role == "user"}
     replies = {node.parent_id: node for node in conversation.nodes if node.role == "assistant"}
-    assert {node.id for node in asked.values()} == set(replies), "half a turn"
+    unanswered = {node.id for node in asked.values()} - set(replies)
+    assert not set(replies) - {node.id for node in asked.values()}, "a reply to nothing"
+    assert len(unanswered) <= len(runs), (
+        "each process was killed once, and asks one thing at a time"
+    )
+    assert len(asked) == sum(node.role == "user" for node in conversation.nodes), "said twice"
     for run in runs:
         for number, (prompt, reply) in enumerate(run):
             assert replies[asked[prompt].id].content == reply
             if number:
                 before = nodes[asked[prompt].parent_id or 0]
                 assert before is replies[asked[run[number - 1][0]].id]
-    tip = conversation.tips["main"]
-    assert tip is None or nodes[tip].role == "assistant"
+    for tip in conversation.tips.values():
+        assert tip is None or nodes[tip].role == "assistant" or tip in unanswered
 
 
 def kv_blocks(home: Path) -> int:
@@ -144,3 +149,55 @@ def test_two_hundred_kills_of_a_chat_lose_no_turn_and_leave_no_wrong_kv(
         kept_before, kept = kept, kv_blocks(home)
         assert kept > kept_before, "no KV was being written"
     assert total > ROUNDS, "the processes were killed before they had said anything"
+
+
+def wait_for_question(home: Path, conversation: str) -> StoredConversation:
+    """Return the conversation as soon as something has been asked in it that has no reply yet."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with Journal.open(home / JOURNAL_NAME) as journal:
+            names = {info.name for info in journal.conversations()}
+            stored = journal.load(conversation) if conversation in names else None
+        if stored is not None and stored.nodes and stored.nodes[-1].role == "user":
+            return stored
+        time.sleep(0.005)
+    raise AssertionError("nothing was kept before its reply")
+
+
+LONG = ["--model", "reference", "--ignore-eos", "-n", "6000", "--json"]
+
+
+@pytest.mark.parametrize("said_after", ["What is a prefix?", "Something else"])
+def test_a_question_survives_a_kill_during_its_reply_and_is_there_once(
+    chats: Chats, home: Path, tmp_path: Path, said_after: str
+) -> None:
+    question = tmp_path / "question.txt"
+    question.write_text("What is a prefix?\n")
+    system = ["--system", "Be brief."]
+    chats.start(
+        "first", tmp_path / "first.json", *LONG, *system, "--prompts", str(question), "--name", "a"
+    )
+    stored = wait_for_question(home, "a")
+    chats.kill("first")
+    assert printed(tmp_path / "first.json") == []
+    assert [(node.role, node.content) for node in stored.nodes] == [
+        ("system", "Be brief."),
+        ("user", "What is a prefix?"),
+    ]
+    assert stored.tips == {"main": stored.nodes[-1].id}
+    again = tmp_path / "again.txt"
+    again.write_text(f"{said_after}\n" + "".join(f"more {n}\n" for n in range(PROMPTS)))
+    chats.start("second", tmp_path / "b.json", *OPTIONS, "--prompts", str(again), "--resume", "a")
+    while not (turns := printed(tmp_path / "b.json")):
+        time.sleep(0.005)
+    chats.kill("second")
+    assert turns[0][0] == said_after
+    with Journal.open(home / JOURNAL_NAME) as journal:
+        assert journal.check() == []
+        stored = journal.load("a")
+    asked = [node for node in stored.nodes if node.role == "user"]
+    assert [node.content for node in asked].count("What is a prefix?") == 1
+    by_content = {node.content: node for node in asked}
+    assert by_content[said_after].parent_id == stored.nodes[0].id, "it follows the instructions"
+    replies = {node.parent_id: node.content for node in stored.nodes if node.role == "assistant"}
+    assert replies[by_content[said_after].id] == turns[0][1]

@@ -62,7 +62,7 @@ def test_a_message_gets_a_reply_with_its_cost(spawn: Spawn) -> None:
     child.expect(r"cut at the token limit · [\d,]+ new · .*first token .*tok/s")
     child.expect_exact(PROMPT)
     enter(child, "again")
-    child.expect(r"[\d,]+ new · [\d,]+ reused \(memory\) · first token")
+    child.expect(r"[\d,]+ new · (?:[\d,]+ read ahead · )?[\d,]+ reused \(memory\) · first token")
     child.expect_exact(PROMPT)
     leave(child)
 

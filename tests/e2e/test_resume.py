@@ -137,7 +137,9 @@ def test_an_empty_chat_and_one_that_is_not_saved_leave_nothing(spawn: Spawn, pat
     assert kept(path) == []
 
 
-def test_a_chat_that_is_killed_in_a_reply_has_all_finished_turns(spawn: Spawn, path: Path) -> None:
+def test_a_chat_that_is_killed_in_a_reply_has_all_finished_turns_and_the_question(
+    spawn: Spawn, path: Path
+) -> None:
     """In each of 10 rounds one turn is finished and the next one killed before its end."""
     arguments = [*REFERENCE, "-n", "4000", "--overflow", "drop-oldest"]
     finished: list[str] = []
@@ -156,8 +158,12 @@ def test_a_chat_that_is_killed_in_a_reply_has_all_finished_turns(spawn: Spawn, p
         child.close()
         assert child.signalstatus == signal.SIGKILL
         (conversation,) = kept(path)
-        assert said(conversation) == finished
-        assert len(conversation.nodes) == 2 * len(finished)
+        question = next(n for n in conversation.nodes if n.id == conversation.tips["main"])
+        assert (question.role, question.content) == ("user", f"killed {number}")
+        # What is said after each kill takes the place of the question that got no reply.
+        before = [node.content for node in conversation.path(question.parent_id)]
+        assert before[::2] == finished
+        assert len(conversation.nodes) == 2 * len(finished) + number + 1
 
 
 def test_two_chats_in_one_home_do_not_disturb_each_other(spawn: Spawn, path: Path) -> None:
@@ -176,14 +182,18 @@ def test_two_chats_in_one_conversation_make_branches_of_it(spawn: Spawn, path: P
     say(first, "one")
     second = spawn(*SHORT, "--resume", "poem")
     say(first, "left")
-    say(second, "right")
+    second.send("right\r")
+    second.expect("first token")
+    second.expect_exact("goes on as the branch 'main-2'")
+    second.expect_exact("you (main-2)>")
     leave(first)
     leave(second)
     (conversation,) = kept(path)
     asked = [node for node in conversation.nodes if node.role == "user"]
     assert [node.content for node in asked] == ["one", "left", "right"]
     assert asked[1].parent_id == asked[2].parent_id
-    assert said(conversation) == ["one", "right"]
+    assert said(conversation) == ["one", "left"]
+    assert said(conversation, "main-2") == ["one", "right"]
 
 
 def test_a_conversation_of_another_model_goes_on_and_says_so(spawn: Spawn, path: Path) -> None:
@@ -268,19 +278,19 @@ def test_what_was_said_can_be_listed_shown_and_exported(
 def test_what_is_typed_is_read_before_enter(spawn: Spawn) -> None:
     """A machine may be too busy for it in one pause, and not in all of them."""
     child = spawn(*SHORT)
-    reused = 0
+    ahead = 0
     for attempt in range(5):
         typed = f"message {attempt} " + "of some words " * 20
         child.send(typed)
         with pytest.raises(pexpect.TIMEOUT):  # a user who thinks, as long as nothing is drawn
             child.expect("(?s).{1000}", timeout=1.5)
         child.send("\r")
-        child.expect(r"new · (?:([\d,]+) reused)?")
-        reused = int((child.match[1] or "0").replace(",", ""))
+        child.expect(r"new · (?:([\d,]+) read ahead)?")
+        ahead = int((child.match[1] or "0").replace(",", ""))
         child.expect_exact(PROMPT)
         child.send("/rewind 0\r")
         child.expect_exact(PROMPT)
-        if reused >= len(typed) - 2:
+        if ahead >= len(typed) - 2:
             break
-    assert reused >= len(typed) - 2  # a byte is a token, and what ends it is said without spaces
+    assert ahead >= len(typed) - 2  # a byte is a token, and what ends it is said without spaces
     leave(child)

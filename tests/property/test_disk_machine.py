@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 from recollect.kv import accounts, disk_audit
 from recollect.kv.accounts import Pin
 from recollect.kv.disk import DiskStore, NewBlock
+from recollect.kv.environment import Transaction
 from recollect.kv.names import Key, chained_key, namespace_key
 from recollect.kv.record import Buffer, Identity
 from recollect.types import common_prefix_length
@@ -224,13 +225,20 @@ TestDisk = DiskMachine.TestCase
 TestDisk.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
-def _forgets_children(self: DiskStore, txn: object, key: Key) -> int:
-    return self._remove(txn, key)
+def _forgets_followers(_self: DiskStore, _txn: object, keys: Iterable[Key]) -> list[Key]:
+    return list(keys)
 
 
-def _takes_any_sibling(self: DiskStore, txn: object, parent: Key, token_ids: object) -> object:
-    children = self._children(txn, parent)
-    return (children[0], len(children[0].token_ids)) if children else (None, 0)
+def _takes_any_sibling(self: DiskStore, txn: object, parent: Key, _token_ids: object) -> object:
+    entries = [self._entry(txn, key) for key in self._followers(txn, parent)]
+    return (entries[0], len(entries[0].token_ids)) if entries and entries[0] else (None, 0)
+
+
+def _looks_behind_alone(
+    self: DiskStore, txn: Transaction, parent: Key, digests: bytes
+) -> list[bytes]:
+    cursor = txn.cursor(self.env.table("siblings"))
+    return [bytes(cursor.value())] if cursor.set_range_dup(parent, digests) else []
 
 
 def _counts_nothing(*_: object) -> None:
@@ -240,12 +248,13 @@ def _counts_nothing(*_: object) -> None:
 @pytest.mark.parametrize(
     ("where", "name", "fault"),
     [
-        (DiskStore, "_remove_tree", _forgets_children),
+        (DiskStore, "_with_followers", _forgets_followers),
         (DiskStore, "_best_child", _takes_any_sibling),
+        (DiskStore, "_neighbours", _looks_behind_alone),
         (accounts, "add_bytes", _counts_nothing),
         (accounts, "pinned_keys", lambda *_: set()),
     ],
-    ids=["orphans", "wrong sibling", "wrong account", "pins forgotten"],
+    ids=["orphans", "wrong sibling", "no sibling before", "wrong account", "pins forgotten"],
 )
 def test_planted_faults_are_found(
     monkeypatch: pytest.MonkeyPatch,

@@ -35,10 +35,11 @@ from recollect.errors import MemoryLimitError, OutOfBlocksError, RuntimeFailure,
 from recollect.kv import disk as disk_module
 from recollect.kv import prefix as prefix_module
 from recollect.kv.blocks import BlockPool, BlockTable, blocks_for
+from recollect.kv.cached_block import CachedBlock
 from recollect.kv.cached_table import CachedTable
 from recollect.kv.disk import DiskStore
 from recollect.kv.names import chained_key
-from recollect.kv.prefix import CachedBlock, PrefixCache
+from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Buffer, Entry, Identity
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from recollect.cipher import OVERHEAD_BYTES, Cipher
 from recollect.conversation.journal import Journal
-from recollect.conversation.records import NewNode
+from recollect.conversation.records import Entry, NewNode
 from recollect.errors import NameTakenError, UnknownConversationError, UnknownNodeError
 
 NAMES = st.sampled_from(["a", "b", "c", "main", "ü"])
@@ -99,6 +99,53 @@ class Machine(RuleBasedStateMachine):
             kept["tips"][tip] = last
 
     @precondition(lambda self: self.model)
+    @rule(
+        which=WHICH,
+        number=st.integers(0, 99),
+        at=st.integers(0, 99),
+        said=CONTENTS,
+        tip=st.none() | NAMES,
+        others_write=st.booleans(),
+    )
+    def ask_in_vain(
+        self, which: int, number: int, at: int, said: str, tip: str | None, others_write: bool
+    ) -> None:
+        conversation = self.pick(number)
+        parent, kept = self.place(conversation, at), self.model[conversation]
+        asked = NewNode(role="user", content=said)
+        entry = Entry(nodes=[asked], parent_id=parent, tip=tip)
+        written = self.journals[which].write(conversation, entry)
+        (node_id,) = written.ids
+        assert node_id > self.largest_id
+        assert written.tip_was == (None if tip is None else kept["tips"].get(tip, parent))
+        self.largest_id = node_id
+        if others_write:
+            (other,) = self.journals[1 - which].append(conversation, parent, [asked])
+            kept["nodes"] += [(at, parent, "user", said, None) for at in (node_id, other)]
+            self.largest_id = other
+        came_of_it = self.journals[which].take_back(
+            conversation, written.ids, tip=tip, back_to=written.tip_was, began=False
+        )
+        assert came_of_it == ("stays" if others_write else "gone")
+        if tip is not None:
+            kept["tips"][tip] = written.tip_was
+
+    @precondition(lambda self: self.model)
+    @rule(which=WHICH, number=st.integers(0, 99), at=st.integers(0, 99), tip=NAMES)
+    def go_on_where_it_was_seen(self, which: int, number: int, at: int, tip: str) -> None:
+        """Somebody else's tip stays where it is."""
+        conversation = self.pick(number)
+        seen, tips = self.place(conversation, at), self.model[conversation]["tips"]
+        before = dict(tips)
+        entry = Entry(nodes=(), parent_id=seen, tip=tip, seen=seen, leaves_others=True)
+        own = self.journals[which].write(conversation, entry).tip
+        assert own is not None
+        assert own.startswith(tip)
+        assert (own == tip) == (before.get(tip, seen) == seen)
+        assert own == tip or own not in before
+        tips[own] = seen
+
+    @precondition(lambda self: self.model)
     @rule(which=WHICH, number=st.integers(0, 99), at=st.integers(0, 99), tip=NAMES)
     def set_tip(self, which: int, number: int, at: int, tip: str) -> None:
         conversation = self.pick(number)
@@ -110,7 +157,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=WHICH, number=st.integers(0, 99), model=NAMES)
     def set_model(self, which: int, number: int, model: str) -> None:
         conversation = self.pick(number)
-        self.journals[which].set_model(conversation, model=model, fingerprint=model * 2)
+        self.journals[which].write(conversation, Entry(nodes=(), model=(model, model * 2)))
         self.model[conversation]["model"] = (model, model * 2)
 
     @precondition(lambda self: self.model)

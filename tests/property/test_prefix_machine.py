@@ -20,9 +20,11 @@ from hypothesis.stateful import (
 )
 
 from recollect.kv.blocks import BlockPool
+from recollect.kv.cached_block import CachedBlock, Siblings
 from recollect.kv.cached_table import CachedTable
+from recollect.kv.eviction import EvictionOrder
 from recollect.kv.names import PUBLIC
-from recollect.kv.prefix import CachedBlock, Match, PrefixCache
+from recollect.kv.prefix import Match, PrefixCache
 from recollect.types import common_prefix_length
 
 NUM_BLOCKS: Final = 16
@@ -514,7 +516,7 @@ def _hold_a_second_place_without_a_reference(patch: pytest.MonkeyPatch) -> None:
 
     def unheld(self: PrefixCache, after: CachedBlock, ids: Ids, block: int) -> CachedBlock:
         placed = place(self, after, ids, block)
-        if self._places[block] > 1:
+        if len(self._places[block]) > 1:
             self._pool.release([block])
         return placed
 
@@ -542,6 +544,33 @@ def _trust_kv_after_a_failure(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _overlook_who_holds_what(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockPool, "take_changed", lambda _self: set[int]())
+
+
+def _look_at_one_neighbour(patch: pytest.MonkeyPatch) -> None:
+    """The block that has the most in common is taken to be the one after, never the one before."""
+
+    def nearest(self: Siblings, ids: Ids) -> tuple[CachedBlock | None, int]:
+        after = min((there for there in self if there >= ids), default=None)
+        length = common_prefix_length(ids, after or ())
+        return (self[after], length) if after and length else (None, 0)
+
+    patch.setattr(Siblings, "nearest", nearest)
+
+
+def _forget_to_count_up(patch: pytest.MonkeyPatch) -> None:
+    """What a block follows is taken for free though the block stays."""
+
+    def hold(self: EvictionOrder, cached: CachedBlock, *, held: bool) -> None:
+        before, cached.held = cached.stays, held
+        if cached.stays != before:
+            self._count(cached.block, stays=cached.stays)
+            self._offer(cached)
+
+    patch.setattr(EvictionOrder, "hold", hold)
+
+
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "matching across namespaces": _match_across_namespaces,
     "evicting prefixes first": _evict_prefixes_first,
@@ -558,6 +587,9 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "ignoring what is public": _ignore_what_is_public,
     "holding a second place without a reference": _hold_a_second_place_without_a_reference,
     "counting a place for a block": _count_a_place_for_a_block,
+    "overlooking who holds what": _overlook_who_holds_what,
+    "looking at one neighbour": _look_at_one_neighbour,
+    "forgetting to count up": _forget_to_count_up,
     "forgetting the tail": _forget_the_tail,
     "trusting KV after a failure": _trust_kv_after_a_failure,
 }

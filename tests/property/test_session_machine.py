@@ -35,8 +35,9 @@ from recollect.errors import (
     RewindError,
     RuntimeFailure,
 )
+from recollect.kv.cached_block import CachedBlock
 from recollect.kv.cached_table import CachedTable
-from recollect.kv.prefix import CachedBlock, Match, PrefixCache
+from recollect.kv.prefix import Match, PrefixCache
 from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.models.reference import reference_model
 from recollect.runtime.base import Logits, Row
@@ -340,8 +341,8 @@ class SessionMachine(RuleBasedStateMachine):
         usage = reply.usage
         assert usage.prompt_tokens == len(prompt) == usage.reused_tokens + usage.computed_tokens
         lost = self.model.engine.cache.evicted_blocks - lost
-        assert fails or lost or usage.computed_tokens == max(1, len(prompt) - known)
-        self._never_twice(prompt, usage.reused_tokens, fails)
+        assert fails or lost or usage.awaited_tokens == max(1, len(prompt) - known)
+        self._never_twice(prompt, len(prompt) - usage.awaited_tokens, fails)
         self._said(prompt, ids)
         self._at(session, Said(user, "assistant", reply.text, ids))
 
@@ -431,7 +432,7 @@ def _match_a_token_too_many(patch: pytest.MonkeyPatch) -> None:
 
 
 def _find_messages_of_anybody(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Model, "_index", lambda self, _: self._indices.setdefault("", MessageIndex()))
+    patch.setattr(Model, "_index", lambda self, _: MessageIndex(self.known))
 
 
 def _encode_replies_again(patch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,27 @@ def test_an_unknown_profile_is_refused_and_the_known_ones_are_named() -> None:
         config.parse_profile("Fast")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(None, False), ("", False), ("0", False), ("off", False), ("1", True), ("True", True)],
+)
+def test_offline_is_what_the_variable_says(
+    text: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RECOLLECT_OFFLINE", raising=False)
+    if text is not None:
+        monkeypatch.setenv("RECOLLECT_OFFLINE", text)
+    assert config.is_offline() is expected
+
+
+def test_a_variable_that_says_neither_yes_nor_no_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RECOLLECT_OFFLINE", "perhaps")
+    with pytest.raises(ConfigError, match="RECOLLECT_OFFLINE is 'perhaps': set it to 1 or 0"):
+        config.is_offline()
+
+
 def test_home_is_where_the_variable_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RECOLLECT_HOME", str(tmp_path))
     assert config.home() == tmp_path

@@ -26,7 +26,7 @@ NAN, INF = math.nan, math.inf
         ("frequency_penalty", [-2, 0, 2]),
         ("logit_bias", [{}, {3: -INF}, {0: 5}]),
         ("seed", [None, 0, 2**64 - 1]),
-        ("stop", [(), ("a",), ["a", "b"]]),
+        ("stop", [(), ("a",), ["a", "b"], ("a" * 128,) * 64]),
     ],
 )
 def test_a_value_in_range_is_taken(name: str, values: list[Any]) -> None:
@@ -47,13 +47,20 @@ def test_a_value_in_range_is_taken(name: str, values: list[Any]) -> None:
         ("frequency_penalty", [NAN, INF, -INF]),
         ("logit_bias", [{3: NAN}, {3: INF}]),
         ("seed", [-1, 2**64]),
-        ("stop", ["a", ("",), ("a", "")]),
+        ("stop", ["a", ("",), ("a", ""), ("a",) * 65, ("a" * 8193,)]),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(InvalidParameterError, match=name):
             SamplingParams(**{name: value})
+
+
+def test_a_refusal_does_not_repeat_what_was_too_much() -> None:
+    for stop in (("abc",) * 100_000, ("a" * 100_000,)):
+        with pytest.raises(InvalidParameterError) as refused:
+            SamplingParams(stop=stop)
+        assert len(str(refused.value)) < 200
 
 
 def test_parameters_cannot_be_changed_after_the_check() -> None:
@@ -93,6 +100,7 @@ def test_usage_is_plain_json_values() -> None:
         "reused_tokens": 2,
         "restored_tokens": 0,
         "computed_tokens": 1,
+        "read_ahead_tokens": 0,
         "generated_tokens": 4,
         "ttft_s": 0.5,
         "prefill_tps": 2.0,

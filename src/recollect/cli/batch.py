@@ -51,10 +51,17 @@ def answer_all(session: Session, prompts: Iterable[str], *, as_json: bool) -> No
     if isinstance(sys.stdout, io.TextIOWrapper) and as_json:
         sys.stdout.reconfigure(encoding="utf-8")  # what JSON is written in, whatever the locale
     for prompt in prompts:
+        tip = session.name
         if as_json:
             _answer_as_json(session, prompt, sys.stdout)
         else:
             _answer_as_text(session, prompt, sys.stdout)
+        if session.name != tip:
+            print(
+                f"recollect: {tip!r} was moved on elsewhere meanwhile: this goes on as the branch "
+                f"{session.name!r}.",
+                file=sys.stderr,
+            )
 
 
 def _prompts(lines: Iterable[str], source: str) -> Iterator[str]:

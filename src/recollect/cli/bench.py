@@ -11,8 +11,10 @@ import typer
 from rich.console import Console
 
 from recollect.cli.options import (
+    AllowNativeCodeOption,
     KvMemoryOption,
     ModelOption,
+    OfflineOption,
     ProfileOption,
     ProofKvDiskOption,
     open_model,
@@ -33,6 +35,8 @@ def bench(
     profile: ProfileOption = "fast",
     kv_memory: KvMemoryOption = None,
     kv_disk: ProofKvDiskOption = "0",
+    offline: OfflineOption = False,
+    allow_native_code: AllowNativeCodeOption = None,
     input_tokens: Annotated[int, _option("--input", about="Tokens of prompt 1.")] = 2048,
     output_tokens: Annotated[int, _option("--output", about="Tokens of response 1.")] = 256,
     input2_tokens: Annotated[int, _option("--input2", about="Tokens of prompt 2.")] = 256,
@@ -66,7 +70,14 @@ def bench(
         require_writable(json_file)
     if plot_file is not None:
         require_plot(plot_file)
-    with open_model(model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk) as loaded:
+    with open_model(
+        model,
+        profile=profile,
+        kv_memory=kv_memory,
+        kv_disk=kv_disk,
+        allow_native_code=allow_native_code,
+        offline=offline,
+    ) as loaded:
         check_room(loaded, config)
         _run(loaded, config, text, json_file=json_file, plot_file=plot_file)
 

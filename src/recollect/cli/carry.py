@@ -49,6 +49,7 @@ def export(
     no_kv: _NoKvOption = False,
     kv_memory: options.KvMemoryOption = None,
     kv_disk: options.KvDiskOption = None,
+    offline: options.OfflineOption = False,
 ) -> None:
     """
     Write a conversation and the KV of one branch into a file, to go on elsewhere without reading.
@@ -68,7 +69,11 @@ def export(
     branch = None
     if not no_kv:
         with options.open_model(
-            model or conversation.model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk
+            model or conversation.model,
+            profile=profile,
+            kv_memory=kv_memory,
+            kv_disk=kv_disk,
+            offline=offline,
         ) as loaded:
             session = loaded.resume(name, tip=tip or DEFAULT_TIP)
             with progress_bar("Collecting KV", tokens=True) as progress:
@@ -93,6 +98,7 @@ def import_file(
     no_kv: _NoKvOption = False,
     kv_memory: options.KvMemoryOption = None,
     kv_disk: options.KvDiskOption = None,
+    offline: options.OfflineOption = False,
 ) -> None:
     """
     Add a conversation from a file that `recollect export` wrote, with its KV where it fits here.
@@ -117,6 +123,7 @@ def import_file(
             profile=profile or portable.head.profile,
             kv_memory=kv_memory,
             kv_disk=kv_disk,
+            offline=offline,
         ) as loaded:
             why_not = _bring_in(loaded, portable)
     if why_not is not None:

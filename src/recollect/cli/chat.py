@@ -64,6 +64,8 @@ def chat(
     profile: options.ProfileOption = DEFAULT_PROFILE,
     kv_memory: options.KvMemoryOption = None,
     kv_disk: options.KvDiskOption = None,
+    offline: options.OfflineOption = False,
+    allow_native_code: options.AllowNativeCodeOption = None,
     prompts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Say the lines of a file, blank ones skipped."),
@@ -101,7 +103,8 @@ def chat(
         bool,
         typer.Option(
             "--no-save",
-            help="Keep nothing. A pipe keeps nothing without a name anyway.",
+            help="Leave nothing on disk of what is said: no turns, no history, and no KV unless "
+            "--kv-disk is given. A pipe without a name keeps no turns, but KV and the replies.",
             rich_help_panel=_CONVERSATION,
         ),
     ] = False,
@@ -168,6 +171,8 @@ def chat(
         if system is not None:
             raise ConfigError("--system and --system-file say the same: leave one of them out.")
         system = read_text(system_file)
+    if no_save and kv_disk is None:
+        kv_disk = "0"  # KV on disk comes with the token ids that it is of
     opening = Opening(
         keep=by_hand and not no_save,
         name=name,
@@ -177,7 +182,14 @@ def chat(
         overflow="drop_oldest" if overflow == "drop-oldest" else "error",
     )
     unlock_home(encrypt=encrypt)
-    open_model = partial(options.open_model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk)
+    open_model = partial(
+        options.open_model,
+        profile=profile,
+        kv_memory=kv_memory,
+        kv_disk=kv_disk,
+        allow_native_code=allow_native_code,
+        offline=offline,
+    )
     _talk(opening, params, model, open_model, prompts, by_hand=by_hand, as_json=as_json)
 
 
@@ -198,7 +210,7 @@ def _talk(
         from recollect.cli import repl  # noqa: PLC0415
 
         with open_model(model) as loaded:
-            repl.talk(loaded, opening.open(loaded, found, params))
+            repl.talk(loaded, opening.open(loaded, found, params), keep_history=opening.keep)
         return
     from recollect.cli import batch  # noqa: PLC0415
 

@@ -190,10 +190,12 @@ def name(chat: Chat, rest: str) -> None:
         chat.note(f"This conversation is {rest!r} now.")
     elif not conversation.is_kept:
         chat.note("This conversation is not kept, so it has no name.")
-    elif conversation.name is None:
+    elif conversation.kept_as is None and conversation.name is None:
         chat.note("It gets the date for a name with the first turn; /name NEW gives another.")
+    elif (called := conversation.current_name()) is None:
+        chat.note("This conversation has been deleted: /system begins another one.")
     else:
-        chat.note(f"This conversation is {conversation.name!r}.")
+        chat.note(f"This conversation is {called!r}.")
 
 
 def pin(chat: Chat, _rest: str) -> None:
@@ -313,6 +315,7 @@ def do_safely(chat: Chat, action: Callable[[], object]) -> None:
     """Do something, and print an error of recollect's in one line instead of raising it."""
     try:
         action()
+        chat.follow_tips()
     except KeyboardInterrupt:  # in what is no reply, such as /pin
         chat.note("Stopped.")
     except RecollectError as error:

@@ -5,6 +5,7 @@ Works on the journal alone: no model is loaded, and none has to be there.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLi
     from rich.table import Table
 
     from recollect.conversation.records import ConversationInfo, StoredConversation
-    from recollect.conversation.tree import Node, Tree
 
 Format = Literal["markdown", "json"]
 
@@ -70,8 +70,9 @@ def show(name: NameArgument) -> None:
     from rich.console import Console  # noqa: PLC0415 - see the imports for type checking
 
     from recollect.cli.tree_view import draw_tree  # noqa: PLC0415
+    from recollect.conversation.tree import grown  # noqa: PLC0415
 
-    tree, nodes = _tree(conversation)
+    tree, nodes = grown(conversation.nodes)
     tips = {tip: nodes[node_id] for tip, node_id in conversation.tips.items()}
     here = _current_tip(conversation)
     console = Console()
@@ -150,14 +151,13 @@ def export(
         return
     with _file_errors(file):
         try:
-            stream = file.open("x", encoding="utf-8", newline="\n")
+            with open(file, "x", encoding="utf-8", newline="\n", opener=_private) as stream:
+                stream.write(text)
         except FileExistsError:
             raise ConversationFileError(
                 f"{file} exists already: choose another name, or remove it first."
             ) from None
-        with stream:
-            stream.write(text)
-    typer.echo(f"{name!r} is in {file}.")
+    typer.echo(f"{name!r} is in {file}, which only you can read.")
 
 
 @app.command("import")
@@ -170,10 +170,11 @@ def import_file(
     encrypt: EncryptOption = False,
 ) -> None:
     """Add a conversation from a JSON file, with all its branches."""
-    from recollect.conversation.importing import from_json  # noqa: PLC0415 - as above
+    from recollect import files  # noqa: PLC0415 - as above
+    from recollect.conversation.importing import MOST_JSON_BYTES, from_json  # noqa: PLC0415
 
     with _file_errors(file):
-        data = file.read_bytes()
+        data = files.read_bytes(file, most_bytes=MOST_JSON_BYTES)
     try:
         text = data.decode("utf-8-sig")  # some editors put a mark before it
     except UnicodeDecodeError:
@@ -224,6 +225,11 @@ def _file_errors(file: Path) -> Iterator[None]:
         ) from error
 
 
+def _private(path: str, flags: int) -> int:
+    """Open a file that its owner alone may read: it shows what was said."""
+    return os.open(path, flags, 0o600)
+
+
 def _drop_checkpoints(conversation: "StoredConversation") -> None:
     """Let go what was kept of a conversation, and say what may be left of it."""
     from recollect.conversation.checkpoints import drop_of_conversation  # noqa: PLC0415 - as above
@@ -235,20 +241,6 @@ def _drop_checkpoints(conversation: "StoredConversation") -> None:
     typer.echo(
         "Its KV may lie on disk until others need the room; `recollect cache clear` removes it now."
     )
-
-
-def _tree(conversation: "StoredConversation") -> "tuple[Tree, dict[int | None, Node]]":
-    """Return the messages as a tree to draw, and its nodes by id, the root by None."""
-    from recollect.conversation.tree import Node, Tree  # noqa: PLC0415
-
-    tree = Tree()
-    nodes: dict[int | None, Node] = {None: tree.root}
-    for record in conversation.nodes:
-        parent = nodes[record.parent_id]
-        node = Node(record.id, parent, record.role, record.content)
-        parent.children.append(node)
-        nodes[record.id] = node
-    return tree, nodes
 
 
 def _current_tip(conversation: "StoredConversation") -> str:

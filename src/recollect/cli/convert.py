@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from recollect import config
+from recollect.cli.options import OfflineOption
 from recollect.cli.progress import progress_bar
 
 
@@ -29,13 +30,20 @@ def convert(
         Literal["int8", "fp32"],
         typer.Option(help="Of the weights; fp32 is exact and four times as large."),
     ] = "int8",
+    offline: OfflineOption = False,
 ) -> None:
     """Convert a model for another runtime, without a network once the model is here."""
     with progress_bar(f"Converting {model}") as progress:
         # Here and not above: it takes the runtime's libraries along, half a second of start-up.
-        from recollect.models.onnx_convert import convert_to_onnx  # noqa: PLC0415
+        from recollect.models.onnx_convert import (  # noqa: PLC0415
+            convert_to_onnx,
+            require_convertible,
+        )
         from recollect.models.prepare import original_of  # noqa: PLC0415
 
-        with original_of(model, home=config.home(), progress=progress) as source:
+        require_convertible(out)
+        with original_of(
+            model, home=config.home(), progress=progress, offline=offline or None
+        ) as source:
             convert_to_onnx(source, out, precision=precision, progress=progress)
     typer.echo(f"{out} is ready, as {to} in {precision}: recollect chat --model {out}")

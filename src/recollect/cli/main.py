@@ -5,11 +5,13 @@ Imports nothing that loads a runtime, so that `--help` and mistakes in options a
 """
 
 import sys
-from typing import Annotated, Final
+from typing import Annotated, Final, NoReturn
 
 import typer
 
+from recollect import starting
 from recollect._version import __version__
+from recollect.cli import streams
 from recollect.cli.bench import bench
 from recollect.cli.cache import app as cache
 from recollect.cli.carry import export, import_file
@@ -28,6 +30,10 @@ from recollect.errors import RecollectError
 
 EXIT_ERROR: Final = 2
 """Also what a wrong option gives."""
+EXIT_NOT_READ: Final = 1
+"""Where the output's reader has gone. Source: what Typer ends with then."""
+EXIT_INTERRUPTED: Final = 130
+"""After Ctrl-C, as shells count: 128 and the number of the signal."""
 
 app = typer.Typer(
     name="recollect",
@@ -75,14 +81,56 @@ def options(
 
 
 def run() -> None:
-    """Run the command line; an error that recollect knows is one line on stderr and status 2."""
+    """
+    Run the command line.
+
+    An error that recollect knows, or that the system has with files and streams, is one line on
+    stderr and status 2; Ctrl-C is status 130.
+    """
+    starting.raise_on_interrupt()
+    try:
+        streams.open_missing()
+        _run()
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        starting.end_on_interrupt()
+
+
+def _run() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character shows a question mark and not a traceback.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except RecollectError as error:
-        sys.stdout.flush()
-        print(f"recollect: {error}", file=sys.stderr)
-        sys.exit(EXIT_ERROR)
+        _fail(str(error))
+    except BrokenPipeError:  # whoever read it has seen enough
+        streams.let_go(sys.stdout)
+        sys.exit(EXIT_NOT_READ)
+    except OSError as error:
+        streams.let_go(sys.stdout)
+        _fail(_refusal(error))
+
+
+def _fail(message: str) -> NoReturn:
+    streams.complain(f"recollect: {message}")
+    sys.exit(EXIT_ERROR)
+
+
+def _refusal(error: OSError) -> str:
+    """Return what the system refuses, and what to do about it."""
+    reason = error.strerror or error
+    if error.filename is None:
+        return (
+            f"Input or output failed ({reason}): see that both are open, and that what takes the "
+            "output has room."
+        )
+    return (
+        f"{error.filename} cannot be used ({reason}): see that it is there, that you may use it, "
+        "and that its disk has room."
+    )

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from recollect import config
+from recollect.cli.options import OfflineOption
 from recollect.cli.progress import progress_bar
 
 if TYPE_CHECKING:  # imported by the commands, see there
@@ -60,12 +61,13 @@ def models(
 
 def pull(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As `chat --model` takes it.")],
+    offline: OfflineOption = False,
 ) -> None:
     """Fetch a model and convert it, so that it can be loaded without a network."""
     with progress_bar(f"Fetching {name}") as progress:
         from recollect.models.prepare import prepare  # noqa: PLC0415 - as above
 
-        local = prepare(name, home=config.home(), progress=progress)
+        local = prepare(name, home=config.home(), progress=progress, offline=offline or None)
     where = f" in {local.folder}" if local.folder else ""
     typer.echo(f"{local.name} is ready{where}")
 

@@ -4,6 +4,8 @@ Which conversation a chat is held in: a new one or one that is kept, as the opti
 Reads the journal before a model is loaded, so that a mistake is told at once.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ from recollect.cli.passphrase import unlock_home
 from recollect.errors import ConfigError, NameTakenError, StoreError, UnknownConversationError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite
+    from recollect.conversation.journal import Journal
     from recollect.conversation.model import Model
     from recollect.conversation.records import ConversationInfo
     from recollect.conversation.session import Session
@@ -61,20 +64,19 @@ class Opening:
         """
         if not self.keep and self.name is None and self.resume is None and self.checkpoint is None:
             return None
-        by_name = {info.name: info for info in self._kept()}
-        if self.name is not None and self.name in by_name:
-            raise NameTakenError(
-                f"There is a conversation {self.name!r} already: take another name, or go on with "
-                "that one by --resume."
-            )
-        resume = self._of_checkpoint() if self.resume in (None, LAST) else self.resume
-        if resume is None:
-            return None
-        if resume == LAST and by_name:
-            return next(iter(by_name.values()))
-        if resume not in by_name:
-            raise UnknownConversationError(_not_there(resume))
-        return by_name[resume]
+        with self._journal() as journal:
+            if self.name is not None and journal.find(self.name) is not None:
+                raise NameTakenError(
+                    f"There is a conversation {self.name!r} already: take another name, or go on "
+                    "with that one by --resume."
+                )
+            resume = self._of_checkpoint() if self.resume in (None, LAST) else self.resume
+            if resume is None:
+                return None
+            found = _last(journal) if resume == LAST else journal.find(resume)
+            if found is None:
+                raise UnknownConversationError(_not_there(resume))
+            return found
 
     def open(
         self, model: "Model", found: "ConversationInfo | None", params: "SamplingParams"
@@ -107,17 +109,24 @@ class Opening:
         with open_places() as places:
             return places.find(self.checkpoint).conversation
 
-    def _kept(self) -> "list[ConversationInfo]":
+    @contextmanager
+    def _journal(self) -> "Iterator[Journal]":
         from recollect import config  # noqa: PLC0415 - see the imports for type checking
         from recollect.conversation.journal import JOURNAL_NAME, Journal  # noqa: PLC0415
 
         try:
             with Journal.open(config.home() / JOURNAL_NAME, cipher=unlock_home()) as journal:
-                return journal.conversations()
+                yield journal
         except StoreError as error:
             if (self.name, self.resume, self.checkpoint) != (None, None, None):
                 raise
             raise type(error)(f"{error} A chat with --no-save does without it.") from error
+
+
+def _last(journal: "Journal") -> "ConversationInfo | None":
+    from recollect.conversation.records import Page  # noqa: PLC0415 - see the imports for type checking
+
+    return next(iter(journal.conversations(page=Page(limit=1))), None)
 
 
 def _not_there(name: str) -> str:

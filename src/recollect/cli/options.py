@@ -46,11 +46,26 @@ KvDiskOption = Annotated[
         show_default="10GB, or a tenth of what is free",
     ),
 ]
+AllowNativeCodeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The one native library that an ONNX folder may run: a file in it, or a path.",
+        show_default="none",
+    ),
+]
 ProofKvDiskOption = Annotated[
     str,
     typer.Option(
         metavar="SIZE",
         help="Most disk for KV; 0: none is written or read, so that nothing but computing counts.",
+    ),
+]
+OfflineOption = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        help="Fetch nothing: a model that is not here is an error. RECOLLECT_OFFLINE=1 says so too.",
     ),
 ]
 
@@ -134,7 +149,13 @@ IgnoreEosOption = Annotated[
 
 
 def open_model(
-    name: str, *, profile: Profile, kv_memory: str | None = None, kv_disk: str | None = None
+    name: str,
+    *,
+    profile: Profile,
+    kv_memory: str | None = None,
+    kv_disk: str | None = None,
+    offline: bool = False,
+    allow_native_code: str | None = None,
 ) -> "Model":
     """
     Return the model, fetched, converted and loaded, with a progress bar on a terminal's stderr.
@@ -142,6 +163,8 @@ def open_model(
     Args:
         kv_memory: As it was typed, such as "2GB"; None: the library's default.
         kv_disk: Likewise; "0": none.
+        offline: Whether nothing may be fetched; otherwise `RECOLLECT_OFFLINE` says whether.
+        allow_native_code: As `recollect.load` takes it.
 
     Raises:
         ModelError: It cannot be had or read.
@@ -162,5 +185,7 @@ def open_model(
             kv_memory=None if kv_memory is None else config.parse_size(kv_memory),
             kv_disk=None if kv_disk is None else config.parse_disk_size(kv_disk),
             cipher=cipher,
+            allow_native_code=allow_native_code,
             progress=progress,
+            offline=offline or None,
         )

@@ -19,15 +19,22 @@ from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 
 
-def talk(model: Model, session: Session) -> None:
-    """Talk until the user leaves."""
+def talk(model: Model, session: Session, *, keep_history: bool) -> None:
+    """
+    Talk until the user leaves.
+
+    Args:
+        model: Speaks.
+        session: Where to begin.
+        keep_history: Whether what is typed can be called back in later chats, too.
+    """
     chat = Chat(model, Console(), session)
     completer = WordsCompleter(
         [PREFIX + name for name in COMMANDS],
         names=chat.sessions.keys,
         names_after={f"{PREFIX}load": chat.checkpoint_names},
     )
-    prompt = make_prompt(_history(), completer)
+    prompt = make_prompt(_history(keep=keep_history), completer)
 
     def prewarm(text: str) -> None:
         chat.session.prewarm_later(text)  # of the session that is current by then
@@ -58,9 +65,9 @@ def handle_line(chat: Chat, line: str) -> None:
         do_safely(chat, lambda: chat.say(unquote(line).strip()))
 
 
-def _history() -> History:
+def _history(*, keep: bool) -> History:
     """Return what was typed before; in an encrypted folder that is nowhere."""
-    if keyfile.is_encrypted():
+    if not keep or keyfile.is_encrypted():
         return InMemoryHistory()
     return history_at(config.home() / config.HISTORY_NAME)
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from recollect.cli.options import (
+    AllowNativeCodeOption,
     KvMemoryOption,
     ModelOption,
+    OfflineOption,
     ProfileOption,
     ProofKvDiskOption,
     open_model,
@@ -25,9 +27,18 @@ def rewind_test(
     profile: ProfileOption = "exact",
     kv_memory: KvMemoryOption = None,
     kv_disk: ProofKvDiskOption = "0",
+    offline: OfflineOption = False,
+    allow_native_code: AllowNativeCodeOption = None,
 ) -> None:
     """Ask three questions, rewind to after the first answer, and ask the second one again."""
-    with open_model(model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk) as loaded:
+    with open_model(
+        model,
+        profile=profile,
+        kv_memory=kv_memory,
+        kv_disk=kv_disk,
+        allow_native_code=allow_native_code,
+        offline=offline,
+    ) as loaded:
         from recollect.proof.rewind_test import run_rewind_test  # noqa: PLC0415
 
         result = run_rewind_test(loaded)

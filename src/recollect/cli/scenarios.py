@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from recollect.cli.options import (
+    AllowNativeCodeOption,
     KvMemoryOption,
     ModelOption,
+    OfflineOption,
     ProfileOption,
     ProofKvDiskOption,
     open_model,
@@ -29,6 +31,8 @@ def scenarios(
     profile: ProfileOption = "fast",
     kv_memory: KvMemoryOption = None,
     kv_disk: ProofKvDiskOption = "0",
+    offline: OfflineOption = False,
+    allow_native_code: AllowNativeCodeOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything there, too.")
     ] = None,
@@ -39,7 +43,14 @@ def scenarios(
     if json_file is not None:
         require_writable(json_file)
     console = Console(highlight=False)
-    with open_model(model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk) as loaded:
+    with open_model(
+        model,
+        profile=profile,
+        kv_memory=kv_memory,
+        kv_disk=kv_disk,
+        allow_native_code=allow_native_code,
+        offline=offline,
+    ) as loaded:
         from recollect.proof.machine import machine_card  # noqa: PLC0415
         from recollect.proof.scenarios import load_scenarios, play_all  # noqa: PLC0415
 

@@ -6,7 +6,6 @@ Reads options and says where it listens; the server itself is `recollect.server`
 
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -54,6 +53,8 @@ def serve(
     profile: options.ProfileOption = DEFAULT_PROFILE,
     kv_memory: options.KvMemoryOption = None,
     kv_disk: options.KvDiskOption = None,
+    offline: options.OfflineOption = False,
+    allow_native_code: options.AllowNativeCodeOption = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -72,7 +73,14 @@ def serve(
         ),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(metavar="P", help="0 takes a free one.", rich_help_panel=_ACCESS)
+        int,
+        typer.Option(
+            metavar="P",
+            min=0,
+            max=65535,  # ports are numbers of 16 bits
+            help="0 takes a free one.",
+            rich_help_panel=_ACCESS,
+        ),
     ] = 8765,
     public: Annotated[
         list[Path] | None,
@@ -126,11 +134,16 @@ def serve(
     """
     Serve the APIs of OpenAI and Anthropic, for any client, with conversations that stay warm.
 
-    Point a client at http://127.0.0.1:8765/v1; /docs there shows every call.
+    Point a client at http://127.0.0.1:8765/v1; /openapi.json there describes every call.
     """
     _require_packages()
     from recollect import config  # noqa: PLC0415 - see the imports for type checking
-    from recollect.models.status import installed  # noqa: PLC0415
+    from recollect.cli.served import (  # noqa: PLC0415
+        aliases,
+        default_references,
+        public_names,
+        weight_bytes,
+    )
     from recollect.server.hub import ModelHub  # noqa: PLC0415
     from recollect.server.keys import KeyFile, keyring  # noqa: PLC0415
     from recollect.server.public import publish_later  # noqa: PLC0415
@@ -139,16 +152,14 @@ def serve(
 
     prompts = [read_text(file) for file in public or ()]
     home = config.home()
-    statuses = [one for one in installed(home) if one.is_installed]
-    given = model or [DEFAULT_MODEL, *(one.name for one in statuses)]
-    references = {_public_name(name): name for name in given}
+    references = public_names(model or default_references(home))
     names = tuple(references)
     keys = keyring(KeyFile.in_home(home), api_key or ())
     settings = Settings(
         home=home,
         cipher=unlock_home(encrypt=encrypt),
         models=names,
-        aliases=_aliases(alias or (), names),
+        aliases=aliases(alias or (), references),
         host=host,
         port=port,
         allowed_hosts=tuple(allow_host or ()),
@@ -157,15 +168,19 @@ def serve(
         has_keys=len(keys) > 0,
         limits=Limits(concurrent=concurrent, queue=queue),
     )
-    weights = {one.name: one.disk_bytes - one.source_bytes for one in statuses}
     hub = ModelHub(
         lambda name: options.open_model(
-            references[name], profile=profile, kv_memory=kv_memory, kv_disk=kv_disk
+            references[name],
+            profile=profile,
+            kv_memory=kv_memory,
+            kv_disk=kv_disk,
+            allow_native_code=allow_native_code,
+            offline=offline,
         ),
         names,
         aliases=settings.aliases,
         memory_bytes=None if memory is None else config.parse_size(memory),
-        weight_bytes=lambda name: weights.get(name, 0),
+        weight_bytes=lambda name: weight_bytes(references[name], home),
         on_load=lambda model: publish_later(model, prompts),
     )
     _log_to_stderr()
@@ -209,6 +224,7 @@ def _key_file() -> "KeyFile":
 def _require_packages() -> None:
     try:
         import fastapi  # noqa: F401, PLC0415 - only whether it is there
+        import httptools  # noqa: F401, PLC0415
         import prometheus_client  # noqa: F401, PLC0415
         import uvicorn  # noqa: F401, PLC0415
     except ImportError as cause:
@@ -216,23 +232,6 @@ def _require_packages() -> None:
             f"The server needs the package {cause.name}: `python -m pip install "
             '"recollect-llm[server]"`.'
         ) from cause
-
-
-def _public_name(reference: str) -> str:
-    """Return what clients call a model: they need not know where it lies."""
-    return Path(reference).stem if Path(reference).exists() else reference
-
-
-def _aliases(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    aliases = {}
-    for text in given:
-        alias, _, name = text.partition("=")
-        if (name or names[0]) not in names:
-            raise ConfigError(
-                f"--alias {text}: there is no model {name!r} among {', '.join(names)}."
-            )
-        aliases[alias] = name or names[0]
-    return aliases
 
 
 def _log_to_stderr() -> None:

@@ -48,7 +48,7 @@ class Totals:
         self.replies += 1
         self.reused_tokens += usage.reused_tokens
         self.generated_tokens += usage.generated_tokens
-        if usage.prefill_tps is not None and usage.computed_tokens >= LONG_PROMPT_TOKENS:
+        if usage.prefill_tps is not None and usage.awaited_tokens >= LONG_PROMPT_TOKENS:
             self.best_prefill_tps = max(self.best_prefill_tps or 0.0, usage.prefill_tps)
 
     @property
@@ -78,6 +78,7 @@ class Chat:
         for name in session.conversation.tips:
             if name != self.current:
                 self.sessions[name] = session.branch(name)
+        self._names = {key: made.name for key, made in self.sessions.items()}
         self.totals = Totals()
         self.draft = ""
         """What the next prompt begins with, for the user to go on from."""
@@ -102,6 +103,22 @@ class Chat:
         }
         tips = {here.get(tip, tip): node for tip, node in conversation.tips.items()}
         return {self.current: self.session.tip} | tips
+
+    def follow_tips(self) -> None:
+        """Say which sessions are branches of their own now, since others have moved their tips on."""
+        for key, session in list(self.sessions.items()):
+            was, now = self._names.setdefault(key, session.name), session.name
+            if now == was or now is None:
+                continue
+            self.note(
+                f"{was!r} was moved on elsewhere meanwhile: this goes on as the branch {now!r}, and "
+                f"{was!r} stays as it is there."
+            )
+            name = now if key == was and now not in self.sessions else key
+            self.sessions = {name if one is session else k: one for k, one in self.sessions.items()}
+            self._names[name] = now
+            if self.current == key:
+                self.current = name
 
     def say(self, text: str | None, params: SamplingParams | None = None) -> Reply | None:
         """
@@ -242,7 +259,9 @@ class Chat:
 def usage_line(reply: Reply) -> str:
     """Return what a reply cost, as the line under it."""
     usage = reply.usage
-    parts = [_NOTES[reply.finish_reason], f"{usage.computed_tokens:,} new"]
+    parts = [_NOTES[reply.finish_reason], f"{usage.awaited_tokens:,} new"]
+    if usage.read_ahead_tokens:
+        parts.append(f"{usage.read_ahead_tokens:,} read ahead")
     if usage.reused_tokens:
         parts.append(f"{usage.reused_tokens:,} reused ({_whence(usage)})")
     parts.append(f"first token {format_duration(usage.ttft_s)}")

@@ -47,16 +47,18 @@ def _kept_as(chat: Chat) -> str:
 def _memory(engine: Engine) -> str:
     """Return how the blocks are used: by sequences and pins, only by the cache, or not at all."""
     pool, block_bytes = engine.pool, engine.info.bytes_per_block
-    cached = engine.cache.evictable_blocks
+    with engine.lock:
+        cached, used, free = engine.cache.evictable_blocks, pool.used_blocks, pool.free_blocks
     return (
-        f"{pool.used_blocks - cached:,} blocks in use, {cached:,} cached, {pool.free_blocks:,} "
-        f"free ({format_bytes(pool.used_blocks * block_bytes)} of "
+        f"{used - cached:,} blocks in use, {cached:,} cached, {free:,} "
+        f"free ({format_bytes(used * block_bytes)} of "
         f"{format_bytes(pool.num_blocks * block_bytes)} filled)"
     )
 
 
 def _pressure(engine: Engine) -> str:
-    pinned = sum(cached.pins > 0 for cached in engine.cache.blocks())
+    with engine.lock:
+        pinned = sum(cached.pins > 0 for cached in engine.cache.blocks())
     return (
         f"{engine.cache.evicted_blocks:,} blocks evicted, {engine.preemptions:,} preemptions, "
         f"{pinned:,} blocks pinned"

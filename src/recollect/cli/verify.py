@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recollect.cli.options import (
+    AllowNativeCodeOption,
     KvMemoryOption,
     ModelOption,
+    OfflineOption,
     ProfileOption,
     ProofKvDiskOption,
     open_model,
@@ -35,13 +37,26 @@ def verify(
     ] = None,
     kv_memory: KvMemoryOption = None,
     kv_disk: ProofKvDiskOption = "0",
+    offline: OfflineOption = False,
+    allow_native_code: AllowNativeCodeOption = None,
 ) -> None:
     """
     Hold random conversations, and compare each state with a fresh prefill of the same tokens.
 
     With --kv-disk they are also forgotten in memory and read back from disk.
     """
-    with open_model(model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk) as loaded:
+    from recollect.proof.report import require_writable, written_to  # noqa: PLC0415 - see above
+
+    if json_file is not None:
+        require_writable(json_file)
+    with open_model(
+        model,
+        profile=profile,
+        kv_memory=kv_memory,
+        kv_disk=kv_disk,
+        allow_native_code=allow_native_code,
+        offline=offline,
+    ) as loaded:
         from recollect.proof import verify as proof  # noqa: PLC0415
 
         with progress_bar("Verifying") as progress:
@@ -53,10 +68,11 @@ def verify(
                     f"largest difference {worst:.1e}", done, operations
                 ),
             )
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     for line in _lines(report):
         typer.echo(line)
+    if json_file is not None:
+        with written_to(json_file):
+            json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     if not report.passed:
         raise typer.Exit(1)
 

@@ -34,6 +34,7 @@ def warm(
     profile: options.ProfileOption = DEFAULT_PROFILE,
     kv_memory: options.KvMemoryOption = None,
     kv_disk: options.KvDiskOption = None,
+    offline: options.OfflineOption = False,
 ) -> None:
     """
     Read a document or instructions once, and keep their KV on disk.
@@ -46,7 +47,9 @@ def warm(
         raise ConfigError("There is nothing to read: give a file, or --system with one.")
     text = "" if file is None else read_text(file)
     instructions = None if system is None else read_text(system)
-    with options.open_model(model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk) as loaded:
+    with options.open_model(
+        model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk, offline=offline
+    ) as loaded:
         with progress_bar(f"Reading {named.name}", tokens=True) as progress:
             made = loaded.warm(
                 text, system=instructions, name=name or named.name, progress=progress

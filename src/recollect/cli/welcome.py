@@ -11,6 +11,7 @@ from rich.text import Text
 
 from recollect.cli.state import Chat
 from recollect.cli.terminal import printable
+from recollect.errors import StoreError
 
 _TURNS_SHOWN: Final = 2
 _MOST_CHARACTERS: Final = 600
@@ -32,8 +33,16 @@ def farewell(chat: Chat) -> None:
     """Say how to go on with what was kept."""
     conversation = chat.session.conversation
     has_turns = any(node.role == "assistant" for node in conversation.tree.nodes())
-    if conversation.is_kept and conversation.name is not None and has_turns:
-        chat.note(f"Kept: recollect chat --resume {shlex.quote(conversation.name)}")
+    if not conversation.is_kept or conversation.kept_as is None or not has_turns:
+        return
+    try:
+        name = conversation.current_name()  # somebody may have renamed it since
+    except StoreError:
+        name = conversation.name
+    if name is None:
+        chat.note("This conversation has been deleted elsewhere: nothing of it is kept.")
+    else:
+        chat.note(f"Kept: recollect chat --resume {shlex.quote(name)}")
 
 
 def branches(chat: Chat) -> str:
@@ -78,6 +87,10 @@ def _show_last_turns(chat: Chat) -> None:
         said = _shorten(printable(node.content).strip())
         line = f"you: {said}" if node.role == "user" else said
         chat.console.print(Text(line, "dim"), highlight=False)
+    if path[-1].role == "user":
+        chat.note(
+            "This has no reply yet: /regenerate gives one; what you say instead takes its place."
+        )
 
 
 def _shorten(text: str) -> str:

@@ -82,10 +82,13 @@ class Checkpoints:
             UnknownConversationError: The conversation has been deleted meanwhile.
             StoreError: The journal cannot be read.
         """
-        for info in self._journal.conversations():
-            if info.id == spot.conversation_id:
-                return _KIND | _facts(spot, info.created_at)
-        raise UnknownConversationError("This conversation has been deleted: begin another one.")
+        try:
+            info = self._journal.info(spot.conversation_id)
+        except UnknownConversationError:
+            raise UnknownConversationError(
+                "This conversation has been deleted: begin another one."
+            ) from None
+        return _KIND | _facts(spot, info.created_at)
 
     def find(self, name: str) -> Checkpoint:
         """

@@ -6,18 +6,54 @@ What all sessions on it share. Knows no tokens' meaning and no KV.
 
 import itertools
 import threading
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from recollect.conversation.checkpoints import Spot
+from recollect.conversation.database import BUSY_TIMEOUT_S
 from recollect.conversation.journal import Journal
-from recollect.conversation.matching import MessageIndex
+from recollect.conversation.matching import Found, MessageIndex
 from recollect.conversation.messages import to_node
-from recollect.conversation.records import DEFAULT_TIP, NewNode, StoredConversation, require_name
+from recollect.conversation.records import (
+    DEFAULT_TIP,
+    Entry,
+    NewNode,
+    StoredConversation,
+    Written,
+    require_name,
+)
 from recollect.conversation.remembered import RememberedReplies
 from recollect.conversation.tools import Tools
-from recollect.conversation.tree import Node, Tree
-from recollect.errors import ConversationError, NameTakenError
+from recollect.conversation.tree import Node, Tree, grown
+from recollect.errors import (
+    ConversationError,
+    NameTakenError,
+    StoreBusyError,
+    StoreError,
+    UnknownConversationError,
+)
 from recollect.types import Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Asked:
+    """What was kept of something that somebody said, and that has no reply yet."""
+
+    ids: tuple[int, ...]
+    """In the journal, of all that was written; the last is what a reply follows."""
+    path: tuple[Node, ...]
+    """The nodes of the tree among it."""
+    said_id: int | None
+    """Of the message that is not in the tree; None: there is none."""
+    tip: str | None
+    """Which moved there."""
+    back_to: int | None
+    """Where that tip stood before, by the journal's ids."""
+    began: bool
+    """Whether the conversation was begun with it."""
 
 
 class Conversation:
@@ -52,10 +88,25 @@ class Conversation:
         self._remembered = remembered
         self._namespace = namespace
         self._journal: Journal | None = None
+        self._wanted: str | None = None  # the name that it begins with; None: the journal finds one
         self._record: int | None = None
         self._record_ids: dict[int, int] = {}  # node id to id in the journal
         self._tips: dict[str, Node] = {DEFAULT_TIP: self.tree.root}
         self._tools: dict[int, Tools] = {}  # node id to what its reply could call
+        self._answers: dict[
+            int, tuple[Tools, ...]
+        ] = {}  # node id to what others' replies to it could
+        self.shares_tips = False
+        """Whether whoever moves a named tip last owns it, as clients of a server do. Else who finds one
+        moved by others goes on as a branch; see `tip_name`."""
+        self._seen: dict[str, int | None] = {}
+        """Where the tips stood in the journal when it was last read or written here, by its ids."""
+        self._continued_as: dict[str, str] = {}
+        """Tips that others have moved, and which of ours goes on instead."""
+        self._unanswered: list[Asked] = []
+        self._given_up: deque[Asked] = deque()  # of these, what is to be taken back
+        self._turn = threading.Lock()
+        """Held while the journal is written, which can take long; `_lock` never is."""
         self._lock = threading.Lock()
 
     @property
@@ -83,6 +134,29 @@ class Conversation:
             found = next((node for node, kept in self._record_ids.items() if kept == kept_id), None)
         return None if found is None else self.tree.node(found)
 
+    def current_name(self) -> str | None:
+        """
+        Return under which name it is kept now; None where it is not, or was deleted.
+
+        Raises:
+            StoreError: The journal cannot be read.
+        """
+        if self._journal is None or self._record is None:
+            return self.name
+        try:
+            self.name = self._journal.info(self._record).name
+        except UnknownConversationError:
+            self.name = None
+        return self.name
+
+    def tip_name(self, name: str) -> str:
+        """
+        Return which named tip goes on from what was the tip *name*.
+
+        Another one where somebody else has moved that: what was said here is a branch of its own then.
+        """
+        return self._continued_as.get(name, name)
+
     def keep_in(self, journal: Journal, name: str | None) -> None:
         """
         Keep what is said from the first turn on; an empty conversation leaves nothing behind.
@@ -93,11 +167,11 @@ class Conversation:
         Raises:
             NameTakenError: Another conversation has it.
         """
-        if name is not None and name in {info.name for info in journal.conversations()}:
+        if name is not None and journal.find(name) is not None:
             raise NameTakenError(
                 f"There is a conversation {name!r} already: take another name, or resume that one."
             )
-        self._journal, self.name = journal, name
+        self._journal, self.name, self._wanted = journal, name, name
 
     def rename(self, name: str) -> None:
         """
@@ -109,7 +183,7 @@ class Conversation:
             StoreError: The journal cannot be written.
                 In each case nothing was changed.
         """
-        with self._lock:
+        with self._writing():
             if self._journal is None:
                 raise ConversationError("This conversation is not kept, so it has no name.")
             if self._record is None:
@@ -121,26 +195,80 @@ class Conversation:
     def load(self, journal: Journal, stored: StoredConversation) -> None:
         """Take over what the journal has; the conversation is empty before."""
         assert not len(self.tree), "a conversation is loaded once, and before anything is said"
-        nodes: dict[int | None, Node] = {None: self.tree.root}
+        self.tree, nodes = grown(stored.nodes)
         for record in stored.nodes:
-            nodes[record.id] = self.tree.add(
-                nodes[record.parent_id],
-                record.role,
-                record.content,
-                token_ids=record.token_ids,
-                fingerprint=record.fingerprint,
-                finish_reason=record.finish_reason,
-                usage=record.usage,
-                links=record.links,
-            )
             self._record_ids[nodes[record.id].id] = record.id
-            self._find_later(nodes[record.id])
+        self._find_later([nodes[record.id] for record in stored.nodes])
         self._journal, self.name, self._record = journal, stored.name, stored.id
+        self._seen = dict(stored.tips)
         self.other_model = None if stored.fingerprint == self._fingerprint else stored.model
         self._tips = {name: nodes[node_id] for name, node_id in stored.tips.items()}
         self._tips.setdefault(DEFAULT_TIP, nodes[stored.default_tip()])
 
-    def add(self, parent: Node, messages: Sequence[NewNode], *, tip: str | None) -> Node:
+    def ask(self, at: Node, said: str | None, *, tip: str | None) -> Asked | None:
+        """
+        Keep what somebody says before it is answered, so that nothing that happens meanwhile loses it.
+
+        It is in the journal then and not in the tree, which grows with the reply: `add`, or
+        `take_back` where there is none.
+
+        Args:
+            at: What it follows.
+            said: The message; None: the path to *at* ends with it.
+            tip: The named tip that moves to it; None: none does.
+
+        Returns:
+            None where there was nothing to keep.
+
+        Raises:
+            StoreError: The journal cannot keep it. Nothing was changed.
+        """
+        if self._journal is None:
+            return None
+        with self._writing() as deadline:
+            self._settle()
+            messages = [] if said is None else [NewNode(role="user", content=said)]
+            path = [node for node in at.path() if node.id not in self._record_ids]
+            if not messages and not path:
+                return None
+            began = self._record is None
+            written = self._write(self._entry(at, messages, tip), path, deadline)
+            asked = Asked(
+                ids=written.ids,
+                path=tuple(path),
+                said_id=None if said is None else written.ids[-1],
+                tip=written.tip,
+                back_to=written.tip_was,
+                began=began,
+            )
+            self._unanswered.append(asked)
+            return asked
+
+    def take_back(self, asked: Asked | None) -> None:
+        """
+        Let something go again that was asked and gets no reply; the journal is as it was before.
+
+        Where it cannot be written now, that is done before the next thing is asked.
+        """
+        if asked is None:
+            return
+        self._given_up.append(asked)
+        with suppress(StoreError), self._writing():
+            self._settle()
+
+    def give_up(self, asked: Asked | None) -> None:
+        """Have something taken back before the next thing is asked; waits for nobody."""
+        if asked is not None:
+            self._given_up.append(asked)
+
+    def add(
+        self,
+        parent: Node,
+        messages: Sequence[NewNode],
+        *,
+        tip: str | None,
+        asked: Asked | None = None,
+    ) -> Node:
         """
         Add messages, each after the one before, and return the last one's node.
 
@@ -148,51 +276,73 @@ class Conversation:
             parent: What the first follows.
             messages: In order; kept all or none.
             tip: The named tip that moves to the last one; None: none does.
+            asked: What `ask` has kept of them already.
 
         Raises:
             StoreError: The journal cannot keep them. Nothing was changed.
         """
-        with self._lock:
-            kept = self._keep(parent, messages, tip)
-            node = parent
-            for message, record_id in zip(messages, kept, strict=True):
-                node = self._grow(node, message, record_id)
-                if self._remembered is not None and not self.is_kept:
-                    self._remembered.note(node)
-            if tip is not None:
-                self._tips[tip] = node
-            return node
+        with self._writing() as deadline:
+            said_id = None if asked is None else asked.said_id
+            kept: list[int | None] = [None] * len(messages)
+            if self._journal is not None:
+                rest = messages if said_id is None else messages[1:]
+                entry = self._entry(parent, rest, tip, said_id)
+                path = [node for node in parent.path() if node.id not in self._record_ids]
+                ids = self._write(entry, path, deadline).ids[len(path) :]
+                kept = [*ids] if said_id is None else [said_id, *ids]
+            if asked is not None:
+                self._unanswered.remove(asked)
+            with self._lock:
+                node, added = parent, []
+                for message, record_id in zip(messages, kept, strict=True):
+                    node = self._grow(node, message, record_id)
+                    added.append(node)
+                    if self._remembered is not None and not self.is_kept:
+                        self._remembered.note(node)
+                self._find_later(added)
+                if tip is not None:
+                    self._tips[self.tip_name(tip)] = node
+                return node
 
-    def add_unkept(self, parent: Node, message: Message) -> Node:
+    def add_unkept(self, parent: Node, *messages: Message) -> Node:
         """
-        Add a message that is kept only when something is said after it; return its node.
+        Add messages that are kept only when something is said after them; return the last one's node.
 
         A reply that was generated here at another time gets the token ids that it had, unless the
         conversation is kept, whose replies are in the journal.
 
         Raises:
-            InvalidParameterError: It lacks something. Nothing was changed.
+            InvalidParameterError: One lacks something. Nothing was changed.
         """
-        new = to_node(message)
-        if self._remembered is not None and not self.is_kept:
-            new = self._remembered.recalled(parent, new)
-        with self._lock:
-            return self._grow(parent, new, None)
+        node, grown = parent, []
+        new = [to_node(message) for message in messages]
+        remembered = None if self.is_kept else self._remembered
+        for one in new:
+            message = one if remembered is None else remembered.recalled(node, one)
+            with self._lock:
+                node = self._grow(node, message, None)
+            grown.append(node)
+        self._find_later(grown)
+        return node
 
-    def take_over(self, other: "Conversation", node: Node) -> Node:
-        """Copy the messages up to a node of another conversation, and return the last one's node."""
-        assert not self.is_kept, "a copy is not kept"
-        copy = self.tree.root
+    def take_over(self, found: Found) -> Node:
+        """Begin with messages that are known, and return the last one's node."""
+        assert not self.is_kept, "what comes as text is not kept"
+        node = reply = self.tree.root
         with self._lock:
-            for one in node.path():
-                copy = self._grow(copy, as_new(one), None)
-                if one.id in other._tools:
-                    self._tools[copy.id] = other._tools[one.id]
-        return copy
+            for key, message in found.path:
+                node = self._grow(node, message, None, key)
+                reply = node if node.role == "assistant" else reply
+            if found.tools is not None:
+                self._tools[reply.id] = found.tools
+            self._answers[node.id] = found.answers
+        return node
 
     def note_tools(self, reply: Node, tools: Tools) -> None:
-        """Remember, until the program ends, with which tools a reply was generated."""
+        """Remember with which tools a reply was generated."""
         self._tools[reply.id] = tools
+        if self._index is not None:
+            self._index.note_tools(reply, tools)
 
     def tools_change(self, node: Node, tools: Tools) -> str | None:
         """
@@ -201,6 +351,7 @@ class Conversation:
         Where it was not, from those of the last reply before it; None where none differ.
         """
         answers = [self._tools[child.id] for child in node.children if child.id in self._tools]
+        answers += self._answers.get(node.id, ())
         before = (self._tools[one.id] for one in reversed(node.path()) if one.id in self._tools)
         changes = [tools.difference(one) for one in answers or itertools.islice(before, 1)]
         return None if None in changes else next(iter(changes), None)
@@ -212,10 +363,10 @@ class Conversation:
         Raises:
             StoreError: The journal cannot keep that. Nothing was changed.
         """
-        with self._lock:
+        with self._writing() as deadline:
             if self._journal is not None and self._record is not None:
-                self._journal.set_tip(self._record, name, self._record_ids.get(node.id))
-            self._tips[name] = node
+                self._write(self._entry(node, (), name, moves=True), (), deadline)
+            self._tips[self.tip_name(name)] = node
 
     def new_tip(self, name: str, node: Node) -> None:
         """
@@ -268,37 +419,135 @@ class Conversation:
         for node in self._tips.values():
             self.tree.require(node)
 
-    def _keep(
-        self, parent: Node, messages: Sequence[NewNode], tip: str | None
-    ) -> Sequence[int | None]:
-        """Write to the journal, with whatever of the tree is not there yet; return the messages' ids."""
-        if self._journal is None:
-            return [None] * len(messages)
-        is_new = self._record is None
+    @contextmanager
+    def _writing(self) -> Iterator[float]:
+        """
+        Write to the journal in turn with others; yields until when to wait for it, all in all.
+
+        The tree can be read and grow meanwhile: whoever keeps nothing does not wait for a journal.
+
+        Raises:
+            StoreBusyError: Others write for too long.
+        """
+        deadline = time.monotonic() + BUSY_TIMEOUT_S
+        if not self._turn.acquire(timeout=BUSY_TIMEOUT_S):
+            raise StoreBusyError(
+                "This conversation is being written by others, who wait for its file: close the "
+                "program that holds it, or try again."
+            )
+        try:
+            yield deadline
+        finally:
+            self._turn.release()
+
+    def _entry(
+        self,
+        at: Node,
+        messages: Sequence[NewNode],
+        tip: str | None,
+        said_id: int | None = None,
+        *,
+        moves: bool = False,
+    ) -> Entry:
+        """
+        Return what is to be written, with whatever of the path to *at* is not there yet.
+
+        Args:
+            at: What the messages follow.
+            messages: What is new.
+            tip: The named tip that moves to the last of them.
+            said_id: In the journal, of a message between *at* and them that is not in the tree.
+            moves: Whether the tip alone moves, and nothing is written.
+        """
+        path = at.path()
+        unkept = [node for node in path if node.id not in self._record_ids]
+        kept = [self._record_ids[node.id] for node in path[: len(path) - len(unkept)]]
+        above = said_id if said_id is not None else next(reversed(kept), None)
+        tip = None if tip is None else self.tip_name(tip)
+        # With a new conversation come the branches that were begun before anything was said in it.
+        others = {} if self._record is not None else dict(self._tips)
+        numbers = {node.id: number for number, node in enumerate(unkept)}
+        return Entry(
+            nodes=() if moves else [*map(as_new, unkept), *messages],
+            parent_id=above,
+            tip=tip,
+            seen=None if tip is None else self._seen.get(tip),
+            leaves_others=not self.shares_tips,
+            tips={name: numbers.get(node.id) for name, node in others.items() if name != tip},
+            model=None if self.other_model is None or moves else (self._model, self._fingerprint),
+        )
+
+    def _write(self, entry: Entry, unkept: Sequence[Node], deadline: float) -> Written:
+        """Write an entry, whose first nodes are those of the tree in *unkept*, and note what came of it."""
+        assert self._journal is not None, "whoever writes is kept"
         if self._record is None:
-            info = self._journal.create(
-                self.name,
+            written = self._journal.begin(
+                self._wanted,
+                entry,
                 model=self._model,
                 fingerprint=self._fingerprint,
                 namespace=self._namespace,
+                deadline=deadline,
             )
-            self.name, self._record = info.name, info.id
-        elif self.other_model is not None:
-            self._journal.set_model(self._record, model=self._model, fingerprint=self._fingerprint)
+            self._seen = dict.fromkeys(entry.tips)
+        else:
+            written = self._journal.write(self._record, entry, deadline=deadline)
+        self.name, self._record = written.name, written.conversation_id
+        if entry.nodes:
             self.other_model = None
-        path = [self.tree.root, *parent.path()]
-        unkept = [node for node in path[1:] if node.id not in self._record_ids]
-        above = path[len(path) - len(unkept) - 1]
-        nodes = [*(as_new(node) for node in unkept), *messages]
-        ids = self._journal.append(self._record, self._record_ids.get(above.id), nodes, tip=tip)
-        self._record_ids |= {node.id: record for node, record in zip(unkept, ids, strict=False)}
-        if is_new:  # branches that were begun before anything was said
-            for other, node in self._tips.items():
-                if other != tip:
-                    self._journal.set_tip(self._record, other, self._record_ids.get(node.id))
-        return ids[len(unkept) :]
+        with self._lock:
+            for node, record_id in zip(unkept, written.ids, strict=False):
+                self._record_ids[node.id] = record_id
+        if written.tip is not None:
+            if entry.tip is not None and written.tip != entry.tip:
+                self._leave(entry.tip, written.tip)
+            self._seen[written.tip] = written.ids[-1] if written.ids else entry.parent_id
+        return written
 
-    def _grow(self, parent: Node, message: NewNode, record_id: int | None) -> Node:
+    def _leave(self, tip: str, own: str) -> None:
+        """Go on as a branch: somebody else has moved the tip."""
+        names = [name for name, now in self._continued_as.items() if now == tip]
+        self._continued_as |= dict.fromkeys([tip, *names], own)
+        with self._lock:
+            if tip in self._tips:
+                self._tips[own] = self._tips.pop(tip)
+
+    def _settle(self) -> None:
+        """
+        Take back what was asked and given up.
+
+        Raises:
+            StoreError: The journal cannot be written.
+        """
+        while self._given_up:
+            asked = self._given_up[0]
+            if asked in self._unanswered:
+                self._remove(asked)
+                self._unanswered.remove(asked)
+            self._given_up.popleft()
+
+    def _remove(self, asked: Asked) -> None:
+        assert self._journal is not None, "it was kept"
+        assert self._record is not None, "it was kept"
+        try:
+            came_of_it = self._journal.take_back(
+                self._record, asked.ids, tip=asked.tip, back_to=asked.back_to, began=asked.began
+            )
+        except UnknownConversationError:  # deleted meanwhile
+            return
+        if asked.tip is not None:
+            self._seen[asked.tip] = asked.back_to
+        if came_of_it == "stays":
+            return
+        with self._lock:
+            for node in asked.path:
+                self._record_ids.pop(node.id, None)
+        if came_of_it == "conversation gone":
+            self.name, self._record, self._seen = self._wanted, None, {}
+
+    def _grow(
+        self, parent: Node, message: NewNode, record_id: int | None, key: bytes | None = None
+    ) -> Node:
         node = self.tree.add(
             parent,
             message.role,
@@ -308,26 +557,17 @@ class Conversation:
             finish_reason=message.finish_reason,
             usage=message.usage,
             links=message.links,
+            key=key,
         )
         if record_id is not None:
             self._record_ids[node.id] = record_id
-        self._find_later(node)
         return node
 
-    def _find_later(self, node: Node) -> None:
+    def _find_later(self, nodes: Sequence[Node]) -> None:
         if self._index is not None:
-            self._index.add(self, node)
+            self._index.add(nodes)
 
 
 def as_new(node: Node) -> NewNode:
     """Return a message as it is to be kept, or added, somewhere else too."""
-    assert node.role is not None, "the root is not kept"
-    return NewNode(
-        role=node.role,
-        content=node.content,
-        token_ids=node.token_ids,
-        finish_reason=node.finish_reason,
-        usage=node.usage,
-        fingerprint=node.fingerprint,
-        links=node.links,
-    )
+    return node.to_new()

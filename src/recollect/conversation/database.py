@@ -6,11 +6,12 @@ Knows transactions, locks and what can be wrong with a file; nothing of what the
 
 import errno
 import os
+import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final, Self
 
@@ -20,20 +21,36 @@ from recollect.errors import (
     StoreBusyError,
     StoreCorruptError,
     StoreError,
+    StoreFullError,
+    StoreUnavailableError,
     StoreVersionError,
 )
 
 BUSY_TIMEOUT_S: Final = 5.0
 """A turn is written in milliseconds: whoever holds the file for this long is stuck."""
 _RETRY_S: Final = 0.01
+_LEAST_ROOM_BYTES: Final = 2**16
+"""The shared index of the log takes half of that, and the log a page and its head."""
 _BUSY: Final = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
 _CORRUPT: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_AS_DAMAGED: Final = {
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_INTERNAL,
+    sqlite3.SQLITE_NOTFOUND,
+    sqlite3.SQLITE_SCHEMA,
+    sqlite3.SQLITE_FORMAT,
+    sqlite3.SQLITE_RANGE,
+    sqlite3.SQLITE_MISMATCH,
+    sqlite3.SQLITE_CONSTRAINT,
+}
+"""What SQLite says of statements that are right where the tables are those that we made, and the indexes
+say what they do. So that is not so, which a check of the pages alone does not see: a flipped bit in the
+text that describes a table is enough."""
 _UNUSABLE: Final = {
     sqlite3.SQLITE_READONLY: "it may not be written: allow that, or set RECOLLECT_HOME elsewhere",
     sqlite3.SQLITE_PERM: "it may not be used: allow that, or set RECOLLECT_HOME elsewhere",
     sqlite3.SQLITE_AUTH: "it may not be used: allow that, or set RECOLLECT_HOME elsewhere",
     sqlite3.SQLITE_CANTOPEN: "it cannot be opened: allow that, or set RECOLLECT_HOME elsewhere",
-    sqlite3.SQLITE_FULL: "the disk is full: make room and try again",
     sqlite3.SQLITE_IOERR: "the disk reports an error: check it and the room on it",
     sqlite3.SQLITE_TOOBIG: "the text is too long for it: shorten it",
 }
@@ -62,11 +79,16 @@ class Database:
         self.path: Final = path
         self._timeout_s = busy_timeout_s
         self._lock = threading.Lock()
+        self._is_closed = False
         self._connection: sqlite3.Connection | None = None
-        with translated(path), _opening:
-            _create_private(path)
-            self._inspect()
-            self._connection = self._connect()
+        self._refusal: StoreError | None = None  # why it can be read only
+        try:
+            self._connection = self._opened()
+        except (StoreBusyError, StoreCorruptError, StoreVersionError):
+            raise
+        except StoreError as refusal:
+            self._connection = self._opened_to_read(refusal)
+            self._refusal = refusal
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -76,23 +98,31 @@ class Database:
         Raises:
             StoreError: It cannot be read; the subclass says why.
         """
-        with self._transaction("BEGIN DEFERRED") as connection:
+        # The second statement takes the state that is shown, so that what is in its way shows here.
+        begin = ("BEGIN DEFERRED", "SELECT 1 FROM sqlite_master LIMIT 1")
+        with self._transaction(begin, self._deadline(), to_write=False) as connection:
             yield connection
 
     @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
+    def writing(self, deadline: float | None = None) -> Iterator[sqlite3.Connection]:
         """
         Write all or nothing; what is written is on the disk when this returns.
+
+        Args:
+            deadline: When not to wait for others any longer, by `time.monotonic`, be they threads
+                of this process or other programs; None: after the time that the database was told.
 
         Raises:
             StoreError: It cannot be written; nothing was changed, and the subclass says why.
         """
-        with self._transaction("BEGIN IMMEDIATE") as connection:
+        if deadline is None:
+            deadline = self._deadline()
+        with self._transaction(("BEGIN IMMEDIATE",), deadline, to_write=True) as connection:
             yield connection
 
     def empty_log(self) -> None:
         """Move what was written into the main file where nobody is in the way, and cut the log."""
-        with self._taken() as connection:
+        with self._taken(self._deadline(), to_write=True) as connection, self._patient(connection):
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def rewrite(self) -> None:
@@ -102,7 +132,7 @@ class Database:
         Raises:
             StoreBusyError: Somebody still reads what was there before, so it cannot go.
         """
-        with self._taken() as connection:
+        with self._taken(self._deadline(), to_write=True) as connection, self._patient(connection):
             connection.execute("VACUUM")
             is_busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if is_busy:
@@ -111,9 +141,13 @@ class Database:
     def close(self) -> None:
         """Close the file. Calling it again does nothing."""
         with self._lock:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+            self._is_closed = True
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def __enter__(self) -> Self:
         return self
@@ -121,30 +155,138 @@ class Database:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _deadline(self) -> float:
+        return time.monotonic() + self._timeout_s
+
     @contextmanager
-    def _taken(self) -> Iterator[sqlite3.Connection]:
+    def _taken(self, deadline: float, *, to_write: bool) -> Iterator[sqlite3.Connection]:
         """Take the connection for this thread."""
-        if not self._lock.acquire(timeout=self._timeout_s):
+        if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise _busy_error(self.path)
         try:
-            if self._connection is None:
+            if self._is_closed:
                 raise MisuseError(f"{self.path.name} has been closed.")
+            if self._refusal is not None or self._connection is None:
+                self._open_again(to_write=to_write)
+            assert self._connection is not None, "it has just been opened"
             with translated(self.path):
                 yield self._connection
         finally:
             self._lock.release()
 
     @contextmanager
-    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        with self._taken() as connection:
-            connection.execute(begin)
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:  # SQLite ends some failed ones itself
-                    connection.execute("ROLLBACK")
+    def _transaction(
+        self, begin: Sequence[str], deadline: float, *, to_write: bool
+    ) -> Iterator[sqlite3.Connection]:
+        """Show a transaction; the threads of this process go on while another program is in its way."""
+        while True:
+            with self._taken(deadline, to_write=to_write) as connection:
+                if self._has_begun(connection, begin, deadline):
+                    try:
+                        yield connection
+                        connection.execute("COMMIT")
+                    except BaseException:
+                        if connection.in_transaction:  # SQLite ends some failed ones itself
+                            connection.execute("ROLLBACK")
+                        raise
+                    return
+            time.sleep(_RETRY_S)
+
+    def _has_begun(
+        self, connection: sqlite3.Connection, begin: Sequence[str], deadline: float
+    ) -> bool:
+        """Begin a transaction; return False where another program is in its way, and there is time."""
+        try:
+            for statement in begin:
+                connection.execute(statement).fetchall()
+        except sqlite3.OperationalError as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            if _primary_code(error) not in _BUSY or time.monotonic() >= deadline:
                 raise
+            return False
+        return True
+
+    @contextmanager
+    def _patient(self, connection: sqlite3.Connection) -> Iterator[None]:
+        """Have SQLite itself wait for others, in statements that cannot be tried again."""
+        connection.execute(f"PRAGMA busy_timeout = {int(self._timeout_s * 1000)}")
+        try:
+            yield
+        finally:
+            connection.execute("PRAGMA busy_timeout = 0")
+
+    def _opened(self) -> sqlite3.Connection:
+        """
+        Return a connection that can write, to a file that is made or brought up to date if needed.
+
+        Raises:
+            StoreError: The subclass says why there is none.
+        """
+        with translated(self.path), _opening:
+            _create_private(self.path)
+            self._inspect()
+            connection = self._connect()
+        connection.execute("PRAGMA busy_timeout = 0")  # see `_transaction`
+        return connection
+
+    def _opened_to_read(self, refusal: StoreError) -> sqlite3.Connection:
+        """
+        Return a connection to a file that cannot be written, such as one on a full or a read-only disk.
+
+        SQLite needs a file beside one in WAL mode, of what others write. Where it cannot have that and
+        the log is empty nobody can be writing, and it is told so.
+
+        Raises:
+            StoreError: *refusal*, where it cannot be read either.
+        """
+        log = self.path.with_name(f"{self.path.name}-wal")
+        modes = ["ro"]
+        with suppress(OSError):
+            if not log.exists() or not log.stat().st_size:
+                modes.append("ro&immutable=1")
+        for mode in modes:
+            with suppress(StoreFullError, StoreUnavailableError), translated(self.path):
+                connection = self._open(mode)
+                try:
+                    self._require_current(connection, refusal)
+                except BaseException:
+                    connection.close()
+                    raise
+                connection.execute("PRAGMA busy_timeout = 0")  # see `_transaction`
+                return connection
+        raise refusal
+
+    def _require_current(self, connection: sqlite3.Connection, refusal: StoreError) -> None:
+        """
+        Check that a file that cannot be written can be read as it is.
+
+        Raises:
+            StoreVersionError: A newer version wrote it, or an older one, and it cannot be converted.
+            StoreError: *refusal*, where nothing has been written to it yet.
+        """
+        version, newest = schema.version(connection), len(schema.MIGRATIONS)
+        if version == 0:
+            raise refusal
+        if version != newest:
+            raise StoreVersionError(
+                f"{self.path} has version {version}, this recollect reads {newest}, and it cannot be "
+                "converted where nothing can be written: make room, or allow writing."
+            )
+
+    def _open_again(self, *, to_write: bool) -> None:
+        """Open a file anew that could not be written before: what was in the way may be gone."""
+        self._let_go()
+        if not to_write:
+            assert self._refusal is not None, "else it would be open"
+            self._connection = self._opened_to_read(self._refusal)
+            return
+        try:
+            self._connection = self._opened()
+        except StoreError as refusal:
+            self._refusal = refusal
+            raise
+        self._refusal = None
 
     def _inspect(self) -> None:
         """Refuse a file that cannot be used, through a connection that cannot change it."""
@@ -230,11 +372,22 @@ def translated(path: Path) -> Iterator[None]:
             raise _busy_error(path) from error
         if code in _CORRUPT:
             raise corrupt_error(path, str(error)) from error
+        if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _has_no_room(path)):
+            raise _full_error(path, str(error)) from error
         if code in _UNUSABLE:
-            raise StoreError(f"{path} cannot be used ({error}): {_UNUSABLE[code]}.") from error
-        raise  # a constraint or a statement of ours: a bug
+            raise StoreUnavailableError(
+                f"{path} cannot be used ({error}): {_UNUSABLE[code]}."
+            ) from error
+        if code in _AS_DAMAGED:
+            raise corrupt_error(path, str(error)) from error
+        raise  # a call that Python's module refuses: a bug
+    except UnicodeDecodeError as error:
+        # SQLite says what is wrong with the text of a table, and Python cannot read that.
+        raise corrupt_error(path, "what describes its tables is no text") from error
     except OSError as error:
-        raise StoreError(
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise _full_error(path, str(error.strerror)) from error
+        raise StoreUnavailableError(
             f"{path} cannot be used ({error.strerror}): allow it, or set RECOLLECT_HOME elsewhere."
         ) from error
 
@@ -244,6 +397,21 @@ def corrupt_error(path: Path, found: str) -> StoreCorruptError:
     return StoreCorruptError(
         f"{path} is damaged ({found}) and was left as it is: put a backup in its place, or move "
         "it away to begin a new one."
+    )
+
+
+def _has_no_room(path: Path) -> bool:
+    """Return whether the disk is too full even to open a file; SQLite calls that an error of the disk."""
+    try:
+        return shutil.disk_usage(path.parent).free < _LEAST_ROOM_BYTES
+    except OSError:
+        return False
+
+
+def _full_error(path: Path, found: str) -> StoreFullError:
+    return StoreFullError(
+        f"{path} cannot be written ({found}), the disk is full: make room and try again. What was "
+        "said before can be read."
     )
 
 

@@ -24,6 +24,8 @@ from recollect.types import ToolLinks
 
 _REMEDY: Final = "export the conversation again with `recollect conversations export --format json`"
 _KINDS: Final[dict[type, str]] = {str: "text", list: "a list", dict: "an object"}
+MOST_JSON_BYTES: Final = 128 << 20
+"""Of a conversation as JSON: ten million generated tokens. Read, it takes ten times that."""
 _USAGE_DEPTH: Final = 8
 """Usage is flat today, or nearly: more than this is an attempt to break something."""
 
@@ -180,6 +182,10 @@ def _usage(value: dict[str, Any], where: str) -> dict[str, Any] | None:
     usage: dict[str, Any] | None = _optional(value, "usage", dict, where)
     if not _is_shallow(usage, _USAGE_DEPTH):
         _refuse(f"'usage' of {where} is nested more than {_USAGE_DEPTH} deep")
+    try:
+        require_text(json.dumps(usage, ensure_ascii=False))
+    except ConversationError:
+        _refuse(f"'usage' of {where} holds half a character")
     return usage
 
 

@@ -5,23 +5,28 @@ Knows no model and no session: it keeps what it is given and gives it back.
 """
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from recollect.cipher import Cipher
 from recollect.conversation import audit
 from recollect.conversation.conversion import match_key
 from recollect.conversation.database import BUSY_TIMEOUT_S, Database
-from recollect.conversation.labels import Label, labels_of, read_label, write_label
+from recollect.conversation.entries import remove_entry, write_entry
+from recollect.conversation.labels import Label, labels_of, notes_of, read_label, write_label
 from recollect.conversation.records import (
     ConversationInfo,
     ConversationRecord,
+    Entry,
     NewNode,
     NodeRecord,
+    Page,
     StoredConversation,
+    TakenBack,
+    Written,
     require_name,
 )
 from recollect.conversation.rows import (
@@ -31,19 +36,19 @@ from recollect.conversation.rows import (
 )
 from recollect.conversation.sealing import Sealing
 from recollect.conversation.statements import (
+    conversation_info_of,
     conversation_infos,
+    delete_conversation,
     empty_record,
     find_conversation,
     insert_conversation,
     read_tips,
     remove_tip,
     require_free,
-    require_node,
-    touch,
-    write_model,
     write_name,
     write_tip,
 )
+from recollect.errors import UnknownConversationError
 
 JOURNAL_NAME: Final = "conversations.sqlite3"
 
@@ -110,15 +115,45 @@ class Journal:
         """Return where the file is."""
         return self._database.path
 
-    def conversations(self, namespace: str = "") -> list[ConversationInfo]:
+    def conversations(
+        self, namespace: str = "", *, page: Page | None = None
+    ) -> list[ConversationInfo]:
         """
-        Return all conversations of a namespace, the one that was used last first.
+        Return all conversations of a namespace, or a page of them; the one that was used last first.
+
+        Reads no text of theirs, so it costs the same however much was said.
+
+        Raises:
+            UnknownConversationError: The page comes after a conversation that is not there.
+            StoreError: The file cannot be read.
+        """
+        with self._reading() as connection:
+            return conversation_infos(connection, self._sealing, self.path, namespace, page)
+
+    def info(self, conversation_id: int) -> ConversationInfo:
+        """
+        Return what a list says of one conversation, in whatever namespace.
+
+        Raises:
+            UnknownConversationError: There is none of that id.
+            StoreError: The file cannot be read.
+        """
+        with self._reading() as connection:
+            return conversation_info_of(connection, self._sealing, self.path, conversation_id)
+
+    def find(self, name: str, *, namespace: str = "") -> ConversationInfo | None:
+        """
+        Return what a list says of a conversation of a namespace; None where none has that name.
 
         Raises:
             StoreError: The file cannot be read.
         """
         with self._reading() as connection:
-            return conversation_infos(connection, self._sealing, self.path, namespace=namespace)
+            try:
+                row = find_conversation(connection, self._sealing, name, namespace)
+            except UnknownConversationError:
+                return None
+            return conversation_info_of(connection, self._sealing, self.path, row[0])
 
     def create(
         self, name: str | None = None, *, model: str, fingerprint: str, namespace: str = ""
@@ -147,7 +182,41 @@ class Journal:
             conversation_id = insert_conversation(
                 connection, self._sealing, empty, find_free=name is None
             )
-            return conversation_infos(connection, self._sealing, self.path, conversation_id)[0]
+            return conversation_info_of(connection, self._sealing, self.path, conversation_id)
+
+    def begin(
+        self,
+        name: str | None,
+        entry: Entry,
+        *,
+        model: str,
+        fingerprint: str,
+        namespace: str = "",
+        deadline: float | None = None,
+    ) -> Written:
+        """
+        Begin a conversation with something in it, all of it or nothing.
+
+        Args:
+            name, model, fingerprint, namespace: As for `create`.
+            entry: Its beginning.
+            deadline: When not to wait for others any longer, by `time.monotonic`; None: after
+                the time that `open` was told.
+
+        Raises:
+            NameTakenError, ConversationError, StoreError: As `create` does.
+        """
+        empty = empty_record(
+            _today() if name is None else name,
+            model=model,
+            fingerprint=fingerprint,
+            namespace=namespace,
+        )
+        with self._writing(deadline) as connection:
+            conversation_id = insert_conversation(
+                connection, self._sealing, empty, find_free=name is None
+            )
+            return write_entry(connection, self._sealing, conversation_id, entry)
 
     def add(self, conversation: ConversationRecord, name: str | None = None) -> ConversationInfo:
         """
@@ -175,7 +244,7 @@ class Journal:
                 )
             for tip, node_id in conversation.tips.items():
                 write_tip(connection, self._sealing, conversation_id, tip, ids[node_id])
-            return conversation_infos(connection, self._sealing, self.path, conversation_id)[0]
+            return conversation_info_of(connection, self._sealing, self.path, conversation_id)
 
     def append(
         self,
@@ -203,18 +272,55 @@ class Journal:
             ConversationError: A text, or the tip's name, cannot be kept.
             StoreError: It cannot be written.
         """
-        now = datetime.now(UTC)
-        ids: list[int] = []
+        entry = Entry(nodes=nodes, parent_id=parent_id, tip=tip)
+        return list(self.write(conversation_id, entry).ids)
+
+    def write(
+        self, conversation_id: int, entry: Entry, *, deadline: float | None = None
+    ) -> Written:
+        """
+        Keep an entry; it is on the disk when this returns.
+
+        Args:
+            conversation_id: Of the conversation.
+            entry: What is written; without nodes, the tip alone moves, to the parent.
+            deadline: As in `begin`.
+
+        Raises:
+            UnknownConversationError, UnknownNodeError, ConversationError, StoreError: As `append`.
+        """
+        with self._writing(deadline) as connection:
+            return write_entry(connection, self._sealing, conversation_id, entry)
+
+    def take_back(
+        self,
+        conversation_id: int,
+        ids: Sequence[int],
+        *,
+        tip: str | None,
+        back_to: int | None,
+        began: bool,
+    ) -> TakenBack:
+        """
+        Let nodes go again that were written last, and that nothing has come of.
+
+        Where others have written since, or have named such a node, the nodes stay: they have been
+        seen. The tip goes back in any case, unless somebody has moved it.
+
+        Args:
+            conversation_id: Of the conversation.
+            ids: Of the nodes, each the parent of the next.
+            tip: Which was moved to the last of them; None: none was.
+            back_to: Where it stood before; None is the root.
+            began: Whether the conversation began with them, and goes with them.
+
+        Raises:
+            StoreError: It cannot be written.
+        """
         with self._writing() as connection:
-            touch(connection, conversation_id, now)
-            require_node(connection, conversation_id, parent_id)
-            last = parent_id
-            for node in nodes:
-                last = insert_node(connection, self._sealing, conversation_id, last, node, now)
-                ids.append(last)
-            if tip is not None:
-                write_tip(connection, self._sealing, conversation_id, tip, last)
-        return ids
+            return remove_entry(
+                connection, self._sealing, conversation_id, ids, tip, back_to, began=began
+            )
 
     def set_tip(self, conversation_id: int, name: str, node_id: int | None) -> None:
         """
@@ -223,10 +329,7 @@ class Journal:
         Raises:
             UnknownConversationError, UnknownNodeError, ConversationError, StoreError: As `append`.
         """
-        with self._writing() as connection:
-            touch(connection, conversation_id, datetime.now(UTC))
-            require_node(connection, conversation_id, node_id)
-            write_tip(connection, self._sealing, conversation_id, name, node_id)
+        self.write(conversation_id, Entry(nodes=(), parent_id=node_id, tip=name))
 
     def drop_tip(self, conversation_id: int, name: str) -> bool:
         """
@@ -237,18 +340,6 @@ class Journal:
         """
         with self._writing() as connection:
             return remove_tip(connection, self._sealing, conversation_id, name)
-
-    def set_model(self, conversation_id: int, *, model: str, fingerprint: str) -> None:
-        """
-        Note that a conversation goes on with another model; its nodes keep their fingerprints.
-
-        Raises:
-            UnknownConversationError: It has been deleted.
-            StoreError: It cannot be written.
-        """
-        with self._writing() as connection:
-            touch(connection, conversation_id, datetime.now(UTC))
-            write_model(connection, self._sealing, conversation_id, model, fingerprint)
 
     def load(self, name_or_id: str | int, *, namespace: str = "") -> StoredConversation:
         """
@@ -290,14 +381,7 @@ class Journal:
         """
         with self._writing() as connection:
             conversation_id = find_conversation(connection, self._sealing, name_or_id, namespace)[0]
-            for statement in (
-                "DELETE FROM labels WHERE conversation_id = ?",
-                "DELETE FROM tips WHERE conversation_id = ?",
-                # All nodes in one statement: their references to each other are checked at its end.
-                "DELETE FROM nodes WHERE conversation_id = ?",
-                "DELETE FROM conversations WHERE id = ?",
-            ):
-                connection.execute(statement, (conversation_id,))
+            delete_conversation(connection, conversation_id)
         # Until the log is cut, it still holds the pages as they were.
         self._database.empty_log()
 
@@ -341,6 +425,16 @@ class Journal:
         with self._reading() as connection:
             return labels_of(connection, self._sealing, conversation_id)
 
+    def notes(self, conversation_ids: Sequence[int]) -> dict[int, Mapping[str, Any]]:
+        """
+        Return what is noted of conversations themselves, by their ids; only where something is.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with self._reading() as connection:
+            return notes_of(connection, self._sealing, conversation_ids)
+
     def delete_label(self, name: str) -> None:
         """
         Forget a label, but not what it named.
@@ -364,6 +458,16 @@ class Journal:
         with self._reading() as connection:
             return list(audit.problems(connection, self._sealing))
 
+    def wait(self) -> None:
+        """
+        Wait until nobody else writes; another one may begin at once.
+
+        Raises:
+            StoreError: It does not come free, or cannot be written at all.
+        """
+        with self._writing():
+            pass
+
     def close(self) -> None:
         """Close the file. Calling it again does nothing."""
         self._database.close()
@@ -375,8 +479,8 @@ class Journal:
             yield connection
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._database.writing() as connection:
+    def _writing(self, deadline: float | None = None) -> Iterator[sqlite3.Connection]:
+        with self._database.writing(deadline) as connection:
             self._sealing.require_unchanged(connection)
             yield connection
 

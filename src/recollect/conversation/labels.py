@@ -6,13 +6,13 @@ Each function is part of somebody else's transaction. Knows no protocol: a note 
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Final
 
+from recollect.conversation.records import is_whole, is_writable, mended, require_writable
 from recollect.conversation.sealing import Place, Sealing
-from recollect.conversation.statements import require_node, touch
+from recollect.conversation.statements import require_conversation, require_node
 
 LABEL_COLUMNS: Final = "label, conversation_id, node_id, note"
 
@@ -36,8 +36,9 @@ def write_label(connection: sqlite3.Connection, sealing: Sealing, label: Label) 
     Raises:
         UnknownConversationError: It has been deleted.
         UnknownNodeError: The node is not in it.
+        ConversationError: Its note could not be written out again.
     """
-    touch(connection, label.conversation_id, datetime.now(UTC))
+    require_conversation(connection, label.conversation_id)
     require_node(connection, label.conversation_id, label.node_id)
     connection.execute(
         "INSERT OR REPLACE INTO labels (label, conversation_id, node_id, note) VALUES (?, ?, ?, ?)",
@@ -48,13 +49,37 @@ def write_label(connection: sqlite3.Connection, sealing: Sealing, label: Label) 
 def read_label(
     connection: sqlite3.Connection, sealing: Sealing, name: str, namespace: str
 ) -> Label | None:
-    """Return a label of a conversation in a namespace; None where there is none."""
+    """
+    Return a label of a conversation in a namespace; None where there is none.
+
+    The one that a conversation has had from the first is there, with an empty note, also where
+    nothing was ever noted.
+    """
+    if not is_whole(name):  # which SQLite could not even be asked for
+        return None
     row = connection.execute(
         "SELECT l.label, l.conversation_id, l.node_id, l.note FROM labels l "
         "JOIN conversations c ON c.id = l.conversation_id WHERE l.label = ? AND c.namespace = ?",
         (name, namespace),
     ).fetchone()
-    return None if row is None else open_label(sealing, row)
+    if row is not None:
+        return open_label(sealing, row)
+    row = connection.execute(
+        "SELECT id FROM conversations WHERE label = ? AND namespace = ?", (name, namespace)
+    ).fetchone()
+    return None if row is None else Label(name=name, conversation_id=row[0])
+
+
+def notes_of(
+    connection: sqlite3.Connection, sealing: Sealing, conversation_ids: Sequence[int]
+) -> dict[int, Mapping[str, Any]]:
+    """Return what is noted of conversations themselves, of those of which something is."""
+    rows = connection.execute(
+        "SELECT l.label, l.conversation_id, l.node_id, l.note FROM conversations c "
+        "JOIN labels l ON l.label = c.label WHERE c.id IN (SELECT value FROM json_each(?))",
+        (json.dumps(list(conversation_ids)),),
+    ).fetchall()
+    return {label.conversation_id: label.note for label in (open_label(sealing, r) for r in rows)}
 
 
 def labels_of(
@@ -87,11 +112,36 @@ def open_label(sealing: Sealing, row: tuple[Any, ...]) -> Label:
     """
     name, conversation_id, node_id, kept = row
     note = sealing.read_text(kept, _place(name, conversation_id, node_id), f"the label {name}")
-    return Label(name=name, conversation_id=conversation_id, node_id=node_id, note=json.loads(note))
+    return Label(
+        name=name,
+        conversation_id=conversation_id,
+        node_id=node_id,
+        note=_read_note(note, sealing, name),
+    )
+
+
+def _read_note(text: str, sealing: Sealing, name: str) -> Mapping[str, Any]:
+    """
+    Return a note that can be shown.
+
+    Versions before this one kept whatever they were given. A list has to show the others all the
+    same, so of such a note what can be shown is.
+    """
+    try:
+        note = json.loads(text)
+    except RecursionError:
+        return {}
+    except ValueError:
+        note = None
+    if not isinstance(note, dict):
+        raise sealing.not_as_written(f"the label {name}")
+    shown: dict[str, Any] = note if is_writable(note) else mended(note)
+    return shown
 
 
 def _note(sealing: Sealing, label: Label) -> str | bytes:
     """Return a label's note as it is kept."""
+    require_writable(label.note, "What is noted of a conversation")
     text = json.dumps(dict(label.note), allow_nan=False)
     return sealing.seal(text, _place(label.name, label.conversation_id, label.node_id))
 

@@ -7,10 +7,12 @@ Decides which runtime runs it and where its KV is kept; knows nothing of convers
 import logging
 from pathlib import Path
 
-from recollect import config, keyfile
+from recollect import config, files, keyfile
 from recollect.cipher import KV_PURPOSE, Cipher
 from recollect.conversation.model import Model
 from recollect.kv.disk import STORE_FOLDER, DiskStore
+from recollect.kv.environment import translated
+from recollect.kv.opening import is_there, open_existing
 from recollect.models.catalog import DEFAULT_MODEL
 from recollect.models.local import LocalModel
 from recollect.models.prepare import prepare
@@ -31,7 +33,9 @@ def load(
     store: DiskStore | None = None,
     home: Path | None = None,
     cipher: Cipher | None = None,
+    allow_native_code: str | None = None,
     progress: Progress = no_progress,
+    offline: bool | None = None,
 ) -> Model:
     """
     Return a model that is ready to talk, after fetching and converting it where that is needed.
@@ -48,7 +52,12 @@ def load(
         store: Where KV is kept on disk instead, open; closed with the model.
         home: Where models are kept; None: `RECOLLECT_HOME` or the user's data folder.
         cipher: Of an encrypted home; None: that of its keyring, or of `RECOLLECT_PASSPHRASE`.
+        allow_native_code: The one native library that an ONNX GenAI folder may load, which then can
+            do anything that you can: the name of a file in the folder, or a path to one that
+            belongs to the vendor's software. None: such folders are refused.
         progress: Called while fetching and converting.
+        offline: Whether a model that is not here is refused and not fetched; None: as
+            `RECOLLECT_OFFLINE` says, which is no where it is not set.
 
     Raises:
         ModelError: It cannot be had or read; the subclass says which.
@@ -57,12 +66,19 @@ def load(
         StoreError: KV cannot be kept on disk.
     """
     config.parse_profile(profile)
-    home = home or config.home()
+    home = config.home() if home is None else config.require_folder(home)
     if cipher is None:
         cipher = keyfile.unlock(home)
     else:
         keyfile.require(home, cipher)
-    local = prepare(str(model), home=home, progress=progress)
+    _warn_of_writers(home)
+    local = prepare(
+        str(model),
+        home=home,
+        allow_native_code=allow_native_code,
+        progress=progress,
+        offline=offline,
+    )
     runtime = _runtime(local, profile)
     store = store or _store(home, kv_disk, cipher, runtime)
     try:
@@ -81,6 +97,18 @@ def load(
         raise
 
 
+def _warn_of_writers(home: Path) -> None:
+    """Say in one line who else may change the data folder, if anybody may."""
+    who = files.others_may_write(home) if home.exists() else None
+    if who is not None:
+        _log.warning(
+            "The data folder %s can be changed by others (%s): they can change models and what was "
+            "said; `chmod 700` it, or set RECOLLECT_HOME to a folder of yours.",
+            home,
+            who,
+        )
+
+
 def _store(
     home: Path, kv_disk: int | None, cipher: Cipher | None, runtime: PagedRuntime
 ) -> DiskStore | None:
@@ -93,12 +121,15 @@ def _store(
             )
         return None
     folder = home / STORE_FOLDER
-    budget = (
-        config.default_kv_disk_bytes(folder)
-        if kv_disk is None
-        else config.require_disk_size(kv_disk)
-    )
     sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
+    with translated(folder):
+        budget = (
+            config.default_kv_disk_bytes(folder)
+            if kv_disk is None
+            else config.require_disk_size(kv_disk)
+        )
+    if kv_disk is None and not budget and is_there(folder):
+        return open_existing(folder, sealer)  # the disk is full: what is there can be read
     return DiskStore(folder, budget_bytes=budget, sealer=sealer) if budget else None
 
 
@@ -110,7 +141,13 @@ def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:
     if local.format == "onnx-genai":
         from recollect.runtime.genai import GenAiRuntime  # noqa: PLC0415 - as below
 
-        return GenAiRuntime(local.folder, context_length=local.context_length)
+        assert local.onnx_config is not None, "it was read with the folder"
+        return GenAiRuntime(
+            local.folder,
+            local.onnx_config,
+            context_length=local.context_length,
+            native_library=local.native_library,
+        )
     # Here and not above: it takes half a second, which `recollect --help` need not wait for.
     from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415
 

@@ -1,39 +1,105 @@
 """
-Find the nodes that messages sent as text came from.
+Find what is known of messages that a client sends as text.
 
 A client that sends the whole conversation each time gets its replies back as the token ids that
-were generated. Pure bookkeeping over trees: no runtime, no encoding.
+were generated. What was said is kept here as values, each message once, whoever said it again and
+however many chats go on from it; conversations and sessions come and go without it. Pure
+bookkeeping: no runtime, no encoding.
 """
 
 import threading
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from sys import getsizeof
+from typing import Final
 
+from recollect.conversation.known_tools import KnownTools
 from recollect.conversation.messages import to_node
-from recollect.conversation.records import NewNode
+from recollect.conversation.records import NewNode, pack_token_ids, unpack_token_ids
+from recollect.conversation.tools import Tools
 from recollect.conversation.tree import ROOT_KEY, Node, message_key
-from recollect.types import Message, common_prefix_length
+from recollect.types import Message, Role
 
-if TYPE_CHECKING:  # a conversation tells the index of its nodes, so the import would be a circle
-    from recollect.conversation.conversation import Conversation
+MOST_MESSAGES: Final = 20_000
+"""
+Messages of a model that are known, in all namespaces together.
 
-_MOST_MESSAGES: Final = 20_000
-"""Messages of a namespace that can be found, about 5 kB of memory each; the ones found or added
-longest ago are forgotten first, and their replies are still known on disk. Source: benchmarks/soak.py."""
+Those found or added longest ago are forgotten first; replies are still known on disk, where KV is
+kept there. Source: benchmarks/soak.py, where fourteen clients of the reference model say 4,000 in a
+minute; a model with weights takes longer, and a chat that goes on comes back sooner.
+"""
+
+MOST_BYTES: Final = 64 << 20
+"""Of these messages: their texts and token ids, and what holds them. Long texts are fewer then."""
+
+_ENTRY_BYTES: Final = 750
+"""What a message takes beside its text and its ids: the objects that hold it, its places in the
+tables and among its siblings. Source: tracemalloc over 20,000 short chats, rounded up."""
+
+_USAGE_BYTES: Final = 600
+"""What the figures of a reply take. Source: tracemalloc, as above."""
+
+_MOST_ANSWERS: Final = 8
+"""Different sets of tools that are remembered with which one message was answered."""
 
 _SHOWN_CHARACTERS: Final = 60
 
 
+@dataclass(eq=False, slots=True)
+class Known:
+    """A message that was said, after those that were said before it. Owned by its index."""
+
+    namespace: str
+    key: bytes
+    """As `Node.key`."""
+    parent: "Known | None"
+    """None: this is the beginning of all that is said in its namespace, and no message."""
+    message: NewNode
+    """Without its token ids, which are packed."""
+    packed_ids: bytes | None = None
+    tools: bytes | None = None
+    """Which tools a reply could call; a name that `KnownTools` gave."""
+    answers: list[bytes] = field(default_factory=list)
+    """The same of the replies to this message, each once, the newest last."""
+    next: dict[Role, list["Known"]] = field(default_factory=dict)
+    """What was said after this, by who said it, sorted by text."""
+    size: int = 0
+    """The bytes that it is counted with."""
+    after_system: bytes | None = None
+    """Under which name it is known as a first question, for its instructions to be found."""
+
+    @property
+    def text(self) -> str:
+        """Return what the message says."""
+        return self.message.content
+
+    def path(self) -> list["Known"]:
+        """Return the messages from the first to this one."""
+        path, one = [], self
+        while one.parent is not None:
+            path.append(one)
+            one = one.parent
+        return path[::-1]
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The longest beginning of a list of messages that is known."""
+    """The longest beginning of a list of messages that is known, as it was at that time."""
 
-    conversation: "Conversation"
-    node: Node
-    messages: int
-    """How many of the messages lead to `node`."""
+    path: tuple[tuple[bytes, NewNode], ...]
+    """The messages with their keys, replies with the ids that were generated."""
+    tools: Tools | None = None
+    """Which the last of these replies could call; None: nobody knows, or there is none."""
+    answers: tuple[Tools, ...] = ()
+    """Which the replies to the last message could call that are known, the different ones."""
+
+    @property
+    def messages(self) -> int:
+        """Return how many messages these are."""
+        return len(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,56 +115,207 @@ class Change:
     """The same of the new text."""
 
 
-class MessageIndex:
+class KnownMessages:
     """
-    Which node stands for which messages, in one namespace.
+    What was said in all namespaces of a model, up to a bound.
 
-    Owned by a model; safe from any thread.
+    Owned by a model; `MessageIndex` is how it is used. Safe from any thread.
 
     Invariants:
-        1. A key leads to a node that has it, and the node is of the conversation beside it.
-        2. At most `_MOST_MESSAGES` keys.
+        1. Every message but the first of a namespace is among those after its parent, once, and
+           these are sorted.
+        2. A message was used no later than the one before it. So what is forgotten first is the
+           end of a conversation, and what is left can be found.
+        3. `held_bytes` is the sum over all messages. After each call it is at most `MOST_BYTES`,
+           and there are at most `MOST_MESSAGES`.
     """
 
     def __init__(self) -> None:
-        self._nodes: OrderedDict[bytes, tuple[Conversation, Node]] = OrderedDict()
-        self._after_system: OrderedDict[str, Node] = OrderedDict()  # first question to instructions
-        self._lock = threading.Lock()
+        self.lock: Final = threading.Lock()
+        self.held_bytes = 0
+        self.tools: Final = KnownTools()
+        self._all: OrderedDict[tuple[str, bytes], Known] = OrderedDict()
+        self._roots: dict[str, Known] = {}
+        self._questions: dict[tuple[str, bytes], Known] = {}  # first questions after instructions
 
     def __len__(self) -> int:
-        """Return how many messages can be found."""
-        return len(self._nodes)
+        """Return how many messages are known."""
+        return len(self._all)
 
-    def add(self, conversation: "Conversation", node: Node) -> None:
+    def get(self, namespace: str, key: bytes) -> Known | None:
+        """Return a message, or the root of its namespace; None where it is not known."""
+        if key == ROOT_KEY:
+            return self._roots.get(namespace)
+        return self._all.get((namespace, key))
+
+    def put(self, namespace: str, parent: Known | None, node: Node, *, is_new: bool) -> Known:
         """
-        Let a node be found.
+        Return the message that a node has, which is known from now on; bounds are not looked at.
+
+        Args:
+            namespace: Whose it is.
+            parent: What it follows; None: nothing.
+            node: The message.
+            is_new: Whether it was said just now, and not only found above what was.
+        """
+        known = self._all.get((namespace, node.key))
+        if known is not None:
+            if is_new and (known.packed_ids is None or node.token_ids is not None):
+                self._take(known, node)
+            return known
+        if parent is None:
+            parent = self._roots.setdefault(namespace, _root(namespace))
+        known = Known(namespace, node.key, parent, _without_ids(node))
+        self._all[namespace, node.key] = known
+        self._take(known, node, is_new=True)
+        if parent.parent is not None and parent.message.role == "system":
+            known.after_system = _digest(node.content)
+            self._questions[namespace, known.after_system] = known
+        return known
+
+    def touch(self, known: Known) -> None:
+        """Note that a message was used; what comes before it is to be touched after it."""
+        self._all.move_to_end((known.namespace, known.key))
+
+    def question(self, namespace: str, text: str) -> Known | None:
+        """Return a message that says this after instructions; None where none is known."""
+        return self._questions.get((namespace, _digest(text)))
+
+    def forget(self) -> None:
+        """Forget what was used longest ago, until the bounds are kept to."""
+        while self._all and (len(self._all) > MOST_MESSAGES or self.held_bytes > MOST_BYTES):
+            _, known = self._all.popitem(last=False)
+            self.held_bytes -= known.size
+            parent = known.parent
+            assert parent is not None, "a root is not in the table"
+            assert not known.next, "what follows is forgotten before it"
+            siblings = parent.next[known.message.role]
+            del siblings[bisect_left(siblings, _order(known), key=_order)]
+            if not siblings:
+                del parent.next[known.message.role]
+            if parent.parent is None and not parent.next:
+                del self._roots[known.namespace]
+            place = (known.namespace, known.after_system or b"")
+            if self._questions.get(place) is known:
+                del self._questions[place]
+
+    def check(self) -> None:
+        """
+        Verify the invariants.
+
+        Raises:
+            AssertionError: One does not hold.
+        """
+        with self.lock:
+            ages = {place: age for age, place in enumerate(self._all)}
+            for (namespace, key), known in self._all.items():
+                parent = known.parent
+                assert (known.namespace, known.key) == (namespace, key), "known under another name"
+                assert parent is not None, "a root is not in the table"
+                assert self.get(namespace, parent.key) is parent, "what comes before is forgotten"
+                assert parent.next[known.message.role].count(known) == 1, "not after its parent"
+                if parent.parent is not None:
+                    assert ages[namespace, key] < ages[namespace, parent.key], (
+                        "used after its parent"
+                    )
+            for one in (*self._all.values(), *self._roots.values()):
+                for siblings in one.next.values():
+                    assert siblings == sorted(siblings, key=_order), "not sorted"
+                    assert all(self._all[one.namespace, s.key] is s for s in siblings), "forgotten"
+            assert set(self._roots) == {namespace for namespace, _ in self._all}, (
+                "an empty namespace"
+            )
+            for (namespace, name), known in self._questions.items():
+                assert self._all[namespace, known.key] is known, "a question that is forgotten"
+                assert known.after_system == name, "another question"
+            self.tools.check()
+            held = sum(known.size for known in self._all.values())
+            assert held == self.held_bytes <= MOST_BYTES, "bytes are not counted right"
+            assert len(self._all) <= MOST_MESSAGES, "too many messages"
+
+    def _take(self, known: Known, node: Node, *, is_new: bool = False) -> None:
+        """Let a message be as a node has it, in its place among those that follow the same."""
+        assert known.parent is not None, "a root says nothing"
+        siblings = known.parent.next.setdefault(known.message.role, [])
+        if not is_new:
+            self.held_bytes -= known.size
+            del siblings[bisect_left(siblings, _order(known), key=_order)]
+        known.message = _without_ids(node)
+        known.packed_ids = None if node.token_ids is None else pack_token_ids(node.token_ids)
+        insort(siblings, known, key=_order)
+        known.size = _size(known.message, known.packed_ids)
+        self.held_bytes += known.size
+
+
+class MessageIndex:
+    """What is known of one namespace. Holds no state but where to look; safe from any thread."""
+
+    def __init__(self, known: KnownMessages | None = None, namespace: str = "") -> None:
+        self._known = KnownMessages() if known is None else known
+        self._namespace = namespace
+
+    def __len__(self) -> int:
+        """Return how many messages are known, in all namespaces."""
+        return len(self._known)
+
+    def add(self, nodes: Sequence[Node]) -> None:
+        """
+        Let nodes be found, and what comes before them.
 
         Of several with the same messages, the last that was generated is found: its KV is the warmest.
+
+        Args:
+            nodes: Parents before their children; the first one's parent is above all of them.
         """
-        with self._lock:
-            known = self._nodes.get(node.key)
-            if known is None or known[1].token_ids is None or node.token_ids is not None:
-                self._nodes[node.key] = (conversation, node)
-            self._nodes.move_to_end(node.key)
-            if node.parent is not None and node.parent.role == "system":
-                self._after_system[node.content] = node.parent
-            for index in (self._nodes, self._after_system):
-                while len(index) > _MOST_MESSAGES:
-                    index.popitem(last=False)
+        if not nodes:
+            return
+        above = nodes[0].path()[:-1]
+        with self._known.lock:
+            known: dict[bytes, Known] = {}
+            for place, node in enumerate((*above, *nodes)):
+                parent = None if node.parent is None else known.get(node.parent.key)
+                is_new = place >= len(above)
+                known[node.key] = self._known.put(self._namespace, parent, node, is_new=is_new)
+            for node in (*reversed(nodes), *reversed(above)):
+                self._known.touch(known[node.key])
+            self._known.forget()
+
+    def note_tools(self, reply: Node, tools: Tools) -> None:
+        """Remember with which tools a reply was generated, as long as it is known."""
+        with self._known.lock:
+            known = self._known.get(self._namespace, reply.key)
+            if known is None or known.parent is None:
+                return
+            known.tools = self._known.tools.note(tools)
+            answers = known.parent.answers
+            if known.tools in answers:
+                answers.remove(known.tools)
+            answers.append(known.tools)
+            del answers[:-_MOST_ANSWERS]
 
     def find(self, messages: Sequence[Message]) -> Found | None:
         """Return the longest known beginning of *messages*; None where not even the first is known."""
-        found = None
-        key = ROOT_KEY
-        with self._lock:
-            for count, message in enumerate(map(to_node, messages), 1):
-                key = message_key(key, message.role, message.content, message.links)
-                if key not in self._nodes:
+        keys = _keys(messages)
+        with self._known.lock:
+            path: list[Known] = []
+            for key in keys:
+                known = self._known.get(self._namespace, key)
+                if known is None:
                     break
-                self._nodes.move_to_end(key)
-                conversation, node = self._nodes[key]
-                found = Found(conversation, node, count)
-        return found
+                path.append(known)
+            if not path:
+                return None
+            for one in reversed(path):
+                self._known.touch(one)
+            tools = next((one.tools for one in reversed(path) if one.tools is not None), None)
+            answers = map(self._known.tools.get, path[-1].answers)
+            found = Found(
+                path=(),
+                tools=None if tools is None else self._known.tools.get(tools),
+                answers=tuple(one for one in answers if one is not None),
+            )
+            taken = [(one.key, one.message, one.packed_ids) for one in path]
+        return replace(found, path=tuple(_unpacked(*one) for one in taken))
 
     def change(self, messages: Sequence[Message], found: Found | None) -> Change | None:
         """
@@ -113,39 +330,103 @@ class MessageIndex:
         if found.messages == len(messages):
             return None
         message = to_node(messages[found.messages])
-        siblings = [node for node in found.node.children if node.role == message.role]
-        if not siblings:
+        with self._known.lock:
+            before = self._known.get(self._namespace, found.path[-1][0])
+            siblings = [] if before is None else before.next.get(message.role, [])
+            # An edit rarely changes the start, so the likeliest origin begins like the message. Where
+            # texts are sorted, it is one of the two that the message would come between.
+            place = bisect_left(siblings, message.content, key=_text)
+            texts = [one.text for one in siblings[max(0, place - 1) : place + 1]]
+        if not texts:
             return None
-        # An edit rarely changes the start, so the likeliest origin begins like the message.
-        origin = max(siblings, key=lambda node: common_prefix_length(node.content, message.content))
-        return described(found.messages, origin, message)
+        origin = max(texts, key=lambda text: _shared_characters(text, message.content))
+        return _difference(found.messages, origin, message)
 
     def _changed_instructions(self, messages: Sequence[Message]) -> Change | None:
         """Return how the system message differs from that of a conversation with the same first question."""
         if len(messages) < 2 or messages[0]["role"] != "system":
             return None
-        known = self._after_system.get(to_node(messages[1]).content)
-        return None if known is None else described(0, known, to_node(messages[0]))
+        question = to_node(messages[1]).content
+        with self._known.lock:
+            known = self._known.question(self._namespace, question)
+            before = None if known is None or known.parent is None else known.parent.text
+        return None if before is None else _difference(0, before, to_node(messages[0]))
 
     def check(self) -> None:
         """
-        Verify the invariants.
+        Verify the invariants of what is known.
 
         Raises:
             AssertionError: One does not hold.
         """
-        assert len(self._nodes) <= _MOST_MESSAGES, "too many messages"
-        for key, (conversation, node) in self._nodes.items():
-            assert node.key == key, "a node is found under another key"
-            conversation.tree.require(node)
+        self._known.check()
 
 
 def described(index: int, known: Node, message: NewNode) -> Change:
     """Return what differs between a known message and the one in its place."""
-    start = common_prefix_length(known.content, message.content)
+    return _difference(index, known.content, message)
+
+
+def _difference(index: int, was: str, message: NewNode) -> Change:
+    start = _shared_characters(was, message.content)
     return Change(
         message=index,
         role=message.role,
-        was=known.content[start : start + _SHOWN_CHARACTERS],
+        was=was[start : start + _SHOWN_CHARACTERS],
         is_now=message.content[start : start + _SHOWN_CHARACTERS],
     )
+
+
+def _root(namespace: str) -> Known:
+    return Known(namespace, ROOT_KEY, None, NewNode(role="system", content=""))
+
+
+def _keys(messages: Sequence[Message]) -> list[bytes]:
+    """Return the name of each message in its place."""
+    keys, key = [], ROOT_KEY
+    for message in map(to_node, messages):
+        key = message_key(key, message.role, message.content, message.links)
+        keys.append(key)
+    return keys
+
+
+def _size(message: NewNode, packed_ids: bytes | None) -> int:
+    ids = 0 if packed_ids is None else len(packed_ids)
+    usage = 0 if message.usage is None else _USAGE_BYTES
+    links = message.links
+    names = () if links is None else (*links.call_ids, links.tool_call_id or "", links.name or "")
+    return _ENTRY_BYTES + getsizeof(message.content) + ids + usage + sum(map(getsizeof, names))
+
+
+def _order(known: Known) -> tuple[str, bytes]:
+    return known.message.content, known.key
+
+
+def _text(known: Known) -> str:
+    return known.message.content
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _without_ids(node: Node) -> NewNode:
+    return replace(node.to_new(), token_ids=None)
+
+
+def _unpacked(key: bytes, message: NewNode, ids: bytes | None) -> tuple[bytes, NewNode]:
+    if ids is not None:
+        message = replace(message, token_ids=unpack_token_ids(ids))
+    return key, message
+
+
+def _shared_characters(first: str, second: str) -> int:
+    """Return how many characters two texts begin with alike; long ones are compared in large steps."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

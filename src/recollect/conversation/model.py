@@ -17,9 +17,9 @@ from recollect.conversation.checkpoints import (
 )
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.journal import JOURNAL_NAME, Journal
-from recollect.conversation.matching import MessageIndex
+from recollect.conversation.matching import KnownMessages, MessageIndex
 from recollect.conversation.prompt import PromptEncoder
-from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, require_name
+from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, Page, require_name
 from recollect.conversation.remembered import RememberedReplies
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
@@ -74,12 +74,17 @@ class Model:
         self._home = home
         self._cipher = cipher
         self._lock = threading.RLock()
+        self._opening = threading.Lock()  # of the journal, which others may hold
         self._journal: Journal | None = None
-        self._indices: dict[str, MessageIndex] = {}
+        self.known: Final = KnownMessages()
+        """What was said, for messages that come as text to be found again."""
         self.profile: Final = profile
         self.tokenizer: Final[Tokenizer] = load_tokenizer(local)
         self.template: Final = ChatTemplate(
-            local.chat_template, bos_token=local.bos_token, eos_token=local.eos_token
+            local.chat_template,
+            bos_token=local.bos_token,
+            eos_token=local.eos_token,
+            is_own=local.folder is None,
         )
         self.weights_fingerprint: Final = local.fingerprint
         self.prompts: Final = PromptEncoder(
@@ -107,7 +112,7 @@ class Model:
     @property
     def journal(self) -> Journal:
         """Return the journal that named conversations are kept in; opened when first needed."""
-        with self._lock:
+        with self._opening:
             if self._journal is None:
                 self._journal = Journal.open(self._home / JOURNAL_NAME, cipher=self._cipher)
             return self._journal
@@ -204,21 +209,14 @@ class Model:
         offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         if not messages:
             raise ConversationError("There are no messages: give at least one.")
-        with self._lock:
-            index = self._index(namespace)
-            found = index.find(messages)
-            change = index.change(messages, found)
-        if found is None:
-            conversation = self._conversation(namespace)
-            tip, known = conversation.tree.root, 0
-        elif found.conversation.is_kept:
-            # What comes as text is no part of a conversation that is kept; its replies' ids are.
-            conversation = self._conversation(namespace)
-            tip, known = conversation.take_over(found.conversation, found.node), found.messages
-        else:
-            conversation, tip, known = found.conversation, found.node, found.messages
-        for message in messages[known:]:
-            tip = conversation.add_unkept(tip, message)
+        index = self._index(namespace)
+        found = index.find(messages)
+        change = index.change(messages, found)
+        # A conversation of its own, which goes when the session does: what is said in others stays
+        # apart, and what comes as text is no part of a conversation that is kept.
+        conversation = self._conversation(namespace)
+        tip = conversation.tree.root if found is None else conversation.take_over(found)
+        tip = conversation.add_unkept(tip, *messages[0 if found is None else found.messages :])
         return Session(
             self,
             conversation,
@@ -266,7 +264,7 @@ class Model:
         if name is None and checkpoint is not None:
             name = self.places.find(checkpoint).conversation
         if name is None:
-            kept = self.sessions()
+            kept = self.journal.conversations(page=Page(limit=1))
             if not kept:
                 raise UnknownConversationError("No conversation is kept yet: start one first.")
             name = kept[0].name
@@ -363,7 +361,7 @@ class Model:
     def close(self) -> None:
         """Give all memory back; its sessions can still be read, not continued."""
         self.engine.close()
-        with self._lock:
+        with self._opening:
             if self._journal is not None:
                 self._journal.close()
                 self._journal = None
@@ -379,7 +377,7 @@ class Model:
         )
 
     def _index(self, namespace: str) -> MessageIndex:
-        return self._indices.setdefault(namespace, MessageIndex())
+        return MessageIndex(self.known, namespace)
 
     def __enter__(self) -> Self:
         return self

@@ -38,11 +38,15 @@ class Place:
         change: Change | None = None,
     ) -> None:
         self.conversation = conversation
-        self.name = name
-        """The conversation's named tip that moves with this place; None: none does."""
+        self._name = name
         self._tip = tip
         self._change = change
         self._busy = threading.Lock()
+
+    @property
+    def name(self) -> str | None:
+        """Return the conversation's named tip that moves with this place; None: none does."""
+        return None if self._name is None else self.conversation.tip_name(self._name)
 
     @property
     def tip(self) -> Node:

@@ -20,11 +20,11 @@ import safetensors
 import safetensors.numpy
 import xxhash
 
-from recollect import config
+from recollect import config, files
 from recollect.conversation.export import to_json
-from recollect.conversation.importing import from_json
-from recollect.conversation.records import MAX_TOKEN_ID, ConversationRecord
-from recollect.errors import ConfigError, ConversationFileError
+from recollect.conversation.importing import MOST_JSON_BYTES, from_json
+from recollect.conversation.records import MAX_TOKEN_ID, ConversationRecord, require_text
+from recollect.errors import ConfigError, ConversationError, ConversationFileError
 from recollect.kv.names import Key, chained_key, namespace_key
 from recollect.kv.record import Identity
 from recollect.types import Profile
@@ -38,6 +38,13 @@ _MOST_BLOCK_SIZE: Final = 4096
 _TEXT: Final = "conversation"
 _KV: Final = {"token_ids": ("I32", 1), "kv": ("U8", 2), "kv_checksums": ("U8", 2)}
 """Name of a tensor to its element type and dimensions."""
+_MOST: Final = {
+    _TEXT: MOST_JSON_BYTES,
+    "token_ids": 1 << 24,  # sixteen times the longest context there is
+    "kv": 1 << 30,  # a block of a model of 70 billion parameters has 21 MB in f32
+    "kv_checksums": _CHECKSUM_BYTES,
+}
+"""Name of a tensor to the length of its last dimension: what is read at once."""
 _REMEDY: Final = "write it again with `recollect export`"
 
 
@@ -74,11 +81,15 @@ class CarriedBlock:
 
 def require_new(path: Path) -> None:
     """
-    Check that there is nothing of that name.
+    Check, before minutes of work, that there is nothing of that name, and a folder for it.
 
     Raises:
-        ConversationFileError: There is.
+        ConversationFileError: There is, or there is no such folder.
     """
+    if not path.parent.is_dir():
+        raise ConversationFileError(
+            f"{path} cannot be written: there is no folder {path.parent}; create it first."
+        )
     if path.exists():
         raise ConversationFileError(
             f"{path} exists already: choose another name, or remove it first."
@@ -134,6 +145,7 @@ class PortableFile:
         self._names = set(self._file.keys())
         metadata: dict[str, str] = self._file.metadata() or {}
         self._check_format(metadata)
+        self._check_sizes()
         text = self._tensor(_TEXT, "U8", 1).tobytes()
         claimed = metadata.pop("checksum", "")
         if claimed != _head_checksum(metadata, text):
@@ -183,15 +195,31 @@ class PortableFile:
             for name, (kind, dimensions) in _KV.items():
                 self._require(name, kind, dimensions)
 
+    def _check_sizes(self) -> None:
+        """Refuse before anything is read: a file can be sparse, and claim more than there is disk."""
+        for name, most in _MOST.items():
+            if name in self._names:
+                shape = self._file.get_slice(name).get_shape()
+                if shape and shape[-1] > most:
+                    self._refuse(f"{name!r} has {shape[-1]:,} of at most {most:,} in a row")
+
     def _branch_head(self, metadata: dict[str, str]) -> BranchHead | None:
         if "branch" not in metadata:
             return None
         try:  # its checksum is right, so somebody wrote it by hand where it is not sound
             fields = json.loads(metadata["branch"])
-            identity = Identity(**{name: str(text) for name, text in fields["identity"].items()})
+            identity = Identity(**{name: _text(text) for name, text in fields["identity"].items()})
             profile = config.parse_profile(fields["profile"])
-            head = BranchHead(str(fields["tip"]), identity, profile, int(fields["block_size"]))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
+            head = BranchHead(_text(fields["tip"]), identity, profile, _whole(fields["block_size"]))
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            ConfigError,
+            ConversationError,
+        ):
             self._refuse("it does not say what its KV is of")
         if not 1 <= head.block_size <= _MOST_BLOCK_SIZE:
             self._refuse(f"its blocks have {head.block_size} tokens")
@@ -227,6 +255,7 @@ class PortableFile:
 def _open(path: Path) -> Any:
     """Return the file, whose types the library keeps to itself; its layout is sound."""
     try:
+        files.require_regular(path)
         return safetensors.safe_open(path, framework="np")
     except OSError as cause:
         raise ConversationFileError(
@@ -236,6 +265,32 @@ def _open(path: Path) -> Any:
         raise ConversationFileError(
             f"{path} is no portable conversation, or was cut short ({cause}): {_REMEDY}."
         ) from cause
+
+
+def _text(value: object) -> str:
+    """
+    Return what has to be a text.
+
+    Raises:
+        TypeError: It is something else.
+        ConversationError: It holds half a character.
+    """
+    if not isinstance(value, str):
+        raise TypeError("no text")
+    require_text(value)
+    return value
+
+
+def _whole(value: object) -> int:
+    """
+    Return what has to be a whole number: not true, not infinity, not a text of digits.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if type(value) is not int:
+        raise TypeError("no whole number")
+    return value
 
 
 def _checksums(branch: Branch) -> npt.NDArray[np.uint8]:

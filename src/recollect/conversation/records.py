@@ -4,12 +4,13 @@ What is kept of a conversation: plain values, and the rules that hold for them.
 Pure: no database, no file, no clock. Knows neither sessions nor token ids' meaning.
 """
 
+import math
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from recollect.errors import ConversationError
 from recollect.types import FinishReason, Role, ToolLinks
@@ -21,6 +22,9 @@ MAX_NAME: Final = 100
 """Most characters of a name: it is typed on command lines and drawn in tables."""
 MAX_TOKEN_ID: Final = 2**31 - 1
 """Token ids are kept as little-endian int32."""
+MAX_NOTE_DEPTH: Final = 128
+"""Most lists and objects inside each other in what is noted of a conversation. FastAPI's encoder takes
+about three calls for each and ends in a RecursionError at 300; JSON schemas of tools have ten or so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +133,121 @@ class ConversationInfo:
     """Their names, sorted."""
     size_bytes: int
     """Of texts and token ids."""
+    label: str
+    """The name that a server gives out for it: drawn at random, and never another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What is to be written after a node of a conversation, all of it or nothing."""
+
+    nodes: Sequence[NewNode | NodeRecord]
+    """Each follows the one before it; of one that is kept already, a copy is."""
+    parent_id: int | None = None
+    """The node that the first one follows; None: the root."""
+    tip: str | None = None
+    """The tip that stands at the last of them then; None: none moves."""
+    seen: int | None = None
+    """Where whoever writes has seen that tip; None is the root."""
+    leaves_others: bool = False
+    """Whether a tip that stands elsewhere than *seen* is left to whoever has moved it: what is
+    written becomes a branch of its own then, whose name begins with the tip's."""
+    tips: Mapping[str, int | None] = field(default_factory=dict)
+    """More tips, for a conversation that begins: which of the nodes each stands at, counted from 0;
+    None is the root."""
+    model: tuple[str, str] | None = None
+    """With which model the conversation goes on, and that model's fingerprint; None: with the same."""
+    note: Callable[[Sequence[int]], Mapping[str, Any]] | None = None
+    """Returns what is noted of the conversation then, from the ids of the nodes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What came of an `Entry`."""
+
+    conversation_id: int
+    name: str
+    """What the conversation is called now: somebody may have renamed it."""
+    ids: tuple[int, ...]
+    """Of the nodes, each larger than any that was given before."""
+    tip: str | None
+    """The tip that stands at the last of them."""
+    tip_was: int | None
+    """Where that tip stood before; None is the root."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """A part of a list of conversations, which is in the order in which they were used."""
+
+    limit: int
+    """Most conversations in it."""
+    after: int | None = None
+    """The id of the conversation that it comes after; None: it is the first page."""
+    newest_first: bool = True
+
+
+TakenBack = Literal["stays", "gone", "conversation gone"]
+"""What came of nodes that were taken back: somebody has seen them, or they are gone, with everything."""
+
+
+def require_writable(value: object, what: str) -> None:
+    """
+    Check that a JSON value could be written out again, wherever it is shown.
+
+    Raises:
+        ConversationError: A text in it holds half a character, a number is none, or it is nested more
+            than `MAX_NOTE_DEPTH` deep.
+    """
+    found = _unwritable(value)
+    if found is not None:
+        raise ConversationError(f"{what} cannot be kept, {found}.")
+
+
+def is_writable(value: object) -> bool:
+    """Return whether `require_writable` takes a JSON value."""
+    return _unwritable(value) is None
+
+
+def mended(value: Any, depth: int = MAX_NOTE_DEPTH) -> Any:
+    """Return a JSON value as near to it as can be written out: see `require_writable`."""
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if not isinstance(value, dict | list):
+        return value
+    if not depth:
+        return None
+    if isinstance(value, dict):
+        return {mended(key): mended(one, depth - 1) for key, one in value.items()}
+    return [mended(one, depth - 1) for one in value]
+
+
+def _unwritable(value: object) -> str | None:
+    """Return what keeps a JSON value from being written out; None where nothing does."""
+    pending: list[tuple[object, int]] = [(value, 0)]
+    while pending:
+        one, depth = pending.pop()
+        if isinstance(one, str) and not is_whole(one):
+            return "a text in it holds half a character: remove that"
+        if isinstance(one, float) and not math.isfinite(one):
+            return f"{one} is no number that JSON has: give a finite one"
+        if isinstance(one, Mapping | list | tuple):
+            if depth == MAX_NOTE_DEPTH:
+                return f"it is nested more than {MAX_NOTE_DEPTH} deep: flatten it"
+            inner = [*one.keys(), *one.values()] if isinstance(one, Mapping) else one
+            pending += [(item, depth + 1) for item in inner]
+    return None
+
+
+def is_whole(text: str) -> bool:
+    """Return whether a text can be written at all: it holds no half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def require_name(name: str, what: str = "conversation") -> str:

@@ -61,6 +61,7 @@ class ReplyStream:
         self._keep = keep
         self._measure = measure
         self._closed = False
+        self._told: list[Callable[[], object]] = []
         # Also where the stream is forgotten without ever having been read.
         self._free_session = weakref.finalize(self, _give_up, generation, free_session)
         self.reply: Reply | None = None
@@ -122,6 +123,17 @@ class ReplyStream:
             raise ConversationError("The reply was stopped before it began: ask again.")
         return self.reply
 
+    def when_generated(self, call: Callable[[], object]) -> None:
+        """
+        Have something called once the reply is generated, before it is kept, which may take long.
+
+        On the thread that reads the reply. A reply that is over already is told of at once.
+        """
+        if self._closed:
+            call()
+        else:
+            self._told.append(call)
+
     def stop(self) -> None:
         """End the reply after the forward pass under way; from any thread or signal handler."""
         self._generation.stop()
@@ -137,7 +149,11 @@ class ReplyStream:
             return
         self._closed = True
         try:
-            self._generation.finish()
+            try:
+                self._generation.finish()
+            finally:
+                for call in self._told:
+                    call()
             self.reply = self._keep()
         finally:
             self._free_session()

@@ -44,6 +44,7 @@ NODE_COLUMNS: Final = f"id, checksum, {_CHECKED}"
 CONVERSATION_COLUMNS: Final = (
     "id, name, created_at, updated_at, model, fingerprint, format, namespace"
 )
+INFO_COLUMNS: Final = f"{CONVERSATION_COLUMNS}, label, turns, size_bytes"
 
 
 def time_text(moment: datetime) -> str:
@@ -193,16 +194,17 @@ def read_node(row: Row, sealing: Sealing) -> NodeRecord:
     )
 
 
-def conversation_info(
-    row: Row, *, turns: int, tips: tuple[str, ...], size_bytes: int, path: Path
-) -> ConversationInfo:
+def conversation_info(row: Row, *, tips: tuple[str, ...], path: Path) -> ConversationInfo:
     """
-    Return what a list says of a row of `CONVERSATION_COLUMNS`.
+    Return what a list says of a row of `INFO_COLUMNS`.
 
     Raises:
         StoreCorruptError: It holds no times.
     """
-    conversation_id, name, created_at, updated_at, model, fingerprint, *_ = row
+    conversation_id, name, created_at, updated_at, model, fingerprint, _, _, *rest = row
+    label, turns, size_bytes = rest
+    if (type(label), type(turns), type(size_bytes)) != (str, int, int):
+        raise corrupt_error(path, f"conversation {conversation_id} is not as it was written")
     return ConversationInfo(
         id=conversation_id,
         name=name,
@@ -213,6 +215,7 @@ def conversation_info(
         turns=turns,
         tips=tips,
         size_bytes=size_bytes,
+        label=label,
     )
 
 

@@ -8,6 +8,8 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from recollect.cipher import OVERHEAD_BYTES
+
 Migration = Callable[[sqlite3.Connection], None]
 """Brings the tables from one version to the next, inside a transaction that is not its own."""
 
@@ -144,11 +146,70 @@ def _add_encryption(connection: sqlite3.Connection) -> None:
     )
 
 
+# What a list says of a conversation follows from its nodes, whoever writes them: also a process with an
+# earlier version, which had the file open when it was brought to this one.
+_SEAL_BYTES: Final = f"{OVERHEAD_BYTES} * (SELECT count(*) FROM encryption)"  # noqa: S608 - no value
+_NODE_BYTES: Final = (
+    "length(CAST({node}.content AS BLOB)) + coalesce(length({node}.token_ids), 0) - "
+    "(1 + ({node}.token_ids IS NOT NULL)) * " + _SEAL_BYTES
+)
+_LIST_TRIGGERS: Final = (
+    f"""
+    CREATE TRIGGER count_new_nodes AFTER INSERT ON nodes BEGIN
+        UPDATE conversations SET turns = turns + (NEW.role = 'assistant'),
+            size_bytes = size_bytes + {_NODE_BYTES.format(node="NEW")}
+        WHERE id = NEW.conversation_id;
+    END
+    """,  # noqa: S608 - as above
+    f"""
+    CREATE TRIGGER count_deleted_nodes AFTER DELETE ON nodes BEGIN
+        UPDATE conversations SET turns = turns - (OLD.role = 'assistant'),
+            size_bytes = size_bytes - ({_NODE_BYTES.format(node="OLD")})
+        WHERE id = OLD.conversation_id;
+    END
+    """,  # noqa: S608 - as above
+    """
+    CREATE TRIGGER label_conversations AFTER INSERT ON conversations WHEN NEW.label IS NULL BEGIN
+        UPDATE conversations SET label = 'conv_' || lower(hex(randomblob(16))) WHERE id = NEW.id;
+    END
+    """,
+)
+
+
+def _add_what_lists_say(connection: sqlite3.Connection) -> None:
+    # So that a list reads one row a conversation and no text, and that asking for it writes nothing:
+    # each conversation has the name that a server gives out for it from its first moment.
+    for column in (
+        "label TEXT",  # unique by an index; NULL in no row
+        "turns INTEGER NOT NULL DEFAULT 0",  # replies, in all branches
+        "size_bytes INTEGER NOT NULL DEFAULT 0",  # of texts and token ids, without their seals
+    ):
+        connection.execute(f"ALTER TABLE conversations ADD COLUMN {column}")
+    connection.execute(
+        "UPDATE conversations SET label = coalesce((SELECT min(l.label) FROM labels l "
+        "WHERE l.conversation_id = conversations.id AND l.node_id IS NULL), "
+        "'conv_' || lower(hex(randomblob(16)))), "
+        "turns = (SELECT count(*) FROM nodes n WHERE n.conversation_id = conversations.id "
+        "AND n.role = 'assistant')"
+    )
+    all_bytes = f"SELECT coalesce(sum({_NODE_BYTES.format(node='n')}), 0) FROM nodes n"  # noqa: S608 - as above
+    connection.execute(
+        f"UPDATE conversations SET size_bytes = ({all_bytes} WHERE n.conversation_id = conversations.id)"  # noqa: S608
+    )
+    connection.execute("CREATE UNIQUE INDEX conversations_by_label ON conversations (label)")
+    connection.execute(
+        "CREATE INDEX conversations_by_use ON conversations (namespace, updated_at, id)"
+    )
+    for statement in _LIST_TRIGGERS:
+        connection.execute(statement)
+
+
 MIGRATIONS: Final[tuple[Migration, ...]] = (
     _create_tables,
     _let_tools_speak,
     _add_namespaces_and_labels,
     _add_encryption,
+    _add_what_lists_say,
 )
 """The n-th brings a file from version n to n + 1; what has been released is never changed."""
 

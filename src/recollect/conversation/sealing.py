@@ -66,7 +66,7 @@ class Sealing:
             return self.read_bytes(kept, place, what).decode()
         if isinstance(kept, str):
             return kept
-        raise self._not_as_written(what)
+        raise self.not_as_written(what)
 
     def read_bytes(self, kept: str | bytes, place: Place, what: str) -> bytes:
         """Return bytes that were kept; as `read_text` in all else."""
@@ -75,9 +75,10 @@ class Sealing:
                 return kept
             with suppress(StoreCorruptError):  # which names neither the file nor the place
                 return self._cipher.open(kept, context=_context(place))
-        raise self._not_as_written(what)
+        raise self.not_as_written(what)
 
-    def _not_as_written(self, what: str) -> StoreCorruptError:
+    def not_as_written(self, what: str) -> StoreCorruptError:
+        """Return the error for something in the journal that is not what was written."""
         return corrupt_error(self._path, f"{what} is not as it was written")
 
     def mark(self, connection: sqlite3.Connection) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from recollect.conversation.checkpoints import Checkpoint
-from recollect.conversation.conversation import Conversation
+from recollect.conversation.conversation import Asked, Conversation
 from recollect.conversation.idle import IdleWork
 from recollect.conversation.matching import Change
 from recollect.conversation.place import ANSWERED, Place
@@ -25,11 +25,13 @@ from recollect.conversation.turn import Turn
 from recollect.conversation.window import Overflow
 from recollect.engine.generator import Generator
 from recollect.engine.pinning import pin_on_disk
-from recollect.engine.reply import ReplyGeneration
+from recollect.engine.reply import ReadAhead, ReplyGeneration
+from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (
     ContextFullError,
     ConversationError,
+    InvalidParameterError,
     TemplateError,
     UnknownNodeError,
 )
@@ -37,7 +39,7 @@ from recollect.types import Message, SamplingParams
 
 if TYPE_CHECKING:  # a model makes sessions, so the import would be a circle
     from recollect.conversation.model import Model
-    from recollect.kv.prefix import CachedBlock
+    from recollect.kv.cached_block import CachedBlock
 
 
 class Session(Place):
@@ -85,6 +87,10 @@ class Session(Place):
         """
         Say something, and return the reply as it is generated.
 
+        A conversation that is kept has the message on disk before the reply begins. Where the program
+        ended before the reply did, the tip is that message: said again it is answered, and anything
+        else is said in its place.
+
         Args:
             text: The message; None to have the tip answered, which then is a user's message or
                 what a tool gave back.
@@ -108,7 +114,7 @@ class Session(Place):
         """
         Add a message that something else is said after, such as what a tool gave back.
 
-        It is kept with the next reply.
+        It is kept as soon as that is asked for.
 
         Raises:
             InvalidParameterError: It lacks something. The conversation is as it was.
@@ -174,7 +180,8 @@ class Session(Place):
         """
         Compute the KV of a message that is still being typed; return how many tokens that took.
 
-        Nothing is said: if the text changes, only what changed is computed again.
+        Nothing is said: if the text changes, only what changed is computed again. The next turn
+        tells what of it was used as `Usage.read_ahead_tokens`.
 
         Raises:
             As `stream` does; the conversation is as it was.
@@ -186,7 +193,10 @@ class Session(Place):
                     self._model.engine.compute([sequence])
             finally:
                 sequence.release()
-            return sequence.fed_tokens
+            fed, end = sequence.fed_tokens, len(sequence)
+            if fed:
+                self._idle.note(ReadAhead(sequence, [FeedPlan(max(0, end - fed), end)]))
+            return fed
 
     def prewarm_later(self, text: str = "") -> None:
         """Do what `prewarm` does at once, when the engine is idle; using the session ends it."""
@@ -304,14 +314,28 @@ class Session(Place):
     ) -> ReplyStream:
         """Say something at a node, at the tip without one, and return the reply as it is generated."""
         self._begin()
+        before = self._tip
         try:
-            return self._turn(self._tip if at is None else at, text, params or self.params)
+            if at is None and text is not None and self._is_unanswered():
+                # Said again it is answered; what is said instead takes its place.
+                text, at = (None, before) if text == before.content else (text, before.parent)
+                assert at is not None, "a message has a parent"
+                self._tip = at
+            return self._turn(at or self._tip, text, params or self.params, before)
         except BaseException:
+            self._tip = before
             self._busy.release()
             raise
 
-    def _turn(self, at: Node, text: str | None, params: SamplingParams) -> ReplyStream:
-        """Have a reply begun; the tree and the tip stay as they are."""
+    def _is_unanswered(self) -> bool:
+        """Return whether the tip is a question whose reply was cut off, with the program or before."""
+        tip, is_kept = self._tip, self.conversation.kept_id(self._tip) is not None
+        return tip.role == "user" and not tip.children and is_kept
+
+    def _turn(
+        self, at: Node, text: str | None, params: SamplingParams, before: Node
+    ) -> ReplyStream:
+        """Have a reply begun; the tree stays as it is, and the tip is *before* again if none comes."""
         if text is None and at.role not in ANSWERED:
             raise ConversationError("There is no message to answer: say something.")
         tools, engine = self.tools, self._model.engine
@@ -320,25 +344,43 @@ class Session(Place):
         if tools.schemas:
             params = replace(params, grammar=tools.grammar(params.grammar))
         sequence = self._prompting.sequence(prompt.token_ids)
-        generator = Generator(engine, params, sequence=sequence, grammars=self._model.grammars)
+        try:
+            generator = Generator(engine, params, sequence=sequence, grammars=self._model.grammars)
+        except InvalidParameterError as error:
+            sequence.release()
+            if params.grammar is None or not tools.schemas:
+                raise
+            raise tools.named(error, params.grammar) from error
         expected = Expectation(
             prompt,
             engine.keep_multiple_of,
             self._change if at is self._tip else None,
             self.conversation.tools_change(at, tools),
         )
-        generation = ReplyGeneration(engine, generator, self._model.tokenizer)
+        generation = ReplyGeneration(
+            engine, generator, self._model.tokenizer, ahead=self._idle.ahead
+        )
         turn = Turn(at, text, generation, expected, tools, dropped, bare_names)
-        generation.start()
+        asked = self.conversation.ask(at, text, tip=self.name if at is self._tip else None)
+        try:
+            generation.start()
+        except BaseException:
+            self.conversation.take_back(asked)
+            raise
         return ReplyStream(
             generation,
-            keep=partial(self._finish, turn),
+            keep=partial(self._finish, turn, asked, before),
             measure=turn.usage,
-            free_session=self._busy.release,
+            free_session=partial(self._free, asked),
             parser=turn.new_parser(),
         )
 
-    def _finish(self, turn: Turn) -> Reply | None:
+    def _free(self, asked: Asked | None) -> None:
+        """Let others use the session; what was asked and not answered is taken back later."""
+        self.conversation.give_up(asked)
+        self._busy.release()
+
+    def _finish(self, turn: Turn, asked: Asked | None, before: Node) -> Reply | None:
         """
         Keep a reply that has ended, and go to it; an edit that was broken off is kept beside.
 
@@ -348,19 +390,25 @@ class Session(Place):
         turn.generation.release()
         is_whole = turn.finish_reason != "cancelled"
         if not turn.generation.text and not is_whole:
+            self.conversation.take_back(asked)
+            self._tip = before
             return None
         usage = turn.usage()
         goes_there = turn.at is self._tip or is_whole
         messages = turn.messages(usage, self._model.weights_fingerprint)
-        node = self.conversation.add(turn.at, messages, tip=self.name if goes_there else None)
+        tip = self.name if goes_there else None
+        node = self.conversation.add(turn.at, messages, tip=tip, asked=asked)
         self.conversation.note_tools(node, turn.tools)
         if goes_there:
             self._tip, self._change = node, None
+        self._idle.forget()
         self._start_idle_work()
         return turn.reply(usage, node)
 
     def _typed(self, text: str) -> TokenSequence:
-        return self._prompting.sequence(self._prompting.typing(self._tip, text, self.tools))
+        at = self._tip.parent if self._is_unanswered() else self._tip
+        assert at is not None, "a message has a parent"
+        return self._prompting.sequence(self._prompting.typing(at, text, self.tools))
 
     def _start_idle_work(self, text: str = "") -> None:
         """Compute a message being typed, or what the template puts before it, while nobody waits."""

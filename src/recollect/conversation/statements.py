@@ -4,13 +4,22 @@ What the journal says to its tables, one noun at a time.
 Each function is part of somebody else's transaction; none begins or ends one.
 """
 
+import json
 import sqlite3
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from recollect.conversation.records import ConversationInfo, ConversationRecord, require_name
+from recollect.conversation.records import (
+    ConversationInfo,
+    ConversationRecord,
+    Page,
+    is_whole,
+    require_name,
+)
 from recollect.conversation.rows import (
     CONVERSATION_COLUMNS,
+    INFO_COLUMNS,
     Row,
     conversation_info,
     next_id,
@@ -39,43 +48,88 @@ def conversation_infos(
     connection: sqlite3.Connection,
     sealing: Sealing,
     path: Path,
-    only_id: int | None = None,
-    *,
-    namespace: str = "",
+    namespace: str,
+    page: Page | None = None,
 ) -> list[ConversationInfo]:
     """
-    Return what a list says of all conversations of a namespace, or of one; last used first.
+    Return what a list says of all conversations of a namespace, or of a page; last used first.
+
+    Reads one row for each conversation that it returns and one for each tip of those, and no text.
 
     Raises:
+        UnknownConversationError: The page comes after a conversation that is not there.
         StoreCorruptError: What is there is not what was written.
     """
-    tips: dict[int, tuple[str, ...]] = {}
-    for (conversation_id,) in connection.execute(
-        "SELECT DISTINCT conversation_id FROM tips WHERE ?1 IS NULL OR conversation_id = ?1",
-        (only_id,),
-    ).fetchall():
-        tips[conversation_id] = tuple(read_tips(connection, sealing, conversation_id))
-    columns = ", ".join(f"c.{column}" for column in CONVERSATION_COLUMNS.split(", "))
+    after, order, limit = "", "DESC", -1  # no limit, to SQLite
+    values: list[object] = [namespace]
+    if page is not None:
+        limit = page.limit
+        order = "DESC" if page.newest_first else "ASC"
+        if page.after is not None:
+            after = f"AND (updated_at, id) {'<' if page.newest_first else '>'} (?, ?) "
+            values += [_used_at(connection, page.after, namespace), page.after]
     rows = connection.execute(
-        f"SELECT {columns}, "  # noqa: S608 - names of ours, no values
-        "count(CASE WHEN n.role = 'assistant' THEN 1 END), coalesce(sum("
-        "length(CAST(n.content AS BLOB)) + coalesce(length(n.token_ids), 0)), 0) - "
-        "?3 * (count(n.content) + count(n.token_ids)) "
-        "FROM conversations c LEFT JOIN nodes n ON n.conversation_id = c.id "
-        "WHERE c.id = ?1 OR (?1 IS NULL AND c.namespace = ?2) "
-        "GROUP BY c.id ORDER BY c.updated_at DESC, c.id DESC",
-        (only_id, namespace, sealing.overhead_bytes),
-    )
+        f"SELECT {INFO_COLUMNS} FROM conversations WHERE namespace = ? {after}"  # noqa: S608
+        f"ORDER BY updated_at {order}, id {order} LIMIT ?",
+        (*values, limit),
+    ).fetchall()
+    return _infos(connection, sealing, path, rows)
+
+
+def conversation_info_of(
+    connection: sqlite3.Connection, sealing: Sealing, path: Path, conversation_id: int
+) -> ConversationInfo:
+    """
+    Return what a list says of one conversation, in whatever namespace.
+
+    Raises:
+        UnknownConversationError: There is none of that id.
+        StoreCorruptError: As `conversation_infos`.
+    """
+    rows = connection.execute(
+        f"SELECT {INFO_COLUMNS} FROM conversations WHERE id = ?",  # noqa: S608
+        (conversation_id,),
+    ).fetchall()
+    if not rows:
+        raise _unknown(conversation_id)
+    return _infos(connection, sealing, path, rows)[0]
+
+
+def _infos(
+    connection: sqlite3.Connection, sealing: Sealing, path: Path, rows: Sequence[Row]
+) -> list[ConversationInfo]:
+    """Return what a list says of rows of `INFO_COLUMNS`."""
+    tips: dict[int, list[str]] = {}
+    ids = json.dumps([row[0] for row in rows])
+    for conversation_id, name, node_id in connection.execute(
+        "SELECT conversation_id, name, node_id FROM tips "
+        "WHERE conversation_id IN (SELECT value FROM json_each(?))",
+        (ids,),
+    ):
+        tip = read_tip(sealing, conversation_id, name, node_id)
+        tips.setdefault(conversation_id, []).append(tip)
     return [
         conversation_info(
-            open_conversation(sealing, row),
-            turns=turns,
-            tips=tips.get(row[0], ()),
-            size_bytes=size_bytes,
-            path=path,
+            open_conversation(sealing, row), tips=tuple(sorted(tips.get(row[0], ()))), path=path
         )
-        for *row, turns, size_bytes in rows
+        for row in rows
     ]
+
+
+def _used_at(connection: sqlite3.Connection, conversation_id: int, namespace: str) -> str:
+    row = connection.execute(
+        "SELECT updated_at FROM conversations WHERE id = ? AND namespace = ?",
+        (conversation_id, namespace),
+    ).fetchone()
+    if row is None:
+        raise _unknown(conversation_id)
+    return str(row[0])
+
+
+def _unknown(name_or_id: str | int) -> UnknownConversationError:
+    return UnknownConversationError(
+        f"There is no conversation {name_or_id!r}: `recollect conversations` lists them."
+    )
 
 
 def read_tips(
@@ -201,13 +255,42 @@ def _ids_by_name(connection: sqlite3.Connection, sealing: Sealing) -> dict[str, 
     }
 
 
+def _id_by_name(connection: sqlite3.Connection, sealing: Sealing, name: str) -> int | None:
+    """Return the conversation of that name; None where there is none."""
+    if sealing.is_on:
+        return _ids_by_name(connection, sealing).get(name)
+    if not is_whole(name):  # which SQLite could not even be asked for
+        return None
+    row = connection.execute("SELECT id FROM conversations WHERE name = ?", (name,)).fetchone()
+    return None if row is None else int(row[0])
+
+
 def _free_name(connection: sqlite3.Connection, sealing: Sealing, wanted: str) -> str:
-    taken = _ids_by_name(connection, sealing)
-    name, number = wanted, 1
-    while name in taken:
-        number += 1
-        name = f"{wanted}-{number}"
-    return name
+    """
+    Return a name that no conversation has: *wanted*, or that with a number.
+
+    Numbers are given one after the other, so a free one is found by doubling and then by halving: a
+    server that begins thousands on one day does not look for each at all of those before.
+    """
+    taken = _ids_by_name(connection, sealing) if sealing.is_on else None
+
+    def name(number: int) -> str:
+        return wanted if number == 1 else f"{wanted}-{number}"
+
+    def is_taken(number: int) -> bool:
+        if taken is not None:
+            return name(number) in taken
+        return _id_by_name(connection, sealing, name(number)) is not None
+
+    if not is_taken(1):
+        return wanted
+    low, high = 1, 2
+    while is_taken(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_taken(middle) else (low, middle)
+    return name(high)
 
 
 def require_free(
@@ -219,7 +302,7 @@ def require_free(
     Raises:
         NameTakenError: One has.
     """
-    if _ids_by_name(connection, sealing).get(name, but) != but:
+    if _id_by_name(connection, sealing, name) not in {None, but}:
         raise NameTakenError(f"There is a conversation {name!r} already: take another name.")
 
 
@@ -233,18 +316,14 @@ def find_conversation(
         UnknownConversationError: There is none in that namespace.
     """
     wanted = (
-        _ids_by_name(connection, sealing).get(name_or_id)
-        if isinstance(name_or_id, str)
-        else name_or_id
+        _id_by_name(connection, sealing, name_or_id) if isinstance(name_or_id, str) else name_or_id
     )
     row: Row | None = connection.execute(
         f"SELECT {CONVERSATION_COLUMNS} FROM conversations WHERE id = ? AND namespace = ?",  # noqa: S608
         (wanted, namespace),
     ).fetchone()
     if row is None:
-        raise UnknownConversationError(
-            f"There is no conversation {name_or_id!r}: `recollect conversations` lists them."
-        )
+        raise _unknown(name_or_id)
     return open_conversation(sealing, row)
 
 
@@ -259,9 +338,53 @@ def touch(connection: sqlite3.Connection, conversation_id: int, now: datetime) -
         "UPDATE conversations SET updated_at = ? WHERE id = ?", (time_text(now), conversation_id)
     ).rowcount
     if not changed:
-        raise UnknownConversationError(
-            "This conversation has been deleted meanwhile: begin a new one."
-        )
+        raise _deleted()
+
+
+def conversation_names(
+    connection: sqlite3.Connection, sealing: Sealing, conversation_id: int
+) -> tuple[str, str]:
+    """
+    Return what a conversation is called, and the label that it has had from the first.
+
+    Raises:
+        StoreCorruptError: The name is not what was written.
+    """
+    name, label = connection.execute(
+        "SELECT name, label FROM conversations WHERE id = ?", (conversation_id,)
+    ).fetchone()
+    what = f"conversation {conversation_id}"
+    return sealing.read_text(name, _name_place(conversation_id), what), str(label)
+
+
+def delete_conversation(connection: sqlite3.Connection, conversation_id: int) -> None:
+    """Delete a conversation with all that belongs to it."""
+    for statement in (
+        "DELETE FROM labels WHERE conversation_id = ?",
+        "DELETE FROM tips WHERE conversation_id = ?",
+        # All nodes in one statement: their references to each other are checked at its end.
+        "DELETE FROM nodes WHERE conversation_id = ?",
+        "DELETE FROM conversations WHERE id = ?",
+    ):
+        connection.execute(statement, (conversation_id,))
+
+
+def require_conversation(connection: sqlite3.Connection, conversation_id: int) -> None:
+    """
+    Check that a conversation is there.
+
+    Raises:
+        UnknownConversationError: It has been deleted.
+    """
+    found = connection.execute("SELECT 1 FROM conversations WHERE id = ?", (conversation_id,))
+    if found.fetchone() is None:
+        raise _deleted()
+
+
+def _deleted() -> UnknownConversationError:
+    return UnknownConversationError(
+        "This conversation has been deleted meanwhile: begin a new one."
+    )
 
 
 def require_node(connection: sqlite3.Connection, conversation_id: int, node_id: int | None) -> None:

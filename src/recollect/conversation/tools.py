@@ -6,6 +6,7 @@ Pure: descriptions in, a grammar out. Nothing is called here.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -17,6 +18,11 @@ from recollect.types import Grammar
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MODES: Final = ("none", "auto", "required")
+
+_LINE: Final = re.compile(r"at (\d+)\(\d+\)")
+"""Where llguidance says that a Lark grammar is wrong: the line, from 1, and the column."""
+_ARGUMENTS: Final = re.compile(r"(?:bare_)?arguments_(\d+):")
+"""What a line begins with that has the schema of a tool, and which tool that is."""
 
 # Arguments are held to what of their schema they can be held to: a word in it that is not known is
 # no reason to refuse the tool.
@@ -68,15 +74,18 @@ class Tools:
         Return the tools of these descriptions.
 
         Raises:
-            InvalidParameterError: A description is no JSON or has no name that can be one, two have
-                the same name, or the choice is none.
+            InvalidParameterError: A description is no JSON or has no name that can be one, its
+                parameters are no object, two have the same name, or the choice is none.
         """
         tools = cls(tuple(map(_copied, schemas or ())), choice, parallel)
         names = [_name(schema) for schema in tools.schemas]
-        if twice := {name for name in names if names.count(name) > 1}:
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        if twice is not None:
             raise InvalidParameterError(
-                f"Two tools are called {', '.join(sorted(twice))}: give each a name of its own."
+                f"Two tools are called {twice}: give each a name of its own."
             )
+        for name, schema in zip(names, tools.schemas, strict=True):
+            _check_parameters(name, schema["function"].get("parameters"))
         known = [*_MODES, *names] if names else _MODES[:2]
         if choice not in known:
             raise InvalidParameterError(
@@ -100,7 +109,7 @@ class Tools:
             return answer
         if self.choice == "none":
             return answer or Grammar.lark(_NO_CALL)
-        schemas = [one for one in self.schemas if self.choice in (*_MODES, _name(one))]
+        schemas = self._callable()
         one_only = not self.parallel or self.choice not in _MODES
         if self.choice == "auto" and answer is None:
             many = "start: call | tail | bare" if one_only else "start: call* tail | bare+"
@@ -116,6 +125,27 @@ class Tools:
         """Return the tools whose calls `grammar` allows without marks."""
         is_free = self.choice == "auto" and answer is None
         return tuple(_name(schema) for schema in self.schemas) if is_free else ()
+
+    def named(self, error: InvalidParameterError, grammar: Grammar) -> InvalidParameterError:
+        """Return an error about what `grammar` returned, in words that name the tool it is about."""
+        reason = str(error)
+        why = reason[reason.find("(") + 1 : reason.rfind(")")]
+        at = _LINE.match(why)
+        line = grammar.source.splitlines()[int(at[1]) - 1] if at else ""
+        rule = _ARGUMENTS.match(line)
+        if rule is None:
+            return InvalidParameterError(
+                f"The tools cannot be held to their schemas ({why}): offer fewer, or simpler ones."
+            )
+        name = _name(self._callable()[int(rule[1])])
+        return InvalidParameterError(
+            f"The parameters of the tool {name!r} are no schema that can be followed "
+            f"({why.partition('schema: ')[2] or why}): correct them."
+        )
+
+    def _callable(self) -> list[Mapping[str, Any]]:
+        """Return the descriptions of the tools that may be called."""
+        return [one for one in self.schemas if self.choice in (*_MODES, _name(one))]
 
     def difference(self, earlier: "Tools") -> str | None:
         """Return how these differ from earlier ones, in words; None where they are the same."""
@@ -154,6 +184,14 @@ def _name(schema: Any) -> str:
             "digits, dots, dashes or underscores."
         )
     return name
+
+
+def _check_parameters(name: str, parameters: Any) -> None:
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise InvalidParameterError(
+            f"The parameters of the tool {name!r} are no object: give a JSON schema, such as "
+            '{"type": "object"}, or leave them out.'
+        )
 
 
 def _bodies(schemas: Sequence[Mapping[str, Any]]) -> str:

@@ -6,11 +6,12 @@ Pure bookkeeping: no runtime, no text encoding.
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from recollect.conversation.messages import as_written, canonical, to_message
+from recollect.conversation.records import NewNode, NodeRecord
 from recollect.errors import UnknownNodeError
 from recollect.types import FinishReason, Message, Role, ToolLinks
 
@@ -74,8 +75,44 @@ class Node:
         assert self.role is not None, "the root is no message"
         return as_written(self.role, self.content, self.links)
 
+    def to_new(self) -> NewNode:
+        """Return the message as it is to be kept, or added, somewhere else too."""
+        assert self.role is not None, "the root is no message"
+        return NewNode(
+            role=self.role,
+            content=self.content,
+            token_ids=self.token_ids,
+            finish_reason=self.finish_reason,
+            usage=self.usage,
+            fingerprint=self.fingerprint,
+            links=self.links,
+        )
+
     def __repr__(self) -> str:
         return f"Node({self.id}, {self.role}, {self.content[:30]!r})"
+
+
+def grown(records: Iterable[NodeRecord]) -> "tuple[Tree, dict[int | None, Node]]":
+    """
+    Return the tree of kept messages, parents first, and its nodes by their ids in the journal.
+
+    The root is under None. The tree numbers messages from 1 in the order in which they were kept, and
+    so does everything that shows numbers to people.
+    """
+    tree = Tree()
+    nodes: dict[int | None, Node] = {None: tree.root}
+    for record in records:
+        nodes[record.id] = tree.add(
+            nodes[record.parent_id],
+            record.role,
+            record.content,
+            token_ids=record.token_ids,
+            fingerprint=record.fingerprint,
+            finish_reason=record.finish_reason,
+            usage=record.usage,
+            links=record.links,
+        )
+    return tree, nodes
 
 
 class Tree:
@@ -137,15 +174,22 @@ class Tree:
         finish_reason: FinishReason | None = None,
         usage: Mapping[str, Any] | None = None,
         links: ToolLinks | None = None,
+        key: bytes | None = None,
     ) -> Node:
-        """Add a message after *parent* and return its node."""
+        """
+        Add a message after *parent* and return its node.
+
+        Args:
+            key: As `message_key` gives it; None: it is not known yet.
+            parent, role, content, token_ids, fingerprint, finish_reason, usage, links: As in `Node`.
+        """
         self.require(parent)
         node = Node(
             id=next(self._ids),
             parent=parent,
             role=role,
             content=content,
-            key=message_key(parent.key, role, content, links),
+            key=message_key(parent.key, role, content, links) if key is None else key,
             token_ids=token_ids,
             fingerprint=fingerprint,
             finish_reason=finish_reason,

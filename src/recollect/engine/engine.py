@@ -22,9 +22,10 @@ from recollect.engine.task import Task, TaskState, hand_over
 from recollect.engine.tier import DiskTier
 from recollect.errors import MisuseError, RuntimeFailure
 from recollect.kv.blocks import BlockPool
+from recollect.kv.cached_block import CachedBlock
 from recollect.kv.cached_table import CachedTable
 from recollect.kv.disk import DiskStore
-from recollect.kv.prefix import CachedBlock, Match, PrefixCache
+from recollect.kv.prefix import Match, PrefixCache
 from recollect.kv.record import Identity
 from recollect.runtime.base import PagedRuntime
 
@@ -111,7 +112,7 @@ class Engine:
     @property
     def preemptions(self) -> int:
         """Return how many tasks had to make way for others."""
-        return self._room.preemptions
+        return self._room.preemptions + self._scheduler.parked
 
     @property
     def pool(self) -> BlockPool:
@@ -266,15 +267,23 @@ class Engine:
                 sequence.check()
 
     def close(self) -> None:
-        """Cancel all tasks and give the memory back; histories stay readable. May be called again."""
+        """
+        Cancel all tasks and give the memory back; histories stay readable. May be called again.
+
+        Raises:
+            MisuseError: It is called by a task's callback, whose thread cannot wait for its own end.
+        """
         with self._work:
             if self._closed:
                 return
+            thread = self._thread  # it takes itself away when it ends
+            if thread is threading.current_thread():
+                raise MisuseError("a task's callback cannot close its engine")
             self._closed = True
             self._work.notify_all()
         atexit.unregister(self._at_exit)
-        if self._thread is not None:
-            self._thread.join()
+        if thread is not None:
+            thread.join()
         if self._tier is not None:
             self._tier.close(compute_s_per_token=self._passes.s_per_token)
         self._runtime.close()

@@ -8,9 +8,11 @@ import secrets
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
+import numpy as np
+
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars, GrammarState
-from recollect.engine.sampling import choose_token, log_probabilities, most_likely
+from recollect.engine.sampling import Bias, choose_token, log_probabilities, most_likely
 from recollect.engine.sequence import Sequence
 from recollect.errors import ConfigError, InvalidParameterError, MisuseError
 from recollect.runtime.base import Logits
@@ -106,6 +108,7 @@ class Generator:
                 )
         self._grammar = self._state_of(params)
         self._params = params
+        self._bias = Bias.of(params)
         self._seed = secrets.randbits(64) if params.seed is None else params.seed
 
     def append_tokens(self, token_ids: Tokens[int]) -> None:
@@ -148,6 +151,7 @@ class Generator:
             reply_start=self.reply_start,
             seed=self._seed,
             allowed=None if self._grammar is None else self._grammar.allowed(self._reply()),
+            bias=self._bias,
         )
         if token in self._engine.eos_token_ids and not self._params.ignore_eos:
             self._finish_reason = "stop"
@@ -187,6 +191,7 @@ class Generator:
         """Return a second generator over the same history; costs no forward pass."""
         other = Generator(self._engine, sequence=self._sequence.fork(), grammars=self._grammars)
         other._params = self._params
+        other._bias = self._bias
         other._grammar = None if self._grammar is None else self._grammar.copy()
         other._likelihood = self._likelihood
         other._prompts = self._prompts[:]
@@ -217,8 +222,6 @@ class Generator:
 
 
 def _describe(token: int, logits: Logits, alternatives: int) -> Likelihood:
-    log_probs = log_probabilities(logits)
-    top = most_likely(log_probs, alternatives)
-    return Likelihood(
-        token, float(log_probs[token]), tuple((int(id_), float(log_probs[id_])) for id_ in top)
-    )
+    top = most_likely(logits, alternatives)
+    logprob, *others = log_probabilities(logits, np.array([token, *top])).tolist()
+    return Likelihood(token, logprob, tuple(zip(top.tolist(), others, strict=True)))

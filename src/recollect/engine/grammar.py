@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import ConfigError, InvalidParameterError, RuntimeFailure
+from recollect.errors import ConfigError, InvalidParameterError
 from recollect.models.tokenizer import Tokenizer
 from recollect.types import Grammar, common_prefix_length
 
@@ -23,8 +23,17 @@ if TYPE_CHECKING:  # an extra: without it everything but grammars works
 
 Mask = npt.NDArray[np.bool_]
 
-_MOST_COMPILED: Final = 128
-"""Compiled grammars that are kept: a client sends the same few schemas again and again."""
+MOST_COMPILED_BYTES: Final = 64 << 20
+"""
+Of compiled grammars that are kept: a client sends the same few schemas again and again.
+
+A hundred of a hundred fields, each of which takes half a megabyte.
+"""
+
+_GRAMMAR_BYTES: Final = 200 << 10
+_BYTES_PER_CHARACTER: Final = 120
+"""What a compiled grammar takes, and more for each character of its source. Source: JSON schemas of
+10 to 1,000 fields took 0.17, 0.56 and 4.2 MB where their texts have 359, 3,374 and 34,424 characters."""
 
 JSON_STYLE: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """
@@ -47,6 +56,8 @@ class Grammars:
         self._vocab_size = vocab_size
         self._tokens: llguidance.LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar, llguidance.LLMatcher] = OrderedDict()
+        self.held_bytes = 0
+        """That the compiled grammars which are kept take, as estimated."""
         self._lock = threading.Lock()
 
     def start(self, grammar: Grammar) -> "GrammarState":
@@ -62,26 +73,33 @@ class Grammars:
             if matcher is None:
                 matcher = self._compile(grammar)
                 self._compiled[grammar] = matcher
+                self.held_bytes += _compiled_size(grammar)
             self._compiled.move_to_end(grammar)
-            while len(self._compiled) > _MOST_COMPILED:
-                self._compiled.popitem(last=False)
+            while self.held_bytes > MOST_COMPILED_BYTES:
+                forgotten, _ = self._compiled.popitem(last=False)
+                self.held_bytes -= _compiled_size(forgotten)
             return GrammarState(matcher.deep_copy(), self._vocab_size)
 
     def _compile(self, grammar: Grammar) -> "llguidance.LLMatcher":
         library = _llguidance()
         make = library.LLMatcher
-        if grammar.kind == "regex":
-            source = make.grammar_from_regex(grammar.source)
-        elif grammar.kind == "lark":
-            source = make.grammar_from_lark(grammar.source)
-        else:
-            source = make.grammar_from_json_schema(grammar.source, JSON_STYLE)
+        try:
+            if grammar.kind == "regex":
+                source = make.grammar_from_regex(grammar.source)
+            elif grammar.kind == "lark":
+                source = make.grammar_from_lark(grammar.source)
+            else:
+                source = make.grammar_from_json_schema(grammar.source, JSON_STYLE)
+        except ValueError as cause:  # such as a schema that is too deep
+            raise _unusable(grammar, str(cause)) from cause
         matcher: llguidance.LLMatcher = make(self._table(library), source, log_level=0)
         if matcher.is_error():
-            what = grammar.kind.replace("_", " ")
-            reason = matcher.get_error().strip().partition("\n")[0].rstrip(".")
-            raise InvalidParameterError(
-                f"The {what} cannot be used as a grammar ({reason}): correct it."
+            raise _unusable(grammar, matcher.get_error())
+        first = matcher.deep_copy()
+        first.compute_bitmask()
+        if first.is_error():  # such as a schema that is itself and nothing else
+            raise _unusable(
+                grammar, f"nothing can begin by it, or it is too complex: {first.stop_reason()}"
             )
         return matcher
 
@@ -93,6 +111,10 @@ class Grammars:
                 eos_token=sorted(self._tokenizer.eos_token_ids),
             )
         return self._tokens
+
+
+def _compiled_size(grammar: Grammar) -> int:
+    return _GRAMMAR_BYTES + _BYTES_PER_CHARACTER * len(grammar.source)
 
 
 class GrammarState:
@@ -122,12 +144,12 @@ class GrammarState:
 
         Raises:
             InvalidParameterError: The reply is no beginning of one.
-            RuntimeFailure: The grammar is too complex at this place.
+                Or the grammar is too complex at this place, or allows nothing there.
         """
         self._follow(reply)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise RuntimeFailure(
+            raise InvalidParameterError(
                 f"The grammar cannot be followed here ({self._matcher.stop_reason()}): simplify it."
             )
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
@@ -155,6 +177,15 @@ class GrammarState:
                     f"Token {len(self._seen)} of the reply does not fit the grammar: "
                     "begin a new reply, or rewind to before it."
                 )
+
+
+def _unusable(grammar: Grammar, reason: str) -> InvalidParameterError:
+    what = grammar.kind.replace("_", " ")
+    if reason.startswith("panic"):  # with a trace of this machine's own code behind it
+        reason = "it has more parts than can be followed"
+    # A reason may come over several lines, the last of which says what it is.
+    why = " ".join(reason.split()).rstrip(".")
+    return InvalidParameterError(f"The {what} cannot be used as a grammar ({why}): correct it.")
 
 
 class _Wrapped:

@@ -18,8 +18,8 @@ from recollect.engine.tier import DiskTier
 from recollect.errors import MisuseError, NameTakenError, StoreError, StoreFullError, TooShortError
 from recollect.kv import pins
 from recollect.kv.accounts import Pin
+from recollect.kv.cached_block import CachedBlock
 from recollect.kv.disk import stored_bytes
-from recollect.kv.prefix import CachedBlock
 from recollect.types import Progress, no_progress
 
 _REFRESH_S: Final = 0.1
@@ -144,7 +144,7 @@ def in_memory(
             if sequence.is_warm():
                 held = engine.pin(token_ids, namespace)
         if not held:
-            _compute(engine, sequence, idle, progress)
+            compute_watched(engine, sequence, idle=idle, progress=progress)
             with engine.lock:
                 sequence.park()
                 held = engine.pin(token_ids, namespace)
@@ -169,7 +169,16 @@ def _require_room(engine: Engine, tier: DiskTier, tokens: int) -> None:
         )
 
 
-def _compute(engine: Engine, sequence: Sequence, idle: bool, progress: Progress) -> None:
+def compute_watched(
+    engine: Engine, sequence: Sequence, *, idle: bool = False, progress: Progress = no_progress
+) -> None:
+    """
+    Compute a sequence, and tell ten times a second how far that is; what *progress* raises ends it.
+
+    Raises:
+        OutOfBlocksError: It does not fit the memory.
+        MisuseError: The engine is closed, or was meanwhile.
+    """
     task = Task(sequence, lambda: False, idle=idle)
     try:
         engine.submit(task)

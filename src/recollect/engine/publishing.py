@@ -14,8 +14,8 @@ from recollect.engine.engine import Engine
 from recollect.engine.pinning import in_memory
 from recollect.errors import MemoryLimitError
 from recollect.kv.blocks import blocks_for
+from recollect.kv.cached_block import CachedBlock
 from recollect.kv.names import PUBLIC
-from recollect.kv.prefix import CachedBlock
 from recollect.types import Progress, no_progress
 
 _MOST_PUBLIC: Final = 1 / 2

@@ -5,12 +5,17 @@ Knows a generator and a tokenizer; not what a conversation is.
 """
 
 import time
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from queue import SimpleQueue
 
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator, Likelihood
 from recollect.engine.logprobs import AlignedLogprobs
+from recollect.engine.sequence import FeedPlan
+from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.engine.stopping import StopMatcher
 from recollect.engine.task import Task
 from recollect.models.tokenizer import Detokenizer, Tokenizer
@@ -18,6 +23,18 @@ from recollect.types import FinishReason, TokenLogprob, Usage, tokens_per_second
 
 _Generated = tuple[int, Likelihood | None]
 """A token, and how likely it was where somebody asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAhead:
+    """What was computed of a prompt before it was asked for; both may still grow."""
+
+    sequence: TokenSequence
+    """What the prompt looked like then; it may be released."""
+    fed: Sequence[FeedPlan]
+    """What of it forward passes were fed with."""
+    task: Task | None = None
+    """What computes it, and knows how much of it came from disk; None: nothing did."""
 
 
 class ReplyGeneration:
@@ -29,8 +46,16 @@ class ReplyGeneration:
     generator's history then ends with exactly the tokens of the text that was given out.
     """
 
-    def __init__(self, engine: Engine, generator: Generator, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        *,
+        ahead: Sequence[ReadAhead] = (),
+    ) -> None:
         self._engine = engine
+        self._ahead = tuple(ahead)
         self._generator = generator
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
@@ -43,6 +68,9 @@ class ReplyGeneration:
         self._fresh: list[_Generated] = []  # tokens that the reader is not told of yet
         # Tokens on their way from the engine's thread; None is the last.
         self._queue: SimpleQueue[_Generated | None] = SimpleQueue()
+        self._read = self._decoded_characters = 0
+        # Where the text can be cut between two tokens: after how many characters, and tokens.
+        self._boundaries = [(0, 0)]
         self._pieces: list[str] = []
         self._logprobs = None if generator.params.logprobs is None else AlignedLogprobs(tokenizer)
         self._finish_reason: FinishReason | None = None
@@ -163,25 +191,46 @@ class ReplyGeneration:
         """
         Return what the reply has cost.
 
-        Reused are the tokens of the prompt that no forward pass was planned to feed; computed are
-        all that one was fed with, so a token fed twice would show.
+        Reused are the tokens of the prompt that no forward pass was planned to feed for this turn;
+        computed are all that one was fed with, so a token fed twice would show.
         """
         fed = [plan for plan in self._task.fed if plan.start < self._start]
         positions = {n for plan in fed for n in range(plan.start, min(plan.end, self._start))}
         computed = sum(min(plan.end, self._start) - plan.start for plan in fed)
+        read_ahead = len(self._positions_read_ahead() - positions)
+        reused = self._start - len(positions) - read_ahead
         first = self._first_token_s
         ttft_s = (self._last_token_s if first is None else first) - self._begun_s
         decode_s = 0.0 if first is None else self._last_token_s - first
         return Usage(
             prompt_tokens=self._start,
-            reused_tokens=self._start - len(positions),
-            restored_tokens=min(self._task.restored_tokens, self._start - len(positions)),
-            computed_tokens=computed,
+            reused_tokens=reused,
+            restored_tokens=min(self._restored_tokens(), reused),
+            computed_tokens=computed + read_ahead,
+            read_ahead_tokens=read_ahead,
             generated_tokens=self._generated,
             ttft_s=ttft_s,
             prefill_tps=tokens_per_second(computed, ttft_s),
             decode_tps=tokens_per_second(self._generated - 1, decode_s),
         )
+
+    def _restored_tokens(self) -> int:
+        """Return how many tokens of the prompt came from disk, for this turn or ahead of it."""
+        return self._task.restored_tokens + sum(
+            min(one.task.restored_tokens, one.sequence.common_length(self._sequence))
+            for one in self._ahead
+            if one.task is not None and one.task.restored_tokens
+        )
+
+    def _positions_read_ahead(self) -> set[int]:
+        """Return which tokens of the prompt were fed before it was asked for."""
+        positions = set[int]()
+        for ahead in self._ahead:
+            if ahead.fed:
+                same = min(self._start, ahead.sequence.common_length(self._sequence))
+                for plan in ahead.fed:
+                    positions.update(range(plan.start, min(plan.end, same)))
+        return positions
 
     def _on_logits(self) -> bool:
         """Generate one token, on the engine's thread; return whether to go on."""
@@ -211,6 +260,10 @@ class ReplyGeneration:
     def _decoded(self, token_id: int, likelihood: Likelihood | None) -> str:
         """Return the text that a token completes."""
         piece = self._detokenizer.push(token_id)
+        self._read += 1
+        self._decoded_characters += len(piece)
+        if not self._detokenizer.holds_back:
+            self._boundaries.append((self._decoded_characters, self._read))
         if self._logprobs is not None and likelihood is not None:
             self._logprobs.add(likelihood, piece, whole=not self._detokenizer.holds_back)
         return piece
@@ -229,12 +282,10 @@ class ReplyGeneration:
         A token that reaches across the cut is replaced by the encoding of its part before it, so
         that the history says what the reply says.
         """
-        tokens = self.token_ids
-        keep = len(tokens)
-        while not text.startswith(kept := self._tokenizer.decode(tokens[:keep])):
-            keep -= 1
+        place = bisect_right(self._boundaries, len(text), key=itemgetter(0)) - 1
+        characters, keep = self._boundaries[place]
         self._generator.rewind_to(self._start + keep)
-        rest = self._tokenizer.encode(text[len(kept) :])
+        rest = self._tokenizer.encode(text[characters:])
         # A token cut at the end of a full context may take more places than there are.
         if rest := rest[: self._engine.info.context_length - len(self._sequence)]:
             self._sequence.append(rest)

@@ -52,7 +52,7 @@ def plan_restore(
     stays fresh, and a disk that was slow once is not slow for ever.
 
     Args:
-        found: What the disk has beyond the last whole block in memory.
+        found: What the disk has beyond the last whole block in memory, or enough of it for a step.
         have: Tokens that memory has beyond that block.
         block_size: Tokens in a block.
         rates: As measured.
@@ -63,16 +63,23 @@ def plan_restore(
     gained = max(0, count - 1) * block_size + found.last_tokens - have
     if gained <= 0 or room < 1:
         return RestorePlan([], True)
-    most = room
     restore_s, compute_s = rates.restore_s_per_block, rates.compute_s_per_token
     is_slow = (
         restore_s is not None and compute_s is not None and restore_s * count > compute_s * gained
     )
     if is_slow:
         return RestorePlan(found.entries[:1], True)
-    if most_s is not None:
-        most = min(most, _FIRST_BLOCKS if restore_s is None else max(1, int(most_s / restore_s)))
-    return RestorePlan(found.entries[:most], count <= most or most == room)
+    most = most_blocks(rates=rates, room=room, most_s=most_s)
+    is_all = found.is_all and count <= most
+    return RestorePlan(found.entries[:most], is_all or most == room)
+
+
+def most_blocks(*, rates: Rates, room: int, most_s: float | None) -> int:
+    """Return how many blocks one step may read; see `plan_restore`."""
+    if most_s is None:
+        return room
+    restore_s = rates.restore_s_per_block
+    return min(room, _FIRST_BLOCKS if restore_s is None else max(1, int(most_s / restore_s)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,17 +175,19 @@ class Restorer:
             # All but the block that the prompt's last token goes to, which is fed in any case.
             room = self._pool.free_blocks + self._cache.evictable_blocks - 1
         assert after is not None, "a sequence with a namespace has a root"
+        rates = Rates(self.restore_s_per_block, compute_s_per_token)
         found = self._store.find(
             after.key,
             sequence.tokens(start),
             block_size=self._pool.block_size,
             inside_block=self._inside_blocks,
+            most=max(1, most_blocks(rates=rates, room=room, most_s=most_s)),
         )
         return plan_restore(
             found,
             have=have,
             block_size=self._pool.block_size,
-            rates=Rates(self.restore_s_per_block, compute_s_per_token),
+            rates=rates,
             room=room,
             most_s=most_s,
         )

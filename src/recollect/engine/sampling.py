@@ -6,6 +6,9 @@ comes from (seed, position) and penalties from the history, so a rewind takes al
 without any state to restore.
 """
 
+from dataclasses import dataclass
+from typing import Final, Self
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,12 +17,41 @@ from recollect.types import SamplingParams
 
 Scores = npt.NDArray[np.float32]
 TokenArray = npt.NDArray[np.int64]
-Weights = npt.NDArray[np.float64]
+Weights = npt.NDArray[np.float32]
+LogProbs = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-_FIRST_GUESS = 256
-"""Candidates that top_p sorts before it tries all: sorting 49,152 takes 40 times as long as selecting
-256, and nearly always 256 hold the mass. Source: our own measurement, numpy 2.4."""
+_BLOCK: Final = 256
+"""Ids whose weights are summed, or whose scores are compared, together; then one block is searched, or
+few of them. About the square root of a vocabulary, so that neither step is long."""
+
+_FIRST_GUESS: Final = 128
+"""Candidates that top_p sorts before it tries more: nearly always these hold the mass, and finding them
+takes a tenth of the time that sorting more takes. Source: benchmarks/sampling.py."""
+
+_ALL: Final = slice(None)
+
+_COOLEST: Final = float(np.finfo(np.float32).tiny)
+_HOTTEST: Final = float(np.finfo(np.float32).max)
+"""The temperatures that float32 can divide by. Beyond them a draw is greedy, or as if all logits were
+equal, all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bias:
+    """`SamplingParams.logit_bias` as arrays: made once for a reply, since there can be many."""
+
+    ids: TokenArray
+    values: Scores
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> Self:
+        """Return the biases of some parameters."""
+        count = len(params.logit_bias)
+        return cls(
+            np.fromiter(params.logit_bias, np.int64, count),
+            np.fromiter(params.logit_bias.values(), np.float32, count),
+        )
 
 
 def choose_token(
@@ -30,6 +62,7 @@ def choose_token(
     reply_start: int,
     seed: int,
     allowed: Mask | None = None,
+    bias: Bias | None = None,
 ) -> int:
     """
     Return the token id that follows *history*.
@@ -42,39 +75,37 @@ def choose_token(
         seed: The seed of the reply; unused when greedy.
         allowed: The tokens to choose among, shape `(vocab_size,)`; None: all. Applied before
             everything else.
+        bias: Of the parameters, where the caller has it already.
 
     Raises:
         InvalidParameterError: All that is allowed is banned by `logit_bias`.
         RuntimeFailure: The logits hold no number to choose by.
     """
-    masked = logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
-    scores = _adjusted(masked, params, history, reply_start)
+    masked = logits if allowed is None else _masked(logits, allowed)
+    scores = _adjusted(masked, params, history, reply_start, bias or Bias.of(params))
     best = int(scores.argmax())
     if not np.isfinite(scores[best]):
         raise _nothing_to_choose(masked, allowed)
     if params.temperature == 0:
         return best
-    ids = np.arange(len(scores)) if allowed is None else np.flatnonzero(allowed)
-    candidates, probabilities = _candidates(ids, scores, params)
-    cumulative = np.cumsum(probabilities)
-    drawn = random_number(seed, len(history)) * cumulative[-1]
-    place = int(np.searchsorted(cumulative, drawn, side="right"))
-    return int(candidates[min(place, len(candidates) - 1)])
+    ids, weights = _candidates(scores, params)
+    place = _drawn(weights, random_number(seed, len(history)))
+    return place if ids is None else int(ids[place])
 
 
-def log_probabilities(logits: Scores) -> Weights:
-    """Return the natural logarithms of the model's own probabilities, `(vocab_size,)`."""
-    below_best = logits.astype(np.float64) - logits.max()
-    return below_best - np.log(np.exp(below_best).sum())  # type: ignore[no-any-return]
+def log_probabilities(logits: Scores, ids: TokenArray | slice = _ALL) -> LogProbs:
+    """Return the natural logarithms of the model's own probabilities of some tokens, or of all."""
+    best = logits.max()
+    total = _block_sums(np.exp(logits - best)).sum()
+    return logits[ids].astype(np.float64) - (float(best) + np.log(total))  # type: ignore[no-any-return]
 
 
-def most_likely(log_probs: Weights, count: int) -> TokenArray:
-    """Return the ids of the likeliest tokens, the likeliest first; of equal ones the lower id."""
+def most_likely(scores: Scores, count: int) -> TokenArray:
+    """Return the ids of the highest scores, the highest first; of equal ones the lower id."""
     if not count:
         return np.empty(0, np.int64)
-    count = min(count, len(log_probs))
-    chosen = np.sort(np.argpartition(-log_probs, count - 1)[:count])
-    return chosen[np.argsort(-log_probs[chosen], kind="stable")]
+    found = _at_least_the_highest(scores, min(count, len(scores)))
+    return found[np.argsort(-scores[found], kind="stable")][:count]
 
 
 def random_number(seed: int, position: int) -> float:
@@ -86,69 +117,138 @@ def random_number(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
 
 
-def _adjusted(
-    logits: Scores, params: SamplingParams, history: TokenArray, reply_start: int
-) -> Scores:
-    """Return the logits after bias and penalties; the same array where there are none."""
-    scores = logits
-    if params.logit_bias:
-        scores = scores.copy()
-        scores[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), np.float32)
-    if params.repetition_penalty != 1 and len(history):
-        scores = scores.copy()
-        seen = np.flatnonzero(np.bincount(history, minlength=len(scores)))
-        # Source: CTRL (Keskar et al., 2019), which divides; transformers multiplies negative scores.
-        penalty = params.repetition_penalty
-        scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
-    reply = history[reply_start:]
-    if (params.presence_penalty or params.frequency_penalty) and len(reply):
-        counts = np.bincount(reply, minlength=len(scores)).astype(np.float32)
-        scores = scores - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
-        scores = scores.astype(np.float32, copy=False)
+def _masked(logits: Scores, allowed: Mask) -> Scores:
+    scores = logits.copy()
+    np.putmask(scores, ~allowed, -np.inf)
     return scores
 
 
+def _adjusted(
+    logits: Scores, params: SamplingParams, history: TokenArray, reply_start: int, bias: Bias
+) -> Scores:
+    """Return the logits after bias and penalties; the same array where there are none."""
+    reply = history[reply_start:]
+    repeats = params.repetition_penalty != 1 and len(history)
+    presents = (params.presence_penalty or params.frequency_penalty) and len(reply)
+    if not (len(bias.ids) or repeats or presents):
+        return logits
+    scores = logits.copy()
+    scores[bias.ids] += bias.values
+    if repeats:
+        seen = _distinct(history, len(scores))
+        # Source: CTRL (Keskar et al., 2019), which divides; transformers multiplies negative scores.
+        penalty = params.repetition_penalty
+        scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+    if presents:
+        seen = _distinct(reply, len(scores))
+        counts = np.bincount(reply, minlength=len(scores))[seen].astype(np.float32)
+        scores[seen] -= params.presence_penalty + params.frequency_penalty * counts
+    return scores
+
+
+def _distinct(ids: TokenArray, vocab_size: int) -> TokenArray:
+    """Return the different ones of some ids, ascending, without sorting them."""
+    present = np.zeros(vocab_size, np.bool_)
+    present[ids] = True
+    return np.flatnonzero(present)
+
+
 def _nothing_to_choose(masked: Scores, allowed: Mask | None) -> RecollectError:
-    if allowed is not None and np.isfinite(masked[masked.argmax()]):
-        return InvalidParameterError(
-            "logit_bias bans every token that the grammar allows: lift a ban, or change the grammar."
-        )
+    if np.isfinite(masked[masked.argmax()]):
+        what = "there is" if allowed is None else "the grammar allows"
+        return InvalidParameterError(f"logit_bias bans every token that {what}: lift a ban.")
     return RuntimeFailure("The model gave no finite logits: its weights or its KV are damaged.")
 
 
-def _candidates(
-    ids: TokenArray, scores: Scores, params: SamplingParams
-) -> tuple[TokenArray, Weights]:
+def _candidates(scores: Scores, params: SamplingParams) -> tuple[TokenArray | None, Weights]:
     """
-    Return those of the token ids that may be drawn, and their weights.
+    Return which token ids may be drawn, None for all of them, and their weights.
 
     In the order of transformers: temperature, top_k, top_p, min_p.
     """
-    if 0 < params.top_k < len(ids):
-        chosen = np.argpartition(-scores[ids], params.top_k - 1)[: params.top_k]
-        ids = np.sort(ids[chosen])
-    below_best = scores[ids].astype(np.float64) - scores.max()
-    with np.errstate(over="ignore"):  # a tiny temperature: -inf, whose weight is 0, is right
-        weights = np.exp(below_best / params.temperature)
-    weights /= weights.sum()
+    ids: TokenArray | None = None
+    if 0 < params.top_k < len(scores):
+        ids = np.sort(most_likely(scores, params.top_k))
+        scores = scores[ids]
+    weights = _weights(scores, params.temperature)
     if params.top_p < 1:
-        kept = _nucleus(weights, params.top_p)
-        ids, weights = ids[kept], weights[kept]
+        kept = _nucleus(scores, weights, params.top_p)
+        ids, weights = kept if ids is None else ids[kept], weights[kept]
     if params.min_p:
-        likely = weights >= params.min_p * weights.max()
-        ids, weights = ids[likely], weights[likely]
+        likely = np.flatnonzero(weights >= params.min_p * weights.max())
+        ids, weights = likely if ids is None else ids[likely], weights[likely]
     return ids, weights
 
 
-def _nucleus(weights: Weights, top_p: float) -> npt.NDArray[np.intp]:
-    """Return the indices of the fewest weights that hold the mass *top_p*, largest first."""
-    count = min(_FIRST_GUESS, len(weights))
-    while True:
-        # Ascending ids before a stable sort: ties fall the same way every time.
-        chosen = np.sort(np.argpartition(-weights, count - 1)[:count])
-        order = chosen[np.argsort(-weights[chosen], kind="stable")]
-        mass_before = np.cumsum(weights[order]) - weights[order]
-        kept = order[mass_before < top_p]
-        if len(kept) < count or count == len(weights):
-            return kept
-        count = len(weights)
+def _weights(scores: Scores, temperature: float) -> Weights:
+    """Return what is proportional to the probabilities; the largest weight is 1."""
+    weights: Weights = scores - scores.max()
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf, whose weight is 0, is right
+        np.divide(weights, np.float32(min(max(temperature, _COOLEST), _HOTTEST)), out=weights)
+    np.exp(weights, out=weights)
+    return weights
+
+
+def _nucleus(scores: Scores, weights: Weights, top_p: float) -> TokenArray:
+    """Return the places of the fewest weights that hold the mass *top_p*, largest first."""
+    total = _block_sums(weights).sum()
+    # By scores, of which more differ than of the weights: so ties are rare, and fall one way.
+    order = most_likely(scores, _FIRST_GUESS)
+    kept = _holding(weights[order], top_p * total)
+    if kept < len(order) or len(order) == len(scores):
+        return order[:kept]
+    # All that is below this has no more mass together than may be left out.
+    found = np.flatnonzero(weights >= (1 - top_p) * total / len(weights))
+    order = found[np.argsort(-scores[found], kind="stable")]
+    return order[: _holding(weights[order], top_p * total)]
+
+
+def _holding(weights: Weights, mass: float) -> int:
+    """Return how many of the first weights hold that mass; all of them where they hold less."""
+    held = np.cumsum(weights, dtype=np.float64)
+    return min(int(np.searchsorted(held, mass)) + 1, len(weights))
+
+
+def _drawn(weights: Weights, number: float) -> int:
+    """
+    Return the place that a number in [0, 1) falls on, where each has its weight's share.
+
+    One block is found by the sums of all, and the place by the sums inside it: adding up every
+    weight in double precision would take longer than all else together.
+    """
+    sums = np.cumsum(_block_sums(weights))
+    drawn = number * sums[-1]
+    block = int(np.searchsorted(sums, drawn, side="right"))
+    inside = np.cumsum(weights[block * _BLOCK : (block + 1) * _BLOCK], dtype=np.float64)
+    rest = drawn - (sums[block - 1] if block else 0.0)
+    # Sums in another order differ in their last bits: never beyond the last that has a weight.
+    last = int(np.searchsorted(inside, inside[-1]))
+    return block * _BLOCK + min(int(np.searchsorted(inside, rest, side="right")), last)
+
+
+def _block_sums(weights: Weights) -> LogProbs:
+    """Return the sum of each block of weights; the last may be shorter."""
+    whole = len(weights) // _BLOCK * _BLOCK
+    sums: LogProbs = weights[:whole].reshape(-1, _BLOCK).sum(axis=1, dtype=np.float64)
+    if whole == len(weights):
+        return sums
+    return np.append(sums, weights[whole:].sum(dtype=np.float64))
+
+
+def _at_least_the_highest(scores: Scores, count: int) -> TokenArray:
+    """Return the ids, ascending, of the *count* highest scores and of those equal to the last."""
+    starts = np.arange(0, len(scores), _BLOCK)
+    if count <= len(starts):
+        # So many blocks have a score that high, so that at least as many scores are.
+        maxima = np.maximum.reduceat(scores, starts)
+        found = np.flatnonzero(scores >= _highest(maxima, count))
+    else:
+        found = np.arange(len(scores))
+    return found[scores[found] >= _highest(scores[found], count)]
+
+
+def _highest(scores: Scores, number: int) -> np.float32:
+    """Return the score that is in that place from above, 1 for the highest."""
+    place = len(scores) - number
+    found: np.float32 = np.partition(scores, place)[place]
+    return found

@@ -121,6 +121,12 @@ class Sequence:
             self._kv.shares_with(other.kv) and self._token_ids[:length] == other._token_ids[:length]
         )
 
+    def common_length(self, other: "Sequence") -> int:
+        """Return how many leading tokens the two histories share; also of released sequences."""
+        length = min(len(self), len(other))
+        differs = self.history[:length] != other.history[:length]
+        return int(differs.argmax()) if differs.any() else length
+
     def append(self, token_ids: Tokens[int]) -> None:
         """
         Add tokens to the history; nothing is computed yet.

@@ -17,9 +17,10 @@ from recollect.engine.write_behind import WriteBehind
 from recollect.errors import StoreError
 from recollect.kv import accounts, pins, replies
 from recollect.kv.blocks import BlockPool
+from recollect.kv.cached_block import CachedBlock
 from recollect.kv.disk import DiskStore
 from recollect.kv.names import Key
-from recollect.kv.prefix import CachedBlock, Match, PrefixCache
+from recollect.kv.prefix import Match, PrefixCache
 from recollect.kv.record import Identity
 from recollect.kv.replies import StoredReply
 from recollect.runtime.base import PagedRuntime
@@ -45,7 +46,7 @@ class TierStatistics:
     """Stored blocks that were refused, by reason."""
     evicted_blocks: int
     error: str | None
-    """Why it was turned off; None: it works."""
+    """Why it was turned off, or writes nothing for now; None: it works."""
 
 
 class DiskTier:
@@ -165,6 +166,7 @@ class DiskTier:
             StoreError: They cannot be written.
         """
         path = cached.path()
+        self._written.try_again()
         for _ in range(2):
             with self._lock:
                 for block in path:

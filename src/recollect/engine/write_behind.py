@@ -9,15 +9,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from math import inf
 from time import monotonic, perf_counter
 from typing import Final
 
-from recollect.errors import StoreError, StoreFullError
+from recollect.errors import StoreBusyError, StoreError, StoreFullError
 from recollect.kv import replies
 from recollect.kv.blocks import BlockPool
-from recollect.kv.disk import DiskStore, NewBlock
+from recollect.kv.cached_block import CachedBlock
+from recollect.kv.disk import DiskStore, NewBlock, stored_bytes
 from recollect.kv.names import Key
-from recollect.kv.prefix import CachedBlock, PrefixCache
+from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Identity
 from recollect.kv.replies import StoredReply
 from recollect.runtime.base import PagedRuntime
@@ -31,7 +33,11 @@ _SETTLE_S: Final = 0.2
 the block that the reply ended in."""
 _OVERDUE_S: Final = 5.0
 """A block that has waited for so long is written although the engine works."""
+_RETRY_S: Final = 60.0
+"""Before a full store or disk is tried again: somebody may have made room."""
 _BATCH_BYTES: Final = 16 << 20
+_BATCH_SHARE: Final = 1 / 8
+"""Of the store's budget, at most in a batch: what is written at once needs that much room at once."""
 _BUSY_BATCH_BYTES: Final = 2 << 20
 _BUSY_PAUSE: Final = 40
 """Times a write's own duration, before the next while the engine works: 2.5 % of a core at most."""
@@ -44,6 +50,9 @@ class WriteBehind:
     `note` is called under the engine's lock, the rest from any thread. A block may be evicted from
     memory before it is written; it is then not written. While a block is read it has a reference
     of its own, so that nobody writes it; a block in the cache is never changed otherwise.
+
+    Where the store or the disk is full nothing is taken note of for a while, and then it is tried again;
+    where the store fails otherwise, that is for good. What is not written stays in memory.
 
     Invariant: `leased` are the blocks that this holds a reference to.
     """
@@ -67,7 +76,9 @@ class WriteBehind:
         self._used: set[Key] = set()
         self._bad: set[Key] = set()
         self._replies: dict[Key, StoredReply] = {}
-        self._state = threading.Condition()  # taken after the engine's lock, never before it
+        self._lock = threading.RLock()  # taken after the engine's lock, never before it
+        self._work = threading.Condition(self._lock)
+        self._done = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._idle_since: float | None = monotonic()
         self._not_before = 0.0
@@ -78,49 +89,62 @@ class WriteBehind:
         """In this process."""
         self.written_blocks = 0
         self.error: StoreError | None = None
-        """Why nothing is written any more; None: it is."""
+        """Why nothing is written, for now or any more; None: it is."""
+        self._retry_at = 0.0
+        with self._guarded():
+            store.env.require_writable()
 
     def note(self, cached: CachedBlock) -> None:
         """Take note of a block that others may find from now on."""
-        if self.error is None and not cached.on_disk:
-            self._add(cached)
+        if not cached.on_disk and not self._rests():
+            with self._lock:
+                self._queue.setdefault(cached, monotonic())
+                self._wake()
 
     def note_used(self, keys: Iterable[Key]) -> None:
         """Take note of stored blocks that were used."""
-        with self._state:
-            self._used.update(keys)
+        if not self._rests():
+            with self._lock:
+                self._used.update(keys)
 
     def note_bad(self, keys: Iterable[Key]) -> None:
         """Take note of stored blocks that are not what was written; they are removed."""
-        with self._state:
-            self._bad.update(keys)
-            if self._bad:
-                self._wake()
+        if not self._rests():
+            with self._lock:
+                self._bad.update(keys)
+                if self._bad:
+                    self._wake()
 
     def note_reply(self, name: Key, reply: StoredReply) -> None:
         """Take note of a reply that a client may send back as text."""
-        if self.error is None:
-            with self._state:
+        if not self._rests():
+            with self._lock:
                 self._replies[name] = reply
                 self._wake()
 
     def engine_works(self, works: bool) -> None:
         """Take note of whether the engine has anything to do."""
         if works != (self._idle_since is None):
-            with self._state:
+            with self._lock:
                 self._idle_since = None if works else monotonic()
-                self._state.notify_all()
+                self._work.notify_all()
 
     def flush(self) -> None:
         """Write all that is there to write, now, and wait for it."""
-        with self._state:
+        with self._lock:
             self._flushing += 1
             try:
-                while self._writing or (self._has_work() and self.error is None):
+                while self._writing or (self._has_work() and not self._rests()):
                     self._wake()
-                    self._state.wait()
+                    self._done.wait()
             finally:
                 self._flushing -= 1
+
+    def try_again(self) -> None:
+        """Let a store that was full be tried again at once."""
+        with self._lock:
+            if self._retry_at != inf:
+                self._retry_at = 0.0
 
     def close(self) -> None:
         """Write what is left. The pool and the runtime have to be there still."""
@@ -129,10 +153,9 @@ class WriteBehind:
             with self._guarded():
                 self._store.touch(self._used)
 
-    def _add(self, cached: CachedBlock) -> None:
-        with self._state:
-            self._queue.setdefault(cached, monotonic())
-            self._wake()
+    def _rests(self) -> bool:
+        """Return whether nothing is written: until a full store is tried again, or for good."""
+        return self.error is not None and monotonic() < self._retry_at
 
     def _has_work(self) -> bool:
         return bool(self._queue or self._bad or self._replies)
@@ -141,7 +164,7 @@ class WriteBehind:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="recollect-disk", daemon=True)
             self._thread.start()
-        self._state.notify_all()
+        self._work.notify()
 
     def _run(self) -> None:
         try:
@@ -150,22 +173,22 @@ class WriteBehind:
                 with self._guarded():
                     self._write(batch)
                 self._not_before = monotonic() + _BUSY_PAUSE * (perf_counter() - begun)
-                with self._state:
+                with self._lock:
                     self._writing = False
-                    self._state.notify_all()
+                    self._done.notify_all()
         except BaseException:
-            with self._state:
-                self._stop(StoreError("Writing KV to disk met a bug: load the model again."))
+            self._stop(StoreError("Writing KV to disk met a bug: load the model again."), inf)
+            with self._lock:
                 self._thread, self._writing = None, False
-                self._state.notify_all()
+                self._done.notify_all()
             raise
 
     def _next_batch(self) -> list[CachedBlock] | None:
         """Wait for blocks that may be written now; None: there were none for a while."""
-        with self._state:
+        with self._lock:
             while True:
                 if not self._has_work():
-                    if not self._state.wait(_LINGER_S) and not self._has_work():
+                    if not self._work.wait(_LINGER_S) and not self._has_work():
                         self._thread = None  # without a thread, an engine nobody uses can go
                         return None
                     continue
@@ -173,7 +196,7 @@ class WriteBehind:
                 if wait_s <= 0:
                     self._writing = True
                     return self._take()
-                self._state.wait(wait_s)
+                self._work.wait(wait_s)
 
     def _wait_s(self) -> float:
         if self._flushing:
@@ -186,12 +209,16 @@ class WriteBehind:
 
     def _take(self) -> list[CachedBlock]:
         works = self._idle_since is None and not self._flushing
-        size = self._runtime.info.bytes_per_block
-        most = max(1, (_BUSY_BATCH_BYTES if works else _BATCH_BYTES) // size)
+        most = self._most_blocks(_BUSY_BATCH_BYTES if works else _BATCH_BYTES)
         return [self._queue.popitem(last=False)[0] for _ in range(min(most, len(self._queue)))]
 
+    def _most_blocks(self, most_bytes: int) -> int:
+        """Return how many blocks to write at once."""
+        most_bytes = min(most_bytes, int(self._store.budget_bytes * _BATCH_SHARE))
+        return max(1, most_bytes // stored_bytes(self._runtime.info.bytes_per_block))
+
     def _write(self, batch: list[CachedBlock]) -> None:
-        with self._state:
+        with self._lock:
             bad, self._bad = self._bad, set()
             used, self._used = self._used, set()
             said, self._replies = self._replies, {}
@@ -214,19 +241,24 @@ class WriteBehind:
         """Write blocks with whatever they follow; return those whose prefix was gone from disk."""
         with self._engine_lock:
             alive = [cached for cached in batch if self._cache.holds(cached)]
-            chains = [block for cached in alive for block in cached.path() if not block.on_disk]
-        wanted = list(dict.fromkeys(chains))
+            wanted = list(dict.fromkeys(block for one in alive for block in _unwritten(one)))
+        most = self._most_blocks(_BATCH_BYTES)
+        for start in range(0, len(wanted), most):
+            self._write_blocks(wanted[start : start + most])
+        return [cached for cached in alive if not cached.on_disk]
+
+    def _write_blocks(self, wanted: list[CachedBlock]) -> None:
         with self._leased(wanted) as leased:
             blocks = [self._as_new(cached) for cached in leased]
         if not blocks:
-            return []
+            return
         written = self._store.write(self._identity, blocks)
         self.written_bytes += written.stored_bytes
         self.written_blocks += written.blocks
+        self.error = None  # there is room again, where there was none
         with self._engine_lock:
             for cached in leased:
                 cached.on_disk = cached.key in written.stored
-        return [cached for cached in alive if not cached.on_disk]
 
     @contextmanager
     def _leased(self, wanted: list[CachedBlock]) -> Iterator[list[CachedBlock]]:
@@ -260,14 +292,30 @@ class WriteBehind:
         """Give up writing where the store fails; the one place that turns that into a warning."""
         try:
             yield
+        except (StoreFullError, StoreBusyError) as error:
+            if self._stop(error, monotonic() + _RETRY_S):
+                _log.warning("KV is not kept on disk for now. %s", error)
         except StoreError as error:
-            with self._state:
-                self._stop(error)
-                self._state.notify_all()
-            _log.warning("KV is no longer kept on disk. %s", error)
+            if self._stop(error, inf):
+                _log.warning("KV is no longer kept on disk. %s", error)
 
-    def _stop(self, error: StoreError) -> None:
-        self.error = error
-        self._queue.clear()
-        self._replies.clear()
-        self._bad.clear()
+    def _stop(self, error: StoreError, retry_at: float) -> bool:
+        """Write nothing until then, and return whether anything was written before."""
+        with self._lock:
+            is_first, self.error, self._retry_at = self.error is None, error, retry_at
+            self._queue.clear()
+            self._replies.clear()
+            self._bad.clear()
+            self._used.clear()
+            self._done.notify_all()
+            return is_first
+
+
+def _unwritten(cached: CachedBlock) -> list[CachedBlock]:
+    """Return what has to be written for a block to be found: it, and what it follows up to the disk."""
+    blocks: list[CachedBlock] = []
+    node = cached
+    while node.parent is not None and not node.on_disk:
+        blocks.append(node)
+        node = node.parent
+    return blocks[::-1]

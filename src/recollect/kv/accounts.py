@@ -6,7 +6,7 @@ Functions inside a transaction of `DiskStore`; no state of its own.
 
 import heapq
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any, Final
@@ -72,7 +72,11 @@ class Savings:
 
 def savings(txn: Transaction, env: Environment, identity: bytes) -> Savings:
     """Return what the tier was good for so far, with one model, runtime and precision."""
-    return Savings(**json.loads(bytes(txn.get(_SAVED + identity, b"{}", db=env.table("info")))))
+    stored = bytes(txn.get(_SAVED + identity, b"{}", db=env.table("info")))
+    try:
+        return Savings(**json.loads(stored))
+    except (ValueError, TypeError, RecursionError):
+        return Savings()  # it is damaged, and counted anew from here on
 
 
 def add_savings(txn: Transaction, env: Environment, identity: bytes, more: Savings) -> None:
@@ -128,6 +132,11 @@ def seal_pins(txn: Transaction, env: Environment, sealer: Sealer) -> None:
             add_pin(txn, env, pin, sealer)
 
 
+def has_plain_pins(txn: Transaction, env: Environment) -> bool:
+    """Return whether a pin is not sealed."""
+    return any(not value.startswith(_SEALED) for _, value in _stored_pins(txn, env))
+
+
 def pinned_tails(txn: Transaction, env: Environment) -> set[Key]:
     """Return the last blocks of what is pinned, which can be read without the key."""
     found = (_pinned_tail(value) for _, value in _stored_pins(txn, env))
@@ -136,9 +145,14 @@ def pinned_tails(txn: Transaction, env: Environment) -> set[Key]:
 
 def pinned_keys(txn: Transaction, env: Environment) -> set[Key]:
     """Return all blocks of what is pinned."""
+    return _with_prefixes(txn, env, pinned_tails(txn, env))
+
+
+def _with_prefixes(txn: Transaction, env: Environment, tails: Iterable[Key]) -> set[Key]:
+    """Return the stored ones of some blocks, with all that they follow."""
     keys: set[Key] = set()
     table = env.table("entries")
-    for tail in pinned_tails(txn, env):
+    for tail in tails:
         key = tail
         while key not in keys and (head := sound_head(key, txn.get(key, db=table))) is not None:
             keys.add(key)
@@ -160,15 +174,24 @@ def heads(txn: Transaction, env: Environment) -> dict[Key, EntryHead]:
     return {key: head for key, value in read if (head := sound_head(key, value)) is not None}
 
 
-def remove_damaged(txn: Transaction, env: Environment, key: Key) -> None:
-    """Remove a block whose entry tells neither what it follows nor its size, and count all anew."""
-    txn.delete(key, db=env.table("blocks"))
-    txn.delete(key, db=env.table("entries"))
-    table = env.table("children")
-    parents = [bytes(parent) for parent, child in txn.cursor(table) if bytes(child) == key]
-    for parent in parents:
-        txn.delete(parent, key, db=table)
+def remove_damaged(txn: Transaction, env: Environment, keys: Collection[Key]) -> int:
+    """
+    Remove blocks whose entries tell neither what they follow nor their size; return how many were there.
+
+    Reads all that follows what and counts all anew, once for however many they are.
+    """
+    gone = set(keys)
+    if not gone:
+        return 0
+    table = env.table("siblings")
+    for parent, row in [(bytes(parent), bytes(row)) for parent, row in txn.cursor(table)]:
+        if row[-_KEY_BYTES:] in gone:
+            txn.delete(parent, row, db=table)
+    for key in gone:
+        txn.delete(key, db=env.table("blocks"))
+    removed = [key for key in gone if txn.delete(key, db=env.table("entries"))]
     recount(txn, env)
+    return len(removed)
 
 
 def recount(txn: Transaction, env: Environment) -> None:
@@ -177,15 +200,17 @@ def recount(txn: Transaction, env: Environment) -> None:
     txn.put(_BYTES, total.to_bytes(8, "little"), db=env.table("info"))
 
 
-def tails_first(txn: Transaction, env: Environment) -> Iterator[tuple[Key, int]]:
+def tails_first(
+    txn: Transaction, env: Environment, also_keep: Iterable[Key] = ()
+) -> Iterator[tuple[Key, int]]:
     """
     Yield (key, bytes) in the order in which blocks are given up; whoever takes one removes it.
 
     The least recently used first, and always tails before what they follow, so that what survives
-    is the longest prefix. What is pinned is never among them.
+    is the longest prefix. What is pinned is never among them, nor *also_keep* and what that follows.
     """
     known = heads(txn, env)
-    keep = pinned_keys(txn, env)
+    keep = pinned_keys(txn, env) | _with_prefixes(txn, env, also_keep)
     followers = dict.fromkeys(known, 0)
     for head in known.values():
         if head.parent in followers:
@@ -244,7 +269,7 @@ def _pin_of(value: bytes) -> Pin | None:
     try:
         fields = json.loads(value)
         return Pin(**fields | {"tail": bytes.fromhex(fields["tail"])})
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

@@ -49,6 +49,7 @@ class BlockPool:
         )  # a stack: what was used last is still in cache
         self._references = [0] * num_blocks
         self._dropped: deque[list[int]] = deque()
+        self._changed: set[int] = set()
 
     @property
     def free_blocks(self) -> int:
@@ -83,6 +84,7 @@ class BlockPool:
         taken = [self._free.pop() for _ in range(count)]
         for block in taken:
             self._references[block] = 1
+        self._changed.update(taken)
         return taken
 
     def retain(self, blocks: Iterable[int]) -> None:
@@ -91,6 +93,7 @@ class BlockPool:
         for block in blocks:
             assert references[block] > 0, f"block {block} is free and cannot be shared"
             references[block] += 1
+            self._changed.add(block)
 
     def release(self, blocks: Iterable[int]) -> None:
         """Take a reference from each of the blocks; one without any becomes free."""
@@ -98,12 +101,19 @@ class BlockPool:
         for block in blocks:
             assert references[block] > 0, f"block {block} is released more often than it is held"
             references[block] -= 1
+            self._changed.add(block)
             if references[block] == 0:
                 self._free.append(block)
 
     def drop(self, blocks: list[int]) -> None:
         """Release the blocks as soon as the pool is next asked for some; safe from any thread."""
         self._dropped.append(blocks)
+
+    def take_changed(self) -> set[int]:
+        """Return the blocks whose references have changed since this was last called."""
+        self._collect()
+        changed, self._changed = self._changed, set()
+        return changed
 
     def references(self, block: int) -> int:
         """Return how many times tables hold the block."""

@@ -7,7 +7,8 @@ Does not keep the token history; whoever does passes it in. No runtime.
 from collections.abc import Sequence
 
 from recollect.kv.blocks import BlockPool, BlockTable, WritePlan, blocks_for
-from recollect.kv.prefix import CachedBlock, PrefixCache
+from recollect.kv.cached_block import CachedBlock
+from recollect.kv.prefix import PrefixCache
 
 
 class CachedTable:

@@ -16,7 +16,7 @@ from typing import Final
 
 import lmdb
 
-from recollect.kv.environment import is_open, translated
+from recollect.kv.environment import DAMAGED, is_open, translated
 
 try:
     import fcntl
@@ -75,6 +75,7 @@ def discard(folder: Path) -> bool:
         if alone:
             try:
                 (folder / _DATA).unlink(missing_ok=True)
+                (folder / DAMAGED).unlink(missing_ok=True)
             except PermissionError:  # Windows: it is open
                 return False
         return alone

@@ -7,17 +7,17 @@ Knows keys, tokens and bytes; neither the runtime that the bytes are for nor whe
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
 from recollect.errors import StoreFullError
 from recollect.kv import accounts
-from recollect.kv.environment import Environment, Transaction
-from recollect.kv.names import Key, chained_key
-from recollect.kv.prefix import longest_common
+from recollect.kv.environment import Environment, Transaction, translated
+from recollect.kv.layout import bring_up_to_date
+from recollect.kv.names import DIGEST_BYTES, Key, branch_digests, chained_key
 from recollect.kv.record import (
     Buffer,
     Entry,
@@ -31,9 +31,9 @@ from recollect.kv.record import (
     unpack_block,
     unpack_entry,
 )
-from recollect.types import MissReason
+from recollect.types import MissReason, common_prefix_length
 
-TABLES: Final = ("blocks", "entries", "children", "pins", "identities", "info", "replies")
+TABLES: Final = ("blocks", "entries", "siblings", "pins", "identities", "info", "replies")
 STORE_FOLDER: Final = "kv"
 
 PAGE_BYTES: Final = 4096
@@ -41,6 +41,8 @@ _PAGE_HEAD: Final = 16
 """What LMDB puts before a value that has pages of its own. Source: lmdb, mdb.c, PAGEHDRSZ."""
 _LIVE_SHARE: Final = 7 / 8
 """Of the budget; the rest is for pages that LMDB has not taken back yet, so the file stays within it."""
+_LEAST_SHARE: Final = 1 / 2
+"""Of the budget, for what is live, however large the file has become."""
 _EVICT_SHARE: Final = 1 / 16
 """Of the budget, given up beyond what is needed: looking for what to give up reads all entries."""
 RESERVED_BYTES: Final = 256 << 20
@@ -66,6 +68,8 @@ class Found:
     entries: list[Entry]
     last_tokens: int = 0
     """Leading tokens of the last entry that match: all, or a part of it."""
+    is_all: bool = True
+    """Whether there is no more than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,8 @@ class DiskStore:
 
     Invariants (`disk_audit.problems` verifies them):
         1. An entry's key is the chained hash of its parent and its tokens.
-        2. An entry's parent is an entry or a root, and knows it as a child.
+        2. An entry's parent is an entry or a root, and has it among what follows it, in the place
+           that its digests give.
         3. An entry has a block, whose checksum holds under its key.
         4. The bytes that are counted are those of all entries.
     """
@@ -110,9 +115,11 @@ class DiskStore:
         self._refused: set[Key] = set()
         self._sealer = sealer
         self.clock: Final = clock
-        self._env = Environment.open(folder, map_bytes=budget_bytes, tables=TABLES)
+        self._env = Environment.open(folder, least_bytes=budget_bytes, tables=TABLES)
         try:
+            bring_up_to_date(self._env, sealer)
             self._seal_pins()
+            self._ceiling = max(budget_bytes, self._env.file_bytes)
         except BaseException:
             self._env.close()
             raise
@@ -132,7 +139,13 @@ class DiskStore:
         self._env.close()
 
     def find(
-        self, after: Key, token_ids: Sequence[int], *, block_size: int, inside_block: bool
+        self,
+        after: Key,
+        token_ids: Sequence[int],
+        *,
+        block_size: int,
+        inside_block: bool,
+        most: int | None = None,
     ) -> Found:
         """
         Return the blocks that continue a prefix: whole ones, then one of which a part matches.
@@ -142,6 +155,7 @@ class DiskStore:
             token_ids: What follows it, shape `(n,)`.
             block_size: Tokens in a whole block.
             inside_block: Whether a part of a block may be reused.
+            most: How many blocks to look for; None: as many as there are.
 
         Raises:
             StoreError: The files cannot be read.
@@ -150,6 +164,8 @@ class DiskStore:
         start = 0
         with self._env.reading() as txn:
             while start + block_size <= len(token_ids):
+                if len(entries) == most:
+                    return Found(entries, block_size if entries else 0, is_all=False)
                 key = chained_key(after, token_ids[start : start + block_size])
                 entry = self._entry(txn, key)
                 if entry is None:
@@ -204,15 +220,17 @@ class DiskStore:
             StoreFullError: There is no room, or the disk has none. Nothing was changed.
             StoreError: The files cannot be written. Nothing was changed.
         """
-        packed = {block.key: self._packed(identity, block) for block in blocks}
+        with self._env.reading() as txn:
+            new = [block for block in blocks if not self._is_stored(txn, block.key)]
+        packed = {block.key: self._packed(identity, block) for block in new}
         needed = sum(stored_bytes(len(value)) for value in packed.values())
-        if shutil.disk_usage(self.folder).free < needed + RESERVED_BYTES:
+        with translated(self.folder):
+            free = shutil.disk_usage(self.folder).free
+        if free < needed + RESERVED_BYTES:
             raise StoreFullError(f"The disk of {self.folder} is nearly full: make room on it.")
-        with suppress(StoreFullError):
-            return self._write(identity, blocks, packed)
-        # Pages that were given up are free for the next transaction, not for the same one.
-        with self._env.writing() as txn:
-            self._evict(txn, needed + int(self.budget_bytes * _EVICT_SHARE))
+        if needed:
+            # Pages that were given up are free for the next transaction, not for the same one.
+            self._make_room(needed, {block.parent for block in new})
         return self._write(identity, blocks, packed)
 
     def touch(self, keys: Iterable[Key]) -> None:
@@ -242,7 +260,7 @@ class DiskStore:
             StoreError: The files cannot be written.
         """
         with self._env.writing() as txn:
-            return sum(self._remove_tree(txn, key) for key in keys)
+            return self._remove_all(txn, self._with_followers(txn, keys))
 
     def evict(self, wanted_bytes: int) -> int:
         """
@@ -267,13 +285,16 @@ class DiskStore:
                 txn.drop(self._env.table("pins"), delete=False)
             keys = [bytes(key) for key, _ in txn.cursor(self._env.table("entries"))]
             going = [key for key in keys if key not in keep]
-            for key in going:
-                self._remove(txn, key)
+            self._remove_all(txn, going)
             txn.drop(self._env.table("replies"), delete=False)
             return len(going)
 
     def _seal_pins(self) -> None:
-        if self._sealer is not None:
+        if self._sealer is None or self._env.is_read_only:
+            return
+        with self._env.reading() as txn:
+            has_plain = accounts.has_plain_pins(txn, self._env)
+        if has_plain:
             with self._env.writing() as txn:
                 accounts.seal_pins(txn, self._env, self._sealer)
 
@@ -288,18 +309,54 @@ class DiskStore:
         sizes: list[int] = []
         with self._env.writing() as txn:
             accounts.note_identity(txn, self._env, identity)
-            pinned = accounts.pinned_tails(txn, self._env)
+            pinned = cache(lambda: accounts.pinned_tails(txn, self._env))  # reads all pins
             for block in blocks:
                 if self._is_stored(txn, block.key):
                     stored.add(block.key)
+                elif block.key not in packed:
+                    continue  # another process has given it up meanwhile
                 elif block.follows_root or self._is_stored(txn, block.parent):
                     sizes.append(self._put(txn, identity, block, packed[block.key], pinned))
                     stored.add(block.key)
-            excess = accounts.total_bytes(txn, self._env) - int(self.budget_bytes * _LIVE_SHARE)
-            if excess > 0:
+            excess = accounts.total_bytes(txn, self._env) - self._most_bytes()
+            if excess > 0:  # another process wrote meanwhile
                 self._evict(txn, excess + int(self.budget_bytes * _EVICT_SHARE))
                 stored = {key for key in stored if self._is_stored(txn, key)}
         return Written(stored, len(sizes), sum(sizes))
+
+    def _most_bytes(self) -> int:
+        """
+        Return what blocks may take.
+
+        Less where the file has outgrown its budget since it was opened: values need pages in a row,
+        and free ones may not be. It grows no more once enough are free.
+        """
+        outgrown = max(0, self._env.file_bytes - self._ceiling)
+        least, most = (int(self.budget_bytes * share) for share in (_LEAST_SHARE, _LIVE_SHARE))
+        return max(least, most - outgrown)
+
+    def _make_room(self, needed: int, parents: set[Key]) -> None:
+        """
+        Give up as much as a write needs, but nothing of what it follows.
+
+        Raises:
+            StoreFullError: That is not enough.
+        """
+        most = self._most_bytes()
+        with self._env.reading() as txn:
+            excess = accounts.total_bytes(txn, self._env) + needed - most
+        if excess <= 0:
+            return
+        freed = 0
+        if needed <= most:
+            with self._env.writing() as txn:
+                wanted = excess + int(self.budget_bytes * _EVICT_SHARE)
+                freed = self._evict(txn, wanted, keep=parents)
+        if freed < excess:
+            raise StoreFullError(
+                f"The KV store in {self.folder} is full: {needed:,} bytes more are needed, and "
+                f"{self.budget_bytes:,} are all it may take: give it more room (--kv-disk)."
+            )
 
     def _put(
         self,
@@ -307,14 +364,13 @@ class DiskStore:
         identity: Identity,
         block: NewBlock,
         packed: bytearray,
-        pinned: set[Key],
+        pinned: Callable[[], set[Key]],
     ) -> int:
         """Store one block in place of those that it covers; return what it takes."""
-        for sibling in self._children(txn, block.parent):
-            length = len(sibling.token_ids)
-            covered = block.token_ids[:length] == sibling.token_ids
-            if covered and length < len(block.token_ids) and sibling.key not in pinned:
-                self._remove(txn, sibling.key)
+        digests = self._digests(block.parent, block.token_ids)
+        for part in self._parts(txn, block, digests):
+            if part not in pinned():
+                self._remove(txn, part)
         size = stored_bytes(len(packed)) + entry_size(len(block.token_ids))
         entry = Entry(
             key=block.key,
@@ -323,10 +379,11 @@ class DiskStore:
             token_ids=block.token_ids,
             last_used=self.clock(),
             stored_bytes=size,
+            digests=digests,
         )
         txn.put(block.key, packed, db=self._env.table("blocks"))
         txn.put(block.key, pack_entry(entry, self._sealer), db=self._env.table("entries"))
-        txn.put(block.parent, block.key, db=self._env.table("children"), dupdata=True)
+        txn.put(block.parent, digests + block.key, db=self._env.table("siblings"), dupdata=True)
         accounts.add_bytes(txn, self._env, size)
         return size
 
@@ -352,39 +409,90 @@ class DiskStore:
         self.misses[reason] += 1
         self._refused.add(key)
 
-    def _children(self, txn: Transaction, parent: Key) -> list[Entry]:
-        cursor = txn.cursor(self._env.table("children"))
-        keys = [bytes(key) for key in cursor.iternext_dup()] if cursor.set_key(parent) else []
-        return [entry for key in keys if (entry := self._entry(txn, key)) is not None]
+    def _digests(self, parent: Key, token_ids: Sequence[int]) -> bytes:
+        secret = b"" if self._sealer is None else self._sealer.name_secret
+        return branch_digests(parent, token_ids, secret)
+
+    def _followers(self, txn: Transaction, key: Key) -> list[Key]:
+        cursor = txn.cursor(self._env.table("siblings"))
+        if not cursor.set_key(key):
+            return []
+        return [bytes(row)[-len(key) :] for row in cursor.iternext_dup()]
+
+    def _neighbours(self, txn: Transaction, parent: Key, digests: bytes) -> list[bytes]:
+        """Return what lies before and after a place in the order of what follows a block."""
+        cursor = txn.cursor(self._env.table("siblings"))
+        rows: list[bytes] = []
+        if cursor.set_range_dup(parent, digests):
+            rows.append(bytes(cursor.value()))
+            if cursor.prev_dup():
+                rows.append(bytes(cursor.value()))
+        elif cursor.set_key(parent) and cursor.last_dup():
+            rows.append(bytes(cursor.value()))
+        return rows
 
     def _best_child(
         self, txn: Transaction, parent: Key, token_ids: Sequence[int]
     ) -> tuple[Entry | None, int]:
-        """Return the child that begins with the most of these tokens, and how many."""
-        return longest_common(self._children(txn, parent) if token_ids else [], token_ids)
+        """
+        Return the block after *parent* that begins with the most of these tokens, and how many.
 
-    def _remove_tree(self, txn: Transaction, key: Key) -> int:
-        cursor = txn.cursor(self._env.table("children"))
-        after = [bytes(child) for child in cursor.iternext_dup()] if cursor.set_key(key) else []
-        removed = sum(self._remove_tree(txn, child) for child in after)
-        return removed + self._remove(txn, key)
+        It is a neighbour of the tokens in order, so this reads two entries, however many there are.
+        """
+        best: Entry | None = None
+        longest = 0
+        if not token_ids or not self._env.has_table("siblings"):
+            return best, longest
+        for row in self._neighbours(txn, parent, self._digests(parent, token_ids)):
+            entry = self._entry(txn, row[-len(parent) :])
+            length = 0 if entry is None else common_prefix_length(token_ids, entry.token_ids)
+            if length > longest:
+                best, longest = entry, length
+        return best, longest
 
-    def _remove(self, txn: Transaction, key: Key) -> int:
-        """Remove one block; return whether it was there."""
-        stored = txn.get(key, db=self._env.table("entries"))
-        head = accounts.sound_head(key, stored)
+    def _parts(self, txn: Transaction, block: NewBlock, digests: bytes) -> list[Key]:
+        """
+        Return the stored blocks whose tokens begin a new one's, and are fewer.
+
+        What lies in order between a part and the block begins with the part, too: so a part is no
+        longer than what the block has in common with one of its neighbours.
+        """
+        rows = self._neighbours(txn, block.parent, digests)
+        shared = max((common_prefix_length(row, digests) for row in rows), default=0)
+        most = min(len(block.token_ids) - 1, shared // DIGEST_BYTES)
+        keys = [chained_key(block.parent, block.token_ids[:n]) for n in range(1, most + 1)]
+        return [key for key in keys if self._is_stored(txn, key)]
+
+    def _with_followers(self, txn: Transaction, keys: Iterable[Key]) -> list[Key]:
+        """Return blocks and all that follow them, each once."""
+        found: dict[Key, None] = {}
+        pending = list(keys)
+        while pending:
+            key = pending.pop()
+            if key not in found:
+                found[key] = None
+                pending += self._followers(txn, key)
+        return list(found)
+
+    def _remove_all(self, txn: Transaction, keys: Collection[Key]) -> int:
+        """Remove blocks, damaged ones too; return how many were there."""
+        lost = [key for key in keys if not self._remove(txn, key)]
+        return len(keys) - len(lost) + accounts.remove_damaged(txn, self._env, lost)
+
+    def _remove(self, txn: Transaction, key: Key) -> bool:
+        """Remove a block whose entry is sound; return whether it is one."""
+        head = accounts.sound_head(key, txn.get(key, db=self._env.table("entries")))
         if head is None:
-            accounts.remove_damaged(txn, self._env, key)
-            return 0 if stored is None else 1
+            return False
         txn.delete(key, db=self._env.table("entries"))
         txn.delete(key, db=self._env.table("blocks"))
-        txn.delete(head.parent, key, db=self._env.table("children"))
+        txn.delete(head.parent, head.digests + key, db=self._env.table("siblings"))
         accounts.add_bytes(txn, self._env, -head.stored_bytes)
-        return 1
+        return True
 
-    def _evict(self, txn: Transaction, wanted_bytes: int) -> int:
+    def _evict(self, txn: Transaction, wanted_bytes: int, *, keep: Iterable[Key] = ()) -> int:
         freed = 0
-        for key, size in accounts.tails_first(txn, self._env):
+        for key, size in accounts.tails_first(txn, self._env, keep):
             if freed >= wanted_bytes:
                 break
             self.evicted_blocks += self._remove(txn, key)

@@ -5,15 +5,20 @@ Reads only; slow where there is much.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from recollect.kv import accounts
 from recollect.kv.accounts import Pin, Savings
 from recollect.kv.disk import DiskStore
-from recollect.kv.environment import Transaction
+from recollect.kv.environment import Environment, Transaction
+from recollect.kv.layout import digests_of
 from recollect.kv.names import Key, chained_key
 from recollect.kv.record import Identity, Refused, unpack_block, unpack_entry
+
+_KEY_BYTES: Final = 32
+"""Of the name of a block, which ends what is noted of its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +43,10 @@ def holdings(store: DiskStore) -> list[Holding]:
     """
     env = store.env
     with env.reading() as txn:
-        named = {
-            bytes(digest): Identity(**json.loads(bytes(text)))
-            for digest, text in txn.cursor(env.table("identities"))
-        }
+        read = (
+            (bytes(d), _identity(bytes(text))) for d, text in txn.cursor(env.table("identities"))
+        )
+        named = {digest: identity for digest, identity in read if identity is not None}
         heads = accounts.heads(txn, env).values()
         found = []
         for digest, identity in named.items():
@@ -89,12 +94,20 @@ def problems(store: DiskStore) -> Iterator[tuple[Key, str]]:
         for key, _ in txn.cursor(env.table("blocks")):
             if bytes(key) not in known:
                 yield bytes(key), "a block that nothing is known of"
-        for _, child in txn.cursor(env.table("children")):
-            if bytes(child) not in known:
-                yield bytes(child), "is known to follow another block, and is not there"
+        for _, row in _rows(txn, env):
+            if (child := bytes(row)[-_KEY_BYTES:]) not in known:
+                yield child, "is known to follow another block, and is not there"
         counted = accounts.total_bytes(txn, env)
         if counted != total:
             yield b"", f"{counted:,} bytes are counted, and there are {total:,}"
+
+
+def _identity(text: bytes) -> Identity | None:
+    """Return what a digest stands for; None: that is damaged."""
+    try:
+        return Identity(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return None
 
 
 def _block_problem(store: DiskStore, txn: Transaction, key: Key) -> str | None:
@@ -109,7 +122,15 @@ def _block_problem(store: DiskStore, txn: Transaction, key: Key) -> str | None:
         unpack_block(key, entry.identity, len(entry.token_ids), stored, store.sealer)
     except Refused as refused:
         return f"is not as it was written ({refused.reason})"
-    cursor = txn.cursor(env.table("children"))
-    if not cursor.set_key_dup(entry.parent, key):
-        return "is not known to the block before it"
+    if entry.digests not in (b"", digests_of(entry, store.sealer)):
+        return "its place among those after the same block is wrong"
+    if env.has_table("siblings"):  # one of an earlier version that cannot be written has none
+        cursor = txn.cursor(env.table("siblings"))
+        if not cursor.set_key_dup(entry.parent, entry.digests + key):
+            return "is not known to the block before it"
     return None
+
+
+def _rows(txn: Transaction, env: Environment) -> Iterable[tuple[memoryview, memoryview]]:
+    """Return what follows what."""
+    return txn.cursor(env.table("siblings")) if env.has_table("siblings") else ()

@@ -6,9 +6,10 @@ Knows transactions, sizes and what can go wrong with the files; nothing of what 
 
 import errno
 import logging
+import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +22,7 @@ from recollect.errors import (
     StoreError,
     StoreFullError,
 )
+from recollect.kv.pages import DamagedPagesError, walk
 
 Transaction = Any  # lmdb.Transaction: the library has no types
 
@@ -29,7 +31,23 @@ _log: Final = logging.getLogger(__name__)
 _MOST_READERS: Final = 1024
 _NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 """EIO: what LMDB makes of a write that was cut short."""
-_UNREADABLE: Final = (lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError)
+_NOT_WRITABLE: Final = {errno.EROFS, errno.EACCES, errno.EPERM}
+_UNREADABLE: Final = (
+    lmdb.InvalidError,
+    lmdb.VersionMismatchError,
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    DamagedPagesError,
+)
+_MAP_BYTES: Final = 1 << 40
+"""Of address space, which costs nothing. A map that never grows need not be moved under readers."""
+_DATA: Final = "data.mdb"
+DAMAGED: Final = "damaged"
+"""The name of a file that says so."""
+_SORTED_VALUES: Final = {"siblings"}
+"""Tables that have several values for a key."""
+_WALKS: Final = 100
+"""Of finding the state that a transaction shows, while other processes write."""
 
 _open: dict[Path, "Environment"] = {}
 """Process-wide, because LMDB forbids to open a file twice in a process. Source: lmdb.h, mdb_env_open."""
@@ -42,48 +60,54 @@ class Environment:
 
     Shared by all who open the same folder; the last `close` closes it. Any thread may read, and
     writers take turns, those of other processes too. Must not be carried across `os.fork`.
+    Where the disk cannot be written, what is there can be read all the same.
     """
 
-    def __init__(self, folder: Path, map_bytes: int, tables: Sequence[str]) -> None:
+    def __init__(self, folder: Path, least_bytes: int, tables: Sequence[str]) -> None:
         self.folder: Final = folder
         self._users = 1
-        self._env = lmdb.open(
-            str(folder),
-            map_size=map_bytes,
-            max_dbs=len(tables),
-            max_readers=_MOST_READERS,
-            mode=0o600,
-            # Sync without metasync: a power cut may cost the last transaction, never the file.
-            metasync=False,
-        )
-        self._env.reader_check()  # a killed process leaves its place taken
-        self._tables = {
-            name: self._env.open_db(name.encode(), dupsort=name == "children") for name in tables
-        }
+        self._may_be_written = False
+        self._env, self.is_read_only = _opened(folder, least_bytes, len(tables) + 1)
+        try:
+            self._walk_pages()
+            self._env.reader_check()  # a killed process leaves its place taken
+            self._tables: dict[str, Any] = {}
+            for name in tables:
+                self._open_table(name)
+        except BaseException:
+            self._env.close()
+            raise
 
     @classmethod
-    def open(cls, folder: Path, *, map_bytes: int, tables: Sequence[str]) -> "Environment":
+    def open(cls, folder: Path, *, least_bytes: int, tables: Sequence[str]) -> "Environment":
         """
         Return the environment in a folder, which is created where there is none.
 
         A file that is no database, or a damaged one, is put aside under another name: what is kept
         in these files can be computed again.
 
+        Args:
+            folder: Where the file is.
+            least_bytes: How large the file may have to become.
+            tables: What it has.
+
         Raises:
             StoreError: It cannot be opened.
         """
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = folder.resolve()
         with _open_lock, translated(folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder = folder.resolve()
             found = _open.get(folder)
             if found is not None:
                 found._users += 1
                 return found
+            if (folder / DAMAGED).exists():
+                _put_aside(folder, "as was found when it was last used")
             try:
-                opened = cls(folder, map_bytes, tables)
+                opened = cls(folder, least_bytes, tables)
             except _UNREADABLE as cause:
-                _put_aside(folder, cause)
-                opened = cls(folder, map_bytes, tables)
+                _put_aside(folder, str(cause))
+                opened = cls(folder, least_bytes, tables)
             _open[folder] = opened
             return opened
 
@@ -97,8 +121,14 @@ class Environment:
 
     @property
     def file_bytes(self) -> int:
-        """Return how large the file is."""
-        return (self.folder / "data.mdb").stat().st_size
+        """
+        Return how large the file is.
+
+        Raises:
+            StoreError: It is not there any more.
+        """
+        with translated(self.folder):
+            return (self.folder / _DATA).stat().st_size
 
     @contextmanager
     def reading(self) -> Iterator[Transaction]:
@@ -108,13 +138,12 @@ class Environment:
         Raises:
             StoreError: They cannot be read.
         """
-        with translated(self.folder):
+        with self._noting_damage():
             txn = self._begin(write=False)
-        try:
-            with translated(self.folder):
+            try:
                 yield txn
-        finally:
-            txn.abort()
+            finally:
+                txn.abort()
 
     @contextmanager
     def writing(self) -> Iterator[Transaction]:
@@ -125,20 +154,81 @@ class Environment:
             StoreFullError: There is no room; nothing was changed.
             StoreError: It cannot be written; nothing was changed.
         """
-        with translated(self.folder), self._begin(write=True) as txn:
-            yield txn
+        self.require_writable()
+        with self._noting_damage():
+            self._look_before_writing()
+            with self._begin(write=True) as txn:
+                yield txn
+
+    def require_writable(self) -> None:
+        """
+        Raise where the file can only be read.
+
+        Raises:
+            StoreError: It can.
+        """
+        if self.is_read_only:
+            raise StoreError(
+                f"The KV store in {self.folder} can be read and not written: allow that, or set "
+                "RECOLLECT_HOME elsewhere."
+            )
 
     def table(self, name: str) -> Any:
         """Return the handle of a named table."""
         return self._tables[name]
 
-    def _begin(self, *, write: bool) -> Transaction:
+    def has_table(self, name: str) -> bool:
+        """Return whether there is a table; one that is missing is made, where that can be written."""
+        return name in self._tables
+
+    def replace_table(self, txn: Transaction, name: str, value: bytes) -> None:
+        """
+        Put a plain value where an earlier version has a table, which goes.
+
+        That version then refuses to open the file, and changes nothing in it.
+        """
         try:
-            return self._env.begin(write=write, buffers=True)
-        except lmdb.MapResizedError:
-            # Another process has made it larger: take its size over.
-            self._env.set_mapsize(0)
-            return self._env.begin(write=write, buffers=True)
+            table = self._env.open_db(name.encode(), txn=txn, create=False)
+        except lmdb.NotFoundError:
+            pass
+        else:
+            txn.drop(table)
+        txn.put(name.encode(), value)
+
+    def _open_table(self, name: str) -> None:
+        with suppress(lmdb.NotFoundError):  # an earlier version made it, and it cannot be written
+            self._tables[name] = self._env.open_db(
+                name.encode(), dupsort=name in _SORTED_VALUES, create=not self.is_read_only
+            )
+
+    def _walk_pages(self, *, values: bool = False) -> None:
+        """Look at what LMDB is going to follow blindly, in a state that nobody can change meanwhile."""
+        for _ in range(_WALKS):
+            with self._env.begin() as txn:
+                if walk(self.folder / _DATA, txn.id(), values=values):
+                    return
+
+    def _look_before_writing(self) -> None:
+        """Look at what LMDB follows when it writes: once, and no sooner, as that is a read a value."""
+        if not self._may_be_written:
+            self._walk_pages(values=True)
+            self._may_be_written = True
+
+    @contextmanager
+    def _noting_damage(self) -> Iterator[None]:
+        """Raise our errors; where the file is damaged, have whoever opens it next put it aside."""
+        try:
+            with translated(self.folder):
+                yield
+        except StoreCorruptError as error:
+            # After a write that failed LMDB panics; the file is sound all the same.
+            if not isinstance(error.__cause__, lmdb.PanicError):
+                with suppress(OSError):
+                    (self.folder / DAMAGED).touch()
+            raise
+
+    def _begin(self, *, write: bool) -> Transaction:
+        return self._env.begin(write=write, buffers=True)
 
 
 def is_open(folder: Path) -> bool:
@@ -160,9 +250,15 @@ def translated(folder: Path) -> Iterator[None]:
         raise StoreBusyError(
             f"Too many threads and processes read {folder}: close some of them."
         ) from cause
-    except (*_UNREADABLE, lmdb.PageNotFoundError, lmdb.PanicError) as cause:
+    except lmdb.MapResizedError as cause:  # where a map of `_MAP_BYTES` could not be had
+        raise StoreBusyError(
+            f"Another program has given the KV store in {folder} more room than there is here: give "
+            "the same --kv-disk in both, or close one of them."
+        ) from cause
+    except (*_UNREADABLE, lmdb.PanicError) as cause:
         raise StoreCorruptError(
-            f"The KV store in {folder} is damaged ({cause}): `recollect cache clear` begins anew."
+            f"The KV store in {folder} is damaged ({cause}): `recollect cache clear` begins anew, "
+            "and so does the next start."
         ) from cause
     except (lmdb.Error, OSError) as cause:
         code = getattr(cause, "code", None) or getattr(cause, "errno", None)
@@ -176,7 +272,43 @@ def translated(folder: Path) -> Iterator[None]:
         ) from cause
 
 
-def _put_aside(folder: Path, cause: Exception) -> None:
+def _opened(folder: Path, least_bytes: int, tables: int) -> tuple[lmdb.Environment, bool]:
+    """Return the file, open, and whether it can only be read."""
+    try:
+        return _mapped(folder, least_bytes, tables, readonly=False), False
+    except lmdb.Error as cause:
+        code = getattr(cause, "code", None)
+        if not (isinstance(cause, lmdb.ReadonlyError) or code in _NOT_WRITABLE):
+            raise
+        try:
+            return _mapped(folder, least_bytes, tables, readonly=True), True
+        except lmdb.Error:
+            raise cause from None  # why it cannot be written is what has to be put right
+
+
+def _mapped(folder: Path, least_bytes: int, tables: int, *, readonly: bool) -> lmdb.Environment:
+    """Open the file, with as much address space as can be had."""
+    # Windows makes the file as large as the map.
+    map_bytes = least_bytes if os.name == "nt" else max(_MAP_BYTES, least_bytes)
+    while True:
+        try:
+            return lmdb.open(
+                str(folder),
+                map_size=map_bytes,
+                max_dbs=tables,
+                max_readers=_MOST_READERS,
+                mode=0o600,
+                readonly=readonly,
+                # Sync without metasync: a power cut may cost the last transaction, never the file.
+                metasync=False,
+            )
+        except lmdb.MemoryError:  # the process may have little address space
+            if map_bytes <= least_bytes:
+                raise
+            map_bytes = max(least_bytes, map_bytes // 2)
+
+
+def _put_aside(folder: Path, cause: str) -> None:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     kept = folder.with_name(f"{folder.name}.damaged-{stamp}")
     folder.rename(kept)

@@ -15,6 +15,11 @@ Key = bytes
 PUBLIC: Final = "*"
 """The namespace of what is marked public, which is no client's: what is pinned in it, all others find."""
 
+DIGEST_BYTES: Final = 4
+"""Of the digest of one token in its place: two that differ have the same one in 4 billion cases."""
+MOST_DIGESTS: Final = 96
+"""With a name after them they are a value of LMDB that can be sorted, of at most 511 bytes."""
+
 
 def chained_key(parent: Key, token_ids: Sequence[int]) -> Key:
     """
@@ -31,6 +36,29 @@ def chained_keys(root: Key, token_ids: Sequence[int], block_size: int) -> list[K
     for start in range(0, len(token_ids), block_size):
         keys.append(chained_key(keys[-1], token_ids[start : start + block_size]))
     return keys[1:]
+
+
+def branch_digests(parent: Key, token_ids: Sequence[int], secret: bytes = b"") -> bytes:
+    """
+    Return a short digest for each leading part of a block, one after the other: its place in order.
+
+    Two blocks after the same one share as many leading digests as they share leading tokens. So the
+    block that has the most in common with some tokens lies next to these in the order of digests.
+
+    Args:
+        parent: The name of what the block follows.
+        token_ids: Its tokens, shape `(n,)`; those after the first `MOST_DIGESTS` do not count.
+        secret: At most 64 bytes; with it, digests tell nobody else which tokens they are of, only
+            how many tokens blocks have in common.
+    """
+    state = hashlib.blake2b(
+        parent, digest_size=DIGEST_BYTES, key=secret, person=b"recollect branch"
+    )
+    digests = bytearray()
+    for token in np.asarray(token_ids[:MOST_DIGESTS], np.int64):
+        state.update(token.tobytes())
+        digests += state.copy().digest()
+    return bytes(digests)
 
 
 def namespace_key(fingerprint: str, namespace: str = "", secret: bytes = b"") -> Key:

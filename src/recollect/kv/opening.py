@@ -9,6 +9,7 @@ from typing import Final
 
 from recollect import config
 from recollect.kv.disk import DiskStore
+from recollect.kv.environment import translated
 from recollect.kv.record import Sealer
 
 _SPARE_BYTES: Final = 16 << 20
@@ -27,6 +28,7 @@ def open_existing(folder: Path, sealer: Sealer | None) -> DiskStore:
     Raises:
         StoreError: It cannot be opened.
     """
-    room = (folder / "data.mdb").stat().st_size + _SPARE_BYTES
-    budget = max(config.default_kv_disk_bytes(folder), room)
+    with translated(folder):
+        room = (folder / "data.mdb").stat().st_size + _SPARE_BYTES
+        budget = max(config.default_kv_disk_bytes(folder), room)
     return DiskStore(folder, budget_bytes=budget, sealer=sealer)

@@ -4,49 +4,14 @@ Which blocks hold the KV of which prefix, across all sequences: what one has rea
 Pure bookkeeping over the pool: no runtime, no disk. Time is a counter of uses.
 """
 
-import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
 
 from recollect.kv.blocks import BlockPool
-from recollect.kv.names import PUBLIC, Key, chained_key, namespace_key
-from recollect.types import common_prefix_length
-
-
-@dataclass(eq=False, slots=True)
-class CachedBlock:
-    """
-    A block, and the prefix whose last tokens it holds.
-
-    The root of a namespace is one too, without tokens and without a block.
-    """
-
-    key: Key
-    parent: "CachedBlock | None"
-    token_ids: tuple[int, ...]
-    block: int
-    last_used: int = 0
-    pins: int = 0
-    on_disk: bool = False
-    """Whether the tier below has it, as far as is known."""
-    children: dict[tuple[int, ...], "CachedBlock"] = field(default_factory=dict)
-
-    def path(self) -> list["CachedBlock"]:
-        """Return the blocks from the first of the prefix to this one, without the root."""
-        return [block for block in _with_prefix(self) if block.parent is not None][::-1]
-
-
-class HasTokens(Protocol):
-    """A block in memory or on disk."""
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """Return what it holds."""
-
-
-BlockT = TypeVar("BlockT", bound=HasTokens)
+from recollect.kv.cached_block import CachedBlock, Siblings
+from recollect.kv.eviction import EvictionOrder
+from recollect.kv.names import PUBLIC, chained_key, namespace_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +42,7 @@ class PrefixCache:
         3. A key is the chained hash of the parent's key and the block's tokens.
         4. No partial block's tokens begin a sibling's, unless it is pinned.
         5. Pins of a block >= pins of each child.
+        6. All of `EvictionOrder`, over what is pinned, and what others hold as of `BlockPool.take_changed`.
     """
 
     def __init__(
@@ -102,7 +68,10 @@ class PrefixCache:
         self._on_new = on_new
         self._roots: dict[str, CachedBlock] = {}
         self._public = self.root(PUBLIC)
-        self._places: Counter[int] = Counter()  # in the tree, of each block that is there
+        self._places: dict[int, list[CachedBlock]] = {}  # in the tree, of each block that is there
+        self._pinned: dict[CachedBlock, Siblings] = {}  # of each block's children, those with pins
+        self._public_depths: Counter[int] = Counter()  # blocks in each pin below the public root
+        self._order = EvictionOrder()
         self._uses = 0
         self.evicted_blocks = 0
         """Blocks given up for room so far."""
@@ -125,13 +94,8 @@ class PrefixCache:
     @property
     def evictable_blocks(self) -> int:
         """Return how many blocks `evict` can free: each with all its places, and all that follows."""
-        staying: set[CachedBlock] = set()
-        for cached in reversed(list(self.blocks())):
-            if cached in staying or not self._is_evictable(cached):
-                staying.add(cached)
-                if cached.parent is not None and cached.parent.parent is not None:
-                    staying.add(cached.parent)
-        return len(self._places) - len({cached.block for cached in staying})
+        self._settle()
+        return len(self._places) - self._order.staying_blocks
 
     def match(self, after: CachedBlock, token_ids: Sequence[int], *, inside_block: bool) -> Match:
         """
@@ -194,7 +158,7 @@ class PrefixCache:
         """
         self._uses += 1
         tokens = tuple(token_ids)
-        known = after.children.get(tokens) or self._covering(after, tokens)
+        known = self._covering(after, tokens)
         if known is not None:
             known.last_used = self._uses
             return known
@@ -210,21 +174,15 @@ class PrefixCache:
         The least recently used first, and always tails before what they follow, so that what
         survives is the longest prefix. A block is free when its last place is given up.
         """
-        spare = (c for c in self.blocks() if not c.children and self._is_evictable(c))
-        leaves = [(cached.last_used, number, cached) for number, cached in enumerate(spare)]
-        heapq.heapify(leaves)
-        evicted, number = 0, len(leaves)
-        while leaves and evicted < count:
-            last_used, _, cached = heapq.heappop(leaves)
+        self._settle()
+        evicted = 0
+        while evicted < count and (cached := self._order.pop()) is not None:
             parent = cached.parent
-            self._remove(cached)
-            evicted += cached.block not in self._places
             assert parent is not None, "a root is never evicted"
             # A prefix was in use when its tail was.
-            parent.last_used = max(parent.last_used, last_used)
-            if parent.parent is not None and not parent.children and self._is_evictable(parent):
-                number += 1
-                heapq.heappush(leaves, (parent.last_used, number, parent))
+            parent.last_used = max(parent.last_used, cached.last_used)
+            self._remove(cached)
+            evicted += cached.block not in self._places
         self.evicted_blocks += evicted
         return evicted
 
@@ -235,8 +193,8 @@ class PrefixCache:
         Returns:
             Whether it was given up; that table may then write it without a copy.
         """
-        for cached in after.children.values():
-            if cached.block == block:
+        for cached in self._places.get(block, ()):
+            if cached.parent is after:
                 spare = not cached.children and not cached.pins
                 if spare and self._pool.references(block) == 2:
                     self._remove(cached)
@@ -245,14 +203,24 @@ class PrefixCache:
 
     def pin(self, cached: CachedBlock) -> None:
         """Keep a block and the prefix before it until `unpin`."""
+        self._count_public(cached, 1)
         for block in _with_prefix(cached):
             block.pins += 1
+            if block.pins == 1 and block.parent is not None:
+                self._pinned.setdefault(block.parent, Siblings())[block.token_ids] = block
+                self._note_held(block)
 
     def unpin(self, cached: CachedBlock) -> None:
         """Take back one `pin`."""
+        self._count_public(cached, -1)
         for block in _with_prefix(cached):
             assert block.pins > 0, "unpinned more often than pinned"
             block.pins -= 1
+            if not block.pins and block.parent is not None:
+                del self._pinned[block.parent][block.token_ids]
+                if not self._pinned[block.parent]:
+                    del self._pinned[block.parent]
+                self._note_held(block)
         parent = cached.parent
         if parent is not None and not cached.pins and self._is_covered(cached, parent):
             self._remove(cached)  # a longer one came meanwhile
@@ -276,12 +244,15 @@ class PrefixCache:
         for root in self._roots.values():
             held = [cached.block for cached in _below([root])]
             assert len(held) == len(set(held)), "a block is below a root twice"
-        assert Counter(self.held_blocks()) == self._places, "the places are not counted right"
+        placed = Counter(self.blocks())
+        assert placed == Counter(c for all_of in self._places.values() for c in all_of), (
+            "the places are not counted right"
+        )
         prefixes: dict[int, list[tuple[int, ...]]] = {}
         for cached in self.blocks():
             parent = cached.parent
             assert parent is not None
-            if self._places[cached.block] > 1:
+            if len(self._places[cached.block]) > 1:
                 prefix = [block.token_ids for block in cached.path()]
                 same = prefixes.setdefault(cached.block, prefix) == prefix
                 assert same, "a block stands for two prefixes"
@@ -292,73 +263,92 @@ class PrefixCache:
             assert full or not cached.children, "something follows a block that is not full"
             assert cached.pins or not self._is_covered(cached, parent), "a part is there twice"
             assert all(child.pins <= cached.pins for child in cached.children.values()), "pins"
+            pinned = self._pinned.get(parent, Siblings()).get(cached.token_ids)
+            assert (pinned is cached) == (cached.pins > 0), "what is pinned is noted wrong"
+        for node in (*self._roots.values(), *placed):
+            node.children.check()
+        self._settle()
+        staying = {cached for cached in placed if not self._is_evictable(cached)}
+        self._order.check(self.blocks(), staying)
 
     def _is_evictable(self, cached: CachedBlock) -> bool:
         """Return whether nobody but the cache holds the block, and nobody pinned this place."""
-        return (
-            cached.pins == 0 and self._pool.references(cached.block) == self._places[cached.block]
-        )
+        places = len(self._places[cached.block])
+        return cached.pins == 0 and self._pool.references(cached.block) == places
+
+    def _settle(self) -> None:
+        """Take note of who holds what since this was last called: tables do that behind our back."""
+        for block in self._pool.take_changed():
+            for cached in self._places.get(block, ()):
+                self._note_held(cached)
+
+    def _note_held(self, cached: CachedBlock) -> None:
+        self._order.hold(cached, held=not self._is_evictable(cached))
 
     def _place(self, after: CachedBlock, tokens: tuple[int, ...], block: int) -> CachedBlock:
         """Give a block a place in the tree, and a reference for it."""
         key = chained_key(after.key, tokens)
         cached = CachedBlock(key, after, tokens, block, self._uses)
-        for shorter in self._covered_by(after, tokens):
-            self._remove(shorter)
+        for shorter in after.children.parts_of(tokens):
+            if not shorter.pins:
+                self._remove(shorter)
         after.children[tokens] = cached
         self._pool.retain([block])
-        self._places[block] += 1
+        self._places.setdefault(block, []).append(cached)
+        self._order.add(cached)
         return cached
+
+    def _count_public(self, cached: CachedBlock, change: int) -> None:
+        *blocks, root = _with_prefix(cached)
+        if root is self._public:
+            self._public_depths[len(blocks)] += change
+            if not self._public_depths[len(blocks)]:
+                del self._public_depths[len(blocks)]
 
     def _public_twin(self, cached: CachedBlock) -> CachedBlock | None:
         """Return the public root's block of the same prefix; None where not all of it is pinned."""
-        node: CachedBlock | None = self._public if self._public.pins else None
-        for block in cached.path() if node is not None else ():
-            node = _pinned_child(node, block.token_ids)
-        return node
+        deepest = max(self._public_depths, default=0)
+        path: list[CachedBlock] = []
+        node = cached
+        while node.parent is not None:
+            if len(path) == deepest:
+                return None  # without going up all of a long prefix
+            path.append(node)
+            node = node.parent
+        twin: CachedBlock | None = self._public if deepest else None
+        for block in reversed(path):
+            twin = _pinned_child(twin, block.token_ids)
+        return twin
 
     def _partial(
         self, after: CachedBlock, public: CachedBlock | None, token_ids: Sequence[int]
     ) -> tuple[CachedBlock | None, int]:
         """Return the child that begins with the most of these tokens, and how many; see `match`."""
-        partial, length = longest_common(after.children.values(), token_ids)
-        marked = [] if public is None else [c for c in public.children.values() if c.pins]
-        theirs, more = longest_common(marked, token_ids)
+        wanted = tuple(token_ids)
+        partial, length = after.children.nearest(wanted)
+        marked = Siblings() if public is None else self._pinned.get(public, Siblings())
+        theirs, more = marked.nearest(wanted)
         if theirs is not None and more > length:
             return self._place(after, theirs.token_ids, theirs.block), more
         return partial, length
 
     def _is_covered(self, cached: CachedBlock, parent: CachedBlock) -> bool:
         """Return whether a sibling begins with all of the block's tokens."""
-        length = len(cached.token_ids)
-        return any(
-            other is not cached and other.token_ids[:length] == cached.token_ids
-            for other in parent.children.values()
-        )
+        return parent.children.longer_than(cached.token_ids) is not None
 
     def _covering(self, parent: CachedBlock, tokens: tuple[int, ...]) -> CachedBlock | None:
         """Return a child that begins with these tokens."""
-        if len(tokens) == self._pool.block_size:
-            return parent.children.get(tokens)
-        found = (c for c in parent.children.values() if c.token_ids[: len(tokens)] == tokens)
-        return next(found, None)
-
-    def _covered_by(self, parent: CachedBlock, tokens: tuple[int, ...]) -> list[CachedBlock]:
-        """Return the children whose tokens begin these, and which can be given up for them."""
-        return [
-            child
-            for child in parent.children.values()
-            if not child.pins and child.token_ids == tokens[: len(child.token_ids)]
-        ]
+        return parent.children.beginning_with(tokens)
 
     def _remove(self, cached: CachedBlock) -> None:
         assert cached.parent is not None, "a root is never removed"
         assert not cached.children, "a block that others follow is never removed"
         del cached.parent.children[cached.token_ids]
         self._pool.release([cached.block])
-        self._places[cached.block] -= 1
+        self._places[cached.block].remove(cached)
         if not self._places[cached.block]:
             del self._places[cached.block]
+        self._order.remove(cached)
 
 
 def _with_prefix(cached: CachedBlock) -> Iterator[CachedBlock]:
@@ -381,16 +371,3 @@ def _below(roots: Iterable[CachedBlock]) -> Iterator[CachedBlock]:
 def _pinned_child(parent: CachedBlock | None, tokens: tuple[int, ...]) -> CachedBlock | None:
     child = None if parent is None else parent.children.get(tokens)
     return child if child is not None and child.pins else None
-
-
-def longest_common(
-    children: Iterable[BlockT], token_ids: Sequence[int]
-) -> tuple[BlockT | None, int]:
-    """Return the child that begins with the most of these tokens, and how many."""
-    best: BlockT | None = None
-    longest = 0
-    for child in children:
-        length = common_prefix_length(token_ids, child.token_ids)
-        if length > longest:
-            best, longest = child, length
-    return best, longest

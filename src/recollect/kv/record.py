@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from recollect.errors import StoreCorruptError
-from recollect.kv.names import Key
+from recollect.kv.names import DIGEST_BYTES, MOST_DIGESTS, Key
 from recollect.types import MissReason
 
 FORMAT: Final = 1
@@ -25,8 +25,8 @@ _MAGIC: Final = b"RKVB"
 # magic, format, whether sealed, tokens, payload bytes, identity, checksum
 _HEADER: Final = struct.Struct("<4sBBxxIQ16s16s")
 _CHECKED: Final = _HEADER.size - 16  # the header up to its checksum
-# checksum, last used (Unix seconds), stored bytes, parent, identity, whether sealed, tokens
-_ENTRY: Final = struct.Struct("<QdQ32s16sBxxxI")
+# checksum, last used (Unix seconds), stored bytes, parent, identity, whether sealed, digests, tokens
+_ENTRY: Final = struct.Struct("<QdQ32s16sBBxxI")
 _ENTRY_CHECKED: Final = 8
 
 
@@ -90,6 +90,8 @@ class Entry:
     """Unix time in seconds."""
     stored_bytes: int
     """What it takes in the file, in whole pages."""
+    digests: bytes = b""
+    """`branch_digests` of its tokens; none where nobody could know them when it was stored."""
 
 
 def pack_block(
@@ -152,9 +154,10 @@ def pack_entry(entry: Entry, sealer: Sealer | None) -> bytes:
         entry.parent,
         entry.identity,
         sealer is not None,
+        len(entry.digests) // DIGEST_BYTES,
         len(entry.token_ids),
     )
-    return with_checksum(entry.key, head[_ENTRY_CHECKED:] + tokens)
+    return with_checksum(entry.key, head[_ENTRY_CHECKED:] + entry.digests + tokens)
 
 
 def unpack_entry(key: Key, stored: Buffer, sealer: Sealer | None) -> Entry:
@@ -165,11 +168,14 @@ def unpack_entry(key: Key, stored: Buffer, sealer: Sealer | None) -> Entry:
         Refused: It is damaged, or of another key.
     """
     head = entry_head(key, stored)
-    packed = opened(memoryview(stored)[_ENTRY.size :], head.is_sealed, b"entry" + key, sealer)
+    rest = memoryview(stored)[_ENTRY.size + len(head.digests) :]
+    packed = opened(rest, head.is_sealed, b"entry" + key, sealer)
     if len(packed) != 4 * head.tokens:
         raise Refused("truncated")
     tokens = tuple(np.frombuffer(packed, "<i4").tolist())
-    return Entry(key, head.parent, head.identity, tokens, head.last_used, head.stored_bytes)
+    return Entry(
+        key, head.parent, head.identity, tokens, head.last_used, head.stored_bytes, head.digests
+    )
 
 
 class EntryHead(NamedTuple):
@@ -181,6 +187,7 @@ class EntryHead(NamedTuple):
     identity: bytes
     is_sealed: bool
     tokens: int
+    digests: bytes
 
 
 def entry_head(key: Key, stored: Buffer) -> EntryHead:
@@ -195,8 +202,9 @@ def entry_head(key: Key, stored: Buffer) -> EntryHead:
         raise Refused("truncated")
     if stored != with_checksum(key, stored[_ENTRY_CHECKED:]):
         raise Refused("checksum")
-    _, last_used, size, parent, identity, sealed, tokens = _ENTRY.unpack_from(stored)
-    return EntryHead(last_used, size, parent, identity, bool(sealed), tokens)
+    _, last_used, size, parent, identity, sealed, count, tokens = _ENTRY.unpack_from(stored)
+    digests = stored[_ENTRY.size : _ENTRY.size + count * DIGEST_BYTES]
+    return EntryHead(last_used, size, parent, identity, bool(sealed), tokens, digests)
 
 
 def touched(key: Key, stored: Buffer, last_used: float) -> bytes:
@@ -207,7 +215,7 @@ def touched(key: Key, stored: Buffer, last_used: float) -> bytes:
 
 def entry_size(tokens: int) -> int:
     """Return about how many bytes an entry takes, for accounts."""
-    return _ENTRY.size + 4 * tokens
+    return _ENTRY.size + 4 * tokens + DIGEST_BYTES * min(tokens, MOST_DIGESTS)
 
 
 def opened(stored: memoryview, sealed: bool, context: bytes, sealer: Sealer | None) -> Buffer:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
+from recollect.models.control_tokens import ControlTokens
 from recollect.models.vocabulary import Vocabulary
 
 END_OF_TURN: Final = "<|im_end|>"
@@ -29,6 +30,7 @@ class ByteTokenizer:
     """
 
     eos_token_ids: Final = frozenset({_IDS[END_OF_TURN], _IDS["<|endoftext|>"]})
+    control_tokens: Final = ControlTokens(_IDS)
 
     @property
     def vocab_size(self) -> int:
@@ -49,6 +51,10 @@ class ByteTokenizer:
             else:
                 ids.extend(part.encode("utf-8", "replace"))
         return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of *text*, shape `(n,)`, the texts of control tokens as any other text."""
+        return list(text.encode("utf-8", "replace"))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of *ids*; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""

@@ -24,6 +24,7 @@ from recollect.models.folder import MODEL_FILES, TOKENIZER_FILES
 from recollect.models.gguf_decoder import require_buildable
 from recollect.models.gguf_file import GgufHeader, read_header
 from recollect.models.gguf_shards import parts_of
+from recollect.models.hf_files import warn_of_writers
 from recollect.models.manifest import Manifest
 from recollect.models.scratch import scratch_folder
 from recollect.types import Progress
@@ -85,6 +86,7 @@ def convert(job: Conversion, folder: Path, *, home: Path, progress: Progress) ->
     """
     header = read_header(job.gguf)
     require_buildable(job.gguf)
+    warn_of_writers(job.gguf.parent, [part.name for part in parts_of(job.gguf)])
     what = f"converting {job.name}"
     progress(what, 0, None)
     with scratch_folder(home) as scratch:

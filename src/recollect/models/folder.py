@@ -6,14 +6,24 @@ Reads the small files beside the weights. Does not load the model, and does not 
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree
 
+from recollect import files
 from recollect.errors import UnsupportedModelError
 from recollect.models.fingerprint import cached_sha256, combine
 from recollect.models.gguf_file import GgufHeader, read_header
-from recollect.models.hf_files import as_ids, chat_template, read_json, special_token
+from recollect.models.hf_files import (
+    MOST_TOKENIZER_BYTES,
+    as_ids,
+    chat_template,
+    is_id,
+    read_json,
+    special_token,
+    warn_of_writers,
+)
 from recollect.models.local import LocalModel
 from recollect.models.manifest import Manifest
 from recollect.types import Progress, no_progress
@@ -27,6 +37,12 @@ TOKENIZER_FILES: Final = (
 )
 _log = logging.getLogger(__name__)
 
+MODELS_FOLDER: Final = "models"
+"""In the home: where folders lie that recollect made, one each."""
+_MOST_GRAPH_BYTES: Final = 16 * files.MIB
+"""Of a tokenizer's graph; the largest known has 40 KB."""
+_START_BYTES: Final = 256
+_MOST_CONTEXT: Final = 2**31 - 1
 _EXPORT: Final = "`optimum-cli export openvino --model ORG/NAME FOLDER`"
 
 
@@ -40,16 +56,23 @@ def open_folder(
         UnsupportedModelError: A file is missing, or does not say what is needed.
     """
     _require_files(folder)
+    warn_of_writers(folder, (*MODEL_FILES, *TOKENIZER_FILES))
     manifest = Manifest.read(folder)
-    if manifest is not None:
-        if not manifest.is_exact:
-            _log.warning(
-                "%s runs with rounded weights, as an earlier recollect converted it: name the model, "
-                "or its GGUF file, in place of the folder.",
-                folder,
-            )
-        return from_manifest(manifest, folder, name)
-    return _Export(folder).describe(name, home, progress)
+    if manifest is None:
+        return _Export(folder).describe(name, home, progress)
+    if not manifest.is_exact:
+        _log.warning(
+            "%s runs with rounded weights, as an earlier recollect converted it: name the model, or "
+            "its GGUF file, in place of the folder.",
+            folder,
+        )
+    model = from_manifest(manifest, folder, name)
+    if folder.resolve().is_relative_to((home / MODELS_FOLDER).resolve()):
+        return model
+    # Whoever made the folder wrote the note in it: taken at its word it could name another model,
+    # and have its own KV taken for that one's.
+    fingerprint = _fingerprint(folder, model.chat_template, home, progress)
+    return replace(model, fingerprint=fingerprint)
 
 
 def from_manifest(manifest: Manifest, folder: Path, name: str) -> LocalModel:
@@ -73,9 +96,45 @@ def _require_files(folder: Path) -> None:
         (MODEL_FILES, f"export the model with {_EXPORT}"),
         (TOKENIZER_FILES, f"export the model with its tokenizer, with {_EXPORT}"),
     ):
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise UnsupportedModelError(f"{folder} holds no {missing[0]}: {remedy}.")
+        for name in names:
+            try:
+                path = files.inside(folder, name)
+            except FileNotFoundError as cause:
+                raise UnsupportedModelError(f"{folder} holds no {name}: {remedy}.") from cause
+            except OSError as cause:
+                raise UnsupportedModelError(
+                    f"{folder / name} cannot be taken ({cause.strerror or cause}): copy the file into "
+                    "the folder."
+                ) from cause
+            _require_sound(path, name)
+
+
+def _require_sound(path: Path, name: str) -> None:
+    """Check what is read whole for its size, and graphs for being OpenVINO's own format."""
+    is_graph = name.endswith(".xml")
+    if name in TOKENIZER_FILES:
+        most = _MOST_GRAPH_BYTES if is_graph else MOST_TOKENIZER_BYTES
+        if path.stat().st_size > most:
+            raise UnsupportedModelError(
+                f"{path} has {path.stat().st_size:,} bytes, and {most:,} are read: export the model "
+                "with its tokenizer again."
+            )
+    if is_graph:
+        with files.open_regular(path) as file:
+            start = file.read(_START_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+        # OpenVINO goes by the content, and reads formats that name other files.
+        if not start.startswith((b"<?xml", b"<net")):
+            raise UnsupportedModelError(
+                f"{path} is no graph of OpenVINO: export the model again with {_EXPORT}."
+            )
+
+
+def _fingerprint(folder: Path, template: str | None, home: Path, progress: Progress) -> str:
+    """Return a hash of what the folder holds."""
+    parts = ["openvino folder 1"]
+    for name in (*MODEL_FILES, *TOKENIZER_FILES):
+        parts += [name, cached_sha256(folder / name, home=home, progress=progress)]
+    return combine([*parts, template or ""])
 
 
 class _Export:
@@ -97,11 +156,6 @@ class _Export:
                 self._folder,
             )
         template = self._chat_template()
-        files = [
-            (file, cached_sha256(self._folder / file, home=home, progress=progress))
-            for file in (*MODEL_FILES, *TOKENIZER_FILES)
-        ]
-        parts = [part for file in files for part in file]
         return LocalModel(
             name=name,
             format="openvino",
@@ -111,7 +165,7 @@ class _Export:
             eos_token_ids=self._eos_token_ids(),
             bos_token=self._special_token("bos_token"),
             eos_token=self._special_token("eos_token"),
-            fingerprint=combine(["openvino folder 1", *parts, template or ""]),
+            fingerprint=_fingerprint(self._folder, template, home, progress),
             architecture=self._architecture(),
         )
 
@@ -131,7 +185,7 @@ class _Export:
         for config in (self._config, nested if isinstance(nested, dict) else {}):
             for key in ("max_position_embeddings", "n_positions", "seq_length"):
                 length = config.get(key)
-                if isinstance(length, int) and length > 0:
+                if type(length) is int and 0 < length <= _MOST_CONTEXT:
                     return length
         if self._source is not None:
             return self._source.context_length
@@ -170,7 +224,7 @@ class _Export:
         added = self._tokenizer.get("added_tokens_decoder")
         for number, token in added.items() if isinstance(added, dict) else ():
             content = token.get("content") if isinstance(token, dict) else None
-            if number.isdecimal() and isinstance(content, str):
+            if is_id(number) and isinstance(content, str):
                 yield int(number), content
 
 

@@ -15,10 +15,19 @@ from typing import Any, Final
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, TokenType
 
+from recollect import files
 from recollect.errors import UnsupportedModelError
+from recollect.models.gguf_check import (
+    MOST_HEADER_BYTES,
+    MOST_ITEMS,
+    fault_of_fields,
+    fault_of_tensor,
+    require_model,
+)
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
+_SWAPPED: Final = tuple(version << 24 for version in _VERSIONS)
 _DEFAULT_ALIGNMENT: Final = 32
 _MOST_DIMENSIONS: Final = 8  # twice what the format has today; more means that the file is damaged
 _SCALARS: Final = {
@@ -90,7 +99,10 @@ def read_content(path: Path) -> GgufContent:
         UnsupportedModelError: It is not a GGUF file of a known version, or it is damaged.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            files.open_regular(path) as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             return _parse(data, path)
     except _DamagedError as cause:
         raise UnsupportedModelError(
@@ -100,7 +112,7 @@ def read_content(path: Path) -> GgufContent:
         raise _not_gguf(path) from cause
     except OSError as cause:
         raise UnsupportedModelError(
-            f"{path} cannot be read ({cause.strerror}): check the path and its permissions."
+            f"{path} cannot be read ({cause.strerror or cause}): check the path and its permissions."
         ) from cause
 
 
@@ -124,6 +136,7 @@ class _Cursor:
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
+        self._items = 0
         self.at = 0
 
     def skip(self, length: int) -> int:
@@ -131,6 +144,8 @@ class _Cursor:
         if length > len(self._data) - start:
             raise _DamagedError(f"it ends at byte {len(self._data):,}, inside its header")
         self.at += length
+        if self.at > MOST_HEADER_BYTES:
+            raise _DamagedError(f"its header has more than {MOST_HEADER_BYTES:,} bytes")
         return start
 
     def number(self, code: str) -> Any:
@@ -151,6 +166,9 @@ class _Cursor:
         if kind != GGUFValueType.ARRAY:
             return self._single(kind)
         item_kind, count = self.number("I"), self.number("Q")
+        self._items += count
+        if self._items > MOST_ITEMS:
+            raise _DamagedError(f"its header holds more than {MOST_ITEMS:,} values")
         code = _SCALARS.get(item_kind)
         if code is None:
             return [self._single(item_kind) for _ in range(count)]
@@ -172,6 +190,10 @@ def _parse(data: mmap.mmap, path: Path) -> GgufContent:
         raise _not_gguf(path)
     cursor.skip(4)
     version = cursor.number("I")
+    if version in _SWAPPED:
+        raise UnsupportedModelError(
+            f"{path.name} was made for big-endian processors: get the file for the usual ones."
+        )
     if version not in _VERSIONS:
         raise UnsupportedModelError(
             f"{path.name} is GGUF version {version}, and versions {_VERSIONS} can be read: "
@@ -182,10 +204,16 @@ def _parse(data: mmap.mmap, path: Path) -> GgufContent:
     for _ in range(field_count):
         start = cursor.at
         key = cursor.text()
+        if key in fields:  # two readers may each take another one
+            raise _DamagedError(f"it says {key[:100]!r} twice")
         fields[key] = cursor.value()
         places[key] = slice(start, cursor.at)
-    tensors = dict(_tensors(cursor, tensor_count))
-    start = _data_start(cursor.at, fields)
+    fault = fault_of_fields(fields)
+    if fault is not None:
+        raise _DamagedError(fault)
+    alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
+    tensors = dict(_tensors(cursor, tensor_count, alignment))
+    start = -(-cursor.at // alignment) * alignment
     needed = start + max(
         (tensor.start + tensor.size_bytes for tensor in tensors.values()), default=0
     )
@@ -195,29 +223,29 @@ def _parse(data: mmap.mmap, path: Path) -> GgufContent:
     return GgufContent(fields, placed, places)
 
 
-def _tensors(cursor: _Cursor, count: int) -> Iterator[tuple[str, TensorInfo]]:
+def _tensors(cursor: _Cursor, count: int, alignment: int) -> Iterator[tuple[str, TensorInfo]]:
     """Yield each tensor's name and what it is, with its start counted from the start of the data."""
+    names = set()
     for _ in range(count):
         name = cursor.text()
+        if name in names:
+            raise _DamagedError(f"it holds two tensors {name[:100]!r}")
+        names.add(name)
         dimensions = cursor.number("I")
         if dimensions > _MOST_DIMENSIONS:
             raise _DamagedError(f"it holds a tensor of {dimensions} dimensions")
-        shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
+        shape = [cursor.number("Q") for _ in range(dimensions)]
         raw, offset = cursor.number("I"), cursor.number("Q")
         try:
             kind = GGMLQuantizationType(raw)
         except ValueError as cause:
             raise _DamagedError(f"it holds a tensor of the unknown type {raw}") from cause
         block_elements, block_bytes = GGML_QUANT_SIZES[kind]
+        fault = fault_of_tensor(shape, block_elements, offset, alignment)
+        if fault is not None:
+            raise _DamagedError(fault)
         size_bytes = math.prod(shape) // block_elements * block_bytes
-        yield name, TensorInfo(shape, kind, offset, size_bytes)
-
-
-def _data_start(header_end: int, fields: dict[str, Any]) -> int:
-    alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise _DamagedError(f"its alignment is {alignment!r}")
-    return -(-header_end // alignment) * alignment
+        yield name, TensorInfo(tuple(reversed(shape)), kind, offset, size_bytes)
 
 
 def describe(content: GgufContent, path: Path) -> GgufHeader:
@@ -228,6 +256,9 @@ def describe(content: GgufContent, path: Path) -> GgufHeader:
         UnsupportedModelError: They name no architecture or no context length.
     """
     fields = content.fields
+    # The first of several files may have no tensors.
+    is_part = isinstance(fields.get("split.count"), int) and fields["split.count"] > 1
+    require_model(fields, max(len(content.tensors), is_part), path.name)
     architecture = fields.get("general.architecture")
     context_length = fields.get(f"{architecture}.context_length")
     if not isinstance(architecture, str) or not isinstance(context_length, int):
@@ -238,7 +269,7 @@ def describe(content: GgufContent, path: Path) -> GgufHeader:
     tokens = fields.get("tokenizer.ggml.tokens")
     tokens = tokens if isinstance(tokens, list) else []
     named = fields.get("tokenizer.ggml.eos_token_id"), fields.get("tokenizer.ggml.eot_token_id")
-    ids = {number for number in named if isinstance(number, int)}
+    ids = {number for number in named if isinstance(number, int) and 0 <= number < len(tokens)}
     kinds = fields.get("tokenizer.ggml.token_type")
     kinds = kinds if isinstance(kinds, tuple) else ()
     # The same text can be an ordinary token: "</s>" is also how HTML ends a strike-through.

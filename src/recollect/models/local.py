@@ -36,5 +36,9 @@ class LocalModel:
     """Hex sha256 of weights, tokenizer, template and format: KV is shared only under the same."""
     search_defaults: Mapping[str, Any] = field(default_factory=dict)
     """How the folder says that tokens be chosen, in ONNX Runtime GenAI's words; only `recollect.og` asks."""
+    onnx_config: Mapping[str, Any] | None = None
+    """What ONNX Runtime GenAI is told, checked: it never reads the folder's own file."""
+    native_library: Path | None = None
+    """The vendor's operators that the user allowed by name."""
     architecture: str | None = None
     """What the model's own files call it, such as `llama`; None where they do not say."""

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
+from recollect import files
+
 MANIFEST_NAME: Final = "recollect.json"
 FORMAT_VERSION: Final = 3
 _INEXACT_VERSION: Final = 2
@@ -16,6 +18,8 @@ _INEXACT_VERSION: Final = 2
 Of folders whose weights OpenVINO GenAI's reader rounded, and whose RoPE it left unscaled. Such a
 folder runs as it did where the file cannot be fetched again; its fields are the same.
 """
+_MOST_BYTES: Final = 4 * files.MIB
+"""A hundred times what is written; the chat template is most of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +57,9 @@ class Manifest:
     def read(cls, folder: Path) -> Self | None:
         """Return the note in *folder*, or None where there is none that can be understood."""
         try:
-            fields: Any = json.loads((folder / MANIFEST_NAME).read_text("utf-8"))
-        except (OSError, ValueError):
+            path = files.inside(folder, MANIFEST_NAME)
+            fields: Any = json.loads(files.read_text(path, most_bytes=_MOST_BYTES))
+        except (OSError, ValueError, RecursionError):
             return None
         known = (FORMAT_VERSION, _INEXACT_VERSION)
         if not isinstance(fields, dict) or fields.get("format_version") not in known:
@@ -65,6 +70,7 @@ class Manifest:
             return None
 
 
+_MOST_NUMBER: Final = 2**31 - 1  # positions and token ids are kept as int32
 _TEXTS: Final = ("name", "source_sha256", "architecture", "fingerprint")
 _NUMBERS: Final = ("source_bytes", "context_length")
 _TABLES: Final = ("library_versions", "file_bytes")
@@ -76,9 +82,14 @@ def _is_sound(fields: dict[str, Any]) -> bool:
     ends = fields.get("eos_token_ids")
     return (
         all(isinstance(fields.get(name), str) for name in _TEXTS)
-        and all(isinstance(fields.get(name), int) for name in _NUMBERS)
+        and all(_is_number(fields.get(name)) for name in _NUMBERS)
+        and 1 <= fields["context_length"] <= _MOST_NUMBER
         and all(isinstance(fields.get(name), str | None) for name in _OPTIONAL)
         and all(isinstance(fields.get(name), dict) for name in _TABLES)
         and isinstance(ends, list)
-        and all(isinstance(token_id, int) for token_id in ends)
+        and all(_is_number(token_id) and token_id <= _MOST_NUMBER for token_id in ends)
     )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and value >= 0

@@ -15,7 +15,8 @@ from typing import Final, Literal
 
 from recollect.errors import ConfigError, UnsupportedModelError
 from recollect.models.gguf_file import read_header
-from recollect.models.onnx_folder import CONFIG_NAME, is_onnx_folder
+from recollect.models.onnx_config import CONFIG_NAME
+from recollect.models.onnx_folder import is_onnx_folder
 from recollect.types import Progress, no_progress
 
 Precision = Literal["int8", "fp32"]
@@ -23,6 +24,9 @@ Precision = Literal["int8", "fp32"]
 
 _LIBRARIES: Final = ("torch", "transformers", "accelerate", "onnx_ir", "onnxruntime_genai")
 _OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+_NO_CODE: Final = ("--extra_options", "hf_remote=false")
+"""A folder's own Python does not run: said here, and not left to what a release takes for granted."""
 
 
 def convert_to_onnx(
@@ -44,13 +48,7 @@ def convert_to_onnx(
         ConfigError: There is something at *folder* already, or it cannot be written there.
         UnsupportedModelError: A library is missing, or the model cannot be converted.
     """
-    missing = [name for name in _LIBRARIES if find_spec(name) is None]
-    if missing:
-        raise UnsupportedModelError(
-            f'Converting needs {", ".join(missing)}: pip install "recollect-llm[convert,genai]".'
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is there already: name a folder that is not, or remove it.")
+    require_convertible(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
@@ -64,6 +62,26 @@ def convert_to_onnx(
             "for five times the model."
         ) from cause
     progress("writing ONNX", 2, 2)
+
+
+def require_convertible(folder: Path) -> None:
+    """
+    Check, before anything is fetched, that a folder can be made of a model.
+
+    Raises:
+        ConfigError: There is something at *folder* already, or something above it is no folder.
+        UnsupportedModelError: A library is missing.
+    """
+    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise UnsupportedModelError(
+            f'Converting needs {", ".join(missing)}: pip install "recollect-llm[convert,genai]".'
+        )
+    above = next(way for way in folder.absolute().parents if way.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{folder} cannot be made, because {above} is no folder: name another.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there already: name a folder that is not, or remove it.")
 
 
 def _convert(source: Path, scratch: Path, precision: Precision, progress: Progress) -> Path:
@@ -83,7 +101,7 @@ def _convert(source: Path, scratch: Path, precision: Precision, progress: Progre
     made = scratch / "model"
     builder = ["onnxruntime_genai.models.builder", "-i", str(original), "-o", str(made)]
     options = ["-p", precision, "-e", "cpu", "-c", str(scratch / "cache")]
-    _run([*builder, *options], source)
+    _run([*builder, *options, *_NO_CODE], source)
     if not (made / CONFIG_NAME).is_file():
         raise _failed(source, f"no {CONFIG_NAME} was written")
     return made

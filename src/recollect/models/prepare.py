@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, assert_never
 
+from recollect import config
 from recollect.errors import ConfigError, FetchError, UnsupportedModelError
 from recollect.models.catalog import CATALOG, CatalogEntry, HubFile
 from recollect.models.convert import Conversion, convert, find_converted, find_inexact
-from recollect.models.fetch import fetch_entry, sources_folder
+from recollect.models.fetch import fetch_entry, fetch_hub_file, require_online, sources_folder
 from recollect.models.fingerprint import cached_sha256, combine, sha256_file
-from recollect.models.folder import from_manifest, open_folder
+from recollect.models.folder import MODELS_FOLDER, from_manifest, open_folder
 from recollect.models.gguf_shards import part_names, parts_of
-from recollect.models.hub import download_from_hub
 from recollect.models.local import LocalModel
 from recollect.models.manifest import Manifest
 from recollect.models.onnx_folder import is_onnx_folder, open_onnx_folder
@@ -40,8 +40,10 @@ def prepare(
     reference: str,
     *,
     home: Path,
+    allow_native_code: str | None = None,
     progress: Progress = no_progress,
     catalog: Mapping[str, CatalogEntry] = CATALOG,
+    offline: bool | None = None,
 ) -> LocalModel:
     """
     Return the model that *reference* names, downloading and converting it the first time.
@@ -51,16 +53,26 @@ def prepare(
             GenAI folder, `org/repo:file.gguf` on the model hub, or "reference" for the model
             without weights.
         home: Where models are kept.
+        allow_native_code: As `onnx_config.check` takes it.
         catalog: The models that go by a name.
+        offline: Whether what is not here is refused and not fetched; None: as RECOLLECT_OFFLINE says.
 
     Raises:
         UnknownModelError: Nothing goes by it.
+        OfflineError: It is not here, and may not be fetched.
         FetchError: It cannot be downloaded, or something else came (`ChecksumError`).
         UnsupportedModelError: It cannot be read, or OpenVINO cannot run it.
         ConfigError: The data folder cannot be written to.
     """
+    offline = config.is_offline() if offline is None else offline
     try:
-        return _prepare(resolve(reference, catalog=catalog), home, progress)
+        return _prepare(
+            resolve(reference, catalog=catalog),
+            home,
+            allow_native_code,
+            progress,
+            offline=offline,
+        )
     except OSError as cause:
         raise ConfigError(
             f"{reference} could not be made ready ({cause.strerror or cause}): see that "
@@ -68,50 +80,74 @@ def prepare(
         ) from cause
 
 
-def _prepare(source: Source, home: Path, progress: Progress) -> LocalModel:
+def _prepare(
+    source: Source,
+    home: Path,
+    allow_native_code: str | None,
+    progress: Progress,
+    *,
+    offline: bool,
+) -> LocalModel:
     match source:
         case ReferenceModel():
             return reference_model()
         case CatalogEntry():
-            return _prepare_entry(source, home, progress)
+            return _prepare_entry(source, home, progress, offline=offline)
         case GgufSource():
             return _prepare_gguf(source, home, progress)
         case FolderSource():
-            opened = open_onnx_folder if is_onnx_folder(source.path) else open_folder
-            return opened(source.path, name=str(source.path), home=home, progress=progress)
+            name = str(source.path)
+            if is_onnx_folder(source.path):
+                return open_onnx_folder(
+                    source.path,
+                    name=name,
+                    home=home,
+                    allow_native_code=allow_native_code,
+                    progress=progress,
+                )
+            return open_folder(source.path, name=name, home=home, progress=progress)
         case HubFile():
-            return _prepare_hub_file(source, home, progress)
+            return _prepare_hub_file(source, home, progress, offline=offline)
         case _:
             assert_never(source)
 
 
 @contextmanager
-def original_of(reference: str, *, home: Path, progress: Progress = no_progress) -> Iterator[Path]:
+def original_of(
+    reference: str,
+    *,
+    home: Path,
+    progress: Progress = no_progress,
+    offline: bool | None = None,
+) -> Iterator[Path]:
     """
     Yield the GGUF file or the folder that *reference* names, downloaded if it must be, not converted.
 
     Raises:
         UnknownModelError: Nothing goes by it.
+        OfflineError: It is not here, and may not be fetched; *offline* is as in `prepare`.
         FetchError: It cannot be downloaded.
         UnsupportedModelError: It has no original: the model without weights.
     """
+    offline = config.is_offline() if offline is None else offline
     match resolve(reference):
         case ReferenceModel():
             raise UnsupportedModelError(
                 "The reference model has no weights to convert: name another."
             )
         case CatalogEntry() as entry:
-            yield fetch_entry(entry, home=home, progress=progress)
+            yield fetch_entry(entry, home=home, progress=progress, offline=offline)
         case HubFile() as file:
+            require_online(str(file), offline=offline)
             with scratch_folder(home) as scratch:
-                yield download_from_hub(file, scratch, progress)
+                yield fetch_hub_file(file, scratch, progress)
         case GgufSource(path) | FolderSource(path):
             yield path
 
 
 def models_folder(home: Path) -> Path:
     """Return where converted models lie, one folder each."""
-    return home / "models"
+    return home / MODELS_FOLDER
 
 
 def kept_folder(folder: Path, home: Path) -> Path:
@@ -119,19 +155,24 @@ def kept_folder(folder: Path, home: Path) -> Path:
     return sources_folder(home) / folder.name
 
 
-def _prepare_entry(entry: CatalogEntry, home: Path, progress: Progress) -> LocalModel:
+def _prepare_entry(
+    entry: CatalogEntry, home: Path, progress: Progress, *, offline: bool
+) -> LocalModel:
     folder = models_folder(home) / entry.name
     manifest = find_converted(folder, entry.sha256)
     if manifest is None:
         try:
-            manifest = _install(entry, folder, home, progress)
+            gguf = fetch_entry(entry, home=home, progress=progress, offline=offline)
         except FetchError as error:
             manifest = _inexact(folder, entry.sha256, entry.name, error)
+        else:
+            manifest = _install(entry, gguf, folder, home, progress)
     return from_manifest(manifest, folder, entry.name)
 
 
-def _install(entry: CatalogEntry, folder: Path, home: Path, progress: Progress) -> Manifest:
-    gguf = fetch_entry(entry, home=home, progress=progress)
+def _install(
+    entry: CatalogEntry, gguf: Path, folder: Path, home: Path, progress: Progress
+) -> Manifest:
     job = Conversion(entry.name, gguf, entry.sha256)
     try:
         return convert(job, folder, home=home, progress=progress)
@@ -191,22 +232,29 @@ def _keep(parts: Iterable[Path], folder: Path, home: Path) -> None:
             os.link(part, kept / part.name)
 
 
-def _prepare_hub_file(file: HubFile, home: Path, progress: Progress) -> LocalModel:
+def _prepare_hub_file(
+    file: HubFile, home: Path, progress: Progress, *, offline: bool
+) -> LocalModel:
     # A name loses some characters, so two files could get the same one; the digest sees them all.
     digest = combine([file.repository, file.filename])
     folder = models_folder(home) / f"{_as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
     manifest = find_converted(folder, None)
     if manifest is None:
         try:
-            manifest = _install_hub_file(file, folder, home, progress)
+            manifest = _install_hub_file(file, folder, home, progress, offline=offline)
         except FetchError as error:
             manifest = _inexact(folder, None, str(file), error)
     return from_manifest(manifest, folder, str(file))
 
 
-def _install_hub_file(file: HubFile, folder: Path, home: Path, progress: Progress) -> Manifest:
+def _install_hub_file(
+    file: HubFile, folder: Path, home: Path, progress: Progress, *, offline: bool
+) -> Manifest:
+    kept = _kept_parts(file, folder, home)
+    if not kept:
+        require_online(str(file), offline=offline)
     with scratch_folder(home) as scratch:
-        parts = _kept_parts(file, folder, home) or _download(file, scratch, progress)
+        parts = kept or _download(file, scratch, progress)
         digests = [sha256_file(part, progress=progress) for part in parts]
         sha256 = digests[0] if len(digests) == 1 else combine(digests)
         job = Conversion(str(file), parts[0], sha256)
@@ -224,7 +272,7 @@ def _kept_parts(file: HubFile, folder: Path, home: Path) -> list[Path]:
 def _download(file: HubFile, scratch: Path, progress: Progress) -> list[Path]:
     """Return the files of a model on the hub: one, or all parts where its name says how many."""
     files = [HubFile(file.repository, name) for name in part_names(file.filename)]
-    return [download_from_hub(part, scratch, progress) for part in files]
+    return [fetch_hub_file(part, scratch, progress) for part in files]
 
 
 def _as_name(text: str) -> str:

@@ -113,7 +113,7 @@ def _entry_status(entry: CatalogEntry, home: Path) -> ModelStatus:
         download_bytes=entry.bytes,
         is_installed=manifest is not None,
         is_exact=manifest is not None and manifest.is_exact,
-        disk_bytes=_size_bytes(folder) + source_bytes,
+        disk_bytes=size_bytes(folder) + source_bytes,
         source_bytes=source_bytes,
         path=folder if folder.is_dir() else None,
     )
@@ -131,7 +131,7 @@ def _folder_status(folder: Path, home: Path) -> ModelStatus | None:
         download_bytes=None,
         is_installed=find_inexact(folder, None) is not None,
         is_exact=manifest.is_exact,
-        disk_bytes=_size_bytes(folder) + source_bytes,
+        disk_bytes=size_bytes(folder) + source_bytes,
         source_bytes=source_bytes,
         path=folder,
     )
@@ -143,6 +143,7 @@ def _own_bytes(files: Iterable[Path]) -> int:
     return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
 
-def _size_bytes(folder: Path) -> int:
-    """Return the size of all files in a folder; 0 where there is none."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def size_bytes(path: Path) -> int:
+    """Return the size of a file, or of all files in a folder; 0 where there is nothing."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,35 +1,24 @@
 """
 Renders a model's chat template the way its author tested it.
 
-Templates are programs by strangers: they run in Jinja's sandbox. Does not know tokens, and does
-not know which part of a conversation is new.
+Templates are programs by strangers: they run in Jinja's sandbox, in a process of their own, within
+bounds. Does not know tokens, and does not know which part of a conversation is new.
 """
 
-import json
+import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final, Never
-
-import jinja2
-from jinja2 import meta, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any, Final
 
 from recollect.errors import TemplateError
+from recollect.models import template_engine
+from recollect.models.template_engine import COMPILED, FAILURES, REFUSED, TEXT, words
+from recollect.models.template_process import PROCESSES, TemplateProcesses
 from recollect.models.tool_text import CALL_START, spelled_out
 from recollect.types import Message
 
-# What an expression in a template can raise besides Jinja's own errors: `none + "x"`, `1 / 0`.
-_FAILURES: Final = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-)
+MOST_SOURCE: Final = 1 << 20
+"""Characters of a template. The longest of 70 real ones has 17,000."""
 
 
 class ChatTemplate:
@@ -39,8 +28,12 @@ class ChatTemplate:
     A template that prints today's date gets the date on which this object was made, for as long
     as it lives: were it to change at midnight, every conversation would begin anew.
 
+    Args:
+        is_own: Whether it is part of recollect: such a one is rendered in this process.
+        processes: Render the others.
+
     Raises:
-        TemplateError: There is no template, or it is not valid Jinja.
+        TemplateError: There is no template, it is not valid Jinja, or it takes too much to read.
     """
 
     def __init__(
@@ -50,25 +43,41 @@ class ChatTemplate:
         bos_token: str | None = None,
         eos_token: str | None = None,
         now: datetime | None = None,
+        is_own: bool = False,
+        processes: TemplateProcesses = PROCESSES,
     ) -> None:
         if not source:
             raise TemplateError(
                 "This model has no chat template, so it cannot hold a conversation: "
                 "choose one that was tuned for chat (its name often says Instruct or Chat)."
             )
+        if len(source) > MOST_SOURCE:
+            raise TemplateError(
+                f"The model's chat template has {len(source):,} characters, and {MOST_SOURCE:,} are "
+                "read: get a corrected version of the model."
+            )
         self.source: Final = source
-        self.knows_tools: Final = _knows_tools(source)
-        """Whether it shows tools, and calls of them in the Hermes format, by itself."""
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
         # What the model lacks stays undefined and prints as nothing; None would print "None".
         self._tokens = {name: token for name, token in tokens.items() if token is not None}
+        self._now = now or datetime.now().astimezone()
+        self._processes = processes
+        # A date is part of what is compiled, so templates of two days are two.
+        named = f"{template_engine.moment_fields(self._now)}{source}".encode(
+            "utf-8", "surrogatepass"
+        )
+        self._name = hashlib.sha256(named).hexdigest()
+        self._own = None
         try:
-            self._template = _environment(now or datetime.now().astimezone()).from_string(source)
-        except (jinja2.TemplateError, RecursionError) as cause:
-            raise TemplateError(
-                f"The model's chat template is broken ({_words(cause)}): "
-                "get a corrected version of the model."
-            ) from cause
+            if is_own:
+                self._own = template_engine.compiled(source, self._now)
+                uses_tools = template_engine.looks_at_tools(self._own, source)
+            else:
+                uses_tools = self._compile()
+        except FAILURES as cause:
+            raise _broken(words(cause)) from cause
+        self.knows_tools: Final = uses_tools and CALL_START in source
+        """Whether it shows tools, and calls of them in the Hermes format, by itself."""
 
     def render(
         self,
@@ -91,69 +100,47 @@ class ChatTemplate:
         """
         if not self.knows_tools:
             messages, tools = spelled_out(messages, tools or ()), None
+        variables = {
+            "messages": [dict(message) for message in messages],
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._tokens,
+        }
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=tools or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._tokens,
-            )
-        except _FAILURES as cause:
-            raise TemplateError(
-                f"The model's chat template refuses this conversation: {_words(cause)}"
-            ) from cause
+            if self._own is not None:
+                return self._own.render(variables)
+            request = {"template": self._name, "variables": variables}
+            kind, text = self._processes.ask(request, self._introduction())
+        except FAILURES as cause:  # of the template here; elsewhere the request is no JSON
+            raise _refused(words(cause)) from cause
+        if kind == REFUSED:
+            raise _refused(text)
+        assert kind == TEXT, "a rendering is a text, or refused"
+        return text
+
+    def _compile(self) -> bool:
+        """Have the process compile the template; return whether it looks at tools."""
+        kind, text = self._processes.ask(self._introduction())
+        if kind == REFUSED:
+            raise _broken(text)
+        assert kind == COMPILED, "what was compiled is not rendered yet"
+        return bool(text)
+
+    def _introduction(self) -> dict[str, Any]:
+        """Return what a process is told that does not know the template."""
+        return {
+            "template": self._name,
+            "source": self.source,
+            "now": template_engine.moment_fields(self._now),
+        }
 
 
-class _Generation(Extension):
-    """Accepts `{% generation %}` around a reply: a mark for training, without effect here."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja declares it as a class attribute
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """Return the body in a scope of its own, as the tag's usual implementation has it."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _knows_tools(source: str) -> bool:
-    """Return whether a template uses the variable `tools` and the marks of the Hermes format."""
-    try:
-        used = meta.find_undeclared_variables(
-            _environment(datetime.now().astimezone()).parse(source)
-        )
-    except (jinja2.TemplateError, RecursionError):
-        return False  # it is refused in a moment, with its words
-    return "tools" in used and CALL_START in source
-
-
-def _environment(now: datetime) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = now.strftime
-    return environment
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Return JSON as models were trained on it; Jinja's own filter escapes it for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+def _broken(why: str) -> TemplateError:
+    return TemplateError(
+        f"The model's chat template is broken ({why}): get a corrected version of the model."
     )
 
 
-def _raise_exception(message: str) -> Never:
-    raise jinja2.TemplateError(message)
-
-
-def _words(cause: BaseException) -> str:
-    return str(cause).strip().rstrip(".") or type(cause).__name__
+def _refused(why: str) -> TemplateError:
+    return TemplateError(f"The model's chat template refuses this conversation: {why}")

@@ -6,19 +6,26 @@ Does not know templates, models or conversations: what a message looks like is d
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 import numpy as np
 
 from recollect.errors import UnsupportedModelError
 from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.models.control_tokens import (
+    ControlTokens,
+    UnknownCharacters,
+    control_tokens,
+    encode_in_pieces,
+)
 from recollect.models.hf_tokenizer import HfTokenizer
 from recollect.models.local import LocalModel
 from recollect.models.onnx_folder import TOKENIZER_NAME
-from recollect.models.tokenizer_ir import without_truncation
+from recollect.models.tokenizer_ir import added_texts, recognising_only, without_truncation
 from recollect.models.vocabulary import (
     TEXT_MARKS,
     Vocabulary,
@@ -29,6 +36,7 @@ from recollect.models.vocabulary import (
 if TYPE_CHECKING:  # half a second of start-up, which `recollect --help` need not wait for
     import openvino
     import openvino_genai
+    from numpy.typing import NDArray
 
 _REPLACEMENT: Final = "\ufffd"
 # An unfinished character lacks at least one of its at most four bytes, so no more than three
@@ -52,8 +60,15 @@ class Tokenizer(Protocol):
     def vocabulary(self) -> Vocabulary:
         """Return the bytes of each id."""
 
+    @property
+    def control_tokens(self) -> ControlTokens:
+        """Return the tokens that `encode` recognises in a text and `encode_text` does not."""
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of *text*, shape `(n,)`: nothing added, special tokens recognised."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of *text*, shape `(n,)`, the texts of control tokens as any other text."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of *ids*, shape `(n,)`; an id that stands for no text gives none."""
@@ -72,11 +87,24 @@ class Tokenizer(Protocol):
 class OpenVinoTokenizer:
     """The tokenizer that lies beside an OpenVINO model. Safe to use from several threads."""
 
-    def __init__(self, folder: Path, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, folder: Path, eos_token_ids: frozenset[int], *, template: str | None = None
+    ) -> None:
+        """
+        Read a tokenizer.
+
+        Args:
+            folder: Where its files are.
+            eos_token_ids: The ids that end a reply.
+            template: The source of the chat template; it tells which tokens mark turns.
+        """
         self.eos_token_ids: Final = eos_token_ids
         self._added: dict[int, str | None] = {}  # what `added_text` has found out
+        self._unknown = UnknownCharacters(self._are_unknown)
         try:
-            self._tokenizer = _load(folder)
+            self._files = _Files.read(folder)
+            self._tokenizer = _load(self._files)
+            self.control_tokens: Final[ControlTokens] = self._control_tokens(template)
         except (RuntimeError, OSError, ValueError) as cause:
             raise UnsupportedModelError(
                 f"The tokenizer in {folder} cannot be read: export it again with "
@@ -114,15 +142,75 @@ class OpenVinoTokenizer:
             if token_id is not None and not self._shown([token_id])
         }
 
+    def _control_tokens(self, template: str | None) -> ControlTokens:
+        texts = added_texts(self._files.xml, self._files.weights) or self._special_names()
+        # In one call each: some vocabularies have thousands.
+        each = zip(texts, self._each(texts) if texts else [], strict=True)
+        known = {text: ids[0] for text, ids in each if len(ids) == 1}
+        if not known:
+            return ControlTokens({})
+        as_text = self._tokenizer.decode(
+            [[one] for one in known.values()], skip_special_tokens=True
+        )
+        special = {
+            name: token_id
+            for (name, token_id), shown in zip(known.items(), as_text, strict=True)
+            if not shown
+        }
+        return control_tokens(special, known, template)
+
+    def _special_names(self) -> list[str]:
+        """Return the texts of special ids, for tokenizers that do not tell which texts they look for."""
+        ids = [[token_id] for token_id in range(self.vocab_size)]
+        shown, as_text = (
+            self._tokenizer.decode(ids, skip_special_tokens=skip) for skip in (False, True)
+        )
+        return [name for name, text in zip(shown, as_text, strict=True) if name and not text]
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of *text*, shape `(n,)`: nothing added, special tokens recognised."""
-        if not text:
-            return []
-        # Half a surrogate pair is not a character: no tokenizer has a token for it.
-        clean = text.encode("utf-8", "replace").decode() if _has_surrogates(text) else text
-        encoded = self._tokenizer.encode(clean, add_special_tokens=False)
-        ids: list[int] = encoded.input_ids.data.reshape(-1).tolist()
-        return ids
+        ids = _encode(self._tokenizer, text)
+        found = np.count_nonzero(self._is_control(ids))
+        if found and found > self.control_tokens.count(text):
+            ids = _encode(self._tokenizer, self._unknown.replaced(text))
+        as_list: list[int] = ids.tolist()
+        return as_list
+
+    def encode_text(self, text: str) -> list[int]:
+        """
+        Return the ids of *text*, shape `(n,)`, the texts of control tokens as any other text.
+
+        Those that Hugging Face's tokenizers give with `split_special_tokens=True`.
+        """
+        if next(self.control_tokens.begins(text), None) is None:
+            return self.encode(text)
+        ids = _encode(self._without_control_tokens, text)
+        if self._is_control(ids).any():
+            ids = _encode(self._without_control_tokens, self._unknown.replaced(text))
+        if not self._is_control(ids).any():
+            as_list: list[int] = ids.tolist()
+            return as_list
+        return encode_in_pieces(text, self.control_tokens, self.encode)
+
+    def _is_control(self, ids: "NDArray[np.int64]") -> "NDArray[np.bool_]":
+        return np.isin(ids, list(self.control_tokens.ids.values()))
+
+    def _are_unknown(self, characters: Sequence[str]) -> Sequence[bool]:
+        control = set(self.control_tokens.ids.values())
+        return [not control.isdisjoint(ids) for ids in self._each(characters)]
+
+    def _each(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, made in one call."""
+        encoded = self._tokenizer.encode(list(texts), add_special_tokens=False)
+        ids, is_text = encoded.input_ids.data, encoded.attention_mask.data != 0
+        return [row[mask].tolist() for row, mask in zip(ids, is_text, strict=True)]
+
+    @cached_property
+    def _without_control_tokens(self) -> "openvino_genai.Tokenizer":
+        """Return a second tokenizer that reads control tokens as text; made for the first such text."""
+        added = added_texts(self._files.xml, self._files.weights)
+        kept = [text for text in added if text not in self.control_tokens.ids]
+        return _load(self._files.recognising_only(kept))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of *ids*, shape `(n,)`; an id that stands for no text gives none."""
@@ -171,8 +259,9 @@ def load_tokenizer(model: LocalModel) -> Tokenizer:
     if model.folder is None:
         return ByteTokenizer()
     if model.format == "onnx-genai":
-        return HfTokenizer(model.folder / TOKENIZER_NAME, model.eos_token_ids)
-    return OpenVinoTokenizer(model.folder, model.eos_token_ids)
+        file = model.folder / TOKENIZER_NAME
+        return HfTokenizer(file, model.eos_token_ids, template=model.chat_template)
+    return OpenVinoTokenizer(model.folder, model.eos_token_ids, template=model.chat_template)
 
 
 class Detokenizer:
@@ -245,9 +334,42 @@ def _has_surrogates(text: str) -> bool:
     )
 
 
-def _load(folder: Path) -> "openvino_genai.Tokenizer":
+def _encode(tokenizer: "openvino_genai.Tokenizer", text: str) -> "NDArray[np.int64]":
+    if not text:
+        return np.empty(0, np.int64)
+    # Half a surrogate pair is not a character: no tokenizer has a token for it.
+    clean = text.encode("utf-8", "replace").decode() if _has_surrogates(text) else text
+    encoded = tokenizer.encode(clean, add_special_tokens=False)
+    ids: NDArray[np.int64] = encoded.input_ids.data.reshape(-1).copy()
+    return ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What a tokenizer is made of."""
+
+    xml: str
+    weights: bytes
+    back_xml: str
+    back_weights: bytes
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        xml, weights = without_truncation(
+            (folder / "openvino_tokenizer.xml").read_text("utf-8"),
+            (folder / "openvino_tokenizer.bin").read_bytes(),
+        )
+        back_xml = (folder / "openvino_detokenizer.xml").read_text("utf-8")
+        return cls(xml, weights, back_xml, (folder / "openvino_detokenizer.bin").read_bytes())
+
+    def recognising_only(self, texts: Collection[str]) -> Self:
+        xml, weights = recognising_only(self.xml, self.weights, texts)
+        return replace(self, xml=xml, weights=weights)
+
+
+def _load(files: _Files) -> "openvino_genai.Tokenizer":
     """
-    Return the tokenizer in a folder: the one that was made of the same files before, if there is one.
+    Return the tokenizer of files: the one that was made of the same files before, if there is one.
 
     None is ever dropped. With the last one OpenVINO GenAI drops its CPU plugin, and with that goes
     the stack on which the thread that made it takes its signals: the next Ctrl-C there would end
@@ -255,21 +377,15 @@ def _load(folder: Path) -> "openvino_genai.Tokenizer":
     """
     import openvino_genai  # noqa: PLC0415 - see above
 
-    xml, weights = without_truncation(
-        (folder / "openvino_tokenizer.xml").read_text("utf-8"),
-        (folder / "openvino_tokenizer.bin").read_bytes(),
-    )
-    back_xml = (folder / "openvino_detokenizer.xml").read_text("utf-8")
-    back_weights = (folder / "openvino_detokenizer.bin").read_bytes()
-    parts = (xml.encode(), weights, back_xml.encode(), back_weights)
+    parts = (files.xml.encode(), files.weights, files.back_xml.encode(), files.back_weights)
     key = b"".join(hashlib.sha256(part).digest() for part in parts)
     with _LOADING:
         if key not in _LOADED:
             _LOADED[key] = openvino_genai.Tokenizer(
-                xml,
-                _tensor(weights),
-                back_xml,
-                _tensor(back_weights),
+                files.xml,
+                _tensor(files.weights),
+                files.back_xml,
+                _tensor(files.back_weights),
                 # More would take the processor from a forward pass, and make nothing here faster.
                 INFERENCE_NUM_THREADS=1,
             )

@@ -65,6 +65,7 @@ class Model:
         path: As `recollect.load` takes it, or a `Config`.
         profile: `exact`, `fast` or `small`, as in `recollect.load`; not in the original.
         kv_memory: Most bytes of KV; not in the original.
+        allow_native_code: As `recollect.load` takes it; not in the original, which runs any.
 
     Raises:
         RuntimeError: It cannot be had or read.
@@ -76,11 +77,19 @@ class Model:
         *,
         profile: Profile = config.DEFAULT_PROFILE,
         kv_memory: int | None = None,
+        allow_native_code: str | None = None,
     ) -> None:
         overlay = path if isinstance(path, Config) else Config(path)
         with as_runtime_error():
-            self._local = prepare(overlay.path, home=config.home())
-            self._loaded = load(overlay.path, profile=profile, kv_memory=kv_memory)
+            self._local = prepare(
+                overlay.path, home=config.home(), allow_native_code=allow_native_code
+            )
+            self._loaded = load(
+                overlay.path,
+                profile=profile,
+                kv_memory=kv_memory,
+                allow_native_code=allow_native_code,
+            )
         self._search = {**self._local.search_defaults, **overlay.search}
 
     @property

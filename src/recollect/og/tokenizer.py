@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from recollect.models.hf_files import as_ids, read_json
 from recollect.models.local import LocalModel
-from recollect.models.onnx_folder import CONFIG_NAME
+from recollect.models.onnx_config import CONFIG_NAME
 from recollect.models.template import ChatTemplate
 from recollect.models.tokenizer import Detokenizer
 from recollect.og.errors import as_runtime_error
@@ -102,6 +102,7 @@ class Tokenizer:
                 template_str or self._local.chat_template,
                 bos_token=self._local.bos_token,
                 eos_token=self._local.eos_token,
+                is_own=template_str is None and self._local.folder is None,
             )
             return template.render(
                 _parsed("messages", messages),

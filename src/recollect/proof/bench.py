@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from recollect import files
 from recollect.conversation.model import Model
 from recollect.engine.generator import Generator
 from recollect.errors import ConfigError, ContextFullError, InvalidParameterError, OutOfBlocksError
@@ -131,7 +132,7 @@ def bench_text(path: Path | None = None) -> str:
     if path is None:
         return resources.files("recollect.proof").joinpath("data/bench.txt").read_text("utf-8")
     try:
-        return path.read_text("utf-8")
+        return files.read_text(path, most_bytes=64 * files.MIB)
     except (OSError, UnicodeDecodeError) as cause:
         raise ConfigError(f"{path} cannot be read as text: {cause}; give a UTF-8 file.") from cause
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from recollect.errors import ConfigError
 from recollect.proof.growth import GrowthTurn
 from recollect.proof.machine import MachineCard
+from recollect.proof.report import require_writable, written_to
 from recollect.proof.statistics import Summary
 
 if TYPE_CHECKING:  # an extra: imported where it is used
@@ -27,7 +28,7 @@ def require_plot(path: Path) -> None:
     Check that a plot can be drawn and written there.
 
     Raises:
-        ConfigError: matplotlib is not installed, there is no such folder, or no such format.
+        ConfigError: matplotlib is not installed, there is no such format, or one may not write there.
     """
     if find_spec("matplotlib") is None:
         raise ConfigError(
@@ -35,8 +36,7 @@ def require_plot(path: Path) -> None:
         )
     if path.suffix.lower() not in _FORMATS:
         raise ConfigError(f"{path.name} is no kind of plot: end it in {', '.join(_FORMATS)}.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"There is no folder {path.parent}: create it first.")
+    require_writable(path)
 
 
 def draw_growth(turns: Sequence[GrowthTurn], card: MachineCard, path: Path) -> None:
@@ -46,7 +46,7 @@ def draw_growth(turns: Sequence[GrowthTurn], card: MachineCard, path: Path) -> N
     The lines are medians, the bands go from the fastest to the slowest conversation.
 
     Raises:
-        OSError: The file cannot be written.
+        ConfigError: The file cannot be written.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415 - see the module's docstring
 
@@ -73,7 +73,8 @@ def draw_growth(turns: Sequence[GrowthTurn], card: MachineCard, path: Path) -> N
         fontsize=9,
         color="#555555",
     )
-    figure.savefig(path, dpi=150)
+    with written_to(path):
+        figure.savefig(path, dpi=150)
 
 
 def _line(

@@ -5,7 +5,10 @@ Takes values and returns what rich can print; measures nothing.
 """
 
 import json
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _GIB: Final = 2**30
+_DO_NOT_WAIT: Final[int] = getattr(os, "O_NONBLOCK", 0)  # for somebody who reads a FIFO
 
 
 def card_lines(card: MachineCard) -> list[str]:
@@ -114,18 +118,52 @@ def require_writable(path: Path) -> None:
     Check, before minutes of work, that a result can be written there.
 
     Raises:
-        ConfigError: The folder does not exist, or *path* is a folder itself.
+        ConfigError: The folder does not exist, *path* is a folder itself, or one may not write there.
     """
     if not path.parent.is_dir():
         raise ConfigError(f"There is no folder {path.parent}: create it first.")
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: name a file in it.")
+    try:
+        if path.exists():
+            os.close(os.open(path, os.O_WRONLY | os.O_APPEND | _DO_NOT_WAIT))
+        else:
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as cause:
+        raise _not_written(path, cause) from cause
+
+
+@contextmanager
+def written_to(path: Path) -> Iterator[None]:
+    """
+    Run what writes a result there.
+
+    Raises:
+        ConfigError: It could not be written.
+    """
+    try:
+        yield
+    except OSError as cause:
+        raise _not_written(path, cause) from cause
 
 
 def write_json(path: Path, **parts: object) -> None:
-    """Write dataclasses and plain values under their names as one JSON object."""
+    """
+    Write dataclasses and plain values under their names as one JSON object.
+
+    Raises:
+        ConfigError: It could not be written.
+    """
     text = json.dumps(parts, default=_plain, ensure_ascii=False, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    with written_to(path):
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def _not_written(path: Path, cause: OSError) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be written ({cause.strerror or cause}): name a file that can, on a disk "
+        "with room."
+    )
 
 
 def _plain(value: "DataclassInstance") -> object:

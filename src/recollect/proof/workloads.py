@@ -33,8 +33,9 @@ class TraceResult:
     prompt_tokens: int
     """Of all requests: what is computed where nothing is reused."""
     reused_tokens: int
+    """Of those, there when the request came; also what was read ahead, while nobody waited."""
     computed_tokens: int
-    """Of the prompts, counted at the forward pass."""
+    """Of the prompts, while a request waited for them, counted at the forward pass."""
     recomputed_tokens: int
     """Of those, the ones that an earlier request had computed under the same prefix."""
     generated_tokens: int
@@ -73,7 +74,7 @@ class _Audit:
         # The last token of a prompt is fed in any case: its pass yields the first new token.
         needed = sum(max(1, count) for count in new)
         computed = sum(
-            len(ids) - reply.usage.reused_tokens
+            len(ids) - reply.usage.reused_tokens - reply.usage.read_ahead_tokens
             for ids, reply in zip(prompts, replies, strict=True)
         )
         self.recomputed_tokens += max(0, computed - needed)
@@ -119,8 +120,8 @@ def run_trace(model: Model, trace: Trace, *, seed: int = 0, reply_tokens: int = 
         name=trace.name,
         requests=len(usages),
         prompt_tokens=sum(usage.prompt_tokens for usage in usages),
-        reused_tokens=sum(usage.reused_tokens for usage in usages),
-        computed_tokens=sum(usage.computed_tokens for usage in usages),
+        reused_tokens=sum(usage.reused_tokens + usage.read_ahead_tokens for usage in usages),
+        computed_tokens=sum(usage.awaited_tokens for usage in usages),
         recomputed_tokens=audit.recomputed_tokens,
         generated_tokens=sum(usage.generated_tokens for usage in usages),
         engine_tokens=model.engine.computed_tokens - fed_before,

@@ -9,7 +9,12 @@ where blocks hold KV.
 """
 
 import json
-from collections.abc import Sequence
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -62,7 +67,12 @@ class GenAiRuntime:
     """
     A model of ONNX Runtime GenAI, and its live generators.
 
-    Owned by the engine; one thread at a time.
+    Owned by the engine; one thread at a time. Where the model is, the library sees a private folder
+    with links to its files, and settings of ours.
+
+    Args:
+        settings: What genai_config.json would say, checked: `LocalModel.onnx_config`.
+        native_library: The operators that the settings name, if they name any.
 
     Invariants:
         1. At most `most_live` generators are live, in the order of their last use.
@@ -73,17 +83,29 @@ class GenAiRuntime:
         UnsupportedModelError: The library is missing, or cannot run this folder.
     """
 
-    def __init__(self, folder: Path, *, context_length: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        *,
+        context_length: int,
+        native_library: Path | None = None,
+    ) -> None:
         self._library = _import_library()
+        # What the library reads is made of what was checked: the folder may change, and two
+        # readers of one text may understand it differently.
+        private = _private_folder(folder, settings, native_library)
+        self._remove_private = weakref.finalize(self, shutil.rmtree, private, ignore_errors=True)
         try:
-            self._model = self._library.Model(str(folder))
+            self._model = self._library.Model(str(private))
         except RuntimeError as cause:
+            self._remove_private()
             raise UnsupportedModelError(
                 f"ONNX Runtime GenAI {self._library.__version__} cannot load {folder} ({cause}): a "
                 "folder made for another execution provider needs that vendor's build of the "
                 "library; docs/ryzen-ai.md says how to get AMD's."
             ) from cause
-        config = json.loads((folder / "genai_config.json").read_text("utf-8"))["model"]
+        config = settings["model"]
         self._pad_token_id = config.get("pad_token_id")
         self._turn = _longrope_turn(config, context_length)
         self._info = RuntimeInfo(
@@ -156,6 +178,7 @@ class GenAiRuntime:
         self._live.clear()
         self._slots = None
         self._model = None
+        self._remove_private()
 
     def _memory(self) -> npt.NDArray[np.int32]:
         if self._slots is None:
@@ -239,6 +262,42 @@ def _write(slots: npt.NDArray[np.int32], row: Row) -> TokenArray:
     table = np.asarray(row.block_table[: -(-end // BLOCK_SIZE)], np.int64)
     slots[table[positions // BLOCK_SIZE], positions % BLOCK_SIZE] = row.token_ids
     return slots[table].reshape(-1)[:end]
+
+
+_CONFIG_NAME: Final = "genai_config.json"
+
+
+def _private_folder(folder: Path, settings: Mapping[str, Any], native_library: Path | None) -> Path:
+    """Return a folder that only the user can change, which looks like *folder* with other settings."""
+    place = None
+    try:
+        place = Path(tempfile.mkdtemp(prefix="recollect-"))
+        (place / _CONFIG_NAME).write_text(json.dumps(settings), "utf-8")
+        for file in folder.iterdir():
+            if file.name == _CONFIG_NAME:
+                continue
+            if native_library is not None and file.exists() and file.samefile(native_library):
+                # The library takes operators from its own folder alone, and follows links first.
+                shutil.copyfile(native_library, place / file.name)
+            else:
+                _link(file, place / file.name)
+    except OSError as cause:
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+        raise UnsupportedModelError(
+            f"{folder} cannot be made ready in {tempfile.gettempdir()} ({cause.strerror or cause}): see "
+            "that the temporary folder can be used, on Windows on the model's drive (TEMP)."
+        ) from cause
+    return place
+
+
+def _link(source: Path, target: Path) -> None:
+    """Link to a file or folder: no bytes are copied."""
+    with suppress(OSError, NotImplementedError):  # Windows refuses without developer mode
+        target.symlink_to(source.absolute(), target_is_directory=source.is_dir())
+        return
+    if source.is_file():
+        os.link(source.resolve(), target)
 
 
 def _import_library() -> Any:

@@ -8,8 +8,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException as AnyHttpException
 
 from recollect._version import __version__
 from recollect.errors import RecollectError
@@ -18,21 +21,26 @@ from recollect.server import (
     checkpoints,
     completions,
     conversations,
-    errors,
     messages,
     prewarm,
     responses,
     status,
 )
 from recollect.server.admission import Admission
+from recollect.server.bodies import Bodies
+from recollect.server.errors import ApiError, ClientGone, api_error, error_response
 from recollect.server.hub import ModelHub
 from recollect.server.kept import KeptConversations
 from recollect.server.keys import Keyring
 from recollect.server.metrics import Metrics
+from recollect.server.mistakes import wrong_request
 from recollect.server.requests import Counted
 from recollect.server.security import Security
 from recollect.server.services import Services
 from recollect.server.settings import Settings
+
+_CLIENT_GONE: Final = 499
+"""What proxies note of a request whose client went away; nobody reads it."""
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +77,7 @@ def create_app(
     metrics = Metrics(
         loaded=hub.loaded, running=lambda: admission.running, waiting=lambda: admission.waiting
     )
+    bodies = Bodies(limits)
     services = Services(settings, hub, admission, metrics, KeptConversations())
 
     @asynccontextmanager
@@ -80,21 +89,26 @@ def create_app(
             loading.cancel()
             await hub.close()
             services.close()
+            bodies.close()
 
     app = FastAPI(
         title="recollect",
         version=__version__,
+        docs_url=None,  # these pages run scripts of another server's, in this one's name
+        redoc_url=None,
         description=(
             "Conversations with local language models that never read a token twice. "
             "The APIs of OpenAI and Anthropic, and rewind, fork, checkpoint and prewarm beside them."
         ),
         lifespan=lifespan,
     )
-    app.state.services = services
+    app.state.services, app.state.bodies = services, bodies
     for router in _ROUTERS:
         app.include_router(router)
-    errors.install(app)
-    # The last that is added is the first that a request passes.
+    _answer_errors(app)
+    # The last that is added is the first that a request passes. A browser asks whether a page may
+    # call without the key that the call itself will have, so that is answered before keys are asked for.
+    app.add_middleware(Security, settings=settings, keyring=keyring)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -102,10 +116,39 @@ def create_app(
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=["*"],
+            # The operator named the page, so it may also be one of another network's.
+            allow_private_network=True,
         )
-    app.add_middleware(Security, settings=settings, keyring=keyring)
     app.add_middleware(Counted, metrics=metrics)
     return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Let every error be answered in the shape of the API that the request was made to."""
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        return error_response(request.url.path, api_error(error))
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(request.url.path, wrong_request(error.errors()))
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, AnyHttpException)
+        refused = ApiError(
+            str(error.detail), status=error.status_code, headers=dict(error.headers or {})
+        )
+        return error_response(request.url.path, refused)
+
+    async def gone(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=_CLIENT_GONE)
+
+    app.add_exception_handler(Exception, refuse)  # a bug: its traceback goes to the log
+    app.add_exception_handler(ApiError, refuse)
+    app.add_exception_handler(RecollectError, refuse)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(AnyHttpException, http)
+    app.add_exception_handler(ClientGone, gone)
 
 
 async def _load_default(hub: ModelHub, on_failure: Callable[[Exception], None]) -> None:

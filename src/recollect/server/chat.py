@@ -5,7 +5,7 @@ What of it was generated here is taken over as the token ids that it was, so not
 """
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from time import time
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
 from recollect.models.tool_calls import ArgumentsDelta, CallStarted
+from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import ChatRequest, check_limits
 from recollect.server.errors import api_error, openai_body
 from recollect.server.services import Job, begin, client_of, services_of
@@ -33,7 +34,7 @@ from recollect.server.streaming import (
 from recollect.server.tool_schema import logprob_entry
 from recollect.types import TokenLogprob
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
 
 @router.post("/v1/chat/completions")
@@ -51,9 +52,9 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         body.sampling(choice, temperature=settings.temperature) for choice in range(body.choices)
     ]
 
-    offered = body.offer()
+    offered = body.offered
 
-    def prepare(model: Model) -> Sequence[Readable]:
+    def prepare(model: Model) -> Iterator[Readable]:
         session = model.session_from(
             body.conversation(),
             namespace=namespace,
@@ -62,7 +63,8 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             parallel_tool_calls=offered.parallel,
         )
         sessions = [session, *(session.fork() for _ in params[1:])]
-        return [one.stream(None, params=how) for one, how in zip(sessions, params, strict=True)]
+        for one, how in zip(sessions, params, strict=True):
+            yield one.stream(None, params=how)
 
     job = await begin(request, body.model, prepare, choices=body.choices)
     completion = Completion(job, body)

@@ -4,12 +4,23 @@ The body of a chat completion, as OpenAI's clients send it, and what it means to
 Pure: parses and translates; generates nothing.
 """
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from recollect.server.errors import ApiError
-from recollect.server.fields import Body, Ignored, SamplingFields, Text, unsupported
+from recollect.server.fields import (
+    MOST_CALLS,
+    MOST_TOOLS,
+    Body,
+    Ignored,
+    Items,
+    SamplingFields,
+    Text,
+    unsupported,
+)
 from recollect.server.tool_schema import (
     ChatFormat,
     FunctionTool,
@@ -19,7 +30,7 @@ from recollect.server.tool_schema import (
     grammar_of,
     offer,
 )
-from recollect.types import Message, MessageToolCall, Role, SamplingParams
+from recollect.types import Grammar, Message, MessageToolCall, Role, SamplingParams
 
 
 class CalledFunction(Body):
@@ -52,7 +63,7 @@ class ChatMessage(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[Items[ToolCall], Field(max_length=MOST_CALLS)] | None = None
     tool_call_id: str | None = None
     name: Ignored = None
     refusal: Ignored = None
@@ -81,7 +92,7 @@ class ChatRequest(SamplingFields):
     """The body of `POST /v1/chat/completions`."""
 
     model: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
@@ -89,13 +100,13 @@ class ChatRequest(SamplingFields):
     stream_options: StreamOptions | None = None
 
     response_format: ChatFormat | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Annotated[Items[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = False
     top_logprobs: LogprobCount | None = None
 
-    modalities: list[Literal["text"]] | None = None
+    modalities: Items[Literal["text"]] | None = None
 
     metadata: Ignored = None
     prediction: Ignored = None
@@ -130,9 +141,19 @@ class ChatRequest(SamplingFields):
         """Return the messages as the engine has them."""
         return [message.message() for message in self.messages]
 
-    def offer(self) -> Offer:
+    @cached_property
+    def offered(self) -> Offer:
         """Return what the reply may call."""
         return offer(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """Return what the reply must look like; None: anything goes."""
+        return grammar_of(self.response_format)
+
+    def prepare(self) -> None:
+        """Work out `offered` and `grammar`."""
+        _ = self.offered, self.grammar
 
     def sampling(self, choice: int, *, temperature: float) -> SamplingParams:
         """Return how a reply is sampled; see `SamplingFields.params`."""
@@ -141,27 +162,32 @@ class ChatRequest(SamplingFields):
             max_tokens=limit,
             temperature=temperature,
             choice=choice,
-            grammar=grammar_of(self.response_format),
+            grammar=self.grammar,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
 
 def check_limits(
-    messages: list[Any], choices: int, *, most_messages: int, most_choices: int
+    messages: Sequence[Any],
+    choices: int,
+    *,
+    most_messages: int,
+    most_choices: int,
+    what: str = "messages",
 ) -> None:
     """
     Check that a request asks for no more than one may.
 
+    Args:
+        what: The field that the messages are in.
+
     Raises:
         ApiError: It does.
     """
-    for what, count, most in (
-        ("messages", len(messages), most_messages),
-        ("n", choices, most_choices),
-    ):
+    for name, count, most in ((what, len(messages), most_messages), ("n", choices, most_choices)):
         if count > most:
             raise ApiError(
-                f"{what}: {count:,} are too many; this server takes {most:,}.",
+                f"{name}: {count:,} are too many; this server takes {most:,}.",
                 code="invalid_value",
-                param=what,
+                param=name,
             )

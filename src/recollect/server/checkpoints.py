@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
@@ -16,13 +17,13 @@ from fastapi import APIRouter, Request
 from recollect import errors
 from recollect.conversation.checkpoints import drop_of_conversation, server_facts
 from recollect.conversation.model import Model
-from recollect.conversation.records import StoredConversation
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import pin_on_disk
 from recollect.kv import pins
 from recollect.kv.disk import DiskStore
+from recollect.server.bodies import BodyRoute
 from recollect.server.conversation_view import ConversationView, view_of
 from recollect.server.errors import ApiError
 from recollect.server.fields import Body, PlaceName
@@ -32,7 +33,7 @@ from recollect.server.response_schema import FlatTool
 from recollect.server.services import Services, client_of, services_of, with_model
 from recollect.types import SamplingParams
 
-router = APIRouter(tags=["Conversations"])
+router = APIRouter(tags=["Conversations"], route_class=BodyRoute)
 
 _log = logging.getLogger(__name__)
 
@@ -82,12 +83,9 @@ def delete_checkpoint(conversation_id: str, name: PlaceName, request: Request) -
     }
 
 
-def drop_all_kv(services: Services, conversation: StoredConversation) -> None:
+def drop_all_kv(services: Services, conversation_id: int, begun: datetime) -> None:
     """Let the KV of all checkpoints of a conversation go that has been deleted."""
-    _let_go(
-        services,
-        lambda store: drop_of_conversation(store, conversation.id, conversation.created_at),
-    )
+    _let_go(services, lambda store: drop_of_conversation(store, conversation_id, begun))
 
 
 def _let_go(services: Services, drop: Callable[[DiskStore], object]) -> None:

@@ -22,9 +22,10 @@ from recollect.engine.reply import ReplyGeneration
 from recollect.errors import ContextFullError, InvalidParameterError
 from recollect.models.tool_calls import Event as ReplyEvent
 from recollect.models.tool_calls import TextDelta
+from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import StreamOptions, check_limits
 from recollect.server.errors import api_error, openai_body
-from recollect.server.fields import Ignored, SamplingFields
+from recollect.server.fields import Ignored, Items, SamplingFields
 from recollect.server.services import Job, begin, client_of, services_of
 from recollect.server.streaming import (
     Ended,
@@ -38,18 +39,18 @@ from recollect.server.streaming import (
 )
 from recollect.types import SamplingParams, TokenLogprob, Usage
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
 _Item = TypeVar("_Item")
 TokenId = Annotated[int, Field(ge=0)]
-Prompts = Annotated[list[_Item], Field(min_length=1)]
+Prompts = Annotated[Items[_Item], Field(min_length=1)]
 
 
 class CompletionRequest(SamplingFields):
     """The body of `POST /v1/completions`."""
 
     model: str | None = None
-    prompt: str | Prompts[str] | Prompts[TokenId] | Prompts[list[TokenId]]
+    prompt: str | Prompts[str] | Prompts[TokenId] | Prompts[Items[TokenId]]
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     n: Annotated[int, Field(ge=1)] | None = None
     echo: bool | None = False
@@ -82,6 +83,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         number * len(prompts),
         most_messages=settings.limits.choices,
         most_choices=settings.limits.choices,
+        what="prompt",
     )
     params = [
         body.params(
@@ -93,12 +95,15 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         for choice in range(number)
     ]
 
-    def prepare(model: Model) -> Sequence[Readable]:
-        return [
+    def prepare(model: Model) -> Iterator[Readable]:
+        streams = [
             TextStream(model, prompt, how, namespace=namespace, echo=bool(body.echo))
             for prompt in prompts
             for how in params
-        ]
+        ]  # all of them, so that nothing is begun where one prompt cannot be
+        for stream in streams:
+            stream.start()
+            yield stream
 
     job = await begin(request, body.model, prepare, choices=number * len(prompts))
     completion = TextCompletion(job, body)
@@ -122,7 +127,7 @@ class TextStream:
         echo: bool,
     ) -> None:
         """
-        Have it begun.
+        Have it ready to begin.
 
         Raises:
             InvalidParameterError: The prompt is empty.
@@ -140,6 +145,9 @@ class TextStream:
         self._generation = ReplyGeneration(model.engine, generator, model.tokenizer)
         self._echo = model.tokenizer.decode(ids) if echo else ""
         self.reply: Reply | None = None
+
+    def start(self) -> None:
+        """Have the engine begin."""
         self._generation.start()
 
     @property

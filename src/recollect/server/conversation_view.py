@@ -6,7 +6,8 @@ conversation they are and nothing of any other.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Self
 
 from fastapi import Request
@@ -18,6 +19,40 @@ from recollect.server.errors import not_found
 from recollect.server.places import branches, checkpoints, copies_of, split_branch
 from recollect.server.response_object import items_of
 from recollect.server.services import client_of, services_of
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationHead:
+    """A conversation at one of its branches, without its messages: what can be told without reading them."""
+
+    id: str
+    """As the client said it: with the branch where it is not the main one."""
+    branch: str
+    label: Label
+    created_at: datetime
+    tips: Mapping[str, int | None]
+
+    @classmethod
+    def load(cls, journal: Journal, conversation_id: str, namespace: str) -> Self:
+        """
+        Return a conversation of a client.
+
+        Raises:
+            ApiError: There is none of that id, for this client.
+        """
+        name, branch = split_branch(conversation_id)
+        label = journal.find_label(name, namespace=namespace)
+        if label is None or label.node_id is not None:
+            raise not_found(f"conversation {conversation_id!r}")
+        tips = journal.tips(label.conversation_id)
+        if branch not in {DEFAULT_TIP, *branches(tips)}:
+            raise not_found(f"conversation {conversation_id!r}")
+        created_at = journal.info(label.conversation_id).created_at
+        return cls(conversation_id, branch, label, created_at, tips)
+
+    def body(self) -> dict[str, Any]:
+        """Return the conversation as OpenAI's clients read it."""
+        return conversation_body(self.id, self.created_at, self.label.note)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +79,9 @@ class ConversationView:
         Raises:
             ApiError: There is none of that id, for this client.
         """
-        name, branch = split_branch(conversation_id)
-        label = journal.find_label(name, namespace=namespace)
-        if label is None or label.node_id is not None:
-            raise not_found(f"conversation {conversation_id!r}")
+        head = ConversationHead.load(journal, conversation_id, namespace)
+        label = head.label
         stored = journal.load(label.conversation_id, namespace=namespace)
-        if branch not in {DEFAULT_TIP, *branches(stored.tips)}:
-            raise not_found(f"conversation {conversation_id!r}")
         responses = {
             one.node_id: one.name
             for one in journal.labels(label.conversation_id)
@@ -60,7 +91,7 @@ class ConversationView:
         names = {node.id: f"{prefix}_{number}" for number, node in enumerate(stored.nodes, 1)}
         names |= {node: f"msg_{one.removeprefix('resp_')}" for node, one in responses.items()}
         copies = copies_of(label)
-        return cls(conversation_id, stored, branch, label, responses, names, copies)
+        return cls(conversation_id, stored, head.branch, label, responses, names, copies)
 
     @property
     def tip(self) -> int | None:
@@ -71,12 +102,12 @@ class ConversationView:
 
     def body(self) -> dict[str, Any]:
         """Return the conversation as OpenAI's clients read it."""
-        return {
-            "id": self.id,
-            "object": "conversation",
-            "created_at": int(self.stored.created_at.timestamp()),
-            "metadata": self.label.note.get("metadata", {}),
-        }
+        return conversation_body(self.id, self.stored.created_at, self.label.note)
+
+    def at(self, conversation_id: str, branch: str, tip: int | None) -> Self:
+        """Return the conversation at a branch whose tip has been moved, as it is known."""
+        stored = replace(self.stored, tips={**self.stored.tips, branch: tip})
+        return replace(self, id=conversation_id, branch=branch, stored=stored)
 
     def standing(self) -> dict[str, Any]:
         """Return the conversation, and where it stands."""
@@ -159,6 +190,29 @@ class ConversationView:
             name: None if node_id is None else self.names[node_id]
             for name, node_id in places.items()
         }
+
+
+def conversation_body(
+    conversation_id: str, created_at: datetime, note: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a conversation as OpenAI's clients read it."""
+    return {
+        "id": conversation_id,
+        "object": "conversation",
+        "created_at": int(created_at.timestamp()),
+        "metadata": note.get("metadata", {}),
+    }
+
+
+def head_of(request: Request, conversation_id: str) -> ConversationHead:
+    """
+    Return a conversation of the client that a request is from, without its messages.
+
+    Raises:
+        ApiError: There is none of that id, for this client.
+    """
+    journal = services_of(request).journal
+    return ConversationHead.load(journal, conversation_id, client_of(request).namespace)
 
 
 def view_of(request: Request, conversation_id: str) -> ConversationView:

@@ -6,27 +6,32 @@ KV is there.
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field, model_validator
 
-from recollect.conversation.journal import Journal
-from recollect.conversation.labels import Label
 from recollect.conversation.messages import to_node
-from recollect.conversation.records import NewNode, NodeRecord
+from recollect.conversation.records import DEFAULT_TIP, Entry, NewNode, NodeRecord, Page
 from recollect.errors import RewindError
+from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import check_limits
 from recollect.server.checkpoints import drop_all_kv
-from recollect.server.conversation_view import ConversationView, view_of
+from recollect.server.conversation_view import (
+    ConversationView,
+    conversation_body,
+    head_of,
+    view_of,
+)
 from recollect.server.errors import ApiError, not_found
-from recollect.server.fields import Body, Ignored, PlaceName
+from recollect.server.fields import Body, Ignored, Items, Metadata, PlaceName
 from recollect.server.places import COPIES, split_branch
 from recollect.server.response_schema import InputItem, merged
 from recollect.server.services import client_of, services_of
 
-router = APIRouter(tags=["Conversations"])
+router = APIRouter(tags=["Conversations"], route_class=BodyRoute)
 
 _PAGE: int = 20
 
@@ -34,20 +39,20 @@ _PAGE: int = 20
 class NewConversation(Body):
     """The body of `POST /v1/conversations`."""
 
-    items: list[InputItem] | None = None
-    metadata: dict[str, Any] | None = None
+    items: Items[InputItem] | None = None
+    metadata: Metadata | None = None
 
 
 class ConversationChange(Body):
     """The body of `POST /v1/conversations/{id}`."""
 
-    metadata: dict[str, Any]
+    metadata: Metadata
 
 
 class NewItems(Body):
     """The body of `POST /v1/conversations/{id}/items`."""
 
-    items: Annotated[list[InputItem], Field(min_length=1)]
+    items: Annotated[Items[InputItem], Field(min_length=1)]
 
 
 class Rewind(Body):
@@ -77,44 +82,44 @@ def create_conversation(body: NewConversation, request: Request) -> dict[str, An
     """Begin a conversation, which may have something in it."""
     services, namespace = services_of(request), client_of(request).namespace
     _check_items(request, body.items or [])
-    info = services.journal.create(model=services.hub.default, fingerprint="", namespace=namespace)
-    label = Label(
-        name=f"conv_{secrets.token_hex(16)}",
-        conversation_id=info.id,
-        note={"metadata": body.metadata or {}},
+    note = {"metadata": body.metadata or {}}
+    entry = Entry(nodes=_nodes(body.items or []), tip=DEFAULT_TIP, note=lambda _: note)
+    written = services.journal.begin(
+        None, entry, model=services.hub.default, fingerprint="", namespace=namespace
     )
-    services.journal.set_label(label)
-    services.journal.append(info.id, None, _nodes(body.items or []), tip="main")
-    return ConversationView.load(services.journal, label.name, namespace).body()
+    info = services.journal.info(written.conversation_id)
+    return conversation_body(info.label, info.created_at, note)
 
 
 @router.get("/v1/conversations")
-def list_conversations(request: Request) -> dict[str, Any]:
-    """Return the client's conversations, the one used last first."""
+def list_conversations(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=100)] = _PAGE,
+    order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
+    after: str | None = None,
+) -> dict[str, Any]:
+    """Return a page of the client's conversations, the one used last first."""
     journal, namespace = services_of(request).journal, client_of(request).namespace
-    data = []
-    for info in journal.conversations(namespace):
-        labels = [one for one in journal.labels(info.id) if one.node_id is None]
-        if not labels:  # begun by a response, or in a terminal
-            labels = [Label(name=f"conv_{secrets.token_hex(16)}", conversation_id=info.id)]
-            journal.set_label(labels[0])
-        data.append(
-            {
-                "id": labels[0].name,
-                "object": "conversation",
-                "created_at": int(info.created_at.timestamp()),
-                "metadata": labels[0].note.get("metadata", {}),
-                "name": info.name,
-                "turns": info.turns,
-            }
-        )
-    return {"object": "list", "data": data, "has_more": False}
+    last = None if after is None else head_of(request, after).label.conversation_id
+    page = Page(limit=limit + 1, after=last, newest_first=order == "desc")
+    found = journal.conversations(namespace, page=page)
+    shown = found[:limit]
+    notes = journal.notes([info.id for info in shown])
+    data = [
+        {
+            **conversation_body(info.label, info.created_at, notes.get(info.id, {})),
+            "name": info.name,
+            "turns": info.turns,
+        }
+        for info in shown
+    ]
+    return {**_list(data), "has_more": len(found) > limit}
 
 
 @router.get("/v1/conversations/{conversation_id}")
 def get_conversation(conversation_id: str, request: Request) -> dict[str, Any]:
     """Return a conversation, without its items."""
-    return view_of(request, conversation_id).body()
+    return head_of(request, conversation_id).body()
 
 
 @router.post("/v1/conversations/{conversation_id}")
@@ -124,20 +129,22 @@ def update_conversation(
     """Replace a conversation's metadata."""
     services = services_of(request)
     with services.items_lock:
-        view = view_of(request, conversation_id)
-        _set_note(services.journal, view, {"metadata": body.metadata})
-    return view_of(request, conversation_id).body()
+        head = head_of(request, conversation_id)
+        label = replace(head.label, note={**head.label.note, "metadata": body.metadata})
+        services.journal.set_label(label)
+    return replace(head, label=label).body()
 
 
 @router.delete("/v1/conversations/{conversation_id}")
 def delete_conversation(conversation_id: str, request: Request) -> dict[str, Any]:
     """Delete a conversation with all its branches and responses."""
-    view, services = view_of(request, conversation_id), services_of(request)
+    head, services = head_of(request, conversation_id), services_of(request)
     if split_branch(conversation_id)[0] != conversation_id:
         raise ApiError("A branch goes with its conversation: delete that, or leave it.")
-    services.journal.delete(view.stored.id, namespace=client_of(request).namespace)
-    services.kept.forget(view.stored.id)
-    drop_all_kv(services, view.stored)
+    kept_as = head.label.conversation_id
+    services.journal.delete(kept_as, namespace=client_of(request).namespace)
+    services.kept.forget(kept_as)
+    drop_all_kv(services, kept_as, head.created_at)
     return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
 
 
@@ -164,11 +171,17 @@ def list_items(
 @router.post("/v1/conversations/{conversation_id}/items")
 def add_items(conversation_id: str, body: NewItems, request: Request) -> dict[str, Any]:
     """Add messages after the tip, which moves there."""
-    view, journal = view_of(request, conversation_id), services_of(request).journal
+    services = services_of(request)
     _check_items(request, body.items)
-    ids = journal.append(view.stored.id, view.tip, _nodes(body.items), tip=view.branch)
+    with services.items_lock:
+        head = head_of(request, conversation_id)
+        kept_as, branch = head.label.conversation_id, head.branch
+        at = head.tips.get(branch)
+        if branch not in head.tips:  # an import without a main tip
+            at = view_of(request, conversation_id).tip
+        ids = set(services.journal.append(kept_as, at, _nodes(body.items), tip=branch))
     view = view_of(request, conversation_id)
-    return _list(view.items([node for node in view.stored.nodes if node.id in set(ids)]))
+    return _list(view.items([node for node in view.stored.nodes if node.id in ids]))
 
 
 @router.get("/v1/conversations/{conversation_id}/items/{item_id}")
@@ -195,11 +208,16 @@ def delete_item(conversation_id: str, item_id: str, request: Request) -> dict[st
             raise not_found(f"item {item_id!r} on this branch")
         _require_whole(view, node, item_id)
         rest = path[path.index(node) + 1 :]
-        ids = services.journal.append(view.stored.id, node.parent_id, rest, tip=view.branch)
-        again = {copy: view.first(one.id) for copy, one in zip(ids, rest, strict=True)}
-        if again:
-            _set_note(services.journal, view, {COPIES: view.copies | again})
-    return view_of(request, conversation_id).body()
+
+        def note(ids: Sequence[int]) -> Mapping[str, Any]:
+            again = {copy: view.first(one.id) for copy, one in zip(ids, rest, strict=True)}
+            return {**view.label.note, COPIES: view.copies | again}
+
+        entry = Entry(
+            nodes=rest, parent_id=node.parent_id, tip=view.branch, note=note if rest else None
+        )
+        services.journal.write(view.stored.id, entry)
+    return view.body()
 
 
 @router.post("/v1/conversations/{conversation_id}/rewind")
@@ -208,7 +226,7 @@ def rewind(conversation_id: str, body: Rewind, request: Request) -> dict[str, An
     view = view_of(request, conversation_id)
     node_id = _target(view, body)
     services_of(request).journal.set_tip(view.stored.id, view.branch, node_id)
-    return view_of(request, conversation_id).standing()
+    return view.at(conversation_id, view.branch, node_id).standing()
 
 
 @router.post("/v1/conversations/{conversation_id}/fork")
@@ -225,7 +243,7 @@ def fork(conversation_id: str, body: Fork, request: Request) -> dict[str, Any]:
         )
     at = view.tip if body.at is None else view.node_id(body.at)
     services_of(request).journal.set_tip(view.stored.id, name, at)
-    return view_of(request, f"{split_branch(conversation_id)[0]}.{name}").standing()
+    return view.at(f"{split_branch(conversation_id)[0]}.{name}", name, at).standing()
 
 
 @router.get("/v1/conversations/{conversation_id}/tree")
@@ -236,7 +254,7 @@ def get_tree(conversation_id: str, request: Request) -> dict[str, Any]:
 
 def _check_items(request: Request, items: list[InputItem]) -> None:
     most = services_of(request).settings.limits.messages
-    check_limits(items, 1, most_messages=most, most_choices=1)
+    check_limits(items, 1, most_messages=most, most_choices=1, what="items")
 
 
 def _nodes(items: list[InputItem]) -> list[NewNode]:
@@ -263,12 +281,6 @@ def _require_whole(view: ConversationView, node: NodeRecord, item_id: str) -> No
             code="item_not_separable",
             param="item_id",
         )
-
-
-def _set_note(journal: Journal, view: ConversationView, change: Mapping[str, Any]) -> None:
-    """Change what is noted of a conversation."""
-    note, kept_as = {**view.label.note, **change}, view.label.conversation_id
-    journal.set_label(Label(name=view.label.name, conversation_id=kept_as, note=note))
 
 
 def _target(view: ConversationView, where: Rewind) -> int | None:

@@ -6,15 +6,13 @@ Anthropic's clients get the same in their own shape.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException as AnyHttpException
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
 
 from recollect import errors
 from recollect.errors import RecollectError
@@ -23,8 +21,15 @@ _log = logging.getLogger(__name__)
 
 INVALID: Final = "invalid_request_error"
 _MESSAGES_PATH: Final = "/v1/messages"
-_CLIENT_GONE: Final = 499
-"""What proxies note of a request whose client went away; nobody reads it."""
+
+
+_MOST_TOLD: Final = 1000
+"""Characters of an error's message: it quotes what clients send, which may be megabytes."""
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text, or its beginning where it is longer than *most* characters."""
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 class ApiError(HTTPException):
@@ -44,6 +49,7 @@ class ApiError(HTTPException):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = shortened(message, _MOST_TOLD)
         self.sent_headers = dict(headers or {})
         super().__init__(status, message, self.sent_headers)
         self.message = message
@@ -71,6 +77,7 @@ class Answer:
 
 _BUSY: Final = "rate_limit_error"
 _OURS: Final = "server_error"
+_NO_ROOM: Final = "The server's disk is full: nothing was kept. What was kept before can be read."
 _SEE_LOG: Final = "The server could not do this; its log says why."
 
 TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
@@ -88,6 +95,8 @@ TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
     (errors.NameTakenError, Answer(409, code="name_taken")),
     (errors.ConversationError, Answer(400, code="invalid_messages")),
     (errors.StoreBusyError, Answer(503, _OURS, "store_busy", _SEE_LOG, retry_after_s=2)),
+    (errors.StoreFullError, Answer(507, _OURS, "insufficient_storage", _NO_ROOM)),
+    (errors.StoreError, Answer(503, _OURS, "store_unavailable", _SEE_LOG, retry_after_s=10)),
     (errors.ModelError, Answer(503, _OURS, "model_unavailable", _SEE_LOG)),
     (RecollectError, Answer(500, _OURS, "internal_error", _SEE_LOG)),
 )
@@ -173,47 +182,3 @@ def error_response(path: str, error: ApiError) -> JSONResponse:
     """Return the response to a request that is refused, in the shape of the API it was made to."""
     body = anthropic_body(error) if path.startswith(_MESSAGES_PATH) else openai_body(error)
     return JSONResponse(body, error.status, error.sent_headers)
-
-
-def install(app: FastAPI) -> None:
-    """Let every error of an app be answered in these shapes."""
-
-    async def refuse(request: Request, error: Exception) -> Response:
-        return error_response(request.url.path, api_error(error))
-
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return error_response(request.url.path, _validation_error(error.errors()))
-
-    async def http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, AnyHttpException)
-        refused = ApiError(
-            str(error.detail), status=error.status_code, headers=dict(error.headers or {})
-        )
-        return error_response(request.url.path, refused)
-
-    async def gone(_request: Request, _error: Exception) -> Response:
-        return Response(status_code=_CLIENT_GONE)
-
-    app.add_exception_handler(Exception, refuse)  # a bug: its traceback goes to the log
-    app.add_exception_handler(ApiError, refuse)
-    app.add_exception_handler(RecollectError, refuse)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(AnyHttpException, http)
-    app.add_exception_handler(ClientGone, gone)
-
-
-def _validation_error(found: Sequence[Any]) -> ApiError:
-    """Return the first thing that is wrong with a request's body, in words."""
-    first = found[0]
-    # The first part is where the value is: "body", "query" or "path".
-    place = [str(part) for part in first["loc"][1:]]
-    param = ".".join(place) or None
-    if first["type"] == "extra_forbidden":
-        message = f"Unknown parameter: {param!r}. It would have no effect here: leave it out."
-        return ApiError(message, code="unknown_parameter", param=param)
-    if first["type"] in {"json_invalid", "json_type"}:
-        return ApiError("The body is not JSON.", code="invalid_json")
-    code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
-    where = f"{param}: " if param else ""
-    return ApiError(f"{where}{first['msg']}.", code=code, param=param)

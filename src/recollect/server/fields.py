@@ -5,11 +5,22 @@ A field that would change the reply and is not supported is refused; one that wo
 and ignored; one that nobody knows is refused, as OpenAI does.
 """
 
+import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from recollect.errors import InvalidParameterError
 from recollect.server.errors import ApiError
@@ -26,10 +37,52 @@ _BANNED: Final = -100
 """OpenAI: at -100 a token is banned."""
 
 
+MOST_TOOLS: Final = 512
+"""
+In one request. Their grammar is made in a millisecond each, once, and has at most 65,536 symbols; and
+all of them stand in the prompt. OpenAI takes 128.
+"""
+MOST_CALLS: Final = 512
+"""Of tools, in one message: each of the most tools once."""
+_MOST_BIASES: Final = 4096
+"""Tokens with a bias: each is added for each token of the reply, a fifth of a millisecond for so many."""
+_METADATA_BYTES: Final = 64 * 2**10
+"""Of metadata as JSON, which is kept and shown in lists. What OpenAI allows is a tenth of that."""
+
+_Item = TypeVar("_Item")
+
+Items = Annotated[list[_Item], Field(fail_fast=True)]
+"""A list that is looked at up to the first mistake: nobody reads a thousand, and each costs memory."""
+
+
 class Body(BaseModel):
-    """A request's body, or a part of one: a field that is not named is an error."""
+    """
+    A request's body, or a part of one: a field that is not named is an error.
+
+    The first such field is the only one that is told.
+    """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    _names: ClassVar[frozenset[str]]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Note the names of the fields as clients write them."""
+        cls._names = frozenset(one.alias or name for name, one in cls.model_fields.items())
+
+    def prepare(self) -> None:
+        """Work out what an endpoint will ask for, and keep it: a large body has a thread now."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, fields: Any) -> Any:
+        if isinstance(fields, dict):
+            unknown = next((name for name in fields if name not in cls._names), None)
+            if unknown is not None:
+                raise PydanticCustomError(
+                    "unknown_parameter", "There is no such field", {"name": unknown}
+                )
+        return fields
 
 
 def _text_parts(content: Any) -> Any:
@@ -66,6 +119,34 @@ OnlyOff = Annotated[
 ]
 
 
+def _small(metadata: dict[str, Any]) -> dict[str, Any]:
+    size = len(json.dumps(metadata))
+    if size > _METADATA_BYTES:
+        raise ValueError(f"metadata of {size:,} bytes is too large: {_METADATA_BYTES:,} are kept")
+    return metadata
+
+
+Metadata = Annotated[dict[str, Any], AfterValidator(_small)]
+"""What a client notes about something, and gets back as it is."""
+
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+_BIAS: Final = TypeAdapter[float](_Bias)
+
+
+def _checked_biases(biases: Any) -> Any:
+    """Look at biases up to the first mistake, as `Items` does with lists."""
+    if not isinstance(biases, dict):
+        return biases
+    if len(biases) > _MOST_BIASES:
+        raise ValueError(f"{len(biases):,} biases are too many: {_MOST_BIASES:,} are taken")
+    for token, bias in biases.items():
+        try:
+            _BIAS.validate_python(bias)
+        except ValidationError as error:
+            raise ValueError(f"token {token[:12]}: {error.errors()[0]['msg']}") from None
+    return biases
+
+
 class SamplingFields(Body):
     """How replies are sampled, by the names that OpenAI's APIs and the usual servers use."""
 
@@ -76,9 +157,9 @@ class SamplingFields(Body):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, _Bias], BeforeValidator(_checked_biases)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     ignore_eos: bool = False
 
     def params(

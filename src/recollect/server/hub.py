@@ -84,9 +84,9 @@ class ModelHub:
         self.names: Final = tuple(dict.fromkeys(names))
         self._aliases = dict(aliases or {})
         self._memory_bytes = memory_bytes
-        self._weight_bytes = weight_bytes
+        self.weight_bytes: Final = weight_bytes
         self._on_load = on_load
-        self._loaded: dict[str, _Loaded] = {}
+        self._loaded: Mapping[str, _Loaded] = {}  # replaced and never changed: threads look at it
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._one_at_a_time = asyncio.Lock()
         self.failure: Exception | None = None
@@ -103,7 +103,7 @@ class ModelHub:
         return bool(self._loaded)
 
     def loaded(self) -> dict[str, Model]:
-        """Return what is loaded now."""
+        """Return what is loaded now; may be called on any thread."""
         return {name: one.model for name, one in self._loaded.items()}
 
     def resolve(self, name: str | None) -> str:
@@ -151,8 +151,8 @@ class ModelHub:
             await self._make_room(name)
             begun = monotonic()
             model = await asyncio.to_thread(self._load, name)
-            taken = self._weight_bytes(name) + _kv_bytes(model)
-            self._loaded[name] = _Loaded(model, taken)
+            taken = self.weight_bytes(name) + _kv_bytes(model)
+            self._loaded = {**self._loaded, name: _Loaded(model, taken)}
             self._on_load(model)
             _log.info("loaded %s in %.1f s", name, monotonic() - begun)
             await self._give_up_idle(keep=name)
@@ -161,7 +161,7 @@ class ModelHub:
         """Give up what is not in use, the least recently used first, until the weights fit."""
         if self._memory_bytes is None:
             return
-        room = self._memory_bytes - self._weight_bytes(name)
+        room = self._memory_bytes - self.weight_bytes(name)
         while self._loaded and self._taken_bytes() > room:
             idle = self._idle()
             if not idle:
@@ -191,7 +191,8 @@ class ModelHub:
         return [name for _, name in sorted(idle)]
 
     async def _unload(self, name: str) -> None:
-        loaded = self._loaded.pop(name)
+        loaded = self._loaded[name]
+        self._loaded = {other: one for other, one in self._loaded.items() if other != name}
         await asyncio.to_thread(loaded.model.close)
         _log.info("unloaded %s", name)
 

@@ -38,17 +38,27 @@ class KeptConversations:
         Raises:
             UnknownConversationError: There is none in that namespace.
         """
-        with self._lock:
-            conversations = self._open.setdefault(model, OrderedDict())
-            known = conversations.get(kept_as)
-            if known is None or (node_id is not None and known.kept_node(node_id) is None):
-                known = model.conversation(kept_as, namespace=namespace)
-            self._remember(conversations, kept_as, known)
-            return known
+        while True:
+            with self._lock:
+                conversations = self._open.setdefault(model, OrderedDict())
+                known = conversations.get(kept_as)
+                if known is not None and _has(known, node_id):
+                    self._remember(conversations, kept_as, known)
+                    return known
+            # Not under the lock: the journal may be held by others, and those who ask for what is
+            # open need not wait for it.
+            loaded = model.conversation(kept_as, namespace=namespace)
+            loaded.shares_tips = True
+            with self._lock:
+                conversations = self._open.setdefault(model, OrderedDict())
+                if conversations.get(kept_as) is known:  # else another request was faster
+                    self._remember(conversations, kept_as, loaded)
+                    return loaded
 
     def add(self, model: Model, conversation: Conversation) -> None:
         """Take over a new conversation, which is in the journal by now."""
         assert conversation.kept_as is not None, "it is kept"
+        conversation.shares_tips = True
         with self._lock:
             conversations = self._open.setdefault(model, OrderedDict())
             self._remember(conversations, conversation.kept_as, conversation)
@@ -66,3 +76,7 @@ class KeptConversations:
         conversations.move_to_end(kept_as)
         while len(conversations) > _MOST_OPEN:
             conversations.popitem(last=False)
+
+
+def _has(conversation: Conversation, node_id: int | None) -> bool:
+    return node_id is None or conversation.kept_node(node_id) is not None

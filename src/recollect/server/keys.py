@@ -16,9 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from recollect.errors import ConfigError, StoreCorruptError
+from recollect import files
+from recollect.errors import ConfigError, StoreCorruptError, StoreError
 
 KEYS_NAME: Final = "api-keys.json"
+_MOST_BYTES: Final = 16 * files.MIB
+"""Of the file: a hundred thousand keys."""
 _PREFIX: Final = "rk-"
 
 
@@ -109,12 +112,16 @@ class KeyFile:
             StoreCorruptError: It holds something else.
         """
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = files.read_text(self.path, most_bytes=_MOST_BYTES)
         except FileNotFoundError:
             return []
+        except OSError as cause:
+            raise StoreError(
+                f"{self.path} cannot be read ({cause.strerror or cause}): allow it."
+            ) from cause
         try:
             return [StoredKey(**entry) for entry in json.loads(text)["keys"]]
-        except (ValueError, TypeError, KeyError) as cause:
+        except (ValueError, TypeError, KeyError, RecursionError) as cause:
             raise StoreCorruptError(
                 f"{self.path} does not hold keys: repair it, or remove it and add keys anew."
             ) from cause

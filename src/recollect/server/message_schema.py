@@ -5,11 +5,12 @@ Pure: parses and translates; generates nothing.
 """
 
 import json
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from recollect.server.fields import Body, Ignored, Text
+from recollect.server.fields import MOST_TOOLS, Body, Ignored, Items, Text
 from recollect.server.tool_schema import Offer
 from recollect.types import Message, MessageToolCall, SamplingParams
 
@@ -51,7 +52,7 @@ class InputMessage(Body):
     """A message: a text, or blocks."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Items[Block]
 
     def messages(self) -> list[Message]:
         """Return it as the engine has it: what tools gave back comes first, each by itself."""
@@ -118,19 +119,24 @@ class CountRequest(Body):
     """The body of `POST /v1/messages/count_tokens`."""
 
     model: str | None = None
-    messages: Annotated[list[InputMessage], Field(min_length=1)]
+    messages: Annotated[Items[InputMessage], Field(min_length=1)]
     system: Text | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[Items[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     cache_control: Ignored = None
 
+    @cached_property
     def conversation(self) -> list[Message]:
         """Return the messages as the engine has them, the instructions first."""
         first: list[Message] = []
         if self.system:
             first = [{"role": "system", "content": self.system}]
         return first + [message for one in self.messages for message in one.messages()]
+
+    def prepare(self) -> None:
+        """Work out `conversation`."""
+        _ = self.conversation
 
     def offer(self) -> Offer:
         """Return what the reply may call."""
@@ -147,7 +153,7 @@ class MessagesRequest(CountRequest):
     """The body of `POST /v1/messages`."""
 
     max_tokens: Annotated[int, Field(ge=1)]
-    stop_sequences: list[str] | None = None
+    stop_sequences: Items[str] | None = None
     stream: bool | None = False
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None

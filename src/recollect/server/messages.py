@@ -16,6 +16,7 @@ from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
 from recollect.conversation.session import Session
 from recollect.models.tool_calls import ArgumentsDelta, CallStarted
+from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import check_limits
 from recollect.server.errors import anthropic_body, api_error
 from recollect.server.message_schema import CountRequest, MessagesRequest
@@ -34,7 +35,7 @@ from recollect.server.streaming import (
 )
 from recollect.types import FinishReason, ToolCall
 
-router = APIRouter(tags=["Anthropic"])
+router = APIRouter(tags=["Anthropic"], route_class=BodyRoute)
 
 _STOP_REASONS: Final[dict[FinishReason, str]] = {
     "stop": "end_turn",
@@ -54,7 +55,7 @@ _NOTHING_SPENT: Final = {
 async def create_message(body: MessagesRequest, request: Request) -> Response:
     """Answer the last message of a conversation."""
     settings, namespace = services_of(request).settings, client_of(request).namespace
-    check_limits(body.messages, 1, most_messages=settings.limits.messages, most_choices=1)
+    _check_messages(body, request)
     params = body.sampling(temperature=settings.temperature)
 
     def prepare(model: Model) -> Sequence[Readable]:
@@ -71,6 +72,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: CountRequest, request: Request) -> dict[str, Any]:
     """Return how many tokens a conversation is; nothing is computed."""
+    _check_messages(body, request)
     namespace = client_of(request).namespace
 
     def count(model: Model) -> int:
@@ -80,10 +82,21 @@ async def count_tokens(body: CountRequest, request: Request) -> dict[str, Any]:
     return {"input_tokens": await with_model(request, body.model, count)}
 
 
+def _check_messages(body: CountRequest, request: Request) -> None:
+    """
+    Check how many messages there are; each block of what a tool gave back is one.
+
+    Raises:
+        ApiError: There are more than one may send.
+    """
+    most = services_of(request).settings.limits.messages
+    check_limits(body.conversation, 1, most_messages=most, most_choices=1)
+
+
 def _session(model: Model, body: CountRequest, namespace: str) -> Session:
     offered = body.offer()
     return model.session_from(
-        body.conversation(),
+        body.conversation,
         namespace=namespace,
         tools=offered.tools,
         tool_choice=offered.choice,

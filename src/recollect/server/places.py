@@ -15,8 +15,9 @@ from recollect.conversation.labels import Label
 from recollect.conversation.matching import Change, described
 from recollect.conversation.messages import to_message, to_node
 from recollect.conversation.model import Model
+from recollect.conversation.place import ANSWERED
 from recollect.conversation.records import DEFAULT_TIP, NewNode
-from recollect.conversation.tree import Node, message_key
+from recollect.conversation.tree import ROOT_KEY, Node, message_key
 from recollect.server.errors import ApiError, not_found
 from recollect.server.kept import KeptConversations
 from recollect.types import Message
@@ -132,6 +133,7 @@ class Places:
     def new(self) -> Place:
         """Return the beginning of a conversation, which is kept from its first reply on."""
         session = self._model.session(namespace=self._namespace, keep=True)
+        session.conversation.shares_tips = True
         return Place(session.conversation, session.tip, tip=DEFAULT_TIP)
 
     def known(self, messages: Sequence[Message]) -> list[NewNode]:
@@ -209,12 +211,13 @@ def grow(conversation: Conversation, at: Node, messages: Sequence[NewNode]) -> N
     """
     Return the node after messages, which are added where they are not there.
 
+    What the path ends with, and nobody has answered, is not said again.
     Replies are kept at once, since their token ids are; what follows them when something is said.
 
     Raises:
         StoreError: The journal cannot keep them.
     """
-    left = list(messages)
+    left = list(messages)[_repeated(at, messages) :]
     while left and (known := _child(at, left[0])) is not None:
         at = known
         left.pop(0)
@@ -225,6 +228,24 @@ def grow(conversation: Conversation, at: Node, messages: Sequence[NewNode]) -> N
     for new in left[generated:]:
         at = conversation.add_unkept(at, to_message(new.role, new.content, new.links))
     return at
+
+
+def _repeated(at: Node, messages: Sequence[NewNode]) -> int:
+    """
+    Return how many of the messages are what a path ends with, unanswered.
+
+    A client that asks again, because the server ended during the reply, does not say it twice.
+    """
+    if at.role not in ANSWERED or at.children:
+        return 0
+    path = at.path()
+    for count in range(min(len(path), len(messages)), 0, -1):
+        key = ROOT_KEY if count == len(path) else path[-count - 1].key
+        for message in messages[:count]:
+            key = message_key(key, message.role, message.content, message.links)
+        if key == at.key and not any(node.role == "assistant" for node in path[-count:]):
+            return count
+    return 0
 
 
 def _child(node: Node, message: NewNode) -> Node | None:

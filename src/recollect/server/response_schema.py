@@ -5,13 +5,24 @@ Pure: parses and translates; generates nothing.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from recollect.server.fields import Body, Ignored, OnlyOff, SamplingFields, Text, unsupported
+from recollect.server.fields import (
+    MOST_TOOLS,
+    Body,
+    Ignored,
+    Items,
+    Metadata,
+    OnlyOff,
+    SamplingFields,
+    Text,
+    unsupported,
+)
 from recollect.server.tool_schema import LogprobCount, Offer, ResponseFormat, grammar_of
-from recollect.types import Message, MessageToolCall, Role, SamplingParams
+from recollect.types import Grammar, Message, MessageToolCall, Role, SamplingParams
 
 _LOGPROBS: Final = "message.output_text.logprobs"
 """What a client includes to be told how likely tokens were."""
@@ -67,20 +78,34 @@ class FunctionOutputItem(Body):
         return {"role": "tool", "content": self.output, "tool_call_id": self.call_id}
 
 
-InputItem = InputMessage | FunctionCallItem | FunctionOutputItem
+def _kind_of(item: Any) -> Any:
+    """Return which kind of item something claims to be; a message need not say so."""
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+    return kind if isinstance(kind, str) else None
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[FunctionCallItem, Tag("function_call")]
+    | Annotated[FunctionOutputItem, Tag("function_call_output")],
+    Discriminator(_kind_of),
+]
 
 
 def merged(items: Sequence[InputItem]) -> list[Message]:
     """Return items as messages: what an assistant says and then calls is one message."""
     messages: list[Message] = []
+    calls: list[MessageToolCall] = []  # of the last message
     for item in items:
         if not isinstance(item, FunctionCallItem):
             messages.append(item.message())
-        elif messages and messages[-1]["role"] == "assistant":
-            calls = [*messages[-1].get("tool_calls", ()), item.call()]
-            messages[-1] = {**messages[-1], "tool_calls": calls}
-        else:
-            messages.append({"role": "assistant", "content": None, "tool_calls": [item.call()]})
+            calls = []
+            continue
+        if not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": None})
+        if not calls:
+            messages[-1]["tool_calls"] = calls
+        calls.append(item.call())
     return messages
 
 
@@ -134,7 +159,7 @@ class ResponseRequest(SamplingFields):
     """The body of `POST /v1/responses`."""
 
     model: str | None = None
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | Annotated[Items[InputItem], Field(min_length=1)]
     instructions: str | None = None
     previous_response_id: str | None = None
     conversation: str | ConversationId | None = None
@@ -142,14 +167,14 @@ class ResponseRequest(SamplingFields):
     stream: bool | None = False
     stream_options: ResponseStreamOptions | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None
     truncation: Literal["auto", "disabled"] | None = "disabled"
     text: TextOptions | None = None
-    tools: list[FlatTool] | None = None
+    tools: Annotated[Items[FlatTool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: LogprobCount | None = None
-    include: list[str] | None = None
+    include: Items[str] | None = None
 
     background: OnlyOff = None
 
@@ -193,12 +218,21 @@ class ResponseRequest(SamplingFields):
             self.parallel_tool_calls is not False,
         )
 
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """Return what the reply must look like; None: anything goes."""
+        return None if self.text is None else grammar_of(self.text.format)
+
+    def prepare(self) -> None:
+        """Work out `grammar`."""
+        _ = self.grammar
+
     def sampling(self, *, temperature: float) -> SamplingParams:
         """Return how the reply is sampled; see `SamplingFields.params`."""
         wants_logprobs = self.top_logprobs or _LOGPROBS in (self.include or ())
         return self.params(
             max_tokens=self.max_output_tokens,
             temperature=temperature,
-            grammar=None if self.text is None else grammar_of(self.text.format),
+            grammar=self.grammar,
             logprobs=(self.top_logprobs or 0) if wants_logprobs else None,
         )

@@ -23,6 +23,7 @@ from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
 from recollect.conversation.window import Overflow
 from recollect.models.tool_calls import Event
+from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import check_limits
 from recollect.server.checkpoints import drop_all_kv
 from recollect.server.errors import not_found
@@ -35,7 +36,7 @@ from recollect.server.streaming import Readable
 from recollect.server.usage import cost, recorded
 from recollect.types import Message, TokenLogprob, Usage
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
 
 @router.post("/v1/responses")
@@ -43,7 +44,8 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     """Answer the input, after an earlier response or in a conversation where one is named."""
     services, namespace = services_of(request), client_of(request).namespace
     limits = services.settings.limits
-    check_limits(body.messages(), 1, most_messages=limits.messages, most_choices=1)
+    items = [] if isinstance(body.input, str) else body.input
+    check_limits(items, 1, most_messages=limits.messages, most_choices=1, what="input")
     params = body.sampling(temperature=services.settings.temperature)
     turn = _Turn(services, namespace, body, f"resp_{secrets.token_hex(16)}", int(time()))
 
@@ -52,7 +54,7 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
         stream = session.stream(None, params=params)
         return [_Kept(stream, lambda reply: turn.keep(model, place, reply))]
 
-    job = await begin(request, body.model, prepare)
+    job = await begin(request, body.model, prepare, keeps=body.keeps)
     head = turn.head(job.model_name)
     if body.stream:
         return await job.stream(request, ResponseEvents(job, head, body.instructions).events)
@@ -164,6 +166,10 @@ class _Kept:
         """Read the reply as text and calls of tools."""
         return self._stream.events()
 
+    def when_generated(self, call: Callable[[], object]) -> None:
+        """Have something called once the reply is generated, before it is kept."""
+        self._stream.when_generated(call)
+
     def stop(self) -> None:
         """End the reply after the forward pass under way."""
         self._stream.stop()
@@ -191,7 +197,8 @@ def get_response(response_id: str, request: Request) -> JSONResponse:
     reply = path[-1]
     head = ResponseHead.from_kept(label.name, label.note["head"])
     usage = None if reply.usage is None else recorded(reply.usage)
-    spent = None if usage is None else cost([usage], services_of(request).speeds[head.model])
+    speed = services_of(request).speed(head.model, client_of(request).namespace)
+    spent = None if usage is None else cost([usage], speed)
     return JSONResponse(
         response_object(
             head, Said.kept(reply), None if spent is None else spent.responses(), instructions
@@ -228,10 +235,10 @@ def delete_response(response_id: str, request: Request) -> dict[str, Any]:
     services, namespace = services_of(request), client_of(request).namespace
     services.journal.delete_label(label.name)
     if not services.journal.labels(label.conversation_id):
-        stored = services.journal.load(label.conversation_id, namespace=namespace)
-        services.journal.delete(stored.id, namespace=namespace)
-        services.kept.forget(stored.id)
-        drop_all_kv(services, stored)
+        info = services.journal.info(label.conversation_id)
+        services.journal.delete(info.id, namespace=namespace)
+        services.kept.forget(info.id)
+        drop_all_kv(services, info.id, info.created_at)
     return {"id": response_id, "object": "response", "deleted": True}
 
 

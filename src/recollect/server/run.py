@@ -14,11 +14,14 @@ from contextlib import contextmanager
 from typing import Final
 
 import uvicorn
+from fastapi import FastAPI
 
 from recollect.server.app import create_app
+from recollect.server.connection import bounded_protocol
 from recollect.server.hub import ModelHub
 from recollect.server.keys import Keyring
-from recollect.server.settings import Settings
+from recollect.server.listening import bind
+from recollect.server.settings import Limits, Settings
 
 _KEEP_ALIVE_S: Final = 75
 """Longer than the usual pool of a client keeps a connection, so that the client closes it first."""
@@ -71,6 +74,8 @@ def serve(
     """
     Serve until SIGINT or SIGTERM.
 
+    Where it listens is taken before the model is loaded, which may take minutes.
+
     Args:
         settings: Among others, where to listen; port 0 takes a free one.
         hub: See `create_app`.
@@ -78,26 +83,35 @@ def serve(
         on_listening: Called with the port when the first request can come.
 
     Raises:
+        ConfigError: The address cannot be listened on.
         RecollectError: The default model cannot be loaded.
-        SystemExit: The address cannot be listened on.
     """
 
     def on_failure(error: Exception) -> None:
         server.fail(error)
 
     app = create_app(settings, hub, keyring, on_failure=on_failure)
-    config = uvicorn.Config(
+    server = _Server(uvicorn_config(app, settings.limits), on_listening)
+    sockets = bind(settings.host, settings.port)
+    try:
+        server.run(sockets)
+    finally:
+        for one in sockets:
+            one.close()
+    if server.failure is not None:
+        raise server.failure
+
+
+def uvicorn_config(app: FastAPI, limits: Limits) -> uvicorn.Config:
+    """Return how uvicorn runs an app: what it reads is bounded, and only HTTP is spoken."""
+    return uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
+        http=bounded_protocol(limits),
+        ws="none",  # no call here is one, and an upgrade would pass by what bounds HTTP
         log_config=None,
         log_level=logging.WARNING,
         access_log=False,  # ours says less: no query strings, no addresses
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=round(settings.limits.shutdown_s),
+        timeout_graceful_shutdown=round(limits.shutdown_s),
     )
-    server = _Server(config, on_listening)
-    server.run()
-    if server.failure is not None:
-        raise server.failure

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import Final
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from recollect.server.errors import ApiError, error_response
 from recollect.server.keys import Client, Keyring
+from recollect.server.receiving import HeldBytes, LimitedBody, too_large
 from recollect.server.settings import LOOPBACK_NAMES, Settings
 
 CLIENT: Final = "recollect.client"
@@ -26,30 +27,34 @@ class Security:
     """
     An ASGI middleware that lets a request through with its client noted, or refuses it.
 
-    Immutable: any number of requests pass at once.
+    Belongs to the event loop; any number of requests pass at once.
     """
 
     def __init__(self, app: ASGIApp, *, settings: Settings, keyring: Keyring) -> None:
         self._app = app
         self._settings = settings
         self._keyring = keyring
+        self._held = HeldBytes(settings.limits.bodies_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request, or the server's own start and end."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limited = _LimitedBody(receive, self._settings.limits.body_bytes)
         try:
             headers = Headers(scope=scope)
             self._check_host(headers)
             self._check_origin(headers)
             scope.setdefault("state", {})[CLIENT] = self._client(scope["path"], headers)
-            _check_content(scope["method"], headers, limited.limit)
+            _check_content(scope["method"], headers, self._settings.limits.body_bytes)
         except ApiError as refused:
             await error_response(scope["path"], refused)(scope, receive, send)
             return
-        await self._app(scope, limited, send)
+        body = LimitedBody(receive, self._settings.limits, self._held)
+        try:
+            await self._app(scope, body, send)
+        finally:
+            body.close()
 
     def _check_host(self, headers: Headers) -> None:
         """A server that all machines can reach has names that we do not know; there, keys decide."""
@@ -94,22 +99,6 @@ class Security:
         return client
 
 
-class _LimitedBody:
-    """Receives a body, and refuses to go on where it grows beyond the limit."""
-
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive = receive
-        self.limit = limit
-        self._received = 0
-
-    async def __call__(self) -> Message:
-        message = await self._receive()
-        self._received += len(message.get("body", b""))
-        if self._received > self.limit:
-            raise _too_large(self.limit)
-        return message
-
-
 def _presented_key(headers: Mapping[str, str]) -> str | None:
     """Return the key that a request carries, as OpenAI's or as Anthropic's clients send it."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -121,7 +110,7 @@ def _presented_key(headers: Mapping[str, str]) -> str | None:
 def _check_content(method: str, headers: Headers, limit: int) -> None:
     length = headers.get("content-length", "0")
     if length.isdecimal() and int(length) > limit:
-        raise _too_large(limit)
+        raise too_large(limit)
     has_body = length != "0" or "transfer-encoding" in headers
     media = headers.get("content-type", "").partition(";")[0].strip().lower()
     # Forms and plain text are what a page can send without asking; JSON is not.
@@ -131,11 +120,3 @@ def _check_content(method: str, headers: Headers, limit: int) -> None:
             status=415,
             code="unsupported_media_type",
         )
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(
-        f"The request is larger than {limit:,} bytes: send less.",
-        status=413,
-        code="request_too_large",
-    )

@@ -8,11 +8,13 @@ the engine begin. From there on readers hand out what comes.
 import asyncio
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from time import time
-from typing import Final
+from typing import Final, TypeVar
 
 from fastapi import Request
 
@@ -20,10 +22,11 @@ from recollect.cipher import KV_PURPOSE
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
+from recollect.errors import RecollectError
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.opening import is_there, open_existing
-from recollect.server.admission import Admission
-from recollect.server.hub import ModelHub
+from recollect.server.admission import Admission, Ticket
+from recollect.server.hub import Lease, ModelHub
 from recollect.server.kept import KeptConversations
 from recollect.server.keys import Client
 from recollect.server.metrics import Metrics
@@ -33,6 +36,7 @@ from recollect.server.streaming import (
     Ended,
     Event,
     EventStream,
+    Keeping,
     Readable,
     Readers,
     unless_disconnected,
@@ -40,8 +44,14 @@ from recollect.server.streaming import (
 from recollect.server.usage import Cost, PrefillSpeed, cost
 from recollect.types import Usage
 
-Prepare = Callable[[Model], Sequence[Readable]]
-"""Called on a thread; returns replies that the engine has begun."""
+_T = TypeVar("_T")
+
+Prepare = Callable[[Model], Iterable[Readable]]
+"""Called on a thread; gives replies that the engine has begun, each as soon as it has."""
+
+
+_MOST_PATIENT: Final = 64
+"""Requests that wait for the journal at once, as many as wait for a turn; threads are made as needed."""
 
 
 @dataclass(slots=True)
@@ -53,21 +63,32 @@ class Services:
     admission: Admission
     metrics: Metrics
     kept: KeptConversations
-    speeds: dict[str, PrefillSpeed] = field(default_factory=lambda: defaultdict(PrefillSpeed))
+    _speeds: dict[tuple[str, str], PrefillSpeed] = field(
+        default_factory=lambda: defaultdict(PrefillSpeed)
+    )
     started_at: int = field(default_factory=lambda: int(time()))
     """In seconds since 1970."""
     items_lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while a conversation is read and written again by what it was."""
+    patient: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_MOST_PATIENT, "recollect-waits")
+    )
+    """Threads that wait for the journal, so that those which begin replies do not."""
     _journal: Journal | None = None
+    _opening: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def journal(self) -> Journal:
         """Return the journal that kept conversations are in; opened when first needed."""
-        if self._journal is None:
-            self._journal = Journal.open(
-                self.settings.home / JOURNAL_NAME, cipher=self.settings.cipher
-            )
-        return self._journal
+        with self._opening:
+            if self._journal is None:
+                path, cipher = self.settings.home / JOURNAL_NAME, self.settings.cipher
+                self._journal = Journal.open(path, cipher=cipher)
+            return self._journal
+
+    def speed(self, model_name: str, namespace: str) -> PrefillSpeed:
+        """Return how fast a model has read the prompts of a namespace; nobody learns of others' prompts."""
+        return self._speeds[model_name, namespace]
 
     @contextmanager
     def store(self) -> Iterator[DiskStore | None]:
@@ -85,11 +106,22 @@ class Services:
         with closing(open_existing(folder, sealer)) as store:
             yield store
 
+    def wait_for_journal(self) -> None:
+        """
+        Wait until no other program writes to the journal.
+
+        Raises:
+            StoreError: It does not come free, or cannot be written at all.
+        """
+        self.journal.wait()
+
     def close(self) -> None:
         """Close what is open; the hub closes itself."""
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        self.patient.shutdown(wait=False)
+        with self._opening:
+            journal, self._journal = self._journal, None
+        if journal is not None:
+            journal.close()
 
 
 def services_of(request: Request) -> Services:
@@ -109,9 +141,11 @@ def client_of(request: Request) -> Client:
 class Job:
     """The replies to one request, as they are generated."""
 
-    def __init__(self, services: Services, model_name: str, model: Model, readers: Readers) -> None:
-        self._services = services
+    def __init__(
+        self, model_name: str, model: Model, readers: Readers, speed: PrefillSpeed
+    ) -> None:
         self._readers = readers
+        self._speed = speed
         self.model: Final = model
         self.model_name: Final = model_name
 
@@ -125,7 +159,7 @@ class Job:
         return None if usages is None else self._cost(usages, per_prompt)
 
     def _cost(self, usages: Sequence[Usage], per_prompt: int | None) -> Cost:
-        return cost(usages, self._services.speeds[self.model_name], per_prompt=per_prompt)
+        return cost(usages, self._speed, per_prompt=per_prompt)
 
     async def replies(self, request: Request) -> list[Reply]:
         """
@@ -174,10 +208,23 @@ def _require_no_failure(event: Event) -> None:
 
 
 async def begin(
-    request: Request, model_name: str | None, prepare: Prepare, *, choices: int = 1
+    request: Request,
+    model_name: str | None,
+    prepare: Prepare,
+    *,
+    choices: int = 1,
+    keeps: bool = False,
 ) -> Job:
     """
     Have replies to a request begun.
+
+    Args:
+        request: Which they answer.
+        model_name: As the client says it.
+        prepare: See there.
+        choices: How many they are.
+        keeps: Whether what is said goes to the journal. Where another program holds that, the request
+            waits for it without a turn, which others can use.
 
     Raises:
         ClientGone: The client went away.
@@ -186,48 +233,164 @@ async def begin(
     """
     services = services_of(request)
     services.hub.resolve(model_name)  # a wrong name need not wait
-    return await unless_disconnected(request, _begin(services, model_name, prepare, choices))
+    namespace = client_of(request).namespace
+    work = _begin(services, namespace, model_name, prepare, choices, keeps=keeps)
+    return await unless_disconnected(request, work)
 
 
-async def _begin(services: Services, model_name: str | None, prepare: Prepare, choices: int) -> Job:
-    ticket = await services.admission.enter(choices)
-    try:
-        lease = await services.hub.acquire(model_name)
-    except BaseException:
-        ticket.release()
-        raise
-
-    def on_end() -> None:
-        lease.release()
-        ticket.release()
+async def _begin(
+    services: Services,
+    namespace: str,
+    model_name: str | None,
+    prepare: Prepare,
+    choices: int,
+    *,
+    keeps: bool,
+) -> Job:
+    loop = asyncio.get_running_loop()
+    if keeps:
+        await loop.run_in_executor(services.patient, services.wait_for_journal)
+    turn = await _enter(services, namespace, model_name, choices)
+    name, model = turn.lease.name, turn.lease.model
+    speed = services.speed(name, namespace)
 
     def on_reply(ended: Ended) -> None:
         if ended.reply is not None:
-            services.speeds[lease.name].learn(ended.reply.usage)
-            services.metrics.observe(lease.name, ended.reply.usage)
+            speed.learn(ended.reply.usage)
+            services.metrics.observe(name, ended.reply.usage)
 
+    def read(streams: Sequence[Readable]) -> Readers:
+        readers = Readers(streams, on_reply=on_reply, on_end=turn.release)
+        # To keep a reply can take long, where another program holds the journal: the turn is
+        # somebody else's by then.
+        going_on = len(streams)
+
+        def generated() -> None:
+            nonlocal going_on
+            going_on -= 1
+            if not going_on:
+                turn.ticket.release()
+
+        for stream in streams:
+            if isinstance(stream, Keeping):
+                stream.when_generated(partial(_on_loop, loop, generated))
+        readers.start()
+        return readers
+
+    def abandon(preparing: asyncio.Future[list[Readable]]) -> None:
+        if preparing.cancelled() or preparing.exception() is not None:
+            turn.release()
+        else:
+            read(preparing.result()).stop()
+
+    preparing = asyncio.ensure_future(on_thread(lambda: _prepared(prepare, model)))
     try:
-        streams = await asyncio.to_thread(prepare, lease.model)
-        readers = Readers(streams, on_reply=on_reply, on_end=on_end)
-    except BaseException:
-        on_end()
+        streams = await asyncio.shield(preparing)
+    except asyncio.CancelledError:
+        preparing.add_done_callback(abandon)  # the thread goes on, and what it begins ends at once
         raise
-    readers.start()
-    return Job(services, lease.name, lease.model, readers)
+    except BaseException:
+        turn.release()
+        raise
+    return Job(name, model, read(streams), speed)
+
+
+def _prepared(prepare: Prepare, model: Model) -> list[Readable]:
+    """Have all replies to a request begun, or none: where one fails, those before it end at once."""
+    streams: list[Readable] = []
+    try:
+        for stream in prepare(model):
+            streams.append(stream)
+    except BaseException:
+        for stream in streams:
+            stream.stop()
+        for stream in streams:
+            with suppress(RecollectError), stream:
+                pass  # nothing of it was read, so nothing of it is kept
+        raise
+    return streams
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
+    with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(call)
 
 
 async def with_model(
-    request: Request, model_name: str | None, work: Callable[[Model], object]
-) -> object:
-    """Do something with a model on a thread, in turn with everything else, and return the result."""
+    request: Request,
+    model_name: str | None,
+    work: Callable[[Model], _T],
+    *,
+    on_gone: Callable[[], None] = lambda: None,
+) -> _T:
+    """
+    Do something with a model on a thread, in turn with everything else, and return the result.
+
+    Args:
+        request: From whom; while it waits for its turn, nothing is done for a client that goes away.
+        model_name: As the client says it.
+        work: What to do. It keeps its turn until it has ended, whether anybody waits or not.
+        on_gone: Called where the client goes away meanwhile; may end the work.
+
+    Raises:
+        ClientGone: The client went away.
+        ApiError: Too much waits already.
+        RecollectError: There is no such model, or what the work failed with.
+    """
     services = services_of(request)
     services.hub.resolve(model_name)
-    ticket = await services.admission.enter()
-    try:
-        lease = await services.hub.acquire(model_name)
+    namespace = client_of(request).namespace
+
+    async def wait() -> _T:
+        turn = await _enter(services, namespace, model_name, 1)
+        working = asyncio.ensure_future(on_thread(lambda: work(turn.lease.model)))
+        working.add_done_callback(lambda _: turn.release())
         try:
-            return await asyncio.to_thread(work, lease.model)
-        finally:
-            lease.release()
-    finally:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            on_gone()
+            raise
+
+    return await unless_disconnected(request, wait())
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A turn, and a model for it."""
+
+    ticket: Ticket
+    lease: Lease
+
+    def release(self) -> None:
+        """Give both back; calling it again does nothing."""
+        self.lease.release()
+        self.ticket.release()
+
+
+async def _enter(services: Services, namespace: str, model_name: str | None, weight: int) -> _Turn:
+    ticket = await services.admission.enter(weight, key=namespace)
+    try:
+        return _Turn(ticket, await services.hub.acquire(model_name))
+    except BaseException:
         ticket.release()
+        raise
+
+
+async def on_thread(work: Callable[[], _T]) -> _T:
+    """
+    Return what some work returns, done on a thread of its own.
+
+    The threads of `asyncio.to_thread` are few, so that one client's long work could hold all of
+    them. Here admission bounds how many there are.
+    """
+    result: Future[_T] = Future()
+    result.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="recollect-request", daemon=True).start()
+    return await asyncio.wrap_future(result)

@@ -15,6 +15,8 @@ from recollect.errors import ConfigError
 
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8765
+_LAST_PORT: Final = 2**16 - 1
+"""Ports are numbers of 16 bits."""
 LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 """What a browser that was led here by another site's name does not send as Host."""
 
@@ -23,11 +25,24 @@ LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 class Limits:
     """How much a server takes on; beyond each of them a request is refused, and told why."""
 
+    header_bytes: int = 64 * 2**10
+    """Of the first line and all headers: what uvicorn allows where h11 reads them."""
+    header_s: float = 10.0
+    """From the beginning of a connection, or of a request on it, to the end of its headers."""
     body_bytes: int = 16 * 2**20
+    bodies_bytes: int = 256 * 2**20
+    """Of all bodies that are held at one time, from their first byte until they are answered."""
+    body_s: float = 60.0
+    """From the end of the headers to the end of the body: the largest takes 2.3 Mbit/s."""
+    values: int = 2**18
+    """In a body: items of lists and members of objects; about as many as two prompts of 131,072 token ids."""
+    depth: int = 100
+    """Of lists and objects in each other. A schema takes two levels for one of what it describes; what
+    writes JSON, or reads schemas, goes deeper by calling itself, and Python allows 1,000 calls."""
     messages: int = 4096
     """In one request: a template is rendered over all of them."""
     concurrent: int = 16
-    """Replies generated at once; they share each forward pass."""
+    """Replies generated at once, which share each forward pass; and keys that have some at once."""
     queue: int = 64
     """Requests that wait for their turn; the next is told to come back later (429)."""
     choices: int = 8
@@ -42,7 +57,7 @@ class Settings:
     A server's settings.
 
     Raises:
-        ConfigError: They would let anybody in who can reach the machine.
+        ConfigError: They would let anybody in who can reach the machine, or there is no such port.
     """
 
     home: Path
@@ -69,6 +84,10 @@ class Settings:
             raise ConfigError(
                 f"{self.host} can be reached from other machines: give an --api-key, make one by "
                 "`recollect keys add NAME`, or stay on 127.0.0.1."
+            )
+        if not 0 <= self.port <= _LAST_PORT:
+            raise ConfigError(
+                f"There is no port {self.port}: take one from 1 to {_LAST_PORT}, or 0 for a free one."
             )
         if "*" in self.cors_origins:
             raise ConfigError("--cors * lets every web page in: name the origins that may call.")

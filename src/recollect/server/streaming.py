@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Protocol, Self, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar, runtime_checkable
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -65,6 +65,14 @@ class Readable(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A reply that may be kept once it is generated."""
+
+    def when_generated(self, call: Callable[[], object]) -> None:
+        """Have something called once the reply is generated, before it is kept."""
 
 
 @dataclass(frozen=True, slots=True)

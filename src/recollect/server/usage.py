@@ -24,7 +24,7 @@ class PrefillSpeed:
 
     def learn(self, usage: Usage) -> None:
         """Take note of a reply."""
-        if usage.prefill_tps is not None and usage.computed_tokens >= _FEW_TOKENS:
+        if usage.prefill_tps is not None and usage.awaited_tokens >= _FEW_TOKENS:
             known = self._tokens_per_second or usage.prefill_tps
             self._tokens_per_second = (known + usage.prefill_tps) / 2
 

@@ -61,7 +61,7 @@ def damage(store: DiskStore) -> bytes:
     """Change a bit in a block that nothing follows; return its key."""
     with store.env.writing() as txn:
         blocks = store.env.table("blocks")
-        followed = {bytes(parent) for parent, _ in txn.cursor(store.env.table("children"))}
+        followed = {bytes(parent) for parent, _ in txn.cursor(store.env.table("siblings"))}
         key = next(bytes(key) for key, _ in txn.cursor(blocks) if bytes(key) not in followed)
         value = bytearray(txn.get(key, db=blocks))
         value[-1] ^= 1
@@ -122,11 +122,30 @@ def test_verify_finds_what_is_damaged_and_repair_removes_it(
     assert run("verify").startswith("All of ")
 
 
+def test_repair_takes_what_follows_a_damaged_block_of_64000_tokens(
+    open_home_store: OpenStore,
+) -> None:
+    store, parent, keys = open_home_store(), b"r" * 32, list[bytes]()
+    blocks = []
+    for number in range(2000):
+        tokens = (number, *range(31))
+        keys.append(chained_key(parent, tokens))
+        blocks.append(NewBlock(keys[-1], parent, number == 0, tokens, b"payload"))
+        parent = keys[-1]
+    store.write(Identity("weights", "runtime", "f32"), blocks)
+    with store.env.writing() as txn:
+        txn.put(keys[2], b"damaged", db=store.env.table("blocks"))
+    store.close()
+    assert invoke("verify").exit_code == 1
+    assert "1,998 blocks were removed" in run("verify", "--repair")
+    assert run("verify") == "All of 2 blocks are as they were written.\n"
+
+
 def test_repair_puts_accounts_and_edges_right(kept: None, open_home_store: OpenStore) -> None:
     store = open_home_store()
     with store.env.writing() as txn:
         txn.put(b"bytes", (7).to_bytes(8, "little"), db=store.env.table("info"))
-        txn.put(b"p" * 32, b"c" * 32, db=store.env.table("children"))
+        txn.put(b"p" * 32, b"c" * 32, db=store.env.table("siblings"))
         txn.put(b"b" * 32, b"nobody knows it", db=store.env.table("blocks"))
     before = len(list(disk_audit.problems(store)))
     store.close()

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from recollect import __version__
 from recollect.cli.main import run
 from recollect.cli.models import format_bytes
 from recollect.conversation.loading import load
+from recollect.models import onnx_convert
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL
 from recollect.models.manifest import Manifest
 
@@ -65,6 +67,42 @@ def test_an_error_is_one_line_and_status_2(
     assert out == ""
     assert err.startswith("recollect: ")
     assert err.count("\n") == 1
+
+
+MAY_FETCH = [
+    ["chat", "--prompts", os.devnull],
+    ["warm", "text"],
+    ["verify"],
+    ["bench"],
+    ["scenarios"],
+    ["rewind-test"],
+    ["pull", DEFAULT_MODEL],
+    ["pull", "org/repo:file.gguf"],
+    ["convert", DEFAULT_MODEL, "OUT"],
+]
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+@pytest.mark.parametrize("arguments", MAY_FETCH, ids=" ".join)
+def test_offline_each_command_refuses_to_fetch(
+    arguments: list[str],
+    by: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text("What is to be read once.")
+    monkeypatch.setattr(onnx_convert, "_LIBRARIES", ())  # what converts need not be there
+    if by == "option":
+        arguments = [*arguments, "--offline"]
+    else:
+        monkeypatch.setenv("RECOLLECT_OFFLINE", "1")
+    assert status_of(monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert "is not on this disk, and nothing may be fetched" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "home").exists()
 
 
 @pytest.mark.parametrize(

@@ -53,3 +53,30 @@ def test_public_files_reach_each_model_that_is_loaded(
     result = CliRunner().invoke(app, ["serve", "-m", "reference", *options])
     assert result.exit_code == 0, result.output
     assert published == [["You are one.", "You are other."]]
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "65536"])
+def test_a_port_that_there_is_not_is_a_wrong_option(port: str) -> None:
+    result = CliRunner().invoke(app, ["serve", "-m", "reference", "--port", port])
+    assert result.exit_code == 2
+    assert "--port" in result.output
+    assert "Input should be" in result.output
+
+
+def test_the_memory_of_models_given_by_their_paths_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / side / "model.gguf" for side in "ab"]
+    for size, file in enumerate(files, 1):
+        file.parent.mkdir()
+        file.write_bytes(b"x" * 1000 * size)
+    hubs: list[ModelHub] = []
+    monkeypatch.setattr(
+        "recollect.server.run.serve", lambda _settings, hub, _keys, **_options: hubs.append(hub)
+    )
+    options = [option for file in files for option in ("-m", str(file))]
+    result = CliRunner().invoke(app, ["serve", *options, "--alias", "gpt=b/model.gguf"])
+    assert result.exit_code == 0, result.output
+    assert hubs[0].names == ("a/model.gguf", "b/model.gguf")
+    assert hubs[0].resolve("gpt") == "b/model.gguf"
+    assert [hubs[0].weight_bytes(name) for name in hubs[0].names] == [1000, 2000]

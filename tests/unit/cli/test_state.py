@@ -47,6 +47,17 @@ def test_the_line_says_where_kv_came_from(restored: int, whence: str) -> None:
     assert f" · {whence} · " in usage_line(reply(cost=cost))
 
 
+def test_the_line_tells_what_was_read_ahead_from_what_was_there_before() -> None:
+    line = usage_line(reply(cost=replace(usage(computed=46, reused=0), read_ahead_tokens=45)))
+    assert line.startswith("1 new · 45 read ahead · first token")
+
+
+def test_speed_is_not_that_of_tokens_nobody_waited_for() -> None:
+    totals = Totals()
+    totals.add(replace(usage(computed=1000), read_ahead_tokens=999))
+    assert totals.best_prefill_tps is None
+
+
 def test_the_line_says_nothing_of_what_was_not_reused() -> None:
     assert "reused" not in usage_line(reply(cost=usage(reused=0)))
 

@@ -8,7 +8,7 @@ import pytest
 
 from recollect.cli.state import Chat
 from recollect.cli.welcome import count, farewell, welcome
-from recollect.conversation.records import NewNode
+from recollect.conversation.records import Entry, NewNode
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_conversation_of_another_model_says_so(kept: Chat, screen: StringIO) -
     assert "1 reply of it came from bard: reference reads the text anew" in resumed(kept, screen)
     again = [replace(turn[0], content="two"), replace(reply, content="due")]
     journal.append(chat_id, last, again, tip="main")
-    journal.set_model(chat_id, model="reference", fingerprint="f00d")
+    journal.write(chat_id, Entry(nodes=(), model=("reference", "f00d")))
     assert "2 replies of it came from another model" in resumed(kept, screen)
 
 

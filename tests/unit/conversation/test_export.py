@@ -186,6 +186,7 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ("nodes.1.links", {"call_ids": [5]}, "is not text"),
         ("nodes.1.links", {"name": "\ud83c"}, "half a character"),
         ("nodes.1.usage", {"a": [[[[[[[[[]]]]]]]]]}, "nested"),
+        ("nodes.1.usage", {"a": ["\ud800"]}, "half a character"),
         ("tips", [], "not an object"),
         ("tips.main", 77, "stands at a node that is missing"),
         ("tips.main", "5", "stands at a node that is missing"),

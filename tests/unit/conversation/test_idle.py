@@ -4,7 +4,7 @@ from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.engine.scheduler import MOST_SPARE
 from recollect.engine.task import Task
-from recollect.types import SamplingParams
+from recollect.types import SamplingParams, Usage
 
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
 
@@ -18,17 +18,67 @@ def settle(model: Model) -> None:
     task.wait()
 
 
-def reused_after(session: Session, text: str) -> tuple[int, int]:
+def usage_of(session: Session, text: str) -> Usage:
     usage = session.respond(text, params=SHORT).usage
-    return usage.reused_tokens, usage.prompt_tokens
+    assert usage.reused_tokens + usage.computed_tokens == usage.prompt_tokens
+    return usage
 
 
 def test_what_is_typed_is_computed_before_it_is_said(model: Model) -> None:
     session = model.session()
     session.prewarm_later("what is the capital of")
     settle(model)
-    reused, _ = reused_after(session, "what is the capital of France?")
-    assert reused >= len("what is the capital of")  # a byte is a token
+    usage = usage_of(session, "what is the capital of France?")
+    assert usage.read_ahead_tokens >= len("what is the capital of")  # a byte is a token
+
+
+def test_what_was_typed_into_a_model_that_has_read_nothing_is_not_reused(model: Model) -> None:
+    session = model.session()
+    for text in ("what is the capital of France", "what is the", "what is the capital of France"):
+        session.prewarm_later(text)
+        settle(model)
+    usage = usage_of(session, "what is the capital of France?")
+    assert (usage.reused_tokens, usage.computed_tokens) == (0, usage.prompt_tokens)
+    # E and S are the marks around a message, one token each.
+    assert usage.awaited_tokens == len("?E\nSassistant\n")
+
+
+def test_what_is_reused_was_there_when_the_turn_before_had_ended(model: Model) -> None:
+    session = model.session()
+    first = usage_of(session, "one")
+    settle(model)
+    session.prewarm_later("what is the capital of")
+    settle(model)
+    second = usage_of(session, "what is the capital of France?")
+    # All but the last token of the reply, which has no KV yet when the reply ends.
+    assert second.reused_tokens == first.prompt_tokens + first.generated_tokens - 1
+    third = usage_of(session, "and now?")
+    assert third.reused_tokens == second.prompt_tokens + second.generated_tokens - 1
+
+
+def test_what_was_read_ahead_of_another_text_does_not_count(model: Model) -> None:
+    session = model.session("A system prompt of a few words.")
+    session.prewarm_later("a question that is never asked")
+    settle(model)
+    usage = usage_of(session, "something else")
+    assert usage.reused_tokens == 0
+    assert usage.awaited_tokens >= len("something else")
+
+
+def test_a_session_that_reads_what_another_has_read_reuses_it(model: Model) -> None:
+    model.session().prewarm_later("what is the capital of")
+    settle(model)
+    usage = usage_of(model.session(), "what is the capital of France?")
+    assert usage.reused_tokens >= len("what is the capital of")
+    assert usage.read_ahead_tokens == 0
+
+
+def test_what_prewarm_has_computed_is_told_as_read_ahead(model: Model) -> None:
+    session = model.session()
+    ahead = session.prewarm("what is the capital of")
+    usage = usage_of(session, "what is the capital of France?")
+    assert usage.read_ahead_tokens == ahead
+    assert usage.reused_tokens == 0
 
 
 def test_a_text_that_changes_costs_only_what_changed(model: Model) -> None:
@@ -47,8 +97,8 @@ def test_a_new_text_takes_the_place_of_the_one_before_without_waiting(model: Mod
         session.prewarm_later("what is the capital of")
         session.prewarm_later("what else")
     settle(model)
-    reused, _ = reused_after(session, "what else is there?")
-    assert reused >= len("what else")
+    usage = usage_of(session, "what else is there?")
+    assert usage.read_ahead_tokens >= len("what else")
     model.engine.check()
 
 

@@ -15,7 +15,7 @@ import pytest
 from recollect.conversation import schema
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.labels import Label
-from recollect.conversation.records import ConversationRecord, NewNode
+from recollect.conversation.records import ConversationRecord, Entry, NewNode
 from recollect.errors import (
     ConversationError,
     MisuseError,
@@ -164,7 +164,7 @@ def test_a_conversation_without_a_name_gets_a_new_one_that_says_the_day(journal:
 def test_the_model_can_be_another_one_from_now_on(journal: Journal) -> None:
     chat = create(journal)
     journal.append(chat, None, turn("a", "b", 1))
-    journal.set_model(chat, model="qwen2.5", fingerprint="beef")
+    journal.write(chat, Entry(nodes=(), model=("qwen2.5", "beef")))
     stored = journal.load(chat)
     assert (stored.model, stored.fingerprint) == ("qwen2.5", "beef")
     assert stored.nodes[1].fingerprint == "f00d"
@@ -264,7 +264,7 @@ def test_a_conversation_that_was_deleted_takes_no_more_turns(journal: Journal) -
     for call in (
         lambda: journal.append(chat, None, turn("a", "b")),
         lambda: journal.set_tip(chat, "main", None),
-        lambda: journal.set_model(chat, model="m", fingerprint="f"),
+        lambda: journal.write(chat, Entry(nodes=(), model=("m", "f"))),
         lambda: journal.load("gone"),
         lambda: journal.load(chat),
         lambda: journal.rename("gone", "back"),
@@ -717,3 +717,53 @@ def test_names_that_are_chosen_at_once_are_all_different(path: Path) -> None:
     in_threads(*[create_some] * 4)
     with Journal.open(path) as journal:
         assert len(journal.conversations()) == 80
+
+
+def test_what_a_process_of_an_earlier_version_writes_on_is_counted_and_named(path: Path) -> None:
+    """It may have had the file open when that was brought to this version."""
+    with Journal.open(path) as journal:
+        journal.append(create(journal, "now"), None, turn("Hello", "Hi", 1, 2), tip="main")
+    with closing(sqlite3.connect(path, isolation_level=None)) as earlier:
+        earlier.execute(
+            "INSERT INTO conversations (id, name, created_at, updated_at, model, fingerprint, format, "
+            "namespace) SELECT 7, 'then', created_at, updated_at, model, fingerprint, format, namespace "
+            "FROM conversations"
+        )
+        columns = "role, created_at, fingerprint, checksum, usage, token_ids, content"
+        earlier.execute(
+            f"INSERT INTO nodes (conversation_id, {columns}) SELECT 7, {columns} FROM nodes "  # noqa: S608
+            "WHERE role = 'assistant'"
+        )
+    with Journal.open(path) as journal:
+        now, then = sorted(journal.conversations(), key=lambda info: info.id)
+        assert (now.turns, now.size_bytes) == (1, len("HelloHi") + 8)
+        assert (then.turns, then.size_bytes) == (1, len("Hi") + 8)
+        assert then.label.startswith("conv_")
+        assert then.label != now.label
+        found = journal.find_label(then.label)
+        assert found is not None
+        assert found.conversation_id == 7
+
+
+def test_an_entry_is_written_as_a_whole_or_not_at_all(journal: Journal) -> None:
+    nodes = [NewNode(role="user", content="fine"), NewNode(role="user", content="half \ud800")]
+    with pytest.raises(ConversationError):
+        journal.begin("new", Entry(nodes=nodes, tip="main"), model="m", fingerprint="f")
+    good = Entry(nodes=nodes[:1], tip="main", note=lambda _: {"deep": "\ud800"})
+    with pytest.raises(ConversationError):
+        journal.begin("new", good, model="m", fingerprint="f")
+    assert journal.conversations() == []
+    chat = create(journal, "new")
+    with pytest.raises(ConversationError):
+        journal.write(chat, good)
+    assert journal.load(chat).nodes == ()
+
+
+def test_a_name_is_found_in_its_own_namespace_only(journal: Journal) -> None:
+    journal.create("theirs", model="m", fingerprint="f", namespace="them")
+    mine = journal.create("mine", model="m", fingerprint="f")
+    assert journal.find("theirs") is None
+    assert journal.find("mine", namespace="them") is None
+    assert journal.find("mine") == mine
+    assert journal.find("nobody's") is None
+    assert journal.find("half \ud800") is None

@@ -60,20 +60,23 @@ def test_a_name_is_taken_once_and_a_branch_that_is_not_there_is_refused(model: M
         model.resume("trains", tip="idea")
 
 
-@pytest.mark.parametrize("broken", ["append", "create"])
+@pytest.mark.parametrize("broken", ["begin", "the question", "the reply"])
 def test_a_turn_that_cannot_be_kept_leaves_the_conversation_as_it_was_and_the_session_free(
     model: Model, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     chat = model.session("Be brief.", params=SHORT, name="trains")
-    if broken == "append":
+    if broken != "begin":
         chat.respond("one")
     before = (chat.tip, len(chat.tree), chat.conversation.tips)
+    write, left = Journal.write, [broken == "the reply"]
 
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        if left.pop() if left else False:
+            return write(*arguments, **options)
         raise StoreError("The disk is full.")
 
     with monkeypatch.context() as planted:
-        planted.setattr(Journal, broken, fail)
+        planted.setattr(Journal, "begin" if broken == "begin" else "write", fail)
         with pytest.raises(StoreError):
             chat.respond("two")
         assert (chat.tip, len(chat.tree), chat.conversation.tips) == before

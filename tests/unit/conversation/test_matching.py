@@ -47,19 +47,21 @@ def test_the_longest_known_beginning_is_found(
     found = index.find(wanted)
     assert (found.messages if found else 0) == expected
     if found:
-        assert [node.message() for node in found.node.path()] == wanted[:expected]
-        found.conversation.tree.require(found.node)
+        conversation = Conversation(model="m", fingerprint="f")
+        taken = conversation.take_over(found)
+        assert [node.message() for node in taken.path()] == wanted[:expected]
+        conversation.check()
 
 
 def test_a_reply_that_was_generated_is_found_rather_than_its_text() -> None:
     index = MessageIndex()
     conversation, asked = grow(index, [said("user", "Hi.")])
     reply = NewNode(role="assistant", content="Hello.", token_ids=[1, 2], fingerprint="f")
-    generated = conversation.add(asked, [reply], tip=None)
+    conversation.add(asked, [reply], tip=None)
     grow(index, [said("user", "Hi."), said("assistant", "Hello.")])
     found = index.find([said("user", "Hi."), said("assistant", "Hello.")])
     assert found is not None
-    assert found.node is generated
+    assert found.path[-1][1].token_ids == (1, 2)
 
 
 def test_an_edited_message_says_what_it_was() -> None:
@@ -92,7 +94,7 @@ def test_other_instructions_before_the_same_question_are_told() -> None:
 
 
 def test_what_was_used_longest_ago_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "_MOST_MESSAGES", 2)
+    monkeypatch.setattr(matching, "MOST_MESSAGES", 2)
     index = MessageIndex()
     grow(index, [said("user", "1")])
     grow(index, [said("user", "2")])

@@ -133,5 +133,23 @@ def test_a_disk_that_is_really_full_costs_one_warning_and_nothing_else(tmp_path:
     done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     assert len(done.stdout.splitlines()) == 6
     assert done.stderr.count("\n") == 1
-    assert "KV is no longer kept on disk" in done.stderr
+    assert "KV is not kept on disk for now" in done.stderr
     assert "make room" in done.stderr
+
+
+def test_without_kv_on_disk_nothing_is_written_and_on_a_full_disk_what_is_there_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = "Which rivers flow through more than three countries?"
+    with recollect.load("reference", home=tmp_path, kv_disk=0) as model:
+        model.session("You are terse.").respond(question)
+        assert model.engine.tier is None
+    assert list(tmp_path.rglob("*.mdb")) == []
+    monkeypatch.setattr("recollect.config.default_kv_disk_bytes", lambda _: 0)
+    with recollect.load("reference", home=tmp_path) as model:
+        assert model.engine.tier is None, "there is nothing to be read"
+    assert list(tmp_path.rglob("*.mdb")) == []
+    with recollect.load("reference", home=tmp_path, kv_disk=64 << 20) as model:
+        model.session("You are terse.").respond(question)
+    with recollect.load("reference", home=tmp_path) as model:
+        assert model.session("You are terse.").respond(question).usage.restored_tokens > 0

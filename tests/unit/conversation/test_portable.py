@@ -1,6 +1,7 @@
 """A file carries a conversation and its KV elsewhere, and whatever is wrong with it changes nothing."""
 
 import json
+import math
 import os
 import random
 import stat
@@ -369,6 +370,15 @@ def branch_with(**fields: object) -> Callable[[dict[str, Any], dict[str, str]], 
     return change
 
 
+def identity_with(**fields: object) -> Callable[[dict[str, Any], dict[str, str]], None]:
+    def change(_: dict[str, Any], metadata: dict[str, str]) -> None:
+        branch = json.loads(metadata["branch"])
+        branch["identity"] |= fields
+        metadata["branch"] = json.dumps(branch)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -399,6 +409,14 @@ def branch_with(**fields: object) -> Callable[[dict[str, Any], dict[str, str]], 
         (branch_with(block_size=0), "blocks have 0 tokens"),
         (branch_with(block_size=10**12), "blocks have"),
         (branch_with(profile="huge"), "what its KV is of"),
+        (branch_with(block_size=float("inf")), "what its KV is of"),
+        (branch_with(block_size=float("nan")), "what its KV is of"),
+        (branch_with(block_size="8"), "what its KV is of"),
+        (branch_with(block_size=True), "what its KV is of"),
+        (branch_with(tip="\ud800"), "what its KV is of"),
+        (branch_with(tip=7), "what its KV is of"),
+        (identity_with(runtime="\ud800"), "what its KV is of"),
+        (identity_with(fingerprint=None), "what its KV is of"),
     ],
 )
 def test_what_somebody_wrote_by_hand_is_refused_with_a_reason(
@@ -433,4 +451,39 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello " * 100)
     refused(tmp_path / "text")
     refused(tmp_path / "nowhere")
-    refused(tmp_path)
+    assert "a folder" in refused(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither")
+def test_what_has_no_end_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "a pipe" in refused(tmp_path / "pipe")
+    assert "a device" in refused(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape"),
+    [
+        ("conversation", "U8", [1 << 33]),
+        ("token_ids", "I32", [1 << 31]),
+        ("kv", "U8", [1, 1 << 34]),
+    ],
+)
+def test_a_part_that_claims_more_than_any_has_is_not_read(
+    file: Path, tmp_path: Path, name: str, dtype: str, shape: list[int]
+) -> None:
+    """The file is sparse: it has the size that it claims, and takes no room on the disk."""
+    with safe_open(file, framework="np") as opened:
+        metadata = opened.metadata()
+    kinds = {"token_ids": ("I32", [1]), "kv": ("U8", [1, 1]), "kv_checksums": ("U8", [1, 16])}
+    parts = {"conversation": ("U8", [1])} | kinds | {name: (dtype, shape)}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for part, (kind, sizes) in parts.items():
+        start, end = end, end + math.prod(sizes) * (4 if kind == "I32" else 1)
+        header[part] = {"dtype": kind, "shape": sizes, "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    with (tmp_path / "sparse").open("wb") as sparse:
+        sparse.write(struct.pack("<Q", len(content)) + content)
+        sparse.truncate(8 + len(content) + end)
+    assert "of at most" in refused(tmp_path / "sparse")

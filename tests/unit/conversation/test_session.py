@@ -70,7 +70,7 @@ def check_as_fresh(session: Session, text: str | None) -> Reply:
     assert (reply.text, list(reply.node.token_ids or ())) == expected
     usage = reply.usage
     assert usage.reused_tokens + usage.computed_tokens == usage.prompt_tokens == len(text_ids)
-    assert usage.computed_tokens == max(1, len(text_ids) - known)
+    assert usage.awaited_tokens == max(1, len(text_ids) - known)
     session.conversation.check()
     engine.check()
     return reply
@@ -96,7 +96,8 @@ def test_the_first_turn_computes_its_prompt_and_the_next_only_what_is_new(chat: 
     )
     second = check_as_fresh(chat, "And now?")
     # What the template puts before the message was computed while nobody waited.
-    assert second.usage.computed_tokens == len("And now?E\nSassistant\n")
+    assert second.usage.awaited_tokens == len("And now?E\nSassistant\n")
+    assert second.usage.read_ahead_tokens > 0
     assert second.usage.reason == "new"
 
 
@@ -293,7 +294,7 @@ def test_prewarm_computes_the_message_before_it_is_said(chat: Session) -> None:
     assert chat.prewarm(typed) == len(typed) - len("A rather long")
     assert said(chat) == before
     reply = check_as_fresh(chat, typed)
-    assert reply.usage.computed_tokens < len(typed)
+    assert reply.usage.awaited_tokens < len(typed)
 
 
 def test_prewarm_of_other_text_leaves_no_trace(chat: Session) -> None:
@@ -757,7 +758,9 @@ def test_namespaces_share_neither_kv_nor_messages(model: Model) -> None:
     ours = model.session(SYSTEM, params=SHORT, namespace="ours")
     ours.respond("one")
     assert model.session_from(ours.transcript(), namespace="theirs").tip.token_ids is None
-    assert model.session_from(ours.transcript(), namespace="ours").tip is ours.tip
+    assert ours.tip.token_ids is not None
+    found = model.session_from(ours.transcript(), namespace="ours")
+    assert found.tip.token_ids == ours.tip.token_ids
     theirs = model.session(SYSTEM, params=SHORT, namespace="theirs").respond("one")
     assert theirs.usage.reused_tokens == 0
 
@@ -768,17 +771,17 @@ def test_idle_work_computes_what_the_template_puts_before_the_next_message(
     with monkeypatch.context() as planted:
         planted.setattr(IdleWork, "start", lambda _self, sequence: sequence.release())
         chat.respond("one")
-        lazy = chat.respond("two").usage.computed_tokens
+        lazy = chat.respond("two").usage.awaited_tokens
     chat.respond("three")
     settle(chat)
     # The last token of the reply, its end, and the head of the next message.
-    assert lazy - chat.respond("two").usage.computed_tokens == len("xE\nSuser\n")
+    assert lazy - chat.respond("two").usage.awaited_tokens == len("xE\nSuser\n")
 
 
 def test_a_prewarm_is_dropped_for_free(chat: Session) -> None:
     chat.respond("one")
     chat.prewarm("typed and then")
-    assert chat.respond("typed at last").usage.computed_tokens == len("t lastE\nSassistant\n")
+    assert chat.respond("typed at last").usage.awaited_tokens == len("t lastE\nSassistant\n")
 
 
 def test_what_is_pinned_survives_whatever_else_needs_room(make_model: Callable[..., Model]) -> None:

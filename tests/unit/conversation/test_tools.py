@@ -10,7 +10,7 @@ import pytest
 
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
-from recollect.conversation.tools import Tools
+from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.engine.grammar import Grammars
 from recollect.errors import InvalidParameterError
 from recollect.models.byte_tokenizer import ByteTokenizer
@@ -145,6 +145,86 @@ def required(model: Model, **kwargs: Any) -> Session:
     return model.session("Help.", params=WILD, tools=TOOLS, tool_choice="required", **kwargs)
 
 
+@pytest.mark.parametrize("choice", ["auto", "required", "second"])
+@pytest.mark.parametrize(
+    ("parameters", "told"),
+    [
+        ({"type": "nonsense"}, "Invalid type: nonsense"),
+        ({"type": "object", "properties": {"a": {"pattern": "(a", "type": "string"}}}, "unclosed"),
+        ({"$ref": "#/nowhere"}, "nowhere"),
+    ],
+)
+def test_a_schema_that_cannot_be_is_told_with_its_tool(
+    model: Model, parameters: Any, told: str, choice: str
+) -> None:
+    right = {"type": "object", "properties": {"n": {"type": "integer"}}}
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": schema}}
+        for name, schema in (("first", right), ("second", parameters), ("third", right))
+    ]
+    session = model.session(tools=tools, tool_choice=choice)
+    used = model.engine.pool.used_blocks
+    with pytest.raises(InvalidParameterError, match=r"the tool 'second'.*: correct them") as wrong:
+        session.stream("Hello")
+    assert told in str(wrong.value)
+    assert "lark" not in str(wrong.value)
+    assert model.engine.pool.used_blocks == used
+    session.tools = NO_TOOLS
+    assert session.respond("Hello", params=SamplingParams(max_tokens=2)).text
+
+
+@pytest.mark.parametrize("parameters", [5, [], "a", True])
+def test_parameters_that_are_no_object_are_refused(parameters: Any) -> None:
+    tool = {"type": "function", "function": {"name": "get", "parameters": parameters}}
+    with pytest.raises(InvalidParameterError, match="'get' are no object"):
+        Tools.of([tool])
+    for left_out in ({"name": "get"}, {"name": "get", "parameters": None}):
+        assert Tools.of([{"type": "function", "function": left_out}]).grammar() is not None
+
+
+def test_more_tools_than_can_be_followed_are_told_so(make_model: Callable[..., Model]) -> None:
+    """And not with a trace of the library's own code."""
+    many = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(20)}}
+    tools = [
+        {"type": "function", "function": {"name": f"tool_{n}", "parameters": many}}
+        for n in range(500)
+    ]
+    with pytest.raises(InvalidParameterError, match="offer fewer") as refused:
+        make_model(context_length=2**19).session(tools=tools).stream("Hello")
+    assert len(str(refused.value)) < 200
+
+
+def test_names_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work of looking for two of one name grows with the tools, not with their square."""
+    compared = 0
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    def loads(text: str) -> Any:
+        value = json.loads(text)
+        value["function"]["name"] = Name(value["function"]["name"])
+        return value
+
+    class Json:
+        dumps = staticmethod(json.dumps)
+
+    Json.loads = staticmethod(loads)  # type: ignore[attr-defined]
+    monkeypatch.setattr("recollect.conversation.tools.json", Json)
+    counts = []
+    for n in (100, 1000):
+        compared = 0
+        Tools.of([{"type": "function", "function": {"name": f"tool_{i}"}} for i in range(n)])
+        counts.append(compared)
+    assert counts[1] <= 10 * counts[0] + 100, counts
+
+
 def test_required_calls_keep_to_the_schemas_of_their_tools(model: Model) -> None:
     reply = required(model).respond("What now?")
     assert reply.tool_calls
@@ -223,7 +303,8 @@ def test_a_client_that_sends_calls_beside_the_text_gets_the_ids_that_were_genera
         {"role": "tool", "content": "Sunny.", "tool_call_id": call.id} for call in first.tool_calls
     ]
     again = model.session_from([*sent, *answers], tools=TOOLS, params=WILD)
-    assert again.path()[2] is first.node
+    known = again.path()[2]
+    assert (known.content, known.token_ids) == (first.node.content, first.node.token_ids)
     reply = again.respond(None)
     assert reply.usage.reason == "new"
     assert reply.usage.reused_tokens >= first.usage.prompt_tokens + first.usage.generated_tokens - 8

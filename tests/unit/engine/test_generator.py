@@ -1,6 +1,6 @@
 """Append, generate, rewind and fork in any order: never a hole, and always the same tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -345,6 +345,21 @@ def test_a_bias_on_a_token_that_does_not_exist_is_refused_and_changes_nothing(
     with pytest.raises(InvalidParameterError, match=f"token {token}"):
         generator.set_params(SamplingParams(logit_bias={token: 1.0}))
     assert (generator.params, generator.seed) == (SAMPLED, 11)
+
+
+def test_biases_are_gone_through_once_and_not_for_each_token(engine: Engine) -> None:
+    looked = []
+
+    class Counting(dict[int, float]):
+        def __iter__(self) -> Iterator[int]:
+            looked.append(len(self))
+            return super().__iter__()
+
+    generator = prompted(engine, SamplingParams(logit_bias=Counting({7: 100.0})))
+    before = len(looked)
+    assert generate(generator, 5) == [7] * 5
+    assert generate(generator.fork(), 5) == [7] * 5
+    assert len(looked) == before
 
 
 def test_generating_from_nothing_is_misuse(engine: Engine) -> None:

@@ -3,12 +3,14 @@
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recollect.engine import grammar as grammar_module
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.grammar import Grammars, GrammarState
@@ -112,6 +114,49 @@ def test_what_is_no_grammar_is_refused_with_what_is_wrong_with_it(
 ) -> None:
     with pytest.raises(InvalidParameterError, match=words):
         grammars.start(grammar)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+        {"allOf": [{"$ref": "#"}]},
+    ],
+)
+def test_a_schema_that_is_only_itself_is_refused_before_a_reply_begins(
+    grammars: Grammars, schema: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidParameterError, match="nothing can begin by it"):
+        grammars.start(Grammar.json_schema(schema))
+    inside = {"type": "object", "properties": {"a": {"$ref": "#"}}}
+    assert grammars.start(Grammar.json_schema(inside)).allowed([]).any()
+
+
+def test_a_grammar_that_ends_up_nowhere_is_the_callers_mistake(grammars: Grammars) -> None:
+    nowhere = {
+        "$defs": {"a": {"$ref": "#/$defs/a"}},
+        "type": "array",
+        "items": {"$ref": "#/$defs/a"},
+    }
+    state = grammars.start(Grammar.json_schema({**nowhere, "minItems": 1}))
+    with pytest.raises(InvalidParameterError, match="simplify it"):
+        state.allowed(list(b"["))
+
+
+def test_a_reason_is_told_to_its_end(grammars: Grammars) -> None:
+    with pytest.raises(InvalidParameterError, match="unclosed group"):
+        grammars.start(Grammar.regex("(a"))
+    with pytest.raises(InvalidParameterError, match="unclosed group"):
+        grammars.start(Grammar.json_schema({"type": "string", "pattern": "(a"}))
+
+
+def test_a_schema_that_is_too_deep_is_refused(grammars: Grammars) -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(200):
+        schema = {"type": "object", "properties": {"a": schema}}
+    with pytest.raises(InvalidParameterError, match="recursion"):
+        grammars.start(Grammar.json_schema(schema))
 
 
 def test_a_schema_that_is_no_json_is_refused() -> None:
@@ -247,3 +292,15 @@ def test_sampling_anew_at_the_same_place_gives_the_same_reply(
     reply = to_end(generator)
     generator.rewind_to(generator.reply_start + len(reply) // 2)
     assert to_end(generator) == reply
+
+
+def test_large_grammars_are_kept_by_their_bytes(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_module, "MOST_COMPILED_BYTES", 2 << 20)
+    for number in range(30):
+        fields = {f"field_{number}_{field}": {"type": "string"} for field in range(100)}
+        grammars.start(Grammar.json_schema({"type": "object", "properties": fields}))
+        assert 0 < grammars.held_bytes <= 2 << 20
+    grammars.start(Grammar.regex("a" * 20_000))  # too large to be kept, and used all the same
+    assert grammars.held_bytes == 0

@@ -14,6 +14,7 @@ from recollect.engine.generator import Generator
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import RuntimeFailure
+from recollect.models.control_tokens import ControlTokens
 from recollect.models.vocabulary import Vocabulary
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
@@ -30,6 +31,7 @@ class Pieces:
         b"\xe2\x82", b"\xac", b"\xf0\x9f", b"\xef\xbf\xbd", b"",
     )  # fmt: skip
     eos_token_ids: Final = frozenset({END})
+    control_tokens: Final = ControlTokens({})
 
     @property
     def vocab_size(self) -> int:
@@ -55,6 +57,9 @@ class Pieces:
             ids.append(best)
             rest = rest[len(self.PIECES[best]) :]
         return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return b"".join(self.PIECES[i] for i in ids).decode("utf-8", "replace")
@@ -392,4 +397,30 @@ def test_an_error_in_the_middle_keeps_text_and_tokens_in_step() -> None:
     reply.finish()
     assert reply.finish_reason == "cancelled"
     assert reply.text == "ab\ufffd"
+    verify(engine, generator, reply)
+
+
+@pytest.mark.parametrize("stop", [(), ("c",)])
+def test_taking_back_what_was_not_given_out_decodes_nothing_again(stop: tuple[str, ...]) -> None:
+    """However many tokens that is; each decoding would be of the whole reply."""
+    decoded: list[int] = []
+
+    class Counting(Pieces):
+        def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+            decoded.append(len(ids))
+            return super().decode(ids, skip_special_tokens=skip_special_tokens)
+
+    script = [8, 9] * 20 + [2] + [8, 9] * 5
+    engine = Engine(Script(script, len(PROMPT)), num_blocks=32, eos_token_ids=[END])
+    generator = Generator(engine, SamplingParams(stop=stop))
+    generator.append_tokens(PROMPT)
+    reply = started(ReplyGeneration(engine, generator, Counting()))
+    if stop:
+        list(reply)
+    else:
+        next(iter(reply))
+    reply._task.join()
+    decoded.clear()
+    reply.finish()
+    assert decoded == []
     verify(engine, generator, reply)

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from recollect.engine.sampling import choose_token, random_number
-from recollect.errors import RuntimeFailure
+from recollect.engine.sampling import choose_token, most_likely, random_number
+from recollect.errors import InvalidParameterError, RuntimeFailure
 from recollect.types import SamplingParams
 
 SETTINGS_WITH_MASKS: list[dict[str, Any]] = [
@@ -220,10 +222,17 @@ def test_a_mask_is_as_if_nothing_else_were_in_the_vocabulary(settings: dict[str,
     ]
 
 
-def test_when_everything_is_banned_it_is_a_runtime_failure() -> None:
+def test_when_everything_is_banned_it_is_the_callers_mistake() -> None:
     params = SamplingParams(logit_bias=dict.fromkeys(range(12), -math.inf))
-    with pytest.raises(RuntimeFailure):
+    with pytest.raises(InvalidParameterError, match="lift a ban"):
         choose_token(some_logits(), params, history=EMPTY, reply_start=0, seed=0)
+
+
+def test_when_the_model_gives_no_number_it_is_a_runtime_failure() -> None:
+    for logit in (math.nan, -math.inf):
+        logits = np.full(12, logit, np.float32)
+        with pytest.raises(RuntimeFailure, match="damaged"):
+            choose_token(logits, SamplingParams(), history=EMPTY, reply_start=0, seed=0)
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-30, 1e30])
@@ -274,3 +283,71 @@ def test_parameters_that_are_off_change_nothing() -> None:
     base = SamplingParams(temperature=1.0)
     off = replace(base, top_k=len(some_logits()), min_p=0.0, top_p=1.0, repetition_penalty=1.0)
     assert draw(some_logits(), base, [1, 2], 0, 200) == draw(some_logits(), off, [1, 2], 0, 200)
+
+
+def running_sums(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Return the running sums of a softmax in double precision."""
+    weights = np.exp((logits.astype(np.float64) - float(logits.max())) / temperature)
+    share: np.ndarray = np.cumsum(weights / weights.sum())
+    return share
+
+
+@pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 511, 512, 513, 49_152, 151_936])
+@pytest.mark.parametrize("temperature", [0.3, 0.8, 2.0])
+def test_a_draw_falls_where_a_softmax_in_double_precision_has_it(
+    size: int, temperature: float
+) -> None:
+    logits = some_logits(size)
+    sums = running_sums(logits, temperature)
+    params = SamplingParams(temperature=temperature)
+    for seed in range(100):
+        token = choose_token(logits, params, history=EMPTY, reply_start=0, seed=seed)
+        number = random_number(seed, 0)
+        before = sums[token - 1] if token else 0.0
+        # Single precision moves the borders by less than this share of all.
+        assert before - 1e-6 <= number <= sums[token] + 1e-6
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"top_k": 500}, {"top_p": 0.9}, {"min_p": 1e-3}, {"presence_penalty": 2.0}],
+    ids=str,
+)
+def test_draws_from_a_large_vocabulary_pass_a_chi_square_test(case: dict[str, Any]) -> None:
+    """Classes of tokens with twenty expected draws each."""
+    size, draws = 8000, 4000
+    random = np.random.default_rng(5)
+    logits = (-1.1 * np.log(random.permutation(size) + 1)).astype(np.float32)
+    params = SamplingParams(**{"temperature": 1.0, **case})
+    history = [int(logits.argmax()), 3, 3]
+    expected = plain_distribution(logits, params, history, 0)
+    drawn = draw(logits, params, history, 0, draws)
+    assert set(drawn) <= set(expected)
+    share, seen, statistic, classes = 0.0, 0, 0.0, 0
+    for token, probability in expected.items():
+        share, seen = share + probability, seen + drawn[token]
+        if share * draws >= 20:
+            statistic += (seen - share * draws) ** 2 / (share * draws)
+            share, seen, classes = 0.0, 0, classes + 1
+    assert classes > 50
+    # Its mean is the number of classes; seven standard deviations, with fixed seeds.
+    assert statistic < classes + 7 * math.sqrt(2 * classes)
+
+
+@pytest.mark.parametrize("place", [0, 255, 256, 511, 512, 999])
+def test_what_has_no_weight_is_never_drawn_at_the_edge_of_a_block(place: int) -> None:
+    bans = dict.fromkeys(set(range(1000)) - {place}, -math.inf)
+    params = SamplingParams(temperature=1e30, logit_bias=bans)
+    assert draw(some_logits(1000), params, [], 0, 50) == {place: 50}
+
+
+@given(
+    values=st.lists(st.integers(0, 6), min_size=1, max_size=900),
+    count=st.integers(0, 1000),
+)
+def test_the_most_likely_are_those_that_sorting_gives(values: list[int], count: int) -> None:
+    scores = np.array(values, np.float32)
+    assert (
+        most_likely(scores, count).tolist()
+        == (sorted(range(len(values)), key=lambda place: (-values[place], place))[:count])
+    )

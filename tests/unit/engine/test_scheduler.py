@@ -48,7 +48,10 @@ def admitted(scheduler: Scheduler, *tasks: Task, fits: Any = lambda _: True) -> 
 
 
 def fed(scheduler: Scheduler) -> dict[Task, FeedPlan]:
-    return scheduler.plan().chunks
+    planned = scheduler.plan()
+    scheduler.feed(planned)
+    scheduler.check()
+    return planned.chunks
 
 
 def test_nothing_to_do_is_an_empty_pass(scheduler: Scheduler) -> None:
@@ -214,3 +217,71 @@ def test_check_finds_idle_work_beside_other_work(
     scheduler.running += [task_of([1]), task_of([2], idle=True)]
     with pytest.raises(AssertionError, match="idle"):
         scheduler.check()
+
+
+def test_whoever_has_nothing_running_gets_the_place_of_the_newest_of_whoever_has_the_most(
+    scheduler: Scheduler, task_of: Callable[..., Task]
+) -> None:
+    greedy = [task_of([seed, 1], namespace="a") for seed in range(MOST_RUNNING + 4)]
+    other = task_of([8, 8], namespace="b")
+    admitted(scheduler, *greedy, other)
+    parked = scheduler.running[-1]
+    modest = task_of([7, 7], namespace="c")
+    assert admitted(scheduler, modest)[-1] is modest
+    assert parked.namespace == "a"
+    assert scheduler.waiting[0] is parked
+    assert {task.namespace for task in scheduler.running} == {"a", "b", "c"}
+    assert (len(scheduler.running), scheduler.parked) == (MOST_RUNNING, 1)
+
+
+def test_nobody_makes_way_for_a_second_reply_or_where_each_has_one(
+    scheduler: Scheduler, task_of: Callable[..., Task]
+) -> None:
+    many = [task_of([seed, 1], namespace=f"key {seed}") for seed in range(MOST_RUNNING)]
+    admitted(scheduler, *many)
+    assert admitted(scheduler, task_of([7, 7], namespace="late")) == many
+    scheduler.remove(many[-1])
+    (late,) = scheduler.waiting
+    second = task_of([8, 8], namespace="key 0")
+    assert admitted(scheduler, second) == [*many[:-1], late]
+    assert list(scheduler.waiting) == [second]
+    assert scheduler.parked == 0
+
+
+def test_who_lacks_memory_makes_those_with_the_most_wait_until_it_is_there(
+    scheduler: Scheduler, task_of: Callable[..., Task]
+) -> None:
+    greedy = [task_of([seed, 1], namespace="a") for seed in range(5)]
+    admitted(scheduler, *greedy)
+    modest = task_of([7, 7], namespace="b")
+    running = admitted(
+        scheduler, modest, fits=lambda task: task is modest and len(scheduler.running) <= 2
+    )
+    assert running == [*greedy[:2], modest]
+    assert list(scheduler.waiting) == greedy[2:]
+
+
+def test_a_prompt_of_somebody_new_waits_for_none_of_somebody_who_sends_many(
+    scheduler: Scheduler, task_of: Callable[..., Task]
+) -> None:
+    greedy = [task_of(ids_of(90, seed), namespace="a") for seed in range(8)]
+    admitted(scheduler, *greedy)
+    for _ in range(20):
+        fed(scheduler)
+    modest = task_of(ids_of(120, 9), namespace="b")
+    admitted(scheduler, modest)
+    assert [next(iter(fed(scheduler))) for _ in range(4)] == [modest] * 4
+
+
+def test_who_was_quiet_overtakes_others_by_no_more_than_the_credit(
+    scheduler: Scheduler, task_of: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "MOST_CREDIT", 96)
+    greedy = [task_of(ids_of(90, seed), namespace="a") for seed in range(4)]
+    admitted(scheduler, *greedy)
+    for _ in range(20):
+        fed(scheduler)
+    modest = [task_of(ids_of(90, 9 + seed), namespace="b") for seed in range(4)]
+    admitted(scheduler, *modest)
+    served = [next(iter(fed(scheduler))).namespace for _ in range(9)]
+    assert served == ["b", "b", "b", "a", "b", "a", "b", "a", "b"]

@@ -1,6 +1,10 @@
 """Stop strings are found however the text is cut into pieces."""
 
+import sys
+from collections.abc import Callable
 from itertools import pairwise
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -78,3 +82,33 @@ def test_nothing_comes_after_a_match() -> None:
     assert matcher.push("axb") == "a"
     assert matcher.push("more") == ""
     assert matcher.finish() == ""
+
+
+def lines_run(work: Callable[[], object]) -> int:
+    """Return how many lines of Python some work runs."""
+    count = 0
+
+    def trace(_frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    former = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(former)
+    return count
+
+
+def test_a_piece_costs_the_same_however_many_stop_strings_there_are_and_however_long() -> None:
+    text = "a plain reply, which nothing stops but its end. " * 5
+
+    def cost(stops: list[str]) -> int:
+        matcher = StopMatcher(stops)
+        return lines_run(lambda: [matcher.push(letter) for letter in text])
+
+    few = cost([f"{number}a plain" for number in range(10)])
+    assert cost([f"{number}a plain" for number in range(100)]) == few
+    assert cost([f"{number}a plain" + "x" * 1000 for number in range(10)]) == few

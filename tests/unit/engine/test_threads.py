@@ -17,6 +17,7 @@ from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.engine.task import Task
 from recollect.errors import MisuseError, OutOfBlocksError, RecollectError, RuntimeFailure
 from recollect.runtime.base import Logits, Row
+from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import SamplingParams
 
 WAIT_S = 20  # for what takes milliseconds: a test that would hang fails instead
@@ -468,3 +469,47 @@ def test_a_callback_that_waits_for_the_engine_is_refused_and_not_stuck(engine: E
         task.wait()
     engine.compute([inner])
     assert inner.logits is not None
+
+
+def test_a_thread_that_ends_while_its_engine_is_closed_is_no_error() -> None:
+    """Without work it ends by itself, and takes itself away: whoever looks again finds none."""
+
+    class Vanishing(Engine):
+        is_closing = False
+        _found: threading.Thread | None = None
+
+        @property
+        def _thread(self) -> threading.Thread | None:
+            found = self._found
+            if self.is_closing and threading.current_thread() is threading.main_thread():
+                self._found = None
+            return found
+
+        @_thread.setter
+        def _thread(self, thread: threading.Thread | None) -> None:
+            self._found = thread
+
+    engine = Vanishing(
+        ReferenceRuntime(vocab_size=50, context_length=64, block_size=4), num_blocks=4
+    )
+    engine.wait_until_warm()
+    engine.is_closing = True
+    engine.close()
+    with pytest.raises(MisuseError):
+        engine.start()
+
+
+def test_a_callback_cannot_close_its_engine_and_is_told(engine: Engine) -> None:
+    sequence = engine.new_sequence()
+    sequence.append([1, 2])
+
+    def closing() -> bool:
+        engine.close()
+        return False
+
+    task = Task(sequence, closing)
+    engine.submit(task)
+    with pytest.raises(MisuseError, match="callback"):
+        task.wait()
+    engine.check()
+    engine.close()

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.restore import Rates, plan_restore
-from recollect.errors import RuntimeFailure, StoreCorruptError
+from recollect.errors import RuntimeFailure, StoreCorruptError, StoreFullError
 from recollect.kv import disk_audit
 from recollect.kv.disk import DiskStore, Found
 from recollect.kv.record import Entry, Identity
+from recollect.kv.replies import StoredReply
 from recollect.runtime.base import Logits
 from recollect.types import SamplingParams
 
@@ -394,3 +396,163 @@ def test_memory_that_is_made_ready_holds_nothing_that_counts(
     assert np.array_equal(logits_after(engine, warm_disk), fresh_logits(warm_disk))
     assert engine.computed_tokens == 1
     engine.check()
+
+
+def test_a_disk_that_has_room_again_is_written_again(
+    make_engine: Make,
+    open_store: Open,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = make_engine(store=open_store())
+    monkeypatch.setattr("recollect.engine.write_behind._RETRY_S", 0.0)
+    with caplog.at_level(logging.WARNING, logger="recollect"):
+        with monkeypatch.context() as full:
+            full.setattr("recollect.kv.disk.RESERVED_BYTES", 1 << 60)
+            for start in range(3):
+                logits_after(engine, PROMPT[start:])
+                tier_of(engine).flush()
+            assert "make room" in (tier_of(engine).statistics().error or "")
+        logits_after(engine, [*PROMPT, 1, 2, 3])
+        tier_of(engine).flush()
+    assert tier_of(engine).statistics().error is None
+    assert len(caplog.records) == 1
+    match = engine.pin(PROMPT)
+    assert all(block.on_disk for block in match[-1].path()), "and what came before it, too"
+    engine.unpin(match)
+
+
+def test_what_is_kept_on_purpose_is_tried_although_the_disk_was_full(
+    make_engine: Make, open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(store=open_store())
+    with monkeypatch.context() as full:
+        full.setattr("recollect.kv.disk.RESERVED_BYTES", 1 << 60)
+        logits_after(engine, PROMPT)
+        tier_of(engine).flush()
+        match = engine.pin(PROMPT)
+        with pytest.raises(StoreFullError, match="make room"):
+            tier_of(engine).keep(match[-1])
+    tier_of(engine).keep(match[-1])
+    assert all(block.on_disk for block in match[-1].path())
+
+
+def test_a_small_budget_holds_what_it_can(
+    make_engine: Make, open_store: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Much less than is written at once where there is room, and less than all of it."""
+    engine = make_engine(store=open_store(budget_bytes=1 << 20), num_blocks=400, context_length=900)
+    with caplog.at_level(logging.WARNING, logger="recollect"):
+        for first in range(4):
+            logits_after(engine, [first, *(place % 50 for place in range(600))])
+            tier_of(engine).flush()
+    statistics = tier_of(engine).statistics()
+    assert (statistics.error, caplog.records) == (None, [])
+    assert statistics.evicted_blocks > 0
+    engine.close()
+    engine = make_engine(store=open_store(budget_bytes=1 << 20), num_blocks=400, context_length=900)
+    logits_after(engine, [3, *(place % 50 for place in range(600))])
+    assert engine.computed_tokens == 1, "the last one is there"
+
+
+def test_a_prompt_larger_than_the_budget_keeps_its_beginning(
+    make_engine: Make, open_store: Open, fresh_logits: Any
+) -> None:
+    prompt = [place * 7 % 50 for place in range(1600)]
+    engine = make_engine(
+        store=open_store(budget_bytes=1 << 20), num_blocks=500, context_length=2000
+    )
+    logits_after(engine, prompt)
+    engine.close()
+    engine = make_engine(
+        store=open_store(budget_bytes=1 << 20), num_blocks=500, context_length=2000
+    )
+    assert np.array_equal(logits_after(engine, prompt), fresh_logits(prompt))
+    assert 500 <= tier_of(engine).statistics().restored_tokens < 1000
+    engine.check()
+
+
+def test_a_store_that_cannot_be_written_is_read(
+    make_engine: Make,
+    open_store: Open,
+    warm_disk: list[int],
+    read_only_disk: Callable[[], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    read_only_disk()
+    with caplog.at_level(logging.WARNING, logger="recollect"):
+        engine = make_engine(store=open_store())
+        logits_after(engine, [*warm_disk, 3, 4])
+        tier_of(engine).flush()
+        assert engine.computed_tokens == 3
+        tier_of(engine).note_reply(b"name".ljust(32), StoredReply("text", (1, 2)))
+        engine.check()
+        engine.close()
+    assert len(caplog.records) == 1
+    assert "can be read and not written" in caplog.text
+
+
+def test_flushes_wait_and_do_not_wake_each_other(
+    make_engine: Make, open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(store=open_store())
+    logits_after(engine, PROMPT)
+    may_write, is_writing = threading.Event(), threading.Event()
+    write = DiskStore.write
+
+    def slow(self: DiskStore, *given: Any) -> Any:
+        is_writing.set()
+        assert may_write.wait(30)
+        return write(self, *given)
+
+    waits: list[str] = []
+    wait = threading.Condition.wait
+
+    def counted(self: threading.Condition, timeout: float | None = None) -> bool:
+        if threading.current_thread().name.startswith("flush"):
+            waits.append(threading.current_thread().name)
+        return wait(self, timeout)
+
+    monkeypatch.setattr(DiskStore, "write", slow)
+    monkeypatch.setattr(threading.Condition, "wait", counted)
+    flushes = [
+        threading.Thread(target=tier_of(engine).flush, name=f"flush {number}")
+        for number in range(2)
+    ]
+    for thread in flushes:
+        thread.start()
+    assert is_writing.wait(30)
+    flushes[0].join(0.3)  # both wait now, and would have woken each other thousands of times
+    may_write.set()
+    for thread in flushes:
+        thread.join()
+    assert len(waits) < 10
+
+
+def test_a_conversation_of_64000_tokens_comes_back_from_disk_also_after_damage(
+    make_engine: Make, open_store: Open
+) -> None:
+    prompt = [place * place % 50 for place in range(64_000)]
+    options = {"num_blocks": 2100, "block_size": 32, "context_length": 65_000}
+    first = make_engine(store=open_store(), **options)
+    expected = logits_after(first, prompt)
+    first.close()
+    witness = open_store()
+    damaged = witness.find(
+        first.cache.root().key, prompt, block_size=32, inside_block=False, most=3
+    ).entries[-1]
+    table = witness.env.table("blocks")
+    with witness.env.writing() as txn:
+        value = bytearray(txn.get(damaged.key, db=table))
+        value[-1] ^= 1
+        txn.put(damaged.key, bytes(value), db=table)
+    second = make_engine(store=open_store(), **options)
+    assert np.array_equal(logits_after(second, prompt), expected)
+    assert second.computed_tokens == 64_000 - 2 * 32
+    second.close()
+    assert list(disk_audit.problems(witness)) == []
+    witness.close()
+    third = make_engine(store=open_store(), **options)
+    assert np.array_equal(logits_after(third, prompt), expected)
+    assert third.computed_tokens == 1
+    third.check()

@@ -118,7 +118,7 @@ def test_a_touched_entry_has_another_time_and_nothing_else() -> None:
 
 def test_the_head_is_read_without_the_tokens() -> None:
     head = entry_head(KEY, pack_entry(ENTRY, None))
-    assert head == (ENTRY.last_used, ENTRY.stored_bytes, ENTRY.parent, IDENTITY, False, 3)
+    assert head == (ENTRY.last_used, ENTRY.stored_bytes, ENTRY.parent, IDENTITY, False, 3, b"")
 
 
 def test_each_part_of_an_identity_counts() -> None:

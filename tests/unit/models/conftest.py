@@ -1,6 +1,8 @@
 """A real model of a few kilobytes, and real wheels made on the spot."""
 
+import json
 import os
+import shutil
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +12,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from recollect.models.prepare import prepare
 
@@ -195,6 +199,13 @@ class Shape:
     seed: int = 0
 
 
+def _norms_of_a_layer(shape: Shape) -> list[str]:
+    before, after = ["attn_norm", "ffn_norm"], ["post_attention_norm", "post_ffw_norm"]
+    if shape.norms_on_both_sides:
+        return before + after
+    return after if shape.norms_after else before
+
+
 def write_decoder(path: Path, shape: Shape) -> Path:
     """Write a random decoder without a tokenizer, of any architecture and tensor type."""
     writer = gguf.GGUFWriter(path, shape.architecture)
@@ -236,10 +247,7 @@ def write_decoder(path: Path, shape: Shape) -> Path:
                 del matrices[name + part]
             matrices[f"{name}attn_qkv"] = (all_heads + 2 * kv_width, shape.width)
             matrices[f"{name}ffn_up"] = (2 * shape.feed_forward, shape.width)
-        placed = ("post_attention_norm", "post_ffw_norm") if shape.norms_after else ()
-        if shape.norms_on_both_sides:
-            placed = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
-        for norm in placed or ("attn_norm", "ffn_norm"):
+        for norm in _norms_of_a_layer(shape):
             norms[name + norm] = shape.width
         if shape.head_norms or shape.whole_norms:
             norms[f"{name}attn_q_norm"] = all_heads if shape.whole_norms else shape.head_size
@@ -326,3 +334,153 @@ def only_local_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+
+
+def _varint(number: int) -> bytes:
+    parts = []
+    while number > 0x7F:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*parts, number])
+
+
+def _field(number: int, value: int | str | bytes) -> bytes:
+    """Return a field of a protocol buffer."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _node(operator: str, inputs: list[str], output: str, attributes: bytes = b"") -> bytes:
+    names = b"".join(_field(1, name) for name in inputs)
+    return names + _field(2, output) + _field(3, output) + _field(4, operator) + attributes
+
+
+def _value(name: str, kind: int, *dimensions: int | str) -> bytes:
+    shape = b"".join(
+        _field(1, _field(2 if isinstance(size, str) else 1, size)) for size in dimensions
+    )
+    return _field(1, name) + _field(2, _field(1, _field(1, kind) + _field(2, shape)))
+
+
+ONNX_VOCAB, ONNX_HEAD = 300, 8
+
+
+def onnx_bytes(location: str = "model.onnx.data", *, node: bytes = b"") -> bytes:
+    """Return a graph whose logits are a row of a table, and whose KV is a row of another."""
+    external = b"".join(
+        _field(13, _field(1, key) + _field(2, text))
+        for key, text in (
+            ("location", location),
+            ("offset", "0"),
+            ("length", str(4 * ONNX_VOCAB * ONNX_VOCAB)),
+        )
+    )
+    sizes = _field(1, ONNX_VOCAB) + _field(1, ONNX_VOCAB)
+    table = sizes + _field(2, 1) + _field(8, "table") + external + _field(14, 1)
+    rows = np.ones((ONNX_VOCAB, ONNX_HEAD), np.float32).tobytes()
+    sizes = _field(1, ONNX_VOCAB) + _field(1, ONNX_HEAD)
+    keys = sizes + _field(2, 1) + _field(8, "rows") + _field(9, rows)
+    one = _field(1, 1) + _field(2, 7) + _field(8, "one") + _field(9, np.array([1]).tobytes())
+    axis = _field(5, _field(1, "axis") + _field(3, 2) + _field(20, 2))
+    parts = [
+        _field(1, _node("Gather", ["table", "input_ids"], "logits")),
+        _field(1, _node("Gather", ["rows", "input_ids"], "flat")),
+        _field(1, _node("Unsqueeze", ["flat", "one"], "new")),
+        _field(1, _node("Concat", ["past.0.key", "new"], "present.0.key", axis)),
+        _field(1, _node("Concat", ["past.0.value", "new"], "present.0.value", axis)),
+        _field(1, node) if node else b"",
+        _field(2, "graph"),
+        _field(5, table) + _field(5, keys) + _field(5, one),
+        _field(11, _value("input_ids", 7, "batch", "length")),
+        _field(11, _value("attention_mask", 7, "batch", "all")),
+        _field(11, _value("past.0.key", 1, "batch", 1, "past", ONNX_HEAD)),
+        _field(11, _value("past.0.value", 1, "batch", 1, "past", ONNX_HEAD)),
+        _field(12, _value("logits", 1, "batch", "length", ONNX_VOCAB)),
+        _field(12, _value("present.0.key", 1, "batch", 1, "all", ONNX_HEAD)),
+        _field(12, _value("present.0.value", 1, "batch", 1, "all", ONNX_HEAD)),
+    ]
+    return _field(1, 8) + _field(7, b"".join(parts)) + _field(8, _field(2, 17))
+
+
+def compiled_node(file_name: str) -> bytes:
+    """Return an operator that stands for compiled code in another file."""
+    embed = _field(5, _field(1, "embed_mode") + _field(3, 0) + _field(20, 2))
+    content = _field(5, _field(1, "ep_cache_context") + _field(4, file_name) + _field(20, 3))
+    return _node("EPContext", ["input_ids"], "compiled", embed + content)
+
+
+@pytest.fixture(scope="session")
+def make_onnx() -> Callable[..., bytes]:
+    """Return `onnx_bytes`; with compiled=NAME, a graph that also names a compiled part."""
+
+    def make(location: str = "model.onnx.data", *, compiled: str | None = None) -> bytes:
+        node = b"" if compiled is None else compiled_node(compiled)
+        return onnx_bytes(location, node=node)
+
+    return make
+
+
+ONNX_CONFIG: dict[str, Any] = {
+    "model": {
+        "type": "llama",
+        "context_length": 512,
+        "eos_token_id": [1, 2],
+        "bos_token_id": 0,
+        "pad_token_id": 2,
+        "vocab_size": ONNX_VOCAB,
+        "decoder": {
+            "filename": "model.onnx",
+            "hidden_size": ONNX_HEAD,
+            "num_attention_heads": 1,
+            "num_hidden_layers": 1,
+            "num_key_value_heads": 1,
+            "head_size": ONNX_HEAD,
+            "session_options": {"log_id": "test", "provider_options": []},
+            "inputs": {
+                "input_ids": "input_ids",
+                "attention_mask": "attention_mask",
+                "past_key_names": "past.%d.key",
+                "past_value_names": "past.%d.value",
+            },
+            "outputs": {
+                "logits": "logits",
+                "present_key_names": "present.%d.key",
+                "present_value_names": "present.%d.value",
+            },
+        },
+    },
+    "search": {"do_sample": True, "top_k": 20, "past_present_share_buffer": False},
+}
+_SPECIAL = ["<s>", "</s>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="session")
+def onnx_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("onnx")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(_SPECIAL)
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=_SPECIAL, initial_alphabet=letters, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the harbour and the bay"], trainer)
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=10)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "genai_config.json").write_text(json.dumps(ONNX_CONFIG))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "model.onnx").write_bytes(onnx_bytes())
+    table = np.random.default_rng(0).standard_normal((ONNX_VOCAB, ONNX_VOCAB))
+    (folder / "model.onnx.data").write_bytes(table.astype(np.float32).tobytes())
+    return folder
+
+
+@pytest.fixture
+def onnx_model_folder(onnx_original: Path, tmp_path: Path) -> Path:
+    """Return a folder that ONNX Runtime GenAI can run: one layer, one token per byte."""
+    return Path(shutil.copytree(onnx_original, tmp_path / "model"))

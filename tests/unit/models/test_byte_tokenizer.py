@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.models.byte_tokenizer import SPECIAL_TOKENS, ByteTokenizer
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8")))
@@ -28,3 +28,11 @@ def test_ids_outside_the_vocabulary_stand_for_no_text() -> None:
 
 def test_half_a_surrogate_pair_becomes_a_question_mark() -> None:
     assert ByteTokenizer().encode("\ud83d") == [ord("?")]
+
+
+@given(text=st.lists(st.one_of(st.text(), st.sampled_from(SPECIAL_TOKENS))).map("".join))
+def test_as_text_control_tokens_are_bytes(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode_text(text)
+    assert all(number < 256 for number in ids)
+    assert tokenizer.decode(ids) == text.encode("utf-8", "replace").decode()

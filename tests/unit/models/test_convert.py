@@ -117,7 +117,7 @@ def test_a_file_without_weights_is_refused_before_the_converter_runs(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        UnsupportedModelError, match=r"tiny\.gguf holds a vocabulary and no weights"
+        UnsupportedModelError, match=r"tiny\.gguf holds a vocabulary alone, without weights"
     ):
         run(make_gguf(tensors=False), tmp_path / "m", tmp_path)
     assert not (tmp_path / "tmp").exists()
@@ -217,3 +217,14 @@ def test_two_processes_at_once_end_with_one_whole_folder(
 def test_the_manifest_is_plain_json(converted: Path) -> None:
     fields = json.loads((converted / MANIFEST_NAME).read_text("utf-8"))
     assert fields["format_version"] == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of POSIX")
+def test_a_file_that_others_may_write_to_is_remarked_on(
+    make_gguf: MakeGguf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_gguf()
+    path.chmod(0o666)
+    run(path, tmp_path / "home" / "m", tmp_path / "home")
+    (message,) = [text for text in caplog.messages if "changed by others" in text]
+    assert f"{path} can be changed by others (everybody" in message

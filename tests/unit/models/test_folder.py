@@ -1,4 +1,7 @@
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,6 +9,7 @@ import pytest
 from recollect.errors import UnsupportedModelError
 from recollect.models.folder import MODEL_FILES, TOKENIZER_FILES, open_folder
 from recollect.models.local import LocalModel
+from recollect.models.manifest import Manifest
 
 RUNTIME_INFO = (
     '<net><layers/><rt_info><chat_template value="from runtime info"/>'
@@ -19,7 +23,7 @@ def export(tmp_path: Path) -> Path:
     folder = tmp_path / "export"
     folder.mkdir()
     for name in (*MODEL_FILES, *TOKENIZER_FILES):
-        (folder / name).write_text(f"content of {name}")
+        (folder / name).write_text(f"<net>content of {name}</net>")
     (folder / "openvino_tokenizer.xml").write_text(RUNTIME_INFO)
     write(folder, "config.json", {"max_position_embeddings": 4096})
     return folder
@@ -135,3 +139,102 @@ def test_the_fingerprint_follows_every_file_that_matters(export: Path, name: str
     file = export / name
     file.write_text((file.read_text() if file.exists() else "") + " ")
     assert opened(export).fingerprint != before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and pipes of POSIX")
+@pytest.mark.parametrize(
+    "name", [*MODEL_FILES, *TOKENIZER_FILES, "config.json", "tokenizer_config.json",
+             "generation_config.json", "chat_template.jinja", "chat_template.json"]
+)  # fmt: skip
+def test_a_file_that_leads_out_of_the_folder_or_has_no_end_is_refused(
+    export: Path, name: str
+) -> None:
+    outside = export.parent / "outside"
+    outside.write_text('<net a="{}"/>')
+    file = export / name
+    file.unlink(missing_ok=True)
+    file.symlink_to(outside)
+    with pytest.raises(UnsupportedModelError, match=f"{name} .*leads out of the folder"):
+        opened(export)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UnsupportedModelError, match=f"{name} .*it is a pipe"):
+        opened(export)
+
+
+@pytest.mark.parametrize("name", ["openvino_tokenizer.xml", "openvino_tokenizer.bin"])
+def test_a_tokenizer_beyond_any_size_is_not_read(export: Path, name: str) -> None:
+    with (export / name).open("r+b") as file:
+        file.truncate(1 << 33)
+    with pytest.raises(UnsupportedModelError, match="8,589,934,592 bytes"):
+        opened(export)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\x07\x12\x04", b"{}", b"GGUF"])
+def test_a_graph_of_another_format_is_refused(export: Path, content: bytes) -> None:
+    """OpenVINO goes by the content, and some formats name files elsewhere."""
+    (export / "openvino_model.xml").write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match="no graph of OpenVINO"):
+        opened(export)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"a":' * 100_000, '{"max_position_embeddings": ' + "9" * 5000 + "}"]
+)
+def test_json_that_is_too_deep_or_too_long_is_refused(export: Path, content: str) -> None:
+    (export / "config.json").write_text(content)
+    with pytest.raises(UnsupportedModelError, match=r"config\.json is not valid JSON"):
+        opened(export)
+
+
+@pytest.mark.parametrize("found", [-1, True, 2**31, "9" * 5000, [None, "x", -5], 1.5])
+def test_what_is_no_token_id_is_no_end(export: Path, found: object) -> None:
+    write(export, "generation_config.json", {"eos_token_id": found})
+    assert opened(export).eos_token_ids == {7}
+
+
+@pytest.mark.parametrize("length", [0, -5, True, 2**31, 1e30, "4096"])
+def test_a_context_that_no_model_has_is_not_believed(export: Path, length: object) -> None:
+    write(export, "config.json", {"max_position_embeddings": length})
+    with pytest.raises(UnsupportedModelError, match="does not say how long"):
+        opened(export)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of POSIX")
+def test_a_folder_that_others_may_write_to_is_remarked_on(
+    export: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(export)
+    assert caplog.messages == []
+    (export / "openvino_model.bin").chmod(0o666)
+    opened(export)
+    (message,) = caplog.messages
+    assert "openvino_model.bin can be changed by others (everybody" in message
+
+
+def test_a_folder_from_elsewhere_is_not_taken_for_the_model_that_it_says_it_is(
+    export: Path, tmp_path: Path
+) -> None:
+    """KV is shared under a fingerprint, so a claimed one would have KV taken for another model's."""
+    fingerprints = set()
+    for claimed in ("a" * 64, "b" * 64):
+        Manifest(
+            name="tiny",
+            source_sha256="c" * 64,
+            source_bytes=1,
+            architecture="llama",
+            context_length=512,
+            chat_template=None,
+            eos_token_ids=[2],
+            bos_token=None,
+            eos_token=None,
+            fingerprint=claimed,
+            library_versions={},
+            file_bytes={},
+        ).write(export)
+        fingerprints.add(opened(export).fingerprint)
+    assert len(fingerprints) == 1
+    assert "b" * 64 not in fingerprints
+    own = tmp_path / "home" / "models" / "tiny"
+    shutil.copytree(export, own)
+    assert open_folder(own, name="it", home=tmp_path / "home").fingerprint == "b" * 64

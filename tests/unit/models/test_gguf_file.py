@@ -1,6 +1,10 @@
 import contextlib
+import os
+import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -68,7 +72,7 @@ def test_a_file_cut_anywhere_is_refused(make_gguf: MakeGguf, share: float) -> No
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(4, 3000), byte=st.integers(0, 255))
 def test_a_damaged_header_is_read_or_refused(make_gguf: MakeGguf, place: int, byte: int) -> None:
-    path = make_gguf(tensors=False)
+    path = make_gguf()
     content = bytearray(path.read_bytes())
     content[place] = byte
     path.write_bytes(content)
@@ -104,3 +108,151 @@ def test_a_file_that_is_no_language_model_is_refused(make_gguf: MakeGguf, tmp_pa
 def test_a_file_that_is_not_there_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="cannot be read"):
         read_header(tmp_path / "none.gguf")
+
+
+def write_by_hand(
+    path: Path, fields: list[tuple[str, int, bytes]], tensors: bytes = b"", count: int = 0
+) -> Path:
+    """Write a header of fields as `(key, type, bytes)`, and descriptions of tensors as they are."""
+    content = b"GGUF" + struct.pack("<IQQ", 3, count, len(fields))
+    for key, kind, value in fields:
+        content += struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+    path.write_bytes(content + tensors + bytes(64))
+    return path
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def tensor(name: str, shape: list[int], kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+TEXT, ARRAY, NUMBER, REAL, FLAG = 8, 9, 4, 6, 7
+LLAMA = [
+    ("general.architecture", TEXT, text("llama")),
+    ("llama.context_length", NUMBER, struct.pack("<I", 512)),
+]
+
+
+def number(key: str, value: int) -> tuple[str, int, bytes]:
+    return key, NUMBER, struct.pack("<I", value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (
+            [*LLAMA, ("tokenizer.ggml.tokens", ARRAY, struct.pack("<IQ", TEXT, 1) + text("a"))],
+            "a vocabulary alone",
+        ),
+        ([*LLAMA, ("general.type", TEXT, text("adapter"))], "an adapter"),
+        ([*LLAMA, ("general.type", TEXT, text("mmproj"))], "that sees"),
+    ],
+)
+def test_what_is_no_whole_model_is_told_by_what_it_is(
+    tmp_path: Path, fields: list[tuple[str, int, bytes]], says: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=says):
+        read_header(write_by_hand(tmp_path / "f.gguf", fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ([*LLAMA, LLAMA[0]], "twice"),
+        ([LLAMA[0], number("llama.context_length", 0)], "context_length is 0"),
+        ([*LLAMA, number("llama.block_count", 2**32 - 1)], "block_count is 4294967295"),
+        ([*LLAMA, ("llama.block_count", FLAG, b"\1")], "block_count is True"),
+        ([*LLAMA, ("llama.rope.freq_base", REAL, struct.pack("<f", float("nan")))], "is nan"),
+        ([*LLAMA, ("llama.rope.freq_base", REAL, struct.pack("<f", float("inf")))], "is inf"),
+        ([*LLAMA, ("llama.rope.freq_base", REAL, struct.pack("<f", -1.0))], "is -1.0"),
+        ([*LLAMA, ("llama.a", ARRAY, struct.pack("<IQf", REAL, 1, float("nan")))], "is nan"),
+        ([*LLAMA, number("general.alignment", 0)], "alignment is 0"),
+        ([*LLAMA, number("general.alignment", 48)], "alignment is 48"),
+        ([*LLAMA, ("x", ARRAY, struct.pack("<IQ", TEXT, 2**60))], "more than 4,194,304 values"),
+        ([*LLAMA, ("x", ARRAY, struct.pack("<IQ", 0, 2**60))], "more than 4,194,304 values"),
+        ([*LLAMA, ("x", ARRAY, struct.pack("<IQ", ARRAY, 2))], "unknown type 9"),
+        ([*LLAMA, ("x", TEXT, struct.pack("<Q", 2**63))], "inside its header"),
+        ([*LLAMA, ("x", 99, b"")], "unknown type 99"),
+    ],
+)
+def test_numbers_beyond_sense_are_named(
+    tmp_path: Path, fields: list[tuple[str, int, bytes]], says: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=says):
+        read_header(write_by_hand(tmp_path / "f.gguf", fields))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ([tensor("a", [4]), tensor("a", [4])], "two tensors 'a'"),
+        ([tensor("a", [2**32, 2**32])], "of shape"),
+        ([tensor("a", [4, 0])], "of shape"),
+        ([tensor("a", [33], kind=8)], "in blocks of 32"),
+        ([tensor("a", [4], offset=4)], "no multiple of 32"),
+        ([tensor("a", [4], offset=2**40)], "of 1,099,5"),
+        ([tensor("a", [1] * 9)], "9 dimensions"),
+        ([tensor("a", [4], kind=999)], "unknown type 999"),
+    ],
+)
+def test_tensors_that_no_writer_writes_are_refused(
+    tmp_path: Path, tensors: list[bytes], says: str
+) -> None:
+    path = write_by_hand(tmp_path / "f.gguf", LLAMA, b"".join(tensors), len(tensors))
+    with pytest.raises(UnsupportedModelError, match=says):
+        read_header(path)
+
+
+def test_counts_beyond_the_file_end_with_it(tmp_path: Path) -> None:
+    """The file is sparse and large: what is read is bounded all the same."""
+    for counts in ((2**63, 0), (0, 2**63)):
+        path = tmp_path / "f.gguf"
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts))
+        with path.open("r+b") as file:
+            file.truncate(1 << 40)
+        with pytest.raises(UnsupportedModelError, match="damaged"):
+            read_header(path)
+
+
+def test_a_vocabulary_has_one_type_for_each_token(tmp_path: Path) -> None:
+    tokens = ("tokenizer.ggml.tokens", ARRAY, struct.pack("<IQ", TEXT, 1) + text("a"))
+    kinds = ("tokenizer.ggml.token_type", ARRAY, struct.pack("<IQII", NUMBER, 2, 1, 1))
+    path = write_by_hand(tmp_path / "f.gguf", [*LLAMA, tokens, kinds], tensor("a", [4]), 1)
+    with pytest.raises(UnsupportedModelError, match="not one for each of 1 tokens"):
+        read_header(path)
+
+
+def test_a_file_for_other_processors_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"GGUF" + struct.pack(">IQQ", 3, 0, 0))
+    with pytest.raises(UnsupportedModelError, match="big-endian"):
+        read_header(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such pipes")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.gguf")
+    with pytest.raises(UnsupportedModelError, match="it is a pipe"):
+        read_header(tmp_path / "a.gguf")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_anywhere_in_a_header_is_read_or_refused(
+    make_gguf: MakeGguf, data: st.DataObject
+) -> None:
+    """Runs of bytes are written over: lengths and counts of eight bytes among them."""
+    path = make_gguf()
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(8, 9000))
+        piece: Any = data.draw(
+            st.sampled_from([1, 4, 8]).flatmap(lambda n: st.binary(min_size=n, max_size=n))
+        )
+        content[place : place + len(piece)] = piece
+    path.write_bytes(content)
+    with contextlib.suppress(UnsupportedModelError):
+        read_header(path)

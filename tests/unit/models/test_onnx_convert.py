@@ -1,8 +1,10 @@
 """What converting to ONNX GenAI refuses; that it works is shown by the tests that use its folders."""
 
 import importlib.util
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -66,3 +68,23 @@ def test_a_tiny_gguf_becomes_a_folder_that_loads(
     assert "is ready" in result.output
     assert is_onnx_folder(out)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.usefixtures("all_there")
+def test_python_in_the_folder_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "config.json").write_text(
+        '{"auto_map": {"AutoConfig": "evil.Config"}}'
+    )
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "not today")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(UnsupportedModelError, match="not today"):
+        convert_to_onnx(tmp_path / "original", tmp_path / "out")
+    (command,) = commands
+    place = command.index("--extra_options")
+    assert command[place + 1] == "hf_remote=false"

@@ -1,59 +1,22 @@
 """A folder for ONNX Runtime GenAI is read without loading it."""
 
-import json
-import shutil
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from recollect.errors import UnsupportedModelError
 from recollect.models.local import LocalModel
 from recollect.models.prepare import prepare
 from recollect.models.tokenizer import Detokenizer, load_tokenizer
 
-CONFIG = {
-    "model": {
-        "type": "llama",
-        "context_length": 512,
-        "eos_token_id": [1, 2],
-        "bos_token_id": 0,
-        "pad_token_id": 2,
-        "vocab_size": 300,
-        "decoder": {"filename": "model.onnx"},
-    },
-    "search": {"do_sample": True, "top_k": 20},
-}
-SPECIAL = ["<s>", "</s>", "<|im_end|>"]
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("onnx")
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=letters, show_progress=False
-    )
-    tokenizer.train_from_iterator(["the harbour and the bay"], trainer)
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=10)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "genai_config.json").write_text(json.dumps(CONFIG))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    (folder / "model.onnx").write_bytes(b"weights")
-    return folder
-
 
 @pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "model"))
+def folder(onnx_model_folder: Path) -> Path:
+    return onnx_model_folder
 
 
 @pytest.fixture
@@ -69,7 +32,11 @@ def test_it_says_what_the_files_say(folder: Path, opened: Callable[[Path], Local
     assert model.eos_token_ids == {1, 2}
     assert (model.bos_token, model.eos_token) == ("<s>", "<|im_end|>")
     assert model.chat_template == "{{ messages[0].content }}"
-    assert model.search_defaults == {"do_sample": True, "top_k": 20}
+    assert model.search_defaults == {
+        "do_sample": True,
+        "top_k": 20,
+        "past_present_share_buffer": False,
+    }
 
 
 def test_its_tokenizer_cuts_nothing_and_adds_nothing(
@@ -103,7 +70,7 @@ def test_the_fingerprint_is_that_of_the_contents(
     assert opened(moved).fingerprint == before
     (moved / "README.md").write_text("says nothing of KV")
     assert opened(moved).fingerprint == before
-    (moved / "model.onnx").write_bytes(b"other weights")
+    (moved / "model.onnx.data").write_bytes(b"other weights")
     assert opened(moved).fingerprint != before
 
 
@@ -132,3 +99,104 @@ def test_a_damaged_tokenizer_is_refused(folder: Path, opened: Callable[[Path], L
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UnsupportedModelError, match="cannot be read"):
         load_tokenizer(opened(folder))
+
+
+@pytest.mark.parametrize(
+    "location", ["../outside.data", "/etc/passwd", "link.data", "pipe", "missing.data", ""]
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_graph_that_reads_elsewhere_is_refused(
+    folder: Path,
+    opened: Callable[[Path], LocalModel],
+    make_onnx: Callable[..., bytes],
+    location: str,
+    compiled: bool,
+) -> None:
+    """Weights in other files, and what a vendor compiled, have to lie in the folder."""
+    if compiled and not location:
+        return  # what is compiled lies in the graph itself then
+    (folder.parent / "outside.data").write_bytes(b"weights")
+    (folder / "link.data").symlink_to(folder.parent / "outside.data")
+    os.mkfifo(folder / "pipe")
+    graph = make_onnx(compiled=location) if compiled else make_onnx(location)
+    (folder / "model.onnx").write_bytes(graph)
+    with pytest.raises(UnsupportedModelError, match=r"reads .* cannot be taken"):
+        opened(folder)
+
+
+def test_a_damaged_graph_is_refused_in_a_sentence(
+    folder: Path, opened: Callable[[Path], LocalModel]
+) -> None:
+    graph = (folder / "model.onnx").read_bytes()
+    for length in range(0, len(graph), 97):
+        (folder / "model.onnx").write_bytes(graph[:length])
+        with pytest.raises(UnsupportedModelError, match="get the whole folder again"):
+            opened(folder)
+
+
+def test_links_within_the_hub_cache_are_followed_and_others_are_not(
+    folder: Path, opened: Callable[[Path], LocalModel], tmp_path: Path
+) -> None:
+    blobs = tmp_path / "models--org--name" / "blobs"
+    snapshot = blobs.parent / "snapshots" / "abc"
+    for made in (blobs, snapshot):
+        made.mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert opened(snapshot).context_length == 512
+    (tmp_path / "secret").write_text("{}")
+    (snapshot / "chat_template.jinja").unlink()
+    (snapshot / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(UnsupportedModelError, match="link that leads out of the folder"):
+        opened(snapshot)
+
+
+def test_a_folder_that_others_may_write_to_is_remarked_on_once(
+    folder: Path, opened: Callable[[Path], LocalModel], caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(folder)
+    assert caplog.messages == []
+    folder.chmod(0o777)
+    (folder / "model.onnx").chmod(0o666)
+    opened(folder)
+    assert [
+        "can be changed by others (everybody on this machine may write to it)" in message
+        for message in caplog.messages
+    ] == [True]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[" * 100_000,
+        b'{"model": {"type": "BPE", "vocab": {"a": 4000000000}, "merges": []}}',
+        b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+        b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}',
+        b"\xff\xfe",
+    ],
+)
+def test_a_tokenizer_that_makes_no_sense_is_refused(
+    folder: Path, opened: Callable[[Path], LocalModel], content: bytes
+) -> None:
+    model = opened(folder)
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json cannot be"):
+        load_tokenizer(model)
+
+
+def test_damage_in_a_tokenizer_is_read_or_refused(
+    folder: Path, opened: Callable[[Path], LocalModel]
+) -> None:
+    """Numbers, brackets and names are exchanged for others."""
+    model = opened(folder)
+    original = (folder / "tokenizer.json").read_bytes()
+    random = Random(0)  # noqa: S311 - the same damage every time
+    for _ in range(150):
+        content = bytearray(original)
+        for _ in range(random.randint(1, 3)):
+            content[random.randrange(len(content))] = random.choice(b'0919{}[]",:-eE\\\x00\xff')
+        (folder / "tokenizer.json").write_bytes(content)
+        with suppress(UnsupportedModelError):
+            load_tokenizer(model).encode("the harbour and the bay")

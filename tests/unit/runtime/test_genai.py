@@ -6,7 +6,6 @@ computed on; its logits are a hash of that. What the library itself does is test
 """
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -106,8 +105,7 @@ def make_runtime(library: StandIn, tmp_path: Path) -> Callable[..., GenAiRuntime
             "pad_token_id": PAD,
             "decoder": decoder,
         }
-        (tmp_path / "genai_config.json").write_text(json.dumps({"model": config}))
-        runtime = GenAiRuntime(tmp_path, context_length=CONTEXT)
+        runtime = GenAiRuntime(tmp_path, {"model": config}, context_length=CONTEXT)
         runtime.allocate(int(contexts * CONTEXT) // runtime.info.block_size)
         return runtime
 
@@ -257,7 +255,7 @@ def test_without_the_library_a_folder_is_refused_with_a_remedy(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
     with pytest.raises(UnsupportedModelError, match=r"recollect-llm\[genai\]"):
-        GenAiRuntime(tmp_path, context_length=CONTEXT)
+        GenAiRuntime(tmp_path, {"model": {}}, context_length=CONTEXT)
 
 
 def test_a_folder_that_the_library_refuses_names_the_reason(
@@ -268,4 +266,4 @@ def test_a_folder_that_the_library_refuses_names_the_reason(
 
     monkeypatch.setattr(library, "Model", refuse)
     with pytest.raises(UnsupportedModelError, match="Unknown provider name 'RyzenAI'"):
-        GenAiRuntime(tmp_path, context_length=CONTEXT)
+        GenAiRuntime(tmp_path, {"model": {}}, context_length=CONTEXT)

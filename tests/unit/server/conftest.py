@@ -15,6 +15,8 @@ from recollect.conversation.model import Model
 from recollect.server.app import create_app
 from recollect.server.hub import ModelHub
 from recollect.server.keys import Keyring, StoredKey, hash_key
+from recollect.server.listening import bind
+from recollect.server.run import uvicorn_config
 from recollect.server.settings import Limits, Settings
 
 Json = dict[str, Any]
@@ -64,9 +66,10 @@ def start(
             for number, key in enumerate(keys)
         ]
         app = create_app(chosen, hub, Keyring(stored))
-        config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, daemon=True)
+        server = uvicorn.Server(uvicorn_config(app, chosen.limits))
+        thread = threading.Thread(
+            target=server.run, args=[bind("127.0.0.1", 0)], name="server", daemon=True
+        )
         thread.start()
         while not server.started:
             assert thread.is_alive(), "the server did not start"

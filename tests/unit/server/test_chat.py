@@ -1,5 +1,6 @@
 """Chat completions: what comes as text each time is found again, and what it costs is told."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ import httpx
 import pytest
 
 from recollect.conversation.model import Model
+from recollect.conversation.session import Session
+from recollect.errors import OutOfBlocksError
 from recollect.kv.disk import DiskStore
 from recollect.server.settings import Limits
 from recollect.types import SamplingParams
@@ -356,3 +359,25 @@ def test_a_conversation_that_is_sent_whole_is_warm_after_a_restart(
     assert own["reason"] == "new"
     # The new message and what the template puts around it, and the rest of a block of 8.
     assert own["computed_tokens"] < 64 < usage["prompt_tokens"] // 3
+
+
+def test_a_choice_that_cannot_begin_leaves_no_other_running(
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, calls, real = make_model(), itertools.count(1), Session.stream
+
+    def stream(self: Session, *args: Any, **options: Any) -> Any:
+        if next(calls) == 3:
+            raise OutOfBlocksError(needed=1, free=0, total=1)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Session, "stream", stream)
+    client = start(load=lambda _: model)
+    body = {"messages": [{"role": "user", "content": "Hello"}], "ignore_eos": True}
+    assert client.post(PATH, json={**body, "n": 3}).status_code == 503
+    passes = model.engine.forward_passes
+    time.sleep(0.1)
+    assert model.engine.forward_passes <= passes + 1
+    assert client.post(PATH, json={**body, "max_tokens": 2}).status_code == 200

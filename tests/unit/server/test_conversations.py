@@ -1,10 +1,15 @@
 """Kept conversations over HTTP: items, rewind, fork, checkpoint, tree."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+
+from recollect.conversation.journal import JOURNAL_NAME, Journal
+from recollect.conversation.records import NewNode
 
 Json = dict[str, Any]
 PATH = "/v1/conversations"
@@ -164,3 +169,29 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     conversation = post(client, PATH, {})["id"]
     assert client.post(f"{PATH}/{conversation}/{path}", json=body).status_code == 400
+
+
+@pytest.mark.parametrize("by", ["conversation", "previous_response_id"])
+def test_an_input_whose_reply_was_cut_off_is_not_said_twice(
+    start: Callable[..., httpx.Client],
+    servers: ExitStack,
+    post: Callable[..., Json],
+    say: Callable[..., Json],
+    tmp_path: Path,
+    by: str,
+) -> None:
+    client = start()
+    conversation = post(client, PATH, {})["id"]
+    first = say(client, conversation, "One")
+    servers.close()
+    with Journal.open(tmp_path / "home" / JOURNAL_NAME) as journal:
+        label = journal.find_label(conversation)
+        assert label is not None
+        stored = journal.load(label.conversation_id)
+        # What a server that is killed during the reply leaves behind.
+        question = NewNode(role="user", content="Two")
+        journal.append(stored.id, stored.tips["main"], [question], tip="main")
+        where = {"conversation": conversation} if by == "conversation" else {by: first["id"]}
+        post(start(), "/v1/responses", {"input": "Two", "max_output_tokens": 4, **where})
+        said = [node.content for node in journal.load(stored.id).nodes if node.role == "user"]
+    assert said == ["One", "Two"]

@@ -1,8 +1,10 @@
 """Models come when they are asked for, and go when others need their memory."""
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import httpx
@@ -95,6 +97,45 @@ def test_where_all_memory_is_in_use_a_client_is_told_to_come_back(
             await hub.acquire("b")
         assert refused.value.status == 503
         assert "Retry-After" in refused.value.sent_headers
+        await hub.close()
+
+    asyncio.run(run())
+
+
+def test_what_is_loaded_can_be_looked_at_while_it_changes(
+    make_hub: Callable[..., ModelHub],
+) -> None:
+    """Between any two steps of the look, another thread has loaded one more model."""
+
+    async def run() -> None:
+        more = [f"m{number}" for number in range(30)]
+        hub = make_hub(" ".join(["a", "b", *more]))
+        loop = asyncio.get_running_loop()
+        (await hub.acquire("a")).release()
+        (await hub.acquire("b")).release()
+        names = iter(more)
+
+        async def change(name: str) -> None:
+            (await hub.acquire(name)).release()
+
+        def trace(frame: FrameType, event: str, _argument: object) -> Any:
+            if not frame.f_code.co_filename.endswith("hub.py"):
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode" and (name := next(names, None)) is not None:
+                asyncio.run_coroutine_threadsafe(change(name), loop).result(20)
+            return trace
+
+        def look() -> dict[str, Model]:
+            sys.settrace(trace)
+            try:
+                return hub.loaded()
+            finally:
+                sys.settrace(None)
+
+        seen = await asyncio.to_thread(look)
+        assert {"a", "b"} <= set(seen)
+        assert next(names, None) in {None, *more[5:]}, "it was looked at while others came"
         await hub.close()
 
     asyncio.run(run())

@@ -41,7 +41,24 @@ PATHS = {
 def test_the_document_names_every_call(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
     assert set(document["paths"]) == PATHS
-    assert client.get("/docs").status_code == 200
+
+
+def test_no_page_runs_scripts_of_others_in_the_servers_name(client: httpx.Client) -> None:
+    for path in ("/docs", "/redoc", "/docs/oauth2-redirect", "/"):
+        assert client.get(path).status_code == 404
+
+
+def test_every_body_passes_the_one_check(client: httpx.Client) -> None:
+    """A body that is too deep is no JSON to any call that takes one."""
+    document = client.get("/openapi.json").json()
+    deep = "[" * 150 + "]" * 150
+    takers = [path for path, calls in document["paths"].items() if "post" in calls]
+    assert len(takers) > 10
+    for path in takers:
+        headers = {"Content-Type": "application/json"}
+        refused = client.post(path.replace("{", "").replace("}", ""), content=deep, headers=headers)
+        assert refused.status_code == 400, path
+        assert "100 deep" in refused.json()["error"]["message"], path
 
 
 SHORT = {

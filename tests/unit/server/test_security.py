@@ -253,6 +253,35 @@ def test_a_page_that_was_named_may_call(start: Callable[..., httpx.Client]) -> N
     assert client.post(CHAT, json=HELLO, headers={"Origin": "https://e.example"}).status_code == 403
 
 
+def test_a_page_that_was_named_may_call_where_there_are_keys(
+    start: Callable[..., httpx.Client],
+) -> None:
+    """A browser asks without the key whether the page may call, and reads why it may not."""
+    client = start(cors_origins=("https://chat.example",), keys=["a"])
+    page = {"Origin": "https://chat.example"}
+    asked = {
+        **page,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, content-type",
+        "Access-Control-Request-Private-Network": "true",
+        "Authorization": "",
+    }
+    allowed = client.options(CHAT, headers=asked)
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == "https://chat.example"
+    assert "authorization" in allowed.headers["access-control-allow-headers"]
+    assert allowed.headers["access-control-allow-private-network"] == "true"
+    assert client.post(CHAT, json=HELLO, headers=page).status_code == 200
+    refused = client.post(CHAT, json=HELLO, headers={**page, **bearer("wrong")})
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == "https://chat.example"
+    other = client.options(CHAT, headers={**asked, "Origin": "https://e.example"})
+    assert other.status_code == 400
+    assert "access-control-allow-origin" not in other.headers
+    # What is no question of a browser's needs the key as ever.
+    assert client.options(CHAT, headers=bearer("wrong")).status_code == 401
+
+
 def test_cors_cannot_be_open_to_all(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         Settings(home=tmp_path, models=("m",), cors_origins=("*",))

@@ -1,0 +1,222 @@
+"""
+Tokens that say where a turn begins and ends, found in a text.
+
+Nobody but a chat template may write them: what users, files and tools say is text, whatever it
+looks like and whichever characters it has. Pure: texts in, places out. Knows no tokenizer and no template.
+"""
+
+import itertools
+import re
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Final
+
+from recollect.models.vocabulary import TEXT_MARKS
+
+_REPLACEMENT: Final = "\ufffd"
+
+
+class ControlTokens:
+    """
+    The control tokens of one vocabulary, by their text. Immutable.
+
+    Those of a single character are left out: they could not be told from the letter.
+    """
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self.ids: Final = {text: token_id for text, token_id in ids.items() if len(text) > 1}
+        names = list(self.ids)
+        # The longest first, as tokenizers prefer it where several begin at one place.
+        self._lengths = sorted({len(name) for name in names}, reverse=True)
+        # Vocabularies have up to some thousand of them, too many for one pattern: it tells where one
+        # could begin, and the table whether one does.
+        self._opening = re.compile(_starts(names))
+        self._first = {name[0] for name in names}
+        self._last = {name[-1] for name in names}
+        self._heads = {name[:length] for name in names for length in range(1, len(name))}
+        self._tails = {name[length:] for name in names for length in range(1, len(name))}
+        self._longest = max(map(len, names), default=1)
+        self._all = "\n".join(names)
+        # By first characters, since looking for one character is by far the fastest.
+        self._openings = {
+            first: re.compile(_starts([name for name in names if name[0] == first]))
+            for first in self._first
+        }
+        # Of texts with quotation marks around them: the end of a name at the beginning of one or the
+        # beginning of a name at its end, roughly; and all that are no longer than a name.
+        first, last, most = _any_of(self._first), _any_of(self._last), self._longest
+        self._edges = re.compile(f'"[^"]{{0,{most}}}?{last}|{first}[^"]{{0,{most}}}"')
+        self._short = re.compile(f'"([^"]{{1,{most}}})(?=")')
+        self._has_quotes = any(mark in self._all for mark in '"\\')
+
+    def find(self, text: str, start: int = 0) -> tuple[int, int] | None:
+        """Return where the first one from *start* on lies, as `[begin, end)`; None: there is none."""
+        for opening in self._opening.finditer(text, start):
+            begin = opening.start()
+            for length in self._lengths:
+                if text[begin : begin + length] in self.ids:
+                    return begin, begin + length
+        return None
+
+    def count(self, text: str) -> int:
+        """Return how many a tokenizer finds in a text."""
+        count, start = 0, 0
+        while (span := self.find(text, start)) is not None:
+            count, start = count + 1, span[1]
+        return count
+
+    def begins(self, text: str) -> Iterator[int]:
+        """Iterate over all places where one begins, also inside another."""
+        if not self._may_have_one(text):
+            return
+        start = 0
+        while (span := self.find(text, start)) is not None:
+            yield span[0]
+            start = span[0] + 1
+
+    def may_be_in(self, texts: Sequence[str]) -> bool:
+        """
+        Return whether one could be in any of many texts, or be completed by what is around one.
+
+        A quick look, which may say so where a close one does not.
+        """
+        if not self.ids:
+            return False
+        most, ends = self._longest, []
+        for text in texts:
+            one = text.strip()
+            ends.append(one if len(one) <= 2 * most else f"{one[:most]} {one[-most:]}")
+        return self._may_have_one("\n".join(texts)) or self.may_be_in_json(
+            '"' + '""'.join(ends) + '"'
+        )
+
+    def may_be_in_json(self, text: str, *, except_for: Collection[str] = ()) -> bool:
+        """
+        Return the same of the texts in a JSON value.
+
+        Args:
+            text: The value as JSON, characters as they are.
+            except_for: Texts that cannot complete any.
+        """
+        if not self.ids:
+            return False
+        if self._has_quotes or self._may_have_one(text):
+            return True
+        if any(one in text for one in (*self._first, *self._last)) and self._edges.search(text):
+            return True
+        short = {one.strip() for one in self._short.findall(text)}
+        return any(one in self._all for one in short.difference(except_for) if one)
+
+    def _may_have_one(self, text: str) -> bool:
+        return any(
+            first in text and opening.search(text) is not None
+            for first, opening in self._openings.items()
+        )
+
+    def may_begin_before(self, text: str) -> bool:
+        """Return whether a text could be the end, or the middle, of one that begins before it."""
+        short = text[: self._longest]
+        if not any(last in short for last in self._last):
+            return self._is_inside(text)
+        return self._is_inside(text) or any(
+            short[:length] in self._tails for length in range(1, len(short) + 1)
+        )
+
+    def may_end_after(self, text: str) -> bool:
+        """Return whether a text could be the beginning, or the middle, of one that ends after it."""
+        short = text[-self._longest :] if self._longest else ""
+        if not any(first in short for first in self._first):
+            return self._is_inside(text)
+        return self._is_inside(text) or any(
+            short[-length:] in self._heads for length in range(1, len(short) + 1)
+        )
+
+    def _is_inside(self, text: str) -> bool:
+        return 0 < len(text) < self._longest and text in self._all
+
+
+def _starts(names: Collection[str]) -> str:
+    """Return a pattern for the first two characters of names; it takes the first of them alone."""
+    by_first: dict[str, set[str]] = {}
+    for name in names:
+        by_first.setdefault(name[0], set()).add(name[1])
+    parts = (f"{re.escape(first)}(?={_any_of(second)})" for first, second in by_first.items())
+    return "|".join(parts) or "(?!)"
+
+
+def _any_of(characters: Collection[str]) -> str:
+    return f"[{re.escape(''.join(sorted(characters)))}]" if characters else "(?!)"
+
+
+class UnknownCharacters:
+    """
+    Characters that a vocabulary cannot spell, found out as they come.
+
+    Some vocabularies lack the bytes of rare characters, and their tokenizers put a control token
+    there: with SmolLM2 the character U+0004 ends the conversation. Safe from several threads.
+
+    Invariant: no more than `MOST_ASKED` characters are held between calls.
+    """
+
+    MOST_ASKED: Final = 1 << 16
+    """About ten megabytes; more different characters than any conversation has."""
+    _AT_ONCE: Final = 4096
+    """Characters that are asked about in one call, to bound the memory that it takes."""
+
+    def __init__(self, are_unknown: Callable[[Sequence[str]], Sequence[bool]]) -> None:
+        """
+        Hold what is found out.
+
+        Args:
+            are_unknown: Tells which of some characters give a control token.
+        """
+        self._are_unknown = are_unknown
+        self._known: dict[str, bool] = {}
+        self._lock = threading.Lock()
+
+    def replaced(self, text: str) -> str:
+        """Return a text with U+FFFD in the place of each character that cannot be spelled."""
+        characters = {one for one in {*text, _REPLACEMENT} if not "\ud800" <= one <= "\udfff"}
+        with self._lock:
+            new = [one for one in characters if one not in self._known]
+            for start in range(0, len(new), self._AT_ONCE):
+                some = new[start : start + self._AT_ONCE]
+                self._known.update(zip(some, self._are_unknown(some), strict=True))
+            unknown = {one for one in characters if self._known[one]}
+            if len(self._known) > self.MOST_ASKED:
+                self._known.clear()
+        if unknown.isdisjoint(text):
+            return text
+        instead = "?" if _REPLACEMENT in unknown else _REPLACEMENT
+        return "".join(instead if one in unknown else one for one in text)
+
+
+def control_tokens(
+    special: Mapping[str, int], added: Mapping[str, int], template: str | None
+) -> ControlTokens:
+    """
+    Return which tokens of a vocabulary are control tokens.
+
+    Args:
+        special: Texts that the vocabulary calls special, and their ids.
+        added: Texts that are one token wherever they are. Many fine-tuned models have marks of turns
+            among these that nobody called special: those that the template writes are control tokens.
+        template: The source of the chat template; None where there is none.
+    """
+    written = {text: token_id for text, token_id in added.items() if text in (template or "")}
+    found = {**special, **written}
+    return ControlTokens({text: id_ for text, id_ in found.items() if text not in TEXT_MARKS})
+
+
+def encode_in_pieces(
+    text: str, control: ControlTokens, encode: Callable[[str], list[int]]
+) -> list[int]:
+    """
+    Return ids of a text without a control token, for a tokenizer that always recognises them.
+
+    The text of each is cut after its first character, so no piece has one. What is read is the
+    same; the ids around the cut may be others than a tokenizer would give that leaves them alone.
+    """
+    cuts = [0, *(place + 1 for place in control.begins(text)), len(text)]
+    pieces = (text[start:end] for start, end in itertools.pairwise(cuts))
+    return [token_id for piece in pieces for token_id in encode(piece)]

@@ -1,0 +1,251 @@
+"""
+The processes that render chat templates, and the bounds that they have.
+
+They serve all templates of this process; the first is started with the first template, and all end
+with this process. What goes beyond a bound is refused, and ends the process that it ran in. Knows no
+messages and no models.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+import psutil
+
+from recollect.errors import TemplateError
+from recollect.models import template_engine
+from recollect.models.template_engine import COMPILED, LENGTH_BYTES, TOO_MUCH, UNKNOWN
+
+MOST_SECONDS: Final = 30.0
+"""
+For one rendering. Of 70 real templates 69 take at most 14 ms for 101 messages; the time of one
+(Gemma 4) grows with the square of their number: 0.09 s, and 6 s for 1,001.
+
+Source: benchmarks/templates.py.
+"""
+MOST_PROCESSES: Final = 4
+"""At once, 25 MB each; more than one is started only where somebody would have to wait."""
+MOST_MEMORY_BYTES: Final = 1 << 30
+"""Of the process. A conversation of four million tokens takes a third of that."""
+MOST_TEXT_BYTES: Final = 64 << 20
+"""Of a rendered conversation: sixteen million tokens, more than any context holds."""
+
+_POLL_SECONDS: Final = 0.05
+"""How often the memory of a process that renders is looked at, where the system does not bound it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What one rendering may take."""
+
+    seconds: float = MOST_SECONDS
+    memory_bytes: int = MOST_MEMORY_BYTES
+    text_bytes: int = MOST_TEXT_BYTES
+
+
+class _EndedError(Exception):
+    """The process is gone."""
+
+
+class _Child:
+    """
+    One process, and the thread that reads its answers.
+
+    A thread, because a pipe cannot be waited for with a deadline on every system.
+    """
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._bounds = bounds
+        self.owner = os.getpid()
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and program
+                [
+                    sys.executable,
+                    "-P",
+                    "-B",
+                    str(Path(template_engine.__file__)),
+                    str(bounds.memory_bytes),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                # What is in the environment is not the templates' business, a passphrase least of all.
+                env={name: text for name, text in os.environ.items() if not _is_own(name)},
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+            )
+        except OSError as cause:
+            raise _too_much(f"cannot be rendered ({cause.strerror or cause})") from cause
+        assert self._process.stdin is not None, "it was asked for"
+        assert self._process.stdout is not None, "likewise"
+        self._requests: IO[bytes] = self._process.stdin
+        self._answers: queue.SimpleQueue[tuple[bytes, bytes] | None] = queue.SimpleQueue()
+        threading.Thread(
+            target=_read_answers,
+            args=(self._process.stdout, self._answers, bounds.text_bytes),
+            name="recollect-templates",
+            daemon=True,
+        ).start()
+
+    def ask(self, frame: bytes) -> tuple[bytes, bytes]:
+        """
+        Return kind and content of the answer.
+
+        Raises:
+            _EndedError: The process was gone before it was asked.
+            TemplateError: It went beyond a bound, or crashed; it is gone now.
+        """
+        try:
+            self._requests.write(len(frame).to_bytes(LENGTH_BYTES, "big") + frame)
+            self._requests.flush()
+        except OSError as cause:
+            raise _EndedError from cause
+        answer = self._wait()
+        if answer is None:
+            most = self._bounds.text_bytes >> 20
+            raise _too_much(f"crashed, or its text is larger than {most:,} MiB")
+        if answer[0] == TOO_MUCH:
+            raise _too_much(f"takes more memory than {self._bounds.memory_bytes >> 20:,} MiB")
+        return answer
+
+    def _wait(self) -> tuple[bytes, bytes] | None:
+        until = time.monotonic() + self._bounds.seconds
+        while (left := until - time.monotonic()) > 0:
+            try:
+                return self._answers.get(timeout=min(left, _POLL_SECONDS))
+            except queue.Empty:
+                if self._memory() > self._bounds.memory_bytes:
+                    return TOO_MUCH, b""
+        raise _too_much(f"takes longer than {self._bounds.seconds:g} s")
+
+    def _memory(self) -> int:
+        try:
+            return int(psutil.Process(self._process.pid).memory_info().rss)
+        except (psutil.Error, OSError):
+            return 0  # it has just ended, which the next look at the queue tells
+
+    def end(self) -> None:
+        """End the process; its thread goes with it."""
+        self._process.kill()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):  # what was not written has nobody to read it
+                    stream.close()
+        self._process.wait()
+
+
+def _read_answers(
+    stream: IO[bytes], answers: "queue.SimpleQueue[tuple[bytes, bytes] | None]", most_bytes: int
+) -> None:
+    """Read answers until the process ends, or one is too long."""
+    with contextlib.suppress(OSError, ValueError):  # it was closed
+        while len(header := stream.read(1 + LENGTH_BYTES)) == 1 + LENGTH_BYTES:
+            length = int.from_bytes(header[1:], "big")
+            if length > most_bytes:
+                break
+            answers.put((header[:1], stream.read(length)))
+    answers.put(None)
+
+
+def _is_own(variable: str) -> bool:
+    return variable.upper().startswith("RECOLLECT_")
+
+
+class TemplateProcesses:
+    """
+    Renders templates in processes of their own. Safe from any thread.
+
+    One process serves whoever comes while it is free; those that come meanwhile get others, so that
+    a slow template keeps nobody else waiting.
+
+    Invariants:
+        1. Whoever asks gets the answer to what was asked: after an exception its process is gone.
+        2. A process is used only by the one that started it, not by one that was forked from that.
+    """
+
+    def __init__(self, bounds: Bounds = Bounds()) -> None:
+        self._bounds = bounds
+        self._may_ask = threading.BoundedSemaphore(MOST_PROCESSES)
+        self._idle: list[_Child] = []
+        """The one that answered last is the last: without others at once, one is all there is."""
+
+    def ask(
+        self, request: Mapping[str, Any], introduction: Mapping[str, Any] | None = None
+    ) -> tuple[bytes, str]:
+        """
+        Return kind and text of the answer.
+
+        Args:
+            introduction: What is asked before, where the process does not know the template.
+
+        Raises:
+            TemplateError: A bound was reached.
+            TypeError, ValueError, RecursionError: The request is no JSON.
+        """
+        frame = _frame(request)
+        with self._may_ask:
+            child, kind, content = self._first_answer(frame)
+            try:
+                if kind == UNKNOWN and introduction is not None:
+                    kind, content = child.ask(_frame(introduction))
+                    if kind == COMPILED:
+                        kind, content = child.ask(frame)
+            except BaseException:
+                child.end()
+                raise
+            self._idle.append(child)
+        return kind, content.decode("utf-8", "surrogatepass")
+
+    def close(self) -> None:
+        """End the processes that nobody asks; the next question starts another."""
+        while self._idle:
+            child = self._idle.pop()
+            if child.owner == os.getpid():
+                child.end()
+
+    def _first_answer(self, frame: bytes) -> tuple[_Child, bytes, bytes]:
+        for is_last in (False, True):
+            child = self._any()
+            try:
+                return child, *child.ask(frame)
+            except _EndedError as cause:  # while it was idle, as where memory runs out
+                child.end()
+                if is_last:
+                    raise _too_much("cannot be rendered: its process ends at once") from cause
+            except BaseException:  # also Ctrl-C: the answer would be taken for the next
+                child.end()
+                raise
+        raise AssertionError("the second try returns or raises")
+
+    def _any(self) -> _Child:
+        """Return a process that is free, or a new one."""
+        try:
+            child = self._idle.pop()
+        except IndexError:
+            return _Child(self._bounds)
+        return child if child.owner == os.getpid() else self._any()
+
+
+def _frame(request: Mapping[str, Any]) -> bytes:
+    return json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _too_much(what: str) -> TemplateError:
+    return TemplateError(
+        f"The model's chat template {what}: see that the machine has room, or get a corrected version "
+        "of the model."
+    )
+
+
+PROCESSES: Final = TemplateProcesses()
+"""Those that all templates share."""
+atexit.register(PROCESSES.close)

@@ -1,0 +1,219 @@
+"""What the prefix cache does for one prompt or one block does not grow with what else is in it."""
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import pytest
+
+from recollect.kv.blocks import BlockPool
+from recollect.kv.cached_block import CachedBlock, Siblings
+from recollect.kv.names import PUBLIC
+from recollect.kv.prefix import PrefixCache
+
+SIZE = 32
+SYSTEM = tuple(range(SIZE))
+
+
+def calls(work: Callable[[], object]) -> int:
+    """Return how many calls of functions something takes, those of the interpreter's own included."""
+    count = 0
+
+    def note(_frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+class Token(int):
+    """A token id that counts how often it is compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Token.compared += 1
+        return int(self) == other
+
+    def __lt__(self, other: int) -> bool:
+        Token.compared += 1
+        return int(self) < other
+
+    __hash__ = int.__hash__
+
+
+def comparisons(work: Callable[[], object]) -> int:
+    Token.compared = 0
+    work()
+    return Token.compared
+
+
+def chat(number: int, length: int = SIZE) -> tuple[int, ...]:
+    """Return the second block of a chat: it shares its first half with 99 others."""
+    return (*range(14), number // 100, number % 100, *range(16))[:length]
+
+
+def with_chats(count: int, namespace: str = "") -> tuple[BlockPool, PrefixCache, CachedBlock]:
+    """Return a cache with chats that nobody holds, of two blocks over one system prompt."""
+    pool = BlockPool(3 * count + 10, SIZE)
+    cache = PrefixCache(pool, "model")
+    system = left(pool, cache, cache.root(namespace), SYSTEM)
+    for number in range(count):
+        first = left(pool, cache, system, chat(number))
+        left(pool, cache, first, (number, 1, 2))
+    return pool, cache, system
+
+
+def left(
+    pool: BlockPool, cache: PrefixCache, after: CachedBlock, tokens: tuple[int, ...]
+) -> CachedBlock:
+    (block,) = pool.allocate(1)
+    cached = cache.insert(after, tokens, block)
+    pool.release([block])
+    return cached
+
+
+@pytest.mark.parametrize(
+    "tokens", [(5,) * SIZE, (*chat(42)[:20], *(99,) * 12), chat(77)], ids=["new", "part", "known"]
+)
+def test_a_prompt_is_compared_with_few_of_10000_chats(tokens: tuple[int, ...]) -> None:
+    counted = tuple(Token(token) for token in tokens)
+    found = []
+    for count in (1000, 10_000):
+        _, cache, system = with_chats(count)
+        compared = comparisons(lambda: cache.match(system, counted, inside_block=True))  # noqa: B023
+        called = calls(lambda: cache.match(system, tokens, inside_block=True))  # noqa: B023
+        found.append((compared, called))
+    assert found[1][0] <= found[0][0] + 4 * SIZE, "the logarithm of ten more steps of bisecting"
+    assert found[1][1] == found[0][1]
+    assert found[1][1] < 60
+
+
+def test_a_block_is_inserted_beside_10000_as_beside_1000() -> None:
+    found = []
+    for count in (1000, 10_000):
+        pool, cache, system = with_chats(count)
+        cache.evictable_blocks  # noqa: B018 - what came before is settled
+        compared = tuple(Token(token) for token in chat(20_000))
+        (block,) = pool.allocate(1)
+        inserted = comparisons(lambda: cache.insert(system, compared, block))  # noqa: B023
+        found.append((inserted, calls(lambda: left(pool, cache, system, chat(30_000)))))  # noqa: B023
+    assert found[1][0] <= found[0][0] + 8 * SIZE
+    assert found[1][1] == found[0][1]
+    assert found[1][1] < 200
+
+
+def test_giving_up_a_block_and_counting_what_can_go_cost_the_same_with_10000_blocks() -> None:
+    found = []
+    for count in (500, 5000):
+        pool, cache, system = with_chats(count)
+        cache.evict(1)  # settles what was inserted
+        held = cache.match(system, (*chat(3), 3, 1, 2), inside_block=True)
+        pool.retain([one.block for one in held.full])
+        found.append((calls(lambda: cache.evict(1)), calls(lambda: cache.evictable_blocks)))  # noqa: B023
+        assert cache.evictable_blocks == len(cache) - 2
+    assert found[1] == found[0]
+    assert found[0][0] < 60
+    assert found[0][1] < 20
+
+
+def test_emptying_a_full_cache_block_by_block_takes_steps_in_proportion() -> None:
+    per_block = []
+    for count in (300, 3000):
+        _, cache, _ = with_chats(count)
+        blocks = len(cache)
+
+        def empty(cache: PrefixCache = cache) -> None:
+            while cache.evict(1):
+                pass
+
+        per_block.append(calls(empty) / blocks)
+        assert len(cache) == 0
+    assert per_block[1] <= per_block[0] * 1.1
+
+
+def test_a_table_over_a_long_prefix_is_taken_note_of_in_one_pass() -> None:
+    """2,000 blocks, as of 64,000 tokens."""
+    per_block = []
+    for length in (200, 2000):
+        pool = BlockPool(length + 1, SIZE)
+        cache = PrefixCache(pool, "model")
+        after, blocks = cache.root(), []
+        for number in range(length):
+            after = left(pool, cache, after, (number, *range(SIZE - 1)))
+            blocks.append(after.block)
+
+        def hold(cache: PrefixCache = cache, pool: BlockPool = pool) -> None:
+            assert cache.evictable_blocks == len(blocks)  # noqa: B023
+            pool.retain(blocks)  # noqa: B023
+            assert cache.evictable_blocks == 0
+            pool.release(blocks)  # noqa: B023
+            assert cache.evictable_blocks == len(blocks)  # noqa: B023
+
+        per_block.append(calls(hold) / length)
+        cache.check()
+    assert per_block[1] <= per_block[0] * 1.1
+
+
+def test_what_is_gone_does_not_pile_up() -> None:
+    """Parts of blocks that longer ones replace: the engine does that with every turn."""
+    pool = BlockPool(4, SIZE)
+    cache = PrefixCache(pool, "model")
+    for number in range(2000):
+        left(pool, cache, cache.root(), (number % 50, 1))
+        cache.evictable_blocks  # noqa: B018 - counted, and so put in order
+        left(pool, cache, cache.root(), (number % 50, 1, 2))
+        cache.evict(4)
+    assert sys.getsizeof(cache._order._heap) < 3000
+    cache.check()
+
+
+def test_public_prefixes_that_differ_late_are_found_among_10000() -> None:
+    found = []
+    for count in (1000, 10_000):
+        _, cache, system = with_chats(count, PUBLIC)
+        for number in range(0, count, 2):
+            cache.pin(system.children[chat(number)])
+        wanted = (*SYSTEM, *chat(42, 30), 99, 99)
+        root = cache.root("somebody")
+        match = cache.match(root, wanted, inside_block=True)
+        assert (len(match.full), match.partial_tokens) == (1, 30)
+        other = cache.root("another")
+        found.append(calls(lambda: cache.match(other, wanted, inside_block=True)))  # noqa: B023
+    assert found[1] == found[0]
+
+
+def test_the_end_of_a_long_prefix_is_matched_as_cheaply_where_something_is_public() -> None:
+    """Each pass asks for what is known beyond what a sequence has."""
+    found = []
+    for length in (20, 2000):
+        pool = BlockPool(length + 10, SIZE)
+        cache = PrefixCache(pool, "model")
+        cache.pin(left(pool, cache, cache.root(PUBLIC), SYSTEM))
+        after = cache.root("somebody")
+        for number in range(length):
+            after = left(pool, cache, after, (number, *range(SIZE - 1)))
+        found.append(calls(lambda: cache.match(after, SYSTEM, inside_block=True)))  # noqa: B023
+    assert found[1] == found[0]
+
+
+def test_siblings_are_found_in_any_order() -> None:
+    siblings = Siblings()
+    made = {}
+    for tokens in [(3, 1), (1,), (1, 2, 3), (2, 9), (1, 2)]:
+        made[tokens] = siblings[tokens] = CachedBlock(b"", None, tokens, 0)
+    siblings.check()
+    assert siblings.nearest((1, 2, 4)) in [(made[1, 2, 3], 2), (made[1, 2], 2)]
+    assert siblings.nearest((7,)) == (None, 0)
+    assert siblings.beginning_with((1, 2)) is made[1, 2]
+    assert siblings.longer_than((1, 2)) is made[1, 2, 3]
+    assert siblings.longer_than((3, 1)) is None
+    assert siblings.parts_of((1, 2, 3, 4)) == [made[1,], made[1, 2], made[1, 2, 3]]
+    del siblings[1, 2]
+    siblings.check()
+    assert siblings.parts_of((1, 2)) == [made[1,]]
