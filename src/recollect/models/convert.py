@@ -86,7 +86,7 @@ def convert(job: Conversion, folder: Path, *, home: Path, progress: Progress) ->
     """
     header = read_header(job.gguf)
     require_buildable(job.gguf)
-    warn_of_writers(job.gguf.parent, (job.gguf.name,))
+    warn_of_writers(job.gguf.parent, [part.name for part in parts_of(job.gguf)])
     what = f"converting {job.name}"
     progress(what, 0, None)
     with scratch_folder(home) as scratch:

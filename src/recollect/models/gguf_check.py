@@ -46,18 +46,23 @@ _OTHER_KINDS: Final = {
 }
 
 
-def require_model(fields: Mapping[str, Any], name: str) -> None:
+def require_model(fields: Mapping[str, Any], tensor_count: int, name: str) -> None:
     """
-    Check that a file holds a language model or a part of one, and say what it holds instead.
+    Check that a file holds a whole model, and say what it holds instead.
 
     Raises:
-        UnsupportedModelError: It holds something else.
+        UnsupportedModelError: It is a part of one, or something else.
     """
     kind = fields.get("general.type")
     if isinstance(kind, str) and kind in _OTHER_KINDS:
         raise UnsupportedModelError(
             f"{name} holds {_OTHER_KINDS[kind]}, and no language model: choose another file of the "
             "model."
+        )
+    if not tensor_count and "tokenizer.ggml.tokens" in fields:
+        raise UnsupportedModelError(
+            f"{name} holds a vocabulary alone, without weights: choose a file of the model that is "
+            "some hundred megabytes or more."
         )
 
 

@@ -8,6 +8,7 @@ array for each of the vocabulary's strings; its constants are used here. Convert
 import math
 import mmap
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -207,12 +208,11 @@ def _parse(data: mmap.mmap, path: Path) -> GgufContent:
             raise _DamagedError(f"it says {key[:100]!r} twice")
         fields[key] = cursor.value()
         places[key] = slice(start, cursor.at)
-    require_model(fields, path.name)
     fault = fault_of_fields(fields)
     if fault is not None:
         raise _DamagedError(fault)
     alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
-    tensors = _tensors(cursor, tensor_count, alignment)
+    tensors = dict(_tensors(cursor, tensor_count, alignment))
     start = -(-cursor.at // alignment) * alignment
     needed = start + max(
         (tensor.start + tensor.size_bytes for tensor in tensors.values()), default=0
@@ -223,13 +223,14 @@ def _parse(data: mmap.mmap, path: Path) -> GgufContent:
     return GgufContent(fields, placed, places)
 
 
-def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, TensorInfo]:
-    """Return what each tensor is, by its name, with its start counted from the start of the data."""
-    found: dict[str, TensorInfo] = {}
+def _tensors(cursor: _Cursor, count: int, alignment: int) -> Iterator[tuple[str, TensorInfo]]:
+    """Yield each tensor's name and what it is, with its start counted from the start of the data."""
+    names = set()
     for _ in range(count):
         name = cursor.text()
-        if name in found:
+        if name in names:
             raise _DamagedError(f"it holds two tensors {name[:100]!r}")
+        names.add(name)
         dimensions = cursor.number("I")
         if dimensions > _MOST_DIMENSIONS:
             raise _DamagedError(f"it holds a tensor of {dimensions} dimensions")
@@ -244,8 +245,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, TensorInf
         if fault is not None:
             raise _DamagedError(fault)
         size_bytes = math.prod(shape) // block_elements * block_bytes
-        found[name] = TensorInfo(tuple(shape[::-1]), kind, offset, size_bytes)
-    return found
+        yield name, TensorInfo(tuple(reversed(shape)), kind, offset, size_bytes)
 
 
 def describe(content: GgufContent, path: Path) -> GgufHeader:
@@ -256,6 +256,9 @@ def describe(content: GgufContent, path: Path) -> GgufHeader:
         UnsupportedModelError: They name no architecture or no context length.
     """
     fields = content.fields
+    # The first of several files may have no tensors.
+    is_part = isinstance(fields.get("split.count"), int) and fields["split.count"] > 1
+    require_model(fields, max(len(content.tensors), is_part), path.name)
     architecture = fields.get("general.architecture")
     context_length = fields.get(f"{architecture}.context_length")
     if not isinstance(architecture, str) or not isinstance(context_length, int):

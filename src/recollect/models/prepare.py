@@ -170,9 +170,10 @@ def _prepare_entry(
     if manifest is None:
         try:
             gguf = fetch_entry(entry, home=home, progress=progress, offline=offline)
-            manifest = _install(entry, gguf, folder, home, progress)
         except FetchError as error:
             manifest = _inexact(folder, entry.sha256, entry.name, error)
+        else:
+            manifest = _install(entry, gguf, folder, home, progress)
     return _with_source(from_manifest(manifest, folder, entry.name), [source_path(entry, home)])
 
 

@@ -199,6 +199,13 @@ class Shape:
     seed: int = 0
 
 
+def _norms_of_a_layer(shape: Shape) -> list[str]:
+    before, after = ["attn_norm", "ffn_norm"], ["post_attention_norm", "post_ffw_norm"]
+    if shape.norms_on_both_sides:
+        return before + after
+    return after if shape.norms_after else before
+
+
 def write_decoder(path: Path, shape: Shape) -> Path:
     """Write a random decoder without a tokenizer, of any architecture and tensor type."""
     writer = gguf.GGUFWriter(path, shape.architecture)
@@ -240,12 +247,7 @@ def write_decoder(path: Path, shape: Shape) -> Path:
                 del matrices[name + part]
             matrices[f"{name}attn_qkv"] = (all_heads + 2 * kv_width, shape.width)
             matrices[f"{name}ffn_up"] = (2 * shape.feed_forward, shape.width)
-        placed: tuple[str, ...] = (
-            ("post_attention_norm", "post_ffw_norm") if shape.norms_after else ()
-        )
-        if shape.norms_on_both_sides:
-            placed = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
-        for norm in placed or ("attn_norm", "ffn_norm"):
+        for norm in _norms_of_a_layer(shape):
             norms[name + norm] = shape.width
         if shape.head_norms or shape.whole_norms:
             norms[f"{name}attn_q_norm"] = all_heads if shape.whole_norms else shape.head_size

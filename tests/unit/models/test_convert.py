@@ -117,7 +117,7 @@ def test_a_file_without_weights_is_refused_before_the_converter_runs(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        UnsupportedModelError, match=r"tiny\.gguf holds a vocabulary and no weights"
+        UnsupportedModelError, match=r"tiny\.gguf holds a vocabulary alone, without weights"
     ):
         run(make_gguf(tensors=False), tmp_path / "m", tmp_path)
     assert not (tmp_path / "tmp").exists()

@@ -63,6 +63,7 @@ def test_yarn_keeps_fast_dimensions_and_stretches_slow_ones(make_decoder: MakeDe
         ({"rope.dimension_count": 128}, "rotates 128 of 64 dimensions"),
         ({"attention.value_length": 32}, "has values of another size than keys"),
         ({"attention.head_count_kv": 3}, r"says that it has .* \(2, 4, 3, 64\)"),
+        ({"block_count": 9_999}, r"says that it has .* \(9999, 4, 2, 64\)"),
         ({"attention.head_count_kv": [2, 1]}, "has layers of different attention.head count kv"),
     ],
 )
@@ -92,14 +93,8 @@ def test_a_field_that_changes_nothing_is_no_obstacle(
 
 @pytest.mark.parametrize("value", ["four", True, math.nan])
 def test_a_field_of_a_strange_kind_is_damage(make_decoder: MakeDecoder, value: object) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"its (field )?(llama\.)?rope\.freq_base is"):
+    with pytest.raises(UnsupportedModelError, match=r"rope\.freq_base is"):
         require_buildable(make_decoder(fields={"rope.freq_base": value}))
-
-
-@pytest.mark.parametrize("count", [0, 2**31])
-def test_a_number_beyond_sense_is_damage(make_decoder: MakeDecoder, count: int) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"its block_count is {count}"):
-        require_buildable(make_decoder(fields={"block_count": count}))
 
 
 def test_an_architecture_that_cannot_be_built_is_named(make_gguf: MakeGguf) -> None:

@@ -143,6 +143,10 @@ def number(key: str, value: int) -> tuple[str, int, bytes]:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
+        (
+            [*LLAMA, ("tokenizer.ggml.tokens", ARRAY, struct.pack("<IQ", TEXT, 1) + text("a"))],
+            "a vocabulary alone",
+        ),
         ([*LLAMA, ("general.type", TEXT, text("adapter"))], "an adapter"),
         ([*LLAMA, ("general.type", TEXT, text("mmproj"))], "that sees"),
     ],
