@@ -13,6 +13,7 @@ from rich.console import Console
 from recollect.cli.options import (
     AllowNativeCodeOption,
     KvMemoryOption,
+    LongContextOption,
     ModelOption,
     OfflineOption,
     ProfileOption,
@@ -37,6 +38,7 @@ def bench(
     kv_disk: ProofKvDiskOption = "0",
     offline: OfflineOption = False,
     allow_native_code: AllowNativeCodeOption = None,
+    long_context: LongContextOption = False,
     input_tokens: Annotated[int, _option("--input", about="Tokens of prompt 1.")] = 2048,
     output_tokens: Annotated[int, _option("--output", about="Tokens of response 1.")] = 256,
     input2_tokens: Annotated[int, _option("--input2", about="Tokens of prompt 2.")] = 256,
@@ -76,6 +78,7 @@ def bench(
         kv_memory=kv_memory,
         kv_disk=kv_disk,
         allow_native_code=allow_native_code,
+        long_context=long_context,
         offline=offline,
     ) as loaded:
         check_room(loaded, config)

@@ -66,6 +66,7 @@ def chat(
     kv_disk: options.KvDiskOption = None,
     offline: options.OfflineOption = False,
     allow_native_code: options.AllowNativeCodeOption = None,
+    long_context: options.LongContextOption = False,
     prompts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Say the lines of a file, blank ones skipped."),
@@ -188,6 +189,7 @@ def chat(
         kv_memory=kv_memory,
         kv_disk=kv_disk,
         allow_native_code=allow_native_code,
+        long_context=long_context,
         offline=offline,
     )
     _talk(opening, params, model, open_model, prompts, by_hand=by_hand, as_json=as_json)

@@ -5,7 +5,9 @@ Shows what the model folder says; decides nothing about it.
 """
 
 import json
-from typing import TYPE_CHECKING, Annotated
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich import box
@@ -14,22 +16,44 @@ from rich.table import Table
 from rich.text import Text
 
 from recollect import config
-from recollect.cli.options import OfflineOption
+from recollect.cli.options import OfflineOption, open_model
 from recollect.cli.progress import progress_bar
 
 if TYPE_CHECKING:  # imported by the commands, see there
     from recollect.models.status import ModelStatus
 
 
+_OUTCOMES: Final = {
+    "PASS": "computes what its file says",
+    "FAIL": "does not compute what its file says",
+}
+
+
 def models(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON list, sizes in bytes.")
     ] = False,
+    prune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Delete the GGUF file that this model was converted from; the model stays.",
+        ),
+    ] = None,
 ) -> None:
     """List the models that go by a name, and what is on this disk."""
     # Here and not above: it takes the runtime's libraries along, half a second of start-up.
     from recollect.models.status import installed  # noqa: PLC0415
+    from recollect.models.status import prune as prune_source  # noqa: PLC0415
 
+    if prune is not None:
+        size = prune_source(prune, config.home())
+        typer.echo(
+            f"Deleted {format_bytes(size)} of GGUF; {prune} stays as it is."
+            if size
+            else f"No GGUF file of {prune} was kept: nothing to delete."
+        )
+        return
     found = installed(config.home())
     if as_json:
         typer.echo(json.dumps([_as_dict(status) for status in found], ensure_ascii=False, indent=2))
@@ -46,6 +70,14 @@ def models(
 def pull(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As `chat --model` takes it.")],
     offline: OfflineOption = False,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Whether it is compared with its file then; without, a terminal is asked.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Fetch a model and convert it, so that it can be loaded without a network."""
     with progress_bar(f"Fetching {name}") as progress:
@@ -54,6 +86,19 @@ def pull(
         local = prepare(name, home=config.home(), progress=progress, offline=offline or None)
     where = f" in {local.folder}" if local.folder else ""
     typer.echo(f"{local.name} is ready{where}")
+    if local.source is None:
+        return
+    if check is None and sys.stdin.isatty() and sys.stdout.isatty():
+        check = typer.confirm("Compare what it computes with its file now?", default=False)
+    if check:
+        from recollect.cli.verify import compare, file_lines  # noqa: PLC0415 - as above
+
+        with open_model(name, profile="exact", kv_disk="0", offline=offline) as loaded:
+            report = compare(loaded)
+        for line in file_lines(name, "exact", report)[:-1]:
+            typer.echo(line)
+        if report.outcome == "FAIL":
+            raise typer.Exit(1)
 
 
 def models_table(found: "list[ModelStatus]") -> Table:
@@ -64,13 +109,28 @@ def models_table(found: "list[ModelStatus]") -> Table:
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("what", overflow="fold")
     for status in found:
+        here = Text("yes", "green") if status.is_installed else Text("no", "dim")
+        if status.is_installed and not status.is_exact:
+            here = Text("rounded", "yellow")
         size = status.disk_bytes if status.is_installed else status.download_bytes
         about = Text(status.description)
+        if status.source_bytes:
+            about.append(f"\n{format_bytes(status.source_bytes)} of it is the GGUF file", "dim")
+        if status.is_installed and not status.is_exact:
+            about.append(
+                f"\nits weights are rounded; `recollect pull {status.name}` converts it anew", "dim"
+            )
+        if status.compared is not None:
+            what = status.compared
+            about.append(
+                f"\n{_OUTCOMES.get(what.outcome, what.outcome)} ({what.profile}, {what.at[:10]})",
+                "dim",
+            )
         if status.path is not None:
             about.append(f"\n{status.path}", "dim")
         table.add_row(
             Text(status.name),
-            Text("yes", "green") if status.is_installed else Text("no", "dim"),
+            here,
             "" if size is None else format_bytes(size),
             about,
         )
@@ -90,7 +150,10 @@ def _as_dict(status: "ModelStatus") -> dict[str, object]:
         "description": status.description,
         "licence": status.licence,
         "installed": status.is_installed,
+        "exact": status.is_exact,
         "download_bytes": status.download_bytes,
         "disk_bytes": status.disk_bytes,
+        "source_bytes": status.source_bytes,
+        "compared": None if status.compared is None else asdict(status.compared),
         "path": None if status.path is None else str(status.path),
     }

@@ -148,6 +148,15 @@ IgnoreEosOption = Annotated[
 ]
 
 
+LongContextOption = Annotated[
+    bool,
+    typer.Option(
+        "--long-context",
+        help="Use the whole context of a model with LongRoPE, such as Phi-3 128k.",
+    ),
+]
+
+
 def open_model(
     name: str,
     *,
@@ -156,6 +165,7 @@ def open_model(
     kv_disk: str | None = None,
     offline: bool = False,
     allow_native_code: str | None = None,
+    long_context: bool = False,
 ) -> "Model":
     """
     Return the model, fetched, converted and loaded, with a progress bar on a terminal's stderr.
@@ -165,6 +175,7 @@ def open_model(
         kv_disk: Likewise; "0": none.
         offline: Whether nothing may be fetched; otherwise `RECOLLECT_OFFLINE` says whether.
         allow_native_code: As `recollect.load` takes it.
+        long_context: Likewise.
 
     Raises:
         ModelError: It cannot be had or read.
@@ -186,6 +197,7 @@ def open_model(
             kv_disk=None if kv_disk is None else config.parse_disk_size(kv_disk),
             cipher=cipher,
             allow_native_code=allow_native_code,
+            long_context=long_context,
             progress=progress,
             offline=offline or None,
         )

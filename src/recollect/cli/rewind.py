@@ -11,6 +11,7 @@ import typer
 from recollect.cli.options import (
     AllowNativeCodeOption,
     KvMemoryOption,
+    LongContextOption,
     ModelOption,
     OfflineOption,
     ProfileOption,
@@ -29,6 +30,7 @@ def rewind_test(
     kv_disk: ProofKvDiskOption = "0",
     offline: OfflineOption = False,
     allow_native_code: AllowNativeCodeOption = None,
+    long_context: LongContextOption = False,
 ) -> None:
     """Ask three questions, rewind to after the first answer, and ask the second one again."""
     with open_model(
@@ -37,6 +39,7 @@ def rewind_test(
         kv_memory=kv_memory,
         kv_disk=kv_disk,
         allow_native_code=allow_native_code,
+        long_context=long_context,
         offline=offline,
     ) as loaded:
         from recollect.proof.rewind_test import run_rewind_test  # noqa: PLC0415

@@ -14,6 +14,7 @@ from rich.markup import escape
 from recollect.cli.options import (
     AllowNativeCodeOption,
     KvMemoryOption,
+    LongContextOption,
     ModelOption,
     OfflineOption,
     ProfileOption,
@@ -33,6 +34,7 @@ def scenarios(
     kv_disk: ProofKvDiskOption = "0",
     offline: OfflineOption = False,
     allow_native_code: AllowNativeCodeOption = None,
+    long_context: LongContextOption = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything there, too.")
     ] = None,
@@ -49,6 +51,7 @@ def scenarios(
         kv_memory=kv_memory,
         kv_disk=kv_disk,
         allow_native_code=allow_native_code,
+        long_context=long_context,
         offline=offline,
     ) as loaded:
         from recollect.proof.machine import machine_card  # noqa: PLC0415

@@ -55,6 +55,7 @@ def serve(
     kv_disk: options.KvDiskOption = None,
     offline: options.OfflineOption = False,
     allow_native_code: options.AllowNativeCodeOption = None,
+    long_context: options.LongContextOption = False,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -175,6 +176,7 @@ def serve(
             kv_memory=kv_memory,
             kv_disk=kv_disk,
             allow_native_code=allow_native_code,
+            long_context=long_context,
             offline=offline,
         ),
         names,

@@ -65,7 +65,7 @@ def weight_bytes(reference: str, home: Path) -> int:
     name = reference if path is None else str(path)
     status = next((one for one in installed(home) if one.name == name), None)
     if status is not None and status.is_installed:
-        return status.disk_bytes
+        return status.disk_bytes - status.source_bytes
     if path is not None:
         return size_bytes(path)
     return 0 if status is None else status.download_bytes or 0

@@ -34,6 +34,7 @@ def load(
     home: Path | None = None,
     cipher: Cipher | None = None,
     allow_native_code: str | None = None,
+    long_context: bool = False,
     progress: Progress = no_progress,
     offline: bool | None = None,
 ) -> Model:
@@ -55,14 +56,17 @@ def load(
         allow_native_code: The one native library that an ONNX GenAI folder may load, which then can
             do anything that you can: the name of a file in the folder, or a path to one that
             belongs to the vendor's software. None: such folders are refused.
+        long_context: Whether a model with LongRoPE (Phi-3 128k, Phi-3.5, Phi-4-mini) gets the factors
+            for its long context, which read short texts a little worse; without, it has the context
+            that it was trained on first.
         progress: Called while fetching and converting.
         offline: Whether a model that is not here is refused and not fetched; None: as
             `RECOLLECT_OFFLINE` says, which is no where it is not set.
 
     Raises:
         ModelError: It cannot be had or read; the subclass says which.
-        ConfigError: `kv_memory` or `kv_disk` holds no block, there is no such profile, or the home
-            is encrypted with another key than that.
+        ConfigError: `kv_memory` or `kv_disk` holds no block, there is no such profile, the model has
+            no long context, or the home is encrypted with another key than that.
         StoreError: KV cannot be kept on disk.
     """
     config.parse_profile(profile)
@@ -79,6 +83,8 @@ def load(
         progress=progress,
         offline=offline,
     )
+    if long_context:
+        local = local.for_long_context()
     runtime = _runtime(local, profile)
     store = store or _store(home, kv_disk, cipher, runtime)
     try:
@@ -151,5 +157,9 @@ def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:
     # Here and not above: it takes half a second, which `recollect --help` need not wait for.
     from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415
 
-    xml = local.folder / "openvino_model.xml"
-    return OpenVinoRuntime(xml, profile=profile, context_length=local.context_length)
+    return OpenVinoRuntime(
+        local.folder / local.graph,
+        profile=profile,
+        context_length=local.context_length,
+        long_context=local.is_long,
+    )

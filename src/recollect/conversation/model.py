@@ -71,6 +71,8 @@ class Model:
             cipher: Of an encrypted home; None: it is not encrypted.
         """
         self.name: Final = local.name
+        self.local: Final = local
+        """What it is on this disk."""
         self._home = home
         self._cipher = cipher
         self._lock = threading.RLock()

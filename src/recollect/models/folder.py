@@ -4,7 +4,8 @@ Opens a folder that holds an OpenVINO model: one that recollect converted, or an
 Reads the small files beside the weights. Does not load the model, and does not convert anything.
 """
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -28,6 +29,13 @@ from recollect.models.manifest import Manifest
 from recollect.types import Progress, no_progress
 
 MODEL_FILES: Final = ("openvino_model.xml", "openvino_model.bin")
+TEXT_HALF_FILES: Final = (
+    "openvino_language_model.xml",
+    "openvino_language_model.bin",
+    "openvino_text_embeddings_model.xml",
+    "openvino_text_embeddings_model.bin",
+)
+"""In place of those, where a model also takes images: the language model, and its embeddings apart."""
 TOKENIZER_FILES: Final = (
     "openvino_tokenizer.xml",
     "openvino_tokenizer.bin",
@@ -40,6 +48,7 @@ _MOST_GRAPH_BYTES: Final = 16 * files.MIB
 """Of a tokenizer's graph; the largest known has 40 KB."""
 _START_BYTES: Final = 256
 _MOST_CONTEXT: Final = 2**31 - 1
+_log: Final = logging.getLogger(__name__)
 _EXPORT: Final = "`optimum-cli export openvino --model ORG/NAME FOLDER`"
 
 
@@ -52,11 +61,18 @@ def open_folder(
     Raises:
         UnsupportedModelError: A file is missing, or does not say what is needed.
     """
-    _require_files(folder)
-    warn_of_writers(folder, (*MODEL_FILES, *TOKENIZER_FILES))
+    names = model_files(folder)
+    _require_files(folder, names)
+    warn_of_writers(folder, (*names, *TOKENIZER_FILES))
     manifest = Manifest.read(folder)
     if manifest is None:
         return _Export(folder).describe(name, home, progress)
+    if not manifest.is_exact:
+        _log.warning(
+            "%s runs with rounded weights, as an earlier recollect converted it: name the model, "
+            "or its GGUF file, in place of the folder.",
+            folder,
+        )
     model = from_manifest(manifest, folder, name)
     if folder.resolve().is_relative_to((home / MODELS_FOLDER).resolve()):
         return model
@@ -82,9 +98,15 @@ def from_manifest(manifest: Manifest, folder: Path, name: str) -> LocalModel:
     )
 
 
-def _require_files(folder: Path) -> None:
+def model_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files with graph and weights, the graph first."""
+    is_half = (folder / TEXT_HALF_FILES[0]).exists() and not (folder / MODEL_FILES[0]).exists()
+    return TEXT_HALF_FILES if is_half else MODEL_FILES
+
+
+def _require_files(folder: Path, model_names: Sequence[str]) -> None:
     for names, remedy in (
-        (MODEL_FILES, f"export the model with {_EXPORT}"),
+        (model_names, f"export the model with {_EXPORT}"),
         (TOKENIZER_FILES, f"export the model with its tokenizer, with {_EXPORT}"),
     ):
         for name in names:
@@ -123,7 +145,7 @@ def _require_sound(path: Path, name: str) -> None:
 def _fingerprint(folder: Path, template: str | None, home: Path, progress: Progress) -> str:
     """Return a hash of what the folder holds."""
     parts = ["openvino folder 1"]
-    for name in (*MODEL_FILES, *TOKENIZER_FILES):
+    for name in (*model_files(folder), *TOKENIZER_FILES):
         parts += [name, cached_sha256(folder / name, home=home, progress=progress)]
     return combine([*parts, template or ""])
 
@@ -133,24 +155,41 @@ class _Export:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._config = read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
+        nested = config.get("text_config")  # where models that also see keep what is about text
+        self._config = {**config, **(nested if isinstance(nested, dict) else {})}
         self._generation = read_json(folder / "generation_config.json")
         self._tokenizer = read_json(folder / "tokenizer_config.json")
         self._runtime = _runtime_info(folder / "openvino_tokenizer.xml")
         self._source = self._read_source()
 
     def describe(self, name: str, home: Path, progress: Progress) -> LocalModel:
+        if self._source is not None:
+            _log.warning(
+                "%s runs with weights that OpenVINO GenAI rounded: name the .gguf file in it in place "
+                "of the folder.",
+                self._folder,
+            )
         template = self._chat_template()
+        longest, first = self._context_length(), self._first_context_length()
+        fingerprint = _fingerprint(self._folder, template, home, progress)
+        if first is not None:
+            # Before, the factors were chosen anew in each pass, so what was kept may be of either.
+            fingerprint = combine([fingerprint, "longrope, first context"])
         return LocalModel(
             name=name,
             format="openvino",
             folder=self._folder,
-            context_length=self._context_length(),
+            graph=model_files(self._folder)[0],
+            source=self._folder,
+            context_length=longest if first is None else first,
+            long_context_length=None if first is None else longest,
+            boundaries=self._boundaries(first),
             chat_template=template,
             eos_token_ids=self._eos_token_ids(),
             bos_token=self._special_token("bos_token"),
             eos_token=self._special_token("eos_token"),
-            fingerprint=_fingerprint(self._folder, template, home, progress),
+            fingerprint=fingerprint,
             architecture=self._architecture(),
         )
 
@@ -166,18 +205,44 @@ class _Export:
         return read_header(files[0]) if len(files) == 1 else None
 
     def _context_length(self) -> int:
-        nested = self._config.get("text_config")  # where models that also see keep it
-        for config in (self._config, nested if isinstance(nested, dict) else {}):
-            for key in ("max_position_embeddings", "n_positions", "seq_length"):
-                length = config.get(key)
-                if type(length) is int and 0 < length <= _MOST_CONTEXT:
-                    return length
+        for key in ("max_position_embeddings", "n_positions", "seq_length"):
+            length = self._length(key)
+            if length is not None:
+                return length
         if self._source is not None:
             return self._source.context_length
         raise UnsupportedModelError(
             f"{self._folder} does not say how long the model's context is: copy the original "
             "model's config.json, which holds max_position_embeddings, into it."
         )
+
+    def _first_context_length(self) -> int | None:
+        """
+        Return how long the context is that a model with LongRoPE was trained on first.
+
+        Up to there it has other factors than beyond. None: it has one kind of them, for all lengths.
+        """
+        for name in ("rope_scaling", "rope_parameters"):  # as transformers 4 and 5 write it
+            scaling = self._config.get(name)
+            if not isinstance(scaling, dict):
+                continue
+            if (scaling.get("rope_type") or scaling.get("type")) in ("longrope", "su"):
+                first = scaling.get("original_max_position_embeddings")
+                if first is None:
+                    first = self._length("original_max_position_embeddings")
+                if type(first) is int and 0 < first < self._context_length():
+                    return first
+        return None
+
+    def _boundaries(self, first_context: int | None) -> tuple[int, ...]:
+        window = self._length("sliding_window")
+        found = {length for length in (window, first_context) if length is not None}
+        return tuple(sorted(found))
+
+    def _length(self, key: str) -> int | None:
+        """Return a number of tokens that the configuration names."""
+        length = self._config.get(key)
+        return length if type(length) is int and 0 < length <= _MOST_CONTEXT else None
 
     def _chat_template(self) -> str | None:
         return chat_template(self._folder) or self._runtime.get("chat_template") or None

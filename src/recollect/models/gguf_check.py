@@ -53,13 +53,6 @@ def require_model(fields: Mapping[str, Any], tensor_count: int, name: str) -> No
     Raises:
         UnsupportedModelError: It is a part of one, or something else.
     """
-    count, number = fields.get("split.count"), fields.get("split.no")
-    if isinstance(count, int) and count > 1:
-        place = f"part {number + 1} of {count:,}" if isinstance(number, int) else "a part"
-        raise UnsupportedModelError(
-            f"{name} is {place} of a model that was split: join the parts with llama.cpp's "
-            "`llama-gguf-split --merge FIRST_PART WHOLE.gguf`, and give the whole."
-        )
     kind = fields.get("general.type")
     if isinstance(kind, str) and kind in _OTHER_KINDS:
         raise UnsupportedModelError(

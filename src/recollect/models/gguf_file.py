@@ -1,5 +1,5 @@
 """
-Reads what a GGUF file says about itself, and whether OpenVINO can read the rest.
+Reads what a GGUF file says about itself: its fields, and where its tensors lie.
 
 Reads the header only. The gguf package's own reader takes seconds for it, because it makes an
 array for each of the vocabulary's strings; its constants are used here. Converts nothing.
@@ -9,7 +9,7 @@ import math
 import mmap
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,10 +24,6 @@ from recollect.models.gguf_check import (
     fault_of_tensor,
     require_model,
 )
-
-# What the GGUF reader of OpenVINO GenAI 2026.4 accepts.
-READABLE_ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
-READABLE_TENSOR_TYPES: Final = ("F16", "F32", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q8_0")
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -55,8 +51,32 @@ _END_TOKENS: Final = (
     "<|eot_id|>",
     "<|eom_id|>",
     "<|end|>",
+    "<end_of_turn>",
     "</s>",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies in a file, and what it is."""
+
+    shape: tuple[int, ...]
+    """Outermost dimension first, as numpy has it; the file has it the other way round."""
+    kind: GGMLQuantizationType
+    start: int
+    """Its first byte, counted from the start of the file."""
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufContent:
+    """A file's fields and its table of tensors."""
+
+    fields: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    """By name, in the file's order."""
+    field_places: dict[str, slice]
+    """Where each field's bytes lie in the file, its name included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +85,15 @@ class GgufHeader:
 
     architecture: str
     context_length: int
-    tensor_types: frozenset[str]
     chat_template: str | None
     eos_token_ids: frozenset[int]
     bos_token: str | None
     eos_token: str | None
 
 
-def read_header(path: Path) -> GgufHeader:
+def read_content(path: Path) -> GgufContent:
     """
-    Return what the file at *path* says about itself.
+    Return the fields of the file at *path*, and where its tensors lie.
 
     Raises:
         UnsupportedModelError: It is not a GGUF file of a known version, or it is damaged.
@@ -84,7 +103,7 @@ def read_header(path: Path) -> GgufHeader:
             files.open_regular(path) as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            fields, tensor_types = _parse(data, path)
+            return _parse(data, path)
     except _DamagedError as cause:
         raise UnsupportedModelError(
             f"{path} is cut short or damaged ({cause}): download it again."
@@ -95,28 +114,17 @@ def read_header(path: Path) -> GgufHeader:
         raise UnsupportedModelError(
             f"{path} cannot be read ({cause.strerror or cause}): check the path and its permissions."
         ) from cause
-    return _describe(fields, tensor_types, path)
 
 
-def require_readable(header: GgufHeader, path: Path) -> None:
+def read_header(path: Path) -> GgufHeader:
     """
-    Check that OpenVINO can read this model.
+    Return what the file at *path* says about the model in it.
 
     Raises:
-        UnsupportedModelError: It cannot; the message names the architecture or the tensor types.
+        UnsupportedModelError: It is not a GGUF file of a known version, it is damaged, or it holds
+            no language model.
     """
-    if header.architecture not in READABLE_ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{path.name} is of the {header.architecture} architecture, and OpenVINO reads only "
-            f"{', '.join(READABLE_ARCHITECTURES)} from GGUF: export the original model with "
-            "`optimum-cli export openvino`."
-        )
-    strange = sorted(header.tensor_types.difference(READABLE_TENSOR_TYPES))
-    if strange:
-        raise UnsupportedModelError(
-            f"{path.name} holds {', '.join(strange)} tensors, which OpenVINO does not read: choose "
-            f"a file of the model that holds only {', '.join(READABLE_TENSOR_TYPES)}, such as Q8_0."
-        )
+    return describe(read_content(path), path)
 
 
 class _DamagedError(Exception):
@@ -176,7 +184,7 @@ class _Cursor:
         return self.number(code)
 
 
-def _parse(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], frozenset[str]]:
+def _parse(data: mmap.mmap, path: Path) -> GgufContent:
     cursor = _Cursor(data)
     if data[:4] != _MAGIC:
         raise _not_gguf(path)
@@ -192,31 +200,36 @@ def _parse(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], frozenset[str]]
             "get a newer file of the model."
         )
     tensor_count, field_count = cursor.number("Q"), cursor.number("Q")
-    fields = {}
+    fields, places = {}, {}
     for _ in range(field_count):
+        start = cursor.at
         key = cursor.text()
         if key in fields:  # two readers may each take another one
             raise _DamagedError(f"it says {key[:100]!r} twice")
         fields[key] = cursor.value()
-    require_model(fields, tensor_count, path.name)
+        places[key] = slice(start, cursor.at)
     fault = fault_of_fields(fields)
     if fault is not None:
         raise _DamagedError(fault)
     alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
-    tensors = list(_tensors(cursor, tensor_count, alignment))
-    _require_whole(cursor.at, alignment, tensors, len(data))
-    return fields, frozenset(kind.name for kind, _ in tensors)
+    tensors = dict(_tensors(cursor, tensor_count, alignment))
+    start = -(-cursor.at // alignment) * alignment
+    needed = start + max(
+        (tensor.start + tensor.size_bytes for tensor in tensors.values()), default=0
+    )
+    if tensors and needed > len(data):
+        raise _DamagedError(f"it has {len(data):,} of {needed:,} bytes")
+    placed = {name: replace(tensor, start=start + tensor.start) for name, tensor in tensors.items()}
+    return GgufContent(fields, placed, places)
 
 
-def _tensors(
-    cursor: _Cursor, count: int, alignment: int
-) -> Iterator[tuple[GGMLQuantizationType, int]]:
-    """Yield the type of each tensor, and where it ends, counted from the start of the data."""
+def _tensors(cursor: _Cursor, count: int, alignment: int) -> Iterator[tuple[str, TensorInfo]]:
+    """Yield each tensor's name and what it is, with its start counted from the start of the data."""
     names = set()
     for _ in range(count):
-        name = cursor.raw_text()
+        name = cursor.text()
         if name in names:
-            raise _DamagedError(f"it holds two tensors {name.decode('utf-8', 'replace')[:100]!r}")
+            raise _DamagedError(f"it holds two tensors {name[:100]!r}")
         names.add(name)
         dimensions = cursor.number("I")
         if dimensions > _MOST_DIMENSIONS:
@@ -231,22 +244,21 @@ def _tensors(
         fault = fault_of_tensor(shape, block_elements, offset, alignment)
         if fault is not None:
             raise _DamagedError(fault)
-        yield kind, offset + math.prod(shape) // block_elements * block_bytes
+        size_bytes = math.prod(shape) // block_elements * block_bytes
+        yield name, TensorInfo(tuple(reversed(shape)), kind, offset, size_bytes)
 
 
-def _require_whole(
-    header_end: int,
-    alignment: int,
-    tensors: list[tuple[GGMLQuantizationType, int]],
-    size: int,
-) -> None:
-    start = -(-header_end // alignment) * alignment
-    needed = start + max((end for _, end in tensors), default=0)
-    if tensors and needed > size:
-        raise _DamagedError(f"it has {size:,} of {needed:,} bytes")
+def describe(content: GgufContent, path: Path) -> GgufHeader:
+    """
+    Return what a file's fields say about the model in it.
 
-
-def _describe(fields: dict[str, Any], tensor_types: frozenset[str], path: Path) -> GgufHeader:
+    Raises:
+        UnsupportedModelError: They name no architecture or no context length.
+    """
+    fields = content.fields
+    # The first of several files may have no tensors.
+    is_part = isinstance(fields.get("split.count"), int) and fields["split.count"] > 1
+    require_model(fields, max(len(content.tensors), is_part), path.name)
     architecture = fields.get("general.architecture")
     context_length = fields.get(f"{architecture}.context_length")
     if not isinstance(architecture, str) or not isinstance(context_length, int):
@@ -270,7 +282,6 @@ def _describe(fields: dict[str, Any], tensor_types: frozenset[str], path: Path) 
     return GgufHeader(
         architecture=architecture,
         context_length=context_length,
-        tensor_types=tensor_types,
         chat_template=template if isinstance(template, str) else None,
         eos_token_ids=frozenset(ids),
         bos_token=_token(tokens, fields.get("tokenizer.ggml.bos_token_id")),

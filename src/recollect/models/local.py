@@ -5,9 +5,12 @@ Values only: does not know where a model came from or how it runs.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from recollect.errors import ConfigError
+from recollect.models.fingerprint import combine
 
 Format = Literal["openvino", "onnx-genai", "reference"]
 
@@ -42,3 +45,34 @@ class LocalModel:
     """The vendor's operators that the user allowed by name."""
     architecture: str | None = None
     """What the model's own files call it, such as `llama`; None where they do not say."""
+    graph: str = "openvino_model.xml"
+    """The file in the folder that says what is computed; of OpenVINO's format alone."""
+    source: Path | None = None
+    """What says which values its weights have: the GGUF file that it was made of, the first of several,
+    or an export's own folder. None: it is not here, or there is none."""
+    long_context_length: int | None = None
+    """Of a model with LongRoPE, which has other factors for it; None: the model has no such choice."""
+    is_long: bool = False
+    """Whether it was opened for that length; see `for_long_context`."""
+    boundaries: tuple[int, ...] = ()
+    """Lengths at which a model computes differently from there on: windows, first contexts; ascending."""
+
+    def for_long_context(self) -> "LocalModel":
+        """
+        Return the same model with the factors for its long context; a model of its own for KV.
+
+        Raises:
+            ConfigError: It has no such choice.
+        """
+        if self.long_context_length is None:
+            raise ConfigError(
+                f"{self.name} has one context, of {self.context_length:,} tokens: leave "
+                "--long-context out."
+            )
+        return replace(
+            self,
+            context_length=self.long_context_length,
+            long_context_length=None,
+            is_long=True,
+            fingerprint=combine([self.fingerprint, "long"]),
+        )

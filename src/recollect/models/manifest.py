@@ -12,7 +12,12 @@ from typing import Any, Final, Self
 from recollect import files
 
 MANIFEST_NAME: Final = "recollect.json"
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
+_INEXACT_VERSION: Final = 2
+"""
+Of folders whose weights OpenVINO GenAI's reader rounded, and whose RoPE it left unscaled. Such a
+folder runs as it did where the file cannot be fetched again; its fields are the same.
+"""
 _MOST_BYTES: Final = 4 * files.MIB
 """A hundred times what is written; the chat template is most of it."""
 
@@ -38,6 +43,11 @@ class Manifest:
     """File name to size: a quick look shows whether the folder is still whole."""
     format_version: int = FORMAT_VERSION
 
+    @property
+    def is_exact(self) -> bool:
+        """Return whether the folder's weights have the values of the file that they came from."""
+        return self.format_version == FORMAT_VERSION
+
     def write(self, folder: Path) -> None:
         """Write the note into *folder*."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
@@ -51,7 +61,8 @@ class Manifest:
             fields: Any = json.loads(files.read_text(path, most_bytes=_MOST_BYTES))
         except (OSError, ValueError, RecursionError):
             return None
-        if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
+        known = (FORMAT_VERSION, _INEXACT_VERSION)
+        if not isinstance(fields, dict) or fields.get("format_version") not in known:
             return None
         try:
             return cls(**fields) if _is_sound(fields) else None

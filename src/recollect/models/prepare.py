@@ -5,26 +5,39 @@ Ties the parts together: what is meant, what is here already, and what has to be
 converted first. Does not load the model.
 """
 
+import contextlib
+import logging
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, assert_never
 
 from recollect import config
-from recollect.errors import ConfigError, UnsupportedModelError
+from recollect.errors import ConfigError, FetchError, UnsupportedModelError
 from recollect.models.catalog import CATALOG, CatalogEntry, HubFile
-from recollect.models.convert import Conversion, convert, find_converted
-from recollect.models.fetch import fetch_entry, fetch_hub_file, require_online
+from recollect.models.convert import Conversion, convert, find_converted, find_inexact
+from recollect.models.fetch import (
+    fetch_entry,
+    fetch_hub_file,
+    require_online,
+    source_path,
+    sources_folder,
+)
 from recollect.models.fingerprint import cached_sha256, combine, sha256_file
 from recollect.models.folder import MODELS_FOLDER, from_manifest, open_folder
+from recollect.models.gguf_shards import part_names, parts_of
 from recollect.models.local import LocalModel
 from recollect.models.manifest import Manifest
 from recollect.models.onnx_folder import is_onnx_folder, open_onnx_folder
 from recollect.models.reference import reference_model
 from recollect.models.resolve import FolderSource, GgufSource, ReferenceModel, Source, resolve
-from recollect.models.scratch import scratch_folder
+from recollect.models.scratch import make_private, scratch_folder
 from recollect.types import Progress, no_progress
+
+_log = logging.getLogger(__name__)
 
 _NOT_IN_A_NAME: Final = re.compile(r"[^\w.-]+")
 _DIGEST_LENGTH: Final = 12  # enough of a sha256 to tell files of the same name apart
@@ -130,9 +143,7 @@ def original_of(
                 "The reference model has no weights to convert: name another."
             )
         case CatalogEntry() as entry:
-            gguf = fetch_entry(entry, home=home, progress=progress, offline=offline)
-            yield gguf
-            gguf.unlink(missing_ok=True)  # as after every conversion; it can be had again
+            yield fetch_entry(entry, home=home, progress=progress, offline=offline)
         case HubFile() as file:
             require_online(str(file), offline=offline)
             with scratch_folder(home) as scratch:
@@ -146,15 +157,30 @@ def models_folder(home: Path) -> Path:
     return home / MODELS_FOLDER
 
 
+def kept_folder(folder: Path, home: Path) -> Path:
+    """Return where the GGUF files of a converted *folder* are kept that are in no catalog."""
+    return sources_folder(home) / folder.name
+
+
 def _prepare_entry(
     entry: CatalogEntry, home: Path, progress: Progress, *, offline: bool
 ) -> LocalModel:
     folder = models_folder(home) / entry.name
     manifest = find_converted(folder, entry.sha256)
     if manifest is None:
-        gguf = fetch_entry(entry, home=home, progress=progress, offline=offline)
-        manifest = _install(entry, gguf, folder, home, progress)
-    return from_manifest(manifest, folder, entry.name)
+        try:
+            gguf = fetch_entry(entry, home=home, progress=progress, offline=offline)
+        except FetchError as error:
+            manifest = _inexact(folder, entry.sha256, entry.name, error)
+        else:
+            manifest = _install(entry, gguf, folder, home, progress)
+    return _with_source(from_manifest(manifest, folder, entry.name), [source_path(entry, home)])
+
+
+def _with_source(model: LocalModel, parts: Iterable[Path]) -> LocalModel:
+    """Return the model with the file that it was made of, where all of it is still there."""
+    there = [part for part in parts if part.is_file()]
+    return replace(model, source=there[0]) if there and there == list(parts) else model
 
 
 def _install(
@@ -162,26 +188,61 @@ def _install(
 ) -> Manifest:
     job = Conversion(entry.name, gguf, entry.sha256)
     try:
-        manifest = convert(job, folder, home=home, progress=progress)
+        return convert(job, folder, home=home, progress=progress)
     except (UnsupportedModelError, OSError):
-        # Another process may have finished just now, and removed the file before we opened it.
+        # Another process may have finished just now, and its user deleted the file before we read it.
         finished = find_converted(folder, entry.sha256)
         if finished is None:
             raise
-        manifest = finished
-    gguf.unlink(missing_ok=True)  # the folder holds all of it
+        return finished
+
+
+def _inexact(folder: Path, sha256: str | None, name: str, error: FetchError) -> Manifest:
+    """
+    Return the manifest of a folder from before weights were the file's own, with a warning.
+
+    Raises:
+        FetchError: The one that is given: there is no such folder.
+    """
+    manifest = find_inexact(folder, sha256)
+    if manifest is None:
+        raise error
+    _log.warning(
+        "%s runs with rounded weights, as an earlier recollect converted it, because its file could "
+        "not be fetched to convert it again: run `recollect pull %s` with a network.",
+        name,
+        name,
+    )
     return manifest
 
 
 def _prepare_gguf(source: GgufSource, home: Path, progress: Progress) -> LocalModel:
-    sha256 = cached_sha256(source.path, home=home, progress=progress)
+    parts = parts_of(source.path)
+    digests = [cached_sha256(part, home=home, progress=progress) for part in parts]
+    sha256 = digests[0] if len(digests) == 1 else combine(digests)
     # Named by content: a file that was replaced under its old name is another model.
     folder = models_folder(home) / f"{_as_name(source.path.stem)}-{sha256[:_DIGEST_LENGTH]}"
     manifest = find_converted(folder, sha256)
     if manifest is None:
         job = Conversion(str(source.path), source.path, sha256)
         manifest = convert(job, folder, home=home, progress=progress)
-    return from_manifest(manifest, folder, str(source.path))
+        _keep(parts, folder, home)
+    return _with_source(from_manifest(manifest, folder, str(source.path)), parts)
+
+
+def _keep(parts: Iterable[Path], folder: Path, home: Path) -> None:
+    """
+    Keep a model's files, so that a later recollect can convert it anew when they are gone.
+
+    By links, where the files lie on the same disk: then they take no room. What the user has is not
+    copied; where there can be no link, the file has to stay where it is.
+    """
+    kept = kept_folder(folder, home)
+    make_private(kept.parent, home)
+    kept.mkdir(mode=0o700, exist_ok=True)
+    for part in parts:
+        with contextlib.suppress(OSError):
+            os.link(part, kept / part.name)
 
 
 def _prepare_hub_file(
@@ -192,12 +253,40 @@ def _prepare_hub_file(
     folder = models_folder(home) / f"{_as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
     manifest = find_converted(folder, None)
     if manifest is None:
+        try:
+            manifest = _install_hub_file(file, folder, home, progress, offline=offline)
+        except FetchError as error:
+            manifest = _inexact(folder, None, str(file), error)
+    parts = _kept_parts(file, folder, home)
+    return _with_source(from_manifest(manifest, folder, str(file)), parts)
+
+
+def _install_hub_file(
+    file: HubFile, folder: Path, home: Path, progress: Progress, *, offline: bool
+) -> Manifest:
+    kept = _kept_parts(file, folder, home)
+    if not kept:
         require_online(str(file), offline=offline)
-        with scratch_folder(home) as scratch:
-            gguf = fetch_hub_file(file, scratch, progress)
-            job = Conversion(str(file), gguf, sha256_file(gguf, progress=progress))
-            manifest = convert(job, folder, home=home, progress=progress)
-    return from_manifest(manifest, folder, str(file))
+    with scratch_folder(home) as scratch:
+        parts = kept or _download(file, scratch, progress)
+        digests = [sha256_file(part, progress=progress) for part in parts]
+        sha256 = digests[0] if len(digests) == 1 else combine(digests)
+        job = Conversion(str(file), parts[0], sha256)
+        manifest = convert(job, folder, home=home, progress=progress)
+        _keep(parts, folder, home)
+    return manifest
+
+
+def _kept_parts(file: HubFile, folder: Path, home: Path) -> list[Path]:
+    """Return the files that were kept of a model on the hub; none where one is missing."""
+    kept = [kept_folder(folder, home) / Path(name).name for name in part_names(file.filename)]
+    return kept if all(part.is_file() for part in kept) else []
+
+
+def _download(file: HubFile, scratch: Path, progress: Progress) -> list[Path]:
+    """Return the files of a model on the hub: one, or all parts where its name says how many."""
+    files = [HubFile(file.repository, name) for name in part_names(file.filename)]
+    return [fetch_hub_file(part, scratch, progress) for part in files]
 
 
 def _as_name(text: str) -> str:

@@ -1,18 +1,20 @@
 """
 What models there are, and which of them are on this disk.
 
-Reads folders and notes; changes nothing.
+Reads folders and notes; changes nothing but what `prune` deletes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from recollect.errors import ConfigError, UnknownModelError
 from recollect.models.catalog import CATALOG, CatalogEntry
-from recollect.models.convert import find_converted
+from recollect.models.compared import Compared
+from recollect.models.convert import find_inexact
 from recollect.models.fetch import source_path
 from recollect.models.manifest import Manifest
-from recollect.models.prepare import models_folder
+from recollect.models.prepare import kept_folder, models_folder
 from recollect.models.reference import REFERENCE_NAME, reference_model
 
 
@@ -29,10 +31,16 @@ class ModelStatus:
     """None where there is nothing to download."""
     is_installed: bool
     """Whether it can be loaded now, without a network and without converting it."""
+    is_exact: bool
+    """Whether what is installed has the weights of its file: an earlier recollect rounded them."""
     disk_bytes: int
-    """What it takes on this disk, its download included."""
+    """What it takes on this disk, the GGUF file included that was kept."""
+    source_bytes: int
+    """What of it is that GGUF file; 0 where it is only a link to a file that lies elsewhere, too."""
     path: Path | None
     """Its folder, or None where there is none."""
+    compared: Compared | None = None
+    """What came of comparing it with its file; None: nobody has."""
 
 
 def installed(home: Path, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> list[ModelStatus]:
@@ -40,7 +48,7 @@ def installed(home: Path, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> l
     entries = [_entry_status(entry, home) for entry in catalog.values()]
     folders = models_folder(home)
     found = sorted(folders.iterdir()) if folders.is_dir() else []
-    others = [_folder_status(folder) for folder in found if folder.name not in catalog]
+    others = [_folder_status(folder, home) for folder in found if folder.name not in catalog]
     return entries + [status for status in others if status is not None]
 
 
@@ -61,32 +69,83 @@ def names_by_fingerprint(home: Path) -> dict[str, str]:
     }
 
 
+def prune(reference: str, home: Path, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> int:
+    """
+    Delete the GGUF file that an installed model was converted from; return how many bytes it had.
+
+    The model stays as it is. A later recollect that converts in another way fetches the file again.
+
+    Raises:
+        UnknownModelError: No model of that name is installed.
+        ConfigError: The file cannot be deleted.
+    """
+    for status in installed(home, catalog=catalog):
+        if status.name == reference and status.is_installed and status.path is not None:
+            files = _sources(status.path, home, catalog.get(reference))
+            size = sum(file.stat().st_size for file in files)
+            try:
+                for file in files:
+                    file.unlink()
+            except OSError as cause:
+                raise ConfigError(
+                    f"{cause.filename} cannot be deleted ({cause.strerror}): see to its permissions."
+                ) from cause
+            return size
+    raise UnknownModelError(
+        f"There is no model {reference!r} on this disk: `recollect models` lists what there is."
+    )
+
+
+def _sources(folder: Path, home: Path, entry: CatalogEntry | None) -> list[Path]:
+    """Return the GGUF files that are kept of a model."""
+    own = kept_folder(folder, home)
+    files = sorted(own.iterdir()) if own.is_dir() else []
+    if entry is not None and (fetched := source_path(entry, home)).is_file():
+        files.append(fetched)
+    return files
+
+
 def _entry_status(entry: CatalogEntry, home: Path) -> ModelStatus:
     folder = models_folder(home) / entry.name
+    source_bytes = _own_bytes(_sources(folder, home, entry))
+    manifest = find_inexact(folder, entry.sha256)
     return ModelStatus(
         name=entry.name,
         description=entry.description,
         licence=entry.licence,
         download_bytes=entry.bytes,
-        is_installed=find_converted(folder, entry.sha256) is not None,
-        disk_bytes=size_bytes(folder) + size_bytes(source_path(entry, home)),
+        is_installed=manifest is not None,
+        is_exact=manifest is not None and manifest.is_exact,
+        disk_bytes=size_bytes(folder) + source_bytes,
+        source_bytes=source_bytes,
         path=folder if folder.is_dir() else None,
+        compared=None if manifest is None else Compared.read(home, manifest.fingerprint),
     )
 
 
-def _folder_status(folder: Path) -> ModelStatus | None:
+def _folder_status(folder: Path, home: Path) -> ModelStatus | None:
     manifest = Manifest.read(folder)
     if manifest is None:
         return None
+    source_bytes = _own_bytes(_sources(folder, home, None))
     return ModelStatus(
         name=manifest.name,
         description=f"{manifest.architecture}, {manifest.context_length:,} tokens of context",
         licence=None,
         download_bytes=None,
-        is_installed=find_converted(folder, None) is not None,
-        disk_bytes=size_bytes(folder),
+        is_installed=find_inexact(folder, None) is not None,
+        is_exact=manifest.is_exact,
+        disk_bytes=size_bytes(folder) + source_bytes,
+        source_bytes=source_bytes,
         path=folder,
+        compared=Compared.read(home, manifest.fingerprint),
     )
+
+
+def _own_bytes(files: Iterable[Path]) -> int:
+    """Return the size of files that have no other name: what deleting them would free."""
+    stats = [file.stat() for file in files]
+    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
 
 def size_bytes(path: Path) -> int:

@@ -4,11 +4,14 @@ Check on this machine, with this model, that what is reused is right.
 Random conversations are held on the engine: append, generate, stop in the middle, rewind, fork,
 regenerate, several sequences in one pass and, where KV is kept on disk, all of it forgotten in
 memory and read back. After each operation the logits of the next token are
-compared with those of a fresh prefill of the same token ids in other blocks. Nothing here looks at
-how reuse is done; only at what comes out of it.
+compared with those of a fresh prefill of the same token ids in other blocks. Then the same is done
+at the lengths where a model computes differently from there on: its window, the context that it was
+trained on first, and the end of its context. Nothing here looks at how reuse is done; only at what
+comes out of it.
 """
 
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,7 +24,7 @@ from recollect.engine.generator import Generator
 from recollect.engine.sequence import Sequence
 from recollect.errors import ConfigError
 from recollect.runtime.base import Logits
-from recollect.types import SamplingParams
+from recollect.types import Profile, SamplingParams
 
 EXACT_LIMIT: Final = 1e-3
 """A fault moves logits by 0.1 to 10; f32 arithmetic in another order by less than 1e-4."""
@@ -30,6 +33,15 @@ NOISE_ALLOWANCE: Final = 2.0
 """Outside `exact` the limit is this times the noise control: the largest of hundreds of differences
 against the largest of a few."""
 
+NOISE_CAP: Final[dict[Profile, float]] = {"exact": EXACT_LIMIT, "fast": 2.0, "small": 2.5}
+"""What noise may excuse at most, whatever it is: a noise control that has a fault, too, would excuse that
+fault. Decode differs from prefill by up to 0.8 where activations are quantized, and by 1.0 in bf16."""
+
+BOUNDARY_S: Final = 60.0
+"""How long one boundary may take: then a check of a small model with 8,192 tokens takes a minute more."""
+_BEFORE: Final = 4
+"""Tokens before a boundary from which on it is looked at."""
+_COMPARISONS: Final = 4
 _NOISE_CONTROLS: Final = 4
 _LONGEST_TOKENS: Final = 400
 """Histories are kept below this: a fault shows at any length, and each check is a whole prefill."""
@@ -59,6 +71,17 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
+class Boundary:
+    """A length at which a model computes differently from there on, and what was seen around it."""
+
+    tokens: int
+    difference: float | None
+    """The largest; None: it was left out."""
+    left_out: str = ""
+    """Why; empty where it was not."""
+
+
+@dataclass(frozen=True, slots=True)
 class VerifyReport:
     """What a run of `verify` found."""
 
@@ -73,6 +96,7 @@ class VerifyReport:
     computed_tokens: int
     restored_tokens: int
     """From disk."""
+    boundaries: list[Boundary]
     passed: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,6 +208,7 @@ def verify(
     *,
     operations: int = 200,
     seed: int = 0,
+    boundary_s: float = BOUNDARY_S,
     progress: Callable[[int, float], None] = lambda _done, _largest: None,
 ) -> VerifyReport:
     """
@@ -193,6 +218,8 @@ def verify(
         model: The model, in the profile that is to be checked.
         operations: How many, >= 1.
         seed: The same seed gives the same operations.
+        boundary_s: How long looking at one boundary may take, by what was measured; one that would
+            take longer is left out, and the report says so.
         progress: Called after each operation with (operations done, largest difference so far).
 
     Raises:
@@ -225,7 +252,15 @@ def verify(
     finally:
         for generator in conversations.live:
             generator.close()
-    limit = EXACT_LIMIT if model.profile == "exact" else max(EXACT_LIMIT, NOISE_ALLOWANCE * noise)
+    boundaries = [
+        _look_around(model, length, boundary_s, conversations.dice) for length in _lengths(model)
+    ]
+    for found in boundaries:
+        if found.difference is not None and not found.difference <= largest.logits:
+            largest = Difference(found.difference, operations, "boundary", found.tokens)
+    limit = max(EXACT_LIMIT, min(NOISE_ALLOWANCE * noise, NOISE_CAP[model.profile]))
+    if model.profile == "exact":
+        limit = EXACT_LIMIT
     return VerifyReport(
         model=model.name,
         profile=model.profile,
@@ -237,8 +272,65 @@ def verify(
         limit=limit,
         computed_tokens=model.engine.computed_tokens - fed_before,
         restored_tokens=_restored(model) - restored_before,
+        boundaries=boundaries,
         passed=largest.logits <= limit,
     )
+
+
+def _lengths(model: Model) -> list[int]:
+    """Return the boundaries of a model that a conversation can reach, ascending."""
+    most = model.context_length
+    within = [length for length in model.local.boundaries if _LONGEST_REPLY < length < most]
+    return [*within, *([most] if most > _LONGEST_TOKENS else [])]
+
+
+def _look_around(model: Model, length: int, most_s: float, dice: random.Random) -> Boundary:
+    """
+    Compare before, at and after a length, then after a rewind across it.
+
+    Each comparison is a prefill of that length, so there are four: what is wrong at a boundary is
+    wrong at each place beyond it.
+    """
+    begun = time.perf_counter()
+    ids = _tokens(model, length - _BEFORE, dice)
+    generator = Generator(model.engine)
+    try:
+        generator.append_tokens(ids)
+        model.engine.compute([generator.sequence])
+        needed_s = (_COMPARISONS + 1) * (time.perf_counter() - begun)
+        if needed_s > most_s:
+            return Boundary(length, None, f"it would take {needed_s / 60:.0f} min: --long")
+        generator.set_params(SamplingParams(ignore_eos=True))
+        worst = 0.0
+        at_end = length == model.context_length
+        for place in (length - 1, length - 1 if at_end else length + 2):
+            _generate_until(generator, place)
+            worst = max(worst, _against_fresh(model, generator))
+        generator.rewind_to(length - _BEFORE)
+        worst = max(worst, _against_fresh(model, generator))
+        _generate_until(generator, length - 1 if at_end else length + 1)
+        worst = max(worst, _against_fresh(model, generator))
+    finally:
+        generator.close()
+    return Boundary(length, worst)
+
+
+def _generate_until(generator: Generator, length: int) -> None:
+    while len(generator.sequence) < length:
+        generator.generate_next_token()
+
+
+def _against_fresh(model: Model, generator: Generator) -> float:
+    ids = generator.get_sequence()
+    return _difference(_next_logits(model, generator.sequence), _fresh_logits(model, ids))
+
+
+def _tokens(model: Model, count: int, dice: random.Random) -> list[int]:
+    """Return so many token ids of sentences in random order."""
+    ids: list[int] = []
+    while len(ids) < count:
+        ids += model.tokenizer.encode(" ".join(dice.choices(_SENTENCES, k=8)))
+    return ids[:count]
 
 
 def _restored(model: Model) -> int:

@@ -22,11 +22,15 @@ from recollect.runtime.base import (
     check_rows,
     mapped_errors,
 )
-from recollect.runtime.graph import LOGITS_ROWS, make_paged
+from recollect.runtime.graph import LOGITS_ROWS, join_embeddings, make_paged
 from recollect.types import Profile
 
 BLOCK_SIZE: Final = 32
 """Token slots per block, fixed by OpenVINO's CPU plugin."""
+
+LANGUAGE_FILE: Final = "openvino_language_model.xml"
+EMBEDDINGS_FILE: Final = "openvino_text_embeddings_model.xml"
+"""The two that exports of multimodal models have in place of one, besides those for images."""
 
 SETTINGS: Final[dict[Profile, dict[str, str]]] = {
     # f32 everywhere, and activations that are not quantized on the fly: prefill, decode, batched
@@ -54,11 +58,16 @@ class OpenVinoRuntime:
         RuntimeFailure: It cannot be read or compiled.
     """
 
-    def __init__(self, xml: Path, *, profile: Profile, context_length: int) -> None:
+    def __init__(
+        self, xml: Path, *, profile: Profile, context_length: int, long_context: bool = False
+    ) -> None:
         core = _core()
         with mapped_errors(f"reading {xml.name}"):
             model = core.read_model(xml)
-        make_paged(model)
+            embeddings = xml.with_name(EMBEDDINGS_FILE)
+            if xml.name == LANGUAGE_FILE:
+                join_embeddings(model, core.read_model(embeddings))
+        make_paged(model, long_context=long_context)
         with mapped_errors("compiling the model"):
             settings = {"PERFORMANCE_HINT": "LATENCY", **SETTINGS[profile]}
             compiled = core.compile_model(model, "CPU", settings)

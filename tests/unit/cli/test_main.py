@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from recollect.cli.models import format_bytes
 from recollect.conversation.loading import load
 from recollect.models import onnx_convert
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL
+from recollect.models.manifest import Manifest
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +150,42 @@ def test_models_for_people_names_each(
     assert status_of(monkeypatch, "models") == 0
     out = capsys.readouterr().out
     assert all(name in out for name in CATALOG)
+
+
+def test_a_kept_gguf_file_is_listed_and_pruned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RECOLLECT_HOME", str(tmp_path))
+    folder, kept = tmp_path / "models" / "mine-1", tmp_path / "sources" / "mine-1" / "mine.gguf"
+    for file in (folder / "note", kept):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(bytes(5_000))
+    Manifest(
+        name="mine",
+        source_sha256="",
+        source_bytes=5_000,
+        architecture="llama",
+        context_length=512,
+        chat_template=None,
+        eos_token_ids=[],
+        bos_token=None,
+        eos_token=None,
+        fingerprint="",
+        library_versions={"openvino-genai": version("openvino-genai")},
+        file_bytes={},
+        format_version=2,
+    ).write(folder)
+    assert status_of(monkeypatch, "models") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "rounded" in out
+    assert "5 kB of it is the GGUF file" in out
+    assert status_of(monkeypatch, "models", "--prune", "mine") == 0
+    assert capsys.readouterr().out == "Deleted 5 kB of GGUF; mine stays as it is.\n"
+    assert not kept.exists()
+    assert status_of(monkeypatch, "models", "--prune", "mine") == 0
+    assert capsys.readouterr().out.startswith("No GGUF file of mine was kept")
+    assert status_of(monkeypatch, "models", "--prune", "other") != 0
+    assert "There is no model 'other' on this disk" in capsys.readouterr().err
 
 
 def test_what_is_here_can_be_pulled(

@@ -64,7 +64,9 @@ def test_what_was_converted_from_a_file_that_is_gone_is_not_offered(
             licence=None,
             download_bytes=None,
             is_installed=True,
+            is_exact=True,
             disk_bytes=1,
+            source_bytes=0,
             path=None,
         )
         for name in names

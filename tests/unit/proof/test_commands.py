@@ -126,7 +126,10 @@ def test_no_result_is_a_summary_of_nothing() -> None:
 def test_verify_prints_what_it_did_and_passes(run: Run, tmp_path: Path) -> None:
     result = run("verify", "--operations", "40", "--json", str(tmp_path / "report.json"))
     assert result.exit_code == 0
-    assert result.stdout.splitlines()[0] == "reference · exact · 40 operations · seed 0"
+    lines = result.stdout.splitlines()
+    assert lines[0] == "reference · against its file"
+    assert lines[1].startswith("NOT COMPARED: ")
+    assert lines[3] == "reference · exact · 40 operations · seed 0"
     assert result.stdout.splitlines()[-1] == "PASS"
     assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
 

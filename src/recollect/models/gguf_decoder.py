@@ -1,0 +1,380 @@
+"""
+What decoder a GGUF file holds: sizes, switches and rotary embedding, read from its fields.
+
+Every field that changes what a model computes is either a value here or a refusal: a model that
+would run with another meaning than its file's is not run. Reads no weights and builds no graph.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+
+from recollect.errors import UnsupportedModelError
+from recollect.models.gguf_shards import Shards
+from recollect.models.gguf_weights import READABLE_KINDS, values_of
+
+_EXPORT: Final = "export the original model with `optimum-cli export openvino`"
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """How the architectures differ where their fields and tensors do not say so."""
+
+    interleaved: bool = False
+    """Whether a head's rotated pairs lie beside each other, as llama.cpp's NORM kind has them."""
+    unrotated_every: int = 0
+    """Every so many layers one has no rotary embedding; 0: all have."""
+    scales: bool = False
+    """Whether the fields of Granite's four multipliers count."""
+    is_gemma: bool = False
+    """Whether embeddings are scaled by the root of their width, and the feed-forward part has GELU."""
+    windowed_of: int = 0
+    """Of so many layers all but the last look back no further than the window; 0: none, 1: all do."""
+    fused: bool = False
+    """Whether query, key and value are one tensor, and gate and up another."""
+
+
+FAMILIES: Final[Mapping[str, _Family]] = MappingProxyType(
+    {
+        "llama": _Family(interleaved=True),
+        "qwen2": _Family(),
+        "qwen3": _Family(),
+        "granite": _Family(interleaved=True, scales=True),
+        "smollm3": _Family(interleaved=True, unrotated_every=4),
+        "olmo2": _Family(),
+        "gemma3": _Family(is_gemma=True, windowed_of=6),
+        "phi3": _Family(windowed_of=1, fused=True),
+    }
+)
+"""
+Architectures that can be built.
+
+Source: llama.cpp, `llama_model_rope_type` for how heads are rotated, and the builder of each.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """The rotary embedding."""
+
+    frequencies: np.ndarray
+    """Radians a position, f64, shape `(rotated dimensions / 2,)`."""
+    factor: float
+    """What cosine and sine are multiplied by: 1 but for YaRN."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """A decoder-only transformer with RMS norms, rotary embedding and a gated feed-forward part."""
+
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    epsilon: float
+    """Of the norms."""
+    rope: Rope
+    interleaved: bool
+    """Whether the rows of query and key have to be put in the order that rotates by halves."""
+    unrotated: frozenset[int] = frozenset()
+    """Layers without rotary embedding."""
+    attention_scale: float
+    """What the products of query and key are multiplied by."""
+    embedding_scale: float = 1.0
+    has_gelu: bool = False
+    """Whether the feed-forward part has GELU, by its approximation with tanh, and not SiLU."""
+    fused: bool = False
+    """Whether query, key and value are one tensor, and gate and up another."""
+    window: int = 0
+    """How many tokens, the last one included, a layer of `windowed` looks back; 0: all."""
+    windowed: frozenset[int] = frozenset()
+    local_rope: Rope | None = None
+    """Of the layers in `windowed`, where it is another than that of the rest."""
+    residual_scale: float = 1.0
+    """What attention and feed-forward part are multiplied by before they are added."""
+    logit_divisor: float = 1.0
+    tensors: Collection[str] = field(repr=False)
+    """The names of all tensors."""
+
+    def has(self, name: str) -> bool:
+        """Return whether the file holds a tensor of that name."""
+        return name in self.tensors
+
+
+def read_decoder(shards: Shards) -> Decoder:
+    """
+    Return the decoder that a file holds.
+
+    Raises:
+        UnsupportedModelError: It cannot be built as the file means it; the message names the
+            architecture, field, tensor or tensor type that is in the way.
+    """
+    fields = _Fields(shards)
+    family = FAMILIES.get(fields.architecture)
+    if family is None:
+        raise UnsupportedModelError(
+            f"{shards.path.name} is of the {fields.architecture} architecture, and recollect builds "
+            f"only {', '.join(FAMILIES)} from GGUF: {_EXPORT}."
+        )
+    if not shards.tensors:
+        raise UnsupportedModelError(
+            f"{shards.path.name} holds a vocabulary and no weights: choose another file of the model."
+        )
+    _require_readable_kinds(shards)
+    _require_no_other_meaning(fields, family)
+    heads = fields.integer("attention.head_count")
+    head_size = fields.integer("attention.key_length", fields.integer("embedding_length") // heads)
+    layers = fields.integer("block_count")
+    windowed, window = _windowed(family, fields, layers)
+    decoder = Decoder(
+        architecture=fields.architecture,
+        layers=layers,
+        heads=heads,
+        kv_heads=fields.integer("attention.head_count_kv", heads),
+        head_size=head_size,
+        epsilon=fields.real("attention.layer_norm_rms_epsilon"),
+        rope=_read_rope(fields, shards, head_size),
+        interleaved=family.interleaved,
+        unrotated=_unrotated(family, layers),
+        attention_scale=_attention_scale(family, fields, layers, head_size),
+        embedding_scale=_embedding_scale(family, fields),
+        has_gelu=family.is_gemma,
+        fused=family.fused,
+        window=window,
+        windowed=windowed,
+        local_rope=_local_rope(family, fields, head_size),
+        residual_scale=fields.real("residual_scale", 1.0),
+        logit_divisor=fields.real("logit_scale", 1.0),
+        tensors=shards.tensors.keys(),
+    )
+    _require_sound(decoder, fields)
+    return decoder
+
+
+class _Fields:
+    """The fields of a file's architecture, each of the kind that is asked for."""
+
+    def __init__(self, shards: Shards) -> None:
+        self._fields = shards.fields
+        self.file = shards.path.name
+        self.architecture = str(self._fields.get("general.architecture"))
+
+    def get(self, name: str) -> Any:
+        """Return a field's value, or None; a list of one value for each layer is that value."""
+        value = self._fields.get(f"{self.architecture}.{name}")
+        if isinstance(value, list | tuple):
+            if len(set(value)) != 1:
+                raise self.refusal(f"has layers of different {name.replace('_', ' ')}")
+            return value[0]
+        return value
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value: int = self._number(name, default, int)
+        return value
+
+    def real(self, name: str, default: float | None = None) -> float:
+        return float(self._number(name, default, (int, float)))
+
+    def text(self, name: str, default: str) -> str:
+        value = self.get(name)
+        return value if isinstance(value, str) else default
+
+    def refusal(self, what: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.file} {what}, which recollect cannot build: {_EXPORT}."
+        )
+
+    def _number(self, name: str, default: Any, kinds: Any) -> Any:
+        value = self.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            raise UnsupportedModelError(
+                f"{self.file} is damaged or not finished (its field {self.architecture}.{name} is "
+                f"{value!r}): download it again."
+            )
+        return value
+
+
+_GEMMA_27B_LAYERS: Final = 62
+"""The one Gemma 3 that scales attention by the width of a head's share. Source: llama.cpp, gemma3."""
+
+
+def _attention_scale(family: _Family, fields: _Fields, layers: int, head_size: int) -> float:
+    if family.is_gemma and layers == _GEMMA_27B_LAYERS:
+        head_size = fields.integer("embedding_length") // fields.integer("attention.head_count")
+    return fields.real("attention.scale", 0.0) or 1 / math.sqrt(head_size)
+
+
+def _embedding_scale(family: _Family, fields: _Fields) -> float:
+    if family.is_gemma:
+        return math.sqrt(fields.integer("embedding_length"))
+    return fields.real("embedding_scale", 1.0)
+
+
+def _windowed(family: _Family, fields: _Fields, layers: int) -> tuple[frozenset[int], int]:
+    """Return which layers look back no further than a window, and how long that is."""
+    window = fields.integer("attention.sliding_window", 0)
+    if not 0 < window < fields.integer("context_length"):
+        return frozenset(), 0
+    if not family.windowed_of:
+        raise fields.refusal("has a sliding window")
+    every = fields.integer("attention.sliding_window_pattern", family.windowed_of)
+    if every < 1:
+        raise fields.refusal(f"has windows in the pattern {every}")
+    return frozenset(n for n in range(layers) if every == 1 or (n + 1) % every != 0), window
+
+
+def _local_rope(family: _Family, fields: _Fields, head_size: int) -> Rope | None:
+    if not family.is_gemma:
+        return None
+    base = fields.real("rope.freq_base_swa", 10_000.0)
+    return Rope(base ** -(np.arange(0, head_size, 2) / head_size), 1.0)
+
+
+def _unrotated(family: _Family, layers: int) -> frozenset[int]:
+    every = family.unrotated_every
+    return frozenset(range(every - 1, layers, every)) if every else frozenset()
+
+
+_MEANINGS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = MappingProxyType(
+    {
+        # field: (whether its value changes nothing, what the refusal says)
+        "expert_count": (lambda value: value == 0, "is a mixture of experts"),
+        "attention.causal": (lambda value: value is True, "is no causal model"),
+        "attention.clamp_kqv": (lambda value: value == 0, "clamps query, key and value"),
+        "attention.max_alibi_bias": (lambda value: value == 0, "has ALiBi in place of RoPE"),
+        "attn_logit_softcapping": (lambda value: value == 0, "caps the logits of attention"),
+        "final_logit_softcapping": (lambda value: value == 0, "caps its logits"),
+        "use_parallel_residual": (lambda value: value is False, "has parallel residuals"),
+        "rope.scaling.yarn_ext_factor": (lambda value: value == 1, "extrapolates YaRN its own way"),
+        "rope.scaling.yarn_log_multiplier": (lambda value: value == 0, "scales YaRN its own way"),
+    }
+)
+_GRANITE_SCALES: Final = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
+
+
+def _require_no_other_meaning(fields: _Fields, family: _Family) -> None:
+    for name, (is_harmless, what) in _MEANINGS.items():
+        value = fields.get(name)
+        if value is not None and not is_harmless(value):
+            raise fields.refusal(what)
+    for name in () if family.scales else _GRANITE_SCALES:
+        if fields.get(name) is not None:
+            raise fields.refusal(f"has the field {fields.architecture}.{name}")
+
+
+def _require_readable_kinds(shards: Shards) -> None:
+    strange = {t.kind.name for t in shards.tensors.values() if t.kind not in READABLE_KINDS}
+    if strange:
+        raise UnsupportedModelError(
+            f"{shards.path.name} holds {', '.join(sorted(strange))} tensors, which recollect does "
+            "not read: choose another quantization of the model, such as Q4_K_M or Q8_0."
+        )
+
+
+_IGNORED: Final = ("rope_freqs.weight", ".attn_rot_embd.weight", ".rope_freqs.weight")
+"""Not weights of the graph: frequencies, which the rotary embedding takes or old files repeat."""
+_PER_LAYER: Final[tuple[tuple[str, ...], ...]] = (
+    ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
+    ("attn_norm", "attn_q_norm", "attn_k_norm", "post_attention_norm"),
+    ("ffn_norm", "post_ffw_norm"),
+)
+_FUSED: Final = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
+
+
+def _require_sound(decoder: Decoder, fields: _Fields) -> None:
+    """Check that every weight that is needed is there, and that every weight there has a place."""
+    sizes = (decoder.layers, decoder.heads, decoder.kv_heads, decoder.head_size)
+    is_odd = decoder.heads % decoder.kv_heads or decoder.head_size % 2 if min(sizes) > 0 else True
+    if is_odd or decoder.layers > len(decoder.tensors):
+        raise fields.refusal(f"says that it has layers, heads, KV heads and head size of {sizes}")
+    matrices, *norms = _PER_LAYER
+    if decoder.fused:
+        matrices = _FUSED
+    needed = {"token_embd.weight", "output_norm.weight"}
+    allowed = {"output.weight", "output.bias"}
+    for layer in range(decoder.layers):
+        name = f"blk.{layer}."
+        needed |= {f"{name}{matrix}.weight" for matrix in matrices}
+        allowed |= {f"{name}{matrix}.bias" for matrix in matrices}
+        allowed |= {f"{name}{norm}.weight" for kinds in norms for norm in kinds}
+    missing = sorted(needed.difference(decoder.tensors))
+    if missing:
+        raise UnsupportedModelError(
+            f"{fields.file} lacks the tensor {missing[0]}: it is damaged or no whole model; "
+            "download it again, with all of its parts."
+        )
+    strange = sorted(
+        name
+        for name in decoder.tensors
+        if name not in needed | allowed and not name.endswith(_IGNORED)
+    )
+    if strange:
+        raise fields.refusal(f"holds the tensor {strange[0]}")
+    if fields.integer("attention.value_length", decoder.head_size) != decoder.head_size:
+        raise fields.refusal("has values of another size than keys")
+    if decoder.interleaved and 2 * len(decoder.rope.frequencies) != decoder.head_size:
+        raise fields.refusal("rotates a part of each head")
+
+
+def _read_rope(fields: _Fields, shards: Shards, head_size: int) -> Rope:
+    """
+    Return the rotary embedding.
+
+    Source: llama.cpp, `llama_model::load_hparams` for the fields and `ggml_rope_yarn_corr_dims` for
+    YaRN, which agrees with transformers' `_compute_yarn_parameters`.
+    """
+    rotated = fields.integer("rope.dimension_count", head_size)
+    if not 0 < rotated <= head_size or rotated % 2:
+        raise fields.refusal(f"rotates {rotated} of {head_size} dimensions of a head")
+    base = fields.real("rope.freq_base", 10_000.0)
+    plain = base ** -(np.arange(0, rotated, 2) / rotated)
+    if "rope_freqs.weight" in shards.tensors:  # Llama 3.1: what each frequency is divided by
+        factors = values_of(shards.blocks("rope_freqs.weight"), shards.kind("rope_freqs.weight"))
+        if factors.shape != plain.shape or not (factors > 0).all():
+            raise fields.refusal("has RoPE factors of another size than its heads")
+        plain = plain / factors
+    factor = fields.real("rope.scaling.factor", fields.real("rope.scale_linear", 1.0)) or 1.0
+    # A factor without a kind is linear: files from before there were kinds.
+    kind = fields.text("rope.scaling.type", "linear")
+    if kind == "none":
+        return Rope(plain, 1.0)
+    if kind == "linear":
+        return Rope(plain / factor, 1.0)
+    if kind == "yarn":
+        return _yarn(fields, plain, base, factor)
+    raise fields.refusal(f"scales RoPE in the way {kind!r}")
+
+
+def _yarn(fields: _Fields, plain: np.ndarray, base: float, factor: float) -> Rope:
+    rotated = 2 * len(plain)
+    original = fields.integer(
+        "rope.scaling.original_context_length", fields.integer("context_length")
+    )
+
+    def dimension(turns: float) -> float:
+        """Return the dimension that turns so often within the original context."""
+        return rotated * math.log(original / (turns * math.tau)) / (2 * math.log(base))
+
+    low = max(0, math.floor(dimension(fields.real("rope.scaling.yarn_beta_fast", 32.0))))
+    high = min(rotated - 1, math.ceil(dimension(fields.real("rope.scaling.yarn_beta_slow", 1.0))))
+    ramp = np.clip((np.arange(len(plain)) - low) / max(0.001, high - low), 0, 1)
+    scale = fields.real("rope.scaling.attn_factor", 1.0)
+    scale *= fields.real("rope.scaling.yarn_attn_factor", 1.0)
+    return Rope(plain * (1 - ramp) + plain / factor * ramp, scale * (0.1 * math.log(factor) + 1))
+
+
+def require_buildable(path: Path) -> None:
+    """
+    Check that the model in a file can be built as the file means it.
+
+    Raises:
+        UnsupportedModelError: It cannot, or the file is damaged.
+    """
+    read_decoder(Shards(path))

@@ -1,0 +1,229 @@
+"""
+Takes the weights of a GGUF file apart into whole numbers, scales and zero points.
+
+`(number - zero) * scale` is the value that llama.cpp computes with, to the last bit but one of
+f32. Pure: arrays in, arrays out. Does not know files or graphs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize
+
+Storage = Literal["i4", "i8", "u4", "u8"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the weights of one tensor type are stored after they were taken apart."""
+
+    group: int
+    """Weights that share a scale."""
+    storage: Storage
+    """The smallest type that holds every number. Unsigned ones have a zero point for each group."""
+    half_scales: bool = False
+    """Whether the file's scales are f16, so that f16 holds them exactly."""
+
+    @property
+    def has_zeros(self) -> bool:
+        """Return whether a group has a zero point: whether the file stores minima."""
+        return self.storage in ("u4", "u8")
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Weights as `(number - zero) * scale`."""
+
+    numbers: np.ndarray
+    """int8, shape `(groups, group)`; unsigned ones are at most 31."""
+    scales: np.ndarray
+    """f32, shape `(groups,)`."""
+    zeros: np.ndarray | None
+    """f32, shape `(groups,)`; None where every zero point is 0."""
+
+    def values(self) -> np.ndarray:
+        """Return the weights, f32, shape `(groups, group)`."""
+        numbers = self.numbers.astype(np.float32)
+        if self.zeros is not None:
+            numbers -= self.zeros[:, None]
+        numbers *= self.scales[:, None]
+        return numbers
+
+
+@dataclass(frozen=True, slots=True)
+class _Patches:
+    """
+    Bytes of a block to overwrite, so that dequantizing it yields its numbers, scales or minima.
+
+    Written as `start:stop=hex`, the hex bytes repeated; 003c is 1.0 as f16. What the bytes mean is
+    told by ggml-common.h. So the numbers come from the gguf package itself, whatever the type, and
+    no bit arithmetic of ours can disagree with it.
+    """
+
+    numbers: str
+    """Scales become 1 and minima 0: what is left is the numbers."""
+    scales: str
+    """Numbers become `one` and minima 0: what is left is `one` times the scales."""
+    one: int = 1
+    minima: str | None = None
+    """Numbers become 0: what is left is the minima. None for types without."""
+
+
+_K_SCALES: Final = "0:4=003c0000 4:8=01 8:12=00 12:16=01"
+"""Q4_K and Q5_K: d = 1, dmin = 0, and every 6-bit scale 1."""
+
+_BY_PATCHES: Final[Mapping[Kind, tuple[Layout, _Patches]]] = MappingProxyType(
+    {
+        Kind.Q8_0: (Layout(32, "i8", half_scales=True), _Patches("0:2=003c", "2:34=01")),
+        Kind.Q4_0: (Layout(32, "i4", half_scales=True), _Patches("0:2=003c", "2:18=00", -8)),
+        Kind.Q5_0: (Layout(32, "i8", half_scales=True), _Patches("0:2=003c", "2:22=00", -16)),
+        Kind.IQ4_NL: (Layout(32, "i8", half_scales=True), _Patches("0:2=003c", "2:18=88")),
+        Kind.MXFP4: (Layout(32, "i8"), _Patches("0:1=80", "1:17=11")),
+        Kind.Q4_1: (
+            Layout(32, "u4"),
+            _Patches("0:4=003c0000", "2:4=00 4:20=11", minima="4:20=00"),
+        ),
+        Kind.Q5_1: (
+            Layout(32, "u8"),
+            _Patches("0:4=003c0000", "2:8=00 8:24=11", minima="4:24=00"),
+        ),
+        Kind.Q2_K: (
+            Layout(16, "u4"),
+            _Patches("0:16=01 80:84=003c0000", "16:80=55 82:84=00", minima="16:80=00"),
+        ),
+        Kind.Q3_K: (
+            Layout(16, "i4"),
+            _Patches("96:104=11 104:108=aa 108:110=003c", "0:96=00", -4),
+        ),
+        Kind.Q4_K: (Layout(32, "u4"), _Patches(_K_SCALES, "2:4=00 16:144=11", minima="16:144=00")),
+        Kind.Q5_K: (
+            Layout(32, "u8"),
+            _Patches(_K_SCALES, "2:4=00 16:48=00 48:176=11", minima="16:176=00"),
+        ),
+        Kind.Q6_K: (Layout(16, "i8"), _Patches("192:208=01 208:210=003c", "0:192=00", -32)),
+        Kind.IQ4_XS: (Layout(32, "i8"), _Patches("0:2=003c 2:4=aa 4:8=11", "8:136=88")),
+    }
+)
+
+_BY_SEARCH: Final[Mapping[Kind, tuple[Layout, tuple[int, ...]]]] = MappingProxyType(
+    {
+        # The magnitudes that a number can have, in a unit that makes them whole. These types choose
+        # numbers from a table, eight at a time; their values are such numbers times a scale.
+        Kind.TQ1_0: (Layout(256, "i8"), (1,)),
+        Kind.TQ2_0: (Layout(256, "i8"), (1, 2)),
+        Kind.NVFP4: (Layout(16, "i8"), (12, 8, 6, 4, 3, 2, 1)),
+        Kind.IQ1_S: (Layout(32, "i8"), (9, 7, 1)),
+        Kind.IQ1_M: (Layout(8, "i8"), (9, 7, 1)),
+        Kind.IQ2_XXS: (Layout(32, "i8"), (43, 25, 8)),
+        Kind.IQ2_XS: (Layout(16, "i8"), (43, 25, 8)),
+        Kind.IQ2_S: (Layout(16, "i8"), (43, 25, 8)),
+        Kind.IQ3_XXS: (Layout(32, "i8"), (62, 52, 44, 36, 28, 20, 12, 4)),
+        Kind.IQ3_S: (Layout(32, "i8"), (15, 13, 11, 9, 7, 5, 3, 1)),
+    }
+)
+
+PLAIN_KINDS: Final = (Kind.F32, Kind.F16, Kind.BF16)
+"""Types whose values are stored as they are."""
+
+LAYOUTS: Final[Mapping[Kind, Layout]] = MappingProxyType(
+    {kind: layout for table in (_BY_PATCHES, _BY_SEARCH) for kind, (layout, _) in table.items()}
+)
+"""How each type that is taken apart is stored."""
+
+READABLE_KINDS: Final = frozenset({*PLAIN_KINDS, *LAYOUTS})
+
+
+def take_apart(blocks: np.ndarray, kind: Kind) -> Groups:
+    """
+    Return the numbers, scales and zero points of a file's blocks.
+
+    Args:
+        blocks: Bytes of whole blocks, shape `(n, bytes of a block)`; not changed.
+        kind: A key of `LAYOUTS`.
+
+    Raises:
+        ValueError: A scale is infinite or no number, or a number is not of the type's: the file
+            is damaged. The text names what it holds.
+    """
+    with np.errstate(invalid="ignore"):  # what is no number is found below
+        groups = _by_patches(blocks, kind) if kind in _BY_PATCHES else _by_search(blocks, kind)
+    _require_finite("scale", groups.scales)
+    if groups.zeros is not None:
+        _require_finite("minimum", groups.zeros)
+    return groups
+
+
+def values_of(blocks: np.ndarray, kind: Kind) -> np.ndarray:
+    """Return the f32 values of blocks of bytes, as the gguf package computes them, flat."""
+    # As one row: the package splits rows into groups of 16 and would loop over them in Python.
+    values: np.ndarray = dequantize(np.ascontiguousarray(blocks).reshape(1, -1), kind)
+    return values.reshape(-1).astype(np.float32, copy=False)
+
+
+def _require_finite(what: str, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError(f"a {what} that is infinite or no number")
+
+
+def _by_patches(blocks: np.ndarray, kind: Kind) -> Groups:
+    layout, patches = _BY_PATCHES[kind]
+    numbers = _patched(blocks, patches.numbers, kind).astype(np.int8).reshape(-1, layout.group)
+    first = slice(None, None, layout.group)
+    scales = _patched(blocks, patches.scales, kind)[first] / np.float32(patches.one)
+    if patches.minima is None:
+        return Groups(numbers, scales, None)
+    minima = _patched(blocks, patches.minima, kind)[first]
+    # A group with a scale of 0 is its minimum everywhere, which no zero point can say at that scale:
+    # it becomes (0 - -minimum) * 1. Real Q4_K files hold such groups.
+    flat = scales == 0
+    numbers[flat] = 0
+    scales[flat] = 1
+    return Groups(numbers, scales, -minima / scales)
+
+
+def _patched(blocks: np.ndarray, patches: str, kind: Kind) -> np.ndarray:
+    """Return what dequantizing yields after some bytes of every block were overwritten, flat."""
+    changed = blocks.copy()
+    for patch in patches.split():
+        place, _, content = patch.partition("=")
+        start, stop = map(int, place.split(":"))
+        changed[:, start:stop] = np.resize(
+            np.frombuffer(bytes.fromhex(content), np.uint8), stop - start
+        )
+    return values_of(changed, kind)
+
+
+def _by_search(blocks: np.ndarray, kind: Kind) -> Groups:
+    """
+    Find, for each group, a scale that makes all its values whole.
+
+    Its largest magnitude is one of a few whole numbers times the scale; the first for which all
+    others come out whole is taken. Where several fit, each of them gives the same values.
+    """
+    layout, magnitudes = _BY_SEARCH[kind]
+    values = values_of(blocks, kind).reshape(-1, layout.group)
+    largest = np.abs(values).max(axis=1)
+    _require_finite("scale", largest)
+    scales = np.zeros_like(largest)
+    numbers = np.zeros(values.shape, np.int8)
+    open_groups = np.flatnonzero(largest > 0)
+    for magnitude in magnitudes:
+        scale = largest[open_groups] / np.float32(magnitude)
+        found = values[open_groups] / scale[:, None]
+        whole = np.rint(found)
+        # Numbers are at most 62, so a rounding error of f32 stays far below a thousandth.
+        fits = (np.abs(found - whole) < 1e-3).all(axis=1)
+        chosen = open_groups[fits]
+        numbers[chosen], scales[chosen] = whole[fits], scale[fits]
+        open_groups = open_groups[~fits]
+    if len(open_groups) > 0:
+        raise ValueError(f"numbers that {kind.name} does not have")
+    return Groups(numbers, scales, None)
+
+
+assert all(GGML_QUANT_SIZES[kind][0] % layout.group == 0 for kind, layout in LAYOUTS.items())
