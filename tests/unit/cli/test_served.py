@@ -65,12 +65,13 @@ def test_what_was_converted_from_a_file_that_is_gone_is_not_offered(
             download_bytes=None,
             is_installed=True,
             is_exact=True,
-            disk_bytes=1,
-            source_bytes=0,
+            disk_bytes=10,
+            source_bytes=4,
             path=None,
         )
         for name in names
     ]
     monkeypatch.setattr("recollect.cli.served.installed", lambda _home: statuses)
+    assert weight_bytes("smollm2", tmp_path) == 6  # the GGUF file that is kept takes no memory
     offered = public_names(default_references(tmp_path))
     assert list(offered) == ["smollm2", "there", "org/repo:file.gguf"]
