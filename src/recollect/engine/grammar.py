@@ -5,6 +5,7 @@ Knows token ids; the grammars themselves are llguidance's.
 """
 
 import importlib
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence as Tokens
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from recollect.engine.schema_bounds import check_schema
 from recollect.errors import ConfigError, InvalidParameterError
 from recollect.models.tokenizer import Tokenizer
 from recollect.types import Grammar, common_prefix_length
@@ -83,6 +85,8 @@ class Grammars:
     def _compile(self, grammar: Grammar) -> "llguidance.LLMatcher":
         library = _llguidance()
         make = library.LLMatcher
+        if grammar.kind == "json_schema":
+            check_schema(json.loads(grammar.source), "The JSON schema")
         try:
             if grammar.kind == "regex":
                 source = make.grammar_from_regex(grammar.source)

@@ -194,6 +194,12 @@ def test_more_tools_than_can_be_followed_are_told_so(make_model: Callable[..., M
     assert len(str(refused.value)) < 200
 
 
+def test_a_tool_with_a_schema_too_large_to_follow_is_named() -> None:
+    parameters = {"type": "object", "required": [f"p{n}" for n in range(40_000)]}
+    with pytest.raises(InvalidParameterError, match="of the tool 'big' has more than"):
+        Tools.of([{"type": "function", "function": {"name": "big", "parameters": parameters}}])
+
+
 def test_names_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work of looking for two of one name grows with the tools, not with their square."""
     compared = 0
