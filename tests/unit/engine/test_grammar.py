@@ -145,6 +145,16 @@ def test_a_grammar_that_ends_up_nowhere_is_the_callers_mistake(grammars: Grammar
         state.allowed(list(b"["))
 
 
+def test_a_schema_with_too_many_choices_at_one_place_is_not_the_replys_fault(
+    grammars: Grammars,
+) -> None:
+    many = {f"p{n}": {"type": "string"} for n in range(1500)}
+    state = grammars.start(Grammar.json_schema({"type": "object", "properties": many}))
+    assert state.allowed([])[ord("{")]
+    with pytest.raises(InvalidParameterError, match=r"cannot be followed here .*: simplify it"):
+        state.allowed([ord("{")])
+
+
 def test_a_reason_is_told_to_its_end(grammars: Grammars) -> None:
     with pytest.raises(InvalidParameterError, match="unclosed group"):
         grammars.start(Grammar.regex("(a"))
