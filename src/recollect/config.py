@@ -151,6 +151,11 @@ def default_kv_memory_bytes() -> int:
     return psutil.virtual_memory().available // 4
 
 
+def machine_memory_bytes() -> int:
+    """Return how much memory the machine has, in bytes."""
+    return int(psutil.virtual_memory().total)
+
+
 def default_kv_disk_bytes(folder: Path) -> int:
     """
     Return 10 GB or a tenth of what is free where *folder* is or will be, whichever is smaller.

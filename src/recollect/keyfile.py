@@ -203,7 +203,10 @@ def save(home: Path, key_file: KeyFile) -> None:
     except OSError as error:
         if path.exists():
             raise StoreError(f"Another program has just encrypted {home}: try again.") from None
-        raise StoreError(f"{path} cannot be written ({error.strerror}): allow it.") from error
+        raise StoreError(
+            f"{path} cannot be written ({error.strerror}): see that this is allowed, and that the disk "
+            "has room."
+        ) from error
     finally:
         with suppress(OSError):
             unfinished.unlink()

@@ -201,3 +201,36 @@ print("started", flush=True)
 sys.argv = ["-m", "models"]
 runpy.run_module("recollect", run_name="__main__", alter_sys=True)
 """
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+def with_room(size: int, command: str) -> str:
+    """Return a command line in which no file may grow beyond so many bytes, as on a full disk."""
+    limit = f"import os,resource;resource.setrlimit(resource.RLIMIT_FSIZE,({size},{size}))"
+    return f"""{sys.executable} -c '{limit};os.execvp("/bin/sh",["/bin/sh","-c","{command}"])'"""
+
+
+def test_an_export_without_room_leaves_no_file(environment: dict[str, str], tmp_path: Path) -> None:
+    """It would be in the way of the next try, which needs a name that is new."""
+    small, large, target = (tmp_path / f"{name}.json" for name in ("small", "large", "target"))
+    assert shell(f"echo hello | {CHAT} --name a", environment)[0] == 0
+    assert shell(f"{RECOLLECT} conversations export a {small}", environment)[0] == 0
+    large.write_text(small.read_text().replace("hello", "hello" * 10_000))
+    assert shell(f"{RECOLLECT} conversations import --name b {large}", environment)[0] == 0
+    export = f"{RECOLLECT} conversations export b {target}"
+    # SQLite's own file beside the journal takes 32 KiB; the export takes more than it has.
+    require_one_line(with_room(33 << 10, export), environment, about="too large")
+    assert not target.exists()
+    assert shell(export, environment)[0] == 0
+
+
+def test_a_key_without_room_is_said_and_leaves_no_file(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    command = f"{RECOLLECT} keys add phone"
+    require_one_line(with_room(0, command), environment, about="api-keys.json cannot be written")
+    assert files_of(tmp_path / "home") == set()
+    assert shell(command, environment)[0] == 0

@@ -10,11 +10,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Final, TextIO
 
 from recollect.cli.terminal import printable
 from recollect.conversation.session import Session
 from recollect.errors import ConfigError
+
+MOST_CHARACTERS: Final = 16 * 2**20
+"""Of a line. The server takes as many bytes in a request; a device such as /dev/zero is one line."""
 
 
 @contextmanager
@@ -26,7 +29,8 @@ def open_prompts(file: Path | None) -> Iterator[Iterator[str]]:
         The prompts, as they come, without blank lines.
 
     Raises:
-        ConfigError: It cannot be opened, or, from the iterator, is not UTF-8 text.
+        ConfigError: It cannot be opened, or, from the iterator, is not UTF-8 text, or has a line
+            without an end.
     """
     if file is None:
         if isinstance(sys.stdin, io.TextIOWrapper):
@@ -64,9 +68,16 @@ def answer_all(session: Session, prompts: Iterable[str], *, as_json: bool) -> No
             )
 
 
-def _prompts(lines: Iterable[str], source: str) -> Iterator[str]:
+def _prompts(stream: TextIO, source: str) -> Iterator[str]:
     try:
-        yield from (line.rstrip("\r\n") for line in lines if line.strip())
+        while line := stream.readline(MOST_CHARACTERS):
+            if len(line) == MOST_CHARACTERS:
+                raise ConfigError(
+                    f"{source} has a line of {MOST_CHARACTERS:,} characters or more: a line is a prompt, "
+                    "so part it."
+                )
+            if line.strip():
+                yield line.rstrip("\r\n")
     except UnicodeDecodeError as cause:
         raise ConfigError(f"{source} is not UTF-8 text: convert it first.") from cause
 

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -150,13 +150,7 @@ def export(
         typer.echo(printable(text) if sys.stdout.isatty() else text.encode(), nl=False)
         return
     with _file_errors(file):
-        try:
-            with open(file, "x", encoding="utf-8", newline="\n", opener=_private) as stream:
-                stream.write(text)
-        except FileExistsError:
-            raise ConversationFileError(
-                f"{file} exists already: choose another name, or remove it first."
-            ) from None
+        _write_new(file, text)
     typer.echo(f"{name!r} is in {file}, which only you can read.")
 
 
@@ -223,6 +217,23 @@ def _file_errors(file: Path) -> Iterator[None]:
         raise ConversationFileError(
             f"{file} cannot be used ({error.strerror}): check the path and what is allowed there."
         ) from error
+
+
+def _write_new(file: Path, text: str) -> None:
+    """Write a file that has to be new; where that fails, none is left in the way of another try."""
+    try:
+        stream = open(file, "x", encoding="utf-8", newline="\n", opener=_private)  # noqa: SIM115 - below
+    except FileExistsError:
+        raise ConversationFileError(
+            f"{file} exists already: choose another name, or remove it first."
+        ) from None
+    try:
+        with stream:
+            stream.write(text)
+    except BaseException:  # also Ctrl-C
+        with suppress(OSError):
+            file.unlink()
+        raise
 
 
 def _private(path: str, flags: int) -> int:

@@ -6,13 +6,14 @@ calls beside the text becomes such a text again. Pure: values in, values out.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from recollect.conversation.records import NewNode
+from recollect.conversation.records import ROLES, NewNode
 from recollect.errors import InvalidParameterError
 from recollect.models.tool_calls import ParsedReply, parse_reply
 from recollect.models.tool_text import CALL_START, call_text
-from recollect.types import Message, MessageToolCall, Role, ToolLinks
+from recollect.types import Message, Role, ToolLinks
 
 
 def to_node(message: Message) -> NewNode:
@@ -20,14 +21,16 @@ def to_node(message: Message) -> NewNode:
     Return a message as it is kept.
 
     Raises:
-        InvalidParameterError: A call has no name, or a message that needs one no content.
+        InvalidParameterError: It has a role that is none, which a template would write as it is.
+            Or a call lacks something, a message that needs one has no content, or that is no text.
     """
+    _check_shape(message)
     role, content = message["role"], message.get("content")
     if role == "assistant":
         calls = message.get("tool_calls") or ()
         texts = [content] if content else []
         texts += [_call_text(call) for call in calls]
-        links = ToolLinks(call_ids=tuple(call["id"] for call in calls)) if calls else None
+        links = ToolLinks(call_ids=tuple(map(_call_id, calls))) if calls else None
         return NewNode(role=role, content="\n".join(texts), links=links)
     if content is None:
         raise InvalidParameterError(f"A message of role {role!r} has no content: give it a text.")
@@ -84,11 +87,40 @@ def _canonical_json(text: str) -> Any:
         return text
 
 
-def _call_text(call: MessageToolCall) -> str:
+def _check_shape(message: Any) -> None:
+    """Check what a type checker would, had it been asked: callers pass on what others sent."""
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if role not in ROLES:
+        raise InvalidParameterError(
+            f"A message has the role {role!r}: take one of {', '.join(ROLES)}."
+        )
+    content = message.get("content")
+    if content is not None and not isinstance(content, str):
+        raise InvalidParameterError(
+            f"A message of role {role!r} has content of type {type(content).__name__}: give it a text."
+        )
+
+
+def _call_id(call: Any) -> str:
+    call_id = call.get("id")
+    if not isinstance(call_id, str):
+        raise InvalidParameterError(
+            f"A tool call has the id {call_id!r}: give it a text, and a function with name and "
+            "arguments."
+        )
+    return call_id
+
+
+def _call_text(call: Any) -> str:
     try:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
     except (KeyError, TypeError) as cause:
         raise InvalidParameterError(
             f"A tool call lacks {cause}: give it an id, and a function with name and arguments."
         ) from cause
+    if not isinstance(name, str) or not isinstance(arguments, str):
+        raise InvalidParameterError(
+            f"A tool call has name {name!r} and arguments of type {type(arguments).__name__}: give "
+            "both as texts, the arguments as JSON."
+        )
     return call_text(name, arguments)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from recollect.engine.grammar import JSON_STYLE
+from recollect.engine.schema_bounds import check_schema
 from recollect.errors import InvalidParameterError
 from recollect.models.tool_text import CALL_CLOSING, CALL_START, call_opening
 from recollect.types import Grammar
@@ -75,7 +76,7 @@ class Tools:
 
         Raises:
             InvalidParameterError: A description is no JSON or has no name that can be one, its
-                parameters are no object, two have the same name, or the choice is none.
+                parameters are no object or too large, two have the same name, or the choice is none.
         """
         tools = cls(tuple(map(_copied, schemas or ())), choice, parallel)
         names = [_name(schema) for schema in tools.schemas]
@@ -192,6 +193,7 @@ def _check_parameters(name: str, parameters: Any) -> None:
             f"The parameters of the tool {name!r} are no object: give a JSON schema, such as "
             '{"type": "object"}, or leave them out.'
         )
+    check_schema(parameters, f"The schema of the parameters of the tool {name!r}")
 
 
 def _bodies(schemas: Sequence[Mapping[str, Any]]) -> str:
@@ -227,6 +229,7 @@ def _arguments(schema: Mapping[str, Any], guidance: Mapping[str, Any]) -> str:
 def _answer(answer: Grammar) -> str:
     if answer.kind == "json_schema":
         schema = json.loads(answer.source)
+        check_schema(schema, "The JSON schema")
         if isinstance(schema, dict):
             schema = {**schema, "x-guidance": JSON_STYLE}
         return f"answer: %json {json.dumps(schema)}"

@@ -20,7 +20,7 @@ from recollect.engine.scheduler import Pass, Scheduler
 from recollect.engine.sequence import Sequence
 from recollect.engine.task import Task, TaskState, hand_over
 from recollect.engine.tier import DiskTier
-from recollect.errors import MisuseError, RuntimeFailure
+from recollect.errors import ConfigError, MisuseError, RuntimeFailure
 from recollect.kv.blocks import BlockPool
 from recollect.kv.cached_block import CachedBlock
 from recollect.kv.cached_table import CachedTable
@@ -56,7 +56,12 @@ class Engine:
         store: DiskStore | None = None,
     ) -> None:
         self._runtime = runtime
-        runtime.allocate(num_blocks)
+        try:
+            runtime.allocate(num_blocks)
+        except MemoryError as cause:
+            raise ConfigError(
+                f"There is no memory for {num_blocks:,} blocks of KV: give KV less, or end other programs."
+            ) from cause
         self.info = info = runtime.info
         self.block_size = info.block_size
         self.keep_multiple_of = info.block_size if info.whole_blocks_only else 1

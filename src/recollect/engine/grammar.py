@@ -5,6 +5,7 @@ Knows token ids; the grammars themselves are llguidance's.
 """
 
 import importlib
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence as Tokens
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from recollect.engine.schema_bounds import check_schema
 from recollect.errors import ConfigError, InvalidParameterError
 from recollect.models.tokenizer import Tokenizer
 from recollect.types import Grammar, common_prefix_length
@@ -83,6 +85,8 @@ class Grammars:
     def _compile(self, grammar: Grammar) -> "llguidance.LLMatcher":
         library = _llguidance()
         make = library.LLMatcher
+        if grammar.kind == "json_schema":
+            check_schema(json.loads(grammar.source), "The JSON schema")
         try:
             if grammar.kind == "regex":
                 source = make.grammar_from_regex(grammar.source)
@@ -149,9 +153,7 @@ class GrammarState:
         self._follow(reply)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise InvalidParameterError(
-                f"The grammar cannot be followed here ({self._matcher.stop_reason()}): simplify it."
-            )
+            raise self._too_complex()
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
 
     def is_finished(self, reply: list[int]) -> bool:
@@ -163,6 +165,11 @@ class GrammarState:
         """Return a second state at the same place; 10 microseconds, whatever the grammar."""
         return GrammarState(self._matcher.deep_copy(), self._vocab_size, self._seen)
 
+    def _too_complex(self) -> InvalidParameterError:
+        return InvalidParameterError(
+            f"The grammar cannot be followed here ({self._matcher.stop_reason()}): simplify it."
+        )
+
     def _follow(self, reply: list[int]) -> None:
         if reply[: len(self._seen)] != self._seen:
             same = common_prefix_length(self._seen, reply)
@@ -172,6 +179,8 @@ class GrammarState:
         if new:
             taken = self._matcher.try_consume_tokens(new)
             self._seen += new[:taken]
+            if self._matcher.is_error():
+                raise self._too_complex()
             if taken < len(new):
                 raise InvalidParameterError(
                     f"Token {len(self._seen)} of the reply does not fit the grammar: "

@@ -82,13 +82,16 @@ class Environment:
 
     Shared by all who open the same folder; the last `close` closes it. Any thread may read, and
     writers take turns, those of other processes too. Must not be carried across `os.fork`.
-    Where the disk cannot be written, what is there can be read all the same.
+    Where the disk cannot be written, what is there can be read all the same. Once the file was found
+    damaged it is not touched any more: LMDB follows what is in it, and a writer would crash the process
+    that a reader has warned.
     """
 
     def __init__(self, folder: Path, least_bytes: int, tables: Sequence[str]) -> None:
         self.folder: Final = folder
         self._users = 1
         self._may_be_written = False
+        self._damage: str | None = None
         self._env, self.is_read_only = _opened(folder, least_bytes, len(tables) + 1)
         try:
             self._walk_pages()
@@ -272,12 +275,15 @@ class Environment:
     @contextmanager
     def _noting_damage(self) -> Iterator[None]:
         """Raise our errors; where the file is damaged, have whoever opens it next put it aside."""
+        if self._damage is not None:
+            raise StoreCorruptError(self._damage)
         try:
             with translated(self.folder):
                 yield
         except StoreCorruptError as error:
             # After a write that failed LMDB panics; the file is sound all the same.
             if not isinstance(error.__cause__, lmdb.PanicError):
+                self._damage = str(error)
                 with suppress(OSError):
                     (self.folder / DAMAGED).touch()
             raise

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -41,6 +41,12 @@ from recollect.server.settings import Settings
 
 _CLIENT_GONE: Final = 499
 """What proxies note of a request whose client went away; nobody reads it."""
+
+_SILENT: Final[Any] = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""
+FastAPI, from 0.165 at the latest, can report requests and what they failed with to OpenTelemetry, and to
+another machine where variables that are meant for other programs say so. Earlier ones ignore this.
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -94,6 +100,7 @@ def create_app(
     app = FastAPI(
         title="recollect",
         version=__version__,
+        telemetry=_SILENT,
         docs_url=None,  # these pages run scripts of another server's, in this one's name
         redoc_url=None,
         description=(

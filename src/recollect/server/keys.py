@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -132,6 +133,7 @@ class KeyFile:
 
         Raises:
             ConfigError: There is a key of that name, or that is no name.
+            StoreError: The file cannot be written; it is as it was.
         """
         keys = self.read()
         if not name.isprintable() or not name.strip():
@@ -148,6 +150,7 @@ class KeyFile:
 
         Raises:
             ConfigError: There is none of that name.
+            StoreError: The file cannot be written; it is as it was.
         """
         keys = self.read()
         left = [stored for stored in keys if stored.name != name]
@@ -156,13 +159,22 @@ class KeyFile:
         self._write(left)
 
     def _write(self, keys: Iterable[StoredKey]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         text = json.dumps({"keys": [asdict(stored) for stored in keys]}, indent=1)
         temporary = self.path.with_suffix(f".{secrets.token_hex(8)}")
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        temporary.replace(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+            temporary.replace(self.path)
+        except OSError as cause:
+            raise StoreError(
+                f"{self.path} cannot be written ({cause.strerror or cause}): see that this is allowed, "
+                "and that the disk has room."
+            ) from cause
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def keyring(file: KeyFile, given: Iterable[str]) -> Keyring:

@@ -343,8 +343,14 @@ async def with_model(
 
     async def wait() -> _T:
         turn = await _enter(services, namespace, model_name, 1)
+
+        def ended(working: asyncio.Future[_T]) -> None:
+            turn.release()
+            if not working.cancelled():
+                working.exception()  # nobody else may be left to ask, and asyncio would log that
+
         working = asyncio.ensure_future(on_thread(lambda: work(turn.lease.model)))
-        working.add_done_callback(lambda _: turn.release())
+        working.add_done_callback(ended)
         try:
             return await asyncio.shield(working)
         except asyncio.CancelledError:

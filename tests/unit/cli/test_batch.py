@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cli.batch import answer_all, open_prompts
+from recollect.cli.batch import MOST_CHARACTERS, answer_all, open_prompts
 from recollect.cli.terminal import printable
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError, ContextFullError
@@ -36,6 +36,18 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"one\n\xff\xfe\n")
     with pytest.raises(ConfigError, match="not UTF-8"):
         prompts_of(path)
+
+
+def test_a_line_without_an_end_is_not_waited_for(tmp_path: Path) -> None:
+    """As of a device such as /dev/zero, which would take all memory."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n" + "x" * (MOST_CHARACTERS - 1) + "\n\ntwo\n")
+    with open_prompts(path) as prompts:
+        assert next(prompts) == "one"
+        with pytest.raises(ConfigError, match="has a line of"):
+            next(prompts)
+    path.write_text("x" * (MOST_CHARACTERS - 2) + "\ntwo")
+    assert [len(line) for line in prompts_of(path)] == [MOST_CHARACTERS - 2, 3]
 
 
 def test_each_turn_is_one_json_object(model: Model, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Loading puts the parts together, within the memory that was asked for."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import recollect
+from recollect import config
 from recollect.engine.sizing import CONTEXTS_IN_POOL, pool_size
 from recollect.errors import ConfigError, ModelError
 from recollect.runtime.base import RuntimeInfo
@@ -23,6 +25,30 @@ def test_a_pool_is_what_the_memory_holds(memory: int, expected: int) -> None:
 def test_memory_for_no_block_is_refused(memory: int) -> None:
     with pytest.raises(ConfigError, match="1,000"):
         pool_size(INFO, memory)
+
+
+@pytest.mark.parametrize("memory", [config.machine_memory_bytes() + 1, 10**20, 10**30])
+def test_more_memory_than_the_machine_has_is_refused(memory: int) -> None:
+    with pytest.raises(ConfigError, match="memory that this machine has: give less"):
+        pool_size(INFO, memory)
+
+
+def test_memory_that_the_system_does_not_give_is_said(tmp_path: Path) -> None:
+    """As in a container that may use less than the machine has."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30));"
+    program = f"import recollect; recollect.load('reference', kv_memory={4 << 30}, kv_disk=0)"
+    if sys.platform != "linux" or config.machine_memory_bytes() < 4 << 30:
+        pytest.skip("it has no such limit, or less memory than is asked for")
+    done = subprocess.run(  # noqa: S603 - our own program
+        [sys.executable, "-c", limit + program],
+        env={**os.environ, "RECOLLECT_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.splitlines()[-1].startswith(
+        "recollect.errors.ConfigError: There is no memory for"
+    )
 
 
 def test_without_a_budget_the_pool_holds_some_full_contexts() -> None:

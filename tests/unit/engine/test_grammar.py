@@ -1,5 +1,6 @@
 """A grammar decides what may follow, end of sequence included, and costs a rewind nothing."""
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -144,6 +145,16 @@ def test_a_grammar_that_ends_up_nowhere_is_the_callers_mistake(grammars: Grammar
         state.allowed(list(b"["))
 
 
+def test_a_schema_with_too_many_choices_at_one_place_is_not_the_replys_fault(
+    grammars: Grammars,
+) -> None:
+    many = {f"p{n}": {"type": "string"} for n in range(1500)}
+    state = grammars.start(Grammar.json_schema({"type": "object", "properties": many}))
+    assert state.allowed([])[ord("{")]
+    with pytest.raises(InvalidParameterError, match=r"cannot be followed here .*: simplify it"):
+        state.allowed([ord("{")])
+
+
 def test_a_reason_is_told_to_its_end(grammars: Grammars) -> None:
     with pytest.raises(InvalidParameterError, match="unclosed group"):
         grammars.start(Grammar.regex("(a"))
@@ -157,6 +168,41 @@ def test_a_schema_that_is_too_deep_is_refused(grammars: Grammars) -> None:
         schema = {"type": "object", "properties": {"a": schema}}
     with pytest.raises(InvalidParameterError, match="recursion"):
         grammars.start(Grammar.json_schema(schema))
+
+
+def _chained(count: int) -> dict[str, Any]:
+    names = [f"a{n}" for n in range(count)]
+    links = {
+        name: {"type": "object", "properties": {"x": {"$ref": f"#/$defs/{after}"}}}
+        for name, after in itertools.pairwise(names)
+    }
+    return {"$defs": {**links, names[-1]: {"type": "string"}}, "$ref": "#/$defs/a0"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ({"type": "object", "required": [f"p{n}" for n in range(40_000)]}, "names and values"),
+        ({"enum": [{"a": n} for n in range(80_000)]}, "names and values"),
+        ({"const": "x" * 8_000_000}, "characters"),
+        ({"type": "string", "pattern": "a?b" * 1_000_000}, "characters"),
+        (_chained(400), "levels"),
+        ({"anyOf": [{"$ref": f"#{'/' * n}"} for n in range(400)] + [_chained(300)]}, "levels"),
+    ],
+)
+def test_a_schema_that_would_take_the_stack_or_minutes_is_refused(
+    grammars: Grammars, schema: dict[str, Any], why: str
+) -> None:
+    """The library crashes the process over some of these, so it must not be asked."""
+    with pytest.raises(InvalidParameterError, match=f"more than .* {why}"):
+        grammars.start(Grammar.json_schema(schema))
+
+
+def test_a_schema_with_many_parts_and_references_is_taken(grammars: Grammars) -> None:
+    """As large as those that people write: 150 models, each of which holds the next."""
+    grammars.start(Grammar.json_schema(_chained(150)))
+    wide = {f"p{n}": {"type": "string"} for n in range(500)}
+    grammars.start(Grammar.json_schema({"type": "object", "properties": wide}))
 
 
 def test_a_schema_that_is_no_json_is_refused() -> None:

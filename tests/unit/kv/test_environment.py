@@ -139,6 +139,18 @@ def test_only_a_file_that_is_damaged_is_put_aside_by_the_next_start(
     store.close()
 
 
+def test_a_file_that_was_found_damaged_is_not_touched_any_more(open_store: Open) -> None:
+    """LMDB would follow what is in it, for the writer also where only a reader has seen it."""
+    env = open_store().env
+    with pytest.raises(StoreCorruptError, match="is damaged"), env.reading():
+        raise lmdb.CorruptedError("as after a page that is not what it should be")
+    entered = []
+    for begin in (env.writing, env.reading):
+        with pytest.raises(StoreCorruptError, match="is damaged"), begin() as transaction:
+            entered.append(transaction)
+    assert entered == []
+
+
 def test_values_of_any_size_leave_the_file_near_its_budget(open_store: Open) -> None:
     """Free pages may not lie in a row; then less is kept, and the file stops growing."""
     budget = 4 << 20

@@ -1,5 +1,8 @@
 """One key's flood, and what others wait for; counted in forward passes."""
 
+import gc
+import io
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -180,6 +183,26 @@ def test_a_prewarm_that_nobody_waits_for_any_more_is_not_computed(
     assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
     assert len(gate.passes) == 2
     model.engine.check()
+
+
+def test_a_prewarm_that_is_given_up_is_no_failure_in_the_log(
+    start: Callable[..., httpx.Client], make_model: Callable[..., Model], gate: Gate
+) -> None:
+    client = start(load=lambda _: make_model(), limits=Limits(concurrent=1, shutdown_s=5))
+    messages = [{"role": "user", "content": "a long text " * 120}]
+    told = io.StringIO()
+    handler = logging.StreamHandler(told)
+    with ExitStack() as stack:
+        logging.getLogger("asyncio").addHandler(handler)
+        stack.callback(logging.getLogger("asyncio").removeHandler, handler)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/prewarm", json={"messages": messages}, timeout=0.5)
+        until(lambda: disconnected(client, "/v1/prewarm"))
+        gate.open()
+        # The turn comes when it has ended.
+        client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
+        gc.collect()
+    assert told.getvalue() == ""
 
 
 def test_a_prewarm_whose_client_goes_while_it_stands_in_line_is_never_begun(

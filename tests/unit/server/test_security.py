@@ -321,3 +321,16 @@ def test_what_is_no_request_is_a_400(client: httpx.Client, body: bytes) -> None:
 def test_an_address_that_is_not_there_is_a_404_in_json(client: httpx.Client) -> None:
     assert client.get("/v1/nowhere").json()["error"]["message"]
     assert client.get(CHAT).status_code == 405
+
+
+def test_what_the_server_runs_on_reports_to_nobody(
+    start: Callable[..., httpx.Client],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """FastAPI does, where variables say so that somebody set for another program."""
+    monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    assert start().get("/v1/models").status_code == 200
+    # Without the exporter's package it says that it would have.
+    assert [record.message for record in caplog.records if record.name == "fastapi"] == []
