@@ -1,5 +1,5 @@
 """
-Grade a reply: which of the expected facts does it state?
+Grade a reply: which of the expected facts does it state, and does it state a wrong one?
 
 Pure: text in, verdicts out. Does not know who wrote the reply.
 """
@@ -17,7 +17,9 @@ class Expectation:
     """What a reply has to say."""
 
     patterns: tuple[str, ...] = ()
-    """Regular expressions that occur anywhere, whatever the case."""
+    """Regular expressions, each of which has to occur as whole words or numbers, whatever the case."""
+    wrong: tuple[str, ...] = ()
+    """Likewise; a reply in which one occurs says the contrary, and states none of the facts."""
     bullets: int | None = None
     """How many bullet lines it has; None: any number."""
 
@@ -31,14 +33,25 @@ class Fact:
 
 
 def grade(reply: str, expected: Expectation) -> tuple[Fact, ...]:
-    """Return a verdict for each expected fact, in order; bullets last."""
+    """
+    Return a verdict for each expected fact, in order; bullets last.
+
+    "Dr. Patel is a biologist" has the word that was asked for, and is no answer to what Alice works
+    in: so what a reply must not say counts as well.
+    """
+    says_wrong = any(_occurs(pattern, reply) for pattern in expected.wrong)
     facts = [
-        Fact(pattern, re.search(pattern, reply, re.IGNORECASE) is not None)
-        for pattern in expected.patterns
+        Fact(pattern, _occurs(pattern, reply) and not says_wrong) for pattern in expected.patterns
     ]
     if expected.bullets is not None:
         facts.append(Fact(f"{expected.bullets} bullets", count_bullets(reply) == expected.bullets))
     return tuple(facts)
+
+
+def _occurs(pattern: str, text: str) -> bool:
+    """Return whether a pattern occurs, and not as a part of a longer word or number."""
+    whole = rf"(?<!\w)(?<!\d[,.])(?:{pattern})(?!\w|[,.]\d)"
+    return re.search(whole, text, re.IGNORECASE) is not None
 
 
 def count_bullets(text: str) -> int:

@@ -136,8 +136,13 @@ def play(model: Model, scenario: Scenario) -> ScenarioResult:
 
 def _expected(entry: dict[str, dict[str, list[str]] | dict[str, int]]) -> dict[int, Expectation]:
     patterns, bullets = entry.get("expect", {}), entry.get("expect_bullets", {})
+    wrong = entry.get("wrong", {})
     return {
-        int(turn): Expectation(tuple(patterns.get(turn, ())), bullets.get(turn))  # type: ignore[arg-type]
+        int(turn): Expectation(
+            tuple(patterns.get(turn, ())),  # type: ignore[arg-type]  # JSON of our own
+            tuple(wrong.get(turn, ())),  # type: ignore[arg-type]
+            bullets.get(turn),  # type: ignore[arg-type]
+        )
         for turn in {**patterns, **bullets}
     }
 

@@ -3,6 +3,7 @@
 import pytest
 
 from recollect.proof.grading import Expectation, Fact, count_bullets, grade
+from recollect.proof.scenarios import load_scenarios
 
 
 def test_each_pattern_gets_a_verdict_whatever_the_case() -> None:
@@ -12,7 +13,16 @@ def test_each_pattern_gets_a_verdict_whatever_the_case() -> None:
 
 @pytest.mark.parametrize(
     ("reply", "recalled"),
-    [("28,800 apples", True), ("28800", True), ("28.800", False), ("2,880", False)],
+    [
+        ("28,800 apples", True),
+        ("28800.", True),
+        ("28.800", False),
+        ("2,880", False),
+        ("128,800", False),
+        ("3,28,800", False),
+        ("28,800,000", False),
+        ("28800th", False),
+    ],
 )
 def test_patterns_are_regular_expressions(reply: str, recalled: bool) -> None:
     assert grade(reply, Expectation(("28,?800",)))[0].recalled is recalled
@@ -39,3 +49,36 @@ def test_the_number_of_bullets_is_a_fact(reply: str, recalled: bool) -> None:
 
 def test_nothing_expected_gives_no_verdict() -> None:
     assert grade("anything", Expectation()) == ()
+
+
+@pytest.mark.parametrize(
+    ("reply", "recalled"),
+    [
+        ("Alice works in biology.", True),
+        ("She is a biologist at Genomix Lab, and reports to Dr. Patel.", True),
+        ("Dr. Patel is a biologist.", False),
+        ("Alice works at Genomix Lab, and Martin is a biologist.", False),
+        ("Alice works in microbiology.", False),
+    ],
+)
+def test_an_answer_about_somebody_else_is_no_answer(reply: str, recalled: bool) -> None:
+    (scenario,) = [one for one in load_scenarios() if one.name == "role-tracking"]
+    assert grade(reply, scenario.expected[4])[0].recalled is recalled
+
+
+@pytest.mark.parametrize(
+    ("name", "turn", "reply", "recalled"),
+    [
+        ("entity-linking", 1, "James is Sarah's manager.", True),
+        ("entity-linking", 1, "Sarah is James's manager.", False),
+        ("list-recall", 1, "The fourth item was eggs.", True),
+        ("list-recall", 1, "The fourth item was milk, then eggs.", False),
+        ("list-recall", 2, "There are two dairy items: milk and cheese.", True),
+        ("list-recall", 2, "There are 12 items, of which three dairy.", False),
+        ("identity-recall", 2, "You live in Berlin and enjoy playing the piano.", True),
+        ("identity-recall", 2, "You live in Munich, not in Berlin, and play the piano.", False),
+    ],
+)
+def test_whole_answers_are_graded(name: str, turn: int, reply: str, recalled: bool) -> None:
+    (scenario,) = [one for one in load_scenarios() if one.name == name]
+    assert grade(reply, scenario.expected[turn])[0].recalled is recalled
