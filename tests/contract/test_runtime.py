@@ -96,6 +96,18 @@ def test_a_mixed_batch_equals_each_row_alone(runtime: PagedRuntime) -> None:
         assert same(logits, expected)
 
 
+def test_a_long_row_changes_no_short_one_beside_it(runtime: PagedRuntime) -> None:
+    """Whatever a model does with how long a context is, it does with each sequence's own."""
+    short, long = ids_of(20, 4), ids_of(300, 5)
+    alone = run(runtime, short, [0])
+    beside = runtime.forward([Row(long, 0, list(range(1, 11))), Row(short, 0, [11])])
+    assert same(beside[1], alone)
+    then = runtime.forward(
+        [Row(ids_of(1, 6), 20, [11]), Row(ids_of(1, 7), 300, list(range(1, 11)))]
+    )
+    assert same(then[0], run(runtime, [*short, *ids_of(1, 6)], [12]))
+
+
 def test_only_rows_that_want_logits_have_them_in_their_order(runtime: PagedRuntime) -> None:
     rows = [ids_of(6, seed) for seed in range(4)]
     alone = [run(runtime, ids, [10]) for ids in rows]

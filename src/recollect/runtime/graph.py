@@ -47,13 +47,12 @@ def make_paged(model: ov.Model, *, long_context: bool = False) -> None:
         UnsupportedModelError: Something in it cannot be paged, or needs what we do not give it.
     """
     decide_long_rope(model, long_context=long_context)
+    if not _states(model):
+        raise _no_cache()
     with mapped_errors("making attention paged"):
         paged_attention_transformation(model)
     if not any(_is_cache(port) for port in model.inputs):
-        raise UnsupportedModelError(
-            "This model has no KV cache that can be paged: export it with optimum-cli as "
-            "text-generation-with-past."
-        )
+        raise _no_cache()
     _compute_only_sampled_rows(model)
     _require_bound(model)
 
@@ -157,6 +156,23 @@ def _is_cache(port: ov.Output) -> bool:
     return any("_cache." in name for name in port.names)
 
 
+def _states(model: ov.Model) -> list[str]:
+    """Return what a model keeps between passes, by name."""
+    # By operations: the list of a model's variables keeps those that nothing reads any more.
+    return [
+        node.get_friendly_name()
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "ReadValue"
+    ]
+
+
+def _no_cache() -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "This model has no KV cache that can be paged: export it with optimum-cli as "
+        "text-generation-with-past."
+    )
+
+
 def _require_bound(model: ov.Model) -> None:
     """
     Check that a paged graph keeps nothing to itself, and asks for nothing that the runtime lacks.
@@ -164,12 +180,7 @@ def _require_bound(model: ov.Model) -> None:
     Raises:
         UnsupportedModelError: It does; the message names it.
     """
-    # By operations: the list of a model's variables keeps those that nothing reads any more.
-    kept = [
-        node.get_friendly_name()
-        for node in model.get_ordered_ops()
-        if node.get_type_name() == "ReadValue"
-    ]
+    kept = _states(model)
     asked = [
         min(port.names, default=port.get_node().get_friendly_name())
         for port in model.inputs
