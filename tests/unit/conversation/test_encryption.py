@@ -201,3 +201,17 @@ def test_kv_comes_back_from_an_encrypted_disk_and_not_with_another_key(tmp_path:
     shutil.copytree(one / STORE_FOLDER, other / STORE_FOLDER)
     assert restored_tokens(other) == 0
     assert list(readable(tmp_path)) == []
+
+
+def test_encrypting_again_removes_what_an_open_chat_or_a_damaged_store_has_left(
+    home: Path,
+) -> None:
+    recollect.encrypt(home, passphrase="open sesame")
+    (home / config.HISTORY_NAME).write_text(f"+{SAID}\n")
+    (home / f"{config.HISTORY_NAME}.new-0123").write_text(f"+{SAID}\n")
+    aside = home / f"{STORE_FOLDER}.damaged-20260101T000000"
+    aside.mkdir()
+    (aside / "data.mdb").write_text(SAID)
+    recollect.encrypt(home, passphrase="open sesame")
+    assert list(readable(home)) == []
+    assert not aside.exists()
