@@ -32,6 +32,7 @@ from recollect.conversation.records import (
 )
 from recollect.conversation.rows import (
     insert_node,
+    read_node_ids,
     read_nodes,
     stored_conversation,
 )
@@ -401,6 +402,18 @@ class Journal:
                 if node.role in ("user", "system"):
                     said.append(node.content)
         typed_history.forget(path, said)
+
+    def node_ids(self, conversation_id: int) -> list[int]:
+        """
+        Return the ids of all messages of a conversation, in the order in which they were kept.
+
+        Empty where it was deleted. Reads no text.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with self._reading() as connection:
+            return read_node_ids(connection, conversation_id)
 
     def tips(self, conversation_id: int) -> dict[str, int | None]:
         """

@@ -484,3 +484,21 @@ def test_an_error_is_one_line_and_the_chat_goes_on(
     assert take(screen).count("recollect: ") == 2
     handle_line(chat, "one")
     assert said(chat) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("/goto", "Give the number of a reply, such as /goto #4; /tree shows them."),
+        ("/goto #99", "There is no reply #99: /tree shows those that there are."),
+        ("/goto #1", "#1 is a message, and no reply: give the number of one that /tree shows."),
+        ("/rewind", "Give the turn to go back to, or 0 for the start."),
+    ],
+)
+def test_a_place_that_is_none_is_told_plainly(
+    chat: Chat, screen: StringIO, line: str, told: str
+) -> None:
+    handle_line(chat, "one")
+    take(screen)
+    handle_line(chat, line)
+    assert take(screen) == f"recollect: {told}\n"

@@ -144,6 +144,50 @@ def test_a_reply_has_one_number_wherever_it_is_shown(
         assert asked.content == said
 
 
+def test_a_reply_keeps_its_number_whatever_came_between(home: Path, model: Model) -> None:
+    chat = Chat(
+        model,
+        Console(file=io.StringIO(), width=120),
+        model.session("Be brief.", params=SHORT, name="trains"),
+    )
+    conversation = chat.session.conversation
+    handle_line(chat, "one")
+    conversation.take_back(conversation.ask(chat.session.tip, "stopped", tip="main"))
+    handle_line(chat, "/regenerate")
+    with chat.session.stream("interrupted") as stream:
+        next(iter(stream))
+        stream.stop()
+    handle_line(chat, "/undo")
+    beside = resumed(model, "trains", io.StringIO())
+    handle_line(beside, "beside")
+    # As a process that was killed leaves it: asked, and never answered.
+    beside.session.conversation.ask(beside.session.tip, "killed", tip=beside.session.name)
+    for line in ("two", "/undo", "three", "/fork idea", "four"):
+        handle_line(chat, line)
+    handle_line(beside, "again")
+    shown(chat)
+    handle_line(chat, "/tree")
+    live = numbers(shown(chat))
+    assert set(live.values()) == {"one", "interrupted", "two", "three", "four"}
+    kept = numbers(run("show", "trains"))
+    assert set(kept.values()) == {*live.values(), "beside", "again"}
+    assert live.items() <= kept.items()
+    shown(beside)
+    handle_line(beside, "/tree")
+    assert numbers(shown(beside)).items() <= kept.items()
+    again = resumed(model, "trains", io.StringIO())
+    handle_line(again, "/tree")
+    assert numbers(shown(again)) == kept
+    for number, said in live.items():
+        handle_line(chat, f"/goto #{number}")
+        asked = chat.session.tip.parent
+        assert asked is not None
+        assert asked.content == said
+    shown(chat)
+    handle_line(chat, "/goto #99")
+    assert "There is no reply #99: /tree shows those that there are." in shown(chat)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
 @pytest.mark.parametrize("file", ["a.md", "a.json"])
 def test_an_exported_conversation_can_be_read_by_its_owner_only(
