@@ -232,6 +232,10 @@ def unpin(chat: Chat, _rest: str) -> None:
 
 def save(chat: Chat, rest: str) -> None:
     """Keep this place on disk, or list those that are kept."""
+    if not chat.session.conversation.is_kept:
+        raise ConversationError(
+            "This chat is not kept, and so none of its places: start one without --no-save."
+        )
     if rest:
         made = chat.session.checkpoint(rest)
         chat.note(

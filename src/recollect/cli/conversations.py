@@ -151,12 +151,18 @@ def export(
         return
     with _file_errors(file):
         try:
-            with open(file, "x", encoding="utf-8", newline="\n", opener=_private) as stream:
-                stream.write(text)
+            # Its owner alone may read it: it shows what was said.
+            descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         except FileExistsError:
             raise ConversationFileError(
                 f"{file} exists already: choose another name, or remove it first."
             ) from None
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as stream:
+                stream.write(text)
+        except BaseException:  # a full disk, or Ctrl-C
+            file.unlink(missing_ok=True)
+            raise
     typer.echo(f"{name!r} is in {file}, which only you can read.")
 
 
@@ -223,11 +229,6 @@ def _file_errors(file: Path) -> Iterator[None]:
         raise ConversationFileError(
             f"{file} cannot be used ({error.strerror}): check the path and what is allowed there."
         ) from error
-
-
-def _private(path: str, flags: int) -> int:
-    """Open a file that its owner alone may read: it shows what was said."""
-    return os.open(path, flags, 0o600)
 
 
 def _drop_checkpoints(conversation: "StoredConversation") -> None:

@@ -148,6 +148,30 @@ IgnoreEosOption = Annotated[
 ]
 
 
+def make_ready(name: str, *, offline: bool = False, allow_native_code: str | None = None) -> None:
+    """
+    Have a model on this disk before something is done for good, such as encrypting for a chat with it.
+
+    Args:
+        offline, allow_native_code: As for `open_model`.
+
+    Raises:
+        ModelError: It cannot be had or read.
+        ConfigError: The data folder cannot be written to.
+    """
+    from recollect import config  # noqa: PLC0415 - see `open_model`
+    from recollect.models.prepare import prepare  # noqa: PLC0415
+
+    with progress_bar(f"Preparing {name}") as progress:
+        prepare(
+            name,
+            home=config.home(),
+            allow_native_code=allow_native_code,
+            progress=progress,
+            offline=offline or None,
+        )
+
+
 def open_model(
     name: str,
     *,

@@ -44,7 +44,7 @@ def encrypt(
 
     Raises:
         ConfigError: The passphrase is wrong or missing, there is no keyring, or a library is not
-            installed. Nothing was changed.
+            installed; or the file that says which key it is has gone. Nothing was changed.
         StoreError: Something in the folder cannot be written. What was converted by then is
             encrypted, and calling this again goes on with the rest.
     """
@@ -54,6 +54,7 @@ def encrypt(
         cipher = keyfile.unlock(home, passphrase=passphrase, ask=ask)
         _remove_leftovers(home)
     if cipher is None:
+        _require_plain(home / JOURNAL_NAME)
         source: keyfile.Source = "keyring" if keyring else "passphrase"
         cipher, key_file = keyfile.new_key(source, passphrase=passphrase, ask=ask)
         kept = _checkpoints(home / STORE_FOLDER)
@@ -64,6 +65,18 @@ def encrypt(
     if (home / JOURNAL_NAME).exists():
         Journal.open(home / JOURNAL_NAME, cipher=cipher, convert=True).close()
     return cipher
+
+
+def _require_plain(journal: Path) -> None:
+    """
+    Check that a journal is not encrypted with a key that the folder does not know any more.
+
+    Raises:
+        ConfigError: It is; with a new key nobody could ever read it again.
+        StoreError: It cannot be read.
+    """
+    if journal.exists():
+        Journal.open(journal).close()
 
 
 def _checkpoints(folder: Path) -> list[Pin]:

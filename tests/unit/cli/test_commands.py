@@ -310,7 +310,24 @@ def test_load_names_what_there_is_not(
         run_command(chat, "/load")
 
 
-def test_without_kv_on_disk_save_says_how_to_have_it(chat: Chat) -> None:
+def test_a_chat_that_is_not_kept_says_so_for_save(
+    make_chat: Callable[..., Chat], open_store: Callable[..., DiskStore]
+) -> None:
+    chat = make_chat(store=open_store())
+    for line in ("/save", "/save here"):
+        with pytest.raises(ConversationError, match=r"not kept.* start one without --no-save"):
+            run_command(chat, line)
+
+
+def test_save_says_that_no_place_is_kept(
+    make_chat: Callable[..., Chat], open_store: Callable[..., DiskStore], screen: StringIO
+) -> None:
+    run_command(make_chat(keep=True, store=open_store()), "/save")
+    assert take(screen) == "No place is kept yet: /save NAME keeps this one.\n"
+
+
+def test_without_kv_on_disk_save_says_how_to_have_it(make_chat: Callable[..., Chat]) -> None:
+    chat = make_chat(keep=True)
     with pytest.raises(StoreError, match="--kv-disk"):
         run_command(chat, "/save here")
     assert chat.checkpoint_names() == []

@@ -52,12 +52,15 @@ def test_the_second_chat_says_that_it_goes_on_as_a_branch(two: tuple[Chat, Chat]
     handle_line(first, "first")
     assert "branch" not in shown(first)
     handle_line(second, "second")
-    told = [line for line in shown(second).splitlines() if "main-2" in line]
+    text = shown(second)
+    told = [line for line in text.splitlines() if "main-2" in line]
     assert len(told) == 1
-    assert "'main' was moved on elsewhere" in told[0]
+    assert "Another chat has gone on from 'main'" in told[0]
+    assert "branch of its own, 'main-2'" in told[0]
+    assert "What the other one says: recollect chat --resume trains\n" in text
     assert second.current == "main-2"
     handle_line(second, "again")
-    assert "moved on" not in shown(second)
+    assert "has gone on" not in shown(second)
     handle_line(second, "/tree")
     assert "main-2 (here)" in shown(second)
     tips = second.model.journal.load("trains").tips

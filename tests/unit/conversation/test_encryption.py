@@ -9,6 +9,7 @@ import pytest
 
 import recollect
 from recollect import config, keyfile
+from recollect.cipher import Cipher
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.errors import ConfigError, StoreError
 from recollect.kv.disk import STORE_FOLDER
@@ -148,8 +149,12 @@ def test_what_broke_off_is_finished_by_encrypting_again(
 ) -> None:
     """At the worst moment: the folder says that it is encrypted, and its journal is not yet."""
 
-    def die(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    opened = Journal.open
+
+    def die(path: Path, *, cipher: Cipher | None = None, convert: bool = False) -> Journal:
+        if convert:
+            raise KeyboardInterrupt
+        return opened(path, cipher=cipher)
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "open", die)
@@ -215,3 +220,23 @@ def test_encrypting_again_removes_what_an_open_chat_or_a_damaged_store_has_left(
     recollect.encrypt(home, passphrase="open sesame")
     assert list(readable(home)) == []
     assert not aside.exists()
+
+
+def test_without_the_file_that_names_the_key_the_remedy_is_that_file(home: Path) -> None:
+    recollect.encrypt(home, passphrase="open sesame")
+    copy = (home / keyfile.KEY_FILE).read_bytes()
+    (home / keyfile.KEY_FILE).unlink()
+    told = r"encryption\.json is missing.*put that file back from a copy"
+    with pytest.raises(ConfigError, match=told):
+        Journal.open(home / JOURNAL_NAME)
+    stored = (home / STORE_FOLDER / "data.mdb").read_bytes()
+    with pytest.raises(ConfigError, match=told):  # with a new key nobody could ever read it
+        recollect.encrypt(home, passphrase="open sesame")
+    assert not keyfile.is_encrypted(home)
+    assert (home / STORE_FOLDER / "data.mdb").read_bytes() == stored
+    with pytest.raises(ConfigError, match=r"put its encryption\.json back from a copy"):
+        recollect.unlock(home, passphrase="open sesame")
+    (home / keyfile.KEY_FILE).write_bytes(copy)
+    cipher = recollect.encrypt(home, passphrase="open sesame")
+    with Journal.open(home / JOURNAL_NAME, cipher=cipher) as journal:
+        assert journal.load("secret plan").nodes[0].content == SAID
