@@ -58,8 +58,8 @@ def answer_all(session: Session, prompts: Iterable[str], *, as_json: bool) -> No
             _answer_as_text(session, prompt, sys.stdout)
         if session.name != tip:
             print(
-                f"recollect: Another chat has gone on from {tip!r}, so this one goes on in a branch of "
-                f"its own, {session.name!r}.",
+                f"recollect: {tip!r} has gone on in another chat: this one is a branch now, "
+                f"{session.name!r}.",
                 file=sys.stderr,
             )
 

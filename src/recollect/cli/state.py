@@ -111,13 +111,12 @@ class Chat:
             was, now = self._names.setdefault(key, session.name), session.name
             if now == was or now is None:
                 continue
-            self.note(
-                f"Another chat has gone on from {was!r}, so this one goes on in a branch of its own, "
-                f"{now!r}."
-            )
+            self.note(f"{was!r} has gone on in another chat: this one is a branch now, {now!r}.")
             kept = session.conversation.name
             if kept is not None:
-                self.note(f"What the other one says: recollect chat --resume {shlex.quote(kept)}")
+                there = "" if was == FIRST_SESSION else f", then /switch {was}"
+                resume = f"recollect chat --resume {shlex.quote(kept)}"
+                self.note(f"What the other one says: {resume}{there}")
             name = now if key == was and now not in self.sessions else key
             self.sessions = {name if one is session else k: one for k, one in self.sessions.items()}
             self._names[name] = now

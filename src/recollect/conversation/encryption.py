@@ -15,7 +15,7 @@ from recollect.conversation import typed_history
 from recollect.conversation.checkpoints import is_checkpoint
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.errors import StoreCorruptError, StoreError
-from recollect.kv import disk_audit, pins
+from recollect.kv import accounts, disk_audit, pins
 from recollect.kv.accounts import Pin
 from recollect.kv.compaction import remove_damaged
 from recollect.kv.disk import STORE_FOLDER, DiskStore
@@ -52,7 +52,9 @@ def encrypt(
     cipher = None
     if keyfile.is_encrypted(home):
         cipher = keyfile.unlock(home, passphrase=passphrase, ask=ask)
-        _remove_leftovers(home)
+        if cipher is not None:
+            _remove_leftovers(home)
+            _remove_plain_kv(home / STORE_FOLDER, cipher)
     if cipher is None:
         _require_plain(home / JOURNAL_NAME)
         source: keyfile.Source = "keyring" if keyring else "passphrase"
@@ -113,6 +115,20 @@ def _remove_leftovers(home: Path) -> None:
     with _deleting():
         typed_history.remove(home / config.HISTORY_NAME)
         remove_damaged(home / STORE_FOLDER)
+
+
+def _remove_plain_kv(folder: Path, cipher: Cipher) -> None:
+    """Delete a store in which a program without the key has kept blocks; its checkpoints stay as places."""
+    if not is_there(folder):
+        return
+    with closing(open_existing(folder, cipher.for_purpose(KV_PURPOSE))) as store:
+        with store.env.reading() as txn:
+            is_plain = any(not head.is_sealed for head in accounts.heads(txn, store.env).values())
+        kept = [pin for pin in disk_audit.pins(store) if is_checkpoint(pin)] if is_plain else []
+    if is_plain:
+        with _deleting():
+            shutil.rmtree(folder)
+        _keep(kept, folder, cipher)
 
 
 @contextmanager

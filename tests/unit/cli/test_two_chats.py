@@ -55,8 +55,8 @@ def test_the_second_chat_says_that_it_goes_on_as_a_branch(two: tuple[Chat, Chat]
     text = shown(second)
     told = [line for line in text.splitlines() if "main-2" in line]
     assert len(told) == 1
-    assert "Another chat has gone on from 'main'" in told[0]
-    assert "branch of its own, 'main-2'" in told[0]
+    assert "'main' has gone on in another chat" in told[0]
+    assert "this one is a branch now, 'main-2'" in told[0]
     assert "What the other one says: recollect chat --resume trains\n" in text
     assert second.current == "main-2"
     handle_line(second, "again")

@@ -240,3 +240,18 @@ def test_without_the_file_that_names_the_key_the_remedy_is_that_file(home: Path)
     cipher = recollect.encrypt(home, passphrase="open sesame")
     with Journal.open(home / JOURNAL_NAME, cipher=cipher) as journal:
         assert journal.load("secret plan").nodes[0].content == SAID
+
+
+def test_encrypting_again_removes_kv_that_a_program_without_the_key_has_kept(home: Path) -> None:
+    cipher = recollect.encrypt(home, passphrase="open sesame")
+    with recollect.load("reference", home=home, cipher=cipher) as model:
+        model.resume(checkpoint="before the plan").checkpoint("again")
+    moved = (home / keyfile.KEY_FILE).rename(home / "moved")
+    with recollect.load("reference", home=home) as model:
+        model.session().respond(SAID, params=SHORT)
+    moved.rename(home / keyfile.KEY_FILE)
+    assert "data.mdb" in readable(home)
+    recollect.encrypt(home, passphrase="open sesame")
+    assert list(readable(home)) == []
+    with recollect.load("reference", home=home, cipher=cipher) as model:
+        assert [made.name for made in model.checkpoints()] == ["again", "before the plan"]
