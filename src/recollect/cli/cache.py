@@ -175,18 +175,9 @@ def clear(
         if not typer.confirm(f"Remove {what} from the disk?"):
             typer.echo("Nothing was removed.")
             return
-    _remove_damaged()
-    if not has_store():
-        return
-    try:
-        with open_store() as store:
-            before = store.env.file_bytes
-            blocks = store.clear(pinned=pinned)
-    except StoreCorruptError:
-        _discard()
-        return
-    typer.echo(f"{_blocks(blocks, 'was', 'were')} removed.")
-    _give_back(before)
+    if has_store():
+        _clear(pinned=pinned)
+    _remove_damaged()  # afterwards: one that is opened may be put aside only then
 
 
 @app.command()
@@ -213,6 +204,18 @@ def _problems(store: "DiskStore") -> "tuple[int, int, list[tuple[Key, str]]]":
     with progress_bar("Reading all blocks"):
         found = list(disk_audit.problems(store))
     return len(heads), len(sealed), [(key, wrong) for key, wrong in found if key not in sealed]
+
+
+def _clear(*, pinned: bool) -> None:
+    try:
+        with open_store() as store:
+            before = store.env.file_bytes
+            blocks = store.clear(pinned=pinned)
+    except StoreCorruptError:
+        _discard()
+        return
+    typer.echo(f"{_blocks(blocks, 'was', 'were')} removed.")
+    _give_back(before)
 
 
 def _give_back(freed: int) -> None:

@@ -53,8 +53,8 @@ def encrypt(
     if keyfile.is_encrypted(home):
         cipher = keyfile.unlock(home, passphrase=passphrase, ask=ask)
         if cipher is not None:
+            _remove_plain_kv(home / STORE_FOLDER, cipher)  # which may put a damaged store aside
             _remove_leftovers(home)
-            _remove_plain_kv(home / STORE_FOLDER, cipher)
     if cipher is None:
         _require_plain(home / JOURNAL_NAME)
         source: keyfile.Source = "keyring" if keyring else "passphrase"
@@ -121,10 +121,14 @@ def _remove_plain_kv(folder: Path, cipher: Cipher) -> None:
     """Delete a store in which a program without the key has kept blocks; its checkpoints stay as places."""
     if not is_there(folder):
         return
-    with closing(open_existing(folder, cipher.for_purpose(KV_PURPOSE))) as store:
-        with store.env.reading() as txn:
-            is_plain = any(not head.is_sealed for head in accounts.heads(txn, store.env).values())
-        kept = [pin for pin in disk_audit.pins(store) if is_checkpoint(pin)] if is_plain else []
+    try:
+        with closing(open_existing(folder, cipher.for_purpose(KV_PURPOSE))) as store:
+            with store.env.reading() as txn:
+                heads = accounts.heads(txn, store.env).values()
+            is_plain = any(not head.is_sealed for head in heads)
+            kept = [pin for pin in disk_audit.pins(store) if is_checkpoint(pin)]
+    except StoreCorruptError:  # what is in there cannot be told
+        is_plain, kept = True, []
     if is_plain:
         with _deleting():
             shutil.rmtree(folder)

@@ -251,3 +251,12 @@ def test_clear_removes_damaged_stores_that_were_put_aside(home: Path) -> None:
     shutil.move(home / "kv", aside)
     assert "1 damaged store" in run("clear", "--yes")
     assert list(home.glob("kv*")) == []
+
+
+def test_clear_leaves_nothing_of_a_store_that_is_found_damaged_only_then(
+    home: Path, open_home_store: OpenStore
+) -> None:
+    open_home_store().close()
+    (home / "kv" / "data.mdb").write_bytes(b"what was said" * 1000)
+    run("clear", "--yes")
+    assert not [f for f in home.rglob("*") if f.is_file() and b"what was said" in f.read_bytes()]

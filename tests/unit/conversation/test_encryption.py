@@ -255,3 +255,12 @@ def test_encrypting_again_removes_kv_that_a_program_without_the_key_has_kept(hom
     assert list(readable(home)) == []
     with recollect.load("reference", home=home, cipher=cipher) as model:
         assert [made.name for made in model.checkpoints()] == ["again", "before the plan"]
+
+
+def test_encrypting_again_removes_a_store_of_which_nobody_can_tell_what_it_holds(
+    home: Path,
+) -> None:
+    recollect.encrypt(home, passphrase="open sesame")
+    (home / STORE_FOLDER / "data.mdb").write_bytes(SAID.encode() * 1000)
+    recollect.encrypt(home, passphrase="open sesame")
+    assert list(readable(home)) == []
