@@ -184,8 +184,15 @@ def chat(
     )
     if encrypt and not keyfile.is_encrypted():
         found = opening.find()  # a mistake in the options is told before anything is changed
+        if prompts is not None:
+            from recollect.cli import batch  # noqa: PLC0415 - see `_talk`
+
+            with batch.open_prompts(prompts):
+                pass
         options.make_ready(
             model or (DEFAULT_MODEL if found is None else found.model),
+            kv_memory=kv_memory,
+            kv_disk=kv_disk,
             offline=offline,
             allow_native_code=allow_native_code,
         )

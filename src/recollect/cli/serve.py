@@ -157,7 +157,13 @@ def serve(
     keys = keyring(KeyFile.in_home(home), api_key or ())
     if encrypt and not keyfile.is_encrypted(home):
         for reference in references.values():
-            options.make_ready(reference, offline=offline, allow_native_code=allow_native_code)
+            options.make_ready(
+                reference,
+                kv_memory=kv_memory,
+                kv_disk=kv_disk,
+                offline=offline,
+                allow_native_code=allow_native_code,
+            )
     settings = Settings(
         home=home,
         cipher=unlock_home(encrypt=encrypt),

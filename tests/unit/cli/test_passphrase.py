@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from recollect import keyfile
 from recollect.cli.main import app
 from recollect.conversation.journal import JOURNAL_NAME
-from recollect.errors import OfflineError, UnknownConversationError
+from recollect.errors import ConfigError, OfflineError, UnknownConversationError
 from recollect.models.catalog import DEFAULT_MODEL
 
 
@@ -35,6 +35,9 @@ def test_encrypting_says_what_to_keep_and_what_was_deleted(home: Path) -> None:
         (["chat", "--encrypt", "--offline", "-m", DEFAULT_MODEL], OfflineError),
         (["serve", "--encrypt", "--offline", "-m", DEFAULT_MODEL], OfflineError),
         (["chat", "--encrypt", "-m", "reference", "--resume", "nothing"], UnknownConversationError),
+        (["chat", "--encrypt", "-m", "reference", "--prompts", "nothing.txt"], ConfigError),
+        (["chat", "--encrypt", "-m", "reference", "--kv-disk", "much"], ConfigError),
+        (["serve", "--encrypt", "-m", "reference", "--kv-memory", "much"], ConfigError),
     ],
 )
 def test_a_folder_stays_plain_where_the_command_cannot_go_on(
