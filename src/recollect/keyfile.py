@@ -80,6 +80,14 @@ def is_encrypted(home: Path | None = None) -> bool:
     return ((home or config.home()) / KEY_FILE).exists()
 
 
+def missing(home: Path) -> ConfigError:
+    """Return the error for a folder that holds something encrypted and does not say by which key."""
+    return ConfigError(
+        f"{home / KEY_FILE} is missing, and what is kept there is encrypted: put that file back from "
+        "a copy; without it nothing can be decrypted."
+    )
+
+
 def unlock(
     home: Path | None = None, *, passphrase: str | None = None, ask: Ask | None = None
 ) -> Cipher | None:
@@ -219,7 +227,10 @@ def source(home: Path | None = None) -> Source | None:
 
 
 def _not_encrypted(home: Path) -> ConfigError:
-    return ConfigError(f"{home} is not encrypted: do that first, by recollect.encrypt().")
+    return ConfigError(
+        f"{home} is not encrypted: do that first, by recollect.encrypt(), or, if it was, put its "
+        f"{KEY_FILE} back from a copy."
+    )
 
 
 def _given(ask: Ask | None) -> str | None:

@@ -184,7 +184,7 @@ def test_two_chats_in_one_conversation_make_branches_of_it(spawn: Spawn, path: P
     say(first, "left")
     second.send("right\r")
     second.expect("first token")
-    second.expect_exact("goes on as the branch 'main-2'")
+    second.expect_exact("this one is a branch now, 'main-2'")
     second.expect_exact("you (main-2)>")
     leave(first)
     leave(second)

@@ -62,7 +62,7 @@ def answer_all(session: Session, prompts: Iterable[str], *, as_json: bool) -> No
             _answer_as_text(session, prompt, sys.stdout)
         if session.name != tip:
             print(
-                f"recollect: {tip!r} was moved on elsewhere meanwhile: this goes on as the branch "
+                f"recollect: {tip!r} has gone on in another chat: this one is a branch now, "
                 f"{session.name!r}.",
                 file=sys.stderr,
             )

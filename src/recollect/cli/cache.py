@@ -158,8 +158,14 @@ def clear(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove all KV that is not pinned; conversations stay, and are read once more."""
-    if not has_store():
+    """
+    Remove all KV that is not pinned; conversations stay, and are read once more.
+
+    Stores that were damaged and put aside go too.
+    """
+    from recollect.kv.compaction import damaged_stores  # noqa: PLC0415 - see above
+
+    if not has_store() and not damaged_stores(store_folder()):
         typer.echo(_EMPTY)
         return
     what = "all KV with all checkpoints" if pinned else "all KV that is not pinned"
@@ -169,15 +175,9 @@ def clear(
         if not typer.confirm(f"Remove {what} from the disk?"):
             typer.echo("Nothing was removed.")
             return
-    try:
-        with open_store() as store:
-            before = store.env.file_bytes
-            blocks = store.clear(pinned=pinned)
-    except StoreCorruptError:
-        _discard()
-        return
-    typer.echo(f"{_blocks(blocks, 'was', 'were')} removed.")
-    _give_back(before)
+    if has_store():
+        _clear(pinned=pinned)
+    _remove_damaged()  # afterwards: one that is opened may be put aside only then
 
 
 @app.command()
@@ -206,6 +206,18 @@ def _problems(store: "DiskStore") -> "tuple[int, int, list[tuple[Key, str]]]":
     return len(heads), len(sealed), [(key, wrong) for key, wrong in found if key not in sealed]
 
 
+def _clear(*, pinned: bool) -> None:
+    try:
+        with open_store() as store:
+            before = store.env.file_bytes
+            blocks = store.clear(pinned=pinned)
+    except StoreCorruptError:
+        _discard()
+        return
+    typer.echo(f"{_blocks(blocks, 'was', 'were')} removed.")
+    _give_back(before)
+
+
 def _give_back(freed: int) -> None:
     """Shorten the file where that can be done, and say what came of it."""
     from recollect.cli.models import format_bytes  # noqa: PLC0415 - see above
@@ -219,6 +231,22 @@ def _give_back(freed: int) -> None:
         )
     else:
         typer.echo(f"{format_bytes(given_back)} were given back to the disk.")
+
+
+def _remove_damaged() -> None:
+    """Delete the damaged stores that were put aside, and say so."""
+    from recollect.kv.compaction import remove_damaged  # noqa: PLC0415 - see above
+
+    try:
+        removed = remove_damaged(store_folder())
+    except OSError as error:
+        raise StoreError(
+            f"{error.filename} cannot be deleted ({error.strerror}): delete it, since replies can be "
+            "read in it."
+        ) from error
+    if removed:
+        stores = "1 damaged store" if removed == 1 else f"{removed:,} damaged stores"
+        typer.echo(f"{stores} that had been put aside {'was' if removed == 1 else 'were'} removed.")
 
 
 def _blocks(number: int, one: str, many: str) -> str:

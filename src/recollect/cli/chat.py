@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 from typer.core import TyperCommand
 
+from recollect import keyfile
 from recollect.cli import options
 from recollect.cli.opening import LAST, Opening
 from recollect.cli.passphrase import EncryptOption, unlock_home
@@ -182,6 +183,20 @@ def chat(
         system=system,
         overflow="drop_oldest" if overflow == "drop-oldest" else "error",
     )
+    if encrypt and not keyfile.is_encrypted():
+        found = opening.find()  # a mistake in the options is told before anything is changed
+        if prompts is not None:
+            from recollect.cli import batch  # noqa: PLC0415 - see `_talk`
+
+            with batch.open_prompts(prompts):
+                pass
+        options.make_ready(
+            model or (DEFAULT_MODEL if found is None else found.model),
+            kv_memory=kv_memory,
+            kv_disk=kv_disk,
+            offline=offline,
+            allow_native_code=allow_native_code,
+        )
     unlock_home(encrypt=encrypt)
     open_model = partial(
         options.open_model,

@@ -20,7 +20,13 @@ from recollect.cli.tree_view import MARKS, draw_tree
 from recollect.cli.warmth import warmth
 from recollect.cli.welcome import branches
 from recollect.conversation.tree import Node
-from recollect.errors import ConversationError, InvalidParameterError, RecollectError, RewindError
+from recollect.errors import (
+    ConversationError,
+    InvalidParameterError,
+    RecollectError,
+    RewindError,
+    UnknownNodeError,
+)
 
 PREFIX: Final = "/"
 
@@ -70,7 +76,8 @@ def _unknown(name: str) -> str:
 def _number(text: str, what: str) -> int:
     """Return a whole number that the user typed."""
     if not (text.isascii() and text.isdecimal()):
-        raise InvalidParameterError(f"{text!r} is not a number: give {what}.")
+        wrong = f"{text!r} is not a number: give" if text else "Give"
+        raise InvalidParameterError(f"{wrong} {what}.")
     return int(text)
 
 
@@ -114,10 +121,18 @@ def rewind(chat: Chat, rest: str) -> None:
 
 def goto(chat: Chat, rest: str) -> None:
     """Go to any reply of the tree."""
-    number = _number(rest.removeprefix("#"), "the number that /tree shows after #")
-    node = chat.session.tree.node(number)
-    if node.role in {"user", "system", None}:
-        raise ConversationError(f"#{number} is not a reply: give a number that /tree shows.")
+    number = _number(
+        rest.removeprefix("#"), "the number of a reply, such as /goto #4; /tree shows them"
+    )
+    numbers = chat.session.conversation.numbers()
+    found = next((node for node, shown in numbers.items() if shown == number), None)
+    if found is None:
+        raise UnknownNodeError(f"There is no reply #{number}: /tree shows those that there are.")
+    node = chat.session.tree.node(found)
+    if node.role in {"user", "system"}:
+        raise ConversationError(
+            f"#{number} is a message, and no reply: give the number of one that /tree shows."
+        )
     chat.session.rewind(node)
     _tell_place(chat)
 
@@ -174,7 +189,8 @@ def tree(chat: Chat, _rest: str) -> None:
     on_disk = None if engine.tier is None else partial(session.warm_tokens, on_disk=True)
     slack = engine.keep_multiple_of + 1
     states = warmth(session.tree, session.warm_tokens, stored=on_disk, slack=slack)
-    for line in draw_tree(session.tree, tips, chat.current, chat.console.width, states):
+    width, numbers = chat.console.width, session.conversation.numbers()
+    for line in draw_tree(session.tree, tips, chat.current, width, states, numbers):
         chat.console.print(line, highlight=False)
     chat.note(f"{branches(chat)}   {_LEGEND}" if states else branches(chat))
     elsewhere = [name for name in chat.sessions if name not in tips]
@@ -216,6 +232,10 @@ def unpin(chat: Chat, _rest: str) -> None:
 
 def save(chat: Chat, rest: str) -> None:
     """Keep this place on disk, or list those that are kept."""
+    if not chat.session.conversation.is_kept:
+        raise ConversationError(
+            "This chat is not kept, and so none of its places: start one without --no-save."
+        )
     if rest:
         made = chat.session.checkpoint(rest)
         chat.note(
@@ -223,7 +243,10 @@ def save(chat: Chat, rest: str) -> None:
             f"/load {rest} comes back here, also after a restart."
         )
         return
-    for made in chat.model.checkpoints():
+    kept = chat.model.checkpoints()
+    if not kept:
+        chat.note("No place is kept yet: /save NAME keeps this one.")
+    for made in kept:
         of = made.conversation or "deleted"
         chat.note(f"{made.name}: {of}, after turn {made.turns}, {made.tokens:,} tokens")
 

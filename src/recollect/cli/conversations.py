@@ -96,7 +96,7 @@ def delete(
     name: NameArgument,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a conversation with all its branches and checkpoints, for good."""
+    """Delete a conversation for good: its branches and checkpoints, and what was typed of it."""
     with open_journal() as journal:
         conversation = journal.load(name)
         if not yes:

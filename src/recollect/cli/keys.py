@@ -6,6 +6,7 @@ Does not know what a message is for.
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -19,25 +20,11 @@ from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.output import Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
-QUOTES: Final = '"""'
+from recollect import keyfile
+from recollect.conversation.typed_history import QUOTES, is_open, unquote
+
 _MINE: Final = 0o600
 _MY_FOLDER: Final = 0o700
-
-
-def is_open(text: str) -> bool:
-    """Return whether a message is still inside a block that `\"\"\"` began."""
-    start = text.lstrip()
-    if not start.startswith(QUOTES):
-        return False
-    return not start[len(QUOTES) :].rstrip().endswith(QUOTES)
-
-
-def unquote(text: str) -> str:
-    """Return what is inside the block, or the text as it is where there is none."""
-    inner = text.strip()
-    if not inner.startswith(QUOTES) or is_open(text):
-        return text
-    return inner[len(QUOTES) : -len(QUOTES)].strip("\n")
 
 
 def typed_message(text: str) -> str:
@@ -48,17 +35,41 @@ def typed_message(text: str) -> str:
 
 def history_at(path: Path) -> History:
     """
-    Return what was typed before, kept in a file that only its owner can read.
+    Return what was typed before, kept in a file of the data folder that only its owner can read.
 
     Where the file cannot be had the history lasts as long as the process: no reason not to talk.
     """
     try:
         path.parent.mkdir(mode=_MY_FOLDER, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _MINE))
-        path.chmod(_MINE)
+        _make_private(path)
     except OSError:
         return InMemoryHistory()
-    return FileHistory(str(path))
+    return PrivateHistory(str(path))
+
+
+class PrivateHistory(FileHistory):
+    """
+    A history in a file that its owner alone can read, and that no encrypted folder ever holds.
+
+    The folder may be encrypted by another process while a chat is open, so each append looks.
+    """
+
+    def store_string(self, string: str) -> None:
+        """Append an entry to the file; nothing where the folder is encrypted, or the disk full."""
+        path = Path(os.fsdecode(self.filename))
+        if keyfile.is_encrypted(path.parent):
+            return
+        with suppress(OSError):  # it is still called back in this chat
+            _make_private(path)
+            super().store_string(string)
+        if keyfile.is_encrypted(path.parent):  # since the first look
+            with suppress(OSError):
+                path.unlink()
+
+
+def _make_private(path: Path) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _MINE))
+    path.chmod(_MINE)
 
 
 class WordsCompleter(Completer):

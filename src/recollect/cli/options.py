@@ -157,6 +157,41 @@ LongContextOption = Annotated[
 ]
 
 
+def make_ready(
+    name: str,
+    *,
+    kv_memory: str | None = None,
+    kv_disk: str | None = None,
+    offline: bool = False,
+    allow_native_code: str | None = None,
+) -> None:
+    """
+    Have a model on this disk before something is done for good, such as encrypting for a chat with it.
+
+    Args:
+        kv_memory, kv_disk, offline, allow_native_code: As for `open_model`.
+
+    Raises:
+        ModelError: It cannot be had or read.
+        ConfigError: The data folder cannot be written to, or `kv_memory` or `kv_disk` is no size.
+    """
+    from recollect import config  # noqa: PLC0415 - see `open_model`
+    from recollect.models.prepare import prepare  # noqa: PLC0415
+
+    if kv_memory is not None:
+        config.parse_size(kv_memory)
+    if kv_disk is not None:
+        config.parse_disk_size(kv_disk)
+    with progress_bar(f"Preparing {name}") as progress:
+        prepare(
+            name,
+            home=config.home(),
+            allow_native_code=allow_native_code,
+            progress=progress,
+            offline=offline or None,
+        )
+
+
 def open_model(
     name: str,
     *,

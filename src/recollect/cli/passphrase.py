@@ -8,7 +8,7 @@ import os
 import sys
 from getpass import getpass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -27,6 +27,13 @@ EncryptOption = Annotated[
 ]
 
 
+_COPY: Final = (
+    "Keep a copy of {} somewhere else: it is no secret, and without it nothing can be read either."
+)
+_DELETED: Final = (
+    "KV on disk and the history of what was typed were deleted: conversations are read once more when "
+    "they go on."
+)
 _unlocked: "dict[Path, Cipher]" = {}
 """A process is one command, which opens several files and asks once."""
 
@@ -44,7 +51,11 @@ def unlock_home(*, encrypt: bool = False) -> "Cipher | None":
     """
     home = config.home()
     if encrypt:
-        return _encrypt(keyring=False)
+        was_encrypted = keyfile.is_encrypted(home)
+        encrypted = _encrypt(keyring=False)
+        if not was_encrypted and sys.stderr.isatty():
+            typer.echo(f"{_COPY.format(home / keyfile.KEY_FILE)}\n{_DELETED}", err=True)
+        return encrypted
     if home in _unlocked and keyfile.is_encrypted(home):
         return _unlocked[home]
     cipher = keyfile.unlock(home, ask=_ask if _has_terminal() else None)
@@ -65,11 +76,15 @@ def encrypt(
     The key comes from a passphrase: that in RECOLLECT_PASSPHRASE, or one that is asked for.
     From then on every command that reads what is kept needs it. A lost passphrase cannot be replaced.
     """
+    was_encrypted = keyfile.is_encrypted()
     _encrypt(keyring=keyring)
     where = "in the keyring of this system" if keyfile.source() == "keyring" else "the passphrase"
     typer.echo(
         f"{config.home()} is encrypted. The key is {where}: without it nobody can read what is kept."
     )
+    typer.echo(_COPY.format(config.home() / keyfile.KEY_FILE))
+    if not was_encrypted:
+        typer.echo(_DELETED)
 
 
 def _encrypt(*, keyring: bool) -> "Cipher":

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from recollect import config, keyfile
 from recollect.cli.commands import COMMANDS, PREFIX, do_safely, is_command, run_command
-from recollect.cli.keys import WordsCompleter, history_at, make_prompt, typed_message, unquote
+from recollect.cli.keys import WordsCompleter, history_at, make_prompt, typed_message
 from recollect.cli.state import FIRST_SESSION, Chat
 from recollect.cli.typed import TypedText
 from recollect.cli.welcome import farewell, welcome
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
+from recollect.conversation.typed_history import unquote
 
 
 def talk(model: Model, session: Session, *, keep_history: bool) -> None:

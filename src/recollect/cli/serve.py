@@ -138,7 +138,7 @@ def serve(
     Point a client at http://127.0.0.1:8765/v1; /openapi.json there describes every call.
     """
     _require_packages()
-    from recollect import config  # noqa: PLC0415 - see the imports for type checking
+    from recollect import config, keyfile  # noqa: PLC0415 - see the imports for type checking
     from recollect.cli.served import (  # noqa: PLC0415
         aliases,
         default_references,
@@ -156,6 +156,15 @@ def serve(
     references = public_names(model or default_references(home))
     names = tuple(references)
     keys = keyring(KeyFile.in_home(home), api_key or ())
+    if encrypt and not keyfile.is_encrypted(home):
+        for reference in references.values():
+            options.make_ready(
+                reference,
+                kv_memory=kv_memory,
+                kv_disk=kv_disk,
+                offline=offline,
+                allow_native_code=allow_native_code,
+            )
     settings = Settings(
         home=home,
         cipher=unlock_home(encrypt=encrypt),
@@ -206,7 +215,10 @@ def add_key(
 @keys_app.command("list")
 def list_keys() -> None:
     """Show whom there are keys for."""
-    for stored in _key_file().read():
+    found = _key_file().read()
+    if not found:
+        typer.echo("There is no key yet: `recollect keys add NAME` makes one.")
+    for stored in found:
         typer.echo(f"{stored.name}{'  (operator)' if stored.is_operator else ''}")
 
 
@@ -214,6 +226,9 @@ def list_keys() -> None:
 def remove_key(name: Annotated[str, typer.Argument(help="Whom it was for.")]) -> None:
     """Refuse a key from the server's next start on."""
     _key_file().remove(name)
+    typer.echo(
+        f"The key {name!r} was removed. A server that is running takes it until it is restarted."
+    )
 
 
 def _key_file() -> "KeyFile":

@@ -4,6 +4,7 @@ What a chat at the terminal holds: sessions by name, the current one, and what t
 Prints to a console it is given; does not read input, and knows no commands.
 """
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
@@ -110,10 +111,12 @@ class Chat:
             was, now = self._names.setdefault(key, session.name), session.name
             if now == was or now is None:
                 continue
-            self.note(
-                f"{was!r} was moved on elsewhere meanwhile: this goes on as the branch {now!r}, and "
-                f"{was!r} stays as it is there."
-            )
+            self.note(f"{was!r} has gone on in another chat: this one is a branch now, {now!r}.")
+            kept = session.conversation.name
+            if kept is not None:
+                there = "" if was == FIRST_SESSION else f", then /switch {was}"
+                resume = f"recollect chat --resume {shlex.quote(kept)}"
+                self.note(f"What the other one says: {resume}{there}")
             name = now if key == was and now not in self.sessions else key
             self.sessions = {name if one is session else k: one for k, one in self.sessions.items()}
             self._names[name] = now

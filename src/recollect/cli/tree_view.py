@@ -39,6 +39,7 @@ def draw_tree(
     current: str,
     width: int,
     warmth: Mapping[int, Warmth] | None = None,
+    numbers: Mapping[int, int] | None = None,
 ) -> list[Text]:
     """
     Return the tree as lines of at most *width* columns.
@@ -51,16 +52,22 @@ def draw_tree(
         current: The one that is spoken to.
         width: Columns of the terminal.
         warmth: Of the replies, by their ids; they get a mark.
+        numbers: By which people name the nodes, by their ids; None: their ids.
     """
     here = sessions.get(current)
     on_path = set() if here is None else {node.id for node in [tree.root, *here.path()]}
     marks = {node_id: MARKS[state] for node_id, state in (warmth or {}).items()}
-    lines = [_line(_Line(tree.root, 0, "", ""), sessions, current, width, on_path, "")]
+    names = {} if numbers is None else numbers
+    lines = [_line(_Line(tree.root, 0, "", ""), sessions, current, width, on_path, "", 0)]
     pending = _turns_after(_Line(tree.root, 0, "", ""))
     while pending:
         turn = pending.pop()
         mark = marks.get(turn.node.id, "")
-        lines.append(_line(turn, sessions, current, width, on_path, mark))
+        lines.append(
+            _line(
+                turn, sessions, current, width, on_path, mark, names.get(turn.node.id, turn.node.id)
+            )
+        )
         pending += _turns_after(turn)
     return lines
 
@@ -96,11 +103,12 @@ def _line(
     width: int,
     on_path: set[int],
     mark: str,
+    name: int,
 ) -> Text:
-    names = [name for name, tip in sessions.items() if _stands_at(tip, line.node)]
-    here = ", ".join(f"{name} (here)" if name == current else name for name in names)
+    names = [session for session, tip in sessions.items() if _stands_at(tip, line.node)]
+    here = ", ".join(f"{one} (here)" if one == current else one for one in names)
     suffix = f"  ← {printable(here)}" if here else ""
-    label = _label(line, width - cell_len(suffix), mark)
+    label = _label(line, width - cell_len(suffix), mark, name)
     style = "" if line.node.id in on_path else "dim"
     text = Text(label, style, no_wrap=True, overflow="ellipsis")
     return text.append(suffix, "bold" if current in names else "not dim")
@@ -111,7 +119,7 @@ def _stands_at(tip: Node, node: Node) -> bool:
     return tip is node or (node.role is None and tip.role == "system")
 
 
-def _label(line: _Line, width: int, mark: str) -> str:
+def _label(line: _Line, width: int, mark: str, name: int) -> str:
     node = line.node
     if node.role is None:
         system = node.children[0].content if _has_system(node) else ""
@@ -119,7 +127,7 @@ def _label(line: _Line, width: int, mark: str) -> str:
     # Where branches nest deeper than half the screen, only the innermost are drawn.
     hang = line.first if len(line.first) <= width // 2 else "…" + line.first[-(width // 2) :]
     head = f"{hang}{mark}{' ' if mark else ''}{line.number} "
-    tail = f"  #{node.id}"
+    tail = f"  #{name}"
     room = max(2 * _SHORT, width - len(head) - len(tail) - 3)
     if node.role == "user":
         return head + _shorten(node.content, room) + tail

@@ -25,6 +25,8 @@ def welcome(chat: Chat) -> None:
         f"{model.name} · {model.profile} · {model.context_length:,} tokens of context · "
         "/help lists commands, Ctrl-D leaves"
     )
+    if not chat.session.conversation.is_kept:
+        chat.note("Nothing of this chat is kept (--no-save).")
     if len(chat.session.tree) and chat.session.conversation.name is not None:
         _show_where_it_stands(chat)
 

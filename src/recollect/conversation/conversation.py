@@ -17,6 +17,7 @@ from recollect.conversation.database import BUSY_TIMEOUT_S
 from recollect.conversation.journal import Journal
 from recollect.conversation.matching import Found, MessageIndex
 from recollect.conversation.messages import to_node
+from recollect.conversation.numbering import numbered
 from recollect.conversation.records import (
     DEFAULT_TIP,
     Entry,
@@ -133,6 +134,21 @@ class Conversation:
         with self._lock:
             found = next((node for node, kept in self._record_ids.items() if kept == kept_id), None)
         return None if found is None else self.tree.node(found)
+
+    def numbers(self) -> dict[int, int]:
+        """
+        Return by which number people name each node, by its id in the tree; see `numbering`.
+
+        Asks the journal, because other processes may have kept messages of this conversation; where
+        it cannot be read the numbers are those of what is known here.
+        """
+        there = list[int]()
+        if self._journal is not None and self._record is not None:
+            with suppress(StoreError):
+                there = self._journal.node_ids(self._record)
+        with self._lock:
+            nodes, kept = [node.id for node in self.tree.nodes()], dict(self._record_ids)
+        return numbered(nodes, kept, there)
 
     def current_name(self) -> str | None:
         """

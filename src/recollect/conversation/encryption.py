@@ -5,17 +5,20 @@ Knows what in the folder holds content. Models are not content.
 """
 
 import shutil
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from recollect import config, keyfile
 from recollect.cipher import KV_PURPOSE, Cipher
+from recollect.conversation import typed_history
 from recollect.conversation.checkpoints import is_checkpoint
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.errors import StoreCorruptError, StoreError
-from recollect.kv import disk_audit, pins
+from recollect.kv import accounts, disk_audit, pins
 from recollect.kv.accounts import Pin
+from recollect.kv.compaction import remove_damaged
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.names import disguised_key
 from recollect.kv.opening import is_there, open_existing
@@ -31,9 +34,9 @@ def encrypt(
     """
     Encrypt a data folder, once and for good, and return its cipher; one that is encrypted is unlocked.
 
-    All conversations are converted. KV on disk and the history of what was typed are deleted: they
-    come again. Checkpoints stay as places, without KV. Other programs that use the folder have to be
-    closed before.
+    All conversations are converted. KV on disk and the history of what was typed are deleted; KV comes
+    again. In a folder that is encrypted already, a history and damaged KV that were left there go too.
+    Checkpoints stay as places, without KV. Other programs that use the folder have to be closed before.
 
     Args:
         home: None: `RECOLLECT_HOME` or the user's data folder.
@@ -43,7 +46,7 @@ def encrypt(
 
     Raises:
         ConfigError: The passphrase is wrong or missing, there is no keyring, or a library is not
-            installed. Nothing was changed.
+            installed; or the file that says which key it is has gone. Nothing was changed.
         StoreError: Something in the folder cannot be written. What was converted by then is
             encrypted, and calling this again goes on with the rest.
     """
@@ -51,16 +54,33 @@ def encrypt(
     cipher = None
     if keyfile.is_encrypted(home):
         cipher = keyfile.unlock(home, passphrase=passphrase, ask=ask)
+        if cipher is not None:
+            _remove_plain_kv(home / STORE_FOLDER, cipher)  # which may put a damaged store aside
+            _remove_leftovers(home)
     if cipher is None:
+        _require_plain(home / JOURNAL_NAME)
         source: keyfile.Source = "keyring" if keyring else "passphrase"
         cipher, key_file = keyfile.new_key(source, passphrase=passphrase, ask=ask)
         kept = _checkpoints(home / STORE_FOLDER)
         _remove_plain(home)  # before the folder counts as encrypted: it may end here
         keyfile.save(home, key_file)
+        _remove_leftovers(home)  # a chat that is still open may have written one meanwhile
         _keep(kept, home / STORE_FOLDER, cipher)
     if (home / JOURNAL_NAME).exists():
         Journal.open(home / JOURNAL_NAME, cipher=cipher, convert=True).close()
     return cipher
+
+
+def _require_plain(journal: Path) -> None:
+    """
+    Check that a journal is not encrypted with a key that the folder does not know any more.
+
+    Raises:
+        ConfigError: It is; with a new key nobody could ever read it again.
+        StoreError: It cannot be read.
+    """
+    if journal.exists():
+        Journal.open(journal).close()
 
 
 def _checkpoints(folder: Path) -> list[Pin]:
@@ -86,12 +106,42 @@ def _keep(found: list[Pin], folder: Path, cipher: Cipher) -> None:
 
 
 def _remove_plain(home: Path) -> None:
-    """Delete what holds content and is no loss, with stores that were put aside as damaged."""
+    """Delete what holds content and is no loss."""
+    _remove_leftovers(home)
+    with _deleting():
+        if (home / STORE_FOLDER).exists():
+            shutil.rmtree(home / STORE_FOLDER)
+
+
+def _remove_leftovers(home: Path) -> None:
+    """Delete what no encrypted folder holds: a history, and stores that were put aside as damaged."""
+    with _deleting():
+        typed_history.remove(home / config.HISTORY_NAME)
+        remove_damaged(home / STORE_FOLDER)
+
+
+def _remove_plain_kv(folder: Path, cipher: Cipher) -> None:
+    """Delete a store in which a program without the key has kept blocks; its checkpoints stay as places."""
+    if not is_there(folder):
+        return
     try:
-        (home / config.HISTORY_NAME).unlink(missing_ok=True)
-        for folder in (home / STORE_FOLDER, *home.glob(f"{STORE_FOLDER}.damaged-*")):
-            if folder.exists():
-                shutil.rmtree(folder)
+        with closing(open_existing(folder, cipher.for_purpose(KV_PURPOSE))) as store:
+            with store.env.reading() as txn:
+                heads = accounts.heads(txn, store.env).values()
+            is_plain = any(not head.is_sealed for head in heads)
+            kept = [pin for pin in disk_audit.pins(store) if is_checkpoint(pin)]
+    except StoreCorruptError:  # what is in there cannot be told
+        is_plain, kept = True, []
+    if is_plain:
+        with _deleting():
+            shutil.rmtree(folder)
+        _keep(kept, folder, cipher)
+
+
+@contextmanager
+def _deleting() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StoreError(
             f"{error.filename} cannot be deleted ({error.strerror}): delete it, since it shows what "

@@ -6,13 +6,14 @@ Knows no model and no session: it keeps what it is given and gives it back.
 
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Self
 
+from recollect import config
 from recollect.cipher import Cipher
-from recollect.conversation import audit
+from recollect.conversation import audit, typed_history
 from recollect.conversation.conversion import match_key
 from recollect.conversation.database import BUSY_TIMEOUT_S, Database
 from recollect.conversation.entries import remove_entry, write_entry
@@ -31,6 +32,7 @@ from recollect.conversation.records import (
 )
 from recollect.conversation.rows import (
     insert_node,
+    read_node_ids,
     read_nodes,
     stored_conversation,
 )
@@ -48,7 +50,7 @@ from recollect.conversation.statements import (
     write_name,
     write_tip,
 )
-from recollect.errors import UnknownConversationError
+from recollect.errors import StoreCorruptError, UnknownConversationError
 
 JOURNAL_NAME: Final = "conversations.sqlite3"
 
@@ -375,15 +377,43 @@ class Journal:
         """
         Delete a conversation with all its branches, and overwrite what it said in the file.
 
+        What was typed of it at a terminal goes from the history beside the file, too.
+
         Raises:
             UnknownConversationError: There is none in that namespace.
-            StoreError: It cannot be written.
+            StoreError: The file or the history cannot be written. Nothing was deleted.
         """
         with self._writing() as connection:
             conversation_id = find_conversation(connection, self._sealing, name_or_id, namespace)[0]
+            if not namespace:  # others than the user of this machine have typed nothing here
+                self._forget_typed(connection, conversation_id)
             delete_conversation(connection, conversation_id)
         # Until the log is cut, it still holds the pages as they were.
         self._database.empty_log()
+
+    def _forget_typed(self, connection: sqlite3.Connection, conversation_id: int) -> None:
+        """Remove from the history of what was typed what a conversation says, as far as it can be read."""
+        path = self.path.with_name(config.HISTORY_NAME)
+        if not path.exists():
+            return
+        said = []
+        with suppress(StoreCorruptError):  # a damaged conversation can be deleted all the same
+            for node in read_nodes(connection, self._sealing, conversation_id, self.path):
+                if node.role in ("user", "system"):
+                    said.append(node.content)
+        typed_history.forget(path, said)
+
+    def node_ids(self, conversation_id: int) -> list[int]:
+        """
+        Return the ids of all messages of a conversation, in the order in which they were kept.
+
+        Empty where it was deleted. Reads no text.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with self._reading() as connection:
+            return read_node_ids(connection, conversation_id)
 
     def tips(self, conversation_id: int) -> dict[str, int | None]:
         """

@@ -152,6 +152,14 @@ def read_nodes(
         yield node
 
 
+def read_node_ids(connection: sqlite3.Connection, conversation_id: int) -> list[int]:
+    """Return the ids of the nodes of a conversation, in the order in which they were kept."""
+    rows = connection.execute(
+        "SELECT id FROM nodes WHERE conversation_id = ? ORDER BY id", (conversation_id,)
+    )
+    return [node_id for (node_id,) in rows]
+
+
 def is_sound(row: Row) -> bool:
     """Return whether a row of `NODE_COLUMNS` is what was written."""
     return bool(row[1] == _checksum(row[2:]))

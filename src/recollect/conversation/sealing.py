@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from recollect import keyfile
 from recollect.cipher import OVERHEAD_BYTES, Cipher
 from recollect.conversation.database import corrupt_error
 from recollect.errors import ConfigError, StoreCorruptError, StoreError
@@ -92,12 +93,15 @@ class Sealing:
         Return whether the journal is encrypted, with this key.
 
         Raises:
-            ConfigError: It is encrypted, and there is no key or another one.
+            ConfigError: It is encrypted, and there is no key or another one, or the file is missing
+                that says which.
         """
         self._mark = _mark(connection)
         if self._mark is None:
             return False
         if self._cipher is None:
+            if not keyfile.is_encrypted(self._path.parent):
+                raise keyfile.missing(self._path.parent)
             raise ConfigError(
                 f"{self._path} is encrypted: give its key, by recollect.unlock() or "
                 "RECOLLECT_PASSPHRASE."

@@ -96,8 +96,8 @@ def grown(records: Iterable[NodeRecord]) -> "tuple[Tree, dict[int | None, Node]]
     """
     Return the tree of kept messages, parents first, and its nodes by their ids in the journal.
 
-    The root is under None. The tree numbers messages from 1 in the order in which they were kept, and
-    so does everything that shows numbers to people.
+    The root is under None. The tree numbers messages from 1 in the order in which they were kept, which
+    is also how they are numbered for people; see `numbering`.
     """
     tree = Tree()
     nodes: dict[int | None, Node] = {None: tree.root}

@@ -17,7 +17,7 @@ from typing import Final
 
 import lmdb
 
-from recollect.kv.environment import DAMAGED, DATA, is_open, translated
+from recollect.kv.environment import ASIDE, DAMAGED, DATA, is_open, translated
 
 try:
     import fcntl
@@ -103,6 +103,24 @@ def discard(folder: Path) -> bool:
             except PermissionError:  # Windows: it is open
                 return False
         return alone
+
+
+def damaged_stores(folder: Path) -> list[Path]:
+    """Return the folders to which damaged stores of a folder were moved."""
+    return sorted(folder.parent.glob(f"{folder.name}{ASIDE}*"))
+
+
+def remove_damaged(folder: Path) -> int:
+    """
+    Delete the damaged stores that were put aside, in which replies can be read; return how many.
+
+    Raises:
+        OSError: One cannot be deleted.
+    """
+    found = damaged_stores(folder)
+    for aside in found:
+        shutil.rmtree(aside)
+    return len(found)
 
 
 def _continue_from(folder: Path, last: int) -> None:

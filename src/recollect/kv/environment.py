@@ -43,6 +43,8 @@ _UNREADABLE: Final = (
 _MAP_BYTES: Final = 1 << 40
 """Of address space, which costs nothing. A map that never grows need not be moved under readers."""
 DATA: Final = "data.mdb"
+ASIDE: Final = ".damaged-"
+"""Between the name of a store and the time, where a damaged one was put aside."""
 DAMAGED: Final = "damaged"
 """The name of a file that says so."""
 SORTED_VALUES: Final = {"siblings"}
@@ -371,7 +373,7 @@ def _mapped(folder: Path, least_bytes: int, tables: int, *, readonly: bool) -> l
 
 def _put_aside(folder: Path, cause: str) -> None:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-    kept = folder.with_name(f"{folder.name}.damaged-{stamp}")
+    kept = folder.with_name(f"{folder.name}{ASIDE}{stamp}")
     folder.rename(kept)
     folder.mkdir(mode=0o700)
     _log.warning("The KV store in %s is damaged (%s); it was kept as %s.", folder, cause, kept)

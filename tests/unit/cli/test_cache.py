@@ -1,6 +1,7 @@
 """`recollect cache` shows, checks and clears what is on disk, and loads no model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -238,3 +239,24 @@ def test_a_store_that_is_damaged_inside_is_removed(
     monkeypatch.setattr(DiskStore, "clear", fail)
     assert "was damaged; it was removed" in run("clear", "--yes")
     assert not (home / "kv" / "data.mdb").exists()
+
+
+@pytest.mark.usefixtures("kept")
+def test_clear_removes_damaged_stores_that_were_put_aside(home: Path) -> None:
+    aside = home / "kv.damaged-20260101T000000000000"
+    shutil.copytree(home / "kv", aside)
+    said = run("clear", "--yes")
+    assert "1 damaged store that had been put aside was removed." in said
+    assert not aside.exists()
+    shutil.move(home / "kv", aside)
+    assert "1 damaged store" in run("clear", "--yes")
+    assert list(home.glob("kv*")) == []
+
+
+def test_clear_leaves_nothing_of_a_store_that_is_found_damaged_only_then(
+    home: Path, open_home_store: OpenStore
+) -> None:
+    open_home_store().close()
+    (home / "kv" / "data.mdb").write_bytes(b"what was said" * 1000)
+    run("clear", "--yes")
+    assert not [f for f in home.rglob("*") if f.is_file() and b"what was said" in f.read_bytes()]

@@ -310,7 +310,24 @@ def test_load_names_what_there_is_not(
         run_command(chat, "/load")
 
 
-def test_without_kv_on_disk_save_says_how_to_have_it(chat: Chat) -> None:
+def test_a_chat_that_is_not_kept_says_so_for_save(
+    make_chat: Callable[..., Chat], open_store: Callable[..., DiskStore]
+) -> None:
+    chat = make_chat(store=open_store())
+    for line in ("/save", "/save here"):
+        with pytest.raises(ConversationError, match=r"not kept.* start one without --no-save"):
+            run_command(chat, line)
+
+
+def test_save_says_that_no_place_is_kept(
+    make_chat: Callable[..., Chat], open_store: Callable[..., DiskStore], screen: StringIO
+) -> None:
+    run_command(make_chat(keep=True, store=open_store()), "/save")
+    assert take(screen) == "No place is kept yet: /save NAME keeps this one.\n"
+
+
+def test_without_kv_on_disk_save_says_how_to_have_it(make_chat: Callable[..., Chat]) -> None:
+    chat = make_chat(keep=True)
     with pytest.raises(StoreError, match="--kv-disk"):
         run_command(chat, "/save here")
     assert chat.checkpoint_names() == []
@@ -484,3 +501,21 @@ def test_an_error_is_one_line_and_the_chat_goes_on(
     assert take(screen).count("recollect: ") == 2
     handle_line(chat, "one")
     assert said(chat) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("/goto", "Give the number of a reply, such as /goto #4; /tree shows them."),
+        ("/goto #99", "There is no reply #99: /tree shows those that there are."),
+        ("/goto #1", "#1 is a message, and no reply: give the number of one that /tree shows."),
+        ("/rewind", "Give the turn to go back to, or 0 for the start."),
+    ],
+)
+def test_a_place_that_is_none_is_told_plainly(
+    chat: Chat, screen: StringIO, line: str, told: str
+) -> None:
+    handle_line(chat, "one")
+    take(screen)
+    handle_line(chat, line)
+    assert take(screen) == f"recollect: {told}\n"

@@ -242,3 +242,23 @@ def test_neither_help_nor_the_commands_load_a_runtime(poem: Journal) -> None:
     assert output.returncode == 0, output.stderr
     assert "poem" in output.stdout
     assert output.stdout.splitlines()[-1] == "[] []"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits are POSIX's")
+def test_an_export_for_which_there_is_no_room_leaves_no_file(poem: Journal, tmp_path: Path) -> None:
+    chat_id = poem.find("poem").id  # type: ignore[union-attr]  # the fixture has kept it
+    poem.append(chat_id, None, [NewNode(role="user", content="long " * 100_000)])
+    program = (
+        "import resource, signal, sys\n"
+        "from recollect.cli.main import run\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "sys.argv = ['recollect', 'conversations', 'export', 'poem', 'poem.json']\n"
+        "run()\n"
+    )
+    done = subprocess.run(  # noqa: S603 - our own program
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "poem.json cannot be used (File too large)" in done.stderr
+    assert not (tmp_path / "poem.json").exists()

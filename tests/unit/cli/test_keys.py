@@ -12,7 +12,9 @@ from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from recollect.cli.keys import QUOTES, WordsCompleter, history_at, is_open, make_prompt, unquote
+from recollect import keyfile
+from recollect.cli.keys import WordsCompleter, history_at, make_prompt
+from recollect.conversation.typed_history import QUOTES, is_open, unquote
 
 ENTER, ALT_ENTER = "\r", "\x1b\r"
 
@@ -102,3 +104,25 @@ def test_only_the_owner_can_read_the_history(tmp_path: Path) -> None:
 def test_a_home_that_cannot_be_had_is_no_reason_not_to_talk(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file where the folder should be")
     assert isinstance(history_at(tmp_path / "home" / "history"), InMemoryHistory)
+
+
+def test_an_open_chat_writes_no_history_into_a_folder_that_was_encrypted_meanwhile(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "home" / "history"
+    history = history_at(path)
+    history.append_string("before")
+    path.unlink()
+    (path.parent / keyfile.KEY_FILE).write_text("{}")
+    history.append_string("after")
+    assert not path.exists()
+    assert history.get_strings()[-1] == "after"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such bits")
+def test_a_history_that_is_made_again_can_be_read_by_its_owner_only(tmp_path: Path) -> None:
+    path = tmp_path / "home" / "history"
+    history = history_at(path)
+    path.unlink()
+    history.append_string("again")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600

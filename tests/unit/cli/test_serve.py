@@ -80,3 +80,18 @@ def test_the_memory_of_models_given_by_their_paths_is_counted(
     assert hubs[0].names == ("a/model.gguf", "b/model.gguf")
     assert hubs[0].resolve("gpt") == "b/model.gguf"
     assert [hubs[0].weight_bytes(name) for name in hubs[0].names] == [1000, 2000]
+
+
+def test_keys_say_what_was_done() -> None:
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(app, ["keys", *arguments], catch_exceptions=False)
+        assert result.exit_code == 0
+        return result.output
+
+    assert run("list") == "There is no key yet: `recollect keys add NAME` makes one.\n"
+    run("add", "ann")
+    assert run("list") == "ann\n"
+    assert run("remove", "ann") == (
+        "The key 'ann' was removed. A server that is running takes it until it is restarted.\n"
+    )
+    assert "There is no key yet" in run("list")

@@ -52,12 +52,15 @@ def test_the_second_chat_says_that_it_goes_on_as_a_branch(two: tuple[Chat, Chat]
     handle_line(first, "first")
     assert "branch" not in shown(first)
     handle_line(second, "second")
-    told = [line for line in shown(second).splitlines() if "main-2" in line]
+    text = shown(second)
+    told = [line for line in text.splitlines() if "main-2" in line]
     assert len(told) == 1
-    assert "'main' was moved on elsewhere" in told[0]
+    assert "'main' has gone on in another chat" in told[0]
+    assert "this one is a branch now, 'main-2'" in told[0]
+    assert "What the other one says: recollect chat --resume trains\n" in text
     assert second.current == "main-2"
     handle_line(second, "again")
-    assert "moved on" not in shown(second)
+    assert "has gone on" not in shown(second)
     handle_line(second, "/tree")
     assert "main-2 (here)" in shown(second)
     tips = second.model.journal.load("trains").tips
@@ -142,6 +145,50 @@ def test_a_reply_has_one_number_wherever_it_is_shown(
         asked = again.session.tip.parent
         assert asked is not None
         assert asked.content == said
+
+
+def test_a_reply_keeps_its_number_whatever_came_between(home: Path, model: Model) -> None:
+    chat = Chat(
+        model,
+        Console(file=io.StringIO(), width=120),
+        model.session("Be brief.", params=SHORT, name="trains"),
+    )
+    conversation = chat.session.conversation
+    handle_line(chat, "one")
+    conversation.take_back(conversation.ask(chat.session.tip, "stopped", tip="main"))
+    handle_line(chat, "/regenerate")
+    with chat.session.stream("interrupted") as stream:
+        next(iter(stream))
+        stream.stop()
+    handle_line(chat, "/undo")
+    beside = resumed(model, "trains", io.StringIO())
+    handle_line(beside, "beside")
+    # As a process that was killed leaves it: asked, and never answered.
+    beside.session.conversation.ask(beside.session.tip, "killed", tip=beside.session.name)
+    for line in ("two", "/undo", "three", "/fork idea", "four"):
+        handle_line(chat, line)
+    handle_line(beside, "again")
+    shown(chat)
+    handle_line(chat, "/tree")
+    live = numbers(shown(chat))
+    assert set(live.values()) == {"one", "interrupted", "two", "three", "four"}
+    kept = numbers(run("show", "trains"))
+    assert set(kept.values()) == {*live.values(), "beside", "again"}
+    assert live.items() <= kept.items()
+    shown(beside)
+    handle_line(beside, "/tree")
+    assert numbers(shown(beside)).items() <= kept.items()
+    again = resumed(model, "trains", io.StringIO())
+    handle_line(again, "/tree")
+    assert numbers(shown(again)) == kept
+    for number, said in live.items():
+        handle_line(chat, f"/goto #{number}")
+        asked = chat.session.tip.parent
+        assert asked is not None
+        assert asked.content == said
+    shown(chat)
+    handle_line(chat, "/goto #99")
+    assert "There is no reply #99: /tree shows those that there are." in shown(chat)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")

@@ -25,8 +25,13 @@ def resumed(chat: Chat, screen: StringIO) -> str:
     return screen.getvalue()
 
 
-def test_a_new_chat_says_what_is_spoken_to(chat: Chat, screen: StringIO) -> None:
+def test_a_chat_that_is_not_kept_says_so(chat: Chat, screen: StringIO) -> None:
     welcome(chat)
+    assert screen.getvalue().splitlines()[1:] == ["Nothing of this chat is kept (--no-save)."]
+
+
+def test_a_new_chat_says_what_is_spoken_to(kept: Chat, screen: StringIO) -> None:
+    welcome(kept)
     assert screen.getvalue().startswith("reference · exact · 2,048 tokens of context · /help")
     assert screen.getvalue().count("\n") == 1
 

@@ -10,6 +10,7 @@ import pytest
 
 import recollect
 from recollect import config, keyfile
+from recollect.cipher import Cipher
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.errors import ConfigError, StoreError
 from recollect.kv import disk_audit
@@ -161,8 +162,12 @@ def test_what_broke_off_is_finished_by_encrypting_again(
 ) -> None:
     """At the worst moment: the folder says that it is encrypted, and its journal is not yet."""
 
-    def die(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    opened = Journal.open
+
+    def die(path: Path, *, cipher: Cipher | None = None, convert: bool = False) -> Journal:
+        if convert:
+            raise KeyboardInterrupt
+        return opened(path, cipher=cipher)
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "open", die)
@@ -214,3 +219,61 @@ def test_kv_comes_back_from_an_encrypted_disk_and_not_with_another_key(tmp_path:
     shutil.copytree(one / STORE_FOLDER, other / STORE_FOLDER)
     assert restored_tokens(other) == 0
     assert list(readable(tmp_path)) == []
+
+
+def test_encrypting_again_removes_what_an_open_chat_or_a_damaged_store_has_left(
+    home: Path,
+) -> None:
+    recollect.encrypt(home, passphrase="open sesame")
+    (home / config.HISTORY_NAME).write_text(f"+{SAID}\n")
+    (home / f"{config.HISTORY_NAME}.new-0123").write_text(f"+{SAID}\n")
+    aside = home / f"{STORE_FOLDER}.damaged-20260101T000000"
+    aside.mkdir()
+    (aside / "data.mdb").write_text(SAID)
+    recollect.encrypt(home, passphrase="open sesame")
+    assert list(readable(home)) == []
+    assert not aside.exists()
+
+
+def test_without_the_file_that_names_the_key_the_remedy_is_that_file(home: Path) -> None:
+    recollect.encrypt(home, passphrase="open sesame")
+    copy = (home / keyfile.KEY_FILE).read_bytes()
+    (home / keyfile.KEY_FILE).unlink()
+    told = r"encryption\.json is missing.*put that file back from a copy"
+    with pytest.raises(ConfigError, match=told):
+        Journal.open(home / JOURNAL_NAME)
+    stored = (home / STORE_FOLDER / "data.mdb").read_bytes()
+    with pytest.raises(ConfigError, match=told):  # with a new key nobody could ever read it
+        recollect.encrypt(home, passphrase="open sesame")
+    assert not keyfile.is_encrypted(home)
+    assert (home / STORE_FOLDER / "data.mdb").read_bytes() == stored
+    with pytest.raises(ConfigError, match=r"put its encryption\.json back from a copy"):
+        recollect.unlock(home, passphrase="open sesame")
+    (home / keyfile.KEY_FILE).write_bytes(copy)
+    cipher = recollect.encrypt(home, passphrase="open sesame")
+    with Journal.open(home / JOURNAL_NAME, cipher=cipher) as journal:
+        assert journal.load("secret plan").nodes[0].content == SAID
+
+
+def test_encrypting_again_removes_kv_that_a_program_without_the_key_has_kept(home: Path) -> None:
+    cipher = recollect.encrypt(home, passphrase="open sesame")
+    with recollect.load("reference", home=home, cipher=cipher) as model:
+        model.resume(checkpoint="before the plan").checkpoint("again")
+    moved = (home / keyfile.KEY_FILE).rename(home / "moved")
+    with recollect.load("reference", home=home) as model:
+        model.session().respond(SAID, params=SHORT)
+    moved.rename(home / keyfile.KEY_FILE)
+    assert "data.mdb" in readable(home)
+    recollect.encrypt(home, passphrase="open sesame")
+    assert list(readable(home)) == []
+    with recollect.load("reference", home=home, cipher=cipher) as model:
+        assert [made.name for made in model.checkpoints()] == ["again", "before the plan"]
+
+
+def test_encrypting_again_removes_a_store_of_which_nobody_can_tell_what_it_holds(
+    home: Path,
+) -> None:
+    recollect.encrypt(home, passphrase="open sesame")
+    (home / STORE_FOLDER / "data.mdb").write_bytes(SAID.encode() * 1000)
+    recollect.encrypt(home, passphrase="open sesame")
+    assert list(readable(home)) == []

@@ -24,6 +24,7 @@ from recollect.errors import (
     StoreCorruptError,
     StoreError,
 )
+from recollect.keyfile import KEY_FILE
 from recollect.types import ToolLinks
 
 CIPHER = Cipher(bytes(range(32)))
@@ -221,6 +222,9 @@ def test_without_the_key_or_with_another_it_is_refused_and_left_alone(path: Path
     with Journal.open(path, cipher=CIPHER) as journal:
         fill(journal)
     before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"encryption\.json is missing"):
+        Journal.open(path)
+    path.with_name(KEY_FILE).touch()
     with pytest.raises(ConfigError, match="RECOLLECT_PASSPHRASE"):
         Journal.open(path)
     with pytest.raises(ConfigError, match="another key"):
