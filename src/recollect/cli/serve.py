@@ -189,7 +189,17 @@ def serve(
         on_load=lambda model: publish_later(model, prompts),
     )
     _log_to_stderr()
-    run_server(settings, hub, keys, on_listening=lambda port: _say_where(settings, port))
+    run_server(
+        settings,
+        hub,
+        keys,
+        on_listening=lambda port: _say_where(settings, port),
+        on_stopping=lambda replies: _say_stopping(settings, replies),
+    )
+    if hub.is_loading:
+        # Python would end under a thread that is in the runtime's own code, which then aborts.
+        logging.shutdown()
+        os._exit(0)
 
 
 @keys_app.command("add")
@@ -286,3 +296,12 @@ def _say_where(settings: "Settings", port: int) -> None:
     print(
         f"Listening on http://{host}:{port}/v1 ({keys}); Ctrl-C stops.", file=sys.stderr, flush=True
     )
+
+
+def _say_stopping(settings: "Settings", replies: int) -> None:
+    text = "Stopping."
+    if replies:
+        what, them = ("1 reply", "it") if replies == 1 else (f"{replies:,} replies", "them")
+        seconds = settings.limits.shutdown_s
+        text = f"Stopping: waiting up to {seconds:g} s for {what}; Ctrl-C again ends {them} now."
+    print(text, file=sys.stderr, flush=True)

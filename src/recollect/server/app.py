@@ -155,6 +155,8 @@ async def _load_default(hub: ModelHub, on_failure: Callable[[Exception], None]) 
     """Load the default model while the first requests are taken already."""
     try:
         (await hub.acquire(None)).release()
+    except ApiError:
+        pass  # it is given up, because the server stops
     except RecollectError as error:
         hub.failure = error
         on_failure(error)

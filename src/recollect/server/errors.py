@@ -133,6 +133,16 @@ def too_busy(retry_after_s: float) -> ApiError:
     )
 
 
+def stopping() -> ApiError:
+    """Return what a client is told whose reply the server's end has cut short."""
+    return ApiError(
+        "The server is stopping, so this reply is not complete: ask again when it runs.",
+        status=503,
+        kind=_OURS,
+        code="server_stopping",
+    )
+
+
 def not_found(what: str) -> ApiError:
     """Return what a client is told of an id that is nobody's, or another client's."""
     return ApiError(f"There is no {what}.", status=404, code="not_found")
