@@ -22,7 +22,7 @@ from recollect.cipher import KV_PURPOSE
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
-from recollect.errors import RecollectError
+from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.opening import is_there, open_existing
 from recollect.server.admission import Admission, Ticket
@@ -85,11 +85,24 @@ class Services:
 
     @property
     def journal(self) -> Journal:
-        """Return the journal that kept conversations are in; opened when first needed."""
+        """
+        Return the journal that kept conversations are in; opened when first needed.
+
+        Raises:
+            StoreError: It cannot be opened, or the folder was encrypted since the server started.
+        """
         with self._opening:
             if self._journal is None:
                 path, cipher = self.settings.home / JOURNAL_NAME, self.settings.cipher
-                self._journal = Journal.open(path, cipher=cipher)
+                try:
+                    self._journal = Journal.open(path, cipher=cipher)
+                except ConfigError as cause:  # the key was right when the server started
+                    if cipher is None:
+                        raise StoreEncryptedError(
+                            f"{path} has been encrypted by another program meanwhile: restart the "
+                            "server, with the key."
+                        ) from cause
+                    raise StoreError(str(cause)) from cause
             return self._journal
 
     def speed(self, model_name: str, namespace: str) -> PrefillSpeed:
