@@ -181,6 +181,13 @@ class ModelHub:
             self._loaded = {**self._loaded, name: _Loaded(model, taken)}
             self._on_load(model)
             _log.info("loaded %s in %.1f s", name, monotonic() - begun)
+            if self._memory_bytes is not None and taken > self._memory_bytes:
+                _log.warning(
+                    "%s takes about %s MB with its KV, more than the %s MB that --memory allows: it "
+                    "stays loaded alone; give less --kv-memory, or more --memory.",
+                    name,
+                    *(f"{size / 10**6:,.1f}" for size in (taken, self._memory_bytes)),
+                )
             await self._give_up_idle(keep=name)
 
     def _load_counted(self, name: str) -> Model:
