@@ -183,10 +183,10 @@ class ModelHub:
             _log.info("loaded %s in %.1f s", name, monotonic() - begun)
             if self._memory_bytes is not None and taken > self._memory_bytes:
                 _log.warning(
-                    "%s takes about %s MB with its KV, more than the %s MB that --memory allows: it "
+                    "%s takes about %s bytes with its KV, and --memory allows %s: it "
                     "stays loaded alone; give less --kv-memory, or more --memory.",
                     name,
-                    *(f"{size / 10**6:,.1f}" for size in (taken, self._memory_bytes)),
+                    *(f"{size:,}" for size in (taken, self._memory_bytes)),
                 )
             await self._give_up_idle(keep=name)
 

@@ -71,7 +71,8 @@ class _Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.shutdown()
         admission, tasks = self._services.admission, self.server_state.tasks
-        self._on_stopping(admission.running + admission.waiting)
+        if self.failure is None:  # which is told by itself
+            self._on_stopping(admission.running + admission.waiting)
         shutdown_s = self._services.settings.limits.shutdown_s
         await _until(lambda: not tasks or self.force_exit, shutdown_s)
         self._services.end()
