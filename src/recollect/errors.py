@@ -19,6 +19,7 @@ Every exception that recollect raises on purpose.
     ├── StoreError                  what is kept on disk cannot be read or written
     │   ├── StoreBusyError          somebody else holds it for too long
     │   ├── StoreCorruptError       it is damaged
+    │   ├── StoreEncryptedError     it was encrypted after it was opened
     │   ├── StoreFullError          there is no room for more
     │   ├── StoreUnavailableError   the disk or the system does not let it be used
     │   ├── TooShortError           it fills no block, and nothing less can be kept
@@ -133,6 +134,10 @@ class StoreBusyError(StoreError):
 
 class StoreCorruptError(StoreError):
     """The store is damaged; it was left untouched."""
+
+
+class StoreEncryptedError(StoreError):
+    """The store was encrypted by another program after it was opened; nothing was changed."""
 
 
 class StoreFullError(StoreError):

@@ -234,7 +234,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         limit = self.max_tokens
-        _require(limit is None or limit >= 1, "max_tokens", limit, "at least 1, or None")
+        _require(limit is None or limit >= 1, "max_tokens", limit, "at least 1")
         _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
@@ -252,21 +252,24 @@ class SamplingParams:
                 "a finite number, or -inf to ban the token",
             )
         seed = self.seed
-        _require(
-            seed is None or 0 <= seed < 2**64, "seed", seed, "between 0 and 2**64 - 1, or None"
-        )
+        _require(seed is None or 0 <= seed < 2**64, "seed", seed, "from 0 to 18446744073709551615")
         _require(not isinstance(self.stop, str), "stop", self.stop, "a tuple of strings")
         _require_few_enough(self.stop)
-        _require(all(self.stop), "stop", self.stop, "strings of at least one character")
+        if not all(self.stop):
+            raise InvalidParameterError(
+                "stop has an empty string: give strings of at least one character."
+            )
         told = self.logprobs
         _require(
             told is None or 0 <= told <= MOST_LOGPROBS,
             "logprobs",
             told,
-            f"between 0 and {MOST_LOGPROBS}, or None",
+            f"from 0 to {MOST_LOGPROBS}",
         )
-        if self.grammar is not None:
-            _require(not self.ignore_eos, "ignore_eos", True, "False where there is a grammar")
+        if self.grammar is not None and self.ignore_eos:
+            raise InvalidParameterError(
+                "ignore_eos cannot go with a grammar, which says where the reply ends: leave one out."
+            )
 
 
 def _require_few_enough(stop: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recollect.errors import InvalidParameterError
-from recollect.types import SamplingParams, Usage, common_prefix_length, tokens_per_second
+from recollect.types import Grammar, SamplingParams, Usage, common_prefix_length, tokens_per_second
 
 NAN, INF = math.nan, math.inf
 
@@ -108,3 +108,22 @@ def test_usage_is_plain_json_values() -> None:
         "reason": "evicted",
         "difference": "5 tokens",
     }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 0},
+        {"stop": ("",)},
+        {"seed": -1},
+        {"logprobs": 99},
+        {"ignore_eos": True, "grammar": Grammar.json_object()},
+    ],
+)
+def test_what_is_wrong_is_told_without_words_of_python(wrong: dict[str, Any]) -> None:
+    """Clients of the server read these sentences, and know no None and no tuples."""
+    with pytest.raises(InvalidParameterError) as refused:
+        SamplingParams(**wrong)
+    assert next(iter(wrong)) in str(refused.value)
+    for word in ("None", "True", "False", "**", "('"):
+        assert word not in str(refused.value)

@@ -5,9 +5,10 @@ Imports nothing that loads a runtime, so that `--help` and mistakes in options a
 """
 
 import sys
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from recollect import starting
 from recollect._version import __version__
@@ -28,6 +29,19 @@ from recollect.cli.verify import verify
 from recollect.cli.warm import warm
 from recollect.errors import RecollectError
 
+
+class _PlainErrors(TyperGroup):
+    """The command, with what is wrong with an option in words, and without a name of Python's."""
+
+    def invoke(self, ctx: Any) -> object:  # Typer names no type of it
+        """Run a sub-command."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
 EXIT_ERROR: Final = 2
 """Also what a wrong option gives."""
 EXIT_NOT_READ: Final = 1
@@ -37,6 +51,7 @@ EXIT_INTERRUPTED: Final = 130
 
 app = typer.Typer(
     name="recollect",
+    cls=_PlainErrors,
     help="Conversations with local language models that never read a token twice, and prove it.",
     no_args_is_help=True,
     add_completion=False,

@@ -5,7 +5,9 @@ Reads options and says where it listens; the server itself is `recollect.server`
 """
 
 import logging
+import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:  # the server takes a second to import, which `--help` need no
 
 _ACCESS: Final = "Access"
 _LIMITS: Final = "Limits"
+_KEY_VARIABLE: Final = "RECOLLECT_API_KEY"
 
 keys_app = typer.Typer(
     name="keys", help="API keys of `recollect serve`.", no_args_is_help=True, add_completion=False
@@ -96,8 +99,9 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="K",
-            help="A key that clients have to send; several, or `recollect keys add`.",
-            envvar="RECOLLECT_API_KEY",
+            help="A key that clients have to send. `ps` shows it: set the variable, or use "
+            "`recollect keys add`.",
+            envvar=_KEY_VARIABLE,
             show_default=False,
             rich_help_panel=_ACCESS,
         ),
@@ -155,7 +159,8 @@ def serve(
     home = config.home()
     references = public_names(model or default_references(home))
     names = tuple(references)
-    keys = keyring(KeyFile.in_home(home), api_key or ())
+    _require_readable(references.values(), kv_memory, kv_disk, temperature)
+    keys = keyring(KeyFile.in_home(home), _given_keys(api_key))
     if encrypt and not keyfile.is_encrypted(home):
         for reference in references.values():
             options.make_ready(
@@ -195,7 +200,17 @@ def serve(
         on_load=lambda model: publish_later(model, prompts),
     )
     _log_to_stderr()
-    run_server(settings, hub, keys, on_listening=lambda port: _say_where(settings, port))
+    run_server(
+        settings,
+        hub,
+        keys,
+        on_listening=lambda port: _say_where(settings, port),
+        on_stopping=lambda replies: _say_stopping(settings, replies),
+    )
+    if hub.is_loading:
+        # Python would end under a thread that is in the runtime's own code, which then aborts.
+        logging.shutdown()
+        os._exit(0)
 
 
 @keys_app.command("add")
@@ -251,6 +266,40 @@ def _require_packages() -> None:
         ) from cause
 
 
+def _require_readable(
+    references: Iterable[str], kv_memory: str | None, kv_disk: str | None, temperature: float
+) -> None:
+    """
+    Check what only a load would read otherwise, when clients believe in the server already.
+
+    Raises:
+        RecollectError: A model goes by no such name, or a size or a number is none.
+    """
+    from recollect import config  # noqa: PLC0415 - see the imports for type checking
+    from recollect.models.resolve import resolve  # noqa: PLC0415
+    from recollect.types import SamplingParams  # noqa: PLC0415
+
+    for reference in references:
+        resolve(reference)
+    if kv_memory is not None:
+        config.parse_size(kv_memory)
+    if kv_disk is not None:
+        config.parse_disk_size(kv_disk)
+    config.is_offline()
+    SamplingParams(temperature=temperature)
+
+
+def _given_keys(api_key: list[str] | None) -> Sequence[str]:
+    """
+    Return the keys that were given by hand.
+
+    Of a blank variable Typer makes no key at all, which would let everybody in. It is returned as it
+    is, to be refused.
+    """
+    blank = os.environ.get(_KEY_VARIABLE)
+    return api_key or (() if blank is None else (blank,))
+
+
 def _log_to_stderr() -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
@@ -264,3 +313,12 @@ def _say_where(settings: "Settings", port: int) -> None:
     print(
         f"Listening on http://{host}:{port}/v1 ({keys}); Ctrl-C stops.", file=sys.stderr, flush=True
     )
+
+
+def _say_stopping(settings: "Settings", replies: int) -> None:
+    text = "Stopping."
+    if replies:
+        what, them = ("1 reply", "it") if replies == 1 else (f"{replies:,} replies", "them")
+        seconds = settings.limits.shutdown_s
+        text = f"Stopping: waiting up to {seconds:g} s for {what}; Ctrl-C again ends {them} now."
+    print(text, file=sys.stderr, flush=True)

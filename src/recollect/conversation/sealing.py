@@ -13,7 +13,7 @@ from typing import Final
 from recollect import keyfile
 from recollect.cipher import OVERHEAD_BYTES, Cipher
 from recollect.conversation.database import corrupt_error
-from recollect.errors import ConfigError, StoreCorruptError, StoreError
+from recollect.errors import ConfigError, StoreCorruptError, StoreEncryptedError
 
 Place = tuple[str | int | None, ...]
 """Table, column, and what of the row can be read. A value opens only where all of that is the same."""
@@ -120,10 +120,10 @@ class Sealing:
         Check that the journal is as encrypted as when it was opened.
 
         Raises:
-            StoreError: Somebody has encrypted it since; what would be written now could be read.
+            StoreEncryptedError: Somebody has encrypted it since; what would be written now could be read.
         """
         if _mark(connection) != self._mark:
-            raise StoreError(
+            raise StoreEncryptedError(
                 f"{self._path} has been encrypted by another program meanwhile: start again, with "
                 "the key."
             )

@@ -228,6 +228,8 @@ class TemplateProcesses:
 
     def _any(self) -> _Child:
         """Return a process that is free, or a new one."""
+        if sys.is_finalizing():  # a thread that is started now never runs, and would be waited for
+            raise TemplateError("Nothing can be rendered any more: the program is ending.")
         try:
             child = self._idle.pop()
         except IndexError:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -33,7 +34,7 @@ from recollect.server.hub import ModelHub
 from recollect.server.kept import KeptConversations
 from recollect.server.keys import Keyring
 from recollect.server.metrics import Metrics
-from recollect.server.mistakes import wrong_request
+from recollect.server.mistakes import quoted, wrong_request
 from recollect.server.requests import Counted
 from recollect.server.security import Security
 from recollect.server.services import Services
@@ -142,10 +143,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, AnyHttpException)
-        refused = ApiError(
-            str(error.detail), status=error.status_code, headers=dict(error.headers or {})
-        )
-        return error_response(request.url.path, refused)
+        return error_response(request.url.path, _routed_nowhere(request, error))
 
     async def gone(_request: Request, _error: Exception) -> Response:
         return Response(status_code=_CLIENT_GONE)
@@ -158,10 +156,29 @@ def _answer_errors(app: FastAPI) -> None:
     app.add_exception_handler(ClientGone, gone)
 
 
+def _routed_nowhere(request: Request, error: AnyHttpException) -> ApiError:
+    """Return what a client is told that has called what there is not."""
+    where, code = quoted(request.url.path), None
+    message = str(error.detail)
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        code = "not_found"
+        message = (
+            f"There is nothing at {where}: the calls are under /v1, such as "
+            "/v1/chat/completions, and /openapi.json describes them all."
+        )
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        code = "method_not_allowed"
+        message = f"{where} does not take {request.method}: /openapi.json describes what it takes."
+    headers = dict(error.headers or {})
+    return ApiError(message, status=error.status_code, code=code, headers=headers)
+
+
 async def _load_default(hub: ModelHub, on_failure: Callable[[Exception], None]) -> None:
     """Load the default model while the first requests are taken already."""
     try:
         (await hub.acquire(None)).release()
+    except ApiError:
+        pass  # it is given up, because the server stops
     except RecollectError as error:
         hub.failure = error
         on_failure(error)

@@ -73,11 +73,16 @@ class Answer:
     message: str | None = None
     """In place of the error's own, where that speaks of this machine; None: the error's own."""
     retry_after_s: int | None = None
+    has_trace: bool = True
+    """Whether the log shows where it came from: not where the error's own sentence says all."""
 
 
 _BUSY: Final = "rate_limit_error"
 _OURS: Final = "server_error"
 _NO_ROOM: Final = "The server's disk is full: nothing was kept. What was kept before can be read."
+_ENCRYPTED: Final = (
+    "What this server keeps was encrypted while it ran: restart the server, with the passphrase."
+)
 _SEE_LOG: Final = "The server could not do this; its log says why."
 
 TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
@@ -95,6 +100,10 @@ TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
     (errors.NameTakenError, Answer(409, code="name_taken")),
     (errors.ConversationError, Answer(400, code="invalid_messages")),
     (errors.StoreBusyError, Answer(503, _OURS, "store_busy", _SEE_LOG, retry_after_s=2)),
+    (
+        errors.StoreEncryptedError,
+        Answer(503, _OURS, "store_unavailable", _ENCRYPTED, has_trace=False),
+    ),
     (errors.StoreFullError, Answer(507, _OURS, "insufficient_storage", _NO_ROOM)),
     (errors.StoreError, Answer(503, _OURS, "store_unavailable", _SEE_LOG, retry_after_s=10)),
     (errors.ModelError, Answer(503, _OURS, "model_unavailable", _SEE_LOG)),
@@ -110,7 +119,8 @@ def api_error(error: Exception) -> ApiError:
     fitting = (answer for kind, answer in TABLE if isinstance(error, kind))
     answer = next(fitting, Answer(500, _OURS, "internal_error", _SEE_LOG))
     if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        _log.error("%s: %s", type(error).__name__, error, exc_info=error)
+        trace = error if answer.has_trace else None
+        _log.error("%s: %s", type(error).__name__, error, exc_info=trace)
     headers = {} if answer.retry_after_s is None else {"Retry-After": str(answer.retry_after_s)}
     message = answer.message or str(error)
     if isinstance(error, errors.ContextFullError):
@@ -130,6 +140,16 @@ def too_busy(retry_after_s: float) -> ApiError:
         kind=_BUSY,
         code="queue_full",
         headers={"Retry-After": str(seconds)},
+    )
+
+
+def stopping() -> ApiError:
+    """Return what a client is told whose reply the server's end has cut short."""
+    return ApiError(
+        "The server is stopping, so this reply is not complete: ask again when it runs.",
+        status=503,
+        kind=_OURS,
+        code="server_stopping",
     )
 
 

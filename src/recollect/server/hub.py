@@ -13,7 +13,8 @@ from typing import Final
 
 from recollect.conversation.model import Model
 from recollect.errors import UnknownModelError
-from recollect.server.errors import ApiError
+from recollect.server.errors import ApiError, stopping
+from recollect.server.threads import on_thread
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +90,8 @@ class ModelHub:
         self._loaded: Mapping[str, _Loaded] = {}  # replaced and never changed: threads look at it
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._one_at_a_time = asyncio.Lock()
+        self._given_up = asyncio.Event()
+        self._threads_loading = 0
         self.failure: Exception | None = None
         """Why the default model could not be loaded."""
 
@@ -96,6 +99,11 @@ class ModelHub:
     def default(self) -> str:
         """Return the model of requests that name none."""
         return self.names[0]
+
+    @property
+    def is_loading(self) -> bool:
+        """Return whether a thread is loading a model, which may go on after `close`."""
+        return self._threads_loading > 0
 
     @property
     def is_ready(self) -> bool:
@@ -126,36 +134,68 @@ class ModelHub:
         Raises:
             UnknownModelError: There is none of that name.
             ModelError: It cannot be loaded.
-            ApiError: The models in use leave no memory for it.
+            ApiError: The models in use leave no memory for it, or all are given up.
         """
         wanted = self.resolve(name)
+        if self._given_up.is_set():  # those that went before have ended, so that this has its turn
+            raise stopping()
         while (loaded := self._loaded.get(wanted)) is None:
             task = self._loading.get(wanted)
             if task is None:
                 task = asyncio.get_running_loop().create_task(self._bring(wanted))
                 self._loading[wanted] = task
                 task.add_done_callback(lambda _: self._loading.pop(wanted, None))
-            # A client that goes away does not take the model from the others who wait.
+            await self._unless_given_up(task)
+            if self._given_up.is_set():
+                raise stopping()
+            # A client that goes away does not take the model from the others who wait, and each of
+            # them is told what it failed with.
             await asyncio.shield(task)
         return Lease(self, wanted, loaded)
+
+    def give_up(self) -> None:
+        """Wait for no model any more that is being loaded, and refuse whoever asks for one."""
+        self._given_up.set()
 
     async def close(self) -> None:
         """Give up all models; replies that are still generated end as cancelled."""
         for task in list(self._loading.values()):
-            await asyncio.wait([task])
+            await self._unless_given_up(task)
         for name in list(self._loaded):
             await self._unload(name)
+
+    async def _unless_given_up(self, task: asyncio.Task[None]) -> None:
+        """Wait for a task, which goes on where this is cancelled, or until all are given up."""
+        given_up = asyncio.ensure_future(self._given_up.wait())
+        try:
+            await asyncio.wait({task, given_up}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            given_up.cancel()
 
     async def _bring(self, name: str) -> None:
         async with self._one_at_a_time:
             await self._make_room(name)
             begun = monotonic()
-            model = await asyncio.to_thread(self._load, name)
+            model = await on_thread(lambda: self._load_counted(name))
             taken = self.weight_bytes(name) + _kv_bytes(model)
             self._loaded = {**self._loaded, name: _Loaded(model, taken)}
             self._on_load(model)
             _log.info("loaded %s in %.1f s", name, monotonic() - begun)
+            if self._memory_bytes is not None and taken > self._memory_bytes:
+                _log.warning(
+                    "%s takes about %s bytes with its KV, and --memory allows %s: it "
+                    "stays loaded alone; give less --kv-memory, or more --memory.",
+                    name,
+                    *(f"{size:,}" for size in (taken, self._memory_bytes)),
+                )
             await self._give_up_idle(keep=name)
+
+    def _load_counted(self, name: str) -> Model:
+        self._threads_loading += 1  # one at a time
+        try:
+            return self._load(name)
+        finally:
+            self._threads_loading -= 1
 
     async def _make_room(self, name: str) -> None:
         """Give up what is not in use, the least recently used first, until the weights fit."""

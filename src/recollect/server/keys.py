@@ -178,7 +178,34 @@ class KeyFile:
 
 
 def keyring(file: KeyFile, given: Iterable[str]) -> Keyring:
-    """Return the keys in a file and those given by hand, which are an operator's."""
-    stored = file.read()
-    by_hand = [StoredKey(f"key {n}", hash_key(key), True) for n, key in enumerate(given, 1) if key]
-    return Keyring([*stored, *by_hand])
+    """
+    Return the keys in a file and those given by hand, which are an operator's.
+
+    Raises:
+        ConfigError: No request can carry one of those given by hand.
+        StoreError: The file cannot be read.
+    """
+    by_hand = [
+        StoredKey(f"key {n}", hash_key(_require_key(key)), True) for n, key in enumerate(given, 1)
+    ]
+    return Keyring([*file.read(), *by_hand])
+
+
+def _require_key(key: str) -> str:
+    """
+    Return a key that a header can carry; the error does not quote it.
+
+    Raises:
+        ConfigError: It is empty or blank, has blanks around it, which headers lose, or characters
+            that not every client sends the same.
+    """
+    if not key.strip():
+        raise ConfigError(
+            "The API key in --api-key or RECOLLECT_API_KEY is empty: give a key, or leave both out."
+        )
+    if not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise ConfigError(
+            "No request can carry the API key in --api-key or RECOLLECT_API_KEY: take printable "
+            "ASCII characters, with no blank before or after them."
+        )
+    return key

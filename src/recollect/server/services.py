@@ -9,7 +9,7 @@ import asyncio
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +22,11 @@ from recollect.cipher import KV_PURPOSE
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
-from recollect.errors import RecollectError
+from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.opening import is_there, open_existing
 from recollect.server.admission import Admission, Ticket
+from recollect.server.errors import stopping
 from recollect.server.hub import Lease, ModelHub
 from recollect.server.kept import KeptConversations
 from recollect.server.keys import Client
@@ -41,6 +42,7 @@ from recollect.server.streaming import (
     Readers,
     unless_disconnected,
 )
+from recollect.server.threads import on_thread
 from recollect.server.usage import Cost, PrefillSpeed, cost
 from recollect.types import Usage
 
@@ -74,16 +76,33 @@ class Services:
         default_factory=lambda: ThreadPoolExecutor(_MOST_PATIENT, "recollect-waits")
     )
     """Threads that wait for the journal, so that those which begin replies do not."""
+    is_ending: bool = False
+    """Whether nothing begins any more; belongs to the event loop, as does `readers`."""
+    readers: set[Readers] = field(default_factory=set)
+    """Of the replies that are being read."""
     _journal: Journal | None = None
     _opening: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def journal(self) -> Journal:
-        """Return the journal that kept conversations are in; opened when first needed."""
+        """
+        Return the journal that kept conversations are in; opened when first needed.
+
+        Raises:
+            StoreError: It cannot be opened, or the folder was encrypted since the server started.
+        """
         with self._opening:
             if self._journal is None:
                 path, cipher = self.settings.home / JOURNAL_NAME, self.settings.cipher
-                self._journal = Journal.open(path, cipher=cipher)
+                try:
+                    self._journal = Journal.open(path, cipher=cipher)
+                except ConfigError as cause:  # the key was right when the server started
+                    if cipher is None:
+                        raise StoreEncryptedError(
+                            f"{path} has been encrypted by another program meanwhile: restart the "
+                            "server, with the key."
+                        ) from cause
+                    raise StoreError(str(cause)) from cause
             return self._journal
 
     def speed(self, model_name: str, namespace: str) -> PrefillSpeed:
@@ -114,6 +133,13 @@ class Services:
             StoreError: It does not come free, or cannot be written at all.
         """
         self.journal.wait()
+
+    def end(self) -> None:
+        """End what goes on, and refuse what waits: each client is told that the server stops."""
+        self.is_ending = True
+        self.hub.give_up()
+        for readers in list(self.readers):
+            readers.end(stopping())
 
     def close(self) -> None:
         """Close what is open; the hub closes itself."""
@@ -260,7 +286,12 @@ async def _begin(
             services.metrics.observe(name, ended.reply.usage)
 
     def read(streams: Sequence[Readable]) -> Readers:
-        readers = Readers(streams, on_reply=on_reply, on_end=turn.release)
+        def on_end() -> None:
+            services.readers.discard(readers)
+            turn.release()
+
+        readers = Readers(streams, on_reply=on_reply, on_end=on_end)
+        services.readers.add(readers)
         # To keep a reply can take long, where another program holds the journal: the turn is
         # somebody else's by then.
         going_on = len(streams)
@@ -275,6 +306,8 @@ async def _begin(
             if isinstance(stream, Keeping):
                 stream.when_generated(partial(_on_loop, loop, generated))
         readers.start()
+        if services.is_ending:  # since the thread began to prepare
+            readers.end(stopping())
         return readers
 
     def abandon(preparing: asyncio.Future[list[Readable]]) -> None:
@@ -380,23 +413,3 @@ async def _enter(services: Services, namespace: str, model_name: str | None, wei
     except BaseException:
         ticket.release()
         raise
-
-
-async def on_thread(work: Callable[[], _T]) -> _T:
-    """
-    Return what some work returns, done on a thread of its own.
-
-    The threads of `asyncio.to_thread` are few, so that one client's long work could hold all of
-    them. Here admission bounds how many there are.
-    """
-    result: Future[_T] = Future()
-    result.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
-            result.set_exception(error)
-
-    threading.Thread(target=run, name="recollect-request", daemon=True).start()
-    return await asyncio.wrap_future(result)

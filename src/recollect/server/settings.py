@@ -12,6 +12,7 @@ from typing import Final
 
 from recollect.cipher import Cipher
 from recollect.errors import ConfigError
+from recollect.server.origins import host_name, web_origin
 
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8765
@@ -57,7 +58,8 @@ class Settings:
     A server's settings.
 
     Raises:
-        ConfigError: They would let anybody in who can reach the machine, or there is no such port.
+        ConfigError: They would let anybody in who can reach the machine, there is no such port, or no
+            browser sends such an origin or host.
     """
 
     home: Path
@@ -71,9 +73,9 @@ class Settings:
     host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT
     allowed_hosts: tuple[str, ...] = ()
-    """Host names beside those of the loopback interface."""
+    """Host names beside those of the loopback interface; kept as `host_name` returns them."""
     cors_origins: tuple[str, ...] = ()
-    """Web pages that may call, as `https://host:port`; none by default."""
+    """Web pages that may call, as `https://host:port`; none by default. Kept as `web_origin` returns them."""
     temperature: float = 0.0
     """Of requests that name none."""
     has_keys: bool = False
@@ -82,15 +84,16 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.is_local and not self.has_keys:
             raise ConfigError(
-                f"{self.host} can be reached from other machines: give an --api-key, make one by "
-                "`recollect keys add NAME`, or stay on 127.0.0.1."
+                f"{self.host} can be reached from other machines: set RECOLLECT_API_KEY or --api-key, make a "
+                "key by `recollect keys add NAME`, or stay on 127.0.0.1."
             )
         if not 0 <= self.port <= _LAST_PORT:
             raise ConfigError(
                 f"There is no port {self.port}: take one from 1 to {_LAST_PORT}, or 0 for a free one."
             )
-        if "*" in self.cors_origins:
-            raise ConfigError("--cors * lets every web page in: name the origins that may call.")
+        # A frozen value is completed here, so that nobody can compare with what no browser sends.
+        object.__setattr__(self, "cors_origins", tuple(map(web_origin, self.cors_origins)))
+        object.__setattr__(self, "allowed_hosts", tuple(map(host_name, self.allowed_hosts)))
 
     @property
     def is_local(self) -> bool:

@@ -140,6 +140,7 @@ class Readers:
         self._on_reply = on_reply
         self._on_end = on_end
         self._seen: deque[Event] = deque()  # by `first`
+        self._ending: Exception | None = None
 
     def start(self) -> None:
         """Begin to read."""
@@ -152,6 +153,11 @@ class Readers:
         """End the replies that go on; what was said is kept."""
         for stream in self._streams:
             stream.stop()
+
+    def end(self, error: Exception) -> None:
+        """End the replies that go on, and have an error told in place of each that is not complete."""
+        self._ending = error
+        self.stop()
 
     async def first(self) -> Event:
         """
@@ -230,12 +236,19 @@ class Readers:
             self._loop.call_soon_threadsafe(self._take, event)
 
     def _take(self, event: Event) -> None:
-        self._events.put_nowait(event)
+        self._events.put_nowait(self._told(event))
         if isinstance(event, Ended):
             self._open -= 1
             self._on_reply(event)
             if not self._open:
                 self._on_end()
+
+    def _told(self, event: Event) -> Event:
+        """Return what is told of an event: of a reply that `end` has cut short, the error."""
+        if self._ending is None or not isinstance(event, Ended) or event.error is not None:
+            return event
+        is_whole = event.reply is not None and event.reply.finish_reason != "cancelled"
+        return event if is_whole else Ended(event.choice, error=self._ending)
 
 
 def require_reply(event: Ended) -> Reply:

@@ -205,3 +205,20 @@ def test_the_default_model_is_that_of_the_library() -> None:
 )
 def test_sizes_have_a_unit_that_fits(size: int, text: str) -> None:
     assert text == format_bytes(size)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "--profile", "tiny"],
+        ["chat", "--overflow", "tiny"],
+        ["conversations", "export", "name", "--format", "tiny"],
+    ],
+)
+def test_a_choice_that_there_is_not_is_told_without_words_of_python(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert status_of(monkeypatch, *arguments) == 2
+    told = capsys.readouterr().err
+    assert "'tiny' is not" in told
+    assert "Value error" not in told

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from recollect.cli.main import app
 from recollect.conversation.model import Model
-from recollect.errors import ConfigError
+from recollect.errors import ConfigError, RecollectError
 from recollect.server.hub import ModelHub
 
 
@@ -95,3 +95,56 @@ def test_keys_say_what_was_done() -> None:
         "The key 'ann' was removed. A server that is running takes it until it is restarted.\n"
     )
     assert "There is no key yet" in run("list")
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the keyrings of servers that would have begun to listen."""
+    rings: list[Any] = []
+    monkeypatch.setattr(
+        "recollect.server.run.serve", lambda _settings, _hub, keys, **_options: rings.append(keys)
+    )
+    return rings
+
+
+@pytest.mark.parametrize("key", ["", "  ", "\t", "a\x07b"])
+def test_a_key_that_is_none_is_refused_at_the_start(started: list[Any], key: str) -> None:
+    """An unset variable of a shell must not let everybody in."""
+    serve = ["serve", "-m", "reference"]
+    for arguments, environment in (
+        ([*serve, "--api-key", key], {}),
+        (serve, {"RECOLLECT_API_KEY": key}),
+    ):
+        result = CliRunner().invoke(app, arguments, env=environment)
+        assert isinstance(result.exception, ConfigError), result.output
+        assert "API key" in str(result.exception)
+    assert started == []
+
+
+def test_a_variable_may_hold_several_keys(started: list[Any]) -> None:
+    environment = {"RECOLLECT_API_KEY": "one other"}
+    result = CliRunner().invoke(app, ["serve", "-m", "reference"], env=environment)
+    assert result.exit_code == 0, result.output
+    (keys,) = started
+    assert [bool(keys.client(key)) for key in ("one", "other", "one other")] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--model", "nosuch"], "nosuch"),
+        (["-m", "reference", "--model", "nosuch"], "nosuch"),
+        (["-m", "reference", "--kv-memory", "10x"], "10x"),
+        (["-m", "reference", "--kv-disk", "lots"], "lots"),
+        (["-m", "reference", "--memory", "10x"], "10x"),
+        (["-m", "reference", "--temperature", "-1"], "temperature"),
+        (["-m", "reference", "--cors", "foo"], "--cors 'foo'"),
+    ],
+)
+def test_what_can_be_checked_is_checked_before_the_server_listens(
+    started: list[Any], options: list[str], told: str
+) -> None:
+    result = CliRunner().invoke(app, ["serve", *options])
+    assert isinstance(result.exception, RecollectError), result.output
+    assert told in str(result.exception)
+    assert started == []

@@ -192,3 +192,27 @@ def test_conversations_stay_when_their_model_is_unloaded(
     assert other["model"] == "b"
     loaded = [one["recollect"]["loaded"] for one in client.get("/v1/models").json()["data"]]
     assert loaded == [True, False]
+
+
+@pytest.mark.parametrize(("budget", "told"), [(1, True), (10**12, False)])
+def test_a_budget_that_one_model_exceeds_is_remarked_on(
+    caplog: pytest.LogCaptureFixture,
+    make_model: Callable[..., Model],
+    budget: int,
+    told: bool,
+) -> None:
+    hub = ModelHub(
+        lambda _: make_model(num_blocks=64),
+        ["a"],
+        memory_bytes=budget,
+        weight_bytes=lambda _: 7 * 10**9,
+    )
+
+    async def run() -> None:
+        (await hub.acquire(None)).release()
+        await hub.close()
+
+    asyncio.run(run())
+    warnings = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert len(warnings) == told
+    assert all("takes about 7,000" in one and "--memory" in one for one in warnings)

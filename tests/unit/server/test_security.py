@@ -187,6 +187,13 @@ def test_a_key_file_holds_hashes_that_its_owner_alone_can_read(tmp_path: Path) -
         file.read()
 
 
+@pytest.mark.parametrize("key", ["", " ", "\t\n", "a\x07b", "schlüssel", " q7", "q7\n"])
+def test_a_key_that_no_request_can_carry_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match="RECOLLECT_API_KEY") as refused:
+        keyring(KeyFile.in_home(tmp_path), ["good", key])
+    assert not key.strip() or key.strip() not in str(refused.value)
+
+
 def test_without_keys_everybody_is_the_user_of_the_machine() -> None:
     assert Keyring().client(None) is ANYBODY
     assert Keyring([StoredKey("a", hash_key("a"))]).client(None) is None
@@ -287,9 +294,38 @@ def test_cors_cannot_be_open_to_all(tmp_path: Path) -> None:
         Settings(home=tmp_path, models=("m",), cors_origins=("*",))
 
 
+@pytest.mark.parametrize(
+    ("typed", "sent"),
+    [
+        ("http://localhost:3000/", "http://localhost:3000"),
+        ("HTTPS://Chat.Example", "https://chat.example"),
+        ("https://chat.example:443", "https://chat.example"),
+        ("http://[::1]:08080", "http://[::1]:8080"),
+        ("app://obsidian.md", "app://obsidian.md"),
+    ],
+)
+def test_an_origin_is_kept_as_a_browser_sends_it(tmp_path: Path, typed: str, sent: str) -> None:
+    assert Settings(home=tmp_path, models=("m",), cors_origins=(typed,)).cors_origins == (sent,)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["foo", "", "localhost:3000", "http://a/path", "http://a:99999", "null", "http://*.a", "a b"],
+)
+def test_what_is_no_origin_is_refused(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(ConfigError, match="--cors"):
+        Settings(home=tmp_path, models=("m",), cors_origins=(wrong,))
+
+
 def test_a_name_of_the_machine_can_be_allowed(start: Callable[..., httpx.Client]) -> None:
-    client = start(allowed_hosts=("box.local",))
+    client = start(allowed_hosts=("Box.local",))
     assert client.get("/v1/models", headers={"Host": "box.local:80"}).status_code == 200
+
+
+@pytest.mark.parametrize("wrong", ["", "http://box.local", "box.local:80", "box.local/"])
+def test_what_is_no_name_of_a_machine_is_refused(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(ConfigError, match="--allow-host"):
+        Settings(home=tmp_path, models=("m",), allowed_hosts=(wrong,))
 
 
 # --- size

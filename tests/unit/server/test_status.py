@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import pytest
 
 from recollect.server.usage import PrefillSpeed, cost
 from recollect.types import Usage
@@ -76,3 +77,27 @@ def test_replies_that_share_a_prompt_cost_it_once() -> None:
     assert shared.generated_tokens == 6
     each = cost([usage(100, 100), usage(50, 1)], PrefillSpeed(), per_prompt=1)
     assert (each.prompt_tokens, each.computed_tokens, each.reused_tokens) == (150, 101, 49)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/"), ("GET", "/v1"), ("POST", "/v1/embeddings"), ("GET", "/chat/completions")],
+)
+def test_where_there_is_nothing_the_answer_says_where_to_look(
+    client: httpx.Client, method: str, path: str
+) -> None:
+    body = {"input": "a"} if method == "POST" else None
+    answer = client.request(method, path, json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (404, "not_found")
+    assert error["type"] == "invalid_request_error"
+    assert all(text in error["message"] for text in (repr(path), "/v1", "/openapi.json"))
+
+
+def test_a_call_by_another_method_is_told_which_there_is(client: httpx.Client) -> None:
+    answer = client.get("/v1/chat/completions")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (405, "method_not_allowed")
+    assert answer.headers["allow"] == "POST"
+    assert "GET" in error["message"]
+    assert "/openapi.json" in error["message"]
