@@ -22,6 +22,8 @@ from gguf.quants import dequantize
 from recollect.models.gguf_decoder import read_decoder
 from recollect.models.gguf_graph import Constants, GraphBuilder
 from recollect.models.gguf_shards import Shards
+from recollect.proof.gguf_reference import open_gguf
+from recollect.proof.reference_model import NotCompared, logits_at
 from recollect.runtime.base import Row
 from recollect.runtime.openvino import OpenVinoRuntime
 
@@ -317,6 +319,9 @@ def llama3_factors(config: Any, head_size: int) -> np.ndarray:
     return np.array(factors, np.float32)
 
 
+REFERENCE_KNOWS = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
+
+
 def built(path: Path) -> OpenVinoRuntime:
     shards = Shards(path)
     constants = Constants(path.with_suffix(".constants"))
@@ -350,6 +355,14 @@ def require_same(case: Case, path: Path, ggml: ctypes.CDLL) -> None:
     runtime = built(path)
     assert max(differences(runtime, written.ids.tolist(), expected)) < CLOSE
     runtime.close()
+    try:
+        description, tensors = open_gguf(path)
+    except NotCompared:
+        assert case.architecture not in REFERENCE_KNOWS
+        return
+    places = [4, 32, 63, 64, 99, LENGTH - 1]
+    found = logits_at(description, tensors, written.ids[:LENGTH].tolist(), places)
+    assert np.abs(found - expected[places]).max() < CLOSE, "the reference of `verify`"
 
 
 @pytest.mark.parametrize("name", CASES)
