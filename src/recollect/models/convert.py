@@ -168,6 +168,7 @@ def _describe(job: Conversion, header: GgufHeader, folder: Path) -> Manifest:
         eos_token_ids=sorted(header.eos_token_ids),
         bos_token=header.bos_token,
         eos_token=header.eos_token,
+        window=header.window,
         fingerprint=combine(
             ["gguf weights 1", job.sha256, versions[_CONVERTER], header.chat_template or ""]
         ),

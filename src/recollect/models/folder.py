@@ -95,6 +95,7 @@ def from_manifest(manifest: Manifest, folder: Path, name: str) -> LocalModel:
         eos_token=manifest.eos_token,
         fingerprint=manifest.fingerprint,
         architecture=manifest.architecture,
+        boundaries=() if manifest.window is None else (manifest.window,),
     )
 
 

@@ -89,6 +89,8 @@ class GgufHeader:
     eos_token_ids: frozenset[int]
     bos_token: str | None
     eos_token: str | None
+    window: int | None = None
+    """How many tokens its layers with a window see; None: it has none."""
 
 
 def read_content(path: Path) -> GgufContent:
@@ -279,6 +281,7 @@ def describe(content: GgufContent, path: Path) -> GgufHeader:
         if text in _END_TOKENS and kind == TokenType.CONTROL
     )
     template = fields.get("tokenizer.chat_template")
+    window = fields.get(f"{architecture}.attention.sliding_window")
     return GgufHeader(
         architecture=architecture,
         context_length=context_length,
@@ -286,6 +289,7 @@ def describe(content: GgufContent, path: Path) -> GgufHeader:
         eos_token_ids=frozenset(ids),
         bos_token=_token(tokens, fields.get("tokenizer.ggml.bos_token_id")),
         eos_token=_token(tokens, fields.get("tokenizer.ggml.eos_token_id")),
+        window=window if type(window) is int and 0 < window < context_length else None,
     )
 
 

@@ -41,6 +41,8 @@ class Manifest:
     """Package to version, of those that wrote the folder."""
     file_bytes: dict[str, int]
     """File name to size: a quick look shows whether the folder is still whole."""
+    window: int | None = None
+    """How many tokens its layers with a window see; None: it has none, or a version did not note it."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -86,6 +88,7 @@ def _is_sound(fields: dict[str, Any]) -> bool:
         and 1 <= fields["context_length"] <= _MOST_NUMBER
         and all(isinstance(fields.get(name), str | None) for name in _OPTIONAL)
         and all(isinstance(fields.get(name), dict) for name in _TABLES)
+        and (fields.get("window") is None or _is_number(fields["window"]))
         and isinstance(ends, list)
         and all(_is_number(token_id) and token_id <= _MOST_NUMBER for token_id in ends)
     )

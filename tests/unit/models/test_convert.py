@@ -12,7 +12,8 @@ import pytest
 from recollect.errors import UnsupportedModelError
 from recollect.models.convert import Conversion, convert, find_converted, find_inexact
 from recollect.models.fingerprint import sha256_file
-from recollect.models.gguf_file import read_content
+from recollect.models.folder import from_manifest
+from recollect.models.gguf_file import describe, read_content
 from recollect.models.manifest import MANIFEST_NAME, Manifest
 from recollect.types import no_progress
 
@@ -228,3 +229,17 @@ def test_a_file_that_others_may_write_to_is_remarked_on(
     run(path, tmp_path / "home" / "m", tmp_path / "home")
     (message,) = [text for text in caplog.messages if "changed by others" in text]
     assert f"{path} can be changed by others (everybody" in message
+
+
+def test_the_window_is_noted_for_those_who_look_around_it(
+    make_gguf: MakeGguf, tmp_path: Path
+) -> None:
+    path = make_gguf()
+    manifest = run(path, tmp_path / "m", tmp_path)
+    assert manifest.window is None
+    assert from_manifest(manifest, tmp_path / "m", "tiny").boundaries == ()
+    windowed = replace(manifest, window=40)
+    assert from_manifest(windowed, tmp_path / "m", "tiny").boundaries == (40,)
+    content = read_content(path)
+    content.fields["llama.attention.sliding_window"] = 40
+    assert describe(content, path).window == 40
