@@ -54,12 +54,14 @@ def test_a_kill_leaves_the_store_as_it_was_or_written_anew(
     former = {block.key for block in blocks}
     chance = random.Random(20261126)  # noqa: S311 - moments, no secrets
     formats = []
+    longest_s = 0.3  # as long as it takes here, which the rounds find out
     folder = tmp_path / "kv"
     for _ in range(ROUNDS):
         shutil.copytree(tmp_path / "earlier", folder)
         for _ in range(chance.choice((1, 2))):  # what was killed once may be so again
-            ended = convert_and_kill("store", folder, chance.uniform(0, 0.3))
+            ended = convert_and_kill("store", folder, chance.uniform(0, longest_s))
             formats.append((ended, format_of(folder)))
+            longest_s *= 1.3 if ended == -signal.SIGKILL else 0.6
         check(folder, blocks, former)
         shutil.rmtree(folder)
     killed = {number for ended, number in formats if ended == -signal.SIGKILL}
