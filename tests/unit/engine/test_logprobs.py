@@ -52,7 +52,7 @@ def test_of_equally_likely_tokens_the_lower_id_comes_first() -> None:
 
 @pytest.mark.parametrize("wrong", [-1, 21])
 def test_more_than_twenty_alternatives_are_refused(wrong: int) -> None:
-    with pytest.raises(InvalidParameterError, match="between 0 and 20"):
+    with pytest.raises(InvalidParameterError, match="from 0 to 20"):
         SamplingParams(logprobs=wrong)
 
 
