@@ -134,16 +134,6 @@ class PrefixCache:
         partial.last_used = self._uses
         return Match(full, partial, length)
 
-    def public_blocks(self, token_ids: Sequence[int]) -> int:
-        """Return how many whole blocks that tokens begin with are public: they take no room anew."""
-        node, size, count = self._public, self._pool.block_size, 0
-        for start in range(0, len(token_ids) - size + 1, size):
-            child = _pinned_child(node, tuple(token_ids[start : start + size]))
-            if child is None:
-                break
-            node, count = child, count + 1
-        return count
-
     def insert(
         self, after: CachedBlock, token_ids: Sequence[int], block: int, *, on_disk: bool = False
     ) -> CachedBlock:

@@ -8,7 +8,7 @@ so that memory holds one layer and not the model.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
@@ -68,8 +68,6 @@ class Description:
     norms_after: bool = False
     """Whether what a layer adds is normed before it is added."""
     has_qk_norm: bool = False
-    notes: tuple[str, ...] = field(default=())
-    """What was decided where the file leaves a choice, for people to read."""
 
 
 class Tensors(Protocol):

@@ -299,7 +299,9 @@ def _look_around(model: Model, length: int, most_s: float, dice: random.Random) 
         model.engine.compute([generator.sequence])
         needed_s = (_COMPARISONS + 1) * (time.perf_counter() - begun)
         if needed_s > most_s:
-            return Boundary(length, None, f"it would take {needed_s / 60:.0f} min: --long")
+            return Boundary(
+                length, None, f"left out, it would take {needed_s / 60:.0f} min: add --long"
+            )
         generator.set_params(SamplingParams(ignore_eos=True))
         worst = 0.0
         at_end = length == model.context_length
