@@ -196,6 +196,7 @@ def chat(
             kv_disk=kv_disk,
             offline=offline,
             allow_native_code=allow_native_code,
+            long_context=long_context,
         )
     unlock_home(encrypt=encrypt)
     open_model = partial(

@@ -164,16 +164,18 @@ def make_ready(
     kv_disk: str | None = None,
     offline: bool = False,
     allow_native_code: str | None = None,
+    long_context: bool = False,
 ) -> None:
     """
     Have a model on this disk before something is done for good, such as encrypting for a chat with it.
 
     Args:
-        kv_memory, kv_disk, offline, allow_native_code: As for `open_model`.
+        kv_memory, kv_disk, offline, allow_native_code, long_context: As for `open_model`.
 
     Raises:
         ModelError: It cannot be had or read.
-        ConfigError: The data folder cannot be written to, or `kv_memory` or `kv_disk` is no size.
+        ConfigError: The data folder cannot be written to, `kv_memory` or `kv_disk` is no size, or the
+            model has no long context.
     """
     from recollect import config  # noqa: PLC0415 - see `open_model`
     from recollect.models.prepare import prepare  # noqa: PLC0415
@@ -183,13 +185,15 @@ def make_ready(
     if kv_disk is not None:
         config.parse_disk_size(kv_disk)
     with progress_bar(f"Preparing {name}") as progress:
-        prepare(
+        local = prepare(
             name,
             home=config.home(),
             allow_native_code=allow_native_code,
             progress=progress,
             offline=offline or None,
         )
+    if long_context:
+        local.for_long_context()  # raises where there is none
 
 
 def open_model(

@@ -169,6 +169,7 @@ def serve(
                 kv_disk=kv_disk,
                 offline=offline,
                 allow_native_code=allow_native_code,
+                long_context=long_context,
             )
     settings = Settings(
         home=home,

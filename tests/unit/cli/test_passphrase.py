@@ -38,6 +38,8 @@ def test_encrypting_says_what_to_keep_and_what_was_deleted(home: Path) -> None:
         (["chat", "--encrypt", "-m", "reference", "--prompts", "nothing.txt"], ConfigError),
         (["chat", "--encrypt", "-m", "reference", "--kv-disk", "much"], ConfigError),
         (["serve", "--encrypt", "-m", "reference", "--kv-memory", "much"], ConfigError),
+        (["chat", "--encrypt", "-m", "reference", "--long-context"], ConfigError),
+        (["serve", "--encrypt", "-m", "reference", "--long-context"], ConfigError),
     ],
 )
 def test_a_folder_stays_plain_where_the_command_cannot_go_on(
