@@ -301,6 +301,8 @@ class Database:
 
     def _inspect_through(self, mode: str) -> None:
         with closing(self._open(mode)) as connection:
+            # One state of the file: another process may be making its tables at this moment.
+            connection.execute("BEGIN DEFERRED")
             version, newest = schema.version(connection), len(schema.MIGRATIONS)
             if version > newest:
                 raise StoreVersionError(

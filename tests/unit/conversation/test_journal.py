@@ -5,10 +5,12 @@ import sqlite3
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -704,6 +706,30 @@ def test_threads_that_open_a_new_file_at_once_all_get_it(path: Path) -> None:
     finally:
         for journal in opened:
             journal.close()
+
+
+def test_a_file_that_another_process_makes_meanwhile_is_no_foreign_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tables come between the look at whose file it is and the look at what is in it."""
+    connect = sqlite3.connect
+    tried: list[str] = []
+
+    class Interrupted(sqlite3.Connection):
+        def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
+            if statement == "SELECT 1 FROM sqlite_master" and not tried:
+                tried.append(statement)
+                # The file may be locked for one that reads it; then nothing came between.
+                with suppress(sqlite3.OperationalError):
+                    schema.migrate(other)
+            return super().execute(statement, *arguments)
+
+    path.parent.mkdir()
+    with closing(connect(path, timeout=0, isolation_level=None)) as other:
+        monkeypatch.setattr(sqlite3, "connect", partial(connect, factory=Interrupted))
+        with Journal.open(path) as journal:
+            assert journal.conversations() == []
+    assert tried
 
 
 def test_names_that_are_chosen_at_once_are_all_different(path: Path) -> None:
