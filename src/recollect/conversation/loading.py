@@ -14,9 +14,9 @@ from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.environment import translated
 from recollect.kv.opening import is_there, open_existing
 from recollect.models.catalog import DEFAULT_MODEL
+from recollect.models.formats import load_tokenizer
 from recollect.models.local import LocalModel
 from recollect.models.prepare import prepare
-from recollect.models.tokenizer import load_tokenizer
 from recollect.runtime.base import PagedRuntime
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import Profile, Progress, no_progress

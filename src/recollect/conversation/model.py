@@ -32,9 +32,10 @@ from recollect.engine.publishing import PublicPrefixes, Published
 from recollect.engine.sizing import pool_size
 from recollect.errors import ConversationError, UnknownConversationError
 from recollect.kv.disk import DiskStore
+from recollect.models.formats import load_tokenizer
 from recollect.models.local import LocalModel
 from recollect.models.template import ChatTemplate
-from recollect.models.tokenizer import Tokenizer, load_tokenizer
+from recollect.models.tokenizer import Tokenizer
 from recollect.runtime.base import PagedRuntime
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
 

@@ -19,7 +19,7 @@ from recollect.models.vocabulary import Vocabulary, make_vocabulary
 if TYPE_CHECKING:
     import tokenizers
 
-
+TOKENIZER_NAME: Final = "tokenizer.json"
 _MOST_VOCAB: Final = 1 << 22
 """Sixteen times the largest vocabulary there is: a table of all ids is made."""
 

@@ -21,12 +21,12 @@ from recollect.models.hf_files import (
     special_token,
     warn_of_writers,
 )
+from recollect.models.hf_tokenizer import TOKENIZER_NAME
 from recollect.models.local import LocalModel
 from recollect.models.onnx_config import CONFIG_NAME, MOST_CONFIG_BYTES
 from recollect.models.onnx_graph import require_own_files
 from recollect.types import Progress, no_progress
 
-TOKENIZER_NAME: Final = "tokenizer.json"
 _MOST_FILES: Final = 10_000
 """In a folder: it has ten or so, and AMD's have a few hundred compiled parts."""
 

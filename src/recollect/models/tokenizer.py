@@ -15,16 +15,12 @@ from typing import TYPE_CHECKING, Final, Protocol, Self
 import numpy as np
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.models.control_tokens import (
     ControlTokens,
     UnknownCharacters,
     control_tokens,
     encode_in_pieces,
 )
-from recollect.models.hf_tokenizer import HfTokenizer
-from recollect.models.local import LocalModel
-from recollect.models.onnx_folder import TOKENIZER_NAME
 from recollect.models.tokenizer_ir import added_texts, recognising_only, without_truncation
 from recollect.models.vocabulary import (
     TEXT_MARKS,
@@ -247,21 +243,6 @@ class OpenVinoTokenizer:
     def _anchor(self) -> int | None:
         """Return the id of a letter that text is added to."""
         return self.token_id(_ANCHOR)
-
-
-def load_tokenizer(model: LocalModel) -> Tokenizer:
-    """
-    Return the tokenizer of a model.
-
-    Raises:
-        UnsupportedModelError: Its files cannot be read.
-    """
-    if model.folder is None:
-        return ByteTokenizer()
-    if model.format == "onnx-genai":
-        file = model.folder / TOKENIZER_NAME
-        return HfTokenizer(file, model.eos_token_ids, template=model.chat_template)
-    return OpenVinoTokenizer(model.folder, model.eos_token_ids, template=model.chat_template)
 
 
 class Detokenizer:

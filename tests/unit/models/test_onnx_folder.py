@@ -9,9 +9,10 @@ from random import Random
 import pytest
 
 from recollect.errors import UnsupportedModelError
+from recollect.models.formats import load_tokenizer
 from recollect.models.local import LocalModel
 from recollect.models.prepare import prepare
-from recollect.models.tokenizer import Detokenizer, load_tokenizer
+from recollect.models.tokenizer import Detokenizer
 
 
 @pytest.fixture

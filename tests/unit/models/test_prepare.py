@@ -17,11 +17,11 @@ from recollect.errors import (
 )
 from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.models.catalog import CatalogEntry, HubFile, Part
+from recollect.models.formats import load_tokenizer
 from recollect.models.manifest import Manifest
 from recollect.models.prepare import prepare
 from recollect.models.status import installed, prune
 from recollect.models.template import ChatTemplate
-from recollect.models.tokenizer import load_tokenizer
 from recollect.types import Progress
 
 MakeGguf = Callable[..., Path]

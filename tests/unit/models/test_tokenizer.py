@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from recollect.errors import UnsupportedModelError
 from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.models.formats import load_tokenizer
 from recollect.models.hf_tokenizer import HfTokenizer
 from recollect.models.prepare import prepare
-from recollect.models.tokenizer import Detokenizer, OpenVinoTokenizer, Tokenizer, load_tokenizer
+from recollect.models.tokenizer import Detokenizer, OpenVinoTokenizer, Tokenizer
 
 
 class DroppingTokenizer(ByteTokenizer):

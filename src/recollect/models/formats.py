@@ -1,0 +1,21 @@
+"""What reads the files of each format of a model."""
+
+from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.models.hf_tokenizer import TOKENIZER_NAME, HfTokenizer
+from recollect.models.local import LocalModel
+from recollect.models.tokenizer import OpenVinoTokenizer, Tokenizer
+
+
+def load_tokenizer(model: LocalModel) -> Tokenizer:
+    """
+    Return the tokenizer of a model.
+
+    Raises:
+        UnsupportedModelError: Its files cannot be read.
+    """
+    if model.folder is None:
+        return ByteTokenizer()
+    if model.format == "onnx-genai":
+        file = model.folder / TOKENIZER_NAME
+        return HfTokenizer(file, model.eos_token_ids, template=model.chat_template)
+    return OpenVinoTokenizer(model.folder, model.eos_token_ids, template=model.chat_template)
