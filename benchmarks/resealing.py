@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from time import perf_counter
 
-from recollect.cipher import Cipher
+from recollect.encryption import Cipher
 from recollect.kv import disk_audit
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.names import chained_key, namespace_key

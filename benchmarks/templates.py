@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 
 from recollect.errors import TemplateError
-from recollect.models.template import ChatTemplate
+from recollect.text.template import ChatTemplate
 from recollect.types import Message
 
 _CHATML = (

@@ -35,7 +35,6 @@ from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.names import chained_key, namespace_key
 from recollect.kv.record import Identity, Sealer
 from recollect.kv.replies import StoredReply
-from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.models.catalog import CATALOG
 from recollect.models.onnx_convert import Precision, convert_to_onnx
 from recollect.models.onnx_folder import is_onnx_folder
@@ -43,6 +42,7 @@ from recollect.models.prepare import original_of
 from recollect.models.reference import reference_model
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
+from recollect.text.tokenizer import ByteTokenizer
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile(

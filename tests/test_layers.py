@@ -11,27 +11,29 @@ import recollect
 PACKAGE = Path(recollect.__file__).parent
 
 # What each part may import besides itself; the drawing in ARCHITECTURE.md as a table.
-BASE = {"types", "errors", "config", "cipher", "files", "keyfile", "_version"}
+BASE = {"types", "errors", "config", "encryption", "files", "_version"}
 ALLOWED: dict[str, set[str]] = {
     "types": {"errors"},
     "errors": set(),
     "config": {"types", "errors"},
-    "cipher": {"types", "errors", "config"},
-    "keyfile": {"types", "errors", "config", "cipher", "files"},
-    "files": set(),
+    "encryption": {"types", "errors", "config", "files"},
+    "files": {"types", "errors"},
     "_version": set(),
     "starting": set(),
     "telemetry": set(),
+    "text": BASE,
     "kv": BASE,
     "runtime": BASE,
-    "models": BASE,
-    "engine": BASE | {"kv", "runtime", "models"},
-    "conversation": BASE | {"kv", "runtime", "models", "engine"},
-    "proof": BASE | {"kv", "runtime", "models", "engine", "conversation"},
-    "og": BASE | {"kv", "runtime", "models", "engine", "conversation"},
-    "server": BASE | {"kv", "runtime", "models", "engine", "conversation"},
+    "models": BASE | {"text"},
+    "journal": BASE,
+    "engine": BASE | {"kv", "runtime", "text"},
+    "conversation": BASE | {"text", "kv", "runtime", "models", "engine", "journal"},
+    "proof": BASE | {"text", "kv", "runtime", "models", "engine", "journal", "conversation"},
+    "og": BASE | {"text", "kv", "runtime", "models", "engine", "journal", "conversation"},
+    "server": BASE | {"text", "kv", "runtime", "models", "engine", "journal", "conversation"},
     "cli": BASE
-    | {"starting", "kv", "runtime", "models", "engine", "conversation", "proof", "server"},
+    | {"starting", "text", "kv", "runtime", "models", "engine", "journal", "conversation"}
+    | {"proof", "server"},
     "__main__": BASE | {"cli"},
 }
 # The package itself may be imported where a user's view is shown: it stands above `conversation`.

@@ -10,7 +10,6 @@ Conversations with local language models that never read a token twice, and prov
 
 from recollect import starting, telemetry  # noqa: F401 - the first is imported for what it does
 from recollect._version import __version__
-from recollect.cipher import Cipher
 from recollect.conversation.checkpoints import Checkpoint
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.encryption import encrypt
@@ -21,13 +20,13 @@ from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node, Tree
 from recollect.conversation.warming import Warmed
+from recollect.encryption import Cipher, unlock
 from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.publishing import Published
 from recollect.engine.sequence import Sequence
 from recollect.errors import MisuseError, RecollectError
-from recollect.keyfile import unlock
-from recollect.models.tool_calls import ToolCallParser
+from recollect.text.tool_calls import ToolCallParser
 from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, ToolCall, Usage
 
 # None of what is imported above loads the libraries that this is about; what comes later may.

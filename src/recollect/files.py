@@ -3,13 +3,33 @@ Opens files that may come from strangers: regular ones, of a bounded size, and i
 
 Does not know what is in them. Every refusal is an `OSError` whose `strerror` ends a sentence, so
 that those who open files for a user tell it as they tell any other.
+
+A private place for unfinished work, on the same disk as the finished.
+
+What lies there is never used; it is moved out by one rename when it is whole.
+
+Names a model by its content, so that KV is shared only where it means the same.
+
+Hashes files and remembers the hash of a file that has not changed since. Does not know KV
+precision or runtimes: the engine adds those.
 """
 
+import contextlib
 import errno
+import hashlib
+import json
 import os
+import shutil
 import stat
+import tempfile
+import time
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
+
+from recollect.errors import ConfigError
+from recollect.types import Progress, no_progress
 
 MIB: Final = 1 << 20
 
@@ -180,3 +200,129 @@ def _group_name(number: int) -> str:
         return grp.getgrgid(number).gr_name
     except KeyError:
         return str(number)
+
+
+# A process that was killed leaves its folder behind; none works on one for longer than this.
+_ABANDONED_AFTER_S: Final = 24 * 3600.0
+
+
+@contextlib.contextmanager
+def scratch_folder(home: Path) -> Iterator[Path]:
+    """
+    Yield a new empty folder under *home*, private to the user, that is gone afterwards.
+
+    Raises:
+        ConfigError: *home* cannot be written to.
+    """
+    parent = home / "tmp"
+    try:
+        make_private(parent, home)
+        _sweep(parent)
+        folder = Path(tempfile.mkdtemp(dir=parent))
+    except OSError as cause:
+        raise ConfigError(
+            f"The data folder {home} cannot be written to ({cause.strerror}): "
+            "set RECOLLECT_HOME to a folder of yours."
+        ) from cause
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_private(folder: Path, home: Path) -> None:
+    """
+    Make *home* and a folder directly in it, for the user alone, unless they are there.
+
+    Raises:
+        OSError: They cannot be made.
+    """
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """
+    Make the content of *source* available at *target*, without a second copy if that can be.
+
+    Raises:
+        OSError: Neither a link nor a copy can be made.
+    """
+    for link in (os.link, os.symlink):
+        # Another file system refuses hard links, Windows without developer mode symbolic ones.
+        with contextlib.suppress(OSError, NotImplementedError):
+            link(source.resolve(), target)
+            return
+    shutil.copyfile(source, target)
+
+
+def _sweep(parent: Path) -> None:
+    for folder in parent.iterdir():
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER_S:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+_CHUNK_BYTES: Final = 4 << 20  # large enough to keep the hash busy, small enough to show progress
+_CACHE_NAME: Final = "hashes"
+
+
+def combine(parts: Iterable[str]) -> str:
+    """Return the hex sha256 of a list of texts; where one text ends is part of what is hashed."""
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()
+
+
+def sha256_file(path: Path, *, what: str = "", progress: Progress = no_progress) -> str:
+    """
+    Return the hex sha256 of a file, reading all of it.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    digest = hashlib.sha256()
+    total, done = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(what or f"checking {path.name}", done, total)
+    return digest.hexdigest()
+
+
+def cached_sha256(path: Path, *, home: Path, progress: Progress = no_progress) -> str:
+    """
+    Return the hex sha256 of a file, remembered under *home* while its size and time stay the same.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    path = path.resolve()
+    stat = path.stat()
+    key = {"path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    note = home / _CACHE_NAME / f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
+    known = _read_note(note)
+    if all(known.get(name) == value for name, value in key.items()):
+        digest = known.get("sha256")
+        if isinstance(digest, str):
+            return digest
+    digest = sha256_file(path, progress=progress)
+    _write_note(note, home, key | {"sha256": digest})
+    return digest
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    try:
+        content: Any = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_note(path: Path, home: Path, content: dict[str, object]) -> None:
+    """Write through a name of our own, so that another process never reads half a note."""
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}")
+    # Without the note the file is hashed again next time, which is slow and right.
+    with contextlib.suppress(OSError):
+        make_private(path.parent, home)
+        temporary.write_text(json.dumps(content), "utf-8")
+        temporary.replace(path)

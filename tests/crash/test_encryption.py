@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cipher import Cipher
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.records import NewNode
+from recollect.encryption import Cipher
 from recollect.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a way to start quickly")

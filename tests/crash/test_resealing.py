@@ -10,7 +10,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from recollect.cipher import Cipher
+from recollect.encryption import Cipher
 from recollect.kv import disk_audit, pins
 from recollect.kv.accounts import Pin
 from recollect.kv.disk import DiskStore, NewBlock

@@ -21,7 +21,7 @@ import pexpect
 
 from recollect.config import HISTORY_NAME
 from recollect.conversation.journal import JOURNAL_NAME
-from recollect.keyfile import KEY_FILE, PASSPHRASE_VARIABLE
+from recollect.encryption import KEY_FILE, PASSPHRASE_VARIABLE
 
 SHORT = ["--model", "reference", "--ignore-eos", "-n", "5"]
 PHRASE = "the treasure lies below the oak"

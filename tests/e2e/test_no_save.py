@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.text.tokenizer import ByteTokenizer
 
 if sys.platform == "win32":
     pytest.skip("there are no pseudo-terminals", allow_module_level=True)

@@ -19,7 +19,7 @@ import pytest
 from starlette.testclient import TestClient
 
 import recollect
-from recollect import keyfile
+from recollect import encryption
 from recollect.cli.main import run as run_command_line
 from recollect.conversation.journal import JOURNAL_NAME
 from recollect.kv.disk import STORE_FOLDER
@@ -51,16 +51,16 @@ def old(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
         archive.with_name(archive.name.replace(".tar.xz", ".json")).read_text("utf-8")
     )
     monkeypatch.setenv("RECOLLECT_HOME", str(folder))
-    monkeypatch.delenv(keyfile.PASSPHRASE_VARIABLE, raising=False)
-    if keyfile.is_encrypted(folder):
-        monkeypatch.setenv(keyfile.PASSPHRASE_VARIABLE, "correct horse")
+    monkeypatch.delenv(encryption.PASSPHRASE_VARIABLE, raising=False)
+    if encryption.is_encrypted(folder):
+        monkeypatch.setenv(encryption.PASSPHRASE_VARIABLE, "correct horse")
     return OldHome(folder, said)
 
 
 @pytest.fixture
 def client(old: OldHome) -> Iterator[TestClient]:
     """Return a client of a server on that home, with the key that was made in it."""
-    cipher = keyfile.unlock(old.folder)
+    cipher = encryption.unlock(old.folder)
     hub = ModelHub(lambda name: recollect.load(name, home=old.folder), ("reference",))
     settings = Settings(home=old.folder, cipher=cipher, models=("reference",), has_keys=True)
     app = create_app(settings, hub, keyring(KeyFile.in_home(old.folder), ()))
@@ -190,6 +190,6 @@ def test_a_newer_journal_is_refused_in_one_sentence(
 def test_a_home_encrypted_by_a_newer_version_is_refused_in_one_sentence(
     old: OldHome, refused: Callable[[], str]
 ) -> None:
-    path = old.folder / keyfile.KEY_FILE
+    path = old.folder / encryption.KEY_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1000}))
     assert "take a newer recollect" in refused()

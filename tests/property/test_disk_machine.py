@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from recollect.cipher import Cipher
+from recollect.encryption import Cipher
 from recollect.kv import accounts, disk_audit
 from recollect.kv.accounts import Pin
 from recollect.kv.disk import DiskStore, NewBlock

@@ -9,9 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from recollect.cipher import OVERHEAD_BYTES, Cipher
 from recollect.conversation.journal import Journal
 from recollect.conversation.records import Entry, NewNode
+from recollect.encryption import OVERHEAD_BYTES, Cipher
 from recollect.errors import NameTakenError, UnknownConversationError, UnknownNodeError
 
 NAMES = st.sampled_from(["a", "b", "c", "main", "ü"])

@@ -38,10 +38,10 @@ from recollect.errors import (
 from recollect.kv.cached_block import CachedBlock
 from recollect.kv.cached_table import CachedTable
 from recollect.kv.prefix import Match, PrefixCache
-from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.models.reference import reference_model
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
+from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import SamplingParams, common_prefix_length
 
 CONTEXT: Final = 260

@@ -11,11 +11,11 @@ from recollect import config
 from recollect.conversation.prompt import PromptEncoder
 from recollect.models.catalog import CATALOG
 from recollect.models.formats import load_tokenizer
-from recollect.models.hf_tokenizer import HfTokenizer
 from recollect.models.local import LocalModel
 from recollect.models.prepare import original_of, prepare
-from recollect.models.template import ChatTemplate
-from recollect.models.tokenizer import Detokenizer, Tokenizer
+from recollect.text.other_tokenizers import HfTokenizer
+from recollect.text.template import ChatTemplate
+from recollect.text.tokenizer import Detokenizer, Tokenizer
 
 pytestmark = pytest.mark.model
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 
 from recollect.errors import TemplateError
-from recollect.models.template import ChatTemplate
+from recollect.text.template import ChatTemplate
 from recollect.types import Message
 
 PACKAGE: Final = "llama-cpp-python==0.3.36"

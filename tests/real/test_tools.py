@@ -10,7 +10,7 @@ import pytest
 
 import recollect
 from recollect.conversation.model import Model
-from recollect.models.tool_calls import ArgumentsDelta
+from recollect.text.tool_calls import ArgumentsDelta
 from recollect.types import Grammar, SamplingParams
 
 pytestmark = pytest.mark.model

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.cipher import OVERHEAD_BYTES, Cipher
+from recollect.encryption import OVERHEAD_BYTES, Cipher
 from recollect.errors import ConfigError, StoreCorruptError
 
 KEY = bytes(range(32))

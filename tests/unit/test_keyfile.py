@@ -11,10 +11,9 @@ import pytest
 from keyring.backend import KeyringBackend
 from keyring.backends import fail, null
 
-from recollect import keyfile
-from recollect.cipher import Cipher
+from recollect import encryption
+from recollect.encryption import KEY_FILE, PASSPHRASE_VARIABLE, Cipher, Scrypt
 from recollect.errors import ConfigError, StoreCorruptError, StoreError, StoreVersionError
-from recollect.keyfile import KEY_FILE, PASSPHRASE_VARIABLE, Scrypt
 
 QUICK = Scrypt(n=2)
 
@@ -46,8 +45,8 @@ def use_keyring(monkeypatch: pytest.MonkeyPatch) -> Callable[[KeyringBackend], N
 
 
 def encrypted(home: Path, passphrase: str = "open sesame") -> Cipher:
-    cipher, key_file = keyfile.new_key("passphrase", passphrase=passphrase, scrypt=QUICK)
-    keyfile.save(home, key_file)
+    cipher, key_file = encryption.new_key("passphrase", passphrase=passphrase, scrypt=QUICK)
+    encryption.save(home, key_file)
     return cipher
 
 
@@ -56,24 +55,24 @@ def same(one: Cipher | None, other: Cipher) -> bool:
 
 
 def test_a_folder_without_the_file_is_not_encrypted(tmp_path: Path) -> None:
-    assert not keyfile.is_encrypted(tmp_path)
-    assert keyfile.source(tmp_path) is None
-    assert keyfile.unlock(tmp_path) is None
+    assert not encryption.is_encrypted(tmp_path)
+    assert encryption.source(tmp_path) is None
+    assert encryption.unlock(tmp_path) is None
 
 
 def test_who_gives_a_passphrase_does_not_get_a_plain_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not encrypted"):
-        keyfile.unlock(tmp_path, passphrase="open sesame")
+        encryption.unlock(tmp_path, passphrase="open sesame")
 
 
 def test_the_passphrase_opens_it_and_no_other_does(tmp_path: Path) -> None:
     cipher = encrypted(tmp_path / "home")
     before = (tmp_path / "home" / KEY_FILE).read_bytes()
-    assert keyfile.is_encrypted(tmp_path / "home")
-    assert same(keyfile.unlock(tmp_path / "home", passphrase="open sesame"), cipher)
+    assert encryption.is_encrypted(tmp_path / "home")
+    assert same(encryption.unlock(tmp_path / "home", passphrase="open sesame"), cipher)
     for wrong in ("open sesam", "Open sesame", ""):
         with pytest.raises(ConfigError, match="try again; nothing was changed"):
-            keyfile.unlock(tmp_path / "home", passphrase=wrong)
+            encryption.unlock(tmp_path / "home", passphrase=wrong)
     assert (tmp_path / "home" / KEY_FILE).read_bytes() == before
 
 
@@ -81,46 +80,46 @@ def test_the_passphrase_comes_from_the_caller_then_the_environment_then_a_person
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cipher = encrypted(tmp_path)
-    assert same(keyfile.unlock(tmp_path, ask=lambda: "open sesame"), cipher)
+    assert same(encryption.unlock(tmp_path, ask=lambda: "open sesame"), cipher)
     monkeypatch.setenv(PASSPHRASE_VARIABLE, "open sesame")
-    assert same(keyfile.unlock(tmp_path, ask=lambda: "wrong"), cipher)
+    assert same(encryption.unlock(tmp_path, ask=lambda: "wrong"), cipher)
     with pytest.raises(ConfigError, match="not the passphrase"):
-        keyfile.unlock(tmp_path, passphrase="wrong")
+        encryption.unlock(tmp_path, passphrase="wrong")
 
 
 def test_without_a_passphrase_it_says_how_to_give_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=PASSPHRASE_VARIABLE):
-        keyfile.new_key("passphrase")
+        encryption.new_key("passphrase")
     with pytest.raises(ConfigError, match=PASSPHRASE_VARIABLE):
-        keyfile.new_key("passphrase", ask=lambda: "")
+        encryption.new_key("passphrase", ask=lambda: "")
     encrypted(tmp_path)
     with pytest.raises(ConfigError, match=PASSPHRASE_VARIABLE):
-        keyfile.unlock(tmp_path)
+        encryption.unlock(tmp_path)
 
 
 def test_an_accent_may_be_written_either_way(tmp_path: Path) -> None:
     cipher = encrypted(tmp_path, "caf\u00e9")
-    assert same(keyfile.unlock(tmp_path, passphrase="cafe\u0301"), cipher)
+    assert same(encryption.unlock(tmp_path, passphrase="cafe\u0301"), cipher)
 
 
 def test_bytes_that_are_no_text_are_a_passphrase_too(tmp_path: Path) -> None:
     cipher = encrypted(tmp_path, b"\xff\xfe".decode(errors="surrogateescape"))
-    assert same(keyfile.unlock(tmp_path, passphrase="\udcff\udcfe"), cipher)
+    assert same(encryption.unlock(tmp_path, passphrase="\udcff\udcfe"), cipher)
 
 
 def test_two_folders_with_the_same_passphrase_have_different_keys(tmp_path: Path) -> None:
     one, other = encrypted(tmp_path / "one"), encrypted(tmp_path / "other")
     assert not same(one, other)
-    keyfile.require(tmp_path / "one", one)
+    encryption.require(tmp_path / "one", one)
     with pytest.raises(ConfigError, match="another key"):
-        keyfile.require(tmp_path / "one", other)
+        encryption.require(tmp_path / "one", other)
     with pytest.raises(ConfigError, match="not encrypted"):
-        keyfile.require(tmp_path, one)
+        encryption.require(tmp_path, one)
 
 
 def test_the_file_holds_neither_key_nor_passphrase(tmp_path: Path) -> None:
     encrypted(tmp_path)
-    secret = keyfile._stretched("open sesame", bytes.fromhex(fields(tmp_path)["salt"]), QUICK)
+    secret = encryption._stretched("open sesame", bytes.fromhex(fields(tmp_path)["salt"]), QUICK)
     text = (tmp_path / KEY_FILE).read_text()
     assert "sesame" not in text
     assert secret.hex() not in text
@@ -139,7 +138,7 @@ def test_a_key_that_is_there_is_never_replaced(tmp_path: Path) -> None:
     cipher = encrypted(tmp_path)
     with pytest.raises(StoreError, match="just encrypted"):
         encrypted(tmp_path, "another")
-    assert same(keyfile.unlock(tmp_path, passphrase="open sesame"), cipher)
+    assert same(encryption.unlock(tmp_path, passphrase="open sesame"), cipher)
     assert [file.name for file in tmp_path.iterdir()] == [KEY_FILE]
 
 
@@ -175,14 +174,14 @@ def test_a_file_that_was_changed_is_refused(
     encrypted(tmp_path)
     (tmp_path / KEY_FILE).write_text(json.dumps(fields(tmp_path) | change))
     with pytest.raises(error):
-        keyfile.unlock(tmp_path, passphrase="open sesame")
+        encryption.unlock(tmp_path, passphrase="open sesame")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "no JSON", "{" * 10, "3"])
 def test_a_file_that_is_something_else_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / KEY_FILE).write_text(text)
     with pytest.raises(StoreCorruptError, match="backup"):
-        keyfile.unlock(tmp_path, passphrase="x")
+        encryption.unlock(tmp_path, passphrase="x")
 
 
 def test_the_keyring_keeps_a_key_that_nobody_has_to_type(
@@ -192,10 +191,10 @@ def test_the_keyring_keeps_a_key_that_nobody_has_to_type(
     use_keyring(ring)
     ciphers = []
     for name in ("one", "other"):
-        cipher, key_file = keyfile.new_key("keyring")
-        keyfile.save(tmp_path / name, key_file)
-        assert keyfile.source(tmp_path / name) == "keyring"
-        assert same(keyfile.unlock(tmp_path / name), cipher)
+        cipher, key_file = encryption.new_key("keyring")
+        encryption.save(tmp_path / name, key_file)
+        assert encryption.source(tmp_path / name) == "keyring"
+        assert same(encryption.unlock(tmp_path / name), cipher)
         ciphers.append(cipher)
     assert not same(*ciphers)
     assert {service for service, _ in ring.kept} == {"recollect"}
@@ -208,16 +207,16 @@ def test_a_keyring_without_the_key_or_with_another_is_refused(
 ) -> None:
     ring = Ring()
     use_keyring(ring)
-    keyfile.save(tmp_path, keyfile.new_key("keyring")[1])
+    encryption.save(tmp_path, encryption.new_key("keyring")[1])
     ring.kept = dict.fromkeys(ring.kept, "A" * 43 + "=")
     with pytest.raises(ConfigError, match="another one"):
-        keyfile.unlock(tmp_path)
+        encryption.unlock(tmp_path)
     ring.kept = dict.fromkeys(ring.kept, "no key")
     with pytest.raises(ConfigError, match="another one"):
-        keyfile.unlock(tmp_path)
+        encryption.unlock(tmp_path)
     ring.kept.clear()
     with pytest.raises(ConfigError, match="has no key"):
-        keyfile.unlock(tmp_path)
+        encryption.unlock(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [fail.Keyring, null.Keyring])
@@ -228,29 +227,29 @@ def test_where_no_keyring_can_be_used_it_names_the_passphrase(
 ) -> None:
     use_keyring(kind())
     with pytest.raises(ConfigError, match=PASSPHRASE_VARIABLE):
-        keyfile.new_key("keyring")
+        encryption.new_key("keyring")
 
 
 def test_a_keyring_that_has_gone_is_told(
     tmp_path: Path, use_keyring: Callable[[KeyringBackend], None]
 ) -> None:
     use_keyring(Ring())
-    keyfile.save(tmp_path, keyfile.new_key("keyring")[1])
+    encryption.save(tmp_path, encryption.new_key("keyring")[1])
     gone: Callable[[], KeyringBackend] = fail.Keyring
     use_keyring(gone())
     with pytest.raises(ConfigError, match="cannot be read"):
-        keyfile.unlock(tmp_path)
+        encryption.unlock(tmp_path)
 
 
 @pytest.mark.parametrize("source", ["passphrase", "keyring"])
 def test_without_the_libraries_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, source: keyfile.Source
+    monkeypatch: pytest.MonkeyPatch, source: encryption.Source
 ) -> None:
     for name in [*sys.modules, "keyring"]:
         if name.split(".")[0] in {"cryptography", "keyring"}:
             monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=r"recollect-llm\[encrypt\]"):
-        keyfile.new_key(source, passphrase="x", scrypt=QUICK)
+        encryption.new_key(source, passphrase="x", scrypt=QUICK)
 
 
 def test_trying_a_passphrase_takes_long_by_default() -> None:

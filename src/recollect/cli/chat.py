@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 from typer.core import TyperCommand
 
-from recollect import keyfile
+from recollect import encryption
 from recollect.cli import options
 from recollect.cli.opening import LAST, Opening
 from recollect.cli.passphrase import EncryptOption, unlock_home
@@ -183,7 +183,7 @@ def chat(
         system=system,
         overflow="drop_oldest" if overflow == "drop-oldest" else "error",
     )
-    if encrypt and not keyfile.is_encrypted():
+    if encrypt and not encryption.is_encrypted():
         found = opening.find()  # a mistake in the options is told before anything is changed
         if prompts is not None:
             from recollect.cli import batch  # noqa: PLC0415 - see `_talk`

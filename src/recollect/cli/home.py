@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recollect import config
-from recollect.cipher import KV_PURPOSE
 from recollect.cli.passphrase import unlock_home
+from recollect.encryption import KV_PURPOSE
 from recollect.errors import StoreError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite and LMDB

@@ -20,7 +20,7 @@ from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.output import Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
-from recollect import keyfile
+from recollect import encryption
 from recollect.conversation.typed_history import QUOTES, is_open, unquote
 
 _MINE: Final = 0o600
@@ -57,12 +57,12 @@ class PrivateHistory(FileHistory):
     def store_string(self, string: str) -> None:
         """Append an entry to the file; nothing where the folder is encrypted, or the disk full."""
         path = Path(os.fsdecode(self.filename))
-        if keyfile.is_encrypted(path.parent):
+        if encryption.is_encrypted(path.parent):
             return
         with suppress(OSError):  # it is still called back in this chat
             _make_private(path)
             super().store_string(string)
-        if keyfile.is_encrypted(path.parent):  # since the first look
+        if encryption.is_encrypted(path.parent):  # since the first look
             with suppress(OSError):
                 path.unlink()
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from recollect import config, keyfile
+from recollect import config, encryption
 from recollect.errors import ConfigError
 
 if TYPE_CHECKING:  # the library behind it is an extra
-    from recollect.cipher import Cipher
+    from recollect.encryption import Cipher
 
 EncryptOption = Annotated[
     bool,
@@ -51,14 +51,14 @@ def unlock_home(*, encrypt: bool = False) -> "Cipher | None":
     """
     home = config.home()
     if encrypt:
-        was_encrypted = keyfile.is_encrypted(home)
+        was_encrypted = encryption.is_encrypted(home)
         encrypted = _encrypt(keyring=False)
         if not was_encrypted and sys.stderr.isatty():
-            typer.echo(f"{_COPY.format(home / keyfile.KEY_FILE)}\n{_DELETED}", err=True)
+            typer.echo(f"{_COPY.format(home / encryption.KEY_FILE)}\n{_DELETED}", err=True)
         return encrypted
-    if home in _unlocked and keyfile.is_encrypted(home):
+    if home in _unlocked and encryption.is_encrypted(home):
         return _unlocked[home]
-    cipher = keyfile.unlock(home, ask=_ask if _has_terminal() else None)
+    cipher = encryption.unlock(home, ask=_ask if _has_terminal() else None)
     if cipher is not None:
         _unlocked[home] = cipher
     return cipher
@@ -76,13 +76,15 @@ def encrypt(
     The key comes from a passphrase: that in RECOLLECT_PASSPHRASE, or one that is asked for.
     From then on every command that reads what is kept needs it. A lost passphrase cannot be replaced.
     """
-    was_encrypted = keyfile.is_encrypted()
+    was_encrypted = encryption.is_encrypted()
     _encrypt(keyring=keyring)
-    where = "in the keyring of this system" if keyfile.source() == "keyring" else "the passphrase"
+    where = (
+        "in the keyring of this system" if encryption.source() == "keyring" else "the passphrase"
+    )
     typer.echo(
         f"{config.home()} is encrypted. The key is {where}: without it nobody can read what is kept."
     )
-    typer.echo(_COPY.format(config.home() / keyfile.KEY_FILE))
+    typer.echo(_COPY.format(config.home() / encryption.KEY_FILE))
     if not was_encrypted:
         typer.echo(_DELETED)
 
@@ -90,7 +92,7 @@ def encrypt(
 def _encrypt(*, keyring: bool) -> "Cipher":
     from recollect.conversation.encryption import encrypt as encrypt_home  # noqa: PLC0415 - as above
 
-    ask = _ask if keyfile.is_encrypted() else _ask_for_a_new_one
+    ask = _ask if encryption.is_encrypted() else _ask_for_a_new_one
     cipher = encrypt_home(keyring=keyring, ask=ask if _has_terminal() else None)
     _unlocked[config.home()] = cipher
     return cipher

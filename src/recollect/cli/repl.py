@@ -9,7 +9,7 @@ from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import History, InMemoryHistory
 from rich.console import Console
 
-from recollect import config, keyfile
+from recollect import config, encryption
 from recollect.cli.commands import COMMANDS, PREFIX, do_safely, is_command, run_command
 from recollect.cli.keys import WordsCompleter, history_at, make_prompt, typed_message
 from recollect.cli.state import FIRST_SESSION, Chat
@@ -68,7 +68,7 @@ def handle_line(chat: Chat, line: str) -> None:
 
 def _history(*, keep: bool) -> History:
     """Return what was typed before; in an encrypted folder that is nowhere."""
-    if not keep or keyfile.is_encrypted():
+    if not keep or encryption.is_encrypted():
         return InMemoryHistory()
     return history_at(config.home() / config.HISTORY_NAME)
 

@@ -142,7 +142,7 @@ def serve(
     Point a client at http://127.0.0.1:8765/v1; /openapi.json there describes every call.
     """
     _require_packages()
-    from recollect import config, keyfile  # noqa: PLC0415 - see the imports for type checking
+    from recollect import config, encryption  # noqa: PLC0415 - see the imports for type checking
     from recollect.cli.served import (  # noqa: PLC0415
         aliases,
         default_references,
@@ -161,7 +161,7 @@ def serve(
     names = tuple(references)
     _require_readable(references.values(), kv_memory, kv_disk, temperature)
     keys = keyring(KeyFile.in_home(home), _given_keys(api_key))
-    if encrypt and not keyfile.is_encrypted(home):
+    if encrypt and not encryption.is_encrypted(home):
         for reference in references.values():
             options.make_ready(
                 reference,

@@ -10,11 +10,11 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from recollect import config, keyfile
-from recollect.cipher import KV_PURPOSE, Cipher
+from recollect import config, encryption
 from recollect.conversation import typed_history
 from recollect.conversation.checkpoints import is_checkpoint
 from recollect.conversation.journal import JOURNAL_NAME, Journal
+from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.errors import StoreCorruptError, StoreError
 from recollect.kv import accounts, disk_audit, pins
 from recollect.kv.accounts import Pin
@@ -29,7 +29,7 @@ def encrypt(
     *,
     passphrase: str | None = None,
     keyring: bool = False,
-    ask: keyfile.Ask | None = None,
+    ask: encryption.Ask | None = None,
 ) -> Cipher:
     """
     Encrypt a data folder, once and for good, and return its cipher; one that is encrypted is unlocked.
@@ -52,18 +52,18 @@ def encrypt(
     """
     home = home or config.home()
     cipher = None
-    if keyfile.is_encrypted(home):
-        cipher = keyfile.unlock(home, passphrase=passphrase, ask=ask)
+    if encryption.is_encrypted(home):
+        cipher = encryption.unlock(home, passphrase=passphrase, ask=ask)
         if cipher is not None:
             _remove_plain_kv(home / STORE_FOLDER, cipher)  # which may put a damaged store aside
             _remove_leftovers(home)
     if cipher is None:
         _require_plain(home / JOURNAL_NAME)
-        source: keyfile.Source = "keyring" if keyring else "passphrase"
-        cipher, key_file = keyfile.new_key(source, passphrase=passphrase, ask=ask)
+        source: encryption.Source = "keyring" if keyring else "passphrase"
+        cipher, key_file = encryption.new_key(source, passphrase=passphrase, ask=ask)
         kept = _checkpoints(home / STORE_FOLDER)
         _remove_plain(home)  # before the folder counts as encrypted: it may end here
-        keyfile.save(home, key_file)
+        encryption.save(home, key_file)
         _remove_leftovers(home)  # a chat that is still open may have written one meanwhile
         _keep(kept, home / STORE_FOLDER, cipher)
     if (home / JOURNAL_NAME).exists():

@@ -18,7 +18,7 @@ from hashlib import blake2b
 from typing import Any, Final, cast
 
 from recollect.errors import TemplateError
-from recollect.models.control_tokens import ControlTokens
+from recollect.text.vocabulary import ControlTokens
 from recollect.types import Message
 
 ToolSchemas = Sequence[Mapping[str, Any]]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from recollect import config
-from recollect.cipher import Cipher
 from recollect.conversation import audit, typed_history
 from recollect.conversation.conversion import match_key
 from recollect.conversation.database import BUSY_TIMEOUT_S, Database
@@ -50,6 +49,7 @@ from recollect.conversation.statements import (
     write_name,
     write_tip,
 )
+from recollect.encryption import Cipher
 from recollect.errors import StoreCorruptError, UnknownConversationError
 
 JOURNAL_NAME: Final = "conversations.sqlite3"

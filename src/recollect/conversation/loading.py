@@ -7,9 +7,9 @@ Decides which runtime runs it and where its KV is kept; knows nothing of convers
 import logging
 from pathlib import Path
 
-from recollect import config, files, keyfile
-from recollect.cipher import KV_PURPOSE, Cipher
+from recollect import config, encryption, files
 from recollect.conversation.model import Model
+from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.environment import translated
 from recollect.kv.opening import is_there, open_existing
@@ -72,9 +72,9 @@ def load(
     config.parse_profile(profile)
     home = config.home() if home is None else config.require_folder(home)
     if cipher is None:
-        cipher = keyfile.unlock(home)
+        cipher = encryption.unlock(home)
     else:
-        keyfile.require(home, cipher)
+        encryption.require(home, cipher)
     _warn_of_writers(home)
     local = prepare(
         str(model),

@@ -11,8 +11,7 @@ from typing import Any
 
 from recollect.conversation.records import ROLES, NewNode
 from recollect.errors import InvalidParameterError
-from recollect.models.tool_calls import ParsedReply, parse_reply
-from recollect.models.tool_text import CALL_START, call_text
+from recollect.text.tool_calls import CALL_START, ParsedReply, call_text, parse_reply
 from recollect.types import Message, Role, ToolLinks
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
-from recollect.cipher import Cipher
 from recollect.conversation.checkpoints import (
     Checkpoint,
     Checkpoints,
@@ -25,6 +24,7 @@ from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
 from recollect.conversation.warming import Warmed, beginning, warm
 from recollect.conversation.window import Overflow
+from recollect.encryption import Cipher
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars
 from recollect.engine.pinning import require_tier
@@ -34,9 +34,9 @@ from recollect.errors import ConversationError, UnknownConversationError
 from recollect.kv.disk import DiskStore
 from recollect.models.formats import load_tokenizer
 from recollect.models.local import LocalModel
-from recollect.models.template import ChatTemplate
-from recollect.models.tokenizer import Tokenizer
 from recollect.runtime.base import PagedRuntime
+from recollect.text.template import ChatTemplate
+from recollect.text.tokenizer import Tokenizer
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
 
 

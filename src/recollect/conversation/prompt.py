@@ -18,8 +18,8 @@ from typing import Final
 
 from recollect.conversation.guarding import Guard, Render, Shown, ToolSchemas, said_alone, shown
 from recollect.conversation.tree import Node
-from recollect.models.template import ChatTemplate
-from recollect.models.tokenizer import Tokenizer
+from recollect.text.template import ChatTemplate
+from recollect.text.tokenizer import Tokenizer
 from recollect.types import Message
 
 MOST_REMEMBERED_BYTES: Final = 32 << 20

@@ -12,7 +12,7 @@ from typing import Self
 from recollect.conversation.tree import Node
 from recollect.engine.reply import ReplyGeneration
 from recollect.errors import ConversationError
-from recollect.models.tool_calls import Event, TextDelta, ToolCallParser
+from recollect.text.tool_calls import Event, TextDelta, ToolCallParser
 from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage
 
 

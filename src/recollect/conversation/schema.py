@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from recollect.cipher import OVERHEAD_BYTES
+from recollect.encryption import OVERHEAD_BYTES
 
 Migration = Callable[[sqlite3.Connection], None]
 """Brings the tables from one version to the next, inside a transaction that is not its own."""

@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from recollect import keyfile
-from recollect.cipher import OVERHEAD_BYTES, Cipher
+from recollect import encryption
 from recollect.conversation.database import corrupt_error
+from recollect.encryption import OVERHEAD_BYTES, Cipher
 from recollect.errors import ConfigError, StoreCorruptError, StoreEncryptedError
 
 Place = tuple[str | int | None, ...]
@@ -100,8 +100,8 @@ class Sealing:
         if self._mark is None:
             return False
         if self._cipher is None:
-            if not keyfile.is_encrypted(self._path.parent):
-                raise keyfile.missing(self._path.parent)
+            if not encryption.is_encrypted(self._path.parent):
+                raise encryption.missing(self._path.parent)
             raise ConfigError(
                 f"{self._path} is encrypted: give its key, by recollect.unlock() or "
                 "RECOLLECT_PASSPHRASE."

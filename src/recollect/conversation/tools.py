@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 from recollect.engine.grammar import JSON_STYLE
 from recollect.engine.schema_bounds import check_schema
 from recollect.errors import InvalidParameterError
-from recollect.models.tool_text import CALL_CLOSING, CALL_START, call_opening
+from recollect.text.tool_calls import CALL_CLOSING, CALL_START, call_opening
 from recollect.types import Grammar
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")

@@ -12,7 +12,7 @@ from recollect.conversation.reply import Reply
 from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node
 from recollect.engine.reply import ReplyGeneration
-from recollect.models.tool_calls import ParsedReply, ToolCallParser, new_call_prefix, parse_reply
+from recollect.text.tool_calls import ParsedReply, ToolCallParser, new_call_prefix, parse_reply
 from recollect.types import FinishReason, ToolLinks, Usage
 
 

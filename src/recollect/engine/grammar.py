@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from recollect.engine.schema_bounds import check_schema
 from recollect.errors import ConfigError, InvalidParameterError
-from recollect.models.tokenizer import Tokenizer
+from recollect.text.tokenizer import Tokenizer
 from recollect.types import Grammar, common_prefix_length
 
 if TYPE_CHECKING:  # an extra: without it everything but grammars works

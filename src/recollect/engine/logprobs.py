@@ -5,7 +5,7 @@ Pure bookkeeping: no runtime, no queue.
 """
 
 from recollect.engine.generator import Likelihood
-from recollect.models.tokenizer import Tokenizer
+from recollect.text.tokenizer import Tokenizer
 from recollect.types import TokenLogprob
 
 

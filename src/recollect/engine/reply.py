@@ -18,7 +18,7 @@ from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.engine.stopping import StopMatcher
 from recollect.engine.task import Task
-from recollect.models.tokenizer import Detokenizer, Tokenizer
+from recollect.text.tokenizer import Detokenizer, Tokenizer
 from recollect.types import FinishReason, TokenLogprob, Usage, tokens_per_second
 
 _Generated = tuple[int, Likelihood | None]

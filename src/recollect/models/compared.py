@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from recollect import files
-from recollect.models.scratch import make_private
+from recollect.files import make_private
 
 FOLDER: Final = "compared"
 _MOST_BYTES: Final = 1 << 16

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import IO, Final
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.fingerprint import combine
+from recollect.files import combine, scratch_folder
 from recollect.models.folder import MODEL_FILES, TOKENIZER_FILES
 from recollect.models.gguf_decoder import require_buildable
 from recollect.models.gguf_file import GgufHeader, read_header
 from recollect.models.gguf_shards import parts_of
-from recollect.models.hf_files import warn_of_writers
 from recollect.models.manifest import Manifest
-from recollect.models.scratch import scratch_folder
+from recollect.text.other_tokenizers import warn_of_writers
 from recollect.types import Progress
 
 _CONVERTER: Final = "openvino-genai"

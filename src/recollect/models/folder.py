@@ -13,9 +13,11 @@ from xml.etree import ElementTree
 
 from recollect import files
 from recollect.errors import UnsupportedModelError
-from recollect.models.fingerprint import cached_sha256, combine
+from recollect.files import cached_sha256, combine
 from recollect.models.gguf_file import GgufHeader, read_header
-from recollect.models.hf_files import (
+from recollect.models.local import LocalModel
+from recollect.models.manifest import Manifest
+from recollect.text.other_tokenizers import (
     MOST_TOKENIZER_BYTES,
     as_ids,
     chat_template,
@@ -24,8 +26,6 @@ from recollect.models.hf_files import (
     special_token,
     warn_of_writers,
 )
-from recollect.models.local import LocalModel
-from recollect.models.manifest import Manifest
 from recollect.types import Progress, no_progress
 
 MODEL_FILES: Final = ("openvino_model.xml", "openvino_model.bin")

@@ -1,9 +1,8 @@
 """What reads the files of each format of a model."""
 
-from recollect.models.byte_tokenizer import ByteTokenizer
-from recollect.models.hf_tokenizer import TOKENIZER_NAME, HfTokenizer
 from recollect.models.local import LocalModel
-from recollect.models.tokenizer import OpenVinoTokenizer, Tokenizer
+from recollect.text.other_tokenizers import TOKENIZER_NAME, HfTokenizer
+from recollect.text.tokenizer import ByteTokenizer, OpenVinoTokenizer, Tokenizer
 
 
 def load_tokenizer(model: LocalModel) -> Tokenizer:

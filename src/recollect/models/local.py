@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recollect.errors import ConfigError
-from recollect.models.fingerprint import combine
+from recollect.files import combine
 
 Format = Literal["openvino", "onnx-genai", "reference"]
 

@@ -10,10 +10,14 @@ from typing import Any, Final
 
 from recollect import files
 from recollect.errors import UnsupportedModelError
+from recollect.files import cached_sha256, combine
 from recollect.models import onnx_config
-from recollect.models.fingerprint import cached_sha256, combine
-from recollect.models.hf_files import (
+from recollect.models.local import LocalModel
+from recollect.models.onnx_config import CONFIG_NAME, MOST_CONFIG_BYTES
+from recollect.models.onnx_graph import require_own_files
+from recollect.text.other_tokenizers import (
     MOST_TOKENIZER_BYTES,
+    TOKENIZER_NAME,
     as_ids,
     chat_template,
     read_json,
@@ -21,10 +25,6 @@ from recollect.models.hf_files import (
     special_token,
     warn_of_writers,
 )
-from recollect.models.hf_tokenizer import TOKENIZER_NAME
-from recollect.models.local import LocalModel
-from recollect.models.onnx_config import CONFIG_NAME, MOST_CONFIG_BYTES
-from recollect.models.onnx_graph import require_own_files
 from recollect.types import Progress, no_progress
 
 _MOST_FILES: Final = 10_000

@@ -17,6 +17,7 @@ from typing import Final, assert_never
 
 from recollect import config
 from recollect.errors import ConfigError, FetchError, UnsupportedModelError
+from recollect.files import cached_sha256, combine, make_private, scratch_folder, sha256_file
 from recollect.models.catalog import CATALOG, CatalogEntry, HubFile
 from recollect.models.convert import Conversion, convert, find_converted, find_inexact
 from recollect.models.fetch import (
@@ -26,7 +27,6 @@ from recollect.models.fetch import (
     source_path,
     sources_folder,
 )
-from recollect.models.fingerprint import cached_sha256, combine, sha256_file
 from recollect.models.folder import MODELS_FOLDER, from_manifest, open_folder
 from recollect.models.gguf_shards import part_names, parts_of
 from recollect.models.local import LocalModel
@@ -34,7 +34,6 @@ from recollect.models.manifest import Manifest
 from recollect.models.onnx_folder import is_onnx_folder, open_onnx_folder
 from recollect.models.reference import reference_model
 from recollect.models.resolve import FolderSource, GgufSource, ReferenceModel, Source, resolve
-from recollect.models.scratch import make_private, scratch_folder
 from recollect.types import Progress, no_progress
 
 _log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ Pure. Its forward pass is the reference runtime's; here is only what the other p
 
 from typing import Final
 
-from recollect.models.byte_tokenizer import END_OF_TURN, SPECIAL_TOKENS, ByteTokenizer
-from recollect.models.fingerprint import combine
+from recollect.files import combine
 from recollect.models.local import LocalModel
+from recollect.text.tokenizer import END_OF_TURN, SPECIAL_TOKENS, ByteTokenizer
 
 REFERENCE_NAME: Final = "reference"
 REFERENCE_CONTEXT_LENGTH: Final = 8192

@@ -11,13 +11,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from recollect.models.hf_files import as_ids, read_json
 from recollect.models.local import LocalModel
 from recollect.models.onnx_config import CONFIG_NAME
-from recollect.models.template import ChatTemplate
-from recollect.models.tokenizer import Detokenizer
 from recollect.og.errors import as_runtime_error
 from recollect.og.model import Model
+from recollect.text.other_tokenizers import as_ids, read_json
+from recollect.text.template import ChatTemplate
+from recollect.text.tokenizer import Detokenizer
 
 Ids = Sequence[int] | npt.NDArray[Any]
 

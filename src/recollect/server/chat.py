@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse, Response
 
 from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
-from recollect.models.tool_calls import ArgumentsDelta, CallStarted
 from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import ChatRequest, check_limits
 from recollect.server.errors import api_error, openai_body
@@ -32,6 +31,7 @@ from recollect.server.streaming import (
     sse,
 )
 from recollect.server.tool_schema import logprob_entry
+from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import TokenLogprob
 
 router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)

@@ -20,8 +20,6 @@ from recollect.conversation.tree import Node
 from recollect.engine.generator import Generator
 from recollect.engine.reply import ReplyGeneration
 from recollect.errors import ContextFullError, InvalidParameterError
-from recollect.models.tool_calls import Event as ReplyEvent
-from recollect.models.tool_calls import TextDelta
 from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import StreamOptions, check_limits
 from recollect.server.errors import api_error, openai_body
@@ -37,6 +35,8 @@ from recollect.server.streaming import (
     require_reply,
     sse,
 )
+from recollect.text.tool_calls import Event as ReplyEvent
+from recollect.text.tool_calls import TextDelta
 from recollect.types import SamplingParams, TokenLogprob, Usage
 
 router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)

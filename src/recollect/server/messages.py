@@ -15,7 +15,6 @@ from fastapi.responses import JSONResponse, Response
 from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
 from recollect.conversation.session import Session
-from recollect.models.tool_calls import ArgumentsDelta, CallStarted
 from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import check_limits
 from recollect.server.errors import anthropic_body, api_error
@@ -33,6 +32,7 @@ from recollect.server.streaming import (
     require_reply,
     sse,
 )
+from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import FinishReason, ToolCall
 
 router = APIRouter(tags=["Anthropic"], route_class=BodyRoute)

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from recollect.conversation.reply import Reply
-from recollect.models.tool_calls import ArgumentsDelta, CallStarted
 from recollect.server.errors import api_error
 from recollect.server.response_object import (
     ResponseHead,
@@ -32,6 +31,7 @@ from recollect.server.streaming import (
     sse,
 )
 from recollect.server.tool_schema import logprob_entry
+from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 
 
 class ResponseEvents:

@@ -22,7 +22,6 @@ from recollect.conversation.reply import Reply, ReplyStream
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
 from recollect.conversation.window import Overflow
-from recollect.models.tool_calls import Event
 from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import check_limits
 from recollect.server.checkpoints import drop_all_kv
@@ -34,6 +33,7 @@ from recollect.server.response_schema import ResponseRequest
 from recollect.server.services import Services, begin, client_of, services_of
 from recollect.server.streaming import Readable
 from recollect.server.usage import cost, recorded
+from recollect.text.tool_calls import Event
 from recollect.types import Message, TokenLogprob, Usage
 
 router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)

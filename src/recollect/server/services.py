@@ -18,10 +18,10 @@ from typing import Final, TypeVar
 
 from fastapi import Request
 
-from recollect.cipher import KV_PURPOSE
 from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
+from recollect.encryption import KV_PURPOSE
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.opening import is_there, open_existing

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from recollect.cipher import Cipher
+from recollect.encryption import Cipher
 from recollect.errors import ConfigError
 from recollect.server.origins import host_name, web_origin
 

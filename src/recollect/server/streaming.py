@@ -21,9 +21,9 @@ from starlette.types import Receive, Scope, Send
 
 from recollect.conversation.reply import Reply
 from recollect.errors import RecollectError
-from recollect.models.tool_calls import ArgumentsDelta, CallEnded, CallStarted, TextDelta
-from recollect.models.tool_calls import Event as ReplyEvent
 from recollect.server.errors import ClientGone
+from recollect.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted, TextDelta
+from recollect.text.tool_calls import Event as ReplyEvent
 from recollect.types import TokenLogprob, Usage
 
 _T = TypeVar("_T")

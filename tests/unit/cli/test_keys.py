@@ -12,7 +12,7 @@ from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from recollect import keyfile
+from recollect import encryption
 from recollect.cli.keys import WordsCompleter, history_at, make_prompt
 from recollect.conversation.typed_history import QUOTES, is_open, unquote
 
@@ -113,7 +113,7 @@ def test_an_open_chat_writes_no_history_into_a_folder_that_was_encrypted_meanwhi
     history = history_at(path)
     history.append_string("before")
     path.unlink()
-    (path.parent / keyfile.KEY_FILE).write_text("{}")
+    (path.parent / encryption.KEY_FILE).write_text("{}")
     history.append_string("after")
     assert not path.exists()
     assert history.get_strings()[-1] == "after"

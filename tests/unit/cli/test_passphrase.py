@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from recollect import keyfile
+from recollect import encryption
 from recollect.cli.main import app
 from recollect.conversation.journal import JOURNAL_NAME
 from recollect.errors import ConfigError, OfflineError, UnknownConversationError
@@ -16,13 +16,13 @@ from recollect.models.catalog import DEFAULT_MODEL
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """How much work a passphrase is does not matter here."""
-    monkeypatch.setattr(keyfile, "Scrypt", partial(keyfile.Scrypt, n=2))
-    monkeypatch.setenv(keyfile.PASSPHRASE_VARIABLE, "open sesame")
+    monkeypatch.setattr(encryption, "Scrypt", partial(encryption.Scrypt, n=2))
+    monkeypatch.setenv(encryption.PASSPHRASE_VARIABLE, "open sesame")
 
 
 def test_encrypting_says_what_to_keep_and_what_was_deleted(home: Path) -> None:
     said = CliRunner().invoke(app, ["encrypt"], catch_exceptions=False).output
-    assert f"Keep a copy of {home / keyfile.KEY_FILE} somewhere else" in said
+    assert f"Keep a copy of {home / encryption.KEY_FILE} somewhere else" in said
     assert "KV on disk and the history of what was typed were deleted" in said
     again = CliRunner().invoke(app, ["encrypt"], catch_exceptions=False).output
     assert "Keep a copy of" in again
@@ -47,12 +47,12 @@ def test_a_folder_stays_plain_where_the_command_cannot_go_on(
 ) -> None:
     result = CliRunner().invoke(app, arguments, input="hello\n")
     assert isinstance(result.exception, error)
-    assert not keyfile.is_encrypted(home)
+    assert not encryption.is_encrypted(home)
 
 
 def test_a_chat_with_a_model_that_is_here_encrypts(home: Path) -> None:
     arguments = ["chat", "--encrypt", "-m", "reference", "--name", "map", "--max-tokens", "4"]
     result = CliRunner().invoke(app, arguments, input="hello\n", catch_exceptions=False)
     assert result.exit_code == 0
-    assert keyfile.is_encrypted(home)
+    assert encryption.is_encrypted(home)
     assert b"hello" not in (home / JOURNAL_NAME).read_bytes()

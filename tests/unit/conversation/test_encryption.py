@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import recollect
-from recollect import config, keyfile
-from recollect.cipher import Cipher
+from recollect import config, encryption
 from recollect.conversation.journal import JOURNAL_NAME, Journal
+from recollect.encryption import Cipher
 from recollect.errors import ConfigError, StoreError
 from recollect.kv import disk_audit
 from recollect.kv.disk import STORE_FOLDER
@@ -25,8 +25,8 @@ SAID = "Where is the treasure buried?"
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """How much work a passphrase is does not matter here."""
-    monkeypatch.setattr(keyfile, "Scrypt", partial(keyfile.Scrypt, n=2))
-    monkeypatch.delenv(keyfile.PASSPHRASE_VARIABLE, raising=False)
+    monkeypatch.setattr(encryption, "Scrypt", partial(encryption.Scrypt, n=2))
+    monkeypatch.delenv(encryption.PASSPHRASE_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_encrypting_leaves_nothing_to_read_and_everything_to_resume(home: Path) 
     assert list(readable(home)) == []
     assert sorted(file.name for file in home.iterdir()) == [
         JOURNAL_NAME,
-        keyfile.KEY_FILE,
+        encryption.KEY_FILE,
         STORE_FOLDER,
         "models",
     ]
@@ -127,7 +127,7 @@ def test_the_environment_unlocks_a_folder_for_the_library(
     recollect.encrypt(home, passphrase="open sesame")
     with pytest.raises(ConfigError, match="is encrypted"):
         recollect.load("reference", home=home)
-    monkeypatch.setenv(keyfile.PASSPHRASE_VARIABLE, "open sesame")
+    monkeypatch.setenv(encryption.PASSPHRASE_VARIABLE, "open sesame")
     with recollect.load("reference", home=home) as model:
         assert [info.name for info in model.sessions()] == ["secret plan"]
 
@@ -192,7 +192,7 @@ def test_a_cache_that_cannot_be_deleted_is_told_before_anything_is_encrypted(
     monkeypatch.setattr("shutil.rmtree", refuse)
     with pytest.raises(StoreError, match="delete it"):
         recollect.encrypt(home, passphrase="open sesame")
-    assert not keyfile.is_encrypted(home)
+    assert not encryption.is_encrypted(home)
     with Journal.open(home / JOURNAL_NAME) as journal:
         assert [info.name for info in journal.conversations()] == ["secret plan"]
 
@@ -237,19 +237,19 @@ def test_encrypting_again_removes_what_an_open_chat_or_a_damaged_store_has_left(
 
 def test_without_the_file_that_names_the_key_the_remedy_is_that_file(home: Path) -> None:
     recollect.encrypt(home, passphrase="open sesame")
-    copy = (home / keyfile.KEY_FILE).read_bytes()
-    (home / keyfile.KEY_FILE).unlink()
+    copy = (home / encryption.KEY_FILE).read_bytes()
+    (home / encryption.KEY_FILE).unlink()
     told = r"encryption\.json is missing.*put that file back from a copy"
     with pytest.raises(ConfigError, match=told):
         Journal.open(home / JOURNAL_NAME)
     stored = (home / STORE_FOLDER / "data.mdb").read_bytes()
     with pytest.raises(ConfigError, match=told):  # with a new key nobody could ever read it
         recollect.encrypt(home, passphrase="open sesame")
-    assert not keyfile.is_encrypted(home)
+    assert not encryption.is_encrypted(home)
     assert (home / STORE_FOLDER / "data.mdb").read_bytes() == stored
     with pytest.raises(ConfigError, match=r"put its encryption\.json back from a copy"):
         recollect.unlock(home, passphrase="open sesame")
-    (home / keyfile.KEY_FILE).write_bytes(copy)
+    (home / encryption.KEY_FILE).write_bytes(copy)
     cipher = recollect.encrypt(home, passphrase="open sesame")
     with Journal.open(home / JOURNAL_NAME, cipher=cipher) as journal:
         assert journal.load("secret plan").nodes[0].content == SAID
@@ -259,10 +259,10 @@ def test_encrypting_again_removes_kv_that_a_program_without_the_key_has_kept(hom
     cipher = recollect.encrypt(home, passphrase="open sesame")
     with recollect.load("reference", home=home, cipher=cipher) as model:
         model.resume(checkpoint="before the plan").checkpoint("again")
-    moved = (home / keyfile.KEY_FILE).rename(home / "moved")
+    moved = (home / encryption.KEY_FILE).rename(home / "moved")
     with recollect.load("reference", home=home) as model:
         model.session().respond(SAID, params=SHORT)
-    moved.rename(home / keyfile.KEY_FILE)
+    moved.rename(home / encryption.KEY_FILE)
     assert "data.mdb" in readable(home)
     recollect.encrypt(home, passphrase="open sesame")
     assert list(readable(home)) == []

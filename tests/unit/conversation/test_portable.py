@@ -17,7 +17,6 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
-from recollect.cipher import Cipher
 from recollect.conversation.carrying import bring_in, collect, why_not
 from recollect.conversation.model import Model
 from recollect.conversation.portable import (
@@ -28,6 +27,7 @@ from recollect.conversation.portable import (
     write,
 )
 from recollect.conversation.records import StoredConversation
+from recollect.encryption import Cipher
 from recollect.errors import ContextFullError, ConversationFileError, StoreError
 from recollect.kv import disk_audit
 from recollect.kv.disk import DiskStore

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from recollect.conversation.prompt import MOST_REMEMBERED_BYTES, PromptEncoder, RememberedIds
 from recollect.conversation.tree import Node, Tree
 from recollect.errors import TemplateError
-from recollect.models.byte_tokenizer import ByteTokenizer
-from recollect.models.template import ChatTemplate
+from recollect.text.template import ChatTemplate
+from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import Role, ToolLinks
 
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ BODY }}<|im_end|>\n{% endfor %}"

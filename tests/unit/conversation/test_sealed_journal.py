@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cipher import Cipher
 from recollect.conversation import schema
 from recollect.conversation.database import Database
 from recollect.conversation.journal import JOURNAL_NAME, Journal
@@ -17,6 +16,7 @@ from recollect.conversation.labels import Label
 from recollect.conversation.records import NewNode, StoredConversation, checksum
 from recollect.conversation.rows import NODE_COLUMNS
 from recollect.conversation.sealing import Sealing
+from recollect.encryption import KEY_FILE, Cipher
 from recollect.errors import (
     ConfigError,
     NameTakenError,
@@ -24,7 +24,6 @@ from recollect.errors import (
     StoreCorruptError,
     StoreError,
 )
-from recollect.keyfile import KEY_FILE
 from recollect.types import ToolLinks
 
 CIPHER = Cipher(bytes(range(32)))

@@ -13,9 +13,15 @@ from recollect.conversation.session import Session
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.engine.grammar import Grammars
 from recollect.errors import InvalidParameterError
-from recollect.models.byte_tokenizer import ByteTokenizer
-from recollect.models.tool_calls import ArgumentsDelta, CallEnded, CallStarted, Event, TextDelta
-from recollect.models.tool_text import call_text
+from recollect.text.tokenizer import ByteTokenizer
+from recollect.text.tool_calls import (
+    ArgumentsDelta,
+    CallEnded,
+    CallStarted,
+    Event,
+    TextDelta,
+    call_text,
+)
 from recollect.types import Grammar, Message, SamplingParams
 
 TOKENIZER = ByteTokenizer()

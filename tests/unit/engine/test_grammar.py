@@ -16,7 +16,7 @@ from recollect.engine.engine import Engine
 from recollect.engine.generator import Generator
 from recollect.engine.grammar import Grammars, GrammarState
 from recollect.errors import ConfigError, InvalidParameterError
-from recollect.models.byte_tokenizer import ByteTokenizer
+from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import Grammar, SamplingParams
 
 TOKENIZER = ByteTokenizer()

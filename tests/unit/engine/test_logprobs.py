@@ -13,8 +13,8 @@ from recollect.engine.grammar import Grammars
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sampling import log_probabilities, most_likely
 from recollect.errors import InvalidParameterError
-from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.runtime.base import Logits
+from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import Grammar, SamplingParams
 
 TOKENIZER = ByteTokenizer()

@@ -14,10 +14,9 @@ from recollect.engine.generator import Generator
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import RuntimeFailure
-from recollect.models.control_tokens import ControlTokens
-from recollect.models.vocabulary import Vocabulary
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
+from recollect.text.vocabulary import ControlTokens, Vocabulary
 from recollect.types import SamplingParams
 
 END = 16

@@ -12,7 +12,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from recollect.cipher import KV_PURPOSE, Cipher
+from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.errors import StoreVersionError
 from recollect.kv import disk_audit
 from recollect.kv.disk import DiskStore, NewBlock

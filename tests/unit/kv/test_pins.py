@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cipher import Cipher
+from recollect.encryption import Cipher
 from recollect.kv import accounts, disk_audit, pins
 from recollect.kv.accounts import Pin
 from recollect.kv.disk import DiskStore, NewBlock

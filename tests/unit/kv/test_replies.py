@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cipher import Cipher
+from recollect.encryption import Cipher
 from recollect.kv.disk import DiskStore
 from recollect.kv.record import Sealer
 from recollect.kv.replies import StoredReply, recall, remember, reply_name

@@ -19,7 +19,7 @@ from typing import IO
 import lmdb
 import pytest
 
-from recollect.cipher import KV_PURPOSE, Cipher
+from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.errors import StoreBusyError
 from recollect.kv import disk_audit, environment, pins
 from recollect.kv.accounts import Pin
@@ -304,7 +304,7 @@ def test_of_a_store_of_another_key_nothing_is_lost(open_store: Open, format_2: P
 OPEN = """
 import sys
 from pathlib import Path
-from recollect.cipher import KV_PURPOSE, Cipher
+from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.kv.disk import DiskStore
 sealer = Cipher(bytes(range(32))).for_purpose(KV_PURPOSE) if sys.argv[2] == "key" else None
 sys.stdin.readline()

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.models.byte_tokenizer import SPECIAL_TOKENS, ByteTokenizer
+from recollect.text.tokenizer import SPECIAL_TOKENS, ByteTokenizer
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8")))

@@ -10,8 +10,8 @@ import gguf
 import pytest
 
 from recollect.errors import UnsupportedModelError
+from recollect.files import sha256_file
 from recollect.models.convert import Conversion, convert, find_converted, find_inexact
-from recollect.models.fingerprint import sha256_file
 from recollect.models.folder import from_manifest
 from recollect.models.gguf_file import describe, read_content
 from recollect.models.manifest import MANIFEST_NAME, Manifest

@@ -5,7 +5,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.models.fingerprint import cached_sha256, combine, sha256_file
+from recollect.files import cached_sha256, combine, sha256_file
 
 PARTS = st.lists(st.text(max_size=3), max_size=4)
 

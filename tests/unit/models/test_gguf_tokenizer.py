@@ -7,7 +7,7 @@ import pytest
 from recollect.errors import UnsupportedModelError
 from recollect.models.gguf_sentencepiece import merges_of
 from recollect.models.gguf_tokenizer import write_tokenizer
-from recollect.models.tokenizer import Detokenizer, OpenVinoTokenizer
+from recollect.text.tokenizer import Detokenizer, OpenVinoTokenizer
 
 MakeGguf = Callable[..., Path]
 

@@ -12,7 +12,7 @@ from recollect.errors import UnsupportedModelError
 from recollect.models.formats import load_tokenizer
 from recollect.models.local import LocalModel
 from recollect.models.prepare import prepare
-from recollect.models.tokenizer import Detokenizer
+from recollect.text.tokenizer import Detokenizer
 
 
 @pytest.fixture

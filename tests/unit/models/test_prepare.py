@@ -15,13 +15,13 @@ from recollect.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
-from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.models.catalog import CatalogEntry, HubFile, Part
 from recollect.models.formats import load_tokenizer
 from recollect.models.manifest import Manifest
 from recollect.models.prepare import prepare
 from recollect.models.status import installed, prune
-from recollect.models.template import ChatTemplate
+from recollect.text.template import ChatTemplate
+from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import Progress
 
 MakeGguf = Callable[..., Path]

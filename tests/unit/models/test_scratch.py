@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from recollect.errors import ConfigError
-from recollect.models.scratch import link_or_copy, scratch_folder
+from recollect.files import link_or_copy, scratch_folder
 
 
 def test_a_scratch_folder_is_private_and_gone_afterwards(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from datetime import UTC, datetime
 import pytest
 
 from recollect.errors import TemplateError
-from recollect.models.template import ChatTemplate
+from recollect.text.template import ChatTemplate
 from recollect.types import Message
 
 HELLO: list[Message] = [{"role": "user", "content": "Hi <b>"}]

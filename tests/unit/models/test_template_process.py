@@ -13,8 +13,13 @@ import psutil
 import pytest
 
 from recollect.errors import TemplateError
-from recollect.models.template import MOST_SOURCE, ChatTemplate
-from recollect.models.template_process import MOST_PROCESSES, Bounds, TemplateProcesses
+from recollect.text.template import (
+    MOST_PROCESSES,
+    MOST_SOURCE,
+    Bounds,
+    ChatTemplate,
+    TemplateProcesses,
+)
 from recollect.types import Message
 
 HELLO: list[Message] = [{"role": "user", "content": "Hi"}]
@@ -204,7 +209,7 @@ def test_it_ends_with_the_program_that_started_it(tmp_path: object) -> None:
     """Also where that is killed: nobody is left behind."""
     program = (
         "import os, psutil\n"
-        "from recollect.models.template import ChatTemplate\n"
+        "from recollect.text.template import ChatTemplate\n"
         "ChatTemplate('x')\n"
         "print(*(child.pid for child in psutil.Process().children()), flush=True)\n"
         "os.kill(os.getpid(), 9)\n"

@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.models.formats import load_tokenizer
-from recollect.models.hf_tokenizer import HfTokenizer
 from recollect.models.prepare import prepare
-from recollect.models.tokenizer import Detokenizer, OpenVinoTokenizer, Tokenizer
+from recollect.text.other_tokenizers import HfTokenizer
+from recollect.text.tokenizer import ByteTokenizer, Detokenizer, OpenVinoTokenizer, Tokenizer
 
 
 class DroppingTokenizer(ByteTokenizer):

@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.models.tool_calls import (
+from recollect.text.tool_calls import (
     ArgumentsDelta,
     CallEnded,
     CallStarted,
     Event,
     TextDelta,
     ToolCallParser,
+    call_text,
     parse_reply,
 )
-from recollect.models.tool_text import call_text
 from recollect.types import ToolCall
 
 PARIS = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'

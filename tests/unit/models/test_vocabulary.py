@@ -2,8 +2,8 @@
 
 import pytest
 
-from recollect.models.byte_tokenizer import ByteTokenizer
-from recollect.models.vocabulary import decode_with_marks, make_vocabulary
+from recollect.text.tokenizer import ByteTokenizer
+from recollect.text.vocabulary import decode_with_marks, make_vocabulary
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from typing import Any
 import recollect.conversation.loading
 from recollect.cli.main import run
 from recollect.conversation.model import Model
-from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.models.reference import reference_model
 from recollect.runtime.reference import ReferenceRuntime
+from recollect.text.tokenizer import ByteTokenizer
 
 _CONTEXT_LENGTH = 8192
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from pydantic import BeforeValidator, ValidationError
 
 from recollect.conversation.model import Model
-from recollect.models.byte_tokenizer import ByteTokenizer
 from recollect.server.bodies import Bodies, read_body, read_json
 from recollect.server.chat_schema import ChatRequest
 from recollect.server.completions import CompletionRequest
@@ -25,6 +24,7 @@ from recollect.server.fields import MOST_TOOLS, Body
 from recollect.server.message_schema import MessagesRequest
 from recollect.server.response_schema import ResponseRequest
 from recollect.server.settings import Limits
+from recollect.text.tokenizer import ByteTokenizer
 
 Json = dict[str, Any]
 CHAT = "/v1/chat/completions"

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import recollect
-from recollect import keyfile
+from recollect import encryption
 from recollect.cli.main import app
 from recollect.conversation.model import Model
 from recollect.engine.pinning import pin_on_disk
@@ -328,7 +328,7 @@ def test_with_the_last_response_of_a_conversation_go_its_pins(
 def test_in_an_encrypted_home_no_name_of_them_can_be_read(
     start: Start, servers: ExitStack, post: Post, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keyfile, "Scrypt", partial(keyfile.Scrypt, n=2))
+    monkeypatch.setattr(encryption, "Scrypt", partial(encryption.Scrypt, n=2))
     cipher = recollect.encrypt(home, passphrase="open sesame")
 
     def load(_: str) -> Model:
