@@ -162,7 +162,16 @@ async def watch(soak: Soak, model: recollect.Model, memory: list[int]) -> None:
 
 
 def own_memory() -> int:
-    """Return the bytes that only this process has: pages of the KV on disk are the system's."""
+    """
+    Return the bytes that the process itself holds.
+
+    Pages of the KV on disk are mapped, and the system takes them back when it needs them. Linux tells
+    them apart ("Anonymous"); elsewhere they count until they are taken back.
+    """
+    rollup = Path("/proc/self/smaps_rollup")
+    if rollup.exists():
+        lines = dict(line.split(":", 1) for line in rollup.read_text().splitlines()[1:])
+        return int(lines["Anonymous"].split()[0]) << 10
     memory: int = psutil.Process().memory_full_info().uss
     return memory
 
