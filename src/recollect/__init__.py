@@ -10,9 +10,7 @@ Conversations with local language models that never read a token twice, and prov
 
 from recollect import starting, telemetry  # noqa: F401 - the first is imported for what it does
 from recollect._version import __version__
-from recollect.conversation.checkpoints import Checkpoint
 from recollect.conversation.conversation import Conversation
-from recollect.conversation.encryption import encrypt
 from recollect.conversation.loading import load
 from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply, ReplyStream
@@ -26,6 +24,8 @@ from recollect.engine.generator import Generator
 from recollect.engine.publishing import Published
 from recollect.engine.sequence import Sequence
 from recollect.errors import MisuseError, RecollectError
+from recollect.journal.checkpoints import Checkpoint
+from recollect.journal.encrypt import encrypt
 from recollect.text.tool_calls import ToolCallParser
 from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, ToolCall, Usage
 

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from recollect.conversation.journal import Journal
 from recollect.encryption import Cipher
+from recollect.journal.journal import Journal
 from recollect.kv.disk import DiskStore
 
 CIPHER = Cipher(bytes(32))

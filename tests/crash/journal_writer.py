@@ -13,9 +13,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from recollect.conversation.journal import Journal
-from recollect.conversation.records import NewNode
 from recollect.errors import NameTakenError
+from recollect.journal.journal import Journal
+from recollect.journal.records import NewNode
 
 
 def say(line: str) -> None:

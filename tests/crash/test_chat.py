@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from recollect.conversation.journal import JOURNAL_NAME, Journal
-from recollect.conversation.records import StoredConversation
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import StoredConversation
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.disk_audit import holdings, problems
 

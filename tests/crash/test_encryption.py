@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from recollect.conversation.journal import JOURNAL_NAME, Journal
-from recollect.conversation.records import NewNode
 from recollect.encryption import Cipher
 from recollect.errors import ConfigError
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import NewNode
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a way to start quickly")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from recollect.conversation.journal import JOURNAL_NAME, Journal
-from recollect.conversation.records import StoredConversation
 from recollect.errors import UnknownConversationError
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import StoredConversation
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a way to start quickly")
 

@@ -20,8 +20,8 @@ import httpx
 import pexpect
 
 from recollect.config import HISTORY_NAME
-from recollect.conversation.journal import JOURNAL_NAME
 from recollect.encryption import KEY_FILE, PASSPHRASE_VARIABLE
+from recollect.journal.journal import JOURNAL_NAME
 
 SHORT = ["--model", "reference", "--ignore-eos", "-n", "5"]
 PHRASE = "the treasure lies below the oak"

@@ -17,8 +17,8 @@ if sys.platform == "win32":
 
 import pexpect
 
-from recollect.conversation.journal import JOURNAL_NAME, Journal
-from recollect.conversation.records import NewNode, StoredConversation
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import NewNode, StoredConversation
 
 RECOLLECT = [sys.executable, "-m", "recollect"]
 REFERENCE = ["--model", "reference", "--ignore-eos"]

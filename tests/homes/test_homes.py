@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 import recollect
 from recollect import encryption
 from recollect.cli.main import run as run_command_line
-from recollect.conversation.journal import JOURNAL_NAME
+from recollect.journal.journal import JOURNAL_NAME
 from recollect.kv.disk import STORE_FOLDER
 from recollect.server.app import create_app
 from recollect.server.hub import ModelHub

@@ -9,10 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from recollect.conversation.journal import Journal
-from recollect.conversation.records import Entry, NewNode
 from recollect.encryption import OVERHEAD_BYTES, Cipher
 from recollect.errors import NameTakenError, UnknownConversationError, UnknownNodeError
+from recollect.journal.journal import Journal
+from recollect.journal.records import Entry, NewNode
 
 NAMES = st.sampled_from(["a", "b", "c", "main", "ü"])
 WHICH = st.integers(0, 1)

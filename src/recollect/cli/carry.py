@@ -18,7 +18,7 @@ from recollect.types import Profile
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without a runtime
     from recollect.conversation.model import Model
-    from recollect.conversation.portable import PortableFile
+    from recollect.journal.portable import PortableFile
 
 _ModelOption = Annotated[
     str | None,
@@ -60,8 +60,8 @@ def export(
         raise ConfigError("--tip says whose KV goes along: leave it out, or --no-kv.")
     from recollect.cli.models import format_bytes  # noqa: PLC0415 - as above
     from recollect.conversation.carrying import collect  # noqa: PLC0415
-    from recollect.conversation.portable import require_new, write  # noqa: PLC0415
-    from recollect.conversation.records import DEFAULT_TIP  # noqa: PLC0415
+    from recollect.journal.portable import require_new, write  # noqa: PLC0415
+    from recollect.journal.records import DEFAULT_TIP  # noqa: PLC0415
 
     require_new(file)
     with open_journal() as journal:
@@ -105,7 +105,7 @@ def import_file(
 
     Nobody can see whether KV is what the text gives: take it from those you trust, else --no-kv.
     """
-    from recollect.conversation.portable import PortableFile  # noqa: PLC0415 - as above
+    from recollect.journal.portable import PortableFile  # noqa: PLC0415 - as above
 
     portable = PortableFile(file)
     with open_journal() as journal:

@@ -14,7 +14,7 @@ from recollect.cli.home import has_store, open_places
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite and tables
     from rich.table import Table
 
-    from recollect.conversation.checkpoints import Checkpoint
+    from recollect.journal.checkpoints import Checkpoint
 
 app = typer.Typer(
     name="checkpoints",

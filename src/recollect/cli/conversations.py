@@ -22,7 +22,7 @@ from recollect.errors import ConversationError, ConversationFileError
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite and tables
     from rich.table import Table
 
-    from recollect.conversation.records import ConversationInfo, StoredConversation
+    from recollect.journal.records import ConversationInfo, StoredConversation
 
 Format = Literal["markdown", "json"]
 
@@ -136,7 +136,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a conversation as Markdown or JSON."""
-    from recollect.conversation.export import to_json, to_markdown  # noqa: PLC0415 - as above
+    from recollect.journal.conversation_files import to_json, to_markdown  # noqa: PLC0415 - as above
 
     with open_journal() as journal:
         conversation = journal.load(name)
@@ -165,7 +165,7 @@ def import_file(
 ) -> None:
     """Add a conversation from a JSON file, with all its branches."""
     from recollect import files  # noqa: PLC0415 - as above
-    from recollect.conversation.importing import MOST_JSON_BYTES, from_json  # noqa: PLC0415
+    from recollect.journal.conversation_files import MOST_JSON_BYTES, from_json  # noqa: PLC0415
 
     with _file_errors(file):
         data = files.read_bytes(file, most_bytes=MOST_JSON_BYTES)
@@ -243,7 +243,7 @@ def _private(path: str, flags: int) -> int:
 
 def _drop_checkpoints(conversation: "StoredConversation") -> None:
     """Let go what was kept of a conversation, and say what may be left of it."""
-    from recollect.conversation.checkpoints import drop_of_conversation  # noqa: PLC0415 - as above
+    from recollect.journal.checkpoints import drop_of_conversation  # noqa: PLC0415 - as above
 
     with open_store() as store:
         names = drop_of_conversation(store, conversation.id, conversation.created_at)
@@ -256,7 +256,7 @@ def _drop_checkpoints(conversation: "StoredConversation") -> None:
 
 def _current_tip(conversation: "StoredConversation") -> str:
     """Return the name of the tip at which a resumed conversation would stand."""
-    from recollect.conversation.records import DEFAULT_TIP  # noqa: PLC0415 - as above
+    from recollect.journal.records import DEFAULT_TIP  # noqa: PLC0415 - as above
 
     tips = conversation.tips
     return DEFAULT_TIP if DEFAULT_TIP in tips else next(iter(tips), DEFAULT_TIP)

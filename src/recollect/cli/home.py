@@ -13,8 +13,8 @@ from recollect.encryption import KV_PURPOSE
 from recollect.errors import StoreError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite and LMDB
-    from recollect.conversation.checkpoints import Checkpoints
-    from recollect.conversation.journal import Journal
+    from recollect.journal.checkpoints import Checkpoints
+    from recollect.journal.journal import Journal
     from recollect.kv.disk import DiskStore
 
 
@@ -58,7 +58,7 @@ def open_journal() -> "Iterator[Journal]":
     Raises:
         StoreError: They cannot be opened.
     """
-    from recollect.conversation.journal import JOURNAL_NAME, Journal  # noqa: PLC0415 - see above
+    from recollect.journal.journal import JOURNAL_NAME, Journal  # noqa: PLC0415 - see above
 
     with Journal.open(config.home() / JOURNAL_NAME, cipher=unlock_home()) as journal:
         yield journal
@@ -72,7 +72,7 @@ def open_places() -> "Iterator[Checkpoints]":
     Raises:
         StoreError: No KV is kept, or it or the journal cannot be opened.
     """
-    from recollect.conversation.checkpoints import Checkpoints  # noqa: PLC0415 - see above
+    from recollect.journal.checkpoints import Checkpoints  # noqa: PLC0415 - see above
 
     with open_store() as store, open_journal() as journal:
         yield Checkpoints(store, journal)

@@ -21,7 +21,7 @@ from prompt_toolkit.output import Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from recollect import encryption
-from recollect.conversation.typed_history import QUOTES, is_open, unquote
+from recollect.journal.journal import QUOTES, is_open, unquote
 
 _MINE: Final = 0o600
 _MY_FOLDER: Final = 0o700

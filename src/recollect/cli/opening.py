@@ -13,11 +13,11 @@ from recollect.cli.passphrase import unlock_home
 from recollect.errors import ConfigError, NameTakenError, StoreError, UnknownConversationError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite
-    from recollect.conversation.journal import Journal
     from recollect.conversation.model import Model
-    from recollect.conversation.records import ConversationInfo
     from recollect.conversation.session import Session
     from recollect.conversation.window import Overflow
+    from recollect.journal.journal import Journal
+    from recollect.journal.records import ConversationInfo
     from recollect.types import SamplingParams
 
 LAST = ""
@@ -112,7 +112,7 @@ class Opening:
     @contextmanager
     def _journal(self) -> "Iterator[Journal]":
         from recollect import config  # noqa: PLC0415 - see the imports for type checking
-        from recollect.conversation.journal import JOURNAL_NAME, Journal  # noqa: PLC0415
+        from recollect.journal.journal import JOURNAL_NAME, Journal  # noqa: PLC0415
 
         try:
             with Journal.open(config.home() / JOURNAL_NAME, cipher=unlock_home()) as journal:
@@ -124,7 +124,7 @@ class Opening:
 
 
 def _last(journal: "Journal") -> "ConversationInfo | None":
-    from recollect.conversation.records import Page  # noqa: PLC0415 - see the imports for type checking
+    from recollect.journal.records import Page  # noqa: PLC0415 - see the imports for type checking
 
     return next(iter(journal.conversations(page=Page(limit=1))), None)
 

@@ -90,7 +90,7 @@ def encrypt(
 
 
 def _encrypt(*, keyring: bool) -> "Cipher":
-    from recollect.conversation.encryption import encrypt as encrypt_home  # noqa: PLC0415 - as above
+    from recollect.journal.encrypt import encrypt as encrypt_home  # noqa: PLC0415 - as above
 
     ask = _ask if encryption.is_encrypted() else _ask_for_a_new_one
     cipher = encrypt_home(keyring=keyring, ask=ask if _has_terminal() else None)

@@ -17,7 +17,7 @@ from recollect.cli.typed import TypedText
 from recollect.cli.welcome import farewell, welcome
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
-from recollect.conversation.typed_history import unquote
+from recollect.journal.journal import unquote
 
 
 def talk(model: Model, session: Session, *, keep_history: bool) -> None:

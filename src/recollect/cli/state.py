@@ -14,7 +14,6 @@ from rich.console import Console
 from recollect.cli.streaming import show_reply
 from recollect.cli.terminal import printable
 from recollect.conversation.model import Model
-from recollect.conversation.records import DEFAULT_TIP, require_name
 from recollect.conversation.reply import Reply, ReplyStream
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
@@ -24,6 +23,7 @@ from recollect.errors import (
     StoreError,
     UnknownNodeError,
 )
+from recollect.journal.records import DEFAULT_TIP, require_name
 from recollect.types import SamplingParams, Usage
 
 FIRST_SESSION: Final = DEFAULT_TIP

@@ -10,10 +10,10 @@ from typing import Final
 import numpy as np
 
 from recollect.conversation.model import Model
-from recollect.conversation.portable import Branch, BranchHead, CarriedBlock, PortableFile
 from recollect.conversation.session import Session
 from recollect.engine.pinning import in_memory, require_tier
 from recollect.errors import StoreError
+from recollect.journal.portable import Branch, BranchHead, CarriedBlock, PortableFile
 from recollect.kv import pins
 from recollect.kv.disk import NewBlock
 from recollect.kv.names import Key, chained_key

@@ -12,20 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from recollect.conversation.checkpoints import Spot
-from recollect.conversation.database import BUSY_TIMEOUT_S
-from recollect.conversation.journal import Journal
 from recollect.conversation.matching import Found, MessageIndex
 from recollect.conversation.messages import to_node
 from recollect.conversation.numbering import numbered
-from recollect.conversation.records import (
-    DEFAULT_TIP,
-    Entry,
-    NewNode,
-    StoredConversation,
-    Written,
-    require_name,
-)
 from recollect.conversation.remembered import RememberedReplies
 from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node, Tree, grown
@@ -35,6 +24,17 @@ from recollect.errors import (
     StoreBusyError,
     StoreError,
     UnknownConversationError,
+)
+from recollect.journal.checkpoints import Spot
+from recollect.journal.database import BUSY_TIMEOUT_S
+from recollect.journal.journal import Journal
+from recollect.journal.records import (
+    DEFAULT_TIP,
+    Entry,
+    NewNode,
+    StoredConversation,
+    Written,
+    require_name,
 )
 from recollect.types import Message
 

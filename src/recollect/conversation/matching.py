@@ -18,9 +18,9 @@ from typing import Final
 
 from recollect.conversation.known_tools import KnownTools
 from recollect.conversation.messages import to_node
-from recollect.conversation.records import NewNode, pack_token_ids, unpack_token_ids
 from recollect.conversation.tools import Tools
 from recollect.conversation.tree import ROOT_KEY, Node, message_key
+from recollect.journal.records import NewNode, pack_token_ids, unpack_token_ids
 from recollect.types import Message, Role
 
 MOST_MESSAGES: Final = 20_000

@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from recollect.conversation.records import ROLES, NewNode
 from recollect.errors import InvalidParameterError
+from recollect.journal.records import ROLES, NewNode
 from recollect.text.tool_calls import CALL_START, ParsedReply, call_text, parse_reply
 from recollect.types import Message, Role, ToolLinks
 

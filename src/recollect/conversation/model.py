@@ -10,15 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
-from recollect.conversation.checkpoints import (
-    Checkpoint,
-    Checkpoints,
-)
 from recollect.conversation.conversation import Conversation
-from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.matching import KnownMessages, MessageIndex
 from recollect.conversation.prompt import PromptEncoder
-from recollect.conversation.records import DEFAULT_TIP, ConversationInfo, Page, require_name
 from recollect.conversation.remembered import RememberedReplies
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
@@ -31,6 +25,9 @@ from recollect.engine.pinning import require_tier
 from recollect.engine.publishing import PublicPrefixes, Published
 from recollect.engine.sizing import pool_size
 from recollect.errors import ConversationError, UnknownConversationError
+from recollect.journal.checkpoints import Checkpoint, Checkpoints
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Page, require_name
 from recollect.kv.disk import DiskStore
 from recollect.models.formats import load_tokenizer
 from recollect.models.local import LocalModel

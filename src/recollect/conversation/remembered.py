@@ -7,9 +7,9 @@ KV is kept on disk. Replies of conversations that are kept are in the journal, a
 
 from dataclasses import replace
 
-from recollect.conversation.records import NewNode
 from recollect.conversation.tree import Node, message_key
 from recollect.engine.tier import DiskTier
+from recollect.journal.records import NewNode
 from recollect.kv.replies import StoredReply, reply_name
 
 

@@ -10,14 +10,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
-from recollect.conversation.checkpoints import Checkpoint
 from recollect.conversation.conversation import Asked, Conversation
 from recollect.conversation.idle import IdleWork
 from recollect.conversation.matching import Change
 from recollect.conversation.place import ANSWERED, Place
 from recollect.conversation.prompting import Prompting
 from recollect.conversation.reason import Expectation
-from recollect.conversation.records import require_name
 from recollect.conversation.reply import Reply, ReplyStream
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node
@@ -35,6 +33,8 @@ from recollect.errors import (
     TemplateError,
     UnknownNodeError,
 )
+from recollect.journal.checkpoints import Checkpoint
+from recollect.journal.records import require_name
 from recollect.types import Message, SamplingParams
 
 if TYPE_CHECKING:  # a model makes sessions, so the import would be a circle

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from recollect.conversation.messages import as_written, canonical, to_message
-from recollect.conversation.records import NewNode, NodeRecord
 from recollect.errors import UnknownNodeError
+from recollect.journal.records import NewNode, NodeRecord
 from recollect.types import FinishReason, Message, Role, ToolLinks
 
 ROOT_KEY: Final = b""

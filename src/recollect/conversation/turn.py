@@ -7,11 +7,11 @@ Knows a reply being generated; not where in a tree the next one goes.
 from dataclasses import dataclass, field
 
 from recollect.conversation.reason import Expectation, explained
-from recollect.conversation.records import NewNode
 from recollect.conversation.reply import Reply
 from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node
 from recollect.engine.reply import ReplyGeneration
+from recollect.journal.records import NewNode
 from recollect.text.tool_calls import ParsedReply, ToolCallParser, new_call_prefix, parse_reply
 from recollect.types import FinishReason, ToolLinks, Usage
 

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from typing import Final
 
 from recollect.conversation.prompt import PromptEncoder
-from recollect.conversation.records import require_name
 from recollect.conversation.tree import Tree
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import pin_on_disk, require_tier
 from recollect.errors import ConversationError
+from recollect.journal.records import require_name
 from recollect.kv import disk_audit, pins
 from recollect.kv.accounts import Pin
 from recollect.kv.names import chained_keys

@@ -15,12 +15,12 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 
 from recollect import errors
-from recollect.conversation.checkpoints import drop_of_conversation, server_facts
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import pin_on_disk
+from recollect.journal.checkpoints import drop_of_conversation, server_facts
 from recollect.kv import pins
 from recollect.kv.disk import DiskStore
 from recollect.server.bodies import BodyRoute

@@ -12,9 +12,9 @@ from typing import Any, Self
 
 from fastapi import Request
 
-from recollect.conversation.journal import Journal
-from recollect.conversation.labels import Label
-from recollect.conversation.records import DEFAULT_TIP, NodeRecord, StoredConversation
+from recollect.journal.entries import Label
+from recollect.journal.journal import Journal
+from recollect.journal.records import DEFAULT_TIP, NodeRecord, StoredConversation
 from recollect.server.errors import not_found
 from recollect.server.places import branches, checkpoints, copies_of, split_branch
 from recollect.server.response_object import items_of

@@ -14,8 +14,8 @@ from fastapi import APIRouter, Query, Request
 from pydantic import Field, model_validator
 
 from recollect.conversation.messages import to_node
-from recollect.conversation.records import DEFAULT_TIP, Entry, NewNode, NodeRecord, Page
 from recollect.errors import RewindError
+from recollect.journal.records import DEFAULT_TIP, Entry, NewNode, NodeRecord, Page
 from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import check_limits
 from recollect.server.checkpoints import drop_all_kv

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from recollect.conversation.conversation import Conversation, as_new
-from recollect.conversation.journal import Journal
-from recollect.conversation.labels import Label
 from recollect.conversation.matching import Change, described
 from recollect.conversation.messages import to_message, to_node
 from recollect.conversation.model import Model
 from recollect.conversation.place import ANSWERED
-from recollect.conversation.records import DEFAULT_TIP, NewNode
 from recollect.conversation.tree import ROOT_KEY, Node, message_key
+from recollect.journal.entries import Label
+from recollect.journal.journal import Journal
+from recollect.journal.records import DEFAULT_TIP, NewNode
 from recollect.server.errors import ApiError, not_found
 from recollect.server.kept import KeptConversations
 from recollect.types import Message

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from recollect.conversation.messages import to_message
-from recollect.conversation.records import NodeRecord
 from recollect.conversation.reply import Reply
+from recollect.journal.records import NodeRecord
 from recollect.server.response_schema import FlatChoice, ResponseRequest
 from recollect.server.tool_schema import logprob_entry
 from recollect.types import FinishReason, MessageToolCall, TokenLogprob

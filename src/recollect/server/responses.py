@@ -15,13 +15,13 @@ from typing import Any, Self
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from recollect.conversation.labels import Label
 from recollect.conversation.model import Model
-from recollect.conversation.records import NodeRecord
 from recollect.conversation.reply import Reply, ReplyStream
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
 from recollect.conversation.window import Overflow
+from recollect.journal.entries import Label
+from recollect.journal.records import NodeRecord
 from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import check_limits
 from recollect.server.checkpoints import drop_all_kv

@@ -18,11 +18,11 @@ from typing import Final, TypeVar
 
 from fastapi import Request
 
-from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
 from recollect.encryption import KV_PURPOSE
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
+from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.opening import is_there, open_existing
 from recollect.server.admission import Admission, Ticket

@@ -9,8 +9,6 @@ from typer.testing import CliRunner
 
 from recollect import config
 from recollect.cli.main import app
-from recollect.conversation.journal import JOURNAL_NAME, Journal
-from recollect.conversation.records import NewNode
 from recollect.errors import (
     ConfigError,
     ConversationError,
@@ -19,6 +17,8 @@ from recollect.errors import (
     RecollectError,
     UnknownConversationError,
 )
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import NewNode
 
 At = Callable[[str], None]
 

@@ -15,8 +15,6 @@ from typer.testing import CliRunner, Result
 
 import recollect
 from recollect.cli.conversations import app
-from recollect.conversation.journal import JOURNAL_NAME, Journal
-from recollect.conversation.records import NewNode
 from recollect.errors import (
     ConversationError,
     ConversationFileError,
@@ -24,6 +22,8 @@ from recollect.errors import (
     RecollectError,
     UnknownConversationError,
 )
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import NewNode
 
 
 @pytest.fixture(autouse=True)

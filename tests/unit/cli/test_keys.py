@@ -14,7 +14,7 @@ from prompt_toolkit.output import DummyOutput
 
 from recollect import encryption
 from recollect.cli.keys import WordsCompleter, history_at, make_prompt
-from recollect.conversation.typed_history import QUOTES, is_open, unquote
+from recollect.journal.journal import QUOTES, is_open, unquote
 
 ENTER, ALT_ENTER = "\r", "\x1b\r"
 

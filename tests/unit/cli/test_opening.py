@@ -7,7 +7,6 @@ import pytest
 from recollect import config
 from recollect.cli.chat import with_resume_value
 from recollect.cli.opening import LAST, Opening
-from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.model import Model
 from recollect.errors import (
     ConfigError,
@@ -15,6 +14,7 @@ from recollect.errors import (
     StoreCorruptError,
     UnknownConversationError,
 )
+from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)

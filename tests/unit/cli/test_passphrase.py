@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from recollect import encryption
 from recollect.cli.main import app
-from recollect.conversation.journal import JOURNAL_NAME
 from recollect.errors import ConfigError, OfflineError, UnknownConversationError
+from recollect.journal.journal import JOURNAL_NAME
 from recollect.models.catalog import DEFAULT_MODEL
 
 

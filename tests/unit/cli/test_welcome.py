@@ -8,7 +8,7 @@ import pytest
 
 from recollect.cli.state import Chat
 from recollect.cli.welcome import count, farewell, welcome
-from recollect.conversation.records import Entry, NewNode
+from recollect.journal.records import Entry, NewNode
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from recollect.conversation import database
-from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.model import Model
-from recollect.conversation.records import StoredConversation
 from recollect.errors import StoreBusyError, StoreError, UnknownConversationError
+from recollect.journal import database
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import StoredConversation
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=6)

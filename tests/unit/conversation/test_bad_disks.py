@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from recollect.conversation.journal import JOURNAL_NAME, Journal
-from recollect.conversation.labels import Label
 from recollect.conversation.model import Model
-from recollect.conversation.records import Entry, NewNode
 from recollect.errors import (
     RecollectError,
     StoreCorruptError,
     StoreFullError,
     StoreUnavailableError,
 )
+from recollect.journal.entries import Label
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import Entry, NewNode
 
 PAGE = 4096
 """Bytes of a page of SQLite."""

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from recollect.conversation.checkpoints import drop_of_conversation
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.errors import (
@@ -16,6 +15,7 @@ from recollect.errors import (
     UnknownCheckpointError,
     UnknownNodeError,
 )
+from recollect.journal.checkpoints import drop_of_conversation
 from recollect.kv import disk_audit, pins
 from recollect.kv.disk import DiskStore
 from recollect.types import SamplingParams

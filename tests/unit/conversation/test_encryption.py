@@ -10,9 +10,9 @@ import pytest
 
 import recollect
 from recollect import config, encryption
-from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.encryption import Cipher
 from recollect.errors import ConfigError, StoreError
+from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.kv import disk_audit
 from recollect.kv.disk import STORE_FOLDER
 from recollect.kv.opening import open_existing

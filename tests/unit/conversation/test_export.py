@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.conversation.export import to_json, to_markdown
-from recollect.conversation.importing import from_json
-from recollect.conversation.records import ROLES, ConversationRecord, NodeRecord
 from recollect.errors import ConversationError, ConversationFileError
+from recollect.journal.conversation_files import from_json, to_json, to_markdown
+from recollect.journal.records import ROLES, ConversationRecord, NodeRecord
 from recollect.types import ToolLinks
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)

@@ -13,9 +13,9 @@ from recollect.conversation import matching
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.matching import MOST_BYTES, MOST_MESSAGES, Known
 from recollect.conversation.model import Model
-from recollect.conversation.records import NewNode
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
+from recollect.journal.records import NewNode
 from recollect.kv.disk import DiskStore
 from recollect.types import Message, SamplingParams
 

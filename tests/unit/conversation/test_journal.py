@@ -14,10 +14,6 @@ from typing import Any
 
 import pytest
 
-from recollect.conversation import schema
-from recollect.conversation.journal import JOURNAL_NAME, Journal
-from recollect.conversation.labels import Label
-from recollect.conversation.records import ConversationRecord, Entry, NewNode
 from recollect.errors import (
     ConversationError,
     MisuseError,
@@ -29,6 +25,10 @@ from recollect.errors import (
     UnknownConversationError,
     UnknownNodeError,
 )
+from recollect.journal import schema
+from recollect.journal.entries import Label
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import ConversationRecord, Entry, NewNode
 from recollect.types import ToolLinks
 
 USAGE = {"prompt_tokens": 7, "ttft_s": 0.125, "decode_tps": None, "reason": {"what": "new"}}

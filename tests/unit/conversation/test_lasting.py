@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from recollect.conversation.journal import Journal
 from recollect.conversation.model import Model
 from recollect.errors import (
     ConversationError,
@@ -14,6 +13,7 @@ from recollect.errors import (
     StoreError,
     UnknownConversationError,
 )
+from recollect.journal.journal import Journal
 from recollect.models.reference import reference_model
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import SamplingParams

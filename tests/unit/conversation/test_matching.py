@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from recollect.conversation import matching
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.matching import MessageIndex
-from recollect.conversation.records import NewNode
 from recollect.conversation.tree import Node
+from recollect.journal.records import NewNode
 from recollect.types import Message, Role
 
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")

@@ -19,16 +19,10 @@ from safetensors import safe_open
 
 from recollect.conversation.carrying import bring_in, collect, why_not
 from recollect.conversation.model import Model
-from recollect.conversation.portable import (
-    FORMAT_VERSION,
-    Branch,
-    PortableFile,
-    _head_checksum,
-    write,
-)
-from recollect.conversation.records import StoredConversation
 from recollect.encryption import Cipher
 from recollect.errors import ContextFullError, ConversationFileError, StoreError
+from recollect.journal.portable import FORMAT_VERSION, Branch, PortableFile, _head_checksum, write
+from recollect.journal.records import StoredConversation
 from recollect.kv import disk_audit
 from recollect.kv.disk import DiskStore
 from recollect.types import SamplingParams

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.conversation.records import checksum, pack_token_ids, unpack_token_ids
+from recollect.journal.records import checksum, pack_token_ids, unpack_token_ids
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from recollect.conversation import schema
-from recollect.conversation.database import Database
-from recollect.conversation.journal import JOURNAL_NAME, Journal
-from recollect.conversation.labels import Label
-from recollect.conversation.records import NewNode, StoredConversation, checksum
-from recollect.conversation.rows import NODE_COLUMNS
-from recollect.conversation.sealing import Sealing
 from recollect.encryption import KEY_FILE, Cipher
 from recollect.errors import (
     ConfigError,
@@ -24,6 +17,12 @@ from recollect.errors import (
     StoreCorruptError,
     StoreError,
 )
+from recollect.journal import schema
+from recollect.journal.database import Database
+from recollect.journal.entries import Label
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import NewNode, StoredConversation, checksum
+from recollect.journal.rows import NODE_COLUMNS, Sealing
 from recollect.types import ToolLinks
 
 CIPHER = Cipher(bytes(range(32)))

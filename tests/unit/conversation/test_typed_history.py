@@ -9,9 +9,9 @@ from prompt_toolkit.history import FileHistory
 
 import recollect
 from recollect import config
-from recollect.conversation import typed_history
-from recollect.conversation.journal import Journal
 from recollect.errors import StoreError
+from recollect.journal import journal
+from recollect.journal.journal import Journal
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -41,7 +41,7 @@ def test_entries_that_said_a_message_go_however_they_were_typed(tmp_path: Path) 
         "/undo",
     )
     messages = ["one", "two\nlines", "two and a half", "Be brief.", "/three", "\ud800 four"]
-    assert typed_history.forget(path, messages) == 6
+    assert journal.forget(path, messages) == 6
     assert left(path) == ["five", "/undo"]
     assert [file.name for file in tmp_path.iterdir()] == ["history"]
     typed(path, "six")
@@ -53,12 +53,12 @@ def test_a_history_that_was_rewritten_can_be_read_by_its_owner_only(tmp_path: Pa
     path = tmp_path / "history"
     typed(path, "one", "two")
     path.chmod(0o644)
-    typed_history.forget(path, ["one"])
+    journal.forget(path, ["one"])
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_without_a_history_there_is_nothing_to_forget(tmp_path: Path) -> None:
-    assert typed_history.forget(tmp_path / "history", ["one"]) == 0
+    assert journal.forget(tmp_path / "history", ["one"]) == 0
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from recollect.conversation.journal import JOURNAL_NAME, Journal
-from recollect.conversation.records import NewNode
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import NewNode
 
 Json = dict[str, Any]
 PATH = "/v1/conversations"

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from recollect.conversation.encryption import encrypt
+from recollect.journal.encrypt import encrypt
 
 SAID: dict[str, Any] = {"input": "Hello", "max_output_tokens": 2}
 

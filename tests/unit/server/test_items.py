@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from recollect.conversation.journal import JOURNAL_NAME, Journal
+from recollect.journal.journal import JOURNAL_NAME, Journal
 
 Json = dict[str, Any]
 Post = Callable[..., Json]

@@ -15,9 +15,9 @@ import httpx
 import pytest
 from starlette.routing import Route
 
-from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.conversation.model import Model
-from recollect.conversation.records import Entry, NewNode
+from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import Entry, NewNode
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.disk_audit import holdings
 from recollect.server.app import create_app

@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from recollect.conversation.journal import JOURNAL_NAME
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError, StoreCorruptError
+from recollect.journal.journal import JOURNAL_NAME
 from recollect.server.keys import (
     ANYBODY,
     KeyFile,

@@ -2,22 +2,44 @@
 Conversations on disk: a turn that was reported finished is there, whatever happens next.
 
 Knows no model and no session: it keeps what it is given and gives it back.
+
+Look through a journal for anything that cannot be.
+
+Reads only; does not know how the rows came to be written.
+
+The file of what was typed into chats: its entries, and how some of them are forgotten.
+
+The format is that of prompt_toolkit's `FileHistory`, which appends to it: a line `# TIME`, then each
+line of an entry after a `+`. Knows no terminal.
 """
 
+import os
+import secrets
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
-from recollect import config
-from recollect.conversation import audit, typed_history
-from recollect.conversation.conversion import match_key
-from recollect.conversation.database import BUSY_TIMEOUT_S, Database
-from recollect.conversation.entries import remove_entry, write_entry
-from recollect.conversation.labels import Label, labels_of, notes_of, read_label, write_label
-from recollect.conversation.records import (
+from recollect import config, files
+from recollect.encryption import Cipher
+from recollect.errors import StoreCorruptError, StoreError, UnknownConversationError
+from recollect.journal.database import BUSY_TIMEOUT_S, Database
+from recollect.journal.entries import (
+    LABEL_COLUMNS,
+    Label,
+    labels_of,
+    match_key,
+    notes_of,
+    open_label,
+    read_label,
+    remove_entry,
+    write_entry,
+    write_label,
+)
+from recollect.journal.records import (
     ConversationInfo,
     ConversationRecord,
     Entry,
@@ -29,28 +51,212 @@ from recollect.conversation.records import (
     Written,
     require_name,
 )
-from recollect.conversation.rows import (
+from recollect.journal.rows import (
+    CONVERSATION_COLUMNS,
+    NODE_COLUMNS,
+    Sealing,
     insert_node,
+    is_sound,
+    read_node,
     read_node_ids,
     read_nodes,
     stored_conversation,
 )
-from recollect.conversation.sealing import Sealing
-from recollect.conversation.statements import (
+from recollect.journal.statements import (
     conversation_info_of,
     conversation_infos,
     delete_conversation,
     empty_record,
     find_conversation,
     insert_conversation,
+    open_conversation,
+    read_tip,
     read_tips,
     remove_tip,
     require_free,
     write_name,
     write_tip,
 )
-from recollect.encryption import Cipher
-from recollect.errors import StoreCorruptError, UnknownConversationError
+
+_WRONG_COUNTS: Final = (
+    "SELECT c.id FROM conversations c LEFT JOIN nodes n ON n.conversation_id = c.id GROUP BY c.id "
+    "HAVING c.turns != count(CASE WHEN n.role = 'assistant' THEN 1 END) OR c.size_bytes != coalesce("
+    "sum(length(CAST(n.content AS BLOB)) - ?1 + coalesce(length(n.token_ids) - ?1, 0)), 0)"
+)
+"""Finds conversations of which a list would say other numbers than their messages have; takes the
+bytes that a seal adds."""
+
+_RULES: Final = {
+    "SELECT n.id FROM nodes n LEFT JOIN nodes p ON p.id = n.parent_id WHERE n.parent_id "
+    "IS NOT NULL AND (p.id IS NULL OR p.conversation_id != n.conversation_id)": (
+        "node {} hangs under a node that is not in its conversation"
+    ),
+    "SELECT id FROM nodes WHERE parent_id >= id": "node {} is not younger than its parent",
+    "SELECT id FROM nodes WHERE token_ids IS NOT NULL AND role != 'assistant'": (
+        "node {} has token ids and is no reply"
+    ),
+    "SELECT id FROM nodes WHERE length(token_ids) % 4 != 0": "node {} has a part of a token id",
+    "SELECT id FROM nodes WHERE conversation_id NOT IN (SELECT id FROM conversations)": (
+        "node {} is of no conversation"
+    ),
+    "SELECT t.name FROM tips t LEFT JOIN nodes n ON n.id = t.node_id AND n.conversation_id = "
+    "t.conversation_id WHERE t.node_id IS NOT NULL AND n.id IS NULL": "tip {!r} stands at no node",
+    "SELECT name FROM tips WHERE conversation_id NOT IN (SELECT id FROM conversations)": (
+        "tip {!r} is of no conversation"
+    ),
+}
+"""A query that finds what breaks a rule, and what to say of it. No parent is as old as its child
+means that there is no cycle."""
+
+
+def problems(connection: sqlite3.Connection, sealing: Sealing) -> Iterator[str]:
+    """Yield a sentence for each thing that is wrong; nothing for a sound journal."""
+    found = list(_problems(connection, sealing))
+    yield from found
+    if not found:  # else the numbers follow from what was found
+        for (what,) in connection.execute(_WRONG_COUNTS, (sealing.overhead_bytes,)):
+            yield f"conversation {what} has other messages than its row counts"
+
+
+def _problems(connection: sqlite3.Connection, sealing: Sealing) -> Iterator[str]:
+    for (found,) in connection.execute("PRAGMA integrity_check"):
+        if found != "ok":
+            yield f"SQLite: {found}"
+    for query, sentence in _RULES.items():
+        for (what,) in connection.execute(query):
+            yield sentence.format("(encrypted)" if isinstance(what, bytes) else what)
+    for row in connection.execute(f"SELECT {NODE_COLUMNS} FROM nodes"):  # noqa: S608
+        if not is_sound(row):
+            yield f"node {row[0]} is not as it was written"
+        elif sealing.is_on and not _opens(partial(read_node, row, sealing)):
+            yield f"node {row[0]} does not open with the key"
+    yield from _other_values(connection, sealing)
+
+
+def _other_values(connection: sqlite3.Connection, sealing: Sealing) -> Iterator[str]:
+    """Yield a sentence for each name and note that is not what was written; these have no checksum."""
+    wrong = "does not open with the key" if sealing.is_on else "is not as it was written"
+    for row in connection.execute(f"SELECT {CONVERSATION_COLUMNS} FROM conversations"):  # noqa: S608
+        if not _opens(partial(open_conversation, sealing, row)):
+            yield f"a name of conversation {row[0]} {wrong}"
+    for row in connection.execute("SELECT conversation_id, name, node_id FROM tips"):
+        if not _opens(partial(read_tip, sealing, *row)):
+            yield f"a tip of conversation {row[0]} {wrong}"
+    for row in connection.execute(f"SELECT {LABEL_COLUMNS} FROM labels"):  # noqa: S608
+        if not _opens(partial(open_label, sealing, row)):
+            yield f"the label {row[0]} {wrong}"
+
+
+def _opens(read: Callable[[], object]) -> bool:
+    try:
+        read()
+    except StoreCorruptError:
+        return False
+    return True
+
+
+QUOTES: Final = '"""'
+_COMMAND: Final = "/"
+_TEXT: Final = b"+"
+
+
+def is_open(text: str) -> bool:
+    """Return whether a message is still inside a block that `\"\"\"` began."""
+    start = text.lstrip()
+    if not start.startswith(QUOTES):
+        return False
+    return not start[len(QUOTES) :].rstrip().endswith(QUOTES)
+
+
+def unquote(text: str) -> str:
+    """Return what is inside the block, or the text as it is where there is none."""
+    inner = text.strip()
+    if not inner.startswith(QUOTES) or is_open(text):
+        return text
+    return inner[len(QUOTES) : -len(QUOTES)].strip("\n")
+
+
+def forget(path: Path, messages: Iterable[str]) -> int:
+    """
+    Remove the entries that said one of the messages, by a command too; return how many went.
+
+    The file is replaced as a whole, or left as it is. A line that another chat appends in the same
+    moment may be lost.
+
+    Raises:
+        StoreError: It cannot be read or replaced. It is as it was.
+    """
+    try:
+        with files.open_regular(path) as file:
+            entries = list(_entries(file))
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise _unusable(path, error) from error
+    # What UTF-8 cannot spell was written as a question mark.
+    said = {text.strip().encode("utf-8", "replace").decode() for text in messages}
+    kept = [lines for lines in entries if said.isdisjoint(_said_by(lines))]
+    if len(kept) < len(entries):
+        _replace(path, b"".join(line for lines in kept for line in lines))
+    return len(entries) - len(kept)
+
+
+def remove(home_file: Path) -> None:
+    """
+    Delete the file, with what a rewrite that was killed has left beside it.
+
+    Raises:
+        OSError: One cannot be deleted.
+    """
+    for path in (home_file, *home_file.parent.glob(f"{home_file.name}.new-*")):
+        path.unlink(missing_ok=True)
+
+
+def _entries(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yield the lines of each entry, with the time and blank lines before its text."""
+    entry: list[bytes] = []
+    for line in lines:
+        if entry and entry[-1].startswith(_TEXT) and not line.startswith(_TEXT):
+            yield entry
+            entry = []
+        entry.append(line)
+    if entry:
+        yield entry
+
+
+def _said_by(lines: Iterable[bytes]) -> set[str]:
+    """Return what an entry may have said: its text, or what follows a command such as `/edit 2`."""
+    text = b"".join(line[1:] for line in lines if line.startswith(_TEXT)).decode("utf-8", "replace")
+    said = {unquote(text).strip()}
+    if text.startswith(_COMMAND):
+        rest = text.partition(" ")[2].strip()
+        said |= {rest, rest.partition(" ")[2].strip()}
+    return said - {""}
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Give the file other content, all of it or nothing, for its owner alone."""
+    new = path.with_name(f"{path.name}.new-{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError as error:
+        raise _unusable(path, error) from error
+    finally:
+        with suppress(OSError):
+            new.unlink()
+
+
+def _unusable(path: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"{path} cannot be changed ({error.strerror}), and it shows what was typed: allow it, or "
+        "delete that file; nothing was changed."
+    )
+
 
 JOURNAL_NAME: Final = "conversations.sqlite3"
 
@@ -401,7 +607,7 @@ class Journal:
             for node in read_nodes(connection, self._sealing, conversation_id, self.path):
                 if node.role in ("user", "system"):
                     said.append(node.content)
-        typed_history.forget(path, said)
+        forget(path, said)
 
     def node_ids(self, conversation_id: int) -> list[int]:
         """
@@ -486,7 +692,7 @@ class Journal:
             StoreError: The file cannot be read.
         """
         with self._reading() as connection:
-            return list(audit.problems(connection, self._sealing))
+            return list(problems(connection, self._sealing))
 
     def wait(self) -> None:
         """

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from recollect.conversation.journal import Journal
-from recollect.conversation.records import ConversationInfo
 from recollect.errors import UnknownCheckpointError, UnknownConversationError
+from recollect.journal.journal import Journal
+from recollect.journal.records import ConversationInfo
 from recollect.kv import disk_audit, pins
 from recollect.kv.accounts import Pin
 from recollect.kv.disk import DiskStore

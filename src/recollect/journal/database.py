@@ -15,7 +15,6 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final, Self
 
-from recollect.conversation import schema
 from recollect.errors import (
     MisuseError,
     StoreBusyError,
@@ -25,6 +24,7 @@ from recollect.errors import (
     StoreUnavailableError,
     StoreVersionError,
 )
+from recollect.journal import schema
 
 BUSY_TIMEOUT_S: Final = 5.0
 """A turn is written in milliseconds: whoever holds the file for this long is stuck."""

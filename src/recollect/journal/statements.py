@@ -10,25 +10,26 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from recollect.conversation.records import (
+from recollect.errors import NameTakenError, UnknownConversationError, UnknownNodeError
+from recollect.journal.records import (
     ConversationInfo,
     ConversationRecord,
     Page,
     is_whole,
     require_name,
 )
-from recollect.conversation.rows import (
+from recollect.journal.rows import (
     CONVERSATION_COLUMNS,
     INFO_COLUMNS,
+    Place,
     Row,
+    Sealing,
     conversation_info,
     next_id,
     text_to_keep,
     time_text,
 )
-from recollect.conversation.schema import NODE_FORMAT
-from recollect.conversation.sealing import Place, Sealing
-from recollect.errors import NameTakenError, UnknownConversationError, UnknownNodeError
+from recollect.journal.schema import NODE_FORMAT
 
 
 def empty_record(name: str, *, model: str, fingerprint: str, namespace: str) -> ConversationRecord:

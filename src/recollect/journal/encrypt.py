@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from recollect import config, encryption
-from recollect.conversation import typed_history
-from recollect.conversation.checkpoints import is_checkpoint
-from recollect.conversation.journal import JOURNAL_NAME, Journal
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.errors import StoreCorruptError, StoreError
+from recollect.journal import journal
+from recollect.journal.checkpoints import is_checkpoint
+from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.kv import accounts, disk_audit, pins
 from recollect.kv.accounts import Pin
 from recollect.kv.compaction import remove_damaged
@@ -116,7 +116,7 @@ def _remove_plain(home: Path) -> None:
 def _remove_leftovers(home: Path) -> None:
     """Delete what no encrypted folder holds: a history, and stores that were put aside as damaged."""
     with _deleting():
-        typed_history.remove(home / config.HISTORY_NAME)
+        journal.remove(home / config.HISTORY_NAME)
         remove_damaged(home / STORE_FOLDER)
 
 

@@ -21,10 +21,9 @@ import safetensors.numpy
 import xxhash
 
 from recollect import config, files
-from recollect.conversation.export import to_json
-from recollect.conversation.importing import MOST_JSON_BYTES, from_json
-from recollect.conversation.records import MAX_TOKEN_ID, ConversationRecord, require_text
 from recollect.errors import ConfigError, ConversationError, ConversationFileError
+from recollect.journal.conversation_files import MOST_JSON_BYTES, from_json, to_json
+from recollect.journal.records import MAX_TOKEN_ID, ConversationRecord, require_text
 from recollect.kv.names import Key, chained_key, namespace_key
 from recollect.kv.record import Identity
 from recollect.types import Profile
