@@ -35,7 +35,7 @@ import recollect
 from harness import Load, parser, report, say
 from recollect import config
 from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.disk_audit import holdings
+from recollect.kv.maintenance import holdings
 from recollect.models.prepare import prepare
 from recollect.proof.bench import bench_text, cut_to_length
 from recollect.proof.statistics import summarize

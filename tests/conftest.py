@@ -31,8 +31,8 @@ from recollect.engine.engine import Engine
 from recollect.errors import RuntimeFailure
 from recollect.kv import pins, replies
 from recollect.kv.accounts import Pin
+from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.names import chained_key, namespace_key
 from recollect.kv.record import Identity, Sealer
 from recollect.kv.replies import StoredReply
 from recollect.models.catalog import CATALOG

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "kv": BASE,
     "runtime": BASE,
     "models": BASE | {"text"},
-    "journal": BASE,
+    "journal": BASE | {"kv"},
     "engine": BASE | {"kv", "runtime", "text"},
     "conversation": BASE | {"text", "kv", "runtime", "models", "engine", "journal"},
     "proof": BASE | {"text", "kv", "runtime", "models", "engine", "journal", "conversation"},

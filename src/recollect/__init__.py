@@ -20,8 +20,8 @@ from recollect.conversation.tree import Node, Tree
 from recollect.conversation.warming import Warmed
 from recollect.encryption import Cipher, unlock
 from recollect.engine.engine import Engine
-from recollect.engine.generator import Generator
-from recollect.engine.publishing import Published
+from recollect.engine.pinning import Published
+from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence
 from recollect.errors import MisuseError, RecollectError
 from recollect.journal.checkpoints import Checkpoint

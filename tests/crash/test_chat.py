@@ -18,7 +18,7 @@ import pytest
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import StoredConversation
 from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.disk_audit import holdings, problems
+from recollect.kv.maintenance import holdings, problems
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a way to start quickly")
 

@@ -11,10 +11,10 @@ import lmdb
 import pytest
 
 from recollect.encryption import Cipher
-from recollect.kv import disk_audit, pins
+from recollect.kv import maintenance, pins
 from recollect.kv.accounts import Pin
+from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.names import chained_key, namespace_key
 from recollect.kv.record import Buffer, Identity
 from recollect.kv.replies import StoredReply, recall, reply_name
 
@@ -80,10 +80,10 @@ def check(folder: Path, blocks: list[NewBlock], former: set[bytes]) -> None:
 
     assert store.read(Identity("weights", "runtime", "f32"), entries, take) == len(CHAIN)
     assert all(read)
-    (pin,) = disk_audit.pins(store)
+    (pin,) = maintenance.pins(store)
     assert pins.stored(store, pin).blocks == len(CHAIN)
     assert recall(store, reply_name(store, "weights", "", b"place")) == SAID
-    assert list(disk_audit.problems(store)) == []
+    assert list(maintenance.problems(store)) == []
     store.close()
     # A process killed right after the rename leaves a folder without the file, until the next one.
     kept = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock.mdb"]

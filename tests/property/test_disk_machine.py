@@ -17,11 +17,11 @@ from hypothesis.stateful import (
 )
 
 from recollect.encryption import Cipher
-from recollect.kv import accounts, disk_audit
+from recollect.kv import accounts, maintenance
 from recollect.kv.accounts import Pin
+from recollect.kv.blocks import Key, chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.environment import Transaction
-from recollect.kv.names import Key, chained_key, namespace_key
 from recollect.kv.record import Buffer, Identity
 from recollect.types import common_prefix_length
 
@@ -172,7 +172,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_wrong(self) -> None:
-        assert list(disk_audit.problems(self.stores[0])) == []
+        assert list(maintenance.problems(self.stores[0])) == []
         assert self._on_disk() == set(self.stored)
         assert sum(self.stores[0].misses.values()) == 0
 

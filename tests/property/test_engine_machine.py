@@ -27,19 +27,16 @@ from hypothesis.stateful import (
 
 from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
-from recollect.engine.generator import Generator
-from recollect.engine.publishing import PublicPrefixes
+from recollect.engine.pinning import PublicPrefixes
+from recollect.engine.sampling import Generator
+from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence as TokenSequence
-from recollect.engine.task import Task
 from recollect.errors import MemoryLimitError, OutOfBlocksError, RuntimeFailure, StoreError
 from recollect.kv import disk as disk_module
 from recollect.kv import prefix as prefix_module
-from recollect.kv.blocks import BlockPool, BlockTable, blocks_for
-from recollect.kv.cached_block import CachedBlock
-from recollect.kv.cached_table import CachedTable
+from recollect.kv.blocks import BlockPool, BlockTable, CachedBlock, blocks_for, chained_key
 from recollect.kv.disk import DiskStore
-from recollect.kv.names import chained_key
-from recollect.kv.prefix import PrefixCache
+from recollect.kv.prefix import CachedTable, PrefixCache
 from recollect.kv.record import Buffer, Entry, Identity
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime

@@ -19,12 +19,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from recollect.kv.blocks import BlockPool
-from recollect.kv.cached_block import CachedBlock, Siblings
-from recollect.kv.cached_table import CachedTable
-from recollect.kv.eviction import EvictionOrder
-from recollect.kv.names import PUBLIC
-from recollect.kv.prefix import Match, PrefixCache
+from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, EvictionOrder, Siblings
+from recollect.kv.prefix import CachedTable, Match, PrefixCache
 from recollect.types import common_prefix_length
 
 NUM_BLOCKS: Final = 16

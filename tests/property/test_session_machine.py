@@ -35,9 +35,8 @@ from recollect.errors import (
     RewindError,
     RuntimeFailure,
 )
-from recollect.kv.cached_block import CachedBlock
-from recollect.kv.cached_table import CachedTable
-from recollect.kv.prefix import Match, PrefixCache
+from recollect.kv.blocks import CachedBlock
+from recollect.kv.prefix import CachedTable, Match, PrefixCache
 from recollect.models.reference import reference_model
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime

@@ -15,8 +15,8 @@ from recollect.cli.home import has_store, open_store, store_folder
 from recollect.errors import ConfigError, StoreCorruptError, StoreError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without LMDB and tables
+    from recollect.kv.blocks import Key
     from recollect.kv.disk import DiskStore
-    from recollect.kv.names import Key
 
 _EMPTY = "No KV is kept on disk here yet: `recollect chat` does that."
 
@@ -47,12 +47,12 @@ def ls(as_json: JsonOption = False) -> None:
     from rich.console import Console  # noqa: PLC0415 - see the imports for type checking
 
     from recollect.cli import cache_view as view  # noqa: PLC0415
-    from recollect.kv import disk_audit  # noqa: PLC0415
+    from recollect.kv import maintenance  # noqa: PLC0415
     from recollect.models.status import names_by_fingerprint  # noqa: PLC0415
 
     names = names_by_fingerprint(config.home())
     with open_store() as store:
-        found, pins = disk_audit.holdings(store), disk_audit.pins(store)
+        found, pins = maintenance.holdings(store), maintenance.pins(store)
     digests = view.names_by_digest(found, names)
     if as_json:
         kept = [view.holding_as_dict(holding, names) for holding in found]
@@ -73,10 +73,10 @@ def stats(as_json: JsonOption = False) -> None:
         return
     from recollect.cli.models import format_bytes  # noqa: PLC0415 - see above
     from recollect.cli.state import format_duration  # noqa: PLC0415
-    from recollect.kv import disk_audit, pins  # noqa: PLC0415
+    from recollect.kv import maintenance, pins  # noqa: PLC0415
 
     with open_store() as store:
-        found = disk_audit.holdings(store)
+        found = maintenance.holdings(store)
         file_bytes, pinned_bytes = store.env.file_bytes, pins.pinned_bytes(store)
     values = {
         "restored_tokens": sum(holding.savings.tokens for holding in found),
@@ -118,7 +118,7 @@ def verify(
     if not has_store():
         typer.echo(_EMPTY)
         return
-    from recollect.kv.repair import remove_wrong  # noqa: PLC0415 - see above
+    from recollect.kv.maintenance import remove_wrong  # noqa: PLC0415 - see above
 
     with open_store() as store:
         blocks, unchecked, wrong = _problems(store)
@@ -163,7 +163,7 @@ def clear(
 
     Stores that were damaged and put aside go too.
     """
-    from recollect.kv.compaction import damaged_stores  # noqa: PLC0415 - see above
+    from recollect.kv.rewriting import damaged_stores  # noqa: PLC0415 - see above
 
     if not has_store() and not damaged_stores(store_folder()):
         typer.echo(_EMPTY)
@@ -196,13 +196,13 @@ def unpin(
 def _problems(store: "DiskStore") -> "tuple[int, int, list[tuple[Key, str]]]":
     """Return how many blocks there are, how many cannot be looked into, and what is wrong."""
     from recollect.cli.progress import progress_bar  # noqa: PLC0415 - see above
-    from recollect.kv import accounts, disk_audit  # noqa: PLC0415
+    from recollect.kv import accounts, maintenance  # noqa: PLC0415
 
     with store.env.reading() as txn:
         heads = accounts.heads(txn, store.env)
     sealed = {key for key, head in heads.items() if head.is_sealed and store.sealer is None}
     with progress_bar("Reading all blocks"):
-        found = list(disk_audit.problems(store))
+        found = list(maintenance.problems(store))
     return len(heads), len(sealed), [(key, wrong) for key, wrong in found if key not in sealed]
 
 
@@ -221,7 +221,7 @@ def _clear(*, pinned: bool) -> None:
 def _give_back(freed: int) -> None:
     """Shorten the file where that can be done, and say what came of it."""
     from recollect.cli.models import format_bytes  # noqa: PLC0415 - see above
-    from recollect.kv.compaction import shrink  # noqa: PLC0415
+    from recollect.kv.rewriting import shrink  # noqa: PLC0415
 
     given_back = shrink(store_folder())
     if given_back is None:
@@ -235,7 +235,7 @@ def _give_back(freed: int) -> None:
 
 def _remove_damaged() -> None:
     """Delete the damaged stores that were put aside, and say so."""
-    from recollect.kv.compaction import remove_damaged  # noqa: PLC0415 - see above
+    from recollect.kv.rewriting import remove_damaged  # noqa: PLC0415 - see above
 
     try:
         removed = remove_damaged(store_folder())
@@ -255,7 +255,7 @@ def _blocks(number: int, one: str, many: str) -> str:
 
 
 def _discard() -> None:
-    from recollect.kv.compaction import discard  # noqa: PLC0415 - see above
+    from recollect.kv.rewriting import discard  # noqa: PLC0415 - see above
 
     if not discard(store_folder()):
         raise StoreError("The KV store is damaged and open in another process: close that first.")

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from recollect.cli.models import format_bytes
 from recollect.kv.accounts import Pin
-from recollect.kv.disk_audit import Holding
+from recollect.kv.maintenance import Holding
 from recollect.kv.record import Identity
 
 _ELEMENT_TYPE: Final = re.compile(r":([a-z]+\d+)")

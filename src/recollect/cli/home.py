@@ -27,7 +27,7 @@ def store_folder() -> Path:
 
 def has_store() -> bool:
     """Return whether any KV was ever kept here."""
-    from recollect.kv.opening import is_there  # noqa: PLC0415 - see above
+    from recollect.kv.maintenance import is_there  # noqa: PLC0415 - see above
 
     return is_there(store_folder())
 
@@ -40,7 +40,7 @@ def open_store() -> "Iterator[DiskStore]":
     Raises:
         StoreError: There is none, or it cannot be opened.
     """
-    from recollect.kv.opening import open_existing  # noqa: PLC0415 - see above
+    from recollect.kv.maintenance import open_existing  # noqa: PLC0415 - see above
 
     if not has_store():
         raise StoreError("No KV is kept on disk here yet: `recollect chat` does that.")

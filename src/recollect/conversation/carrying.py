@@ -15,8 +15,8 @@ from recollect.engine.pinning import in_memory, require_tier
 from recollect.errors import StoreError
 from recollect.journal.portable import Branch, BranchHead, CarriedBlock, PortableFile
 from recollect.kv import pins
+from recollect.kv.blocks import Key, chained_key
 from recollect.kv.disk import NewBlock
-from recollect.kv.names import Key, chained_key
 from recollect.types import Progress, no_progress
 
 _PADDING: Final = 0

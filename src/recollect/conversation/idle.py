@@ -9,8 +9,8 @@ from typing import Final
 
 from recollect.engine.engine import Engine
 from recollect.engine.reply import ReadAhead
+from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence
-from recollect.engine.task import Task
 from recollect.errors import MisuseError, RuntimeFailure
 
 _MOST_REMEMBERED: Final = 32

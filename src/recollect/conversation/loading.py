@@ -12,7 +12,7 @@ from recollect.conversation.model import Model
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.environment import translated
-from recollect.kv.opening import is_there, open_existing
+from recollect.kv.maintenance import is_there, open_existing
 from recollect.models.catalog import DEFAULT_MODEL
 from recollect.models.formats import load_tokenizer
 from recollect.models.local import LocalModel

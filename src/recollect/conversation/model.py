@@ -19,11 +19,9 @@ from recollect.conversation.tools import Tools
 from recollect.conversation.warming import Warmed, beginning, warm
 from recollect.conversation.window import Overflow
 from recollect.encryption import Cipher
-from recollect.engine.engine import Engine
+from recollect.engine.engine import Engine, pool_size
 from recollect.engine.grammar import Grammars
-from recollect.engine.pinning import require_tier
-from recollect.engine.publishing import PublicPrefixes, Published
-from recollect.engine.sizing import pool_size
+from recollect.engine.pinning import PublicPrefixes, Published, require_tier
 from recollect.errors import ConversationError, UnknownConversationError
 from recollect.journal.checkpoints import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal

@@ -21,9 +21,9 @@ from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node
 from recollect.conversation.turn import Turn
 from recollect.conversation.window import Overflow
-from recollect.engine.generator import Generator
 from recollect.engine.pinning import pin_on_disk
 from recollect.engine.reply import ReadAhead, ReplyGeneration
+from recollect.engine.sampling import Generator
 from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (
@@ -39,7 +39,7 @@ from recollect.types import Message, SamplingParams
 
 if TYPE_CHECKING:  # a model makes sessions, so the import would be a circle
     from recollect.conversation.model import Model
-    from recollect.kv.cached_block import CachedBlock
+    from recollect.kv.blocks import CachedBlock
 
 
 class Session(Place):

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from recollect.engine.grammar import JSON_STYLE
-from recollect.engine.schema_bounds import check_schema
+from recollect.engine.grammar import JSON_STYLE, check_schema
 from recollect.errors import InvalidParameterError
 from recollect.text.tool_calls import CALL_CLOSING, CALL_START, call_opening
 from recollect.types import Grammar

@@ -14,9 +14,9 @@ from recollect.engine.engine import Engine
 from recollect.engine.pinning import pin_on_disk, require_tier
 from recollect.errors import ConversationError
 from recollect.journal.records import require_name
-from recollect.kv import disk_audit, pins
+from recollect.kv import maintenance, pins
 from recollect.kv.accounts import Pin
-from recollect.kv.names import chained_keys
+from recollect.kv.blocks import chained_keys
 from recollect.types import Progress, no_progress
 
 KIND: Final = "warm"
@@ -58,7 +58,7 @@ def warm(
     with engine.lock:
         root = engine.cache.root().key
     prefix = chained_keys(root, ids, engine.block_size, store.chain_secret)[-1].hex()
-    for pin in disk_audit.pins(store):
+    for pin in maintenance.pins(store):
         stored = pins.stored(store, pin)
         if pin.about.get("prefix") == prefix and stored.tokens >= pin.tokens:
             return _warmed(pin, pin.tokens, stored.stored_bytes)

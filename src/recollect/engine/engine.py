@@ -2,6 +2,14 @@
 The engine: one thread that owns a runtime and its KV, and runs and counts forward passes.
 
 Knows token ids and logits; text and conversations are above it.
+
+Forward passes over the chunks of tasks: run, counted, timed; one that fails hurts no other task.
+
+Knows tasks and the runtime; not the scheduler, and not what becomes of logits.
+
+How many blocks a memory budget holds.
+
+Reads the machine's free memory where nobody gives a budget.
 """
 
 import atexit
@@ -12,22 +20,103 @@ from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 from contextlib import suppress
 from functools import partial
+from time import perf_counter
 from typing import Final
 
-from recollect.engine.forward import ForwardPasses
-from recollect.engine.room import Room
-from recollect.engine.scheduler import Pass, Scheduler
-from recollect.engine.sequence import Sequence
-from recollect.engine.task import Task, TaskState, hand_over
+from recollect import config
+from recollect.engine.scheduler import (
+    Pass,
+    Room,
+    Scheduler,
+    Task,
+    TaskState,
+    count_replays,
+    hand_over,
+)
+from recollect.engine.sequence import FeedPlan, Sequence
 from recollect.engine.tier import DiskTier
 from recollect.errors import ConfigError, MisuseError, RuntimeFailure
-from recollect.kv.blocks import BlockPool
-from recollect.kv.cached_block import CachedBlock
-from recollect.kv.cached_table import CachedTable
+from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
 from recollect.kv.disk import DiskStore
-from recollect.kv.prefix import Match, PrefixCache
+from recollect.kv.prefix import CachedTable, Match, PrefixCache
 from recollect.kv.record import Identity
-from recollect.runtime.base import PagedRuntime
+from recollect.runtime.base import Logits, PagedRuntime, RuntimeInfo
+from recollect.types import running_average
+
+_TIMED_TOKENS: Final = 32
+"""A pass over fewer tokens says little of what prefill costs."""
+
+Chunks = dict[Task, FeedPlan]
+
+
+class ForwardPasses:
+    """
+    What runs and counts forward passes.
+
+    Owned by the engine's thread; the counters may be read from any.
+    """
+
+    def __init__(self, runtime: PagedRuntime, *, keep_multiple_of: int) -> None:
+        self._runtime = runtime
+        self._keep_multiple_of = keep_multiple_of
+        self.computed_tokens = 0
+        """Tokens fed so far."""
+        self.count = 0
+        """Forward passes so far."""
+        self.s_per_token: float | None = None
+        """What a prompt's token costs, in seconds; None where no prompt was computed yet."""
+
+    def run(
+        self, chunks: Chunks, copies: list[tuple[int, int]]
+    ) -> tuple[dict[Task, Logits], dict[Task, Exception]]:
+        """
+        Copy blocks, then feed the chunks; where that fails, each by itself.
+
+        Args:
+            chunks: What to feed; an entry is replaced where it had to begin earlier.
+            copies: Blocks to copy first, `(source, target)`.
+
+        Returns:
+            The logits of the tasks that reach their end, and what those that failed failed with.
+        """
+        try:
+            if copies:
+                self._runtime.copy_blocks(copies)
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the tasks
+            return {}, dict.fromkeys(chunks, error)
+        try:
+            return self._forward(chunks), {}
+        except Exception as error:  # noqa: BLE001 - likewise
+            if len(chunks) == 1:
+                return {}, dict.fromkeys(chunks, error)
+        logits: dict[Task, Logits] = {}
+        errors: dict[Task, Exception] = {}
+        for task, fed in chunks.items():
+            start = fed.start // self._keep_multiple_of * self._keep_multiple_of
+            chunks[task] = FeedPlan(start, fed.end)  # what failed may have spoilt all of a block
+            own_logits, own_errors = self.run({task: chunks[task]}, [])
+            logits |= own_logits
+            errors |= own_errors
+        return logits, errors
+
+    def _forward(self, chunks: Chunks) -> dict[Task, Logits]:
+        """Feed the chunks in one forward pass; return the logits of the tasks that reach their end."""
+        if not chunks:
+            return {}
+        rows = {task: task.sequence.row(fed) for task, fed in chunks.items()}
+        begun = perf_counter()
+        logits = self._runtime.forward(list(rows.values()))
+        fed_tokens = sum(len(row.token_ids) for row in rows.values())
+        self._time(fed_tokens, perf_counter() - begun)
+        self.count += 1
+        self.computed_tokens += fed_tokens + count_replays(self._runtime, rows)
+        wanting = [task for task, row in rows.items() if row.wants_logits]
+        return dict(zip(wanting, logits, strict=True))
+
+    def _time(self, tokens: int, seconds: float) -> None:
+        if tokens >= _TIMED_TOKENS:
+            self.s_per_token = running_average(self.s_per_token, seconds / tokens)
+
 
 _LINGER_S: Final = 2.0
 """How long the thread waits for work before it ends; the next task starts another."""
@@ -410,3 +499,33 @@ class Engine:
 def _close_if_alive(engine: "weakref.ref[Engine]") -> None:
     if (alive := engine()) is not None:
         alive.close()
+
+
+CONTEXTS_IN_POOL: Final = 4
+"""By default the pool holds at most this many full contexts: one conversation, and room for its
+branches and for others. Pages that are never written take no memory."""
+
+
+def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
+    """
+    Return how many blocks a memory budget in bytes holds.
+
+    Raises:
+        ConfigError: Not even one, or it is more than the machine has.
+    """
+    if kv_memory is None:
+        blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)
+        budget = config.default_kv_memory_bytes()
+        return max(1, min(budget // info.bytes_per_block, blocks_of_contexts))
+    machine = config.machine_memory_bytes()
+    if kv_memory > machine:
+        raise ConfigError(
+            f"{kv_memory:,} bytes for KV are more than the {machine:,} bytes of memory that this machine "
+            "has: give less."
+        )
+    blocks = kv_memory // info.bytes_per_block
+    if blocks < 1:
+        raise ConfigError(
+            f"{kv_memory:,} bytes hold no KV block: give at least {info.bytes_per_block:,}."
+        )
+    return blocks

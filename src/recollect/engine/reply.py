@@ -2,6 +2,14 @@
 One reply as text: tokens become pieces of text, stop strings end it, usage is measured.
 
 Knows a generator and a tokenizer; not what a conversation is.
+
+Find stop strings in text that arrives in pieces.
+
+Pure: no tokens, no runtime.
+
+Log probabilities of a reply's tokens, as its text is given out.
+
+Pure bookkeeping: no runtime, no queue.
 """
 
 import time
@@ -10,16 +18,154 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from queue import SimpleQueue
+from typing import Final
 
 from recollect.engine.engine import Engine
-from recollect.engine.generator import Generator, Likelihood
-from recollect.engine.logprobs import AlignedLogprobs
+from recollect.engine.sampling import Generator, Likelihood
+from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
-from recollect.engine.stopping import StopMatcher
-from recollect.engine.task import Task
 from recollect.text.tokenizer import Detokenizer, Tokenizer
 from recollect.types import FinishReason, TokenLogprob, Usage, tokens_per_second
+
+_ROOT: Final = 0
+
+
+class StopMatcher:
+    """
+    Pass text through up to the first stop string.
+
+    An automaton reads each character once, so that a piece costs the same however many stop strings
+    there are. Source: Aho and Corasick, Communications of the ACM 18(6), 1975.
+
+    Invariants:
+        1. What was let through never contains a stop string, and never has to be taken back.
+        2. What is held back is a proper prefix of a stop string.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        # A state stands for a beginning of a stop string: the longest that the text so far ends with.
+        self._next: list[dict[str, int]] = [{}]
+        self._shorter = [_ROOT]
+        """The state of the next shorter beginning that the same text ends with."""
+        self._lengths = [0]
+        """Of the beginning that a state stands for, in characters."""
+        self._found: list[str | None] = [None]
+        """The longest stop string that such a text ends with."""
+        for text in stop:
+            self._add(text)
+        self._link()
+        self._state = _ROOT
+        self._held = ""
+        self.matched: str | None = None
+        """The stop string that has come."""
+
+    def push(self, piece: str) -> str:
+        """Take more text and return what can be let through now; nothing once a stop string has come."""
+        if self.matched is not None:
+            return ""
+        text = self._held + piece
+        for place, character in enumerate(piece, len(self._held) + 1):
+            self._state = self._after(self._state, character)
+            self.matched = self._found[self._state]
+            if self.matched is not None:
+                self._held = ""
+                return text[: place - len(self.matched)]
+        keep = len(text) - self._lengths[self._state]
+        self._held = text[keep:]
+        return text[:keep]
+
+    def finish(self) -> str:
+        """Return what was held back, now that no more text comes."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _after(self, state: int, character: str) -> int:
+        while character not in self._next[state]:
+            if state == _ROOT:
+                return _ROOT
+            state = self._shorter[state]
+        return self._next[state][character]
+
+    def _add(self, text: str) -> None:
+        state = _ROOT
+        for length, character in enumerate(text, 1):
+            if character not in self._next[state]:
+                self._next[state][character] = len(self._next)
+                self._next.append({})
+                self._shorter.append(_ROOT)
+                self._lengths.append(length)
+                self._found.append(None)
+            state = self._next[state][character]
+        self._found[state] = text
+
+    def _link(self) -> None:
+        """Fill in what belongs to shorter beginnings, the shortest first."""
+        states = list(self._next[_ROOT].values())
+        for state in states:  # grows meanwhile
+            for character, following in self._next[state].items():
+                shorter = self._after(self._shorter[state], character)
+                self._shorter[following] = shorter
+                self._found[following] = self._found[following] or self._found[shorter]
+                states.append(following)
+
+
+class AlignedLogprobs:
+    """
+    Log probabilities in step with the text, which stop strings and unfinished characters hold back.
+
+    Owned by the reader.
+
+    Invariants:
+        1. `given` only grows.
+        2. The text of the tokens in it has been given out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._bytes = tokenizer.vocabulary.token_bytes
+        self._tokens: list[TokenLogprob] = []
+        self._ends: list[int] = []  # of the text of each token but the last few, in characters
+        self._decoded = self._shown = 0  # characters
+        self._given = 0
+
+    @property
+    def given(self) -> tuple[TokenLogprob, ...]:
+        """Return the tokens whose text has been given out."""
+        return tuple(self._tokens[: self._given])
+
+    def add(self, likelihood: Likelihood, piece: str, *, whole: bool) -> None:
+        """
+        Take a token.
+
+        Args:
+            likelihood: Of the token.
+            piece: The text that it completes.
+            whole: Whether no character is unfinished now. Until one is, and there is text, the
+                tokens wait for what completes theirs.
+        """
+        top = tuple(self._of(token_id, logprob) for token_id, logprob in likelihood.top)
+        self._tokens.append(self._of(likelihood.token_id, likelihood.logprob, top))
+        self._decoded += len(piece)
+        if piece and whole:
+            self._ends += [self._decoded] * (len(self._tokens) - len(self._ends))
+
+    def give(self, characters: int) -> None:
+        """Take note that more text was given out."""
+        self._shown += characters
+        while self._given < len(self._ends) and self._ends[self._given] <= self._shown:
+            self._given += 1
+
+    def finish(self, kept: int) -> None:
+        """Give the first *kept* tokens, which are those of the history."""
+        del self._tokens[kept:]
+        self._given = len(self._tokens)
+
+    def _of(
+        self, token_id: int, logprob: float, top: tuple[TokenLogprob, ...] = ()
+    ) -> TokenLogprob:
+        known = token_id < len(self._bytes)  # there can be logits for ids that stand for nothing
+        return TokenLogprob(token_id, self._bytes[token_id] if known else b"", logprob, top)
+
 
 _Generated = tuple[int, Likelihood | None]
 """A token, and how likely it was where somebody asked."""

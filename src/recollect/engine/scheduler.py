@@ -2,15 +2,148 @@
 Which sequences the next forward pass feeds, and how many tokens of each.
 
 A pure decision over the tasks at hand; the engine carries it out.
+
+A piece of work for the engine: bring a sequence to its next logits, again and again.
+
+Knows nothing of sampling or text: what is done with the logits is a callback's business.
+
+Room for the next forward pass: which slots it writes, and who gives up blocks for them.
+
+Knows the scheduler, the pool and the cache; runs nothing.
 """
 
+import threading
+import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
-from recollect.engine.sequence import FeedPlan
-from recollect.engine.task import Task
+from recollect.engine.sequence import FeedPlan, Sequence
+from recollect.errors import OutOfBlocksError
+from recollect.kv.blocks import BlockPool
+from recollect.kv.prefix import PrefixCache
+from recollect.runtime.base import PagedRuntime, ReplayingRuntime, Row
+
+TaskState = Literal["waiting", "running", "done", "cancelled", "failed"]
+
+_FIRST_TOKENS_S: Final = 0.001
+"""
+How long the cores are left to those who read a first token. A pass, which takes tens of milliseconds,
+has all of them; on two cores a server's first token was 3 ms longer on its way through two threads.
+"""
+
+
+class Task:
+    """
+    Work on one sequence, which belongs to the engine's thread until the task has ended.
+
+    Args:
+        sequence: What to compute.
+        on_logits: Called on the engine's thread whenever the logits after the sequence are known.
+            May append to it; returns whether to go on.
+        idle: Run only while there is nothing else to do.
+        spare: Idle, and nobody waits for it: the scheduler may cancel it where there are many.
+        hand_over: Called on the engine's thread when a forward pass is about to run, and before
+            `on_end`: the moment to wake readers, who then work while the runtime does. Returns whether
+            one of them was given its first token.
+        on_end: Called on the engine's thread when it is over, however it ended.
+    """
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        on_logits: Callable[[], bool],
+        *,
+        idle: bool = False,
+        spare: bool = False,
+        hand_over: Callable[[], bool] = lambda: False,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.sequence = sequence
+        self.on_logits = on_logits
+        self.namespace = sequence.namespace or ""
+        assert idle or not spare, "what is spare is idle"
+        self.idle = idle
+        """Whether it runs only while nothing else does."""
+        self.spare = spare
+        """Whether nobody waits for it."""
+        self.state: TaskState = "waiting"
+        self.error: Exception | None = None
+        self.restoring = False
+        """Whether the disk may have more of it; it is not fed meanwhile."""
+        self.restored_tokens = 0
+        """Tokens whose KV came from disk for it."""
+        self.fed: list[FeedPlan] = []
+        """What forward passes were fed with for it, in order."""
+        self.hand_over = hand_over
+        self._on_end = on_end
+        self._cancelled = False
+        self._ended = threading.Event()
+
+    @property
+    def cancelled(self) -> bool:
+        """Return whether the caller wants no more of it."""
+        return self._cancelled
+
+    @property
+    def ended(self) -> bool:
+        """Return whether the sequence is the caller's again."""
+        return self._ended.is_set()
+
+    def cancel(self) -> None:
+        """Ask for the end, after the forward pass under way; from any thread or signal handler."""
+        self._cancelled = True
+
+    def wait(self) -> None:
+        """
+        Wait for the end.
+
+        Raises:
+            Exception: What the task failed with.
+        """
+        self.join()
+        if self.error is not None:
+            raise self.error
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end, whatever it is, or for some seconds; return whether it has come."""
+        return self._ended.wait(timeout_s)
+
+    def end(self, state: TaskState, error: Exception | None = None) -> None:
+        """Give the sequence back to the caller. For the scheduler."""
+        self.state, self.error = state, error
+        try:
+            self.hand_over()
+            self._on_end()
+        except Exception as bug:  # noqa: BLE001 - handed to whoever waits
+            self.state, self.error = "failed", error or bug
+        finally:
+            self._ended.set()
+
+
+def hand_over(tasks: Iterable[Task]) -> None:
+    """Give readers what was generated for them, and those of a first token time to wake up."""
+    if [task for task in tasks if task.hand_over()]:
+        time.sleep(_FIRST_TOKENS_S)
+
+
+def count_replays(runtime: PagedRuntime, rows: Mapping[Task, Row]) -> int:
+    """
+    Note for each task what the last pass computed besides its row, and return how many tokens that is.
+
+    None, unless the runtime keeps KV to itself: the plan took for computed what it no longer had.
+    """
+    if not isinstance(runtime, ReplayingRuntime):
+        return 0
+    tokens = 0
+    for (task, row), start in zip(rows.items(), runtime.started, strict=True):
+        if start < row.past:
+            task.fed.append(FeedPlan(start, row.past))
+            task.sequence.fed_tokens += row.past - start
+            tokens += row.past - start
+    return tokens
+
 
 PREFILL_CHUNK: Final = 512
 """Most prompt tokens in one forward pass while nobody waits for a next token, so that a cancel is
@@ -249,3 +382,139 @@ def _computed_by_another(task: Task, plan: FeedPlan, chunks: dict[Task, FeedPlan
         fed.start <= plan.start < fed.end and other.sequence.shares(task.sequence, plan.start + 1)
         for other, fed in chunks.items()
     )
+
+
+class Room:
+    """
+    What makes the slots of a pass writable.
+
+    Used by the engine's thread, under its lock.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        pool: BlockPool,
+        cache: PrefixCache,
+        *,
+        restores: bool,
+        fail: Callable[[Task, Exception], None],
+    ) -> None:
+        """
+        Look after the blocks of a scheduler's tasks.
+
+        Args:
+            scheduler: Whose tasks run.
+            pool: Where blocks come from.
+            cache: What gives them up first.
+            restores: Whether there is a tier below memory.
+            fail: Called with a task that there is no room for; ends it.
+        """
+        self._scheduler = scheduler
+        self._pool = pool
+        self._cache = cache
+        self._restores = restores
+        self._fail = fail
+        self.preemptions = 0
+        """Running tasks that had to make way so far."""
+
+    def fits(self, task: Task) -> bool:
+        """
+        Return whether a waiting task has room beside those that run, and what they have still to take.
+
+        Counted are the blocks that it would have to be given for its history and one more token.
+        Where they are not there, other tasks that wait give up theirs.
+        """
+        return self._has_room(task) or (self._park_waiting(but=task) and self._has_room(task))
+
+    def _has_room(self, task: Task) -> bool:
+        sequences = [one.sequence for one in (*self._scheduler.running, task)]
+        lacking = [self._lacking(sequence) for sequence in sequences]
+        room = self._pool.free_blocks + self._cache.evictable_blocks
+        # Looking into the cache takes longer, and is rarely needed.
+        return sum(lacking) <= room or sum(lacking) - sum(map(self._shared, sequences)) <= room
+
+    def _lacking(self, sequence: Sequence) -> int:
+        """Return how many blocks a sequence does not hold for its history and the next token."""
+        plan = sequence.plan()
+        start = len(sequence) if plan is None else plan.start
+        return sequence.kv.plan_write(start, len(sequence) + 1).new_blocks
+
+    def _shared(self, sequence: Sequence) -> int:
+        """
+        Return how many blocks of those it can take over from the cache without less being evictable.
+
+        These are the ones that somebody holds, or pinned: the rest of what the cache has is room.
+        """
+        after, size = sequence.kv.last_full, self._pool.block_size
+        if after is None:
+            return 0
+        own = len(sequence.kv.chain)
+        match = self._cache.match(after, sequence.tokens(own * size), inside_block=False)
+        held = sum(c.pins > 0 or self._pool.is_shared(c.block) for c in match.full)
+        # The last block that it holds may be a part of one that is found whole.
+        return max(0, own + held - len(sequence.kv.blocks))
+
+    def prepare(self) -> tuple[Pass, list[tuple[int, int]]]:
+        """
+        Decide on the next pass, and make its slots writable.
+
+        Where blocks run short, gives up what is least needed: first what only the cache holds,
+        then the place of the newest task of whoever has the most. A task for which even that is not
+        enough fails.
+
+        Returns:
+            The pass, which may be empty, and blocks to copy before it.
+        """
+        while True:
+            for task in self._scheduler.running:
+                task.sequence.reuse()
+            planned = self._scheduler.plan()
+            needed = sum(
+                task.sequence.kv.plan_write(fed.start, fed.end).new_blocks
+                for task, fed in planned.chunks.items()
+            )
+            short = needed - self._pool.free_blocks
+            if short > 0:
+                short -= self._cache.evict(short)
+            if short <= 0:
+                break
+            if not self._take_tails_back(planned):
+                self._make_way(needed)
+        self._scheduler.feed(planned)
+        copies: list[tuple[int, int]] = []
+        for task, fed in planned.chunks.items():
+            task.fed.append(fed)
+            copies += task.sequence.kv.prepare_write(fed.start, fed.end)
+        return planned, copies
+
+    def _take_tails_back(self, planned: Pass) -> bool:
+        """Spare the copy of a block that only the cache holds besides; return whether there was any."""
+        return any(task.sequence.kv.take_back(fed.start) for task, fed in planned.chunks.items())
+
+    def _make_way(self, needed: int) -> None:
+        """Take the blocks of tasks that wait, else of the newest that runs, else fail the only one."""
+        if self._park_waiting():
+            return
+        if len(self._scheduler.running) > 1:
+            newest = self._scheduler.newest()
+            self._park(newest)
+            self._scheduler.preempt(newest)
+            self.preemptions += 1
+        else:
+            free, total = self._pool.free_blocks, self._pool.num_blocks
+            error = OutOfBlocksError(needed=needed, free=free, total=total)
+            self._fail(self._scheduler.running[0], error)
+
+    def _park_waiting(self, *, but: Task | None = None) -> bool:
+        """Take the blocks of tasks that wait, but for one of them; return whether any had some."""
+        holding = [
+            one for one in self._scheduler.waiting if one.sequence.computed and one is not but
+        ]
+        for one in holding:
+            self._park(one)
+        return bool(holding)
+
+    def _park(self, task: Task) -> None:
+        task.sequence.park()
+        task.restoring = self._restores  # what it gives up may be on disk

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recollect.errors import ContextFullError, MisuseError, RewindError, TokenIdError
-from recollect.kv.cached_table import CachedTable
+from recollect.kv.prefix import CachedTable
 from recollect.runtime.base import Logits, Row
 
 if TYPE_CHECKING:  # the engine makes sequences, so the import would be a circle

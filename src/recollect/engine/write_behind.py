@@ -15,10 +15,8 @@ from typing import Final
 
 from recollect.errors import StoreBusyError, StoreError, StoreFullError
 from recollect.kv import replies
-from recollect.kv.blocks import BlockPool
-from recollect.kv.cached_block import CachedBlock
+from recollect.kv.blocks import BlockPool, CachedBlock, Key
 from recollect.kv.disk import DiskStore, NewBlock, stored_bytes
-from recollect.kv.names import Key
 from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Identity
 from recollect.kv.replies import StoredReply

@@ -11,7 +11,7 @@ from typing import Any, Final
 from recollect.errors import UnknownCheckpointError, UnknownConversationError
 from recollect.journal.journal import Journal
 from recollect.journal.records import ConversationInfo
-from recollect.kv import disk_audit, pins
+from recollect.kv import maintenance, pins
 from recollect.kv.accounts import Pin
 from recollect.kv.disk import DiskStore
 
@@ -71,7 +71,7 @@ class Checkpoints:
             StoreError: The store or the journal cannot be read.
         """
         known = {info.id: info for info in self._journal.conversations()}
-        found = [pin for pin in disk_audit.pins(self._store) if is_checkpoint(pin)]
+        found = [pin for pin in maintenance.pins(self._store) if is_checkpoint(pin)]
         return [self._of(pin, known.get(pin.about["conversation"])) for pin in found]
 
     def facts(self, spot: Spot) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Checkpoints:
             StoreError: The store cannot be read.
         """
         return sum(
-            _SERVER_KIND.items() <= pin.about.items() for pin in disk_audit.pins(self._store)
+            _SERVER_KIND.items() <= pin.about.items() for pin in maintenance.pins(self._store)
         )
 
     def _of(self, pin: Pin, info: ConversationInfo | None) -> Checkpoint:

@@ -16,12 +16,12 @@ from recollect.errors import StoreCorruptError, StoreError
 from recollect.journal import journal
 from recollect.journal.checkpoints import is_checkpoint
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.kv import accounts, disk_audit, pins
+from recollect.kv import accounts, maintenance, pins
 from recollect.kv.accounts import Pin
-from recollect.kv.compaction import remove_damaged
+from recollect.kv.blocks import disguised_key
 from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.names import disguised_key
-from recollect.kv.opening import is_there, open_existing
+from recollect.kv.maintenance import is_there, open_existing
+from recollect.kv.rewriting import remove_damaged
 
 
 def encrypt(
@@ -89,7 +89,7 @@ def _checkpoints(folder: Path) -> list[Pin]:
         return []
     try:
         with closing(open_existing(folder, None)) as store:
-            return [pin for pin in disk_audit.pins(store) if is_checkpoint(pin)]
+            return [pin for pin in maintenance.pins(store) if is_checkpoint(pin)]
     except StoreCorruptError:
         return []  # it could not have been used either
 
@@ -129,7 +129,7 @@ def _remove_plain_kv(folder: Path, cipher: Cipher) -> None:
             with store.env.reading() as txn:
                 heads = accounts.heads(txn, store.env).values()
             is_plain = any(not head.is_sealed for head in heads)
-            kept = [pin for pin in disk_audit.pins(store) if is_checkpoint(pin)]
+            kept = [pin for pin in maintenance.pins(store) if is_checkpoint(pin)]
     except StoreCorruptError:  # what is in there cannot be told
         is_plain, kept = True, []
     if is_plain:

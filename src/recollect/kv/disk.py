@@ -15,9 +15,9 @@ from typing import Final
 
 from recollect.errors import StoreFullError
 from recollect.kv import accounts
+from recollect.kv.accounts import TABLES, bring_up_to_date, names_are_open
+from recollect.kv.blocks import DIGEST_BYTES, Key, branch_digests, chained_key
 from recollect.kv.environment import Environment, Transaction, translated
-from recollect.kv.layout import TABLES, bring_up_to_date, names_are_open
-from recollect.kv.names import DIGEST_BYTES, Key, branch_digests, chained_key
 from recollect.kv.record import (
     Buffer,
     Entry,
@@ -31,7 +31,7 @@ from recollect.kv.record import (
     unpack_block,
     unpack_entry,
 )
-from recollect.kv.resealing import Resealing
+from recollect.kv.rewriting import Resealing
 from recollect.types import MissReason, common_prefix_length
 
 STORE_FOLDER: Final = "kv"

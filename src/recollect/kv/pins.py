@@ -10,8 +10,8 @@ from typing import Any
 
 from recollect.kv import accounts
 from recollect.kv.accounts import Pin
+from recollect.kv.blocks import Key
 from recollect.kv.disk import DiskStore
-from recollect.kv.names import Key
 
 
 @dataclass(frozen=True, slots=True)

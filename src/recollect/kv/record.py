@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from recollect.errors import StoreCorruptError
-from recollect.kv.names import DIGEST_BYTES, MOST_DIGESTS, Key
+from recollect.kv.blocks import DIGEST_BYTES, MOST_DIGESTS, Key
 from recollect.types import MissReason
 
 FORMAT: Final = 1

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from recollect.kv.blocks import Key, disguised_key, namespace_key
 from recollect.kv.environment import Transaction
-from recollect.kv.names import Key, disguised_key, namespace_key
 from recollect.kv.record import Refused, Sealer, opened, with_checksum
 
 if TYPE_CHECKING:  # which writes its replies anew where an earlier version named them

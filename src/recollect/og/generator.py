@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from recollect.engine.generator import Generator as OwnGenerator
+from recollect.engine.sampling import Generator as OwnGenerator
 from recollect.og.errors import as_runtime_error
 from recollect.og.model import Model
 from recollect.og.params import GeneratorParams

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from recollect import files
 from recollect.conversation.model import Model
-from recollect.engine.generator import Generator
+from recollect.engine.sampling import Generator
 from recollect.errors import ConfigError, ContextFullError, InvalidParameterError, OutOfBlocksError
 from recollect.kv.blocks import blocks_for
 from recollect.proof.energy import EnergyMeter

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from recollect.conversation.model import Model
-from recollect.engine.generator import Generator
+from recollect.engine.sampling import Generator
 from recollect.proof.bench import BenchConfig, check_room, cut_to_length
 from recollect.proof.energy import EnergyMeter
 from recollect.proof.statistics import Summary, summarize

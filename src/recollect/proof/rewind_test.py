@@ -11,7 +11,7 @@ from typing import Final
 
 from recollect.conversation.model import Model
 from recollect.conversation.tree import Tree
-from recollect.engine.generator import Generator
+from recollect.engine.sampling import Generator
 from recollect.types import SamplingParams, common_prefix_length
 
 QUESTIONS: Final = (

@@ -15,8 +15,8 @@ from typing import Final
 from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
 from recollect.conversation.session import Session
-from recollect.engine.generator import Generator
 from recollect.engine.reply import ReplyGeneration
+from recollect.engine.sampling import Generator
 from recollect.proof.grading import Expectation, Fact, grade
 from recollect.types import (
     FinishReason,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from recollect.engine.generator import Generator
+from recollect.engine.sampling import Generator
 from recollect.proof.energy import EnergyMeter
 from recollect.types import SamplingParams
 

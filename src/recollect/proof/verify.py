@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from recollect.conversation.model import Model
-from recollect.engine.generator import Generator
+from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence
 from recollect.errors import ConfigError
 from recollect.runtime.base import Logits

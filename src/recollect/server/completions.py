@@ -17,8 +17,8 @@ from pydantic import Field
 from recollect.conversation.model import Model
 from recollect.conversation.reply import Reply
 from recollect.conversation.tree import Node
-from recollect.engine.generator import Generator
 from recollect.engine.reply import ReplyGeneration
+from recollect.engine.sampling import Generator
 from recollect.errors import ContextFullError, InvalidParameterError
 from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import StreamOptions, check_limits

@@ -14,7 +14,7 @@ from recollect.conversation.model import Model
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import compute_watched
 from recollect.errors import ContextFullError
-from recollect.kv.names import PUBLIC
+from recollect.kv.blocks import PUBLIC
 from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import ChatMessage, check_limits
 from recollect.server.errors import ClientGone, operators_only

@@ -24,7 +24,7 @@ from recollect.encryption import KV_PURPOSE
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.opening import is_there, open_existing
+from recollect.kv.maintenance import is_there, open_existing
 from recollect.server.admission import Admission, Ticket
 from recollect.server.errors import stopping
 from recollect.server.hub import Lease, ModelHub

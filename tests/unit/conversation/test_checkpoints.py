@@ -16,7 +16,7 @@ from recollect.errors import (
     UnknownNodeError,
 )
 from recollect.journal.checkpoints import drop_of_conversation
-from recollect.kv import disk_audit, pins
+from recollect.kv import maintenance, pins
 from recollect.kv.disk import DiskStore
 from recollect.types import SamplingParams
 
@@ -154,7 +154,7 @@ def test_it_survives_when_all_else_is_given_up(warm: Model) -> None:
     assert store.evict(1 << 40) > 0
     (left,) = warm.checkpoints()
     assert left == made
-    assert list(disk_audit.problems(store)) == []
+    assert list(maintenance.problems(store)) == []
     warm.drop_checkpoint("here")
     assert warm.checkpoints() == []
     assert store.evict(1 << 40) == made.stored_bytes
@@ -182,7 +182,7 @@ def test_no_more_is_pinned_than_leaves_room_for_others(
 
 def test_drop_refuses_what_is_no_checkpoint(warm: Model) -> None:
     talk(warm, "one").checkpoint("here")
-    (pin,) = disk_audit.pins(store_of(warm))
+    (pin,) = maintenance.pins(store_of(warm))
     assert pins.add(store_of(warm), replace(pin, name="a text", about={"kind": "warm"}))
     for name in ("a text", "nowhere"):
         with pytest.raises(UnknownCheckpointError):
@@ -205,6 +205,6 @@ def test_with_a_conversation_go_its_checkpoints(warm: Model) -> None:
 
 def test_no_text_is_in_what_is_kept_of_it(warm: Model) -> None:
     talk(warm, "a secret").checkpoint("here")
-    (pin,) = disk_audit.pins(store_of(warm))
+    (pin,) = maintenance.pins(store_of(warm))
     assert set(pin.about) == {"kind", "conversation", "begun", "node", "turns"}
     assert "secret" not in str(pin)

@@ -2,8 +2,7 @@
 
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
-from recollect.engine.scheduler import MOST_SPARE
-from recollect.engine.task import Task
+from recollect.engine.scheduler import MOST_SPARE, Task
 from recollect.types import SamplingParams, Usage
 
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)

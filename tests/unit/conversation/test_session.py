@@ -14,9 +14,9 @@ from recollect.conversation.reply import Reply
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Tree
 from recollect.engine import scheduler as scheduler_module
-from recollect.engine.generator import Generator
 from recollect.engine.reply import ReplyGeneration
-from recollect.engine.task import Task
+from recollect.engine.sampling import Generator
+from recollect.engine.scheduler import Task
 from recollect.errors import (
     ContextFullError,
     ConversationError,

@@ -6,7 +6,7 @@ import pytest
 
 from recollect.conversation.model import Model
 from recollect.errors import ContextFullError, ConversationError, NameTakenError, StoreError
-from recollect.kv import disk_audit
+from recollect.kv import maintenance
 from recollect.kv.disk import DiskStore
 from recollect.types import SamplingParams
 
@@ -24,7 +24,7 @@ def model(make_model: MakeModel, open_store: Open) -> Model:
 
 def pinned(model: Model) -> list[str]:
     assert model.engine.tier is not None
-    return [pin.name for pin in disk_audit.pins(model.engine.tier.store)]
+    return [pin.name for pin in maintenance.pins(model.engine.tier.store)]
 
 
 @pytest.mark.parametrize("whole_blocks_only", [False, True])
@@ -69,11 +69,11 @@ def test_what_was_lost_of_it_is_read_again(model: Model) -> None:
     made = model.warm(TEXT, name="text")
     assert model.engine.tier is not None
     store = model.engine.tier.store
-    (pin,) = disk_audit.pins(store)
+    (pin,) = maintenance.pins(store)
     store.remove([pin.tail])
     again = model.warm(TEXT, name="text")
     assert again.stored_bytes == made.stored_bytes
-    assert list(disk_audit.problems(store)) == []
+    assert list(maintenance.problems(store)) == []
 
 
 def test_a_text_that_has_changed_takes_the_place_of_the_one_before(model: Model) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
+from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence
-from recollect.engine.task import Task
 from recollect.errors import MisuseError, OutOfBlocksError, RuntimeFailure
 from recollect.runtime.base import Logits
 

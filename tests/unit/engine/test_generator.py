@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from recollect.engine.engine import Engine
-from recollect.engine.generator import Generator
+from recollect.engine.sampling import Generator
 from recollect.errors import (
     ContextFullError,
     InvalidParameterError,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from recollect.engine import grammar as grammar_module
 from recollect.engine.engine import Engine
-from recollect.engine.generator import Generator
 from recollect.engine.grammar import Grammars, GrammarState
+from recollect.engine.sampling import Generator
 from recollect.errors import ConfigError, InvalidParameterError
 from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import Grammar, SamplingParams

@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recollect.engine.engine import Engine
-from recollect.engine.generator import Generator
 from recollect.engine.grammar import Grammars
 from recollect.engine.reply import ReplyGeneration
-from recollect.engine.sampling import log_probabilities, most_likely
+from recollect.engine.sampling import Generator, log_probabilities, most_likely
 from recollect.errors import InvalidParameterError
 from recollect.runtime.base import Logits
 from recollect.text.tokenizer import ByteTokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from recollect.engine.engine import Engine
-from recollect.engine.publishing import PublicPrefixes
+from recollect.engine.pinning import PublicPrefixes
 from recollect.errors import (
     ContextFullError,
     MemoryLimitError,
@@ -16,8 +16,8 @@ from recollect.errors import (
     RuntimeFailure,
     TooShortError,
 )
+from recollect.kv.blocks import PUBLIC
 from recollect.kv.disk import DiskStore
-from recollect.kv.names import PUBLIC
 from recollect.runtime.base import Logits
 
 Make = Callable[..., Engine]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
-from recollect.engine.generator import Generator
 from recollect.engine.reply import ReplyGeneration
+from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import RuntimeFailure
 from recollect.runtime.base import Logits, Row

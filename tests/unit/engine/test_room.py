@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from recollect.engine.engine import Engine
+from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence as TokenSequence
-from recollect.engine.task import Task
 from recollect.runtime.base import Logits, Row
 
 WAIT_S = 20  # for what takes milliseconds: a test that would hang fails instead

@@ -7,9 +7,8 @@ import pytest
 
 from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
-from recollect.engine.scheduler import MOST_RUNNING, Scheduler
+from recollect.engine.scheduler import MOST_RUNNING, Scheduler, Task
 from recollect.engine.sequence import FeedPlan
-from recollect.engine.task import Task
 
 
 @pytest.fixture(autouse=True)

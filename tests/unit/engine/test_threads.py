@@ -12,9 +12,9 @@ import pytest
 from recollect.engine import engine as engine_module
 from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
-from recollect.engine.generator import Generator
+from recollect.engine.sampling import Generator
+from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence as TokenSequence
-from recollect.engine.task import Task
 from recollect.errors import MisuseError, OutOfBlocksError, RecollectError, RuntimeFailure
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime

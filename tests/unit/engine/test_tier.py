@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from recollect.engine.engine import Engine
-from recollect.engine.generator import Generator
-from recollect.engine.restore import Rates, plan_restore
+from recollect.engine.sampling import Generator
+from recollect.engine.tier import Rates, plan_restore
 from recollect.errors import RuntimeFailure, StoreCorruptError, StoreFullError
-from recollect.kv import disk_audit
+from recollect.kv import maintenance
 from recollect.kv.disk import DiskStore, Found
 from recollect.kv.record import Entry, Identity
 from recollect.kv.replies import StoredReply
@@ -190,7 +190,7 @@ def test_a_thousand_flipped_bits_change_no_reply(
         assert sum(tier_of(engine).statistics().misses.values()) >= 1
         assert engine.computed_tokens > 1
         engine.close()  # writes what was computed anew
-        assert list(disk_audit.problems(witness)) == []
+        assert list(maintenance.problems(witness)) == []
     witness.close()
 
 
@@ -219,7 +219,7 @@ def test_truncated_and_swapped_values_are_misses(
             assert np.array_equal(logits_after(engine, warm_disk), expected), (table_name, kind)
             assert sum(tier_of(engine).statistics().misses.values()) >= 1, (table_name, kind)
             engine.close()
-            assert list(disk_audit.problems(witness)) == [], (table_name, kind)
+            assert list(maintenance.problems(witness)) == [], (table_name, kind)
     witness.close()
 
 
@@ -272,7 +272,7 @@ def test_branches_over_one_trunk_take_the_disk_of_the_trunk_once(
     for branch in range(20):
         logits_after(engine, [*PROMPT[:28], branch])
     tier_of(engine).flush()
-    holding = disk_audit.holdings(tier_of(engine).store)[0]
+    holding = maintenance.holdings(tier_of(engine).store)[0]
     assert holding.blocks == 7 + 20
     assert holding.tokens == 28 + 20
 
@@ -281,7 +281,7 @@ def test_a_prompt_is_restored_between_the_tokens_of_another(
     make_engine: Make, open_store: Open, warm_disk: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long restore is cut into steps, and the other's tokens come between them."""
-    monkeypatch.setattr("recollect.engine.restore._FIRST_BLOCKS", 1)
+    monkeypatch.setattr("recollect.engine.tier._FIRST_BLOCKS", 1)
     monkeypatch.setattr("recollect.engine.tier._MOST_RESTORE_S", 0.0)
     engine = make_engine(store=open_store())
     one, two = engine.new_sequence(), engine.new_sequence()
@@ -550,7 +550,7 @@ def test_a_conversation_of_64000_tokens_comes_back_from_disk_also_after_damage(
     assert np.array_equal(logits_after(second, prompt), expected)
     assert second.computed_tokens == 64_000 - 2 * 32
     second.close()
-    assert list(disk_audit.problems(witness)) == []
+    assert list(maintenance.problems(witness)) == []
     witness.close()
     third = make_engine(store=open_store(), **options)
     assert np.array_equal(logits_after(third, prompt), expected)

@@ -11,10 +11,10 @@ import pytest
 
 from recollect import config
 from recollect.errors import StoreBusyError, StoreCorruptError, StoreError
-from recollect.kv import disk_audit
+from recollect.kv import maintenance
+from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.names import chained_key, namespace_key
-from recollect.kv.opening import open_existing
+from recollect.kv.maintenance import open_existing
 from recollect.kv.record import Identity
 
 IDENTITY = Identity("weights", "runtime", "f32")
@@ -81,7 +81,7 @@ def test_a_larger_store_of_another_process_needs_no_larger_map(
         "import sys\n"
         "from pathlib import Path\n"
         "from recollect.kv.disk import DiskStore, NewBlock\n"
-        "from recollect.kv.names import chained_key, namespace_key\n"
+        "from recollect.kv.blocks import chained_key, namespace_key\n"
         "from recollect.kv.record import Identity\n"
         "root = namespace_key('weights', '')\n"
         "store = DiskStore(Path(sys.argv[1]), budget_bytes=64 << 20)\n"
@@ -98,7 +98,7 @@ def test_a_larger_store_of_another_process_needs_no_larger_map(
         with small.env.reading() as newer:
             assert newer.stat(small.env.table("entries"))["entries"] == 50
         assert txn.stat(small.env.table("entries"))["entries"] == before == 1
-    assert disk_audit.holdings(small)[0].blocks == 50
+    assert maintenance.holdings(small)[0].blocks == 50
     small.close()
 
 
@@ -135,7 +135,7 @@ def test_only_a_file_that_is_damaged_is_put_aside_by_the_next_start(
             store.evict(1)
     store.close()
     store = open_store()
-    assert len(disk_audit.holdings(store)) == (0 if is_damaged else 1)
+    assert len(maintenance.holdings(store)) == (0 if is_damaged else 1)
     store.close()
 
 
@@ -159,8 +159,8 @@ def test_values_of_any_size_leave_the_file_near_its_budget(open_store: Open) -> 
     for number, size in enumerate(sizes):
         store.write(IDENTITY, [block(number, size)])
     assert store.env.file_bytes <= budget * 1.25
-    assert list(disk_audit.problems(store)) == []
-    assert disk_audit.holdings(store)[0].stored_bytes >= budget / 4
+    assert list(maintenance.problems(store)) == []
+    assert maintenance.holdings(store)[0].stored_bytes >= budget / 4
     store.close()
 
 

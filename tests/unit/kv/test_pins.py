@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from recollect.encryption import Cipher
-from recollect.kv import accounts, disk_audit, pins
+from recollect.kv import accounts, maintenance, pins
 from recollect.kv.accounts import Pin
+from recollect.kv.blocks import chained_key, disguised_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.names import chained_key, disguised_key
 from recollect.kv.record import Identity
 
 IDENTITY = Identity("weights", "runtime-1", "f32")
@@ -46,20 +46,20 @@ def test_names_and_facts_are_sealed_and_found_by_name(opened: Open, tmp_path: Pa
     assert pins.add(store, replace(PIN, tokens=2)) is False, "the name is taken"
     assert pins.find(store, PIN.name) == PIN
     assert pins.find(store, "the") is None
-    assert disk_audit.pins(store) == [PIN]
+    assert maintenance.pins(store) == [PIN]
     assert in_file(tmp_path, b"harbour", b"checkpoint", b"node", TAIL.hex().encode()) == []
     assert pins.drop(store, "the") is False
     assert pins.drop(store, PIN.name) is True
-    assert disk_audit.pins(store) == []
+    assert maintenance.pins(store) == []
 
 
 def test_they_come_by_name_and_go_by_what_is_known_of_them(opened: Open) -> None:
     store = opened()
     for name in ("c", "a", "b"):
         pins.add(store, replace(PIN, name=name, about={"kind": name}))
-    assert [pin.name for pin in disk_audit.pins(store)] == ["a", "b", "c"]
+    assert [pin.name for pin in maintenance.pins(store)] == ["a", "b", "c"]
     assert pins.drop_all(store, {"kind": "b"}) == ["b"]
-    assert [pin.name for pin in disk_audit.pins(store)] == ["a", "c"]
+    assert [pin.name for pin in maintenance.pins(store)] == ["a", "c"]
 
 
 @pytest.mark.parametrize("key", [None, OTHER])
@@ -70,7 +70,7 @@ def test_without_the_key_they_say_nothing_and_keep_what_they_keep(
     pins.add(store, PIN)
     store.write(IDENTITY, [NewBlock(TAIL, ROOT, True, TOKENS, b"payload")])
     stranger = opened(key)
-    assert disk_audit.pins(stranger) == []
+    assert maintenance.pins(stranger) == []
     assert pins.find(stranger, PIN.name) is None
     assert pins.drop(stranger, PIN.name) is False
     stranger.evict(1 << 20)
@@ -88,7 +88,7 @@ def test_a_pin_that_was_moved_to_another_name_or_prefix_does_not_open(opened: Op
         txn.put(one, second, db=table)
         txn.put(two, second.replace(TAIL, b"x" * 32), db=table)
     assert first != second
-    assert disk_audit.pins(store) == []
+    assert maintenance.pins(store) == []
     assert [pins.find(store, name) for name in ("one", "two")] == [None, None]
 
 
@@ -111,7 +111,7 @@ def test_what_an_earlier_version_wrote_plain_is_sealed_when_the_store_is_opened(
 
 
 def accounts_of(store: DiskStore) -> dict[str, int]:
-    return {pin.name: pin.tokens for pin in disk_audit.pins(store)}
+    return {pin.name: pin.tokens for pin in maintenance.pins(store)}
 
 
 def test_a_damaged_pin_is_none(open_store: Open, opened: Open) -> None:
@@ -120,10 +120,10 @@ def test_a_damaged_pin_is_none(open_store: Open, opened: Open) -> None:
     with store.env.writing() as txn:
         for key in (b"a", b"b"):
             txn.put(key, b'{"name": "a"}' if key == b"a" else b"\xff", db=store.env.table("pins"))
-    assert disk_audit.pins(store) == [PIN]
+    assert maintenance.pins(store) == [PIN]
     assert pins.find(store, "a") is None
     with store.env.reading() as txn:
         assert accounts.pinned_tails(txn, store.env) == {TAIL}
     store.close()
     secret = CIPHER.name_secret
-    assert disk_audit.pins(opened()) == [replace(PIN, tail=disguised_key(TAIL, secret))]
+    assert maintenance.pins(opened()) == [replace(PIN, tail=disguised_key(TAIL, secret))]

@@ -2,9 +2,7 @@
 
 import pytest
 
-from recollect.kv.blocks import BlockPool
-from recollect.kv.cached_block import CachedBlock
-from recollect.kv.names import PUBLIC, chained_key, namespace_key
+from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, chained_key, namespace_key
 from recollect.kv.prefix import PrefixCache
 
 SIZE = 4

@@ -6,9 +6,7 @@ from types import FrameType
 
 import pytest
 
-from recollect.kv.blocks import BlockPool
-from recollect.kv.cached_block import CachedBlock, Siblings
-from recollect.kv.names import PUBLIC
+from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, Siblings
 from recollect.kv.prefix import PrefixCache
 
 SIZE = 32

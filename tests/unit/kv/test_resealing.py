@@ -21,10 +21,9 @@ import pytest
 
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.errors import StoreBusyError
-from recollect.kv import disk_audit, environment, pins
+from recollect.kv import environment, maintenance, pins
 from recollect.kv.accounts import Pin
-from recollect.kv.disk import RESERVED_BYTES, DiskStore, NewBlock
-from recollect.kv.names import (
+from recollect.kv.blocks import (
     PUBLIC,
     Key,
     branch_digests,
@@ -32,6 +31,7 @@ from recollect.kv.names import (
     disguised_key,
     namespace_key,
 )
+from recollect.kv.disk import RESERVED_BYTES, DiskStore, NewBlock
 from recollect.kv.record import Buffer, Identity
 from recollect.kv.replies import StoredReply, recall, remember, reply_name
 
@@ -106,7 +106,7 @@ def test_two_tokens_of_a_plain_store_are_found_by_trying_all(open_store: Open) -
 def test_nothing_of_an_encrypted_store_is_found_by_trying_all(open_store: Open) -> None:
     store = open_store(sealer=CIPHER)
     fill(store)
-    assert list(disk_audit.problems(store)) == []
+    assert list(maintenance.problems(store)) == []
     store.close()
     assert attacked(store.folder) == set()
 
@@ -169,7 +169,7 @@ def test_blocks_pins_and_replies_are_there_as_before(
     store = open_store(sealer=CIPHER)
     secret = store.chain_secret
     expected = chain_names(ROOTS[CIPHER], chain, secret)
-    place, warm = disk_audit.pins(store)
+    place, warm = maintenance.pins(store)
     assert warm == Pin(
         "warm",
         expected[-1],
@@ -183,8 +183,8 @@ def test_blocks_pins_and_replies_are_there_as_before(
     assert found(store, chain) == [block.payload for block in blocks[:50]]
     assert found(store, [(99, 98)]) == [blocks[50].payload]
     assert recall(store, reply_name(store, "weights", "", MESSAGE)) == StoredReply("said", (5, 6))
-    assert list(disk_audit.problems(store)) == []
-    assert disk_audit.holdings(store)[0].blocks == 51
+    assert list(maintenance.problems(store)) == []
+    assert maintenance.holdings(store)[0].blocks == 51
     store.close()
 
 
@@ -204,9 +204,9 @@ def test_a_block_that_is_damaged_goes_with_what_follows_it_and_its_pin_stays(
     for _ in range(2):
         store = open_store(sealer=CIPHER)
         assert found(store, chain) == [blocks[0].payload]
-        (pin,) = disk_audit.pins(store)
+        (pin,) = maintenance.pins(store)
         assert pin.tail == chain_names(ROOTS[CIPHER], chain, store.chain_secret)[-1]
-        assert list(disk_audit.problems(store)) == []
+        assert list(maintenance.problems(store)) == []
         store.close()
     (said,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert "2 of its blocks were dropped" in said
@@ -227,8 +227,8 @@ def test_what_follows_a_damaged_entry_is_not_taken_for_a_first_block(
     store.close()
     store = open_store(sealer=CIPHER)
     assert [len(found(store, chain)) for chain in chains] == [damaged, 1]
-    assert disk_audit.holdings(store)[0].blocks == damaged + 1
-    assert list(disk_audit.problems(store)) == []
+    assert maintenance.holdings(store)[0].blocks == damaged + 1
+    assert list(maintenance.problems(store)) == []
     store.close()
     content = (tmp_path / "kv" / "data.mdb").read_bytes()
     assert not any(block.key in content for block in blocks)
@@ -249,9 +249,9 @@ def test_where_the_disk_has_no_room_for_all_what_was_used_last_and_is_pinned_sta
         patch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, free))
         store = open_store(sealer=CIPHER)
     assert [len(found(store, chain)) for chain in chains] == [2, 0, 0, 0, 0, 0, 0, 0, 2, 2]
-    (pin,) = disk_audit.pins(store)
+    (pin,) = maintenance.pins(store)
     assert pins.stored(store, pin).blocks == 2
-    assert list(disk_audit.problems(store)) == []
+    assert list(maintenance.problems(store)) == []
     store.close()
 
 
@@ -267,7 +267,7 @@ def test_where_there_is_no_room_at_all_the_places_of_pins_stay(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, 0))
         store = open_store(sealer=CIPHER)
-    (pin,) = disk_audit.pins(store)
+    (pin,) = maintenance.pins(store)
     assert pins.stored(store, pin).blocks == 0
     (key,) = chain_names(ROOTS[CIPHER], [(1, 2)], store.chain_secret)
     store.write(IDENTITY, [NewBlock(key, ROOTS[CIPHER], True, (1, 2), b"again")])
@@ -295,7 +295,7 @@ def test_what_is_in_memory_at_a_time_does_not_grow_with_the_store(
 def test_of_a_store_of_another_key_nothing_is_lost(open_store: Open, format_2: Path) -> None:
     before = names_in(format_2)
     store = open_store(sealer=OTHER)
-    assert disk_audit.holdings(store) == []
+    assert maintenance.holdings(store) == []
     store.close()
     (aside,) = format_2.parent.glob("kv.damaged-*")
     assert names_in(aside) == before
@@ -365,7 +365,7 @@ def test_two_that_open_it_at_the_same_time_both_get_it(start: Start, open_store:
     assert [line.readline() for line in lines] == ["open\n", "open\n"]
     store = open_store(sealer=CIPHER)
     assert len(found(store, [(5, 6), (9, 10)])) == 2
-    assert list(disk_audit.problems(store)) == []
+    assert list(maintenance.problems(store)) == []
     store.close()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import recollect
-from recollect.kv.cached_table import CachedTable
+from recollect.kv.prefix import CachedTable
 from recollect.proof.workloads import TRACES, Trace, run_trace
 
 

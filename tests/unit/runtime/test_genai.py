@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from recollect.engine.engine import Engine
-from recollect.engine.generator import Generator
 from recollect.engine.pinning import require_tier
+from recollect.engine.sampling import Generator
 from recollect.errors import RuntimeFailure, StoreError, UnsupportedModelError
 from recollect.runtime.base import Row
 from recollect.runtime.genai import GenAiRuntime

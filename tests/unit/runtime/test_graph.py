@@ -8,7 +8,7 @@ import pytest
 from openvino import opset13 as ops
 
 from recollect.errors import UnsupportedModelError
-from recollect.runtime.graph import decide_long_rope, join_embeddings, make_paged
+from recollect.runtime.openvino import decide_long_rope, join_embeddings, make_paged
 
 LONG, SHORT = np.array([4.0, 8.0], np.float32), np.array([1.0, 2.0], np.float32)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.runtime.live import (
+from recollect.runtime.genai import (
     LiveHistory,
     ReusePlan,
     TokenArray,

@@ -14,8 +14,7 @@ import pytest
 
 from recollect.conversation.model import Model
 from recollect.engine.engine import Engine
-from recollect.engine.scheduler import SHARED_CHUNK
-from recollect.engine.task import Task
+from recollect.engine.scheduler import SHARED_CHUNK, Task
 from recollect.errors import RuntimeFailure
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime

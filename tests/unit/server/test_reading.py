@@ -19,7 +19,7 @@ from recollect.conversation.model import Model
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import Entry, NewNode
 from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.disk_audit import holdings
+from recollect.kv.maintenance import holdings
 from recollect.server.app import create_app
 from recollect.server.hub import ModelHub
 from recollect.server.keys import Keyring

@@ -2,20 +2,29 @@
 Look through a store: what is in it, and whether anything is not as it was written.
 
 Reads only; slow where there is much.
+
+Remove from a store what is not as it was written.
+
+Decides nothing itself: what is wrong is for `disk_audit` to say.
+
+A store that is there already, opened without knowing with which budget it was made.
+
+For what looks at it or takes from it; nothing is added.
 """
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
+from recollect import config
 from recollect.kv import accounts
-from recollect.kv.accounts import Pin, Savings
+from recollect.kv.accounts import Pin, Savings, digests_of
+from recollect.kv.blocks import Key, chained_key
 from recollect.kv.disk import DiskStore
-from recollect.kv.environment import Environment, Transaction
-from recollect.kv.layout import digests_of
-from recollect.kv.names import Key, chained_key
-from recollect.kv.record import Identity, Refused, unpack_block, unpack_entry
+from recollect.kv.environment import Environment, Transaction, translated
+from recollect.kv.record import Identity, Refused, Sealer, unpack_block, unpack_entry
 
 _KEY_BYTES: Final = 32
 """Of the name of a block, which ends what is noted of its place."""
@@ -134,3 +143,46 @@ def _block_problem(store: DiskStore, txn: Transaction, key: Key) -> str | None:
 def _rows(txn: Transaction, env: Environment) -> Iterable[tuple[memoryview, memoryview]]:
     """Return what follows what."""
     return txn.cursor(env.table("siblings")) if env.has_table("siblings") else ()
+
+
+def remove_wrong(store: DiskStore, keys: Iterable[Key]) -> int:
+    """
+    Remove blocks with all that follows them, and derive the accounts anew; return how many went.
+
+    What follows a block that is gone could not be found any more.
+
+    Args:
+        store: What to repair.
+        keys: Of what is wrong, as `disk_audit.problems` yields them; the empty one stands for the
+            accounts.
+
+    Raises:
+        StoreError: The files cannot be written; nothing was changed.
+    """
+    env = store.env
+    removed = store.remove({key for key in keys if key})
+    with env.writing() as txn:
+        accounts.recount(txn, env)
+    return removed
+
+
+_SPARE_BYTES: Final = 16 << 20
+"""Beyond what the file has: LMDB replaces pages before it gives them up, also to remove a block."""
+
+
+def is_there(folder: Path) -> bool:
+    """Return whether any KV was ever kept in a folder."""
+    return (folder / "data.mdb").is_file()
+
+
+def open_existing(folder: Path, sealer: Sealer | None) -> DiskStore:
+    """
+    Return the store in a folder; whoever calls closes it.
+
+    Raises:
+        StoreError: It cannot be opened.
+    """
+    with translated(folder):
+        room = (folder / "data.mdb").stat().st_size + _SPARE_BYTES
+        budget = max(config.default_kv_disk_bytes(folder), room)
+    return DiskStore(folder, budget_bytes=budget, sealer=sealer)
