@@ -22,7 +22,7 @@ import recollect
 from harness import Load, parser, report, say
 from recollect import config
 from recollect.files import link_or_copy
-from recollect.models.folder import MODEL_FILES
+from recollect.models.openvino_folder import MODEL_FILES
 from recollect.models.prepare import original_of, prepare
 from recollect.runtime.base import Row
 from recollect.runtime.openvino import BLOCK_SIZE, OpenVinoRuntime

@@ -188,7 +188,7 @@ ASKS = {
     "server": ("-m", "recollect", "serve", "--model", "reference", "--port", "0", "--alias", "a=b"),
     "encrypt": ("-m", "recollect", "encrypt"),
     "grammar": ("-c", GRAMMAR),
-    "hub": ("-c", "import recollect.models.hub as h; h.download_from_hub(h.HubFile('a/b', 'c'), '.', print)"),
+    "hub": ("-c", "from recollect.models import fetch as f; f.download_from_hub(f.HubFile('a/b', 'c'), '.', print)"),
     "plot": ("-m", "recollect", "bench", "--model", "reference", "--plot", "nowhere/x.png"),
     "genai": ("-m", "recollect", "chat", "--model", "onnx", "--prompts", os.devnull),
     "convert": ("-m", "recollect", "convert", "reference", "out"),

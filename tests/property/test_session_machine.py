@@ -37,7 +37,7 @@ from recollect.errors import (
 )
 from recollect.kv.blocks import CachedBlock
 from recollect.kv.prefix import CachedTable, Match, PrefixCache
-from recollect.models.reference import reference_model
+from recollect.models.catalog import reference_model
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.text.tokenizer import ByteTokenizer

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from recollect import config
 from recollect.conversation.prompt import PromptEncoder
-from recollect.models.catalog import CATALOG
+from recollect.models.catalog import CATALOG, LocalModel
 from recollect.models.formats import load_tokenizer
-from recollect.models.local import LocalModel
 from recollect.models.prepare import original_of, prepare
 from recollect.text.other_tokenizers import HfTokenizer
 from recollect.text.template import ChatTemplate

@@ -48,7 +48,7 @@ def ls(as_json: JsonOption = False) -> None:
 
     from recollect.cli import cache_view as view  # noqa: PLC0415
     from recollect.kv import maintenance  # noqa: PLC0415
-    from recollect.models.status import names_by_fingerprint  # noqa: PLC0415
+    from recollect.models.listing import names_by_fingerprint  # noqa: PLC0415
 
     names = names_by_fingerprint(config.home())
     with open_store() as store:

@@ -59,7 +59,7 @@ def export(
     if no_kv and tip is not None:
         raise ConfigError("--tip says whose KV goes along: leave it out, or --no-kv.")
     from recollect.cli.models import format_bytes  # noqa: PLC0415 - as above
-    from recollect.conversation.carrying import collect  # noqa: PLC0415
+    from recollect.conversation.loading import collect  # noqa: PLC0415
     from recollect.journal.portable import require_new, write  # noqa: PLC0415
     from recollect.journal.records import DEFAULT_TIP  # noqa: PLC0415
 
@@ -133,7 +133,7 @@ def import_file(
 def _why_not_loaded(portable: "PortableFile", model: str, *, is_asked_for: bool) -> str | None:
     """Return why there is no point in loading the model; None: there is."""
     from recollect import config  # noqa: PLC0415 - as above
-    from recollect.models.status import is_here  # noqa: PLC0415
+    from recollect.models.listing import is_here  # noqa: PLC0415
 
     if portable.head is None:
         return "the file has none"
@@ -144,7 +144,7 @@ def _why_not_loaded(portable: "PortableFile", model: str, *, is_asked_for: bool)
 
 def _bring_in(model: "Model", portable: "PortableFile") -> str | None:
     """Put the KV on disk and say so; return why that was not done."""
-    from recollect.conversation.carrying import bring_in, why_not  # noqa: PLC0415 - as above
+    from recollect.conversation.loading import bring_in, why_not  # noqa: PLC0415 - as above
 
     reason = why_not(model, portable)
     if reason is not None:

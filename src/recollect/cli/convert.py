@@ -35,10 +35,7 @@ def convert(
     """Convert a model for another runtime, without a network once the model is here."""
     with progress_bar(f"Converting {model}") as progress:
         # Here and not above: it takes the runtime's libraries along, half a second of start-up.
-        from recollect.models.onnx_convert import (  # noqa: PLC0415
-            convert_to_onnx,
-            require_convertible,
-        )
+        from recollect.models.onnx_folder import convert_to_onnx, require_convertible  # noqa: PLC0415
         from recollect.models.prepare import original_of  # noqa: PLC0415
 
         require_convertible(out)

@@ -20,7 +20,7 @@ from recollect.cli.options import OfflineOption, open_model
 from recollect.cli.progress import progress_bar
 
 if TYPE_CHECKING:  # imported by the commands, see there
-    from recollect.models.status import ModelStatus
+    from recollect.models.listing import ModelStatus
 
 
 _OUTCOMES: Final = {
@@ -43,8 +43,8 @@ def models(
 ) -> None:
     """List the models that go by a name, and what is on this disk."""
     # Here and not above: it takes the runtime's libraries along, half a second of start-up.
-    from recollect.models.status import installed  # noqa: PLC0415
-    from recollect.models.status import prune as prune_source  # noqa: PLC0415
+    from recollect.models.listing import installed  # noqa: PLC0415
+    from recollect.models.listing import prune as prune_source  # noqa: PLC0415
 
     if prune is not None:
         size = prune_source(prune, config.home())

@@ -15,7 +15,7 @@ from recollect.errors import ConfigError, NameTakenError, StoreError, UnknownCon
 if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite
     from recollect.conversation.model import Model
     from recollect.conversation.session import Session
-    from recollect.conversation.window import Overflow
+    from recollect.conversation.tree import Overflow
     from recollect.journal.journal import Journal
     from recollect.journal.records import ConversationInfo
     from recollect.types import SamplingParams

@@ -277,7 +277,7 @@ def _require_readable(
         RecollectError: A model goes by no such name, or a size or a number is none.
     """
     from recollect import config  # noqa: PLC0415 - see the imports for type checking
-    from recollect.models.resolve import resolve  # noqa: PLC0415
+    from recollect.models.catalog import resolve  # noqa: PLC0415
     from recollect.types import SamplingParams  # noqa: PLC0415
 
     for reference in references:

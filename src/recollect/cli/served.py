@@ -8,10 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from recollect.errors import ConfigError, UnknownModelError
-from recollect.models.catalog import CATALOG, DEFAULT_MODEL
-from recollect.models.reference import REFERENCE_NAME
-from recollect.models.resolve import resolve
-from recollect.models.status import installed, size_bytes
+from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
+from recollect.models.listing import installed, size_bytes
 
 
 def public_names(references: Iterable[str]) -> dict[str, str]:

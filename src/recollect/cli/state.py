@@ -14,9 +14,9 @@ from rich.console import Console
 from recollect.cli.streaming import show_reply
 from recollect.cli.terminal import printable
 from recollect.conversation.model import Model
-from recollect.conversation.reply import Reply, ReplyStream
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
+from recollect.conversation.turn import Reply, ReplyStream
 from recollect.errors import (
     ConversationError,
     InvalidParameterError,

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from recollect.cli.terminal import WordWrapper, no_echo, printable
-from recollect.conversation.reply import Reply, ReplyStream
+from recollect.conversation.turn import Reply, ReplyStream
 
 PATIENCE_S: Final = 0.5
 """How long a prompt is read without a word about it."""

@@ -106,7 +106,7 @@ def verify(
 def compare(loaded: "Model") -> "FileReport":
     """Compare a loaded model with its file, and note the outcome for `recollect models`."""
     from recollect import config  # noqa: PLC0415 - see above
-    from recollect.models.compared import Compared  # noqa: PLC0415
+    from recollect.models.listing import Compared  # noqa: PLC0415
     from recollect.proof.against_file import compare_with_file  # noqa: PLC0415
 
     with progress_bar("Comparing with the file") as progress:

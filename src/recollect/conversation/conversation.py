@@ -2,22 +2,24 @@
 One conversation: its tree, where it is kept, and how its messages are found again.
 
 What all sessions on it share. Knows no tokens' meaning and no KV.
+
+The numbers by which people name messages: 1 for the first that a conversation has kept, and so on.
+
+Pure: ids in, numbers out. A running chat, a list of what is kept and a chat that goes on later have one
+numbering, because it comes from the journal's order alone, also of messages that another process kept.
 """
 
 import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from recollect.conversation.matching import Found, MessageIndex
-from recollect.conversation.messages import to_node
-from recollect.conversation.numbering import numbered
-from recollect.conversation.remembered import RememberedReplies
+from recollect.conversation.matching import Found, MessageIndex, RememberedReplies
 from recollect.conversation.tools import Tools
-from recollect.conversation.tree import Node, Tree, grown
+from recollect.conversation.tree import Node, Tree, grown, to_node
 from recollect.errors import (
     ConversationError,
     NameTakenError,
@@ -37,6 +39,30 @@ from recollect.journal.records import (
     require_name,
 )
 from recollect.types import Message
+
+
+def numbered(
+    node_ids: Iterable[int], kept: Mapping[int, int], journal_ids: Iterable[int]
+) -> dict[int, int]:
+    """
+    Return the number of each node of a tree, by its id there.
+
+    Args:
+        node_ids: Of the tree, in its order.
+        kept: The ids in the journal of those that are kept.
+        journal_ids: All that the journal has of the conversation, in any order; others may have been
+            kept since, and those of *kept* count in any case.
+    """
+    order = sorted({*journal_ids, *kept.values()})
+    places = {journal_id: number for number, journal_id in enumerate(order, start=1)}
+    numbers, last = dict[int, int](), len(order)
+    for node_id in node_ids:
+        if node_id in kept:
+            numbers[node_id] = places[kept[node_id]]
+        else:  # it will be kept after all that is
+            last += 1
+            numbers[node_id] = last
+    return numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -5,6 +5,11 @@ A client that sends the whole conversation each time gets its replies back as th
 were generated. What was said is kept here as values, each message once, whoever said it again and
 however many chats go on from it; conversations and sessions come and go without it. Pure
 bookkeeping: no runtime, no encoding.
+
+The token ids of replies from other times: what a client sends as text is read as it was generated.
+
+While the program runs, `MessageIndex` finds replies as nodes; this finds them after a restart, where
+KV is kept on disk. Replies of conversations that are kept are in the journal, and not here.
 """
 
 import threading
@@ -16,11 +21,11 @@ from hashlib import blake2b
 from sys import getsizeof
 from typing import Final
 
-from recollect.conversation.known_tools import KnownTools
-from recollect.conversation.messages import to_node
-from recollect.conversation.tools import Tools
-from recollect.conversation.tree import ROOT_KEY, Node, message_key
+from recollect.conversation.tools import KnownTools, Tools
+from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_node
+from recollect.engine.tier import DiskTier
 from recollect.journal.records import NewNode, pack_token_ids, unpack_token_ids
+from recollect.kv.replies import StoredReply, reply_name
 from recollect.types import Message, Role
 
 MOST_MESSAGES: Final = 20_000
@@ -430,3 +435,41 @@ def _shared_characters(first: str, second: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+class RememberedReplies:
+    """
+    Replies of one model in one namespace, on disk beside the KV.
+
+    Holds no state but where to look; safe from any thread.
+    """
+
+    def __init__(self, tier: DiskTier, fingerprint: str, namespace: str) -> None:
+        self._tier = tier
+        self._fingerprint = fingerprint
+        self._namespace = namespace
+
+    def note(self, reply: Node) -> None:
+        """Remember a reply that was generated; nothing where it was not, or by another model."""
+        if reply.token_ids is not None and reply.fingerprint == self._fingerprint:
+            self._tier.note_reply(
+                self._name(reply.key), StoredReply(reply.content, reply.token_ids)
+            )
+
+    def recalled(self, parent: Node, message: NewNode) -> NewNode:
+        """Return a message as it was generated after *parent*, or as it is."""
+        if message.role != "assistant" or message.token_ids is not None:
+            return message
+        key = message_key(parent.key, message.role, message.content, message.links)
+        found = self._tier.find_reply(self._name(key))
+        if found is None:
+            return message
+        return replace(
+            message,
+            content=found.text,
+            token_ids=found.token_ids,
+            fingerprint=self._fingerprint,
+        )
+
+    def _name(self, key: bytes) -> bytes:
+        return reply_name(self._tier.store, self._fingerprint, self._namespace, key)

@@ -6,21 +6,233 @@ segments; each is encoded by itself, and the replies' own ids are put between th
 never decoded and encoded again. Control tokens are those of the template alone: in what is said
 their texts are text. Knows no KV: what of the result is computed already is the session's to find
 out.
+
+Tell what a template writes from what is said, wherever that could make a control token.
+
+A template gives one text for both. What is said gets a mark inside each control token that it spells,
+and at its ends where it could complete one together with the text around it; the marks travel
+through the template, and show in its text where no control token may be. Texts in which nothing is
+suspicious, nearly all, get no mark. Only a template that takes letters out of what is said, or
+changes their case, could still make a token of it. Pure: knows no ids.
+
+The prompts of one session: which messages they are made of, and the sequences that begin with them.
+
+Holds no place in the tree and no KV; what was left out of a full context once is remembered.
 """
 
+import itertools
+import json
 import secrets
 import threading
 from array import array
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from hashlib import blake2b
+from typing import Any, Final, cast
 
-from recollect.conversation.guarding import Guard, Render, Shown, ToolSchemas, said_alone, shown
-from recollect.conversation.tree import Node
+from recollect.conversation.tools import Tools
+from recollect.conversation.tree import Node, Overflow, Window, turn_starts
+from recollect.engine.engine import Engine
+from recollect.engine.sequence import Sequence as TokenSequence
+from recollect.errors import ContextFullError, TemplateError
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
+from recollect.text.vocabulary import ControlTokens
 from recollect.types import Message
+
+ToolSchemas = Sequence[Mapping[str, Any]]
+Render = Callable[[list[Message], ToolSchemas], str]
+
+_MARKS: Final = (range(0xFDD0, 0xFDF0), range(0xF0000, 0x10FFFE))
+"""
+Characters of which one marks: noncharacters, for which no text has a use, then those of private use.
+Nothing strips, splits, escapes them or changes their case. Source: The Unicode Standard, sections 23.5
+and 23.7.
+"""
+
+_SCHEMA_WORDS: Final = frozenset(
+    {"type", "function", "name", "description", "parameters", "properties", "required", "items"}
+    | {"enum", "default", "title", "object", "array", "string", "integer", "number", "boolean"}
+)
+"""Words that templates look up in the descriptions of tools: to mark them would hide them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a template shows of a conversation."""
+
+    text: str
+    breaks: tuple[int, ...] = ()
+    """Places in the text, ascending: a control token that lies across one was said, not written."""
+
+    def name(self) -> bytes:
+        """Return a name that no other text, or the same with other places, has."""
+        text = self.text.encode("utf-8", "surrogatepass")
+        if not self.breaks:
+            return blake2b(text, digest_size=16).digest()
+        places = blake2b(array("q", self.breaks).tobytes(), digest_size=32).digest()
+        return blake2b(text, digest_size=16, key=places).digest()
+
+    def part(self, start: int, end: int | None = None) -> "Shown":
+        """Return what lies in `[start, end)`."""
+        stop = len(self.text) if end is None else end
+        if not self.breaks:
+            return Shown(self.text[start:stop])
+        first, last = bisect_right(self.breaks, start), bisect_right(self.breaks, stop - 1)
+        breaks = tuple(place - start for place in self.breaks[first:last])
+        return Shown(self.text[start:stop], breaks)
+
+    def has_break(self, start: int, end: int) -> bool:
+        """Return whether there is one inside `[start, end)`, its ends apart."""
+        place = bisect_right(self.breaks, start)
+        return place < len(self.breaks) and self.breaks[place] < end
+
+    def says(self, text: str, start: int, control: ControlTokens) -> bool:
+        """Return whether a text is shown from *start* on, and none of its control tokens written."""
+        begins = (start + place for place in control.begins(text))
+        return self.text.startswith(text, start) and all(
+            self.has_break(place, place + 2) for place in begins
+        )
+
+    def followed_by_said(self, text: str, control: ControlTokens) -> "Shown":
+        """Return this and a text that somebody says after it."""
+        start = len(self.text)
+        begins = (start + place + 1 for place in control.begins(text))
+        return Shown(self.text + text, (*self.breaks, start, *begins))
+
+
+def said_alone(text: str, control: ControlTokens) -> Shown:
+    """Return a text in which no control token was written by a template."""
+    return Shown(text, tuple(place + 1 for place in control.begins(text)))
+
+
+class Guard:
+    """Marks what is said in one conversation. Immutable."""
+
+    def __init__(self, control: ControlTokens, messages: Sequence[Message], tools: ToolSchemas):
+        self._control = control
+        values = [value for one in messages for name, value in one.items() if name != "role"]
+        said = [text for value in values for text in _strings(value)]
+        suspicious: list[str] = []
+        if control.may_be_in(said):
+            suspicious += said
+        if tools and control.may_be_in_json(_json(tools), except_for=_SCHEMA_WORDS):
+            suspicious += _strings(tools)
+        self.is_needed: Final = any(map(self._cuts, suspicious))
+        """Whether anything that is said could make a control token."""
+        self._mark = _new_mark([*said, *_strings(tools)]) if self.is_needed else ""
+
+    def messages(self, messages: Sequence[Message]) -> list[Message]:
+        """Return messages with marks in them."""
+        return [cast("Message", {**one, **self._marked(_said_in(one))}) for one in messages]
+
+    def tools(self, tools: ToolSchemas) -> list[Mapping[str, Any]]:
+        """Return descriptions of tools with marks in them."""
+        return [self._marked(tool) for tool in tools]
+
+    def read(self, text: str) -> Shown:
+        """Return a text that a template made of what is marked."""
+        parts = text.split(self._mark)
+        breaks, end = [], 0
+        for part in parts[:-1]:
+            end += len(part)
+            breaks.append(end)
+        return Shown("".join(parts), tuple(breaks))
+
+    def _marked(self, value: Any) -> Any:
+        if isinstance(value, str):
+            ends = [0, *self._cuts(value), len(value)]
+            if len(ends) == 2:
+                return value
+            return self._mark.join(value[a:b] for a, b in itertools.pairwise(ends))
+        if isinstance(value, Mapping):
+            return {self._marked(key): self._marked(one) for key, one in value.items()}
+        return [self._marked(one) for one in value] if isinstance(value, list | tuple) else value
+
+    def _cuts(self, text: str) -> list[int]:
+        """Return where a text is to be marked."""
+        if text in _SCHEMA_WORDS:
+            return []
+        control, core = self._control, text.strip()
+        cuts = {place + 1 for place in control.begins(text)}
+        if core and control.may_begin_before(core):
+            cuts.add(len(text) - len(text.lstrip()))
+        if core and control.may_end_after(core):
+            cuts.add(len(text.rstrip()))
+        return sorted(cuts)
+
+
+def shown(
+    render: Render, messages: list[Message], tools: ToolSchemas, control: ControlTokens
+) -> tuple[Shown, Guard | None]:
+    """
+    Return what a template shows of a conversation.
+
+    Beside it, the guard whose marks the template reacted to; None where it shows the same with them
+    as without.
+    """
+    guard = Guard(control, messages, tools)
+    text = render(messages, tools)
+    if not guard.is_needed:
+        return Shown(text), None
+    marked = guard.read(render(guard.messages(messages), guard.tools(tools)))
+    if marked.text == text:
+        return marked, None
+    # The template looks at what is said. Where that is about something else than control tokens,
+    # its own answer counts; otherwise the one that it gives to a text without any.
+    if _written(Shown(text), control) == _written(marked, control):
+        return Shown(text), None
+    return marked, guard
+
+
+def _written(text: Shown, control: ControlTokens) -> list[str]:
+    """Return the control tokens that lie across no break, in order."""
+    found, start = [], 0
+    while (span := control.find(text.text, start)) is not None:
+        if text.has_break(*span):
+            start = span[0] + 1
+        else:
+            found.append(text.text[slice(*span)])
+            start = span[1]
+    return found
+
+
+def _new_mark(strings: Iterable[str]) -> str:
+    """
+    Return a character that is in none of the texts, so that no two of them can make it together.
+
+    Raises:
+        TemplateError: They have every one that could be taken.
+    """
+    used = set().union(*strings)
+    for place in itertools.chain(*_MARKS):
+        if chr(place) not in used:
+            return chr(place)
+    raise TemplateError(
+        "The messages hold every character of private use, which no text needs: take some out."
+    )
+
+
+def _json(tools: ToolSchemas) -> str:
+    return json.dumps(list(tools), ensure_ascii=False)
+
+
+def _said_in(message: Message) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if name != "role"}
+
+
+def _strings(value: Any) -> Iterable[str]:
+    """Return the texts of a JSON value, keys among them."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for one in pair for text in _strings(one)]
+    if isinstance(value, list | tuple):
+        return [text for one in value for text in _strings(one)]
+    return ()
+
 
 MOST_REMEMBERED_BYTES: Final = 32 << 20
 """
@@ -261,3 +473,56 @@ class PromptEncoder:
         if is_plain:
             return ids + encode(text[done:piece]) + self._tokenizer.encode_text(text[piece:])
         return ids + encode(text[done:])
+
+
+class Prompting:
+    """Prompts in one namespace. Owned by a session."""
+
+    def __init__(self, engine: Engine, encoder: PromptEncoder, namespace: str) -> None:
+        self._engine = engine
+        self._encoder = encoder
+        self._namespace = namespace
+        self._window = Window()
+
+    def asking(
+        self, at: Node, said: str | None, tools: Tools, overflow: Overflow
+    ) -> tuple[Prompt, int]:
+        """
+        Return the prompt for a reply, and how many turns were left out of it.
+
+        Args:
+            at: The messages up to here, all or those that still fit.
+            said: A user's message after those.
+            tools: What the reply may call.
+            overflow: What happens when not all fit.
+        """
+
+        def encode(messages: Sequence[Node]) -> Prompt:
+            return self._encoder.encode(messages, said, tools.schemas)
+
+        def measure(messages: Sequence[Node]) -> int:
+            return len(encode(messages).token_ids)
+
+        path = at.path()
+        shown = self._window.fitting(path, self._engine.info.context_length, measure, overflow)
+        return encode(shown), len(turn_starts(path)) - len(turn_starts(shown))
+
+    def typing(self, at: Node, text: str, tools: Tools) -> list[int]:
+        """Return the ids of what is shown up to a node, and of a message that is being typed."""
+        shown = self._window.shown(at.path())
+        return self._encoder.encode_typed(shown, text, tools.schemas).token_ids
+
+    def sequence(self, token_ids: list[int]) -> TokenSequence:
+        """
+        Return a sequence with this history.
+
+        Raises:
+            ContextFullError: It leaves no place for a reply.
+        """
+        limit = self._engine.info.context_length
+        needed = len(token_ids) + 1
+        if needed > limit:
+            raise ContextFullError(needed=needed, limit=limit)
+        sequence = self._engine.new_sequence(self._namespace)
+        sequence.append(token_ids)
+        return sequence

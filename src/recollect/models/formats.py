@@ -1,6 +1,6 @@
 """What reads the files of each format of a model."""
 
-from recollect.models.local import LocalModel
+from recollect.models.catalog import LocalModel
 from recollect.text.other_tokenizers import TOKENIZER_NAME, HfTokenizer
 from recollect.text.tokenizer import ByteTokenizer, OpenVinoTokenizer, Tokenizer
 

@@ -15,8 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.gguf_shards import Shards
-from recollect.models.gguf_weights import READABLE_KINDS, values_of
+from recollect.models.gguf_weights import READABLE_KINDS, Shards, values_of
 
 _EXPORT: Final = "export the original model with `optimum-cli export openvino`"
 

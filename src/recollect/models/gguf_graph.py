@@ -21,8 +21,14 @@ from openvino import opset13 as ops
 
 from recollect.errors import UnsupportedModelError
 from recollect.models.gguf_decoder import Decoder, Rope
-from recollect.models.gguf_shards import Shards, iterate_rows
-from recollect.models.gguf_weights import LAYOUTS, Layout, take_apart, values_of
+from recollect.models.gguf_weights import (
+    LAYOUTS,
+    Layout,
+    Shards,
+    iterate_rows,
+    take_apart,
+    values_of,
+)
 
 _CHUNK_BYTES: Final = 1 << 19
 """

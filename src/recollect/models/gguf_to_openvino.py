@@ -3,24 +3,297 @@ A program: a GGUF file as an OpenVINO model and tokenizer.
 
 Run by `convert` in a process of its own: a damaged file can crash a library, and the memory is
 given back. Prints how many bytes of how many are done, a line each time.
+
+Makes the OpenVINO tokenizer of a GGUF file whose vocabulary is SentencePiece's, merged by score.
+
+Llama 2, Mistral and TinyLlama have one. It becomes merges, as Hugging Face's converter makes them:
+two pieces merge where the whole is a piece, and of several the one with the best score is first.
+
+Makes the OpenVINO tokenizer of a GGUF file, which splits text as the file says.
+
+GenAI makes it out of the file's fields where these hold merges of bytes. It knows how two families
+split text before merging and takes llama.cpp's default for all others, Llama 3 among them: those are
+given their own rule here. SentencePiece's vocabularies are unknown to it, and made beside this.
 """
 
 import errno
 import os
+import struct
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from types import MappingProxyType
+from typing import Any, Final
 
+import numpy as np
 import openvino as ov
+import openvino_genai as genai
+import openvino_tokenizers  # noqa: F401 - its import tells OpenVINO what a tokenizer's nodes are
+from gguf import GGUFValueType, TokenType
+from openvino import opset13 as ops
+from openvino_tokenizers.constants import UTF8ReplaceMode
+from openvino_tokenizers.tokenizer_pipeline import (
+    BPETokenizationStep,
+    ByteFallbackStep,
+    FuseStep,
+    PaddingStep,
+    RegexDecodingStep,
+    RegexNormalizationStep,
+    SpecialTokensSplit,
+    TokenizerPipeline,
+    UTF8ValidateStep,
+    VocabDecoderStep,
+)
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.convert import NO_ROOM, REFUSED
-from recollect.models.folder import MODEL_FILES
+from recollect.models.gguf import GgufContent, read_content
 from recollect.models.gguf_decoder import read_decoder
 from recollect.models.gguf_graph import Constants, GraphBuilder, has_avx2_kernel
-from recollect.models.gguf_shards import Shards
-from recollect.models.gguf_tokenizer import write_tokenizer
+from recollect.models.gguf_weights import Shards
+from recollect.models.openvino_folder import MODEL_FILES, TOKENIZER_FILES
+from recollect.models.prepare import NO_ROOM, REFUSED
+
+_SPACE: Final = "\u2581"
+"""Stands for a space in the vocabulary."""
+_SPECIAL: Final = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+"""Tokens that are found in a text before it is merged. Source: llama.cpp, `cache_special_tokens`."""
+_CACHE: Final = 20_000  # merged words that are remembered; as GenAI has it for its own
+
+
+def why_not(fields: Mapping[str, Any]) -> str | None:
+    """Return what keeps a SentencePiece vocabulary from being used; None: nothing does."""
+    tokens, scores = (fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores"))
+    kinds = fields.get("tokenizer.ggml.token_type")
+    if (
+        not tokens
+        or scores is None
+        or kinds is None
+        or not len(tokens) == len(scores) == len(kinds)
+    ):
+        return "a token without a score or a type"
+    if fields.get("tokenizer.ggml.precompiled_charsmap"):
+        return "a table that normalizes text"
+    return None
+
+
+def write_sentencepiece(fields: Mapping[str, Any], folder: Path) -> None:
+    """Write the tokenizer and the detokenizer of a file's fields into *folder*."""
+    tokens: Sequence[str] = fields["tokenizer.ggml.tokens"]
+    kinds: Sequence[int] = fields["tokenizer.ggml.token_type"]
+    special = {
+        token: number
+        for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind in _SPECIAL
+    }
+    unknown = fields.get("tokenizer.ggml.unknown_token_id", 0)
+    hidden = [
+        number
+        for number, kind in enumerate(kinds)
+        if kind in (TokenType.CONTROL, TokenType.UNKNOWN)
+    ]
+    pipeline = TokenizerPipeline()
+    steps = [SpecialTokensSplit.from_string_iter(special)]
+    if fields.get("tokenizer.ggml.add_space_prefix", True):
+        steps.append(RegexNormalizationStep.prepend_regex(_SPACE))
+    steps += [
+        RegexNormalizationStep.replace_spaces_metaspace(_SPACE),
+        BPETokenizationStep(
+            vocab=list(tokens),
+            merges=merges_of(tokens, fields["tokenizer.ggml.scores"], kinds),
+            unk_token=tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+            cache_capacity=_CACHE,
+            added_tokens=special,
+        ),
+        PaddingStep(_token_id=fields.get("tokenizer.ggml.padding_token_id", 0)),
+        VocabDecoderStep(skip_tokens=hidden),
+        RegexDecodingStep(_SPACE, " "),
+        ByteFallbackStep(),
+        FuseStep(),
+    ]
+    if fields.get("tokenizer.ggml.add_space_prefix", True):
+        steps.append(RegexDecodingStep.strip_forward_space())
+    # Half a character is shown as such, so that whoever streams knows to wait for the rest.
+    steps.append(UTF8ValidateStep(UTF8ReplaceMode.REPLACE))
+    pipeline.add_steps(steps)
+    tokenizer = pipeline.get_tokenizer_ov_subgraph()
+    detokenizer = pipeline.get_detokenizer_ov_subgraph()
+    # GenAI gives 64 bits. The library's own way to change the type would fold the slice of hidden
+    # tokens into a constant, and nobody could ask for them any more.
+    detokenizer.inputs[0].get_node().set_element_type(ov.Type.i64)
+    detokenizer.validate_nodes_and_infer_types()
+    for model, name in ((tokenizer, TOKENIZER_FILES[0]), (detokenizer, TOKENIZER_FILES[2])):
+        # Without it GenAI takes the model for one from before special tokens could be asked for.
+        model.set_rt_info(version("openvino-tokenizers"), "openvino_tokenizers_version")
+        ov.save_model(model, folder / name, compress_to_fp16=False)
+
+
+def merges_of(
+    tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]
+) -> list[tuple[str, str]]:
+    """
+    Return the pairs of pieces that make another piece, the best first.
+
+    Source: transformers, `generate_merges`: by the score of the whole, then by the length of the parts.
+    """
+    known = {
+        token: score
+        for token, score, kind in zip(tokens, scores, kinds, strict=True)
+        if kind in (TokenType.NORMAL, TokenType.USER_DEFINED)
+    }
+    found = [
+        (-score, -cut, cut - len(token), token[:cut], token[cut:])
+        for token, score in known.items()
+        for cut in range(1, len(token))
+        if token[:cut] in known and token[cut:] in known
+    ]
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+_EXPORT: Final = "export the original model with `optimum-cli export openvino`"
+_MAGIC_AND_VERSION: Final = b"GGUF" + struct.pack("<I", 3)  # fields of version 2 are the same
+_SENTENCEPIECE: Final = "llama"
+"""What files call it, after the model that had it first."""
+_SPLITTER: Final = "tokenizer.ggml.pre"
+
+_CONTRACTIONS: Final = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_AFTER_NUMBERS: Final = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA_3: Final = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_AFTER_NUMBERS}"
+_GPT_2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+_SPLITTERS: Final[Mapping[str, tuple[str, str | None]]] = MappingProxyType(
+    {
+        # The file's name of a rule: GenAI's name of one, and the expression to put in its place.
+        **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), ("qwen2", None)),
+        **dict.fromkeys(
+            ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), ("smollm", None)
+        ),
+        **dict.fromkeys(
+            ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "dbrx", "smaug-bpe"),
+            ("qwen2", _LLAMA_3),
+        ),
+        **dict.fromkeys(("gpt-2", "phi-2", "olmo", "jais", "mpt"), ("qwen2", _GPT_2)),
+        "default": ("default", None),
+    }
+)
+"""
+How text is split before it is merged.
+
+Source: llama.cpp, src/llama-vocab.cpp, `llm_tokenizer_bpe` and the names in `load`.
+"""
+
+
+def require_tokenizer(fields: Mapping[str, Any], name: str) -> None:
+    """
+    Check that a file's tokenizer can be made as it is meant.
+
+    Raises:
+        UnsupportedModelError: It cannot; the message names its kind or its rule.
+    """
+    kind, splitter = fields.get("tokenizer.ggml.model"), fields.get(_SPLITTER, "default")
+    if kind not in ("gpt2", _SENTENCEPIECE):
+        raise UnsupportedModelError(
+            f"{name} has a tokenizer of the kind {kind!r}, and recollect makes only 'gpt2' (merges of "
+            f"bytes) and 'llama' (SentencePiece) from GGUF: {_EXPORT}."
+        )
+    what = why_not(fields) if kind == _SENTENCEPIECE else None
+    if what is not None:
+        raise UnsupportedModelError(
+            f"{name} has a tokenizer with {what}, which recollect cannot make from GGUF: {_EXPORT}."
+        )
+    if kind == "gpt2" and splitter not in _SPLITTERS:
+        raise UnsupportedModelError(
+            f"{name} has a tokenizer that splits text in the way {splitter!r}, which recollect does "
+            f"not know: {_EXPORT}."
+        )
+    lacking = _lacking_product(fields) if kind == "gpt2" else None
+    if lacking is not None:
+        # OpenVINO's tokenizer takes such a vocabulary, and then gives no token for any text.
+        raise UnsupportedModelError(
+            f"{name} has a tokenizer that merges {lacking!r}, which makes no token of its vocabulary: "
+            "the file is damaged; download it again."
+        )
+
+
+def _lacking_product(fields: Mapping[str, Any]) -> str | None:
+    """Return the first merge whose product, or one of whose halves, is no token; None: there is none."""
+    tokens = set(fields.get("tokenizer.ggml.tokens", ()))
+    for merge in fields.get("tokenizer.ggml.merges", ()):
+        # Halves never hold a space: byte-level vocabularies write it as another letter.
+        first, space, second = merge.partition(" ")
+        if not space or not {first, second, first + second} <= tokens:
+            return str(merge)
+    return None
+
+
+def write_tokenizer(gguf: Path, folder: Path) -> None:
+    """
+    Write the tokenizer and the detokenizer of a file into *folder*.
+
+    Raises:
+        UnsupportedModelError: They cannot be made.
+        OSError: The disk is full or cannot be written to.
+    """
+    content = read_content(gguf)
+    require_tokenizer(content.fields, gguf.name)
+    if content.fields["tokenizer.ggml.model"] == _SENTENCEPIECE:
+        write_sentencepiece(content.fields, folder)
+        return
+    known, expression = _SPLITTERS[content.fields.get(_SPLITTER, "default")]
+    without_tensors = folder / "tokenizer.gguf"
+    without_tensors.write_bytes(_fields_alone(gguf, content, known))
+    try:
+        genai.Tokenizer(without_tensors, enable_save_ov_model=True)
+    except RuntimeError as cause:
+        lines = str(cause).strip().splitlines() or ["it gave no reason"]
+        raise UnsupportedModelError(
+            f"The tokenizer in {gguf.name} cannot be converted ({lines[-1].strip().rstrip('.')}): "
+            f"{_EXPORT}."
+        ) from cause
+    finally:
+        without_tensors.unlink()
+    if expression is not None:
+        _replace_splitter(folder / TOKENIZER_FILES[0], expression)
+
+
+def _fields_alone(gguf: Path, content: GgufContent, splitter: str) -> bytes:
+    """
+    Return a GGUF file with the fields of another and no tensors, which GenAI would convert, too.
+
+    Fields that say that the model has several files are left out: it would look for them.
+    """
+    places = {
+        name: place
+        for name, place in content.field_places.items()
+        if not name.startswith("split.") and name != _SPLITTER
+    }
+    with gguf.open("rb") as file:
+        header = file.read(max(place.stop for place in places.values()))
+    fields = [header[place] for place in places.values()]
+    kind = struct.pack("<I", GGUFValueType.STRING)
+    fields.append(_text(_SPLITTER) + kind + _text(splitter))
+    return _MAGIC_AND_VERSION + struct.pack("<QQ", 0, len(fields)) + b"".join(fields)
+
+
+def _text(text: str) -> bytes:
+    """Return a text as GGUF stores it: its length, then its bytes."""
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def _replace_splitter(xml: Path, expression: str) -> None:
+    """Give the one node that splits text another regular expression."""
+    model = ov.Core().read_model(xml)
+    (node,) = [node for node in model.get_ops() if node.get_type_name() == "RegexSplit"]
+    pattern = ops.constant(np.frombuffer(expression.encode(), np.uint8))
+    node.input(node.get_input_size() - 1).replace_source_output(pattern.output(0))
+    written = xml.with_name("splitting.xml")
+    ov.save_model(model, written, compress_to_fp16=False)
+    written.replace(xml)
+    written.with_suffix(".bin").replace(xml.with_suffix(".bin"))
+
 
 _REPORT_EVERY_S: Final = 0.1  # more often than a bar is drawn would be for nobody
 

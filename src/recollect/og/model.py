@@ -12,7 +12,7 @@ from typing import Any, Final
 from recollect import config
 from recollect.conversation.loading import load
 from recollect.conversation.model import Model as LoadedModel
-from recollect.models.local import LocalModel
+from recollect.models.catalog import LocalModel
 from recollect.models.prepare import prepare
 from recollect.og.errors import as_runtime_error
 from recollect.types import Profile

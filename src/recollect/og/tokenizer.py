@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from recollect.models.local import LocalModel
+from recollect.models.catalog import LocalModel
 from recollect.models.onnx_config import CONFIG_NAME
 from recollect.og.errors import as_runtime_error
 from recollect.og.model import Model

@@ -13,8 +13,8 @@ from importlib import resources
 from typing import Final
 
 from recollect.conversation.model import Model
-from recollect.conversation.reply import Reply
 from recollect.conversation.session import Session
+from recollect.conversation.turn import Reply
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.proof.grading import Expectation, Fact, grade

@@ -13,9 +13,9 @@ from time import perf_counter
 from typing import Final
 
 from recollect.conversation.model import Model
-from recollect.conversation.reply import Reply
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
+from recollect.conversation.turn import Reply
 from recollect.types import SamplingParams
 
 _SENTENCE: Final = (

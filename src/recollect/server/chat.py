@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from recollect.conversation.model import Model
-from recollect.conversation.reply import Reply
+from recollect.conversation.turn import Reply
 from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import ChatRequest, check_limits
 from recollect.server.errors import api_error, openai_body

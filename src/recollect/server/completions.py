@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from recollect.conversation.model import Model
-from recollect.conversation.reply import Reply
 from recollect.conversation.tree import Node
+from recollect.conversation.turn import Reply
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.errors import ContextFullError, InvalidParameterError

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from pydantic import Field, model_validator
 
-from recollect.conversation.messages import to_node
+from recollect.conversation.tree import to_node
 from recollect.errors import RewindError
 from recollect.journal.records import DEFAULT_TIP, Entry, NewNode, NodeRecord, Page
 from recollect.server.bodies import BodyRoute

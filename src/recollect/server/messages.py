@@ -13,8 +13,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from recollect.conversation.model import Model
-from recollect.conversation.reply import Reply
 from recollect.conversation.session import Session
+from recollect.conversation.turn import Reply
 from recollect.server.bodies import BodyRoute
 from recollect.server.chat_schema import check_limits
 from recollect.server.errors import anthropic_body, api_error

@@ -11,10 +11,9 @@ from typing import Final
 
 from recollect.conversation.conversation import Conversation, as_new
 from recollect.conversation.matching import Change, described
-from recollect.conversation.messages import to_message, to_node
 from recollect.conversation.model import Model
-from recollect.conversation.place import ANSWERED
-from recollect.conversation.tree import ROOT_KEY, Node, message_key
+from recollect.conversation.session import ANSWERED
+from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message, to_node
 from recollect.journal.entries import Label
 from recollect.journal.journal import Journal
 from recollect.journal.records import DEFAULT_TIP, NewNode

@@ -8,8 +8,7 @@ import logging
 import threading
 from collections.abc import Sequence
 
-from recollect.conversation.model import Model
-from recollect.conversation.warming import beginning
+from recollect.conversation.model import Model, beginning
 from recollect.errors import MisuseError, RecollectError
 
 _log = logging.getLogger(__name__)

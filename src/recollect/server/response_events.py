@@ -8,7 +8,7 @@ import itertools
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from recollect.conversation.reply import Reply
+from recollect.conversation.turn import Reply
 from recollect.server.errors import api_error
 from recollect.server.response_object import (
     ResponseHead,

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from recollect.conversation.messages import to_message
-from recollect.conversation.reply import Reply
+from recollect.conversation.tree import to_message
+from recollect.conversation.turn import Reply
 from recollect.journal.records import NodeRecord
 from recollect.server.response_schema import FlatChoice, ResponseRequest
 from recollect.server.tool_schema import logprob_entry

@@ -16,10 +16,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from recollect.conversation.model import Model
-from recollect.conversation.reply import Reply, ReplyStream
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
-from recollect.conversation.window import Overflow
+from recollect.conversation.tree import Overflow
+from recollect.conversation.turn import Reply, ReplyStream
 from recollect.journal.entries import Label
 from recollect.journal.records import NodeRecord
 from recollect.server.bodies import BodyRoute

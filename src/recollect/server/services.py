@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 from fastapi import Request
 
 from recollect.conversation.model import Model
-from recollect.conversation.reply import Reply
+from recollect.conversation.turn import Reply
 from recollect.encryption import KV_PURPOSE
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal

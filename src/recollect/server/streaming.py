@@ -19,7 +19,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from recollect.conversation.reply import Reply
+from recollect.conversation.turn import Reply
 from recollect.errors import RecollectError
 from recollect.server.errors import ClientGone
 from recollect.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted, TextDelta

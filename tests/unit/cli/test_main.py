@@ -14,9 +14,9 @@ from recollect import __version__
 from recollect.cli.main import run
 from recollect.cli.models import format_bytes
 from recollect.conversation.loading import load
-from recollect.models import onnx_convert
+from recollect.models import onnx_folder
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL
-from recollect.models.manifest import Manifest
+from recollect.models.openvino_folder import Manifest
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_offline_each_command_refuses_to_fetch(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("What is to be read once.")
-    monkeypatch.setattr(onnx_convert, "_LIBRARIES", ())  # what converts need not be there
+    monkeypatch.setattr(onnx_folder, "_LIBRARIES", ())  # what converts need not be there
     if by == "option":
         arguments = [*arguments, "--offline"]
     else:

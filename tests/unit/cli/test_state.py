@@ -9,8 +9,8 @@ from io import StringIO
 import pytest
 
 from recollect.cli.state import Chat, Totals, format_duration, usage_line
-from recollect.conversation.reply import Reply
 from recollect.conversation.tree import Tree
+from recollect.conversation.turn import Reply
 from recollect.errors import ConversationError
 from recollect.types import FinishReason, Usage
 

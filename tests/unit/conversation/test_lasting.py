@@ -14,7 +14,7 @@ from recollect.errors import (
     UnknownConversationError,
 )
 from recollect.journal.journal import Journal
-from recollect.models.reference import reference_model
+from recollect.models.catalog import reference_model
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import SamplingParams
 

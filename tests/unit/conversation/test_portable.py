@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
-from recollect.conversation.carrying import bring_in, collect, why_not
+from recollect.conversation.loading import bring_in, collect, why_not
 from recollect.conversation.model import Model
 from recollect.encryption import Cipher
 from recollect.errors import ContextFullError, ConversationFileError, StoreError

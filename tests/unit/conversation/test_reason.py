@@ -7,7 +7,7 @@ import pytest
 from recollect.conversation.matching import Change
 from recollect.conversation.model import Model
 from recollect.conversation.prompt import Prompt
-from recollect.conversation.reason import Expectation, explained
+from recollect.conversation.turn import Expectation, explained
 from recollect.types import Message, SamplingParams, Usage
 
 SHORT = SamplingParams(max_tokens=6)

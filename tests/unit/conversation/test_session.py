@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from recollect.conversation.idle import IdleWork
 from recollect.conversation.model import Model
-from recollect.conversation.reply import Reply
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Tree
+from recollect.conversation.turn import IdleWork, Reply
 from recollect.engine import scheduler as scheduler_module
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sampling import Generator

@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from recollect.conversation.model import Model
-from recollect.conversation.tree import Node, Tree
-from recollect.conversation.window import Window, turn_starts, without_oldest
+from recollect.conversation.tree import Node, Tree, Window, turn_starts, without_oldest
 from recollect.errors import ContextFullError
 from recollect.types import Role, SamplingParams
 

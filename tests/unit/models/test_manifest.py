@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from recollect.models.manifest import MANIFEST_NAME, Manifest
+from recollect.models.openvino_folder import MANIFEST_NAME, Manifest
 
 MANIFEST = Manifest(
     name="tiny",

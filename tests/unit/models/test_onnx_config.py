@@ -12,7 +12,7 @@ import pytest
 
 from recollect.conversation.loading import load
 from recollect.errors import RuntimeFailure, UnsupportedModelError
-from recollect.models.local import LocalModel
+from recollect.models.catalog import LocalModel
 from recollect.models.prepare import prepare
 from recollect.types import SamplingParams
 

@@ -3,8 +3,15 @@ from pathlib import Path
 import pytest
 
 from recollect.errors import UnknownModelError
-from recollect.models.catalog import CATALOG, HubFile
-from recollect.models.resolve import FolderSource, GgufSource, ReferenceModel, Source, resolve
+from recollect.models.catalog import (
+    CATALOG,
+    FolderSource,
+    GgufSource,
+    HubFile,
+    ReferenceModel,
+    Source,
+    resolve,
+)
 
 
 @pytest.mark.parametrize(

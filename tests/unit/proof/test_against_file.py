@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import recollect
-from recollect.models.compared import Compared
+from recollect.models.listing import Compared
 from recollect.proof.against_file import LIMITS, compare_with_file
 from recollect.proof.gguf_reference import open_gguf
 from recollect.proof.reference_model import NotCompared

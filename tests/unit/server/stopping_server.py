@@ -11,7 +11,7 @@ from typing import Any
 import recollect.conversation.loading
 from recollect.cli.main import run
 from recollect.conversation.model import Model
-from recollect.models.reference import reference_model
+from recollect.models.catalog import reference_model
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.text.tokenizer import ByteTokenizer
 
