@@ -34,9 +34,9 @@ import recollect
 from harness import say
 from recollect.kv.disk import DiskStore
 from recollect.proof.workloads import text_of
+from recollect.server.access import Keyring
 from recollect.server.app import create_app
 from recollect.server.hub import ModelHub
-from recollect.server.keys import Keyring
 from recollect.server.settings import Limits, Settings
 from recollect.types import Message
 

@@ -179,6 +179,11 @@ def fresh(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Fresh:
     return Fresh(tmp_path_factory.mktemp("fresh") / "venv", wheel)
 
 
+HUB = """
+from recollect.models.fetch import HubFile, download_from_hub
+
+download_from_hub(HubFile('a/b', 'c'), '.', print)
+"""
 GRAMMAR = (
     "import recollect as r; p = r.SamplingParams(grammar=r.Grammar.json_object(), max_tokens=3);"
     "m = r.load('reference'); m.session().respond('x', params=p); m.close()"
@@ -188,7 +193,7 @@ ASKS = {
     "server": ("-m", "recollect", "serve", "--model", "reference", "--port", "0", "--alias", "a=b"),
     "encrypt": ("-m", "recollect", "encrypt"),
     "grammar": ("-c", GRAMMAR),
-    "hub": ("-c", "from recollect.models import fetch as f; f.download_from_hub(f.HubFile('a/b', 'c'), '.', print)"),
+    "hub": ("-c", HUB),
     "plot": ("-m", "recollect", "bench", "--model", "reference", "--plot", "nowhere/x.png"),
     "genai": ("-m", "recollect", "chat", "--model", "onnx", "--prompts", os.devnull),
     "convert": ("-m", "recollect", "convert", "reference", "out"),

@@ -23,9 +23,9 @@ from recollect import encryption
 from recollect.cli.main import run as run_command_line
 from recollect.journal.journal import JOURNAL_NAME
 from recollect.kv.disk import STORE_FOLDER
+from recollect.server.access import KeyFile, keyring
 from recollect.server.app import create_app
 from recollect.server.hub import ModelHub
-from recollect.server.keys import KeyFile, keyring
 from recollect.server.settings import Settings
 from recollect.types import SamplingParams
 

@@ -21,7 +21,7 @@ from recollect.errors import ConfigError
 from recollect.models.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:  # the server takes a second to import, which `--help` need not wait for
-    from recollect.server.keys import KeyFile
+    from recollect.server.access import KeyFile
     from recollect.server.settings import Settings
 
 _ACCESS: Final = "Access"
@@ -149,10 +149,9 @@ def serve(
         public_names,
         weight_bytes,
     )
-    from recollect.server.hub import ModelHub  # noqa: PLC0415
-    from recollect.server.keys import KeyFile, keyring  # noqa: PLC0415
-    from recollect.server.public import publish_later  # noqa: PLC0415
-    from recollect.server.run import serve as run_server  # noqa: PLC0415
+    from recollect.server.access import KeyFile, keyring  # noqa: PLC0415
+    from recollect.server.app import serve as run_server  # noqa: PLC0415
+    from recollect.server.hub import ModelHub, publish_later  # noqa: PLC0415
     from recollect.server.settings import Limits, Settings  # noqa: PLC0415
 
     prompts = [read_text(file) for file in public or ()]
@@ -249,7 +248,7 @@ def remove_key(name: Annotated[str, typer.Argument(help="Whom it was for.")]) ->
 
 def _key_file() -> "KeyFile":
     from recollect import config  # noqa: PLC0415 - see the imports for type checking
-    from recollect.server.keys import KeyFile  # noqa: PLC0415
+    from recollect.server.access import KeyFile  # noqa: PLC0415
 
     return KeyFile.in_home(config.home())
 

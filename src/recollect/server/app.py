@@ -1,44 +1,156 @@
 """
 Puts a server together: endpoints, what they share, and what every request passes first.
+
+`/v1/models`, `/health` and `/metrics`: what a server is, and how it is.
+
+Counts and logs each request: what was asked for, the answer's status, how long it took.
+
+Neither bodies nor keys are logged.
+
+Runs a server until it is told to stop.
+
+Graceful: after the first signal no request is taken, and replies may go on for a while. After it, or
+after a second signal, they end: what was said is in the journal, each client is told in a last event,
+and the models are closed.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
+from time import monotonic
 from typing import Any, Final
 
-from fastapi import FastAPI, Request
+import uvicorn
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as AnyHttpException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recollect._version import __version__
 from recollect.errors import RecollectError
 from recollect.server import (
-    chat,
-    checkpoints,
+    anthropic,
+    chat_completions,
     completions,
-    conversations,
-    messages,
-    prewarm,
+    conversation_routes,
     responses,
-    status,
 )
-from recollect.server.admission import Admission
-from recollect.server.bodies import Bodies
-from recollect.server.errors import ApiError, ClientGone, api_error, error_response
-from recollect.server.hub import ModelHub
-from recollect.server.kept import KeptConversations
-from recollect.server.keys import Keyring
-from recollect.server.metrics import Metrics
-from recollect.server.mistakes import quoted, wrong_request
-from recollect.server.requests import Counted
-from recollect.server.security import Security
-from recollect.server.services import Services
-from recollect.server.settings import Settings
+from recollect.server.access import CLIENT, Keyring, Security, bounded_protocol
+from recollect.server.fields import Bodies
+from recollect.server.hub import Admission, ModelHub
+from recollect.server.refusals import (
+    ApiError,
+    ClientGone,
+    api_error,
+    error_response,
+    not_found,
+    quoted,
+    wrong_request,
+)
+from recollect.server.services import Services, client_of, services_of
+from recollect.server.settings import Limits, Settings, bind
+from recollect.server.streaming import KeptConversations
+from recollect.server.usage import CONTENT_TYPE, Metrics
+
+router = APIRouter(tags=["Server"])
+
+
+@router.get("/v1/models")
+def list_models(request: Request) -> dict[str, Any]:
+    """Return the models that a request may name."""
+    services = services_of(request)
+    return {"object": "list", "data": [_model(services, name) for name in services.hub.names]}
+
+
+@router.get("/v1/models/{model_id:path}")
+def get_model(model_id: str, request: Request) -> dict[str, Any]:
+    """Return one of them."""
+    services = services_of(request)
+    return _model(services, services.hub.resolve(model_id))
+
+
+@router.get("/health")
+def health(request: Request) -> JSONResponse:
+    """Say whether requests are answered: 200 where they are, 503 while the model is loaded."""
+    hub = services_of(request).hub
+    state = "ok" if hub.is_ready else "loading" if hub.failure is None else "failed"
+    return JSONResponse({"status": state, "version": __version__}, 200 if state == "ok" else 503)
+
+
+@router.get("/metrics")
+def metrics(request: Request) -> Response:
+    """Return what was counted, for Prometheus; on a server with keys, an operator's are asked for."""
+    if not client_of(request).is_operator:
+        raise not_found("such page for this key")
+    return Response(services_of(request).metrics.text(), media_type=CONTENT_TYPE)
+
+
+def _model(services: Services, name: str) -> dict[str, Any]:
+    model = services.hub.loaded().get(name)
+    return {
+        "id": name,
+        "object": "model",
+        "created": services.started_at,
+        "owned_by": "recollect",
+        "recollect": {
+            "loaded": model is not None,
+            "context_length": None if model is None else model.context_length,
+            "profile": None if model is None else model.profile,
+        },
+    }
+
+
+_log = logging.getLogger(__name__)
+
+_WATCHED: Final = frozenset({"/health", "/metrics"})
+"""What is asked for every few seconds, by machines."""
+
+
+class Counted:
+    """An ASGI middleware around everything else."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request, or the server's own start and end."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, status = monotonic(), 500
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            # The pattern and not the path, which clients can make up without end.
+            route = scope.get("route")
+            endpoint = getattr(route, "path", "other")
+            self._metrics.requests.labels(endpoint, status).inc()
+            client = scope.get("state", {}).get(CLIENT)
+            _log.log(
+                logging.DEBUG if endpoint in _WATCHED else logging.INFO,
+                "%s %s %d %.3f s %s",
+                scope["method"],
+                endpoint,
+                status,
+                monotonic() - begun,
+                "-" if client is None else client.name,
+            )
+
 
 _CLIENT_GONE: Final = 499
 """What proxies note of a request whose client went away; nobody reads it."""
@@ -49,17 +161,16 @@ FastAPI, from 0.165 at the latest, can report requests and what they failed with
 another machine where variables that are meant for other programs say so. Earlier ones ignore this.
 """
 
-_log = logging.getLogger(__name__)
 
 _ROUTERS: Final = (
-    chat.router,
+    chat_completions.router,
     completions.router,
     responses.router,
-    conversations.router,
-    checkpoints.router,
-    messages.router,
-    prewarm.router,
-    status.router,
+    conversation_routes.router,
+    conversation_routes.router,
+    anthropic.router,
+    chat_completions.router,
+    router,
 )
 
 
@@ -182,3 +293,145 @@ async def _load_default(hub: ModelHub, on_failure: Callable[[Exception], None]) 
     except RecollectError as error:
         hub.failure = error
         on_failure(error)
+
+
+_KEEP_ALIVE_S: Final = 75
+"""Longer than the usual pool of a client keeps a connection, so that the client closes it first."""
+
+_LAST_WORDS_S: Final = 2.0
+"""How long a reply that is ended may take: the forward pass under way, and the last event."""
+_LOOK_EVERY_S: Final = 0.05
+"""How often the server looks whether all have ended: half as long as uvicorn, nobody notices either."""
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens, once it does, and what it waits for before it ends."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        services: Services,
+        on_listening: Callable[[int], None],
+        on_stopping: Callable[[int], None],
+    ) -> None:
+        super().__init__(config)
+        self._services = services
+        self._on_listening = on_listening
+        self._on_stopping = on_stopping
+        self.failure: Exception | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        if self.started and not self.should_exit:
+            listening = [one for server in self.servers for one in server.sockets]
+            self._on_listening(listening[0].getsockname()[1])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """
+        Stop listening, let replies end, and close what is open.
+
+        In place of uvicorn's own, which cancels the tasks of requests, and the app's when it is told a
+        second time: each of them would leave a traceback, and its client without a last event.
+        """
+        for one in (*self.servers, *(sockets or ())):
+            one.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        admission, tasks = self._services.admission, self.server_state.tasks
+        if self.failure is None:  # which is told by itself
+            self._on_stopping(admission.running + admission.waiting)
+        shutdown_s = self._services.settings.limits.shutdown_s
+        await _until(lambda: not tasks or self.force_exit, shutdown_s)
+        self._services.end()
+        await _until(lambda: not tasks, _LAST_WORDS_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # the client does not read, or the work cannot be ended
+        await _until(lambda: not tasks, _LAST_WORDS_S)
+        await self.lifespan.shutdown()
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Stop at a signal, and then end as a command that did what it was told."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def fail(self, error: Exception) -> None:
+        """Stop, because there is no model."""
+        self.failure = error
+        self.should_exit = True
+
+
+async def _until(is_so: Callable[[], bool], most_s: float) -> None:
+    """Wait until something is so, and no longer than this many seconds."""
+    deadline = monotonic() + most_s
+    while not is_so() and monotonic() < deadline:
+        await asyncio.sleep(_LOOK_EVERY_S)
+
+
+def serve(
+    settings: Settings,
+    hub: ModelHub,
+    keyring: Keyring,
+    *,
+    on_listening: Callable[[int], None] = lambda _: None,
+    on_stopping: Callable[[int], None] = lambda _: None,
+) -> None:
+    """
+    Serve until SIGINT or SIGTERM.
+
+    Where it listens is taken before the model is loaded, which may take minutes. A load is not
+    waited for: where `hub.is_loading` still says so afterwards, a thread goes on with it.
+
+    Args:
+        settings: Among others, where to listen; port 0 takes a free one.
+        hub: See `create_app`.
+        keyring: See `create_app`.
+        on_listening: Called with the port when the first request can come.
+        on_stopping: Called when no request is taken any more, with the number of replies that may go
+            on for `settings.limits.shutdown_s`.
+
+    Raises:
+        ConfigError: The address cannot be listened on.
+        RecollectError: The default model cannot be loaded.
+    """
+
+    def on_failure(error: Exception) -> None:
+        server.fail(error)
+
+    app = create_app(settings, hub, keyring, on_failure=on_failure)
+    config = uvicorn_config(app, settings.limits)
+    server = _Server(config, app.state.services, on_listening, on_stopping)
+    sockets = bind(settings.host, settings.port)
+    try:
+        server.run(sockets)
+    finally:
+        for one in sockets:
+            one.close()
+    if server.failure is not None:
+        raise server.failure
+
+
+def uvicorn_config(app: FastAPI, limits: Limits) -> uvicorn.Config:
+    """Return how uvicorn runs an app: what it reads is bounded, and only HTTP is spoken."""
+    return uvicorn.Config(
+        app,
+        http=bounded_protocol(limits),
+        ws="none",  # no call here is one, and an upgrade would pass by what bounds HTTP
+        log_config=None,
+        log_level=logging.WARNING,
+        access_log=False,  # ours says less: no query strings, no addresses
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=round(limits.shutdown_s),
+    )

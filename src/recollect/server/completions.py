@@ -20,10 +20,9 @@ from recollect.conversation.turn import Reply
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.errors import ContextFullError, InvalidParameterError
-from recollect.server.bodies import BodyRoute
-from recollect.server.chat_schema import StreamOptions, check_limits
-from recollect.server.errors import api_error, openai_body
-from recollect.server.fields import Ignored, Items, SamplingFields
+from recollect.server.chat_completions import StreamOptions, check_limits
+from recollect.server.fields import BodyRoute, Ignored, Items, SamplingFields
+from recollect.server.refusals import api_error, openai_body
 from recollect.server.services import Job, begin, client_of, services_of
 from recollect.server.streaming import (
     Ended,

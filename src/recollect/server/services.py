@@ -25,25 +25,21 @@ from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, S
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.maintenance import is_there, open_existing
-from recollect.server.admission import Admission, Ticket
-from recollect.server.errors import stopping
-from recollect.server.hub import Lease, ModelHub
-from recollect.server.kept import KeptConversations
-from recollect.server.keys import Client
-from recollect.server.metrics import Metrics
-from recollect.server.security import CLIENT
+from recollect.server.access import CLIENT, Client
+from recollect.server.hub import Admission, Lease, ModelHub, Ticket, on_thread
+from recollect.server.refusals import stopping
 from recollect.server.settings import Settings
 from recollect.server.streaming import (
     Ended,
     Event,
     EventStream,
     Keeping,
+    KeptConversations,
     Readable,
     Readers,
     unless_disconnected,
 )
-from recollect.server.threads import on_thread
-from recollect.server.usage import Cost, PrefillSpeed, cost
+from recollect.server.usage import Cost, Metrics, PrefillSpeed, cost
 from recollect.types import Usage
 
 _T = TypeVar("_T")

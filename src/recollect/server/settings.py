@@ -2,9 +2,19 @@
 What a server is told when it starts, and what it may not be told.
 
 Values only: opens no socket and no model.
+
+The names of web pages and of this machine, as browsers send them in `Origin` and `Host`.
+
+Pure: what an operator typed in, what a header can be compared with out.
+
+Sockets to listen on, taken before anything is loaded: whether the address is free shows at once.
 """
 
+import errno
 import ipaddress
+import os
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +22,62 @@ from typing import Final
 
 from recollect.encryption import Cipher
 from recollect.errors import ConfigError
-from recollect.server.origins import host_name, web_origin
+
+_HOST: Final = r"[a-z0-9._-]+|\[[0-9a-f:.]+\]"
+_NAME: Final = re.compile(_HOST)
+_ORIGIN: Final = re.compile(rf"([a-z][a-z0-9+.-]*)://({_HOST})(?::([0-9]{{1,5}}))?/?")
+_LAST_PORT: Final = 2**16 - 1
+"""Ports are numbers of 16 bits."""
+_DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
+"""Which a browser leaves out. Source: RFC 9110, sections 4.2.1 and 4.2.2."""
+
+
+def web_origin(text: str) -> str:
+    """
+    Return the origin of a web page as a browser sends it: lower case, no path, no usual port.
+
+    Source: RFC 6454, section 6.2.
+
+    Raises:
+        ConfigError: No browser sends that, or pages send it that nobody has named.
+    """
+    if text.strip() == "*":
+        raise ConfigError("--cors * lets every web page in: name the origins that may call.")
+    if text.strip().lower() == "null":
+        raise ConfigError(
+            "--cors null lets in every page without an origin, such as any file: serve the page "
+            "from an address, and name that."
+        )
+    found = _ORIGIN.fullmatch(text.strip().lower())
+    if found is None or int(found[3] or 0) > _LAST_PORT:
+        raise ConfigError(
+            f"--cors {text!r} is no origin that a browser sends: write scheme://host:port, such as "
+            "http://localhost:3000."
+        )
+    scheme, host, port = found.groups()
+    if port is None or str(int(port)) == _DEFAULT_PORTS.get(scheme):
+        return f"{scheme}://{host}"
+    return f"{scheme}://{host}:{int(port)}"
+
+
+def host_name(text: str) -> str:
+    """
+    Return a name of this machine as `Host` is compared with: lower case, without a port.
+
+    Raises:
+        ConfigError: It is no name of a host.
+    """
+    name = text.strip().lower()
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"--allow-host {text!r} is no name of a host: write the name alone, without a scheme, a "
+            "port or a path, such as box.local."
+        )
+    return name
+
 
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8765
-_LAST_PORT: Final = 2**16 - 1
 """Ports are numbers of 16 bits."""
 LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 """What a browser that was led here by another site's name does not send as Host."""
@@ -104,3 +165,46 @@ class Settings:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+_WHY: Final = {
+    errno.EADDRINUSE: "something else listens there: stop it, or take another --port (0: a free one).",
+    errno.EACCES: "this user may not listen there: take a --port above 1023.",
+    errno.EADDRNOTAVAIL: "this machine has no such address: see --host.",
+}
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """
+    Return a socket for each address of a host, bound and not yet listening.
+
+    Args:
+        host: A name or an address.
+        port: 0 takes a free one, the same for all addresses.
+
+    Raises:
+        ConfigError: The address is none of this machine's, is taken, or may not be listened on.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as cause:
+        raise ConfigError(
+            f"Cannot listen on {host}: no address goes by that name; see --host."
+        ) from cause
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            one = socket.socket(family, kind, protocol)
+            sockets.append(one)
+            if os.name == "posix":  # elsewhere it would let two servers share a port
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            taken = sockets[0].getsockname()[1] if len(sockets) > 1 else port
+            one.bind((address[0], taken, *address[2:]))
+    except OSError as cause:
+        for one in sockets:
+            one.close()
+        why = _WHY.get(cause.errno or 0, f"{os.strerror(cause.errno or 0)}.")
+        raise ConfigError(f"Cannot listen on {host}, port {port}: {why}") from cause
+    return sockets

@@ -2,12 +2,24 @@
 What a reply cost, as clients are told: in each API's own fields, and in ours beside them.
 
 Cached tokens are those that no forward pass was fed with: the prompt's, less the computed ones.
+
+What a server counts, for Prometheus.
+
+Counters grow as replies end; what the engines know is asked when somebody looks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from recollect.conversation.model import Model
+from recollect.errors import StoreError
+from recollect.kv import accounts
 from recollect.types import Reason, Usage
 
 Tier = Literal["memory", "disk", "memory+disk"]
@@ -155,3 +167,158 @@ def recorded(values: Mapping[str, Any]) -> Usage:
 
 def _header_value(value: object) -> str:
     return str(value).encode("ascii", "backslashreplace").decode().replace("\n", " ")
+
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+_FIRST_TOKEN_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_PER_TOKEN_S: Final = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own. Changed on the event loop alone."""
+
+    def __init__(
+        self,
+        *,
+        loaded: Callable[[], Mapping[str, Model]],
+        running: Callable[[], int],
+        waiting: Callable[[], int],
+    ) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "recollect_requests",
+            "Requests answered.",
+            ["endpoint", "status"],
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "recollect_prompt_tokens",
+            "Tokens of prompts, by where their KV came from.",
+            ["model", "source"],
+            registry=registry,
+        )
+        self._generated = Counter(
+            "recollect_generated_tokens", "Tokens generated.", ["model"], registry=registry
+        )
+        self._reasons = Counter(
+            "recollect_replies",
+            "Replies, by why what was computed was not reused.",
+            ["model", "reason"],
+            registry=registry,
+        )
+        self._first_token = Histogram(
+            "recollect_first_token_seconds",
+            "From the call to the first new token.",
+            ["model"],
+            buckets=_FIRST_TOKEN_S,
+            registry=registry,
+        )
+        self._per_token = Histogram(
+            "recollect_token_seconds",
+            "Between two tokens of a reply, on its average.",
+            ["model"],
+            buckets=_PER_TOKEN_S,
+            registry=registry,
+        )
+        Gauge("recollect_running", "Replies being generated.", registry=registry).set_function(
+            running
+        )
+        Gauge("recollect_queue", "Requests that wait for a turn.", registry=registry).set_function(
+            waiting
+        )
+        registry.register(_Engines(loaded))
+
+    def observe(self, model: str, usage: Usage) -> None:
+        """Take note of a reply that has ended."""
+        self._tokens.labels(model, "computed").inc(usage.computed_tokens)
+        self._tokens.labels(model, "memory").inc(usage.reused_tokens - usage.restored_tokens)
+        self._tokens.labels(model, "disk").inc(usage.restored_tokens)
+        self._generated.labels(model).inc(usage.generated_tokens)
+        self._reasons.labels(model, usage.reason).inc()
+        if usage.generated_tokens:
+            self._first_token.labels(model).observe(usage.ttft_s)
+        if usage.decode_tps:
+            self._per_token.labels(model).observe(1 / usage.decode_tps)
+
+    def text(self) -> bytes:
+        """Return everything as Prometheus reads it."""
+        return generate_latest(self._registry)
+
+
+class _Engines(Collector):
+    """Asks the engines of the loaded models what they hold."""
+
+    def __init__(self, loaded: Callable[[], Mapping[str, Model]]) -> None:
+        self._loaded = loaded
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what is true now."""
+        blocks = GaugeMetricFamily(
+            "recollect_blocks", "KV blocks in memory, by state.", labels=["model", "state"]
+        )
+        evicted = CounterMetricFamily(
+            "recollect_evicted_blocks", "KV blocks given up for room.", labels=["model"]
+        )
+        computed = CounterMetricFamily(
+            "recollect_engine_tokens",
+            "Tokens fed to forward passes, decode and idle work included.",
+            labels=["model"],
+        )
+        preempted = CounterMetricFamily(
+            "recollect_preemptions", "Replies that made way for others.", labels=["model"]
+        )
+        disk = _Disk()
+        for name, model in self._loaded().items():
+            engine = model.engine
+            disk.add(name, model)
+            with engine.lock:
+                free, evictable = engine.pool.free_blocks, engine.cache.evictable_blocks
+                total = engine.pool.num_blocks
+            for state, count in (
+                ("free", free),
+                ("evictable", evictable),
+                ("in_use", total - free - evictable),
+            ):
+                blocks.add_metric([name, state], count)
+            evicted.add_metric([name], engine.cache.evicted_blocks)
+            computed.add_metric([name], engine.computed_tokens)
+            preempted.add_metric([name], engine.preemptions)
+        yield from (blocks, evicted, computed, preempted, *disk.families)
+
+
+class _Disk:
+    """What the tiers on disk have done; nothing where there is none."""
+
+    def __init__(self) -> None:
+        self._bytes = GaugeMetricFamily("recollect_disk_bytes", "KV on disk, of all models.")
+        self._written = CounterMetricFamily(
+            "recollect_disk_written_bytes", "KV written to disk.", labels=["model"]
+        )
+        self._evicted = CounterMetricFamily(
+            "recollect_disk_evicted_blocks", "KV blocks given up on disk.", labels=["model"]
+        )
+        self._misses = CounterMetricFamily(
+            "recollect_disk_misses",
+            "Blocks on disk that were refused, by reason.",
+            labels=["model", "reason"],
+        )
+
+    @property
+    def families(self) -> tuple[Metric, ...]:
+        """Return the metrics."""
+        return self._bytes, self._written, self._evicted, self._misses
+
+    def add(self, name: str, model: Model) -> None:
+        """Ask the tier of a model."""
+        tier = model.engine.tier
+        if tier is None:
+            return
+        done = tier.statistics()
+        self._written.add_metric([name], done.written_bytes)
+        self._evicted.add_metric([name], done.evicted_blocks)
+        for reason, count in done.misses.items():
+            self._misses.add_metric([name, reason], count)
+        if not self._bytes.samples:  # the models of a home share it
+            with suppress(StoreError), tier.store.env.reading() as txn:
+                self._bytes.add_metric([], accounts.total_bytes(txn, tier.store.env))

@@ -47,8 +47,8 @@ def test_public_files_reach_each_model_that_is_loaded(
     def run(_settings: Any, hub: ModelHub, _keys: Any, **_options: Any) -> None:
         asyncio.run(load(hub))
 
-    monkeypatch.setattr("recollect.server.public.publish_later", note)
-    monkeypatch.setattr("recollect.server.run.serve", run)
+    monkeypatch.setattr("recollect.server.hub.publish_later", note)
+    monkeypatch.setattr("recollect.server.app.serve", run)
     options = [option for file in files for option in ("--public", str(file))]
     result = CliRunner().invoke(app, ["serve", "-m", "reference", *options])
     assert result.exit_code == 0, result.output
@@ -72,7 +72,7 @@ def test_the_memory_of_models_given_by_their_paths_is_counted(
         file.write_bytes(b"x" * 1000 * size)
     hubs: list[ModelHub] = []
     monkeypatch.setattr(
-        "recollect.server.run.serve", lambda _settings, hub, _keys, **_options: hubs.append(hub)
+        "recollect.server.app.serve", lambda _settings, hub, _keys, **_options: hubs.append(hub)
     )
     options = [option for file in files for option in ("-m", str(file))]
     result = CliRunner().invoke(app, ["serve", *options, "--alias", "gpt=b/model.gguf"])
@@ -102,7 +102,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return the keyrings of servers that would have begun to listen."""
     rings: list[Any] = []
     monkeypatch.setattr(
-        "recollect.server.run.serve", lambda _settings, _hub, keys, **_options: rings.append(keys)
+        "recollect.server.app.serve", lambda _settings, _hub, keys, **_options: rings.append(keys)
     )
     return rings
 

@@ -12,12 +12,10 @@ import pytest
 import uvicorn
 
 from recollect.conversation.model import Model
-from recollect.server.app import create_app
+from recollect.server.access import Keyring, StoredKey, hash_key
+from recollect.server.app import create_app, uvicorn_config
 from recollect.server.hub import ModelHub
-from recollect.server.keys import Keyring, StoredKey, hash_key
-from recollect.server.listening import bind
-from recollect.server.run import uvicorn_config
-from recollect.server.settings import Limits, Settings
+from recollect.server.settings import Limits, Settings, bind
 
 Json = dict[str, Any]
 

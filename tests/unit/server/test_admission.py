@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.server import admission as admission_module
-from recollect.server.admission import Admission, Ticket
-from recollect.server.errors import ApiError
+from recollect.server import hub as admission_module
+from recollect.server.hub import Admission, Ticket
+from recollect.server.refusals import ApiError
 
 
 def test_a_turn_comes_when_one_is_given_back() -> None:

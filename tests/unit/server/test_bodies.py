@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from pydantic import BeforeValidator, ValidationError
 
 from recollect.conversation.model import Model
-from recollect.server.bodies import Bodies, read_body, read_json
-from recollect.server.chat_schema import ChatRequest
+from recollect.server.anthropic import MessagesRequest
+from recollect.server.chat_completions import ChatRequest
 from recollect.server.completions import CompletionRequest
-from recollect.server.conversations import ConversationChange, NewConversation, NewItems
-from recollect.server.errors import ApiError
-from recollect.server.fields import MOST_TOOLS, Body
-from recollect.server.message_schema import MessagesRequest
-from recollect.server.response_schema import ResponseRequest
+from recollect.server.conversation_routes import ConversationChange, NewConversation, NewItems
+from recollect.server.fields import MOST_TOOLS, Bodies, Body, read_body, read_json
+from recollect.server.refusals import ApiError
+from recollect.server.response_object import ResponseRequest
 from recollect.server.settings import Limits
 from recollect.text.tokenizer import ByteTokenizer
 
@@ -111,9 +110,9 @@ def test_what_is_read_of_too_many_values_does_not_grow_with_them(
     piece: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens looked at before a body is refused, at 10 and at 100 times as many as are allowed."""
-    from recollect.server import bodies
+    from recollect.server import fields
 
-    limits, real = Limits(values=1000), bodies._TOKEN
+    limits, real = Limits(values=1000), fields._TOKEN
     counts = []
 
     class Counting:
@@ -123,8 +122,8 @@ def test_what_is_read_of_too_many_values_does_not_grow_with_them(
                 counts[-1] += 1
                 yield token
 
-    monkeypatch.setattr(bodies, "_TOKEN", Counting())
-    monkeypatch.setattr(bodies, "from_json", lambda *_args, **_options: pytest.fail("was read"))
+    monkeypatch.setattr(fields, "_TOKEN", Counting())
+    monkeypatch.setattr(fields, "from_json", lambda *_args, **_options: pytest.fail("was read"))
     for times in (10, 100):
         body = "[" + piece * (limits.values * times) + "]"
         if piece != '"" ':  # nothing parts these, so the reader stops at the second
@@ -288,14 +287,14 @@ def test_a_large_body_is_read_beside_the_event_loop(body: bytes) -> None:
         text: Annotated[Any, BeforeValidator(slowly)]
 
     async def run() -> None:
-        bodies = Bodies(Limits())
-        large = asyncio.create_task(bodies.read(body, Slow))
+        fields = Bodies(Limits())
+        large = asyncio.create_task(fields.read(body, Slow))
         while not threads:
             await asyncio.sleep(0.001)  # the loop goes on
         may_go_on.set()
         await large
-        await bodies.read(b'{"text": "a"}', Slow)
-        bodies.close()
+        await fields.read(b'{"text": "a"}', Slow)
+        fields.close()
 
     asyncio.run(run())
     assert threads[0].startswith("recollect-body")
@@ -372,24 +371,24 @@ def bad_bodies() -> list[tuple[str, bytes]]:
         {"enum": []},
         deep,
     ]
-    bodies: list[tuple[str, str]] = []
+    fields: list[tuple[str, str]] = []
     for schema in schemas:
         flat = {"type": "json_schema", "name": "a", "schema": schema}
         form = {"type": "json_schema", "json_schema": {"schema": schema}}
-        bodies.append((CHAT, json.dumps({"messages": [USER], "response_format": form})))
-        bodies.append(("/v1/responses", json.dumps({"input": "a", "text": {"format": flat}})))
+        fields.append((CHAT, json.dumps({"messages": [USER], "response_format": form})))
+        fields.append(("/v1/responses", json.dumps({"input": "a", "text": {"format": flat}})))
     for parameters in (5, [], "a", True, *schemas):
         function = {"name": "get", "parameters": parameters}
         tool = {"type": "function", "function": function}
         flat = {"type": "function", **function}
         chosen: Json = {"messages": [USER], "tool_choice": "required"}
-        bodies.append((CHAT, json.dumps({**chosen, "tools": [tool]})))
-        bodies.append(("/v1/responses", json.dumps({"input": "a", "tools": [flat]})))
+        fields.append((CHAT, json.dumps({**chosen, "tools": [tool]})))
+        fields.append(("/v1/responses", json.dumps({"input": "a", "tools": [flat]})))
         named = {"name": "get", "input_schema": parameters}
         chosen = {"messages": [USER], "max_tokens": 2, "tool_choice": {"type": "any"}}
-        bodies.append(("/v1/messages", json.dumps({**chosen, "tools": [named]})))
+        fields.append(("/v1/messages", json.dumps({**chosen, "tools": [named]})))
     for value in ("NaN", "1e400", "-Infinity", r'"\ud800"', "[" * 300 + "]" * 300):
-        bodies += [
+        fields += [
             (CHAT, f'{{"messages": [{{"role": "user", "content": {value}}}]}}'),
             (CHAT, f'{{"messages": [{{"role": "user", "content": "a"}}], "user": {value}}}'),
             (CHAT, f'{{"messages": [{{"role": "user", "content": "a"}}], "top_k": {value}}}'),
@@ -404,15 +403,15 @@ def bad_bodies() -> list[tuple[str, bytes]]:
     huge = str(10**300)
     for name in ("top_k", "seed", "max_tokens", "n", "top_logprobs", "temperature"):
         body = f'{{"messages": [{{"role": "user", "content": "a"}}], "{name}": {huge}}}'
-        bodies.append((CHAT, body))
-    bodies.append(("/v1/completions", f'{{"prompt": [{huge}]}}'))
-    bodies.append((CHAT, json.dumps({"messages": [USER], "logit_bias": {huge: 1}})))
+        fields.append((CHAT, body))
+    fields.append(("/v1/completions", f'{{"prompt": [{huge}]}}'))
+    fields.append((CHAT, json.dumps({"messages": [USER], "logit_bias": {huge: 1}})))
     for name, token in (("messages", USER), ("prompt", "a")):
         banned = {str(token_id): -100 for token_id in range(ByteTokenizer().vocab_size)}
         path = CHAT if name == "messages" else "/v1/completions"
         body = json.dumps({name: [token], "logit_bias": banned, "max_tokens": 2})
-        bodies.append((path, body))
-    raw = [(path, body.encode()) for path, body in bodies]
+        fields.append((path, body))
+    raw = [(path, body.encode()) for path, body in fields]
     return [*raw, (CHAT, b"\xff\xfe"), (CHAT, b'{"messages": "\xff"}'), (CHAT, b"\x00" * 50)]
 
 

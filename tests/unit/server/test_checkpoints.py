@@ -18,7 +18,7 @@ from recollect.conversation.model import Model
 from recollect.engine.pinning import pin_on_disk
 from recollect.kv import maintenance
 from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.server import checkpoints
+from recollect.server import conversation_routes
 
 Json = dict[str, Any]
 Start = Callable[..., httpx.Client]
@@ -298,7 +298,7 @@ def test_one_that_is_deleted_while_it_is_kept_leaves_nothing(
         assert httpx.delete(address, trust_env=False).status_code == 200
         return pin_on_disk(*given, **options)
 
-    monkeypatch.setattr(checkpoints, "pin_on_disk", meanwhile)
+    monkeypatch.setattr(conversation_routes, "pin_on_disk", meanwhile)
     assert keep(post, client, conversation)["reason"] == "it was deleted meanwhile"
     assert pinned(home) == []
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recollect.server.connection import BoundedProtocol
+from recollect.server.access import BoundedProtocol
 from recollect.server.settings import Limits
 
 CHAT = "/v1/chat/completions"
@@ -143,7 +143,7 @@ def test_a_slow_request_ends(
     status: bytes,
 ) -> None:
     """Whether nothing comes any more, or a byte now and then."""
-    monkeypatch.setattr("recollect.server.connection._GRACE_S", 0.2)
+    monkeypatch.setattr("recollect.server.access._GRACE_S", 0.2)
     client = start(limits=QUICK)
     begun = time.monotonic()
     with connected(client) as one:

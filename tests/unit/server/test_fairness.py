@@ -18,7 +18,7 @@ from recollect.engine.scheduler import SHARED_CHUNK, Task
 from recollect.errors import RuntimeFailure
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
-from recollect.server.keys import namespace_of
+from recollect.server.access import namespace_of
 from recollect.server.settings import Limits
 
 Json = dict[str, Any]

@@ -12,8 +12,8 @@ import pytest
 
 from recollect.conversation.model import Model
 from recollect.errors import FetchError, UnknownModelError
-from recollect.server.errors import ApiError
 from recollect.server.hub import ModelHub
+from recollect.server.refusals import ApiError
 
 
 @pytest.fixture

@@ -10,11 +10,10 @@ import pytest
 
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError, FetchError
+from recollect.server.access import Keyring
+from recollect.server.app import serve
 from recollect.server.hub import ModelHub
-from recollect.server.keys import Keyring
-from recollect.server.listening import bind
-from recollect.server.run import serve
-from recollect.server.settings import Settings
+from recollect.server.settings import Settings, bind
 
 
 def test_a_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:

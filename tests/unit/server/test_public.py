@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from recollect.conversation.model import Model
-from recollect.server.public import publish_later
+from recollect.server.hub import publish_later
 
 Json = dict[str, Any]
 CHAT = "/v1/chat/completions"

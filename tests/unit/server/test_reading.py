@@ -20,9 +20,9 @@ from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import Entry, NewNode
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.maintenance import holdings
+from recollect.server.access import Keyring
 from recollect.server.app import create_app
 from recollect.server.hub import ModelHub
-from recollect.server.keys import Keyring
 from recollect.server.settings import Limits, Settings
 
 Json = dict[str, Any]

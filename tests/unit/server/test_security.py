@@ -15,7 +15,7 @@ import pytest
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError, StoreCorruptError
 from recollect.journal.journal import JOURNAL_NAME
-from recollect.server.keys import (
+from recollect.server.access import (
     ANYBODY,
     KeyFile,
     Keyring,

@@ -1,0 +1,470 @@
+"""
+`POST /v1/chat/completions`: the whole conversation comes as text each time, and is found again.
+
+What of it was generated here is taken over as the token ids that it was, so nothing is read twice.
+
+The body of a chat completion, as OpenAI's clients send it, and what it means to the engine.
+
+Pure: parses and translates; generates nothing.
+
+`POST /v1/prewarm`: compute a conversation's KV before anybody asks anything.
+
+For a client that knows what will be asked soon: a system prompt, a document, a message being typed.
+"""
+
+import secrets
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import cached_property
+from time import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field, model_validator
+
+from recollect.conversation.model import Model
+from recollect.conversation.turn import Reply
+from recollect.engine.engine import Engine
+from recollect.engine.pinning import compute_watched
+from recollect.errors import ContextFullError
+from recollect.kv.blocks import PUBLIC
+from recollect.server.fields import (
+    MOST_CALLS,
+    MOST_TOOLS,
+    Body,
+    BodyRoute,
+    ChatFormat,
+    FunctionTool,
+    Ignored,
+    Items,
+    LogprobCount,
+    Offer,
+    SamplingFields,
+    Text,
+    ToolChoice,
+    grammar_of,
+    logprob_entry,
+    offer,
+    unsupported,
+)
+from recollect.server.refusals import ApiError, ClientGone, api_error, openai_body, operators_only
+from recollect.server.services import Job, begin, client_of, services_of, with_model
+from recollect.server.streaming import (
+    Call,
+    CallEvent,
+    Ended,
+    Event,
+    Piece,
+    Progress,
+    Readable,
+    progress_comment,
+    require_reply,
+    sse,
+)
+from recollect.text.tool_calls import ArgumentsDelta, CallStarted
+from recollect.types import Grammar, Message, MessageToolCall, Role, SamplingParams, TokenLogprob
+
+
+class CalledFunction(Body):
+    """A function, and what it is called with as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    """A call of a tool in an assistant's message."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: Ignored = None
+
+    def call(self) -> MessageToolCall:
+        """Return it as the engine has it."""
+        name, arguments = self.function.name, self.function.arguments
+        return {
+            "id": self.id,
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
+
+
+class ChatMessage(Body):
+    """A message."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | None = None
+    tool_calls: Annotated[Items[ToolCall], Field(max_length=MOST_CALLS)] | None = None
+    tool_call_id: str | None = None
+    name: Ignored = None
+    refusal: Ignored = None
+    audio: Ignored = None
+    annotations: Ignored = None
+
+    def message(self) -> Message:
+        """Return it as the engine has it; instructions of a developer are those of the system."""
+        role: Role = "system" if self.role == "developer" else self.role
+        message: Message = {"role": role, "content": self.content}
+        if role == "assistant" and self.tool_calls:
+            message["tool_calls"] = [call.call() for call in self.tool_calls]
+        if role == "tool" and self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+class StreamOptions(Body):
+    """What a stream tells besides text."""
+
+    include_usage: bool = False
+    include_obfuscation: Ignored = None
+
+
+class ChatRequest(SamplingFields):
+    """The body of `POST /v1/chat/completions`."""
+
+    model: str | None = None
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+    response_format: ChatFormat | None = None
+    tools: Annotated[Items[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    logprobs: bool | None = False
+    top_logprobs: LogprobCount | None = None
+
+    modalities: Items[Literal["text"]] | None = None
+
+    metadata: Ignored = None
+    prediction: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
+    reasoning_effort: Ignored = None
+    safety_identifier: Ignored = None
+    service_tier: Ignored = None
+    store: Ignored = None
+    user: Ignored = None
+    verbosity: Ignored = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ChatRequest":
+        if self.stream_options is not None and not self.stream:
+            raise unsupported("stream_options", "only where stream is true.")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise unsupported("top_logprobs", "only where logprobs is true.")
+        return self
+
+    @property
+    def choices(self) -> int:
+        """Return how many replies are asked for."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        """Return whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def conversation(self) -> list[Message]:
+        """Return the messages as the engine has them."""
+        return [message.message() for message in self.messages]
+
+    @cached_property
+    def offered(self) -> Offer:
+        """Return what the reply may call."""
+        return offer(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """Return what the reply must look like; None: anything goes."""
+        return grammar_of(self.response_format)
+
+    def prepare(self) -> None:
+        """Work out `offered` and `grammar`."""
+        _ = self.offered, self.grammar
+
+    def sampling(self, choice: int, *, temperature: float) -> SamplingParams:
+        """Return how a reply is sampled; see `SamplingFields.params`."""
+        limit = self.max_completion_tokens or self.max_tokens
+        return self.params(
+            max_tokens=limit,
+            temperature=temperature,
+            choice=choice,
+            grammar=self.grammar,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+
+
+def check_limits(
+    messages: Sequence[Any],
+    choices: int,
+    *,
+    most_messages: int,
+    most_choices: int,
+    what: str = "messages",
+) -> None:
+    """
+    Check that a request asks for no more than one may.
+
+    Args:
+        what: The field that the messages are in.
+
+    Raises:
+        ApiError: It does.
+    """
+    for name, count, most in ((what, len(messages), most_messages), ("n", choices, most_choices)):
+        if count > most:
+            raise ApiError(
+                f"{name}: {count:,} are too many; this server takes {most:,}.",
+                code="invalid_value",
+                param=name,
+            )
+
+
+router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    """Answer the last message of a conversation."""
+    settings, namespace = services_of(request).settings, client_of(request).namespace
+    limits = settings.limits
+    check_limits(
+        body.messages,
+        body.choices,
+        most_messages=limits.messages,
+        most_choices=limits.choices,
+    )
+    params = [
+        body.sampling(choice, temperature=settings.temperature) for choice in range(body.choices)
+    ]
+
+    offered = body.offered
+
+    def prepare(model: Model) -> Iterator[Readable]:
+        session = model.session_from(
+            body.conversation(),
+            namespace=namespace,
+            tools=offered.tools,
+            tool_choice=offered.choice,
+            parallel_tool_calls=offered.parallel,
+        )
+        sessions = [session, *(session.fork() for _ in params[1:])]
+        for one, how in zip(sessions, params, strict=True):
+            yield one.stream(None, params=how)
+
+    job = await begin(request, body.model, prepare, choices=body.choices)
+    completion = Completion(job, body)
+    if body.stream:
+        return await job.stream(request, completion.events)
+    replies = await job.replies(request)
+    cost = job.cost(replies)
+    return JSONResponse(completion.whole(replies), headers=cost.headers())
+
+
+class Completion:
+    """The replies to one request, in OpenAI's words."""
+
+    def __init__(self, job: Job, body: ChatRequest) -> None:
+        self._job = job
+        self._body = body
+        self._id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._created = int(time())
+
+    def whole(self, replies: Sequence[Reply]) -> dict[str, Any]:
+        """Return the replies at once."""
+        choices = [
+            {
+                "index": index,
+                "message": _message(reply),
+                "finish_reason": _finish_reason(reply),
+                "logprobs": _logprobs(reply.logprobs),
+            }
+            for index, reply in enumerate(replies)
+        ]
+        usage = self._job.cost(replies).chat()
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage}
+
+    async def events(self, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+        """Yield the replies as they come."""
+        begun: set[int] = set()
+        replies: list[Reply] = []
+        async for event in events:
+            if not isinstance(event, Progress) and event.choice not in begun:
+                begun.add(event.choice)
+                yield self._chunk(event.choice, {"role": "assistant", "content": ""})
+            match event:
+                case Piece():
+                    likely = _logprobs(event.logprobs or None)
+                    yield self._chunk(event.choice, {"content": event.text}, logprobs=likely)
+                case Call():
+                    if delta := _call_delta(event.event):
+                        yield self._chunk(event.choice, {"tool_calls": [delta]})
+                case Ended():
+                    try:
+                        reply = require_reply(event)
+                    except Exception as error:  # noqa: BLE001 - told to the client, and in the log
+                        yield sse(openai_body(api_error(error)))
+                        return
+                    replies.append(reply)
+                    own = self._job.cost([reply]).own()
+                    yield self._chunk(event.choice, {}, _finish_reason(reply), recollect=own)
+                case Progress():
+                    yield progress_comment(event)
+        if self._body.include_usage:
+            usage = self._job.cost(replies).chat()
+            yield sse({**self._head("chat.completion.chunk"), "choices": [], "usage": usage})
+        yield sse("[DONE]")
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        finish_reason: str | None = None,
+        *,
+        logprobs: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> str:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+        usage = {"usage": None} if self._body.include_usage else {}
+        return sse({**self._head("chat.completion.chunk"), "choices": [choice], **usage, **more})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._job.model_name,
+            "system_fingerprint": f"recollect-{self._job.model.fingerprint[:12]}",
+        }
+
+
+def _message(reply: Reply) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": None}
+    if reply.tool_calls:
+        message["content"] = reply.content or None
+        message["tool_calls"] = [call.to_dict() for call in reply.tool_calls]
+    return message
+
+
+def _finish_reason(reply: Reply) -> str:
+    if reply.tool_calls and reply.finish_reason == "stop":
+        return "tool_calls"
+    return reply.finish_reason
+
+
+def _logprobs(tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+    if tokens is None:
+        return None
+    return {"content": [logprob_entry(token) for token in tokens], "refusal": None}
+
+
+def _call_delta(event: CallEvent) -> dict[str, Any] | None:
+    """Return more of a call; None where nothing is told of its end."""
+    match event:
+        case CallStarted():
+            function = {"name": event.name, "arguments": ""}
+            return {"index": event.index, "id": event.id, "type": "function", "function": function}
+        case ArgumentsDelta():
+            return {"index": event.index, "function": {"arguments": event.text}}
+        case _:
+            return None
+
+
+prewarm_router = APIRouter(tags=["Conversations"], route_class=BodyRoute)
+
+
+class PrewarmRequest(Body):
+    """The body of `POST /v1/prewarm`: a last message of the user counts as not yet finished."""
+
+    model: str | None = None
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
+    public: bool = False
+    """Whether every key may reuse it, while the model stays loaded; an operator's to say."""
+
+
+@prewarm_router.post("/v1/prewarm")
+async def prewarm(body: PrewarmRequest, request: Request) -> dict[str, Any]:
+    """Compute what of a conversation is not computed yet."""
+    most = services_of(request).settings.limits.messages
+    check_limits(body.messages, 1, most_messages=most, most_choices=1)
+    client = client_of(request)
+    if body.public and not client.is_operator:
+        raise operators_only("public")
+    namespace = PUBLIC if body.public else client.namespace
+    messages = [one.message() for one in body.messages]
+    typed = (messages.pop()["content"] or "") if messages[-1]["role"] == "user" else ""
+
+    reading = _Reading()
+
+    def compute(model: Model) -> dict[str, Any]:
+        session = (
+            model.session_from(messages, namespace=namespace)
+            if messages
+            else model.session(namespace=namespace)
+        )
+        with session:
+            ids = model.prompts.encode_typed(session.path(), typed).token_ids
+        if body.public:
+            computed = model.public.publish(ids, progress=reading.told).computed_tokens
+        else:
+            computed = reading.compute(model.engine, ids, namespace)
+        return {
+            "object": "prewarm",
+            "public": body.public,
+            "prompt_tokens": len(ids),
+            "computed_tokens": computed,
+            "reused_tokens": len(ids) - computed,
+        }
+
+    return await with_model(request, body.model, compute, on_gone=reading.give_up)
+
+
+class _Reading:
+    """A prompt being read for a client, until that goes away; what was read by then stays warm."""
+
+    def __init__(self) -> None:
+        self._is_gone = threading.Event()
+
+    def give_up(self) -> None:
+        """End it at the next pass; from any thread."""
+        self._is_gone.set()
+
+    def told(self, _what: str, _done: int, _total: int | None) -> None:
+        """
+        Hear how far it is.
+
+        Raises:
+            ClientGone: Nobody waits for it any more.
+        """
+        if self._is_gone.is_set():
+            raise ClientGone
+
+    def compute(self, engine: Engine, token_ids: list[int], namespace: str) -> int:
+        """
+        Compute what of a prompt is not there; return how many tokens that took.
+
+        Raises:
+            ContextFullError: It leaves no place for a reply.
+            ClientGone: Nobody waits for it any more.
+        """
+        if len(token_ids) >= engine.info.context_length:
+            raise ContextFullError(needed=len(token_ids) + 1, limit=engine.info.context_length)
+        sequence = engine.new_sequence(namespace)
+        try:
+            sequence.append(token_ids)
+            if not sequence.is_warm():
+                compute_watched(engine, sequence, progress=self.told)
+            return sequence.fed_tokens
+        finally:
+            sequence.release()
