@@ -21,7 +21,7 @@ from harness import parser, report, say
 from recollect.conversation.tools import Tools
 from recollect.engine.grammar import GrammarState
 from recollect.engine.sampling import choose_token
-from recollect.proof.statistics import Summary, summarize
+from recollect.proof.bench import Summary, summarize
 from recollect.text.tool_calls import call_text
 from recollect.types import Grammar, SamplingParams
 

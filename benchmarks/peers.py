@@ -31,9 +31,7 @@ import onnxruntime_genai
 
 from harness import Load, parser, report, say
 from recollect import og
-from recollect.proof.bench import bench_text, cut_to_length
-from recollect.proof.statistics import summarize
-from recollect.proof.timing import time_response
+from recollect.proof.bench import bench_text, cut_to_length, summarize, time_response
 from recollect.proof.verify import EXACT_LIMIT
 
 INPUT, OUTPUT, INPUT2, OUTPUT2 = 2048, 256, 256, 128

@@ -37,8 +37,7 @@ from recollect import config
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.maintenance import holdings
 from recollect.models.prepare import prepare
-from recollect.proof.bench import bench_text, cut_to_length
-from recollect.proof.statistics import summarize
+from recollect.proof.bench import bench_text, cut_to_length, summarize
 from recollect.runtime.openvino import OpenVinoRuntime
 from recollect.types import Profile, SamplingParams
 

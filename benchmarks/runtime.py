@@ -30,8 +30,7 @@ import openvino_genai as genai
 from harness import Load, parser, report, say
 from recollect import config
 from recollect.models.prepare import prepare
-from recollect.proof.bench import bench_text, cut_to_length
-from recollect.proof.statistics import summarize
+from recollect.proof.bench import bench_text, cut_to_length, summarize
 from recollect.runtime.openvino import SETTINGS
 from recollect.types import SamplingParams
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import recollect
 from harness import Load, parser, report, say
 from recollect.engine.sampling import choose_token, log_probabilities, most_likely
-from recollect.proof.statistics import Summary, summarize
+from recollect.proof.bench import Summary, summarize
 from recollect.types import SamplingParams
 
 VOCABULARIES: Final = (49_152, 151_936)

@@ -14,12 +14,12 @@ import traceback
 import numpy.random
 import typer.main
 
-from recollect.cli import batch, main
+from recollect.cli import chat, main
 from recollect.conversation import loading
 from recollect.engine import write_behind
 
 # What the command imports late.
-_IMPORTED_BEFORE_THE_FORK = (batch, loading, numpy.random)
+_IMPORTED_BEFORE_THE_FORK = (chat, loading, numpy.random)
 # KV goes to disk all the time, so that a kill finds a write under way.
 for name in ("_SETTLE_S", "_OVERDUE_S", "_BUSY_PAUSE"):
     setattr(write_behind, name, 0.0)

@@ -13,10 +13,9 @@ import pytest
 
 import recollect
 from recollect.errors import ConfigError, UnsupportedModelError
-from recollect.proof.against_file import compare_with_file
 from recollect.proof.openvino_reference import open_openvino
 from recollect.proof.reference_model import NotCompared, logits_at
-from recollect.proof.verify import verify
+from recollect.proof.verify import compare_with_file, verify
 from recollect.runtime.base import Logits
 
 pytestmark = pytest.mark.model

@@ -8,8 +8,7 @@ import pytest
 
 import recollect
 from recollect.models.onnx_folder import Precision
-from recollect.proof.rewind_test import run_rewind_test
-from recollect.proof.scenarios import load_scenarios, play
+from recollect.proof.scenarios import load_scenarios, play, run_rewind_test
 from recollect.proof.verify import EXACT_LIMIT, verify
 
 pytestmark = pytest.mark.model

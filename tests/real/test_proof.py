@@ -8,8 +8,7 @@ import recollect
 from recollect.conversation.model import Model
 from recollect.proof.bench import BenchConfig, run_iterations
 from recollect.proof.forks import measure_forks
-from recollect.proof.rewind_test import run_rewind_test
-from recollect.proof.scenarios import load_scenarios, play
+from recollect.proof.scenarios import load_scenarios, play, run_rewind_test
 
 pytestmark = pytest.mark.model
 

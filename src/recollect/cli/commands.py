@@ -12,13 +12,9 @@ from typing import Final
 
 from rich.text import Text
 
-from recollect.cli.models import format_bytes
-from recollect.cli.state import REGENERATE_TEMPERATURE, Chat
-from recollect.cli.statistics import statistics
-from recollect.cli.terminal import printable
-from recollect.cli.tree_view import MARKS, draw_tree
-from recollect.cli.warmth import warmth
-from recollect.cli.welcome import branches
+from recollect.cli.display import MARKS, draw_tree, printable, warmth
+from recollect.cli.models_command import format_bytes
+from recollect.cli.state import REGENERATE_TEMPERATURE, Chat, branches, statistics
 from recollect.conversation.tree import Node
 from recollect.errors import (
     ConversationError,

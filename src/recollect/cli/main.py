@@ -2,32 +2,81 @@
 The command `recollect`: its sub-commands, and how errors become an exit status.
 
 Imports nothing that loads a runtime, so that `--help` and mistakes in options answer at once.
+
+Standard input, output and errors as they may be: closed, full, or with nobody who reads.
 """
 
+import os
 import sys
-from typing import Annotated, Any, Final, NoReturn
+from contextlib import suppress
+from typing import Annotated, Any, Final, NoReturn, TextIO, cast
 
 import typer
 from typer.core import TyperGroup
 
 from recollect import starting
 from recollect._version import __version__
-from recollect.cli import streams
-from recollect.cli.bench import bench
-from recollect.cli.cache import app as cache
-from recollect.cli.carry import export, import_file
+from recollect.cli.bench_command import bench
+from recollect.cli.cache_command import app as cache
+from recollect.cli.cache_command import warm
 from recollect.cli.chat import ChatCommand, chat
-from recollect.cli.checkpoints import app as checkpoints
-from recollect.cli.conversations import app as conversations
-from recollect.cli.convert import convert
-from recollect.cli.models import models, pull
-from recollect.cli.passphrase import encrypt
-from recollect.cli.rewind import rewind_test
-from recollect.cli.scenarios import scenarios
+from recollect.cli.checkpoints_command import app as checkpoints
+from recollect.cli.conversations_command import app as conversations
+from recollect.cli.conversations_command import export_with_kv, import_with_kv
+from recollect.cli.models_command import convert, models, pull
+from recollect.cli.options import encrypt
+from recollect.cli.prove import rewind_test, scenarios, verify
 from recollect.cli.serve import keys_app, serve
-from recollect.cli.verify import verify
-from recollect.cli.warm import warm
 from recollect.errors import RecollectError
+
+_READ, _WRITE = os.O_RDONLY, os.O_WRONLY
+# Opened the other way round: using a stream that was closed fails, as it would have. Nobody could
+# be told where errors cannot be written, so those are let go.
+_MISSING: Final = ((0, _WRITE), (1, _READ), (2, _WRITE))
+
+
+def open_missing() -> None:
+    """
+    See that descriptors 0 to 2 are taken, and that Python has its three streams.
+
+    Otherwise the next file, such as a database, gets the number, and whatever is written to the
+    stream goes into it.
+    """
+    for number, flags in _MISSING:
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, flags)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+    if sys.stdin is None:
+        sys.stdin = _stream(0, "r")
+    if sys.stdout is None:
+        sys.stdout = _stream(1, "w")
+    if sys.stderr is None:
+        sys.stderr = _stream(2, "w")
+
+
+def let_go(stream: TextIO) -> None:
+    """Forget what a stream could not write, so that the end of the process does not try again."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, _WRITE)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def complain(message: str) -> None:
+    """Write a line to stderr, where that can be done."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        let_go(sys.stderr)
+
+
+def _stream(number: int, mode: str) -> TextIO:
+    stream = os.fdopen(number, mode, encoding="utf-8", errors="replace", closefd=False)
+    return cast("TextIO", stream)  # a text mode
 
 
 class _PlainErrors(TyperGroup):
@@ -66,8 +115,8 @@ app.add_typer(checkpoints)
 app.add_typer(cache)
 app.command()(warm)
 app.command()(encrypt)
-app.command()(export)
-app.command("import")(import_file)
+app.command("export")(export_with_kv)
+app.command("import")(import_with_kv)
 app.command()(models)
 app.command()(pull)
 app.command()(convert)
@@ -104,7 +153,7 @@ def run() -> None:
     """
     starting.raise_on_interrupt()
     try:
-        streams.open_missing()
+        open_missing()
         _run()
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
@@ -125,15 +174,15 @@ def _run() -> None:
     except RecollectError as error:
         _fail(str(error))
     except BrokenPipeError:  # whoever read it has seen enough
-        streams.let_go(sys.stdout)
+        let_go(sys.stdout)
         sys.exit(EXIT_NOT_READ)
     except OSError as error:
-        streams.let_go(sys.stdout)
+        let_go(sys.stdout)
         _fail(_refusal(error))
 
 
 def _fail(message: str) -> NoReturn:
-    streams.complain(f"recollect: {message}")
+    complain(f"recollect: {message}")
     sys.exit(EXIT_ERROR)
 
 

@@ -2,18 +2,206 @@
 Options that several commands share, and how they become a loaded model.
 
 Nothing here is read from the terminal; the imports at the top are only those that `--help` needs.
+
+Progress of something long, drawn on stderr while it lasts.
+
+Draws on terminals only, and leaves nothing behind; does not know what is being done.
+
+Unlock the data folder for a command, and `recollect encrypt`.
+
+Asks for a passphrase on the terminal, where there is one, whatever stdin and stdout are.
+
+What lies in the user's data folder, opened for commands that load no model.
+
+A text that an option names by its file.
 """
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from getpass import getpass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.progress import Progress as Bars
+from rich.text import Text
 
-from recollect.cli.passphrase import unlock_home
-from recollect.cli.progress import progress_bar
-from recollect.types import Profile
+from recollect import config, encryption, files
+from recollect.encryption import KV_PURPOSE
+from recollect.errors import ConfigError, StoreError
+from recollect.types import Profile, Progress
 
-if TYPE_CHECKING:  # see open_model
+if TYPE_CHECKING:
     from recollect.conversation.model import Model
+    from recollect.encryption import Cipher
+    from recollect.journal.checkpoints import Checkpoints
+    from recollect.journal.journal import Journal
+    from recollect.kv.disk import DiskStore
+
+
+class _SizeColumn(ProgressColumn):
+    """Bytes or tokens done, for what is counted; nothing for what is only waited for."""
+
+    def __init__(self, sizes: DownloadColumn | MofNCompleteColumn) -> None:
+        super().__init__()
+        self._sizes = sizes
+
+    def render(self, task: Task) -> Text:
+        """Return the sizes as text."""
+        counted = task.total is not None and task.total > 1
+        return self._sizes.render(task) if counted else Text("")
+
+
+@contextmanager
+def progress_bar(waiting: str, *, tokens: bool = False) -> Iterator[Progress]:
+    """
+    Show a spinner beside *waiting*, and a bar for each thing that progress is reported of.
+
+    Args:
+        waiting: What is being done.
+        tokens: Whether tokens are counted, and not bytes.
+
+    Yields:
+        What to pass as `progress`.
+    """
+    console = Console(stderr=True)
+    bars = Bars(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        _SizeColumn(MofNCompleteColumn() if tokens else DownloadColumn()),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, total: int | None) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done, total=total)
+
+    with bars:
+        bars.add_task(waiting, total=None)
+        yield report
+
+
+EncryptOption = Annotated[
+    bool,
+    typer.Option(
+        "--encrypt",
+        help="Encrypt what is kept with a passphrase, if it is not yet; `recollect encrypt` says more.",
+    ),
+]
+
+
+_COPY: Final = (
+    "Keep a copy of {} somewhere else: it is no secret, and without it nothing can be read either."
+)
+_DELETED: Final = (
+    "KV on disk and the history of what was typed were deleted: conversations are read once more when "
+    "they go on."
+)
+_unlocked: "dict[Path, Cipher]" = {}
+"""A process is one command, which opens several files and asks once."""
+
+
+def unlock_home(*, encrypt: bool = False) -> "Cipher | None":
+    """
+    Return what reads and writes the data folder; None for one that is not encrypted.
+
+    Args:
+        encrypt: Whether to encrypt it first where it is not.
+
+    Raises:
+        ConfigError: The passphrase is wrong, or there is nobody to ask for it. Nothing was changed.
+        StoreError: The folder cannot be encrypted.
+    """
+    home = config.home()
+    if encrypt:
+        was_encrypted = encryption.is_encrypted(home)
+        encrypted = _encrypt(keyring=False)
+        if not was_encrypted and sys.stderr.isatty():
+            typer.echo(f"{_COPY.format(home / encryption.KEY_FILE)}\n{_DELETED}", err=True)
+        return encrypted
+    if home in _unlocked and encryption.is_encrypted(home):
+        return _unlocked[home]
+    cipher = encryption.unlock(home, ask=_ask if _has_terminal() else None)
+    if cipher is not None:
+        _unlocked[home] = cipher
+    return cipher
+
+
+def encrypt(
+    keyring: Annotated[
+        bool,
+        typer.Option("--keyring", help="Draw a key and keep it in the keyring of this system."),
+    ] = False,
+) -> None:
+    """
+    Encrypt what is kept: conversations, and KV on disk.
+
+    The key comes from a passphrase: that in RECOLLECT_PASSPHRASE, or one that is asked for.
+    From then on every command that reads what is kept needs it. A lost passphrase cannot be replaced.
+    """
+    was_encrypted = encryption.is_encrypted()
+    _encrypt(keyring=keyring)
+    where = (
+        "in the keyring of this system" if encryption.source() == "keyring" else "the passphrase"
+    )
+    typer.echo(
+        f"{config.home()} is encrypted. The key is {where}: without it nobody can read what is kept."
+    )
+    typer.echo(_COPY.format(config.home() / encryption.KEY_FILE))
+    if not was_encrypted:
+        typer.echo(_DELETED)
+
+
+def _encrypt(*, keyring: bool) -> "Cipher":
+    from recollect.journal.encrypt import encrypt as encrypt_home  # noqa: PLC0415 - as above
+
+    ask = _ask if encryption.is_encrypted() else _ask_for_a_new_one
+    cipher = encrypt_home(keyring=keyring, ask=ask if _has_terminal() else None)
+    _unlocked[config.home()] = cipher
+    return cipher
+
+
+def _ask() -> str:
+    return getpass(f"Passphrase of {config.home()}: ")
+
+
+def _ask_for_a_new_one() -> str:
+    first = getpass(f"New passphrase for {config.home()}: ")
+    if getpass("The same again: ") != first:
+        raise ConfigError("The two passphrases differ: try again; nothing was changed.")
+    return first
+
+
+def _has_terminal() -> bool:
+    """Return whether somebody can be asked; getpass would read a pipe that holds prompts."""
+    if sys.platform == "win32":
+        return sys.stdin.isatty()
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
 
 _SAMPLING: Final = "Sampling"
 
@@ -240,3 +428,85 @@ def open_model(
             progress=progress,
             offline=offline or None,
         )
+
+
+def store_folder() -> Path:
+    """Return where KV is kept."""
+    from recollect.kv.disk import STORE_FOLDER  # noqa: PLC0415 - see above
+
+    return config.home() / STORE_FOLDER
+
+
+def has_store() -> bool:
+    """Return whether any KV was ever kept here."""
+    from recollect.kv.maintenance import is_there  # noqa: PLC0415 - see above
+
+    return is_there(store_folder())
+
+
+@contextmanager
+def open_store() -> "Iterator[DiskStore]":
+    """
+    Open the KV that is kept on disk.
+
+    Raises:
+        StoreError: There is none, or it cannot be opened.
+    """
+    from recollect.kv.maintenance import open_existing  # noqa: PLC0415 - see above
+
+    if not has_store():
+        raise StoreError("No KV is kept on disk here yet: `recollect chat` does that.")
+    cipher = unlock_home()
+    sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
+    with closing(open_existing(store_folder(), sealer)) as store:
+        yield store
+
+
+@contextmanager
+def open_journal() -> "Iterator[Journal]":
+    """
+    Open the conversations.
+
+    Raises:
+        StoreError: They cannot be opened.
+    """
+    from recollect.journal.journal import JOURNAL_NAME, Journal  # noqa: PLC0415 - see above
+
+    with Journal.open(config.home() / JOURNAL_NAME, cipher=unlock_home()) as journal:
+        yield journal
+
+
+@contextmanager
+def open_places() -> "Iterator[Checkpoints]":
+    """
+    Open the checkpoints.
+
+    Raises:
+        StoreError: No KV is kept, or it or the journal cannot be opened.
+    """
+    from recollect.journal.checkpoints import Checkpoints  # noqa: PLC0415 - see above
+
+    with open_store() as store, open_journal() as journal:
+        yield Checkpoints(store, journal)
+
+
+MOST_BYTES: Final = 64 * files.MIB
+"""Sixteen million tokens: more than any context holds."""
+
+
+def read_text(file: Path) -> str:
+    """
+    Return what is in a file, without the line ends after it.
+
+    Raises:
+        ConfigError: It cannot be read, is no file or too large, is not UTF-8 text, or has nothing in it.
+    """
+    try:
+        text = files.read_text(file, most_bytes=MOST_BYTES, encoding="utf-8-sig").rstrip()
+    except OSError as cause:
+        raise ConfigError(f"{file} cannot be read ({cause.strerror}): check the path.") from cause
+    except UnicodeDecodeError as cause:
+        raise ConfigError(f"{file} is not UTF-8 text: convert it first.") from cause
+    if not text:
+        raise ConfigError(f"{file} has no text in it: give another file.")
+    return text

@@ -2,6 +2,14 @@
 What a chat at the terminal holds: sessions by name, the current one, and what they have cost.
 
 Prints to a console it is given; does not read input, and knows no commands.
+
+What `/stats` shows: work done, work saved, and memory.
+
+Reads counters; counts nothing itself.
+
+What a chat begins and ends with: the model, where a resumed conversation stands, how to go on.
+
+Prints; changes nothing.
 """
 
 import shlex
@@ -9,14 +17,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
+import psutil
 from rich.console import Console
+from rich.text import Text
 
-from recollect.cli.streaming import show_reply
-from recollect.cli.terminal import printable
+from recollect.cli.display import printable, show_reply
+from recollect.cli.models_command import format_bytes
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
 from recollect.conversation.turn import Reply, ReplyStream
+from recollect.engine.engine import Engine
 from recollect.errors import (
     ConversationError,
     InvalidParameterError,
@@ -291,3 +302,175 @@ def format_duration(seconds: float) -> str:
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
+
+
+def statistics(chat: Chat) -> list[tuple[str, str]]:
+    """Return names and values, in the order in which they are shown."""
+    engine, totals = chat.model.engine, chat.totals
+    with engine.lock:  # one moment for all counters
+        computed, passes = engine.computed_tokens, engine.forward_passes
+        memory, pressure = _memory(engine), _pressure(engine)
+    turns = sum(node.role == "assistant" for node in chat.session.tree.nodes())
+    usage = chat.session.tip.usage
+    history = 0 if usage is None else usage["prompt_tokens"] + usage["generated_tokens"]
+    return [
+        ("model", f"{chat.model.name}, profile {chat.model.profile}"),
+        ("runtime", engine.info.name),
+        ("kept as", _kept_as(chat)),
+        ("conversation", f"{turns} turns in all branches, {len(chat.sessions)} sessions"),
+        ("context", f"{history:,} of {chat.model.context_length:,} tokens in {chat.current}"),
+        ("computed", f"{computed:,} tokens in {passes:,} passes"),
+        ("reused", f"{totals.reused_tokens:,} tokens in {totals.replies:,} replies"),
+        ("saved", _saved(chat)),
+        ("KV memory", memory),
+        ("KV pressure", pressure),
+        *_disk(engine),
+        ("process memory", format_bytes(psutil.Process().memory_info().rss)),
+    ]
+
+
+def _kept_as(chat: Chat) -> str:
+    conversation = chat.session.conversation
+    if not conversation.is_kept:
+        return "not kept"
+    return printable(conversation.name or "the date, from the first turn on")
+
+
+def _memory(engine: Engine) -> str:
+    """Return how the blocks are used: by sequences and pins, only by the cache, or not at all."""
+    pool, block_bytes = engine.pool, engine.info.bytes_per_block
+    with engine.lock:
+        cached, used, free = engine.cache.evictable_blocks, pool.used_blocks, pool.free_blocks
+    return (
+        f"{used - cached:,} blocks in use, {cached:,} cached, {free:,} "
+        f"free ({format_bytes(used * block_bytes)} of "
+        f"{format_bytes(pool.num_blocks * block_bytes)} filled)"
+    )
+
+
+def _pressure(engine: Engine) -> str:
+    with engine.lock:
+        pinned = sum(cached.pins > 0 for cached in engine.cache.blocks())
+    return (
+        f"{engine.cache.evicted_blocks:,} blocks evicted, {engine.preemptions:,} preemptions, "
+        f"{pinned:,} blocks pinned"
+    )
+
+
+def _disk(engine: Engine) -> list[tuple[str, str]]:
+    """Return what the tier below memory has done, and why it does nothing where that is so."""
+    if engine.tier is None:
+        why = "--kv-disk 0" if engine.info.has_block_bytes else "this runtime keeps KV to itself"
+        return [("KV on disk", f"none ({why})")]
+    tier = engine.tier.statistics()
+    work = (
+        f"{tier.restored_tokens:,} tokens restored in {format_duration(tier.restore_s)}, "
+        f"{tier.written_blocks:,} blocks written ({format_bytes(tier.written_bytes)}), "
+        f"{tier.evicted_blocks:,} evicted"
+    )
+    misses = ", ".join(f"{count:,} {reason}" for reason, count in tier.misses.items())
+    return [
+        ("KV on disk", work if tier.error is None else f"off. {printable(tier.error)}"),
+        *([("KV refused", f"{misses}: computed anew instead")] if misses else []),
+    ]
+
+
+def _saved(chat: Chat) -> str:
+    saved_s, rate = chat.totals.saved_s, chat.totals.best_prefill_tps
+    if saved_s is None or rate is None:
+        return (
+            f"unknown until a prompt of {LONG_PROMPT_TOKENS} new tokens shows how fast prefill is"
+        )
+    return (
+        f"about {format_duration(saved_s)}: the reused tokens at {rate:,.0f} tok/s, the fastest "
+        "long prompt of this chat"
+    )
+
+
+_TURNS_SHOWN: Final = 2
+_MOST_CHARACTERS: Final = 600
+"""Of a message that is shown again: its beginning and its end."""
+
+
+def welcome(chat: Chat) -> None:
+    """Say what is spoken to, and show the end of what was said before."""
+    model = chat.model
+    chat.note(
+        f"{model.name} · {model.profile} · {model.context_length:,} tokens of context · "
+        "/help lists commands, Ctrl-D leaves"
+    )
+    if not chat.session.conversation.is_kept:
+        chat.note("Nothing of this chat is kept (--no-save).")
+    if len(chat.session.tree) and chat.session.conversation.name is not None:
+        _show_where_it_stands(chat)
+
+
+def farewell(chat: Chat) -> None:
+    """Say how to go on with what was kept."""
+    conversation = chat.session.conversation
+    has_turns = any(node.role == "assistant" for node in conversation.tree.nodes())
+    if not conversation.is_kept or conversation.kept_as is None or not has_turns:
+        return
+    try:
+        name = conversation.current_name()  # somebody may have renamed it since
+    except StoreError:
+        name = conversation.name
+    if name is None:
+        chat.note("This conversation has been deleted elsewhere: nothing of it is kept.")
+    else:
+        chat.note(f"Kept: recollect chat --resume {shlex.quote(name)}")
+
+
+def branches(chat: Chat) -> str:
+    """Return the named tips of the conversation with their turns, for one line."""
+    parts = []
+    for name, tip in chat.tips().items():
+        here = " (here)" if name == chat.current else ""
+        parts.append(f"{name} {count(tip.turns, 'turn')}{here}")
+    return " · ".join(parts)
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def _show_where_it_stands(chat: Chat) -> None:
+    conversation = chat.session.conversation
+    chat.note(f"Resumed {conversation.name!r}: {branches(chat)}")
+    own = chat.model.weights_fingerprint
+    foreign = sum(node.fingerprint not in {None, own} for node in chat.session.path())
+    if foreign:
+        # A file that was replaced under the same name is another model too.
+        name = conversation.other_model
+        writer = "another model" if name in {None, chat.model.name} else name
+        chat.note(
+            f"{count(foreign, 'reply', 'replies')} of it came from {writer}: "
+            f"{chat.model.name} reads the text anew, and goes on."
+        )
+    _show_last_turns(chat)
+
+
+def _show_last_turns(chat: Chat) -> None:
+    path = [node for node in chat.session.path() if node.role != "system"]
+    asked = [index for index, node in enumerate(path) if node.role == "user"]
+    if not asked:
+        return
+    first = asked[-_TURNS_SHOWN:][0]
+    if first:
+        chat.note("…")
+    for node in path[first:]:
+        said = _shorten(printable(node.content).strip())
+        line = f"you: {said}" if node.role == "user" else said
+        chat.console.print(Text(line, "dim"), highlight=False)
+    if path[-1].role == "user":
+        chat.note(
+            "This has no reply yet: /regenerate gives one; what you say instead takes its place."
+        )
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    half = _MOST_CHARACTERS // 2
+    return f"{text[:half].rstrip()} … {text[-half:].lstrip()}"

@@ -7,10 +7,8 @@ Scripts that hold one `Generator` and append, generate and rewind run with the i
 the original is wrong this is right: docs/og.md lists each difference.
 """
 
-from recollect.og.generator import Checkpoint, Generator
-from recollect.og.model import Config, Model
-from recollect.og.params import GeneratorParams
-from recollect.og.tokenizer import Tensor, Tokenizer, TokenizerStream
+from recollect.og.generation import Checkpoint, Generator, GeneratorParams
+from recollect.og.loading import Config, Model, Tensor, Tokenizer, TokenizerStream
 
 __all__ = [
     "Checkpoint",

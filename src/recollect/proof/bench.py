@@ -9,23 +9,213 @@ The saving is latency(case 1, response 2) - latency(case 2, response 2). The ide
 prefill of exactly the tokens that were reused, measured in the same iteration in blocks of its own:
 nothing but that work can be saved, because the new tokens attend to the reused ones in both cases.
 The share is median(saving) / median(ideal) over the iterations. Prints nothing.
+
+Energy that the processor package took, from Linux powercap.
+
+Knows the counters of intel-rapl (AMD's are under the same name) and nothing of what runs.
+
+What a list of measurements comes to.
+
+Pure: no clock, no model.
+
+Time one response of a fixed length, and what it cost.
+
+Knows a generator and a clock; not which case of a benchmark it is in.
+
+How long a turn takes as a conversation grows, with and without reuse.
+
+Every turn is timed both ways over the same token ids: appended to the sequence that holds the
+history, and prefilled whole in blocks of its own. Prints and plots nothing.
 """
 
+import statistics
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Final
 
 from recollect import files
 from recollect.conversation.model import Model
 from recollect.engine.sampling import Generator
 from recollect.errors import ConfigError, ContextFullError, InvalidParameterError, OutOfBlocksError
 from recollect.kv.blocks import blocks_for
-from recollect.proof.energy import EnergyMeter
-from recollect.proof.statistics import Summary, summarize
-from recollect.proof.timing import ResponseSample, time_response
-from recollect.types import Progress, no_progress
+from recollect.types import Progress, SamplingParams, no_progress
+
+POWERCAP: Final = Path("/sys/class/powercap")
+_JOULES_PER_MICROJOULE: Final = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Energy cannot be read here; `reason` is a sentence for people."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Counter:
+    path: Path
+    range_uj: int
+    """The counter begins again at 0 after this value."""
+
+
+class EnergyMeter:
+    """
+    The energy counters of all processor packages.
+
+    `read` before and after, then `joules` between the two readings. A counter may wrap around once
+    in between; at 100 W that is after some ten minutes.
+    """
+
+    def __init__(self, counters: Sequence[_Counter]) -> None:
+        self._counters = tuple(counters)
+
+    def read(self) -> tuple[int, ...]:
+        """
+        Return the counters in microjoules, one per package.
+
+        Raises:
+            OSError: They cannot be read any more.
+        """
+        return tuple(_read_int(counter.path) for counter in self._counters)
+
+    def joules(self, before: tuple[int, ...], after: tuple[int, ...]) -> float:
+        """Return the energy between two readings, over all packages."""
+        microjoules = 0
+        for counter, first, last in zip(self._counters, before, after, strict=True):
+            # The range is the largest value, so one step more is a whole turn.
+            microjoules += (last - first) % (counter.range_uj + 1)
+        return microjoules * _JOULES_PER_MICROJOULE
+
+
+def open_meter(root: Path = POWERCAP) -> EnergyMeter | Unreadable:
+    """Return a meter over the package domains under *root*, or why there is none."""
+    if not root.is_dir():
+        return Unreadable(f"this system has no {root} (Linux powercap)")
+    packages = [zone for zone in sorted(root.glob("intel-rapl:*")) if _is_package(zone)]
+    if not packages:
+        return Unreadable(f"{root} has no intel-rapl package domain")
+    try:
+        counters = [
+            _Counter(zone / "energy_uj", _read_int(zone / "max_energy_range_uj"))
+            for zone in packages
+        ]
+        meter = EnergyMeter(counters)
+        meter.read()
+    except PermissionError as cause:
+        return Unreadable(f"{cause.filename} may be read by the administrator only")
+    except (OSError, ValueError) as cause:
+        return Unreadable(f"the counters cannot be read: {cause}")
+    return meter
+
+
+def _is_package(zone: Path) -> bool:
+    try:
+        return (zone / "name").read_text().startswith("package")
+    except OSError:
+        return False
+
+
+def _read_int(path: Path) -> int:
+    return int(path.read_text())
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Samples of one quantity, in its own unit."""
+
+    count: int
+    mean: float
+    median: float
+    stdev: float
+    """Of the sample; 0 for a single one."""
+    minimum: float
+    maximum: float
+
+
+def summarize(samples: Sequence[float]) -> Summary:
+    """
+    Return mean, median and spread of at least one sample.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if not samples:
+        raise ValueError("there are no samples to summarize")
+    return Summary(
+        count=len(samples),
+        mean=statistics.fmean(samples),
+        median=statistics.median(samples),
+        stdev=statistics.stdev(samples) if len(samples) > 1 else 0.0,
+        minimum=min(samples),
+        maximum=max(samples),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseSample:
+    """One response: how long it took, and how much was computed for it."""
+
+    prompt_tokens: int
+    reused_tokens: int
+    """Prompt tokens that were not fed: the prompt less what the forward pass counted."""
+    computed_tokens: int
+    """Prompt tokens that were fed, counted at the forward pass."""
+    generated_tokens: int
+    ttft_s: float
+    """From the call to the first token."""
+    decode_s: float
+    """From the first token to the last."""
+    energy_j: float | None
+    """Of the processor package; None where it cannot be read."""
+
+    @property
+    def latency_s(self) -> float:
+        """Return the time of the whole response."""
+        return self.ttft_s + self.decode_s
+
+
+def time_response(
+    generator: Generator, new_ids: Sequence[int], tokens: int, *, meter: EnergyMeter | None = None
+) -> ResponseSample:
+    """
+    Append *new_ids*, generate exactly *tokens* tokens, and return what it took.
+
+    Greedy, and end of sequence is ignored: responses of one length can be compared. What the
+    generator holds already is reused as far as its KV reaches.
+
+    Raises:
+        ContextFullError: They do not fit the context.
+        OutOfBlocksError: They do not fit the KV memory.
+    """
+    generator.set_params(SamplingParams(max_tokens=tokens, ignore_eos=True))
+    sequence = generator.sequence
+    fed_before = sequence.fed_tokens
+    energy_before = None if meter is None else meter.read()
+    begun = time.perf_counter()
+    generator.append_tokens(new_ids)
+    prompt_tokens = len(sequence)
+    generator.generate_next_token()
+    first = time.perf_counter()
+    computed = sequence.fed_tokens - fed_before
+    while not generator.is_done():
+        generator.generate_next_token()
+    last = time.perf_counter()
+    energy = None
+    if meter is not None and energy_before is not None:
+        energy = meter.joules(energy_before, meter.read())
+    return ResponseSample(
+        prompt_tokens=prompt_tokens,
+        reused_tokens=prompt_tokens - computed,
+        computed_tokens=computed,
+        generated_tokens=len(sequence) - prompt_tokens,
+        ttft_s=first - begun,
+        decode_s=last - first,
+        energy_j=energy,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,3 +458,94 @@ class _Run:
 def repeated(ids: list[int], length: int) -> list[int]:
     """Return the first *length* of the ids, over and over again."""
     return (ids * -(-length // len(ids)))[:length]
+
+
+@dataclass(frozen=True, slots=True)
+class GrowthSample:
+    """One turn of one conversation, both ways."""
+
+    turn: int
+    """From 1."""
+    without: ResponseSample
+    reuse: ResponseSample
+
+
+@dataclass(frozen=True, slots=True)
+class GrowthTurn:
+    """One turn over all conversations."""
+
+    turn: int
+    prompt_tokens: int
+    without_latency_s: Summary
+    reuse_latency_s: Summary
+    without_ttft_s: Summary
+    reuse_ttft_s: Summary
+
+
+def run_growth(
+    model: Model,
+    config: BenchConfig,
+    text: str,
+    *,
+    meter: EnergyMeter | None = None,
+    progress: Progress = no_progress,
+) -> list[GrowthSample]:
+    """
+    Hold `growth_iterations` conversations of `growth_turns` turns; return the samples in order.
+
+    Raises:
+        ContextFullError: The context is too small for the turns. Nothing was run.
+        OutOfBlocksError: The KV memory is. Nothing was run.
+    """
+    check_room(model, config)
+    ids = cut_to_length(model, text, config.growth_turns * config.input2_tokens)
+    samples = []
+    for number in range(config.growth_iterations):
+        progress("growth curve", number, config.growth_iterations)
+        samples += _conversation(model, config, ids, meter, reuse_first=number % 2 == 1)
+    return samples
+
+
+def summarize_growth(samples: Sequence[GrowthSample]) -> list[GrowthTurn]:
+    """Return the turns in order, each over all conversations."""
+    by_turn: dict[int, list[GrowthSample]] = {}
+    for sample in samples:
+        by_turn.setdefault(sample.turn, []).append(sample)
+    return [
+        GrowthTurn(
+            turn=turn,
+            prompt_tokens=of_turn[0].reuse.prompt_tokens,
+            without_latency_s=summarize([s.without.latency_s for s in of_turn]),
+            reuse_latency_s=summarize([s.reuse.latency_s for s in of_turn]),
+            without_ttft_s=summarize([s.without.ttft_s for s in of_turn]),
+            reuse_ttft_s=summarize([s.reuse.ttft_s for s in of_turn]),
+        )
+        for turn, of_turn in sorted(by_turn.items())
+    ]
+
+
+def _conversation(
+    model: Model,
+    config: BenchConfig,
+    ids: list[int],
+    meter: EnergyMeter | None,
+    *,
+    reuse_first: bool,
+) -> list[GrowthSample]:
+    samples = []
+    with closing(Generator(model.engine, namespace=None)) as live:
+        for turn in range(config.growth_turns):
+            new = ids[turn * config.input2_tokens :][: config.input2_tokens]
+            whole = live.get_sequence() + new
+
+            def without(whole: list[int] = whole) -> ResponseSample:
+                with closing(Generator(model.engine, namespace=None)) as fresh:
+                    return time_response(fresh, whole, config.output2_tokens, meter=meter)
+
+            def reuse(new: list[int] = new) -> ResponseSample:
+                return time_response(live, new, config.output2_tokens, meter=meter)
+
+            order = (reuse, without) if reuse_first else (without, reuse)
+            timed = {way: way() for way in order}
+            samples.append(GrowthSample(turn + 1, timed[without], timed[reuse]))
+    return samples

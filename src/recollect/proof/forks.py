@@ -11,7 +11,7 @@ from typing import Final
 
 from recollect.conversation.model import Model
 from recollect.engine.sequence import Sequence
-from recollect.proof.statistics import Summary, summarize
+from recollect.proof.bench import Summary, summarize
 
 TRUNK_TOKENS: Final = 2048
 FORKS: Final = 100

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recollect.errors import UnsupportedModelError
-from recollect.proof import rope_scaling
+from recollect.proof import reference_model
 from recollect.proof.reference_model import Array, Description, NotCompared, Rope
 
 Numbers = npt.NDArray[Any]
@@ -386,7 +386,7 @@ def _rope(config: dict[str, Any], size: int, layer_type: str, *, long_context: b
     if is_nearby:
         base, scaling = float(config["rope_local_base_freq"]), {}
     share = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    frequencies = rope_scaling.plain(int(size * share), base)
+    frequencies = reference_model.plain(int(size * share), base)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     original = float(
         scaling.get("original_max_position_embeddings")
@@ -399,9 +399,9 @@ def _rope(config: dict[str, Any], size: int, layer_type: str, *, long_context: b
         case "linear":
             return Rope(frequencies / scaling["factor"], "halves")
         case "llama3":
-            return Rope(rope_scaling.llama3(frequencies, scaling), "halves")
+            return Rope(reference_model.llama3(frequencies, scaling), "halves")
         case "yarn":
-            stretched, scale = rope_scaling.yarn(
+            stretched, scale = reference_model.yarn(
                 frequencies,
                 base=base,
                 factor=scaling["factor"],
@@ -413,6 +413,8 @@ def _rope(config: dict[str, Any], size: int, layer_type: str, *, long_context: b
         case "longrope" | "su":
             factors = scaling["long_factor" if long_context else "short_factor"]
             factor = scaling.get("factor") or config["max_position_embeddings"] / original
-            scale = scaling.get("attention_factor") or rope_scaling.longrope_scale(factor, original)
+            scale = scaling.get("attention_factor") or reference_model.longrope_scale(
+                factor, original
+            )
             return Rope(frequencies / np.array(factors), "halves", scale)
     raise NotCompared(f"the reference does not know RoPE scaled by {kind!r}")

@@ -2,30 +2,131 @@
 Results for people: the machine card, the bench's table and its verdicts in words.
 
 Takes values and returns what rich can print; measures nothing.
+
+The machine card: on what, and with what, a number was measured.
+
+Reads the operating system; names no host and no path.
+
+Draw the growth curve.
+
+Needs matplotlib, an extra; `require_matplotlib` says so before any work is done.
 """
 
+import contextlib
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import psutil
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from recollect._version import __version__
+from recollect.conversation.model import Model
 from recollect.errors import ConfigError
-from recollect.proof.bench import BenchSummary, Iteration, ResponseSummary
-from recollect.proof.energy import Unreadable
-from recollect.proof.growth import GrowthTurn
-from recollect.proof.machine import MachineCard
-from recollect.proof.statistics import Summary
+from recollect.proof.bench import (
+    BenchSummary,
+    GrowthTurn,
+    Iteration,
+    ResponseSummary,
+    Summary,
+    Unreadable,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from matplotlib.axes import Axes
+
+
+_CPUINFO: Final = Path("/proc/cpuinfo")
+_PACKAGES: Final = ("openvino", "openvino-genai", "onnxruntime-genai", "onnxruntime", "numpy")
+_INTERESTING_FLAGS: Final = ("avx2", "avx512f", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8")
+"""What decides the arithmetic of the CPU plugin: without a bf16 flag, `fast` computes in f32."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineCard:
+    """Where a measurement was taken."""
+
+    cpu: str
+    cpu_features: tuple[str, ...]
+    """Those that decide how fast matrices are multiplied; empty where unknown."""
+    physical_cores: int | None
+    logical_cores: int | None
+    memory_bytes: int
+    load_average: float | None
+    """Of the last minute, before the measurement; None where unknown."""
+    system: str
+    python: str
+    versions: dict[str, str]
+    model: str
+    profile: str
+    runtime: str
+    kv_bytes_per_token: int
+    kv_blocks: int
+    context_length: int
+
+
+def machine_card(model: Model) -> MachineCard:
+    """Return the card of this machine with that model on it."""
+    info = model.engine.info
+    return MachineCard(
+        cpu=_cpu_name(),
+        cpu_features=_cpu_features(),
+        physical_cores=psutil.cpu_count(logical=False),
+        logical_cores=psutil.cpu_count(),
+        memory_bytes=psutil.virtual_memory().total,
+        load_average=psutil.getloadavg()[0],
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        versions={"recollect": __version__, **_versions()},
+        model=Path(model.name).name,
+        profile=model.profile,
+        runtime=info.name,
+        kv_bytes_per_token=info.bytes_per_block // info.block_size,
+        kv_blocks=model.engine.pool.num_blocks,
+        context_length=model.context_length,
+    )
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # some are extras
+            installed[name] = metadata.version(name)
+    return installed
+
+
+def _cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_features() -> tuple[str, ...]:
+    present = set(_cpuinfo("flags").split())
+    return tuple(flag for flag in _INTERESTING_FLAGS if flag in present)
+
+
+def _cpuinfo(field: str) -> str:
+    """Return a field of the first processor; empty where the system has none."""
+    try:
+        lines = _CPUINFO.read_text().splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return ""
+
 
 _GIB: Final = 2**30
 _DO_NOT_WAIT: Final[int] = getattr(os, "O_NONBLOCK", 0)  # for somebody who reads a FIFO
@@ -185,3 +286,83 @@ def _add_response(table: Table, name: str, summary: ResponseSummary) -> None:
 
 def _plus_minus(seconds: Summary) -> str:
     return f"{seconds.median:.3f} s (sd {seconds.stdev:.3f})"
+
+
+_WITHOUT: Final = {"color": "#b4532a", "label": "full prefill every turn"}
+_REUSE: Final = {"color": "#1f6f8b", "label": "with reuse"}
+_FORMATS: Final = (".png", ".svg", ".pdf")
+
+
+def require_plot(path: Path) -> None:
+    """
+    Check that a plot can be drawn and written there.
+
+    Raises:
+        ConfigError: matplotlib is not installed, there is no such format, or one may not write there.
+    """
+    if find_spec("matplotlib") is None:
+        raise ConfigError(
+            "Plots need matplotlib, which is missing: python -m pip install 'recollect-llm[plot]'."
+        )
+    if path.suffix.lower() not in _FORMATS:
+        raise ConfigError(f"{path.name} is no kind of plot: end it in {', '.join(_FORMATS)}.")
+    require_writable(path)
+
+
+def draw_growth(turns: Sequence[GrowthTurn], card: MachineCard, path: Path) -> None:
+    """
+    Write the first-token time and the latency of every turn, with and without reuse, to *path*.
+
+    The lines are medians, the bands go from the fastest to the slowest conversation.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415 - see the module's docstring
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    first, whole = figure.subplots(1, 2, sharex=True)
+    numbers = [turn.turn for turn in turns]
+    _line(first, numbers, [turn.without_ttft_s for turn in turns], _WITHOUT)
+    _line(first, numbers, [turn.reuse_ttft_s for turn in turns], _REUSE)
+    _line(whole, numbers, [turn.without_latency_s for turn in turns], _WITHOUT)
+    _line(whole, numbers, [turn.reuse_latency_s for turn in turns], _REUSE)
+    labels = [f"{turn.turn}\n{turn.prompt_tokens:,}" for turn in turns]
+    for axes, title in ((first, "Time to the first token"), (whole, "Time of the whole response")):
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_xlabel("turn, and tokens of its prompt")
+        axes.set_ylabel("seconds")
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(numbers, labels, fontsize=7.5)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    first.legend(frameon=False, loc="upper left")
+    cores = card.physical_cores or card.logical_cores
+    figure.suptitle(
+        f"{card.model}, profile {card.profile}, {card.cpu}, {cores} cores",
+        fontsize=9,
+        color="#555555",
+    )
+    with written_to(path):
+        figure.savefig(path, dpi=150)
+
+
+def _line(
+    axes: "Axes", numbers: Sequence[int], values: Sequence[Summary], style: dict[str, str]
+) -> None:
+    axes.plot(
+        numbers,
+        [value.median for value in values],
+        marker="o",
+        markersize=4,
+        color=style["color"],
+        label=style["label"],
+    )
+    axes.fill_between(
+        numbers,
+        [value.minimum for value in values],
+        [value.maximum for value in values],
+        color=style["color"],
+        alpha=0.15,
+        linewidth=0,
+    )

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from recollect.cli.chat import LAST, Opening
 from recollect.cli.main import app
-from recollect.cli.opening import LAST, Opening
 from recollect.conversation.model import Model
 from recollect.errors import UnknownCheckpointError
 from recollect.types import SamplingParams

@@ -13,7 +13,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from recollect import encryption
-from recollect.cli.keys import WordsCompleter, history_at, make_prompt
+from recollect.cli.repl import WordsCompleter, history_at, make_prompt
 from recollect.journal.journal import QUOTES, is_open, unquote
 
 ENTER, ALT_ENTER = "\r", "\x1b\r"

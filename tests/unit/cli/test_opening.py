@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from recollect import config
-from recollect.cli.chat import with_resume_value
-from recollect.cli.opening import LAST, Opening
+from recollect.cli.chat import LAST, Opening, with_resume_value
 from recollect.conversation.model import Model
 from recollect.errors import (
     ConfigError,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cli.served import default_references, public_names, weight_bytes
+from recollect.cli.serve import default_references, public_names, weight_bytes
 from recollect.errors import ConfigError
 from recollect.models.listing import ModelStatus
 
@@ -71,7 +71,7 @@ def test_what_was_converted_from_a_file_that_is_gone_is_not_offered(
         )
         for name in names
     ]
-    monkeypatch.setattr("recollect.cli.served.installed", lambda _home: statuses)
+    monkeypatch.setattr("recollect.cli.serve.installed", lambda _home: statuses)
     assert weight_bytes("smollm2", tmp_path) == 6  # the GGUF file that is kept takes no memory
     offered = public_names(default_references(tmp_path))
     assert list(offered) == ["smollm2", "there", "org/repo:file.gguf"]

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from recollect.cli.tree_view import draw_tree
+from recollect.cli.display import draw_tree
 from recollect.conversation.tree import Node, Tree
 
 

@@ -11,11 +11,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from recollect.cli.batch import answer_all
+from recollect.cli.chat import answer_all
 from recollect.cli.main import app
 from recollect.cli.repl import handle_line
-from recollect.cli.state import Chat
-from recollect.cli.welcome import farewell, welcome
+from recollect.cli.state import Chat, farewell, welcome
 from recollect.conversation.model import Model
 from recollect.types import SamplingParams
 

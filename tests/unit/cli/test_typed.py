@@ -2,8 +2,7 @@
 
 import threading
 
-from recollect.cli.keys import typed_message
-from recollect.cli.typed import TypedText
+from recollect.cli.repl import TypedText, typed_message
 
 LONG_S = 3600.0
 TIMEOUT_S = 60.0

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recollect.cli.display import MOST_MEASUREMENTS, Warmth, warmth
 from recollect.cli.state import Chat
-from recollect.cli.warmth import MOST_MEASUREMENTS, Warmth, warmth
 from recollect.conversation.tree import Node, Tree
 
 TURN = 10  # tokens of a message and its reply

@@ -6,8 +6,7 @@ from io import StringIO
 
 import pytest
 
-from recollect.cli.state import Chat
-from recollect.cli.welcome import count, farewell, welcome
+from recollect.cli.state import Chat, count, farewell, welcome
 from recollect.journal.records import Entry, NewNode
 
 

@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from recollect.proof.bench import Case, Iteration
-from recollect.proof.timing import ResponseSample
+from recollect.proof.bench import Case, Iteration, ResponseSample
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ import pytest
 
 import recollect
 from recollect.models.listing import Compared
-from recollect.proof.against_file import LIMITS, compare_with_file
-from recollect.proof.gguf_reference import open_gguf
-from recollect.proof.reference_model import NotCompared
+from recollect.proof.reference_model import NotCompared, open_gguf
+from recollect.proof.verify import LIMITS, compare_with_file
 
 WIDTH, FEED_FORWARD, HEADS, LAYERS, VOCABULARY = 64, 128, 4, 2, 320
 KIND = gguf.GGMLQuantizationType.Q4_1

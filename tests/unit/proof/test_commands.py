@@ -8,10 +8,8 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from recollect.cli.bench import bench
-from recollect.cli.rewind import rewind_test
-from recollect.cli.scenarios import scenarios
-from recollect.cli.verify import verify
+from recollect.cli.bench_command import bench
+from recollect.cli.prove import rewind_test, scenarios, verify
 from recollect.errors import ContextFullError, InvalidParameterError
 from recollect.proof.scenarios import ScenarioResult
 
@@ -117,7 +115,7 @@ def test_bench_refuses_what_cannot_be_run(
 
 
 def test_no_result_is_a_summary_of_nothing() -> None:
-    from recollect.cli.scenarios import summary
+    from recollect.cli.prove import summary
 
     nothing: list[ScenarioResult] = []
     assert summary(nothing)["facts"] == 0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from recollect.proof.energy import EnergyMeter, Unreadable, open_meter
+from recollect.proof.bench import EnergyMeter, Unreadable, open_meter
 
 
 def _zone(root: Path, number: str, *, name: str, energy: int, largest: int = 999) -> Path:

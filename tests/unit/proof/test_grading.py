@@ -2,8 +2,7 @@
 
 import pytest
 
-from recollect.proof.grading import Expectation, Fact, count_bullets, grade
-from recollect.proof.scenarios import load_scenarios
+from recollect.proof.scenarios import Expectation, Fact, count_bullets, grade, load_scenarios
 
 
 def test_each_pattern_gets_a_verdict_whatever_the_case() -> None:

@@ -3,8 +3,7 @@
 import pytest
 
 from recollect.conversation.model import Model
-from recollect.proof.bench import BenchConfig
-from recollect.proof.growth import GrowthSample, run_growth, summarize_growth
+from recollect.proof.bench import BenchConfig, GrowthSample, run_growth, summarize_growth
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ from rich.console import Console
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError
 from recollect.proof import report
-from recollect.proof.bench import Iteration, summarize_iterations
-from recollect.proof.energy import Unreadable
-from recollect.proof.machine import machine_card
+from recollect.proof.bench import Iteration, Unreadable, summarize_iterations
+from recollect.proof.report import machine_card
 
 
 @pytest.fixture

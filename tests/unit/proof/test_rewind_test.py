@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from recollect.conversation.model import Model
-from recollect.proof.rewind_test import first_difference, run_rewind_test
+from recollect.proof.scenarios import first_difference, run_rewind_test
 
 
 def test_the_answer_is_the_same_after_a_rewind_and_from_a_fresh_prefill(model: Model) -> None:

@@ -7,8 +7,15 @@ from itertools import pairwise
 import pytest
 
 from recollect.conversation.model import Model
-from recollect.proof.grading import Expectation, Fact
-from recollect.proof.scenarios import Scenario, Turn, load_scenarios, play, play_all
+from recollect.proof.scenarios import (
+    Expectation,
+    Fact,
+    Scenario,
+    Turn,
+    load_scenarios,
+    play,
+    play_all,
+)
 
 SHORT = Scenario("short", ("One?", "Two?", "Three?"), {1: Expectation(("a|[^a]",))})
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recollect.proof.statistics import summarize
+from recollect.proof.bench import summarize
 
 
 def test_summarizes_known_samples() -> None:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recollect.cli.home import has_store, open_places
+from recollect.cli.options import has_store, open_places
 
-if TYPE_CHECKING:  # imported where they are used: `--help` answers without SQLite and tables
+if TYPE_CHECKING:
     from rich.table import Table
 
     from recollect.journal.checkpoints import Checkpoint
+
 
 app = typer.Typer(
     name="checkpoints",
@@ -72,7 +73,7 @@ def _table(found: "list[Checkpoint]") -> "Table":
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    from recollect.cli.models import format_bytes  # noqa: PLC0415
+    from recollect.cli.models_command import format_bytes  # noqa: PLC0415
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("name", overflow="fold")

@@ -21,7 +21,7 @@ from recollect.cli.options import (
     open_model,
 )
 
-if TYPE_CHECKING:  # imported by the command, so that `--help` does not wait for the runtime
+if TYPE_CHECKING:
     from recollect.conversation.model import Model
     from recollect.proof.bench import BenchConfig
 
@@ -56,8 +56,7 @@ def bench(
 ) -> None:
     """Measure the second turn of a conversation with and without reuse, and turns as they grow."""
     from recollect.proof.bench import BenchConfig, bench_text, check_room  # noqa: PLC0415 - see above
-    from recollect.proof.plot import require_plot  # noqa: PLC0415
-    from recollect.proof.report import require_writable  # noqa: PLC0415
+    from recollect.proof.report import require_plot, require_writable  # noqa: PLC0415
 
     config = BenchConfig(
         input_tokens=input_tokens,
@@ -94,11 +93,15 @@ def _run(
     plot_file: Path | None,
 ) -> None:
     from recollect.proof import report  # noqa: PLC0415 - see above
-    from recollect.proof.bench import run_iterations, summarize_iterations  # noqa: PLC0415
-    from recollect.proof.energy import Unreadable, open_meter  # noqa: PLC0415
-    from recollect.proof.growth import run_growth, summarize_growth  # noqa: PLC0415
-    from recollect.proof.machine import machine_card  # noqa: PLC0415
-    from recollect.proof.plot import draw_growth  # noqa: PLC0415
+    from recollect.proof.bench import (  # noqa: PLC0415  # noqa: PLC0415  # noqa: PLC0415
+        Unreadable,
+        open_meter,
+        run_growth,
+        run_iterations,
+        summarize_growth,
+        summarize_iterations,
+    )
+    from recollect.proof.report import draw_growth, machine_card  # noqa: PLC0415
 
     console = Console(highlight=False)
     card = machine_card(model)

@@ -2,21 +2,42 @@
 `recollect cache`: what KV is kept on disk, what it was good for, whether it is sound; and room.
 
 Works on the store alone: no model is loaded.
+
+How `recollect cache` shows what a store has: for people, and as JSON.
+
+Pure: values in, tables and dictionaries out.
+
+`recollect warm`: read a text once, so that every later session on it starts warm.
 """
 
 import json
+import re
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from recollect import config
-from recollect.cli.home import has_store, open_store, store_folder
+from recollect.cli import options
+from recollect.cli.models_command import format_bytes
+from recollect.cli.options import has_store, open_store, progress_bar, read_text, store_folder
+from recollect.config import DEFAULT_PROFILE
 from recollect.errors import ConfigError, StoreCorruptError, StoreError
+from recollect.kv.accounts import Pin
+from recollect.kv.maintenance import Holding
+from recollect.kv.record import Identity
+from recollect.models.catalog import DEFAULT_MODEL
 
-if TYPE_CHECKING:  # imported where they are used: `--help` answers without LMDB and tables
+if TYPE_CHECKING:
     from recollect.kv.blocks import Key
     from recollect.kv.disk import DiskStore
+
 
 _EMPTY = "No KV is kept on disk here yet: `recollect chat` does that."
 
@@ -46,23 +67,22 @@ def ls(as_json: JsonOption = False) -> None:
         return
     from rich.console import Console  # noqa: PLC0415 - see the imports for type checking
 
-    from recollect.cli import cache_view as view  # noqa: PLC0415
     from recollect.kv import maintenance  # noqa: PLC0415
     from recollect.models.listing import names_by_fingerprint  # noqa: PLC0415
 
     names = names_by_fingerprint(config.home())
     with open_store() as store:
         found, pins = maintenance.holdings(store), maintenance.pins(store)
-    digests = view.names_by_digest(found, names)
+    digests = names_by_digest(found, names)
     if as_json:
-        kept = [view.holding_as_dict(holding, names) for holding in found]
-        pinned = [view.pin_as_dict(pin, digests) for pin in pins]
+        kept = [holding_as_dict(holding, names) for holding in found]
+        pinned = [pin_as_dict(pin, digests) for pin in pins]
         typer.echo(json.dumps({"kept": kept, "pins": pinned}, ensure_ascii=False, indent=2))
         return
     console = Console()
-    console.print(view.holdings_table(found, names))
+    console.print(holdings_table(found, names))
     if pins:
-        console.print(view.pins_table(pins, digests))
+        console.print(pins_table(pins, digests))
 
 
 @app.command()
@@ -71,7 +91,7 @@ def stats(as_json: JsonOption = False) -> None:
     if not has_store():
         typer.echo("{}" if as_json else _EMPTY)
         return
-    from recollect.cli.models import format_bytes  # noqa: PLC0415 - see above
+    from recollect.cli.models_command import format_bytes  # noqa: PLC0415 - see above
     from recollect.cli.state import format_duration  # noqa: PLC0415
     from recollect.kv import maintenance, pins  # noqa: PLC0415
 
@@ -195,7 +215,7 @@ def unpin(
 
 def _problems(store: "DiskStore") -> "tuple[int, int, list[tuple[Key, str]]]":
     """Return how many blocks there are, how many cannot be looked into, and what is wrong."""
-    from recollect.cli.progress import progress_bar  # noqa: PLC0415 - see above
+    from recollect.cli.options import progress_bar  # noqa: PLC0415 - see above
     from recollect.kv import accounts, maintenance  # noqa: PLC0415
 
     with store.env.reading() as txn:
@@ -220,7 +240,7 @@ def _clear(*, pinned: bool) -> None:
 
 def _give_back(freed: int) -> None:
     """Shorten the file where that can be done, and say what came of it."""
-    from recollect.cli.models import format_bytes  # noqa: PLC0415 - see above
+    from recollect.cli.models_command import format_bytes  # noqa: PLC0415 - see above
     from recollect.kv.rewriting import shrink  # noqa: PLC0415
 
     given_back = shrink(store_folder())
@@ -260,3 +280,154 @@ def _discard() -> None:
     if not discard(store_folder()):
         raise StoreError("The KV store is damaged and open in another process: close that first.")
     typer.echo("The KV store was damaged; it was removed, with all that was pinned.")
+
+
+_ELEMENT_TYPE: Final = re.compile(r":([a-z]+\d+)")
+_SHORT: Final = 12
+"""Of a fingerprint that no model here has."""
+
+
+def holdings_table(found: Sequence[Holding], names: Mapping[str, str]) -> Table:
+    """Return what is stored of each model, runtime and precision."""
+    table = _table(
+        "model", "runtime", "KV", "blocks", "tokens", "size", "last used", right=range(3, 6)
+    )
+    for holding in found:
+        table.add_row(
+            Text(model_name(holding.identity, names)),
+            Text(holding.identity.runtime),
+            precision(holding.identity),
+            f"{holding.blocks:,}",
+            f"{holding.tokens:,}",
+            format_bytes(holding.stored_bytes),
+            _local(holding.last_used) if holding.last_used else "",
+        )
+    return table
+
+
+def pins_table(found: Sequence[Pin], names: Mapping[str, str]) -> Table:
+    """Return what is kept from eviction."""
+    table = _table("kept", "what", "model", "tokens", "since", right=[3])
+    for pin in found:
+        table.add_row(
+            Text(pin.name),
+            str(pin.about.get("kind", "")),
+            Text(names.get(pin.identity, pin.identity[:_SHORT])),
+            f"{pin.tokens:,}",
+            _local(pin.created),
+        )
+    return table
+
+
+def holding_as_dict(holding: Holding, names: Mapping[str, str]) -> dict[str, object]:
+    """Return what is stored of one model, runtime and precision as JSON values."""
+    identity, savings = holding.identity, holding.savings
+    last = datetime.fromtimestamp(holding.last_used, UTC).isoformat() if holding.last_used else None
+    return {
+        "model": names.get(identity.fingerprint),
+        "fingerprint": identity.fingerprint,
+        "runtime": identity.runtime,
+        "precision": precision(identity),
+        "blocks": holding.blocks,
+        "tokens": holding.tokens,
+        "stored_bytes": holding.stored_bytes,
+        "last_used_at": last,
+        "restored_tokens": savings.tokens,
+        "saved_s": savings.seconds,
+    }
+
+
+def pin_as_dict(pin: Pin, names: Mapping[str, str]) -> dict[str, object]:
+    """Return a pin as JSON values."""
+    return {
+        "name": pin.name,
+        "kind": pin.about.get("kind"),
+        "model": names.get(pin.identity),
+        "tokens": pin.tokens,
+        "created_at": datetime.fromtimestamp(pin.created, UTC).isoformat(),
+    }
+
+
+def names_by_digest(found: Sequence[Holding], names: Mapping[str, str]) -> dict[str, str]:
+    """Return what models are called by what pins know of them."""
+    return {
+        holding.identity.digest().hex(): model_name(holding.identity, names) for holding in found
+    }
+
+
+def model_name(identity: Identity, names: Mapping[str, str]) -> str:
+    """Return what a model is called here, or the beginning of its fingerprint."""
+    return names.get(identity.fingerprint, identity.fingerprint[:_SHORT])
+
+
+def precision(identity: Identity) -> str:
+    """Return the element types of KV."""
+    types = sorted(set(_ELEMENT_TYPE.findall(identity.kv_format)))
+    return "+".join(types) or identity.kv_format
+
+
+def _table(*headings: str, right: Sequence[int]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, heading in enumerate(headings):
+        if number in right:
+            table.add_column(heading, justify="right", no_wrap=True)
+        else:
+            table.add_column(heading, overflow="fold")
+    return table
+
+
+def _local(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def warm(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Text that first messages will begin with."),
+    ] = None,
+    system: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Instructions, before the text or alone."),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="What it is kept as.", show_default="the name of the file"
+        ),
+    ] = None,
+    model: options.ModelOption = DEFAULT_MODEL,
+    profile: options.ProfileOption = DEFAULT_PROFILE,
+    kv_memory: options.KvMemoryOption = None,
+    kv_disk: options.KvDiskOption = None,
+    offline: options.OfflineOption = False,
+) -> None:
+    """
+    Read a document or instructions once, and keep their KV on disk.
+
+    Every later session that begins with them, with this model and profile, starts warm.
+    `recollect cache` lists what is kept, `recollect cache unpin NAME` lets it go.
+    """
+    named = file or system
+    if named is None:
+        raise ConfigError("There is nothing to read: give a file, or --system with one.")
+    text = "" if file is None else read_text(file)
+    instructions = None if system is None else read_text(system)
+    with options.open_model(
+        model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk, offline=offline
+    ) as loaded:
+        with progress_bar(f"Reading {named.name}", tokens=True) as progress:
+            made = loaded.warm(
+                text, system=instructions, name=name or named.name, progress=progress
+            )
+        from recollect.cli.models_command import format_bytes  # noqa: PLC0415 - see options.open_model
+        from recollect.cli.state import format_duration  # noqa: PLC0415
+
+    on_disk = f"{made.tokens:,} tokens, {format_bytes(made.stored_bytes)} on disk"
+    if not made.computed_tokens:
+        since = made.since.astimezone().strftime("%Y-%m-%d %H:%M")
+        typer.echo(f"{made.name!r} is warm already, since {since}: {on_disk}.")
+        return
+    typer.echo(
+        f"{made.name!r} is warm: {on_disk}; {made.computed_tokens:,} of them were read in "
+        f"{format_duration(made.seconds)}."
+    )

@@ -2,12 +2,17 @@
 `recollect models` and `recollect pull`: what can be loaded, and getting it.
 
 Shows what the model folder says; decides nothing about it.
+
+`recollect convert`: a model in the form that another runtime takes.
+
+Says what was made and how to use it; the work is done in `models/`.
 """
 
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 from rich import box
@@ -16,10 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from recollect import config
-from recollect.cli.options import OfflineOption, open_model
-from recollect.cli.progress import progress_bar
+from recollect.cli.options import OfflineOption, open_model, progress_bar
 
-if TYPE_CHECKING:  # imported by the commands, see there
+if TYPE_CHECKING:
     from recollect.models.listing import ModelStatus
 
 
@@ -91,7 +95,7 @@ def pull(
     if check is None and sys.stdin.isatty() and sys.stdout.isatty():
         check = typer.confirm("Compare what it computes with its file now?", default=False)
     if check:
-        from recollect.cli.verify import compare, file_lines  # noqa: PLC0415 - as above
+        from recollect.cli.prove import compare, file_lines  # noqa: PLC0415 - as above
 
         with open_model(name, profile="exact", kv_disk="0", offline=offline) as loaded:
             report = compare(loaded)
@@ -157,3 +161,35 @@ def _as_dict(status: "ModelStatus") -> dict[str, object]:
         "compared": None if status.compared is None else asdict(status.compared),
         "path": None if status.path is None else str(status.path),
     }
+
+
+def convert(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A name of `recollect models`, a .gguf file, or a Hugging Face folder.",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    to: Annotated[
+        Literal["onnx-genai"], typer.Option(help="The form: a folder for ONNX Runtime GenAI.")
+    ] = "onnx-genai",
+    precision: Annotated[
+        Literal["int8", "fp32"],
+        typer.Option(help="Of the weights; fp32 is exact and four times as large."),
+    ] = "int8",
+    offline: OfflineOption = False,
+) -> None:
+    """Convert a model for another runtime, without a network once the model is here."""
+    with progress_bar(f"Converting {model}") as progress:
+        # Here and not above: it takes the runtime's libraries along, half a second of start-up.
+        from recollect.models.onnx_folder import convert_to_onnx, require_convertible  # noqa: PLC0415
+        from recollect.models.prepare import original_of  # noqa: PLC0415
+
+        require_convertible(out)
+        with original_of(
+            model, home=config.home(), progress=progress, offline=offline or None
+        ) as source:
+            convert_to_onnx(source, out, precision=precision, progress=progress)
+    typer.echo(f"{out} is ready, as {to} in {precision}: recollect chat --model {out}")

@@ -1,0 +1,458 @@
+"""
+What a terminal needs to show a reply well: no control characters, whole words, no echo.
+
+Does not know replies.
+
+A reply on a terminal while it is generated: pieces as they come, Ctrl-C to stop, prefill progress.
+
+Does not know sessions or commands: it is given something that starts a reply.
+
+Which turns of a conversation have their KV in memory, and which have it on disk.
+
+Pure: the caller measures; this decides where, and as seldom as it can: a measurement encodes
+everything up to a turn.
+
+Draws a conversation's tree in lines, one a turn.
+
+Pure: nodes in, styled lines out.
+"""
+
+import signal
+import sys
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Final, Literal
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from recollect.conversation.tree import Node, Tree
+from recollect.conversation.turn import Reply, ReplyStream
+
+
+def printable(text: str) -> str:
+    """
+    Return *text* without control characters other than newline and tab.
+
+    What a model writes must not move the cursor, or set the title, of the terminal it is shown on.
+    """
+    return "".join(
+        character
+        for character in text
+        if character in "\n\t" or unicodedata.category(character) != "Cc"
+    )
+
+
+class WordWrapper:
+    """
+    Text that arrives in pieces, with line breaks between words.
+
+    A word is held back until it ends, as only then is it known whether it fits the line.
+
+    Invariants:
+        1. What comes out is what went in, but for breaks in place of the spaces they replace.
+        2. No line is wider than `width`, except where one word and its indentation are.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._column = 0
+        self._spaces = ""
+        self._word = ""
+
+    @property
+    def column(self) -> int:
+        """Return how many columns of the line are written; what is held back does not count."""
+        return self._column
+
+    def push(self, text: str) -> str:
+        """Return what can be written now."""
+        return "".join(self._take(character) for character in text)
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        spaces, word = self._spaces, self._word
+        self._spaces = self._word = ""
+        end = self._column + cell_len(spaces.expandtabs()) + cell_len(word)
+        if end > self._width and self._column > 0:
+            self._column = cell_len(word)
+            return "\n" + word
+        self._column = end
+        return spaces + word
+
+    def _take(self, character: str) -> str:
+        if character == "\n":
+            out = self.finish() + "\n"
+            self._column = 0
+            return out
+        if character.isspace():
+            out = self.finish() if self._word else ""
+            self._spaces += character
+            return out
+        if cell_len(character) > 1:  # scripts without spaces: a line may break before any of these
+            out = self.finish() if self._word else ""
+            self._word = character
+            return out + self.finish()
+        self._word += character
+        return ""
+
+
+@contextmanager
+def no_echo() -> Iterator[None]:
+    """Keep what is typed meanwhile off the screen, for the next prompt; on Windows, do nothing."""
+    try:
+        import termios  # noqa: PLC0415 - there is none on Windows
+    except ImportError:
+        yield
+        return
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = list(before)
+    quiet[3] &= ~termios.ECHO  # the fourth field holds the local modes
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+PATIENCE_S: Final = 0.5
+"""How long a prompt is read without a word about it."""
+_REFRESH_S: Final = 0.1
+
+
+class Interrupt:
+    """Ctrl-C while a reply is under way: it asks the reply to stop, as soon as there is one."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._stop: Callable[[], None] | None = None
+
+    def press(self, _signal: int = signal.SIGINT, _frame: FrameType | None = None) -> None:
+        """Note it and stop what there is to stop. This is the signal handler."""
+        self.pressed = True
+        if self._stop is not None:
+            self._stop()
+
+    def stops(self, stop: Callable[[], None]) -> None:
+        """Have *stop* called by Ctrl-C, or at once where that came already."""
+        self._stop = stop
+        if self.pressed:
+            stop()
+
+
+@contextmanager
+def interrupt_handler() -> Iterator[Interrupt]:
+    """Take Ctrl-C over until the end of the block. In the main thread only."""
+    interrupt = Interrupt()
+    previous = signal.signal(signal.SIGINT, interrupt.press)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def show_reply(start: Callable[[], ReplyStream], console: Console) -> Reply | None:
+    """
+    Print a reply as it is generated. Ctrl-C ends it, and what was said until then is kept.
+
+    Returns:
+        The reply; None where it was stopped before anything was said.
+
+    Raises:
+        RecollectError: As *start* and the stream do; the cursor is at the start of a line.
+    """
+    out = console.file
+    wrapper = WordWrapper(console.width)
+    with no_echo(), interrupt_handler() as interrupt, start() as stream:
+        interrupt.stops(stream.stop)
+        meter = PrefillMeter(stream, console)
+        try:
+            for piece in stream:
+                meter.close()
+                out.write(wrapper.push(printable(piece)))
+                out.flush()
+        finally:
+            meter.close()
+            out.write(wrapper.finish() + ("\n" if wrapper.column else ""))
+    return stream.reply
+
+
+class PrefillMeter:
+    """
+    A bar that appears when a prompt takes long to read, until it is closed.
+
+    Draws from a thread of its own, because the main thread waits for the first piece.
+    """
+
+    def __init__(self, stream: ReplyStream, console: Console) -> None:
+        self._stream = stream
+        self._console = console
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        if console.is_terminal:
+            self._thread = threading.Thread(target=self._draw, daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Take the bar away. Calling it again does nothing."""
+        if self._thread is not None:
+            self._closed.set()
+            self._thread.join()
+            self._thread = None
+
+    def _draw(self) -> None:
+        if self._closed.wait(PATIENCE_S):
+            return
+        bar = Progress(
+            TextColumn("[dim]reading"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("[dim]tokens"),
+            console=self._console,
+            transient=True,
+        )
+        with bar:
+            task = bar.add_task("", total=None)
+            while not self._closed.wait(_REFRESH_S):
+                done, total = self._stream.prefill_progress
+                bar.update(task, completed=done, total=total)
+
+
+Warmth = Literal["warm", "disk", "partly", "cold"]
+"""Whether the tokens of a turn, message and reply, have KV in memory: all, some or none; `disk`: not
+all in memory, but all there or on disk."""
+
+Measure = Callable[[Node], tuple[int, int]]
+"""Returns how many tokens up to a node have KV, and how many there are."""
+
+MOST_MEASUREMENTS: Final = 200
+"""Of each kind in one drawing, so that it is quick on a tree of many branches: the newest are looked at."""
+
+
+def warmth(
+    tree: Tree, measure: Measure, *, stored: Measure | None = None, slack: int = 2
+) -> dict[int, Warmth]:
+    """
+    Return what is known of the replies in a tree, by their ids.
+
+    KV is that of a prefix: before a warm turn all are warm, after a cold one all are cold. So a
+    branch takes one measurement where it is warm, and a bisection where it is not. (A template
+    that shows old replies otherwise breaks this rule; its turns are told by their newest tip.)
+
+    Args:
+        tree: The conversation.
+        measure: Counts what is in memory.
+        stored: Counts what is in memory or on disk; None: nothing is on disk.
+        slack: Tokens that may lack KV at the end of a warm turn.
+    """
+    known = _states(tree, measure, slack)
+    if stored is not None and set(known.values()) - {"warm"}:
+        reach = _states(tree, stored, slack)
+        for node_id, state in known.items():
+            if state != "warm" and reach.get(node_id) == "warm":
+                known[node_id] = "disk"
+    return known
+
+
+def _states(tree: Tree, measure: Measure, slack: int) -> dict[int, Warmth]:
+    counted = _Counted(measure, slack)
+    known: dict[int, Warmth] = {}
+    for node in reversed(list(tree.nodes())):  # children before parents, so branches from their end
+        if counted.calls >= MOST_MEASUREMENTS:
+            break
+        if node.role == "assistant" and node.id not in known:
+            _measure_branch(node, counted, known)
+    return known
+
+
+class _Counted:
+    """Measures, and counts how often."""
+
+    def __init__(self, measure: Measure, slack: int) -> None:
+        self._measure = measure
+        self._slack = slack
+        self.calls = 0
+
+    def __call__(self, node: Node) -> tuple[int, int]:
+        self.calls += 1
+        return self._measure(node)
+
+    def is_warm(self, node: Node) -> bool:
+        warm, total = self(node)
+        return total - warm < self._slack
+
+
+def _measure_branch(tip: Node, measure: _Counted, known: dict[int, Warmth]) -> None:
+    """Find out about the replies from the last known one to the tip."""
+    before, branch = _unknown(tip, known)
+    ids = [node.id for node in branch]
+    if known.get(before.id, "warm") != "warm":
+        known |= dict.fromkeys(ids, "cold")
+        return
+    if measure.is_warm(tip):
+        known |= dict.fromkeys(ids, "warm")
+        return
+    low, high = 0, len(branch) - 1  # all before low are warm, and the one at high is not
+    while low < high:
+        middle = (low + high) // 2
+        if measure.is_warm(branch[middle]):
+            low = middle + 1
+        else:
+            high = middle
+    last_warm = branch[low - 1] if low else before
+    has_some = measure(branch[low])[0] > measure(last_warm)[1]
+    known |= dict.fromkeys(ids[:low], "warm")
+    known |= dict.fromkeys(ids[low:], "cold")
+    known[ids[low]] = "partly" if has_some else "cold"
+
+
+def _unknown(tip: Node, known: dict[int, Warmth]) -> tuple[Node, list[Node]]:
+    """Return the node before the replies that nothing is known of, and those."""
+    branch: list[Node] = []
+    node = tip
+    while node.parent is not None and node.role != "system" and node.id not in known:
+        if node.role == "assistant":
+            branch.append(node)
+        node = node.parent
+    return node, branch[::-1]
+
+
+_SHORT: Final = 10
+"""Fewest columns that a message gets, however narrow the terminal."""
+MARKS: Final[Mapping[Warmth, str]] = {"warm": "●", "disk": "◎", "partly": "◐", "cold": "○"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A turn and where it hangs."""
+
+    node: Node
+    """The reply, or the message where it has none."""
+    number: int
+    first: str
+    """What is drawn before it."""
+    rest: str
+    """What is drawn before the turns after it."""
+
+
+def draw_tree(
+    tree: Tree,
+    sessions: Mapping[str, Node],
+    current: str,
+    width: int,
+    warmth: Mapping[int, Warmth] | None = None,
+    numbers: Mapping[int, int] | None = None,
+) -> list[Text]:
+    """
+    Return the tree as lines of at most *width* columns.
+
+    Turns that follow each other stay in one column; only where a conversation branches is it
+    indented, so long ones keep room for text.
+
+    Args:
+        sessions: Names and tips of the sessions in this tree.
+        current: The one that is spoken to.
+        width: Columns of the terminal.
+        warmth: Of the replies, by their ids; they get a mark.
+        numbers: By which people name the nodes, by their ids; None: their ids.
+    """
+    here = sessions.get(current)
+    on_path = set() if here is None else {node.id for node in [tree.root, *here.path()]}
+    marks = {node_id: MARKS[state] for node_id, state in (warmth or {}).items()}
+    names = {} if numbers is None else numbers
+    lines = [_line(_Line(tree.root, 0, "", ""), sessions, current, width, on_path, "", 0)]
+    pending = _turns_after(_Line(tree.root, 0, "", ""))
+    while pending:
+        turn = pending.pop()
+        mark = marks.get(turn.node.id, "")
+        lines.append(
+            _line(
+                turn, sessions, current, width, on_path, mark, names.get(turn.node.id, turn.node.id)
+            )
+        )
+        pending += _turns_after(turn)
+    return lines
+
+
+def _turns_after(line: _Line) -> list[_Line]:
+    """Return the next turns, the last one first, as a stack takes them."""
+    following = list(_next_nodes(line.node))
+    if len(following) == 1:
+        return [_Line(following[0], line.number + 1, line.rest, line.rest)]
+    turns = []
+    for index, node in enumerate(following):
+        is_last = index == len(following) - 1
+        first, rest = ("└ ", "  ") if is_last else ("├ ", "│ ")
+        turns.append(_Line(node, line.number + 1, line.rest + first, line.rest + rest))
+    return turns[::-1]
+
+
+def _next_nodes(node: Node) -> Iterator[Node]:
+    """Yield the replies after a node, and messages that have none."""
+    for child in node.children:
+        if child.role == "system":
+            yield from _next_nodes(child)
+        elif child.role == "user" and child.children:
+            yield from child.children
+        else:
+            yield child
+
+
+def _line(
+    line: _Line,
+    sessions: Mapping[str, Node],
+    current: str,
+    width: int,
+    on_path: set[int],
+    mark: str,
+    name: int,
+) -> Text:
+    names = [session for session, tip in sessions.items() if _stands_at(tip, line.node)]
+    here = ", ".join(f"{one} (here)" if one == current else one for one in names)
+    suffix = f"  ← {printable(here)}" if here else ""
+    label = _label(line, width - cell_len(suffix), mark, name)
+    style = "" if line.node.id in on_path else "dim"
+    text = Text(label, style, no_wrap=True, overflow="ellipsis")
+    return text.append(suffix, "bold" if current in names else "not dim")
+
+
+def _stands_at(tip: Node, node: Node) -> bool:
+    """Return whether a tip is drawn at this node's line; instructions are part of the root's."""
+    return tip is node or (node.role is None and tip.role == "system")
+
+
+def _label(line: _Line, width: int, mark: str, name: int) -> str:
+    node = line.node
+    if node.role is None:
+        system = node.children[0].content if _has_system(node) else ""
+        return _shorten(f"0 start {f'({system})' if system else ''}".rstrip(), width)
+    # Where branches nest deeper than half the screen, only the innermost are drawn.
+    hang = line.first if len(line.first) <= width // 2 else "…" + line.first[-(width // 2) :]
+    head = f"{hang}{mark}{' ' if mark else ''}{line.number} "
+    tail = f"  #{name}"
+    room = max(2 * _SHORT, width - len(head) - len(tail) - 3)
+    if node.role == "user":
+        return head + _shorten(node.content, room) + tail
+    assert node.parent is not None, "a reply follows a message"
+    said = _shorten(node.parent.content, max(_SHORT, room // 2))
+    return f"{head}{said} → {_shorten(node.content, room - cell_len(said))}{tail}"
+
+
+def _has_system(root: Node) -> bool:
+    return bool(root.children) and root.children[0].role == "system"
+
+
+def _shorten(text: str, width: int) -> str:
+    """Return the text on one line of at most *width* columns."""
+    line = Text(" ".join(printable(text).split()))
+    line.truncate(max(1, width), overflow="ellipsis")
+    return line.plain

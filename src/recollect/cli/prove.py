@@ -1,0 +1,369 @@
+"""
+`recollect verify`: is the model that runs the one in its file, and is what is reused right?
+
+Prints the verdicts; the checks themselves are in `proof/against_file.py` and `proof/verify.py`.
+
+`recollect rewind-test`: does a rewound conversation answer as it did, and as a fresh one does?
+
+Prints the verdict; the test itself is in `proof/rewind_test.py`.
+
+`recollect scenarios`: six conversations, and what reuse changes apart from the model's mistakes.
+
+Prints what `proof/scenarios.py` finds.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from recollect.cli.options import (
+    AllowNativeCodeOption,
+    KvMemoryOption,
+    LongContextOption,
+    ModelOption,
+    OfflineOption,
+    ProfileOption,
+    ProofKvDiskOption,
+    open_model,
+    progress_bar,
+)
+from recollect.types import Profile
+
+if TYPE_CHECKING:
+    from recollect.conversation.model import Model
+    from recollect.proof.scenarios import GradedReply, RewindResult, ScenarioResult, Turn
+    from recollect.proof.verify import FileReport, VerifyReport
+
+
+def verify(
+    model: ModelOption = "smollm2",
+    profile: ProfileOption = "exact",
+    operations: Annotated[
+        int, typer.Option("--operations", "-n", metavar="N", min=1, help="How many.")
+    ] = 200,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same gives the same operations.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result there too.")
+    ] = None,
+    kv_memory: KvMemoryOption = None,
+    kv_disk: ProofKvDiskOption = "0",
+    offline: OfflineOption = False,
+    allow_native_code: AllowNativeCodeOption = None,
+    long_context: LongContextOption = False,
+    long: Annotated[
+        bool,
+        typer.Option(
+            "--long",
+            help="Look at windows and at the end of the context also where that takes long.",
+        ),
+    ] = False,
+    against_file: Annotated[
+        bool,
+        typer.Option(
+            "--model-check/--no-model", help="Whether the model is compared with its file."
+        ),
+    ] = True,
+) -> None:
+    """
+    Compare a model with its file, then what is reused with what is computed anew.
+
+    First the logits are compared with those that a second program computes from the file alone. Then
+    random conversations are held, and each state is compared with a fresh prefill of the same tokens;
+    with --kv-disk they are also forgotten in memory and read back from disk.
+    """
+    from recollect.proof.report import require_writable, written_to  # noqa: PLC0415 - see above
+
+    if json_file is not None:
+        require_writable(json_file)
+    with open_model(
+        model,
+        profile=profile,
+        kv_memory=kv_memory,
+        kv_disk=kv_disk,
+        allow_native_code=allow_native_code,
+        long_context=long_context,
+        offline=offline,
+    ) as loaded:
+        from recollect.proof import verify as proof  # noqa: PLC0415
+
+        compared = compare(loaded) if against_file else None
+        for line in [] if compared is None else file_lines(loaded.name, profile, compared):
+            typer.echo(line)
+        with progress_bar("Verifying") as progress:
+            report = proof.verify(
+                loaded,
+                operations=operations,
+                seed=seed,
+                boundary_s=math.inf if long else proof.BOUNDARY_S,
+                progress=lambda done, worst: progress(
+                    f"largest difference {worst:.1e}", done, operations
+                ),
+            )
+    for line in _lines(report):
+        typer.echo(line)
+    if json_file is not None:
+        with written_to(json_file):
+            result = report.to_dict() | {"file": None if compared is None else compared.to_dict()}
+            json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if not report.passed or (compared is not None and compared.outcome == "FAIL"):
+        raise typer.Exit(1)
+
+
+def compare(loaded: "Model") -> "FileReport":
+    """Compare a loaded model with its file, and note the outcome for `recollect models`."""
+    from recollect import config  # noqa: PLC0415 - see above
+    from recollect.models.listing import Compared  # noqa: PLC0415
+    from recollect.proof.verify import compare_with_file  # noqa: PLC0415
+
+    with progress_bar("Comparing with the file") as progress:
+        report = compare_with_file(
+            loaded, progress=lambda done, of: progress(f"layer {done} of {of}", done, of)
+        )
+    if report.outcome != "NOT COMPARED":
+        noted = Compared(
+            outcome=report.outcome,
+            profile=loaded.profile,
+            largest=report.largest,
+            reason=report.reason,
+        )
+        try:
+            noted.write(config.home(), loaded.local.fingerprint)
+        except OSError as cause:
+            typer.echo(f"The outcome could not be noted ({cause.strerror or cause}).", err=True)
+    return report
+
+
+def file_lines(name: str, profile: str, report: "FileReport") -> list[str]:
+    """Return what a person reads of the first part, the verdict last."""
+    if report.outcome == "NOT COMPARED":
+        return [f"{name} · against its file", f"NOT COMPARED: {report.reason}", ""]
+    types = " · ".join(f"{kind} {count:,}" for kind, count in (report.tensor_types or {}).items())
+    verdict = report.outcome if not report.reason else f"{report.outcome}: {report.reason}"
+    return [
+        f"{name} · {profile} · against {report.file} ({report.architecture})",
+        f"  weights             {types}",
+        f"  largest difference  {report.largest:.1e}  ({report.places} places of "
+        f"{report.tokens} tokens, every logit)",
+        f"  limit               {report.limit:.1e}",
+        f"  likeliest token     the same in {report.agreement:.1%}",
+        f"  perplexity          {report.perplexity:.4f}  (by the file {report.reference_perplexity:.4f})",
+        f"{verdict}",
+        "",
+    ]
+
+
+def _lines(report: "VerifyReport") -> list[str]:
+    """Return what a person reads: what was done, what came out, the verdict last."""
+    counts = " · ".join(f"{name} {count}" for name, count in report.counts.items())
+    largest = report.largest
+    where = f"operation {largest.operation}, {largest.name}" if largest.name else "anywhere"
+    return [
+        f"{report.model} · {report.profile} · {report.operations} operations · seed {report.seed}",
+        f"  {counts}",
+        f"  largest difference  {largest.logits:.1e}  ({where}, {largest.tokens} tokens)",
+        *(
+            f"  around {found.tokens:>8,}     "
+            + (f"{found.difference:.1e}" if found.difference is not None else found.left_out)
+            for found in report.boundaries
+        ),
+        f"  noise control       {report.noise:.1e}  (token by token against one prefill)",
+        f"  limit               {report.limit:.1e}",
+        "PASS" if report.passed else "FAIL",
+    ]
+
+
+def rewind_test(
+    model: ModelOption = "smollm2",
+    profile: ProfileOption = "exact",
+    kv_memory: KvMemoryOption = None,
+    kv_disk: ProofKvDiskOption = "0",
+    offline: OfflineOption = False,
+    allow_native_code: AllowNativeCodeOption = None,
+    long_context: LongContextOption = False,
+) -> None:
+    """Ask three questions, rewind to after the first answer, and ask the second one again."""
+    with open_model(
+        model,
+        profile=profile,
+        kv_memory=kv_memory,
+        kv_disk=kv_disk,
+        allow_native_code=allow_native_code,
+        long_context=long_context,
+        offline=offline,
+    ) as loaded:
+        from recollect.proof.scenarios import run_rewind_test  # noqa: PLC0415
+
+        result = run_rewind_test(loaded)
+    typer.echo(
+        f"rewound {result.history_tokens} to {result.length} tokens "
+        f"({result.rewind_computed_tokens} computed), asked again "
+        f"({result.again_computed_tokens} computed), {len(result.answer)} tokens of answer"
+    )
+    for line in differences(result):
+        typer.echo(line)
+    if result.rewind_differs_at is None and (result.fresh_differs_at is None or profile != "exact"):
+        typer.echo("rewind test OK")
+        return
+    typer.echo("rewind test FAILED")
+    raise typer.Exit(1)
+
+
+def differences(result: "RewindResult") -> list[str]:
+    """Return a line for each answer that is not A2, naming the first token that differs."""
+    lines = []
+    if (place := result.rewind_differs_at) is not None:
+        lines.append(f"A2' differs from A2 at {_tokens(place, result.answer, result.after_rewind)}")
+    if (place := result.fresh_differs_at) is not None:
+        lines.append(
+            f"a fresh prefill differs from A2 at {_tokens(place, result.answer, result.fresh)}; "
+            "outside the profile exact, decode rounds otherwise than prefill, so near-ties flip"
+        )
+    return lines
+
+
+def _tokens(place: int, first: tuple[int, ...], second: tuple[int, ...]) -> str:
+    one, other = (
+        str(answer[place]) if place < len(answer) else "the end" for answer in (first, second)
+    )
+    return f"token {place}: {other} instead of {one}"
+
+
+def scenarios(
+    model: ModelOption = "smollm2",
+    profile: ProfileOption = "fast",
+    kv_memory: KvMemoryOption = None,
+    kv_disk: ProofKvDiskOption = "0",
+    offline: OfflineOption = False,
+    allow_native_code: AllowNativeCodeOption = None,
+    long_context: LongContextOption = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything there, too.")
+    ] = None,
+) -> None:
+    """Play six conversations with reuse, with a full prefill every turn, and rewound."""
+    from recollect.proof.report import require_writable, write_json  # noqa: PLC0415 - see above
+
+    if json_file is not None:
+        require_writable(json_file)
+    console = Console(highlight=False)
+    with open_model(
+        model,
+        profile=profile,
+        kv_memory=kv_memory,
+        kv_disk=kv_disk,
+        allow_native_code=allow_native_code,
+        long_context=long_context,
+        offline=offline,
+    ) as loaded:
+        from recollect.proof.report import machine_card  # noqa: PLC0415
+        from recollect.proof.scenarios import load_scenarios, play_all  # noqa: PLC0415
+
+        card = machine_card(loaded)
+        console.print(f"[dim]{card.model}, profile {profile}, {card.cpu}[/]")
+        results = []
+        for result in play_all(loaded, load_scenarios()):
+            results.append(result)
+            _print_scenario(console, result)
+    changed = _print_verdict(console, results, profile)
+    if json_file is not None:
+        write_json(json_file, machine=card, scenarios=results, summary=summary(results))
+    if changed and profile == "exact":
+        raise typer.Exit(1)
+
+
+def summary(results: "list[ScenarioResult]") -> dict[str, object]:
+    """Return the counts of the verdict: facts, the model's mistakes, and what reuse changed."""
+    turns = [
+        (result.name, number, turn)
+        for result in results
+        for number, turn in enumerate(result.turns)
+    ]
+    return {
+        "facts": sum(len(turn.full.facts) for _, _, turn in turns),
+        "model_wrong": [
+            {"scenario": name, "turn": number, "fact": fact}
+            for name, number, turn in turns
+            for fact in turn.model_wrong
+        ],
+        "changed_by_reuse": [
+            {
+                "scenario": name,
+                "turn": number,
+                "mode": mode,
+                "first_different_token": turn.first_difference(mode),
+            }
+            for name, number, turn in turns
+            for mode in turn.changed_by_reuse
+        ],
+        "prompt_tokens": sum(turn.full.usage.prompt_tokens for _, _, turn in turns),
+        "computed_tokens_with_reuse": sum(turn.reuse.usage.computed_tokens for _, _, turn in turns),
+        "computed_tokens_full": sum(turn.full.usage.computed_tokens for _, _, turn in turns),
+    }
+
+
+def _print_scenario(console: Console, result: "ScenarioResult") -> None:
+    console.print(f"\n[bold]{result.name}[/]")
+    for number, turn in enumerate(result.turns):
+        console.print(f"  [cyan]{number}>[/] {escape(_shorten(turn.prompt))}")
+        console.print(f"     {escape(_shorten(turn.full.text))}")
+        console.print(f"     {_facts(turn.full)}[dim]{_costs(turn)}[/]")
+        for mode in turn.changed_by_reuse:
+            reply = turn.rewound if mode == "rewound" else turn.reuse
+            assert reply is not None, "a mode that changed something has a reply"
+            console.print(
+                f"     [yellow]{mode} differs at token {turn.first_difference(mode)}:[/] "
+                f"{escape(_shorten(reply.text))} {_facts(reply)}"
+            )
+
+
+def _print_verdict(console: Console, results: "list[ScenarioResult]", profile: Profile) -> bool:
+    """Print what the model got wrong and what reuse changed; return whether it changed anything."""
+    turns = [turn for result in results for turn in result.turns]
+    facts = sum(len(turn.full.facts) for turn in turns)
+    wrong = sum(len(turn.model_wrong) for turn in turns)
+    replies = sum(1 if turn.rewound is None else 2 for turn in turns)
+    changed = sum(len(turn.changed_by_reuse) for turn in turns)
+    console.print(
+        f"\nThe model got {wrong} of {facts} facts wrong, with a full prefill every turn too."
+    )
+    colour = "yellow" if changed else "green"
+    console.print(
+        f"Reuse changed [{colour}]{changed} of {replies}[/] replies, compared token by token with "
+        "a full prefill of the same history."
+    )
+    if changed and profile != "exact":
+        console.print(
+            "[dim]In this profile decode and prefill use kernels that round differently, and a "
+            "near-tie between two tokens may flip; `--profile exact` shows what reuse does.[/]"
+        )
+    return changed > 0
+
+
+def _shorten(text: str) -> str:
+    """Return the text on one line; all of it is in the JSON file."""
+    line = "".join(c if c.isprintable() else "·" for c in " ".join(text.split()))
+    return line if len(line) <= 160 else line[:159] + "…"
+
+
+def _facts(reply: "GradedReply") -> str:
+    marks = [
+        f"[green]✓ {escape(fact.what)}[/]" if fact.recalled else f"[red]✗ {escape(fact.what)}[/]"
+        for fact in reply.facts
+    ]
+    return "  ".join(marks) + ("  " if marks else "")
+
+
+def _costs(turn: "Turn") -> str:
+    """Return the cost in each mode: reused + computed tokens, and the first-token time."""
+    modes = {"reuse": turn.reuse, "full": turn.full, "rewound": turn.rewound}
+    return " · ".join(
+        f"{mode} {reply.usage.reused_tokens}+{reply.usage.computed_tokens} "
+        f"{reply.usage.ttft_s * 1000:.0f} ms"
+        for mode, reply in modes.items()
+        if reply is not None
+    )
