@@ -7,9 +7,9 @@ What forks and rewinds cost, in time, in forward passes and in blocks.
 import sys
 
 import recollect
+from forking import measure_forks
 from harness import parser, report, say
 from recollect.proof.bench import bench_text, cut_to_length
-from recollect.proof.forks import measure_forks
 
 MOST_SECONDS = 0.001
 TRUNK_BLOCKS = 2048 // 32

@@ -34,7 +34,7 @@ import recollect
 from harness import Load, parser, report, say
 from recollect import config
 from recollect.models.prepare import models_folder
-from recollect.proof.workloads import text_of
+from traces import text_of
 
 REPLY_TOKENS: Final = 24
 OVERHEAD_SAMPLES: Final = 150

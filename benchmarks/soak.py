@@ -33,12 +33,12 @@ import uvicorn
 import recollect
 from harness import say
 from recollect.kv.disk import DiskStore
-from recollect.proof.workloads import text_of
 from recollect.server.access import Keyring
 from recollect.server.app import create_app
 from recollect.server.hub import ModelHub
 from recollect.server.settings import Limits, Settings
 from recollect.types import Message
+from traces import text_of
 
 FLAT_BYTES = 64 << 20
 """Memory may grow by this after the first fifth: texts and token ids of conversations are kept."""

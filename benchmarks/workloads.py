@@ -3,7 +3,7 @@ Seeded traces of conversations: what is computed, and whether anything is comput
 
     python benchmarks/workloads.py [--model smollm2|reference] [--save]
 
-The traces and the count are `recollect.proof.workloads`; see there. `--model reference` takes two
+The traces and the count are `benchmarks/traces.py`; see there. `--model reference` takes two
 seconds and counts the same things without weights.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import recollect
 from harness import Load, parser, report, say
-from recollect.proof.workloads import TRACES, run_trace
+from traces import TRACES, run_trace
 
 
 def main() -> None:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 import recollect
+from forking import measure_forks
 from recollect.conversation.model import Model
 from recollect.proof.bench import BenchConfig, run_iterations
-from recollect.proof.forks import measure_forks
 from recollect.proof.scenarios import load_scenarios, play, run_rewind_test
 
 pytestmark = pytest.mark.model

@@ -1,4 +1,4 @@
-"""Claims about `proof/workloads.py`, and what it finds of the engine on the reference runtime."""
+"""Claims about `benchmarks/traces.py`, and what it finds of the engine on the reference runtime."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 import recollect
 from recollect.kv.prefix import CachedTable
-from recollect.proof.workloads import TRACES, Trace, run_trace
+from traces import TRACES, Trace, run_trace
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
+from forking import measure_forks
 from recollect.conversation.model import Model
-from recollect.proof.forks import measure_forks
 
 
 def test_forks_of_a_trunk_take_one_block_each(make_model: Callable[..., Model]) -> None:
