@@ -167,9 +167,8 @@ _ROUTERS: Final = (
     completions.router,
     responses.router,
     conversation_routes.router,
-    conversation_routes.router,
     anthropic.router,
-    chat_completions.router,
+    chat_completions.prewarm_router,
     router,
 )
 

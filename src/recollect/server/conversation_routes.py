@@ -50,7 +50,7 @@ from recollect.server.response_object import FlatTool, InputItem, ResponseHead, 
 from recollect.server.services import Services, client_of, services_of, with_model
 from recollect.types import SamplingParams
 
-checkpoints_router = APIRouter(tags=["Conversations"], route_class=BodyRoute)
+router = APIRouter(tags=["Conversations"], route_class=BodyRoute)
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Checkpoint(Body):
     name: PlaceName
 
 
-@checkpoints_router.post("/v1/conversations/{conversation_id}/checkpoint")
+@router.post("/v1/conversations/{conversation_id}/checkpoint")
 async def checkpoint(conversation_id: str, body: Checkpoint, request: Request) -> dict[str, Any]:
     """
     Give the place where a conversation stands a name, to come back to, and keep its KV on disk.
@@ -85,7 +85,7 @@ async def checkpoint(conversation_id: str, body: Checkpoint, request: Request) -
     return {**view.standing(), "checkpoint": body.name, "kv": kept}
 
 
-@checkpoints_router.delete("/v1/conversations/{conversation_id}/checkpoints/{name}")
+@router.delete("/v1/conversations/{conversation_id}/checkpoints/{name}")
 def delete_checkpoint(conversation_id: str, name: PlaceName, request: Request) -> dict[str, Any]:
     """Forget a checkpoint and let its KV go when room is needed; what was said there stays."""
     view, services = view_of(request, conversation_id), services_of(request)
@@ -246,8 +246,6 @@ def _last_head(services: Services, view: ConversationView) -> ResponseHead | Non
 def _not_kept(reason: str) -> dict[str, Any]:
     return {"kept": False, "reason": reason}
 
-
-router = APIRouter(tags=["Conversations"], route_class=BodyRoute)
 
 _PAGE: int = 20
 
