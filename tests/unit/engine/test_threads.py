@@ -268,7 +268,7 @@ def test_a_bug_in_the_engine_leaves_nobody_waiting(
 
     monkeypatch.setattr(engine._scheduler, "plan", broken)
     for talk in talks:
-        assert talk.task._ended.wait(WAIT_S)
+        assert talk.task.join(WAIT_S)
         with pytest.raises(RuntimeFailure, match="planted"):
             talk.task.wait()
     with pytest.raises(RuntimeFailure, match="met a bug"):
@@ -406,7 +406,7 @@ def test_idle_work_gives_way_and_is_done_in_the_end(engine: Engine, gates: list[
     work = Talk(engine, ids_of(5, 1), 3)
     gate.let_all_through()
     work.tokens()
-    assert not idle.ended or idle.state == "done"
+    assert not idle.join(0) or idle.state == "done"
     idle.wait()
     lengths = [[len(row.token_ids) for row in rows] for rows in gate.rows]
     assert lengths == [[8], [5], [1], [1], [8], [8], [8], [8]]
