@@ -222,7 +222,7 @@ class Engine:
                 self.cache.unpin(cached)
 
     def forget(self) -> int:
-        """Give up all KV in memory that no sequence holds and nobody pinned; return how many blocks."""
+        """Evict all KV that no sequence holds and nobody pinned; return how many blocks."""
         with self.lock:
             return self.cache.evict(self.pool.num_blocks)
 
@@ -320,6 +320,8 @@ class Engine:
             if thread is threading.current_thread():
                 raise MisuseError("a task's callback cannot close its engine")
             self._closed = True
+            for task in self._scheduler.tasks():
+                task.cancel()
             self._work.notify_all()
         atexit.unregister(self._at_exit)
         if thread is not None:
@@ -369,17 +371,15 @@ class Engine:
         """Wait for work and run a forward pass; return whether to go on."""
         with self._work:
             self._drop_cancelled()
-            while not self._closed and not self._scheduler.tasks():
+            while not self._scheduler.tasks():
+                if self._closed:
+                    return False
                 self._tell_tier(works=False)
                 if not self._work.wait(_LINGER_S) and not self._scheduler.tasks():
                     self._thread = None  # without a thread, an engine nobody uses can go
                     return False
                 self._drop_cancelled()
             self._tell_tier(works=True)
-            if self._closed:
-                for task in self._scheduler.tasks():
-                    self._scheduler.end(task, "cancelled")
-                return False
             self._scheduler.admit(self._room.fits)
             running = list(self._scheduler.running)
             self._passing = True

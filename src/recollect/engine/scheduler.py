@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field
 from queue import SimpleQueue
 from typing import Any, Final, Literal
 
@@ -92,52 +93,44 @@ class Stream:
                 await more.wait()
 
 
+@dataclass(eq=False)
 class Task:
     """
     Work on one sequence, which belongs to the engine's thread until the task has ended.
 
     Any thread may wait for the end, read `stream`, or cancel the task.
-
-    Args:
-        sequence: What to compute.
-        on_logits: Called on the engine's thread whenever the logits after the sequence are known. May
-            append to it, and put results into the task's `stream`; returns whether to go on.
-        idle: Run only while there is nothing else to do.
-        spare: Idle, and nobody waits for it: the scheduler may cancel it where there are many.
-        on_end: Called on the engine's thread when it is over, however it ended, before readers are told.
     """
 
-    def __init__(
-        self,
-        sequence: Sequence,
-        on_logits: Callable[[], bool],
-        *,
-        idle: bool = False,
-        spare: bool = False,
-        on_end: Callable[[], None] = lambda: None,
-    ) -> None:
-        assert idle or not spare, "what is spare is idle"
-        self.sequence = sequence
-        self.on_logits = on_logits
-        self.namespace = sequence.namespace or ""
-        self.idle = idle
-        """Whether it runs only while nothing else does."""
-        self.spare = spare
-        """Whether nobody waits for it."""
-        self.state: TaskState = "waiting"
-        self.error: Exception | None = None
-        self.cancelled = False
-        """Whether the caller wants no more of it."""
-        self.restoring = False
-        """Whether the disk may have more of it; it is not fed meanwhile."""
-        self.restored_tokens = 0
-        """Tokens whose KV came from disk for it."""
-        self.fed: list[FeedPlan] = []
-        """What forward passes were fed with for it, in order."""
-        self.stream = Stream()
-        """What `on_logits` gives its reader."""
-        self._on_end = on_end
-        self._ended = threading.Event()
+    sequence: Sequence
+    """What to compute."""
+    on_logits: Callable[[], bool]
+    """Called on the engine's thread whenever the logits after the sequence are known. May append to it,
+    and put results into `stream`; returns whether to go on."""
+    _: KW_ONLY
+    idle: bool = False
+    """Whether it runs only while there is nothing else to do."""
+    spare: bool = False
+    """Whether it is idle and nobody waits for it; where there are many, the scheduler cancels it."""
+    on_end: Callable[[], None] = lambda: None
+    """Called on the engine's thread when it is over, however it ended, before readers are told."""
+    stream: Stream = field(default_factory=Stream, init=False)
+    """What `on_logits` gives its reader."""
+    state: TaskState = field(default="waiting", init=False)
+    error: Exception | None = field(default=None, init=False)
+    """What it failed with."""
+    cancelled: bool = field(default=False, init=False)
+    """Whether the caller wants no more of it."""
+    restoring: bool = field(default=False, init=False)
+    """Whether the disk may have more of it; it is not fed meanwhile."""
+    restored_tokens: int = field(default=0, init=False)
+    """Tokens whose KV came from disk for it."""
+    fed: list[FeedPlan] = field(default_factory=list, init=False)
+    """What forward passes were fed with for it, in order."""
+    _ended: threading.Event = field(default_factory=threading.Event, init=False)
+
+    def __post_init__(self) -> None:
+        assert self.idle or not self.spare, "what is spare is idle"
+        self.namespace = self.sequence.namespace or ""
 
     def cancel(self) -> None:
         """Ask for the end, after the forward pass under way; from any thread or signal handler."""
@@ -162,7 +155,7 @@ class Task:
         """Give the sequence back to the caller. For the scheduler."""
         self.state, self.error = state, error
         try:
-            self._on_end()
+            self.on_end()
         except Exception as bug:  # noqa: BLE001 - handed to whoever waits
             self.state, self.error = "failed", error or bug
         finally:

@@ -341,7 +341,7 @@ class CachedBlock:
 
 
 _FEW: Final = 64
-"""Entries of the heap that stand for nothing: below that, cleaning up is not worth it."""
+"""Entries of the heap that may stand for nothing: below that, cleaning up is not worth it."""
 
 
 class EvictionOrder:
@@ -361,22 +361,16 @@ class EvictionOrder:
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, CachedBlock]] = []
         self._numbers = itertools.count()  # so that no two nodes are compared
+        self._most_entries = _FEW
         self._staying: Counter[int] = Counter()  # nodes, by block
-        self._nodes = 0
 
     @property
     def staying_blocks(self) -> int:
         """Return how many blocks have a node that cannot be evicted."""
         return len(self._staying)
 
-    def add(self, cached: CachedBlock) -> None:
-        """Take note of a new node, which somebody holds."""
-        self._nodes += 1
-        self.hold(cached, held=True)
-
     def remove(self, cached: CachedBlock) -> None:
         """Take note of a node that is gone from the tree; nothing was below it."""
-        self._nodes -= 1
         self.hold(cached, held=False)
         if cached.parent is not None:
             self._offer(cached.parent)
@@ -422,7 +416,6 @@ class EvictionOrder:
         Raises:
             AssertionError: An invariant does not hold.
         """
-        assert len(nodes) == self._nodes, "the nodes are not counted right"
         staying: set[CachedBlock] = set()
         children: Counter[CachedBlock | None] = Counter()
         for cached in reversed(nodes):
@@ -448,10 +441,11 @@ class EvictionOrder:
         """Put a node into the heap, where it can be evicted; it may be there already."""
         if not _can_go(cached):
             return
-        if len(self._heap) > 2 * self._nodes + _FEW:
+        if len(self._heap) > self._most_entries:
             waiting = {one for _, _, one in self._heap if _can_go(one)}
             self._heap = [(one.last_used, next(self._numbers), one) for one in waiting]
             heapq.heapify(self._heap)
+            self._most_entries = 2 * len(waiting) + _FEW
         heapq.heappush(self._heap, (cached.last_used, next(self._numbers), cached))
 
 

@@ -310,7 +310,7 @@ class PrefixCache:
         after.children[tokens] = cached
         self._pool.retain([block])
         self._nodes.setdefault(block, []).append(cached)
-        self._order.add(cached)
+        self._order.hold(cached, held=True)  # whoever inserts it does
         return cached
 
     def _remove(self, cached: CachedBlock) -> None:
