@@ -521,29 +521,14 @@ class Room:
 
     def _has_room(self, task: Task) -> bool:
         sequences = [one.sequence for one in (*self._scheduler.running, task)]
-        lacking = [self._lacking(sequence) for sequence in sequences]
-        room = self._memory.pool.free_blocks + self._memory.cache.evictable_blocks
-        # Looking into the cache takes longer, and is rarely needed.
-        return sum(lacking) <= room or sum(lacking) - sum(map(self._shared, sequences)) <= room
+        for sequence in sequences:
+            sequence.reuse()  # so that what it takes from the cache is not counted as evictable
+        lacking = sum(map(_lacking, sequences))
+        return lacking <= self._memory.pool.free_blocks + self._memory.cache.evictable_blocks
 
-    def _lacking(self, sequence: Sequence) -> int:
-        """Return how many blocks a sequence does not hold for its history and the next token."""
-        plan = sequence.plan()
-        start = len(sequence) if plan is None else plan.start
-        return sequence.kv.plan_write(start, len(sequence) + 1).new_blocks
 
-    def _shared(self, sequence: Sequence) -> int:
-        """
-        Return how many blocks it can take over from the cache without less being evictable.
-
-        These are the ones that somebody holds, or pinned: the rest of what the cache has is room.
-        """
-        after, size, pool = sequence.kv.last_full, self._memory.info.block_size, self._memory.pool
-        if after is None:
-            return 0
-        own = len(sequence.kv.chain)
-        match = self._memory.cache.match(after, sequence.tokens(own * size))
-        full = match.blocks[: match.tokens // size]
-        held = sum(c.pins > 0 or pool.is_shared(c.block) for c in full)
-        # The last block that it holds may be a part of one that is found whole.
-        return max(0, own + held - len(sequence.kv.blocks))
+def _lacking(sequence: Sequence) -> int:
+    """Return how many blocks a sequence does not hold for its history and the next token."""
+    plan = sequence.plan()
+    start = len(sequence) if plan is None else plan.start
+    return sequence.kv.plan_write(start, len(sequence) + 1).new_blocks
