@@ -409,7 +409,7 @@ class Engine:
                 if task in errors:
                     # The slots from fed.start on are undefined now, and those before it in the same
                     # block may be: its copy may not have happened, or a scale has changed.
-                    task.sequence.kv.truncate(fed.start // self.block_size * self.block_size)
+                    task.sequence.truncate(fed.start // self.block_size * self.block_size)
                     self._scheduler.end(task, "failed", errors[task])
                 else:
                     task.sequence.written(fed, logits.get(task))
