@@ -398,7 +398,7 @@ def _match_across_namespaces(patch: pytest.MonkeyPatch) -> None:
 def _evict_prefixes_first(patch: pytest.MonkeyPatch) -> None:
     def evict(self: PrefixCache, count: int) -> int:
         oldest = sorted(self.blocks(), key=lambda cached: cached.last_used)
-        chosen = [c for c in oldest if self._is_evictable(c)][:count]
+        chosen = [c for c in oldest if not c.held][:count]
         for cached in chosen:
             assert cached.parent is not None
             del cached.parent.children[cached.token_ids]
@@ -426,7 +426,7 @@ def _evict_the_latest(patch: pytest.MonkeyPatch) -> None:
         lambda self, count: sum(
             self._remove(cached) is None
             for cached in sorted(
-                (c for c in self.blocks() if not c.children and self._is_evictable(c)),
+                (c for c in self.blocks() if not c.children and not c.held),
                 key=lambda c: -c.last_used,
             )[:count]
         ),
@@ -434,11 +434,21 @@ def _evict_the_latest(patch: pytest.MonkeyPatch) -> None:
 
 
 def _evict_pinned(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PrefixCache, "_is_evictable", lambda self, c: self._pool.references(c.block) == 1)
+    hold = EvictionOrder.hold
+
+    def forgetful(self: EvictionOrder, cached: CachedBlock, *, held: bool) -> None:
+        hold(self, cached, held=held and not cached.pins)
+
+    patch.setattr(EvictionOrder, "hold", forgetful)
 
 
 def _evict_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PrefixCache, "_is_evictable", lambda _self, cached: cached.pins == 0)
+    hold = EvictionOrder.hold
+
+    def forgetful(self: EvictionOrder, cached: CachedBlock, *, held: bool) -> None:
+        hold(self, cached, held=held and cached.pins > 0)
+
+    patch.setattr(EvictionOrder, "hold", forgetful)
 
 
 def _skip_the_copy(patch: pytest.MonkeyPatch) -> None:
@@ -528,7 +538,7 @@ def _count_a_place_for_a_block(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         PrefixCache,
         "evictable_blocks",
-        property(lambda self: sum(self._is_evictable(cached) for cached in self.blocks())),
+        property(lambda self: sum(not cached.held for cached in self.blocks())),
     )
 
 

@@ -53,13 +53,14 @@ class Stream:
 
     def hand_over(self) -> bool:
         """Give the reader what is new, and return whether that are its first results."""
-        is_first = bool(self._fresh) and not self._has_begun
-        self._has_begun |= is_first
+        if not self._fresh:
+            return False
         for result in self._fresh:
             self._queue.put(result)
         self._fresh.clear()
         with suppress(RuntimeError):  # the reader's loop was closed
             self._wake()
+        is_first, self._has_begun = not self._has_begun, True
         return is_first
 
     def close(self) -> None:
