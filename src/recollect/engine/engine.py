@@ -77,9 +77,7 @@ class ForwardPasses:
         errors: dict[Task, Exception] = {}
         for task, fed in chunks.items():
             start = fed.start // self._keep_multiple_of * self._keep_multiple_of
-            chunks[task] = FeedPlan(
-                start, fed.end
-            )  # the failed pass may have changed a whole block
+            chunks[task] = FeedPlan(start, fed.end)  # a failure may have changed all of a block
             own_logits, own_errors = self.run({task: chunks[task]}, [])
             logits |= own_logits
             errors |= own_errors
