@@ -179,8 +179,8 @@ class Restorer:
     ) -> RestorePlan:
         with self._lock:
             sequence.reuse()
-            after = sequence.kv.last_full
-            start = len(sequence.kv.chain) * self._pool.block_size
+            after = sequence.last_full
+            start = len(sequence.chain) * self._pool.block_size
             have = sequence.computed - start
             # All but the block that the prompt's last token goes to, which is fed in any case.
             room = self._pool.free_blocks + self._cache.evictable_blocks - 1
@@ -222,7 +222,7 @@ class Restorer:
             raise
         with self._lock:
             before = sequence.computed
-            after = sequence.kv.last_full
+            after = sequence.last_full
             for entry, block in zip(plan.entries[:count], blocks, strict=False):
                 assert after is not None, "a sequence with a namespace has a root"
                 after = self._cache.insert(after, entry.token_ids, block, on_disk=True)
@@ -410,16 +410,17 @@ class DiskTier:
             token_ids: Shape `(n,)`.
         """
         size = self._block_size
-        start = len(match.full) * size
-        after = match.full[-1] if match.full else root
+        full = match.tokens // size
+        start = full * size
+        after = match.blocks[full - 1] if full else root
         try:
             found = self.store.find(
                 after.key, token_ids[start:], block_size=size, inside_block=self._inside_blocks
             )
         except StoreError:
-            return start + match.partial_tokens  # the next restore tells what is wrong
+            return match.tokens  # the next restore tells what is wrong
         on_disk = max(0, len(found.entries) - 1) * size + found.last_tokens
-        return start + max(match.partial_tokens, on_disk)
+        return max(match.tokens, start + on_disk)
 
     def statistics(self) -> TierStatistics:
         """Return what was done so far."""
