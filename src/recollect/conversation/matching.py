@@ -25,7 +25,7 @@ from recollect.conversation.tools import KnownTools, Tools
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_node
 from recollect.engine.tier import DiskTier
 from recollect.journal.records import NewNode, pack_token_ids, unpack_token_ids
-from recollect.kv.replies import StoredReply, reply_name
+from recollect.kv.record import StoredReply
 from recollect.types import Message, Role
 
 MOST_MESSAGES: Final = 20_000
@@ -472,4 +472,4 @@ class RememberedReplies:
         )
 
     def _name(self, key: bytes) -> bytes:
-        return reply_name(self._tier.store, self._fingerprint, self._namespace, key)
+        return self._tier.store.reply_name(self._fingerprint, self._namespace, key)

@@ -20,12 +20,11 @@ from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence
 from recollect.engine.write_behind import WriteBehind
 from recollect.errors import RuntimeFailure, StoreBusyError, StoreError
-from recollect.kv import accounts, pins, replies
+from recollect.kv import accounts, pins
 from recollect.kv.blocks import BlockPool, CachedBlock, Key
 from recollect.kv.disk import DiskStore, Found
 from recollect.kv.prefix import Match, PrefixCache
-from recollect.kv.record import Buffer, Entry, Identity
-from recollect.kv.replies import StoredReply
+from recollect.kv.record import Buffer, Entry, Identity, StoredReply
 from recollect.runtime.base import PagedRuntime
 from recollect.types import running_average
 
@@ -307,7 +306,7 @@ class DiskTier:
     def find_reply(self, name: Key) -> StoredReply | None:
         """Return a reply of another time; None where there is none, or nothing can be read."""
         try:
-            return replies.recall(self.store, name)
+            return self.store.recall(name)
         except StoreError:
             return None  # the next restore tells what is wrong
 

@@ -14,12 +14,10 @@ from time import monotonic, perf_counter
 from typing import Final
 
 from recollect.errors import StoreBusyError, StoreError, StoreFullError
-from recollect.kv import replies
 from recollect.kv.blocks import BlockPool, CachedBlock, Key
 from recollect.kv.disk import DiskStore, NewBlock, stored_bytes
 from recollect.kv.prefix import PrefixCache
-from recollect.kv.record import Identity
-from recollect.kv.replies import StoredReply
+from recollect.kv.record import Identity, StoredReply
 from recollect.runtime.base import PagedRuntime
 
 _log: Final = logging.getLogger(__name__)
@@ -226,7 +224,7 @@ class WriteBehind:
             self._store.touch(used)
         if said:
             with suppress(StoreFullError):  # for a few bytes, KV is not given up
-                replies.remember(self._store, said)
+                self._store.remember(said)
         lost = self._write_chains(batch)
         if lost:  # a prefix was evicted from disk meanwhile: once more, with all of it
             with self._engine_lock:

@@ -4,19 +4,28 @@ Blocks on disk, found by the name of the prefix that they end: the tier below me
 Knows keys, tokens and bytes; neither the runtime that the bytes are for nor when to read or write.
 """
 
+import heapq
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
 from recollect.errors import StoreFullError
 from recollect.kv import accounts
 from recollect.kv.accounts import TABLES, bring_up_to_date, names_are_open
-from recollect.kv.blocks import DIGEST_BYTES, Key, branch_digests, chained_key
+from recollect.kv.blocks import (
+    DIGEST_BYTES,
+    Key,
+    branch_digests,
+    chained_key,
+    disguised_key,
+    namespace_key,
+)
 from recollect.kv.environment import Environment, Transaction, translated
 from recollect.kv.record import (
     Buffer,
@@ -24,12 +33,16 @@ from recollect.kv.record import (
     Identity,
     Refused,
     Sealer,
+    StoredReply,
     entry_size,
     pack_block,
     pack_entry,
+    pack_reply,
+    reply_last_used,
     touched,
     unpack_block,
     unpack_entry,
+    unpack_reply,
 )
 from recollect.kv.rewriting import Resealing
 from recollect.types import MissReason, common_prefix_length
@@ -47,6 +60,12 @@ _EVICT_SHARE: Final = 1 / 16
 """Of the budget, given up beyond what is needed: looking for what to give up reads all entries."""
 RESERVED_BYTES: Final = 256 << 20
 """Room on the disk that is left to others."""
+
+_MOST_REPLIES: Final = 100_000
+_BYTES_PER_REPLY: Final = 1 << 16
+"""One reply may be remembered for so many bytes of the budget; it takes a few thousand at most."""
+_REPLIES_EVICTED: Final = 1 / 4
+"""Share of the replies that are evicted at once: finding the oldest reads all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +260,57 @@ class DiskStore:
             # Pages that were given up are free for the next transaction, not for the same one.
             self._make_room(needed, {block.parent for block in new})
         return self._write(identity, blocks, packed)
+
+    def reply_name(self, fingerprint: str, namespace: str, message_key: bytes) -> Key:
+        """
+        Return the name of a reply: its place in a conversation, for one model and one namespace.
+
+        In an encrypted store the name does not tell others which text it is of.
+
+        Args:
+            fingerprint: Of the model whose token ids they are.
+            namespace: Who may find it.
+            message_key: `Node.key`: a hash of all that was said, up to the reply.
+        """
+        root = namespace_key(fingerprint, namespace, self.root_secret)
+        name = blake2b(root + message_key, digest_size=32, person=b"recollect reply").digest()
+        return disguised_key(name, self.chain_secret) if self.chain_secret else name
+
+    def remember(self, replies: Mapping[Key, StoredReply]) -> None:
+        """
+        Store the token ids of replies, and evict the oldest replies where there are too many.
+
+        A client that sends a conversation as text sends replies as text, and encoding that again may
+        give other ids than were generated, so that their KV would not be found.
+
+        Raises:
+            StoreFullError: There is no room. Nothing was changed.
+            StoreError: The files cannot be written. Nothing was changed.
+        """
+        table, now = self._env.table("replies"), self.clock()
+        with self._env.writing() as txn:
+            for name, reply in replies.items():
+                txn.put(name, pack_reply(name, reply, now, self._sealer), db=table)
+            most = max(1, min(_MOST_REPLIES, self.budget_bytes // _BYTES_PER_REPLY))
+            excess = txn.stat(table)["entries"] - most
+            if excess > 0:
+                ages = ((reply_last_used(value), bytes(name)) for name, value in txn.cursor(table))
+                for _, name in heapq.nsmallest(excess + int(most * _REPLIES_EVICTED), ages):
+                    txn.delete(name, db=table)
+
+    def recall(self, name: Key) -> StoredReply | None:
+        """
+        Return the reply of that name; None where there is none, or it is not as it was written.
+
+        Raises:
+            StoreError: The files cannot be read.
+        """
+        with self._env.reading() as txn:
+            stored = txn.get(name, db=self._env.table("replies"))
+            try:
+                return None if stored is None else unpack_reply(name, stored, self._sealer)
+            except Refused:
+                return None
 
     def touch(self, keys: Iterable[Key]) -> None:
         """

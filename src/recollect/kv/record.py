@@ -27,7 +27,10 @@ _HEADER: Final = struct.Struct("<4sBBxxIQ16s16s")
 _CHECKED: Final = _HEADER.size - 16  # the header up to its checksum
 # checksum, last used (Unix seconds), stored bytes, parent, identity, whether sealed, digests, tokens
 _ENTRY: Final = struct.Struct("<QdQ32s16sBBxxI")
-_ENTRY_CHECKED: Final = 8
+# checksum, last used (Unix seconds), whether what follows is sealed, tokens
+_REPLY: Final = struct.Struct("<Qd?xxxI")
+_CHECKSUM_BYTES: Final = 8
+"""Before an entry and a reply, over everything after them."""
 
 
 class Sealer(Protocol):
@@ -94,6 +97,14 @@ class Entry:
     """`branch_digests` of its tokens; none where nobody could know them when it was stored."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoredReply:
+    """A reply as the model generated it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
 def pack_block(
     key: Key, identity: bytes, tokens: int, payload: Buffer, sealer: Sealer | None
 ) -> bytearray:
@@ -139,7 +150,7 @@ def unpack_block(
         raise Refused("checksum")
     if whose != identity or count != tokens:
         raise Refused("identity")
-    return opened(stored[_HEADER.size :], bool(sealed), b"block" + key + identity, sealer)
+    return _opened(stored[_HEADER.size :], bool(sealed), b"block" + key + identity, sealer)
 
 
 def pack_entry(entry: Entry, sealer: Sealer | None) -> bytes:
@@ -157,7 +168,7 @@ def pack_entry(entry: Entry, sealer: Sealer | None) -> bytes:
         len(entry.digests) // DIGEST_BYTES,
         len(entry.token_ids),
     )
-    return with_checksum(entry.key, head[_ENTRY_CHECKED:] + entry.digests + tokens)
+    return _with_checksum(entry.key, head[_CHECKSUM_BYTES:] + entry.digests + tokens)
 
 
 def unpack_entry(key: Key, stored: Buffer, sealer: Sealer | None) -> Entry:
@@ -169,7 +180,7 @@ def unpack_entry(key: Key, stored: Buffer, sealer: Sealer | None) -> Entry:
     """
     head = entry_head(key, stored)
     rest = memoryview(stored)[_ENTRY.size + len(head.digests) :]
-    packed = opened(rest, head.is_sealed, b"entry" + key, sealer)
+    packed = _opened(rest, head.is_sealed, b"entry" + key, sealer)
     if len(packed) != 4 * head.tokens:
         raise Refused("truncated")
     tokens = tuple(np.frombuffer(packed, "<i4").tolist())
@@ -197,11 +208,7 @@ def entry_head(key: Key, stored: Buffer) -> EntryHead:
     Raises:
         Refused: It is damaged, or of another key.
     """
-    stored = bytes(stored)
-    if len(stored) < _ENTRY.size:
-        raise Refused("truncated")
-    if stored != with_checksum(key, stored[_ENTRY_CHECKED:]):
-        raise Refused("checksum")
+    stored = _sound(key, stored, _ENTRY.size)
     _, last_used, size, parent, identity, sealed, count, tokens = _ENTRY.unpack_from(stored)
     digests = stored[_ENTRY.size : _ENTRY.size + count * DIGEST_BYTES]
     return EntryHead(last_used, size, parent, identity, bool(sealed), tokens, digests)
@@ -210,7 +217,7 @@ def entry_head(key: Key, stored: Buffer) -> EntryHead:
 def touched(key: Key, stored: Buffer, last_used: float) -> bytes:
     """Return a stored entry with another time of use, unopened."""
     stored = bytes(stored)
-    return with_checksum(key, struct.pack("<d", last_used) + stored[_ENTRY_CHECKED + 8 :])
+    return _with_checksum(key, struct.pack("<d", last_used) + stored[_CHECKSUM_BYTES + 8 :])
 
 
 def entry_size(tokens: int) -> int:
@@ -218,7 +225,38 @@ def entry_size(tokens: int) -> int:
     return _ENTRY.size + 4 * tokens + DIGEST_BYTES * min(tokens, MOST_DIGESTS)
 
 
-def opened(stored: memoryview, sealed: bool, context: bytes, sealer: Sealer | None) -> Buffer:
+def pack_reply(name: Key, reply: StoredReply, last_used: float, sealer: Sealer | None) -> bytes:
+    """Return a reply as it is stored under a name; *last_used* is a Unix time in seconds."""
+    ids: bytes = np.asarray(reply.token_ids, "<i4").tobytes()
+    content = ids + reply.text.encode("utf-8", "surrogatepass")
+    if sealer is not None:
+        content = sealer.seal(content, context=b"reply" + name)
+    head = _REPLY.pack(0, last_used, sealer is not None, len(reply.token_ids))
+    return _with_checksum(name, head[_CHECKSUM_BYTES:] + content)
+
+
+def unpack_reply(name: Key, stored: Buffer, sealer: Sealer | None) -> StoredReply:
+    """
+    Return a stored reply.
+
+    Raises:
+        Refused: It is damaged, of another name, or does not open.
+    """
+    stored = _sound(name, stored, _REPLY.size)
+    _, _, is_sealed, count = _REPLY.unpack_from(stored)
+    content = bytes(_opened(memoryview(stored)[_REPLY.size :], is_sealed, b"reply" + name, sealer))
+    if len(content) < 4 * count:
+        raise Refused("truncated")
+    ids = np.frombuffer(content[: 4 * count], "<i4").tolist()
+    return StoredReply(content[4 * count :].decode("utf-8", "surrogatepass"), tuple(ids))
+
+
+def reply_last_used(stored: Buffer) -> float:
+    """Return when a reply was stored, as a Unix time; 0 for bytes that are no reply."""
+    return 0.0 if len(stored) < _REPLY.size else float(_REPLY.unpack_from(stored)[1])
+
+
+def _opened(stored: memoryview, sealed: bool, context: bytes, sealer: Sealer | None) -> Buffer:
     """
     Return what was stored.
 
@@ -243,7 +281,22 @@ def _checksum(key: Key, stored: memoryview) -> bytes:
     return state.digest()
 
 
-def with_checksum(key: Key, rest: bytes) -> bytes:
+def _sound(key: Key, stored: Buffer, least_bytes: int) -> bytes:
+    """
+    Return the bytes of an entry or a reply whose checksum holds.
+
+    Raises:
+        Refused: They are fewer than *least_bytes*, or the checksum does not hold under that key.
+    """
+    stored = bytes(stored)
+    if len(stored) < least_bytes:
+        raise Refused("truncated")
+    if stored != _with_checksum(key, stored[_CHECKSUM_BYTES:]):
+        raise Refused("checksum")
+    return stored
+
+
+def _with_checksum(key: Key, rest: bytes) -> bytes:
     """Return a value with 8 bytes before it that hold for it under that key."""
     state = xxhash.xxh3_64(key)
     state.update(rest)

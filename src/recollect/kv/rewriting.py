@@ -24,7 +24,7 @@ from typing import Final
 
 import lmdb
 
-from recollect.kv import accounts, replies
+from recollect.kv import accounts
 from recollect.kv.accounts import (
     FORMAT,
     TABLES,
@@ -52,8 +52,11 @@ from recollect.kv.record import (
     Sealer,
     pack_block,
     pack_entry,
+    pack_reply,
+    reply_last_used,
     unpack_block,
     unpack_entry,
+    unpack_reply,
 )
 
 try:
@@ -403,11 +406,13 @@ class _Copy:
 
     def _copy_replies(self) -> None:
         for name, value in self._rows_of("replies"):
-            new_name = disguised_key(name, self._secret)
-            resealed = replies.resealed(name, new_name, value, self._sealer)
-            if resealed is not None:
-                self._opens = True
-                self._put("replies", new_name, resealed)
+            try:
+                reply = unpack_reply(name, value, self._sealer)
+            except Refused:
+                continue
+            self._opens = True
+            new_name, last_used = disguised_key(name, self._secret), reply_last_used(value)
+            self._put("replies", new_name, pack_reply(new_name, reply, last_used, self._sealer))
 
     def _is_block(self, key: Key) -> bool:
         """Return whether a name is that of a block, also where its entry is damaged."""

@@ -15,8 +15,7 @@ from recollect.engine.tier import Rates, plan_restore
 from recollect.errors import RuntimeFailure, StoreCorruptError, StoreFullError
 from recollect.kv import maintenance
 from recollect.kv.disk import DiskStore, Found
-from recollect.kv.record import Entry, Identity
-from recollect.kv.replies import StoredReply
+from recollect.kv.record import Entry, Identity, StoredReply
 from recollect.runtime.base import Logits
 from recollect.types import SamplingParams
 

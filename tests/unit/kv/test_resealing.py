@@ -32,8 +32,7 @@ from recollect.kv.blocks import (
     namespace_key,
 )
 from recollect.kv.disk import RESERVED_BYTES, DiskStore, NewBlock
-from recollect.kv.record import Buffer, Identity
-from recollect.kv.replies import StoredReply, recall, remember, reply_name
+from recollect.kv.record import Buffer, Identity, StoredReply
 
 IDENTITY = Identity("weights", "runtime", "f32")
 FORMAT_1 = Path(__file__).parent / "data" / "format1"
@@ -89,8 +88,8 @@ def fill(store: DiskStore) -> set[Tokens]:
     store.write(IDENTITY, blocks)
     about = {"kind": "warm", "prefix": blocks[2].key.hex()}
     pins.add(store, Pin("here", blocks[2].key, 6, IDENTITY.digest().hex(), 1.0, about))
-    name = reply_name(store, "weights", "", MESSAGE)
-    remember(store, {name: StoredReply("said", (5, 6))})
+    name = store.reply_name("weights", "", MESSAGE)
+    store.remember({name: StoredReply("said", (5, 6))})
     return {block.token_ids for block in blocks}
 
 
@@ -182,7 +181,7 @@ def test_blocks_pins_and_replies_are_there_as_before(
     assert pins.stored(store, warm).blocks == 50
     assert found(store, chain) == [block.payload for block in blocks[:50]]
     assert found(store, [(99, 98)]) == [blocks[50].payload]
-    assert recall(store, reply_name(store, "weights", "", MESSAGE)) == StoredReply("said", (5, 6))
+    assert store.recall(store.reply_name("weights", "", MESSAGE)) == StoredReply("said", (5, 6))
     assert list(maintenance.problems(store)) == []
     assert maintenance.holdings(store)[0].blocks == 51
     store.close()
