@@ -28,10 +28,9 @@ from recollect.errors import (
     StoreFullError,
     TooShortError,
 )
-from recollect.kv import pins
-from recollect.kv.accounts import Pin
 from recollect.kv.blocks import PUBLIC, CachedBlock, blocks_for
 from recollect.kv.disk import stored_bytes
+from recollect.kv.record import Pin
 from recollect.types import Progress, no_progress
 
 _REFRESH_S: Final = 0.1
@@ -117,7 +116,7 @@ def pin_on_disk(
         pin=pin,
         computed_tokens=held.computed_tokens,
         seconds=time.perf_counter() - begun,
-        stored_bytes=pins.stored(tier.store, pin).stored_bytes,
+        stored_bytes=tier.store.size_of(pin).stored_bytes,
     )
 
 
@@ -172,7 +171,7 @@ def _require_room(engine: Engine, tier: DiskTier, tokens: int) -> None:
     """Refuse what would leave others next to nothing; shared blocks are counted as if they were not."""
     store, info = tier.store, engine.info
     room = int(store.budget_bytes * _MOST_PINNED)
-    pinned = pins.pinned_bytes(store)
+    pinned = store.pinned_bytes()
     needed = -(-tokens // info.block_size) * stored_bytes(info.bytes_per_block)
     if pinned + needed > room:
         raise StoreFullError(
@@ -210,7 +209,7 @@ def _pin(
     tail, stored = path[-1], sum(len(block.token_ids) for block in path)
     identity = tier.identity.digest().hex()
     pin = Pin(name, tail.key, min(tokens, stored), identity, time.time(), dict(about))
-    if not pins.add(tier.store, pin):
+    if not tier.store.add_pin(pin):
         raise NameTakenError(
             f"Something is kept on disk as {name!r} already: take another name, or drop that one "
             "(`recollect cache unpin`)."
@@ -218,7 +217,7 @@ def _pin(
     try:
         tier.keep(tail)
     except BaseException:
-        pins.drop(tier.store, name)
+        tier.store.drop_pin(name)
         raise
     return pin
 

@@ -20,11 +20,11 @@ from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence
 from recollect.engine.write_behind import WriteBehind
 from recollect.errors import RuntimeFailure, StoreBusyError, StoreError
-from recollect.kv import accounts, pins
 from recollect.kv.blocks import BlockPool, CachedBlock, Key
 from recollect.kv.disk import DiskStore, Found
 from recollect.kv.prefix import Match, PrefixCache
 from recollect.kv.record import Buffer, Entry, Identity, StoredReply
+from recollect.kv.tables import Savings
 from recollect.runtime.base import PagedRuntime
 from recollect.types import running_average
 
@@ -324,11 +324,11 @@ class DiskTier:
         Args:
             num_blocks: Of the pool, all of them free; they are taken from the first on.
         """
-        env, size = self.store.env, self._runtime.info.bytes_per_block
+        size = self._runtime.info.bytes_per_block
         try:
-            with env.reading() as txn:
+            with self.store.reading() as tables:
                 digest = self.identity.digest()
-                stored = sum(head.identity == digest for head in accounts.heads(txn, env).values())
+                stored = sum(head.identity == digest for head in tables.heads().values())
         except StoreError:
             return  # the first restore tells
         nothing = memoryview(bytes(size))
@@ -388,7 +388,7 @@ class DiskTier:
             self.flush()
             if self._written.error is not None:
                 raise self._written.error
-            if cached.on_disk and pins.are_stored(self.store, [block.key for block in path]):
+            if cached.on_disk and self.store.has_blocks([block.key for block in path]):
                 return
             with self._lock:  # evicted from disk, where nobody told the blocks in memory
                 for block in path:
@@ -455,18 +455,16 @@ class DiskTier:
             self.store.close()
 
     def _known_rate(self) -> float | None:
-        env = self.store.env
         try:
-            with env.reading() as txn:
-                return accounts.savings(txn, env, self.identity.digest()).compute_s_per_token
+            with self.store.reading() as tables:
+                return tables.savings(self.identity.digest()).compute_s_per_token
         except StoreError:
             return None  # the first restore tells
 
     def _note_savings(self) -> None:
-        env = self.store.env
-        saved = accounts.Savings(self._restorer.tokens, self.saved_s(), self._compute_s_per_token)
+        saved = Savings(self._restorer.tokens, self.saved_s(), self._compute_s_per_token)
         try:
-            with env.writing() as txn:
-                accounts.add_savings(txn, env, self.identity.digest(), saved)
+            with self.store.writing() as tables:
+                tables.add_savings(self.identity.digest(), saved)
         except StoreError:
             return  # a count is not worth an error at the end

@@ -8,43 +8,41 @@ import heapq
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from recollect.errors import StoreFullError
-from recollect.kv import accounts
-from recollect.kv.accounts import TABLES, bring_up_to_date, names_are_open
 from recollect.kv.blocks import (
     DIGEST_BYTES,
     Key,
-    branch_digests,
     chained_key,
     disguised_key,
     namespace_key,
 )
-from recollect.kv.environment import Environment, Transaction, translated
+from recollect.kv.environment import Environment, translated
 from recollect.kv.record import (
     Buffer,
     Entry,
     Identity,
+    Pin,
     Refused,
     Sealer,
     StoredReply,
     entry_size,
     pack_block,
-    pack_entry,
     pack_reply,
     reply_last_used,
     touched,
     unpack_block,
-    unpack_entry,
     unpack_reply,
 )
-from recollect.kv.rewriting import Resealing
+from recollect.kv.tables import TABLES, Tables
+from recollect.kv.upgrade import Resealing, bring_up_to_date
 from recollect.types import MissReason, common_prefix_length
 
 STORE_FOLDER: Final = "kv"
@@ -92,6 +90,15 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredSize:
+    """How much of a pinned prefix is stored."""
+
+    blocks: int
+    tokens: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Written:
     """What a write has done."""
 
@@ -132,41 +139,54 @@ class DiskStore:
         """By reason, in this process."""
         self.evicted_blocks = 0
         self._refused: set[Key] = set()
-        self._sealer = sealer
+        self.sealer: Final = sealer
+        """Encrypts what is stored; None: nothing does."""
         self.clock: Final = clock
-        self._env = Environment.open(
+        self.env: Final = Environment.open(
             folder,
             least_bytes=budget_bytes,
             tables=TABLES,
             upgrade=None if sealer is None else Resealing(sealer, self._free_bytes),
         )
         try:
-            bring_up_to_date(self._env, sealer)
-            with self._env.reading() as txn:
-                names_are_keyed = not names_are_open(txn, self._env)
+            bring_up_to_date(self.env, sealer)
+            with self.reading() as tables:
+                names_are_keyed = not tables.names_are_open()
             self.root_secret: Final = b"" if sealer is None else sealer.name_secret
             """For the names of namespaces, `namespace_key`."""
             self.chain_secret: Final = self.root_secret if names_are_keyed else b""
             """For the names of blocks, `chained_key`; none where an earlier version gave them."""
-            self._seal_pins()
-            self._ceiling = max(budget_bytes, self._env.file_bytes)
+            self._ceiling = max(budget_bytes, self.env.file_bytes)
         except BaseException:
-            self._env.close()
+            self.env.close()
             raise
-
-    @property
-    def env(self) -> Environment:
-        """Return the files, for accounts and audits."""
-        return self._env
-
-    @property
-    def sealer(self) -> Sealer | None:
-        """Return what encrypts; None: nothing does."""
-        return self._sealer
 
     def close(self) -> None:
         """Give the files back."""
-        self._env.close()
+        self.env.close()
+
+    @contextmanager
+    def reading(self) -> Iterator[Tables]:
+        """
+        Show one state of the tables.
+
+        Raises:
+            StoreError: They cannot be read.
+        """
+        with self.env.reading() as txn:
+            yield Tables(txn, self.env.tables, self.sealer)
+
+    @contextmanager
+    def writing(self) -> Iterator[Tables]:
+        """
+        Change the tables, all or nothing; what was written is on the disk when this returns.
+
+        Raises:
+            StoreFullError: There is no room; nothing was changed.
+            StoreError: They cannot be written; nothing was changed.
+        """
+        with self.env.writing() as txn:
+            yield Tables(txn, self.env.tables, self.sealer)
 
     def find(
         self,
@@ -192,18 +212,18 @@ class DiskStore:
         """
         entries: list[Entry] = []
         start = 0
-        with self._env.reading() as txn:
+        with self.reading() as tables:
             while start + block_size <= len(token_ids):
                 if len(entries) == most:
                     return Found(entries, block_size if entries else 0, is_all=False)
                 key = chained_key(after, token_ids[start : start + block_size], self.chain_secret)
-                entry = self._entry(txn, key)
+                entry = self._entry(tables, key)
                 if entry is None:
                     break
                 entries.append(entry)
                 after, start = key, start + block_size
             rest = token_ids[start : start + block_size]
-            best, longest = self._best_child(txn, after, rest) if inside_block else (None, 0)
+            best, longest = self._best_child(tables, after, rest) if inside_block else (None, 0)
         if best is not None:
             return Found([*entries, best], longest)
         return Found(entries, block_size if entries else 0)
@@ -225,15 +245,15 @@ class DiskStore:
             StoreError: The files cannot be read.
         """
         digest = identity.digest()
-        with self._env.reading() as txn:
+        with self.reading() as tables:
             for number, entry in enumerate(entries):
-                stored = txn.get(entry.key, db=self._env.table("blocks"))
+                stored = tables.get("blocks", entry.key)
                 if stored is None:
                     self._refuse(entry.key, "missing")
                     return number
                 try:
                     count = len(entry.token_ids)
-                    payload = unpack_block(entry.key, digest, count, stored, self._sealer)
+                    payload = unpack_block(entry.key, digest, count, stored, self.sealer)
                 except Refused as refused:
                     self._refuse(entry.key, refused.reason)
                     return number
@@ -250,8 +270,8 @@ class DiskStore:
             StoreFullError: There is no room, or the disk has none. Nothing was changed.
             StoreError: The files cannot be written. Nothing was changed.
         """
-        with self._env.reading() as txn:
-            new = [block for block in blocks if not self._is_stored(txn, block.key)]
+        with self.reading() as tables:
+            new = [block for block in blocks if not tables.has_block(block.key)]
         packed = {block.key: self._packed(identity, block) for block in new}
         needed = sum(stored_bytes(len(value)) for value in packed.values())
         if self._free_bytes() < needed:
@@ -287,16 +307,16 @@ class DiskStore:
             StoreFullError: There is no room. Nothing was changed.
             StoreError: The files cannot be written. Nothing was changed.
         """
-        table, now = self._env.table("replies"), self.clock()
-        with self._env.writing() as txn:
+        now = self.clock()
+        with self.writing() as tables:
             for name, reply in replies.items():
-                txn.put(name, pack_reply(name, reply, now, self._sealer), db=table)
+                tables.put("replies", name, pack_reply(name, reply, now, self.sealer))
             most = max(1, min(_MOST_REPLIES, self.budget_bytes // _BYTES_PER_REPLY))
-            excess = txn.stat(table)["entries"] - most
+            excess = tables.count("replies") - most
             if excess > 0:
-                ages = ((reply_last_used(value), bytes(name)) for name, value in txn.cursor(table))
+                ages = ((reply_last_used(value), name) for name, value in tables.rows("replies"))
                 for _, name in heapq.nsmallest(excess + int(most * _REPLIES_EVICTED), ages):
-                    txn.delete(name, db=table)
+                    tables.delete("replies", name)
 
     def recall(self, name: Key) -> StoredReply | None:
         """
@@ -305,10 +325,10 @@ class DiskStore:
         Raises:
             StoreError: The files cannot be read.
         """
-        with self._env.reading() as txn:
-            stored = txn.get(name, db=self._env.table("replies"))
+        with self.reading() as tables:
+            stored = tables.get("replies", name)
             try:
-                return None if stored is None else unpack_reply(name, stored, self._sealer)
+                return None if stored is None else unpack_reply(name, stored, self.sealer)
             except Refused:
                 return None
 
@@ -319,12 +339,12 @@ class DiskStore:
         Raises:
             StoreError: The files cannot be written.
         """
-        now, entries = self.clock(), self._env.table("entries")
-        with self._env.writing() as txn:
+        now = self.clock()
+        with self.writing() as tables:
             for key in keys:
-                stored = txn.get(key, db=entries)
+                stored = tables.get("entries", key)
                 if stored is not None:
-                    txn.put(key, touched(key, stored, now), db=entries)
+                    tables.put("entries", key, touched(key, stored, now))
 
     def take_refused(self) -> set[Key]:
         """Return the keys of blocks that were not as they were written, once; they are best removed."""
@@ -338,8 +358,8 @@ class DiskStore:
         Raises:
             StoreError: The files cannot be written.
         """
-        with self._env.writing() as txn:
-            return self._remove_all(txn, self._with_followers(txn, keys))
+        with self.writing() as tables:
+            return tables.remove_all(tables.with_followers(keys))
 
     def evict(self, wanted_bytes: int) -> int:
         """
@@ -348,8 +368,8 @@ class DiskStore:
         Raises:
             StoreError: The files cannot be written.
         """
-        with self._env.writing() as txn:
-            return self._evict(txn, wanted_bytes)
+        with self.writing() as tables:
+            return self._evict(tables, wanted_bytes)
 
     def clear(self, *, pinned: bool = False) -> int:
         """
@@ -358,24 +378,108 @@ class DiskStore:
         Raises:
             StoreError: The files cannot be written.
         """
-        with self._env.writing() as txn:
-            keep = set() if pinned else accounts.pinned_keys(txn, self._env)
+        with self.writing() as tables:
+            keep = set() if pinned else tables.pinned_keys()
             if pinned:
-                txn.drop(self._env.table("pins"), delete=False)
-            keys = [bytes(key) for key, _ in txn.cursor(self._env.table("entries"))]
-            going = [key for key in keys if key not in keep]
-            self._remove_all(txn, going)
-            txn.drop(self._env.table("replies"), delete=False)
+                tables.empty("pins")
+            going = [key for key, _ in tables.rows("entries") if key not in keep]
+            tables.remove_all(going)
+            tables.empty("replies")
             return len(going)
 
-    def _seal_pins(self) -> None:
-        if self._sealer is None or self._env.is_read_only:
-            return
-        with self._env.reading() as txn:
-            has_plain = accounts.has_plain_pins(txn, self._env)
-        if has_plain:
-            with self._env.writing() as txn:
-                accounts.seal_pins(txn, self._env, self._sealer)
+    def pins(self) -> list[Pin]:
+        """
+        Return all pins by name.
+
+        Raises:
+            StoreError: The files cannot be read.
+        """
+        with self.reading() as tables:
+            return tables.pins()
+
+    def find_pin(self, name: str) -> Pin | None:
+        """
+        Return the pin of that name; None where there is none.
+
+        Raises:
+            StoreError: The files cannot be read.
+        """
+        with self.reading() as tables:
+            return tables.find_pin(name)
+
+    def add_pin(self, pin: Pin) -> bool:
+        """
+        Protect a prefix from eviction, which may not be stored yet; return whether the name was free.
+
+        Raises:
+            StoreError: The files cannot be written.
+        """
+        with self.writing() as tables:
+            return tables.add_pin(pin)
+
+    def drop_pin(self, name: str) -> bool:
+        """
+        Allow a prefix to be evicted again; return whether it was pinned.
+
+        Raises:
+            StoreError: The files cannot be written.
+        """
+        with self.writing() as tables:
+            return tables.drop_pin(name)
+
+    def drop_pins(self, about: Mapping[str, Any]) -> list[str]:
+        """
+        Drop all pins that were made with these values; return their names.
+
+        Raises:
+            StoreError: The files cannot be written.
+        """
+        with self.writing() as tables:
+            pins = tables.pins()
+            names = [pin.name for pin in pins if about.items() <= pin.about.items()]
+            for name in names:
+                tables.drop_pin(name)
+            return names
+
+    def size_of(self, pin: Pin) -> StoredSize:
+        """
+        Return how much of a pinned prefix is stored: all of it, unless something was damaged.
+
+        Raises:
+            StoreError: The files cannot be read.
+        """
+        heads = []
+        with self.reading() as tables:
+            key = pin.tail
+            while (head := tables.head(key)) is not None:
+                heads.append(head)
+                key = head.parent
+        return StoredSize(
+            blocks=len(heads),
+            tokens=sum(head.tokens for head in heads),
+            stored_bytes=sum(head.stored_bytes for head in heads),
+        )
+
+    def pinned_bytes(self) -> int:
+        """
+        Return what all pinned prefixes take, shared blocks counted once.
+
+        Raises:
+            StoreError: The files cannot be read.
+        """
+        with self.reading() as tables:
+            heads = (tables.head(key) for key in tables.pinned_keys())
+            return sum(head.stored_bytes for head in heads if head is not None)
+
+    def has_blocks(self, keys: Iterable[Key]) -> bool:
+        """
+        Return whether each of these blocks has an entry; none is read.
+
+        Raises:
+            StoreError: The files cannot be read.
+        """
+        with self.reading() as tables:
+            return all(tables.has_block(key) for key in keys)
 
     def _free_bytes(self) -> int:
         """Return how much of the disk may be taken."""
@@ -384,28 +488,28 @@ class DiskStore:
 
     def _packed(self, identity: Identity, block: NewBlock) -> bytearray:
         count = len(block.token_ids)
-        return pack_block(block.key, identity.digest(), count, block.payload, self._sealer)
+        return pack_block(block.key, identity.digest(), count, block.payload, self.sealer)
 
     def _write(
         self, identity: Identity, blocks: Sequence[NewBlock], packed: dict[Key, bytearray]
     ) -> Written:
         stored: set[Key] = set()
         sizes: list[int] = []
-        with self._env.writing() as txn:
-            accounts.note_identity(txn, self._env, identity)
-            pinned = cache(lambda: accounts.pinned_tails(txn, self._env))  # reads all pins
+        with self.writing() as tables:
+            tables.note_identity(identity)
+            pinned = cache(tables.pinned_tails)  # reads all pins
             for block in blocks:
-                if self._is_stored(txn, block.key):
+                if tables.has_block(block.key):
                     stored.add(block.key)
                 elif block.key not in packed:
-                    continue  # another process has given it up meanwhile
-                elif block.follows_root or self._is_stored(txn, block.parent):
-                    sizes.append(self._put(txn, identity, block, packed[block.key], pinned))
+                    continue  # another process has evicted it meanwhile
+                elif block.follows_root or tables.has_block(block.parent):
+                    sizes.append(self._put(tables, identity, block, packed[block.key], pinned))
                     stored.add(block.key)
-            excess = accounts.total_bytes(txn, self._env) - self._most_bytes()
+            excess = tables.total_bytes() - self._most_bytes()
             if excess > 0:  # another process wrote meanwhile
-                self._evict(txn, excess + int(self.budget_bytes * _EVICT_SHARE))
-                stored = {key for key in stored if self._is_stored(txn, key)}
+                self._evict(tables, excess + int(self.budget_bytes * _EVICT_SHARE))
+                stored = {key for key in stored if tables.has_block(key)}
         return Written(stored, len(sizes), sum(sizes))
 
     def _most_bytes(self) -> int:
@@ -415,7 +519,7 @@ class DiskStore:
         Less where the file has outgrown its budget since it was opened: values need pages in a row,
         and free ones may not be. It grows no more once enough are free.
         """
-        outgrown = max(0, self._env.file_bytes - self._ceiling)
+        outgrown = max(0, self.env.file_bytes - self._ceiling)
         least, most = (int(self.budget_bytes * share) for share in (_LEAST_SHARE, _LIVE_SHARE))
         return max(least, most - outgrown)
 
@@ -427,15 +531,15 @@ class DiskStore:
             StoreFullError: That is not enough.
         """
         most = self._most_bytes()
-        with self._env.reading() as txn:
-            excess = accounts.total_bytes(txn, self._env) + needed - most
+        with self.reading() as tables:
+            excess = tables.total_bytes() + needed - most
         if excess <= 0:
             return
         freed = 0
         if needed <= most:
-            with self._env.writing() as txn:
+            with self.writing() as tables:
                 wanted = excess + int(self.budget_bytes * _EVICT_SHARE)
-                freed = self._evict(txn, wanted, keep=parents)
+                freed = self._evict(tables, wanted, keep=parents)
         if freed < excess:
             raise StoreFullError(
                 f"The KV store in {self.folder} is full: {needed:,} bytes more are needed, and "
@@ -444,17 +548,17 @@ class DiskStore:
 
     def _put(
         self,
-        txn: Transaction,
+        tables: Tables,
         identity: Identity,
         block: NewBlock,
         packed: bytearray,
         pinned: Callable[[], set[Key]],
     ) -> int:
         """Store one block in place of those that it covers; return what it takes."""
-        digests = self._digests(block.parent, block.token_ids)
-        for part in self._parts(txn, block, digests):
+        digests = tables.digests(block.parent, block.token_ids)
+        for part in self._parts(tables, block, digests):
             if part not in pinned():
-                self._remove(txn, part)
+                tables.remove(part)
         size = stored_bytes(len(packed)) + entry_size(len(block.token_ids))
         entry = Entry(
             key=block.key,
@@ -465,24 +569,17 @@ class DiskStore:
             stored_bytes=size,
             digests=digests,
         )
-        txn.put(block.key, packed, db=self._env.table("blocks"))
-        txn.put(block.key, pack_entry(entry, self._sealer), db=self._env.table("entries"))
-        txn.put(block.parent, digests + block.key, db=self._env.table("siblings"), dupdata=True)
-        accounts.add_bytes(txn, self._env, size)
+        tables.put_block(entry, packed)
         return size
 
-    def _is_stored(self, txn: Transaction, key: Key) -> bool:
-        return txn.get(key, db=self._env.table("entries")) is not None
-
-    def _entry(self, txn: Transaction, key: Key) -> Entry | None:
+    def _entry(self, tables: Tables, key: Key) -> Entry | None:
         """Return what is known of a block; None, and counted, where it is not what was written."""
-        stored = txn.get(key, db=self._env.table("entries"))
-        if stored is None:
-            return None
         try:
-            entry = unpack_entry(key, stored, self._sealer)
+            entry = tables.entry(key)
         except Refused as refused:
             self._refuse(key, refused.reason)
+            return None
+        if entry is None:
             return None
         if chained_key(entry.parent, entry.token_ids, self.chain_secret) != key:
             self._refuse(key, "key")
@@ -493,29 +590,8 @@ class DiskStore:
         self.misses[reason] += 1
         self._refused.add(key)
 
-    def _digests(self, parent: Key, token_ids: Sequence[int]) -> bytes:
-        return branch_digests(parent, token_ids, self.root_secret)
-
-    def _followers(self, txn: Transaction, key: Key) -> list[Key]:
-        cursor = txn.cursor(self._env.table("siblings"))
-        if not cursor.set_key(key):
-            return []
-        return [bytes(row)[-len(key) :] for row in cursor.iternext_dup()]
-
-    def _neighbours(self, txn: Transaction, parent: Key, digests: bytes) -> list[bytes]:
-        """Return what lies before and after a place in the order of what follows a block."""
-        cursor = txn.cursor(self._env.table("siblings"))
-        rows: list[bytes] = []
-        if cursor.set_range_dup(parent, digests):
-            rows.append(bytes(cursor.value()))
-            if cursor.prev_dup():
-                rows.append(bytes(cursor.value()))
-        elif cursor.set_key(parent) and cursor.last_dup():
-            rows.append(bytes(cursor.value()))
-        return rows
-
     def _best_child(
-        self, txn: Transaction, parent: Key, token_ids: Sequence[int]
+        self, tables: Tables, parent: Key, token_ids: Sequence[int]
     ) -> tuple[Entry | None, int]:
         """
         Return the block after *parent* that begins with the most of these tokens, and how many.
@@ -524,62 +600,35 @@ class DiskStore:
         """
         best: Entry | None = None
         longest = 0
-        if not token_ids or not self._env.has_table("siblings"):
+        if not token_ids or "siblings" not in tables:
             return best, longest
-        for row in self._neighbours(txn, parent, self._digests(parent, token_ids)):
-            entry = self._entry(txn, row[-len(parent) :])
+        for row in tables.neighbours(parent, tables.digests(parent, token_ids)):
+            entry = self._entry(tables, row[-len(parent) :])
             length = 0 if entry is None else common_prefix_length(token_ids, entry.token_ids)
             if length > longest:
                 best, longest = entry, length
         return best, longest
 
-    def _parts(self, txn: Transaction, block: NewBlock, digests: bytes) -> list[Key]:
+    def _parts(self, tables: Tables, block: NewBlock, digests: bytes) -> list[Key]:
         """
         Return the stored blocks whose tokens begin a new one's, and are fewer.
 
         What lies in order between a part and the block begins with the part, too: so a part is no
         longer than what the block has in common with one of its neighbours.
         """
-        rows = self._neighbours(txn, block.parent, digests)
+        rows = tables.neighbours(block.parent, digests)
         shared = max((common_prefix_length(row, digests) for row in rows), default=0)
         most = min(len(block.token_ids) - 1, shared // DIGEST_BYTES)
         parts = (block.token_ids[:count] for count in range(1, most + 1))
         keys = [chained_key(block.parent, part, self.chain_secret) for part in parts]
-        return [key for key in keys if self._is_stored(txn, key)]
+        return [key for key in keys if tables.has_block(key)]
 
-    def _with_followers(self, txn: Transaction, keys: Iterable[Key]) -> list[Key]:
-        """Return blocks and all that follow them, each once."""
-        found: dict[Key, None] = {}
-        pending = list(keys)
-        while pending:
-            key = pending.pop()
-            if key not in found:
-                found[key] = None
-                pending += self._followers(txn, key)
-        return list(found)
-
-    def _remove_all(self, txn: Transaction, keys: Collection[Key]) -> int:
-        """Remove blocks, damaged ones too; return how many were there."""
-        lost = [key for key in keys if not self._remove(txn, key)]
-        return len(keys) - len(lost) + accounts.remove_damaged(txn, self._env, lost)
-
-    def _remove(self, txn: Transaction, key: Key) -> bool:
-        """Remove a block whose entry is sound; return whether it is one."""
-        head = accounts.sound_head(key, txn.get(key, db=self._env.table("entries")))
-        if head is None:
-            return False
-        txn.delete(key, db=self._env.table("entries"))
-        txn.delete(key, db=self._env.table("blocks"))
-        txn.delete(head.parent, head.digests + key, db=self._env.table("siblings"))
-        accounts.add_bytes(txn, self._env, -head.stored_bytes)
-        return True
-
-    def _evict(self, txn: Transaction, wanted_bytes: int, *, keep: Iterable[Key] = ()) -> int:
+    def _evict(self, tables: Tables, wanted_bytes: int, *, keep: Iterable[Key] = ()) -> int:
         freed = 0
-        for key, size in accounts.tails_first(txn, self._env, keep):
+        for key, size in tables.tails_first(keep):
             if freed >= wanted_bytes:
                 break
-            self.evicted_blocks += self._remove(txn, key)
+            self.evicted_blocks += tables.remove(key)
             freed += size
         return freed
 

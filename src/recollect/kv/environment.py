@@ -1,18 +1,23 @@
 """
-An LMDB environment that several stores of a process and several processes share.
+The LMDB file of a store: opened, shared, written, put aside where it is damaged, replaced by a new one.
 
-Knows transactions, sizes and what can go wrong with the files; nothing of what is in them.
+Several stores of a process and several processes share one. Knows transactions, sizes and what can go
+wrong with the files; nothing of what is in the tables. The one place that opens LMDB files, apart from
+the new file that `upgrade` writes.
 """
 
 import errno
 import logging
 import os
+import shutil
+import struct
+import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, sleep, time
 from typing import Any, Final, Protocol
 
 import lmdb
@@ -24,6 +29,11 @@ from recollect.errors import (
     StoreFullError,
 )
 from recollect.kv.pages import DamagedPagesError, walk
+
+try:
+    import fcntl
+except ImportError:  # Windows, which lets nobody replace a file that is open
+    fcntl = None  # type: ignore[assignment]
 
 Transaction = Any  # lmdb.Transaction: the library has no types
 
@@ -47,7 +57,7 @@ ASIDE: Final = ".damaged-"
 """Between the name of a store and the time, where a damaged one was put aside."""
 DAMAGED: Final = "damaged"
 """The name of a file that says so."""
-SORTED_VALUES: Final = {"siblings"}
+_SORTED_VALUES: Final = {"siblings"}
 """Tables that have several values for a key."""
 _WALKS: Final = 100
 """Of finding the state that a transaction shows, while other processes write."""
@@ -56,16 +66,17 @@ WAIT_S: Final = 5.0
 """For others to close a file that has to be replaced: a command that only looks at it takes less."""
 _PAUSE_S: Final = 0.05
 
+_LOCK: Final = "lock.mdb"
+_MOST_TABLES: Final = 16
+"""More than any version has had."""
+_SPARE_BYTES: Final = 1 << 20
+"""Address space beyond the file, for the transactions that end a copy."""
+_SCRATCH: Final = "compact-"
+"""Begins the name of the folder of a new file; a process that is killed leaves it behind."""
+
 _open: dict[Path, "Environment"] = {}
 """Process-wide, because LMDB forbids to open a file twice in a process. Source: lmdb.h, mdb_env_open."""
 _open_lock: Final = threading.Lock()
-
-
-class Tables(Protocol):
-    """What has named tables."""
-
-    def table(self, name: str) -> Any:
-        """Return the handle of a named table."""
 
 
 class Upgrade(Protocol):
@@ -98,9 +109,10 @@ class Environment:
         try:
             self._walk_pages()
             self._env.reader_check()  # a killed process leaves its place taken
-            self._tables: dict[str, Any] = {}
-            for name in tables:
-                self._open_table(name)
+            self.tables: Final[Mapping[str, Any]] = open_tables(
+                self._env, tables, create=not self.is_read_only
+            )
+            """Handles by name; of a file of an earlier version that cannot be written, one may be missing."""
         except BaseException:
             self._env.close()
             raise
@@ -233,14 +245,6 @@ class Environment:
                 "RECOLLECT_HOME elsewhere."
             )
 
-    def table(self, name: str) -> Any:
-        """Return the handle of a named table."""
-        return self._tables[name]
-
-    def has_table(self, name: str) -> bool:
-        """Return whether there is a table; one that is missing is made, where that can be written."""
-        return name in self._tables
-
     def replace_table(self, txn: Transaction, name: str, value: bytes) -> None:
         """
         Put a plain value where an earlier version has a table, which goes.
@@ -254,12 +258,6 @@ class Environment:
         else:
             txn.drop(table)
         txn.put(name.encode(), value)
-
-    def _open_table(self, name: str) -> None:
-        with suppress(lmdb.NotFoundError):  # an earlier version made it, and it cannot be written
-            self._tables[name] = self._env.open_db(
-                name.encode(), dupsort=name in SORTED_VALUES, create=not self.is_read_only
-            )
 
     def _walk_pages(self, *, values: bool = False) -> None:
         """Look at what LMDB is going to follow blindly, in a state that nobody can change meanwhile."""
@@ -292,6 +290,15 @@ class Environment:
 
     def _begin(self, *, write: bool) -> Transaction:
         return self._env.begin(write=write, buffers=True)
+
+
+def open_tables(env: lmdb.Environment, names: Iterable[str], *, create: bool) -> dict[str, Any]:
+    """Return the handles of tables by name; without *create* those that are missing are left out."""
+    tables = {}
+    for name in names:
+        with suppress(lmdb.NotFoundError):
+            tables[name] = env.open_db(name.encode(), dupsort=name in _SORTED_VALUES, create=create)
+    return tables
 
 
 def is_open(folder: Path) -> bool:
@@ -377,3 +384,86 @@ def _put_aside(folder: Path, cause: str) -> None:
     folder.rename(kept)
     folder.mkdir(mode=0o700)
     _log.warning("The KV store in %s is damaged (%s); it was kept as %s.", folder, cause, kept)
+
+
+def replace_file(folder: Path, write: Callable[[lmdb.Environment, Path], object]) -> bool:
+    """
+    Put a new file in the place of a store's, in one step; return False where somebody has it open.
+
+    Whoever is killed meanwhile leaves the file as it was.
+
+    Args:
+        folder: Of the store, which this process has not open.
+        write: Called with the store, open for reading, and a folder for the new file.
+
+    Raises:
+        lmdb.Error, OSError: It cannot be read or written; it is as it was.
+    """
+    with sole_access(folder) as alone:
+        if not alone:
+            return False
+        for left in folder.glob(f"{_SCRATCH}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=folder))
+        try:
+            # Without LMDB's own lock: that would, when it is closed, let go of ours.
+            with lmdb.open(str(folder), readonly=True, lock=False, max_dbs=_MOST_TABLES) as env:
+                write(env, scratch)
+                last = env.info()["last_txnid"]
+            _continue_from(scratch, last)
+            (scratch / DATA).chmod(0o600)
+            try:
+                (scratch / DATA).replace(folder / DATA)
+            except PermissionError:  # Windows: it is open
+                return False
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return True
+
+
+def _continue_from(folder: Path, last: int) -> None:
+    """
+    Let the newest state of a copy lie where whoever waits for the lock will look for it.
+
+    LMDB keeps two states, of even and of odd transactions. Who opens the file alone asks the file
+    which is newer; who comes while another holds the lock takes the number of the last transaction
+    from the lock file, which is that of the file before. Source: lmdb, mdb.c, mdb_txn_renew0.
+    """
+    room = (folder / DATA).stat().st_size + _SPARE_BYTES
+    with lmdb.open(str(folder), lock=False, map_size=room, max_dbs=1) as env:
+        info = env.open_db(b"info", create=False)
+        while True:
+            with env.begin(write=True) as txn:
+                # A change, or LMDB would not count the transaction.
+                count = env.info()["last_txnid"]
+                txn.put(b"compacted", struct.pack("<dQ", time(), count), db=info)
+            if (env.info()["last_txnid"] - last) % 2 == 0:
+                return
+
+
+@contextmanager
+def sole_access(folder: Path) -> Iterator[bool]:
+    """
+    Keep other processes from opening the environment until the end of the block.
+
+    Yields:
+        Whether none has it open.
+
+    Whoever has it open holds a shared lock on the first byte of the lock file, and whoever opens it
+    waits for an exclusive one to end. The lock file itself stays, so all agree on it.
+    Source: lmdb, mdb.c, mdb_env_excl_lock.
+    """
+    if fcntl is None:
+        yield True
+        return
+    # Closing any descriptor of the file lets go of all locks that this process has on it: is_open.
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+            alone = True
+        except OSError:  # somebody has it, or nobody can tell
+            alone = False
+        yield alone
+    finally:
+        os.close(lock)

@@ -5,9 +5,11 @@ Pure: packs and unpacks; knows neither the database nor who asks. docs/store-for
 contract in words.
 """
 
+import json
 import struct
-from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import xxhash
@@ -31,6 +33,10 @@ _ENTRY: Final = struct.Struct("<QdQ32s16sBBxxI")
 _REPLY: Final = struct.Struct("<Qd?xxxI")
 _CHECKSUM_BYTES: Final = 8
 """Before an entry and a reply, over everything after them."""
+_SEALED_PIN: Final = b"\x01"
+"""First byte of an encrypted pin; a plain one is JSON."""
+_KEY_BYTES: Final = 32
+"""Length of a block's name."""
 
 
 class Sealer(Protocol):
@@ -95,6 +101,22 @@ class Entry:
     """What it takes in the file, in whole pages."""
     digests: bytes = b""
     """`branch_digests` of its tokens; none where nobody could know them when it was stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A prefix that is not evicted until somebody unpins it."""
+
+    name: str
+    tail: Key
+    """Its last block."""
+    tokens: int
+    identity: str
+    """`Identity.digest()` of its KV, in hex."""
+    created: float
+    """Unix time in seconds."""
+    about: dict[str, Any]
+    """JSON values for whoever pinned it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +276,51 @@ def unpack_reply(name: Key, stored: Buffer, sealer: Sealer | None) -> StoredRepl
 def reply_last_used(stored: Buffer) -> float:
     """Return when a reply was stored, as a Unix time; 0 for bytes that are no reply."""
     return 0.0 if len(stored) < _REPLY.size else float(_REPLY.unpack_from(stored)[1])
+
+
+def pin_key(name: str, sealer: Sealer | None) -> bytes:
+    """Return the key of a pin: its name, or in an encrypted store a hash with the store's secret."""
+    if sealer is None:
+        return name.encode()
+    return blake2b(name.encode(), digest_size=32, key=sealer.name_secret, person=b"pin").digest()
+
+
+def pack_pin(key: bytes, pin: Pin, sealer: Sealer | None) -> bytes:
+    """Return a pin as it is stored; its tail is never encrypted, because eviction needs it."""
+    value = json.dumps(asdict(pin) | {"tail": pin.tail.hex()}).encode()
+    if sealer is None:
+        return value
+    return _SEALED_PIN + pin.tail + sealer.seal(value, context=b"pin" + key + pin.tail)
+
+
+def unpack_pin(key: bytes, stored: bytes, sealer: Sealer | None) -> Pin | None:
+    """Return a stored pin; None where it is damaged, or encrypted and does not open with this key."""
+    if is_sealed_pin(stored):
+        if sealer is None:
+            return None
+        tail, sealed = stored[1 : 1 + _KEY_BYTES], stored[1 + _KEY_BYTES :]
+        try:
+            stored = sealer.open(sealed, context=b"pin" + key + tail)
+        except StoreCorruptError:
+            return None
+    try:
+        fields = json.loads(stored)
+        return Pin(**fields | {"tail": bytes.fromhex(fields["tail"])})
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def is_sealed_pin(stored: Buffer) -> bool:
+    """Return whether a stored pin is encrypted."""
+    return bytes(stored[:1]) == _SEALED_PIN
+
+
+def pinned_tail(stored: bytes) -> Key | None:
+    """Return the last block of a pinned prefix, without the key; None where the pin is damaged."""
+    if is_sealed_pin(stored):
+        return stored[1 : 1 + _KEY_BYTES]
+    pin = unpack_pin(b"", stored, None)
+    return None if pin is None else pin.tail
 
 
 def _opened(stored: memoryview, sealed: bool, context: bytes, sealer: Sealer | None) -> Buffer:

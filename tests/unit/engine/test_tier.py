@@ -156,7 +156,7 @@ def test_a_folder_whose_values_claim_another_identity_is_a_miss(
 ) -> None:
     """As if two precisions had the same names: the values themselves are refused too."""
     store = open_store()
-    blocks = store.env.table("blocks")
+    blocks = store.env.tables["blocks"]
     with store.env.writing() as txn:
         for key, value in [(bytes(k), bytes(v)) for k, v in txn.cursor(blocks)]:
             from recollect.kv.record import pack_block
@@ -176,7 +176,7 @@ def test_a_thousand_flipped_bits_change_no_reply(
     random_bits = random.Random(20)  # noqa: S311 - which bit, not a secret
     witness = open_store()  # keeps the folder open between engines
     for _ in range(1000):
-        table = witness.env.table(random_bits.choice(["blocks", "entries"]))
+        table = witness.env.tables[random_bits.choice(["blocks", "entries"])]
         with witness.env.writing() as txn:
             key, value = random_bits.choice(
                 [(bytes(k), bytearray(v)) for k, v in txn.cursor(table)]
@@ -200,7 +200,7 @@ def test_truncated_and_swapped_values_are_misses(
     expected = fresh_logits(warm_disk)
     for table_name in ("blocks", "entries"):
         for kind in ("truncated", "empty", "swapped", "longer"):
-            table = witness.env.table(table_name)
+            table = witness.env.tables[table_name]
             with witness.env.writing() as txn:
                 items = [(bytes(k), bytes(v)) for k, v in txn.cursor(table)]
                 (key, value), (other_key, other) = items[2], items[-1]
@@ -540,7 +540,7 @@ def test_a_conversation_of_64000_tokens_comes_back_from_disk_also_after_damage(
     damaged = witness.find(
         first.cache.root().key, prompt, block_size=32, inside_block=False, most=3
     ).entries[-1]
-    table = witness.env.table("blocks")
+    table = witness.env.tables["blocks"]
     with witness.env.writing() as txn:
         value = bytearray(txn.get(damaged.key, db=table))
         value[-1] ^= 1

@@ -92,12 +92,12 @@ def test_a_larger_store_of_another_process_needs_no_larger_map(
         "store.close()\n"
     )
     with small.env.reading() as txn:
-        before = txn.stat(small.env.table("entries"))["entries"]
+        before = txn.stat(small.env.tables["entries"])["entries"]
         subprocess.run([sys.executable, "-c", program, str(tmp_path / "kv")], check=True)  # noqa: S603
         assert small.env.file_bytes > 4 << 20
         with small.env.reading() as newer:
-            assert newer.stat(small.env.table("entries"))["entries"] == 50
-        assert txn.stat(small.env.table("entries"))["entries"] == before == 1
+            assert newer.stat(small.env.tables["entries"])["entries"] == 50
+        assert txn.stat(small.env.tables["entries"])["entries"] == before == 1
     assert maintenance.holdings(small)[0].blocks == 50
     small.close()
 

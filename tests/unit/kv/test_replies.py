@@ -61,7 +61,7 @@ def test_what_is_not_as_it_was_written_is_not_found(opened: Open, place: int) ->
     store = opened()
     name = name_of(store)
     store.remember({name: REPLY})
-    table = store.env.table("replies")
+    table = store.env.tables["replies"]
     with store.env.writing() as txn:
         damaged = bytearray(txn.get(name, db=table))
         damaged[place] ^= 1
