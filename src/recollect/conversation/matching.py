@@ -452,7 +452,7 @@ class RememberedReplies:
     def note(self, reply: Node) -> None:
         """Remember a reply that was generated; nothing where it was not, or by another model."""
         if reply.token_ids is not None and reply.fingerprint == self._fingerprint:
-            self._tier.note_reply(
+            self._tier.writer.note_reply(
                 self._name(reply.key), StoredReply(reply.content, reply.token_ids)
             )
 

@@ -450,11 +450,11 @@ class Engine:
 
     def _note_new(self, cached: CachedBlock) -> None:
         if self._tier is not None:
-            self._tier.note(cached)
+            self._tier.writer.note(cached)
 
     def _tell_tier(self, *, works: bool) -> None:
         if self._tier is not None:
-            self._tier.engine_works(works)
+            self._tier.writer.engine_works(works)
 
     def _drop_cancelled(self) -> None:
         for task in self._scheduler.tasks():

@@ -484,7 +484,7 @@ def test_a_store_that_cannot_be_written_is_read(
         logits_after(engine, [*warm_disk, 3, 4])
         tier_of(engine).flush()
         assert engine.computed_tokens == 3
-        tier_of(engine).note_reply(b"name".ljust(32), StoredReply("text", (1, 2)))
+        tier_of(engine).writer.note_reply(b"name".ljust(32), StoredReply("text", (1, 2)))
         engine.check()
         engine.close()
     assert len(caplog.records) == 1
