@@ -96,7 +96,7 @@ def most_blocks(*, rates: Rates, room: int, most_s: float | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TierStatistics:
-    """What the tier has done in this process."""
+    """What the tier of an engine has done so far."""
 
     restored_tokens: int
     restore_s: float
@@ -107,7 +107,7 @@ class TierStatistics:
     """Stored blocks that were refused, by reason."""
     evicted_blocks: int
     error: str | None
-    """Why it was turned off, or writes nothing for now; None: it works."""
+    """Why it reads or writes nothing, for now or any more; None: it works."""
 
 
 class DiskTier:
@@ -214,7 +214,7 @@ class DiskTier:
         return tokens, not plan.is_all and blocks == len(plan.entries)
 
     def _failed(self, error: StoreError | RuntimeFailure) -> None:
-        """Count it as a miss; where the files are at fault, do without them from now on."""
+        """Count a failure as a miss; where the files are at fault, read nothing from now on."""
         self.store.misses["store"] += 1
         if isinstance(error, StoreError) and not isinstance(error, StoreBusyError):
             self._read_error = error
@@ -235,7 +235,7 @@ class DiskTier:
             after = sequence.kv.last_full
             start = len(sequence.kv.chain) * size
             have = sequence.computed - start
-            # All but the block that the prompt's last token goes to, which is fed in any case.
+            # The prompt's last token is always fed, and needs a block.
             room = self._pool.free_blocks + self._cache.evictable_blocks - 1
         assert after is not None, "a sequence with a namespace has a root"
         rates = Rates(self._restore_s_per_block, self._compute_s_per_token)
@@ -450,7 +450,7 @@ class DiskTier:
 
 
 def _unwritten(cached: CachedBlock) -> list[CachedBlock]:
-    """Return what has to be written for a block to be found: it, and what it follows up to the disk."""
+    """Return a block and those before it that are not on disk, in order: without them it is not found."""
     blocks: list[CachedBlock] = []
     node = cached
     while node.parent is not None and not node.on_disk:

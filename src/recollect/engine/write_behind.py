@@ -21,20 +21,20 @@ from recollect.kv.record import StoredReply
 _log: Final = logging.getLogger(__name__)
 
 _LINGER_S: Final = 2.0
-"""How long the thread waits for more before it ends; the next block starts another."""
+"""How long the thread waits for work before it ends; the next block starts another."""
 _SETTLE_S: Final = 0.2
-"""After the engine came to rest: the template's tokens after a reply are computed then, and replace
-the block that the reply ended in."""
+"""How long to wait after the engine came to rest: the template's tokens after a reply are computed then,
+and replace the block that the reply ended in."""
 _OVERDUE_S: Final = 5.0
-"""A block that has waited for so long is written although the engine works."""
+"""A block that has waited for so long is written even while the engine works."""
 _RETRY_S: Final = 60.0
-"""Before a full store or disk is tried again: somebody may have made room."""
+"""How long to wait before a full store or disk is tried again: somebody may have made room."""
 _BATCH_BYTES: Final = 16 << 20
 _BATCH_SHARE: Final = 1 / 8
-"""Of the store's budget, at most in a batch: what is written at once needs that much room at once."""
+"""Share of the store's budget that a batch may take: a batch needs all its room at once."""
 _BUSY_BATCH_BYTES: Final = 2 << 20
 _BUSY_PAUSE: Final = 40
-"""Times a write's own duration, before the next while the engine works: 2.5 % of a core at most."""
+"""While the engine works, the pause after a write, in durations of that write: 2.5 % of a core at most."""
 
 
 class WriteBehind:
@@ -149,7 +149,7 @@ class WriteBehind:
                 self._store.touch(self._used)
 
     def _rests(self) -> bool:
-        """Return whether nothing is written: until a full store is tried again, or for good."""
+        """Return whether nothing is written, for good or until a full store is tried again."""
         return self.error is not None and monotonic() < self._retry_at
 
     def _has_work(self) -> bool:
@@ -225,7 +225,7 @@ class WriteBehind:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Give up writing where the store fails; the one place that turns that into a warning."""
+        """Turn a failure of the store into a warning, and write nothing for a while, or any more."""
         try:
             yield
         except (StoreFullError, StoreBusyError) as error:
@@ -236,7 +236,7 @@ class WriteBehind:
                 _log.warning("KV is no longer kept on disk. %s", error)
 
     def _stop(self, error: StoreError, retry_at: float) -> bool:
-        """Write nothing until then, and return whether anything was written before."""
+        """Drop all work, and write nothing until *retry_at*; return whether this is the first failure."""
         with self._lock:
             is_first, self.error, self._retry_at = self.error is None, error, retry_at
             self._queue.clear()

@@ -1,7 +1,8 @@
 """
-Blocks on disk, found by the name of the prefix that they end: the tier below memory.
+Blocks of KV on disk, found by the name of the prefix that they end; with pins and replies.
 
-Knows keys, tokens and bytes; neither the runtime that the bytes are for nor when to read or write.
+Keeps to a budget, checks what is read, and counts misses. Knows keys, tokens and bytes; neither the
+runtime that the bytes are for nor when to read or write. How the tables hang together is in `tables`.
 """
 
 import heapq
@@ -51,13 +52,14 @@ PAGE_BYTES: Final = 4096
 _PAGE_HEAD: Final = 16
 """What LMDB puts before a value that has pages of its own. Source: lmdb, mdb.c, PAGEHDRSZ."""
 _LIVE_SHARE: Final = 7 / 8
-"""Of the budget; the rest is for pages that LMDB has not taken back yet, so the file stays within it."""
+"""Share of the budget for blocks; the rest is for pages that LMDB cannot use again yet, so that the
+file stays within the budget."""
 _LEAST_SHARE: Final = 1 / 2
-"""Of the budget, for what is live, however large the file has become."""
+"""Share of the budget that blocks may take however large the file has become."""
 _EVICT_SHARE: Final = 1 / 16
-"""Of the budget, given up beyond what is needed: looking for what to give up reads all entries."""
+"""Share of the budget that is evicted beyond what is needed, since choosing reads all entries."""
 RESERVED_BYTES: Final = 256 << 20
-"""Room on the disk that is left to others."""
+"""Room that is left free on the disk for others."""
 
 _MOST_REPLIES: Final = 100_000
 _BYTES_PER_REPLY: Final = 1 << 16
@@ -84,9 +86,9 @@ class Found:
 
     entries: list[Entry]
     last_tokens: int = 0
-    """Leading tokens of the last entry that match: all, or a part of it."""
+    """How many leading tokens of the last entry match: all of them, or a part."""
     is_all: bool = True
-    """Whether there is no more than that."""
+    """Whether nothing more is stored; False where the search ended at *most* blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,21 +105,21 @@ class Written:
     """What a write has done."""
 
     stored: set[Key]
-    """Of the blocks given, those that are on disk now."""
+    """Those of the given blocks that are on disk now."""
     blocks: int
-    """That are new."""
+    """How many of them are new."""
     stored_bytes: int
-    """That they take."""
+    """What the new ones take."""
 
 
 class DiskStore:
     """
-    What of KV lies in a folder, for all models, namespaces and processes.
+    The KV in a folder, of all models, namespaces and processes.
 
-    Safe from any thread. Every value is checked when it is read, and what is not as it was written
-    is a miss with a counted reason.
+    Safe from any thread. Every value is checked when it is read; one that is not as it was written is a
+    miss with a counted reason.
 
-    Invariants (`disk_audit.problems` verifies them):
+    Invariants (`maintenance.problems` verifies them):
         1. An entry's key is the chained hash of its parent and its tokens.
         2. An entry's parent is an entry or a root, and has it among what follows it, in the place
            that its digests give.
@@ -136,7 +138,7 @@ class DiskStore:
         self.folder: Final = folder
         self.budget_bytes: Final = budget_bytes
         self.misses: Counter[MissReason] = Counter()
-        """By reason, in this process."""
+        """Misses of this process by reason."""
         self.evicted_blocks = 0
         self._refused: set[Key] = set()
         self.sealer: Final = sealer
@@ -162,7 +164,7 @@ class DiskStore:
             raise
 
     def close(self) -> None:
-        """Give the files back."""
+        """Give the files back; the store must not be used afterwards."""
         self.env.close()
 
     @contextmanager
@@ -237,7 +239,7 @@ class DiskStore:
         Stops at the first that is not.
 
         Args:
-            identity: What they have to be of.
+            identity: The identity that they have to have.
             entries: What `find` returned.
             take: Called with (index, payload); the payload is a view that ends with the call.
 
@@ -277,7 +279,7 @@ class DiskStore:
         if self._free_bytes() < needed:
             raise StoreFullError(f"The disk of {self.folder} is nearly full: make room on it.")
         if needed:
-            # Pages that were given up are free for the next transaction, not for the same one.
+            # In a transaction of its own: LMDB uses the pages of what is evicted only in later ones.
             self._make_room(needed, {block.parent for block in new})
         return self._write(identity, blocks, packed)
 
@@ -347,7 +349,7 @@ class DiskStore:
                     tables.put("entries", key, touched(key, stored, now))
 
     def take_refused(self) -> set[Key]:
-        """Return the keys of blocks that were not as they were written, once; they are best removed."""
+        """Return each key of a block that was not as it was written, once, for the caller to remove."""
         refused, self._refused = self._refused, set()
         return refused
 
@@ -363,7 +365,7 @@ class DiskStore:
 
     def evict(self, wanted_bytes: int) -> int:
         """
-        Give up the least recently used tails until that many bytes are free; return the bytes.
+        Evict the least recently used tails until that many bytes are free; return how many are.
 
         Raises:
             StoreError: The files cannot be written.
@@ -373,7 +375,7 @@ class DiskStore:
 
     def clear(self, *, pinned: bool = False) -> int:
         """
-        Remove everything but what is pinned, or that too; return how many blocks were.
+        Remove all replies and all blocks that are not pinned, with *pinned* those too; return how many.
 
         Raises:
             StoreError: The files cannot be written.
@@ -514,10 +516,10 @@ class DiskStore:
 
     def _most_bytes(self) -> int:
         """
-        Return what blocks may take.
+        Return how many bytes blocks may take.
 
-        Less where the file has outgrown its budget since it was opened: values need pages in a row,
-        and free ones may not be. It grows no more once enough are free.
+        Less where the file has outgrown its budget since it was opened: a value needs pages in a row,
+        and those that are free may not be. Once enough are free, the file grows no more.
         """
         outgrown = max(0, self.env.file_bytes - self._ceiling)
         least, most = (int(self.budget_bytes * share) for share in (_LEAST_SHARE, _LIVE_SHARE))
@@ -525,7 +527,7 @@ class DiskStore:
 
     def _make_room(self, needed: int, parents: set[Key]) -> None:
         """
-        Give up as much as a write needs, but nothing of what it follows.
+        Evict as much as a write needs, but nothing of what it follows.
 
         Raises:
             StoreFullError: That is not enough.
@@ -554,7 +556,7 @@ class DiskStore:
         packed: bytearray,
         pinned: Callable[[], set[Key]],
     ) -> int:
-        """Store one block in place of those that it covers; return what it takes."""
+        """Store a block in the place of those that hold a part of its tokens; return the bytes it takes."""
         digests = tables.digests(block.parent, block.token_ids)
         for part in self._parts(tables, block, digests):
             if part not in pinned():
@@ -573,7 +575,7 @@ class DiskStore:
         return size
 
     def _entry(self, tables: Tables, key: Key) -> Entry | None:
-        """Return what is known of a block; None, and counted, where it is not what was written."""
+        """Return the entry of a block; None where there is none, or a miss was counted for it."""
         try:
             entry = tables.entry(key)
         except Refused as refused:

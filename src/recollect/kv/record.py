@@ -1,8 +1,8 @@
 """
-How a block and what is known of it lie on disk, byte by byte.
+How blocks, entries, replies and pins lie on disk, byte by byte.
 
-Pure: packs and unpacks; knows neither the database nor who asks. docs/store-format.md is the same
-contract in words.
+Pure: packs and unpacks; knows neither the database nor who asks. An entry is what is known of a block
+without reading it. docs/store-format.md is the same contract in words.
 """
 
 import json
@@ -19,7 +19,7 @@ from recollect.kv.blocks import DIGEST_BYTES, MOST_DIGESTS, Key
 from recollect.types import MissReason
 
 FORMAT: Final = 1
-"""Of everything in this module; another number is another layout, and a miss."""
+"""Layout of a block; another number is another layout, and a miss."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -40,11 +40,11 @@ _KEY_BYTES: Final = 32
 
 
 class Sealer(Protocol):
-    """Encrypts what is stored; the context is authenticated with it, so that two values cannot be swapped."""
+    """Encrypts what is stored; authenticates the context with it, so that two values cannot be swapped."""
 
     @property
     def name_secret(self) -> bytes:
-        """Return 32 bytes that the names of prefixes depend on, so that they tell nothing of the text."""
+        """Return 32 bytes to mix into the names of prefixes, so that they tell nothing of the text."""
 
     def seal(self, plain: bytes | memoryview, *, context: bytes) -> bytes:
         """Return the encrypted bytes."""
@@ -59,7 +59,7 @@ class Sealer(Protocol):
 
 
 class Refused(Exception):  # noqa: N818 - never leaves kv/: a miss is a result, not an error
-    """What is stored is not what was written, or is of something else."""
+    """A stored value is not what was written, or belongs to something else."""
 
     def __init__(self, reason: MissReason) -> None:
         super().__init__(reason)
@@ -68,21 +68,21 @@ class Refused(Exception):  # noqa: N818 - never leaves kv/: a miss is a result, 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What the bytes of a block depend on besides its tokens and those before."""
+    """What the bytes of a block depend on besides its tokens and those before it."""
 
     fingerprint: str
-    """Of weights, tokenizer and template."""
+    """Fingerprint of weights, tokenizer and template."""
     runtime: str
-    """With its version and profile."""
+    """Runtime with its version and profile."""
     kv_format: str
     """Element types and shapes of a block in all layers."""
 
     def digest(self) -> bytes:
-        """Return 16 bytes that stand for all of it."""
+        """Return 16 bytes that stand for the identity."""
         return xxhash.xxh3_128_digest(self.text().encode())
 
     def text(self) -> str:
-        """Return all of it as one text."""
+        """Return the identity as one text."""
         return "\0".join((self.fingerprint, self.runtime, self.kv_format))
 
 
@@ -100,7 +100,7 @@ class Entry:
     stored_bytes: int
     """What it takes in the file, in whole pages."""
     digests: bytes = b""
-    """`branch_digests` of its tokens; none where nobody could know them when it was stored."""
+    """`branch_digests` of its tokens; empty where they were encrypted when format 1 became 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +134,12 @@ def pack_block(
     Return a block as it is stored.
 
     Args:
-        key: The name of the prefix that it ends; part of the checksum, so a block under another
-            key is refused.
+        key: The name of the prefix that the block ends; part of the checksum, so that a block under
+            another key is refused.
         identity: `Identity.digest()`.
         tokens: How many of its slots hold KV.
         payload: The block's bytes of all layers.
-        sealer: None: they are stored as they are.
+        sealer: Encrypts the payload; None: it is stored as it is.
     """
     if sealer is not None:
         payload = sealer.seal(memoryview(payload), context=b"block" + key + identity)
@@ -212,7 +212,7 @@ def unpack_entry(key: Key, stored: Buffer, sealer: Sealer | None) -> Entry:
 
 
 class EntryHead(NamedTuple):
-    """What of an entry is known without its tokens."""
+    """An entry without its tokens, which can be read without the key."""
 
     last_used: float
     stored_bytes: int
@@ -237,13 +237,13 @@ def entry_head(key: Key, stored: Buffer) -> EntryHead:
 
 
 def touched(key: Key, stored: Buffer, last_used: float) -> bytes:
-    """Return a stored entry with another time of use, unopened."""
+    """Return a stored entry with another time of use; it is not decrypted."""
     stored = bytes(stored)
     return _with_checksum(key, struct.pack("<d", last_used) + stored[_CHECKSUM_BYTES + 8 :])
 
 
 def entry_size(tokens: int) -> int:
-    """Return about how many bytes an entry takes, for accounts."""
+    """Return about how many bytes an entry takes, to be counted."""
     return _ENTRY.size + 4 * tokens + DIGEST_BYTES * min(tokens, MOST_DIGESTS)
 
 
@@ -325,12 +325,12 @@ def pinned_tail(stored: bytes) -> Key | None:
 
 def _opened(stored: memoryview, sealed: bool, context: bytes, sealer: Sealer | None) -> Buffer:
     """
-    Return what was stored.
+    Return what was stored, decrypted.
 
     Raises:
-        Refused: It is not what was sealed under that context, or is plain where it has to be sealed.
+        Refused: It was not sealed under that context, or is plain where it has to be sealed.
     """
-    if sealed != (sealer is not None):  # plain bytes among encrypted ones anybody can have forged
+    if sealed != (sealer is not None):  # anybody can have put plain bytes among encrypted ones
         raise Refused("sealed")
     if sealer is None:
         return stored
@@ -364,7 +364,7 @@ def _sound(key: Key, stored: Buffer, least_bytes: int) -> bytes:
 
 
 def _with_checksum(key: Key, rest: bytes) -> bytes:
-    """Return a value with 8 bytes before it that hold for it under that key."""
+    """Return a value with its checksum under that key, 8 bytes, before it."""
     state = xxhash.xxh3_64(key)
     state.update(rest)
     return struct.pack("<Q", state.intdigest()) + rest
