@@ -119,6 +119,9 @@ class DiskStore:
     Safe from any thread. Every value is checked when it is read; one that is not as it was written is a
     miss with a counted reason.
 
+    Each method raises `StoreError` where the files cannot be read or written; one that writes has changed
+    nothing then.
+
     Invariants (`maintenance.problems` verifies them):
         1. An entry's key is the chained hash of its parent and its tokens.
         2. An entry's parent is an entry or a root, and has it among what follows it, in the place
@@ -169,12 +172,7 @@ class DiskStore:
 
     @contextmanager
     def reading(self) -> Iterator[Tables]:
-        """
-        Show one state of the tables.
-
-        Raises:
-            StoreError: They cannot be read.
-        """
+        """Show one state of the tables."""
         with self.env.reading() as txn:
             yield Tables(txn, self.env.tables, self.sealer)
 
@@ -185,7 +183,6 @@ class DiskStore:
 
         Raises:
             StoreFullError: There is no room; nothing was changed.
-            StoreError: They cannot be written; nothing was changed.
         """
         with self.env.writing() as txn:
             yield Tables(txn, self.env.tables, self.sealer)
@@ -208,9 +205,6 @@ class DiskStore:
             block_size: Tokens in a whole block.
             inside_block: Whether a part of a block may be reused.
             most: How many blocks to look for; None: as many as there are.
-
-        Raises:
-            StoreError: The files cannot be read.
         """
         entries: list[Entry] = []
         start = 0
@@ -242,9 +236,6 @@ class DiskStore:
             identity: The identity that they have to have.
             entries: What `find` returned.
             take: Called with (index, payload); the payload is a view that ends with the call.
-
-        Raises:
-            StoreError: The files cannot be read.
         """
         digest = identity.digest()
         with self.reading() as tables:
@@ -270,7 +261,6 @@ class DiskStore:
 
         Raises:
             StoreFullError: There is no room, or the disk has none. Nothing was changed.
-            StoreError: The files cannot be written. Nothing was changed.
         """
         with self.reading() as tables:
             new = [block for block in blocks if not tables.has_block(block.key)]
@@ -307,7 +297,6 @@ class DiskStore:
 
         Raises:
             StoreFullError: There is no room. Nothing was changed.
-            StoreError: The files cannot be written. Nothing was changed.
         """
         now = self.clock()
         with self.writing() as tables:
@@ -321,12 +310,7 @@ class DiskStore:
                     tables.delete("replies", name)
 
     def recall(self, name: Key) -> StoredReply | None:
-        """
-        Return the reply of that name; None where there is none, or it is not as it was written.
-
-        Raises:
-            StoreError: The files cannot be read.
-        """
+        """Return the reply of that name; None where there is none, or it is not as it was written."""
         with self.reading() as tables:
             stored = tables.get("replies", name)
             try:
@@ -335,12 +319,7 @@ class DiskStore:
                 return None
 
     def touch(self, keys: Iterable[Key]) -> None:
-        """
-        Note that blocks were used, and so what they follow.
-
-        Raises:
-            StoreError: The files cannot be written.
-        """
+        """Note that blocks were used, and so what they follow."""
         now = self.clock()
         with self.writing() as tables:
             for key in keys:
@@ -354,31 +333,18 @@ class DiskStore:
         return refused
 
     def remove(self, keys: Iterable[Key]) -> int:
-        """
-        Remove blocks and all that follow them; return how many.
-
-        Raises:
-            StoreError: The files cannot be written.
-        """
+        """Remove blocks and all that follow them; return how many."""
         with self.writing() as tables:
             return tables.remove_all(tables.with_followers(keys))
 
     def evict(self, wanted_bytes: int) -> int:
-        """
-        Evict the least recently used tails until that many bytes are free; return how many are.
-
-        Raises:
-            StoreError: The files cannot be written.
-        """
+        """Evict the least recently used tails until that many bytes are free; return how many are."""
         with self.writing() as tables:
             return self._evict(tables, wanted_bytes)
 
     def clear(self, *, pinned: bool = False) -> int:
         """
         Remove all replies and all blocks that are not pinned, with *pinned* those too; return how many.
-
-        Raises:
-            StoreError: The files cannot be written.
         """
         with self.writing() as tables:
             keep = set() if pinned else tables.pinned_keys()
@@ -390,52 +356,29 @@ class DiskStore:
             return len(going)
 
     def pins(self) -> list[Pin]:
-        """
-        Return all pins by name.
-
-        Raises:
-            StoreError: The files cannot be read.
-        """
+        """Return all pins by name."""
         with self.reading() as tables:
             return tables.pins()
 
     def find_pin(self, name: str) -> Pin | None:
-        """
-        Return the pin of that name; None where there is none.
-
-        Raises:
-            StoreError: The files cannot be read.
-        """
+        """Return the pin of that name; None where there is none."""
         with self.reading() as tables:
             return tables.find_pin(name)
 
     def add_pin(self, pin: Pin) -> bool:
         """
         Protect a prefix from eviction, which may not be stored yet; return whether the name was free.
-
-        Raises:
-            StoreError: The files cannot be written.
         """
         with self.writing() as tables:
             return tables.add_pin(pin)
 
     def drop_pin(self, name: str) -> bool:
-        """
-        Allow a prefix to be evicted again; return whether it was pinned.
-
-        Raises:
-            StoreError: The files cannot be written.
-        """
+        """Allow a prefix to be evicted again; return whether it was pinned."""
         with self.writing() as tables:
             return tables.drop_pin(name)
 
     def drop_pins(self, about: Mapping[str, Any]) -> list[str]:
-        """
-        Drop all pins that were made with these values; return their names.
-
-        Raises:
-            StoreError: The files cannot be written.
-        """
+        """Drop all pins that were made with these values; return their names."""
         with self.writing() as tables:
             pins = tables.pins()
             names = [pin.name for pin in pins if about.items() <= pin.about.items()]
@@ -444,12 +387,7 @@ class DiskStore:
             return names
 
     def size_of(self, pin: Pin) -> StoredSize:
-        """
-        Return how much of a pinned prefix is stored: all of it, unless something was damaged.
-
-        Raises:
-            StoreError: The files cannot be read.
-        """
+        """Return how much of a pinned prefix is stored: all of it, unless something was damaged."""
         heads = []
         with self.reading() as tables:
             key = pin.tail
@@ -463,23 +401,13 @@ class DiskStore:
         )
 
     def pinned_bytes(self) -> int:
-        """
-        Return what all pinned prefixes take, shared blocks counted once.
-
-        Raises:
-            StoreError: The files cannot be read.
-        """
+        """Return what all pinned prefixes take, shared blocks counted once."""
         with self.reading() as tables:
             heads = (tables.head(key) for key in tables.pinned_keys())
             return sum(head.stored_bytes for head in heads if head is not None)
 
     def has_blocks(self, keys: Iterable[Key]) -> bool:
-        """
-        Return whether each of these blocks has an entry; none is read.
-
-        Raises:
-            StoreError: The files cannot be read.
-        """
+        """Return whether each of these blocks has an entry; none is read."""
         with self.reading() as tables:
             return all(tables.has_block(key) for key in keys)
 
@@ -627,9 +555,7 @@ class DiskStore:
 
     def _evict(self, tables: Tables, wanted_bytes: int, *, keep: Iterable[Key] = ()) -> int:
         freed = 0
-        for key, size in tables.tails_first(keep):
-            if freed >= wanted_bytes:
-                break
+        for key, size in tables.to_evict(wanted_bytes, keep):
             self.evicted_blocks += tables.remove(key)
             freed += size
         return freed

@@ -23,11 +23,9 @@ from recollect.kv.environment import (
     sole_access,
     translated,
 )
-from recollect.kv.record import Identity, Refused, Sealer, unpack_block
+from recollect.kv.record import KEY_BYTES, Identity, Refused, Sealer, unpack_block
 from recollect.kv.tables import Savings, Tables
 
-_KEY_BYTES: Final = 32
-"""Length of a block's name, which ends each row of `siblings`."""
 _SPARE_BYTES: Final = 16 << 20
 """Room beyond the file: LMDB writes new pages before it gives up old ones, also to remove a block."""
 
@@ -108,7 +106,7 @@ def problems(store: DiskStore) -> Iterator[tuple[Key, str]]:
             if key not in known:
                 yield key, "a block that nothing is known of"
         for _, row in tables.rows("siblings"):
-            if (child := bytes(row)[-_KEY_BYTES:]) not in known:
+            if (child := bytes(row)[-KEY_BYTES:]) not in known:
                 yield child, "is known to follow another block, and is not there"
         counted = tables.total_bytes()
         if counted != total:

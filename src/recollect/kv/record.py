@@ -35,7 +35,7 @@ _CHECKSUM_BYTES: Final = 8
 """Before an entry and a reply, over everything after them."""
 _SEALED_PIN: Final = b"\x01"
 """First byte of an encrypted pin; a plain one is JSON."""
-_KEY_BYTES: Final = 32
+KEY_BYTES: Final = 32
 """Length of a block's name."""
 
 
@@ -298,7 +298,7 @@ def unpack_pin(key: bytes, stored: bytes, sealer: Sealer | None) -> Pin | None:
     if is_sealed_pin(stored):
         if sealer is None:
             return None
-        tail, sealed = stored[1 : 1 + _KEY_BYTES], stored[1 + _KEY_BYTES :]
+        tail, sealed = stored[1 : 1 + KEY_BYTES], stored[1 + KEY_BYTES :]
         try:
             stored = sealer.open(sealed, context=b"pin" + key + tail)
         except StoreCorruptError:
@@ -318,7 +318,7 @@ def is_sealed_pin(stored: Buffer) -> bool:
 def pinned_tail(stored: bytes) -> Key | None:
     """Return the last block of a pinned prefix, without the key; None where the pin is damaged."""
     if is_sealed_pin(stored):
-        return stored[1 : 1 + _KEY_BYTES]
+        return stored[1 : 1 + KEY_BYTES]
     pin = unpack_pin(b"", stored, None)
     return None if pin is None else pin.tail
 

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 from recollect.kv.blocks import Key, branch_digests
 from recollect.kv.environment import Transaction
 from recollect.kv.record import (
+    KEY_BYTES,
     Entry,
     EntryHead,
     Identity,
@@ -38,8 +39,6 @@ PLAIN_FORMAT: Final = 2
 _FORMAT: Final = b"format"
 _BYTES: Final = b"bytes"
 _SAVED: Final = b"saved:"
-_KEY_BYTES: Final = 32
-"""Length of a block's name, which ends each row of `siblings`."""
 
 T = TypeVar("T")
 
@@ -194,7 +193,7 @@ class Tables:
         if not keys:
             return 0
         for parent, row in [(parent, bytes(row)) for parent, row in self.rows("siblings")]:
-            if row[-_KEY_BYTES:] in keys:
+            if row[-KEY_BYTES:] in keys:
                 self.delete("siblings", parent, row)
         for key in keys:
             self.delete("blocks", key)
@@ -207,7 +206,7 @@ class Tables:
         cursor = self.txn.cursor(self._handles["siblings"])
         if not cursor.set_key(key):
             return []
-        return [bytes(row)[-_KEY_BYTES:] for row in cursor.iternext_dup()]
+        return [bytes(row)[-KEY_BYTES:] for row in cursor.iternext_dup()]
 
     def with_followers(self, keys: Iterable[Key]) -> list[Key]:
         """Return blocks and all that follow them, each once."""
@@ -333,14 +332,18 @@ class Tables:
                 key = head.parent
         return keys
 
-    def tails_first(self, also_keep: Iterable[Key] = ()) -> Iterator[tuple[Key, int]]:
+    def to_evict(
+        self, wanted_bytes: int, also_keep: Iterable[Key] = ()
+    ) -> Iterator[tuple[Key, int]]:
         """
-        Yield (key, bytes) of blocks in the order of eviction; the caller removes what it takes.
+        Yield (key, bytes) of the blocks to evict for so many bytes; the caller removes each.
 
         The least recently used comes first, and a tail always before what it follows, so that the
         longest prefix survives. Pinned prefixes are left out, and so are *also_keep* and what they
         follow. Reads all entries.
         """
+        if wanted_bytes <= 0:
+            return
         known = self.heads()
         keep = self.pinned_keys() | self._with_prefixes(also_keep)
         followers = dict.fromkeys(known, 0)
@@ -352,9 +355,10 @@ class Tables:
             (used[key], key) for key, count in followers.items() if not count and key not in keep
         ]
         heapq.heapify(heap)
-        while heap:
+        while heap and wanted_bytes > 0:
             last_used, key = heapq.heappop(heap)
             yield key, known[key].stored_bytes
+            wanted_bytes -= known[key].stored_bytes
             parent = known[key].parent
             if parent in followers:
                 followers[parent] -= 1

@@ -267,7 +267,8 @@ class _Copy:
     def _copy_blocks(self) -> None:
         heads = self._old.heads()
         pinned = self._old.pinned_tails()
-        given_up = self._given_up(sum(head.stored_bytes for head in heads.values()))
+        excess = sum(head.stored_bytes for head in heads.values()) - self._room_bytes
+        given_up = {key for key, _ in self._old.to_evict(excess)}  # there is not room for all
         followers: dict[Key, list[Key]] = {}
         for key, head in heads.items():
             followers.setdefault(head.parent, []).append(key)
@@ -305,17 +306,6 @@ class _Copy:
             self._opens = True
             new_name, last_used = disguised_key(name, self._secret), reply_last_used(stored)
             self._put("replies", new_name, pack_reply(new_name, reply, last_used, self._sealer))
-
-    def _given_up(self, total: int) -> set[Key]:
-        """Return the blocks that are evicted first, where there is not room for all."""
-        gone: set[Key] = set()
-        if total > self._room_bytes:
-            for key, size in self._old.tails_first():
-                gone.add(key)
-                total -= size
-                if total <= self._room_bytes:
-                    break
-        return gone
 
     def _opened(self, key: Key) -> Entry | None:
         """Return an entry that opens and has the name that its tokens give; None for any other."""
