@@ -211,7 +211,7 @@ class Environment:
             StoreError: They cannot be read.
         """
         with self._noting_damage():
-            txn = self._begin(write=False)
+            txn = self.begin(write=False)
             try:
                 yield txn
             finally:
@@ -229,7 +229,7 @@ class Environment:
         self.require_writable()
         with self._noting_damage():
             self._look_before_writing()
-            with self._begin(write=True) as txn:
+            with self.begin(write=True) as txn:
                 yield txn
 
     def require_writable(self) -> None:
@@ -288,7 +288,8 @@ class Environment:
                     (self.folder / DAMAGED).touch()
             raise
 
-    def _begin(self, *, write: bool) -> Transaction:
+    def begin(self, *, write: bool) -> Transaction:
+        """Begin a transaction of LMDB; `reading` and `writing` translate the exceptions."""
         return self._env.begin(write=write, buffers=True)
 
 

@@ -250,7 +250,7 @@ def test_a_store_that_is_damaged_inside_says_so(
     def broken(*_: object, **__: object) -> None:
         raise lmdb.CorruptedError("mdb_get: MDB_CORRUPTED")
 
-    monkeypatch.setattr(store.env, "_begin", broken)
+    monkeypatch.setattr(store.env, "begin", broken)
     with pytest.raises(StoreCorruptError, match="recollect cache clear"):
         found(store, *A)
 

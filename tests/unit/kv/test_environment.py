@@ -111,7 +111,7 @@ def test_a_map_that_another_process_outgrew_is_said_so(
     def outgrown(**_: object) -> None:
         raise lmdb.MapResizedError("mdb_txn_begin: MDB_MAP_RESIZED")
 
-    monkeypatch.setattr(store.env, "_begin", outgrown)
+    monkeypatch.setattr(store.env, "begin", outgrown)
     with pytest.raises(StoreBusyError, match="--kv-disk"):
         store.find(ROOT, [1, 2, 3, 4], block_size=4, inside_block=True)
     store.close()
@@ -130,7 +130,7 @@ def test_only_a_file_that_is_damaged_is_put_aside_by_the_next_start(
         raise error("mdb_txn_begin: as if")
 
     with monkeypatch.context() as failing:
-        failing.setattr(store.env, "_begin", fail)
+        failing.setattr(store.env, "begin", fail)
         with pytest.raises(StoreCorruptError, match="next start"):
             store.evict(1)
     store.close()
