@@ -29,12 +29,9 @@ from recollect.conversation.model import Model
 from recollect.engine import sequence as sequence_module
 from recollect.engine.engine import Engine
 from recollect.errors import RuntimeFailure
-from recollect.kv import pins, replies
-from recollect.kv.accounts import Pin
 from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Identity, Sealer
-from recollect.kv.replies import StoredReply
+from recollect.kv.record import Identity, Pin, Sealer, StoredReply
 from recollect.models.catalog import CATALOG, reference_model
 from recollect.models.onnx_folder import Precision, convert_to_onnx, is_onnx_folder
 from recollect.models.prepare import original_of
@@ -214,12 +211,12 @@ def write_earlier_store() -> Callable[..., list[NewBlock]]:
                 parent = key
         store.write(Identity("weights", "runtime", "f32"), blocks)
         for pin in kept:
-            pins.add(store, pin)
+            store.add_pin(pin)
         for place, reply in (said or {}).items():
             name = blake2b(root + place, digest_size=32, person=b"recollect reply").digest()
-            replies.remember(store, {name: reply})
+            store.remember({name: reply})
         with store.env.writing() as txn:
-            txn.put(b"format", (2).to_bytes(8, "little"), db=store.env.table("info"))
+            txn.put(b"format", (2).to_bytes(8, "little"), db=store.env.tables["info"])
         store.close()
         return blocks
 

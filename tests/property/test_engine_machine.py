@@ -478,11 +478,11 @@ class DiskMachine(EngineMachine):
         self.forget_what_is_in_memory_only_for_later()
         env = self.engine.tier.store.env
         with env.writing() as txn:
-            items = [(bytes(k), bytearray(v)) for k, v in txn.cursor(env.table(table))]
+            items = [(bytes(k), bytearray(v)) for k, v in txn.cursor(env.tables[table])]
             if items:
                 key, value = items[which % len(items)]
                 value[-1 - bit // 8 % len(value)] ^= 1 << bit % 8
-                txn.put(key, bytes(value), db=env.table(table))
+                txn.put(key, bytes(value), db=env.tables[table])
                 self.disturbed = True
         self.probe(generator)
 

@@ -22,7 +22,6 @@ from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.engine.pinning import in_memory, require_tier
 from recollect.errors import StoreError
 from recollect.journal.portable import Branch, BranchHead, CarriedBlock, PortableFile
-from recollect.kv import pins
 from recollect.kv.blocks import Key, chained_key
 from recollect.kv.disk import STORE_FOLDER, DiskStore, NewBlock
 from recollect.kv.environment import translated
@@ -262,7 +261,7 @@ def bring_in(model: Model, file: PortableFile) -> int:
             tier.store.write(tier.identity, batch)
             batch, batch_bytes = [], 0
     tier.store.write(tier.identity, batch)
-    if not pins.are_stored(tier.store, keys):
+    if not tier.store.has_blocks(keys):
         raise StoreError("There is no room for all of it on disk: give it more (--kv-disk).")
     return len(file.token_ids)
 

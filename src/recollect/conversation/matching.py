@@ -25,7 +25,7 @@ from recollect.conversation.tools import KnownTools, Tools
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_node
 from recollect.engine.tier import DiskTier
 from recollect.journal.records import NewNode, pack_token_ids, unpack_token_ids
-from recollect.kv.replies import StoredReply, reply_name
+from recollect.kv.record import StoredReply
 from recollect.types import Message, Role
 
 MOST_MESSAGES: Final = 20_000
@@ -452,7 +452,7 @@ class RememberedReplies:
     def note(self, reply: Node) -> None:
         """Remember a reply that was generated; nothing where it was not, or by another model."""
         if reply.token_ids is not None and reply.fingerprint == self._fingerprint:
-            self._tier.note_reply(
+            self._tier.writer.note_reply(
                 self._name(reply.key), StoredReply(reply.content, reply.token_ids)
             )
 
@@ -472,4 +472,4 @@ class RememberedReplies:
         )
 
     def _name(self, key: bytes) -> bytes:
-        return reply_name(self._tier.store, self._fingerprint, self._namespace, key)
+        return self._tier.store.reply_name(self._fingerprint, self._namespace, key)

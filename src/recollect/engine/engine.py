@@ -155,7 +155,7 @@ class Engine:
             store.close()
         elif store is not None:
             self.tier = DiskTier(store, identity, runtime, self.pool, self.cache, self.lock)
-            self.cache.on_new = self.tier.note
+            self.cache.on_new = self.tier.writer.note
         self._passes = ForwardPasses(runtime, keep_multiple_of=self.keep_multiple_of)
         self._scheduler = Scheduler(info.block_size, info.most_rows)
         self._room = Room(self._scheduler, self.memory, has_disk=self.tier is not None)
@@ -394,7 +394,7 @@ class Engine:
 
     def _tell_tier(self, *, works: bool) -> None:
         if self.tier is not None:
-            self.tier.engine_works(works)
+            self.tier.writer.engine_works(works)
 
     def _drop_cancelled(self) -> None:
         for task in self._scheduler.tasks():

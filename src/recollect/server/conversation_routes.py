@@ -31,7 +31,6 @@ from recollect.engine.pinning import pin_on_disk
 from recollect.errors import RewindError
 from recollect.journal.checkpoints import drop_of_conversation, server_facts
 from recollect.journal.records import DEFAULT_TIP, Entry, NewNode, NodeRecord, Page
-from recollect.kv import pins
 from recollect.kv.disk import DiskStore
 from recollect.server.chat_completions import check_limits
 from recollect.server.conversation_view import (
@@ -91,7 +90,7 @@ def delete_checkpoint(conversation_id: str, name: PlaceName, request: Request) -
     view, services = view_of(request, conversation_id), services_of(request)
     view.checkpoint(name)
     services.journal.drop_tip(view.stored.id, checkpoint_tip(name))
-    _let_go(services, lambda store: pins.drop(store, _pin_name(view, name)))
+    _let_go(services, lambda store: store.drop_pin(_pin_name(view, name)))
     return {
         "id": view.id,
         "object": "conversation.checkpoint.deleted",
@@ -209,7 +208,7 @@ class _KeptPlace:
             made = pin_on_disk(engine, ids, self.namespace, name=name, about=about)
             tokens, computed = made.pin.tokens, made.computed_tokens
             if checkpoint_tip(self.name) not in self.services.journal.tips(self.view.stored.id):
-                pins.drop(engine.tier.store, name)
+                engine.tier.store.drop_pin(name)
                 return _not_kept("it was deleted meanwhile")
         return {"kept": True, "tokens": tokens, "computed_tokens": computed}
 
@@ -218,13 +217,13 @@ class _KeptPlace:
         tier = engine.tier
         assert tier is not None, "whoever keeps something has a tier"
         name = _pin_name(self.view, self.name)
-        former = pins.find(tier.store, name)
+        former = tier.store.find_pin(name)
         if former is None:
             return None
         is_same = (former.identity, former.about) == (tier.identity.digest().hex(), about)
-        if is_same and pins.stored(tier.store, former).tokens >= former.tokens:
+        if is_same and tier.store.size_of(former).tokens >= former.tokens:
             return former.tokens
-        pins.drop(tier.store, name)
+        tier.store.drop_pin(name)
         return None
 
     def _tools(self) -> Tools:

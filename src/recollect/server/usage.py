@@ -19,7 +19,6 @@ from prometheus_client.registry import Collector
 
 from recollect.conversation.model import Model
 from recollect.errors import StoreError
-from recollect.kv import accounts
 from recollect.types import Reason, Usage
 
 Tier = Literal["memory", "disk", "memory+disk"]
@@ -320,5 +319,5 @@ class _Disk:
         for reason, count in done.misses.items():
             self._misses.add_metric([name, reason], count)
         if not self._bytes.samples:  # the models of a home share it
-            with suppress(StoreError), tier.store.env.reading() as txn:
-                self._bytes.add_metric([], accounts.total_bytes(txn, tier.store.env))
+            with suppress(StoreError), tier.store.reading() as tables:
+                self._bytes.add_metric([], tables.total_bytes())
