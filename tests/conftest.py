@@ -38,7 +38,7 @@ from recollect.kv.replies import StoredReply
 from recollect.models.catalog import CATALOG, reference_model
 from recollect.models.onnx_folder import Precision, convert_to_onnx, is_onnx_folder
 from recollect.models.prepare import original_of
-from recollect.runtime.base import Logits, Row
+from recollect.runtime.base import Logits, Reuse, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.text.tokenizer import ByteTokenizer
 
@@ -392,10 +392,8 @@ def plant_hole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """
     plan_feed = sequence_module.plan_feed
 
-    def with_hole(
-        length: int, computed: int, *, keep_multiple_of: int = 1
-    ) -> sequence_module.FeedPlan:
-        plan = plan_feed(length, computed, keep_multiple_of=keep_multiple_of)
+    def with_hole(length: int, computed: int, reuse: Reuse) -> sequence_module.FeedPlan:
+        plan = plan_feed(length, computed, reuse)
         if plan.start > 0 and plan.end - plan.start > 1:
             plan = replace(plan, start=plan.start + 1)
         return plan

@@ -161,7 +161,7 @@ def test_copying_nothing_does_nothing(runtime: PagedRuntime) -> None:
 
 
 def test_the_last_token_can_be_fed_again(runtime: PagedRuntime) -> None:
-    if runtime.info.whole_blocks_only:
+    if not runtime.info.reuse.inside_blocks:
         return  # there whole blocks are fed again, which the chunk tests cover
     ids = ids_of(41)
     expected = run(runtime, ids[:37], [0, 1])
@@ -252,7 +252,7 @@ def test_a_block_read_as_bytes_means_the_same_in_another_runtime(
     make_runtime: Callable[[], PagedRuntime],
 ) -> None:
     here, there = make_runtime(), make_runtime()
-    if not here.info.has_block_bytes:
+    if not here.info.reuse.as_bytes:
         pytest.skip("gives no KV away, which the next test is about")
     here.allocate(4)
     there.allocate(8)
@@ -272,7 +272,7 @@ def test_bytes_of_another_length_and_blocks_that_are_not_there_are_refused(
     runtime: PagedRuntime,
 ) -> None:
     whole = bytearray(runtime.info.bytes_per_block)
-    if not runtime.info.has_block_bytes:
+    if not runtime.info.reuse.as_bytes:
         with pytest.raises(RuntimeFailure, match="to itself"):
             runtime.write_block(0, memoryview(whole))
         with pytest.raises(RuntimeFailure, match="to itself"):

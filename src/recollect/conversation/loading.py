@@ -131,7 +131,7 @@ def _warn_of_writers(home: Path) -> None:
 def _store(
     home: Path, kv_disk: int | None, cipher: Cipher | None, runtime: PagedRuntime
 ) -> DiskStore | None:
-    if not runtime.info.has_block_bytes:
+    if not runtime.info.reuse.as_bytes:
         if kv_disk:
             _log.warning(
                 "%s keeps its KV to itself, so none is kept on disk: run the model on OpenVINO for "
@@ -206,7 +206,7 @@ def collect(model: Model, session: Session, *, progress: Progress = no_progress)
     tier, size = require_tier(engine), engine.block_size
     ids = session.typed_ids()
     padded = [*ids, *[_PADDING] * (-len(ids) % size)]
-    if engine.info.whole_blocks_only or len(padded) > engine.info.context_length:
+    if not engine.info.reuse.inside_blocks or len(padded) > engine.info.context_length:
         ids = padded = ids[: len(ids) // size * size]
     if not ids:
         return None
@@ -222,7 +222,7 @@ def why_not(model: Model, file: PortableFile) -> str | None:
     """Return why a model here cannot use the KV in a file; None: it can."""
     if file.head is None:
         return "the file has none"
-    if not model.engine.info.has_block_bytes:
+    if not model.engine.info.reuse.as_bytes:
         return "this model's runtime keeps its KV to itself"
     if model.engine.tier is None:
         return "no KV is kept on disk here (--kv-disk)"

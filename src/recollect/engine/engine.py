@@ -56,9 +56,8 @@ class ForwardPasses:
     Owned by the engine's thread; the counters may be read from any.
     """
 
-    def __init__(self, runtime: PagedRuntime, *, keep_multiple_of: int) -> None:
+    def __init__(self, runtime: PagedRuntime) -> None:
         self._runtime = runtime
-        self._keep_multiple_of = keep_multiple_of
         self.computed_tokens = 0
         """Tokens fed so far."""
         self.count = 0
@@ -92,7 +91,7 @@ class ForwardPasses:
         logits: dict[Task, Logits] = {}
         errors: dict[Task, Exception] = {}
         for task, fed in chunks.items():
-            start = fed.start // self._keep_multiple_of * self._keep_multiple_of
+            start = self._runtime.info.reuse.longest_cut(fed.start)
             chunks[task] = FeedPlan(start, fed.end)  # what failed may have spoilt all of a block
             own_logits, own_errors = self.run({task: chunks[task]}, [])
             logits |= own_logits
@@ -153,14 +152,13 @@ class Engine:
             ) from cause
         self.info = info = runtime.info
         self.block_size = info.block_size
-        self.keep_multiple_of = info.block_size if info.whole_blocks_only else 1
-        self._inside_blocks = not info.whole_blocks_only
+        self._inside_blocks = info.reuse.inside_blocks
         self.eos_token_ids = frozenset(eos_token_ids)
         self.lock = threading.RLock()
         """Held while block tables, pool and cache change."""
         self._pool = BlockPool(num_blocks, info.block_size)
         self._scheduler = Scheduler(info.block_size, info.most_rows)
-        self._passes = ForwardPasses(runtime, keep_multiple_of=self.keep_multiple_of)
+        self._passes = ForwardPasses(runtime)
         self._tier: DiskTier | None = None
         identity = Identity(fingerprint, info.name, info.kv_format)
         self._cache = PrefixCache(
@@ -170,7 +168,7 @@ class Engine:
             chain_secret=b"" if store is None else store.chain_secret,
             on_new=self._note_new,
         )
-        if store is not None and not info.has_block_bytes:
+        if store is not None and not info.reuse.as_bytes:
             store.close()
         elif store is not None:
             self._tier = DiskTier(store, identity, runtime, self._pool, self._cache, self.lock)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from recollect.errors import ContextFullError, MisuseError, RewindError, TokenIdError
 from recollect.kv.prefix import CachedTable
-from recollect.runtime.base import Logits, Row
+from recollect.runtime.base import Logits, Reuse, Row
 
 if TYPE_CHECKING:  # the engine makes sequences, so the import would be a circle
     from recollect.engine.engine import Engine
@@ -29,7 +29,7 @@ class FeedPlan:
     end: int
 
 
-def plan_feed(length: int, computed: int, *, keep_multiple_of: int = 1) -> FeedPlan:
+def plan_feed(length: int, computed: int, reuse: Reuse) -> FeedPlan:
     """
     Return what to feed so that the logits after a history of *length* tokens are known.
 
@@ -39,12 +39,11 @@ def plan_feed(length: int, computed: int, *, keep_multiple_of: int = 1) -> FeedP
     Args:
         length: Tokens in the history, >= 1.
         computed: Leading tokens that have KV, <= length.
-        keep_multiple_of: The block size where KV inside a block cannot be cut (see
-            `RuntimeInfo.whole_blocks_only`), else 1.
+        reuse: Where the runtime can cut a history.
     """
     start = computed
     if computed == length:
-        start = (length - 1) // keep_multiple_of * keep_multiple_of
+        start = reuse.longest_cut(length - 1)
     return FeedPlan(start, length)
 
 
@@ -159,7 +158,7 @@ class Sequence:
         if length == len(self):
             return
         if length < self.computed:
-            keep = length // self._engine.keep_multiple_of * self._engine.keep_multiple_of
+            keep = self._engine.info.reuse.longest_cut(length)
             with self._engine.lock:
                 self._kv.crop(self._token_ids, keep)
         del self._token_ids[length:]
@@ -197,7 +196,7 @@ class Sequence:
             return None
         if not len(self):
             raise MisuseError("an empty sequence has no next token: append something first")
-        return plan_feed(len(self), self.computed, keep_multiple_of=self._engine.keep_multiple_of)
+        return plan_feed(len(self), self.computed, self._engine.info.reuse)
 
     def is_warm(self) -> bool:
         """Return whether all of the history has KV, here or in the cache."""

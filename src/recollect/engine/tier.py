@@ -127,7 +127,7 @@ class Restorer:
         self._pool = pool
         self._cache = cache
         self._lock = lock
-        self._inside_blocks = not runtime.info.whole_blocks_only
+        self._inside_blocks = runtime.info.reuse.inside_blocks
         self.restore_s_per_block: float | None = None
         self.tokens = 0
         """Restored so far."""
@@ -286,7 +286,7 @@ class DiskTier:
         self._cache = cache
         self._runtime = runtime
         self._block_size = runtime.info.block_size
-        self._inside_blocks = not runtime.info.whole_blocks_only
+        self._inside_blocks = runtime.info.reuse.inside_blocks
         self._written = WriteBehind(store, identity, runtime, pool, cache, lock)
         self._restorer = Restorer(store, identity, runtime, pool, cache, lock)
         self._compute_s_per_token = self._known_rate()

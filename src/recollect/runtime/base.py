@@ -38,6 +38,28 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Reuse:
+    """Which part of the KV that was computed once can be used again, and where."""
+
+    unit: int = 1
+    """
+    A sequence can be cut to a multiple of that many tokens: to any length (1), or to whole blocks
+    (the block size), where the KV in a block depends on the block's later tokens through a scale.
+    """
+    as_bytes: bool = True
+    """Whether blocks can be read and written as bytes, and so be kept on disk."""
+
+    @property
+    def inside_blocks(self) -> bool:
+        """Return whether a part of a block can be used again."""
+        return self.unit == 1
+
+    def longest_cut(self, length: int) -> int:
+        """Return the largest length up to *length* to which a sequence can be cut."""
+        return length // self.unit * self.unit
+
+
+@dataclass(frozen=True, slots=True)
 class RuntimeInfo:
     """What the engine needs to know of a runtime; constant once it is loaded."""
 
@@ -50,12 +72,9 @@ class RuntimeInfo:
     vocab_size: int
     context_length: int
     """Most tokens that one sequence may have."""
-    whole_blocks_only: bool = False
-    """KV inside a block depends on its later tokens (scales over a block), so a rewind keeps whole blocks."""
     kv_format: str = ""
     """Element types and shapes of a block's bytes; equal where they mean the same."""
-    has_block_bytes: bool = True
-    """Whether blocks can be read and written as bytes, and so be kept on disk."""
+    reuse: Reuse = Reuse()
     most_rows: int | None = None
     """Sequences that take turns without being computed anew; None: any number. Known after `allocate`."""
 

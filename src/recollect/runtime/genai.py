@@ -29,6 +29,7 @@ import numpy.typing as npt
 from recollect.errors import MisuseError, RuntimeFailure, UnsupportedModelError
 from recollect.runtime.base import (
     Logits,
+    Reuse,
     Row,
     RuntimeInfo,
     check_blocks,
@@ -196,7 +197,7 @@ class GenAiRuntime:
             bytes_per_block=BLOCK_SIZE * _kv_bytes_per_token(config["decoder"]),
             vocab_size=config["vocab_size"],
             context_length=context_length,
-            has_block_bytes=False,  # the library gives no KV away
+            reuse=Reuse(as_bytes=False),  # the library gives no KV away
         )
         self._slots: npt.NDArray[np.int32] | None = None
         self._live: list[_Live] = []

@@ -22,6 +22,7 @@ from openvino._offline_transformations import paged_attention_transformation
 from recollect.errors import MisuseError, UnsupportedModelError
 from recollect.runtime.base import (
     Logits,
+    Reuse,
     Row,
     RuntimeInfo,
     check_block_bytes,
@@ -295,7 +296,7 @@ class OpenVinoRuntime:
             ),
             vocab_size=compiled.outputs[0].partial_shape[-1].get_length(),
             context_length=context_length,
-            whole_blocks_only=profile == "small",
+            reuse=Reuse(unit=BLOCK_SIZE if profile == "small" else 1),
             kv_format=",".join(
                 f"{port.any_name}:{port.element_type.get_type_name()}{_block_shape(port)}"
                 for port in self._cache_ports

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from recollect.errors import MisuseError
 from recollect.runtime.base import (
     Logits,
+    Reuse,
     Row,
     RuntimeInfo,
     check_block_bytes,
@@ -49,7 +50,7 @@ class ReferenceRuntime:
             bytes_per_block=block_size * _FIELDS * 8,
             vocab_size=vocab_size,
             context_length=context_length,
-            whole_blocks_only=whole_blocks_only,
+            reuse=Reuse(unit=block_size if whole_blocks_only else 1),
             kv_format=f"i8x{block_size}x{_FIELDS}",
         )
         self._slots: npt.NDArray[np.int64] | None = None
@@ -119,7 +120,9 @@ class ReferenceRuntime:
             digest = _digest(before.tobytes() if position else b"")
             block, slot = row.block_table[position // size], position % size
             slots[block, slot] = (token, position, digest, _EMPTY)
-            if self._info.whole_blocks_only:  # a scale over the block: earlier slots change too
+            if (
+                not self._info.reuse.inside_blocks
+            ):  # a scale over the block: earlier slots change too
                 slots[block, : slot + 1, _SCALE] = digest
 
     def _logits(self, row: Row) -> Logits:
