@@ -38,7 +38,7 @@ from recollect.kv.replies import StoredReply
 from recollect.models.catalog import CATALOG, reference_model
 from recollect.models.onnx_folder import Precision, convert_to_onnx, is_onnx_folder
 from recollect.models.prepare import original_of
-from recollect.runtime.base import Logits, Reuse, Row
+from recollect.runtime.base import Logits, PassResult, Reuse, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.text.tokenizer import ByteTokenizer
 
@@ -105,7 +105,7 @@ class FaultyRuntime(ReferenceRuntime):
         )
         self._faults = faults
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
+    def forward(self, rows: Sequence[Row]) -> PassResult:
         faults = self._faults
         if faults.forward_in == 0:
             faults.forward_in = None
@@ -261,7 +261,7 @@ def fresh_logits() -> Callable[..., Logits]:
         )
         num_blocks = -(-len(ids) // block_size)
         runtime.allocate(num_blocks)
-        logits: Logits = runtime.forward([Row(list(ids), 0, range(num_blocks))])[0]
+        logits: Logits = runtime.forward([Row(list(ids), 0, range(num_blocks))]).logits[0]
         return logits
 
     return fresh

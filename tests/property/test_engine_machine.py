@@ -38,7 +38,7 @@ from recollect.kv.blocks import BlockPool, BlockTable, CachedBlock, blocks_for, 
 from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import CachedTable, PrefixCache
 from recollect.kv.record import Buffer, Entry, Identity
-from recollect.runtime.base import Logits, Row
+from recollect.runtime.base import PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import SamplingParams, common_prefix_length
 
@@ -67,7 +67,7 @@ class FailingRuntime(ReferenceRuntime):
     def cancel_after(self, passes: int, task: Task) -> None:
         self._cancel = (passes, task)
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
+    def forward(self, rows: Sequence[Row]) -> PassResult:
         if self._cancel is not None:
             passes, task = self._cancel
             self._cancel = (passes - 1, task) if passes > 1 else None
@@ -103,7 +103,7 @@ def fresh(ids: tuple[int, ...], whole_blocks_only: bool) -> bytes:
     )
     runtime.allocate(-(-len(ids) // SIZE))
     row = Row(list(ids), 0, range(-(-len(ids) // SIZE)))
-    return bytes(runtime.forward([row])[0].tobytes())
+    return bytes(runtime.forward([row]).logits[0].tobytes())
 
 
 class EngineMachine(RuleBasedStateMachine):

@@ -38,7 +38,7 @@ from recollect.errors import (
 from recollect.kv.blocks import CachedBlock
 from recollect.kv.prefix import CachedTable, Match, PrefixCache
 from recollect.models.catalog import reference_model
-from recollect.runtime.base import Logits, Row
+from recollect.runtime.base import PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import SamplingParams, common_prefix_length
@@ -56,7 +56,7 @@ class FailingRuntime(ReferenceRuntime):
 
     fail_in: int | None = None
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
+    def forward(self, rows: Sequence[Row]) -> PassResult:
         if self.fail_in is not None:
             self.fail_in -= 1
             if self.fail_in < 0:
@@ -72,13 +72,13 @@ def fresh_reply(prompt: tuple[int, ...], limit: int) -> tuple[int, ...]:
     runtime = ReferenceRuntime(vocab_size=TOKENIZER.vocab_size, block_size=512)
     runtime.allocate(1)
     reply: list[int] = []
-    logits = runtime.forward([Row(prompt, 0, [0])])[0]
+    logits = runtime.forward([Row(prompt, 0, [0])]).logits[0]
     while len(reply) < min(limit, CONTEXT - len(prompt)):
         token = int(logits.argmax())
         if token in TOKENIZER.eos_token_ids:
             break
         reply.append(token)
-        logits = runtime.forward([Row([token], len(prompt) + len(reply) - 1, [0])])[0]
+        logits = runtime.forward([Row([token], len(prompt) + len(reply) - 1, [0])]).logits[0]
     return tuple(reply)
 
 

@@ -104,13 +104,13 @@ class ForwardPasses:
             return {}
         rows = {task: task.sequence.row(fed) for task, fed in chunks.items()}
         begun = perf_counter()
-        logits = self._runtime.forward(list(rows.values()))
+        result = self._runtime.forward(list(rows.values()))
         fed_tokens = sum(len(row.token_ids) for row in rows.values())
         self._time(fed_tokens, perf_counter() - begun)
         self.count += 1
-        self.computed_tokens += fed_tokens + count_replays(self._runtime, rows)
+        self.computed_tokens += fed_tokens + count_replays(rows, result.starts)
         wanting = [task for task, row in rows.items() if row.wants_logits]
-        return dict(zip(wanting, logits, strict=True))
+        return dict(zip(wanting, result.logits, strict=True))
 
     def _time(self, tokens: int, seconds: float) -> None:
         if tokens >= _TIMED_TOKENS:

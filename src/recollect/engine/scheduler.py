@@ -23,7 +23,7 @@ from recollect.engine.sequence import FeedPlan, Sequence
 from recollect.errors import OutOfBlocksError
 from recollect.kv.blocks import BlockPool
 from recollect.kv.prefix import PrefixCache
-from recollect.runtime.base import PagedRuntime, ReplayingRuntime, Row
+from recollect.runtime.base import Row
 
 TaskState = Literal["waiting", "running", "done", "cancelled", "failed"]
 
@@ -128,16 +128,14 @@ def hand_over(tasks: Iterable[Task]) -> None:
         time.sleep(_FIRST_TOKENS_S)
 
 
-def count_replays(runtime: PagedRuntime, rows: Mapping[Task, Row]) -> int:
+def count_replays(rows: Mapping[Task, Row], starts: Iterable[int]) -> int:
     """
-    Note for each task what the last pass computed besides its row, and return how many tokens that is.
+    Note for each task what a pass computed before its row, and return how many tokens that is.
 
-    None, unless the runtime keeps KV to itself: the plan took for computed what it no longer had.
+    None, unless the runtime owns its KV and had lost what the plan took for computed.
     """
-    if not isinstance(runtime, ReplayingRuntime):
-        return 0
     tokens = 0
-    for (task, row), start in zip(rows.items(), runtime.started, strict=True):
+    for (task, row), start in zip(rows.items(), starts, strict=False):
         if start < row.past:
             task.fed.append(FeedPlan(start, row.past))
             task.sequence.fed_tokens += row.past - start

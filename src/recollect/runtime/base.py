@@ -8,7 +8,7 @@ sequences, sharing or conversations: which block holds what is decided above it.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -79,6 +79,19 @@ class RuntimeInfo:
     """Sequences that take turns without being computed anew; None: any number. Known after `allocate`."""
 
 
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """What a forward pass gives."""
+
+    logits: Logits
+    """New, `(rows that want logits, vocab_size)`, in the order of the rows."""
+    starts: Sequence[int] = ()
+    """
+    From which position each row was computed, at most its `past`: a runtime that owns its KV may have
+    lost some of what the row takes for computed. Empty: each from its `past`.
+    """
+
+
 class PagedRuntime(Protocol):
     """
     A forward pass over KV blocks.
@@ -98,12 +111,9 @@ class PagedRuntime(Protocol):
             RuntimeFailure: The memory cannot be had.
         """
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
+    def forward(self, rows: Sequence[Row]) -> PassResult:
         """
         Run one forward pass over any mix of prefill and decode rows.
-
-        Returns:
-            A new array `(rows that want logits, vocab_size)`, in the order of the rows.
 
         Raises:
             RuntimeFailure: It failed. The KV of the slots being written is then undefined; all
@@ -138,19 +148,6 @@ class PagedRuntime(Protocol):
 
     def close(self) -> None:
         """Give the memory back; the runtime cannot be used afterwards."""
-
-
-@runtime_checkable
-class ReplayingRuntime(Protocol):
-    """
-    What a `PagedRuntime` offers besides where it keeps KV to itself, and may have lost some.
-
-    It then computes slots before a row's own again; what was computed is told, so that it is counted.
-    """
-
-    @property
-    def started(self) -> Sequence[int]:
-        """Return from which position each row of the last pass was computed, at most its `past`."""
 
 
 @contextmanager

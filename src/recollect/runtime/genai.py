@@ -29,6 +29,7 @@ import numpy.typing as npt
 from recollect.errors import MisuseError, RuntimeFailure, UnsupportedModelError
 from recollect.runtime.base import (
     Logits,
+    PassResult,
     Reuse,
     Row,
     RuntimeInfo,
@@ -203,8 +204,6 @@ class GenAiRuntime:
         self._live: list[_Live] = []
         self._max_length = 0
         self.most_live = 1
-        self.started: Sequence[int] = ()
-        """From which position each row of the last pass was computed; see `ReplayingRuntime`."""
 
     @property
     def info(self) -> RuntimeInfo:
@@ -219,7 +218,7 @@ class GenAiRuntime:
         self.most_live = max(1, min(MOST_LIVE, slots // self._info.context_length))
         self._info = replace(self._info, most_rows=self.most_live)
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
+    def forward(self, rows: Sequence[Row]) -> PassResult:
         """Compute the rows one after another; see `PagedRuntime.forward`."""
         slots = self._memory()
         check_rows(rows, self._info, len(slots))
@@ -235,8 +234,8 @@ class GenAiRuntime:
             started.append(start)
             if row.wants_logits:
                 wanted.append(logits)
-        self.started = started
-        return np.stack(wanted) if wanted else np.empty((0, self._info.vocab_size), np.float32)
+        none = np.empty((0, self._info.vocab_size), np.float32)
+        return PassResult(np.stack(wanted) if wanted else none, started)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy what is known of whole blocks, `(source, target)` each."""

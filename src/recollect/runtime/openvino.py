@@ -21,7 +21,7 @@ from openvino._offline_transformations import paged_attention_transformation
 
 from recollect.errors import MisuseError, UnsupportedModelError
 from recollect.runtime.base import (
-    Logits,
+    PassResult,
     Reuse,
     Row,
     RuntimeInfo,
@@ -323,7 +323,7 @@ class OpenVinoRuntime:
                 self._bytes.append(tensor.data.reshape(num_blocks, -1).view(np.uint8))
         self._num_blocks = num_blocks
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
+    def forward(self, rows: Sequence[Row]) -> PassResult:
         """Run one forward pass over the rows; see `PagedRuntime.forward`."""
         self._require_memory()
         check_rows(rows, self._info, self._num_blocks)
@@ -332,8 +332,8 @@ class OpenVinoRuntime:
             for name, value in _inputs(rows, wanted or [0]).items():
                 self._set_input(name, value)
             logits = self._request.infer(share_outputs=True)[0]
-        rows_wanted: Logits = logits.reshape(-1, self._info.vocab_size)[: len(wanted)]
-        return rows_wanted.astype(np.float32)  # a copy: the next pass writes there
+        rows_wanted = logits.reshape(-1, self._info.vocab_size)[: len(wanted)]
+        return PassResult(rows_wanted.astype(np.float32))  # a copy: the next pass writes there
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks in all layers, `(source, target)` each."""

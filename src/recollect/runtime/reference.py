@@ -16,6 +16,7 @@ import numpy.typing as npt
 from recollect.errors import MisuseError
 from recollect.runtime.base import (
     Logits,
+    PassResult,
     Reuse,
     Row,
     RuntimeInfo,
@@ -64,13 +65,14 @@ class ReferenceRuntime:
         """Make room for that many blocks, all slots empty."""
         self._slots = np.full((num_blocks, self._info.block_size, _FIELDS), _EMPTY, np.int64)
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
+    def forward(self, rows: Sequence[Row]) -> PassResult:
         """Write the rows' tokens into their slots and hash what their tables then yield."""
         check_rows(rows, self._info, len(self._memory()))
         for row in rows:
             self._write(row)
         wanted = [self._logits(row) for row in rows if row.wants_logits]
-        return np.stack(wanted) if wanted else np.empty((0, self._info.vocab_size), np.float32)
+        none = np.empty((0, self._info.vocab_size), np.float32)
+        return PassResult(np.stack(wanted) if wanted else none)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, `(source, target)` each."""

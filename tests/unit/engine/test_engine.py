@@ -14,7 +14,7 @@ from recollect.engine.engine import Engine
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence
 from recollect.errors import MisuseError, OutOfBlocksError, RuntimeFailure
-from recollect.runtime.base import Logits
+from recollect.runtime.base import Logits, PassResult
 
 
 def same(logits: Logits | None, expected: Logits) -> bool:
@@ -37,12 +37,12 @@ def cancel_after(engine: Engine, sequence: Sequence, passes: int) -> None:
     runtime: Any = engine._runtime
     forward, done = runtime.forward, []
 
-    def forward_then_cancel(rows: Any) -> Logits:
-        logits: Logits = forward(rows)
+    def forward_then_cancel(rows: Any) -> PassResult:
+        result: PassResult = forward(rows)
         done.append(rows)
         if len(done) == passes:
             task.cancel()
-        return logits
+        return result
 
     runtime.forward = forward_then_cancel
     engine.submit(task)
@@ -113,10 +113,10 @@ def test_the_runtime_is_warmed_up_once_and_before_anything_else(
     forward = runtime.forward
     runtime.warm_up = lambda: calls.append("warm up")
 
-    def noted(rows: Any) -> Logits:
+    def noted(rows: Any) -> PassResult:
         calls.append("forward")
-        logits: Logits = forward(rows)
-        return logits
+        result: PassResult = forward(rows)
+        return result
 
     runtime.forward = noted
     engine.start()

@@ -16,7 +16,7 @@ from recollect.engine.sampling import Generator
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, OutOfBlocksError, RecollectError, RuntimeFailure
-from recollect.runtime.base import Logits, Row
+from recollect.runtime.base import PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import SamplingParams
 
@@ -63,13 +63,13 @@ class Gate:
         runtime: Any = engine._runtime
         forward = runtime.forward
 
-        def gated(rows: Sequence[Row]) -> Logits:
+        def gated(rows: Sequence[Row]) -> PassResult:
             self.rows.append(rows)
             self.arrived.release()
             if not self.open:
                 assert self.passes.acquire(timeout=WAIT_S)
-            logits: Logits = forward(rows)
-            return logits
+            result: PassResult = forward(rows)
+            return result
 
         runtime.forward = gated
 
@@ -200,11 +200,11 @@ def test_a_failing_pass_hurts_only_the_one_whose_row_fails(
     runtime: Any = engine._runtime
     gated = runtime.forward
 
-    def poisoned(rows: Sequence[Row]) -> Logits:
+    def poisoned(rows: Sequence[Row]) -> PassResult:
         if any(49 in row.token_ids for row in rows):
             raise RuntimeFailure("injected")
-        logits: Logits = gated(rows)
-        return logits
+        result: PassResult = gated(rows)
+        return result
 
     runtime.forward = poisoned
     sequences = [engine.new_sequence() for _ in range(3)]

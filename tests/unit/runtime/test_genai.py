@@ -134,10 +134,10 @@ def test_a_history_that_goes_on_is_appended_to(
 ) -> None:
     runtime = make_runtime()
     runtime.forward([Row([1, 2, 3], 0, [0])])
-    logits = runtime.forward([Row([4], 3, [0])])[0]
+    result = runtime.forward([Row([4], 3, [0])])
     assert (library.made, library.appended) == (1, 4)
-    assert runtime.started == [3]
-    assert np.array_equal(logits, fresh([1, 2, 3, 4]))
+    assert result.starts == [3]
+    assert np.array_equal(result.logits[0], fresh([1, 2, 3, 4]))
 
 
 def test_what_was_given_up_is_computed_anew_and_told(
@@ -147,9 +147,9 @@ def test_what_was_given_up_is_computed_anew_and_told(
     for block, first in enumerate((1, 2, 3)):  # the third makes the first go
         runtime.forward([Row([first, 9, 9], 0, [block])])
     library.appended = 0
-    logits = runtime.forward([Row([5], 3, [0])])[0]
-    assert (runtime.started, library.appended) == ([0], 4)
-    assert np.array_equal(logits, fresh([1, 9, 9, 5]))
+    result = runtime.forward([Row([5], 3, [0])])
+    assert (result.starts, library.appended) == ([0], 4)
+    assert np.array_equal(result.logits[0], fresh([1, 9, 9, 5]))
 
 
 def test_two_rows_of_one_pass_keep_a_generator_each(
@@ -160,10 +160,10 @@ def test_two_rows_of_one_pass_keep_a_generator_each(
     runtime.copy_blocks([(0, 1)])
     for step in range(3):
         rows = [Row([10 + step], 3 + step, [0]), Row([20 + step], 3 + step, [1])]
-        logits = runtime.forward(rows)
+        result = runtime.forward(rows)
     assert library.made == 2
-    assert runtime.started == [5, 5]
-    assert np.array_equal(logits[1], fresh([1, 2, 3, 20, 21, 22]))
+    assert result.starts == [5, 5]
+    assert np.array_equal(result.logits[1], fresh([1, 2, 3, 20, 21, 22]))
 
 
 def test_where_the_library_cannot_rewind_the_history_is_computed_anew(
@@ -172,9 +172,9 @@ def test_where_the_library_cannot_rewind_the_history_is_computed_anew(
     library.can_rewind = False
     runtime = make_runtime()
     runtime.forward([Row([1, 2, 3, 4], 0, [0])])
-    logits = runtime.forward([Row([9], 3, [0])])[0]
-    assert (runtime.started, library.made) == ([0], 2)
-    assert np.array_equal(logits, fresh([1, 2, 3, 9]))
+    result = runtime.forward([Row([9], 3, [0])])
+    assert (result.starts, library.made) == ([0], 2)
+    assert np.array_equal(result.logits[0], fresh([1, 2, 3, 9]))
 
 
 def test_a_generator_that_failed_is_not_used_again(
@@ -185,15 +185,15 @@ def test_a_generator_that_failed_is_not_used_again(
     library.fails = True
     with pytest.raises(RuntimeFailure, match="injected"):
         runtime.forward([Row([4], 3, [0])])
-    logits = runtime.forward([Row([4], 3, [0])])[0]
-    assert np.array_equal(logits, fresh([1, 2, 3, 4]))
+    result = runtime.forward([Row([4], 3, [0])])
+    assert np.array_equal(result.logits[0], fresh([1, 2, 3, 4]))
 
 
 def test_the_logits_after_padding_are_those_after_it(
     make_runtime: Callable[..., GenAiRuntime],
 ) -> None:
-    logits = make_runtime().forward([Row([1, 2, PAD], 0, [0])])[0]
-    assert np.array_equal(logits, fresh([1, 2, PAD]))
+    result = make_runtime().forward([Row([1, 2, PAD], 0, [0])])
+    assert np.array_equal(result.logits[0], fresh([1, 2, PAD]))
 
 
 def test_slots_that_nothing_was_written_to_are_refused(
@@ -211,15 +211,15 @@ def test_a_longrope_history_is_all_of_one_side(
     runtime = make_runtime(architecture="phi3")
     ids = list(range(10, 22))
     runtime.forward([Row(ids[:6], 0, [0])])
-    logits = runtime.forward([Row(ids[6:10], 6, [0])])[0]  # crosses
-    assert runtime.started == [0]
-    assert np.array_equal(logits, logits_of([(token, True) for token in ids[:10]]))
-    logits = runtime.forward([Row(ids[10:], 10, [0])])[0]  # stays beyond
-    assert runtime.started == [10]
-    assert np.array_equal(logits, logits_of([(token, True) for token in ids]))
-    logits = runtime.forward([Row([9], 7, [0])])[0]  # comes back
-    assert runtime.started == [6]  # what the first generator has still, computed on this side
-    assert np.array_equal(logits, fresh([*ids[:7], 9]))
+    result = runtime.forward([Row(ids[6:10], 6, [0])])  # crosses
+    assert result.starts == [0]
+    assert np.array_equal(result.logits[0], logits_of([(token, True) for token in ids[:10]]))
+    result = runtime.forward([Row(ids[10:], 10, [0])])  # stays beyond
+    assert result.starts == [10]
+    assert np.array_equal(result.logits[0], logits_of([(token, True) for token in ids]))
+    result = runtime.forward([Row([9], 7, [0])])  # comes back
+    assert result.starts == [6]  # what the first generator has still, computed on this side
+    assert np.array_equal(result.logits[0], fresh([*ids[:7], 9]))
 
 
 def test_the_engine_counts_what_was_computed_anew(
