@@ -23,13 +23,13 @@ from time import perf_counter
 import recollect
 from harness import Load, parser, report, say
 from recollect import config
-from recollect.engine.scheduler import SHARED_CHUNK
 from recollect.models.prepare import prepare
-from recollect.runtime.base import PassResult, Row, RuntimeInfo
+from recollect.runtime.base import Pace, PassResult, Row, RuntimeInfo
 from recollect.runtime.openvino import OpenVinoRuntime
 from recollect.types import SamplingParams
 
 DECODED = 48
+SHARED_CHUNK = Pace().shared_chunk
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 

@@ -38,7 +38,7 @@ from recollect.kv.replies import StoredReply
 from recollect.models.catalog import CATALOG, reference_model
 from recollect.models.onnx_folder import Precision, convert_to_onnx, is_onnx_folder
 from recollect.models.prepare import original_of
-from recollect.runtime.base import Logits, PassResult, Reuse, Row
+from recollect.runtime.base import Logits, Pace, PassResult, Reuse, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.text.tokenizer import ByteTokenizer
 
@@ -96,12 +96,14 @@ class FaultyRuntime(ReferenceRuntime):
         context_length: int,
         block_size: int,
         whole_blocks_only: bool,
+        pace: Pace = Pace(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(
             vocab_size=vocab_size,
             context_length=context_length,
             block_size=block_size,
             whole_blocks_only=whole_blocks_only,
+            pace=pace,
         )
         self._faults = faults
 
@@ -135,7 +137,13 @@ def faults() -> Faults:
 
 
 @pytest.fixture
-def make_engine(faults: Faults) -> Iterator[Callable[..., Engine]]:
+def pace() -> Pace:
+    """Return how large the passes of `make_engine` and `make_model` are; tests parametrize it."""
+    return Pace()
+
+
+@pytest.fixture
+def make_engine(faults: Faults, pace: Pace) -> Iterator[Callable[..., Engine]]:
     """Return a maker of small engines on the reference runtime."""
     made: list[Engine] = []
 
@@ -156,6 +164,7 @@ def make_engine(faults: Faults) -> Iterator[Callable[..., Engine]]:
             context_length=context_length,
             block_size=block_size,
             whole_blocks_only=whole_blocks_only,
+            pace=pace,
         )
         engine = Engine(
             runtime,
@@ -274,7 +283,7 @@ def tokenizer() -> ByteTokenizer:
 
 
 @pytest.fixture
-def make_model(faults: Faults, tmp_path: Path) -> Iterator[Callable[..., Model]]:
+def make_model(faults: Faults, pace: Pace, tmp_path: Path) -> Iterator[Callable[..., Model]]:
     """Return a maker of reference models with any template, context and KV memory."""
     made: list[Model] = []
 
@@ -296,6 +305,7 @@ def make_model(faults: Faults, tmp_path: Path) -> Iterator[Callable[..., Model]]
             context_length=context_length,
             block_size=block_size,
             whole_blocks_only=whole_blocks_only,
+            pace=pace,
         )
         kv_memory = num_blocks * runtime.info.bytes_per_block
         home = tmp_path / "home"

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
-from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -26,7 +25,6 @@ from recollect.conversation.model import Model
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
-from recollect.engine import scheduler as scheduler_module
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (
     ContextFullError,
@@ -38,7 +36,7 @@ from recollect.errors import (
 from recollect.kv.blocks import CachedBlock
 from recollect.kv.prefix import CachedTable, Match, PrefixCache
 from recollect.models.catalog import reference_model
-from recollect.runtime.base import PassResult, Row
+from recollect.runtime.base import Pace, PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import SamplingParams, common_prefix_length
@@ -109,10 +107,11 @@ class SessionMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.chunk = mock.patch.multiple(scheduler_module, PREFILL_CHUNK=16, SHARED_CHUNK=8)
-        self.chunk.start()
         self.runtime = FailingRuntime(
-            vocab_size=TOKENIZER.vocab_size, context_length=CONTEXT, block_size=SIZE
+            vocab_size=TOKENIZER.vocab_size,
+            context_length=CONTEXT,
+            block_size=SIZE,
+            pace=Pace(prefill_chunk=16, shared_chunk=8),
         )
         self.model = Model(
             replace(reference_model(), context_length=CONTEXT),
@@ -126,7 +125,6 @@ class SessionMachine(RuleBasedStateMachine):
         self.done: set[tuple[int, ...]] = set()
 
     def teardown(self) -> None:
-        self.chunk.stop()
         for session in self.tips:
             session.close()
         engine = self.model.engine

@@ -157,7 +157,7 @@ class Engine:
         self.lock = threading.RLock()
         """Held while block tables, pool and cache change."""
         self._pool = BlockPool(num_blocks, info.block_size)
-        self._scheduler = Scheduler(info.block_size, info.most_rows)
+        self._scheduler = Scheduler(info.block_size, info.pace)
         self._passes = ForwardPasses(runtime)
         self._tier: DiskTier | None = None
         identity = Identity(fingerprint, info.name, info.kv_format)
@@ -442,7 +442,7 @@ class Engine:
         with self._work:
             planned, copies = self._room.prepare()
             tasks = self._scheduler.tasks()
-        hand_over(tasks)
+        hand_over(tasks, self.info.pace.first_token_pause_s)
         self._pass(planned, copies)
         return True
 

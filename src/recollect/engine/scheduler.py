@@ -23,15 +23,9 @@ from recollect.engine.sequence import FeedPlan, Sequence
 from recollect.errors import OutOfBlocksError
 from recollect.kv.blocks import BlockPool
 from recollect.kv.prefix import PrefixCache
-from recollect.runtime.base import Row
+from recollect.runtime.base import Pace, Row
 
 TaskState = Literal["waiting", "running", "done", "cancelled", "failed"]
-
-_FIRST_TOKENS_S: Final = 0.001
-"""
-How long the cores are left to those who read a first token. A pass, which takes tens of milliseconds,
-has all of them; on two cores a server's first token was 3 ms longer on its way through two threads.
-"""
 
 
 class Task:
@@ -122,10 +116,10 @@ class Task:
             self._ended.set()
 
 
-def hand_over(tasks: Iterable[Task]) -> None:
-    """Give readers what was generated for them, and those of a first token time to wake up."""
+def hand_over(tasks: Iterable[Task], pause_s: float) -> None:
+    """Give readers what was generated for them, and those of a first token *pause_s* to wake up."""
     if [task for task in tasks if task.hand_over()]:
-        time.sleep(_FIRST_TOKENS_S)
+        time.sleep(pause_s)
 
 
 def count_replays(rows: Mapping[Task, Row], starts: Iterable[int]) -> int:
@@ -141,17 +135,6 @@ def count_replays(rows: Mapping[Task, Row], starts: Iterable[int]) -> int:
             task.sequence.fed_tokens += row.past - start
             tokens += row.past - start
     return tokens
-
-
-PREFILL_CHUNK: Final = 512
-"""Most prompt tokens in one forward pass while nobody waits for a next token, so that a cancel is
-never far away. Costs under 5 % of prefill speed against one pass. Source: benchmarks/runtime.py."""
-
-SHARED_CHUNK: Final = 128
-"""The same while others are being answered: what they wait between two tokens."""
-
-MOST_RUNNING: Final = 16
-"""Sequences in one pass; more wait. Decode gains little beyond, and each holds blocks."""
 
 
 MOST_SPARE: Final = 16
@@ -218,16 +201,15 @@ class Scheduler:
 
     Invariants:
         1. A task waits or runs, not both, and not twice.
-        2. At most `most_running` run.
+        2. At most `pace.most_rows` run.
         3. An idle task runs only alone.
         4. At most `MOST_SPARE` spare tasks wait that are not cancelled.
         5. All of `_Turns`.
     """
 
-    def __init__(self, block_size: int, most_rows: int | None = None) -> None:
+    def __init__(self, block_size: int, pace: Pace) -> None:
         self._block_size = block_size
-        self.most_running = min(MOST_RUNNING, most_rows or MOST_RUNNING)
-        """Fewer where the runtime would have to compute one of them anew each time."""
+        self.pace: Final = pace
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
         self._turns = _Turns()
@@ -276,7 +258,7 @@ class Scheduler:
             for idle in [task for task in self.running if task.idle]:
                 self.preempt(idle)
         while (task := self._next_waiting()) is not None:
-            has_place = len(self.running) < self.most_running
+            has_place = len(self.running) < self.pace.most_rows
             if not self.running or (has_place and fits(task)):
                 self.waiting.remove(task)
                 self.running.append(task)
@@ -306,7 +288,9 @@ class Scheduler:
                 queues.setdefault(task.namespace, deque()).append(task)
         accounts = {name: self._turns.account(name) for name in queues}
         # A block at least: else the prompt of a runtime with larger ones would wait for ever.
-        budget = max(self._block_size, SHARED_CHUNK if chunks else PREFILL_CHUNK)
+        budget = max(
+            self._block_size, self.pace.shared_chunk if chunks else self.pace.prefill_chunk
+        )
         while queues and budget >= self._block_size:
             name = min(queues, key=lambda name: (accounts[name], name))
             task = queues[name].popleft()
@@ -337,7 +321,7 @@ class Scheduler:
         """
         tasks = self.tasks()
         assert len(tasks) == len(set(tasks)), "a task is there twice"
-        assert len(self.running) <= self.most_running, "too many run"
+        assert len(self.running) <= self.pace.most_rows, "too many run"
         assert len(self.running) <= 1 or not any(task.idle for task in self.running), "idle work"
         assert len(self._spare()) <= MOST_SPARE, "too much spare work waits"
         self._turns.check()

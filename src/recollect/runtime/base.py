@@ -60,6 +60,30 @@ class Reuse:
 
 
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """How large passes are and what is between them, which depends on the device that computes them."""
+
+    prefill_chunk: int = 512
+    """
+    Most prompt tokens in one pass while nobody waits for a next token, so that a cancel is never far
+    away. Costs under 5 % of prefill speed against one pass. Source: benchmarks/runtime.py, on a CPU.
+    """
+    shared_chunk: int = 128
+    """The same while others are being answered: what they wait between two tokens."""
+    most_rows: int = 16
+    """
+    Sequences in one pass; more wait. Decode gains little beyond 16 on a CPU, and each holds blocks. A
+    runtime that holds fewer sequences at once says how many, after `allocate`: beyond that it would
+    compute one of them anew for each pass.
+    """
+    first_token_pause_s: float = 0.001
+    """
+    Sleep that long before the pass that follows a first token. On a CPU a pass saturates all cores for
+    tens of milliseconds; without the pause readers got their first token 3 ms later (2 cores).
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class RuntimeInfo:
     """What the engine needs to know of a runtime; constant once it is loaded."""
 
@@ -75,8 +99,7 @@ class RuntimeInfo:
     kv_format: str = ""
     """Element types and shapes of a block's bytes; equal where they mean the same."""
     reuse: Reuse = Reuse()
-    most_rows: int | None = None
-    """Sequences that take turns without being computed anew; None: any number. Known after `allocate`."""
+    pace: Pace = Pace()
 
 
 @dataclass(frozen=True, slots=True)

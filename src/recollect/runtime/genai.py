@@ -29,6 +29,7 @@ import numpy.typing as npt
 from recollect.errors import MisuseError, RuntimeFailure, UnsupportedModelError
 from recollect.runtime.base import (
     Logits,
+    Pace,
     PassResult,
     Reuse,
     Row,
@@ -216,7 +217,7 @@ class GenAiRuntime:
         slots = num_blocks * BLOCK_SIZE
         self._max_length = min(self._info.context_length, slots)
         self.most_live = max(1, min(MOST_LIVE, slots // self._info.context_length))
-        self._info = replace(self._info, most_rows=self.most_live)
+        self._info = replace(self._info, pace=Pace(most_rows=self.most_live))
 
     def forward(self, rows: Sequence[Row]) -> PassResult:
         """Compute the rows one after another; see `PagedRuntime.forward`."""

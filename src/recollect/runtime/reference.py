@@ -16,6 +16,7 @@ import numpy.typing as npt
 from recollect.errors import MisuseError
 from recollect.runtime.base import (
     Logits,
+    Pace,
     PassResult,
     Reuse,
     Row,
@@ -44,6 +45,7 @@ class ReferenceRuntime:
         context_length: int = 4096,
         block_size: int = 32,
         whole_blocks_only: bool = False,
+        pace: Pace = Pace(),  # noqa: B008 - frozen
     ) -> None:
         self._info = RuntimeInfo(
             name="reference-1",
@@ -51,6 +53,7 @@ class ReferenceRuntime:
             bytes_per_block=block_size * _FIELDS * 8,
             vocab_size=vocab_size,
             context_length=context_length,
+            pace=pace,
             reuse=Reuse(unit=block_size if whole_blocks_only else 1),
             kv_format=f"i8x{block_size}x{_FIELDS}",
         )

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import RuntimeFailure
-from recollect.runtime.base import PassResult, Row
+from recollect.runtime.base import Pace, PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.text.vocabulary import ControlTokens, Vocabulary
 from recollect.types import SamplingParams
@@ -266,10 +265,10 @@ def test_stopping_before_the_first_pass_computes_nothing() -> None:
     verify(engine, generator, reply)
 
 
+@pytest.mark.parametrize("pace", [Pace(prefill_chunk=12)], ids=[""])
 def test_a_long_prompt_can_be_cancelled_between_its_chunks(
-    make_engine: Callable[..., Engine], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    make_engine: Callable[..., Engine], tokenizer: Any
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", 12)
     engine = make_engine(vocab_size=259)
     generator = Generator(engine)
     generator.append_tokens([1] * 100)

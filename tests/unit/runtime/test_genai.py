@@ -119,7 +119,7 @@ def fresh(ids: list[int]) -> np.ndarray:
 def test_kv_is_as_large_as_the_config_says(make_runtime: Callable[..., GenAiRuntime]) -> None:
     runtime = make_runtime()
     assert runtime.info.bytes_per_block == 32 * 2 * 2 * 8 * 4
-    assert runtime.info.most_rows == 4
+    assert runtime.info.pace.most_rows == 4
 
 
 @pytest.mark.parametrize(("contexts", "expected"), [(1, 1), (2.5, 2), (9, 4)])
