@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+import numpy as np
 import platformdirs
 import pytest
 from hypothesis import HealthCheck, settings
@@ -38,8 +39,9 @@ from recollect.kv.replies import StoredReply
 from recollect.models.catalog import CATALOG, reference_model
 from recollect.models.onnx_folder import Precision, convert_to_onnx, is_onnx_folder
 from recollect.models.prepare import original_of
-from recollect.runtime.base import Logits, Pace, PassResult, Reuse, Row
+from recollect.runtime.base import Logits, Pace, PassResult, Reuse, Row, RuntimeInfo
 from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.sequences import Feed
 from recollect.text.tokenizer import ByteTokenizer
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -128,6 +130,82 @@ class FaultyRuntime(ReferenceRuntime):
             self._faults.copy = False
             raise self._faults.error("injected while copying")
         super().copy_blocks(pairs)
+
+
+class ListedSequences:
+    """
+    A `SequenceRuntime` without weights: a sequence holds the ids that were appended to it.
+
+    The logits are a hash of all of them. `computed` counts tokens as a library would.
+    """
+
+    def __init__(
+        self,
+        *,
+        copies: bool,
+        can_cut: bool = True,
+        sequences: int = 4,
+        vocab_size: int = 50,
+        context_length: int = 128,
+        block_size: int = 4,
+    ) -> None:
+        self.info = RuntimeInfo(
+            name="listed-1",
+            block_size=block_size,
+            bytes_per_block=block_size,
+            vocab_size=vocab_size,
+            context_length=context_length,
+            reuse=Reuse(copies=copies),
+        )
+        self.held: dict[int, list[int]] = {}
+        self.computed = 0
+        self.fails = False
+        self._can_cut = can_cut
+        self._sequences = sequences
+
+    def allocate(self, tokens: int) -> int:
+        assert tokens > 0
+        self.held = {number: [] for number in range(self._sequences)}
+        return self._sequences
+
+    def extend(self, feeds: Sequence[Feed]) -> Logits:
+        assert len({feed.sequence for feed in feeds}) == len(feeds), "a sequence is fed twice"
+        logits = []
+        for feed in feeds:
+            held = self.held[feed.sequence]
+            assert len(held) == feed.past, "the adapter takes it for something else"
+            held += feed.token_ids.tolist()
+            self.computed += len(feed.token_ids)
+            if feed.wants_logits:
+                logits.append(self.logits_of(held))
+        if self.fails:
+            self.fails = False
+            raise RuntimeFailure("injected")
+        return np.array(logits, np.float32).reshape(-1, self.info.vocab_size)
+
+    def logits_of(self, ids: Sequence[int]) -> Logits:
+        return np.random.default_rng(list(ids)).standard_normal(self.info.vocab_size, np.float32)
+
+    def truncate(self, sequence: int, length: int) -> bool:
+        if length and not self._can_cut:
+            return False
+        del self.held[sequence][length:]
+        return True
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert self.info.reuse.copies
+        assert self.held[target] == []
+        assert 0 < length <= len(self.held[source])
+        self.held[target] = self.held[source][:length]
+
+    def close(self) -> None:
+        self.held.clear()
+
+
+@pytest.fixture(scope="session")
+def make_sequences() -> Callable[..., ListedSequences]:
+    """Return a maker of runtimes that own their KV."""
+    return ListedSequences
 
 
 @pytest.fixture

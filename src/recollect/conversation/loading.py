@@ -159,13 +159,16 @@ def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:
         )
     if local.format == "onnx-genai":
         from recollect.runtime.genai import GenAiRuntime  # noqa: PLC0415 - as below
+        from recollect.runtime.sequences import SequenceAdapter  # noqa: PLC0415 - as below
 
         assert local.onnx_config is not None, "it was read with the folder"
-        return GenAiRuntime(
-            local.folder,
-            local.onnx_config,
-            context_length=local.context_length,
-            native_library=local.native_library,
+        return SequenceAdapter(
+            GenAiRuntime(
+                local.folder,
+                local.onnx_config,
+                context_length=local.context_length,
+                native_library=local.native_library,
+            )
         )
     # Here and not above: it takes half a second, which `recollect --help` need not wait for.
     from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from recollect.errors import ContextFullError, MisuseError, RewindError, TokenIdError
 from recollect.kv.prefix import CachedTable
-from recollect.runtime.base import Logits, Reuse, Row
+from recollect.runtime.base import Logits, Reuse, Row, SequenceId
 
 if TYPE_CHECKING:  # the engine makes sequences, so the import would be a circle
     from recollect.engine.engine import Engine
@@ -71,6 +71,7 @@ class Sequence:
         self._token_ids = token_ids
         self._kv = kv
         self._logits: Logits | None = None
+        self._id = SequenceId()
         self.fed_tokens = 0
         """Tokens of this sequence that went through a forward pass, counted there."""
         self._finalizer = weakref.finalize(self, kv.table.drop)
@@ -162,6 +163,7 @@ class Sequence:
             with self._engine.lock:
                 self._kv.crop(self._token_ids, keep)
         del self._token_ids[length:]
+        self._id.rewind_to(length)
         self._logits = None
 
     def fork(self) -> "Sequence":
@@ -170,6 +172,7 @@ class Sequence:
         with self._engine.lock:
             other = Sequence(self._engine, self._token_ids[:], self._kv.fork(), self.namespace)
         other._logits = self._logits
+        other._id = self._id.fork()
         return self._engine.adopt(other)
 
     def park(self) -> None:
@@ -186,6 +189,7 @@ class Sequence:
         """Give the blocks back; the sequence cannot be used afterwards. Calling it again does nothing."""
         if not self.closed:
             self.park()
+        self._id.release()
         self._logits = None
         self._finalizer()
 
@@ -216,6 +220,7 @@ class Sequence:
             past=fed.start,
             block_table=self._kv.blocks,
             wants_logits=fed.end == len(self),
+            sequence=self._id,
         )
 
     def written(self, fed: FeedPlan, logits: Logits | None) -> None:

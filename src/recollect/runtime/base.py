@@ -5,6 +5,7 @@ A paged runtime keeps KV in numbered blocks and does what the block tables say. 
 sequences, sharing or conversations: which block holds what is decided above it.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,44 @@ import numpy.typing as npt
 from recollect.errors import RuntimeFailure
 
 Logits = npt.NDArray[np.float32]
+
+
+class SequenceId:
+    """
+    Which sequence a row is of, for runtimes that keep KV by sequence; paged ones need not look at it.
+
+    The engine has one for each of its sequences, and notes here what becomes of the history. Nothing is
+    called and nothing waits: a runtime looks at it in `forward`, for rows and for what it still holds.
+    A sequence belongs to one thread at a time, which is the engine's while it has a row.
+    """
+
+    __slots__ = ("__weakref__", "_origin", "kept")
+
+    def __init__(self, origin: "SequenceId | None" = None) -> None:
+        self._origin = None if origin is None else weakref.ref(origin)
+        self.kept = 0
+        """How many leading tokens of what was computed last the history still has; 0 once released."""
+
+    @property
+    def origin(self) -> "SequenceId | None":
+        """Return what it was forked from; None: nothing, or that is gone."""
+        return None if self._origin is None else self._origin()
+
+    def fork(self) -> "SequenceId":
+        """Return the identity of a second sequence with the same history."""
+        return SequenceId(self)
+
+    def rewind_to(self, length: int) -> None:
+        """Take note that the history was cut to its first *length* tokens."""
+        self.kept = min(self.kept, length)
+
+    def release(self) -> None:
+        """Take note that the sequence is not used any more."""
+        self.kept = 0
+
+    def computed_to(self, length: int) -> None:
+        """Take note that a pass has computed the first *length* tokens. For runtimes."""
+        self.kept = length
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +74,8 @@ class Row:
     """Block numbers in order of position; at least ceil((past + n) / block_size) of them."""
     wants_logits: bool = True
     """Whether the logits after the last token are returned."""
+    sequence: SequenceId | None = None
+    """Which sequence it is of; None: nobody knows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +89,13 @@ class Reuse:
     """
     as_bytes: bool = True
     """Whether blocks can be read and written as bytes, and so be kept on disk."""
+    copies: bool = False
+    """Whether a runtime that owns its KV can copy a sequence; of `SequenceRuntime` alone."""
+    turn: int | None = None
+    """
+    The last length at which a model with LongRoPE uses the factors for short texts, where it changes them
+    with the length: KV of one side is wrong on the other. None: there is none. Of `SequenceRuntime` alone.
+    """
 
     @property
     def inside_blocks(self) -> bool:

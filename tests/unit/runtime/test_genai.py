@@ -21,6 +21,7 @@ from recollect.engine.sampling import Generator
 from recollect.errors import RuntimeFailure, StoreError, UnsupportedModelError
 from recollect.runtime.base import Row
 from recollect.runtime.genai import GenAiRuntime
+from recollect.runtime.sequences import SequenceAdapter
 from recollect.types import SamplingParams
 
 VOCAB, PAD, CONTEXT = 50, 7, 64
@@ -96,8 +97,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 
 @pytest.fixture
-def make_runtime(library: StandIn, tmp_path: Path) -> Callable[..., GenAiRuntime]:
-    def make(*, contexts: float = 4, architecture: str = "llama") -> GenAiRuntime:
+def make_runtime(library: StandIn, tmp_path: Path) -> Callable[..., SequenceAdapter]:
+    def make(*, contexts: float = 4, architecture: str = "llama") -> SequenceAdapter:
         decoder = {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_size": 8}
         config = {
             "type": architecture,
@@ -105,7 +106,7 @@ def make_runtime(library: StandIn, tmp_path: Path) -> Callable[..., GenAiRuntime
             "pad_token_id": PAD,
             "decoder": decoder,
         }
-        runtime = GenAiRuntime(tmp_path, {"model": config}, context_length=CONTEXT)
+        runtime = SequenceAdapter(GenAiRuntime(tmp_path, {"model": config}, context_length=CONTEXT))
         runtime.allocate(int(contexts * CONTEXT) // runtime.info.block_size)
         return runtime
 
@@ -116,7 +117,7 @@ def fresh(ids: list[int]) -> np.ndarray:
     return logits_of([(token, False) for token in ids])
 
 
-def test_kv_is_as_large_as_the_config_says(make_runtime: Callable[..., GenAiRuntime]) -> None:
+def test_kv_is_as_large_as_the_config_says(make_runtime: Callable[..., SequenceAdapter]) -> None:
     runtime = make_runtime()
     assert runtime.info.bytes_per_block == 32 * 2 * 2 * 8 * 4
     assert runtime.info.pace.most_rows == 4
@@ -124,13 +125,13 @@ def test_kv_is_as_large_as_the_config_says(make_runtime: Callable[..., GenAiRunt
 
 @pytest.mark.parametrize(("contexts", "expected"), [(1, 1), (2.5, 2), (9, 4)])
 def test_as_many_are_live_as_the_budget_has_room_for(
-    make_runtime: Callable[..., GenAiRuntime], contexts: float, expected: int
+    make_runtime: Callable[..., SequenceAdapter], contexts: float, expected: int
 ) -> None:
-    assert make_runtime(contexts=contexts).most_live == expected
+    assert make_runtime(contexts=contexts).info.pace.most_rows == expected
 
 
 def test_a_history_that_goes_on_is_appended_to(
-    make_runtime: Callable[..., GenAiRuntime], library: StandIn
+    make_runtime: Callable[..., SequenceAdapter], library: StandIn
 ) -> None:
     runtime = make_runtime()
     runtime.forward([Row([1, 2, 3], 0, [0])])
@@ -141,7 +142,7 @@ def test_a_history_that_goes_on_is_appended_to(
 
 
 def test_what_was_given_up_is_computed_anew_and_told(
-    make_runtime: Callable[..., GenAiRuntime], library: StandIn
+    make_runtime: Callable[..., SequenceAdapter], library: StandIn
 ) -> None:
     runtime = make_runtime(contexts=2)
     for block, first in enumerate((1, 2, 3)):  # the third makes the first go
@@ -153,7 +154,7 @@ def test_what_was_given_up_is_computed_anew_and_told(
 
 
 def test_two_rows_of_one_pass_keep_a_generator_each(
-    make_runtime: Callable[..., GenAiRuntime], library: StandIn
+    make_runtime: Callable[..., SequenceAdapter], library: StandIn
 ) -> None:
     runtime = make_runtime()
     runtime.forward([Row([1, 2, 3], 0, [0])])
@@ -167,7 +168,7 @@ def test_two_rows_of_one_pass_keep_a_generator_each(
 
 
 def test_where_the_library_cannot_rewind_the_history_is_computed_anew(
-    make_runtime: Callable[..., GenAiRuntime], library: StandIn
+    make_runtime: Callable[..., SequenceAdapter], library: StandIn
 ) -> None:
     library.can_rewind = False
     runtime = make_runtime()
@@ -178,7 +179,7 @@ def test_where_the_library_cannot_rewind_the_history_is_computed_anew(
 
 
 def test_a_generator_that_failed_is_not_used_again(
-    make_runtime: Callable[..., GenAiRuntime], library: StandIn
+    make_runtime: Callable[..., SequenceAdapter], library: StandIn
 ) -> None:
     runtime = make_runtime()
     runtime.forward([Row([1, 2, 3], 0, [0])])
@@ -190,21 +191,21 @@ def test_a_generator_that_failed_is_not_used_again(
 
 
 def test_the_logits_after_padding_are_those_after_it(
-    make_runtime: Callable[..., GenAiRuntime],
+    make_runtime: Callable[..., SequenceAdapter],
 ) -> None:
     result = make_runtime().forward([Row([1, 2, PAD], 0, [0])])
     assert np.array_equal(result.logits[0], fresh([1, 2, PAD]))
 
 
 def test_slots_that_nothing_was_written_to_are_refused(
-    make_runtime: Callable[..., GenAiRuntime],
+    make_runtime: Callable[..., SequenceAdapter],
 ) -> None:
     with pytest.raises(RuntimeFailure, match="nothing was ever written"):
         make_runtime().forward([Row([1], 3, [0])])
 
 
 def test_a_longrope_history_is_all_of_one_side(
-    make_runtime: Callable[..., GenAiRuntime], library: StandIn, monkeypatch: pytest.MonkeyPatch
+    make_runtime: Callable[..., SequenceAdapter], library: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules["recollect.runtime.genai"].LONGROPE_TURNS, "phi3", 8)
     library.turn = 8
@@ -223,7 +224,7 @@ def test_a_longrope_history_is_all_of_one_side(
 
 
 def test_the_engine_counts_what_was_computed_anew(
-    make_runtime: Callable[..., GenAiRuntime], library: StandIn
+    make_runtime: Callable[..., SequenceAdapter], library: StandIn
 ) -> None:
     """Three conversations take turns where two are live: the library sees what the engine counts."""
     engine = Engine(make_runtime(contexts=2), num_blocks=4)
@@ -243,7 +244,7 @@ def test_the_engine_counts_what_was_computed_anew(
     engine.close()
 
 
-def test_kv_on_disk_is_refused_in_a_sentence(make_runtime: Callable[..., GenAiRuntime]) -> None:
+def test_kv_on_disk_is_refused_in_a_sentence(make_runtime: Callable[..., SequenceAdapter]) -> None:
     engine = Engine(make_runtime(), num_blocks=4)
     with pytest.raises(StoreError, match="keeps its KV to itself"):
         require_tier(engine)
