@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from recollect import config, encryption, files
+from recollect.conversation.formats import load_runtime
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.encryption import KV_PURPOSE, Cipher
@@ -27,11 +28,9 @@ from recollect.kv.blocks import Key, chained_key
 from recollect.kv.disk import STORE_FOLDER, DiskStore, NewBlock
 from recollect.kv.environment import translated
 from recollect.kv.maintenance import is_there, open_existing
-from recollect.models.catalog import DEFAULT_MODEL, LocalModel
-from recollect.models.formats import load_tokenizer
+from recollect.models.catalog import DEFAULT_MODEL
 from recollect.models.prepare import prepare
 from recollect.runtime.base import PagedRuntime
-from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import Profile, Progress, no_progress
 
 _log = logging.getLogger(__name__)
@@ -98,7 +97,7 @@ def load(
     )
     if long_context:
         local = local.for_long_context()
-    runtime = _runtime(local, profile)
+    runtime = load_runtime(local, profile)
     store = store or _store(home, kv_disk, cipher, runtime)
     try:
         return Model(
@@ -150,35 +149,6 @@ def _store(
     if kv_disk is None and not budget and is_there(folder):
         return open_existing(folder, sealer)  # the disk is full: what is there can be read
     return DiskStore(folder, budget_bytes=budget, sealer=sealer) if budget else None
-
-
-def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:
-    if local.folder is None:
-        return ReferenceRuntime(
-            vocab_size=load_tokenizer(local).vocab_size, context_length=local.context_length
-        )
-    if local.format == "onnx-genai":
-        from recollect.runtime.genai import GenAiRuntime  # noqa: PLC0415 - as below
-        from recollect.runtime.sequences import SequenceAdapter  # noqa: PLC0415 - as below
-
-        assert local.onnx_config is not None, "it was read with the folder"
-        return SequenceAdapter(
-            GenAiRuntime(
-                local.folder,
-                local.onnx_config,
-                context_length=local.context_length,
-                native_library=local.native_library,
-            )
-        )
-    # Here and not above: it takes half a second, which `recollect --help` need not wait for.
-    from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415
-
-    return OpenVinoRuntime(
-        local.folder / local.graph,
-        profile=profile,
-        context_length=local.context_length,
-        long_context=local.is_long,
-    )
 
 
 _PADDING: Final = 0

@@ -144,6 +144,8 @@ class RuntimeInfo:
     vocab_size: int
     context_length: int
     """Most tokens that one sequence may have."""
+    device: str = "CPU"
+    """The kind of device that computes, in the runtime's own word."""
     kv_format: str = ""
     """Element types and shapes of a block's bytes; equal where they mean the same."""
     reuse: Reuse = Reuse()

@@ -85,6 +85,7 @@ class GenAiRuntime:
             bytes_per_block=BLOCK_SIZE * _kv_bytes_per_token(config["decoder"]),
             vocab_size=config["vocab_size"],
             context_length=context_length,
+            device=self._model.device_type,
             reuse=Reuse(turn=_longrope_turn(config, context_length)),
         )
         self._generators: dict[int, Any] = {}
