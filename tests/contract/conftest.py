@@ -1,8 +1,10 @@
 """The runtimes that the contract is checked on."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,14 +34,33 @@ def _openvino() -> PagedRuntime:
     return OpenVinoRuntime(xml, profile="exact", context_length=512)
 
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "runtimes.md"
+
+
+def _documented() -> PagedRuntime:
+    """Return the runtime that the document shows, from the document."""
+    variables: dict[str, Any] = {}
+    code = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)[0]
+    exec(code, variables)  # noqa: S102 - our own document
+    runtime: PagedRuntime = variables["OneLayer"]()
+    return runtime
+
+
 Maker = Callable[[], PagedRuntime]
 
 RUNTIMES: dict[str, Maker] = {
     "reference": lambda: _reference(False),
     "reference-whole-blocks": lambda: _reference(True),
+    "documented": _documented,
     "openvino-exact": _openvino,
 }
-WITHOUT_WEIGHTS = ["reference", "reference-whole-blocks", "sequences", "sequences-copied"]
+WITHOUT_WEIGHTS = [
+    "reference",
+    "reference-whole-blocks",
+    "documented",
+    "sequences",
+    "sequences-copied",
+]
 WITH_WEIGHTS = ["openvino-exact", "genai-fp32"]
 PARAMS = [
     *WITHOUT_WEIGHTS,

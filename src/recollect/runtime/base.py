@@ -9,14 +9,15 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import RuntimeFailure
+from recollect.errors import MisuseError, RuntimeFailure
 
 Logits = npt.NDArray[np.float32]
+Memory = TypeVar("Memory")
 
 
 class SequenceId:
@@ -235,6 +236,20 @@ def mapped_errors(doing: str, *, foreign: type[Exception] = RuntimeError) -> Ite
     except (foreign, MemoryError) as cause:
         reason = str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
         raise RuntimeFailure(f"The runtime failed while {doing}: {reason}") from cause
+
+
+def allocated(memory: Memory | None) -> Memory:
+    """
+    Return the KV memory of a runtime, which is None before `allocate` and after `close`.
+
+    Raises:
+        MisuseError: It is None.
+    """
+    if memory is None:
+        raise MisuseError(
+            "the runtime has no KV memory: allocate() comes first, and nothing after close()"
+        )
+    return memory
 
 
 def check_rows(rows: Sequence[Row], info: RuntimeInfo, num_blocks: int) -> None:

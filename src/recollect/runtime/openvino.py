@@ -19,12 +19,13 @@ import openvino as ov
 from openvino import opset13 as ops
 from openvino._offline_transformations import paged_attention_transformation
 
-from recollect.errors import MisuseError, UnsupportedModelError
+from recollect.errors import UnsupportedModelError
 from recollect.runtime.base import (
     PassResult,
     Reuse,
     Row,
     RuntimeInfo,
+    allocated,
     check_block_bytes,
     check_blocks,
     check_rows,
@@ -325,7 +326,7 @@ class OpenVinoRuntime:
 
     def forward(self, rows: Sequence[Row]) -> PassResult:
         """Run one forward pass over the rows; see `PagedRuntime.forward`."""
-        self._require_memory()
+        allocated(self._caches or None)
         check_rows(rows, self._info, self._num_blocks)
         wanted = [index for index, row in enumerate(rows) if row.wants_logits]
         with mapped_errors("running the model"):
@@ -337,7 +338,7 @@ class OpenVinoRuntime:
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks in all layers, `(source, target)` each."""
-        self._require_memory()
+        allocated(self._caches or None)
         check_blocks([block for pair in pairs for block in pair], self._num_blocks)
         for cache in self._caches:
             slots = cache.data
@@ -400,16 +401,10 @@ class OpenVinoRuntime:
 
     def _block_bytes(self, block: int, content: memoryview) -> np.ndarray:
         """Return *content* as an array, after checking that it can be that block's."""
-        self._require_memory()
+        allocated(self._caches or None)
         check_blocks([block], self._num_blocks)
         check_block_bytes(content, self._info)
         return np.frombuffer(content, np.uint8)
-
-    def _require_memory(self) -> None:
-        if not self._caches:
-            raise MisuseError(
-                "the runtime has no KV memory: allocate() comes first, and nothing after close()"
-            )
 
 
 @functools.cache

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import MisuseError
 from recollect.runtime.base import (
     Logits,
     Pace,
@@ -21,6 +20,7 @@ from recollect.runtime.base import (
     Reuse,
     Row,
     RuntimeInfo,
+    allocated,
     check_block_bytes,
     check_blocks,
     check_rows,
@@ -70,7 +70,7 @@ class ReferenceRuntime:
 
     def forward(self, rows: Sequence[Row]) -> PassResult:
         """Write the rows' tokens into their slots and hash what their tables then yield."""
-        check_rows(rows, self._info, len(self._memory()))
+        check_rows(rows, self._info, len(allocated(self._slots)))
         for row in rows:
             self._write(row)
         wanted = [self._logits(row) for row in rows if row.wants_logits]
@@ -79,7 +79,7 @@ class ReferenceRuntime:
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, `(source, target)` each."""
-        slots = self._memory()
+        slots = allocated(self._slots)
         check_blocks([block for pair in pairs for block in pair], len(slots))
         for source, target in pairs:
             slots[target] = slots[source]
@@ -89,14 +89,14 @@ class ReferenceRuntime:
 
     def read_block(self, block: int, into: memoryview) -> None:
         """Copy a block's bytes to *into*."""
-        slots = self._memory()
+        slots = allocated(self._slots)
         check_blocks([block], len(slots))
         check_block_bytes(into, self._info)
         into[:] = slots[block].reshape(-1).view(np.uint8)
 
     def write_block(self, block: int, content: memoryview) -> None:
         """Make a block hold bytes that `read_block` gave."""
-        slots = self._memory()
+        slots = allocated(self._slots)
         check_blocks([block], len(slots))
         check_block_bytes(content, self._info)
         slots[block].reshape(-1).view(np.uint8)[:] = np.frombuffer(content, np.uint8)
@@ -105,20 +105,13 @@ class ReferenceRuntime:
         """Give the memory back."""
         self._slots = None
 
-    def _memory(self) -> npt.NDArray[np.int64]:
-        if self._slots is None:
-            raise MisuseError(
-                "the runtime has no KV memory: allocate() comes first, and nothing after close()"
-            )
-        return self._slots
-
     def _context(self, row: Row, length: int) -> npt.NDArray[np.int64]:
         """Return what the table yields for the first *length* positions, `(length, 4)`."""
         blocks = np.asarray(row.block_table[: -(-length // self._info.block_size)], np.int64)
-        return self._memory()[blocks].reshape(-1, _FIELDS)[:length]
+        return allocated(self._slots)[blocks].reshape(-1, _FIELDS)[:length]
 
     def _write(self, row: Row) -> None:
-        slots, size = self._memory(), self._info.block_size
+        slots, size = allocated(self._slots), self._info.block_size
         for position, token in enumerate(row.token_ids, row.past):
             # Read the slot before from the table rather than trust a variable, as attention does.
             before = slots[row.block_table[(position - 1) // size], (position - 1) % size]

@@ -19,13 +19,14 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import MisuseError, RuntimeFailure
+from recollect.errors import RuntimeFailure
 from recollect.runtime.base import (
     Logits,
     PassResult,
     Row,
     RuntimeInfo,
     SequenceId,
+    allocated,
     check_blocks,
     check_rows,
 )
@@ -175,7 +176,7 @@ def plan_reuse(
             best, best_lost, wanted = ReusePlan(index, keep), lost, held.wanted
     spoils = best_lost > FAR_MORE * best.keep
     if can_copy:
-        return replace(best, copies=wanted > 0 or spoils)
+        return replace(best, copies=wanted > 0 or (spoils and has_room))
     if has_room and (spoils or wanted > best.keep):
         return ReusePlan(None, 0)
     return best
@@ -243,7 +244,7 @@ class SequenceAdapter:
 
     def forward(self, rows: Sequence[Row]) -> PassResult:
         """Run one forward pass over the rows, or several where there are more than sequences."""
-        slots = self._memory()
+        slots = allocated(self._slots)
         check_rows(rows, self._info, len(slots))
         histories = [_write(slots, row) for row in rows]
         if any((history < 0).any() for history in histories):
@@ -258,7 +259,7 @@ class SequenceAdapter:
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy what is known of whole blocks, `(source, target)` each."""
-        slots = self._memory()
+        slots = allocated(self._slots)
         check_blocks([block for pair in pairs for block in pair], len(slots))
         for source, target in pairs:
             slots[target] = slots[source]
@@ -279,13 +280,6 @@ class SequenceAdapter:
         self._held.clear()
         self._slots = None
         self._runtime.close()
-
-    def _memory(self) -> TokenArray:
-        if self._slots is None:
-            raise MisuseError(
-                "the runtime has no KV memory: allocate() comes first, and nothing after close()"
-            )
-        return self._slots
 
     def _no_bytes(self) -> RuntimeFailure:
         return RuntimeFailure(

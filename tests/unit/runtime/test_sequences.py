@@ -82,6 +82,14 @@ def test_what_another_sequence_wants_is_copied_or_left_to_it_while_there_is_room
     assert plan == expected
 
 
+@pytest.mark.parametrize("has_room", [True, False])
+def test_what_would_lose_far_more_than_it_keeps_is_copied_while_there_is_room(
+    has_room: bool,
+) -> None:
+    plan = plan_reuse(ids("abcd"), 2, held("abxyzxyzxyz"), has_room=has_room, can_copy=True)
+    assert plan == ReusePlan(0, 2, copies=has_room)
+
+
 @pytest.mark.parametrize(
     ("length", "live_is_beyond", "expected"),
     [
