@@ -1,11 +1,9 @@
 """
-From the name of a model to one that is ready to talk.
+Load a model by its name, and carry KV between models and portable files.
 
-Decides which runtime runs it and where its KV is kept; knows nothing of conversations.
-
-The KV of a branch out of a model into a portable file, and back into another's store.
-
-Knows models and files; what of a file can be trusted is for `portable` to say.
+`load` fetches and converts a model where that is needed, and opens its KV store. `collect` returns the KV
+of a branch for a portable file, `why_not` says why a model cannot use the KV in one, and `bring_in` puts
+it into a model's store. What of a file can be trusted is decided in `journal.portable`.
 """
 
 import logging
@@ -116,7 +114,7 @@ def load(
 
 
 def _warn_of_writers(home: Path) -> None:
-    """Say in one line who else may change the data folder, if anybody may."""
+    """Log one warning if other users can change the data folder."""
     who = files.others_may_write(home) if home.exists() else None
     if who is not None:
         _log.warning(
@@ -147,29 +145,28 @@ def _store(
             else config.require_disk_size(kv_disk)
         )
     if kv_disk is None and not budget and is_there(folder):
-        return open_existing(folder, sealer)  # the disk is full: what is there can be read
+        return open_existing(folder, sealer)  # the disk is full, but what is stored can be read
     return DiskStore(folder, budget_bytes=budget, sealer=sealer) if budget else None
 
 
 _PADDING: Final = 0
-"""A token id that every vocabulary has."""
+"""Every vocabulary has this token id."""
 _BATCH_BYTES: Final = 16 << 20
 
 
 def collect(model: Model, session: Session, *, progress: Progress = no_progress) -> Branch | None:
     """
-    Return the KV up to where a session stands, after computing what is not there.
+    Return the KV of a session's branch up to where it stands; what is missing is computed first.
 
-    The last block is filled up with tokens that mean nothing: its free slots would otherwise hold
-    what was computed there before, of whatever conversation.
+    The last block is padded with a token: its free slots could otherwise hold KV of another conversation.
 
     Args:
-        model: Whose session it is; it keeps KV on disk.
+        model: The session's model, which keeps KV on disk.
         session: At a named tip.
-        progress: Called while something is computed.
+        progress: Called while tokens are computed.
 
     Returns:
-        None where there is less than can be carried.
+        None where there is less than a block, and a part of one cannot be carried.
 
     Raises:
         StoreError: The model keeps no KV on disk.
@@ -192,7 +189,7 @@ def collect(model: Model, session: Session, *, progress: Progress = no_progress)
 
 
 def why_not(model: Model, file: PortableFile) -> str | None:
-    """Return why a model here cannot use the KV in a file; None: it can."""
+    """Return why a model cannot use the KV in a file; None: it can."""
     if file.head is None:
         return "the file has none"
     if not model.engine.info.reuse.as_bytes:
@@ -213,13 +210,13 @@ def why_not(model: Model, file: PortableFile) -> str | None:
 
 def bring_in(model: Model, file: PortableFile) -> int:
     """
-    Put the KV of a file on disk, for `model` to restore; return how many tokens it is of.
+    Write the KV in a file to the model's store; return the number of its tokens.
 
-    What is there already stays as it is. `why_not` was None.
+    Blocks that are stored already are not written again. Only for a file where `why_not` is None.
 
     Raises:
-        StoreError: It cannot be written, or there is no room for all of it.
-        ConversationFileError: The file has changed meanwhile.
+        StoreError: It cannot be written, or the store has no room for all of it.
+        ConversationFileError: The file has changed since it was opened.
     """
     tier = require_tier(model.engine)
     with model.engine.lock:
@@ -241,7 +238,7 @@ def bring_in(model: Model, file: PortableFile) -> int:
 
 
 def _named(root: Key, blocks: Iterable[CarriedBlock], secret: bytes) -> Iterator[NewBlock]:
-    """Yield blocks under the names that they have in a store with this root and secret."""
+    """Yield blocks with the keys that they have in a store with this root and secret."""
     parent = root
     for block in blocks:
         key = chained_key(parent, block.token_ids, secret)

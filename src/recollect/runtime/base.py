@@ -1,8 +1,9 @@
 """
-The contract between the engine and whatever runs the forward pass.
+The contract between the engine and a runtime, which runs the forward pass of a model and keeps its KV.
 
-A paged runtime keeps KV in numbered blocks and does what the block tables say. It does not know
-sequences, sharing or conversations: which block holds what is decided above it.
+A paged runtime keeps KV in numbered blocks, and reads and writes the blocks that a row's block table
+names. It does not know sharing, eviction or conversations. Libraries that keep KV in sequences of their
+own are served through `sequences`. docs/runtimes.md shows a whole runtime.
 """
 
 import weakref
@@ -134,10 +135,10 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeInfo:
-    """What the engine needs to know of a runtime; constant once it is loaded."""
+    """What the engine needs to know of a runtime; constant after `allocate`."""
 
     name: str
-    """For people and fingerprints, with its version."""
+    """With its version: for people, and part of what KV on disk is found by."""
     block_size: int
     """Token slots per block."""
     bytes_per_block: int
@@ -148,7 +149,7 @@ class RuntimeInfo:
     device: str = "CPU"
     """The kind of device that computes, in the runtime's own word."""
     kv_format: str = ""
-    """Element types and shapes of a block's bytes; equal where they mean the same."""
+    """Element types and shapes of a block's bytes: blocks of equal formats can be exchanged."""
     reuse: Reuse = Reuse()
     pace: Pace = Pace()
 
@@ -182,7 +183,7 @@ class PagedRuntime(Protocol):
         Make room for that many blocks, once, before the first forward pass.
 
         Raises:
-            RuntimeFailure: The memory cannot be had.
+            RuntimeFailure: There is not enough memory.
         """
 
     def forward(self, rows: Sequence[Row]) -> PassResult:
@@ -199,37 +200,37 @@ class PagedRuntime(Protocol):
 
     def warm_up(self) -> None:
         """
-        Do what the first passes would be slow for, such as compiling kernels, where there is anything.
+        Do in advance what makes the first passes slow, such as compiling kernels.
 
-        Called once at most, before the first pass; may leave anything in any block.
+        Called at most once, before the first pass; may leave anything in any block.
         """
 
     def read_block(self, block: int, into: memoryview) -> None:
         """
-        Copy a block's bytes of all layers, `bytes_per_block` of them, to *into*.
+        Copy a block's bytes of all layers to *into*, which has `bytes_per_block` bytes.
 
-        The one call that another thread may make during a forward pass, for a block that the pass
+        The only method that another thread may call during a forward pass, for a block that the pass
         does not write.
         """
 
     def write_block(self, block: int, content: memoryview) -> None:
         """
-        Make a block hold what `read_block` gave, also that of another process.
+        Fill a block with bytes that `read_block` gave, in this process or another.
 
         Raises:
-            RuntimeFailure: It has another length; nothing was changed.
+            RuntimeFailure: They are more or fewer than `bytes_per_block`; nothing was changed.
         """
 
     def close(self) -> None:
-        """Give the memory back; the runtime cannot be used afterwards."""
+        """Free the model and its KV; the runtime cannot be used afterwards. May be called again."""
 
 
 @contextmanager
 def mapped_errors(doing: str, *, foreign: type[Exception] = RuntimeError) -> Iterator[None]:
     """
-    Turn a back-end's exceptions into `RuntimeFailure`, with the cause chained.
+    Turn a back end's exceptions into `RuntimeFailure`, with the cause chained.
 
-    The one place where that happens.
+    Every runtime uses this and nothing else for it.
     """
     try:
         yield
@@ -254,12 +255,12 @@ def allocated(memory: Memory | None) -> Memory:
 
 def check_rows(rows: Sequence[Row], info: RuntimeInfo, num_blocks: int) -> None:
     """
-    Refuse rows that reach outside of the KV memory, the context or the vocabulary.
+    Refuse rows that are not within the KV memory, the context and the vocabulary.
 
-    A back-end in native code would read or write past its buffers.
+    A back end in native code would read or write outside its buffers.
 
     Raises:
-        RuntimeFailure: A row does; nothing was computed.
+        RuntimeFailure: A row is not, or there is none.
     """
     if not rows:
         raise RuntimeFailure("A forward pass needs at least one row.")
@@ -278,10 +279,10 @@ def check_rows(rows: Sequence[Row], info: RuntimeInfo, num_blocks: int) -> None:
 
 def check_block_bytes(content: memoryview, info: RuntimeInfo) -> None:
     """
-    Refuse bytes that are not those of one block.
+    Refuse content that has not the length of one block.
 
     Raises:
-        RuntimeFailure: There are more or fewer.
+        RuntimeFailure: It has another.
     """
     if content.nbytes != info.bytes_per_block:
         raise RuntimeFailure(
@@ -291,10 +292,10 @@ def check_block_bytes(content: memoryview, info: RuntimeInfo) -> None:
 
 def check_blocks(blocks: Sequence[int], num_blocks: int) -> None:
     """
-    Refuse block numbers that there are not.
+    Refuse block numbers outside `[0, num_blocks)`.
 
     Raises:
-        RuntimeFailure: There is one.
+        RuntimeFailure: One is outside.
     """
     if blocks and (min(blocks) < 0 or max(blocks) >= num_blocks):
         raise RuntimeFailure(f"A block number is not in [0, {num_blocks}).")

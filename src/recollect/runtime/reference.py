@@ -1,10 +1,10 @@
 """
 A runtime without weights, on which every mistake in KV bookkeeping changes the output.
 
-Each slot really holds what was written to it: token id, position, and a digest of the context that
-it was computed in, as the KV of a transformer depends on all that came before. The logits are a
-hash of everything that the block table yields. A hole, a stale slot or a block of another history
-therefore gives other logits, exactly as it would with a model, and far more visibly.
+A slot holds the token id that was written to it, its position, and a digest of the slot before, because
+the KV of a transformer depends on all earlier tokens. The logits are a hash of all slots that the block
+table names. So a hole, a stale slot or a block of another history gives other logits, as with a model,
+but always and at once.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ _SCALE = 3
 
 class ReferenceRuntime:
     """
-    The `PagedRuntime` of the tests, of `--model reference`, and of whoever writes another one.
+    The `PagedRuntime` of the tests and of the model named "reference".
 
     Owned by the engine; one thread at a time.
     """
@@ -69,7 +69,7 @@ class ReferenceRuntime:
         self._slots = np.full((num_blocks, self._info.block_size, _FIELDS), _EMPTY, np.int64)
 
     def forward(self, rows: Sequence[Row]) -> PassResult:
-        """Write the rows' tokens into their slots and hash what their tables then yield."""
+        """Write the rows' tokens into their slots, and hash the slots of each row's table."""
         check_rows(rows, self._info, len(allocated(self._slots)))
         for row in rows:
             self._write(row)
@@ -102,25 +102,25 @@ class ReferenceRuntime:
         slots[block].reshape(-1).view(np.uint8)[:] = np.frombuffer(content, np.uint8)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._slots = None
 
     def _context(self, row: Row, length: int) -> npt.NDArray[np.int64]:
-        """Return what the table yields for the first *length* positions, `(length, 4)`."""
+        """Return the slots of the first *length* positions, `(length, 4)`."""
         blocks = np.asarray(row.block_table[: -(-length // self._info.block_size)], np.int64)
         return allocated(self._slots)[blocks].reshape(-1, _FIELDS)[:length]
 
     def _write(self, row: Row) -> None:
         slots, size = allocated(self._slots), self._info.block_size
         for position, token in enumerate(row.token_ids, row.past):
-            # Read the slot before from the table rather than trust a variable, as attention does.
+            # From the table and not from a variable: attention reads there, too.
             before = slots[row.block_table[(position - 1) // size], (position - 1) % size]
             digest = _digest(before.tobytes() if position else b"")
             block, slot = row.block_table[position // size], position % size
             slots[block, slot] = (token, position, digest, _EMPTY)
             if (
                 not self._info.reuse.inside_blocks
-            ):  # a scale over the block: earlier slots change too
+            ):  # as a scale over the block changes all slots before
                 slots[block, : slot + 1, _SCALE] = digest
 
     def _logits(self, row: Row) -> Logits:
