@@ -17,7 +17,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from queue import SimpleQueue
 from typing import Final
 
 from recollect.engine.engine import Engine
@@ -167,10 +166,6 @@ class AlignedLogprobs:
         return TokenLogprob(token_id, self._bytes[token_id] if known else b"", logprob, top)
 
 
-_Generated = tuple[int, Likelihood | None]
-"""A token, and how likely it was where somebody asked."""
-
-
 @dataclass(frozen=True, slots=True)
 class ReadAhead:
     """What was computed of a prompt before it was asked for; both may still grow."""
@@ -208,12 +203,8 @@ class ReplyGeneration:
         self._matcher = StopMatcher(generator.params.stop)
         self._sequence = generator.sequence
         self._start = len(self._sequence)
-        self._task = Task(
-            self._sequence, self._on_logits, hand_over=self._hand_over, on_end=self._on_end
-        )
-        self._fresh: list[_Generated] = []  # tokens that the reader is not told of yet
-        # Tokens on their way from the engine's thread; None is the last.
-        self._queue: SimpleQueue[_Generated | None] = SimpleQueue()
+        # Others can have the blocks once it has ended, however late the caller reads.
+        self._task = Task(self._sequence, self._on_logits, on_end=self._sequence.park)
         self._read = self._decoded_characters = 0
         # Where the text can be cut between two tokens: after how many characters, and tokens.
         self._boundaries = [(0, 0)]
@@ -289,7 +280,8 @@ class ReplyGeneration:
         """
         if self._read_to_end:
             return
-        while self.stop_string is None and (generated := self._queue.get()) is not None:
+        tokens = iter(self._task.stream)
+        while self.stop_string is None and (generated := next(tokens, None)) is not None:
             yield from self._given(self._matcher.push(self._decoded(*generated)))
         self._read_to_end = True
         if self.stop_string is not None:
@@ -324,9 +316,8 @@ class ReplyGeneration:
             self._is_whole = True
             kept = self._cut_at(self.text)
         if self._logprobs is not None:
-            while not self._queue.empty():  # tokens without text, which stay in the history
-                if (unread := self._queue.get()) is not None:
-                    self._decoded(*unread)
+            for unread in self._task.stream:  # tokens without text, which stay in the history
+                self._decoded(*unread)
             self._logprobs.finish(kept)
 
     def release(self) -> None:
@@ -386,22 +377,8 @@ class ReplyGeneration:
             self._first_token_s = self._last_token_s
         if token is not None:
             self._generated += 1
-            self._fresh.append((token, self._generator.likelihood))
+            self._task.stream.put((token, self._generator.likelihood))
         return not self._generator.is_done()
-
-    def _hand_over(self) -> bool:
-        is_first = 0 < self._generated == len(self._fresh)
-        for generated in self._fresh:
-            self._queue.put(generated)
-        self._fresh.clear()
-        return is_first
-
-    def _on_end(self) -> None:
-        """Let others have the blocks, however late the caller reads."""
-        try:
-            self._sequence.park()
-        finally:
-            self._queue.put(None)
 
     def _decoded(self, token_id: int, likelihood: Likelihood | None) -> str:
         """Return the text that a token completes."""
