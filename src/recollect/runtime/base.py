@@ -18,7 +18,7 @@ import numpy.typing as npt
 from recollect.errors import MisuseError, RuntimeFailure
 
 Logits = npt.NDArray[np.float32]
-Memory = TypeVar("Memory")
+_Memory = TypeVar("_Memory")
 
 
 class SequenceId:
@@ -93,7 +93,7 @@ class Reuse:
     """Whether blocks can be read and written as bytes, and so be kept on disk."""
     copies: bool = False
     """Whether a runtime that owns its KV can copy a sequence; of `SequenceRuntime` alone."""
-    turn: int | None = None
+    short_rope_length: int | None = None
     """
     The last length at which a model with LongRoPE uses the factors for short texts, where it changes them
     with the length: KV of one side is wrong on the other. None: there is none. Of `SequenceRuntime` alone.
@@ -239,7 +239,7 @@ def mapped_errors(doing: str, *, foreign: type[Exception] = RuntimeError) -> Ite
         raise RuntimeFailure(f"The runtime failed while {doing}: {reason}") from cause
 
 
-def allocated(memory: Memory | None) -> Memory:
+def allocated(memory: _Memory | None) -> _Memory:
     """
     Return the KV memory of a runtime, which is None before `allocate` and after `close`.
 

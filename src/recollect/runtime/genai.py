@@ -31,7 +31,7 @@ MOST_LIVE: Final = 4
 _BYTES_PER_NUMBER: Final = 4
 """Of KV. f32 on the CPU; where a folder has f16, KV takes half of what the budget allows."""
 
-LONGROPE_TURNS: Final = {"phi3": 4096, "phimoe": 4096, "phi4mm": 4096, "phi3small": 8192}
+SHORT_ROPE_LENGTHS: Final = {"phi3": 4096, "phimoe": 4096, "phi4mm": 4096, "phi3small": 8192}
 """
 The last length with the short factors, by the library's name of the architecture.
 
@@ -86,7 +86,7 @@ class GenAiRuntime:
             vocab_size=config["vocab_size"],
             context_length=context_length,
             device=self._model.device_type,
-            reuse=Reuse(turn=_longrope_turn(config, context_length)),
+            reuse=Reuse(short_rope_length=_short_rope_length(config, context_length)),
         )
         self._generators: dict[int, Any] = {}
         self._max_length = 0
@@ -212,6 +212,6 @@ def _kv_bytes_per_token(decoder: dict[str, Any]) -> int:
     return 2 * int(decoder["num_hidden_layers"]) * int(heads) * _BYTES_PER_NUMBER
 
 
-def _longrope_turn(config: dict[str, Any], context_length: int) -> int | None:
-    turn = LONGROPE_TURNS.get(str(config.get("type")))
-    return turn if turn is not None and context_length > turn else None
+def _short_rope_length(config: dict[str, Any], context_length: int) -> int | None:
+    length = SHORT_ROPE_LENGTHS.get(str(config.get("type")))
+    return length if length is not None and context_length > length else None

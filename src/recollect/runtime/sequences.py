@@ -107,8 +107,8 @@ class LiveHistory:
     """What one of the library's sequences holds KV for."""
 
     token_ids: TokenArray
-    beyond_turn: bool = False
-    """Whether it was computed with the position encoding of long histories; see `is_beyond`."""
+    is_long: bool = False
+    """Whether it was computed with the position encoding of long histories; see `uses_long_rope`."""
     wanted: int = 0
     """Leading tokens of it that another of the engine's sequences still goes on from."""
 
@@ -122,14 +122,14 @@ class ReusePlan:
     copies: bool = False
 
 
-def is_beyond(length: int, turn: int | None) -> bool:
+def uses_long_rope(length: int, short_rope_length: int | None) -> bool:
     """
     Return whether a history of that length is computed with another position encoding.
 
     LongRoPE has two sets of factors and chooses by the length of the whole history, so that KV of one
-    side is wrong on the other. *turn* is `Reuse.turn`.
+    side is wrong on the other.
     """
-    return turn is not None and length > turn
+    return short_rope_length is not None and length > short_rope_length
 
 
 def common_length(first: TokenArray, second: TokenArray) -> int:
@@ -146,7 +146,7 @@ def plan_reuse(
     *,
     has_room: bool,
     can_copy: bool = False,
-    turn: int | None = None,
+    short_rope_length: int | None = None,
 ) -> ReusePlan:
     """
     Return the plan for computing `history[past:]`, where it is not known whose history that is.
@@ -162,13 +162,13 @@ def plan_reuse(
         live: What there is, the least recently used first.
         has_room: Whether another sequence can begin without evicting one.
         can_copy: Whether the library can copy a sequence.
-        turn: See `is_beyond`.
+        short_rope_length: See `Reuse.short_rope_length`.
     """
-    beyond = is_beyond(len(history), turn)
+    is_long = uses_long_rope(len(history), short_rope_length)
     best = ReusePlan(None, 0)
     best_lost, wanted = 0, 0
     for index, held in enumerate(live):
-        if held.beyond_turn is not beyond:
+        if held.is_long is not is_long:
             continue
         keep = min(common_length(held.token_ids, history[:past]), past)
         lost = len(held.token_ids) - keep
@@ -188,7 +188,7 @@ class _Held:
 
     number: int
     token_ids: TokenArray
-    beyond_turn: bool = False
+    is_long: bool = False
     owner: "weakref.ref[SequenceId] | None" = None
     """Which of the engine's sequences it computed last."""
 
@@ -203,7 +203,7 @@ class _Held:
         wanted = 0 if owner is None or owner is sequence else min(owner.kept, len(self.token_ids))
         if self in used:
             wanted = len(self.token_ids)
-        return LiveHistory(self.token_ids, self.beyond_turn, wanted)
+        return LiveHistory(self.token_ids, self.is_long, wanted)
 
 
 class SequenceAdapter:
@@ -303,7 +303,7 @@ class SequenceAdapter:
             raise
         for row, history, held in zip(rows, histories, used, strict=True):
             held.token_ids = history
-            held.beyond_turn = is_beyond(len(history), self._info.reuse.turn)
+            held.is_long = uses_long_rope(len(history), self._info.reuse.short_rope_length)
             if row.sequence is not None:
                 row.sequence.computed_to(len(history))
         return PassResult(logits, [feed.past for feed in feeds])
@@ -342,7 +342,7 @@ class SequenceAdapter:
                 [held.history(sequence, used) for held in some],
                 has_room=bool(self._free),
                 can_copy=reuse.copies,
-                turn=reuse.turn,
+                short_rope_length=reuse.short_rope_length,
             )
             if plan.keep == row.past:
                 break  # nothing has more
@@ -353,7 +353,7 @@ class SequenceAdapter:
         held = self._begun([*used, source])
         if held is not None:
             self._runtime.copy(source.number, held.number, keep)
-            held.token_ids, held.beyond_turn = source.token_ids[:keep], source.beyond_turn
+            held.token_ids, held.is_long = source.token_ids[:keep], source.is_long
         return held
 
     def _cut(self, held: _Held, keep: int) -> _Held | None:

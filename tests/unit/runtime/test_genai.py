@@ -37,7 +37,7 @@ class StandIn:
         self.made = 0
         self.can_rewind = True
         self.fails = False
-        self.turn: int | None = None
+        self.short_rope_length: int | None = None
 
     def Model(self, _path: str) -> Any:  # noqa: N802 - the library's name
         return SimpleNamespace(device_type="CPU")
@@ -58,7 +58,8 @@ class StandInGenerator:
 
     def append_tokens(self, tokens: np.ndarray) -> None:
         library = self._library
-        beyond = library.turn is not None and len(self._kv) + len(tokens) > library.turn
+        most = library.short_rope_length
+        beyond = most is not None and len(self._kv) + len(tokens) > most
         self._kv += [(int(token), beyond) for token in tokens]
         self._last = len(tokens)
         library.appended += len(tokens)
@@ -207,8 +208,8 @@ def test_slots_that_nothing_was_written_to_are_refused(
 def test_a_longrope_history_is_all_of_one_side(
     make_runtime: Callable[..., SequenceAdapter], library: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules["recollect.runtime.genai"].LONGROPE_TURNS, "phi3", 8)
-    library.turn = 8
+    monkeypatch.setitem(sys.modules["recollect.runtime.genai"].SHORT_ROPE_LENGTHS, "phi3", 8)
+    library.short_rope_length = 8
     runtime = make_runtime(architecture="phi3")
     ids = list(range(10, 22))
     runtime.forward([Row(ids[:6], 0, [0])])

@@ -21,8 +21,8 @@ from recollect.runtime.sequences import (
     SequenceAdapter,
     TokenArray,
     common_length,
-    is_beyond,
     plan_reuse,
+    uses_long_rope,
 )
 
 
@@ -91,7 +91,7 @@ def test_what_would_lose_far_more_than_it_keeps_is_copied_while_there_is_room(
 
 
 @pytest.mark.parametrize(
-    ("length", "live_is_beyond", "expected"),
+    ("length", "live_is_long", "expected"),
     [
         (4, False, ReusePlan(0, 3)),
         (5, False, NEW),  # the history crosses: all of it anew
@@ -100,16 +100,16 @@ def test_what_would_lose_far_more_than_it_keeps_is_copied_while_there_is_room(
     ],
 )
 def test_kv_of_one_position_encoding_never_serves_the_other(
-    length: int, live_is_beyond: bool, expected: ReusePlan
+    length: int, live_is_long: bool, expected: ReusePlan
 ) -> None:
-    live = [LiveHistory(ids("abc"), live_is_beyond)]
-    plan = plan_reuse(ids("abcdefgh")[:length], 3, live, has_room=False, turn=4)
+    live = [LiveHistory(ids("abc"), live_is_long)]
+    plan = plan_reuse(ids("abcdefgh")[:length], 3, live, has_room=False, short_rope_length=4)
     assert plan == expected
 
 
-def test_the_turn_is_the_last_length_of_the_short_side() -> None:
-    assert [is_beyond(length, 4096) for length in (4095, 4096, 4097)] == [False, False, True]
-    assert not is_beyond(10**6, None)
+def test_the_short_rope_length_is_the_last_of_the_short_side() -> None:
+    assert [uses_long_rope(length, 4096) for length in (4095, 4096, 4097)] == [False, False, True]
+    assert not uses_long_rope(10**6, None)
 
 
 TOKENS = st.lists(st.integers(0, 2), max_size=8).map(lambda items: np.array(items, np.int32))
@@ -183,6 +183,20 @@ def test_a_fork_takes_what_its_origin_wants_no_more(
     gone(trunk)
     assert adapter.forward([Row([7], 5, [0, 1], sequence=fork)]).starts == [5]
     assert len([held for held in listed.held.values() if held]) == 1
+
+
+def test_two_forks_in_one_pass_compute_one_token_each(make_sequences: Make) -> None:
+    """The first takes what its origin left, the second a copy of that before it goes on."""
+    listed = make_sequences(copies=True)
+    adapter = adapter_of(listed)
+    trunk = SequenceId()
+    adapter.forward([Row([1, 2, 3, 4], 0, [0], sequence=trunk)])
+    forks = [trunk.fork(), trunk.fork()]
+    trunk.release()
+    listed.computed = 0
+    rows = [Row([5 + n], 4, [0, 1 + n], sequence=fork) for n, fork in enumerate(forks)]
+    assert adapter.forward(rows).starts == [4, 4]
+    assert listed.computed == 2
 
 
 def test_after_a_failure_what_the_pass_touched_is_computed_anew(make_sequences: Make) -> None:
