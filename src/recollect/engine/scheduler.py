@@ -46,13 +46,14 @@ class Stream:
 
     def hand_over(self) -> bool:
         """Give the reader what is new, and return whether that are its first results."""
-        is_first = bool(self._fresh) and not self._has_begun
-        self._has_begun |= is_first
+        if not self._fresh:
+            return False
         for result in self._fresh:
             self._queue.put(result)
         self._fresh.clear()
         with suppress(RuntimeError):  # the reader's loop was closed
             self._wake()
+        is_first, self._has_begun = not self._has_begun, True
         return is_first
 
     def close(self) -> None:
@@ -449,7 +450,7 @@ class Room:
         copies: list[tuple[int, int]] = []
         for task, fed in chunks.items():
             task.fed.append(fed)
-            copies += task.sequence.kv.prepare_write(fed.start, fed.end)
+            copies += task.sequence.prepare_write(fed.start, fed.end)
         return chunks, copies
 
     def _plan(self) -> Chunks:
@@ -460,8 +461,7 @@ class Room:
     def _needed(self, chunks: Chunks) -> int:
         """Return how many blocks have to be allocated for a pass."""
         return sum(
-            task.sequence.kv.plan_write(fed.start, fed.end).new_blocks
-            for task, fed in chunks.items()
+            task.sequence.plan_write(fed.start, fed.end).new_blocks for task, fed in chunks.items()
         )
 
     def _short(self, chunks: Chunks) -> int:
@@ -472,7 +472,7 @@ class Room:
         return self._memory.cache.evict(self._short(chunks)) > 0
 
     def _take_tails_back(self, chunks: Chunks) -> bool:
-        return any(task.sequence.kv.take_back(fed.start) for task, fed in chunks.items())
+        return any(task.sequence.take_back(fed.start) for task, fed in chunks.items())
 
     def _park_waiting(self, _: Chunks | None = None, *, but: Task | None = None) -> bool:
         """Take the blocks of tasks that wait, but for one of them; return whether any had some."""
@@ -512,4 +512,4 @@ def _lacking(sequence: Sequence) -> int:
     """Return how many blocks a sequence does not hold for its history and the next token."""
     plan = sequence.plan()
     start = len(sequence) if plan is None else plan.start
-    return sequence.kv.plan_write(start, len(sequence) + 1).new_blocks
+    return sequence.plan_write(start, len(sequence) + 1).new_blocks

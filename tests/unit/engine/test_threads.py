@@ -13,7 +13,7 @@ import pytest
 from recollect.engine import engine as engine_module
 from recollect.engine.engine import Engine
 from recollect.engine.sampling import Generator
-from recollect.engine.scheduler import Task
+from recollect.engine.scheduler import Scheduler, Task
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, OutOfBlocksError, RecollectError, RuntimeFailure
 from recollect.runtime.base import Pace, PassResult, Row
@@ -260,10 +260,10 @@ def test_a_bug_in_the_engine_leaves_nobody_waiting(
     for talk in talks:
         assert talk.first.wait(WAIT_S)
 
-    def broken() -> None:
+    def broken(_: Scheduler) -> None:
         raise AssertionError("planted")
 
-    monkeypatch.setattr(engine._scheduler, "plan", broken)
+    monkeypatch.setattr(Scheduler, "plan", broken)
     for talk in talks:
         assert talk.task.join(WAIT_S)
         with pytest.raises(RuntimeFailure, match="planted"):
