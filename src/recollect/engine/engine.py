@@ -75,9 +75,8 @@ class ForwardPasses:
         logits: dict[Task, Logits] = {}
         errors: dict[Task, Exception] = {}
         for task, fed in chunks.items():
-            # The failed pass may have changed a whole block.
             start = self._runtime.info.reuse.longest_cut(fed.start)
-            chunks[task] = FeedPlan(start, fed.end)
+            chunks[task] = FeedPlan(start, fed.end)  # a failure may have changed all of a block
             own_logits, own_errors = self.run({task: chunks[task]}, [])
             logits |= own_logits
             errors |= own_errors

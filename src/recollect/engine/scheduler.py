@@ -30,22 +30,22 @@ class Stream:
     Results of a task on their way to one reader, which is a thread (`for`) or a coroutine (`async for`).
 
     The engine's thread puts results in and hands them over right before a forward pass, so that the
-    reader works while the runtime does. A reader that stopped can go on later, with the next result;
-    after the last one, both kinds of loop end at once.
+    reader works while the runtime does. A reader that stopped can go on later, with the next result.
+    After the last one every loop ends at once, also one that begins then.
     """
 
     def __init__(self) -> None:
         self._fresh: list[Any] = []  # not handed over yet
         self._queue: SimpleQueue[Any] = SimpleQueue()
         self._wake: Callable[[], object] = lambda: None
-        self._has_begun = self._is_over = False
+        self._has_begun = False
 
     def put(self, result: object) -> None:
         """Take a result; the reader gets it when it is next handed over."""
         self._fresh.append(result)
 
     def hand_over(self) -> bool:
-        """Give the reader what is new, and return whether that are its first results."""
+        """Give the reader what is new; return whether the first result is among it."""
         if not self._fresh:
             return False
         for result in self._fresh:
@@ -63,11 +63,9 @@ class Stream:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield results, and wait for those that are to come."""
-        while not self._is_over:
-            result = self._queue.get()
-            self._is_over = result is _END
-            if not self._is_over:
-                yield result
+        while (result := self._queue.get()) is not _END:
+            yield result
+        self._queue.put(_END)  # for whoever reads later, or at the same time
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         """Yield results on the running event loop, without a thread that waits for them."""
@@ -76,15 +74,14 @@ class Stream:
         more = asyncio.Event()
         loop = asyncio.get_running_loop()
         self._wake = lambda: loop.call_soon_threadsafe(more.set)
-        while not self._is_over:
+        while True:
             more.clear()
-            while not self._queue.empty() and not self._is_over:
-                result = self._queue.get()
-                self._is_over = result is _END
-                if not self._is_over:
-                    yield result
-            if not self._is_over:
-                await more.wait()
+            while not self._queue.empty():
+                if (result := self._queue.get()) is _END:
+                    self._queue.put(_END)
+                    return
+                yield result
+            await more.wait()
 
 
 @dataclass(eq=False)
@@ -404,9 +401,9 @@ def _computed_by_another(task: Task, plan: FeedPlan, chunks: Chunks) -> bool:
 
 class Room:
     """
-    What finds blocks for the tasks of a scheduler.
+    Finds blocks for the tasks of a scheduler.
 
-    Owns nothing; used by the engine's thread, under the lock of `Memory`.
+    Owns no state; used by the engine's thread, under the lock of `Memory`.
     """
 
     def __init__(self, scheduler: Scheduler, memory: Memory, *, has_disk: bool) -> None:
@@ -417,10 +414,10 @@ class Room:
 
     def fits(self, task: Task) -> bool:
         """
-        Return whether a waiting task has room beside those that run, and what they have still to take.
+        Return whether there are blocks for a waiting task beside those that run.
 
-        Counted are the blocks that it would have to be given for its history and one more token. Where
-        they are not there, other tasks that wait give up theirs.
+        For each of them, counted are the blocks that it lacks for its history and one more token. The
+        task takes over what the cache has of it. Where blocks are short, other waiting tasks are parked.
         """
         return self._has_room(task) or (self._park_waiting(but=task) and self._has_room(task))
 

@@ -232,10 +232,10 @@ class Sequence:
         self._require_open()
         with self.memory.lock:
             other = Sequence(self.memory, self.namespace)
+            other._token_ids += self._token_ids
             other._hold(self.blocks)
             other.chain += self.chain
             other.computed = self.computed
-        other._token_ids += self._token_ids
         other._logits = self._logits
         other._id = self._id.fork()
         return other

@@ -545,6 +545,23 @@ def test_a_thread_reads_all_results_of_a_task_and_then_the_end(engine: Engine, l
     assert list(task.stream) == []
 
 
+def test_two_readers_share_the_results_and_both_come_to_the_end(engine: Engine) -> None:
+    task = counting(engine, 50)
+    read_by: list[list[int]] = [[], []]
+
+    def read_into(results: list[int]) -> None:
+        results.extend(task.stream)
+
+    readers = [threading.Thread(target=read_into, args=[one], daemon=True) for one in read_by]
+    for reader in readers:
+        reader.start()
+    engine.submit(task)
+    for reader in readers:
+        reader.join(WAIT_S)
+        assert not reader.is_alive()
+    assert sorted(read_by[0] + read_by[1]) == list(range(50))
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_an_event_loop_reads_what_a_thread_would(engine: Engine, late: bool) -> None:
     tasks = [counting(engine, 5) for _ in range(3)]
