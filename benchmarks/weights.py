@@ -142,7 +142,7 @@ def timed(runtime: OpenVinoRuntime, rows: list[Row]) -> float:
 def largest_difference(runtimes: list[OpenVinoRuntime]) -> float:
     """Return how far the logits of the two are apart, over all kinds of passes."""
     passes = [prefill(), *map(decode, DECODES.values())]
-    one, other = ([runtime.forward(rows) for rows in passes] for runtime in runtimes)
+    one, other = ([runtime.forward(rows).logits for rows in passes] for runtime in runtimes)
     return max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import PublicPrefixes
 from recollect.engine.sampling import Generator
@@ -38,7 +36,7 @@ from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for, chained_key
 from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Buffer, Entry, Identity
-from recollect.runtime.base import Logits, Row
+from recollect.runtime.base import Pace, PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import SamplingParams, common_prefix_length
 
@@ -67,7 +65,7 @@ class FailingRuntime(ReferenceRuntime):
     def cancel_after(self, passes: int, task: Task) -> None:
         self._cancel = (passes, task)
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
+    def forward(self, rows: Sequence[Row]) -> PassResult:
         if self._cancel is not None:
             passes, task = self._cancel
             self._cancel = (passes - 1, task) if passes > 1 else None
@@ -103,7 +101,7 @@ def fresh(ids: tuple[int, ...], whole_blocks_only: bool) -> bytes:
     )
     runtime.allocate(-(-len(ids) // SIZE))
     row = Row(list(ids), 0, range(-(-len(ids) // SIZE)))
-    return bytes(runtime.forward([row])[0].tobytes())
+    return bytes(runtime.forward([row]).logits[0].tobytes())
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -120,15 +118,12 @@ class EngineMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.chunk = mock.patch.multiple(
-            scheduler_module, PREFILL_CHUNK=CHUNK, SHARED_CHUNK=SIZE, MOST_RUNNING=3
-        )
-        self.chunk.start()
         self.runtime = FailingRuntime(
             vocab_size=VOCAB,
             context_length=CONTEXT,
             block_size=SIZE,
             whole_blocks_only=self.whole_blocks_only,
+            pace=Pace(prefill_chunk=CHUNK, shared_chunk=SIZE, most_rows=3),
         )
         self.engine = self._make_engine()
         self.model: dict[Generator, list[int]] = {}
@@ -140,7 +135,6 @@ class EngineMachine(RuleBasedStateMachine):
         self.disturbed = False
 
     def teardown(self) -> None:
-        self.chunk.stop()
         self.runtime.fail_forward = self.runtime.fail_copy = False
         for generator in self.model:
             self.probe(generator)

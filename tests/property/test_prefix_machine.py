@@ -23,7 +23,7 @@ from recollect.engine.sequence import FeedPlan, Memory
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, EvictionOrder, Siblings
 from recollect.kv.prefix import Match, PrefixCache
-from recollect.runtime.base import RuntimeInfo
+from recollect.runtime.base import Reuse, RuntimeInfo
 from recollect.types import common_prefix_length
 
 NUM_BLOCKS: Final = 16
@@ -68,7 +68,8 @@ class PrefixMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS, SIZE)
         self.cache = PrefixCache(self.pool, "fingerprint", whole_blocks_only=self.whole_blocks_only)
-        info = RuntimeInfo("simulated", SIZE, SIZE, VOCAB, CONTEXT, self.whole_blocks_only)
+        reuse = Reuse(unit=SIZE if self.whole_blocks_only else 1)
+        info = RuntimeInfo("simulated", SIZE, SIZE, VOCAB, CONTEXT, reuse=reuse)
         self.shared = Memory(info, self.pool, self.cache)
         self.memory: list[list[Slot | None]] = [[None] * SIZE for _ in range(NUM_BLOCKS)]
         self.alive: list[Dumb] = []

@@ -360,7 +360,7 @@ def _pressure(engine: Engine) -> str:
 def _disk(engine: Engine) -> list[tuple[str, str]]:
     """Return what the tier below memory has done, and why it does nothing where that is so."""
     if engine.tier is None:
-        why = "--kv-disk 0" if engine.info.has_block_bytes else "this runtime keeps KV to itself"
+        why = "--kv-disk 0" if engine.info.reuse.as_bytes else "this runtime keeps KV to itself"
         return [("KV on disk", f"none ({why})")]
     tier = engine.tier.statistics()
     work = (

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.matching import KnownMessages, MessageIndex, RememberedReplies
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
@@ -34,7 +35,6 @@ from recollect.kv.blocks import chained_keys
 from recollect.kv.disk import DiskStore
 from recollect.kv.record import Pin
 from recollect.models.catalog import LocalModel
-from recollect.models.formats import load_tokenizer
 from recollect.runtime.base import PagedRuntime
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer

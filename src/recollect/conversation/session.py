@@ -468,7 +468,7 @@ class Session(Place):
             raise tools.named(error, params.grammar) from error
         expected = Expectation(
             prompt,
-            engine.keep_multiple_of,
+            engine.info.reuse.unit,
             self._change if at is self._tip else None,
             self.conversation.tools_change(at, tools),
         )

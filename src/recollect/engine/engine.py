@@ -40,9 +40,8 @@ class ForwardPasses:
     Used by the engine's thread; the counters may be read from any.
     """
 
-    def __init__(self, runtime: PagedRuntime, *, keep_multiple_of: int) -> None:
+    def __init__(self, runtime: PagedRuntime) -> None:
         self._runtime = runtime
-        self._keep_multiple_of = keep_multiple_of
         self.computed_tokens = 0
         """Tokens fed so far."""
         self.count = 0
@@ -76,7 +75,7 @@ class ForwardPasses:
         logits: dict[Task, Logits] = {}
         errors: dict[Task, Exception] = {}
         for task, fed in chunks.items():
-            start = fed.start // self._keep_multiple_of * self._keep_multiple_of
+            start = self._runtime.info.reuse.longest_cut(fed.start)
             chunks[task] = FeedPlan(start, fed.end)  # a failure may have changed all of a block
             own_logits, own_errors = self.run({task: chunks[task]}, [])
             logits |= own_logits
@@ -89,13 +88,13 @@ class ForwardPasses:
             return {}
         rows = {task: task.sequence.row(fed) for task, fed in chunks.items()}
         begun = perf_counter()
-        logits = self._runtime.forward(list(rows.values()))
+        result = self._runtime.forward(list(rows.values()))
         fed_tokens = sum(len(row.token_ids) for row in rows.values())
         self._time(fed_tokens, perf_counter() - begun)
         self.count += 1
-        self.computed_tokens += fed_tokens + count_replays(self._runtime, rows)
+        self.computed_tokens += fed_tokens + count_replays(rows, result.starts)
         wanting = [task for task, row in rows.items() if row.wants_logits]
-        return dict(zip(wanting, logits, strict=True))
+        return dict(zip(wanting, result.logits, strict=True))
 
     def _time(self, tokens: int, seconds: float) -> None:
         if tokens >= _TIMED_TOKENS:
@@ -141,23 +140,22 @@ class Engine:
         self.cache = PrefixCache(
             self.pool,
             identity.text(),
-            whole_blocks_only=info.whole_blocks_only,
+            whole_blocks_only=not info.reuse.inside_blocks,
             secret=b"" if store is None else store.root_secret,
             chain_secret=b"" if store is None else store.chain_secret,
         )
         self.memory = Memory(info, self.pool, self.cache)
-        self.keep_multiple_of = self.memory.keep_multiple_of
         self.lock = self.memory.lock
         """Held while block tables, pool and cache change."""
         self.tier: DiskTier | None = None
         """The tier below memory; None: there is none."""
-        if store is not None and not info.has_block_bytes:
+        if store is not None and not info.reuse.as_bytes:
             store.close()
         elif store is not None:
             self.tier = DiskTier(store, identity, runtime, self.pool, self.cache, self.lock)
             self.cache.on_new = self.tier.writer.note
-        self._passes = ForwardPasses(runtime, keep_multiple_of=self.keep_multiple_of)
-        self._scheduler = Scheduler(info.block_size, info.most_rows)
+        self._passes = ForwardPasses(runtime)
+        self._scheduler = Scheduler(info.block_size, info.pace)
         self._room = Room(self._scheduler, self.memory, has_disk=self.tier is not None)
         self._work = threading.Condition(self.lock)
         self._thread: threading.Thread | None = None
@@ -388,7 +386,7 @@ class Engine:
         with self._work:
             chunks, copies = self._room.prepare()
             tasks = self._scheduler.tasks()
-        hand_over(tasks)
+        hand_over(tasks, self.info.pace.first_token_pause_s)
         self._pass(chunks, copies)
         return True
 

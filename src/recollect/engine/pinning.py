@@ -69,7 +69,7 @@ def require_tier(engine: Engine) -> DiskTier:
     Raises:
         StoreError: There is none, or it was turned off.
     """
-    if not engine.info.has_block_bytes:
+    if not engine.info.reuse.as_bytes:
         raise StoreError(
             "This model's runtime keeps its KV to itself, so none can be kept on disk: run the "
             "model on OpenVINO for that."
@@ -161,7 +161,7 @@ def in_memory(
                 sequence.park()
                 held = engine.pin(token_ids, namespace)
         if not held:
-            raise TooShortError(tokens=len(token_ids), least=engine.keep_multiple_of)
+            raise TooShortError(tokens=len(token_ids), least=engine.info.reuse.unit)
         yield Held(held[-1].path(), sequence.fed_tokens)
     finally:
         engine.unpin(held)

@@ -18,16 +18,9 @@ from typing import Any, Final, Literal
 
 from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.errors import OutOfBlocksError
-from recollect.runtime.base import PagedRuntime, ReplayingRuntime, Row
+from recollect.runtime.base import Pace, Row
 
 TaskState = Literal["waiting", "running", "done", "cancelled", "failed"]
-
-_FIRST_TOKENS_S: Final = 0.001
-"""
-Pause before the pass that follows a first token: a pass takes tens of milliseconds and saturates all
-cores, and without the pause readers got their token 3 ms later. Source: our own measurement of a server
-on two cores.
-"""
 
 _END: Final = object()
 
@@ -161,38 +154,26 @@ class Task:
             self._ended.set()
 
 
-def hand_over(tasks: Iterable[Task]) -> None:
-    """Give readers the results that are new, and those of a first one time to wake up."""
+def hand_over(tasks: Iterable[Task], pause_s: float) -> None:
+    """Give readers the results that are new, and those of a first one *pause_s* to wake up."""
     if [task for task in tasks if task.stream.hand_over()]:
-        time.sleep(_FIRST_TOKENS_S)
+        time.sleep(pause_s)
 
 
-def count_replays(runtime: PagedRuntime, rows: Mapping[Task, Row]) -> int:
+def count_replays(rows: Mapping[Task, Row], starts: Iterable[int]) -> int:
     """
-    Note for each task what the last pass computed besides its row, and return how many tokens that is.
+    Note for each task what a pass computed before its row, and return how many tokens that is.
 
-    None, unless the runtime keeps KV to itself: the plan took for computed what it no longer had.
+    None, unless the runtime owns its KV and had lost what the plan took for computed.
     """
-    if not isinstance(runtime, ReplayingRuntime):
-        return 0
     tokens = 0
-    for (task, row), start in zip(rows.items(), runtime.started, strict=True):
+    for (task, row), start in zip(rows.items(), starts, strict=False):
         if start < row.past:
             task.fed.append(FeedPlan(start, row.past))
             task.sequence.fed_tokens += row.past - start
             tokens += row.past - start
     return tokens
 
-
-PREFILL_CHUNK: Final = 512
-"""Most prompt tokens in one forward pass while nobody waits for a next token, so that a cancel is never
-far away. Costs under 5 % of prefill speed against one pass. Source: benchmarks/runtime.py."""
-
-SHARED_CHUNK: Final = 128
-"""The same while others are being answered, who wait for it between two tokens."""
-
-MOST_RUNNING: Final = 16
-"""Sequences in one pass; more wait. Decode gains little beyond, and each holds blocks."""
 
 MOST_SPARE: Final = 16
 """Spare tasks that wait. On a server that is never idle each reply leaves one behind; the older ones are
@@ -252,16 +233,15 @@ class Scheduler:
 
     Invariants:
         1. A task waits or runs, not both, and not twice.
-        2. At most `most_running` run.
+        2. At most `pace.most_rows` run.
         3. An idle task runs only alone.
         4. At most `MOST_SPARE` spare tasks wait that are not cancelled.
         5. The invariant of `_Turns`.
     """
 
-    def __init__(self, block_size: int, most_rows: int | None = None) -> None:
+    def __init__(self, block_size: int, pace: Pace) -> None:
         self._block_size = block_size
-        self.most_running = min(MOST_RUNNING, most_rows or MOST_RUNNING)
-        """Fewer where the runtime would have to compute one of them anew each time."""
+        self.pace: Final = pace
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
         self.preemptions = 0
@@ -313,7 +293,7 @@ class Scheduler:
             for idle in [task for task in self.running if task.idle]:
                 self.preempt(idle)
         while (task := self._next_waiting()) is not None:
-            has_place = len(self.running) < self.most_running
+            has_place = len(self.running) < self.pace.most_rows
             if not self.running or (has_place and fits(task)):
                 self.waiting.remove(task)
                 self.running.append(task)
@@ -342,7 +322,8 @@ class Scheduler:
                 queues.setdefault(task.namespace, deque()).append(task)
         accounts = {name: self._turns.account(name) for name in queues}
         # At least a block: else the prompt of a runtime with larger ones would wait for ever.
-        budget = max(self._block_size, SHARED_CHUNK if chunks else PREFILL_CHUNK)
+        pace = self.pace
+        budget = max(self._block_size, pace.shared_chunk if chunks else pace.prefill_chunk)
         while queues and budget >= self._block_size:
             name = min(queues, key=lambda name: (accounts[name], name))
             task = queues[name].popleft()
@@ -373,7 +354,7 @@ class Scheduler:
         """
         tasks = self.tasks()
         assert len(tasks) == len(set(tasks)), "a task is there twice"
-        assert len(self.running) <= self.most_running, "too many run"
+        assert len(self.running) <= self.pace.most_rows, "too many run"
         assert len(self.running) <= 1 or not any(task.idle for task in self.running), "idle work"
         assert len(self._spare()) <= MOST_SPARE, "too much spare work waits"
         self._turns.check()

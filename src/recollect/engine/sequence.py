@@ -19,7 +19,7 @@ import numpy.typing as npt
 from recollect.errors import ContextFullError, MisuseError, RewindError, TokenIdError
 from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
 from recollect.kv.prefix import Match, PrefixCache
-from recollect.runtime.base import Logits, Row, RuntimeInfo
+from recollect.runtime.base import Logits, Reuse, Row, RuntimeInfo, SequenceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class FeedPlan:
     end: int
 
 
-def plan_feed(length: int, computed: int, *, keep_multiple_of: int = 1) -> FeedPlan:
+def plan_feed(length: int, computed: int, reuse: Reuse) -> FeedPlan:
     """
     Return what to feed so that the logits after a history of *length* tokens are known.
 
@@ -40,12 +40,11 @@ def plan_feed(length: int, computed: int, *, keep_multiple_of: int = 1) -> FeedP
     Args:
         length: Tokens in the history, >= 1.
         computed: Leading tokens that have KV, <= length.
-        keep_multiple_of: The block size where KV inside a block cannot be cut (see
-            `RuntimeInfo.whole_blocks_only`), else 1.
+        reuse: Where the runtime can cut a history.
     """
     start = computed
     if computed == length:
-        start = (length - 1) // keep_multiple_of * keep_multiple_of
+        start = reuse.longest_cut(length - 1)
     return FeedPlan(start, length)
 
 
@@ -77,8 +76,6 @@ class Memory:
         self.info = info
         self.pool = pool
         self.cache = cache
-        self.keep_multiple_of = info.block_size if info.whole_blocks_only else 1
-        """A rewind keeps a multiple of this many tokens."""
         self.lock = threading.RLock()
         self.sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
         """Those that are alive; each adds itself."""
@@ -146,6 +143,7 @@ class Sequence:
         """Tokens of this sequence that went through a forward pass, counted there."""
         self._token_ids = array("q")
         self._logits: Logits | None = None
+        self._id = SequenceId()
         self._finalizer = weakref.finalize(self, memory.pool.drop, self.blocks)
         self._finalizer.atexit = False  # when the program ends, the whole pool goes
         with memory.lock:
@@ -224,8 +222,9 @@ class Sequence:
         if length == len(self):
             return
         if length < self.computed:
-            self.crop(length // self.memory.keep_multiple_of * self.memory.keep_multiple_of)
+            self.crop(self.memory.info.reuse.longest_cut(length))
         del self._token_ids[length:]
+        self._id.rewind_to(length)
         self._logits = None
 
     def fork(self) -> "Sequence":
@@ -238,6 +237,7 @@ class Sequence:
             other.chain += self.chain
             other.computed = self.computed
         other._logits = self._logits
+        other._id = self._id.fork()
         return other
 
     def park(self) -> None:
@@ -253,6 +253,7 @@ class Sequence:
         """Give the blocks back; the sequence cannot be used afterwards. May be called again."""
         if not self.closed:
             self.park()
+        self._id.release()
         self._logits = None
         self._finalizer()
 
@@ -263,7 +264,7 @@ class Sequence:
             return None
         if not len(self):
             raise MisuseError("an empty sequence has no next token: append something first")
-        return plan_feed(len(self), self.computed, keep_multiple_of=self.memory.keep_multiple_of)
+        return plan_feed(len(self), self.computed, self.memory.info.reuse)
 
     def is_warm(self) -> bool:
         """Return whether all of the history has KV, here or in the cache."""
@@ -280,6 +281,7 @@ class Sequence:
             past=fed.start,
             block_table=self.blocks,
             wants_logits=fed.end == len(self),
+            sequence=self._id,
         )
 
     @property

@@ -137,7 +137,7 @@ class DiskTier:
         self._pool = pool
         self._cache = cache
         self._lock = lock
-        self._inside_blocks = not runtime.info.whole_blocks_only
+        self._inside_blocks = runtime.info.reuse.inside_blocks
         self.leased_blocks: list[int] = []
         self._written_bytes = 0
         self._written_blocks = 0

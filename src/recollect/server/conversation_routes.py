@@ -180,7 +180,7 @@ class _KeptPlace:
     def keep(self, model: Model) -> dict[str, Any]:
         """Pin its KV, computing what is not there; called on a thread."""
         engine, tip = model.engine, self.view.tip
-        if not engine.info.has_block_bytes:
+        if not engine.info.reuse.as_bytes:
             return _not_kept("the model's runtime keeps its KV to itself")
         if engine.tier is None:
             return _not_kept("this server keeps no KV on disk")
@@ -198,7 +198,7 @@ class _KeptPlace:
             tools=self._tools(),
         )
         ids = session.typed_ids()
-        if len(ids) < engine.keep_multiple_of:
+        if len(ids) < engine.info.reuse.unit:
             return _not_kept("the conversation is shorter than a block of KV")
         about = server_facts(conversation.spot(node), self.view.stored.created_at)
         tokens = self._still_kept(engine, about)

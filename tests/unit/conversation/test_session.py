@@ -12,7 +12,6 @@ from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Tree
 from recollect.conversation.turn import IdleWork, Reply
-from recollect.engine import scheduler as scheduler_module
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.engine.scheduler import Task
@@ -28,6 +27,7 @@ from recollect.errors import (
     TemplateError,
     UnknownNodeError,
 )
+from recollect.runtime.base import Pace
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=6)
@@ -366,10 +366,10 @@ def test_a_stream_that_is_forgotten_does_not_block_the_session(chat: Session) ->
     check_as_fresh(chat, "two")
 
 
+@pytest.mark.parametrize("pace", [Pace(prefill_chunk=16)], ids=[""])
 def test_cancelling_during_the_prefill_keeps_what_was_computed_and_says_nothing(
     chat: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", 16)
     runtime: Any = chat._model.engine._runtime
     forward, passes = runtime.forward, []
     long = "word " * 40

@@ -10,7 +10,7 @@ import pytest
 from recollect.engine.engine import Engine
 from recollect.engine.sequence import FeedPlan, Sequence, plan_feed
 from recollect.errors import ContextFullError, MisuseError, RewindError, TokenIdError
-from recollect.runtime.base import Logits
+from recollect.runtime.base import Logits, Reuse
 
 
 def same(logits: Logits | None, expected: Logits) -> bool:
@@ -54,7 +54,7 @@ def state(sequence: Sequence) -> tuple[Any, ...]:
 def test_at_least_one_token_is_fed_and_none_twice_without_need(
     length: int, done: int, multiple: int, expected: FeedPlan
 ) -> None:
-    assert plan_feed(length, done, keep_multiple_of=multiple) == expected
+    assert plan_feed(length, done, Reuse(unit=multiple)) == expected
 
 
 def test_a_new_sequence_is_empty_and_has_no_plan(engine: Engine) -> None:

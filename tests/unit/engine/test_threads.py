@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from recollect.engine import engine as engine_module
-from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
 from recollect.engine.sampling import Generator
 from recollect.engine.scheduler import Scheduler, Task
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, OutOfBlocksError, RecollectError, RuntimeFailure
-from recollect.runtime.base import Logits, Row
+from recollect.runtime.base import Pace, PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import SamplingParams
 
@@ -64,13 +63,13 @@ class Gate:
         runtime: Any = engine._runtime
         forward = runtime.forward
 
-        def gated(rows: Sequence[Row]) -> Logits:
+        def gated(rows: Sequence[Row]) -> PassResult:
             self.rows.append(rows)
             self.arrived.release()
             if not self.open:
                 assert self.passes.acquire(timeout=WAIT_S)
-            logits: Logits = forward(rows)
-            return logits
+            result: PassResult = forward(rows)
+            return result
 
         runtime.forward = gated
 
@@ -83,10 +82,7 @@ class Gate:
         self.passes.release(1000)
 
 
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", 8)
-    monkeypatch.setattr(scheduler_module, "SHARED_CHUNK", 4)
+small_chunks = pytest.mark.parametrize("pace", [Pace(prefill_chunk=8, shared_chunk=4)], ids=[""])
 
 
 @pytest.fixture
@@ -103,7 +99,7 @@ def prompts(count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("at_once", [1, 2, 8])
 @pytest.mark.parametrize("whole_blocks_only", [False, True])
-@pytest.mark.usefixtures("small_chunks")
+@small_chunks
 def test_the_same_requests_give_the_same_tokens_alone_and_at_once(
     make_engine: Callable[..., Engine], at_once: int, whole_blocks_only: bool
 ) -> None:
@@ -127,7 +123,7 @@ def test_replies_share_their_passes(engine: Engine, gates: list[Gate]) -> None:
     assert engine.forward_passes <= 1 + 2 + 6
 
 
-@pytest.mark.usefixtures("small_chunks")
+@small_chunks
 def test_a_long_prompt_does_not_stop_the_replies_of_others(
     engine: Engine, gates: list[Gate]
 ) -> None:
@@ -144,7 +140,7 @@ def test_a_long_prompt_does_not_stop_the_replies_of_others(
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
-@pytest.mark.usefixtures("small_chunks")
+@small_chunks
 def test_what_was_prefilled_before_a_cancel_is_warm_for_the_next(
     engine: Engine, gates: list[Gate], passes: int
 ) -> None:
@@ -166,7 +162,7 @@ def test_what_was_prefilled_before_a_cancel_is_warm_for_the_next(
 
 
 @pytest.mark.parametrize("num_blocks", [14, 18, 24])
-@pytest.mark.usefixtures("small_chunks")
+@small_chunks
 def test_a_preempted_reply_is_the_same_as_one_that_was_not(
     make_engine: Callable[..., Engine], num_blocks: int
 ) -> None:
@@ -182,7 +178,7 @@ def test_a_preempted_reply_is_the_same_as_one_that_was_not(
     assert engine.pool.used_blocks == engine.cache.evictable_blocks == len(engine.cache)
 
 
-@pytest.mark.usefixtures("small_chunks")
+@small_chunks
 def test_only_what_cannot_fit_runs_out_of_blocks(make_engine: Callable[..., Engine]) -> None:
     alone = [Talk(make_engine(), ids_of(6, seed), 10, namespace=None).tokens() for seed in range(3)]
     engine = make_engine(num_blocks=10)
@@ -201,11 +197,11 @@ def test_a_failing_pass_hurts_only_the_one_whose_row_fails(
     runtime: Any = engine._runtime
     gated = runtime.forward
 
-    def poisoned(rows: Sequence[Row]) -> Logits:
+    def poisoned(rows: Sequence[Row]) -> PassResult:
         if any(49 in row.token_ids for row in rows):
             raise RuntimeFailure("injected")
-        logits: Logits = gated(rows)
-        return logits
+        result: PassResult = gated(rows)
+        return result
 
     runtime.forward = poisoned
     sequences = [engine.new_sequence() for _ in range(3)]
@@ -398,7 +394,7 @@ def test_a_sequence_that_is_worked_on_is_refused_and_free_afterwards(
     engine.compute([sequence])
 
 
-@pytest.mark.usefixtures("small_chunks")
+@small_chunks
 def test_idle_work_gives_way_and_is_done_in_the_end(engine: Engine, gates: list[Gate]) -> None:
     gates.append(gate := Gate(engine))
     idle = Task(appended(engine, ids_of(40)), lambda: False, idle=True)
@@ -414,7 +410,7 @@ def test_idle_work_gives_way_and_is_done_in_the_end(engine: Engine, gates: list[
 
 
 @pytest.mark.parametrize("whole_blocks_only", [False, True])
-@pytest.mark.usefixtures("small_chunks")
+@small_chunks
 def test_eight_threads_in_a_small_pool_are_right_and_leak_nothing(
     make_engine: Callable[..., Engine], fresh_logits: Callable[..., Any], whole_blocks_only: bool
 ) -> None:
