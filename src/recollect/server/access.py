@@ -1,30 +1,21 @@
 """
-API keys: who a request is from.
+What every request passes before an endpoint sees it, from the socket on.
+
+In this order: the connection is bounded in bytes and time, since uvicorn's protocol bounds neither
+for what it has not understood yet; the request is counted and logged, without its body or key; a web
+page of another origin, or under another host name, is refused; the API key tells who the client is;
+and the body is bounded, alone and together with all that are held.
 
 A key is a namespace of its own: what is said, kept and computed under one is neither visible to nor
 reused by another. The key itself is never written down; the file holds hashes of keys that we drew
 at random, so that a fast hash is enough.
-
-Bodies as they come in: how large one may be, how long it may take, and how much all hold together.
-
-Belongs to the event loop.
-
-What every request passes before anything looks at it: who it is from, and how large it is.
-
-A web page that a user visits can make the browser send requests to this machine. Such a request
-names another origin, or another host where the page's own name was pointed here; both are refused.
-
-A connection: how much of a request it may bring before the request is understood, and how long it may take.
-
-uvicorn's httptools protocol has neither limit nor deadline for what it has not understood yet, and
-joins a header that comes in pieces anew with each piece. Here both are bounded before any key is
-looked at, so that whoever can connect can hold a socket for a few seconds, and nothing else.
 """
 
 import asyncio
 import hashlib
 import hmac
 import json
+import logging
 import os
 import secrets
 from collections.abc import Iterable, Mapping
@@ -32,6 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from pathlib import Path
+from time import monotonic
 from typing import ClassVar, Final, Literal, Self
 
 from starlette.datastructures import Headers
@@ -42,6 +34,9 @@ from recollect import files
 from recollect.errors import ConfigError, StoreCorruptError, StoreError
 from recollect.server.refusals import ApiError, error_response, openai_body
 from recollect.server.settings import LOOPBACK_NAMES, Limits, Settings
+from recollect.server.usage import Metrics
+
+_log = logging.getLogger(__name__)
 
 KEYS_NAME: Final = "api-keys.json"
 _MOST_BYTES: Final = 16 * files.MIB
@@ -339,6 +334,9 @@ class Security:
         self._settings = settings
         self._keyring = keyring
         self._held = HeldBytes(settings.limits.bodies_bytes)
+        self._names = frozenset({*LOOPBACK_NAMES, *settings.allowed_hosts})
+        self._checks_host = settings.is_local
+        """A server that all machines can reach has names that we do not know; there, keys decide."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request, or the server's own start and end."""
@@ -361,11 +359,9 @@ class Security:
             body.close()
 
     def _check_host(self, headers: Headers) -> None:
-        """A server that all machines can reach has names that we do not know; there, keys decide."""
         host = headers.get("host", "")
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        known = LOOPBACK_NAMES | {*self._settings.allowed_hosts}
-        if self._settings.is_local and name.lower() not in known:
+        if self._checks_host and name.lower() not in self._names:
             raise ApiError(
                 f"This server does not go by the name {name!r}: use 127.0.0.1, or let it have that "
                 "name by --allow-host.",
@@ -424,6 +420,49 @@ def _check_content(method: str, headers: Headers, limit: int) -> None:
             status=415,
             code="unsupported_media_type",
         )
+
+
+_WATCHED: Final = frozenset({"/health", "/metrics"})
+"""What is asked for every few seconds, by machines."""
+
+
+class Counted:
+    """An ASGI middleware around everything else."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request, or the server's own start and end."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, status = monotonic(), 500
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            # The pattern and not the path, which clients can make up without end.
+            route = scope.get("route")
+            endpoint = getattr(route, "path", "other")
+            self._metrics.requests.labels(endpoint, status).inc()
+            client = scope.get("state", {}).get(CLIENT)
+            _log.log(
+                logging.DEBUG if endpoint in _WATCHED else logging.INFO,
+                "%s %s %d %.3f s %s",
+                scope["method"],
+                endpoint,
+                status,
+                monotonic() - begun,
+                "-" if client is None else client.name,
+            )
 
 
 _GRACE_S: Final = 5.0

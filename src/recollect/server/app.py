@@ -31,7 +31,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as AnyHttpException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recollect._version import __version__
 from recollect.errors import RecollectError
@@ -42,7 +41,7 @@ from recollect.server import (
     conversation_routes,
     responses,
 )
-from recollect.server.access import CLIENT, Keyring, Security, bounded_protocol
+from recollect.server.access import Counted, Keyring, Security, bounded_protocol
 from recollect.server.fields import Bodies
 from recollect.server.hub import Admission, ModelHub
 from recollect.server.refusals import (
@@ -56,7 +55,6 @@ from recollect.server.refusals import (
 )
 from recollect.server.services import Services, client_of, services_of
 from recollect.server.settings import Limits, Settings, bind
-from recollect.server.streaming import KeptConversations
 from recollect.server.usage import CONTENT_TYPE, Metrics
 
 router = APIRouter(tags=["Server"])
@@ -107,51 +105,6 @@ def _model(services: Services, name: str) -> dict[str, Any]:
     }
 
 
-_log = logging.getLogger(__name__)
-
-_WATCHED: Final = frozenset({"/health", "/metrics"})
-"""What is asked for every few seconds, by machines."""
-
-
-class Counted:
-    """An ASGI middleware around everything else."""
-
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request, or the server's own start and end."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        begun, status = monotonic(), 500
-
-        async def counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, counted)
-        finally:
-            # The pattern and not the path, which clients can make up without end.
-            route = scope.get("route")
-            endpoint = getattr(route, "path", "other")
-            self._metrics.requests.labels(endpoint, status).inc()
-            client = scope.get("state", {}).get(CLIENT)
-            _log.log(
-                logging.DEBUG if endpoint in _WATCHED else logging.INFO,
-                "%s %s %d %.3f s %s",
-                scope["method"],
-                endpoint,
-                status,
-                monotonic() - begun,
-                "-" if client is None else client.name,
-            )
-
-
 _CLIENT_GONE: Final = 499
 """What proxies note of a request whose client went away; nobody reads it."""
 
@@ -195,7 +148,7 @@ def create_app(
         loaded=hub.loaded, running=lambda: admission.running, waiting=lambda: admission.waiting
     )
     bodies = Bodies(limits)
-    services = Services(settings, hub, admission, metrics, KeptConversations())
+    services = Services(settings, hub, admission, metrics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -33,7 +33,6 @@ from recollect.journal.checkpoints import drop_of_conversation, server_facts
 from recollect.journal.records import DEFAULT_TIP, Entry, NewNode, NodeRecord, Page
 from recollect.kv import pins
 from recollect.kv.disk import DiskStore
-from recollect.server.chat_completions import check_limits
 from recollect.server.conversation_view import (
     COPIES,
     ConversationView,
@@ -44,7 +43,15 @@ from recollect.server.conversation_view import (
     split_branch,
     view_of,
 )
-from recollect.server.fields import Body, BodyRoute, Ignored, Items, Metadata, PlaceName
+from recollect.server.fields import (
+    Body,
+    BodyRoute,
+    Ignored,
+    Items,
+    Metadata,
+    PlaceName,
+    check_count,
+)
 from recollect.server.refusals import ApiError, not_found
 from recollect.server.response_object import FlatTool, InputItem, ResponseHead, merged
 from recollect.server.services import Services, client_of, services_of, with_model
@@ -185,7 +192,7 @@ class _KeptPlace:
             return _not_kept("the model's runtime keeps its KV to itself")
         if engine.tier is None:
             return _not_kept("this server keeps no KV on disk")
-        conversation = self.services.kept.conversation(
+        conversation = self.services.conversations.conversation(
             model, self.view.stored.id, namespace=self.namespace, node_id=tip
         )
         node = None if tip is None else conversation.kept_node(tip)
@@ -357,7 +364,7 @@ def delete_conversation(conversation_id: str, request: Request) -> dict[str, Any
         raise ApiError("A branch goes with its conversation: delete that, or leave it.")
     kept_as = head.label.conversation_id
     services.journal.delete(kept_as, namespace=client_of(request).namespace)
-    services.kept.forget(kept_as)
+    services.conversations.forget(kept_as)
     drop_all_kv(services, kept_as, head.created_at)
     return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
 
@@ -467,8 +474,7 @@ def get_tree(conversation_id: str, request: Request) -> dict[str, Any]:
 
 
 def _check_items(request: Request, items: list[InputItem]) -> None:
-    most = services_of(request).settings.limits.messages
-    check_limits(items, 1, most_messages=most, most_choices=1, what="items")
+    check_count("items", len(items), services_of(request).settings.limits.messages)
 
 
 def _nodes(items: list[InputItem]) -> list[NewNode]:

@@ -25,10 +25,10 @@ from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message,
 from recollect.journal.entries import Label
 from recollect.journal.journal import Journal
 from recollect.journal.records import DEFAULT_TIP, NewNode, NodeRecord, StoredConversation
+from recollect.server.hub import OpenConversations
 from recollect.server.refusals import ApiError, not_found
 from recollect.server.response_object import items_of
 from recollect.server.services import client_of, services_of
-from recollect.server.streaming import KeptConversations
 from recollect.types import Message
 
 HAS_INSTRUCTIONS = "has_instructions"
@@ -88,7 +88,7 @@ class Places:
     """Finds places for one client and one model. Used on one thread."""
 
     def __init__(
-        self, journal: Journal, kept: KeptConversations, model: Model, namespace: str
+        self, journal: Journal, kept: OpenConversations, model: Model, namespace: str
     ) -> None:
         self._journal = journal
         self._kept = kept

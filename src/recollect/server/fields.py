@@ -21,8 +21,7 @@ import math
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypedDict, TypeVar
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -232,6 +231,21 @@ def _biases(biases: Mapping[str, float]) -> dict[int, float]:
     return ids
 
 
+def check_count(param: str, count: int, most: int) -> None:
+    """
+    Check that a field asks for no more than one request may.
+
+    Raises:
+        ApiError: It does.
+    """
+    if count > most:
+        raise ApiError(
+            f"{param}: {count:,} are too many; this server takes {most:,}.",
+            code="invalid_value",
+            param=param,
+        )
+
+
 def unsupported(param: str, why: str) -> ApiError:
     """Return what a client is told of a field that would change the reply, and cannot."""
     return ApiError(f"{param}: {why}", code="unsupported_parameter", param=param)
@@ -240,13 +254,12 @@ def unsupported(param: str, why: str) -> ApiError:
 LogprobCount = Annotated[int, Field(ge=0, le=20)]
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What a reply may call, as `Model.session_from` takes it."""
+class Offer(TypedDict):
+    """What a reply may call, as arguments of `Model.session_from`."""
 
-    tools: Sequence[dict[str, Any]] = field(default_factory=tuple)
-    choice: str = "auto"
-    parallel: bool = True
+    tools: Sequence[dict[str, Any]]
+    tool_choice: str
+    parallel_tool_calls: bool
 
 
 class NamedFunction(Body):
@@ -272,15 +285,10 @@ class FunctionTool(Body):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
-def offer(
-    tools: Sequence[FunctionTool] | None, choice: ToolChoice | None, parallel: bool | None
-) -> Offer:
-    """Return what a request offers."""
-    name = choice.function.name if isinstance(choice, NamedTool) else choice
+def offer(schemas: Sequence[dict[str, Any]], choice: str | None, parallel: bool | None) -> Offer:
+    """Return what a request offers; what it does not say is as OpenAI has it."""
     return Offer(
-        [tool.model_dump(exclude_none=True) for tool in tools or ()],
-        name or "auto",
-        parallel is not False,
+        tools=schemas, tool_choice=choice or "auto", parallel_tool_calls=parallel is not False
     )
 
 

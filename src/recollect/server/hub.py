@@ -1,30 +1,24 @@
 """
-The models of a server: loaded when first asked for, given up when others need their memory.
+What requests share: the models that are loaded, turns to use them, and conversations open on them.
 
-Belongs to the event loop; loading and closing happen on threads of their own.
-
-Work on threads of its own, awaited on the event loop.
-
-How many replies are generated at once, and who waits for a turn.
-
-Belongs to the event loop: every call is made on its thread. Knows no model.
-
-System prompts that every key may reuse: read again whenever a model is loaded.
-
-On a thread of its own, and while the engine has nothing else to do: nobody waits for it.
+A model is loaded when it is first asked for and unloaded when others need its memory; system
+prompts that every key may reuse are read again on each. Hub and admission belong to the event loop,
+and long work happens on threads of its own. Knows no request and no API.
 """
 
 import asyncio
 import logging
 import threading
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
 from time import monotonic
 from typing import Final, TypeVar
+from weakref import WeakKeyDictionary
 
+from recollect.conversation.conversation import Conversation
 from recollect.conversation.model import Model, beginning
 from recollect.errors import MisuseError, RecollectError, UnknownModelError
 from recollect.server.refusals import ApiError, stopping, too_busy
@@ -32,13 +26,13 @@ from recollect.server.refusals import ApiError, stopping, too_busy
 _T = TypeVar("_T")
 
 
-async def on_thread(work: Callable[[], _T]) -> _T:
+def on_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
     """
-    Return what some work returns, done on a thread of its own.
+    Begin some work on a thread of its own, which ends it whether anybody waits or not.
 
     The threads of `asyncio.to_thread` are few, so that one client's long work could hold all of
     them, and the loop does not close before they end. Here admission bounds how many there are, and
-    nobody waits for them.
+    the loop waits for none.
     """
     result: Future[_T] = Future()
     result.set_running_or_notify_cancel()
@@ -50,7 +44,7 @@ async def on_thread(work: Callable[[], _T]) -> _T:
             result.set_exception(error)
 
     threading.Thread(target=run, name="recollect-request", daemon=True).start()
-    return await asyncio.wrap_future(result)
+    return asyncio.wrap_future(result)
 
 
 _log = logging.getLogger(__name__)
@@ -442,6 +436,76 @@ class Admission:
             self._leave(first)
             if not first.turn.done():
                 self._begin(first)
+
+
+_MOST_OPEN: Final = 256
+"""Conversations of one model that stay open; an open one is its texts and token ids in memory."""
+
+
+class OpenConversations:
+    """Conversations by model and id; those used longest ago are closed first."""
+
+    def __init__(self) -> None:
+        self._open: WeakKeyDictionary[Model, OrderedDict[int, Conversation]] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def conversation(
+        self, model: Model, kept_as: int, *, namespace: str, node_id: int | None = None
+    ) -> Conversation:
+        """
+        Return a conversation of the journal, open on a model.
+
+        Args:
+            model: Goes on with it.
+            kept_as: Its id in the journal.
+            namespace: Whose it is.
+            node_id: In the journal, of a node that it must have; another process may have added it.
+
+        Raises:
+            UnknownConversationError: There is none in that namespace.
+        """
+        while True:
+            with self._lock:
+                conversations = self._open.setdefault(model, OrderedDict())
+                known = conversations.get(kept_as)
+                if known is not None and _has(known, node_id):
+                    self._remember(conversations, kept_as, known)
+                    return known
+            # Not under the lock: the journal may be held by others, and those who ask for what is
+            # open need not wait for it.
+            loaded = model.conversation(kept_as, namespace=namespace)
+            loaded.shares_tips = True
+            with self._lock:
+                conversations = self._open.setdefault(model, OrderedDict())
+                if conversations.get(kept_as) is known:  # else another request was faster
+                    self._remember(conversations, kept_as, loaded)
+                    return loaded
+
+    def add(self, model: Model, conversation: Conversation) -> None:
+        """Take over a new conversation, which is in the journal by now."""
+        assert conversation.kept_as is not None, "it is kept"
+        conversation.shares_tips = True
+        with self._lock:
+            conversations = self._open.setdefault(model, OrderedDict())
+            self._remember(conversations, conversation.kept_as, conversation)
+
+    def forget(self, kept_as: int) -> None:
+        """Close a conversation that was deleted."""
+        with self._lock:
+            for conversations in self._open.values():
+                conversations.pop(kept_as, None)
+
+    def _remember(
+        self, conversations: OrderedDict[int, Conversation], kept_as: int, known: Conversation
+    ) -> None:
+        conversations[kept_as] = known
+        conversations.move_to_end(kept_as)
+        while len(conversations) > _MOST_OPEN:
+            conversations.popitem(last=False)
+
+
+def _has(conversation: Conversation, node_id: int | None) -> bool:
+    return node_id is None or conversation.kept_node(node_id) is not None
 
 
 def publish_later(model: Model, prompts: Sequence[str]) -> threading.Thread:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from recollect.conversation.tree import to_message
-from recollect.conversation.turn import Reply
+from recollect.engine.reply import GeneratedReply
 from recollect.journal.records import NodeRecord
 from recollect.server.fields import (
     MOST_TOOLS,
@@ -32,6 +32,7 @@ from recollect.server.fields import (
     Text,
     grammar_of,
     logprob_entry,
+    offer,
     unsupported,
 )
 from recollect.types import (
@@ -232,10 +233,10 @@ class ResponseRequest(SamplingFields):
     def offer(self) -> Offer:
         """Return what the reply may call."""
         choice = self.tool_choice
-        return Offer(
+        return offer(
             [tool.schema_of() for tool in self.tools or ()],
-            (choice.name if isinstance(choice, FlatChoice) else choice) or "auto",
-            self.parallel_tool_calls is not False,
+            choice.name if isinstance(choice, FlatChoice) else choice,
+            self.parallel_tool_calls,
         )
 
     @cached_property
@@ -340,7 +341,7 @@ class Said:
     logprobs: Sequence[TokenLogprob] = ()
 
     @classmethod
-    def of(cls, reply: Reply) -> Self:
+    def of(cls, reply: GeneratedReply) -> Self:
         """Return a reply that was generated just now."""
         return cls(
             content=reply.content,
