@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from recollect.errors import OutOfBlocksError
-from recollect.kv.blocks import BlockPool, BlockTable, blocks_for
+from recollect.kv.blocks import BlockPool, blocks_for
+from recollect.kv.prefix import BlockTable, PrefixCache
 
 NUM_BLOCKS, SIZE = 12, 3
 
@@ -33,13 +34,12 @@ class BlockMachine(RuleBasedStateMachine):
 
     @rule(target=tables)
     def new(self) -> Dumb:
-        return self._born(Dumb(BlockTable(self.pool)))
+        return self._born(Dumb(BlockTable(self.pool, PrefixCache(self.pool, "model"))))
 
     @rule(dumb=tables, back=st.integers(0, 5), count=st.integers(1, 8))
     def write(self, dumb: Dumb, back: int, count: int) -> None:
         """Write from a little before the end, as a sequence does that gave up its last slots."""
         start = max(0, len(dumb.slots) - back)
-        dumb.table.crop(len(dumb.slots))
         end = start + count
         before, free = list(dumb.table.blocks), self.pool.free_blocks
         planned = dumb.table.plan_write(start, end).new_blocks
@@ -58,17 +58,19 @@ class BlockMachine(RuleBasedStateMachine):
             self.written += 1
             dumb.slots.append(self.written)
             self.memory[dumb.table.blocks[place // SIZE]][place % SIZE] = self.written
+        dumb.table.written((), end)
 
     @rule(dumb=tables, length=st.integers(0, 20))
-    def crop(self, dumb: Dumb, length: int) -> None:
-        dumb.table.crop(length)
+    def truncate(self, dumb: Dumb, length: int) -> None:
+        dumb.table.truncate(min(length, len(dumb.slots)))
         del dumb.slots[length:]
 
     @rule(target=tables, dumb=tables, length=st.integers(0, 20))
     def fork(self, dumb: Dumb, length: int) -> Dumb:
         used = self.pool.used_blocks
         length = min(length, len(dumb.slots))
-        other = self._born(Dumb(dumb.table.fork(length), dumb.slots[:length]))
+        other = self._born(Dumb(dumb.table.fork(), dumb.slots[:length]))
+        other.table.truncate(length)
         assert self.pool.used_blocks == used
         return other
 

@@ -34,9 +34,9 @@ from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MemoryLimitError, OutOfBlocksError, RuntimeFailure, StoreError
 from recollect.kv import disk as disk_module
 from recollect.kv import prefix as prefix_module
-from recollect.kv.blocks import BlockPool, BlockTable, CachedBlock, blocks_for, chained_key
+from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for, chained_key
 from recollect.kv.disk import DiskStore
-from recollect.kv.prefix import CachedTable, PrefixCache
+from recollect.kv.prefix import BlockTable, PrefixCache
 from recollect.kv.record import Buffer, Entry, Identity
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
@@ -385,11 +385,13 @@ class EngineMachine(RuleBasedStateMachine):
         if sequence.logits is not None:
             return 0, 0
         namespace = sequence.namespace
+        # What is public is looked for when a sequence begins.
+        public = set(self.published) if sequence.computed < SIZE else set[Ids]()
         least, most = (
             len(ids) - max(sequence.computed, 0 if namespace is None else self._longest(known, ids))
             for known in (
                 self.seen[namespace or ""] | self.ever,
-                self.left[namespace or ""] | set(self.published),
+                self.left[namespace or ""] | public,
             )
         )
         again = 1  # logits need a forward pass
@@ -536,7 +538,8 @@ def _skip_the_copy(patch: pytest.MonkeyPatch) -> None:
 
 def _trust_kv_after_a_failure(patch: pytest.MonkeyPatch) -> None:
     """What a failed pass wrote counts as computed up to where it began, copies included."""
-    patch.setattr(CachedTable, "abandon", lambda self, _: self.table.crop(self.length))
+    truncate = BlockTable.truncate
+    patch.setattr(BlockTable, "truncate", lambda self, _: truncate(self, self.length))
 
 
 def _keep_logits_after_a_rewind(patch: pytest.MonkeyPatch) -> None:
@@ -552,10 +555,12 @@ def _keep_logits_after_a_rewind(patch: pytest.MonkeyPatch) -> None:
 
 
 def _leak(patch: pytest.MonkeyPatch) -> None:
-    def crop(self: BlockTable, length: int) -> None:
-        del self._blocks[blocks_for(length, SIZE) :]
+    def truncate(self: BlockTable, length: int) -> None:
+        del self.blocks[blocks_for(length, SIZE) :]
+        del self.chain[length // SIZE :]
+        self.length = length
 
-    patch.setattr(BlockTable, "crop", crop)
+    patch.setattr(BlockTable, "truncate", truncate)
 
 
 def _share_across_namespaces(patch: pytest.MonkeyPatch) -> None:
@@ -579,7 +584,7 @@ def _find_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_the_tail(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CachedTable, "leave_tail", lambda _self, _ids: None)
+    patch.setattr(BlockTable, "leave_tail", lambda _self, _ids: None)
 
 
 def _share_a_wrong_block(patch: pytest.MonkeyPatch) -> None:

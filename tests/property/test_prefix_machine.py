@@ -4,7 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from hypothesis import settings
@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, EvictionOrder, Siblings
-from recollect.kv.prefix import CachedTable, Match, PrefixCache
+from recollect.kv.prefix import BlockTable, Match, PrefixCache
 from recollect.types import common_prefix_length
 
 NUM_BLOCKS: Final = 16
@@ -36,7 +36,7 @@ Slot = tuple[object, Ids]
 class Dumb:
     """A history, and how much of it has KV; nothing shared and nothing saved."""
 
-    kv: CachedTable
+    kv: BlockTable
     owner: object
     ids: list[int] = field(default_factory=list)
 
@@ -62,7 +62,7 @@ class PrefixMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS, SIZE)
-        self.cache = PrefixCache(self.pool, "fingerprint")
+        self.cache = PrefixCache(self.pool, "fingerprint", whole_blocks_only=self.whole_blocks_only)
         self.memory: list[list[Slot | None]] = [[None] * SIZE for _ in range(NUM_BLOCKS)]
         self.alive: list[Dumb] = []
         self.left: dict[object, set[Ids]] = {"a": set(), "b": set(), PUBLIC: set()}
@@ -85,8 +85,10 @@ class PrefixMachine(RuleBasedStateMachine):
         dumb.ids += ids
         known = 0
         if dumb.shares and dumb.kv.length < len(dumb.ids) - 1:
-            known = self._known(dumb)
-            self._match(dumb.owner, dumb.ids)
+            begins = dumb.kv.length < SIZE  # what is public is looked for when a sequence begins
+            known = self._expected(dumb.owner, dumb.ids, public=begins)
+            if begins:
+                self._match(dumb.owner, dumb.ids)
         gained = dumb.kv.reuse(dumb.ids)
         assert dumb.kv.length == max(length, known), "what is known is taken over, and nothing else"
         assert gained == dumb.kv.length - length
@@ -133,7 +135,7 @@ class PrefixMachine(RuleBasedStateMachine):
         """With or without leaving the tail behind, as when it is only forgotten."""
         if parks:
             self.park(dumb)
-        dumb.kv.table.drop()
+        dumb.kv.drop()
         self.alive.remove(dumb)
 
     @rule(dumb=tables, length=st.integers(0, 12))
@@ -142,7 +144,7 @@ class PrefixMachine(RuleBasedStateMachine):
             return
         ids = dumb.ids[:length]
         match = self._match(dumb.owner, ids)
-        found = [*match.full[-1:], *([match.partial] if match.partial else [])]
+        found = match.blocks[-1:]
         for cached in found:
             self.cache.pin(cached)
         self.pinned.append(found)
@@ -162,7 +164,7 @@ class PrefixMachine(RuleBasedStateMachine):
         wanted = public.ids
         self.alive.remove(public)
         match = self._match(PUBLIC, wanted)
-        found = [*match.full[-1:], *([match.partial] if match.partial else [])]
+        found = match.blocks[-1:]
         for cached in found:
             self.cache.pin(cached)
         if found:
@@ -193,12 +195,9 @@ class PrefixMachine(RuleBasedStateMachine):
         wanted = [*dumb.ids[: max(0, len(dumb.ids) - back)], *ids]
         expected = self._expected(namespace, wanted)
         match = self._match(namespace, wanted)
-        found = len(match.full) * SIZE + match.partial_tokens
-        assert found == expected
-        blocks = [cached.block for cached in match.full]
-        if match.partial is not None:
-            blocks.append(match.partial.block)
-        read = [slot for block in blocks for slot in self.memory[block]][:found]
+        assert match.tokens == expected
+        read = [slot for cached in match.blocks for slot in self.memory[cached.block]]
+        read = read[: match.tokens]
         assert self._may_read(namespace, read, wanted)
 
     @invariant()
@@ -240,7 +239,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
     def _born(self, namespace: str | None) -> Dumb:
         root = None if namespace is None else self.cache.root(namespace)
-        kv = CachedTable(self.pool, self.cache, root, inside_blocks=not self.whole_blocks_only)
+        kv = BlockTable(self.pool, self.cache, root)
         dumb = Dumb(kv, next(self.strangers) if namespace is None else namespace)
         self.alive.append(dumb)
         return dumb
@@ -259,7 +258,7 @@ class PrefixMachine(RuleBasedStateMachine):
         if fails:
             for place in range(start, len(dumb.ids)):
                 self.memory[dumb.kv.blocks[place // SIZE]][place % SIZE] = None
-            dumb.kv.abandon(start // SIZE * SIZE)
+            dumb.kv.truncate(start // SIZE * SIZE)
             return
         for source, target in copies:
             self.memory[target] = self.memory[source][:]
@@ -274,21 +273,17 @@ class PrefixMachine(RuleBasedStateMachine):
         if dumb.shares and not self.whole_blocks_only:
             self.left[dumb.owner].add(tuple(dumb.ids[: dumb.kv.length]))
 
-    def _expected(self, namespace: object, ids: Sequence[int]) -> int:
-        public = [] if namespace == PUBLIC else [one for one, _ in self.published]
-        known = [*self.left[namespace], *public]
+    def _expected(self, namespace: object, ids: Sequence[int], *, public: bool = True) -> int:
+        known = [*self.left[namespace]]
+        if public and namespace != PUBLIC:
+            known += [one for one, _ in self.published]
         longest = max((common_prefix_length(ids, one) for one in known), default=0)
         return longest // SIZE * SIZE if self.whole_blocks_only else longest
 
-    def _known(self, dumb: Dumb) -> int:
-        return self._expected(dumb.owner, dumb.ids)
-
     def _match(self, namespace: object, ids: Sequence[int]) -> Match:
         assert isinstance(namespace, str)
-        inside = not self.whole_blocks_only
-        match = self.cache.match(self.cache.root(namespace), ids, inside_block=inside)
-        found = [*match.full, *([match.partial] if match.partial else [])]
-        for history in [_history(cached) for cached in found[-1:]]:
+        match = self.cache.match(self.cache.root(namespace), ids)
+        for history in [_history(cached) for cached in match.blocks[-1:]]:
             if not any(one[: len(history)] == history for one in self.left[namespace]):
                 assert namespace != PUBLIC
                 assert any(one[: len(history)] == history for one, _ in self.published)
@@ -404,11 +399,9 @@ def _evict_prefixes_first(patch: pytest.MonkeyPatch) -> None:
 def _evict_the_latest(patch: pytest.MonkeyPatch) -> None:
     match = PrefixCache.match
 
-    def forgetful(
-        self: PrefixCache, after: CachedBlock, ids: Sequence[int], *, inside_block: bool
-    ) -> Match:
-        found = match(self, after, ids, inside_block=inside_block)
-        for cached in found.full:
+    def forgetful(self: PrefixCache, after: CachedBlock, ids: Sequence[int]) -> Match:
+        found = match(self, after, ids)
+        for cached in found.blocks:
             cached.last_used = 0
             for child in cached.children.values():
                 child.last_used = 0
@@ -444,32 +437,28 @@ def _skip_the_copy(patch: pytest.MonkeyPatch) -> None:
 def _share_a_wrong_block(patch: pytest.MonkeyPatch) -> None:
     """Blocks are taken for the same where their first tokens are."""
 
-    def covering(_: PrefixCache, parent: CachedBlock, ids: Ids) -> CachedBlock | None:
-        alike = (c for c in parent.children.values() if c.token_ids[: len(ids) - 1] == ids[:-1])
+    def careless(self: Siblings, ids: Ids) -> CachedBlock | None:
+        alike = (c for c in self.values() if c.token_ids[: len(ids) - 1] == ids[:-1])
         return next((c for c in alike if len(c.token_ids) == len(ids)), None)
 
-    patch.setattr(PrefixCache, "_covering", covering)
+    patch.setattr(Siblings, "beginning_with", careless)
 
 
 def _match_a_token_too_many(patch: pytest.MonkeyPatch) -> None:
     match = PrefixCache.match
 
-    def greedy(
-        self: PrefixCache, after: CachedBlock, ids: Sequence[int], *, inside_block: bool
-    ) -> Match:
-        found = match(self, after, ids, inside_block=inside_block)
-        partial = found.partial
-        if partial is None or found.partial_tokens >= len(partial.token_ids):
+    def greedy(self: PrefixCache, after: CachedBlock, ids: Sequence[int]) -> Match:
+        found = match(self, after, ids)
+        part = found.tokens % SIZE
+        if not part or part >= len(found.blocks[-1].token_ids) or found.tokens >= len(ids):
             return found
-        if len(found.full) * SIZE + found.partial_tokens >= len(ids):
-            return found
-        return Match(found.full, partial, found.partial_tokens + 1)
+        return Match(found.blocks, found.tokens + 1)
 
     patch.setattr(PrefixCache, "match", greedy)
 
 
 def _keep_two_of_one(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CachedTable, "reuse", lambda _self, _ids: 0)
+    patch.setattr(BlockTable, "reuse", lambda _self, _ids: 0)
 
 
 def _publish_what_a_client_goes_on_with(patch: pytest.MonkeyPatch) -> None:
@@ -479,44 +468,47 @@ def _publish_what_a_client_goes_on_with(patch: pytest.MonkeyPatch) -> None:
     def misplaced(
         self: PrefixCache, after: CachedBlock, ids: Sequence[int], block: int
     ) -> CachedBlock:
-        public = self._public_twin(after) if after.parent is not None else None
+        public: CachedBlock | None = self.root(PUBLIC)
+        for there in after.path():
+            public = public and public.children.get(there.token_ids)
         return insert(self, public or after, ids, block)
 
     patch.setattr(PrefixCache, "insert", misplaced)
 
 
 def _share_what_is_not_marked(patch: pytest.MonkeyPatch) -> None:
-    def child(parent: CachedBlock | None, ids: Ids) -> CachedBlock | None:
-        return None if parent is None else parent.children.get(ids)
+    class Everything(dict[CachedBlock, Siblings]):
+        def get(self, node: CachedBlock, default: Any = None) -> Any:
+            return node.children if default is None else super().get(node, default)
 
-    patch.setattr("recollect.kv.prefix._pinned_child", child)
-
-
-def _take_any_key_for_public(patch: pytest.MonkeyPatch) -> None:
-    """What the key a has pinned, others find."""
     init = PrefixCache.__init__
 
-    def made(self: PrefixCache, pool: BlockPool, fingerprint: str) -> None:
-        init(self, pool, fingerprint)
-        self._public = self.root("a")
+    def made(self: PrefixCache, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        self._pinned = Everything()
 
     patch.setattr(PrefixCache, "__init__", made)
 
 
+def _take_any_key_for_public(patch: pytest.MonkeyPatch) -> None:
+    """What the key a has pinned, others find."""
+    patch.setattr("recollect.kv.prefix.PUBLIC", "a")
+
+
 def _ignore_what_is_public(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PrefixCache, "_public_twin", lambda _self, _cached: None)
+    patch.setattr("recollect.kv.prefix.PUBLIC", "nobody's")
 
 
 def _hold_a_second_place_without_a_reference(patch: pytest.MonkeyPatch) -> None:
-    place = PrefixCache._place
+    add = PrefixCache._add
 
     def unheld(self: PrefixCache, after: CachedBlock, ids: Ids, block: int) -> CachedBlock:
-        placed = place(self, after, ids, block)
-        if len(self._places[block]) > 1:
+        added = add(self, after, ids, block)
+        if len(self._nodes[block]) > 1:
             self._pool.release([block])
-        return placed
+        return added
 
-    patch.setattr(PrefixCache, "_place", unheld)
+    patch.setattr(PrefixCache, "_add", unheld)
 
 
 def _count_a_place_for_a_block(patch: pytest.MonkeyPatch) -> None:
@@ -529,13 +521,13 @@ def _count_a_place_for_a_block(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_the_tail(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CachedTable, "leave_tail", lambda _self, _ids: None)
+    patch.setattr(BlockTable, "leave_tail", lambda _self, _ids: None)
 
 
 def _trust_kv_after_a_failure(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        CachedTable,
-        "abandon",
+        BlockTable,
+        "truncate",
         lambda self, length: setattr(self, "length", min(len(self.blocks) * SIZE, length + 1)),
     )
 

@@ -36,7 +36,7 @@ from recollect.errors import (
     RuntimeFailure,
 )
 from recollect.kv.blocks import CachedBlock
-from recollect.kv.prefix import CachedTable, Match, PrefixCache
+from recollect.kv.prefix import BlockTable, Match, PrefixCache
 from recollect.models.catalog import reference_model
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
@@ -418,14 +418,11 @@ def _match_a_token_too_many(patch: pytest.MonkeyPatch) -> None:
     """Other ids over old KV, as where text is undone and the cache is not."""
     match = PrefixCache.match
 
-    def greedy(
-        self: PrefixCache, after: CachedBlock, ids: Sequence[int], *, inside_block: bool
-    ) -> Match:
-        found = match(self, after, ids, inside_block=inside_block)
-        end = len(found.full) * SIZE + found.partial_tokens
-        if found.partial is None or end >= len(ids) or found.partial_tokens == SIZE:
+    def greedy(self: PrefixCache, after: CachedBlock, ids: Sequence[int]) -> Match:
+        found = match(self, after, ids)
+        if found.tokens >= len(ids) or found.tokens % SIZE == 0:
             return found
-        return replace(found, partial_tokens=found.partial_tokens + 1)
+        return replace(found, tokens=found.tokens + 1)
 
     patch.setattr(PrefixCache, "match", greedy)
 
@@ -446,7 +443,7 @@ def _compute_everything_each_time(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_the_reply(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CachedTable, "leave_tail", lambda _self, _ids: None)
+    patch.setattr(BlockTable, "leave_tail", lambda _self, _ids: None)
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

@@ -5,14 +5,11 @@ Threads read it as an iterator and coroutines as an asynchronous one, of the sam
 generator and a tokenizer; not what a conversation is, nor where a reply is kept.
 """
 
-import asyncio
 import time
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
-from queue import Empty, SimpleQueue
 from typing import Final, Self
 
 from recollect.engine.engine import Engine
@@ -174,79 +171,32 @@ _Generated = tuple[int, Likelihood | None]
 """A token, and how likely it was where somebody asked."""
 
 
-class _Generation(Task):
+class _Generation:
     """
-    The engine's half of a reply: generates tokens and leaves them for the reader.
+    The engine's half of a reply: puts its tokens into the stream of a task.
 
-    Does not know its reader, so that a reply that nobody holds any more is noticed and ends. Its
-    methods run on the engine's thread, but for those that read.
+    Does not know its reader, so that a reply that nobody holds any more is noticed and ends.
     """
 
     def __init__(self, generator: Generator) -> None:
-        super().__init__(
-            generator.sequence, self._generate, hand_over=self._hand_over, on_end=self._end
-        )
         self._generator = generator
-        self._fresh: list[_Generated] = []  # tokens that the reader is not told of yet
-        # Tokens on their way to the reader; None is the last.
-        self._queue: SimpleQueue[_Generated | None] = SimpleQueue()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._has_come = asyncio.Event()
+        # Others can have the blocks once it has ended, however late the reader is.
+        self.task = Task(generator.sequence, self._generate, on_end=generator.sequence.park)
         self.begun_s = self.last_token_s = time.perf_counter()
         self.first_token_s: float | None = None
-        self.generated = 0
-        """Tokens so far, those of a stop string included."""
-
-    def next(self) -> _Generated | None:
-        """Wait for the next token, on any thread; None: there are no more."""
-        return self._queue.get()
-
-    async def next_on_loop(self) -> _Generated | None:
-        """Do the same on an event loop, which is always the same one."""
-        self._loop = asyncio.get_running_loop()
-        while True:
-            self._has_come.clear()  # before the look, so that what comes after it wakes us
-            with suppress(Empty):
-                return self._queue.get_nowait()
-            await self._has_come.wait()
-
-    def unread(self) -> Iterator[_Generated]:
-        """Yield the tokens that nobody has read, once there come no more."""
-        while not self._queue.empty():
-            if (generated := self._queue.get()) is not None:
-                yield generated
+        self.tokens = 0
+        """Generated so far, those of a stop string included."""
 
     def _generate(self) -> bool:
-        """Generate one token; return whether to go on."""
+        """Generate one token, on the engine's thread; return whether to go on."""
         token = self._generator.generate_next_token()
         self.last_token_s = time.perf_counter()
         if self.first_token_s is None:
             self.first_token_s = self.last_token_s
         if token is not None:
-            self.generated += 1
-            self._fresh.append((token, self._generator.likelihood))
+            self.tokens += 1
+            self.task.stream.put((token, self._generator.likelihood))
         return not self._generator.is_done()
-
-    def _hand_over(self) -> bool:
-        is_first = 0 < self.generated == len(self._fresh)
-        if self._fresh:
-            self._put(*self._fresh)
-            self._fresh.clear()
-        return is_first
-
-    def _end(self) -> None:
-        """Let others have the blocks, however late the reader is."""
-        try:
-            self.sequence.park()
-        finally:
-            self._put(None)
-
-    def _put(self, *generated: _Generated | None) -> None:
-        for one in generated:
-            self._queue.put(one)
-        if self._loop is not None:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self._loop.call_soon_threadsafe(self._has_come.set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +277,8 @@ class ReplyGeneration:
         self._matcher = StopMatcher(generator.params.stop)
         self._sequence = generator.sequence
         self._start = len(self._sequence)
-        self._task = _Generation(generator)
+        self._generation = _Generation(generator)
+        self._task = self._generation.task
         self._read = self._decoded_characters = 0
         # Where the text can be cut between two tokens: after how many characters, and tokens.
         self._boundaries = [(0, 0)]
@@ -368,7 +319,7 @@ class ReplyGeneration:
     @property
     def generated_tokens(self) -> int:
         """Return how many tokens were generated, those of a stop string included."""
-        return self._task.generated
+        return self._generation.tokens
 
     @property
     def prefill_progress(self) -> tuple[int, int]:
@@ -391,8 +342,9 @@ class ReplyGeneration:
         Raises:
             RecollectError: What the engine failed with; the pieces before it are part of the reply.
         """
+        tokens = iter(self._task.stream)
         while not self._read_to_end:
-            generated = self._task.next()
+            generated = next(tokens, None)
             if piece := self._piece_of(generated):
                 yield piece
             if generated is None:
@@ -400,8 +352,9 @@ class ReplyGeneration:
 
     async def __aiter__(self) -> AsyncIterator[str]:
         """Do the same on an event loop. What `finish` and `close` do may take long: not there."""
+        tokens = aiter(self._task.stream)
         while not self._read_to_end:
-            generated = await self._task.next_on_loop()
+            generated = await anext(tokens, None)
             if piece := self._piece_of(generated):
                 yield piece
             if generated is None:
@@ -440,12 +393,12 @@ class ReplyGeneration:
         self._task.join()
         if self._finish_reason is None:
             self._finish_reason = "cancelled"
-        kept = self._task.generated
+        kept = self._generation.tokens
         if not self._is_whole:
             self._is_whole = True
             kept = self._cut_at(self.text)
         if self._logprobs is not None:
-            for unread in self._task.unread():  # without text, they stay in the history
+            for unread in self._task.stream:  # without text, they stay in the history
                 self._decoded(*unread)
             self._logprobs.finish(kept)
 
@@ -474,7 +427,7 @@ class ReplyGeneration:
 
         From then on the numbers of the prompt stay as they are.
         """
-        return None if self._task.first_token_s is None else self.usage()
+        return None if self._generation.first_token_s is None else self.usage()
 
     def usage(self) -> Usage:
         """
@@ -483,25 +436,25 @@ class ReplyGeneration:
         Reused are the tokens of the prompt that no forward pass was planned to feed for this turn;
         computed are all that one was fed with, so a token fed twice would show.
         """
-        task = self._task
-        fed = [plan for plan in task.fed if plan.start < self._start]
+        generation = self._generation
+        fed = [plan for plan in self._task.fed if plan.start < self._start]
         positions = {n for plan in fed for n in range(plan.start, min(plan.end, self._start))}
         computed = sum(min(plan.end, self._start) - plan.start for plan in fed)
         read_ahead = len(self._positions_read_ahead() - positions)
         reused = self._start - len(positions) - read_ahead
-        first = task.first_token_s
-        ttft_s = (task.last_token_s if first is None else first) - task.begun_s
-        decode_s = 0.0 if first is None else task.last_token_s - first
+        first = generation.first_token_s
+        ttft_s = (generation.last_token_s if first is None else first) - generation.begun_s
+        decode_s = 0.0 if first is None else generation.last_token_s - first
         return Usage(
             prompt_tokens=self._start,
             reused_tokens=reused,
             restored_tokens=min(self._restored_tokens(), reused),
             computed_tokens=computed + read_ahead,
             read_ahead_tokens=read_ahead,
-            generated_tokens=task.generated,
+            generated_tokens=generation.tokens,
             ttft_s=ttft_s,
             prefill_tps=tokens_per_second(computed, ttft_s),
-            decode_tps=tokens_per_second(task.generated - 1, decode_s),
+            decode_tps=tokens_per_second(generation.tokens - 1, decode_s),
         )
 
     def _whole(self) -> GeneratedReply:

@@ -410,16 +410,17 @@ class DiskTier:
             token_ids: Shape `(n,)`.
         """
         size = self._block_size
-        start = len(match.full) * size
-        after = match.full[-1] if match.full else root
+        full = match.tokens // size
+        start = full * size
+        after = match.blocks[full - 1] if full else root
         try:
             found = self.store.find(
                 after.key, token_ids[start:], block_size=size, inside_block=self._inside_blocks
             )
         except StoreError:
-            return start + match.partial_tokens  # the next restore tells what is wrong
+            return match.tokens  # the next restore tells what is wrong
         on_disk = max(0, len(found.entries) - 1) * size + found.last_tokens
-        return start + max(match.partial_tokens, on_disk)
+        return max(match.tokens, start + on_disk)
 
     def statistics(self) -> TierStatistics:
         """Return what was done so far."""

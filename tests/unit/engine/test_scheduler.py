@@ -47,10 +47,10 @@ def admitted(scheduler: Scheduler, *tasks: Task, fits: Any = lambda _: True) -> 
 
 
 def fed(scheduler: Scheduler) -> dict[Task, FeedPlan]:
-    planned = scheduler.plan()
-    scheduler.feed(planned)
+    chunks = scheduler.plan()
+    scheduler.feed(chunks)
     scheduler.check()
-    return planned.chunks
+    return chunks
 
 
 def test_nothing_to_do_is_an_empty_pass(scheduler: Scheduler) -> None:
@@ -230,7 +230,7 @@ def test_whoever_has_nothing_running_gets_the_place_of_the_newest_of_whoever_has
     assert parked.namespace == "a"
     assert scheduler.waiting[0] is parked
     assert {task.namespace for task in scheduler.running} == {"a", "b", "c"}
-    assert (len(scheduler.running), scheduler.parked) == (MOST_RUNNING, 1)
+    assert (len(scheduler.running), scheduler.preemptions) == (MOST_RUNNING, 1)
 
 
 def test_nobody_makes_way_for_a_second_reply_or_where_each_has_one(
@@ -244,7 +244,7 @@ def test_nobody_makes_way_for_a_second_reply_or_where_each_has_one(
     second = task_of([8, 8], namespace="key 0")
     assert admitted(scheduler, second) == [*many[:-1], late]
     assert list(scheduler.waiting) == [second]
-    assert scheduler.parked == 0
+    assert scheduler.preemptions == 0
 
 
 def test_who_lacks_memory_makes_those_with_the_most_wait_until_it_is_there(

@@ -1,5 +1,6 @@
 """Any number of threads submit, cancel and fail; each gets what it would get alone."""
 
+import asyncio
 import gc
 import threading
 import weakref
@@ -48,7 +49,7 @@ class Talk:
         return not self.generator.is_done()
 
     def tokens(self) -> list[int]:
-        assert self.task._ended.wait(WAIT_S)
+        assert self.task.join(WAIT_S)
         self.task.wait()
         return self.generator.get_sequence()[len(self.prompt) :]
 
@@ -268,7 +269,7 @@ def test_a_bug_in_the_engine_leaves_nobody_waiting(
 
     monkeypatch.setattr(engine._scheduler, "plan", broken)
     for talk in talks:
-        assert talk.task._ended.wait(WAIT_S)
+        assert talk.task.join(WAIT_S)
         with pytest.raises(RuntimeFailure, match="planted"):
             talk.task.wait()
     with pytest.raises(RuntimeFailure, match="met a bug"):
@@ -406,7 +407,7 @@ def test_idle_work_gives_way_and_is_done_in_the_end(engine: Engine, gates: list[
     work = Talk(engine, ids_of(5, 1), 3)
     gate.let_all_through()
     work.tokens()
-    assert not idle.ended or idle.state == "done"
+    assert not idle.join(0) or idle.state == "done"
     idle.wait()
     lengths = [[len(row.token_ids) for row in rows] for rows in gate.rows]
     assert lengths == [[8], [5], [1], [1], [8], [8], [8], [8]]
@@ -513,3 +514,80 @@ def test_a_callback_cannot_close_its_engine_and_is_told(engine: Engine) -> None:
         task.wait()
     engine.check()
     engine.close()
+
+
+def counting(engine: Engine, count: int) -> Task:
+    """Return a task whose results are the numbers below *count*."""
+    sequence, said = appended(engine, ids_of(9)), list[int]()
+
+    def on_logits() -> bool:
+        task.stream.put(len(said))
+        said.append(len(said))
+        sequence.append([1])
+        return len(said) < count
+
+    task = Task(sequence, on_logits)
+    return task
+
+
+async def read(task: Task, most: int) -> list[int]:
+    results: list[int] = []
+    async for result in task.stream:
+        results.append(result)
+        if len(results) == most:
+            break
+    return results
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_thread_reads_all_results_of_a_task_and_then_the_end(engine: Engine, late: bool) -> None:
+    task = counting(engine, 5)
+    engine.submit(task)
+    if late:
+        task.wait()
+    assert list(task.stream) == [0, 1, 2, 3, 4]
+    assert list(task.stream) == []
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_event_loop_reads_what_a_thread_would(engine: Engine, late: bool) -> None:
+    tasks = [counting(engine, 5) for _ in range(3)]
+
+    async def read_all() -> list[list[int]]:
+        return await asyncio.wait_for(asyncio.gather(*(read(task, 9) for task in tasks)), WAIT_S)
+
+    for task in tasks:
+        engine.submit(task)
+        if late:
+            task.wait()
+    assert asyncio.run(read_all()) == [[0, 1, 2, 3, 4]] * 3
+    assert asyncio.run(read(tasks[0], 9)) == []
+
+
+def test_a_reader_may_stop_and_another_one_goes_on(engine: Engine, gates: list[Gate]) -> None:
+    gates.append(gate := Gate(engine))
+    task = counting(engine, 5)
+    engine.submit(task)
+    gate.wait()
+    for _ in range(2):
+        gate.passes.release()
+        gate.wait()
+    assert asyncio.run(read(task, 1)) == [0], "its loop is closed while the engine goes on"
+    gate.let_all_through()
+    assert list(task.stream) == [1, 2, 3, 4]
+    task.wait()
+    assert task.state == "done"
+
+
+def test_results_before_a_failure_are_read_and_the_failure_is_told(engine: Engine) -> None:
+    sequence = appended(engine, ids_of(9))
+
+    def on_logits() -> bool:
+        task.stream.put("a")
+        raise RuntimeFailure("planted")
+
+    task = Task(sequence, on_logits)
+    engine.submit(task)
+    assert list(task.stream) == ["a"]
+    with pytest.raises(RuntimeFailure, match="planted"):
+        task.wait()

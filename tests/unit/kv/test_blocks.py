@@ -4,16 +4,25 @@ import threading
 
 import pytest
 
-from recollect.errors import MisuseError, OutOfBlocksError
-from recollect.kv.blocks import BlockPool, BlockTable, WritePlan, blocks_for
+from recollect.errors import OutOfBlocksError
+from recollect.kv.blocks import BlockPool, blocks_for
+from recollect.kv.prefix import BlockTable, PrefixCache, WritePlan
 
 
 def filled(pool: BlockPool, slots: int) -> BlockTable:
     """Return a table whose slots `[0, slots)` were written."""
-    table = BlockTable(pool)
+    table = BlockTable(pool, PrefixCache(pool, "model"))
     if slots:
         table.prepare_write(0, slots)
+        table.written((), slots)
     return table
+
+
+def fork_of(table: BlockTable, slots: int) -> BlockTable:
+    """Return a table over the blocks of the first slots, shared."""
+    fork = table.fork()
+    fork.truncate(slots)
+    return fork
 
 
 @pytest.mark.parametrize(
@@ -125,7 +134,7 @@ def test_a_write_copies_a_shared_block_and_only_that(
     slots: int, shared: int, start: int, end: int, expected: WritePlan
 ) -> None:
     table = filled(BlockPool(16, 4), slots)
-    fork = table.fork(shared)
+    fork = fork_of(table, shared)
     assert table.plan_write(start, end) == expected
     assert fork.blocks == table.blocks[: blocks_for(shared, 4)]
 
@@ -136,7 +145,7 @@ def test_after_a_write_is_prepared_no_other_table_holds_what_is_written(
 ) -> None:
     pool = BlockPool(16, 4)
     table = filled(pool, slots)
-    fork = table.fork(shared)
+    fork = fork_of(table, shared)
     before, of_fork = list(table.blocks), list(fork.blocks)
     copies = table.prepare_write(start, end)
     written = table.blocks[start // 4 : blocks_for(end, 4)]
@@ -152,7 +161,7 @@ def test_after_a_write_is_prepared_no_other_table_holds_what_is_written(
 def test_the_second_writer_of_a_shared_block_keeps_it() -> None:
     pool = BlockPool(4, 4)
     first = filled(pool, 3)
-    second = first.fork(3)
+    second = fork_of(first, 3)
     shared = second.blocks[0]
     assert len(first.prepare_write(3, 4)) == 1
     assert second.prepare_write(3, 4) == []
@@ -162,7 +171,7 @@ def test_the_second_writer_of_a_shared_block_keeps_it() -> None:
 def test_a_write_without_enough_blocks_changes_nothing() -> None:
     pool = BlockPool(3, 4)
     table = filled(pool, 7)
-    fork = table.fork(7)
+    fork = fork_of(table, 7)
     before = list(table.blocks)
     with pytest.raises(OutOfBlocksError):
         table.prepare_write(7, 9)
@@ -172,36 +181,22 @@ def test_a_write_without_enough_blocks_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("length", range(10))
-def test_crop_keeps_the_blocks_of_the_first_slots(length: int) -> None:
+def test_truncating_keeps_the_blocks_of_the_first_slots(length: int) -> None:
     pool = BlockPool(4, 4)
     table = filled(pool, 9)
     before = list(table.blocks)
-    table.crop(length)
+    table.truncate(length)
     assert table.blocks == before[: blocks_for(length, 4)]
     pool.check([table.blocks])
 
 
-def test_crop_beyond_the_end_changes_nothing() -> None:
-    table = filled(BlockPool(4, 4), 5)
-    table.crop(100)
-    assert len(table.blocks) == 2
-
-
-def test_cropping_a_fork_leaves_the_other_its_blocks() -> None:
+def test_truncating_a_fork_leaves_the_other_its_blocks() -> None:
     pool = BlockPool(4, 4)
     table = filled(pool, 9)
-    fork = table.fork(9)
-    fork.crop(0)
+    fork = fork_of(table, 9)
+    fork.truncate(0)
     assert len(table.blocks) == 3
     pool.check([table.blocks, fork.blocks])
-
-
-def test_a_fork_of_slots_that_no_block_holds_is_misuse() -> None:
-    pool = BlockPool(4, 4)
-    table = filled(pool, 4)
-    with pytest.raises(MisuseError):
-        table.fork(5)
-    pool.check([table.blocks])
 
 
 def test_dropping_twice_releases_once() -> None:
