@@ -22,9 +22,9 @@ from recollect.conversation.matching import Change
 from recollect.conversation.prompt import Prompting
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
-from recollect.conversation.turn import Expectation, IdleWork, Reply, Turn, explained
+from recollect.conversation.turn import Expectation, Reply, Turn, explained
 from recollect.engine.pinning import pin_on_disk
-from recollect.engine.reply import GeneratedReply, ReadAhead, ReplyGeneration
+from recollect.engine.reply import GeneratedReply, IdleWork, ReadAhead, ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan

@@ -11,9 +11,9 @@ import pytest
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Tree
-from recollect.conversation.turn import IdleWork, Reply
+from recollect.conversation.turn import Reply
 from recollect.engine import scheduler as scheduler_module
-from recollect.engine.reply import ReplyGeneration
+from recollect.engine.reply import IdleWork, ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.engine.scheduler import Task
 from recollect.errors import (
