@@ -1,13 +1,11 @@
 """
 A place in a conversation from which a person goes on: ask, undo, rewind, fork, regenerate, edit.
 
-Joins the tree (what was said) and the prompt encoder (as which token ids). No KV is held between
-turns: each turn asks for the token ids that its place in the tree means, and finds in the engine's
-cache what any earlier work left of them. So no operation on the tree can leave the KV behind.
-
-Where somebody stands in a conversation's tree, and how one moves there.
-
-Knows nodes and named tips; no tokens, no KV, no replies.
+A `Place` is a node of the tree and how one moves there; a `Session` also asks, and a `ReplyStream` is
+the reply while it is generated. Joins the tree (what was said) and the prompt encoder (as which token
+ids). No KV is held between turns: each turn asks for the token ids that its place in the tree means,
+and finds in the engine's cache what any earlier work left of them. So no operation on the tree can
+leave the KV behind.
 """
 
 import threading
@@ -135,8 +133,9 @@ class Place:
         asked = [node for node in self.path() if node.role == "user"]
         if not 1 <= turns <= len(asked):
             raise RewindError(
-                f"Cannot undo {turns} turns: the conversation has {len(asked)}; "
-                "give a number between 1 and that."
+                f"Cannot undo {turns} turns: the conversation has {len(asked)}."
+                if asked
+                else "Nothing to undo."
             )
         parent = asked[-turns].parent
         assert parent is not None, "a user's message has a parent"

@@ -28,6 +28,7 @@ from recollect.server.fields import (
     Text,
     check_count,
     offer,
+    tool_schema,
 )
 from recollect.server.refusals import ApiError, anthropic_body
 from recollect.server.services import (
@@ -107,11 +108,7 @@ class InputMessage(Body):
 
 def _call(block: ToolUseBlock) -> MessageToolCall:
     arguments = json.dumps(block.input, ensure_ascii=False)
-    return {
-        "id": block.id,
-        "type": "function",
-        "function": {"name": block.name, "arguments": arguments},
-    }
+    return ToolCall(block.id, block.name, arguments).to_dict()
 
 
 class Tool(Body):
@@ -127,10 +124,7 @@ class Tool(Body):
 
     def schema_of(self) -> dict[str, Any]:
         """Return it as the engine has it."""
-        function: dict[str, Any] = {"name": self.name, "parameters": self.input_schema}
-        if self.description is not None:
-            function["description"] = self.description
-        return {"type": "function", "function": function}
+        return tool_schema(self.name, self.description, self.input_schema)
 
 
 class ToolChoice(Body):

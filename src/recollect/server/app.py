@@ -1,17 +1,10 @@
 """
-Puts a server together: endpoints, what they share, and what every request passes first.
+Put a server together, and run it until it is told to stop.
 
-`/v1/models`, `/health` and `/metrics`: what a server is, and how it is.
-
-Counts and logs each request: what was asked for, the answer's status, how long it took.
-
-Neither bodies nor keys are logged.
-
-Runs a server until it is told to stop.
-
-Graceful: after the first signal no request is taken, and replies may go on for a while. After it, or
-after a second signal, they end: what was said is in the journal, each client is told in a last event,
-and the models are closed.
+Here are the endpoints that say what a server is and how it is (`/v1/models`, `/health` and
+`/metrics`), how every error becomes a response, and how the process ends: after the first signal no
+request is taken, and replies may go on for a while. After it, or after a second signal, they end: what
+was said is in the journal, each client is told in a last event, and the models are closed.
 """
 
 import asyncio

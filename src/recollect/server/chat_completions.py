@@ -18,6 +18,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field, model_validator
 
+from recollect import types
 from recollect.conversation.model import Model
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import compute_watched
@@ -80,12 +81,7 @@ class ToolCall(Body):
 
     def call(self) -> MessageToolCall:
         """Return it as the engine has it."""
-        name, arguments = self.function.name, self.function.arguments
-        return {
-            "id": self.id,
-            "type": "function",
-            "function": {"name": name, "arguments": arguments},
-        }
+        return types.ToolCall(self.id, self.function.name, self.function.arguments).to_dict()
 
 
 class ChatMessage(Body):

@@ -1,13 +1,10 @@
 """
-`/v1/conversations`: kept conversations, and what others do not have: rewind, fork, tree.
+`/v1/conversations`: kept conversations, and what other APIs do not have: rewind, fork, tree, checkpoints.
 
-None of these computes anything: they move names in the journal. What they move to is warm while its
-KV is there.
-
-`/v1/conversations/{id}/checkpoint`: places that have a name, and their KV on disk.
-
-A place is a tip of the conversation that nothing moves. Its KV is a pin of the store, in the client's
-namespace and under a name that begins with the conversation's own, which nobody can guess.
+None of them but a checkpoint computes anything: they move names in the journal, and what these move
+to is warm while its KV is there. A checkpoint is a branch that nothing moves. Its KV is pinned on disk,
+in the client's namespace and under a name that begins with the conversation's own, which nobody can
+guess.
 """
 
 import asyncio
@@ -53,7 +50,7 @@ from recollect.server.fields import (
     check_count,
 )
 from recollect.server.refusals import ApiError, not_found
-from recollect.server.response_object import FlatTool, InputItem, ResponseHead, merged
+from recollect.server.response_object import FlatTool, InputItem, ResponseHead, item_list, merged
 from recollect.server.services import Services, client_of, services_of, with_model
 from recollect.types import SamplingParams
 
@@ -334,7 +331,7 @@ def list_conversations(
         }
         for info in shown
     ]
-    return {**_list(data), "has_more": len(found) > limit}
+    return item_list(data, has_more=len(found) > limit)
 
 
 @router.get("/v1/conversations/{conversation_id}")
@@ -386,7 +383,7 @@ def list_items(
         if after not in ids:
             raise not_found(f"item {after!r} in this conversation")
         items = items[ids.index(after) + 1 :]
-    return {**_list(items[:limit]), "has_more": len(items) > limit}
+    return item_list(items[:limit], has_more=len(items) > limit)
 
 
 @router.post("/v1/conversations/{conversation_id}/items")
@@ -402,7 +399,7 @@ def add_items(conversation_id: str, body: NewItems, request: Request) -> dict[st
             at = view_of(request, conversation_id).tip
         ids = set(services.journal.append(kept_as, at, _nodes(body.items), tip=branch))
     view = view_of(request, conversation_id)
-    return _list(view.items([node for node in view.stored.nodes if node.id in ids]))
+    return item_list(view.items([node for node in view.stored.nodes if node.id in ids]))
 
 
 @router.get("/v1/conversations/{conversation_id}/items/{item_id}")
@@ -514,13 +511,3 @@ def _target(view: ConversationView, where: Rewind) -> int | None:
     if where.turns > len(asked):
         raise RewindError(f"Cannot go back {where.turns} turns: the conversation has {len(asked)}.")
     return asked[-where.turns].parent_id
-
-
-def _list(items: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "object": "list",
-        "data": items,
-        "first_id": items[0]["id"] if items else None,
-        "last_id": items[-1]["id"] if items else None,
-        "has_more": False,
-    }

@@ -1,18 +1,12 @@
 """
-Fields that the requests of several APIs share, and what they mean to the engine.
-
-A field that would change the reply and is not supported is refused; one that would not is taken
-and ignored; one that nobody knows is refused, as OpenAI does.
-
-Tools and formats of replies, as OpenAI's clients describe them, and what they mean to the engine.
-
-Pure: parses and translates.
-
-Bodies: from bytes to what an endpoint takes, or to one sentence about what is wrong.
+Bodies of requests: from bytes to fields, and what the fields that APIs share mean to the engine.
 
 Everything that comes in passes here once: that it is JSON, how much and how deep it is, that its
-numbers are numbers and its texts are whole characters. Nothing behind it needs to look again. What is
+numbers are finite and its texts are whole characters. Nothing behind it needs to look again. What is
 done for a body is bounded by `Limits`, and large ones are read on a thread.
+
+A field that would change the reply and is not supported is refused; one that would not is taken and
+ignored; one that nobody knows is refused, as OpenAI does. Generates nothing.
 """
 
 import asyncio
@@ -260,6 +254,15 @@ class Offer(TypedDict):
     tools: Sequence[dict[str, Any]]
     tool_choice: str
     parallel_tool_calls: bool
+
+
+def tool_schema(
+    name: str, description: str | None, parameters: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return a tool as the engine has it."""
+    function = {"name": name, "description": description, "parameters": parameters}
+    given = {name: value for name, value in function.items() if value is not None}
+    return {"type": "function", "function": given}
 
 
 class NamedFunction(Body):

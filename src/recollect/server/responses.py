@@ -2,11 +2,8 @@
 `/v1/responses`: a response is a node of a kept conversation's tree, named by its id.
 
 So `previous_response_id` may name any earlier response, as often as one likes: each is a fork, warm
-while its KV is there, and right after a restart too.
-
-A response as the events that OpenAI's clients expect while it is generated.
-
-Knows the order of the events, not how the reply comes about.
+while its KV is there, and right after a restart too. First the response as the numbered events that
+OpenAI's clients expect while it is generated, then the calls.
 """
 
 import itertools
@@ -42,6 +39,7 @@ from recollect.server.response_object import (
     ResponseRequest,
     Said,
     function_call,
+    item_list,
     items_of,
     output_message,
     output_text,
@@ -62,7 +60,7 @@ from recollect.server.services import (
 )
 from recollect.server.usage import cost, recorded
 from recollect.text.tool_calls import ArgumentsDelta, CallStarted
-from recollect.types import Message
+from recollect.types import Message, ToolCall
 
 
 class _Response:
@@ -129,8 +127,7 @@ class _Response:
 
     def _call(self, event: CallEvent) -> Iterator[str]:
         if isinstance(event, CallStarted):
-            function = {"name": event.name, "arguments": ""}
-            call: Any = {"id": event.id, "type": "function", "function": function}
+            call = ToolCall(event.id, event.name, "").to_dict()
             yield self._begin_item(
                 function_call(self._head.message_id, event.index, call, "in_progress")
             )
@@ -303,13 +300,7 @@ def get_input_items(response_id: str, request: Request) -> dict[str, Any]:
     items = [
         item for number, node in enumerate(asked) for item in items_of(f"msg_{name}_{number}", node)
     ][::-1]
-    return {
-        "object": "list",
-        "data": items,
-        "first_id": items[0]["id"] if items else None,
-        "last_id": items[-1]["id"] if items else None,
-        "has_more": False,
-    }
+    return item_list(items)
 
 
 @router.delete("/v1/responses/{response_id}")
