@@ -230,25 +230,25 @@ def _require_key(key: str) -> str:
 
 
 _RETRY_S: Final = 5
-"""After how many seconds a body is worth another try that found no room: replies take seconds."""
+"""When a client may try again whose body found no room: replies take seconds."""
 
 
 class HeldBytes:
-    """How much the bodies of all requests hold that are being received or answered."""
+    """Counts the bytes of all bodies that are being received or answered, up to a limit."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._taken = 0
 
     def take(self, count: int) -> bool:
-        """Take room, and return whether there was any."""
+        """Reserve bytes; return whether they fit."""
         if self._taken + count > self._most:
             return False
         self._taken += count
         return True
 
     def give_back(self, count: int) -> None:
-        """Give back what was taken."""
+        """Free bytes that were reserved."""
         self._taken -= count
 
 
@@ -423,11 +423,11 @@ def _check_content(method: str, headers: Headers, limit: int) -> None:
 
 
 _WATCHED: Final = frozenset({"/health", "/metrics"})
-"""What is asked for every few seconds, by machines."""
+"""Endpoints that monitoring asks every few seconds: not worth a line of the log each."""
 
 
 class Counted:
-    """An ASGI middleware around everything else."""
+    """An ASGI middleware around everything else: counts each request and logs it."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app
@@ -465,10 +465,6 @@ class Counted:
             )
 
 
-_GRACE_S: Final = 5.0
-"""How much later than the app's own deadline a connection is closed: the app's has the better words."""
-
-
 class BoundedProtocol(HttpToolsProtocol):
     """
     httptools' protocol with a limit on what is not understood yet, and with deadlines.
@@ -485,6 +481,9 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     limits: ClassVar[Limits]
+    grace_s: ClassVar[float] = 5.0
+    """How much later than the app's own deadline for a body the connection is closed: the app's answer
+    says more."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         """Begin to wait for a first request."""
@@ -551,7 +550,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._timer = self.loop.call_later(seconds, self._too_slow, part, seconds)
 
     def _seconds(self, part: Literal["header", "body"]) -> float:
-        return self.limits.header_s if part == "header" else self.limits.body_s + _GRACE_S
+        return self.limits.header_s if part == "header" else self.limits.body_s + self.grace_s
 
     def _too_slow(self, part: Literal["header", "body"], seconds: float) -> None:
         if self.flow.read_paused or (part == "header" and self._answering() is not None):

@@ -69,7 +69,7 @@ def get_model(model_id: str, request: Request) -> dict[str, Any]:
 
 @router.get("/health")
 def health(request: Request) -> JSONResponse:
-    """Say whether requests are answered: 200 where they are, 503 while the model is loaded."""
+    """Return 200 where requests are answered, and 503 while the model is loading or cannot be loaded."""
     hub = services_of(request).hub
     state = "ok" if hub.is_ready else "loading" if hub.failure is None else "failed"
     return JSONResponse({"status": state, "version": __version__}, 200 if state == "ok" else 503)
@@ -77,7 +77,7 @@ def health(request: Request) -> JSONResponse:
 
 @router.get("/metrics")
 def metrics(request: Request) -> Response:
-    """Return what was counted, for Prometheus; on a server with keys, an operator's are asked for."""
+    """Return what was counted, for Prometheus; a server with keys shows it to operators alone."""
     if not client_of(request).is_operator:
         raise not_found("such page for this key")
     return Response(services_of(request).metrics.text(), media_type=CONTENT_TYPE)
@@ -99,7 +99,7 @@ def _model(services: Services, name: str) -> dict[str, Any]:
 
 
 _CLIENT_GONE: Final = 499
-"""What proxies note of a request whose client went away; nobody reads it."""
+"""Status of a request whose client went away, as nginx logs it; nobody receives it."""
 
 _SILENT: Final[Any] = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 """
@@ -188,7 +188,7 @@ def create_app(
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Let every error be answered in the shape of the API that the request was made to."""
+    """Answer every error in the shape of the API that the request was made to."""
 
     async def refuse(request: Request, error: Exception) -> Response:
         return error_response(request.url.path, api_error(error))
@@ -213,7 +213,7 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 def _routed_nowhere(request: Request, error: AnyHttpException) -> ApiError:
-    """Return what a client is told that has called what there is not."""
+    """Return the error for a path or a method that does not exist."""
     where, code = quoted(request.url.path), None
     message = str(error.detail)
     if error.status_code == HTTPStatus.NOT_FOUND:
@@ -250,7 +250,7 @@ _LOOK_EVERY_S: Final = 0.05
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens, once it does, and what it waits for before it ends."""
+    """uvicorn's server, which also says when it listens and what it waits for before it ends."""
 
     def __init__(
         self,

@@ -376,10 +376,10 @@ threads and back takes a tenth of one, which each ordinary request would pay.
 """
 _READERS: Final = 2
 """Threads that read bodies: one large body does not keep the others waiting."""
-_TOKEN: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{,]', re.DOTALL)
-"""A string of JSON, or what a value or a member begins with or is parted from the next by."""
+TOKEN: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{,]', re.DOTALL)
+"""A string of JSON, or a bracket or comma, before which or after which a value begins."""
 _TOKENS_A_VALUE: Final = 3
-"""Most that one value brings: its comma or bracket, its name and its text."""
+"""Matches of `TOKEN` for one value at most: its comma or bracket, its name and its text."""
 
 
 class Bodies:
@@ -487,7 +487,7 @@ def _has_more_values(data: bytes, most: int) -> bool:
     if _most_values(data) < most:
         return False  # nearly always: only long texts have so many commas
     values = 0
-    for seen, token in enumerate(_TOKEN.finditer(data)):
+    for seen, token in enumerate(TOKEN.finditer(data)):
         values += data[token.start()] != ord('"')
         if values >= most or seen > _TOKENS_A_VALUE * most:
             return True

@@ -73,7 +73,7 @@ class Lease:
         loaded.last_used_s = monotonic()
 
     def release(self) -> None:
-        """Let the model be given up again; calling it again does nothing."""
+        """Allow the model to be unloaded again; calling it again does nothing."""
         hub, self._hub = self._hub, None
         if hub is not None:
             self._loaded.leases -= 1
@@ -133,7 +133,7 @@ class ModelHub:
 
     @property
     def is_loading(self) -> bool:
-        """Return whether a thread is loading a model, which may go on after `close`."""
+        """Return whether a thread is loading a model; it may go on after `close`."""
         return self._threads_loading > 0
 
     @property
@@ -165,10 +165,10 @@ class ModelHub:
         Raises:
             UnknownModelError: There is none of that name.
             ModelError: It cannot be loaded.
-            ApiError: The models in use leave no memory for it, or all are given up.
+            ApiError: The models in use leave no memory for it, or the server stops.
         """
         wanted = self.resolve(name)
-        if self._given_up.is_set():  # those that went before have ended, so that this has its turn
+        if self._given_up.is_set():  # requests before this one have ended, so it was admitted
             raise stopping()
         while (loaded := self._loaded.get(wanted)) is None:
             task = self._loading.get(wanted)
@@ -185,18 +185,18 @@ class ModelHub:
         return Lease(self, wanted, loaded)
 
     def give_up(self) -> None:
-        """Wait for no model any more that is being loaded, and refuse whoever asks for one."""
+        """Stop waiting for models that are loading, and refuse whoever asks for one from now on."""
         self._given_up.set()
 
     async def close(self) -> None:
-        """Give up all models; replies that are still generated end as cancelled."""
+        """Unload all models; replies that are still generated end as cancelled."""
         for task in list(self._loading.values()):
             await self._unless_given_up(task)
         for name in list(self._loaded):
             await self._unload(name)
 
     async def _unless_given_up(self, task: asyncio.Task[None]) -> None:
-        """Wait for a task, which goes on where this is cancelled, or until all are given up."""
+        """Wait for a task or for `give_up`; the task goes on where this is cancelled."""
         given_up = asyncio.ensure_future(self._given_up.wait())
         try:
             await asyncio.wait({task, given_up}, return_when=asyncio.FIRST_COMPLETED)
@@ -219,7 +219,7 @@ class ModelHub:
                     name,
                     *(f"{size:,}" for size in (taken, self._memory_bytes)),
                 )
-            await self._give_up_idle(keep=name)
+            await self._unload_idle(keep=name)
 
     def _load_counted(self, name: str) -> Model:
         self._threads_loading += 1  # one at a time
@@ -229,7 +229,7 @@ class ModelHub:
             self._threads_loading -= 1
 
     async def _make_room(self, name: str) -> None:
-        """Give up what is not in use, the least recently used first, until the weights fit."""
+        """Unload idle models, the least recently used first, until the weights of another fit."""
         if self._memory_bytes is None:
             return
         room = self._memory_bytes - self.weight_bytes(name)
@@ -245,8 +245,8 @@ class ModelHub:
                 )
             await self._unload(idle[0])
 
-    async def _give_up_idle(self, *, keep: str) -> None:
-        """Stay within the budget now that it is known how much KV memory a model took."""
+    async def _unload_idle(self, *, keep: str) -> None:
+        """Unload idle models while all exceed the budget: the KV memory of the new one is known now."""
         while self._memory_bytes is not None and self._taken_bytes() > self._memory_bytes:
             idle = [name for name in self._idle() if name != keep]
             if not idle:
@@ -527,7 +527,7 @@ def _publish(model: Model, prompts: Sequence[str]) -> None:
             ids = beginning(model.prompts, "", system=prompt)
             made = model.public.publish(ids, idle=True)
         except MisuseError:
-            return  # the model was given up meanwhile
+            return  # the model was unloaded meanwhile
         except RecollectError as error:
             _log.warning("public prompt %d is not shared on %s: %s", number, model.name, error)
         else:

@@ -181,18 +181,18 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     items = [] if isinstance(body.input, str) else body.input
     check_count("input", len(items), limits.messages)
     params = body.sampling(temperature=services.settings.temperature)
-    turn = _Turn(services, namespace, body, f"resp_{secrets.token_hex(16)}", int(time()))
+    asked = _Asked(services, namespace, body, f"resp_{secrets.token_hex(16)}", int(time()))
 
     def prepare(model: Model) -> Sequence[ReplyGeneration]:
-        return [turn.session(model).stream(None, params=params)]
+        return [asked.session(model).stream(None, params=params)]
 
-    job = await begin(request, body.model, prepare, keeps=body.keeps, keep=turn.keep)
-    writer = _Response(job, turn.head(job.model_name), body.instructions)
+    job = await begin(request, body.model, prepare, keeps=body.keeps, keep=asked.keep)
+    writer = _Response(job, asked.head(job.model_name), body.instructions)
     return await job.answer(request, writer, stream=bool(body.stream))
 
 
 @dataclass(slots=True)
-class _Turn:
+class _Asked:
     """One request: where it goes on, and what is kept of it. Used by one thread at a time."""
 
     services: Services

@@ -218,8 +218,8 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
-    """A turn, and a model for it."""
+class _Admitted:
+    """A turn to generate replies, and a loaded model for it."""
 
     ticket: Ticket
     lease: Lease
@@ -241,7 +241,7 @@ class Job:
         self,
         services: Services,
         namespace: str,
-        turn: _Turn,
+        turn: _Admitted,
         streams: Sequence[ReplyGeneration],
         *,
         keep: Callable[[GeneratedReply], None] | None = None,
@@ -610,10 +610,12 @@ async def with_model(
     return await unless_disconnected(request, wait())
 
 
-async def _enter(services: Services, namespace: str, model_name: str | None, weight: int) -> _Turn:
+async def _enter(
+    services: Services, namespace: str, model_name: str | None, weight: int
+) -> _Admitted:
     ticket = await services.admission.enter(weight, key=namespace)
     try:
-        return _Turn(ticket, await services.hub.acquire(model_name))
+        return _Admitted(ticket, await services.hub.acquire(model_name))
     except BaseException:
         ticket.release()
         raise
