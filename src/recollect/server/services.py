@@ -377,7 +377,8 @@ class Job:
         with suppress(asyncio.QueueEmpty):
             return self._events.get_nowait()
         try:
-            return await asyncio.wait_for(self._events.get(), PROGRESS_EVERY_S)
+            async with asyncio.timeout(PROGRESS_EVERY_S):
+                return await self._events.get()
         except TimeoutError:
             states = [stream.prefill_progress for stream in self._streams]
             return Progress(sum(done for done, _ in states), sum(total for _, total in states))
