@@ -24,9 +24,9 @@ from rich.text import Text
 from recollect.cli.display import printable, show_reply
 from recollect.cli.models_command import format_bytes
 from recollect.conversation.model import Model
-from recollect.conversation.session import Session
+from recollect.conversation.session import ReplyStream, Session
 from recollect.conversation.tree import Node
-from recollect.conversation.turn import Reply, ReplyStream
+from recollect.conversation.turn import Reply
 from recollect.engine.engine import Engine
 from recollect.errors import (
     ConversationError,

@@ -21,7 +21,7 @@ from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.matching import KnownMessages, MessageIndex, RememberedReplies
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
-from recollect.conversation.tools import Tools
+from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Overflow, Tree
 from recollect.encryption import Cipher
 from recollect.engine.engine import Engine, pool_size
@@ -306,7 +306,9 @@ class Model:
             InvalidParameterError: A message lacks something, a tool cannot be one, or the choice is
                 none.
         """
-        offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
+        offered = NO_TOOLS
+        if tools or tool_choice != "auto":
+            offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         if not messages:
             raise ConversationError("There are no messages: give at least one.")
         index = self._index(namespace)

@@ -1,5 +1,6 @@
 """A reply's text, its tokens in the history and its usage say the same, wherever it ends."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -210,6 +211,49 @@ def test_text_and_tokens_agree_for_any_reply_stop_strings_limit_and_stopping_pla
     verify(engine, generator, reply)
 
 
+async def read_on_loop(reply: ReplyGeneration, leave_after: int | None = None) -> list[str]:
+    """Return the pieces that an event loop reads, all of them or the first few."""
+    out = []
+    async for piece in reply:
+        out.append(piece)
+        if len(out) == leave_after:
+            break
+    return out
+
+
+@given(SCRIPTS, STOPS, st.one_of(st.none(), st.integers(1, 12)))
+def test_an_event_loop_reads_what_a_thread_reads(
+    script: list[int], stop: tuple[str, ...], leave_after: int | None
+) -> None:
+    engine, generator, reply = reply_to(script, SamplingParams(stop=stop))
+    _, _, other = reply_to(script, SamplingParams(stop=stop))
+    whole = list(other)
+    assert asyncio.run(read_on_loop(reply, leave_after)) == whole[:leave_after]
+    verify(engine, generator, reply)
+
+
+def test_one_event_loop_reads_many_replies_at_once() -> None:
+    replies = [reply_to([0, 1, 2] * 4)[2] for _ in range(5)]
+
+    async def read_all() -> list[list[str]]:
+        return await asyncio.gather(*map(read_on_loop, replies))
+
+    assert asyncio.run(read_all()) == [list("abc" * 4)] * 5
+
+
+def test_an_event_loop_is_told_what_the_engine_failed_with() -> None:
+    class Broken(Script):
+        def forward(self, rows: Sequence[Row]) -> PassResult:
+            raise RuntimeFailure("injected")
+
+    engine = Engine(Broken([0], len(PROMPT)), num_blocks=32)
+    generator = Generator(engine)
+    generator.append_tokens(PROMPT)
+    reply = started(ReplyGeneration(engine, generator, Pieces()))
+    with pytest.raises(RuntimeFailure, match="injected"):
+        asyncio.run(read_on_loop(reply))
+
+
 @given(SCRIPTS, STOPS, st.integers(0, 12))
 def test_text_and_tokens_agree_when_the_loop_is_left(
     script: list[int], stop: tuple[str, ...], leave_after: int
@@ -278,7 +322,7 @@ def test_a_long_prompt_can_be_cancelled_between_its_chunks(
 
     def forward_then_stop(rows: Sequence[Row]) -> PassResult:
         result: PassResult = forward(rows)
-        seen.append(reply.prefilled_tokens)
+        seen.append(reply.prefill_progress[0])
         if len(seen) == 3:
             reply.stop()
         return result
@@ -287,7 +331,7 @@ def test_a_long_prompt_can_be_cancelled_between_its_chunks(
     reply.start()
     assert list(reply) == []
     assert seen == [0, 12, 24]
-    assert (reply.finish_reason, reply.prompt_tokens) == ("cancelled", 100)
+    assert (reply.finish_reason, reply.prefill_progress[1]) == ("cancelled", 100)
     assert engine.warm_tokens([1] * 100) == 36
     engine.check()
 
