@@ -21,6 +21,7 @@ Logits = npt.NDArray[np.float32]
 _Memory = TypeVar("_Memory")
 
 
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class SequenceId:
     """
     Which sequence a row is of, for runtimes that keep KV by sequence; paged ones need not look at it.
@@ -30,12 +31,9 @@ class SequenceId:
     A sequence belongs to one thread at a time, which is the engine's while it has a row.
     """
 
-    __slots__ = ("__weakref__", "_origin", "kept")
-
-    def __init__(self, origin: "SequenceId | None" = None) -> None:
-        self._origin = None if origin is None else weakref.ref(origin)
-        self.kept = 0
-        """How many leading tokens of what was computed last the history still has; 0 once released."""
+    kept: int = 0
+    """How many leading tokens of what was computed last the history still has; 0 once released."""
+    _origin: "weakref.ref[SequenceId] | None" = None
 
     @property
     def origin(self) -> "SequenceId | None":
@@ -44,7 +42,7 @@ class SequenceId:
 
     def fork(self) -> "SequenceId":
         """Return the identity of a second sequence with the same history."""
-        return SequenceId(self)
+        return SequenceId(_origin=weakref.ref(self))
 
     def rewind_to(self, length: int) -> None:
         """Take note that the history was cut to its first *length* tokens."""
