@@ -36,7 +36,7 @@ from recollect.kv import disk as disk_module
 from recollect.kv import prefix as prefix_module
 from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for, chained_key
 from recollect.kv.disk import DiskStore
-from recollect.kv.prefix import BlockTable, PrefixCache
+from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Buffer, Entry, Identity
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
@@ -201,7 +201,7 @@ class EngineMachine(RuleBasedStateMachine):
             with self._counted(*chosen):
                 self.engine.compute([one.sequence for one in chosen])
         except OutOfBlocksError:
-            held = {b for one in self.model for b in one.sequence.kv.blocks}
+            held = {b for one in self.model for b in one.sequence.blocks}
             held |= {cached.block for cached in self.engine.cache.blocks() if cached.pins}
             longest = max(blocks_for(len(self.model[one]), SIZE) for one in chosen)
             assert len(held) + longest + 1 > NUM_BLOCKS, "there was room for each by itself"
@@ -523,7 +523,7 @@ def _leave_a_token_without_kv(patch: pytest.MonkeyPatch) -> None:
         known = self.logits is not None and len(ids) == 1
         append(self, ids)
         if known and self.computed and len(self) % SIZE > 1:  # so that the table still fits
-            self.kv.length = len(self)
+            self.computed = len(self)
 
     patch.setattr(TokenSequence, "append", forgetful)
 
@@ -538,8 +538,8 @@ def _skip_the_copy(patch: pytest.MonkeyPatch) -> None:
 
 def _trust_kv_after_a_failure(patch: pytest.MonkeyPatch) -> None:
     """What a failed pass wrote counts as computed up to where it began, copies included."""
-    truncate = BlockTable.truncate
-    patch.setattr(BlockTable, "truncate", lambda self, _: truncate(self, self.length))
+    truncate = TokenSequence.truncate
+    patch.setattr(TokenSequence, "truncate", lambda self, _: truncate(self, self.computed))
 
 
 def _keep_logits_after_a_rewind(patch: pytest.MonkeyPatch) -> None:
@@ -555,12 +555,12 @@ def _keep_logits_after_a_rewind(patch: pytest.MonkeyPatch) -> None:
 
 
 def _leak(patch: pytest.MonkeyPatch) -> None:
-    def truncate(self: BlockTable, length: int) -> None:
+    def truncate(self: TokenSequence, length: int) -> None:
         del self.blocks[blocks_for(length, SIZE) :]
         del self.chain[length // SIZE :]
-        self.length = length
+        self.computed = length
 
-    patch.setattr(BlockTable, "truncate", truncate)
+    patch.setattr(TokenSequence, "truncate", truncate)
 
 
 def _share_across_namespaces(patch: pytest.MonkeyPatch) -> None:
@@ -584,7 +584,7 @@ def _find_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_the_tail(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(BlockTable, "leave_tail", lambda _self, _ids: None)
+    patch.setattr(TokenSequence, "leave_tail", lambda _self: None)
 
 
 def _share_a_wrong_block(patch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from recollect.errors import (
     RuntimeFailure,
 )
 from recollect.kv.blocks import CachedBlock
-from recollect.kv.prefix import BlockTable, Match, PrefixCache
+from recollect.kv.prefix import Match, PrefixCache
 from recollect.models.catalog import reference_model
 from recollect.runtime.base import Logits, Row
 from recollect.runtime.reference import ReferenceRuntime
@@ -443,7 +443,7 @@ def _compute_everything_each_time(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_the_reply(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(BlockTable, "leave_tail", lambda _self, _ids: None)
+    patch.setattr(TokenSequence, "leave_tail", lambda _self: None)
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

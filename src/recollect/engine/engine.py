@@ -30,14 +30,14 @@ from recollect.runtime.base import Logits, PagedRuntime, RuntimeInfo
 from recollect.types import running_average
 
 _TIMED_TOKENS: Final = 32
-"""A pass over fewer tokens says little of what prefill costs."""
+"""Passes over fewer tokens are not timed: they say little about the cost of prefill."""
 
 
 class ForwardPasses:
     """
-    What runs and counts forward passes.
+    Runs, counts and times forward passes.
 
-    Owned by the engine's thread; the counters may be read from any.
+    Used by the engine's thread; the counters may be read from any.
     """
 
     def __init__(self, runtime: PagedRuntime, *, keep_multiple_of: int) -> None:
@@ -48,7 +48,7 @@ class ForwardPasses:
         self.count = 0
         """Forward passes so far."""
         self.s_per_token: float | None = None
-        """What a prompt's token costs, in seconds; None where no prompt was computed yet."""
+        """Seconds per token of a prompt, as a running average; None: no prompt was computed yet."""
 
     def run(
         self, chunks: Chunks, copies: list[tuple[int, int]]
@@ -57,7 +57,7 @@ class ForwardPasses:
         Copy blocks, then feed the chunks; where that fails, each by itself.
 
         Args:
-            chunks: What to feed; an entry is replaced where it had to begin earlier.
+            chunks: What to feed. Where a chunk had to begin earlier, its entry is replaced.
             copies: Blocks to copy first, `(source, target)`.
 
         Returns:
@@ -77,7 +77,7 @@ class ForwardPasses:
         errors: dict[Task, Exception] = {}
         for task, fed in chunks.items():
             start = fed.start // self._keep_multiple_of * self._keep_multiple_of
-            chunks[task] = FeedPlan(start, fed.end)  # what failed may have spoilt all of a block
+            chunks[task] = FeedPlan(start, fed.end)  # a failure may have changed all of a block
             own_logits, own_errors = self.run({task: chunks[task]}, [])
             logits |= own_logits
             errors |= own_errors
@@ -103,7 +103,7 @@ class ForwardPasses:
 
 
 _LINGER_S: Final = 2.0
-"""How long the thread waits for work before it ends; the next task starts another."""
+"""The thread ends after so long without work; the next task starts another."""
 
 
 class Engine:
@@ -198,7 +198,7 @@ class Engine:
     def warm_tokens(
         self, token_ids: Tokens[int], namespace: str | None = "", *, on_disk: bool = False
     ) -> int:
-        """Return how many leading tokens have KV in memory, or with *on_disk* there; counts as a use."""
+        """Return how many leading tokens have KV in memory, or there or *on_disk*; counts as a use."""
         if namespace is None:
             return 0
         with self.lock:
@@ -208,7 +208,7 @@ class Engine:
         return match.tokens
 
     def pin(self, token_ids: Tokens[int], namespace: str = "") -> list[CachedBlock]:
-        """Keep what the cache has of a prefix until `unpin`; return what to unpin."""
+        """Keep what the cache has of a prefix until `unpin`; return what that takes, which may be nothing."""
         with self.lock:
             last = self.memory.match(token_ids, namespace).blocks[-1:]
             for cached in last:
@@ -227,19 +227,19 @@ class Engine:
             return self.cache.evict(self.pool.num_blocks)
 
     def start(self) -> None:
-        """Have the thread warm the runtime up, if nothing was computed yet; returns at once."""
+        """Let the engine's thread warm the runtime up, if it has not yet; returns at once."""
         with self._work:
             self._require_open()
             self._wake()
 
     def wait_until_warm(self) -> None:
-        """Wait for the end of what `start` began; before that, a first token is a second slower."""
+        """Wait until the runtime is warm. A first token before that takes a second longer."""
         self.start()
         self._warm.wait()
 
     def submit(self, task: Task) -> None:
         """
-        Have a task worked on; its sequence belongs to the engine's thread until the task has ended.
+        Queue a task; its sequence belongs to the engine's thread until the task has ended.
 
         Raises:
             MisuseError: The engine is closed, or the sequence is empty or has a task already.
@@ -344,7 +344,7 @@ class Engine:
 
     def _warm_up(self) -> None:
         if not self._warm.is_set():
-            with suppress(RuntimeFailure):  # the first pass tells whoever waits for it
+            with suppress(RuntimeFailure):  # the first pass fails too, and has somebody to tell
                 self._runtime.warm_up()
                 if self.tier is not None:
                     self.tier.warm_up(self.pool.num_blocks)
@@ -409,7 +409,7 @@ class Engine:
                 if task in errors:
                     # The slots from fed.start on are undefined now, and those before it in the same
                     # block may be: its copy may not have happened, or a scale has changed.
-                    task.sequence.kv.truncate(fed.start // self.block_size * self.block_size)
+                    task.sequence.truncate(fed.start // self.block_size * self.block_size)
                     self._scheduler.end(task, "failed", errors[task])
                 else:
                     task.sequence.written(fed, logits.get(task))
@@ -438,7 +438,7 @@ def _close_if_alive(engine: "weakref.ref[Engine]") -> None:
 
 
 CONTEXTS_IN_POOL: Final = 4
-"""By default the pool holds at most this many full contexts: one conversation, and room for its
+"""By default the pool holds at most this many full contexts: one for a conversation, the rest for its
 branches and for others. Pages that are never written take no memory."""
 
 
@@ -447,7 +447,7 @@ def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
     Return how many blocks a memory budget in bytes holds.
 
     Raises:
-        ConfigError: Not even one, or it is more than the machine has.
+        ConfigError: The budget holds not even one, or is more than the machine has.
     """
     if kv_memory is None:
         blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)

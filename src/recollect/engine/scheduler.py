@@ -37,29 +37,30 @@ class Stream:
     Results of a task on their way to one reader, which is a thread (`for`) or a coroutine (`async for`).
 
     The engine's thread puts results in and hands them over right before a forward pass, so that the
-    reader works while the runtime does. A reader that stopped can go on later, with the next result;
-    after the last one, both kinds of loop end at once.
+    reader works while the runtime does. A reader that stopped can go on later, with the next result.
+    After the last one every loop ends at once, also one that begins then.
     """
 
     def __init__(self) -> None:
         self._fresh: list[Any] = []  # not handed over yet
         self._queue: SimpleQueue[Any] = SimpleQueue()
         self._wake: Callable[[], object] = lambda: None
-        self._has_begun = self._is_over = False
+        self._has_begun = False
 
     def put(self, result: object) -> None:
         """Take a result; the reader gets it when it is next handed over."""
         self._fresh.append(result)
 
     def hand_over(self) -> bool:
-        """Give the reader what is new, and return whether that are its first results."""
-        is_first = bool(self._fresh) and not self._has_begun
-        self._has_begun |= is_first
+        """Give the reader what is new; return whether the first result is among it."""
+        if not self._fresh:
+            return False
         for result in self._fresh:
             self._queue.put(result)
         self._fresh.clear()
         with suppress(RuntimeError):  # the reader's loop was closed
             self._wake()
+        is_first, self._has_begun = not self._has_begun, True
         return is_first
 
     def close(self) -> None:
@@ -69,11 +70,9 @@ class Stream:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield results, and wait for those that are to come."""
-        while not self._is_over:
-            result = self._queue.get()
-            self._is_over = result is _END
-            if not self._is_over:
-                yield result
+        while (result := self._queue.get()) is not _END:
+            yield result
+        self._queue.put(_END)  # for whoever reads later, or at the same time
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         """Yield results on the running event loop, without a thread that waits for them."""
@@ -82,15 +81,14 @@ class Stream:
         more = asyncio.Event()
         loop = asyncio.get_running_loop()
         self._wake = lambda: loop.call_soon_threadsafe(more.set)
-        while not self._is_over:
+        while True:
             more.clear()
-            while not self._queue.empty() and not self._is_over:
-                result = self._queue.get()
-                self._is_over = result is _END
-                if not self._is_over:
-                    yield result
-            if not self._is_over:
-                await more.wait()
+            while not self._queue.empty():
+                if (result := self._queue.get()) is _END:
+                    self._queue.put(_END)
+                    return
+                yield result
+            await more.wait()
 
 
 @dataclass(eq=False)
@@ -422,9 +420,9 @@ def _computed_by_another(task: Task, plan: FeedPlan, chunks: Chunks) -> bool:
 
 class Room:
     """
-    What finds blocks for the tasks of a scheduler.
+    Finds blocks for the tasks of a scheduler.
 
-    Owns nothing; used by the engine's thread, under the lock of `Memory`.
+    Owns no state; used by the engine's thread, under the lock of `Memory`.
     """
 
     def __init__(self, scheduler: Scheduler, memory: Memory, *, has_disk: bool) -> None:
@@ -435,10 +433,10 @@ class Room:
 
     def fits(self, task: Task) -> bool:
         """
-        Return whether a waiting task has room beside those that run, and what they have still to take.
+        Return whether there are blocks for a waiting task beside those that run.
 
-        Counted are the blocks that it would have to be given for its history and one more token. Where
-        they are not there, other tasks that wait give up theirs.
+        For each of them, counted are the blocks that it lacks for its history and one more token. The
+        task takes over what the cache has of it. Where blocks are short, other waiting tasks are parked.
         """
         return self._has_room(task) or (self._park_waiting(but=task) and self._has_room(task))
 
@@ -468,7 +466,7 @@ class Room:
         copies: list[tuple[int, int]] = []
         for task, fed in chunks.items():
             task.fed.append(fed)
-            copies += task.sequence.kv.prepare_write(fed.start, fed.end)
+            copies += task.sequence.prepare_write(fed.start, fed.end)
         return chunks, copies
 
     def _plan(self) -> Chunks:
@@ -479,8 +477,7 @@ class Room:
     def _needed(self, chunks: Chunks) -> int:
         """Return how many blocks have to be allocated for a pass."""
         return sum(
-            task.sequence.kv.plan_write(fed.start, fed.end).new_blocks
-            for task, fed in chunks.items()
+            task.sequence.plan_write(fed.start, fed.end).new_blocks for task, fed in chunks.items()
         )
 
     def _short(self, chunks: Chunks) -> int:
@@ -491,7 +488,7 @@ class Room:
         return self._memory.cache.evict(self._short(chunks)) > 0
 
     def _take_tails_back(self, chunks: Chunks) -> bool:
-        return any(task.sequence.kv.take_back(fed.start) for task, fed in chunks.items())
+        return any(task.sequence.take_back(fed.start) for task, fed in chunks.items())
 
     def _park_waiting(self, _: Chunks | None = None, *, but: Task | None = None) -> bool:
         """Take the blocks of tasks that wait, but for one of them; return whether any had some."""
@@ -521,29 +518,14 @@ class Room:
 
     def _has_room(self, task: Task) -> bool:
         sequences = [one.sequence for one in (*self._scheduler.running, task)]
-        lacking = [self._lacking(sequence) for sequence in sequences]
-        room = self._memory.pool.free_blocks + self._memory.cache.evictable_blocks
-        # Looking into the cache takes longer, and is rarely needed.
-        return sum(lacking) <= room or sum(lacking) - sum(map(self._shared, sequences)) <= room
+        for sequence in sequences:
+            sequence.reuse()  # so that what it takes from the cache is not counted as evictable
+        lacking = sum(map(_lacking, sequences))
+        return lacking <= self._memory.pool.free_blocks + self._memory.cache.evictable_blocks
 
-    def _lacking(self, sequence: Sequence) -> int:
-        """Return how many blocks a sequence does not hold for its history and the next token."""
-        plan = sequence.plan()
-        start = len(sequence) if plan is None else plan.start
-        return sequence.kv.plan_write(start, len(sequence) + 1).new_blocks
 
-    def _shared(self, sequence: Sequence) -> int:
-        """
-        Return how many blocks it can take over from the cache without less being evictable.
-
-        These are the ones that somebody holds, or pinned: the rest of what the cache has is room.
-        """
-        after, size, pool = sequence.kv.last_full, self._memory.info.block_size, self._memory.pool
-        if after is None:
-            return 0
-        own = len(sequence.kv.chain)
-        match = self._memory.cache.match(after, sequence.tokens(own * size))
-        full = match.blocks[: match.tokens // size]
-        held = sum(c.pins > 0 or pool.is_shared(c.block) for c in full)
-        # The last block that it holds may be a part of one that is found whole.
-        return max(0, own + held - len(sequence.kv.blocks))
+def _lacking(sequence: Sequence) -> int:
+    """Return how many blocks a sequence does not hold for its history and the next token."""
+    plan = sequence.plan()
+    start = len(sequence) if plan is None else plan.start
+    return sequence.plan_write(start, len(sequence) + 1).new_blocks

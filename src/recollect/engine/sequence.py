@@ -2,8 +2,9 @@
 A token history and the KV that has been computed for it: the heart of the project.
 
 `Memory` is what all sequences of one engine share: the block pool, the prefix cache, and the lock over
-both. `Sequence` is one history with its block table. Neither knows text, conversations, tasks or the
-engine: forward passes are run by the engine, which tells a sequence what they have computed.
+both. `Sequence` is one history with its block table, whose blocks are found in the cache and left behind
+there. Neither knows text, conversations, tasks or the engine: forward passes are run by the engine, which
+tells a sequence what they have computed.
 """
 
 import threading
@@ -16,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from recollect.errors import ContextFullError, MisuseError, RewindError, TokenIdError
-from recollect.kv.blocks import BlockPool
-from recollect.kv.prefix import BlockTable, Match, PrefixCache
+from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
+from recollect.kv.prefix import Match, PrefixCache
 from recollect.runtime.base import Logits, Row, RuntimeInfo
 
 
@@ -48,6 +49,18 @@ def plan_feed(length: int, computed: int, *, keep_multiple_of: int = 1) -> FeedP
     return FeedPlan(start, length)
 
 
+@dataclass(frozen=True, slots=True)
+class WritePlan:
+    """What has to happen before the slots `[start, end)` of a block table may be written."""
+
+    keep: int
+    """Leading blocks of the table that stay as they are."""
+    new_blocks: int
+    """Blocks to allocate and put after those."""
+    copy_first: bool
+    """The first new block takes over the content of the shared block that it replaces."""
+
+
 class Memory:
     """
     The KV blocks of one runtime, and what is known of prefixes.
@@ -67,17 +80,13 @@ class Memory:
         self.keep_multiple_of = info.block_size if info.whole_blocks_only else 1
         """A rewind keeps a multiple of this many tokens."""
         self.lock = threading.RLock()
-        self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
+        self.sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
+        """Those that are alive; each adds itself."""
 
     def match(self, token_ids: Tokens[int], namespace: str) -> Match:
         """Return what the cache has of a text from its first token on. Counts as a use of it."""
         with self.lock:
             return self.cache.match(self.cache.root(namespace), token_ids)
-
-    def add(self, sequence: "Sequence") -> None:
-        """Count a sequence among those that `check` looks at, for as long as it lives."""
-        with self.lock:
-            self._sequences.add(sequence)
 
     def check(self, leased: Tokens[int]) -> None:
         """
@@ -90,8 +99,8 @@ class Memory:
             AssertionError: One does not hold.
         """
         with self.lock:
-            alive = [sequence for sequence in self._sequences if not sequence.closed]
-            tables = [sequence.kv.blocks for sequence in alive]
+            alive = [sequence for sequence in self.sequences if not sequence.closed]
+            tables = [sequence.blocks for sequence in alive]
             self.pool.check([*tables, self.cache.held_blocks(), leased])
             self.cache.check()
             for sequence in alive:
@@ -100,47 +109,48 @@ class Memory:
 
 class Sequence:
     """
-    A history of token ids, and the KV of its leading tokens.
+    A history of token ids, and the blocks with the KV of its leading tokens.
 
     Used from one thread at a time, which is the engine's while a task runs on it. What a caller sees is
     always consistent, also after an exception: `token_ids` is the truth, and whatever has no KV is
-    computed by the next forward pass, which starts at `computed`.
+    computed by the next forward pass, which starts at `computed`. What changes blocks is used under the
+    lock of its `Memory`.
 
     Invariants:
         1. 0 <= computed <= len(token_ids).
-        2. All of `BlockTable`, and the KV in it is that of this history.
-        3. Logits, where known, are those after the last token.
+        2. The table has a reference to each of its blocks, which are those of `[0, computed)`. A block
+           that is written is held by this table alone.
+        3. The chain is the cache's nodes for the leading blocks of the table, in order, and they are of
+           this history. It covers all full blocks, unless the sequence shares with nobody.
+        4. Logits, where known, are those after the last token.
     """
 
-    def __init__(
-        self,
-        memory: Memory,
-        namespace: str | None,
-        *,
-        token_ids: Tokens[int] = (),
-        kv: BlockTable | None = None,
-    ) -> None:
+    def __init__(self, memory: Memory, namespace: str | None) -> None:
         """
-        Begin a history.
+        Begin an empty history.
 
         Args:
             memory: Where its KV is.
-            namespace: Only sequences of the same namespace share KV. None: this one shares with nobody.
-            token_ids: What it begins with; they were checked.
-            kv: The KV of these tokens, which the sequence takes over; None: there is none yet.
+            namespace: Only sequences of the same namespace share KV. None: this one shares with nobody,
+                and leaves nothing behind.
         """
         self.memory = memory
         self.namespace = namespace
+        self.computed = 0
+        """How many leading tokens have KV that this sequence holds."""
+        self.blocks: list[int] = []
+        """The block table: block numbers in order of position. Only the sequence changes it."""
+        self.chain: list[CachedBlock] = []
+        """The cache's nodes for the full blocks, in order of position. Only the sequence changes it."""
         self.fed_tokens = 0
         """Tokens of this sequence that went through a forward pass, counted there."""
-        self._token_ids = array("q", token_ids)
+        self._token_ids = array("q")
         self._logits: Logits | None = None
-        with memory.lock:
-            root = None if namespace is None else memory.cache.root(namespace)
-            self.kv = kv or BlockTable(memory.pool, memory.cache, root)
-        self._finalizer = weakref.finalize(self, self.kv.drop)
+        self._finalizer = weakref.finalize(self, memory.pool.drop, self.blocks)
         self._finalizer.atexit = False  # when the program ends, the whole pool goes
-        memory.add(self)
+        with memory.lock:
+            self._root = None if namespace is None else memory.cache.root(namespace)
+            memory.sequences.add(self)
 
     def __len__(self) -> int:
         """Return the length of the history in tokens."""
@@ -155,11 +165,6 @@ class Sequence:
     def history(self) -> npt.NDArray[np.int64]:
         """Return the history as an array of shape `(n,)`; a copy, because the buffer grows."""
         return np.frombuffer(self._token_ids, np.int64).copy()
-
-    @property
-    def computed(self) -> int:
-        """Return how many leading tokens have KV that this sequence holds."""
-        return self.kv.length
 
     @property
     def logits(self) -> Logits | None:
@@ -177,9 +182,9 @@ class Sequence:
 
     def shares(self, other: "Sequence", length: int) -> bool:
         """Return whether the first *length* tokens are the same in both, and may share their KV."""
-        return (
-            self.kv.shares_with(other.kv) and self._token_ids[:length] == other._token_ids[:length]
-        )
+        if self._root is None or self._root is not other._root:
+            return False
+        return self._token_ids[:length] == other._token_ids[:length]
 
     def common_length(self, other: "Sequence") -> int:
         """Return how many leading tokens the two histories have in common; also of released ones."""
@@ -219,7 +224,7 @@ class Sequence:
         if length == len(self):
             return
         if length < self.computed:
-            self._crop(length // self.memory.keep_multiple_of * self.memory.keep_multiple_of)
+            self.crop(length // self.memory.keep_multiple_of * self.memory.keep_multiple_of)
         del self._token_ids[length:]
         self._logits = None
 
@@ -227,8 +232,11 @@ class Sequence:
         """Return a second sequence over the same history and blocks; costs no forward pass."""
         self._require_open()
         with self.memory.lock:
-            kv = self.kv.fork()
-            other = Sequence(self.memory, self.namespace, token_ids=self._token_ids, kv=kv)
+            other = Sequence(self.memory, self.namespace)
+            other._token_ids += self._token_ids
+            other._hold(self.blocks)
+            other.chain += self.chain
+            other.computed = self.computed
         other._logits = self._logits
         return other
 
@@ -239,7 +247,7 @@ class Sequence:
         The cache still finds the KV, and evicts it when others need the room.
         """
         self._require_open()
-        self._crop(0)
+        self.crop(0)
 
     def release(self) -> None:
         """Give the blocks back; the sequence cannot be used afterwards. May be called again."""
@@ -265,27 +273,135 @@ class Sequence:
             return False
         return len(self) == self.memory.match(self._token_ids, self.namespace).tokens
 
-    def reuse(self) -> None:
-        """Take over what the cache has of the history; costs no forward pass."""
-        with self.memory.lock:
-            self.kv.reuse(self._token_ids)
-
     def row(self, fed: FeedPlan) -> Row:
         """Return the sequence's share of a forward pass that feeds *fed*. For the engine."""
         return Row(
             token_ids=self.tokens(fed.start, fed.end),
             past=fed.start,
-            block_table=self.kv.blocks,
+            block_table=self.blocks,
             wants_logits=fed.end == len(self),
         )
 
+    @property
+    def last_full(self) -> CachedBlock | None:
+        """Return the node of the last full block, or the root; None where nothing is shared."""
+        return self.chain[-1] if self.chain else self._root
+
+    def reuse(self) -> int:
+        """Take over what the cache has of the history beyond `computed`; return how many tokens."""
+        with self.memory.lock:
+            after, size = self.last_full, self.memory.info.block_size
+            if after is None or self.computed >= len(self) - 1:
+                return 0  # the last token is fed in any case
+            start = len(self.chain) * size
+            match = self.memory.cache.match(after, self._token_ids[start:])
+            gained = start + match.tokens - self.computed
+            if gained <= 0:
+                return 0
+            self.truncate(start)
+            self._hold([cached.block for cached in match.blocks])
+            self.chain += match.blocks[: match.tokens // size]
+            self.computed = start + match.tokens
+            return gained
+
+    def plan_write(self, start: int, end: int) -> WritePlan:
+        """
+        Return what writing the slots `[start, end)` takes, 0 <= start < end; changes nothing.
+
+        Slots from *start* on are given up, so only a block that keeps slots before *start* can need a
+        copy.
+        """
+        size = self.memory.info.block_size
+        keep, slots_before = divmod(start, size)
+        has_block = keep < len(self.blocks)
+        shared = has_block and self.memory.pool.is_shared(self.blocks[keep])
+        if has_block and not shared:
+            keep += 1
+        return WritePlan(
+            keep=keep,
+            new_blocks=max(0, blocks_for(end, size) - keep),
+            copy_first=shared and slots_before > 0,
+        )
+
+    def prepare_write(self, start: int, end: int) -> list[tuple[int, int]]:
+        """
+        Make the slots `[start, end)` this table's own; until `written`, only `[0, start)` counts.
+
+        Returns:
+            Blocks to copy, `(source, target)`, before the write. Something else holds the source.
+
+        Raises:
+            OutOfBlocksError: There are not enough; nothing was changed.
+        """
+        plan = self.plan_write(start, end)
+        new = self.memory.pool.allocate(plan.new_blocks)
+        replaced = self.blocks[plan.keep :]
+        self.blocks[plan.keep :] = new
+        self.memory.pool.release(replaced)
+        del self.chain[start // self.memory.info.block_size :]
+        self.computed = start
+        return [(replaced[0], new[0])] if plan.copy_first else []
+
+    def take_back(self, start: int) -> bool:
+        """
+        Give up the KV from *start* on, if the cache holds the only other reference to the block there.
+
+        The cache then forgets the block, so that the next write needs no copy. For when blocks run
+        short. Returns whether it was so.
+        """
+        index = start // self.memory.info.block_size
+        if self._root is None or index >= len(self.blocks):
+            return False
+        after = self.chain[index - 1] if index else self._root
+        if not self.memory.cache.forget(after, self.blocks[index]):
+            return False
+        self.truncate(start)
+        return True
+
     def written(self, fed: FeedPlan, logits: Logits | None) -> None:
-        """Take note of a forward pass that computed the KV of *fed*. For the engine."""
+        """
+        Take note of a forward pass that computed the KV of *fed*, and let others find it.
+
+        A block that another sequence computed meanwhile replaces ours, so that both hold one.
+        """
         self.fed_tokens += fed.end - fed.start
-        self.kv.written(self._token_ids, fed.end)
+        self.computed = fed.end
         self._logits = logits
+        size, pool = self.memory.info.block_size, self.memory.pool
+        for index in range(len(self.chain), fed.end // size):
+            if (after := self.last_full) is None:
+                return
+            tokens = self._token_ids[index * size : (index + 1) * size]
+            cached = self.memory.cache.insert(after, tokens, self.blocks[index])
+            pool.retain([cached.block])
+            pool.release([self.blocks[index]])
+            self.blocks[index] = cached.block
+            self.chain.append(cached)
         if logits is not None and fed.end - fed.start > 1:
-            self.kv.leave_tail(self._token_ids)  # others may send the same prompt
+            self.leave_tail()  # others may send the same prompt
+
+    def leave_tail(self) -> None:
+        """Let others find the last block, though it is not full; who writes on copies it then."""
+        cache, after = self.memory.cache, self.last_full
+        start = len(self.chain) * self.memory.info.block_size
+        if after is None or cache.whole_blocks_only or start >= self.computed:
+            return
+        cache.insert(after, self._token_ids[start : self.computed], self.blocks[len(self.chain)])
+
+    def crop(self, length: int) -> None:
+        """Hold the KV of the first *length* tokens only, at most `computed`; the cache finds the rest."""
+        with self.memory.lock:
+            self.leave_tail()
+            self.truncate(length)
+
+    def truncate(self, length: int) -> None:
+        """Hold the KV of the first *length* tokens only, at most `computed`; leave nothing behind."""
+        size = self.memory.info.block_size
+        keep = blocks_for(length, size)
+        self.memory.pool.release(self.blocks[keep:])
+        del self.blocks[keep:]
+        del self.chain[length // size :]
+        self.computed = length
 
     def check(self) -> None:
         """
@@ -295,13 +411,20 @@ class Sequence:
             AssertionError: One does not hold.
         """
         assert 0 <= self.computed <= len(self), "more tokens have KV than there are"
-        self.kv.check()
-        cached = [token for block in self.kv.chain for token in block.token_ids]
+        size = self.memory.info.block_size
+        covered = blocks_for(self.computed, size)
+        assert len(self.blocks) == covered, "the table does not cover what has KV"
+        ours = self.blocks[: len(self.chain)]
+        assert [cached.block for cached in self.chain] == ours, "the chain is of other blocks"
+        cached = [token for block in self.chain for token in block.token_ids]
         assert cached == self.tokens(0, len(cached)), "KV of another history"
+        full = self.computed // size
+        assert self._root is None or len(self.chain) == full, "a full block is not in the cache"
 
-    def _crop(self, length: int) -> None:
-        with self.memory.lock:
-            self.kv.crop(self._token_ids, length)
+    def _hold(self, blocks: Tokens[int]) -> None:
+        """Add blocks after the last, shared with whoever holds them."""
+        self.memory.pool.retain(blocks)
+        self.blocks += blocks
 
     def _check_append(self, token_ids: Tokens[int]) -> None:
         info = self.memory.info

@@ -179,8 +179,8 @@ class Restorer:
     ) -> RestorePlan:
         with self._lock:
             sequence.reuse()
-            after = sequence.kv.last_full
-            start = len(sequence.kv.chain) * self._pool.block_size
+            after = sequence.last_full
+            start = len(sequence.chain) * self._pool.block_size
             have = sequence.computed - start
             # All but the block that the prompt's last token goes to, which is fed in any case.
             room = self._pool.free_blocks + self._cache.evictable_blocks - 1
@@ -222,7 +222,7 @@ class Restorer:
             raise
         with self._lock:
             before = sequence.computed
-            after = sequence.kv.last_full
+            after = sequence.last_full
             for entry, block in zip(plan.entries[:count], blocks, strict=False):
                 assert after is not None, "a sequence with a namespace has a root"
                 after = self._cache.insert(after, entry.token_ids, block, on_disk=True)

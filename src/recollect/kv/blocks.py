@@ -33,13 +33,13 @@ class BlockPool:
     """
     A fixed number of blocks with reference counts.
 
-    Owned by the engine; one thread at a time. `drop` alone may be called from any thread, because
-    a table may be garbage-collected anywhere.
+    Used under the lock of the engine's `Memory`. `drop` alone may be called without it, because a
+    sequence may be garbage-collected on any thread at any moment.
 
     Invariants:
         1. A block is on the free list exactly when its reference count is 0.
         2. No block is on the free list twice.
-        3. A reference count is the number of times that tables hold the block.
+        3. A reference count is the number of times that tables, the cache and leases hold the block.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -59,7 +59,7 @@ class BlockPool:
 
     @property
     def used_blocks(self) -> int:
-        """Return how many blocks at least one table holds."""
+        """Return how many blocks are not free."""
         return self.num_blocks - self.free_blocks
 
     def allocate(self, count: int) -> list[int]:
@@ -106,16 +106,19 @@ class BlockPool:
         return changed
 
     def references(self, block: int) -> int:
-        """Return how many times tables hold the block."""
+        """Return how many times the block is held."""
         return self._references[block]
 
     def is_shared(self, block: int) -> bool:
-        """Return whether more than one table holds the block."""
+        """Return whether the block is held more than once."""
         return self._references[block] > 1
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """
-        Derive all bookkeeping anew from the tables that exist, and compare.
+        Derive all bookkeeping anew, and compare.
+
+        Args:
+            tables: The blocks that each table holds; the cache and leases count as tables.
 
         Raises:
             AssertionError: An invariant does not hold.
@@ -139,13 +142,12 @@ class BlockPool:
 Key = bytes
 
 PUBLIC: Final = "*"
-"""The namespace of what is marked public, which is no client's: what is pinned in it, all others find."""
+"""The namespace of public prefixes, which no client has. What is pinned in it, all others find."""
 
 DIGEST_BYTES: Final = 4
-"""Of the digest of one token in its place: two that differ have the same one in 4 billion cases."""
+"""Length of the digest of a block up to one token. Two different ones are equal once in 4 billion cases."""
 MOST_DIGESTS: Final = 96
-"""With a name after them they are a value of LMDB that can be sorted, of at most 511 bytes."""
-
+"""Digests per block. LMDB sorts values of at most 511 bytes: these, and a name of 32 bytes after them."""
 
 _CHAIN: Final = b"recollect block"
 """Sets the names of blocks apart from whatever else is hashed with the same secret."""
@@ -160,8 +162,8 @@ def chained_key(parent: Key, token_ids: Sequence[int], secret: bytes = b"") -> K
     Args:
         parent: The name of what the block follows.
         token_ids: Its tokens, shape `(n,)`.
-        secret: At most 64 bytes; with it nobody else can try which tokens follow *parent*, although
-            both names lie on the disk for all to read.
+        secret: At most 64 bytes. Names lie on the disk for all to read; without the secret, nobody can
+            try out which tokens lead from one to another.
     """
     content = parent + _token_bytes(token_ids)
     person = _CHAIN if secret else b""  # names of plain stores and portable files stay as they were
@@ -180,25 +182,25 @@ def chained_keys(
 
 def disguised_key(key: Key, secret: bytes) -> Key:
     """
-    Return what stands for a name that was given without the secret, and cannot be traced to it.
+    Return a name to store in place of one that was made without the secret, and cannot be traced to it.
 
-    It is the name of no block, because each has tokens.
+    No block has it, because each has tokens.
     """
     return chained_key(key, (), secret)
 
 
 def branch_digests(parent: Key, token_ids: Sequence[int], secret: bytes = b"") -> bytes:
     """
-    Return a short digest for each leading part of a block, one after the other: its place in order.
+    Return a short digest for each leading part of a block, one after the other: the disk sorts by them.
 
-    Two blocks after the same one share as many leading digests as they share leading tokens. So the
-    block that has the most in common with some tokens lies next to these in the order of digests.
+    Two blocks after the same one share as many leading digests as they share leading tokens. So in this
+    order, the block that has the most in common with some tokens is a neighbour of these.
 
     Args:
         parent: The name of what the block follows.
         token_ids: Its tokens, shape `(n,)`; those after the first `MOST_DIGESTS` do not count.
-        secret: At most 64 bytes; with it, digests tell nobody else which tokens they are of, only
-            how many tokens blocks have in common.
+        secret: At most 64 bytes. With it, digests tell only how many tokens two blocks have in common,
+            and not which.
     """
     state = hashlib.blake2b(
         parent, digest_size=DIGEST_BYTES, key=secret, person=b"recollect branch"
@@ -212,12 +214,14 @@ def branch_digests(parent: Key, token_ids: Sequence[int], secret: bytes = b"") -
 
 def namespace_key(fingerprint: str, namespace: str = "", secret: bytes = b"") -> Key:
     """
-    Return the first parent of a chain: what KV depends on besides tokens, and who may see it.
+    Return the name of a namespace, which is the first parent of its blocks.
+
+    It stands for what KV depends on besides tokens, and for who may see it.
 
     Args:
         fingerprint: Of model, runtime and precision.
         namespace: Who shares.
-        secret: At most 64 bytes; with it, the name tells nobody else whose it is.
+        secret: At most 64 bytes. Without it, nobody can try out whose name it is.
     """
     content = f"{len(fingerprint)}:{fingerprint}:{namespace}".encode()
     return hashlib.blake2b(content, digest_size=32, key=secret).digest()

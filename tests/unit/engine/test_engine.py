@@ -358,7 +358,7 @@ def test_a_token_left_without_kv_is_seen(
     sequence = appended(engine, ids_of(6))
     engine.compute([sequence])
     sequence.append([1])
-    sequence.kv.length = 7
+    sequence.computed = 7
     sequence.append([2])
     engine.compute([sequence])
     assert not same(sequence.logits, fresh_logits(sequence.token_ids))
@@ -396,7 +396,7 @@ def test_a_stale_block_is_seen(
     """A rewind that forgets to lower `computed`: other tokens over the old KV."""
     sequence = appended(engine, ids_of(12))
     engine.compute([sequence])
-    monkeypatch.setattr(sequence.kv, "crop", lambda *_: None)
+    monkeypatch.setattr(sequence, "crop", lambda _: None)
     sequence.rewind_to(3)
     sequence.append([40] * 9)
     monkeypatch.undo()

@@ -29,7 +29,7 @@ def state(sequence: Sequence) -> tuple[Any, ...]:
         sequence.token_ids,
         sequence.computed,
         None if sequence.logits is None else sequence.logits.tobytes(),
-        list(sequence.kv.blocks),
+        list(sequence.blocks),
         sequence.fed_tokens,
     )
 
@@ -183,7 +183,7 @@ def test_park_gives_all_blocks_to_the_cache_and_the_next_pass_takes_them_back(
 ) -> None:
     sequence = computed(engine, [1, 2, 3, 4, 5, 6])
     sequence.park()
-    assert (sequence.computed, list(sequence.kv.blocks), len(sequence)) == (0, [], 6)
+    assert (sequence.computed, list(sequence.blocks), len(sequence)) == (0, [], 6)
     assert engine.cache.evictable_blocks == engine.pool.used_blocks == 2
     sequence.append([7])
     fed = engine.computed_tokens

@@ -14,7 +14,7 @@ from recollect.engine import engine as engine_module
 from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
 from recollect.engine.sampling import Generator
-from recollect.engine.scheduler import Task
+from recollect.engine.scheduler import Scheduler, Task
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, OutOfBlocksError, RecollectError, RuntimeFailure
 from recollect.runtime.base import Logits, Row
@@ -264,10 +264,10 @@ def test_a_bug_in_the_engine_leaves_nobody_waiting(
     for talk in talks:
         assert talk.first.wait(WAIT_S)
 
-    def broken() -> None:
+    def broken(_: Scheduler) -> None:
         raise AssertionError("planted")
 
-    monkeypatch.setattr(engine._scheduler, "plan", broken)
+    monkeypatch.setattr(Scheduler, "plan", broken)
     for talk in talks:
         assert talk.task.join(WAIT_S)
         with pytest.raises(RuntimeFailure, match="planted"):
@@ -547,6 +547,23 @@ def test_a_thread_reads_all_results_of_a_task_and_then_the_end(engine: Engine, l
         task.wait()
     assert list(task.stream) == [0, 1, 2, 3, 4]
     assert list(task.stream) == []
+
+
+def test_two_readers_share_the_results_and_both_come_to_the_end(engine: Engine) -> None:
+    task = counting(engine, 50)
+    read_by: list[list[int]] = [[], []]
+
+    def read_into(results: list[int]) -> None:
+        results.extend(task.stream)
+
+    readers = [threading.Thread(target=read_into, args=[one], daemon=True) for one in read_by]
+    for reader in readers:
+        reader.start()
+    engine.submit(task)
+    for reader in readers:
+        reader.join(WAIT_S)
+        assert not reader.is_alive()
+    assert sorted(read_by[0] + read_by[1]) == list(range(50))
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -4,22 +4,27 @@ import threading
 
 import pytest
 
+from recollect.engine.sequence import FeedPlan, Memory, Sequence, WritePlan
 from recollect.errors import OutOfBlocksError
 from recollect.kv.blocks import BlockPool, blocks_for
-from recollect.kv.prefix import BlockTable, PrefixCache, WritePlan
+from recollect.kv.prefix import PrefixCache
+from recollect.runtime.base import RuntimeInfo
+
+INFO = RuntimeInfo("none", block_size=4, bytes_per_block=4, vocab_size=1, context_length=100)
 
 
-def filled(pool: BlockPool, slots: int) -> BlockTable:
-    """Return a table whose slots `[0, slots)` were written."""
-    table = BlockTable(pool, PrefixCache(pool, "model"))
+def filled(pool: BlockPool, slots: int) -> Sequence:
+    """Return a sequence whose slots `[0, slots)` were written."""
+    table = Sequence(Memory(INFO, pool, PrefixCache(pool, "model")), None)
     if slots:
+        table.append([0] * slots)
         table.prepare_write(0, slots)
-        table.written((), slots)
+        table.written(FeedPlan(0, slots), None)
     return table
 
 
-def fork_of(table: BlockTable, slots: int) -> BlockTable:
-    """Return a table over the blocks of the first slots, shared."""
+def fork_of(table: Sequence, slots: int) -> Sequence:
+    """Return a sequence over the blocks of the first slots, shared."""
     fork = table.fork()
     fork.truncate(slots)
     return fork
@@ -83,8 +88,8 @@ def test_dropped_blocks_are_free_when_next_asked_for() -> None:
 
 def test_blocks_dropped_from_other_threads_all_come_back() -> None:
     pool = BlockPool(64, 4)
-    tables = [filled(pool, 16) for _ in range(16)]
-    threads = [threading.Thread(target=table.drop) for table in tables]
+    tables = [pool.allocate(4) for _ in range(16)]
+    threads = [threading.Thread(target=pool.drop, args=[table]) for table in tables]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -199,10 +204,10 @@ def test_truncating_a_fork_leaves_the_other_its_blocks() -> None:
     pool.check([table.blocks, fork.blocks])
 
 
-def test_dropping_twice_releases_once() -> None:
+def test_releasing_a_sequence_twice_releases_its_blocks_once() -> None:
     pool = BlockPool(4, 4)
     table = filled(pool, 5)
-    table.drop()
-    table.drop()
+    table.release()
+    table.release()
     assert pool.free_blocks == 4
     pool.check([])

@@ -198,6 +198,16 @@ def test_a_client_that_knew_the_beginning_finds_the_rest(cache: PrefixCache) -> 
     cache.check()
 
 
+def test_what_is_public_is_looked_up_from_a_root_and_no_further_on(cache: PrefixCache) -> None:
+    """A sequence that has begun goes on in its own namespace; the next one finds it."""
+    (own,) = left(cache, [1, 2, 3, 4], "a")
+    cache.pin(left(cache, [1, 2, 3, 4, 5, 6, 7, 8], PUBLIC)[-1])
+    assert cache.match(own, [5, 6, 7, 8]).tokens == 0
+    assert not own.children
+    assert found(cache, [1, 2, 3, 4, 5, 6, 7, 8], "a") == 8
+    assert cache.match(own, [5, 6, 7, 8]).tokens == 4
+
+
 def test_a_block_with_two_places_is_free_when_both_are_given_up(
     cache: PrefixCache, pool: BlockPool
 ) -> None:
