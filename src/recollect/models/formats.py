@@ -1,8 +1,8 @@
 """What reads the files of each format of a model."""
 
 from recollect.models.catalog import LocalModel
-from recollect.text.other_tokenizers import TOKENIZER_NAME, HfTokenizer
-from recollect.text.tokenizer import ByteTokenizer, OpenVinoTokenizer, Tokenizer
+from recollect.text.file_tokenizers import TOKENIZER_NAME, HfTokenizer, OpenVinoTokenizer
+from recollect.text.tokenizer import ByteTokenizer, Tokenizer
 
 
 def load_tokenizer(model: LocalModel) -> Tokenizer:

@@ -32,9 +32,7 @@ from recollect.models import onnx_config
 from recollect.models.catalog import LocalModel
 from recollect.models.gguf import read_header
 from recollect.models.onnx_config import CONFIG_NAME, MOST_CONFIG_BYTES
-from recollect.text.other_tokenizers import (
-    MOST_TOKENIZER_BYTES,
-    TOKENIZER_NAME,
+from recollect.models.openvino_folder import (
     as_ids,
     chat_template,
     read_json,
@@ -42,6 +40,7 @@ from recollect.text.other_tokenizers import (
     special_token,
     warn_of_writers,
 )
+from recollect.text.file_tokenizers import MOST_TOKENIZER_BYTES, TOKENIZER_NAME
 from recollect.types import Progress, no_progress
 
 _MOST_FIELDS: Final = 20_000_000

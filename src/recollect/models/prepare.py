@@ -60,8 +60,8 @@ from recollect.models.openvino_folder import (
     Manifest,
     from_manifest,
     open_folder,
+    warn_of_writers,
 )
-from recollect.text.other_tokenizers import warn_of_writers
 from recollect.types import Progress, no_progress
 
 _CONVERTER: Final = "openvino-genai"

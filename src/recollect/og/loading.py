@@ -25,8 +25,8 @@ from recollect.conversation.model import Model as LoadedModel
 from recollect.errors import RecollectError
 from recollect.models.catalog import LocalModel
 from recollect.models.onnx_config import CONFIG_NAME
+from recollect.models.openvino_folder import as_ids, read_json
 from recollect.models.prepare import prepare
-from recollect.text.other_tokenizers import as_ids, read_json
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Detokenizer
 from recollect.types import Profile

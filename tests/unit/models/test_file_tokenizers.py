@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from recollect.errors import UnsupportedModelError
 from recollect.models.formats import load_tokenizer
 from recollect.models.prepare import prepare
-from recollect.text.other_tokenizers import HfTokenizer
-from recollect.text.tokenizer import Detokenizer, OpenVinoTokenizer, Tokenizer
+from recollect.text.file_tokenizers import HfTokenizer, OpenVinoTokenizer
+from recollect.text.tokenizer import Detokenizer, Tokenizer
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
