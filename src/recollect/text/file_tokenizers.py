@@ -104,7 +104,7 @@ class OpenVinoTokenizer(_FileTokenizer):
         try:
             self._files = _Files.read(folder)
             self._tokenizer = _load_openvino(self._files)
-            self.control_tokens: Final[ControlTokens] = self._control_tokens(template)
+            self.control_tokens = self._control_tokens(template)
         except (RuntimeError, OSError, ValueError) as cause:
             raise UnsupportedModelError(
                 f"The tokenizer in {folder} cannot be read: export it again with "
@@ -491,7 +491,7 @@ class HfTokenizer(_FileTokenizer):
             )
         self.vocab_size: Final = 1 + max(ids)
         added = self._tokenizer.get_added_tokens_decoder()
-        self.control_tokens: Final[ControlTokens] = control_tokens(
+        self.control_tokens = control_tokens(
             {token.content: token_id for token_id, token in added.items() if token.special},
             {token.content: token_id for token_id, token in added.items()},
             template,
