@@ -12,7 +12,7 @@ from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.prompt import PromptEncoder
 from recollect.models.catalog import CATALOG, LocalModel
 from recollect.models.prepare import original_of, prepare
-from recollect.text.other_tokenizers import HfTokenizer
+from recollect.text.file_tokenizers import HfTokenizer
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Detokenizer, Tokenizer
 

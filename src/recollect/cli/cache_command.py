@@ -67,7 +67,7 @@ def ls(as_json: JsonOption = False) -> None:
     from rich.console import Console  # noqa: PLC0415 - see the imports for type checking
 
     from recollect.kv import maintenance  # noqa: PLC0415
-    from recollect.models.listing import names_by_fingerprint  # noqa: PLC0415
+    from recollect.models.prepare import names_by_fingerprint  # noqa: PLC0415
 
     names = names_by_fingerprint(config.home())
     with open_store() as store:

@@ -412,7 +412,7 @@ def import_with_kv(
 def _why_not_loaded(portable: "PortableFile", model: str, *, is_asked_for: bool) -> str | None:
     """Return why there is no point in loading the model; None: there is."""
     from recollect import config  # noqa: PLC0415 - as above
-    from recollect.models.listing import is_here  # noqa: PLC0415
+    from recollect.models.prepare import is_here  # noqa: PLC0415
 
     if portable.head is None:
         return "the file has none"

@@ -24,7 +24,7 @@ from recollect import config
 from recollect.cli.options import OfflineOption, open_model, progress_bar
 
 if TYPE_CHECKING:
-    from recollect.models.listing import ModelStatus
+    from recollect.models.prepare import ModelStatus
 
 
 _OUTCOMES: Final = {
@@ -47,8 +47,8 @@ def models(
 ) -> None:
     """List the models that go by a name, and what is on this disk."""
     # Here and not above: it takes the runtime's libraries along, half a second of start-up.
-    from recollect.models.listing import installed  # noqa: PLC0415
-    from recollect.models.listing import prune as prune_source  # noqa: PLC0415
+    from recollect.models.prepare import installed  # noqa: PLC0415
+    from recollect.models.prepare import prune as prune_source  # noqa: PLC0415
 
     if prune is not None:
         size = prune_source(prune, config.home())
@@ -184,7 +184,7 @@ def convert(
     """Convert a model for another runtime, without a network once the model is here."""
     with progress_bar(f"Converting {model}") as progress:
         # Here and not above: it takes the runtime's libraries along, half a second of start-up.
-        from recollect.models.onnx_folder import convert_to_onnx, require_convertible  # noqa: PLC0415
+        from recollect.models.conversion import convert_to_onnx, require_convertible  # noqa: PLC0415
         from recollect.models.prepare import original_of  # noqa: PLC0415
 
         require_convertible(out)

@@ -117,7 +117,7 @@ def verify(
 def compare(loaded: "Model") -> "FileReport":
     """Compare a loaded model with its file, and note the outcome for `recollect models`."""
     from recollect import config  # noqa: PLC0415 - see above
-    from recollect.models.listing import Compared  # noqa: PLC0415
+    from recollect.models.prepare import Compared  # noqa: PLC0415
     from recollect.proof.verify import compare_with_file  # noqa: PLC0415
 
     with progress_bar("Comparing with the file") as progress:

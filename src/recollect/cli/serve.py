@@ -22,7 +22,7 @@ from recollect.cli.options import EncryptOption, read_text, unlock_home
 from recollect.config import DEFAULT_PROFILE
 from recollect.errors import ConfigError, UnknownModelError
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
-from recollect.models.listing import installed, size_bytes
+from recollect.models.prepare import installed, size_bytes
 
 if TYPE_CHECKING:
     from recollect.server.access import KeyFile

@@ -17,9 +17,8 @@ from recollect.errors import (
     UnsupportedModelError,
 )
 from recollect.models.catalog import CatalogEntry, HubFile, Part
-from recollect.models.listing import installed, prune
 from recollect.models.openvino_folder import Manifest
-from recollect.models.prepare import prepare
+from recollect.models.prepare import installed, prepare, prune
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import Progress
