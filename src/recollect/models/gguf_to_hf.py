@@ -1,8 +1,8 @@
 """
 A program: a GGUF file as a Hugging Face folder with float weights.
 
-Run by `onnx_convert` in a process of its own, which gives the memory back: all weights are f32 here.
-Nothing else imports it, because it takes torch along.
+On its own because it runs in a process of its own, which gives the memory back: all weights are f32
+here. Nothing imports it, because it takes torch along; `onnx_folder` starts it.
 """
 
 import sys
