@@ -23,7 +23,7 @@ from recollect.journal.records import Entry, NewNode
 
 PAGE = 4096
 """Bytes of a page of SQLite."""
-MOST_S = 10.0
+MOST_S = 60.0
 """For everything that is tried with one damaged journal, which takes milliseconds."""
 
 
