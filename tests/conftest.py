@@ -63,6 +63,27 @@ settings.load_profile(
 )
 
 
+HERE = Path(__file__).parent
+SLOW_FOLDERS = {"crash", "e2e", "exports", "real"}
+"""Their tests start processes, kill them, or take large models; all of them are slow."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """
+    Mark what is slow by its folder, and say which tests one worker runs when there are several.
+
+    What a file's tests load is then loaded once, and models that are made on first use are made by
+    one worker alone.
+    """
+    for item in items:
+        if item.path.relative_to(HERE).parts[0] in SLOW_FOLDERS:
+            item.add_marker("slow")
+        if item.get_closest_marker("model"):
+            made = {"onnx_folder", "exports_folder"} & set(getattr(item, "fixturenames", ()))
+            item.add_marker(pytest.mark.xdist_group("made" if made else str(item.path)))
+
+
 @dataclass
 class Faults:
     """What the next calls of a `FaultyRuntime` do; None: nothing wrong."""

@@ -123,6 +123,7 @@ def test_a_second_ctrl_c_ends_a_stream_with_a_last_event(start: Callable[..., Se
     assert json.loads(stream.lines[-1])["error"]["code"] == "server_stopping"
 
 
+@pytest.mark.slow
 def test_after_ten_seconds_replies_end_with_a_last_event(start: Callable[..., Server]) -> None:
     server = start()
     streams = [
@@ -149,6 +150,7 @@ def test_ctrl_c_while_the_model_loads_ends_at_once(start: Callable[..., Server])
     assert server.process.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_request_that_waits_for_the_model_is_answered(start: Callable[..., Server]) -> None:
     server = start(load_s=300)
     answers: list[httpx.Response] = []
