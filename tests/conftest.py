@@ -44,7 +44,7 @@ from recollect.text.tokenizer import ByteTokenizer
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile(
-    "dev", max_examples=50, deadline=None, suppress_health_check=_SLOW_IS_FINE
+    "dev", max_examples=20, deadline=None, suppress_health_check=_SLOW_IS_FINE
 )
 # The same examples every time: a red build then is about the change. New ones are tried by `dev` at
 # every run, and by `nightly` at length.
@@ -64,8 +64,8 @@ settings.load_profile(
 
 
 HERE = Path(__file__).parent
-SLOW_FOLDERS = {"crash", "e2e", "exports", "real"}
-"""Their tests start processes, kill them, or take large models; all of them are slow."""
+SLOW_FOLDERS = {"crash", "e2e", "exports", "homes", "real"}
+"""Their tests start processes, kill them, take large models or whole homes; all of them are slow."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
