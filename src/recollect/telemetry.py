@@ -1,7 +1,8 @@
 """
 Switches off what libraries would report by themselves to those who made them.
 
-Imports none of them: it must have run before they are loaded, and the package itself sees to that.
+On its own because it must have run before they are loaded, which the package itself sees to. It
+imports none of them.
 """
 
 import os

@@ -188,6 +188,7 @@ def test_parameters_that_are_no_object_are_refused(parameters: Any) -> None:
         assert Tools.of([{"type": "function", "function": left_out}]).grammar() is not None
 
 
+@pytest.mark.slow
 def test_more_tools_than_can_be_followed_are_told_so(make_model: Callable[..., Model]) -> None:
     """And not with a trace of the library's own code."""
     many = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(20)}}
