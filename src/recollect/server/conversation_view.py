@@ -22,9 +22,8 @@ from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
 from recollect.conversation.session import ANSWERED
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message, to_node
-from recollect.journal.entries import Label
 from recollect.journal.journal import Journal
-from recollect.journal.records import DEFAULT_TIP, NewNode, NodeRecord, StoredConversation
+from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, StoredConversation
 from recollect.server.refusals import ApiError, not_found
 from recollect.server.response_object import items_of
 from recollect.server.services import client_of, services_of

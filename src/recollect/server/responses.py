@@ -25,8 +25,7 @@ from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Overflow
 from recollect.conversation.turn import Reply, ReplyStream
-from recollect.journal.entries import Label
-from recollect.journal.records import NodeRecord
+from recollect.journal.records import Label, NodeRecord
 from recollect.server.chat_completions import check_limits
 from recollect.server.conversation_routes import drop_all_kv
 from recollect.server.conversation_view import (
