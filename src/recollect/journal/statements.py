@@ -53,6 +53,7 @@ from recollect.journal.rows import (
 
 _NODE_VALUES: Final = ", ".join("?" * len(NODE_COLUMNS.split(", ")))
 _NODE_SETTERS: Final = ", ".join(f"{name} = ?" for name in NODE_COLUMNS.split(", ")[1:])
+_TIPS: Final = "SELECT name, node_id FROM tips WHERE conversation_id = ?"
 _LABEL_ROW: Final = "l.label, l.conversation_id, l.node_id, l.note"
 """`LABEL_COLUMNS`, where `labels` is joined as `l`."""
 
@@ -426,11 +427,9 @@ class Statements:
         Raises:
             StoreCorruptError: A name is not what was written.
         """
-        rows = self._all(
-            "SELECT name, node_id FROM tips WHERE conversation_id = ?", conversation_id
-        )
+        tips = self._all(_TIPS, conversation_id)
         return dict(
-            sorted((read_tip(conversation_id, name, at, self.sealing), at) for name, at in rows)
+            sorted((read_tip(conversation_id, name, at, self.sealing), at) for name, at in tips)
         )
 
     def write_tip(self, conversation_id: int, name: str, node_id: int | None) -> None:
@@ -452,18 +451,16 @@ class Statements:
 
     def remove_tip(self, conversation_id: int, name: str) -> bool:
         """Delete a branch but none of its nodes; return whether there was one of that name."""
-        found = [
-            sealed
-            for sealed, at in self._all(
-                "SELECT name, node_id FROM tips WHERE conversation_id = ?", conversation_id
-            )
-            if read_tip(conversation_id, sealed, at, self.sealing) == name
-        ]
-        for sealed in found:
-            self._run(
-                "DELETE FROM tips WHERE conversation_id = ? AND name = ?", conversation_id, sealed
-            )
-        return bool(found)
+        found = False
+        for sealed, at in self._all(_TIPS, conversation_id):
+            if read_tip(conversation_id, sealed, at, self.sealing) == name:
+                self._run(
+                    "DELETE FROM tips WHERE conversation_id = ? AND name = ?",
+                    conversation_id,
+                    sealed,
+                )
+                found = True
+        return found
 
     # Labels
 
