@@ -29,9 +29,8 @@ from recollect.cli.models_command import format_bytes
 from recollect.cli.options import has_store, open_store, progress_bar, read_text, store_folder
 from recollect.config import DEFAULT_PROFILE
 from recollect.errors import ConfigError, StoreCorruptError, StoreError
-from recollect.kv.accounts import Pin
 from recollect.kv.maintenance import Holding
-from recollect.kv.record import Identity
+from recollect.kv.record import Identity, Pin
 from recollect.models.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def ls(as_json: JsonOption = False) -> None:
 
     names = names_by_fingerprint(config.home())
     with open_store() as store:
-        found, pins = maintenance.holdings(store), maintenance.pins(store)
+        found, pins = maintenance.holdings(store), store.pins()
     digests = names_by_digest(found, names)
     if as_json:
         kept = [holding_as_dict(holding, names) for holding in found]
@@ -93,11 +92,11 @@ def stats(as_json: JsonOption = False) -> None:
         return
     from recollect.cli.models_command import format_bytes  # noqa: PLC0415 - see above
     from recollect.cli.state import format_duration  # noqa: PLC0415
-    from recollect.kv import maintenance, pins  # noqa: PLC0415
+    from recollect.kv import maintenance  # noqa: PLC0415
 
     with open_store() as store:
         found = maintenance.holdings(store)
-        file_bytes, pinned_bytes = store.env.file_bytes, pins.pinned_bytes(store)
+        file_bytes, pinned_bytes = store.env.file_bytes, store.pinned_bytes()
     values = {
         "restored_tokens": sum(holding.savings.tokens for holding in found),
         "saved_s": sum(holding.savings.seconds for holding in found),
@@ -183,7 +182,7 @@ def clear(
 
     Stores that were damaged and put aside go too.
     """
-    from recollect.kv.rewriting import damaged_stores  # noqa: PLC0415 - see above
+    from recollect.kv.maintenance import damaged_stores  # noqa: PLC0415 - see above
 
     if not has_store() and not damaged_stores(store_folder()):
         typer.echo(_EMPTY)
@@ -205,10 +204,9 @@ def unpin(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As `recollect cache` lists it.")],
 ) -> None:
     """Let a checkpoint or a warm text go when room is needed."""
-    from recollect.kv import pins  # noqa: PLC0415 - see above
 
     with open_store() as store:
-        if not pins.drop(store, name):
+        if not store.drop_pin(name):
             raise StoreError(f"Nothing is kept as {name!r}: `recollect cache` lists what is.")
     typer.echo(f"{name!r} may go when room is needed.")
 
@@ -216,10 +214,10 @@ def unpin(
 def _problems(store: "DiskStore") -> "tuple[int, int, list[tuple[Key, str]]]":
     """Return how many blocks there are, how many cannot be looked into, and what is wrong."""
     from recollect.cli.options import progress_bar  # noqa: PLC0415 - see above
-    from recollect.kv import accounts, maintenance  # noqa: PLC0415
+    from recollect.kv import maintenance  # noqa: PLC0415
 
-    with store.env.reading() as txn:
-        heads = accounts.heads(txn, store.env)
+    with store.reading() as tables:
+        heads = tables.heads()
     sealed = {key for key, head in heads.items() if head.is_sealed and store.sealer is None}
     with progress_bar("Reading all blocks"):
         found = list(maintenance.problems(store))
@@ -241,7 +239,7 @@ def _clear(*, pinned: bool) -> None:
 def _give_back(freed: int) -> None:
     """Shorten the file where that can be done, and say what came of it."""
     from recollect.cli.models_command import format_bytes  # noqa: PLC0415 - see above
-    from recollect.kv.rewriting import shrink  # noqa: PLC0415
+    from recollect.kv.maintenance import shrink  # noqa: PLC0415
 
     given_back = shrink(store_folder())
     if given_back is None:
@@ -255,7 +253,7 @@ def _give_back(freed: int) -> None:
 
 def _remove_damaged() -> None:
     """Delete the damaged stores that were put aside, and say so."""
-    from recollect.kv.rewriting import remove_damaged  # noqa: PLC0415 - see above
+    from recollect.kv.maintenance import remove_damaged  # noqa: PLC0415 - see above
 
     try:
         removed = remove_damaged(store_folder())
@@ -275,7 +273,7 @@ def _blocks(number: int, one: str, many: str) -> str:
 
 
 def _discard() -> None:
-    from recollect.kv.rewriting import discard  # noqa: PLC0415 - see above
+    from recollect.kv.maintenance import discard  # noqa: PLC0415 - see above
 
     if not discard(store_folder()):
         raise StoreError("The KV store is damaged and open in another process: close that first.")

@@ -32,8 +32,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from recollect.conversation.session import ReplyStream
 from recollect.conversation.tree import Node, Tree
-from recollect.conversation.turn import Reply, ReplyStream
+from recollect.conversation.turn import Reply
 
 
 def printable(text: str) -> str:
