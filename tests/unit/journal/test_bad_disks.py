@@ -17,9 +17,8 @@ from recollect.errors import (
     StoreFullError,
     StoreUnavailableError,
 )
-from recollect.journal.entries import Label
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.journal.records import Entry, NewNode
+from recollect.journal.records import Entry, Label, NewNode
 
 PAGE = 4096
 """Bytes of a page of SQLite."""
