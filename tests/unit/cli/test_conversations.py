@@ -225,7 +225,7 @@ package = types.ModuleType("recollect")
 package.__path__ = [{path!r}]  # without what the package's front imports
 sys.modules["recollect"] = package
 import recollect.cli.conversations_command
-light = sorted({{"sqlite3", "rich.table", "openvino", "numpy"}} & set(sys.modules))
+light = sorted({{"sqlite3", "openvino", "numpy"}} & set(sys.modules))
 try:
     recollect.cli.conversations_command.app(["list"])
 except SystemExit as end:
