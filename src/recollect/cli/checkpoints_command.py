@@ -73,7 +73,7 @@ def _table(found: "list[Checkpoint]") -> "Table":
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    from recollect.cli.models_command import format_bytes  # noqa: PLC0415
+    from recollect.cli.models import format_bytes  # noqa: PLC0415
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("name", overflow="fold")

@@ -17,13 +17,13 @@ from typer.core import TyperGroup
 from recollect import starting
 from recollect._version import __version__
 from recollect.cli.bench_command import bench
-from recollect.cli.cache_command import app as cache
-from recollect.cli.cache_command import warm
+from recollect.cli.cache import app as cache
+from recollect.cli.cache import warm
 from recollect.cli.chat import ChatCommand, chat
 from recollect.cli.checkpoints_command import app as checkpoints
-from recollect.cli.conversations_command import app as conversations
-from recollect.cli.conversations_command import export_with_kv, import_with_kv
-from recollect.cli.models_command import convert, models, pull
+from recollect.cli.conversations import app as conversations
+from recollect.cli.conversations import export_with_kv, import_with_kv
+from recollect.cli.models import convert, models, pull
 from recollect.cli.options import encrypt
 from recollect.cli.prove import rewind_test, scenarios, verify
 from recollect.cli.serve import keys_app, serve

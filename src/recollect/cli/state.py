@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from recollect.cli.display import printable, show_reply
-from recollect.cli.models_command import format_bytes
+from recollect.cli.models import format_bytes
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node

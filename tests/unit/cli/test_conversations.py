@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import recollect
-from recollect.cli.conversations_command import app
+from recollect.cli.conversations import app
 from recollect.errors import (
     ConversationError,
     ConversationFileError,
@@ -144,7 +144,7 @@ def test_delete_needs_a_yes_where_nobody_can_be_asked(poem: Journal) -> None:
 def test_delete_asks_at_a_terminal(
     poem: Journal, terminal: Callable[..., Any], typed: str, left: int
 ) -> None:
-    program = "from recollect.cli.conversations_command import app; app(['delete', 'poem'])"
+    program = "from recollect.cli.conversations import app; app(['delete', 'poem'])"
     command = terminal(sys.executable, "-c", program)
     command.expect_exact("with 3 turns for good?")
     command.sendline(typed)
@@ -224,10 +224,10 @@ import sys, types
 package = types.ModuleType("recollect")
 package.__path__ = [{path!r}]  # without what the package's front imports
 sys.modules["recollect"] = package
-import recollect.cli.conversations_command
+import recollect.cli.conversations
 light = sorted({{"sqlite3", "openvino", "numpy"}} & set(sys.modules))
 try:
-    recollect.cli.conversations_command.app(["list"])
+    recollect.cli.conversations.app(["list"])
 except SystemExit as end:
     assert not end.code, end.code
 print(light, sorted({{"openvino", "openvino_genai", "numpy"}} & set(sys.modules)))

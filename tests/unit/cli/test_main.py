@@ -12,7 +12,7 @@ import pytest
 
 from recollect import __version__
 from recollect.cli.main import run
-from recollect.cli.models_command import format_bytes
+from recollect.cli.models import format_bytes
 from recollect.conversation.loading import load
 from recollect.models import onnx_folder
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL

@@ -204,7 +204,7 @@ def conversations_table(found: "list[ConversationInfo]") -> "Table":
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    from recollect.cli.models_command import format_bytes  # noqa: PLC0415
+    from recollect.cli.models import format_bytes  # noqa: PLC0415
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("name", overflow="fold")
@@ -337,7 +337,7 @@ def export_with_kv(
     """
     if no_kv and tip is not None:
         raise ConfigError("--tip says whose KV goes along: leave it out, or --no-kv.")
-    from recollect.cli.models_command import format_bytes  # noqa: PLC0415 - as above
+    from recollect.cli.models import format_bytes  # noqa: PLC0415 - as above
     from recollect.conversation.loading import collect  # noqa: PLC0415
     from recollect.journal.portable import require_new, write  # noqa: PLC0415
     from recollect.journal.records import DEFAULT_TIP  # noqa: PLC0415

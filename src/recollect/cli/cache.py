@@ -25,7 +25,7 @@ from rich.text import Text
 
 from recollect import config
 from recollect.cli import options
-from recollect.cli.models_command import format_bytes
+from recollect.cli.models import format_bytes
 from recollect.cli.options import has_store, open_store, progress_bar, read_text, store_folder
 from recollect.config import DEFAULT_PROFILE
 from recollect.errors import ConfigError, StoreCorruptError, StoreError
@@ -91,7 +91,7 @@ def stats(as_json: JsonOption = False) -> None:
     if not has_store():
         typer.echo("{}" if as_json else _EMPTY)
         return
-    from recollect.cli.models_command import format_bytes  # noqa: PLC0415 - see above
+    from recollect.cli.models import format_bytes  # noqa: PLC0415 - see above
     from recollect.cli.state import format_duration  # noqa: PLC0415
     from recollect.kv import maintenance, pins  # noqa: PLC0415
 
@@ -240,7 +240,7 @@ def _clear(*, pinned: bool) -> None:
 
 def _give_back(freed: int) -> None:
     """Shorten the file where that can be done, and say what came of it."""
-    from recollect.cli.models_command import format_bytes  # noqa: PLC0415 - see above
+    from recollect.cli.models import format_bytes  # noqa: PLC0415 - see above
     from recollect.kv.rewriting import shrink  # noqa: PLC0415
 
     given_back = shrink(store_folder())
@@ -419,7 +419,7 @@ def warm(
             made = loaded.warm(
                 text, system=instructions, name=name or named.name, progress=progress
             )
-        from recollect.cli.models_command import format_bytes  # noqa: PLC0415 - see options.open_model
+        from recollect.cli.models import format_bytes  # noqa: PLC0415 - see options.open_model
         from recollect.cli.state import format_duration  # noqa: PLC0415
 
     on_disk = f"{made.tokens:,} tokens, {format_bytes(made.stored_bytes)} on disk"
