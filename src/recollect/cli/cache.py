@@ -1,100 +1,91 @@
 """
-`recollect cache`: what KV is kept on disk, what it was good for, whether it is sound; and room.
+`recollect cache` and `recollect warm`: the cache (KV) on disk.
 
-Works on the store alone: no model is loaded.
-
-How `recollect cache` shows what a store has: for people, and as JSON.
-
-Pure: values in, tables and dictionaries out.
-
-`recollect warm`: read a text once, so that every later session on it starts warm.
+`cache` shows what is stored and pinned, checks it, and frees space; it works on the KV store alone.
+`warm` loads a model to compute and pin the KV of a text before anybody asks.
 """
 
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 import typer
-from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from recollect import config
-from recollect.cli import options
-from recollect.cli.models import format_bytes
-from recollect.cli.options import has_store, open_store, progress_bar, read_text, store_folder
-from recollect.config import DEFAULT_PROFILE
+from recollect.cli.home import NO_KV, has_store, open_store, store_folder
+from recollect.cli.options import (
+    USUAL,
+    JsonOption,
+    ModelOption,
+    ModelOptions,
+    YesOption,
+    read_text,
+    takes_model_options,
+)
+from recollect.cli.printing import (
+    confirm,
+    count,
+    format_bytes,
+    format_duration,
+    format_time,
+    make_table,
+    progress_bar,
+)
 from recollect.errors import ConfigError, StoreCorruptError, StoreError
+from recollect.kv import accounts, maintenance, pins
 from recollect.kv.accounts import Pin
+from recollect.kv.blocks import Key
+from recollect.kv.disk import DiskStore
 from recollect.kv.maintenance import Holding
 from recollect.kv.record import Identity
+from recollect.kv.rewriting import damaged_stores, discard, remove_damaged, shrink
 from recollect.models.catalog import DEFAULT_MODEL
+from recollect.models.listing import names_by_fingerprint
 
-if TYPE_CHECKING:
-    from recollect.kv.blocks import Key
-    from recollect.kv.disk import DiskStore
-
-
-_EMPTY = "No KV is kept on disk here yet: `recollect chat` does that."
-
-app = typer.Typer(
-    name="cache",
-    help="Show, check and clear the KV that is kept on disk.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object, sizes in bytes, times in UTC.")
-]
+app = typer.Typer()
+_cache = typer.Typer(name="cache")
 
 
-@app.callback(invoke_without_command=True)
+@_cache.callback(invoke_without_command=True)
 def cache(context: typer.Context, as_json: JsonOption = False) -> None:
-    """Show, check and clear the KV that is kept on disk."""
+    """Show, check and clear the cache (KV) on disk."""
     if context.invoked_subcommand is None:
         ls(as_json=as_json)
 
 
-@app.command()
+@_cache.command()
 def ls(as_json: JsonOption = False) -> None:
-    """List what is kept, by model, and what is pinned. Also what no command does."""
+    """List what is stored, by model, and what is pinned. This is what happens without a command."""
     if not has_store():
-        typer.echo('{"kept": [], "pins": []}' if as_json else _EMPTY)
+        typer.echo('{"kept": [], "pins": []}' if as_json else NO_KV)
         return
-    from rich.console import Console  # noqa: PLC0415 - see the imports for type checking
-
-    from recollect.kv import maintenance  # noqa: PLC0415
-    from recollect.models.listing import names_by_fingerprint  # noqa: PLC0415
-
     names = names_by_fingerprint(config.home())
     with open_store() as store:
-        found, pins = maintenance.holdings(store), maintenance.pins(store)
+        found, held = maintenance.holdings(store), maintenance.pins(store)
     digests = names_by_digest(found, names)
     if as_json:
         kept = [holding_as_dict(holding, names) for holding in found]
-        pinned = [pin_as_dict(pin, digests) for pin in pins]
+        pinned = [pin_as_dict(pin, digests) for pin in held]
         typer.echo(json.dumps({"kept": kept, "pins": pinned}, ensure_ascii=False, indent=2))
         return
     console = Console()
     console.print(holdings_table(found, names))
-    if pins:
-        console.print(pins_table(pins, digests))
+    if held:
+        console.print(pins_table(held, digests))
 
 
-@app.command()
+@_cache.command()
 def stats(as_json: JsonOption = False) -> None:
-    """Say what was restored instead of computed so far, and what room it takes."""
+    """Print how much was restored instead of computed so far, and the space that it takes."""
     if not has_store():
-        typer.echo("{}" if as_json else _EMPTY)
+        typer.echo("{}" if as_json else NO_KV)
         return
-    from recollect.cli.models import format_bytes  # noqa: PLC0415 - see above
-    from recollect.cli.state import format_duration  # noqa: PLC0415
-    from recollect.kv import maintenance, pins  # noqa: PLC0415
-
     with open_store() as store:
         found = maintenance.holdings(store)
         file_bytes, pinned_bytes = store.env.file_bytes, pins.pinned_bytes(store)
@@ -117,7 +108,7 @@ def stats(as_json: JsonOption = False) -> None:
     for name, value in (
         ("restored", f"{values['restored_tokens']:,} tokens instead of computing them"),
         ("saved", saved),
-        ("kept", f"{values['tokens']:,} tokens in {values['blocks']:,} blocks"),
+        ("stored", f"{values['tokens']:,} tokens in {values['blocks']:,} blocks"),
         (
             "size",
             f"{format_bytes(int(values['stored_bytes']))}, {format_bytes(pinned_bytes)} pinned",
@@ -128,95 +119,88 @@ def stats(as_json: JsonOption = False) -> None:
         typer.echo(f"{name:<9} {value}")
 
 
-@app.command()
+@_cache.command()
 def verify(
     repair: Annotated[
-        bool, typer.Option("--repair", help="Remove what is not as it was written.")
+        bool, typer.Option("--repair", help="Delete the blocks that are damaged.")
     ] = False,
 ) -> None:
-    """Read everything and check it; status 1 where something is not as it was written."""
+    """Read and check all blocks; the exit status is 1 if one is damaged."""
     if not has_store():
-        typer.echo(_EMPTY)
+        typer.echo(NO_KV)
         return
-    from recollect.kv.maintenance import remove_wrong  # noqa: PLC0415 - see above
-
     with open_store() as store:
         blocks, unchecked, wrong = _problems(store)
         for key, sentence in wrong:
             typer.echo(f"{f'block {key.hex()[:16]}' if key else 'the accounts'}: {sentence}")
         if unchecked:
-            typer.echo(f"{_blocks(unchecked, 'is', 'are')} encrypted, and not looked into.")
+            typer.echo(f"{_blocks(unchecked, 'is', 'are')} encrypted and could not be checked.")
         if wrong and repair:
-            removed = remove_wrong(store, [key for key, _ in wrong])
+            removed = maintenance.remove_wrong(store, [key for key, _ in wrong])
             typer.echo(
-                f"{_blocks(removed, 'was', 'were')} removed: what was in there is computed again."
+                f"{_blocks(removed, 'was', 'were')} deleted: that KV is computed again when it is needed."
             )
             return
     if wrong:
         typer.echo(
-            f"{len(wrong):,} of {blocks:,} blocks are not as they were written: --repair removes those."
+            f"{len(wrong):,} of {blocks:,} blocks are not as they were written: --repair deletes them."
         )
         raise typer.Exit(1)
     typer.echo(f"All of {blocks:,} blocks are as they were written.")
 
 
-@app.command()
+@_cache.command()
 def evict(
     size: Annotated[str, typer.Argument(metavar="SIZE", help="How much to free, such as 2GB.")],
 ) -> None:
-    """Give up what was used least recently, and give the disk space back; pins stay."""
+    """Delete what was used least recently and give its space back; what is pinned stays."""
     wanted = config.parse_size(size)
     with open_store() as store:
         freed = store.evict(wanted)
     _give_back(freed)
 
 
-@app.command()
+@_cache.command()
 def clear(
     pinned: Annotated[
-        bool, typer.Option("--pinned", help="Checkpoints and warm texts, too.")
+        bool, typer.Option("--pinned", help="Delete checkpoints and warm texts, too.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: YesOption = False,
 ) -> None:
     """
-    Remove all KV that is not pinned; conversations stay, and are read once more.
+    Delete all KV that is not pinned; conversations stay, and the model reads them once more.
 
-    Stores that were damaged and put aside go too.
+    Damaged stores that were put aside are deleted, too.
     """
-    from recollect.kv.rewriting import damaged_stores  # noqa: PLC0415 - see above
 
     if not has_store() and not damaged_stores(store_folder()):
-        typer.echo(_EMPTY)
+        typer.echo(NO_KV)
         return
     what = "all KV with all checkpoints" if pinned else "all KV that is not pinned"
-    if not yes:
-        if not sys.stdin.isatty():
-            raise ConfigError(f"Nobody can be asked whether to remove {what}: say so with --yes.")
-        if not typer.confirm(f"Remove {what} from the disk?"):
-            typer.echo("Nothing was removed.")
-            return
+    if not confirm(f"Delete {what} from the disk?", yes=yes, to="delete"):
+        typer.echo("Nothing was deleted.")
+        return
     if has_store():
         _clear(pinned=pinned)
     _remove_damaged()  # afterwards: one that is opened may be put aside only then
 
 
-@app.command()
+@_cache.command()
 def unpin(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="As `recollect cache` lists it.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A name that `recollect cache` lists.")
+    ],
 ) -> None:
-    """Let a checkpoint or a warm text go when room is needed."""
-    from recollect.kv import pins  # noqa: PLC0415 - see above
+    """Unpin a checkpoint or a warm text: allow it to be deleted when space runs out."""
 
     with open_store() as store:
         if not pins.drop(store, name):
-            raise StoreError(f"Nothing is kept as {name!r}: `recollect cache` lists what is.")
-    typer.echo(f"{name!r} may go when room is needed.")
+            raise StoreError(f"Nothing is pinned as {name!r}; `recollect cache` lists what is.")
+    typer.echo(f"{name!r} was unpinned: it may be deleted when space runs out.")
 
 
-def _problems(store: "DiskStore") -> "tuple[int, int, list[tuple[Key, str]]]":
-    """Return how many blocks there are, how many cannot be looked into, and what is wrong."""
-    from recollect.cli.options import progress_bar  # noqa: PLC0415 - see above
-    from recollect.kv import accounts, maintenance  # noqa: PLC0415
+def _problems(store: DiskStore) -> tuple[int, int, list[tuple[Key, str]]]:
+    """Return how many blocks there are, how many cannot be checked, and what is wrong with which."""
 
     with store.env.reading() as txn:
         heads = accounts.heads(txn, store.env)
@@ -234,20 +218,18 @@ def _clear(*, pinned: bool) -> None:
     except StoreCorruptError:
         _discard()
         return
-    typer.echo(f"{_blocks(blocks, 'was', 'were')} removed.")
+    typer.echo(f"{_blocks(blocks, 'was', 'were')} deleted.")
     _give_back(before)
 
 
 def _give_back(freed: int) -> None:
-    """Shorten the file where that can be done, and say what came of it."""
-    from recollect.cli.models import format_bytes  # noqa: PLC0415 - see above
-    from recollect.kv.rewriting import shrink  # noqa: PLC0415
+    """Shorten the file if nobody else has it open, and say how much that gave back."""
 
     given_back = shrink(store_folder())
     if given_back is None:
         typer.echo(
-            f"Another process has the file open: its {format_bytes(freed)} are used again by what is "
-            "kept next, and given back to the disk by the same command once that is closed."
+            f"Another process has the file open. The next KV reuses its {format_bytes(freed)}; to give "
+            "them back to the disk, end that process and run this command again."
         )
     else:
         typer.echo(f"{format_bytes(given_back)} were given back to the disk.")
@@ -255,42 +237,41 @@ def _give_back(freed: int) -> None:
 
 def _remove_damaged() -> None:
     """Delete the damaged stores that were put aside, and say so."""
-    from recollect.kv.rewriting import remove_damaged  # noqa: PLC0415 - see above
 
     try:
         removed = remove_damaged(store_folder())
     except OSError as error:
         raise StoreError(
-            f"{error.filename} cannot be deleted ({error.strerror}): delete it, since replies can be "
-            "read in it."
+            f"{error.filename} cannot be deleted ({error.strerror}): delete it yourself, because it "
+            "holds what was said."
         ) from error
     if removed:
-        stores = "1 damaged store" if removed == 1 else f"{removed:,} damaged stores"
-        typer.echo(f"{stores} that had been put aside {'was' if removed == 1 else 'were'} removed.")
+        verb = "was" if removed == 1 else "were"
+        typer.echo(f"{count(removed, 'damaged store')} that had been put aside {verb} deleted.")
 
 
 def _blocks(number: int, one: str, many: str) -> str:
-    """Return a number of blocks with the verb."""
-    return f"1 block {one}" if number == 1 else f"{number:,} blocks {many}"
+    """Return a number of blocks with its verb."""
+    return f"{count(number, 'block')} {one if number == 1 else many}"
 
 
 def _discard() -> None:
-    from recollect.kv.rewriting import discard  # noqa: PLC0415 - see above
 
     if not discard(store_folder()):
         raise StoreError("The KV store is damaged and open in another process: close that first.")
-    typer.echo("The KV store was damaged; it was removed, with all that was pinned.")
+    typer.echo("The KV store was damaged; it was deleted, with all that was pinned.")
 
 
 _ELEMENT_TYPE: Final = re.compile(r":([a-z]+\d+)")
 _SHORT: Final = 12
-"""Of a fingerprint that no model here has."""
+"""How many characters of a fingerprint stand for a model that is not here."""
 
 
 def holdings_table(found: Sequence[Holding], names: Mapping[str, str]) -> Table:
-    """Return what is stored of each model, runtime and precision."""
-    table = _table(
-        "model", "runtime", "KV", "blocks", "tokens", "size", "last used", right=range(3, 6)
+    """Return a row for each model, runtime and precision with stored KV."""
+    table = make_table(
+        *("model", "runtime", "KV", "blocks", "tokens", "size", "last used"),
+        right=("blocks", "tokens", "size"),
     )
     for holding in found:
         table.add_row(
@@ -300,29 +281,29 @@ def holdings_table(found: Sequence[Holding], names: Mapping[str, str]) -> Table:
             f"{holding.blocks:,}",
             f"{holding.tokens:,}",
             format_bytes(holding.stored_bytes),
-            _local(holding.last_used) if holding.last_used else "",
+            format_time(_time(holding.last_used)) if holding.last_used else "",
         )
     return table
 
 
 def pins_table(found: Sequence[Pin], names: Mapping[str, str]) -> Table:
-    """Return what is kept from eviction."""
-    table = _table("kept", "what", "model", "tokens", "since", right=[3])
+    """Return what is pinned, which is never evicted."""
+    table = make_table("pinned", "what", "model", "tokens", "since", right=("tokens",))
     for pin in found:
         table.add_row(
             Text(pin.name),
             str(pin.about.get("kind", "")),
             Text(names.get(pin.identity, pin.identity[:_SHORT])),
             f"{pin.tokens:,}",
-            _local(pin.created),
+            format_time(_time(pin.created)),
         )
     return table
 
 
 def holding_as_dict(holding: Holding, names: Mapping[str, str]) -> dict[str, object]:
-    """Return what is stored of one model, runtime and precision as JSON values."""
+    """Return one model, runtime and precision with its stored KV as JSON values."""
     identity, savings = holding.identity, holding.savings
-    last = datetime.fromtimestamp(holding.last_used, UTC).isoformat() if holding.last_used else None
+    last = _time(holding.last_used).isoformat() if holding.last_used else None
     return {
         "model": names.get(identity.fingerprint),
         "fingerprint": identity.fingerprint,
@@ -344,19 +325,19 @@ def pin_as_dict(pin: Pin, names: Mapping[str, str]) -> dict[str, object]:
         "kind": pin.about.get("kind"),
         "model": names.get(pin.identity),
         "tokens": pin.tokens,
-        "created_at": datetime.fromtimestamp(pin.created, UTC).isoformat(),
+        "created_at": _time(pin.created).isoformat(),
     }
 
 
 def names_by_digest(found: Sequence[Holding], names: Mapping[str, str]) -> dict[str, str]:
-    """Return what models are called by what pins know of them."""
+    """Return the names of models by the digest of their identity, which is what a pin holds."""
     return {
         holding.identity.digest().hex(): model_name(holding.identity, names) for holding in found
     }
 
 
 def model_name(identity: Identity, names: Mapping[str, str]) -> str:
-    """Return what a model is called here, or the beginning of its fingerprint."""
+    """Return the name of a model, or the beginning of its fingerprint if it is not here."""
     return names.get(identity.fingerprint, identity.fingerprint[:_SHORT])
 
 
@@ -366,68 +347,56 @@ def precision(identity: Identity) -> str:
     return "+".join(types) or identity.kv_format
 
 
-def _table(*headings: str, right: Sequence[int]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, heading in enumerate(headings):
-        if number in right:
-            table.add_column(heading, justify="right", no_wrap=True)
-        else:
-            table.add_column(heading, overflow="fold")
-    return table
+def _time(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
 
 
-def _local(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M")
-
-
+@app.command()
+@takes_model_options
 def warm(
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="[FILE]", help="Text that first messages will begin with."),
+        typer.Argument(metavar="[FILE]", help="The text that first messages will begin with."),
     ] = None,
     system: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Instructions, before the text or alone."),
+        typer.Option(
+            metavar="FILE", help="Instructions (a system prompt), alone or before the text."
+        ),
     ] = None,
     name: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="What it is kept as.", show_default="the name of the file"
+            metavar="NAME", help="The name of the pin.", show_default="the name of the file"
         ),
     ] = None,
-    model: options.ModelOption = DEFAULT_MODEL,
-    profile: options.ProfileOption = DEFAULT_PROFILE,
-    kv_memory: options.KvMemoryOption = None,
-    kv_disk: options.KvDiskOption = None,
-    offline: options.OfflineOption = False,
+    model: ModelOption = DEFAULT_MODEL,
+    loading: ModelOptions = USUAL,
 ) -> None:
     """
     Read a document or instructions once, and keep their KV on disk.
 
-    Every later session that begins with them, with this model and profile, starts warm.
-    `recollect cache` lists what is kept, `recollect cache unpin NAME` lets it go.
+    Every later conversation that begins with them, with this model and profile, need not read them.
+    `recollect cache` lists what is pinned; `recollect cache unpin NAME` unpins it.
     """
     named = file or system
     if named is None:
         raise ConfigError("There is nothing to read: give a file, or --system with one.")
     text = "" if file is None else read_text(file)
     instructions = None if system is None else read_text(system)
-    with options.open_model(
-        model, profile=profile, kv_memory=kv_memory, kv_disk=kv_disk, offline=offline
-    ) as loaded:
-        with progress_bar(f"Reading {named.name}", tokens=True) as progress:
-            made = loaded.warm(
-                text, system=instructions, name=name or named.name, progress=progress
-            )
-        from recollect.cli.models import format_bytes  # noqa: PLC0415 - see options.open_model
-        from recollect.cli.state import format_duration  # noqa: PLC0415
-
+    with (
+        loading.load(model) as loaded,
+        progress_bar(f"Reading {named.name}", tokens=True) as progress,
+    ):
+        made = loaded.warm(text, system=instructions, name=name or named.name, progress=progress)
     on_disk = f"{made.tokens:,} tokens, {format_bytes(made.stored_bytes)} on disk"
     if not made.computed_tokens:
-        since = made.since.astimezone().strftime("%Y-%m-%d %H:%M")
-        typer.echo(f"{made.name!r} is warm already, since {since}: {on_disk}.")
+        typer.echo(f"{made.name!r} is warm already, since {format_time(made.since)}: {on_disk}.")
         return
     typer.echo(
         f"{made.name!r} is warm: {on_disk}; {made.computed_tokens:,} of them were read in "
         f"{format_duration(made.seconds)}."
     )
+
+
+app.add_typer(_cache)
