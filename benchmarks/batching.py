@@ -23,13 +23,13 @@ from time import perf_counter
 import recollect
 from harness import Load, parser, report, say
 from recollect import config
-from recollect.engine.scheduler import SHARED_CHUNK
 from recollect.models.prepare import prepare
-from recollect.runtime.base import Logits, Row, RuntimeInfo
+from recollect.runtime.base import Pace, PassResult, Row, RuntimeInfo
 from recollect.runtime.openvino import OpenVinoRuntime
 from recollect.types import SamplingParams
 
 DECODED = 48
+SHARED_CHUNK = Pace().shared_chunk
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -77,11 +77,11 @@ class TimedRuntime:
     def close(self) -> None:
         self.runtime.close()
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
+    def forward(self, rows: Sequence[Row]) -> PassResult:
         begun = perf_counter()
-        logits = self.runtime.forward(rows)
+        result = self.runtime.forward(rows)
         self.passes.append(Pass(begun, perf_counter(), tuple(len(row.token_ids) for row in rows)))
-        return logits
+        return result
 
 
 def main() -> None:

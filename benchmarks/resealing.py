@@ -35,7 +35,7 @@ def _write(folder: Path, blocks: int, block_bytes: int) -> None:
             store.write(Identity("weights", "runtime", "format"), [block])
             parent = key
         with store.env.writing() as txn:
-            txn.put(b"format", (2).to_bytes(8, "little"), db=store.env.table("info"))
+            txn.put(b"format", (2).to_bytes(8, "little"), db=store.env.tables["info"])
 
 
 def _open_s(folder: Path, blocks: int) -> float:

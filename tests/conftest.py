@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+import numpy as np
 import platformdirs
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,17 +30,15 @@ from recollect.conversation.model import Model
 from recollect.engine import sequence as sequence_module
 from recollect.engine.engine import Engine
 from recollect.errors import RuntimeFailure
-from recollect.kv import pins, replies
-from recollect.kv.accounts import Pin
 from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Identity, Sealer
-from recollect.kv.replies import StoredReply
+from recollect.kv.record import Identity, Pin, Sealer, StoredReply
 from recollect.models.catalog import CATALOG, reference_model
 from recollect.models.onnx_folder import Precision, convert_to_onnx, is_onnx_folder
 from recollect.models.prepare import original_of
-from recollect.runtime.base import Logits, Row
+from recollect.runtime.base import Logits, Pace, PassResult, Reuse, Row, RuntimeInfo
 from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.sequences import Feed
 from recollect.text.tokenizer import ByteTokenizer
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -96,16 +95,18 @@ class FaultyRuntime(ReferenceRuntime):
         context_length: int,
         block_size: int,
         whole_blocks_only: bool,
+        pace: Pace = Pace(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(
             vocab_size=vocab_size,
             context_length=context_length,
             block_size=block_size,
             whole_blocks_only=whole_blocks_only,
+            pace=pace,
         )
         self._faults = faults
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
+    def forward(self, rows: Sequence[Row]) -> PassResult:
         faults = self._faults
         if faults.forward_in == 0:
             faults.forward_in = None
@@ -128,6 +129,82 @@ class FaultyRuntime(ReferenceRuntime):
         super().copy_blocks(pairs)
 
 
+class ListedSequences:
+    """
+    A `SequenceRuntime` without weights: a sequence holds the ids that were appended to it.
+
+    The logits are a hash of all of them. `computed` counts tokens as a library would.
+    """
+
+    def __init__(
+        self,
+        *,
+        copies: bool,
+        can_cut: bool = True,
+        sequences: int = 4,
+        vocab_size: int = 50,
+        context_length: int = 128,
+        block_size: int = 4,
+    ) -> None:
+        self.info = RuntimeInfo(
+            name="listed-1",
+            block_size=block_size,
+            bytes_per_block=block_size,
+            vocab_size=vocab_size,
+            context_length=context_length,
+            reuse=Reuse(copies=copies),
+        )
+        self.held: dict[int, list[int]] = {}
+        self.computed = 0
+        self.fails = False
+        self._can_cut = can_cut
+        self._sequences = sequences
+
+    def allocate(self, tokens: int) -> int:
+        assert tokens > 0
+        self.held = {number: [] for number in range(self._sequences)}
+        return self._sequences
+
+    def extend(self, feeds: Sequence[Feed]) -> Logits:
+        assert len({feed.sequence for feed in feeds}) == len(feeds), "a sequence is fed twice"
+        logits = []
+        for feed in feeds:
+            held = self.held[feed.sequence]
+            assert len(held) == feed.past, "the adapter takes it for something else"
+            held += feed.token_ids.tolist()
+            self.computed += len(feed.token_ids)
+            if feed.wants_logits:
+                logits.append(self.logits_of(held))
+        if self.fails:
+            self.fails = False
+            raise RuntimeFailure("injected")
+        return np.array(logits, np.float32).reshape(-1, self.info.vocab_size)
+
+    def logits_of(self, ids: Sequence[int]) -> Logits:
+        return np.random.default_rng(list(ids)).standard_normal(self.info.vocab_size, np.float32)
+
+    def truncate(self, sequence: int, length: int) -> bool:
+        if length and not self._can_cut:
+            return False
+        del self.held[sequence][length:]
+        return True
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert self.info.reuse.copies
+        assert self.held[target] == []
+        assert 0 < length <= len(self.held[source])
+        self.held[target] = self.held[source][:length]
+
+    def close(self) -> None:
+        self.held.clear()
+
+
+@pytest.fixture(scope="session")
+def make_sequences() -> Callable[..., ListedSequences]:
+    """Return a maker of runtimes that own their KV."""
+    return ListedSequences
+
+
 @pytest.fixture
 def faults() -> Faults:
     """Return the switch of every runtime that `make_engine` and `make_model` make in this test."""
@@ -135,7 +212,13 @@ def faults() -> Faults:
 
 
 @pytest.fixture
-def make_engine(faults: Faults) -> Iterator[Callable[..., Engine]]:
+def pace() -> Pace:
+    """Return how large the passes of `make_engine` and `make_model` are; tests parametrize it."""
+    return Pace()
+
+
+@pytest.fixture
+def make_engine(faults: Faults, pace: Pace) -> Iterator[Callable[..., Engine]]:
     """Return a maker of small engines on the reference runtime."""
     made: list[Engine] = []
 
@@ -156,6 +239,7 @@ def make_engine(faults: Faults) -> Iterator[Callable[..., Engine]]:
             context_length=context_length,
             block_size=block_size,
             whole_blocks_only=whole_blocks_only,
+            pace=pace,
         )
         engine = Engine(
             runtime,
@@ -214,12 +298,12 @@ def write_earlier_store() -> Callable[..., list[NewBlock]]:
                 parent = key
         store.write(Identity("weights", "runtime", "f32"), blocks)
         for pin in kept:
-            pins.add(store, pin)
+            store.add_pin(pin)
         for place, reply in (said or {}).items():
             name = blake2b(root + place, digest_size=32, person=b"recollect reply").digest()
-            replies.remember(store, {name: reply})
+            store.remember({name: reply})
         with store.env.writing() as txn:
-            txn.put(b"format", (2).to_bytes(8, "little"), db=store.env.table("info"))
+            txn.put(b"format", (2).to_bytes(8, "little"), db=store.env.tables["info"])
         store.close()
         return blocks
 
@@ -261,7 +345,7 @@ def fresh_logits() -> Callable[..., Logits]:
         )
         num_blocks = -(-len(ids) // block_size)
         runtime.allocate(num_blocks)
-        logits: Logits = runtime.forward([Row(list(ids), 0, range(num_blocks))])[0]
+        logits: Logits = runtime.forward([Row(list(ids), 0, range(num_blocks))]).logits[0]
         return logits
 
     return fresh
@@ -274,7 +358,7 @@ def tokenizer() -> ByteTokenizer:
 
 
 @pytest.fixture
-def make_model(faults: Faults, tmp_path: Path) -> Iterator[Callable[..., Model]]:
+def make_model(faults: Faults, pace: Pace, tmp_path: Path) -> Iterator[Callable[..., Model]]:
     """Return a maker of reference models with any template, context and KV memory."""
     made: list[Model] = []
 
@@ -296,6 +380,7 @@ def make_model(faults: Faults, tmp_path: Path) -> Iterator[Callable[..., Model]]
             context_length=context_length,
             block_size=block_size,
             whole_blocks_only=whole_blocks_only,
+            pace=pace,
         )
         kv_memory = num_blocks * runtime.info.bytes_per_block
         home = tmp_path / "home"
@@ -392,10 +477,8 @@ def plant_hole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """
     plan_feed = sequence_module.plan_feed
 
-    def with_hole(
-        length: int, computed: int, *, keep_multiple_of: int = 1
-    ) -> sequence_module.FeedPlan:
-        plan = plan_feed(length, computed, keep_multiple_of=keep_multiple_of)
+    def with_hole(length: int, computed: int, reuse: Reuse) -> sequence_module.FeedPlan:
+        plan = plan_feed(length, computed, reuse)
         if plan.start > 0 and plan.end - plan.start > 1:
             plan = replace(plan, start=plan.start + 1)
         return plan

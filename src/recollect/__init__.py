@@ -13,10 +13,10 @@ from recollect._version import __version__
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.loading import load
 from recollect.conversation.model import Model, Warmed
-from recollect.conversation.session import Session
+from recollect.conversation.session import ReplyStream, Session
 from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node, Tree
-from recollect.conversation.turn import Reply, ReplyStream
+from recollect.conversation.turn import Reply
 from recollect.encryption import Cipher, unlock
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import Published

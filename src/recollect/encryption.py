@@ -1,13 +1,12 @@
 """
-The key of an encrypted data folder: where it comes from, and whether it is the right one.
+Encryption of a data folder: the cipher that seals bytes, and the key file that says which key is right.
 
-A small file in the folder says so; the key itself is in nobody's file. Does not ask anybody, and
-does not know what is encrypted.
+Read from the top: `Cipher` seals and opens bytes. `KeyFile` is what the file in the folder says, without
+the key itself. `unlock` gives the cipher of an encrypted folder, from a passphrase or the keyring of the
+system; `new_key` and `save` encrypt a folder for the first time. Does not know what is encrypted, and
+asks nobody: whoever can ask passes a function.
 
-Seal bytes so that without the key they can be neither read nor changed unseen.
-
-AES-256-GCM and HKDF of the library `cryptography`, which is loaded with the first key. Knows no file
-and not where keys come from.
+AES-256-GCM, HKDF and scrypt are those of the library `cryptography`, which is loaded with the first key.
 """
 
 import base64
@@ -15,8 +14,8 @@ import json
 import os
 import secrets
 import unicodedata
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
@@ -32,21 +31,35 @@ KEY_BYTES: Final = 32
 NONCE_BYTES: Final = 12
 TAG_BYTES: Final = 16
 OVERHEAD_BYTES: Final = NONCE_BYTES + TAG_BYTES
-"""By which sealed bytes are longer than plain ones."""
-
+"""By how much sealed bytes are longer than plain ones."""
 KV_PURPOSE: Final = "kv"
+"""The purpose of the cipher for KV on disk; the journal has the folder's own."""
+
+KEY_FILE: Final = "encryption.json"
+FORMAT: Final = 1
+"""Version of the key file."""
+PASSPHRASE_VARIABLE: Final = "RECOLLECT_PASSPHRASE"  # noqa: S105 - the name of one
+
+Source = Literal["passphrase", "keyring"]
+"""Where a key comes from."""
+Ask = Callable[[], str]
+"""Asks somebody for the passphrase."""
 
 _LABEL: Final = b"recollect 1 "
-"""Before the purpose of each derived key; another number is another scheme."""
+"""Precedes the purpose of each derived key; another number is another scheme."""
+_VERIFIER: Final = b"recollect key"
+"""Context of the sealed nothing that tells whether a key is the right one."""
+_SERVICE: Final = "recollect"
+"""Under what a key is filed in the keyring."""
 
 
 class Cipher:
     """
-    A key, and what is done with it. Immutable; safe from any thread.
+    Seals bytes with one key, so that without it they can be neither read nor changed unseen.
 
-    Nonces are drawn at random, 96 bits for each call. Up to 2**32 calls under one key two equal ones
-    are less likely than 2**-32 (NIST SP 800-38D, 8.3), which are 4 billion blocks or messages; each
-    purpose has a key of its own.
+    Immutable; safe from any thread. Each call draws a random nonce of 96 bits. Two equal nonces are
+    less likely than 2**-32 as long as one key seals at most 2**32 times, which is 4 billion blocks or
+    messages; each purpose has a key of its own. Source: NIST SP 800-38D, 8.3.
     """
 
     __slots__ = ("_aes", "_key", "name_secret")
@@ -64,7 +77,7 @@ class Cipher:
         self._key: Final = key
         self._aes: Final = _aes_gcm(_derived(key, b"seal"))
         self.name_secret: Final = _derived(key, b"names")
-        """32 bytes to mix into names that are hashes of content, so that nobody can guess the content."""
+        """32 bytes to mix into names that are hashes of content, so that nobody can try which content."""
 
     def for_purpose(self, purpose: str) -> "Cipher":
         """Return a cipher of its own for one kind of content; what one seals, no other opens."""
@@ -104,50 +117,43 @@ class Cipher:
         return "Cipher(…)"  # a key has no place in a log
 
 
-def missing_library(name: str) -> ConfigError:
-    """Return the error for a library of the extra that is not installed."""
-    return ConfigError(
-        f"Encryption needs the library {name}, which is not installed: "
-        'python -m pip install "recollect-llm[encrypt]".'
-    )
-
-
 def _aes_gcm(key: bytes) -> "AESGCM":
-    try:
+    with _library("cryptography"):
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: PLC0415 - an extra
-    except ImportError:
-        raise missing_library("cryptography") from None
     return AESGCM(key)
 
 
 def _derived(key: bytes, purpose: bytes) -> bytes:
     """Return another key, from which neither the first nor any other can be found."""
-    try:
+    with _library("cryptography"):
         from cryptography.hazmat.primitives.hashes import SHA256  # noqa: PLC0415 - an extra
         from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand  # noqa: PLC0415
-    except ImportError:
-        raise missing_library("cryptography") from None
     return HKDFExpand(SHA256(), KEY_BYTES, _LABEL + purpose).derive(key)
 
 
-KEY_FILE: Final = "encryption.json"
-PASSPHRASE_VARIABLE: Final = "RECOLLECT_PASSPHRASE"  # noqa: S105 - the name of one
-FORMAT: Final = 1
+@contextmanager
+def _library(name: str) -> Iterator[None]:
+    """
+    Import a library of the extra `encrypt` inside the block.
 
-Source = Literal["passphrase", "keyring"]
-Ask = Callable[[], str]
-"""Asks somebody for the passphrase."""
-
-_SERVICE: Final = "recollect"
-_VERIFIER: Final = b"recollect key"
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        yield
+    except ImportError:
+        raise ConfigError(
+            f"Encryption needs the library {name}, which is not installed: "
+            'python -m pip install "recollect-llm[encrypt]".'
+        ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scrypt:
     """
-    How much work it is to try a passphrase.
+    How much work it takes to try a passphrase: 128 MiB, and 0.75 s on a slow core.
 
-    128 MiB, and 0.75 s on a slow core. Source: OWASP Password Storage Cheat Sheet, scrypt.
+    Source: OWASP Password Storage Cheat Sheet, scrypt.
     """
 
     n: int = 2**17
@@ -164,14 +170,23 @@ class Scrypt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyFile:
-    """What the file says: everything that is needed besides the secret."""
+    """What the key file says: all that is needed besides the secret, which is in nobody's file."""
 
     source: Source
     salt: bytes
-    """Of the passphrase; for a keyring, what the key is filed under there."""
+    """Salt of the passphrase; for a keyring, the name of the key there."""
     scrypt: Scrypt
     verifier: bytes
-    """Opens with the right key."""
+    """Sealed nothing, which opens with the right key alone."""
+
+    def check(self, cipher: Cipher) -> None:
+        """
+        Check that a cipher is that of the folder.
+
+        Raises:
+            StoreCorruptError: It has another key.
+        """
+        cipher.for_purpose("verifier").open(self.verifier, context=_VERIFIER)
 
     def cipher(self, secret: bytes) -> Cipher:
         """
@@ -181,7 +196,7 @@ class KeyFile:
             StoreCorruptError: The key is another one.
         """
         cipher = Cipher(secret)
-        cipher.for_purpose("verifier").open(self.verifier, context=_VERIFIER)
+        self.check(cipher)
         return cipher
 
 
@@ -190,8 +205,14 @@ def is_encrypted(home: Path | None = None) -> bool:
     return ((home or config.home()) / KEY_FILE).exists()
 
 
+def source(home: Path | None = None) -> Source | None:
+    """Return where the key of a data folder is; None for one that is not encrypted."""
+    key_file = _read((home or config.home()) / KEY_FILE)
+    return None if key_file is None else key_file.source
+
+
 def missing(home: Path) -> ConfigError:
-    """Return the error for a folder that holds something encrypted and does not say by which key."""
+    """Return the error for a folder with encrypted content and no key file."""
     return ConfigError(
         f"{home / KEY_FILE} is missing, and what is kept there is encrypted: put that file back from "
         "a copy; without it nothing can be decrypted."
@@ -202,7 +223,7 @@ def unlock(
     home: Path | None = None, *, passphrase: str | None = None, ask: Ask | None = None
 ) -> Cipher | None:
     """
-    Return what reads and writes an encrypted data folder; None for one that is not encrypted.
+    Return the cipher of a data folder; None for one that is not encrypted.
 
     Args:
         home: None: `RECOLLECT_HOME` or the user's data folder.
@@ -246,7 +267,7 @@ def require(home: Path, cipher: Cipher) -> None:
     if key_file is None:
         raise _not_encrypted(home)
     try:
-        cipher.for_purpose("verifier").open(key_file.verifier, context=_VERIFIER)
+        key_file.check(cipher)
     except StoreCorruptError:
         raise ConfigError(
             f"{home} is encrypted with another key: unlock that folder itself."
@@ -261,13 +282,13 @@ def new_key(
     scrypt: Scrypt | None = None,
 ) -> tuple[Cipher, KeyFile]:
     """
-    Return the cipher of a new key, and what `save` writes into the folder that it is for.
+    Return the cipher of a new key, and the key file to `save` in the folder that it is for.
 
     Args:
-        kept_in: Where the key shall be; in the keyring it is when this returns.
+        kept_in: Where the key comes from later on; a keyring has it when this returns.
         passphrase: As for `unlock`.
         ask: As for `unlock`.
-        scrypt: None: what is safe today.
+        scrypt: None: the default of `Scrypt`.
 
     Raises:
         ConfigError: There is no passphrase, no keyring or no library.
@@ -291,11 +312,11 @@ def new_key(
 
 def save(home: Path, key_file: KeyFile) -> None:
     """
-    Say in a folder, for good, which key is its own; all or nothing.
+    Write the key file of a folder, all or nothing; one that is there is never replaced.
 
     Args:
-        home: Made where there is no such folder.
-        key_file: Of the key.
+        home: The folder; it is made where there is none.
+        key_file: From `new_key`.
 
     Raises:
         StoreError: It cannot be written, or another process was faster. The folder is as it was.
@@ -330,12 +351,6 @@ def save(home: Path, key_file: KeyFile) -> None:
             unfinished.unlink()
 
 
-def source(home: Path | None = None) -> Source | None:
-    """Return where the key of a data folder is; None for one that is not encrypted."""
-    key_file = _read((home or config.home()) / KEY_FILE)
-    return None if key_file is None else key_file.source
-
-
 def _not_encrypted(home: Path) -> ConfigError:
     return ConfigError(
         f"{home} is not encrypted: do that first, by recollect.encrypt(), or, if it was, put its "
@@ -349,12 +364,10 @@ def _given(ask: Ask | None) -> str | None:
 
 
 def _stretched(passphrase: str, salt: bytes, scrypt: Scrypt) -> bytes:
-    """Return the key that a passphrase gives; takes long, on purpose."""
-    try:
+    """Return the key that a passphrase gives; slow on purpose."""
+    with _library("cryptography"):
         from cryptography.hazmat.primitives.kdf.scrypt import Scrypt as Kdf  # noqa: PLC0415 - an extra
-    except ImportError:
-        raise missing_library("cryptography") from None
-    # The same letters are written differently by different systems; environments can hold any bytes.
+    # Systems encode the same letters differently, and an environment variable can hold any bytes.
     text = unicodedata.normalize("NFC", passphrase).encode(errors="surrogateescape")
     return Kdf(salt=salt, length=KEY_BYTES, n=scrypt.n, r=scrypt.r, p=scrypt.p).derive(text)
 
@@ -394,15 +407,13 @@ def _into_keyring(salt: bytes, secret: bytes) -> None:
         kept = keyring.get_password(_SERVICE, salt.hex())
     except keyring.errors.KeyringError as error:
         raise _no_keyring(_reason(error)) from error
-    if kept != text:  # there is one that keeps nothing and says nothing
+    if kept != text:  # some back ends keep nothing and raise nothing
         raise _no_keyring("it does not keep anything")
 
 
 def _keyring() -> Any:
-    try:
+    with _library("keyring"):
         import keyring.errors  # noqa: PLC0415 - an extra
-    except ImportError:
-        raise missing_library("keyring") from None
     return keyring
 
 
@@ -432,7 +443,12 @@ def _read(path: Path) -> KeyFile | None:
 
 
 def _parsed(path: Path, fields: Any) -> KeyFile:
-    """Return what the fields say; raises ValueError, KeyError or TypeError where they are none."""
+    """
+    Return the key file that JSON fields describe.
+
+    Raises:
+        ValueError, KeyError, TypeError: They describe none.
+    """
     if fields["format"] > FORMAT:
         raise StoreVersionError(
             f"{path} has version {fields['format']} and this recollect knows {FORMAT} at most: "
@@ -449,7 +465,7 @@ def _parsed(path: Path, fields: Any) -> KeyFile:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the name of a new file survive a power cut."""
+    """Make the name of a new file survive a power cut."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,17 +1,13 @@
 """
-Opens files that may come from strangers: regular ones, of a bounded size, and inside their folder.
+Files as all parts use them: opened safely, written in a private place, and named by their content.
 
-Does not know what is in them. Every refusal is an `OSError` whose `strerror` ends a sentence, so
-that those who open files for a user tell it as they tell any other.
+Three groups. The first opens files that may come from strangers: regular ones, of a bounded size,
+inside their folder; every refusal is an `OSError` whose `strerror` ends a sentence, so that those who
+open files for a user report it like any other. The second makes private folders, one of them for
+unfinished work, on the disk of the finished: what lies there is never used, and moved out by one rename
+when it is whole. The third hashes files, and remembers the hash of one that has not changed since.
 
-A private place for unfinished work, on the same disk as the finished.
-
-What lies there is never used; it is moved out by one rename when it is whole.
-
-Names a model by its content, so that KV is shared only where it means the same.
-
-Hashes files and remembers the hash of a file that has not changed since. Does not know KV
-precision or runtimes: the engine adds those.
+Does not know what is in a file.
 """
 
 import contextlib
@@ -33,7 +29,7 @@ from recollect.types import Progress, no_progress
 
 MIB: Final = 1 << 20
 
-# Windows has neither; a pipe that nobody writes to would otherwise be waited for for ever.
+# Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever. Windows has neither flag.
 _FLAGS: Final = (
     os.O_RDONLY
     | getattr(os, "O_BINARY", 0)
@@ -50,6 +46,12 @@ _KINDS: Final = (
 )
 _HUB_SNAPSHOTS: Final = "snapshots"
 _HUB_BLOBS: Final = "blobs"
+_ABANDONED_AFTER_S: Final = 24 * 3600.0
+"""Age of a scratch folder that a killed process has left behind; none is in use for so long."""
+_CHUNK_BYTES: Final = 4 << 20
+"""Bytes hashed at once: enough to keep the hash busy, few enough to show progress."""
+_HASHES: Final = "hashes"
+"""Folder of the remembered hashes."""
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -202,10 +204,6 @@ def _group_name(number: int) -> str:
         return str(number)
 
 
-# A process that was killed leaves its folder behind; none works on one for longer than this.
-_ABANDONED_AFTER_S: Final = 24 * 3600.0
-
-
 @contextlib.contextmanager
 def scratch_folder(home: Path) -> Iterator[Path]:
     """
@@ -241,34 +239,16 @@ def make_private(folder: Path, home: Path) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """
-    Make the content of *source* available at *target*, without a second copy if that can be.
-
-    Raises:
-        OSError: Neither a link nor a copy can be made.
-    """
-    for link in (os.link, os.symlink):
-        # Another file system refuses hard links, Windows without developer mode symbolic ones.
-        with contextlib.suppress(OSError, NotImplementedError):
-            link(source.resolve(), target)
-            return
-    shutil.copyfile(source, target)
-
-
 def _sweep(parent: Path) -> None:
+    """Delete scratch folders that were left behind."""
     for folder in parent.iterdir():
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER_S:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-_CHUNK_BYTES: Final = 4 << 20  # large enough to keep the hash busy, small enough to show progress
-_CACHE_NAME: Final = "hashes"
-
-
 def combine(parts: Iterable[str]) -> str:
-    """Return the hex sha256 of a list of texts; where one text ends is part of what is hashed."""
+    """Return the hex sha256 of a list of texts; the same letters cut elsewhere give another hash."""
     return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()
 
 
@@ -299,7 +279,7 @@ def cached_sha256(path: Path, *, home: Path, progress: Progress = no_progress) -
     path = path.resolve()
     stat = path.stat()
     key = {"path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    note = home / _CACHE_NAME / f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
+    note = home / _HASHES / f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
     known = _read_note(note)
     if all(known.get(name) == value for name, value in key.items()):
         digest = known.get("sha256")
@@ -319,9 +299,9 @@ def _read_note(path: Path) -> dict[str, Any]:
 
 
 def _write_note(path: Path, home: Path, content: dict[str, object]) -> None:
-    """Write through a name of our own, so that another process never reads half a note."""
+    """Write under a temporary name and rename, so that another process never reads half a note."""
     temporary = path.with_suffix(f".{uuid.uuid4().hex}")
-    # Without the note the file is hashed again next time, which is slow and right.
+    # Without the note the file is hashed again next time, which is slow but right.
     with contextlib.suppress(OSError):
         make_private(path.parent, home)
         temporary.write_text(json.dumps(content), "utf-8")

@@ -1,8 +1,10 @@
 """The runtimes that the contract is checked on."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from recollect.runtime.base import PagedRuntime
 from recollect.runtime.genai import GenAiRuntime
 from recollect.runtime.openvino import OpenVinoRuntime
 from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.sequences import SequenceAdapter, SequenceRuntime
 
 NUM_BLOCKS = 24
 
@@ -31,16 +34,37 @@ def _openvino() -> PagedRuntime:
     return OpenVinoRuntime(xml, profile="exact", context_length=512)
 
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "runtimes.md"
+
+
+def _documented() -> PagedRuntime:
+    """Return the runtime that the document shows, from the document."""
+    variables: dict[str, Any] = {}
+    code = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)[0]
+    exec(code, variables)  # noqa: S102 - our own document
+    runtime: PagedRuntime = variables["OneLayer"]()
+    return runtime
+
+
 Maker = Callable[[], PagedRuntime]
 
 RUNTIMES: dict[str, Maker] = {
     "reference": lambda: _reference(False),
     "reference-whole-blocks": lambda: _reference(True),
+    "documented": _documented,
     "openvino-exact": _openvino,
 }
+WITHOUT_WEIGHTS = [
+    "reference",
+    "reference-whole-blocks",
+    "documented",
+    "sequences",
+    "sequences-copied",
+]
+WITH_WEIGHTS = ["openvino-exact", "genai-fp32"]
 PARAMS = [
-    pytest.param(name, marks=[] if name.startswith("reference") else [pytest.mark.model])
-    for name in [*RUNTIMES, "genai-fp32"]
+    *WITHOUT_WEIGHTS,
+    *(pytest.param(name, marks=pytest.mark.model) for name in WITH_WEIGHTS),
 ]
 
 
@@ -50,14 +74,22 @@ def runtime_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def maker(runtime_name: str, onnx_folder: Callable[[Precision], Path]) -> Maker:
+def maker(
+    runtime_name: str,
+    onnx_folder: Callable[[Precision], Path],
+    make_sequences: Callable[..., SequenceRuntime],
+) -> Maker:
     """Return what makes one runtime of the kind under test."""
+    if runtime_name.startswith("sequences"):
+        copies = runtime_name == "sequences-copied"
+        sizes = {"vocab_size": 300, "context_length": 512, "block_size": 32}
+        return lambda: SequenceAdapter(make_sequences(copies=copies, **sizes))
     if runtime_name == "genai-fp32":
         folder = onnx_folder("fp32")
         local = prepare(str(folder), home=config.home())
         assert local.onnx_config is not None
         settings = local.onnx_config
-        return lambda: GenAiRuntime(folder, settings, context_length=512)
+        return lambda: SequenceAdapter(GenAiRuntime(folder, settings, context_length=512))
     return RUNTIMES[runtime_name]
 
 

@@ -27,7 +27,7 @@ def run(
     ends = [*cuts, len(ids)]
     logits = np.empty(0, np.float32)
     for start, end in zip([0, *cuts], ends, strict=True):
-        logits = runtime.forward([Row(ids[start:end], start, blocks)])[0]
+        logits = runtime.forward([Row(ids[start:end], start, blocks)]).logits[0]
     return logits
 
 
@@ -43,7 +43,7 @@ def test_the_info_is_usable(runtime: PagedRuntime) -> None:
 
 
 def test_logits_are_one_row_each_new_and_in_f32(runtime: PagedRuntime) -> None:
-    first = runtime.forward([Row(ids_of(5), 0, [0])])
+    first = runtime.forward([Row(ids_of(5), 0, [0])]).logits
     assert first.shape == (1, runtime.info.vocab_size)
     assert first.dtype == np.float32
     kept = first.copy()
@@ -77,7 +77,7 @@ def test_other_tokens_give_other_logits(runtime: PagedRuntime) -> None:
     for place in (0, 20, 39):
         assert not same(expected, run(runtime, [*ids[:place], 9, *ids[place + 1 :]], [2, 3]))
     run(runtime, ids_of(40, 5), [4, 5])
-    assert not same(expected, runtime.forward([Row(ids[32:], 32, [4, 1])])[0])
+    assert not same(expected, runtime.forward([Row(ids[32:], 32, [4, 1])]).logits[0])
 
 
 def test_a_mixed_batch_equals_each_row_alone(runtime: PagedRuntime) -> None:
@@ -91,7 +91,7 @@ def test_a_mixed_batch_equals_each_row_alone(runtime: PagedRuntime) -> None:
             Row(short, 0, [8]),
             Row(long[40:], 40, [5, 6, 7]),
         ]
-    )
+    ).logits
     for logits, expected in zip(batch, (alone[1], alone[0], alone[2]), strict=True):
         assert same(logits, expected)
 
@@ -100,11 +100,11 @@ def test_a_long_row_changes_no_short_one_beside_it(runtime: PagedRuntime) -> Non
     """Whatever a model does with how long a context is, it does with each sequence's own."""
     short, long = ids_of(20, 4), ids_of(300, 5)
     alone = run(runtime, short, [0])
-    beside = runtime.forward([Row(long, 0, list(range(1, 11))), Row(short, 0, [11])])
+    beside = runtime.forward([Row(long, 0, list(range(1, 11))), Row(short, 0, [11])]).logits
     assert same(beside[1], alone)
     then = runtime.forward(
         [Row(ids_of(1, 6), 20, [11]), Row(ids_of(1, 7), 300, list(range(1, 11)))]
-    )
+    ).logits
     assert same(then[0], run(runtime, [*short, *ids_of(1, 6)], [12]))
 
 
@@ -117,24 +117,24 @@ def test_only_rows_that_want_logits_have_them_in_their_order(runtime: PagedRunti
             Row(ids, 0, [number], wants_logits=want)
             for number, (ids, want) in enumerate(zip(rows, wants, strict=True))
         ]
-    )
+    ).logits
     assert len(batch) == 2
     assert same(batch[0], alone[1])
     assert same(batch[1], alone[3])
-    nothing = runtime.forward([Row(rows[0], 0, [0], wants_logits=False)])
+    nothing = runtime.forward([Row(rows[0], 0, [0], wants_logits=False)]).logits
     assert nothing.shape == (0, runtime.info.vocab_size)
 
 
 def test_a_row_without_logits_has_its_kv(runtime: PagedRuntime) -> None:
     ids = ids_of(40)
     runtime.forward([Row(ids[:-1], 0, [0, 1], wants_logits=False)])
-    assert same(run(runtime, ids, [2, 3]), runtime.forward([Row(ids[-1:], 39, [0, 1])])[0])
+    assert same(run(runtime, ids, [2, 3]), runtime.forward([Row(ids[-1:], 39, [0, 1])]).logits[0])
 
 
 def test_a_shared_prefix_is_read_through_two_tables(runtime: PagedRuntime) -> None:
     prefix, first, second = ids_of(32), ids_of(9, 1), ids_of(5, 2)
     run(runtime, prefix, [0])
-    batch = runtime.forward([Row(first, 32, [0, 1]), Row(second, 32, [0, 2])])
+    batch = runtime.forward([Row(first, 32, [0, 1]), Row(second, 32, [0, 2])]).logits
     assert same(batch[0], run(runtime, prefix + first, [3, 4]))
     assert same(batch[1], run(runtime, prefix + second, [3, 4]))
 
@@ -145,7 +145,7 @@ def test_copied_blocks_are_the_same_and_independent(runtime: PagedRuntime) -> No
     runtime.copy_blocks([(0, 5), (1, 6)])
     expected = run(runtime, ids + other, [7, 8])
     run(runtime, ids_of(64, 9), [0, 1])  # the source is written over
-    assert same(expected, runtime.forward([Row(other, 40, [5, 6])])[0])
+    assert same(expected, runtime.forward([Row(other, 40, [5, 6])]).logits[0])
 
 
 def test_copies_happen_in_order(runtime: PagedRuntime) -> None:
@@ -153,7 +153,7 @@ def test_copies_happen_in_order(runtime: PagedRuntime) -> None:
     run(runtime, ids, [0])
     runtime.copy_blocks([(0, 1), (1, 2)])
     expected = run(runtime, ids + other, [7, 8])
-    assert same(expected, runtime.forward([Row(other, 32, [2, 3])])[0])
+    assert same(expected, runtime.forward([Row(other, 32, [2, 3])]).logits[0])
 
 
 def test_copying_nothing_does_nothing(runtime: PagedRuntime) -> None:
@@ -161,19 +161,19 @@ def test_copying_nothing_does_nothing(runtime: PagedRuntime) -> None:
 
 
 def test_the_last_token_can_be_fed_again(runtime: PagedRuntime) -> None:
-    if runtime.info.whole_blocks_only:
+    if not runtime.info.reuse.inside_blocks:
         return  # there whole blocks are fed again, which the chunk tests cover
     ids = ids_of(41)
     expected = run(runtime, ids[:37], [0, 1])
     run(runtime, ids, [2, 3])
-    assert same(expected, runtime.forward([Row(ids[36:37], 36, [2, 3])])[0])
+    assert same(expected, runtime.forward([Row(ids[36:37], 36, [2, 3])]).logits[0])
 
 
 def test_a_whole_block_can_be_fed_again(runtime: PagedRuntime) -> None:
     ids = ids_of(60)
     expected = run(runtime, ids[:37], [0, 1])
     run(runtime, ids, [2, 3])
-    assert same(expected, runtime.forward([Row(ids[32:37], 32, [2, 3])])[0])
+    assert same(expected, runtime.forward([Row(ids[32:37], 32, [2, 3])]).logits[0])
 
 
 BAD_ROWS = {
@@ -201,7 +201,9 @@ def test_bad_rows_are_a_runtime_failure_and_other_kv_is_as_it_was(
     run(runtime, ids[:-1], [20, 21])
     with pytest.raises(RuntimeFailure):
         runtime.forward(BAD_ROWS[case])
-    assert same(run(runtime, ids, [22, 23]), runtime.forward([Row(ids[-1:], 39, [20, 21])])[0])
+    assert same(
+        run(runtime, ids, [22, 23]), runtime.forward([Row(ids[-1:], 39, [20, 21])]).logits[0]
+    )
 
 
 @pytest.mark.parametrize("pair", [(0, 24), (24, 0), (-1, 0), (0, -1)])
@@ -232,7 +234,7 @@ def test_before_allocate_and_after_close_it_is_misuse(
 
 def test_a_runtime_with_more_rows_than_ever_before_still_works(runtime: PagedRuntime) -> None:
     rows = [Row([number + 10], 0, [number]) for number in range(24)]
-    batch = runtime.forward(rows)
+    batch = runtime.forward(rows).logits
     assert same(batch[7], run(runtime, [17], [0]))
 
 
@@ -252,7 +254,7 @@ def test_a_block_read_as_bytes_means_the_same_in_another_runtime(
     make_runtime: Callable[[], PagedRuntime],
 ) -> None:
     here, there = make_runtime(), make_runtime()
-    if not here.info.has_block_bytes:
+    if not here.info.reuse.as_bytes:
         pytest.skip("gives no KV away, which the next test is about")
     here.allocate(4)
     there.allocate(8)
@@ -262,17 +264,17 @@ def test_a_block_read_as_bytes_means_the_same_in_another_runtime(
         content = bytearray(here.info.bytes_per_block)
         here.read_block(source, memoryview(content))
         there.write_block(target, memoryview(content))
-    assert same(there.forward([Row(ids[64:], 64, [5, 7, 1])])[0], expected)
+    assert same(there.forward([Row(ids[64:], 64, [5, 7, 1])]).logits[0], expected)
     here.read_block(2, memoryview(content))
     there.write_block(7, memoryview(content))  # a block of other tokens changes what comes after it
-    assert not same(there.forward([Row(ids[64:], 64, [5, 7, 1])])[0], expected)
+    assert not same(there.forward([Row(ids[64:], 64, [5, 7, 1])]).logits[0], expected)
 
 
 def test_bytes_of_another_length_and_blocks_that_are_not_there_are_refused(
     runtime: PagedRuntime,
 ) -> None:
     whole = bytearray(runtime.info.bytes_per_block)
-    if not runtime.info.has_block_bytes:
+    if not runtime.info.reuse.as_bytes:
         with pytest.raises(RuntimeFailure, match="to itself"):
             runtime.write_block(0, memoryview(whole))
         with pytest.raises(RuntimeFailure, match="to itself"):

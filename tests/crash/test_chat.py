@@ -146,8 +146,9 @@ def test_two_hundred_kills_of_a_chat_lose_no_turn_and_leave_no_wrong_kv(
             assert journal.check() == []
             if any(runs):
                 assert_nothing_is_lost(journal.load(conversation), runs)
-        kept_before, kept = kept, kv_blocks(home)
-        assert kept > kept_before, "no KV was being written"
+        kept = kv_blocks(home)
+    # Of all rounds, not of each: on a busy machine ten processes may be killed before they write.
+    assert kept > ROUNDS_A_CONVERSATION, "no KV was being written"
     assert total > ROUNDS, "the processes were killed before they had said anything"
 
 

@@ -11,12 +11,10 @@ import lmdb
 import pytest
 
 from recollect.encryption import Cipher
-from recollect.kv import maintenance, pins
-from recollect.kv.accounts import Pin
+from recollect.kv import maintenance
 from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Buffer, Identity
-from recollect.kv.replies import StoredReply, recall, reply_name
+from recollect.kv.record import Buffer, Identity, Pin, StoredReply
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a way to start quickly")
 
@@ -80,9 +78,9 @@ def check(folder: Path, blocks: list[NewBlock], former: set[bytes]) -> None:
 
     assert store.read(Identity("weights", "runtime", "f32"), entries, take) == len(CHAIN)
     assert all(read)
-    (pin,) = maintenance.pins(store)
-    assert pins.stored(store, pin).blocks == len(CHAIN)
-    assert recall(store, reply_name(store, "weights", "", b"place")) == SAID
+    (pin,) = store.pins()
+    assert store.size_of(pin).blocks == len(CHAIN)
+    assert store.recall(store.reply_name("weights", "", b"place")) == SAID
     assert list(maintenance.problems(store)) == []
     store.close()
     # A process killed right after the rename leaves a folder without the file, until the next one.

@@ -185,7 +185,7 @@ with recollect.load(sys.argv[1]) as model:
         "name": "clock", "description": "the time", "parameters": {"type": "object"}}}])
     session.prewarm("what is typed")
     session.respond("what is typed and sent", params=SamplingParams(max_tokens=4))
-    if model.engine.info.has_block_bytes:
+    if model.engine.info.reuse.as_bytes:
         session.checkpoint("here")
     session.fork(name="other").respond("again", params=SamplingParams(max_tokens=4))
     model.session().respond("JSON", params=SamplingParams(grammar=Grammar.json_object(), max_tokens=4))

@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.errors import OutOfBlocksError
-from recollect.kv.blocks import BlockPool, BlockTable, blocks_for
+from recollect.kv.blocks import BlockPool, blocks_for
+from recollect.kv.prefix import PrefixCache
+from recollect.runtime.base import RuntimeInfo
 
 NUM_BLOCKS, SIZE = 12, 3
 
@@ -15,7 +18,7 @@ NUM_BLOCKS, SIZE = 12, 3
 class Dumb:
     """A table as a list with the content of each slot, nothing shared and nothing saved."""
 
-    table: BlockTable
+    table: Sequence
     slots: list[int] = field(default_factory=list)
 
 
@@ -27,19 +30,20 @@ class BlockMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS, SIZE)
+        info = RuntimeInfo("simulated", SIZE, SIZE, vocab_size=1, context_length=1000)
+        self.shared = Memory(info, self.pool, PrefixCache(self.pool, "model"))
         self.memory = [[0] * SIZE for _ in range(NUM_BLOCKS)]
         self.alive: dict[int, Dumb] = {}
         self.written = 0
 
     @rule(target=tables)
     def new(self) -> Dumb:
-        return self._born(Dumb(BlockTable(self.pool)))
+        return self._born(Dumb(Sequence(self.shared, None)))
 
     @rule(dumb=tables, back=st.integers(0, 5), count=st.integers(1, 8))
     def write(self, dumb: Dumb, back: int, count: int) -> None:
         """Write from a little before the end, as a sequence does that gave up its last slots."""
         start = max(0, len(dumb.slots) - back)
-        dumb.table.crop(len(dumb.slots))
         end = start + count
         before, free = list(dumb.table.blocks), self.pool.free_blocks
         planned = dumb.table.plan_write(start, end).new_blocks
@@ -58,23 +62,25 @@ class BlockMachine(RuleBasedStateMachine):
             self.written += 1
             dumb.slots.append(self.written)
             self.memory[dumb.table.blocks[place // SIZE]][place % SIZE] = self.written
+        dumb.table.written(FeedPlan(start, end), None)
 
     @rule(dumb=tables, length=st.integers(0, 20))
-    def crop(self, dumb: Dumb, length: int) -> None:
-        dumb.table.crop(length)
+    def truncate(self, dumb: Dumb, length: int) -> None:
+        dumb.table.truncate(min(length, len(dumb.slots)))
         del dumb.slots[length:]
 
     @rule(target=tables, dumb=tables, length=st.integers(0, 20))
     def fork(self, dumb: Dumb, length: int) -> Dumb:
         used = self.pool.used_blocks
         length = min(length, len(dumb.slots))
-        other = self._born(Dumb(dumb.table.fork(length), dumb.slots[:length]))
+        other = self._born(Dumb(dumb.table.fork(), dumb.slots[:length]))
+        other.table.truncate(length)
         assert self.pool.used_blocks == used
         return other
 
     @rule(dumb=consumes(tables))
     def drop(self, dumb: Dumb) -> None:
-        dumb.table.drop()
+        dumb.table.release()
         del self.alive[id(dumb)]
 
     @invariant()

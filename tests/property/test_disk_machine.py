@@ -17,12 +17,11 @@ from hypothesis.stateful import (
 )
 
 from recollect.encryption import Cipher
-from recollect.kv import accounts, maintenance
-from recollect.kv.accounts import Pin
+from recollect.kv import maintenance
 from recollect.kv.blocks import Key, chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.environment import Transaction
-from recollect.kv.record import Buffer, Identity
+from recollect.kv.record import Buffer, Identity, Pin
+from recollect.kv.tables import Tables
 from recollect.types import common_prefix_length
 
 SIZE: Final = 3
@@ -134,15 +133,13 @@ class DiskMachine(RuleBasedStateMachine):
     @rule(name=NAMES, which=WHICH)
     def pin(self, name: str, which: int) -> None:
         key, store = self._one(which), self.store
-        with store.env.writing() as txn:
-            accounts.put_pin(txn, store.env, Pin(name, key, 1, "", 0.0, {}), self.sealer)
+        assert store.drop_pin(name) == (name in self.pinned)
+        assert store.add_pin(Pin(name, key, 1, "", 0.0, {}))
         self.pinned[name] = key
 
     @rule(name=NAMES)
     def unpin(self, name: str) -> None:
-        store = self.store
-        with store.env.writing() as txn:
-            assert accounts.drop_pin(txn, store.env, name, self.sealer) == (name in self.pinned)
+        assert self.store.drop_pin(name) == (name in self.pinned)
         self.pinned.pop(name, None)
 
     @rule(wanted=st.integers(1, 20_000))
@@ -189,9 +186,8 @@ class DiskMachine(RuleBasedStateMachine):
         return DiskStore(folder, budget_bytes=16 << 20, sealer=self.sealer)
 
     def _on_disk(self) -> set[Key]:
-        env = self.stores[1].env
-        with env.reading() as txn:
-            return set(accounts.heads(txn, env))
+        with self.stores[1].reading() as tables:
+            return set(tables.heads())
 
     def _replace_parts(self, block: NewBlock) -> None:
         """Forget the parts that a longer block begins with, as the store does."""
@@ -242,20 +238,19 @@ TestSealedDisk = SealedDiskMachine.TestCase
 TestSealedDisk.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 
 
-def _forgets_followers(_self: DiskStore, _txn: object, keys: Iterable[Key]) -> list[Key]:
+def _forgets_followers(_self: Tables, keys: Iterable[Key]) -> list[Key]:
     return list(keys)
 
 
-def _takes_any_sibling(self: DiskStore, txn: object, parent: Key, _token_ids: object) -> object:
-    entries = [self._entry(txn, key) for key in self._followers(txn, parent)]
-    return (entries[0], len(entries[0].token_ids)) if entries and entries[0] else (None, 0)
+def _takes_any_siblings(self: Tables, parent: Key, digests: bytes) -> list[bytes]:
+    return [digests + key for key in self.followers(parent)[:1]]
 
 
-def _looks_behind_alone(
-    self: DiskStore, txn: Transaction, parent: Key, digests: bytes
-) -> list[bytes]:
-    cursor = txn.cursor(self.env.table("siblings"))
-    return [bytes(cursor.value())] if cursor.set_range_dup(parent, digests) else []
+neighbours = Tables.neighbours
+
+
+def _looks_behind_alone(self: Tables, parent: Key, digests: bytes) -> list[bytes]:
+    return [row for row in neighbours(self, parent, digests) if row[: len(digests)] >= digests]
 
 
 def _counts_nothing(*_: object) -> None:
@@ -265,11 +260,11 @@ def _counts_nothing(*_: object) -> None:
 @pytest.mark.parametrize(
     ("where", "name", "fault"),
     [
-        (DiskStore, "_with_followers", _forgets_followers),
-        (DiskStore, "_best_child", _takes_any_sibling),
-        (DiskStore, "_neighbours", _looks_behind_alone),
-        (accounts, "add_bytes", _counts_nothing),
-        (accounts, "pinned_keys", lambda *_: set()),
+        (Tables, "with_followers", _forgets_followers),
+        (Tables, "neighbours", _takes_any_siblings),
+        (Tables, "neighbours", _looks_behind_alone),
+        (Tables, "add_bytes", _counts_nothing),
+        (Tables, "pinned_keys", lambda *_: set()),
     ],
     ids=["orphans", "wrong sibling", "no sibling before", "wrong account", "pins forgotten"],
 )

@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import PublicPrefixes
 from recollect.engine.sampling import Generator
@@ -34,11 +32,11 @@ from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MemoryLimitError, OutOfBlocksError, RuntimeFailure, StoreError
 from recollect.kv import disk as disk_module
 from recollect.kv import prefix as prefix_module
-from recollect.kv.blocks import BlockPool, BlockTable, CachedBlock, blocks_for, chained_key
+from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for, chained_key
 from recollect.kv.disk import DiskStore
-from recollect.kv.prefix import CachedTable, PrefixCache
+from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Buffer, Entry, Identity
-from recollect.runtime.base import Logits, Row
+from recollect.runtime.base import Pace, PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import SamplingParams, common_prefix_length
 
@@ -67,7 +65,7 @@ class FailingRuntime(ReferenceRuntime):
     def cancel_after(self, passes: int, task: Task) -> None:
         self._cancel = (passes, task)
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
+    def forward(self, rows: Sequence[Row]) -> PassResult:
         if self._cancel is not None:
             passes, task = self._cancel
             self._cancel = (passes - 1, task) if passes > 1 else None
@@ -103,7 +101,7 @@ def fresh(ids: tuple[int, ...], whole_blocks_only: bool) -> bytes:
     )
     runtime.allocate(-(-len(ids) // SIZE))
     row = Row(list(ids), 0, range(-(-len(ids) // SIZE)))
-    return bytes(runtime.forward([row])[0].tobytes())
+    return bytes(runtime.forward([row]).logits[0].tobytes())
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -120,15 +118,12 @@ class EngineMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.chunk = mock.patch.multiple(
-            scheduler_module, PREFILL_CHUNK=CHUNK, SHARED_CHUNK=SIZE, MOST_RUNNING=3
-        )
-        self.chunk.start()
         self.runtime = FailingRuntime(
             vocab_size=VOCAB,
             context_length=CONTEXT,
             block_size=SIZE,
             whole_blocks_only=self.whole_blocks_only,
+            pace=Pace(prefill_chunk=CHUNK, shared_chunk=SIZE, most_rows=3),
         )
         self.engine = self._make_engine()
         self.model: dict[Generator, list[int]] = {}
@@ -140,7 +135,6 @@ class EngineMachine(RuleBasedStateMachine):
         self.disturbed = False
 
     def teardown(self) -> None:
-        self.chunk.stop()
         self.runtime.fail_forward = self.runtime.fail_copy = False
         for generator in self.model:
             self.probe(generator)
@@ -201,7 +195,7 @@ class EngineMachine(RuleBasedStateMachine):
             with self._counted(*chosen):
                 self.engine.compute([one.sequence for one in chosen])
         except OutOfBlocksError:
-            held = {b for one in self.model for b in one.sequence.kv.blocks}
+            held = {b for one in self.model for b in one.sequence.blocks}
             held |= {cached.block for cached in self.engine.cache.blocks() if cached.pins}
             longest = max(blocks_for(len(self.model[one]), SIZE) for one in chosen)
             assert len(held) + longest + 1 > NUM_BLOCKS, "there was room for each by itself"
@@ -385,11 +379,13 @@ class EngineMachine(RuleBasedStateMachine):
         if sequence.logits is not None:
             return 0, 0
         namespace = sequence.namespace
+        # What is public is looked for when a sequence begins.
+        public = set(self.published) if sequence.computed < SIZE else set[Ids]()
         least, most = (
             len(ids) - max(sequence.computed, 0 if namespace is None else self._longest(known, ids))
             for known in (
                 self.seen[namespace or ""] | self.ever,
-                self.left[namespace or ""] | set(self.published),
+                self.left[namespace or ""] | public,
             )
         )
         again = 1  # logits need a forward pass
@@ -476,11 +472,11 @@ class DiskMachine(EngineMachine):
         self.forget_what_is_in_memory_only_for_later()
         env = self.engine.tier.store.env
         with env.writing() as txn:
-            items = [(bytes(k), bytearray(v)) for k, v in txn.cursor(env.table(table))]
+            items = [(bytes(k), bytearray(v)) for k, v in txn.cursor(env.tables[table])]
             if items:
                 key, value = items[which % len(items)]
                 value[-1 - bit // 8 % len(value)] ^= 1 << bit % 8
-                txn.put(key, bytes(value), db=env.table(table))
+                txn.put(key, bytes(value), db=env.tables[table])
                 self.disturbed = True
         self.probe(generator)
 
@@ -521,7 +517,7 @@ def _leave_a_token_without_kv(patch: pytest.MonkeyPatch) -> None:
         known = self.logits is not None and len(ids) == 1
         append(self, ids)
         if known and self.computed and len(self) % SIZE > 1:  # so that the table still fits
-            self.kv.length = len(self)
+            self.computed = len(self)
 
     patch.setattr(TokenSequence, "append", forgetful)
 
@@ -536,7 +532,8 @@ def _skip_the_copy(patch: pytest.MonkeyPatch) -> None:
 
 def _trust_kv_after_a_failure(patch: pytest.MonkeyPatch) -> None:
     """What a failed pass wrote counts as computed up to where it began, copies included."""
-    patch.setattr(CachedTable, "abandon", lambda self, _: self.table.crop(self.length))
+    truncate = TokenSequence.truncate
+    patch.setattr(TokenSequence, "truncate", lambda self, _: truncate(self, self.computed))
 
 
 def _keep_logits_after_a_rewind(patch: pytest.MonkeyPatch) -> None:
@@ -552,10 +549,12 @@ def _keep_logits_after_a_rewind(patch: pytest.MonkeyPatch) -> None:
 
 
 def _leak(patch: pytest.MonkeyPatch) -> None:
-    def crop(self: BlockTable, length: int) -> None:
-        del self._blocks[blocks_for(length, SIZE) :]
+    def truncate(self: TokenSequence, length: int) -> None:
+        del self.blocks[blocks_for(length, SIZE) :]
+        del self.chain[length // SIZE :]
+        self.computed = length
 
-    patch.setattr(BlockTable, "crop", crop)
+    patch.setattr(TokenSequence, "truncate", truncate)
 
 
 def _share_across_namespaces(patch: pytest.MonkeyPatch) -> None:
@@ -579,7 +578,7 @@ def _find_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_the_tail(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CachedTable, "leave_tail", lambda _self, _ids: None)
+    patch.setattr(TokenSequence, "leave_tail", lambda _self: None)
 
 
 def _share_a_wrong_block(patch: pytest.MonkeyPatch) -> None:

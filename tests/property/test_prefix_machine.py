@@ -4,7 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from hypothesis import settings
@@ -19,13 +19,18 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from recollect.engine.sequence import FeedPlan, Memory
+from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, EvictionOrder, Siblings
-from recollect.kv.prefix import CachedTable, Match, PrefixCache
+from recollect.kv.prefix import Match, PrefixCache
+from recollect.runtime.base import Reuse, RuntimeInfo
 from recollect.types import common_prefix_length
 
 NUM_BLOCKS: Final = 16
 SIZE: Final = 3
-TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=7)
+VOCAB: Final = 3
+CONTEXT: Final = 10_000
+TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=7)
 NAMESPACES = st.sampled_from(["a", "b", None])
 Ids = tuple[int, ...]
 Slot = tuple[object, Ids]
@@ -36,7 +41,7 @@ Slot = tuple[object, Ids]
 class Dumb:
     """A history, and how much of it has KV; nothing shared and nothing saved."""
 
-    kv: CachedTable
+    sequence: TokenSequence
     owner: object
     ids: list[int] = field(default_factory=list)
 
@@ -45,7 +50,7 @@ class Dumb:
         return isinstance(self.owner, str)
 
     def holds(self) -> list[Slot]:
-        return [(self.owner, tuple(self.ids[: n + 1])) for n in range(self.kv.length)]
+        return [(self.owner, tuple(self.ids[: n + 1])) for n in range(self.sequence.computed)]
 
 
 class PrefixMachine(RuleBasedStateMachine):
@@ -62,7 +67,10 @@ class PrefixMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS, SIZE)
-        self.cache = PrefixCache(self.pool, "fingerprint")
+        self.cache = PrefixCache(self.pool, "fingerprint", whole_blocks_only=self.whole_blocks_only)
+        reuse = Reuse(unit=SIZE if self.whole_blocks_only else 1)
+        info = RuntimeInfo("simulated", SIZE, SIZE, VOCAB, CONTEXT, reuse=reuse)
+        self.shared = Memory(info, self.pool, self.cache)
         self.memory: list[list[Slot | None]] = [[None] * SIZE for _ in range(NUM_BLOCKS)]
         self.alive: list[Dumb] = []
         self.left: dict[object, set[Ids]] = {"a": set(), "b": set(), PUBLIC: set()}
@@ -81,49 +89,54 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @rule(dumb=tables, ids=TOKENS, fails=st.sampled_from([False, False, False, True]))
     def append_and_compute(self, dumb: Dumb, ids: list[int], fails: bool) -> None:
-        before, length = dumb.ids[:], dumb.kv.length
+        before, length = dumb.ids[:], dumb.sequence.computed
         dumb.ids += ids
         known = 0
-        if dumb.shares and dumb.kv.length < len(dumb.ids) - 1:
-            known = self._known(dumb)
-            self._match(dumb.owner, dumb.ids)
-        gained = dumb.kv.reuse(dumb.ids)
-        assert dumb.kv.length == max(length, known), "what is known is taken over, and nothing else"
-        assert gained == dumb.kv.length - length
-        start = dumb.kv.length
+        if dumb.shares and dumb.sequence.computed < len(dumb.ids) - 1:
+            begins = (
+                dumb.sequence.computed < SIZE
+            )  # what is public is looked for when a sequence begins
+            known = self._expected(dumb.owner, dumb.ids, public=begins)
+            if begins:
+                self._match(dumb.owner, dumb.ids)
+        dumb.sequence.append(ids)
+        gained = dumb.sequence.reuse()
+        assert dumb.sequence.computed == max(length, known), (
+            "what is known is taken over, and nothing else"
+        )
+        assert gained == dumb.sequence.computed - length
+        start = dumb.sequence.computed
         if start == len(dumb.ids):
             unit = SIZE if self.whole_blocks_only else 1
             start = (start - 1) // unit * unit
         if not self._make_room(dumb, start):
-            if dumb.kv.length > len(before):
-                self._leaves_tail(dumb)
-                dumb.kv.crop(dumb.ids, len(before) // SIZE * SIZE)
-            dumb.ids = before
+            self.rewind(dumb, len(ids))
+            assert dumb.ids == before
             return
         self._compute(dumb, start, fails)
 
     @rule(dumb=tables)
     def end_of_prompt(self, dumb: Dumb) -> None:
-        dumb.kv.leave_tail(dumb.ids)
+        dumb.sequence.leave_tail()
         self._leaves_tail(dumb)
 
     @rule(dumb=tables, back=st.integers(0, 9))
     def rewind(self, dumb: Dumb, back: int) -> None:
         length = max(0, len(dumb.ids) - back)
-        if length < dumb.kv.length:
+        if length < dumb.sequence.computed:
             self._leaves_tail(dumb)
-            dumb.kv.crop(dumb.ids, length // SIZE * SIZE if self.whole_blocks_only else length)
+        dumb.sequence.rewind_to(length)
         del dumb.ids[length:]
 
     @rule(dumb=tables)
     def park(self, dumb: Dumb) -> None:
         self._leaves_tail(dumb)
-        dumb.kv.crop(dumb.ids, 0)
+        dumb.sequence.park()
 
     @rule(target=tables, dumb=tables)
     def fork(self, dumb: Dumb) -> Dumb:
         used = self.pool.used_blocks
-        other = Dumb(dumb.kv.fork(), dumb.owner, dumb.ids[:])
+        other = Dumb(dumb.sequence.fork(), dumb.owner, dumb.ids[:])
         self.alive.append(other)
         assert self.pool.used_blocks == used
         return other
@@ -133,7 +146,7 @@ class PrefixMachine(RuleBasedStateMachine):
         """With or without leaving the tail behind, as when it is only forgotten."""
         if parks:
             self.park(dumb)
-        dumb.kv.table.drop()
+        dumb.sequence.truncate(0)
         self.alive.remove(dumb)
 
     @rule(dumb=tables, length=st.integers(0, 12))
@@ -142,7 +155,7 @@ class PrefixMachine(RuleBasedStateMachine):
             return
         ids = dumb.ids[:length]
         match = self._match(dumb.owner, ids)
-        found = [*match.full[-1:], *([match.partial] if match.partial else [])]
+        found = match.blocks[-1:]
         for cached in found:
             self.cache.pin(cached)
         self.pinned.append(found)
@@ -162,7 +175,7 @@ class PrefixMachine(RuleBasedStateMachine):
         wanted = public.ids
         self.alive.remove(public)
         match = self._match(PUBLIC, wanted)
-        found = [*match.full[-1:], *([match.partial] if match.partial else [])]
+        found = match.blocks[-1:]
         for cached in found:
             self.cache.pin(cached)
         if found:
@@ -193,27 +206,24 @@ class PrefixMachine(RuleBasedStateMachine):
         wanted = [*dumb.ids[: max(0, len(dumb.ids) - back)], *ids]
         expected = self._expected(namespace, wanted)
         match = self._match(namespace, wanted)
-        found = len(match.full) * SIZE + match.partial_tokens
-        assert found == expected
-        blocks = [cached.block for cached in match.full]
-        if match.partial is not None:
-            blocks.append(match.partial.block)
-        read = [slot for block in blocks for slot in self.memory[block]][:found]
+        assert match.tokens == expected
+        read = [slot for cached in match.blocks for slot in self.memory[cached.block]]
+        read = read[: match.tokens]
         assert self._may_read(namespace, read, wanted)
 
     @invariant()
     def the_bookkeeping_is_right(self) -> None:
-        self.pool.check([*(d.kv.blocks for d in self.alive), self.cache.held_blocks()])
+        self.pool.check([*(d.sequence.blocks for d in self.alive), self.cache.held_blocks()])
         self.cache.check()
         for dumb in self.alive:
-            dumb.kv.check()
-            assert dumb.kv.length <= len(dumb.ids)
+            dumb.sequence.check()
+            assert dumb.sequence.computed <= len(dumb.ids)
 
     @invariant()
     def every_table_reads_the_kv_of_its_own_history(self) -> None:
         for dumb in self.alive:
-            read = [slot for block in dumb.kv.blocks for slot in self.memory[block]]
-            assert self._may_read(dumb.owner, read[: dumb.kv.length], dumb.ids)
+            read = [slot for block in dumb.sequence.blocks for slot in self.memory[block]]
+            assert self._may_read(dumb.owner, read[: dumb.sequence.computed], dumb.ids)
 
     @invariant()
     def the_cache_has_what_was_left_and_nothing_else(self) -> None:
@@ -234,61 +244,59 @@ class PrefixMachine(RuleBasedStateMachine):
     def full_blocks_of_one_prefix_are_one_block(self) -> None:
         blocks: dict[Slot, int] = {}
         for dumb in self.alive:
-            for index in range(dumb.kv.length // SIZE if dumb.shares else 0):
+            for index in range(dumb.sequence.computed // SIZE if dumb.shares else 0):
                 prefix = (dumb.owner, tuple(dumb.ids[: (index + 1) * SIZE]))
-                assert blocks.setdefault(prefix, dumb.kv.blocks[index]) == dumb.kv.blocks[index]
+                assert (
+                    blocks.setdefault(prefix, dumb.sequence.blocks[index])
+                    == dumb.sequence.blocks[index]
+                )
 
     def _born(self, namespace: str | None) -> Dumb:
-        root = None if namespace is None else self.cache.root(namespace)
-        kv = CachedTable(self.pool, self.cache, root, inside_blocks=not self.whole_blocks_only)
-        dumb = Dumb(kv, next(self.strangers) if namespace is None else namespace)
+        sequence = TokenSequence(self.shared, namespace)
+        dumb = Dumb(sequence, next(self.strangers) if namespace is None else namespace)
         self.alive.append(dumb)
         return dumb
 
     def _make_room(self, dumb: Dumb, start: int) -> bool:
         """Evict as the engine does; return whether there is room now."""
-        plan = dumb.kv.plan_write(start, len(dumb.ids))
+        plan = dumb.sequence.plan_write(start, len(dumb.ids))
         short = plan.new_blocks - self.pool.free_blocks
-        if short > 0 and self.cache.evict(short) < short and dumb.kv.take_back(start):
-            plan = dumb.kv.plan_write(start, len(dumb.ids))
+        if short > 0 and self.cache.evict(short) < short and dumb.sequence.take_back(start):
+            plan = dumb.sequence.plan_write(start, len(dumb.ids))
         self._forget_what_is_gone()
         return plan.new_blocks <= self.pool.free_blocks
 
     def _compute(self, dumb: Dumb, start: int, fails: bool) -> None:
-        copies = dumb.kv.prepare_write(start, len(dumb.ids))
+        copies = dumb.sequence.prepare_write(start, len(dumb.ids))
         if fails:
             for place in range(start, len(dumb.ids)):
-                self.memory[dumb.kv.blocks[place // SIZE]][place % SIZE] = None
-            dumb.kv.abandon(start // SIZE * SIZE)
+                self.memory[dumb.sequence.blocks[place // SIZE]][place % SIZE] = None
+            dumb.sequence.truncate(start // SIZE * SIZE)
             return
         for source, target in copies:
             self.memory[target] = self.memory[source][:]
         for place in range(start, len(dumb.ids)):
             slot = (dumb.owner, tuple(dumb.ids[: place + 1]))
-            self.memory[dumb.kv.blocks[place // SIZE]][place % SIZE] = slot
-        dumb.kv.written(dumb.ids, len(dumb.ids))
+            self.memory[dumb.sequence.blocks[place // SIZE]][place % SIZE] = slot
+        dumb.sequence.written(FeedPlan(start, len(dumb.ids)), None)
         if dumb.shares:
             self.left[dumb.owner].add(tuple(dumb.ids[: len(dumb.ids) // SIZE * SIZE]))
 
     def _leaves_tail(self, dumb: Dumb) -> None:
         if dumb.shares and not self.whole_blocks_only:
-            self.left[dumb.owner].add(tuple(dumb.ids[: dumb.kv.length]))
+            self.left[dumb.owner].add(tuple(dumb.ids[: dumb.sequence.computed]))
 
-    def _expected(self, namespace: object, ids: Sequence[int]) -> int:
-        public = [] if namespace == PUBLIC else [one for one, _ in self.published]
-        known = [*self.left[namespace], *public]
+    def _expected(self, namespace: object, ids: Sequence[int], *, public: bool = True) -> int:
+        known = [*self.left[namespace]]
+        if public and namespace != PUBLIC:
+            known += [one for one, _ in self.published]
         longest = max((common_prefix_length(ids, one) for one in known), default=0)
         return longest // SIZE * SIZE if self.whole_blocks_only else longest
 
-    def _known(self, dumb: Dumb) -> int:
-        return self._expected(dumb.owner, dumb.ids)
-
     def _match(self, namespace: object, ids: Sequence[int]) -> Match:
         assert isinstance(namespace, str)
-        inside = not self.whole_blocks_only
-        match = self.cache.match(self.cache.root(namespace), ids, inside_block=inside)
-        found = [*match.full, *([match.partial] if match.partial else [])]
-        for history in [_history(cached) for cached in found[-1:]]:
+        match = self.cache.match(self.cache.root(namespace), ids)
+        for history in [_history(cached) for cached in match.blocks[-1:]]:
             if not any(one[: len(history)] == history for one in self.left[namespace]):
                 assert namespace != PUBLIC
                 assert any(one[: len(history)] == history for one, _ in self.published)
@@ -391,7 +399,7 @@ def _match_across_namespaces(patch: pytest.MonkeyPatch) -> None:
 def _evict_prefixes_first(patch: pytest.MonkeyPatch) -> None:
     def evict(self: PrefixCache, count: int) -> int:
         oldest = sorted(self.blocks(), key=lambda cached: cached.last_used)
-        chosen = [c for c in oldest if self._is_evictable(c)][:count]
+        chosen = [c for c in oldest if not c.held][:count]
         for cached in chosen:
             assert cached.parent is not None
             del cached.parent.children[cached.token_ids]
@@ -404,11 +412,9 @@ def _evict_prefixes_first(patch: pytest.MonkeyPatch) -> None:
 def _evict_the_latest(patch: pytest.MonkeyPatch) -> None:
     match = PrefixCache.match
 
-    def forgetful(
-        self: PrefixCache, after: CachedBlock, ids: Sequence[int], *, inside_block: bool
-    ) -> Match:
-        found = match(self, after, ids, inside_block=inside_block)
-        for cached in found.full:
+    def forgetful(self: PrefixCache, after: CachedBlock, ids: Sequence[int]) -> Match:
+        found = match(self, after, ids)
+        for cached in found.blocks:
             cached.last_used = 0
             for child in cached.children.values():
                 child.last_used = 0
@@ -421,7 +427,7 @@ def _evict_the_latest(patch: pytest.MonkeyPatch) -> None:
         lambda self, count: sum(
             self._remove(cached) is None
             for cached in sorted(
-                (c for c in self.blocks() if not c.children and self._is_evictable(c)),
+                (c for c in self.blocks() if not c.children and not c.held),
                 key=lambda c: -c.last_used,
             )[:count]
         ),
@@ -429,11 +435,21 @@ def _evict_the_latest(patch: pytest.MonkeyPatch) -> None:
 
 
 def _evict_pinned(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PrefixCache, "_is_evictable", lambda self, c: self._pool.references(c.block) == 1)
+    hold = EvictionOrder.hold
+
+    def forgetful(self: EvictionOrder, cached: CachedBlock, *, held: bool) -> None:
+        hold(self, cached, held=held and not cached.pins)
+
+    patch.setattr(EvictionOrder, "hold", forgetful)
 
 
 def _evict_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PrefixCache, "_is_evictable", lambda _self, cached: cached.pins == 0)
+    hold = EvictionOrder.hold
+
+    def forgetful(self: EvictionOrder, cached: CachedBlock, *, held: bool) -> None:
+        hold(self, cached, held=held and cached.pins > 0)
+
+    patch.setattr(EvictionOrder, "hold", forgetful)
 
 
 def _skip_the_copy(patch: pytest.MonkeyPatch) -> None:
@@ -444,32 +460,28 @@ def _skip_the_copy(patch: pytest.MonkeyPatch) -> None:
 def _share_a_wrong_block(patch: pytest.MonkeyPatch) -> None:
     """Blocks are taken for the same where their first tokens are."""
 
-    def covering(_: PrefixCache, parent: CachedBlock, ids: Ids) -> CachedBlock | None:
-        alike = (c for c in parent.children.values() if c.token_ids[: len(ids) - 1] == ids[:-1])
+    def careless(self: Siblings, ids: Ids) -> CachedBlock | None:
+        alike = (c for c in self.values() if c.token_ids[: len(ids) - 1] == ids[:-1])
         return next((c for c in alike if len(c.token_ids) == len(ids)), None)
 
-    patch.setattr(PrefixCache, "_covering", covering)
+    patch.setattr(Siblings, "beginning_with", careless)
 
 
 def _match_a_token_too_many(patch: pytest.MonkeyPatch) -> None:
     match = PrefixCache.match
 
-    def greedy(
-        self: PrefixCache, after: CachedBlock, ids: Sequence[int], *, inside_block: bool
-    ) -> Match:
-        found = match(self, after, ids, inside_block=inside_block)
-        partial = found.partial
-        if partial is None or found.partial_tokens >= len(partial.token_ids):
+    def greedy(self: PrefixCache, after: CachedBlock, ids: Sequence[int]) -> Match:
+        found = match(self, after, ids)
+        part = found.tokens % SIZE
+        if not part or part >= len(found.blocks[-1].token_ids) or found.tokens >= len(ids):
             return found
-        if len(found.full) * SIZE + found.partial_tokens >= len(ids):
-            return found
-        return Match(found.full, partial, found.partial_tokens + 1)
+        return Match(found.blocks, found.tokens + 1)
 
     patch.setattr(PrefixCache, "match", greedy)
 
 
 def _keep_two_of_one(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CachedTable, "reuse", lambda _self, _ids: 0)
+    patch.setattr(TokenSequence, "reuse", lambda _self: 0)
 
 
 def _publish_what_a_client_goes_on_with(patch: pytest.MonkeyPatch) -> None:
@@ -479,44 +491,47 @@ def _publish_what_a_client_goes_on_with(patch: pytest.MonkeyPatch) -> None:
     def misplaced(
         self: PrefixCache, after: CachedBlock, ids: Sequence[int], block: int
     ) -> CachedBlock:
-        public = self._public_twin(after) if after.parent is not None else None
+        public: CachedBlock | None = self.root(PUBLIC)
+        for there in after.path():
+            public = public and public.children.get(there.token_ids)
         return insert(self, public or after, ids, block)
 
     patch.setattr(PrefixCache, "insert", misplaced)
 
 
 def _share_what_is_not_marked(patch: pytest.MonkeyPatch) -> None:
-    def child(parent: CachedBlock | None, ids: Ids) -> CachedBlock | None:
-        return None if parent is None else parent.children.get(ids)
+    class Everything(dict[CachedBlock, Siblings]):
+        def get(self, node: CachedBlock, default: Any = None) -> Any:
+            return node.children if default is None else super().get(node, default)
 
-    patch.setattr("recollect.kv.prefix._pinned_child", child)
-
-
-def _take_any_key_for_public(patch: pytest.MonkeyPatch) -> None:
-    """What the key a has pinned, others find."""
     init = PrefixCache.__init__
 
-    def made(self: PrefixCache, pool: BlockPool, fingerprint: str) -> None:
-        init(self, pool, fingerprint)
-        self._public = self.root("a")
+    def made(self: PrefixCache, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        self._pinned = Everything()
 
     patch.setattr(PrefixCache, "__init__", made)
 
 
+def _take_any_key_for_public(patch: pytest.MonkeyPatch) -> None:
+    """What the key a has pinned, others find."""
+    patch.setattr("recollect.kv.prefix.PUBLIC", "a")
+
+
 def _ignore_what_is_public(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PrefixCache, "_public_twin", lambda _self, _cached: None)
+    patch.setattr("recollect.kv.prefix.PUBLIC", "nobody's")
 
 
 def _hold_a_second_place_without_a_reference(patch: pytest.MonkeyPatch) -> None:
-    place = PrefixCache._place
+    add = PrefixCache._add
 
     def unheld(self: PrefixCache, after: CachedBlock, ids: Ids, block: int) -> CachedBlock:
-        placed = place(self, after, ids, block)
-        if len(self._places[block]) > 1:
+        added = add(self, after, ids, block)
+        if len(self._nodes[block]) > 1:
             self._pool.release([block])
-        return placed
+        return added
 
-    patch.setattr(PrefixCache, "_place", unheld)
+    patch.setattr(PrefixCache, "_add", unheld)
 
 
 def _count_a_place_for_a_block(patch: pytest.MonkeyPatch) -> None:
@@ -524,19 +539,19 @@ def _count_a_place_for_a_block(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         PrefixCache,
         "evictable_blocks",
-        property(lambda self: sum(self._is_evictable(cached) for cached in self.blocks())),
+        property(lambda self: sum(not cached.held for cached in self.blocks())),
     )
 
 
 def _forget_the_tail(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CachedTable, "leave_tail", lambda _self, _ids: None)
+    patch.setattr(TokenSequence, "leave_tail", lambda _self: None)
 
 
 def _trust_kv_after_a_failure(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        CachedTable,
-        "abandon",
-        lambda self, length: setattr(self, "length", min(len(self.blocks) * SIZE, length + 1)),
+        TokenSequence,
+        "truncate",
+        lambda self, length: setattr(self, "computed", min(len(self.blocks) * SIZE, length + 1)),
     )
 
 

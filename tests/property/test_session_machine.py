@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
-from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -26,7 +25,6 @@ from recollect.conversation.model import Model
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
-from recollect.engine import scheduler as scheduler_module
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (
     ContextFullError,
@@ -36,9 +34,9 @@ from recollect.errors import (
     RuntimeFailure,
 )
 from recollect.kv.blocks import CachedBlock
-from recollect.kv.prefix import CachedTable, Match, PrefixCache
+from recollect.kv.prefix import Match, PrefixCache
 from recollect.models.catalog import reference_model
-from recollect.runtime.base import Logits, Row
+from recollect.runtime.base import Pace, PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import SamplingParams, common_prefix_length
@@ -56,7 +54,7 @@ class FailingRuntime(ReferenceRuntime):
 
     fail_in: int | None = None
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
+    def forward(self, rows: Sequence[Row]) -> PassResult:
         if self.fail_in is not None:
             self.fail_in -= 1
             if self.fail_in < 0:
@@ -72,13 +70,13 @@ def fresh_reply(prompt: tuple[int, ...], limit: int) -> tuple[int, ...]:
     runtime = ReferenceRuntime(vocab_size=TOKENIZER.vocab_size, block_size=512)
     runtime.allocate(1)
     reply: list[int] = []
-    logits = runtime.forward([Row(prompt, 0, [0])])[0]
+    logits = runtime.forward([Row(prompt, 0, [0])]).logits[0]
     while len(reply) < min(limit, CONTEXT - len(prompt)):
         token = int(logits.argmax())
         if token in TOKENIZER.eos_token_ids:
             break
         reply.append(token)
-        logits = runtime.forward([Row([token], len(prompt) + len(reply) - 1, [0])])[0]
+        logits = runtime.forward([Row([token], len(prompt) + len(reply) - 1, [0])]).logits[0]
     return tuple(reply)
 
 
@@ -109,10 +107,11 @@ class SessionMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.chunk = mock.patch.multiple(scheduler_module, PREFILL_CHUNK=16, SHARED_CHUNK=8)
-        self.chunk.start()
         self.runtime = FailingRuntime(
-            vocab_size=TOKENIZER.vocab_size, context_length=CONTEXT, block_size=SIZE
+            vocab_size=TOKENIZER.vocab_size,
+            context_length=CONTEXT,
+            block_size=SIZE,
+            pace=Pace(prefill_chunk=16, shared_chunk=8),
         )
         self.model = Model(
             replace(reference_model(), context_length=CONTEXT),
@@ -126,7 +125,6 @@ class SessionMachine(RuleBasedStateMachine):
         self.done: set[tuple[int, ...]] = set()
 
     def teardown(self) -> None:
-        self.chunk.stop()
         for session in self.tips:
             session.close()
         engine = self.model.engine
@@ -418,14 +416,11 @@ def _match_a_token_too_many(patch: pytest.MonkeyPatch) -> None:
     """Other ids over old KV, as where text is undone and the cache is not."""
     match = PrefixCache.match
 
-    def greedy(
-        self: PrefixCache, after: CachedBlock, ids: Sequence[int], *, inside_block: bool
-    ) -> Match:
-        found = match(self, after, ids, inside_block=inside_block)
-        end = len(found.full) * SIZE + found.partial_tokens
-        if found.partial is None or end >= len(ids) or found.partial_tokens == SIZE:
+    def greedy(self: PrefixCache, after: CachedBlock, ids: Sequence[int]) -> Match:
+        found = match(self, after, ids)
+        if found.tokens >= len(ids) or found.tokens % SIZE == 0:
             return found
-        return replace(found, partial_tokens=found.partial_tokens + 1)
+        return replace(found, tokens=found.tokens + 1)
 
     patch.setattr(PrefixCache, "match", greedy)
 
@@ -446,7 +441,7 @@ def _compute_everything_each_time(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_the_reply(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CachedTable, "leave_tail", lambda _self, _ids: None)
+    patch.setattr(TokenSequence, "leave_tail", lambda _self: None)
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

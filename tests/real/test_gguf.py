@@ -336,14 +336,14 @@ def differences(runtime: OpenVinoRuntime, ids: list[int], expected: np.ndarray) 
     """Yield how far logits are off: prefills, single tokens behind a prefill, and a batch."""
     table = list(range(5))
     for length in (5, 33, 64, 65, 100, LENGTH):
-        logits = runtime.forward([Row(ids[:length], 0, table)])[0]
+        logits = runtime.forward([Row(ids[:length], 0, table)]).logits[0]
         yield float(np.abs(logits - expected[length - 1]).max())
     runtime.forward([Row(ids[:100], 0, table)])
     for place in range(100, LENGTH):
-        logits = runtime.forward([Row([ids[place]], place, table)])[0]
+        logits = runtime.forward([Row([ids[place]], place, table)]).logits[0]
         yield float(np.abs(logits - expected[place]).max())
     rows = [Row(ids[:70], 0, [5, 6, 7]), Row(ids[149:], 149, table), Row(ids[:9], 0, [8])]
-    for logits, place in zip(runtime.forward(rows), (69, 149, 8), strict=True):
+    for logits, place in zip(runtime.forward(rows).logits, (69, 149, 8), strict=True):
         yield float(np.abs(logits - expected[place]).max())
 
 

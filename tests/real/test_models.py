@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recollect import config
+from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.prompt import PromptEncoder
 from recollect.models.catalog import CATALOG, LocalModel
-from recollect.models.formats import load_tokenizer
 from recollect.models.prepare import original_of, prepare
 from recollect.text.other_tokenizers import HfTokenizer
 from recollect.text.template import ChatTemplate

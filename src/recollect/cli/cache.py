@@ -38,13 +38,11 @@ from recollect.cli.printing import (
     progress_bar,
 )
 from recollect.errors import ConfigError, StoreCorruptError, StoreError
-from recollect.kv import accounts, maintenance, pins
-from recollect.kv.accounts import Pin
+from recollect.kv import maintenance
 from recollect.kv.blocks import Key
 from recollect.kv.disk import DiskStore
-from recollect.kv.maintenance import Holding
-from recollect.kv.record import Identity
-from recollect.kv.rewriting import damaged_stores, discard, remove_damaged, shrink
+from recollect.kv.maintenance import Holding, damaged_stores, discard, remove_damaged, shrink
+from recollect.kv.record import Identity, Pin
 from recollect.models.catalog import DEFAULT_MODEL
 from recollect.models.listing import names_by_fingerprint
 
@@ -67,7 +65,7 @@ def ls(as_json: JsonOption = False) -> None:
         return
     names = names_by_fingerprint(config.home())
     with open_store() as store:
-        found, held = maintenance.holdings(store), maintenance.pins(store)
+        found, held = maintenance.holdings(store), store.pins()
     digests = names_by_digest(found, names)
     if as_json:
         kept = [holding_as_dict(holding, names) for holding in found]
@@ -88,7 +86,7 @@ def stats(as_json: JsonOption = False) -> None:
         return
     with open_store() as store:
         found = maintenance.holdings(store)
-        file_bytes, pinned_bytes = store.env.file_bytes, pins.pinned_bytes(store)
+        file_bytes, pinned_bytes = store.env.file_bytes, store.pinned_bytes()
     values = {
         "restored_tokens": sum(holding.savings.tokens for holding in found),
         "saved_s": sum(holding.savings.seconds for holding in found),
@@ -194,7 +192,7 @@ def unpin(
     """Unpin a checkpoint or a warm text: allow it to be deleted when space runs out."""
 
     with open_store() as store:
-        if not pins.drop(store, name):
+        if not store.drop_pin(name):
             raise StoreError(f"Nothing is pinned as {name!r}; `recollect cache` lists what is.")
     typer.echo(f"{name!r} was unpinned: it may be deleted when space runs out.")
 
@@ -202,8 +200,8 @@ def unpin(
 def _problems(store: DiskStore) -> tuple[int, int, list[tuple[Key, str]]]:
     """Return how many blocks there are, how many cannot be checked, and what is wrong with which."""
 
-    with store.env.reading() as txn:
-        heads = accounts.heads(txn, store.env)
+    with store.reading() as tables:
+        heads = tables.heads()
     sealed = {key for key, head in heads.items() if head.is_sealed and store.sealer is None}
     with progress_bar("Reading all blocks"):
         found = list(maintenance.problems(store))

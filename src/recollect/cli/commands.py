@@ -183,7 +183,7 @@ def tree(chat: Chat, _rest: str) -> None:
     session, tips = chat.session, chat.tips()
     engine = chat.model.engine
     on_disk = None if engine.tier is None else partial(session.warm_tokens, on_disk=True)
-    slack = engine.keep_multiple_of + 1
+    slack = engine.info.reuse.unit + 1
     states = warmth(session.tree, session.warm_tokens, stored=on_disk, slack=slack)
     width, numbers = chat.console.width, session.conversation.numbers()
     for line in draw_tree(session.tree, tips, chat.current, width, states, numbers):

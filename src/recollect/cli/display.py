@@ -32,8 +32,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from recollect.cli.printing import printable
+from recollect.conversation.session import ReplyStream
 from recollect.conversation.tree import Node, Tree
-from recollect.conversation.turn import Reply, ReplyStream
+from recollect.conversation.turn import Reply
 
 
 class WordWrapper:

@@ -24,9 +24,9 @@ from rich.text import Text
 from recollect.cli.display import show_reply
 from recollect.cli.printing import count, format_bytes, format_duration, printable
 from recollect.conversation.model import Model
-from recollect.conversation.session import Session
+from recollect.conversation.session import ReplyStream, Session
 from recollect.conversation.tree import Node
-from recollect.conversation.turn import Reply, ReplyStream
+from recollect.conversation.turn import Reply
 from recollect.engine.engine import Engine
 from recollect.errors import (
     ConversationError,
@@ -353,7 +353,7 @@ def _pressure(engine: Engine) -> str:
 def _disk(engine: Engine) -> list[tuple[str, str]]:
     """Return what the tier below memory has done, and why it does nothing where that is so."""
     if engine.tier is None:
-        why = "--kv-disk 0" if engine.info.has_block_bytes else "this runtime keeps KV to itself"
+        why = "--kv-disk 0" if engine.info.reuse.as_bytes else "this runtime keeps KV to itself"
         return [("KV on disk", f"none ({why})")]
     tier = engine.tier.statistics()
     work = (

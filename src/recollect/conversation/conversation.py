@@ -394,9 +394,12 @@ class Conversation:
         """
         answers = [self._tools[child.id] for child in node.children if child.id in self._tools]
         answers += self._answers.get(node.id, ())
-        before = (self._tools[one.id] for one in reversed(node.path()) if one.id in self._tools)
-        changes = [tools.difference(one) for one in answers or itertools.islice(before, 1)]
-        return None if None in changes else next(iter(changes), None)
+        if not answers:
+            before = (self._tools[one.id] for one in reversed(node.path()) if one.id in self._tools)
+            answers = [*itertools.islice(before, 1)]
+        if not answers or any(one.schemas == tools.schemas for one in answers):
+            return None
+        return tools.difference(answers[0])
 
     def set_tip(self, name: str, node: Node) -> None:
         """

@@ -1,11 +1,9 @@
 """
-From the name of a model to one that is ready to talk.
+Load a model by its name, and carry KV between models and portable files.
 
-Decides which runtime runs it and where its KV is kept; knows nothing of conversations.
-
-The KV of a branch out of a model into a portable file, and back into another's store.
-
-Knows models and files; what of a file can be trusted is for `portable` to say.
+`load` fetches and converts a model where that is needed, and opens its KV store. `collect` returns the KV
+of a branch for a portable file, `why_not` says why a model cannot use the KV in one, and `bring_in` puts
+it into a model's store. What of a file can be trusted is decided in `journal.portable`.
 """
 
 import logging
@@ -16,22 +14,20 @@ from typing import Final
 import numpy as np
 
 from recollect import config, encryption, files
+from recollect.conversation.formats import load_runtime
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.engine.pinning import in_memory, require_tier
 from recollect.errors import StoreError
 from recollect.journal.portable import Branch, BranchHead, CarriedBlock, PortableFile
-from recollect.kv import pins
 from recollect.kv.blocks import Key, chained_key
 from recollect.kv.disk import STORE_FOLDER, DiskStore, NewBlock
 from recollect.kv.environment import translated
 from recollect.kv.maintenance import is_there, open_existing
-from recollect.models.catalog import DEFAULT_MODEL, LocalModel
-from recollect.models.formats import load_tokenizer
+from recollect.models.catalog import DEFAULT_MODEL
 from recollect.models.prepare import prepare
 from recollect.runtime.base import PagedRuntime
-from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import Profile, Progress, no_progress
 
 _log = logging.getLogger(__name__)
@@ -98,7 +94,7 @@ def load(
     )
     if long_context:
         local = local.for_long_context()
-    runtime = _runtime(local, profile)
+    runtime = load_runtime(local, profile)
     store = store or _store(home, kv_disk, cipher, runtime)
     try:
         return Model(
@@ -117,7 +113,7 @@ def load(
 
 
 def _warn_of_writers(home: Path) -> None:
-    """Say in one line who else may change the data folder, if anybody may."""
+    """Log one warning if other users can change the data folder."""
     who = files.others_may_write(home) if home.exists() else None
     if who is not None:
         _log.warning(
@@ -131,7 +127,7 @@ def _warn_of_writers(home: Path) -> None:
 def _store(
     home: Path, kv_disk: int | None, cipher: Cipher | None, runtime: PagedRuntime
 ) -> DiskStore | None:
-    if not runtime.info.has_block_bytes:
+    if not runtime.info.reuse.as_bytes:
         if kv_disk:
             _log.warning(
                 "%s keeps its KV to itself, so none is kept on disk: run the model on OpenVINO for "
@@ -148,55 +144,28 @@ def _store(
             else config.require_disk_size(kv_disk)
         )
     if kv_disk is None and not budget and is_there(folder):
-        return open_existing(folder, sealer)  # the disk is full: what is there can be read
+        return open_existing(folder, sealer)  # the disk is full, but what is stored can be read
     return DiskStore(folder, budget_bytes=budget, sealer=sealer) if budget else None
 
 
-def _runtime(local: LocalModel, profile: Profile) -> PagedRuntime:
-    if local.folder is None:
-        return ReferenceRuntime(
-            vocab_size=load_tokenizer(local).vocab_size, context_length=local.context_length
-        )
-    if local.format == "onnx-genai":
-        from recollect.runtime.genai import GenAiRuntime  # noqa: PLC0415 - as below
-
-        assert local.onnx_config is not None, "it was read with the folder"
-        return GenAiRuntime(
-            local.folder,
-            local.onnx_config,
-            context_length=local.context_length,
-            native_library=local.native_library,
-        )
-    # Here and not above: it takes half a second, which `recollect --help` need not wait for.
-    from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415
-
-    return OpenVinoRuntime(
-        local.folder / local.graph,
-        profile=profile,
-        context_length=local.context_length,
-        long_context=local.is_long,
-    )
-
-
 _PADDING: Final = 0
-"""A token id that every vocabulary has."""
+"""Every vocabulary has this token id."""
 _BATCH_BYTES: Final = 16 << 20
 
 
 def collect(model: Model, session: Session, *, progress: Progress = no_progress) -> Branch | None:
     """
-    Return the KV up to where a session stands, after computing what is not there.
+    Return the KV of a session's branch up to where it stands; what is missing is computed first.
 
-    The last block is filled up with tokens that mean nothing: its free slots would otherwise hold
-    what was computed there before, of whatever conversation.
+    The last block is padded with a token: its free slots could otherwise hold KV of another conversation.
 
     Args:
-        model: Whose session it is; it keeps KV on disk.
+        model: The session's model, which keeps KV on disk.
         session: At a named tip.
-        progress: Called while something is computed.
+        progress: Called while tokens are computed.
 
     Returns:
-        None where there is less than can be carried.
+        None where there is less than a block, and a part of one cannot be carried.
 
     Raises:
         StoreError: The model keeps no KV on disk.
@@ -206,7 +175,7 @@ def collect(model: Model, session: Session, *, progress: Progress = no_progress)
     tier, size = require_tier(engine), engine.block_size
     ids = session.typed_ids()
     padded = [*ids, *[_PADDING] * (-len(ids) % size)]
-    if engine.info.whole_blocks_only or len(padded) > engine.info.context_length:
+    if not engine.info.reuse.inside_blocks or len(padded) > engine.info.context_length:
         ids = padded = ids[: len(ids) // size * size]
     if not ids:
         return None
@@ -219,10 +188,10 @@ def collect(model: Model, session: Session, *, progress: Progress = no_progress)
 
 
 def why_not(model: Model, file: PortableFile) -> str | None:
-    """Return why a model here cannot use the KV in a file; None: it can."""
+    """Return why a model cannot use the KV in a file; None: it can."""
     if file.head is None:
         return "the file has none"
-    if not model.engine.info.has_block_bytes:
+    if not model.engine.info.reuse.as_bytes:
         return "this model's runtime keeps its KV to itself"
     if model.engine.tier is None:
         return "no KV is kept on disk here (--kv-disk)"
@@ -240,13 +209,13 @@ def why_not(model: Model, file: PortableFile) -> str | None:
 
 def bring_in(model: Model, file: PortableFile) -> int:
     """
-    Put the KV of a file on disk, for `model` to restore; return how many tokens it is of.
+    Write the KV in a file to the model's store; return the number of its tokens.
 
-    What is there already stays as it is. `why_not` was None.
+    Blocks that are stored already are not written again. Only for a file where `why_not` is None.
 
     Raises:
-        StoreError: It cannot be written, or there is no room for all of it.
-        ConversationFileError: The file has changed meanwhile.
+        StoreError: It cannot be written, or the store has no room for all of it.
+        ConversationFileError: The file has changed since it was opened.
     """
     tier = require_tier(model.engine)
     with model.engine.lock:
@@ -262,13 +231,13 @@ def bring_in(model: Model, file: PortableFile) -> int:
             tier.store.write(tier.identity, batch)
             batch, batch_bytes = [], 0
     tier.store.write(tier.identity, batch)
-    if not pins.are_stored(tier.store, keys):
+    if not tier.store.has_blocks(keys):
         raise StoreError("There is no room for all of it on disk: give it more (--kv-disk).")
     return len(file.token_ids)
 
 
 def _named(root: Key, blocks: Iterable[CarriedBlock], secret: bytes) -> Iterator[NewBlock]:
-    """Yield blocks under the names that they have in a store with this root and secret."""
+    """Yield blocks with the keys that they have in a store with this root and secret."""
     parent = root
     for block in blocks:
         key = chained_key(parent, block.token_ids, secret)

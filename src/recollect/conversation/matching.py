@@ -12,7 +12,9 @@ While the program runs, `MessageIndex` finds replies as nodes; this finds them a
 KV is kept on disk. Replies of conversations that are kept are in the journal, and not here.
 """
 
+import json
 import threading
+from array import array
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -21,11 +23,11 @@ from hashlib import blake2b
 from sys import getsizeof
 from typing import Final
 
-from recollect.conversation.tools import KnownTools, Tools
+from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_node
 from recollect.engine.tier import DiskTier
-from recollect.journal.records import NewNode, pack_token_ids, unpack_token_ids
-from recollect.kv.replies import StoredReply, reply_name
+from recollect.journal.records import NewNode
+from recollect.kv.record import StoredReply
 from recollect.types import Message, Role
 
 MOST_MESSAGES: Final = 20_000
@@ -63,8 +65,8 @@ class Known:
     parent: "Known | None"
     """None: this is the beginning of all that is said in its namespace, and no message."""
     message: NewNode
-    """Without its token ids, which are packed."""
-    packed_ids: bytes | None = None
+    """Without its token ids, which take less memory as an array."""
+    ids: "array[int] | None" = None
     tools: bytes | None = None
     """Which tools a reply could call; a name that `KnownTools` gave."""
     answers: list[bytes] = field(default_factory=list)
@@ -120,6 +122,56 @@ class Change:
     """The same of the new text."""
 
 
+MOST_TOOL_BYTES: Final = 8 << 20
+"""Of descriptions that are kept, for a whole model: 800 sets of twenty tools of 500 bytes."""
+
+
+class KnownTools:
+    """
+    Sets of tools by a short name: clients send the same descriptions with every request.
+
+    Owned by `KnownMessages`, under whose lock it is used.
+
+    Invariant: `held_bytes` is the sum over all sets, and at most `MOST_TOOL_BYTES`.
+    """
+
+    def __init__(self) -> None:
+        self.held_bytes = 0
+        self._sets: OrderedDict[bytes, bytes] = OrderedDict()
+
+    def note(self, tools: Tools) -> bytes:
+        """Return the name of a set, which is known from now on unless it is larger than the bound."""
+        if not tools.schemas:
+            return b""
+        text = json.dumps(tools.schemas).encode()
+        name = blake2b(text, digest_size=16).digest()
+        if name not in self._sets and len(text) <= MOST_TOOL_BYTES:
+            self._sets[name] = text
+            self.held_bytes += len(text)
+        if name in self._sets:
+            self._sets.move_to_end(name)
+        while self.held_bytes > MOST_TOOL_BYTES:
+            self.held_bytes -= len(self._sets.popitem(last=False)[1])
+        return name
+
+    def get(self, name: bytes) -> Tools | None:
+        """Return a set; None where it was forgotten."""
+        if not name:
+            return NO_TOOLS
+        text = self._sets.get(name)
+        return None if text is None else Tools(tuple(json.loads(text)))
+
+    def check(self) -> None:
+        """
+        Verify the invariant.
+
+        Raises:
+            AssertionError: It does not hold.
+        """
+        held = sum(map(len, self._sets.values()))
+        assert held == self.held_bytes <= MOST_TOOL_BYTES, "bytes are not counted right"
+
+
 class KnownMessages:
     """
     What was said in all namespaces of a model, up to a bound.
@@ -165,7 +217,7 @@ class KnownMessages:
         """
         known = self._all.get((namespace, node.key))
         if known is not None:
-            if is_new and (known.packed_ids is None or node.token_ids is not None):
+            if is_new and (known.ids is None or node.token_ids is not None):
                 self._take(known, node)
             return known
         if parent is None:
@@ -246,9 +298,9 @@ class KnownMessages:
             self.held_bytes -= known.size
             del siblings[bisect_left(siblings, _order(known), key=_order)]
         known.message = _without_ids(node)
-        known.packed_ids = None if node.token_ids is None else pack_token_ids(node.token_ids)
+        known.ids = None if node.token_ids is None else array("i", node.token_ids)
         insort(siblings, known, key=_order)
-        known.size = _size(known.message, known.packed_ids)
+        known.size = _size(known.message, known.ids)
         self.held_bytes += known.size
 
 
@@ -319,8 +371,8 @@ class MessageIndex:
                 tools=None if tools is None else self._known.tools.get(tools),
                 answers=tuple(one for one in answers if one is not None),
             )
-            taken = [(one.key, one.message, one.packed_ids) for one in path]
-        return replace(found, path=tuple(_unpacked(*one) for one in taken))
+            taken = [(one.key, one.message, one.ids) for one in path]
+        return replace(found, path=tuple(_with_ids(*one) for one in taken))
 
     def change(self, messages: Sequence[Message], found: Found | None) -> Change | None:
         """
@@ -395,8 +447,8 @@ def _keys(messages: Sequence[Message]) -> list[bytes]:
     return keys
 
 
-def _size(message: NewNode, packed_ids: bytes | None) -> int:
-    ids = 0 if packed_ids is None else len(packed_ids)
+def _size(message: NewNode, token_ids: "array[int] | None") -> int:
+    ids = 0 if token_ids is None else token_ids.itemsize * len(token_ids)
     usage = 0 if message.usage is None else _USAGE_BYTES
     links = message.links
     names = () if links is None else (*links.call_ids, links.tool_call_id or "", links.name or "")
@@ -419,9 +471,9 @@ def _without_ids(node: Node) -> NewNode:
     return replace(node.to_new(), token_ids=None)
 
 
-def _unpacked(key: bytes, message: NewNode, ids: bytes | None) -> tuple[bytes, NewNode]:
+def _with_ids(key: bytes, message: NewNode, ids: "array[int] | None") -> tuple[bytes, NewNode]:
     if ids is not None:
-        message = replace(message, token_ids=unpack_token_ids(ids))
+        message = replace(message, token_ids=tuple(ids))
     return key, message
 
 
@@ -452,7 +504,7 @@ class RememberedReplies:
     def note(self, reply: Node) -> None:
         """Remember a reply that was generated; nothing where it was not, or by another model."""
         if reply.token_ids is not None and reply.fingerprint == self._fingerprint:
-            self._tier.note_reply(
+            self._tier.writer.note_reply(
                 self._name(reply.key), StoredReply(reply.content, reply.token_ids)
             )
 
@@ -472,4 +524,4 @@ class RememberedReplies:
         )
 
     def _name(self, key: bytes) -> bytes:
-        return reply_name(self._tier.store, self._fingerprint, self._namespace, key)
+        return self._tier.store.reply_name(self._fingerprint, self._namespace, key)

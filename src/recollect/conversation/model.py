@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.matching import KnownMessages, MessageIndex, RememberedReplies
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
-from recollect.conversation.tools import Tools
+from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Overflow, Tree
 from recollect.encryption import Cipher
 from recollect.engine.engine import Engine, pool_size
@@ -30,12 +31,10 @@ from recollect.errors import ConversationError, UnknownConversationError
 from recollect.journal.checkpoints import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Page, require_name
-from recollect.kv import maintenance, pins
-from recollect.kv.accounts import Pin
 from recollect.kv.blocks import chained_keys
 from recollect.kv.disk import DiskStore
+from recollect.kv.record import Pin
 from recollect.models.catalog import LocalModel
-from recollect.models.formats import load_tokenizer
 from recollect.runtime.base import PagedRuntime
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
@@ -80,21 +79,21 @@ def warm(
     with engine.lock:
         root = engine.cache.root().key
     prefix = chained_keys(root, ids, engine.block_size, store.chain_secret)[-1].hex()
-    for pin in maintenance.pins(store):
-        stored = pins.stored(store, pin)
+    for pin in store.pins():
+        stored = store.size_of(pin)
         if pin.about.get("prefix") == prefix and stored.tokens >= pin.tokens:
             return _warmed(pin, pin.tokens, stored.stored_bytes)
-    former = pins.find(store, name)
+    former = store.find_pin(name)
     is_older = former is not None and _is_older(former, engine)
     if is_older:
-        pins.drop(store, name)
+        store.drop_pin(name)
     try:
         made = pin_on_disk(
             engine, ids, "", name=name, about={"kind": KIND, "prefix": prefix}, progress=progress
         )
     except BaseException:
         if former is not None and is_older:
-            pins.add(store, former)
+            store.add_pin(former)
         raise
     return _warmed(
         made.pin,
@@ -307,7 +306,9 @@ class Model:
             InvalidParameterError: A message lacks something, a tool cannot be one, or the choice is
                 none.
         """
-        offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
+        offered = NO_TOOLS
+        if tools or tool_choice != "auto":
+            offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         if not messages:
             raise ConversationError("There are no messages: give at least one.")
         index = self._index(namespace)

@@ -1,20 +1,18 @@
 """
 A place in a conversation from which a person goes on: ask, undo, rewind, fork, regenerate, edit.
 
-Joins the tree (what was said) and the prompt encoder (as which token ids). No KV is held between
-turns: each turn asks for the token ids that its place in the tree means, and finds in the engine's
-cache what any earlier work left of them. So no operation on the tree can leave the KV behind.
-
-Where somebody stands in a conversation's tree, and how one moves there.
-
-Knows nodes and named tips; no tokens, no KV, no replies.
+A `Place` is a node of the tree and how one moves there; a `Session` also asks, and a `ReplyStream` is
+the reply while it is generated. Joins the tree (what was said) and the prompt encoder (as which token
+ids). No KV is held between turns: each turn asks for the token ids that its place in the tree means,
+and finds in the engine's cache what any earlier work left of them. So no operation on the tree can
+leave the KV behind.
 """
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
 from recollect.conversation.conversation import Asked, Conversation
@@ -22,10 +20,11 @@ from recollect.conversation.matching import Change
 from recollect.conversation.prompt import Prompting
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
-from recollect.conversation.turn import Expectation, IdleWork, Reply, ReplyStream, Turn
+from recollect.conversation.turn import Expectation, Reply, Turn, explained
 from recollect.engine.pinning import pin_on_disk
-from recollect.engine.reply import ReadAhead, ReplyGeneration
+from recollect.engine.reply import GeneratedReply, IdleWork, ReadAhead, ReplyGeneration
 from recollect.engine.sampling import Generator
+from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (
@@ -39,7 +38,7 @@ from recollect.errors import (
 )
 from recollect.journal.checkpoints import Checkpoint
 from recollect.journal.records import require_name
-from recollect.types import Message, SamplingParams
+from recollect.types import Message, SamplingParams, Usage
 
 if TYPE_CHECKING:
     from recollect.conversation.model import Model
@@ -134,8 +133,9 @@ class Place:
         asked = [node for node in self.path() if node.role == "user"]
         if not 1 <= turns <= len(asked):
             raise RewindError(
-                f"Cannot undo {turns} turns: the conversation has {len(asked)}; "
-                "give a number between 1 and that."
+                f"Cannot undo {turns} turns: the conversation has {len(asked)}."
+                if asked
+                else "Nothing to undo."
             )
         parent = asked[-turns].parent
         assert parent is not None, "a user's message has a parent"
@@ -198,7 +198,7 @@ class Session(Place):
         """Return within which KV is shared."""
         return self._namespace
 
-    def stream(self, text: str | None, *, params: SamplingParams | None = None) -> ReplyStream:
+    def stream(self, text: str | None, *, params: SamplingParams | None = None) -> "ReplyStream":
         """
         Say something, and return the reply as it is generated.
 
@@ -426,7 +426,7 @@ class Session(Place):
 
     def _stream(
         self, at: Node | None, text: str | None, params: SamplingParams | None
-    ) -> ReplyStream:
+    ) -> "ReplyStream":
         """Say something at a node, at the tip without one, and return the reply as it is generated."""
         self._begin()
         before = self._tip
@@ -449,13 +449,13 @@ class Session(Place):
 
     def _turn(
         self, at: Node, text: str | None, params: SamplingParams, before: Node
-    ) -> ReplyStream:
+    ) -> "ReplyStream":
         """Have a reply begun; the tree stays as it is, and the tip is *before* again if none comes."""
         if text is None and at.role not in ANSWERED:
             raise ConversationError("There is no message to answer: say something.")
         tools, engine = self.tools, self._model.engine
         prompt, dropped = self._prompting.asking(at, text, tools, self.overflow)
-        bare_names = tools.bare_names(params.grammar)
+        bare_names = tools.bare_names(params.grammar) if tools.schemas else None
         if tools.schemas:
             params = replace(params, grammar=tools.grammar(params.grammar))
         sequence = self._prompting.sequence(prompt.token_ids)
@@ -468,49 +468,41 @@ class Session(Place):
             raise tools.named(error, params.grammar) from error
         expected = Expectation(
             prompt,
-            engine.keep_multiple_of,
+            engine.info.reuse.unit,
             self._change if at is self._tip else None,
             self.conversation.tools_change(at, tools),
         )
-        generation = ReplyGeneration(
-            engine, generator, self._model.tokenizer, ahead=self._idle.ahead
-        )
-        turn = Turn(at, text, generation, expected, tools, dropped, bare_names)
-        asked = self.conversation.ask(at, text, tip=self.name if at is self._tip else None)
-        try:
-            generation.start()
-        except BaseException:
-            self.conversation.take_back(asked)
-            raise
-        return ReplyStream(
-            generation,
-            keep=partial(self._finish, turn, asked, before),
-            measure=turn.usage,
-            free_session=partial(self._free, asked),
-            parser=turn.new_parser(),
-        )
+        turn = Turn(at, text, before, tools, dropped, expected)
+        stream = ReplyStream(self, turn, generator, bare_names)
+        stream.start()
+        return stream
+
+    def _ask(self, turn: Turn) -> Asked | None:
+        """Keep what a turn says before it is answered."""
+        tip = self.name if turn.at is self._tip else None
+        return self.conversation.ask(turn.at, turn.said, tip=tip)
 
     def _free(self, asked: Asked | None) -> None:
         """Let others use the session; what was asked and not answered is taken back later."""
         self.conversation.give_up(asked)
         self._busy.release()
 
-    def _finish(self, turn: Turn, asked: Asked | None, before: Node) -> Reply | None:
+    def _finish(
+        self, turn: Turn, reply: GeneratedReply, token_ids: list[int], asked: Asked | None
+    ) -> Reply | None:
         """
         Keep a reply that has ended, and go to it; an edit that was broken off is kept beside.
 
         Returns:
             None where nothing was said; the conversation is then as it was.
         """
-        turn.generation.release()
-        is_whole = turn.finish_reason != "cancelled"
-        if not turn.generation.text and not is_whole:
+        is_whole = reply.finish_reason != "cancelled"
+        if not reply.text and not is_whole:
             self.conversation.take_back(asked)
-            self._tip = before
+            self._tip = turn.before
             return None
-        usage = turn.usage()
         goes_there = turn.at is self._tip or is_whole
-        messages = turn.messages(usage, self._model.weights_fingerprint)
+        messages = turn.messages(reply, token_ids, self._model.weights_fingerprint)
         tip = self.name if goes_there else None
         node = self.conversation.add(turn.at, messages, tip=tip, asked=asked)
         self.conversation.note_tools(node, turn.tools)
@@ -518,7 +510,7 @@ class Session(Place):
             self._tip, self._change = node, None
         self._idle.forget()
         self._start_idle_work()
-        return turn.reply(usage, node)
+        return Reply.of(reply, node, turn.dropped_turns)
 
     def _typed(self, text: str) -> TokenSequence:
         at = self._tip.parent if self._is_unanswered() else self._tip
@@ -532,3 +524,93 @@ class Session(Place):
         except (TemplateError, ContextFullError):
             return  # the next turn says what is wrong; here nobody asked
         self._idle.start(sequence)
+
+
+class ReplyStream(ReplyGeneration):
+    """
+    A session's reply as it is generated: iterate over it for pieces of text.
+
+    Leaving the loop early, `stop`, and the end of a `with` block all end the reply and keep what
+    was said as a turn. A reply that had not begun leaves the conversation as it was. On an event
+    loop, `async for` reads it, and `close`, which may wait for the journal, belongs on a thread.
+    """
+
+    reply: Reply | None
+
+    def __init__(
+        self,
+        session: Session,
+        turn: Turn,
+        generator: Generator,
+        bare_names: tuple[str, ...] | None,
+    ) -> None:
+        model = session._model
+        super().__init__(
+            model.engine,
+            generator,
+            model.tokenizer,
+            ahead=session._idle.ahead,
+            bare_names=bare_names,
+        )
+        self._session = session
+        self._turn = turn
+        self._asked: Asked | None = None
+
+    def start(self) -> None:
+        """Keep what is asked, and have the engine begin."""
+        session = self._session
+        self._asked = asked = session._ask(self._turn)
+        try:
+            super().start()
+        except BaseException:
+            session.conversation.take_back(asked)
+            raise
+        # Also where the stream is forgotten without ever having been read.
+        self._free = weakref.finalize(self, _give_up, self._task, session, asked)
+
+    def usage(self) -> Usage:
+        """Return what the reply has cost, and why not less."""
+        return explained(super().usage(), self._turn.expected)
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from super().__iter__()
+        finally:
+            self.close()
+
+    def read(self) -> Reply:
+        """
+        Read to the end and return the whole reply.
+
+        Raises:
+            ConversationError: It was stopped before anything was said.
+        """
+        with self:
+            for _ in self:
+                pass
+        if self.reply is None:
+            raise ConversationError("The reply was stopped before it began: ask again.")
+        return self.reply
+
+    def close(self) -> None:
+        """
+        End the reply here and keep what was said. Calling it again does nothing.
+
+        Raises:
+            StoreError: The journal cannot keep it. The conversation is as it was.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.finish()
+            self.release()
+            said = self._whole(), self.token_ids
+            self.reply = self._session._finish(self._turn, *said, self._asked)
+        finally:
+            self._free()
+
+
+def _give_up(task: Task, session: Session, asked: Asked | None) -> None:
+    task.cancel()
+    session._free(asked)

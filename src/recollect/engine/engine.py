@@ -1,21 +1,15 @@
 """
-The engine: one thread that owns a runtime and its KV, and runs and counts forward passes.
+The engine: one thread that runs forward passes for the sequences of a runtime.
 
-Knows token ids and logits; text and conversations are above it.
-
-Forward passes over the chunks of tasks: run, counted, timed; one that fails hurts no other task.
-
-Knows tasks and the runtime; not the scheduler, and not what becomes of logits.
-
-How many blocks a memory budget holds.
-
-Reads the machine's free memory where nobody gives a budget.
+`Engine` is what callers have: it makes sequences, takes tasks, and owns the thread, the `Memory` and the
+disk tier. `ForwardPasses` runs and counts passes, and keeps a failing task from hurting the others.
+`pool_size` says how many blocks a memory budget holds. None of them knows text: what is done with logits
+is a task's business.
 """
 
 import atexit
 import threading
 import weakref
-from array import array
 from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 from contextlib import suppress
@@ -24,47 +18,36 @@ from time import perf_counter
 from typing import Final
 
 from recollect import config
-from recollect.engine.scheduler import (
-    Pass,
-    Room,
-    Scheduler,
-    Task,
-    TaskState,
-    count_replays,
-    hand_over,
-)
-from recollect.engine.sequence import FeedPlan, Sequence
+from recollect.engine.scheduler import Chunks, Room, Scheduler, Task, count_replays, hand_over
+from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.engine.tier import DiskTier
 from recollect.errors import ConfigError, MisuseError, RuntimeFailure
 from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
 from recollect.kv.disk import DiskStore
-from recollect.kv.prefix import CachedTable, Match, PrefixCache
+from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Identity
 from recollect.runtime.base import Logits, PagedRuntime, RuntimeInfo
 from recollect.types import running_average
 
 _TIMED_TOKENS: Final = 32
-"""A pass over fewer tokens says little of what prefill costs."""
-
-Chunks = dict[Task, FeedPlan]
+"""Passes over fewer tokens are not timed: they say little about the cost of prefill."""
 
 
 class ForwardPasses:
     """
-    What runs and counts forward passes.
+    Runs, counts and times forward passes.
 
-    Owned by the engine's thread; the counters may be read from any.
+    Used by the engine's thread; the counters may be read from any.
     """
 
-    def __init__(self, runtime: PagedRuntime, *, keep_multiple_of: int) -> None:
+    def __init__(self, runtime: PagedRuntime) -> None:
         self._runtime = runtime
-        self._keep_multiple_of = keep_multiple_of
         self.computed_tokens = 0
         """Tokens fed so far."""
         self.count = 0
         """Forward passes so far."""
         self.s_per_token: float | None = None
-        """What a prompt's token costs, in seconds; None where no prompt was computed yet."""
+        """Seconds per token of a prompt, as a running average; None: no prompt was computed yet."""
 
     def run(
         self, chunks: Chunks, copies: list[tuple[int, int]]
@@ -73,7 +56,7 @@ class ForwardPasses:
         Copy blocks, then feed the chunks; where that fails, each by itself.
 
         Args:
-            chunks: What to feed; an entry is replaced where it had to begin earlier.
+            chunks: What to feed. Where a chunk had to begin earlier, its entry is replaced.
             copies: Blocks to copy first, `(source, target)`.
 
         Returns:
@@ -92,8 +75,8 @@ class ForwardPasses:
         logits: dict[Task, Logits] = {}
         errors: dict[Task, Exception] = {}
         for task, fed in chunks.items():
-            start = fed.start // self._keep_multiple_of * self._keep_multiple_of
-            chunks[task] = FeedPlan(start, fed.end)  # what failed may have spoilt all of a block
+            start = self._runtime.info.reuse.longest_cut(fed.start)
+            chunks[task] = FeedPlan(start, fed.end)  # a failure may have changed all of a block
             own_logits, own_errors = self.run({task: chunks[task]}, [])
             logits |= own_logits
             errors |= own_errors
@@ -105,13 +88,13 @@ class ForwardPasses:
             return {}
         rows = {task: task.sequence.row(fed) for task, fed in chunks.items()}
         begun = perf_counter()
-        logits = self._runtime.forward(list(rows.values()))
+        result = self._runtime.forward(list(rows.values()))
         fed_tokens = sum(len(row.token_ids) for row in rows.values())
         self._time(fed_tokens, perf_counter() - begun)
         self.count += 1
-        self.computed_tokens += fed_tokens + count_replays(self._runtime, rows)
+        self.computed_tokens += fed_tokens + count_replays(rows, result.starts)
         wanting = [task for task, row in rows.items() if row.wants_logits]
-        return dict(zip(wanting, logits, strict=True))
+        return dict(zip(wanting, result.logits, strict=True))
 
     def _time(self, tokens: int, seconds: float) -> None:
         if tokens >= _TIMED_TOKENS:
@@ -119,20 +102,18 @@ class ForwardPasses:
 
 
 _LINGER_S: Final = 2.0
-"""How long the thread waits for work before it ends; the next task starts another."""
+"""The thread ends after so long without work; the next task starts another."""
 
 
 class Engine:
     """
-    A runtime, its blocks, what is known of prefixes, and the sequences over them.
+    A runtime, the KV in its blocks, and the thread that runs forward passes for sequences.
 
-    Any thread may submit tasks and wait for them. Forward passes and the callbacks of tasks run on
-    the engine's own thread. Bookkeeping happens under `lock`, which is not held during a forward
-    pass, so that a fork or a rewind never waits for one. A store, where there is one, keeps blocks
-    below memory, and is closed with the engine.
+    Any thread may make sequences, submit tasks and wait for them. Forward passes and the callbacks of
+    tasks run on the engine's own thread. Bookkeeping happens under `lock`, the one of `memory`. A store,
+    where there is one, keeps blocks below memory, and is closed with the engine.
 
-    Invariants: all of `BlockPool`, over the tables of the sequences that are alive, the cache and
-    what is being written to the store; of `PrefixCache`, of each `Sequence`, and of `Scheduler`.
+    Invariants: all of `Memory` and of `Scheduler`.
     """
 
     def __init__(
@@ -153,45 +134,39 @@ class Engine:
             ) from cause
         self.info = info = runtime.info
         self.block_size = info.block_size
-        self.keep_multiple_of = info.block_size if info.whole_blocks_only else 1
-        self._inside_blocks = not info.whole_blocks_only
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.lock = threading.RLock()
-        """Held while block tables, pool and cache change."""
-        self._pool = BlockPool(num_blocks, info.block_size)
-        self._scheduler = Scheduler(info.block_size, info.most_rows)
-        self._passes = ForwardPasses(runtime, keep_multiple_of=self.keep_multiple_of)
-        self._tier: DiskTier | None = None
         identity = Identity(fingerprint, info.name, info.kv_format)
-        self._cache = PrefixCache(
-            self._pool,
+        self.pool = BlockPool(num_blocks, info.block_size)
+        self.cache = PrefixCache(
+            self.pool,
             identity.text(),
+            whole_blocks_only=not info.reuse.inside_blocks,
             secret=b"" if store is None else store.root_secret,
             chain_secret=b"" if store is None else store.chain_secret,
-            on_new=self._note_new,
         )
-        if store is not None and not info.has_block_bytes:
+        self.memory = Memory(info, self.pool, self.cache)
+        self.lock = self.memory.lock
+        """Held while block tables, pool and cache change."""
+        self.tier: DiskTier | None = None
+        """The tier below memory; None: there is none."""
+        if store is not None and not info.reuse.as_bytes:
             store.close()
         elif store is not None:
-            self._tier = DiskTier(store, identity, runtime, self._pool, self._cache, self.lock)
-        self._room = Room(
-            self._scheduler,
-            self._pool,
-            self._cache,
-            restores=self._tier is not None,
-            fail=lambda task, error: self._end(task, "failed", error),
-        )
-        self._sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
+            self.tier = DiskTier(store, identity, runtime, self.pool, self.cache, self.lock)
+            self.cache.on_new = self.tier.writer.note
+        self._passes = ForwardPasses(runtime)
+        self._scheduler = Scheduler(info.block_size, info.pace)
+        self._room = Room(self._scheduler, self.memory, has_disk=self.tier is not None)
         self._work = threading.Condition(self.lock)
         self._thread: threading.Thread | None = None
         self._warm = threading.Event()
         self._passing = False
         self._closed = False
+        self._bug: BaseException | None = None
         # A thread in a forward pass when the interpreter ends would abort the process, and whoever
         # waits for its task would wait for ever.
         self._at_exit = partial(_close_if_alive, weakref.ref(self))
         atexit.register(self._at_exit)
-        self._bug: BaseException | None = None
 
     @property
     def computed_tokens(self) -> int:
@@ -205,23 +180,8 @@ class Engine:
 
     @property
     def preemptions(self) -> int:
-        """Return how many tasks had to make way for others."""
-        return self._room.preemptions + self._scheduler.parked
-
-    @property
-    def pool(self) -> BlockPool:
-        """Return the pool, to look at."""
-        return self._pool
-
-    @property
-    def cache(self) -> PrefixCache:
-        """Return what is known of prefixes, to look at."""
-        return self._cache
-
-    @property
-    def tier(self) -> DiskTier | None:
-        """Return the tier below memory; None: there is none."""
-        return self._tier
+        """Return how many running tasks had to wait again for others."""
+        return self._scheduler.preemptions
 
     def new_sequence(self, namespace: str | None = "") -> Sequence:
         """
@@ -231,63 +191,53 @@ class Engine:
             namespace: Only sequences of the same namespace share KV. None: this one shares with
                 nobody, neither finds anything nor leaves anything behind.
         """
-        with self.lock:
-            root = None if namespace is None else self._cache.root(namespace)
-            kv = CachedTable(self._pool, self._cache, root, inside_blocks=self._inside_blocks)
-        return self.adopt(Sequence(self, array("q"), kv, namespace))
-
-    def adopt(self, sequence: Sequence) -> Sequence:
-        """Count a sequence among those that `check` looks at."""
-        with self.lock:
-            self._sequences.add(sequence)
-        return sequence
+        return Sequence(self.memory, namespace)
 
     def warm_tokens(
         self, token_ids: Tokens[int], namespace: str | None = "", *, on_disk: bool = False
     ) -> int:
-        """Return how many leading tokens have KV in memory, or with *on_disk* there; counts as a use."""
+        """Return how many leading tokens have KV in memory, or there or *on_disk*; counts as a use."""
         if namespace is None:
             return 0
         with self.lock:
-            match, root = self._match(token_ids, namespace), self._cache.root(namespace)
-        if on_disk and self._tier is not None:
-            return self._tier.stored_tokens(match, root, token_ids)
-        return len(match.full) * self.block_size + match.partial_tokens
+            match, root = self.memory.match(token_ids, namespace), self.cache.root(namespace)
+        if on_disk and self.tier is not None:
+            return self.tier.stored_tokens(match, root, token_ids)
+        return match.tokens
 
     def pin(self, token_ids: Tokens[int], namespace: str = "") -> list[CachedBlock]:
-        """Keep what the cache has of a prefix until `unpin`; return what to unpin."""
+        """Keep what the cache has of a prefix until `unpin`; return what that takes, which may be nothing."""
         with self.lock:
-            match = self._match(token_ids, namespace)
-            found = [*match.full[-1:], *([match.partial] if match.partial else [])]
-            for cached in found:
-                self._cache.pin(cached)
-            return found
+            last = self.memory.match(token_ids, namespace).blocks[-1:]
+            for cached in last:
+                self.cache.pin(cached)
+            return last
 
     def unpin(self, pinned: Tokens[CachedBlock]) -> None:
         """Take back one `pin`."""
         with self.lock:
             for cached in pinned:
-                self._cache.unpin(cached)
+                self.cache.unpin(cached)
 
     def forget(self) -> int:
-        """Give up all KV in memory that no sequence holds and nobody pinned; return how many blocks."""
+        """Evict all KV that no sequence holds and nobody pinned; return how many blocks."""
         with self.lock:
-            return self._cache.evict(self._pool.num_blocks)
+            return self.cache.evict(self.pool.num_blocks)
 
     def start(self) -> None:
-        """Have the thread warm the runtime up, if nothing was computed yet; returns at once."""
+        """Let the engine's thread warm the runtime up, if it has not yet; returns at once."""
         with self._work:
             self._require_open()
             self._wake()
 
     def wait_until_warm(self) -> None:
-        """Wait for the end of what `start` began; before that, a first token is a second slower."""
+        """Wait until the runtime is warm. A first token before that takes a second longer."""
         self.start()
         self._warm.wait()
 
     def submit(self, task: Task) -> None:
         """
-        Have a task worked on; its sequence belongs to the engine's thread until the task has ended.
+        Queue a task; its sequence belongs to the engine's thread until the task has ended.
 
         Raises:
             MisuseError: The engine is closed, or the sequence is empty or has a task already.
@@ -295,13 +245,13 @@ class Engine:
         task.sequence.plan()  # raises where there is nothing to compute
         with self._work:
             self._require_open()
-            if task.sequence not in self._sequences:
+            if task.sequence.memory is not self.memory:
                 raise MisuseError(
                     "a sequence is computed by the engine that made it, and by no other"
                 )
             if any(other.sequence is task.sequence for other in self._scheduler.tasks()):
                 raise MisuseError("this sequence is being worked on already")
-            task.restoring = self._tier is not None
+            task.restoring = self.tier is not None
             self._scheduler.add(task)
             self._wake()
 
@@ -351,14 +301,8 @@ class Engine:
         with self._work:
             while self._passing:
                 self._work.wait()
-            alive = [sequence for sequence in self._sequences if not sequence.closed]
-            tables = [list(sequence.kv.blocks) for sequence in alive]
-            leased = [] if self._tier is None else self._tier.leased_blocks
-            self._pool.check([*tables, self._cache.held_blocks(), leased])
-            self._cache.check()
+            self.memory.check([] if self.tier is None else self.tier.leased_blocks)
             self._scheduler.check()
-            for sequence in alive:
-                sequence.check()
 
     def close(self) -> None:
         """
@@ -374,17 +318,15 @@ class Engine:
             if thread is threading.current_thread():
                 raise MisuseError("a task's callback cannot close its engine")
             self._closed = True
+            for task in self._scheduler.tasks():
+                task.cancel()
             self._work.notify_all()
         atexit.unregister(self._at_exit)
         if thread is not None:
             thread.join()
-        if self._tier is not None:
-            self._tier.close(compute_s_per_token=self._passes.s_per_token)
+        if self.tier is not None:
+            self.tier.close(compute_s_per_token=self._passes.s_per_token)
         self._runtime.close()
-
-    def _match(self, token_ids: Tokens[int], namespace: str) -> Match:
-        root = self._cache.root(namespace)
-        return self._cache.match(root, token_ids, inside_block=self._inside_blocks)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -400,10 +342,10 @@ class Engine:
 
     def _warm_up(self) -> None:
         if not self._warm.is_set():
-            with suppress(RuntimeFailure):  # the first pass tells whoever waits for it
+            with suppress(RuntimeFailure):  # the first pass fails too, and has somebody to tell
                 self._runtime.warm_up()
-                if self._tier is not None:
-                    self._tier.warm_up(self._pool.num_blocks)
+                if self.tier is not None:
+                    self.tier.warm_up(self.pool.num_blocks)
             self._warm.set()
 
     def _run(self) -> None:
@@ -417,7 +359,9 @@ class Engine:
                 self._bug, self._passing = bug, False
                 self._warm.set()
                 for task in self._scheduler.tasks():
-                    self._end(task, "failed", RuntimeFailure(f"The engine met a bug: {bug!r}"))
+                    self._scheduler.end(
+                        task, "failed", RuntimeFailure(f"The engine met a bug: {bug!r}")
+                    )
                 self._work.notify_all()
             raise
 
@@ -425,56 +369,46 @@ class Engine:
         """Wait for work and run a forward pass; return whether to go on."""
         with self._work:
             self._drop_cancelled()
-            while not self._closed and not self._scheduler.tasks():
+            while not self._scheduler.tasks():
+                if self._closed:
+                    return False
                 self._tell_tier(works=False)
                 if not self._work.wait(_LINGER_S) and not self._scheduler.tasks():
                     self._thread = None  # without a thread, an engine nobody uses can go
                     return False
                 self._drop_cancelled()
             self._tell_tier(works=True)
-            if self._closed:
-                for task in self._scheduler.tasks():
-                    self._end(task, "cancelled")
-                return False
             self._scheduler.admit(self._room.fits)
             running = list(self._scheduler.running)
             self._passing = True
-        if self._tier is not None:
-            self._tier.restore_for(running, compute_s_per_token=self._passes.s_per_token)
+        if self.tier is not None:
+            self.tier.restore_for(running, compute_s_per_token=self._passes.s_per_token)
         with self._work:
-            planned, copies = self._room.prepare()
+            chunks, copies = self._room.prepare()
             tasks = self._scheduler.tasks()
-        hand_over(tasks)
-        self._pass(planned, copies)
+        hand_over(tasks, self.info.pace.first_token_pause_s)
+        self._pass(chunks, copies)
         return True
 
-    def _note_new(self, cached: CachedBlock) -> None:
-        if self._tier is not None:
-            self._tier.note(cached)
-
     def _tell_tier(self, *, works: bool) -> None:
-        if self._tier is not None:
-            self._tier.engine_works(works)
+        if self.tier is not None:
+            self.tier.writer.engine_works(works)
 
     def _drop_cancelled(self) -> None:
         for task in self._scheduler.tasks():
             if task.cancelled:
-                self._end(task, "cancelled")
+                self._scheduler.end(task, "cancelled")
 
-    def _end(self, task: Task, state: TaskState, error: Exception | None = None) -> None:
-        self._scheduler.remove(task)
-        task.end(state, error)
-
-    def _pass(self, planned: Pass, copies: list[tuple[int, int]]) -> None:
+    def _pass(self, chunks: Chunks, copies: list[tuple[int, int]]) -> None:
         """Run a forward pass, and hand the logits to the tasks that now have them."""
-        logits, errors = self._passes.run(planned.chunks, copies)
+        logits, errors = self._passes.run(chunks, copies)
         with self._work:
-            for task, fed in planned.chunks.items():
+            for task, fed in chunks.items():
                 if task in errors:
                     # The slots from fed.start on are undefined now, and those before it in the same
                     # block may be: its copy may not have happened, or a scale has changed.
-                    task.sequence.kv.abandon(fed.start // self.block_size * self.block_size)
-                    self._end(task, "failed", errors[task])
+                    task.sequence.truncate(fed.start // self.block_size * self.block_size)
+                    self._scheduler.end(task, "failed", errors[task])
                 else:
                     task.sequence.written(fed, logits.get(task))
             self._passing = False
@@ -489,11 +423,11 @@ class Engine:
             goes_on = task.on_logits()
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for the task
             with self._work:
-                self._end(task, "failed", error)
+                self._scheduler.end(task, "failed", error)
         else:
             if not goes_on:
                 with self._work:
-                    self._end(task, "done")
+                    self._scheduler.end(task, "done")
 
 
 def _close_if_alive(engine: "weakref.ref[Engine]") -> None:
@@ -502,7 +436,7 @@ def _close_if_alive(engine: "weakref.ref[Engine]") -> None:
 
 
 CONTEXTS_IN_POOL: Final = 4
-"""By default the pool holds at most this many full contexts: one conversation, and room for its
+"""By default the pool holds at most this many full contexts: one for a conversation, the rest for its
 branches and for others. Pages that are never written take no memory."""
 
 
@@ -511,7 +445,7 @@ def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
     Return how many blocks a memory budget in bytes holds.
 
     Raises:
-        ConfigError: Not even one, or it is more than the machine has.
+        ConfigError: The budget holds not even one, or is more than the machine has.
     """
     if kv_memory is None:
         blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)

@@ -1,13 +1,10 @@
 """
 Which tokens a grammar allows next: compiled grammars, and where a reply stands in one.
 
-Knows token ids; the grammars themselves are llguidance's.
-
-How large a JSON schema may be that replies are held to.
-
-Pure. llguidance compiles a schema by calling itself for each part of it and follows each reference
-where it stands, in time that grows with the square of its parts. A chain of a thousand references,
-or a list of 40,000 required names, is more than a thread's stack holds, which ends the process.
+Knows token ids; the grammars themselves are llguidance's. It compiles a JSON schema by calling itself
+for each part and follows each reference where it stands, in time that grows with the square of the
+parts; a chain of a thousand references, or a list of 40,000 required names, overflows a thread's
+stack, which ends the process. So schemas are bounded before they are compiled.
 """
 
 import importlib

@@ -1,11 +1,9 @@
 """
-Keep a prefix on disk under a name: compute what is not there, see that it is written, and pin it.
+Prefixes that are protected from eviction: on disk under a name, or in memory for everybody.
 
-Knows token ids; not what they are of.
-
-Prefixes that are public: what begins with one finds its KV, in whatever namespace.
-
-Knows token ids; not what they are of, nor who may mark them.
+`pin_on_disk` computes what is missing of a prefix, writes it, and pins it in the store. `PublicPrefixes`
+pins prefixes in memory in the namespace that every namespace finds KV in. Both bring a prefix to memory
+with `in_memory`. Knows token ids; neither what they are of nor who may pin them.
 """
 
 import threading
@@ -28,38 +26,40 @@ from recollect.errors import (
     StoreFullError,
     TooShortError,
 )
-from recollect.kv import pins
-from recollect.kv.accounts import Pin
 from recollect.kv.blocks import PUBLIC, CachedBlock, blocks_for
 from recollect.kv.disk import stored_bytes
+from recollect.kv.record import Pin
 from recollect.types import Progress, no_progress
 
 _REFRESH_S: Final = 0.1
+"""Between two reports of progress."""
 _MOST_PINNED: Final = 3 / 4
-"""Of the budget: what is pinned is never given up, and the rest has to go round for all others."""
+"""Share of the store's budget: what is pinned is never evicted, and others need the rest."""
+_MOST_PUBLIC: Final = 1 / 2
+"""Share of the blocks in memory: what is public is never evicted, and others need the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A prefix whose KV is in memory and stays there for a while."""
+    """A prefix whose KV is held in memory until the block of `in_memory` ends."""
 
     blocks: list[CachedBlock]
-    """From the first on; the last may hold more tokens than the prefix has."""
+    """All its blocks in order; the last may hold more tokens than the prefix has."""
     computed_tokens: int
-    """That were neither in memory nor on disk."""
+    """How many tokens were computed, because they were neither in memory nor on disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class PinnedPrefix:
-    """A prefix that was brought to disk."""
+    """A prefix that is pinned on disk."""
 
     pin: Pin
     computed_tokens: int
-    """That were neither in memory nor on disk."""
+    """How many tokens were computed, because they were neither in memory nor on disk."""
     seconds: float
-    """That computing and writing took."""
+    """How long computing and writing took."""
     stored_bytes: int
-    """That all of it takes, also where others share it."""
+    """What its blocks take on disk, those that others share included."""
 
 
 def require_tier(engine: Engine) -> DiskTier:
@@ -69,7 +69,7 @@ def require_tier(engine: Engine) -> DiskTier:
     Raises:
         StoreError: There is none, or it was turned off.
     """
-    if not engine.info.has_block_bytes:
+    if not engine.info.reuse.as_bytes:
         raise StoreError(
             "This model's runtime keeps its KV to itself, so none can be kept on disk: run the "
             "model on OpenVINO for that."
@@ -92,15 +92,15 @@ def pin_on_disk(
     progress: Progress = no_progress,
 ) -> PinnedPrefix:
     """
-    Keep a prefix on disk until its name is dropped.
+    Pin a prefix on disk under a name, until the pin is dropped.
 
     Args:
-        engine: Whose KV it is; it has a tier.
+        engine: The engine that computes it; it has a tier.
         token_ids: The prefix, shape `(n,)`, n >= 1.
         namespace: Who shares it.
-        name: Of the pin.
-        about: JSON values that whoever looks at the pins wants to know.
-        progress: Called while it is computed.
+        name: The name of the pin.
+        about: JSON values for whoever lists the pins.
+        progress: Called while the prefix is computed.
 
     Raises:
         NameTakenError: Something else is pinned under that name.
@@ -117,7 +117,7 @@ def pin_on_disk(
         pin=pin,
         computed_tokens=held.computed_tokens,
         seconds=time.perf_counter() - begun,
-        stored_bytes=pins.stored(tier.store, pin).stored_bytes,
+        stored_bytes=tier.store.size_of(pin).stored_bytes,
     )
 
 
@@ -131,17 +131,17 @@ def in_memory(
     progress: Progress = no_progress,
 ) -> Iterator[Held]:
     """
-    Hold the KV of a prefix in memory, after bringing from disk or computing what is not there.
+    Hold the KV of a prefix in memory, after restoring or computing what is not there.
 
     Args:
-        engine: Whose KV it is.
+        engine: The engine that computes it.
         token_ids: The prefix, shape `(n,)`, n >= 1.
         namespace: Who shares it.
         idle: Whether it is computed only while there is nothing else to do.
-        progress: Called while it is computed.
+        progress: Called while the prefix is computed.
 
     Yields:
-        Its blocks; where KV inside a block cannot be cut, without the one that is not full.
+        Its blocks; without the last one where that is not full and the runtime reuses only whole blocks.
 
     Raises:
         TooShortError: That leaves no block.
@@ -152,7 +152,7 @@ def in_memory(
     held: list[CachedBlock] = []
     try:
         sequence.append(token_ids)
-        with engine.lock:  # between the two, others could have it evicted
+        with engine.lock:  # without the lock it could be evicted between the two calls
             if sequence.is_warm():
                 held = engine.pin(token_ids, namespace)
         if not held:
@@ -161,7 +161,7 @@ def in_memory(
                 sequence.park()
                 held = engine.pin(token_ids, namespace)
         if not held:
-            raise TooShortError(tokens=len(token_ids), least=engine.keep_multiple_of)
+            raise TooShortError(tokens=len(token_ids), least=engine.info.reuse.unit)
         yield Held(held[-1].path(), sequence.fed_tokens)
     finally:
         engine.unpin(held)
@@ -169,10 +169,15 @@ def in_memory(
 
 
 def _require_room(engine: Engine, tier: DiskTier, tokens: int) -> None:
-    """Refuse what would leave others next to nothing; shared blocks are counted as if they were not."""
+    """
+    Check that a pin leaves room for others; blocks that it would share are counted as if it did not.
+
+    Raises:
+        StoreFullError: It does not.
+    """
     store, info = tier.store, engine.info
     room = int(store.budget_bytes * _MOST_PINNED)
-    pinned = pins.pinned_bytes(store)
+    pinned = store.pinned_bytes()
     needed = -(-tokens // info.block_size) * stored_bytes(info.bytes_per_block)
     if pinned + needed > room:
         raise StoreFullError(
@@ -185,7 +190,7 @@ def compute_watched(
     engine: Engine, sequence: Sequence, *, idle: bool = False, progress: Progress = no_progress
 ) -> None:
     """
-    Compute a sequence, and tell ten times a second how far that is; what *progress* raises ends it.
+    Compute a sequence, and report progress ten times a second; an exception of *progress* cancels it.
 
     Raises:
         OutOfBlocksError: It does not fit the memory.
@@ -206,11 +211,11 @@ def compute_watched(
 def _pin(
     tier: DiskTier, path: list[CachedBlock], tokens: int, name: str, about: Mapping[str, Any]
 ) -> Pin:
-    """Pin first and write then: so nothing of it is evicted or replaced meanwhile."""
+    """Pin a prefix, and write it afterwards, so that nothing of it is evicted or replaced meanwhile."""
     tail, stored = path[-1], sum(len(block.token_ids) for block in path)
     identity = tier.identity.digest().hex()
     pin = Pin(name, tail.key, min(tokens, stored), identity, time.time(), dict(about))
-    if not pins.add(tier.store, pin):
+    if not tier.store.add_pin(pin):
         raise NameTakenError(
             f"Something is kept on disk as {name!r} already: take another name, or drop that one "
             "(`recollect cache unpin`)."
@@ -218,13 +223,9 @@ def _pin(
     try:
         tier.keep(tail)
     except BaseException:
-        pins.drop(tier.store, name)
+        tier.store.drop_pin(name)
         raise
     return pin
-
-
-_MOST_PUBLIC: Final = 1 / 2
-"""Of the blocks in memory: what is public is never given up, and the rest has to do for everybody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,21 +233,21 @@ class Published:
     """A prefix that is public now."""
 
     tokens: int
-    """With what the template puts before it."""
+    """Tokens of the prefix, with those that the template puts before it."""
     computed_tokens: int
-    """Of these, the ones that had to be read; 0: it was public before, or came from disk."""
+    """How many of them were computed; 0 where it was public before, or came from disk."""
     seconds: float
-    """That it took."""
+    """How long that took."""
 
 
 class PublicPrefixes:
     """
-    What is public of one engine, held in memory until it is taken back.
+    The public prefixes of one engine, pinned in memory until they are unpublished.
 
-    Safe from any thread. The cache takes for public what is pinned in the namespace `PUBLIC`, and
-    nobody but this class computes or pins anything there.
+    Safe from any thread. What is pinned in the namespace `PUBLIC` is public to the cache, and nobody but
+    this class computes or pins anything there.
 
-    Invariant: the prefixes take at most half of the blocks, where shared ones count for each.
+    Invariant: the prefixes take at most half of the blocks; a block counts once for each that shares it.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -258,7 +259,7 @@ class PublicPrefixes:
         self, token_ids: Tokens[int], *, idle: bool = False, progress: Progress = no_progress
     ) -> Published:
         """
-        Compute a prefix apart from everybody's KV, and let everybody find it.
+        Compute a prefix apart from the KV of others, and let every namespace find it.
 
         Args:
             token_ids: The prefix, shape `(n,)`, n >= 1.
@@ -269,12 +270,12 @@ class PublicPrefixes:
             MemoryLimitError: It does not fit the context, or what may be public.
             TooShortError: It fills no block of KV, and nothing less can be shared.
             MisuseError: The engine is closed, or was meanwhile.
-                In each case what was public is, and nothing else.
+                In each case what was public still is, and nothing else.
         """
         ids, begun = tuple(token_ids), time.perf_counter()
         with self._lock:
             self._require_room(ids)
-            self._pinned.setdefault(ids, [])  # so that others count it
+            self._pinned.setdefault(ids, [])  # from now on others count it
         try:
             with in_memory(self._engine, ids, PUBLIC, idle=idle, progress=progress) as held:
                 self._pin(ids)
@@ -288,9 +289,9 @@ class PublicPrefixes:
 
     def unpublish(self, token_ids: Tokens[int]) -> bool:
         """
-        Let nobody find a prefix any more who has not yet; return whether it was public.
+        Let nobody else find a prefix; return whether it was public.
 
-        Who began with it keeps what follows warm. Its KV can be evicted from now on.
+        Conversations that begin with it already keep their KV. The KV of the prefix may be evicted.
         """
         with self._lock:
             pinned = self._pinned.pop(tuple(token_ids), [])
@@ -308,7 +309,7 @@ class PublicPrefixes:
             )
 
     def _pin(self, ids: tuple[int, ...]) -> None:
-        """Keep a prefix that is in memory, once."""
+        """Pin a prefix that is in memory, unless it is pinned already."""
         with self._lock:
             if not self._pinned.get(ids):
                 self._pinned[ids] = self._engine.pin(ids, PUBLIC)

@@ -1,32 +1,34 @@
 """
-One reply as text: tokens become pieces of text, stop strings end it, usage is measured.
+One reply, from the engine's tokens to text, stop strings, calls of tools and what it has cost.
 
-Knows a generator and a tokenizer; not what a conversation is.
-
-Find stop strings in text that arrives in pieces.
-
-Pure: no tokens, no runtime.
-
-Log probabilities of a reply's tokens, as its text is given out.
-
-Pure bookkeeping: no runtime, no queue.
+Threads read it as an iterator and coroutines as an asynchronous one, of the same tokens. Knows a
+generator and a tokenizer; not what a conversation is, nor where a reply is kept.
 """
 
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from queue import SimpleQueue
-from typing import Final
+from typing import Final, Self
 
 from recollect.engine.engine import Engine
 from recollect.engine.sampling import Generator, Likelihood
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
+from recollect.errors import MisuseError, RuntimeFailure
 from recollect.text.tokenizer import Detokenizer, Tokenizer
-from recollect.types import FinishReason, TokenLogprob, Usage, tokens_per_second
+from recollect.text.tool_calls import (
+    Event,
+    ParsedReply,
+    TextDelta,
+    ToolCallParser,
+    new_call_prefix,
+    parse_reply,
+)
+from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
 
 _ROOT: Final = 0
 
@@ -171,6 +173,34 @@ _Generated = tuple[int, Likelihood | None]
 """A token, and how likely it was where somebody asked."""
 
 
+class _Generation:
+    """
+    The engine's half of a reply: puts its tokens into the stream of a task.
+
+    Does not know its reader, so that a reply that nobody holds any more is noticed and ends.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+        # Others can have the blocks once it has ended, however late the reader is.
+        self.task = Task(generator.sequence, self._generate, on_end=generator.sequence.park)
+        self.begun_s = self.last_token_s = time.perf_counter()
+        self.first_token_s: float | None = None
+        self.tokens = 0
+        """Generated so far, those of a stop string included."""
+
+    def _generate(self) -> bool:
+        """Generate one token, on the engine's thread; return whether to go on."""
+        token = self._generator.generate_next_token()
+        self.last_token_s = time.perf_counter()
+        if self.first_token_s is None:
+            self.first_token_s = self.last_token_s
+        if token is not None:
+            self.tokens += 1
+            self.task.stream.put((token, self._generator.likelihood))
+        return not self._generator.is_done()
+
+
 @dataclass(frozen=True, slots=True)
 class ReadAhead:
     """What was computed of a prompt before it was asked for; both may still grow."""
@@ -183,13 +213,98 @@ class ReadAhead:
     """What computes it, and knows how much of it came from disk; None: nothing did."""
 
 
+_MOST_REMEMBERED: Final = 32
+"""
+Drafts of one message whose cost is known apart. Each holds its token ids, 8 bytes a token; whoever
+pauses more often finds what the first drafts had computed among the reused.
+"""
+
+
+class IdleWork:
+    """
+    A sequence that the engine computes when it has nothing else to do; at most one.
+
+    Remembers what was computed since the last turn, so that the next can tell it from what it reuses.
+    Safe from several threads where only one of them starts work.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._task: Task | None = None
+        self._ahead: deque[ReadAhead] = deque(maxlen=_MOST_REMEMBERED)
+
+    @property
+    def ahead(self) -> tuple[ReadAhead, ...]:
+        """Return what was computed ahead since the last turn."""
+        return tuple(self._ahead)
+
+    def note(self, ahead: ReadAhead) -> None:
+        """Remember something else that was computed ahead."""
+        self._ahead.append(ahead)
+
+    def forget(self) -> None:
+        """Let what was computed so far be of a turn that is over."""
+        self._ahead.clear()
+
+    def start(self, sequence: TokenSequence) -> None:
+        """
+        Have a sequence computed instead of the one before, and return at once.
+
+        The sequence is released when that is done, or given up; what was computed stays findable.
+        """
+        if self._task is not None:
+            self._task.cancel()  # not waited for: a forward pass may be under way
+            self._task = None
+        if sequence.is_warm():
+            sequence.release()
+            return
+        task = Task(sequence, lambda: False, idle=True, spare=True, on_end=sequence.release)
+        try:
+            self._engine.submit(task)
+        except (MisuseError, RuntimeFailure):
+            sequence.release()  # the engine is gone: whoever asks it for something is told
+        else:
+            self._task = task
+            self.note(ReadAhead(sequence, task.fed, task))
+
+    def stop(self) -> None:
+        """Give it up, and wait for the end of a forward pass that is under way."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            task.join()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratedReply:
+    """A reply that has ended."""
+
+    text: str
+    """All that the model wrote."""
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """How likely each token was; None where `SamplingParams.logprobs` is."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """What the model calls, where tools are offered: those of the calls that are whole."""
+    content: str = ""
+    """What is said beside the calls."""
+    stop_string: str | None = None
+    """The stop string that has ended it; None where none has."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class ReplyGeneration:
     """
-    The reply that a generator gives to what was last appended.
+    The reply that a generator gives to what was last appended: iterate over it for pieces of text.
 
     The engine's thread generates tokens, from `start` on; whoever iterates turns them into text, so
-    that one reader's text never delays another's tokens. `finish` closes it, at any time: the
-    generator's history then ends with exactly the tokens of the text that was given out.
+    that one reader's text never delays another's tokens. Read by one thread, or on one event loop;
+    `stop` may be called from anywhere. `finish` ends it, at any time: the generator's history then
+    ends with exactly the tokens of the text that was given out. `close`, and the end of a `with`
+    block, also give the blocks back and make it a whole reply.
     """
 
     def __init__(
@@ -199,21 +314,35 @@ class ReplyGeneration:
         tokenizer: Tokenizer,
         *,
         ahead: Sequence[ReadAhead] = (),
+        bare_names: Sequence[str] | None = None,
     ) -> None:
+        """
+        Have it ready to begin.
+
+        Args:
+            engine: Generates it.
+            generator: Its history is the prompt.
+            tokenizer: Of the model.
+            ahead: What was computed of the prompt before.
+            bare_names: Tools that it may call without marks; None: it is text, and calls nothing.
+        """
         self._engine = engine
         self._ahead = tuple(ahead)
         self._generator = generator
         self._tokenizer = tokenizer
+        self._bare_names = bare_names
+        self._call_prefix = ""
+        """What the ids of its calls begin with."""
+        self._parser: ToolCallParser | None = None
+        if bare_names is not None:
+            self._call_prefix = new_call_prefix()
+            self._parser = ToolCallParser(self._call_prefix, bare_names)
         self._detokenizer = Detokenizer(tokenizer)
         self._matcher = StopMatcher(generator.params.stop)
         self._sequence = generator.sequence
         self._start = len(self._sequence)
-        self._task = Task(
-            self._sequence, self._on_logits, hand_over=self._hand_over, on_end=self._on_end
-        )
-        self._fresh: list[_Generated] = []  # tokens that the reader is not told of yet
-        # Tokens on their way from the engine's thread; None is the last.
-        self._queue: SimpleQueue[_Generated | None] = SimpleQueue()
+        self._generation = _Generation(generator)
+        self._task = self._generation.task
         self._read = self._decoded_characters = 0
         # Where the text can be cut between two tokens: after how many characters, and tokens.
         self._boundaries = [(0, 0)]
@@ -222,9 +351,9 @@ class ReplyGeneration:
         self._finish_reason: FinishReason | None = None
         self._read_to_end = False  # there is nothing more to wait for
         self._is_whole = False
-        self._begun_s = self._last_token_s = time.perf_counter()
-        self._first_token_s: float | None = None
-        self._generated = 0
+        self._closed = False
+        self.reply: GeneratedReply | None = None
+        """The whole reply, once it is closed; None before, and where nothing came of it."""
 
     @property
     def text(self) -> str:
@@ -236,8 +365,8 @@ class ReplyGeneration:
         """
         Return how likely the tokens of the text given out so far were; None where nobody asked.
 
-        A token is among them once all of its text was given out; once the reply has ended, all
-        tokens of the history that were generated are.
+        It only grows. A token is among them once all of its text was given out; once the reply has
+        ended, all tokens of the history that were generated are.
         """
         return None if self._logprobs is None else self._logprobs.given
 
@@ -254,22 +383,12 @@ class ReplyGeneration:
     @property
     def generated_tokens(self) -> int:
         """Return how many tokens were generated, those of a stop string included."""
-        return self._generated
+        return self._generation.tokens
 
     @property
-    def prefilled_tokens(self) -> int:
-        """Return how many tokens of the prompt have KV by now."""
-        return min(self._sequence.computed, self._start)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Return how many tokens the prompt has."""
-        return self._start
-
-    @property
-    def has_begun(self) -> bool:
-        """Return whether the first token is there, and with it all that the prompt has cost."""
-        return self._first_token_s is not None
+    def prefill_progress(self) -> tuple[int, int]:
+        """Return how many tokens of the prompt have KV by now, and how many there are."""
+        return min(self._sequence.computed, self._start), self._start
 
     @property
     def token_ids(self) -> list[int]:
@@ -287,51 +406,92 @@ class ReplyGeneration:
         Raises:
             RecollectError: What the engine failed with; the pieces before it are part of the reply.
         """
-        if self._read_to_end:
-            return
-        while self.stop_string is None and (generated := self._queue.get()) is not None:
-            yield from self._given(self._matcher.push(self._decoded(*generated)))
-        self._read_to_end = True
-        if self.stop_string is not None:
-            self._finish_reason = "stop"
-            self._task.cancel()
-            return
-        # What was held back because more was to come belongs to the reply.
-        rest = self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
-        self._is_whole = self.stop_string is None
-        self._finish_reason = self._generator.finish_reason if self._is_whole else "stop"
-        self._finish_reason = self._finish_reason or "cancelled"
-        yield from self._given(rest)
-        self._task.wait()
+        tokens = iter(self._task.stream)
+        while not self._read_to_end:
+            generated = next(tokens, None)
+            if piece := self._piece_of(generated):
+                yield piece
+            if generated is None:
+                self._task.wait()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        """Do the same on an event loop. What `finish` and `close` do may take long: not there."""
+        tokens = aiter(self._task.stream)
+        while not self._read_to_end:
+            generated = await anext(tokens, None)
+            if piece := self._piece_of(generated):
+                yield piece
+            if generated is None:
+                self._task.wait()  # it has ended by now
+
+    def events(self) -> Iterator[Event]:
+        """
+        Read the reply as text and calls of tools, both as they are generated.
+
+        The ids of the calls are those in the reply. Without tools there is text alone.
+        """
+        for piece in self:
+            yield from self._events_of(piece)
+        yield from self._last_events()
+
+    async def async_events(self) -> AsyncIterator[Event]:
+        """Do the same on an event loop."""
+        async for piece in self:
+            for event in self._events_of(piece):
+                yield event
+        for event in self._last_events():
+            yield event
 
     def stop(self) -> None:
-        """Ask for the reply to end after the forward pass under way; from any thread or signal handler."""
+        """End the reply after the forward pass under way; from any thread or signal handler."""
         self._task.cancel()
 
     def finish(self) -> None:
         """
         End the reply here, as cancelled, unless it has ended already. May be called again.
 
-        What was generated but not given out is taken back.
+        Waits for a forward pass that is under way. What was generated but not given out is taken back.
         """
         self._read_to_end = True
         self._task.cancel()
         self._task.join()
         if self._finish_reason is None:
             self._finish_reason = "cancelled"
-        kept = self._generated
+        kept = self._generation.tokens
         if not self._is_whole:
             self._is_whole = True
             kept = self._cut_at(self.text)
         if self._logprobs is not None:
-            while not self._queue.empty():  # tokens without text, which stay in the history
-                if (unread := self._queue.get()) is not None:
-                    self._decoded(*unread)
+            for unread in self._task.stream:  # without text, they stay in the history
+                self._decoded(*unread)
             self._logprobs.finish(kept)
 
     def release(self) -> None:
         """Give the blocks back; the cache keeps them findable."""
         self._generator.close()
+
+    def close(self) -> None:
+        """End the reply here, and make it a whole one. Calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self.finish()
+        self.release()
+        self.reply = self._whole()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def usage_so_far(self) -> Usage | None:
+        """
+        Return what the reply has cost by now; None before its first token.
+
+        From then on the numbers of the prompt stay as they are.
+        """
+        return None if self._generation.first_token_s is None else self.usage()
 
     def usage(self) -> Usage:
         """
@@ -340,24 +500,42 @@ class ReplyGeneration:
         Reused are the tokens of the prompt that no forward pass was planned to feed for this turn;
         computed are all that one was fed with, so a token fed twice would show.
         """
+        generation = self._generation
         fed = [plan for plan in self._task.fed if plan.start < self._start]
         positions = {n for plan in fed for n in range(plan.start, min(plan.end, self._start))}
         computed = sum(min(plan.end, self._start) - plan.start for plan in fed)
         read_ahead = len(self._positions_read_ahead() - positions)
         reused = self._start - len(positions) - read_ahead
-        first = self._first_token_s
-        ttft_s = (self._last_token_s if first is None else first) - self._begun_s
-        decode_s = 0.0 if first is None else self._last_token_s - first
+        first = generation.first_token_s
+        ttft_s = (generation.last_token_s if first is None else first) - generation.begun_s
+        decode_s = 0.0 if first is None else generation.last_token_s - first
         return Usage(
             prompt_tokens=self._start,
             reused_tokens=reused,
             restored_tokens=min(self._restored_tokens(), reused),
             computed_tokens=computed + read_ahead,
             read_ahead_tokens=read_ahead,
-            generated_tokens=self._generated,
+            generated_tokens=generation.tokens,
             ttft_s=ttft_s,
             prefill_tps=tokens_per_second(computed, ttft_s),
-            decode_tps=tokens_per_second(self._generated - 1, decode_s),
+            decode_tps=tokens_per_second(generation.tokens - 1, decode_s),
+        )
+
+    def _whole(self) -> GeneratedReply:
+        """Return the reply, which has ended."""
+        assert self._finish_reason is not None, "it has ended"
+        text = self.text
+        parsed = ParsedReply(text, ())
+        if self._bare_names is not None:
+            parsed = parse_reply(text, self._call_prefix, self._bare_names)
+        return GeneratedReply(
+            text=text,
+            finish_reason=self._finish_reason,
+            usage=self.usage(),
+            logprobs=self.logprobs,
+            tool_calls=parsed.calls,
+            content=parsed.content,
+            stop_string=self.stop_string,
         )
 
     def _restored_tokens(self) -> int:
@@ -378,30 +556,29 @@ class ReplyGeneration:
                     positions.update(range(plan.start, min(plan.end, same)))
         return positions
 
-    def _on_logits(self) -> bool:
-        """Generate one token, on the engine's thread; return whether to go on."""
-        token = self._generator.generate_next_token()
-        self._last_token_s = time.perf_counter()
-        if self._first_token_s is None:
-            self._first_token_s = self._last_token_s
-        if token is not None:
-            self._generated += 1
-            self._fresh.append((token, self._generator.likelihood))
-        return not self._generator.is_done()
+    def _piece_of(self, generated: _Generated | None) -> str:
+        """Return the text that can be given out now: with a token, or with the end of all."""
+        if generated is not None:
+            piece = self._matcher.push(self._decoded(*generated))
+        else:
+            # What was held back because more was to come belongs to the reply.
+            piece = self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
+            self._read_to_end = self._is_whole = True
+            self._finish_reason = self._generator.finish_reason or "cancelled"
+        if self.stop_string is not None:
+            self._read_to_end, self._is_whole, self._finish_reason = True, False, "stop"
+            self._task.cancel()
+        if piece:
+            self._pieces.append(piece)
+            if self._logprobs is not None:
+                self._logprobs.give(len(piece))
+        return piece
 
-    def _hand_over(self) -> bool:
-        is_first = 0 < self._generated == len(self._fresh)
-        for generated in self._fresh:
-            self._queue.put(generated)
-        self._fresh.clear()
-        return is_first
+    def _events_of(self, piece: str) -> Sequence[Event]:
+        return [TextDelta(piece)] if self._parser is None else list(self._parser.push(piece))
 
-    def _on_end(self) -> None:
-        """Let others have the blocks, however late the caller reads."""
-        try:
-            self._sequence.park()
-        finally:
-            self._queue.put(None)
+    def _last_events(self) -> Sequence[Event]:
+        return [] if self._parser is None else list(self._parser.finish())
 
     def _decoded(self, token_id: int, likelihood: Likelihood | None) -> str:
         """Return the text that a token completes."""
@@ -413,13 +590,6 @@ class ReplyGeneration:
         if self._logprobs is not None and likelihood is not None:
             self._logprobs.add(likelihood, piece, whole=not self._detokenizer.holds_back)
         return piece
-
-    def _given(self, piece: str) -> Iterator[str]:
-        if piece:
-            self._pieces.append(piece)
-            if self._logprobs is not None:
-                self._logprobs.give(len(piece))
-            yield piece
 
     def _cut_at(self, text: str) -> int:
         """

@@ -1,13 +1,9 @@
 """
-Choose the next token from logits.
+Choose the next token from logits, and generate with that: append, rewind and fork in any order.
 
-Pure: everything that sampling depends on is in its arguments. The random number of a position
-comes from (seed, position) and penalties from the history, so a rewind takes all of it back
-without any state to restore.
-
-Continuous decoding: append, generate, rewind and fork in any order, on token ids.
-
-Knows no text; replies as text are made of it in `engine/reply.py`.
+Choosing is pure: everything that it depends on is in its arguments. The random number of a position
+comes from (seed, position) and penalties from the history, so a rewind takes all of it back without
+any state to restore. A `Generator` does so for one sequence. Knows no text; `engine/reply.py` does.
 """
 
 import secrets

@@ -1,99 +1,131 @@
 """
-Which sequences the next forward pass feeds, and how many tokens of each.
+Which tasks the next forward pass feeds, how many tokens of each, and whose blocks make room for it.
 
-A pure decision over the tasks at hand; the engine carries it out.
-
-A piece of work for the engine: bring a sequence to its next logits, again and again.
-
-Knows nothing of sampling or text: what is done with the logits is a callback's business.
-
-Room for the next forward pass: which slots it writes, and who gives up blocks for them.
-
-Knows the scheduler, the pool and the cache; runs nothing.
+A `Task` is work on one sequence: bring it to its next logits, again and again; what is done with them is
+its callback's business. The `Scheduler` decides which tasks run and what they are fed, and knows no
+blocks. `Room` finds the blocks for that, from the cache and from other tasks. The engine carries out what
+they decide; all of it happens on the engine's thread.
 """
 
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field
+from queue import SimpleQueue
+from typing import Any, Final, Literal
 
-from recollect.engine.sequence import FeedPlan, Sequence
+from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.errors import OutOfBlocksError
-from recollect.kv.blocks import BlockPool
-from recollect.kv.prefix import PrefixCache
-from recollect.runtime.base import PagedRuntime, ReplayingRuntime, Row
+from recollect.runtime.base import Pace, Row
 
 TaskState = Literal["waiting", "running", "done", "cancelled", "failed"]
 
-_FIRST_TOKENS_S: Final = 0.001
-"""
-How long the cores are left to those who read a first token. A pass, which takes tens of milliseconds,
-has all of them; on two cores a server's first token was 3 ms longer on its way through two threads.
-"""
+_END: Final = object()
 
 
+class Stream:
+    """
+    Results of a task on their way to one reader, which is a thread (`for`) or a coroutine (`async for`).
+
+    The engine's thread puts results in and hands them over right before a forward pass, so that the
+    reader works while the runtime does. A reader that stopped can go on later, with the next result.
+    After the last one every loop ends at once, also one that begins then.
+    """
+
+    def __init__(self) -> None:
+        self._fresh: list[Any] = []  # not handed over yet
+        self._queue: SimpleQueue[Any] = SimpleQueue()
+        self._wake: Callable[[], object] = lambda: None
+        self._has_begun = False
+
+    def put(self, result: object) -> None:
+        """Take a result; the reader gets it when it is next handed over."""
+        self._fresh.append(result)
+
+    def hand_over(self) -> bool:
+        """Give the reader what is new; return whether the first result is among it."""
+        if not self._fresh:
+            return False
+        for result in self._fresh:
+            self._queue.put(result)
+        self._fresh.clear()
+        with suppress(RuntimeError):  # the reader's loop was closed
+            self._wake()
+        is_first, self._has_begun = not self._has_begun, True
+        return is_first
+
+    def close(self) -> None:
+        """Hand over what is new, and let the reader know that nothing more comes."""
+        self._fresh.append(_END)
+        self.hand_over()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield results, and wait for those that are to come."""
+        while (result := self._queue.get()) is not _END:
+            yield result
+        self._queue.put(_END)  # for whoever reads later, or at the same time
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        """Yield results on the running event loop, without a thread that waits for them."""
+        import asyncio  # noqa: PLC0415 - takes 30 ms, which a program without a loop does not need
+
+        more = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._wake = lambda: loop.call_soon_threadsafe(more.set)
+        while True:
+            more.clear()
+            while not self._queue.empty():
+                if (result := self._queue.get()) is _END:
+                    self._queue.put(_END)
+                    return
+                yield result
+            await more.wait()
+
+
+@dataclass(eq=False)
 class Task:
     """
     Work on one sequence, which belongs to the engine's thread until the task has ended.
 
-    Args:
-        sequence: What to compute.
-        on_logits: Called on the engine's thread whenever the logits after the sequence are known.
-            May append to it; returns whether to go on.
-        idle: Run only while there is nothing else to do.
-        spare: Idle, and nobody waits for it: the scheduler may cancel it where there are many.
-        hand_over: Called on the engine's thread when a forward pass is about to run, and before
-            `on_end`: the moment to wake readers, who then work while the runtime does. Returns whether
-            one of them was given its first token.
-        on_end: Called on the engine's thread when it is over, however it ended.
+    Any thread may wait for the end, read `stream`, or cancel the task.
     """
 
-    def __init__(
-        self,
-        sequence: Sequence,
-        on_logits: Callable[[], bool],
-        *,
-        idle: bool = False,
-        spare: bool = False,
-        hand_over: Callable[[], bool] = lambda: False,
-        on_end: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.sequence = sequence
-        self.on_logits = on_logits
-        self.namespace = sequence.namespace or ""
-        assert idle or not spare, "what is spare is idle"
-        self.idle = idle
-        """Whether it runs only while nothing else does."""
-        self.spare = spare
-        """Whether nobody waits for it."""
-        self.state: TaskState = "waiting"
-        self.error: Exception | None = None
-        self.restoring = False
-        """Whether the disk may have more of it; it is not fed meanwhile."""
-        self.restored_tokens = 0
-        """Tokens whose KV came from disk for it."""
-        self.fed: list[FeedPlan] = []
-        """What forward passes were fed with for it, in order."""
-        self.hand_over = hand_over
-        self._on_end = on_end
-        self._cancelled = False
-        self._ended = threading.Event()
+    sequence: Sequence
+    """What to compute."""
+    on_logits: Callable[[], bool]
+    """Called on the engine's thread whenever the logits after the sequence are known. May append to it,
+    and put results into `stream`; returns whether to go on."""
+    _: KW_ONLY
+    idle: bool = False
+    """Whether it runs only while there is nothing else to do."""
+    spare: bool = False
+    """Whether it is idle and nobody waits for it; where there are many, the scheduler cancels it."""
+    on_end: Callable[[], None] = lambda: None
+    """Called on the engine's thread when it is over, however it ended, before readers are told."""
+    stream: Stream = field(default_factory=Stream, init=False)
+    """What `on_logits` gives its reader."""
+    state: TaskState = field(default="waiting", init=False)
+    error: Exception | None = field(default=None, init=False)
+    """What it failed with."""
+    cancelled: bool = field(default=False, init=False)
+    """Whether the caller wants no more of it."""
+    restoring: bool = field(default=False, init=False)
+    """Whether the disk may have more of it; it is not fed meanwhile."""
+    restored_tokens: int = field(default=0, init=False)
+    """Tokens whose KV came from disk for it."""
+    fed: list[FeedPlan] = field(default_factory=list, init=False)
+    """What forward passes were fed with for it, in order."""
+    _ended: threading.Event = field(default_factory=threading.Event, init=False)
 
-    @property
-    def cancelled(self) -> bool:
-        """Return whether the caller wants no more of it."""
-        return self._cancelled
-
-    @property
-    def ended(self) -> bool:
-        """Return whether the sequence is the caller's again."""
-        return self._ended.is_set()
+    def __post_init__(self) -> None:
+        assert self.idle or not self.spare, "what is spare is idle"
+        self.namespace = self.sequence.namespace or ""
 
     def cancel(self) -> None:
         """Ask for the end, after the forward pass under way; from any thread or signal handler."""
-        self._cancelled = True
+        self.cancelled = True
 
     def wait(self) -> None:
         """
@@ -114,30 +146,28 @@ class Task:
         """Give the sequence back to the caller. For the scheduler."""
         self.state, self.error = state, error
         try:
-            self.hand_over()
-            self._on_end()
+            self.on_end()
         except Exception as bug:  # noqa: BLE001 - handed to whoever waits
             self.state, self.error = "failed", error or bug
         finally:
+            self.stream.close()
             self._ended.set()
 
 
-def hand_over(tasks: Iterable[Task]) -> None:
-    """Give readers what was generated for them, and those of a first token time to wake up."""
-    if [task for task in tasks if task.hand_over()]:
-        time.sleep(_FIRST_TOKENS_S)
+def hand_over(tasks: Iterable[Task], pause_s: float) -> None:
+    """Give readers the results that are new, and those of a first one *pause_s* to wake up."""
+    if [task for task in tasks if task.stream.hand_over()]:
+        time.sleep(pause_s)
 
 
-def count_replays(runtime: PagedRuntime, rows: Mapping[Task, Row]) -> int:
+def count_replays(rows: Mapping[Task, Row], starts: Iterable[int]) -> int:
     """
-    Note for each task what the last pass computed besides its row, and return how many tokens that is.
+    Note for each task what a pass computed before its row, and return how many tokens that is.
 
-    None, unless the runtime keeps KV to itself: the plan took for computed what it no longer had.
+    None, unless the runtime owns its KV and had lost what the plan took for computed.
     """
-    if not isinstance(runtime, ReplayingRuntime):
-        return 0
     tokens = 0
-    for (task, row), start in zip(rows.items(), runtime.started, strict=True):
+    for (task, row), start in zip(rows.items(), starts, strict=False):
         if start < row.past:
             task.fed.append(FeedPlan(start, row.past))
             task.sequence.fed_tokens += row.past - start
@@ -145,44 +175,27 @@ def count_replays(runtime: PagedRuntime, rows: Mapping[Task, Row]) -> int:
     return tokens
 
 
-PREFILL_CHUNK: Final = 512
-"""Most prompt tokens in one forward pass while nobody waits for a next token, so that a cancel is
-never far away. Costs under 5 % of prefill speed against one pass. Source: benchmarks/runtime.py."""
-
-SHARED_CHUNK: Final = 128
-"""The same while others are being answered: what they wait between two tokens."""
-
-MOST_RUNNING: Final = 16
-"""Sequences in one pass; more wait. Decode gains little beyond, and each holds blocks."""
-
-
 MOST_SPARE: Final = 16
-"""Idle tasks that wait and that nobody waits for. On a server that is never idle each reply leaves
-one behind; the older ones are for conversations whose KV is evicted by the time that it rests."""
-
+"""Spare tasks that wait. On a server that is never idle each reply leaves one behind; the older ones are
+for conversations whose KV is evicted by the time that they could run."""
 
 MOST_CREDIT: Final = 131_072
-"""Tokens of prompts by which a namespace that was quiet may overtake others, until turns are equal
-again: a prompt that fills the context of most models, so that its first token waits for no prompt of
-somebody who sends hundreds; and no more, so that nobody waits for ever."""
+"""Prompt tokens by which a namespace that was quiet may overtake others, until they take turns again. It
+is as much as a prompt that fills the context of most models: its first token then waits for no prompt of
+somebody who sends hundreds, and nobody waits for ever."""
 
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """What one forward pass feeds: a range of each task's history."""
-
-    chunks: dict[Task, FeedPlan]
+Chunks = dict[Task, FeedPlan]
+"""What one forward pass feeds: a range of each task's history."""
 
 
 class _Turns:
     """
-    How many tokens of prompts each namespace was fed with, lately: who has the fewest is next.
+    How many prompt tokens each namespace was fed lately. The one that was fed least is next.
 
-    Who comes while another runs alone has the full credit, so that its first token waits for none of
-    the other's prompts; what it is fed uses that up, and what others are fed gives it back.
+    A namespace that comes while another runs alone has the full credit, so that its first token waits
+    for none of the other's prompts. What it is fed uses the credit up; what others are fed restores it.
 
-    Invariants:
-        1. No account is beyond `_most`, nor `MOST_CREDIT` or more below it.
+    Invariant: no account is beyond `_most`, nor `MOST_CREDIT` or more below it.
     """
 
     def __init__(self) -> None:
@@ -190,7 +203,7 @@ class _Turns:
         self._most = 0
 
     def account(self, namespace: str) -> int:
-        """Return how many it was; one that was quiet for long is not known any more."""
+        """Return how many it was; one that was quiet for long has the full credit."""
         return self._fed.get(namespace, self._most - MOST_CREDIT)
 
     def feed(self, namespace: str, tokens: int, *, alone: bool) -> None:
@@ -203,10 +216,10 @@ class _Turns:
 
     def check(self) -> None:
         """
-        Verify the invariants.
+        Verify the invariant.
 
         Raises:
-            AssertionError: One does not hold.
+            AssertionError: It does not hold.
         """
         for fed in self._fed.values():
             assert self._most - MOST_CREDIT < fed <= self._most, "an account is out of range"
@@ -220,27 +233,25 @@ class Scheduler:
 
     Invariants:
         1. A task waits or runs, not both, and not twice.
-        2. At most `most_running` run.
+        2. At most `pace.most_rows` run.
         3. An idle task runs only alone.
         4. At most `MOST_SPARE` spare tasks wait that are not cancelled.
-        5. All of `_Turns`.
+        5. The invariant of `_Turns`.
     """
 
-    def __init__(self, block_size: int, most_rows: int | None = None) -> None:
+    def __init__(self, block_size: int, pace: Pace) -> None:
         self._block_size = block_size
-        self.most_running = min(MOST_RUNNING, most_rows or MOST_RUNNING)
-        """Fewer where the runtime would have to compute one of them anew each time."""
+        self.pace: Final = pace
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
+        self.preemptions = 0
+        """Running tasks that had to wait again so far, so that others could run."""
         self._turns = _Turns()
-        self.parked = 0
-        """Tasks that made way for another namespace so far."""
 
     def add(self, task: Task) -> None:
-        """Let a task wait for its turn; where there are too many spare ones, the oldest are cancelled."""
+        """Let a task wait for its turn; where there are too many spare ones, cancel the oldest."""
         self.waiting.append(task)
-        if task.spare:
-            self._cancel_spare()
+        self._cancel_spare()
 
     def tasks(self) -> list[Task]:
         """Return all tasks, those that run first."""
@@ -248,53 +259,56 @@ class Scheduler:
 
     def remove(self, task: Task) -> None:
         """Forget a task that has ended."""
-        if task in self.running:
-            self.running.remove(task)
-        else:
-            self.waiting.remove(task)
+        (self.running if task in self.running else self.waiting).remove(task)
+
+    def end(self, task: Task, state: TaskState, error: Exception | None = None) -> None:
+        """Remove a task, and tell whoever waits for it how it ended."""
+        self.remove(task)
+        task.end(state, error)
 
     def preempt(self, task: Task) -> None:
         """Let a running task wait again, before all others."""
         self.running.remove(task)
         self.waiting.appendleft(task)
-        if task.spare:
-            self._cancel_spare()
+        self._cancel_spare()
 
-    def newest(self) -> Task:
-        """Return the running task that makes way first: the newest of the namespace with the most."""
+    def preempt_newest(self) -> Task:
+        """Preempt the newest task of the namespace that has the most running; return it."""
         running = self._running_by_namespace()
         most = max(running.values())
-        return next(one for one in reversed(self.running) if running[one.namespace] == most)
+        newest = next(one for one in reversed(self.running) if running[one.namespace] == most)
+        self.preempt(newest)
+        self.preemptions += 1
+        return newest
 
     def admit(self, fits: Callable[[Task], bool]) -> None:
         """
         Let waiting tasks run, those of the namespace with the fewest first, while there is room.
 
-        Where there is none for the first of a namespace, the newest of the namespace with the most
-        waits again in its place: nobody waits for the end of what somebody else has a second of.
-        Idle ones run when nothing else is there. One task always runs, whether it fits or not.
+        Where there is none for the first task of a namespace, the newest of the namespace with the most
+        waits again in its place: nobody waits for the end of what somebody else has a second of. Idle
+        tasks run when nothing else is there. One task always runs, whether it fits or not.
         """
         if any(not task.idle for task in self.waiting):
             for idle in [task for task in self.running if task.idle]:
                 self.preempt(idle)
         while (task := self._next_waiting()) is not None:
-            has_place = len(self.running) < self.most_running
+            has_place = len(self.running) < self.pace.most_rows
             if not self.running or (has_place and fits(task)):
                 self.waiting.remove(task)
                 self.running.append(task)
             elif self._has_a_claim(task):
-                self.preempt(self.newest())
-                self.parked += 1
+                self.preempt_newest()
             else:
                 break
 
-    def plan(self) -> Pass:
+    def plan(self) -> Chunks:
         """
         Return what the next pass feeds.
 
-        Every sequence that lacks only its last token gets it. What is left goes to prompts: first
-        to the namespace that was fed least, then in order of arrival. A prompt waits while another
-        in the pass computes the same tokens, and finds them in the cache afterwards.
+        Every sequence that lacks only its last token gets it. What is left goes to prompts: first to
+        the namespace that was fed least, then in order of arrival. A prompt waits while another in the
+        pass computes the same tokens, and finds them in the cache afterwards.
         """
         plans = {
             task: plan
@@ -307,8 +321,9 @@ class Scheduler:
             if task not in chunks:
                 queues.setdefault(task.namespace, deque()).append(task)
         accounts = {name: self._turns.account(name) for name in queues}
-        # A block at least: else the prompt of a runtime with larger ones would wait for ever.
-        budget = max(self._block_size, SHARED_CHUNK if chunks else PREFILL_CHUNK)
+        # At least a block: else the prompt of a runtime with larger ones would wait for ever.
+        pace = self.pace
+        budget = max(self._block_size, pace.shared_chunk if chunks else pace.prefill_chunk)
         while queues and budget >= self._block_size:
             name = min(queues, key=lambda name: (accounts[name], name))
             task = queues[name].popleft()
@@ -321,12 +336,12 @@ class Scheduler:
             fed = chunks[task].end - plan.start
             budget -= fed
             accounts[name] += fed
-        return Pass(chunks)
+        return chunks
 
-    def feed(self, planned: Pass) -> None:
-        """Take note that a pass is run: whose prompts are in it, is behind others in the next."""
+    def feed(self, chunks: Chunks) -> None:
+        """Take note that a pass is run: the namespaces of its prompts come later in the next one."""
         alone = len(self._running_by_namespace()) == 1
-        for task, fed in planned.chunks.items():
+        for task, fed in chunks.items():
             if fed.end - fed.start > 1:
                 self._turns.feed(task.namespace, fed.end - fed.start, alone=alone)
 
@@ -339,7 +354,7 @@ class Scheduler:
         """
         tasks = self.tasks()
         assert len(tasks) == len(set(tasks)), "a task is there twice"
-        assert len(self.running) <= self.most_running, "too many run"
+        assert len(self.running) <= self.pace.most_rows, "too many run"
         assert len(self.running) <= 1 or not any(task.idle for task in self.running), "idle work"
         assert len(self._spare()) <= MOST_SPARE, "too much spare work waits"
         self._turns.check()
@@ -376,7 +391,7 @@ def _chunk(plan: FeedPlan, budget: int, block_size: int) -> FeedPlan:
     return FeedPlan(plan.start, (plan.start + budget) // block_size * block_size)
 
 
-def _computed_by_another(task: Task, plan: FeedPlan, chunks: dict[Task, FeedPlan]) -> bool:
+def _computed_by_another(task: Task, plan: FeedPlan, chunks: Chunks) -> bool:
     """Return whether the pass computes the first token of *plan*, under the same prefix, elsewhere."""
     return any(
         fed.start <= plan.start < fed.end and other.sequence.shares(task.sequence, plan.start + 1)
@@ -386,127 +401,77 @@ def _computed_by_another(task: Task, plan: FeedPlan, chunks: dict[Task, FeedPlan
 
 class Room:
     """
-    What makes the slots of a pass writable.
+    Finds blocks for the tasks of a scheduler.
 
-    Used by the engine's thread, under its lock.
+    Owns no state; used by the engine's thread, under the lock of `Memory`.
     """
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        pool: BlockPool,
-        cache: PrefixCache,
-        *,
-        restores: bool,
-        fail: Callable[[Task, Exception], None],
-    ) -> None:
-        """
-        Look after the blocks of a scheduler's tasks.
-
-        Args:
-            scheduler: Whose tasks run.
-            pool: Where blocks come from.
-            cache: What gives them up first.
-            restores: Whether there is a tier below memory.
-            fail: Called with a task that there is no room for; ends it.
-        """
+    def __init__(self, scheduler: Scheduler, memory: Memory, *, has_disk: bool) -> None:
         self._scheduler = scheduler
-        self._pool = pool
-        self._cache = cache
-        self._restores = restores
-        self._fail = fail
-        self.preemptions = 0
-        """Running tasks that had to make way so far."""
+        self._memory = memory
+        self._has_disk = has_disk
+        """Whether a parked sequence may find its KV on disk again."""
 
     def fits(self, task: Task) -> bool:
         """
-        Return whether a waiting task has room beside those that run, and what they have still to take.
+        Return whether there are blocks for a waiting task beside those that run.
 
-        Counted are the blocks that it would have to be given for its history and one more token.
-        Where they are not there, other tasks that wait give up theirs.
+        For each of them, counted are the blocks that it lacks for its history and one more token. The
+        task takes over what the cache has of it. Where blocks are short, other waiting tasks are parked.
         """
         return self._has_room(task) or (self._park_waiting(but=task) and self._has_room(task))
 
-    def _has_room(self, task: Task) -> bool:
-        sequences = [one.sequence for one in (*self._scheduler.running, task)]
-        lacking = [self._lacking(sequence) for sequence in sequences]
-        room = self._pool.free_blocks + self._cache.evictable_blocks
-        # Looking into the cache takes longer, and is rarely needed.
-        return sum(lacking) <= room or sum(lacking) - sum(map(self._shared, sequences)) <= room
-
-    def _lacking(self, sequence: Sequence) -> int:
-        """Return how many blocks a sequence does not hold for its history and the next token."""
-        plan = sequence.plan()
-        start = len(sequence) if plan is None else plan.start
-        return sequence.kv.plan_write(start, len(sequence) + 1).new_blocks
-
-    def _shared(self, sequence: Sequence) -> int:
-        """
-        Return how many blocks of those it can take over from the cache without less being evictable.
-
-        These are the ones that somebody holds, or pinned: the rest of what the cache has is room.
-        """
-        after, size = sequence.kv.last_full, self._pool.block_size
-        if after is None:
-            return 0
-        own = len(sequence.kv.chain)
-        match = self._cache.match(after, sequence.tokens(own * size), inside_block=False)
-        held = sum(c.pins > 0 or self._pool.is_shared(c.block) for c in match.full)
-        # The last block that it holds may be a part of one that is found whole.
-        return max(0, own + held - len(sequence.kv.blocks))
-
-    def prepare(self) -> tuple[Pass, list[tuple[int, int]]]:
+    def prepare(self) -> tuple[Chunks, list[tuple[int, int]]]:
         """
         Decide on the next pass, and make its slots writable.
 
-        Where blocks run short, gives up what is least needed: first what only the cache holds,
-        then the place of the newest task of whoever has the most. A task for which even that is not
-        enough fails.
+        Where blocks run short, the first of these steps that helps is taken, and the pass is planned
+        anew: evict what only the cache holds; take blocks back from the cache, so that they need no
+        copy; park tasks that wait; preempt the newest task of the namespace with the most; fail the
+        only one.
 
         Returns:
-            The pass, which may be empty, and blocks to copy before it.
+            What to feed, which may be nothing, and blocks to copy before it, `(source, target)` each.
         """
-        while True:
-            for task in self._scheduler.running:
-                task.sequence.reuse()
-            planned = self._scheduler.plan()
-            needed = sum(
-                task.sequence.kv.plan_write(fed.start, fed.end).new_blocks
-                for task, fed in planned.chunks.items()
-            )
-            short = needed - self._pool.free_blocks
-            if short > 0:
-                short -= self._cache.evict(short)
-            if short <= 0:
-                break
-            if not self._take_tails_back(planned):
-                self._make_way(needed)
-        self._scheduler.feed(planned)
+        steps: list[Callable[[Chunks], bool]] = [
+            self._evict,
+            self._take_tails_back,
+            self._park_waiting,
+            self._preempt_newest,
+            self._fail_the_only_one,
+        ]
+        chunks = self._plan()
+        while self._short(chunks) > 0 and any(step(chunks) for step in steps):
+            chunks = self._plan()
+        self._scheduler.feed(chunks)
         copies: list[tuple[int, int]] = []
-        for task, fed in planned.chunks.items():
+        for task, fed in chunks.items():
             task.fed.append(fed)
-            copies += task.sequence.kv.prepare_write(fed.start, fed.end)
-        return planned, copies
+            copies += task.sequence.prepare_write(fed.start, fed.end)
+        return chunks, copies
 
-    def _take_tails_back(self, planned: Pass) -> bool:
-        """Spare the copy of a block that only the cache holds besides; return whether there was any."""
-        return any(task.sequence.kv.take_back(fed.start) for task, fed in planned.chunks.items())
+    def _plan(self) -> Chunks:
+        for task in self._scheduler.running:
+            task.sequence.reuse()
+        return self._scheduler.plan()
 
-    def _make_way(self, needed: int) -> None:
-        """Take the blocks of tasks that wait, else of the newest that runs, else fail the only one."""
-        if self._park_waiting():
-            return
-        if len(self._scheduler.running) > 1:
-            newest = self._scheduler.newest()
-            self._park(newest)
-            self._scheduler.preempt(newest)
-            self.preemptions += 1
-        else:
-            free, total = self._pool.free_blocks, self._pool.num_blocks
-            error = OutOfBlocksError(needed=needed, free=free, total=total)
-            self._fail(self._scheduler.running[0], error)
+    def _needed(self, chunks: Chunks) -> int:
+        """Return how many blocks have to be allocated for a pass."""
+        return sum(
+            task.sequence.plan_write(fed.start, fed.end).new_blocks for task, fed in chunks.items()
+        )
 
-    def _park_waiting(self, *, but: Task | None = None) -> bool:
+    def _short(self, chunks: Chunks) -> int:
+        """Return how many of these blocks are not free."""
+        return self._needed(chunks) - self._memory.pool.free_blocks
+
+    def _evict(self, chunks: Chunks) -> bool:
+        return self._memory.cache.evict(self._short(chunks)) > 0
+
+    def _take_tails_back(self, chunks: Chunks) -> bool:
+        return any(task.sequence.take_back(fed.start) for task, fed in chunks.items())
+
+    def _park_waiting(self, _: Chunks | None = None, *, but: Task | None = None) -> bool:
         """Take the blocks of tasks that wait, but for one of them; return whether any had some."""
         holding = [
             one for one in self._scheduler.waiting if one.sequence.computed and one is not but
@@ -515,6 +480,33 @@ class Room:
             self._park(one)
         return bool(holding)
 
+    def _preempt_newest(self, _: Chunks) -> bool:
+        if len(self._scheduler.running) == 1:
+            return False
+        self._park(self._scheduler.preempt_newest())
+        return True
+
+    def _fail_the_only_one(self, chunks: Chunks) -> bool:
+        pool = self._memory.pool
+        needed, free = self._needed(chunks), pool.free_blocks
+        error = OutOfBlocksError(needed=needed, free=free, total=pool.num_blocks)
+        self._scheduler.end(self._scheduler.running[0], "failed", error)
+        return True
+
     def _park(self, task: Task) -> None:
         task.sequence.park()
-        task.restoring = self._restores  # what it gives up may be on disk
+        task.restoring = self._has_disk
+
+    def _has_room(self, task: Task) -> bool:
+        sequences = [one.sequence for one in (*self._scheduler.running, task)]
+        for sequence in sequences:
+            sequence.reuse()  # so that what it takes from the cache is not counted as evictable
+        lacking = sum(map(_lacking, sequences))
+        return lacking <= self._memory.pool.free_blocks + self._memory.cache.evictable_blocks
+
+
+def _lacking(sequence: Sequence) -> int:
+    """Return how many blocks a sequence does not hold for its history and the next token."""
+    plan = sequence.plan()
+    start = len(sequence) if plan is None else plan.start
+    return sequence.plan_write(start, len(sequence) + 1).new_blocks

@@ -1,24 +1,25 @@
 """
 A token history and the KV that has been computed for it: the heart of the project.
 
-Knows neither text nor conversations. The forward pass itself is run by the engine.
+`Memory` is what all sequences of one engine share: the block pool, the prefix cache, and the lock over
+both. `Sequence` is one history with its block table, whose blocks are found in the cache and left behind
+there. Neither knows text, conversations, tasks or the engine: forward passes are run by the engine, which
+tells a sequence what they have computed.
 """
 
+import threading
 import weakref
 from array import array
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from recollect.errors import ContextFullError, MisuseError, RewindError, TokenIdError
-from recollect.kv.prefix import CachedTable
-from recollect.runtime.base import Logits, Row
-
-if TYPE_CHECKING:  # the engine makes sequences, so the import would be a circle
-    from recollect.engine.engine import Engine
+from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
+from recollect.kv.prefix import Match, PrefixCache
+from recollect.runtime.base import Logits, Reuse, Row, RuntimeInfo, SequenceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,53 +30,125 @@ class FeedPlan:
     end: int
 
 
-def plan_feed(length: int, computed: int, *, keep_multiple_of: int = 1) -> FeedPlan:
+def plan_feed(length: int, computed: int, reuse: Reuse) -> FeedPlan:
     """
     Return what to feed so that the logits after a history of *length* tokens are known.
 
-    The one owner of the rule that at least one token is fed: logits need a forward pass. So a
-    history whose KV is complete still feeds its last token again.
+    This function alone owns the rule that at least one token is fed: logits need a forward pass, so a
+    history whose KV is complete feeds its last token again.
 
     Args:
         length: Tokens in the history, >= 1.
         computed: Leading tokens that have KV, <= length.
-        keep_multiple_of: The block size where KV inside a block cannot be cut (see
-            `RuntimeInfo.whole_blocks_only`), else 1.
+        reuse: Where the runtime can cut a history.
     """
     start = computed
     if computed == length:
-        start = (length - 1) // keep_multiple_of * keep_multiple_of
+        start = reuse.longest_cut(length - 1)
     return FeedPlan(start, length)
+
+
+@dataclass(frozen=True, slots=True)
+class WritePlan:
+    """What has to happen before the slots `[start, end)` of a block table may be written."""
+
+    keep: int
+    """Leading blocks of the table that stay as they are."""
+    new_blocks: int
+    """Blocks to allocate and put after those."""
+    copy_first: bool
+    """The first new block takes over the content of the shared block that it replaces."""
+
+
+class Memory:
+    """
+    The KV blocks of one runtime, and what is known of prefixes.
+
+    The engine owns it; its sequences and the disk tier use it too. Whoever reads or changes a block
+    table, the pool or the cache holds `lock`. Nobody holds it during a forward pass, so that a fork or
+    a rewind never waits for one.
+
+    Invariants: all of `BlockPool`, over the tables of the sequences that are alive, the cache, and the
+    blocks that are leased for reading; all of `PrefixCache`; all of each `Sequence`.
+    """
+
+    def __init__(self, info: RuntimeInfo, pool: BlockPool, cache: PrefixCache) -> None:
+        self.info = info
+        self.pool = pool
+        self.cache = cache
+        self.lock = threading.RLock()
+        self.sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
+        """Those that are alive; each adds itself."""
+
+    def match(self, token_ids: Tokens[int], namespace: str) -> Match:
+        """Return what the cache has of a text from its first token on. Counts as a use of it."""
+        with self.lock:
+            return self.cache.match(self.cache.root(namespace), token_ids)
+
+    def check(self, leased: Tokens[int]) -> None:
+        """
+        Verify the invariants, between two forward passes.
+
+        Args:
+            leased: Blocks that something besides tables and cache has a reference to.
+
+        Raises:
+            AssertionError: One does not hold.
+        """
+        with self.lock:
+            alive = [sequence for sequence in self.sequences if not sequence.closed]
+            tables = [sequence.blocks for sequence in alive]
+            self.pool.check([*tables, self.cache.held_blocks(), leased])
+            self.cache.check()
+            for sequence in alive:
+                sequence.check()
 
 
 class Sequence:
     """
-    A history of token ids, and the KV of its leading tokens.
+    A history of token ids, and the blocks with the KV of its leading tokens.
 
-    Made by `Engine.new_sequence` or `fork`; used from one thread at a time, which is the engine's
-    while a task runs on it. What a caller may see is always consistent, also after an exception:
-    `token_ids` is the truth, and whatever has no KV is computed by the next forward pass, which
-    starts at `computed`.
+    Used from one thread at a time, which is the engine's while a task runs on it. What a caller sees is
+    always consistent, also after an exception: `token_ids` is the truth, and whatever has no KV is
+    computed by the next forward pass, which starts at `computed`. What changes blocks is used under the
+    lock of its `Memory`.
 
     Invariants:
         1. 0 <= computed <= len(token_ids).
-        2. All of `CachedTable`, and the KV in it is that of this history.
-        3. Logits, where known, are those after the last token.
+        2. The table has a reference to each of its blocks, which are those of `[0, computed)`. A block
+           that is written is held by this table alone.
+        3. The chain is the cache's nodes for the leading blocks of the table, in order, and they are of
+           this history. It covers all full blocks, unless the sequence shares with nobody.
+        4. Logits, where known, are those after the last token.
     """
 
-    def __init__(
-        self, engine: "Engine", token_ids: "array[int]", kv: CachedTable, namespace: str | None
-    ) -> None:
-        self._engine = engine
+    def __init__(self, memory: Memory, namespace: str | None) -> None:
+        """
+        Begin an empty history.
+
+        Args:
+            memory: Where its KV is.
+            namespace: Only sequences of the same namespace share KV. None: this one shares with nobody,
+                and leaves nothing behind.
+        """
+        self.memory = memory
         self.namespace = namespace
-        """Who shares KV with it; None: nobody."""
-        self._token_ids = token_ids
-        self._kv = kv
-        self._logits: Logits | None = None
+        self.computed = 0
+        """How many leading tokens have KV that this sequence holds."""
+        self.blocks: list[int] = []
+        """The block table: block numbers in order of position. Only the sequence changes it."""
+        self.chain: list[CachedBlock] = []
+        """The cache's nodes for the full blocks, in order of position. Only the sequence changes it."""
         self.fed_tokens = 0
         """Tokens of this sequence that went through a forward pass, counted there."""
-        self._finalizer = weakref.finalize(self, kv.table.drop)
-        self._finalizer.atexit = False  # the whole pool goes then
+        self._token_ids = array("q")
+        self._logits: Logits | None = None
+        self._id = SequenceId()
+        self._finalizer = weakref.finalize(self, memory.pool.drop, self.blocks)
+        self._finalizer.atexit = False  # when the program ends, the whole pool goes
+        with memory.lock:
+            self._root = None if namespace is None else memory.cache.root(namespace)
+            memory.sequences.add(self)
 
     def __len__(self) -> int:
         """Return the length of the history in tokens."""
@@ -88,23 +161,13 @@ class Sequence:
 
     @property
     def history(self) -> npt.NDArray[np.int64]:
-        """Return the history as an array; copied, because the buffer grows."""
+        """Return the history as an array of shape `(n,)`; a copy, because the buffer grows."""
         return np.frombuffer(self._token_ids, np.int64).copy()
 
     @property
-    def computed(self) -> int:
-        """Return how many leading tokens have KV that this sequence holds."""
-        return self._kv.length
-
-    @property
     def logits(self) -> Logits | None:
-        """Return the logits after the last token, `(vocab_size,)`, not to be changed; None where unknown."""
+        """Return the logits after the last token, `(vocab_size,)`, not to be changed; None: unknown."""
         return self._logits
-
-    @property
-    def kv(self) -> CachedTable:
-        """Return the KV, for the engine."""
-        return self._kv
 
     @property
     def closed(self) -> bool:
@@ -116,13 +179,13 @@ class Sequence:
         return self._token_ids[start:end].tolist()
 
     def shares(self, other: "Sequence", length: int) -> bool:
-        """Return whether the KV of the first *length* tokens is the same in both, and may be shared."""
-        return (
-            self._kv.shares_with(other.kv) and self._token_ids[:length] == other._token_ids[:length]
-        )
+        """Return whether the first *length* tokens are the same in both, and may share their KV."""
+        if self._root is None or self._root is not other._root:
+            return False
+        return self._token_ids[:length] == other._token_ids[:length]
 
     def common_length(self, other: "Sequence") -> int:
-        """Return how many leading tokens the two histories share; also of released sequences."""
+        """Return how many leading tokens the two histories have in common; also of released ones."""
         length = min(len(self), len(other))
         differs = self.history[:length] != other.history[:length]
         return int(differs.argmax()) if differs.any() else length
@@ -144,8 +207,8 @@ class Sequence:
         """
         Forget all tokens from *length* on.
 
-        Exactly there: the next token can be sampled anew at *length*. Costs no forward pass, and
-        what is given up can be found again until it is evicted.
+        Exactly there: the next token can be sampled anew at *length*. Costs no forward pass, and the
+        cache can find the KV that is given up until it evicts it.
 
         Raises:
             RewindError: *length* is below 0 or beyond the end. Nothing was changed.
@@ -159,34 +222,38 @@ class Sequence:
         if length == len(self):
             return
         if length < self.computed:
-            keep = length // self._engine.keep_multiple_of * self._engine.keep_multiple_of
-            with self._engine.lock:
-                self._kv.crop(self._token_ids, keep)
+            self.crop(self.memory.info.reuse.longest_cut(length))
         del self._token_ids[length:]
+        self._id.rewind_to(length)
         self._logits = None
 
     def fork(self) -> "Sequence":
         """Return a second sequence over the same history and blocks; costs no forward pass."""
         self._require_open()
-        with self._engine.lock:
-            other = Sequence(self._engine, self._token_ids[:], self._kv.fork(), self.namespace)
+        with self.memory.lock:
+            other = Sequence(self.memory, self.namespace)
+            other._token_ids += self._token_ids
+            other._hold(self.blocks)
+            other.chain += self.chain
+            other.computed = self.computed
         other._logits = self._logits
-        return self._engine.adopt(other)
+        other._id = self._id.fork()
+        return other
 
     def park(self) -> None:
         """
         Hold no blocks until the next forward pass; the history stays.
 
-        The KV stays findable in the cache, where it can be evicted when others need the room.
+        The cache still finds the KV, and evicts it when others need the room.
         """
         self._require_open()
-        with self._engine.lock:
-            self._kv.crop(self._token_ids, 0)
+        self.crop(0)
 
     def release(self) -> None:
-        """Give the blocks back; the sequence cannot be used afterwards. Calling it again does nothing."""
+        """Give the blocks back; the sequence cannot be used afterwards. May be called again."""
         if not self.closed:
             self.park()
+        self._id.release()
         self._logits = None
         self._finalizer()
 
@@ -197,35 +264,146 @@ class Sequence:
             return None
         if not len(self):
             raise MisuseError("an empty sequence has no next token: append something first")
-        return plan_feed(len(self), self.computed, keep_multiple_of=self._engine.keep_multiple_of)
+        return plan_feed(len(self), self.computed, self.memory.info.reuse)
 
     def is_warm(self) -> bool:
         """Return whether all of the history has KV, here or in the cache."""
-        return self.computed == len(self) or len(self) == self._engine.warm_tokens(
-            self.token_ids, self.namespace
-        )
-
-    def reuse(self) -> None:
-        """Take over what the cache has of the history; costs no forward pass."""
-        with self._engine.lock:
-            self._kv.reuse(self._token_ids)
+        if self.computed == len(self):
+            return True
+        if self.namespace is None:
+            return False
+        return len(self) == self.memory.match(self._token_ids, self.namespace).tokens
 
     def row(self, fed: FeedPlan) -> Row:
         """Return the sequence's share of a forward pass that feeds *fed*. For the engine."""
         return Row(
             token_ids=self.tokens(fed.start, fed.end),
             past=fed.start,
-            block_table=self._kv.blocks,
+            block_table=self.blocks,
             wants_logits=fed.end == len(self),
+            sequence=self._id,
         )
 
+    @property
+    def last_full(self) -> CachedBlock | None:
+        """Return the node of the last full block, or the root; None where nothing is shared."""
+        return self.chain[-1] if self.chain else self._root
+
+    def reuse(self) -> int:
+        """Take over what the cache has of the history beyond `computed`; return how many tokens."""
+        with self.memory.lock:
+            after, size = self.last_full, self.memory.info.block_size
+            if after is None or self.computed >= len(self) - 1:
+                return 0  # the last token is fed in any case
+            start = len(self.chain) * size
+            match = self.memory.cache.match(after, self._token_ids[start:])
+            gained = start + match.tokens - self.computed
+            if gained <= 0:
+                return 0
+            self.truncate(start)
+            self._hold([cached.block for cached in match.blocks])
+            self.chain += match.blocks[: match.tokens // size]
+            self.computed = start + match.tokens
+            return gained
+
+    def plan_write(self, start: int, end: int) -> WritePlan:
+        """
+        Return what writing the slots `[start, end)` takes, 0 <= start < end; changes nothing.
+
+        Slots from *start* on are given up, so only a block that keeps slots before *start* can need a
+        copy.
+        """
+        size = self.memory.info.block_size
+        keep, slots_before = divmod(start, size)
+        has_block = keep < len(self.blocks)
+        shared = has_block and self.memory.pool.is_shared(self.blocks[keep])
+        if has_block and not shared:
+            keep += 1
+        return WritePlan(
+            keep=keep,
+            new_blocks=max(0, blocks_for(end, size) - keep),
+            copy_first=shared and slots_before > 0,
+        )
+
+    def prepare_write(self, start: int, end: int) -> list[tuple[int, int]]:
+        """
+        Make the slots `[start, end)` this table's own; until `written`, only `[0, start)` counts.
+
+        Returns:
+            Blocks to copy, `(source, target)`, before the write. Something else holds the source.
+
+        Raises:
+            OutOfBlocksError: There are not enough; nothing was changed.
+        """
+        plan = self.plan_write(start, end)
+        new = self.memory.pool.allocate(plan.new_blocks)
+        replaced = self.blocks[plan.keep :]
+        self.blocks[plan.keep :] = new
+        self.memory.pool.release(replaced)
+        del self.chain[start // self.memory.info.block_size :]
+        self.computed = start
+        return [(replaced[0], new[0])] if plan.copy_first else []
+
+    def take_back(self, start: int) -> bool:
+        """
+        Give up the KV from *start* on, if the cache holds the only other reference to the block there.
+
+        The cache then forgets the block, so that the next write needs no copy. For when blocks run
+        short. Returns whether it was so.
+        """
+        index = start // self.memory.info.block_size
+        if self._root is None or index >= len(self.blocks):
+            return False
+        after = self.chain[index - 1] if index else self._root
+        if not self.memory.cache.forget(after, self.blocks[index]):
+            return False
+        self.truncate(start)
+        return True
+
     def written(self, fed: FeedPlan, logits: Logits | None) -> None:
-        """Take note of a forward pass that computed the KV of *fed*. For the engine."""
+        """
+        Take note of a forward pass that computed the KV of *fed*, and let others find it.
+
+        A block that another sequence computed meanwhile replaces ours, so that both hold one.
+        """
         self.fed_tokens += fed.end - fed.start
-        self._kv.written(self._token_ids, fed.end)
+        self.computed = fed.end
         self._logits = logits
+        size, pool = self.memory.info.block_size, self.memory.pool
+        for index in range(len(self.chain), fed.end // size):
+            if (after := self.last_full) is None:
+                return
+            tokens = self._token_ids[index * size : (index + 1) * size]
+            cached = self.memory.cache.insert(after, tokens, self.blocks[index])
+            pool.retain([cached.block])
+            pool.release([self.blocks[index]])
+            self.blocks[index] = cached.block
+            self.chain.append(cached)
         if logits is not None and fed.end - fed.start > 1:
-            self._kv.leave_tail(self._token_ids)  # the end of a prompt, which others may send too
+            self.leave_tail()  # others may send the same prompt
+
+    def leave_tail(self) -> None:
+        """Let others find the last block, though it is not full; who writes on copies it then."""
+        cache, after = self.memory.cache, self.last_full
+        start = len(self.chain) * self.memory.info.block_size
+        if after is None or cache.whole_blocks_only or start >= self.computed:
+            return
+        cache.insert(after, self._token_ids[start : self.computed], self.blocks[len(self.chain)])
+
+    def crop(self, length: int) -> None:
+        """Hold the KV of the first *length* tokens only, at most `computed`; the cache finds the rest."""
+        with self.memory.lock:
+            self.leave_tail()
+            self.truncate(length)
+
+    def truncate(self, length: int) -> None:
+        """Hold the KV of the first *length* tokens only, at most `computed`; leave nothing behind."""
+        size = self.memory.info.block_size
+        keep = blocks_for(length, size)
+        self.memory.pool.release(self.blocks[keep:])
+        del self.blocks[keep:]
+        del self.chain[length // size :]
+        self.computed = length
 
     def check(self) -> None:
         """
@@ -235,15 +413,23 @@ class Sequence:
             AssertionError: One does not hold.
         """
         assert 0 <= self.computed <= len(self), "more tokens have KV than there are"
-        self._kv.check()
-        start = 0
-        for cached in self._kv.chain:
-            end = start + len(cached.token_ids)
-            assert list(cached.token_ids) == self.tokens(start, end), "KV of another history"
-            start = end
+        size = self.memory.info.block_size
+        covered = blocks_for(self.computed, size)
+        assert len(self.blocks) == covered, "the table does not cover what has KV"
+        ours = self.blocks[: len(self.chain)]
+        assert [cached.block for cached in self.chain] == ours, "the chain is of other blocks"
+        cached = [token for block in self.chain for token in block.token_ids]
+        assert cached == self.tokens(0, len(cached)), "KV of another history"
+        full = self.computed // size
+        assert self._root is None or len(self.chain) == full, "a full block is not in the cache"
+
+    def _hold(self, blocks: Tokens[int]) -> None:
+        """Add blocks after the last, shared with whoever holds them."""
+        self.memory.pool.retain(blocks)
+        self.blocks += blocks
 
     def _check_append(self, token_ids: Tokens[int]) -> None:
-        info = self._engine.info
+        info = self.memory.info
         if len(token_ids) == 0:
             raise TokenIdError("There are no tokens to append: give at least one.")
         low, high = min(token_ids), max(token_ids)

@@ -1,17 +1,16 @@
 """
-The tier below memory, as the engine sees it: what is read before a prompt, what is written behind it.
+The tier below memory: blocks come from a store before a prompt is computed, and go there afterwards.
 
-Knows the store, not the scheduler.
-
-Bring blocks from disk into the prefix cache before a prompt is computed.
-
-Decides as a value, then does; where anything fails, the engine is as if nobody had tried.
+What to read is decided as a value, `plan_restore`, which depends on nothing but its arguments. When to
+write is decided by the writer in `write_behind`. Where anything fails, the engine is as if nobody had
+tried. Knows the store; of the scheduler only a task's sequence and whether it is still restored.
 """
 
 import logging
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Tokens
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Final
@@ -20,19 +19,22 @@ from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence
 from recollect.engine.write_behind import WriteBehind
 from recollect.errors import RuntimeFailure, StoreBusyError, StoreError
-from recollect.kv import accounts, pins, replies
 from recollect.kv.blocks import BlockPool, CachedBlock, Key
-from recollect.kv.disk import DiskStore, Found
+from recollect.kv.disk import DiskStore, Found, NewBlock
 from recollect.kv.prefix import Match, PrefixCache
-from recollect.kv.record import Buffer, Entry, Identity
-from recollect.kv.replies import StoredReply
+from recollect.kv.record import Buffer, Entry, Identity, StoredReply
+from recollect.kv.tables import Savings
 from recollect.runtime.base import PagedRuntime
 from recollect.types import running_average
 
 _log: Final = logging.getLogger(__name__)
 
 _FIRST_BLOCKS: Final = 8
-"""Read at once while nothing has been measured and others wait."""
+"""Blocks that are read at once while nothing has been measured and others wait."""
+_MOST_RESTORE_S: Final = 0.05
+"""How long others wait at most while one is read from disk: less than for a chunk of its prefill."""
+_MOST_TOUCHED_BYTES: Final = 256 << 20
+"""Memory that is made ready at most for what may be restored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,164 +95,8 @@ def most_blocks(*, rates: Rates, room: int, most_s: float | None) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Restored:
-    """What one step has brought."""
-
-    tokens: int
-    """Tokens of the sequence that have KV now and had none before."""
-    is_done: bool
-    """Whether there is nothing more to bring."""
-
-
-_NOTHING: Final = Restored(0, True)
-
-
-class Restorer:
-    """
-    Reads blocks for sequences.
-
-    Used by the engine's thread, between forward passes.
-    """
-
-    def __init__(
-        self,
-        store: DiskStore,
-        identity: Identity,
-        runtime: PagedRuntime,
-        pool: BlockPool,
-        cache: PrefixCache,
-        lock: threading.RLock,
-    ) -> None:
-        self._store = store
-        self._identity = identity
-        self._runtime = runtime
-        self._pool = pool
-        self._cache = cache
-        self._lock = lock
-        self._inside_blocks = not runtime.info.whole_blocks_only
-        self.restore_s_per_block: float | None = None
-        self.tokens = 0
-        """Restored so far."""
-        self.seconds = 0.0
-        """That this took."""
-        self.error: StoreError | None = None
-        """Why nothing is read any more; None: it is."""
-        self.used: set[bytes] = set()
-        """Keys of the last blocks that were read; whoever notes them empties it."""
-
-    def restore(
-        self, sequence: Sequence, *, compute_s_per_token: float | None, most_s: float | None
-    ) -> Restored:
-        """
-        Bring what the disk has of a sequence's history beyond what memory has.
-
-        What comes is in the prefix cache then, and taken over by the sequence.
-
-        Args:
-            sequence: It belongs to the engine's thread.
-            compute_s_per_token: As measured; None where nothing was yet.
-            most_s: How long this may take, roughly; None: as long as it takes.
-        """
-        if self.error is not None or sequence.namespace is None:
-            return _NOTHING
-        begun = perf_counter()
-        try:
-            plan = self._plan(sequence, compute_s_per_token, most_s)
-            if not plan.entries:
-                return Restored(0, plan.is_all)
-            gained, count = self._carry_out(sequence, plan)
-        except (StoreError, RuntimeFailure) as error:
-            self._failed(error)
-            return _NOTHING
-        self._measured(count, gained, perf_counter() - begun)
-        return Restored(gained, plan.is_all or count < len(plan.entries))
-
-    def _failed(self, error: StoreError | RuntimeFailure) -> None:
-        """Count it as a miss; where the files are at fault, do without them from now on."""
-        self._store.misses["store"] += 1
-        if isinstance(error, StoreError) and not isinstance(error, StoreBusyError):
-            self.error = error
-            _log.warning("KV on disk is not used any more. %s", error)
-        else:
-            _log.warning("KV on disk was not used this time. %s", error)
-
-    def _plan(
-        self, sequence: Sequence, compute_s_per_token: float | None, most_s: float | None
-    ) -> RestorePlan:
-        with self._lock:
-            sequence.reuse()
-            after = sequence.kv.last_full
-            start = len(sequence.kv.chain) * self._pool.block_size
-            have = sequence.computed - start
-            # All but the block that the prompt's last token goes to, which is fed in any case.
-            room = self._pool.free_blocks + self._cache.evictable_blocks - 1
-        assert after is not None, "a sequence with a namespace has a root"
-        rates = Rates(self.restore_s_per_block, compute_s_per_token)
-        found = self._store.find(
-            after.key,
-            sequence.tokens(start),
-            block_size=self._pool.block_size,
-            inside_block=self._inside_blocks,
-            most=max(1, most_blocks(rates=rates, room=room, most_s=most_s)),
-        )
-        return plan_restore(
-            found,
-            have=have,
-            block_size=self._pool.block_size,
-            rates=rates,
-            room=room,
-            most_s=most_s,
-        )
-
-    def _carry_out(self, sequence: Sequence, plan: RestorePlan) -> tuple[int, int]:
-        """Return how many tokens more have KV now, and how many blocks were right."""
-        with self._lock:
-            short = len(plan.entries) - self._pool.free_blocks
-            if short > 0:
-                self._cache.evict(short)
-            blocks = self._pool.allocate(min(len(plan.entries), self._pool.free_blocks))
-        count = 0
-        try:
-
-            def take(number: int, payload: Buffer) -> None:
-                self._runtime.write_block(blocks[number], memoryview(payload))
-
-            count = self._store.read(self._identity, plan.entries[: len(blocks)], take)
-        except BaseException:
-            with self._lock:
-                self._pool.release(blocks)
-            raise
-        with self._lock:
-            before = sequence.computed
-            after = sequence.kv.last_full
-            for entry, block in zip(plan.entries[:count], blocks, strict=False):
-                assert after is not None, "a sequence with a namespace has a root"
-                after = self._cache.insert(after, entry.token_ids, block, on_disk=True)
-            self._pool.release(blocks)  # the cache has its own reference now
-            sequence.reuse()
-            gained = sequence.computed - before
-        if count:
-            self.used.add(plan.entries[count - 1].key)
-        return gained, count
-
-    def _measured(self, blocks: int, tokens: int, seconds: float) -> None:
-        self.tokens += tokens
-        self.seconds += seconds
-        if blocks:
-            self.restore_s_per_block = running_average(self.restore_s_per_block, seconds / blocks)
-
-
-_MOST_RESTORE_S: Final = 0.05
-"""How long others wait while one is read from disk, roughly: less than for a chunk of its prefill."""
-
-
-_MOST_TOUCHED_BYTES: Final = 256 << 20
-"""Of memory that is made ready for what may be restored."""
-
-
-@dataclass(frozen=True, slots=True)
 class TierStatistics:
-    """What the tier has done in this process."""
+    """What the tier of an engine has done so far."""
 
     restored_tokens: int
     restore_s: float
@@ -261,14 +107,19 @@ class TierStatistics:
     """Stored blocks that were refused, by reason."""
     evicted_blocks: int
     error: str | None
-    """Why it was turned off, or writes nothing for now; None: it works."""
+    """Why it reads or writes nothing, for now or any more; None: it works."""
 
 
 class DiskTier:
     """
     A store that the blocks of one engine come from and go to.
 
-    Owned by the engine, which closes it; the store is closed with it.
+    Owned by the engine, which closes it, and the store with it. Blocks are restored on the engine's
+    thread, between forward passes, and written on the writer's. A block may be evicted from memory
+    before it is written; it is then not written. While a block is read to be written it is leased: it
+    has one more reference, so that nobody writes into it.
+
+    Invariant: `leased_blocks` are the blocks that this holds a reference to.
     """
 
     def __init__(
@@ -282,38 +133,29 @@ class DiskTier:
     ) -> None:
         self.store: Final = store
         self.identity: Final = identity
-        self._lock = lock
-        self._cache = cache
         self._runtime = runtime
-        self._block_size = runtime.info.block_size
-        self._inside_blocks = not runtime.info.whole_blocks_only
-        self._written = WriteBehind(store, identity, runtime, pool, cache, lock)
-        self._restorer = Restorer(store, identity, runtime, pool, cache, lock)
+        self._pool = pool
+        self._cache = cache
+        self._lock = lock
+        self._inside_blocks = runtime.info.reuse.inside_blocks
+        self.leased_blocks: list[int] = []
+        self._written_bytes = 0
+        self._written_blocks = 0
+        self._restored_tokens = 0
+        self._restore_s = 0.0
+        self._restore_s_per_block: float | None = None
+        self._read_error: StoreError | None = None  # why nothing is read any more
         self._compute_s_per_token = self._known_rate()
-
-    @property
-    def leased_blocks(self) -> list[int]:
-        """Return the blocks that are held while they are read, for `BlockPool.check`."""
-        return self._written.leased
-
-    def note(self, cached: CachedBlock) -> None:
-        """Take note of a block that came into the cache; under the engine's lock."""
-        self._written.note(cached)
-
-    def note_reply(self, name: Key, reply: StoredReply) -> None:
-        """Take note of a reply that a client may send back as text; it is written with the blocks."""
-        self._written.note_reply(name, reply)
+        self.writer: Final = WriteBehind(
+            store, self._write, bytes_per_block=runtime.info.bytes_per_block
+        )
 
     def find_reply(self, name: Key) -> StoredReply | None:
         """Return a reply of another time; None where there is none, or nothing can be read."""
         try:
-            return replies.recall(self.store, name)
+            return self.store.recall(name)
         except StoreError:
             return None  # the next restore tells what is wrong
-
-    def engine_works(self, works: bool) -> None:
-        """Take note of whether the engine has anything to do."""
-        self._written.engine_works(works)
 
     def warm_up(self, num_blocks: int) -> None:
         """
@@ -325,11 +167,10 @@ class DiskTier:
         Args:
             num_blocks: Of the pool, all of them free; they are taken from the first on.
         """
-        env, size = self.store.env, self._runtime.info.bytes_per_block
+        size, digest = self._runtime.info.bytes_per_block, self.identity.digest()
         try:
-            with env.reading() as txn:
-                digest = self.identity.digest()
-                stored = sum(head.identity == digest for head in accounts.heads(txn, env).values())
+            with self.store.reading() as tables:
+                stored = sum(head.identity == digest for head in tables.heads().values())
         except StoreError:
             return  # the first restore tells
         nothing = memoryview(bytes(size))
@@ -340,38 +181,181 @@ class DiskTier:
         """
         Bring what the disk has of new tasks' histories, a little at a time where others wait.
 
+        What comes is in the prefix cache then, and taken over by the task's sequence.
+
         Args:
             tasks: Those that run; they belong to the calling thread, which is the engine's.
             compute_s_per_token: As measured; None where nothing was yet.
         """
+        self._compute_s_per_token = compute_s_per_token or self._compute_s_per_token
         most_s = _MOST_RESTORE_S if len(tasks) > 1 else None
         for task in tasks:
-            if not task.restoring:
-                continue
-            if task.sequence.logits is not None:
+            if task.restoring and task.sequence.logits is not None:
                 task.restoring = False
-                continue
-            restored = self._restore(task.sequence, compute_s_per_token, most_s)
-            task.restored_tokens += restored.tokens
-            task.restoring = not restored.is_done
+            elif task.restoring:
+                tokens, task.restoring = self._restore(task.sequence, most_s)
+                task.restored_tokens += tokens
+                self.writer.note_bad(self.store.take_refused())
 
-    def _restore(
-        self, sequence: Sequence, compute_s_per_token: float | None, most_s: float | None
-    ) -> Restored:
-        if compute_s_per_token is not None:
-            self._compute_s_per_token = compute_s_per_token
-        restored = self._restorer.restore(
-            sequence, compute_s_per_token=self._compute_s_per_token, most_s=most_s
+    def _restore(self, sequence: Sequence, most_s: float | None) -> tuple[int, bool]:
+        """Return how many tokens more have KV now, and whether there may be more to read."""
+        if self._read_error is not None or sequence.namespace is None:
+            return 0, False
+        begun = perf_counter()
+        try:
+            plan = self._plan(sequence, most_s)
+            if not plan.entries:
+                return 0, not plan.is_all
+            tokens, blocks = self._carry_out(sequence, plan)
+        except (StoreError, RuntimeFailure) as error:
+            self._failed(error)
+            return 0, False
+        self._restored(blocks, tokens, perf_counter() - begun)
+        return tokens, not plan.is_all and blocks == len(plan.entries)
+
+    def _failed(self, error: StoreError | RuntimeFailure) -> None:
+        """Count a failure as a miss; where the files are at fault, read nothing from now on."""
+        self.store.misses["store"] += 1
+        if isinstance(error, StoreError) and not isinstance(error, StoreBusyError):
+            self._read_error = error
+            _log.warning("KV on disk is not used any more. %s", error)
+        else:
+            _log.warning("KV on disk was not used this time. %s", error)
+
+    def _restored(self, blocks: int, tokens: int, seconds: float) -> None:
+        self._restored_tokens += tokens
+        self._restore_s += seconds
+        if blocks:
+            self._restore_s_per_block = running_average(self._restore_s_per_block, seconds / blocks)
+
+    def _plan(self, sequence: Sequence, most_s: float | None) -> RestorePlan:
+        size = self._pool.block_size
+        with self._lock:
+            sequence.reuse()
+            after = sequence.last_full
+            start = len(sequence.chain) * size
+            have = sequence.computed - start
+            # The prompt's last token is always fed, and needs a block.
+            room = self._pool.free_blocks + self._cache.evictable_blocks - 1
+        assert after is not None, "a sequence with a namespace has a root"
+        rates = Rates(self._restore_s_per_block, self._compute_s_per_token)
+        found = self.store.find(
+            after.key,
+            sequence.tokens(start),
+            block_size=size,
+            inside_block=self._inside_blocks,
+            most=max(1, most_blocks(rates=rates, room=room, most_s=most_s)),
         )
-        if self._restorer.used:
-            self._written.note_used(self._restorer.used)
-            self._restorer.used.clear()
-        self._written.note_bad(self.store.take_refused())
-        return restored
+        return plan_restore(
+            found,
+            have=have,
+            block_size=size,
+            rates=rates,
+            room=room,
+            most_s=most_s,
+        )
+
+    def _carry_out(self, sequence: Sequence, plan: RestorePlan) -> tuple[int, int]:
+        """Read blocks; return how many tokens more have KV now, and how many blocks were right."""
+        with self._lock:
+            short = len(plan.entries) - self._pool.free_blocks
+            if short > 0:
+                self._cache.evict(short)
+            blocks = self._pool.allocate(min(len(plan.entries), self._pool.free_blocks))
+        count = 0
+        try:
+
+            def take(number: int, payload: Buffer) -> None:
+                self._runtime.write_block(blocks[number], memoryview(payload))
+
+            count = self.store.read(self.identity, plan.entries[: len(blocks)], take)
+        except BaseException:
+            with self._lock:
+                self._pool.release(blocks)
+            raise
+        with self._lock:
+            before = sequence.computed
+            after = sequence.last_full
+            for entry, block in zip(plan.entries[:count], blocks, strict=False):
+                assert after is not None, "a sequence with a namespace has a root"
+                after = self._cache.insert(after, entry.token_ids, block, on_disk=True)
+            self._pool.release(blocks)  # the cache has its own reference now
+            sequence.reuse()
+            gained = sequence.computed - before
+        if count:
+            self.writer.note_used([plan.entries[count - 1].key])
+        return gained, count
+
+    def _write(self, batch: list[CachedBlock]) -> None:
+        """
+        Write blocks that are still in the cache, with what they follow; the writer calls this.
+
+        Raises:
+            StoreError: They cannot be written.
+        """
+        lost = self._write_chains(batch)
+        if lost:  # a prefix was evicted from disk meanwhile: once more, with all of it
+            self._not_on_disk([block for cached in lost for block in cached.path()])
+            self._write_chains(lost)
+
+    def _write_chains(self, batch: list[CachedBlock]) -> list[CachedBlock]:
+        """Write blocks with what they follow; return those whose prefix was gone from disk."""
+        with self._lock:
+            alive = [cached for cached in batch if self._cache.holds(cached)]
+            wanted = list(dict.fromkeys(block for one in alive for block in _unwritten(one)))
+        most = self.writer.most_blocks()
+        for start in range(0, len(wanted), most):
+            self._write_blocks(wanted[start : start + most])
+        return [cached for cached in alive if not cached.on_disk]
+
+    def _write_blocks(self, wanted: list[CachedBlock]) -> None:
+        with self._leased(wanted) as leased:
+            blocks = [self._as_new(cached) for cached in leased]
+        if not blocks:
+            return
+        written = self.store.write(self.identity, blocks)
+        self._written_bytes += written.stored_bytes
+        self._written_blocks += written.blocks
+        with self._lock:
+            for cached in leased:
+                cached.on_disk = cached.key in written.stored
+
+    @contextmanager
+    def _leased(self, wanted: list[CachedBlock]) -> Iterator[list[CachedBlock]]:
+        """Hold blocks that are still in the cache, so that nobody writes into them."""
+        with self._lock:
+            held = [cached for cached in wanted if self._cache.holds(cached)]
+            self.leased_blocks = [cached.block for cached in held]
+            self._pool.retain(self.leased_blocks)
+        try:
+            yield held
+        finally:
+            with self._lock:
+                self._pool.release(self.leased_blocks)
+                self.leased_blocks = []
+
+    def _as_new(self, cached: CachedBlock) -> NewBlock:
+        payload = bytearray(self._runtime.info.bytes_per_block)
+        self._runtime.read_block(cached.block, memoryview(payload))
+        parent = cached.parent
+        assert parent is not None, "a root is never written"
+        return NewBlock(
+            key=cached.key,
+            parent=parent.key,
+            follows_root=parent.parent is None,
+            token_ids=cached.token_ids,
+            payload=payload,
+        )
+
+    def _not_on_disk(self, blocks: list[CachedBlock]) -> None:
+        """Note that blocks were evicted from disk, where nobody told those in memory."""
+        with self._lock:
+            for block in blocks:
+                block.on_disk = False
 
     def flush(self) -> None:
         """Write all that is in memory and not on disk, and wait for it."""
-        self._written.flush()
+        self.writer.flush()
 
     def keep(self, cached: CachedBlock) -> None:
         """
@@ -381,19 +365,17 @@ class DiskTier:
             StoreError: They cannot be written.
         """
         path = cached.path()
-        self._written.try_again()
+        self.writer.try_again()
         for _ in range(2):
             with self._lock:
                 for block in path:
-                    self._written.note(block)
-            self.flush()
-            if self._written.error is not None:
-                raise self._written.error
-            if cached.on_disk and pins.are_stored(self.store, [block.key for block in path]):
+                    self.writer.note(block)
+            self.writer.flush()
+            if self.writer.error is not None:
+                raise self.writer.error
+            if cached.on_disk and self.store.has_blocks([block.key for block in path]):
                 return
-            with self._lock:  # evicted from disk, where nobody told the blocks in memory
-                for block in path:
-                    block.on_disk = False
+            self._not_on_disk(path)
         raise StoreError("This could not be kept on disk: there is no room for it (--kv-disk).")
 
     def read_block(self, cached: CachedBlock, into: memoryview) -> None:
@@ -409,36 +391,32 @@ class DiskTier:
             root: Of their namespace.
             token_ids: Shape `(n,)`.
         """
-        size = self._block_size
-        start = len(match.full) * size
-        after = match.full[-1] if match.full else root
+        size = self._pool.block_size
+        full = match.tokens // size
+        start = full * size
+        after = match.blocks[full - 1] if full else root
         try:
             found = self.store.find(
                 after.key, token_ids[start:], block_size=size, inside_block=self._inside_blocks
             )
         except StoreError:
-            return start + match.partial_tokens  # the next restore tells what is wrong
+            return match.tokens  # the next restore tells what is wrong
         on_disk = max(0, len(found.entries) - 1) * size + found.last_tokens
-        return start + max(match.partial_tokens, on_disk)
+        return max(match.tokens, start + on_disk)
 
     def statistics(self) -> TierStatistics:
         """Return what was done so far."""
-        error = self._written.error or self._restorer.error
+        error = self.writer.error or self._read_error
         return TierStatistics(
-            restored_tokens=self._restorer.tokens,
-            restore_s=self._restorer.seconds,
-            restore_s_per_block=self._restorer.restore_s_per_block,
-            written_bytes=self._written.written_bytes,
-            written_blocks=self._written.written_blocks,
+            restored_tokens=self._restored_tokens,
+            restore_s=self._restore_s,
+            restore_s_per_block=self._restore_s_per_block,
+            written_bytes=self._written_bytes,
+            written_blocks=self._written_blocks,
             misses={str(reason): count for reason, count in self.store.misses.items()},
             evicted_blocks=self.store.evicted_blocks,
             error=None if error is None else str(error),
         )
-
-    def saved_s(self) -> float:
-        """Return how much longer computing what was restored would have taken, in seconds."""
-        rate = self._compute_s_per_token or 0.0
-        return max(0.0, rate * self._restorer.tokens - self._restorer.seconds)
 
     def close(self, *, compute_s_per_token: float | None = None) -> None:
         """
@@ -449,25 +427,34 @@ class DiskTier:
         """
         self._compute_s_per_token = compute_s_per_token or self._compute_s_per_token
         try:
-            self._written.close()
-            if self._written.error is None:
+            self.writer.close()
+            if self.writer.error is None:
                 self._note_savings()
         finally:
             self.store.close()
 
     def _known_rate(self) -> float | None:
-        env = self.store.env
         try:
-            with env.reading() as txn:
-                return accounts.savings(txn, env, self.identity.digest()).compute_s_per_token
+            with self.store.reading() as tables:
+                return tables.savings(self.identity.digest()).compute_s_per_token
         except StoreError:
             return None  # the first restore tells
 
     def _note_savings(self) -> None:
-        env = self.store.env
-        saved = accounts.Savings(self._restorer.tokens, self.saved_s(), self._compute_s_per_token)
+        rate, tokens = self._compute_s_per_token, self._restored_tokens
+        seconds = max(0.0, (rate or 0.0) * tokens - self._restore_s)
         try:
-            with env.writing() as txn:
-                accounts.add_savings(txn, env, self.identity.digest(), saved)
+            with self.store.writing() as tables:
+                tables.add_savings(self.identity.digest(), Savings(tokens, seconds, rate))
         except StoreError:
             return  # a count is not worth an error at the end
+
+
+def _unwritten(cached: CachedBlock) -> list[CachedBlock]:
+    """Return a block and those before it that are not on disk, in order: without them it is not found."""
+    blocks: list[CachedBlock] = []
+    node = cached
+    while node.parent is not None and not node.on_disk:
+        blocks.append(node)
+        node = node.parent
+    return blocks[::-1]

@@ -11,9 +11,8 @@ from typing import Any, Final
 from recollect.errors import UnknownCheckpointError, UnknownConversationError
 from recollect.journal.journal import Journal
 from recollect.journal.records import ConversationInfo
-from recollect.kv import maintenance, pins
-from recollect.kv.accounts import Pin
 from recollect.kv.disk import DiskStore
+from recollect.kv.record import Pin
 
 _KIND: Final = {"kind": "checkpoint"}
 _SERVER_KIND: Final = {"kind": "server checkpoint"}
@@ -71,7 +70,7 @@ class Checkpoints:
             StoreError: The store or the journal cannot be read.
         """
         known = {info.id: info for info in self._journal.conversations()}
-        found = [pin for pin in maintenance.pins(self._store) if is_checkpoint(pin)]
+        found = [pin for pin in self._store.pins() if is_checkpoint(pin)]
         return [self._of(pin, known.get(pin.about["conversation"])) for pin in found]
 
     def facts(self, spot: Spot) -> dict[str, Any]:
@@ -116,8 +115,8 @@ class Checkpoints:
             UnknownCheckpointError: There is none of that name.
             StoreError: The store cannot be written.
         """
-        pin = pins.find(self._store, name)
-        if pin is None or not is_checkpoint(pin) or not pins.drop(self._store, name):
+        pin = self._store.find_pin(name)
+        if pin is None or not is_checkpoint(pin) or not self._store.drop_pin(name):
             raise _unknown(name)
 
     def of_servers(self) -> int:
@@ -127,13 +126,11 @@ class Checkpoints:
         Raises:
             StoreError: The store cannot be read.
         """
-        return sum(
-            _SERVER_KIND.items() <= pin.about.items() for pin in maintenance.pins(self._store)
-        )
+        return sum(_SERVER_KIND.items() <= pin.about.items() for pin in self._store.pins())
 
     def _of(self, pin: Pin, info: ConversationInfo | None) -> Checkpoint:
         """Return a pin as a checkpoint, with what the journal has under its number."""
-        stored, about = pins.stored(self._store, pin), pin.about
+        stored, about = self._store.size_of(pin), pin.about
         is_same = info is not None and info.created_at.isoformat() == about["begun"]
         return Checkpoint(
             name=pin.name,
@@ -172,7 +169,7 @@ def drop_of_conversation(store: DiskStore, conversation_id: int, begun: datetime
         StoreError: The store cannot be written.
     """
     facts = {"conversation": conversation_id, "begun": begun.isoformat()}
-    return pins.drop_all(store, facts)
+    return store.drop_pins(facts)
 
 
 def _facts(spot: Spot, begun: datetime) -> dict[str, Any]:

@@ -16,12 +16,10 @@ from recollect.errors import StoreCorruptError, StoreError
 from recollect.journal import journal
 from recollect.journal.checkpoints import is_checkpoint
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.kv import accounts, maintenance, pins
-from recollect.kv.accounts import Pin
 from recollect.kv.blocks import disguised_key
 from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.maintenance import is_there, open_existing
-from recollect.kv.rewriting import remove_damaged
+from recollect.kv.maintenance import is_there, open_existing, remove_damaged
+from recollect.kv.record import Pin
 
 
 def encrypt(
@@ -89,7 +87,7 @@ def _checkpoints(folder: Path) -> list[Pin]:
         return []
     try:
         with closing(open_existing(folder, None)) as store:
-            return [pin for pin in maintenance.pins(store) if is_checkpoint(pin)]
+            return [pin for pin in store.pins() if is_checkpoint(pin)]
     except StoreCorruptError:
         return []  # it could not have been used either
 
@@ -102,7 +100,7 @@ def _keep(found: list[Pin], folder: Path, cipher: Cipher) -> None:
     with closing(DiskStore(folder, budget_bytes=least, sealer=sealer)) as store:
         for pin in found:  # under its former name, tokens could be tried
             tail = disguised_key(pin.tail, sealer.name_secret)
-            pins.add(store, replace(pin, tail=tail))
+            store.add_pin(replace(pin, tail=tail))
 
 
 def _remove_plain(home: Path) -> None:
@@ -126,10 +124,10 @@ def _remove_plain_kv(folder: Path, cipher: Cipher) -> None:
         return
     try:
         with closing(open_existing(folder, cipher.for_purpose(KV_PURPOSE))) as store:
-            with store.env.reading() as txn:
-                heads = accounts.heads(txn, store.env).values()
+            with store.reading() as tables:
+                heads = tables.heads().values()
             is_plain = any(not head.is_sealed for head in heads)
-            kept = [pin for pin in maintenance.pins(store) if is_checkpoint(pin)]
+            kept = [pin for pin in store.pins() if is_checkpoint(pin)]
     except StoreCorruptError:  # what is in there cannot be told
         is_plain, kept = True, []
     if is_plain:

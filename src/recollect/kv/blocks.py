@@ -1,20 +1,12 @@
 """
-KV blocks: which are free, which tables hold them, and copy on write.
+Blocks of KV in memory: which are free, what their names are, and which of them goes first.
 
-Pure bookkeeping: the memory itself belongs to the runtime, and nothing here knows token ids.
+`BlockPool` counts who holds a block. `chained_key` and its neighbours name the prefix that a block ends:
+one prefix has one name, in memory, on disk and in files that are carried elsewhere. `CachedBlock` is a
+node in the tree of prefixes, `Siblings` keeps the nodes after the same one in order, and `EvictionOrder`
+knows which nodes can be evicted. `kv/prefix` builds the prefix cache and block tables from these.
 
-The names of prefixes: a hash of all token ids up to a block's end, and of who may see them.
-
-Pure: one prefix has one name, in memory, on disk and in files that are carried elsewhere.
-
-A block in memory as a place in the tree of prefixes, and the blocks after the same one in order.
-
-Values and their order; what may be found, pinned or given up is for `PrefixCache` to say.
-
-Which places of blocks can be given up, how many that are, and which goes first.
-
-Knows the tree; not why a block is held. Each change costs a few steps, and finding what goes next the
-logarithm of what may go: nothing here walks the tree.
+Pure bookkeeping: the KV itself belongs to the runtime, and nothing here knows why a block is held.
 """
 
 import hashlib
@@ -28,7 +20,7 @@ from typing import Final
 
 import numpy as np
 
-from recollect.errors import MisuseError, OutOfBlocksError
+from recollect.errors import OutOfBlocksError
 from recollect.types import common_prefix_length
 
 
@@ -37,37 +29,24 @@ def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-@dataclass(frozen=True, slots=True)
-class WritePlan:
-    """What has to happen before the slots `[start, end)` of a table may be written."""
-
-    keep: int
-    """Leading blocks of the table that stay as they are."""
-    new_blocks: int
-    """Blocks to allocate and put after those."""
-    copy_first: bool
-    """The first new block takes over the content of the shared block that it replaces."""
-
-
 class BlockPool:
     """
     A fixed number of blocks with reference counts.
 
-    Owned by the engine; one thread at a time. `drop` alone may be called from any thread, because
-    a table may be garbage-collected anywhere.
+    Used under the lock of the engine's `Memory`. `drop` alone may be called without it, because a
+    sequence may be garbage-collected on any thread at any moment.
 
     Invariants:
         1. A block is on the free list exactly when its reference count is 0.
         2. No block is on the free list twice.
-        3. A reference count is the number of times that tables hold the block.
+        3. A reference count is the number of times that tables, the cache and leases hold the block.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = list(
-            range(num_blocks - 1, -1, -1)
-        )  # a stack: what was used last is still in cache
+        # A stack: what was used last may still be in the processor's caches.
+        self._free = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
         self._dropped: deque[list[int]] = deque()
         self._changed: set[int] = set()
@@ -80,19 +59,8 @@ class BlockPool:
 
     @property
     def used_blocks(self) -> int:
-        """Return how many blocks at least one table holds."""
+        """Return how many blocks are not free."""
         return self.num_blocks - self.free_blocks
-
-    def require(self, count: int) -> None:
-        """
-        Check that *count* blocks are free.
-
-        Raises:
-            OutOfBlocksError: They are not; nothing was changed.
-        """
-        free = self.free_blocks
-        if count > free:
-            raise OutOfBlocksError(needed=count, free=free, total=self.num_blocks)
 
     def allocate(self, count: int) -> list[int]:
         """
@@ -101,7 +69,8 @@ class BlockPool:
         Raises:
             OutOfBlocksError: There are not as many; nothing was changed.
         """
-        self.require(count)
+        if count > (free := self.free_blocks):
+            raise OutOfBlocksError(needed=count, free=free, total=self.num_blocks)
         taken = [self._free.pop() for _ in range(count)]
         for block in taken:
             self._references[block] = 1
@@ -137,16 +106,19 @@ class BlockPool:
         return changed
 
     def references(self, block: int) -> int:
-        """Return how many times tables hold the block."""
+        """Return how many times the block is held."""
         return self._references[block]
 
     def is_shared(self, block: int) -> bool:
-        """Return whether more than one table holds the block."""
+        """Return whether the block is held more than once."""
         return self._references[block] > 1
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """
-        Derive all bookkeeping anew from the tables that exist, and compare.
+        Derive all bookkeeping anew, and compare.
+
+        Args:
+            tables: The blocks that each table holds; the cache and leases count as tables.
 
         Raises:
             AssertionError: An invariant does not hold.
@@ -167,105 +139,15 @@ class BlockPool:
             self.release(self._dropped.popleft())
 
 
-class BlockTable:
-    """
-    The blocks of one sequence, in order of position.
-
-    Owned by its sequence. The slots that hold KV, and how many, is for the sequence to know.
-
-    Invariants:
-        1. The table holds one reference to each of its blocks.
-        2. A block that is written is held by this table alone.
-    """
-
-    def __init__(self, pool: BlockPool, blocks: list[int] | None = None) -> None:
-        self._pool = pool
-        self._blocks = [] if blocks is None else blocks
-
-    @property
-    def blocks(self) -> Sequence[int]:
-        """Return the block numbers, in order of position; not to be changed by the caller."""
-        return self._blocks
-
-    def plan_write(self, start: int, end: int) -> WritePlan:
-        """
-        Return what writing the slots `[start, end)` takes, 0 <= start < end; changes nothing.
-
-        Slots from *start* on are given up, so only a block that keeps slots before *start* can
-        need a copy.
-        """
-        size = self._pool.block_size
-        keep, slots_before = divmod(start, size)
-        has_block = keep < len(self._blocks)
-        shared = has_block and self._pool.is_shared(self._blocks[keep])
-        if has_block and not shared:
-            keep += 1
-        return WritePlan(
-            keep=keep,
-            new_blocks=max(0, blocks_for(end, size) - keep),
-            copy_first=shared and slots_before > 0,
-        )
-
-    def prepare_write(self, start: int, end: int) -> list[tuple[int, int]]:
-        """
-        Make the slots `[start, end)` this table's own.
-
-        Returns:
-            Blocks to copy, `(source, target)`, before the write. Another table holds the source.
-
-        Raises:
-            OutOfBlocksError: There are not enough; nothing was changed.
-        """
-        plan = self.plan_write(start, end)
-        new = self._pool.allocate(plan.new_blocks)
-        replaced = self._blocks[plan.keep :]
-        self._blocks[plan.keep :] = new
-        self._pool.release(replaced)
-        return [(replaced[0], new[0])] if plan.copy_first else []
-
-    def crop(self, length: int) -> None:
-        """Give up all blocks that hold none of the first *length* slots."""
-        keep = blocks_for(length, self._pool.block_size)
-        given_up = self._blocks[keep:]
-        del self._blocks[keep:]
-        self._pool.release(given_up)
-
-    def fork(self, length: int) -> "BlockTable":
-        """Return a table over the blocks of the first *length* slots, shared."""
-        keep = blocks_for(length, self._pool.block_size)
-        if keep > len(self._blocks):
-            raise MisuseError(f"a table of {len(self._blocks)} blocks holds no {length} slots")
-        shared = self._blocks[:keep]
-        self._pool.retain(shared)
-        return BlockTable(self._pool, shared)
-
-    def replace(self, index: int, block: int) -> None:
-        """Hold another block, which holds the same KV, in place of the one at *index*."""
-        self._pool.retain([block])
-        self._pool.release([self._blocks[index]])
-        self._blocks[index] = block
-
-    def extend(self, blocks: Sequence[int]) -> None:
-        """Hold more blocks after the last, shared with whoever holds them."""
-        self._pool.retain(blocks)
-        self._blocks.extend(blocks)
-
-    def drop(self) -> None:
-        """Give up all blocks; safe from any thread, takes effect when the pool is next used."""
-        blocks, self._blocks = self._blocks, []
-        self._pool.drop(blocks)
-
-
 Key = bytes
 
 PUBLIC: Final = "*"
-"""The namespace of what is marked public, which is no client's: what is pinned in it, all others find."""
+"""The namespace of public prefixes, which no client has. What is pinned in it, all others find."""
 
 DIGEST_BYTES: Final = 4
-"""Of the digest of one token in its place: two that differ have the same one in 4 billion cases."""
+"""Length of the digest of a block up to one token. Two different ones are equal once in 4 billion cases."""
 MOST_DIGESTS: Final = 96
-"""With a name after them they are a value of LMDB that can be sorted, of at most 511 bytes."""
-
+"""Digests per block. LMDB sorts values of at most 511 bytes: these, and a name of 32 bytes after them."""
 
 _CHAIN: Final = b"recollect block"
 """Sets the names of blocks apart from whatever else is hashed with the same secret."""
@@ -280,8 +162,8 @@ def chained_key(parent: Key, token_ids: Sequence[int], secret: bytes = b"") -> K
     Args:
         parent: The name of what the block follows.
         token_ids: Its tokens, shape `(n,)`.
-        secret: At most 64 bytes; with it nobody else can try which tokens follow *parent*, although
-            both names lie on the disk for all to read.
+        secret: At most 64 bytes. Names lie on the disk for all to read; without the secret, nobody can
+            try out which tokens lead from one to another.
     """
     content = parent + _token_bytes(token_ids)
     person = _CHAIN if secret else b""  # names of plain stores and portable files stay as they were
@@ -300,25 +182,25 @@ def chained_keys(
 
 def disguised_key(key: Key, secret: bytes) -> Key:
     """
-    Return what stands for a name that was given without the secret, and cannot be traced to it.
+    Return a name to store in place of one that was made without the secret, and cannot be traced to it.
 
-    It is the name of no block, because each has tokens.
+    No block has it, because each has tokens.
     """
     return chained_key(key, (), secret)
 
 
 def branch_digests(parent: Key, token_ids: Sequence[int], secret: bytes = b"") -> bytes:
     """
-    Return a short digest for each leading part of a block, one after the other: its place in order.
+    Return a short digest for each leading part of a block, one after the other: the disk sorts by them.
 
-    Two blocks after the same one share as many leading digests as they share leading tokens. So the
-    block that has the most in common with some tokens lies next to these in the order of digests.
+    Two blocks after the same one share as many leading digests as they share leading tokens. So in this
+    order, the block that has the most in common with some tokens is a neighbour of these.
 
     Args:
         parent: The name of what the block follows.
         token_ids: Its tokens, shape `(n,)`; those after the first `MOST_DIGESTS` do not count.
-        secret: At most 64 bytes; with it, digests tell nobody else which tokens they are of, only
-            how many tokens blocks have in common.
+        secret: At most 64 bytes. With it, digests tell only how many tokens two blocks have in common,
+            and not which.
     """
     state = hashlib.blake2b(
         parent, digest_size=DIGEST_BYTES, key=secret, person=b"recollect branch"
@@ -332,12 +214,14 @@ def branch_digests(parent: Key, token_ids: Sequence[int], secret: bytes = b"") -
 
 def namespace_key(fingerprint: str, namespace: str = "", secret: bytes = b"") -> Key:
     """
-    Return the first parent of a chain: what KV depends on besides tokens, and who may see it.
+    Return the name of a namespace, which is the first parent of its blocks.
+
+    It stands for what KV depends on besides tokens, and for who may see it.
 
     Args:
         fingerprint: Of model, runtime and precision.
         namespace: Who shares.
-        secret: At most 64 bytes; with it, the name tells nobody else whose it is.
+        secret: At most 64 bytes. Without it, nobody can try out whose name it is.
     """
     content = f"{len(fingerprint)}:{fingerprint}:{namespace}".encode()
     return hashlib.blake2b(content, digest_size=32, key=secret).digest()
@@ -351,9 +235,11 @@ class Siblings(dict[tuple[int, ...], "CachedBlock"]):
     """
     The blocks after the same one, by their tokens.
 
-    Also knows the order of the tokens, in which those that have much in common are neighbours. So a
-    search costs a few comparisons, however many blocks there are; putting one in or taking one out
-    moves pointers in a list besides, 80 kB for 10,000 blocks. Only `[]=` and `del` change it.
+    The tokens are also kept in order, in which those that have much in common are neighbours. So a
+    search costs a few comparisons, however many blocks there are. Only `[]=` and `del` change it; each
+    moves pointers in a list, 80 kB for 10,000 blocks.
+
+    Invariant: the order is that of the keys, sorted.
     """
 
     __slots__ = ("_order",)
@@ -396,22 +282,19 @@ class Siblings(dict[tuple[int, ...], "CachedBlock"]):
         """
         Return the blocks whose tokens begin these, and are fewer.
 
-        What lies in order between such a part and these tokens begins with the part, too: so a part
+        Whatever lies in order between such a part and these tokens begins with the part too. So a part
         is no longer than what these tokens have in common with the block before them.
         """
         at = bisect_left(self._order, token_ids)
-        if not at:
-            return []
-        most = common_prefix_length(self._order[at - 1], token_ids)
-        parts = (self.get(token_ids[:length]) for length in range(1, most + 1))
-        return [part for part in parts if part is not None]
+        most = common_prefix_length(self._order[at - 1], token_ids) if at else 0
+        return [self[part] for n in range(1, most + 1) if (part := token_ids[:n]) in self]
 
     def check(self) -> None:
         """
-        Verify that the order is that of the blocks.
+        Verify the invariant.
 
         Raises:
-            AssertionError: It is not.
+            AssertionError: It does not hold.
         """
         assert sorted(self) == self._order, "siblings are out of order"
 
@@ -419,31 +302,37 @@ class Siblings(dict[tuple[int, ...], "CachedBlock"]):
 @dataclass(eq=False, slots=True)
 class CachedBlock:
     """
-    A block, and the prefix whose last tokens it holds.
+    A node of the tree of prefixes: a block, and the prefix whose last tokens it holds.
 
-    The root of a namespace is one too, without tokens and without a block.
+    The root of a namespace is a node too, without tokens and without a block.
     """
 
     key: Key
+    """The name of the prefix."""
     parent: "CachedBlock | None"
     token_ids: tuple[int, ...]
     block: int
     last_used: int = 0
+    """A count of uses, not a time."""
     pins: int = 0
+    """How often this node, or one below it, is pinned."""
     on_disk: bool = False
     """Whether the tier below has it, as far as is known."""
     children: Siblings = field(default_factory=Siblings)
     held: bool = False
-    """Whether it stays for a reason of its own, as far as `EvictionOrder` was told."""
+    """Whether it is pinned or a table holds its block, as far as `EvictionOrder` was told."""
     staying_children: int = 0
     """How many of its children stay."""
-    queued: bool = False
-    """Whether `EvictionOrder` has it among those that may go next."""
 
     @property
     def stays(self) -> bool:
-        """Return whether it cannot be given up: because of itself, or of something that follows it."""
+        """Return whether it cannot be evicted: it is held, or something below it stays."""
         return self.held or self.staying_children > 0
+
+    @property
+    def in_tree(self) -> bool:
+        """Return whether it was not removed from its parent; a root is in no tree."""
+        return self.parent is not None and self.parent.children.get(self.token_ids) is self
 
     def path(self) -> "list[CachedBlock]":
         """Return the blocks from the first of the prefix to this one, without the root."""
@@ -455,53 +344,47 @@ class CachedBlock:
         return blocks[::-1]
 
 
-_SPARE: Final = 64
-"""Of what is in the heap and gone from the tree: below that, cleaning up is not worth it."""
+_FEW: Final = 64
+"""Entries of the heap that may stand for nothing: below that, cleaning up is not worth it."""
 
 
 class EvictionOrder:
     """
-    The places in a tree of blocks in the order in which they are given up.
+    The nodes of a tree in the order in which they are evicted: leaves first, the oldest of them first.
 
-    Owned by the prefix cache, which tells it what comes, goes, and is held.
+    Owned by the prefix cache, which says what comes, goes, and is held. Each change costs a few steps,
+    and the next node to evict the logarithm of how many there are: nothing here walks the tree.
 
     Invariants:
-        1. A place stays where it is held, or a place that follows it stays; each knows how many of
-           its children do.
-        2. The staying places of each block are counted.
-        3. A place that can go at once, because it does not stay and nothing follows it, is in the heap
-           once, under a time no later than its last use.
+        1. Each node knows how many of its children stay.
+        2. The staying nodes of each block are counted.
+        3. A leaf that does not stay is in the heap, under a time no later than its last use. What else
+           is in the heap is skipped when it comes up.
     """
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, CachedBlock]] = []
-        self._numbers = itertools.count()  # so that no two blocks are compared
-        self._staying: Counter[int] = Counter()  # places, by block
-        self._places = 0
+        self._numbers = itertools.count()  # so that no two nodes are compared
+        self._most_entries = _FEW
+        self._staying: Counter[int] = Counter()  # nodes, by block
 
     @property
     def staying_blocks(self) -> int:
-        """Return how many blocks have a place that cannot be given up."""
+        """Return how many blocks have a node that cannot be evicted."""
         return len(self._staying)
 
-    def add(self, cached: CachedBlock) -> None:
-        """Take note of a new place, which somebody holds."""
-        self._places += 1
-        self.hold(cached, held=True)
-
     def remove(self, cached: CachedBlock) -> None:
-        """Take note of a place that is gone from the tree; nothing followed it."""
-        self._places -= 1
+        """Take note of a node that is gone from the tree; nothing was below it."""
         self.hold(cached, held=False)
         if cached.parent is not None:
             self._offer(cached.parent)
 
     def hold(self, cached: CachedBlock, *, held: bool) -> None:
         """
-        Take note of whether a place is held for a reason of its own.
+        Take note of whether a node is held.
 
-        Goes up as far as that changes what stays: not at all where what it follows stays anyway, as
-        under a table, which holds all blocks of a prefix.
+        Goes up the tree as far as that changes what stays. Under a block table, which holds all blocks
+        of a prefix, that is not even one step.
         """
         before = cached.stays
         cached.held = held
@@ -517,47 +400,41 @@ class EvictionOrder:
             node = parent
 
     def pop(self) -> CachedBlock | None:
-        """Return the place that goes next, which the caller removes; None where all stay."""
+        """Return the node to evict next, which the caller removes; None where all stay."""
         while self._heap:
             last_used, _, cached = heapq.heappop(self._heap)
-            cached.queued = False
-            if not _can_go(cached):
-                continue
-            if cached.last_used == last_used:
-                return cached
-            self._offer(cached)  # it was used since
+            if _can_go(cached):
+                if cached.last_used == last_used:
+                    return cached
+                self._offer(cached)  # it was used since
         return None
 
-    def check(self, places: Iterable[CachedBlock], held: Collection[CachedBlock]) -> None:
+    def check(self, nodes: Sequence[CachedBlock], held: Collection[CachedBlock]) -> None:
         """
         Derive everything anew, and compare.
 
         Args:
-            places: All of the tree, parents before children.
-            held: Those that are held for a reason of their own.
+            nodes: All of the tree, parents before children.
+            held: Those that are held.
 
         Raises:
             AssertionError: An invariant does not hold.
         """
-        placed = list(places)
-        assert len(placed) == self._places, "the places are not counted right"
         staying: set[CachedBlock] = set()
         children: Counter[CachedBlock | None] = Counter()
-        for cached in reversed(placed):
+        for cached in reversed(nodes):
             if cached in held or children[cached]:
                 staying.add(cached)
                 children[cached.parent] += 1
-        for cached in placed:
+        times: dict[CachedBlock, int] = {}
+        for last_used, _, cached in self._heap:
+            times[cached] = min(last_used, times.get(cached, last_used))
+        for cached in nodes:
             assert cached.held == (cached in held), "it is not known who holds a block"
-            assert cached.staying_children == children[cached], "what follows stays, or does not"
-        assert self._staying == Counter(c.block for c in staying), "what stays is counted wrong"
-        queued = Counter(cached for _, _, cached in self._heap)
-        assert max(queued.values(), default=1) == 1, "a block may go twice"
-        times = {cached: last_used for last_used, _, cached in self._heap}
-        for cached in placed:
-            assert cached.queued == (cached in queued), "what may go is noted wrong"
+            assert cached.staying_children == children[cached], "what is below stays, or does not"
             if _can_go(cached):
                 assert times.get(cached, cached.last_used + 1) <= cached.last_used, "it never goes"
+        assert self._staying == Counter(c.block for c in staying), "what stays is counted wrong"
 
     def _count(self, block: int, *, stays: bool) -> None:
         self._staying[block] += 1 if stays else -1
@@ -565,24 +442,16 @@ class EvictionOrder:
             del self._staying[block]
 
     def _offer(self, cached: CachedBlock) -> None:
-        """Put a place into the heap, where it can go and is not there yet."""
-        if cached.queued or not _can_go(cached):
+        """Put a node into the heap, where it can be evicted; it may be there already."""
+        if not _can_go(cached):
             return
-        if len(self._heap) > 2 * self._places + _SPARE:
-            self._clean_up()
-        cached.queued = True
+        if len(self._heap) > self._most_entries:
+            waiting = {one for _, _, one in self._heap if _can_go(one)}
+            self._heap = [(one.last_used, next(self._numbers), one) for one in waiting]
+            heapq.heapify(self._heap)
+            self._most_entries = 2 * len(waiting) + _FEW
         heapq.heappush(self._heap, (cached.last_used, next(self._numbers), cached))
-
-    def _clean_up(self) -> None:
-        """Let go of what is gone from the tree, which may be most of the heap."""
-        for _, _, cached in self._heap:
-            cached.queued = _can_go(cached)
-        self._heap = [one for one in self._heap if one[2].queued]
-        heapq.heapify(self._heap)
 
 
 def _can_go(cached: CachedBlock) -> bool:
-    parent = cached.parent
-    if parent is None or cached.children or cached.stays:
-        return False
-    return parent.children.get(cached.token_ids) is cached
+    return not cached.children and not cached.stays and cached.in_tree

@@ -1,37 +1,49 @@
 """
-Blocks on disk, found by the name of the prefix that they end: the tier below memory.
+Blocks of KV on disk, found by the name of the prefix that they end; with pins and replies.
 
-Knows keys, tokens and bytes; neither the runtime that the bytes are for nor when to read or write.
+Keeps to a budget, checks what is read, and counts misses. Knows keys, tokens and bytes; neither the
+runtime that the bytes are for nor when to read or write. How the tables hang together is in `tables`.
 """
 
+import heapq
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from recollect.errors import StoreFullError
-from recollect.kv import accounts
-from recollect.kv.accounts import TABLES, bring_up_to_date, names_are_open
-from recollect.kv.blocks import DIGEST_BYTES, Key, branch_digests, chained_key
-from recollect.kv.environment import Environment, Transaction, translated
+from recollect.kv.blocks import (
+    DIGEST_BYTES,
+    Key,
+    chained_key,
+    disguised_key,
+    namespace_key,
+)
+from recollect.kv.environment import Environment, translated
 from recollect.kv.record import (
     Buffer,
     Entry,
     Identity,
+    Pin,
     Refused,
     Sealer,
+    StoredReply,
     entry_size,
     pack_block,
-    pack_entry,
+    pack_reply,
+    reply_last_used,
     touched,
     unpack_block,
-    unpack_entry,
+    unpack_reply,
 )
-from recollect.kv.rewriting import Resealing
+from recollect.kv.tables import TABLES, Tables
+from recollect.kv.upgrade import Resealing, bring_up_to_date
 from recollect.types import MissReason, common_prefix_length
 
 STORE_FOLDER: Final = "kv"
@@ -40,13 +52,20 @@ PAGE_BYTES: Final = 4096
 _PAGE_HEAD: Final = 16
 """What LMDB puts before a value that has pages of its own. Source: lmdb, mdb.c, PAGEHDRSZ."""
 _LIVE_SHARE: Final = 7 / 8
-"""Of the budget; the rest is for pages that LMDB has not taken back yet, so the file stays within it."""
+"""Share of the budget for blocks; the rest is for pages that LMDB cannot use again yet, so that the
+file stays within the budget."""
 _LEAST_SHARE: Final = 1 / 2
-"""Of the budget, for what is live, however large the file has become."""
+"""Share of the budget that blocks may take however large the file has become."""
 _EVICT_SHARE: Final = 1 / 16
-"""Of the budget, given up beyond what is needed: looking for what to give up reads all entries."""
+"""Share of the budget that is evicted beyond what is needed, since choosing reads all entries."""
 RESERVED_BYTES: Final = 256 << 20
-"""Room on the disk that is left to others."""
+"""Room that is left free on the disk for others."""
+
+_MOST_REPLIES: Final = 100_000
+_BYTES_PER_REPLY: Final = 1 << 16
+"""One reply may be remembered for so many bytes of the budget; it takes a few thousand at most."""
+_REPLIES_EVICTED: Final = 1 / 4
+"""Share of the replies that are evicted at once: finding the oldest reads all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +86,18 @@ class Found:
 
     entries: list[Entry]
     last_tokens: int = 0
-    """Leading tokens of the last entry that match: all, or a part of it."""
+    """How many leading tokens of the last entry match: all of them, or a part."""
     is_all: bool = True
-    """Whether there is no more than that."""
+    """Whether nothing more is stored; False where the search ended at *most* blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSize:
+    """How much of a pinned prefix is stored."""
+
+    blocks: int
+    tokens: int
+    stored_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +105,24 @@ class Written:
     """What a write has done."""
 
     stored: set[Key]
-    """Of the blocks given, those that are on disk now."""
+    """Those of the given blocks that are on disk now."""
     blocks: int
-    """That are new."""
+    """How many of them are new."""
     stored_bytes: int
-    """That they take."""
+    """What the new ones take."""
 
 
 class DiskStore:
     """
-    What of KV lies in a folder, for all models, namespaces and processes.
+    The KV in a folder, of all models, namespaces and processes.
 
-    Safe from any thread. Every value is checked when it is read, and what is not as it was written
-    is a miss with a counted reason.
+    Safe from any thread. Every value is checked when it is read; one that is not as it was written is a
+    miss with a counted reason.
 
-    Invariants (`disk_audit.problems` verifies them):
+    Each method raises `StoreError` where the files cannot be read or written; one that writes has changed
+    nothing then.
+
+    Invariants (`maintenance.problems` verifies them):
         1. An entry's key is the chained hash of its parent and its tokens.
         2. An entry's parent is an entry or a root, and has it among what follows it, in the place
            that its digests give.
@@ -110,44 +141,51 @@ class DiskStore:
         self.folder: Final = folder
         self.budget_bytes: Final = budget_bytes
         self.misses: Counter[MissReason] = Counter()
-        """By reason, in this process."""
+        """Misses of this process by reason."""
         self.evicted_blocks = 0
         self._refused: set[Key] = set()
-        self._sealer = sealer
+        self.sealer: Final = sealer
+        """Encrypts what is stored; None: nothing does."""
         self.clock: Final = clock
-        self._env = Environment.open(
+        self.env: Final = Environment.open(
             folder,
             least_bytes=budget_bytes,
             tables=TABLES,
             upgrade=None if sealer is None else Resealing(sealer, self._free_bytes),
         )
         try:
-            bring_up_to_date(self._env, sealer)
-            with self._env.reading() as txn:
-                names_are_keyed = not names_are_open(txn, self._env)
+            bring_up_to_date(self.env, sealer)
+            with self.reading() as tables:
+                names_are_keyed = not tables.names_are_open()
             self.root_secret: Final = b"" if sealer is None else sealer.name_secret
             """For the names of namespaces, `namespace_key`."""
             self.chain_secret: Final = self.root_secret if names_are_keyed else b""
             """For the names of blocks, `chained_key`; none where an earlier version gave them."""
-            self._seal_pins()
-            self._ceiling = max(budget_bytes, self._env.file_bytes)
+            self._ceiling = max(budget_bytes, self.env.file_bytes)
         except BaseException:
-            self._env.close()
+            self.env.close()
             raise
 
-    @property
-    def env(self) -> Environment:
-        """Return the files, for accounts and audits."""
-        return self._env
-
-    @property
-    def sealer(self) -> Sealer | None:
-        """Return what encrypts; None: nothing does."""
-        return self._sealer
-
     def close(self) -> None:
-        """Give the files back."""
-        self._env.close()
+        """Give the files back; the store must not be used afterwards."""
+        self.env.close()
+
+    @contextmanager
+    def reading(self) -> Iterator[Tables]:
+        """Show one state of the tables."""
+        with self.env.reading() as txn:
+            yield Tables(txn, self.env.tables, self.sealer)
+
+    @contextmanager
+    def writing(self) -> Iterator[Tables]:
+        """
+        Change the tables, all or nothing; what was written is on the disk when this returns.
+
+        Raises:
+            StoreFullError: There is no room; nothing was changed.
+        """
+        with self.env.writing() as txn:
+            yield Tables(txn, self.env.tables, self.sealer)
 
     def find(
         self,
@@ -167,24 +205,21 @@ class DiskStore:
             block_size: Tokens in a whole block.
             inside_block: Whether a part of a block may be reused.
             most: How many blocks to look for; None: as many as there are.
-
-        Raises:
-            StoreError: The files cannot be read.
         """
         entries: list[Entry] = []
         start = 0
-        with self._env.reading() as txn:
+        with self.reading() as tables:
             while start + block_size <= len(token_ids):
                 if len(entries) == most:
                     return Found(entries, block_size if entries else 0, is_all=False)
                 key = chained_key(after, token_ids[start : start + block_size], self.chain_secret)
-                entry = self._entry(txn, key)
+                entry = self._entry(tables, key)
                 if entry is None:
                     break
                 entries.append(entry)
                 after, start = key, start + block_size
             rest = token_ids[start : start + block_size]
-            best, longest = self._best_child(txn, after, rest) if inside_block else (None, 0)
+            best, longest = self._best_child(tables, after, rest) if inside_block else (None, 0)
         if best is not None:
             return Found([*entries, best], longest)
         return Found(entries, block_size if entries else 0)
@@ -198,23 +233,20 @@ class DiskStore:
         Stops at the first that is not.
 
         Args:
-            identity: What they have to be of.
+            identity: The identity that they have to have.
             entries: What `find` returned.
             take: Called with (index, payload); the payload is a view that ends with the call.
-
-        Raises:
-            StoreError: The files cannot be read.
         """
         digest = identity.digest()
-        with self._env.reading() as txn:
+        with self.reading() as tables:
             for number, entry in enumerate(entries):
-                stored = txn.get(entry.key, db=self._env.table("blocks"))
+                stored = tables.get("blocks", entry.key)
                 if stored is None:
                     self._refuse(entry.key, "missing")
                     return number
                 try:
                     count = len(entry.token_ids)
-                    payload = unpack_block(entry.key, digest, count, stored, self._sealer)
+                    payload = unpack_block(entry.key, digest, count, stored, self.sealer)
                 except Refused as refused:
                     self._refuse(entry.key, refused.reason)
                     return number
@@ -229,83 +261,155 @@ class DiskStore:
 
         Raises:
             StoreFullError: There is no room, or the disk has none. Nothing was changed.
-            StoreError: The files cannot be written. Nothing was changed.
         """
-        with self._env.reading() as txn:
-            new = [block for block in blocks if not self._is_stored(txn, block.key)]
+        with self.reading() as tables:
+            new = [block for block in blocks if not tables.has_block(block.key)]
         packed = {block.key: self._packed(identity, block) for block in new}
         needed = sum(stored_bytes(len(value)) for value in packed.values())
         if self._free_bytes() < needed:
             raise StoreFullError(f"The disk of {self.folder} is nearly full: make room on it.")
         if needed:
-            # Pages that were given up are free for the next transaction, not for the same one.
+            # In a transaction of its own: LMDB uses the pages of what is evicted only in later ones.
             self._make_room(needed, {block.parent for block in new})
         return self._write(identity, blocks, packed)
 
-    def touch(self, keys: Iterable[Key]) -> None:
+    def reply_name(self, fingerprint: str, namespace: str, message_key: bytes) -> Key:
         """
-        Note that blocks were used, and so what they follow.
+        Return the name of a reply: its place in a conversation, for one model and one namespace.
+
+        In an encrypted store the name does not tell others which text it is of.
+
+        Args:
+            fingerprint: Of the model whose token ids they are.
+            namespace: Who may find it.
+            message_key: `Node.key`: a hash of all that was said, up to the reply.
+        """
+        root = namespace_key(fingerprint, namespace, self.root_secret)
+        name = blake2b(root + message_key, digest_size=32, person=b"recollect reply").digest()
+        return disguised_key(name, self.chain_secret) if self.chain_secret else name
+
+    def remember(self, replies: Mapping[Key, StoredReply]) -> None:
+        """
+        Store the token ids of replies, and evict the oldest replies where there are too many.
+
+        A client that sends a conversation as text sends replies as text, and encoding that again may
+        give other ids than were generated, so that their KV would not be found.
 
         Raises:
-            StoreError: The files cannot be written.
+            StoreFullError: There is no room. Nothing was changed.
         """
-        now, entries = self.clock(), self._env.table("entries")
-        with self._env.writing() as txn:
+        now = self.clock()
+        with self.writing() as tables:
+            for name, reply in replies.items():
+                tables.put("replies", name, pack_reply(name, reply, now, self.sealer))
+            most = max(1, min(_MOST_REPLIES, self.budget_bytes // _BYTES_PER_REPLY))
+            excess = tables.count("replies") - most
+            if excess > 0:
+                ages = ((reply_last_used(value), name) for name, value in tables.rows("replies"))
+                for _, name in heapq.nsmallest(excess + int(most * _REPLIES_EVICTED), ages):
+                    tables.delete("replies", name)
+
+    def recall(self, name: Key) -> StoredReply | None:
+        """Return the reply of that name; None where there is none, or it is not as it was written."""
+        with self.reading() as tables:
+            stored = tables.get("replies", name)
+            try:
+                return None if stored is None else unpack_reply(name, stored, self.sealer)
+            except Refused:
+                return None
+
+    def touch(self, keys: Iterable[Key]) -> None:
+        """Note that blocks were used, and so what they follow."""
+        now = self.clock()
+        with self.writing() as tables:
             for key in keys:
-                stored = txn.get(key, db=entries)
+                stored = tables.get("entries", key)
                 if stored is not None:
-                    txn.put(key, touched(key, stored, now), db=entries)
+                    tables.put("entries", key, touched(key, stored, now))
 
     def take_refused(self) -> set[Key]:
-        """Return the keys of blocks that were not as they were written, once; they are best removed."""
+        """Return each key of a block that was not as it was written, once, for the caller to remove."""
         refused, self._refused = self._refused, set()
         return refused
 
     def remove(self, keys: Iterable[Key]) -> int:
-        """
-        Remove blocks and all that follow them; return how many.
-
-        Raises:
-            StoreError: The files cannot be written.
-        """
-        with self._env.writing() as txn:
-            return self._remove_all(txn, self._with_followers(txn, keys))
+        """Remove blocks and all that follow them; return how many."""
+        with self.writing() as tables:
+            return tables.remove_all(tables.with_followers(keys))
 
     def evict(self, wanted_bytes: int) -> int:
-        """
-        Give up the least recently used tails until that many bytes are free; return the bytes.
-
-        Raises:
-            StoreError: The files cannot be written.
-        """
-        with self._env.writing() as txn:
-            return self._evict(txn, wanted_bytes)
+        """Evict the least recently used tails until that many bytes are free; return how many are."""
+        with self.writing() as tables:
+            return self._evict(tables, wanted_bytes)
 
     def clear(self, *, pinned: bool = False) -> int:
         """
-        Remove everything but what is pinned, or that too; return how many blocks were.
-
-        Raises:
-            StoreError: The files cannot be written.
+        Remove all replies and all blocks that are not pinned, with *pinned* those too; return how many.
         """
-        with self._env.writing() as txn:
-            keep = set() if pinned else accounts.pinned_keys(txn, self._env)
+        with self.writing() as tables:
+            keep = set() if pinned else tables.pinned_keys()
             if pinned:
-                txn.drop(self._env.table("pins"), delete=False)
-            keys = [bytes(key) for key, _ in txn.cursor(self._env.table("entries"))]
-            going = [key for key in keys if key not in keep]
-            self._remove_all(txn, going)
-            txn.drop(self._env.table("replies"), delete=False)
+                tables.empty("pins")
+            going = [key for key, _ in tables.rows("entries") if key not in keep]
+            tables.remove_all(going)
+            tables.empty("replies")
             return len(going)
 
-    def _seal_pins(self) -> None:
-        if self._sealer is None or self._env.is_read_only:
-            return
-        with self._env.reading() as txn:
-            has_plain = accounts.has_plain_pins(txn, self._env)
-        if has_plain:
-            with self._env.writing() as txn:
-                accounts.seal_pins(txn, self._env, self._sealer)
+    def pins(self) -> list[Pin]:
+        """Return all pins by name."""
+        with self.reading() as tables:
+            return tables.pins()
+
+    def find_pin(self, name: str) -> Pin | None:
+        """Return the pin of that name; None where there is none."""
+        with self.reading() as tables:
+            return tables.find_pin(name)
+
+    def add_pin(self, pin: Pin) -> bool:
+        """
+        Protect a prefix from eviction, which may not be stored yet; return whether the name was free.
+        """
+        with self.writing() as tables:
+            return tables.add_pin(pin)
+
+    def drop_pin(self, name: str) -> bool:
+        """Allow a prefix to be evicted again; return whether it was pinned."""
+        with self.writing() as tables:
+            return tables.drop_pin(name)
+
+    def drop_pins(self, about: Mapping[str, Any]) -> list[str]:
+        """Drop all pins that were made with these values; return their names."""
+        with self.writing() as tables:
+            pins = tables.pins()
+            names = [pin.name for pin in pins if about.items() <= pin.about.items()]
+            for name in names:
+                tables.drop_pin(name)
+            return names
+
+    def size_of(self, pin: Pin) -> StoredSize:
+        """Return how much of a pinned prefix is stored: all of it, unless something was damaged."""
+        heads = []
+        with self.reading() as tables:
+            key = pin.tail
+            while (head := tables.head(key)) is not None:
+                heads.append(head)
+                key = head.parent
+        return StoredSize(
+            blocks=len(heads),
+            tokens=sum(head.tokens for head in heads),
+            stored_bytes=sum(head.stored_bytes for head in heads),
+        )
+
+    def pinned_bytes(self) -> int:
+        """Return what all pinned prefixes take, shared blocks counted once."""
+        with self.reading() as tables:
+            heads = (tables.head(key) for key in tables.pinned_keys())
+            return sum(head.stored_bytes for head in heads if head is not None)
+
+    def has_blocks(self, keys: Iterable[Key]) -> bool:
+        """Return whether each of these blocks has an entry; none is read."""
+        with self.reading() as tables:
+            return all(tables.has_block(key) for key in keys)
 
     def _free_bytes(self) -> int:
         """Return how much of the disk may be taken."""
@@ -314,58 +418,58 @@ class DiskStore:
 
     def _packed(self, identity: Identity, block: NewBlock) -> bytearray:
         count = len(block.token_ids)
-        return pack_block(block.key, identity.digest(), count, block.payload, self._sealer)
+        return pack_block(block.key, identity.digest(), count, block.payload, self.sealer)
 
     def _write(
         self, identity: Identity, blocks: Sequence[NewBlock], packed: dict[Key, bytearray]
     ) -> Written:
         stored: set[Key] = set()
         sizes: list[int] = []
-        with self._env.writing() as txn:
-            accounts.note_identity(txn, self._env, identity)
-            pinned = cache(lambda: accounts.pinned_tails(txn, self._env))  # reads all pins
+        with self.writing() as tables:
+            tables.note_identity(identity)
+            pinned = cache(tables.pinned_tails)  # reads all pins
             for block in blocks:
-                if self._is_stored(txn, block.key):
+                if tables.has_block(block.key):
                     stored.add(block.key)
                 elif block.key not in packed:
-                    continue  # another process has given it up meanwhile
-                elif block.follows_root or self._is_stored(txn, block.parent):
-                    sizes.append(self._put(txn, identity, block, packed[block.key], pinned))
+                    continue  # another process has evicted it meanwhile
+                elif block.follows_root or tables.has_block(block.parent):
+                    sizes.append(self._put(tables, identity, block, packed[block.key], pinned))
                     stored.add(block.key)
-            excess = accounts.total_bytes(txn, self._env) - self._most_bytes()
+            excess = tables.total_bytes() - self._most_bytes()
             if excess > 0:  # another process wrote meanwhile
-                self._evict(txn, excess + int(self.budget_bytes * _EVICT_SHARE))
-                stored = {key for key in stored if self._is_stored(txn, key)}
+                self._evict(tables, excess + int(self.budget_bytes * _EVICT_SHARE))
+                stored = {key for key in stored if tables.has_block(key)}
         return Written(stored, len(sizes), sum(sizes))
 
     def _most_bytes(self) -> int:
         """
-        Return what blocks may take.
+        Return how many bytes blocks may take.
 
-        Less where the file has outgrown its budget since it was opened: values need pages in a row,
-        and free ones may not be. It grows no more once enough are free.
+        Less where the file has outgrown its budget since it was opened: a value needs pages in a row,
+        and those that are free may not be. Once enough are free, the file grows no more.
         """
-        outgrown = max(0, self._env.file_bytes - self._ceiling)
+        outgrown = max(0, self.env.file_bytes - self._ceiling)
         least, most = (int(self.budget_bytes * share) for share in (_LEAST_SHARE, _LIVE_SHARE))
         return max(least, most - outgrown)
 
     def _make_room(self, needed: int, parents: set[Key]) -> None:
         """
-        Give up as much as a write needs, but nothing of what it follows.
+        Evict as much as a write needs, but nothing of what it follows.
 
         Raises:
             StoreFullError: That is not enough.
         """
         most = self._most_bytes()
-        with self._env.reading() as txn:
-            excess = accounts.total_bytes(txn, self._env) + needed - most
+        with self.reading() as tables:
+            excess = tables.total_bytes() + needed - most
         if excess <= 0:
             return
         freed = 0
         if needed <= most:
-            with self._env.writing() as txn:
+            with self.writing() as tables:
                 wanted = excess + int(self.budget_bytes * _EVICT_SHARE)
-                freed = self._evict(txn, wanted, keep=parents)
+                freed = self._evict(tables, wanted, keep=parents)
         if freed < excess:
             raise StoreFullError(
                 f"The KV store in {self.folder} is full: {needed:,} bytes more are needed, and "
@@ -374,17 +478,17 @@ class DiskStore:
 
     def _put(
         self,
-        txn: Transaction,
+        tables: Tables,
         identity: Identity,
         block: NewBlock,
         packed: bytearray,
         pinned: Callable[[], set[Key]],
     ) -> int:
-        """Store one block in place of those that it covers; return what it takes."""
-        digests = self._digests(block.parent, block.token_ids)
-        for part in self._parts(txn, block, digests):
+        """Store a block in the place of those that hold a part of its tokens; return the bytes it takes."""
+        digests = tables.digests(block.parent, block.token_ids)
+        for part in self._parts(tables, block, digests):
             if part not in pinned():
-                self._remove(txn, part)
+                tables.remove(part)
         size = stored_bytes(len(packed)) + entry_size(len(block.token_ids))
         entry = Entry(
             key=block.key,
@@ -395,24 +499,17 @@ class DiskStore:
             stored_bytes=size,
             digests=digests,
         )
-        txn.put(block.key, packed, db=self._env.table("blocks"))
-        txn.put(block.key, pack_entry(entry, self._sealer), db=self._env.table("entries"))
-        txn.put(block.parent, digests + block.key, db=self._env.table("siblings"), dupdata=True)
-        accounts.add_bytes(txn, self._env, size)
+        tables.put_block(entry, packed)
         return size
 
-    def _is_stored(self, txn: Transaction, key: Key) -> bool:
-        return txn.get(key, db=self._env.table("entries")) is not None
-
-    def _entry(self, txn: Transaction, key: Key) -> Entry | None:
-        """Return what is known of a block; None, and counted, where it is not what was written."""
-        stored = txn.get(key, db=self._env.table("entries"))
-        if stored is None:
-            return None
+    def _entry(self, tables: Tables, key: Key) -> Entry | None:
+        """Return the entry of a block; None where there is none, or a miss was counted for it."""
         try:
-            entry = unpack_entry(key, stored, self._sealer)
+            entry = tables.entry(key)
         except Refused as refused:
             self._refuse(key, refused.reason)
+            return None
+        if entry is None:
             return None
         if chained_key(entry.parent, entry.token_ids, self.chain_secret) != key:
             self._refuse(key, "key")
@@ -423,29 +520,8 @@ class DiskStore:
         self.misses[reason] += 1
         self._refused.add(key)
 
-    def _digests(self, parent: Key, token_ids: Sequence[int]) -> bytes:
-        return branch_digests(parent, token_ids, self.root_secret)
-
-    def _followers(self, txn: Transaction, key: Key) -> list[Key]:
-        cursor = txn.cursor(self._env.table("siblings"))
-        if not cursor.set_key(key):
-            return []
-        return [bytes(row)[-len(key) :] for row in cursor.iternext_dup()]
-
-    def _neighbours(self, txn: Transaction, parent: Key, digests: bytes) -> list[bytes]:
-        """Return what lies before and after a place in the order of what follows a block."""
-        cursor = txn.cursor(self._env.table("siblings"))
-        rows: list[bytes] = []
-        if cursor.set_range_dup(parent, digests):
-            rows.append(bytes(cursor.value()))
-            if cursor.prev_dup():
-                rows.append(bytes(cursor.value()))
-        elif cursor.set_key(parent) and cursor.last_dup():
-            rows.append(bytes(cursor.value()))
-        return rows
-
     def _best_child(
-        self, txn: Transaction, parent: Key, token_ids: Sequence[int]
+        self, tables: Tables, parent: Key, token_ids: Sequence[int]
     ) -> tuple[Entry | None, int]:
         """
         Return the block after *parent* that begins with the most of these tokens, and how many.
@@ -454,62 +530,33 @@ class DiskStore:
         """
         best: Entry | None = None
         longest = 0
-        if not token_ids or not self._env.has_table("siblings"):
+        if not token_ids or "siblings" not in tables:
             return best, longest
-        for row in self._neighbours(txn, parent, self._digests(parent, token_ids)):
-            entry = self._entry(txn, row[-len(parent) :])
+        for row in tables.neighbours(parent, tables.digests(parent, token_ids)):
+            entry = self._entry(tables, row[-len(parent) :])
             length = 0 if entry is None else common_prefix_length(token_ids, entry.token_ids)
             if length > longest:
                 best, longest = entry, length
         return best, longest
 
-    def _parts(self, txn: Transaction, block: NewBlock, digests: bytes) -> list[Key]:
+    def _parts(self, tables: Tables, block: NewBlock, digests: bytes) -> list[Key]:
         """
         Return the stored blocks whose tokens begin a new one's, and are fewer.
 
         What lies in order between a part and the block begins with the part, too: so a part is no
         longer than what the block has in common with one of its neighbours.
         """
-        rows = self._neighbours(txn, block.parent, digests)
+        rows = tables.neighbours(block.parent, digests)
         shared = max((common_prefix_length(row, digests) for row in rows), default=0)
         most = min(len(block.token_ids) - 1, shared // DIGEST_BYTES)
         parts = (block.token_ids[:count] for count in range(1, most + 1))
         keys = [chained_key(block.parent, part, self.chain_secret) for part in parts]
-        return [key for key in keys if self._is_stored(txn, key)]
+        return [key for key in keys if tables.has_block(key)]
 
-    def _with_followers(self, txn: Transaction, keys: Iterable[Key]) -> list[Key]:
-        """Return blocks and all that follow them, each once."""
-        found: dict[Key, None] = {}
-        pending = list(keys)
-        while pending:
-            key = pending.pop()
-            if key not in found:
-                found[key] = None
-                pending += self._followers(txn, key)
-        return list(found)
-
-    def _remove_all(self, txn: Transaction, keys: Collection[Key]) -> int:
-        """Remove blocks, damaged ones too; return how many were there."""
-        lost = [key for key in keys if not self._remove(txn, key)]
-        return len(keys) - len(lost) + accounts.remove_damaged(txn, self._env, lost)
-
-    def _remove(self, txn: Transaction, key: Key) -> bool:
-        """Remove a block whose entry is sound; return whether it is one."""
-        head = accounts.sound_head(key, txn.get(key, db=self._env.table("entries")))
-        if head is None:
-            return False
-        txn.delete(key, db=self._env.table("entries"))
-        txn.delete(key, db=self._env.table("blocks"))
-        txn.delete(head.parent, head.digests + key, db=self._env.table("siblings"))
-        accounts.add_bytes(txn, self._env, -head.stored_bytes)
-        return True
-
-    def _evict(self, txn: Transaction, wanted_bytes: int, *, keep: Iterable[Key] = ()) -> int:
+    def _evict(self, tables: Tables, wanted_bytes: int, *, keep: Iterable[Key] = ()) -> int:
         freed = 0
-        for key, size in accounts.tails_first(txn, self._env, keep):
-            if freed >= wanted_bytes:
-                break
-            self.evicted_blocks += self._remove(txn, key)
+        for key, size in tables.to_evict(wanted_bytes, keep):
+            self.evicted_blocks += tables.remove(key)
             freed += size
         return freed
 

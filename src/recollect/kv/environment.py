@@ -1,18 +1,23 @@
 """
-An LMDB environment that several stores of a process and several processes share.
+The LMDB file of a store: opened, shared, written, put aside where it is damaged, replaced by a new one.
 
-Knows transactions, sizes and what can go wrong with the files; nothing of what is in them.
+Several stores of a process and several processes share one. Knows transactions, sizes and what can go
+wrong with the files; nothing of what is in the tables. The one place that opens LMDB files, apart from
+the new file that `upgrade` writes.
 """
 
 import errno
 import logging
 import os
+import shutil
+import struct
+import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, sleep, time
 from typing import Any, Final, Protocol
 
 import lmdb
@@ -25,13 +30,18 @@ from recollect.errors import (
 )
 from recollect.kv.pages import DamagedPagesError, walk
 
+try:
+    import fcntl
+except ImportError:  # Windows, which lets nobody replace a file that is open
+    fcntl = None  # type: ignore[assignment]
+
 Transaction = Any  # lmdb.Transaction: the library has no types
 
 _log: Final = logging.getLogger(__name__)
 
 _MOST_READERS: Final = 1024
 _NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-"""EIO: what LMDB makes of a write that was cut short."""
+"""Errors of a disk without room; LMDB reports a write that was cut short as EIO."""
 _NOT_WRITABLE: Final = {errno.EROFS, errno.EACCES, errno.EPERM}
 _UNREADABLE: Final = (
     lmdb.InvalidError,
@@ -41,52 +51,53 @@ _UNREADABLE: Final = (
     DamagedPagesError,
 )
 _MAP_BYTES: Final = 1 << 40
-"""Of address space, which costs nothing. A map that never grows need not be moved under readers."""
+"""Address space, which costs nothing. A map that never grows need not be moved while others read."""
 DATA: Final = "data.mdb"
 ASIDE: Final = ".damaged-"
-"""Between the name of a store and the time, where a damaged one was put aside."""
+"""Between the name of a store and the time in the name of a damaged one that was put aside."""
 DAMAGED: Final = "damaged"
-"""The name of a file that says so."""
-SORTED_VALUES: Final = {"siblings"}
+"""Name of the file that tells whoever opens the store next that it is damaged."""
+_SORTED_VALUES: Final = {"siblings"}
 """Tables that have several values for a key."""
 _WALKS: Final = 100
-"""Of finding the state that a transaction shows, while other processes write."""
+"""Tries to find the state that a transaction shows while other processes write."""
 
 WAIT_S: Final = 5.0
-"""For others to close a file that has to be replaced: a command that only looks at it takes less."""
+"""How long to wait for others to close a file that has to be replaced; a command that reads takes less."""
 _PAUSE_S: Final = 0.05
+"""Between two tries."""
+
+_LOCK: Final = "lock.mdb"
+_MOST_TABLES: Final = 16
+"""More than any version has had."""
+_SPARE_BYTES: Final = 1 << 20
+"""Address space beyond the file, for the transactions that end a copy."""
+_SCRATCH: Final = "compact-"
+"""Begins the name of the folder of a new file; a process that is killed leaves it behind."""
 
 _open: dict[Path, "Environment"] = {}
 """Process-wide, because LMDB forbids to open a file twice in a process. Source: lmdb.h, mdb_env_open."""
 _open_lock: Final = threading.Lock()
 
 
-class Tables(Protocol):
-    """What has named tables."""
-
-    def table(self, name: str) -> Any:
-        """Return the handle of a named table."""
-
-
 class Upgrade(Protocol):
-    """Replaces the file of an earlier version by one of this."""
+    """Replaces the file of an earlier version by one of this version."""
 
     def is_needed(self, env: "Environment") -> bool:
         """Return whether an open file is of an earlier version."""
 
     def run(self, folder: Path) -> bool:
-        """Replace the file in a folder, which this process has not open; return False where others have."""
+        """Replace a file that this process does not have open; return False where another has."""
 
 
 class Environment:
     """
-    One LMDB file, open, with its named tables.
+    One open LMDB file with its named tables.
 
-    Shared by all who open the same folder; the last `close` closes it. Any thread may read, and
-    writers take turns, those of other processes too. Must not be carried across `os.fork`.
-    Where the disk cannot be written, what is there can be read all the same. Once the file was found
-    damaged it is not touched any more: LMDB follows what is in it, and a writer would crash the process
-    that a reader has warned.
+    Shared by all who open the same folder; the last `close` closes it. Any thread may read, and writers
+    take turns, also those of other processes. Must not be carried across `os.fork`. A file on a disk
+    that cannot be written is opened for reading. Once the file was found damaged it is not touched any
+    more: LMDB follows what is in it, and could crash the process.
     """
 
     def __init__(self, folder: Path, least_bytes: int, tables: Sequence[str]) -> None:
@@ -98,9 +109,10 @@ class Environment:
         try:
             self._walk_pages()
             self._env.reader_check()  # a killed process leaves its place taken
-            self._tables: dict[str, Any] = {}
-            for name in tables:
-                self._open_table(name)
+            self.tables: Final[Mapping[str, Any]] = open_tables(
+                self._env, tables, create=not self.is_read_only
+            )
+            """Handles by name; of a file of an earlier version that cannot be written, one may be missing."""
         except BaseException:
             self._env.close()
             raise
@@ -117,14 +129,14 @@ class Environment:
         """
         Return the environment in a folder, which is created where there is none.
 
-        A file that is no database, or a damaged one, is put aside under another name: what is kept
-        in these files can be computed again.
+        A file that is no database, or a damaged one, is put aside under another name: what was in it
+        can be computed again.
 
         Args:
             folder: Where the file is.
-            least_bytes: How large the file may have to become.
-            tables: What it has.
-            upgrade: For a file of an earlier version; not used where this process has it open.
+            least_bytes: How large the file has to be able to become.
+            tables: Names of its tables.
+            upgrade: Replaces a file of an earlier version; not used where this process has it open.
 
         Raises:
             StoreBusyError: It has to be replaced, and another process has it open.
@@ -169,10 +181,10 @@ class Environment:
                     f"Another program has the KV store in {folder} open, which has to be rewritten "
                     "once for this version: close it, or do without the store (--kv-disk 0)."
                 )
-            sleep(_PAUSE_S)  # whoever replaces it at this moment keeps us from opening it
+            sleep(_PAUSE_S)  # another process may be replacing it at this moment
 
     def close(self) -> None:
-        """Give it back; nobody may use it afterwards through whoever called this."""
+        """Give the environment back; the caller must not use it afterwards."""
         with _open_lock:
             self._users -= 1
             if not self._users:
@@ -185,7 +197,7 @@ class Environment:
         Return how large the file is.
 
         Raises:
-            StoreError: It is not there any more.
+            StoreError: The file is not there any more.
         """
         with translated(self.folder):
             return (self.folder / DATA).stat().st_size
@@ -199,7 +211,7 @@ class Environment:
             StoreError: They cannot be read.
         """
         with self._noting_damage():
-            txn = self._begin(write=False)
+            txn = self.begin(write=False)
             try:
                 yield txn
             finally:
@@ -217,29 +229,21 @@ class Environment:
         self.require_writable()
         with self._noting_damage():
             self._look_before_writing()
-            with self._begin(write=True) as txn:
+            with self.begin(write=True) as txn:
                 yield txn
 
     def require_writable(self) -> None:
         """
-        Raise where the file can only be read.
+        Check that the file can be written.
 
         Raises:
-            StoreError: It can.
+            StoreError: It can only be read.
         """
         if self.is_read_only:
             raise StoreError(
                 f"The KV store in {self.folder} can be read and not written: allow that, or set "
                 "RECOLLECT_HOME elsewhere."
             )
-
-    def table(self, name: str) -> Any:
-        """Return the handle of a named table."""
-        return self._tables[name]
-
-    def has_table(self, name: str) -> bool:
-        """Return whether there is a table; one that is missing is made, where that can be written."""
-        return name in self._tables
 
     def replace_table(self, txn: Transaction, name: str, value: bytes) -> None:
         """
@@ -255,43 +259,47 @@ class Environment:
             txn.drop(table)
         txn.put(name.encode(), value)
 
-    def _open_table(self, name: str) -> None:
-        with suppress(lmdb.NotFoundError):  # an earlier version made it, and it cannot be written
-            self._tables[name] = self._env.open_db(
-                name.encode(), dupsort=name in SORTED_VALUES, create=not self.is_read_only
-            )
-
     def _walk_pages(self, *, values: bool = False) -> None:
-        """Look at what LMDB is going to follow blindly, in a state that nobody can change meanwhile."""
+        """Check the pages that LMDB will follow, in a state that nobody can change meanwhile."""
         for _ in range(_WALKS):
             with self._env.begin() as txn:
                 if walk(self.folder / DATA, txn.id(), values=values):
                     return
 
     def _look_before_writing(self) -> None:
-        """Look at what LMDB follows when it writes: once, and no sooner, as that is a read a value."""
+        """Check what LMDB follows when it writes, before the first write, since that is a read a value."""
         if not self._may_be_written:
             self._walk_pages(values=True)
             self._may_be_written = True
 
     @contextmanager
     def _noting_damage(self) -> Iterator[None]:
-        """Raise our errors; where the file is damaged, have whoever opens it next put it aside."""
+        """Raise errors of this package; mark a damaged file, so that whoever opens it next puts it aside."""
         if self._damage is not None:
             raise StoreCorruptError(self._damage)
         try:
             with translated(self.folder):
                 yield
         except StoreCorruptError as error:
-            # After a write that failed LMDB panics; the file is sound all the same.
+            # LMDB panics after a write that failed, although the file is sound.
             if not isinstance(error.__cause__, lmdb.PanicError):
                 self._damage = str(error)
                 with suppress(OSError):
                     (self.folder / DAMAGED).touch()
             raise
 
-    def _begin(self, *, write: bool) -> Transaction:
+    def begin(self, *, write: bool) -> Transaction:
+        """Begin a transaction of LMDB; `reading` and `writing` translate the exceptions."""
         return self._env.begin(write=write, buffers=True)
+
+
+def open_tables(env: lmdb.Environment, names: Iterable[str], *, create: bool) -> dict[str, Any]:
+    """Return the handles of tables by name; without *create* those that are missing are left out."""
+    tables = {}
+    for name in names:
+        with suppress(lmdb.NotFoundError):
+            tables[name] = env.open_db(name.encode(), dupsort=name in _SORTED_VALUES, create=create)
+    return tables
 
 
 def is_open(folder: Path) -> bool:
@@ -302,7 +310,7 @@ def is_open(folder: Path) -> bool:
 
 @contextmanager
 def translated(folder: Path) -> Iterator[None]:
-    """Turn the library's exceptions into ours, with the cause chained; the one place where that happens."""
+    """Turn exceptions of LMDB into those of this package, with the cause chained; nothing else does."""
     try:
         yield
     except (lmdb.MapFullError, lmdb.TxnFullError) as cause:
@@ -346,7 +354,7 @@ def _opened(folder: Path, least_bytes: int, tables: int) -> tuple[lmdb.Environme
         try:
             return _mapped(folder, least_bytes, tables, readonly=True), True
         except lmdb.Error:
-            raise cause from None  # why it cannot be written is what has to be put right
+            raise cause from None  # the user has to mend why it cannot be written
 
 
 def _mapped(folder: Path, least_bytes: int, tables: int, *, readonly: bool) -> lmdb.Environment:
@@ -377,3 +385,89 @@ def _put_aside(folder: Path, cause: str) -> None:
     folder.rename(kept)
     folder.mkdir(mode=0o700)
     _log.warning("The KV store in %s is damaged (%s); it was kept as %s.", folder, cause, kept)
+
+
+def replace_file(folder: Path, write: Callable[[lmdb.Environment, Path], object]) -> bool:
+    """
+    Put a new file in the place of a store's, in one step; return False where somebody has it open.
+
+    A process that is killed meanwhile leaves the file as it was. LMDB never shortens its file, and pages
+    that it gave up keep what was in them; a new file is the only way to change that.
+
+    Args:
+        folder: Of the store, which this process does not have open.
+        write: Called with the store, open for reading, and a folder for the new file.
+
+    Raises:
+        lmdb.Error, OSError: It cannot be read or written; it is as it was.
+    """
+    with sole_access(folder) as alone:
+        if not alone:
+            return False
+        for left in folder.glob(f"{_SCRATCH}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=folder))
+        try:
+            # Without LMDB's own lock: that would, when it is closed, let go of ours.
+            with lmdb.open(str(folder), readonly=True, lock=False, max_dbs=_MOST_TABLES) as env:
+                write(env, scratch)
+                last = env.info()["last_txnid"]
+            _continue_from(scratch, last)
+            (scratch / DATA).chmod(0o600)
+            try:
+                (scratch / DATA).replace(folder / DATA)
+            except PermissionError:  # Windows: it is open
+                return False
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return True
+
+
+def _continue_from(folder: Path, last: int) -> None:
+    """
+    Add a transaction to a copy, or two, so that its last number is even where *last* is, else odd.
+
+    LMDB keeps two states, those of the last even and the last odd transaction. A process that opens the
+    file alone asks the file which is newer. One that waited for the lock takes the number from the lock
+    file, where it is that of the former file, and would find the older state.
+    Source: lmdb, mdb.c, mdb_txn_renew0.
+    """
+    room = (folder / DATA).stat().st_size + _SPARE_BYTES
+    with lmdb.open(str(folder), lock=False, map_size=room, max_dbs=1) as env:
+        info = env.open_db(b"info", create=False)
+        while True:
+            with env.begin(write=True) as txn:
+                # A change, or LMDB would not count the transaction.
+                count = env.info()["last_txnid"]
+                txn.put(b"compacted", struct.pack("<dQ", time(), count), db=info)
+            if (env.info()["last_txnid"] - last) % 2 == 0:
+                return
+
+
+@contextmanager
+def sole_access(folder: Path) -> Iterator[bool]:
+    """
+    Keep other processes from opening the environment until the end of the block.
+
+    Yields:
+        Whether none has it open.
+
+    A process that has it open holds a shared lock on the first byte of the lock file, and one that opens
+    it waits for an exclusive lock to end. The lock file itself is never replaced, so all agree on it.
+    Source: lmdb, mdb.c, mdb_env_excl_lock.
+    """
+    if fcntl is None:
+        yield True
+        return
+    # Closing any descriptor of the file releases all locks that this process has on it. So callers make
+    # sure that it does not have the environment open.
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+            alone = True
+        except OSError:  # somebody has it, or nobody can tell
+            alone = False
+        yield alone
+    finally:
+        os.close(lock)

@@ -1,8 +1,8 @@
 """
-Walk the pages of an LMDB file, before the library follows pointers in them that may be damaged.
+Check the pages of an LMDB file before the library follows pointers in them that may be damaged.
 
-LMDB trusts what it reads: an offset or a size that is wrong takes the whole process away with a
-segmentation fault. Values are not looked at; whoever stored them has checksums for that.
+LMDB trusts what it reads: a wrong offset or size ends the process with a segmentation fault. Values are
+not checked, since they have checksums of their own in `record`.
 Source of the layout: lmdb, mdb.c, MDB_page, MDB_node, MDB_db and MDB_meta, on a 64-bit system.
 """
 
@@ -36,7 +36,7 @@ _SUBPAGE_FLAGS: Final = (0x42, 0x52)
 _NOTHING: Final = 2**64 - 1
 """The root of a tree without entries."""
 _PAGES_AT_ONCE: Final = 256
-"""A megabyte: numpy then takes a microsecond for what it takes a hundred for page by page."""
+"""One megabyte. Page by page, numpy takes a hundred times as long for each."""
 _DEEPEST: Final = 32
 """Source: lmdb, mdb.c, CURSOR_STACK."""
 _BIG: Final = 1
@@ -53,21 +53,22 @@ class DamagedPagesError(Exception):
 
 def walk(data: Path, transaction: int, *, values: bool = False) -> bool:
     """
-    Look at every page that one state of a file uses; return whether that state could be found.
+    Check every page that one state of a file uses; return whether that state could be found.
 
-    Reads the pages of trees, a thousandth of what a store has. That is enough for whoever only reads.
+    Reads the pages of trees, a thousandth of what a store has, which is enough before reading.
 
     Args:
         data: The file.
-        transaction: Which state; the caller has a transaction that shows it, so its pages stay.
-        values: Whether to read the head of each value with pages of its own, too: LMDB follows it
-            where a value is removed.
+        transaction: The number of the state; the caller has a transaction open that shows it, so that
+            its pages stay.
+        values: Whether to read the head of each value with pages of its own, too: LMDB follows it when
+            it removes the value.
 
     Raises:
         DamagedPagesError: A page, a pointer or a size is wrong.
         OSError: The file cannot be read.
     """
-    if struct.calcsize("P") != 8:  # the layout is another, and such systems are rare
+    if struct.calcsize("P") != 8:  # a 32-bit system, which is rare, has another layout
         return True
     descriptor = os.open(data, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
@@ -127,7 +128,7 @@ class _Walk:
         self._values = values
         self._page_bytes = page_bytes
         self._pages = min(last_page + 1, os.fstat(descriptor).st_size // page_bytes)
-        """That may be used: the last ones of a file may never have been written."""
+        """How many pages there may be; the last ones of a file may never have been written."""
         self._last_page = last_page
         if self._pages < 2:
             raise DamagedPagesError("it ends too early")
@@ -200,7 +201,7 @@ class _Walk:
                 self._note_free(value)
 
     def _big(self, value: bytes, size: int, *, is_read: bool) -> bytes:
-        """Count the pages of a value that has its own; return the value where it is asked for."""
+        """Count the pages of a value that has its own; return the value with *is_read*, else nothing."""
         (first,) = struct.unpack("=Q", value)
         count = -(-(size + _HEAD.size) // self._page_bytes)
         self._take(first, count)
@@ -221,7 +222,7 @@ class _Walk:
         self._free.append(np.frombuffer(value, "=u8", offset=8))
 
     def _check_free(self) -> None:
-        """Check that what is free is not in use, or free twice: it would be given to two at once."""
+        """Check that no free page is in use, or free twice: LMDB would use it for two things at once."""
         free = np.concatenate([np.empty(0, np.uint64), *self._free])
         if free.size and (free.max() > self._last_page or np.unique(free).size != free.size):
             raise DamagedPagesError("pages are free that are not there, or twice")

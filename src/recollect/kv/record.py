@@ -1,13 +1,15 @@
 """
-How a block and what is known of it lie on disk, byte by byte.
+How blocks, entries, replies and pins lie on disk, byte by byte.
 
-Pure: packs and unpacks; knows neither the database nor who asks. docs/store-format.md is the same
-contract in words.
+Pure: packs and unpacks; knows neither the database nor who asks. An entry is what is known of a block
+without reading it. docs/store-format.md is the same contract in words.
 """
 
+import json
 import struct
-from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import xxhash
@@ -17,7 +19,7 @@ from recollect.kv.blocks import DIGEST_BYTES, MOST_DIGESTS, Key
 from recollect.types import MissReason
 
 FORMAT: Final = 1
-"""Of everything in this module; another number is another layout, and a miss."""
+"""Layout of a block; another number is another layout, and a miss."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -27,15 +29,22 @@ _HEADER: Final = struct.Struct("<4sBBxxIQ16s16s")
 _CHECKED: Final = _HEADER.size - 16  # the header up to its checksum
 # checksum, last used (Unix seconds), stored bytes, parent, identity, whether sealed, digests, tokens
 _ENTRY: Final = struct.Struct("<QdQ32s16sBBxxI")
-_ENTRY_CHECKED: Final = 8
+# checksum, last used (Unix seconds), whether what follows is sealed, tokens
+_REPLY: Final = struct.Struct("<Qd?xxxI")
+_CHECKSUM_BYTES: Final = 8
+"""Before an entry and a reply, over everything after them."""
+_SEALED_PIN: Final = b"\x01"
+"""First byte of an encrypted pin; a plain one is JSON."""
+KEY_BYTES: Final = 32
+"""Length of a block's name."""
 
 
 class Sealer(Protocol):
-    """Encrypts what is stored; the context is authenticated with it, so that two values cannot be swapped."""
+    """Encrypts what is stored; authenticates the context with it, so that two values cannot be swapped."""
 
     @property
     def name_secret(self) -> bytes:
-        """Return 32 bytes that the names of prefixes depend on, so that they tell nothing of the text."""
+        """Return 32 bytes to mix into the names of prefixes, so that they tell nothing of the text."""
 
     def seal(self, plain: bytes | memoryview, *, context: bytes) -> bytes:
         """Return the encrypted bytes."""
@@ -50,7 +59,7 @@ class Sealer(Protocol):
 
 
 class Refused(Exception):  # noqa: N818 - never leaves kv/: a miss is a result, not an error
-    """What is stored is not what was written, or is of something else."""
+    """A stored value is not what was written, or belongs to something else."""
 
     def __init__(self, reason: MissReason) -> None:
         super().__init__(reason)
@@ -59,21 +68,21 @@ class Refused(Exception):  # noqa: N818 - never leaves kv/: a miss is a result, 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What the bytes of a block depend on besides its tokens and those before."""
+    """What the bytes of a block depend on besides its tokens and those before it."""
 
     fingerprint: str
-    """Of weights, tokenizer and template."""
+    """Fingerprint of weights, tokenizer and template."""
     runtime: str
-    """With its version and profile."""
+    """Runtime with its version and profile."""
     kv_format: str
     """Element types and shapes of a block in all layers."""
 
     def digest(self) -> bytes:
-        """Return 16 bytes that stand for all of it."""
+        """Return 16 bytes that stand for the identity."""
         return xxhash.xxh3_128_digest(self.text().encode())
 
     def text(self) -> str:
-        """Return all of it as one text."""
+        """Return the identity as one text."""
         return "\0".join((self.fingerprint, self.runtime, self.kv_format))
 
 
@@ -91,7 +100,31 @@ class Entry:
     stored_bytes: int
     """What it takes in the file, in whole pages."""
     digests: bytes = b""
-    """`branch_digests` of its tokens; none where nobody could know them when it was stored."""
+    """`branch_digests` of its tokens; empty where they were encrypted when format 1 became 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A prefix that is not evicted until somebody unpins it."""
+
+    name: str
+    tail: Key
+    """Its last block."""
+    tokens: int
+    identity: str
+    """`Identity.digest()` of its KV, in hex."""
+    created: float
+    """Unix time in seconds."""
+    about: dict[str, Any]
+    """JSON values for whoever pinned it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredReply:
+    """A reply as the model generated it."""
+
+    text: str
+    token_ids: tuple[int, ...]
 
 
 def pack_block(
@@ -101,12 +134,12 @@ def pack_block(
     Return a block as it is stored.
 
     Args:
-        key: The name of the prefix that it ends; part of the checksum, so a block under another
-            key is refused.
+        key: The name of the prefix that the block ends; part of the checksum, so that a block under
+            another key is refused.
         identity: `Identity.digest()`.
         tokens: How many of its slots hold KV.
         payload: The block's bytes of all layers.
-        sealer: None: they are stored as they are.
+        sealer: Encrypts the payload; None: it is stored as it is.
     """
     if sealer is not None:
         payload = sealer.seal(memoryview(payload), context=b"block" + key + identity)
@@ -139,7 +172,7 @@ def unpack_block(
         raise Refused("checksum")
     if whose != identity or count != tokens:
         raise Refused("identity")
-    return opened(stored[_HEADER.size :], bool(sealed), b"block" + key + identity, sealer)
+    return _opened(stored[_HEADER.size :], bool(sealed), b"block" + key + identity, sealer)
 
 
 def pack_entry(entry: Entry, sealer: Sealer | None) -> bytes:
@@ -157,7 +190,7 @@ def pack_entry(entry: Entry, sealer: Sealer | None) -> bytes:
         len(entry.digests) // DIGEST_BYTES,
         len(entry.token_ids),
     )
-    return with_checksum(entry.key, head[_ENTRY_CHECKED:] + entry.digests + tokens)
+    return _with_checksum(entry.key, head[_CHECKSUM_BYTES:] + entry.digests + tokens)
 
 
 def unpack_entry(key: Key, stored: Buffer, sealer: Sealer | None) -> Entry:
@@ -169,7 +202,7 @@ def unpack_entry(key: Key, stored: Buffer, sealer: Sealer | None) -> Entry:
     """
     head = entry_head(key, stored)
     rest = memoryview(stored)[_ENTRY.size + len(head.digests) :]
-    packed = opened(rest, head.is_sealed, b"entry" + key, sealer)
+    packed = _opened(rest, head.is_sealed, b"entry" + key, sealer)
     if len(packed) != 4 * head.tokens:
         raise Refused("truncated")
     tokens = tuple(np.frombuffer(packed, "<i4").tolist())
@@ -179,7 +212,7 @@ def unpack_entry(key: Key, stored: Buffer, sealer: Sealer | None) -> Entry:
 
 
 class EntryHead(NamedTuple):
-    """What of an entry is known without its tokens."""
+    """An entry without its tokens, which can be read without the key."""
 
     last_used: float
     stored_bytes: int
@@ -197,35 +230,107 @@ def entry_head(key: Key, stored: Buffer) -> EntryHead:
     Raises:
         Refused: It is damaged, or of another key.
     """
-    stored = bytes(stored)
-    if len(stored) < _ENTRY.size:
-        raise Refused("truncated")
-    if stored != with_checksum(key, stored[_ENTRY_CHECKED:]):
-        raise Refused("checksum")
+    stored = _sound(key, stored, _ENTRY.size)
     _, last_used, size, parent, identity, sealed, count, tokens = _ENTRY.unpack_from(stored)
     digests = stored[_ENTRY.size : _ENTRY.size + count * DIGEST_BYTES]
     return EntryHead(last_used, size, parent, identity, bool(sealed), tokens, digests)
 
 
 def touched(key: Key, stored: Buffer, last_used: float) -> bytes:
-    """Return a stored entry with another time of use, unopened."""
+    """Return a stored entry with another time of use; it is not decrypted."""
     stored = bytes(stored)
-    return with_checksum(key, struct.pack("<d", last_used) + stored[_ENTRY_CHECKED + 8 :])
+    return _with_checksum(key, struct.pack("<d", last_used) + stored[_CHECKSUM_BYTES + 8 :])
 
 
 def entry_size(tokens: int) -> int:
-    """Return about how many bytes an entry takes, for accounts."""
+    """Return about how many bytes an entry takes, to be counted."""
     return _ENTRY.size + 4 * tokens + DIGEST_BYTES * min(tokens, MOST_DIGESTS)
 
 
-def opened(stored: memoryview, sealed: bool, context: bytes, sealer: Sealer | None) -> Buffer:
+def pack_reply(name: Key, reply: StoredReply, last_used: float, sealer: Sealer | None) -> bytes:
+    """Return a reply as it is stored under a name; *last_used* is a Unix time in seconds."""
+    ids: bytes = np.asarray(reply.token_ids, "<i4").tobytes()
+    content = ids + reply.text.encode("utf-8", "surrogatepass")
+    if sealer is not None:
+        content = sealer.seal(content, context=b"reply" + name)
+    head = _REPLY.pack(0, last_used, sealer is not None, len(reply.token_ids))
+    return _with_checksum(name, head[_CHECKSUM_BYTES:] + content)
+
+
+def unpack_reply(name: Key, stored: Buffer, sealer: Sealer | None) -> StoredReply:
     """
-    Return what was stored.
+    Return a stored reply.
 
     Raises:
-        Refused: It is not what was sealed under that context, or is plain where it has to be sealed.
+        Refused: It is damaged, of another name, or does not open.
     """
-    if sealed != (sealer is not None):  # plain bytes among encrypted ones anybody can have forged
+    stored = _sound(name, stored, _REPLY.size)
+    _, _, is_sealed, count = _REPLY.unpack_from(stored)
+    content = bytes(_opened(memoryview(stored)[_REPLY.size :], is_sealed, b"reply" + name, sealer))
+    if len(content) < 4 * count:
+        raise Refused("truncated")
+    ids = np.frombuffer(content[: 4 * count], "<i4").tolist()
+    return StoredReply(content[4 * count :].decode("utf-8", "surrogatepass"), tuple(ids))
+
+
+def reply_last_used(stored: Buffer) -> float:
+    """Return when a reply was stored, as a Unix time; 0 for bytes that are no reply."""
+    return 0.0 if len(stored) < _REPLY.size else float(_REPLY.unpack_from(stored)[1])
+
+
+def pin_key(name: str, sealer: Sealer | None) -> bytes:
+    """Return the key of a pin: its name, or in an encrypted store a hash with the store's secret."""
+    if sealer is None:
+        return name.encode()
+    return blake2b(name.encode(), digest_size=32, key=sealer.name_secret, person=b"pin").digest()
+
+
+def pack_pin(key: bytes, pin: Pin, sealer: Sealer | None) -> bytes:
+    """Return a pin as it is stored; its tail is never encrypted, because eviction needs it."""
+    value = json.dumps(asdict(pin) | {"tail": pin.tail.hex()}).encode()
+    if sealer is None:
+        return value
+    return _SEALED_PIN + pin.tail + sealer.seal(value, context=b"pin" + key + pin.tail)
+
+
+def unpack_pin(key: bytes, stored: bytes, sealer: Sealer | None) -> Pin | None:
+    """Return a stored pin; None where it is damaged, or encrypted and does not open with this key."""
+    if is_sealed_pin(stored):
+        if sealer is None:
+            return None
+        tail, sealed = stored[1 : 1 + KEY_BYTES], stored[1 + KEY_BYTES :]
+        try:
+            stored = sealer.open(sealed, context=b"pin" + key + tail)
+        except StoreCorruptError:
+            return None
+    try:
+        fields = json.loads(stored)
+        return Pin(**fields | {"tail": bytes.fromhex(fields["tail"])})
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def is_sealed_pin(stored: Buffer) -> bool:
+    """Return whether a stored pin is encrypted."""
+    return bytes(stored[:1]) == _SEALED_PIN
+
+
+def pinned_tail(stored: bytes) -> Key | None:
+    """Return the last block of a pinned prefix, without the key; None where the pin is damaged."""
+    if is_sealed_pin(stored):
+        return stored[1 : 1 + KEY_BYTES]
+    pin = unpack_pin(b"", stored, None)
+    return None if pin is None else pin.tail
+
+
+def _opened(stored: memoryview, sealed: bool, context: bytes, sealer: Sealer | None) -> Buffer:
+    """
+    Return what was stored, decrypted.
+
+    Raises:
+        Refused: It was not sealed under that context, or is plain where it has to be sealed.
+    """
+    if sealed != (sealer is not None):  # anybody can have put plain bytes among encrypted ones
         raise Refused("sealed")
     if sealer is None:
         return stored
@@ -243,8 +348,23 @@ def _checksum(key: Key, stored: memoryview) -> bytes:
     return state.digest()
 
 
-def with_checksum(key: Key, rest: bytes) -> bytes:
-    """Return a value with 8 bytes before it that hold for it under that key."""
+def _sound(key: Key, stored: Buffer, least_bytes: int) -> bytes:
+    """
+    Return the bytes of an entry or a reply whose checksum holds.
+
+    Raises:
+        Refused: They are fewer than *least_bytes*, or the checksum does not hold under that key.
+    """
+    stored = bytes(stored)
+    if len(stored) < least_bytes:
+        raise Refused("truncated")
+    if stored != _with_checksum(key, stored[_CHECKSUM_BYTES:]):
+        raise Refused("checksum")
+    return stored
+
+
+def _with_checksum(key: Key, rest: bytes) -> bytes:
+    """Return a value with its checksum under that key, 8 bytes, before it."""
     state = xxhash.xxh3_64(key)
     state.update(rest)
     return struct.pack("<Q", state.intdigest()) + rest

@@ -24,9 +24,8 @@ from recollect.conversation.loading import load
 from recollect.conversation.model import Model as LoadedModel
 from recollect.errors import RecollectError
 from recollect.models.catalog import LocalModel
-from recollect.models.onnx_config import CONFIG_NAME
 from recollect.models.prepare import prepare
-from recollect.text.other_tokenizers import as_ids, read_json
+from recollect.text.other_tokenizers import as_ids
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Detokenizer
 from recollect.types import Profile
@@ -123,9 +122,7 @@ class Model:
     @property
     def device_type(self) -> str:
         """Return the kind of device that computes: `CPU`, unless the original's own build says another."""
-        if self._local.format == "onnx-genai":
-            return self._loaded.engine.info.name.rpartition("-")[2]
-        return "CPU"
+        return self._loaded.engine.info.device
 
     @property
     def loaded(self) -> LoadedModel:
@@ -283,9 +280,7 @@ class Tokenizer:
 
 def _special_ids(local: LocalModel) -> dict[str, int]:
     """Return the ids that an ONNX GenAI folder names."""
-    if local.folder is None or local.format != "onnx-genai":
-        return {}
-    named = read_json(local.folder / CONFIG_NAME)["model"]
+    named = {} if local.onnx_config is None else local.onnx_config["model"]
     found = {name: as_ids(named.get(name)) for name in ("bos_token_id", "pad_token_id")}
     return {name: ids[0] for name, ids in found.items() if ids}
 

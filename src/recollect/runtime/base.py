@@ -1,21 +1,60 @@
 """
-The contract between the engine and whatever runs the forward pass.
+The contract between the engine and a runtime, which runs the forward pass of a model and keeps its KV.
 
-A paged runtime keeps KV in numbered blocks and does what the block tables say. It does not know
-sequences, sharing or conversations: which block holds what is decided above it.
+A paged runtime keeps KV in numbered blocks, and reads and writes the blocks that a row's block table
+names. It does not know sharing, eviction or conversations. Libraries that keep KV in sequences of their
+own are served through `sequences`. docs/runtimes.md shows a whole runtime.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import RuntimeFailure
+from recollect.errors import MisuseError, RuntimeFailure
 
 Logits = npt.NDArray[np.float32]
+_Memory = TypeVar("_Memory")
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class SequenceId:
+    """
+    Which sequence a row is of, for runtimes that keep KV by sequence; paged ones need not look at it.
+
+    The engine has one for each of its sequences, and notes here what becomes of the history. Nothing is
+    called and nothing waits: a runtime looks at it in `forward`, for rows and for what it still holds.
+    A sequence belongs to one thread at a time, which is the engine's while it has a row.
+    """
+
+    kept: int = 0
+    """How many leading tokens of what was computed last the history still has; 0 once released."""
+    _origin: "weakref.ref[SequenceId] | None" = None
+
+    @property
+    def origin(self) -> "SequenceId | None":
+        """Return what it was forked from; None: nothing, or that is gone."""
+        return None if self._origin is None else self._origin()
+
+    def fork(self) -> "SequenceId":
+        """Return the identity of a second sequence with the same history."""
+        return SequenceId(_origin=weakref.ref(self))
+
+    def rewind_to(self, length: int) -> None:
+        """Take note that the history was cut to its first *length* tokens."""
+        self.kept = min(self.kept, length)
+
+    def release(self) -> None:
+        """Take note that the sequence is not used any more."""
+        self.kept = 0
+
+    def computed_to(self, length: int) -> None:
+        """Take note that a pass has computed the first *length* tokens. For runtimes."""
+        self.kept = length
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +74,69 @@ class Row:
     """Block numbers in order of position; at least ceil((past + n) / block_size) of them."""
     wants_logits: bool = True
     """Whether the logits after the last token are returned."""
+    sequence: SequenceId | None = None
+    """Which sequence it is of; None: nobody knows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """Which part of the KV that was computed once can be used again, and where."""
+
+    unit: int = 1
+    """
+    A sequence can be cut to a multiple of that many tokens: to any length (1), or to whole blocks
+    (the block size), where the KV in a block depends on the block's later tokens through a scale.
+    """
+    as_bytes: bool = True
+    """Whether blocks can be read and written as bytes, and so be kept on disk."""
+    copies: bool = False
+    """Whether a runtime that owns its KV can copy a sequence; of `SequenceRuntime` alone."""
+    short_rope_length: int | None = None
+    """
+    The last length at which a model with LongRoPE uses the factors for short texts, where it changes them
+    with the length: KV of one side is wrong on the other. None: there is none. Of `SequenceRuntime` alone.
+    """
+
+    @property
+    def inside_blocks(self) -> bool:
+        """Return whether a part of a block can be used again."""
+        return self.unit == 1
+
+    def longest_cut(self, length: int) -> int:
+        """Return the largest length up to *length* to which a sequence can be cut."""
+        return length // self.unit * self.unit
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How large passes are and what is between them, which depends on the device that computes them."""
+
+    prefill_chunk: int = 512
+    """
+    Most prompt tokens in one pass while nobody waits for a next token, so that a cancel is never far
+    away. Costs under 5 % of prefill speed against one pass. Source: benchmarks/runtime.py, on a CPU.
+    """
+    shared_chunk: int = 128
+    """The same while others are being answered: what they wait between two tokens."""
+    most_rows: int = 16
+    """
+    Sequences in one pass; more wait. Decode gains little beyond 16 on a CPU, and each holds blocks. A
+    runtime that holds fewer sequences at once says how many, after `allocate`: beyond that it would
+    compute one of them anew for each pass.
+    """
+    first_token_pause_s: float = 0.001
+    """
+    Sleep that long before the pass that follows a first token. On a CPU a pass saturates all cores for
+    tens of milliseconds; without the pause readers got their first token 3 ms later (2 cores).
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeInfo:
-    """What the engine needs to know of a runtime; constant once it is loaded."""
+    """What the engine needs to know of a runtime; constant after `allocate`."""
 
     name: str
-    """For people and fingerprints, with its version."""
+    """With its version: for people, and part of what KV on disk is found by."""
     block_size: int
     """Token slots per block."""
     bytes_per_block: int
@@ -50,14 +144,25 @@ class RuntimeInfo:
     vocab_size: int
     context_length: int
     """Most tokens that one sequence may have."""
-    whole_blocks_only: bool = False
-    """KV inside a block depends on its later tokens (scales over a block), so a rewind keeps whole blocks."""
+    device: str = "CPU"
+    """The kind of device that computes, in the runtime's own word."""
     kv_format: str = ""
-    """Element types and shapes of a block's bytes; equal where they mean the same."""
-    has_block_bytes: bool = True
-    """Whether blocks can be read and written as bytes, and so be kept on disk."""
-    most_rows: int | None = None
-    """Sequences that take turns without being computed anew; None: any number. Known after `allocate`."""
+    """Element types and shapes of a block's bytes: blocks of equal formats can be exchanged."""
+    reuse: Reuse = Reuse()
+    pace: Pace = Pace()
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """What a forward pass gives."""
+
+    logits: Logits
+    """New, `(rows that want logits, vocab_size)`, in the order of the rows."""
+    starts: Sequence[int] = ()
+    """
+    From which position each row was computed, at most its `past`: a runtime that owns its KV may have
+    lost some of what the row takes for computed. Empty: each from its `past`.
+    """
 
 
 class PagedRuntime(Protocol):
@@ -76,15 +181,12 @@ class PagedRuntime(Protocol):
         Make room for that many blocks, once, before the first forward pass.
 
         Raises:
-            RuntimeFailure: The memory cannot be had.
+            RuntimeFailure: There is not enough memory.
         """
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
+    def forward(self, rows: Sequence[Row]) -> PassResult:
         """
         Run one forward pass over any mix of prefill and decode rows.
-
-        Returns:
-            A new array `(rows that want logits, vocab_size)`, in the order of the rows.
 
         Raises:
             RuntimeFailure: It failed. The KV of the slots being written is then undefined; all
@@ -96,50 +198,37 @@ class PagedRuntime(Protocol):
 
     def warm_up(self) -> None:
         """
-        Do what the first passes would be slow for, such as compiling kernels, where there is anything.
+        Do in advance what makes the first passes slow, such as compiling kernels.
 
-        Called once at most, before the first pass; may leave anything in any block.
+        Called at most once, before the first pass; may leave anything in any block.
         """
 
     def read_block(self, block: int, into: memoryview) -> None:
         """
-        Copy a block's bytes of all layers, `bytes_per_block` of them, to *into*.
+        Copy a block's bytes of all layers to *into*, which has `bytes_per_block` bytes.
 
-        The one call that another thread may make during a forward pass, for a block that the pass
+        The only method that another thread may call during a forward pass, for a block that the pass
         does not write.
         """
 
     def write_block(self, block: int, content: memoryview) -> None:
         """
-        Make a block hold what `read_block` gave, also that of another process.
+        Fill a block with bytes that `read_block` gave, in this process or another.
 
         Raises:
-            RuntimeFailure: It has another length; nothing was changed.
+            RuntimeFailure: They are more or fewer than `bytes_per_block`; nothing was changed.
         """
 
     def close(self) -> None:
-        """Give the memory back; the runtime cannot be used afterwards."""
-
-
-@runtime_checkable
-class ReplayingRuntime(Protocol):
-    """
-    What a `PagedRuntime` offers besides where it keeps KV to itself, and may have lost some.
-
-    It then computes slots before a row's own again; what was computed is told, so that it is counted.
-    """
-
-    @property
-    def started(self) -> Sequence[int]:
-        """Return from which position each row of the last pass was computed, at most its `past`."""
+        """Free the model and its KV; the runtime cannot be used afterwards. May be called again."""
 
 
 @contextmanager
 def mapped_errors(doing: str, *, foreign: type[Exception] = RuntimeError) -> Iterator[None]:
     """
-    Turn a back-end's exceptions into `RuntimeFailure`, with the cause chained.
+    Turn a back end's exceptions into `RuntimeFailure`, with the cause chained.
 
-    The one place where that happens.
+    Every runtime uses this and nothing else for it.
     """
     try:
         yield
@@ -148,14 +237,28 @@ def mapped_errors(doing: str, *, foreign: type[Exception] = RuntimeError) -> Ite
         raise RuntimeFailure(f"The runtime failed while {doing}: {reason}") from cause
 
 
-def check_rows(rows: Sequence[Row], info: RuntimeInfo, num_blocks: int) -> None:
+def allocated(memory: _Memory | None) -> _Memory:
     """
-    Refuse rows that reach outside of the KV memory, the context or the vocabulary.
-
-    A back-end in native code would read or write past its buffers.
+    Return the KV memory of a runtime, which is None before `allocate` and after `close`.
 
     Raises:
-        RuntimeFailure: A row does; nothing was computed.
+        MisuseError: It is None.
+    """
+    if memory is None:
+        raise MisuseError(
+            "the runtime has no KV memory: allocate() comes first, and nothing after close()"
+        )
+    return memory
+
+
+def check_rows(rows: Sequence[Row], info: RuntimeInfo, num_blocks: int) -> None:
+    """
+    Refuse rows that are not within the KV memory, the context and the vocabulary.
+
+    A back end in native code would read or write outside its buffers.
+
+    Raises:
+        RuntimeFailure: A row is not, or there is none.
     """
     if not rows:
         raise RuntimeFailure("A forward pass needs at least one row.")
@@ -174,10 +277,10 @@ def check_rows(rows: Sequence[Row], info: RuntimeInfo, num_blocks: int) -> None:
 
 def check_block_bytes(content: memoryview, info: RuntimeInfo) -> None:
     """
-    Refuse bytes that are not those of one block.
+    Refuse content that has not the length of one block.
 
     Raises:
-        RuntimeFailure: There are more or fewer.
+        RuntimeFailure: It has another.
     """
     if content.nbytes != info.bytes_per_block:
         raise RuntimeFailure(
@@ -187,10 +290,10 @@ def check_block_bytes(content: memoryview, info: RuntimeInfo) -> None:
 
 def check_blocks(blocks: Sequence[int], num_blocks: int) -> None:
     """
-    Refuse block numbers that there are not.
+    Refuse block numbers outside `[0, num_blocks)`.
 
     Raises:
-        RuntimeFailure: There is one.
+        RuntimeFailure: One is outside.
     """
     if blocks and (min(blocks) < 0 or max(blocks) >= num_blocks):
         raise RuntimeFailure(f"A block number is not in [0, {num_blocks}).")

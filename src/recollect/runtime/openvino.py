@@ -1,12 +1,11 @@
 """
 OpenVINO with paged attention on the CPU: the default runtime.
 
-Knows one compiled model and its KV tensors. Which block belongs to whom is decided above.
+The first half changes a model's graph before it is compiled: it makes attention read KV through block
+tables, computes logits only where they are sampled, and makes RoPE independent of the other sequences in
+a pass. The second half, `OpenVinoRuntime`, owns the compiled model and its KV tensors.
 
-Changes to an OpenVINO model's graph before it is compiled: paged attention, fewer logits, and RoPE
-that does not depend on who else is in a pass.
-
-Knows graphs only: no compilation, no memory.
+Does not know which block belongs to which sequence.
 """
 
 import functools
@@ -19,11 +18,13 @@ import openvino as ov
 from openvino import opset13 as ops
 from openvino._offline_transformations import paged_attention_transformation
 
-from recollect.errors import MisuseError, UnsupportedModelError
+from recollect.errors import UnsupportedModelError
 from recollect.runtime.base import (
-    Logits,
+    PassResult,
+    Reuse,
     Row,
     RuntimeInfo,
+    allocated,
     check_block_bytes,
     check_blocks,
     check_rows,
@@ -44,7 +45,7 @@ BOUND_INPUTS: Final = frozenset(
         LOGITS_ROWS,
     }
 )
-"""What the runtime gives each pass, beside the caches."""
+"""The inputs that the runtime sets for each pass, besides the caches."""
 
 
 def make_paged(model: ov.Model, *, long_context: bool = False) -> None:
@@ -56,11 +57,11 @@ def make_paged(model: ov.Model, *, long_context: bool = False) -> None:
 
     Args:
         model: As it was read; changed in place.
-        long_context: Which factors a model with LongRoPE uses, for all tokens: those for its long
-            context, or those for the one that it was trained on first.
+        long_context: Whether a model with LongRoPE uses the factors for its long context, for all
+            tokens, or those for the context that it was trained on first.
 
     Raises:
-        UnsupportedModelError: Something in it cannot be paged, or needs what we do not give it.
+        UnsupportedModelError: A part of it cannot be paged, or it needs an input that the runtime lacks.
     """
     decide_long_rope(model, long_context=long_context)
     if not _states(model):
@@ -75,14 +76,14 @@ def make_paged(model: ov.Model, *, long_context: bool = False) -> None:
 
 def join_embeddings(model: ov.Model, embeddings: ov.Model) -> None:
     """
-    Make the text half of a multimodal export a model of token ids.
+    Make the text half of a multimodal export take token ids.
 
     Args:
         model: The language model, whose input is `inputs_embeds`; changed in place.
-        embeddings: What turns token ids into those; part of *model* afterwards.
+        embeddings: Turns token ids into embeddings; part of *model* afterwards.
 
     Raises:
-        UnsupportedModelError: They do not fit each other.
+        UnsupportedModelError: The two do not fit each other.
     """
     token_ids = ops.parameter([-1, -1], np.int64, name="input_ids")
     known = {port.any_name: port.get_node() for port in model.inputs}
@@ -105,17 +106,17 @@ def join_embeddings(model: ov.Model, embeddings: ov.Model) -> None:
 
 def decide_long_rope(model: ov.Model, *, long_context: bool) -> bool:
     """
-    Put one of LongRoPE's two sets of factors in place of the choice between them.
+    Replace LongRoPE's choice between two sets of factors by one of them.
 
     Exports choose by the largest position in a pass. So one long sequence would change all short
-    ones beside it, and KV from before the border would be read with factors that it was not made
-    with. Source: `_compute_longrope_parameters` and `longrope_frequency_update` in transformers.
+    sequences in the pass, and KV computed with the short factors would be read with the long ones.
+    Source: `_compute_longrope_parameters` and `longrope_frequency_update` in transformers.
 
     Returns:
         Whether there was a choice.
 
     Raises:
-        UnsupportedModelError: Something else depends on the largest position, too.
+        UnsupportedModelError: Another part depends on the largest position, too.
     """
     decided = False
     for node in model.get_ordered_ops():
@@ -173,8 +174,8 @@ def _is_cache(port: ov.Output) -> bool:
 
 
 def _states(model: ov.Model) -> list[str]:
-    """Return what a model keeps between passes, by name."""
-    # By operations: the list of a model's variables keeps those that nothing reads any more.
+    """Return the names of the states that a model keeps between passes."""
+    # From its operations: the model's list of variables also has those that nothing reads any more.
     return [
         node.get_friendly_name()
         for node in model.get_ordered_ops()
@@ -191,10 +192,10 @@ def _no_cache() -> UnsupportedModelError:
 
 def _require_bound(model: ov.Model) -> None:
     """
-    Check that a paged graph keeps nothing to itself, and asks for nothing that the runtime lacks.
+    Check that a paged graph has no state but the caches, and no input that the runtime does not set.
 
     Raises:
-        UnsupportedModelError: It does; the message names it.
+        UnsupportedModelError: It has one; the message names it.
     """
     kept = _states(model)
     asked = [
@@ -212,10 +213,10 @@ def _require_bound(model: ov.Model) -> None:
 
 def _compute_only_sampled_rows(model: ov.Model) -> None:
     """
-    Gather the hidden rows that are sampled before the matrix product that turns them into logits.
+    Compute logits only for the rows that the input `logits_rows` names.
 
-    The plain graph multiplies every prompt token with the whole vocabulary: a quarter of the work
-    of prefill at 135M parameters. Source: our own measurement on SmolLM2-135M.
+    The exported graph multiplies the hidden state of every prompt token with the whole vocabulary: a
+    quarter of the work of prefill at 135M parameters. Source: our own measurement on SmolLM2-135M.
     """
     node = model.get_results()[0].input_value(0).get_node()
     while node.get_type_name() != "MatMul":
@@ -238,26 +239,26 @@ BLOCK_SIZE: Final = 32
 
 LANGUAGE_FILE: Final = "openvino_language_model.xml"
 EMBEDDINGS_FILE: Final = "openvino_text_embeddings_model.xml"
-"""The two that exports of multimodal models have in place of one, besides those for images."""
+"""Exports of multimodal models have these two files in place of one graph, besides those for images."""
 
 SETTINGS: Final[dict[Profile, dict[str, str]]] = {
-    # f32 everywhere, and activations that are not quantized on the fly: prefill, decode, batched
-    # and alone then agree within 6e-5. The profile of every truth test.
+    # f32 everywhere, and activations are not quantized: prefill and decode, batched and alone, then
+    # agree within 6e-5. Every numerical claim is tested in this profile.
     "exact": {
         "INFERENCE_PRECISION_HINT": "f32",
         "KV_CACHE_PRECISION": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
     },
-    # A prefill may be split anywhere, and stays bitwise the same.
+    # A prefill gives bitwise the same wherever it is split.
     "fast": {"KV_CACHE_PRECISION": "f16"},
-    # Scales cover a block: the same only at block borders.
+    # A scale covers a block, so a prefill gives the same only where it is split between blocks.
     "small": {"KV_CACHE_PRECISION": "u8"},
 }
 
 
 class OpenVinoRuntime:
     """
-    A compiled model and the KV tensors that its block tables point into.
+    A compiled model, and the KV tensors that block tables refer to.
 
     Owned by the engine; one thread at a time.
 
@@ -282,10 +283,10 @@ class OpenVinoRuntime:
             self._request = compiled.create_infer_request()
         self._cache_ports = [port for port in compiled.inputs if "_cache." in port.any_name]
         self._caches: list[ov.Tensor] = []
-        self._bytes: list[np.ndarray] = []  # of each cache, a row for each block
+        self._bytes: list[np.ndarray] = []  # each cache as bytes, (blocks, bytes of a block)
         self._num_blocks = 0
         self._input_index = {port.any_name: n for n, port in enumerate(compiled.inputs)}
-        self._bound: dict[str, np.ndarray] = {}  # what the inputs read from
+        self._bound: dict[str, np.ndarray] = {}  # the memory that each input reads
         self._info = RuntimeInfo(
             name=f"openvino-{ov.get_version()}-{profile}",
             block_size=BLOCK_SIZE,
@@ -295,7 +296,7 @@ class OpenVinoRuntime:
             ),
             vocab_size=compiled.outputs[0].partial_shape[-1].get_length(),
             context_length=context_length,
-            whole_blocks_only=profile == "small",
+            reuse=Reuse(unit=BLOCK_SIZE if profile == "small" else 1),
             kv_format=",".join(
                 f"{port.any_name}:{port.element_type.get_type_name()}{_block_shape(port)}"
                 for port in self._cache_ports
@@ -311,7 +312,7 @@ class OpenVinoRuntime:
         """
         Make room for that many blocks.
 
-        The pages of a block become real memory when it is first written.
+        The operating system gives a block memory when it is first written.
         """
         with mapped_errors(f"allocating {num_blocks} KV blocks"):
             for port in self._cache_ports:
@@ -322,21 +323,21 @@ class OpenVinoRuntime:
                 self._bytes.append(tensor.data.reshape(num_blocks, -1).view(np.uint8))
         self._num_blocks = num_blocks
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
+    def forward(self, rows: Sequence[Row]) -> PassResult:
         """Run one forward pass over the rows; see `PagedRuntime.forward`."""
-        self._require_memory()
+        allocated(self._caches or None)
         check_rows(rows, self._info, self._num_blocks)
         wanted = [index for index, row in enumerate(rows) if row.wants_logits]
         with mapped_errors("running the model"):
             for name, value in _inputs(rows, wanted or [0]).items():
                 self._set_input(name, value)
             logits = self._request.infer(share_outputs=True)[0]
-        rows_wanted: Logits = logits.reshape(-1, self._info.vocab_size)[: len(wanted)]
-        return rows_wanted.astype(np.float32)  # a copy: the next pass writes there
+        rows_wanted = logits.reshape(-1, self._info.vocab_size)[: len(wanted)]
+        return PassResult(rows_wanted.astype(np.float32))  # a copy: the next pass writes there
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks in all layers, `(source, target)` each."""
-        self._require_memory()
+        allocated(self._caches or None)
         check_blocks([block for pair in pairs for block in pair], self._num_blocks)
         for cache in self._caches:
             slots = cache.data
@@ -348,8 +349,8 @@ class OpenVinoRuntime:
         Run a small prefill and a decode step.
 
         The first pass of either kind in a process compiles kernels and lays out the weights: 0.45 s
-        and 0.35 s for SmolLM2-135M on two cores, which a conversation that was just read from disk
-        would wait for. Source: our own measurement, benchmarks/restart.py.
+        and 0.35 s for SmolLM2-135M on two cores. Without it a conversation whose KV was just read from
+        disk would wait for that. Source: our own measurement, benchmarks/restart.py.
         """
         prompt = [0] * (BLOCK_SIZE + 1)
         if self._num_blocks > 1 and self._info.context_length > len(prompt):
@@ -375,7 +376,7 @@ class OpenVinoRuntime:
             start = end
 
     def close(self) -> None:
-        """Give the model and its KV memory back."""
+        """Free the model and its KV memory."""
         self._caches.clear()
         self._bytes.clear()
         self._bound.clear()
@@ -384,7 +385,7 @@ class OpenVinoRuntime:
 
     def _set_input(self, name: str, value: np.ndarray) -> None:
         """
-        Give an input its value, in place where its shape is that of the pass before.
+        Set an input, in place where its shape is the same as in the pass before.
 
         Setting eight tensors by name takes 0.14 to 0.25 ms a pass, writing in place 10 µs, and a
         decode pass is 15 ms. Source: our own measurement, benchmarks/runtime.py.
@@ -399,27 +400,21 @@ class OpenVinoRuntime:
 
     def _block_bytes(self, block: int, content: memoryview) -> np.ndarray:
         """Return *content* as an array, after checking that it can be that block's."""
-        self._require_memory()
+        allocated(self._caches or None)
         check_blocks([block], self._num_blocks)
         check_block_bytes(content, self._info)
         return np.frombuffer(content, np.uint8)
-
-    def _require_memory(self) -> None:
-        if not self._caches:
-            raise MisuseError(
-                "the runtime has no KV memory: allocate() comes first, and nothing after close()"
-            )
 
 
 @functools.cache
 def _core() -> ov.Core:
     """
-    Return OpenVINO's core, one for as long as the process lives.
+    Return OpenVINO's core, of which a process has one until it ends.
 
-    The CPU plugin of a core gives the thread that first uses it a stack for signals, and unmaps
-    that with itself: where another thread drops it, or two are dropped in the order in which they
-    were made, the thread is left without, and the next Ctrl-C there ends the process with a
-    segmentation fault. A core that stays costs nothing; what a model takes is given back with it.
+    The CPU plugin of a core gives the thread that first uses it an alternate signal stack, and unmaps
+    it when the core is freed. If another thread frees the core, or two cores are freed in the order in
+    which they were made, the thread is left with an unmapped stack, and the next Ctrl-C there ends the
+    process with a segmentation fault. Keeping the core costs nothing: models are freed without it.
     """
     return ov.Core()
 
@@ -430,7 +425,7 @@ def _block_shape(port: ov.ConstOutput) -> list[int]:
 
 
 def _inputs(rows: Sequence[Row], wanted: Sequence[int]) -> dict[str, np.ndarray]:
-    """Return the paged graph's inputs for these rows; *wanted* are the rows to compute logits for."""
+    """Return the paged graph's inputs for these rows; *wanted* has the indices of the rows with logits."""
     lengths = [len(row.token_ids) for row in rows]
     ends = [row.past + length for row, length in zip(rows, lengths, strict=True)]
     used = [-(-end // BLOCK_SIZE) for end in ends]

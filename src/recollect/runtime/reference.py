@@ -1,10 +1,10 @@
 """
 A runtime without weights, on which every mistake in KV bookkeeping changes the output.
 
-Each slot really holds what was written to it: token id, position, and a digest of the context that
-it was computed in, as the KV of a transformer depends on all that came before. The logits are a
-hash of everything that the block table yields. A hole, a stale slot or a block of another history
-therefore gives other logits, exactly as it would with a model, and far more visibly.
+A slot holds the token id that was written to it, its position, and a digest of the slot before, because
+the KV of a transformer depends on all earlier tokens. The logits are a hash of all slots that the block
+table names. So a hole, a stale slot or a block of another history gives other logits, as with a model,
+but always and at once.
 """
 
 import hashlib
@@ -13,11 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import MisuseError
 from recollect.runtime.base import (
     Logits,
+    Pace,
+    PassResult,
+    Reuse,
     Row,
     RuntimeInfo,
+    allocated,
     check_block_bytes,
     check_blocks,
     check_rows,
@@ -30,7 +33,7 @@ _SCALE = 3
 
 class ReferenceRuntime:
     """
-    The `PagedRuntime` of the tests, of `--model reference`, and of whoever writes another one.
+    The `PagedRuntime` of the tests and of the model named "reference".
 
     Owned by the engine; one thread at a time.
     """
@@ -42,6 +45,7 @@ class ReferenceRuntime:
         context_length: int = 4096,
         block_size: int = 32,
         whole_blocks_only: bool = False,
+        pace: Pace = Pace(),  # noqa: B008 - frozen
     ) -> None:
         self._info = RuntimeInfo(
             name="reference-1",
@@ -49,7 +53,8 @@ class ReferenceRuntime:
             bytes_per_block=block_size * _FIELDS * 8,
             vocab_size=vocab_size,
             context_length=context_length,
-            whole_blocks_only=whole_blocks_only,
+            pace=pace,
+            reuse=Reuse(unit=block_size if whole_blocks_only else 1),
             kv_format=f"i8x{block_size}x{_FIELDS}",
         )
         self._slots: npt.NDArray[np.int64] | None = None
@@ -63,17 +68,18 @@ class ReferenceRuntime:
         """Make room for that many blocks, all slots empty."""
         self._slots = np.full((num_blocks, self._info.block_size, _FIELDS), _EMPTY, np.int64)
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
-        """Write the rows' tokens into their slots and hash what their tables then yield."""
-        check_rows(rows, self._info, len(self._memory()))
+    def forward(self, rows: Sequence[Row]) -> PassResult:
+        """Write the rows' tokens into their slots, and hash the slots of each row's table."""
+        check_rows(rows, self._info, len(allocated(self._slots)))
         for row in rows:
             self._write(row)
         wanted = [self._logits(row) for row in rows if row.wants_logits]
-        return np.stack(wanted) if wanted else np.empty((0, self._info.vocab_size), np.float32)
+        none = np.empty((0, self._info.vocab_size), np.float32)
+        return PassResult(np.stack(wanted) if wanted else none)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, `(source, target)` each."""
-        slots = self._memory()
+        slots = allocated(self._slots)
         check_blocks([block for pair in pairs for block in pair], len(slots))
         for source, target in pairs:
             slots[target] = slots[source]
@@ -83,43 +89,38 @@ class ReferenceRuntime:
 
     def read_block(self, block: int, into: memoryview) -> None:
         """Copy a block's bytes to *into*."""
-        slots = self._memory()
+        slots = allocated(self._slots)
         check_blocks([block], len(slots))
         check_block_bytes(into, self._info)
         into[:] = slots[block].reshape(-1).view(np.uint8)
 
     def write_block(self, block: int, content: memoryview) -> None:
         """Make a block hold bytes that `read_block` gave."""
-        slots = self._memory()
+        slots = allocated(self._slots)
         check_blocks([block], len(slots))
         check_block_bytes(content, self._info)
         slots[block].reshape(-1).view(np.uint8)[:] = np.frombuffer(content, np.uint8)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._slots = None
 
-    def _memory(self) -> npt.NDArray[np.int64]:
-        if self._slots is None:
-            raise MisuseError(
-                "the runtime has no KV memory: allocate() comes first, and nothing after close()"
-            )
-        return self._slots
-
     def _context(self, row: Row, length: int) -> npt.NDArray[np.int64]:
-        """Return what the table yields for the first *length* positions, `(length, 4)`."""
+        """Return the slots of the first *length* positions, `(length, 4)`."""
         blocks = np.asarray(row.block_table[: -(-length // self._info.block_size)], np.int64)
-        return self._memory()[blocks].reshape(-1, _FIELDS)[:length]
+        return allocated(self._slots)[blocks].reshape(-1, _FIELDS)[:length]
 
     def _write(self, row: Row) -> None:
-        slots, size = self._memory(), self._info.block_size
+        slots, size = allocated(self._slots), self._info.block_size
         for position, token in enumerate(row.token_ids, row.past):
-            # Read the slot before from the table rather than trust a variable, as attention does.
+            # From the table and not from a variable: attention reads there, too.
             before = slots[row.block_table[(position - 1) // size], (position - 1) % size]
             digest = _digest(before.tobytes() if position else b"")
             block, slot = row.block_table[position // size], position % size
             slots[block, slot] = (token, position, digest, _EMPTY)
-            if self._info.whole_blocks_only:  # a scale over the block: earlier slots change too
+            if (
+                not self._info.reuse.inside_blocks
+            ):  # as a scale over the block changes all slots before
                 slots[block, : slot + 1, _SCALE] = digest
 
     def _logits(self, row: Row) -> Logits:

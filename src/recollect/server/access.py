@@ -1,30 +1,21 @@
 """
-API keys: who a request is from.
+What every request passes before an endpoint sees it, from the socket on.
+
+In this order: the connection is bounded in bytes and time, since uvicorn's protocol bounds neither
+for what it has not understood yet; the request is counted and logged, without its body or key; a web
+page of another origin, or under another host name, is refused; the API key tells who the client is;
+and the body is bounded, alone and together with all that are held.
 
 A key is a namespace of its own: what is said, kept and computed under one is neither visible to nor
 reused by another. The key itself is never written down; the file holds hashes of keys that we drew
 at random, so that a fast hash is enough.
-
-Bodies as they come in: how large one may be, how long it may take, and how much all hold together.
-
-Belongs to the event loop.
-
-What every request passes before anything looks at it: who it is from, and how large it is.
-
-A web page that a user visits can make the browser send requests to this machine. Such a request
-names another origin, or another host where the page's own name was pointed here; both are refused.
-
-A connection: how much of a request it may bring before the request is understood, and how long it may take.
-
-uvicorn's httptools protocol has neither limit nor deadline for what it has not understood yet, and
-joins a header that comes in pieces anew with each piece. Here both are bounded before any key is
-looked at, so that whoever can connect can hold a socket for a few seconds, and nothing else.
 """
 
 import asyncio
 import hashlib
 import hmac
 import json
+import logging
 import os
 import secrets
 from collections.abc import Iterable, Mapping
@@ -32,6 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from pathlib import Path
+from time import monotonic
 from typing import ClassVar, Final, Literal, Self
 
 from starlette.datastructures import Headers
@@ -42,6 +34,9 @@ from recollect import files
 from recollect.errors import ConfigError, StoreCorruptError, StoreError
 from recollect.server.refusals import ApiError, error_response, openai_body
 from recollect.server.settings import LOOPBACK_NAMES, Limits, Settings
+from recollect.server.usage import Metrics
+
+_log = logging.getLogger(__name__)
 
 KEYS_NAME: Final = "api-keys.json"
 _MOST_BYTES: Final = 16 * files.MIB
@@ -235,25 +230,25 @@ def _require_key(key: str) -> str:
 
 
 _RETRY_S: Final = 5
-"""After how many seconds a body is worth another try that found no room: replies take seconds."""
+"""When a client may try again whose body found no room: replies take seconds."""
 
 
 class HeldBytes:
-    """How much the bodies of all requests hold that are being received or answered."""
+    """Counts the bytes of all bodies that are being received or answered, up to a limit."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._taken = 0
 
     def take(self, count: int) -> bool:
-        """Take room, and return whether there was any."""
+        """Reserve bytes; return whether they fit."""
         if self._taken + count > self._most:
             return False
         self._taken += count
         return True
 
     def give_back(self, count: int) -> None:
-        """Give back what was taken."""
+        """Free bytes that were reserved."""
         self._taken -= count
 
 
@@ -339,6 +334,9 @@ class Security:
         self._settings = settings
         self._keyring = keyring
         self._held = HeldBytes(settings.limits.bodies_bytes)
+        self._names = frozenset({*LOOPBACK_NAMES, *settings.allowed_hosts})
+        self._checks_host = settings.is_local
+        """A server that all machines can reach has names that we do not know; there, keys decide."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request, or the server's own start and end."""
@@ -361,11 +359,9 @@ class Security:
             body.close()
 
     def _check_host(self, headers: Headers) -> None:
-        """A server that all machines can reach has names that we do not know; there, keys decide."""
         host = headers.get("host", "")
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        known = LOOPBACK_NAMES | {*self._settings.allowed_hosts}
-        if self._settings.is_local and name.lower() not in known:
+        if self._checks_host and name.lower() not in self._names:
             raise ApiError(
                 f"This server does not go by the name {name!r}: use 127.0.0.1, or let it have that "
                 "name by --allow-host.",
@@ -426,8 +422,47 @@ def _check_content(method: str, headers: Headers, limit: int) -> None:
         )
 
 
-_GRACE_S: Final = 5.0
-"""How much later than the app's own deadline a connection is closed: the app's has the better words."""
+_WATCHED: Final = frozenset({"/health", "/metrics"})
+"""Endpoints that monitoring asks every few seconds: not worth a line of the log each."""
+
+
+class Counted:
+    """An ASGI middleware around everything else: counts each request and logs it."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request, or the server's own start and end."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, status = monotonic(), 500
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            # The pattern and not the path, which clients can make up without end.
+            route = scope.get("route")
+            endpoint = getattr(route, "path", "other")
+            self._metrics.requests.labels(endpoint, status).inc()
+            client = scope.get("state", {}).get(CLIENT)
+            _log.log(
+                logging.DEBUG if endpoint in _WATCHED else logging.INFO,
+                "%s %s %d %.3f s %s",
+                scope["method"],
+                endpoint,
+                status,
+                monotonic() - begun,
+                "-" if client is None else client.name,
+            )
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -446,6 +481,9 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     limits: ClassVar[Limits]
+    grace_s: ClassVar[float] = 5.0
+    """How much later than the app's own deadline for a body the connection is closed: the app's answer
+    says more."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         """Begin to wait for a first request."""
@@ -512,7 +550,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._timer = self.loop.call_later(seconds, self._too_slow, part, seconds)
 
     def _seconds(self, part: Literal["header", "body"]) -> float:
-        return self.limits.header_s if part == "header" else self.limits.body_s + _GRACE_S
+        return self.limits.header_s if part == "header" else self.limits.body_s + self.grace_s
 
     def _too_slow(self, part: Literal["header", "body"], seconds: float) -> None:
         if self.flow.read_paused or (part == "header" and self._answering() is not None):

@@ -1,41 +1,48 @@
 """
-`POST /v1/messages`: the same for clients of Anthropic's API.
+`POST /v1/messages` and `count_tokens`: conversations for clients of Anthropic's API.
 
-There, input tokens are those that were computed; what was not is `cache_read_input_tokens`.
-
-The body of a message request, as Anthropic's clients send it, and what it means to the engine.
-
-Pure: parses and translates; generates nothing.
+First the body and what it means to the engine, then the calls and how the reply is written. In this
+API input tokens are those that were computed; reused ones are `cache_read_input_tokens`.
 """
 
 import json
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import Field
 
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
-from recollect.conversation.turn import Reply
-from recollect.server.chat_completions import check_limits
-from recollect.server.fields import MOST_TOOLS, Body, BodyRoute, Ignored, Items, Offer, Text
-from recollect.server.refusals import anthropic_body, api_error
-from recollect.server.services import Job, begin, client_of, services_of, with_model
-from recollect.server.streaming import (
+from recollect.engine.reply import GeneratedReply, ReplyGeneration
+from recollect.server.fields import (
+    MOST_TOOLS,
+    Body,
+    BodyRoute,
+    Ignored,
+    Items,
+    Offer,
+    Text,
+    check_count,
+    offer,
+    tool_schema,
+)
+from recollect.server.refusals import ApiError, anthropic_body
+from recollect.server.services import (
     Call,
     CallEvent,
     Ended,
-    Event,
+    Job,
     Piece,
-    Progress,
-    Readable,
-    progress_comment,
-    require_reply,
+    Told,
+    begin,
+    client_of,
+    services_of,
     sse,
+    with_model,
 )
 from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import FinishReason, Message, MessageToolCall, SamplingParams, ToolCall
@@ -101,11 +108,7 @@ class InputMessage(Body):
 
 def _call(block: ToolUseBlock) -> MessageToolCall:
     arguments = json.dumps(block.input, ensure_ascii=False)
-    return {
-        "id": block.id,
-        "type": "function",
-        "function": {"name": block.name, "arguments": arguments},
-    }
+    return ToolCall(block.id, block.name, arguments).to_dict()
 
 
 class Tool(Body):
@@ -121,10 +124,7 @@ class Tool(Body):
 
     def schema_of(self) -> dict[str, Any]:
         """Return it as the engine has it."""
-        function: dict[str, Any] = {"name": self.name, "parameters": self.input_schema}
-        if self.description is not None:
-            function["description"] = self.description
-        return {"type": "function", "function": function}
+        return tool_schema(self.name, self.description, self.input_schema)
 
 
 class ToolChoice(Body):
@@ -168,7 +168,7 @@ class CountRequest(Body):
         """Return what the reply may call."""
         choice = self.tool_choice or ToolChoice(type="auto")
         names = {"any": "required", "tool": choice.name or ""}
-        return Offer(
+        return offer(
             [tool.schema_of() for tool in self.tools or ()],
             names.get(choice.type, choice.type),
             not choice.disable_parallel_tool_use,
@@ -224,15 +224,11 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     _check_messages(body, request)
     params = body.sampling(temperature=settings.temperature)
 
-    def prepare(model: Model) -> Sequence[Readable]:
+    def prepare(model: Model) -> Sequence[ReplyGeneration]:
         return [_session(model, body, namespace).stream(None, params=params)]
 
     job = await begin(request, body.model, prepare)
-    message = _Message(job)
-    if body.stream:
-        return await job.stream(request, message.events)
-    replies = await job.replies(request)
-    return JSONResponse(message.whole(replies[0]), headers=job.cost(replies).headers())
+    return await job.answer(request, _Message(job), stream=bool(body.stream))
 
 
 @router.post("/v1/messages/count_tokens")
@@ -256,31 +252,26 @@ def _check_messages(body: CountRequest, request: Request) -> None:
         ApiError: There are more than one may send.
     """
     most = services_of(request).settings.limits.messages
-    check_limits(body.conversation, 1, most_messages=most, most_choices=1)
+    check_count("messages", len(body.conversation), most)
 
 
 def _session(model: Model, body: CountRequest, namespace: str) -> Session:
-    offered = body.offer()
-    return model.session_from(
-        body.conversation,
-        namespace=namespace,
-        tools=offered.tools,
-        tool_choice=offered.choice,
-        parallel_tool_calls=offered.parallel,
-    )
+    return model.session_from(body.conversation, namespace=namespace, **body.offer())
 
 
 class _Message:
-    """The reply to one request, in Anthropic's words: a list of blocks."""
+    """The reply to one request, in Anthropic's words: a list of blocks. A `Writer`."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._id = f"msg_{secrets.token_hex(12)}"
         self._block = -1  # the last that was begun
         self._open: Literal["text", "call"] | None = None
+        self._has_begun = False
 
-    def whole(self, reply: Reply) -> dict[str, Any]:
+    def whole(self, replies: Sequence[GeneratedReply]) -> dict[str, Any]:
         """Return the reply at once."""
+        (reply,) = replies
         content: list[dict[str, Any]] = []
         if reply.content or not reply.tool_calls:
             content.append({"type": "text", "text": reply.content})
@@ -296,30 +287,32 @@ class _Message:
             "usage": self._job.cost([reply]).messages(),
         }
 
-    async def events(self, events: AsyncIterator[Event]) -> AsyncIterator[str]:
-        """Yield the reply as it comes."""
-        has_begun = False
-        async for event in events:
-            # What was reused is known when the prompt is read; until then there are comments alone.
-            if not has_begun and not isinstance(event, Progress):
-                has_begun = True
-                yield self._start()
-            match event:
-                case Piece():
-                    yield self._text(event.text)
-                case Call():
-                    yield self._call(event.event)
-                case Ended():
-                    try:
-                        reply = require_reply(event)
-                    except Exception as error:  # noqa: BLE001 - told to the client, and in the log
-                        yield sse(anthropic_body(api_error(error)), "error")
-                        return
-                    yield self._end(reply)
-                case Progress():
-                    yield progress_comment(event)
+    def begin(self) -> str:
+        """Return nothing: what was reused, which comes first, is known when the prompt is read."""
+        return ""
+
+    def write(self, event: Told) -> str:
+        """Return what is sent of an event."""
+        match event:
+            case Piece():
+                return self._start() + self._text(event.text)
+            case Call():
+                return self._start() + self._call(event.event)
+            case Ended():
+                return self._start() + self._end(event.reply)
+
+    def fail(self, error: ApiError) -> str:
+        """Return an error as Anthropic's clients expect it."""
+        return self._start() + sse(anthropic_body(error), "error")
+
+    def end(self) -> str:
+        """Return nothing: the reply has said that it is over."""
+        return ""
 
     def _start(self) -> str:
+        if self._has_begun:
+            return ""
+        self._has_begun = True
         spent = self._job.cost_so_far()
         usage = _NOTHING_SPENT if spent is None else spent.messages()
         return _event("message_start", message={**self._head(), "usage": usage})
@@ -350,7 +343,7 @@ class _Message:
         is_open, self._open = self._open is not None, None
         return _event("content_block_stop", index=self._block) if is_open else ""
 
-    def _end(self, reply: Reply) -> str:
+    def _end(self, reply: GeneratedReply) -> str:
         nothing = self._text("") if self._block < 0 else ""
         stop = {"stop_reason": _stop_reason(reply), "stop_sequence": reply.stop_string}
         usage = self._job.cost([reply]).messages()
@@ -373,7 +366,7 @@ class _Message:
         }
 
 
-def _stop_reason(reply: Reply) -> str:
+def _stop_reason(reply: GeneratedReply) -> str:
     if reply.tool_calls and reply.finish_reason == "stop":
         return "tool_use"
     if reply.stop_string is not None:

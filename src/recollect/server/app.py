@@ -1,17 +1,10 @@
 """
-Puts a server together: endpoints, what they share, and what every request passes first.
+Put a server together, and run it until it is told to stop.
 
-`/v1/models`, `/health` and `/metrics`: what a server is, and how it is.
-
-Counts and logs each request: what was asked for, the answer's status, how long it took.
-
-Neither bodies nor keys are logged.
-
-Runs a server until it is told to stop.
-
-Graceful: after the first signal no request is taken, and replies may go on for a while. After it, or
-after a second signal, they end: what was said is in the journal, each client is told in a last event,
-and the models are closed.
+Here are the endpoints that say what a server is and how it is (`/v1/models`, `/health` and
+`/metrics`), how every error becomes a response, and how the process ends: after the first signal no
+request is taken, and replies may go on for a while. After it, or after a second signal, they end: what
+was said is in the journal, each client is told in a last event, and the models are closed.
 """
 
 import asyncio
@@ -31,7 +24,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as AnyHttpException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recollect._version import __version__
 from recollect.errors import RecollectError
@@ -42,7 +34,7 @@ from recollect.server import (
     conversation_routes,
     responses,
 )
-from recollect.server.access import CLIENT, Keyring, Security, bounded_protocol
+from recollect.server.access import Counted, Keyring, Security, bounded_protocol
 from recollect.server.fields import Bodies
 from recollect.server.hub import Admission, ModelHub
 from recollect.server.refusals import (
@@ -56,7 +48,6 @@ from recollect.server.refusals import (
 )
 from recollect.server.services import Services, client_of, services_of
 from recollect.server.settings import Limits, Settings, bind
-from recollect.server.streaming import KeptConversations
 from recollect.server.usage import CONTENT_TYPE, Metrics
 
 router = APIRouter(tags=["Server"])
@@ -78,7 +69,7 @@ def get_model(model_id: str, request: Request) -> dict[str, Any]:
 
 @router.get("/health")
 def health(request: Request) -> JSONResponse:
-    """Say whether requests are answered: 200 where they are, 503 while the model is loaded."""
+    """Return 200 where requests are answered, and 503 while the model is loading or cannot be loaded."""
     hub = services_of(request).hub
     state = "ok" if hub.is_ready else "loading" if hub.failure is None else "failed"
     return JSONResponse({"status": state, "version": __version__}, 200 if state == "ok" else 503)
@@ -86,7 +77,7 @@ def health(request: Request) -> JSONResponse:
 
 @router.get("/metrics")
 def metrics(request: Request) -> Response:
-    """Return what was counted, for Prometheus; on a server with keys, an operator's are asked for."""
+    """Return what was counted, for Prometheus; a server with keys shows it to operators alone."""
     if not client_of(request).is_operator:
         raise not_found("such page for this key")
     return Response(services_of(request).metrics.text(), media_type=CONTENT_TYPE)
@@ -107,53 +98,8 @@ def _model(services: Services, name: str) -> dict[str, Any]:
     }
 
 
-_log = logging.getLogger(__name__)
-
-_WATCHED: Final = frozenset({"/health", "/metrics"})
-"""What is asked for every few seconds, by machines."""
-
-
-class Counted:
-    """An ASGI middleware around everything else."""
-
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request, or the server's own start and end."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        begun, status = monotonic(), 500
-
-        async def counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, counted)
-        finally:
-            # The pattern and not the path, which clients can make up without end.
-            route = scope.get("route")
-            endpoint = getattr(route, "path", "other")
-            self._metrics.requests.labels(endpoint, status).inc()
-            client = scope.get("state", {}).get(CLIENT)
-            _log.log(
-                logging.DEBUG if endpoint in _WATCHED else logging.INFO,
-                "%s %s %d %.3f s %s",
-                scope["method"],
-                endpoint,
-                status,
-                monotonic() - begun,
-                "-" if client is None else client.name,
-            )
-
-
 _CLIENT_GONE: Final = 499
-"""What proxies note of a request whose client went away; nobody reads it."""
+"""Status of a request whose client went away, as nginx logs it; nobody receives it."""
 
 _SILENT: Final[Any] = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 """
@@ -195,7 +141,7 @@ def create_app(
         loaded=hub.loaded, running=lambda: admission.running, waiting=lambda: admission.waiting
     )
     bodies = Bodies(limits)
-    services = Services(settings, hub, admission, metrics, KeptConversations())
+    services = Services(settings, hub, admission, metrics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -242,7 +188,7 @@ def create_app(
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Let every error be answered in the shape of the API that the request was made to."""
+    """Answer every error in the shape of the API that the request was made to."""
 
     async def refuse(request: Request, error: Exception) -> Response:
         return error_response(request.url.path, api_error(error))
@@ -267,7 +213,7 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 def _routed_nowhere(request: Request, error: AnyHttpException) -> ApiError:
-    """Return what a client is told that has called what there is not."""
+    """Return the error for a path or a method that does not exist."""
     where, code = quoted(request.url.path), None
     message = str(error.detail)
     if error.status_code == HTTPStatus.NOT_FOUND:
@@ -304,7 +250,7 @@ _LOOK_EVERY_S: Final = 0.05
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens, once it does, and what it waits for before it ends."""
+    """uvicorn's server, which also says when it listens and what it waits for before it ends."""
 
     def __init__(
         self,

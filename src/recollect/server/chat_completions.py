@@ -1,32 +1,28 @@
 """
 `POST /v1/chat/completions`: the whole conversation comes as text each time, and is found again.
 
-What of it was generated here is taken over as the token ids that it was, so nothing is read twice.
-
-The body of a chat completion, as OpenAI's clients send it, and what it means to the engine.
-
-Pure: parses and translates; generates nothing.
-
-`POST /v1/prewarm`: compute a conversation's KV before anybody asks anything.
-
-For a client that knows what will be asked soon: a system prompt, a document, a message being typed.
+What of it was generated here is taken over as the token ids that it was, so nothing is computed
+twice. First the body and what it means to the engine, then the call and how its replies are written.
+`POST /v1/prewarm` takes the same messages and computes their KV before anybody asks anything: for a
+client that knows what will be asked soon, such as a system prompt or a message being typed.
 """
 
 import secrets
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from time import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import Field, model_validator
 
+from recollect import types
 from recollect.conversation.model import Model
-from recollect.conversation.turn import Reply
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import compute_watched
+from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ContextFullError
 from recollect.kv.blocks import PUBLIC
 from recollect.server.fields import (
@@ -39,28 +35,30 @@ from recollect.server.fields import (
     Ignored,
     Items,
     LogprobCount,
+    NamedTool,
     Offer,
     SamplingFields,
     Text,
     ToolChoice,
+    check_count,
     grammar_of,
     logprob_entry,
     offer,
     unsupported,
 )
-from recollect.server.refusals import ApiError, ClientGone, api_error, openai_body, operators_only
-from recollect.server.services import Job, begin, client_of, services_of, with_model
-from recollect.server.streaming import (
+from recollect.server.refusals import ApiError, ClientGone, openai_body, operators_only
+from recollect.server.services import (
     Call,
     CallEvent,
     Ended,
-    Event,
+    Job,
     Piece,
-    Progress,
-    Readable,
-    progress_comment,
-    require_reply,
+    Told,
+    begin,
+    client_of,
+    services_of,
     sse,
+    with_model,
 )
 from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import Grammar, Message, MessageToolCall, Role, SamplingParams, TokenLogprob
@@ -83,12 +81,7 @@ class ToolCall(Body):
 
     def call(self) -> MessageToolCall:
         """Return it as the engine has it."""
-        name, arguments = self.function.name, self.function.arguments
-        return {
-            "id": self.id,
-            "type": "function",
-            "function": {"name": name, "arguments": arguments},
-        }
+        return types.ToolCall(self.id, self.function.name, self.function.arguments).to_dict()
 
 
 class ChatMessage(Body):
@@ -177,7 +170,12 @@ class ChatRequest(SamplingFields):
     @cached_property
     def offered(self) -> Offer:
         """Return what the reply may call."""
-        return offer(self.tools, self.tool_choice, self.parallel_tool_calls)
+        choice = self.tool_choice
+        return offer(
+            [tool.model_dump(exclude_none=True) for tool in self.tools or ()],
+            choice.function.name if isinstance(choice, NamedTool) else choice,
+            self.parallel_tool_calls,
+        )
 
     @cached_property
     def grammar(self) -> Grammar | None:
@@ -200,32 +198,6 @@ class ChatRequest(SamplingFields):
         )
 
 
-def check_limits(
-    messages: Sequence[Any],
-    choices: int,
-    *,
-    most_messages: int,
-    most_choices: int,
-    what: str = "messages",
-) -> None:
-    """
-    Check that a request asks for no more than one may.
-
-    Args:
-        what: The field that the messages are in.
-
-    Raises:
-        ApiError: It does.
-    """
-    for name, count, most in ((what, len(messages), most_messages), ("n", choices, most_choices)):
-        if count > most:
-            raise ApiError(
-                f"{name}: {count:,} are too many; this server takes {most:,}.",
-                code="invalid_value",
-                param=name,
-            )
-
-
 router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
 
@@ -233,50 +205,34 @@ router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer the last message of a conversation."""
     settings, namespace = services_of(request).settings, client_of(request).namespace
-    limits = settings.limits
-    check_limits(
-        body.messages,
-        body.choices,
-        most_messages=limits.messages,
-        most_choices=limits.choices,
-    )
+    check_count("messages", len(body.messages), settings.limits.messages)
+    check_count("n", body.choices, settings.limits.choices)
     params = [
         body.sampling(choice, temperature=settings.temperature) for choice in range(body.choices)
     ]
 
-    offered = body.offered
-
-    def prepare(model: Model) -> Iterator[Readable]:
-        session = model.session_from(
-            body.conversation(),
-            namespace=namespace,
-            tools=offered.tools,
-            tool_choice=offered.choice,
-            parallel_tool_calls=offered.parallel,
-        )
+    def prepare(model: Model) -> Iterator[ReplyGeneration]:
+        session = model.session_from(body.conversation(), namespace=namespace, **body.offered)
         sessions = [session, *(session.fork() for _ in params[1:])]
         for one, how in zip(sessions, params, strict=True):
             yield one.stream(None, params=how)
 
     job = await begin(request, body.model, prepare, choices=body.choices)
-    completion = Completion(job, body)
-    if body.stream:
-        return await job.stream(request, completion.events)
-    replies = await job.replies(request)
-    cost = job.cost(replies)
-    return JSONResponse(completion.whole(replies), headers=cost.headers())
+    return await job.answer(request, _Completion(job, body), stream=bool(body.stream))
 
 
-class Completion:
-    """The replies to one request, in OpenAI's words."""
+class _Completion:
+    """The replies to one request, in OpenAI's words; a `Writer`."""
 
     def __init__(self, job: Job, body: ChatRequest) -> None:
         self._job = job
-        self._body = body
+        self._include_usage = body.include_usage
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created = int(time())
+        self._begun: set[int] = set()
+        self._replies: list[GeneratedReply] = []
 
-    def whole(self, replies: Sequence[Reply]) -> dict[str, Any]:
+    def whole(self, replies: Sequence[GeneratedReply]) -> dict[str, Any]:
         """Return the replies at once."""
         choices = [
             {
@@ -290,36 +246,40 @@ class Completion:
         usage = self._job.cost(replies).chat()
         return {**self._head("chat.completion"), "choices": choices, "usage": usage}
 
-    async def events(self, events: AsyncIterator[Event]) -> AsyncIterator[str]:
-        """Yield the replies as they come."""
-        begun: set[int] = set()
-        replies: list[Reply] = []
-        async for event in events:
-            if not isinstance(event, Progress) and event.choice not in begun:
-                begun.add(event.choice)
-                yield self._chunk(event.choice, {"role": "assistant", "content": ""})
-            match event:
-                case Piece():
-                    likely = _logprobs(event.logprobs or None)
-                    yield self._chunk(event.choice, {"content": event.text}, logprobs=likely)
-                case Call():
-                    if delta := _call_delta(event.event):
-                        yield self._chunk(event.choice, {"tool_calls": [delta]})
-                case Ended():
-                    try:
-                        reply = require_reply(event)
-                    except Exception as error:  # noqa: BLE001 - told to the client, and in the log
-                        yield sse(openai_body(api_error(error)))
-                        return
-                    replies.append(reply)
-                    own = self._job.cost([reply]).own()
-                    yield self._chunk(event.choice, {}, _finish_reason(reply), recollect=own)
-                case Progress():
-                    yield progress_comment(event)
-        if self._body.include_usage:
-            usage = self._job.cost(replies).chat()
-            yield sse({**self._head("chat.completion.chunk"), "choices": [], "usage": usage})
-        yield sse("[DONE]")
+    def begin(self) -> str:
+        """Return nothing: each choice begins by itself."""
+        return ""
+
+    def write(self, event: Told) -> str:
+        """Return the chunks of an event."""
+        role = ""
+        if event.choice not in self._begun:
+            self._begun.add(event.choice)
+            role = self._chunk(event.choice, {"role": "assistant", "content": ""})
+        match event:
+            case Piece():
+                likely = _logprobs(event.logprobs or None)
+                return role + self._chunk(event.choice, {"content": event.text}, logprobs=likely)
+            case Call():
+                delta = _call_delta(event.event)
+                return role + (self._chunk(event.choice, {"tool_calls": [delta]}) if delta else "")
+            case Ended():
+                self._replies.append(event.reply)
+                own = self._job.cost([event.reply]).own()
+                reason = _finish_reason(event.reply)
+                return role + self._chunk(event.choice, {}, reason, recollect=own)
+
+    def fail(self, error: ApiError) -> str:
+        """Return an error as OpenAI's clients expect it."""
+        return sse(openai_body(error))
+
+    def end(self) -> str:
+        """Return the usage, where it is asked for, and the mark of the end."""
+        usage = ""
+        if self._include_usage:
+            spent = self._job.cost(self._replies).chat()
+            usage = sse({**self._head("chat.completion.chunk"), "choices": [], "usage": spent})
+        return usage + sse("[DONE]")
 
     def _chunk(
         self,
@@ -336,7 +296,7 @@ class Completion:
             "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
-        usage = {"usage": None} if self._body.include_usage else {}
+        usage = {"usage": None} if self._include_usage else {}
         return sse({**self._head("chat.completion.chunk"), "choices": [choice], **usage, **more})
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -349,7 +309,7 @@ class Completion:
         }
 
 
-def _message(reply: Reply) -> dict[str, Any]:
+def _message(reply: GeneratedReply) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": None}
     if reply.tool_calls:
         message["content"] = reply.content or None
@@ -357,7 +317,7 @@ def _message(reply: Reply) -> dict[str, Any]:
     return message
 
 
-def _finish_reason(reply: Reply) -> str:
+def _finish_reason(reply: GeneratedReply) -> str:
     if reply.tool_calls and reply.finish_reason == "stop":
         return "tool_calls"
     return reply.finish_reason
@@ -396,8 +356,7 @@ class PrewarmRequest(Body):
 @prewarm_router.post("/v1/prewarm")
 async def prewarm(body: PrewarmRequest, request: Request) -> dict[str, Any]:
     """Compute what of a conversation is not computed yet."""
-    most = services_of(request).settings.limits.messages
-    check_limits(body.messages, 1, most_messages=most, most_choices=1)
+    check_count("messages", len(body.messages), services_of(request).settings.limits.messages)
     client = client_of(request)
     if body.public and not client.is_operator:
         raise operators_only("public")

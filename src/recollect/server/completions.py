@@ -5,38 +5,33 @@ Every prompt is a sequence of its own; what any of them has in common with an ea
 """
 
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from time import time
-from types import TracebackType
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import Field
 
 from recollect.conversation.model import Model
-from recollect.conversation.tree import Node
-from recollect.conversation.turn import Reply
-from recollect.engine.reply import ReplyGeneration
+from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.errors import ContextFullError, InvalidParameterError
-from recollect.server.chat_completions import StreamOptions, check_limits
-from recollect.server.fields import BodyRoute, Ignored, Items, SamplingFields
-from recollect.server.refusals import api_error, openai_body
-from recollect.server.services import Job, begin, client_of, services_of
-from recollect.server.streaming import (
+from recollect.server.chat_completions import StreamOptions
+from recollect.server.fields import BodyRoute, Ignored, Items, SamplingFields, check_count
+from recollect.server.refusals import ApiError, openai_body
+from recollect.server.services import (
+    Call,
     Ended,
-    Event,
+    Job,
     Piece,
-    Progress,
-    Readable,
-    progress_comment,
-    require_reply,
+    Told,
+    begin,
+    client_of,
+    services_of,
     sse,
 )
-from recollect.text.tool_calls import Event as ReplyEvent
-from recollect.text.tool_calls import TextDelta
-from recollect.types import SamplingParams, TokenLogprob, Usage
+from recollect.types import SamplingParams, TokenLogprob
 
 router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
@@ -77,13 +72,9 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     settings, namespace = services_of(request).settings, client_of(request).namespace
     prompts = body.prompts()
     number = body.n or 1
-    check_limits(
-        prompts,
-        number * len(prompts),
-        most_messages=settings.limits.choices,
-        most_choices=settings.limits.choices,
-        what="prompt",
-    )
+    most = settings.limits.choices
+    check_count("prompt", len(prompts), most)
+    check_count("n", number * len(prompts), most)
     params = [
         body.params(
             max_tokens=body.max_tokens,
@@ -94,110 +85,61 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         for choice in range(number)
     ]
 
-    def prepare(model: Model) -> Iterator[Readable]:
-        streams = [
-            TextStream(model, prompt, how, namespace=namespace, echo=bool(body.echo))
-            for prompt in prompts
-            for how in params
-        ]  # all of them, so that nothing is begun where one prompt cannot be
+    echoes: list[str] = []
+
+    def prepare(model: Model) -> Iterator[ReplyGeneration]:
+        ids = [_token_ids(model, prompt) for prompt in prompts]
+        if body.echo:
+            echoes.extend(model.tokenizer.decode(one) for one in ids for _ in params)
+        # All of them, so that nothing is begun where one prompt cannot be.
+        streams = [_reply_to(model, one, how, namespace) for one in ids for how in params]
         for stream in streams:
             stream.start()
             yield stream
 
-    job = await begin(request, body.model, prepare, choices=number * len(prompts))
-    completion = TextCompletion(job, body)
-    if body.stream:
-        return await job.stream(request, completion.events, per_prompt=number)
-    replies = await job.replies(request)
-    cost = job.cost(replies, per_prompt=number)
-    return JSONResponse(completion.whole(replies), headers=cost.headers())
+    job = await begin(
+        request, body.model, prepare, choices=number * len(prompts), per_prompt=number
+    )
+    return await job.answer(request, _Completion(job, body, echoes), stream=bool(body.stream))
 
 
-class TextStream:
-    """What follows a prompt, as it is generated; nothing is kept but its KV."""
+def _token_ids(model: Model, prompt: str | list[int]) -> list[int]:
+    """
+    Return a prompt as token ids.
 
-    def __init__(
-        self,
-        model: Model,
-        prompt: str | list[int],
-        params: SamplingParams,
-        *,
-        namespace: str,
-        echo: bool,
-    ) -> None:
-        """
-        Have it ready to begin.
-
-        Raises:
-            InvalidParameterError: The prompt is empty.
-            ContextFullError: It leaves no place for a reply.
-            TokenIdError: An id is outside the vocabulary.
-        """
-        ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if not ids:
-            raise InvalidParameterError("The prompt is empty: give at least one token.")
-        if len(ids) >= model.context_length:
-            raise ContextFullError(needed=len(ids) + 1, limit=model.context_length)
-        sequence = model.engine.new_sequence(namespace)
-        sequence.append(ids)
-        generator = Generator(model.engine, params, sequence=sequence, grammars=model.grammars)
-        self._generation = ReplyGeneration(model.engine, generator, model.tokenizer)
-        self._echo = model.tokenizer.decode(ids) if echo else ""
-        self.reply: Reply | None = None
-
-    def start(self) -> None:
-        """Have the engine begin."""
-        self._generation.start()
-
-    @property
-    def prefill_progress(self) -> tuple[int, int]:
-        """Return how many tokens of the prompt have KV, and how many there are."""
-        return self._generation.prefilled_tokens, self._generation.prompt_tokens
-
-    @property
-    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
-        """Return how likely the tokens so far were; None where nobody asked."""
-        return self._generation.logprobs
-
-    def usage_so_far(self) -> Usage | None:
-        """Return what it has cost by now; None before its first token."""
-        return self._generation.usage() if self._generation.has_begun else None
-
-    def events(self) -> Iterator[ReplyEvent]:
-        """Read what comes, which is text."""
-        if self._echo:
-            yield TextDelta(self._echo)
-        yield from map(TextDelta, self._generation)
-
-    def stop(self) -> None:
-        """End it after the forward pass under way."""
-        self._generation.stop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._generation.finish()
-        self._generation.release()
-        reason = self._generation.finish_reason
-        assert reason is not None, "it has ended"
-        text = self._echo + self._generation.text
-        nowhere = Node(id=0, parent=None, role=None, content="")
-        usage, logprobs = self._generation.usage(), self._generation.logprobs
-        self.reply = Reply(text, reason, usage, nowhere, content=text, logprobs=logprobs)
+    Raises:
+        InvalidParameterError: The prompt is empty.
+        ContextFullError: It leaves no place for a reply.
+    """
+    ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    if not ids:
+        raise InvalidParameterError("The prompt is empty: give at least one token.")
+    if len(ids) >= model.context_length:
+        raise ContextFullError(needed=len(ids) + 1, limit=model.context_length)
+    return ids
 
 
-class TextCompletion:
-    """What follows the prompts of one request, in OpenAI's words."""
+def _reply_to(
+    model: Model, prompt: list[int], params: SamplingParams, namespace: str
+) -> ReplyGeneration:
+    """
+    Return what follows a prompt, ready to begin; nothing is kept of it but its KV.
 
-    def __init__(self, job: Job, body: CompletionRequest) -> None:
+    Raises:
+        TokenIdError: An id is outside the vocabulary.
+    """
+    sequence = model.engine.new_sequence(namespace)
+    sequence.append(prompt)
+    generator = Generator(model.engine, params, sequence=sequence, grammars=model.grammars)
+    return ReplyGeneration(model.engine, generator, model.tokenizer)
+
+
+class _Completion:
+    """What follows the prompts of one request, in OpenAI's words; a `Writer`."""
+
+    def __init__(self, job: Job, body: CompletionRequest, echoes: Sequence[str]) -> None:
         self._job = job
-        self._per_prompt = body.n or 1
+        self._echoes = echoes
         self._include_usage = body.stream_options is not None and body.stream_options.include_usage
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -205,41 +147,52 @@ class TextCompletion:
             "created": int(time()),
             "model": job.model_name,
         }
+        self._replies: dict[int, GeneratedReply] = {}
 
-    def whole(self, replies: Sequence[Reply]) -> dict[str, Any]:
+    def whole(self, replies: Sequence[GeneratedReply]) -> dict[str, Any]:
         """Return everything at once."""
+        echoes = self._echoes or [""] * len(replies)
         choices = [
-            _choice(index, reply.text, reply.finish_reason, reply.logprobs)
-            for index, reply in enumerate(replies)
+            _choice(index, echo + reply.text, reply.finish_reason, reply.logprobs)
+            for index, (echo, reply) in enumerate(zip(echoes, replies, strict=True))
         ]
-        return {**self._head, "choices": choices, "usage": self._usage(replies)}
+        return {**self._head, "choices": choices, "usage": self._job.cost(replies).chat()}
 
-    async def events(self, events: AsyncIterator[Event]) -> AsyncIterator[str]:
-        """Yield texts as they come."""
-        replies: dict[int, Reply] = {}
-        async for event in events:
-            match event:
-                case Piece():
-                    piece = _choice(event.choice, event.text, None, event.logprobs or None)
-                    yield sse({**self._head, "choices": [piece]})
-                case Ended():
-                    try:
-                        reply = require_reply(event)
-                    except Exception as error:  # noqa: BLE001 - told to the client, and in the log
-                        yield sse(openai_body(api_error(error)))
-                        return
-                    replies[event.choice] = reply
-                    last = _choice(event.choice, "", reply.finish_reason)
-                    yield sse({**self._head, "choices": [last]})
-                case Progress():
-                    yield progress_comment(event)
+    def begin(self) -> str:
+        """Return the prompts, where they are to be echoed."""
+        return "".join(map(self._piece, range(len(self._echoes)), self._echoes))
+
+    def write(self, event: Told) -> str:
+        """Return the chunk of an event."""
+        match event:
+            case Piece():
+                return self._piece(event.choice, event.text, logprobs=event.logprobs or None)
+            case Ended():
+                self._replies[event.choice] = event.reply
+                return self._piece(event.choice, "", event.reply.finish_reason)
+            case Call():
+                return ""  # without tools there are none
+
+    def fail(self, error: ApiError) -> str:
+        """Return an error as OpenAI's clients expect it."""
+        return sse(openai_body(error))
+
+    def end(self) -> str:
+        """Return the usage, where it is asked for, and the mark of the end."""
+        usage = ""
         if self._include_usage:
-            usage = self._usage([replies[choice] for choice in sorted(replies)])
-            yield sse({**self._head, "choices": [], "usage": usage})
-        yield sse("[DONE]")
+            replies = [self._replies[choice] for choice in sorted(self._replies)]
+            usage = sse({**self._head, "choices": [], "usage": self._job.cost(replies).chat()})
+        return usage + sse("[DONE]")
 
-    def _usage(self, replies: Sequence[Reply]) -> dict[str, Any]:
-        return self._job.cost(replies, per_prompt=self._per_prompt).chat()
+    def _piece(
+        self,
+        index: int,
+        text: str,
+        finish_reason: str | None = None,
+        logprobs: Sequence[TokenLogprob] | None = None,
+    ) -> str:
+        return sse({**self._head, "choices": [_choice(index, text, finish_reason, logprobs)]})
 
 
 def _choice(

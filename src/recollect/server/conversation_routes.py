@@ -1,13 +1,10 @@
 """
-`/v1/conversations`: kept conversations, and what others do not have: rewind, fork, tree.
+`/v1/conversations`: kept conversations, and what other APIs do not have: rewind, fork, tree, checkpoints.
 
-None of these computes anything: they move names in the journal. What they move to is warm while its
-KV is there.
-
-`/v1/conversations/{id}/checkpoint`: places that have a name, and their KV on disk.
-
-A place is a tip of the conversation that nothing moves. Its KV is a pin of the store, in the client's
-namespace and under a name that begins with the conversation's own, which nobody can guess.
+None of them but a checkpoint computes anything: they move names in the journal, and what these move
+to is warm while its KV is there. A checkpoint is a branch that nothing moves. Its KV is pinned on disk,
+in the client's namespace and under a name that begins with the conversation's own, which nobody can
+guess.
 """
 
 import asyncio
@@ -31,9 +28,7 @@ from recollect.engine.pinning import pin_on_disk
 from recollect.errors import RewindError
 from recollect.journal.checkpoints import drop_of_conversation, server_facts
 from recollect.journal.records import DEFAULT_TIP, Entry, NewNode, NodeRecord, Page
-from recollect.kv import pins
 from recollect.kv.disk import DiskStore
-from recollect.server.chat_completions import check_limits
 from recollect.server.conversation_view import (
     COPIES,
     ConversationView,
@@ -44,9 +39,17 @@ from recollect.server.conversation_view import (
     split_branch,
     view_of,
 )
-from recollect.server.fields import Body, BodyRoute, Ignored, Items, Metadata, PlaceName
+from recollect.server.fields import (
+    Body,
+    BodyRoute,
+    Ignored,
+    Items,
+    Metadata,
+    PlaceName,
+    check_count,
+)
 from recollect.server.refusals import ApiError, not_found
-from recollect.server.response_object import FlatTool, InputItem, ResponseHead, merged
+from recollect.server.response_object import FlatTool, InputItem, ResponseHead, item_list, merged
 from recollect.server.services import Services, client_of, services_of, with_model
 from recollect.types import SamplingParams
 
@@ -91,7 +94,7 @@ def delete_checkpoint(conversation_id: str, name: PlaceName, request: Request) -
     view, services = view_of(request, conversation_id), services_of(request)
     view.checkpoint(name)
     services.journal.drop_tip(view.stored.id, checkpoint_tip(name))
-    _let_go(services, lambda store: pins.drop(store, _pin_name(view, name)))
+    _let_go(services, lambda store: store.drop_pin(_pin_name(view, name)))
     return {
         "id": view.id,
         "object": "conversation.checkpoint.deleted",
@@ -181,11 +184,11 @@ class _KeptPlace:
     def keep(self, model: Model) -> dict[str, Any]:
         """Pin its KV, computing what is not there; called on a thread."""
         engine, tip = model.engine, self.view.tip
-        if not engine.info.has_block_bytes:
+        if not engine.info.reuse.as_bytes:
             return _not_kept("the model's runtime keeps its KV to itself")
         if engine.tier is None:
             return _not_kept("this server keeps no KV on disk")
-        conversation = self.services.kept.conversation(
+        conversation = self.services.conversations.conversation(
             model, self.view.stored.id, namespace=self.namespace, node_id=tip
         )
         node = None if tip is None else conversation.kept_node(tip)
@@ -199,7 +202,7 @@ class _KeptPlace:
             tools=self._tools(),
         )
         ids = session.typed_ids()
-        if len(ids) < engine.keep_multiple_of:
+        if len(ids) < engine.info.reuse.unit:
             return _not_kept("the conversation is shorter than a block of KV")
         about = server_facts(conversation.spot(node), self.view.stored.created_at)
         tokens = self._still_kept(engine, about)
@@ -209,7 +212,7 @@ class _KeptPlace:
             made = pin_on_disk(engine, ids, self.namespace, name=name, about=about)
             tokens, computed = made.pin.tokens, made.computed_tokens
             if checkpoint_tip(self.name) not in self.services.journal.tips(self.view.stored.id):
-                pins.drop(engine.tier.store, name)
+                engine.tier.store.drop_pin(name)
                 return _not_kept("it was deleted meanwhile")
         return {"kept": True, "tokens": tokens, "computed_tokens": computed}
 
@@ -218,13 +221,13 @@ class _KeptPlace:
         tier = engine.tier
         assert tier is not None, "whoever keeps something has a tier"
         name = _pin_name(self.view, self.name)
-        former = pins.find(tier.store, name)
+        former = tier.store.find_pin(name)
         if former is None:
             return None
         is_same = (former.identity, former.about) == (tier.identity.digest().hex(), about)
-        if is_same and pins.stored(tier.store, former).tokens >= former.tokens:
+        if is_same and tier.store.size_of(former).tokens >= former.tokens:
             return former.tokens
-        pins.drop(tier.store, name)
+        tier.store.drop_pin(name)
         return None
 
     def _tools(self) -> Tools:
@@ -327,7 +330,7 @@ def list_conversations(
         }
         for info in shown
     ]
-    return {**_list(data), "has_more": len(found) > limit}
+    return item_list(data, has_more=len(found) > limit)
 
 
 @router.get("/v1/conversations/{conversation_id}")
@@ -357,7 +360,7 @@ def delete_conversation(conversation_id: str, request: Request) -> dict[str, Any
         raise ApiError("A branch goes with its conversation: delete that, or leave it.")
     kept_as = head.label.conversation_id
     services.journal.delete(kept_as, namespace=client_of(request).namespace)
-    services.kept.forget(kept_as)
+    services.conversations.forget(kept_as)
     drop_all_kv(services, kept_as, head.created_at)
     return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
 
@@ -379,7 +382,7 @@ def list_items(
         if after not in ids:
             raise not_found(f"item {after!r} in this conversation")
         items = items[ids.index(after) + 1 :]
-    return {**_list(items[:limit]), "has_more": len(items) > limit}
+    return item_list(items[:limit], has_more=len(items) > limit)
 
 
 @router.post("/v1/conversations/{conversation_id}/items")
@@ -395,7 +398,7 @@ def add_items(conversation_id: str, body: NewItems, request: Request) -> dict[st
             at = view_of(request, conversation_id).tip
         ids = set(services.journal.append(kept_as, at, _nodes(body.items), tip=branch))
     view = view_of(request, conversation_id)
-    return _list(view.items([node for node in view.stored.nodes if node.id in ids]))
+    return item_list(view.items([node for node in view.stored.nodes if node.id in ids]))
 
 
 @router.get("/v1/conversations/{conversation_id}/items/{item_id}")
@@ -467,8 +470,7 @@ def get_tree(conversation_id: str, request: Request) -> dict[str, Any]:
 
 
 def _check_items(request: Request, items: list[InputItem]) -> None:
-    most = services_of(request).settings.limits.messages
-    check_limits(items, 1, most_messages=most, most_choices=1, what="items")
+    check_count("items", len(items), services_of(request).settings.limits.messages)
 
 
 def _nodes(items: list[InputItem]) -> list[NewNode]:
@@ -508,13 +510,3 @@ def _target(view: ConversationView, where: Rewind) -> int | None:
     if where.turns > len(asked):
         raise RewindError(f"Cannot go back {where.turns} turns: the conversation has {len(asked)}.")
     return asked[-where.turns].parent_id
-
-
-def _list(items: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "object": "list",
-        "data": items,
-        "first_id": items[0]["id"] if items else None,
-        "last_id": items[-1]["id"] if items else None,
-        "has_more": False,
-    }

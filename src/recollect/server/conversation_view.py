@@ -1,13 +1,10 @@
 """
-A kept conversation as a client sees it: its items, branches and ids.
+Kept conversations by the ids that clients have, and where in their trees a response goes on.
 
-Reads the journal alone, so that no model needs to be loaded. Ids of items say where in their
-conversation they are and nothing of any other.
-
-Where in a kept conversation's tree a response goes on.
-
-An earlier response is a node, so going on from any of them is a fork; what it shares with what was
-said before is found by its token ids. Knows trees and the journal, and nothing of HTTP.
+A `ConversationView` is what a client sees: items, branches, checkpoints. It is read from the journal
+alone, so that no model needs to be loaded, and ids of items say where in their conversation they are
+and nothing of any other. A `Place` is the node that a response follows: an earlier response is a
+node, so going on from any of them is a fork, whose shared part is found by its token ids.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,10 +22,10 @@ from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message,
 from recollect.journal.entries import Label
 from recollect.journal.journal import Journal
 from recollect.journal.records import DEFAULT_TIP, NewNode, NodeRecord, StoredConversation
+from recollect.server.hub import OpenConversations
 from recollect.server.refusals import ApiError, not_found
 from recollect.server.response_object import items_of
 from recollect.server.services import client_of, services_of
-from recollect.server.streaming import KeptConversations
 from recollect.types import Message
 
 HAS_INSTRUCTIONS = "has_instructions"
@@ -88,7 +85,7 @@ class Places:
     """Finds places for one client and one model. Used on one thread."""
 
     def __init__(
-        self, journal: Journal, kept: KeptConversations, model: Model, namespace: str
+        self, journal: Journal, kept: OpenConversations, model: Model, namespace: str
     ) -> None:
         self._journal = journal
         self._kept = kept

@@ -1,18 +1,12 @@
 """
-Fields that the requests of several APIs share, and what they mean to the engine.
-
-A field that would change the reply and is not supported is refused; one that would not is taken
-and ignored; one that nobody knows is refused, as OpenAI does.
-
-Tools and formats of replies, as OpenAI's clients describe them, and what they mean to the engine.
-
-Pure: parses and translates.
-
-Bodies: from bytes to what an endpoint takes, or to one sentence about what is wrong.
+Bodies of requests: from bytes to fields, and what the fields that APIs share mean to the engine.
 
 Everything that comes in passes here once: that it is JSON, how much and how deep it is, that its
-numbers are numbers and its texts are whole characters. Nothing behind it needs to look again. What is
+numbers are finite and its texts are whole characters. Nothing behind it needs to look again. What is
 done for a body is bounded by `Limits`, and large ones are read on a thread.
+
+A field that would change the reply and is not supported is refused; one that would not is taken and
+ignored; one that nobody knows is refused, as OpenAI does. Generates nothing.
 """
 
 import asyncio
@@ -21,8 +15,7 @@ import math
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypedDict, TypeVar
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -232,6 +225,21 @@ def _biases(biases: Mapping[str, float]) -> dict[int, float]:
     return ids
 
 
+def check_count(param: str, count: int, most: int) -> None:
+    """
+    Check that a field asks for no more than one request may.
+
+    Raises:
+        ApiError: It does.
+    """
+    if count > most:
+        raise ApiError(
+            f"{param}: {count:,} are too many; this server takes {most:,}.",
+            code="invalid_value",
+            param=param,
+        )
+
+
 def unsupported(param: str, why: str) -> ApiError:
     """Return what a client is told of a field that would change the reply, and cannot."""
     return ApiError(f"{param}: {why}", code="unsupported_parameter", param=param)
@@ -240,13 +248,21 @@ def unsupported(param: str, why: str) -> ApiError:
 LogprobCount = Annotated[int, Field(ge=0, le=20)]
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What a reply may call, as `Model.session_from` takes it."""
+class Offer(TypedDict):
+    """What a reply may call, as arguments of `Model.session_from`."""
 
-    tools: Sequence[dict[str, Any]] = field(default_factory=tuple)
-    choice: str = "auto"
-    parallel: bool = True
+    tools: Sequence[dict[str, Any]]
+    tool_choice: str
+    parallel_tool_calls: bool
+
+
+def tool_schema(
+    name: str, description: str | None, parameters: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return a tool as the engine has it."""
+    function = {"name": name, "description": description, "parameters": parameters}
+    given = {name: value for name, value in function.items() if value is not None}
+    return {"type": "function", "function": given}
 
 
 class NamedFunction(Body):
@@ -272,15 +288,10 @@ class FunctionTool(Body):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
-def offer(
-    tools: Sequence[FunctionTool] | None, choice: ToolChoice | None, parallel: bool | None
-) -> Offer:
-    """Return what a request offers."""
-    name = choice.function.name if isinstance(choice, NamedTool) else choice
+def offer(schemas: Sequence[dict[str, Any]], choice: str | None, parallel: bool | None) -> Offer:
+    """Return what a request offers; what it does not say is as OpenAI has it."""
     return Offer(
-        [tool.model_dump(exclude_none=True) for tool in tools or ()],
-        name or "auto",
-        parallel is not False,
+        tools=schemas, tool_choice=choice or "auto", parallel_tool_calls=parallel is not False
     )
 
 
@@ -365,10 +376,10 @@ threads and back takes a tenth of one, which each ordinary request would pay.
 """
 _READERS: Final = 2
 """Threads that read bodies: one large body does not keep the others waiting."""
-_TOKEN: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{,]', re.DOTALL)
-"""A string of JSON, or what a value or a member begins with or is parted from the next by."""
+TOKEN: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{,]', re.DOTALL)
+"""A string of JSON, or a bracket or comma, before which or after which a value begins."""
 _TOKENS_A_VALUE: Final = 3
-"""Most that one value brings: its comma or bracket, its name and its text."""
+"""Matches of `TOKEN` for one value at most: its comma or bracket, its name and its text."""
 
 
 class Bodies:
@@ -476,7 +487,7 @@ def _has_more_values(data: bytes, most: int) -> bool:
     if _most_values(data) < most:
         return False  # nearly always: only long texts have so many commas
     values = 0
-    for seen, token in enumerate(_TOKEN.finditer(data)):
+    for seen, token in enumerate(TOKEN.finditer(data)):
         values += data[token.start()] != ord('"')
         if values >= most or seen > _TOKENS_A_VALUE * most:
             return True

@@ -1,30 +1,24 @@
 """
-The models of a server: loaded when first asked for, given up when others need their memory.
+What requests share: the models that are loaded, turns to use them, and conversations open on them.
 
-Belongs to the event loop; loading and closing happen on threads of their own.
-
-Work on threads of its own, awaited on the event loop.
-
-How many replies are generated at once, and who waits for a turn.
-
-Belongs to the event loop: every call is made on its thread. Knows no model.
-
-System prompts that every key may reuse: read again whenever a model is loaded.
-
-On a thread of its own, and while the engine has nothing else to do: nobody waits for it.
+A model is loaded when it is first asked for and unloaded when others need its memory; system
+prompts that every key may reuse are read again on each. Hub and admission belong to the event loop,
+and long work happens on threads of its own. Knows no request and no API.
 """
 
 import asyncio
 import logging
 import threading
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
 from time import monotonic
 from typing import Final, TypeVar
+from weakref import WeakKeyDictionary
 
+from recollect.conversation.conversation import Conversation
 from recollect.conversation.model import Model, beginning
 from recollect.errors import MisuseError, RecollectError, UnknownModelError
 from recollect.server.refusals import ApiError, stopping, too_busy
@@ -32,13 +26,13 @@ from recollect.server.refusals import ApiError, stopping, too_busy
 _T = TypeVar("_T")
 
 
-async def on_thread(work: Callable[[], _T]) -> _T:
+def on_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
     """
-    Return what some work returns, done on a thread of its own.
+    Begin some work on a thread of its own, which ends it whether anybody waits or not.
 
     The threads of `asyncio.to_thread` are few, so that one client's long work could hold all of
     them, and the loop does not close before they end. Here admission bounds how many there are, and
-    nobody waits for them.
+    the loop waits for none.
     """
     result: Future[_T] = Future()
     result.set_running_or_notify_cancel()
@@ -50,7 +44,7 @@ async def on_thread(work: Callable[[], _T]) -> _T:
             result.set_exception(error)
 
     threading.Thread(target=run, name="recollect-request", daemon=True).start()
-    return await asyncio.wrap_future(result)
+    return asyncio.wrap_future(result)
 
 
 _log = logging.getLogger(__name__)
@@ -79,7 +73,7 @@ class Lease:
         loaded.last_used_s = monotonic()
 
     def release(self) -> None:
-        """Let the model be given up again; calling it again does nothing."""
+        """Allow the model to be unloaded again; calling it again does nothing."""
         hub, self._hub = self._hub, None
         if hub is not None:
             self._loaded.leases -= 1
@@ -139,7 +133,7 @@ class ModelHub:
 
     @property
     def is_loading(self) -> bool:
-        """Return whether a thread is loading a model, which may go on after `close`."""
+        """Return whether a thread is loading a model; it may go on after `close`."""
         return self._threads_loading > 0
 
     @property
@@ -171,10 +165,10 @@ class ModelHub:
         Raises:
             UnknownModelError: There is none of that name.
             ModelError: It cannot be loaded.
-            ApiError: The models in use leave no memory for it, or all are given up.
+            ApiError: The models in use leave no memory for it, or the server stops.
         """
         wanted = self.resolve(name)
-        if self._given_up.is_set():  # those that went before have ended, so that this has its turn
+        if self._given_up.is_set():  # requests before this one have ended, so it was admitted
             raise stopping()
         while (loaded := self._loaded.get(wanted)) is None:
             task = self._loading.get(wanted)
@@ -191,18 +185,18 @@ class ModelHub:
         return Lease(self, wanted, loaded)
 
     def give_up(self) -> None:
-        """Wait for no model any more that is being loaded, and refuse whoever asks for one."""
+        """Stop waiting for models that are loading, and refuse whoever asks for one from now on."""
         self._given_up.set()
 
     async def close(self) -> None:
-        """Give up all models; replies that are still generated end as cancelled."""
+        """Unload all models; replies that are still generated end as cancelled."""
         for task in list(self._loading.values()):
             await self._unless_given_up(task)
         for name in list(self._loaded):
             await self._unload(name)
 
     async def _unless_given_up(self, task: asyncio.Task[None]) -> None:
-        """Wait for a task, which goes on where this is cancelled, or until all are given up."""
+        """Wait for a task or for `give_up`; the task goes on where this is cancelled."""
         given_up = asyncio.ensure_future(self._given_up.wait())
         try:
             await asyncio.wait({task, given_up}, return_when=asyncio.FIRST_COMPLETED)
@@ -225,7 +219,7 @@ class ModelHub:
                     name,
                     *(f"{size:,}" for size in (taken, self._memory_bytes)),
                 )
-            await self._give_up_idle(keep=name)
+            await self._unload_idle(keep=name)
 
     def _load_counted(self, name: str) -> Model:
         self._threads_loading += 1  # one at a time
@@ -235,7 +229,7 @@ class ModelHub:
             self._threads_loading -= 1
 
     async def _make_room(self, name: str) -> None:
-        """Give up what is not in use, the least recently used first, until the weights fit."""
+        """Unload idle models, the least recently used first, until the weights of another fit."""
         if self._memory_bytes is None:
             return
         room = self._memory_bytes - self.weight_bytes(name)
@@ -251,8 +245,8 @@ class ModelHub:
                 )
             await self._unload(idle[0])
 
-    async def _give_up_idle(self, *, keep: str) -> None:
-        """Stay within the budget now that it is known how much KV memory a model took."""
+    async def _unload_idle(self, *, keep: str) -> None:
+        """Unload idle models while all exceed the budget: the KV memory of the new one is known now."""
         while self._memory_bytes is not None and self._taken_bytes() > self._memory_bytes:
             idle = [name for name in self._idle() if name != keep]
             if not idle:
@@ -444,6 +438,76 @@ class Admission:
                 self._begin(first)
 
 
+_MOST_OPEN: Final = 256
+"""Conversations of one model that stay open; an open one is its texts and token ids in memory."""
+
+
+class OpenConversations:
+    """Conversations by model and id; those used longest ago are closed first."""
+
+    def __init__(self) -> None:
+        self._open: WeakKeyDictionary[Model, OrderedDict[int, Conversation]] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def conversation(
+        self, model: Model, kept_as: int, *, namespace: str, node_id: int | None = None
+    ) -> Conversation:
+        """
+        Return a conversation of the journal, open on a model.
+
+        Args:
+            model: Goes on with it.
+            kept_as: Its id in the journal.
+            namespace: Whose it is.
+            node_id: In the journal, of a node that it must have; another process may have added it.
+
+        Raises:
+            UnknownConversationError: There is none in that namespace.
+        """
+        while True:
+            with self._lock:
+                conversations = self._open.setdefault(model, OrderedDict())
+                known = conversations.get(kept_as)
+                if known is not None and _has(known, node_id):
+                    self._remember(conversations, kept_as, known)
+                    return known
+            # Not under the lock: the journal may be held by others, and those who ask for what is
+            # open need not wait for it.
+            loaded = model.conversation(kept_as, namespace=namespace)
+            loaded.shares_tips = True
+            with self._lock:
+                conversations = self._open.setdefault(model, OrderedDict())
+                if conversations.get(kept_as) is known:  # else another request was faster
+                    self._remember(conversations, kept_as, loaded)
+                    return loaded
+
+    def add(self, model: Model, conversation: Conversation) -> None:
+        """Take over a new conversation, which is in the journal by now."""
+        assert conversation.kept_as is not None, "it is kept"
+        conversation.shares_tips = True
+        with self._lock:
+            conversations = self._open.setdefault(model, OrderedDict())
+            self._remember(conversations, conversation.kept_as, conversation)
+
+    def forget(self, kept_as: int) -> None:
+        """Close a conversation that was deleted."""
+        with self._lock:
+            for conversations in self._open.values():
+                conversations.pop(kept_as, None)
+
+    def _remember(
+        self, conversations: OrderedDict[int, Conversation], kept_as: int, known: Conversation
+    ) -> None:
+        conversations[kept_as] = known
+        conversations.move_to_end(kept_as)
+        while len(conversations) > _MOST_OPEN:
+            conversations.popitem(last=False)
+
+
+def _has(conversation: Conversation, node_id: int | None) -> bool:
+    return node_id is None or conversation.kept_node(node_id) is not None
+
+
 def publish_later(model: Model, prompts: Sequence[str]) -> threading.Thread:
     """
     Begin to publish system prompts, and return the thread that does.
@@ -463,7 +527,7 @@ def _publish(model: Model, prompts: Sequence[str]) -> None:
             ids = beginning(model.prompts, "", system=prompt)
             made = model.public.publish(ids, idle=True)
         except MisuseError:
-            return  # the model was given up meanwhile
+            return  # the model was unloaded meanwhile
         except RecollectError as error:
             _log.warning("public prompt %d is not shared on %s: %s", number, model.name, error)
         else:

@@ -1,11 +1,9 @@
 """
-How errors become HTTP: one table from recollect's tree to a status and OpenAI's JSON.
+What a client is told where a request is refused or fails.
 
-Anthropic's clients get the same in their own shape.
-
-What is wrong with a request, in words: where, what it should be, and what it is.
-
-Pure: pydantic's errors in, one sentence out.
+One table maps recollect's errors to a status and OpenAI's JSON; Anthropic's clients get the same in
+their own shape. What pydantic found wrong with a body becomes one sentence: where, what it should
+be, and what it is. Values only, but for the log: an error of ours is logged where it is translated.
 """
 
 import logging

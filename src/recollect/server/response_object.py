@@ -1,11 +1,7 @@
 """
-A response as OpenAI's clients read it.
+The Responses API's JSON: the body of a request, a response, and its items.
 
-Pure: values in, JSON out.
-
-The body of a response request, as OpenAI's clients send it, and what it means to the engine.
-
-Pure: parses and translates; generates nothing.
+Pure: parses and translates, values in and JSON out; generates nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +12,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from recollect.conversation.tree import to_message
-from recollect.conversation.turn import Reply
+from recollect.engine.reply import GeneratedReply
 from recollect.journal.records import NodeRecord
 from recollect.server.fields import (
     MOST_TOOLS,
@@ -32,6 +28,8 @@ from recollect.server.fields import (
     Text,
     grammar_of,
     logprob_entry,
+    offer,
+    tool_schema,
     unsupported,
 )
 from recollect.types import (
@@ -42,6 +40,7 @@ from recollect.types import (
     Role,
     SamplingParams,
     TokenLogprob,
+    ToolCall,
 )
 
 _LOGPROBS: Final = "message.output_text.logprobs"
@@ -77,11 +76,7 @@ class FunctionCallItem(Body):
 
     def call(self) -> MessageToolCall:
         """Return it as the engine has it."""
-        return {
-            "id": self.call_id,
-            "type": "function",
-            "function": {"name": self.name, "arguments": self.arguments},
-        }
+        return ToolCall(self.call_id, self.name, self.arguments).to_dict()
 
 
 class FunctionOutputItem(Body):
@@ -140,13 +135,7 @@ class FlatTool(Body):
 
     def schema_of(self) -> dict[str, Any]:
         """Return it as the engine has it."""
-        function = {
-            "name": self.name,
-            "description": self.description,
-            "parameters": self.parameters,
-        }
-        given = {name: value for name, value in function.items() if value is not None}
-        return {"type": "function", "function": given}
+        return tool_schema(self.name, self.description, self.parameters)
 
 
 class FlatChoice(Body):
@@ -232,10 +221,10 @@ class ResponseRequest(SamplingFields):
     def offer(self) -> Offer:
         """Return what the reply may call."""
         choice = self.tool_choice
-        return Offer(
+        return offer(
             [tool.schema_of() for tool in self.tools or ()],
-            (choice.name if isinstance(choice, FlatChoice) else choice) or "auto",
-            self.parallel_tool_calls is not False,
+            choice.name if isinstance(choice, FlatChoice) else choice,
+            self.parallel_tool_calls,
         )
 
     @cached_property
@@ -340,7 +329,7 @@ class Said:
     logprobs: Sequence[TokenLogprob] = ()
 
     @classmethod
-    def of(cls, reply: Reply) -> Self:
+    def of(cls, reply: GeneratedReply) -> Self:
         """Return a reply that was generated just now."""
         return cls(
             content=reply.content,
@@ -449,6 +438,17 @@ def function_call(
         "call_id": call["id"],
         "name": call["function"]["name"],
         "arguments": call["function"]["arguments"],
+    }
+
+
+def item_list(items: Sequence[dict[str, Any]], *, has_more: bool = False) -> dict[str, Any]:
+    """Return a page of a list."""
+    return {
+        "object": "list",
+        "data": items,
+        "first_id": items[0]["id"] if items else None,
+        "last_id": items[-1]["id"] if items else None,
+        "has_more": has_more,
     }
 
 

@@ -2,20 +2,16 @@
 `/v1/responses`: a response is a node of a kept conversation's tree, named by its id.
 
 So `previous_response_id` may name any earlier response, as often as one likes: each is a fork, warm
-while its KV is there, and right after a restart too.
-
-A response as the events that OpenAI's clients expect while it is generated.
-
-Knows the order of the events, not how the reply comes about.
+while its KV is there, and right after a restart too. First the response as the numbered events that
+OpenAI's clients expect while it is generated, then the calls.
 """
 
 import itertools
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import time
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -24,10 +20,10 @@ from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Overflow
-from recollect.conversation.turn import Reply, ReplyStream
+from recollect.conversation.turn import Reply
+from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.journal.entries import Label
 from recollect.journal.records import NodeRecord
-from recollect.server.chat_completions import check_limits
 from recollect.server.conversation_routes import drop_all_kv
 from recollect.server.conversation_view import (
     HAS_INSTRUCTIONS,
@@ -36,40 +32,40 @@ from recollect.server.conversation_view import (
     grow,
     with_instructions,
 )
-from recollect.server.fields import BodyRoute, logprob_entry
-from recollect.server.refusals import api_error, not_found
+from recollect.server.fields import BodyRoute, check_count, logprob_entry
+from recollect.server.refusals import ApiError, not_found
 from recollect.server.response_object import (
     ResponseHead,
     ResponseRequest,
     Said,
     function_call,
+    item_list,
     items_of,
     output_message,
     output_text,
     response_object,
 )
-from recollect.server.services import Job, Services, begin, client_of, services_of
-from recollect.server.streaming import (
+from recollect.server.services import (
     Call,
     CallEvent,
     Ended,
-    Event,
+    Job,
     Piece,
-    Progress,
-    Readable,
-    progress_comment,
-    require_reply,
+    Services,
+    Told,
+    begin,
+    client_of,
+    services_of,
     sse,
 )
 from recollect.server.usage import cost, recorded
 from recollect.text.tool_calls import ArgumentsDelta, CallStarted
-from recollect.text.tool_calls import Event as ReplyEvent
-from recollect.types import Message, TokenLogprob, Usage
+from recollect.types import Message, ToolCall
 
 
-class ResponseEvents:
+class _Response:
     """
-    The events of one response, numbered.
+    One response and its numbered events; a `Writer`.
 
     Its output is a list of items; each has a place from its first event on: the message where
     something is said, and each call.
@@ -82,29 +78,41 @@ class ResponseEvents:
         self._numbers = itertools.count()
         self._places: dict[str, int] = {}  # item id to its place in the output
 
-    async def events(self, events: AsyncIterator[Event]) -> AsyncIterator[str]:
-        """Yield the response as it comes."""
+    def whole(self, replies: Sequence[GeneratedReply]) -> dict[str, Any]:
+        """Return the response at once."""
+        (reply,) = replies
+        usage = self._job.cost(replies).responses()
+        return response_object(self._head, Said.of(reply), usage, self._instructions)
+
+    def begin(self) -> str:
+        """Return what is known of the response before it is there."""
         beginning = response_object(self._head, None, None, self._instructions)
-        yield self._event("response.created", response=beginning)
-        yield self._event("response.in_progress", response=beginning)
-        async for event in events:
-            match event:
-                case Piece():
-                    for told in self._text(event):
-                        yield told
-                case Call():
-                    for told in self._call(event.event):
-                        yield told
-                case Ended():
-                    try:
-                        reply = require_reply(event)
-                    except Exception as error:  # noqa: BLE001 - told to the client, and in the log
-                        yield self._failed(error)
-                        return
-                    for told in self._end(reply):
-                        yield told
-                case Progress():
-                    yield progress_comment(event)
+        return self._event("response.created", response=beginning) + self._event(
+            "response.in_progress", response=beginning
+        )
+
+    def write(self, event: Told) -> str:
+        """Return what is sent of an event."""
+        match event:
+            case Piece():
+                return "".join(self._text(event))
+            case Call():
+                return "".join(self._call(event.event))
+            case Ended():
+                return "".join(self._end(event.reply))
+
+    def fail(self, error: ApiError) -> str:
+        """Return the response as failed."""
+        response = {
+            **response_object(self._head, None, None, self._instructions),
+            "status": "failed",
+            "error": {"code": error.code or "server_error", "message": error.message},
+        }
+        return self._event("response.failed", response=response)
+
+    def end(self) -> str:
+        """Return nothing: the response has said that it is over."""
+        return ""
 
     def _text(self, piece: Piece) -> Iterator[str]:
         yield from self._begin_message()
@@ -119,17 +127,15 @@ class ResponseEvents:
 
     def _call(self, event: CallEvent) -> Iterator[str]:
         if isinstance(event, CallStarted):
-            function = {"name": event.name, "arguments": ""}
-            call: Any = {"id": event.id, "type": "function", "function": function}
+            call = ToolCall(event.id, event.name, "").to_dict()
             yield self._begin_item(
                 function_call(self._head.message_id, event.index, call, "in_progress")
             )
         elif isinstance(event, ArgumentsDelta):
             yield self._of_call(event.index, "delta", delta=event.text)
 
-    def _end(self, reply: Reply) -> Iterator[str]:
-        usage = self._job.cost([reply]).responses()
-        response = response_object(self._head, Said.of(reply), usage, self._instructions)
+    def _end(self, reply: GeneratedReply) -> Iterator[str]:
+        response = self.whole([reply])
         for item in response["output"]:
             if item["type"] == "message":
                 yield from self._begin_message()
@@ -160,15 +166,6 @@ class ResponseEvents:
         where = {"item_id": item_id, "output_index": self._places[item_id]}
         return self._event(f"response.function_call_arguments.{kind}", **where, **fields)
 
-    def _failed(self, error: Exception) -> str:
-        refused = api_error(error)
-        response = {
-            **response_object(self._head, None, None, self._instructions),
-            "status": "failed",
-            "error": {"code": refused.code or "server_error", "message": refused.message},
-        }
-        return self._event("response.failed", response=response)
-
     def _event(self, kind: str, **fields: Any) -> str:
         return sse({"type": kind, "sequence_number": next(self._numbers), **fields}, kind)
 
@@ -182,69 +179,67 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     services, namespace = services_of(request), client_of(request).namespace
     limits = services.settings.limits
     items = [] if isinstance(body.input, str) else body.input
-    check_limits(items, 1, most_messages=limits.messages, most_choices=1, what="input")
+    check_count("input", len(items), limits.messages)
     params = body.sampling(temperature=services.settings.temperature)
-    turn = _Turn(services, namespace, body, f"resp_{secrets.token_hex(16)}", int(time()))
+    asked = _Asked(services, namespace, body, f"resp_{secrets.token_hex(16)}", int(time()))
 
-    def prepare(model: Model) -> Sequence[Readable]:
-        session, place = turn.session(model)
-        stream = session.stream(None, params=params)
-        return [_Kept(stream, lambda reply: turn.keep(model, place, reply))]
+    def prepare(model: Model) -> Sequence[ReplyGeneration]:
+        return [asked.session(model).stream(None, params=params)]
 
-    job = await begin(request, body.model, prepare, keeps=body.keeps)
-    head = turn.head(job.model_name)
-    if body.stream:
-        return await job.stream(request, ResponseEvents(job, head, body.instructions).events)
-    (reply,) = await job.replies(request)
-    spent = job.cost([reply])
-    response = response_object(head, Said.of(reply), spent.responses(), body.instructions)
-    return JSONResponse(response, headers=spent.headers())
+    job = await begin(request, body.model, prepare, keeps=body.keeps, keep=asked.keep)
+    writer = _Response(job, asked.head(job.model_name), body.instructions)
+    return await job.answer(request, writer, stream=bool(body.stream))
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """One request: where it goes on, and what is kept of it."""
+@dataclass(slots=True)
+class _Asked:
+    """One request: where it goes on, and what is kept of it. Used by one thread at a time."""
 
     services: Services
     namespace: str
     body: ResponseRequest
     id: str
     created_at: int
+    at: tuple[Model, Place] | None = None
+    """Where it goes on, once that is found."""
 
     def head(self, model_name: str) -> ResponseHead:
         """Return what is known of the response before it is there."""
         return ResponseHead.of(self.body, self.id, self.created_at, model_name)
 
-    def session(self, model: Model) -> tuple[Session, Place]:
+    def session(self, model: Model) -> Session:
         """
-        Return a session at the last message of the input, and its place; called on a thread.
+        Return a session at the last message of the input.
 
         Raises:
             ApiError: What the request goes on from is not there.
         """
         body = self.body
-        places = Places(self.services.journal, self.services.kept, model, self.namespace)
+        places = Places(self.services.journal, self.services.conversations, model, self.namespace)
         if body.previous_response_id is not None:
             place = places.after_response(body.previous_response_id)
         elif body.conversation_id is not None:
             place = places.at_tip(body.conversation_id)
         else:
             place = places.new()
+        self.at = model, place
         overflow: Overflow = "drop_oldest" if body.truncation == "auto" else "error"
         offered = body.offer()
-        tools = Tools.of(offered.tools, offered.choice, parallel=offered.parallel)
+        tools = Tools.of(
+            offered["tools"], offered["tool_choice"], parallel=offered["parallel_tool_calls"]
+        )
         if not body.keeps:
             before = [node.message() for node in place.node.path()][place.has_instructions :]
             messages = [*_instructions(body), *before, *body.messages()]
             session = model.session_from(messages, namespace=self.namespace, overflow=overflow)
             session.tools = tools
-            return session, place
+            return session
         node = grow(
             place.conversation,
             with_instructions(place, body.instructions),
             places.known(body.messages()),
         )
-        session = Session(
+        return Session(
             model,
             place.conversation,
             node,
@@ -255,15 +250,17 @@ class _Turn:
             change=place.change,
             tools=tools,
         )
-        return session, place
 
-    def keep(self, model: Model, place: Place, reply: Reply) -> None:
-        """Give a reply its id; called on the thread that has read it, before anybody is told."""
+    def keep(self, reply: GeneratedReply) -> None:
+        """Give a reply its id, before anybody is told of it."""
+        assert self.at is not None, "it was begun somewhere"
+        assert isinstance(reply, Reply), "it was said in a session"
+        model, place = self.at
         kept_as = place.conversation.kept_as
         if not self.body.keeps or kept_as is None:
             return
         services = self.services
-        services.kept.add(model, place.conversation)
+        services.conversations.add(model, place.conversation)
         note = {
             HAS_INSTRUCTIONS: self.body.instructions is not None,
             "head": self.head(services.hub.resolve(self.body.model)).kept(),
@@ -277,55 +274,6 @@ class _Turn:
         services.journal.set_label(label)
 
 
-class _Kept:
-    """A reply that gets its id before anybody is told that it has ended."""
-
-    def __init__(self, stream: ReplyStream, keep: Callable[[Reply], None]) -> None:
-        self._stream = stream
-        self._keep = keep
-        self.reply: Reply | None = None
-
-    @property
-    def prefill_progress(self) -> tuple[int, int]:
-        """Return how many tokens of the prompt have KV, and how many there are."""
-        return self._stream.prefill_progress
-
-    @property
-    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
-        """Return how likely the tokens so far were; None where nobody asked."""
-        return self._stream.logprobs
-
-    def usage_so_far(self) -> Usage | None:
-        """Return what the reply has cost by now; None before its first token."""
-        return self._stream.usage_so_far()
-
-    def events(self) -> Iterator[ReplyEvent]:
-        """Read the reply as text and calls of tools."""
-        return self._stream.events()
-
-    def when_generated(self, call: Callable[[], object]) -> None:
-        """Have something called once the reply is generated, before it is kept."""
-        self._stream.when_generated(call)
-
-    def stop(self) -> None:
-        """End the reply after the forward pass under way."""
-        self._stream.stop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stream.close()
-        if self._stream.reply is not None:
-            self._keep(self._stream.reply)
-        self.reply = self._stream.reply
-
-
 @router.get("/v1/responses/{response_id}")
 def get_response(response_id: str, request: Request) -> JSONResponse:
     """Return a response that was kept."""
@@ -334,7 +282,7 @@ def get_response(response_id: str, request: Request) -> JSONResponse:
     reply = path[-1]
     head = ResponseHead.from_kept(label.name, label.note["head"])
     usage = None if reply.usage is None else recorded(reply.usage)
-    speed = services_of(request).speed(head.model, client_of(request).namespace)
+    speed = services_of(request).metrics.speed(head.model, client_of(request).namespace)
     spent = None if usage is None else cost([usage], speed)
     return JSONResponse(
         response_object(
@@ -352,13 +300,7 @@ def get_input_items(response_id: str, request: Request) -> dict[str, Any]:
     items = [
         item for number, node in enumerate(asked) for item in items_of(f"msg_{name}_{number}", node)
     ][::-1]
-    return {
-        "object": "list",
-        "data": items,
-        "first_id": items[0]["id"] if items else None,
-        "last_id": items[-1]["id"] if items else None,
-        "has_more": False,
-    }
+    return item_list(items)
 
 
 @router.delete("/v1/responses/{response_id}")
@@ -374,7 +316,7 @@ def delete_response(response_id: str, request: Request) -> dict[str, Any]:
     if not services.journal.labels(label.conversation_id):
         info = services.journal.info(label.conversation_id)
         services.journal.delete(info.id, namespace=namespace)
-        services.kept.forget(info.id)
+        services.conversations.forget(info.id)
         drop_all_kv(services, info.id, info.created_at)
     return {"id": response_id, "object": "response", "deleted": True}
 

@@ -1,55 +1,60 @@
 """
-What the endpoints share, and how a request becomes replies that are being generated.
+What the endpoints share, and how a request becomes replies that are sent as they are generated.
 
 A request waits for its turn, then for its model; then a thread finds what is known of it and has
-the engine begin. From there on readers hand out what comes.
+the engine begin. From there on the event loop reads each reply and tells what comes as events: what
+those look like on the wire is each API's own business. A thread of its own ends a reply, since that
+may wait for the engine and for the journal.
 """
 
 import asyncio
+import json
 import threading
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from time import time
-from typing import Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from recollect.conversation.model import Model
-from recollect.conversation.turn import Reply
 from recollect.encryption import KV_PURPOSE
+from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.maintenance import is_there, open_existing
 from recollect.server.access import CLIENT, Client
-from recollect.server.hub import Admission, Lease, ModelHub, Ticket, on_thread
-from recollect.server.refusals import stopping
+from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
+from recollect.server.refusals import ApiError, ClientGone, api_error, stopping
 from recollect.server.settings import Settings
-from recollect.server.streaming import (
-    Ended,
-    Event,
-    EventStream,
-    Keeping,
-    KeptConversations,
-    Readable,
-    Readers,
-    unless_disconnected,
-)
-from recollect.server.usage import Cost, Metrics, PrefillSpeed, cost
-from recollect.types import Usage
+from recollect.server.usage import Cost, Metrics, cost
+from recollect.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted, TextDelta
+from recollect.types import TokenLogprob
 
 _T = TypeVar("_T")
 
-Prepare = Callable[[Model], Iterable[Readable]]
+Prepare = Callable[[Model], Iterable[ReplyGeneration]]
 """Called on a thread; gives replies that the engine has begun, each as soon as it has."""
-
 
 _MOST_PATIENT: Final = 64
 """Requests that wait for the journal at once, as many as wait for a turn; threads are made as needed."""
+
+PROGRESS_EVERY_S: Final = 1.0
+"""Proxies and clients give up on a connection that is silent for some tens of seconds."""
 
 
 @dataclass(slots=True)
@@ -60,10 +65,7 @@ class Services:
     hub: ModelHub
     admission: Admission
     metrics: Metrics
-    kept: KeptConversations
-    _speeds: dict[tuple[str, str], PrefillSpeed] = field(
-        default_factory=lambda: defaultdict(PrefillSpeed)
-    )
+    conversations: OpenConversations = field(default_factory=OpenConversations)
     started_at: int = field(default_factory=lambda: int(time()))
     """In seconds since 1970."""
     items_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -73,9 +75,9 @@ class Services:
     )
     """Threads that wait for the journal, so that those which begin replies do not."""
     is_ending: bool = False
-    """Whether nothing begins any more; belongs to the event loop, as does `readers`."""
-    readers: set[Readers] = field(default_factory=set)
-    """Of the replies that are being read."""
+    """Whether nothing begins any more; belongs to the event loop, as does `jobs`."""
+    jobs: "set[Job]" = field(default_factory=set)
+    """Those whose replies have not all ended."""
     _journal: Journal | None = None
     _opening: threading.Lock = field(default_factory=threading.Lock)
 
@@ -101,10 +103,6 @@ class Services:
                     raise StoreError(str(cause)) from cause
             return self._journal
 
-    def speed(self, model_name: str, namespace: str) -> PrefillSpeed:
-        """Return how fast a model has read the prompts of a namespace; nobody learns of others' prompts."""
-        return self._speeds[model_name, namespace]
-
     @contextmanager
     def store(self) -> Iterator[DiskStore | None]:
         """
@@ -121,21 +119,12 @@ class Services:
         with closing(open_existing(folder, sealer)) as store:
             yield store
 
-    def wait_for_journal(self) -> None:
-        """
-        Wait until no other program writes to the journal.
-
-        Raises:
-            StoreError: It does not come free, or cannot be written at all.
-        """
-        self.journal.wait()
-
     def end(self) -> None:
         """End what goes on, and refuse what waits: each client is told that the server stops."""
         self.is_ending = True
         self.hub.give_up()
-        for readers in list(self.readers):
-            readers.end(stopping())
+        for job in list(self.jobs):
+            job.end(stopping())
 
     def close(self) -> None:
         """Close what is open; the hub closes itself."""
@@ -160,73 +149,345 @@ def client_of(request: Request) -> Client:
     return client
 
 
+CallEvent = CallStarted | ArgumentsDelta | CallEnded
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """More text of a reply."""
+
+    choice: int
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens whose text is out now, where they were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """More of a call of a tool."""
+
+    choice: int
+    event: CallEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A reply is whole, and kept where it is to be."""
+
+    choice: int
+    reply: GeneratedReply
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A reply ended without being whole: it is not told, whatever was kept of it."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Nothing new; this much of the prompts is read."""
+
+    done: int
+    total: int
+
+
+Told = Piece | Call | Ended
+"""What every API has words for."""
+Event = Told | Failed | Progress
+
+
+class Writer(Protocol):
+    """Puts the replies to one request into the words of an API. A text may be empty."""
+
+    def whole(self, replies: Sequence[GeneratedReply]) -> dict[str, Any]:
+        """Return them all at once."""
+
+    def begin(self) -> str:
+        """Return what a stream begins with."""
+
+    def write(self, event: Told) -> str:
+        """Return what is sent of an event."""
+
+    def fail(self, error: ApiError) -> str:
+        """Return what is sent last where a reply has failed."""
+
+    def end(self) -> str:
+        """Return what is sent last, after all replies."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    """A turn to generate replies, and a loaded model for it."""
+
+    ticket: Ticket
+    lease: Lease
+
+    def release(self) -> None:
+        """Give both back; calling it again does nothing."""
+        self.lease.release()
+        self.ticket.release()
+
+
 class Job:
-    """The replies to one request, as they are generated."""
+    """
+    The replies to one request, from when the engine has begun them until the last has ended.
+
+    Belongs to the event loop. They go on where nobody listens any more, until `stop`.
+    """
 
     def __init__(
-        self, model_name: str, model: Model, readers: Readers, speed: PrefillSpeed
+        self,
+        services: Services,
+        namespace: str,
+        turn: _Admitted,
+        streams: Sequence[ReplyGeneration],
+        *,
+        keep: Callable[[GeneratedReply], None] | None = None,
+        per_prompt: int | None = None,
     ) -> None:
-        self._readers = readers
-        self._speed = speed
-        self.model: Final = model
-        self.model_name: Final = model_name
-
-    def cost(self, replies: Sequence[Reply], *, per_prompt: int | None = None) -> Cost:
-        """Return what the replies cost together; see `usage.cost`."""
-        return self._cost([reply.usage for reply in replies], per_prompt)
-
-    def cost_so_far(self, *, per_prompt: int | None = None) -> Cost | None:
-        """Return what the prompts have cost; None where one of the replies has not begun."""
-        usages = self._readers.usages()
-        return None if usages is None else self._cost(usages, per_prompt)
-
-    def _cost(self, usages: Sequence[Usage], per_prompt: int | None) -> Cost:
-        return cost(usages, self._speed, per_prompt=per_prompt)
-
-    async def replies(self, request: Request) -> list[Reply]:
         """
-        Return the whole replies; where the client goes away first, they end at once.
+        Begin to read.
+
+        Args:
+            services: Of the server.
+            namespace: Of the client.
+            turn: The job's, from now on.
+            streams: What to read.
+            keep: Called on a thread with each reply that has ended, before anybody is told.
+            per_prompt: How many of the replies in a row share a prompt; None: all do.
+        """
+        self.model: Final = turn.lease.model
+        self.model_name: Final = turn.lease.name
+        self._services = services
+        self._namespace = namespace
+        self._speed = services.metrics.speed(self.model_name, namespace)
+        self._turn = turn
+        self._streams = tuple(streams)
+        self._keep = keep
+        self._per_prompt = per_prompt
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._seen: deque[Event] = deque()  # by `_begun`
+        self._generating = self._open = len(self._streams)
+        self._ending: Exception | None = None
+        self._loop = asyncio.get_running_loop()
+        services.jobs.add(self)
+        # The loop itself remembers no task that it runs.
+        self._reading = [
+            self._loop.create_task(self._read(choice, stream))
+            for choice, stream in enumerate(self._streams)
+        ]
+        if services.is_ending:  # since the thread began to prepare
+            self.end(stopping())
+
+    def stop(self) -> None:
+        """End the replies that go on; what was said is kept."""
+        for stream in self._streams:
+            stream.stop()
+
+    def end(self, error: Exception) -> None:
+        """End the replies that go on, and have an error told in place of each that is not complete."""
+        self._ending = error
+        self.stop()
+
+    def cost(self, replies: Sequence[GeneratedReply]) -> Cost:
+        """Return what the replies cost together; see `usage.cost`."""
+        usages = [reply.usage for reply in replies]
+        return cost(usages, self._speed, per_prompt=self._per_prompt)
+
+    def cost_so_far(self) -> Cost | None:
+        """Return what the prompts have cost; None where one of the replies has no token yet."""
+        found = [stream.usage_so_far() for stream in self._streams]
+        usages = [usage for usage in found if usage is not None]
+        if len(usages) < len(found):
+            return None
+        return cost(usages, self._speed, per_prompt=self._per_prompt)
+
+    async def answer(self, request: Request, writer: Writer, *, stream: bool) -> Response:
+        """
+        Return the replies at once, or as server-sent events; where the client goes away, they end.
+
+        A stream begins when the first token is there, or after a second: so what fails at once is
+        told with its own status, and headers tell what prompts cost that were read by then.
 
         Raises:
             ClientGone: It went away.
             RecollectError: What one of them failed with.
         """
         try:
-            return await unless_disconnected(request, self._readers.replies())
+            if stream:
+                await unless_disconnected(request, self._begun())
+                spent = self.cost_so_far()
+                headers = {} if spent is None else spent.headers()
+                return _EventStream(self, self._written(writer), headers)
+            replies = await unless_disconnected(request, self._replies())
         except BaseException:
-            self._readers.stop()
+            self.stop()
             raise
+        return JSONResponse(writer.whole(replies), headers=self.cost(replies).headers())
 
-    async def stream(
-        self,
-        request: Request,
-        encode: Callable[[AsyncIterator[Event]], AsyncIterator[str]],
-        *,
-        per_prompt: int | None = None,
-    ) -> EventStream:
+    async def _replies(self) -> list[GeneratedReply]:
+        ended: dict[int, GeneratedReply] = {}
+        async for event in self._told():
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Ended):
+                ended[event.choice] = event.reply
+        return [ended[choice] for choice in sorted(ended)]
+
+    async def _written(self, writer: Writer) -> AsyncIterator[str]:
+        if beginning := writer.begin():
+            yield beginning
+        async for event in self._told():
+            if isinstance(event, Progress):
+                # A comment, which clients skip: it tells a proxy, and whoever looks, that work goes on.
+                yield f": prefill {event.done}/{event.total}\n\n"
+            elif isinstance(event, Failed):
+                yield writer.fail(api_error(event.error))
+                return
+            else:
+                yield writer.write(event)
+        yield writer.end()
+
+    async def _begun(self) -> None:
         """
-        Return the replies as server-sent events; where the client goes away, they end at once.
-
-        The response begins when the first token is there, or after a second: so what fails at once
-        is told with its own status, and headers tell what prompts cost that were read by then.
+        Wait until all replies have begun, for a second at most; what comes by then is told later.
 
         Raises:
-            ClientGone, RecollectError: As in `replies`.
+            RecollectError: One has failed, and was the first of which anything came.
         """
+        deadline = self._loop.time() + PROGRESS_EVERY_S
+        is_known = False
+        while not is_known and self._loop.time() < deadline:
+            self._seen.append(event := await self._next())
+            is_known = isinstance(event, Progress | Failed) or self.cost_so_far() is not None
+        if isinstance(first := self._seen[0], Failed):
+            raise first.error
+
+    async def _told(self) -> AsyncIterator[Event]:
+        """Yield what happens until the last reply is over."""
+        left = len(self._streams)
+        while left:
+            event = self._seen.popleft() if self._seen else await self._next()
+            left -= isinstance(event, Ended | Failed)
+            yield event
+
+    async def _next(self) -> Event:
+        with suppress(asyncio.QueueEmpty):
+            return self._events.get_nowait()
         try:
-            _require_no_failure(await unless_disconnected(request, self._readers.first()))
-        except BaseException:
-            self._readers.stop()
-            raise
-        events = encode(self._readers.events())
-        spent = self.cost_so_far(per_prompt=per_prompt)
-        headers = {} if spent is None else spent.headers()
-        return EventStream(events, on_close=self._readers.stop, headers=headers)
+            async with asyncio.timeout(PROGRESS_EVERY_S):
+                return await self._events.get()
+        except TimeoutError:
+            states = [stream.prefill_progress for stream in self._streams]
+            return Progress(sum(done for done, _ in states), sum(total for _, total in states))
+
+    async def _read(self, choice: int, stream: ReplyGeneration) -> None:
+        """Read one reply to its end, whether anybody listens or not."""
+        sent, error = 0, None
+        try:
+            async for event in stream.async_events():
+                if isinstance(event, TextDelta):
+                    new = (stream.logprobs or ())[sent:]
+                    sent += len(new)
+                    self._events.put_nowait(Piece(choice, event.text, new))
+                else:
+                    self._events.put_nowait(Call(choice, event))
+        except Exception as failed:  # noqa: BLE001 - handed to whoever waits for the reply
+            error = failed
+        finally:
+            closing = on_thread(lambda: self._close(stream))
+        try:
+            await closing
+        except Exception as failed:  # noqa: BLE001 - likewise
+            error = failed
+        if error is None and (rest := (stream.logprobs or ())[sent:]):
+            self._events.put_nowait(Piece(choice, "", rest))
+        self._events.put_nowait(self._outcome(choice, stream.reply, error))
+        self._open -= 1
+        if not self._open:
+            self._services.jobs.discard(self)
+            self._turn.release()
+
+    def _close(self, stream: ReplyGeneration) -> None:
+        """End a reply and keep it, on a thread: both may wait."""
+        try:
+            stream.finish()
+        finally:
+            # To keep it can take long, where another program holds the journal: the turn is
+            # somebody else's by then.
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._generated)
+            stream.close()
+        if stream.reply is not None and self._keep is not None:
+            self._keep(stream.reply)
+
+    def _generated(self) -> None:
+        self._generating -= 1
+        if not self._generating:
+            self._turn.ticket.release()
+
+    def _outcome(
+        self, choice: int, reply: GeneratedReply | None, error: Exception | None
+    ) -> Ended | Failed:
+        """Return how a reply is over; one that `end` has cut short is told that error."""
+        if error is None and reply is not None:
+            self._services.metrics.observe(self.model_name, self._namespace, reply.usage)
+            if self._ending is None or reply.finish_reason != "cancelled":
+                return Ended(choice, reply)
+        stopped = RecollectError("The reply was stopped before it began.")
+        return Failed(error or self._ending or stopped)
 
 
-def _require_no_failure(event: Event) -> None:
-    if isinstance(event, Ended) and event.error is not None:
-        raise event.error
+async def unless_disconnected(request: Request, work: Awaitable[_T]) -> _T:
+    """
+    Return the result of *work*, which is cancelled where the client goes away first.
+
+    The body of the request has been read. Nobody else may wait for its messages meanwhile.
+
+    Raises:
+        ClientGone: It went away.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events of a job, which is stopped when they end: the client may have gone away."""
+
+    def __init__(self, job: Job, events: AsyncIterator[str], headers: Mapping[str, str]) -> None:
+        # Nginx holds responses back unless told otherwise.
+        quick = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
+        super().__init__(events, media_type="text/event-stream", headers=quick)
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.stop()
+
+
+def sse(data: Mapping[str, Any] | str, event: str | None = None) -> str:
+    """Return a server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
+    name = "" if event is None else f"event: {event}\n"
+    return f"{name}data: {text}\n\n"
 
 
 async def begin(
@@ -236,6 +497,8 @@ async def begin(
     *,
     choices: int = 1,
     keeps: bool = False,
+    keep: Callable[[GeneratedReply], None] | None = None,
+    per_prompt: int | None = None,
 ) -> Job:
     """
     Have replies to a request begun.
@@ -247,6 +510,7 @@ async def begin(
         choices: How many they are.
         keeps: Whether what is said goes to the journal. Where another program holds that, the request
             waits for it without a turn, which others can use.
+        keep, per_prompt: See `Job`.
 
     Raises:
         ClientGone: The client went away.
@@ -256,77 +520,40 @@ async def begin(
     services = services_of(request)
     services.hub.resolve(model_name)  # a wrong name need not wait
     namespace = client_of(request).namespace
-    work = _begin(services, namespace, model_name, prepare, choices, keeps=keeps)
-    return await unless_disconnected(request, work)
 
+    async def start() -> Job:
+        if keeps:
+            loop = asyncio.get_running_loop()
+            # The journal is opened on that thread too.
+            await loop.run_in_executor(services.patient, lambda: services.journal.wait())  # noqa: PLW0108 - see above
+        turn = await _enter(services, namespace, model_name, choices)
+        preparing = on_thread(lambda: _prepared(prepare, turn.lease.model))
 
-async def _begin(
-    services: Services,
-    namespace: str,
-    model_name: str | None,
-    prepare: Prepare,
-    choices: int,
-    *,
-    keeps: bool,
-) -> Job:
-    loop = asyncio.get_running_loop()
-    if keeps:
-        await loop.run_in_executor(services.patient, services.wait_for_journal)
-    turn = await _enter(services, namespace, model_name, choices)
-    name, model = turn.lease.name, turn.lease.model
-    speed = services.speed(name, namespace)
+        def job(streams: Sequence[ReplyGeneration]) -> Job:
+            return Job(services, namespace, turn, streams, keep=keep, per_prompt=per_prompt)
 
-    def on_reply(ended: Ended) -> None:
-        if ended.reply is not None:
-            speed.learn(ended.reply.usage)
-            services.metrics.observe(name, ended.reply.usage)
+        def abandon(_: object) -> None:
+            if preparing.cancelled() or preparing.exception() is not None:
+                turn.release()
+            else:
+                job(preparing.result()).stop()
 
-    def read(streams: Sequence[Readable]) -> Readers:
-        def on_end() -> None:
-            services.readers.discard(readers)
+        try:
+            streams = await asyncio.shield(preparing)
+        except asyncio.CancelledError:
+            preparing.add_done_callback(abandon)  # the thread goes on; what it begins ends at once
+            raise
+        except BaseException:
             turn.release()
+            raise
+        return job(streams)
 
-        readers = Readers(streams, on_reply=on_reply, on_end=on_end)
-        services.readers.add(readers)
-        # To keep a reply can take long, where another program holds the journal: the turn is
-        # somebody else's by then.
-        going_on = len(streams)
-
-        def generated() -> None:
-            nonlocal going_on
-            going_on -= 1
-            if not going_on:
-                turn.ticket.release()
-
-        for stream in streams:
-            if isinstance(stream, Keeping):
-                stream.when_generated(partial(_on_loop, loop, generated))
-        readers.start()
-        if services.is_ending:  # since the thread began to prepare
-            readers.end(stopping())
-        return readers
-
-    def abandon(preparing: asyncio.Future[list[Readable]]) -> None:
-        if preparing.cancelled() or preparing.exception() is not None:
-            turn.release()
-        else:
-            read(preparing.result()).stop()
-
-    preparing = asyncio.ensure_future(on_thread(lambda: _prepared(prepare, model)))
-    try:
-        streams = await asyncio.shield(preparing)
-    except asyncio.CancelledError:
-        preparing.add_done_callback(abandon)  # the thread goes on, and what it begins ends at once
-        raise
-    except BaseException:
-        turn.release()
-        raise
-    return Job(name, model, read(streams), speed)
+    return await unless_disconnected(request, start())
 
 
-def _prepared(prepare: Prepare, model: Model) -> list[Readable]:
+def _prepared(prepare: Prepare, model: Model) -> list[ReplyGeneration]:
     """Have all replies to a request begun, or none: where one fails, those before it end at once."""
-    streams: list[Readable] = []
+    streams: list[ReplyGeneration] = []
     try:
         for stream in prepare(model):
             streams.append(stream)
@@ -338,11 +565,6 @@ def _prepared(prepare: Prepare, model: Model) -> list[Readable]:
                 pass  # nothing of it was read, so nothing of it is kept
         raise
     return streams
-
-
-def _on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
-    with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        loop.call_soon_threadsafe(call)
 
 
 async def with_model(
@@ -378,7 +600,7 @@ async def with_model(
             if not working.cancelled():
                 working.exception()  # nobody else may be left to ask, and asyncio would log that
 
-        working = asyncio.ensure_future(on_thread(lambda: work(turn.lease.model)))
+        working = on_thread(lambda: work(turn.lease.model))
         working.add_done_callback(ended)
         try:
             return await asyncio.shield(working)
@@ -389,23 +611,12 @@ async def with_model(
     return await unless_disconnected(request, wait())
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """A turn, and a model for it."""
-
-    ticket: Ticket
-    lease: Lease
-
-    def release(self) -> None:
-        """Give both back; calling it again does nothing."""
-        self.lease.release()
-        self.ticket.release()
-
-
-async def _enter(services: Services, namespace: str, model_name: str | None, weight: int) -> _Turn:
+async def _enter(
+    services: Services, namespace: str, model_name: str | None, weight: int
+) -> _Admitted:
     ticket = await services.admission.enter(weight, key=namespace)
     try:
-        return _Turn(ticket, await services.hub.acquire(model_name))
+        return _Admitted(ticket, await services.hub.acquire(model_name))
     except BaseException:
         ticket.release()
         raise

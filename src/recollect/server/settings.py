@@ -1,13 +1,9 @@
 """
-What a server is told when it starts, and what it may not be told.
+What a server is told when it starts, and what it refuses to be told.
 
-Values only: opens no socket and no model.
-
-The names of web pages and of this machine, as browsers send them in `Origin` and `Host`.
-
-Pure: what an operator typed in, what a header can be compared with out.
-
-Sockets to listen on, taken before anything is loaded: whether the address is free shows at once.
+Settings and limits are values. Origins of web pages and names of hosts are kept as browsers send them
+in `Origin` and `Host`. The sockets to listen on are bound before a model is loaded, so that a taken
+address shows at once.
 """
 
 import errno

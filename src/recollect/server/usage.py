@@ -1,13 +1,12 @@
 """
-What a reply cost, as clients are told: in each API's own fields, and in ours beside them.
+What replies have cost: as clients are told, and as a server counts it for Prometheus.
 
-Cached tokens are those that no forward pass was fed with: the prompt's, less the computed ones.
-
-What a server counts, for Prometheus.
-
-Counters grow as replies end; what the engines know is asked when somebody looks.
+A client gets it in its API's own fields, and in ours beside them. Cached tokens are those that no
+forward pass was fed with: the prompt's, less the computed ones. Counters grow as replies end; what
+the engines know is asked when somebody looks.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -19,7 +18,6 @@ from prometheus_client.registry import Collector
 
 from recollect.conversation.model import Model
 from recollect.errors import StoreError
-from recollect.kv import accounts
 from recollect.types import Reason, Usage
 
 Tier = Literal["memory", "disk", "memory+disk"]
@@ -185,6 +183,7 @@ class Metrics:
         running: Callable[[], int],
         waiting: Callable[[], int],
     ) -> None:
+        self._speeds = defaultdict[tuple[str, str], PrefillSpeed](PrefillSpeed)
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "recollect_requests",
@@ -229,8 +228,13 @@ class Metrics:
         )
         registry.register(_Engines(loaded))
 
-    def observe(self, model: str, usage: Usage) -> None:
+    def speed(self, model: str, namespace: str) -> PrefillSpeed:
+        """Return how fast a model has read the prompts of a namespace; nobody learns of others' prompts."""
+        return self._speeds[model, namespace]
+
+    def observe(self, model: str, namespace: str, usage: Usage) -> None:
         """Take note of a reply that has ended."""
+        self.speed(model, namespace).learn(usage)
         self._tokens.labels(model, "computed").inc(usage.computed_tokens)
         self._tokens.labels(model, "memory").inc(usage.reused_tokens - usage.restored_tokens)
         self._tokens.labels(model, "disk").inc(usage.restored_tokens)
@@ -320,5 +324,5 @@ class _Disk:
         for reason, count in done.misses.items():
             self._misses.add_metric([name, reason], count)
         if not self._bytes.samples:  # the models of a home share it
-            with suppress(StoreError), tier.store.env.reading() as txn:
-                self._bytes.add_metric([], accounts.total_bytes(txn, tier.store.env))
+            with suppress(StoreError), tier.store.reading() as tables:
+                self._bytes.add_metric([], tables.total_bytes())

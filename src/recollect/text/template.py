@@ -352,7 +352,7 @@ class ChatTemplate:
         Raises:
             TemplateError: The template refuses this conversation; the message gives its words.
         """
-        if not self.knows_tools:
+        if not self.knows_tools and (tools or any(one["role"] == "tool" for one in messages)):
             messages, tools = spelled_out(messages, tools or ()), None
         variables = {
             "messages": [dict(message) for message in messages],

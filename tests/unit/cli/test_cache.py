@@ -61,8 +61,8 @@ def kept(make_model: Callable[..., Model], open_home_store: OpenStore) -> None:
 def damage(store: DiskStore) -> bytes:
     """Change a bit in a block that nothing follows; return its key."""
     with store.env.writing() as txn:
-        blocks = store.env.table("blocks")
-        followed = {bytes(parent) for parent, _ in txn.cursor(store.env.table("siblings"))}
+        blocks = store.env.tables["blocks"]
+        followed = {bytes(parent) for parent, _ in txn.cursor(store.env.tables["siblings"])}
         key = next(bytes(key) for key, _ in txn.cursor(blocks) if bytes(key) not in followed)
         value = bytearray(txn.get(key, db=blocks))
         value[-1] ^= 1
@@ -135,7 +135,7 @@ def test_repair_takes_what_follows_a_damaged_block_of_64000_tokens(
         parent = keys[-1]
     store.write(Identity("weights", "runtime", "f32"), blocks)
     with store.env.writing() as txn:
-        txn.put(keys[2], b"damaged", db=store.env.table("blocks"))
+        txn.put(keys[2], b"damaged", db=store.env.tables["blocks"])
     store.close()
     assert invoke("verify").exit_code == 1
     assert "1,998 blocks were deleted" in run("verify", "--repair")
@@ -145,9 +145,9 @@ def test_repair_takes_what_follows_a_damaged_block_of_64000_tokens(
 def test_repair_puts_accounts_and_edges_right(kept: None, open_home_store: OpenStore) -> None:
     store = open_home_store()
     with store.env.writing() as txn:
-        txn.put(b"bytes", (7).to_bytes(8, "little"), db=store.env.table("info"))
-        txn.put(b"p" * 32, b"c" * 32, db=store.env.table("siblings"))
-        txn.put(b"b" * 32, b"nobody knows it", db=store.env.table("blocks"))
+        txn.put(b"bytes", (7).to_bytes(8, "little"), db=store.env.tables["info"])
+        txn.put(b"p" * 32, b"c" * 32, db=store.env.tables["siblings"])
+        txn.put(b"b" * 32, b"nobody knows it", db=store.env.tables["blocks"])
     before = len(list(maintenance.problems(store)))
     store.close()
     assert before == 3

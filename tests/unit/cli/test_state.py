@@ -31,7 +31,7 @@ def usage(computed: int = 31, reused: int = 96, prefill_tps: float | None = 2000
 def reply(reason: FinishReason = "stop", cost: Usage | None = None) -> Reply:
     tree = Tree()
     node = tree.add(tree.root, "user", "hello")
-    return Reply("hello", reason, cost or usage(), node)
+    return Reply(text="hello", finish_reason=reason, usage=cost or usage(), node=node)
 
 
 def test_the_line_under_a_reply() -> None:

@@ -16,7 +16,7 @@ from recollect.errors import (
     UnknownNodeError,
 )
 from recollect.journal.checkpoints import drop_of_conversation
-from recollect.kv import maintenance, pins
+from recollect.kv import maintenance
 from recollect.kv.disk import DiskStore
 from recollect.types import SamplingParams
 
@@ -182,8 +182,8 @@ def test_no_more_is_pinned_than_leaves_room_for_others(
 
 def test_drop_refuses_what_is_no_checkpoint(warm: Model) -> None:
     talk(warm, "one").checkpoint("here")
-    (pin,) = maintenance.pins(store_of(warm))
-    assert pins.add(store_of(warm), replace(pin, name="a text", about={"kind": "warm"}))
+    (pin,) = store_of(warm).pins()
+    assert store_of(warm).add_pin(replace(pin, name="a text", about={"kind": "warm"}))
     for name in ("a text", "nowhere"):
         with pytest.raises(UnknownCheckpointError):
             warm.drop_checkpoint(name)
@@ -205,6 +205,6 @@ def test_with_a_conversation_go_its_checkpoints(warm: Model) -> None:
 
 def test_no_text_is_in_what_is_kept_of_it(warm: Model) -> None:
     talk(warm, "a secret").checkpoint("here")
-    (pin,) = maintenance.pins(store_of(warm))
+    (pin,) = store_of(warm).pins()
     assert set(pin.about) == {"kind", "conversation", "begun", "node", "turns"}
     assert "secret" not in str(pin)

@@ -13,7 +13,6 @@ from recollect import config, encryption
 from recollect.encryption import Cipher
 from recollect.errors import ConfigError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.kv import maintenance
 from recollect.kv.disk import STORE_FOLDER
 from recollect.kv.maintenance import open_existing
 from recollect.types import SamplingParams
@@ -105,7 +104,7 @@ def test_checkpoints_stay_as_places_and_warm_texts_go(home: Path) -> None:
 def test_the_places_that_stay_do_not_name_what_was_plain(home: Path) -> None:
     """With the plain name of a place whoever has the file could check all that was said up to it."""
     with closing(open_existing(home / STORE_FOLDER, None)) as store:
-        tails = [pin.tail for pin in maintenance.pins(store)]
+        tails = [pin.tail for pin in store.pins()]
     assert len(tails) == 2
     recollect.encrypt(home, passphrase="open sesame")
     content = (home / STORE_FOLDER / "data.mdb").read_bytes()

@@ -1,5 +1,6 @@
 """Whatever is done to a conversation, the next reply is a fresh one's, and nothing is computed twice."""
 
+import asyncio
 import gc
 import threading
 from collections.abc import Callable
@@ -9,11 +10,10 @@ from typing import Any
 import pytest
 
 from recollect.conversation.model import Model
-from recollect.conversation.session import Session
+from recollect.conversation.session import ReplyStream, Session
 from recollect.conversation.tree import Tree
-from recollect.conversation.turn import IdleWork, Reply
-from recollect.engine import scheduler as scheduler_module
-from recollect.engine.reply import ReplyGeneration
+from recollect.conversation.turn import Reply
+from recollect.engine.reply import IdleWork, ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.engine.scheduler import Task
 from recollect.errors import (
@@ -28,6 +28,7 @@ from recollect.errors import (
     TemplateError,
     UnknownNodeError,
 )
+from recollect.runtime.base import Pace
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=6)
@@ -359,6 +360,26 @@ def test_a_reply_that_had_not_begun_leaves_the_conversation_as_it_was(chat: Sess
     check_as_fresh(chat, "four")
 
 
+@pytest.mark.parametrize("leave_after", [None, 2])
+def test_an_event_loop_reads_a_reply_which_is_kept_as_a_turn(
+    chat: Session, leave_after: int | None
+) -> None:
+    async def read(stream: ReplyStream) -> str:
+        pieces = []
+        async for piece in stream:
+            pieces.append(piece)
+            if len(pieces) == leave_after:
+                break
+        await asyncio.to_thread(stream.close)
+        return "".join(pieces)
+
+    stream = chat.stream("one")
+    text = asyncio.run(read(stream))
+    assert stream.reply is not None
+    assert text == stream.reply.text == chat.tip.content
+    check_as_fresh(chat, "two")
+
+
 def test_a_stream_that_is_forgotten_does_not_block_the_session(chat: Session) -> None:
     chat.stream("one")
     gc.collect()
@@ -366,10 +387,10 @@ def test_a_stream_that_is_forgotten_does_not_block_the_session(chat: Session) ->
     check_as_fresh(chat, "two")
 
 
+@pytest.mark.parametrize("pace", [Pace(prefill_chunk=16)], ids=[""])
 def test_cancelling_during_the_prefill_keeps_what_was_computed_and_says_nothing(
     chat: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", 16)
     runtime: Any = chat._model.engine._runtime
     forward, passes = runtime.forward, []
     long = "word " * 40

@@ -24,7 +24,7 @@ def model(make_model: MakeModel, open_store: Open) -> Model:
 
 def pinned(model: Model) -> list[str]:
     assert model.engine.tier is not None
-    return [pin.name for pin in maintenance.pins(model.engine.tier.store)]
+    return [pin.name for pin in model.engine.tier.store.pins()]
 
 
 @pytest.mark.parametrize("whole_blocks_only", [False, True])
@@ -69,7 +69,7 @@ def test_what_was_lost_of_it_is_read_again(model: Model) -> None:
     made = model.warm(TEXT, name="text")
     assert model.engine.tier is not None
     store = model.engine.tier.store
-    (pin,) = maintenance.pins(store)
+    (pin,) = store.pins()
     store.remove([pin.tail])
     again = model.warm(TEXT, name="text")
     assert again.stored_bytes == made.stored_bytes

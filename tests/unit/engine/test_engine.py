@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence
 from recollect.errors import MisuseError, OutOfBlocksError, RuntimeFailure
-from recollect.runtime.base import Logits
+from recollect.runtime.base import Logits, Pace, PassResult
 
 
 def same(logits: Logits | None, expected: Logits) -> bool:
@@ -37,12 +36,12 @@ def cancel_after(engine: Engine, sequence: Sequence, passes: int) -> None:
     runtime: Any = engine._runtime
     forward, done = runtime.forward, []
 
-    def forward_then_cancel(rows: Any) -> Logits:
-        logits: Logits = forward(rows)
+    def forward_then_cancel(rows: Any) -> PassResult:
+        result: PassResult = forward(rows)
         done.append(rows)
         if len(done) == passes:
             task.cancel()
-        return logits
+        return result
 
     runtime.forward = forward_then_cancel
     engine.submit(task)
@@ -67,18 +66,16 @@ def test_a_batch_of_any_rows_equals_each_of_them_alone(
     engine.check()
 
 
-@pytest.mark.parametrize("chunk", [4, 5, 7, 8, 20, 100])
+@pytest.mark.parametrize("pace", [Pace(n, n) for n in (4, 5, 7, 8, 20, 100)], ids=str)
 @pytest.mark.parametrize("whole_blocks_only", [False, True])
 def test_the_chunk_size_does_not_matter(
     make_engine: Callable[..., Engine],
     fresh_logits: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    chunk: int,
+    pace: Pace,
     whole_blocks_only: bool,
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", chunk)
+    chunk = pace.prefill_chunk
     engine = make_engine(whole_blocks_only=whole_blocks_only)
-    monkeypatch.setattr(scheduler_module, "SHARED_CHUNK", chunk)
     batch = [appended(engine, ids_of(length, length)) for length in (17, 2, 8)]
     engine.compute(batch)
     assert engine.computed_tokens == 27
@@ -89,10 +86,10 @@ def test_the_chunk_size_does_not_matter(
         assert same(sequence.logits, expected)
 
 
+@pytest.mark.parametrize("pace", [Pace(prefill_chunk=4)], ids=[""])
 def test_between_chunks_everything_is_consistent_and_work_can_change_its_mind(
-    engine: Engine, fresh_logits: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    engine: Engine, fresh_logits: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", 4)
     sequence = appended(engine, ids_of(20))
     cancel_after(engine, sequence, 2)
     assert (sequence.computed, sequence.logits) == (8, None)
@@ -113,10 +110,10 @@ def test_the_runtime_is_warmed_up_once_and_before_anything_else(
     forward = runtime.forward
     runtime.warm_up = lambda: calls.append("warm up")
 
-    def noted(rows: Any) -> Logits:
+    def noted(rows: Any) -> PassResult:
         calls.append("forward")
-        logits: Logits = forward(rows)
-        return logits
+        result: PassResult = forward(rows)
+        return result
 
     runtime.forward = noted
     engine.start()
@@ -191,10 +188,10 @@ def test_out_of_blocks_says_what_was_needed_and_keeps_what_was_computed(
     assert same(third.logits, fresh_logits(ids_of(5, 2)))
 
 
+@pytest.mark.parametrize("pace", [Pace(prefill_chunk=4)], ids=[""])
 def test_a_prompt_that_cannot_fit_fails_and_what_was_computed_of_it_stays_findable(
-    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    make_engine: Callable[..., Engine],
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", 4)
     engine = make_engine(num_blocks=4)
     sequence = appended(engine, ids_of(17))
     with pytest.raises(OutOfBlocksError):
@@ -244,18 +241,17 @@ FAILURES = [
 @pytest.mark.parametrize("error", [RuntimeFailure, ZeroDivisionError])
 @pytest.mark.parametrize("whole_blocks_only", [False, True])
 @pytest.mark.parametrize("start", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize("pace", [Pace(prefill_chunk=5)], ids=[""])
 def test_after_a_failure_nothing_that_was_written_wrong_counts_as_computed(
     make_engine: Callable[..., Engine],
     fresh_logits: Callable[..., Any],
     faults: Any,
-    monkeypatch: pytest.MonkeyPatch,
     *,
     failure: dict[str, Any],
     error: type[Exception],
     whole_blocks_only: bool,
     start: int,
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", 5)
     engine = make_engine(whole_blocks_only=whole_blocks_only)
     first = appended(engine, ids_of(start))
     engine.compute([first])
@@ -358,7 +354,7 @@ def test_a_token_left_without_kv_is_seen(
     sequence = appended(engine, ids_of(6))
     engine.compute([sequence])
     sequence.append([1])
-    sequence.kv.length = 7
+    sequence.computed = 7
     sequence.append([2])
     engine.compute([sequence])
     assert not same(sequence.logits, fresh_logits(sequence.token_ids))
@@ -396,7 +392,7 @@ def test_a_stale_block_is_seen(
     """A rewind that forgets to lower `computed`: other tokens over the old KV."""
     sequence = appended(engine, ids_of(12))
     engine.compute([sequence])
-    monkeypatch.setattr(sequence.kv, "crop", lambda *_: None)
+    monkeypatch.setattr(sequence, "crop", lambda _: None)
     sequence.rewind_to(3)
     sequence.append([40] * 9)
     monkeypatch.undo()

@@ -1,6 +1,8 @@
 """A reply's text, its tokens in the history and its usage say the same, wherever it ends."""
 
+import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -8,13 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import RuntimeFailure
-from recollect.runtime.base import Logits, Row
+from recollect.runtime.base import Pace, PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.text.vocabulary import ControlTokens, Vocabulary
 from recollect.types import SamplingParams
@@ -76,12 +77,13 @@ class Script(ReferenceRuntime):
         self._script = list(script)
         self._prompt = prompt
 
-    def forward(self, rows: Sequence[Row]) -> Logits:
-        logits = super().forward(rows).copy()
+    def forward(self, rows: Sequence[Row]) -> PassResult:
+        result = super().forward(rows)
+        logits = result.logits.copy()
         for place, row in enumerate(row for row in rows if row.wants_logits):
             said = row.past + len(row.token_ids) - self._prompt
             logits[place, self._script[said] if 0 <= said < len(self._script) else END] = 1000
-        return logits
+        return replace(result, logits=logits)
 
 
 PROMPT = [0, 1, 2, 3, 4, 5]
@@ -116,7 +118,7 @@ def verify(engine: Engine, generator: Generator, reply: ReplyGeneration) -> None
     engine.compute([probe])
     fresh = Script(reply._generator._engine._runtime._script, len(PROMPT))  # type: ignore[attr-defined]
     fresh.allocate(32)
-    expected = fresh.forward([Row(probe.token_ids, 0, range(32))])[0]
+    expected = fresh.forward([Row(probe.token_ids, 0, range(32))]).logits[0]
     assert probe.logits is not None
     assert np.array_equal(probe.logits, expected)
     probe.release()
@@ -209,6 +211,49 @@ def test_text_and_tokens_agree_for_any_reply_stop_strings_limit_and_stopping_pla
     verify(engine, generator, reply)
 
 
+async def read_on_loop(reply: ReplyGeneration, leave_after: int | None = None) -> list[str]:
+    """Return the pieces that an event loop reads, all of them or the first few."""
+    out = []
+    async for piece in reply:
+        out.append(piece)
+        if len(out) == leave_after:
+            break
+    return out
+
+
+@given(SCRIPTS, STOPS, st.one_of(st.none(), st.integers(1, 12)))
+def test_an_event_loop_reads_what_a_thread_reads(
+    script: list[int], stop: tuple[str, ...], leave_after: int | None
+) -> None:
+    engine, generator, reply = reply_to(script, SamplingParams(stop=stop))
+    _, _, other = reply_to(script, SamplingParams(stop=stop))
+    whole = list(other)
+    assert asyncio.run(read_on_loop(reply, leave_after)) == whole[:leave_after]
+    verify(engine, generator, reply)
+
+
+def test_one_event_loop_reads_many_replies_at_once() -> None:
+    replies = [reply_to([0, 1, 2] * 4)[2] for _ in range(5)]
+
+    async def read_all() -> list[list[str]]:
+        return await asyncio.gather(*map(read_on_loop, replies))
+
+    assert asyncio.run(read_all()) == [list("abc" * 4)] * 5
+
+
+def test_an_event_loop_is_told_what_the_engine_failed_with() -> None:
+    class Broken(Script):
+        def forward(self, rows: Sequence[Row]) -> PassResult:
+            raise RuntimeFailure("injected")
+
+    engine = Engine(Broken([0], len(PROMPT)), num_blocks=32)
+    generator = Generator(engine)
+    generator.append_tokens(PROMPT)
+    reply = started(ReplyGeneration(engine, generator, Pieces()))
+    with pytest.raises(RuntimeFailure, match="injected"):
+        asyncio.run(read_on_loop(reply))
+
+
 @given(SCRIPTS, STOPS, st.integers(0, 12))
 def test_text_and_tokens_agree_when_the_loop_is_left(
     script: list[int], stop: tuple[str, ...], leave_after: int
@@ -264,10 +309,10 @@ def test_stopping_before_the_first_pass_computes_nothing() -> None:
     verify(engine, generator, reply)
 
 
+@pytest.mark.parametrize("pace", [Pace(prefill_chunk=12)], ids=[""])
 def test_a_long_prompt_can_be_cancelled_between_its_chunks(
-    make_engine: Callable[..., Engine], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    make_engine: Callable[..., Engine], tokenizer: Any
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", 12)
     engine = make_engine(vocab_size=259)
     generator = Generator(engine)
     generator.append_tokens([1] * 100)
@@ -275,18 +320,18 @@ def test_a_long_prompt_can_be_cancelled_between_its_chunks(
     runtime: Any = engine._runtime
     forward, seen = runtime.forward, []
 
-    def forward_then_stop(rows: Sequence[Row]) -> Logits:
-        logits: Logits = forward(rows)
-        seen.append(reply.prefilled_tokens)
+    def forward_then_stop(rows: Sequence[Row]) -> PassResult:
+        result: PassResult = forward(rows)
+        seen.append(reply.prefill_progress[0])
         if len(seen) == 3:
             reply.stop()
-        return logits
+        return result
 
     runtime.forward = forward_then_stop
     reply.start()
     assert list(reply) == []
     assert seen == [0, 12, 24]
-    assert (reply.finish_reason, reply.prompt_tokens) == ("cancelled", 100)
+    assert (reply.finish_reason, reply.prefill_progress[1]) == ("cancelled", 100)
     assert engine.warm_tokens([1] * 100) == 36
     engine.check()
 
@@ -382,12 +427,12 @@ def test_an_error_in_the_middle_keeps_text_and_tokens_in_step() -> None:
     runtime: Any = engine._runtime
     forward, passes = runtime.forward, []
 
-    def failing(rows: Sequence[Row]) -> Logits:
+    def failing(rows: Sequence[Row]) -> PassResult:
         passes.append(rows)
         if len(passes) == 4:
             raise RuntimeFailure("injected")
-        logits: Logits = forward(rows)
-        return logits
+        result: PassResult = forward(rows)
+        return result
 
     runtime.forward = failing
     reply.start()

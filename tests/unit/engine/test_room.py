@@ -8,7 +8,7 @@ import numpy as np
 from recollect.engine.engine import Engine
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence as TokenSequence
-from recollect.runtime.base import Logits, Row
+from recollect.runtime.base import Logits, PassResult, Row
 
 WAIT_S = 20  # for what takes milliseconds: a test that would hang fails instead
 
@@ -43,10 +43,10 @@ def run_together(engine: Engine, tasks: Sequence[Task]) -> list[int]:
     runtime: Any = engine._runtime
     forward = runtime.forward
 
-    def counting(rows: Sequence[Row]) -> Logits:
+    def counting(rows: Sequence[Row]) -> PassResult:
         rows_of_passes.append(len(rows))
-        logits: Logits = forward(rows)
-        return logits
+        result: PassResult = forward(rows)
+        return result
 
     runtime.forward = counting
     with engine.lock:

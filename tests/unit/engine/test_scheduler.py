@@ -7,19 +7,16 @@ import pytest
 
 from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
-from recollect.engine.scheduler import MOST_RUNNING, Scheduler, Task
+from recollect.engine.scheduler import Scheduler, Task
 from recollect.engine.sequence import FeedPlan
+from recollect.runtime.base import Pace
 
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", 32)
-    monkeypatch.setattr(scheduler_module, "SHARED_CHUNK", 8)
+PACE = Pace(prefill_chunk=32, shared_chunk=8)
 
 
 @pytest.fixture
 def scheduler() -> Scheduler:
-    return Scheduler(block_size=4)
+    return Scheduler(4, PACE)
 
 
 @pytest.fixture
@@ -47,10 +44,10 @@ def admitted(scheduler: Scheduler, *tasks: Task, fits: Any = lambda _: True) -> 
 
 
 def fed(scheduler: Scheduler) -> dict[Task, FeedPlan]:
-    planned = scheduler.plan()
-    scheduler.feed(planned)
+    chunks = scheduler.plan()
+    scheduler.feed(chunks)
     scheduler.check()
-    return planned.chunks
+    return chunks
 
 
 def test_nothing_to_do_is_an_empty_pass(scheduler: Scheduler) -> None:
@@ -78,20 +75,15 @@ def test_alone_a_prompt_gets_a_large_chunk_and_beside_a_reply_a_small_one(
 
 
 def test_a_block_larger_than_a_chunk_is_fed_all_the_same(task_of: Callable[..., Task]) -> None:
-    scheduler = Scheduler(block_size=64)
+    scheduler = Scheduler(64, PACE)
     long = task_of(ids_of(100))
     admitted(scheduler, long)
     assert fed(scheduler) == {long: FeedPlan(0, 64)}
 
 
 @pytest.mark.parametrize("chunk", [4, 5, 6, 7, 8, 11])
-def test_a_chunk_ends_with_a_full_block(
-    scheduler: Scheduler,
-    task_of: Callable[..., Task],
-    monkeypatch: pytest.MonkeyPatch,
-    chunk: int,
-) -> None:
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", chunk)
+def test_a_chunk_ends_with_a_full_block(task_of: Callable[..., Task], chunk: int) -> None:
+    scheduler = Scheduler(4, Pace(prefill_chunk=chunk))
     task = task_of(ids_of(50))
     admitted(scheduler, task)
     assert fed(scheduler) == {task: FeedPlan(0, chunk // 4 * 4)}
@@ -123,15 +115,15 @@ def test_places_go_to_the_namespace_that_has_the_fewest(
     modest = task_of([7, 7], namespace="b")
     running = admitted(scheduler, *greedy, modest)
     assert running.index(modest) == 1
-    assert len(running) == MOST_RUNNING
-    assert len(scheduler.waiting) == 21 - MOST_RUNNING
+    assert len(running) == PACE.most_rows
+    assert len(scheduler.waiting) == 21 - PACE.most_rows
 
 
 def test_in_a_namespace_the_first_to_come_is_the_first_to_run(
     scheduler: Scheduler, task_of: Callable[..., Task]
 ) -> None:
     tasks = [task_of([number, 1]) for number in range(20)]
-    assert admitted(scheduler, *tasks) == tasks[:MOST_RUNNING]
+    assert admitted(scheduler, *tasks) == tasks[: PACE.most_rows]
 
 
 def test_a_prompt_waits_while_another_computes_the_same_tokens(
@@ -221,7 +213,7 @@ def test_check_finds_idle_work_beside_other_work(
 def test_whoever_has_nothing_running_gets_the_place_of_the_newest_of_whoever_has_the_most(
     scheduler: Scheduler, task_of: Callable[..., Task]
 ) -> None:
-    greedy = [task_of([seed, 1], namespace="a") for seed in range(MOST_RUNNING + 4)]
+    greedy = [task_of([seed, 1], namespace="a") for seed in range(PACE.most_rows + 4)]
     other = task_of([8, 8], namespace="b")
     admitted(scheduler, *greedy, other)
     parked = scheduler.running[-1]
@@ -230,13 +222,13 @@ def test_whoever_has_nothing_running_gets_the_place_of_the_newest_of_whoever_has
     assert parked.namespace == "a"
     assert scheduler.waiting[0] is parked
     assert {task.namespace for task in scheduler.running} == {"a", "b", "c"}
-    assert (len(scheduler.running), scheduler.parked) == (MOST_RUNNING, 1)
+    assert (len(scheduler.running), scheduler.preemptions) == (PACE.most_rows, 1)
 
 
 def test_nobody_makes_way_for_a_second_reply_or_where_each_has_one(
     scheduler: Scheduler, task_of: Callable[..., Task]
 ) -> None:
-    many = [task_of([seed, 1], namespace=f"key {seed}") for seed in range(MOST_RUNNING)]
+    many = [task_of([seed, 1], namespace=f"key {seed}") for seed in range(PACE.most_rows)]
     admitted(scheduler, *many)
     assert admitted(scheduler, task_of([7, 7], namespace="late")) == many
     scheduler.remove(many[-1])
@@ -244,7 +236,7 @@ def test_nobody_makes_way_for_a_second_reply_or_where_each_has_one(
     second = task_of([8, 8], namespace="key 0")
     assert admitted(scheduler, second) == [*many[:-1], late]
     assert list(scheduler.waiting) == [second]
-    assert scheduler.parked == 0
+    assert scheduler.preemptions == 0
 
 
 def test_who_lacks_memory_makes_those_with_the_most_wait_until_it_is_there(

@@ -10,7 +10,7 @@ import pytest
 from recollect.engine.engine import Engine
 from recollect.engine.sequence import FeedPlan, Sequence, plan_feed
 from recollect.errors import ContextFullError, MisuseError, RewindError, TokenIdError
-from recollect.runtime.base import Logits
+from recollect.runtime.base import Logits, Reuse
 
 
 def same(logits: Logits | None, expected: Logits) -> bool:
@@ -29,7 +29,7 @@ def state(sequence: Sequence) -> tuple[Any, ...]:
         sequence.token_ids,
         sequence.computed,
         None if sequence.logits is None else sequence.logits.tobytes(),
-        list(sequence.kv.blocks),
+        list(sequence.blocks),
         sequence.fed_tokens,
     )
 
@@ -54,7 +54,7 @@ def state(sequence: Sequence) -> tuple[Any, ...]:
 def test_at_least_one_token_is_fed_and_none_twice_without_need(
     length: int, done: int, multiple: int, expected: FeedPlan
 ) -> None:
-    assert plan_feed(length, done, keep_multiple_of=multiple) == expected
+    assert plan_feed(length, done, Reuse(unit=multiple)) == expected
 
 
 def test_a_new_sequence_is_empty_and_has_no_plan(engine: Engine) -> None:
@@ -183,7 +183,7 @@ def test_park_gives_all_blocks_to_the_cache_and_the_next_pass_takes_them_back(
 ) -> None:
     sequence = computed(engine, [1, 2, 3, 4, 5, 6])
     sequence.park()
-    assert (sequence.computed, list(sequence.kv.blocks), len(sequence)) == (0, [], 6)
+    assert (sequence.computed, list(sequence.blocks), len(sequence)) == (0, [], 6)
     assert engine.cache.evictable_blocks == engine.pool.used_blocks == 2
     sequence.append([7])
     fed = engine.computed_tokens

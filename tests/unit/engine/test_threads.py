@@ -1,5 +1,6 @@
 """Any number of threads submit, cancel and fail; each gets what it would get alone."""
 
+import asyncio
 import gc
 import threading
 import weakref
@@ -10,13 +11,12 @@ import numpy as np
 import pytest
 
 from recollect.engine import engine as engine_module
-from recollect.engine import scheduler as scheduler_module
 from recollect.engine.engine import Engine
 from recollect.engine.sampling import Generator
-from recollect.engine.scheduler import Task
+from recollect.engine.scheduler import Scheduler, Task
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, OutOfBlocksError, RecollectError, RuntimeFailure
-from recollect.runtime.base import Logits, Row
+from recollect.runtime.base import Pace, PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import SamplingParams
 
@@ -48,7 +48,7 @@ class Talk:
         return not self.generator.is_done()
 
     def tokens(self) -> list[int]:
-        assert self.task._ended.wait(WAIT_S)
+        assert self.task.join(WAIT_S)
         self.task.wait()
         return self.generator.get_sequence()[len(self.prompt) :]
 
@@ -63,13 +63,13 @@ class Gate:
         runtime: Any = engine._runtime
         forward = runtime.forward
 
-        def gated(rows: Sequence[Row]) -> Logits:
+        def gated(rows: Sequence[Row]) -> PassResult:
             self.rows.append(rows)
             self.arrived.release()
             if not self.open:
                 assert self.passes.acquire(timeout=WAIT_S)
-            logits: Logits = forward(rows)
-            return logits
+            result: PassResult = forward(rows)
+            return result
 
         runtime.forward = gated
 
@@ -82,10 +82,7 @@ class Gate:
         self.passes.release(1000)
 
 
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_module, "PREFILL_CHUNK", 8)
-    monkeypatch.setattr(scheduler_module, "SHARED_CHUNK", 4)
+small_chunks = pytest.mark.parametrize("pace", [Pace(prefill_chunk=8, shared_chunk=4)], ids=[""])
 
 
 @pytest.fixture
@@ -102,7 +99,7 @@ def prompts(count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("at_once", [1, 2, 8])
 @pytest.mark.parametrize("whole_blocks_only", [False, True])
-@pytest.mark.usefixtures("small_chunks")
+@small_chunks
 def test_the_same_requests_give_the_same_tokens_alone_and_at_once(
     make_engine: Callable[..., Engine], at_once: int, whole_blocks_only: bool
 ) -> None:
@@ -126,7 +123,7 @@ def test_replies_share_their_passes(engine: Engine, gates: list[Gate]) -> None:
     assert engine.forward_passes <= 1 + 2 + 6
 
 
-@pytest.mark.usefixtures("small_chunks")
+@small_chunks
 def test_a_long_prompt_does_not_stop_the_replies_of_others(
     engine: Engine, gates: list[Gate]
 ) -> None:
@@ -143,7 +140,7 @@ def test_a_long_prompt_does_not_stop_the_replies_of_others(
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
-@pytest.mark.usefixtures("small_chunks")
+@small_chunks
 def test_what_was_prefilled_before_a_cancel_is_warm_for_the_next(
     engine: Engine, gates: list[Gate], passes: int
 ) -> None:
@@ -165,7 +162,7 @@ def test_what_was_prefilled_before_a_cancel_is_warm_for_the_next(
 
 
 @pytest.mark.parametrize("num_blocks", [14, 18, 24])
-@pytest.mark.usefixtures("small_chunks")
+@small_chunks
 def test_a_preempted_reply_is_the_same_as_one_that_was_not(
     make_engine: Callable[..., Engine], num_blocks: int
 ) -> None:
@@ -181,7 +178,7 @@ def test_a_preempted_reply_is_the_same_as_one_that_was_not(
     assert engine.pool.used_blocks == engine.cache.evictable_blocks == len(engine.cache)
 
 
-@pytest.mark.usefixtures("small_chunks")
+@small_chunks
 def test_only_what_cannot_fit_runs_out_of_blocks(make_engine: Callable[..., Engine]) -> None:
     alone = [Talk(make_engine(), ids_of(6, seed), 10, namespace=None).tokens() for seed in range(3)]
     engine = make_engine(num_blocks=10)
@@ -200,11 +197,11 @@ def test_a_failing_pass_hurts_only_the_one_whose_row_fails(
     runtime: Any = engine._runtime
     gated = runtime.forward
 
-    def poisoned(rows: Sequence[Row]) -> Logits:
+    def poisoned(rows: Sequence[Row]) -> PassResult:
         if any(49 in row.token_ids for row in rows):
             raise RuntimeFailure("injected")
-        logits: Logits = gated(rows)
-        return logits
+        result: PassResult = gated(rows)
+        return result
 
     runtime.forward = poisoned
     sequences = [engine.new_sequence() for _ in range(3)]
@@ -263,12 +260,12 @@ def test_a_bug_in_the_engine_leaves_nobody_waiting(
     for talk in talks:
         assert talk.first.wait(WAIT_S)
 
-    def broken() -> None:
+    def broken(_: Scheduler) -> None:
         raise AssertionError("planted")
 
-    monkeypatch.setattr(engine._scheduler, "plan", broken)
+    monkeypatch.setattr(Scheduler, "plan", broken)
     for talk in talks:
-        assert talk.task._ended.wait(WAIT_S)
+        assert talk.task.join(WAIT_S)
         with pytest.raises(RuntimeFailure, match="planted"):
             talk.task.wait()
     with pytest.raises(RuntimeFailure, match="met a bug"):
@@ -397,7 +394,7 @@ def test_a_sequence_that_is_worked_on_is_refused_and_free_afterwards(
     engine.compute([sequence])
 
 
-@pytest.mark.usefixtures("small_chunks")
+@small_chunks
 def test_idle_work_gives_way_and_is_done_in_the_end(engine: Engine, gates: list[Gate]) -> None:
     gates.append(gate := Gate(engine))
     idle = Task(appended(engine, ids_of(40)), lambda: False, idle=True)
@@ -406,14 +403,14 @@ def test_idle_work_gives_way_and_is_done_in_the_end(engine: Engine, gates: list[
     work = Talk(engine, ids_of(5, 1), 3)
     gate.let_all_through()
     work.tokens()
-    assert not idle.ended or idle.state == "done"
+    assert not idle.join(0) or idle.state == "done"
     idle.wait()
     lengths = [[len(row.token_ids) for row in rows] for rows in gate.rows]
     assert lengths == [[8], [5], [1], [1], [8], [8], [8], [8]]
 
 
 @pytest.mark.parametrize("whole_blocks_only", [False, True])
-@pytest.mark.usefixtures("small_chunks")
+@small_chunks
 def test_eight_threads_in_a_small_pool_are_right_and_leak_nothing(
     make_engine: Callable[..., Engine], fresh_logits: Callable[..., Any], whole_blocks_only: bool
 ) -> None:
@@ -513,3 +510,97 @@ def test_a_callback_cannot_close_its_engine_and_is_told(engine: Engine) -> None:
         task.wait()
     engine.check()
     engine.close()
+
+
+def counting(engine: Engine, count: int) -> Task:
+    """Return a task whose results are the numbers below *count*."""
+    sequence, said = appended(engine, ids_of(9)), list[int]()
+
+    def on_logits() -> bool:
+        task.stream.put(len(said))
+        said.append(len(said))
+        sequence.append([1])
+        return len(said) < count
+
+    task = Task(sequence, on_logits)
+    return task
+
+
+async def read(task: Task, most: int) -> list[int]:
+    results: list[int] = []
+    async for result in task.stream:
+        results.append(result)
+        if len(results) == most:
+            break
+    return results
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_thread_reads_all_results_of_a_task_and_then_the_end(engine: Engine, late: bool) -> None:
+    task = counting(engine, 5)
+    engine.submit(task)
+    if late:
+        task.wait()
+    assert list(task.stream) == [0, 1, 2, 3, 4]
+    assert list(task.stream) == []
+
+
+def test_two_readers_share_the_results_and_both_come_to_the_end(engine: Engine) -> None:
+    task = counting(engine, 50)
+    read_by: list[list[int]] = [[], []]
+
+    def read_into(results: list[int]) -> None:
+        results.extend(task.stream)
+
+    readers = [threading.Thread(target=read_into, args=[one], daemon=True) for one in read_by]
+    for reader in readers:
+        reader.start()
+    engine.submit(task)
+    for reader in readers:
+        reader.join(WAIT_S)
+        assert not reader.is_alive()
+    assert sorted(read_by[0] + read_by[1]) == list(range(50))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_event_loop_reads_what_a_thread_would(engine: Engine, late: bool) -> None:
+    tasks = [counting(engine, 5) for _ in range(3)]
+
+    async def read_all() -> list[list[int]]:
+        return await asyncio.wait_for(asyncio.gather(*(read(task, 9) for task in tasks)), WAIT_S)
+
+    for task in tasks:
+        engine.submit(task)
+        if late:
+            task.wait()
+    assert asyncio.run(read_all()) == [[0, 1, 2, 3, 4]] * 3
+    assert asyncio.run(read(tasks[0], 9)) == []
+
+
+def test_a_reader_may_stop_and_another_one_goes_on(engine: Engine, gates: list[Gate]) -> None:
+    gates.append(gate := Gate(engine))
+    task = counting(engine, 5)
+    engine.submit(task)
+    gate.wait()
+    for _ in range(2):
+        gate.passes.release()
+        gate.wait()
+    assert asyncio.run(read(task, 1)) == [0], "its loop is closed while the engine goes on"
+    gate.let_all_through()
+    assert list(task.stream) == [1, 2, 3, 4]
+    task.wait()
+    assert task.state == "done"
+
+
+def test_results_before_a_failure_are_read_and_the_failure_is_told(engine: Engine) -> None:
+    sequence = appended(engine, ids_of(9))
+
+    def on_logits() -> bool:
+        task.stream.put("a")
+        raise RuntimeFailure("planted")
+
+    task = Task(sequence, on_logits)
+    engine.submit(task)
+    assert list(task.stream) == ["a"]
+    with pytest.raises(RuntimeFailure, match="planted"):
+        task.wait()

@@ -15,8 +15,7 @@ from recollect.engine.tier import Rates, plan_restore
 from recollect.errors import RuntimeFailure, StoreCorruptError, StoreFullError
 from recollect.kv import maintenance
 from recollect.kv.disk import DiskStore, Found
-from recollect.kv.record import Entry, Identity
-from recollect.kv.replies import StoredReply
+from recollect.kv.record import Entry, Identity, StoredReply
 from recollect.runtime.base import Logits
 from recollect.types import SamplingParams
 
@@ -157,7 +156,7 @@ def test_a_folder_whose_values_claim_another_identity_is_a_miss(
 ) -> None:
     """As if two precisions had the same names: the values themselves are refused too."""
     store = open_store()
-    blocks = store.env.table("blocks")
+    blocks = store.env.tables["blocks"]
     with store.env.writing() as txn:
         for key, value in [(bytes(k), bytes(v)) for k, v in txn.cursor(blocks)]:
             from recollect.kv.record import pack_block
@@ -177,7 +176,7 @@ def test_a_thousand_flipped_bits_change_no_reply(
     random_bits = random.Random(20)  # noqa: S311 - which bit, not a secret
     witness = open_store()  # keeps the folder open between engines
     for _ in range(1000):
-        table = witness.env.table(random_bits.choice(["blocks", "entries"]))
+        table = witness.env.tables[random_bits.choice(["blocks", "entries"])]
         with witness.env.writing() as txn:
             key, value = random_bits.choice(
                 [(bytes(k), bytearray(v)) for k, v in txn.cursor(table)]
@@ -201,7 +200,7 @@ def test_truncated_and_swapped_values_are_misses(
     expected = fresh_logits(warm_disk)
     for table_name in ("blocks", "entries"):
         for kind in ("truncated", "empty", "swapped", "longer"):
-            table = witness.env.table(table_name)
+            table = witness.env.tables[table_name]
             with witness.env.writing() as txn:
                 items = [(bytes(k), bytes(v)) for k, v in txn.cursor(table)]
                 (key, value), (other_key, other) = items[2], items[-1]
@@ -485,7 +484,7 @@ def test_a_store_that_cannot_be_written_is_read(
         logits_after(engine, [*warm_disk, 3, 4])
         tier_of(engine).flush()
         assert engine.computed_tokens == 3
-        tier_of(engine).note_reply(b"name".ljust(32), StoredReply("text", (1, 2)))
+        tier_of(engine).writer.note_reply(b"name".ljust(32), StoredReply("text", (1, 2)))
         engine.check()
         engine.close()
     assert len(caplog.records) == 1
@@ -541,7 +540,7 @@ def test_a_conversation_of_64000_tokens_comes_back_from_disk_also_after_damage(
     damaged = witness.find(
         first.cache.root().key, prompt, block_size=32, inside_block=False, most=3
     ).entries[-1]
-    table = witness.env.table("blocks")
+    table = witness.env.tables["blocks"]
     with witness.env.writing() as txn:
         value = bytearray(txn.get(damaged.key, db=table))
         value[-1] ^= 1

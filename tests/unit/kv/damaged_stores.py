@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 
 from recollect.errors import StoreError
-from recollect.kv import maintenance, replies
+from recollect.kv import maintenance
 from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Identity
-from recollect.kv.replies import StoredReply
+from recollect.kv.record import Identity, StoredReply
 
 IDENTITY = Identity("weights", "runtime", "f32")
 ROOT = namespace_key("weights", "")
@@ -47,7 +46,7 @@ def make_sound(folder: Path) -> None:
         store.write(IDENTITY, [block for number in numbers for block in chat(number)])
     store.remove([chat(number)[-1].key for number in range(5)])
     said = {bytes([n]) * 32: StoredReply("x" * n * 50, (1, 2, 3)) for n in range(60)}
-    replies.remember(store, said)
+    store.remember(said)
     store.close()
 
 
@@ -86,8 +85,8 @@ def use(folder: Path) -> None:
         store.write(IDENTITY, [block for number in range(100, 110) for block in chat(number)])
         store.remove(store.take_refused())
         store.evict(200_000)
-        replies.recall(store, bytes([7]) * 32)
-        replies.remember(store, {bytes(32): StoredReply("y", (1,))})
+        store.recall(bytes([7]) * 32)
+        store.remember({bytes(32): StoredReply("y", (1,))})
         store.clear(pinned=True)
     finally:
         store.close()

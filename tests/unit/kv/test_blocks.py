@@ -4,16 +4,30 @@ import threading
 
 import pytest
 
-from recollect.errors import MisuseError, OutOfBlocksError
-from recollect.kv.blocks import BlockPool, BlockTable, WritePlan, blocks_for
+from recollect.engine.sequence import FeedPlan, Memory, Sequence, WritePlan
+from recollect.errors import OutOfBlocksError
+from recollect.kv.blocks import BlockPool, blocks_for
+from recollect.kv.prefix import PrefixCache
+from recollect.runtime.base import RuntimeInfo
+
+INFO = RuntimeInfo("none", block_size=4, bytes_per_block=4, vocab_size=1, context_length=100)
 
 
-def filled(pool: BlockPool, slots: int) -> BlockTable:
-    """Return a table whose slots `[0, slots)` were written."""
-    table = BlockTable(pool)
+def filled(pool: BlockPool, slots: int) -> Sequence:
+    """Return a sequence whose slots `[0, slots)` were written."""
+    table = Sequence(Memory(INFO, pool, PrefixCache(pool, "model")), None)
     if slots:
+        table.append([0] * slots)
         table.prepare_write(0, slots)
+        table.written(FeedPlan(0, slots), None)
     return table
+
+
+def fork_of(table: Sequence, slots: int) -> Sequence:
+    """Return a sequence over the blocks of the first slots, shared."""
+    fork = table.fork()
+    fork.truncate(slots)
+    return fork
 
 
 @pytest.mark.parametrize(
@@ -74,8 +88,8 @@ def test_dropped_blocks_are_free_when_next_asked_for() -> None:
 
 def test_blocks_dropped_from_other_threads_all_come_back() -> None:
     pool = BlockPool(64, 4)
-    tables = [filled(pool, 16) for _ in range(16)]
-    threads = [threading.Thread(target=table.drop) for table in tables]
+    tables = [pool.allocate(4) for _ in range(16)]
+    threads = [threading.Thread(target=pool.drop, args=[table]) for table in tables]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -125,7 +139,7 @@ def test_a_write_copies_a_shared_block_and_only_that(
     slots: int, shared: int, start: int, end: int, expected: WritePlan
 ) -> None:
     table = filled(BlockPool(16, 4), slots)
-    fork = table.fork(shared)
+    fork = fork_of(table, shared)
     assert table.plan_write(start, end) == expected
     assert fork.blocks == table.blocks[: blocks_for(shared, 4)]
 
@@ -136,7 +150,7 @@ def test_after_a_write_is_prepared_no_other_table_holds_what_is_written(
 ) -> None:
     pool = BlockPool(16, 4)
     table = filled(pool, slots)
-    fork = table.fork(shared)
+    fork = fork_of(table, shared)
     before, of_fork = list(table.blocks), list(fork.blocks)
     copies = table.prepare_write(start, end)
     written = table.blocks[start // 4 : blocks_for(end, 4)]
@@ -152,7 +166,7 @@ def test_after_a_write_is_prepared_no_other_table_holds_what_is_written(
 def test_the_second_writer_of_a_shared_block_keeps_it() -> None:
     pool = BlockPool(4, 4)
     first = filled(pool, 3)
-    second = first.fork(3)
+    second = fork_of(first, 3)
     shared = second.blocks[0]
     assert len(first.prepare_write(3, 4)) == 1
     assert second.prepare_write(3, 4) == []
@@ -162,7 +176,7 @@ def test_the_second_writer_of_a_shared_block_keeps_it() -> None:
 def test_a_write_without_enough_blocks_changes_nothing() -> None:
     pool = BlockPool(3, 4)
     table = filled(pool, 7)
-    fork = table.fork(7)
+    fork = fork_of(table, 7)
     before = list(table.blocks)
     with pytest.raises(OutOfBlocksError):
         table.prepare_write(7, 9)
@@ -172,42 +186,28 @@ def test_a_write_without_enough_blocks_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("length", range(10))
-def test_crop_keeps_the_blocks_of_the_first_slots(length: int) -> None:
+def test_truncating_keeps_the_blocks_of_the_first_slots(length: int) -> None:
     pool = BlockPool(4, 4)
     table = filled(pool, 9)
     before = list(table.blocks)
-    table.crop(length)
+    table.truncate(length)
     assert table.blocks == before[: blocks_for(length, 4)]
     pool.check([table.blocks])
 
 
-def test_crop_beyond_the_end_changes_nothing() -> None:
-    table = filled(BlockPool(4, 4), 5)
-    table.crop(100)
-    assert len(table.blocks) == 2
-
-
-def test_cropping_a_fork_leaves_the_other_its_blocks() -> None:
+def test_truncating_a_fork_leaves_the_other_its_blocks() -> None:
     pool = BlockPool(4, 4)
     table = filled(pool, 9)
-    fork = table.fork(9)
-    fork.crop(0)
+    fork = fork_of(table, 9)
+    fork.truncate(0)
     assert len(table.blocks) == 3
     pool.check([table.blocks, fork.blocks])
 
 
-def test_a_fork_of_slots_that_no_block_holds_is_misuse() -> None:
-    pool = BlockPool(4, 4)
-    table = filled(pool, 4)
-    with pytest.raises(MisuseError):
-        table.fork(5)
-    pool.check([table.blocks])
-
-
-def test_dropping_twice_releases_once() -> None:
+def test_releasing_a_sequence_twice_releases_its_blocks_once() -> None:
     pool = BlockPool(4, 4)
     table = filled(pool, 5)
-    table.drop()
-    table.drop()
+    table.release()
+    table.release()
     assert pool.free_blocks == 4
     pool.check([])

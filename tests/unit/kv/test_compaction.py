@@ -10,8 +10,8 @@ import pytest
 from recollect.kv import maintenance
 from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
+from recollect.kv.maintenance import shrink
 from recollect.kv.record import Identity
-from recollect.kv.rewriting import shrink
 
 IDENTITY = Identity("weights", "runtime", "f32")
 ROOT = namespace_key("weights", "")

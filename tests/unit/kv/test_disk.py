@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from recollect.errors import StoreCorruptError, StoreFullError
-from recollect.kv import accounts, maintenance
-from recollect.kv.accounts import Pin, Savings
+from recollect.kv import maintenance
 from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Buffer, Entry, Identity, unpack_entry
+from recollect.kv.record import Buffer, Entry, Identity, Pin, unpack_entry
+from recollect.kv.tables import Savings
 
 IDENTITY = Identity("weights", "runtime", "f32")
 ROOT = namespace_key("weights", "")
@@ -83,8 +83,7 @@ def test_a_longer_block_replaces_the_part_that_it_begins_with(store: DiskStore) 
 def test_a_part_that_is_pinned_is_not_replaced(store: DiskStore) -> None:
     store.write(IDENTITY, chain(A, TAIL))
     tail = chain(A, TAIL)[-1].key
-    with store.env.writing() as txn:
-        accounts.put_pin(txn, store.env, Pin("here", tail, 6, "", 0.0, {}), None)
+    assert store.add_pin(Pin("here", tail, 6, "", 0.0, {}))
     store.write(IDENTITY, chain(A, C))
     assert store.remove([]) == 0
     assert {TAIL, C} <= {entry.token_ids for entry in _all_entries(store)}
@@ -155,8 +154,8 @@ def test_the_budget_holds_and_the_file_stays_within_it(tmp_path: Path) -> None:
     for number in range(60):
         tokens = (number % 250, number // 250, 1, 1)
         store.write(IDENTITY, chain(A, tokens, payload_bytes=60_000))
-        with store.env.reading() as txn:
-            assert accounts.total_bytes(txn, store.env) <= budget
+        with store.reading() as tables:
+            assert tables.total_bytes() <= budget
         assert found(store, *A, *tokens)[0] == [A, tokens], "the newest is there"
     assert store.evicted_blocks > 20
     assert store.env.file_bytes <= budget
@@ -166,18 +165,17 @@ def test_the_budget_holds_and_the_file_stays_within_it(tmp_path: Path) -> None:
 def test_what_is_pinned_is_never_given_up(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "kv", budget_bytes=2 << 20)
     store.write(IDENTITY, chain(A, B, payload_bytes=60_000))
-    with store.env.writing() as txn:
-        pin = Pin("here", chain(A, B)[-1].key, 8, IDENTITY.digest().hex(), 0.0, {"why": "test"})
-        accounts.put_pin(txn, store.env, pin, None)
+    pin = Pin("here", chain(A, B)[-1].key, 8, IDENTITY.digest().hex(), 0.0, {"why": "test"})
+    assert store.add_pin(pin)
     for number in range(60):
         store.write(IDENTITY, chain((number, 1, 1, 1), payload_bytes=60_000))
     assert payloads(store, *A, *B) == [b.payload for b in chain(A, B, payload_bytes=60_000)]
     assert store.clear() > 0
     assert found(store, *A, *B)[0] == [A, B]
-    assert maintenance.pins(store) == [pin]
+    assert store.pins() == [pin]
     store.clear(pinned=True)
     assert found(store, *A, *B)[0] == []
-    assert maintenance.pins(store) == []
+    assert store.pins() == []
 
 
 def test_a_nearly_full_disk_takes_nothing_more(
@@ -221,9 +219,9 @@ def test_what_is_stored_is_told_by_model(store: DiskStore) -> None:
     other = Identity("weights", "runtime", "f16")
     store.write(IDENTITY, chain(A, B))
     store.write(other, chain((7, 7, 7, 7)))
-    with store.env.writing() as txn:
-        accounts.add_savings(txn, store.env, other.digest(), Savings(100, 2.0, 0.5))
-        accounts.add_savings(txn, store.env, other.digest(), Savings(20, 1.0, None))
+    with store.writing() as tables:
+        tables.add_savings(other.digest(), Savings(100, 2.0, 0.5))
+        tables.add_savings(other.digest(), Savings(20, 1.0, None))
     by_identity = {holding.identity: holding for holding in maintenance.holdings(store)}
     assert (by_identity[IDENTITY].blocks, by_identity[IDENTITY].tokens) == (2, 8)
     assert (by_identity[other].blocks, by_identity[other].tokens) == (1, 4)
@@ -232,7 +230,7 @@ def test_what_is_stored_is_told_by_model(store: DiskStore) -> None:
 
 def test_the_audit_sees_what_is_not_as_it_was_written(store: DiskStore) -> None:
     store.write(IDENTITY, chain(A, B, C))
-    blocks = store.env.table("blocks")
+    blocks = store.env.tables["blocks"]
     first, second, third = (block.key for block in chain(A, B, C))
     with store.env.writing() as txn:
         value = bytearray(txn.get(second, db=blocks))
@@ -252,7 +250,7 @@ def test_a_store_that_is_damaged_inside_says_so(
     def broken(*_: object, **__: object) -> None:
         raise lmdb.CorruptedError("mdb_get: MDB_CORRUPTED")
 
-    monkeypatch.setattr(store.env, "_begin", broken)
+    monkeypatch.setattr(store.env, "begin", broken)
     with pytest.raises(StoreCorruptError, match="recollect cache clear"):
         found(store, *A)
 
@@ -261,5 +259,5 @@ def _all_entries(store: DiskStore) -> list[Entry]:
     with store.env.reading() as txn:
         return [
             unpack_entry(bytes(key), value, None)
-            for key, value in txn.cursor(store.env.table("entries"))
+            for key, value in txn.cursor(store.env.tables["entries"])
         ]

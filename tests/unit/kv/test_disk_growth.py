@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from recollect.kv import maintenance, pins
-from recollect.kv.accounts import Pin
+from recollect.kv import maintenance
 from recollect.kv.blocks import Key, chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.environment import Environment
 from recollect.kv.maintenance import remove_wrong
-from recollect.kv.record import Buffer, Identity
+from recollect.kv.record import Buffer, Identity, Pin
 
 IDENTITY = Identity("weights", "runtime", "f32")
 ROOT = namespace_key("weights", "")
@@ -157,7 +156,7 @@ def test_damaged_entries_are_removed_in_one_pass_over_all(tmp_path: Path, cost: 
         keys = [chain(SYSTEM, chat(n))[-1].key for n in range(damaged)]
         with store.env.writing() as txn:
             for key in keys:
-                txn.put(key, b"damaged", db=store.env.table("entries"))
+                txn.put(key, b"damaged", db=store.env.tables["entries"])
         calls.append(cost(partial(store.remove, keys))["calls"])
         assert list(maintenance.problems(store)) == []
         assert maintenance.holdings(store)[0].blocks == 501 - damaged
@@ -220,10 +219,10 @@ def test_a_long_chain_can_be_pinned_counted_and_evicted(tmp_path: Path) -> None:
     blocks = long_chain()
     store.write(IDENTITY, blocks)
     pin = Pin("all", blocks[-1].key, SIZE * LONG, IDENTITY.digest().hex(), 0.0, {})
-    assert pins.add(store, pin)
-    assert pins.stored(store, pin).blocks == LONG
+    assert store.add_pin(pin)
+    assert store.size_of(pin).blocks == LONG
     assert store.evict(1 << 40) == 0
-    assert pins.drop(store, "all")
+    assert store.drop_pin("all")
     assert store.evict(1 << 40) > 0
     assert found_blocks(store, blocks) == 0
     store.close()
@@ -248,6 +247,6 @@ def test_a_step_of_a_long_restore_does_not_look_at_all_of_the_rest(
 
 def _flip_a_bit(store: DiskStore, table: str, key: Key) -> None:
     with store.env.writing() as txn:
-        value = bytearray(txn.get(key, db=store.env.table(table)))
+        value = bytearray(txn.get(key, db=store.env.tables[table]))
         value[-1] ^= 1
-        txn.put(key, bytes(value), db=store.env.table(table))
+        txn.put(key, bytes(value), db=store.env.tables[table])

@@ -92,12 +92,12 @@ def test_a_larger_store_of_another_process_needs_no_larger_map(
         "store.close()\n"
     )
     with small.env.reading() as txn:
-        before = txn.stat(small.env.table("entries"))["entries"]
+        before = txn.stat(small.env.tables["entries"])["entries"]
         subprocess.run([sys.executable, "-c", program, str(tmp_path / "kv")], check=True)  # noqa: S603
         assert small.env.file_bytes > 4 << 20
         with small.env.reading() as newer:
-            assert newer.stat(small.env.table("entries"))["entries"] == 50
-        assert txn.stat(small.env.table("entries"))["entries"] == before == 1
+            assert newer.stat(small.env.tables["entries"])["entries"] == 50
+        assert txn.stat(small.env.tables["entries"])["entries"] == before == 1
     assert maintenance.holdings(small)[0].blocks == 50
     small.close()
 
@@ -111,7 +111,7 @@ def test_a_map_that_another_process_outgrew_is_said_so(
     def outgrown(**_: object) -> None:
         raise lmdb.MapResizedError("mdb_txn_begin: MDB_MAP_RESIZED")
 
-    monkeypatch.setattr(store.env, "_begin", outgrown)
+    monkeypatch.setattr(store.env, "begin", outgrown)
     with pytest.raises(StoreBusyError, match="--kv-disk"):
         store.find(ROOT, [1, 2, 3, 4], block_size=4, inside_block=True)
     store.close()
@@ -130,7 +130,7 @@ def test_only_a_file_that_is_damaged_is_put_aside_by_the_next_start(
         raise error("mdb_txn_begin: as if")
 
     with monkeypatch.context() as failing:
-        failing.setattr(store.env, "_begin", fail)
+        failing.setattr(store.env, "begin", fail)
         with pytest.raises(StoreCorruptError, match="next start"):
             store.evict(1)
     store.close()

@@ -64,7 +64,7 @@ def test_all_blocks_of_an_earlier_version_are_found_and_so_are_their_parts(
     for first in range(20, 40):
         tokens = tuple(range(first, first + 4))
         assert restored(store, *A, *tokens[:3], 99) == (7, [bytes(A) * 8, bytes(tokens) * 8])
-    assert [pin.name for pin in maintenance.pins(store)] == ["here"]
+    assert [pin.name for pin in store.pins()] == ["here"]
     assert list(maintenance.problems(store)) == []
     assert sum(store.misses.values()) == 0
     store.close()
@@ -133,7 +133,7 @@ def test_a_new_store_is_refused_by_an_earlier_version_too(open_store: Open) -> N
 def test_what_a_later_version_wrote_is_left_alone(open_store: Open) -> None:
     store = open_store()
     with store.env.writing() as txn:
-        txn.put(b"format", (4).to_bytes(8, "little"), db=store.env.table("info"))
+        txn.put(b"format", (4).to_bytes(8, "little"), db=store.env.tables["info"])
     store.close()
     before = (store.folder / "data.mdb").read_bytes()
     with pytest.raises(StoreVersionError, match="newer version"):
@@ -146,7 +146,7 @@ def test_a_plain_store_can_be_opened_by_the_version_before(open_store: Open) -> 
     for sealer, number in ((None, 2), (CIPHER, 3)):
         store = open_store(sealer=sealer)
         with store.env.reading() as txn:
-            assert txn.get(b"format", db=store.env.table("info"))[0] == number
+            assert txn.get(b"format", db=store.env.tables["info"])[0] == number
         store.close()
         shutil.rmtree(store.folder)
 

@@ -18,6 +18,11 @@ def cache(pool: BlockPool) -> PrefixCache:
     return PrefixCache(pool, "model")
 
 
+@pytest.fixture
+def of_whole_blocks() -> PrefixCache:
+    return PrefixCache(BlockPool(16, SIZE), "model", whole_blocks_only=True)
+
+
 def left(cache: PrefixCache, ids: list[int], namespace: str = "") -> list[CachedBlock]:
     """Leave the blocks of a sequence behind that nobody else holds."""
     after, made = cache.root(namespace), []
@@ -30,9 +35,8 @@ def left(cache: PrefixCache, ids: list[int], namespace: str = "") -> list[Cached
     return made
 
 
-def found(cache: PrefixCache, ids: list[int], namespace: str = "", *, inside: bool = True) -> int:
-    match = cache.match(cache.root(namespace), ids, inside_block=inside)
-    return len(match.full) * SIZE + match.partial_tokens
+def found(cache: PrefixCache, ids: list[int], namespace: str = "") -> int:
+    return cache.match(cache.root(namespace), ids).tokens
 
 
 def test_a_name_says_all_that_came_before() -> None:
@@ -49,12 +53,13 @@ def test_a_name_says_all_that_came_before() -> None:
 
 @pytest.mark.parametrize("length", range(11))
 def test_the_longest_known_prefix_is_found_also_inside_a_block(
-    cache: PrefixCache, length: int
+    cache: PrefixCache, of_whole_blocks: PrefixCache, length: int
 ) -> None:
-    left(cache, list(range(10)))
-    left(cache, [0, 1, 2, 3, 4, 9, 9, 9])
+    for one in (cache, of_whole_blocks):
+        left(one, list(range(10)))
+        left(one, [0, 1, 2, 3, 4, 9, 9, 9])
     assert found(cache, [*range(length), 40]) == length
-    assert found(cache, [*range(length), 40], inside=False) == min(length, 8) // SIZE * SIZE
+    assert found(of_whole_blocks, [*range(length), 40]) == min(length, 8) // SIZE * SIZE
 
 
 def test_nothing_is_found_in_another_namespace(cache: PrefixCache) -> None:
@@ -157,13 +162,16 @@ def test_a_block_can_be_taken_back_by_the_only_one_that_holds_it(
     cache.check()
 
 
-def test_what_is_pinned_as_public_is_found_from_every_namespace(cache: PrefixCache) -> None:
+def test_what_is_pinned_as_public_is_found_from_every_namespace(
+    cache: PrefixCache, of_whole_blocks: PrefixCache
+) -> None:
     public = left(cache, [1, 2, 3, 4, 5, 6], PUBLIC)
     wanted = [1, 2, 3, 4, 5, 6, 7, 8]
     assert [found(cache, wanted, name) for name in ("a", "")] == [0, 0], "it is not marked"
     cache.pin(public[-1])
     assert [found(cache, wanted, name) for name in ("a", "")] == [6, 6]
-    assert found(cache, wanted, "b", inside=False) == 4
+    of_whole_blocks.pin(left(of_whole_blocks, [1, 2, 3, 4, 5, 6], PUBLIC)[-1])
+    assert found(of_whole_blocks, wanted, "b") == 4
     assert len(cache) == 2, "there is no second copy"
     cache.check()
     cache.unpin(public[-1])
@@ -185,9 +193,19 @@ def test_a_client_that_knew_the_beginning_finds_the_rest(cache: PrefixCache) -> 
     (own,) = left(cache, [1, 2, 3, 4], "a")
     public = left(cache, [1, 2, 3, 4, 5, 6, 7, 8], PUBLIC)
     cache.pin(public[-1])
-    match = cache.match(cache.root("a"), [1, 2, 3, 4, 5, 6, 7, 8], inside_block=True)
-    assert [one.block for one in match.full] == [own.block, public[1].block]
+    match = cache.match(cache.root("a"), [1, 2, 3, 4, 5, 6, 7, 8])
+    assert [one.block for one in match.blocks] == [own.block, public[1].block]
     cache.check()
+
+
+def test_what_is_public_is_looked_up_from_a_root_and_no_further_on(cache: PrefixCache) -> None:
+    """A sequence that has begun goes on in its own namespace; the next one finds it."""
+    (own,) = left(cache, [1, 2, 3, 4], "a")
+    cache.pin(left(cache, [1, 2, 3, 4, 5, 6, 7, 8], PUBLIC)[-1])
+    assert cache.match(own, [5, 6, 7, 8]).tokens == 0
+    assert not own.children
+    assert found(cache, [1, 2, 3, 4, 5, 6, 7, 8], "a") == 8
+    assert cache.match(own, [5, 6, 7, 8]).tokens == 4
 
 
 def test_a_block_with_two_places_is_free_when_both_are_given_up(
@@ -209,7 +227,8 @@ def test_a_block_with_two_places_is_free_when_both_are_given_up(
 
 def test_a_second_place_is_not_written_by_itself(pool: BlockPool) -> None:
     new: list[CachedBlock] = []
-    cache = PrefixCache(pool, "model", on_new=new.append)
+    cache = PrefixCache(pool, "model")
+    cache.on_new = new.append
     public = left(cache, [1] * 4, PUBLIC)
     cache.pin(public[-1])
     found(cache, [1] * 4, "a")

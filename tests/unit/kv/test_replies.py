@@ -7,8 +7,7 @@ import pytest
 
 from recollect.encryption import Cipher
 from recollect.kv.disk import DiskStore
-from recollect.kv.record import Sealer
-from recollect.kv.replies import StoredReply, recall, remember, reply_name
+from recollect.kv.record import Sealer, StoredReply
 
 REPLY = StoredReply("by the harbour, at noon \udc80", (5, 70_000, 0))
 Open = Callable[..., DiskStore]
@@ -29,19 +28,19 @@ def opened(open_store: Open) -> Iterator[Open]:
 
 
 def name_of(store: DiskStore, key: bytes = b"place", namespace: str = "") -> bytes:
-    return reply_name(store, "weights", namespace, key)
+    return store.reply_name("weights", namespace, key)
 
 
 def test_a_reply_is_found_in_its_place_and_namespace_alone(opened: Open) -> None:
     store = opened()
-    remember(store, {name_of(store): REPLY})
-    assert recall(opened(), name_of(store)) == REPLY
+    store.remember({name_of(store): REPLY})
+    assert opened().recall(name_of(store)) == REPLY
     for other in (
         name_of(store, b"elsewhere"),
         name_of(store, namespace="b"),
-        reply_name(store, "other weights", "", b"place"),
+        store.reply_name("other weights", "", b"place"),
     ):
-        assert recall(store, other) is None
+        assert store.recall(other) is None
 
 
 def test_an_encrypted_store_tells_nothing_of_them(opened: Open, tmp_path: Path) -> None:
@@ -50,8 +49,8 @@ def test_an_encrypted_store_tells_nothing_of_them(opened: Open, tmp_path: Path) 
     plain.close()
     sealed = opened(sealer=Cipher(b"k" * 32))
     assert name_of(sealed) != name
-    remember(sealed, {name_of(sealed): REPLY})
-    assert recall(sealed, name_of(sealed)) == REPLY
+    sealed.remember({name_of(sealed): REPLY})
+    assert sealed.recall(name_of(sealed)) == REPLY
     content = (tmp_path / "kv" / "data.mdb").read_bytes()
     assert b"harbour" not in content
     assert name not in content
@@ -61,25 +60,25 @@ def test_an_encrypted_store_tells_nothing_of_them(opened: Open, tmp_path: Path) 
 def test_what_is_not_as_it_was_written_is_not_found(opened: Open, place: int) -> None:
     store = opened()
     name = name_of(store)
-    remember(store, {name: REPLY})
-    table = store.env.table("replies")
+    store.remember({name: REPLY})
+    table = store.env.tables["replies"]
     with store.env.writing() as txn:
         damaged = bytearray(txn.get(name, db=table))
         damaged[place] ^= 1
         txn.put(name, bytes(damaged), db=table)
-    assert recall(store, name) is None
+    assert store.recall(name) is None
     with store.env.writing() as txn:
         txn.put(name, b"short", db=table)
-    assert recall(store, name) is None
+    assert store.recall(name) is None
 
 
 def test_a_plain_reply_in_an_encrypted_store_is_not_believed(opened: Open) -> None:
     cipher = Cipher(b"k" * 32)
     plain = opened()
     name = name_of(plain)
-    remember(plain, {name: REPLY})
+    plain.remember({name: REPLY})
     plain.close()
-    assert recall(opened(sealer=cipher), name) is None
+    assert opened(sealer=cipher).recall(name) is None
 
 
 def test_the_oldest_go_where_there_are_too_many(tmp_path: Path) -> None:
@@ -87,8 +86,8 @@ def test_the_oldest_go_where_there_are_too_many(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "kv", budget_bytes=1 << 20, clock=lambda: next(times))
     names = [name_of(store, b"%d" % number) for number in range(20)]
     for name in names:
-        remember(store, {name: REPLY})
-    found = [recall(store, name) is not None for name in names]
+        store.remember({name: REPLY})
+    found = [store.recall(name) is not None for name in names]
     assert found == sorted(found), "an older one stayed"
     assert 12 <= sum(found) <= 16
     store.close()
@@ -96,6 +95,6 @@ def test_the_oldest_go_where_there_are_too_many(tmp_path: Path) -> None:
 
 def test_clearing_forgets_them(opened: Open) -> None:
     store = opened()
-    remember(store, {name_of(store): REPLY})
+    store.remember({name_of(store): REPLY})
     store.clear()
-    assert recall(store, name_of(store)) is None
+    assert store.recall(name_of(store)) is None

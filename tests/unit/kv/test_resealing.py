@@ -21,8 +21,7 @@ import pytest
 
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.errors import StoreBusyError
-from recollect.kv import environment, maintenance, pins
-from recollect.kv.accounts import Pin
+from recollect.kv import environment, maintenance
 from recollect.kv.blocks import (
     PUBLIC,
     Key,
@@ -32,8 +31,7 @@ from recollect.kv.blocks import (
     namespace_key,
 )
 from recollect.kv.disk import RESERVED_BYTES, DiskStore, NewBlock
-from recollect.kv.record import Buffer, Identity
-from recollect.kv.replies import StoredReply, recall, remember, reply_name
+from recollect.kv.record import Buffer, Identity, Pin, StoredReply
 
 IDENTITY = Identity("weights", "runtime", "f32")
 FORMAT_1 = Path(__file__).parent / "data" / "format1"
@@ -88,9 +86,9 @@ def fill(store: DiskStore) -> set[Tokens]:
             parent = key
     store.write(IDENTITY, blocks)
     about = {"kind": "warm", "prefix": blocks[2].key.hex()}
-    pins.add(store, Pin("here", blocks[2].key, 6, IDENTITY.digest().hex(), 1.0, about))
-    name = reply_name(store, "weights", "", MESSAGE)
-    remember(store, {name: StoredReply("said", (5, 6))})
+    store.add_pin(Pin("here", blocks[2].key, 6, IDENTITY.digest().hex(), 1.0, about))
+    name = store.reply_name("weights", "", MESSAGE)
+    store.remember({name: StoredReply("said", (5, 6))})
     return {block.token_ids for block in blocks}
 
 
@@ -169,7 +167,7 @@ def test_blocks_pins_and_replies_are_there_as_before(
     store = open_store(sealer=CIPHER)
     secret = store.chain_secret
     expected = chain_names(ROOTS[CIPHER], chain, secret)
-    place, warm = maintenance.pins(store)
+    place, warm = store.pins()
     assert warm == Pin(
         "warm",
         expected[-1],
@@ -179,10 +177,10 @@ def test_blocks_pins_and_replies_are_there_as_before(
         {"kind": "warm", "prefix": chained_key(expected[-2], (49,), secret).hex()},
     )
     assert place == Pin("place", disguised_key(absent, secret), 7, identity, 2.0, made[1].about)
-    assert pins.stored(store, warm).blocks == 50
+    assert store.size_of(warm).blocks == 50
     assert found(store, chain) == [block.payload for block in blocks[:50]]
     assert found(store, [(99, 98)]) == [blocks[50].payload]
-    assert recall(store, reply_name(store, "weights", "", MESSAGE)) == StoredReply("said", (5, 6))
+    assert store.recall(store.reply_name("weights", "", MESSAGE)) == StoredReply("said", (5, 6))
     assert list(maintenance.problems(store)) == []
     assert maintenance.holdings(store)[0].blocks == 51
     store.close()
@@ -199,12 +197,12 @@ def test_a_block_that_is_damaged_goes_with_what_follows_it_and_its_pin_stays(
     blocks = write_earlier_store(tmp_path / "kv", CIPHER, [chain], kept=kept)
     store = open_store()  # without the key, as what only takes from it does
     with store.env.writing() as txn:
-        txn.put(blocks[1].key, b"damaged", db=store.env.table("blocks"))
+        txn.put(blocks[1].key, b"damaged", db=store.env.tables["blocks"])
     store.close()
     for _ in range(2):
         store = open_store(sealer=CIPHER)
         assert found(store, chain) == [blocks[0].payload]
-        (pin,) = maintenance.pins(store)
+        (pin,) = store.pins()
         assert pin.tail == chain_names(ROOTS[CIPHER], chain, store.chain_secret)[-1]
         assert list(maintenance.problems(store)) == []
         store.close()
@@ -221,9 +219,9 @@ def test_what_follows_a_damaged_entry_is_not_taken_for_a_first_block(
     blocks = write_earlier_store(tmp_path / "kv", CIPHER, chains)
     store = open_store()
     with store.env.writing() as txn:
-        entry = bytearray(txn.get(blocks[damaged].key, db=store.env.table("entries")))
+        entry = bytearray(txn.get(blocks[damaged].key, db=store.env.tables["entries"]))
         entry[40] ^= 1
-        txn.put(blocks[damaged].key, bytes(entry), db=store.env.table("entries"))
+        txn.put(blocks[damaged].key, bytes(entry), db=store.env.tables["entries"])
     store.close()
     store = open_store(sealer=CIPHER)
     assert [len(found(store, chain)) for chain in chains] == [damaged, 1]
@@ -249,8 +247,8 @@ def test_where_the_disk_has_no_room_for_all_what_was_used_last_and_is_pinned_sta
         patch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, free))
         store = open_store(sealer=CIPHER)
     assert [len(found(store, chain)) for chain in chains] == [2, 0, 0, 0, 0, 0, 0, 0, 2, 2]
-    (pin,) = maintenance.pins(store)
-    assert pins.stored(store, pin).blocks == 2
+    (pin,) = store.pins()
+    assert store.size_of(pin).blocks == 2
     assert list(maintenance.problems(store)) == []
     store.close()
 
@@ -267,11 +265,11 @@ def test_where_there_is_no_room_at_all_the_places_of_pins_stay(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, 0))
         store = open_store(sealer=CIPHER)
-    (pin,) = maintenance.pins(store)
-    assert pins.stored(store, pin).blocks == 0
+    (pin,) = store.pins()
+    assert store.size_of(pin).blocks == 0
     (key,) = chain_names(ROOTS[CIPHER], [(1, 2)], store.chain_secret)
     store.write(IDENTITY, [NewBlock(key, ROOTS[CIPHER], True, (1, 2), b"again")])
-    assert pins.stored(store, pin).blocks == 1, "what is computed again is pinned again"
+    assert store.size_of(pin).blocks == 1, "what is computed again is pinned again"
     store.close()
 
 

@@ -174,14 +174,14 @@ def require_same(path: Path, frequencies: np.ndarray | None = None, factor: floa
     assert 3 < expected.std() < 20
     runtime = built(path)
     far = []
-    whole = runtime.forward([Row(IDS, 0, [0, 1, 2])])[0]
+    whole = runtime.forward([Row(IDS, 0, [0, 1, 2])]).logits[0]
     far.append(np.abs(whole - expected[-1]).max())
     runtime.forward([Row(IDS[:60], 0, [0, 1, 2])])
     for place in range(60, 70):
-        step = runtime.forward([Row([IDS[place]], place, [0, 1, 2])])[0]
+        step = runtime.forward([Row([IDS[place]], place, [0, 1, 2])]).logits[0]
         far.append(np.abs(step - expected[place]).max())
     rows = [Row(IDS[:33], 0, [3, 4]), Row(IDS[:5], 0, [5]), Row(IDS[69:], 69, [0, 1, 2])]
-    for logits, place in zip(runtime.forward(rows), (32, 4, 69), strict=True):
+    for logits, place in zip(runtime.forward(rows).logits, (32, 4, 69), strict=True):
         far.append(np.abs(logits - expected[place]).max())
     assert max(far) < CLOSE
     runtime.close()
@@ -250,7 +250,9 @@ def test_gate_and_up_can_be_one_product(make_decoder: MakeDecoder) -> None:
     for fuses, count in ((False, 2 * 5 + 1), (True, 2 * 4 + 1)):
         runtime = built(path, fuses_gate=fuses)
         assert products_of(ov.Core().read_model(path.with_suffix(".xml"))) == count
-        assert np.abs(runtime.forward([Row(IDS, 0, [0, 1, 2])])[0] - expected[-1]).max() < CLOSE
+        assert (
+            np.abs(runtime.forward([Row(IDS, 0, [0, 1, 2])]).logits[0] - expected[-1]).max() < CLOSE
+        )
         runtime.close()
 
 
@@ -272,7 +274,7 @@ def test_a_table_of_frequencies_is_f32_also_where_weights_are_f16(
     path = make_decoder(kind="F16")
     expected = NumpyDecoder(path).logits(IDS, plain())
     runtime = built(path)
-    assert np.abs(runtime.forward([Row(IDS, 0, [0, 1, 2])])[0] - expected[-1]).max() < CLOSE
+    assert np.abs(runtime.forward([Row(IDS, 0, [0, 1, 2])]).logits[0] - expected[-1]).max() < CLOSE
     xml = path.with_suffix(".xml").read_text("utf-8")
     assert 'element_type="f32" shape="32"' in xml
 

@@ -8,9 +8,9 @@ from random import Random
 
 import pytest
 
+from recollect.conversation.formats import load_tokenizer
 from recollect.errors import UnsupportedModelError
 from recollect.models.catalog import LocalModel
-from recollect.models.formats import load_tokenizer
 from recollect.models.prepare import prepare
 from recollect.text.tokenizer import Detokenizer
 

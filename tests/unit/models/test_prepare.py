@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
+from recollect.conversation.formats import load_tokenizer
 from recollect.errors import (
     ConfigError,
     FetchError,
@@ -16,7 +17,6 @@ from recollect.errors import (
     UnsupportedModelError,
 )
 from recollect.models.catalog import CatalogEntry, HubFile, Part
-from recollect.models.formats import load_tokenizer
 from recollect.models.listing import installed, prune
 from recollect.models.openvino_folder import Manifest
 from recollect.models.prepare import prepare

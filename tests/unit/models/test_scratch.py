@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from recollect.errors import ConfigError
-from recollect.files import link_or_copy, scratch_folder
+from recollect.files import scratch_folder
 
 
 def test_a_scratch_folder_is_private_and_gone_afterwards(tmp_path: Path) -> None:
@@ -42,19 +42,3 @@ def test_a_home_that_is_a_file_is_said_to_be_unusable(tmp_path: Path) -> None:
     home.touch()
     with pytest.raises(ConfigError, match="RECOLLECT_HOME"), scratch_folder(home):
         pass
-
-
-def test_a_link_has_the_content_and_no_copy_of_it(tmp_path: Path) -> None:
-    source, target = tmp_path / "a", tmp_path / "b"
-    source.write_bytes(b"x")
-    link_or_copy(source, target)
-    assert target.samefile(source)
-
-
-def test_a_link_follows_a_symbolic_link_to_the_file(tmp_path: Path) -> None:
-    source, link, target = tmp_path / "a", tmp_path / "l", tmp_path / "b"
-    source.write_bytes(b"x")
-    link.symlink_to(source)
-    link_or_copy(link, target)
-    link.unlink()
-    assert target.read_bytes() == b"x"

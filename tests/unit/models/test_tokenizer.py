@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recollect.conversation.formats import load_tokenizer
 from recollect.errors import UnsupportedModelError
-from recollect.models.formats import load_tokenizer
 from recollect.models.prepare import prepare
 from recollect.text.other_tokenizers import HfTokenizer
 from recollect.text.tokenizer import ByteTokenizer, Detokenizer, OpenVinoTokenizer, Tokenizer

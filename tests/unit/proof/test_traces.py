@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import recollect
-from recollect.kv.prefix import CachedTable
+from recollect.engine.sequence import Sequence
 from traces import TRACES, Trace, run_trace
 
 
@@ -36,7 +36,7 @@ def test_a_system_prompt_of_eight_sessions_is_held_once(model: recollect.Model) 
 def test_a_cache_that_finds_nothing_shows(
     model: recollect.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CachedTable, "reuse", lambda self, token_ids: 0)
+    monkeypatch.setattr(Sequence, "reuse", lambda self: 0)
     result = run_trace(model, TRACES[0])
     assert result.recomputed_tokens > result.prompt_tokens // 2
 

@@ -21,6 +21,7 @@ from recollect.engine.sampling import Generator
 from recollect.errors import RuntimeFailure, StoreError, UnsupportedModelError
 from recollect.runtime.base import Row
 from recollect.runtime.genai import GenAiRuntime
+from recollect.runtime.sequences import SequenceAdapter
 from recollect.types import SamplingParams
 
 VOCAB, PAD, CONTEXT = 50, 7, 64
@@ -36,7 +37,7 @@ class StandIn:
         self.made = 0
         self.can_rewind = True
         self.fails = False
-        self.turn: int | None = None
+        self.short_rope_length: int | None = None
 
     def Model(self, _path: str) -> Any:  # noqa: N802 - the library's name
         return SimpleNamespace(device_type="CPU")
@@ -57,7 +58,8 @@ class StandInGenerator:
 
     def append_tokens(self, tokens: np.ndarray) -> None:
         library = self._library
-        beyond = library.turn is not None and len(self._kv) + len(tokens) > library.turn
+        most = library.short_rope_length
+        beyond = most is not None and len(self._kv) + len(tokens) > most
         self._kv += [(int(token), beyond) for token in tokens]
         self._last = len(tokens)
         library.appended += len(tokens)
@@ -96,8 +98,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 
 @pytest.fixture
-def make_runtime(library: StandIn, tmp_path: Path) -> Callable[..., GenAiRuntime]:
-    def make(*, contexts: float = 4, architecture: str = "llama") -> GenAiRuntime:
+def make_runtime(library: StandIn, tmp_path: Path) -> Callable[..., SequenceAdapter]:
+    def make(*, contexts: float = 4, architecture: str = "llama") -> SequenceAdapter:
         decoder = {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_size": 8}
         config = {
             "type": architecture,
@@ -105,7 +107,7 @@ def make_runtime(library: StandIn, tmp_path: Path) -> Callable[..., GenAiRuntime
             "pad_token_id": PAD,
             "decoder": decoder,
         }
-        runtime = GenAiRuntime(tmp_path, {"model": config}, context_length=CONTEXT)
+        runtime = SequenceAdapter(GenAiRuntime(tmp_path, {"model": config}, context_length=CONTEXT))
         runtime.allocate(int(contexts * CONTEXT) // runtime.info.block_size)
         return runtime
 
@@ -116,114 +118,114 @@ def fresh(ids: list[int]) -> np.ndarray:
     return logits_of([(token, False) for token in ids])
 
 
-def test_kv_is_as_large_as_the_config_says(make_runtime: Callable[..., GenAiRuntime]) -> None:
+def test_kv_is_as_large_as_the_config_says(make_runtime: Callable[..., SequenceAdapter]) -> None:
     runtime = make_runtime()
     assert runtime.info.bytes_per_block == 32 * 2 * 2 * 8 * 4
-    assert runtime.info.most_rows == 4
+    assert runtime.info.pace.most_rows == 4
 
 
 @pytest.mark.parametrize(("contexts", "expected"), [(1, 1), (2.5, 2), (9, 4)])
 def test_as_many_are_live_as_the_budget_has_room_for(
-    make_runtime: Callable[..., GenAiRuntime], contexts: float, expected: int
+    make_runtime: Callable[..., SequenceAdapter], contexts: float, expected: int
 ) -> None:
-    assert make_runtime(contexts=contexts).most_live == expected
+    assert make_runtime(contexts=contexts).info.pace.most_rows == expected
 
 
 def test_a_history_that_goes_on_is_appended_to(
-    make_runtime: Callable[..., GenAiRuntime], library: StandIn
+    make_runtime: Callable[..., SequenceAdapter], library: StandIn
 ) -> None:
     runtime = make_runtime()
     runtime.forward([Row([1, 2, 3], 0, [0])])
-    logits = runtime.forward([Row([4], 3, [0])])[0]
+    result = runtime.forward([Row([4], 3, [0])])
     assert (library.made, library.appended) == (1, 4)
-    assert runtime.started == [3]
-    assert np.array_equal(logits, fresh([1, 2, 3, 4]))
+    assert result.starts == [3]
+    assert np.array_equal(result.logits[0], fresh([1, 2, 3, 4]))
 
 
 def test_what_was_given_up_is_computed_anew_and_told(
-    make_runtime: Callable[..., GenAiRuntime], library: StandIn
+    make_runtime: Callable[..., SequenceAdapter], library: StandIn
 ) -> None:
     runtime = make_runtime(contexts=2)
     for block, first in enumerate((1, 2, 3)):  # the third makes the first go
         runtime.forward([Row([first, 9, 9], 0, [block])])
     library.appended = 0
-    logits = runtime.forward([Row([5], 3, [0])])[0]
-    assert (runtime.started, library.appended) == ([0], 4)
-    assert np.array_equal(logits, fresh([1, 9, 9, 5]))
+    result = runtime.forward([Row([5], 3, [0])])
+    assert (result.starts, library.appended) == ([0], 4)
+    assert np.array_equal(result.logits[0], fresh([1, 9, 9, 5]))
 
 
 def test_two_rows_of_one_pass_keep_a_generator_each(
-    make_runtime: Callable[..., GenAiRuntime], library: StandIn
+    make_runtime: Callable[..., SequenceAdapter], library: StandIn
 ) -> None:
     runtime = make_runtime()
     runtime.forward([Row([1, 2, 3], 0, [0])])
     runtime.copy_blocks([(0, 1)])
     for step in range(3):
         rows = [Row([10 + step], 3 + step, [0]), Row([20 + step], 3 + step, [1])]
-        logits = runtime.forward(rows)
+        result = runtime.forward(rows)
     assert library.made == 2
-    assert runtime.started == [5, 5]
-    assert np.array_equal(logits[1], fresh([1, 2, 3, 20, 21, 22]))
+    assert result.starts == [5, 5]
+    assert np.array_equal(result.logits[1], fresh([1, 2, 3, 20, 21, 22]))
 
 
 def test_where_the_library_cannot_rewind_the_history_is_computed_anew(
-    make_runtime: Callable[..., GenAiRuntime], library: StandIn
+    make_runtime: Callable[..., SequenceAdapter], library: StandIn
 ) -> None:
     library.can_rewind = False
     runtime = make_runtime()
     runtime.forward([Row([1, 2, 3, 4], 0, [0])])
-    logits = runtime.forward([Row([9], 3, [0])])[0]
-    assert (runtime.started, library.made) == ([0], 2)
-    assert np.array_equal(logits, fresh([1, 2, 3, 9]))
+    result = runtime.forward([Row([9], 3, [0])])
+    assert (result.starts, library.made) == ([0], 2)
+    assert np.array_equal(result.logits[0], fresh([1, 2, 3, 9]))
 
 
 def test_a_generator_that_failed_is_not_used_again(
-    make_runtime: Callable[..., GenAiRuntime], library: StandIn
+    make_runtime: Callable[..., SequenceAdapter], library: StandIn
 ) -> None:
     runtime = make_runtime()
     runtime.forward([Row([1, 2, 3], 0, [0])])
     library.fails = True
     with pytest.raises(RuntimeFailure, match="injected"):
         runtime.forward([Row([4], 3, [0])])
-    logits = runtime.forward([Row([4], 3, [0])])[0]
-    assert np.array_equal(logits, fresh([1, 2, 3, 4]))
+    result = runtime.forward([Row([4], 3, [0])])
+    assert np.array_equal(result.logits[0], fresh([1, 2, 3, 4]))
 
 
 def test_the_logits_after_padding_are_those_after_it(
-    make_runtime: Callable[..., GenAiRuntime],
+    make_runtime: Callable[..., SequenceAdapter],
 ) -> None:
-    logits = make_runtime().forward([Row([1, 2, PAD], 0, [0])])[0]
-    assert np.array_equal(logits, fresh([1, 2, PAD]))
+    result = make_runtime().forward([Row([1, 2, PAD], 0, [0])])
+    assert np.array_equal(result.logits[0], fresh([1, 2, PAD]))
 
 
 def test_slots_that_nothing_was_written_to_are_refused(
-    make_runtime: Callable[..., GenAiRuntime],
+    make_runtime: Callable[..., SequenceAdapter],
 ) -> None:
     with pytest.raises(RuntimeFailure, match="nothing was ever written"):
         make_runtime().forward([Row([1], 3, [0])])
 
 
 def test_a_longrope_history_is_all_of_one_side(
-    make_runtime: Callable[..., GenAiRuntime], library: StandIn, monkeypatch: pytest.MonkeyPatch
+    make_runtime: Callable[..., SequenceAdapter], library: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules["recollect.runtime.genai"].LONGROPE_TURNS, "phi3", 8)
-    library.turn = 8
+    monkeypatch.setitem(sys.modules["recollect.runtime.genai"].SHORT_ROPE_LENGTHS, "phi3", 8)
+    library.short_rope_length = 8
     runtime = make_runtime(architecture="phi3")
     ids = list(range(10, 22))
     runtime.forward([Row(ids[:6], 0, [0])])
-    logits = runtime.forward([Row(ids[6:10], 6, [0])])[0]  # crosses
-    assert runtime.started == [0]
-    assert np.array_equal(logits, logits_of([(token, True) for token in ids[:10]]))
-    logits = runtime.forward([Row(ids[10:], 10, [0])])[0]  # stays beyond
-    assert runtime.started == [10]
-    assert np.array_equal(logits, logits_of([(token, True) for token in ids]))
-    logits = runtime.forward([Row([9], 7, [0])])[0]  # comes back
-    assert runtime.started == [6]  # what the first generator has still, computed on this side
-    assert np.array_equal(logits, fresh([*ids[:7], 9]))
+    result = runtime.forward([Row(ids[6:10], 6, [0])])  # crosses
+    assert result.starts == [0]
+    assert np.array_equal(result.logits[0], logits_of([(token, True) for token in ids[:10]]))
+    result = runtime.forward([Row(ids[10:], 10, [0])])  # stays beyond
+    assert result.starts == [10]
+    assert np.array_equal(result.logits[0], logits_of([(token, True) for token in ids]))
+    result = runtime.forward([Row([9], 7, [0])])  # comes back
+    assert result.starts == [6]  # what the first generator has still, computed on this side
+    assert np.array_equal(result.logits[0], fresh([*ids[:7], 9]))
 
 
 def test_the_engine_counts_what_was_computed_anew(
-    make_runtime: Callable[..., GenAiRuntime], library: StandIn
+    make_runtime: Callable[..., SequenceAdapter], library: StandIn
 ) -> None:
     """Three conversations take turns where two are live: the library sees what the engine counts."""
     engine = Engine(make_runtime(contexts=2), num_blocks=4)
@@ -243,7 +245,7 @@ def test_the_engine_counts_what_was_computed_anew(
     engine.close()
 
 
-def test_kv_on_disk_is_refused_in_a_sentence(make_runtime: Callable[..., GenAiRuntime]) -> None:
+def test_kv_on_disk_is_refused_in_a_sentence(make_runtime: Callable[..., SequenceAdapter]) -> None:
     engine = Engine(make_runtime(), num_blocks=4)
     with pytest.raises(StoreError, match="keeps its KV to itself"):
         require_tier(engine)

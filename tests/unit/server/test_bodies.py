@@ -112,7 +112,7 @@ def test_what_is_read_of_too_many_values_does_not_grow_with_them(
     """Tokens looked at before a body is refused, at 10 and at 100 times as many as are allowed."""
     from recollect.server import fields
 
-    limits, real = Limits(values=1000), fields._TOKEN
+    limits, real = Limits(values=1000), fields.TOKEN
     counts = []
 
     class Counting:
@@ -122,7 +122,7 @@ def test_what_is_read_of_too_many_values_does_not_grow_with_them(
                 counts[-1] += 1
                 yield token
 
-    monkeypatch.setattr(fields, "_TOKEN", Counting())
+    monkeypatch.setattr(fields, "TOKEN", Counting())
     monkeypatch.setattr(fields, "from_json", lambda *_args, **_options: pytest.fail("was read"))
     for times in (10, 100):
         body = "[" + piece * (limits.values * times) + "]"

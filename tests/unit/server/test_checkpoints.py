@@ -16,7 +16,6 @@ from recollect import encryption
 from recollect.cli.main import app
 from recollect.conversation.model import Model
 from recollect.engine.pinning import pin_on_disk
-from recollect.kv import maintenance
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.server import conversation_routes
 
@@ -94,7 +93,7 @@ def usage(response: Json) -> Json:
 def pinned(home: Path) -> list[tuple[str, str]]:
     store = DiskStore(home / STORE_FOLDER, budget_bytes=64 << 20)
     try:
-        return [(pin.name, pin.about["kind"]) for pin in maintenance.pins(store)]
+        return [(pin.name, pin.about["kind"]) for pin in store.pins()]
     finally:
         store.close()
 

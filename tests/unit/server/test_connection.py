@@ -143,7 +143,7 @@ def test_a_slow_request_ends(
     status: bytes,
 ) -> None:
     """Whether nothing comes any more, or a byte now and then."""
-    monkeypatch.setattr("recollect.server.access._GRACE_S", 0.2)
+    monkeypatch.setattr(BoundedProtocol, "grace_s", 0.2)
     client = start(limits=QUICK)
     begun = time.monotonic()
     with connected(client) as one:

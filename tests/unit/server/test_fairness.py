@@ -14,15 +14,16 @@ import pytest
 
 from recollect.conversation.model import Model
 from recollect.engine.engine import Engine
-from recollect.engine.scheduler import SHARED_CHUNK, Task
+from recollect.engine.scheduler import Task
 from recollect.errors import RuntimeFailure
-from recollect.runtime.base import Logits, Row
+from recollect.runtime.base import Pace, PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.server.access import namespace_of
 from recollect.server.settings import Limits
 
 Json = dict[str, Any]
 WAIT_S = 20  # for what takes milliseconds: a test that would hang fails instead
+SHARED_CHUNK = Pace().shared_chunk
 LIMITS = Limits(concurrent=4, queue=16, shutdown_s=5)
 
 
@@ -34,11 +35,11 @@ class Gate:
         self._open = threading.Event()
         forward = ReferenceRuntime.forward
 
-        def gated(runtime: ReferenceRuntime, rows: Sequence[Row]) -> Logits:
+        def gated(runtime: ReferenceRuntime, rows: Sequence[Row]) -> PassResult:
             self.passes.append(list(rows))
             assert self._open.wait(3 * WAIT_S)
-            logits: Logits = forward(runtime, rows)
-            return logits
+            result: PassResult = forward(runtime, rows)
+            return result
 
         monkeypatch.setattr(ReferenceRuntime, "forward", gated)
 
