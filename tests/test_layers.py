@@ -22,7 +22,6 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"types", "errors"},
     "_version": set(),
     "starting": set(),
-    "telemetry": set(),
     "text": BASE,
     "kv": BASE,
     "runtime": BASE,

@@ -8,7 +8,7 @@ Conversations with local language models that never read a token twice, and prov
     print(chat.respond("My name is Alex."))
 """
 
-from recollect import starting, telemetry  # noqa: F401 - the first is imported for what it does
+from recollect import starting  # noqa: F401 - imported first, for what it does
 from recollect._version import __version__
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.loading import load
@@ -28,8 +28,6 @@ from recollect.journal.encrypt import encrypt
 from recollect.text.tool_calls import ToolCallParser
 from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, ToolCall, Usage
 
-# None of what is imported above loads the libraries that this is about; what comes later may.
-telemetry.switch_off()
 __all__ = [
     "Checkpoint",
     "Cipher",

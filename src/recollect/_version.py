@@ -1,3 +1,3 @@
-"""The version, in a file of its own so that building needs no import."""
+"""The version, where the build and the server read it without importing the package's front."""
 
 __version__ = "0.1.0"

@@ -12,7 +12,6 @@ import sys
 import traceback
 
 import numpy.random
-import typer.main
 
 from recollect.cli import chat, main
 from recollect.conversation import loading
@@ -23,7 +22,7 @@ _IMPORTED_BEFORE_THE_FORK = (chat, loading, numpy.random)
 # KV goes to disk all the time, so that a kill finds a write under way.
 for name in ("_SETTLE_S", "_OVERDUE_S", "_BUSY_PAUSE"):
     setattr(write_behind, name, 0.0)
-typer.main.get_group(main.app).commands["chat"].make_context("chat", ["-n", "5", "--prompts", "x"])
+main.load_command("chat").make_context("chat", ["-n", "5", "--prompts", "x"])
 
 
 def say(line: str) -> None:

@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 
+_SIZES = {"COLUMNS", "LINES"}
+
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """Return an environment with a home of its own and a terminal that answers no questions."""
+    # What runs tests in parallel sets these, and a terminal has its own size.
+    inherited = {name: value for name, value in os.environ.items() if name not in _SIZES}
     return {
-        **os.environ,
+        **inherited,
         "RECOLLECT_HOME": str(tmp_path / "home"),
         "TERM": "xterm",
         "PROMPT_TOOLKIT_NO_CPR": "1",

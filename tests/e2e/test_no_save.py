@@ -186,7 +186,7 @@ def test_a_pipe_without_a_name_keeps_what_its_help_says(
         env={**environment, "COLUMNS": "300"},
         check=True,
     )
-    assert "A pipe without a name keeps no turns, but KV and the replies" in done.stdout
+    assert "Without a name, a pipe saves no turns either, but KV and replies" in done.stdout
 
 
 def test_who_asks_for_kv_on_disk_gets_it(environment: dict[str, str], folders: list[Path]) -> None:

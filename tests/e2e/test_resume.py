@@ -241,9 +241,9 @@ def test_a_pipe_keeps_what_has_a_name_and_nothing_else(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--resume"], "No conversation is kept yet"),
+        (["--resume"], "There is no conversation yet"),
         (["--resume", "nowhere"], "There is no conversation 'nowhere'"),
-        (["--resume", "--no-save"], "--no-save keeps nothing"),
+        (["--resume", "--no-save"], "--no-save saves nothing"),
         (["--resume", "--system", "be brief"], "--system is for a new conversation"),
         (["--name", "-x"], "'-x' cannot be the name of a conversation"),
     ],

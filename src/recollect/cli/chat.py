@@ -1,89 +1,86 @@
 """
-`recollect chat`: talk to a model, by hand or by pipe.
+`recollect chat`: talk to a model, at a terminal or through a pipe.
 
-Decides which of the two it is, and what is kept; the work is done in `repl` and `batch`.
-
-Which conversation a chat is held in: a new one or one that is kept, as the options say.
-
-Reads the journal before a model is loaded, so that a mistake is told at once.
-
-A chat without a person at the keyboard: prompts from lines, replies to stdout.
-
-Reads and writes streams; knows no commands, and never touches the terminal.
+Decides which of the two it is, and in which conversation: a new one, or one in the journal. That is
+read before a model is loaded, so that a mistake is told at once. What happens at a terminal is in
+`repl`; a pipe is answered here: each line is a prompt, and replies go to stdout.
 """
 
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TextIO
+from typing import Annotated, Any, Final, Literal, TextIO
 
 import typer
 from typer.core import TyperCommand
 
 from recollect import encryption
-from recollect.cli import options
-from recollect.cli.display import printable
-from recollect.cli.options import EncryptOption, read_text, unlock_home
-from recollect.config import DEFAULT_PROFILE
+from recollect.cli.home import open_checkpoints, open_journal, unlock_home
+from recollect.cli.options import (
+    USUAL,
+    EncryptOption,
+    ModelOptions,
+    TemperatureOption,
+    read_text,
+    sampling_option,
+    takes_model_options,
+)
+from recollect.cli.printing import printable
+from recollect.conversation.model import Model
 from recollect.conversation.session import Session
+from recollect.conversation.tree import Overflow
 from recollect.errors import ConfigError, NameTakenError, StoreError, UnknownConversationError
+from recollect.journal.journal import Journal
+from recollect.journal.records import ConversationInfo, Page
 from recollect.models.catalog import DEFAULT_MODEL
 from recollect.types import SamplingParams
 
-if TYPE_CHECKING:
-    from recollect.conversation.model import Model
-    from recollect.conversation.session import Session
-    from recollect.conversation.tree import Overflow
-    from recollect.journal.journal import Journal
-    from recollect.journal.records import ConversationInfo
-    from recollect.types import SamplingParams
-
+app = typer.Typer()
 
 LAST = ""
-"""In place of a name: the conversation that was used last."""
+"""Stands for the name of the conversation that was used last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:
-    """What the options of a chat say about its conversation."""
+    """The conversation that the options of a chat ask for."""
 
     keep: bool
-    """Whether it is kept where it has no name either."""
+    """Whether it is saved even without a name."""
     name: str | None = None
-    """Of a new one."""
+    """The name of a new conversation."""
     resume: str | None = None
-    """The name of a kept one, or `LAST`; None: a new one."""
+    """The name of the conversation to go on with, or `LAST`; None begins a new one."""
     checkpoint: str | None = None
-    """The name of one, to go on there; `resume` need not name its conversation then."""
+    """The checkpoint to go on at; `resume` is not needed then."""
     system: str | None = None
-    overflow: "Overflow" = "error"
+    overflow: Overflow = "error"
 
     def __post_init__(self) -> None:
         if self.resume is None and self.checkpoint is None:
             return
         goes_on = "--checkpoint" if self.resume is None else "--resume"
         for option, value, remedy in (
-            ("--system", self.system, "its instructions stay as they are"),
+            ("--system", self.system, "the instructions stay as they are"),
             ("--name", self.name, "/name gives it another one"),
         ):
             if value is not None:
                 raise ConfigError(
-                    f"{option} is for a new conversation: leave it out of {goes_on}; {remedy}."
+                    f"{option} is for a new conversation: leave it out with {goes_on}; {remedy}."
                 )
 
-    def find(self) -> "ConversationInfo | None":
+    def find(self) -> ConversationInfo | None:
         """
-        Return what is to be resumed; None where a conversation begins.
+        Return the conversation to resume; None if a new one begins.
 
         Raises:
             UnknownConversationError: There is none to resume.
             UnknownCheckpointError: There is no checkpoint of that name.
-            NameTakenError: There is one of the name that a new one shall have.
+            NameTakenError: The name of the new conversation is taken.
             StoreError: The journal cannot be used.
         """
         if not self.keep and self.name is None and self.resume is None and self.checkpoint is None:
@@ -92,7 +89,7 @@ class Opening:
             if self.name is not None and journal.find(self.name) is not None:
                 raise NameTakenError(
                     f"There is a conversation {self.name!r} already: take another name, or go on "
-                    "with that one by --resume."
+                    f"with that one: --resume {self.name}."
                 )
             resume = self._of_checkpoint() if self.resume in (None, LAST) else self.resume
             if resume is None:
@@ -102,14 +99,12 @@ class Opening:
                 raise UnknownConversationError(_not_there(resume))
             return found
 
-    def open(
-        self, model: "Model", found: "ConversationInfo | None", params: "SamplingParams"
-    ) -> "Session":
+    def open(self, model: Model, found: ConversationInfo | None, params: SamplingParams) -> Session:
         """
         Return the session to talk to.
 
         Args:
-            model: Speaks in it.
+            model: The model that replies.
             found: What `find` has returned.
             params: How replies are sampled.
 
@@ -125,46 +120,39 @@ class Opening:
         )
 
     def _of_checkpoint(self) -> str | None:
-        """Return the conversation that the checkpoint is of; what `resume` says without one."""
+        """Return the name of the conversation with the checkpoint, or `resume` if none is given."""
         if self.checkpoint is None:
             return self.resume
-        from recollect.cli.options import open_places  # noqa: PLC0415 - see the imports for types
-
-        with open_places() as places:
-            return places.find(self.checkpoint).conversation
+        with open_checkpoints() as checkpoints:
+            return checkpoints.find(self.checkpoint).conversation
 
     @contextmanager
-    def _journal(self) -> "Iterator[Journal]":
-        from recollect import config  # noqa: PLC0415 - see the imports for type checking
-        from recollect.journal.journal import JOURNAL_NAME, Journal  # noqa: PLC0415
+    def _journal(self) -> Iterator[Journal]:
 
         try:
-            with Journal.open(config.home() / JOURNAL_NAME, cipher=unlock_home()) as journal:
+            with open_journal() as journal:
                 yield journal
         except StoreError as error:
             if (self.name, self.resume, self.checkpoint) != (None, None, None):
                 raise
-            raise type(error)(f"{error} A chat with --no-save does without it.") from error
+            raise type(error)(f"{error} A chat with --no-save needs none.") from error
 
 
-def _last(journal: "Journal") -> "ConversationInfo | None":
-    from recollect.journal.records import Page  # noqa: PLC0415 - see the imports for type checking
-
+def _last(journal: Journal) -> ConversationInfo | None:
     return next(iter(journal.conversations(page=Page(limit=1))), None)
 
 
 def _not_there(name: str) -> str:
     if name == LAST:
-        return "No conversation is kept yet: begin one without --resume."
-    return f"There is no conversation {name!r}: `recollect conversations` lists those there are."
+        return "There is no conversation yet: begin one without --resume."
+    return f"There is no conversation {name!r}; `recollect conversations` lists those that exist."
 
 
-_CONVERSATION: Final = "Conversation"
 _RESUME: Final = "--resume"
 
 
 class ChatCommand(TyperCommand):
-    """A command whose `--resume` may stand without a name."""
+    """A command whose `--resume` needs no name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line; the context's own type is one that Typer keeps to itself."""
@@ -183,6 +171,14 @@ def with_resume_value(arguments: Sequence[str]) -> list[str]:
     ]
 
 
+def _option(*names: str, about: str, metavar: str | None = None) -> Any:
+    return typer.Option(
+        *names, metavar=metavar, help=about, rich_help_panel="Conversation", show_default=False
+    )
+
+
+@app.command(cls=ChatCommand)
+@takes_model_options
 def chat(
     *,
     model: Annotated[
@@ -191,100 +187,113 @@ def chat(
             "--model",
             "-m",
             metavar="NAME",
-            help="A name of `recollect models`, a .gguf file, an OpenVINO folder, or org/repo:file.",
+            help="A name that `recollect models` lists, a .gguf file, an OpenVINO or ONNX folder, or "
+            "org/repo:file.",
             show_default=f"{DEFAULT_MODEL}, or that of the conversation",
         ),
     ] = None,
-    profile: options.ProfileOption = DEFAULT_PROFILE,
-    kv_memory: options.KvMemoryOption = None,
-    kv_disk: options.KvDiskOption = None,
-    offline: options.OfflineOption = False,
-    allow_native_code: options.AllowNativeCodeOption = None,
-    long_context: options.LongContextOption = False,
+    loading: ModelOptions = USUAL,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Say the lines of a file, blank ones skipped."),
+        typer.Option(metavar="FILE", help="Say the lines of a file; blank lines are skipped."),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a turn, and nothing else.")
+        bool, typer.Option("--json", help="Print one JSON object for each turn, and nothing else.")
     ] = False,
     resume: Annotated[
         str | None,
-        typer.Option(
+        _option(
             _RESUME,
             metavar="[NAME]",
-            help="Go on with the conversation of that name, or with the last one.",
-            rich_help_panel=_CONVERSATION,
+            about="Go on with the conversation of that name, or with the last one.",
         ),
     ] = None,
     checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Go on at a place that /save has kept.",
-            rich_help_panel=_CONVERSATION,
-        ),
+        str | None, _option(metavar="NAME", about="Go on at a checkpoint that /save has made.")
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Keep this new conversation under that name.",
-            show_default="the date",
-            rich_help_panel=_CONVERSATION,
-        ),
+        _option(metavar="NAME", about="Name of the new conversation; the date if there is none."),
     ] = None,
     no_save: Annotated[
         bool,
-        typer.Option(
+        _option(
             "--no-save",
-            help="Leave nothing on disk of what is said: no turns, no history, and no KV unless "
-            "--kv-disk is given. A pipe without a name keeps no turns, but KV and the replies.",
-            rich_help_panel=_CONVERSATION,
+            about="Write nothing of what is said to disk: no turns, no history, and no KV unless "
+            "--kv-disk is given. Without a name, a pipe saves no turns either, but KV and replies.",
         ),
     ] = False,
     system: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Instructions before the first message.",
-            rich_help_panel=_CONVERSATION,
-        ),
+        str | None, _option(metavar="TEXT", about="Instructions before the first message.")
     ] = None,
     system_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="The same, from a text file.",
-            rich_help_panel=_CONVERSATION,
-        ),
+        Path | None, _option(metavar="FILE", about="The instructions, from a text file.")
     ] = None,
     overflow: Annotated[
         Literal["error", "drop-oldest"],
         typer.Option(
-            help="When the context is full: stop, or leave the oldest turns out.",
-            rich_help_panel=_CONVERSATION,
+            help="When the context is full: stop, or leave out the oldest turns.",
+            rich_help_panel="Conversation",
         ),
     ] = "error",
     encrypt: EncryptOption = False,
-    max_tokens: options.MaxTokensOption = None,
-    temperature: options.TemperatureOption = 0.0,
-    top_k: options.TopKOption = 0,
-    top_p: options.TopPOption = 1.0,
-    min_p: options.MinPOption = 0.0,
-    seed: options.SeedOption = None,
-    repetition_penalty: options.RepetitionPenaltyOption = 1.0,
-    presence_penalty: options.PresencePenaltyOption = 0.0,
-    frequency_penalty: options.FrequencyPenaltyOption = 0.0,
-    stop: options.StopOption = None,
-    ignore_eos: options.IgnoreEosOption = False,
+    max_tokens: Annotated[
+        int | None,
+        sampling_option(
+            *("--max-tokens", "-n"),
+            about="Most tokens in one reply.",
+            metavar="N",
+            default="what the context holds",
+        ),
+    ] = None,
+    temperature: TemperatureOption = 0.0,
+    top_k: Annotated[
+        int, sampling_option(about="Choose among the N likeliest tokens; 0: all.", metavar="N")
+    ] = 0,
+    top_p: Annotated[
+        float, sampling_option(about="Choose among the likeliest tokens that add up to X.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, sampling_option(about="Choose among tokens at least X times as likely as the best.")
+    ] = 0.0,
+    seed: Annotated[
+        int | None,
+        sampling_option(
+            about="The same seed gives the same reply.",
+            metavar="N",
+            default="a new one for each reply",
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float, sampling_option(about="Above 1: make tokens that occurred before less likely.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, sampling_option(about="Subtracted once for a token that the reply has already.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, sampling_option(about="Subtracted for each time that the reply has a token.")
+    ] = 0.0,
+    stop: Annotated[
+        list[str] | None,
+        sampling_option(
+            about="End the reply before this text; may be given several times.",
+            metavar="TEXT",
+            default=False,
+        ),
+    ] = None,
+    ignore_eos: Annotated[
+        bool,
+        sampling_option(
+            "--ignore-eos", about="Go on when the model would end its reply.", metavar=None
+        ),
+    ] = False,
 ) -> None:
     """
     Talk to a model.
 
-    On a terminal: line editing, history, and commands such as /undo, /fork, /tree.
-    /help lists them. What is said is kept: --resume goes on with it.
-    From a pipe or a file: a line is a prompt, replies are plain text.
+    At a terminal there is line editing, a history, and commands such as /undo, /fork and /tree; /help
+    lists them. The conversation is saved, and --resume goes on with it.
+    From a pipe or a file, each line is a prompt, and replies are plain text.
     """
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -301,13 +310,15 @@ def chat(
     )
     by_hand = prompts is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty()
     if no_save and (name is not None or resume is not None or checkpoint is not None):
-        raise ConfigError("--no-save keeps nothing: leave it out, or what names a conversation.")
+        raise ConfigError(
+            "--no-save saves nothing: leave it out, or leave out --name, --resume and --checkpoint."
+        )
     if system_file is not None:
         if system is not None:
             raise ConfigError("--system and --system-file say the same: leave one of them out.")
         system = read_text(system_file)
-    if no_save and kv_disk is None:
-        kv_disk = "0"  # KV on disk comes with the token ids that it is of
+    if no_save and loading.kv_disk is None:
+        loading = replace(loading, kv_disk="0")  # KV on disk comes with the token ids that it is of
     opening = Opening(
         keep=by_hand and not no_save,
         name=name,
@@ -317,61 +328,43 @@ def chat(
         overflow="drop_oldest" if overflow == "drop-oldest" else "error",
     )
     if encrypt and not encryption.is_encrypted():
-        found = opening.find()  # a mistake in the options is told before anything is changed
-        if prompts is not None:
-            with open_prompts(prompts):
-                pass
-        options.make_ready(
-            model or (DEFAULT_MODEL if found is None else found.model),
-            kv_memory=kv_memory,
-            kv_disk=kv_disk,
-            offline=offline,
-            allow_native_code=allow_native_code,
-            long_context=long_context,
-        )
+        _check_before_encrypting(opening, model, loading, prompts)
     unlock_home(encrypt=encrypt)
-    open_model = partial(
-        options.open_model,
-        profile=profile,
-        kv_memory=kv_memory,
-        kv_disk=kv_disk,
-        allow_native_code=allow_native_code,
-        long_context=long_context,
-        offline=offline,
-    )
-    _talk(opening, params, model, open_model, prompts, by_hand=by_hand, as_json=as_json)
-
-
-def _talk(
-    opening: Opening,
-    params: SamplingParams,
-    model: str | None,
-    open_model: Callable[[str], "Model"],
-    prompts: Path | None,
-    *,
-    by_hand: bool,
-    as_json: bool,
-) -> None:
     found = opening.find()
-    model = model or (DEFAULT_MODEL if found is None else found.model)
+    reference = _reference(model, found)
     if by_hand:
-        # Each imported where it is needed: a pipe has no use for line editing.
-        from recollect.cli import repl  # noqa: PLC0415
+        # Here and not above: a pipe need not wait 0.2 s for the library that edits lines.
+        from recollect.cli.repl import talk  # noqa: PLC0415
 
-        with open_model(model) as loaded:
-            repl.talk(loaded, opening.open(loaded, found, params), keep_history=opening.keep)
+        with loading.load(reference) as loaded:
+            talk(loaded, opening.open(loaded, found, params), keep_history=opening.keep)
         return
-
     with (
         open_prompts(prompts) as lines,
-        open_model(model) as loaded,
+        loading.load(reference) as loaded,
         opening.open(loaded, found, params) as session,
     ):
         answer_all(session, lines, as_json=as_json)
 
 
+def _check_before_encrypting(
+    opening: Opening, model: str | None, loading: ModelOptions, prompts: Path | None
+) -> None:
+    """Raise what is wrong with the options before anything is changed that cannot be undone."""
+    found = opening.find()
+    if prompts is not None:
+        with open_prompts(prompts):
+            pass
+    loading.prepare(_reference(model, found))
+
+
+def _reference(model: str | None, found: ConversationInfo | None) -> str:
+    """Return the model to load: the one that was asked for, or that of the conversation."""
+    return model or (DEFAULT_MODEL if found is None else found.model)
+
+
 MOST_CHARACTERS: Final = 16 * 2**20
-"""Of a line. The server takes as many bytes in a request; a device such as /dev/zero is one line."""
+"""Most characters in a line: the server takes as many bytes in a request, and /dev/zero has no end."""
 
 
 @contextmanager
@@ -416,8 +409,8 @@ def answer_all(session: Session, prompts: Iterable[str], *, as_json: bool) -> No
             _answer_as_text(session, prompt, sys.stdout)
         if session.name != tip:
             print(
-                f"recollect: {tip!r} has gone on in another chat: this one is a branch now, "
-                f"{session.name!r}.",
+                f"recollect: another chat has moved the branch {tip!r}: this one goes on in the new "
+                f"branch {session.name!r}.",
                 file=sys.stderr,
             )
 
@@ -427,8 +420,8 @@ def _prompts(stream: TextIO, source: str) -> Iterator[str]:
         while line := stream.readline(MOST_CHARACTERS):
             if len(line) == MOST_CHARACTERS:
                 raise ConfigError(
-                    f"{source} has a line of {MOST_CHARACTERS:,} characters or more: a line is a prompt, "
-                    "so part it."
+                    f"{source} has a line of {MOST_CHARACTERS:,} characters or more: each line is one "
+                    "prompt, so divide it."
                 )
             if line.strip():
                 yield line.rstrip("\r\n")

@@ -12,8 +12,8 @@ from typing import Final
 
 from rich.text import Text
 
-from recollect.cli.display import MARKS, draw_tree, printable, warmth
-from recollect.cli.models_command import format_bytes
+from recollect.cli.display import MARKS, draw_tree, warmth
+from recollect.cli.printing import format_bytes, printable
 from recollect.cli.state import REGENERATE_TEMPERATURE, Chat, branches, statistics
 from recollect.conversation.tree import Node
 from recollect.errors import (

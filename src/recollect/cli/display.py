@@ -20,7 +20,6 @@ Pure: nodes in, styled lines out.
 import signal
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,22 +31,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from recollect.cli.printing import printable
 from recollect.conversation.session import ReplyStream
 from recollect.conversation.tree import Node, Tree
 from recollect.conversation.turn import Reply
-
-
-def printable(text: str) -> str:
-    """
-    Return *text* without control characters other than newline and tab.
-
-    What a model writes must not move the cursor, or set the title, of the terminal it is shown on.
-    """
-    return "".join(
-        character
-        for character in text
-        if character in "\n\t" or unicodedata.category(character) != "Cc"
-    )
 
 
 class WordWrapper:

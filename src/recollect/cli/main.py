@@ -1,33 +1,47 @@
 """
-The command `recollect`: its sub-commands, and how errors become an exit status.
+The command `recollect`: its sub-commands, and how an error becomes an exit status.
 
-Imports nothing that loads a runtime, so that `--help` and mistakes in options answer at once.
-
-Standard input, output and errors as they may be: closed, full, or with nobody who reads.
+Help and version are answered from the table here; the module of a command is imported when it runs.
+Also repairs standard input, output and errors that are closed, full or without a reader.
 """
 
 import os
 import sys
 from contextlib import suppress
+from importlib import import_module
 from typing import Annotated, Any, Final, NoReturn, TextIO, cast
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_group
 
 from recollect import starting
 from recollect._version import __version__
-from recollect.cli.bench_command import bench
-from recollect.cli.cache_command import app as cache
-from recollect.cli.cache_command import warm
-from recollect.cli.chat import ChatCommand, chat
-from recollect.cli.checkpoints_command import app as checkpoints
-from recollect.cli.conversations_command import app as conversations
-from recollect.cli.conversations_command import export_with_kv, import_with_kv
-from recollect.cli.models_command import convert, models, pull
-from recollect.cli.options import encrypt
-from recollect.cli.prove import rewind_test, scenarios, verify
-from recollect.cli.serve import keys_app, serve
 from recollect.errors import RecollectError
+
+COMMANDS: Final = {
+    "chat": ("chat", "Talk to a model."),
+    "serve": ("serve", "Serve the APIs of OpenAI and Anthropic, for any client."),
+    "keys": ("serve", "Manage the API keys of `recollect serve`."),
+    "conversations": (
+        "conversations",
+        "List, show, rename, delete, export and import conversations.",
+    ),
+    "checkpoints": ("conversations", "List and delete the checkpoints that /save has made."),
+    "cache": ("cache", "Show, check and clear the cache (KV) on disk."),
+    "warm": ("cache", "Read a document or instructions once, and keep their KV on disk."),
+    "encrypt": ("home", "Encrypt conversations and the cache on disk."),
+    "export": ("conversations", "Write a conversation and the KV of one branch into a file."),
+    "import": ("conversations", "Add a conversation from a file that `recollect export` wrote."),
+    "models": ("models", "List the models that have a name, and those on this disk."),
+    "pull": ("models", "Fetch a model and convert it, so that it loads without a network."),
+    "convert": ("models", "Convert a model for another runtime."),
+    "verify": ("prove", "Check a model against its file, and reused KV against computed KV."),
+    "bench": ("prove", "Measure what reuse saves on this machine."),
+    "scenarios": ("prove", "Play six conversations with reuse, without it, and rewound."),
+    "rewind-test": ("prove", "Check that a rewound conversation answers as it did before."),
+}
+"""Of each command the module of this package that holds it, and its line in `recollect --help`."""
 
 _READ, _WRITE = os.O_RDONLY, os.O_WRONLY
 # Opened the other way round: using a stream that was closed fails, as it would have. Nobody could
@@ -79,11 +93,26 @@ def _stream(number: int, mode: str) -> TextIO:
     return cast("TextIO", stream)  # a text mode
 
 
-class _PlainErrors(TyperGroup):
-    """The command, with what is wrong with an option in words, and without a name of Python's."""
+def load_command(name: str) -> Any:
+    """
+    Import the module of a command, and return the command.
 
-    def invoke(self, ctx: Any) -> object:  # Typer names no type of it
-        """Run a sub-command."""
+    Typer keeps the type of commands to itself.
+    """
+    module, _ = COMMANDS[name]
+    return get_group(import_module(f"recollect.cli.{module}").app).commands[name]
+
+
+class _LazyGroup(TyperGroup):
+    """The group of all commands. Knows their names and help lines, and loads the one that runs."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Return the command that is named first, and what follows it."""
+        name, known, rest = super().resolve_command(ctx, args)
+        return name, known if name is None else load_command(name), rest
+
+    def invoke(self, ctx: Any) -> object:
+        """Run a command; what is wrong with an option is told without the words of Python."""
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
@@ -100,30 +129,21 @@ EXIT_INTERRUPTED: Final = 130
 
 app = typer.Typer(
     name="recollect",
-    cls=_PlainErrors,
+    cls=_LazyGroup,
     help="Conversations with local language models that never read a token twice, and prove it.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,  # a bug shows Python's own traceback, which can be reported
 )
-app.command(cls=ChatCommand)(chat)
-app.command()(serve)
-app.add_typer(keys_app)
-app.add_typer(conversations)
-app.add_typer(checkpoints)
-app.add_typer(cache)
-app.command()(warm)
-app.command()(encrypt)
-app.command("export")(export_with_kv)
-app.command("import")(import_with_kv)
-app.command()(models)
-app.command()(pull)
-app.command()(convert)
-app.command()(verify)
-app.command()(bench)
-app.command()(scenarios)
-app.command("rewind-test")(rewind_test)
+
+
+def _stand_in() -> None:
+    """Stand in the group for a command that is not loaded."""
+
+
+for _name, (_, _help) in COMMANDS.items():
+    app.command(_name, help=_help)(_stand_in)
 
 
 def _print_version(wanted: bool) -> None:

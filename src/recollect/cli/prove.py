@@ -1,98 +1,101 @@
 """
-`recollect verify`: is the model that runs the one in its file, and is what is reused right?
+`recollect verify`, `bench`, `scenarios` and `rewind-test`: what `proof/` finds, for people.
 
-Prints the verdicts; the checks themselves are in `proof/against_file.py` and `proof/verify.py`.
-
-`recollect rewind-test`: does a rewound conversation answer as it did, and as a fresh one does?
-
-Prints the verdict; the test itself is in `proof/rewind_test.py`.
-
-`recollect scenarios`: six conversations, and what reuse changes apart from the model's mistakes.
-
-Prints what `proof/scenarios.py` finds.
+Prints the verdicts and the numbers and writes them as JSON; the checks themselves are in `proof/`.
 """
 
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from recollect import config
 from recollect.cli.options import (
-    AllowNativeCodeOption,
-    KvMemoryOption,
-    LongContextOption,
+    JsonFileOption,
     ModelOption,
-    OfflineOption,
-    ProfileOption,
-    ProofKvDiskOption,
-    open_model,
-    progress_bar,
+    ModelOptions,
+    takes_model_options,
 )
-from recollect.types import Profile
+from recollect.cli.printing import progress_bar
+from recollect.conversation.model import Model
+from recollect.models.catalog import DEFAULT_MODEL
+from recollect.models.prepare import Compared
+from recollect.proof import report as output
+from recollect.proof import verify as proof
+from recollect.proof.bench import (
+    BenchConfig,
+    Unreadable,
+    bench_text,
+    check_room,
+    open_meter,
+    run_growth,
+    run_iterations,
+    summarize_growth,
+    summarize_iterations,
+)
+from recollect.proof.scenarios import (
+    GradedReply,
+    RewindResult,
+    ScenarioResult,
+    Turn,
+    load_scenarios,
+    play_all,
+    run_rewind_test,
+)
+from recollect.proof.verify import FileReport, VerifyReport, compare_with_file
 
-if TYPE_CHECKING:
-    from recollect.conversation.model import Model
-    from recollect.proof.scenarios import GradedReply, RewindResult, ScenarioResult, Turn
-    from recollect.proof.verify import FileReport, VerifyReport
+FAST: Final = ModelOptions(kv_disk="0")
+"""Without a cache on disk, which would hide what is computed."""
+EXACT: Final = ModelOptions(profile="exact", kv_disk="0")
+
+app = typer.Typer()
 
 
+@app.command()
+@takes_model_options
 def verify(
-    model: ModelOption = "smollm2",
-    profile: ProfileOption = "exact",
+    model: ModelOption = DEFAULT_MODEL,
+    loading: ModelOptions = EXACT,
     operations: Annotated[
-        int, typer.Option("--operations", "-n", metavar="N", min=1, help="How many.")
+        int,
+        typer.Option(
+            "--operations", "-n", metavar="N", min=1, help="How many operations on conversations."
+        ),
     ] = 200,
-    seed: Annotated[int, typer.Option(metavar="N", help="The same gives the same operations.")] = 0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the result there too.")
-    ] = None,
-    kv_memory: KvMemoryOption = None,
-    kv_disk: ProofKvDiskOption = "0",
-    offline: OfflineOption = False,
-    allow_native_code: AllowNativeCodeOption = None,
-    long_context: LongContextOption = False,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="The same seed gives the same operations.")
+    ] = 0,
+    json_file: JsonFileOption = None,
     long: Annotated[
         bool,
         typer.Option(
             "--long",
-            help="Look at windows and at the end of the context also where that takes long.",
+            help="Check windows and the end of the context even if that takes long.",
         ),
     ] = False,
     against_file: Annotated[
         bool,
         typer.Option(
-            "--model-check/--no-model", help="Whether the model is compared with its file."
+            "--model-check/--no-model", help="Compare the model with its file, or do not."
         ),
     ] = True,
 ) -> None:
     """
-    Compare a model with its file, then what is reused with what is computed anew.
+    Check a model against its file, and reused KV against computed KV.
 
-    First the logits are compared with those that a second program computes from the file alone. Then
+    First, its logits are compared with those that a second program computes from the file alone. Then
     random conversations are held, and each state is compared with a fresh prefill of the same tokens;
-    with --kv-disk they are also forgotten in memory and read back from disk.
+    with --kv-disk, KV is also evicted from memory and restored from disk.
     """
-    from recollect.proof.report import require_writable, written_to  # noqa: PLC0415 - see above
-
     if json_file is not None:
-        require_writable(json_file)
-    with open_model(
-        model,
-        profile=profile,
-        kv_memory=kv_memory,
-        kv_disk=kv_disk,
-        allow_native_code=allow_native_code,
-        long_context=long_context,
-        offline=offline,
-    ) as loaded:
-        from recollect.proof import verify as proof  # noqa: PLC0415
-
+        output.require_writable(json_file)
+    with loading.load(model) as loaded:
         compared = compare(loaded) if against_file else None
-        for line in [] if compared is None else file_lines(loaded.name, profile, compared):
+        for line in [] if compared is None else file_lines(loaded.name, loaded.profile, compared):
             typer.echo(line)
         with progress_bar("Verifying") as progress:
             report = proof.verify(
@@ -107,19 +110,15 @@ def verify(
     for line in _lines(report):
         typer.echo(line)
     if json_file is not None:
-        with written_to(json_file):
+        with output.written_to(json_file):
             result = report.to_dict() | {"file": None if compared is None else compared.to_dict()}
             json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if not report.passed or (compared is not None and compared.outcome == "FAIL"):
         raise typer.Exit(1)
 
 
-def compare(loaded: "Model") -> "FileReport":
+def compare(loaded: Model) -> FileReport:
     """Compare a loaded model with its file, and note the outcome for `recollect models`."""
-    from recollect import config  # noqa: PLC0415 - see above
-    from recollect.models.prepare import Compared  # noqa: PLC0415
-    from recollect.proof.verify import compare_with_file  # noqa: PLC0415
-
     with progress_bar("Comparing with the file") as progress:
         report = compare_with_file(
             loaded, progress=lambda done, of: progress(f"layer {done} of {of}", done, of)
@@ -138,7 +137,7 @@ def compare(loaded: "Model") -> "FileReport":
     return report
 
 
-def file_lines(name: str, profile: str, report: "FileReport") -> list[str]:
+def file_lines(name: str, profile: str, report: FileReport) -> list[str]:
     """Return what a person reads of the first part, the verdict last."""
     if report.outcome == "NOT COMPARED":
         return [f"{name} · against its file", f"NOT COMPARED: {report.reason}", ""]
@@ -157,7 +156,7 @@ def file_lines(name: str, profile: str, report: "FileReport") -> list[str]:
     ]
 
 
-def _lines(report: "VerifyReport") -> list[str]:
+def _lines(report: VerifyReport) -> list[str]:
     """Return what a person reads: what was done, what came out, the verdict last."""
     counts = " · ".join(f"{name} {count}" for name, count in report.counts.items())
     largest = report.largest
@@ -177,27 +176,18 @@ def _lines(report: "VerifyReport") -> list[str]:
     ]
 
 
+@app.command("rewind-test")
+@takes_model_options
 def rewind_test(
-    model: ModelOption = "smollm2",
-    profile: ProfileOption = "exact",
-    kv_memory: KvMemoryOption = None,
-    kv_disk: ProofKvDiskOption = "0",
-    offline: OfflineOption = False,
-    allow_native_code: AllowNativeCodeOption = None,
-    long_context: LongContextOption = False,
+    model: ModelOption = DEFAULT_MODEL,
+    loading: ModelOptions = EXACT,
 ) -> None:
-    """Ask three questions, rewind to after the first answer, and ask the second one again."""
-    with open_model(
-        model,
-        profile=profile,
-        kv_memory=kv_memory,
-        kv_disk=kv_disk,
-        allow_native_code=allow_native_code,
-        long_context=long_context,
-        offline=offline,
-    ) as loaded:
-        from recollect.proof.scenarios import run_rewind_test  # noqa: PLC0415
+    """
+    Check that a rewound conversation answers as it did before.
 
+    Asks three questions, rewinds to after the first answer, and asks the second one again.
+    """
+    with loading.load(model) as loaded:
         result = run_rewind_test(loaded)
     typer.echo(
         f"rewound {result.history_tokens} to {result.length} tokens "
@@ -206,14 +196,16 @@ def rewind_test(
     )
     for line in differences(result):
         typer.echo(line)
-    if result.rewind_differs_at is None and (result.fresh_differs_at is None or profile != "exact"):
+    if result.rewind_differs_at is None and (
+        result.fresh_differs_at is None or loading.profile != "exact"
+    ):
         typer.echo("rewind test OK")
         return
     typer.echo("rewind test FAILED")
     raise typer.Exit(1)
 
 
-def differences(result: "RewindResult") -> list[str]:
+def differences(result: RewindResult) -> list[str]:
     """Return a line for each answer that is not A2, naming the first token that differs."""
     lines = []
     if (place := result.rewind_differs_at) is not None:
@@ -233,50 +225,32 @@ def _tokens(place: int, first: tuple[int, ...], second: tuple[int, ...]) -> str:
     return f"token {place}: {other} instead of {one}"
 
 
+@app.command()
+@takes_model_options
 def scenarios(
-    model: ModelOption = "smollm2",
-    profile: ProfileOption = "fast",
-    kv_memory: KvMemoryOption = None,
-    kv_disk: ProofKvDiskOption = "0",
-    offline: OfflineOption = False,
-    allow_native_code: AllowNativeCodeOption = None,
-    long_context: LongContextOption = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything there, too.")
-    ] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    loading: ModelOptions = FAST,
+    json_file: JsonFileOption = None,
 ) -> None:
-    """Play six conversations with reuse, with a full prefill every turn, and rewound."""
-    from recollect.proof.report import require_writable, write_json  # noqa: PLC0415 - see above
-
+    """Play six conversations with reuse, without it, and rewound."""
     if json_file is not None:
-        require_writable(json_file)
+        output.require_writable(json_file)
     console = Console(highlight=False)
-    with open_model(
-        model,
-        profile=profile,
-        kv_memory=kv_memory,
-        kv_disk=kv_disk,
-        allow_native_code=allow_native_code,
-        long_context=long_context,
-        offline=offline,
-    ) as loaded:
-        from recollect.proof.report import machine_card  # noqa: PLC0415
-        from recollect.proof.scenarios import load_scenarios, play_all  # noqa: PLC0415
-
-        card = machine_card(loaded)
-        console.print(f"[dim]{card.model}, profile {profile}, {card.cpu}[/]")
+    with loading.load(model) as loaded:
+        card = output.machine_card(loaded)
+        console.print(f"[dim]{card.model}, profile {loaded.profile}, {card.cpu}[/]")
         results = []
         for result in play_all(loaded, load_scenarios()):
             results.append(result)
             _print_scenario(console, result)
-    changed = _print_verdict(console, results, profile)
+    changed = _print_verdict(console, results, loading.profile)
     if json_file is not None:
-        write_json(json_file, machine=card, scenarios=results, summary=summary(results))
-    if changed and profile == "exact":
+        output.write_json(json_file, machine=card, scenarios=results, summary=summary(results))
+    if changed and loading.profile == "exact":
         raise typer.Exit(1)
 
 
-def summary(results: "list[ScenarioResult]") -> dict[str, object]:
+def summary(results: list[ScenarioResult]) -> dict[str, object]:
     """Return the counts of the verdict: facts, the model's mistakes, and what reuse changed."""
     turns = [
         (result.name, number, turn)
@@ -306,7 +280,7 @@ def summary(results: "list[ScenarioResult]") -> dict[str, object]:
     }
 
 
-def _print_scenario(console: Console, result: "ScenarioResult") -> None:
+def _print_scenario(console: Console, result: ScenarioResult) -> None:
     console.print(f"\n[bold]{result.name}[/]")
     for number, turn in enumerate(result.turns):
         console.print(f"  [cyan]{number}>[/] {escape(_shorten(turn.prompt))}")
@@ -321,7 +295,7 @@ def _print_scenario(console: Console, result: "ScenarioResult") -> None:
             )
 
 
-def _print_verdict(console: Console, results: "list[ScenarioResult]", profile: Profile) -> bool:
+def _print_verdict(console: Console, results: list[ScenarioResult], profile: str | None) -> bool:
     """Print what the model got wrong and what reuse changed; return whether it changed anything."""
     turns = [turn for result in results for turn in result.turns]
     facts = sum(len(turn.full.facts) for turn in turns)
@@ -350,7 +324,7 @@ def _shorten(text: str) -> str:
     return line if len(line) <= 160 else line[:159] + "…"
 
 
-def _facts(reply: "GradedReply") -> str:
+def _facts(reply: GradedReply) -> str:
     marks = [
         f"[green]✓ {escape(fact.what)}[/]" if fact.recalled else f"[red]✗ {escape(fact.what)}[/]"
         for fact in reply.facts
@@ -358,7 +332,7 @@ def _facts(reply: "GradedReply") -> str:
     return "  ".join(marks) + ("  " if marks else "")
 
 
-def _costs(turn: "Turn") -> str:
+def _costs(turn: Turn) -> str:
     """Return the cost in each mode: reused + computed tokens, and the first-token time."""
     modes = {"reuse": turn.reuse, "full": turn.full, "rewound": turn.rewound}
     return " · ".join(
@@ -367,3 +341,100 @@ def _costs(turn: "Turn") -> str:
         for mode, reply in modes.items()
         if reply is not None
     )
+
+
+def _option(*names: str, about: str, default: str | bool = True) -> Any:
+    return typer.Option(*names, help=about, show_default=default)
+
+
+@app.command()
+@takes_model_options
+def bench(
+    *,
+    model: ModelOption = DEFAULT_MODEL,
+    loading: ModelOptions = FAST,
+    input_tokens: Annotated[int, _option("--input", about="Tokens of prompt 1.")] = 2048,
+    output_tokens: Annotated[int, _option("--output", about="Tokens of response 1.")] = 256,
+    input2_tokens: Annotated[int, _option("--input2", about="Tokens of prompt 2.")] = 256,
+    output2_tokens: Annotated[int, _option("--output2", about="Tokens of response 2.")] = 128,
+    iterations: Annotated[
+        int, _option(about="Repetitions; the first is a warm-up and is discarded.")
+    ] = 10,
+    turns: Annotated[int, _option(about="Turns of the conversation that grows; 0 skips it.")] = 12,
+    text_file: Annotated[
+        Path | None,
+        _option("--text", about="A text to cut prompts from.", default="one in the package"),
+    ] = None,
+    json_file: JsonFileOption = None,
+    plot_file: Annotated[
+        Path | None, _option("--plot", about="Draw the growth curve there (.png, .svg, .pdf).")
+    ] = None,
+) -> None:
+    """
+    Measure what reuse saves on this machine.
+
+    Measures the second turn of a conversation with and without reuse, and the turns of one that grows.
+    """
+
+    config = BenchConfig(
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        input2_tokens=input2_tokens,
+        output2_tokens=output2_tokens,
+        iterations=iterations,
+        growth_turns=turns,
+    )
+    text = bench_text(text_file)
+    if json_file is not None:
+        output.require_writable(json_file)
+    if plot_file is not None:
+        output.require_plot(plot_file)
+    with loading.load(model) as loaded:
+        check_room(loaded, config)
+        _run(loaded, config, text, json_file=json_file, plot_file=plot_file)
+
+
+def _run(
+    model: Model,
+    config: BenchConfig,
+    text: str,
+    *,
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    console = Console(highlight=False)
+    card = output.machine_card(model)
+    opened = open_meter()
+    unreadable = opened if isinstance(opened, Unreadable) else None
+    meter = None if isinstance(opened, Unreadable) else opened
+    console.print("\n".join(output.card_lines(card)), markup=False, soft_wrap=True)
+    console.print()
+
+    iterations = run_iterations(model, config, text, meter=meter, progress=_say)
+    summary = summarize_iterations(iterations)
+    console.print(output.responses_table(summary))
+    lines = output.saving_lines(summary, iterations) + output.energy_lines(summary, unreadable)
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    samples = run_growth(model, config, text, meter=meter, progress=_say)
+    growth = summarize_growth(samples)
+    if growth:
+        console.print()
+        console.print(output.growth_table(growth))
+    if json_file is not None:
+        output.write_json(
+            json_file,
+            machine=card,
+            config=config,
+            summary=summary,
+            growth=growth,
+            iterations=iterations,
+            growth_samples=samples,
+            energy_unreadable=None if unreadable is None else unreadable.reason,
+        )
+    if plot_file is not None:
+        output.draw_growth(growth, card, plot_file)
+
+
+def _say(what: str, done: int, total: int | None) -> None:
+    """Write a line of progress to stderr: the work takes minutes."""
+    typer.echo(f"{what} {done + 1} of {total} ...", err=True)

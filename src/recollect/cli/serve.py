@@ -1,11 +1,7 @@
 """
-`recollect serve` and `recollect keys`: the engine behind the API that every tool speaks.
+`recollect serve` and `recollect keys`: the server, and the API keys that it accepts.
 
-Reads options and says where it listens; the server itself is `recollect.server`.
-
-Which models a server offers: what clients call them, and what they weigh.
-
-Reads folders and notes; loads nothing.
+Decides which models are offered, and under which names; the server itself is `recollect.server`.
 """
 
 import logging
@@ -13,162 +9,163 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from recollect.cli import options
-from recollect.cli.options import EncryptOption, read_text, unlock_home
-from recollect.config import DEFAULT_PROFILE
+from recollect import config, encryption
+from recollect.cli.home import unlock_home
+from recollect.cli.options import (
+    USUAL,
+    EncryptOption,
+    ModelOptions,
+    TemperatureOption,
+    read_text,
+    takes_model_options,
+)
+from recollect.cli.printing import count
 from recollect.errors import ConfigError, UnknownModelError
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
 from recollect.models.prepare import installed, size_bytes
+from recollect.server.settings import Limits, Settings
+from recollect.types import SamplingParams
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # its libraries are an extra
     from recollect.server.access import KeyFile
-    from recollect.server.settings import Settings
 
+app = typer.Typer()
+_keys = typer.Typer(name="keys", no_args_is_help=True)
 
-_ACCESS: Final = "Access"
-_LIMITS: Final = "Limits"
 _KEY_VARIABLE: Final = "RECOLLECT_API_KEY"
 
-keys_app = typer.Typer(
-    name="keys", help="API keys of `recollect serve`.", no_args_is_help=True, add_completion=False
-)
+
+def _option(panel: str, *, about: str, metavar: str, **how: Any) -> Any:
+    return typer.Option(metavar=metavar, help=about, rich_help_panel=panel, **how)
 
 
+def _several(panel: str | None, *names: str, about: str, metavar: str, **how: Any) -> Any:
+    """Return an option that may be given several times."""
+    about = f"{about} May be given several times."
+    how = {"show_default": False, "rich_help_panel": panel} | how
+    return typer.Option(*names, metavar=metavar, help=about, **how)
+
+
+@app.command()
+@takes_model_options
 def serve(
     *,
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            "--model",
-            "-m",
+        _several(
+            None,
+            *("--model", "-m"),
+            about="A model as in `recollect chat`; the first one is the default.",
             metavar="NAME",
-            help="As in `recollect chat`; several: the first is the default.",
             show_default=f"{DEFAULT_MODEL}, and what `recollect models` shows as installed",
         ),
     ] = None,
     alias: Annotated[
         list[str] | None,
-        typer.Option(
+        _several(
+            None,
+            about="Another name for a model, such as the one that a tool has built in.",
             metavar="NAME[=MODEL]",
-            help="Another name for a model, such as the one that a tool has built in.",
-            show_default=False,
         ),
     ] = None,
-    profile: options.ProfileOption = DEFAULT_PROFILE,
-    kv_memory: options.KvMemoryOption = None,
-    kv_disk: options.KvDiskOption = None,
-    offline: options.OfflineOption = False,
-    allow_native_code: options.AllowNativeCodeOption = None,
-    long_context: options.LongContextOption = False,
+    loading: ModelOptions = USUAL,
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Most memory for all models and their KV; the least recently used goes.",
+            help="Most memory for all models and their KV; the least recently used one is unloaded.",
             show_default="no limit",
         ),
     ] = None,
-    temperature: options.TemperatureOption = 0.0,
+    temperature: TemperatureOption = 0.0,
     host: Annotated[
         str,
-        typer.Option(
+        _option(
+            "Access",
+            about="The address to listen on; any other than 127.0.0.1 needs a key.",
             metavar="H",
-            help="Where to listen; other than 127.0.0.1 needs a key.",
-            rich_help_panel=_ACCESS,
         ),
     ] = "127.0.0.1",
     port: Annotated[
         int,
-        typer.Option(
+        # Ports are numbers of 16 bits.
+        _option(
+            "Access",
+            about="The port to listen on; 0 takes a free one.",
             metavar="P",
             min=0,
-            max=65535,  # ports are numbers of 16 bits
-            help="0 takes a free one.",
-            rich_help_panel=_ACCESS,
+            max=65535,
         ),
     ] = 8765,
     public: Annotated[
         list[Path] | None,
-        typer.Option(
+        _several(
+            "Access",
+            about="A text file with a system prompt whose KV all keys may reuse.",
             metavar="FILE",
-            help="A system prompt that all keys may reuse, as text; several.",
-            show_default=False,
-            rich_help_panel=_ACCESS,
         ),
     ] = None,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="K",
-            help="A key that clients have to send. `ps` shows it: set the variable, or use "
+        _several(
+            "Access",
+            about="A key that clients have to send. `ps` shows it: set the variable, or use "
             "`recollect keys add`.",
+            metavar="K",
             envvar=_KEY_VARIABLE,
-            show_default=False,
-            rich_help_panel=_ACCESS,
         ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(
+        _several(
+            "Access",
+            about="A name of this machine that clients use, besides localhost.",
             metavar="NAME",
-            help="A name that this machine goes by, beside localhost.",
-            show_default=False,
-            rich_help_panel=_ACCESS,
         ),
     ] = None,
     cors: Annotated[
         list[str] | None,
-        typer.Option(
+        _several(
+            "Access",
+            about="A web page that may send requests, such as http://localhost:3000.",
             metavar="ORIGIN",
-            help="A web page that may call, such as http://localhost:3000.",
-            show_default=False,
-            rich_help_panel=_ACCESS,
         ),
     ] = None,
     concurrent: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=1, help="Replies generated at once.", rich_help_panel=_LIMITS
-        ),
+        int, _option("Limits", about="Most replies generated at once.", metavar="N", min=1)
     ] = 16,
     queue: Annotated[
-        int,
-        typer.Option(metavar="N", min=0, help="Requests that may wait.", rich_help_panel=_LIMITS),
+        int, _option("Limits", about="Most requests that wait.", metavar="N", min=0)
     ] = 64,
     encrypt: EncryptOption = False,
 ) -> None:
     """
-    Serve the APIs of OpenAI and Anthropic, for any client, with conversations that stay warm.
+    Serve the APIs of OpenAI and Anthropic, for any client.
 
-    Point a client at http://127.0.0.1:8765/v1; /openapi.json there describes every call.
+    Conversations are read only once, also those of clients that send all of it each time.
+    Point a client at http://127.0.0.1:8765/v1; /openapi.json there describes every request.
     """
     _require_packages()
-    from recollect import config, encryption  # noqa: PLC0415 - see the imports for type checking
+    from recollect.server import app as server  # noqa: PLC0415 - its libraries are an extra
+    from recollect.server import hub as hubs  # noqa: PLC0415
     from recollect.server.access import KeyFile, keyring  # noqa: PLC0415
-    from recollect.server.app import serve as run_server  # noqa: PLC0415
-    from recollect.server.hub import ModelHub, publish_later  # noqa: PLC0415
-    from recollect.server.settings import Limits, Settings  # noqa: PLC0415
 
     prompts = [read_text(file) for file in public or ()]
     home = config.home()
     references = public_names(model or default_references(home))
     names = tuple(references)
-    _require_readable(references.values(), kv_memory, kv_disk, temperature)
+    for reference in references.values():
+        resolve(reference)
+    loading.check()
+    SamplingParams(temperature=temperature)
     keys = keyring(KeyFile.in_home(home), _given_keys(api_key))
     if encrypt and not encryption.is_encrypted(home):
         for reference in references.values():
-            options.make_ready(
-                reference,
-                kv_memory=kv_memory,
-                kv_disk=kv_disk,
-                offline=offline,
-                allow_native_code=allow_native_code,
-                long_context=long_context,
-            )
+            loading.prepare(reference)
     settings = Settings(
         home=home,
         cipher=unlock_home(encrypt=encrypt),
@@ -182,24 +179,16 @@ def serve(
         has_keys=len(keys) > 0,
         limits=Limits(concurrent=concurrent, queue=queue),
     )
-    hub = ModelHub(
-        lambda name: options.open_model(
-            references[name],
-            profile=profile,
-            kv_memory=kv_memory,
-            kv_disk=kv_disk,
-            allow_native_code=allow_native_code,
-            long_context=long_context,
-            offline=offline,
-        ),
+    hub = hubs.ModelHub(
+        lambda name: loading.load(references[name]),
         names,
         aliases=settings.aliases,
         memory_bytes=None if memory is None else config.parse_size(memory),
         weight_bytes=lambda name: weight_bytes(references[name], home),
-        on_load=lambda model: publish_later(model, prompts),
+        on_load=lambda model: hubs.publish_later(model, prompts),
     )
     _log_to_stderr()
-    run_server(
+    server.serve(
         settings,
         hub,
         keys,
@@ -212,23 +201,29 @@ def serve(
         os._exit(0)
 
 
-@keys_app.command("add")
+@_keys.callback()
+def keys() -> None:
+    """Manage the API keys of `recollect serve`."""
+
+
+@_keys.command("add")
 def add_key(
-    name: Annotated[str, typer.Argument(help="Whom it is for.")],
+    name: Annotated[str, typer.Argument(help="Who gets the key.")],
     operator: Annotated[
-        bool, typer.Option("--operator", help="May read /metrics, and make prompts public.")
+        bool,
+        typer.Option("--operator", help="Allow it to read /metrics and to make prompts public."),
     ] = False,
 ) -> None:
-    """Make a key and print it, once: only its hash is kept."""
+    """Make a key and print it. It is shown only once, because only its hash is saved."""
     typer.echo(_key_file().add(name, is_operator=operator))
     typer.echo(
-        "Keep it: it cannot be shown again. A running server does not know it yet.", err=True
+        "Keep it: it cannot be shown again. A running server accepts it after a restart.", err=True
     )
 
 
-@keys_app.command("list")
+@_keys.command("list")
 def list_keys() -> None:
-    """Show whom there are keys for."""
+    """List who has a key."""
     found = _key_file().read()
     if not found:
         typer.echo("There is no key yet: `recollect keys add NAME` makes one.")
@@ -236,18 +231,15 @@ def list_keys() -> None:
         typer.echo(f"{stored.name}{'  (operator)' if stored.is_operator else ''}")
 
 
-@keys_app.command("remove")
-def remove_key(name: Annotated[str, typer.Argument(help="Whom it was for.")]) -> None:
-    """Refuse a key from the server's next start on."""
+@_keys.command("remove")
+def remove_key(name: Annotated[str, typer.Argument(help="Whose key it is.")]) -> None:
+    """Delete a key. The server refuses it from its next start on."""
     _key_file().remove(name)
-    typer.echo(
-        f"The key {name!r} was removed. A server that is running takes it until it is restarted."
-    )
+    typer.echo(f"The key {name!r} was deleted. A running server accepts it until it is restarted.")
 
 
 def _key_file() -> "KeyFile":
-    from recollect import config  # noqa: PLC0415 - see the imports for type checking
-    from recollect.server.access import KeyFile  # noqa: PLC0415
+    from recollect.server.access import KeyFile  # noqa: PLC0415 - its libraries are an extra
 
     return KeyFile.in_home(config.home())
 
@@ -265,35 +257,12 @@ def _require_packages() -> None:
         ) from cause
 
 
-def _require_readable(
-    references: Iterable[str], kv_memory: str | None, kv_disk: str | None, temperature: float
-) -> None:
-    """
-    Check what only a load would read otherwise, when clients believe in the server already.
-
-    Raises:
-        RecollectError: A model goes by no such name, or a size or a number is none.
-    """
-    from recollect import config  # noqa: PLC0415 - see the imports for type checking
-    from recollect.models.catalog import resolve  # noqa: PLC0415
-    from recollect.types import SamplingParams  # noqa: PLC0415
-
-    for reference in references:
-        resolve(reference)
-    if kv_memory is not None:
-        config.parse_size(kv_memory)
-    if kv_disk is not None:
-        config.parse_disk_size(kv_disk)
-    config.is_offline()
-    SamplingParams(temperature=temperature)
-
-
 def _given_keys(api_key: list[str] | None) -> Sequence[str]:
     """
-    Return the keys that were given by hand.
+    Return the keys of --api-key, or else that of the variable.
 
-    Of a blank variable Typer makes no key at all, which would let everybody in. It is returned as it
-    is, to be refused.
+    Typer takes a blank variable for no key at all, which would let everybody in. It is returned as it
+    is, and then refused.
     """
     blank = os.environ.get(_KEY_VARIABLE)
     return api_key or (() if blank is None else (blank,))
@@ -306,7 +275,7 @@ def _log_to_stderr() -> None:
     logging.getLogger("recollect").setLevel(logging.INFO)
 
 
-def _say_where(settings: "Settings", port: int) -> None:
+def _say_where(settings: Settings, port: int) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     keys = "an API key" if settings.has_keys else "no API key"
     print(
@@ -314,10 +283,10 @@ def _say_where(settings: "Settings", port: int) -> None:
     )
 
 
-def _say_stopping(settings: "Settings", replies: int) -> None:
+def _say_stopping(settings: Settings, replies: int) -> None:
     text = "Stopping."
     if replies:
-        what, them = ("1 reply", "it") if replies == 1 else (f"{replies:,} replies", "them")
+        what, them = count(replies, "reply", "replies"), "it" if replies == 1 else "them"
         seconds = settings.limits.shutdown_s
         text = f"Stopping: waiting up to {seconds:g} s for {what}; Ctrl-C again ends {them} now."
     print(text, file=sys.stderr, flush=True)
@@ -325,16 +294,16 @@ def _say_stopping(settings: "Settings", replies: int) -> None:
 
 def public_names(references: Iterable[str]) -> dict[str, str]:
     """
-    Return models by what clients call them, which need not know where they lie.
+    Return the references of models by the names that clients use, which show no paths.
 
-    A file is called by its name without the ending, a folder by its name. Where two would be called
-    the same, the ending stays, and then the folder that it lies in comes before it.
+    A file is called by its name without the suffix, a folder by its name. If two names are the same,
+    the suffix is added, and then the folder in which they are.
 
     Args:
-        references: As `recollect.load` takes them; what comes twice is one.
+        references: As `recollect.load` takes them; duplicates are dropped.
 
     Raises:
-        ConfigError: Two are called the same with all that.
+        ConfigError: Two models still have the same name.
     """
     given = {_identity(reference): _names(reference) for reference in references}
     chosen = dict.fromkeys(given, 0)
@@ -355,7 +324,7 @@ def public_names(references: Iterable[str]) -> dict[str, str]:
 
 
 def default_references(home: Path) -> list[str]:
-    """Return what is offered where nothing is named: the default, and what is installed and still there."""
+    """Return the models to offer if none is named: the default, and those that are installed."""
     names = [one.name for one in installed(home) if one.is_installed]
     return [DEFAULT_MODEL, *(name for name in names if _leads_somewhere(name))]
 
@@ -369,7 +338,7 @@ def _leads_somewhere(name: str) -> bool:
 
 
 def weight_bytes(reference: str, home: Path) -> int:
-    """Return what a model takes on disk, which is about what its weights take in memory."""
+    """Return the size of a model on disk in bytes, which is about that of its weights in memory."""
     path = _path(reference)
     name = reference if path is None else str(path)
     status = next((one for one in installed(home) if one.name == name), None)
@@ -381,7 +350,7 @@ def weight_bytes(reference: str, home: Path) -> int:
 
 
 def _path(reference: str) -> Path | None:
-    """Return where a model lies that was given by its place; None for one that has a name."""
+    """Return the path of a model that was given by its path; None for one that has a name."""
     if reference in {*CATALOG, REFERENCE_NAME}:
         return None
     path = Path(reference).expanduser()
@@ -418,3 +387,6 @@ def aliases(given: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
             )
         found[alias] = name or first
     return found
+
+
+app.add_typer(_keys)

@@ -21,8 +21,8 @@ import psutil
 from rich.console import Console
 from rich.text import Text
 
-from recollect.cli.display import printable, show_reply
-from recollect.cli.models_command import format_bytes
+from recollect.cli.display import show_reply
+from recollect.cli.printing import count, format_bytes, format_duration, printable
 from recollect.conversation.model import Model
 from recollect.conversation.session import ReplyStream, Session
 from recollect.conversation.tree import Node
@@ -297,13 +297,6 @@ def _whence(usage: Usage) -> str:
     return f"{from_memory:,} memory, {usage.restored_tokens:,} disk" if from_memory else "disk"
 
 
-def format_duration(seconds: float) -> str:
-    """Return a duration for people: milliseconds below a second."""
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
-
-
 def statistics(chat: Chat) -> list[tuple[str, str]]:
     """Return names and values, in the order in which they are shown."""
     engine, totals = chat.model.engine, chat.totals
@@ -428,11 +421,6 @@ def branches(chat: Chat) -> str:
         here = " (here)" if name == chat.current else ""
         parts.append(f"{name} {count(tip.turns, 'turn')}{here}")
     return " · ".join(parts)
-
-
-def count(number: int, noun: str, plural: str | None = None) -> str:
-    """Return a number with its noun."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _show_where_it_stands(chat: Chat) -> None:

@@ -119,7 +119,7 @@ def test_verify_finds_what_is_damaged_and_repair_removes_it(
     assert result.exit_code == 1
     assert f"block {key.hex()[:16]}: is not as it was written (checksum)" in result.output
     assert "1 of " in result.output
-    assert "1 block was removed" in run("verify", "--repair")
+    assert "1 block was deleted" in run("verify", "--repair")
     assert run("verify").startswith("All of ")
 
 
@@ -138,7 +138,7 @@ def test_repair_takes_what_follows_a_damaged_block_of_64000_tokens(
         txn.put(keys[2], b"damaged", db=store.env.tables["blocks"])
     store.close()
     assert invoke("verify").exit_code == 1
-    assert "1,998 blocks were removed" in run("verify", "--repair")
+    assert "1,998 blocks were deleted" in run("verify", "--repair")
     assert run("verify") == "All of 2 blocks are as they were written.\n"
 
 
@@ -163,7 +163,7 @@ def test_what_is_encrypted_is_not_called_damaged(home: Path) -> None:
     store.write(Identity("weights", "runtime", "f32"), [block])
     store.close()
     said = run("verify", "--repair")
-    assert "1 block is encrypted, and not looked into." in said
+    assert "1 block is encrypted and could not be checked." in said
     assert json.loads(run("--json"))["kept"][0]["blocks"] == 1
 
 
@@ -237,7 +237,7 @@ def test_a_store_that_is_damaged_inside_is_removed(
         raise StoreCorruptError("It is damaged.")
 
     monkeypatch.setattr(DiskStore, "clear", fail)
-    assert "was damaged; it was removed" in run("clear", "--yes")
+    assert "was damaged; it was deleted" in run("clear", "--yes")
     assert not (home / "kv" / "data.mdb").exists()
 
 
@@ -246,7 +246,7 @@ def test_clear_removes_damaged_stores_that_were_put_aside(home: Path) -> None:
     aside = home / "kv.damaged-20260101T000000000000"
     shutil.copytree(home / "kv", aside)
     said = run("clear", "--yes")
-    assert "1 damaged store that had been put aside was removed." in said
+    assert "1 damaged store that had been put aside was deleted." in said
     assert not aside.exists()
     shutil.move(home / "kv", aside)
     assert "1 damaged store" in run("clear", "--yes")

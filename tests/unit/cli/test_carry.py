@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from recollect import config
 from recollect.cli.main import app
+from recollect.cli.options import ModelOptions
 from recollect.errors import (
     ConfigError,
     ConversationError,
@@ -124,7 +125,7 @@ def test_a_name_that_is_taken_changes_nothing(at: At) -> None:
 
 def test_mistakes_are_told_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     say("one\n", "--name", "poem")
-    monkeypatch.setattr("recollect.cli.options.open_model", None)
+    monkeypatch.setattr(ModelOptions, "load", None)
     Path("f").write_text("mine")
     fail(ConversationFileError, "export", "poem", "f")
     fail(UnknownConversationError, "export", "nowhere", "g")

@@ -53,7 +53,7 @@ def test_the_list_shows_where_each_stands_and_what_it_takes() -> None:
 
 @pytest.mark.usefixtures("kept")
 def test_drop_lets_one_go_and_names_what_there_is_not() -> None:
-    assert "its conversation is as it was" in run("checkpoints", "drop", "a poem")
+    assert "its conversation is unchanged" in run("checkpoints", "drop", "a poem")
     assert [fields["name"] for fields in json.loads(run("checkpoints", "--json"))] == ["a song"]
     with pytest.raises(UnknownCheckpointError):
         run("checkpoints", "drop", "a poem")
@@ -62,7 +62,7 @@ def test_drop_lets_one_go_and_names_what_there_is_not() -> None:
 @pytest.mark.usefixtures("kept")
 def test_with_a_conversation_go_its_checkpoints() -> None:
     said = run("conversations", "delete", "poem", "--yes")
-    assert "With it went its checkpoints: a poem." in said
+    assert "Its checkpoints were deleted, too: a poem." in said
     assert "`recollect cache clear`" in said
     assert [fields["name"] for fields in json.loads(run("checkpoints", "--json"))] == ["a song"]
 

@@ -13,10 +13,9 @@ import pexpect
 import pytest
 from typer.testing import CliRunner, Result
 
-import recollect
-from recollect.cli.conversations_command import app
+from recollect.cli.main import app
 from recollect.errors import (
-    ConversationError,
+    ConfigError,
     ConversationFileError,
     NameTakenError,
     RecollectError,
@@ -59,7 +58,9 @@ def turn(question: str, answer: str, *token_ids: int) -> list[NewNode]:
 
 def run(*arguments: str, typed: str | None = None) -> Result:
     """Run a command that is to succeed."""
-    result = CliRunner().invoke(app, arguments, input=typed, catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, ["conversations", *arguments], input=typed, catch_exceptions=False
+    )
     assert result.exit_code == 0, result.output
     return result
 
@@ -67,7 +68,7 @@ def run(*arguments: str, typed: str | None = None) -> Result:
 def fail(error: type[RecollectError], *arguments: str) -> str:
     """Run a command that is to raise an error of ours, and return what it says."""
     with pytest.raises(error) as caught:
-        CliRunner().invoke(app, arguments, catch_exceptions=False)
+        CliRunner().invoke(app, ["conversations", *arguments], catch_exceptions=False)
     return str(caught.value)
 
 
@@ -133,7 +134,7 @@ def test_rename_to_a_name_that_is_taken_changes_nothing(poem: Journal) -> None:
 
 
 def test_delete_needs_a_yes_where_nobody_can_be_asked(poem: Journal) -> None:
-    assert "--yes" in fail(ConversationError, "delete", "poem")
+    assert "--yes" in fail(ConfigError, "delete", "poem")
     assert len(poem.conversations()) == 1
     run("delete", "poem", "--yes")
     assert poem.conversations() == []
@@ -144,7 +145,7 @@ def test_delete_needs_a_yes_where_nobody_can_be_asked(poem: Journal) -> None:
 def test_delete_asks_at_a_terminal(
     poem: Journal, terminal: Callable[..., Any], typed: str, left: int
 ) -> None:
-    program = "from recollect.cli.conversations_command import app; app(['delete', 'poem'])"
+    program = "from recollect.cli.main import app; app(['conversations', 'delete', 'poem'])"
     command = terminal(sys.executable, "-c", program)
     command.expect_exact("with 3 turns for good?")
     command.sendline(typed)
@@ -217,31 +218,6 @@ def test_importing_the_same_name_again_says_how_to_give_another(
     run("export", "poem", "poem.json")
     assert "another name" in fail(NameTakenError, "import", "poem.json")
     assert len(poem.conversations()) == 1
-
-
-PROBE = """
-import sys, types
-package = types.ModuleType("recollect")
-package.__path__ = [{path!r}]  # without what the package's front imports
-sys.modules["recollect"] = package
-import recollect.cli.conversations_command
-light = sorted({{"sqlite3", "openvino", "numpy"}} & set(sys.modules))
-try:
-    recollect.cli.conversations_command.app(["list"])
-except SystemExit as end:
-    assert not end.code, end.code
-print(light, sorted({{"openvino", "openvino_genai", "numpy"}} & set(sys.modules)))
-"""
-
-
-def test_neither_help_nor_the_commands_load_a_runtime(poem: Journal) -> None:
-    program = PROBE.format(path=str(Path(recollect.__file__).parent))
-    output = subprocess.run(  # noqa: S603 - ourselves
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert output.returncode == 0, output.stderr
-    assert "poem" in output.stdout
-    assert output.stdout.splitlines()[-1] == "[] []"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits are POSIX's")

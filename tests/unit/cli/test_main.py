@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from recollect import __version__
-from recollect.cli.main import run
-from recollect.cli.models_command import format_bytes
+from recollect.cli.main import COMMANDS, load_command, run
+from recollect.cli.printing import format_bytes
 from recollect.conversation.loading import load
 from recollect.models import conversion
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL
@@ -37,15 +37,47 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == f"recollect {__version__}\n"
 
 
-def test_help_loads_no_runtime() -> None:
-    program = (
-        "import sys, recollect.cli.main; "
-        "print(sorted({'openvino', 'openvino_genai', 'prompt_toolkit'} & set(sys.modules)))"
-    )
+PROBE = """
+import sys
+from recollect.cli.main import app
+for arguments in {runs!r}:
+    try:
+        app(arguments)
+    except SystemExit as end:
+        assert not end.code, arguments
+print(sorted({heavy!r} & set(sys.modules)))
+"""
+RUNTIMES = {"openvino", "openvino_genai", "onnxruntime", "onnxruntime_genai", "torch"}
+INTERFACES = {"fastapi", "prompt_toolkit", "recollect.proof", "recollect.cli.options"}
+
+
+@pytest.mark.parametrize(
+    ("runs", "heavy"),
+    [
+        ([["--help"], ["--version"]], RUNTIMES | INTERFACES),
+        (
+            [["conversations"], ["checkpoints"], ["cache"], ["cache", "stats"], ["models"]],
+            RUNTIMES | {"fastapi", "prompt_toolkit", "recollect.proof"},
+        ),
+        ([[name, "--help"] for name in COMMANDS], RUNTIMES | {"fastapi", "prompt_toolkit"}),
+    ],
+    ids=["help", "lists", "help of commands"],
+)
+def test_what_needs_no_model_loads_no_runtime(runs: list[list[str]], heavy: set[str]) -> None:
+    program = PROBE.format(runs=runs, heavy=heavy)
     done = subprocess.run(  # noqa: S603 - our own program
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "[]\n"
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_line_of_a_command_is_its_own(name: str) -> None:
+    """It is known without importing the command, so it stands in two places."""
+    _, line = COMMANDS[name]
+    own = load_command(name).help
+    assert own is not None
+    assert line == " ".join(own.partition("\n\n")[0].split())
 
 
 @pytest.mark.parametrize(

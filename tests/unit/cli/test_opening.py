@@ -80,7 +80,9 @@ def test_resume_finds_the_last_one_or_one_by_name(model: Model) -> None:
     assert (session.params, session.overflow) == (SHORT, "drop_oldest")
 
 
-@pytest.mark.parametrize(("name", "says"), [(LAST, "No conversation is kept"), ("poem", "'poem'")])
+@pytest.mark.parametrize(
+    ("name", "says"), [(LAST, "There is no conversation yet"), ("poem", "'poem'")]
+)
 def test_there_may_be_none_to_resume(name: str, says: str) -> None:
     with pytest.raises(UnknownConversationError, match=says):
         Opening(keep=True, resume=name).find()

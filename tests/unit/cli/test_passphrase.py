@@ -23,7 +23,7 @@ def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_encrypting_says_what_to_keep_and_what_was_deleted(home: Path) -> None:
     said = CliRunner().invoke(app, ["encrypt"], catch_exceptions=False).output
     assert f"Keep a copy of {home / encryption.KEY_FILE} somewhere else" in said
-    assert "KV on disk and the history of what was typed were deleted" in said
+    assert "The cache on disk and the history of typed lines were deleted" in said
     again = CliRunner().invoke(app, ["encrypt"], catch_exceptions=False).output
     assert "Keep a copy of" in again
     assert "were deleted" not in again

@@ -92,7 +92,7 @@ def test_keys_say_what_was_done() -> None:
     run("add", "ann")
     assert run("list") == "ann\n"
     assert run("remove", "ann") == (
-        "The key 'ann' was removed. A server that is running takes it until it is restarted.\n"
+        "The key 'ann' was deleted. A running server accepts it until it is restarted.\n"
     )
     assert "There is no key yet" in run("list")
 

@@ -8,7 +8,8 @@ from io import StringIO
 
 import pytest
 
-from recollect.cli.state import Chat, Totals, format_duration, usage_line
+from recollect.cli.printing import format_duration
+from recollect.cli.state import Chat, Totals, usage_line
 from recollect.conversation.tree import Tree
 from recollect.conversation.turn import Reply
 from recollect.errors import ConversationError

@@ -6,7 +6,8 @@ from io import StringIO
 
 import pytest
 
-from recollect.cli.state import Chat, count, farewell, welcome
+from recollect.cli.printing import count
+from recollect.cli.state import Chat, farewell, welcome
 from recollect.journal.records import Entry, NewNode
 
 

@@ -5,11 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
-from recollect.cli.bench_command import bench
-from recollect.cli.prove import rewind_test, scenarios, verify
+from recollect.cli import prove
 from recollect.errors import ContextFullError, InvalidParameterError
 from recollect.proof.scenarios import ScenarioResult
 
@@ -18,15 +16,10 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run() -> Run:
-    app = typer.Typer()
-    app.command()(bench)
-    app.command()(rewind_test)
-    app.command()(scenarios)
-    app.command()(verify)
     runner = CliRunner()
 
     def invoke(command: str, *arguments: str) -> Result:
-        return runner.invoke(app, [command, "--model", "reference", *arguments])
+        return runner.invoke(prove.app, [command, "--model", "reference", *arguments])
 
     return invoke
 
@@ -115,10 +108,8 @@ def test_bench_refuses_what_cannot_be_run(
 
 
 def test_no_result_is_a_summary_of_nothing() -> None:
-    from recollect.cli.prove import summary
-
     nothing: list[ScenarioResult] = []
-    assert summary(nothing)["facts"] == 0
+    assert prove.summary(nothing)["facts"] == 0
 
 
 def test_verify_prints_what_it_did_and_passes(run: Run, tmp_path: Path) -> None:

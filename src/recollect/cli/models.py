@@ -1,31 +1,28 @@
 """
-`recollect models` and `recollect pull`: what can be loaded, and getting it.
+`recollect models`, `recollect pull` and `recollect convert`: what can be loaded, and how to get it.
 
-Shows what the model folder says; decides nothing about it.
-
-`recollect convert`: a model in the form that another runtime takes.
-
-Says what was made and how to use it; the work is done in `models/`.
+Prints what `models/` knows and does; decides nothing about models.
 """
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import Annotated, Final, Literal
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from recollect import config
-from recollect.cli.options import OfflineOption, open_model, progress_bar
+from recollect.cli.options import OfflineOption
+from recollect.cli.printing import format_bytes, make_table, progress_bar
+from recollect.models.conversion import convert_to_onnx, require_convertible
+from recollect.models.prepare import ModelStatus, installed, original_of, prepare
+from recollect.models.prepare import prune as prune_source
 
-if TYPE_CHECKING:
-    from recollect.models.prepare import ModelStatus
-
+app = typer.Typer()
 
 _OUTCOMES: Final = {
     "PASS": "computes what its file says",
@@ -33,9 +30,10 @@ _OUTCOMES: Final = {
 }
 
 
-def models(
+@app.command("models")
+def list_models(
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON list, sizes in bytes.")
+        bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")
     ] = False,
     prune: Annotated[
         str | None,
@@ -45,10 +43,7 @@ def models(
         ),
     ] = None,
 ) -> None:
-    """List the models that go by a name, and what is on this disk."""
-    # Here and not above: it takes the runtime's libraries along, half a second of start-up.
-    from recollect.models.prepare import installed  # noqa: PLC0415
-    from recollect.models.prepare import prune as prune_source  # noqa: PLC0415
+    """List the models that have a name, and those on this disk."""
 
     if prune is not None:
         size = prune_source(prune, config.home())
@@ -65,28 +60,29 @@ def models(
     console = Console()
     console.print(models_table(found))
     console.print(
-        "[dim]`recollect pull NAME` fetches one ahead of time; `recollect chat --model NAME` does "
-        "it the first time.\nPaths of .gguf files and OpenVINO folders work as names, too.[/]",
+        "[dim]`recollect pull NAME` fetches a model ahead of time; `recollect chat --model NAME` "
+        "does so the first time.\nThe path of a .gguf file or an OpenVINO folder is a name, too.[/]",
         highlight=False,
     )
 
 
+@app.command()
 def pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="As `chat --model` takes it.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A model as `recollect chat --model` takes it.")
+    ],
     offline: OfflineOption = False,
     check: Annotated[
         bool | None,
         typer.Option(
             "--check/--no-check",
-            help="Whether it is compared with its file then; without, a terminal is asked.",
+            help="Compare the model with its file afterwards, or do not; asks on a terminal by default.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Fetch a model and convert it, so that it can be loaded without a network."""
+    """Fetch a model and convert it, so that it loads without a network."""
     with progress_bar(f"Fetching {name}") as progress:
-        from recollect.models.prepare import prepare  # noqa: PLC0415 - as above
-
         local = prepare(name, home=config.home(), progress=progress, offline=offline or None)
     where = f" in {local.folder}" if local.folder else ""
     typer.echo(f"{local.name} is ready{where}")
@@ -95,9 +91,10 @@ def pull(
     if check is None and sys.stdin.isatty() and sys.stdout.isatty():
         check = typer.confirm("Compare what it computes with its file now?", default=False)
     if check:
-        from recollect.cli.prove import compare, file_lines  # noqa: PLC0415 - as above
+        # Here and not above: listing models need not wait 0.1 s for all that proves.
+        from recollect.cli.prove import EXACT, compare, file_lines  # noqa: PLC0415
 
-        with open_model(name, profile="exact", kv_disk="0", offline=offline) as loaded:
+        with replace(EXACT, offline=offline).load(name) as loaded:
             report = compare(loaded)
         for line in file_lines(name, "exact", report)[:-1]:
             typer.echo(line)
@@ -105,13 +102,9 @@ def pull(
             raise typer.Exit(1)
 
 
-def models_table(found: "list[ModelStatus]") -> Table:
+def models_table(found: list[ModelStatus]) -> Table:
     """Return the models as a table for people."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    table.add_column("here")
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("what", overflow="fold")
+    table = make_table("name", "here", "size", "what", right=("size",), whole=("name",))
     for status in found:
         here = Text("yes", "green") if status.is_installed else Text("no", "dim")
         if status.is_installed and not status.is_exact:
@@ -122,7 +115,8 @@ def models_table(found: "list[ModelStatus]") -> Table:
             about.append(f"\n{format_bytes(status.source_bytes)} of it is the GGUF file", "dim")
         if status.is_installed and not status.is_exact:
             about.append(
-                f"\nits weights are rounded; `recollect pull {status.name}` converts it anew", "dim"
+                f"\nits weights are rounded; `recollect pull {status.name}` converts it again",
+                "dim",
             )
         if status.compared is not None:
             what = status.compared
@@ -141,14 +135,7 @@ def models_table(found: "list[ModelStatus]") -> Table:
     return table
 
 
-def format_bytes(size: int) -> str:
-    """Return a size for people, in powers of ten as disks are sold and `--kv-memory` reads them."""
-    if size < 10**6:
-        return f"{size / 10**3:.0f} kB"
-    return f"{size / 10**6:.0f} MB" if size < 10**9 else f"{size / 10**9:.1f} GB"
-
-
-def _as_dict(status: "ModelStatus") -> dict[str, object]:
+def _as_dict(status: ModelStatus) -> dict[str, object]:
     return {
         "name": status.name,
         "description": status.description,
@@ -163,30 +150,31 @@ def _as_dict(status: "ModelStatus") -> dict[str, object]:
     }
 
 
+@app.command()
 def convert(
     model: Annotated[
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A name of `recollect models`, a .gguf file, or a Hugging Face folder.",
+            help="A name that `recollect models` lists, a .gguf file, or a Hugging Face folder.",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     to: Annotated[
-        Literal["onnx-genai"], typer.Option(help="The form: a folder for ONNX Runtime GenAI.")
+        Literal["onnx-genai"], typer.Option(help="The format: a folder for ONNX Runtime GenAI.")
     ] = "onnx-genai",
     precision: Annotated[
         Literal["int8", "fp32"],
-        typer.Option(help="Of the weights; fp32 is exact and four times as large."),
+        typer.Option(help="Precision of the weights; fp32 is exact and four times as large."),
     ] = "int8",
     offline: OfflineOption = False,
 ) -> None:
-    """Convert a model for another runtime, without a network once the model is here."""
-    with progress_bar(f"Converting {model}") as progress:
-        # Here and not above: it takes the runtime's libraries along, half a second of start-up.
-        from recollect.models.conversion import convert_to_onnx, require_convertible  # noqa: PLC0415
-        from recollect.models.prepare import original_of  # noqa: PLC0415
+    """
+    Convert a model for another runtime.
 
+    A model that is on this disk needs no network.
+    """
+    with progress_bar(f"Converting {model}") as progress:
         require_convertible(out)
         with original_of(
             model, home=config.home(), progress=progress, offline=offline or None
