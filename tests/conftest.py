@@ -34,7 +34,8 @@ from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.record import Identity, Pin, Sealer, StoredReply
 from recollect.models.catalog import CATALOG, reference_model
-from recollect.models.onnx_folder import Precision, convert_to_onnx, is_onnx_folder
+from recollect.models.conversion import Precision, convert_to_onnx
+from recollect.models.onnx_folder import is_onnx_folder
 from recollect.models.prepare import original_of
 from recollect.runtime.base import Logits, Pace, PassResult, Reuse, Row, RuntimeInfo
 from recollect.runtime.reference import ReferenceRuntime
@@ -43,7 +44,7 @@ from recollect.text.tokenizer import ByteTokenizer
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile(
-    "dev", max_examples=50, deadline=None, suppress_health_check=_SLOW_IS_FINE
+    "dev", max_examples=20, deadline=None, suppress_health_check=_SLOW_IS_FINE
 )
 # The same examples every time: a red build then is about the change. New ones are tried by `dev` at
 # every run, and by `nightly` at length.
@@ -60,6 +61,27 @@ settings.register_profile(
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if "CI" in os.environ else "dev")
 )
+
+
+HERE = Path(__file__).parent
+SLOW_FOLDERS = {"crash", "e2e", "exports", "homes", "real"}
+"""Their tests start processes, kill them, take large models or whole homes; all of them are slow."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """
+    Mark what is slow by its folder, and say which tests one worker runs when there are several.
+
+    What a file's tests load is then loaded once, and models that are made on first use are made by
+    one worker alone.
+    """
+    for item in items:
+        if item.path.relative_to(HERE).parts[0] in SLOW_FOLDERS:
+            item.add_marker("slow")
+        if item.get_closest_marker("model"):
+            made = {"onnx_folder", "exports_folder"} & set(getattr(item, "fixturenames", ()))
+            item.add_marker(pytest.mark.xdist_group("made" if made else str(item.path)))
 
 
 @dataclass

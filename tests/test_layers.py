@@ -1,7 +1,9 @@
-"""Imports point downward only, and modules stay small."""
+"""Imports point downward only and never in a circle; modules are few, small, and there for a reason."""
 
 import ast
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -39,10 +41,17 @@ ALLOWED: dict[str, set[str]] = {
 MAY_IMPORT_THE_PACKAGE = {"proof", "cli", "__main__"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
+MOST_MODULES = 117
+MOST_LINES = 400
+FEW_LINES = 60
+SHARED_FILE_NAMES = {"__init__.py", "base.py"}
+REASON = "On its own because"  # how the sentence begins that says why a small module is one
 
 
-def module_id(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
+def name_of(path: Path) -> str:
+    """Return what a module is called: `recollect.kv.blocks`, or `recollect.kv` for its front."""
+    parts = ("recollect", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported(tree: ast.AST, package: tuple[str, ...]) -> Iterator[str]:
@@ -57,12 +66,16 @@ def imported(tree: ast.AST, package: tuple[str, ...]) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
+def imports_of(path: Path) -> Iterator[str]:
+    """Yield the full names that a module of ours imports."""
+    package = ("recollect", *path.relative_to(PACKAGE).parent.parts)
+    return imported(ast.parse(path.read_text("utf-8")), package)
+
+
 def own_imports(path: Path) -> set[str]:
     """Return the parts of recollect that a module imports; "" stands for the package itself."""
-    package = ("recollect", *path.relative_to(PACKAGE).parent.parts)
-    names = imported(ast.parse(path.read_text("utf-8")), package)
     parts = set()
-    for name in names:
+    for name in imports_of(path):
         top, _, rest = name.partition(".")
         if top == "recollect":
             part = rest.split(".")[0]
@@ -71,15 +84,60 @@ def own_imports(path: Path) -> set[str]:
     return parts
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_id)
-def test_imports_point_downward_only(path: Path) -> None:
+def forbidden_imports(path: Path) -> set[str]:
+    """Return the parts of recollect that a module imports and may not."""
     part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if part == "__init__":
-        return  # the package's front: it may name everything below the faces
+        return set()  # the package's front: it may name everything below the faces
     allowed = ALLOWED[part] | {part}
     if part in MAY_IMPORT_THE_PACKAGE:
         allowed |= {""}
-    assert own_imports(path) - allowed == set()
+    return own_imports(path) - allowed
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Return for every module of ours which others of ours it imports."""
+    paths = {name_of(path): path for path in MODULES}
+
+    def module(name: str) -> str:
+        """Return the module that a full name is, or is in."""
+        while name and name not in paths:
+            name = name.rpartition(".")[0]
+        return name
+
+    return {
+        name: {module(other) for other in imports_of(path)} - {name, ""}
+        for name, path in paths.items()
+    }
+
+
+def circles(graph: Mapping[str, set[str]]) -> set[frozenset[str]]:
+    """Return the groups of modules in which each one leads to each other one."""
+
+    def led_to(start: str) -> set[str]:
+        reached, ahead = set[str](), [start]
+        while ahead:
+            new = graph[ahead.pop()] - reached
+            reached |= new
+            ahead += new
+        return reached
+
+    reached = {name: led_to(name) for name in graph}
+    return {
+        frozenset(other for other in reached[name] if name in reached[other])
+        for name in graph
+        if name in reached[name]
+    }
+
+
+def test_imports_point_downward_only() -> None:
+    found = {name_of(path): forbidden for path in MODULES if (forbidden := forbidden_imports(path))}
+    assert found == {}
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    """Not for types alone either: what knows of each other cannot be read one after the other."""
+    assert circles(import_graph()) == set()
 
 
 def test_the_front_of_the_package_does_not_import_its_faces() -> None:
@@ -101,9 +159,44 @@ def lines_of_code(source: str) -> int:
     return sum(bool(line.strip()) and number not in explained for number, line in lines)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_id)
-def test_modules_have_at_most_400_lines_of_code(path: Path) -> None:
-    assert lines_of_code(path.read_text("utf-8")) <= 400
+def test_the_page_names_modules_that_exist() -> None:
+    """ARCHITECTURE.md is read by those who look for the place of a change."""
+    page = (PACKAGE.parents[1] / "ARCHITECTURE.md").read_text("utf-8")
+    parts = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    named = {name for name in re.findall(r"`(\w+/\w+)`", page) if name.split("/")[0] in parts}
+    there = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in MODULES}
+    assert named - there == set()
+    inner = {name for name in there if "/" in name and not name.endswith("__init__")}
+    # Commands are found by their own names, and og is one thing.
+    assert {name for name in inner - named if name.split("/")[0] not in {"cli", "og"}} == set()
+
+
+def test_there_are_few_modules() -> None:
+    assert len(MODULES) <= MOST_MODULES
+
+
+def test_modules_are_small() -> None:
+    lengths = {name_of(path): lines_of_code(path.read_text("utf-8")) for path in MODULES}
+    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+def test_no_two_modules_have_the_same_file_name() -> None:
+    """A file is found by its name, in a traceback as in an editor."""
+    names = Counter(path.name for path in MODULES if path.name not in SHARED_FILE_NAMES)
+    assert {name for name, times in names.items() if times > 1} == set()
+
+
+def test_small_modules_of_one_importer_say_why_they_are_on_their_own() -> None:
+    importers = Counter(other for others in import_graph().values() for other in others)
+    unexplained = [
+        name_of(path)
+        for path in MODULES
+        if not path.stem.startswith("__")  # the fronts of packages, and what `python -m` runs
+        if importers[name_of(path)] <= 1
+        if lines_of_code(source := path.read_text("utf-8")) < FEW_LINES
+        if REASON not in (ast.get_docstring(ast.parse(source)) or "")
+    ]
+    assert unexplained == []
 
 
 @pytest.mark.parametrize(
@@ -132,3 +225,18 @@ def test_docstrings_and_blank_lines_are_not_counted(source: str, expected: int) 
 )
 def test_the_check_sees_every_kind_of_import(source: str, expected: set[str]) -> None:
     assert set(imported(ast.parse(source), ("recollect", "runtime"))) == expected
+
+
+@pytest.mark.parametrize(
+    ("graph", "expected"),
+    [
+        ({"a": {"b"}, "b": set()}, set()),
+        ({"a": {"b"}, "b": {"a"}, "c": {"a"}}, {frozenset("ab")}),
+        (
+            {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"e"}, "e": {"d"}},
+            {frozenset("abc"), frozenset("de")},
+        ),
+    ],
+)
+def test_circles_are_found(graph: dict[str, set[str]], expected: set[frozenset[str]]) -> None:
+    assert circles(graph) == expected

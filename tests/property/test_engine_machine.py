@@ -4,11 +4,11 @@ import contextlib
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pytest
@@ -594,6 +594,21 @@ def _share_a_wrong_block(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrefixCache, "insert", careless)
 
 
+RARE = {
+    "a token without KV",
+    "sharing a wrong block",
+    "trusting the disk",
+    "keeping what a failed restore wrote",
+    "sharing across namespaces on disk",
+}
+"""Faults that are found after hundreds of examples."""
+
+
+def sampled(faults: Iterable[str]) -> list[Any]:
+    """Return the parameters for faults, of which the rare ones are slow to find."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in RARE)) for name in faults]
+
+
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "a token without KV": _leave_a_token_without_kv,
     "writing into shared blocks": _write_into_shared_blocks,
@@ -609,7 +624,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", sampled(FAULTS))
 def test_a_planted_fault_is_found(
     fault: str, monkeypatch: pytest.MonkeyPatch, fault_search: Callable[[int], settings]
 ) -> None:
@@ -659,7 +674,7 @@ DISK_FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
-@pytest.mark.parametrize("fault", DISK_FAULTS)
+@pytest.mark.parametrize("fault", sampled(DISK_FAULTS))
 def test_a_planted_fault_of_the_disk_is_found(
     fault: str, monkeypatch: pytest.MonkeyPatch, fault_search: Callable[[int], settings]
 ) -> None:

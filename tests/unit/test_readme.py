@@ -12,11 +12,13 @@ import recollect
 from recollect.cli.main import app
 from recollect.models.catalog import CATALOG
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONCEPTS = (ROOT / "docs/concepts.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture
@@ -54,6 +56,11 @@ def test_json_and_tools_run(run: Callable[[str], list[str]]) -> None:
     assert float(logprob) < 0
 
 
+def test_the_example_of_the_concepts_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECOLLECT_HOME", str(tmp_path))
+    exec(blocks("python", CONCEPTS)[0], {})  # noqa: S102 - our own documentation
+
+
 def test_every_command_that_it_shows_exists() -> None:
     shown = set(re.findall(r"recollect ([a-z][a-z-]+)(?=[ `]|$)", "\n".join(blocks("console"))))
     shown |= set(re.findall(r"`recollect ([a-z][a-z-]+)", README))
@@ -69,6 +76,5 @@ def test_every_model_of_the_catalog_is_in_it() -> None:
 
 
 def test_the_files_that_it_links_to_exist() -> None:
-    root = Path(__file__).parents[2]
     for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (root / link).exists(), link
+        assert (ROOT / link).exists(), link

@@ -44,7 +44,7 @@ from recollect.kv.disk import DiskStore
 from recollect.kv.maintenance import Holding, damaged_stores, discard, remove_damaged, shrink
 from recollect.kv.record import Identity, Pin
 from recollect.models.catalog import DEFAULT_MODEL
-from recollect.models.listing import names_by_fingerprint
+from recollect.models.prepare import names_by_fingerprint
 
 app = typer.Typer()
 _cache = typer.Typer(name="cache")

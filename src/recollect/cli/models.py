@@ -18,10 +18,9 @@ from rich.text import Text
 from recollect import config
 from recollect.cli.options import OfflineOption
 from recollect.cli.printing import format_bytes, make_table, progress_bar
-from recollect.models import listing
-from recollect.models.listing import ModelStatus
-from recollect.models.onnx_folder import convert_to_onnx, require_convertible
-from recollect.models.prepare import original_of, prepare
+from recollect.models.conversion import convert_to_onnx, require_convertible
+from recollect.models.prepare import ModelStatus, installed, original_of, prepare
+from recollect.models.prepare import prune as prune_source
 
 app = typer.Typer()
 
@@ -47,14 +46,14 @@ def list_models(
     """List the models that have a name, and those on this disk."""
 
     if prune is not None:
-        size = listing.prune(prune, config.home())
+        size = prune_source(prune, config.home())
         typer.echo(
             f"Deleted {format_bytes(size)} of GGUF; {prune} stays as it is."
             if size
             else f"No GGUF file of {prune} was kept: nothing to delete."
         )
         return
-    found = listing.installed(config.home())
+    found = installed(config.home())
     if as_json:
         typer.echo(json.dumps([_as_dict(status) for status in found], ensure_ascii=False, indent=2))
         return

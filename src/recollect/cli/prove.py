@@ -23,7 +23,7 @@ from recollect.cli.options import (
 from recollect.cli.printing import progress_bar
 from recollect.conversation.model import Model
 from recollect.models.catalog import DEFAULT_MODEL
-from recollect.models.listing import Compared
+from recollect.models.prepare import Compared
 from recollect.proof import report as output
 from recollect.proof import verify as proof
 from recollect.proof.bench import (

@@ -26,7 +26,7 @@ from recollect.cli.options import (
 from recollect.cli.printing import count
 from recollect.errors import ConfigError, UnknownModelError
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
-from recollect.models.listing import installed, size_bytes
+from recollect.models.prepare import installed, size_bytes
 from recollect.server.settings import Limits, Settings
 from recollect.types import SamplingParams
 

@@ -442,13 +442,6 @@ class Conversation:
             raise ConversationError("Nothing has been said here yet: say something first.")
         return Spot(self._record, record_id, node.turns)
 
-    def node_at(self, conversation_id: int, record_id: int) -> Node | None:
-        """Return the node that the journal has there; None: it is of another conversation, or newer."""
-        if conversation_id != self._record:
-            return None
-        found = (node for node, record in self._record_ids.items() if record == record_id)
-        return next((self.tree.node(node) for node in found), None)
-
     def check(self) -> None:
         """
         Verify the invariants.
@@ -513,7 +506,7 @@ class Conversation:
         others = {} if self._record is not None else dict(self._tips)
         numbers = {node.id: number for number, node in enumerate(unkept)}
         return Entry(
-            nodes=() if moves else [*map(as_new, unkept), *messages],
+            nodes=() if moves else [*(node.to_new() for node in unkept), *messages],
             parent_id=above,
             tip=tip,
             seen=None if tip is None else self._seen.get(tip),
@@ -611,8 +604,3 @@ class Conversation:
     def _find_later(self, nodes: Sequence[Node]) -> None:
         if self._index is not None:
             self._index.add(nodes)
-
-
-def as_new(node: Node) -> NewNode:
-    """Return a message as it is to be kept, or added, somewhere else too."""
-    return node.to_new()

@@ -14,8 +14,8 @@ from typing import Final
 from recollect.models.catalog import Format, LocalModel
 from recollect.runtime.base import PagedRuntime
 from recollect.runtime.reference import ReferenceRuntime
-from recollect.text.other_tokenizers import TOKENIZER_NAME, HfTokenizer
-from recollect.text.tokenizer import ByteTokenizer, OpenVinoTokenizer, Tokenizer
+from recollect.text.file_tokenizers import TOKENIZER_NAME, HfTokenizer, OpenVinoTokenizer
+from recollect.text.tokenizer import ByteTokenizer, Tokenizer
 from recollect.types import Profile
 
 

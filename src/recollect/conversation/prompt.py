@@ -38,8 +38,7 @@ from recollect.engine.engine import Engine
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import ContextFullError, TemplateError
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import Tokenizer
-from recollect.text.vocabulary import ControlTokens
+from recollect.text.tokenizer import ControlTokens, Tokenizer
 from recollect.types import Message
 
 ToolSchemas = Sequence[Mapping[str, Any]]

@@ -13,14 +13,16 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, Self
+from typing import Final, Protocol, Self
 
 from recollect.conversation.conversation import Asked, Conversation
 from recollect.conversation.matching import Change
-from recollect.conversation.prompt import Prompting
+from recollect.conversation.prompt import PromptEncoder, Prompting
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
 from recollect.conversation.turn import Expectation, Reply, Turn, explained
+from recollect.engine.engine import Engine
+from recollect.engine.grammar import Grammars
 from recollect.engine.pinning import pin_on_disk
 from recollect.engine.reply import GeneratedReply, IdleWork, ReadAhead, ReplyGeneration
 from recollect.engine.sampling import Generator
@@ -36,13 +38,44 @@ from recollect.errors import (
     TemplateError,
     UnknownNodeError,
 )
-from recollect.journal.checkpoints import Checkpoint
+from recollect.journal.checkpoints import Checkpoint, Checkpoints
 from recollect.journal.records import require_name
+from recollect.kv.blocks import CachedBlock
+from recollect.text.tokenizer import Tokenizer
 from recollect.types import Message, SamplingParams, Usage
 
-if TYPE_CHECKING:
-    from recollect.conversation.model import Model
-    from recollect.kv.blocks import CachedBlock
+
+class ModelParts(Protocol):
+    """What a session needs of the model that it talks to, which is a `Model`."""
+
+    @property
+    def engine(self) -> Engine:
+        """Return what computes."""
+
+    @property
+    def prompts(self) -> PromptEncoder:
+        """Return what makes token ids of a path through the tree."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Return what makes text of token ids."""
+
+    @property
+    def grammars(self) -> Grammars:
+        """Return the compiled grammars that replies can be held to."""
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """Return the fingerprint that replies are saved with."""
+
+    @property
+    def places(self) -> Checkpoints:
+        """
+        Return what keeps checkpoints.
+
+        Raises:
+            StoreError: No KV is kept on disk here, or the journal cannot be used.
+        """
 
 
 ANSWERED: Final = ("user", "tool")
@@ -171,7 +204,7 @@ class Session(Place):
 
     def __init__(
         self,
-        model: "Model",
+        model: ModelParts,
         conversation: Conversation,
         tip: Node,
         params: SamplingParams,
@@ -369,7 +402,8 @@ class Session(Place):
             UnknownNodeError: It is of another conversation. Nothing was changed.
         """
         found = self._model.places.find(name)
-        node = self.conversation.node_at(found.conversation_id, found.node_id)
+        is_here = found.conversation_id == self.conversation.kept_as
+        node = self.conversation.kept_node(found.node_id) if is_here else None
         if node is None:
             raise UnknownNodeError(
                 f"The checkpoint {name!r} is not in this conversation: resume at it "

@@ -1,8 +1,10 @@
 """
 One reply, from the engine's tokens to text, stop strings, calls of tools and what it has cost.
 
-Threads read it as an iterator and coroutines as an asynchronous one, of the same tokens. Knows a
-generator and a tokenizer; not what a conversation is, nor where a reply is kept.
+`ReplyGeneration` is the one object that holds a reply: threads read it as an iterator and coroutines
+as an asynchronous one. `IdleWork` computes what a reply will need before it is asked for, and the reply
+tells what of it was used. Knows a generator and a tokenizer; not what a conversation is, nor where a
+reply is kept.
 """
 
 import time

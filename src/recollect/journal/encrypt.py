@@ -13,9 +13,8 @@ from pathlib import Path
 from recollect import config, encryption
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.errors import StoreCorruptError, StoreError
-from recollect.journal import journal
 from recollect.journal.checkpoints import is_checkpoint
-from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.journal import JOURNAL_NAME, Journal, remove_history
 from recollect.kv.blocks import disguised_key
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.maintenance import is_there, open_existing, remove_damaged
@@ -114,7 +113,7 @@ def _remove_plain(home: Path) -> None:
 def _remove_leftovers(home: Path) -> None:
     """Delete what no encrypted folder holds: a history, and stores that were put aside as damaged."""
     with _deleting():
-        journal.remove(home / config.HISTORY_NAME)
+        remove_history(home / config.HISTORY_NAME)
         remove_damaged(home / STORE_FOLDER)
 
 

@@ -1,48 +1,29 @@
 """
-Conversations on disk: a turn that was reported finished is there, whatever happens next.
+The journal: conversations on disk, so that a turn that was reported finished survives whatever comes.
 
-Knows no model and no session: it keeps what it is given and gives it back.
-
-Look through a journal for anything that cannot be.
-
-Reads only; does not know how the rows came to be written.
-
-The file of what was typed into chats: its entries, and how some of them are forgotten.
-
-The format is that of prompt_toolkit's `FileHistory`, which appends to it: a line `# TIME`, then each
-line of an entry after a `+`. Knows no terminal.
+Knows no model and no session. `Statements` has the SQL, `Database` the transactions and the file,
+`Sealing` the cipher; here is what one call does, and the audit of the whole file. At the end: the
+history of what was typed into chats, which must forget a conversation that is deleted. It has the
+format of prompt_toolkit's `FileHistory`: a line `# TIME`, then each line of an entry after a `+`.
 """
 
 import os
 import secrets
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
-from functools import partial
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Self
 
 from recollect import config, files
 from recollect.encryption import Cipher
-from recollect.errors import StoreCorruptError, StoreError, UnknownConversationError
+from recollect.errors import ConfigError, StoreCorruptError, StoreError, UnknownConversationError
 from recollect.journal.database import BUSY_TIMEOUT_S, Database
-from recollect.journal.entries import (
-    LABEL_COLUMNS,
-    Label,
-    labels_of,
-    match_key,
-    notes_of,
-    open_label,
-    read_label,
-    remove_entry,
-    write_entry,
-    write_label,
-)
 from recollect.journal.records import (
     ConversationInfo,
     ConversationRecord,
     Entry,
+    Label,
     NewNode,
     NodeRecord,
     Page,
@@ -53,210 +34,16 @@ from recollect.journal.records import (
 )
 from recollect.journal.rows import (
     CONVERSATION_COLUMNS,
+    LABEL_COLUMNS,
     NODE_COLUMNS,
     Sealing,
-    insert_node,
     is_sound,
-    read_node,
-    read_node_ids,
-    read_nodes,
-    stored_conversation,
-)
-from recollect.journal.statements import (
-    conversation_info_of,
-    conversation_infos,
-    delete_conversation,
-    empty_record,
-    find_conversation,
-    insert_conversation,
     open_conversation,
+    read_label,
+    read_node,
     read_tip,
-    read_tips,
-    remove_tip,
-    require_free,
-    write_name,
-    write_tip,
 )
-
-_WRONG_COUNTS: Final = (
-    "SELECT c.id FROM conversations c LEFT JOIN nodes n ON n.conversation_id = c.id GROUP BY c.id "
-    "HAVING c.turns != count(CASE WHEN n.role = 'assistant' THEN 1 END) OR c.size_bytes != coalesce("
-    "sum(length(CAST(n.content AS BLOB)) - ?1 + coalesce(length(n.token_ids) - ?1, 0)), 0)"
-)
-"""Finds conversations of which a list would say other numbers than their messages have; takes the
-bytes that a seal adds."""
-
-_RULES: Final = {
-    "SELECT n.id FROM nodes n LEFT JOIN nodes p ON p.id = n.parent_id WHERE n.parent_id "
-    "IS NOT NULL AND (p.id IS NULL OR p.conversation_id != n.conversation_id)": (
-        "node {} hangs under a node that is not in its conversation"
-    ),
-    "SELECT id FROM nodes WHERE parent_id >= id": "node {} is not younger than its parent",
-    "SELECT id FROM nodes WHERE token_ids IS NOT NULL AND role != 'assistant'": (
-        "node {} has token ids and is no reply"
-    ),
-    "SELECT id FROM nodes WHERE length(token_ids) % 4 != 0": "node {} has a part of a token id",
-    "SELECT id FROM nodes WHERE conversation_id NOT IN (SELECT id FROM conversations)": (
-        "node {} is of no conversation"
-    ),
-    "SELECT t.name FROM tips t LEFT JOIN nodes n ON n.id = t.node_id AND n.conversation_id = "
-    "t.conversation_id WHERE t.node_id IS NOT NULL AND n.id IS NULL": "tip {!r} stands at no node",
-    "SELECT name FROM tips WHERE conversation_id NOT IN (SELECT id FROM conversations)": (
-        "tip {!r} is of no conversation"
-    ),
-}
-"""A query that finds what breaks a rule, and what to say of it. No parent is as old as its child
-means that there is no cycle."""
-
-
-def problems(connection: sqlite3.Connection, sealing: Sealing) -> Iterator[str]:
-    """Yield a sentence for each thing that is wrong; nothing for a sound journal."""
-    found = list(_problems(connection, sealing))
-    yield from found
-    if not found:  # else the numbers follow from what was found
-        for (what,) in connection.execute(_WRONG_COUNTS, (sealing.overhead_bytes,)):
-            yield f"conversation {what} has other messages than its row counts"
-
-
-def _problems(connection: sqlite3.Connection, sealing: Sealing) -> Iterator[str]:
-    for (found,) in connection.execute("PRAGMA integrity_check"):
-        if found != "ok":
-            yield f"SQLite: {found}"
-    for query, sentence in _RULES.items():
-        for (what,) in connection.execute(query):
-            yield sentence.format("(encrypted)" if isinstance(what, bytes) else what)
-    for row in connection.execute(f"SELECT {NODE_COLUMNS} FROM nodes"):  # noqa: S608
-        if not is_sound(row):
-            yield f"node {row[0]} is not as it was written"
-        elif sealing.is_on and not _opens(partial(read_node, row, sealing)):
-            yield f"node {row[0]} does not open with the key"
-    yield from _other_values(connection, sealing)
-
-
-def _other_values(connection: sqlite3.Connection, sealing: Sealing) -> Iterator[str]:
-    """Yield a sentence for each name and note that is not what was written; these have no checksum."""
-    wrong = "does not open with the key" if sealing.is_on else "is not as it was written"
-    for row in connection.execute(f"SELECT {CONVERSATION_COLUMNS} FROM conversations"):  # noqa: S608
-        if not _opens(partial(open_conversation, sealing, row)):
-            yield f"a name of conversation {row[0]} {wrong}"
-    for row in connection.execute("SELECT conversation_id, name, node_id FROM tips"):
-        if not _opens(partial(read_tip, sealing, *row)):
-            yield f"a tip of conversation {row[0]} {wrong}"
-    for row in connection.execute(f"SELECT {LABEL_COLUMNS} FROM labels"):  # noqa: S608
-        if not _opens(partial(open_label, sealing, row)):
-            yield f"the label {row[0]} {wrong}"
-
-
-def _opens(read: Callable[[], object]) -> bool:
-    try:
-        read()
-    except StoreCorruptError:
-        return False
-    return True
-
-
-QUOTES: Final = '"""'
-_COMMAND: Final = "/"
-_TEXT: Final = b"+"
-
-
-def is_open(text: str) -> bool:
-    """Return whether a message is still inside a block that `\"\"\"` began."""
-    start = text.lstrip()
-    if not start.startswith(QUOTES):
-        return False
-    return not start[len(QUOTES) :].rstrip().endswith(QUOTES)
-
-
-def unquote(text: str) -> str:
-    """Return what is inside the block, or the text as it is where there is none."""
-    inner = text.strip()
-    if not inner.startswith(QUOTES) or is_open(text):
-        return text
-    return inner[len(QUOTES) : -len(QUOTES)].strip("\n")
-
-
-def forget(path: Path, messages: Iterable[str]) -> int:
-    """
-    Remove the entries that said one of the messages, by a command too; return how many went.
-
-    The file is replaced as a whole, or left as it is. A line that another chat appends in the same
-    moment may be lost.
-
-    Raises:
-        StoreError: It cannot be read or replaced. It is as it was.
-    """
-    try:
-        with files.open_regular(path) as file:
-            entries = list(_entries(file))
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        raise _unusable(path, error) from error
-    # What UTF-8 cannot spell was written as a question mark.
-    said = {text.strip().encode("utf-8", "replace").decode() for text in messages}
-    kept = [lines for lines in entries if said.isdisjoint(_said_by(lines))]
-    if len(kept) < len(entries):
-        _replace(path, b"".join(line for lines in kept for line in lines))
-    return len(entries) - len(kept)
-
-
-def remove(home_file: Path) -> None:
-    """
-    Delete the file, with what a rewrite that was killed has left beside it.
-
-    Raises:
-        OSError: One cannot be deleted.
-    """
-    for path in (home_file, *home_file.parent.glob(f"{home_file.name}.new-*")):
-        path.unlink(missing_ok=True)
-
-
-def _entries(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Yield the lines of each entry, with the time and blank lines before its text."""
-    entry: list[bytes] = []
-    for line in lines:
-        if entry and entry[-1].startswith(_TEXT) and not line.startswith(_TEXT):
-            yield entry
-            entry = []
-        entry.append(line)
-    if entry:
-        yield entry
-
-
-def _said_by(lines: Iterable[bytes]) -> set[str]:
-    """Return what an entry may have said: its text, or what follows a command such as `/edit 2`."""
-    text = b"".join(line[1:] for line in lines if line.startswith(_TEXT)).decode("utf-8", "replace")
-    said = {unquote(text).strip()}
-    if text.startswith(_COMMAND):
-        rest = text.partition(" ")[2].strip()
-        said |= {rest, rest.partition(" ")[2].strip()}
-    return said - {""}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Give the file other content, all of it or nothing, for its owner alone."""
-    new = path.with_name(f"{path.name}.new-{secrets.token_hex(4)}")
-    try:
-        descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    except OSError as error:
-        raise _unusable(path, error) from error
-    finally:
-        with suppress(OSError):
-            new.unlink()
-
-
-def _unusable(path: Path, error: OSError) -> StoreError:
-    return StoreError(
-        f"{path} cannot be changed ({error.strerror}), and it shows what was typed: allow it, or "
-        "delete that file; nothing was changed."
-    )
-
+from recollect.journal.statements import Statements
 
 JOURNAL_NAME: Final = "conversations.sqlite3"
 
@@ -312,7 +99,7 @@ class Journal:
         sealing = Sealing(path, cipher)
         database = Database(path, busy_timeout_s=busy_timeout_s)
         try:
-            match_key(database, sealing, convert=convert)
+            _match_key(database, sealing, convert=convert)
         except BaseException:
             database.close()
             raise
@@ -335,8 +122,8 @@ class Journal:
             UnknownConversationError: The page comes after a conversation that is not there.
             StoreError: The file cannot be read.
         """
-        with self._reading() as connection:
-            return conversation_infos(connection, self._sealing, self.path, namespace, page)
+        with self._reading() as sql:
+            return sql.infos(namespace, page)
 
     def info(self, conversation_id: int) -> ConversationInfo:
         """
@@ -346,8 +133,8 @@ class Journal:
             UnknownConversationError: There is none of that id.
             StoreError: The file cannot be read.
         """
-        with self._reading() as connection:
-            return conversation_info_of(connection, self._sealing, self.path, conversation_id)
+        with self._reading() as sql:
+            return sql.info(conversation_id)
 
     def find(self, name: str, *, namespace: str = "") -> ConversationInfo | None:
         """
@@ -356,12 +143,11 @@ class Journal:
         Raises:
             StoreError: The file cannot be read.
         """
-        with self._reading() as connection:
+        with self._reading() as sql:
             try:
-                row = find_conversation(connection, self._sealing, name, namespace)
+                return sql.info(sql.find(name, namespace)[0])
             except UnknownConversationError:
                 return None
-            return conversation_info_of(connection, self._sealing, self.path, row[0])
 
     def create(
         self, name: str | None = None, *, model: str, fingerprint: str, namespace: str = ""
@@ -380,17 +166,9 @@ class Journal:
             ConversationError: That cannot be a name.
             StoreError: It cannot be written.
         """
-        empty = empty_record(
-            _today() if name is None else name,
-            model=model,
-            fingerprint=fingerprint,
-            namespace=namespace,
-        )
-        with self._writing() as connection:
-            conversation_id = insert_conversation(
-                connection, self._sealing, empty, find_free=name is None
-            )
-            return conversation_info_of(connection, self._sealing, self.path, conversation_id)
+        empty = _empty(name, model, fingerprint, namespace)
+        with self._writing() as sql:
+            return sql.info(sql.insert_conversation(empty, find_free=name is None))
 
     def begin(
         self,
@@ -414,17 +192,10 @@ class Journal:
         Raises:
             NameTakenError, ConversationError, StoreError: As `create` does.
         """
-        empty = empty_record(
-            _today() if name is None else name,
-            model=model,
-            fingerprint=fingerprint,
-            namespace=namespace,
-        )
-        with self._writing(deadline) as connection:
-            conversation_id = insert_conversation(
-                connection, self._sealing, empty, find_free=name is None
-            )
-            return write_entry(connection, self._sealing, conversation_id, entry)
+        empty = _empty(name, model, fingerprint, namespace)
+        with self._writing(deadline) as sql:
+            conversation_id = sql.insert_conversation(empty, find_free=name is None)
+            return sql.write_entry(conversation_id, entry)
 
     def add(self, conversation: ConversationRecord, name: str | None = None) -> ConversationInfo:
         """
@@ -437,22 +208,15 @@ class Journal:
         Raises:
             NameTakenError, ConversationError, StoreError: As `create` does.
         """
-        with self._writing() as connection:
-            conversation_id = insert_conversation(connection, self._sealing, conversation, name)
+        with self._writing() as sql:
+            conversation_id = sql.insert_conversation(conversation, name)
             ids: dict[int | None, int | None] = {None: None}
             for node in conversation.nodes:
                 parent_id = ids[node.parent_id]
-                ids[node.id] = insert_node(
-                    connection,
-                    self._sealing,
-                    conversation_id,
-                    parent_id,
-                    node,
-                    node.created_at,
-                )
+                ids[node.id] = sql.insert_node(conversation_id, parent_id, node, node.created_at)
             for tip, node_id in conversation.tips.items():
-                write_tip(connection, self._sealing, conversation_id, tip, ids[node_id])
-            return conversation_info_of(connection, self._sealing, self.path, conversation_id)
+                sql.write_tip(conversation_id, tip, ids[node_id])
+            return sql.info(conversation_id)
 
     def append(
         self,
@@ -497,8 +261,8 @@ class Journal:
         Raises:
             UnknownConversationError, UnknownNodeError, ConversationError, StoreError: As `append`.
         """
-        with self._writing(deadline) as connection:
-            return write_entry(connection, self._sealing, conversation_id, entry)
+        with self._writing(deadline) as sql:
+            return sql.write_entry(conversation_id, entry)
 
     def take_back(
         self,
@@ -525,10 +289,8 @@ class Journal:
         Raises:
             StoreError: It cannot be written.
         """
-        with self._writing() as connection:
-            return remove_entry(
-                connection, self._sealing, conversation_id, ids, tip, back_to, began=began
-            )
+        with self._writing() as sql:
+            return sql.take_back(conversation_id, ids, tip=tip, back_to=back_to, began=began)
 
     def set_tip(self, conversation_id: int, name: str, node_id: int | None) -> None:
         """
@@ -546,8 +308,8 @@ class Journal:
         Raises:
             StoreError: It cannot be written.
         """
-        with self._writing() as connection:
-            return remove_tip(connection, self._sealing, conversation_id, name)
+        with self._writing() as sql:
+            return sql.remove_tip(conversation_id, name)
 
     def load(self, name_or_id: str | int, *, namespace: str = "") -> StoredConversation:
         """
@@ -559,11 +321,8 @@ class Journal:
             StoreVersionError: A newer version wrote it.
             StoreError: The file cannot be read.
         """
-        with self._reading() as connection:
-            row = find_conversation(connection, self._sealing, name_or_id, namespace)
-            nodes = tuple(read_nodes(connection, self._sealing, row[0], self.path))
-            tips = read_tips(connection, self._sealing, row[0])
-            return stored_conversation(row, nodes, tips, self.path)
+        with self._reading() as sql:
+            return sql.load(name_or_id, namespace)
 
     def rename(self, name_or_id: str | int, name: str) -> None:
         """
@@ -574,10 +333,10 @@ class Journal:
             NameTakenError, ConversationError, StoreError: As `create` does.
         """
         require_name(name)
-        with self._writing() as connection:
-            conversation_id = find_conversation(connection, self._sealing, name_or_id, "")[0]
-            require_free(connection, self._sealing, name, but=conversation_id)
-            write_name(connection, self._sealing, conversation_id, name)
+        with self._writing() as sql:
+            conversation_id = sql.find(name_or_id, "")[0]
+            sql.require_free(name, but=conversation_id)
+            sql.write_name(conversation_id, name)
 
     def delete(self, name_or_id: str | int, *, namespace: str = "") -> None:
         """
@@ -589,25 +348,25 @@ class Journal:
             UnknownConversationError: There is none in that namespace.
             StoreError: The file or the history cannot be written. Nothing was deleted.
         """
-        with self._writing() as connection:
-            conversation_id = find_conversation(connection, self._sealing, name_or_id, namespace)[0]
-            if not namespace:  # others than the user of this machine have typed nothing here
-                self._forget_typed(connection, conversation_id)
-            delete_conversation(connection, conversation_id)
+        with self._writing() as sql:
+            conversation_id = sql.find(name_or_id, namespace)[0]
+            if not namespace:  # only the user of this machine types here
+                self._forget_typed(sql, conversation_id)
+            sql.delete_conversation(conversation_id)
         # Until the log is cut, it still holds the pages as they were.
         self._database.empty_log()
 
-    def _forget_typed(self, connection: sqlite3.Connection, conversation_id: int) -> None:
+    def _forget_typed(self, sql: Statements, conversation_id: int) -> None:
         """Remove from the history of what was typed what a conversation says, as far as it can be read."""
         path = self.path.with_name(config.HISTORY_NAME)
         if not path.exists():
             return
         said = []
         with suppress(StoreCorruptError):  # a damaged conversation can be deleted all the same
-            for node in read_nodes(connection, self._sealing, conversation_id, self.path):
+            for node in sql.nodes(conversation_id):
                 if node.role in ("user", "system"):
                     said.append(node.content)
-        forget(path, said)
+        forget_typed(path, said)
 
     def node_ids(self, conversation_id: int) -> list[int]:
         """
@@ -618,8 +377,8 @@ class Journal:
         Raises:
             StoreError: The file cannot be read.
         """
-        with self._reading() as connection:
-            return read_node_ids(connection, conversation_id)
+        with self._reading() as sql:
+            return sql.node_ids(conversation_id)
 
     def tips(self, conversation_id: int) -> dict[str, int | None]:
         """
@@ -628,8 +387,8 @@ class Journal:
         Raises:
             StoreError: The file cannot be read.
         """
-        with self._reading() as connection:
-            return read_tips(connection, self._sealing, conversation_id)
+        with self._reading() as sql:
+            return sql.tips(conversation_id)
 
     def set_label(self, label: Label) -> None:
         """
@@ -638,8 +397,8 @@ class Journal:
         Raises:
             UnknownConversationError, UnknownNodeError, StoreError: As `append`.
         """
-        with self._writing() as connection:
-            write_label(connection, self._sealing, label)
+        with self._writing() as sql:
+            sql.write_label(label)
 
     def find_label(self, name: str, *, namespace: str = "") -> Label | None:
         """
@@ -648,8 +407,8 @@ class Journal:
         Raises:
             StoreError: The file cannot be read.
         """
-        with self._reading() as connection:
-            return read_label(connection, self._sealing, name, namespace)
+        with self._reading() as sql:
+            return sql.find_label(name, namespace)
 
     def labels(self, conversation_id: int) -> list[Label]:
         """
@@ -658,8 +417,8 @@ class Journal:
         Raises:
             StoreError: The file cannot be read.
         """
-        with self._reading() as connection:
-            return labels_of(connection, self._sealing, conversation_id)
+        with self._reading() as sql:
+            return sql.labels(conversation_id)
 
     def notes(self, conversation_ids: Sequence[int]) -> dict[int, Mapping[str, Any]]:
         """
@@ -668,8 +427,8 @@ class Journal:
         Raises:
             StoreError: The file cannot be read.
         """
-        with self._reading() as connection:
-            return notes_of(connection, self._sealing, conversation_ids)
+        with self._reading() as sql:
+            return sql.notes(conversation_ids)
 
     def delete_label(self, name: str) -> None:
         """
@@ -678,8 +437,8 @@ class Journal:
         Raises:
             StoreError: It cannot be written.
         """
-        with self._writing() as connection:
-            connection.execute("DELETE FROM labels WHERE label = ?", (name,))
+        with self._writing() as sql:
+            sql.delete_label(name)
 
     def check(self) -> list[str]:
         """
@@ -691,8 +450,8 @@ class Journal:
         Raises:
             StoreError: The file cannot be read.
         """
-        with self._reading() as connection:
-            return list(problems(connection, self._sealing))
+        with self._reading() as sql:
+            return list(_problems(sql))
 
     def wait(self) -> None:
         """
@@ -709,16 +468,16 @@ class Journal:
         self._database.close()
 
     @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
+    def _reading(self) -> Iterator[Statements]:
         with self._database.reading() as connection:
             self._sealing.require_unchanged(connection)
-            yield connection
+            yield Statements(connection, self._sealing)
 
     @contextmanager
-    def _writing(self, deadline: float | None = None) -> Iterator[sqlite3.Connection]:
+    def _writing(self, deadline: float | None = None) -> Iterator[Statements]:
         with self._database.writing(deadline) as connection:
             self._sealing.require_unchanged(connection)
-            yield connection
+            yield Statements(connection, self._sealing)
 
     def __enter__(self) -> Self:
         return self
@@ -727,6 +486,226 @@ class Journal:
         self.close()
 
 
-def _today() -> str:
-    """Return the user's date."""
-    return datetime.now().astimezone().date().isoformat()
+def _empty(name: str | None, model: str, fingerprint: str, namespace: str) -> ConversationRecord:
+    """Return a conversation that begins now; without a name it gets that of the user's date."""
+    now = datetime.now(UTC)
+    return ConversationRecord(
+        name=now.astimezone().date().isoformat() if name is None else name,
+        created_at=now,
+        updated_at=now,
+        model=model,
+        fingerprint=fingerprint,
+        namespace=namespace,
+    )
+
+
+def _match_key(database: Database, sealing: Sealing, *, convert: bool) -> None:
+    """
+    Make sure that a journal is encrypted if there is a key, and only then.
+
+    A plain one is encrypted at once while it is empty, and later only if the caller says so: anybody
+    could have put it there. Where this was killed, the next call goes on from there.
+
+    Raises:
+        ConfigError: It is encrypted, and there is no key or another one; or it is plain, and there is.
+        StoreCorruptError: A row is not as it was written. Nothing was changed.
+        StoreBusyError: Another program uses it; what it held before is still in the file.
+    """
+    with database.reading() as connection:
+        is_encrypted = sealing.read_mark(connection)
+    if not sealing.is_on:
+        return
+    if not is_encrypted:
+        with database.writing() as connection:
+            if not sealing.read_mark(connection):  # else another process was faster
+                is_empty = connection.execute("SELECT 1 FROM conversations").fetchone() is None
+                if not convert and not is_empty:
+                    raise ConfigError(
+                        f"{database.path} is not encrypted, and its folder is: if you know where it "
+                        "comes from, `recollect encrypt` converts it; else move it away."
+                    )
+                Statements(connection, sealing).seal_all(Sealing(database.path, None))
+                sealing.mark(connection)
+    # Once more, outside of the transaction: freed pages and the log still hold the plain text.
+    with database.reading() as connection:
+        is_clean = connection.execute("SELECT is_clean FROM encryption").fetchone()[0]
+    if not is_clean:
+        database.rewrite()
+        with database.writing() as connection:
+            connection.execute("UPDATE encryption SET is_clean = 1")
+
+
+_WRONG_COUNTS: Final = (
+    "SELECT c.id FROM conversations c LEFT JOIN nodes n ON n.conversation_id = c.id GROUP BY c.id "
+    "HAVING c.turns != count(CASE WHEN n.role = 'assistant' THEN 1 END) OR c.size_bytes != coalesce("
+    "sum(length(CAST(n.content AS BLOB)) - ?1 + coalesce(length(n.token_ids) - ?1, 0)), 0)"
+)
+"""Finds conversations whose row counts other messages than they have; takes the bytes that a seal adds."""
+
+_RULES: Final = {
+    "SELECT n.id FROM nodes n LEFT JOIN nodes p ON p.id = n.parent_id WHERE n.parent_id "
+    "IS NOT NULL AND (p.id IS NULL OR p.conversation_id != n.conversation_id)": (
+        "node {} hangs under a node that is not in its conversation"
+    ),
+    "SELECT id FROM nodes WHERE parent_id >= id": "node {} is not younger than its parent",
+    "SELECT id FROM nodes WHERE token_ids IS NOT NULL AND role != 'assistant'": (
+        "node {} has token ids and is no reply"
+    ),
+    "SELECT id FROM nodes WHERE length(token_ids) % 4 != 0": "node {} has a part of a token id",
+    "SELECT id FROM nodes WHERE conversation_id NOT IN (SELECT id FROM conversations)": (
+        "node {} is of no conversation"
+    ),
+    "SELECT t.name FROM tips t LEFT JOIN nodes n ON n.id = t.node_id AND n.conversation_id = "
+    "t.conversation_id WHERE t.node_id IS NOT NULL AND n.id IS NULL": "tip {!r} stands at no node",
+    "SELECT name FROM tips WHERE conversation_id NOT IN (SELECT id FROM conversations)": (
+        "tip {!r} is of no conversation"
+    ),
+}
+"""A query that finds what breaks a rule, and the sentence for it. Parents that are older than their
+children cannot form a cycle."""
+
+
+def _problems(sql: Statements) -> Iterator[str]:
+    """Yield a sentence for each thing that is wrong; nothing for a sound journal."""
+    found = list(_wrong_rows(sql))
+    yield from found
+    if not found:  # else the counts are wrong because of what was found
+        for (what,) in sql.connection.execute(_WRONG_COUNTS, (sql.sealing.overhead_bytes,)):
+            yield f"conversation {what} has other messages than its row counts"
+
+
+def _wrong_rows(sql: Statements) -> Iterator[str]:
+    execute, sealing = sql.connection.execute, sql.sealing
+    pages = [found for (found,) in execute("PRAGMA integrity_check")]
+    yield from (f"SQLite: {found}" for found in pages if found != "ok")
+    for query, sentence in _RULES.items():
+        for (what,) in execute(query):
+            yield sentence.format("(encrypted)" if isinstance(what, bytes) else what)
+    wrong = "does not open with the key" if sealing.is_on else "is not as it was written"
+    for row in execute(f"SELECT {NODE_COLUMNS} FROM nodes"):  # noqa: S608
+        if not is_sound(row):
+            yield f"node {row[0]} is not as it was written"
+        elif sealing.is_on and not _opens(read_node, row, sealing):
+            yield f"node {row[0]} {wrong}"
+    # The others have no checksum: a seal tells, or that the value has another type.
+    for row in execute(f"SELECT {CONVERSATION_COLUMNS} FROM conversations"):  # noqa: S608
+        if not _opens(open_conversation, row, sealing):
+            yield f"a name of conversation {row[0]} {wrong}"
+    for row in execute("SELECT conversation_id, name, node_id FROM tips"):
+        if not _opens(read_tip, *row, sealing):
+            yield f"a tip of conversation {row[0]} {wrong}"
+    for row in execute(f"SELECT {LABEL_COLUMNS} FROM labels"):  # noqa: S608
+        if not _opens(read_label, row, sealing):
+            yield f"the label {row[0]} {wrong}"
+
+
+def _opens(read: Callable[..., object], *row: Any) -> bool:
+    try:
+        read(*row)
+    except StoreCorruptError:
+        return False
+    return True
+
+
+QUOTES: Final = '"""'
+"""Around a message of several lines, as it is typed."""
+_COMMAND: Final = "/"
+_TEXT: Final = b"+"
+
+
+def is_open(text: str) -> bool:
+    """Return whether a message that begins with `\"\"\"` has not ended yet."""
+    start = text.lstrip()
+    if not start.startswith(QUOTES):
+        return False
+    return not start[len(QUOTES) :].rstrip().endswith(QUOTES)
+
+
+def unquote(text: str) -> str:
+    """Return a message without the `\"\"\"` around it, if it has any."""
+    inner = text.strip()
+    if not inner.startswith(QUOTES) or is_open(text):
+        return text
+    return inner[len(QUOTES) : -len(QUOTES)].strip("\n")
+
+
+def forget_typed(path: Path, messages: Iterable[str]) -> int:
+    """
+    Remove the entries of a history that said one of the messages, also by a command; return how many.
+
+    The file is replaced as a whole, or left as it is. A line that another chat appends at the same
+    moment may be lost.
+
+    Raises:
+        StoreError: It cannot be read or replaced. It is as it was.
+    """
+    try:
+        with files.open_regular(path) as file:
+            entries = list(_entries(file))
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise _unusable(path, error) from error
+    # What UTF-8 cannot spell was written as a question mark.
+    said = {text.strip().encode("utf-8", "replace").decode() for text in messages}
+    kept = [lines for lines in entries if said.isdisjoint(_said_by(lines))]
+    if len(kept) < len(entries):
+        _replace(path, b"".join(line for lines in kept for line in lines))
+    return len(entries) - len(kept)
+
+
+def remove_history(path: Path) -> None:
+    """
+    Delete a history, and what a rewrite that was killed has left beside it.
+
+    Raises:
+        OSError: One cannot be deleted.
+    """
+    for file in (path, *path.parent.glob(f"{path.name}.new-*")):
+        file.unlink(missing_ok=True)
+
+
+def _entries(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yield the lines of each entry, with the time and blank lines before its text."""
+    entry: list[bytes] = []
+    for line in lines:
+        if entry and entry[-1].startswith(_TEXT) and not line.startswith(_TEXT):
+            yield entry
+            entry = []
+        entry.append(line)
+    if entry:
+        yield entry
+
+
+def _said_by(lines: Iterable[bytes]) -> set[str]:
+    """Return what an entry may have said: its text, or what follows a command such as `/edit 2`."""
+    text = b"".join(line[1:] for line in lines if line.startswith(_TEXT)).decode("utf-8", "replace")
+    said = {unquote(text).strip()}
+    if text.startswith(_COMMAND):
+        rest = text.partition(" ")[2].strip()
+        said |= {rest, rest.partition(" ")[2].strip()}
+    return said - {""}
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Give the file other content, all of it or nothing, for its owner alone."""
+    new = path.with_name(f"{path.name}.new-{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError as error:
+        raise _unusable(path, error) from error
+    finally:
+        with suppress(OSError):
+            new.unlink()
+
+
+def _unusable(path: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"{path} cannot be changed ({error.strerror}), and it shows what was typed: allow it, or "
+        "delete that file; nothing was changed."
+    )

@@ -187,6 +187,19 @@ class Page:
     newest_first: bool = True
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Label:
+    """A name for a conversation or one of its nodes, which a server gives out."""
+
+    name: str
+    """Unique in a journal, and impossible to guess."""
+    conversation_id: int
+    node_id: int | None = None
+    """None: it names the conversation itself."""
+    note: Mapping[str, Any] = field(default_factory=dict)
+    """Any JSON object: what the server remembers of it."""
+
+
 TakenBack = Literal["stays", "gone", "conversation gone"]
 """What came of nodes that were taken back: somebody has seen them, or they are gone, with everything."""
 

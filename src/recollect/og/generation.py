@@ -1,11 +1,9 @@
 """
-`GeneratorParams`: the search options, their names, defaults and types.
+Continuous decoding in the words of ONNX Runtime GenAI: `GeneratorParams` and `Generator`.
 
-Holds values and refuses wrong ones in the original's words; does not choose tokens.
-
-`Generator`: continuous decoding in the original's words.
-
-Owns one generator of recollect's; used from one thread at a time, as there.
+`GeneratorParams` holds the search options with the original's names, defaults and types, and refuses
+wrong ones in its words. `Generator` owns one of recollect's own generators and, as the original, is
+used from one thread at a time.
 """
 
 import secrets
@@ -16,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recollect.engine.sampling import Generator as OwnGenerator
-from recollect.og.loading import Ids, Model, Tensor, as_runtime_error
+from recollect.og.model_and_tokenizer import Ids, Model, Tensor, as_runtime_error
 from recollect.types import SamplingParams
 
 Option = float | bool

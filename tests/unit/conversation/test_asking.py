@@ -1,6 +1,7 @@
 """What a person says is kept when it is said, once; and two who talk at once lose nothing."""
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_threads_that_wait_for_a_held_journal_fail_together_and_not_one_after_th
 ) -> None:
     """Each has one deadline of its own: eight are told in the time of one, and readers go on."""
     path = tmp_path / JOURNAL_NAME
-    with Journal.open(path, busy_timeout_s=0.5) as journal:
+    with Journal.open(path, busy_timeout_s=1.0) as journal:
         info = journal.create("a", model="m", fingerprint="")
         failures: list[float] = []
         begun = threading.Barrier(9)
@@ -199,8 +200,9 @@ def test_threads_that_wait_for_a_held_journal_fail_together_and_not_one_after_th
             begun.wait()
             assert [one.name for one in journal.conversations()] == ["a"], "readers do not wait"
             assert not failures, "it was read while they waited"
+            in_turns = time.monotonic() + 6  # one after the other they would take 8 s
             for thread in threads:
-                thread.join(timeout=0.5 * 3)
+                thread.join(timeout=in_turns - time.monotonic())
                 assert not thread.is_alive(), "one waited for another's time too"
         journal.set_tip(info.id, "main", None)
 

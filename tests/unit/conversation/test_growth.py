@@ -61,6 +61,7 @@ def alive(kind: type) -> int:
     return sum(type(one) is kind for one in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_twenty_thousand_stateless_chats_on_one_system_prompt(model: Model) -> None:
     """A chat costs what it costs after two thousand, and what is kept has a bound."""
     others = {kind: alive(kind) for kind in (Known, Node, Conversation)}  # of earlier tests
@@ -100,6 +101,7 @@ def test_a_chat_of_a_thousand_messages_costs_the_same_each_turn_wherever_it_hang
     assert among_others < alone + 60
 
 
+@pytest.mark.slow
 def test_an_edit_is_told_from_the_closest_of_twenty_thousand(model: Model) -> None:
     for number in range(0, 20_000, 2):
         model.session_from(asked(number))
@@ -109,6 +111,7 @@ def test_an_edit_is_told_from_the_closest_of_twenty_thousand(model: Model) -> No
     assert usage.difference == "Message 2: '4 is what number?' became '5 is what letter?'."
 
 
+@pytest.mark.slow
 def test_long_messages_are_forgotten_by_their_bytes(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +135,7 @@ def test_long_messages_are_forgotten_by_their_bytes(
     assert held < 1.2 * (1 << 20)
 
 
+@pytest.mark.slow
 def test_small_messages_are_counted_with_what_holds_them(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -464,6 +464,7 @@ def test_what_calls_are_named_is_text() -> None:
 # What is remembered is bounded.
 
 
+@pytest.mark.slow
 def test_thousands_of_long_prompts_stay_within_their_bytes() -> None:
     """2,000 prompts of 30,000 tokens: 60 million ids, of which a bound's worth is remembered."""
     prompts = PromptEncoder(ChatTemplate(PLAIN), ByteTokenizer())

@@ -188,6 +188,7 @@ def test_parameters_that_are_no_object_are_refused(parameters: Any) -> None:
         assert Tools.of([{"type": "function", "function": left_out}]).grammar() is not None
 
 
+@pytest.mark.slow
 def test_more_tools_than_can_be_followed_are_told_so(make_model: Callable[..., Model]) -> None:
     """And not with a trace of the library's own code."""
     many = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(20)}}
@@ -427,7 +428,7 @@ def test_a_template_that_knows_tools_shows_them_itself(make_model: Callable[...,
 
 def test_a_real_file_of_version_1_becomes_a_current_one(model: Model) -> None:
     """Written by the last commit before messages of tools could be kept."""
-    source = Path(__file__).parent / "data" / "journal-version-1.sqlite3"
+    source = Path(__file__).parents[1] / "journal" / "data" / "journal-version-1.sqlite3"
     target = model._home / "conversations.sqlite3"
     target.parent.mkdir(parents=True)
     target.write_bytes(source.read_bytes())

@@ -17,7 +17,7 @@ from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import RuntimeFailure
 from recollect.runtime.base import Pace, PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
-from recollect.text.vocabulary import ControlTokens, Vocabulary
+from recollect.text.tokenizer import ControlTokens, Vocabulary
 from recollect.types import SamplingParams
 
 END = 16

@@ -10,7 +10,7 @@ from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.runtime.base import Logits, PassResult, Row
 
-WAIT_S = 20  # for what takes milliseconds: a test that would hang fails instead
+WAIT_S = 60  # for what takes milliseconds: a test that would hang fails instead
 
 
 def ids_of(length: int, seed: int = 0) -> list[int]:

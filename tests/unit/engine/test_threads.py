@@ -20,7 +20,7 @@ from recollect.runtime.base import Pace, PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import SamplingParams
 
-WAIT_S = 20  # for what takes milliseconds: a test that would hang fails instead
+WAIT_S = 60  # for what takes milliseconds: a test that would hang fails instead
 
 
 def ids_of(length: int, seed: int = 0) -> list[int]:

@@ -169,13 +169,15 @@ def test_a_folder_whose_values_claim_another_identity_is_a_miss(
     assert engine.computed_tokens == len(PROMPT)
 
 
-def test_a_thousand_flipped_bits_change_no_reply(
-    make_engine: Make, open_store: Open, warm_disk: list[int], fresh_logits: Any
+@pytest.mark.parametrize("bits", [20, pytest.param(1000, marks=pytest.mark.slow)])
+def test_flipped_bits_change_no_reply(
+    make_engine: Make, open_store: Open, warm_disk: list[int], fresh_logits: Any, bits: int
 ) -> None:
+    """A sample from end to end; that every bit of a value is checked, `test_record` tries out."""
     expected = fresh_logits(warm_disk)
     random_bits = random.Random(20)  # noqa: S311 - which bit, not a secret
     witness = open_store()  # keeps the folder open between engines
-    for _ in range(1000):
+    for _ in range(bits):
         table = witness.env.tables[random_bits.choice(["blocks", "entries"])]
         with witness.env.writing() as txn:
             key, value = random_bits.choice(
@@ -528,6 +530,7 @@ def test_flushes_wait_and_do_not_wake_each_other(
     assert len(waits) < 10
 
 
+@pytest.mark.slow
 def test_a_conversation_of_64000_tokens_comes_back_from_disk_also_after_damage(
     make_engine: Make, open_store: Open
 ) -> None:

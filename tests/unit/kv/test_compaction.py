@@ -1,5 +1,6 @@
 """Space on disk is given back where nobody has the store open, and nothing is lost of it."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,19 +34,25 @@ def fill(store: DiskStore, blocks: int, payload_bytes: int = 10_000) -> None:
         store.write(IDENTITY, [block])
 
 
-@pytest.fixture(params=[200, 201])
-def folder(open_store: Callable[..., DiskStore], request: pytest.FixtureRequest) -> Path:
+@pytest.fixture(scope="module", params=[200, 201])
+def emptied(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """
-    Return the folder of a store that was filled and emptied but for two blocks.
+    Return the folder of a store that was filled and emptied but for two blocks, to be copied.
 
     After an even and an odd number of transactions: LMDB keeps the state in two places in turn.
     """
-    store = open_store()
+    store = DiskStore(tmp_path_factory.mktemp("emptied") / "kv", budget_bytes=64 << 20)
     fill(store, request.param)
     keys = sorted(chained_key(ROOT, (number, 1, 2, 3)) for number in range(request.param))
     store.remove(keys[2:])
     store.close()
     return store.folder
+
+
+@pytest.fixture
+def folder(emptied: Path, tmp_path: Path) -> Path:
+    """Return a copy of that folder, which `open_store` opens."""
+    return shutil.copytree(emptied, tmp_path / "kv")
 
 
 def test_the_file_is_as_small_as_what_is_in_it(

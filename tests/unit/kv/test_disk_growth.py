@@ -183,6 +183,7 @@ def found_blocks(store: DiskStore, blocks: list[NewBlock]) -> int:
 
 
 @pytest.mark.parametrize("table", ["entries", "blocks"])
+@pytest.mark.slow
 def test_a_bit_that_flips_early_in_64000_tokens_costs_what_follows_it_alone(
     tmp_path: Path, table: str
 ) -> None:
@@ -201,6 +202,7 @@ def test_a_bit_that_flips_early_in_64000_tokens_costs_what_follows_it_alone(
     store.close()
 
 
+@pytest.mark.slow
 def test_a_long_chain_that_is_damaged_is_repaired(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "kv", budget_bytes=64 << 20)
     blocks = long_chain()

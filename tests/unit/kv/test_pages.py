@@ -52,7 +52,7 @@ def fill(store: DiskStore, count: int, payload_bytes: int = 9000) -> None:
         store.write(IDENTITY, blocks)
 
 
-@pytest.mark.parametrize("first", [0, 40, 80])
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (40, 80))])
 def test_no_damage_takes_the_process_away(tmp_path: Path, first: int) -> None:
     """Without a look at the pages, one damage in nine of these ended it with a signal."""
     program = (
@@ -133,6 +133,7 @@ def test_a_store_in_use_by_others_is_sound(
     assert list(tmp_path.glob("kv.damaged-*")) == []
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_time_leaves_a_sound_store(tmp_path: Path) -> None:
     folder = tmp_path / "kv"
     first = {chained_key(ROOT, (0, 1, 2, 3))}

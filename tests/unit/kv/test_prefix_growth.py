@@ -27,7 +27,7 @@ def calls(work: Callable[[], object]) -> int:
         nonlocal count
         count += event in ("call", "c_call")
 
-    gc.disable()
+    gc.disable()  # whoever is told of a collection is called, too
     sys.setprofile(note)
     try:
         work()
@@ -100,6 +100,7 @@ def test_a_prompt_is_compared_with_few_of_10000_chats(tokens: tuple[int, ...]) -
     assert found[1][1] < 60
 
 
+@pytest.mark.slow
 def test_a_block_is_inserted_beside_10000_as_beside_1000() -> None:
     found = []
     for count in (1000, 10_000):
@@ -114,6 +115,7 @@ def test_a_block_is_inserted_beside_10000_as_beside_1000() -> None:
     assert found[1][1] < 200
 
 
+@pytest.mark.slow
 def test_giving_up_a_block_and_counting_what_can_go_cost_the_same_with_10000_blocks() -> None:
     found = []
     for count in (500, 5000):
@@ -179,6 +181,7 @@ def test_what_is_gone_does_not_pile_up() -> None:
     cache.check()
 
 
+@pytest.mark.slow
 def test_public_prefixes_that_differ_late_are_found_among_10000() -> None:
     found = []
     for count in (1000, 10_000):

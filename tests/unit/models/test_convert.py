@@ -11,9 +11,9 @@ import pytest
 
 from recollect.errors import UnsupportedModelError
 from recollect.files import sha256_file
+from recollect.models.conversion import Conversion, convert, find_converted, find_inexact
 from recollect.models.gguf import describe, read_content
 from recollect.models.openvino_folder import MANIFEST_NAME, Manifest, from_manifest
-from recollect.models.prepare import Conversion, convert, find_converted, find_inexact
 from recollect.types import no_progress
 
 MakeGguf = Callable[..., Path]
@@ -103,6 +103,8 @@ def test_a_folder_of_no_use_is_replaced(
     assert not (converted / "stray").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_the_fingerprint_follows_weights_and_template(make_gguf: MakeGguf, tmp_path: Path) -> None:
     settings: list[dict[str, object]] = [{}, {}, {"seed": 1}, {"template": "other"}]
     prints = []
@@ -162,6 +164,8 @@ def test_an_interrupt_leaves_nothing(make_gguf: MakeGguf, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("room", [-50_000, 100], ids=["while building", "while saving"])
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_leaves_nothing(
     room: int, make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -192,6 +196,8 @@ def test_progress_counts_the_bytes_of_the_weights(make_gguf: MakeGguf, tmp_path:
     assert all(0 < done <= total == of for done, of in counted)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_at_once_end_with_one_whole_folder(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:

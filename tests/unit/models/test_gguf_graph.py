@@ -219,7 +219,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("qwen3", "gemma3") else pytest.param(name, marks=pytest.mark.slow)
+        for name in MODELS
+    ],
+)
 def test_every_architecture_computes_what_its_file_says(
     name: str, make_decoder: MakeDecoder
 ) -> None:
@@ -231,7 +237,7 @@ def test_a_part_of_a_head_can_be_rotated(make_decoder: MakeDecoder) -> None:
     require_same(path, plain(32))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_rope_is_scaled_as_the_file_says(architecture: str, make_decoder: MakeDecoder) -> None:
     linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     require_same(make_decoder(architecture=architecture, fields=linear), plain() / 4)
@@ -280,8 +286,8 @@ def test_a_table_of_frequencies_is_f32_also_where_weights_are_f16(
 
 
 KINDS = ("F32", "F16", "BF16", *(kind.name for kind in LAYOUTS))
-EVERY_DAY = ("F16", "Q8_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K", "IQ2_XXS")
-"""Types that are stored in different forms; the others of a form differ in `gguf_weights` only."""
+EVERY_DAY = ("Q8_0", "Q4_K")
+"""Types that most files have; `gguf_weights` is tested with all of them."""
 
 
 @pytest.mark.parametrize(

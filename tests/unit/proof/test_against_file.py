@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import recollect
-from recollect.models.listing import Compared
+from recollect.models.prepare import Compared
 from recollect.proof.reference_model import NotCompared, open_gguf
 from recollect.proof.verify import LIMITS, compare_with_file
 

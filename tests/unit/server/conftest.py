@@ -1,7 +1,9 @@
 """A server on the reference model, listening on a port of its own, in a thread."""
 
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -75,7 +77,7 @@ def start(
 
         def stop() -> None:
             server.should_exit = True
-            thread.join(timeout=20)
+            thread.join(timeout=60)
             assert not thread.is_alive(), "the server did not stop"
 
         servers.callback(stop)
@@ -84,7 +86,7 @@ def start(
             httpx.Client(
                 base_url=f"http://127.0.0.1:{port}",
                 headers={"Authorization": f"Bearer {keys[0]}"} if keys else {},
-                timeout=20,
+                timeout=60,
                 trust_env=False,
             )
         )
@@ -109,6 +111,34 @@ def post() -> Callable[..., Json]:
         return answer
 
     return post
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], bool]], None]:
+    """Return what waits until something holds; what takes milliseconds has a minute on a busy machine."""
+
+    def until(holds: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60
+        while not holds():
+            assert time.monotonic() < end, "it did not come about"
+            time.sleep(0.005)
+
+    return until
+
+
+@pytest.fixture
+def post_and_leave(until: Callable[..., None]) -> Callable[..., None]:
+    """Return what posts, and goes away without an answer as soon as something holds."""
+
+    def leave(client: httpx.Client, path: str, body: Json, once: Callable[[], bool]) -> None:
+        content = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        address = ("127.0.0.1", client.base_url.port or 0)
+        with socket.create_connection(address, timeout=60) as connection:
+            connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            until(once)
+
+    return leave
 
 
 @pytest.fixture

@@ -280,7 +280,7 @@ def test_a_large_body_is_read_beside_the_event_loop(body: bytes) -> None:
 
     def slowly(value: Any) -> Any:
         threads.append(threading.current_thread().name)
-        assert may_go_on.wait(20)
+        assert may_go_on.wait(60)
         return value
 
     class Slow(Body):

@@ -241,7 +241,7 @@ class Slow:
 
         def slow(rows: Any) -> Any:
             self.passes += 1
-            assert self.go.wait(20)
+            assert self.go.wait(60)
             time.sleep(0.005)
             return forward(rows)
 
@@ -251,13 +251,6 @@ class Slow:
 @pytest.fixture
 def slow(make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> Slow:
     return Slow(make_model(), monkeypatch)
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.01)
 
 
 def test_while_a_prompt_is_read_the_client_hears_of_it(
@@ -275,7 +268,12 @@ def test_while_a_prompt_is_read_the_client_hears_of_it(
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_reply_at_once(
-    start: Callable[..., httpx.Client], slow: Slow, stream: bool, chat: Callable[..., Json]
+    start: Callable[..., httpx.Client],
+    slow: Slow,
+    stream: bool,
+    chat: Callable[..., Json],
+    until: Callable[..., None],
+    post_and_leave: Callable[..., None],
 ) -> None:
     client = start(load=lambda _: slow.model)
     body = {
@@ -290,29 +288,28 @@ def test_a_client_that_leaves_ends_its_reply_at_once(
         with client.stream("POST", PATH, json=body) as response:
             assert next(response.iter_lines()).startswith("data: ")
     else:
-        with pytest.raises(httpx.ReadTimeout):
-            client.post(PATH, json=body, timeout=0.5)
-    eventually(lambda: not engine._scheduler.tasks())
+        post_and_leave(client, PATH, body, lambda: slow.passes > 10)
+    until(lambda: not engine._scheduler.tasks())
     assert slow.passes < 1000
     engine.check()
     assert chat(client, ("user", "a"))["usage"]["prompt_tokens"] > 0
 
 
 def test_who_waits_too_long_in_line_is_told_to_come_back(
-    start: Callable[..., httpx.Client], slow: Slow
+    start: Callable[..., httpx.Client], slow: Slow, until: Callable[..., None]
 ) -> None:
     client = start(load=lambda _: slow.model, limits=Limits(concurrent=1, queue=1))
     body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
     answers: list[int] = []
 
     def ask() -> None:
-        answers.append(httpx.post(f"{client.base_url}{PATH}", json=body, timeout=20).status_code)
+        answers.append(httpx.post(f"{client.base_url}{PATH}", json=body, timeout=60).status_code)
 
     running, waiting = threading.Thread(target=ask), threading.Thread(target=ask)
     running.start()
-    eventually(lambda: slow.passes > 0)
+    until(lambda: slow.passes > 0)
     waiting.start()
-    eventually(lambda: "recollect_queue 1.0" in client.get("/metrics").text)
+    until(lambda: "recollect_queue 1.0" in client.get("/metrics").text)
     refused = client.post(PATH, json=body)
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1

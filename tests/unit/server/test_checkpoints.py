@@ -61,7 +61,7 @@ def as_second(servers: ExitStack) -> Callable[[httpx.Client], httpx.Client]:
 
     def connect(client: httpx.Client) -> httpx.Client:
         headers = {"Authorization": f"Bearer {KEYS[1]}"}
-        other = httpx.Client(base_url=client.base_url, headers=headers, timeout=20, trust_env=False)
+        other = httpx.Client(base_url=client.base_url, headers=headers, timeout=60, trust_env=False)
         return servers.enter_context(other)
 
     return connect

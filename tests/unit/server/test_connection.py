@@ -21,12 +21,13 @@ POST = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/js
 WHOLE = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 GET = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 QUICK = Limits(header_s=0.3, body_s=0.3, shutdown_s=5)
+QUITE_QUICK = Limits(header_s=1, body_s=1, shutdown_s=5)  # for what a busy machine has to keep
 PATIENT = Limits(header_s=5, body_s=5, shutdown_s=5)
 
 
 @contextmanager
 def connected(client: httpx.Client) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=20) as one:
+    with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=60) as one:
         yield one
 
 
@@ -75,6 +76,20 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def noted(self: BoundedProtocol, data: bytes) -> None:
         real(self, data)
         sizes.append(self._pending_bytes)
+
+    monkeypatch.setattr(BoundedProtocol, "data_received", noted)
+    return sizes
+
+
+@pytest.fixture
+def received(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the sizes of what parsers were fed with."""
+    sizes: list[int] = []
+    real = BoundedProtocol.data_received
+
+    def noted(self: BoundedProtocol, data: bytes) -> None:
+        real(self, data)
+        sizes.append(len(data))
 
     monkeypatch.setattr(BoundedProtocol, "data_received", noted)
     return sizes
@@ -150,7 +165,7 @@ def test_a_slow_request_ends(
         one.sendall(sent)
         one.settimeout(0.05)
         received = b""
-        while time.monotonic() - begun < 10:
+        while time.monotonic() - begun < 30:  # uvicorn's own time is 75 s
             try:
                 piece = one.recv(65536)
             except TimeoutError:
@@ -165,7 +180,6 @@ def test_a_slow_request_ends(
         else:
             pytest.fail("it was not closed")
     assert received.startswith(b"HTTP/1.1 " + status), received
-    assert time.monotonic() - begun < 5
 
 
 def test_a_slow_body_is_told_so_in_the_words_of_its_api(start: Callable[..., httpx.Client]) -> None:
@@ -180,11 +194,11 @@ def test_a_slow_body_is_told_so_in_the_words_of_its_api(start: Callable[..., htt
 
 def test_a_quick_client_has_its_time(start: Callable[..., httpx.Client]) -> None:
     """Deadlines belong to what is received: not to a reply, nor to the next request's wait for it."""
-    client = start(limits=QUICK)
+    client = start(limits=QUITE_QUICK)
     with connected(client) as one:
         one.sendall(WHOLE)
         assert answer(one) == 200
-        time.sleep(0.8)  # between requests uvicorn's own time counts, which is longer
+        time.sleep(1.2)  # between requests uvicorn's own time counts, which is longer
         one.sendall(WHOLE)
         assert answer(one) == 200
         one.sendall(WHOLE + WHOLE + GET)  # pipelined
@@ -201,11 +215,11 @@ def test_a_long_reply_is_not_cut_by_a_deadline(
     forward = model.engine._runtime.forward
 
     def slow(rows: Any) -> Any:
-        time.sleep(0.02)
+        time.sleep(0.04)
         return forward(rows)
 
     monkeypatch.setattr(model.engine._runtime, "forward", slow)
-    client = start(load=lambda _: model, limits=QUICK)
+    client = start(load=lambda _: model, limits=QUITE_QUICK)
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 60}
     with connected(client) as one:
         data = json.dumps({**body, "ignore_eos": True}).encode()
@@ -213,7 +227,7 @@ def test_a_long_reply_is_not_cut_by_a_deadline(
         one.sendall(b"GET /hea")  # the next request begins, and waits for this one
         begun = time.monotonic()
         assert answer(one) == 200
-        assert time.monotonic() - begun > 3 * QUICK.header_s
+        assert time.monotonic() - begun > 2 * QUITE_QUICK.header_s
         one.sendall(b"lth HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         assert answer(one) == 200
 
@@ -272,26 +286,33 @@ def test_what_is_no_http_is_refused(client: httpx.Client, sent: bytes) -> None:
     assert client.get("/health").status_code in {200, 503}
 
 
-def test_all_bodies_together_have_a_limit(start: Callable[..., httpx.Client]) -> None:
+def test_all_bodies_together_have_a_limit(
+    start: Callable[..., httpx.Client], received: list[int], until: Callable[..., None]
+) -> None:
     """Bytes that are held are given back when their requests are answered, or go."""
     limits = Limits(bodies_bytes=300_000, shutdown_s=5)
     client = start(limits=limits)
     part = POST + b"Content-Length: 200000\r\n\r\n" + b" " * 190_000
     with connected(client) as one, connected(client) as other:
         one.sendall(part)
-        time.sleep(0.2)
+        until(lambda: sum(received) == len(part))
         other.sendall(part)
         assert answer(other) == 503
         one.sendall(b" " * 10_000)
         assert answer(one) == 400
     for _ in range(5):
+        received.clear()
         with connected(client) as one:
             one.sendall(part)
-            time.sleep(0.05)
+            until(lambda: bool(received))
     big = json.dumps({"messages": [{"role": "user", "content": "a" * 250_000}], "model": "none"})
-    for _ in range(3):
+
+    def told() -> str:
         answered = client.post(CHAT, content=big, headers={"Content-Type": "application/json"})
-        assert answered.json()["error"]["code"] == "model_not_found"
+        return str(answered.json()["error"]["code"])
+
+    until(lambda: told() == "model_not_found")  # that the last one went is noticed, sooner or later
+    assert [told() for _ in range(3)] == ["model_not_found"] * 3
 
 
 @pytest.fixture

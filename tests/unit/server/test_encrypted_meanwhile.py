@@ -1,12 +1,14 @@
 """A folder that is encrypted while a server has it open: what is kept is refused, in words."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from recollect import encryption
 from recollect.journal.encrypt import encrypt
 
 SAID: dict[str, Any] = {"input": "Hello", "max_output_tokens": 2}
@@ -14,9 +16,13 @@ SAID: dict[str, Any] = {"input": "Hello", "max_output_tokens": 2}
 
 @pytest.fixture(params=["the server has read", "the server has not read yet"])
 def encrypted(
-    request: pytest.FixtureRequest, start: Callable[..., httpx.Client], tmp_path: Path
+    request: pytest.FixtureRequest,
+    start: Callable[..., httpx.Client],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[httpx.Client, str]:
     """Return a client of a server whose folder was encrypted meanwhile, and the id of a response."""
+    monkeypatch.setattr(encryption, "Scrypt", partial(encryption.Scrypt, n=2))
     client = first = start()
     response = first.post("/v1/responses", json=SAID)
     assert response.status_code == 200

@@ -22,7 +22,8 @@ from recollect.server.access import namespace_of
 from recollect.server.settings import Limits
 
 Json = dict[str, Any]
-WAIT_S = 20  # for what takes milliseconds: a test that would hang fails instead
+Until = Callable[[Callable[[], bool]], None]
+WAIT_S = 60  # for what takes milliseconds: a test that would hang fails instead
 SHARED_CHUNK = Pace().shared_chunk
 LIMITS = Limits(concurrent=4, queue=16, shutdown_s=5)
 
@@ -79,16 +80,6 @@ def submitted(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
     return tasks
 
 
-def until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds."""
-    tick = threading.Event()
-    for _ in range(WAIT_S * 100):
-        if holds():
-            return
-        tick.wait(0.01)
-    pytest.fail("it did not come about")
-
-
 def in_background(stack: ExitStack, work: Callable[[], object], count: int = 1) -> None:
     """Run something in threads, which have ended when the stack is closed."""
 
@@ -109,6 +100,7 @@ def test_two_hundred_requests_of_one_key_cost_another_one_running_pass_and_its_o
     make_model: Callable[..., Model],
     gate: Gate,
     submitted: list[Task],
+    until: Until,
     path: str,
     prompt: str,
 ) -> None:
@@ -170,13 +162,14 @@ def test_a_prewarm_that_nobody_waits_for_any_more_is_not_computed(
     make_model: Callable[..., Model],
     gate: Gate,
     cancelled: threading.Event,
+    post_and_leave: Callable[..., None],
     public: bool,
 ) -> None:
     model = make_model()
     client = start(load=lambda _: model, limits=Limits(concurrent=1, shutdown_s=5))
     messages = [{"role": "user", "content": "a long text " * 120}]
-    with pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/prewarm", json={"messages": messages, "public": public}, timeout=0.5)
+    body = {"messages": messages, "public": public}
+    post_and_leave(client, "/v1/prewarm", body, lambda: len(gate.passes) == 1)
     assert cancelled.wait(WAIT_S)
     gate.open()
     # The turn comes when it has ended.
@@ -186,7 +179,11 @@ def test_a_prewarm_that_nobody_waits_for_any_more_is_not_computed(
 
 
 def test_a_prewarm_that_is_given_up_is_no_failure_in_the_log(
-    start: Callable[..., httpx.Client], make_model: Callable[..., Model], gate: Gate
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    gate: Gate,
+    until: Until,
+    post_and_leave: Callable[..., None],
 ) -> None:
     client = start(load=lambda _: make_model(), limits=Limits(concurrent=1, shutdown_s=5))
     messages = [{"role": "user", "content": "a long text " * 120}]
@@ -195,8 +192,8 @@ def test_a_prewarm_that_is_given_up_is_no_failure_in_the_log(
     with ExitStack() as stack:
         logging.getLogger("asyncio").addHandler(handler)
         stack.callback(logging.getLogger("asyncio").removeHandler, handler)
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/prewarm", json={"messages": messages}, timeout=0.5)
+        body = {"messages": messages}
+        post_and_leave(client, "/v1/prewarm", body, lambda: len(gate.passes) == 1)
         until(lambda: disconnected(client, "/v1/prewarm"))
         gate.open()
         # The turn comes when it has ended.
@@ -210,17 +207,19 @@ def test_a_prewarm_whose_client_goes_while_it_stands_in_line_is_never_begun(
     make_model: Callable[..., Model],
     gate: Gate,
     submitted: list[Task],
+    until: Until,
+    post_and_leave: Callable[..., None],
 ) -> None:
     model = make_model()
     client = start(load=lambda _: model, limits=Limits(concurrent=1, shutdown_s=5))
-    messages = [{"role": "user", "content": "text"}]
+    prewarm = {"messages": [{"role": "user", "content": "text"}]}
     with ExitStack() as stack:
         body = {"prompt": "x", "max_tokens": 1}
         in_background(stack, lambda: client.post("/v1/completions", json=body))
         stack.callback(gate.open)
         until(lambda: len(submitted) == 1)
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/prewarm", json={"messages": messages}, timeout=0.5)
+        waits = "recollect_queue 1.0"
+        post_and_leave(client, "/v1/prewarm", prewarm, lambda: waits in client.get("/metrics").text)
         until(lambda: disconnected(client, "/v1/prewarm"))
     assert client.post("/v1/completions", json=body).status_code == 200
     assert len(submitted) == 2
@@ -277,6 +276,8 @@ def test_a_client_that_goes_while_its_replies_are_prepared_leaves_none_behind(
     make_model: Callable[..., Model],
     monkeypatch: pytest.MonkeyPatch,
     submitted: list[Task],
+    until: Until,
+    post_and_leave: Callable[..., None],
 ) -> None:
     """Encoding a long prompt takes its time; what it begins then, nobody would read."""
     new_sequence, ready = Engine.new_sequence, threading.Event()
@@ -288,10 +289,10 @@ def test_a_client_that_goes_while_its_replies_are_prepared_leaves_none_behind(
     monkeypatch.setattr(Engine, "new_sequence", slow)
     client = start(load=lambda _: make_model())
     body = {"prompt": ["one", "two"], "max_tokens": 1500, "ignore_eos": True}
-    with pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/completions", json=body, timeout=0.5)
+    begun = "recollect_running 2.0"
+    post_and_leave(client, "/v1/completions", body, lambda: begun in client.get("/metrics").text)
     until(lambda: disconnected(client, "/v1/completions"))
-    assert "recollect_running 2.0" in client.get("/metrics").text
+    assert begun in client.get("/metrics").text
     ready.set()
     until(lambda: "recollect_running 0.0" in client.get("/metrics").text)
     assert [task.state for task in submitted] == ["cancelled"] * 2

@@ -147,7 +147,7 @@ def test_health_answers_while_the_model_is_loaded(
     go = threading.Event()
 
     def load(_name: str) -> Model:
-        assert go.wait(20)
+        assert go.wait(60)
         return make_model()
 
     client = start(load=load)

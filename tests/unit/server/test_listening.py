@@ -67,7 +67,7 @@ def test_a_server_answers_on_the_port_that_it_took_and_frees_it(tmp_path: Path) 
     listening, may_fail, ports, told = threading.Event(), threading.Event(), [], []
 
     def load(_name: str) -> Model:
-        assert may_fail.wait(20)
+        assert may_fail.wait(60)
         raise FetchError("There is no network.")
 
     def on_listening(port: int) -> None:
@@ -85,12 +85,12 @@ def test_a_server_answers_on_the_port_that_it_took_and_frees_it(tmp_path: Path) 
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        assert listening.wait(20)
+        assert listening.wait(60)
         url = f"http://127.0.0.1:{ports[0]}/v1/models"
         assert httpx.get(url, trust_env=False).status_code == 200
     finally:
         may_fail.set()
-        thread.join(20)
+        thread.join(60)
     assert len(told) == 1
     with socket.create_server(("127.0.0.1", ports[0])):
         pass  # it is free again

@@ -154,7 +154,7 @@ def test_prompts_are_published_after_each_load(
     for number, name in enumerate(("one", "other", "one"), 1):
         client.post(CHAT, json={"model": name, "messages": [{"role": "user", "content": "Hi"}]})
         assert len(threads) == number
-        threads[-1].join(timeout=20)
+        threads[-1].join(timeout=60)
         body = {"model": name, "messages": [*MARK["messages"], {"role": "user", "content": "Hi"}]}
         answer = client.post(CHAT, json=body, headers=bearer("b")).json()
         assert computed(answer) < 60
@@ -170,7 +170,7 @@ def test_a_model_that_goes_takes_the_work_with_it(
 
     def slow(rows: Any) -> Any:
         begun.set()
-        assert goes_on.wait(timeout=20)
+        assert goes_on.wait(timeout=60)
         return forward(rows)
 
     monkeypatch.setattr(model.engine._runtime, "forward", slow)
@@ -178,12 +178,12 @@ def test_a_model_that_goes_takes_the_work_with_it(
     if not working:
         goes_on.set()
         closing.start()
-        closing.join(timeout=20)
+        closing.join(timeout=60)
     publishing = publish_later(model, ["long " * 200, SYSTEM])
     if working:
-        assert begun.wait(timeout=20)
+        assert begun.wait(timeout=60)
         closing.start()
         goes_on.set()
     for thread in (publishing, closing):
-        thread.join(timeout=20)
+        thread.join(timeout=60)
         assert not thread.is_alive()

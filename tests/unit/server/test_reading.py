@@ -369,13 +369,13 @@ def test_a_reply_that_waits_to_be_kept_has_given_its_turn_back(
     def wait(journal: Journal, kept_as: int, entry: Entry, **options: Any) -> Any:
         if any(node.role == "assistant" for node in entry.nodes):
             reached.set()
-            assert held.wait(20)
+            assert held.wait(60)
         return write(journal, kept_as, entry, **options)
 
     monkeypatch.setattr(Journal, "write", wait)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.post, "/v1/responses", json=said)
-        assert reached.wait(20)
+        assert reached.wait(60)
         try:
             assert chat(client, ("user", "one"))["choices"][0]["message"]["content"]
             assert not waiting.done()

@@ -60,7 +60,7 @@ def test_what_one_key_said_is_computed_again_for_another(
     forward = model.engine._runtime.forward
 
     def costly(rows: Any) -> Any:
-        time.sleep(sum(len(row.token_ids) for row in rows) * 1e-4)
+        time.sleep(sum(len(row.token_ids) for row in rows) * 5e-4)
         return forward(rows)
 
     monkeypatch.setattr(model.engine._runtime, "forward", costly)

@@ -83,9 +83,10 @@ class Stream(threading.Thread):
         self.lines: list[str] = []
         self.failure: Exception | None = None
         self.begun = threading.Event()
+        self.ended_at = 0.0
         self._client, self._path, self._body = client, path, body
         self.start()
-        assert self.begun.wait(20), self.failure
+        assert self.begun.wait(60), self.failure
 
     def run(self) -> None:
         """Read till the end."""
@@ -98,6 +99,7 @@ class Stream(threading.Thread):
         except httpx.HTTPError as error:
             self.failure = error
             self.begun.set()
+        self.ended_at = time.monotonic()
 
 
 LONG: Final = {"stream": True, "ignore_eos": True, "max_tokens": 4000}
@@ -107,20 +109,21 @@ SAID: Final = [{"role": "user", "content": "Hello"}]
 def test_a_second_ctrl_c_ends_a_stream_with_a_last_event(start: Callable[..., Server]) -> None:
     server = start()
     stream = Stream(server.client, "/v1/chat/completions", {**LONG, "messages": SAID})
-    begun = time.monotonic()
     server.interrupt()
     said = server.wait_for("Stopping")
     assert "Stopping: waiting up to 10 s for 1 reply; Ctrl-C again ends it now." in said
+    begun = time.monotonic()
     server.interrupt()
     said = server.end()
-    assert time.monotonic() - begun < 8  # far less than the 10 s that replies are given
     assert {line.split()[2] for line in said.splitlines()} == {"INFO"}
     assert server.process.returncode == 0
-    stream.join(10)
+    stream.join(60)
     assert stream.failure is None
+    assert stream.ended_at - begun < 8  # far less than the 10 s that replies are given
     assert json.loads(stream.lines[-1])["error"]["code"] == "server_stopping"
 
 
+@pytest.mark.slow
 def test_after_ten_seconds_replies_end_with_a_last_event(start: Callable[..., Server]) -> None:
     server = start()
     streams = [
@@ -134,7 +137,7 @@ def test_after_ten_seconds_replies_end_with_a_last_event(start: Callable[..., Se
     assert "Error" not in said
     assert server.process.returncode == 0
     for stream in streams:
-        stream.join(10)
+        stream.join(60)
         assert stream.failure is None
         assert "error" in json.loads(stream.lines[-1])
 
@@ -147,6 +150,7 @@ def test_ctrl_c_while_the_model_loads_ends_at_once(start: Callable[..., Server])
     assert server.process.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_request_that_waits_for_the_model_is_answered(start: Callable[..., Server]) -> None:
     server = start(load_s=300)
     answers: list[httpx.Response] = []
@@ -162,7 +166,7 @@ def test_a_request_that_waits_for_the_model_is_answered(start: Callable[..., Ser
     said = server.wait_for("Stopping")
     server.interrupt()
     said += server.end()
-    asking.join(10)
+    asking.join(60)
     assert "Stopping: waiting up to 10 s for 1 reply; Ctrl-C again ends it now." in said
     assert "Traceback" not in said
     assert [answer.status_code for answer in answers] == [503]

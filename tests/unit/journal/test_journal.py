@@ -26,9 +26,8 @@ from recollect.errors import (
     UnknownNodeError,
 )
 from recollect.journal import schema
-from recollect.journal.entries import Label
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.journal.records import ConversationRecord, Entry, NewNode
+from recollect.journal.records import ConversationRecord, Entry, Label, NewNode
 from recollect.types import ToolLinks
 
 USAGE = {"prompt_tokens": 7, "ttft_s": 0.125, "decode_tps": None, "reason": {"what": "new"}}

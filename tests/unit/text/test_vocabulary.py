@@ -2,8 +2,7 @@
 
 import pytest
 
-from recollect.text.tokenizer import ByteTokenizer
-from recollect.text.vocabulary import decode_with_marks, make_vocabulary
+from recollect.text.tokenizer import ByteTokenizer, decode_with_marks, make_vocabulary
 
 
 @pytest.mark.parametrize(

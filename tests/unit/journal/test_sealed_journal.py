@@ -19,9 +19,8 @@ from recollect.errors import (
 )
 from recollect.journal import schema
 from recollect.journal.database import Database
-from recollect.journal.entries import Label
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.journal.records import NewNode, StoredConversation, checksum
+from recollect.journal.records import Label, NewNode, StoredConversation, checksum
 from recollect.journal.rows import NODE_COLUMNS, Sealing
 from recollect.types import ToolLinks
 

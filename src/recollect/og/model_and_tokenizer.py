@@ -1,13 +1,9 @@
 """
-The one place where recollect's exceptions become those that scripts for the original catch.
+What a script for ONNX Runtime GenAI loads, in the original's words: model, tokenizer, and their settings.
 
-`Config` and `Model`: what a script loads, in the original's words.
-
-Knows which options the folder sets; how they choose tokens is the generator's business.
-
-`Tokenizer`, `TokenizerStream` and `Tensor`: text and ids as the original's arrays.
-
-Knows the model's tokenizer and template, and no generator.
+`Config` and `Model` say what is loaded, `Tokenizer`, `TokenizerStream` and `Tensor` give text and ids
+as the original's arrays. `as_runtime_error` is the one place where recollect's exceptions become
+those that such scripts catch. Does not choose tokens.
 """
 
 import json
@@ -24,8 +20,8 @@ from recollect.conversation.loading import load
 from recollect.conversation.model import Model as LoadedModel
 from recollect.errors import RecollectError
 from recollect.models.catalog import LocalModel
+from recollect.models.openvino_folder import as_ids
 from recollect.models.prepare import prepare
-from recollect.text.other_tokenizers import as_ids
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Detokenizer
 from recollect.types import Profile

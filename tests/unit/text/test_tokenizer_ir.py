@@ -2,7 +2,7 @@ import struct
 
 import pytest
 
-from recollect.text.other_tokenizers import added_texts, recognising_only, without_truncation
+from recollect.text.file_tokenizers import added_texts, recognising_only, without_truncation
 
 LIMITED = """<net name="t"><layers>
 <layer id="0" type="Parameter"/>

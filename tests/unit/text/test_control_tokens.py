@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.text.vocabulary import (
+from recollect.text.tokenizer import (
     ControlTokens,
     UnknownCharacters,
     control_tokens,

@@ -10,8 +10,7 @@ from prompt_toolkit.history import FileHistory
 import recollect
 from recollect import config
 from recollect.errors import StoreError
-from recollect.journal import journal
-from recollect.journal.journal import Journal
+from recollect.journal.journal import Journal, forget_typed
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -41,7 +40,7 @@ def test_entries_that_said_a_message_go_however_they_were_typed(tmp_path: Path) 
         "/undo",
     )
     messages = ["one", "two\nlines", "two and a half", "Be brief.", "/three", "\ud800 four"]
-    assert journal.forget(path, messages) == 6
+    assert forget_typed(path, messages) == 6
     assert left(path) == ["five", "/undo"]
     assert [file.name for file in tmp_path.iterdir()] == ["history"]
     typed(path, "six")
@@ -53,12 +52,12 @@ def test_a_history_that_was_rewritten_can_be_read_by_its_owner_only(tmp_path: Pa
     path = tmp_path / "history"
     typed(path, "one", "two")
     path.chmod(0o644)
-    journal.forget(path, ["one"])
+    forget_typed(path, ["one"])
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_without_a_history_there_is_nothing_to_forget(tmp_path: Path) -> None:
-    assert journal.forget(tmp_path / "history", ["one"]) == 0
+    assert forget_typed(tmp_path / "history", ["one"]) == 0
     assert list(tmp_path.iterdir()) == []
 
 
