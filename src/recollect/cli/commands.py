@@ -1,7 +1,7 @@
 """
-The commands of a chat at the terminal: `/undo`, `/fork`, `/tree` and the others, as a table.
+The commands of a chat at the terminal, `/undo`, `/fork`, `/tree` and the others, as a table.
 
-Each is a function of the chat and what was typed after its name. Does not read input.
+Each is a function of the chat and of what was typed after its name. Does not read input.
 """
 
 import difflib
@@ -215,22 +215,22 @@ def pin(chat: Chat, _rest: str) -> None:
     chat.session.pin()
     warm, _ = chat.session.warm_tokens()
     chat.note(
-        f"{warm:,} tokens of {chat.current} stay in memory until /unpin, whoever needs room; "
+        f"{warm:,} tokens of {chat.current} stay in memory until /unpin; "
         "what is said from here on takes another /pin."
     )
 
 
 def unpin(chat: Chat, _rest: str) -> None:
-    """Let what was pinned go where others need room."""
+    """Unpin: allow what was pinned to be evicted."""
     chat.session.unpin()
-    chat.note(f"The memory of {chat.current} may be reused when room is needed.")
+    chat.note(f"The cache of {chat.current} may be evicted when memory runs out.")
 
 
 def save(chat: Chat, rest: str) -> None:
-    """Keep this place on disk, or list those that are kept."""
+    """Save a checkpoint, or list the checkpoints."""
     if not chat.session.conversation.is_kept:
         raise ConversationError(
-            "This chat is not kept, and so none of its places: start one without --no-save."
+            "This chat is not kept, so it can have no checkpoint: start one without --no-save."
         )
     if rest:
         made = chat.session.checkpoint(rest)
@@ -241,14 +241,14 @@ def save(chat: Chat, rest: str) -> None:
         return
     kept = chat.model.checkpoints()
     if not kept:
-        chat.note("No place is kept yet: /save NAME keeps this one.")
+        chat.note("There is no checkpoint yet: /save NAME makes one here.")
     for made in kept:
         of = made.conversation or "deleted"
         chat.note(f"{made.name}: {of}, after turn {made.turns}, {made.tokens:,} tokens")
 
 
 def load(chat: Chat, rest: str) -> None:
-    """Go to a place that was kept."""
+    """Go to a checkpoint."""
     if not rest:
         raise InvalidParameterError("Give the name of a checkpoint: /save lists them.")
     former = chat.current
@@ -303,29 +303,31 @@ _KEYS: Final = (
 COMMANDS: Final[dict[str, Command]] = {
     command.name: command
     for command in (
-        Command("undo", "[N]", "take back the last turn, or the last N; they stay in /tree", undo),
+        Command(
+            "undo", "[N]", "take back the last turn, or the last N; they stay in the tree", undo
+        ),
         Command("rewind", "N", "go to after turn N; 0 is the start", rewind),
-        Command("edit", "N [TEXT]", "say something else in turn N; without TEXT, edit it", edit),
+        Command("edit", "N [TEXT]", "replace the message of turn N by TEXT, or edit it", edit),
         Command(
             "regenerate",
             "",
-            f"another reply, at temperature {REGENERATE_TEMPERATURE} or more, with a new seed",
+            f"generate another reply, at temperature {REGENERATE_TEMPERATURE} or more, with a new seed",
             regenerate,
         ),
-        Command("fork", "NAME", "a second session from here on, and go to it; costs nothing", fork),
-        Command("switch", "[NAME]", "go to another session, or list them", switch),
-        Command("close", "NAME", "close a session; its branch stays in /tree", close),
-        Command("tree", "", "all branches, their names and turns, and what is warm", tree),
+        Command("fork", "NAME", "begin a new branch here and go to it; costs nothing", fork),
+        Command("switch", "[NAME]", "go to another branch or conversation, or list them", switch),
+        Command("close", "NAME", "close a branch; it stays in the tree", close),
+        Command("tree", "", "draw all branches with their turns, and show what is in memory", tree),
         Command("goto", "#ID", "go to any reply of the tree, also one taken back", goto),
-        Command("name", "[NEW]", "what this conversation is kept as, or another name for it", name),
-        Command("pin", "", "keep what was said so far in memory, whoever needs room", pin),
-        Command("unpin", "", "let it go again when room is needed", unpin),
-        Command("save", "[NAME]", "keep this place on disk under a name, or list those kept", save),
-        Command("load", "NAME", "go back to a place that was kept by /save", load),
-        Command("stats", "", "what was computed, reused and restored, and memory", stats),
-        Command("system", "[TEXT]", "begin a new conversation with these instructions", system),
-        Command("help", "", "this list", help_text),
-        Command("quit", "", "leave", leave),
+        Command("name", "[NEW]", "show the name of this conversation, or give it another", name),
+        Command("pin", "", "keep the cache of this branch in memory", pin),
+        Command("unpin", "", "allow it to be evicted when memory runs out", unpin),
+        Command("save", "[NAME]", "save a checkpoint here, or list the checkpoints", save),
+        Command("load", "NAME", "go to a checkpoint", load),
+        Command("stats", "", "show what was computed, reused and restored, and the memory", stats),
+        Command("system", "[TEXT]", "begin a new conversation, with these instructions", system),
+        Command("help", "", "show this list", help_text),
+        Command("quit", "", "end the chat", leave),
     )
 }
 

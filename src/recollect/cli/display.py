@@ -1,20 +1,10 @@
 """
-What a terminal needs to show a reply well: no control characters, whole words, no echo.
+What a chat draws on the terminal: a reply while it is generated, and the tree of a conversation.
 
-Does not know replies.
-
-A reply on a terminal while it is generated: pieces as they come, Ctrl-C to stop, prefill progress.
-
-Does not know sessions or commands: it is given something that starts a reply.
-
-Which turns of a conversation have their KV in memory, and which have it on disk.
-
-Pure: the caller measures; this decides where, and as seldom as it can: a measurement encodes
-everything up to a turn.
-
-Draws a conversation's tree in lines, one a turn.
-
-Pure: nodes in, styled lines out.
+A reply comes in pieces: printed by whole words, without echo of what is typed meanwhile, with a bar
+while a long prompt is read; Ctrl-C stops it. The tree has one line for each turn, with a mark for
+where its KV is. Finding that out encodes everything up to a turn, so it is measured as seldom as
+possible. Knows no commands and no sessions; it is given what starts a reply and what measures.
 """
 
 import signal

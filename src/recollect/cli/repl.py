@@ -1,15 +1,9 @@
 """
-The chat at the terminal: reads a line, does it, and goes on.
+The loop of a chat at the terminal: read a line, do it, and go on.
 
-What a line does is in `commands` and `state`; how it is typed, in `keys`.
-
-What is being typed, handed on when the user pauses.
-
-Knows neither the input line nor sessions: it is given texts, and what to call with them.
-
-The input line: when Enter ends a message and when it begins a new line, history, completion.
-
-Does not know what a message is for.
+Here is how a line is typed: Enter ends a message or begins a new line, earlier lines come back from
+the history, names are completed. When the user pauses, what is typed so far is handed to the session,
+which reads it ahead. What a line does is in `commands` and `state`.
 """
 
 import os

@@ -1,15 +1,9 @@
 """
-What a chat at the terminal holds: sessions by name, the current one, and what they have cost.
+The state of a chat at the terminal: its sessions by name, the current one, and what replies cost.
 
-Prints to a console it is given; does not read input, and knows no commands.
-
-What `/stats` shows: work done, work saved, and memory.
-
-Reads counters; counts nothing itself.
-
-What a chat begins and ends with: the model, where a resumed conversation stands, how to go on.
-
-Prints; changes nothing.
+`Chat` owns that state. Here is also what a chat prints about it: where a conversation stands at the
+beginning, how to go on at the end, the line under a reply, and `/stats`. Prints to a console that it
+is given; does not read input and knows no commands.
 """
 
 import shlex

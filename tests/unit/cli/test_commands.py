@@ -323,7 +323,7 @@ def test_save_says_that_no_place_is_kept(
     make_chat: Callable[..., Chat], open_store: Callable[..., DiskStore], screen: StringIO
 ) -> None:
     run_command(make_chat(keep=True, store=open_store()), "/save")
-    assert take(screen) == "No place is kept yet: /save NAME keeps this one.\n"
+    assert take(screen) == "There is no checkpoint yet: /save NAME makes one here.\n"
 
 
 def test_without_kv_on_disk_save_says_how_to_have_it(make_chat: Callable[..., Chat]) -> None:
