@@ -161,7 +161,7 @@ def lines_of_code(source: str) -> int:
 
 def test_the_page_names_modules_that_exist() -> None:
     """ARCHITECTURE.md is read by those who look for the place of a change."""
-    page = (PACKAGE.parents[1] / "ARCHITECTURE.md").read_text("utf-8")
+    page = (Path(__file__).parents[1] / "ARCHITECTURE.md").read_text("utf-8")
     parts = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
     named = {name for name in re.findall(r"`(\w+/\w+)`", page) if name.split("/")[0] in parts}
     there = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in MODULES}
