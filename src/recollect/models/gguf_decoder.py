@@ -6,7 +6,7 @@ would run with another meaning than its file's is not run. Reads no weights and 
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -36,17 +36,26 @@ class _Family:
     """Of so many layers all but the last look back no further than the window; 0: none, 1: all do."""
     fused: bool = False
     """Whether query, key and value are one tensor, and gate and up another."""
+    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
+    """The norms of a layer: one that the file lacks, or has besides, would be another model."""
 
+
+_HEAD_NORMS: Final = ("attn_q_norm", "attn_k_norm")
+_OUTER_NORMS: Final = ("post_attention_norm", "post_ffw_norm")
 
 FAMILIES: Final[Mapping[str, _Family]] = MappingProxyType(
     {
         "llama": _Family(interleaved=True),
         "qwen2": _Family(),
-        "qwen3": _Family(),
+        "qwen3": _Family(norms=("attn_norm", *_HEAD_NORMS, "ffn_norm")),
         "granite": _Family(interleaved=True, scales=True),
         "smollm3": _Family(interleaved=True, unrotated_every=4),
-        "olmo2": _Family(),
-        "gemma3": _Family(is_gemma=True, windowed_of=6),
+        "olmo2": _Family(norms=(*_HEAD_NORMS, *_OUTER_NORMS)),
+        "gemma3": _Family(
+            is_gemma=True,
+            windowed_of=6,
+            norms=("attn_norm", *_HEAD_NORMS, "ffn_norm", *_OUTER_NORMS),
+        ),
         "phi3": _Family(windowed_of=1, fused=True),
     }
 )
@@ -152,7 +161,7 @@ def read_decoder(shards: Shards) -> Decoder:
         logit_divisor=fields.real("logit_scale", 1.0),
         tensors=shards.tensors.keys(),
     )
-    _require_sound(decoder, fields)
+    _require_sound(decoder, fields, family.norms)
     return decoder
 
 
@@ -279,30 +288,23 @@ def _require_readable_kinds(shards: Shards) -> None:
 
 _IGNORED: Final = ("rope_freqs.weight", ".attn_rot_embd.weight", ".rope_freqs.weight")
 """Not weights of the graph: frequencies, which the rotary embedding takes or old files repeat."""
-_PER_LAYER: Final[tuple[tuple[str, ...], ...]] = (
-    ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
-    ("attn_norm", "attn_q_norm", "attn_k_norm", "post_attention_norm"),
-    ("ffn_norm", "post_ffw_norm"),
-)
+_SEPARATE: Final = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _FUSED: Final = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
 
 
-def _require_sound(decoder: Decoder, fields: _Fields) -> None:
+def _require_sound(decoder: Decoder, fields: _Fields, norms: Sequence[str]) -> None:
     """Check that every weight that is needed is there, and that every weight there has a place."""
     sizes = (decoder.layers, decoder.heads, decoder.kv_heads, decoder.head_size)
     is_odd = decoder.heads % decoder.kv_heads or decoder.head_size % 2 if min(sizes) > 0 else True
     if is_odd or decoder.layers > len(decoder.tensors):
         raise fields.refusal(f"says that it has layers, heads, KV heads and head size of {sizes}")
-    matrices, *norms = _PER_LAYER
-    if decoder.fused:
-        matrices = _FUSED
+    matrices = _FUSED if decoder.fused else _SEPARATE
     needed = {"token_embd.weight", "output_norm.weight"}
     allowed = {"output.weight", "output.bias"}
     for layer in range(decoder.layers):
         name = f"blk.{layer}."
-        needed |= {f"{name}{matrix}.weight" for matrix in matrices}
+        needed |= {f"{name}{kind}.weight" for kind in (*matrices, *norms)}
         allowed |= {f"{name}{matrix}.bias" for matrix in matrices}
-        allowed |= {f"{name}{norm}.weight" for kinds in norms for norm in kinds}
     missing = sorted(needed.difference(decoder.tensors))
     if missing:
         raise UnsupportedModelError(

@@ -117,6 +117,23 @@ def test_a_missing_tensor_is_named(make_decoder: MakeDecoder) -> None:
         require_buildable(path)
 
 
+def test_a_norm_that_the_architecture_has_is_missed(make_decoder: MakeDecoder) -> None:
+    """Built without it, the model would run, and compute something else."""
+    path = make_decoder(architecture="qwen3")
+    with pytest.raises(
+        UnsupportedModelError, match=r"lacks the tensor blk\.0\.attn_k_norm\.weight"
+    ):
+        require_buildable(path)
+
+
+def test_a_norm_that_the_architecture_has_not_is_named(make_decoder: MakeDecoder) -> None:
+    path = make_decoder(architecture="llama", head_norms=True)
+    with pytest.raises(
+        UnsupportedModelError, match=r"holds the tensor blk\.0\.attn_k_norm\.weight"
+    ):
+        require_buildable(path)
+
+
 def test_a_tensor_without_a_place_is_named(make_decoder: MakeDecoder) -> None:
     path = make_decoder(layers=2, fields={"block_count": 1})
     with pytest.raises(UnsupportedModelError, match=r"holds the tensor blk\.1\.attn_k\.weight"):
