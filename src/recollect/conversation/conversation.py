@@ -1,12 +1,9 @@
 """
-One conversation: its tree, where it is kept, and how its messages are found again.
+One conversation: its tree, its record in the journal, and how its messages are found again.
 
-What all sessions on it share. Knows no tokens' meaning and no KV.
-
-The numbers by which people name messages: 1 for the first that a conversation has kept, and so on.
-
-Pure: ids in, numbers out. A running chat, a list of what is kept and a chat that goes on later have one
-numbering, because it comes from the journal's order alone, also of messages that another process kept.
+All sessions on a conversation share this object. It knows neither what tokens mean nor KV. People name
+messages by numbers, 1 for the first that was kept; the numbers follow the journal's order, so that a
+running chat, a list and another process all count alike.
 """
 
 import itertools
@@ -163,7 +160,7 @@ class Conversation:
 
     def numbers(self) -> dict[int, int]:
         """
-        Return by which number people name each node, by its id in the tree; see `numbering`.
+        Return the number by which people name each node, by its id in the tree; see `numbering`.
 
         Asks the journal, because other processes may have kept messages of this conversation; where
         it cannot be read the numbers are those of what is known here.

@@ -1,15 +1,11 @@
 """
 Find what is known of messages that a client sends as text.
 
-A client that sends the whole conversation each time gets its replies back as the token ids that
-were generated. What was said is kept here as values, each message once, whoever said it again and
-however many chats go on from it; conversations and sessions come and go without it. Pure
-bookkeeping: no runtime, no encoding.
-
-The token ids of replies from other times: what a client sends as text is read as it was generated.
-
-While the program runs, `MessageIndex` finds replies as nodes; this finds them after a restart, where
-KV is kept on disk. Replies of conversations that are kept are in the journal, and not here.
+A client that sends the whole conversation each time gets its replies back as the token ids that were
+generated. `KnownMessages` holds each message once, as a value, whoever said it and however many chats
+continue from it; conversations and sessions come and go without it. `MessageIndex` finds a
+conversation's messages in it while the program runs. `RememberedReplies` finds the ids of replies on disk
+after a restart, for conversations that are not in the journal. Knows no runtime and encodes nothing.
 """
 
 import json

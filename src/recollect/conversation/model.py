@@ -1,12 +1,9 @@
 """
 A loaded model: everything that its sessions share.
 
-The one place where a runtime, a pool, a tokenizer and a journal are put together; `loading` finds
-them.
-
-Texts that are read once and kept on disk, so that whatever begins with them starts warm.
-
-A system prompt, or the beginning of a first message. No text is in what is kept of it.
+Here a runtime, a tokenizer, an engine and a journal are put together; `loading` finds them. A model
+also reads texts in advance (`warm`): the KV of a system prompt, or of the beginning of a first message,
+is computed once and pinned on disk, without the text.
 """
 
 import threading

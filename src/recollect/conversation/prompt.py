@@ -1,23 +1,17 @@
 """
 Turn a conversation into token ids, with each reply as the ids that the model generated.
 
-A template gives text. Rendered once with marks in place of the replies, that text falls into
-segments; each is encoded by itself, and the replies' own ids are put between them. So a reply is
-never decoded and encoded again. Control tokens are those of the template alone: in what is said
-their texts are text. Knows no KV: what of the result is computed already is the session's to find
-out.
+`PromptEncoder` renders the template twice, once with marks in place of the replies. The text between
+the marks is encoded segment by segment and the replies' own ids go in between, so a reply is never
+decoded and encoded again.
 
-Tell what a template writes from what is said, wherever that could make a control token.
+`Guard` keeps control tokens to the template. What is said gets a mark inside each control token that it
+spells, and at its ends where it could complete one; the marks travel through the template, and no
+control token may be where they come out. Nearly all texts get none. Only a template that removes
+letters from what is said, or changes their case, could still make a control token of it.
 
-A template gives one text for both. What is said gets a mark inside each control token that it spells,
-and at its ends where it could complete one together with the text around it; the marks travel
-through the template, and show in its text where no control token may be. Texts in which nothing is
-suspicious, nearly all, get no mark. Only a template that takes letters out of what is said, or
-changes their case, could still make a token of it. Pure: knows no ids.
-
-The prompts of one session: which messages they are made of, and the sequences that begin with them.
-
-Holds no place in the tree and no KV; what was left out of a full context once is remembered.
+`Prompting` makes the prompts of one session, and remembers what was once left out of a full context.
+Nothing here knows KV: what of a prompt is computed already is found out by its sequence.
 """
 
 import itertools

@@ -1,16 +1,10 @@
 """
 A conversation as a tree of messages: nothing is ever changed or deleted, only added.
 
-Pure bookkeeping: no runtime, no text encoding.
-
-Messages as clients send them, and as they are kept.
-
-A reply is kept as the text that the model wrote, calls of tools in it; what a client sends with the
-calls beside the text becomes such a text again. Pure: values in, values out.
-
-Which turns of a conversation still fit the context.
-
-Pure: the caller measures prompts; this decides what to leave out.
+Beside the tree: messages as clients send them and as they are kept (a reply is kept as the text that
+the model wrote, calls of tools included, and a client's calls become such a text again), and the
+window, which decides which turns a full context leaves out. The caller measures prompts. Pure
+bookkeeping: no runtime, no encoding.
 """
 
 import hashlib
@@ -218,7 +212,7 @@ def grown(records: Iterable[NodeRecord]) -> "tuple[Tree, dict[int | None, Node]]
     Return the tree of kept messages, parents first, and its nodes by their ids in the journal.
 
     The root is under None. The tree numbers messages from 1 in the order in which they were kept, which
-    is also how they are numbered for people; see `numbering`.
+    is also how they are numbered for people; see `Conversation.numbers`.
     """
     tree = Tree()
     nodes: dict[int | None, Node] = {None: tree.root}

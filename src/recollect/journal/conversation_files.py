@@ -1,11 +1,8 @@
 """
-A conversation as a file for people (Markdown) or for another journal (JSON).
+A conversation as a file for people (Markdown) or for another journal (JSON), and JSON read back.
 
-Pure: values in, text out. What reads the JSON again is in `importing.py`.
-
-Read a conversation from the JSON that `export.py` writes, and trust nothing in it.
-
-Pure: text in, values or an error out.
+What is read back comes from a stranger, and is checked field by field. Pure: values in and text out, or
+text in and values or an error out.
 """
 
 import json

@@ -1,19 +1,10 @@
 """
-The models that go by a name, and where each can be had.
+Which model a name means, and what a model is once it is on this disk.
 
-A table. Downloads nothing: a file is known by its sha256, so where it comes from does not matter.
-
-What a model is, once it is ready on this disk.
-
-Values only: does not know where a model came from or how it runs.
-
-The model that needs no weights: bytes as tokens, and a plain chat template.
-
-Pure. Its forward pass is the reference runtime's; here is only what the other parts ask of a model.
-
-Decides what a model reference means.
-
-The decision is a value; nothing is downloaded or opened. Asks the disk only what is there.
+`CATALOG` is the table of models that have names; a file in it is known by its sha256, so where it comes
+from does not matter. `resolve` decides what a reference means and asks the disk only what is there.
+`LocalModel` is a model that can be loaded, as a value; `reference_model` returns the one without
+weights. Nothing here downloads or opens a model.
 """
 
 import difflib

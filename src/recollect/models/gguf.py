@@ -1,12 +1,9 @@
 """
-Reads what a GGUF file says about itself: its fields, and where its tensors lie.
+Read what a GGUF file says of itself: its fields, and where its tensors lie.
 
-Reads the header only. The gguf package's own reader takes seconds for it, because it makes an
-array for each of the vocabulary's strings; its constants are used here. Converts nothing.
-
-What in a GGUF file's header no model needs: kinds of files that hold none, and numbers beyond sense.
-
-A header is a stranger's claim, and readers in C++ believe it. Pure: the fields in, a sentence out.
+Reads the header only. The gguf package's own reader takes seconds for that, because it makes an array
+for each string of the vocabulary; only its constants are used. A header is a stranger's claim, and
+readers in C++ believe it, so kinds of files that hold no model and numbers beyond sense are refused.
 """
 
 import math

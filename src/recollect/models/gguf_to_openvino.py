@@ -1,19 +1,14 @@
 """
-A program: a GGUF file as an OpenVINO model and tokenizer.
+A program: make an OpenVINO model and tokenizer of a GGUF file.
 
-Run by `convert` in a process of its own: a damaged file can crash a library, and the memory is
-given back. Prints how many bytes of how many are done, a line each time.
+`conversion` runs it in a process of its own, because a damaged file can crash a library and because the
+memory is given back. It prints how many of how many bytes are done, a line each time.
 
-Makes the OpenVINO tokenizer of a GGUF file whose vocabulary is SentencePiece's, merged by score.
-
-Llama 2, Mistral and TinyLlama have one. It becomes merges, as Hugging Face's converter makes them:
-two pieces merge where the whole is a piece, and of several the one with the best score is first.
-
-Makes the OpenVINO tokenizer of a GGUF file, which splits text as the file says.
-
-GenAI makes it out of the file's fields where these hold merges of bytes. It knows how two families
-split text before merging and takes llama.cpp's default for all others, Llama 3 among them: those are
-given their own rule here. SentencePiece's vocabularies are unknown to it, and made beside this.
+The tokenizer splits text as the file says. GenAI makes it where the file holds merges of bytes, but
+knows only two families' rules for splitting text and applies llama.cpp's default to all others, Llama 3
+among them; those get their own rule here. SentencePiece's vocabularies (Llama 2, Mistral, TinyLlama) are
+unknown to GenAI. Here they become merges, as Hugging Face's converter makes them: two pieces merge where
+the whole is a piece, and of several the one with the best score is first.
 """
 
 import errno

@@ -1,12 +1,9 @@
 """
-Takes the weights of a GGUF file apart into whole numbers, scales and zero points.
+The tensors of a GGUF model, in one file or several, as whole numbers, scales and zero points.
 
-`(number - zero) * scale` is the value that llama.cpp computes with, to the last bit but one of
-f32. Pure: arrays in, arrays out. Does not know files or graphs.
-
-The tensors of a GGUF model, in one file or in several that lie beside each other.
-
-Maps the files; a tensor's bytes are read from the disk when they are used. Knows no architecture.
+`Shards` maps the files; a tensor's bytes are read from the disk when they are used. `(number - zero) *
+scale` is the value that llama.cpp computes with, to the last bit but one of f32. Knows neither
+architectures nor graphs.
 """
 
 import re

@@ -1,11 +1,8 @@
 """
-Opens a folder that holds an OpenVINO model: one that recollect converted, or an export.
+Open a folder that holds an OpenVINO model: one that recollect converted, or an export.
 
-Reads the small files beside the weights. Does not load the model, and does not convert anything.
-
-The note that lies in a folder which recollect converted, with all that is needed to use it again.
-
-Reads and writes one JSON file. Does not know how a model is converted, or when it has to be anew.
+Reads the small files beside the weights, among them `Manifest`, the note that a converted folder has
+with all that is needed to use it again. Loads no model and converts nothing.
 """
 
 import json

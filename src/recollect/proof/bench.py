@@ -1,31 +1,18 @@
 """
-The two-turn benchmark of the field: the second response with and without reuse of the first turn.
+Measure what reuse saves: the two-turn benchmark of the field, and turns as a conversation grows.
 
-Case 1, without: the second prompt is prompt 1 + response 1 + prompt 2, prefilled anew.
-Case 2, with: prompt 2 is appended to the sequence that holds the rest.
-Both cases run in every iteration, in turns first, so that a machine that slows down slows both.
+Case 1, without reuse: the second prompt is prompt 1 + response 1 + prompt 2, prefilled anew.
+Case 2, with reuse: prompt 2 is appended to the sequence that holds the rest.
+Both cases run in every iteration and take turns at being first, so that a machine that slows down slows
+both.
 
 The saving is latency(case 1, response 2) - latency(case 2, response 2). The ideal is the time of a
 prefill of exactly the tokens that were reused, measured in the same iteration in blocks of its own:
 nothing but that work can be saved, because the new tokens attend to the reused ones in both cases.
-The share is median(saving) / median(ideal) over the iterations. Prints nothing.
+The share is median(saving) / median(ideal) over the iterations.
 
-Energy that the processor package took, from Linux powercap.
-
-Knows the counters of intel-rapl (AMD's are under the same name) and nothing of what runs.
-
-What a list of measurements comes to.
-
-Pure: no clock, no model.
-
-Time one response of a fixed length, and what it cost.
-
-Knows a generator and a clock; not which case of a benchmark it is in.
-
-How long a turn takes as a conversation grows, with and without reuse.
-
-Every turn is timed both ways over the same token ids: appended to the sequence that holds the
-history, and prefilled whole in blocks of its own. Prints and plots nothing.
+As a conversation grows, every turn is timed both ways over the same token ids. Energy is that of the
+processor package, from Linux powercap (intel-rapl, which has AMD's counters too). Prints nothing.
 """
 
 import statistics

@@ -1,18 +1,10 @@
 """
 A language model's forward pass in plain numpy: what a model's file says, computed a second way.
 
-Pure: knows neither files nor runtimes, and shares no code with what makes or runs our graphs, so
-that a mistake there cannot hide here. Every layer is read when it is needed and given up after it,
-so that memory holds one layer and not the model.
-
-How positions become angles: the formulas of the papers, for the reference.
-
-Pure. Frequencies are in radians a position, in float64.
-
-A GGUF file as a description and tensors for `reference_model`.
-
-Reads metadata and tensors with the `gguf` package alone: each tensor is dequantized by that
-package's own function, as a whole number of rows. Shares nothing with our conversion.
+The pass shares no code with what makes or runs our graphs, so that a mistake there cannot hide here.
+Each layer is read when it is needed and given up after it, so that memory holds one layer and not the
+model. Rotary embeddings follow the formulas of the papers, in radians a position and float64. A GGUF
+file is read with the `gguf` package alone, whose own functions dequantize each tensor.
 """
 
 import math

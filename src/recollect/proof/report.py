@@ -1,15 +1,9 @@
 """
-Results for people: the machine card, the bench's table and its verdicts in words.
+Results for people: the bench's table and verdicts in words, the machine card, the growth curve.
 
-Takes values and returns what rich can print; measures nothing.
-
-The machine card: on what, and with what, a number was measured.
-
-Reads the operating system; names no host and no path.
-
-Draw the growth curve.
-
-Needs matplotlib, an extra; `require_matplotlib` says so before any work is done.
+The card says on which machine and with which versions a number was measured; it names no host and no
+path. The curve needs matplotlib, an extra; `require_plot` says so before any work is done. Measures
+nothing.
 """
 
 import contextlib

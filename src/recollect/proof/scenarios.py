@@ -1,19 +1,14 @@
 """
-The six multi-turn scenarios, each with reuse, with a full prefill every turn, and rewound.
+The six multi-turn scenarios with their grades, and the rewind test.
 
-The question is what *reuse* changes, apart from what the *model* gets wrong. So the full prefill
-of a turn is over the very token ids that the turn had with reuse, and a difference between the two
-replies can only come from KV. Prints nothing.
+Each scenario runs with reuse, with a full prefill every turn, and rewound. The question is what *reuse*
+changes, apart from what the *model* gets wrong. So the full prefill of a turn is over the very token ids
+that the turn had with reuse, and a difference between the two replies can only come from KV. A grade
+says which of the expected facts a reply states, and whether it states a wrong one.
 
-Grade a reply: which of the expected facts does it state, and does it state a wrong one?
-
-Pure: text in, verdicts out. Does not know who wrote the reply.
-
-The rewind test: ask three questions, go back to after the first answer, ask the second again.
-
-A rewind that leaves KV of the forgotten turns behind, or a hole, changes the second answer; one
-that is wrong in the same way both times does not, so a fresh prefill is asked as well. Token ids
-only; prints nothing.
+The rewind test asks three questions, goes back to after the first answer and asks the second again. KV
+of the forgotten turns that is left behind, or a hole, changes the second answer; a rewind that is wrong
+in the same way both times does not, so a fresh prefill is asked as well. Prints nothing.
 """
 
 import json

@@ -1,19 +1,16 @@
 """
-Check on this machine, with this model, that what is reused is right.
+Check that the model that runs is the model in its file, and that what is reused is right.
 
-Random conversations are held on the engine: append, generate, stop in the middle, rewind, fork,
-regenerate, several sequences in one pass and, where KV is kept on disk, all of it forgotten in
-memory and read back. After each operation the logits of the next token are
-compared with those of a fresh prefill of the same token ids in other blocks. Then the same is done
-at the lengths where a model computes differently from there on: its window, the context that it was
-trained on first, and the end of its context. Nothing here looks at how reuse is done; only at what
-comes out of it.
+The model against its file: the same tokens go through the runtime, as prompts and one at a time, and
+through a reference that reads the file by itself; the logits are compared place by place. This sees what
+comparing reuse with our own fresh prefill cannot: wrong weights, wrong RoPE, a norm that is missing.
 
-Check that the model that runs is the model in its file.
-
-The same tokens go through the runtime, as prompts and one at a time, and through a reference that
-reads the file by itself; the logits are compared place by place. This sees what comparing reuse with
-our own fresh prefill cannot: wrong weights, wrong RoPE, a norm that is missing.
+Reuse: random conversations are held on the engine: append, generate, stop in the middle, rewind, fork,
+regenerate, several sequences in one pass and, where KV is kept on disk, all of it forgotten in memory
+and read back. After each operation the logits of the next token are compared with those of a fresh
+prefill of the same token ids in other blocks. Then the same is done at the lengths where a model
+computes differently from there on: its window, the context that it was trained on first, and the end of
+its context. Nothing here looks at how reuse is done; only at what comes out of it.
 """
 
 import random

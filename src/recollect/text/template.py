@@ -1,14 +1,10 @@
 """
-Renders a model's chat template the way its author tested it.
+Render a model's chat template the way its author tested it.
 
-Templates are programs by strangers: they run in Jinja's sandbox, in a process of their own, within
-bounds. Does not know tokens, and does not know which part of a conversation is new.
-
-The processes that render chat templates, and the bounds that they have.
-
-They serve all templates of this process; the first is started with the first template, and all end
-with this process. What goes beyond a bound is refused, and ends the process that it ran in. Knows no
-messages and no models.
+Templates are programs by strangers: they run in Jinja's sandbox, in processes of their own, within
+bounds. The processes serve all templates of this process: the first is started with the first template,
+and all end with this process. What goes beyond a bound is refused, and ends the process that it ran in.
+Knows no tokens, and not which part of a conversation is new.
 """
 
 import atexit

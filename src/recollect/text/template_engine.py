@@ -3,7 +3,7 @@ Jinja as chat templates use it, and the program that renders those of strangers.
 
 A template is a program: in a few characters it can ask for a number of a hundred million digits or
 a text of a terabyte, and what Python has begun of that cannot be interrupted. So it is rendered in a
-process of its own, this module run as a script, which is given bounds by `template_process` and can
+process of its own, this module run as a script, which is given bounds by `template` and can
 be ended. Imports nothing of recollect, so that it starts in a tenth of a second.
 
 What it is asked comes in frames: 8 bytes of length, then JSON. What it answers: one letter, 8 bytes

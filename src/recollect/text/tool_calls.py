@@ -1,12 +1,9 @@
 """
-Find the calls of tools in what a model writes, while it writes.
+Find the calls of tools in what a model writes, while it writes; and write tools as text.
 
-Pure: text in, events out.
-
-Tools as text in the Hermes format, which ChatML models were trained on.
-
-A call is a JSON object between marks. Pure: messages in, messages out; templates and tokens are
-others' business. Source: the chat templates of Qwen2.5 and Hermes 2 Pro, whose words these are.
+Both are in the Hermes format, which ChatML models were trained on: a call is a JSON object between
+marks. Templates and tokens are others' business. Pure: text in, events out; messages in, messages out.
+Source of the words: the chat templates of Qwen2.5 and Hermes 2 Pro.
 """
 
 import json
