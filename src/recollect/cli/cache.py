@@ -18,14 +18,17 @@ from rich.table import Table
 from rich.text import Text
 
 from recollect import config
-from recollect.cli.home import NO_KV, has_store, open_store, store_folder
 from recollect.cli.options import (
+    NO_KV,
     USUAL,
     JsonOption,
     ModelOption,
     ModelOptions,
     YesOption,
+    has_store,
+    open_store,
     read_text,
+    store_folder,
     takes_model_options,
 )
 from recollect.cli.printing import (

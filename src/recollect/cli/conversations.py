@@ -20,14 +20,18 @@ from rich.text import Text
 
 from recollect import config, files
 from recollect.cli.display import draw_tree
-from recollect.cli.home import has_store, open_checkpoints, open_journal, open_store, unlock_home
 from recollect.cli.options import (
     USUAL,
     EncryptOption,
     JsonOption,
     ModelOptions,
     YesOption,
+    has_store,
+    open_checkpoints,
+    open_journal,
+    open_store,
     takes_model_options,
+    unlock_home,
 )
 from recollect.cli.printing import (
     confirm,

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from recollect import config, encryption
-from recollect.cli.home import unlock_home
 from recollect.cli.options import (
     USUAL,
     EncryptOption,
@@ -22,6 +21,7 @@ from recollect.cli.options import (
     TemperatureOption,
     read_text,
     takes_model_options,
+    unlock_home,
 )
 from recollect.cli.printing import count
 from recollect.errors import ConfigError, UnknownModelError
