@@ -18,6 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from recollect import config
+from recollect.cli.display import (
+    confirm,
+    count,
+    format_bytes,
+    format_duration,
+    format_time,
+    make_table,
+    progress_bar,
+)
 from recollect.cli.options import (
     NO_KV,
     USUAL,
@@ -30,15 +39,6 @@ from recollect.cli.options import (
     read_text,
     store_folder,
     takes_model_options,
-)
-from recollect.cli.printing import (
-    confirm,
-    count,
-    format_bytes,
-    format_duration,
-    format_time,
-    make_table,
-    progress_bar,
 )
 from recollect.errors import ConfigError, StoreCorruptError, StoreError
 from recollect.kv import maintenance

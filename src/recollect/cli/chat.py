@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperCommand
 
 from recollect import encryption
+from recollect.cli.display import printable
 from recollect.cli.options import (
     USUAL,
     EncryptOption,
@@ -31,7 +32,6 @@ from recollect.cli.options import (
     takes_model_options,
     unlock_home,
 )
-from recollect.cli.printing import printable
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Overflow

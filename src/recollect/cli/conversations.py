@@ -19,7 +19,16 @@ from rich.table import Table
 from rich.text import Text
 
 from recollect import config, files
-from recollect.cli.display import draw_tree
+from recollect.cli.display import (
+    confirm,
+    count,
+    draw_tree,
+    format_bytes,
+    format_time,
+    make_table,
+    printable,
+    progress_bar,
+)
 from recollect.cli.options import (
     USUAL,
     EncryptOption,
@@ -32,15 +41,6 @@ from recollect.cli.options import (
     open_store,
     takes_model_options,
     unlock_home,
-)
-from recollect.cli.printing import (
-    confirm,
-    count,
-    format_bytes,
-    format_time,
-    make_table,
-    printable,
-    progress_bar,
 )
 from recollect.conversation.loading import bring_in, collect, why_not
 from recollect.conversation.model import Model

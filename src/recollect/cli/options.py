@@ -22,7 +22,7 @@ from typing import Annotated, Any, Final, get_args
 import typer
 
 from recollect import config, encryption, files
-from recollect.cli.printing import progress_bar
+from recollect.cli.display import progress_bar
 from recollect.config import DEFAULT_PROFILE
 from recollect.conversation.loading import load
 from recollect.conversation.model import Model

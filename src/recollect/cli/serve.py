@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from recollect import config, encryption
+from recollect.cli.display import count
 from recollect.cli.options import (
     USUAL,
     EncryptOption,
@@ -23,7 +24,6 @@ from recollect.cli.options import (
     takes_model_options,
     unlock_home,
 )
-from recollect.cli.printing import count
 from recollect.errors import ConfigError, UnknownModelError
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
 from recollect.models.prepare import installed, size_bytes
