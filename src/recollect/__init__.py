@@ -9,7 +9,7 @@ Conversations with local language models that never read a token twice, and prov
 """
 
 from recollect import starting  # noqa: F401 - imported first, for what it does
-from recollect._version import __version__
+from recollect.config import __version__
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.loading import load
 from recollect.conversation.model import Model, Warmed

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 from recollect import starting
-from recollect._version import __version__
+from recollect.config import __version__
 from recollect.errors import RecollectError
 
 COMMANDS: Final = {
