@@ -23,8 +23,7 @@ from recollect.engine.pinning import Published
 from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence
 from recollect.errors import MisuseError, RecollectError
-from recollect.journal.checkpoints import Checkpoint
-from recollect.journal.encrypt import encrypt
+from recollect.journal.home import Checkpoint, encrypt
 from recollect.text.tool_calls import ToolCallParser
 from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, ToolCall, Usage
 

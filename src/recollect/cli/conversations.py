@@ -46,8 +46,8 @@ from recollect.conversation.loading import bring_in, collect, why_not
 from recollect.conversation.model import Model
 from recollect.conversation.tree import grown
 from recollect.errors import ConfigError, ConversationFileError, StoreError
-from recollect.journal.checkpoints import Checkpoint, drop_of_conversation
 from recollect.journal.conversation_files import MOST_JSON_BYTES, from_json, to_json, to_markdown
+from recollect.journal.home import Checkpoint, drop_of_conversation
 from recollect.journal.portable import PortableFile, require_new, write
 from recollect.journal.records import DEFAULT_TIP, ConversationInfo, StoredConversation
 from recollect.models.prepare import is_here

@@ -28,8 +28,8 @@ from recollect.conversation.loading import load
 from recollect.conversation.model import Model
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.errors import ConfigError, StoreError
-from recollect.journal.checkpoints import Checkpoints
-from recollect.journal.encrypt import encrypt as encrypt_home
+from recollect.journal.home import Checkpoints
+from recollect.journal.home import encrypt as encrypt_home
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.maintenance import is_there, open_existing

@@ -28,7 +28,7 @@ from recollect.engine.engine import Engine, pool_size
 from recollect.engine.grammar import Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
 from recollect.errors import ConversationError, UnknownConversationError
-from recollect.journal.checkpoints import Checkpoint, Checkpoints
+from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Page, require_name
 from recollect.kv.blocks import chained_keys

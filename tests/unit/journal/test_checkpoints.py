@@ -15,7 +15,7 @@ from recollect.errors import (
     UnknownCheckpointError,
     UnknownNodeError,
 )
-from recollect.journal.checkpoints import drop_of_conversation
+from recollect.journal.home import drop_of_conversation
 from recollect.kv import maintenance
 from recollect.kv.disk import DiskStore
 from recollect.types import SamplingParams
