@@ -35,8 +35,7 @@ from recollect.kv.blocks import chained_keys
 from recollect.kv.disk import DiskStore
 from recollect.kv.record import Pin
 from recollect.models.catalog import Format, LocalModel
-from recollect.runtime.base import PagedRuntime
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import PagedRuntime, ReferenceRuntime
 from recollect.text.file_tokenizers import TOKENIZER_NAME, HfTokenizer, OpenVinoTokenizer
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ByteTokenizer, Tokenizer
