@@ -12,9 +12,8 @@ from recollect import config
 from recollect.models.conversion import Precision
 from recollect.models.prepare import prepare
 from recollect.runtime.base import PagedRuntime, ReferenceRuntime
-from recollect.runtime.genai import GenAiRuntime
 from recollect.runtime.openvino import OpenVinoRuntime
-from recollect.runtime.sequences import SequenceAdapter, SequenceRuntime
+from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter, SequenceRuntime
 
 NUM_BLOCKS = 24
 

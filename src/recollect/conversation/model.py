@@ -36,6 +36,7 @@ from recollect.kv.disk import DiskStore
 from recollect.kv.record import Pin
 from recollect.models.catalog import Format, LocalModel
 from recollect.runtime.base import PagedRuntime, ReferenceRuntime
+from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter
 from recollect.text.file_tokenizers import TOKENIZER_NAME, HfTokenizer, OpenVinoTokenizer
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ByteTokenizer, Tokenizer
@@ -82,11 +83,8 @@ def _hf_tokenizer(model: LocalModel) -> Tokenizer:
     return HfTokenizer(file, model.eos_token_ids, template=model.chat_template)
 
 
-# Runtimes are imported when they are needed: OpenVINO takes half a second, for which `recollect --help`
-# need not wait, and ONNX Runtime GenAI is part of an extra.
-
-
 def _openvino(model: LocalModel, profile: Profile) -> PagedRuntime:
+    # Not at the top: OpenVINO takes half a second, for which `recollect --help` need not wait.
     from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415 - as above
 
     assert model.folder is not None, "only the reference model has none"
@@ -99,9 +97,6 @@ def _openvino(model: LocalModel, profile: Profile) -> PagedRuntime:
 
 
 def _genai(model: LocalModel, _: Profile) -> PagedRuntime:
-    from recollect.runtime.genai import GenAiRuntime  # noqa: PLC0415 - as above
-    from recollect.runtime.sequences import SequenceAdapter  # noqa: PLC0415 - as above
-
     assert model.folder is not None, "only the reference model has none"
     assert model.onnx_config is not None, "it was read with the folder"
     return SequenceAdapter(
