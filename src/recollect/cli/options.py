@@ -31,8 +31,7 @@ from recollect.errors import ConfigError, StoreError
 from recollect.journal.home import Checkpoints
 from recollect.journal.home import encrypt as encrypt_home
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.maintenance import is_there, open_existing
+from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.models.prepare import prepare
 from recollect.types import Profile
 

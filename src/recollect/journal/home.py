@@ -25,8 +25,8 @@ from recollect.errors import (
 from recollect.journal.journal import JOURNAL_NAME, Journal, remove_history
 from recollect.journal.records import ConversationInfo
 from recollect.kv.blocks import disguised_key
-from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.maintenance import is_there, open_existing, remove_damaged
+from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
+from recollect.kv.environment import remove_damaged
 from recollect.kv.record import Pin
 
 _KIND: Final = {"kind": "checkpoint"}

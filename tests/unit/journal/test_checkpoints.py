@@ -16,7 +16,6 @@ from recollect.errors import (
     UnknownNodeError,
 )
 from recollect.journal.home import drop_of_conversation
-from recollect.kv import maintenance
 from recollect.kv.disk import DiskStore
 from recollect.types import SamplingParams
 
@@ -154,7 +153,7 @@ def test_it_survives_when_all_else_is_given_up(warm: Model) -> None:
     assert store.evict(1 << 40) > 0
     (left,) = warm.checkpoints()
     assert left == made
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
     warm.drop_checkpoint("here")
     assert warm.checkpoints() == []
     assert store.evict(1 << 40) == made.stored_bytes
