@@ -32,10 +32,10 @@ from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MemoryLimitError, OutOfBlocksError, RuntimeFailure, StoreError
 from recollect.kv import disk as disk_module
 from recollect.kv import prefix as prefix_module
-from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for, chained_key
+from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
 from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import PrefixCache
-from recollect.kv.record import Buffer, Entry, Identity
+from recollect.kv.record import Buffer, Entry, Identity, chained_key
 from recollect.runtime.base import Pace, PassResult, Row
 from recollect.runtime.reference import ReferenceRuntime
 from recollect.types import SamplingParams, common_prefix_length

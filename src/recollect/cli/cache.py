@@ -39,10 +39,9 @@ from recollect.cli.printing import (
 )
 from recollect.errors import ConfigError, StoreCorruptError, StoreError
 from recollect.kv import maintenance
-from recollect.kv.blocks import Key
 from recollect.kv.disk import DiskStore
 from recollect.kv.maintenance import Holding, damaged_stores, discard, remove_damaged, shrink
-from recollect.kv.record import Identity, Pin
+from recollect.kv.record import Identity, Key, Pin
 from recollect.models.catalog import DEFAULT_MODEL
 from recollect.models.prepare import names_by_fingerprint
 

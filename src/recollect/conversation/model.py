@@ -28,9 +28,8 @@ from recollect.errors import ConversationError, UnknownConversationError
 from recollect.journal.checkpoints import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Page, require_name
-from recollect.kv.blocks import chained_keys
 from recollect.kv.disk import DiskStore
-from recollect.kv.record import Pin
+from recollect.kv.record import Pin, chained_keys
 from recollect.models.catalog import LocalModel
 from recollect.runtime.base import PagedRuntime
 from recollect.text.template import ChatTemplate

@@ -15,10 +15,9 @@ from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.errors import StoreCorruptError, StoreError
 from recollect.journal.checkpoints import is_checkpoint
 from recollect.journal.journal import JOURNAL_NAME, Journal, remove_history
-from recollect.kv.blocks import disguised_key
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.kv.maintenance import is_there, open_existing, remove_damaged
-from recollect.kv.record import Pin
+from recollect.kv.record import Pin, disguised_key
 
 
 def encrypt(

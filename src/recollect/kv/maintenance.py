@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final
 
 from recollect import config
-from recollect.kv.blocks import Key, chained_key
 from recollect.kv.disk import DiskStore
 from recollect.kv.environment import (
     ASIDE,
@@ -23,7 +22,7 @@ from recollect.kv.environment import (
     sole_access,
     translated,
 )
-from recollect.kv.record import KEY_BYTES, Identity, Refused, Sealer, unpack_block
+from recollect.kv.record import KEY_BYTES, Identity, Key, Refused, Sealer, chained_key, unpack_block
 from recollect.kv.tables import Savings, Tables
 
 _SPARE_BYTES: Final = 16 << 20

@@ -11,16 +11,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, TypeVar
 
-from recollect.kv.blocks import Key, branch_digests
 from recollect.kv.environment import Transaction
 from recollect.kv.record import (
     KEY_BYTES,
     Entry,
     EntryHead,
     Identity,
+    Key,
     Pin,
     Refused,
     Sealer,
+    branch_digests,
     entry_head,
     is_sealed_pin,
     pack_entry,

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from recollect.kv import maintenance
-from recollect.kv.blocks import Key, chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.environment import Environment
 from recollect.kv.maintenance import remove_wrong
-from recollect.kv.record import Buffer, Identity, Pin
+from recollect.kv.record import Buffer, Identity, Key, Pin, chained_key, namespace_key
 
 IDENTITY = Identity("weights", "runtime", "f32")
 ROOT = namespace_key("weights", "")
