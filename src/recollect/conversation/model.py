@@ -1,9 +1,10 @@
 """
 A loaded model: everything that its sessions share.
 
-Here a runtime, a tokenizer, an engine and a journal are put together; `loading` finds them. A model
-also reads texts in advance (`warm`): the KV of a system prompt, or of the beginning of a first message,
-is computed once and pinned on disk, without the text.
+Here a runtime, a tokenizer, an engine and a journal are put together; `loading` finds them. `pool_size`
+says how many blocks of KV a memory budget holds. A model also reads texts in advance (`warm`): the KV of
+a system prompt, or of the beginning of a first message, is computed once and pinned on disk, without the
+text.
 """
 
 import threading
@@ -13,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Self
 
+from recollect import config
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.matching import KnownMessages, MessageIndex, RememberedReplies
@@ -21,17 +23,18 @@ from recollect.conversation.session import Session
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Overflow, Tree
 from recollect.encryption import Cipher
-from recollect.engine.engine import Engine, pool_size
+from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
-from recollect.errors import ConversationError, UnknownConversationError
+from recollect.errors import ConfigError, ConversationError, UnknownConversationError
 from recollect.journal.checkpoints import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Page, require_name
+from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import DiskStore
 from recollect.kv.record import Pin, chained_keys
 from recollect.models.catalog import LocalModel
-from recollect.runtime.base import PagedRuntime
+from recollect.runtime.base import PagedRuntime, RuntimeInfo
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
@@ -131,6 +134,36 @@ def _warmed(
         stored_bytes=stored_bytes,
         since=datetime.fromtimestamp(pin.created, UTC),
     )
+
+
+CONTEXTS_IN_POOL: Final = 4
+"""By default the pool holds at most this many full contexts: one for a conversation, the rest for its
+branches and for others. Pages that are never written take no memory."""
+
+
+def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
+    """
+    Return how many blocks a memory budget in bytes holds.
+
+    Raises:
+        ConfigError: The budget holds not even one, or is more than the machine has.
+    """
+    if kv_memory is None:
+        blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)
+        budget = config.default_kv_memory_bytes()
+        return max(1, min(budget // info.bytes_per_block, blocks_of_contexts))
+    machine = config.machine_memory_bytes()
+    if kv_memory > machine:
+        raise ConfigError(
+            f"{kv_memory:,} bytes for KV are more than the {machine:,} bytes of memory that this machine "
+            "has: give less."
+        )
+    blocks = kv_memory // info.bytes_per_block
+    if blocks < 1:
+        raise ConfigError(
+            f"{kv_memory:,} bytes hold no KV block: give at least {info.bytes_per_block:,}."
+        )
+    return blocks
 
 
 class Model:

@@ -3,7 +3,7 @@ The engine: one thread that runs forward passes for the sequences of a runtime.
 
 `Engine` is what callers have: it makes sequences, takes tasks, and owns the thread, the `Memory` and the
 disk tier. `ForwardPasses` runs and counts passes, and keeps a failing task from hurting the others.
-`pool_size` says how many blocks a memory budget holds. None of them knows text: what is done with logits
+None of them knows text: what is done with logits
 is a task's business.
 """
 
@@ -17,16 +17,15 @@ from functools import partial
 from time import perf_counter
 from typing import Final
 
-from recollect import config
 from recollect.engine.scheduler import Chunks, Room, Scheduler, Task, count_replays, hand_over
 from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.engine.tier import DiskTier
 from recollect.errors import ConfigError, MisuseError, RuntimeFailure
-from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
+from recollect.kv.blocks import BlockPool, CachedBlock
 from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Identity
-from recollect.runtime.base import Logits, PagedRuntime, RuntimeInfo
+from recollect.runtime.base import Logits, PagedRuntime
 from recollect.types import running_average
 
 _TIMED_TOKENS: Final = 32
@@ -433,33 +432,3 @@ class Engine:
 def _close_if_alive(engine: "weakref.ref[Engine]") -> None:
     if (alive := engine()) is not None:
         alive.close()
-
-
-CONTEXTS_IN_POOL: Final = 4
-"""By default the pool holds at most this many full contexts: one for a conversation, the rest for its
-branches and for others. Pages that are never written take no memory."""
-
-
-def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
-    """
-    Return how many blocks a memory budget in bytes holds.
-
-    Raises:
-        ConfigError: The budget holds not even one, or is more than the machine has.
-    """
-    if kv_memory is None:
-        blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)
-        budget = config.default_kv_memory_bytes()
-        return max(1, min(budget // info.bytes_per_block, blocks_of_contexts))
-    machine = config.machine_memory_bytes()
-    if kv_memory > machine:
-        raise ConfigError(
-            f"{kv_memory:,} bytes for KV are more than the {machine:,} bytes of memory that this machine "
-            "has: give less."
-        )
-    blocks = kv_memory // info.bytes_per_block
-    if blocks < 1:
-        raise ConfigError(
-            f"{kv_memory:,} bytes hold no KV block: give at least {info.bytes_per_block:,}."
-        )
-    return blocks
