@@ -8,9 +8,8 @@ they decide; all of it happens on the engine's thread.
 """
 
 import threading
-import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from queue import SimpleQueue
@@ -18,7 +17,7 @@ from typing import Any, Final, Literal
 
 from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.errors import OutOfBlocksError
-from recollect.runtime.base import Pace, Row
+from recollect.runtime.base import Pace
 
 TaskState = Literal["waiting", "running", "done", "cancelled", "failed"]
 
@@ -152,27 +151,6 @@ class Task:
         finally:
             self.stream.close()
             self._ended.set()
-
-
-def hand_over(tasks: Iterable[Task], pause_s: float) -> None:
-    """Give readers the results that are new, and those of a first one *pause_s* to wake up."""
-    if [task for task in tasks if task.stream.hand_over()]:
-        time.sleep(pause_s)
-
-
-def count_replays(rows: Mapping[Task, Row], starts: Iterable[int]) -> int:
-    """
-    Note for each task what a pass computed before its row, and return how many tokens that is.
-
-    None, unless the runtime owns its KV and had lost what the plan took for computed.
-    """
-    tokens = 0
-    for (task, row), start in zip(rows.items(), starts, strict=False):
-        if start < row.past:
-            task.fed.append(FeedPlan(start, row.past))
-            task.sequence.fed_tokens += row.past - start
-            tokens += row.past - start
-    return tokens
 
 
 MOST_SPARE: Final = 16
@@ -446,7 +424,6 @@ class Room:
         self._scheduler.feed(chunks)
         copies: list[tuple[int, int]] = []
         for task, fed in chunks.items():
-            task.fed.append(fed)
             copies += task.sequence.prepare_write(fed.start, fed.end)
         return chunks, copies
 
