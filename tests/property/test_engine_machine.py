@@ -543,7 +543,7 @@ def _keep_logits_after_a_rewind(patch: pytest.MonkeyPatch) -> None:
         logits = self.logits
         rewind(self, length)
         if logits is not None and length == self.computed:
-            self._logits = logits
+            self.logits = logits
 
     patch.setattr(TokenSequence, "rewind_to", stale)
 

@@ -295,15 +295,13 @@ class Engine:
     def _work_once(self) -> bool:
         """Wait for work and run a forward pass; return whether to go on."""
         with self._work:
-            self._drop_cancelled()
-            while not self._scheduler.tasks():
+            while not self._end_cancelled():
                 if self._closed:
                     return False
                 self._tell_tier(works=False)
                 if not self._work.wait(_LINGER_S) and not self._scheduler.tasks():
                     self._thread = None  # without a thread, an engine nobody uses can go
                     return False
-                self._drop_cancelled()
             self._tell_tier(works=True)
             self._scheduler.admit(self._room.fits)
             running = list(self._scheduler.running)
@@ -322,10 +320,12 @@ class Engine:
         if self.tier is not None:
             self.tier.writer.engine_works(works)
 
-    def _drop_cancelled(self) -> None:
+    def _end_cancelled(self) -> bool:
+        """End the tasks that were cancelled; return whether there are others."""
         for task in self._scheduler.tasks():
             if task.cancelled:
                 self._scheduler.end(task, "cancelled")
+        return bool(self._scheduler.tasks())
 
     def _pass(self, chunks: Chunks, copies: list[tuple[int, int]]) -> None:
         """Run a forward pass, and hand the logits to the tasks that now have them."""
@@ -367,9 +367,8 @@ class Engine:
                 return dict.fromkeys(chunks, error)
         results: dict[Task, Result] = {}
         for task, fed in list(chunks.items()):
-            start = self.info.reuse.longest_cut(
-                fed.start
-            )  # a failure may have changed all of a block
+            # The pass that failed may have changed all of a block.
+            start = self.info.reuse.longest_cut(fed.start)
             alone = {task: FeedPlan(start, fed.end)}
             results |= self._feed(alone, [])
             chunks |= alone

@@ -270,7 +270,7 @@ class Scheduler:
         if any(not task.idle for task in self.waiting):
             for idle in [task for task in self.running if task.idle]:
                 self.preempt(idle)
-        while (task := self._next_waiting()) is not None:
+        while self.waiting and (task := self._next_waiting()) is not None:
             has_place = len(self.running) < self.pace.most_rows
             if not self.running or (has_place and fits(task)):
                 self.waiting.remove(task)
@@ -294,26 +294,21 @@ class Scheduler:
             if not task.restoring and (plan := task.sequence.plan()) is not None
         }
         chunks = {task: plan for task, plan in plans.items() if plan.end - plan.start == 1}
-        queues: dict[str, deque[Task]] = {}
-        for task in plans:
-            if task not in chunks:
-                queues.setdefault(task.namespace, deque()).append(task)
-        accounts = {name: self._turns.account(name) for name in queues}
+        prompts = [task for task in plans if task not in chunks]
+        accounts = {task.namespace: self._turns.account(task.namespace) for task in prompts}
         # At least a block: else the prompt of a runtime with larger ones would wait for ever.
         pace = self.pace
         budget = max(self._block_size, pace.shared_chunk if chunks else pace.prefill_chunk)
-        while queues and budget >= self._block_size:
-            name = min(queues, key=lambda name: (accounts[name], name))
-            task = queues[name].popleft()
-            if not queues[name]:
-                del queues[name]
+        while prompts and budget >= self._block_size:
+            task = min(prompts, key=lambda one: (accounts[one.namespace], one.namespace))
+            prompts.remove(task)
             plan = plans[task]
             if _computed_by_another(task, plan, chunks):
                 continue
             chunks[task] = _chunk(plan, budget, self._block_size)
             fed = chunks[task].end - plan.start
             budget -= fed
-            accounts[name] += fed
+            accounts[task.namespace] += fed
         return chunks
 
     def feed(self, chunks: Chunks) -> None:
@@ -353,13 +348,10 @@ class Scheduler:
         return not running[task.namespace] and max(running.values()) > 1
 
     def _next_waiting(self) -> Task | None:
-        if any(task.idle for task in self.running):
-            return None
-        busy = [task for task in self.waiting if not task.idle]
-        if not busy:
-            return self.waiting[0] if self.waiting and not self.running else None
+        """Return the task to admit next; an idle one only where nothing else is there."""
         running = self._running_by_namespace()
-        return min(busy, key=lambda task: running[task.namespace])
+        task = min(self.waiting, key=lambda one: (one.idle, running[one.namespace]))
+        return None if task.idle and self.running else task
 
 
 def _chunk(plan: FeedPlan, budget: int, block_size: int) -> FeedPlan:
