@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from recollect.errors import StoreCorruptError
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.pages import DamagedPagesError, walk
-from recollect.kv.record import Identity
+from recollect.kv.record import Identity, chained_key, namespace_key
 
 PROGRAM = Path(__file__).with_name("damaged_stores.py")
 IDENTITY = Identity("weights", "runtime", "f32")
@@ -27,7 +26,7 @@ WRITER = """
 import itertools, sys
 from pathlib import Path
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.blocks import chained_key, namespace_key
+from recollect.kv.record import chained_key, namespace_key
 from recollect.kv.record import Identity
 root = namespace_key("weights", "")
 store = DiskStore(Path(sys.argv[1]), budget_bytes=4 << 20)

@@ -22,16 +22,19 @@ import pytest
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.errors import StoreBusyError
 from recollect.kv import environment
-from recollect.kv.blocks import (
-    PUBLIC,
+from recollect.kv.blocks import PUBLIC
+from recollect.kv.disk import RESERVED_BYTES, DiskStore, NewBlock
+from recollect.kv.record import (
+    Buffer,
+    Identity,
     Key,
+    Pin,
+    StoredReply,
     branch_digests,
     chained_key,
     disguised_key,
     namespace_key,
 )
-from recollect.kv.disk import RESERVED_BYTES, DiskStore, NewBlock
-from recollect.kv.record import Buffer, Identity, Pin, StoredReply
 
 IDENTITY = Identity("weights", "runtime", "f32")
 FORMAT_1 = Path(__file__).parent / "data" / "format1"
