@@ -33,8 +33,7 @@ from recollect.errors import RuntimeFailure
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.record import Identity, Pin, Sealer, StoredReply, chained_key, namespace_key
 from recollect.models.catalog import CATALOG, reference_model
-from recollect.models.conversion import Precision, convert_to_onnx
-from recollect.models.onnx_folder import is_onnx_folder
+from recollect.models.onnx_folder import Precision, convert_to_onnx, is_onnx_folder
 from recollect.models.prepare import original_of
 from recollect.runtime.base import (
     Logits,

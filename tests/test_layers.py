@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
 MAY_IMPORT_THE_PACKAGE = {"proof", "cli", "__main__"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MOST_MODULES = 117
+MOST_MODULES = 105
 MOST_LINES = 400
 FEW_LINES = 60
 SHARED_FILE_NAMES = {"__init__.py", "base.py"}

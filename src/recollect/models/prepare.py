@@ -40,12 +40,14 @@ from recollect.models.catalog import (
     source_path,
     sources_folder,
 )
-from recollect.models.conversion import Conversion, convert, find_converted, find_inexact
+from recollect.models.gguf_decoder import Conversion, convert
 from recollect.models.gguf_weights import part_names, parts_of
 from recollect.models.onnx_folder import is_onnx_folder, open_onnx_folder
 from recollect.models.openvino_folder import (
     MODELS_FOLDER,
     Manifest,
+    find_converted,
+    find_inexact,
     from_manifest,
     open_folder,
 )
