@@ -71,7 +71,9 @@ def to_markdown(conversation: ConversationRecord, *, tip: str | None = None) -> 
     """
     if tip is not None and tip not in conversation.tips:
         known = ", ".join(sorted(conversation.tips)) or "none"
-        raise ConversationError(f"{conversation.name!r} has no tip {tip!r}: its tips are {known}.")
+        raise ConversationError(
+            f"{conversation.name!r} has no branch {tip!r}: give one of {known}."
+        )
     end = conversation.default_tip() if tip is None else conversation.tips[tip]
     path = conversation.path(end)
     created = conversation.created_at.astimezone().strftime("%Y-%m-%d %H:%M")
