@@ -37,8 +37,15 @@ from recollect.models.catalog import CATALOG, reference_model
 from recollect.models.conversion import Precision, convert_to_onnx
 from recollect.models.onnx_folder import is_onnx_folder
 from recollect.models.prepare import original_of
-from recollect.runtime.base import Logits, Pace, PassResult, Reuse, Row, RuntimeInfo
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import (
+    Logits,
+    Pace,
+    PassResult,
+    ReferenceRuntime,
+    Reuse,
+    Row,
+    RuntimeInfo,
+)
 from recollect.runtime.sequences import Feed
 from recollect.text.tokenizer import ByteTokenizer
 

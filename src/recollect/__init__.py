@@ -15,8 +15,10 @@ import importlib
 import typing
 
 from recollect import starting  # noqa: F401 - imported first, for what it does
-from recollect._version import __version__
 from recollect.errors import MisuseError, RecollectError
+
+__version__ = "0.1.0"
+"""The build reads it from this line (pyproject.toml)."""
 
 if typing.TYPE_CHECKING:
     from recollect.conversation.conversation import Conversation
@@ -31,13 +33,12 @@ if typing.TYPE_CHECKING:
     from recollect.engine.pinning import Published
     from recollect.engine.sampling import Generator
     from recollect.engine.sequence import Sequence
-    from recollect.journal.checkpoints import Checkpoint
-    from recollect.journal.encrypt import encrypt
+    from recollect.journal.home import Checkpoint, encrypt
     from recollect.text.tool_calls import ToolCallParser
     from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, ToolCall, Usage
 
 _MODULES: typing.Final = {
-    "Checkpoint": "recollect.journal.checkpoints",
+    "Checkpoint": "recollect.journal.home",
     "Cipher": "recollect.encryption",
     "Conversation": "recollect.conversation.conversation",
     "Engine": "recollect.engine.engine",
@@ -59,7 +60,7 @@ _MODULES: typing.Final = {
     "Tree": "recollect.conversation.tree",
     "Usage": "recollect.types",
     "Warmed": "recollect.conversation.model",
-    "encrypt": "recollect.journal.encrypt",
+    "encrypt": "recollect.journal.home",
     "load": "recollect.conversation.loading",
     "unlock": "recollect.encryption",
 }

@@ -17,7 +17,6 @@ from hypothesis.stateful import (
 )
 
 from recollect.encryption import Cipher
-from recollect.kv import maintenance
 from recollect.kv.blocks import Key, chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.record import Buffer, Identity, Pin
@@ -169,7 +168,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_wrong(self) -> None:
-        assert list(maintenance.problems(self.stores[0])) == []
+        assert list(self.stores[0].problems()) == []
         assert self._on_disk() == set(self.stored)
         assert sum(self.stores[0].misses.values()) == 0
 

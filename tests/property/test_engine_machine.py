@@ -36,8 +36,7 @@ from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for, chained_key
 from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Buffer, Entry, Identity
-from recollect.runtime.base import Pace, PassResult, Row
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import Pace, PassResult, ReferenceRuntime, Row
 from recollect.types import SamplingParams, common_prefix_length
 
 VOCAB: Final = 8

@@ -13,8 +13,7 @@ from typing import Final
 
 from rich.text import Text
 
-from recollect.cli.display import MARKS, draw_tree, warmth
-from recollect.cli.printing import count, format_bytes, printable
+from recollect.cli.display import MARKS, count, draw_tree, format_bytes, printable, warmth
 from recollect.cli.state import REGENERATE_TEMPERATURE, Chat, branches, statistics
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node

@@ -24,7 +24,7 @@ from typing import Final, Literal
 
 from recollect.errors import ConfigError, UnsupportedModelError
 from recollect.files import combine, scratch_folder
-from recollect.models.fetch import run_program
+from recollect.models.catalog import run_program
 from recollect.models.gguf import GgufHeader, read_header
 from recollect.models.gguf_decoder import require_buildable
 from recollect.models.gguf_weights import parts_of

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from recollect import __version__
+from recollect.cli.display import format_bytes
 from recollect.cli.main import COMMANDS, load_command, run
-from recollect.cli.printing import format_bytes
 from recollect.conversation.loading import load
 from recollect.models import conversion
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL
