@@ -224,7 +224,9 @@ class Conversation:
         """
         with self._writing():
             if self._journal is None:
-                raise ConversationError("This conversation is not kept, so it has no name.")
+                raise ConversationError(
+                    "This conversation is not saved, so it cannot be named: begin one that is."
+                )
             if self._record is None:
                 self.keep_in(self._journal, require_name(name))
             else:
@@ -432,11 +434,13 @@ class Conversation:
         record_id = self._record_ids.get(node.id)
         if self._journal is None:
             raise ConversationError(
-                "This conversation is not kept, so nobody could come back to it: begin one that has "
-                "a name."
+                "This conversation is not saved, so it can have no checkpoint: begin one that has a "
+                "name."
             )
         if self._record is None or record_id is None:
-            raise ConversationError("Nothing has been said here yet: say something first.")
+            raise ConversationError(
+                "Nothing has been said here yet: say something first, then save a checkpoint."
+            )
         return Spot(self._record, record_id, node.turns)
 
     def check(self) -> None:

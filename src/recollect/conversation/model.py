@@ -487,12 +487,14 @@ class Model:
         if name is None:
             kept = self.journal.conversations(page=Page(limit=1))
             if not kept:
-                raise UnknownConversationError("No conversation is kept yet: start one first.")
+                raise UnknownConversationError(
+                    "No conversation is saved yet: begin one with a name."
+                )
             name = kept[0].name
         conversation = self.conversation(name)
         if tip not in conversation.tips:
             raise ConversationError(
-                f"{name!r} has no branch {tip!r}: choose one of {', '.join(conversation.tips)}."
+                f"{name!r} has no branch {tip!r}: give one of {', '.join(conversation.tips)}."
             )
         session = Session(
             self,

@@ -376,7 +376,7 @@ class DiskTier:
             if cached.on_disk and self.store.has_blocks([block.key for block in path]):
                 return
             self._not_on_disk(path)
-        raise StoreError("This could not be kept on disk: there is no room for it (--kv-disk).")
+        raise StoreError("There is no room on disk for this KV: give the cache more (--kv-disk).")
 
     def read_block(self, cached: CachedBlock, into: memoryview) -> None:
         """Copy a block's bytes from memory; whoever calls holds it there."""

@@ -178,7 +178,7 @@ def test_what_is_exported_as_json_can_be_imported(poem: Journal, tmp_path: Path)
 
 def test_export_prints_markdown_unless_told_otherwise(poem: Journal) -> None:
     assert "## You\n\nAnother.\n\n## Assistant\n\nViolets are blue." in run("export", "poem").output
-    assert "The sea.\n" in run("export", "poem", "--tip", "sea").output
+    assert "The sea.\n" in run("export", "poem", "--branch", "sea").output
     assert json.loads(run("export", "poem", "--format", "json").output)["name"] == "poem"
 
 
