@@ -198,6 +198,7 @@ def make_inexact(folder: Path) -> None:
     replace(manifest, format_version=2, fingerprint="rounded").write(folder)
 
 
+@pytest.mark.slow
 def test_a_model_in_several_files_is_one_model(make_gguf: MakeGguf, tmp_path: Path) -> None:
     whole = prepare(str(make_gguf()), home=tmp_path / "home")
     parts = split(tmp_path / "tiny.gguf", "part")
@@ -290,6 +291,7 @@ def test_a_gguf_file_that_changed_under_its_name_is_another_model(
     assert other.folder != first.folder
 
 
+@pytest.mark.slow
 def test_a_gguf_file_with_a_strange_name_is_prepared(make_gguf: MakeGguf, tmp_path: Path) -> None:
     path = make_gguf("my model (é) #1.gguf")
     model = prepare(str(path), home=tmp_path / "data é")
@@ -297,6 +299,7 @@ def test_a_gguf_file_with_a_strange_name_is_prepared(make_gguf: MakeGguf, tmp_pa
     assert load_tokenizer(model).encode("h")
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_converted_here_can_be_named_by_its_path(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -306,6 +309,7 @@ def test_a_folder_that_was_converted_here_can_be_named_by_its_path(
     assert by_folder.context_length == by_file.context_length
 
 
+@pytest.mark.slow
 def test_a_model_without_a_template_is_ready_and_says_so_when_it_chats(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
