@@ -68,6 +68,7 @@ def test_little_address_space_is_enough(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "kv")], check=True)  # noqa: S603
 
 
+@pytest.mark.slow
 def test_a_larger_store_of_another_process_needs_no_larger_map(
     tmp_path: Path, open_store: Open
 ) -> None:

@@ -101,6 +101,7 @@ def test_what_another_process_has_open_is_left_alone(
     assert (shrink(folder) or 0) > 0
 
 
+@pytest.mark.slow
 def test_whoever_opens_it_meanwhile_waits_and_finds_it_whole(
     folder: Path, monkeypatch: pytest.MonkeyPatch, open_store: Callable[..., DiskStore]
 ) -> None:
