@@ -117,6 +117,11 @@ class Place:
         return self._tip
 
     @property
+    def change(self) -> Change | None:
+        """Return where the messages up to the tip leave an earlier conversation; None: they do not."""
+        return self._change
+
+    @property
     def tree(self) -> Tree:
         """Return all messages in all branches."""
         return self.conversation.tree

@@ -28,7 +28,6 @@ from recollect.server.conversation_view import (
     HAS_INSTRUCTIONS,
     Place,
     Places,
-    grow,
     with_instructions,
 )
 from recollect.server.fields import BodyRoute, check_count, logprob_entry
@@ -233,15 +232,12 @@ class _Asked:
             session = model.session_from(messages, namespace=self.namespace, overflow=overflow)
             session.tools = tools
             return session
-        node = grow(
-            place.conversation,
-            with_instructions(place, body.instructions),
-            places.known(body.messages()),
-        )
+        at = with_instructions(place, body.instructions)
+        place = places.grow(place, at, body.messages())
         return Session(
             model,
             place.conversation,
-            node,
+            place.node,
             body.sampling(temperature=0.0),
             namespace=self.namespace,
             name=place.tip,
