@@ -113,6 +113,8 @@ class Found:
     """Which the last of these replies could call; None: nobody knows, or there is none."""
     answers: tuple[Tools, ...] = ()
     """Which the replies to the last message could call that are known, the different ones."""
+    spaced: tuple[int, str] | None = None
+    """The first reply that nobody generated and that had other space at its ends, with its text then."""
 
     @property
     def messages(self) -> int:
@@ -238,15 +240,15 @@ class KnownMessages:
         known = self._all.get((namespace, node.key))
         if known is not None:
             if is_new and (known.ids is None or node.token_ids is not None):
-                self._take(known, node)
+                self._take(known, node.to_new())
             return known
         if parent is None:
             parent = self._roots.setdefault(namespace, _root(namespace))
-        known = Known(namespace, node.key, parent, _without_ids(node))
+        known = Known(namespace, node.key, parent, replace(node.to_new(), token_ids=None))
         self._all[namespace, node.key] = known
         known.lines = _line_names(namespace, parent.key, known.message)
         self._lines |= dict.fromkeys(known.lines, known)
-        self._take(known, node, is_new=True)
+        self._take(known, node.to_new(), is_new=True)
         if parent.parent is not None and parent.message.role == "system":
             known.after_system = _digest(node.content)
             self._questions[namespace, known.after_system] = known
@@ -255,6 +257,14 @@ class KnownMessages:
     def touch(self, known: Known) -> None:
         """Note that a message was used; what comes before it is to be touched after it."""
         self._all.move_to_end((known.namespace, known.key))
+
+    def respell(self, known: Known, text: str) -> str | None:
+        """Let a message that nobody generated have another spelling; return the one before if it differs."""
+        was = known.text
+        if was == text:
+            return None
+        self._take(known, replace(known.message, content=text))
+        return was
 
     def question(self, namespace: str, text: str) -> Known | None:
         """Return a message that says this after instructions; None where none is known."""
@@ -324,15 +334,15 @@ class KnownMessages:
             assert held == self.held_bytes <= MOST_BYTES, "bytes are not counted right"
             assert len(self._all) <= MOST_MESSAGES, "too many messages"
 
-    def _take(self, known: Known, node: Node, *, is_new: bool = False) -> None:
-        """Let a message be as a node has it, in its place among those that follow the same."""
+    def _take(self, known: Known, message: NewNode, *, is_new: bool = False) -> None:
+        """Let a message be as it was said now, in its place among those that follow the same."""
         assert known.parent is not None, "a root says nothing"
-        siblings = known.parent.next.setdefault(known.message.role, [])
+        siblings = known.parent.next.setdefault(message.role, [])
         if not is_new:
             self.held_bytes -= known.size
             del siblings[bisect_left(siblings, _order(known), key=_order)]
-        known.message = _without_ids(node)
-        known.ids = None if node.token_ids is None else array("i", node.token_ids)
+        known.message = replace(message, token_ids=None)
+        known.ids = None if message.token_ids is None else array("i", message.token_ids)
         insort(siblings, known, key=_order)
         known.size = _size(known.message, known.ids) + _LINE_BYTES * len(known.lines)
         self.held_bytes += known.size
@@ -405,16 +415,15 @@ class MessageIndex:
                 tools=None if tools is None else self._known.tools.get(tools),
                 answers=tuple(one for one in answers if one is not None),
             )
+            # What nobody generated here is as the client says it, to the last space.
+            said = [
+                (number, self._known.respell(one, to_node(messages[number]).content))
+                for number, one in enumerate(path)
+                if one.ids is None and one.message.role == "assistant"
+            ]
             taken = [(one.key, one.message, one.ids) for one in path]
-        # What nobody generated here is as the client says it, to the last space.
-        said = [to_node(message).content for message in messages[: len(taken)]]
-        return replace(
-            found,
-            path=tuple(
-                _with_ids(key, replace(message, content=text) if ids is None else message, ids)
-                for (key, message, ids), text in zip(taken, said, strict=True)
-            ),
-        )
+        spaced = next(((number, was) for number, was in said if was is not None), None)
+        return replace(found, path=tuple(_with_ids(*one) for one in taken), spaced=spaced)
 
     def change(self, messages: Sequence[Message], found: Found | None) -> Change | None:
         """
@@ -425,15 +434,20 @@ class MessageIndex:
             found: What `find` said of them.
         """
         index = 0 if found is None else found.messages
+        spaced = None if found is None else found.spaced
+        if spaced is not None:
+            index = spaced[0]
         if index == len(messages):
             return None
         new = [to_node(message) for message in messages[index : index + _MOST_FOLLOWING]]
-        key = ROOT_KEY if found is None else found.path[-1][0]
+        key = ROOT_KEY if found is None or not index else found.path[index - 1][0]
         with self._known.lock:
-            changes = [
-                _change(index, origin.text, new, _following(origin))
-                for origin in self._origins(key, new)
-            ]
+            if found is not None and spaced is not None:
+                known = self._known.get(self._namespace, found.path[index][0])
+                origins = [] if known is None else [(spaced[1], known)]
+            else:
+                origins = [(origin.text, origin) for origin in self._origins(key, new)]
+            changes = [_change(index, was, new, _following(origin)) for was, origin in origins]
         likeliest = max(changes, key=lambda one: one[0], default=None)
         return None if likeliest is None else likeliest[1]
 
@@ -559,10 +573,6 @@ def _digest(text: str, place: bytes = b"") -> bytes:
     digest = blake2b(place, digest_size=16)
     digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.digest()
-
-
-def _without_ids(node: Node) -> NewNode:
-    return replace(node.to_new(), token_ids=None)
 
 
 def _with_ids(key: bytes, message: NewNode, ids: "array[int] | None") -> tuple[bytes, NewNode]:

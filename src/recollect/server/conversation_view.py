@@ -141,19 +141,23 @@ class Places:
         session.conversation.shares_tips = True
         return Place(session.conversation, session.tip, tip=DEFAULT_TIP)
 
-    def grow(self, place: Place, at: Node, messages: Sequence[Message]) -> Place:
+    def grow(self, place: Place, instructions: str | None, messages: Sequence[Message]) -> Place:
         """
-        Return the place after messages that were sent as text, after a node of a place's conversation.
+        Return the place after messages that were sent as text, under instructions.
 
         Those that were generated here, after the same messages, have the token ids that they had then.
 
         Raises:
             StoreError: The journal cannot keep them.
         """
-        before = [node.message() for node in at.path()]
+        first: list[Message] = []
+        if instructions is not None:
+            first.append({"role": "system", "content": instructions})
+        path = place.node.path()[place.has_instructions :]
+        before = [*first, *(node.message() for node in path)]
         session = self._model.session_from([*before, *messages], namespace=self._namespace)
         new = [node.to_new() for node in session.path()[len(before) :]]
-        node = grow(place.conversation, at, new)
+        node = grow(place.conversation, with_instructions(place, instructions), new)
         place.conversation.take_tools(node, session.conversation, session.tip)
         return replace(place, node=node, change=place.change or session.change)
 

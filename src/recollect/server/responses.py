@@ -28,7 +28,6 @@ from recollect.server.conversation_view import (
     HAS_INSTRUCTIONS,
     Place,
     Places,
-    with_instructions,
 )
 from recollect.server.fields import BodyRoute, check_count, logprob_entry
 from recollect.server.refusals import ApiError, not_found
@@ -232,8 +231,7 @@ class _Asked:
             session = model.session_from(messages, namespace=self.namespace, overflow=overflow)
             session.tools = tools
             return session
-        at = with_instructions(place, body.instructions)
-        place = places.grow(place, at, body.messages())
+        place = places.grow(place, body.instructions, body.messages())
         return Session(
             model,
             place.conversation,
