@@ -1,6 +1,5 @@
 """Real chat templates: those that llama.cpp keeps, from its Python package's source."""
 
-import re
 import subprocess
 import sys
 import tarfile

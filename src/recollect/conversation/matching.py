@@ -466,7 +466,7 @@ class MessageIndex:
             siblings = [] if before is None else before.next.get(message.role, [])
             # An edit rarely changes the start, so the likeliest origin begins like the message. Where
             # texts are sorted, it is one of the two that the message would come between.
-            place = bisect_left(siblings, message.content, key=_text)
+            place = bisect_left(siblings, message.content, key=lambda one: one.text)
             origins += siblings[max(0, place - 1) : place + 1]
         return origins
 
@@ -563,10 +563,6 @@ def _size(message: NewNode, token_ids: "array[int] | None") -> int:
 
 def _order(known: Known) -> tuple[str, bytes]:
     return known.message.content, known.key
-
-
-def _text(known: Known) -> str:
-    return known.message.content
 
 
 def _digest(text: str, place: bytes = b"") -> bytes:

@@ -22,15 +22,16 @@ from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Overflow, Tree
 from recollect.encryption import Cipher
 from recollect.engine.engine import Engine, pool_size
-from recollect.engine.grammar import Grammars
+from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
+from recollect.engine.tier import DiskTier
 from recollect.errors import ConversationError, UnknownConversationError
 from recollect.journal.checkpoints import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Page, require_name
 from recollect.kv.blocks import chained_keys
 from recollect.kv.disk import DiskStore
-from recollect.kv.record import Pin
+from recollect.kv.record import Pin, StoredReply
 from recollect.models.catalog import LocalModel
 from recollect.runtime.base import PagedRuntime
 from recollect.text.template import ChatTemplate
@@ -134,6 +135,23 @@ def _warmed(
     )
 
 
+class _Notes(GrammarNotes):
+    """The grammars that were used last with a model, in the KV store: as secret as replies there."""
+
+    def __init__(self, tier: DiskTier, fingerprint: str) -> None:
+        self._tier = tier
+        self._name = tier.store.reply_name(fingerprint, "", b"grammars")
+
+    def read(self) -> str | None:
+        """Return what was noted last; None where nothing was."""
+        noted = self._tier.find_reply(self._name)
+        return None if noted is None else noted.text
+
+    def write(self, text: str) -> None:
+        """Note a text in the place of the one before."""
+        self._tier.writer.note_reply(self._name, StoredReply(text, ()))
+
+
 class Model:
     """
     A model that is ready to talk.
@@ -194,7 +212,13 @@ class Model:
             fingerprint=local.fingerprint,
             store=store,
         )
-        self.grammars: Final = Grammars(self.tokenizer, vocab_size=runtime.info.vocab_size)
+        self.grammars: Final = Grammars(
+            self.tokenizer,
+            vocab_size=runtime.info.vocab_size,
+            home=None if local.folder is None else home,
+            fingerprint=local.fingerprint,
+            notes=None if self.engine.tier is None else _Notes(self.engine.tier, local.fingerprint),
+        )
         """Of which a `Generator` follows one, where its parameters name one."""
         self.public: Final = PublicPrefixes(self.engine)
         """What every namespace reuses; see `publish`."""
@@ -258,6 +282,8 @@ class Model:
             StoreError: The journal cannot be used.
         """
         offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
+        if offered.schemas:
+            self.grammars.prepare_later()  # while the first question is thought of
         conversation = self._conversation(namespace)
         if keep or name is not None:
             conversation.keep_in(self.journal, None if name is None else require_name(name))
@@ -459,6 +485,7 @@ class Model:
 
     def close(self) -> None:
         """Give all memory back; its sessions can still be read, not continued."""
+        self.grammars.close()
         self.engine.close()
         with self._opening:
             if self._journal is not None:

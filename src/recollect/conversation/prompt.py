@@ -13,7 +13,6 @@ spells, and at its ends where it could complete one; the marks travel through th
 control token may be where they come out. Nearly all texts get none. Only a template that removes
 letters from what is said, or changes their case, could still make a control token of it.
 
-`Prompting` makes the prompts of one session, and remembers what was once left out of a full context.
 Nothing here knows KV: what of a prompt is computed already is found out by its sequence.
 """
 
@@ -23,31 +22,21 @@ import re
 import secrets
 import threading
 from array import array
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from sys import getsizeof
-from typing import Any, Final, cast
+from typing import Any, Final, Generic, TypeVar, cast
 
 from recollect.conversation.matching import shared_characters
-from recollect.conversation.tools import Tools
-from recollect.conversation.tree import (
-    ROOT_KEY,
-    Node,
-    Overflow,
-    Window,
-    message_key,
-    turn_starts,
-)
-from recollect.engine.engine import Engine
-from recollect.engine.sequence import Sequence as TokenSequence
-from recollect.errors import ContextFullError, TemplateError
+from recollect.conversation.tree import ROOT_KEY, Node, message_key
+from recollect.errors import TemplateError
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import ControlTokens, Tokenizer
+from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer
 from recollect.types import Message, common_prefix_length
 
+Value = TypeVar("Value")
 ToolSchemas = Sequence[Mapping[str, Any]]
 Render = Callable[[list[Message], ToolSchemas], str]
 
@@ -63,50 +52,6 @@ _SCHEMA_WORDS: Final = frozenset(
     | {"enum", "default", "title", "object", "array", "string", "integer", "number", "boolean"}
 )
 """Words that templates look up in the descriptions of tools: to mark them would hide them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """What a template shows of a conversation."""
-
-    text: str
-    breaks: tuple[int, ...] = ()
-    """Places in the text, ascending: a control token that lies across one was said, not written."""
-
-    def name(self) -> bytes:
-        """Return a name that no other text, or the same with other places, has."""
-        text = self.text.encode("utf-8", "surrogatepass")
-        if not self.breaks:
-            return blake2b(text, digest_size=16).digest()
-        places = blake2b(array("q", self.breaks).tobytes(), digest_size=32).digest()
-        return blake2b(text, digest_size=16, key=places).digest()
-
-    def part(self, start: int, end: int | None = None) -> "Shown":
-        """Return what lies in `[start, end)`."""
-        stop = len(self.text) if end is None else end
-        if not self.breaks:
-            return Shown(self.text[start:stop])
-        first, last = bisect_right(self.breaks, start), bisect_right(self.breaks, stop - 1)
-        breaks = tuple(place - start for place in self.breaks[first:last])
-        return Shown(self.text[start:stop], breaks)
-
-    def has_break(self, start: int, end: int) -> bool:
-        """Return whether there is one inside `[start, end)`, its ends apart."""
-        place = bisect_right(self.breaks, start)
-        return place < len(self.breaks) and self.breaks[place] < end
-
-    def says(self, text: str, start: int, control: ControlTokens) -> bool:
-        """Return whether a text is shown from *start* on, and none of its control tokens written."""
-        begins = (start + place for place in control.begins(text))
-        return self.text.startswith(text, start) and all(
-            self.has_break(place, place + 2) for place in begins
-        )
-
-    def followed_by_said(self, text: str, control: ControlTokens) -> "Shown":
-        """Return this and a text that somebody says after it."""
-        start = len(self.text)
-        begins = (start + place + 1 for place in control.begins(text))
-        return Shown(self.text + text, (*self.breaks, start, *begins))
 
 
 class Guard:
@@ -290,65 +235,10 @@ class Prompt:
         return self.rewritten[0].reply if self.rewritten else None
 
 
-class RememberedIds:
-    """
-    The ids of segments that were encoded before. Safe from any thread.
-
-    Invariant: `held_bytes` is the sum over all segments, and at most `most_bytes`.
-    """
-
-    def __init__(self, most_bytes: int = MOST_REMEMBERED_BYTES) -> None:
-        self.most_bytes: Final = most_bytes
-        self.held_bytes = 0
-        self._ids: OrderedDict[bytes, array[int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        """Return how many segments are remembered."""
-        return len(self._ids)
-
-    def get(self, name: bytes) -> list[int] | None:
-        """Return the ids of a segment; None where they are not known."""
-        with self._lock:
-            ids = self._ids.get(name)
-            if ids is None:
-                return None
-            self._ids.move_to_end(name)
-        return ids.tolist()
-
-    def put(self, name: bytes, token_ids: Sequence[int]) -> None:
-        """Remember the ids of a segment, and forget those that were used longest ago."""
-        ids = array("i", token_ids)
-        if _size(ids) > self.most_bytes:
-            return
-        with self._lock:
-            if name in self._ids:
-                return
-            self._ids[name] = ids
-            self.held_bytes += _size(ids)
-            while self.held_bytes > self.most_bytes:
-                self.held_bytes -= _size(self._ids.popitem(last=False)[1])
-
-    def check(self) -> None:
-        """
-        Verify the invariant.
-
-        Raises:
-            AssertionError: It does not hold.
-        """
-        with self._lock:
-            held = sum(map(_size, self._ids.values()))
-            assert held == self.held_bytes <= self.most_bytes, "bytes are not counted right"
-
-
-def _size(ids: "array[int]") -> int:
-    return ids.itemsize * len(ids) + _ENTRY_BYTES
-
-
-MOST_OPENING_BYTES: Final = 8 << 20
+MOST_OPENING_BYTES: Final = 4 << 20
 """
-Of what led to replies, for all sessions of a model together: the last few hundred turns of agents. What
-is forgotten is rendered again.
+Of what led to replies, for all sessions of a model together: hundreds of turns of agents. What is forgotten
+is rendered again.
 """
 
 
@@ -360,40 +250,51 @@ class Opening:
     """Which reply that is, counted from 0; -1: from the beginning on."""
     text: str
 
-    @property
-    def size(self) -> int:
-        """Return how many bytes it takes with its place in a table."""
-        return getsizeof(self.text) + _ENTRY_BYTES
 
-
-class RememberedOpenings:
+class Remembered(Generic[Value]):
     """
-    What led to replies when they were generated. Safe from any thread.
+    Values by name that were made before, and take long to make. Safe from any thread.
 
-    Invariant: `held_bytes` is the sum over all, and at most `MOST_OPENING_BYTES`.
+    Invariant: `held_bytes` is the sum over all values, and at most `most_bytes`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: Callable[[Value], int], most_bytes: int) -> None:
+        """
+        Hold nothing.
+
+        Args:
+            size: Returns how many bytes a value takes.
+            most_bytes: Of all; those used longest ago are forgotten.
+        """
+        self._size = size
+        self.most_bytes: Final = most_bytes
         self.held_bytes = 0
-        self._openings: OrderedDict[bytes, Opening] = OrderedDict()
+        self._values: OrderedDict[bytes, Value] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, name: bytes) -> Opening | None:
-        """Return what led to a reply; None where it is not known."""
-        with self._lock:
-            opening = self._openings.get(name)
-            if opening is not None:
-                self._openings.move_to_end(name)
-            return opening
+    def __len__(self) -> int:
+        """Return how many values are remembered."""
+        return len(self._values)
 
-    def put(self, name: bytes, opening: Opening) -> None:
-        """Remember what leads to a reply, and forget what was used longest ago."""
+    def get(self, name: bytes) -> Value | None:
+        """Return the value of that name; None where it is not known."""
         with self._lock:
-            known = self._openings.pop(name, None)
-            self._openings[name] = opening
-            self.held_bytes += opening.size - (0 if known is None else known.size)
-            while self.held_bytes > MOST_OPENING_BYTES:
-                self.held_bytes -= self._openings.popitem(last=False)[1].size
+            value = self._values.get(name)
+            if value is not None:
+                self._values.move_to_end(name)
+            return value
+
+    def put(self, name: bytes, value: Value) -> None:
+        """Remember a value unless it is known, and forget those that were used longest ago."""
+        if self._size(value) > self.most_bytes:
+            return
+        with self._lock:
+            if name in self._values:
+                return
+            self._values[name] = value
+            self.held_bytes += self._size(value)
+            while self.held_bytes > self.most_bytes:
+                self.held_bytes -= self._size(self._values.popitem(last=False)[1])
 
     def check(self) -> None:
         """
@@ -403,8 +304,13 @@ class RememberedOpenings:
             AssertionError: It does not hold.
         """
         with self._lock:
-            held = sum(opening.size for opening in self._openings.values())
-            assert held == self.held_bytes <= MOST_OPENING_BYTES, "bytes are not counted right"
+            held = sum(map(self._size, self._values.values()))
+            assert held == self.held_bytes <= self.most_bytes, "bytes are not counted right"
+
+
+def size_of_ids(ids: "array[int]") -> int:
+    """Return how many bytes a segment takes."""
+    return ids.itemsize * len(ids) + _ENTRY_BYTES
 
 
 class PromptEncoder:
@@ -420,8 +326,10 @@ class PromptEncoder:
         self._fingerprint = fingerprint
         self._template = template
         self._tokenizer = tokenizer
-        self.remembered: Final = RememberedIds()
-        self.openings: Final = RememberedOpenings()
+        self.remembered: Final = Remembered(size_of_ids, MOST_REMEMBERED_BYTES)
+        self.openings: Final = Remembered[Opening](
+            lambda one: getsizeof(one.text) + _ENTRY_BYTES, MOST_OPENING_BYTES
+        )
         # Texts that nobody writes and that templates which strip or split leave whole.
         self._secret = secrets.token_hex(12)
         self._typed_mark = f"typed{self._secret}x"
@@ -510,10 +418,11 @@ class PromptEncoder:
     def ids(self, part: Shown) -> list[int]:
         """Return the ids of a part of what is shown, from memory where they are there."""
         name = part.name()
-        ids = self.remembered.get(name)
-        if ids is None:
-            ids = self._encoded(part)
-            self.remembered.put(name, ids)
+        known = self.remembered.get(name)
+        if known is not None:
+            return known.tolist()
+        ids = self._encoded(part)
+        self.remembered.put(name, array("i", ids))
         return ids
 
     def _encoded(self, part: Shown) -> list[int]:
@@ -721,56 +630,3 @@ class _Encoding:
         end = max(start + 1, len(self._ids) + len(now)) if stop is not None else start + 1
         self._rewritten.append(Rewritten(number, start, end))
         self._generated_length = max(self._generated_length, end)
-
-
-class Prompting:
-    """Prompts in one namespace. Owned by a session."""
-
-    def __init__(self, engine: Engine, encoder: PromptEncoder, namespace: str) -> None:
-        self._engine = engine
-        self._encoder = encoder
-        self._namespace = namespace
-        self._window = Window()
-
-    def asking(
-        self, at: Node, said: str | None, tools: Tools, overflow: Overflow
-    ) -> tuple[Prompt, int]:
-        """
-        Return the prompt for a reply, and how many turns were left out of it.
-
-        Args:
-            at: The messages up to here, all or those that still fit.
-            said: A user's message after those.
-            tools: What the reply may call.
-            overflow: What happens when not all fit.
-        """
-
-        def encode(messages: Sequence[Node]) -> Prompt:
-            return self._encoder.encode(messages, said, tools.schemas)
-
-        def measure(messages: Sequence[Node]) -> int:
-            return len(encode(messages).token_ids)
-
-        path = at.path()
-        shown = self._window.fitting(path, self._engine.info.context_length, measure, overflow)
-        return encode(shown), len(turn_starts(path)) - len(turn_starts(shown))
-
-    def typing(self, at: Node, text: str, tools: Tools) -> list[int]:
-        """Return the ids of what is shown up to a node, and of a message that is being typed."""
-        shown = self._window.shown(at.path())
-        return self._encoder.encode_typed(shown, text, tools.schemas).token_ids
-
-    def sequence(self, token_ids: list[int]) -> TokenSequence:
-        """
-        Return a sequence with this history.
-
-        Raises:
-            ContextFullError: It leaves no place for a reply.
-        """
-        limit = self._engine.info.context_length
-        needed = len(token_ids) + 1
-        if needed > limit:
-            raise ContextFullError(needed=needed, limit=limit)
-        sequence = self._engine.new_sequence(self._namespace)
-        sequence.append(token_ids)
-        return sequence

@@ -1,7 +1,8 @@
 """
-One turn of a session: what was asked, the reply that comes of it, and why less was reused.
+One turn of a session: its prompt, the reply that comes of it, and why less was reused.
 
-Values only: the session carries a turn out, and owns what changes.
+`Prompting` makes the prompts of one session, and remembers what was once left out of a full context. The
+rest are values: the session carries a turn out, and owns what changes.
 """
 
 from collections.abc import Sequence
@@ -9,10 +10,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 from recollect.conversation.matching import Change
-from recollect.conversation.prompt import Prompt
+from recollect.conversation.prompt import Prompt, PromptEncoder
 from recollect.conversation.tools import Tools
-from recollect.conversation.tree import Node
+from recollect.conversation.tree import Node, Overflow, Window, turn_starts
+from recollect.engine.engine import Engine
 from recollect.engine.reply import GeneratedReply
+from recollect.engine.sequence import Sequence as TokenSequence
+from recollect.errors import ContextFullError
 from recollect.journal.records import NewNode
 from recollect.types import Reason, ToolLinks, Usage
 
@@ -117,3 +121,56 @@ class Turn:
             links=ToolLinks(call_ids=calls) if calls else None,
         )
         return [*asked, said]
+
+
+class Prompting:
+    """Prompts in one namespace. Owned by a session."""
+
+    def __init__(self, engine: Engine, encoder: PromptEncoder, namespace: str) -> None:
+        self._engine = engine
+        self._encoder = encoder
+        self._namespace = namespace
+        self._window = Window()
+
+    def asking(
+        self, at: Node, said: str | None, tools: Tools, overflow: Overflow
+    ) -> tuple[Prompt, int]:
+        """
+        Return the prompt for a reply, and how many turns were left out of it.
+
+        Args:
+            at: The messages up to here, all or those that still fit.
+            said: A user's message after those.
+            tools: What the reply may call.
+            overflow: What happens when not all fit.
+        """
+
+        def encode(messages: Sequence[Node]) -> Prompt:
+            return self._encoder.encode(messages, said, tools.schemas)
+
+        def measure(messages: Sequence[Node]) -> int:
+            return len(encode(messages).token_ids)
+
+        path = at.path()
+        shown = self._window.fitting(path, self._engine.info.context_length, measure, overflow)
+        return encode(shown), len(turn_starts(path)) - len(turn_starts(shown))
+
+    def typing(self, at: Node, text: str, tools: Tools) -> list[int]:
+        """Return the ids of what is shown up to a node, and of a message that is being typed."""
+        shown = self._window.shown(at.path())
+        return self._encoder.encode_typed(shown, text, tools.schemas).token_ids
+
+    def sequence(self, token_ids: list[int]) -> TokenSequence:
+        """
+        Return a sequence with this history.
+
+        Raises:
+            ContextFullError: It leaves no place for a reply.
+        """
+        limit = self._engine.info.context_length
+        needed = len(token_ids) + 1
+        if needed > limit:
+            raise ContextFullError(needed=needed, limit=limit)
+        sequence = self._engine.new_sequence(self._namespace)
+        sequence.append(token_ids)
+        return sequence

@@ -5,13 +5,19 @@ import itertools
 import json
 import re
 import tracemalloc
+from array import array
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.conversation.prompt import MOST_REMEMBERED_BYTES, PromptEncoder, RememberedIds
+from recollect.conversation.prompt import (
+    MOST_REMEMBERED_BYTES,
+    PromptEncoder,
+    Remembered,
+    size_of_ids,
+)
 from recollect.conversation.tree import Node, Tree
 from recollect.errors import TemplateError
 from recollect.text.template import ChatTemplate
@@ -570,24 +576,24 @@ def test_thousands_of_long_prompts_stay_within_their_bytes() -> None:
 
 
 def test_what_was_used_longest_ago_is_forgotten_first() -> None:
-    remembered = RememberedIds(most_bytes=3_000)
+    remembered = Remembered(size_of_ids, 3_000)
     for name in (b"a", b"b"):
-        remembered.put(name, range(256))
-    assert remembered.get(b"a") == list(range(256))
-    remembered.put(b"c", range(256))
+        remembered.put(name, array("i", range(256)))
+    assert remembered.get(b"a") == array("i", range(256))
+    remembered.put(b"c", array("i", range(256)))
     remembered.check()
     assert [remembered.get(name) is None for name in (b"a", b"b", b"c")] == [False, True, False]
-    remembered.put(b"d", range(10_000))
+    remembered.put(b"d", array("i", range(10_000)))
     assert remembered.get(b"d") is None
     assert len(remembered) == 2
 
 
 def test_small_segments_are_counted_with_what_they_take_beside_their_ids() -> None:
-    remembered = RememberedIds(most_bytes=100_000)
+    remembered = Remembered(size_of_ids, 100_000)
     tracemalloc.start()
     try:
         for number in itertools.count():
-            remembered.put(number.to_bytes(16, "big"), (number,))
+            remembered.put(number.to_bytes(16, "big"), array("i", [number]))
             if len(remembered) <= number:
                 break
         held, _ = tracemalloc.get_traced_memory()
