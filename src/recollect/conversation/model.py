@@ -27,15 +27,16 @@ from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Overflow, Tree
 from recollect.encryption import Cipher
 from recollect.engine.engine import Engine
-from recollect.engine.grammar import Grammars
+from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
+from recollect.engine.tier import DiskTier
 from recollect.errors import ConfigError, ConversationError, UnknownConversationError
 from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Page, require_name
 from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import DiskStore
-from recollect.kv.record import Pin, chained_keys
+from recollect.kv.record import Pin, StoredReply, chained_keys
 from recollect.models.catalog import Format, LocalModel
 from recollect.runtime.base import PagedRuntime, ReferenceRuntime, RuntimeInfo
 from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter
@@ -316,7 +317,13 @@ class Model:
             fingerprint=local.fingerprint,
             store=store,
         )
-        self.grammars: Final = Grammars(self.tokenizer, vocab_size=runtime.info.vocab_size)
+        self.grammars: Final = Grammars(
+            self.tokenizer,
+            vocab_size=runtime.info.vocab_size,
+            home=None if local.folder is None else home,
+            fingerprint=local.fingerprint,
+            notes=None if self.engine.tier is None else _Notes(self.engine.tier, local.fingerprint),
+        )
         """Of which a `Generator` follows one, where its parameters name one."""
         self.public: Final = PublicPrefixes(self.engine)
         """What every namespace reuses; see `publish`."""
@@ -380,6 +387,8 @@ class Model:
             StoreError: The journal cannot be used.
         """
         offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
+        if offered.schemas:
+            self.grammars.prepare_later()  # while the first question is thought of
         conversation = self._conversation(namespace)
         if keep or name is not None:
             conversation.keep_in(self.journal, None if name is None else require_name(name))
@@ -583,6 +592,7 @@ class Model:
 
     def close(self) -> None:
         """Give all memory back; its sessions can still be read, not continued."""
+        self.grammars.close()
         self.engine.close()
         with self._opening:
             if self._journal is not None:
