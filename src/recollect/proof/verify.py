@@ -26,8 +26,9 @@ from recollect.conversation.model import Model
 from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence
 from recollect.errors import ConfigError
+from recollect.proof.gguf_reference import open_gguf
 from recollect.proof.openvino_reference import open_openvino
-from recollect.proof.reference_model import Array, NotCompared, log_softmax, logits_at, open_gguf
+from recollect.proof.reference_model import Array, NotCompared, log_softmax, logits_at
 from recollect.runtime.base import Logits
 from recollect.types import Profile, SamplingParams
 

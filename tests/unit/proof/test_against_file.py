@@ -10,7 +10,8 @@ import pytest
 
 import recollect
 from recollect.models.prepare import Compared
-from recollect.proof.reference_model import NotCompared, open_gguf
+from recollect.proof.gguf_reference import open_gguf
+from recollect.proof.reference_model import NotCompared
 from recollect.proof.verify import LIMITS, compare_with_file
 
 WIDTH, FEED_FORWARD, HEADS, LAYERS, VOCABULARY = 64, 128, 4, 2, 320
