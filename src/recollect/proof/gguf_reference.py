@@ -16,6 +16,8 @@ from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
 from recollect.errors import UnsupportedModelError
+from recollect.files import combine, sha256_file
+from recollect.models.gguf_weights import parts_of
 from recollect.proof.reference_model import (
     Array,
     Description,
@@ -72,7 +74,9 @@ class GgufTensors(Tensors):
         for start in range(0, len(raw), step):
             part = np.ascontiguousarray(raw[start : start + step])
             # As one long row, because gguf goes through short ones in a Python loop.
-            wide[start : start + step] = _dequantized(part.reshape(1, -1), kind).reshape(-1, columns)
+            wide[start : start + step] = _dequantized(part.reshape(1, -1), kind).reshape(
+                -1, columns
+            )
         return wide
 
 
@@ -83,14 +87,26 @@ def _dequantized(raw: npt.NDArray[Any], kind: GGMLQuantizationType) -> Array:
         raise NotCompared(f"the gguf package does not read tensors of type {kind.name}") from cause
 
 
-def open_gguf(path: Path) -> tuple[Description, GgufTensors]:
+def open_gguf(path: Path, *, sha256: str | None = None) -> tuple[Description, Tensors]:
     """
     Return how the model in a file computes, and its tensors.
 
+    Args:
+        path: The file, or the first of several.
+        sha256: What the file has to be, as `Manifest.source_sha256`; None: it may be any.
+
     Raises:
-        NotCompared: The reference does not know this architecture, or something of it.
+        NotCompared: It is another file, or the reference does not know something of it.
         UnsupportedModelError: The file cannot be read.
     """
+    if sha256 is not None:
+        digests = [sha256_file(part) for part in parts_of(path)]
+        if sha256 != (digests[0] if len(digests) == 1 else combine(digests)):
+            raise NotCompared(
+                f"{path} is no longer the file that the model was made of: put the original there; "
+                "for a model with a name, `recollect models --prune NAME` and then "
+                "`recollect pull NAME --check` do so"
+            )
     first = _reader(path)
     others = []
     if "split.count" in first.fields:

@@ -280,9 +280,7 @@ def _by_module(graph: _Graph) -> dict[str, list[str]]:
     return found
 
 
-def open_openvino(
-    folder: Path, *, long_context: bool = False
-) -> tuple[Description, OpenVinoTensors]:
+def open_openvino(folder: Path, *, long_context: bool = False) -> tuple[Description, Tensors]:
     """
     Return how the model in a folder computes, and its tensors.
 

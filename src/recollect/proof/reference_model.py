@@ -18,6 +18,8 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from recollect.types import Profile
+
 Array = npt.NDArray[np.float32]
 Pairing = Literal["neighbours", "halves"]
 """
@@ -233,6 +235,9 @@ class Tensors(ABC):
         Raises:
             NotCompared: A tensor is missing, has another shape, or is one that the pass does not read.
         """
+        is_too_long = any(2 * len(rope.frequencies) > model.head_size for rope in model.ropes)
+        if is_too_long or model.heads % model.kv_heads:
+            raise NotCompared("RoPE turns more than a head has, or heads share keys unevenly")
         width = self.shape("token_embd")[1]
         needed: dict[str, tuple[int, ...]] = {"output_norm": (width,)}
         for layer in range(model.layers):
@@ -241,15 +246,18 @@ class Tensors(ABC):
             inner = self.shape(f"{block}ffn_up")[0]
             shapes = model.layer_shapes(width, inner)
             needed |= {block + part: shape for part, shape in shapes.items()}
+        if "output" in self:
+            needed["output"] = (self.shape("output")[0], width)
+        biases = {f"{name}.bias" for name in (*needed, "output")} & set(self.names())
+        needed |= {bias: (self.shape(bias.removesuffix(".bias"))[0],) for bias in biases}
         for name, shape in needed.items():
-            if math.prod(found := self.shape(name)) != math.prod(shape) or (
-                len(shape) > 1 and found != shape
-            ):
+            found = self.shape(name)
+            if math.prod(found) != math.prod(shape) or (len(shape) > 1 and found != shape):
                 raise NotCompared(f"{name} has the shape {found} where {shape} is expected")
-        known = {whole for whole, _ in self._parts.values()} | {"token_embd", "output", *needed}
-        for name in sorted(set(self.names()) - known - set(ignored)):
-            if name.removesuffix(".bias") not in known or not name.endswith(".bias"):
-                raise NotCompared(f"the reference does not know the tensor {name}")
+        fused = {whole for whole, _ in self._parts.values()}
+        others = set(self.names()).difference(needed, fused, ignored, ["token_embd"])
+        if others:
+            raise NotCompared(f"the reference does not know the tensor {min(others)}")
 
     def _split(self, block: str, model: Description) -> None:
         """Find query, key and value, and gate and up, where each are one matrix, as in phi3."""
@@ -339,6 +347,122 @@ def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         np.exp(wide).sum(axis=-1, keepdims=True)
     )
     return log_probabilities
+
+
+Outcome = Literal["PASS", "FAIL", "NOT COMPARED"]
+
+LIMITS: Final[dict[Profile, float]] = {"exact": 1e-3, "fast": 2.0, "small": 2.5}
+"""
+The largest difference of any logit that passes, by profile, at logits with a standard deviation of 8.
+
+The types of the tensors change nothing in it: each type that we read is stored so that its values are
+the file's. `exact`: f32 products in another order. Twenty-eight layers, 1,536 wide, came out 1e-4 off;
+ten times that leaves room for larger models, and the smallest fault that was ever seen in use (groups
+without a scale, in one matrix of 196) moved a logit by 0.09. `fast`: KV in f16, and products of rounded
+activations on processors with bf16 or VNNI, which alone move the largest of millions of logits by up to
+1.0. `small`: KV in u8 besides. A fault that moves every logit by less is seen in `exact` only, which is
+why `verify` runs in it unless told otherwise.
+"""
+
+USUAL_DEVIATION: Final = 8.0
+"""
+The standard deviation of logits that the limits are for. f32 rounds relative to the size of a number, so
+the limits grow with logits that vary more: 8,000 came out 0.055 off. They do not shrink.
+"""
+ROUNDING_ALLOWANCE: Final = 8.0
+"""
+What `exact` allows at least, in units of what the reference says that rounding moves. Fifteen models
+came out 0.7 to 1.4 times that off, and one whose attention takes one token alone 4.2 times.
+"""
+MOST_ROUNDING: Final = 10.0
+"""
+What rounding may excuse at most, in units of the limit: 0.01 at the usual size, a ninth of the fault
+above. A model that rounding moves further cannot be judged within that, and is not passed beyond it.
+"""
+
+PERPLEXITY_LIMIT: Final[dict[Profile, float]] = {"exact": 1e-3, "fast": 0.03, "small": 0.05}
+"""
+How far the ratio of perplexities may be from 1; wrong zero points gave 0.07 and 0.24. It grows as the
+limit of logits does: a log probability moves by at most twice what the logits do.
+"""
+_MOST_EXPONENT: Final = 700.0
+"""Of a perplexity: e to the power of more is infinite in f64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What is to be said of the logits of a model beside those that its file gives."""
+
+    outcome: Outcome
+    reason: str = ""
+    """Why nothing was compared, or which limit was passed; empty where all is well."""
+    largest: float = 0.0
+    """Difference of a logit."""
+    limit: float = 0.0
+    noise: float = 0.0
+    """How far rounding alone moves a logit, by `logits_and_noise`."""
+    deviation: float = 0.0
+    """Standard deviation of the file's logits."""
+    agreement: float = 0.0
+    """Share of places at which both have the same likeliest token."""
+    perplexity: float = 0.0
+    """Of the text, as it runs here."""
+    reference_perplexity: float = 0.0
+    """Of the text, by the file's values."""
+
+
+def judge(
+    profile: Profile, ours: Array, theirs: Array, *, noise: float, following: Mapping[int, int]
+) -> Judgement:
+    """
+    Return what is to be said of logits.
+
+    Args:
+        profile: What the model computes in.
+        ours: As it runs, shape `(places, vocabulary)`.
+        theirs: By its file.
+        noise: Of `logits_and_noise`.
+        following: By row of the logits, the token that follows in the text.
+
+    Raises:
+        NotCompared: The file gives no finite numbers, or rounding moves this model so far that
+            they may be the same.
+    """
+    if not np.isfinite(theirs).all():
+        raise NotCompared("by its file, its logits are no finite numbers")
+    if ours.shape != theirs.shape:
+        reason = f"it has {ours.shape[1]:,} logits for a token, and its file {theirs.shape[1]:,}"
+        return Judgement(outcome="FAIL", reason=reason)
+    with np.errstate(invalid="ignore"):
+        largest = float(np.abs(ours - theirs).max())
+        rows, tokens = list(following), list(following.values())
+        mean, mean_by_file = (
+            float(log_softmax(logits[rows])[range(len(rows)), tokens].mean())
+            for logits in (ours, theirs)
+        )
+    deviation = float(theirs.std(dtype=np.float64))
+    usual = LIMITS[profile] * max(1.0, deviation / USUAL_DEVIATION)
+    excused = ROUNDING_ALLOWANCE * noise if profile == "exact" else 0.0
+    limit = max(usual, min(excused, MOST_ROUNDING * usual))
+    if limit < largest <= excused:
+        raise NotCompared(f"rounding alone moves its logits by {noise:.2g}, too far to judge them")
+    perplexity, by_file = (math.exp(min(-one, _MOST_EXPONENT)) for one in (mean, mean_by_file))
+    reasons = []
+    if not largest <= limit:  # so that NaN is a difference too
+        reasons.append(f"a logit is {largest:.2g} off, and {limit:.2g} is allowed")
+    if not abs(mean - mean_by_file) <= PERPLEXITY_LIMIT[profile] * limit / LIMITS[profile]:
+        reasons.append(f"perplexity is {perplexity:.4g}, and {by_file:.4g} by the file")
+    return Judgement(
+        outcome="FAIL" if reasons else "PASS",
+        reason="; ".join(reasons),
+        largest=largest,
+        limit=limit,
+        noise=noise,
+        deviation=deviation,
+        agreement=float(np.mean(ours.argmax(axis=1) == theirs.argmax(axis=1))),
+        perplexity=perplexity,
+        reference_perplexity=by_file,
+    )
 
 
 def _layer(
