@@ -27,6 +27,7 @@ from recollect.conversation.model import Model
 from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence
 from recollect.errors import ConfigError
+from recollect.models.catalog import LocalModel
 from recollect.proof.gguf_reference import open_gguf
 from recollect.proof.openvino_reference import open_openvino
 from recollect.proof.reference_model import (
@@ -58,6 +59,8 @@ _COMPARISONS: Final = 4
 _NOISE_CONTROLS: Final = 4
 _LONGEST_TOKENS: Final = 400
 """Histories are kept below this: a fault shows at any length, and each check is a whole prefill."""
+_LEAST_TOKENS: Final = 48
+"""Of a context: four of the longest replies, or enough places to compare logits at."""
 _MOST_SEQUENCES: Final = 4
 _LONGEST_REPLY: Final = 12
 
@@ -236,11 +239,16 @@ def verify(
         progress: Called after each operation with (operations done, largest difference so far).
 
     Raises:
-        ConfigError: There is nothing to do.
+        ConfigError: There is nothing to do, or the model's context is below 48 tokens.
         OutOfBlocksError: The KV memory is too small for a handful of short conversations.
     """
     if operations < 1:
         raise ConfigError(f"{operations} operations prove nothing: give at least 1.")
+    if model.context_length < _LEAST_TOKENS:
+        raise ConfigError(
+            f"A context of {model.context_length} tokens is too short for conversations: "
+            f"{_LEAST_TOKENS} are needed to verify reuse."
+        )
     conversations = _Conversations(model, random.Random(seed))  # noqa: S311 - not for secrets
     fed_before, restored_before = model.engine.computed_tokens, _restored(model)
     counts: Counter[str] = Counter()
@@ -401,7 +409,6 @@ def _difference(first: Logits, second: Logits) -> float:
 
 _MOST_TOKENS: Final = 192
 """RoPE frequencies in f16 were 0.35 off at 150 tokens and are not seen at 10."""
-_LEAST_TOKENS: Final = 48
 _WIDEST_WINDOW: Final = 1024
 """The widest window that is looked beyond: Gemma 3's. One of 4,096 would take twenty times as long."""
 _AROUND_WINDOW: Final = 16
@@ -461,7 +468,7 @@ def _compare(model: Model, progress: Callable[[int, int], None]) -> FileReport:
     """
     began, path = time.monotonic(), model.local.source
     if path is None:
-        raise NotCompared(_why_not(model))
+        raise NotCompared(why_not_compared(model.local))
     if path.is_dir():
         opened = open_openvino(path, long_context=model.local.is_long)
     else:
@@ -485,8 +492,8 @@ def _compare(model: Model, progress: Callable[[int, int], None]) -> FileReport:
     )
 
 
-def _why_not(model: Model) -> str:
-    local = model.local
+def why_not_compared(local: LocalModel) -> str:
+    """Return why a model without a source cannot be compared with its file, and what helps."""
     if local.format != "openvino":
         return f"the reference does not read models of the format {local.format}"
     if str(local.folder) == local.name:
