@@ -60,8 +60,8 @@ class Fact:
 _END: Final = re.compile(r"[!;?\n]|(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bMs)\.(?!\d)|[:—]")
 """Where a statement ends; not at the dot of a title or within a number."""
 _DENIAL: Final = re.compile(
-    r"\b(?:not|never|no|nor|neither|none|nobody|nothing|without|cannot|unsure|unknown|whether)\b"
-    r"|\w+n['\u2019]t\b|\bif\b",
+    r"\b(?:not|never|no|nor|neither|cannot|unsure|unknown|whether)\b|\w+n['\u2019]t\b"
+    r"|\b(?:know|sure|certain|remember|say|tell)(?: me)? if\b",
     re.IGNORECASE,
 )
 _TURN: Final = re.compile(r"\b(?:but|rather|instead|however|although|only)\b", re.IGNORECASE)

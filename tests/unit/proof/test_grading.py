@@ -118,6 +118,8 @@ def test_whole_answers_are_graded(name: str, turn: int, reply: str, recalled: bo
         ("I am unsure whether 84 is right.", False),
         ("It is not 84. It is 48.", False),
         ("It is not 84. No: it is 84.", True),
+        ("If each tree bears two then there are 84.", True),
+        ("Please tell me if it is 84.", False),
     ],
 )
 def test_what_is_denied_asked_or_unknown_is_not_stated(reply: str, recalled: bool) -> None:
