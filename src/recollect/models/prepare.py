@@ -43,13 +43,15 @@ from recollect.models.fetch import (
     source_path,
     sources_folder,
 )
+from recollect.models.gguf import read_header
 from recollect.models.gguf_weights import part_names, parts_of
-from recollect.models.onnx_folder import is_onnx_folder, open_onnx_folder
+from recollect.models.onnx_folder import is_onnx_folder, onnx_context_length, open_onnx_folder
 from recollect.models.openvino_folder import (
     MODELS_FOLDER,
     Manifest,
     from_manifest,
     open_folder,
+    openvino_context_length,
 )
 from recollect.types import Progress, no_progress
 
@@ -168,6 +170,34 @@ def original_of(
             yield path
 
 
+def known_context_length(reference: str, home: Path) -> int | None:
+    """
+    Return how long a model's context is, in tokens, without loading or fetching it; None: nobody knows.
+
+    Raises:
+        UnknownModelError: Nothing goes by the name.
+    """
+    source = resolve(reference)
+    try:
+        match source:
+            case ReferenceModel():
+                return reference_model().context_length
+            case CatalogEntry():
+                return source.context_length
+            case GgufSource(path):
+                return read_header(path).context_length
+            case FolderSource(path):
+                ours = onnx_context_length if is_onnx_folder(path) else openvino_context_length
+                return ours(path)
+            case HubFile():
+                manifest = find_inexact(_hub_folder(source, home), None)
+                return None if manifest is None else manifest.context_length
+            case _:
+                assert_never(source)
+    except (UnsupportedModelError, OSError):
+        return None  # who loads it is told
+
+
 def models_folder(home: Path) -> Path:
     """Return where converted models lie, one folder each."""
     return home / MODELS_FOLDER
@@ -264,9 +294,7 @@ def _keep(parts: Iterable[Path], folder: Path, home: Path) -> None:
 def _prepare_hub_file(
     file: HubFile, home: Path, progress: Progress, *, offline: bool
 ) -> LocalModel:
-    # A name loses some characters, so two files could get the same one; the digest sees them all.
-    digest = combine([file.repository, file.filename])
-    folder = models_folder(home) / f"{_as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
+    folder = _hub_folder(file, home)
     manifest = find_converted(folder, None)
     if manifest is None:
         try:
@@ -275,6 +303,12 @@ def _prepare_hub_file(
             manifest = _inexact(folder, None, str(file), error)
     parts = _kept_parts(file, folder, home)
     return _with_source(from_manifest(manifest, folder, str(file)), parts)
+
+
+def _hub_folder(file: HubFile, home: Path) -> Path:
+    # A name loses some characters, so two files could get the same one; the digest sees them all.
+    digest = combine([file.repository, file.filename])
+    return models_folder(home) / f"{_as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
 
 
 def _install_hub_file(

@@ -202,7 +202,7 @@ def test_a_wrong_schema_of_the_answer_is_told_as_that(model: Model) -> None:
     wrong = Grammar.json_schema({"type": "object", "properties": {"a": {"type": "nonsense"}}})
     session = model.session(tools=TOOLS)
     used = model.engine.pool.used_blocks
-    with pytest.raises(InvalidParameterError, match="JSON schema of the reply.*nonsense") as told:
+    with pytest.raises(InvalidParameterError, match=r"JSON schema of the reply.*nonsense") as told:
         session.stream("Hello", params=SamplingParams(grammar=wrong))
     assert model.engine.pool.used_blocks == used
     assert "lark" not in str(told.value)

@@ -14,6 +14,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.core.result import Ok
 
 PATHS = {
+    "/",
     "/health",
     "/metrics",
     "/v1/chat/completions",
@@ -44,8 +45,9 @@ def test_the_document_names_every_call(client: httpx.Client) -> None:
 
 
 def test_no_page_runs_scripts_of_others_in_the_servers_name(client: httpx.Client) -> None:
-    for path in ("/docs", "/redoc", "/docs/oauth2-redirect", "/"):
+    for path in ("/docs", "/redoc", "/docs/oauth2-redirect"):
         assert client.get(path).status_code == 404
+    assert client.get("/").headers["content-type"] == "application/json"
 
 
 def test_every_body_passes_the_one_check(client: httpx.Client) -> None:
