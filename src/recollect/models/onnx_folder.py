@@ -270,6 +270,14 @@ def open_onnx_folder(
     )
 
 
+def onnx_context_length(folder: Path) -> int | None:
+    """Return how long the context of the model in *folder* is; None where it does not say so."""
+    path = folder / CONFIG_NAME
+    config = _table(onnx_config.parse(read_text(path, most_bytes=MOST_CONFIG_BYTES), path))
+    length = _table(config.get("model")).get("context_length")
+    return length if isinstance(length, int) and length > 0 else None
+
+
 def _fingerprint(folder: Path, home: Path, progress: Progress) -> str:
     """Return a hash of all files: which of them a graph reads its weights from is its own business."""
     parts = ["onnx genai folder 1"]

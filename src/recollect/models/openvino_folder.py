@@ -310,6 +310,17 @@ def open_folder(
     return replace(model, fingerprint=fingerprint)
 
 
+def openvino_context_length(folder: Path) -> int:
+    """
+    Return how long the context of the model in *folder* is, which need not be whole.
+
+    Raises:
+        UnsupportedModelError: It does not say so.
+    """
+    manifest = Manifest.read(folder)
+    return _Export(folder).context_length() if manifest is None else manifest.context_length
+
+
 def from_manifest(manifest: Manifest, folder: Path, name: str) -> LocalModel:
     """Return the model in a folder that recollect converted."""
     return LocalModel(
@@ -422,6 +433,10 @@ class _Export:
             fingerprint=fingerprint,
             architecture=self._architecture(),
         )
+
+    def context_length(self) -> int:
+        """Return the length up to which the model has one kind of factors, that of `LocalModel`."""
+        return self._first_context_length() or self._context_length()
 
     def _architecture(self) -> str | None:
         if self._source is not None:
