@@ -35,7 +35,6 @@ import recollect
 from harness import Load, parser, report, say
 from recollect import config
 from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.maintenance import holdings
 from recollect.models.prepare import prepare
 from recollect.proof.bench import bench_text, cut_to_length, summarize
 from recollect.runtime.openvino import OpenVinoRuntime
@@ -196,7 +195,7 @@ def stored(model: recollect.Model) -> dict[str, int]:
     tier = model.engine.tier
     assert tier is not None
     tier.flush()
-    own = [held for held in holdings(tier.store) if held.identity == tier.identity]
+    own = [held for held in tier.store.holdings() if held.identity == tier.identity]
     return {"blocks": own[0].blocks, "stored_bytes": own[0].stored_bytes, "tokens": own[0].tokens}
 
 

@@ -30,15 +30,20 @@ from recollect.conversation.model import Model
 from recollect.engine import sequence as sequence_module
 from recollect.engine.engine import Engine
 from recollect.errors import RuntimeFailure
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Identity, Pin, Sealer, StoredReply
+from recollect.kv.record import Identity, Pin, Sealer, StoredReply, chained_key, namespace_key
 from recollect.models.catalog import CATALOG, reference_model
-from recollect.models.conversion import Precision, convert_to_onnx
-from recollect.models.onnx_folder import is_onnx_folder
+from recollect.models.onnx_folder import Precision, convert_to_onnx, is_onnx_folder
 from recollect.models.prepare import original_of
-from recollect.runtime.base import Logits, Pace, PassResult, Reuse, Row, RuntimeInfo
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import (
+    Logits,
+    Pace,
+    PassResult,
+    ReferenceRuntime,
+    Reuse,
+    Row,
+    RuntimeInfo,
+)
 from recollect.runtime.sequences import Feed
 from recollect.text.tokenizer import ByteTokenizer
 

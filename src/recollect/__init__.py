@@ -9,7 +9,7 @@ Conversations with local language models that never read a token twice, and prov
 """
 
 from recollect import starting  # noqa: F401 - imported first, for what it does
-from recollect._version import __version__
+from recollect.config import __version__
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.loading import load
 from recollect.conversation.model import Model, Warmed
@@ -23,8 +23,7 @@ from recollect.engine.pinning import Published
 from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence
 from recollect.errors import MisuseError, RecollectError
-from recollect.journal.checkpoints import Checkpoint
-from recollect.journal.encrypt import encrypt
+from recollect.journal.home import Checkpoint, encrypt
 from recollect.text.tool_calls import ToolCallParser
 from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, ToolCall, Usage
 

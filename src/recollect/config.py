@@ -1,5 +1,5 @@
 """
-Settings: where data lives, and how much memory KV may take.
+The version, and settings: where data lives, and how much memory KV may take.
 
 Reads the environment and the machine's free memory; does not know models or runtimes.
 """
@@ -15,6 +15,9 @@ import psutil
 
 from recollect.errors import ConfigError
 from recollect.types import Profile
+
+__version__ = "0.1.0"
+"""The build reads it from this line (pyproject.toml)."""
 
 PROFILES: Final[tuple[Profile, ...]] = ("exact", "fast", "small")
 DEFAULT_PROFILE: Final[Profile] = "fast"

@@ -19,17 +19,19 @@ import typer
 from typer.core import TyperCommand
 
 from recollect import encryption
-from recollect.cli.home import open_checkpoints, open_journal, unlock_home
+from recollect.cli.display import printable
 from recollect.cli.options import (
     USUAL,
     EncryptOption,
     ModelOptions,
     TemperatureOption,
+    open_checkpoints,
+    open_journal,
     read_text,
     sampling_option,
     takes_model_options,
+    unlock_home,
 )
-from recollect.cli.printing import printable
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Overflow

@@ -12,8 +12,7 @@ from typing import Final
 
 from rich.text import Text
 
-from recollect.cli.display import MARKS, draw_tree, warmth
-from recollect.cli.printing import format_bytes, printable
+from recollect.cli.display import MARKS, draw_tree, format_bytes, printable, warmth
 from recollect.cli.state import REGENERATE_TEMPERATURE, Chat, branches, statistics
 from recollect.conversation.tree import Node
 from recollect.errors import (

@@ -19,31 +19,35 @@ from rich.table import Table
 from rich.text import Text
 
 from recollect import config, files
-from recollect.cli.display import draw_tree
-from recollect.cli.home import has_store, open_checkpoints, open_journal, open_store, unlock_home
-from recollect.cli.options import (
-    USUAL,
-    EncryptOption,
-    JsonOption,
-    ModelOptions,
-    YesOption,
-    takes_model_options,
-)
-from recollect.cli.printing import (
+from recollect.cli.display import (
     confirm,
     count,
+    draw_tree,
     format_bytes,
     format_time,
     make_table,
     printable,
     progress_bar,
 )
+from recollect.cli.options import (
+    USUAL,
+    EncryptOption,
+    JsonOption,
+    ModelOptions,
+    YesOption,
+    has_store,
+    open_checkpoints,
+    open_journal,
+    open_store,
+    takes_model_options,
+    unlock_home,
+)
 from recollect.conversation.loading import bring_in, collect, why_not
 from recollect.conversation.model import Model
 from recollect.conversation.tree import grown
 from recollect.errors import ConfigError, ConversationFileError, StoreError
-from recollect.journal.checkpoints import Checkpoint, drop_of_conversation
 from recollect.journal.conversation_files import MOST_JSON_BYTES, from_json, to_json, to_markdown
+from recollect.journal.home import Checkpoint, drop_of_conversation
 from recollect.journal.portable import PortableFile, require_new, write
 from recollect.journal.records import DEFAULT_TIP, ConversationInfo, StoredConversation
 from recollect.models.prepare import is_here

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from recollect import config, encryption
-from recollect.cli.home import unlock_home
+from recollect.cli.display import count
 from recollect.cli.options import (
     USUAL,
     EncryptOption,
@@ -22,8 +22,8 @@ from recollect.cli.options import (
     TemperatureOption,
     read_text,
     takes_model_options,
+    unlock_home,
 )
-from recollect.cli.printing import count
 from recollect.errors import ConfigError, UnknownModelError
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
 from recollect.models.prepare import installed, size_bytes

@@ -15,8 +15,7 @@ import psutil
 from rich.console import Console
 from rich.text import Text
 
-from recollect.cli.display import show_reply
-from recollect.cli.printing import count, format_bytes, format_duration, printable
+from recollect.cli.display import count, format_bytes, format_duration, printable, show_reply
 from recollect.conversation.model import Model
 from recollect.conversation.session import ReplyStream, Session
 from recollect.conversation.tree import Node

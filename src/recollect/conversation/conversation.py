@@ -24,8 +24,8 @@ from recollect.errors import (
     StoreError,
     UnknownConversationError,
 )
-from recollect.journal.checkpoints import Spot
 from recollect.journal.database import BUSY_TIMEOUT_S
+from recollect.journal.home import Spot
 from recollect.journal.journal import Journal
 from recollect.journal.records import (
     DEFAULT_TIP,

@@ -1,42 +1,134 @@
 """
-A loaded model: everything that its sessions share.
+A loaded model: the formats that it may have, its parts put together, and what its sessions share.
 
-Here a runtime, a tokenizer, an engine and a journal are put together; `loading` finds them. A model
-also reads texts in advance (`warm`): the KV of a system prompt, or of the beginning of a first message,
-is computed once and pinned on disk, without the text.
+`FORMATS` is the one table of the formats of models on disk: which tokenizer reads one, and which runtime
+computes it. Whoever adds a format adds a row there, its name to `models.catalog.Format`, and what
+recognises it on disk to `models.prepare`, which fills in the `LocalModel`.
+`Model` holds a runtime, a tokenizer, an engine and a journal; `loading` finds them, and `pool_size`
+says how many blocks of KV a memory budget holds. A model also reads texts in advance (`warm`):
+the KV of a system prompt, or of the beginning of a first message, is computed once and pinned on disk,
+without the text.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Self
 
+from recollect import config
 from recollect.conversation.conversation import Conversation
-from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.matching import KnownMessages, MessageIndex, RememberedReplies
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Overflow, Tree
 from recollect.encryption import Cipher
-from recollect.engine.engine import Engine, pool_size
+from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
 from recollect.engine.tier import DiskTier
-from recollect.errors import ConversationError, UnknownConversationError
-from recollect.journal.checkpoints import Checkpoint, Checkpoints
+from recollect.errors import ConfigError, ConversationError, UnknownConversationError
+from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Page, require_name
-from recollect.kv.blocks import chained_keys
+from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import DiskStore
-from recollect.kv.record import Pin, StoredReply
-from recollect.models.catalog import LocalModel
-from recollect.runtime.base import PagedRuntime
+from recollect.kv.record import Pin, StoredReply, chained_keys
+from recollect.models.catalog import Format, LocalModel
+from recollect.runtime.base import PagedRuntime, ReferenceRuntime, RuntimeInfo
+from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter
+from recollect.text.file_tokenizers import TOKENIZER_NAME, HfTokenizer, OpenVinoTokenizer
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import Tokenizer
+from recollect.text.tokenizer import ByteTokenizer, Tokenizer
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
+
+
+@dataclass(frozen=True, slots=True)
+class FormatParts:
+    """What makes the parts of a model of one format."""
+
+    tokenizer: Callable[[LocalModel], Tokenizer]
+    runtime: Callable[[LocalModel, Profile], PagedRuntime]
+
+
+def load_tokenizer(model: LocalModel) -> Tokenizer:
+    """
+    Return the tokenizer of a model.
+
+    Raises:
+        UnsupportedModelError: Its files cannot be read.
+    """
+    return FORMATS[model.format].tokenizer(model)
+
+
+def load_runtime(model: LocalModel, profile: Profile) -> PagedRuntime:
+    """
+    Return what runs a model, which has no memory for KV yet.
+
+    Raises:
+        UnsupportedModelError: The runtime is not installed, or cannot run this model.
+        RuntimeFailure: Its files cannot be read or compiled.
+    """
+    return FORMATS[model.format].runtime(model, profile)
+
+
+def _openvino_tokenizer(model: LocalModel) -> Tokenizer:
+    assert model.folder is not None, "only the reference model has none"
+    return OpenVinoTokenizer(model.folder, model.eos_token_ids, template=model.chat_template)
+
+
+def _hf_tokenizer(model: LocalModel) -> Tokenizer:
+    assert model.folder is not None, "only the reference model has none"
+    file = model.folder / TOKENIZER_NAME
+    return HfTokenizer(file, model.eos_token_ids, template=model.chat_template)
+
+
+def _openvino(model: LocalModel, profile: Profile) -> PagedRuntime:
+    # Not at the top: OpenVINO takes half a second, for which `recollect --help` need not wait.
+    from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415 - as above
+
+    assert model.folder is not None, "only the reference model has none"
+    return OpenVinoRuntime(
+        model.folder / model.graph,
+        profile=profile,
+        context_length=model.context_length,
+        long_context=model.is_long,
+    )
+
+
+def _genai(model: LocalModel, _: Profile) -> PagedRuntime:
+    assert model.folder is not None, "only the reference model has none"
+    assert model.onnx_config is not None, "it was read with the folder"
+    return SequenceAdapter(
+        GenAiRuntime(
+            model.folder,
+            model.onnx_config,
+            context_length=model.context_length,
+            native_library=model.native_library,
+        )
+    )
+
+
+def _reference(model: LocalModel, _: Profile) -> PagedRuntime:
+    return ReferenceRuntime(
+        vocab_size=ByteTokenizer().vocab_size, context_length=model.context_length
+    )
+
+
+FORMATS: Final[Mapping[Format, FormatParts]] = MappingProxyType(
+    {
+        # A GGUF file or an export of optimum's; models/prepare, models/openvino_folder.
+        "openvino": FormatParts(tokenizer=_openvino_tokenizer, runtime=_openvino),
+        # A folder for ONNX Runtime GenAI; models/onnx_folder.
+        "onnx-genai": FormatParts(tokenizer=_hf_tokenizer, runtime=_genai),
+        # The model without weights; models/catalog.
+        "reference": FormatParts(tokenizer=lambda _: ByteTokenizer(), runtime=_reference),
+    }
+)
+
 
 KIND: Final = "warm"
 
@@ -133,6 +225,36 @@ def _warmed(
         stored_bytes=stored_bytes,
         since=datetime.fromtimestamp(pin.created, UTC),
     )
+
+
+CONTEXTS_IN_POOL: Final = 4
+"""By default the pool holds at most this many full contexts: one for a conversation, the rest for its
+branches and for others. Pages that are never written take no memory."""
+
+
+def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
+    """
+    Return how many blocks a memory budget in bytes holds.
+
+    Raises:
+        ConfigError: The budget holds not even one, or is more than the machine has.
+    """
+    if kv_memory is None:
+        blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)
+        budget = config.default_kv_memory_bytes()
+        return max(1, min(budget // info.bytes_per_block, blocks_of_contexts))
+    machine = config.machine_memory_bytes()
+    if kv_memory > machine:
+        raise ConfigError(
+            f"{kv_memory:,} bytes for KV are more than the {machine:,} bytes of memory that this machine "
+            "has: give less."
+        )
+    blocks = kv_memory // info.bytes_per_block
+    if blocks < 1:
+        raise ConfigError(
+            f"{kv_memory:,} bytes hold no KV block: give at least {info.bytes_per_block:,}."
+        )
+    return blocks
 
 
 class _Notes(GrammarNotes):

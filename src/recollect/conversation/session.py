@@ -38,7 +38,7 @@ from recollect.errors import (
     TemplateError,
     UnknownNodeError,
 )
-from recollect.journal.checkpoints import Checkpoint, Checkpoints
+from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.records import require_name
 from recollect.kv.blocks import CachedBlock
 from recollect.text.tokenizer import Tokenizer

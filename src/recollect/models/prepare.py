@@ -32,22 +32,22 @@ from recollect.models.catalog import (
     LocalModel,
     ReferenceModel,
     Source,
-    reference_model,
-    resolve,
-)
-from recollect.models.conversion import Conversion, convert, find_converted, find_inexact
-from recollect.models.fetch import (
     fetch_entry,
     fetch_hub_file,
+    reference_model,
     require_online,
+    resolve,
     source_path,
     sources_folder,
 )
+from recollect.models.gguf_decoder import Conversion, convert
 from recollect.models.gguf_weights import part_names, parts_of
 from recollect.models.onnx_folder import is_onnx_folder, open_onnx_folder
 from recollect.models.openvino_folder import (
     MODELS_FOLDER,
     Manifest,
+    find_converted,
+    find_inexact,
     from_manifest,
     open_folder,
 )

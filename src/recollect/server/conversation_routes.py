@@ -26,7 +26,7 @@ from recollect.conversation.tree import to_node
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import pin_on_disk
 from recollect.errors import RewindError
-from recollect.journal.checkpoints import drop_of_conversation, server_facts
+from recollect.journal.home import drop_of_conversation, server_facts
 from recollect.journal.records import DEFAULT_TIP, Entry, NewNode, NodeRecord, Page
 from recollect.kv.disk import DiskStore
 from recollect.server.conversation_view import (

@@ -35,8 +35,7 @@ from recollect.encryption import KV_PURPOSE
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.maintenance import is_there, open_existing
+from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.server.access import CLIENT, Client
 from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
 from recollect.server.refusals import ApiError, ClientGone, api_error, stopping

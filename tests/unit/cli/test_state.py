@@ -8,7 +8,7 @@ from io import StringIO
 
 import pytest
 
-from recollect.cli.printing import format_duration
+from recollect.cli.display import format_duration
 from recollect.cli.state import Chat, Totals, usage_line
 from recollect.conversation.tree import Tree
 from recollect.conversation.turn import Reply

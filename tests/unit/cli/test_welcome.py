@@ -6,7 +6,7 @@ from io import StringIO
 
 import pytest
 
-from recollect.cli.printing import count
+from recollect.cli.display import count
 from recollect.cli.state import Chat, farewell, welcome
 from recollect.journal.records import Entry, NewNode
 

@@ -15,8 +15,7 @@ from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import RuntimeFailure
-from recollect.runtime.base import Pace, PassResult, Row
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import Pace, PassResult, ReferenceRuntime, Row
 from recollect.text.tokenizer import ControlTokens, Vocabulary
 from recollect.types import SamplingParams
 

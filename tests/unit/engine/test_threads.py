@@ -16,8 +16,7 @@ from recollect.engine.sampling import Generator
 from recollect.engine.scheduler import Scheduler, Task
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, OutOfBlocksError, RecollectError, RuntimeFailure
-from recollect.runtime.base import Pace, PassResult, Row
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import Pace, PassResult, ReferenceRuntime, Row
 from recollect.types import SamplingParams
 
 WAIT_S = 60  # for what takes milliseconds: a test that would hang fails instead

@@ -15,8 +15,7 @@ from recollect.errors import (
     UnknownCheckpointError,
     UnknownNodeError,
 )
-from recollect.journal.checkpoints import drop_of_conversation
-from recollect.kv import maintenance
+from recollect.journal.home import drop_of_conversation
 from recollect.kv.disk import DiskStore
 from recollect.types import SamplingParams
 
@@ -154,7 +153,7 @@ def test_it_survives_when_all_else_is_given_up(warm: Model) -> None:
     assert store.evict(1 << 40) > 0
     (left,) = warm.checkpoints()
     assert left == made
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
     warm.drop_checkpoint("here")
     assert warm.checkpoints() == []
     assert store.evict(1 << 40) == made.stored_bytes

@@ -11,9 +11,15 @@ import pytest
 
 from recollect.errors import UnsupportedModelError
 from recollect.files import sha256_file
-from recollect.models.conversion import Conversion, convert, find_converted, find_inexact
 from recollect.models.gguf import describe, read_content
-from recollect.models.openvino_folder import MANIFEST_NAME, Manifest, from_manifest
+from recollect.models.gguf_decoder import Conversion, convert
+from recollect.models.openvino_folder import (
+    MANIFEST_NAME,
+    Manifest,
+    find_converted,
+    find_inexact,
+    from_manifest,
+)
 from recollect.types import no_progress
 
 MakeGguf = Callable[..., Path]

@@ -20,8 +20,7 @@ from recollect.engine.pinning import require_tier
 from recollect.engine.sampling import Generator
 from recollect.errors import RuntimeFailure, StoreError, UnsupportedModelError
 from recollect.runtime.base import Row
-from recollect.runtime.genai import GenAiRuntime
-from recollect.runtime.sequences import SequenceAdapter
+from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter
 from recollect.types import SamplingParams
 
 VOCAB, PAD, CONTEXT = 50, 7, 64
@@ -208,7 +207,7 @@ def test_slots_that_nothing_was_written_to_are_refused(
 def test_a_longrope_history_is_all_of_one_side(
     make_runtime: Callable[..., SequenceAdapter], library: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules["recollect.runtime.genai"].SHORT_ROPE_LENGTHS, "phi3", 8)
+    monkeypatch.setitem(sys.modules["recollect.runtime.sequences"].SHORT_ROPE_LENGTHS, "phi3", 8)
     library.short_rope_length = 8
     runtime = make_runtime(architecture="phi3")
     ids = list(range(10, 22))

@@ -16,8 +16,7 @@ from recollect.conversation.model import Model
 from recollect.engine.engine import Engine
 from recollect.engine.scheduler import Task
 from recollect.errors import RuntimeFailure
-from recollect.runtime.base import Pace, PassResult, Row
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import Pace, PassResult, ReferenceRuntime, Row
 from recollect.server.access import namespace_of
 from recollect.server.settings import Limits
 

@@ -19,7 +19,6 @@ from recollect.conversation.model import Model
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import Entry, NewNode
 from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.maintenance import holdings
 from recollect.server.access import Keyring
 from recollect.server.app import create_app
 from recollect.server.hub import ModelHub
@@ -90,7 +89,7 @@ def test_no_get_changes_anything_in_the_home(
     }
     assert model.engine.tier is not None
     model.engine.tier.flush()
-    assert list(holdings(store)), "there is KV on disk"
+    assert list(store.holdings()), "there is KV on disk"
     before, kept = rows(journal_path), files(home)
     found = [path.format_map(known) for path in get_paths(home)]
     assert len(found) >= 10
