@@ -1,19 +1,21 @@
 """
-One reply, from the engine's tokens to text, stop strings, calls of tools and what it has cost.
+One reply, from the engine's tokens to text, calls of tools and what it has cost.
 
 `ReplyGeneration` is the one object that holds a reply: threads read it as an iterator and coroutines
-as an asynchronous one. `IdleWork` computes what a reply will need before it is asked for, and the reply
-tells what of it was used. Knows a generator and a tokenizer; not what a conversation is, nor where a
-reply is kept.
+as an asynchronous one. `Stream` brings the tokens from the engine's thread to either. `IdleWork` computes
+what a reply will need before it is asked for, and the reply tells what of it was used. Knows a generator
+and a tokenizer; not what a conversation is, nor where a reply is kept.
 """
 
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Final, Self
+from queue import SimpleQueue
+from typing import Any, Final, Self
 
 from recollect.engine.engine import Engine
 from recollect.engine.sampling import Generator, Likelihood
@@ -90,21 +92,88 @@ class AlignedLogprobs:
         return TokenLogprob(token_id, self._bytes[token_id] if known else b"", logprob, top)
 
 
+_END: Final = object()
+
+
+class Stream:
+    """
+    Results of a task on their way to one reader, which is a thread (`for`) or a coroutine (`async for`).
+
+    The engine's thread puts results in, and hands them over right before a forward pass: see
+    `Task.hand_over`. A reader that stopped can go on later, with the next result. After the last one
+    every loop ends at once, also one that begins then.
+    """
+
+    def __init__(self) -> None:
+        self._fresh: list[Any] = []  # not handed over yet
+        self._queue: SimpleQueue[Any] = SimpleQueue()
+        self._wake: Callable[[], object] = lambda: None
+        self._has_begun = False
+
+    def put(self, result: object) -> None:
+        """Take a result; the reader gets it when it is next handed over."""
+        self._fresh.append(result)
+
+    def hand_over(self) -> bool:
+        """Give the reader what is new; return whether the first result is among it."""
+        if not self._fresh:
+            return False
+        for result in self._fresh:
+            self._queue.put(result)
+        self._fresh.clear()
+        with suppress(RuntimeError):  # the reader's loop was closed
+            self._wake()
+        is_first, self._has_begun = not self._has_begun, True
+        return is_first
+
+    def close(self) -> None:
+        """Hand over what is new, and let the reader know that nothing more comes."""
+        self._fresh.append(_END)
+        self.hand_over()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield results, and wait for those that are to come."""
+        while (result := self._queue.get()) is not _END:
+            yield result
+        self._queue.put(_END)  # for whoever reads later, or at the same time
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        """Yield results on the running event loop, without a thread that waits for them."""
+        import asyncio  # noqa: PLC0415 - takes 30 ms, which a program without a loop does not need
+
+        more = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._wake = lambda: loop.call_soon_threadsafe(more.set)
+        while True:
+            more.clear()
+            while not self._queue.empty():
+                if (result := self._queue.get()) is _END:
+                    self._queue.put(_END)
+                    return
+                yield result
+            await more.wait()
+
+
 _Generated = tuple[int, Likelihood | None]
 """A token, and how likely it was where somebody asked."""
 
 
 class _Generation:
     """
-    The engine's half of a reply: puts its tokens into the stream of a task.
+    The engine's half of a reply: a task that puts its tokens into a stream.
 
     Does not know its reader, so that a reply that nobody holds any more is noticed and ends.
     """
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
-        # Others can have the blocks once it has ended, however late the reader is.
-        self.task = Task(generator.sequence, self._generate, on_end=generator.sequence.park)
+        self.stream = Stream()
+        self.task = Task(
+            generator.sequence,
+            self._generate,
+            hand_over=self.stream.hand_over,
+            on_end=self._end,
+        )
         self.begun_s = self.last_token_s = time.perf_counter()
         self.first_token_s: float | None = None
         self.tokens = 0
@@ -118,8 +187,15 @@ class _Generation:
             self.first_token_s = self.last_token_s
         if token is not None:
             self.tokens += 1
-            self.task.stream.put((token, self._generator.likelihood))
+            self.stream.put((token, self._generator.likelihood))
         return not self._generator.is_done()
+
+    def _end(self) -> None:
+        """Let others have the blocks, however late the reader is, and tell the reader the end."""
+        try:
+            self._generator.sequence.park()
+        finally:
+            self.stream.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +403,7 @@ class ReplyGeneration:
         Raises:
             RecollectError: What the engine failed with; the pieces before it are part of the reply.
         """
-        tokens = iter(self._task.stream)
+        tokens = iter(self._generation.stream)
         while not self._read_to_end:
             generated = next(tokens, None)
             if piece := self._piece_of(generated):
@@ -337,7 +413,7 @@ class ReplyGeneration:
 
     async def __aiter__(self) -> AsyncIterator[str]:
         """Do the same on an event loop. What `finish` and `close` do may take long: not there."""
-        tokens = aiter(self._task.stream)
+        tokens = aiter(self._generation.stream)
         while not self._read_to_end:
             generated = await anext(tokens, None)
             if piece := self._piece_of(generated):
@@ -383,7 +459,7 @@ class ReplyGeneration:
             self._is_whole = True
             kept = self._cut_at(self.text)
         if self._logprobs is not None:
-            for unread in self._task.stream:  # without text, they stay in the history
+            for unread in self._generation.stream:  # without text, they stay in the history
                 self._decoded(*unread)
             self._logprobs.finish(kept)
 
