@@ -1,5 +1,5 @@
 """
-The version, and settings: where data lives, and how much memory KV may take.
+Settings: where data lives, and how much memory KV may take.
 
 Reads the environment, and asks the system for free memory and disk space. Knows no models and no runtimes.
 """
@@ -15,9 +15,6 @@ import psutil
 
 from recollect.errors import ConfigError
 from recollect.types import Profile
-
-__version__ = "0.1.0"
-"""The build reads it from this line (pyproject.toml)."""
 
 PROFILES: Final[tuple[Profile, ...]] = ("exact", "fast", "small")
 DEFAULT_PROFILE: Final[Profile] = "fast"

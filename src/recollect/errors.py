@@ -118,7 +118,7 @@ class ContextFullError(MemoryLimitError):
     def __init__(self, *, needed: int, limit: int) -> None:
         super().__init__(
             f"This needs {needed:,} tokens, and the context holds {limit:,}: shorten the prompt, "
-            "rewind, or start a new session."
+            "rewind, or begin a new conversation."
         )
         self.needed = needed
         self.limit = limit
@@ -136,8 +136,8 @@ class OutOfBlocksError(MemoryLimitError):
 
     def __init__(self, *, needed: int, free: int, total: int) -> None:
         super().__init__(
-            f"This needs {needed:,} more KV blocks, and {free:,} of {total:,} are free: close a "
-            "session or a fork, or give more memory (--kv-memory)."
+            f"This needs {needed:,} more KV blocks, and {free:,} of {total:,} are free: wait for other "
+            "replies, unpin something, or give the cache more memory (--kv-memory)."
         )
         self.needed = needed
         self.free = free

@@ -72,5 +72,5 @@ def test_kv_on_disk_is_told_to_be_impossible(
 ) -> None:
     with caplog.at_level(logging.WARNING), load(kv_disk=1 << 30) as model:
         assert model.engine.tier is None
-    assert "keeps its KV to itself" in caplog.text
+    assert "does not give its KV out" in caplog.text
     assert not (tmp_path / "kv").exists()

@@ -15,8 +15,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from recollect import starting
-from recollect.config import __version__
+from recollect import __version__, starting
 from recollect.errors import RecollectError
 
 COMMANDS: Final = {

@@ -20,9 +20,9 @@ from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.engine.pinning import in_memory, require_tier
 from recollect.errors import StoreError
 from recollect.journal.portable import Branch, BranchHead, CarriedBlock, PortableFile
-from recollect.kv.blocks import Key, chained_key
 from recollect.kv.disk import STORE_FOLDER, DiskStore, NewBlock, is_there, open_existing
 from recollect.kv.environment import translated
+from recollect.kv.record import Key, chained_key
 from recollect.models.catalog import DEFAULT_MODEL
 from recollect.models.prepare import prepare
 from recollect.runtime.base import PagedRuntime
@@ -128,8 +128,8 @@ def _store(
     if not runtime.info.reuse.as_bytes:
         if kv_disk:
             _log.warning(
-                "%s keeps its KV to itself, so none is kept on disk: run the model on OpenVINO for "
-                "that.",
+                "%s does not give its KV out, so none is written to disk: run the model on OpenVINO "
+                "for that.",
                 runtime.info.name,
             )
         return None
@@ -190,9 +190,9 @@ def why_not(model: Model, file: PortableFile) -> str | None:
     if file.head is None:
         return "the file has none"
     if not model.engine.info.reuse.as_bytes:
-        return "this model's runtime keeps its KV to itself"
+        return "this model's runtime does not take KV in"
     if model.engine.tier is None:
-        return "no KV is kept on disk here (--kv-disk)"
+        return "there is no cache on disk here (--kv-disk)"
     here, there, info = model.engine.tier.identity, file.head.identity, model.engine.info
     reasons = {
         f"it is of another model than {model.name}": there.fingerprint != here.fingerprint,
@@ -230,7 +230,7 @@ def bring_in(model: Model, file: PortableFile) -> int:
             batch, batch_bytes = [], 0
     tier.store.write(tier.identity, batch)
     if not tier.store.has_blocks(keys):
-        raise StoreError("There is no room for all of it on disk: give it more (--kv-disk).")
+        raise StoreError("There is no room for its KV on disk: give the cache more (--kv-disk).")
     return len(file.token_ids)
 
 

@@ -4,9 +4,10 @@ A loaded model: the formats that it may have, its parts put together, and what i
 `FORMATS` is the one table of the formats of models on disk: which tokenizer reads one, and which runtime
 computes it. Whoever adds a format adds a row there, its name to `models.catalog.Format`, and what
 recognises it on disk to `models.prepare`, which fills in the `LocalModel`.
-`Model` holds a runtime, a tokenizer, an engine and a journal; `loading` finds them. It also reads texts in
-advance (`warm`): the KV of a system prompt, or of the beginning of a first message, is computed once and
-pinned on disk, without the text.
+`Model` holds a runtime, a tokenizer, an engine and a journal; `loading` finds them, and `pool_size`
+says how many blocks of KV a memory budget holds. A model also reads texts in advance (`warm`):
+the KV of a system prompt, or of the beginning of a first message, is computed once and pinned on disk,
+without the text.
 """
 
 import threading
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Self
 
+from recollect import config
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.matching import KnownMessages, MessageIndex, RememberedReplies
 from recollect.conversation.prompt import PromptEncoder
@@ -24,18 +26,19 @@ from recollect.conversation.session import Session
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Overflow, Tree
 from recollect.encryption import Cipher
-from recollect.engine.engine import Engine, pool_size
-from recollect.engine.grammar import Grammars
+from recollect.engine.engine import Engine
+from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
-from recollect.errors import ConversationError, UnknownConversationError
+from recollect.engine.tier import DiskTier
+from recollect.errors import ConfigError, ConversationError, UnknownConversationError
 from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Page, require_name
-from recollect.kv.blocks import chained_keys
+from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import DiskStore
-from recollect.kv.record import Pin
+from recollect.kv.record import Pin, StoredReply, chained_keys
 from recollect.models.catalog import Format, LocalModel
-from recollect.runtime.base import PagedRuntime, ReferenceRuntime
+from recollect.runtime.base import PagedRuntime, ReferenceRuntime, RuntimeInfo
 from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter
 from recollect.text.file_tokenizers import TOKENIZER_NAME, HfTokenizer, OpenVinoTokenizer
 from recollect.text.template import ChatTemplate
@@ -224,6 +227,36 @@ def _warmed(
     )
 
 
+CONTEXTS_IN_POOL: Final = 4
+"""By default the pool holds at most this many full contexts: one for a conversation, the rest for its
+branches and for others. Pages that are never written take no memory."""
+
+
+def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
+    """
+    Return how many blocks a memory budget in bytes holds.
+
+    Raises:
+        ConfigError: The budget holds not even one, or is more than the machine has.
+    """
+    if kv_memory is None:
+        blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)
+        budget = config.default_kv_memory_bytes()
+        return max(1, min(budget // info.bytes_per_block, blocks_of_contexts))
+    machine = config.machine_memory_bytes()
+    if kv_memory > machine:
+        raise ConfigError(
+            f"{kv_memory:,} bytes for KV are more than the {machine:,} bytes of memory that this machine "
+            "has: give less."
+        )
+    blocks = kv_memory // info.bytes_per_block
+    if blocks < 1:
+        raise ConfigError(
+            f"{kv_memory:,} bytes hold no KV block: give at least {info.bytes_per_block:,}."
+        )
+    return blocks
+
+
 class Model:
     """
     A model that is ready to talk.
@@ -284,7 +317,13 @@ class Model:
             fingerprint=local.fingerprint,
             store=store,
         )
-        self.grammars: Final = Grammars(self.tokenizer, vocab_size=runtime.info.vocab_size)
+        self.grammars: Final = Grammars(
+            self.tokenizer,
+            vocab_size=runtime.info.vocab_size,
+            home=None if local.folder is None else home,
+            fingerprint=local.fingerprint,
+            notes=None if self.engine.tier is None else _Notes(self.engine.tier, local.fingerprint),
+        )
         """Of which a `Generator` follows one, where its parameters name one."""
         self.public: Final = PublicPrefixes(self.engine)
         """What every namespace reuses; see `publish`."""
@@ -348,6 +387,8 @@ class Model:
             StoreError: The journal cannot be used.
         """
         offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
+        if offered.schemas:
+            self.grammars.prepare_later()  # while the first question is thought of
         conversation = self._conversation(namespace)
         if keep or name is not None:
             conversation.keep_in(self.journal, None if name is None else require_name(name))
@@ -455,12 +496,14 @@ class Model:
         if name is None:
             kept = self.journal.conversations(page=Page(limit=1))
             if not kept:
-                raise UnknownConversationError("No conversation is kept yet: start one first.")
+                raise UnknownConversationError(
+                    "No conversation is saved yet: begin one with a name."
+                )
             name = kept[0].name
         conversation = self.conversation(name)
         if tip not in conversation.tips:
             raise ConversationError(
-                f"{name!r} has no branch {tip!r}: choose one of {', '.join(conversation.tips)}."
+                f"{name!r} has no branch {tip!r}: give one of {', '.join(conversation.tips)}."
             )
         session = Session(
             self,
@@ -549,6 +592,7 @@ class Model:
 
     def close(self) -> None:
         """Give all memory back; its sessions can still be read, not continued."""
+        self.grammars.close()
         self.engine.close()
         with self._opening:
             if self._journal is not None:

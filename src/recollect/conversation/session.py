@@ -17,10 +17,10 @@ from typing import Final, Protocol, Self
 
 from recollect.conversation.conversation import Asked, Conversation
 from recollect.conversation.matching import Change
-from recollect.conversation.prompt import PromptEncoder, Prompting
+from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
-from recollect.conversation.turn import Expectation, Reply, Turn, explained
+from recollect.conversation.turn import Expectation, Prompting, Reply, Turn, explained
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars
 from recollect.engine.pinning import pin_on_disk
@@ -117,6 +117,11 @@ class Place:
         return self._tip
 
     @property
+    def change(self) -> Change | None:
+        """Return where the messages up to the tip leave an earlier conversation; None: they do not."""
+        return self._change
+
+    @property
     def tree(self) -> Tree:
         """Return all messages in all branches."""
         return self.conversation.tree
@@ -165,11 +170,11 @@ class Place:
         """
         asked = [node for node in self.path() if node.role == "user"]
         if not 1 <= turns <= len(asked):
-            raise RewindError(
-                f"Cannot undo {turns} turns: the conversation has {len(asked)}."
-                if asked
-                else "Nothing to undo."
-            )
+            if not asked:
+                raise RewindError("There is nothing to undo: this branch has no turn yet.")
+            remedy = "undo that one" if len(asked) == 1 else f"undo between 1 and {len(asked)}"
+            has = "1 turn" if len(asked) == 1 else f"{len(asked)} turns"
+            raise RewindError(f"This branch has {has}, so {turns} cannot be undone: {remedy}.")
         parent = asked[-turns].parent
         assert parent is not None, "a user's message has a parent"
         self.rewind(parent)
@@ -292,7 +297,7 @@ class Session(Place):
         self.tree.require(node)
         if node.role != "user" or node.parent is None:
             raise ConversationError(
-                f"{node!r} is not a user's message, and only those can be edited."
+                f"{node!r} is not a user's message: give one of those, since no other can be edited."
             )
         return self._stream(node.parent, text, params).read()
 
@@ -321,7 +326,7 @@ class Session(Place):
         """
         tips = self.conversation.tips
         if name not in tips:
-            raise ConversationError(f"There is no branch {name!r}: there is {', '.join(tips)}.")
+            raise ConversationError(f"There is no branch {name!r}: give one of {', '.join(tips)}.")
         return self._beside(tips[name], name)
 
     def prewarm(self, text: str = "") -> int:
@@ -383,8 +388,8 @@ class Session(Place):
         require_name(name, "checkpoint")
         if self._namespace:
             raise ConversationError(
-                "Names of checkpoints are for all who use this home, and this conversation is in a "
-                "namespace: begin one without."
+                "Everybody who uses this data folder sees the names of checkpoints, and this "
+                "conversation is in a namespace: begin one without a namespace."
             )
         with self._exclusively():
             engine, places = self._model.engine, self._model.places
@@ -406,8 +411,8 @@ class Session(Place):
         node = self.conversation.kept_node(found.node_id) if is_here else None
         if node is None:
             raise UnknownNodeError(
-                f"The checkpoint {name!r} is not in this conversation: resume at it "
-                f"(`recollect chat --checkpoint`, or `resume` with `checkpoint`)."
+                f"The checkpoint {name!r} is in another conversation: resume that one there "
+                f"(`recollect chat --checkpoint {name!r}`, or `resume` with `checkpoint`)."
             )
         self.rewind(node)
 

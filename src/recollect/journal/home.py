@@ -23,10 +23,9 @@ from recollect.errors import (
 )
 from recollect.journal.journal import JOURNAL_NAME, Journal, remove_history
 from recollect.journal.records import ConversationInfo
-from recollect.kv.blocks import disguised_key
 from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.kv.environment import remove_damaged
-from recollect.kv.record import Pin
+from recollect.kv.record import Pin, disguised_key
 
 _KIND: Final = {"kind": "checkpoint"}
 _SERVER_KIND: Final = {"kind": "server checkpoint"}

@@ -24,8 +24,7 @@ from recollect import config, files
 from recollect.errors import ConfigError, ConversationError, ConversationFileError
 from recollect.journal.conversation_files import MOST_JSON_BYTES, from_json, to_json
 from recollect.journal.records import MAX_TOKEN_ID, ConversationRecord, require_text
-from recollect.kv.blocks import Key, chained_key, namespace_key
-from recollect.kv.record import Identity
+from recollect.kv.record import Identity, Key, chained_key, namespace_key
 from recollect.types import Profile
 
 FORMAT_NAME: Final = "recollect-portable"

@@ -228,7 +228,7 @@ def require_writable(value: object, what: str) -> None:
     """
     found = _unwritable(value)
     if found is not None:
-        raise ConversationError(f"{what} cannot be kept, {found}.")
+        raise ConversationError(f"{what} cannot be saved, {found}.")
 
 
 def is_writable(value: object) -> bool:
@@ -313,7 +313,7 @@ def require_text(content: str) -> bytes:
         return content.encode()
     except UnicodeEncodeError as error:
         raise ConversationError(
-            f"Character {error.start} of the message is half a character, which cannot be kept: "
+            f"Character {error.start} of the message is half a character, which cannot be saved: "
             "remove it, or give the text as UTF-8."
         ) from None
 

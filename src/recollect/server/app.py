@@ -25,7 +25,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as AnyHttpException
 
-from recollect.config import __version__
+from recollect import __version__
 from recollect.errors import RecollectError
 from recollect.server import (
     anthropic,

@@ -55,11 +55,16 @@ INTERFACES = {"fastapi", "prompt_toolkit", "recollect.proof", "recollect.cli.opt
     ("runs", "heavy"),
     [
         ([["--help"], ["--version"]], RUNTIMES | INTERFACES),
-        (
+        pytest.param(
             [["conversations"], ["checkpoints"], ["cache"], ["cache", "stats"], ["models"]],
             RUNTIMES | {"fastapi", "prompt_toolkit", "recollect.proof"},
+            marks=pytest.mark.slow,
         ),
-        ([[name, "--help"] for name in COMMANDS], RUNTIMES | {"fastapi", "prompt_toolkit"}),
+        pytest.param(
+            [[name, "--help"] for name in COMMANDS],
+            RUNTIMES | {"fastapi", "prompt_toolkit"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["help", "lists", "help of commands"],
 )

@@ -246,7 +246,7 @@ def test_the_engine_counts_what_was_computed_anew(
 
 def test_kv_on_disk_is_refused_in_a_sentence(make_runtime: Callable[..., SequenceAdapter]) -> None:
     engine = Engine(make_runtime(), num_blocks=4)
-    with pytest.raises(StoreError, match="keeps its KV to itself"):
+    with pytest.raises(StoreError, match="does not give its KV out"):
         require_tier(engine)
     engine.close()
 
