@@ -257,6 +257,23 @@ def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
     return blocks
 
 
+class _Notes(GrammarNotes):
+    """The grammars that were used last with a model, in the KV store: as secret as replies there."""
+
+    def __init__(self, tier: DiskTier, fingerprint: str) -> None:
+        self._tier = tier
+        self._name = tier.store.reply_name(fingerprint, "", b"grammars")
+
+    def read(self) -> str | None:
+        """Return what was noted last; None where nothing was."""
+        noted = self._tier.find_reply(self._name)
+        return None if noted is None else noted.text
+
+    def write(self, text: str) -> None:
+        """Note a text in the place of the one before."""
+        self._tier.writer.note_reply(self._name, StoredReply(text, ()))
+
+
 class Model:
     """
     A model that is ready to talk.

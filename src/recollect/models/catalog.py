@@ -162,6 +162,9 @@ class LocalModel:
     source: Path | None = None
     """Where `recollect verify` finds the weights' values: the GGUF file that the model was converted from
     (the first of several), or an export's own folder. None: it is not on this disk, or there is none."""
+    source_sha256: str | None = None
+    """Hex sha256 of the GGUF file that the model was converted from; of several parts, that of their sha256s.
+    None: it was not converted."""
     long_context_length: int | None = None
     """Most tokens with LongRoPE's factors for long texts; None: the model has no second set of factors."""
     is_long: bool = False

@@ -342,6 +342,7 @@ def from_manifest(manifest: Manifest, folder: Path, name: str) -> LocalModel:
         fingerprint=manifest.fingerprint,
         architecture=manifest.architecture,
         boundaries=() if manifest.window is None else (manifest.window,),
+        source_sha256=manifest.source_sha256,
     )
 
 

@@ -232,6 +232,15 @@ def test_what_is_here_can_be_pulled(
     assert capsys.readouterr().out == "reference is ready\n"
 
 
+def test_a_check_of_what_has_no_file_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(monkeypatch, "pull", "reference", "--check") == 0
+    ready, verdict = capsys.readouterr().out.strip().splitlines()[::2]
+    assert ready == "reference is ready"
+    assert verdict.startswith("Model against its file: NOT COMPARED: ")
+
+
 def test_the_default_model_is_that_of_the_library() -> None:
     assert inspect.signature(load).parameters["model"].default == DEFAULT_MODEL
 

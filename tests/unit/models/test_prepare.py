@@ -1,4 +1,6 @@
 import hashlib
+import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,10 +20,10 @@ from recollect.errors import (
 )
 from recollect.models.catalog import CatalogEntry, HubFile, Part
 from recollect.models.openvino_folder import Manifest
-from recollect.models.prepare import installed, prepare, prune
+from recollect.models.prepare import Compared, installed, prepare, prune, stamps_of
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ByteTokenizer
-from recollect.types import Progress
+from recollect.types import Profile, Progress
 
 MakeGguf = Callable[..., Path]
 MakeWheel = Callable[[str, dict[str, bytes]], Path]
@@ -333,3 +335,106 @@ def test_a_home_that_cannot_be_used_is_a_config_error(make_gguf: MakeGguf, tmp_p
     home.touch()
     with pytest.raises(ConfigError, match="RECOLLECT_HOME"):
         prepare(str(make_gguf()), home=home)
+
+
+def noted(folder: Path, outcome: str, profile: Profile) -> Compared:
+    return Compared(outcome=outcome, profile=profile, largest=1e-4, files=stamps_of(folder))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with graph and weights, of which only size and time count."""
+    made = tmp_path / "model"
+    made.mkdir()
+    for name in ("openvino_model.xml", "openvino_model.bin"):
+        (made / name).write_bytes(b"1234")
+    return made
+
+
+def test_each_profile_has_a_note_and_the_strictest_is_shown(folder: Path, tmp_path: Path) -> None:
+    """A FAIL in exact is not taken back by a PASS in a profile that sees less."""
+    assert Compared.read(tmp_path, "ab/cd", folder) is None
+    noted(folder, "PASS", "small").write(tmp_path, "ab/cd")
+    found = Compared.read(tmp_path, "ab/cd", folder)
+    assert found is not None
+    assert (found.outcome, found.profile, found.largest) == ("PASS", "small", 1e-4)
+    assert found.at.startswith("20")
+    noted(folder, "FAIL", "exact").write(tmp_path, "ab/cd")
+    noted(folder, "PASS", "fast").write(tmp_path, "ab/cd")
+    found = Compared.read(tmp_path, "ab/cd", folder)
+    assert found is not None
+    assert (found.outcome, found.profile) == ("FAIL", "exact")
+    assert Compared.read(tmp_path, "other", folder) is None
+
+
+@pytest.mark.parametrize("name", ["openvino_model.xml", "openvino_model.bin"])
+def test_a_note_is_of_the_bytes_that_were_compared(name: str, folder: Path, tmp_path: Path) -> None:
+    noted(folder, "PASS", "exact").write(tmp_path, "ab")
+    path = folder / name
+    stat = path.stat()
+    path.write_bytes(b"1235")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert Compared.read(tmp_path, "ab", folder) is None
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert Compared.read(tmp_path, "ab", folder) is not None, "or size and time are not what counts"
+    path.write_bytes(b"12345")
+    assert Compared.read(tmp_path, "ab", folder) is None
+    path.unlink()
+    assert Compared.read(tmp_path, "ab", folder) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"outcome": 3}, {"outcome": "GOOD"}, {"outcome": None}, {"profile": "small"}, {"profile": []},
+        {"at": 20}, {"at": None}, {"at": "yesterday"}, {"largest": "0"}, {"reason": 1},
+        {"files": None}, {"files": []}, {"more": 1}, {"at": "2026-01-01\x1b[2J"},
+    ],
+)  # fmt: skip
+def test_a_damaged_note_counts_as_none(
+    change: dict[str, object], folder: Path, tmp_path: Path
+) -> None:
+    noted(folder, "PASS", "exact").write(tmp_path, "ab")
+    (note,) = (tmp_path / "compared").iterdir()
+    note.write_text(json.dumps(json.loads(note.read_text()) | change))
+    assert Compared.read(tmp_path, "ab", folder) is None
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "null", "{}", "[" * 100_000, '"PASS"', "\xff"])
+def test_a_note_that_is_none_counts_as_none(text: str, folder: Path, tmp_path: Path) -> None:
+    noted(folder, "PASS", "exact").write(tmp_path, "ab")
+    (note,) = (tmp_path / "compared").iterdir()
+    note.write_text(text, encoding="latin-1")
+    assert Compared.read(tmp_path, "ab", folder) is None
+
+
+def test_notes_do_not_grow_without_end(folder: Path, tmp_path: Path) -> None:
+    for number in range(260):
+        noted(folder, "PASS", "exact").write(tmp_path, f"model {number}")
+    assert len(list((tmp_path / "compared").iterdir())) == 256
+    assert Compared.read(tmp_path, "model 259", folder) is not None
+
+
+def test_a_file_that_is_gone_is_fetched_again_where_it_is_asked_for(
+    entry: CatalogEntry, tmp_path: Path
+) -> None:
+    home, catalog = tmp_path / "home", {"tiny": entry}
+    model = prepare("tiny", home=home, catalog=catalog)
+    assert model.source is not None
+    assert model.source_sha256 == entry.sha256
+    prune("tiny", home, catalog=catalog)
+    assert prepare("tiny", home=home, catalog=catalog).source is None
+    without = prepare("tiny", home=home, catalog=catalog, offline=True, with_source=True)
+    assert without.source is None, "what is here runs without a network"
+    assert prepare("tiny", home=home, catalog=catalog, with_source=True) == model
+    assert model.source.is_file()
+
+
+def test_a_file_that_cannot_be_built_is_refused_before_it_is_hashed(
+    make_gguf: MakeGguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read = make_gguf("strange.gguf", architecture="mamba"), []
+    monkeypatch.setattr("recollect.files.sha256_file", lambda *_, **__: read.append(1))
+    with pytest.raises(UnsupportedModelError, match="mamba"):
+        prepare(str(path), home=tmp_path / "home")
+    assert read == []
