@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import Any, Final, Self
 
 from recollect.engine.engine import Engine
+from recollect.engine.repetition import Repetition
 from recollect.engine.sampling import Generator, Likelihood
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan
@@ -178,6 +179,11 @@ class _Generation:
         self.first_token_s: float | None = None
         self.tokens = 0
         """Generated so far, those of a stop string included."""
+        # Whoever wants a fixed length is measuring.
+        watches = generator.params.end_repetition and not generator.params.ignore_eos
+        self._repetition = Repetition() if watches else None
+        self.ran_away = False
+        """Whether it ended because it only repeated itself."""
 
     def _generate(self) -> bool:
         """Generate one token, on the engine's thread; return whether to go on."""
@@ -188,7 +194,8 @@ class _Generation:
         if token is not None:
             self.tokens += 1
             self.stream.put((token, self._generator.likelihood))
-        return not self._generator.is_done()
+            self.ran_away = self._repetition is not None and self._repetition.push(token)
+        return not self.ran_away and not self._generator.is_done()
 
     def _end(self) -> None:
         """Let others have the blocks, however late the reader is, and tell the reader the end."""
@@ -291,6 +298,8 @@ class GeneratedReply:
     """What is said beside the calls."""
     stop_string: str | None = None
     """The stop string that has ended it; None where none has."""
+    ran_away: bool = False
+    """It was ended, with `length` as the reason, because it only repeated itself: `engine.repetition`."""
 
     def __str__(self) -> str:
         return self.text
@@ -379,6 +388,11 @@ class ReplyGeneration:
     def stop_string(self) -> str | None:
         """Return the stop string that has ended the reply; None where none has."""
         return self._matcher.matched
+
+    @property
+    def ran_away(self) -> bool:
+        """Return whether the reply was ended because it only repeated itself."""
+        return self._finish_reason == "length" and self._generation.ran_away
 
     @property
     def generated_tokens(self) -> int:
@@ -536,6 +550,7 @@ class ReplyGeneration:
             tool_calls=parsed.calls,
             content=parsed.content,
             stop_string=self.stop_string,
+            ran_away=self.ran_away,
         )
 
     def _restored_tokens(self) -> int:
@@ -564,7 +579,8 @@ class ReplyGeneration:
             # What was held back because more was to come belongs to the reply.
             piece = self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
             self._read_to_end = self._is_whole = True
-            self._finish_reason = self._generator.finish_reason or "cancelled"
+            cut = "length" if self._generation.ran_away else "cancelled"
+            self._finish_reason = self._generator.finish_reason or cut
         if self.stop_string is not None:
             self._read_to_end, self._is_whole, self._finish_reason = True, False, "stop"
             self._task.cancel()
