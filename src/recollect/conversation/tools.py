@@ -1,7 +1,7 @@
 """
-The tools that a session offers, and how replies may call them.
+The tools that a session offers, and the grammar that holds replies to them.
 
-Pure: descriptions in, a grammar out. Nothing is called here.
+Pure: descriptions in, a grammar out. No tool is called here.
 """
 
 import json
@@ -20,18 +20,17 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MODES: Final = ("none", "auto", "required")
 
 _LINE: Final = re.compile(r"at (\d+)\(\d+\)")
-"""Where llguidance says that a Lark grammar is wrong: the line, from 1, and the column."""
+"""The line, from 1, and the column at which llguidance finds a Lark grammar wrong."""
 _ARGUMENTS: Final = re.compile(r"(?:bare_)?arguments_(\d+):")
-"""What a line begins with that has the schema of a tool, and which tool that is."""
+"""The beginning of the rule for a tool's arguments, with the index of the tool."""
 
-# Arguments are held to what of their schema they can be held to: a word in it that is not known is
-# no reason to refuse the tool.
+# Lenient: a keyword of a schema that llguidance does not know is ignored, and the tool is not refused.
 _GUIDANCE: Final = {**JSON_STYLE, "lenient": True}
 _BARE_GUIDANCE: Final = {"whitespace_pattern": r"[\x20\x0A]{1,20}", "lenient": True}
-"""Calls without marks come over several lines. Bounded: small models fall into endless white space."""
+"""White space in calls without marks, which span lines. Bounded: small models repeat it endlessly."""
 
-# Text, and calls in it; or, from the beginning, calls without marks, as `models/tool_calls.py` has
-# them. A lazy rule wins over free text as soon as it matches.
+# A reply is text with calls in it, or it begins with calls without marks (`text/tool_calls.py`). A lazy
+# rule wins over free text as soon as it matches.
 _AUTO: Final = r"""
 tail: TEXT
 TEXT: /(?s:.*)/
@@ -50,15 +49,15 @@ _NO_CALL: Final = "start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*)<tool_call>(?s:.*)/"
 @dataclass(frozen=True, slots=True)
 class Tools:
     """
-    What a model may call, and whether it has to.
+    The tools that a reply may call, and whether it has to call one.
 
-    Made by `Tools.of`. Two that offer the same make the same prompts, whatever their `choice`.
+    Made by `Tools.of`. The prompt depends on the schemas and not on the choice.
     """
 
     schemas: tuple[Mapping[str, Any], ...] = ()
-    """As in OpenAI's API: `{"type": "function", "function": {"name": …, "parameters": …}}`."""
+    """Descriptions as in OpenAI's API: `{"type": "function", "function": {"name": …, "parameters": …}}`."""
     choice: str = "auto"
-    """`none`, `auto` (text, calls, or both), `required`, or the name of the one that is called."""
+    """`none`, `auto` (text, calls, or both), `required`, or the name of the one tool to call."""
     parallel: bool = True
     """Whether one reply may have several calls."""
 
@@ -71,36 +70,36 @@ class Tools:
         parallel: bool = True,
     ) -> Self:
         """
-        Return the tools of these descriptions.
+        Return the tools of these descriptions, after checking them.
 
         Raises:
-            InvalidParameterError: A description is no JSON or has no name that can be one, its
-                parameters are no object or too large, two have the same name, or the choice is none.
+            InvalidParameterError: A description is not JSON or has no valid name, its parameters are
+                not an object or too large, two have the same name, or there is no such choice.
         """
         tools = cls(tuple(map(_copied, schemas or ())), choice, parallel)
         names = [_name(schema) for schema in tools.schemas]
         twice = next((name for name, count in Counter(names).items() if count > 1), None)
         if twice is not None:
             raise InvalidParameterError(
-                f"Two tools are called {twice}: give each a name of its own."
+                f"Two tools have the name {twice!r}: give each a name of its own."
             )
         for name, schema in zip(names, tools.schemas, strict=True):
             _check_parameters(name, schema["function"].get("parameters"))
         known = [*_MODES, *names] if names else _MODES[:2]
         if choice not in known:
             raise InvalidParameterError(
-                f"tool_choice is {choice!r}; it must be one of {', '.join(known)}."
+                f"tool_choice is {choice!r}: give one of {', '.join(known)}."
             )
         return tools
 
     def grammar(self, answer: Grammar | None = None) -> Grammar | None:
         """
-        Return what a reply may look like; None: anything.
+        Return the grammar of replies; None: replies are free.
 
-        Calls are held to the schemas of their tools, and the end of a reply to the end of a call.
+        A call has to follow the schema of its tool, and a reply cannot end inside a call.
 
         Args:
-            answer: What a reply that calls nothing must look like.
+            answer: The grammar of replies without calls; None: those are free text.
 
         Raises:
             InvalidParameterError: *answer* is a Lark grammar, which cannot be joined with others.
@@ -122,12 +121,12 @@ class Tools:
         return Grammar.lark("\n".join(["start: calls", *rules]))
 
     def bare_names(self, answer: Grammar | None = None) -> tuple[str, ...]:
-        """Return the tools whose calls `grammar` allows without marks."""
+        """Return the names of the tools whose calls `grammar` allows without marks."""
         is_free = self.choice == "auto" and answer is None
         return tuple(_name(schema) for schema in self.schemas) if is_free else ()
 
     def named(self, error: InvalidParameterError, grammar: Grammar) -> InvalidParameterError:
-        """Return an error about what `grammar` returned, in words that name the tool it is about."""
+        """Return an error about a grammar that `grammar` returned, which names the tool at fault."""
         reason = str(error)
         why = reason[reason.find("(") + 1 : reason.rfind(")")]
         at = _LINE.match(why)
@@ -139,7 +138,7 @@ class Tools:
             )
         name = _name(self._callable()[int(rule[1])])
         return InvalidParameterError(
-            f"The parameters of the tool {name!r} are no schema that can be followed "
+            f"The parameters of the tool {name!r} are a schema that cannot be followed "
             f"({why.partition('schema: ')[2] or why}): correct them."
         )
 
@@ -148,7 +147,7 @@ class Tools:
         return [one for one in self.schemas if self.choice in (*_MODES, _name(one))]
 
     def difference(self, earlier: "Tools") -> str | None:
-        """Return how these differ from earlier ones, in words; None where they are the same."""
+        """Return in words how these differ from earlier tools; None: the schemas are the same."""
         if self.schemas == earlier.schemas:
             return None
         now = {_name(schema): schema for schema in self.schemas}
@@ -167,11 +166,13 @@ NO_TOOLS: Final = Tools()
 
 
 def _copied(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a description that nobody can change, as JSON has it."""
+    """Return a copy of a description, as JSON values."""
     try:
         copied: Mapping[str, Any] = json.loads(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as cause:
-        raise InvalidParameterError(f"A tool is no JSON value ({cause}): correct it.") from cause
+        raise InvalidParameterError(
+            f"The description of a tool is not a JSON value ({cause}): correct it."
+        ) from cause
     return copied
 
 
@@ -180,7 +181,7 @@ def _name(schema: Any) -> str:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidParameterError(
-            f"A tool is called {name!r}: give it a function with a name of 1 to 64 letters, "
+            f"A tool has the name {name!r}: give it a function with a name of 1 to 64 letters, "
             "digits, dots, dashes or underscores."
         )
     return name
@@ -189,14 +190,14 @@ def _name(schema: Any) -> str:
 def _check_parameters(name: str, parameters: Any) -> None:
     if parameters is not None and not isinstance(parameters, Mapping):
         raise InvalidParameterError(
-            f"The parameters of the tool {name!r} are no object: give a JSON schema, such as "
+            f"The parameters of the tool {name!r} are not an object: give a JSON schema, such as "
             '{"type": "object"}, or leave them out.'
         )
     check_schema(parameters, f"The schema of the parameters of the tool {name!r}")
 
 
 def _bodies(schemas: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rules for what follows the mark of a call: one of the tools, and its arguments."""
+    """Return the rules for what follows the mark of a call: the tool's name and its arguments."""
     rules = ["after_mark: " + " | ".join(f"call_{n}" for n in range(len(schemas)))]
     for n, schema in enumerate(schemas):
         opening = call_opening(_name(schema)).removeprefix(CALL_START)

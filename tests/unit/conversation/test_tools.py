@@ -130,9 +130,9 @@ def test_references_inside_a_schema_and_words_that_nobody_knows_are_no_obstacle(
     [
         ([{"type": "function"}], "auto", "None"),
         (["clock"], "auto", "None"),
-        ([{"function": {"name": "f", "parameters": {"const": {1}}}}], "auto", "no JSON value"),
+        ([{"function": {"name": "f", "parameters": {"const": {1}}}}], "auto", "not a JSON value"),
         ([tool("a b")], "auto", "'a b'"),
-        ([CLOCK, CLOCK], "auto", "Two tools are called clock"),
+        ([CLOCK, CLOCK], "auto", "Two tools have the name 'clock'"),
         ([CLOCK], "weather", "none, auto, required, clock"),
         ([], "required", "none, auto"),
     ],
@@ -182,7 +182,7 @@ def test_a_schema_that_cannot_be_is_told_with_its_tool(
 @pytest.mark.parametrize("parameters", [5, [], "a", True])
 def test_parameters_that_are_no_object_are_refused(parameters: Any) -> None:
     tool = {"type": "function", "function": {"name": "get", "parameters": parameters}}
-    with pytest.raises(InvalidParameterError, match="'get' are no object"):
+    with pytest.raises(InvalidParameterError, match="'get' are not an object"):
         Tools.of([tool])
     for left_out in ({"name": "get"}, {"name": "get", "parameters": None}):
         assert Tools.of([{"type": "function", "function": left_out}]).grammar() is not None
