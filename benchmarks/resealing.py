@@ -14,9 +14,8 @@ from pathlib import Path
 from time import perf_counter
 
 from recollect.encryption import Cipher
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Identity
+from recollect.kv.record import Identity, chained_key, namespace_key
 
 _SIZE = 32
 _BUDGET_BYTES = 32 << 30

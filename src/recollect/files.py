@@ -276,18 +276,35 @@ def cached_sha256(path: Path, *, home: Path, progress: Progress = no_progress) -
     Raises:
         OSError: It cannot be read.
     """
-    path = path.resolve()
-    stat = path.stat()
-    key = {"path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    note = home / _HASHES / f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
-    known = _read_note(note)
-    if all(known.get(name) == value for name, value in key.items()):
-        digest = known.get("sha256")
-        if isinstance(digest, str):
-            return digest
+    known = remembered_sha256(path, home=home)
+    if known is not None:
+        return known
+    note, key = _note_of(path, home)  # before it is read: what changes meanwhile is hashed again
     digest = sha256_file(path, progress=progress)
     _write_note(note, home, key | {"sha256": digest})
     return digest
+
+
+def remembered_sha256(path: Path, *, home: Path) -> str | None:
+    """
+    Return the hex sha256 that `cached_sha256` would give without reading the file, or None.
+
+    Raises:
+        OSError: There is no such file.
+    """
+    note, key = _note_of(path, home)
+    known = _read_note(note)
+    digest = known.get("sha256")
+    is_same = all(known.get(name) == value for name, value in key.items())
+    return digest if is_same and isinstance(digest, str) else None
+
+
+def _note_of(path: Path, home: Path) -> tuple[Path, dict[str, object]]:
+    """Return where a file's hash is noted, and what tells whether the note is of its bytes."""
+    path = path.resolve()
+    stat = path.stat()
+    note = home / _HASHES / f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
+    return note, {"path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _read_note(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from recollect import config
-from recollect.models.conversion import Precision
+from recollect.models.onnx_folder import Precision
 from recollect.models.prepare import prepare
 from recollect.runtime.base import PagedRuntime, ReferenceRuntime
 from recollect.runtime.openvino import OpenVinoRuntime

@@ -17,9 +17,8 @@ from hypothesis.stateful import (
 )
 
 from recollect.encryption import Cipher
-from recollect.kv.blocks import Key, chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Buffer, Identity, Pin
+from recollect.kv.record import Buffer, Identity, Key, Pin, chained_key, namespace_key
 from recollect.kv.tables import Tables
 from recollect.types import common_prefix_length
 

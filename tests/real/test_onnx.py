@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import recollect
-from recollect.models.conversion import Precision
+from recollect.models.onnx_folder import Precision
 from recollect.proof.scenarios import load_scenarios, play, run_rewind_test
 from recollect.proof.verify import EXACT_LIMIT, verify
 

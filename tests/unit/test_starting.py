@@ -121,6 +121,7 @@ def test_openvino_takes_its_own_stand_in_and_writes_nothing(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_child_processes_are_told(tmp_path: Path) -> None:
     program = (
         "import recollect, os; print(os.environ['ORT_DISABLE_TELEMETRY'],"
@@ -129,6 +130,7 @@ def test_child_processes_are_told(tmp_path: Path) -> None:
     assert run(program) == "1 1\n"
 
 
+@pytest.mark.slow
 def test_what_the_user_has_decided_stays(tmp_path: Path) -> None:
     program = "import recollect, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     assert run(program, ORT_DISABLE_TELEMETRY="0") == "0\n"

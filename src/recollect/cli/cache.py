@@ -41,10 +41,9 @@ from recollect.cli.options import (
     takes_model_options,
 )
 from recollect.errors import ConfigError, StoreCorruptError, StoreError
-from recollect.kv.blocks import Key
 from recollect.kv.disk import DiskStore
 from recollect.kv.environment import damaged_stores, discard, remove_damaged, shrink
-from recollect.kv.record import Identity, Pin
+from recollect.kv.record import Identity, Key, Pin
 from recollect.kv.tables import Holding
 from recollect.models.catalog import DEFAULT_MODEL
 from recollect.models.prepare import names_by_fingerprint

@@ -212,11 +212,21 @@ EncryptOption = Annotated[
 ]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print JSON, with sizes in bytes and times in UTC.")
+    bool,
+    typer.Option(
+        "--json", help="Print JSON in place of the list, with sizes in bytes and times in UTC."
+    ),
 ]
+"""Of commands that list what there is."""
 JsonFileOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the whole result there, too.")
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Write the whole result to FILE as JSON, besides what is printed.",
+    ),
 ]
+"""Of commands that measure for minutes and print their findings meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

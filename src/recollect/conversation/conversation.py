@@ -338,7 +338,7 @@ class Conversation:
                 for message, record_id in zip(messages, kept, strict=True):
                     node = self._grow(node, message, record_id)
                     added.append(node)
-                    if self._remembered is not None and not self.is_saved:
+                    if self._remembered is not None and (self.shares_tips or not self.is_saved):
                         self._remembered.note(node)
                 self._find_later(added)
                 if tip is not None:
@@ -385,20 +385,28 @@ class Conversation:
         if self._index is not None:
             self._index.note_tools(reply, tools)
 
+    def take_tools(self, node: Node, other: "Conversation", same: Node) -> None:
+        """Know of a node what another conversation knows of the tools that it was answered with."""
+        if not self._answered_with(node):
+            self._answers[node.id] = other._answered_with(same)
+
     def tools_change(self, node: Node, tools: Tools) -> str | None:
         """
         Return how tools differ from those that *node* was answered with before, in words.
 
         Where it was not, from those of the last reply before it; None where none differ.
         """
-        answers = [self._tools[child.id] for child in node.children if child.id in self._tools]
-        answers += self._answers.get(node.id, ())
-        if not answers:
-            before = (self._tools[one.id] for one in reversed(node.path()) if one.id in self._tools)
-            answers = [*itertools.islice(before, 1)]
+        answers = self._answered_with(node)
         if not answers or any(one.schemas == tools.schemas for one in answers):
             return None
         return tools.difference(answers[0])
+
+    def _answered_with(self, node: Node) -> tuple[Tools, ...]:
+        """Return the tools that a node was answered with; where it was not, the last reply before it."""
+        answers = [self._tools[child.id] for child in node.children if child.id in self._tools]
+        answers += self._answers.get(node.id, ())
+        before = (self._tools[one.id] for one in reversed(node.path()) if one.id in self._tools)
+        return tuple(answers or itertools.islice(before, 1))
 
     def set_tip(self, name: str, node: Node) -> None:
         """

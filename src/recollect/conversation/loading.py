@@ -20,9 +20,9 @@ from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.engine.pinning import in_memory, require_tier
 from recollect.errors import StoreError
 from recollect.journal.portable import Branch, BranchHead, CarriedBlock, PortableFile
-from recollect.kv.blocks import Key, chained_key
 from recollect.kv.disk import STORE_FOLDER, DiskStore, NewBlock, is_there, open_existing
 from recollect.kv.environment import translated
+from recollect.kv.record import Key, chained_key
 from recollect.models.catalog import DEFAULT_MODEL
 from recollect.models.prepare import prepare
 from recollect.runtime.base import PagedRuntime

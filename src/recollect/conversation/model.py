@@ -5,8 +5,8 @@ A loaded model, the formats that it can have on disk, and warm texts.
 add a format, add a row there, its name to `models.catalog.Format`, and to `models.prepare` what
 recognises it on disk and fills in the `LocalModel`.
 `Model` owns a runtime, a tokenizer, an engine and a journal, which its sessions share; `loading` makes
-one. `warm` computes the KV of a system prompt, or of the beginning of a first message, and pins it on
-disk without the text.
+one, and `pool_size` returns how many blocks of KV a memory budget holds. `warm` computes the KV of a
+system prompt, or of the beginning of a first message, and pins it on disk without the text.
 """
 
 import threading
@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Self
 
+from recollect import config
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.matching import KnownMessages, MessageIndex, RememberedReplies
 from recollect.conversation.prompt import PromptEncoder
@@ -24,18 +25,19 @@ from recollect.conversation.session import Session
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Overflow, Tree
 from recollect.encryption import Cipher
-from recollect.engine.engine import Engine, pool_size
-from recollect.engine.grammar import Grammars
+from recollect.engine.engine import Engine
+from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
-from recollect.errors import ConversationError, UnknownConversationError
+from recollect.engine.tier import DiskTier
+from recollect.errors import ConfigError, ConversationError, UnknownConversationError
 from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Page, require_name
-from recollect.kv.blocks import chained_keys
+from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import DiskStore
-from recollect.kv.record import Pin
+from recollect.kv.record import Pin, StoredReply, chained_keys
 from recollect.models.catalog import Format, LocalModel
-from recollect.runtime.base import PagedRuntime, ReferenceRuntime
+from recollect.runtime.base import PagedRuntime, ReferenceRuntime, RuntimeInfo
 from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter
 from recollect.text.file_tokenizers import TOKENIZER_NAME, HfTokenizer, OpenVinoTokenizer
 from recollect.text.template import ChatTemplate
@@ -227,6 +229,53 @@ def _warmed(
     )
 
 
+CONTEXTS_IN_POOL: Final = 4
+"""By default the pool holds at most this many full contexts: one for a conversation, the rest for its
+branches and for others. Pages that are never written take no memory."""
+
+
+def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
+    """
+    Return how many blocks a memory budget in bytes holds.
+
+    Raises:
+        ConfigError: The budget holds not even one, or is more than the machine has.
+    """
+    if kv_memory is None:
+        blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)
+        budget = config.default_kv_memory_bytes()
+        return max(1, min(budget // info.bytes_per_block, blocks_of_contexts))
+    machine = config.machine_memory_bytes()
+    if kv_memory > machine:
+        raise ConfigError(
+            f"{kv_memory:,} bytes for KV are more than the {machine:,} bytes of memory that this machine "
+            "has: give less."
+        )
+    blocks = kv_memory // info.bytes_per_block
+    if blocks < 1:
+        raise ConfigError(
+            f"{kv_memory:,} bytes hold no KV block: give at least {info.bytes_per_block:,}."
+        )
+    return blocks
+
+
+class _Notes(GrammarNotes):
+    """The grammars that were used last with a model, in the KV store: as secret as replies there."""
+
+    def __init__(self, tier: DiskTier, fingerprint: str) -> None:
+        self._tier = tier
+        self._name = tier.store.reply_name(fingerprint, "", b"grammars")
+
+    def read(self) -> str | None:
+        """Return what was noted last; None where nothing was."""
+        noted = self._tier.find_reply(self._name)
+        return None if noted is None else noted.text
+
+    def write(self, text: str) -> None:
+        """Note a text in the place of the one before."""
+        self._tier.writer.note_reply(self._name, StoredReply(text, ()))
+
+
 class Model:
     """
     A loaded model, on which sessions begin.
@@ -287,7 +336,13 @@ class Model:
             fingerprint=local.fingerprint,
             store=store,
         )
-        self.grammars: Final = Grammars(self.tokenizer, vocab_size=runtime.info.vocab_size)
+        self.grammars: Final = Grammars(
+            self.tokenizer,
+            vocab_size=runtime.info.vocab_size,
+            home=None if local.folder is None else home,
+            fingerprint=local.fingerprint,
+            notes=None if self.engine.tier is None else _Notes(self.engine.tier, local.fingerprint),
+        )
         """Compiled grammars, for the `Generator`s whose parameters have one."""
         self.public: Final = PublicPrefixes(self.engine)
         """Prefixes that every namespace reuses; see `publish`."""
@@ -351,6 +406,8 @@ class Model:
             StoreError: The journal cannot be used.
         """
         offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
+        if offered.schemas:
+            self.grammars.prepare_later()  # while the first question is thought of
         conversation = self._conversation(namespace)
         if keep or name is not None:
             conversation.save_in(self.journal, None if name is None else require_name(name))
@@ -555,6 +612,7 @@ class Model:
 
     def close(self) -> None:
         """Free all memory. Its conversations can still be read; nothing more can be generated."""
+        self.grammars.close()
         self.engine.close()
         with self._opening:
             if self._journal is not None:

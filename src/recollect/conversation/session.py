@@ -17,10 +17,10 @@ from typing import Final, Protocol, Self
 
 from recollect.conversation.conversation import Asked, Conversation
 from recollect.conversation.matching import Change
-from recollect.conversation.prompt import PromptEncoder, Prompting
+from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
-from recollect.conversation.turn import Expectation, Reply, Turn, explained
+from recollect.conversation.turn import Expectation, Prompting, Reply, Turn, explained
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars
 from recollect.engine.pinning import pin_on_disk
@@ -115,6 +115,11 @@ class Cursor:
     def tip(self) -> Node:
         """Return the node at which one stands."""
         return self._tip
+
+    @property
+    def change(self) -> Change | None:
+        """Return where the messages up to the tip leave an earlier conversation; None: they do not."""
+        return self._change
 
     @property
     def tree(self) -> Tree:

@@ -67,28 +67,41 @@ def as_written(role: Role, content: str, links: ToolLinks | None) -> Message:
 
 
 def canonical(role: Role, content: str, links: ToolLinks | None) -> str:
-    """Return a text that is the same for the same message, however a client writes its calls."""
+    """
+    Return a text that is the same for what says the same.
+
+    Of a reply, space at its ends says nothing, nor how the JSON of its calls is written: clients trim
+    the one and write the other anew.
+    """
     if links is not None and links.call_ids:
         return _canonical_reply(parse_reply(content, names=None))
     if role == "assistant" and CALL_START in content:
         return _canonical_reply(parse_reply(content))
     if role == "tool" and links is not None:
         return json.dumps([links.tool_call_id, links.name, content])
-    return content
+    return content.strip() if role == "assistant" else content
 
 
 def _canonical_reply(reply: ParsedReply) -> str:
     if not reply.calls:
-        return reply.content
+        return reply.content.strip()
     calls = [[call.name, _canonical_json(call.arguments)] for call in reply.calls]
     return json.dumps([reply.content.strip(), calls])
 
 
 def _canonical_json(text: str) -> Any:
+    if not text.strip():
+        return "{}"  # what takes no arguments is called without any, or with an empty object
     try:
-        return json.dumps(json.loads(text), sort_keys=True)
+        return json.dumps(json.loads(text, parse_float=_number), sort_keys=True)
     except (ValueError, RecursionError):
         return text
+
+
+def _number(text: str) -> float | int:
+    """Return a number as JavaScript writes it back: without a fraction where that is zero."""
+    number = float(text)
+    return int(number) if number.is_integer() and abs(number) < 1e21 else number
 
 
 def _check_shape(message: Any) -> None:

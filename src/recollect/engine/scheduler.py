@@ -8,9 +8,8 @@ they decide; all of it happens on the engine's thread.
 """
 
 import threading
-import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from queue import SimpleQueue
@@ -18,7 +17,7 @@ from typing import Any, Final, Literal
 
 from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.errors import OutOfBlocksError
-from recollect.runtime.base import Pace, Row
+from recollect.runtime.base import Pace
 
 TaskState = Literal["waiting", "running", "done", "cancelled", "failed"]
 
@@ -154,27 +153,6 @@ class Task:
             self._ended.set()
 
 
-def hand_over(tasks: Iterable[Task], pause_s: float) -> None:
-    """Give readers the results that are new, and those of a first one *pause_s* to wake up."""
-    if [task for task in tasks if task.stream.hand_over()]:
-        time.sleep(pause_s)
-
-
-def count_replays(rows: Mapping[Task, Row], starts: Iterable[int]) -> int:
-    """
-    Note for each task what a pass computed before its row, and return how many tokens that is.
-
-    None, unless the runtime owns its KV and had lost what the plan took for computed.
-    """
-    tokens = 0
-    for (task, row), start in zip(rows.items(), starts, strict=False):
-        if start < row.past:
-            task.fed.append(FeedPlan(start, row.past))
-            task.sequence.fed_tokens += row.past - start
-            tokens += row.past - start
-    return tokens
-
-
 MOST_SPARE: Final = 16
 """Spare tasks that wait. On a server that is never idle each reply leaves one behind; the older ones are
 for conversations whose KV is evicted by the time that they could run."""
@@ -292,7 +270,7 @@ class Scheduler:
         if any(not task.idle for task in self.waiting):
             for idle in [task for task in self.running if task.idle]:
                 self.preempt(idle)
-        while (task := self._next_waiting()) is not None:
+        while self.waiting and (task := self._next_waiting()) is not None:
             has_place = len(self.running) < self.pace.most_rows
             if not self.running or (has_place and fits(task)):
                 self.waiting.remove(task)
@@ -316,26 +294,21 @@ class Scheduler:
             if not task.restoring and (plan := task.sequence.plan()) is not None
         }
         chunks = {task: plan for task, plan in plans.items() if plan.end - plan.start == 1}
-        queues: dict[str, deque[Task]] = {}
-        for task in plans:
-            if task not in chunks:
-                queues.setdefault(task.namespace, deque()).append(task)
-        accounts = {name: self._turns.account(name) for name in queues}
+        prompts = [task for task in plans if task not in chunks]
+        accounts = {task.namespace: self._turns.account(task.namespace) for task in prompts}
         # At least a block: else the prompt of a runtime with larger ones would wait for ever.
         pace = self.pace
         budget = max(self._block_size, pace.shared_chunk if chunks else pace.prefill_chunk)
-        while queues and budget >= self._block_size:
-            name = min(queues, key=lambda name: (accounts[name], name))
-            task = queues[name].popleft()
-            if not queues[name]:
-                del queues[name]
+        while prompts and budget >= self._block_size:
+            task = min(prompts, key=lambda one: (accounts[one.namespace], one.namespace))
+            prompts.remove(task)
             plan = plans[task]
             if _computed_by_another(task, plan, chunks):
                 continue
             chunks[task] = _chunk(plan, budget, self._block_size)
             fed = chunks[task].end - plan.start
             budget -= fed
-            accounts[name] += fed
+            accounts[task.namespace] += fed
         return chunks
 
     def feed(self, chunks: Chunks) -> None:
@@ -375,13 +348,10 @@ class Scheduler:
         return not running[task.namespace] and max(running.values()) > 1
 
     def _next_waiting(self) -> Task | None:
-        if any(task.idle for task in self.running):
-            return None
-        busy = [task for task in self.waiting if not task.idle]
-        if not busy:
-            return self.waiting[0] if self.waiting and not self.running else None
+        """Return the task to admit next; an idle one only where nothing else is there."""
         running = self._running_by_namespace()
-        return min(busy, key=lambda task: running[task.namespace])
+        task = min(self.waiting, key=lambda one: (one.idle, running[one.namespace]))
+        return None if task.idle and self.running else task
 
 
 def _chunk(plan: FeedPlan, budget: int, block_size: int) -> FeedPlan:
@@ -446,7 +416,6 @@ class Room:
         self._scheduler.feed(chunks)
         copies: list[tuple[int, int]] = []
         for task, fed in chunks.items():
-            task.fed.append(fed)
             copies += task.sequence.prepare_write(fed.start, fed.end)
         return chunks, copies
 

@@ -19,10 +19,10 @@ from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence
 from recollect.engine.write_behind import WriteBehind
 from recollect.errors import RuntimeFailure, StoreBusyError, StoreError
-from recollect.kv.blocks import BlockPool, CachedBlock, Key
+from recollect.kv.blocks import BlockPool, CachedBlock
 from recollect.kv.disk import DiskStore, Found, NewBlock
 from recollect.kv.prefix import Match, PrefixCache
-from recollect.kv.record import Buffer, Entry, Identity, StoredReply
+from recollect.kv.record import Buffer, Entry, Identity, Key, StoredReply
 from recollect.kv.tables import Savings
 from recollect.runtime.base import PagedRuntime
 from recollect.types import running_average

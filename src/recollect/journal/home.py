@@ -1,9 +1,8 @@
 """
-A data folder as a whole, which is the journal and the KV store together: its checkpoints, and encrypting it.
+The journal and the KV store of a data folder together: checkpoints, and encrypting the folder.
 
-A checkpoint is a pin of the KV store that knows a node of the journal, by number: no text is in it, and its
-KV is kept from eviction. `encrypt` makes a plain folder an encrypted one; it knows what in the folder holds
-content, which models do not.
+A checkpoint is a pin of the KV store, which holds the id of a node of the journal and no text. `encrypt`
+makes a plain folder an encrypted one; it knows which files hold what was said or typed. Models hold none.
 """
 
 import shutil
@@ -24,53 +23,57 @@ from recollect.errors import (
 )
 from recollect.journal.journal import JOURNAL_NAME, Journal, remove_history
 from recollect.journal.records import ConversationInfo
-from recollect.kv.blocks import disguised_key
 from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.kv.environment import remove_damaged
-from recollect.kv.record import Pin
+from recollect.kv.record import Pin, disguised_key
 
 _KIND: Final = {"kind": "checkpoint"}
 _SERVER_KIND: Final = {"kind": "server checkpoint"}
-"""Of a pin whose place a client of a server has named. The journal has that name, in the client's
-namespace; names of other checkpoints are for all who use the home."""
+"""
+Marks the pin of a checkpoint that a server's client made.
+
+The name that the client gave it is a label in the journal, in the client's namespace. The names of other
+checkpoints are the pins' names, and all who use the data folder share them.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A place that one can come back to without reading anything again."""
+    """A named place in a conversation whose KV is pinned on disk, so that going back computes nothing."""
 
     name: str
     conversation: str | None
-    """What its conversation is called now; None: that was deleted."""
+    """The present name of its conversation; None: the conversation was deleted."""
     conversation_id: int
-    """In the journal."""
+    """Id of the conversation in the journal."""
     node_id: int
-    """In the journal."""
+    """Id in the journal of the node at which the checkpoint is."""
     turns: int
-    """Replies up to it."""
+    """Number of replies up to there."""
     tokens: int
+    """Length of the prompt up to there, in tokens."""
     stored_tokens: int
-    """Whose KV is on disk: all, unless something there was damaged."""
+    """How many of these have their KV on disk: all, unless blocks were damaged."""
     stored_bytes: int
-    """That their blocks take, also those that others share."""
+    """Bytes of their blocks on disk, including blocks that other prefixes share."""
     created_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """A node of a conversation that is kept, as the journal numbers it."""
+    """A node of a saved conversation, by its ids in the journal."""
 
     conversation_id: int
     node_id: int
     turns: int
-    """Replies up to it."""
+    """Number of replies up to the node."""
 
 
 class Checkpoints:
     """
-    All checkpoints of a home.
+    All checkpoints of a data folder that were made at the terminal or by the library.
 
-    Owns neither the store nor the journal. Any thread and any process may use them at once.
+    Owns neither the store nor the journal. Threads and processes may use it at the same time.
     """
 
     def __init__(self, store: DiskStore, journal: Journal) -> None:
@@ -79,7 +82,7 @@ class Checkpoints:
 
     def all(self) -> list[Checkpoint]:
         """
-        Return all, by name.
+        Return all checkpoints, sorted by name.
 
         Raises:
             StoreError: The store or the journal cannot be read.
@@ -90,7 +93,7 @@ class Checkpoints:
 
     def facts(self, spot: Spot) -> dict[str, Any]:
         """
-        Return what a pin has to know to be a checkpoint there.
+        Return the facts that make a pin a checkpoint at that node, for `Pin.about`.
 
         Raises:
             UnknownConversationError: The conversation has been deleted meanwhile.
@@ -106,11 +109,11 @@ class Checkpoints:
 
     def find(self, name: str) -> Checkpoint:
         """
-        Return the one of that name.
+        Return the checkpoint of that name.
 
         Raises:
             UnknownCheckpointError: There is none, or its conversation was deleted.
-            StoreError: As `all`.
+            StoreError: The store or the journal cannot be read.
         """
         for checkpoint in self.all():
             if checkpoint.name == name:
@@ -124,7 +127,7 @@ class Checkpoints:
 
     def drop(self, name: str) -> None:
         """
-        Let the KV of one be evicted again; its conversation stays as it is.
+        Delete a checkpoint, so that its KV may be evicted; its conversation stays as it is.
 
         Raises:
             UnknownCheckpointError: There is none of that name.
@@ -136,7 +139,7 @@ class Checkpoints:
 
     def of_servers(self) -> int:
         """
-        Return how many checkpoints clients of a server have; `all` has none of them.
+        Return the number of checkpoints that a server's clients made, which `all` leaves out.
 
         Raises:
             StoreError: The store cannot be read.
@@ -144,7 +147,7 @@ class Checkpoints:
         return sum(_SERVER_KIND.items() <= pin.about.items() for pin in self._store.pins())
 
     def _of(self, pin: Pin, info: ConversationInfo | None) -> Checkpoint:
-        """Return a pin as a checkpoint, with what the journal has under its number."""
+        """Return the checkpoint of a pin; *info* is what the journal has under the conversation's id now."""
         stored, about = self._store.size_of(pin), pin.about
         is_same = info is not None and info.created_at.isoformat() == about["begun"]
         return Checkpoint(
@@ -162,10 +165,10 @@ class Checkpoints:
 
 def server_facts(spot: Spot, begun: datetime) -> dict[str, Any]:
     """
-    Return what a pin has to know to be a checkpoint of a client of a server.
+    Return the facts that make a pin a checkpoint of a server's client, for `Pin.about`.
 
     Args:
-        spot: Where it is.
+        spot: The node at which the checkpoint is.
         begun: When the conversation was created, as the journal has it.
     """
     return _SERVER_KIND | _facts(spot, begun)
@@ -173,11 +176,11 @@ def server_facts(spot: Spot, begun: datetime) -> dict[str, Any]:
 
 def drop_of_conversation(store: DiskStore, conversation_id: int, begun: datetime) -> list[str]:
     """
-    Drop the checkpoints of a conversation that is deleted, of whatever kind; return their names.
+    Delete all checkpoints of a conversation, also those of a server's clients; return their names.
 
     Args:
-        store: Where they are.
-        conversation_id: In the journal.
+        store: The store that has the pins.
+        conversation_id: Id of the conversation in the journal.
         begun: When the conversation was created, as the journal has it.
 
     Raises:
@@ -190,14 +193,14 @@ def drop_of_conversation(store: DiskStore, conversation_id: int, begun: datetime
 def _facts(spot: Spot, begun: datetime) -> dict[str, Any]:
     return {
         "conversation": spot.conversation_id,
-        "begun": begun.isoformat(),  # another journal may have that number
+        "begun": begun.isoformat(),  # tells the conversation from one with this id in another journal
         "node": spot.node_id,
         "turns": spot.turns,
     }
 
 
 def is_checkpoint(pin: Pin) -> bool:
-    """Return whether a pin is a checkpoint that has its name from the terminal or the library."""
+    """Return whether a pin is a checkpoint that was made at the terminal or by the library."""
     return _KIND.items() <= pin.about.items()
 
 
@@ -215,39 +218,43 @@ def encrypt(
     ask: encryption.Ask | None = None,
 ) -> Cipher:
     """
-    Encrypt a data folder, once and for good, and return its cipher; one that is encrypted is unlocked.
+    Encrypt a data folder, which cannot be undone, and return its cipher.
 
-    All conversations are converted. KV on disk and the history of what was typed are deleted; KV comes
-    again. In a folder that is encrypted already, a history and damaged KV that were left there go too.
-    Checkpoints stay as places, without KV. Other programs that use the folder have to be closed before.
+    All conversations are encrypted. KV on disk and the history of typed lines are deleted; checkpoints
+    keep their places, and their KV is computed again when it is needed. A folder that is encrypted already
+    is unlocked, and plain KV, a history or damaged stores that are left in it are deleted. Other programs
+    that use the folder must be closed before.
 
     Args:
-        home: None: `RECOLLECT_HOME` or the user's data folder.
-        passphrase: None: `RECOLLECT_PASSPHRASE`. Whoever loses it loses what is in the folder.
-        keyring: Whether the key is drawn at random and put into the keyring of this system instead.
-        ask: Called for a passphrase where there is none.
+        home: The data folder; None: `RECOLLECT_HOME` or the platform's user data folder.
+        passphrase: What the key is derived from; None: `RECOLLECT_PASSPHRASE`. Without it nobody can read
+            the folder again.
+        keyring: Whether the key is random and kept in the system's keyring instead.
+        ask: Called for a passphrase if none is given.
 
     Raises:
-        ConfigError: The passphrase is wrong or missing, there is no keyring, or a library is not
-            installed; or the file that says which key it is has gone. Nothing was changed.
-        StoreError: Something in the folder cannot be written. What was converted by then is
-            encrypted, and calling this again goes on with the rest.
+        ConfigError: The passphrase is wrong or missing, there is no keyring, a library is not installed, or
+            the journal is encrypted and the folder's key file is missing. Nothing was changed.
+        StoreError: A file cannot be written. What was converted by then is encrypted; a second call goes
+            on with the rest.
     """
     home = home or config.home()
     cipher = None
     if encryption.is_encrypted(home):
         cipher = encryption.unlock(home, passphrase=passphrase, ask=ask)
         if cipher is not None:
-            _remove_plain_kv(home / STORE_FOLDER, cipher)  # which may put a damaged store aside
+            _remove_plain_kv(home / STORE_FOLDER, cipher)  # first: it may put a damaged store aside
             _remove_leftovers(home)
     if cipher is None:
         _require_plain(home / JOURNAL_NAME)
         source: encryption.Source = "keyring" if keyring else "passphrase"
         cipher, key_file = encryption.new_key(source, passphrase=passphrase, ask=ask)
         kept = _checkpoints(home / STORE_FOLDER)
-        _remove_plain(home)  # before the folder counts as encrypted: it may end here
+        # Plain files go before the key file is written: a folder with that file counts as encrypted, and
+        # this process may be killed in between.
+        _remove_plain(home)
         encryption.save(home, key_file)
-        _remove_leftovers(home)  # a chat that is still open may have written one meanwhile
+        _remove_leftovers(home)  # an open chat may have written to the history meanwhile
         _keep(kept, home / STORE_FOLDER, cipher)
     if (home / JOURNAL_NAME).exists():
         Journal.open(home / JOURNAL_NAME, cipher=cipher, convert=True).close()
@@ -256,10 +263,10 @@ def encrypt(
 
 def _require_plain(journal: Path) -> None:
     """
-    Check that a journal is not encrypted with a key that the folder does not know any more.
+    Check that a journal is plain. If the key file of an encrypted one is missing, a new key must not be made.
 
     Raises:
-        ConfigError: It is; with a new key nobody could ever read it again.
+        ConfigError: It is encrypted.
         StoreError: It cannot be read.
     """
     if journal.exists():
@@ -267,29 +274,30 @@ def _require_plain(journal: Path) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Pin]:
-    """Return the places that have a name in a store, and nowhere else."""
+    """Return the checkpoints of a plain store; none if there is no store, or a damaged one."""
     if not is_there(folder):
         return []
     try:
         with closing(open_existing(folder, None)) as store:
             return [pin for pin in store.pins() if is_checkpoint(pin)]
     except StoreCorruptError:
-        return []  # it could not have been used either
+        return []  # damaged: a chat could not have used them either
 
 
 def _keep(found: list[Pin], folder: Path, cipher: Cipher) -> None:
-    """Name places again, sealed; their KV is not there, and would have other names."""
+    """Write checkpoints into a new, encrypted store, without their KV."""
     if not found:
         return
     sealer, least = cipher.for_purpose(KV_PURPOSE), config.LEAST_KV_DISK_BYTES
     with closing(DiskStore(folder, budget_bytes=least, sealer=sealer)) as store:
-        for pin in found:  # under its former name, tokens could be tried
+        # A plain key is a hash of the tokens, by which guesses of them could be checked.
+        for pin in found:
             tail = disguised_key(pin.tail, sealer.name_secret)
             store.add_pin(replace(pin, tail=tail))
 
 
 def _remove_plain(home: Path) -> None:
-    """Delete what holds content and is no loss."""
+    """Delete the files that hold content and can be made again: the history and the KV store."""
     _remove_leftovers(home)
     with _deleting():
         if (home / STORE_FOLDER).exists():
@@ -297,14 +305,14 @@ def _remove_plain(home: Path) -> None:
 
 
 def _remove_leftovers(home: Path) -> None:
-    """Delete what no encrypted folder holds: a history, and stores that were put aside as damaged."""
+    """Delete what an encrypted folder must not hold: a history, and damaged stores that were put aside."""
     with _deleting():
         remove_history(home / config.HISTORY_NAME)
         remove_damaged(home / STORE_FOLDER)
 
 
 def _remove_plain_kv(folder: Path, cipher: Cipher) -> None:
-    """Delete a store in which a program without the key has kept blocks; its checkpoints stay as places."""
+    """Delete a store that has plain blocks, from a program without the key, but keep its checkpoints."""
     if not is_there(folder):
         return
     try:
@@ -313,7 +321,7 @@ def _remove_plain_kv(folder: Path, cipher: Cipher) -> None:
                 heads = tables.heads().values()
             is_plain = any(not head.is_sealed for head in heads)
             kept = [pin for pin in store.pins() if is_checkpoint(pin)]
-    except StoreCorruptError:  # what is in there cannot be told
+    except StoreCorruptError:  # it may hold plain blocks
         is_plain, kept = True, []
     if is_plain:
         with _deleting():

@@ -19,23 +19,21 @@ from typing import Any, Final
 
 from recollect import config
 from recollect.errors import StoreFullError
-from recollect.kv.blocks import (
-    DIGEST_BYTES,
-    Key,
-    chained_key,
-    disguised_key,
-    namespace_key,
-)
 from recollect.kv.environment import DATA, Environment, translated
 from recollect.kv.record import (
+    DIGEST_BYTES,
     Buffer,
     Entry,
     Identity,
+    Key,
     Pin,
     Refused,
     Sealer,
     StoredReply,
+    chained_key,
+    disguised_key,
     entry_size,
+    namespace_key,
     pack_block,
     pack_reply,
     reply_last_used,

@@ -11,16 +11,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, TypeVar
 
-from recollect.kv.blocks import Key, branch_digests, chained_key
 from recollect.kv.environment import Transaction
 from recollect.kv.record import (
     KEY_BYTES,
     Entry,
     EntryHead,
     Identity,
+    Key,
     Pin,
     Refused,
     Sealer,
+    branch_digests,
+    chained_key,
     entry_head,
     is_sealed_pin,
     pack_entry,

@@ -159,6 +159,8 @@ class LocalModel:
     source: Path | None = None
     """What says which values its weights have: the GGUF file that it was made of, the first of several,
     or an export's own folder. None: it is not here, or there is none."""
+    source_sha256: str | None = None
+    """Of the GGUF file that it was made of; of several, of their digests. None: it was made of none."""
     long_context_length: int | None = None
     """Of a model with LongRoPE, which has other factors for it; None: the model has no such choice."""
     is_long: bool = False

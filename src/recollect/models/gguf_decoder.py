@@ -1,13 +1,22 @@
 """
-What decoder a GGUF file holds: sizes, switches and rotary embedding, read from its fields.
+What decoder a GGUF file holds, read from its fields, and how the file becomes a folder for OpenVINO.
 
 Every field that changes what a model computes is either a value here or a refusal: a model that
 would run with another meaning than its file's is not run. Reads no weights and builds no graph.
+`convert` has that done by `gguf_to_openvino`, in a process of its own, because a damaged file can crash a
+library, and because the memory is given back. It fills a folder beside its target, which is published by one
+rename: a half-made folder is never seen, and two processes may convert the same model at once.
 """
 
+import errno
+import itertools
 import math
+import os
+import signal
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -15,7 +24,20 @@ from typing import Any, Final
 import numpy as np
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.gguf_weights import READABLE_KINDS, Shards, values_of
+from recollect.files import combine, scratch_folder
+from recollect.models.catalog import run_program
+from recollect.models.gguf import GgufHeader, read_header
+from recollect.models.gguf_weights import READABLE_KINDS, Shards, parts_of, values_of
+from recollect.models.openvino_folder import (
+    CONVERTER,
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    Manifest,
+    converted_bytes,
+    find_converted,
+    warn_of_writers,
+)
+from recollect.types import Progress
 
 _EXPORT: Final = "export the original model with `optimum-cli export openvino`"
 
@@ -379,3 +401,126 @@ def require_buildable(path: Path) -> None:
         UnsupportedModelError: It cannot, or the file is damaged.
     """
     read_decoder(Shards(path))
+
+
+_PUBLISH_ATTEMPTS: Final = 5
+_KILLED: Final = -9  # minus SIGKILL, a name that Windows lacks
+_PROGRAM: Final = "recollect.models.gguf_to_openvino"
+REFUSED: Final = 3
+"""How it ends where the file cannot be converted; the last line of stderr is the reason, a sentence."""
+NO_ROOM: Final = 4
+"""How it ends where something cannot be written; the last line of stderr is the errno and the path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What is to be converted, and under which name the result is known."""
+
+    name: str
+    gguf: Path
+    sha256: str
+    """Of the GGUF file; of several parts, of their digests."""
+
+
+def convert(job: Conversion, folder: Path, *, home: Path, progress: Progress) -> Manifest:
+    """
+    Make *folder* the converted model, replacing what is there, and return its manifest.
+
+    Raises:
+        UnsupportedModelError: The file is damaged, or holds what cannot be built as it means it.
+        OSError: The disk is full or cannot be written to.
+    """
+    header = read_header(job.gguf)
+    require_buildable(job.gguf)
+    warn_of_writers(job.gguf.parent, [part.name for part in parts_of(job.gguf)])
+    what = f"converting {job.name}"
+    progress(what, 0, None)
+    with scratch_folder(home) as scratch:
+        made = scratch / "model"
+        made.mkdir()
+        _run_converter(job, made, lambda done, total: progress(what, done, total))
+        manifest = _describe(job, header, made)
+        manifest.write(made)
+        manifest = _publish(made, folder, scratch, manifest)
+    progress(what, 1, 1)
+    return manifest
+
+
+def _run_converter(job: Conversion, folder: Path, on_bytes: Callable[[int, int], None]) -> None:
+    """
+    Fill *folder* by the program that converts; it does not outlive this call.
+
+    Raises:
+        UnsupportedModelError: It refused the file, or crashed.
+        OSError: It could not write.
+    """
+    command = [sys.executable, "-P", "-m", _PROGRAM, str(job.gguf), str(folder)]
+
+    def on_line(line: str) -> None:
+        done, _, total = line.strip().partition(" ")
+        if done.isdecimal() and total.isdecimal():  # a library may print, too
+            on_bytes(int(done), int(total))
+
+    status, complaints = run_program(command, on_line)
+    lines = complaints.strip().splitlines()
+    said = lines[-1].strip() if lines else ""
+    missing = [name for name in (*MODEL_FILES, *TOKENIZER_FILES) if not (folder / name).is_file()]
+    if status == 0 and not missing:
+        return
+    if status == REFUSED and said:
+        raise UnsupportedModelError(said)
+    if status == NO_ROOM and said:
+        number, _, path = said.partition(" ")
+        code = int(number) if number.isdecimal() else errno.EIO
+        raise OSError(code, os.strerror(code), path)
+    if status == _KILLED:
+        reason = "it was killed, as happens when memory runs out"
+    elif status < 0:
+        reason = f"it crashed with {signal.Signals(-status).name}"
+    else:
+        reason = said.rstrip(".") or f"it wrote no {missing[:1]}"
+    raise UnsupportedModelError(
+        f"{job.gguf.name} could not be converted ({reason}): download the file again, or "
+        "export the original model with `optimum-cli export openvino`."
+    )
+
+
+def _describe(job: Conversion, header: GgufHeader, folder: Path) -> Manifest:
+    versions = {package: version(package) for package in ("openvino", CONVERTER)}
+    return Manifest(
+        name=job.name,
+        source_sha256=job.sha256,
+        source_bytes=sum(part.stat().st_size for part in parts_of(job.gguf)),
+        architecture=header.architecture,
+        context_length=header.context_length,
+        chat_template=header.chat_template,
+        eos_token_ids=sorted(header.eos_token_ids),
+        bos_token=header.bos_token,
+        eos_token=header.eos_token,
+        window=header.window,
+        fingerprint=combine(
+            ["gguf weights 1", job.sha256, versions[CONVERTER], header.chat_template or ""]
+        ),
+        library_versions=versions,
+        file_bytes=converted_bytes(folder),
+    )
+
+
+def _publish(made: Path, folder: Path, scratch: Path, manifest: Manifest) -> Manifest:
+    """Rename the folder to its place; whoever comes second uses what the first put there."""
+    folder.parent.mkdir(mode=0o700, exist_ok=True)  # in the home that the scratch folder is in
+    for attempt in itertools.count(1):
+        existing = find_converted(folder, manifest.source_sha256)
+        if existing is not None:
+            return existing
+        try:
+            if folder.exists():  # of no use: out of the way, and gone with the scratch folder
+                folder.rename(scratch / f"replaced{attempt}")
+            made.rename(folder)
+        except OSError:
+            # Another process put its own there in between: look again. Anything else stays.
+            if attempt == _PUBLISH_ATTEMPTS:
+                raise
+        else:
+            break
+    return manifest

@@ -1,7 +1,7 @@
 """
 A program: make an OpenVINO model and tokenizer of a GGUF file.
 
-`conversion` runs it in a process of its own, because a damaged file can crash a library and because the
+`gguf_decoder` runs it in a process of its own, because a damaged file can crash a library and because the
 memory is given back. It prints how many of how many bytes are done, a line each time.
 
 The tokenizer splits text as the file says. GenAI makes it where the file holds merges of bytes, but
@@ -43,9 +43,8 @@ from openvino_tokenizers.tokenizer_pipeline import (
 )
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.conversion import NO_ROOM, REFUSED
 from recollect.models.gguf import GgufContent, read_content
-from recollect.models.gguf_decoder import read_decoder
+from recollect.models.gguf_decoder import NO_ROOM, REFUSED, read_decoder
 from recollect.models.gguf_graph import Constants, GraphBuilder, has_avx2_kernel
 from recollect.models.gguf_weights import Shards
 from recollect.models.openvino_folder import MODEL_FILES, TOKENIZER_FILES

@@ -1,22 +1,30 @@
 """
-Opens a folder that holds a model for ONNX Runtime GenAI: one with a genai_config.json.
+Folders that hold a model for ONNX Runtime GenAI, with a genai_config.json: opened, and made of other models.
 
 Reads the small files beside the weights, and walks over each .onnx file to see which other files it
 names: weights, and what a vendor compiled. These have to lie in the folder. Does not load the model.
+A GGUF file or a Hugging Face folder is converted by programs of their own, in a process each, because the
+memory is given back.
 
 Source of the field numbers of .onnx files: onnx.proto of ONNX 1.19.
 """
 
 import mmap
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from recollect import files
-from recollect.errors import UnsupportedModelError
+from recollect.errors import ConfigError, UnsupportedModelError
 from recollect.files import cached_sha256, combine
 from recollect.models import onnx_config
 from recollect.models.catalog import LocalModel
+from recollect.models.gguf import read_header
 from recollect.models.onnx_config import CONFIG_NAME, MOST_CONFIG_BYTES
 from recollect.models.openvino_folder import (
     as_ids,
@@ -309,3 +317,145 @@ def _first(ids: list[int], texts: Mapping[int, str]) -> str | None:
 
 def _table(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+Precision = Literal["int8", "fp32"]
+"""Four bits are not offered: they would be taken of weights that had been cut to four bits before."""
+
+_LIBRARIES: Final = ("torch", "transformers", "accelerate", "onnx_ir", "onnxruntime_genai")
+_OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+_NO_CODE: Final = ("--extra_options", "hf_remote=false")
+"""A folder's own Python does not run: said here, and not left to what a release takes for granted."""
+
+
+_WRITE_FLOATS: Final = f"from {__name__} import write_floats; write_floats()"
+"""A program for a process of its own, which gives the memory back: all weights are f32 in it."""
+
+
+def convert_to_onnx(
+    source: Path,
+    folder: Path,
+    *,
+    precision: Precision = "int8",
+    progress: Progress = no_progress,
+) -> None:
+    """
+    Make *folder* a folder for ONNX Runtime GenAI on the CPU.
+
+    Args:
+        source: A GGUF file, or a folder as transformers' `save_pretrained` writes it.
+        folder: Is made; must not be there, or be empty.
+        precision: Of the weights. Activations and KV are f32 in both.
+
+    Raises:
+        ConfigError: There is something at *folder* already, or it cannot be written there.
+        UnsupportedModelError: A library is missing, or the model cannot be converted.
+    """
+    require_convertible(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
+            made = _convert(source, Path(scratch), precision, progress)
+            if folder.exists():
+                folder.rmdir()
+            made.rename(folder)
+    except OSError as cause:
+        raise ConfigError(
+            f"{folder} cannot be written ({cause.strerror or cause}): name another place, with room "
+            "for five times the model."
+        ) from cause
+    progress("writing ONNX", 2, 2)
+
+
+def require_convertible(folder: Path) -> None:
+    """
+    Check, before anything is fetched, that a folder can be made of a model.
+
+    Raises:
+        ConfigError: There is something at *folder* already, or something above it is no folder.
+        UnsupportedModelError: A library is missing.
+    """
+    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise UnsupportedModelError(
+            f'Converting needs {", ".join(missing)}: pip install "recollect-llm[convert,genai]".'
+        )
+    above = next(way for way in folder.absolute().parents if way.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{folder} cannot be made, because {above} is no folder: name another.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there already: name a folder that is not, or remove it.")
+
+
+def _convert(source: Path, scratch: Path, precision: Precision, progress: Progress) -> Path:
+    """Return the finished folder inside *scratch*."""
+    original = source
+    if source.is_file():
+        header = read_header(source)
+        progress("writing ONNX", 0, 2)
+        original = scratch / "original"
+        ids = [str(number) for number in sorted(header.eos_token_ids)]
+        _run(["-c", _WRITE_FLOATS, str(source), str(original), *ids], source)
+    elif not (source / "config.json").is_file() or is_onnx_folder(source):
+        raise UnsupportedModelError(
+            f"{source} is no Hugging Face folder with float weights: give one, or a .gguf file."
+        )
+    progress("writing ONNX", 1, 2)
+    made = scratch / "model"
+    builder = ["-m", "onnxruntime_genai.models.builder", "-i", str(original), "-o", str(made)]
+    options = ["-p", precision, "-e", "cpu", "-c", str(scratch / "cache")]
+    _run([*builder, *options, *_NO_CODE], source)
+    if not (made / CONFIG_NAME).is_file():
+        raise _failed(source, f"no {CONFIG_NAME} was written")
+    return made
+
+
+def _run(arguments: list[str], source: Path) -> None:
+    """Run a program of Python's without a network; say with its last line why it failed."""
+    done = subprocess.run(  # noqa: S603 - our own interpreter
+        [sys.executable, "-P", *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        env={**os.environ, **_OFFLINE},
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+        raise _failed(source, lines[-1].strip().rstrip("."))
+
+
+def _failed(source: Path, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{source} could not be converted ({reason}): the model's architecture or tensor types may "
+        "be unknown to transformers or to ONNX Runtime GenAI's builder; try the original model."
+    )
+
+
+def write_floats() -> None:
+    """
+    Write the GGUF file in `sys.argv[1]` as a Hugging Face folder with float weights.
+
+    Its place is in `sys.argv[2]`; the ids of tokens that end a reply follow.
+    """
+    import torch  # noqa: PLC0415 - seconds, which only this program is to wait for
+    import transformers  # noqa: PLC0415
+
+    gguf, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    eos_token_ids = [int(number) for number in sys.argv[3:]]
+    options = {"gguf_file": gguf.name, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # newer releases would keep the blocks as they are
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+    # The weights are plain numbers now; what says otherwise would keep them from being saved.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.architectures = [type(model).__name__]
+    if eos_token_ids:  # a GGUF file names one; a chat can also end with another
+        model.generation_config.eos_token_id = eos_token_ids
+    model.save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.save_pretrained(folder)

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Self
 from xml.etree import ElementTree
@@ -232,6 +233,8 @@ TOKENIZER_FILES: Final = (
     "openvino_detokenizer.xml",
     "openvino_detokenizer.bin",
 )
+CONVERTER: Final = "openvino-genai"
+"""Whose release year counts: it makes the tokenizer, and the graph is paged by OpenVINO of its year."""
 MODELS_FOLDER: Final = "models"
 """In the home: where folders lie that recollect made, one each."""
 _MOST_GRAPH_BYTES: Final = 16 * files.MIB
@@ -239,6 +242,42 @@ _MOST_GRAPH_BYTES: Final = 16 * files.MIB
 _START_BYTES: Final = 256
 _MOST_CONTEXT: Final = 2**31 - 1
 _EXPORT: Final = "`optimum-cli export openvino --model ORG/NAME FOLDER`"
+
+
+def find_converted(folder: Path, sha256: str | None) -> Manifest | None:
+    """
+    Return the manifest of a folder that can be used as it is, or None.
+
+    A folder is of no use when it came from another file, when its weights are not the file's own
+    because an earlier recollect made it, when a release of another year made it, or when its files
+    have not the size that they had.
+
+    Args:
+        sha256: Of the file that it must have come from; None takes any.
+    """
+    manifest = find_inexact(folder, sha256)
+    return manifest if manifest is not None and manifest.is_exact else None
+
+
+def find_inexact(folder: Path, sha256: str | None) -> Manifest | None:
+    """Return the manifest of a folder that can be used, also where its weights are not the file's own."""
+    manifest = Manifest.read(folder)
+    if manifest is None or (sha256 is not None and manifest.source_sha256 != sha256):
+        return None
+    made_with = manifest.library_versions.get(CONVERTER, "")
+    if _year(made_with) != _year(version(CONVERTER)):
+        return None
+    return manifest if manifest.file_bytes == converted_bytes(folder) else None
+
+
+def converted_bytes(folder: Path) -> dict[str, int]:
+    """Return the sizes in bytes of the files of a converted model that are in a folder, by name."""
+    paths = [folder / name for name in (*MODEL_FILES, *TOKENIZER_FILES)]
+    return {path.name: path.stat().st_size for path in paths if path.is_file()}
+
+
+def _year(release: str) -> str:
+    return release.partition(".")[0]
 
 
 def open_folder(
@@ -285,6 +324,7 @@ def from_manifest(manifest: Manifest, folder: Path, name: str) -> LocalModel:
         fingerprint=manifest.fingerprint,
         architecture=manifest.architecture,
         boundaries=() if manifest.window is None else (manifest.window,),
+        source_sha256=manifest.source_sha256,
     )
 
 

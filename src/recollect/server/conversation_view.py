@@ -18,7 +18,7 @@ from recollect.conversation.conversation import Conversation
 from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
 from recollect.conversation.session import ANSWERED
-from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message, to_node
+from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message
 from recollect.journal.journal import Journal
 from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, StoredConversation
 from recollect.server.hub import OpenConversations
@@ -141,12 +141,25 @@ class Places:
         session.conversation.shares_tips = True
         return Place(session.conversation, session.tip, tip=DEFAULT_TIP)
 
-    def known(self, messages: Sequence[Message]) -> list[NewNode]:
-        """Return messages sent as text, with the token ids of those that were generated here."""
-        if not any(message["role"] == "assistant" for message in messages):
-            return [to_node(message) for message in messages]
-        session = self._model.session_from(messages, namespace=self._namespace)
-        return [node.to_new() for node in session.path()]
+    def grow(self, place: Place, instructions: str | None, messages: Sequence[Message]) -> Place:
+        """
+        Return the place after messages that were sent as text, under instructions.
+
+        Those that were generated here, after the same messages, have the token ids that they had then.
+
+        Raises:
+            StoreError: The journal cannot keep them.
+        """
+        first: list[Message] = []
+        if instructions is not None:
+            first.append({"role": "system", "content": instructions})
+        path = place.node.path()[place.has_instructions :]
+        before = [*first, *(node.message() for node in path)]
+        session = self._model.session_from([*before, *messages], namespace=self._namespace)
+        new = [node.to_new() for node in session.path()[len(before) :]]
+        node = grow(place.conversation, with_instructions(place, instructions), new)
+        place.conversation.take_tools(node, session.conversation, session.tip)
+        return replace(place, node=node, change=place.change or session.change)
 
     def _has_instructions(self, label: Label, conversation: Conversation, node: Node) -> bool:
         """Return whether the path to a node begins with the instructions of the response there."""
@@ -180,7 +193,7 @@ def _change(copies: Mapping[int, int], conversation: Conversation, node: Node) -
         return None
     for number, (was, is_now) in enumerate(zip(before.path(), reply.path(), strict=False)):
         if (was.role, was.content) != (is_now.role, is_now.content):
-            return described(number, was, is_now.to_new())
+            return described(number, was, [one.to_new() for one in reply.path()[number:]])
     return None
 
 

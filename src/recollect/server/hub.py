@@ -211,6 +211,7 @@ class ModelHub:
             taken = self.weight_bytes(name) + _kv_bytes(model)
             self._loaded = {**self._loaded, name: _Loaded(model, taken)}
             self._on_load(model)
+            model.grammars.prepare_later()
             _log.info("loaded %s in %.1f s", name, monotonic() - begun)
             if self._memory_bytes is not None and taken > self._memory_bytes:
                 _log.warning(

@@ -28,8 +28,6 @@ from recollect.server.conversation_view import (
     HAS_INSTRUCTIONS,
     Place,
     Places,
-    grow,
-    with_instructions,
 )
 from recollect.server.fields import BodyRoute, check_count, logprob_entry
 from recollect.server.refusals import ApiError, not_found
@@ -233,15 +231,11 @@ class _Asked:
             session = model.session_from(messages, namespace=self.namespace, overflow=overflow)
             session.tools = tools
             return session
-        node = grow(
-            place.conversation,
-            with_instructions(place, body.instructions),
-            places.known(body.messages()),
-        )
+        place = places.grow(place, body.instructions, body.messages())
         return Session(
             model,
             place.conversation,
-            node,
+            place.node,
             body.sampling(temperature=0.0),
             namespace=self.namespace,
             name=place.tip,

@@ -2,7 +2,7 @@
 What the rest of recollect asks of a tokenizer, and what can be said of tokens without their files.
 
 In the order of the file: the bytes of each token (`Vocabulary`); the control tokens, which say where
-a turn begins and ends, found in texts (`ControlTokens`); the contract (`Tokenizer`); text as it
+a turn begins and ends, found in texts (`ControlTokens`, `Shown`); the contract (`Tokenizer`); text as it
 arrives one token at a time (`Detokenizer`); and the tokenizer of the reference model, whose tokens
 are bytes (`ByteTokenizer`).
 
@@ -14,8 +14,11 @@ models come with are in `file_tokenizers`.
 import itertools
 import re
 import threading
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Final, Protocol
 
 _REPLACEMENT: Final = "\ufffd"
@@ -235,6 +238,50 @@ def _starts(names: Collection[str]) -> str:
 
 def _any_of(characters: Collection[str]) -> str:
     return f"[{re.escape(''.join(sorted(characters)))}]" if characters else "(?!)"
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A text in which a template, and nobody else, wrote control tokens."""
+
+    text: str
+    breaks: tuple[int, ...] = ()
+    """Places in the text, ascending: a control token that lies across one was said, not written."""
+
+    def name(self) -> bytes:
+        """Return a name that no other text, or the same with other places, has."""
+        text = self.text.encode("utf-8", "surrogatepass")
+        if not self.breaks:
+            return blake2b(text, digest_size=16).digest()
+        places = blake2b(array("q", self.breaks).tobytes(), digest_size=32).digest()
+        return blake2b(text, digest_size=16, key=places).digest()
+
+    def part(self, start: int, end: int | None = None) -> "Shown":
+        """Return what lies in `[start, end)`."""
+        stop = len(self.text) if end is None else end
+        if not self.breaks:
+            return Shown(self.text[start:stop])
+        first, last = bisect_right(self.breaks, start), bisect_right(self.breaks, stop - 1)
+        breaks = tuple(place - start for place in self.breaks[first:last])
+        return Shown(self.text[start:stop], breaks)
+
+    def has_break(self, start: int, end: int) -> bool:
+        """Return whether there is one inside `[start, end)`, its ends apart."""
+        place = bisect_right(self.breaks, start)
+        return place < len(self.breaks) and self.breaks[place] < end
+
+    def says(self, text: str, start: int, control: ControlTokens) -> bool:
+        """Return whether a text is shown from *start* on, and none of its control tokens written."""
+        begins = (start + place for place in control.begins(text))
+        return self.text.startswith(text, start) and all(
+            self.has_break(place, place + 2) for place in begins
+        )
+
+    def followed_by_said(self, text: str, control: ControlTokens) -> "Shown":
+        """Return this and a text that somebody says after it."""
+        start = len(self.text)
+        begins = (start + place + 1 for place in control.begins(text))
+        return Shown(self.text + text, (*self.breaks, start, *begins))
 
 
 class UnknownCharacters:

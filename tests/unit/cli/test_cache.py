@@ -14,9 +14,8 @@ from typer.testing import CliRunner, Result
 from recollect.cli.main import app
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError, StoreError
-from recollect.kv.blocks import chained_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Identity
+from recollect.kv.record import Identity, chained_key
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=8, ignore_eos=True)

@@ -141,7 +141,10 @@ def test_delete_needs_a_yes_where_nobody_can_be_asked(poem: Journal) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
-@pytest.mark.parametrize(("typed", "left"), [("n", 1), ("", 1), ("y", 0)])
+@pytest.mark.parametrize(
+    ("typed", "left"),
+    [("n", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("", 1), ("y", 0)))],
+)
 def test_delete_asks_at_a_terminal(
     poem: Journal, terminal: Callable[..., Any], typed: str, left: int
 ) -> None:

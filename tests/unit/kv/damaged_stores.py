@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 
 from recollect.errors import StoreError
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Identity, StoredReply
+from recollect.kv.record import Identity, StoredReply, chained_key, namespace_key
 
 IDENTITY = Identity("weights", "runtime", "f32")
 ROOT = namespace_key("weights", "")

@@ -6,9 +6,16 @@ from pathlib import Path
 import pytest
 
 from recollect.errors import StoreCorruptError, StoreFullError
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Buffer, Entry, Identity, Pin, unpack_entry
+from recollect.kv.record import (
+    Buffer,
+    Entry,
+    Identity,
+    Pin,
+    chained_key,
+    namespace_key,
+    unpack_entry,
+)
 from recollect.kv.tables import Savings
 
 IDENTITY = Identity("weights", "runtime", "f32")

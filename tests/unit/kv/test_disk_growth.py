@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from recollect.kv.blocks import Key, chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.environment import Environment
-from recollect.kv.record import Buffer, Identity, Pin
+from recollect.kv.record import Buffer, Identity, Key, Pin, chained_key, namespace_key
 
 IDENTITY = Identity("weights", "runtime", "f32")
 ROOT = namespace_key("weights", "")

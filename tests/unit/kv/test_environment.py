@@ -11,9 +11,8 @@ import pytest
 
 from recollect import config
 from recollect.errors import StoreBusyError, StoreCorruptError, StoreError
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock, open_existing
-from recollect.kv.record import Identity
+from recollect.kv.record import Identity, chained_key, namespace_key
 
 IDENTITY = Identity("weights", "runtime", "f32")
 ROOT = namespace_key("weights", "")
@@ -69,6 +68,7 @@ def test_little_address_space_is_enough(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "kv")], check=True)  # noqa: S603
 
 
+@pytest.mark.slow
 def test_a_larger_store_of_another_process_needs_no_larger_map(
     tmp_path: Path, open_store: Open
 ) -> None:
@@ -79,7 +79,7 @@ def test_a_larger_store_of_another_process_needs_no_larger_map(
         "import sys\n"
         "from pathlib import Path\n"
         "from recollect.kv.disk import DiskStore, NewBlock\n"
-        "from recollect.kv.blocks import chained_key, namespace_key\n"
+        "from recollect.kv.record import chained_key, namespace_key\n"
         "from recollect.kv.record import Identity\n"
         "root = namespace_key('weights', '')\n"
         "store = DiskStore(Path(sys.argv[1]), budget_bytes=64 << 20)\n"

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from recollect.errors import StoreCorruptError
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.pages import DamagedPagesError, walk
-from recollect.kv.record import Identity
+from recollect.kv.record import Identity, chained_key, namespace_key
 
 PROGRAM = Path(__file__).with_name("damaged_stores.py")
 IDENTITY = Identity("weights", "runtime", "f32")
@@ -27,7 +26,7 @@ WRITER = """
 import itertools, sys
 from pathlib import Path
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.blocks import chained_key, namespace_key
+from recollect.kv.record import chained_key, namespace_key
 from recollect.kv.record import Identity
 root = namespace_key("weights", "")
 store = DiskStore(Path(sys.argv[1]), budget_bytes=4 << 20)
@@ -51,8 +50,11 @@ def fill(store: DiskStore, count: int, payload_bytes: int = 9000) -> None:
         store.write(IDENTITY, blocks)
 
 
-@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (40, 80))])
-def test_no_damage_takes_the_process_away(tmp_path: Path, first: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "count"),
+    [(0, 10), *(pytest.param(n, 40, marks=pytest.mark.slow) for n in (10, 40, 80))],
+)
+def test_no_damage_takes_the_process_away(tmp_path: Path, first: int, count: int) -> None:
     """Without a look at the pages, one damage in nine of these ended it with a signal."""
     program = (
         "import sys, runpy; "
@@ -61,7 +63,7 @@ def test_no_damage_takes_the_process_away(tmp_path: Path, first: int) -> None:
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)  # noqa: S603
     done = subprocess.run(  # noqa: S603 - our own code
-        [sys.executable, str(PROGRAM), str(tmp_path), str(first), str(first + 40)],
+        [sys.executable, str(PROGRAM), str(tmp_path), str(first), str(first + count)],
         capture_output=True,
         text=True,
         check=False,

@@ -94,6 +94,7 @@ def test_a_file_is_downloaded_with_progress(
 
 
 @needs_hub
+@pytest.mark.slow
 def test_a_file_that_the_hub_lacks_is_named(
     hub_address: str, download: Callable[[str, str], str]
 ) -> None:

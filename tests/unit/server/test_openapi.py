@@ -7,11 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from schemathesis.checks import not_a_server_error
-from schemathesis.core.result import Ok
 
 PATHS = {
     "/health",
@@ -81,6 +78,10 @@ def shorten(path: str, body: Any) -> None:
 @pytest.mark.slow
 def test_no_request_makes_it_fail(client: httpx.Client) -> None:
     """Requests made from the document, nothing longer than 10 s."""
+    import schemathesis  # takes a second, which no other test should pay
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.core.result import Ok
+
     schema = schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")
     statuses: Counter[int] = Counter()
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.environment import shrink
-from recollect.kv.record import Identity
+from recollect.kv.record import Identity, chained_key, namespace_key
 
 IDENTITY = Identity("weights", "runtime", "f32")
 ROOT = namespace_key("weights", "")
@@ -102,6 +101,7 @@ def test_what_another_process_has_open_is_left_alone(
     assert (shrink(folder) or 0) > 0
 
 
+@pytest.mark.slow
 def test_whoever_opens_it_meanwhile_waits_and_finds_it_whole(
     folder: Path, monkeypatch: pytest.MonkeyPatch, open_store: Callable[..., DiskStore]
 ) -> None:
@@ -111,7 +111,7 @@ def test_whoever_opens_it_meanwhile_waits_and_finds_it_whole(
         'print("open", flush=True)',
         "from recollect.kv.record import Identity\n"
         "from recollect.kv.disk import NewBlock\n"
-        "from recollect.kv.blocks import chained_key, namespace_key\n"
+        "from recollect.kv.record import chained_key, namespace_key\n"
         "root = namespace_key('weights', '')\n"
         "key = chained_key(root, (9, 9))\n"
         "block = NewBlock(key, root, True, (9, 9), b'late')\n"

@@ -11,9 +11,8 @@ import lmdb
 import pytest
 
 from recollect.encryption import Cipher
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Buffer, Identity, Pin, StoredReply
+from recollect.kv.record import Buffer, Identity, Pin, StoredReply, chained_key, namespace_key
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a way to start quickly")
 

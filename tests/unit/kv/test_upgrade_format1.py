@@ -14,9 +14,8 @@ import pytest
 
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.errors import StoreVersionError
-from recollect.kv.blocks import Key, chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Buffer, Identity
+from recollect.kv.record import Buffer, Identity, Key, chained_key, namespace_key
 
 IDENTITY = Identity("weights", "runtime", "f32")
 EARLIER = Path(__file__).parent / "data" / "format1"
