@@ -1,8 +1,8 @@
 """
-One turn of a session: its prompt, the reply that comes of it, and why less was reused.
+One turn of a session: its prompt, its reply, and the reason why tokens were computed again.
 
-`Prompting` makes the prompts of one session, and remembers what was once left out of a full context. The
-rest are values: the session carries a turn out, and owns what changes.
+`Prompting` makes the prompts of one session, and remembers which turns a full context has left out. The
+rest are values: the session carries a turn out, and owns all other state.
 """
 
 from collections.abc import Sequence
@@ -23,35 +23,35 @@ from recollect.types import Reason, ToolLinks, Usage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply(GeneratedReply):
-    """What the model said to one message."""
+    """A whole reply, and its node in the conversation's tree."""
 
     node: Node
-    """In the conversation's tree."""
+    """The reply's node in the tree."""
     dropped_turns: int = 0
-    """Oldest turns that were left out because the context was full."""
+    """Number of the oldest turns that the prompt leaves out, because the context is full."""
 
     @classmethod
     def of(cls, generated: GeneratedReply, node: Node, dropped_turns: int) -> Self:
-        """Return a reply that has become a node."""
+        """Return a generated reply with the node that it has become."""
         values = {one.name: getattr(generated, one.name) for one in fields(GeneratedReply)}
         return cls(**values, node=node, dropped_turns=dropped_turns)
 
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What a turn was expected to reuse, before it ran."""
+    """What is known before a turn runs about the KV that it should reuse."""
 
     prompt: Prompt
     block_size: int
-    """Reuse may end this many tokens early where KV is kept in whole blocks, else 1."""
+    """Tokens in the smallest unit that the runtime can reuse: a block, or 1."""
     change: Change | None = None
-    """Where the messages leave an earlier conversation."""
+    """The first message that differs from an earlier conversation; None: none does."""
     tools_change: str | None = None
-    """How the tools differ from those of an earlier reply, in words."""
+    """How the tools differ from those of an earlier reply, in words; None: they do not."""
 
 
 def explained(usage: Usage, expected: Expectation) -> Usage:
-    """Return the usage with its reason, and what differed in words."""
+    """Return the usage with the reason for computed tokens, and with the difference in words."""
     reason, difference = _reason(usage, expected)
     return replace(usage, reason=reason, difference=difference)
 
@@ -93,14 +93,14 @@ def _reason(usage: Usage, expected: Expectation) -> tuple[Reason, str | None]:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What was said where, what the reply may call, and what it was expected to reuse."""
+    """A message and the node that it follows, what its reply may call, and what it should reuse."""
 
     at: Node
-    """What the turn follows."""
+    """The node that the turn follows."""
     said: str | None
-    """None: `at` is answered."""
+    """The user's message; None: the reply answers `at`."""
     before: Node
-    """The tip that the session goes back to where no reply comes."""
+    """The session's tip before the turn, which is the tip again if there is no reply."""
     tools: Tools
     dropped_turns: int
     expected: Expectation
@@ -112,7 +112,7 @@ class Turn:
     def messages(
         self, reply: GeneratedReply, token_ids: Sequence[int], fingerprint: str
     ) -> list[NewNode]:
-        """Return what is kept of it: what was said, and the reply as the model wrote it."""
+        """Return what is saved of the turn: its message, and the reply as the model wrote it."""
         asked = [] if self.said is None else [NewNode(role="user", content=self.said)]
         calls = tuple(call.id for call in reply.tool_calls)
         said = NewNode(

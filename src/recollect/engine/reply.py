@@ -579,7 +579,7 @@ class ReplyGeneration:
             # What was held back because more was to come belongs to the reply.
             piece = self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
             self._read_to_end = self._is_whole = True
-            cut = "length" if self._generation.ran_away else "cancelled"
+            cut: FinishReason = "length" if self._generation.ran_away else "cancelled"
             self._finish_reason = self._generator.finish_reason or cut
         if self.stop_string is not None:
             self._read_to_end, self._is_whole, self._finish_reason = True, False, "stop"
