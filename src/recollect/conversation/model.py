@@ -22,7 +22,7 @@ from recollect.conversation.conversation import Conversation
 from recollect.conversation.matching import KnownMessages, MessageIndex, RememberedReplies
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
-from recollect.conversation.tools import NO_TOOLS, Tools
+from recollect.conversation.tools import NO_TOOLS, ToolChoice, Tools
 from recollect.conversation.tree import Overflow, Tree
 from recollect.encryption import Cipher
 from recollect.engine.engine import Engine
@@ -382,8 +382,9 @@ class Model:
         name: str | None = None,
         overflow: Overflow = "error",
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str = "auto",
+        tool_choice: ToolChoice = "auto",
         parallel_tool_calls: bool = True,
+        template_options: Mapping[str, Any] | None = None,
     ) -> Session:
         """
         Begin a conversation.
@@ -397,8 +398,11 @@ class Model:
             overflow: What happens when the context is full.
             tools: What replies may call, each as OpenAI's API describes one; needs the extra
                 `recollect-llm[grammar]`.
-            tool_choice: `none`, `auto`, `required`, or the name of the tool that is called.
+            tool_choice: `none`, `auto`, `required`, or the name of the tool that is called; as OpenAI's
+                API names one, where it is called like one of these.
             parallel_tool_calls: Whether one reply may have several calls.
+            template_options: What the model's chat template can be told besides, by its own names, such
+                as `{"enable_thinking": False}`.
 
         Raises:
             InvalidParameterError: A description of a tool, or `tool_choice`, cannot be used.
@@ -424,6 +428,7 @@ class Model:
             name=DEFAULT_TIP,
             overflow=overflow,
             tools=offered,
+            template_options=template_options,
         )
 
     def session_from(
@@ -434,19 +439,21 @@ class Model:
         namespace: str = "",
         overflow: Overflow = "error",
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str = "auto",
+        tool_choice: ToolChoice = "auto",
         parallel_tool_calls: bool = True,
+        template_options: Mapping[str, Any] | None = None,
     ) -> Session:
         """
         Return a session whose tip is the last of messages that came as text.
 
-        Messages that the index knows from an earlier session of the namespace are taken over with the
-        token ids that were generated. The conversation is not saved. `respond(None)` answers the last
-        message, if it is a user's or a tool's.
+        What of them is known from an earlier session of the namespace is taken over as it was
+        generated; what is said after them is not kept in the journal. `respond(None)` answers the
+        last one, if it is a user's or a tool's, and goes on with it, if it is the assistant's.
 
         Args:
             messages: The whole conversation, from the first on.
-            params, namespace, overflow, tools, tool_choice, parallel_tool_calls: As in `session`.
+            params, namespace, overflow, tools, tool_choice, parallel_tool_calls, template_options: As in
+                `session`.
 
         Raises:
             ConversationError: There are no messages.
@@ -458,6 +465,7 @@ class Model:
             offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         if not messages:
             raise ConversationError("There are no messages: give at least one.")
+        messages = self.template.with_thoughts(messages)
         index = self._index(namespace)
         found = index.find(messages)
         change = index.change(messages, found)
@@ -475,6 +483,8 @@ class Model:
             overflow=overflow,
             change=change,
             tools=offered,
+            template_options=template_options,
+            begun=tip if tip.role == "assistant" else None,
         )
 
     def sessions(self) -> list[ConversationInfo]:
@@ -490,17 +500,19 @@ class Model:
         params: SamplingParams | None = None,
         overflow: Overflow = "error",
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str = "auto",
+        tool_choice: ToolChoice = "auto",
         parallel_tool_calls: bool = True,
+        template_options: Mapping[str, Any] | None = None,
     ) -> Session:
         """
         Return a session in a saved conversation.
 
         Args:
-            name: The conversation; None: that of the checkpoint, or else the one used last.
-            tip: The branch.
-            checkpoint: The checkpoint that the branch's tip moves to; None: the tip does not move.
-            params, overflow, tools, tool_choice, parallel_tool_calls: As in `session`.
+            name: None: that of the checkpoint, or the one used last.
+            tip: At which of its named tips.
+            checkpoint: To which the tip is moved then; None: it stays where it is.
+            params, overflow, tools, tool_choice, parallel_tool_calls, template_options: As in
+                `session`.
 
         Raises:
             InvalidParameterError: A description of a tool, or `tool_choice`, cannot be used.
@@ -532,6 +544,7 @@ class Model:
             name=tip,
             overflow=overflow,
             tools=offered,
+            template_options=template_options,
         )
         if checkpoint is not None:
             session.return_to(checkpoint)

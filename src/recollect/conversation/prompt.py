@@ -16,6 +16,7 @@ letters from what is said, or changes their case, could still make a control tok
 Nothing here knows KV: what of a prompt is computed already is found out by its sequence.
 """
 
+import copy
 import itertools
 import json
 import re
@@ -24,17 +25,17 @@ import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from sys import getsizeof
 from typing import Any, Final, Generic, TypeVar, cast
 
 from recollect.conversation.matching import shared_characters
 from recollect.conversation.tree import ROOT_KEY, Node, message_key
-from recollect.errors import TemplateError
+from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer
-from recollect.types import Message, common_prefix_length
+from recollect.types import Message, Role, common_prefix_length
 
 Value = TypeVar("Value")
 ToolSchemas = Sequence[Mapping[str, Any]]
@@ -333,6 +334,8 @@ class PromptEncoder:
         # Texts that nobody writes and that templates which strip or split leave whole.
         self._secret = secrets.token_hex(12)
         self._typed_mark = f"typed{self._secret}x"
+        self.options: Mapping[str, Any] = {}
+        """What the template is told besides the conversation."""
 
     def encode(
         self, path: Sequence[Node], said: str | None = None, tools: ToolSchemas = ()
@@ -364,22 +367,80 @@ class PromptEncoder:
         """Return what the template shows of messages and of the start of the reply to them."""
         return self._template.render(messages, add_generation_prompt=True, tools=tools)
 
-    def encode_typed(self, path: Sequence[Node], typed: str, tools: ToolSchemas = ()) -> Prompt:
+    def with_options(self, options: Mapping[str, Any]) -> "PromptEncoder":
+        """
+        Return one that gives the template options besides the conversation.
+
+        Raises:
+            InvalidParameterError: One is no option, or a text in it could be a control token.
+        """
+        control = self._tokenizer.control_tokens
+        for name, value in options.items():
+            texts = [text.strip() for text in (name, *_strings(value))]
+            if any(
+                [*control.begins(text)]
+                or control.may_begin_before(text)
+                or control.may_end_after(text)
+                for text in texts
+                if text
+            ):
+                raise InvalidParameterError(
+                    f"The template option {name[:40]!r} has a text in which the model could read a "
+                    "control token: leave that out."
+                )
+        other = copy.copy(self)
+        other._template = self._template.with_options(options)
+        other.options = options
+        return other
+
+    def encode_begun(
+        self, path: Sequence[Node], reply: Node, tools: ToolSchemas = ()
+    ) -> tuple[Prompt, list[int]]:
+        """
+        Return the ids of messages and of a reply that is to go on after its text; and the latter's.
+
+        Raises:
+            TemplateError: The template refuses the conversation.
+        """
+        is_own = self.is_own(reply)
+        begun = list(reply.token_ids or ())
+        if not is_own:
+            begun = self.ids(Shown("", ()).followed_by_said(reply.content, self.control))
+        try:
+            prompt = self.encode_typed(path, "", tools, role="assistant")
+        except TemplateError:  # it refuses to end with a reply, or does not show one there
+            prompt = self.encode(path, tools=tools)
+        ids = prompt.token_ids + begun
+        known = len(ids) if is_own else prompt.generated_length
+        return replace(prompt, token_ids=ids, generated_length=known), begun
+
+    def encode_typed(
+        self, path: Sequence[Node], typed: str, tools: ToolSchemas = (), *, role: Role = "user"
+    ) -> Prompt:
         """
         Return the ids of the messages and of a user's message that is still being typed.
 
         They end where the text ends: what the template puts after it would have to be taken back.
 
+        Args:
+            path: Messages from the first on.
+            typed: What of the message is there.
+            tools: What the model may call.
+            role: Whose message it is.
+
         Raises:
-            TemplateError: The template refuses the conversation.
+            TemplateError: The template refuses the conversation, or does not show a reply at its end.
         """
-        last: Message = {"role": "user", "content": self._typed_mark}
+        last: Message = {"role": role, "content": self._typed_mark}
 
         def render(messages: list[Message], tools: ToolSchemas) -> str:
             text = self._template.render(
                 [*messages, last], add_generation_prompt=False, tools=tools
             )
-            return text.partition(self._typed_mark)[0]
+            before, mark, _ = text.partition(self._typed_mark)
+            if not mark and role == "assistant":
+                raise TemplateError("The model's chat template does not show a reply at the end.")
+            return before
 
         messages = [node.written_message() for node in path]
         return _Encoding(self, path, messages, tools, render, typed).prompt()
@@ -508,7 +569,8 @@ class _Encoding:
 
     def name(self, messages: int, keys: Sequence[bytes] = ()) -> bytes:
         """Return a name of the first messages, and of those that *keys* name, with the tools."""
-        name = blake2b(_json(self._tools).encode(), digest_size=16)
+        seen = _json([*self._tools, self._encoder.options])
+        name = blake2b(seen.encode(), digest_size=16)
         for key in itertools.chain((node.key for node in self._path[:messages]), keys):
             name.update(key)
         return name.digest()

@@ -104,6 +104,10 @@ class Turn:
     tools: Tools
     dropped_turns: int
     expected: Expectation
+    begun: Node | None = None
+    """The reply that goes on, in whose place the longer one comes; None: a new one begins."""
+    begun_ids: Sequence[int] = ()
+    """What it was read as."""
 
     def messages(
         self, reply: GeneratedReply, token_ids: Sequence[int], fingerprint: str
@@ -113,8 +117,8 @@ class Turn:
         calls = tuple(call.id for call in reply.tool_calls)
         said = NewNode(
             role="assistant",
-            content=reply.text,
-            token_ids=token_ids,
+            content=reply.text if self.begun is None else self.begun.content + reply.text,
+            token_ids=[*self.begun_ids, *token_ids],
             fingerprint=fingerprint,
             finish_reason=reply.finish_reason,
             usage=reply.usage.to_dict(),
@@ -154,6 +158,12 @@ class Prompting:
         path = at.path()
         shown = self._window.fitting(path, self._engine.info.context_length, measure, overflow)
         return encode(shown), len(turn_starts(path)) - len(turn_starts(shown))
+
+    def continuing(self, reply: Node, tools: Tools) -> tuple[Prompt, list[int]]:
+        """Return the prompt for a reply that goes on after what it says, and the ids of that."""
+        assert reply.parent is not None, "a reply has a parent"
+        shown = self._window.shown(reply.parent.path())
+        return self._encoder.encode_begun(shown, reply, tools.schemas)
 
     def typing(self, at: Node, text: str, tools: Tools) -> list[int]:
         """Return the ids of what is shown up to a node, and of a message that is being typed."""

@@ -89,9 +89,7 @@ class Engine:
         """Tokens fed so far, counted at the forward pass."""
         self.forward_passes = 0
         """Forward passes so far, without those that failed."""
-        self._s_per_token: float | None = (
-            None  # of prompts, a running average; None: there was none
-        )
+        self._s_per_token: float | None = None  # a running average over prompts
         self._scheduler = Scheduler(info.block_size, info.pace)
         self._room = Room(self._scheduler, self.memory, has_disk=self.tier is not None)
         self._work = threading.Condition(self.lock)
@@ -311,7 +309,7 @@ class Engine:
         with self._work:
             chunks, copies = self._room.prepare()
             tasks = self._scheduler.tasks()
-        if [task for task in tasks if task.stream.hand_over()]:
+        if [task for task in tasks if task.hand_over()]:
             time.sleep(self.info.pace.first_token_pause_s)
         self._pass(chunks, copies)
         return True

@@ -9,11 +9,9 @@ they decide; all of it happens on the engine's thread.
 
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
-from queue import SimpleQueue
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.errors import OutOfBlocksError
@@ -21,90 +19,30 @@ from recollect.runtime.base import Pace
 
 TaskState = Literal["waiting", "running", "done", "cancelled", "failed"]
 
-_END: Final = object()
-
-
-class Stream:
-    """
-    Results of a task on their way to one reader, which is a thread (`for`) or a coroutine (`async for`).
-
-    The engine's thread puts results in and hands them over right before a forward pass, so that the
-    reader works while the runtime does. A reader that stopped can go on later, with the next result.
-    After the last one every loop ends at once, also one that begins then.
-    """
-
-    def __init__(self) -> None:
-        self._fresh: list[Any] = []  # not handed over yet
-        self._queue: SimpleQueue[Any] = SimpleQueue()
-        self._wake: Callable[[], object] = lambda: None
-        self._has_begun = False
-
-    def put(self, result: object) -> None:
-        """Take a result; the reader gets it when it is next handed over."""
-        self._fresh.append(result)
-
-    def hand_over(self) -> bool:
-        """Give the reader what is new; return whether the first result is among it."""
-        if not self._fresh:
-            return False
-        for result in self._fresh:
-            self._queue.put(result)
-        self._fresh.clear()
-        with suppress(RuntimeError):  # the reader's loop was closed
-            self._wake()
-        is_first, self._has_begun = not self._has_begun, True
-        return is_first
-
-    def close(self) -> None:
-        """Hand over what is new, and let the reader know that nothing more comes."""
-        self._fresh.append(_END)
-        self.hand_over()
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield results, and wait for those that are to come."""
-        while (result := self._queue.get()) is not _END:
-            yield result
-        self._queue.put(_END)  # for whoever reads later, or at the same time
-
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        """Yield results on the running event loop, without a thread that waits for them."""
-        import asyncio  # noqa: PLC0415 - takes 30 ms, which a program without a loop does not need
-
-        more = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        self._wake = lambda: loop.call_soon_threadsafe(more.set)
-        while True:
-            more.clear()
-            while not self._queue.empty():
-                if (result := self._queue.get()) is _END:
-                    self._queue.put(_END)
-                    return
-                yield result
-            await more.wait()
-
 
 @dataclass(eq=False)
 class Task:
     """
     Work on one sequence, which belongs to the engine's thread until the task has ended.
 
-    Any thread may wait for the end, read `stream`, or cancel the task.
+    Any thread may wait for the end, or cancel the task. The three callbacks are called on the engine's
+    thread.
     """
 
     sequence: Sequence
     """What to compute."""
     on_logits: Callable[[], bool]
-    """Called on the engine's thread whenever the logits after the sequence are known. May append to it,
-    and put results into `stream`; returns whether to go on."""
+    """Called whenever the logits after the sequence are known. May append to it; returns whether to go on."""
     _: KW_ONLY
     idle: bool = False
     """Whether it runs only while there is nothing else to do."""
     spare: bool = False
     """Whether it is idle and nobody waits for it; where there are many, the scheduler cancels it."""
+    hand_over: Callable[[], bool] = lambda: False
+    """Called right before each pass, so that a reader works while the runtime does. Gives the reader what
+    is new; returns whether the first result is among it."""
     on_end: Callable[[], None] = lambda: None
-    """Called on the engine's thread when it is over, however it ended, before readers are told."""
-    stream: Stream = field(default_factory=Stream, init=False)
-    """What `on_logits` gives its reader."""
+    """Called when it is over, however it ended, before those who wait are told."""
     state: TaskState = field(default="waiting", init=False)
     error: Exception | None = field(default=None, init=False)
     """What it failed with."""
@@ -149,7 +87,6 @@ class Task:
         except Exception as bug:  # noqa: BLE001 - handed to whoever waits
             self.state, self.error = "failed", error or bug
         finally:
-            self.stream.close()
             self._ended.set()
 
 

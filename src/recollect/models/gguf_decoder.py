@@ -1,11 +1,12 @@
 """
-What decoder a GGUF file holds, read from its fields, and how the file becomes a folder for OpenVINO.
+The decoder that a GGUF file describes, and the conversion of the file into a folder for OpenVINO.
 
-Every field that changes what a model computes is either a value here or a refusal: a model that
-would run with another meaning than its file's is not run. Reads no weights and builds no graph.
-`convert` has that done by `gguf_to_openvino`, in a process of its own, because a damaged file can crash a
-library, and because the memory is given back. It fills a folder beside its target, which is published by one
-rename: a half-made folder is never seen, and two processes may convert the same model at once.
+Every field that changes what a model computes is either represented in `Decoder` or refused, so that no model
+computes something else than its file means. This module reads no weights and builds no graph.
+
+`convert` runs the program `gguf_to_openvino` in a process of its own, because a damaged file can crash a
+library, and because the process gives its memory back. The folder is made in a scratch folder and gets its
+name by one rename: nobody sees it incomplete, and two processes may convert the same model at once.
 """
 
 import errno
@@ -44,22 +45,22 @@ _EXPORT: Final = "export the original model with `optimum-cli export openvino`"
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """How the architectures differ where their fields and tensors do not say so."""
+    """Properties of an architecture that follow from its name, not from fields or tensors."""
 
     interleaved: bool = False
-    """Whether a head's rotated pairs lie beside each other, as llama.cpp's NORM kind has them."""
+    """Whether the two dimensions of a rotated pair are adjacent, which llama.cpp calls NORM and not NEOX."""
     unrotated_every: int = 0
-    """Every so many layers one has no rotary embedding; 0: all have."""
+    """The last of each so many layers has no rotary embedding; 0: all layers have it."""
     scales: bool = False
-    """Whether the fields of Granite's four multipliers count."""
+    """Whether the architecture has Granite's four multipliers, which are fields."""
     is_gemma: bool = False
-    """Whether embeddings are scaled by the root of their width, and the feed-forward part has GELU."""
+    """Whether embeddings are multiplied by the root of their width, and the feed-forward part has GELU."""
     windowed_of: int = 0
-    """Of so many layers all but the last look back no further than the window; 0: none, 1: all do."""
+    """Of each so many layers all but the last have a sliding window; 0: no layer has, 1: all have."""
     fused: bool = False
     """Whether query, key and value are one tensor, and gate and up another."""
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
-    """The norms of a layer: one that the file lacks, or has besides, would be another model."""
+    """The norms that a layer must have. A file with others, or without one, holds another architecture."""
 
 
 _HEAD_NORMS: Final = ("attn_q_norm", "attn_k_norm")
@@ -82,9 +83,9 @@ FAMILIES: Final[Mapping[str, _Family]] = MappingProxyType(
     }
 )
 """
-Architectures that can be built.
+Architectures that can be built, by their names in files.
 
-Source: llama.cpp, `llama_model_rope_type` for how heads are rotated, and the builder of each.
+Source: llama.cpp, `llama_model_rope_type` for `interleaved`, and the builder of each architecture.
 """
 
 
@@ -93,9 +94,9 @@ class Rope:
     """The rotary embedding."""
 
     frequencies: np.ndarray
-    """Radians a position, f64, shape `(rotated dimensions / 2,)`."""
+    """Radians per position, f64, shape `(rotated dimensions / 2,)`."""
     factor: float
-    """What cosine and sine are multiplied by: 1 but for YaRN."""
+    """Factor of cosine and sine: 1, except for YaRN."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,27 +109,29 @@ class Decoder:
     kv_heads: int
     head_size: int
     epsilon: float
-    """Of the norms."""
+    """The norms' epsilon."""
     rope: Rope
     interleaved: bool
-    """Whether the rows of query and key have to be put in the order that rotates by halves."""
+    """Whether rotated pairs are adjacent, so that the rows of query and key are reordered into halves."""
     unrotated: frozenset[int] = frozenset()
     """Layers without rotary embedding."""
     attention_scale: float
-    """What the products of query and key are multiplied by."""
+    """Factor of the products of query and key."""
     embedding_scale: float = 1.0
     has_gelu: bool = False
-    """Whether the feed-forward part has GELU, by its approximation with tanh, and not SiLU."""
+    """Whether the feed-forward part has GELU, in its approximation with tanh, instead of SiLU."""
     fused: bool = False
     """Whether query, key and value are one tensor, and gate and up another."""
     window: int = 0
-    """How many tokens, the last one included, a layer of `windowed` looks back; 0: all."""
+    """Tokens, including the newest, that a layer with a sliding window attends to; 0: no layer has one."""
     windowed: frozenset[int] = frozenset()
+    """Layers with a sliding window."""
     local_rope: Rope | None = None
-    """Of the layers in `windowed`, where it is another than that of the rest."""
+    """Rotary embedding of the layers with a sliding window; None: the same as in the other layers."""
     residual_scale: float = 1.0
-    """What attention and feed-forward part are multiplied by before they are added."""
+    """Factor of attention and of the feed-forward part before the residual addition."""
     logit_divisor: float = 1.0
+    """The logits are divided by it."""
     tensors: Collection[str] = field(repr=False)
     """The names of all tensors."""
 
@@ -139,11 +142,11 @@ class Decoder:
 
 def read_decoder(shards: Shards) -> Decoder:
     """
-    Return the decoder that a file holds.
+    Return the decoder that a file describes.
 
     Raises:
-        UnsupportedModelError: It cannot be built as the file means it; the message names the
-            architecture, field, tensor or tensor type that is in the way.
+        UnsupportedModelError: It cannot be built exactly; the message names the architecture, field, tensor
+            or tensor type that is not supported.
     """
     fields = _Fields(shards)
     family = FAMILIES.get(fields.architecture)
@@ -188,7 +191,7 @@ def read_decoder(shards: Shards) -> Decoder:
 
 
 class _Fields:
-    """The fields of a file's architecture, each of the kind that is asked for."""
+    """The fields of a file whose names begin with its architecture; each method checks the type."""
 
     def __init__(self, shards: Shards) -> None:
         self._fields = shards.fields
@@ -196,7 +199,12 @@ class _Fields:
         self.architecture = str(self._fields.get("general.architecture"))
 
     def get(self, name: str) -> Any:
-        """Return a field's value, or None; a list of one value for each layer is that value."""
+        """
+        Return a field's value, or None. Of a list with a value for each layer, the one value of all.
+
+        Raises:
+            UnsupportedModelError: The layers have different values.
+        """
         value = self._fields.get(f"{self.architecture}.{name}")
         if isinstance(value, list | tuple):
             if len(set(value)) != 1:
@@ -232,7 +240,7 @@ class _Fields:
 
 
 _GEMMA_27B_LAYERS: Final = 62
-"""The one Gemma 3 that scales attention by the width of a head's share. Source: llama.cpp, gemma3."""
+"""Layers of Gemma 3 27B, which alone scales attention by width / heads. Source: llama.cpp, gemma3."""
 
 
 def _attention_scale(family: _Family, fields: _Fields, layers: int, head_size: int) -> float:
@@ -248,7 +256,7 @@ def _embedding_scale(family: _Family, fields: _Fields) -> float:
 
 
 def _windowed(family: _Family, fields: _Fields, layers: int) -> tuple[frozenset[int], int]:
-    """Return which layers look back no further than a window, and how long that is."""
+    """Return the layers with a sliding window, and its length in tokens."""
     window = fields.integer("attention.sliding_window", 0)
     if not 0 < window < fields.integer("context_length"):
         return frozenset(), 0
@@ -274,7 +282,7 @@ def _unrotated(family: _Family, layers: int) -> frozenset[int]:
 
 _MEANINGS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = MappingProxyType(
     {
-        # field: (whether its value changes nothing, what the refusal says)
+        # Name of a field: whether a value of it changes nothing, and the clause of the refusal otherwise.
         "expert_count": (lambda value: value == 0, "is a mixture of experts"),
         "attention.causal": (lambda value: value is True, "is no causal model"),
         "attention.clamp_kqv": (lambda value: value == 0, "clamps query, key and value"),
@@ -309,13 +317,13 @@ def _require_readable_kinds(shards: Shards) -> None:
 
 
 _IGNORED: Final = ("rope_freqs.weight", ".attn_rot_embd.weight", ".rope_freqs.weight")
-"""Not weights of the graph: frequencies, which the rotary embedding takes or old files repeat."""
+"""Ends of names of tensors that are not weights: RoPE's factors, and frequencies that old files repeat."""
 _SEPARATE: Final = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _FUSED: Final = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
 
 
 def _require_sound(decoder: Decoder, fields: _Fields, norms: Sequence[str]) -> None:
-    """Check that every weight that is needed is there, and that every weight there has a place."""
+    """Check that every needed tensor is there, that no other is, and that the sizes are possible."""
     sizes = (decoder.layers, decoder.heads, decoder.kv_heads, decoder.head_size)
     is_odd = decoder.heads % decoder.kv_heads or decoder.head_size % 2 if min(sizes) > 0 else True
     if is_odd or decoder.layers > len(decoder.tensors):
@@ -348,7 +356,7 @@ def _require_sound(decoder: Decoder, fields: _Fields, norms: Sequence[str]) -> N
 
 def _read_rope(fields: _Fields, shards: Shards, head_size: int) -> Rope:
     """
-    Return the rotary embedding.
+    Return the rotary embedding of the layers without a sliding window.
 
     Source: llama.cpp, `llama_model::load_hparams` for the fields and `ggml_rope_yarn_corr_dims` for
     YaRN, which agrees with transformers' `_compute_yarn_parameters`.
@@ -358,13 +366,13 @@ def _read_rope(fields: _Fields, shards: Shards, head_size: int) -> Rope:
         raise fields.refusal(f"rotates {rotated} of {head_size} dimensions of a head")
     base = fields.real("rope.freq_base", 10_000.0)
     plain = base ** -(np.arange(0, rotated, 2) / rotated)
-    if "rope_freqs.weight" in shards.tensors:  # Llama 3.1: what each frequency is divided by
+    if "rope_freqs.weight" in shards.tensors:  # Llama 3.1: each frequency is divided by its factor
         factors = values_of(shards.blocks("rope_freqs.weight"), shards.kind("rope_freqs.weight"))
         if factors.shape != plain.shape or not (factors > 0).all():
             raise fields.refusal("has RoPE factors of another size than its heads")
         plain = plain / factors
     factor = fields.real("rope.scaling.factor", fields.real("rope.scale_linear", 1.0)) or 1.0
-    # A factor without a kind is linear: files from before there were kinds.
+    # In files that are older than the field for the kind, a factor means linear scaling.
     kind = fields.text("rope.scaling.type", "linear")
     if kind == "none":
         return Rope(plain, 1.0)
@@ -382,7 +390,7 @@ def _yarn(fields: _Fields, plain: np.ndarray, base: float, factor: float) -> Rop
     )
 
     def dimension(turns: float) -> float:
-        """Return the dimension that turns so often within the original context."""
+        """Return the dimension that rotates *turns* times over the original context."""
         return rotated * math.log(original / (turns * math.tau)) / (2 * math.log(base))
 
     low = max(0, math.floor(dimension(fields.real("rope.scaling.yarn_beta_fast", 32.0))))
@@ -395,7 +403,7 @@ def _yarn(fields: _Fields, plain: np.ndarray, base: float, factor: float) -> Rop
 
 def require_buildable(path: Path) -> None:
     """
-    Check that the model in a file can be built as the file means it.
+    Check that the model in a file can be built exactly.
 
     Raises:
         UnsupportedModelError: It cannot, or the file is damaged.
@@ -407,27 +415,35 @@ _PUBLISH_ATTEMPTS: Final = 5
 _KILLED: Final = -9  # minus SIGKILL, a name that Windows lacks
 _PROGRAM: Final = "recollect.models.gguf_to_openvino"
 REFUSED: Final = 3
-"""How it ends where the file cannot be converted; the last line of stderr is the reason, a sentence."""
+"""Exit status of `gguf_to_openvino` if it cannot convert the file. The last line on stderr is the error."""
 NO_ROOM: Final = 4
-"""How it ends where something cannot be written; the last line of stderr is the errno and the path."""
+"""Exit status of `gguf_to_openvino` if it cannot write. The last line on stderr has errno and path."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What is to be converted, and under which name the result is known."""
+    """A GGUF file to be converted."""
 
     name: str
+    """Name of the model, for the manifest and for progress."""
     gguf: Path
+    """The file, or the first of several parts."""
     sha256: str
-    """Of the GGUF file; of several parts, of their digests."""
+    """Hex sha256 of the file; of several parts, that of their sha256s."""
 
 
 def convert(job: Conversion, folder: Path, *, home: Path, progress: Progress) -> Manifest:
     """
-    Make *folder* the converted model, replacing what is there, and return its manifest.
+    Convert a GGUF file into *folder*, replacing what is there, and return the folder's manifest.
+
+    Args:
+        job: The file and its name.
+        folder: The converted folder, which is one of the data folder's.
+        home: The data folder, in which the scratch folder is made.
+        progress: Called with the bytes of the file that are done.
 
     Raises:
-        UnsupportedModelError: The file is damaged, or holds what cannot be built as it means it.
+        UnsupportedModelError: The file is damaged, or its model cannot be built exactly.
         OSError: The disk is full or cannot be written to.
     """
     header = read_header(job.gguf)
@@ -448,7 +464,7 @@ def convert(job: Conversion, folder: Path, *, home: Path, progress: Progress) ->
 
 def _run_converter(job: Conversion, folder: Path, on_bytes: Callable[[int, int], None]) -> None:
     """
-    Fill *folder* by the program that converts; it does not outlive this call.
+    Run the program that converts, which writes its files into *folder*.
 
     Raises:
         UnsupportedModelError: It refused the file, or crashed.
@@ -458,7 +474,7 @@ def _run_converter(job: Conversion, folder: Path, on_bytes: Callable[[int, int],
 
     def on_line(line: str) -> None:
         done, _, total = line.strip().partition(" ")
-        if done.isdecimal() and total.isdecimal():  # a library may print, too
+        if done.isdecimal() and total.isdecimal():  # libraries may print other lines
             on_bytes(int(done), int(total))
 
     status, complaints = run_program(command, on_line)
@@ -507,18 +523,18 @@ def _describe(job: Conversion, header: GgufHeader, folder: Path) -> Manifest:
 
 
 def _publish(made: Path, folder: Path, scratch: Path, manifest: Manifest) -> Manifest:
-    """Rename the folder to its place; whoever comes second uses what the first put there."""
+    """Rename *made* to *folder*; if another process has just done that, use its folder instead."""
     folder.parent.mkdir(mode=0o700, exist_ok=True)  # in the home that the scratch folder is in
     for attempt in itertools.count(1):
         existing = find_converted(folder, manifest.source_sha256)
         if existing is not None:
             return existing
         try:
-            if folder.exists():  # of no use: out of the way, and gone with the scratch folder
+            if folder.exists():  # it cannot be used, and is deleted with the scratch folder
                 folder.rename(scratch / f"replaced{attempt}")
             made.rename(folder)
         except OSError:
-            # Another process put its own there in between: look again. Anything else stays.
+            # Another process may have renamed its own folder meanwhile: look again. Other errors recur.
             if attempt == _PUBLISH_ATTEMPTS:
                 raise
         else:

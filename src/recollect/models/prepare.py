@@ -47,9 +47,10 @@ from recollect.models.catalog import (
     source_path,
     sources_folder,
 )
+from recollect.models.gguf import read_header
 from recollect.models.gguf_decoder import Conversion, convert, require_buildable
 from recollect.models.gguf_weights import part_names, parts_of
-from recollect.models.onnx_folder import is_onnx_folder, open_onnx_folder
+from recollect.models.onnx_folder import is_onnx_folder, onnx_context_length, open_onnx_folder
 from recollect.models.openvino_folder import (
     MODELS_FOLDER,
     Manifest,
@@ -58,6 +59,7 @@ from recollect.models.openvino_folder import (
     from_manifest,
     model_files,
     open_folder,
+    openvino_context_length,
 )
 from recollect.types import Profile, Progress, no_progress
 
@@ -183,6 +185,34 @@ def original_of(
             yield path
 
 
+def known_context_length(reference: str, home: Path) -> int | None:
+    """
+    Return how long a model's context is, in tokens, without loading or fetching it; None: nobody knows.
+
+    Raises:
+        UnknownModelError: Nothing goes by the name.
+    """
+    source = resolve(reference)
+    try:
+        match source:
+            case ReferenceModel():
+                return reference_model().context_length
+            case CatalogEntry():
+                return source.context_length
+            case GgufSource(path):
+                return read_header(path).context_length
+            case FolderSource(path):
+                ours = onnx_context_length if is_onnx_folder(path) else openvino_context_length
+                return ours(path)
+            case HubFile():
+                manifest = find_inexact(_hub_folder(source, home), None)
+                return None if manifest is None else manifest.context_length
+            case _:
+                assert_never(source)
+    except (UnsupportedModelError, OSError):
+        return None  # who loads it is told
+
+
 def models_folder(home: Path) -> Path:
     """Return where converted models lie, one folder each."""
     return home / MODELS_FOLDER
@@ -284,9 +314,7 @@ def _keep(parts: Iterable[Path], folder: Path, home: Path) -> None:
 def _prepare_hub_file(
     file: HubFile, home: Path, progress: Progress, *, offline: bool, with_source: bool
 ) -> LocalModel:
-    # A name loses some characters, so two files could get the same one; the digest sees them all.
-    digest = combine([file.repository, file.filename])
-    folder = models_folder(home) / f"{_as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
+    folder = _hub_folder(file, home)
     manifest = find_converted(folder, None)
     if manifest is None:
         try:
@@ -298,6 +326,12 @@ def _prepare_hub_file(
             _keep(_download(file, scratch, progress), folder, home)
     parts = _kept_parts(file, folder, home)
     return _with_source(from_manifest(manifest, folder, str(file)), parts)
+
+
+def _hub_folder(file: HubFile, home: Path) -> Path:
+    # A name loses some characters, so two files could get the same one; the digest sees them all.
+    digest = combine([file.repository, file.filename])
+    return models_folder(home) / f"{_as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
 
 
 def _install_hub_file(

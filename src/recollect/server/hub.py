@@ -100,6 +100,7 @@ class ModelHub:
         aliases: Mapping[str, str] | None = None,
         memory_bytes: int | None = None,
         weight_bytes: Callable[[str], int] = lambda _: 0,
+        context_length: Callable[[str], int | None] = lambda _: None,
         on_load: Callable[[Model], object] = lambda _: None,
     ) -> None:
         """
@@ -109,14 +110,18 @@ class ModelHub:
             aliases: Other names for those.
             memory_bytes: For weights and KV of all models together; None: no limit.
             weight_bytes: Returns what a model takes on disk, which is about what its weights take.
+            context_length: Returns how long the context of a model is that is not loaded; None: nobody
+                knows.
             on_load: Called on the event loop with each model that was loaded; returns at once.
         """
         assert names, "a server has a model"
         self._load = load
         self.names: Final = tuple(dict.fromkeys(names))
-        self._aliases = dict(aliases or {})
+        self.aliases: Final[Mapping[str, str]] = dict(aliases or {})
+        """Other names, and which of `names` each stands for."""
         self._memory_bytes = memory_bytes
         self.weight_bytes: Final = weight_bytes
+        self.context_length: Final = context_length
         self._on_load = on_load
         self._loaded: Mapping[str, _Loaded] = {}  # replaced and never changed: threads look at it
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -152,7 +157,7 @@ class ModelHub:
         Raises:
             UnknownModelError: None of those that it may ask for.
         """
-        wanted = self._aliases.get(name or self.default, name or self.default)
+        wanted = self.aliases.get(name or self.default, name or self.default)
         if wanted not in self.names:
             known = ", ".join(self.names)
             raise UnknownModelError(f"There is no model {name!r} here: choose one of {known}.")

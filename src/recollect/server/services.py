@@ -498,6 +498,7 @@ async def begin(
     keeps: bool = False,
     keep: Callable[[GeneratedReply], None] | None = None,
     per_prompt: int | None = None,
+    on_gone: Callable[[], None] = lambda: None,
 ) -> Job:
     """
     Have replies to a request begun.
@@ -510,6 +511,7 @@ async def begin(
         keeps: Whether what is said goes to the journal. Where another program holds that, the request
             waits for it without a turn, which others can use.
         keep, per_prompt: See `Job`.
+        on_gone: Called where the client goes away before they have begun; may end what prepares them.
 
     Raises:
         ClientGone: The client went away.
@@ -540,6 +542,7 @@ async def begin(
         try:
             streams = await asyncio.shield(preparing)
         except asyncio.CancelledError:
+            on_gone()
             preparing.add_done_callback(abandon)  # the thread goes on; what it begins ends at once
             raise
         except BaseException:

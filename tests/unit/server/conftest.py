@@ -66,6 +66,7 @@ def start(
         limits: Limits | None = None,
         aliases: dict[str, str] | None = None,
         on_load: Callable[[Model], object] = lambda _: None,
+        context_length: Callable[[str], int | None] = lambda _: None,
         **settings: Any,
     ) -> httpx.Client:
         hub = ModelHub(
@@ -74,6 +75,7 @@ def start(
             aliases=aliases,
             memory_bytes=memory_bytes,
             on_load=on_load,
+            context_length=context_length,
         )
         chosen = Settings(
             home=tmp_path / "home",

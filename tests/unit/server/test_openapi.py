@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 PATHS = {
+    "/",
     "/health",
     "/metrics",
     "/v1/chat/completions",
@@ -41,8 +42,9 @@ def test_the_document_names_every_call(client: httpx.Client) -> None:
 
 
 def test_no_page_runs_scripts_of_others_in_the_servers_name(client: httpx.Client) -> None:
-    for path in ("/docs", "/redoc", "/docs/oauth2-redirect", "/"):
+    for path in ("/docs", "/redoc", "/docs/oauth2-redirect"):
         assert client.get(path).status_code == 404
+    assert client.get("/").headers["content-type"] == "application/json"
 
 
 def test_every_body_passes_the_one_check(client: httpx.Client) -> None:
