@@ -231,6 +231,11 @@ class Session(Place):
         """Return within which KV is shared."""
         return self._namespace
 
+    @property
+    def model(self) -> ModelParts:
+        """Return what it talks to."""
+        return self._model
+
     def stream(self, text: str | None, *, params: SamplingParams | None = None) -> "ReplyStream":
         """
         Say something, and return the reply as it is generated.

@@ -101,7 +101,7 @@ class ForwardPasses:
             self.s_per_token = running_average(self.s_per_token, seconds / tokens)
 
 
-_LINGER_S: Final = 2.0
+LINGER_S: Final = 2.0
 """The thread ends after so long without work; the next task starts another."""
 
 
@@ -167,6 +167,16 @@ class Engine:
         # waits for its task would wait for ever.
         self._at_exit = partial(_close_if_alive, weakref.ref(self))
         atexit.register(self._at_exit)
+
+    @property
+    def runtime(self) -> PagedRuntime:
+        """Return what computes; while there are tasks, only the engine's thread may use it."""
+        return self._runtime
+
+    def tasks(self) -> list[Task]:
+        """Return the tasks that run or wait."""
+        with self.lock:
+            return self._scheduler.tasks()
 
     @property
     def computed_tokens(self) -> int:
@@ -373,7 +383,7 @@ class Engine:
                 if self._closed:
                     return False
                 self._tell_tier(works=False)
-                if not self._work.wait(_LINGER_S) and not self._scheduler.tasks():
+                if not self._work.wait(LINGER_S) and not self._scheduler.tasks():
                     self._thread = None  # without a thread, an engine nobody uses can go
                     return False
                 self._drop_cancelled()

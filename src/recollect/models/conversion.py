@@ -196,7 +196,7 @@ def _year(release: str) -> str:
 Precision = Literal["int8", "fp32"]
 """Four bits are not offered: they would be taken of weights that had been cut to four bits before."""
 
-_LIBRARIES: Final = ("torch", "transformers", "accelerate", "onnx_ir", "onnxruntime_genai")
+LIBRARIES: Final = ("torch", "transformers", "accelerate", "onnx_ir", "onnxruntime_genai")
 _OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 _NO_CODE: Final = ("--extra_options", "hf_remote=false")
@@ -250,7 +250,7 @@ def require_convertible(folder: Path) -> None:
         ConfigError: There is something at *folder* already, or something above it is no folder.
         UnsupportedModelError: A library is missing.
     """
-    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         raise UnsupportedModelError(
             f'Converting needs {", ".join(missing)}: pip install "recollect-llm[convert,genai]".'

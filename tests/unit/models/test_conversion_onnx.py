@@ -18,13 +18,13 @@ from recollect.models.onnx_folder import is_onnx_folder
 
 @pytest.fixture
 def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "_LIBRARIES", ())
+    monkeypatch.setattr(conversion, "LIBRARIES", ())
 
 
 def test_a_missing_library_is_named_with_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(conversion, "_LIBRARIES", ("no_such_library",))
+    monkeypatch.setattr(conversion, "LIBRARIES", ("no_such_library",))
     with pytest.raises(UnsupportedModelError, match=r"no_such_library.*recollect-llm\[convert"):
         convert_to_onnx(tmp_path / "x.gguf", tmp_path / "out")
 
