@@ -248,6 +248,11 @@ class Session(Cursor):
         """Return the namespace, within which KV is shared."""
         return self._namespace
 
+    @property
+    def model(self) -> ModelParts:
+        """Return what it talks to."""
+        return self._model
+
     def stream(self, text: str | None, *, params: SamplingParams | None = None) -> "ReplyStream":
         """
         Add a user's message, and return the reply while it is generated.

@@ -489,7 +489,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Begin to wait for a first request."""
         self._awaited: Literal["header", "body"] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._pending_bytes = 0
+        self.pending_bytes = 0
         super().connection_made(transport)
         self._await("header")
 
@@ -504,11 +504,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self._await("header")
         start, most = 0, self.limits.header_bytes
         while start < len(data) and not self.transport.is_closing():
-            piece = data[start : start + most - self._pending_bytes]
+            piece = data[start : start + most - self.pending_bytes]
             start += len(piece)
-            self._pending_bytes += len(piece)
+            self.pending_bytes += len(piece)
             super().data_received(piece)
-            if self._pending_bytes >= most:
+            if self.pending_bytes >= most:
                 self._refuse(
                     ApiError(
                         f"The headers are larger than {most:,} bytes: send fewer, or shorter ones.",
@@ -525,18 +525,18 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Note that a body is awaited now, which may be empty."""
         self._await("body")
-        self._pending_bytes = 0
+        self.pending_bytes = 0
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Note that a piece of a body was understood."""
-        self._pending_bytes = 0
+        self.pending_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Note that a request is whole."""
         self._await(None)
-        self._pending_bytes = 0
+        self.pending_bytes = 0
         super().on_message_complete()
 
     def _await(self, part: Literal["header", "body"] | None) -> None:

@@ -130,7 +130,7 @@ def test_offline_each_command_refuses_to_fetch(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("What is to be read once.")
-    monkeypatch.setattr(onnx_folder, "_LIBRARIES", ())  # what converts need not be there
+    monkeypatch.setattr(onnx_folder, "LIBRARIES", ())  # what converts need not be there
     if by == "option":
         arguments = [*arguments, "--offline"]
     else:

@@ -238,7 +238,7 @@ class Slow:
         self.model = model
         self.passes = 0
         self.go = threading.Event()
-        runtime = model.engine._runtime
+        runtime = model.engine.runtime
         forward = runtime.forward
 
         def slow(rows: Any) -> Any:
@@ -291,7 +291,7 @@ def test_a_client_that_leaves_ends_its_reply_at_once(
             assert next(response.iter_lines()).startswith("data: ")
     else:
         post_and_leave(client, PATH, body, lambda: slow.passes > 10)
-    until(lambda: not engine._scheduler.tasks())
+    until(lambda: not engine.tasks())
     assert slow.passes < 1000
     engine.check()
     assert chat(client, ("user", "a"))["usage"]["prompt_tokens"] > 0
