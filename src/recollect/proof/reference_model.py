@@ -248,7 +248,8 @@ class Tensors(ABC):
             needed |= {block + part: shape for part, shape in shapes.items()}
         if "output" in self:
             needed["output"] = (self.shape("output")[0], width)
-        biases = {f"{name}.bias" for name in (*needed, "output")} & set(self.names())
+        matrices = [name for name, shape in needed.items() if len(shape) > 1]
+        biases = {f"{name}.bias" for name in (*matrices, "output")} & set(self.names())
         needed |= {bias: (self.shape(bias.removesuffix(".bias"))[0],) for bias in biases}
         for name, shape in needed.items():
             found = self.shape(name)
