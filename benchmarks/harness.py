@@ -16,7 +16,7 @@ from time import perf_counter, process_time
 import psutil
 
 import recollect
-from recollect.cli.printing import MachineCard, card_lines, machine_card
+from recollect.proof.report import MachineCard, card_lines, machine_card
 
 RESULTS = Path(__file__).parent / "results"
 

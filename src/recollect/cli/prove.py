@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from recollect import config
-from recollect.cli import printing as output
 from recollect.cli.options import (
     JsonFileOption,
     ModelOption,
@@ -25,6 +24,7 @@ from recollect.cli.printing import count, progress_bar
 from recollect.conversation.model import Model
 from recollect.models.catalog import DEFAULT_MODEL, LocalModel
 from recollect.models.prepare import Compared, stamps_of
+from recollect.proof import report as output
 from recollect.proof import verify as proof
 from recollect.proof.bench import (
     BenchConfig,

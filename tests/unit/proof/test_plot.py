@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cli import printing as report
-from recollect.cli.printing import machine_card
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError
+from recollect.proof import report
 from recollect.proof.bench import BenchConfig, run_growth, summarize_growth
+from recollect.proof.report import machine_card
 
 
 def test_a_missing_matplotlib_is_said_with_its_remedy(

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from recollect.cli import printing as report
-from recollect.cli.printing import machine_card
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError
+from recollect.proof import report
 from recollect.proof.bench import Iteration, Unreadable, summarize_iterations
+from recollect.proof.report import machine_card
 
 
 @pytest.fixture
