@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from recollect import config
+from recollect.cli.display import format_bytes, make_table, progress_bar
 from recollect.cli.options import JsonOption, OfflineOption
-from recollect.cli.printing import format_bytes, make_table, progress_bar
 from recollect.models.catalog import LocalModel
-from recollect.models.conversion import convert_to_onnx, require_convertible
+from recollect.models.onnx_folder import convert_to_onnx, require_convertible
 from recollect.models.prepare import ModelStatus, installed, original_of, prepare
 from recollect.models.prepare import prune as prune_source
 

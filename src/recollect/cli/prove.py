@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from recollect import config
+from recollect.cli.display import count, progress_bar
 from recollect.cli.options import (
     JsonFileOption,
     ModelOption,
     ModelOptions,
     takes_model_options,
 )
-from recollect.cli.printing import count, progress_bar
 from recollect.conversation.model import Model
 from recollect.models.catalog import DEFAULT_MODEL, LocalModel
 from recollect.models.prepare import Compared, stamps_of

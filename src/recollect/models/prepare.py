@@ -39,26 +39,27 @@ from recollect.models.catalog import (
     LocalModel,
     ReferenceModel,
     Source,
-    reference_model,
-    resolve,
-)
-from recollect.models.conversion import Conversion, convert, find_converted, find_inexact
-from recollect.models.fetch import (
     fetch_entry,
     fetch_hub_file,
+    reference_model,
     require_online,
+    resolve,
     source_path,
     sources_folder,
 )
-from recollect.models.gguf_decoder import require_buildable
+from recollect.models.gguf import read_header
+from recollect.models.gguf_decoder import Conversion, convert, require_buildable
 from recollect.models.gguf_weights import part_names, parts_of
-from recollect.models.onnx_folder import is_onnx_folder, open_onnx_folder
+from recollect.models.onnx_folder import is_onnx_folder, onnx_context_length, open_onnx_folder
 from recollect.models.openvino_folder import (
     MODELS_FOLDER,
     Manifest,
+    find_converted,
+    find_inexact,
     from_manifest,
     model_files,
     open_folder,
+    openvino_context_length,
 )
 from recollect.types import Profile, Progress, no_progress
 
@@ -184,6 +185,34 @@ def original_of(
             yield path
 
 
+def known_context_length(reference: str, home: Path) -> int | None:
+    """
+    Return how long a model's context is, in tokens, without loading or fetching it; None: nobody knows.
+
+    Raises:
+        UnknownModelError: Nothing goes by the name.
+    """
+    source = resolve(reference)
+    try:
+        match source:
+            case ReferenceModel():
+                return reference_model().context_length
+            case CatalogEntry():
+                return source.context_length
+            case GgufSource(path):
+                return read_header(path).context_length
+            case FolderSource(path):
+                ours = onnx_context_length if is_onnx_folder(path) else openvino_context_length
+                return ours(path)
+            case HubFile():
+                manifest = find_inexact(_hub_folder(source, home), None)
+                return None if manifest is None else manifest.context_length
+            case _:
+                assert_never(source)
+    except (UnsupportedModelError, OSError):
+        return None  # who loads it is told
+
+
 def models_folder(home: Path) -> Path:
     """Return where converted models lie, one folder each."""
     return home / MODELS_FOLDER
@@ -285,9 +314,7 @@ def _keep(parts: Iterable[Path], folder: Path, home: Path) -> None:
 def _prepare_hub_file(
     file: HubFile, home: Path, progress: Progress, *, offline: bool, with_source: bool
 ) -> LocalModel:
-    # A name loses some characters, so two files could get the same one; the digest sees them all.
-    digest = combine([file.repository, file.filename])
-    folder = models_folder(home) / f"{_as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
+    folder = _hub_folder(file, home)
     manifest = find_converted(folder, None)
     if manifest is None:
         try:
@@ -299,6 +326,12 @@ def _prepare_hub_file(
             _keep(_download(file, scratch, progress), folder, home)
     parts = _kept_parts(file, folder, home)
     return _with_source(from_manifest(manifest, folder, str(file)), parts)
+
+
+def _hub_folder(file: HubFile, home: Path) -> Path:
+    # A name loses some characters, so two files could get the same one; the digest sees them all.
+    digest = combine([file.repository, file.filename])
+    return models_folder(home) / f"{_as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
 
 
 def _install_hub_file(
@@ -381,7 +414,7 @@ class Compared:
         """
         folder = home / _COMPARED_FOLDER
         make_private(folder, home)
-        now = datetime.now(UTC).replace(microsecond=0).isoformat()
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         path = _note_path(home, fingerprint, self.profile)
         temporary = path.with_suffix(".new")
         temporary.write_text(json.dumps(asdict(self) | {"at": now}) + "\n", encoding="utf-8")
@@ -403,13 +436,13 @@ class Compared:
                 path = _note_path(home, fingerprint, profile)
                 fields: Any = json.loads(files.read_text(path, most_bytes=_MOST_BYTES))
                 datetime.fromisoformat(fields["at"])
-                is_sound = (
-                    fields["profile"] == profile
-                    and fields["outcome"] in ("PASS", "FAIL")
-                    and isinstance(fields["reason"], str)
-                    and isinstance(fields["largest"], float | int | None)
+                said = (fields["profile"], fields["files"])
+                is_sound = isinstance(fields["reason"], str) and fields["outcome"] in (
+                    "PASS",
+                    "FAIL",
                 )
-                if is_sound and fields["files"] == stamps_of(folder):
+                is_sound = is_sound and isinstance(fields["largest"], float | int | None)
+                if is_sound and said == (profile, stamps_of(folder)):
                     return cls(**fields)
             except (OSError, ValueError, TypeError, KeyError, RecursionError):
                 continue

@@ -26,7 +26,7 @@ from recollect.conversation.tree import to_node
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import pin_on_disk
 from recollect.errors import RewindError
-from recollect.journal.checkpoints import drop_of_conversation, server_facts
+from recollect.journal.home import drop_of_conversation, server_facts
 from recollect.journal.records import DEFAULT_TIP, Entry, NewNode, NodeRecord, Page
 from recollect.kv.disk import DiskStore
 from recollect.server.conversation_view import (
@@ -49,7 +49,13 @@ from recollect.server.fields import (
     check_count,
 )
 from recollect.server.refusals import ApiError, not_found
-from recollect.server.response_object import FlatTool, InputItem, ResponseHead, item_list, merged
+from recollect.server.response_object import (
+    InputItem,
+    ResponseHead,
+    item_list,
+    kept_schemas,
+    merged,
+)
 from recollect.server.services import Services, client_of, services_of, with_model
 from recollect.types import SamplingParams
 
@@ -191,7 +197,7 @@ class _KeptPlace:
         conversation = self.services.conversations.conversation(
             model, self.view.stored.id, namespace=self.namespace, node_id=tip
         )
-        node = None if tip is None else conversation.kept_node(tip)
+        node = None if tip is None else conversation.saved_node(tip)
         assert node is not None, "it was opened for this node"
         session = Session(
             model,
@@ -232,8 +238,7 @@ class _KeptPlace:
 
     def _tools(self) -> Tools:
         """Return the tools of the last response: they are a part of the prompt, and so of its KV."""
-        tools = [] if self.head is None else self.head.tools
-        return Tools.of([FlatTool.model_validate(tool).schema_of() for tool in tools])
+        return Tools.of(kept_schemas(self.head))
 
 
 def _last_head(services: Services, view: ConversationView) -> ResponseHead | None:
@@ -358,10 +363,10 @@ def delete_conversation(conversation_id: str, request: Request) -> dict[str, Any
     head, services = head_of(request, conversation_id), services_of(request)
     if split_branch(conversation_id)[0] != conversation_id:
         raise ApiError("A branch goes with its conversation: delete that, or leave it.")
-    kept_as = head.label.conversation_id
-    services.journal.delete(kept_as, namespace=client_of(request).namespace)
-    services.conversations.forget(kept_as)
-    drop_all_kv(services, kept_as, head.created_at)
+    journal_id = head.label.conversation_id
+    services.journal.delete(journal_id, namespace=client_of(request).namespace)
+    services.conversations.forget(journal_id)
+    drop_all_kv(services, journal_id, head.created_at)
     return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
 
 
@@ -392,11 +397,11 @@ def add_items(conversation_id: str, body: NewItems, request: Request) -> dict[st
     _check_items(request, body.items)
     with services.items_lock:
         head = head_of(request, conversation_id)
-        kept_as, branch = head.label.conversation_id, head.branch
+        journal_id, branch = head.label.conversation_id, head.branch
         at = head.tips.get(branch)
         if branch not in head.tips:  # an import without a main tip
             at = view_of(request, conversation_id).tip
-        ids = set(services.journal.append(kept_as, at, _nodes(body.items), tip=branch))
+        ids = set(services.journal.append(journal_id, at, _nodes(body.items), tip=branch))
     view = view_of(request, conversation_id)
     return item_list(view.items([node for node in view.stored.nodes if node.id in ids]))
 

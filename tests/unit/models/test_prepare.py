@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from recollect.conversation.formats import load_tokenizer
+from recollect.conversation.model import load_tokenizer
 from recollect.errors import (
     ConfigError,
     FetchError,
@@ -78,7 +78,6 @@ def test_a_named_model_is_downloaded_and_converted_once(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_what_is_kept_is_private_to_the_user(entry: CatalogEntry, tmp_path: Path) -> None:
     home = tmp_path / "home"
     prepare("tiny", home=home, catalog={"tiny": entry})
@@ -87,7 +86,6 @@ def test_what_is_kept_is_private_to_the_user(entry: CatalogEntry, tmp_path: Path
     assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_damaged_installation_is_made_anew(entry: CatalogEntry, tmp_path: Path) -> None:
     home, catalog = tmp_path / "home", {"tiny": entry}
@@ -98,7 +96,6 @@ def test_a_damaged_installation_is_made_anew(entry: CatalogEntry, tmp_path: Path
     assert load_tokenizer(first).encode("h")
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_what_is_installed_is_listed(
     entry: CatalogEntry, make_gguf: MakeGguf, tmp_path: Path
@@ -123,7 +120,6 @@ def test_what_is_installed_is_listed(
     assert (mine.name, mine.is_installed, mine.licence) == (own, True, None)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_kept_file_can_be_pruned_and_the_model_stays(
     entry: CatalogEntry, make_gguf: MakeGguf, tmp_path: Path
@@ -153,7 +149,6 @@ def test_a_users_file_is_kept_by_a_link(make_gguf: MakeGguf, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_model_with_rounded_weights_is_converted_anew(
     entry: CatalogEntry, tmp_path: Path
 ) -> None:
@@ -167,7 +162,6 @@ def test_a_model_with_rounded_weights_is_converted_anew(
     assert (listed.is_installed, listed.is_exact) == (True, True)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_model_with_rounded_weights_runs_where_its_file_cannot_be_had(
     entry: CatalogEntry, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -185,7 +179,6 @@ def test_a_model_with_rounded_weights_runs_where_its_file_cannot_be_had(
         prepare("tiny", home=home, catalog=catalog)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_folder_with_rounded_weights_that_is_named_by_its_path_says_so(
     make_gguf: MakeGguf, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -207,6 +200,7 @@ def make_inexact(folder: Path) -> None:
     replace(manifest, format_version=2, fingerprint="rounded").write(folder)
 
 
+@pytest.mark.slow
 def test_a_model_in_several_files_is_one_model(make_gguf: MakeGguf, tmp_path: Path) -> None:
     whole = prepare(str(make_gguf()), home=tmp_path / "home")
     parts = split(tmp_path / "tiny.gguf", "part")
@@ -225,7 +219,6 @@ def test_a_model_in_several_files_is_one_model(make_gguf: MakeGguf, tmp_path: Pa
         prepare(str(parts[0]), home=tmp_path / "home")
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_model_of_the_hub_is_fetched_once_in_all_its_parts(
     make_gguf: MakeGguf,
@@ -293,7 +286,6 @@ def split(path: Path, stem: str) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_gguf_file_that_changed_under_its_name_is_another_model(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -306,6 +298,7 @@ def test_a_gguf_file_that_changed_under_its_name_is_another_model(
     assert other.folder != first.folder
 
 
+@pytest.mark.slow
 def test_a_gguf_file_with_a_strange_name_is_prepared(make_gguf: MakeGguf, tmp_path: Path) -> None:
     path = make_gguf("my model (é) #1.gguf")
     model = prepare(str(path), home=tmp_path / "data é")
@@ -313,6 +306,7 @@ def test_a_gguf_file_with_a_strange_name_is_prepared(make_gguf: MakeGguf, tmp_pa
     assert load_tokenizer(model).encode("h")
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_converted_here_can_be_named_by_its_path(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -322,6 +316,7 @@ def test_a_folder_that_was_converted_here_can_be_named_by_its_path(
     assert by_folder.context_length == by_file.context_length
 
 
+@pytest.mark.slow
 def test_a_model_without_a_template_is_ready_and_says_so_when_it_chats(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:

@@ -64,8 +64,9 @@ def test_a_conversation_that_is_sent_whole_is_computed_once(
 
 
 def test_what_was_changed_is_told(client: httpx.Client, chat: Callable[..., Json]) -> None:
-    chat(client, SYSTEM, ("user", "My name is Alex"))
-    own = chat(client, SYSTEM, ("user", "My name is Kim"))["usage"]["recollect"]
+    rest = ("assistant", "Hello."), ("user", "And mine?")
+    chat(client, SYSTEM, ("user", "My name is Alex"), *rest)
+    own = chat(client, SYSTEM, ("user", "My name is Kim"), *rest)["usage"]["recollect"]
     assert own["reason"] == "message_changed"
     assert "'Alex' became 'Kim'" in own["difference"]
 
@@ -73,7 +74,7 @@ def test_what_was_changed_is_told(client: httpx.Client, chat: Callable[..., Json
 def test_headers_say_the_same(client: httpx.Client) -> None:
     said = [{"role": "system", "content": SYSTEM[1]}, {"role": "user", "content": ""}]
     for content in ("Grüße\nund mehr", "Grüße\nund weniger 🎉"):
-        said[1]["content"] = content
+        said[1:] = [{"role": "user", "content": content}, {"role": "user", "content": "Ja?"}]
         response = client.post(PATH, json={"messages": said, "max_tokens": 4})
     own = response.json()["usage"]["recollect"]
     assert response.headers["x-recollect-computed-tokens"] == str(own["computed_tokens"])
@@ -186,11 +187,12 @@ def test_parts_and_developers_are_understood(
     ("fields", "code", "param"),
     [
         ({"messages": []}, "invalid_value", "messages"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "invalid_messages", None),
+        ({"messages": [{"role": "system", "content": "a"}]}, "invalid_messages", None),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, None),
         ({"temperature": 3}, "invalid_value", "temperature"),
         ({"max_tokens": 0}, "invalid_value", "max_tokens"),
-        ({"functions": []}, "unknown_parameter", "functions"),
+        ({"functions": [{"name": "f"}]}, "unsupported_parameter", "functions"),
+        ({"temprature": 1}, "unknown_parameter", "temprature"),
         ({"logit_bias": {"x": 1}}, "invalid_value", None),
         ({"logit_bias": {"99999": 1}}, "invalid_value", None),
         ({"stream_options": {"include_usage": True}}, "unsupported_parameter", "stream_options"),
