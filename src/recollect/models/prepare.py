@@ -434,16 +434,14 @@ class Compared:
         for profile in _STRICTEST_FIRST:
             try:
                 path = _note_path(home, fingerprint, profile)
-                fields: Any = json.loads(files.read_text(path, most_bytes=_MOST_BYTES))
-                datetime.fromisoformat(fields["at"])
-                said = (fields["profile"], fields["files"])
-                is_sound = isinstance(fields["reason"], str) and fields["outcome"] in (
-                    "PASS",
-                    "FAIL",
+                said: Any = json.loads(files.read_text(path, most_bytes=_MOST_BYTES))
+                datetime.fromisoformat(said["at"])
+                is_known = said["outcome"] in ("PASS", "FAIL") and said["profile"] == profile
+                is_plain = isinstance(said["reason"], str) and isinstance(
+                    said["largest"], float | None
                 )
-                is_sound = is_sound and isinstance(fields["largest"], float | int | None)
-                if is_sound and said == (profile, stamps_of(folder)):
-                    return cls(**fields)
+                if is_known and is_plain and said["files"] == stamps_of(folder):
+                    return cls(**said)
             except (OSError, ValueError, TypeError, KeyError, RecursionError):
                 continue
         return None
