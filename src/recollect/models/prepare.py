@@ -342,7 +342,6 @@ def _install_hub_file(
         require_online(str(file), offline=offline)
     with scratch_folder(home) as scratch:
         parts = kept or _download(file, scratch, progress)
-        require_buildable(parts[0])
         digests = [sha256_file(part, progress=progress) for part in parts]
         sha256 = digests[0] if len(digests) == 1 else combine(digests)
         job = Conversion(str(file), parts[0], sha256)
@@ -419,8 +418,7 @@ class Compared:
         temporary = path.with_suffix(".new")
         temporary.write_text(json.dumps(asdict(self) | {"at": now}) + "\n", encoding="utf-8")
         temporary.replace(path)
-        notes = sorted(folder.iterdir(), key=lambda note: note.stat().st_mtime_ns, reverse=True)
-        for note in notes[_MOST_NOTES:]:
+        for note in sorted(folder.iterdir(), key=lambda one: one.stat().st_mtime_ns)[:-_MOST_NOTES]:
             note.unlink(missing_ok=True)
 
     @classmethod
@@ -433,8 +431,10 @@ class Compared:
         """
         for profile in _STRICTEST_FIRST:
             try:
-                path = _note_path(home, fingerprint, profile)
-                said: Any = json.loads(files.read_text(path, most_bytes=_MOST_BYTES))
+                text = files.read_text(
+                    _note_path(home, fingerprint, profile), most_bytes=_MOST_BYTES
+                )
+                said: Any = json.loads(text)
                 datetime.fromisoformat(said["at"])
                 is_known = said["outcome"] in ("PASS", "FAIL") and said["profile"] == profile
                 is_plain = isinstance(said["reason"], str) and isinstance(
