@@ -372,7 +372,6 @@ _MOST_BYTES: Final = 1 << 16
 """A hundred times what is written."""
 _MOST_NOTES: Final = 256
 """Three for each of 85 models; older ones are deleted, which costs a line in `recollect models`."""
-_NOT_IN_A_NOTE: Final = re.compile(r"[^0-9A-Za-z_.-]")
 _STRICTEST_FIRST: Final[tuple[Profile, ...]] = ("exact", "fast", "small")
 
 Stamps = dict[str, list[int]]
@@ -385,8 +384,8 @@ def stamps_of(folder: Path) -> Stamps:
 
     Bytes that change under the same size and time, as a failing disk does it, are not seen.
     """
-    stats = {name: (folder / name).stat() for name in model_files(folder)}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    stats = ((name, (folder / name).stat()) for name in model_files(folder))
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -448,7 +447,7 @@ class Compared:
 
 
 def _note_path(home: Path, fingerprint: str, profile: Profile) -> Path:
-    return home / _COMPARED_FOLDER / f"{_NOT_IN_A_NOTE.sub('-', fingerprint)}-{profile}.json"
+    return home / _COMPARED_FOLDER / f"{_as_name(fingerprint)}-{profile}.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
