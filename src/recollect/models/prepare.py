@@ -413,8 +413,7 @@ class Compared:
         folder = home / _COMPARED_FOLDER
         make_private(folder, home)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        path = _note_path(home, fingerprint, self.profile)
-        temporary = path.with_suffix(".new")
+        temporary = (path := _note_path(home, fingerprint, self.profile)).with_suffix(".new")
         temporary.write_text(json.dumps(asdict(self) | {"at": now}) + "\n", encoding="utf-8")
         temporary.replace(path)
         for note in sorted(folder.iterdir(), key=lambda one: one.stat().st_mtime_ns)[:-_MOST_NOTES]:
