@@ -334,7 +334,6 @@ def _install_hub_file(
         require_online(str(file), offline=offline)
     with files.scratch_folder(home) as scratch:
         parts = kept or _download(file, scratch, progress)
-        require_buildable(parts[0])
         digests = [files.sha256_file(part, progress=progress) for part in parts]
         sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
         job = Conversion(str(file), parts[0], sha256)
@@ -365,7 +364,6 @@ _MOST_BYTES: Final = 1 << 16
 """A hundred times what is written."""
 _MOST_NOTES: Final = 256
 """Three for each of 85 models; older ones are deleted, which costs a line in `recollect models`."""
-_NOT_IN_A_NOTE: Final = re.compile(r"[^0-9A-Za-z_.-]")
 _STRICTEST_FIRST: Final[tuple[Profile, ...]] = ("exact", "fast", "small")
 
 Stamps = dict[str, list[int]]
@@ -378,8 +376,8 @@ def stamps_of(folder: Path) -> Stamps:
 
     Bytes that change under the same size and time, as a failing disk does it, are not seen.
     """
-    stats = {name: (folder / name).stat() for name in model_files(folder)}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    stats = ((name, (folder / name).stat()) for name in model_files(folder))
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -406,13 +404,11 @@ class Compared:
         """
         folder = home / _COMPARED_FOLDER
         files.make_private(folder, home)
-        now = datetime.now(UTC).replace(microsecond=0).isoformat()
-        path = _note_path(home, fingerprint, self.profile)
-        temporary = path.with_suffix(".new")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        temporary = (path := _note_path(home, fingerprint, self.profile)).with_suffix(".new")
         temporary.write_text(json.dumps(asdict(self) | {"at": now}) + "\n", encoding="utf-8")
         temporary.replace(path)
-        notes = sorted(folder.iterdir(), key=lambda note: note.stat().st_mtime_ns, reverse=True)
-        for note in notes[_MOST_NOTES:]:
+        for note in sorted(folder.iterdir(), key=lambda one: one.stat().st_mtime_ns)[:-_MOST_NOTES]:
             note.unlink(missing_ok=True)
 
     @classmethod
@@ -425,24 +421,24 @@ class Compared:
         """
         for profile in _STRICTEST_FIRST:
             try:
-                path = _note_path(home, fingerprint, profile)
-                fields: Any = json.loads(files.read_text(path, most_bytes=_MOST_BYTES))
-                datetime.fromisoformat(fields["at"])
-                is_sound = (
-                    fields["profile"] == profile
-                    and fields["outcome"] in ("PASS", "FAIL")
-                    and isinstance(fields["reason"], str)
-                    and isinstance(fields["largest"], float | int | None)
+                text = files.read_text(
+                    _note_path(home, fingerprint, profile), most_bytes=_MOST_BYTES
                 )
-                if is_sound and fields["files"] == stamps_of(folder):
-                    return cls(**fields)
+                said: Any = json.loads(text)
+                datetime.fromisoformat(said["at"])
+                is_known = said["outcome"] in ("PASS", "FAIL") and said["profile"] == profile
+                is_plain = isinstance(said["reason"], str) and isinstance(
+                    said["largest"], float | None
+                )
+                if is_known and is_plain and said["files"] == stamps_of(folder):
+                    return cls(**said)
             except (OSError, ValueError, TypeError, KeyError, RecursionError):
                 continue
         return None
 
 
 def _note_path(home: Path, fingerprint: str, profile: Profile) -> Path:
-    return home / _COMPARED_FOLDER / f"{_NOT_IN_A_NOTE.sub('-', fingerprint)}-{profile}.json"
+    return home / _COMPARED_FOLDER / f"{_as_name(fingerprint)}-{profile}.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
