@@ -317,10 +317,11 @@ class Usage:
     """Of the computed, the ones fed before the call: while it was typed, or nobody waited."""
     generated_tokens: int
     ttft_s: float
-    """From the call to the first new token, in seconds."""
+    """From the call, or on a server from the request, to the first new token, in seconds: all of a wait."""
     prefill_tps: float | None
     """
-    Tokens computed per second from the call to the first new token; None where none was computed.
+    Tokens computed per second from when the engine has the prompt to the first new token; None where none
+    was computed.
     """
     decode_tps: float | None
     """Generated tokens per second after the first; None for a reply of fewer than two."""

@@ -27,14 +27,18 @@ class Reply(GeneratedReply):
 
     node: Node
     """The reply's node in the tree."""
+    change: Change | None = None
+    """Where the messages leave an earlier conversation; None: they do not, or nobody knows."""
     dropped_turns: int = 0
     """Number of the oldest turns that the prompt leaves out, because the context is full."""
 
     @classmethod
-    def of(cls, generated: GeneratedReply, node: Node, dropped_turns: int) -> Self:
+    def of(
+        cls, generated: GeneratedReply, node: Node, dropped_turns: int, change: Change | None = None
+    ) -> Self:
         """Return a generated reply with the node that it has become."""
         values = {one.name: getattr(generated, one.name) for one in fields(GeneratedReply)}
-        return cls(**values, node=node, dropped_turns=dropped_turns)
+        return cls(**values, node=node, dropped_turns=dropped_turns, change=change)
 
 
 @dataclass(frozen=True, slots=True)
