@@ -6,9 +6,11 @@ Pure: no runtime, no disk, no clock.
 
 import json
 import math
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal, NotRequired, Self, TypedDict
+from typing import Any, Final, Generic, Literal, NotRequired, Self, TypedDict, TypeVar
 
 from recollect.errors import InvalidParameterError
 
@@ -316,9 +318,12 @@ class Usage:
     """Computed tokens that were computed before the call, while the message was typed or nobody waited."""
     generated_tokens: int
     ttft_s: float
-    """Seconds from the call to the first new token."""
+    """From the call, or on a server from the request, to the first new token, in seconds: all of a wait."""
     prefill_tps: float | None
-    """Computed tokens per second from the call to the first new token; None: none was computed."""
+    """
+    Tokens computed per second from when the engine has the prompt to the first new token; None where none
+    was computed.
+    """
     decode_tps: float | None
     """Generated tokens per second after the first one; None: there were fewer than two."""
     reason: Reason = "new"
@@ -354,3 +359,63 @@ def common_prefix_length(first: Iterable[object], second: Iterable[object]) -> i
             break
         length += 1
     return length
+
+
+_Value = TypeVar("_Value")
+
+
+class Remembered(Generic[_Value]):
+    """
+    Values by name that were made before, and take long to make. Safe from any thread.
+
+    Invariant: `held_bytes` is the sum over all values, and at most `most_bytes`.
+    """
+
+    def __init__(self, size: Callable[[_Value], int], most_bytes: int) -> None:
+        """
+        Hold nothing.
+
+        Args:
+            size: Returns how many bytes a value takes.
+            most_bytes: Of all; those used longest ago are forgotten.
+        """
+        self._size = size
+        self.most_bytes: Final = most_bytes
+        self.held_bytes = 0
+        self._values: OrderedDict[bytes, _Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Return how many values are remembered."""
+        return len(self._values)
+
+    def get(self, name: bytes) -> _Value | None:
+        """Return the value of that name; None where it is not known."""
+        with self._lock:
+            value = self._values.get(name)
+            if value is not None:
+                self._values.move_to_end(name)
+            return value
+
+    def put(self, name: bytes, value: _Value) -> None:
+        """Remember a value in place of another, and forget those that were used longest ago."""
+        if self._size(value) > self.most_bytes:
+            return
+        with self._lock:
+            if name in self._values:
+                self.held_bytes -= self._size(self._values.pop(name))
+            self._values[name] = value
+            self.held_bytes += self._size(value)
+            while self.held_bytes > self.most_bytes:
+                self.held_bytes -= self._size(self._values.popitem(last=False)[1])
+
+    def check(self) -> None:
+        """
+        Verify the invariant.
+
+        Raises:
+            AssertionError: It does not hold.
+        """
+        with self._lock:
+            held = sum(map(self._size, self._values.values()))
+            assert held == self.held_bytes <= self.most_bytes, "bytes are not counted right"
