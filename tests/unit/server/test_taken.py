@@ -626,7 +626,7 @@ def test_models_tell_their_context_before_they_are_loaded_and_their_other_names(
     client = start(names=("one", "two"), aliases={"gpt-4o": "two"}, context_length=lengths)
     models = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
     assert models.keys() == {"one", "two", "gpt-4o"}
-    assert models["gpt-4o"]["recollect"]["alias_of"] == "two"
+    assert models["gpt-4o"]["alias_of"] == "two"
     assert models["two"]["context_length"] is None
     assert models["gpt-4o"] == client.get("/v1/models/gpt-4o").json()
 
