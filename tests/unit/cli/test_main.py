@@ -200,7 +200,6 @@ def test_a_kept_gguf_file_is_listed_and_pruned(
     Manifest(
         name="mine",
         source_sha256="",
-        source_bytes=5_000,
         architecture="llama",
         context_length=512,
         chat_template=None,
