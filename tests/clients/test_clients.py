@@ -1,0 +1,249 @@
+"""
+Clients that people use, unchanged: each gets in, and no token is computed twice.
+
+Each talks for three turns, the first with a call of a tool; before the third the server is
+restarted. Then it begins a new conversation. What had to be computed is counted here from the prompts
+alone: of each the tokens after the longest beginning that an earlier prompt with its reply has.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+PROGRAMS: Final = Path(__file__).parent / "programs"
+NOTES: Final = "The Elbe, the Oder and the Weser are rivers.\n"
+FIRST: Final = "MARKER-ONE: which rivers are in rivers.txt?"
+SECOND: Final = "MARKER-TWO: which of them is the longest?"
+THIRD: Final = "MARKER-THREE: and which begins with O? Look again."
+OTHER: Final = "MARKER-FOUR: which rivers do the notes name?"
+END: Final = 151645  # <|im_end|>, which a reply does not keep
+
+LOST_PER_RESTART: Final = 32
+"""Tokens: what is not in a whole block is not on disk."""
+
+Block = Callable[[str, str], str]
+
+
+def call_of(tool: str, **arguments: Any) -> str:
+    """Return a call as the model writes it, with spaces that no template would put there."""
+    return f'<tool_call>\n{{"name": "{tool}", "arguments": {json.dumps(arguments)} }}\n</tool_call>'
+
+
+def script_of(call: str) -> dict[str, list[str]]:
+    """Return replies with text, calls and whitespace at their ends."""
+    return {
+        "MARKER-ONE": [f"I will look at the notes.\n{call}", "The Elbe, the Oder, the Weser.\n"],
+        "MARKER-TWO": ["The Elbe “is” — naïvely 🎉 — the longest. \n\n"],
+        "MARKER-THREE": [call, "The Oder.  "],
+        "MARKER-FOUR": [call, "Three rivers.\n\n"],
+    }
+
+
+def new_tokens(prompts: Sequence[Mapping[str, Any]], known: list[np.ndarray]) -> tuple[int, int]:
+    """
+    Return how many tokens of prompts no earlier one had, and of their replies; extends *known*.
+
+    One token is always computed: what follows is read from its logits.
+    """
+    of_prompts = of_replies = 0
+    for prompt in prompts:
+        ids, reply = np.array(prompt["ids"]), prompt["reply"]
+        had = max((common(ids, other) for other in known), default=0)
+        of_prompts += max(1, len(ids) - had)
+        said = np.array([*prompt["ids"], *(token for token in reply if token != END)])
+        had = max((common(said, other) for other in known), default=0)
+        of_replies += len(said) - max(len(ids), had)
+        known.append(said)
+    return of_prompts, of_replies
+
+
+def common(one: np.ndarray, other: np.ndarray) -> int:
+    length = min(len(one), len(other))
+    different = np.flatnonzero(one[:length] != other[:length])
+    return int(different[0]) if len(different) else length
+
+
+def check(world: Any, *, calls: int = 3) -> None:
+    """Check what the runs of the server did against what the prompts say."""
+    known: list[np.ndarray] = []
+    total = floor = 0
+    for restarts, run in enumerate(world.runs):
+        refused = [
+            (request["method"], request["path"], request["status"], request["answer"][:500])
+            for request in run.requests
+            if request["status"] >= 400
+        ]
+        assert refused == []
+        new, said = new_tokens(run.prompts, known)
+        usages = run.usages()
+        assert len(usages) == len(run.prompts)
+        computed = sum(usage["computed_tokens"] for usage in usages)
+        lost = LOST_PER_RESTART * min(restarts, 1)
+        print(restarts, "computed", computed, "new", new, "fed", run.fed_tokens, "said", said, len(usages), [(u["computed_tokens"], u["reused_tokens"], u["restored_tokens"], u["reason"], u["difference"]) for u in usages])
+        assert computed <= new + lost
+        assert run.fed_tokens <= new + said + lost
+        total, floor = total + computed, floor + new
+    results = {text for run in world.runs for prompt in run.prompts for text in [prompt]}  if False else None
+
+
+@pytest.fixture
+def place(world: Any) -> Iterator[Any]:
+    """Return a world with notes to look at."""
+    (world.work / "rivers.txt").write_text(NOTES, "utf-8")
+    yield world
+
+
+def talks(world: Any, *command: str | Path, call: str) -> None:
+    """Hold the conversation with a program that reads lines."""
+    script = script_of(call)
+    world.start(script)
+    talk = world.talk(*command)
+    try:
+        assert talk.say(FIRST).startswith("The Elbe, the Oder, the Weser.")
+        assert talk.say(SECOND).startswith("The Elbe “is” — naïvely 🎉 — the longest.")
+        world.stop()
+        world.start(script)
+        assert talk.say(THIRD).startswith("The Oder.")
+        talk.say("/new")
+        assert talk.say(OTHER).startswith("Three rivers.")
+    finally:
+        talk.close()
+    world.stop()
+
+
+def says(world: Any, ask: Callable[[str, bool], str], *, call: str) -> None:
+    """Hold the conversation with a command that is run for each turn."""
+    script = script_of(call)
+    world.start(script)
+    assert "The Elbe, the Oder, the Weser." in ask(FIRST, False)
+    assert "naïvely 🎉" in ask(SECOND, True)
+    world.stop()
+    world.start(script)
+    assert "The Oder." in ask(THIRD, True)
+    assert "Three rivers." in ask(OTHER, False)
+    world.stop()
+
+
+NOTES_CALL: Final = call_of("read_notes", path="rivers.txt")
+
+
+@pytest.mark.parametrize("provider", ["openai-compatible", "openai"])
+def test_ai_sdk(place: Any, block: Block, provider: str) -> None:
+    (place.work / "node_modules").symlink_to(place.programs["node"])
+    (place.work / "block.mjs").write_text(block(f"AI SDK, {provider}", "js"), "utf-8")
+    shutil.copy(PROGRAMS / "with_ai_sdk.mjs", place.work)
+    talks(place, "node", "with_ai_sdk.mjs", call=NOTES_CALL)
+    check(place)
+
+
+@pytest.mark.parametrize(
+    ("title", "program"),
+    [
+        ("OpenAI Agents SDK", "with_agents_sdk.py"),
+        ("Pydantic AI", "with_pydantic_ai.py"),
+        ("LangGraph", "with_langgraph.py"),
+    ],
+)
+def test_python_libraries(place: Any, block: Block, title: str, program: str) -> None:
+    (place.work / "block.py").write_text(block(title, "python"), "utf-8")
+    shutil.copy(PROGRAMS / program, place.work)
+    talks(place, place.programs["python"] / "python", program, call=NOTES_CALL)
+    check(place)
+
+
+def test_llm(place: Any, block: Block) -> None:
+    user = {"LLM_USER_PATH": str(place.user / "llm")}
+    (place.user / "llm").mkdir()
+    (place.user / "llm" / "extra-openai-models.yaml").write_text(block("llm", "yaml"), "utf-8")
+    (place.work / "tools.py").write_text(
+        "def read_notes(path: str) -> str:\n"
+        '    "Read a file."\n'
+        "    return open(path, encoding='utf-8').read()\n"
+    )
+
+    def ask(text: str, goes_on: bool) -> str:
+        tool = ("--functions", "tools.py")
+        again = ("-c",) if goes_on else ("-m", "recollect", "-s", "You look things up in notes.")
+        return str(place.call(place.programs["python"] / "llm", *again, *tool, text, environment=user))
+
+    says(place, ask, call=NOTES_CALL)
+    check(place)
+
+
+def exports(text: str) -> dict[str, str]:
+    """Return the variables that a block of shell sets."""
+    pairs = [line.removeprefix("export ").split("=", 1) for line in text.splitlines() if line]
+    return {name: value for name, value in pairs}
+
+
+def test_opencode(place: Any, block: Block) -> None:
+    (place.work / "opencode.json").write_text(block("opencode", "json"), "utf-8")
+    program = place.programs["node"] / "opencode-linux-x64" / "bin" / "opencode"
+    environment = {"OPENCODE_DISABLE_MODELS_FETCH": "1", "OPENCODE_DISABLE_AUTOUPDATE": "1"}
+
+    def ask(text: str, goes_on: bool) -> str:
+        again = ("-c",) if goes_on else ()
+        return str(place.call(program, "run", *again, text, environment=environment))
+
+    says(place, ask, call=call_of("read", filePath=str(place.work / "rivers.txt")))
+    check(place)
+
+
+def test_qwen_code(place: Any, block: Block) -> None:
+    (place.user / ".qwen").mkdir()
+    (place.user / ".qwen" / "settings.json").write_text(block("Qwen Code", "json"), "utf-8")
+    program = place.programs["node"] / ".bin" / "qwen"
+    environment = exports(block("Qwen Code", "sh"))
+
+    def ask(text: str, goes_on: bool) -> str:
+        again = ("-c",) if goes_on else ()
+        return str(place.call(program, *again, "-p", text, environment=environment))
+
+    says(place, ask, call=call_of("read_file", file_path=str(place.work / "rivers.txt")))
+    check(place)
+
+
+def test_aider(place: Any, block: Block) -> None:
+    (place.work / "recollect.json").write_text(block("Aider", "json"), "utf-8")
+    environment = exports(block("Aider", "sh"))
+    program = place.programs["aider"] / "aider"
+
+    def ask(text: str, goes_on: bool) -> str:
+        again = ("--restore-chat-history",) if goes_on else ()
+        usual = ("--no-git", "--yes-always", "--no-pretty", "--read", "rivers.txt")
+        return str(place.call(program, *usual, *again, "--message", text, environment=environment))
+
+    says(place, ask, call="")
+    check(place)
+
+
+def test_claude_code(place: Any, block: Block) -> None:
+    environment = exports(block("Claude Code", "sh"))
+    program = place.programs["node"] / "@anthropic-ai" / "claude-code-linux-x64" / "claude"
+
+    def ask(text: str, goes_on: bool) -> str:
+        again = ("-c",) if goes_on else ()
+        return str(place.call(program, *again, "-p", text, environment=environment))
+
+    says(place, ask, call=call_of("Read", file_path=str(place.work / "rivers.txt")))
+    check(place)
+
+
+def test_codex(place: Any, block: Block) -> None:
+    (place.user / ".codex").mkdir()
+    (place.user / ".codex" / "config.toml").write_text(block("Codex", "toml"), "utf-8")
+    program = place.programs["node"] / ".bin" / "codex"
+
+    def ask(text: str, goes_on: bool) -> str:
+        again = ("resume", "--last") if goes_on else ()
+        return str(place.call(program, "exec", "--skip-git-repo-check", *again, text))
+
+    says(place, ask, call=call_of("exec_command", cmd="cat rivers.txt"))
+    check(place)
