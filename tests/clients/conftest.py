@@ -224,8 +224,13 @@ class World:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-            )
+            ),
+            self,
         )
+
+    def log(self) -> str:
+        """Return what the server has said."""
+        return self._log.read_text()
 
     def close(self) -> None:
         for process in (self._server, self._holder):
@@ -240,8 +245,9 @@ class World:
 class Talk:
     """A program that answers each line with a line."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
+    def __init__(self, process: "subprocess.Popen[str]", world: World) -> None:
         self._process = process
+        self._world = world
 
     def say(self, text: str) -> str:
         assert self._process.stdin is not None
@@ -249,7 +255,7 @@ class Talk:
         self._process.stdin.write(f"{text}\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
-        assert line, "the program has ended"
+        assert line, self._world.log()
         return str(json.loads(line))
 
     def close(self) -> None:

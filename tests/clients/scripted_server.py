@@ -10,7 +10,7 @@ those that their text would be encoded to; models write so too.
 
 SCRIPT is JSON: for each marker, what is replied after it was said last; the second reply is to the
 result of the first one's call, and so on. RECORD is written when the server has ended: the requests
-as they came, the prompts and replies as token ids, and the tokens that forward passes were fed.
+as they came, the prompts and replies token by token, and the tokens that forward passes were fed.
 """
 
 import json
@@ -91,13 +91,18 @@ class Script:
         key = prompt.tobytes()
         if not said:
             self._replies[key] = self._reply_to(prompt.tolist()).encode()
-            self._prompts[key] = {"ids": prompt.tolist(), "reply": []}
+            self._prompts[key] = {"tokens": self._texts(prompt.tolist()), "reply": []}
             self._record.prompts.append(self._prompts[key])
         rest = self._replies[key][sum(len(self._bytes[token]) for token in said) :]
         token = self._next(rest, len(said), allowed) if rest else self._end
         assert len(logits) > token, "the model knows the token"
-        self._prompts[key]["reply"].append(token)
+        if token != self._end:  # which is not part of a reply
+            self._prompts[key]["reply"] += self._texts([token])
         return token
+
+    def _texts(self, ids: Sequence[int]) -> list[str]:
+        """Return the bytes of tokens, each as a character."""
+        return [self._bytes[token].decode("latin-1") for token in ids]
 
     def _next(self, rest: bytes, number: int, allowed: Any) -> int:
         """Return a token that begins what is still to be said, and that the grammar allows."""
