@@ -38,14 +38,15 @@ def call_of(tool: str, **arguments: Any) -> str:
     return f'<tool_call>\n{{"name": "{tool}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
 
 
-def script_of(call: str) -> dict[str, list[str]]:
-    """Return replies with text, calls and whitespace at their ends."""
-    return {
+def script_of(call: str | None) -> dict[str, list[str]]:
+    """Return replies with text, calls and whitespace at their ends; None: the client has no tools."""
+    replies = {
         "MARKER-ONE": [f"I will look at the notes.\n{call}", "The Elbe, the Oder, the Weser.\n"],
         "MARKER-TWO": ["The Elbe “is” — naïvely 🎉 — the longest. \n\n"],
-        "MARKER-THREE": [call, "The Oder.  "],
-        "MARKER-FOUR": [call, "Three rivers.\n\n"],
+        "MARKER-THREE": [str(call), "The Oder.  "],
+        "MARKER-FOUR": [str(call), "Three rivers.\n\n"],
     }
+    return {marker: said[-1:] if call is None else said for marker, said in replies.items()}
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def talks(world: Any, *command: str | Path, call: str) -> None:
     world.stop()
 
 
-def says(world: Any, ask: Callable[[str, bool], str], *, call: str) -> None:
+def says(world: Any, ask: Callable[[str, bool], str], *, call: str | None) -> None:
     """Hold the conversation with a command that is run for each turn."""
     script = script_of(call)
     world.start(script)
@@ -246,7 +247,7 @@ def test_aider(place: Any, block: Block) -> None:
         usual = ("--no-git", "--yes-always", "--no-pretty", "--read", "rivers.txt")
         return str(place.call(program, *usual, *again, "--message", text, environment=environment))
 
-    says(place, ask, call="")
+    says(place, ask, call=None)
     check(place)
 
 
