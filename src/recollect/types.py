@@ -81,6 +81,8 @@ class Message(TypedDict):
     """Which call a tool's message answers."""
     name: NotRequired[str]
     """Which tool that was."""
+    reasoning_content: NotRequired[str | None]
+    """What the assistant thought before; templates that show no thoughts do without."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.matching import KnownMessages, MessageIndex, RememberedReplies
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
-from recollect.conversation.tools import NO_TOOLS, Tools
+from recollect.conversation.tools import NO_TOOLS, ToolChoice, Tools
 from recollect.conversation.tree import Overflow, Tree
 from recollect.encryption import Cipher
 from recollect.engine.engine import Engine, pool_size
@@ -234,8 +234,9 @@ class Model:
         name: str | None = None,
         overflow: Overflow = "error",
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str = "auto",
+        tool_choice: ToolChoice = "auto",
         parallel_tool_calls: bool = True,
+        template_options: Mapping[str, Any] | None = None,
     ) -> Session:
         """
         Begin a conversation.
@@ -249,8 +250,11 @@ class Model:
             overflow: What happens when the context is full.
             tools: What replies may call, each as OpenAI's API describes one; needs the extra
                 `recollect-llm[grammar]`.
-            tool_choice: `none`, `auto`, `required`, or the name of the tool that is called.
+            tool_choice: `none`, `auto`, `required`, or the name of the tool that is called; as OpenAI's
+                API names one, where it is called like one of these.
             parallel_tool_calls: Whether one reply may have several calls.
+            template_options: What the model's chat template can be told besides, by its own names, such
+                as `{"enable_thinking": False}`.
 
         Raises:
             InvalidParameterError: A tool cannot be one, or the choice is none.
@@ -274,6 +278,7 @@ class Model:
             name=DEFAULT_TIP,
             overflow=overflow,
             tools=offered,
+            template_options=template_options,
         )
 
     def session_from(
@@ -284,19 +289,21 @@ class Model:
         namespace: str = "",
         overflow: Overflow = "error",
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str = "auto",
+        tool_choice: ToolChoice = "auto",
         parallel_tool_calls: bool = True,
+        template_options: Mapping[str, Any] | None = None,
     ) -> Session:
         """
         Return a session at the end of messages that came as text.
 
         What of them is known from an earlier session of the namespace is taken over as it was
         generated; what is said after them is not kept in the journal. `respond(None)` answers the
-        last one, if it is a user's or a tool's.
+        last one, if it is a user's or a tool's, and goes on with it, if it is the assistant's.
 
         Args:
             messages: The whole conversation, from the first on.
-            params, namespace, overflow, tools, tool_choice, parallel_tool_calls: As in `session`.
+            params, namespace, overflow, tools, tool_choice, parallel_tool_calls, template_options: As in
+                `session`.
 
         Raises:
             ConversationError: There are no messages.
@@ -308,6 +315,7 @@ class Model:
             offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         if not messages:
             raise ConversationError("There are no messages: give at least one.")
+        messages = self.template.with_thoughts(messages)
         index = self._index(namespace)
         found = index.find(messages)
         change = index.change(messages, found)
@@ -325,6 +333,8 @@ class Model:
             overflow=overflow,
             change=change,
             tools=offered,
+            template_options=template_options,
+            begun=tip if tip.role == "assistant" else None,
         )
 
     def sessions(self) -> list[ConversationInfo]:
@@ -340,8 +350,9 @@ class Model:
         params: SamplingParams | None = None,
         overflow: Overflow = "error",
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str = "auto",
+        tool_choice: ToolChoice = "auto",
         parallel_tool_calls: bool = True,
+        template_options: Mapping[str, Any] | None = None,
     ) -> Session:
         """
         Go on with a conversation that is kept.
@@ -350,7 +361,8 @@ class Model:
             name: None: that of the checkpoint, or the one used last.
             tip: At which of its named tips.
             checkpoint: To which the tip is moved then; None: it stays where it is.
-            params, overflow, tools, tool_choice, parallel_tool_calls: As in `session`.
+            params, overflow, tools, tool_choice, parallel_tool_calls, template_options: As in
+                `session`.
 
         Raises:
             InvalidParameterError: A tool cannot be one, or the choice is none.
@@ -380,6 +392,7 @@ class Model:
             name=tip,
             overflow=overflow,
             tools=offered,
+            template_options=template_options,
         )
         if checkpoint is not None:
             session.return_to(checkpoint)

@@ -14,6 +14,7 @@ letters from what is said, or changes their case, could still make a control tok
 Nothing here knows KV: what of a prompt is computed already is found out by its sequence.
 """
 
+import copy
 import itertools
 import json
 import secrets
@@ -22,7 +23,7 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Final, cast
 
@@ -30,10 +31,10 @@ from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node, Overflow, Window, turn_starts
 from recollect.engine.engine import Engine
 from recollect.engine.sequence import Sequence as TokenSequence
-from recollect.errors import ContextFullError, TemplateError
+from recollect.errors import ContextFullError, InvalidParameterError, TemplateError
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ControlTokens, Tokenizer
-from recollect.types import Message
+from recollect.types import Message, Role
 
 ToolSchemas = Sequence[Mapping[str, Any]]
 Render = Callable[[list[Message], ToolSchemas], str]
@@ -352,22 +353,76 @@ class PromptEncoder:
 
         return self._encode_path(path, messages, tools, render)
 
-    def encode_typed(self, path: Sequence[Node], typed: str, tools: ToolSchemas = ()) -> Prompt:
+    def with_options(self, options: Mapping[str, Any]) -> "PromptEncoder":
+        """
+        Return one that gives the template options besides the conversation.
+
+        Raises:
+            InvalidParameterError: One is no option, or a text in it could be a control token.
+        """
+        control = self._tokenizer.control_tokens
+        for name, value in options.items():
+            texts = [text.strip() for text in (name, *_strings(value))]
+            if any(
+                [*control.begins(text)]
+                or control.may_begin_before(text)
+                or control.may_end_after(text)
+                for text in texts
+                if text
+            ):
+                raise InvalidParameterError(
+                    f"The template option {name[:40]!r} has a text in which the model could read a "
+                    "control token: leave that out."
+                )
+        other = copy.copy(self)
+        other._template = self._template.with_options(options)
+        return other
+
+    def encode_begun(
+        self, path: Sequence[Node], reply: Node, tools: ToolSchemas = ()
+    ) -> tuple[Prompt, list[int]]:
+        """
+        Return the ids of messages and of a reply that is to go on after its text; and the latter's.
+
+        Raises:
+            TemplateError: The template refuses the conversation.
+        """
+        begun = list(self._reply_ids(reply))
+        try:
+            prompt = self.encode_typed(path, "", tools, role="assistant")
+        except TemplateError:  # it refuses to end with a reply, or does not show one there
+            prompt = self.encode(path, tools=tools)
+        ids = prompt.token_ids + begun
+        known = len(ids) if self._is_own(reply) else prompt.generated_length
+        return replace(prompt, token_ids=ids, generated_length=known), begun
+
+    def encode_typed(
+        self, path: Sequence[Node], typed: str, tools: ToolSchemas = (), *, role: Role = "user"
+    ) -> Prompt:
         """
         Return the ids of the messages and of a user's message that is still being typed.
 
         They end where the text ends: what the template puts after it would have to be taken back.
 
+        Args:
+            path: Messages from the first on.
+            typed: What of the message is there.
+            tools: What the model may call.
+            role: Whose message it is.
+
         Raises:
-            TemplateError: The template refuses the conversation.
+            TemplateError: The template refuses the conversation, or does not show a reply at its end.
         """
-        last: Message = {"role": "user", "content": self._typed_mark}
+        last: Message = {"role": role, "content": self._typed_mark}
 
         def render(messages: list[Message], tools: ToolSchemas) -> str:
             text = self._template.render(
                 [*messages, last], add_generation_prompt=False, tools=tools
             )
-            return text.partition(self._typed_mark)[0]
+            before, mark, _ = text.partition(self._typed_mark)
+            if not mark and role == "assistant":
+                raise TemplateError("The model's chat template does not show a reply at the end.")
+            return before
 
         messages = [node.written_message() for node in path]
         return self._encode_path(path, messages, tools, render, typed)
@@ -499,6 +554,12 @@ class Prompting:
         path = at.path()
         shown = self._window.fitting(path, self._engine.info.context_length, measure, overflow)
         return encode(shown), len(turn_starts(path)) - len(turn_starts(shown))
+
+    def continuing(self, reply: Node, tools: Tools) -> tuple[Prompt, list[int]]:
+        """Return the prompt for a reply that goes on after what it says, and the ids of that."""
+        assert reply.parent is not None, "a reply has a parent"
+        shown = self._window.shown(reply.parent.path())
+        return self._encoder.encode_begun(shown, reply, tools.schemas)
 
     def typing(self, at: Node, text: str, tools: Tools) -> list[int]:
         """Return the ids of what is shown up to a node, and of a message that is being typed."""

@@ -10,10 +10,10 @@ leave the KV behind.
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Final, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 from recollect.conversation.conversation import Asked, Conversation
 from recollect.conversation.matching import Change
@@ -41,6 +41,7 @@ from recollect.errors import (
 from recollect.journal.checkpoints import Checkpoint, Checkpoints
 from recollect.journal.records import require_name
 from recollect.kv.blocks import CachedBlock
+from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
 from recollect.types import Message, SamplingParams, Usage
 
@@ -55,6 +56,10 @@ class ModelParts(Protocol):
     @property
     def prompts(self) -> PromptEncoder:
         """Return what makes token ids of a path through the tree."""
+
+    @property
+    def template(self) -> ChatTemplate:
+        """Return what shows a conversation as the model's text."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -214,13 +219,20 @@ class Session(Place):
         overflow: Overflow = "error",
         change: Change | None = None,
         tools: Tools = NO_TOOLS,
+        template_options: Mapping[str, Any] | None = None,
+        begun: Node | None = None,
     ) -> None:
         super().__init__(conversation, tip, name=name, change=change)
         self._model = model
+        self._begun = begun  # a reply that somebody gave the beginning of
         self._namespace = namespace
         self._idle = IdleWork(model.engine)
         self._pinned: list[CachedBlock] = []
-        self._prompting = Prompting(model.engine, model.prompts, namespace)
+        self._template_options = dict(template_options or {})
+        prompts = model.prompts
+        if self._template_options:
+            prompts = prompts.with_options(self._template_options)
+        self._prompting = Prompting(model.engine, prompts, namespace)
         self.params = params
         self.overflow = overflow
         self.tools = tools
@@ -241,7 +253,9 @@ class Session(Place):
 
         Args:
             text: The message; None to have the tip answered, which then is a user's message or
-                what a tool gave back.
+                what a tool gave back, and may have instructions after it. A reply whose beginning was
+                given goes on: the longer one takes its place in the conversation, and what is
+                returned is what was added.
             params: How to sample this reply; None: as the session does.
 
         Raises:
@@ -262,13 +276,18 @@ class Session(Place):
         """
         Add a message that something else is said after, such as what a tool gave back.
 
+        An assistant's message is the beginning of a reply: `respond(None)` goes on with it.
+
         It is kept as soon as that is asked for.
 
         Raises:
             InvalidParameterError: It lacks something. The conversation is as it was.
         """
         with self._exclusively():
-            self._tip = self.conversation.add_unkept(self._tip, message)
+            shown = self._model.template.with_thoughts([message])
+            self._tip = self.conversation.add_unkept(self._tip, *shown)
+            if self._tip.role == "assistant":
+                self._begun = self._tip
             return self._tip
 
     def regenerate(self, *, params: SamplingParams | None = None) -> Reply:
@@ -456,7 +475,22 @@ class Session(Place):
             name=name,
             overflow=self.overflow,
             tools=self.tools,
+            template_options=self._template_options,
+            begun=self._begun,
         )
+
+    def prompt_tokens(self) -> int:
+        """
+        Return how long the prompt is that `respond(None)` computes; nothing is computed.
+
+        Raises:
+            ConversationError, TemplateError: As `stream` does.
+        """
+        at = self._tip
+        self._check_can_be_answered(at)
+        if at is self._begun:
+            return len(self._prompting.continuing(at, self.tools)[0].token_ids)
+        return len(self._prompting.asking(at, None, self.tools, "error")[0].token_ids)
 
     def _stream(
         self, at: Node | None, text: str | None, params: SamplingParams | None
@@ -485,31 +519,71 @@ class Session(Place):
         self, at: Node, text: str | None, params: SamplingParams, before: Node
     ) -> "ReplyStream":
         """Have a reply begun; the tree stays as it is, and the tip is *before* again if none comes."""
-        if text is None and at.role not in ANSWERED:
-            raise ConversationError("There is no message to answer: say something.")
+        begun = at if text is None and at is self._begun else None
+        if text is None:
+            self._check_can_be_answered(at)
         tools, engine = self.tools, self._model.engine
-        prompt, dropped = self._prompting.asking(at, text, tools, self.overflow)
+        begun_ids: Sequence[int] = ()
+        dropped = 0
+        if begun is None:
+            prompt, dropped = self._prompting.asking(at, text, tools, self.overflow)
+        else:
+            prompt, begun_ids = self._prompting.continuing(begun, tools)
+            assert begun.parent is not None, "a reply has a parent"
+            at = begun.parent
         bare_names = tools.bare_names(params.grammar) if tools.schemas else None
-        if tools.schemas:
-            params = replace(params, grammar=tools.grammar(params.grammar))
-        sequence = self._prompting.sequence(prompt.token_ids)
-        try:
-            generator = Generator(engine, params, sequence=sequence, grammars=self._model.grammars)
-        except InvalidParameterError as error:
-            sequence.release()
-            if params.grammar is None or not tools.schemas:
-                raise
-            raise tools.named(error, params.grammar) from error
+        generator = self._generator(self._prompting.sequence(prompt.token_ids), params)
         expected = Expectation(
             prompt,
             engine.info.reuse.unit,
-            self._change if at is self._tip else None,
+            self._change if (begun or at) is self._tip else None,
             self.conversation.tools_change(at, tools),
         )
-        turn = Turn(at, text, before, tools, dropped, expected)
+        turn = Turn(at, text, before, tools, dropped, expected, begun, begun_ids)
         stream = ReplyStream(self, turn, generator, bare_names)
         stream.start()
         return stream
+
+    def _check_can_be_answered(self, at: Node) -> None:
+        """
+        Check that a reply can follow a message, or go on where that is the beginning of one.
+
+        Raises:
+            ConversationError: It cannot.
+        """
+        last = at
+        while last.role == "system" and last.parent is not None:
+            last = last.parent
+        if last.role in ANSWERED:
+            return
+        if at is not self._begun:
+            raise ConversationError(
+                "There is no message to answer: the last one, instructions apart, has to be a user's "
+                "or a tool's."
+            )
+        if at.links is not None and at.links.call_ids:
+            raise ConversationError(
+                "The last message calls tools: add what they gave back, as messages of the role tool."
+            )
+
+    def _generator(self, sequence: TokenSequence, params: SamplingParams) -> Generator:
+        """Return what continues a sequence, which is released where nothing can."""
+        model, tools = self._model, self.tools
+        try:
+            while True:
+                how = params
+                if tools.schemas:
+                    how = replace(params, grammar=tools.grammar(params.grammar))
+                try:
+                    return Generator(model.engine, how, sequence=sequence, grammars=model.grammars)
+                except InvalidParameterError as error:
+                    if how.grammar is None or not tools.schemas:
+                        raise
+                    # A tool whose schema cannot be held to is no reason to refuse the request.
+                    tools = tools.loosened(error, how.grammar)
+        except BaseException:
+            sequence.release()
+            raise
 
     def _ask(self, turn: Turn) -> Asked | None:
         """Keep what a turn says before it is answered."""
@@ -535,7 +609,7 @@ class Session(Place):
             self.conversation.take_back(asked)
             self._tip = turn.before
             return None
-        goes_there = turn.at is self._tip or is_whole
+        goes_there = (turn.begun or turn.at) is self._tip or is_whole
         messages = turn.messages(reply, token_ids, self._model.weights_fingerprint)
         tip = self.name if goes_there else None
         node = self.conversation.add(turn.at, messages, tip=tip, asked=asked)

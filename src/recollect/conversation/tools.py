@@ -5,10 +5,11 @@ Pure: descriptions in, a grammar out. Nothing is called here.
 """
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
 from recollect.engine.grammar import JSON_STYLE, check_schema
@@ -16,13 +17,22 @@ from recollect.errors import InvalidParameterError
 from recollect.text.tool_calls import CALL_CLOSING, CALL_START, call_opening
 from recollect.types import Grammar
 
-_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_log = logging.getLogger(__name__)
+
+MOST_NAME_CHARACTERS: Final = 128
+"""Of a tool: what OpenAI and Anthropic take."""
+_NAME: Final = re.compile(rf"[A-Za-z0-9_.-]{{1,{MOST_NAME_CHARACTERS}}}")
 _MODES: Final = ("none", "auto", "required")
 
 _LINE: Final = re.compile(r"at (\d+)\(\d+\)")
 """Where llguidance says that a Lark grammar is wrong: the line, from 1, and the column."""
+_SOURCE_LINES: Final = re.compile(r"\s\d+ \| .*")
+"""What llguidance adds to a reason: lines of a grammar that nobody sent."""
 _ARGUMENTS: Final = re.compile(r"(?:bare_)?arguments_(\d+):")
 """What a line begins with that has the schema of a tool, and which tool that is."""
+
+_MOST_TRIED: Final = 4
+"""Tools whose schemas cannot be held to and that are found one by one: each try makes the grammar anew."""
 
 # Arguments are held to what of their schema they can be held to: a word in it that is not known is
 # no reason to refuse the tool.
@@ -48,6 +58,22 @@ _NO_CALL: Final = "start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*)<tool_call>(?s:.*)/"
 
 
 @dataclass(frozen=True, slots=True)
+class Chosen:
+    """The tools that may be called, by their names, whatever those are; not the name of a mode."""
+
+    names: tuple[str, ...]
+    is_required: bool = True
+    """Whether the reply has to call one of them."""
+    is_single: bool = True
+    """Whether it calls once at most."""
+
+
+ToolChoice = str | Mapping[str, Any] | Chosen
+"""`none`, `auto`, `required`, or the name of a tool; or that name as OpenAI's API has it, also where it
+is the name of a mode: `{"type": "function", "function": {"name": "auto"}}`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tools:
     """
     What a model may call, and whether it has to.
@@ -57,16 +83,18 @@ class Tools:
 
     schemas: tuple[Mapping[str, Any], ...] = ()
     """As in OpenAI's API: `{"type": "function", "function": {"name": …, "parameters": …}}`."""
-    choice: str = "auto"
-    """`none`, `auto` (text, calls, or both), `required`, or the name of the one that is called."""
+    choice: str | Chosen = "auto"
+    """`none`, `auto` (text, calls, or both), `required`, or what is called: a name, or several."""
     parallel: bool = True
     """Whether one reply may have several calls."""
+    unheld: frozenset[str] = frozenset()
+    """Names of tools whose calls have any JSON object as arguments: their schemas cannot be held to."""
 
     @classmethod
     def of(
         cls,
         schemas: Sequence[Mapping[str, Any]] | None,
-        choice: str = "auto",
+        choice: ToolChoice = "auto",
         *,
         parallel: bool = True,
     ) -> Self:
@@ -75,23 +103,33 @@ class Tools:
 
         Raises:
             InvalidParameterError: A description is no JSON or has no name that can be one, its
-                parameters are no object or too large, two have the same name, or the choice is none.
+                parameters are no object, two have the same name, or the choice is none.
         """
-        tools = cls(tuple(map(_copied, schemas or ())), choice, parallel)
+        chosen = _chosen(choice)
+        tools = cls(tuple(map(_copied, schemas or ())), chosen, parallel)
         names = [_name(schema) for schema in tools.schemas]
         twice = next((name for name, count in Counter(names).items() if count > 1), None)
         if twice is not None:
             raise InvalidParameterError(
                 f"Two tools are called {twice}: give each a name of its own."
             )
-        for name, schema in zip(names, tools.schemas, strict=True):
-            _check_parameters(name, schema["function"].get("parameters"))
-        known = [*_MODES, *names] if names else _MODES[:2]
-        if choice not in known:
+        parameters = [schema["function"].get("parameters") for schema in tools.schemas]
+        too_large = [
+            name
+            for name, schema in zip(names, parameters, strict=True)
+            if not _is_small_enough(name, schema)
+        ]
+        if isinstance(chosen, Chosen):
+            wrong = [name for name in chosen.names if name not in names]
+        else:
+            wrong = [chosen] if chosen not in (_MODES if names else _MODES[:2]) else []
+            wrong = [name for name in wrong if name not in names]
+        if wrong:
+            known = [*_MODES, *names] if names else _MODES[:2]
             raise InvalidParameterError(
-                f"tool_choice is {choice!r}; it must be one of {', '.join(known)}."
+                f"tool_choice is {wrong[0]!r}; it must be one of {', '.join(known)}."
             )
-        return tools
+        return replace(tools, unheld=frozenset(too_large)) if too_large else tools
 
     def grammar(self, answer: Grammar | None = None) -> Grammar | None:
         """
@@ -107,44 +145,75 @@ class Tools:
         """
         if not self.schemas:
             return answer
-        if self.choice == "none":
+        mode, schemas = self._mode(), self._callable()
+        if mode == "none" or not schemas:
             return answer or Grammar.lark(_NO_CALL)
-        schemas = self._callable()
-        one_only = not self.parallel or self.choice not in _MODES
-        if self.choice == "auto" and answer is None:
+        one_only = not self.parallel or self._is_single()
+        if mode == "auto" and answer is None:
             many = "start: call | tail | bare" if one_only else "start: call* tail | bare+"
             start = f"{many} BARE_END?"
-            return Grammar.lark(f"{start}\n{_AUTO}{_bodies(schemas)}\n{_bare(schemas)}")
+            return Grammar.lark(
+                f"{start}\n{_AUTO}{_bodies(schemas, self.unheld)}\n{_bare(schemas, self.unheld)}"
+            )
         calls = "calls: one" if one_only else r'calls: one ("\n" one)*'
-        rules = [calls, f'one: "{CALL_START}" after_mark', _bodies(schemas)]
-        if self.choice == "auto" and answer is not None:
+        rules = [calls, f'one: "{CALL_START}" after_mark', _bodies(schemas, self.unheld)]
+        if mode == "auto" and answer is not None:
             return Grammar.lark("\n".join(["start: calls | answer", _answer(answer), *rules]))
         return Grammar.lark("\n".join(["start: calls", *rules]))
 
     def bare_names(self, answer: Grammar | None = None) -> tuple[str, ...]:
         """Return the tools whose calls `grammar` allows without marks."""
-        is_free = self.choice == "auto" and answer is None
-        return tuple(_name(schema) for schema in self.schemas) if is_free else ()
+        is_free = self._mode() == "auto" and answer is None
+        return tuple(_name(schema) for schema in self._callable()) if is_free else ()
 
-    def named(self, error: InvalidParameterError, grammar: Grammar) -> InvalidParameterError:
-        """Return an error about what `grammar` returned, in words that name the tool it is about."""
+    def loosened(self, error: InvalidParameterError, grammar: Grammar) -> Self:
+        """
+        Return the same tools, of which one more is not held to its schema, or none is.
+
+        Args:
+            error: What was wrong with the grammar.
+            grammar: As `grammar` returned it.
+
+        Raises:
+            InvalidParameterError: It is not about one of the tools; the same error, in other words.
+        """
         reason = str(error)
-        why = reason[reason.find("(") + 1 : reason.rfind(")")]
+        why = _SOURCE_LINES.sub("", reason[reason.find("(") + 1 : reason.rfind(")")])
         at = _LINE.match(why)
         line = grammar.source.splitlines()[int(at[1]) - 1] if at else ""
+        why = why.partition("schema: ")[2] or why
+        if line.startswith("answer:"):
+            raise InvalidParameterError(
+                f"The JSON schema of the reply cannot be held to ({why}): correct it."
+            ) from error
         rule = _ARGUMENTS.match(line)
-        if rule is None:
-            return InvalidParameterError(
+        held = {_name(one) for one in self.schemas} - self.unheld
+        name = None if rule is None else _name(self._callable()[int(rule[1])])
+        if name not in held:
+            raise InvalidParameterError(
                 f"The tools cannot be held to their schemas ({why}): offer fewer, or simpler ones."
-            )
-        name = _name(self._callable()[int(rule[1])])
-        return InvalidParameterError(
-            f"The parameters of the tool {name!r} are no schema that can be followed "
-            f"({why.partition('schema: ')[2] or why}): correct them."
+            ) from error
+        is_one_more = len(self.unheld) < _MOST_TRIED
+        _log.warning(
+            "Calls of %s are not held to a schema, which cannot be followed",
+            f"the tool {name!r}" if is_one_more else "all tools",
         )
+        return replace(self, unheld=self.unheld | ({name} if is_one_more else held))
+
+    def _mode(self) -> str:
+        if isinstance(self.choice, Chosen):
+            return "required" if self.choice.is_required else "auto"
+        return self.choice if self.choice in _MODES else "required"
+
+    def _is_single(self) -> bool:
+        if isinstance(self.choice, Chosen):
+            return self.choice.is_single
+        return self.choice not in _MODES
 
     def _callable(self) -> list[Mapping[str, Any]]:
         """Return the descriptions of the tools that may be called."""
+        if isinstance(self.choice, Chosen):
+            return [one for one in self.schemas if _name(one) in self.choice.names]
         return [one for one in self.schemas if self.choice in (*_MODES, _name(one))]
 
     def difference(self, earlier: "Tools") -> str | None:
@@ -166,6 +235,20 @@ class Tools:
 NO_TOOLS: Final = Tools()
 
 
+def _chosen(choice: Any) -> str | Chosen:
+    """Return a choice as `Tools` has it."""
+    if isinstance(choice, str | Chosen):
+        return choice
+    function = choice.get("function") if isinstance(choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise InvalidParameterError(
+            f"tool_choice is {choice!r}: give none, auto, required, the name of a tool, or "
+            '{"type": "function", "function": {"name": …}}.'
+        )
+    return Chosen((name,))
+
+
 def _copied(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a description that nobody can change, as JSON has it."""
     try:
@@ -180,34 +263,45 @@ def _name(schema: Any) -> str:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidParameterError(
-            f"A tool is called {name!r}: give it a function with a name of 1 to 64 letters, "
-            "digits, dots, dashes or underscores."
+            f"A tool is called {name!r}: give it a function with a name of 1 to "
+            f"{MOST_NAME_CHARACTERS} letters, digits, dots, dashes or underscores."
         )
     return name
 
 
-def _check_parameters(name: str, parameters: Any) -> None:
+def _is_small_enough(name: str, parameters: Any) -> bool:
+    """
+    Return whether a schema can be compiled in bounded time.
+
+    Raises:
+        InvalidParameterError: It is no object.
+    """
     if parameters is not None and not isinstance(parameters, Mapping):
         raise InvalidParameterError(
             f"The parameters of the tool {name!r} are no object: give a JSON schema, such as "
             '{"type": "object"}, or leave them out.'
         )
-    check_schema(parameters, f"The schema of the parameters of the tool {name!r}")
+    try:
+        check_schema(parameters, f"The schema of the parameters of the tool {name!r}")
+    except InvalidParameterError as error:
+        _log.warning("%s Its calls are not held to it.", error)
+        return False
+    return True
 
 
-def _bodies(schemas: Sequence[Mapping[str, Any]]) -> str:
+def _bodies(schemas: Sequence[Mapping[str, Any]], unheld: frozenset[str]) -> str:
     """Return the rules for what follows the mark of a call: one of the tools, and its arguments."""
     rules = ["after_mark: " + " | ".join(f"call_{n}" for n in range(len(schemas)))]
     for n, schema in enumerate(schemas):
         opening = call_opening(_name(schema)).removeprefix(CALL_START)
         rules.append(
             f"call_{n}: {json.dumps(opening)} arguments_{n} {json.dumps(CALL_CLOSING)}\n"
-            f"arguments_{n}: {_arguments(schema, _GUIDANCE)}"
+            f"arguments_{n}: {_arguments(schema, _GUIDANCE, unheld)}"
         )
     return "\n".join(rules)
 
 
-def _bare(schemas: Sequence[Mapping[str, Any]]) -> str:
+def _bare(schemas: Sequence[Mapping[str, Any]], unheld: frozenset[str]) -> str:
     """Return the rules for calls without marks."""
     rules = ["bare: " + " | ".join(f"bare_{n}" for n in range(len(schemas)))]
     for n, schema in enumerate(schemas):
@@ -215,13 +309,17 @@ def _bare(schemas: Sequence[Mapping[str, Any]]) -> str:
         rules.append(
             f"bare_head_{n}[lazy]: {head}\n"
             f'bare_{n}: bare_head_{n} SPACE? bare_arguments_{n} SPACE? "}}"\n'
-            f"bare_arguments_{n}: {_arguments(schema, _BARE_GUIDANCE)}"
+            f"bare_arguments_{n}: {_arguments(schema, _BARE_GUIDANCE, unheld)}"
         )
     return "\n".join(rules)
 
 
-def _arguments(schema: Mapping[str, Any], guidance: Mapping[str, Any]) -> str:
+def _arguments(
+    schema: Mapping[str, Any], guidance: Mapping[str, Any], unheld: frozenset[str]
+) -> str:
     parameters = schema["function"].get("parameters") or {"type": "object", "properties": {}}
+    if _name(schema) in unheld:
+        parameters = {"type": "object"}
     return f"%json {json.dumps({**parameters, 'x-guidance': guidance})}"
 
 
@@ -230,7 +328,7 @@ def _answer(answer: Grammar) -> str:
         schema = json.loads(answer.source)
         check_schema(schema, "The JSON schema")
         if isinstance(schema, dict):
-            schema = {**schema, "x-guidance": JSON_STYLE}
+            schema = {**schema, "x-guidance": {**schema.get("x-guidance", {}), **JSON_STYLE}}
         return f"answer: %json {json.dumps(schema)}"
     if answer.kind == "regex":
         pattern = answer.source.replace("/", r"\/")

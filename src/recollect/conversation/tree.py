@@ -48,7 +48,7 @@ def to_message(role: Role, content: str, links: ToolLinks | None) -> Message:
     """Return what is kept as a client sends and gets it, calls beside the text."""
     if links is None or not links.call_ids:
         return as_written(role, content, links)
-    parsed = parse_reply(content, links.call_ids, names=None)
+    parsed = parse_reply(content, links.call_ids, names=None, is_cut=True)
     return {
         "role": role,
         "content": parsed.content or None,

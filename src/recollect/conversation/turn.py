@@ -91,6 +91,10 @@ class Turn:
     tools: Tools
     dropped_turns: int
     expected: Expectation
+    begun: Node | None = None
+    """The reply that goes on, in whose place the longer one comes; None: a new one begins."""
+    begun_ids: Sequence[int] = ()
+    """What it was read as."""
 
     def messages(
         self, reply: GeneratedReply, token_ids: Sequence[int], fingerprint: str
@@ -100,8 +104,8 @@ class Turn:
         calls = tuple(call.id for call in reply.tool_calls)
         said = NewNode(
             role="assistant",
-            content=reply.text,
-            token_ids=token_ids,
+            content=reply.text if self.begun is None else self.begun.content + reply.text,
+            token_ids=[*self.begun_ids, *token_ids],
             fingerprint=fingerprint,
             finish_reason=reply.finish_reason,
             usage=reply.usage.to_dict(),

@@ -288,7 +288,10 @@ class GeneratedReply:
     logprobs: tuple[TokenLogprob, ...] | None = None
     """How likely each token was; None where `SamplingParams.logprobs` is."""
     tool_calls: tuple[ToolCall, ...] = ()
-    """What the model calls, where tools are offered: those of the calls that are whole."""
+    """
+    What the model calls, where tools are offered. Where the reply was cut (`finish_reason` is then
+    `length` or `cancelled`, or there is a stop string), the last call may be, too.
+    """
     content: str = ""
     """What is said beside the calls."""
     stop_string: str | None = None
@@ -529,7 +532,7 @@ class ReplyGeneration:
         text = self.text
         parsed = ParsedReply(text, ())
         if self._bare_names is not None:
-            parsed = parse_reply(text, self._call_prefix, self._bare_names)
+            parsed = parse_reply(text, self._call_prefix, self._bare_names, is_cut=self._is_cut())
         return GeneratedReply(
             text=text,
             finish_reason=self._finish_reason,
@@ -580,7 +583,11 @@ class ReplyGeneration:
         return [TextDelta(piece)] if self._parser is None else list(self._parser.push(piece))
 
     def _last_events(self) -> Sequence[Event]:
-        return [] if self._parser is None else list(self._parser.finish())
+        return [] if self._parser is None else list(self._parser.finish(is_cut=self._is_cut()))
+
+    def _is_cut(self) -> bool:
+        """Return whether the reply ended where the model would have gone on."""
+        return self._finish_reason != "stop" or self.stop_string is not None
 
     def _decoded(self, token_id: int, likelihood: Likelihood | None) -> str:
         """Return the text that a token completes."""

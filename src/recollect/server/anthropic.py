@@ -7,30 +7,38 @@ API input tokens are those that were computed; reused ones are `cache_read_input
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import from_json
 
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
+from recollect.conversation.tools import Chosen
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.server.fields import (
     MOST_TOOLS,
+    NOT_SUPPORTED,
     Body,
     BodyRoute,
+    Echoed,
     Ignored,
     Items,
     Offer,
+    OtherTool,
     Text,
+    Thinking,
     check_count,
+    kind_among,
     offer,
+    others_among,
     tool_schema,
 )
-from recollect.server.refusals import ApiError, anthropic_body
+from recollect.server.refusals import ApiError, anthropic_body, quoted
 from recollect.server.services import (
     Call,
     CallEvent,
@@ -44,8 +52,16 @@ from recollect.server.services import (
     sse,
     with_model,
 )
+from recollect.server.settings import Settings
 from recollect.text.tool_calls import ArgumentsDelta, CallStarted
-from recollect.types import FinishReason, Message, MessageToolCall, SamplingParams, ToolCall
+from recollect.types import (
+    FinishReason,
+    Grammar,
+    Message,
+    MessageToolCall,
+    SamplingParams,
+    ToolCall,
+)
 
 
 class TextBlock(Body):
@@ -54,7 +70,7 @@ class TextBlock(Body):
     type: Literal["text"]
     text: str
     cache_control: Ignored = None
-    citations: Ignored = None
+    citations: Echoed = None
 
 
 class ToolUseBlock(Body):
@@ -65,7 +81,7 @@ class ToolUseBlock(Body):
     name: str
     input: dict[str, Any]
     cache_control: Ignored = None
-    caller: Ignored = None
+    caller: Echoed = None
 
 
 class ToolResultBlock(Body):
@@ -78,7 +94,37 @@ class ToolResultBlock(Body):
     cache_control: Ignored = None
 
 
-Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
+class ThinkingBlock(Body):
+    """What an assistant thought before it answered."""
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: Echoed = None
+    cache_control: Ignored = None
+
+
+class RedactedBlock(Body):
+    """The same, encrypted: only its own server can read it."""
+
+    type: Literal["redacted_thinking"]
+    data: Echoed = None
+
+
+def _refuse_block(block: Any) -> Any:
+    kind = block.get("type") if isinstance(block, Mapping) else None
+    raise ValueError(f"content of type {quoted(kind)} cannot be read by these models, only text")
+
+
+_BLOCKS: Final = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
+Block = Annotated[
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[ToolUseBlock, Tag("tool_use")]
+    | Annotated[ToolResultBlock, Tag("tool_result")]
+    | Annotated[ThinkingBlock, Tag("thinking")]
+    | Annotated[RedactedBlock, Tag("redacted_thinking")]
+    | Annotated[Annotated[Any, BeforeValidator(_refuse_block)], Tag("other")],
+    Discriminator(kind_among(*_BLOCKS)),
+]
 
 
 class InputMessage(Body):
@@ -98,12 +144,15 @@ class InputMessage(Body):
         ]
         text = "".join(block.text for block in self.content if isinstance(block, TextBlock))
         calls = [_call(block) for block in self.content if isinstance(block, ToolUseBlock)]
-        if calls:
-            said: Message = {"role": self.role, "content": text or None, "tool_calls": calls}
-            return [*results, said]
-        if results and not text:
+        thoughts = [block.thinking for block in self.content if isinstance(block, ThinkingBlock)]
+        if results and not text and not calls:
             return results
-        return [*results, {"role": self.role, "content": text}]
+        said: Message = {"role": self.role, "content": text}
+        if calls:
+            said = {"role": self.role, "content": text or None, "tool_calls": calls}
+        if thoughts:
+            said["reasoning_content"] = "\n".join(thoughts)
+        return [*results, said]
 
 
 def _call(block: ToolUseBlock) -> MessageToolCall:
@@ -119,12 +168,18 @@ class Tool(Body):
     type: Literal["custom"] | None = None
     description: str | None = None
     cache_control: Ignored = None
-    strict: Ignored = None
+    strict: Echoed = None
     eager_input_streaming: Ignored = None
 
     def schema_of(self) -> dict[str, Any]:
         """Return it as the engine has it."""
         return tool_schema(self.name, self.description, self.input_schema)
+
+
+AnyTool = Annotated[
+    Annotated[Tool, Tag("custom")] | Annotated[OtherTool, Tag("other")],
+    Discriminator(kind_among("custom", usual="custom")),
+]
 
 
 class ToolChoice(Body):
@@ -134,11 +189,44 @@ class ToolChoice(Body):
     name: str | None = None
     disable_parallel_tool_use: bool = False
 
+    @model_validator(mode="after")
+    def _check(self) -> "ToolChoice":
+        if self.type == "tool" and self.name is None:
+            raise ValueError("a tool is called by its name: give one")
+        return self
 
-class Thinking(Body):
-    """Whether the model thinks aloud; these do not."""
+    def chosen(self) -> str | Chosen:
+        """Return what may be called."""
+        if self.type == "tool":
+            return Chosen((self.name or "",))
+        return "required" if self.type == "any" else self.type
 
-    type: Literal["disabled"]
+
+_BILLING: Final = "system[x-anthropic-billing-header]"
+"""As which the block is told that is left out."""
+_VOLATILE: Final = "x-anthropic-billing-header:"
+"""
+What a block of instructions begins with that says how a request is paid for. It differs from request
+to request, and what comes after it could never be reused.
+"""
+
+
+def _is_volatile(text: str) -> bool:
+    return text.lstrip().startswith(_VOLATILE)
+
+
+class JsonOutput(Body):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Body):
+    """What a reply is like."""
+
+    format: JsonOutput | None = None
+    effort: str | None = None
 
 
 class CountRequest(Body):
@@ -146,37 +234,74 @@ class CountRequest(Body):
 
     model: str | None = None
     messages: Annotated[Items[InputMessage], Field(min_length=1)]
-    system: Text | None = None
-    tools: Annotated[Items[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    system: str | Items[TextBlock] | None = None
+    tools: Annotated[Items[AnyTool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: JsonOutput | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     cache_control: Ignored = None
 
     @cached_property
     def conversation(self) -> list[Message]:
         """Return the messages as the engine has them, the instructions first."""
         first: list[Message] = []
-        if self.system:
-            first = [{"role": "system", "content": self.system}]
+        told = "".join(text for text in self._instructions() if not _is_volatile(text))
+        if told:
+            first = [{"role": "system", "content": told}]
         return first + [message for one in self.messages for message in one.messages()]
 
     def prepare(self) -> None:
-        """Work out `conversation`."""
-        _ = self.conversation
+        """Work out `conversation` and `grammar`."""
+        _ = self.conversation, self.grammar
 
     def offer(self) -> Offer:
         """Return what the reply may call."""
         choice = self.tool_choice or ToolChoice(type="auto")
-        names = {"any": "required", "tool": choice.name or ""}
+        options: dict[str, Any] = {}
+        if self.output_config is not None:
+            options |= Thinking(effort=self.output_config.effort).options()
+        if self.thinking is not None:
+            options |= self.thinking.options()
         return offer(
-            [tool.schema_of() for tool in self.tools or ()],
-            names.get(choice.type, choice.type),
+            [tool.schema_of() for tool in self.tools or () if isinstance(tool, Tool)],
+            choice.chosen(),
             not choice.disable_parallel_tool_use,
+            options | (self.chat_template_kwargs or {}),
         )
+
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """Return what the reply must look like; None: anything goes."""
+        wanted = self.output_format
+        if self.output_config is not None:
+            wanted = self.output_config.format or wanted
+        return None if wanted is None else Grammar.json_schema(wanted.schema_)
+
+    def left_out(self) -> Iterable[str]:
+        """Return the tools that are no functions, and whether instructions had a volatile block."""
+        volatile = [_BILLING] if any(map(_is_volatile, self._instructions())) else []
+        return [*volatile, *others_among(self.tools)]
+
+    def _instructions(self) -> list[str]:
+        """Return the instructions block by block, the first line of a text as one."""
+        if isinstance(self.system, str) and _is_volatile(self.system):
+            first, _, rest = self.system.lstrip().partition("\n")
+            return [first, rest.lstrip()]
+        if isinstance(self.system, str):
+            return [self.system]
+        return [block.text for block in self.system or ()]
 
 
 class MessagesRequest(CountRequest):
     """The body of `POST /v1/messages`."""
+
+    refused: ClassVar = {
+        "mcp_servers": "this server calls no others: leave it out.",
+        "container": "this server runs no code: leave it out.",
+        **NOT_SUPPORTED,
+    }
 
     max_tokens: Annotated[int, Field(ge=1)]
     stop_sequences: Items[str] | None = None
@@ -187,15 +312,15 @@ class MessagesRequest(CountRequest):
     metadata: Ignored = None
     service_tier: Ignored = None
     context_management: Ignored = None
-    output_config: Ignored = None
     inference_geo: Ignored = None
 
-    def sampling(self, *, temperature: float) -> SamplingParams:
-        """Return how the reply is sampled; *temperature* where the request names none."""
+    def sampling(self, settings: Settings) -> SamplingParams:
+        """Return how the reply is sampled."""
         given: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
         return SamplingParams(
             max_tokens=self.max_tokens,
-            temperature=temperature if self.temperature is None else self.temperature,
+            temperature=settings.temperature if self.temperature is None else self.temperature,
+            grammar=self.grammar,
             stop=tuple(text for text in self.stop_sequences or () if text),
             **{name: value for name, value in given.items() if value is not None},
         )
@@ -222,7 +347,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     """Answer the last message of a conversation."""
     settings, namespace = services_of(request).settings, client_of(request).namespace
     _check_messages(body, request)
-    params = body.sampling(temperature=settings.temperature)
+    params = body.sampling(settings)
 
     def prepare(model: Model) -> Sequence[ReplyGeneration]:
         return [_session(model, body, namespace).stream(None, params=params)]
@@ -238,8 +363,7 @@ async def count_tokens(body: CountRequest, request: Request) -> dict[str, Any]:
     namespace = client_of(request).namespace
 
     def count(model: Model) -> int:
-        session = _session(model, body, namespace)
-        return len(model.prompts.encode(session.path(), tools=session.tools.schemas).token_ids)
+        return _session(model, body, namespace).prompt_tokens()
 
     return {"input_tokens": await with_model(request, body.model, count)}
 
@@ -375,9 +499,9 @@ def _stop_reason(reply: GeneratedReply) -> str:
 
 
 def _input(call: ToolCall) -> Any:
-    """Return the arguments of a call as a value; a grammar has made them JSON."""
+    """Return the arguments of a call as a value; where the reply was cut, those that there are."""
     try:
-        return json.loads(call.arguments)
+        return from_json(call.arguments, allow_partial=True)  # as clients read a stream's pieces
     except ValueError:
         return {}  # a bare model's: what cannot be read cannot be passed on as an object
 

@@ -140,7 +140,7 @@ def create_app(
     metrics = Metrics(
         loaded=hub.loaded, running=lambda: admission.running, waiting=lambda: admission.waiting
     )
-    bodies = Bodies(limits)
+    bodies = Bodies(limits, is_strict=settings.is_strict)
     services = Services(settings, hub, admission, metrics)
 
     @asynccontextmanager

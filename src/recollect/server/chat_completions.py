@@ -9,10 +9,10 @@ client that knows what will be asked soon, such as a system prompt or a message 
 
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from time import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -28,9 +28,14 @@ from recollect.kv.blocks import PUBLIC
 from recollect.server.fields import (
     MOST_CALLS,
     MOST_TOOLS,
+    NOT_SUPPORTED,
+    AllowedTools,
     Body,
     BodyRoute,
+    ChatChoice,
     ChatFormat,
+    ChatTool,
+    Echoed,
     FunctionTool,
     Ignored,
     Items,
@@ -39,11 +44,13 @@ from recollect.server.fields import (
     Offer,
     SamplingFields,
     Text,
-    ToolChoice,
+    Thinking,
     check_count,
     grammar_of,
     logprob_entry,
     offer,
+    others_among,
+    split_thoughts,
     unsupported,
 )
 from recollect.server.refusals import ApiError, ClientGone, openai_body, operators_only
@@ -60,6 +67,7 @@ from recollect.server.services import (
     sse,
     with_model,
 )
+from recollect.server.settings import Settings
 from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import Grammar, Message, MessageToolCall, Role, SamplingParams, TokenLogprob
 
@@ -77,7 +85,7 @@ class ToolCall(Body):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: Ignored = None
+    index: Echoed = None
 
     def call(self) -> MessageToolCall:
         """Return it as the engine has it."""
@@ -91,10 +99,24 @@ class ChatMessage(Body):
     content: Text | None = None
     tool_calls: Annotated[Items[ToolCall], Field(max_length=MOST_CALLS)] | None = None
     tool_call_id: str | None = None
-    name: Ignored = None
-    refusal: Ignored = None
-    audio: Ignored = None
-    annotations: Ignored = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    name: Echoed = None
+    refusal: Echoed = None
+    audio: Echoed = None
+    annotations: Echoed = None
+    reasoning_details: Echoed = None
+    thinking_blocks: Echoed = None
+    provider_specific_fields: Echoed = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, fields: Any) -> Any:
+        """Tell apart what an assistant said and what it thought."""
+        if not isinstance(fields, dict) or fields.get("role") != "assistant":
+            return fields
+        content, thoughts = split_thoughts(fields.get("content"))
+        return {**fields, "content": content, "reasoning": thoughts} if thoughts else fields
 
     def message(self) -> Message:
         """Return it as the engine has it; instructions of a developer are those of the system."""
@@ -102,6 +124,8 @@ class ChatMessage(Body):
         message: Message = {"role": role, "content": self.content}
         if role == "assistant" and self.tool_calls:
             message["tool_calls"] = [call.call() for call in self.tool_calls]
+        if role == "assistant" and (thoughts := self.reasoning_content or self.reasoning):
+            message["reasoning_content"] = thoughts
         if role == "tool" and self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         return message
@@ -117,6 +141,14 @@ class StreamOptions(Body):
 class ChatRequest(SamplingFields):
     """The body of `POST /v1/chat/completions`."""
 
+    refused: ClassVar = {
+        "functions": "is not supported: describe functions in tools.",
+        "function_call": "is not supported: choose a function by tool_choice.",
+        "web_search_options": "this server cannot search; leave it out.",
+        "audio": "these models do not speak; leave it out.",
+        **NOT_SUPPORTED,
+    }
+
     model: str | None = None
     messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -126,9 +158,14 @@ class ChatRequest(SamplingFields):
     stream_options: StreamOptions | None = None
 
     response_format: ChatFormat | None = None
-    tools: Annotated[Items[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: ToolChoice | None = None
+    tools: Annotated[Items[ChatTool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: ChatChoice | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    enable_thinking: bool | None = None
+    thinking: Thinking | None = None
+    reasoning: Thinking | None = None
     logprobs: bool | None = False
     top_logprobs: LogprobCount | None = None
 
@@ -138,7 +175,6 @@ class ChatRequest(SamplingFields):
     prediction: Ignored = None
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
-    reasoning_effort: Ignored = None
     safety_identifier: Ignored = None
     service_tier: Ignored = None
     store: Ignored = None
@@ -172,10 +208,22 @@ class ChatRequest(SamplingFields):
         """Return what the reply may call."""
         choice = self.tool_choice
         return offer(
-            [tool.model_dump(exclude_none=True) for tool in self.tools or ()],
-            choice.function.name if isinstance(choice, NamedTool) else choice,
+            [tool.schema_of() for tool in self.tools or () if isinstance(tool, FunctionTool)],
+            choice.chosen() if isinstance(choice, NamedTool | AllowedTools) else choice,
             self.parallel_tool_calls,
+            self.template_options(),
         )
+
+    def template_options(self) -> dict[str, Any]:
+        """Return what the template is told besides the conversation."""
+        found = Thinking(enabled=self.enable_thinking, effort=self.reasoning_effort).options()
+        for told in (self.thinking, self.reasoning):
+            found |= {} if told is None else told.options()
+        return found | (self.chat_template_kwargs or {})
+
+    def left_out(self) -> Iterable[str]:
+        """Return the tools that are no functions."""
+        return others_among(self.tools)
 
     @cached_property
     def grammar(self) -> Grammar | None:
@@ -186,12 +234,11 @@ class ChatRequest(SamplingFields):
         """Work out `offered` and `grammar`."""
         _ = self.offered, self.grammar
 
-    def sampling(self, choice: int, *, temperature: float) -> SamplingParams:
+    def sampling(self, choice: int, settings: Settings) -> SamplingParams:
         """Return how a reply is sampled; see `SamplingFields.params`."""
-        limit = self.max_completion_tokens or self.max_tokens
         return self.params(
-            max_tokens=limit,
-            temperature=temperature,
+            settings,
+            max_tokens=self.max_completion_tokens or self.max_tokens or settings.max_tokens,
             choice=choice,
             grammar=self.grammar,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
@@ -207,9 +254,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     settings, namespace = services_of(request).settings, client_of(request).namespace
     check_count("messages", len(body.messages), settings.limits.messages)
     check_count("n", body.choices, settings.limits.choices)
-    params = [
-        body.sampling(choice, temperature=settings.temperature) for choice in range(body.choices)
-    ]
+    params = [body.sampling(choice, settings) for choice in range(body.choices)]
 
     def prepare(model: Model) -> Iterator[ReplyGeneration]:
         session = model.session_from(body.conversation(), namespace=namespace, **body.offered)

@@ -7,7 +7,7 @@ Every prompt is a sequence of its own; what any of them has in common with an ea
 import secrets
 from collections.abc import Iterator, Sequence
 from time import time
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -18,7 +18,14 @@ from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.errors import ContextFullError, InvalidParameterError
 from recollect.server.chat_completions import StreamOptions
-from recollect.server.fields import BodyRoute, Ignored, Items, SamplingFields, check_count
+from recollect.server.fields import (
+    NOT_SUPPORTED,
+    BodyRoute,
+    Ignored,
+    Items,
+    SamplingFields,
+    check_count,
+)
 from recollect.server.refusals import ApiError, openai_body
 from recollect.server.services import (
     Call,
@@ -42,6 +49,8 @@ Prompts = Annotated[Items[_Item], Field(min_length=1)]
 
 class CompletionRequest(SamplingFields):
     """The body of `POST /v1/completions`."""
+
+    refused: ClassVar = NOT_SUPPORTED
 
     model: str | None = None
     prompt: str | Prompts[str] | Prompts[TokenId] | Prompts[Items[TokenId]]
@@ -77,8 +86,8 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     check_count("n", number * len(prompts), most)
     params = [
         body.params(
+            settings,
             max_tokens=body.max_tokens,
-            temperature=settings.temperature,
             choice=choice,
             logprobs=body.logprobs,
         )

@@ -49,7 +49,13 @@ from recollect.server.fields import (
     check_count,
 )
 from recollect.server.refusals import ApiError, not_found
-from recollect.server.response_object import FlatTool, InputItem, ResponseHead, item_list, merged
+from recollect.server.response_object import (
+    InputItem,
+    ResponseHead,
+    item_list,
+    kept_schemas,
+    merged,
+)
 from recollect.server.services import Services, client_of, services_of, with_model
 from recollect.types import SamplingParams
 
@@ -232,8 +238,7 @@ class _KeptPlace:
 
     def _tools(self) -> Tools:
         """Return the tools of the last response: they are a part of the prompt, and so of its KV."""
-        tools = [] if self.head is None else self.head.tools
-        return Tools.of([FlatTool.model_validate(tool).schema_of() for tool in tools])
+        return Tools.of(kept_schemas(self.head))
 
 
 def _last_head(services: Services, view: ConversationView) -> ResponseHead | None:

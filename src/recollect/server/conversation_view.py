@@ -22,7 +22,7 @@ from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message,
 from recollect.journal.journal import Journal
 from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, StoredConversation
 from recollect.server.hub import OpenConversations
-from recollect.server.refusals import ApiError, not_found
+from recollect.server.refusals import ApiError, not_found, quoted
 from recollect.server.response_object import items_of
 from recollect.server.services import client_of, services_of
 from recollect.types import Message
@@ -431,6 +431,54 @@ class ConversationView:
             name: None if node_id is None else self.names[node_id]
             for name, node_id in places.items()
         }
+
+
+class Items:
+    """The items of one client by the ids that it was given. Used by one request."""
+
+    def __init__(self, journal: Journal, namespace: str) -> None:
+        self._journal = journal
+        self._namespace = namespace
+        self._found: dict[str, dict[str, Any]] = {}
+
+    def find(self, item_id: str) -> dict[str, Any]:
+        """
+        Return an item.
+
+        Raises:
+            ApiError: There is none of that id, for this client.
+        """
+        if item_id not in self._found:
+            name = item_id.partition("_")[2].partition("_")[0]
+            self._found |= self._of_response(name) or self._of_conversation(name)
+        if item_id not in self._found:
+            raise ApiError(
+                f"Item with id {quoted(item_id)} not found: send the item itself, or keep responses "
+                "(store).",
+                status=404,
+                code="item_not_found",
+                param="input",
+            )
+        return self._found[item_id]
+
+    def _of_response(self, name: str) -> dict[str, dict[str, Any]]:
+        label = self._journal.find_label(f"resp_{name}", namespace=self._namespace)
+        if label is None or label.node_id is None:
+            return {}
+        stored = self._journal.load(label.conversation_id, namespace=self._namespace)
+        *before, reply = stored.path(label.node_id)
+        asked = before[bool(label.note.get(HAS_INSTRUCTIONS)) :]
+        items = items_of(f"msg_{name}", reply)
+        for number, node in enumerate(asked):
+            items += items_of(f"msg_{name}_{number}", node)
+        return {item["id"]: item for item in items}
+
+    def _of_conversation(self, name: str) -> dict[str, dict[str, Any]]:
+        try:
+            view = ConversationView.load(self._journal, f"conv_{name}", self._namespace)
+        except ApiError:
+            return {}
+        return {item["id"]: item for item in view.items(view.stored.nodes)}
 
 
 def conversation_body(

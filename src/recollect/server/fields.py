@@ -5,16 +5,21 @@ Everything that comes in passes here once: that it is JSON, how much and how dee
 numbers are finite and its texts are whole characters. Nothing behind it needs to look again. What is
 done for a body is bounded by `Limits`, and large ones are read on a thread.
 
-A field that would change the reply and is not supported is refused; one that would not is taken and
-ignored; one that nobody knows is refused, as OpenAI does. Generates nothing.
+`Body` is the one place that decides about fields. `null` means that a field was not given. One that
+would change the reply and cannot be done is refused, at its place; one that changes nothing here is
+ignored, and told in the header `x-recollect-ignored` and in the log; one that looks like a mistyped name
+is refused, naming the one that was meant. A strict server refuses every field that it does not know.
+Generates nothing.
 """
 
 import asyncio
 import json
+import logging
 import math
 import re
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Final, Literal, TypedDict, TypeVar
 
 from fastapi import Request, Response
@@ -24,25 +29,47 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    PrivateAttr,
+    Tag,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 from pydantic_core import PydanticCustomError, from_json
 
+from recollect.conversation.tools import Chosen
 from recollect.errors import InvalidParameterError
-from recollect.server.refusals import ApiError, Place, name_of, wrong_body
-from recollect.server.settings import Limits
-from recollect.types import Grammar, SamplingParams, TokenLogprob
+from recollect.server.refusals import (
+    ApiError,
+    Place,
+    name_of,
+    nearest,
+    quoted,
+    shortened,
+    wrong_body,
+)
+from recollect.server.settings import Limits, Settings
+from recollect.types import Grammar, Message, SamplingParams, TokenLogprob
 
 _TEXT_FIELDS: Final = {
     "text": "text",
     "input_text": "text",
     "output_text": "text",
     "refusal": "refusal",
+    "tool_reference": "tool_name",
 }
 """Where the text is in each kind of content that is text."""
+_THOUGHTS: Final = {
+    "thinking": "thinking",
+    "redacted_thinking": "",
+    "reasoning": "text",
+    "reasoning_text": "text",
+    "summary_text": "text",
+}
+"""The same for what a model thought; what is encrypted nobody else can read."""
 _BANNED: Final = -100
 """OpenAI: at -100 a token is banned."""
 
@@ -65,54 +92,172 @@ Items = Annotated[list[_Item], Field(fail_fast=True)]
 """A list that is looked at up to the first mistake: nobody reads a thousand, and each costs memory."""
 
 
+_log = logging.getLogger(__name__)
+
+IGNORED_HEADER: Final = "x-recollect-ignored"
+"""Names what a request says and what changes nothing here, with a star for the items of lists."""
+_MOST_IGNORED: Final = 20
+"""Names in that header: clients send a few, and a header has to stay small."""
+_MOST_UNKNOWN: Final = 500
+"""Different unknown names in a body: each is compared with all known ones, in a tenth of a millisecond."""
+_MOST_LOGGED: Final = 1000
+"""Ignored fields that are logged, each once: clients send the same ones with every request."""
+
+_Ignored: Final = "ignored"
+"""Marks fields that change nothing; in their metadata."""
+
+
+@dataclass(slots=True)
+class _Reading:
+    """What is decided about the names in one body."""
+
+    is_strict: bool = False
+    meant: dict[tuple[type, str], str | None] = field(default_factory=dict)
+    """The known field that each unknown one comes close to."""
+
+
+def _or_null(schema: dict[str, Any], _kind: type[BaseModel]) -> None:
+    """Let a schema say that `null` stands for a field that is not given."""
+    required = schema.get("required", ())
+    for name, about in schema.get("properties", {}).items():
+        if name not in required and {"type": "null"} not in about.get("anyOf", ({"type": "null"},)):
+            about["anyOf"].append({"type": "null"})
+        elif name not in required and ("type" in about or "$ref" in about):
+            told = {key: about.pop(key) for key in ("title", "default") if key in about}
+            schema["properties"][name] = {"anyOf": [about, {"type": "null"}], **told}
+
+
 class Body(BaseModel):
     """
-    A request's body, or a part of one: a field that is not named is an error.
+    A request's body, or a part of one; decides about every field of it.
 
-    The first such field is the only one that is told.
+    The first field that is refused is the only one that is told.
     """
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), json_schema_extra=_or_null)
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Fields that would change the reply and cannot be done, and what to do instead."""
+    is_foreign: ClassVar[bool] = False
+    """Whether the whole part is ignored, whatever is in it."""
     _names: ClassVar[frozenset[str]]
+    _without_effect: ClassVar[frozenset[str]]
+    _ignored: dict[str, None] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Note the names of the fields as clients write them."""
-        cls._names = frozenset(one.alias or name for name, one in cls.model_fields.items())
+        fields = cls.model_fields.items()
+        cls._names = frozenset(one.alias or name for name, one in fields)
+        cls._without_effect = frozenset(name for name, one in fields if _Ignored in one.metadata)
+
+    @property
+    def ignored(self) -> list[str]:
+        """Return the names of what the body says and what changes nothing, the first few."""
+        return list(self._ignored)[:_MOST_IGNORED]
+
+    def left_out(self) -> Iterable[str]:
+        """Return the names of what is ignored besides fields, such as tools that are no functions."""
+        return ()
 
     def prepare(self) -> None:
         """Work out what an endpoint will ask for, and keep it: a large body has a thread now."""
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown(cls, fields: Any) -> Any:
-        if isinstance(fields, dict):
-            unknown = next((name for name in fields if name not in cls._names), None)
-            if unknown is not None:
+    def _decide(cls, fields: Any, info: ValidationInfo) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        reading = info.context if isinstance(info.context, _Reading) else _Reading()
+        if cls.is_foreign:
+            if reading.is_strict:
+                raise PydanticCustomError("unsupported", "this server cannot do that")
+            return fields
+        given = {name: value for name, value in fields.items() if value is not None}
+        for name in given.keys() - cls._names:
+            if name in cls.refused and _asks_for_something(name, given[name]):
+                how = {"name": name, "why": cls.refused[name]}
+                raise PydanticCustomError("unsupported_parameter", "It cannot be done", how)
+            meant = cls._meant(name, reading)
+            if reading.is_strict or meant is not None:
+                how = {"name": name, "meant": meant or ""}
+                raise PydanticCustomError("unknown_parameter", "There is no such field", how)
+        return given
+
+    @classmethod
+    def _meant(cls, name: str, reading: _Reading) -> str | None:
+        if (cls, name) not in reading.meant:
+            if len(reading.meant) == _MOST_UNKNOWN:
                 raise PydanticCustomError(
-                    "unknown_parameter", "There is no such field", {"name": unknown}
+                    "unknown_parameters",
+                    "There are more than {most} fields that are not known here",
+                    {"most": _MOST_UNKNOWN},
                 )
-        return fields
+            reading.meant[cls, name] = nearest(name, cls._names)
+        return reading.meant[cls, name]
+
+
+def _asks_for_something(name: str, value: Any) -> bool:
+    return bool(value) and not (name in _ONE_IS_NOTHING and value == 1)
+
+
+def _ignored_in(value: Any, place: str = "") -> Iterator[str]:
+    """Yield the names of what a body has and what changes nothing."""
+    if isinstance(value, list):
+        # What is no object has no fields; lists of one kind of thing begin with one.
+        if value and isinstance(value[0], Body):
+            for item in value:
+                yield from _ignored_in(item, f"{place}*.")
+    elif isinstance(value, Body) and not value.is_foreign:
+        for name in value.model_extra or ():
+            yield f"{place}{_plain(name)}"
+        for name in value.model_fields_set & type(value).model_fields.keys():
+            if name in value._without_effect:
+                yield f"{place}{name}"
+            else:
+                yield from _ignored_in(getattr(value, name), f"{place}{name}.")
+        yield from (f"{place}{_plain(name)}" for name in value.left_out())
+
+
+def _plain(name: str) -> str:
+    """Return a client's text as it may stand in a header and a log."""
+    return re.sub(r"[^!-+\--~]", "?", shortened(name, 40).replace("…", "..."))
 
 
 def _text_parts(content: Any) -> Any:
     """Return content as one text; what is no text is refused in words."""
     if not isinstance(content, list):
         return content
-    return "".join(_text_of(part) for part in content)
+    return "".join(_text_of(number, part) for number, part in enumerate(content))
 
 
-def _text_of(part: Any) -> str:
+def _text_of(number: int, part: Any) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, Mapping) else None
     name = _TEXT_FIELDS.get(kind) if isinstance(kind, str) else None
     if name is None:
-        raise ValueError(f"content of type {kind!r} cannot be read by these models, only text")
+        raise ValueError(
+            f"part {number + 1} is content of type {quoted(kind)}, which these models cannot read, "
+            "only text"
+        )
     text = part.get(name)
     if not isinstance(text, str):
-        raise ValueError(f"content of type {kind!r} has no text")  # noqa: TRY004 - pydantic's
+        raise ValueError(f"part {number + 1} is content of type {quoted(kind)} and has no text")  # noqa: TRY004 - pydantic's
     return text
+
+
+def split_thoughts(content: Any) -> tuple[Any, str]:
+    """Return the parts of a content that are no thoughts, and the thoughts as one text."""
+    if not isinstance(content, list):
+        return content, ""
+    kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
+    said = [part for part, kind in zip(content, kinds, strict=True) if kind not in _THOUGHTS]
+    thoughts = [
+        part.get(_THOUGHTS[kind])
+        for part, kind in zip(content, kinds, strict=True)
+        if kind in _THOUGHTS
+    ]
+    return said, "\n".join(text for text in thoughts if isinstance(text, str))
 
 
 Text = Annotated[str, BeforeValidator(_text_parts)]
@@ -121,8 +266,11 @@ Text = Annotated[str, BeforeValidator(_text_parts)]
 PlaceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 """Of a branch or a checkpoint: a part of ids and addresses, so nothing that those give a meaning."""
 
-Ignored = Annotated[Any, Field(description="Accepted, and without effect.")]
-"""A field that would not change what is generated here."""
+Ignored = Annotated[Any, Field(description="Accepted, and without effect."), _Ignored]
+"""A field that would not change what is generated here; where a request has it, that is told."""
+
+Echoed = Annotated[Any, Field(description="Accepted as it was given out, and not needed.")]
+"""A field that clients send back as they got it: nothing is asked by it, and nothing told of it."""
 
 OnlyOff = Annotated[
     Literal[False] | None, Field(description="Not supported: may be left out or false.")
@@ -157,6 +305,23 @@ def _checked_biases(biases: Any) -> Any:
     return biases
 
 
+_OTHER_ENGINE: Final = "is another engine's, and would change the reply: leave it out."
+NOT_SUPPORTED: Final = {
+    **dict.fromkeys(
+        ("best_of", "min_tokens", "use_beam_search", "bad_words", "typical_p", "top_a"),
+        "would change the reply, and cannot be done: leave it out.",
+    ),
+    **dict.fromkeys(
+        ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
+        _OTHER_ENGINE + " response_format holds replies to a schema.",
+    ),
+    **dict.fromkeys(("grammar", "json_schema", "mirostat", "lora"), _OTHER_ENGINE),
+}
+"""Fields of other servers that would change the reply, and what to do instead."""
+_ONE_IS_NOTHING: Final = {"best_of", "min_tokens", "typical_p"}
+"""Those of them that are sent as 1 by who does not want them; the others as zero, false or empty."""
+
+
 class SamplingFields(Body):
     """How replies are sampled, by the names that OpenAI's APIs and the usual servers use."""
 
@@ -173,14 +338,14 @@ class SamplingFields(Body):
     ignore_eos: bool = False
 
     def params(
-        self, *, max_tokens: int | None, temperature: float, choice: int = 0, **more: Any
+        self, settings: Settings, *, max_tokens: int | None, choice: int = 0, **more: Any
     ) -> SamplingParams:
         """
         Return how one reply is sampled.
 
         Args:
+            settings: Have the temperature of requests that name none.
             max_tokens: None: what the context holds.
-            temperature: Where the request names none.
             choice: Which of several replies to the request; each has a seed of its own.
             more: Further fields of `SamplingParams`.
 
@@ -188,7 +353,7 @@ class SamplingFields(Body):
             InvalidParameterError: A value is out of its range.
         """
         given: dict[str, Any] = {
-            "temperature": temperature if self.temperature is None else self.temperature,
+            "temperature": settings.temperature if self.temperature is None else self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
             "min_p": self.min_p,
@@ -240,6 +405,22 @@ def check_count(param: str, count: int, most: int) -> None:
         )
 
 
+def check_last(messages: Sequence[Message], param: str) -> None:
+    """
+    Check that the last message is one that can be answered; instructions after it belong to it.
+
+    Raises:
+        ApiError: It is an assistant's, or there are instructions alone.
+    """
+    last = next((one["role"] for one in reversed(messages) if one["role"] != "system"), None)
+    if last not in ("user", "tool"):
+        raise ApiError(
+            f"{param}: the last one, instructions apart, has to be a user's or what a tool gave back.",
+            code="invalid_messages",
+            param=param,
+        )
+
+
 def unsupported(param: str, why: str) -> ApiError:
     """Return what a client is told of a field that would change the reply, and cannot."""
     return ApiError(f"{param}: {why}", code="unsupported_parameter", param=param)
@@ -248,12 +429,38 @@ def unsupported(param: str, why: str) -> ApiError:
 LogprobCount = Annotated[int, Field(ge=0, le=20)]
 
 
+class Thinking(Body):
+    """Whether the model thinks before it answers, and how much; for templates that can be told."""
+
+    type: str | None = None
+    enabled: bool | None = None
+    effort: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return it as options of chat templates, by the names that these use."""
+        found: dict[str, Any] = {}
+        is_on = self.type != "disabled" if self.type is not None else self.enabled
+        effort = self.effort
+        if effort == "none":
+            is_on, effort = False, None
+        if is_on is not None:
+            found |= {"enable_thinking": is_on, "thinking": is_on}
+        if effort is not None:
+            found["reasoning_effort"] = _EFFORTS.get(effort, effort)
+        return found
+
+
+_EFFORTS: Final = {"minimal": "low", "xhigh": "high", "max": "high"}
+"""What APIs have beside the three efforts that models were trained with. Source: gpt-oss's template."""
+
+
 class Offer(TypedDict):
-    """What a reply may call, as arguments of `Model.session_from`."""
+    """What a reply may call, and what the template is told, as arguments of `Model.session_from`."""
 
     tools: Sequence[dict[str, Any]]
-    tool_choice: str
+    tool_choice: str | Chosen
     parallel_tool_calls: bool
+    template_options: Mapping[str, Any]
 
 
 def tool_schema(
@@ -263,6 +470,49 @@ def tool_schema(
     function = {"name": name, "description": description, "parameters": parameters}
     given = {name: value for name, value in function.items() if value is not None}
     return {"type": "function", "function": given}
+
+
+def kind_among(*known: str, usual: str | None = None) -> Callable[[Any], str | None]:
+    """
+    Return what tells of which kind a part of a body is, by its `type`.
+
+    Args:
+        known: The kinds that have a model of their own; all others are `other`.
+        usual: The kind of what does not say it.
+    """
+
+    def kind(value: Any) -> str | None:
+        if isinstance(value, dict):
+            given = value.get("type") or usual
+        elif isinstance(value, Body):
+            given = getattr(value, "type", None) or usual
+        else:
+            return None
+        return given if isinstance(given, str) and given in known else "other"
+
+    return kind
+
+
+class OtherTool(Body):
+    """A tool that is no function: this server has none, so it is not offered to the model."""
+
+    is_foreign: ClassVar[bool] = True
+
+    type: str
+
+
+def others_among(tools: Sequence[Body] | None) -> Iterator[str]:
+    """Yield the names of the tools that are left out, as they are told to a client."""
+    return (f"tools[{tool.type}]" for tool in tools or () if isinstance(tool, OtherTool))
+
+
+def _refuse_choice(choice: Any) -> Any:
+    kind = choice.get("type") if isinstance(choice, Mapping) else None
+    raise ValueError(f"a tool of type {quoted(kind)} cannot be called here, only functions")
+
+
+OtherChoice = Annotated[Any, BeforeValidator(_refuse_choice)]
+"""A tool that has to be called and is no function; it is refused."""
 
 
 class NamedFunction(Body):
@@ -277,6 +527,32 @@ class NamedTool(Body):
     type: Literal["function"]
     function: NamedFunction
 
+    def chosen(self) -> Chosen:
+        """Return what may be called."""
+        return Chosen((self.function.name,))
+
+
+class _AllowedFunctions(Body):
+    mode: Literal["auto", "required"]
+    tools: Items[NamedTool]
+
+
+class AllowedTools(Body):
+    """Tools of which alone the reply may call some."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: _AllowedFunctions
+
+    def chosen(self) -> Chosen:
+        """Return what may be called."""
+        allowed = self.allowed_tools
+        return some_of([tool.function.name for tool in allowed.tools], allowed.mode)
+
+
+def some_of(names: Iterable[str], mode: str) -> Chosen:
+    """Return the choice among several tools."""
+    return Chosen(tuple(names), is_required=mode == "required", is_single=False)
+
 
 class FunctionTool(Body):
     """A tool, described as chat completions do."""
@@ -284,14 +560,39 @@ class FunctionTool(Body):
     type: Literal["function"]
     function: dict[str, Any]
 
+    def schema_of(self) -> dict[str, Any]:
+        """Return it as the engine has it."""
+        return {"type": "function", "function": self.function}
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+ChatTool = Annotated[
+    Annotated[FunctionTool, Tag("function")] | Annotated[OtherTool, Tag("other")],
+    Discriminator(kind_among("function", usual="function")),
+]
+ToolMode = Literal["none", "auto", "required"]
+ChatChoice = (
+    ToolMode
+    | Annotated[
+        Annotated[NamedTool, Tag("function")]
+        | Annotated[AllowedTools, Tag("allowed_tools")]
+        | Annotated[OtherChoice, Tag("other")],
+        Discriminator(kind_among("function", "allowed_tools")),
+    ]
+)
 
 
-def offer(schemas: Sequence[dict[str, Any]], choice: str | None, parallel: bool | None) -> Offer:
+def offer(
+    schemas: Sequence[dict[str, Any]],
+    choice: str | Chosen | None,
+    parallel: bool | None,
+    options: Mapping[str, Any],
+) -> Offer:
     """Return what a request offers; what it does not say is as OpenAI has it."""
     return Offer(
-        tools=schemas, tool_choice=choice or "auto", parallel_tool_calls=parallel is not False
+        tools=schemas,
+        tool_choice=choice or "auto",
+        parallel_tool_calls=parallel is not False,
+        template_options=options,
     )
 
 
@@ -310,10 +611,24 @@ class JsonObjectFormat(Body):
 class NamedSchema(Body):
     """A JSON schema, with a name that nothing depends on."""
 
-    name: Ignored = None
-    description: Ignored = None
+    name: Echoed = None
+    description: Echoed = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-    strict: Ignored = None
+    strict: bool | None = None
+    """Whether a schema is refused that cannot be held to as a whole; else formats that are not known
+    are annotations."""
+
+    def grammar(self) -> Grammar:
+        """
+        Return what it means for the reply.
+
+        Raises:
+            InvalidParameterError: The schema is none.
+        """
+        schema = self.schema_ or {}
+        if not self.strict:
+            schema = {**schema, "x-guidance": {"lenient": True}}
+        return Grammar.json_schema(schema)
 
 
 class JsonSchemaFormat(Body):
@@ -349,9 +664,9 @@ def grammar_of(wanted: Format | None) -> Grammar | None:
         case JsonObjectFormat():
             return Grammar.json_object()
         case JsonSchemaFormat():
-            return Grammar.json_schema(wanted.json_schema.schema_ or {})
+            return wanted.json_schema.grammar()
         case FlatSchemaFormat():
-            return Grammar.json_schema(wanted.schema_ or {})
+            return wanted.grammar()
         case _:
             return None
 
@@ -385,8 +700,17 @@ _TOKENS_A_VALUE: Final = 3
 class Bodies:
     """Reads bodies. Safe from any thread; `close` it."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, *, is_strict: bool = False) -> None:
+        """
+        Start no thread yet.
+
+        Args:
+            limits: How large a body may be.
+            is_strict: Whether a field that is not known is refused.
+        """
         self._limits = limits
+        self._is_strict = is_strict
+        self._logged: set[tuple[str, str]] = set()  # of the event loop
         self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="recollect-body")
 
     async def read(self, data: bytes, kind: type[Body]) -> Body:
@@ -397,9 +721,19 @@ class Bodies:
             ApiError: It is none; the message names the place.
         """
         if len(data) <= _SMALL_BYTES and _most_values(data) <= _FEW_VALUES:
-            return read_body(data, kind, self._limits)
+            return read_body(data, kind, self._limits, is_strict=self._is_strict)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, read_body, data, kind, self._limits)
+        return await loop.run_in_executor(
+            self._threads,
+            lambda: read_body(data, kind, self._limits, is_strict=self._is_strict),
+        )
+
+    def log_ignored(self, path: str, names: Iterable[str]) -> None:
+        """Log what was ignored in requests to a path, each name once."""
+        new = [name for name in names if (path, name) not in self._logged]
+        if new and len(self._logged) + len(new) <= _MOST_LOGGED:
+            self._logged.update((path, name) for name in new)
+            _log.info("Ignored in requests to %s: %s", path, ", ".join(new))
 
     def close(self) -> None:
         """End the threads."""
@@ -419,7 +753,11 @@ class BodyRoute(APIRoute):
         assert issubclass(kind, Body), "a body is one model"
 
         async def handle(request: Request) -> Response:
-            return await answer(_ReadRequest(request, kind))
+            reading = _ReadRequest(request, kind)
+            response = await answer(reading)
+            if reading.ignored:
+                response.headers[IGNORED_HEADER] = ", ".join(reading.ignored)
+            return response
 
         return handle
 
@@ -430,15 +768,19 @@ class _ReadRequest(Request):
     def __init__(self, request: Request, kind: type[Body]) -> None:
         super().__init__(request.scope, request.receive)
         self._kind = kind
+        self.ignored: list[str] = []
 
     async def json(self) -> Body:
         """Return the body as a model."""
         bodies = self.app.state.bodies
         assert isinstance(bodies, Bodies)
-        return await bodies.read(await self.body(), self._kind)
+        body = await bodies.read(await self.body(), self._kind)
+        self.ignored = body.ignored
+        bodies.log_ignored(self._kind.__name__, self.ignored)
+        return body
 
 
-def read_body(data: bytes, kind: type[Body], limits: Limits) -> Body:
+def read_body(data: bytes, kind: type[Body], limits: Limits, *, is_strict: bool = False) -> Body:
     """
     Return a body as a model.
 
@@ -447,11 +789,12 @@ def read_body(data: bytes, kind: type[Body], limits: Limits) -> Body:
     """
     value = read_json(data, limits)
     try:
-        body = kind.model_validate(value)
+        body = kind.model_validate(value, context=_Reading(is_strict))
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
         raise wrong_body(found, value) from None  # the cause holds the whole body
     body.prepare()
+    body._ignored.update(dict.fromkeys(_ignored_in(body)))
     return body
 
 

@@ -8,7 +8,7 @@ be, and what it is. Values only, but for the log: an error of ours is logged whe
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
@@ -209,11 +209,49 @@ def error_response(path: str, error: ApiError) -> JSONResponse:
 _MOST_QUOTED: Final = 40
 """Characters of a client's own text that are quoted to it: enough to know it again."""
 _SHOULD_BE: Final = "Input should be "
-_OBJECT: Final = {"model_type", "model_attributes_type", "dict_type"}
+_OBJECT: Final = {"model_type", "model_attributes_type", "dict_type", "union_tag_not_found"}
 """pydantic's names of an error where an object was expected; its words name our classes."""
+
+_OF_A_FIELD: Final = {"unknown_parameter", "unsupported_parameter"}
+"""Errors about a field's name, which their context has."""
 
 Place = tuple[str | int, ...]
 """Names and numbers that lead to a value of a body."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """
+    Return the known name of which another is likely a mistyped form; None where it comes close to none.
+
+    That is one within two edits, or within one where the known name has three or four letters: two
+    edits make any short word of any other.
+    """
+    close = {one: _edits(name, one) for one in known if abs(len(one) - len(name)) <= _MOST_EDITS}
+    close = {
+        one: edits for one, edits in close.items() if edits <= min(_MOST_EDITS, (len(one) - 1) // 2)
+    }
+    return min(close, key=lambda one: (close[one], one), default=None)
+
+
+_MOST_EDITS: Final = 2
+
+
+def _edits(name: str, other: str) -> int:
+    """
+    Return how many letters have to be put in, taken out, changed or swapped with the next.
+
+    Source: the optimal string alignment distance of Damerau, Communications of the ACM 7(3), 1964.
+    """
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for place, letter in enumerate(name, 1):
+        before, above, row = row, before, [place]
+        for at, wanted in enumerate(other, 1):
+            edits = min(before[at] + 1, row[at - 1] + 1, before[at - 1] + (letter != wanted))
+            if place > 1 and at > 1 and letter == other[at - 2] and name[place - 2] == wanted:
+                edits = min(edits, above[at - 2] + 1)
+            row.append(edits)
+    return row[-1]
 
 
 def wrong_request(found: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -255,13 +293,8 @@ def quoted(value: Any) -> str:
 
 def _told(place: Place, errors: Sequence[Mapping[str, Any]], is_now: str) -> ApiError:
     first = errors[0]
-    if first["type"] == "unknown_parameter":
-        param = name_of((*place, first["ctx"]["name"]))
-        return ApiError(
-            f"Unknown parameter: {param!r}. There is none of that name here: leave it out.",
-            code="unknown_parameter",
-            param=param,
-        )
+    if first["type"] in _OF_A_FIELD:
+        return _of_a_field(name_of((*place, first["ctx"]["name"])), first)
     param = name_of(place)
     where = "" if param is None else f"{param}: "
     if first["type"] == "missing":
@@ -273,6 +306,19 @@ def _told(place: Place, errors: Sequence[Mapping[str, Any]], is_now: str) -> Api
     else:
         told = f"{words[0]}."
     return ApiError(f"{where}{told}", code="invalid_value", param=param or "body")
+
+
+def _of_a_field(param: str | None, error: Mapping[str, Any]) -> ApiError:
+    """Return what is told of a field that is refused whatever its value."""
+    if error["type"] == "unsupported_parameter":
+        told = f"{param}: {error['ctx']['why']}"
+    elif meant := error["ctx"]["meant"]:
+        told = (
+            f"Unknown parameter: {param!r}. There is {meant!r}: correct the name, or leave it out."
+        )
+    else:
+        told = f"Unknown parameter: {param!r}. There is none of that name here: leave it out."
+    return ApiError(told, code=error["type"], param=param)
 
 
 def _words(error: Mapping[str, Any]) -> str:
@@ -288,7 +334,7 @@ def _place_of(error: Mapping[str, Any], body: Any) -> Place:
     name = parts[-1] if kind == "missing" else error.get("ctx", {}).get("name")
     if kind == "missing":
         return (*(_farthest(parts[:-1], body, lambda at: _lacks(at, name)) or ()), name)
-    if kind == "unknown_parameter":
+    if kind in _OF_A_FIELD:
         return _farthest(parts, body, lambda at: isinstance(at, Mapping) and name in at) or ()
     return _farthest(parts, body, lambda _: True) or ()
 

@@ -26,12 +26,13 @@ from recollect.journal.records import Label, NodeRecord
 from recollect.server.conversation_routes import drop_all_kv
 from recollect.server.conversation_view import (
     HAS_INSTRUCTIONS,
+    Items,
     Place,
     Places,
     grow,
     with_instructions,
 )
-from recollect.server.fields import BodyRoute, check_count, logprob_entry
+from recollect.server.fields import BodyRoute, check_count, check_last, logprob_entry
 from recollect.server.refusals import ApiError, not_found
 from recollect.server.response_object import (
     ResponseHead,
@@ -127,9 +128,14 @@ class _Response:
     def _call(self, event: CallEvent) -> Iterator[str]:
         if isinstance(event, CallStarted):
             call = ToolCall(event.id, event.name, "").to_dict()
-            yield self._begin_item(
-                function_call(self._head.message_id, event.index, call, "in_progress")
+            item = function_call(
+                self._head.message_id,
+                event.index,
+                call,
+                "in_progress",
+                namespaces=self._head.namespaces,
             )
+            yield self._begin_item(item)
         elif isinstance(event, ArgumentsDelta):
             yield self._of_call(event.index, "delta", delta=event.text)
 
@@ -179,7 +185,7 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     limits = services.settings.limits
     items = [] if isinstance(body.input, str) else body.input
     check_count("input", len(items), limits.messages)
-    params = body.sampling(temperature=services.settings.temperature)
+    params = body.sampling(services.settings)
     asked = _Asked(services, namespace, body, f"resp_{secrets.token_hex(16)}", int(time()))
 
     def prepare(model: Model) -> Sequence[ReplyGeneration]:
@@ -224,30 +230,34 @@ class _Asked:
         self.at = model, place
         overflow: Overflow = "drop_oldest" if body.truncation == "auto" else "error"
         offered = body.offer()
+        items = Items(self.services.journal, self.namespace)
+        said = model.template.with_thoughts(body.messages(items.find))
+        check_last(said, "input")
+        if not body.keeps:
+            before = [node.message() for node in place.node.path()][place.has_instructions :]
+            messages = [*_instructions(body), *before, *said]
+            return model.session_from(
+                messages, namespace=self.namespace, overflow=overflow, **offered
+            )
         tools = Tools.of(
             offered["tools"], offered["tool_choice"], parallel=offered["parallel_tool_calls"]
         )
-        if not body.keeps:
-            before = [node.message() for node in place.node.path()][place.has_instructions :]
-            messages = [*_instructions(body), *before, *body.messages()]
-            session = model.session_from(messages, namespace=self.namespace, overflow=overflow)
-            session.tools = tools
-            return session
         node = grow(
             place.conversation,
             with_instructions(place, body.instructions),
-            places.known(body.messages()),
+            places.known(said),
         )
         return Session(
             model,
             place.conversation,
             node,
-            body.sampling(temperature=0.0),
+            body.sampling(self.services.settings),
             namespace=self.namespace,
             name=place.tip,
             overflow=overflow,
             change=place.change,
             tools=tools,
+            template_options=offered["template_options"],
         )
 
     def keep(self, reply: GeneratedReply) -> None:

@@ -72,6 +72,11 @@ def host_name(text: str) -> str:
     return name
 
 
+DEFAULT_MAX_TOKENS: Final = 8192
+"""
+Of replies to requests that name no limit: more than files and answers have, which are rarely 4,096
+tokens long, and an end for a model that repeats itself until its context is full.
+"""
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8765
 """Ports are numbers of 16 bits."""
@@ -135,6 +140,10 @@ class Settings:
     """Web pages that may call, as `https://host:port`; none by default. Kept as `web_origin` returns them."""
     temperature: float = 0.0
     """Of requests that name none."""
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
+    """The same; None: as many as the context holds."""
+    is_strict: bool = False
+    """Whether a field is refused that is not known."""
     has_keys: bool = False
     limits: Limits = field(default_factory=Limits)
 

@@ -9,6 +9,7 @@ Knows no tokens, and not which part of a conversation is new.
 
 import atexit
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -21,11 +22,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Literal
 
 import psutil
 
-from recollect.errors import TemplateError
+from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text import template_engine
 from recollect.text.template_engine import (
     COMPILED,
@@ -328,6 +329,10 @@ class ChatTemplate:
             raise _broken(words(cause)) from cause
         self.knows_tools: Final = uses_tools and CALL_START in source
         """Whether it shows tools, and calls of them in the Hermes format, by itself."""
+        self.knows_thoughts: Final = _THOUGHT_END in source
+        """Whether it decides which thoughts of earlier replies are shown."""
+        self._options: Mapping[str, Any] = {}
+        self._takes: dict[_System, bool] = {}
 
     def render(
         self,
@@ -350,7 +355,69 @@ class ChatTemplate:
         """
         if not self.knows_tools and (tools or any(one["role"] == "tool" for one in messages)):
             messages, tools = spelled_out(messages, tools or ()), None
+        return self._rendered(self._folded(messages), add_generation_prompt, tools)
+
+    def with_options(self, options: Mapping[str, Any]) -> "ChatTemplate":
+        """
+        Return the same template with more variables that it can look at.
+
+        Raises:
+            InvalidParameterError: One has the name of what every template is given.
+        """
+        if taken := sorted(_GIVEN & options.keys()):
+            raise InvalidParameterError(
+                f"{taken[0]!r} is no option of a chat template, but what it shows: leave it out."
+            )
+        other = copy.copy(self)
+        other._options = dict(options)
+        return other
+
+    def with_thoughts(self, messages: Sequence[Message]) -> list[Message]:
+        """
+        Return messages with the thoughts of replies in their text, as a model writes them.
+
+        Without any, where the template knows none.
+        """
+        return [_with_thoughts(one, shows=self.knows_thoughts) for one in messages]
+
+    def _folded(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return messages with the instructions where the template takes them; see `folded`."""
+        systems = [place for place, one in enumerate(messages) if one["role"] == "system"]
+        if not systems:
+            return messages
+        in_front = next(n for n in range(len(messages) + 1) if n not in systems)
+        return folded(
+            messages,
+            takes_one=not in_front or self._does_take("one"),
+            takes_two=in_front < 2 or self._does_take("two"),
+            takes_later=in_front == len(systems) or self._does_take("later"),
+        )
+
+    def _does_take(self, kind: "_System") -> bool:
+        """Return whether instructions are shown that stand somewhere; it is tried out once."""
+        if kind not in self._takes:
+            said = [Message(role="system", content=text) for text in _TRIED_OUT[1:]]
+            asked = Message(role="user", content=_TRIED_OUT[0])
+            messages = {
+                "one": [said[0], asked],
+                "two": [*said, asked],
+                "later": [asked, said[0]],
+            }[kind]
+            try:
+                text = self._rendered(messages, add_generation_prompt=True, tools=None)
+            except TemplateError:
+                text = ""
+            self._takes[kind] = all(str(one["content"]) in text for one in messages)
+        return self._takes[kind]
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> str:
         variables = {
+            **self._options,
             "messages": [dict(message) for message in messages],
             "tools": tools or None,
             "documents": None,
@@ -384,6 +451,82 @@ class ChatTemplate:
             "source": self.source,
             "now": template_engine.moment_fields(self._now),
         }
+
+
+_System = Literal["one", "two", "later"]
+"""Where instructions may stand: one before everything, two there, or one after a user's message."""
+
+_GIVEN: Final = {
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "bos_token",
+    "eos_token",
+}
+"""The variables that are a conversation; others are options."""
+
+_TRIED_OUT: Final = ("recollect0question", "recollect0first", "recollect0second")
+"""Texts of a trial conversation, which a template shows as they are or not at all."""
+
+_THOUGHT_START: Final = "<think>"
+_THOUGHT_END: Final = "</think>"
+"""Between which models write what they think. Source: the templates of Qwen3, DeepSeek R1 and GLM 4.5."""
+
+
+def _with_thoughts(message: Message, *, shows: bool) -> Message:
+    if "reasoning_content" not in message:
+        return message
+    plain = message.copy()
+    thoughts = plain.pop("reasoning_content")
+    if shows and thoughts and message["role"] == "assistant":
+        said = message["content"] or ""
+        plain["content"] = f"{_THOUGHT_START}\n{thoughts.strip()}\n{_THOUGHT_END}\n\n{said}"
+    return plain
+
+
+def folded(
+    messages: Sequence[Message], *, takes_one: bool, takes_two: bool, takes_later: bool
+) -> list[Message]:
+    """
+    Return messages whose instructions stand where a template shows them, as other engines have it.
+
+    Args:
+        messages: From the first on.
+        takes_one: Whether instructions may come first; else they begin the first message after them.
+        takes_two: Whether several may come first; else they become one.
+        takes_later: Whether some may come later; else they end the message before them.
+    """
+    shown: list[Message] = []
+    pending: list[str] = []  # for the next message
+    for message in messages:
+        before = shown[-1] if shown else None
+        text = message["content"] or ""
+        if message["role"] != "system":
+            if pending and message["role"] in ("user", "tool"):
+                message = Message({**message, "content": _joined(*pending, text)})  # noqa: PLW2901 - as it is shown
+                pending = []
+            shown.append(message)
+        elif all(one["role"] == "system" for one in shown):
+            if not takes_one:
+                pending.append(text)
+            elif before is None or takes_two:
+                shown.append(message)
+            else:
+                shown[-1] = {**before, "content": _joined(before["content"] or "", text)}
+        elif takes_later:
+            shown.append(message)
+        elif before is not None and before["role"] in ("user", "tool"):
+            shown[-1] = {**before, "content": _joined(before["content"] or "", text)}
+        else:
+            pending.append(text)
+    if pending:
+        shown.append({"role": "user", "content": _joined(*pending)})
+    return shown
+
+
+def _joined(*texts: str) -> str:
+    return "\n\n".join(text for text in texts if text)
 
 
 def _broken(why: str) -> TemplateError:

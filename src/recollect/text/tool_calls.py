@@ -88,6 +88,8 @@ _BARE_BEGINNINGS: Final = tuple(f"{fence}{{" for fence in ("", "```", "```json")
 _NAMES: Final = re.compile(r'"name"\s*:\s*"([^"]*)"')
 _BARE_CLOSING: Final = re.compile(r"\s*\}")
 _AFTER_BARE: Final = re.compile(r"\s*\}?\s*(?:```)?\s*")
+_CLEARLY_A_MARK: Final = len("tool")
+"""Letters of the mark after which it is nothing else: `<t` may begin a table."""
 _Place = Literal["bare", "text", "opening", "arguments", "closing"]
 
 
@@ -133,7 +135,7 @@ class ParsedReply:
     content: str
     """What is said beside the calls."""
     calls: tuple[ToolCall, ...]
-    """Those that are whole."""
+    """Those that are whole; where the reply was cut, the last may have only a part of its arguments."""
 
 
 def new_call_prefix() -> str:
@@ -156,6 +158,7 @@ class ToolCallParser:
         1. The events do not depend on how the text falls into pieces, but for how deltas do.
         2. Without a call, the text deltas joined are the pieces joined.
         3. What was told is never taken back.
+        4. What `parse_reply` returns for the whole text of a reply that was cut is what the events tell.
     """
 
     def __init__(self, id_prefix: str | None = None, names: Iterable[str] = ()) -> None:
@@ -190,17 +193,31 @@ class ToolCallParser:
             if (self._place, len(self._rest)) == (place, length) or not self._rest:
                 return
 
-    def finish(self) -> Iterator[Event]:
-        """Yield what was held back, now that no more comes."""
+    def finish(self, *, is_cut: bool = False) -> Iterator[Event]:
+        """
+        Yield what was held back, now that no more comes.
+
+        Args:
+            is_cut: Whether the reply would have gone on. What may be the beginning of a call is then
+                no text.
+        """
         if self._place == "opening":
-            yield from self._no_call(self._rest)
+            if not is_cut:
+                yield from self._no_call(self._rest)
         elif self._place == "closing":
             yield self._end()
         elif self._place == "bare":
-            yield from self._text(self._after_bare())
+            if not (is_cut and '"name"' in self._rest):
+                yield from self._text(self._after_bare())
         elif self._place == "text" and (self._rest.strip() or not self._after_call):
-            yield from self._text(self._rest)
+            yield from self._text(self._without_mark() if is_cut else self._rest)
         self._rest = ""
+
+    def _without_mark(self) -> str:
+        """Return the text that was held back without what is clearly the beginning of a mark."""
+        said, _, mark = self._rest.rpartition("<")
+        is_mark = len(mark) >= _CLEARLY_A_MARK and CALL_START[1:].startswith(mark)
+        return said.rstrip() if is_mark else self._rest
 
     def _in_bare(self) -> Iterator[Event]:
         rest = self._after_bare()
@@ -316,7 +333,11 @@ class _JsonObject:
 
 
 def parse_reply(
-    text: str, ids: str | Iterable[str] = "", names: Iterable[str] | None = ()
+    text: str,
+    ids: str | Iterable[str] = "",
+    names: Iterable[str] | None = (),
+    *,
+    is_cut: bool = False,
 ) -> ParsedReply:
     """
     Take a whole reply apart.
@@ -325,28 +346,33 @@ def parse_reply(
         text: As the model wrote it.
         ids: Of its calls, or what `ToolCallParser` was told that they begin with.
         names: As `ToolCallParser` was told; None: whatever they are.
+        is_cut: As in `ToolCallParser.finish`.
     """
     if names is None:
         names = set(_NAMES.findall(text))
-    if CALL_START not in text and not names:
+    if CALL_START not in text and not names and not is_cut:
         return ParsedReply(text, ())
     parser = ToolCallParser(ids if isinstance(ids, str) else "", names)
     known = () if isinstance(ids, str) else tuple(ids)
     content: list[str] = []
-    started: dict[int, CallStarted] = {}
-    arguments: dict[int, str] = {}
-    calls: list[ToolCall] = []
-    for event in [*parser.push(text), *parser.finish()]:
+    started: list[CallStarted] = []
+    arguments: list[str] = []
+    whole = 0
+    for event in [*parser.push(text), *parser.finish(is_cut=is_cut)]:
         match event:
             case TextDelta(said):
                 content.append(said)
-            case CallStarted(index):
-                started[index], arguments[index] = event, ""
+            case CallStarted():
+                started.append(event)
+                arguments.append("")
             case ArgumentsDelta(index, more):
                 arguments[index] += more
-            case CallEnded(index):
-                id_ = known[index] if index < len(known) else started[index].id
-                calls.append(ToolCall(id_, started[index].name, arguments[index]))
+            case CallEnded():
+                whole += 1
+    calls = [
+        ToolCall(known[call.index] if call.index < len(known) else call.id, call.name, given)
+        for call, given in zip(started, arguments, strict=True)
+    ][: None if is_cut else whole]
     return ParsedReply("".join(content), tuple(calls))
 
 

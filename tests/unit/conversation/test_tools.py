@@ -10,7 +10,7 @@ import pytest
 
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
-from recollect.conversation.tools import NO_TOOLS, Tools
+from recollect.conversation.tools import NO_TOOLS, Chosen, Tools
 from recollect.engine.grammar import Grammars
 from recollect.errors import InvalidParameterError
 from recollect.text.tokenizer import ByteTokenizer
@@ -153,30 +153,92 @@ def required(model: Model, **kwargs: Any) -> Session:
 
 @pytest.mark.parametrize("choice", ["auto", "required", "second"])
 @pytest.mark.parametrize(
-    ("parameters", "told"),
+    "parameters",
     [
-        ({"type": "nonsense"}, "Invalid type: nonsense"),
-        ({"type": "object", "properties": {"a": {"pattern": "(a", "type": "string"}}}, "unclosed"),
-        ({"$ref": "#/nowhere"}, "nowhere"),
+        {"type": "nonsense"},
+        {"type": "object", "properties": {"a": {"pattern": "(?<=a)b", "type": "string"}}},
+        {"$ref": "#/nowhere"},
     ],
 )
-def test_a_schema_that_cannot_be_is_told_with_its_tool(
-    model: Model, parameters: Any, told: str, choice: str
+def test_a_schema_that_cannot_be_held_to_costs_one_tool_its_grammar(
+    model: Model, parameters: Any, choice: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The others are held to theirs, and the request is answered."""
     right = {"type": "object", "properties": {"n": {"type": "integer"}}}
     tools = [
         {"type": "function", "function": {"name": name, "parameters": schema}}
         for name, schema in (("first", right), ("second", parameters), ("third", right))
     ]
-    session = model.session(tools=tools, tool_choice=choice)
+    session = model.session(tools=tools, tool_choice=choice, params=WILD)
+    reply = session.respond("Hello", params=SamplingParams(max_tokens=8, temperature=3, seed=1))
+    assert reply.text
+    assert "'second'" in caplog.text
+    offered = Tools.of(tools, choice)
+    if not offered.unheld:
+        grammar = offered.grammar()
+        assert grammar is not None
+        with pytest.raises(InvalidParameterError) as wrong:
+            Grammars(TOKENIZER, vocab_size=TOKENIZER.vocab_size).start(grammar)
+        offered = offered.loosened(wrong.value, grammar)
+    assert offered.unheld == {"second"}
+    assert fits(offered, call_text("second", '{"any": [1]}')) == YES
+    assert fits(offered, call_text("second", '"no object"')) == NO
+    if choice != "second":
+        assert fits(offered, call_text("first", '{"n": 5}')) == YES
+        assert fits(offered, call_text("first", '{"n": "five"}')) == NO
+
+
+def test_a_tool_with_a_schema_too_large_to_follow_is_not_held_to_it() -> None:
+    parameters = {"type": "object", "required": [f"p{n}" for n in range(40_000)]}
+    tools = Tools.of(
+        [tool("big"), {"type": "function", "function": {"name": "b", "parameters": parameters}}]
+    )
+    assert tools.unheld == {"b"}
+    assert fits(tools, call_text("b", '{"any": [1]}')) == YES
+
+
+def test_a_wrong_schema_of_the_answer_is_told_as_that(model: Model) -> None:
+    """And not as a tool's, or as a grammar that nobody sent."""
+    wrong = Grammar.json_schema({"type": "object", "properties": {"a": {"type": "nonsense"}}})
+    session = model.session(tools=TOOLS)
     used = model.engine.pool.used_blocks
-    with pytest.raises(InvalidParameterError, match=r"the tool 'second'.*: correct them") as wrong:
-        session.stream("Hello")
-    assert told in str(wrong.value)
-    assert "lark" not in str(wrong.value)
+    with pytest.raises(InvalidParameterError, match="JSON schema of the reply.*nonsense") as told:
+        session.stream("Hello", params=SamplingParams(grammar=wrong))
     assert model.engine.pool.used_blocks == used
+    assert "lark" not in str(told.value)
     session.tools = NO_TOOLS
     assert session.respond("Hello", params=SamplingParams(max_tokens=2)).text
+
+
+@pytest.mark.parametrize("name", ["none", "auto", "required"])
+def test_a_tool_may_be_called_like_a_mode(name: str) -> None:
+    """By its name alone the mode is meant; as OpenAI's API names a tool, the tool is."""
+    offered = [tool(name, a={"const": 1}), CLOCK]
+    call = call_text(name, '{"a": 1}')
+    chosen = Tools.of(offered, {"type": "function", "function": {"name": name}})
+    assert fits(chosen, call) == YES
+    assert fits(chosen, UTC) == NO
+    assert fits(chosen, "Hi.") == NO
+    assert fits(Tools.of(offered, name), "Hi.")[0] == (name != "required")
+    assert fits(Tools.of(offered, name), UTC)[0] == (name != "none")
+
+
+def test_some_of_the_tools_may_be_called_alone() -> None:
+    third = tool("third", a={"const": 1})
+    some = Chosen(("weather", "clock"), is_required=False, is_single=False)
+    tools = Tools.of([*TOOLS, third], some)
+    assert fits(tools, f"{PARIS}\n{UTC}") == YES
+    assert fits(tools, "Hi.") == YES
+    assert fits(tools, call_text("third", '{"a": 1}')) == NO
+    assert tools.bare_names() == ("weather", "clock")
+    with pytest.raises(InvalidParameterError, match="'fourth'"):
+        Tools.of(TOOLS, Chosen(("clock", "fourth")))
+
+
+def test_a_name_has_up_to_128_characters() -> None:
+    assert Tools.of([tool("a" * 128)]).grammar() is not None
+    with pytest.raises(InvalidParameterError, match="1 to 128"):
+        Tools.of([tool("a" * 129)])
 
 
 @pytest.mark.parametrize("parameters", [5, [], "a", True])
@@ -199,12 +261,6 @@ def test_more_tools_than_can_be_followed_are_told_so(make_model: Callable[..., M
     with pytest.raises(InvalidParameterError, match="offer fewer") as refused:
         make_model(context_length=2**19).session(tools=tools).stream("Hello")
     assert len(str(refused.value)) < 200
-
-
-def test_a_tool_with_a_schema_too_large_to_follow_is_named() -> None:
-    parameters = {"type": "object", "required": [f"p{n}" for n in range(40_000)]}
-    with pytest.raises(InvalidParameterError, match="of the tool 'big' has more than"):
-        Tools.of([{"type": "function", "function": {"name": "big", "parameters": parameters}}])
 
 
 def test_names_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:

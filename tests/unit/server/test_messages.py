@@ -76,7 +76,7 @@ def test_errors_have_its_shape(client: httpx.Client) -> None:
     wrong: list[Json] = [
         body_of(("user", "x" * 3000)),
         {"messages": []},
-        body_of(("user", "a"), tempo=1),
+        body_of(("user", "a"), temprature=1),
     ]
     for body in wrong:
         response = client.post(PATH, json=body)

@@ -51,7 +51,7 @@ def test_a_wrong_schema_is_refused(client: httpx.Client) -> None:
     for more in (
         {"tool_choice": "required"},
         {"tools": [{"type": "function", "function": {}}]},
-        {"tools": [{"type": "web_search"}]},
+        {"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}},
         {"top_logprobs": 2},
     ):
         assert client.post(CHAT, json={**ASK, **more}).status_code == 400, more
