@@ -4,9 +4,14 @@ Clients that people use, unchanged: each gets in, and no token is computed twice
 Each talks for three turns, the first with a call of a tool; before the third the server is
 restarted. Then it begins a new conversation. What had to be computed is counted here from the prompts
 alone: of each the tokens after the longest beginning that an earlier prompt with its reply has.
+
+Where RECOLLECT_TEST_BODIES names a folder, the bodies of the requests are written there, without ids, paths
+and texts of others: what `tests/unit/server/test_recorded_bodies.py` reads in a plain run.
 """
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,13 +88,61 @@ def needed(prompts: Sequence[Mapping[str, list[str]]], known: list[str]) -> Need
     return Needed(new, said, unanswered)
 
 
-def check(world: Any, *, reasons: Collection[str] = ("new",)) -> None:
+_OF_ONE_RUN: Final = (
+    (re.compile(r"/tmp/[^\s\"']*?/(work|user|tmp)\b"), r"/\1"),
+    (re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"), "0" * 8),
+    (re.compile(r"\b(\w+?_)?[0-9a-f]{16,}(_\d+)*\b"), r"\g<1>0"),
+    (re.compile(r"\b20\d\d-\d\d-\d\d([T ][\d:.Z]+)?"), "2026-01-01"),
+)
+_LONGEST_KEPT: Final = 48
+_TEXTS_OF_OTHERS: Final = {"description", "title", "instructions", "system"}
+
+
+def shape(value: Any, name: str = "") -> Any:
+    """Return a value of the same shape without what others wrote, and without paths and ids."""
+    if isinstance(value, dict):
+        return {key: shape(one, key) for key, one in value.items()}
+    if isinstance(value, list):
+        return [shape(one, name) for one in value]
+    if not isinstance(value, str):
+        return value
+    for pattern, instead in _OF_ONE_RUN:
+        value = pattern.sub(instead, value)
+    ours = "MARKER-" in value and len(value) < 2 * _LONGEST_KEPT
+    if not ours and value and (name in _TEXTS_OF_OTHERS or len(value) > _LONGEST_KEPT):
+        return f"{len(value)} characters"
+    return value
+
+
+def write_bodies(world: Any, folder: Path, client: str) -> None:
+    """Write the first and the longest body that a client sent to each path."""
+    chosen: list[dict[str, Any]] = []
+    sent = [one for run in world.runs for one in run.requests if one["body"]]
+    for path in dict.fromkeys(one["path"] for one in sent):
+        bodies = [one for one in sent if one["path"] == path]
+        longest = max(bodies, key=lambda one: len(one["body"]))
+        for one in dict.fromkeys((bodies.index(longest), 0)):
+            ignored = bodies[one]["answer_headers"].get("x-recollect-ignored")
+            chosen.append(
+                {
+                    "path": path,
+                    "ignored": [] if ignored is None else ignored.split(", "),
+                    "body": shape(json.loads(bodies[one]["body"])),
+                }
+            )
+    text = json.dumps(chosen, indent=1, ensure_ascii=False)
+    (folder / f"{client}.json").write_text(f"{text}\n", "utf-8")
+
+
+def check(world: Any, client: str, *, reasons: Collection[str] = ("new",)) -> None:
     """
     Check what the runs of the server did against what the prompts say.
 
     Nothing is lost, so no reply may be told a reason for it; but a new conversation may be told where
     it parts from the first.
     """
+    if folder := os.environ.get("RECOLLECT_TEST_BODIES"):
+        write_bodies(world, Path(folder), client)
     known: list[str] = []
     total = floor = 0
     for number, run in enumerate(world.runs):
@@ -167,7 +220,7 @@ def test_ai_sdk(place: Any, block: Block, provider: str) -> None:
     (place.work / "block.mjs").write_text(block(f"AI SDK, {provider}", "js"), "utf-8")
     shutil.copy(PROGRAMS / "with_ai_sdk.mjs", place.work)
     talks(place, "node", "with_ai_sdk.mjs", call=NOTES_CALL)
-    check(place)
+    check(place, f"ai-sdk-{provider}")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +235,7 @@ def test_python_libraries(place: Any, block: Block, title: str, program: str) ->
     (place.work / "block.py").write_text(block(title, "python"), "utf-8")
     shutil.copy(PROGRAMS / program, place.work)
     talks(place, place.programs["python"] / "python", program, call=NOTES_CALL)
-    check(place)
+    check(place, program.removeprefix("with_").removesuffix(".py").replace("_", "-"))
 
 
 def test_llm(place: Any, block: Block) -> None:
@@ -201,7 +254,7 @@ def test_llm(place: Any, block: Block) -> None:
         return str(place.call(place.programs["python"] / "llm", *again, *tool, text, environment=user))
 
     says(place, ask, call=NOTES_CALL)
-    check(place)
+    check(place, "llm")
 
 
 def exports(text: str) -> dict[str, str]:
@@ -220,7 +273,7 @@ def test_opencode(place: Any, block: Block) -> None:
         return str(place.call(program, "run", *again, text, environment=environment))
 
     says(place, ask, call=call_of("read", filePath=str(place.work / "rivers.txt")))
-    check(place)
+    check(place, "opencode")
 
 
 def test_qwen_code(place: Any, block: Block) -> None:
@@ -234,7 +287,7 @@ def test_qwen_code(place: Any, block: Block) -> None:
         return str(place.call(program, *again, "-p", text, environment=environment))
 
     says(place, ask, call=call_of("read_file", file_path=str(place.work / "rivers.txt")))
-    check(place)
+    check(place, "qwen-code")
 
 
 def test_aider(place: Any, block: Block) -> None:
@@ -248,7 +301,7 @@ def test_aider(place: Any, block: Block) -> None:
         return str(place.call(program, *usual, *again, "--message", text, environment=environment))
 
     says(place, ask, call=None)
-    check(place)
+    check(place, "aider")
 
 
 def test_claude_code(place: Any, block: Block) -> None:
@@ -260,7 +313,7 @@ def test_claude_code(place: Any, block: Block) -> None:
         return str(place.call(program, *again, "-p", text, environment=environment))
 
     says(place, ask, call=call_of("Read", file_path=str(place.work / "rivers.txt")))
-    check(place)
+    check(place, "claude-code")
 
 
 def test_codex(place: Any, block: Block) -> None:
@@ -273,4 +326,4 @@ def test_codex(place: Any, block: Block) -> None:
         return str(place.call(program, "exec", "--skip-git-repo-check", *again, text))
 
     says(place, ask, call=call_of("exec_command", cmd="cat rivers.txt"))
-    check(place)
+    check(place, "codex")
