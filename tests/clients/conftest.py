@@ -118,7 +118,9 @@ class Run:
         """Return what the server told of each reply, from its body."""
         found = []
         for request in self.requests:
-            told = re.findall(r'"recollect": ?(\{[^{}]*"computed_tokens"[^{}]*\})', request["answer"])
+            told = re.findall(
+                r'"recollect": ?(\{[^{}]*"computed_tokens"[^{}]*\})', request["answer"]
+            )
             found += [json.loads(told[-1])] if told else []
         return found
 
@@ -276,9 +278,7 @@ def _name_of(pid: int) -> str:
 
 
 @pytest.fixture
-def world(
-    tmp_path: Path, models: Path, programs: Mapping[str, Path]
-) -> Iterator[World]:
+def world(tmp_path: Path, models: Path, programs: Mapping[str, Path]) -> Iterator[World]:
     """Return a world of its own for a test."""
     with ExitStack() as stack:
         made = World(tmp_path, models, programs)
@@ -289,7 +289,9 @@ def world(
 @pytest.fixture(scope="session")
 def block() -> Callable[[str, str], str]:
     """Return what finds a block of docs/clients.md by its section's title and its language."""
-    sections = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", DOCUMENT.read_text("utf-8"), re.M | re.S))
+    sections = dict(
+        re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", DOCUMENT.read_text("utf-8"), re.M | re.S)
+    )
 
     def find(title: str, language: str) -> str:
         found = re.findall(rf"```{language}\n(.*?)```", sections[title], re.S)

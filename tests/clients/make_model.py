@@ -86,9 +86,7 @@ def _add_tensors(writer: gguf.GGUFWriter, vocab_size: int) -> None:
             writer.add_tensor(f"{name}attn_{part}.bias", bias * np.float32(0.1))
     for name, shape in matrices.items():
         values = random.standard_normal(shape).astype(np.float32) / np.float32(shape[1] ** 0.5)
-        writer.add_tensor(
-            f"{name}.weight", gguf.quants.quantize(values, KIND), raw_dtype=KIND
-        )
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, KIND), raw_dtype=KIND)
     for name, value in vectors.items():
         writer.add_tensor(f"{name}.weight", np.full(WIDTH, value, np.float32))
 

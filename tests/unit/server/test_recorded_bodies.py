@@ -36,7 +36,5 @@ def test_there_are_some_of_every_api() -> None:
 @pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED)
 def test_is_taken(recorded: dict[str, Any]) -> None:
     """What changes nothing here is named."""
-    body = read_body(
-        json.dumps(recorded["body"]).encode(), KINDS[recorded["path"]], Limits()
-    )
+    body = read_body(json.dumps(recorded["body"]).encode(), KINDS[recorded["path"]], Limits())
     assert body.ignored == recorded["ignored"]
