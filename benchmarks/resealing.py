@@ -14,10 +14,8 @@ from pathlib import Path
 from time import perf_counter
 
 from recollect.encryption import Cipher
-from recollect.kv import maintenance
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Identity
+from recollect.kv.record import Identity, chained_key, namespace_key
 
 _SIZE = 32
 _BUDGET_BYTES = 32 << 30
@@ -42,7 +40,7 @@ def _open_s(folder: Path, blocks: int) -> float:
     begun = perf_counter()
     with closing(DiskStore(folder, budget_bytes=_BUDGET_BYTES, sealer=_CIPHER)) as store:
         seconds = perf_counter() - begun
-        assert maintenance.holdings(store)[0].blocks == blocks, "blocks were lost"
+        assert store.holdings()[0].blocks == blocks, "blocks were lost"
     return seconds
 
 

@@ -1,8 +1,11 @@
 """
-What a conversation's next turn costs after a restart: cold, from memory, from disk.
+What a start costs: the program's own, and a conversation's next turn cold, from memory, from disk.
 
     python benchmarks/restart.py [--model M] [--profile P] [--tokens 4000] [--rounds 5] [--save]
+    python benchmarks/restart.py --only-start [--save]
 
+0. `import recollect`, `recollect --version` and `recollect --help`, over an empty Python program,
+   in turns, 20 times.
 1. First token of the next turn on a conversation of that many tokens. Each sample is a process of
    its own: `cold` has no KV, `memory` has just had the conversation, `disk` finds it in the store
    (whose pages the system still caches), `disk, dropped` likewise after the system was told to
@@ -27,6 +30,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -35,7 +39,6 @@ import recollect
 from harness import Load, parser, report, say
 from recollect import config
 from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.maintenance import holdings
 from recollect.models.prepare import prepare
 from recollect.proof.bench import bench_text, cut_to_length, summarize
 from recollect.runtime.openvino import OpenVinoRuntime
@@ -59,6 +62,15 @@ ALLOWED_S = 0.05
 LEAST_OVER_COLD = 20.0
 LEAST_DECODE_RATIO = 0.97
 
+STARTS = {
+    "python": ("-c", "pass"),
+    "import": ("-c", "import recollect"),
+    "version": ("-m", "recollect", "--version"),
+    "help": ("-m", "recollect", "--help"),
+}
+START_ROUNDS = 20
+MOST_START_S = {"import": 0.1, "version": 0.3, "help": 0.3}
+
 
 def main() -> int:
     """Run, print, and return 1 where something costs more than it may."""
@@ -67,21 +79,45 @@ def main() -> int:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--over-cold", type=float, default=LEAST_OVER_COLD, help="times faster")
     options.add_argument("--only-restart", action="store_true", help="neither decode nor branches")
+    options.add_argument("--only-start", action="store_true", help="the program's own start alone")
     options.add_argument("--child", nargs=2, metavar=("WAY", "FOLDER"), help="for itself")
     args = options.parse_args()
     if args.child:
         print(json.dumps(child(args, args.child[0], Path(args.child[1]))))
         return 0
-    touch_memory()
     load = Load()
+    started = starts()
+    if args.only_start:
+        with recollect.load("reference") as model:
+            report("start", model, started | {"others_load": load.others()}, save=args.save)
+        return 0 if starts_hold(started) else 1
+    touch_memory()
     with tempfile.TemporaryDirectory() as folder:
-        result = restarts(args, Path(folder))
+        result = started | restarts(args, Path(folder))
         with open_model(args, Path(folder), on_disk=True) as model:
             if not args.only_restart:
                 result |= {"branches": branches(model), "decode": decode(args, model, Path(folder))}
             result["others_load"] = load.others()
             report(f"restart-{args.model}-{args.tokens}", model, result, save=args.save)
-    return 0 if holds(args, result) else 1
+    return 0 if starts_hold(started) and holds(args, result) else 1
+
+
+def starts() -> dict[str, Any]:
+    """Time the start of processes that need no model, one of each kind in turns."""
+    samples: dict[str, list[float]] = {kind: [] for kind in STARTS}
+    for _ in range(START_ROUNDS):
+        for kind, arguments in STARTS.items():
+            begun = perf_counter()
+            command = [sys.executable, *arguments]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 - ourselves
+            samples[kind].append(perf_counter() - begun)
+    summaries = {kind: asdict(summarize(times)) for kind, times in samples.items()}
+    say(", ".join(f"{kind} {summary['median']:.3f} s" for kind, summary in summaries.items()))
+    return {"start_s": summaries}
+
+
+def starts_hold(result: dict[str, Any]) -> bool:
+    return all(result["start_s"][kind]["median"] <= most for kind, most in MOST_START_S.items())
 
 
 def restarts(args: Namespace, folder: Path) -> dict[str, Any]:
@@ -196,7 +232,7 @@ def stored(model: recollect.Model) -> dict[str, int]:
     tier = model.engine.tier
     assert tier is not None
     tier.flush()
-    own = [held for held in holdings(tier.store) if held.identity == tier.identity]
+    own = [held for held in tier.store.holdings() if held.identity == tier.identity]
     return {"blocks": own[0].blocks, "stored_bytes": own[0].stored_bytes, "tokens": own[0].tokens}
 
 

@@ -4,6 +4,7 @@ Fixtures that every part's tests share, and the Hypothesis profiles.
 Test modules do not import each other; what they share comes from here.
 """
 
+import gc
 import os
 import sqlite3
 import subprocess
@@ -30,15 +31,20 @@ from recollect.conversation.model import Model
 from recollect.engine import sequence as sequence_module
 from recollect.engine.engine import Engine
 from recollect.errors import RuntimeFailure
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Identity, Pin, Sealer, StoredReply
+from recollect.kv.record import Identity, Pin, Sealer, StoredReply, chained_key, namespace_key
 from recollect.models.catalog import CATALOG, reference_model
-from recollect.models.conversion import Precision, convert_to_onnx
-from recollect.models.onnx_folder import is_onnx_folder
+from recollect.models.onnx_folder import Precision, convert_to_onnx, is_onnx_folder
 from recollect.models.prepare import original_of
-from recollect.runtime.base import Logits, Pace, PassResult, Reuse, Row, RuntimeInfo
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import (
+    Logits,
+    Pace,
+    PassResult,
+    ReferenceRuntime,
+    Reuse,
+    Row,
+    RuntimeInfo,
+)
 from recollect.runtime.sequences import Feed
 from recollect.text.tokenizer import ByteTokenizer
 
@@ -68,6 +74,12 @@ SLOW_FOLDERS = {"clients", "crash", "e2e", "exports", "homes", "real"}
 """Their tests start processes, kill them, take large models or whole homes; all of them are slow."""
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave slow folders unread in a plain run: the clients that they import take seconds to load."""
+    plain = config.getoption("markexpr") == "not model and not slow"
+    return True if plain and collection_path in [HERE / name for name in SLOW_FOLDERS] else None
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """
@@ -82,6 +94,16 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
         if item.get_closest_marker("model"):
             made = {"onnx_folder", "exports_folder"} & set(getattr(item, "fixturenames", ()))
             item.add_marker(pytest.mark.xdist_group("made" if made else str(item.path)))
+
+
+def pytest_collection_finish() -> None:
+    """
+    Keep modules and test items out of the garbage collector's way.
+
+    They stay until the end; every `gc.collect()` of a test would walk through all of them again.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass

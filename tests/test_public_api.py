@@ -13,8 +13,9 @@ from recollect import errors
 def test_all_equals_what_the_package_exports() -> None:
     exported = {
         name
-        for name, value in vars(recollect).items()
-        if not isinstance(value, ModuleType) and (not name.startswith("_") or name == "__version__")
+        for name in dir(recollect)
+        if not isinstance(getattr(recollect, name), ModuleType)
+        and (not name.startswith("_") or name == "__version__")
     }
     assert set(recollect.__all__) == exported
 

@@ -1,7 +1,7 @@
 """
 Settings: where data lives, and how much memory KV may take.
 
-Reads the environment and the machine's free memory; does not know models or runtimes.
+Reads the environment, and asks the system for free memory and disk space. Knows no models and no runtimes.
 """
 
 import os
@@ -20,10 +20,10 @@ PROFILES: Final[tuple[Profile, ...]] = ("exact", "fast", "small")
 DEFAULT_PROFILE: Final[Profile] = "fast"
 
 HISTORY_NAME: Final = "history"
-"""Of the file in `home()` that holds what was typed into chats."""
+"""Name of the file in `home()` that holds the lines typed into chats."""
 OFFLINE_VARIABLE: Final = "RECOLLECT_OFFLINE"
 LEAST_KV_DISK_BYTES: Final = 1 << 20
-"""Below that LMDB has no room for its own pages while it replaces them."""
+"""Smallest budget for KV on disk: LMDB needs this much for its own pages while it rewrites them."""
 
 _SWITCH: Final = {
     **dict.fromkeys(("1", "true", "yes", "on"), True),
@@ -35,7 +35,7 @@ _SIZE: Final = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmg]i?)?b?\s*", re.
 
 def home() -> Path:
     """
-    Return where models and conversations are: `RECOLLECT_HOME`, or the platform's user data folder.
+    Return the data folder: `RECOLLECT_HOME`, or the platform's user data folder. It may not exist yet.
 
     Raises:
         ConfigError: It cannot be a folder.
@@ -43,17 +43,17 @@ def home() -> Path:
     chosen = os.environ.get("RECOLLECT_HOME")
     try:
         folder = Path(chosen or platformdirs.user_data_dir("recollect", False)).expanduser()
-    except RuntimeError as cause:  # of a user that is not there
+    except RuntimeError as cause:  # `~name` of a user that does not exist
         raise ConfigError(f"RECOLLECT_HOME is {chosen!r} ({cause}): name a folder.") from cause
     return require_folder(folder)
 
 
 def require_folder(folder: Path) -> Path:
     """
-    Return a folder that is there, or that can be made.
+    Return *folder* if it exists or could be created.
 
     Raises:
-        ConfigError: Something on the way to it is no folder, or cannot be looked into.
+        ConfigError: It, or something above it, is not a folder or cannot be accessed.
     """
     try:
         there = _first_there(folder)
@@ -71,17 +71,17 @@ def require_folder(folder: Path) -> Path:
 
 
 def _first_there(path: Path) -> Path:
-    """Return *path*, or the nearest folder above it that is there."""
+    """Return *path* if it exists, else the nearest path above it that does."""
     ways = (path.absolute(), *path.absolute().parents)
     return next(way for way in ways if way.is_symlink() or way.exists())
 
 
 def is_offline() -> bool:
     """
-    Return whether nothing may be fetched: what `RECOLLECT_OFFLINE` says.
+    Return whether `RECOLLECT_OFFLINE` forbids downloads; unset, it does not.
 
     Raises:
-        ConfigError: It says neither yes nor no.
+        ConfigError: Its value means neither yes nor no.
     """
     text = os.environ.get(OFFLINE_VARIABLE, "")
     value = _SWITCH.get(text.strip().lower())
@@ -92,7 +92,7 @@ def is_offline() -> bool:
 
 def parse_size(text: str) -> int:
     """
-    Return the bytes that a size like `2GB`, `512 MiB` or `100000` means.
+    Return a size like `2GB` (10**9), `512 MiB` (2**20) or `100000` in bytes.
 
     Raises:
         ConfigError: *text* is not a size above 0.
@@ -108,10 +108,10 @@ def parse_size(text: str) -> int:
 
 def parse_disk_size(text: str) -> int:
     """
-    Return the bytes that KV may take on disk; `0` and `off` are none.
+    Return a budget for KV on disk in bytes; `0` and `off` are 0.
 
     Raises:
-        ConfigError: *text* is no size, or one that holds next to nothing.
+        ConfigError: *text* is not a size, or smaller than `LEAST_KV_DISK_BYTES`.
     """
     if text.strip().lower() in ("0", "off"):
         return 0
@@ -120,10 +120,10 @@ def parse_disk_size(text: str) -> int:
 
 def require_disk_size(size: int) -> int:
     """
-    Return a budget in bytes that can be kept to.
+    Return *size*, a budget for KV on disk in bytes, if it is 0 or large enough.
 
     Raises:
-        ConfigError: It is smaller than what the database itself needs.
+        ConfigError: It is smaller than `LEAST_KV_DISK_BYTES`.
     """
     if size and size < LEAST_KV_DISK_BYTES:
         raise ConfigError(
@@ -138,7 +138,7 @@ def parse_profile(text: str) -> Profile:
     Return the profile of that name.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no such profile.
     """
     for profile in PROFILES:
         if text == profile:
@@ -147,7 +147,7 @@ def parse_profile(text: str) -> Profile:
 
 
 def default_kv_memory_bytes() -> int:
-    """Return a quarter of the memory that is free now, in bytes."""
+    """Return the default budget for KV in memory, in bytes: a quarter of what is free now."""
     return psutil.virtual_memory().available // 4
 
 
@@ -158,10 +158,16 @@ def machine_memory_bytes() -> int:
 
 def default_kv_disk_bytes(folder: Path) -> int:
     """
-    Return 10 GB or a tenth of what is free where *folder* is or will be, whichever is smaller.
+    Return the default budget for KV on disk in bytes: 10 GB or a tenth of the free space, if that is less.
+
+    Args:
+        folder: Where the KV is stored; it may not exist yet.
+
+    Returns:
+        0 if that is less than `LEAST_KV_DISK_BYTES`.
 
     Raises:
-        ConfigError: The system does not say what is free.
+        ConfigError: The free space cannot be read.
     """
     try:
         free = psutil.disk_usage(str(_first_there(require_folder(folder)))).free

@@ -1,12 +1,12 @@
 """
-Encryption of a data folder: the cipher that seals bytes, and the key file that says which key is right.
+Encryption of a data folder: the cipher that encrypts bytes, and the key file that tells the right key.
 
-Read from the top: `Cipher` seals and opens bytes. `KeyFile` is what the file in the folder says, without
-the key itself. `unlock` gives the cipher of an encrypted folder, from a passphrase or the keyring of the
-system; `new_key` and `save` encrypt a folder for the first time. Does not know what is encrypted, and
-asks nobody: whoever can ask passes a function.
+`Cipher` encrypts ("seals") and decrypts ("opens") bytes. `KeyFile` is the content of the key file in the
+folder, which does not hold the key. `unlock` returns the cipher of an encrypted folder, from a passphrase or
+from the system's keyring; `new_key` and `save` encrypt a folder for the first time. This module does not know
+what is encrypted, and asks nobody for a passphrase: callers that can ask pass a function.
 
-AES-256-GCM, HKDF and scrypt are those of the library `cryptography`, which is loaded with the first key.
+AES-256-GCM, HKDF and scrypt come from the library `cryptography`, which is imported with the first key.
 """
 
 import base64
@@ -31,9 +31,9 @@ KEY_BYTES: Final = 32
 NONCE_BYTES: Final = 12
 TAG_BYTES: Final = 16
 OVERHEAD_BYTES: Final = NONCE_BYTES + TAG_BYTES
-"""By how much sealed bytes are longer than plain ones."""
+"""How many bytes longer a sealed value is than the plain one: nonce and tag."""
 KV_PURPOSE: Final = "kv"
-"""The purpose of the cipher for KV on disk; the journal has the folder's own."""
+"""The purpose, for `Cipher.for_purpose`, of the cipher for KV on disk."""
 
 KEY_FILE: Final = "encryption.json"
 FORMAT: Final = 1
@@ -43,78 +43,81 @@ PASSPHRASE_VARIABLE: Final = "RECOLLECT_PASSPHRASE"  # noqa: S105 - the name of 
 Source = Literal["passphrase", "keyring"]
 """Where a key comes from."""
 Ask = Callable[[], str]
-"""Asks somebody for the passphrase."""
+"""Returns the passphrase that somebody typed."""
 
 _LABEL: Final = b"recollect 1 "
-"""Precedes the purpose of each derived key; another number is another scheme."""
+"""Precedes the purpose in the derivation of each key. The number is the version of the scheme."""
 _VERIFIER: Final = b"recollect key"
-"""Context of the sealed nothing that tells whether a key is the right one."""
+"""Context under which the verifier, an empty value, is sealed; only the right key opens it."""
 _SERVICE: Final = "recollect"
-"""Under what a key is filed in the keyring."""
+"""Name of the service under which the keyring stores keys."""
 
 
 class Cipher:
     """
-    Seals bytes with one key, so that without it they can be neither read nor changed unseen.
+    Authenticated encryption with one key: without it, sealed bytes cannot be read, and changes are detected.
 
-    Immutable; safe from any thread. Each call draws a random nonce of 96 bits. Two equal nonces are
-    less likely than 2**-32 as long as one key seals at most 2**32 times, which is 4 billion blocks or
-    messages; each purpose has a key of its own. Source: NIST SP 800-38D, 8.3.
+    Immutable; safe from any thread. Each call of `seal` draws a random nonce of 96 bits. While one key seals
+    at most 2**32 values, the probability of two equal nonces is below 2**-32; each purpose has a key of its
+    own. Source: NIST SP 800-38D, 8.3.
     """
 
     __slots__ = ("_aes", "_key", "name_secret")
 
     def __init__(self, key: bytes) -> None:
         """
-        Take a key of `KEY_BYTES` that nobody can guess: drawn at random, or derived by scrypt.
+        Create the cipher of a key.
+
+        Args:
+            key: `KEY_BYTES` bytes that cannot be guessed: random, or derived by scrypt.
 
         Raises:
-            ConfigError: The library is not installed.
-            ValueError: It has another length.
+            ConfigError: The library `cryptography` is not installed.
+            ValueError: The key has another length.
         """
         if len(key) != KEY_BYTES:
             raise ValueError(f"A key has {KEY_BYTES} bytes, and this one {len(key)}.")
         self._key: Final = key
         self._aes: Final = _aes_gcm(_derived(key, b"seal"))
         self.name_secret: Final = _derived(key, b"names")
-        """32 bytes to mix into names that are hashes of content, so that nobody can try which content."""
+        """32 bytes to mix into names that are hashes of content, so that nobody can test guesses of it."""
 
     def for_purpose(self, purpose: str) -> "Cipher":
-        """Return a cipher of its own for one kind of content; what one seals, no other opens."""
+        """Return the cipher for one kind of content, whose key is derived from this one's."""
         return Cipher(_derived(self._key, b"purpose " + purpose.encode()))
 
     def seal(self, plain: bytes | memoryview, *, context: bytes) -> bytes:
         """
-        Return the bytes sealed, `OVERHEAD_BYTES` longer: nonce, content, tag.
+        Return nonce, encrypted content and tag: `OVERHEAD_BYTES` more than *plain*.
 
         Args:
             plain: Any bytes.
-            context: What they are and where they belong. Not stored: `open` has to be told the same, so
-                bytes that were moved to another place do not open there.
+            context: What the bytes are and where they are stored. It is authenticated but not stored: `open`
+                needs the same, so bytes that were moved to another place do not open there.
         """
         nonce = os.urandom(NONCE_BYTES)
         return nonce + self._aes.encrypt(nonce, memoryview(plain).cast("B"), context)
 
     def open(self, sealed: bytes | memoryview, *, context: bytes) -> bytes:
         """
-        Return what was sealed under that context.
+        Return the bytes that were sealed with that context.
 
         Raises:
-            StoreCorruptError: It was changed, moved, or sealed with another key.
+            StoreCorruptError: They were changed, or sealed with another context or another key.
         """
         from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - an extra
 
         view = memoryview(sealed).cast("B")
         try:
             return self._aes.decrypt(view[:NONCE_BYTES], view[NONCE_BYTES:], context)
-        except (InvalidTag, ValueError):  # a wrong tag; too short for a nonce
+        except (InvalidTag, ValueError):  # ValueError: too short for a nonce
             raise StoreCorruptError(
                 "Encrypted bytes are not as they were written, or the key is another one: put a "
                 "backup in their place, or give the right key."
             ) from None
 
     def __repr__(self) -> str:
-        return "Cipher(…)"  # a key has no place in a log
+        return "Cipher(…)"  # so that no key gets into a log
 
 
 def _aes_gcm(key: bytes) -> "AESGCM":
@@ -124,7 +127,7 @@ def _aes_gcm(key: bytes) -> "AESGCM":
 
 
 def _derived(key: bytes, purpose: bytes) -> bytes:
-    """Return another key, from which neither the first nor any other can be found."""
+    """Return the key for a purpose by HKDF-Expand; neither *key* nor other purposes' keys follow from it."""
     with _library("cryptography"):
         from cryptography.hazmat.primitives.hashes import SHA256  # noqa: PLC0415 - an extra
         from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand  # noqa: PLC0415
@@ -134,10 +137,10 @@ def _derived(key: bytes, purpose: bytes) -> bytes:
 @contextmanager
 def _library(name: str) -> Iterator[None]:
     """
-    Import a library of the extra `encrypt` inside the block.
+    Turn an ImportError in the block, which imports a library of the extra `encrypt`, into ours.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: The library is not installed.
     """
     try:
         yield
@@ -151,9 +154,12 @@ def _library(name: str) -> Iterator[None]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scrypt:
     """
-    How much work it takes to try a passphrase: 128 MiB, and 0.75 s on a slow core.
+    Parameters of scrypt. With the defaults a try of a passphrase takes 128 MiB, and 0.75 s on a slow core.
 
-    Source: OWASP Password Storage Cheat Sheet, scrypt.
+    Source of the defaults: OWASP Password Storage Cheat Sheet, scrypt.
+
+    Raises:
+        ValueError: A parameter is out of its range, or `n` is no power of two.
     """
 
     n: int = 2**17
@@ -161,7 +167,7 @@ class Scrypt:
     p: int = 1
 
     def __post_init__(self) -> None:
-        # A file that somebody has changed must not take all memory.
+        # The parameters are read from a file; a changed file must not make scrypt take all memory.
         if not (1 < self.n <= 2**20 and 1 <= self.r <= 16 and 1 <= self.p <= 16):
             raise ValueError("out of range")
         if self.n & (self.n - 1):
@@ -170,30 +176,31 @@ class Scrypt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyFile:
-    """What the key file says: all that is needed besides the secret, which is in nobody's file."""
+    """The content of the key file: what is needed besides the passphrase or the keyring's key."""
 
     source: Source
     salt: bytes
-    """Salt of the passphrase; for a keyring, the name of the key there."""
+    """Salt of the passphrase; for a keyring, the user name under which the key is stored."""
     scrypt: Scrypt
     verifier: bytes
-    """Sealed nothing, which opens with the right key alone."""
+    """An empty value that the right key has sealed."""
 
     def check(self, cipher: Cipher) -> None:
         """
-        Check that a cipher is that of the folder.
+        Check that a cipher has the folder's key.
 
         Raises:
-            StoreCorruptError: It has another key.
+            StoreCorruptError: It has another one.
         """
         cipher.for_purpose("verifier").open(self.verifier, context=_VERIFIER)
 
     def cipher(self, secret: bytes) -> Cipher:
         """
-        Return the cipher of the folder.
+        Return the folder's cipher, whose key is *secret*.
 
         Raises:
-            StoreCorruptError: The key is another one.
+            StoreCorruptError: It is not the folder's key.
+            ValueError: It does not have `KEY_BYTES` bytes.
         """
         cipher = Cipher(secret)
         self.check(cipher)
@@ -201,18 +208,23 @@ class KeyFile:
 
 
 def is_encrypted(home: Path | None = None) -> bool:
-    """Return whether a data folder, `config.home()` without one, is encrypted."""
+    """Return whether a data folder is encrypted; None: that of `config.home()`."""
     return ((home or config.home()) / KEY_FILE).exists()
 
 
 def source(home: Path | None = None) -> Source | None:
-    """Return where the key of a data folder is; None for one that is not encrypted."""
+    """
+    Return where the key of a data folder comes from; None if the folder is not encrypted.
+
+    Raises:
+        StoreError: The key file cannot be read.
+    """
     key_file = _read((home or config.home()) / KEY_FILE)
     return None if key_file is None else key_file.source
 
 
 def missing(home: Path) -> ConfigError:
-    """Return the error for a folder with encrypted content and no key file."""
+    """Return the error for a folder that has encrypted content but no key file."""
     return ConfigError(
         f"{home / KEY_FILE} is missing, and what is kept there is encrypted: put that file back from "
         "a copy; without it nothing can be decrypted."
@@ -226,19 +238,21 @@ def unlock(
     Return the cipher of a data folder; None for one that is not encrypted.
 
     Args:
-        home: None: `RECOLLECT_HOME` or the user's data folder.
-        passphrase: None: `RECOLLECT_PASSPHRASE`. Not needed where the key is in the keyring.
-        ask: Called for a passphrase where there is none.
+        home: The data folder; None: `RECOLLECT_HOME` or the platform's user data folder.
+        passphrase: The passphrase; None: `RECOLLECT_PASSPHRASE`. Ignored if the key is in the keyring.
+        ask: Called for a passphrase if none is given.
 
     Raises:
-        ConfigError: The passphrase is wrong or missing, or is given and the folder is not
-            encrypted; the keyring does not have the key; a library is not installed.
-        StoreError: What says which key it is cannot be read.
+        ConfigError: The passphrase is wrong or missing; it is given, and the folder is not encrypted; the
+            keyring does not have the key; or a library is not installed.
+        StoreError: The key file cannot be read.
     """
     home = home or config.home()
     key_file = _read(home / KEY_FILE)
     if key_file is None:
-        if passphrase is not None:  # who gives one does not want to write plain text
+        if (
+            passphrase is not None
+        ):  # whoever gives one expects that nothing is written as plain text
             raise _not_encrypted(home)
         return None
     if key_file.source == "keyring":
@@ -258,10 +272,11 @@ def unlock(
 
 def require(home: Path, cipher: Cipher) -> None:
     """
-    Check that a cipher is that of a folder.
+    Check that a cipher has the key of a folder.
 
     Raises:
-        ConfigError: The folder is not encrypted, or with another key.
+        ConfigError: The folder is not encrypted, or is encrypted with another key.
+        StoreError: The key file cannot be read.
     """
     key_file = _read(home / KEY_FILE)
     if key_file is None:
@@ -282,16 +297,16 @@ def new_key(
     scrypt: Scrypt | None = None,
 ) -> tuple[Cipher, KeyFile]:
     """
-    Return the cipher of a new key, and the key file to `save` in the folder that it is for.
+    Return the cipher of a new key, and the key file that `save` writes into its folder.
 
     Args:
-        kept_in: Where the key comes from later on; a keyring has it when this returns.
+        kept_in: Where `unlock` will get the key from. It is in the keyring when this returns.
         passphrase: As for `unlock`.
         ask: As for `unlock`.
-        scrypt: None: the default of `Scrypt`.
+        scrypt: None: the defaults of `Scrypt`.
 
     Raises:
-        ConfigError: There is no passphrase, no keyring or no library.
+        ConfigError: There is no passphrase or no keyring, or a library is not installed.
     """
     salt, scrypt = secrets.token_bytes(16), scrypt or Scrypt()
     if kept_in == "keyring":
@@ -312,14 +327,14 @@ def new_key(
 
 def save(home: Path, key_file: KeyFile) -> None:
     """
-    Write the key file of a folder, all or nothing; one that is there is never replaced.
+    Write the key file of a folder, by one operation that never replaces an existing one.
 
     Args:
-        home: The folder; it is made where there is none.
+        home: The folder; it is created if it does not exist.
         key_file: From `new_key`.
 
     Raises:
-        StoreError: It cannot be written, or another process was faster. The folder is as it was.
+        StoreError: The file cannot be written, or another process has written one. The folder is as it was.
     """
     path = home / KEY_FILE
     fields = {
@@ -337,7 +352,7 @@ def save(home: Path, key_file: KeyFile) -> None:
             json.dump(fields, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
-        path.hardlink_to(unfinished)  # and not `replace`: a key that is there must stay
+        path.hardlink_to(unfinished)  # fails if the file exists; `replace` would replace it
         _sync_folder(path.parent)
     except OSError as error:
         if path.exists():
@@ -364,10 +379,11 @@ def _given(ask: Ask | None) -> str | None:
 
 
 def _stretched(passphrase: str, salt: bytes, scrypt: Scrypt) -> bytes:
-    """Return the key that a passphrase gives; slow on purpose."""
+    """Return the key that scrypt derives from a passphrase."""
     with _library("cryptography"):
         from cryptography.hazmat.primitives.kdf.scrypt import Scrypt as Kdf  # noqa: PLC0415 - an extra
-    # Systems encode the same letters differently, and an environment variable can hold any bytes.
+    # NFC, because systems compose accented letters differently. surrogateescape, because an environment
+    # variable can hold bytes that are not UTF-8.
     text = unicodedata.normalize("NFC", passphrase).encode(errors="surrogateescape")
     return Kdf(salt=salt, length=KEY_BYTES, n=scrypt.n, r=scrypt.r, p=scrypt.p).derive(text)
 
@@ -407,7 +423,7 @@ def _into_keyring(salt: bytes, secret: bytes) -> None:
         kept = keyring.get_password(_SERVICE, salt.hex())
     except keyring.errors.KeyringError as error:
         raise _no_keyring(_reason(error)) from error
-    if kept != text:  # some back ends keep nothing and raise nothing
+    if kept != text:  # some back ends store nothing and raise nothing
         raise _no_keyring("it does not keep anything")
 
 
@@ -425,7 +441,7 @@ def _no_keyring(why: str) -> ConfigError:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first sentence of an error; the next recommends a keyring that encrypts nothing."""
+    """Return the first sentence of an error; the second one of keyring recommends to store keys plain."""
     return " ".join(str(error).split()).partition(". ")[0].rstrip(".") or type(error).__name__
 
 
@@ -447,7 +463,8 @@ def _parsed(path: Path, fields: Any) -> KeyFile:
     Return the key file that JSON fields describe.
 
     Raises:
-        ValueError, KeyError, TypeError: They describe none.
+        StoreVersionError: A newer version wrote them.
+        ValueError, KeyError, TypeError: The fields are not those of a key file.
     """
     if fields["format"] > FORMAT:
         raise StoreVersionError(
@@ -465,7 +482,7 @@ def _parsed(path: Path, fields: Any) -> KeyFile:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the name of a new file survive a power cut."""
+    """Write a folder's entries to the disk, so that a new file in it survives a power cut."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -4,49 +4,49 @@ Every exception that recollect raises on purpose.
     RecollectError
     ├── ConfigError                 a setting cannot be used
     │   └── InvalidParameterError   a sampling or request parameter is out of range
-    ├── ModelError                  a model cannot be had or read
+    ├── ModelError                  a model cannot be found, downloaded or read
     │   ├── UnknownModelError       nothing goes by that name
-    │   ├── FetchError              it could not be downloaded
-    │   │   ├── ChecksumError       what was downloaded is not what was asked for
-    │   │   └── OfflineError        it is not here, and nothing may be fetched
-    │   ├── UnsupportedModelError   it is there, but this runtime cannot run it
-    │   └── TemplateError           its chat template is missing, or refuses the conversation
+    │   ├── FetchError              it cannot be downloaded
+    │   │   ├── ChecksumError       the downloaded file has another checksum
+    │   │   └── OfflineError        it is not on this disk, and downloads are forbidden
+    │   ├── UnsupportedModelError   it exists, but cannot be converted or run
+    │   └── TemplateError           its chat template is missing or broken, or refuses the conversation
     ├── RuntimeFailure              the forward pass failed
-    │   └── TokenIdError            a token id is outside the vocabulary, or there is none
-    ├── MemoryLimitError            it does not fit
-    │   ├── ContextFullError        into the model's context
-    │   └── OutOfBlocksError        into the KV memory budget
-    ├── StoreError                  what is kept on disk cannot be read or written
-    │   ├── StoreBusyError          somebody else holds it for too long
+    │   └── TokenIdError            a token id is outside the vocabulary, or no token was given
+    ├── MemoryLimitError            something does not fit
+    │   ├── ContextFullError        tokens do not fit into the model's context
+    │   └── OutOfBlocksError        KV does not fit into its memory budget
+    ├── StoreError                  the journal, KV or keys on disk cannot be read or written
+    │   ├── StoreBusyError          another program holds it for too long
     │   ├── StoreCorruptError       it is damaged
     │   ├── StoreEncryptedError     it was encrypted after it was opened
-    │   ├── StoreFullError          there is no room for more
-    │   ├── StoreUnavailableError   the disk or the system does not let it be used
-    │   ├── TooShortError           it fills no block, and nothing less can be kept
-    │   └── StoreVersionError       a newer version wrote it
-    └── ConversationError           the tree of turns
-        ├── UnknownNodeError        that node is not in this conversation
-        ├── RewindError             that place is not in this history
+    │   ├── StoreFullError          the disk or the budget is full
+    │   ├── StoreUnavailableError   the disk or the system refuses access
+    │   ├── TooShortError           a prefix is shorter than a block, and only whole blocks are stored
+    │   └── StoreVersionError       another version of recollect wrote it
+    └── ConversationError           an operation on a conversation is not possible
+        ├── UnknownNodeError        the conversation has no such node
+        ├── RewindError             the history has no such place
         ├── SessionBusyError        a reply is being generated in this session
-        ├── UnknownConversationError  no conversation goes by that name
-        ├── UnknownCheckpointError  no checkpoint goes by that name
-        ├── NameTakenError          something else goes by that name
-        └── ConversationFileError   a file is no conversation, or cannot be written
+        ├── UnknownConversationError  there is no such conversation
+        ├── UnknownCheckpointError  there is no such checkpoint
+        ├── NameTakenError          the name is taken
+        └── ConversationFileError   a file is not a conversation, or cannot be written
     MisuseError                     a bug in the calling code (a RuntimeError, not a RecollectError)
 
-Each message is one sentence with a remedy; numbers are attributes too. Stops, cancellation and
-cache misses are results, not exceptions.
+Each message is one sentence with a remedy; numbers in it are attributes, too. A reply that is stopped or
+cancelled, and a cache miss, are results and not exceptions.
 """
 
 from pathlib import Path
 
 
 class RecollectError(Exception):
-    """Base of every error that a caller, a file or a runtime can cause."""
+    """Base class of the errors that arguments, files, runtimes or the system cause."""
 
 
 class ConfigError(RecollectError):
-    """A setting cannot be used as it is."""
+    """A setting, an option or an argument cannot be used."""
 
 
 class InvalidParameterError(ConfigError, ValueError):
@@ -54,11 +54,11 @@ class InvalidParameterError(ConfigError, ValueError):
 
 
 class ModelError(RecollectError):
-    """A model cannot be had or read."""
+    """A model cannot be found, downloaded or read."""
 
 
 class UnknownModelError(ModelError):
-    """Nothing goes by that name."""
+    """No model has that name."""
 
 
 class FetchError(ModelError):
@@ -66,7 +66,14 @@ class FetchError(ModelError):
 
 
 class ChecksumError(FetchError):
-    """What was downloaded is not what was asked for; it was set aside at `kept`."""
+    """
+    A downloaded file has another checksum than the catalog says.
+
+    Attributes:
+        expected: The hex sha256 that the file should have.
+        actual: The hex sha256 that it has.
+        kept: Where the file was moved to.
+    """
 
     def __init__(self, message: str, *, expected: str, actual: str, kept: Path) -> None:
         super().__init__(message)
@@ -76,48 +83,61 @@ class ChecksumError(FetchError):
 
 
 class OfflineError(FetchError):
-    """The model is not on this disk, and nothing may be fetched; nothing was asked of a network."""
+    """The model is not on this disk, and downloads are forbidden; no connection was made."""
 
 
 class UnsupportedModelError(ModelError):
-    """The model is there, but this runtime cannot run it; the message names what it is about."""
+    """The model exists, but cannot be converted or run; the message names what is not supported."""
 
 
 class TemplateError(ModelError):
     """The chat template is missing, broken, or refuses the conversation."""
 
 
-class RuntimeFailure(RecollectError):  # noqa: N818 - RuntimeError is taken, and means something else
-    """The runtime failed; the cause is chained."""
+class RuntimeFailure(RecollectError):  # noqa: N818 - RuntimeError is a built-in, with another meaning
+    """The runtime failed in a forward pass or while loading; its own error is chained."""
 
 
 class TokenIdError(RuntimeFailure, ValueError):
-    """No token was given, or one outside the vocabulary."""
+    """A token id is outside the vocabulary, or no token was given."""
 
 
 class MemoryLimitError(RecollectError):
-    """It does not fit."""
+    """Something does not fit into the context or into memory."""
 
 
 class ContextFullError(MemoryLimitError):
-    """The tokens do not fit into the model's context; nothing was changed."""
+    """
+    The tokens do not fit into the model's context; nothing was changed.
+
+    Attributes:
+        needed: Tokens of the whole sequence.
+        limit: Most tokens of the context.
+    """
 
     def __init__(self, *, needed: int, limit: int) -> None:
         super().__init__(
             f"This needs {needed:,} tokens, and the context holds {limit:,}: shorten the prompt, "
-            "rewind, or start a new session."
+            "rewind, or begin a new conversation."
         )
         self.needed = needed
         self.limit = limit
 
 
 class OutOfBlocksError(MemoryLimitError):
-    """The KV memory budget is used up; nothing was changed."""
+    """
+    The KV memory budget is used up, and nothing can be evicted; nothing was changed.
+
+    Attributes:
+        needed: Blocks that are missing.
+        free: Blocks that are free.
+        total: Blocks of the pool.
+    """
 
     def __init__(self, *, needed: int, free: int, total: int) -> None:
         super().__init__(
-            f"This needs {needed:,} more KV blocks, and {free:,} of {total:,} are free: close a "
-            "session or a fork, or give more memory (--kv-memory)."
+            f"This needs {needed:,} more KV blocks, and {free:,} of {total:,} are free: wait for other "
+            "replies, unpin something, or give the cache more memory (--kv-memory)."
         )
         self.needed = needed
         self.free = free
@@ -125,11 +145,11 @@ class OutOfBlocksError(MemoryLimitError):
 
 
 class StoreError(RecollectError):
-    """What is kept on disk cannot be read or written; what was there before is as it was."""
+    """The journal, the KV store or the key file cannot be read or written; what it held is unchanged."""
 
 
 class StoreBusyError(StoreError):
-    """Somebody else has held the store for longer than the timeout; nothing was changed."""
+    """Another program held the store for longer than the timeout; nothing was changed."""
 
 
 class StoreCorruptError(StoreError):
@@ -141,15 +161,21 @@ class StoreEncryptedError(StoreError):
 
 
 class StoreFullError(StoreError):
-    """There is no room for more; nothing was changed."""
+    """The disk or the store's budget is full; nothing was changed."""
 
 
 class StoreUnavailableError(StoreError):
-    """The disk or the system does not let the store be used, or not be written; nothing was changed."""
+    """The disk or the system refuses to open, read or write the store; nothing was changed."""
 
 
 class TooShortError(StoreError):
-    """The prefix fills no block of KV, and this runtime keeps whole ones only; nothing was kept."""
+    """
+    A prefix is shorter than a block of KV, and the profile stores whole blocks only; nothing was stored.
+
+    Attributes:
+        tokens: Tokens of the prefix.
+        least: Fewest tokens whose KV can be stored.
+    """
 
     def __init__(self, *, tokens: int, least: int) -> None:
         super().__init__(
@@ -161,19 +187,19 @@ class TooShortError(StoreError):
 
 
 class StoreVersionError(StoreError):
-    """A newer version of recollect wrote this; it was left untouched."""
+    """Another version of recollect wrote the store, and it cannot be used; it was left untouched."""
 
 
 class ConversationError(RecollectError):
-    """The tree of turns was asked for something that it does not have."""
+    """An operation on a conversation is not possible; the subclass or the message says why."""
 
 
 class UnknownNodeError(ConversationError):
-    """That node is not in this conversation."""
+    """The conversation has no such node."""
 
 
 class RewindError(ConversationError, ValueError):
-    """That place is not in this history; nothing was changed."""
+    """The history has no such place; nothing was changed."""
 
 
 class SessionBusyError(ConversationError):
@@ -181,20 +207,20 @@ class SessionBusyError(ConversationError):
 
 
 class UnknownConversationError(ConversationError):
-    """No conversation goes by that name, or it has been deleted."""
+    """There is no conversation of that name or id, or it was deleted."""
 
 
 class UnknownCheckpointError(ConversationError):
-    """No checkpoint goes by that name, or its conversation has been deleted."""
+    """There is no checkpoint of that name, or its conversation was deleted."""
 
 
 class NameTakenError(ConversationError):
-    """Another conversation, or something else of the kind, goes by that name; nothing was changed."""
+    """Another conversation, branch or pin has that name; nothing was changed."""
 
 
 class ConversationFileError(ConversationError):
-    """A file holds no conversation that can be imported, or one cannot be written to it."""
+    """A file is not a conversation that can be imported, or a conversation cannot be exported to it."""
 
 
 class MisuseError(RuntimeError):
-    """The calling code has a bug, such as using a closed sequence."""
+    """The calling code has a bug, such as using a sequence after it was closed."""

@@ -1,13 +1,12 @@
 """
-Files as all parts use them: opened safely, written in a private place, and named by their content.
+Files: strangers' files opened safely, private folders for unfinished ones, and hashes of content.
 
-Three groups. The first opens files that may come from strangers: regular ones, of a bounded size,
-inside their folder; every refusal is an `OSError` whose `strerror` ends a sentence, so that those who
-open files for a user report it like any other. The second makes private folders, one of them for
-unfinished work, on the disk of the finished: what lies there is never used, and moved out by one rename
-when it is whole. The third hashes files, and remembers the hash of one that has not changed since.
-
-Does not know what is in a file.
+Files that may come from strangers have to be regular, of a bounded size and inside their folder. Every
+refusal is an `OSError` whose `strerror` can end a sentence, so that callers report it like any other.
+Unfinished files are made in a private scratch folder on the disk of the finished ones. Nothing uses them
+there; when they are complete, one rename moves them to their place.
+The hash of a file is remembered while its size and its time of modification stay the same.
+Nothing here knows what is in a file.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ from recollect.types import Progress, no_progress
 
 MIB: Final = 1 << 20
 
-# Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever. Windows has neither flag.
+# O_NONBLOCK: opening a named pipe that nobody writes to would block. Some flags exist on some systems only.
 _FLAGS: Final = (
     os.O_RDONLY
     | getattr(os, "O_BINARY", 0)
@@ -47,16 +46,16 @@ _KINDS: Final = (
 _HUB_SNAPSHOTS: Final = "snapshots"
 _HUB_BLOBS: Final = "blobs"
 _ABANDONED_AFTER_S: Final = 24 * 3600.0
-"""Age of a scratch folder that a killed process has left behind; none is in use for so long."""
+"""Age in seconds from which a scratch folder counts as left behind by a killed process."""
 _CHUNK_BYTES: Final = 4 << 20
-"""Bytes hashed at once: enough to keep the hash busy, few enough to show progress."""
+"""Bytes that are hashed between two reports of progress."""
 _HASHES: Final = "hashes"
-"""Folder of the remembered hashes."""
+"""Folder in the data folder with the remembered hashes, a JSON file each."""
 
 
 def open_regular(path: Path) -> BinaryIO:
     """
-    Return the file, open for reading; never waits for another program.
+    Open a regular file for reading, without ever waiting for another program.
 
     Raises:
         OSError: It cannot be opened, or is a pipe, a device or a folder.
@@ -71,10 +70,10 @@ def open_regular(path: Path) -> BinaryIO:
 
 def require_regular(path: Path) -> None:
     """
-    Check that *path* is a file with an end, for a library that opens it by its name.
+    Check that *path* is a regular file, before a library opens it by its name.
 
     Raises:
-        OSError: It is not there, or is a pipe, a device or a folder.
+        OSError: It does not exist, or is a pipe, a device or a folder.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
@@ -83,15 +82,15 @@ def require_regular(path: Path) -> None:
 
 def read_bytes(path: Path, *, most_bytes: int) -> bytes:
     """
-    Return what is in a regular file.
+    Return the content of a regular file.
 
     Raises:
-        OSError: It cannot be read, is no regular file, or is larger than *most_bytes*.
+        OSError: It cannot be read, is not a regular file, or is larger than *most_bytes*.
     """
     with open_regular(path) as file:
         data = b""
         if os.fstat(file.fileno()).st_size <= most_bytes:
-            data = file.read(most_bytes + 1)  # it may have grown since
+            data = file.read(most_bytes + 1)  # one more than allowed: the file may have grown
             if len(data) <= most_bytes:
                 return data
         raise OSError(errno.EFBIG, f"it is larger than {_size(most_bytes)}", str(path))
@@ -99,11 +98,11 @@ def read_bytes(path: Path, *, most_bytes: int) -> bytes:
 
 def read_text(path: Path, *, most_bytes: int, encoding: str = "utf-8") -> str:
     """
-    Return the text in a regular file, line ends as Python's text files have them.
+    Return the text in a regular file, with all line ends as `\\n`.
 
     Raises:
-        OSError: As `read_bytes`.
-        UnicodeDecodeError: It is no text in that encoding.
+        OSError: It cannot be read, is not a regular file, or is larger than *most_bytes*.
+        UnicodeDecodeError: It is not text in that encoding.
     """
     text = read_bytes(path, most_bytes=most_bytes).decode(encoding)
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -111,13 +110,13 @@ def read_text(path: Path, *, most_bytes: int, encoding: str = "utf-8") -> str:
 
 def inside(folder: Path, name: str) -> Path:
     """
-    Return where the file that a folder calls *name* really lies.
+    Return the path, without links, of the file *name* in a folder.
 
-    It has to be a regular file in the folder or below it. A link may lead out in one case: a
-    snapshot of the Hugging Face cache links to the `blobs` folder two levels above it.
+    It must be a regular file in the folder or below it. Links may lead out of the folder in one case only: a
+    snapshot in the Hugging Face cache links to the `blobs` folder beside `snapshots`.
 
     Raises:
-        OSError: It is not there, is no regular file, or lies outside.
+        OSError: It does not exist, is not a regular file, or lies outside.
     """
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if not name or "\0" in name or posix.is_absolute() or windows.drive or windows.root:
@@ -126,7 +125,7 @@ def inside(folder: Path, name: str) -> Path:
         raise OSError(errno.EACCES, "it leads out of the folder", name)
     try:
         path = (folder / name).resolve(strict=True)
-    except RuntimeError as cause:  # what Python before 3.13 says of it
+    except RuntimeError as cause:  # how Python before 3.13 reports a circle of links
         raise OSError(errno.ELOOP, "it is a link that leads to itself", name) from cause
     if not any(path.is_relative_to(root) for root in _roots(folder)):
         raise OSError(errno.EACCES, f"it is a link that leads out of the folder, to {path}", name)
@@ -136,9 +135,12 @@ def inside(folder: Path, name: str) -> Path:
 
 def others_may_write(path: Path) -> str | None:
     """
-    Return who besides the user and the administrator may change a file or folder; None: nobody.
+    Return who besides the user and the administrator may change a file or folder, as a clause; None: nobody.
 
-    On Windows None: permissions are lists there, which Python does not read.
+    Always None on Windows, whose access control lists Python does not read.
+
+    Raises:
+        OSError: The file or folder cannot be looked at.
     """
     if os.name == "nt":
         return None
@@ -155,11 +157,11 @@ def others_may_write(path: Path) -> str | None:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Return what files of *folder* may lie below, without links."""
+    """Return the folders, without links, that files of *folder* may lie in or below."""
     real = folder.resolve(strict=True)
     above = real.parent
     blobs = above.parent / _HUB_BLOBS
-    # One that is a link itself may have come with the folder, and lead anywhere.
+    # A `blobs` that is a link may have come with the folder, and lead anywhere.
     if above.name == _HUB_SNAPSHOTS and blobs.is_dir() and not blobs.is_symlink():
         return [real, blobs]
     return [real]
@@ -175,7 +177,7 @@ def _size(count: int) -> str:
 
 
 def _is_own_group(group: int) -> bool:
-    """Return whether a group is the user's alone, as most Linux systems give one to each user."""
+    """Return whether a group is the user's own, as most Linux systems create one for each user."""
     import grp  # noqa: PLC0415 - not on Windows
     import pwd  # noqa: PLC0415
 
@@ -207,7 +209,7 @@ def _group_name(number: int) -> str:
 @contextlib.contextmanager
 def scratch_folder(home: Path) -> Iterator[Path]:
     """
-    Yield a new empty folder under *home*, private to the user, that is gone afterwards.
+    Yield a new empty folder under *home* that only the user may read, and delete it at the end.
 
     Raises:
         ConfigError: *home* cannot be written to.
@@ -230,17 +232,17 @@ def scratch_folder(home: Path) -> Iterator[Path]:
 
 def make_private(folder: Path, home: Path) -> None:
     """
-    Make *home* and a folder directly in it, for the user alone, unless they are there.
+    Create *home* and a folder directly in it, which only the user may read, unless they exist.
 
     Raises:
-        OSError: They cannot be made.
+        OSError: They cannot be created.
     """
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _sweep(parent: Path) -> None:
-    """Delete scratch folders that were left behind."""
+    """Delete scratch folders that killed processes have left behind."""
     for folder in parent.iterdir():
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER_S:
@@ -248,13 +250,18 @@ def _sweep(parent: Path) -> None:
 
 
 def combine(parts: Iterable[str]) -> str:
-    """Return the hex sha256 of a list of texts; the same letters cut elsewhere give another hash."""
+    """Return the hex sha256 of a list of texts, which depends on where one text ends and the next begins."""
     return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()
 
 
 def sha256_file(path: Path, *, what: str = "", progress: Progress = no_progress) -> str:
     """
-    Return the hex sha256 of a file, reading all of it.
+    Return the hex sha256 of a file.
+
+    Args:
+        path: The file.
+        what: What is being done, for *progress*; empty: "checking" with the file's name.
+        progress: Called with the bytes that were read so far.
 
     Raises:
         OSError: It cannot be read.
@@ -271,23 +278,45 @@ def sha256_file(path: Path, *, what: str = "", progress: Progress = no_progress)
 
 def cached_sha256(path: Path, *, home: Path, progress: Progress = no_progress) -> str:
     """
-    Return the hex sha256 of a file, remembered under *home* while its size and time stay the same.
+    Return the hex sha256 of a file, which is remembered while its size and modification time stay the same.
+
+    Args:
+        path: The file.
+        home: The data folder, in which the hash is remembered.
+        progress: Called with the bytes that were read so far, if the file has to be hashed.
 
     Raises:
         OSError: It cannot be read.
     """
-    path = path.resolve()
-    stat = path.stat()
-    key = {"path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    note = home / _HASHES / f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
-    known = _read_note(note)
-    if all(known.get(name) == value for name, value in key.items()):
-        digest = known.get("sha256")
-        if isinstance(digest, str):
-            return digest
+    known = remembered_sha256(path, home=home)
+    if known is not None:
+        return known
+    note, key = _note_of(path, home)  # before it is read: what changes meanwhile is hashed again
     digest = sha256_file(path, progress=progress)
     _write_note(note, home, key | {"sha256": digest})
     return digest
+
+
+def remembered_sha256(path: Path, *, home: Path) -> str | None:
+    """
+    Return the hex sha256 that `cached_sha256` would give without reading the file, or None.
+
+    Raises:
+        OSError: There is no such file.
+    """
+    note, key = _note_of(path, home)
+    known = _read_note(note)
+    digest = known.get("sha256")
+    is_same = all(known.get(name) == value for name, value in key.items())
+    return digest if is_same and isinstance(digest, str) else None
+
+
+def _note_of(path: Path, home: Path) -> tuple[Path, dict[str, object]]:
+    """Return where a file's hash is noted, and what tells whether the note is of its bytes."""
+    path = path.resolve()
+    stat = path.stat()
+    note = home / _HASHES / f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
+    return note, {"path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _read_note(path: Path) -> dict[str, Any]:
@@ -299,9 +328,9 @@ def _read_note(path: Path) -> dict[str, Any]:
 
 
 def _write_note(path: Path, home: Path, content: dict[str, object]) -> None:
-    """Write under a temporary name and rename, so that another process never reads half a note."""
+    """Write a note by one rename, so that another process never reads an incomplete one."""
     temporary = path.with_suffix(f".{uuid.uuid4().hex}")
-    # Without the note the file is hashed again next time, which is slow but right.
+    # If the note cannot be written, the file is hashed again next time.
     with contextlib.suppress(OSError):
         make_private(path.parent, home)
         temporary.write_text(json.dumps(content), "utf-8")

@@ -229,6 +229,12 @@ class SamplingParams:
     """A reply ends before the first of these strings; at most 64, of 8,192 characters together."""
     ignore_eos: bool = False
     """Go on at end of sequence, for benchmarks of a fixed length."""
+    end_repetition: bool = True
+    """
+    End a reply that only repeats itself, by the rule of `engine.repetition`; never with `ignore_eos`.
+
+    Sessions and the server do; a `Generator` goes on, whose caller decides about each token.
+    """
     grammar: Grammar | None = None
     """What the reply must look like; it ends where the grammar says that it is complete."""
     logprobs: int | None = None

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 
 from recollect import config
-from recollect.models.conversion import Precision
+from recollect.models.onnx_folder import Precision
 from recollect.models.prepare import prepare
-from recollect.runtime.base import PagedRuntime
-from recollect.runtime.genai import GenAiRuntime
+from recollect.runtime.base import PagedRuntime, ReferenceRuntime
 from recollect.runtime.openvino import OpenVinoRuntime
-from recollect.runtime.reference import ReferenceRuntime
-from recollect.runtime.sequences import SequenceAdapter, SequenceRuntime
+from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter, SequenceRuntime
 
 NUM_BLOCKS = 24
 

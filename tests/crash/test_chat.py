@@ -18,7 +18,6 @@ import pytest
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import StoredConversation
 from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.maintenance import holdings, problems
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a way to start quickly")
 
@@ -112,8 +111,8 @@ def kv_blocks(home: Path) -> int:
     """Check all KV on disk, and return how many blocks there are."""
     store = DiskStore(home / STORE_FOLDER, budget_bytes=64 << 20)
     try:
-        assert list(problems(store)) == []
-        return sum(holding.blocks for holding in holdings(store))
+        assert list(store.problems()) == []
+        return sum(holding.blocks for holding in store.holdings())
     finally:
         store.close()
 

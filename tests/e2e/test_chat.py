@@ -137,7 +137,7 @@ def test_an_error_is_one_line_and_the_chat_goes_on(spawn: Spawn) -> None:
     child.expect("recollect: There is no command /unod: did you mean /undo")
     child.expect_exact(PROMPT)
     enter(child, "/undo")
-    child.expect("recollect: Nothing to undo")
+    child.expect("recollect: There is nothing to undo")
     child.expect_exact(PROMPT)
     enter(child, "/quit")
     child.expect(pexpect.EOF)

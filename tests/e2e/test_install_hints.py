@@ -180,7 +180,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Fresh:
 
 
 HUB = """
-from recollect.models.fetch import HubFile, download_from_hub
+from recollect.models.catalog import HubFile, download_from_hub
 
 download_from_hub(HubFile('a/b', 'c'), '.', print)
 """

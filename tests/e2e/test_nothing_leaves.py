@@ -186,7 +186,7 @@ with recollect.load(sys.argv[1]) as model:
     session.prewarm("what is typed")
     session.respond("what is typed and sent", params=SamplingParams(max_tokens=4))
     if model.engine.info.reuse.as_bytes:
-        session.checkpoint("here")
+        session.checkpoint("library")
     session.fork(name="other").respond("again", params=SamplingParams(max_tokens=4))
     model.session().respond("JSON", params=SamplingParams(grammar=Grammar.json_object(), max_tokens=4))
     model.session_from([{"role": "user", "content": "hello"}]).respond(None, params=short)

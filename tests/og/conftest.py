@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recollect.models.conversion import Precision
+from recollect.models.onnx_folder import Precision
 
 QUESTION = "What is 2+2? Answer with one number."
 

@@ -17,10 +17,8 @@ from hypothesis.stateful import (
 )
 
 from recollect.encryption import Cipher
-from recollect.kv import maintenance
-from recollect.kv.blocks import Key, chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Buffer, Identity, Pin
+from recollect.kv.record import Buffer, Identity, Key, Pin, chained_key, namespace_key
 from recollect.kv.tables import Tables
 from recollect.types import common_prefix_length
 
@@ -169,7 +167,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_wrong(self) -> None:
-        assert list(maintenance.problems(self.stores[0])) == []
+        assert list(self.stores[0].problems()) == []
         assert self._on_disk() == set(self.stored)
         assert sum(self.stores[0].misses.values()) == 0
 

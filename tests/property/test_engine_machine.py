@@ -32,12 +32,11 @@ from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MemoryLimitError, OutOfBlocksError, RuntimeFailure, StoreError
 from recollect.kv import disk as disk_module
 from recollect.kv import prefix as prefix_module
-from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for, chained_key
+from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
 from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import PrefixCache
-from recollect.kv.record import Buffer, Entry, Identity
-from recollect.runtime.base import Pace, PassResult, Row
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.kv.record import Buffer, Entry, Identity, chained_key
+from recollect.runtime.base import Pace, PassResult, ReferenceRuntime, Row
 from recollect.types import SamplingParams, common_prefix_length
 
 VOCAB: Final = 8
@@ -543,7 +542,7 @@ def _keep_logits_after_a_rewind(patch: pytest.MonkeyPatch) -> None:
         logits = self.logits
         rewind(self, length)
         if logits is not None and length == self.computed:
-            self._logits = logits
+            self.logits = logits
 
     patch.setattr(TokenSequence, "rewind_to", stale)
 

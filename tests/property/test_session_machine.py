@@ -36,8 +36,7 @@ from recollect.errors import (
 from recollect.kv.blocks import CachedBlock
 from recollect.kv.prefix import Match, PrefixCache
 from recollect.models.catalog import reference_model
-from recollect.runtime.base import Pace, PassResult, Row
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import Pace, PassResult, ReferenceRuntime, Row
 from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import SamplingParams, common_prefix_length
 

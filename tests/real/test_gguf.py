@@ -22,7 +22,8 @@ from gguf.quants import dequantize
 from recollect.models.gguf_decoder import read_decoder
 from recollect.models.gguf_graph import Constants, GraphBuilder
 from recollect.models.gguf_weights import Shards
-from recollect.proof.reference_model import NotCompared, logits_at, open_gguf
+from recollect.proof.gguf_reference import open_gguf
+from recollect.proof.reference_model import NotCompared, logits_at
 from recollect.runtime.base import Row
 from recollect.runtime.openvino import OpenVinoRuntime
 

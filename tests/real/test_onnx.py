@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import recollect
-from recollect.models.conversion import Precision
+from recollect.models.onnx_folder import Precision
 from recollect.proof.scenarios import load_scenarios, play, run_rewind_test
 from recollect.proof.verify import EXACT_LIMIT, verify
 
@@ -72,5 +72,5 @@ def test_kv_on_disk_is_told_to_be_impossible(
 ) -> None:
     with caplog.at_level(logging.WARNING), load(kv_disk=1 << 30) as model:
         assert model.engine.tier is None
-    assert "keeps its KV to itself" in caplog.text
+    assert "does not give its KV out" in caplog.text
     assert not (tmp_path / "kv").exists()

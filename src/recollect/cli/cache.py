@@ -18,17 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from recollect import config
-from recollect.cli.home import NO_KV, has_store, open_store, store_folder
-from recollect.cli.options import (
-    USUAL,
-    JsonOption,
-    ModelOption,
-    ModelOptions,
-    YesOption,
-    read_text,
-    takes_model_options,
-)
-from recollect.cli.printing import (
+from recollect.cli.display import (
     confirm,
     count,
     format_bytes,
@@ -37,12 +27,24 @@ from recollect.cli.printing import (
     make_table,
     progress_bar,
 )
+from recollect.cli.options import (
+    NO_KV,
+    USUAL,
+    JsonOption,
+    ModelOption,
+    ModelOptions,
+    YesOption,
+    has_store,
+    open_store,
+    read_text,
+    store_folder,
+    takes_model_options,
+)
 from recollect.errors import ConfigError, StoreCorruptError, StoreError
-from recollect.kv import maintenance
-from recollect.kv.blocks import Key
 from recollect.kv.disk import DiskStore
-from recollect.kv.maintenance import Holding, damaged_stores, discard, remove_damaged, shrink
-from recollect.kv.record import Identity, Pin
+from recollect.kv.environment import damaged_stores, discard, remove_damaged, shrink
+from recollect.kv.record import Identity, Key, Pin
+from recollect.kv.tables import Holding
 from recollect.models.catalog import DEFAULT_MODEL
 from recollect.models.prepare import names_by_fingerprint
 
@@ -65,7 +67,7 @@ def ls(as_json: JsonOption = False) -> None:
         return
     names = names_by_fingerprint(config.home())
     with open_store() as store:
-        found, held = maintenance.holdings(store), store.pins()
+        found, held = store.holdings(), store.pins()
     digests = names_by_digest(found, names)
     if as_json:
         kept = [holding_as_dict(holding, names) for holding in found]
@@ -85,7 +87,7 @@ def stats(as_json: JsonOption = False) -> None:
         typer.echo("{}" if as_json else NO_KV)
         return
     with open_store() as store:
-        found = maintenance.holdings(store)
+        found = store.holdings()
         file_bytes, pinned_bytes = store.env.file_bytes, store.pinned_bytes()
     values = {
         "restored_tokens": sum(holding.savings.tokens for holding in found),
@@ -134,7 +136,7 @@ def verify(
         if unchecked:
             typer.echo(f"{_blocks(unchecked, 'is', 'are')} encrypted and could not be checked.")
         if wrong and repair:
-            removed = maintenance.remove_wrong(store, [key for key, _ in wrong])
+            removed = store.remove_wrong([key for key, _ in wrong])
             typer.echo(
                 f"{_blocks(removed, 'was', 'were')} deleted: that KV is computed again when it is needed."
             )
@@ -204,7 +206,7 @@ def _problems(store: DiskStore) -> tuple[int, int, list[tuple[Key, str]]]:
         heads = tables.heads()
     sealed = {key for key, head in heads.items() if head.is_sealed and store.sealer is None}
     with progress_bar("Reading all blocks"):
-        found = list(maintenance.problems(store))
+        found = list(store.problems())
     return len(heads), len(sealed), [(key, wrong) for key, wrong in found if key not in sealed]
 
 

@@ -19,17 +19,19 @@ import typer
 from typer.core import TyperCommand
 
 from recollect import encryption
-from recollect.cli.home import open_checkpoints, open_journal, unlock_home
+from recollect.cli.display import printable
 from recollect.cli.options import (
     USUAL,
     EncryptOption,
     ModelOptions,
     TemperatureOption,
+    open_checkpoints,
+    open_journal,
     read_text,
     sampling_option,
     takes_model_options,
+    unlock_home,
 )
-from recollect.cli.printing import printable
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Overflow
@@ -135,7 +137,7 @@ class Opening:
         except StoreError as error:
             if (self.name, self.resume, self.checkpoint) != (None, None, None):
                 raise
-            raise type(error)(f"{error} A chat with --no-save needs none.") from error
+            raise type(error)(f"{error} A chat with --no-save works without it.") from error
 
 
 def _last(journal: Journal) -> ConversationInfo | None:
@@ -195,7 +197,9 @@ def chat(
     loading: ModelOptions = USUAL,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Say the lines of a file; blank lines are skipped."),
+        typer.Option(
+            metavar="FILE", help="Send each line of a file as a message; blank lines are skipped."
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for each turn, and nothing else.")
@@ -219,8 +223,9 @@ def chat(
         bool,
         _option(
             "--no-save",
-            about="Write nothing of what is said to disk: no turns, no history, and no KV unless "
-            "--kv-disk is given. Without a name, a pipe saves no turns either, but KV and replies.",
+            about="Save nothing: no conversation, no history of typed lines, and no cache on disk "
+            "unless --kv-disk is given. Without --name, a pipe saves no conversation either, but it "
+            "writes the cache.",
         ),
     ] = False,
     system: Annotated[
@@ -284,7 +289,9 @@ def chat(
     ignore_eos: Annotated[
         bool,
         sampling_option(
-            "--ignore-eos", about="Go on when the model would end its reply.", metavar=None
+            "--ignore-eos",
+            about="Ignore the token by which the model ends its reply.",
+            metavar=None,
         ),
     ] = False,
 ) -> None:
@@ -315,7 +322,9 @@ def chat(
         )
     if system_file is not None:
         if system is not None:
-            raise ConfigError("--system and --system-file say the same: leave one of them out.")
+            raise ConfigError(
+                "--system and --system-file both give the instructions: leave one of them out."
+            )
         system = read_text(system_file)
     if no_save and loading.kv_disk is None:
         loading = replace(loading, kv_disk="0")  # KV on disk comes with the token ids that it is of
@@ -409,8 +418,8 @@ def answer_all(session: Session, prompts: Iterable[str], *, as_json: bool) -> No
             _answer_as_text(session, prompt, sys.stdout)
         if session.name != tip:
             print(
-                f"recollect: another chat has moved the branch {tip!r}: this one goes on in the new "
-                f"branch {session.name!r}.",
+                f"recollect: another program has moved the branch {tip!r}: this chat goes on in the "
+                f"new branch {session.name!r}.",
                 file=sys.stderr,
             )
 

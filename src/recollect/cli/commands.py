@@ -5,6 +5,7 @@ Each is a function of the chat and of what was typed after its name. Does not re
 """
 
 import difflib
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +13,9 @@ from typing import Final
 
 from rich.text import Text
 
-from recollect.cli.display import MARKS, draw_tree, warmth
-from recollect.cli.printing import format_bytes, printable
+from recollect.cli.display import MARKS, count, draw_tree, format_bytes, printable, warmth
 from recollect.cli.state import REGENERATE_TEMPERATURE, Chat, branches, statistics
+from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
 from recollect.errors import (
     ConversationError,
@@ -31,7 +32,7 @@ Action = Callable[[Chat, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Something that can be typed instead of a message."""
+    """A line that can be typed in place of a message."""
 
     name: str
     arguments: str
@@ -65,8 +66,8 @@ def run_command(chat: Chat, line: str) -> None:
 
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
-    hint = f"did you mean /{near[0]}?" if near else "/help lists them."
-    return f"There is no command /{name}: {hint} (To say it, put a space before it.)"
+    hint = f"did you mean /{near[0]}?" if near else "/help lists the commands."
+    return f"There is no command /{name}: {hint} To send it as a message, put a space before it."
 
 
 def _number(text: str, what: str) -> int:
@@ -87,32 +88,36 @@ def _turn(chat: Chat, number: int) -> Node:
     """Return the user's message of a turn on the current path, counted from 1."""
     asked = [node for node in chat.session.path() if node.role == "user"]
     if not 1 <= number <= len(asked):
-        has = f"this conversation has {len(asked)} turns" if asked else "nothing was said yet"
-        raise RewindError(f"There is no turn {number}: {has}; /tree shows them.")
+        if not asked:
+            raise RewindError(
+                f"There is no turn {number}: nothing has been said on this branch yet."
+            )
+        has = count(len(asked), "turn")
+        raise RewindError(f"There is no turn {number}: this branch has {has}; /tree shows all.")
     return asked[number - 1]
 
 
-def _tell_place(chat: Chat) -> None:
+def _tell_turn(chat: Chat) -> None:
     tip = chat.session.tip
     where = f"after turn {tip.turns}" if tip.turns else "at the start"
     chat.note(f"{chat.current} is {where}.")
 
 
 def undo(chat: Chat, rest: str) -> None:
-    """Take back the last turns of the session."""
-    chat.session.undo(_number(rest, "how many turns to take back") if rest else 1)
-    _tell_place(chat)
+    """Go back by one turn, or by several, on the current branch."""
+    chat.session.undo(_number(rest, "how many turns to undo") if rest else 1)
+    _tell_turn(chat)
 
 
 def rewind(chat: Chat, rest: str) -> None:
-    """Go to after a turn of the current path."""
+    """Go back to the end of a turn on the current branch."""
     number = _number(rest, "the turn to go back to, or 0 for the start")
     if number == 0:
         chat.session.rewind(_start(chat))
     else:
         asked = _turn(chat, number)
         chat.session.rewind(next(node for node in chat.session.path() if node.parent is asked))
-    _tell_place(chat)
+    _tell_turn(chat)
 
 
 def goto(chat: Chat, rest: str) -> None:
@@ -123,43 +128,58 @@ def goto(chat: Chat, rest: str) -> None:
     numbers = chat.session.conversation.numbers()
     found = next((node for node, shown in numbers.items() if shown == number), None)
     if found is None:
-        raise UnknownNodeError(f"There is no reply #{number}: /tree shows those that there are.")
+        raise UnknownNodeError(
+            f"There is no reply #{number}: /tree shows the replies with their numbers."
+        )
     node = chat.session.tree.node(found)
     if node.role in {"user", "system"}:
         raise ConversationError(
-            f"#{number} is a message, and no reply: give the number of one that /tree shows."
+            f"#{number} is not a reply: give the number of a reply; /tree shows them."
         )
     chat.session.rewind(node)
-    _tell_place(chat)
+    _tell_turn(chat)
 
 
 def fork(chat: Chat, rest: str) -> None:
-    """Make a second session at this place and go to it."""
+    """Begin a branch at the current tip and go to it."""
     former = chat.current
     chat.add_session(rest, lambda: chat.session.fork(name=rest))
-    chat.note(f"Now in {rest}, which shares all memory so far; /switch {former} goes back.")
+    chat.note(
+        f"Now on the branch {rest}, which shares the cache of all turns so far; "
+        f"/switch {former} goes back."
+    )
 
 
 def switch(chat: Chat, rest: str) -> None:
-    """Go to another session."""
+    """Go to another branch or conversation, or list those that are open."""
     if rest:
         chat.reopen(rest)
         chat.current = rest
-        _tell_place(chat)
+        _tell_turn(chat)
         return
     for name, session in chat.sessions.items():
         here = "  (here)" if name == chat.current else ""
-        chat.note(f"{name}: {session.tip.turns} turns{here}")
+        chat.note(f"{name}: {count(session.tip.turns, 'turn')}{here}")
 
 
 def close(chat: Chat, rest: str) -> None:
-    """Close a session; its branch stays in the tree."""
+    """Close a branch or conversation that is open; a branch stays in its tree."""
     session = chat.require_session(rest)
     if rest == chat.current:
-        raise ConversationError(f"You are in {rest}: /switch to another session first.")
+        raise ConversationError(f"{rest} is the current branch: /switch to another one first.")
     session.close()
     del chat.sessions[rest]
-    chat.note(f"Closed {rest}. What was said in it stays: /switch {rest} opens it again.")
+    chat.note(f"Closed {rest}. {_way_back(chat, rest, session)}")
+
+
+def _way_back(chat: Chat, name: str, closed: Session) -> str:
+    """Return how to go on with what was closed."""
+    conversation = closed.conversation
+    if name in chat.tips():
+        return f"Its turns stay in the tree: /switch {name} opens it again."
+    if conversation.is_saved and conversation.name is not None:
+        return f"To go on with it: recollect chat --resume {shlex.quote(conversation.name)}"
+    return "Nothing of it was saved."
 
 
 def regenerate(chat: Chat, _rest: str) -> None:
@@ -191,59 +211,60 @@ def tree(chat: Chat, _rest: str) -> None:
     chat.note(f"{branches(chat)}   {_LEGEND}" if states else branches(chat))
     elsewhere = [name for name in chat.sessions if name not in tips]
     if elsewhere:
-        chat.note(f"In other conversations: {', '.join(elsewhere)}.")
+        chat.note(f"Open in other conversations: {', '.join(elsewhere)}.")
 
 
 def name(chat: Chat, rest: str) -> None:
-    """Say what the conversation is called, or call it otherwise."""
+    """Show the name of the conversation, or give it another."""
     conversation = chat.session.conversation
     if rest:
         conversation.rename(rest)
-        chat.note(f"This conversation is {rest!r} now.")
-    elif not conversation.is_kept:
-        chat.note("This conversation is not kept, so it has no name.")
-    elif conversation.kept_as is None and conversation.name is None:
-        chat.note("It gets the date for a name with the first turn; /name NEW gives another.")
+        chat.note(f"This conversation is named {rest!r} now.")
+    elif not conversation.is_saved:
+        chat.note("This conversation is not saved, so it has no name.")
+    elif conversation.journal_id is None and conversation.name is None:
+        chat.note("With the first turn it gets the date as its name; /name NEW gives it another.")
     elif (called := conversation.current_name()) is None:
-        chat.note("This conversation has been deleted: /system begins another one.")
+        chat.note("This conversation has been deleted: /system begins a new one.")
     else:
-        chat.note(f"This conversation is {called!r}.")
+        chat.note(f"This conversation is named {called!r}.")
 
 
 def pin(chat: Chat, _rest: str) -> None:
-    """Keep what was said so far in memory."""
+    """Pin the KV of the current branch in memory."""
     chat.session.pin()
-    warm, _ = chat.session.warm_tokens()
+    cached, _ = chat.session.warm_tokens()
     chat.note(
-        f"{warm:,} tokens of {chat.current} stay in memory until /unpin; "
-        "what is said from here on takes another /pin."
+        f"The cache of {chat.current} ({cached:,} tokens) is pinned in memory until /unpin; "
+        "later turns need another /pin."
     )
 
 
 def unpin(chat: Chat, _rest: str) -> None:
-    """Unpin: allow what was pinned to be evicted."""
+    """Unpin the KV of the current branch, so that it can be evicted."""
     chat.session.unpin()
     chat.note(f"The cache of {chat.current} may be evicted when memory runs out.")
 
 
 def save(chat: Chat, rest: str) -> None:
     """Save a checkpoint, or list the checkpoints."""
-    if not chat.session.conversation.is_kept:
+    if not chat.session.conversation.is_saved:
         raise ConversationError(
-            "This chat is not kept, so it can have no checkpoint: start one without --no-save."
+            "This conversation is not saved, so it can have no checkpoint: start a chat without "
+            "--no-save."
         )
     if rest:
         made = chat.session.checkpoint(rest)
         chat.note(
-            f"{made.tokens:,} tokens are kept on disk as {rest!r} ({format_bytes(made.stored_bytes)}): "
-            f"/load {rest} comes back here, also after a restart."
+            f"Saved the checkpoint {rest!r}, with {made.tokens:,} tokens pinned on disk "
+            f"({format_bytes(made.stored_bytes)}): /load {rest} comes back here, also after a restart."
         )
         return
-    kept = chat.model.checkpoints()
-    if not kept:
-        chat.note("There is no checkpoint yet: /save NAME makes one here.")
-    for made in kept:
-        of = made.conversation or "deleted"
+    saved = chat.model.checkpoints()
+    if not saved:
+        chat.note("There is no checkpoint yet: /save NAME saves one here.")
+    for made in saved:
+        of = made.conversation or "a deleted conversation"
         chat.note(f"{made.name}: {of}, after turn {made.turns}, {made.tokens:,} tokens")
 
 
@@ -254,10 +275,13 @@ def load(chat: Chat, rest: str) -> None:
     former = chat.current
     chat.load(rest)
     if chat.current == former:
-        _tell_place(chat)
+        _tell_turn(chat)
     else:
-        kept = chat.session.conversation.name
-        chat.note(f"Now in {chat.current}, a session of {kept!r}; /switch {former} goes back.")
+        other = chat.session.conversation.name
+        chat.note(
+            f"Now in the conversation {other!r}, which is open here as {chat.current}; "
+            f"/switch {former} goes back."
+        )
 
 
 def stats(chat: Chat, _rest: str) -> None:
@@ -268,10 +292,10 @@ def stats(chat: Chat, _rest: str) -> None:
 
 def system(chat: Chat, rest: str) -> None:
     """Begin a new conversation with instructions."""
-    kept = chat.start_anew(rest or None)
+    former = chat.start_anew(rest or None)
     how = "with these instructions" if rest else "without instructions"
-    before = f" The one before is kept: /switch {kept}" if kept else ""
-    chat.note(f"A new conversation {how}.{before}")
+    back = f" /switch {former} goes back to the one before." if former else ""
+    chat.note(f"A new conversation {how} begins here.{back}")
 
 
 def help_text(chat: Chat, _rest: str) -> None:
@@ -291,21 +315,19 @@ def leave(chat: Chat, _rest: str) -> None:
 
 _LEGEND: Final = (
     f"{MARKS['warm']} in memory  {MARKS['disk']} on disk  {MARKS['partly']} in part  "
-    f"{MARKS['cold']} not"
+    f"{MARKS['cold']} not cached"
 )
 _KEYS: Final = (
     ("Alt-Enter", "a new line in the message; so do a \\ at its end and a pasted newline"),
     ('"""', "begins a message of several lines that ends with another"),
-    ("Ctrl-C", "stops a reply and keeps what was said; at the prompt, clears the line"),
+    ("Ctrl-C", "stops a reply, of which the text so far stays; at the prompt, clears the line"),
     ("Ctrl-D", "leaves; so does Ctrl-C twice"),
 )
 
 COMMANDS: Final[dict[str, Command]] = {
     command.name: command
     for command in (
-        Command(
-            "undo", "[N]", "take back the last turn, or the last N; they stay in the tree", undo
-        ),
+        Command("undo", "[N]", "go back by one turn, or by N; the turns stay in the tree", undo),
         Command("rewind", "N", "go to after turn N; 0 is the start", rewind),
         Command("edit", "N [TEXT]", "replace the message of turn N by TEXT, or edit it", edit),
         Command(
@@ -316,10 +338,12 @@ COMMANDS: Final[dict[str, Command]] = {
         ),
         Command("fork", "NAME", "begin a new branch here and go to it; costs nothing", fork),
         Command("switch", "[NAME]", "go to another branch or conversation, or list them", switch),
-        Command("close", "NAME", "close a branch; it stays in the tree", close),
+        Command(
+            "close", "NAME", "close a branch or conversation; what is saved of it stays", close
+        ),
         Command("tree", "", "draw all branches with their turns, and show what is in memory", tree),
-        Command("goto", "#ID", "go to any reply of the tree, also one taken back", goto),
-        Command("name", "[NEW]", "show the name of this conversation, or give it another", name),
+        Command("goto", "#ID", "go to any reply of the tree, also one that was undone", goto),
+        Command("name", "[NEW]", "show the name of this conversation, or change it", name),
         Command("pin", "", "keep the cache of this branch in memory", pin),
         Command("unpin", "", "allow it to be evicted when memory runs out", unpin),
         Command("save", "[NAME]", "save a checkpoint here, or list the checkpoints", save),

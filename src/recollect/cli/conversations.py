@@ -19,31 +19,35 @@ from rich.table import Table
 from rich.text import Text
 
 from recollect import config, files
-from recollect.cli.display import draw_tree
-from recollect.cli.home import has_store, open_checkpoints, open_journal, open_store, unlock_home
-from recollect.cli.options import (
-    USUAL,
-    EncryptOption,
-    JsonOption,
-    ModelOptions,
-    YesOption,
-    takes_model_options,
-)
-from recollect.cli.printing import (
+from recollect.cli.display import (
     confirm,
     count,
+    draw_tree,
     format_bytes,
     format_time,
     make_table,
     printable,
     progress_bar,
 )
+from recollect.cli.options import (
+    USUAL,
+    EncryptOption,
+    JsonOption,
+    ModelOptions,
+    YesOption,
+    has_store,
+    open_checkpoints,
+    open_journal,
+    open_store,
+    takes_model_options,
+    unlock_home,
+)
 from recollect.conversation.loading import bring_in, collect, why_not
 from recollect.conversation.model import Model
 from recollect.conversation.tree import grown
 from recollect.errors import ConfigError, ConversationFileError, StoreError
-from recollect.journal.checkpoints import Checkpoint, drop_of_conversation
 from recollect.journal.conversation_files import MOST_JSON_BYTES, from_json, to_json, to_markdown
+from recollect.journal.home import Checkpoint, drop_of_conversation
 from recollect.journal.portable import PortableFile, require_new, write
 from recollect.journal.records import DEFAULT_TIP, ConversationInfo, StoredConversation
 from recollect.models.prepare import is_here
@@ -62,7 +66,7 @@ NewNameOption = Annotated[
     typer.Option(
         "--name",
         metavar="NAME",
-        help="The name that the conversation gets.",
+        help="The name that the conversation is to have.",
         show_default="as the file says",
     ),
 ]
@@ -79,7 +83,9 @@ _ModelOption = Annotated[
 _AS_THE_FILE: Final = ModelOptions(profile=None)
 _NoKvOption = Annotated[
     bool,
-    typer.Option("--no-kv", help="Only the text of all branches, without KV; loads no model."),
+    typer.Option(
+        "--no-kv", help="Leave the KV out: only the text of all branches. Loads no model."
+    ),
 ]
 
 
@@ -118,13 +124,13 @@ def show(name: NameArgument) -> None:
 
 @_conversations.command()
 def rename(
-    old: Annotated[str, typer.Argument(metavar="OLD", help="The name that it has.")],
-    new: Annotated[str, typer.Argument(metavar="NEW", help="The name that it gets.")],
+    old: Annotated[str, typer.Argument(metavar="OLD", help="The name that the conversation has.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The name that it is to have.")],
 ) -> None:
     """Give a conversation another name."""
     with open_journal() as journal:
         journal.rename(old, new)
-    typer.echo(f"{old!r} is {new!r} now.")
+    typer.echo(f"The conversation {old!r} is named {new!r} now.")
 
 
 @_conversations.command()
@@ -140,7 +146,7 @@ def delete(
             typer.echo("Nothing was deleted.")
             return
         journal.delete(name)
-    typer.echo(f"{name!r} was deleted.")
+    typer.echo(f"The conversation {name!r} was deleted.")
     if has_store():
         _drop_checkpoints(conversation)
 
@@ -160,7 +166,7 @@ def export(
             show_default="json for a file that ends in .json, else markdown",
         ),
     ] = None,
-    tip: Annotated[
+    branch: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The branch to write as Markdown.", show_default="main"),
     ] = None,
@@ -170,14 +176,14 @@ def export(
         conversation = journal.load(name)
     if to is None:
         to = "json" if file is not None and file.suffix.lower() == ".json" else "markdown"
-    text = to_json(conversation) if to == "json" else to_markdown(conversation, tip=tip)
+    text = to_json(conversation) if to == "json" else to_markdown(conversation, tip=branch)
     if file is None:
         # As bytes: a pipe gets UTF-8 whatever the terminal's encoding is, so JSON stays whole.
         typer.echo(printable(text) if sys.stdout.isatty() else text.encode(), nl=False)
         return
     with _file_errors(file):
         _write_new(file, text)
-    typer.echo(f"{name!r} is in {file}, which only you can read.")
+    typer.echo(f"The conversation {name!r} was written to {file}, which only you can read.")
 
 
 @_conversations.command("import")
@@ -196,13 +202,13 @@ def import_file(
         text = data.decode("utf-8-sig")  # some editors put a mark before it
     except UnicodeDecodeError:
         raise ConversationFileError(
-            f"{file} is no text: give a file that `recollect conversations export` wrote as JSON."
+            f"{file} is not UTF-8 text: give a file that `recollect conversations export` wrote as JSON."
         ) from None
     conversation = from_json(text)
     unlock_home(encrypt=encrypt)
     with open_journal() as journal:
         info = journal.add(conversation, name)
-    typer.echo(f"{info.name!r} was imported, with {count(info.turns, 'turn')}.")
+    typer.echo(f"The conversation {info.name!r} was imported, with {count(info.turns, 'turn')}.")
 
 
 def conversations_table(found: list[ConversationInfo]) -> Table:
@@ -230,7 +236,7 @@ def _file_errors(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConversationFileError(
-            f"{file} cannot be used ({error.strerror}): check the path and what is allowed there."
+            f"{file} cannot be used ({error.strerror}): check the path and its permissions."
         ) from error
 
 
@@ -305,7 +311,7 @@ def list_checkpoints(as_json: JsonOption = False) -> None:
             json.dumps([_checkpoint_as_dict(made) for made in found], ensure_ascii=False, indent=2)
         )
     elif not found:
-        typer.echo("There is no checkpoint yet: /save NAME in a chat makes one.")
+        typer.echo("There is no checkpoint yet: /save NAME in a chat saves one.")
     else:
         Console().print(checkpoints_table(found))
     if of_servers and not as_json:
@@ -363,7 +369,7 @@ def _checkpoint_as_dict(made: Checkpoint) -> dict[str, object]:
 def export_with_kv(
     name: NameArgument,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file to write.")],
-    tip: Annotated[
+    branch: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The branch whose KV is written.", show_default="main"),
     ] = None,
@@ -377,23 +383,24 @@ def export_with_kv(
     Another machine with the same model can go on with it and need not read it again. The file is not
     encrypted: whoever has it can read the conversation.
     """
-    if no_kv and tip is not None:
+    if no_kv and branch is not None:
         raise ConfigError(
-            "--tip names the branch whose KV is written, and --no-kv writes none: leave one of them out."
+            "--branch names the branch whose KV is written, and --no-kv writes none: leave one of them out."
         )
     require_new(file)
     with open_journal() as journal:
         conversation = journal.load(name)
-    branch = None
+    collected = None
     if not no_kv:
         with loading.load(model or conversation.model) as loaded:
-            session = loaded.resume(name, tip=tip or DEFAULT_TIP)
+            session = loaded.resume(name, tip=branch or DEFAULT_TIP)
             with progress_bar("Collecting KV", tokens=True) as progress:
-                branch = collect(loaded, session, progress=progress)
-    write(file, conversation, branch)
+                collected = collect(loaded, session, progress=progress)
+    write(file, conversation, collected)
     size = format_bytes(file.stat().st_size)
-    kv = "without KV" if branch is None else f"with the KV of {len(branch.token_ids):,} tokens"
-    typer.echo(f"{name!r} is in {file}, {kv} ({size}).")
+    tokens = 0 if collected is None else len(collected.token_ids)
+    kv = f"with the KV of {tokens:,} tokens" if tokens else "without KV"
+    typer.echo(f"The conversation {name!r} was written to {file}, {kv} ({size}).")
 
 
 @app.command("import")
@@ -417,7 +424,7 @@ def import_with_kv(
     portable = PortableFile(file)
     with open_journal() as journal:
         info = journal.add(portable.conversation, name)
-    typer.echo(f"{info.name!r} was imported, with {count(info.turns, 'turn')}.")
+    typer.echo(f"The conversation {info.name!r} was imported, with {count(info.turns, 'turn')}.")
     if no_kv:
         return
     wanted = model or portable.conversation.model
@@ -430,7 +437,7 @@ def import_with_kv(
             obstacle = _bring_in(loaded, portable)
     if obstacle is not None:
         typer.echo(
-            f"Its KV was not: {obstacle}. The model reads the conversation once when it goes on."
+            f"Its KV was not imported: {obstacle}. The model reads the conversation once when it goes on."
         )
 
 
@@ -452,7 +459,7 @@ def _bring_in(model: Model, portable: PortableFile) -> str | None:
         tokens = bring_in(model, portable)
     except StoreError as error:
         return str(error).rstrip(".")
-    typer.echo(f"So was its KV: {tokens:,} tokens that {model.name} need not read.")
+    typer.echo(f"Its KV was imported, too: {model.name} need not read {tokens:,} tokens.")
     return None
 
 

@@ -15,8 +15,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from recollect import starting
-from recollect._version import __version__
+from recollect import __version__, starting
 from recollect.errors import RecollectError
 
 COMMANDS: Final = {
@@ -30,7 +29,7 @@ COMMANDS: Final = {
     "checkpoints": ("conversations", "List and delete the checkpoints that /save has made."),
     "cache": ("cache", "Show, check and clear the cache (KV) on disk."),
     "warm": ("cache", "Read a document or instructions once, and keep their KV on disk."),
-    "encrypt": ("home", "Encrypt conversations and the cache on disk."),
+    "encrypt": ("options", "Encrypt conversations and the cache on disk."),
     "export": ("conversations", "Write a conversation and the KV of one branch into a file."),
     "import": ("conversations", "Add a conversation from a file that `recollect export` wrote."),
     "models": ("models", "List the models that have a name, and those on this disk."),

@@ -16,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from recollect import config
-from recollect.cli.options import OfflineOption
-from recollect.cli.printing import format_bytes, make_table, progress_bar
-from recollect.models.conversion import convert_to_onnx, require_convertible
+from recollect.cli.display import format_bytes, make_table, progress_bar
+from recollect.cli.options import JsonOption, OfflineOption
+from recollect.models.catalog import LocalModel
+from recollect.models.onnx_folder import convert_to_onnx, require_convertible
 from recollect.models.prepare import ModelStatus, installed, original_of, prepare
 from recollect.models.prepare import prune as prune_source
 
@@ -32,9 +33,7 @@ _OUTCOMES: Final = {
 
 @app.command("models")
 def list_models(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")
-    ] = False,
+    as_json: JsonOption = False,
     prune: Annotated[
         str | None,
         typer.Option(
@@ -81,25 +80,44 @@ def pull(
         ),
     ] = None,
 ) -> None:
-    """Fetch a model and convert it, so that it loads without a network."""
-    with progress_bar(f"Fetching {name}") as progress:
-        local = prepare(name, home=config.home(), progress=progress, offline=offline or None)
+    """
+    Fetch a model and convert it, so that it loads without a network.
+
+    With --check, what it computes is compared with what its file says, as `recollect verify` does
+    first; a GGUF file that was deleted is fetched again for that. The exit status is 1 where that fails.
+    """
+
+    def fetch(*, with_source: bool) -> LocalModel:
+        with progress_bar(f"Fetching {name}") as progress:
+            return prepare(
+                name,
+                home=config.home(),
+                progress=progress,
+                offline=offline or None,
+                with_source=with_source,
+            )
+
+    local = fetch(with_source=check is True)
     where = f" in {local.folder}" if local.folder else ""
     typer.echo(f"{local.name} is ready{where}")
-    if local.source is None:
-        return
-    if check is None and sys.stdin.isatty() and sys.stdout.isatty():
+    can_ask = local.format == "openvino" and sys.stdin.isatty() and sys.stdout.isatty()
+    if check is None and can_ask:
         check = typer.confirm("Compare what it computes with its file now?", default=False)
-    if check:
-        # Here and not above: listing models need not wait 0.1 s for all that proves.
-        from recollect.cli.prove import EXACT, compare, file_lines  # noqa: PLC0415
+        local = fetch(with_source=True) if check else local
+    if not check:
+        return
+    # Here and not above: listing models need not wait 0.1 s for all that proves.
+    from recollect.cli.prove import EXACT, compare, file_lines, not_compared  # noqa: PLC0415
 
+    if local.source is None:
+        report = not_compared(local)
+    else:
         with replace(EXACT, offline=offline).load(name) as loaded:
             report = compare(loaded)
-        for line in file_lines(name, "exact", report)[:-1]:
-            typer.echo(line)
-        if report.outcome == "FAIL":
-            raise typer.Exit(1)
+    for line in file_lines(name, "exact", report)[:-1]:
+        typer.echo(line)
+    if report.outcome == "FAIL":
+        raise typer.Exit(1)
 
 
 def models_table(found: list[ModelStatus]) -> Table:

@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from recollect import config
+from recollect.cli.display import count, progress_bar
 from recollect.cli.options import (
     JsonFileOption,
     ModelOption,
     ModelOptions,
     takes_model_options,
 )
-from recollect.cli.printing import progress_bar
 from recollect.conversation.model import Model
-from recollect.models.catalog import DEFAULT_MODEL
-from recollect.models.prepare import Compared
+from recollect.models.catalog import DEFAULT_MODEL, LocalModel
+from recollect.models.prepare import Compared, stamps_of
 from recollect.proof import report as output
 from recollect.proof import verify as proof
 from recollect.proof.bench import (
@@ -46,7 +46,7 @@ from recollect.proof.scenarios import (
     play_all,
     run_rewind_test,
 )
-from recollect.proof.verify import FileReport, VerifyReport, compare_with_file
+from recollect.proof.verify import FileReport, VerifyReport, compare_with_file, why_not_compared
 
 FAST: Final = ModelOptions(kv_disk="0")
 """Without a cache on disk, which would hide what is computed."""
@@ -90,6 +90,10 @@ def verify(
     First, its logits are compared with those that a second program computes from the file alone. Then
     random conversations are held, and each state is compared with a fresh prefill of the same tokens;
     with --kv-disk, KV is also evicted from memory and restored from disk.
+
+    Takes about five minutes with the default model on two cores, and longer with larger ones; -n 20
+    is a quick look. The exit status is 1 where either part fails. A model that the second program does not
+    know is NOT COMPARED, which is no failure and no proof.
     """
     if json_file is not None:
         output.require_writable(json_file)
@@ -97,7 +101,9 @@ def verify(
         compared = compare(loaded) if against_file else None
         for line in [] if compared is None else file_lines(loaded.name, loaded.profile, compared):
             typer.echo(line)
-        with progress_bar("Verifying") as progress:
+        _write_verdict(json_file, loaded, compared, None)  # what is known if the rest is cut off
+        typer.echo(f"Checking reuse with {count(operations, 'operation')} ...", err=True)
+        with progress_bar("Checking reuse") as progress:
             report = proof.verify(
                 loaded,
                 operations=operations,
@@ -107,18 +113,53 @@ def verify(
                     f"largest difference {worst:.1e}", done, operations
                 ),
             )
+        _write_verdict(json_file, loaded, compared, report)
     for line in _lines(report):
         typer.echo(line)
-    if json_file is not None:
-        with output.written_to(json_file):
-            result = report.to_dict() | {"file": None if compared is None else compared.to_dict()}
-            json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if not report.passed or (compared is not None and compared.outcome == "FAIL"):
+    typer.echo(_verdict(compared, report))
+    if not _is_passed(compared, report):
         raise typer.Exit(1)
+
+
+def _is_passed(compared: FileReport | None, report: VerifyReport | None) -> bool:
+    """Return whether reuse is right, and the model not shown to be another than its file's."""
+    fails = compared is not None and compared.outcome == "FAIL"
+    return report is not None and report.passed and not fails
+
+
+def _verdict(compared: FileReport | None, report: VerifyReport) -> str:
+    """Return the last line: one word for all, then that of each part."""
+    whole = "PASS" if _is_passed(compared, report) else "FAIL"
+    model = "left out" if compared is None else compared.outcome
+    return f"{whole}  (model against its file: {model}; reuse: {_word(report)})"
+
+
+def _word(report: VerifyReport) -> str:
+    return "PASS" if report.passed else "FAIL"
+
+
+def _write_verdict(
+    path: Path | None, model: Model, compared: FileReport | None, report: VerifyReport | None
+) -> None:
+    """Write what is known of both parts as JSON; numbers that are not finite are null."""
+    if path is None:
+        return
+    result = {
+        "model": model.name,
+        "profile": model.profile,
+        "passed": _is_passed(compared, report),
+        "file": None if compared is None else compared.to_dict(),
+        "reuse": None if report is None else report.to_dict(),
+    }
+    plain = json.loads(json.dumps(result), parse_constant=lambda _: None)
+    with output.written_to(path):
+        path.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def compare(loaded: Model) -> FileReport:
     """Compare a loaded model with its file, and note the outcome for `recollect models`."""
+    folder = loaded.local.folder
+    stamps = {} if folder is None else stamps_of(folder)  # before: of what was loaded
     with progress_bar("Comparing with the file") as progress:
         report = compare_with_file(
             loaded, progress=lambda done, of: progress(f"layer {done} of {of}", done, of)
@@ -127,8 +168,9 @@ def compare(loaded: Model) -> FileReport:
         noted = Compared(
             outcome=report.outcome,
             profile=loaded.profile,
-            largest=report.largest,
+            largest=report.largest if math.isfinite(report.largest) else None,
             reason=report.reason,
+            files=stamps,
         )
         try:
             noted.write(config.home(), loaded.local.fingerprint)
@@ -137,34 +179,45 @@ def compare(loaded: Model) -> FileReport:
     return report
 
 
+def not_compared(local: LocalModel) -> FileReport:
+    """Return the report on a model that has no file to compare with."""
+    return FileReport(outcome="NOT COMPARED", reason=why_not_compared(local))
+
+
 def file_lines(name: str, profile: str, report: FileReport) -> list[str]:
-    """Return what a person reads of the first part, the verdict last."""
+    """Return what a person reads of the first part, its verdict last."""
+    verdict = f"Model against its file: {report.outcome}" + f": {report.reason}" * bool(
+        report.reason
+    )
     if report.outcome == "NOT COMPARED":
-        return [f"{name} · against its file", f"NOT COMPARED: {report.reason}", ""]
-    types = " · ".join(f"{kind} {count:,}" for kind, count in (report.tensor_types or {}).items())
-    verdict = report.outcome if not report.reason else f"{report.outcome}: {report.reason}"
+        return [f"{name} · against its file", verdict, ""]
+    types = " · ".join(f"{kind} {number:,}" for kind, number in (report.tensor_types or {}).items())
+    measured = [
+        f"  largest difference  {report.largest:.1e}  ({report.places} places of "
+        f"{report.tokens} tokens, every logit)",
+        f"  limit               {report.limit:.1e}  (logits deviate by {report.deviation:.3g}; "
+        f"rounding alone moves one by {report.noise:.1e})",
+        f"  likeliest token     the same in {report.agreement:.1%}",
+        f"  perplexity          {report.perplexity:.6g}  (by the file {report.reference_perplexity:.6g})",
+    ]
     return [
         f"{name} · {profile} · against {report.file} ({report.architecture})",
         f"  weights             {types}",
-        f"  largest difference  {report.largest:.1e}  ({report.places} places of "
-        f"{report.tokens} tokens, every logit)",
-        f"  limit               {report.limit:.1e}",
-        f"  likeliest token     the same in {report.agreement:.1%}",
-        f"  perplexity          {report.perplexity:.4f}  (by the file {report.reference_perplexity:.4f})",
-        f"{verdict}",
+        *(measured if report.limit else []),
+        verdict,
         "",
     ]
 
 
 def _lines(report: VerifyReport) -> list[str]:
-    """Return what a person reads: what was done, what came out, the verdict last."""
-    counts = " · ".join(f"{name} {count}" for name, count in report.counts.items())
+    """Return what a person reads of the second part: what was done, what came out, its verdict."""
+    counts = " · ".join(f"{name} {times}" for name, times in report.counts.items())
     largest = report.largest
-    where = f"operation {largest.operation}, {largest.name}" if largest.name else "anywhere"
+    where = f"operation {largest.operation}, {largest.name}, {count(largest.tokens, 'token')}"
     return [
-        f"{report.model} · {report.profile} · {report.operations} operations · seed {report.seed}",
+        f"{report.model} · {report.profile} · {count(report.operations, 'operation')} · seed {report.seed}",
         f"  {counts}",
-        f"  largest difference  {largest.logits:.1e}  ({where}, {largest.tokens} tokens)",
+        f"  largest difference  {largest.logits:.1e}  ({where if largest.name else 'nowhere any'})",
         *(
             f"  around {found.tokens:>8,}     "
             + (f"{found.difference:.1e}" if found.difference is not None else found.left_out)
@@ -172,7 +225,7 @@ def _lines(report: VerifyReport) -> list[str]:
         ),
         f"  noise control       {report.noise:.1e}  (token by token against one prefill)",
         f"  limit               {report.limit:.1e}",
-        "PASS" if report.passed else "FAIL",
+        f"Reuse: {_word(report)}",
     ]
 
 

@@ -8,13 +8,14 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from recollect import config, encryption
-from recollect.cli.home import unlock_home
+from recollect.cli.display import count
 from recollect.cli.options import (
     USUAL,
     EncryptOption,
@@ -22,12 +23,12 @@ from recollect.cli.options import (
     TemperatureOption,
     read_text,
     takes_model_options,
+    unlock_home,
 )
-from recollect.cli.printing import count
 from recollect.errors import ConfigError, UnknownModelError
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
-from recollect.models.prepare import installed, size_bytes
-from recollect.server.settings import Limits, Settings
+from recollect.models.prepare import installed, known_context_length, size_bytes
+from recollect.server.settings import DEFAULT_MAX_TOKENS, Limits, Settings
 from recollect.types import SamplingParams
 
 if TYPE_CHECKING:  # its libraries are an extra
@@ -82,6 +83,21 @@ def serve(
         ),
     ] = None,
     temperature: TemperatureOption = 0.0,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Most tokens of a reply whose request sets no limit; 0: what the context holds.",
+        ),
+    ] = DEFAULT_MAX_TOKENS,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Refuse requests with fields that are not known, instead of ignoring these fields.",
+        ),
+    ] = False,
     host: Annotated[
         str,
         _option(
@@ -176,6 +192,8 @@ def serve(
         allowed_hosts=tuple(allow_host or ()),
         cors_origins=tuple(cors or ()),
         temperature=temperature,
+        max_tokens=max_tokens or None,
+        is_strict=strict,
         has_keys=len(keys) > 0,
         limits=Limits(concurrent=concurrent, queue=queue),
     )
@@ -185,6 +203,7 @@ def serve(
         aliases=settings.aliases,
         memory_bytes=None if memory is None else config.parse_size(memory),
         weight_bytes=lambda name: weight_bytes(references[name], home),
+        context_length=cache(lambda name: known_context_length(references[name], home)),
         on_load=lambda model: hubs.publish_later(model, prompts),
     )
     _log_to_stderr()

@@ -1,11 +1,12 @@
 """
 The state of a chat at the terminal: its sessions by name, the current one, and what replies cost.
 
-`Chat` owns that state. Here is also what a chat prints about it: where a conversation stands at the
-beginning, how to go on at the end, the line under a reply, and `/stats`. Prints to a console that it
-is given; does not read input and knows no commands.
+`Chat` owns that state. This module also prints it: the end of a resumed conversation at the start,
+how to go on at the end, the line under a reply, and `/stats`. It prints to the console that it is
+given, does not read input, and knows no commands.
 """
 
+import itertools
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,8 +16,7 @@ import psutil
 from rich.console import Console
 from rich.text import Text
 
-from recollect.cli.display import show_reply
-from recollect.cli.printing import count, format_bytes, format_duration, printable
+from recollect.cli.display import count, format_bytes, format_duration, printable, show_reply
 from recollect.conversation.model import Model
 from recollect.conversation.session import ReplyStream, Session
 from recollect.conversation.tree import Node
@@ -68,8 +68,9 @@ class Chat:
     """
     The state of `recollect chat`.
 
-    Owns its sessions: one for each named tip of the conversation, and those of conversations that
-    were begun since. Used from the main thread, which is where Ctrl-C arrives.
+    Owns the sessions that are open, by name: one for each branch of the conversation, and those of
+    other conversations that were begun or loaded since. Used from the main thread, which is where
+    Ctrl-C arrives.
 
     Invariants:
         1. `current` is a key of `sessions`.
@@ -92,7 +93,7 @@ class Chat:
 
     @property
     def session(self) -> Session:
-        """Return the session that is spoken to."""
+        """Return the current session."""
         return self.sessions[self.current]
 
     def note(self, text: str) -> None:
@@ -100,7 +101,7 @@ class Chat:
         self.console.print(printable(text), style="dim", markup=False, highlight=False)
 
     def tips(self) -> dict[str, Node]:
-        """Return where the sessions of the current conversation stand, and its closed branches."""
+        """Return the tips of the current conversation's branches, the closed ones too, by name."""
         conversation = self.session.conversation
         here = {
             session.name: name
@@ -111,17 +112,20 @@ class Chat:
         return {self.current: self.session.tip} | tips
 
     def follow_tips(self) -> None:
-        """Say which sessions are branches of their own now, since others have moved their tips on."""
+        """Tell of branches that another program has moved: ours goes on in a branch of its own."""
         for key, session in list(self.sessions.items()):
             was, now = self._names.setdefault(key, session.name), session.name
             if now == was or now is None:
                 continue
-            self.note(f"{was!r} has gone on in another chat: this one is a branch now, {now!r}.")
+            self.note(
+                f"Another program has moved the branch {was!r}: this chat goes on in the new branch "
+                f"{now!r}."
+            )
             kept = session.conversation.name
             if kept is not None:
                 there = "" if was == FIRST_SESSION else f", then /switch {was}"
                 resume = f"recollect chat --resume {shlex.quote(kept)}"
-                self.note(f"What the other one says: {resume}{there}")
+                self.note(f"To go on where the other program is: {resume}{there}")
             name = now if key == was and now not in self.sessions else key
             self.sessions = {name if one is session else k: one for k, one in self.sessions.items()}
             self._names[name] = now
@@ -141,7 +145,7 @@ class Chat:
         session = self.session
         reply = show_reply(self._starter(session, text, params), self.console)
         if reply is None:
-            self.note("Stopped before anything was said; the conversation is as it was.")
+            self.note("The reply was stopped before it began; the conversation is as it was.")
             return None
         self.totals.add(reply.usage)
         self.note("  " + usage_line(reply))
@@ -169,41 +173,41 @@ class Chat:
 
     def add_session(self, name: str, make: Callable[[], Session]) -> None:
         """
-        Make a session under a new name and go to it.
+        Open a session under a new name and go to it.
 
         Raises:
-            ConversationError: The name is taken.
-            InvalidParameterError: It is no name.
+            ConversationError: A session of that name is open.
+            InvalidParameterError: The name is empty, or has a space or another forbidden character.
         """
         if not name or " " in name:
-            raise InvalidParameterError("A session needs a name without spaces, such as `idea`.")
-        require_name(name, "session")
+            raise InvalidParameterError("A branch needs a name without spaces, such as `idea`.")
+        require_name(name, "branch")
         if name in self.sessions:
             raise ConversationError(
-                f"There is a session {name!r} already: take another name, or /switch to it."
+                f"{name!r} is open in this chat already: take another name, or go there with "
+                f"/switch {name}."
             )
         self.sessions[name] = make()
         self.current = name
 
     def require_session(self, name: str) -> Session:
         """
-        Return the session of that name.
+        Return the open session of that name.
 
         Raises:
-            ConversationError: There is none.
+            ConversationError: None has that name.
         """
         if name not in self.sessions:
-            raise ConversationError(
-                f"There is no session {name!r}: there is {', '.join(self.sessions)}."
-            )
+            wrong = f"There is no branch {name!r}: give" if name else "Give"
+            raise ConversationError(f"{wrong} one of {', '.join(self.sessions)}.")
         return self.sessions[name]
 
     def reopen(self, name: str) -> Session:
         """
-        Return the session of that name, made again if it was closed.
+        Return the session of that name; if the branch of that name is closed, open it.
 
         Raises:
-            ConversationError: There is no session and no branch of that name.
+            ConversationError: No open session and no branch has that name.
         """
         if name not in self.sessions and name in self.tips():
             self.sessions[name] = self.session.branch(name)
@@ -218,16 +222,16 @@ class Chat:
 
     def load(self, checkpoint: str) -> None:
         """
-        Go to a checkpoint: in this conversation, or in its own as a session of that name.
+        Go to a checkpoint; that of another conversation is opened beside, under its name.
 
         Raises:
             UnknownCheckpointError: There is none of that name.
-            ConversationError: It is of another conversation, and there is a session of that name.
         """
         try:
             self.session.return_to(checkpoint)
         except UnknownNodeError:
             name = "-".join(checkpoint.split())
+            name = self._numbered(name) if name in self.sessions else name
             self.add_session(name, lambda: self._resumed(checkpoint))
 
     def start_anew(self, system: str | None) -> str | None:
@@ -235,24 +239,27 @@ class Chat:
         Begin another conversation under the current name.
 
         Returns:
-            The name under which the former one is kept; None where nothing had been said in it.
+            The name under which the former one stays open; None if nothing had been said in it.
         """
         name, former = self.current, self.session
         fresh = self.model.session(
             system,
             params=self.params,
-            keep=former.conversation.is_kept,
+            keep=former.conversation.is_saved,
             overflow=former.overflow,
         )
         self.sessions[name] = fresh
         if not former.tip.turns:
             former.close()
             return None
-        number = 1
-        while (kept := f"{name}-{number}") in self.sessions:
-            number += 1
-        self.sessions[kept] = former
-        return kept
+        other = self._numbered(name)
+        self.sessions[other] = former
+        return other
+
+    def _numbered(self, name: str) -> str:
+        """Return the name with the first number that no open session has."""
+        numbered = (f"{name}-{number}" for number in itertools.count(1))
+        return next(one for one in numbered if one not in self.sessions)
 
     def _resumed(self, checkpoint: str) -> Session:
         overflow = self.session.overflow
@@ -303,12 +310,15 @@ def statistics(chat: Chat) -> list[tuple[str, str]]:
     return [
         ("model", f"{chat.model.name}, profile {chat.model.profile}"),
         ("runtime", engine.info.name),
-        ("kept as", _kept_as(chat)),
-        ("conversation", f"{turns} turns in all branches, {len(chat.sessions)} sessions"),
+        ("saved as", _saved_as(chat)),
+        (
+            "conversation",
+            f"{count(turns, 'turn')} in all branches; open: {', '.join(chat.sessions)}",
+        ),
         ("context", f"{history:,} of {chat.model.context_length:,} tokens in {chat.current}"),
         ("computed", f"{computed:,} tokens in {passes:,} passes"),
         ("reused", f"{totals.reused_tokens:,} tokens in {totals.replies:,} replies"),
-        ("saved", _saved(chat)),
+        ("time saved", _time_saved(chat)),
         ("KV memory", memory),
         ("KV pressure", pressure),
         *_disk(engine),
@@ -316,10 +326,10 @@ def statistics(chat: Chat) -> list[tuple[str, str]]:
     ]
 
 
-def _kept_as(chat: Chat) -> str:
+def _saved_as(chat: Chat) -> str:
     conversation = chat.session.conversation
-    if not conversation.is_kept:
-        return "not kept"
+    if not conversation.is_saved:
+        return "not saved"
     return printable(conversation.name or "the date, from the first turn on")
 
 
@@ -358,11 +368,11 @@ def _disk(engine: Engine) -> list[tuple[str, str]]:
     misses = ", ".join(f"{count:,} {reason}" for reason, count in tier.misses.items())
     return [
         ("KV on disk", work if tier.error is None else f"off. {printable(tier.error)}"),
-        *([("KV refused", f"{misses}: computed anew instead")] if misses else []),
+        *([("KV refused", f"{misses}: computed instead")] if misses else []),
     ]
 
 
-def _saved(chat: Chat) -> str:
+def _time_saved(chat: Chat) -> str:
     saved_s, rate = chat.totals.saved_s, chat.totals.best_prefill_tps
     if saved_s is None or rate is None:
         return (
@@ -386,26 +396,26 @@ def welcome(chat: Chat) -> None:
         f"{model.name} · {model.profile} · {model.context_length:,} tokens of context · "
         "/help lists commands, Ctrl-D leaves"
     )
-    if not chat.session.conversation.is_kept:
-        chat.note("Nothing of this chat is kept (--no-save).")
+    if not chat.session.conversation.is_saved:
+        chat.note("Nothing of this chat is saved (--no-save).")
     if len(chat.session.tree) and chat.session.conversation.name is not None:
         _show_where_it_stands(chat)
 
 
 def farewell(chat: Chat) -> None:
-    """Say how to go on with what was kept."""
+    """Say how to go on with the conversation, if it is saved."""
     conversation = chat.session.conversation
     has_turns = any(node.role == "assistant" for node in conversation.tree.nodes())
-    if not conversation.is_kept or conversation.kept_as is None or not has_turns:
+    if not conversation.is_saved or conversation.journal_id is None or not has_turns:
         return
     try:
         name = conversation.current_name()  # somebody may have renamed it since
     except StoreError:
         name = conversation.name
     if name is None:
-        chat.note("This conversation has been deleted elsewhere: nothing of it is kept.")
+        chat.note("Another program has deleted this conversation: nothing of it is saved.")
     else:
-        chat.note(f"Kept: recollect chat --resume {shlex.quote(name)}")
+        chat.note(f"Saved. To go on: recollect chat --resume {shlex.quote(name)}")
 
 
 def branches(chat: Chat) -> str:
@@ -427,8 +437,8 @@ def _show_where_it_stands(chat: Chat) -> None:
         name = conversation.other_model
         writer = "another model" if name in {None, chat.model.name} else name
         chat.note(
-            f"{count(foreign, 'reply', 'replies')} of it came from {writer}: "
-            f"{chat.model.name} reads the text anew, and goes on."
+            f"{count(foreign, 'reply', 'replies')} of this branch came from {writer}: "
+            f"{chat.model.name} reads the text once before it goes on."
         )
     _show_last_turns(chat)
 
@@ -447,7 +457,8 @@ def _show_last_turns(chat: Chat) -> None:
         chat.console.print(Text(line, "dim"), highlight=False)
     if path[-1].role == "user":
         chat.note(
-            "This has no reply yet: /regenerate gives one; what you say instead takes its place."
+            "This message has no reply yet: /regenerate generates one, and another message "
+            "replaces it."
         )
 
 

@@ -8,11 +8,13 @@ conversation's messages in it while the program runs. `RememberedReplies` finds 
 after a restart, for conversations that are not in the journal. Knows no runtime and encodes nothing.
 """
 
+import heapq
 import json
+import re
 import threading
 from array import array
 from bisect import bisect_left, insort
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -20,7 +22,7 @@ from sys import getsizeof
 from typing import Final
 
 from recollect.conversation.tools import NO_TOOLS, Tools
-from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_node
+from recollect.conversation.tree import ROOT_KEY, Node, canonical, message_key, to_node
 from recollect.engine.tier import DiskTier
 from recollect.journal.records import NewNode
 from recollect.kv.record import StoredReply
@@ -50,6 +52,17 @@ _MOST_ANSWERS: Final = 8
 
 _SHOWN_CHARACTERS: Final = 60
 
+_MOST_LINES: Final = 8
+"""The longest lines of a message, by which it is found when its beginning has changed."""
+_LINE_BYTES: Final = 130
+"""What each of these takes. Source: tracemalloc, as above."""
+_FEW_CHARACTERS: Final = 16
+"""Shorter texts are in many messages, and cost a few tokens to read again."""
+_LINE: Final = re.compile(r"\n+|(?<=[.!?]) +")
+"""What ends a line: for a text that is all in one, a sentence is."""
+_MOST_FOLLOWING: Final = 256
+"""Messages after a changed one that are looked at to tell what of them is said again."""
+
 
 @dataclass(eq=False, slots=True)
 class Known:
@@ -73,6 +86,8 @@ class Known:
     """The bytes that it is counted with."""
     after_system: bytes | None = None
     """Under which name it is known as a first question, for its instructions to be found."""
+    lines: tuple[bytes, ...] = ()
+    """Under which names its longest lines are known."""
 
     @property
     def text(self) -> str:
@@ -98,6 +113,8 @@ class Found:
     """Which the last of these replies could call; None: nobody knows, or there is none."""
     answers: tuple[Tools, ...] = ()
     """Which the replies to the last message could call that are known, the different ones."""
+    spaced: tuple[int, str] | None = None
+    """The first reply that nobody generated and that had other space at its ends, with its text then."""
 
     @property
     def messages(self) -> int:
@@ -116,6 +133,14 @@ class Change:
     """The known text from the first difference on, shortened."""
     is_now: str
     """The same of the new text."""
+    line: int = 1
+    """Of the message, where the first difference is; counted from 1."""
+    again: int = 0
+    """Characters after the difference that the earlier conversation had too, and that are read again."""
+
+    def __str__(self) -> str:
+        line = f", line {self.line}" if self.line > 1 else ""
+        return f"Message {self.message + 1}{line}: {self.was!r} became {self.is_now!r}."
 
 
 MOST_TOOL_BYTES: Final = 8 << 20
@@ -190,6 +215,7 @@ class KnownMessages:
         self._all: OrderedDict[tuple[str, bytes], Known] = OrderedDict()
         self._roots: dict[str, Known] = {}
         self._questions: dict[tuple[str, bytes], Known] = {}  # first questions after instructions
+        self._lines: dict[bytes, Known] = {}  # which message had a long line last
 
     def __len__(self) -> int:
         """Return how many messages are known."""
@@ -214,13 +240,15 @@ class KnownMessages:
         known = self._all.get((namespace, node.key))
         if known is not None:
             if is_new and (known.ids is None or node.token_ids is not None):
-                self._take(known, node)
+                self._take(known, node.to_new())
             return known
         if parent is None:
             parent = self._roots.setdefault(namespace, _root(namespace))
-        known = Known(namespace, node.key, parent, _without_ids(node))
+        known = Known(namespace, node.key, parent, replace(node.to_new(), token_ids=None))
         self._all[namespace, node.key] = known
-        self._take(known, node, is_new=True)
+        known.lines = _line_names(namespace, parent.key, known.message)
+        self._lines |= dict.fromkeys(known.lines, known)
+        self._take(known, node.to_new(), is_new=True)
         if parent.parent is not None and parent.message.role == "system":
             known.after_system = _digest(node.content)
             self._questions[namespace, known.after_system] = known
@@ -230,9 +258,23 @@ class KnownMessages:
         """Note that a message was used; what comes before it is to be touched after it."""
         self._all.move_to_end((known.namespace, known.key))
 
+    def respell(self, known: Known, text: str) -> str | None:
+        """Let a message that nobody generated have another spelling; return the one before if it differs."""
+        was = known.text
+        if was == text:
+            return None
+        self._take(known, replace(known.message, content=text))
+        return was
+
     def question(self, namespace: str, text: str) -> Known | None:
         """Return a message that says this after instructions; None where none is known."""
         return self._questions.get((namespace, _digest(text)))
+
+    def with_lines_of(self, namespace: str, parent: bytes, message: NewNode) -> list[Known]:
+        """Return messages in the same place that have long lines in common, those with most first."""
+        names = _line_names(namespace, parent, message)
+        found = Counter(self._lines[name] for name in names if name in self._lines)
+        return [known for known, _ in found.most_common(2)]
 
     def forget(self) -> None:
         """Forget what was used longest ago, until the bounds are kept to."""
@@ -251,6 +293,9 @@ class KnownMessages:
             place = (known.namespace, known.after_system or b"")
             if self._questions.get(place) is known:
                 del self._questions[place]
+            for name in known.lines:
+                if self._lines.get(name) is known:
+                    del self._lines[name]
 
     def check(self) -> None:
         """
@@ -281,22 +326,25 @@ class KnownMessages:
             for (namespace, name), known in self._questions.items():
                 assert self._all[namespace, known.key] is known, "a question that is forgotten"
                 assert known.after_system == name, "another question"
+            for line, known in self._lines.items():
+                assert self.get(known.namespace, known.key) is known, "a line of what is forgotten"
+                assert line in known.lines, "another line"
             self.tools.check()
             held = sum(known.size for known in self._all.values())
             assert held == self.held_bytes <= MOST_BYTES, "bytes are not counted right"
             assert len(self._all) <= MOST_MESSAGES, "too many messages"
 
-    def _take(self, known: Known, node: Node, *, is_new: bool = False) -> None:
-        """Let a message be as a node has it, in its place among those that follow the same."""
+    def _take(self, known: Known, message: NewNode, *, is_new: bool = False) -> None:
+        """Let a message be as it was said now, in its place among those that follow the same."""
         assert known.parent is not None, "a root says nothing"
-        siblings = known.parent.next.setdefault(known.message.role, [])
+        siblings = known.parent.next.setdefault(message.role, [])
         if not is_new:
             self.held_bytes -= known.size
             del siblings[bisect_left(siblings, _order(known), key=_order)]
-        known.message = _without_ids(node)
-        known.ids = None if node.token_ids is None else array("i", node.token_ids)
+        known.message = replace(message, token_ids=None)
+        known.ids = None if message.token_ids is None else array("i", message.token_ids)
         insort(siblings, known, key=_order)
-        known.size = _size(known.message, known.ids)
+        known.size = _size(known.message, known.ids) + _LINE_BYTES * len(known.lines)
         self.held_bytes += known.size
 
 
@@ -367,8 +415,15 @@ class MessageIndex:
                 tools=None if tools is None else self._known.tools.get(tools),
                 answers=tuple(one for one in answers if one is not None),
             )
+            # What nobody generated here is as the client says it, to the last space.
+            said = [
+                (number, self._known.respell(one, to_node(messages[number]).content))
+                for number, one in enumerate(path)
+                if one.ids is None and one.message.role == "assistant"
+            ]
             taken = [(one.key, one.message, one.ids) for one in path]
-        return replace(found, path=tuple(_with_ids(*one) for one in taken))
+        spaced = next(((number, was) for number, was in said if was is not None), None)
+        return replace(found, path=tuple(_with_ids(*one) for one in taken), spaced=spaced)
 
     def change(self, messages: Sequence[Message], found: Found | None) -> Change | None:
         """
@@ -378,32 +433,42 @@ class MessageIndex:
             messages: From the first on.
             found: What `find` said of them.
         """
-        if found is None:
-            return self._changed_instructions(messages)
-        if found.messages == len(messages):
+        index = 0 if found is None else found.messages
+        spaced = None if found is None else found.spaced
+        if spaced is not None:
+            index = spaced[0]
+        if index == len(messages):
             return None
-        message = to_node(messages[found.messages])
+        new = [to_node(message) for message in messages[index : index + _MOST_FOLLOWING]]
+        key = ROOT_KEY if found is None or not index else found.path[index - 1][0]
         with self._known.lock:
-            before = self._known.get(self._namespace, found.path[-1][0])
+            if found is not None and spaced is not None:
+                known = self._known.get(self._namespace, found.path[index][0])
+                origins = [] if known is None else [(spaced[1], known)]
+            else:
+                origins = [(origin.text, origin) for origin in self._origins(key, new)]
+            changes = [_change(index, was, new, _following(origin)) for was, origin in origins]
+        likeliest = max(changes, key=lambda one: one[0], default=None)
+        return None if likeliest is None else likeliest[1]
+
+    def _origins(self, parent: bytes, new: Sequence[NewNode]) -> list[Known]:
+        """Return the messages that the first of *new* is likeliest to have been, after *parent*."""
+        message = new[0]
+        origins = self._known.with_lines_of(self._namespace, parent, message)
+        if parent == ROOT_KEY:
+            # Other instructions before the same question.
+            if message.role == "system" and len(new) > 1:
+                known = self._known.question(self._namespace, new[1].content)
+                if known is not None and known.parent is not None:
+                    origins.append(known.parent)
+        else:
+            before = self._known.get(self._namespace, parent)
             siblings = [] if before is None else before.next.get(message.role, [])
             # An edit rarely changes the start, so the likeliest origin begins like the message. Where
             # texts are sorted, it is one of the two that the message would come between.
-            place = bisect_left(siblings, message.content, key=_text)
-            texts = [one.text for one in siblings[max(0, place - 1) : place + 1]]
-        if not texts:
-            return None
-        origin = max(texts, key=lambda text: _shared_characters(text, message.content))
-        return _difference(found.messages, origin, message)
-
-    def _changed_instructions(self, messages: Sequence[Message]) -> Change | None:
-        """Return how the system message differs from that of a conversation with the same first question."""
-        if len(messages) < 2 or messages[0]["role"] != "system":
-            return None
-        question = to_node(messages[1]).content
-        with self._known.lock:
-            known = self._known.question(self._namespace, question)
-            before = None if known is None or known.parent is None else known.parent.text
-        return None if before is None else _difference(0, before, to_node(messages[0]))
+            place = bisect_left(siblings, message.content, key=lambda one: one.text)
+            origins += siblings[max(0, place - 1) : place + 1]
+        return origins
 
     def check(self) -> None:
         """
@@ -415,19 +480,64 @@ class MessageIndex:
         self._known.check()
 
 
-def described(index: int, known: Node, message: NewNode) -> Change:
-    """Return what differs between a known message and the one in its place."""
-    return _difference(index, known.content, message)
+def described(index: int, known: Node, new: Sequence[NewNode]) -> Change:
+    """Return what differs between a known message and the first of those in its place."""
+    following, pending = set[tuple[Role, str]](), [*known.children]
+    while pending and len(following) < _MOST_FOLLOWING:
+        node = pending.pop()
+        following.add(_says(node.to_new()))
+        pending += node.children
+    return _change(index, known.content, new, following)[1]
 
 
-def _difference(index: int, was: str, message: NewNode) -> Change:
-    start = _shared_characters(was, message.content)
-    return Change(
+def _change(
+    index: int, was: str, new: Sequence[NewNode], following: "set[tuple[Role, str]]"
+) -> tuple[int, Change]:
+    """Return how many characters are the same, and where the first difference is."""
+    message, text = new[0], new[0].content
+    start = shared_characters(was, text)
+    end = shared_characters(was[start:][::-1], text[start:][::-1])
+    lines = set(_lines_of(was[start:])) & set(_lines_of(text[start:]))
+    again = max(end if end >= _FEW_CHARACTERS else 0, sum(map(len, lines)))
+    again += sum(max(1, len(one.content)) for one in new if _says(one) in following)
+    return start + again, Change(
         message=index,
         role=message.role,
         was=was[start : start + _SHOWN_CHARACTERS],
-        is_now=message.content[start : start + _SHOWN_CHARACTERS],
+        is_now=text[start : start + _SHOWN_CHARACTERS],
+        line=text.count("\n", 0, start) + 1,
+        again=again,
     )
+
+
+def _following(known: Known) -> "set[tuple[Role, str]]":
+    """Return what was said after a message, up to a number of messages."""
+    following, pending = set[tuple[Role, str]](), [known]
+    while pending and len(following) < _MOST_FOLLOWING:
+        after = [one for siblings in pending.pop().next.values() for one in siblings]
+        following |= {_says(one.message) for one in after[-_MOST_FOLLOWING:]}
+        pending += after[-_MOST_FOLLOWING:]
+    return following
+
+
+def _says(message: NewNode) -> tuple[Role, str]:
+    return message.role, canonical(message.role, message.content, message.links)
+
+
+def _lines_of(text: str) -> list[str]:
+    """Return the lines of a text that are long enough to tell it from others."""
+    return [line for line in _LINE.split(text) if len(line) >= _FEW_CHARACTERS]
+
+
+def _line_names(namespace: str, parent: bytes, message: NewNode) -> tuple[bytes, ...]:
+    """Return the names of a message's longest lines in its place; a reply's are not looked for."""
+    if message.role == "assistant":
+        return ()
+    place = f"{namespace}:{message.role}:".encode() + parent
+    lines = heapq.nlargest(
+        _MOST_LINES, {*_lines_of(message.content)}, key=lambda line: (len(line), line)
+    )
+    return tuple(_digest(line, place) for line in lines)
 
 
 def _root(namespace: str) -> Known:
@@ -455,16 +565,10 @@ def _order(known: Known) -> tuple[str, bytes]:
     return known.message.content, known.key
 
 
-def _text(known: Known) -> str:
-    return known.message.content
-
-
-def _digest(text: str) -> bytes:
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def _without_ids(node: Node) -> NewNode:
-    return replace(node.to_new(), token_ids=None)
+def _digest(text: str, place: bytes = b"") -> bytes:
+    digest = blake2b(place, digest_size=16)
+    digest.update(text.encode("utf-8", "surrogatepass"))
+    return digest.digest()
 
 
 def _with_ids(key: bytes, message: NewNode, ids: "array[int] | None") -> tuple[bytes, NewNode]:
@@ -473,7 +577,7 @@ def _with_ids(key: bytes, message: NewNode, ids: "array[int] | None") -> tuple[b
     return key, message
 
 
-def _shared_characters(first: str, second: str) -> int:
+def shared_characters(first: str, second: str) -> int:
     """Return how many characters two texts begin with alike; long ones are compared in large steps."""
     low, high = 0, min(len(first), len(second))
     while low < high:

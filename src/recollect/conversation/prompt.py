@@ -1,41 +1,43 @@
 """
 Turn a conversation into token ids, with each reply as the ids that the model generated.
 
-`PromptEncoder` renders the template twice, once with marks in place of the replies. The text between
-the marks is encoded segment by segment and the replies' own ids go in between, so a reply is never
-decoded and encoded again.
+`PromptEncoder` renders the template twice, once with marks in place of the replies, which tell where
+each reply is shown. There the ids that the model generated go in, and the text around them is encoded
+piece by piece, so a reply is never decoded and encoded again. The model reads what the template shows,
+with one exception: where a reply is shown as it was generated, space at its ends apart, and what leads
+to it as it was then, space and marks of thinking around nothing apart, the ids are those that the model
+has read and generated. Whatever else the template shows otherwise is read again, and told.
 
 `Guard` keeps control tokens to the template. What is said gets a mark inside each control token that it
 spells, and at its ends where it could complete one; the marks travel through the template, and no
 control token may be where they come out. Nearly all texts get none. Only a template that removes
 letters from what is said, or changes their case, could still make a control token of it.
 
-`Prompting` makes the prompts of one session, and remembers what was once left out of a full context.
 Nothing here knows KV: what of a prompt is computed already is found out by its sequence.
 """
 
 import copy
 import itertools
 import json
+import re
 import secrets
 import threading
 from array import array
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Any, Final, cast
+from sys import getsizeof
+from typing import Any, Final, Generic, TypeVar, cast
 
-from recollect.conversation.tools import Tools
-from recollect.conversation.tree import Node, Overflow, Window, turn_starts
-from recollect.engine.engine import Engine
-from recollect.engine.sequence import Sequence as TokenSequence
-from recollect.errors import ContextFullError, InvalidParameterError, TemplateError
+from recollect.conversation.matching import shared_characters
+from recollect.conversation.tree import ROOT_KEY, Node, message_key
+from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import ControlTokens, Tokenizer
-from recollect.types import Message, Role
+from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer
+from recollect.types import Message, Role, common_prefix_length
 
+Value = TypeVar("Value")
 ToolSchemas = Sequence[Mapping[str, Any]]
 Render = Callable[[list[Message], ToolSchemas], str]
 
@@ -51,55 +53,6 @@ _SCHEMA_WORDS: Final = frozenset(
     | {"enum", "default", "title", "object", "array", "string", "integer", "number", "boolean"}
 )
 """Words that templates look up in the descriptions of tools: to mark them would hide them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """What a template shows of a conversation."""
-
-    text: str
-    breaks: tuple[int, ...] = ()
-    """Places in the text, ascending: a control token that lies across one was said, not written."""
-
-    def name(self) -> bytes:
-        """Return a name that no other text, or the same with other places, has."""
-        text = self.text.encode("utf-8", "surrogatepass")
-        if not self.breaks:
-            return blake2b(text, digest_size=16).digest()
-        places = blake2b(array("q", self.breaks).tobytes(), digest_size=32).digest()
-        return blake2b(text, digest_size=16, key=places).digest()
-
-    def part(self, start: int, end: int | None = None) -> "Shown":
-        """Return what lies in `[start, end)`."""
-        stop = len(self.text) if end is None else end
-        if not self.breaks:
-            return Shown(self.text[start:stop])
-        first, last = bisect_right(self.breaks, start), bisect_right(self.breaks, stop - 1)
-        breaks = tuple(place - start for place in self.breaks[first:last])
-        return Shown(self.text[start:stop], breaks)
-
-    def has_break(self, start: int, end: int) -> bool:
-        """Return whether there is one inside `[start, end)`, its ends apart."""
-        place = bisect_right(self.breaks, start)
-        return place < len(self.breaks) and self.breaks[place] < end
-
-    def says(self, text: str, start: int, control: ControlTokens) -> bool:
-        """Return whether a text is shown from *start* on, and none of its control tokens written."""
-        begins = (start + place for place in control.begins(text))
-        return self.text.startswith(text, start) and all(
-            self.has_break(place, place + 2) for place in begins
-        )
-
-    def followed_by_said(self, text: str, control: ControlTokens) -> "Shown":
-        """Return this and a text that somebody says after it."""
-        start = len(self.text)
-        begins = (start + place + 1 for place in control.begins(text))
-        return Shown(self.text + text, (*self.breaks, start, *begins))
-
-
-def said_alone(text: str, control: ControlTokens) -> Shown:
-    """Return a text in which no control token was written by a template."""
-    return Shown(text, tuple(place + 1 for place in control.begins(text)))
 
 
 class Guard:
@@ -241,60 +194,108 @@ _ENTRY_BYTES: Final = 250
 Source: `sys.getsizeof` of these in CPython 3.12, rounded up."""
 
 
+_THINKING: Final = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
+_NOTHING: Final = re.compile(
+    rf"\s*(?:(?:<\|?{_THINKING}\|?>|\[THINK\]|<\|channel>thought)\s*"
+    rf"(?:(?:<\|?/{_THINKING}\|?>|\[/THINK\]|<channel\|>)\s*)?)?"
+)
+"""Space, a mark that opens thinking, or one that is closed around nothing: it says nothing. Source: the
+chat templates that llama.cpp keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A reply, or what leads to it, that is shown otherwise than when it was generated."""
+
+    reply: int
+    """Which, counted from 0."""
+    start: int
+    """Of the prompt's ids, the first that was another then."""
+    end: int
+    """Where in the prompt the reply ends."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A conversation as token ids."""
 
     token_ids: list[int]
-    rewritten_reply: int | None = None
-    """
-    The first reply, counted from 0, that the template does not show as it was generated; None
-    where it shows all of them. From there on the ids are those of the template's text.
-    """
+    rewritten: tuple[Rewritten, ...] = ()
+    """The replies of this model that are shown otherwise; there the ids are those of the template's text."""
     reencoded_replies: int = 0
     """Replies that another model wrote: their text is encoded, since its ids mean nothing here."""
+    reencoded_length: int = 0
+    """Leading ids up to the end of the last of these."""
     generated_length: int = 0
-    """Leading ids that a model has seen or generated before: up to the end of the last own reply."""
+    """Leading ids up to the end of the last reply of this model. All but the last of them were read
+    before, unless something is shown otherwise."""
+
+    @property
+    def rewritten_reply(self) -> int | None:
+        """Return the first reply, counted from 0, that is shown otherwise; None where none is."""
+        return self.rewritten[0].reply if self.rewritten else None
 
 
-class RememberedIds:
+MOST_OPENING_BYTES: Final = 4 << 20
+"""
+Of what led to replies, for all sessions of a model together: hundreds of turns of agents. What is forgotten
+is rendered again.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a template shows after a reply, or from the beginning on, up to where the next one begins."""
+
+    after: int
+    """Which reply that is, counted from 0; -1: from the beginning on."""
+    text: str
+
+
+class Remembered(Generic[Value]):
     """
-    The ids of segments that were encoded before. Safe from any thread.
+    Values by name that were made before, and take long to make. Safe from any thread.
 
-    Invariant: `held_bytes` is the sum over all segments, and at most `most_bytes`.
+    Invariant: `held_bytes` is the sum over all values, and at most `most_bytes`.
     """
 
-    def __init__(self, most_bytes: int = MOST_REMEMBERED_BYTES) -> None:
+    def __init__(self, size: Callable[[Value], int], most_bytes: int) -> None:
+        """
+        Hold nothing.
+
+        Args:
+            size: Returns how many bytes a value takes.
+            most_bytes: Of all; those used longest ago are forgotten.
+        """
+        self._size = size
         self.most_bytes: Final = most_bytes
         self.held_bytes = 0
-        self._ids: OrderedDict[bytes, array[int]] = OrderedDict()
+        self._values: OrderedDict[bytes, Value] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """Return how many segments are remembered."""
-        return len(self._ids)
+        """Return how many values are remembered."""
+        return len(self._values)
 
-    def get(self, name: bytes) -> list[int] | None:
-        """Return the ids of a segment; None where they are not known."""
+    def get(self, name: bytes) -> Value | None:
+        """Return the value of that name; None where it is not known."""
         with self._lock:
-            ids = self._ids.get(name)
-            if ids is None:
-                return None
-            self._ids.move_to_end(name)
-        return ids.tolist()
+            value = self._values.get(name)
+            if value is not None:
+                self._values.move_to_end(name)
+            return value
 
-    def put(self, name: bytes, token_ids: Sequence[int]) -> None:
-        """Remember the ids of a segment, and forget those that were used longest ago."""
-        ids = array("i", token_ids)
-        if _size(ids) > self.most_bytes:
+    def put(self, name: bytes, value: Value) -> None:
+        """Remember a value unless it is known, and forget those that were used longest ago."""
+        if self._size(value) > self.most_bytes:
             return
         with self._lock:
-            if name in self._ids:
+            if name in self._values:
                 return
-            self._ids[name] = ids
-            self.held_bytes += _size(ids)
+            self._values[name] = value
+            self.held_bytes += self._size(value)
             while self.held_bytes > self.most_bytes:
-                self.held_bytes -= _size(self._ids.popitem(last=False)[1])
+                self.held_bytes -= self._size(self._values.popitem(last=False)[1])
 
     def check(self) -> None:
         """
@@ -304,11 +305,12 @@ class RememberedIds:
             AssertionError: It does not hold.
         """
         with self._lock:
-            held = sum(map(_size, self._ids.values()))
+            held = sum(map(self._size, self._values.values()))
             assert held == self.held_bytes <= self.most_bytes, "bytes are not counted right"
 
 
-def _size(ids: "array[int]") -> int:
+def size_of_ids(ids: "array[int]") -> int:
+    """Return how many bytes a segment takes."""
     return ids.itemsize * len(ids) + _ENTRY_BYTES
 
 
@@ -325,10 +327,15 @@ class PromptEncoder:
         self._fingerprint = fingerprint
         self._template = template
         self._tokenizer = tokenizer
-        self.remembered: Final = RememberedIds()
+        self.remembered: Final = Remembered(size_of_ids, MOST_REMEMBERED_BYTES)
+        self.openings: Final = Remembered[Opening](
+            lambda one: getsizeof(one.text) + _ENTRY_BYTES, MOST_OPENING_BYTES
+        )
         # Texts that nobody writes and that templates which strip or split leave whole.
-        self._reply_mark = f"reply{secrets.token_hex(12)}x"
-        self._typed_mark = f"typed{secrets.token_hex(12)}x"
+        self._secret = secrets.token_hex(12)
+        self._typed_mark = f"typed{self._secret}x"
+        self.options: Mapping[str, Any] = {}
+        """What the template is told besides the conversation."""
 
     def encode(
         self, path: Sequence[Node], said: str | None = None, tools: ToolSchemas = ()
@@ -348,10 +355,17 @@ class PromptEncoder:
         if said is not None:
             messages.append({"role": "user", "content": said})
 
-        def render(messages: list[Message], tools: ToolSchemas) -> str:
-            return self._template.render(messages, add_generation_prompt=True, tools=tools)
+        encoding = _Encoding(self, path, messages, tools, self.asking)
+        prompt = encoding.prompt()
+        key = path[-1].key if path else ROOT_KEY
+        keys = [] if said is None else [message_key(key, "user", said)]
+        if (opening := encoding.opening()) is not None:
+            self.openings.put(encoding.name(len(path), keys), opening)
+        return prompt
 
-        return self._encode_path(path, messages, tools, render)
+    def asking(self, messages: list[Message], tools: ToolSchemas) -> str:
+        """Return what the template shows of messages and of the start of the reply to them."""
+        return self._template.render(messages, add_generation_prompt=True, tools=tools)
 
     def with_options(self, options: Mapping[str, Any]) -> "PromptEncoder":
         """
@@ -376,6 +390,7 @@ class PromptEncoder:
                 )
         other = copy.copy(self)
         other._template = self._template.with_options(options)
+        other.options = options
         return other
 
     def encode_begun(
@@ -387,13 +402,16 @@ class PromptEncoder:
         Raises:
             TemplateError: The template refuses the conversation.
         """
-        begun = list(self._reply_ids(reply))
+        is_own = self.is_own(reply)
+        begun = list(reply.token_ids or ())
+        if not is_own:
+            begun = self.ids(Shown("", ()).followed_by_said(reply.content, self.control))
         try:
             prompt = self.encode_typed(path, "", tools, role="assistant")
         except TemplateError:  # it refuses to end with a reply, or does not show one there
             prompt = self.encode(path, tools=tools)
         ids = prompt.token_ids + begun
-        known = len(ids) if self._is_own(reply) else prompt.generated_length
+        known = len(ids) if is_own else prompt.generated_length
         return replace(prompt, token_ids=ids, generated_length=known), begun
 
     def encode_typed(
@@ -425,77 +443,47 @@ class PromptEncoder:
             return before
 
         messages = [node.written_message() for node in path]
-        return self._encode_path(path, messages, tools, render, typed)
+        return _Encoding(self, path, messages, tools, render, typed).prompt()
 
-    def _encode_path(
-        self,
-        path: Sequence[Node],
-        messages: list[Message],
-        tools: ToolSchemas,
-        render: Render,
-        typed: str = "",
-    ) -> Prompt:
-        replies = [node for node in path if node.role == "assistant"]
-        control = self._tokenizer.control_tokens
-        whole, guard = shown(render, messages, tools, control)
-        if typed:
-            whole = whole.followed_by_said(typed, control)
-        segments = self._segments(render, messages, tools, guard)
-        ids: list[int] = []
-        end = 0  # of the text whose ids are in the list
-        rewritten = None
-        generated_length = 0
-        for number, reply in enumerate(replies):
-            middle = end + len(segments[number])
-            # The last segment is followed by no reply; fewer segments mean that a reply was dropped.
-            if number + 1 >= len(segments) or not (
-                whole.text.startswith(segments[number], end)
-                and whole.says(reply.content, middle, control)
-            ):
-                rewritten = number
-                break
-            ids += self._ids(whole.part(end, middle))
-            ids += self._reply_ids(reply)
-            end = middle + len(reply.content)
-            if self._is_own(reply):
-                generated_length = len(ids)
-        return Prompt(
-            token_ids=ids + self._ids(whole.part(end)),
-            rewritten_reply=rewritten,
-            reencoded_replies=sum(not self._is_own(reply) for reply in replies),
-            generated_length=generated_length,
+    def mark(self, reply: int) -> str:
+        """Return the text that stands for a reply."""
+        return f"reply{reply}y{self._secret}x"
+
+    def unmarked(self, text: str) -> tuple[list[int], list[str]]:
+        """
+        Return which replies a text shows, and what is around them: one text more.
+
+        A reply that is shown again, or after a later one, and all that follows it, is left out.
+        """
+        first, *rest = re.split(rf"reply(\d+)y{self._secret}x", text)
+        numbers = [int(number) for number in rest[::2]]
+        last = next(
+            (
+                place
+                for place, pair in enumerate(itertools.pairwise(numbers), 1)
+                if pair[0] >= pair[1]
+            ),
+            len(numbers),
         )
+        return numbers[:last], [first, *rest[1::2]][: last + 1]
 
-    def _segments(
-        self, render: Render, messages: list[Message], tools: ToolSchemas, guard: Guard | None
-    ) -> list[str]:
-        """Return what the template shows before, between and after the replies."""
-        if guard is not None:
-            messages, tools = guard.messages(messages), guard.tools(tools)
-        text = render([self._marked(message) for message in messages], tools)
-        return (text if guard is None else guard.read(text).text).split(self._reply_mark)
+    @property
+    def control(self) -> ControlTokens:
+        """Return the tokenizer's control tokens."""
+        return self._tokenizer.control_tokens
 
-    def _marked(self, message: Message) -> Message:
-        if message["role"] != "assistant":
-            return message
-        return {"role": "assistant", "content": self._reply_mark}
-
-    def _reply_ids(self, reply: Node) -> Sequence[int]:
-        """Return the generated ids; for a reply that this model did not generate, its text's."""
-        if reply.token_ids is None or not self._is_own(reply):
-            return self._ids(said_alone(reply.content, self._tokenizer.control_tokens))
-        return reply.token_ids
-
-    def _is_own(self, reply: Node) -> bool:
+    def is_own(self, reply: Node) -> bool:
+        """Return whether this model generated a reply."""
         return reply.token_ids is not None and reply.fingerprint == self._fingerprint
 
-    def _ids(self, part: Shown) -> list[int]:
+    def ids(self, part: Shown) -> list[int]:
         """Return the ids of a part of what is shown, from memory where they are there."""
         name = part.name()
-        ids = self.remembered.get(name)
-        if ids is None:
-            ids = self._encoded(part)
-            self.remembered.put(name, ids)
+        known = self.remembered.get(name)
+        if known is not None:
+            return known.tolist()
+        ids = self._encoded(part)
+        self.remembered.put(name, array("i", ids))
         return ids
 
     def _encoded(self, part: Shown) -> list[int]:
@@ -523,60 +511,184 @@ class PromptEncoder:
         return ids + encode(text[done:])
 
 
-class Prompting:
-    """Prompts in one namespace. Owned by a session."""
+class _Encoding:
+    """
+    One conversation on its way to token ids. Used once, by one thread.
 
-    def __init__(self, engine: Engine, encoder: PromptEncoder, namespace: str) -> None:
-        self._engine = engine
-        self._encoder = encoder
-        self._namespace = namespace
-        self._window = Window()
+    Invariant: the ids stand for the text up to `_done`, and the replies up to `_end` were looked at.
+    """
 
-    def asking(
-        self, at: Node, said: str | None, tools: Tools, overflow: Overflow
-    ) -> tuple[Prompt, int]:
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        path: Sequence[Node],
+        messages: list[Message],
+        tools: ToolSchemas,
+        render: Render,
+        typed: str = "",
+    ) -> None:
+        self._encoder, self._control = encoder, encoder.control
+        self._path, self._messages, self._tools = path, messages, tools
+        self._render = render
+        self._whole, self._guard = shown(render, messages, tools, self._control)
+        self._length = len(self._whole.text)
+        if typed:
+            self._whole = self._whole.followed_by_said(typed, self._control)
+        self._places = [place for place, node in enumerate(path) if node.role == "assistant"]
+        self._ids: list[int] = []
+        self._done = self._end = 0
+        self._last: (
+            int | None
+        ) = -1  # the reply that ends at `_end`; None: nobody knows where it ends
+        self._rewritten: list[Rewritten] = []
+        self._reencoded = self._reencoded_length = self._generated_length = 0
+
+    def prompt(self) -> Prompt:
+        """Return the prompt."""
+        numbers, around = self._marked(self._render, len(self._messages))
+        for place, number in enumerate(numbers):
+            self._drop(range(numbers[place - 1] + 1 if place else 0, number))
+            self._reply(number, *around[place : place + 2], is_last=place + 1 == len(numbers))
+            if self._last is None:
+                break
+        else:
+            self._drop(range(numbers[-1] + 1 if numbers else 0, len(self._places)))
+        return Prompt(
+            token_ids=self._ids + self._encoder.ids(self._whole.part(self._done)),
+            rewritten=tuple(self._rewritten),
+            reencoded_replies=self._reencoded,
+            reencoded_length=self._reencoded_length,
+            generated_length=self._generated_length,
+        )
+
+    def opening(self) -> Opening | None:
+        """Return what is shown after the last reply; None where it is not known where that ends."""
+        if self._last is None:
+            return None
+        return Opening(self._last, self._whole.text[self._end :])
+
+    def name(self, messages: int, keys: Sequence[bytes] = ()) -> bytes:
+        """Return a name of the first messages, and of those that *keys* name, with the tools."""
+        seen = _json([*self._tools, self._encoder.options])
+        name = blake2b(seen.encode(), digest_size=16)
+        for key in itertools.chain((node.key for node in self._path[:messages]), keys):
+            name.update(key)
+        return name.digest()
+
+    def _marked(self, render: Render, count: int) -> tuple[list[int], list[str]]:
+        """Return which replies are shown of the first *count* messages, and what is around them."""
+        messages, tools, guard = self._messages[:count], self._tools, self._guard
+        if guard is not None:
+            messages, tools = guard.messages(messages), guard.tools(tools)
+        for number, place in enumerate(self._places):
+            if place < count:
+                messages[place] = {"role": "assistant", "content": self._encoder.mark(number)}
+        text = render(messages, tools)
+        return self._encoder.unmarked(text if guard is None else guard.read(text).text)
+
+    def _asked(self, number: int) -> str | None:
+        """Return what led to a reply of this model when it was generated; None where nobody knows."""
+        place = self._places[number]
+        if not self._encoder.is_own(self._path[place]):
+            return None
+        name = self.name(place)
+        opening = self._encoder.openings.get(name)
+        if opening is None:
+            try:
+                numbers, around = self._marked(self._encoder.asking, place)
+            except TemplateError:
+                return None
+            opening = Opening(numbers[-1] if numbers else -1, around[-1])
+            self._encoder.openings.put(name, opening)
+        return opening.text if opening.after == self._last else None
+
+    def _drop(self, numbers: Iterable[int]) -> None:
+        """Take note of replies that are not shown."""
+        for number in numbers:
+            if self._encoder.is_own(self._path[self._places[number]]):
+                self._tell(number, self._asked(number), None)
+
+    def _reply(self, number: int, opening: str, after: str, *, is_last: bool) -> None:
+        """Take the next reply that is shown, between two texts of the template."""
+        reply, asked = self._path[self._places[number]], self._asked(number)
+        is_own = self._encoder.is_own(reply)
+        place = self._shown(reply.content, asked, opening, after)
+        if place is None:
+            stop = self._found(opening, after, is_last=is_last)
+            if is_own:
+                self._tell(number, asked, stop)
+            elif reply.token_ids is not None:
+                self._reencode(len(self._encoder.ids(self._whole.part(self._done, stop))))
+            self._last, self._end = (None, self._end) if stop is None else (number, stop)
+            return
+        start, stop = place
+        lead = self._whole.part(self._done, start)
+        if is_own:
+            now = self._whole.text[self._end : start]
+            same = shared_characters(asked or now, now)
+            if asked is not None and asked != now:
+                if _NOTHING.fullmatch(asked, same) and _NOTHING.fullmatch(now, same):
+                    lead = self._whole.part(self._done, self._end + same)
+                    lead = Shown(lead.text + asked[same:], lead.breaks)
+                else:
+                    self._tell(number, asked, stop)
+            self._ids += self._encoder.ids(lead)
+            self._ids += reply.token_ids or ()
+            self._done, self._generated_length = stop, len(self._ids)
+        elif reply.token_ids is not None:
+            self._ids += self._encoder.ids(lead)
+            self._ids += self._encoder.ids(self._whole.part(start, stop))
+            self._done = stop
+            self._reencode(0)
+        self._last, self._end = number, stop
+
+    def _reencode(self, more: int) -> None:
+        self._reencoded += 1
+        self._reencoded_length = len(self._ids) + more
+
+    def _shown(
+        self, content: str, asked: str | None, opening: str, after: str
+    ) -> tuple[int, int] | None:
         """
-        Return the prompt for a reply, and how many turns were left out of it.
+        Return from where to where a reply is shown; None where something else is in its place.
 
         Args:
-            at: The messages up to here, all or those that still fit.
-            said: A user's message after those.
-            tools: What the reply may call.
-            overflow: What happens when not all fit.
+            content: What it says; space at its ends may be missing.
+            asked: What led to it when it was generated; None: nobody knows.
+            opening: What leads to a mark in its place.
+            after: What follows such a mark.
         """
+        text = self._whole.text
+        for lead in (opening if asked is None else asked, opening):
+            if not text.startswith(lead, self._end):
+                continue
+            start = self._end + len(lead)
+            ends = [
+                start + len(said)
+                for said in (content, content.rstrip(), content.lstrip(), content.strip())
+                if self._whole.says(said, start, self._control)
+            ]
+            follows = [shared_characters(after, text[end : end + len(after)]) for end in ends]
+            most = max(follows, default=0)
+            if ends and (most or not after):
+                return start, ends[follows.index(most)]
+        return None
 
-        def encode(messages: Sequence[Node]) -> Prompt:
-            return self._encoder.encode(messages, said, tools.schemas)
+    def _found(self, opening: str, after: str, *, is_last: bool) -> int | None:
+        """Return where what follows a reply begins that is shown otherwise."""
+        text = self._whole.text[: self._length]
+        start = self._end + shared_characters(opening, text[self._end :])
+        place = text.rfind(after, start) if is_last else text.find(after, start)
+        return None if place < 0 or (is_last and not text.endswith(after)) else place
 
-        def measure(messages: Sequence[Node]) -> int:
-            return len(encode(messages).token_ids)
-
-        path = at.path()
-        shown = self._window.fitting(path, self._engine.info.context_length, measure, overflow)
-        return encode(shown), len(turn_starts(path)) - len(turn_starts(shown))
-
-    def continuing(self, reply: Node, tools: Tools) -> tuple[Prompt, list[int]]:
-        """Return the prompt for a reply that goes on after what it says, and the ids of that."""
-        assert reply.parent is not None, "a reply has a parent"
-        shown = self._window.shown(reply.parent.path())
-        return self._encoder.encode_begun(shown, reply, tools.schemas)
-
-    def typing(self, at: Node, text: str, tools: Tools) -> list[int]:
-        """Return the ids of what is shown up to a node, and of a message that is being typed."""
-        shown = self._window.shown(at.path())
-        return self._encoder.encode_typed(shown, text, tools.schemas).token_ids
-
-    def sequence(self, token_ids: list[int]) -> TokenSequence:
-        """
-        Return a sequence with this history.
-
-        Raises:
-            ContextFullError: It leaves no place for a reply.
-        """
-        limit = self._engine.info.context_length
-        needed = len(token_ids) + 1
-        if needed > limit:
-            raise ContextFullError(needed=needed, limit=limit)
-        sequence = self._engine.new_sequence(self._namespace)
-        sequence.append(token_ids)
-        return sequence
+    def _tell(self, number: int, asked: str | None, stop: int | None) -> None:
+        """Take note that a reply is shown otherwise, up to *stop*; None: it is not, or nobody knows."""
+        ids, reply = self._encoder.ids, self._path[self._places[number]]
+        start, now = len(self._ids), ids(self._whole.part(self._done, stop))
+        if asked is not None:
+            before = self._whole.part(self._done, self._end)
+            was = [*ids(Shown(before.text + asked, before.breaks)), *(reply.token_ids or ())]
+            start += common_prefix_length(was, now)
+        end = max(start + 1, len(self._ids) + len(now)) if stop is not None else start + 1
+        self._rewritten.append(Rewritten(number, start, end))
+        self._generated_length = max(self._generated_length, end)

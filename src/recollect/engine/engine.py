@@ -2,13 +2,12 @@
 The engine: one thread that runs forward passes for the sequences of a runtime.
 
 `Engine` is what callers have: it makes sequences, takes tasks, and owns the thread, the `Memory` and the
-disk tier. `ForwardPasses` runs and counts passes, and keeps a failing task from hurting the others.
-`pool_size` says how many blocks a memory budget holds. None of them knows text: what is done with logits
-is a task's business.
+disk tier. It does not know text: what is done with logits is a task's business.
 """
 
 import atexit
 import threading
+import time
 import weakref
 from collections.abc import Collection
 from collections.abc import Sequence as Tokens
@@ -17,89 +16,21 @@ from functools import partial
 from time import perf_counter
 from typing import Final
 
-from recollect import config
-from recollect.engine.scheduler import Chunks, Room, Scheduler, Task, count_replays, hand_over
+from recollect.engine.scheduler import Chunks, Room, Scheduler, Task
 from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.engine.tier import DiskTier
 from recollect.errors import ConfigError, MisuseError, RuntimeFailure
-from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
+from recollect.kv.blocks import BlockPool, CachedBlock
 from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Identity
-from recollect.runtime.base import Logits, PagedRuntime, RuntimeInfo
+from recollect.runtime.base import Logits, PagedRuntime
 from recollect.types import running_average
 
 _TIMED_TOKENS: Final = 32
 """Passes over fewer tokens are not timed: they say little about the cost of prefill."""
-
-
-class ForwardPasses:
-    """
-    Runs, counts and times forward passes.
-
-    Used by the engine's thread; the counters may be read from any.
-    """
-
-    def __init__(self, runtime: PagedRuntime) -> None:
-        self._runtime = runtime
-        self.computed_tokens = 0
-        """Tokens fed so far."""
-        self.count = 0
-        """Forward passes so far."""
-        self.s_per_token: float | None = None
-        """Seconds per token of a prompt, as a running average; None: no prompt was computed yet."""
-
-    def run(
-        self, chunks: Chunks, copies: list[tuple[int, int]]
-    ) -> tuple[dict[Task, Logits], dict[Task, Exception]]:
-        """
-        Copy blocks, then feed the chunks; where that fails, each by itself.
-
-        Args:
-            chunks: What to feed. Where a chunk had to begin earlier, its entry is replaced.
-            copies: Blocks to copy first, `(source, target)`.
-
-        Returns:
-            The logits of the tasks that reach their end, and what those that failed failed with.
-        """
-        try:
-            if copies:
-                self._runtime.copy_blocks(copies)
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the tasks
-            return {}, dict.fromkeys(chunks, error)
-        try:
-            return self._forward(chunks), {}
-        except Exception as error:  # noqa: BLE001 - likewise
-            if len(chunks) == 1:
-                return {}, dict.fromkeys(chunks, error)
-        logits: dict[Task, Logits] = {}
-        errors: dict[Task, Exception] = {}
-        for task, fed in chunks.items():
-            start = self._runtime.info.reuse.longest_cut(fed.start)
-            chunks[task] = FeedPlan(start, fed.end)  # a failure may have changed all of a block
-            own_logits, own_errors = self.run({task: chunks[task]}, [])
-            logits |= own_logits
-            errors |= own_errors
-        return logits, errors
-
-    def _forward(self, chunks: Chunks) -> dict[Task, Logits]:
-        """Feed the chunks in one forward pass; return the logits of the tasks that reach their end."""
-        if not chunks:
-            return {}
-        rows = {task: task.sequence.row(fed) for task, fed in chunks.items()}
-        begun = perf_counter()
-        result = self._runtime.forward(list(rows.values()))
-        fed_tokens = sum(len(row.token_ids) for row in rows.values())
-        self._time(fed_tokens, perf_counter() - begun)
-        self.count += 1
-        self.computed_tokens += fed_tokens + count_replays(rows, result.starts)
-        wanting = [task for task, row in rows.items() if row.wants_logits]
-        return dict(zip(wanting, result.logits, strict=True))
-
-    def _time(self, tokens: int, seconds: float) -> None:
-        if tokens >= _TIMED_TOKENS:
-            self.s_per_token = running_average(self.s_per_token, seconds / tokens)
-
+Result = Logits | Exception | None
+"""What a pass gave a task: the logits after its history, why it failed, or None where more is to be fed."""
 
 _LINGER_S: Final = 2.0
 """The thread ends after so long without work; the next task starts another."""
@@ -154,7 +85,11 @@ class Engine:
         elif store is not None:
             self.tier = DiskTier(store, identity, runtime, self.pool, self.cache, self.lock)
             self.cache.on_new = self.tier.writer.note
-        self._passes = ForwardPasses(runtime)
+        self.computed_tokens = 0
+        """Tokens fed so far, counted at the forward pass."""
+        self.forward_passes = 0
+        """Forward passes so far, without those that failed."""
+        self._s_per_token: float | None = None  # a running average over prompts
         self._scheduler = Scheduler(info.block_size, info.pace)
         self._room = Room(self._scheduler, self.memory, has_disk=self.tier is not None)
         self._work = threading.Condition(self.lock)
@@ -167,16 +102,6 @@ class Engine:
         # waits for its task would wait for ever.
         self._at_exit = partial(_close_if_alive, weakref.ref(self))
         atexit.register(self._at_exit)
-
-    @property
-    def computed_tokens(self) -> int:
-        """Return how many tokens were fed so far, counted at the forward pass."""
-        return self._passes.computed_tokens
-
-    @property
-    def forward_passes(self) -> int:
-        """Return how many forward passes have run."""
-        return self._passes.count
 
     @property
     def preemptions(self) -> int:
@@ -325,7 +250,7 @@ class Engine:
         if thread is not None:
             thread.join()
         if self.tier is not None:
-            self.tier.close(compute_s_per_token=self._passes.s_per_token)
+            self.tier.close(compute_s_per_token=self._s_per_token)
         self._runtime.close()
 
     def _require_open(self) -> None:
@@ -368,25 +293,24 @@ class Engine:
     def _work_once(self) -> bool:
         """Wait for work and run a forward pass; return whether to go on."""
         with self._work:
-            self._drop_cancelled()
-            while not self._scheduler.tasks():
+            while not self._end_cancelled():
                 if self._closed:
                     return False
                 self._tell_tier(works=False)
                 if not self._work.wait(_LINGER_S) and not self._scheduler.tasks():
                     self._thread = None  # without a thread, an engine nobody uses can go
                     return False
-                self._drop_cancelled()
             self._tell_tier(works=True)
             self._scheduler.admit(self._room.fits)
             running = list(self._scheduler.running)
             self._passing = True
         if self.tier is not None:
-            self.tier.restore_for(running, compute_s_per_token=self._passes.s_per_token)
+            self.tier.restore_for(running, compute_s_per_token=self._s_per_token)
         with self._work:
             chunks, copies = self._room.prepare()
             tasks = self._scheduler.tasks()
-        hand_over(tasks, self.info.pace.first_token_pause_s)
+        if [task for task in tasks if task.hand_over()]:
+            time.sleep(self.info.pace.first_token_pause_s)
         self._pass(chunks, copies)
         return True
 
@@ -394,28 +318,77 @@ class Engine:
         if self.tier is not None:
             self.tier.writer.engine_works(works)
 
-    def _drop_cancelled(self) -> None:
+    def _end_cancelled(self) -> bool:
+        """End the tasks that were cancelled; return whether there are others."""
         for task in self._scheduler.tasks():
             if task.cancelled:
                 self._scheduler.end(task, "cancelled")
+        return bool(self._scheduler.tasks())
 
     def _pass(self, chunks: Chunks, copies: list[tuple[int, int]]) -> None:
         """Run a forward pass, and hand the logits to the tasks that now have them."""
-        logits, errors = self._passes.run(chunks, copies)
+        results = self._feed(chunks, copies)
         with self._work:
             for task, fed in chunks.items():
-                if task in errors:
+                task.fed.append(fed)
+                result = results[task]
+                if isinstance(result, Exception):
                     # The slots from fed.start on are undefined now, and those before it in the same
                     # block may be: its copy may not have happened, or a scale has changed.
                     task.sequence.truncate(fed.start // self.block_size * self.block_size)
-                    self._scheduler.end(task, "failed", errors[task])
+                    self._scheduler.end(task, "failed", result)
                 else:
-                    task.sequence.written(fed, logits.get(task))
+                    task.sequence.written(fed, result)
             self._passing = False
             self._work.notify_all()
         for task in list(self._scheduler.running):
             if task.sequence.logits is not None:
                 self._deliver(task)
+
+    def _feed(self, chunks: Chunks, copies: list[tuple[int, int]]) -> dict[Task, Result]:
+        """
+        Copy blocks, then feed the chunks in one pass; where that fails, feed each by itself.
+
+        Args:
+            chunks: What to feed. Where a chunk had to begin earlier, its entry is replaced.
+            copies: Blocks to copy first, `(source, target)` each.
+        """
+        try:
+            if copies:
+                self._runtime.copy_blocks(copies)
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the tasks
+            return dict.fromkeys(chunks, error)
+        try:
+            return self._forward(chunks)
+        except Exception as error:  # noqa: BLE001 - likewise
+            if len(chunks) == 1:
+                return dict.fromkeys(chunks, error)
+        results: dict[Task, Result] = {}
+        for task, fed in list(chunks.items()):
+            # The pass that failed may have changed all of a block.
+            start = self.info.reuse.longest_cut(fed.start)
+            alone = {task: FeedPlan(start, fed.end)}
+            results |= self._feed(alone, [])
+            chunks |= alone
+        return results
+
+    def _forward(self, chunks: Chunks) -> dict[Task, Result]:
+        """Run one forward pass, count it and time it."""
+        if not chunks:
+            return {}
+        rows = [task.sequence.row(fed) for task, fed in chunks.items()]
+        fed_tokens = sum(len(row.token_ids) for row in rows)
+        begun = perf_counter()
+        result = self._runtime.forward(rows)
+        if fed_tokens >= _TIMED_TOKENS:
+            s_per_token = (perf_counter() - begun) / fed_tokens
+            self._s_per_token = running_average(self._s_per_token, s_per_token)
+        for task, start in zip(list(chunks), result.starts, strict=False):
+            chunks[task] = FeedPlan(start, chunks[task].end)
+        self.forward_passes += 1
+        self.computed_tokens += sum(fed.end - fed.start for fed in chunks.values())
+        wanting = [task for task, row in zip(chunks, rows, strict=True) if row.wants_logits]
+        return dict.fromkeys(chunks) | dict(zip(wanting, result.logits, strict=True))
 
     def _deliver(self, task: Task) -> None:
         """Let a task use its logits; whatever its callback raises ends that task and no other."""
@@ -433,33 +406,3 @@ class Engine:
 def _close_if_alive(engine: "weakref.ref[Engine]") -> None:
     if (alive := engine()) is not None:
         alive.close()
-
-
-CONTEXTS_IN_POOL: Final = 4
-"""By default the pool holds at most this many full contexts: one for a conversation, the rest for its
-branches and for others. Pages that are never written take no memory."""
-
-
-def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
-    """
-    Return how many blocks a memory budget in bytes holds.
-
-    Raises:
-        ConfigError: The budget holds not even one, or is more than the machine has.
-    """
-    if kv_memory is None:
-        blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)
-        budget = config.default_kv_memory_bytes()
-        return max(1, min(budget // info.bytes_per_block, blocks_of_contexts))
-    machine = config.machine_memory_bytes()
-    if kv_memory > machine:
-        raise ConfigError(
-            f"{kv_memory:,} bytes for KV are more than the {machine:,} bytes of memory that this machine "
-            "has: give less."
-        )
-    blocks = kv_memory // info.bytes_per_block
-    if blocks < 1:
-        raise ConfigError(
-            f"{kv_memory:,} bytes hold no KV block: give at least {info.bytes_per_block:,}."
-        )
-    return blocks

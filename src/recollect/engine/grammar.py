@@ -5,22 +5,31 @@ Knows token ids; the grammars themselves are llguidance's. It compiles a JSON sc
 for each part and follows each reference where it stands, in time that grows with the square of the
 parts; a chain of a thousand references, or a list of 40,000 required names, overflows a thread's
 stack, which ends the process. So schemas are bounded before they are compiled.
+
+What takes long is made while nobody waits: `Grammars.prepare` makes llguidance's table of tokens, from a
+file where the tokens' bytes were found out before, and compiles the grammars that were used last.
 """
 
+import contextlib
 import importlib
 import json
+import struct
 import threading
+import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
+from hashlib import blake2b
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from recollect import files
 from recollect.errors import ConfigError, InvalidParameterError
-from recollect.text.tokenizer import Tokenizer
+from recollect.text.tokenizer import Tokenizer, Vocabulary
 from recollect.types import Grammar, common_prefix_length
 
 if TYPE_CHECKING:
@@ -147,22 +156,104 @@ Models see it so in their templates; and small ones fall into endless white spac
 """
 
 
+_MOST_REMEMBERED: Final = 16
+"""Grammars that are compiled again after a restart: those of a few clients, each with its tools."""
+_MOST_REMEMBERED_CHARACTERS: Final = 1 << 20
+"""In these; the tools of Claude Code, the largest that were seen, make 40,000."""
+
+VOCABULARIES: Final = "vocabularies"
+"""Folder of the bytes of tokens, by the fingerprint of their model; derived, and nothing that was said."""
+_MOST_VOCABULARIES: Final = 16
+"""Files in it, a few megabytes each."""
+_MOST_VOCABULARY_BYTES: Final = 64 << 20
+
+
+class GrammarNotes:
+    """Where the grammars that were used last are noted for another time. This one forgets them."""
+
+    def read(self) -> str | None:
+        """Return what was noted last; None where nothing was."""
+        return None
+
+    def write(self, text: str) -> None:
+        """Note a text in the place of the one before."""
+
+
 class Grammars:
     """
     Grammars over one tokenizer's tokens.
 
-    Safe from any thread. llguidance is imported, and its table of tokens made, when the first
-    grammar is used: half a second for a vocabulary of 49,152.
+    Safe from any thread. llguidance is imported, and its table of tokens made, by `prepare` or when the
+    first grammar is used: 2 s for a vocabulary of 151,936, the half of it for the bytes of its tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        home: Path | None = None,
+        fingerprint: str = "",
+        notes: GrammarNotes | None = None,
+    ) -> None:
+        """
+        Hold what is compiled.
+
+        Args:
+            tokenizer: Of the model.
+            vocab_size: Of the model; may be more than the tokenizer's.
+            home: Where the bytes of tokens are kept in a file; None: nowhere.
+            fingerprint: Of the model, the tokenizer among it.
+            notes: Where the grammars that were used last are noted; None: nowhere.
+        """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._home = home
+        self._fingerprint = fingerprint
+        self._notes = notes or GrammarNotes()
         self._tokens: llguidance.LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar, llguidance.LLMatcher] = OrderedDict()
         self.held_bytes = 0
         """That the compiled grammars which are kept take, as estimated."""
+        self.made = 0
+        """Tables and grammars that were made, ever."""
         self._lock = threading.Lock()
+        self._preparing: threading.Thread | None = None
+        self._is_closing = False
+
+    def prepare_later(self) -> None:
+        """Have `prepare` done on a thread of its own; again is nothing."""
+        with self._lock:
+            if self._preparing is None and not self._is_closing:
+                self._preparing = threading.Thread(
+                    target=self.prepare, name="recollect-grammars", daemon=True
+                )
+                self._preparing.start()
+
+    def prepare(self) -> None:
+        """Make the table of tokens, and compile the grammars of last time, unless that was done."""
+        try:
+            library = _llguidance()
+        except ConfigError:
+            return  # whoever uses a grammar is told
+        with self._lock:
+            if not self._is_closing:
+                self._table(library)
+        for grammar in _noted(self._notes.read()):
+            with self._lock, contextlib.suppress(InvalidParameterError):
+                if not self._is_closing:
+                    self._matcher(grammar)
+
+    def join(self) -> None:
+        """Wait for the end of what `prepare_later` began."""
+        if self._preparing is not None:
+            self._preparing.join()
+
+    def close(self) -> None:
+        """End what is prepared, and wait for that."""
+        with self._lock:
+            self._is_closing = True
+        self.join()
 
     def start(self, grammar: Grammar) -> "GrammarState":
         """
@@ -173,16 +264,25 @@ class Grammars:
             ConfigError: llguidance is not installed.
         """
         with self._lock:
-            matcher = self._compiled.get(grammar)
-            if matcher is None:
-                matcher = self._compile(grammar)
-                self._compiled[grammar] = matcher
-                self.held_bytes += _compiled_size(grammar)
-            self._compiled.move_to_end(grammar)
-            while self.held_bytes > MOST_COMPILED_BYTES:
-                forgotten, _ = self._compiled.popitem(last=False)
-                self.held_bytes -= _compiled_size(forgotten)
-            return GrammarState(matcher.deep_copy(), self._vocab_size)
+            is_new = grammar not in self._compiled
+            state = GrammarState(self._matcher(grammar).deep_copy(), self._vocab_size)
+            used = list(self._compiled)[-_MOST_REMEMBERED:]
+        if is_new:
+            self._notes.write(_note(used))
+        return state
+
+    def _matcher(self, grammar: Grammar) -> "llguidance.LLMatcher":
+        matcher = self._compiled.get(grammar)
+        if matcher is None:
+            matcher = self._compile(grammar)
+            self.made += 1
+            self._compiled[grammar] = matcher
+            self.held_bytes += _compiled_size(grammar)
+        self._compiled.move_to_end(grammar)
+        while self.held_bytes > MOST_COMPILED_BYTES:
+            forgotten, _ = self._compiled.popitem(last=False)
+            self.held_bytes -= _compiled_size(forgotten)
+        return matcher
 
     def _compile(self, grammar: Grammar) -> "llguidance.LLMatcher":
         library = _llguidance()
@@ -211,12 +311,85 @@ class Grammars:
 
     def _table(self, library: ModuleType) -> "llguidance.LLTokenizer":
         if self._tokens is None:
+            self.made += 1
             self._tokens = library.LLTokenizer(
-                library.TokenizerWrapper(_Wrapped(self._tokenizer)),
+                library.TokenizerWrapper(_Wrapped(self._tokenizer, self._vocabulary())),
                 n_vocab=self._vocab_size,
                 eos_token=sorted(self._tokenizer.eos_token_ids),
             )
         return self._tokens
+
+    def _vocabulary(self) -> Vocabulary:
+        """Return the bytes of the tokens, from the file of another time where there is one."""
+        if self._home is None:
+            return self._tokenizer.vocabulary
+        path = self._home / VOCABULARIES / f"{self._fingerprint[:32]}.bin"
+        size = self._tokenizer.vocab_size
+        with contextlib.suppress(OSError):
+            known = _unpacked(files.read_bytes(path, most_bytes=_MOST_VOCABULARY_BYTES))
+            if known is not None and len(known.token_bytes) == size:
+                return known
+        vocabulary = self._tokenizer.vocabulary
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}")
+        # Without the file the bytes are found out again next time, which is slow but right.
+        with contextlib.suppress(OSError):
+            files.make_private(path.parent, self._home)
+            temporary.write_bytes(_packed(vocabulary))
+            temporary.replace(path)
+            there = sorted(path.parent.iterdir(), key=lambda one: one.stat().st_mtime)
+            for old in there[:-_MOST_VOCABULARIES]:
+                old.unlink()
+        return vocabulary
+
+
+def _note(grammars: list[Grammar]) -> str:
+    """Return grammars, the last used last, as a text; the older ones only where they are short."""
+    noted: list[list[str]] = []
+    left = _MOST_REMEMBERED_CHARACTERS
+    for grammar in reversed(grammars):
+        left -= len(grammar.source)
+        if left < 0:
+            break
+        noted.append([grammar.kind, grammar.source])
+    return json.dumps(noted[::-1])
+
+
+def _noted(text: str | None) -> list[Grammar]:
+    """Return the grammars of a note; what is none is left out."""
+    try:
+        noted = [] if text is None else json.loads(text)
+        return [Grammar(kind, source) for kind, source in noted]
+    except (ValueError, TypeError):
+        return []
+
+
+_HEAD: Final = struct.Struct("<8s16sII")
+_MAGIC: Final = b"rcvocab1"
+
+
+def _packed(vocabulary: Vocabulary) -> bytes:
+    """Return a vocabulary as a file has it: a head with a checksum, lengths, ids, and the bytes."""
+    special = sorted(vocabulary.special_token_ids)
+    lengths = np.array([len(one) for one in vocabulary.token_bytes], "<u4")
+    body = lengths.tobytes() + np.array(special, "<u4").tobytes() + b"".join(vocabulary.token_bytes)
+    checksum = blake2b(body, digest_size=16).digest()
+    return _HEAD.pack(_MAGIC, checksum, len(lengths), len(special)) + body
+
+
+def _unpacked(data: bytes) -> Vocabulary | None:
+    """Return the vocabulary in a file; None where it is not as it was written."""
+    if len(data) < _HEAD.size:
+        return None
+    magic, checksum, count, specials = _HEAD.unpack_from(data)
+    body = data[_HEAD.size :]
+    if magic != _MAGIC or blake2b(body, digest_size=16).digest() != checksum:
+        return None
+    numbers = np.frombuffer(body[: 4 * (count + specials)], "<u4").tolist()
+    place, token_bytes = 4 * (count + specials), []
+    for length in numbers[:count]:
+        token_bytes.append(body[place : place + length])
+        place += length
+    return Vocabulary(tuple(token_bytes), frozenset(numbers[count:]))
 
 
 def _compiled_size(grammar: Grammar) -> int:
@@ -302,8 +475,7 @@ def _unusable(grammar: Grammar, reason: str) -> InvalidParameterError:
 class _Wrapped:
     """A tokenizer as llguidance asks for one."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        vocabulary = tokenizer.vocabulary
+    def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
         self._encode = tokenizer.encode
         self.tokens = vocabulary.token_bytes
         self.special_token_ids = sorted(vocabulary.special_token_ids)

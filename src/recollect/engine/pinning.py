@@ -71,13 +71,13 @@ def require_tier(engine: Engine) -> DiskTier:
     """
     if not engine.info.reuse.as_bytes:
         raise StoreError(
-            "This model's runtime keeps its KV to itself, so none can be kept on disk: run the "
+            "This model's runtime does not give its KV out, so none can be pinned on disk: run the "
             "model on OpenVINO for that."
         )
     if engine.tier is None:
         raise StoreError(
-            "No KV is kept on disk here, so nothing can be kept there: give it room (--kv-disk, "
-            "or `kv_disk` of `load`)."
+            "There is no cache on disk here, so nothing can be pinned in it: give it room "
+            "(--kv-disk, or `kv_disk` of `load`)."
         )
     return engine.tier
 
@@ -181,8 +181,8 @@ def _require_room(engine: Engine, tier: DiskTier, tokens: int) -> None:
     needed = -(-tokens // info.block_size) * stored_bytes(info.bytes_per_block)
     if pinned + needed > room:
         raise StoreFullError(
-            f"This takes {needed:,} bytes on disk, and {pinned:,} of {room:,} that may be kept from "
-            "eviction are taken: let one go (`recollect cache unpin`), or give more room (--kv-disk)."
+            f"This takes {needed:,} bytes on disk, and {pinned:,} of {room:,} that may be pinned are "
+            "taken: unpin something (`recollect cache unpin`), or give the cache more (--kv-disk)."
         )
 
 
@@ -217,7 +217,7 @@ def _pin(
     pin = Pin(name, tail.key, min(tokens, stored), identity, time.time(), dict(about))
     if not tier.store.add_pin(pin):
         raise NameTakenError(
-            f"Something is kept on disk as {name!r} already: take another name, or drop that one "
+            f"Something is pinned on disk as {name!r} already: take another name, or unpin that "
             "(`recollect cache unpin`)."
         )
     try:

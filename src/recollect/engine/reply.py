@@ -1,27 +1,30 @@
 """
-One reply, from the engine's tokens to text, stop strings, calls of tools and what it has cost.
+One reply, from the engine's tokens to text, calls of tools and what it has cost.
 
 `ReplyGeneration` is the one object that holds a reply: threads read it as an iterator and coroutines
-as an asynchronous one. `IdleWork` computes what a reply will need before it is asked for, and the reply
-tells what of it was used. Knows a generator and a tokenizer; not what a conversation is, nor where a
-reply is kept.
+as an asynchronous one. `Stream` brings the tokens from the engine's thread to either. `IdleWork` computes
+what a reply will need before it is asked for, and the reply tells what of it was used. Knows a generator
+and a tokenizer; not what a conversation is, nor where a reply is kept.
 """
 
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Final, Self
+from queue import SimpleQueue
+from typing import Any, Final, Self
 
 from recollect.engine.engine import Engine
+from recollect.engine.repetition import Repetition
 from recollect.engine.sampling import Generator, Likelihood
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, RuntimeFailure
-from recollect.text.tokenizer import Detokenizer, Tokenizer
+from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer
 from recollect.text.tool_calls import (
     Event,
     ParsedReply,
@@ -31,87 +34,6 @@ from recollect.text.tool_calls import (
     parse_reply,
 )
 from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
-
-_ROOT: Final = 0
-
-
-class StopMatcher:
-    """
-    Pass text through up to the first stop string.
-
-    An automaton reads each character once, so that a piece costs the same however many stop strings
-    there are. Source: Aho and Corasick, Communications of the ACM 18(6), 1975.
-
-    Invariants:
-        1. What was let through never contains a stop string, and never has to be taken back.
-        2. What is held back is a proper prefix of a stop string.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        # A state stands for a beginning of a stop string: the longest that the text so far ends with.
-        self._next: list[dict[str, int]] = [{}]
-        self._shorter = [_ROOT]
-        """The state of the next shorter beginning that the same text ends with."""
-        self._lengths = [0]
-        """Of the beginning that a state stands for, in characters."""
-        self._found: list[str | None] = [None]
-        """The longest stop string that such a text ends with."""
-        for text in stop:
-            self._add(text)
-        self._link()
-        self._state = _ROOT
-        self._held = ""
-        self.matched: str | None = None
-        """The stop string that has come."""
-
-    def push(self, piece: str) -> str:
-        """Take more text and return what can be let through now; nothing once a stop string has come."""
-        if self.matched is not None:
-            return ""
-        text = self._held + piece
-        for place, character in enumerate(piece, len(self._held) + 1):
-            self._state = self._after(self._state, character)
-            self.matched = self._found[self._state]
-            if self.matched is not None:
-                self._held = ""
-                return text[: place - len(self.matched)]
-        keep = len(text) - self._lengths[self._state]
-        self._held = text[keep:]
-        return text[:keep]
-
-    def finish(self) -> str:
-        """Return what was held back, now that no more text comes."""
-        rest, self._held = self._held, ""
-        return rest
-
-    def _after(self, state: int, character: str) -> int:
-        while character not in self._next[state]:
-            if state == _ROOT:
-                return _ROOT
-            state = self._shorter[state]
-        return self._next[state][character]
-
-    def _add(self, text: str) -> None:
-        state = _ROOT
-        for length, character in enumerate(text, 1):
-            if character not in self._next[state]:
-                self._next[state][character] = len(self._next)
-                self._next.append({})
-                self._shorter.append(_ROOT)
-                self._lengths.append(length)
-                self._found.append(None)
-            state = self._next[state][character]
-        self._found[state] = text
-
-    def _link(self) -> None:
-        """Fill in what belongs to shorter beginnings, the shortest first."""
-        states = list(self._next[_ROOT].values())
-        for state in states:  # grows meanwhile
-            for character, following in self._next[state].items():
-                shorter = self._after(self._shorter[state], character)
-                self._shorter[following] = shorter
-                self._found[following] = self._found[following] or self._found[shorter]
-                states.append(following)
 
 
 class AlignedLogprobs:
@@ -171,25 +93,97 @@ class AlignedLogprobs:
         return TokenLogprob(token_id, self._bytes[token_id] if known else b"", logprob, top)
 
 
+_END: Final = object()
+
+
+class Stream:
+    """
+    Results of a task on their way to one reader, which is a thread (`for`) or a coroutine (`async for`).
+
+    The engine's thread puts results in, and hands them over right before a forward pass: see
+    `Task.hand_over`. A reader that stopped can go on later, with the next result. After the last one
+    every loop ends at once, also one that begins then.
+    """
+
+    def __init__(self) -> None:
+        self._fresh: list[Any] = []  # not handed over yet
+        self._queue: SimpleQueue[Any] = SimpleQueue()
+        self._wake: Callable[[], object] = lambda: None
+        self._has_begun = False
+
+    def put(self, result: object) -> None:
+        """Take a result; the reader gets it when it is next handed over."""
+        self._fresh.append(result)
+
+    def hand_over(self) -> bool:
+        """Give the reader what is new; return whether the first result is among it."""
+        if not self._fresh:
+            return False
+        for result in self._fresh:
+            self._queue.put(result)
+        self._fresh.clear()
+        with suppress(RuntimeError):  # the reader's loop was closed
+            self._wake()
+        is_first, self._has_begun = not self._has_begun, True
+        return is_first
+
+    def close(self) -> None:
+        """Hand over what is new, and let the reader know that nothing more comes."""
+        self._fresh.append(_END)
+        self.hand_over()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield results, and wait for those that are to come."""
+        while (result := self._queue.get()) is not _END:
+            yield result
+        self._queue.put(_END)  # for whoever reads later, or at the same time
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        """Yield results on the running event loop, without a thread that waits for them."""
+        import asyncio  # noqa: PLC0415 - takes 30 ms, which a program without a loop does not need
+
+        more = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._wake = lambda: loop.call_soon_threadsafe(more.set)
+        while True:
+            more.clear()
+            while not self._queue.empty():
+                if (result := self._queue.get()) is _END:
+                    self._queue.put(_END)
+                    return
+                yield result
+            await more.wait()
+
+
 _Generated = tuple[int, Likelihood | None]
 """A token, and how likely it was where somebody asked."""
 
 
 class _Generation:
     """
-    The engine's half of a reply: puts its tokens into the stream of a task.
+    The engine's half of a reply: a task that puts its tokens into a stream.
 
     Does not know its reader, so that a reply that nobody holds any more is noticed and ends.
     """
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
-        # Others can have the blocks once it has ended, however late the reader is.
-        self.task = Task(generator.sequence, self._generate, on_end=generator.sequence.park)
+        self.stream = Stream()
+        self.task = Task(
+            generator.sequence,
+            self._generate,
+            hand_over=self.stream.hand_over,
+            on_end=self._end,
+        )
         self.begun_s = self.last_token_s = time.perf_counter()
         self.first_token_s: float | None = None
         self.tokens = 0
         """Generated so far, those of a stop string included."""
+        # Whoever wants a fixed length is measuring.
+        watches = generator.params.end_repetition and not generator.params.ignore_eos
+        self._repetition = Repetition() if watches else None
+        self.ran_away = False
+        """Whether it ended because it only repeated itself."""
 
     def _generate(self) -> bool:
         """Generate one token, on the engine's thread; return whether to go on."""
@@ -199,8 +193,16 @@ class _Generation:
             self.first_token_s = self.last_token_s
         if token is not None:
             self.tokens += 1
-            self.task.stream.put((token, self._generator.likelihood))
-        return not self._generator.is_done()
+            self.stream.put((token, self._generator.likelihood))
+            self.ran_away = self._repetition is not None and self._repetition.push(token)
+        return not self.ran_away and not self._generator.is_done()
+
+    def _end(self) -> None:
+        """Let others have the blocks, however late the reader is, and tell the reader the end."""
+        try:
+            self._generator.sequence.park()
+        finally:
+            self.stream.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +298,8 @@ class GeneratedReply:
     """What is said beside the calls."""
     stop_string: str | None = None
     """The stop string that has ended it; None where none has."""
+    ran_away: bool = False
+    """It was ended, with `length` as the reason, because it only repeated itself: `engine.repetition`."""
 
     def __str__(self) -> str:
         return self.text
@@ -386,6 +390,11 @@ class ReplyGeneration:
         return self._matcher.matched
 
     @property
+    def ran_away(self) -> bool:
+        """Return whether the reply was ended because it only repeated itself."""
+        return self._finish_reason == "length" and self._generation.ran_away
+
+    @property
     def generated_tokens(self) -> int:
         """Return how many tokens were generated, those of a stop string included."""
         return self._generation.tokens
@@ -411,7 +420,7 @@ class ReplyGeneration:
         Raises:
             RecollectError: What the engine failed with; the pieces before it are part of the reply.
         """
-        tokens = iter(self._task.stream)
+        tokens = iter(self._generation.stream)
         while not self._read_to_end:
             generated = next(tokens, None)
             if piece := self._piece_of(generated):
@@ -421,7 +430,7 @@ class ReplyGeneration:
 
     async def __aiter__(self) -> AsyncIterator[str]:
         """Do the same on an event loop. What `finish` and `close` do may take long: not there."""
-        tokens = aiter(self._task.stream)
+        tokens = aiter(self._generation.stream)
         while not self._read_to_end:
             generated = await anext(tokens, None)
             if piece := self._piece_of(generated):
@@ -467,7 +476,7 @@ class ReplyGeneration:
             self._is_whole = True
             kept = self._cut_at(self.text)
         if self._logprobs is not None:
-            for unread in self._task.stream:  # without text, they stay in the history
+            for unread in self._generation.stream:  # without text, they stay in the history
                 self._decoded(*unread)
             self._logprobs.finish(kept)
 
@@ -541,6 +550,7 @@ class ReplyGeneration:
             tool_calls=parsed.calls,
             content=parsed.content,
             stop_string=self.stop_string,
+            ran_away=self.ran_away,
         )
 
     def _restored_tokens(self) -> int:
@@ -569,7 +579,8 @@ class ReplyGeneration:
             # What was held back because more was to come belongs to the reply.
             piece = self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
             self._read_to_end = self._is_whole = True
-            self._finish_reason = self._generator.finish_reason or "cancelled"
+            cut: FinishReason = "length" if self._generation.ran_away else "cancelled"
+            self._finish_reason = self._generator.finish_reason or cut
         if self.stop_string is not None:
             self._read_to_end, self._is_whole, self._finish_reason = True, False, "stop"
             self._task.cancel()

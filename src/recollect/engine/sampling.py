@@ -7,6 +7,7 @@ any state to restore. A `Generator` does so for one sequence. Knows no text; `en
 """
 
 import secrets
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import Final, Self
@@ -472,3 +473,39 @@ def _describe(token: int, logits: Logits, alternatives: int) -> Likelihood:
     top = most_likely(logits, alternatives)
     logprob, *others = log_probabilities(logits, np.array([token, *top])).tolist()
     return Likelihood(token, logprob, tuple(zip(top.tolist(), others, strict=True)))
+
+
+def score_tokens(
+    engine: Engine,
+    sequence: Sequence,
+    token_ids: Tokens[int],
+    alternatives: int,
+    *,
+    goes_on: Callable[[], None] = lambda: None,
+) -> list[Likelihood]:
+    """
+    Append tokens to an empty sequence, and return how likely the model held each but the first.
+
+    Logits are known only where a forward pass ends, so each token takes one of its own.
+
+    Args:
+        engine: Computes.
+        sequence: Has all of the tokens afterwards.
+        token_ids: At least one.
+        alternatives: How many of the likeliest tokens to tell at each place.
+        goes_on: Called before each pass; may raise to end it.
+
+    Raises:
+        TokenIdError: One is outside the vocabulary. The sequence has those before it.
+        OutOfBlocksError: There is no KV memory for them. Likewise.
+    """
+    found: list[Likelihood] = []
+    for place, token in enumerate(token_ids):
+        goes_on()
+        if place:
+            engine.compute([sequence])
+            logits = sequence.logits
+            assert logits is not None, "compute() leaves the logits known"
+            found.append(_describe(token, logits, alternatives))
+        sequence.append([token])
+    return found

@@ -8,80 +8,16 @@ they decide; all of it happens on the engine's thread.
 """
 
 import threading
-import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
-from queue import SimpleQueue
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.errors import OutOfBlocksError
-from recollect.runtime.base import Pace, Row
+from recollect.runtime.base import Pace
 
 TaskState = Literal["waiting", "running", "done", "cancelled", "failed"]
-
-_END: Final = object()
-
-
-class Stream:
-    """
-    Results of a task on their way to one reader, which is a thread (`for`) or a coroutine (`async for`).
-
-    The engine's thread puts results in and hands them over right before a forward pass, so that the
-    reader works while the runtime does. A reader that stopped can go on later, with the next result.
-    After the last one every loop ends at once, also one that begins then.
-    """
-
-    def __init__(self) -> None:
-        self._fresh: list[Any] = []  # not handed over yet
-        self._queue: SimpleQueue[Any] = SimpleQueue()
-        self._wake: Callable[[], object] = lambda: None
-        self._has_begun = False
-
-    def put(self, result: object) -> None:
-        """Take a result; the reader gets it when it is next handed over."""
-        self._fresh.append(result)
-
-    def hand_over(self) -> bool:
-        """Give the reader what is new; return whether the first result is among it."""
-        if not self._fresh:
-            return False
-        for result in self._fresh:
-            self._queue.put(result)
-        self._fresh.clear()
-        with suppress(RuntimeError):  # the reader's loop was closed
-            self._wake()
-        is_first, self._has_begun = not self._has_begun, True
-        return is_first
-
-    def close(self) -> None:
-        """Hand over what is new, and let the reader know that nothing more comes."""
-        self._fresh.append(_END)
-        self.hand_over()
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield results, and wait for those that are to come."""
-        while (result := self._queue.get()) is not _END:
-            yield result
-        self._queue.put(_END)  # for whoever reads later, or at the same time
-
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        """Yield results on the running event loop, without a thread that waits for them."""
-        import asyncio  # noqa: PLC0415 - takes 30 ms, which a program without a loop does not need
-
-        more = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        self._wake = lambda: loop.call_soon_threadsafe(more.set)
-        while True:
-            more.clear()
-            while not self._queue.empty():
-                if (result := self._queue.get()) is _END:
-                    self._queue.put(_END)
-                    return
-                yield result
-            await more.wait()
 
 
 @dataclass(eq=False)
@@ -89,23 +25,24 @@ class Task:
     """
     Work on one sequence, which belongs to the engine's thread until the task has ended.
 
-    Any thread may wait for the end, read `stream`, or cancel the task.
+    Any thread may wait for the end, or cancel the task. The three callbacks are called on the engine's
+    thread.
     """
 
     sequence: Sequence
     """What to compute."""
     on_logits: Callable[[], bool]
-    """Called on the engine's thread whenever the logits after the sequence are known. May append to it,
-    and put results into `stream`; returns whether to go on."""
+    """Called whenever the logits after the sequence are known. May append to it; returns whether to go on."""
     _: KW_ONLY
     idle: bool = False
     """Whether it runs only while there is nothing else to do."""
     spare: bool = False
     """Whether it is idle and nobody waits for it; where there are many, the scheduler cancels it."""
+    hand_over: Callable[[], bool] = lambda: False
+    """Called right before each pass, so that a reader works while the runtime does. Gives the reader what
+    is new; returns whether the first result is among it."""
     on_end: Callable[[], None] = lambda: None
-    """Called on the engine's thread when it is over, however it ended, before readers are told."""
-    stream: Stream = field(default_factory=Stream, init=False)
-    """What `on_logits` gives its reader."""
+    """Called when it is over, however it ended, before those who wait are told."""
     state: TaskState = field(default="waiting", init=False)
     error: Exception | None = field(default=None, init=False)
     """What it failed with."""
@@ -150,29 +87,7 @@ class Task:
         except Exception as bug:  # noqa: BLE001 - handed to whoever waits
             self.state, self.error = "failed", error or bug
         finally:
-            self.stream.close()
             self._ended.set()
-
-
-def hand_over(tasks: Iterable[Task], pause_s: float) -> None:
-    """Give readers the results that are new, and those of a first one *pause_s* to wake up."""
-    if [task for task in tasks if task.stream.hand_over()]:
-        time.sleep(pause_s)
-
-
-def count_replays(rows: Mapping[Task, Row], starts: Iterable[int]) -> int:
-    """
-    Note for each task what a pass computed before its row, and return how many tokens that is.
-
-    None, unless the runtime owns its KV and had lost what the plan took for computed.
-    """
-    tokens = 0
-    for (task, row), start in zip(rows.items(), starts, strict=False):
-        if start < row.past:
-            task.fed.append(FeedPlan(start, row.past))
-            task.sequence.fed_tokens += row.past - start
-            tokens += row.past - start
-    return tokens
 
 
 MOST_SPARE: Final = 16
@@ -292,7 +207,7 @@ class Scheduler:
         if any(not task.idle for task in self.waiting):
             for idle in [task for task in self.running if task.idle]:
                 self.preempt(idle)
-        while (task := self._next_waiting()) is not None:
+        while self.waiting and (task := self._next_waiting()) is not None:
             has_place = len(self.running) < self.pace.most_rows
             if not self.running or (has_place and fits(task)):
                 self.waiting.remove(task)
@@ -316,26 +231,21 @@ class Scheduler:
             if not task.restoring and (plan := task.sequence.plan()) is not None
         }
         chunks = {task: plan for task, plan in plans.items() if plan.end - plan.start == 1}
-        queues: dict[str, deque[Task]] = {}
-        for task in plans:
-            if task not in chunks:
-                queues.setdefault(task.namespace, deque()).append(task)
-        accounts = {name: self._turns.account(name) for name in queues}
+        prompts = [task for task in plans if task not in chunks]
+        accounts = {task.namespace: self._turns.account(task.namespace) for task in prompts}
         # At least a block: else the prompt of a runtime with larger ones would wait for ever.
         pace = self.pace
         budget = max(self._block_size, pace.shared_chunk if chunks else pace.prefill_chunk)
-        while queues and budget >= self._block_size:
-            name = min(queues, key=lambda name: (accounts[name], name))
-            task = queues[name].popleft()
-            if not queues[name]:
-                del queues[name]
+        while prompts and budget >= self._block_size:
+            task = min(prompts, key=lambda one: (accounts[one.namespace], one.namespace))
+            prompts.remove(task)
             plan = plans[task]
             if _computed_by_another(task, plan, chunks):
                 continue
             chunks[task] = _chunk(plan, budget, self._block_size)
             fed = chunks[task].end - plan.start
             budget -= fed
-            accounts[name] += fed
+            accounts[task.namespace] += fed
         return chunks
 
     def feed(self, chunks: Chunks) -> None:
@@ -375,13 +285,10 @@ class Scheduler:
         return not running[task.namespace] and max(running.values()) > 1
 
     def _next_waiting(self) -> Task | None:
-        if any(task.idle for task in self.running):
-            return None
-        busy = [task for task in self.waiting if not task.idle]
-        if not busy:
-            return self.waiting[0] if self.waiting and not self.running else None
+        """Return the task to admit next; an idle one only where nothing else is there."""
         running = self._running_by_namespace()
-        return min(busy, key=lambda task: running[task.namespace])
+        task = min(self.waiting, key=lambda one: (one.idle, running[one.namespace]))
+        return None if task.idle and self.running else task
 
 
 def _chunk(plan: FeedPlan, budget: int, block_size: int) -> FeedPlan:
@@ -446,7 +353,6 @@ class Room:
         self._scheduler.feed(chunks)
         copies: list[tuple[int, int]] = []
         for task, fed in chunks.items():
-            task.fed.append(fed)
             copies += task.sequence.prepare_write(fed.start, fed.end)
         return chunks, copies
 

@@ -141,8 +141,9 @@ class Sequence:
         """The cache's nodes for the full blocks, in order of position. Only the sequence changes it."""
         self.fed_tokens = 0
         """Tokens of this sequence that went through a forward pass, counted there."""
+        self.logits: Logits | None = None
+        """The logits after the last token, `(vocab_size,)`, not to be changed; None: unknown."""
         self._token_ids = array("q")
-        self._logits: Logits | None = None
         self._id = SequenceId()
         self._finalizer = weakref.finalize(self, memory.pool.drop, self.blocks)
         self._finalizer.atexit = False  # when the program ends, the whole pool goes
@@ -163,11 +164,6 @@ class Sequence:
     def history(self) -> npt.NDArray[np.int64]:
         """Return the history as an array of shape `(n,)`; a copy, because the buffer grows."""
         return np.frombuffer(self._token_ids, np.int64).copy()
-
-    @property
-    def logits(self) -> Logits | None:
-        """Return the logits after the last token, `(vocab_size,)`, not to be changed; None: unknown."""
-        return self._logits
 
     @property
     def closed(self) -> bool:
@@ -201,7 +197,7 @@ class Sequence:
         self._require_open()
         self._check_append(token_ids)
         self._token_ids += array("q", token_ids)  # made first: all of them or none
-        self._logits = None
+        self.logits = None
 
     def rewind_to(self, length: int) -> None:
         """
@@ -222,10 +218,10 @@ class Sequence:
         if length == len(self):
             return
         if length < self.computed:
-            self.crop(self.memory.info.reuse.longest_cut(length))
+            self.park(self.memory.info.reuse.longest_cut(length))
         del self._token_ids[length:]
         self._id.rewind_to(length)
-        self._logits = None
+        self.logits = None
 
     def fork(self) -> "Sequence":
         """Return a second sequence over the same history and blocks; costs no forward pass."""
@@ -236,31 +232,33 @@ class Sequence:
             other._hold(self.blocks)
             other.chain += self.chain
             other.computed = self.computed
-        other._logits = self._logits
+        other.logits = self.logits
         other._id = self._id.fork()
         return other
 
-    def park(self) -> None:
+    def park(self, keep: int = 0) -> None:
         """
-        Hold no blocks until the next forward pass; the history stays.
+        Give up the KV after the first *keep* tokens, at most `computed`; the history stays.
 
-        The cache still finds the KV, and evicts it when others need the room.
+        The cache still finds that KV, until it evicts it because others need the room.
         """
         self._require_open()
-        self.crop(0)
+        with self.memory.lock:
+            self.leave_tail()
+            self.truncate(keep)
 
     def release(self) -> None:
         """Give the blocks back; the sequence cannot be used afterwards. May be called again."""
         if not self.closed:
             self.park()
         self._id.release()
-        self._logits = None
+        self.logits = None
         self._finalizer()
 
     def plan(self) -> FeedPlan | None:
         """Return what to feed for the logits to be known; None where they are."""
         self._require_open()
-        if self._logits is not None:
+        if self.logits is not None:
             return None
         if not len(self):
             raise MisuseError("an empty sequence has no next token: append something first")
@@ -368,7 +366,7 @@ class Sequence:
         """
         self.fed_tokens += fed.end - fed.start
         self.computed = fed.end
-        self._logits = logits
+        self.logits = logits
         size, pool = self.memory.info.block_size, self.memory.pool
         for index in range(len(self.chain), fed.end // size):
             if (after := self.last_full) is None:
@@ -389,12 +387,6 @@ class Sequence:
         if after is None or cache.whole_blocks_only or start >= self.computed:
             return
         cache.insert(after, self._token_ids[start : self.computed], self.blocks[len(self.chain)])
-
-    def crop(self, length: int) -> None:
-        """Hold the KV of the first *length* tokens only, at most `computed`; the cache finds the rest."""
-        with self.memory.lock:
-            self.leave_tail()
-            self.truncate(length)
 
     def truncate(self, length: int) -> None:
         """Hold the KV of the first *length* tokens only, at most `computed`; leave nothing behind."""
@@ -432,13 +424,12 @@ class Sequence:
         info = self.memory.info
         if len(token_ids) == 0:
             raise TokenIdError("There are no tokens to append: give at least one.")
-        low, high = min(token_ids), max(token_ids)
-        if low < 0 or high >= info.vocab_size:
-            wrong = low if low < 0 else high
-            raise TokenIdError(
-                f"Token id {wrong} is outside the vocabulary: "
-                f"ids go from 0 to {info.vocab_size - 1}."
-            )
+        for token in (min(token_ids), max(token_ids)):
+            if not 0 <= token < info.vocab_size:
+                raise TokenIdError(
+                    f"Token id {token} is outside the vocabulary: "
+                    f"ids go from 0 to {info.vocab_size - 1}."
+                )
         needed = len(self) + len(token_ids)
         if needed > info.context_length:
             raise ContextFullError(needed=needed, limit=info.context_length)

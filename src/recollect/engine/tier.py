@@ -19,10 +19,10 @@ from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence
 from recollect.engine.write_behind import WriteBehind
 from recollect.errors import RuntimeFailure, StoreBusyError, StoreError
-from recollect.kv.blocks import BlockPool, CachedBlock, Key
+from recollect.kv.blocks import BlockPool, CachedBlock
 from recollect.kv.disk import DiskStore, Found, NewBlock
 from recollect.kv.prefix import Match, PrefixCache
-from recollect.kv.record import Buffer, Entry, Identity, StoredReply
+from recollect.kv.record import Buffer, Entry, Identity, Key, StoredReply
 from recollect.kv.tables import Savings
 from recollect.runtime.base import PagedRuntime
 from recollect.types import running_average
@@ -376,7 +376,7 @@ class DiskTier:
             if cached.on_disk and self.store.has_blocks([block.key for block in path]):
                 return
             self._not_on_disk(path)
-        raise StoreError("This could not be kept on disk: there is no room for it (--kv-disk).")
+        raise StoreError("There is no room on disk for this KV: give the cache more (--kv-disk).")
 
     def read_block(self, cached: CachedBlock, into: memoryview) -> None:
         """Copy a block's bytes from memory; whoever calls holds it there."""

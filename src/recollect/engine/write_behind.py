@@ -14,9 +14,9 @@ from time import monotonic, perf_counter
 from typing import Final
 
 from recollect.errors import StoreBusyError, StoreError, StoreFullError
-from recollect.kv.blocks import CachedBlock, Key
+from recollect.kv.blocks import CachedBlock
 from recollect.kv.disk import DiskStore, stored_bytes
-from recollect.kv.record import StoredReply
+from recollect.kv.record import Key, StoredReply
 
 _log: Final = logging.getLogger(__name__)
 

@@ -1,8 +1,7 @@
 """
-A conversation as a file for people (Markdown) or for another journal (JSON), and JSON read back.
+Conversations as Markdown, for people, and as JSON, which can be imported into another journal.
 
-What is read back comes from a stranger, and is checked field by field. Pure: values in and text out, or
-text in and values or an error out.
+An imported file may come from a stranger, so each field is checked. Pure: no file is read or written here.
 """
 
 import json
@@ -25,8 +24,11 @@ from recollect.types import Role, ToolLinks
 
 FORMAT_NAME: Final = "recollect-conversation"
 FORMAT_VERSION: Final = 2
-"""Grows with every change that an older recollect would misread. Version 2 can have calls of tools;
-a conversation without them is written as version 1, which every recollect reads."""
+"""
+Incremented with each change that older versions of recollect would misread.
+
+Version 2 added tool calls. A conversation without them is written as version 1, which all versions read.
+"""
 
 _SPEAKERS: Final[dict[Role, str]] = {
     "system": "Instructions",
@@ -36,11 +38,11 @@ _SPEAKERS: Final[dict[Role, str]] = {
 }
 _ENDINGS: Final = {"length": "cut at the token limit", "cancelled": "stopped"}
 _PREVIEW: Final = 60
-"""Characters of a message that stands for a branch."""
+"""Most characters that are shown of the first message of a branch."""
 
 
 def to_json(conversation: ConversationRecord) -> str:
-    """Return all of a conversation as JSON text: its tree, token ids, usage and tips."""
+    """Return a whole conversation as JSON text: its nodes with token ids and usage, and its branches."""
     fields = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION if _has_tools(conversation) else 1,
@@ -52,7 +54,7 @@ def to_json(conversation: ConversationRecord) -> str:
         "tips": conversation.tips,
     }
     head = json.dumps(fields, ensure_ascii=False, indent=2, allow_nan=False)
-    # A node a line: indented, a reply's token ids would take hundreds of them.
+    # One node per line: with indentation, the token ids of a reply would take hundreds of lines.
     nodes = [json.dumps(_node(node), ensure_ascii=False) for node in conversation.nodes]
     lines = ",\n    ".join(nodes)
     body = f"[\n    {lines}\n  ]" if nodes else "[]"
@@ -61,17 +63,20 @@ def to_json(conversation: ConversationRecord) -> str:
 
 def to_markdown(conversation: ConversationRecord, *, tip: str | None = None) -> str:
     """
-    Return one path through a conversation as Markdown, and a list of where others part from it.
+    Return one path through a conversation as Markdown, and a list of the other branches.
 
     Args:
-        tip: Where the path ends; None: at the main tip, or at the newest node if there is none.
+        tip: Name of the branch whose path is shown; None: `main`, or the path of the newest node if there is
+            no `main`.
 
     Raises:
-        ConversationError: There is no such tip.
+        ConversationError: There is no such branch.
     """
     if tip is not None and tip not in conversation.tips:
         known = ", ".join(sorted(conversation.tips)) or "none"
-        raise ConversationError(f"{conversation.name!r} has no tip {tip!r}: its tips are {known}.")
+        raise ConversationError(
+            f"{conversation.name!r} has no branch {tip!r}: its branches are {known}."
+        )
     end = conversation.default_tip() if tip is None else conversation.tips[tip]
     path = conversation.path(end)
     created = conversation.created_at.astimezone().strftime("%Y-%m-%d %H:%M")
@@ -107,7 +112,7 @@ def _node(node: NodeRecord) -> dict[str, Any]:
 
 
 def _other_branches(conversation: ConversationRecord, shown: set[int]) -> list[str]:
-    """Return a list item for each branch of which not all is shown."""
+    """Return a list item for each branch, named or not, that does not end at a node in *shown*."""
     nodes = {node.id: node for node in conversation.nodes}
     ends = {node.id: "" for node in conversation.leaves() if node.id not in shown}
     for name, node_id in sorted(conversation.tips.items()):
@@ -133,7 +138,7 @@ def _other_branches(conversation: ConversationRecord, shown: set[int]) -> list[s
 
 
 def _quoted(node: NodeRecord) -> str:
-    """Return the beginning of a message on one line, with nothing in it that is Markdown."""
+    """Return the beginning of a message on one line, with the signs of Markdown escaped."""
     line = " ".join(node.content.split())
     short = line if len(line) <= _PREVIEW else line[: _PREVIEW - 1].rstrip() + "…"
     escaped = "".join(f"\\{sign}" if sign in "\\`*_[]<>#|~" else sign for sign in short)
@@ -143,17 +148,17 @@ def _quoted(node: NodeRecord) -> str:
 _REMEDY: Final = "export the conversation again with `recollect conversations export --format json`"
 _KINDS: Final[dict[type, str]] = {str: "text", list: "a list", dict: "an object"}
 MOST_JSON_BYTES: Final = 128 << 20
-"""Of a conversation as JSON: ten million generated tokens. Read, it takes ten times that."""
+"""Most bytes of a conversation as JSON, about ten million tokens; reading it takes ten times the memory."""
 _USAGE_DEPTH: Final = 8
-"""Usage is flat today, or nearly: more than this is an attempt to break something."""
+"""Most nested levels of `usage`, which has one or two."""
 
 
 def from_json(text: str) -> ConversationRecord:
     """
-    Return the conversation in a JSON text.
+    Return the conversation in a JSON text that `to_json` wrote.
 
     Raises:
-        ConversationFileError: It is no conversation, or not a sound one; the message says where.
+        ConversationFileError: The text is not such a conversation; the message says what is wrong where.
     """
     try:
         fields = json.loads(text, parse_constant=_finite, parse_float=_finite)
@@ -247,7 +252,7 @@ def _token_ids(value: dict[str, Any], where: str, *, is_reply: bool) -> tuple[in
         return None
     if not is_reply:
         _refuse(f"{where} has token ids and is no reply")
-    # By type and not by isinstance: true and false are integers to that.
+    # By type and not by isinstance, for which true and false are integers.
     if not all(type(token_id) is int and 0 <= token_id <= MAX_TOKEN_ID for token_id in ids):
         _refuse(f"{where} has a token id that is none")
     return tuple(ids)
@@ -257,8 +262,8 @@ def _tips(values: dict[str, Any], node_ids: set[int]) -> dict[str, int | None]:
     tips: dict[str, int | None] = {}
     for name, node_id in values.items():
         if node_id is not None and (type(node_id) is not int or node_id not in node_ids):
-            _refuse(f"the tip {name!r} stands at a node that is missing")
-        tips[_name(name, "tip")] = node_id
+            _refuse(f"the branch {name!r} stands at a node that is missing")
+        tips[_name(name, "branch")] = node_id
     return tips
 
 
@@ -308,7 +313,7 @@ def _usage(value: dict[str, Any], where: str) -> dict[str, Any] | None:
 
 
 def _is_shallow(value: object, depth: int) -> bool:
-    """Return whether a value can be written again without running out of stack."""
+    """Return whether a JSON value is nested at most *depth* deep."""
     if not isinstance(value, dict | list):
         return True
     inner = value.values() if isinstance(value, dict) else value
@@ -327,7 +332,7 @@ def _field(fields: dict[str, Any], key: str, kind: type, where: str) -> Any:
 
 
 def _finite(text: str) -> float:
-    """Return a number that can be written as JSON again: neither NaN nor too large."""
+    """Return a finite number; raises ValueError for NaN, infinities and numbers too large for a float."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is no finite number")

@@ -1,7 +1,7 @@
 """
-A SQLite file that several threads and processes share, and that survives `kill -9`.
+A SQLite file in WAL mode that several threads and processes share, and that survives `kill -9`.
 
-Knows transactions, locks and what can be wrong with a file; nothing of what the tables hold.
+Handles connections, transactions, locks and damaged files. It does not know what the tables hold.
 """
 
 import errno
@@ -27,10 +27,13 @@ from recollect.errors import (
 from recollect.journal import schema
 
 BUSY_TIMEOUT_S: Final = 5.0
-"""A turn is written in milliseconds: whoever holds the file for this long is stuck."""
+"""How long to wait for a lock. A turn is written in milliseconds, so a program that holds the file for
+longer hangs."""
 _RETRY_S: Final = 0.01
+"""Pause between two attempts to begin a transaction while another program holds the lock."""
 _LEAST_ROOM_BYTES: Final = 2**16
-"""The shared index of the log takes half of that, and the log a page and its head."""
+"""Free disk space below which a file in WAL mode cannot be opened: the shared index of the log takes 32 KiB,
+and the log itself a page with its header."""
 _BUSY: Final = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
 _CORRUPT: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _AS_DAMAGED: Final = {
@@ -43,9 +46,12 @@ _AS_DAMAGED: Final = {
     sqlite3.SQLITE_MISMATCH,
     sqlite3.SQLITE_CONSTRAINT,
 }
-"""What SQLite says of statements that are right where the tables are those that we made, and the indexes
-say what they do. So that is not so, which a check of the pages alone does not see: a flipped bit in the
-text that describes a table is enough."""
+"""
+Errors that our statements cannot cause while the tables and indexes are as we made them.
+
+They are reported as damage. `quick_check` reads the pages alone and does not find it: one flipped bit in the
+SQL text that describes a table is enough.
+"""
 _UNUSABLE: Final = {
     sqlite3.SQLITE_READONLY: "it may not be written: allow that, or set RECOLLECT_HOME elsewhere",
     sqlite3.SQLITE_PERM: "it may not be used: allow that, or set RECOLLECT_HOME elsewhere",
@@ -59,20 +65,26 @@ _opening = threading.Lock()
 """
 Held while a file is created and first connected to.
 
-A process that closes any descriptor of a file loses its POSIX locks on all others, SQLite's too.
-So nothing but SQLite opens an existing one, and this lock makes sure that a new one has no
-connection yet. Source: "How To Corrupt An SQLite Database File", section 2.2.
+A process that closes one descriptor of a file loses its POSIX locks on all other descriptors of that file,
+SQLite's included. So only SQLite opens a file that exists, and this lock ensures that no thread has a
+connection to a file that is being created. Source: "How To Corrupt An SQLite Database File", section 2.2.
 """
 
 
 class Database:
     """
-    One connection, which the threads of this process take in turn.
+    One connection to the file, which the threads of this process use in turn, under a lock.
 
-    One with a lock and not one for each thread: SQLite has one writer at a time anyway and a
-    transaction takes milliseconds, while connections of threads that have ended would stay open
-    until somebody finds them. Other processes have connections of their own; WAL lets them read
-    while one writes. It must not be carried across `os.fork`.
+    A connection for each thread would gain nothing, since SQLite allows one writer at a time and a
+    transaction takes milliseconds; and the connection of a thread that has ended would stay open. Other
+    processes have connections of their own; in WAL mode they can read while one writes. A `Database` must
+    not be used in a process that `os.fork` made.
+
+    A file that cannot be written, for example on a full or a read-only disk, is opened for reading. Each
+    attempt to write tries again to open it for writing.
+
+    Raises:
+        StoreError: The file can be opened neither for writing nor for reading; the subclass says why.
     """
 
     def __init__(self, path: Path, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
@@ -81,7 +93,7 @@ class Database:
         self._lock = threading.Lock()
         self._is_closed = False
         self._connection: sqlite3.Connection | None = None
-        self._refusal: StoreError | None = None  # why it can be read only
+        self._refusal: StoreError | None = None  # why the file is open for reading only
         try:
             self._connection = self._opened()
         except (StoreBusyError, StoreCorruptError, StoreVersionError):
@@ -93,12 +105,13 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """
-        Show one state of the file, whatever others write meanwhile.
+        Yield a connection inside a transaction that reads one state of the file, whatever others write.
 
         Raises:
-            StoreError: It cannot be read; the subclass says why.
+            StoreError: The file cannot be read; the subclass says why.
         """
-        # The second statement takes the state that is shown, so that what is in its way shows here.
+        # A deferred transaction begins with its first read. Reading here makes a lock that is held by
+        # another program appear here, where it is waited for.
         begin = ("BEGIN DEFERRED", "SELECT 1 FROM sqlite_master LIMIT 1")
         with self._transaction(begin, self._deadline(), to_write=False) as connection:
             yield connection
@@ -106,14 +119,16 @@ class Database:
     @contextmanager
     def writing(self, deadline: float | None = None) -> Iterator[sqlite3.Connection]:
         """
-        Write all or nothing; what is written is on the disk when this returns.
+        Yield a connection inside a transaction, which is on the disk when the block ends.
+
+        An exception in the block rolls everything back.
 
         Args:
-            deadline: When not to wait for others any longer, by `time.monotonic`, be they threads
-                of this process or other programs; None: after the time that the database was told.
+            deadline: Until when to wait for other threads and other programs, in seconds of
+                `time.monotonic`; None: `busy_timeout_s` from now.
 
         Raises:
-            StoreError: It cannot be written; nothing was changed, and the subclass says why.
+            StoreError: The file cannot be written. Nothing was changed; the subclass says why.
         """
         if deadline is None:
             deadline = self._deadline()
@@ -121,16 +136,20 @@ class Database:
             yield connection
 
     def empty_log(self) -> None:
-        """Move what was written into the main file where nobody is in the way, and cut the log."""
+        """
+        Move the log's content into the main file and truncate the log.
+
+        While another program reads or writes, as much is moved as that allows.
+        """
         with self._taken(self._deadline(), to_write=True) as connection, self._patient(connection):
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def rewrite(self) -> None:
         """
-        Write the file anew, without anything that was overwritten or deleted in it, and cut the log.
+        Rewrite the file without the remains of deleted and overwritten rows, and truncate the log.
 
         Raises:
-            StoreBusyError: Somebody still reads what was there before, so it cannot go.
+            StoreBusyError: Another program still reads an earlier state, so the log could not be truncated.
         """
         with self._taken(self._deadline(), to_write=True) as connection, self._patient(connection):
             connection.execute("VACUUM")
@@ -160,7 +179,7 @@ class Database:
 
     @contextmanager
     def _taken(self, deadline: float, *, to_write: bool) -> Iterator[sqlite3.Connection]:
-        """Take the connection for this thread."""
+        """Yield the connection to this thread alone, opened again if it could not be written before."""
         if not self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise _busy_error(self.path)
         try:
@@ -178,7 +197,7 @@ class Database:
     def _transaction(
         self, begin: Sequence[str], deadline: float, *, to_write: bool
     ) -> Iterator[sqlite3.Connection]:
-        """Show a transaction; the threads of this process go on while another program is in its way."""
+        """Yield a connection in a transaction; the lock is free between attempts to begin it."""
         while True:
             with self._taken(deadline, to_write=to_write) as connection:
                 if self._has_begun(connection, begin, deadline):
@@ -186,7 +205,9 @@ class Database:
                         yield connection
                         connection.execute("COMMIT")
                     except BaseException:
-                        if connection.in_transaction:  # SQLite ends some failed ones itself
+                        if (
+                            connection.in_transaction
+                        ):  # after some errors SQLite has rolled back itself
                             connection.execute("ROLLBACK")
                         raise
                     return
@@ -195,7 +216,7 @@ class Database:
     def _has_begun(
         self, connection: sqlite3.Connection, begin: Sequence[str], deadline: float
     ) -> bool:
-        """Begin a transaction; return False where another program is in its way, and there is time."""
+        """Begin a transaction; return False if another program holds the lock and *deadline* is ahead."""
         try:
             for statement in begin:
                 connection.execute(statement).fetchall()
@@ -209,7 +230,7 @@ class Database:
 
     @contextmanager
     def _patient(self, connection: sqlite3.Connection) -> Iterator[None]:
-        """Have SQLite itself wait for others, in statements that cannot be tried again."""
+        """Let SQLite itself wait for locks inside the block, for statements that cannot be retried here."""
         connection.execute(f"PRAGMA busy_timeout = {int(self._timeout_s * 1000)}")
         try:
             yield
@@ -218,27 +239,30 @@ class Database:
 
     def _opened(self) -> sqlite3.Connection:
         """
-        Return a connection that can write, to a file that is made or brought up to date if needed.
+        Return a connection that can write; the file is created or migrated first if needed.
 
         Raises:
-            StoreError: The subclass says why there is none.
+            StoreError: The file cannot be opened for writing; the subclass says why.
         """
         with translated(self.path), _opening:
             _create_private(self.path)
             self._inspect()
             connection = self._connect()
-        connection.execute("PRAGMA busy_timeout = 0")  # see `_transaction`
+        connection.execute(
+            "PRAGMA busy_timeout = 0"
+        )  # `_transaction` waits, without holding the lock
         return connection
 
     def _opened_to_read(self, refusal: StoreError) -> sqlite3.Connection:
         """
-        Return a connection to a file that cannot be written, such as one on a full or a read-only disk.
+        Return a connection that only reads, to a file that cannot be written.
 
-        SQLite needs a file beside one in WAL mode, of what others write. Where it cannot have that and
-        the log is empty nobody can be writing, and it is told so.
+        In WAL mode SQLite needs an index file beside the main file, even to read. If the index cannot be
+        created and the log is empty, nobody can be writing, and the file is opened as immutable.
 
         Raises:
-            StoreError: *refusal*, where it cannot be read either.
+            StoreVersionError: The file has another version.
+            StoreError: *refusal*, if the file cannot be read either.
         """
         log = self.path.with_name(f"{self.path.name}-wal")
         modes = ["ro"]
@@ -253,17 +277,17 @@ class Database:
                 except BaseException:
                     connection.close()
                     raise
-                connection.execute("PRAGMA busy_timeout = 0")  # see `_transaction`
+                connection.execute("PRAGMA busy_timeout = 0")  # as in `_opened`
                 return connection
         raise refusal
 
     def _require_current(self, connection: sqlite3.Connection, refusal: StoreError) -> None:
         """
-        Check that a file that cannot be written can be read as it is.
+        Check that a file that cannot be written has the newest version, since it cannot be migrated.
 
         Raises:
-            StoreVersionError: A newer version wrote it, or an older one, and it cannot be converted.
-            StoreError: *refusal*, where nothing has been written to it yet.
+            StoreVersionError: Its version is older or newer.
+            StoreError: *refusal*, if it has no tables yet.
         """
         version, newest = schema.version(connection), len(schema.MIGRATIONS)
         if version == 0:
@@ -275,7 +299,7 @@ class Database:
             )
 
     def _open_again(self, *, to_write: bool) -> None:
-        """Open a file anew that could not be written before: what was in the way may be gone."""
+        """Open a file again that could not be written before; the reason may be gone by now."""
         self._let_go()
         if not to_write:
             assert self._refusal is not None, "else it would be open"
@@ -289,19 +313,25 @@ class Database:
         self._refusal = None
 
     def _inspect(self) -> None:
-        """Refuse a file that cannot be used, through a connection that cannot change it."""
+        """
+        Check that the file can be used, through a connection that cannot change it.
+
+        Raises:
+            StoreVersionError: A newer version wrote it.
+            StoreCorruptError: It is damaged, or not a journal.
+        """
         try:
             self._inspect_through("ro")
         except sqlite3.OperationalError as error:
-            # Only a file whose making was cut short has something to roll back: with WAL on there
-            # is nothing of the kind any more. SQLite makes it empty again, which is a change.
+            # The file was being created when its process was killed, before WAL was on: SQLite has to
+            # roll that back, which makes the file empty again and needs a connection that can write.
             if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_READONLY_ROLLBACK:
                 raise
             self._inspect_through("rw")
 
     def _inspect_through(self, mode: str) -> None:
         with closing(self._open(mode)) as connection:
-            # One state of the file: another process may be making its tables at this moment.
+            # In one transaction, because another process may be creating the tables at this moment.
             connection.execute("BEGIN DEFERRED")
             version, newest = schema.version(connection), len(schema.MIGRATIONS)
             if version > newest:
@@ -311,7 +341,7 @@ class Database:
                 )
             if schema.is_foreign(connection):
                 raise corrupt_error(self.path, "it is no journal of recollect")
-            # Not all of integrity_check: comparing indexes with tables takes several times as long.
+            # Not integrity_check, which also compares indexes with tables and takes several times as long.
             found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
                 raise corrupt_error(self.path, found)
@@ -325,7 +355,7 @@ class Database:
             connection.execute("PRAGMA fullfsync = ON")  # through the drive's cache, on macOS
             connection.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten
             schema.migrate(connection)
-            # Only now: a migration may have to replace tables that others refer to.
+            # After the migrations, which may replace tables that foreign keys refer to.
             connection.execute("PRAGMA foreign_keys = ON")
         except BaseException:
             connection.close()
@@ -333,7 +363,7 @@ class Database:
         return connection
 
     def _turn_wal_on(self, connection: sqlite3.Connection) -> None:
-        """Have readers and a writer at once; SQLite does not wait its timeout for this itself."""
+        """Turn WAL mode on, and wait for others here: SQLite ignores its busy timeout in this statement."""
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
@@ -350,10 +380,10 @@ class Database:
             f"{self.path.absolute().as_uri()}?mode={mode}",
             uri=True,
             timeout=self._timeout_s,
-            isolation_level=None,  # transactions are begun and ended here, never by the module
+            isolation_level=None,  # this class begins and ends transactions, not the sqlite3 module
             check_same_thread=False,
         )
-        # Damaged text must come back, to fail its checksum, and not as an error of the module.
+        # Damaged text is decoded to something, so that its checksum fails and not the sqlite3 module.
         connection.text_factory = lambda text: text.decode(errors="replace")
         return connection
 
@@ -361,10 +391,10 @@ class Database:
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
     """
-    Raise what SQLite and the system say about a file as an error of ours.
+    Turn errors of SQLite and of the system inside the block into ours.
 
     Raises:
-        StoreError: The subclass says what kind; the cause is chained.
+        StoreError: The subclass says which kind; the cause is chained.
     """
     try:
         yield
@@ -382,10 +412,10 @@ def translated(path: Path) -> Iterator[None]:
             ) from error
         if code in _AS_DAMAGED:
             raise corrupt_error(path, str(error)) from error
-        raise  # a call that Python's module refuses: a bug
+        raise  # the sqlite3 module refused a call: a bug of ours
     except UnicodeDecodeError as error:
-        # SQLite says what is wrong with the text of a table, and Python cannot read that.
-        raise corrupt_error(path, "what describes its tables is no text") from error
+        # SQLite quotes the damaged SQL text of a table in its message, which Python cannot decode.
+        raise corrupt_error(path, "the description of its tables is not text") from error
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise _full_error(path, str(error.strerror)) from error
@@ -395,7 +425,7 @@ def translated(path: Path) -> Iterator[None]:
 
 
 def corrupt_error(path: Path, found: str) -> StoreCorruptError:
-    """Return the error for a file in which *found* is wrong."""
+    """Return the error for a damaged file; *found* says what is wrong, without a full stop."""
     return StoreCorruptError(
         f"{path} is damaged ({found}) and was left as it is: put a backup in its place, or move "
         "it away to begin a new one."
@@ -403,7 +433,7 @@ def corrupt_error(path: Path, found: str) -> StoreCorruptError:
 
 
 def _has_no_room(path: Path) -> bool:
-    """Return whether the disk is too full even to open a file; SQLite calls that an error of the disk."""
+    """Return whether the disk is too full to open a file, which SQLite reports as SQLITE_IOERR."""
     try:
         return shutil.disk_usage(path.parent).free < _LEAST_ROOM_BYTES
     except OSError:
@@ -425,21 +455,21 @@ def _busy_error(path: Path) -> StoreBusyError:
 
 
 def _primary_code(error: sqlite3.DatabaseError) -> int | None:
-    """Return SQLite's result code without its details; None for an error of Python's module."""
+    """Return SQLite's primary result code; None if the error comes from the sqlite3 module itself."""
     code: int | None = getattr(error, "sqlite_errorcode", None)
     return None if code is None else code & 0xFF
 
 
 def _create_private(path: Path) -> None:
-    """Create an empty file that only its owner may read, in such a folder, where there is none."""
+    """Create an empty file that only its owner may read, and its folder alike; an existing file stays."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     except FileExistsError:
-        if path.is_dir():  # which SQLite calls a disk error
+        if path.is_dir():  # SQLite would report a disk error
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)) from None
         return
-    if os.name == "posix":  # so that the file's name survives a power cut, as its content does
+    if os.name == "posix":  # the folder's entry must survive a power cut, as the content does
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -556,7 +556,7 @@ _RULES: Final = {
         "node {} is of no conversation"
     ),
     "SELECT t.name FROM tips t LEFT JOIN nodes n ON n.id = t.node_id AND n.conversation_id = "
-    "t.conversation_id WHERE t.node_id IS NOT NULL AND n.id IS NULL": "tip {!r} stands at no node",
+    "t.conversation_id WHERE t.node_id IS NOT NULL AND n.id IS NULL": "branch {!r} stands at no node",
     "SELECT name FROM tips WHERE conversation_id NOT IN (SELECT id FROM conversations)": (
         "tip {!r} is of no conversation"
     ),
@@ -593,7 +593,7 @@ def _wrong_rows(sql: Statements) -> Iterator[str]:
             yield f"a name of conversation {row[0]} {wrong}"
     for row in execute("SELECT conversation_id, name, node_id FROM tips"):
         if not _opens(read_tip, *row, sealing):
-            yield f"a tip of conversation {row[0]} {wrong}"
+            yield f"a branch of conversation {row[0]} {wrong}"
     for row in execute(f"SELECT {LABEL_COLUMNS} FROM labels"):  # noqa: S608
         if not _opens(read_label, row, sealing):
             yield f"the label {row[0]} {wrong}"

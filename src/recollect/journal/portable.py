@@ -1,8 +1,8 @@
 """
-One file that carries a conversation, and the KV of one of its branches, to another machine.
+A file that carries a conversation, and the KV of one of its branches, to another machine.
 
-Writes and reads safetensors, and trusts nothing that it reads; knows no model and no journal.
-docs/store-format.md is the same contract in words.
+The file is a safetensors file; docs/store-format.md describes it. Everything that is read from it is checked
+first. Knows no model and no journal.
 """
 
 import json
@@ -24,38 +24,40 @@ from recollect import config, files
 from recollect.errors import ConfigError, ConversationError, ConversationFileError
 from recollect.journal.conversation_files import MOST_JSON_BYTES, from_json, to_json
 from recollect.journal.records import MAX_TOKEN_ID, ConversationRecord, require_text
-from recollect.kv.blocks import Key, chained_key, namespace_key
-from recollect.kv.record import Identity
+from recollect.kv.record import Identity, Key, chained_key, namespace_key
 from recollect.types import Profile
 
 FORMAT_NAME: Final = "recollect-portable"
 FORMAT_VERSION: Final = 1
-"""Grows with every change that an older recollect would misread."""
+"""Incremented with each change that older versions of recollect would misread."""
 
 _CHECKSUM_BYTES: Final = 16
 _MOST_BLOCK_SIZE: Final = 4096
 _TEXT: Final = "conversation"
+"""Name of the tensor that holds the conversation as JSON, `(bytes,)`."""
 _KV: Final = {"token_ids": ("I32", 1), "kv": ("U8", 2), "kv_checksums": ("U8", 2)}
-"""Name of a tensor to its element type and dimensions."""
+"""Element type and number of dimensions of the tensors of a file with KV, by their names."""
 _MOST: Final = {
     _TEXT: MOST_JSON_BYTES,
     "token_ids": 1 << 24,  # sixteen times the longest context there is
     "kv": 1 << 30,  # a block of a model of 70 billion parameters has 21 MB in f32
     "kv_checksums": _CHECKSUM_BYTES,
 }
-"""Name of a tensor to the length of its last dimension: what is read at once."""
+"""Largest length of the last dimension of each tensor, which is what is read at once."""
 _REMEDY: Final = "write it again with `recollect export`"
 
 
 @dataclass(frozen=True, slots=True)
 class BranchHead:
-    """What the KV in a file is of."""
+    """What the KV in a file belongs to."""
 
     tip: str
-    """Of the branch."""
+    """Name of the branch; empty: it had none."""
     identity: Identity
+    """Model, runtime and precision that computed the KV."""
     profile: Profile
     block_size: int
+    """Tokens per block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +66,27 @@ class Branch:
 
     head: BranchHead
     token_ids: list[int]
-    """Shape `(n,)`, n >= 1."""
+    """The prompt up to the branch's tip, `(n,)`, n >= 1."""
     blocks: npt.NDArray[np.uint8]
-    """Their KV, `(ceil(n / block_size), bytes of a block)`."""
+    """KV of these tokens, `(ceil(n / block_size), bytes per block)`."""
 
 
 @dataclass(frozen=True, slots=True)
 class CarriedBlock:
-    """A block as it comes out of a file, checked."""
+    """A block that was read from a file, and whose checksum is right."""
 
     token_ids: list[int]
-    """Shape `(m,)`, 1 <= m <= block size; fewer in the last one only."""
+    """The block's tokens, `(m,)`, 1 <= m <= block size; only the last block has fewer than the block size."""
     payload: npt.NDArray[np.uint8]
+    """Its KV, `(bytes per block,)`."""
 
 
 def require_new(path: Path) -> None:
     """
-    Check, before minutes of work, that there is nothing of that name, and a folder for it.
+    Check that a file can be created; called before its KV is computed, which can take minutes.
 
     Raises:
-        ConversationFileError: There is, or there is no such folder.
+        ConversationFileError: A file of that name exists, or its folder does not.
     """
     if not path.parent.is_dir():
         raise ConversationFileError(
@@ -97,10 +100,15 @@ def require_new(path: Path) -> None:
 
 def write(path: Path, conversation: ConversationRecord, branch: Branch | None) -> None:
     """
-    Write a file that only its owner can read; under its name it is whole or not there.
+    Write a file that only its owner can read, by one rename: it is complete, or does not exist.
+
+    Args:
+        path: Where the file is created.
+        conversation: The whole conversation.
+        branch: The KV to be carried with it; None: none.
 
     Raises:
-        ConversationFileError: There is such a file, or it cannot be written.
+        ConversationFileError: The file exists already, or cannot be written.
     """
     require_new(path)
     text = to_json(conversation).encode()
@@ -132,7 +140,7 @@ def write(path: Path, conversation: ConversationRecord, branch: Branch | None) -
 
 class PortableFile:
     """
-    A file that was looked through, and is sound.
+    A file that was read and checked completely.
 
     Raises:
         ConversationFileError: It cannot be read, or is not as it was written.
@@ -151,12 +159,12 @@ class PortableFile:
             self._refuse("its text is not as it was written")
         self.conversation: Final = from_json(text.decode(errors="replace"))
         self.head: Final = self._branch_head(metadata)
-        """What the KV is of; None: there is none."""
+        """What the KV belongs to; None: the file has no KV."""
         self.token_ids: Final[list[int]] = [] if self.head is None else self._token_ids()
         self.bytes_per_block: Final[int] = (
             0 if self.head is None else self._file.get_slice("kv").get_shape()[1]
         )
-        for _ in self.blocks():
+        for _ in self.blocks():  # checks each
             pass
 
     def blocks(self) -> Iterator[CarriedBlock]:
@@ -195,7 +203,7 @@ class PortableFile:
                 self._require(name, kind, dimensions)
 
     def _check_sizes(self) -> None:
-        """Refuse before anything is read: a file can be sparse, and claim more than there is disk."""
+        """Check the sizes before anything is read: a sparse file can claim more bytes than the disk has."""
         for name, most in _MOST.items():
             if name in self._names:
                 shape = self._file.get_slice(name).get_shape()
@@ -205,7 +213,7 @@ class PortableFile:
     def _branch_head(self, metadata: dict[str, str]) -> BranchHead | None:
         if "branch" not in metadata:
             return None
-        try:  # its checksum is right, so somebody wrote it by hand where it is not sound
+        try:  # the checksum is right, but somebody may have computed it for fields made by hand
             fields = json.loads(metadata["branch"])
             identity = Identity(**{name: _text(text) for name, text in fields["identity"].items()})
             profile = config.parse_profile(fields["profile"])
@@ -252,7 +260,7 @@ class PortableFile:
 
 
 def _open(path: Path) -> Any:
-    """Return the file, whose types the library keeps to itself; its layout is sound."""
+    """Return the open file; safetensors has checked its layout, and has no types."""
     try:
         files.require_regular(path)
         return safetensors.safe_open(path, framework="np")
@@ -268,11 +276,11 @@ def _open(path: Path) -> Any:
 
 def _text(value: object) -> str:
     """
-    Return what has to be a text.
+    Return *value* if it is valid Unicode text.
 
     Raises:
-        TypeError: It is something else.
-        ConversationError: It holds half a character.
+        TypeError: It is not a text.
+        ConversationError: It holds a lone surrogate.
     """
     if not isinstance(value, str):
         raise TypeError("no text")
@@ -282,10 +290,10 @@ def _text(value: object) -> str:
 
 def _whole(value: object) -> int:
     """
-    Return what has to be a whole number: not true, not infinity, not a text of digits.
+    Return *value* if its type is `int`, which excludes true and false.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: It has another type.
     """
     if type(value) is not int:
         raise TypeError("no whole number")
@@ -293,7 +301,7 @@ def _whole(value: object) -> int:
 
 
 def _checksums(branch: Branch) -> npt.NDArray[np.uint8]:
-    """Return a checksum for each block, `(blocks, 16)`: over its bytes and all tokens up to its end."""
+    """Return the checksum of each block, over its bytes and all tokens up to its end; `(blocks, 16)`."""
     key, size = _root(branch.head), branch.head.block_size
     found = np.empty((len(branch.blocks), _CHECKSUM_BYTES), np.uint8)
     for number, payload in enumerate(branch.blocks):
@@ -303,7 +311,7 @@ def _checksums(branch: Branch) -> npt.NDArray[np.uint8]:
 
 
 def _root(head: BranchHead) -> Key:
-    """Return the first name of the chain: not that of any store, whose names may be secret."""
+    """Return the first key of the chain. It differs from that of every store, whose keys may be secret."""
     return namespace_key(head.identity.text(), str(head.block_size))
 
 
@@ -314,7 +322,7 @@ def _checksum(key: Key, payload: npt.NDArray[np.uint8]) -> bytes:
 
 
 def _head_checksum(metadata: dict[str, str], text: bytes) -> str:
-    """Return the checksum of everything but the KV and its tokens, which have others."""
+    """Return the checksum of metadata and conversation; KV and token ids are in the blocks' checksums."""
     state = xxhash.xxh3_128(json.dumps(metadata, sort_keys=True).encode())
     state.update(text)
     return state.hexdigest()

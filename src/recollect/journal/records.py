@@ -1,7 +1,7 @@
 """
-What is kept of a conversation: plain values, and the rules that hold for them.
+What is saved of a conversation, as plain values, and the rules that names, texts and notes must obey.
 
-Pure: no database, no file, no clock. Knows neither sessions nor token ids' meaning.
+Pure: no database, no file, no clock. Branches are called tips here, as in the tables.
 """
 
 import math
@@ -19,39 +19,43 @@ ROLES: Final[tuple[Role, ...]] = ("system", "user", "assistant", "tool")
 FINISH_REASONS: Final[tuple[FinishReason, ...]] = ("stop", "length", "cancelled")
 DEFAULT_TIP: Final = "main"
 MAX_NAME: Final = 100
-"""Most characters of a name: it is typed on command lines and drawn in tables."""
+"""Most characters of the name of a conversation or branch: names are typed and shown in tables."""
 MAX_TOKEN_ID: Final = 2**31 - 1
-"""Token ids are kept as little-endian int32."""
+"""Largest token id: token ids are stored as int32."""
 MAX_NOTE_DEPTH: Final = 128
-"""Most lists and objects inside each other in what is noted of a conversation. FastAPI's encoder takes
-about three calls for each and ends in a RecursionError at 300; JSON schemas of tools have ten or so."""
+"""
+Most lists and objects inside each other in a note.
+
+FastAPI's encoder needs about three nested calls for each and raises a RecursionError at 300. Descriptions of
+tools, which notes hold, have about ten.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewNode:
-    """A message that is to be kept."""
+    """A message that is to be saved."""
 
     role: Role
     content: str
     token_ids: Sequence[int] | None = None
-    """What the model generated, `(tokens,)`; None for what it did not write."""
+    """The token ids that the model chose, `(tokens,)`; None for messages that no model generated."""
     finish_reason: FinishReason | None = None
     usage: Mapping[str, Any] | None = None
-    """As `Usage.to_dict` gives it: kept and given back as it is, whatever fields a version has."""
+    """As `Usage.to_dict` returns it. It is stored and returned unchanged, with the fields of any version."""
     fingerprint: str | None = None
-    """Of the model that generated the token ids: with another one they mean something else."""
+    """Fingerprint of the model that generated the token ids, which mean other texts to other models."""
     links: ToolLinks | None = None
-    """How it hangs together with calls of tools; None where it does not."""
+    """The tool calls that the message makes or answers; None: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeRecord:
-    """A message that is kept, in its place."""
+    """A saved message with its place in the tree; other fields as in `NewNode`."""
 
     id: int
-    """1 or more, larger than its parent's; in the journal no two nodes have the same, ever."""
+    """At least 1, and larger than the parent's. In a journal it is unique, and never given again."""
     parent_id: int | None
-    """None: it hangs under the root."""
+    """None: the root."""
     role: Role
     content: str
     token_ids: tuple[int, ...] | None
@@ -65,25 +69,26 @@ class NodeRecord:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversationRecord:
     """
-    A whole conversation, wherever it is kept.
+    A whole conversation, from the journal or from a file.
 
     Invariants:
         1. Parents come before their children, and have smaller ids.
         2. Only replies have token ids.
-        3. Each tip is a node, or None for the root.
+        3. Each tip is the id of a node, or None for the root.
     """
 
     name: str
     created_at: datetime
     updated_at: datetime
     model: str
-    """What the user calls the model that it is held with."""
+    """Name of the model that the conversation goes on with, as the user gave it."""
     fingerprint: str
-    """Of that model."""
+    """Fingerprint of that model."""
     nodes: tuple[NodeRecord, ...] = ()
     tips: dict[str, int | None] = field(default_factory=dict)
+    """Ids of the nodes at which the branches stand, by the branches' names."""
     namespace: str = ""
-    """Who may see it; empty: the user of this machine."""
+    """Who may read it; empty: the user of this machine."""
 
     @property
     def turns(self) -> int:
@@ -91,7 +96,7 @@ class ConversationRecord:
         return sum(node.role == "assistant" for node in self.nodes)
 
     def path(self, node_id: int | None) -> list[NodeRecord]:
-        """Return the nodes from the first message to that one; none for the root."""
+        """Return the nodes from the first message to the node *node_id*; an empty list for None, the root."""
         by_id = {node.id: node for node in self.nodes}
         path = []
         while node_id is not None:
@@ -100,26 +105,26 @@ class ConversationRecord:
         return path[::-1]
 
     def leaves(self) -> list[NodeRecord]:
-        """Return the nodes that nothing follows, the oldest first."""
+        """Return the nodes without children, the oldest first."""
         parents = {node.parent_id for node in self.nodes}
         return [node for node in self.nodes if node.id not in parents]
 
     def default_tip(self) -> int | None:
-        """Return where the main tip stands, or the newest node where there is no such tip."""
+        """Return the id of the node at which `main` stands, or of the newest node if there is no `main`."""
         newest = self.nodes[-1].id if self.nodes else None
         return self.tips.get(DEFAULT_TIP, newest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredConversation(ConversationRecord):
-    """A whole conversation as the journal holds it."""
+    """A whole conversation from the journal, with its id there."""
 
     id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversationInfo:
-    """What a list says of a conversation."""
+    """An entry of a list of conversations, which is read without any text of theirs."""
 
     id: int
     name: str
@@ -128,102 +133,115 @@ class ConversationInfo:
     model: str
     fingerprint: str
     turns: int
-    """Replies, in all branches."""
+    """Number of replies, in all branches."""
     tips: tuple[str, ...]
-    """Their names, sorted."""
+    """Names of its branches, sorted."""
     size_bytes: int
-    """Of texts and token ids."""
+    """Bytes of all its texts and token ids."""
     label: str
-    """The name that a server gives out for it: drawn at random, and never another."""
+    """The id by which a server's clients know it: drawn at random, and never changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What is to be written after a node of a conversation, all of it or nothing."""
+    """What is to be written into a conversation in one transaction."""
 
     nodes: Sequence[NewNode | NodeRecord]
-    """Each follows the one before it; of one that is kept already, a copy is."""
+    """A path: each node follows the one before it. A `NodeRecord` is copied, and gets a new id."""
     parent_id: int | None = None
     """The node that the first one follows; None: the root."""
     tip: str | None = None
-    """The tip that stands at the last of them then; None: none moves."""
+    """The branch that is moved to the last of the nodes; None: none is moved."""
     seen: int | None = None
-    """Where whoever writes has seen that tip; None is the root."""
+    """The node at which the writer last saw that branch; None: the root."""
     leaves_others: bool = False
-    """Whether a tip that stands elsewhere than *seen* is left to whoever has moved it: what is
-    written becomes a branch of its own then, whose name begins with the tip's."""
+    """Whether a branch that another writer has moved away from *seen* stays where it is. The nodes then get a
+    new branch, whose name is that of `tip` with a number."""
     tips: Mapping[str, int | None] = field(default_factory=dict)
-    """More tips, for a conversation that begins: which of the nodes each stands at, counted from 0;
-    None is the root."""
+    """Further branches, of a new conversation: for each name the index in `nodes` of the node at which it
+    stands; None: the root."""
     model: tuple[str, str] | None = None
-    """With which model the conversation goes on, and that model's fingerprint; None: with the same."""
+    """Name and fingerprint of the model that the conversation goes on with; None: these do not change."""
     note: Callable[[Sequence[int]], Mapping[str, Any]] | None = None
-    """Returns what is noted of the conversation then, from the ids of the nodes."""
+    """Called with the ids of the nodes; returns the conversation's new note. None: it does not change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What came of an `Entry`."""
+    """The result of writing an `Entry`."""
 
     conversation_id: int
     name: str
-    """What the conversation is called now: somebody may have renamed it."""
+    """Name of the conversation, which another program may have changed."""
     ids: tuple[int, ...]
-    """Of the nodes, each larger than any that was given before."""
+    """Ids of the nodes, each larger than any that was given before."""
     tip: str | None
-    """The tip that stands at the last of them."""
+    """The branch that stands at the last of them; None: none was moved."""
     tip_was: int | None
-    """Where that tip stood before; None is the root."""
+    """The node at which that branch stood before; None: the root."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """A part of a list of conversations, which is in the order in which they were used."""
+    """Which part of a list to read, that is ordered by when conversations were last used."""
 
     limit: int
-    """Most conversations in it."""
+    """Most conversations on the page."""
     after: int | None = None
-    """The id of the conversation that it comes after; None: it is the first page."""
+    """The id of the last conversation of the page before; None: this is the first page."""
     newest_first: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Label:
-    """A name for a conversation or one of its nodes, which a server gives out."""
+    """The id by which a server's clients know a conversation or one of its nodes."""
 
     name: str
-    """Unique in a journal, and impossible to guess."""
+    """Unique in a journal, and random, so that it cannot be guessed."""
     conversation_id: int
     node_id: int | None = None
     """None: it names the conversation itself."""
     note: Mapping[str, Any] = field(default_factory=dict)
-    """Any JSON object: what the server remembers of it."""
+    """What the server remembers of it: a JSON object that `require_writable` accepts."""
 
 
 TakenBack = Literal["stays", "gone", "conversation gone"]
-"""What came of nodes that were taken back: somebody has seen them, or they are gone, with everything."""
+"""
+The result of taking nodes back.
+
+They stay if anything refers to them. Otherwise they are deleted, and with them their conversation if they
+began it and nothing else is in it.
+"""
 
 
 def require_writable(value: object, what: str) -> None:
     """
-    Check that a JSON value could be written out again, wherever it is shown.
+    Check that a value can be written as JSON in UTF-8.
+
+    Args:
+        value: What `json.loads` could have returned.
+        what: The subject of the error's sentence.
 
     Raises:
-        ConversationError: A text in it holds half a character, a number is none, or it is nested more
-            than `MAX_NOTE_DEPTH` deep.
+        ConversationError: A text in it holds a lone surrogate, a number is not finite, or it is nested
+            more than `MAX_NOTE_DEPTH` deep.
     """
     found = _unwritable(value)
     if found is not None:
-        raise ConversationError(f"{what} cannot be kept, {found}.")
+        raise ConversationError(f"{what} cannot be saved, {found}.")
 
 
 def is_writable(value: object) -> bool:
-    """Return whether `require_writable` takes a JSON value."""
+    """Return whether `require_writable` accepts a value."""
     return _unwritable(value) is None
 
 
 def mended(value: Any, depth: int = MAX_NOTE_DEPTH) -> Any:
-    """Return a JSON value as near to it as can be written out: see `require_writable`."""
+    """
+    Return a copy of a JSON value that `require_writable` accepts.
+
+    Lone surrogates become question marks; infinities, NaN and what is nested deeper than *depth* become null.
+    """
     if isinstance(value, str):
         return value.encode(errors="replace").decode()
     if isinstance(value, float) and not math.isfinite(value):
@@ -238,7 +256,7 @@ def mended(value: Any, depth: int = MAX_NOTE_DEPTH) -> Any:
 
 
 def _unwritable(value: object) -> str | None:
-    """Return what keeps a JSON value from being written out; None where nothing does."""
+    """Return why `require_writable` refuses a value, with a remedy; None if it does not."""
     pending: list[tuple[object, int]] = [(value, 0)]
     while pending:
         one, depth = pending.pop()
@@ -255,7 +273,7 @@ def _unwritable(value: object) -> str | None:
 
 
 def is_whole(text: str) -> bool:
-    """Return whether a text can be written at all: it holds no half of a character."""
+    """Return whether a text is valid Unicode, that is without lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -265,10 +283,15 @@ def is_whole(text: str) -> bool:
 
 def require_name(name: str, what: str = "conversation") -> str:
     """
-    Return *name* where a conversation or a tip can have it.
+    Return *name* if a conversation, a branch or a pin can have it.
+
+    Args:
+        name: The name.
+        what: What is to have it, for the error.
 
     Raises:
-        ConversationError: It cannot be typed, or not be told from another.
+        ConversationError: It is empty, longer than `MAX_NAME`, holds characters that cannot be printed, has a
+            space at an end, or begins with a minus sign, which commands take for an option.
     """
     sound = 0 < len(name) <= MAX_NAME and name.isprintable() and name == name.strip()
     if not sound or name.startswith("-"):
@@ -284,19 +307,19 @@ def require_text(content: str) -> bytes:
     Return a message as UTF-8.
 
     Raises:
-        ConversationError: It holds half a character (a lone surrogate), which no file can hold.
+        ConversationError: It holds a lone surrogate, half of a character, which UTF-8 cannot represent.
     """
     try:
         return content.encode()
     except UnicodeEncodeError as error:
         raise ConversationError(
-            f"Character {error.start} of the message is half a character, which cannot be kept: "
+            f"Character {error.start} of the message is half a character, which cannot be saved: "
             "remove it, or give the text as UTF-8."
         ) from None
 
 
 def links_to_dict(links: ToolLinks) -> dict[str, Any]:
-    """Return links as plain JSON values, without those that say nothing."""
+    """Return links as a JSON object without empty fields."""
     fields = {
         "call_ids": list(links.call_ids) or None,
         "tool_call_id": links.tool_call_id,
@@ -306,29 +329,29 @@ def links_to_dict(links: ToolLinks) -> dict[str, Any]:
 
 
 def links_from_dict(fields: Mapping[str, Any]) -> ToolLinks:
-    """Return the links in plain JSON values of ours."""
+    """Return the links in a JSON object that `links_to_dict` made."""
     return ToolLinks(
         tuple(fields.get("call_ids", ())), fields.get("tool_call_id"), fields.get("name")
     )
 
 
 def pack_token_ids(token_ids: Sequence[int]) -> bytes:
-    """Return ids `(n,)` as n little-endian int32."""
+    """Return ids `(n,)` as little-endian int32, 4 n bytes."""
     assert all(0 <= token_id <= MAX_TOKEN_ID for token_id in token_ids), "a token id out of range"
     return struct.pack(f"<{len(token_ids)}i", *token_ids)
 
 
 def unpack_token_ids(blob: bytes) -> tuple[int, ...]:
-    """Return the ids `(n,)` in 4 n bytes."""
+    """Return the ids `(n,)` in 4 n bytes of little-endian int32."""
     return struct.unpack(f"<{len(blob) // 4}i", blob)
 
 
 def checksum(*values: str | int | float | bytes | None) -> int:
     """
-    Return the CRC-32 of values as SQLite holds them.
+    Return the CRC-32 of values as SQLite returns them.
 
-    SQLite sees damage to its own structure, not to what is written in it. Type and length go in
-    before each value, so nothing can move from one to the next unseen.
+    SQLite detects damage to its pages' structure, but not to the values in them. Type and length are hashed
+    before each value, so that moving bytes from one value to the next changes the checksum.
     """
     crc = 0
     for value in values:

@@ -1,9 +1,9 @@
 """
 Rows of the journal's tables as values, and values as rows: columns, checksums, seals.
 
-A value that tells what was said is sealed where the journal is encrypted. Each node's row has a
-checksum over all its columns as they are in the table. Knows no transactions and runs no statement
-but those on the table `encryption`.
+In an encrypted journal, values that reveal what was said are encrypted ("sealed"). The row of each node has a
+checksum over all its columns as they are in the table. Knows no transactions, and runs statements on the
+table `encryption` only.
 """
 
 import json
@@ -41,12 +41,16 @@ Row = tuple[Any, ...]
 """The columns of a row, in the order of one of the constants below."""
 
 Cell = tuple[str | int | None, ...]
-"""Table, column, and the unsealed columns of the row: a sealed value opens only with all of these."""
+"""
+Table, column, id, and the plain columns of the row.
+
+A sealed value is authenticated together with its cell: it cannot be decrypted in another cell.
+"""
 
 _HEAD: Final = "conversation_id, parent_id, role, finish_reason, created_at, fingerprint"
 _HEAD_LENGTH: Final = len(_HEAD.split(", "))
 _SEALED: Final = ("usage", "token_ids", "content", "links")
-"""Columns that tell what was said; `links` is the last because rows of version 1 had none."""
+"""Columns that reveal what was said. `links` is the last, because rows of version 1 did not have it."""
 _CHECKED: Final = f"{_HEAD}, {', '.join(_SEALED)}"
 NODE_COLUMNS: Final = f"id, checksum, {_CHECKED}"
 LABEL_COLUMNS: Final = "label, conversation_id, node_id, note"
@@ -60,16 +64,16 @@ _MARK: Final = b"recollect journal"
 
 class Sealing:
     """
-    How one journal seals its values, and the mark by which it says so.
+    Encrypts and decrypts the values of one journal, and knows the mark by which it tells its key.
 
-    Without a cipher values stay as they are. With one, each is bound to its cell: moved elsewhere, or
-    with the rest of its row changed, it does not open.
+    Without a cipher, values stay as they are. With one, each value is bound to its cell: after it was moved
+    to another row, or another column of its row was changed, it cannot be decrypted.
     """
 
     def __init__(self, path: Path, cipher: Cipher | None) -> None:
         self._path = path
         self._cipher = None if cipher is None else cipher.for_purpose("journal")
-        self._mark: bytes | None = None  # the journal's own, when it was opened
+        self._mark: bytes | None = None  # what the journal had when it was opened
 
     @property
     def is_on(self) -> bool:
@@ -78,7 +82,7 @@ class Sealing:
 
     @property
     def overhead_bytes(self) -> int:
-        """Return by how much a value is longer in the file."""
+        """Return how many bytes sealing adds to a value; 0 in a plain journal."""
         return 0 if self._cipher is None else OVERHEAD_BYTES
 
     def seal(self, value: str | bytes, cell: Cell) -> str | bytes:
@@ -90,15 +94,15 @@ class Sealing:
 
     def read_text(self, sealed: str | bytes, cell: Cell, what: str) -> str:
         """
-        Return a text that was sealed.
+        Return a value of the table as text.
 
         Args:
             sealed: The value in the table.
             cell: The cell that it was written into.
-            what: Whose text it is, for the error.
+            what: The thing that the text belongs to, for the error: "node 7".
 
         Raises:
-            StoreCorruptError: It is not what was written into that cell.
+            StoreCorruptError: The value is not what was written into that cell.
         """
         if self._cipher is not None:
             return self.read_bytes(sealed, cell, what).decode()
@@ -107,7 +111,7 @@ class Sealing:
         raise self.not_as_written(what)
 
     def read_bytes(self, sealed: str | bytes, cell: Cell, what: str) -> bytes:
-        """Return bytes that were sealed; otherwise as `read_text`."""
+        """Return a value of the table as bytes; otherwise as `read_text`."""
         if isinstance(sealed, bytes):
             if self._cipher is None:
                 return sealed
@@ -116,15 +120,15 @@ class Sealing:
         raise self.not_as_written(what)
 
     def corrupt(self, found: str) -> StoreCorruptError:
-        """Return the error for a journal in which *found* is wrong."""
+        """Return the error for a damaged journal; *found* says what is wrong, without a full stop."""
         return corrupt_error(self._path, found)
 
     def not_as_written(self, what: str) -> StoreCorruptError:
-        """Return the error for something in the journal that is not what was written."""
+        """Return the error for *what* in the journal whose checksum or seal is wrong."""
         return self.corrupt(f"{what} is not as it was written")
 
     def mark(self, connection: sqlite3.Connection) -> None:
-        """Mark the journal as encrypted with this key."""
+        """Write the mark by which `read_mark` tells that the journal is encrypted with this key."""
         assert self._cipher is not None, "there is a key"
         self._mark = self._cipher.seal(_MARK, context=_MARK)
         connection.execute("INSERT INTO encryption (mark, is_clean) VALUES (?, 0)", (self._mark,))
@@ -161,7 +165,7 @@ class Sealing:
         Check that nobody has encrypted the journal since it was opened.
 
         Raises:
-            StoreEncryptedError: Somebody has; what would be written now could be read by others.
+            StoreEncryptedError: Another program has; what this one writes would be plain text in it.
         """
         if _mark(connection) != self._mark:
             raise StoreEncryptedError(
@@ -277,7 +281,7 @@ def stored_conversation(
     ids = {None, *(node.id for node in nodes)}
     for tip, node_id in tips.items():
         if node_id not in ids:
-            raise sealing.corrupt(f"the tip {tip!r} of {name!r} stands at no node of it")
+            raise sealing.corrupt(f"the branch {tip!r} of {name!r} stands at no node of it")
     return StoredConversation(
         id=conversation_id,
         name=name,
@@ -305,7 +309,7 @@ def read_tip(
     Raises:
         StoreCorruptError: It is not what was written.
     """
-    what = f"a tip of conversation {conversation_id}"
+    what = f"a branch of conversation {conversation_id}"
     return sealing.read_text(sealed, tip_cell(conversation_id, node_id), what)
 
 
@@ -324,7 +328,7 @@ def node_row(
     Return the row of a new node, in `NODE_COLUMNS`.
 
     Raises:
-        ConversationError: Its text cannot be written.
+        ConversationError: Its text holds a lone surrogate.
     """
     require_text(node.content)
     usage = None if node.usage is None else json.dumps(dict(node.usage), allow_nan=False)
@@ -347,28 +351,32 @@ def sealed_node_row(row: Row, sealing: Sealing) -> Row:
 
 
 def _node_cell(column: str, row: Row) -> Cell:
-    """Return the cell of a column; it says which sealed columns are set, so that none can be removed."""
+    """
+    Return the cell of a column.
+
+    It holds a digit for each sealed column, 0 for NULL: setting one to NULL breaks the seals of the others.
+    """
     node_id, _, *columns = row
     is_set = "".join("0" if value is None else "1" for value in columns[_HEAD_LENGTH:])
     return ("nodes", column, node_id, *columns[:_HEAD_LENGTH], is_set)
 
 
 def is_sound(row: Row) -> bool:
-    """Return whether a row of `NODE_COLUMNS` is what was written."""
+    """Return whether the checksum of a row of `NODE_COLUMNS` is right."""
     return bool(row[1] == _checksum(row[2:]))
 
 
 def _checksum(values: Row) -> int:
-    """Return the checksum of `_CHECKED`; without links that of version 1, which had no such column."""
+    """Return the checksum of `_CHECKED`; if `links` is NULL, as in version 1, which had no such column."""
     return checksum(*values) if values[-1] is not None else checksum(*values[:-1])
 
 
 def read_node(row: Row, sealing: Sealing) -> NodeRecord:
     """
-    Return the node in a sound row of `NODE_COLUMNS`.
+    Return the node in a row of `NODE_COLUMNS` whose checksum is right.
 
     Raises:
-        StoreCorruptError: It was sealed for another cell, or with another key.
+        StoreCorruptError: A value was sealed for another cell, or with another key.
     """
     node_id, _, _, parent_id, role, finish, created_at, fingerprint, *sealed = row
     usage, token_ids, text, links = sealed
@@ -401,7 +409,7 @@ def label_row(label: Label, sealing: Sealing) -> Row:
     Return the row of a label, in `LABEL_COLUMNS`.
 
     Raises:
-        ConversationError: Its note is not JSON that can be written.
+        ConversationError: Its note is not JSON that `require_writable` accepts.
     """
     require_writable(label.note, "What is noted of a conversation")
     head = (label.name, label.conversation_id, label.node_id)
@@ -411,9 +419,10 @@ def label_row(label: Label, sealing: Sealing) -> Row:
 
 def read_label(row: Row, sealing: Sealing) -> Label:
     """
-    Return the label in a row of `LABEL_COLUMNS`, with as much of its note as can be written again.
+    Return the label in a row of `LABEL_COLUMNS`.
 
-    Earlier versions accepted any note, and one that nobody can show must not hide the others.
+    Earlier versions accepted notes that cannot be written as JSON. Such a note is repaired, so that one note
+    does not make a whole list unreadable.
 
     Raises:
         StoreCorruptError: The note is not what was written.
@@ -438,12 +447,12 @@ def read_label(row: Row, sealing: Sealing) -> Label:
 
 
 def time_text(moment: datetime) -> str:
-    """Return a moment in UTC as the tables hold it."""
+    """Return a moment in UTC in ISO 8601 with microseconds, so that the texts sort as the moments."""
     return moment.isoformat(timespec="microseconds")
 
 
 def text_to_keep(name: str) -> str:
-    """Return the name of a model, which can be a path of any bytes, as text that can be written."""
+    """Return the name of a model as valid Unicode; it can be a path, and a path can be any bytes."""
     return name.encode(errors="replace").decode()
 
 

@@ -1,7 +1,7 @@
 """
-The tables of the journal, version by version, and how an older file becomes a current one.
+The tables of the journal, and the migrations from each version of them to the next.
 
-Knows SQL and nothing of what is written into the tables.
+Knows SQL, but not the values in the tables.
 """
 
 import sqlite3
@@ -11,12 +11,12 @@ from typing import Final
 from recollect.encryption import OVERHEAD_BYTES
 
 Migration = Callable[[sqlite3.Connection], None]
-"""Brings the tables from one version to the next, inside a transaction that is not its own."""
+"""Changes the tables from one version to the next. The caller begins and ends the transaction."""
 
 APPLICATION_ID: Final = 0x7265_636F
-"""`reco`: tells a journal from any other SQLite file."""
+"""The letters `reco`; SQLite keeps it in the file's header, where it tells a journal from other files."""
 NODE_FORMAT: Final = 1
-"""How a conversation's nodes are encoded: token ids as little-endian int32, usage as JSON."""
+"""Version of how a conversation's nodes are encoded: token ids as little-endian int32, usage as JSON."""
 
 _FIRST_TABLES: Final = (
     """
@@ -30,9 +30,9 @@ _FIRST_TABLES: Final = (
         format INTEGER NOT NULL
     )
     """,
-    # Ids grow from parent to child, so a cycle cannot be written. AUTOINCREMENT: an id is never
-    # given again, not even after its conversation was deleted. The long columns come last, so
-    # that the others are read without them.
+    # A child's id is larger than its parent's, so a cycle cannot be written. AUTOINCREMENT never reuses an
+    # id, not even that of a deleted node. The long columns come last, because SQLite reads a row from its
+    # start and need not read them for the others.
     """
     CREATE TABLE nodes (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -51,7 +51,7 @@ _FIRST_TABLES: Final = (
         FOREIGN KEY (conversation_id, parent_id) REFERENCES nodes (conversation_id, id)
     )
     """,
-    # Without it, deleting a conversation looks through all nodes once for each that goes.
+    # For the foreign key of `parent_id`: without it SQLite scans all nodes for each one it deletes.
     "CREATE INDEX children ON nodes (conversation_id, parent_id)",
     """
     CREATE TABLE tips (
@@ -62,20 +62,20 @@ _FIRST_TABLES: Final = (
         FOREIGN KEY (conversation_id, node_id) REFERENCES nodes (conversation_id, id)
     ) WITHOUT ROWID
     """,
-    # As above, for the tips' foreign key.
+    # For the foreign key of `tips.node_id`, which is checked when a node is deleted.
     "CREATE INDEX tips_of_nodes ON tips (conversation_id, node_id)",
 )
 
 
 def _create_tables(connection: sqlite3.Connection) -> None:
-    # One by one: `executescript` would end the transaction.
+    # Not with `executescript`, which would commit the transaction.
     for statement in _FIRST_TABLES:
         connection.execute(statement)
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
 
-# A check cannot be altered, so the table is made anew. Source: "Making Other Kinds Of Table Schema
-# Changes" in SQLite's documentation of ALTER TABLE; references to `nodes` go by name and stay.
+# SQLite cannot alter a CHECK constraint, so the table is copied. Source: "Making Other Kinds Of Table
+# Schema Changes" in SQLite's documentation of ALTER TABLE. Foreign keys refer to `nodes` by its name.
 _TOOLS: Final = (
     """
     CREATE TABLE new_nodes (
@@ -88,7 +88,7 @@ _TOOLS: Final = (
         fingerprint TEXT,
         checksum INTEGER NOT NULL,
         usage TEXT,  -- JSON
-        links TEXT,  -- JSON: how it hangs together with calls of tools
+        links TEXT,  -- JSON: the tool calls that it makes or answers
         token_ids BLOB,
         content TEXT NOT NULL,
         CHECK (token_ids IS NULL OR (role = 'assistant' AND length(token_ids) % 4 = 0)),
@@ -102,7 +102,7 @@ _TOOLS: Final = (
         usage, NULL, token_ids, content
     FROM nodes
     """,
-    # The largest id ever given, which can be that of a node that was deleted.
+    # AUTOINCREMENT's counter: the largest id ever given, possibly to a node that was deleted since.
     "DELETE FROM sqlite_sequence WHERE name = 'new_nodes'",
     "INSERT INTO sqlite_sequence SELECT 'new_nodes', seq FROM sqlite_sequence WHERE name = 'nodes'",
     "DROP TABLE nodes",
@@ -118,8 +118,8 @@ def _let_tools_speak(connection: sqlite3.Connection) -> None:
 
 def _add_namespaces_and_labels(connection: sqlite3.Connection) -> None:
     connection.execute("ALTER TABLE conversations ADD COLUMN namespace TEXT NOT NULL DEFAULT ''")
-    # Names that a server gives out. A table of its own, so that one can come and go without
-    # touching what was said.
+    # Names that a server gives to conversations and nodes, in a table of their own so that adding or
+    # deleting one changes no node.
     connection.execute(
         """
         CREATE TABLE labels (
@@ -134,21 +134,22 @@ def _add_namespaces_and_labels(connection: sqlite3.Connection) -> None:
 
 
 def _add_encryption(connection: sqlite3.Connection) -> None:
-    # One row in an encrypted journal, none in another. What is sealed lies in the columns that it
-    # always had, as a BLOB; they are NOT NULL and of no type that refuses one.
+    # The table has one row in an encrypted journal and none in a plain one. Encrypted values are BLOBs in
+    # the columns that hold the plain values otherwise.
     connection.execute(
         """
         CREATE TABLE encryption (
-            mark BLOB NOT NULL,  -- opens with the right key
-            is_clean INTEGER NOT NULL  -- whether the file holds nothing any more of what it was before
+            mark BLOB NOT NULL,  -- a known text, encrypted: tells whether a key is the right one
+            is_clean INTEGER NOT NULL  -- whether no plain text is left in free pages and in the log
         )
         """
     )
 
 
-# What a list says of a conversation follows from its nodes, whoever writes them: also a process with an
-# earlier version, which had the file open when it was brought to this one.
+# Triggers keep the columns `turns`, `size_bytes` and `label` right. A process of an earlier version that has
+# the file open during the migration goes on writing without knowing these columns.
 _SEAL_BYTES: Final = f"{OVERHEAD_BYTES} * (SELECT count(*) FROM encryption)"  # noqa: S608 - no value
+"""Bytes that encryption adds to a value: 0 in a plain journal."""
 _NODE_BYTES: Final = (
     "length(CAST({node}.content AS BLOB)) + coalesce(length({node}.token_ids), 0) - "
     "(1 + ({node}.token_ids IS NOT NULL)) * " + _SEAL_BYTES
@@ -177,12 +178,12 @@ _LIST_TRIGGERS: Final = (
 
 
 def _add_what_lists_say(connection: sqlite3.Connection) -> None:
-    # So that a list reads one row a conversation and no text, and that asking for it writes nothing:
-    # each conversation has the name that a server gives out for it from its first moment.
+    # A list of conversations reads one row for each and no texts. The label is given when a conversation is
+    # created, so that listing conversations writes nothing.
     for column in (
-        "label TEXT",  # unique by an index; NULL in no row
+        "label TEXT",  # unique by an index, and never NULL after the trigger has run
         "turns INTEGER NOT NULL DEFAULT 0",  # replies, in all branches
-        "size_bytes INTEGER NOT NULL DEFAULT 0",  # of texts and token ids, without their seals
+        "size_bytes INTEGER NOT NULL DEFAULT 0",  # of texts and token ids, as if they were plain
     ):
         connection.execute(f"ALTER TABLE conversations ADD COLUMN {column}")
     connection.execute(
@@ -211,16 +212,16 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     _add_encryption,
     _add_what_lists_say,
 )
-"""The n-th brings a file from version n to n + 1; what has been released is never changed."""
+"""The n-th, counted from 0, brings a file from version n to n + 1. A released one is never changed."""
 
 
 def version(connection: sqlite3.Connection) -> int:
-    """Return the version of the tables; 0: there are none yet."""
+    """Return the version of the tables; 0 if the file has none yet."""
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
 def is_foreign(connection: sqlite3.Connection) -> bool:
-    """Return whether the file holds tables that are not a journal's."""
+    """Return whether the file has tables and is not a journal."""
     if connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID:
         return False
     return connection.execute("SELECT 1 FROM sqlite_master").fetchone() is not None
@@ -228,9 +229,9 @@ def is_foreign(connection: sqlite3.Connection) -> bool:
 
 def migrate(connection: sqlite3.Connection, migrations: Sequence[Migration] = MIGRATIONS) -> None:
     """
-    Bring the tables to the newest version: all the way, or not at all.
+    Bring the tables to the newest version, in one transaction.
 
-    Of several processes that open the file at once, one does it.
+    If several processes open the file at once, the first to get the lock migrates it.
     """
     if version(connection) >= len(migrations):
         return

@@ -74,9 +74,10 @@ class Statements:
 
     def infos(self, namespace: str, page: Page | None = None) -> list[ConversationInfo]:
         """
-        Return list entries of all conversations of a namespace, or of one page; last used first.
+        Return the list entries of a namespace's conversations, or of one page of them.
 
-        Reads one row for each conversation that it returns, one for each of its branches, no text.
+        The last used comes first, unless the page says otherwise. Reads one row for each conversation that is
+        returned and one for each of its branches, and no texts.
 
         Raises:
             UnknownConversationError: The page comes after a conversation that does not exist.
@@ -179,13 +180,13 @@ class Statements:
         Write a conversation without its nodes and return its id.
 
         Args:
-            conversation: Its head; nodes and tips are not looked at.
-            name: None: the name that it has.
-            find_free: Add a number to a name that is taken.
+            conversation: Its nodes and branches are ignored.
+            name: The name to write; None: that of *conversation*.
+            find_free: Whether to add a number to a name that is taken.
 
         Raises:
             NameTakenError: Another conversation has that name.
-            ConversationError: It cannot be a name.
+            ConversationError: The name is not one that `require_name` accepts.
         """
         wanted = require_name(name if name is not None else conversation.name)
         if find_free:
@@ -199,12 +200,12 @@ class Statements:
         return new_id
 
     def write_name(self, conversation_id: int, name: str) -> None:
-        """Give a conversation a name, which is free."""
+        """Rename a conversation; the caller has checked that the name is free."""
         sealed = self.sealing.seal(name, name_cell(conversation_id))
         self._run("UPDATE conversations SET name = ? WHERE id = ?", sealed, conversation_id)
 
     def write_model(self, conversation_id: int, model: str, fingerprint: str) -> None:
-        """Note which model a conversation goes on with."""
+        """Write the name and the fingerprint of the model that a conversation goes on with."""
         cell = model_cell(conversation_id, fingerprint)
         self._run(
             "UPDATE conversations SET model = ?, fingerprint = ? WHERE id = ?",
@@ -235,7 +236,7 @@ class Statements:
             raise NameTakenError(f"There is a conversation {name!r} already: take another name.")
 
     def _ids_by_name(self) -> dict[str, int]:
-        """Return all names; sealed ones can be compared only after they were opened."""
+        """Return the ids of all conversations by name. Sealed names have to be decrypted to be compared."""
         return {
             read_name(name, found, self.sealing): found
             for found, name in self._all("SELECT id, name FROM conversations")
@@ -244,7 +245,7 @@ class Statements:
     def _id_by_name(self, name: str) -> int | None:
         if self.sealing.is_on:
             return self._ids_by_name().get(name)
-        if not is_whole(name):  # SQLite takes no half characters
+        if not is_whole(name):  # SQLite accepts no lone surrogates
             return None
         row = self._one("SELECT id FROM conversations WHERE name = ?", name)
         return None if row is None else int(row[0])
@@ -253,8 +254,8 @@ class Statements:
         """
         Return *wanted*, or *wanted* with the lowest number that makes it free.
 
-        Numbers are given in order, so doubling and then halving finds the lowest free one: a server
-        that begins thousands of conversations on one day need not try all earlier numbers each time.
+        Numbers are given in order, so a binary search finds the lowest free one. A server begins thousands of
+        conversations on one day, and need not try all earlier numbers for each.
         """
         taken = self._ids_by_name() if self.sealing.is_on else None
 
@@ -289,7 +290,7 @@ class Statements:
         Write a node and return its new id.
 
         Raises:
-            ConversationError: Its text cannot be written.
+            ConversationError: Its text holds a lone surrogate.
         """
         node_id = self._next_id("nodes")
         row = node_row(node_id, conversation_id, parent_id, node, created_at, self.sealing)
@@ -340,11 +341,11 @@ class Statements:
 
     def write_entry(self, conversation_id: int, entry: Entry) -> Written:
         """
-        Write an entry.
+        Write an entry: its nodes, and what it says of branches, model and note.
 
         Raises:
             UnknownConversationError: The conversation was deleted.
-            UnknownNodeError: The parent is not in it.
+            UnknownNodeError: The parent is not a node of the conversation.
             ConversationError: A text, a note or the name of a branch cannot be written.
         """
         now = datetime.now(UTC)
@@ -434,12 +435,12 @@ class Statements:
 
     def write_tip(self, conversation_id: int, name: str, node_id: int | None) -> None:
         """
-        Move a branch to a node of its conversation, or to the root; creates it where there is none.
+        Move a branch to a node of its conversation, None being the root; create it if it does not exist.
 
         Raises:
-            ConversationError: It cannot have that name.
+            ConversationError: The name is not one that `require_name` accepts.
         """
-        require_name(name, "tip")
+        require_name(name, "branch")
         self.remove_tip(conversation_id, name)
         sealed = self.sealing.seal(name, tip_cell(conversation_id, node_id))
         self._run(
@@ -450,7 +451,7 @@ class Statements:
         )
 
     def remove_tip(self, conversation_id: int, name: str) -> bool:
-        """Delete a branch but none of its nodes; return whether there was one of that name."""
+        """Delete a branch, but none of its nodes; return whether it existed."""
         found = False
         for sealed, at in self._all(_TIPS, conversation_id):
             if read_tip(conversation_id, sealed, at, self.sealing) == name:
@@ -466,12 +467,12 @@ class Statements:
 
     def write_label(self, label: Label) -> None:
         """
-        Write a label; it replaces one of that name.
+        Write a label, and replace the label of that name if there is one.
 
         Raises:
             UnknownConversationError: The conversation was deleted.
-            UnknownNodeError: The node is not in it.
-            ConversationError: The note is not JSON that can be written.
+            UnknownNodeError: The node is not one of the conversation.
+            ConversationError: The note is not JSON that `require_writable` accepts.
         """
         if self._one("SELECT 1 FROM conversations WHERE id = ?", label.conversation_id) is None:
             raise _deleted()
@@ -483,12 +484,12 @@ class Statements:
 
     def find_label(self, name: str, namespace: str) -> Label | None:
         """
-        Return a label of a conversation in a namespace; None where there is none.
+        Return the label of that name, of a conversation in a namespace; None if there is none.
 
-        Each conversation has had one label since it was created; where nothing was noted under that
-        one, its note is empty.
+        Each conversation has one label from its creation on, which is in its own row. Its note is empty until
+        something is noted.
         """
-        if not is_whole(name):  # SQLite takes no half characters
+        if not is_whole(name):  # SQLite accepts no lone surrogates
             return None
         row = self._one(
             f"SELECT {_LABEL_ROW} FROM labels l JOIN conversations c ON c.id = l.conversation_id "  # noqa: S608
@@ -512,7 +513,7 @@ class Statements:
         return [read_label(row, self.sealing) for row in rows]
 
     def notes(self, conversation_ids: Sequence[int]) -> dict[int, Mapping[str, Any]]:
-        """Return the notes on conversations themselves, by id; none for those without one."""
+        """Return the notes of conversations by id; those without a note are left out."""
         rows = self._all(
             f"SELECT {_LABEL_ROW} FROM conversations c JOIN labels l ON l.label = c.label "  # noqa: S608
             "WHERE c.id IN (SELECT value FROM json_each(?))",
@@ -522,17 +523,17 @@ class Statements:
         return {label.conversation_id: label.note for label in labels}
 
     def delete_label(self, name: str) -> None:
-        """Delete a label, and nothing that it names."""
+        """Delete a label, but not the node or the conversation that it names."""
         self._run("DELETE FROM labels WHERE label = ?", name)
 
     # Encryption
 
     def seal_all(self, plain: Sealing) -> None:
         """
-        Seal everything in a plain journal.
+        Encrypt every value of a plain journal that reveals what was said.
 
         Args:
-            plain: The journal's own sealing without a cipher, which reads it.
+            plain: A sealing without a cipher, which reads the journal as it is.
 
         Raises:
             StoreCorruptError: A row is not what was written.
@@ -558,10 +559,10 @@ class Statements:
 
     def _next_id(self, table: str) -> int:
         """
-        Return the id that the next row of a table gets; no row ever had it.
+        Return the id that the next row of a table gets, which no row has had before.
 
-        Asked for before the row is written, because what is sealed in the row is bound to its id.
-        Nobody else can take it meanwhile: only one transaction writes at a time.
+        It has to be known before the row is written, because sealed values are bound to it. Nobody takes it
+        meanwhile, since only one transaction writes at a time.
         """
         row = self._one("SELECT seq FROM sqlite_sequence WHERE name = ?", table)
         return 1 if row is None else int(row[0]) + 1
@@ -579,7 +580,7 @@ class Statements:
 
 
 def _own_tip(tips: Mapping[str, int | None], tip: str, seen: int | None) -> str:
-    """Return *tip* where it stands as it was seen, else the name of a branch that does not exist yet."""
+    """Return *tip* if it stands at the node *seen*, else a name for a new branch: *tip* with a number."""
     if tips.get(tip, seen) == seen:
         return tip
     number = 2

@@ -1,15 +1,13 @@
 """
-Blocks of KV in memory: which are free, what their names are, and which of them goes first.
+Blocks of KV in memory: which are free, which prefix each ends, and which is evicted first.
 
-`BlockPool` counts who holds a block. `chained_key` and its neighbours name the prefix that a block ends:
-one prefix has one name, in memory, on disk and in files that are carried elsewhere. `CachedBlock` is a
-node in the tree of prefixes, `Siblings` keeps the nodes after the same one in order, and `EvictionOrder`
-knows which nodes can be evicted. `kv/prefix` builds the prefix cache and block tables from these.
+`BlockPool` counts the references to each block. `CachedBlock` is a node in the tree of prefixes,
+`Siblings` keeps the children of one node in order, and `EvictionOrder` knows which nodes can be evicted.
+`kv/prefix` builds the prefix cache from these.
 
 Pure bookkeeping: the KV itself belongs to the runtime, and nothing here knows why a block is held.
 """
 
-import hashlib
 import heapq
 import itertools
 from bisect import bisect_left, bisect_right, insort
@@ -18,9 +16,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-import numpy as np
-
 from recollect.errors import OutOfBlocksError
+from recollect.kv.record import Key
 from recollect.types import common_prefix_length
 
 
@@ -139,96 +136,8 @@ class BlockPool:
             self.release(self._dropped.popleft())
 
 
-Key = bytes
-
 PUBLIC: Final = "*"
 """The namespace of public prefixes, which no client has. What is pinned in it, all others find."""
-
-DIGEST_BYTES: Final = 4
-"""Length of the digest of a block up to one token. Two different ones are equal once in 4 billion cases."""
-MOST_DIGESTS: Final = 96
-"""Digests per block. LMDB sorts values of at most 511 bytes: these, and a name of 32 bytes after them."""
-
-_CHAIN: Final = b"recollect block"
-"""Sets the names of blocks apart from whatever else is hashed with the same secret."""
-
-
-def chained_key(parent: Key, token_ids: Sequence[int], secret: bytes = b"") -> Key:
-    """
-    Return the name of a prefix: a hash of the prefix before its last block, and that block's tokens.
-
-    The first parent is the name of a namespace, so nothing is shared across namespaces.
-
-    Args:
-        parent: The name of what the block follows.
-        token_ids: Its tokens, shape `(n,)`.
-        secret: At most 64 bytes. Names lie on the disk for all to read; without the secret, nobody can
-            try out which tokens lead from one to another.
-    """
-    content = parent + _token_bytes(token_ids)
-    person = _CHAIN if secret else b""  # names of plain stores and portable files stay as they were
-    return hashlib.blake2b(content, digest_size=32, key=secret, person=person).digest()
-
-
-def chained_keys(
-    root: Key, token_ids: Sequence[int], block_size: int, secret: bytes = b""
-) -> list[Key]:
-    """Return the names of a prefix's blocks in order; the last may hold a part of one."""
-    keys = [root]
-    for start in range(0, len(token_ids), block_size):
-        keys.append(chained_key(keys[-1], token_ids[start : start + block_size], secret))
-    return keys[1:]
-
-
-def disguised_key(key: Key, secret: bytes) -> Key:
-    """
-    Return a name to store in place of one that was made without the secret, and cannot be traced to it.
-
-    No block has it, because each has tokens.
-    """
-    return chained_key(key, (), secret)
-
-
-def branch_digests(parent: Key, token_ids: Sequence[int], secret: bytes = b"") -> bytes:
-    """
-    Return a short digest for each leading part of a block, one after the other: the disk sorts by them.
-
-    Two blocks after the same one share as many leading digests as they share leading tokens. So in this
-    order, the block that has the most in common with some tokens is a neighbour of these.
-
-    Args:
-        parent: The name of what the block follows.
-        token_ids: Its tokens, shape `(n,)`; those after the first `MOST_DIGESTS` do not count.
-        secret: At most 64 bytes. With it, digests tell only how many tokens two blocks have in common,
-            and not which.
-    """
-    state = hashlib.blake2b(
-        parent, digest_size=DIGEST_BYTES, key=secret, person=b"recollect branch"
-    )
-    digests = bytearray()
-    for token in np.asarray(token_ids[:MOST_DIGESTS], np.int64):
-        state.update(token.tobytes())
-        digests += state.copy().digest()
-    return bytes(digests)
-
-
-def namespace_key(fingerprint: str, namespace: str = "", secret: bytes = b"") -> Key:
-    """
-    Return the name of a namespace, which is the first parent of its blocks.
-
-    It stands for what KV depends on besides tokens, and for who may see it.
-
-    Args:
-        fingerprint: Of model, runtime and precision.
-        namespace: Who shares.
-        secret: At most 64 bytes. Without it, nobody can try out whose name it is.
-    """
-    content = f"{len(fingerprint)}:{fingerprint}:{namespace}".encode()
-    return hashlib.blake2b(content, digest_size=32, key=secret).digest()
-
-
-def _token_bytes(token_ids: Sequence[int]) -> bytes:
-    return np.asarray(token_ids, np.int64).tobytes()
 
 
 class Siblings(dict[tuple[int, ...], "CachedBlock"]):

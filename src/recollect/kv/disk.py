@@ -17,24 +17,23 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final
 
+from recollect import config
 from recollect.errors import StoreFullError
-from recollect.kv.blocks import (
-    DIGEST_BYTES,
-    Key,
-    chained_key,
-    disguised_key,
-    namespace_key,
-)
-from recollect.kv.environment import Environment, translated
+from recollect.kv.environment import DATA, Environment, translated
 from recollect.kv.record import (
+    DIGEST_BYTES,
     Buffer,
     Entry,
     Identity,
+    Key,
     Pin,
     Refused,
     Sealer,
     StoredReply,
+    chained_key,
+    disguised_key,
     entry_size,
+    namespace_key,
     pack_block,
     pack_reply,
     reply_last_used,
@@ -42,7 +41,7 @@ from recollect.kv.record import (
     unpack_block,
     unpack_reply,
 )
-from recollect.kv.tables import TABLES, Tables
+from recollect.kv.tables import TABLES, Holding, Tables
 from recollect.kv.upgrade import Resealing, bring_up_to_date
 from recollect.types import MissReason, common_prefix_length
 
@@ -51,6 +50,8 @@ STORE_FOLDER: Final = "kv"
 PAGE_BYTES: Final = 4096
 _PAGE_HEAD: Final = 16
 """What LMDB puts before a value that has pages of its own. Source: lmdb, mdb.c, PAGEHDRSZ."""
+_SPARE_BYTES: Final = 16 << 20
+"""Room beyond the file: LMDB writes new pages before it gives up old ones, also to remove a block."""
 _LIVE_SHARE: Final = 7 / 8
 """Share of the budget for blocks; the rest is for pages that LMDB cannot use again yet, so that the
 file stays within the budget."""
@@ -122,7 +123,7 @@ class DiskStore:
     Each method raises `StoreError` where the files cannot be read or written; one that writes has changed
     nothing then.
 
-    Invariants (`maintenance.problems` verifies them):
+    Invariants (`problems` verifies them):
         1. An entry's key is the chained hash of its parent and its tokens.
         2. An entry's parent is an entry or a root, and has it among what follows it, in the place
            that its digests give.
@@ -411,6 +412,34 @@ class DiskStore:
         with self.reading() as tables:
             return all(tables.has_block(key) for key in keys)
 
+    def holdings(self) -> list[Holding]:
+        """Return what is stored by model, the last used first."""
+        with self.reading() as tables:
+            return tables.holdings()
+
+    def problems(self) -> Iterator[tuple[Key, str]]:
+        """
+        Yield (key, sentence) for each block that is not as it was written, and (b"", …) for wrong counts.
+
+        Verifies the invariants. Reads everything.
+        """
+        with self.reading() as tables:
+            yield from tables.problems(self.chain_secret)
+
+    def remove_wrong(self, keys: Iterable[Key]) -> int:
+        """
+        Remove blocks with all that follows them, and count all bytes anew; return how many were removed.
+
+        What follows a block that is gone could not be found any more.
+
+        Args:
+            keys: Of what is wrong, as `problems` yields them; the empty one stands for the counts.
+        """
+        removed = self.remove({key for key in keys if key})
+        with self.writing() as tables:
+            tables.recount()
+        return removed
+
     def _free_bytes(self) -> int:
         """Return how much of the disk may be taken."""
         with translated(self.folder):
@@ -564,3 +593,21 @@ class DiskStore:
 def stored_bytes(value_bytes: int) -> int:
     """Return what a value of that many bytes takes in the file, in whole pages."""
     return -(-(value_bytes + _PAGE_HEAD) // PAGE_BYTES) * PAGE_BYTES
+
+
+def is_there(folder: Path) -> bool:
+    """Return whether there is a store in a folder."""
+    return (folder / DATA).is_file()
+
+
+def open_existing(folder: Path, sealer: Sealer | None) -> DiskStore:
+    """
+    Return the store in a folder; the caller closes it.
+
+    Raises:
+        StoreError: It cannot be opened.
+    """
+    with translated(folder):
+        room = (folder / DATA).stat().st_size + _SPARE_BYTES
+        budget = max(config.default_kv_disk_bytes(folder), room)
+    return DiskStore(folder, budget_bytes=budget, sealer=sealer)

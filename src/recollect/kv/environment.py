@@ -1,5 +1,5 @@
 """
-The LMDB file of a store: opened, shared, written, put aside where it is damaged, replaced by a new one.
+The LMDB file of a store: opened, shared, written, put aside where it is damaged, replaced, shrunk, deleted.
 
 Several stores of a process and several processes share one. Knows transactions, sizes and what can go
 wrong with the files; nothing of what is in the tables. The one place that opens LMDB files, apart from
@@ -471,3 +471,59 @@ def sole_access(folder: Path) -> Iterator[bool]:
         yield alone
     finally:
         os.close(lock)
+
+
+def shrink(folder: Path) -> int | None:
+    """
+    Make the file of a store as small as what is in it; return how many bytes that gave back.
+
+    Returns:
+        None where somebody has it open, and it was left as it is.
+
+    Raises:
+        StoreError: It cannot be read or written; it is as it was.
+    """
+    if is_open(folder):
+        return None
+    with translated(folder):
+        before = (folder / DATA).stat().st_size
+        if not replace_file(folder, lambda env, scratch: env.copy(str(scratch), compact=True)):
+            return None
+        return before - (folder / DATA).stat().st_size
+
+
+def discard(folder: Path) -> bool:
+    """
+    Delete the file of a store that is damaged; return False where somebody has it open.
+
+    Raises:
+        StoreError: It cannot be deleted.
+    """
+    if is_open(folder):
+        return False
+    with translated(folder), sole_access(folder) as alone:
+        if alone:
+            try:
+                (folder / DATA).unlink(missing_ok=True)
+                (folder / DAMAGED).unlink(missing_ok=True)
+            except PermissionError:  # Windows: it is open
+                return False
+        return alone
+
+
+def damaged_stores(folder: Path) -> list[Path]:
+    """Return the folders to which damaged stores of a folder were moved."""
+    return sorted(folder.parent.glob(f"{folder.name}{ASIDE}*"))
+
+
+def remove_damaged(folder: Path) -> int:
+    """
+    Delete the damaged stores that were put aside, in which replies can be read; return how many.
+
+    Raises:
+        OSError: One cannot be deleted.
+    """
+    found = damaged_stores(folder)
+    for aside in found:
+        shutil.rmtree(aside)
+    return len(found)

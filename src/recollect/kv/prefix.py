@@ -9,15 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from recollect.kv.blocks import (
-    PUBLIC,
-    BlockPool,
-    CachedBlock,
-    EvictionOrder,
-    Siblings,
-    chained_key,
-    namespace_key,
-)
+from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, EvictionOrder, Siblings
+from recollect.kv.record import chained_key, namespace_key
 
 
 @dataclass(frozen=True, slots=True)

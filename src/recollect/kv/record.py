@@ -1,12 +1,15 @@
 """
-How blocks, entries, replies and pins lie on disk, byte by byte.
+How blocks, entries, replies and pins lie on disk, byte by byte, and by which names.
 
-Pure: packs and unpacks; knows neither the database nor who asks. An entry is what is known of a block
-without reading it. docs/store-format.md is the same contract in words.
+The name of a block stands for the whole prefix that it ends. It is the same in memory, on disk, and in
+files that are carried elsewhere; `chained_key` makes it. An entry is what is known of a block without
+reading it. Pure: hashes, packs and unpacks; knows neither the database nor who asks.
+docs/store-format.md is the same contract in words.
 """
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple, Protocol
@@ -15,7 +18,6 @@ import numpy as np
 import xxhash
 
 from recollect.errors import StoreCorruptError
-from recollect.kv.blocks import DIGEST_BYTES, MOST_DIGESTS, Key
 from recollect.types import MissReason
 
 FORMAT: Final = 1
@@ -37,6 +39,89 @@ _SEALED_PIN: Final = b"\x01"
 """First byte of an encrypted pin; a plain one is JSON."""
 KEY_BYTES: Final = 32
 """Length of a block's name."""
+
+Key = bytes
+"""The name of a block, or of the root of a namespace."""
+
+DIGEST_BYTES: Final = 4
+"""Length of the digest of a block up to one token. Two different ones are equal once in 4 billion cases."""
+MOST_DIGESTS: Final = 96
+"""Digests per block. LMDB sorts values of at most 511 bytes: these, and a name of 32 bytes after them."""
+
+_CHAIN: Final = b"recollect block"
+"""Sets the names of blocks apart from whatever else is hashed with the same secret."""
+
+
+def chained_key(parent: Key, token_ids: Sequence[int], secret: bytes = b"") -> Key:
+    """
+    Return the name of a prefix: a hash of the prefix before its last block, and that block's tokens.
+
+    The first parent is the name of a namespace, so nothing is shared across namespaces.
+
+    Args:
+        parent: The name of what the block follows.
+        token_ids: Its tokens, shape `(n,)`.
+        secret: At most 64 bytes. Names lie on the disk for all to read; without the secret, nobody can
+            try out which tokens lead from one to another.
+    """
+    content = parent + np.asarray(token_ids, np.int64).tobytes()
+    person = _CHAIN if secret else b""  # names of plain stores and portable files stay as they were
+    return blake2b(content, digest_size=32, key=secret, person=person).digest()
+
+
+def chained_keys(
+    root: Key, token_ids: Sequence[int], block_size: int, secret: bytes = b""
+) -> list[Key]:
+    """Return the names of a prefix's blocks in order; the last may hold a part of one."""
+    keys = [root]
+    for start in range(0, len(token_ids), block_size):
+        keys.append(chained_key(keys[-1], token_ids[start : start + block_size], secret))
+    return keys[1:]
+
+
+def disguised_key(key: Key, secret: bytes) -> Key:
+    """
+    Return a name to store in place of one that was made without the secret, and cannot be traced to it.
+
+    No block has it, because each has tokens.
+    """
+    return chained_key(key, (), secret)
+
+
+def branch_digests(parent: Key, token_ids: Sequence[int], secret: bytes = b"") -> bytes:
+    """
+    Return a short digest for each leading part of a block, one after the other: the disk sorts by them.
+
+    Two blocks after the same one share as many leading digests as they share leading tokens. So in this
+    order, the block that has the most in common with some tokens is a neighbour of these.
+
+    Args:
+        parent: The name of what the block follows.
+        token_ids: Its tokens, shape `(n,)`; those after the first `MOST_DIGESTS` do not count.
+        secret: At most 64 bytes. With it, digests tell only how many tokens two blocks have in common,
+            and not which.
+    """
+    state = blake2b(parent, digest_size=DIGEST_BYTES, key=secret, person=b"recollect branch")
+    digests = bytearray()
+    for token in np.asarray(token_ids[:MOST_DIGESTS], np.int64):
+        state.update(token.tobytes())
+        digests += state.copy().digest()
+    return bytes(digests)
+
+
+def namespace_key(fingerprint: str, namespace: str = "", secret: bytes = b"") -> Key:
+    """
+    Return the name of a namespace, which is the first parent of its blocks.
+
+    It stands for what KV depends on besides tokens, and for who may see it.
+
+    Args:
+        fingerprint: Of model, runtime and precision.
+        namespace: Who shares.
+        secret: At most 64 bytes. Without it, nobody can try out whose name it is.
+    """
+    content = f"{len(fingerprint)}:{fingerprint}:{namespace}".encode()
+    return blake2b(content, digest_size=32, key=secret).digest()
 
 
 class Sealer(Protocol):

@@ -11,22 +11,25 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, TypeVar
 
-from recollect.kv.blocks import Key, branch_digests
 from recollect.kv.environment import Transaction
 from recollect.kv.record import (
     KEY_BYTES,
     Entry,
     EntryHead,
     Identity,
+    Key,
     Pin,
     Refused,
     Sealer,
+    branch_digests,
+    chained_key,
     entry_head,
     is_sealed_pin,
     pack_entry,
     pack_pin,
     pin_key,
     pinned_tail,
+    unpack_block,
     unpack_entry,
     unpack_pin,
 )
@@ -53,6 +56,19 @@ class Savings:
     """How much longer computing them would have taken."""
     compute_s_per_token: float | None = None
     """What computing a token cost when it was last measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a store has of one model, runtime and precision."""
+
+    identity: Identity
+    blocks: int
+    tokens: int
+    stored_bytes: int
+    last_used: float
+    """Unix time in seconds; 0 where there are no blocks."""
+    savings: Savings
 
 
 class Tables:
@@ -365,6 +381,68 @@ class Tables:
                 used[parent] = max(used[parent], last_used)  # a prefix was in use when its tail was
                 if not followers[parent] and parent not in keep:
                     heapq.heappush(heap, (used[parent], parent))
+
+    def holdings(self) -> list[Holding]:
+        """Return what is stored by model, the last used first."""
+        found = []
+        heads = self.heads().values()
+        for digest, identity in self.identities().items():
+            own = [head for head in heads if head.identity == digest]
+            found.append(
+                Holding(
+                    identity=identity,
+                    blocks=len(own),
+                    tokens=sum(head.tokens for head in own),
+                    stored_bytes=sum(head.stored_bytes for head in own),
+                    last_used=max((head.last_used for head in own), default=0.0),
+                    savings=self.savings(digest),
+                )
+            )
+        return sorted(found, key=lambda holding: -holding.last_used)
+
+    def problems(self, chain_secret: bytes) -> Iterator[tuple[Key, str]]:
+        """
+        Yield (key, sentence) for each block that is not as it was written, and (b"", …) for wrong counts.
+
+        Verifies the invariants of `DiskStore`. Reads everything.
+
+        Args:
+            chain_secret: That of the store, which the names of blocks depend on.
+        """
+        known = {key for key, _ in self.rows("entries")}
+        total = sum(head.stored_bytes for head in self.heads().values())
+        for key in sorted(known):
+            wrong = self._block_problem(key, chain_secret)
+            if wrong is not None:
+                yield key, wrong
+        for key, _ in self.rows("blocks"):
+            if key not in known:
+                yield key, "a block that nothing is known of"
+        for _, row in self.rows("siblings"):
+            if (child := bytes(row)[-KEY_BYTES:]) not in known:
+                yield child, "is known to follow another block, and is not there"
+        counted = self.total_bytes()
+        if counted != total:
+            yield b"", f"{counted:,} bytes are counted, and there are {total:,}"
+
+    def _block_problem(self, key: Key, chain_secret: bytes) -> str | None:
+        try:
+            entry = self.entry(key)
+            assert entry is not None, "the key is one of the table's"
+            if chained_key(entry.parent, entry.token_ids, chain_secret) != key:
+                return "its tokens do not give its name"
+            stored = self.get("blocks", key)
+            if stored is None:
+                return "has no block"
+            unpack_block(key, entry.identity, len(entry.token_ids), stored, self._sealer)
+        except Refused as refused:
+            return f"is not as it was written ({refused.reason})"
+        if entry.digests not in (b"", self.digests(entry.parent, entry.token_ids)):
+            return "its place among those after the same block is wrong"
+        # A store of format 1 that cannot be written has no such table.
+        if "siblings" in self and not self.follows(entry):
+            return "is not known to the block before it"
+        return None
 
 
 def _of_json(make: Callable[..., T], stored: memoryview) -> T | None:

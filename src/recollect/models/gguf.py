@@ -1,9 +1,9 @@
 """
-Read what a GGUF file says of itself: its fields, and where its tensors lie.
+The header of a GGUF file: its fields, and where its tensors are.
 
-Reads the header only. The gguf package's own reader takes seconds for that, because it makes an array
-for each string of the vocabulary; only its constants are used. A header is a stranger's claim, and
-readers in C++ believe it, so kinds of files that hold no model and numbers beyond sense are refused.
+The gguf package's own reader takes seconds for that, because it makes an array for each string of the
+vocabulary; only its constants are used here. A file may come from a stranger, and readers in C++ trust its
+numbers. So files that hold no model, and numbers that no model has, are refused.
 """
 
 import math
@@ -20,14 +20,16 @@ from recollect import files
 from recollect.errors import UnsupportedModelError
 
 MOST_HEADER_BYTES: Final = 128 << 20
-"""Of a file before its weights. The largest known, of 262,144 tokens, has 16 MB."""
+"""Most bytes of a header. The largest known one, with 262,144 tokens, has 16 MB."""
 MOST_ITEMS: Final = 1 << 22
-"""Of an array in it. Vocabularies have up to 262,144 tokens, and half a million merges."""
+"""Most items of all arrays in a header. Vocabularies have up to 262,144 tokens and half a million merges."""
 
-_MOST_ALIGNMENT: Final = 1 << 20  # bytes; all files have 32, and pages of the largest kind 2 MiB
-_MOST_ELEMENTS: Final = 1 << 40  # of a tensor: a thousand times the largest matrix there is
+_MOST_ALIGNMENT: Final = 1 << 20
+"""Largest alignment of tensors in bytes. All known files have 32."""
+_MOST_ELEMENTS: Final = 1 << 40
+"""Most elements of a tensor: a thousand times as many as the largest known matrix has."""
 
-# Ten to a thousand times what the largest models have.
+# Largest values of fields, ten to a thousand times those of the largest models.
 _MOST: Final = {
     "context_length": 2**31 - 1,
     "block_count": 10_000,
@@ -57,10 +59,15 @@ _OTHER_KINDS: Final = {
 
 def require_model(fields: Mapping[str, Any], tensor_count: int, name: str) -> None:
     """
-    Check that a file holds a whole model, and say what it holds instead.
+    Check that a file holds a language model.
+
+    Args:
+        fields: The file's fields.
+        tensor_count: Number of tensors in the file.
+        name: Name of the file, for the error.
 
     Raises:
-        UnsupportedModelError: It is a part of one, or something else.
+        UnsupportedModelError: It holds something else, which the message names.
     """
     kind = fields.get("general.type")
     if isinstance(kind, str) and kind in _OTHER_KINDS:
@@ -76,7 +83,7 @@ def require_model(fields: Mapping[str, Any], tensor_count: int, name: str) -> No
 
 
 def fault_of_fields(fields: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the numbers and the vocabulary, to stand in a sentence; or None."""
+    """Return what is wrong with a file's fields, as a clause; None if nothing is."""
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or not _is_power_of_two(alignment):
         return f"its alignment is {alignment!r}"
@@ -116,13 +123,13 @@ def _fault_of_vocabulary(fields: Mapping[str, Any]) -> str | None:
 
 def fault_of_tensor(shape: Sequence[int], block: int, offset: int, alignment: int) -> str | None:
     """
-    Return what is wrong with one tensor's description; or None.
+    Return what is wrong with the description of a tensor, as a clause; None if nothing is.
 
     Args:
-        shape: As the file has it, innermost dimension first.
-        block: Elements that are packed together in its type.
-        offset: Of its data, from the start of all data.
-        alignment: Of the file.
+        shape: Its shape as in the file, innermost dimension first.
+        block: Number of elements in a block of its type.
+        offset: Where its data begin, in bytes from the start of all tensors' data.
+        alignment: Alignment of the file, in bytes.
     """
     if any(size < 1 for size in shape) or math.prod(shape) > _MOST_ELEMENTS:
         return f"it holds a tensor of shape {tuple(shape)}"
@@ -145,7 +152,8 @@ _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
 _SWAPPED: Final = tuple(version << 24 for version in _VERSIONS)
 _DEFAULT_ALIGNMENT: Final = 32
-_MOST_DIMENSIONS: Final = 8  # twice what the format has today; more means that the file is damaged
+_MOST_DIMENSIONS: Final = 8
+"""Most dimensions of a tensor, twice as many as the format allows; more means that the file is damaged."""
 _SCALARS: Final = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
@@ -159,7 +167,7 @@ _SCALARS: Final = {
     GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT64: "d",
 }
-# Tokens that end a turn in the families above. A file names one; a model may also end with another.
+# Texts of tokens that end a reply. A file names one such token; a model may also use others.
 _END_TOKENS: Final = (
     "<|im_end|>",
     "<|endoftext|>",
@@ -174,13 +182,13 @@ _END_TOKENS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies in a file, and what it is."""
+    """Type, shape and place of a tensor."""
 
     shape: tuple[int, ...]
-    """Outermost dimension first, as numpy has it; the file has it the other way round."""
+    """Outermost dimension first, as in numpy; the file has the innermost first."""
     kind: GGMLQuantizationType
     start: int
-    """Its first byte, counted from the start of the file."""
+    """Position of its first byte in the file."""
     size_bytes: int
 
 
@@ -190,14 +198,14 @@ class GgufContent:
 
     fields: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    """By name, in the file's order."""
+    """The tensors by name, in the file's order."""
     field_places: dict[str, slice]
-    """Where each field's bytes lie in the file, its name included."""
+    """The bytes of each field in the file, including its name."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a GGUF file says about itself."""
+    """What a GGUF file says about its model."""
 
     architecture: str
     context_length: int
@@ -206,12 +214,12 @@ class GgufHeader:
     bos_token: str | None
     eos_token: str | None
     window: int | None = None
-    """How many tokens its layers with a window see; None: it has none."""
+    """Tokens that layers with a sliding window attend to; None: there are no such layers."""
 
 
 def read_content(path: Path) -> GgufContent:
     """
-    Return the fields of the file at *path*, and where its tensors lie.
+    Return the fields of a file, and where its tensors are.
 
     Raises:
         UnsupportedModelError: It is not a GGUF file of a known version, or it is damaged.
@@ -236,7 +244,7 @@ def read_content(path: Path) -> GgufContent:
 
 def read_header(path: Path) -> GgufHeader:
     """
-    Return what the file at *path* says about the model in it.
+    Return what a file says about its model.
 
     Raises:
         UnsupportedModelError: It is not a GGUF file of a known version, it is damaged, or it holds
@@ -246,11 +254,11 @@ def read_header(path: Path) -> GgufHeader:
 
 
 class _DamagedError(Exception):
-    """The file ends too early, or holds what no writer writes."""
+    """The file ends too early, or its header is invalid; the text says why, as a clause."""
 
 
 class _Cursor:
-    """Walks over the mapped bytes of a file; little-endian, as GGUF is wherever OpenVINO runs."""
+    """Reads values from the mapped bytes of a file, one after the other. They are little-endian."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
@@ -276,7 +284,7 @@ class _Cursor:
         return self._data[start : self.at]
 
     def text(self) -> str:
-        # A token can be any bytes; only templates and names have to be text.
+        # Tokens can be any bytes, so what is not UTF-8 is replaced and not refused.
         return self.raw_text().decode("utf-8", "replace")
 
     def value(self) -> Any:
@@ -322,7 +330,7 @@ def _parse(data: mmap.mmap, path: Path) -> GgufContent:
     for _ in range(field_count):
         start = cursor.at
         key = cursor.text()
-        if key in fields:  # two readers may each take another one
+        if key in fields:  # readers differ in which of the two they use
             raise _DamagedError(f"it says {key[:100]!r} twice")
         fields[key] = cursor.value()
         places[key] = slice(start, cursor.at)
@@ -342,7 +350,7 @@ def _parse(data: mmap.mmap, path: Path) -> GgufContent:
 
 
 def _tensors(cursor: _Cursor, count: int, alignment: int) -> Iterator[tuple[str, TensorInfo]]:
-    """Yield each tensor's name and what it is, with its start counted from the start of the data."""
+    """Yield the name and description of each tensor; `start` is relative to the start of all data here."""
     names = set()
     for _ in range(count):
         name = cursor.text()
@@ -368,13 +376,13 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> Iterator[tuple[str,
 
 def describe(content: GgufContent, path: Path) -> GgufHeader:
     """
-    Return what a file's fields say about the model in it.
+    Return what the fields of a file say about its model.
 
     Raises:
-        UnsupportedModelError: They name no architecture or no context length.
+        UnsupportedModelError: It holds no language model, or names no architecture or no context length.
     """
     fields = content.fields
-    # The first of several files may have no tensors.
+    # The first of several files of a model may have no tensors.
     is_part = isinstance(fields.get("split.count"), int) and fields["split.count"] > 1
     require_model(fields, max(len(content.tensors), is_part), path.name)
     architecture = fields.get("general.architecture")
@@ -390,7 +398,7 @@ def describe(content: GgufContent, path: Path) -> GgufHeader:
     ids = {number for number in named if isinstance(number, int) and 0 <= number < len(tokens)}
     kinds = fields.get("tokenizer.ggml.token_type")
     kinds = kinds if isinstance(kinds, tuple) else ()
-    # The same text can be an ordinary token: "</s>" is also how HTML ends a strike-through.
+    # Only control tokens, since ordinary tokens can have such texts: "</s>" also ends an element in HTML.
     ids.update(
         number
         for number, (text, kind) in enumerate(zip(tokens, kinds, strict=False))

@@ -1,13 +1,23 @@
 """
-What decoder a GGUF file holds: sizes, switches and rotary embedding, read from its fields.
+The decoder that a GGUF file describes, and the conversion of the file into a folder for OpenVINO.
 
-Every field that changes what a model computes is either a value here or a refusal: a model that
-would run with another meaning than its file's is not run. Reads no weights and builds no graph.
+Every field that changes what a model computes is either represented in `Decoder` or refused, so that no model
+computes something else than its file means. This module reads no weights and builds no graph.
+
+`convert` runs the program `gguf_to_openvino` in a process of its own, because a damaged file can crash a
+library, and because the process gives its memory back. The folder is made in a scratch folder and gets its
+name by one rename: nobody sees it incomplete, and two processes may convert the same model at once.
 """
 
+import errno
+import itertools
 import math
+import os
+import signal
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -15,29 +25,42 @@ from typing import Any, Final
 import numpy as np
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.gguf_weights import READABLE_KINDS, Shards, values_of
+from recollect.files import combine, scratch_folder
+from recollect.models.catalog import run_program
+from recollect.models.gguf import GgufHeader, read_header
+from recollect.models.gguf_weights import READABLE_KINDS, Shards, parts_of, values_of
+from recollect.models.openvino_folder import (
+    CONVERTER,
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    Manifest,
+    converted_bytes,
+    find_converted,
+    warn_of_writers,
+)
+from recollect.types import Progress
 
 _EXPORT: Final = "export the original model with `optimum-cli export openvino`"
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """How the architectures differ where their fields and tensors do not say so."""
+    """Properties of an architecture that follow from its name, not from fields or tensors."""
 
     interleaved: bool = False
-    """Whether a head's rotated pairs lie beside each other, as llama.cpp's NORM kind has them."""
+    """Whether the two dimensions of a rotated pair are adjacent, which llama.cpp calls NORM and not NEOX."""
     unrotated_every: int = 0
-    """Every so many layers one has no rotary embedding; 0: all have."""
+    """The last of each so many layers has no rotary embedding; 0: all layers have it."""
     scales: bool = False
-    """Whether the fields of Granite's four multipliers count."""
+    """Whether the architecture has Granite's four multipliers, which are fields."""
     is_gemma: bool = False
-    """Whether embeddings are scaled by the root of their width, and the feed-forward part has GELU."""
+    """Whether embeddings are multiplied by the root of their width, and the feed-forward part has GELU."""
     windowed_of: int = 0
-    """Of so many layers all but the last look back no further than the window; 0: none, 1: all do."""
+    """Of each so many layers all but the last have a sliding window; 0: no layer has, 1: all have."""
     fused: bool = False
     """Whether query, key and value are one tensor, and gate and up another."""
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
-    """The norms of a layer: one that the file lacks, or has besides, would be another model."""
+    """The norms that a layer must have. A file with others, or without one, holds another architecture."""
 
 
 _HEAD_NORMS: Final = ("attn_q_norm", "attn_k_norm")
@@ -60,9 +83,9 @@ FAMILIES: Final[Mapping[str, _Family]] = MappingProxyType(
     }
 )
 """
-Architectures that can be built.
+Architectures that can be built, by their names in files.
 
-Source: llama.cpp, `llama_model_rope_type` for how heads are rotated, and the builder of each.
+Source: llama.cpp, `llama_model_rope_type` for `interleaved`, and the builder of each architecture.
 """
 
 
@@ -71,9 +94,9 @@ class Rope:
     """The rotary embedding."""
 
     frequencies: np.ndarray
-    """Radians a position, f64, shape `(rotated dimensions / 2,)`."""
+    """Radians per position, f64, shape `(rotated dimensions / 2,)`."""
     factor: float
-    """What cosine and sine are multiplied by: 1 but for YaRN."""
+    """Factor of cosine and sine: 1, except for YaRN."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,27 +109,29 @@ class Decoder:
     kv_heads: int
     head_size: int
     epsilon: float
-    """Of the norms."""
+    """The norms' epsilon."""
     rope: Rope
     interleaved: bool
-    """Whether the rows of query and key have to be put in the order that rotates by halves."""
+    """Whether rotated pairs are adjacent, so that the rows of query and key are reordered into halves."""
     unrotated: frozenset[int] = frozenset()
     """Layers without rotary embedding."""
     attention_scale: float
-    """What the products of query and key are multiplied by."""
+    """Factor of the products of query and key."""
     embedding_scale: float = 1.0
     has_gelu: bool = False
-    """Whether the feed-forward part has GELU, by its approximation with tanh, and not SiLU."""
+    """Whether the feed-forward part has GELU, in its approximation with tanh, instead of SiLU."""
     fused: bool = False
     """Whether query, key and value are one tensor, and gate and up another."""
     window: int = 0
-    """How many tokens, the last one included, a layer of `windowed` looks back; 0: all."""
+    """Tokens, including the newest, that a layer with a sliding window attends to; 0: no layer has one."""
     windowed: frozenset[int] = frozenset()
+    """Layers with a sliding window."""
     local_rope: Rope | None = None
-    """Of the layers in `windowed`, where it is another than that of the rest."""
+    """Rotary embedding of the layers with a sliding window; None: the same as in the other layers."""
     residual_scale: float = 1.0
-    """What attention and feed-forward part are multiplied by before they are added."""
+    """Factor of attention and of the feed-forward part before the residual addition."""
     logit_divisor: float = 1.0
+    """The logits are divided by it."""
     tensors: Collection[str] = field(repr=False)
     """The names of all tensors."""
 
@@ -117,11 +142,11 @@ class Decoder:
 
 def read_decoder(shards: Shards) -> Decoder:
     """
-    Return the decoder that a file holds.
+    Return the decoder that a file describes.
 
     Raises:
-        UnsupportedModelError: It cannot be built as the file means it; the message names the
-            architecture, field, tensor or tensor type that is in the way.
+        UnsupportedModelError: It cannot be built exactly; the message names the architecture, field, tensor
+            or tensor type that is not supported.
     """
     fields = _Fields(shards)
     family = FAMILIES.get(fields.architecture)
@@ -166,7 +191,7 @@ def read_decoder(shards: Shards) -> Decoder:
 
 
 class _Fields:
-    """The fields of a file's architecture, each of the kind that is asked for."""
+    """The fields of a file whose names begin with its architecture; each method checks the type."""
 
     def __init__(self, shards: Shards) -> None:
         self._fields = shards.fields
@@ -174,7 +199,12 @@ class _Fields:
         self.architecture = str(self._fields.get("general.architecture"))
 
     def get(self, name: str) -> Any:
-        """Return a field's value, or None; a list of one value for each layer is that value."""
+        """
+        Return a field's value, or None. Of a list with a value for each layer, the one value of all.
+
+        Raises:
+            UnsupportedModelError: The layers have different values.
+        """
         value = self._fields.get(f"{self.architecture}.{name}")
         if isinstance(value, list | tuple):
             if len(set(value)) != 1:
@@ -210,7 +240,7 @@ class _Fields:
 
 
 _GEMMA_27B_LAYERS: Final = 62
-"""The one Gemma 3 that scales attention by the width of a head's share. Source: llama.cpp, gemma3."""
+"""Layers of Gemma 3 27B, which alone scales attention by width / heads. Source: llama.cpp, gemma3."""
 
 
 def _attention_scale(family: _Family, fields: _Fields, layers: int, head_size: int) -> float:
@@ -226,7 +256,7 @@ def _embedding_scale(family: _Family, fields: _Fields) -> float:
 
 
 def _windowed(family: _Family, fields: _Fields, layers: int) -> tuple[frozenset[int], int]:
-    """Return which layers look back no further than a window, and how long that is."""
+    """Return the layers with a sliding window, and its length in tokens."""
     window = fields.integer("attention.sliding_window", 0)
     if not 0 < window < fields.integer("context_length"):
         return frozenset(), 0
@@ -252,7 +282,7 @@ def _unrotated(family: _Family, layers: int) -> frozenset[int]:
 
 _MEANINGS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = MappingProxyType(
     {
-        # field: (whether its value changes nothing, what the refusal says)
+        # Name of a field: whether a value of it changes nothing, and the clause of the refusal otherwise.
         "expert_count": (lambda value: value == 0, "is a mixture of experts"),
         "attention.causal": (lambda value: value is True, "is no causal model"),
         "attention.clamp_kqv": (lambda value: value == 0, "clamps query, key and value"),
@@ -287,13 +317,13 @@ def _require_readable_kinds(shards: Shards) -> None:
 
 
 _IGNORED: Final = ("rope_freqs.weight", ".attn_rot_embd.weight", ".rope_freqs.weight")
-"""Not weights of the graph: frequencies, which the rotary embedding takes or old files repeat."""
+"""Ends of names of tensors that are not weights: RoPE's factors, and frequencies that old files repeat."""
 _SEPARATE: Final = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _FUSED: Final = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
 
 
 def _require_sound(decoder: Decoder, fields: _Fields, norms: Sequence[str]) -> None:
-    """Check that every weight that is needed is there, and that every weight there has a place."""
+    """Check that every needed tensor is there, that no other is, and that the sizes are possible."""
     sizes = (decoder.layers, decoder.heads, decoder.kv_heads, decoder.head_size)
     is_odd = decoder.heads % decoder.kv_heads or decoder.head_size % 2 if min(sizes) > 0 else True
     if is_odd or decoder.layers > len(decoder.tensors):
@@ -326,7 +356,7 @@ def _require_sound(decoder: Decoder, fields: _Fields, norms: Sequence[str]) -> N
 
 def _read_rope(fields: _Fields, shards: Shards, head_size: int) -> Rope:
     """
-    Return the rotary embedding.
+    Return the rotary embedding of the layers without a sliding window.
 
     Source: llama.cpp, `llama_model::load_hparams` for the fields and `ggml_rope_yarn_corr_dims` for
     YaRN, which agrees with transformers' `_compute_yarn_parameters`.
@@ -336,13 +366,13 @@ def _read_rope(fields: _Fields, shards: Shards, head_size: int) -> Rope:
         raise fields.refusal(f"rotates {rotated} of {head_size} dimensions of a head")
     base = fields.real("rope.freq_base", 10_000.0)
     plain = base ** -(np.arange(0, rotated, 2) / rotated)
-    if "rope_freqs.weight" in shards.tensors:  # Llama 3.1: what each frequency is divided by
+    if "rope_freqs.weight" in shards.tensors:  # Llama 3.1: each frequency is divided by its factor
         factors = values_of(shards.blocks("rope_freqs.weight"), shards.kind("rope_freqs.weight"))
         if factors.shape != plain.shape or not (factors > 0).all():
             raise fields.refusal("has RoPE factors of another size than its heads")
         plain = plain / factors
     factor = fields.real("rope.scaling.factor", fields.real("rope.scale_linear", 1.0)) or 1.0
-    # A factor without a kind is linear: files from before there were kinds.
+    # In files that are older than the field for the kind, a factor means linear scaling.
     kind = fields.text("rope.scaling.type", "linear")
     if kind == "none":
         return Rope(plain, 1.0)
@@ -360,7 +390,7 @@ def _yarn(fields: _Fields, plain: np.ndarray, base: float, factor: float) -> Rop
     )
 
     def dimension(turns: float) -> float:
-        """Return the dimension that turns so often within the original context."""
+        """Return the dimension that rotates *turns* times over the original context."""
         return rotated * math.log(original / (turns * math.tau)) / (2 * math.log(base))
 
     low = max(0, math.floor(dimension(fields.real("rope.scaling.yarn_beta_fast", 32.0))))
@@ -373,9 +403,140 @@ def _yarn(fields: _Fields, plain: np.ndarray, base: float, factor: float) -> Rop
 
 def require_buildable(path: Path) -> None:
     """
-    Check that the model in a file can be built as the file means it.
+    Check that the model in a file can be built exactly.
 
     Raises:
         UnsupportedModelError: It cannot, or the file is damaged.
     """
     read_decoder(Shards(path))
+
+
+_PUBLISH_ATTEMPTS: Final = 5
+_KILLED: Final = -9  # minus SIGKILL, a name that Windows lacks
+_PROGRAM: Final = "recollect.models.gguf_to_openvino"
+REFUSED: Final = 3
+"""Exit status of `gguf_to_openvino` if it cannot convert the file. The last line on stderr is the error."""
+NO_ROOM: Final = 4
+"""Exit status of `gguf_to_openvino` if it cannot write. The last line on stderr has errno and path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A GGUF file to be converted."""
+
+    name: str
+    """Name of the model, for the manifest and for progress."""
+    gguf: Path
+    """The file, or the first of several parts."""
+    sha256: str
+    """Hex sha256 of the file; of several parts, that of their sha256s."""
+
+
+def convert(job: Conversion, folder: Path, *, home: Path, progress: Progress) -> Manifest:
+    """
+    Convert a GGUF file into *folder*, replacing what is there, and return the folder's manifest.
+
+    Args:
+        job: The file and its name.
+        folder: The converted folder, which is one of the data folder's.
+        home: The data folder, in which the scratch folder is made.
+        progress: Called with the bytes of the file that are done.
+
+    Raises:
+        UnsupportedModelError: The file is damaged, or its model cannot be built exactly.
+        OSError: The disk is full or cannot be written to.
+    """
+    header = read_header(job.gguf)
+    require_buildable(job.gguf)
+    warn_of_writers(job.gguf.parent, [part.name for part in parts_of(job.gguf)])
+    what = f"converting {job.name}"
+    progress(what, 0, None)
+    with scratch_folder(home) as scratch:
+        made = scratch / "model"
+        made.mkdir()
+        _run_converter(job, made, lambda done, total: progress(what, done, total))
+        manifest = _describe(job, header, made)
+        manifest.write(made)
+        manifest = _publish(made, folder, scratch, manifest)
+    progress(what, 1, 1)
+    return manifest
+
+
+def _run_converter(job: Conversion, folder: Path, on_bytes: Callable[[int, int], None]) -> None:
+    """
+    Run the program that converts, which writes its files into *folder*.
+
+    Raises:
+        UnsupportedModelError: It refused the file, or crashed.
+        OSError: It could not write.
+    """
+    command = [sys.executable, "-P", "-m", _PROGRAM, str(job.gguf), str(folder)]
+
+    def on_line(line: str) -> None:
+        done, _, total = line.strip().partition(" ")
+        if done.isdecimal() and total.isdecimal():  # libraries may print other lines
+            on_bytes(int(done), int(total))
+
+    status, complaints = run_program(command, on_line)
+    lines = complaints.strip().splitlines()
+    said = lines[-1].strip() if lines else ""
+    missing = [name for name in (*MODEL_FILES, *TOKENIZER_FILES) if not (folder / name).is_file()]
+    if status == 0 and not missing:
+        return
+    if status == REFUSED and said:
+        raise UnsupportedModelError(said)
+    if status == NO_ROOM and said:
+        number, _, path = said.partition(" ")
+        code = int(number) if number.isdecimal() else errno.EIO
+        raise OSError(code, os.strerror(code), path)
+    if status == _KILLED:
+        reason = "it was killed, as happens when memory runs out"
+    elif status < 0:
+        reason = f"it crashed with {signal.Signals(-status).name}"
+    else:
+        reason = said.rstrip(".") or f"it wrote no {missing[:1]}"
+    raise UnsupportedModelError(
+        f"{job.gguf.name} could not be converted ({reason}): download the file again, or "
+        "export the original model with `optimum-cli export openvino`."
+    )
+
+
+def _describe(job: Conversion, header: GgufHeader, folder: Path) -> Manifest:
+    versions = {package: version(package) for package in ("openvino", CONVERTER)}
+    return Manifest(
+        name=job.name,
+        source_sha256=job.sha256,
+        source_bytes=sum(part.stat().st_size for part in parts_of(job.gguf)),
+        architecture=header.architecture,
+        context_length=header.context_length,
+        chat_template=header.chat_template,
+        eos_token_ids=sorted(header.eos_token_ids),
+        bos_token=header.bos_token,
+        eos_token=header.eos_token,
+        window=header.window,
+        fingerprint=combine(
+            ["gguf weights 1", job.sha256, versions[CONVERTER], header.chat_template or ""]
+        ),
+        library_versions=versions,
+        file_bytes=converted_bytes(folder),
+    )
+
+
+def _publish(made: Path, folder: Path, scratch: Path, manifest: Manifest) -> Manifest:
+    """Rename *made* to *folder*; if another process has just done that, use its folder instead."""
+    folder.parent.mkdir(mode=0o700, exist_ok=True)  # in the home that the scratch folder is in
+    for attempt in itertools.count(1):
+        existing = find_converted(folder, manifest.source_sha256)
+        if existing is not None:
+            return existing
+        try:
+            if folder.exists():  # it cannot be used, and is deleted with the scratch folder
+                folder.rename(scratch / f"replaced{attempt}")
+            made.rename(folder)
+        except OSError:
+            # Another process may have renamed its own folder meanwhile: look again. Other errors recur.
+            if attempt == _PUBLISH_ATTEMPTS:
+                raise
+        else:
+            break
+    return manifest

@@ -1,9 +1,9 @@
 """
-Builds the OpenVINO graph of a decoder out of a GGUF file's own weights.
+The OpenVINO graph of a decoder, with the exact weights of its GGUF file.
 
-The graph has the form of an `optimum-cli` export (ReadValue, Gather by beam_idx, Concat, SDPA,
-Assign), which is what the paged-attention transformation recognizes. Weights are written through a
-mapped file, so that memory holds no more than the chunks that are being taken apart.
+The graph has the form of an `optimum-cli` export (ReadValue, Gather by beam_idx, Concat, SDPA, Assign), which
+the paged-attention transformation recognizes. Weights are written into a mapped file, so that only the chunks
+that are being unpacked are in memory.
 """
 
 import errno
@@ -32,23 +32,23 @@ from recollect.models.gguf_weights import (
 
 _CHUNK_BYTES: Final = 1 << 19
 """
-Of the file, taken apart at once by a thread: about a million numbers, several f32 copies of which
-are 20 MB.
+Bytes of the file that a thread unpacks at once: about a million weights, whose f32 copies take 20 MB.
 """
 _PLAIN: Final[Mapping[Kind, tuple[np.dtype[Any], Any]]] = {
     Kind.F32: (np.dtype(np.float32), ov.Type.f32),
     Kind.F16: (np.dtype(np.float16), ov.Type.f16),
     Kind.BF16: (np.dtype(np.uint16), ov.Type.bf16),
 }
-_MASKED: Final = -65504.0  # the lowest f16, so that no precision makes it infinite
+_MASKED: Final = -65504.0
+"""Value of a masked place: the lowest f16, which stays finite in every precision."""
 
 
 class Constants:
     """
-    Arrays in a file that is mapped into memory, for constants of a graph.
+    Arrays in a file that is mapped into memory, for the constants of a graph.
 
-    The system writes their pages to the disk where memory runs short. The arrays live as long as
-    this object does, because constants only point to them.
+    The system can write their pages to the disk when memory runs short. Constants point into the arrays, so
+    this object must live as long as the graph.
     """
 
     def __init__(self, file: Path) -> None:
@@ -59,7 +59,7 @@ class Constants:
 
     def array(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
         """
-        Return a new array, all zeros.
+        Return a new array of zeros.
 
         Raises:
             OSError: The disk is full, or the file cannot be written to.
@@ -75,36 +75,39 @@ class Constants:
 
     def constant(self, array: np.ndarray, shape: Sequence[int], kind: ov.Type) -> ov.Node:
         """Return a constant that points into an array of this object."""
-        # A plain view: OpenVINO knows nothing of subclasses.
+        # As a plain ndarray, because OpenVINO does not accept subclasses.
         tensor = ov.Tensor(array.view(np.ndarray), ov.Shape(list(shape)), kind)
         return ov.op.Constant(tensor)
 
 
 def _reserve(descriptor: int, start: int, size_bytes: int) -> None:
     """
-    Make a file longer, and take its room on the disk where the system can.
+    Extend a file, and allocate its space on the disk if the system can.
 
-    A full disk is an error then, and no crash when a page of the mapped file is written.
+    A full disk is then reported here. Otherwise writing to the mapped pages would crash the process.
     """
     try:
         os.posix_fallocate(descriptor, start, size_bytes)
-    except AttributeError:  # on macOS and Windows
+    except AttributeError:  # macOS and Windows do not have it
         os.truncate(descriptor, start + size_bytes)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # what some file systems say
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems that cannot allocate
             raise
         os.truncate(descriptor, start + size_bytes)
 
 
 class GraphBuilder:
     """
-    Builds one model.
+    Builds the graph of one model.
 
     Args:
-        on_bytes: Called with the number of the file's bytes that were taken in since the last call.
-        fuses_gate: Whether gate and up are one product. That is quicker where `has_avx2_kernel`;
-            elsewhere it takes a tenth more of a prefill, because SiLU is no longer fused with the
-            product, and what comes out has to be copied apart. Source: LOG.md, 2026-11-26.
+        decoder: What is built.
+        shards: The file's weights.
+        constants: Where the weights are stored; it must live as long as the graph.
+        on_bytes: Called with the number of the file's bytes that were unpacked since the last call.
+        fuses_gate: Whether gate and up are one product. That is faster if `has_avx2_kernel()`. Otherwise a
+            prefill takes a tenth longer, because SiLU is no longer fused with the product and the result has
+            to be copied into two. Source: LOG.md, 2026-11-26.
     """
 
     def __init__(
@@ -126,10 +129,10 @@ class GraphBuilder:
 
     def build(self) -> ov.Model:
         """
-        Return the model: token ids, mask, positions and beam indices in, logits out.
+        Return the graph: token ids, mask, positions and beam indices in, logits out.
 
         Raises:
-            UnsupportedModelError: A tensor is damaged, or of another shape than its neighbours.
+            UnsupportedModelError: A tensor is damaged, or its shape does not fit those of others.
             OSError: The disk is full.
         """
         with self._pool:
@@ -169,10 +172,11 @@ class GraphBuilder:
 
     def _set_masks(self, ids: ov.Node, attention: ov.Node, positions: ov.Node) -> None:
         """
-        Make the masks for the stateful form. Paged attention has one of its own and drops these.
+        Make the attention masks of the stateful graph.
 
-        Of the second it takes the length of the window, which it finds only in this form: that of
-        gpt-oss as transformers writes it. Source: OpenVINO, state_management_pattern.cpp.
+        The paged-attention transformation removes both, since paged attention masks by itself. From the mask
+        of layers with a sliding window it takes the window's length, which it recognizes only in this form,
+        that of gpt-oss in transformers. Source: OpenVINO, state_management_pattern.cpp.
         """
         length = ops.gather(ops.shape_of(attention), _number(1), _number(0))
         places = ops.unsqueeze(ops.range(_number(0), length, _number(1), "i64"), _integers(0, 1, 2))
@@ -193,7 +197,7 @@ class GraphBuilder:
         self._window_mask = ops.slice(mask, _integers(0), width, _integers(1), _integers(3))
 
     def _layer(self, hidden: ov.Node, layer: int) -> ov.Node:
-        """Return what a layer makes of its input. Each norm applies where the file has it."""
+        """Return the output of a layer. `_norm` returns its input if the file has no such norm."""
         name, scale = f"blk.{layer}", self._decoder.residual_scale
         attended = self._attention(self._norm(hidden, f"{name}.attn_norm"), layer)
         attended = self._norm(attended, f"{name}.post_attention_norm")
@@ -265,7 +269,7 @@ class GraphBuilder:
         return ops.transpose(heads, _integers(0, 2, 1, 3))
 
     def _rotation_of(self, positions: ov.Node, rope: Rope) -> tuple[ov.Node, ov.Node]:
-        """Return the cosines and sines of all positions, in f32 whatever the weights are."""
+        """Return the cosines and sines of all positions, f32, shape `(batch, 1, tokens, rotated)`."""
         angles = ops.multiply(
             ops.unsqueeze(ops.convert(positions, np.float32), _integers(2)),
             ops.constant(rope.frequencies.astype(np.float32)),
@@ -274,7 +278,7 @@ class GraphBuilder:
         return _scaled(ops.cos(angles), rope.factor), _scaled(ops.sin(angles), rope.factor)
 
     def _rotated(self, heads: ov.Node, rotation: tuple[ov.Node, ov.Node]) -> ov.Node:
-        """Return heads with their first dimensions rotated by halves, and the others as they are."""
+        """Return heads with their first dimensions rotated; a pair is half of these dimensions apart."""
         cos, sin = rotation
         rotated, size = 2 * len(self._decoder.rope.frequencies), self._decoder.head_size
         turning = heads if rotated == size else _part(heads, 0, rotated)
@@ -284,7 +288,7 @@ class GraphBuilder:
         return turned if rotated == size else ops.concat([turned, _part(heads, rotated, size)], -1)
 
     def _cached(self, new: ov.Node, name: str) -> ov.Node:
-        """Append to a state, and repeat its heads for the query heads that share them."""
+        """Append *new* to the state *name*; return all of it, with heads repeated for the query's heads."""
         heads, kv_heads = self._decoder.heads, self._decoder.kv_heads
         size = self._decoder.head_size
         empty_shape = ops.concat([self._batch, _integers(kv_heads, 0, size)], 0)
@@ -296,7 +300,7 @@ class GraphBuilder:
         if heads == kv_heads:
             return both
         wide_shape = ops.concat([self._batch, _integers(kv_heads, heads // kv_heads, 1, 1)], 0)
-        # By keyword: the third positional argument is another one.
+        # By keyword, because the third positional argument of `broadcast` is `axes_mapping`.
         wide = ops.broadcast(
             ops.unsqueeze(both, _integers(2)), wide_shape, broadcast_spec="BIDIRECTIONAL"
         )
@@ -305,7 +309,7 @@ class GraphBuilder:
     # ---------------------------------------------------------------- norms and products
 
     def _norm(self, hidden: ov.Output, name: str) -> ov.Node:
-        """Return x / sqrt(mean(x^2) + e) * weight, in the order of operations that is fused to one."""
+        """Return x / sqrt(mean(x^2) + e) * weight, in the order of operations that OpenVINO fuses."""
         if self._norm_width(name) is None:
             return hidden
         mean = ops.reduce_mean(ops.power(hidden, _number(2.0)), _integers(-1), True)
@@ -321,8 +325,8 @@ class GraphBuilder:
         """
         Return the products of several matrices with one input.
 
-        Those of one tensor type are one product, because starting one takes as long as a narrow one
-        itself.
+        Matrices of the same tensor type are multiplied as one, because the overhead of a product is as large
+        as the computation of a narrow one.
         """
         by_kind: dict[Kind, list[str]] = {}
         for name in names:
@@ -353,7 +357,7 @@ class GraphBuilder:
     # ---------------------------------------------------------------- weights
 
     def _matrix(self, names: Sequence[str]) -> ov.Node:
-        """Return tensors of one type, below each other, as one f32 matrix of the graph."""
+        """Return tensors of one type, concatenated by rows, as an f32 matrix of the graph."""
         kind = self._shards.kind(names[0])
         shapes = [self._shards.tensors[name].shape for name in names]
         if any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
@@ -370,7 +374,7 @@ class GraphBuilder:
         return self._packed(names, rows, width, LAYOUTS[kind])
 
     def _packed(self, names: Sequence[str], rows: int, width: int, layout: Layout) -> ov.Node:
-        """Return `(numbers - zeros) * scales`, in the form that the CPU plugin keeps packed."""
+        """Return `(numbers - zeros) * scales` in the form that the CPU plugin keeps packed in memory."""
         kind = self._shards.kind(names[0])
         groups = width // layout.group
         make, is_half_byte = self._constants.array, layout.storage in ("u4", "i4")
@@ -382,7 +386,7 @@ class GraphBuilder:
         def store(place: slice, part: np.ndarray) -> int:
             taken = take_apart(part.reshape(-1, _block_bytes(kind)), kind)
             flat: np.ndarray = taken.numbers.reshape(-1).view(np.uint8)
-            if is_half_byte:  # the first number in the low half
+            if is_half_byte:  # OpenVINO has the first number in the low half
                 flat = flat[0::2] & 15 | flat[1::2] << 4
             numbers[place] = flat.reshape(len(part), -1)
             scales[place] = taken.scales.reshape(len(part), -1)
@@ -417,7 +421,7 @@ class GraphBuilder:
         return ops.convert(matrix, np.float32) if layout.half_scales else matrix
 
     def _chunks(self, names: Sequence[str]) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield the bytes of some rows at a time, and where these rows belong in the matrix of all."""
+        """Yield the bytes of some rows at a time, with the place of these rows in the concatenated matrix."""
         first = 0
         for name in names:
             rows = self._in_halves(name, self._shards.rows(name))
@@ -430,10 +434,10 @@ class GraphBuilder:
 
     def _in_halves(self, name: str, rows: np.ndarray) -> np.ndarray:
         """
-        Return a tensor's rows, those of query and key in the order in which halves of heads rotate.
+        Return a tensor's rows; those of query and key reordered so that rotated pairs are half a head apart.
 
-        Files of some architectures have the two dimensions of a rotated pair beside each other. It is
-        an order of rows, so it does not matter how a row is packed.
+        In files of some architectures the two dimensions of a rotated pair are adjacent. Only rows change
+        places, so it does not matter how a row is packed.
         """
         decoder = self._decoder
         heads = {"attn_q": decoder.heads, "attn_k": decoder.kv_heads}.get(name.split(".")[-2])
@@ -452,9 +456,9 @@ class GraphBuilder:
 
 def has_avx2_kernel() -> bool:
     """
-    Return whether OpenVINO multiplies packed weights here with the kernel for AVX2.
+    Return whether OpenVINO multiplies packed weights with its AVX2 kernel on this machine.
 
-    Asked of OpenVINO itself, by a product of 64 x 64.
+    Found out by running a product of 64 x 64 and asking which kernel ran.
     """
     numbers = ov.op.Constant(ov.Type.u4, ov.Shape([64, 2, 32]), [1])
     shifted = ops.subtract(ops.convert(numbers, np.float32), ops.constant(_ONES))
@@ -479,7 +483,7 @@ def _integers(*numbers: int) -> ov.Node:
 
 
 def _number(value: float) -> ov.Node:
-    """Return a scalar: i64 for an int, f32 for a float."""
+    """Return a scalar constant: i64 for an int, f32 for a float."""
     return ops.constant(np.int64(value) if isinstance(value, int) else np.float32(value))
 
 
@@ -488,5 +492,5 @@ def _scaled(value: ov.Output, factor: float) -> ov.Output:
 
 
 def _part(heads: ov.Node, start: int, stop: int) -> ov.Node:
-    """Return some of the dimensions of each head."""
+    """Return the dimensions `[start, stop)` of each head."""
     return ops.slice(heads, _integers(start), _integers(stop), _integers(1), _integers(3))

@@ -1,14 +1,14 @@
 """
-A program: make an OpenVINO model and tokenizer of a GGUF file.
+A program that converts a GGUF file into an OpenVINO model and tokenizer.
 
-`conversion` runs it in a process of its own, because a damaged file can crash a library and because the
-memory is given back. It prints how many of how many bytes are done, a line each time.
+`gguf_decoder.convert` runs it in a process of its own. It prints lines of two numbers: bytes that are done,
+and bytes in all.
 
-The tokenizer splits text as the file says. GenAI makes it where the file holds merges of bytes, but
-knows only two families' rules for splitting text and applies llama.cpp's default to all others, Llama 3
-among them; those get their own rule here. SentencePiece's vocabularies (Llama 2, Mistral, TinyLlama) are
-unknown to GenAI. Here they become merges, as Hugging Face's converter makes them: two pieces merge where
-the whole is a piece, and of several the one with the best score is first.
+GenAI converts byte-level BPE tokenizers. It knows the rules for splitting text of two families, and applies
+llama.cpp's default rule to all others, Llama 3 included; here each file gets its own rule. GenAI does not
+know SentencePiece vocabularies (Llama 2, Mistral, TinyLlama). They become BPE merges here, as in Hugging
+Face's converter: two pieces merge if their concatenation is a piece, and the pair whose whole has the best
+score goes first.
 """
 
 import errno
@@ -43,22 +43,22 @@ from openvino_tokenizers.tokenizer_pipeline import (
 )
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.conversion import NO_ROOM, REFUSED
 from recollect.models.gguf import GgufContent, read_content
-from recollect.models.gguf_decoder import read_decoder
+from recollect.models.gguf_decoder import NO_ROOM, REFUSED, read_decoder
 from recollect.models.gguf_graph import Constants, GraphBuilder, has_avx2_kernel
 from recollect.models.gguf_weights import Shards
 from recollect.models.openvino_folder import MODEL_FILES, TOKENIZER_FILES
 
 _SPACE: Final = "\u2581"
-"""Stands for a space in the vocabulary."""
+"""The character that stands for a space in SentencePiece vocabularies."""
 _SPECIAL: Final = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
-"""Tokens that are found in a text before it is merged. Source: llama.cpp, `cache_special_tokens`."""
-_CACHE: Final = 20_000  # merged words that are remembered; as GenAI has it for its own
+"""Kinds of tokens that are found in a text before it is split. Source: llama.cpp, `cache_special_tokens`."""
+_CACHE: Final = 20_000
+"""Words whose tokens the tokenizer caches; the same number as in the tokenizers that GenAI makes."""
 
 
 def why_not(fields: Mapping[str, Any]) -> str | None:
-    """Return what keeps a SentencePiece vocabulary from being used; None: nothing does."""
+    """Return what a SentencePiece vocabulary has that is not supported, as a noun phrase; None: nothing."""
     tokens, scores = (fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores"))
     kinds = fields.get("tokenizer.ggml.token_type")
     if (
@@ -74,7 +74,7 @@ def why_not(fields: Mapping[str, Any]) -> str | None:
 
 
 def write_sentencepiece(fields: Mapping[str, Any], folder: Path) -> None:
-    """Write the tokenizer and the detokenizer of a file's fields into *folder*."""
+    """Write tokenizer and detokenizer of a SentencePiece vocabulary into *folder*."""
     tokens: Sequence[str] = fields["tokenizer.ggml.tokens"]
     kinds: Sequence[int] = fields["tokenizer.ggml.token_type"]
     special = {
@@ -111,17 +111,17 @@ def write_sentencepiece(fields: Mapping[str, Any], folder: Path) -> None:
     ]
     if fields.get("tokenizer.ggml.add_space_prefix", True):
         steps.append(RegexDecodingStep.strip_forward_space())
-    # Half a character is shown as such, so that whoever streams knows to wait for the rest.
+    # An incomplete character becomes U+FFFD, by which streaming knows that it has to wait for the rest.
     steps.append(UTF8ValidateStep(UTF8ReplaceMode.REPLACE))
     pipeline.add_steps(steps)
     tokenizer = pipeline.get_tokenizer_ov_subgraph()
     detokenizer = pipeline.get_detokenizer_ov_subgraph()
-    # GenAI gives 64 bits. The library's own way to change the type would fold the slice of hidden
-    # tokens into a constant, and nobody could ask for them any more.
+    # GenAI passes i64. The library's own conversion to i64 would fold the list of skipped tokens into a
+    # constant, and decoding could not include special tokens any more.
     detokenizer.inputs[0].get_node().set_element_type(ov.Type.i64)
     detokenizer.validate_nodes_and_infer_types()
     for model, name in ((tokenizer, TOKENIZER_FILES[0]), (detokenizer, TOKENIZER_FILES[2])):
-        # Without it GenAI takes the model for one from before special tokens could be asked for.
+        # Without the version, GenAI treats the model as one whose special tokens cannot be decoded.
         model.set_rt_info(version("openvino-tokenizers"), "openvino_tokenizers_version")
         ov.save_model(model, folder / name, compress_to_fp16=False)
 
@@ -130,7 +130,7 @@ def merges_of(
     tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]
 ) -> list[tuple[str, str]]:
     """
-    Return the pairs of pieces that make another piece, the best first.
+    Return the pairs of pieces whose concatenation is a piece, the best first.
 
     Source: transformers, `generate_merges`: by the score of the whole, then by the length of the parts.
     """
@@ -151,7 +151,7 @@ def merges_of(
 _EXPORT: Final = "export the original model with `optimum-cli export openvino`"
 _MAGIC_AND_VERSION: Final = b"GGUF" + struct.pack("<I", 3)  # fields of version 2 are the same
 _SENTENCEPIECE: Final = "llama"
-"""What files call it, after the model that had it first."""
+"""The name of SentencePiece tokenizers in files."""
 _SPLITTER: Final = "tokenizer.ggml.pre"
 
 _CONTRACTIONS: Final = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -161,7 +161,8 @@ _GPT_2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\
 
 _SPLITTERS: Final[Mapping[str, tuple[str, str | None]]] = MappingProxyType(
     {
-        # The file's name of a rule: GenAI's name of one, and the expression to put in its place.
+        # The file's name of a rule: the name of a rule that GenAI knows, and the regular expression that
+        # replaces that rule afterwards; None: it is the right one.
         **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), ("qwen2", None)),
         **dict.fromkeys(
             ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), ("smollm", None)
@@ -175,7 +176,7 @@ _SPLITTERS: Final[Mapping[str, tuple[str, str | None]]] = MappingProxyType(
     }
 )
 """
-How text is split before it is merged.
+How text is split into words before BPE merges.
 
 Source: llama.cpp, src/llama-vocab.cpp, `llm_tokenizer_bpe` and the names in `load`.
 """
@@ -183,10 +184,10 @@ Source: llama.cpp, src/llama-vocab.cpp, `llm_tokenizer_bpe` and the names in `lo
 
 def require_tokenizer(fields: Mapping[str, Any], name: str) -> None:
     """
-    Check that a file's tokenizer can be made as it is meant.
+    Check that a file's tokenizer can be converted exactly.
 
     Raises:
-        UnsupportedModelError: It cannot; the message names its kind or its rule.
+        UnsupportedModelError: It cannot, or it is damaged; the message names its kind or its rule.
     """
     kind, splitter = fields.get("tokenizer.ggml.model"), fields.get(_SPLITTER, "default")
     if kind not in ("gpt2", _SENTENCEPIECE):
@@ -206,7 +207,7 @@ def require_tokenizer(fields: Mapping[str, Any], name: str) -> None:
         )
     lacking = _lacking_product(fields) if kind == "gpt2" else None
     if lacking is not None:
-        # OpenVINO's tokenizer takes such a vocabulary, and then gives no token for any text.
+        # OpenVINO's tokenizer accepts such merges, and then returns no token for any text.
         raise UnsupportedModelError(
             f"{name} has a tokenizer that merges {lacking!r}, which makes no token of its vocabulary: "
             "the file is damaged; download it again."
@@ -214,10 +215,10 @@ def require_tokenizer(fields: Mapping[str, Any], name: str) -> None:
 
 
 def _lacking_product(fields: Mapping[str, Any]) -> str | None:
-    """Return the first merge whose product, or one of whose halves, is no token; None: there is none."""
+    """Return the first merge of which a half or the whole is not a token; None: there is none."""
     tokens = set(fields.get("tokenizer.ggml.tokens", ()))
     for merge in fields.get("tokenizer.ggml.merges", ()):
-        # Halves never hold a space: byte-level vocabularies write it as another letter.
+        # Halves never contain a space, which byte-level vocabularies represent by another character.
         first, space, second = merge.partition(" ")
         if not space or not {first, second, first + second} <= tokens:
             return str(merge)
@@ -229,7 +230,7 @@ def write_tokenizer(gguf: Path, folder: Path) -> None:
     Write the tokenizer and the detokenizer of a file into *folder*.
 
     Raises:
-        UnsupportedModelError: They cannot be made.
+        UnsupportedModelError: They cannot be converted.
         OSError: The disk is full or cannot be written to.
     """
     content = read_content(gguf)
@@ -256,9 +257,14 @@ def write_tokenizer(gguf: Path, folder: Path) -> None:
 
 def _fields_alone(gguf: Path, content: GgufContent, splitter: str) -> bytes:
     """
-    Return a GGUF file with the fields of another and no tensors, which GenAI would convert, too.
+    Return the bytes of a GGUF file with the fields of another and no tensors, which GenAI would convert, too.
 
-    Fields that say that the model has several files are left out: it would look for them.
+    Fields that say that the model has several files are left out, because GenAI would look for the others.
+
+    Args:
+        gguf: The file.
+        content: What was read of it.
+        splitter: The rule for splitting text that is written in place of the file's.
     """
     places = {
         name: place
@@ -274,12 +280,12 @@ def _fields_alone(gguf: Path, content: GgufContent, splitter: str) -> bytes:
 
 
 def _text(text: str) -> bytes:
-    """Return a text as GGUF stores it: its length, then its bytes."""
+    """Return a text as GGUF stores it: its length as uint64, then its bytes."""
     return struct.pack("<Q", len(text.encode())) + text.encode()
 
 
 def _replace_splitter(xml: Path, expression: str) -> None:
-    """Give the one node that splits text another regular expression."""
+    """Replace the regular expression of the tokenizer's one node that splits text."""
     model = ov.Core().read_model(xml)
     (node,) = [node for node in model.get_ops() if node.get_type_name() == "RegexSplit"]
     pattern = ops.constant(np.frombuffer(expression.encode(), np.uint8))
@@ -290,31 +296,32 @@ def _replace_splitter(xml: Path, expression: str) -> None:
     written.with_suffix(".bin").replace(xml.with_suffix(".bin"))
 
 
-_REPORT_EVERY_S: Final = 0.1  # more often than a bar is drawn would be for nobody
+_REPORT_EVERY_S: Final = 0.1
+"""Least time between two printed lines: progress bars are drawn no more often."""
 
 
 def main(gguf: Path, folder: Path) -> None:
-    """Write the model of *gguf* and its tokenizer into *folder*."""
+    """Write the model in *gguf* and its tokenizer into *folder*."""
     write_tokenizer(gguf, folder)
     shards = Shards(gguf)
     report = _Reporter(shards.total_bytes)
-    # Beside the model and not in memory; it goes with the folder that all this is in.
+    # Weights in a file instead of in memory. It is deleted with the scratch folder that both are in.
     constants = Constants(folder.parent / "constants.bin")
     builder = GraphBuilder(
         read_decoder(shards), shards, constants, report, fuses_gate=has_avx2_kernel()
     )
     model = builder.build()
-    # As f16 the rotary frequencies, norms and scales would be rounded.
+    # Not compressed to f16, which would round rotary frequencies, norms and scales.
     xml = folder / MODEL_FILES[0]
     try:
         ov.save_model(model, xml, compress_to_fp16=False)
-        ov.Core().read_model(xml)  # checks that the weights are as long as the graph says
-    except RuntimeError as cause:  # what OpenVINO raises where it cannot write
+        ov.Core().read_model(xml)  # fails if not all weights were written
+    except RuntimeError as cause:  # OpenVINO's error if it cannot write
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from cause
 
 
 class _Reporter:
-    """Counts bytes, and prints them now and then."""
+    """Counts the bytes that are done, and prints them at most every `_REPORT_EVERY_S`."""
 
     def __init__(self, total: int) -> None:
         self._total = total

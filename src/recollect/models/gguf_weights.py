@@ -1,8 +1,8 @@
 """
-The tensors of a GGUF model, in one file or several, as whole numbers, scales and zero points.
+The tensors of a GGUF model, in one file or several, as integers, scales and zero points.
 
-`Shards` maps the files; a tensor's bytes are read from the disk when they are used. `(number - zero) *
-scale` is the value that llama.cpp computes with, to the last bit but one of f32. Knows neither
+`Shards` maps the files into memory, so that a tensor's bytes are read when they are used. `(number - zero) *
+scale` is the value that llama.cpp computes with, within one unit in the last place of f32. Knows neither
 architectures nor graphs.
 """
 
@@ -26,18 +26,18 @@ Storage = Literal["i4", "i8", "u4", "u8"]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the weights of one tensor type are stored after they were taken apart."""
+    """How the integers, scales and zero points of a tensor type are stored."""
 
     group: int
-    """Weights that share a scale."""
+    """Number of consecutive weights that share a scale."""
     storage: Storage
-    """The smallest type that holds every number. Unsigned ones have a zero point for each group."""
+    """The smallest element type that holds all integers of the type. Unsigned ones come with zero points."""
     half_scales: bool = False
-    """Whether the file's scales are f16, so that f16 holds them exactly."""
+    """Whether scales are stored as f16, which is exact because the file has them as f16."""
 
     @property
     def has_zeros(self) -> bool:
-        """Return whether a group has a zero point: whether the file stores minima."""
+        """Return whether groups have zero points, because the type stores a minimum for each."""
         return self.storage in ("u4", "u8")
 
 
@@ -46,11 +46,11 @@ class Groups:
     """Weights as `(number - zero) * scale`."""
 
     numbers: np.ndarray
-    """int8, shape `(groups, group)`; unsigned ones are at most 31."""
+    """Integers, int8, shape `(groups, group)`; those of unsigned types are at most 31."""
     scales: np.ndarray
     """f32, shape `(groups,)`."""
     zeros: np.ndarray | None
-    """f32, shape `(groups,)`; None where every zero point is 0."""
+    """f32, shape `(groups,)`; None: all are 0."""
 
     def values(self) -> np.ndarray:
         """Return the weights, f32, shape `(groups, group)`."""
@@ -64,24 +64,24 @@ class Groups:
 @dataclass(frozen=True, slots=True)
 class _Patches:
     """
-    Bytes of a block to overwrite, so that dequantizing it yields its numbers, scales or minima.
+    Bytes to overwrite in each block, so that dequantizing it yields its integers, scales or minima alone.
 
-    Written as `start:stop=hex`, the hex bytes repeated; 003c is 1.0 as f16. What the bytes mean is
-    told by ggml-common.h. So the numbers come from the gguf package itself, whatever the type, and
-    no bit arithmetic of ours can disagree with it.
+    A patch is `start:stop=hex`, the hex bytes repeated to fill the range; 003c is 1.0 as f16. The layout of
+    blocks is that of ggml-common.h. This way the gguf package unpacks all types, and no bit arithmetic of
+    ours can disagree with it.
     """
 
     numbers: str
-    """Scales become 1 and minima 0: what is left is the numbers."""
+    """Sets scales to 1 and minima to 0, so that the values are the integers."""
     scales: str
-    """Numbers become `one` and minima 0: what is left is `one` times the scales."""
+    """Sets the integers to `one` and minima to 0, so that the values are `one` times the scales."""
     one: int = 1
     minima: str | None = None
-    """Numbers become 0: what is left is the minima. None for types without."""
+    """Sets the integers to 0, so that the values are the minima. None: the type has no minima."""
 
 
 _K_SCALES: Final = "0:4=003c0000 4:8=01 8:12=00 12:16=01"
-"""Q4_K and Q5_K: d = 1, dmin = 0, and every 6-bit scale 1."""
+"""For Q4_K and Q5_K: sets d to 1, dmin to 0, and every 6-bit scale to 1."""
 
 _BY_PATCHES: Final[Mapping[Kind, tuple[Layout, _Patches]]] = MappingProxyType(
     {
@@ -118,8 +118,8 @@ _BY_PATCHES: Final[Mapping[Kind, tuple[Layout, _Patches]]] = MappingProxyType(
 
 _BY_SEARCH: Final[Mapping[Kind, tuple[Layout, tuple[int, ...]]]] = MappingProxyType(
     {
-        # The magnitudes that a number can have, in a unit that makes them whole. These types choose
-        # numbers from a table, eight at a time; their values are such numbers times a scale.
+        # The magnitudes that a type's numbers can have, in a unit that makes them integers. The types take
+        # numbers from a table, most of them eight at a time; values are such numbers times a scale.
         Kind.TQ1_0: (Layout(256, "i8"), (1,)),
         Kind.TQ2_0: (Layout(256, "i8"), (1, 2)),
         Kind.NVFP4: (Layout(16, "i8"), (12, 8, 6, 4, 3, 2, 1)),
@@ -134,29 +134,29 @@ _BY_SEARCH: Final[Mapping[Kind, tuple[Layout, tuple[int, ...]]]] = MappingProxyT
 )
 
 PLAIN_KINDS: Final = (Kind.F32, Kind.F16, Kind.BF16)
-"""Types whose values are stored as they are."""
+"""Types that are stored as they are, without scales."""
 
 LAYOUTS: Final[Mapping[Kind, Layout]] = MappingProxyType(
     {kind: layout for table in (_BY_PATCHES, _BY_SEARCH) for kind, (layout, _) in table.items()}
 )
-"""How each type that is taken apart is stored."""
+"""How each of the other readable types is stored."""
 
 READABLE_KINDS: Final = frozenset({*PLAIN_KINDS, *LAYOUTS})
 
 
 def take_apart(blocks: np.ndarray, kind: Kind) -> Groups:
     """
-    Return the numbers, scales and zero points of a file's blocks.
+    Return the integers, scales and zero points of blocks.
 
     Args:
-        blocks: Bytes of whole blocks, shape `(n, bytes of a block)`; not changed.
+        blocks: Whole blocks, bytes, shape `(n, bytes per block)`; they are not changed.
         kind: A key of `LAYOUTS`.
 
     Raises:
-        ValueError: A scale is infinite or no number, or a number is not of the type's: the file
-            is damaged. The text names what it holds.
+        ValueError: A scale or a minimum is not finite, or a value is not one that the type can have, because
+            the file is damaged. The text is a noun phrase.
     """
-    with np.errstate(invalid="ignore"):  # what is no number is found below
+    with np.errstate(invalid="ignore"):  # NaN is detected below
         groups = _by_patches(blocks, kind) if kind in _BY_PATCHES else _by_search(blocks, kind)
     _require_finite("scale", groups.scales)
     if groups.zeros is not None:
@@ -165,8 +165,8 @@ def take_apart(blocks: np.ndarray, kind: Kind) -> Groups:
 
 
 def values_of(blocks: np.ndarray, kind: Kind) -> np.ndarray:
-    """Return the f32 values of blocks of bytes, as the gguf package computes them, flat."""
-    # As one row: the package splits rows into groups of 16 and would loop over them in Python.
+    """Return the values of blocks as the gguf package computes them, f32, shape `(n,)`."""
+    # As one row, because the package loops over groups of 16 rows in Python.
     values: np.ndarray = dequantize(np.ascontiguousarray(blocks).reshape(1, -1), kind)
     return values.reshape(-1).astype(np.float32, copy=False)
 
@@ -184,8 +184,8 @@ def _by_patches(blocks: np.ndarray, kind: Kind) -> Groups:
     if patches.minima is None:
         return Groups(numbers, scales, None)
     minima = _patched(blocks, patches.minima, kind)[first]
-    # A group with a scale of 0 is its minimum everywhere, which no zero point can say at that scale:
-    # it becomes (0 - -minimum) * 1. Real Q4_K files hold such groups.
+    # A group with a scale of 0 has the minimum as all its values. (number - zero) * 0 cannot express that, so
+    # it is stored as (0 - -minimum) * 1. Real Q4_K files have such groups.
     flat = scales == 0
     numbers[flat] = 0
     scales[flat] = 1
@@ -193,7 +193,7 @@ def _by_patches(blocks: np.ndarray, kind: Kind) -> Groups:
 
 
 def _patched(blocks: np.ndarray, patches: str, kind: Kind) -> np.ndarray:
-    """Return what dequantizing yields after some bytes of every block were overwritten, flat."""
+    """Return the values of blocks of which some bytes were overwritten, f32, shape `(n,)`."""
     changed = blocks.copy()
     for patch in patches.split():
         place, _, content = patch.partition("=")
@@ -206,10 +206,10 @@ def _patched(blocks: np.ndarray, patches: str, kind: Kind) -> np.ndarray:
 
 def _by_search(blocks: np.ndarray, kind: Kind) -> Groups:
     """
-    Find, for each group, a scale that makes all its values whole.
+    Find a scale for each group that makes all its values integers.
 
-    Its largest magnitude is one of a few whole numbers times the scale; the first for which all
-    others come out whole is taken. Where several fit, each of them gives the same values.
+    The largest magnitude in a group is one of a few integers times the scale. The first of these integers for
+    which all other values are integers, too, is taken; if several fit, they give the same values.
     """
     layout, magnitudes = _BY_SEARCH[kind]
     values = values_of(blocks, kind).reshape(-1, layout.group)
@@ -222,7 +222,7 @@ def _by_search(blocks: np.ndarray, kind: Kind) -> Groups:
         scale = largest[open_groups] / np.float32(magnitude)
         found = values[open_groups] / scale[:, None]
         whole = np.rint(found)
-        # Numbers are at most 62, so a rounding error of f32 stays far below a thousandth.
+        # Integers are at most 62, so rounding errors of f32 are far below 1e-3.
         fits = (np.abs(found - whole) < 1e-3).all(axis=1)
         chosen = open_groups[fits]
         numbers[chosen], scales[chosen] = whole[fits], scale[fits]
@@ -238,12 +238,13 @@ assert all(GGML_QUANT_SIZES[kind][0] % layout.group == 0 for kind, layout in LAY
 _PART: Final = re.compile(
     r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE
 )
-"""How llama.cpp's gguf-split names parts. Source: its `llama_split_path`."""
-_MOST_PARTS: Final = 1000  # a number in a name is not to make us try a hundred thousand files
+"""Names of parts that llama.cpp's gguf-split writes. Source: its `llama_split_path`."""
+_MOST_PARTS: Final = 1000
+"""Most parts of a model. A file's name can claim 99,999, and each would be looked for."""
 
 
 def part_names(name: str) -> list[str]:
-    """Return the names of all files of a model, of which *name* is one; it may begin with folders."""
+    """Return the names of all parts of a model; *name* is the name or the path of one of them."""
     part = _PART.fullmatch(name)
     if part is None or not 1 < int(part["count"]) <= _MOST_PARTS:
         return [name]
@@ -256,10 +257,10 @@ def part_names(name: str) -> list[str]:
 
 def parts_of(path: Path) -> list[Path]:
     """
-    Return the files of the model that *path* is, or is the first part of.
+    Return all files of the model whose only file or first part is *path*.
 
     Raises:
-        UnsupportedModelError: It is another part than the first, or a part is not beside it.
+        UnsupportedModelError: *path* is a later part, or a part is missing beside it.
     """
     parts = [path.with_name(name) for name in part_names(path.name)]
     if path != parts[0]:
@@ -277,10 +278,13 @@ def parts_of(path: Path) -> list[Path]:
 
 class Shards:
     """
-    A model's fields and tensors, over all of its files.
+    The fields and tensors of a model, from all of its files.
+
+    Args:
+        path: The only file, or the first part.
 
     Raises:
-        UnsupportedModelError: A file is missing or damaged, or the files are not of one model.
+        UnsupportedModelError: A file is missing or damaged, or the files do not belong together.
     """
 
     def __init__(self, path: Path) -> None:
@@ -306,7 +310,7 @@ class Shards:
 
     @property
     def total_bytes(self) -> int:
-        """Return the size of all tensors."""
+        """Return the size of all tensors in bytes."""
         return sum(tensor.size_bytes for tensor in self.tensors.values())
 
     def kind(self, name: str) -> GGMLQuantizationType:
@@ -314,17 +318,17 @@ class Shards:
         return self.tensors[name].kind
 
     def blocks(self, name: str) -> np.ndarray:
-        """Return a tensor's bytes, read-only, shape `(blocks, bytes of a block)`."""
+        """Return a tensor's blocks, read-only bytes, shape `(blocks, bytes per block)`."""
         tensor = self.tensors[name]
         stored = self._file_of[name][tensor.start : tensor.start + tensor.size_bytes]
         return stored.reshape(-1, GGML_QUANT_SIZES[tensor.kind][1])
 
     def rows(self, name: str) -> np.ndarray:
         """
-        Return a matrix's bytes, read-only, shape `(rows, bytes of a row)`.
+        Return a matrix's rows, read-only bytes, shape `(rows, bytes per row)`.
 
         Raises:
-            UnsupportedModelError: Its rows are no whole blocks.
+            UnsupportedModelError: The tensor is not a matrix whose rows are whole blocks.
         """
         tensor = self.tensors[name]
         width = tensor.shape[-1] if tensor.shape else 1
@@ -338,7 +342,7 @@ class Shards:
         return self.blocks(name).reshape(rows, -1)
 
     def _require_place(self, part: Path, number: int, count: int, fields: dict[str, Any]) -> None:
-        """Check that a file is the part that its name says."""
+        """Check that the file's fields name the same part of the model as its name."""
         said = fields.get("split.no", 0), fields.get("split.count", 1) or 1
         if count == 1 and said[1] > 1:
             raise UnsupportedModelError(
@@ -353,7 +357,7 @@ class Shards:
 
 
 def iterate_rows(rows: np.ndarray, most_bytes: int) -> Iterator[slice]:
-    """Yield slices that cover all rows, each of at most so many bytes, and of one row at least."""
+    """Yield slices that cover all rows, each of at most *most_bytes* bytes, but of at least one row."""
     step = max(1, most_bytes // max(1, rows.shape[1]))
     for start in range(0, len(rows), step):
         yield slice(start, min(len(rows), start + step))

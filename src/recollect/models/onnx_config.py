@@ -1,13 +1,13 @@
 """
-What a folder's genai_config.json may say to ONNX Runtime GenAI.
+Which settings in a folder's genai_config.json are passed on to ONNX Runtime GenAI.
 
-The library does what the file says: it loads native code, writes files, opens what a name leads to.
-So the file is a stranger's request, and only what is known to be harmless here is passed on; what
-is passed on is the value that was checked, never the file. Pure, but for the question which files
-are there.
+The library does what the file says: it loads native code, writes files, and opens paths. The file may come
+from a stranger, so it is checked against tables of settings that are known to be harmless, and anything else
+is refused. The library gets the checked values and never the file. This module opens no file, but looks
+which files exist.
 
-Source of the names: the library's own reader, src/config.cpp of release 0.18; those of AMD's builds:
-the pages and samples of Ryzen AI 1.3 to 1.7.
+Source of the names: the library's own reader, src/config.cpp of release 0.18; for AMD's builds, the pages and
+samples of Ryzen AI 1.3 to 1.7.
 """
 
 import json
@@ -22,12 +22,13 @@ from recollect.errors import UnsupportedModelError
 
 CONFIG_NAME: Final = "genai_config.json"
 MOST_CONFIG_BYTES: Final = 4 * files.MIB
-"""A thousand times what the builder writes."""
+"""Most bytes of a genai_config.json: a thousand times what the library's builder writes."""
 
 _MOST_THREADS: Final = 256
 _MOST_NUMBER: Final = 2**31 - 1
 _MOST_WORD: Final = 256
-_MOST_FILES: Final = 64  # parts of a pipeline; the longest known has four
+_MOST_FILES: Final = 64
+"""Most files that a config names. A pipeline has one for each stage; the longest known one has four."""
 
 _Kind = Literal["number", "threads", "flag", "word", "file", "graph", "numbers", "words"]
 _Schema = Mapping[str, "_Kind | _Schema"]
@@ -38,7 +39,7 @@ def _each(kind: _Kind, *names: str) -> dict[str, "_Kind | _Schema"]:
 
 
 _ANY: Final = "*"
-"""In a schema, the name of any key: graphs and stages are named by whoever made them."""
+"""Stands for any key of an object in a schema. The makers of models choose names of tensors and stages."""
 
 _RUN_OPTIONS: Final[_Schema] = _each(
     "word",
@@ -129,7 +130,7 @@ _PROVIDERS: Final[dict[str, _Schema]] = {
     "amdgpu": {},
     "ryzenai": {**_VENDOR_OPTIONS, "external_data_file": "file"},
 }
-"""Options of an execution provider; those that name a library, a cache or a file to write are not here."""
+"""Harmless options of execution providers, which excludes those that name a library, cache or output file."""
 
 _DEVICES: Final[_Schema] = {
     "hardware_device_type": "word",
@@ -165,11 +166,11 @@ _WITH_NATIVE: Final[_Schema] = {
     "custom_allocator": "word",
     "config_entries": {**_VENDOR_OPTIONS, "dd_cache": "word"},
 }
-"""Further session options, of builds that come with a library of operators; the public build has none."""
+"""Further session options of vendors' builds with a library of operators; the public build knows none."""
 
 _GRAPH: Final[_Schema] = {
     "filename": "graph",
-    "session_options": {},  # these three are looked at by functions of their own
+    "session_options": {},  # checked by `_Check._session_options`
     "run_options": _RUN_OPTIONS,
     "inputs": {_ANY: "word"},
     "outputs": {_ANY: "word"},
@@ -235,30 +236,33 @@ _MODEL: Final[_Schema] = {
     "speech": {**_GRAPH, **_each("file", "config_filename", "adapter_filename")},
 }
 _SEARCH_PASSED_ON: Final[_Schema] = {"chunk_size": "number", "past_present_share_buffer": "flag"}
-"""Of "search". The rest says how to choose tokens, which the library is not asked to do here."""
+"""Settings under `search` that are passed on. The others are for sampling, which the library does not do."""
 
 _NEEDED: Final = ("num_hidden_layers", "num_key_value_heads", "head_size")
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxConfig:
-    """What is passed to ONNX Runtime GenAI, and which files that makes it open."""
+    """The checked settings for ONNX Runtime GenAI, and the files that they name."""
 
     content: Mapping[str, Any]
-    """The JSON object."""
+    """The settings, as the JSON object that the library reads."""
     file_names: tuple[str, ...]
-    """As the object has them: inside the folder, each a regular file there."""
+    """The files that the settings name, relative to the folder. All are regular files in it."""
     native_library: Path | None = None
-    """The operators that the user allowed; it is the object's `custom_ops_library`."""
+    """The operator library that the user allowed, which is `custom_ops_library` in the settings."""
 
 
 def parse(text: str, path: Path) -> Mapping[str, Any]:
     """
-    Return the JSON object in a text.
+    Return the JSON object in a text; an empty one if the text is another JSON value.
+
+    Args:
+        text: The content of the file.
+        path: The file, for the error.
 
     Raises:
-        UnsupportedModelError: It is none, or says one thing twice, which two readers may read
-            differently.
+        UnsupportedModelError: It is not JSON, or an object has a key twice, of which readers may use either.
     """
     try:
         content = json.loads(text, object_pairs_hook=_without_doubles)
@@ -273,16 +277,17 @@ def check(
     content: Mapping[str, Any], folder: Path, *, allow_native_code: str | None = None
 ) -> OnnxConfig:
     """
-    Return what of a folder's config is passed on.
+    Return the settings in a folder's config that are passed on.
 
     Args:
         content: The whole file, as `parse` returns it.
-        allow_native_code: The one native library whose code may run: the name of a file in the
-            folder, or a path to one elsewhere. The config has to ask for it by that name.
+        folder: The folder that the file is in.
+        allow_native_code: The one native library that may be loaded: the name of a file in the folder, or a
+            path to one elsewhere. The config must name it by the same file name.
 
     Raises:
-        UnsupportedModelError: It asks for something that is not known to be harmless, or for a
-            file that is not in the folder; the message names it.
+        UnsupportedModelError: A setting is not known to be harmless, or names a file that is not in the
+            folder; the message names it.
     """
     return _Check(folder, allow_native_code).result(content)
 
@@ -341,7 +346,7 @@ class _Check:
         return passed
 
     def _pipeline(self, content: object, where: str) -> list[dict[str, Any]]:
-        """Return the stages, each an object of one name; written as a list or as one object."""
+        """Return the stages of a pipeline. Each is named by a key of an object, or of an object in a list."""
         groups = content if isinstance(content, list) else [content]
         return [self._object(group, {_ANY: _STAGE}, where) for group in groups]
 
@@ -422,7 +427,7 @@ class _Check:
         return value
 
     def _file(self, value: object, kind: _Kind, where: str) -> object:
-        if value in ("", "null"):  # AMD's way to say that there is none
+        if value in ("", "null"):  # AMD's configs have these for "no file"
             return value
         if not isinstance(value, str) or len(self._file_names) >= _MOST_FILES:
             self._refuse(where, "it is no name of a file, or one too many")
@@ -450,7 +455,7 @@ class _Check:
 
 
 def is_graph(file_name: str) -> bool:
-    """Return whether a file is a graph in the one format that is looked into before it is loaded."""
+    """Return whether a file is a graph by its name, .onnx being the one format that can be checked."""
     return file_name.lower().endswith(".onnx")
 
 
@@ -462,9 +467,13 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _WORD: Final = re.compile(r"[^%\x00-\x1f\\]*(%d)?[^%\x00-\x1f\\]*")
-"""Names of tensors are formats to the library, in which %d is the layer; other formats read memory."""
+"""
+Characters of a harmless text, with at most one %d.
+
+The library uses names of tensors as printf formats, in which %d is the layer. Others would read memory.
+"""
 
 
 def _is_word(text: str) -> bool:
-    # A path would be a word too: no option that takes one is in the tables.
+    # A path can match, too. The tables have no option that takes a path as a word.
     return len(text) <= _MOST_WORD and _WORD.fullmatch(text) is not None

@@ -1,22 +1,29 @@
 """
-Opens a folder that holds a model for ONNX Runtime GenAI: one with a genai_config.json.
+Folders with a model for ONNX Runtime GenAI and its genai_config.json: opened, or converted from other models.
 
-Reads the small files beside the weights, and walks over each .onnx file to see which other files it
-names: weights, and what a vendor compiled. These have to lie in the folder. Does not load the model.
+To open one, the small files beside the weights are read, and each .onnx file is searched for the names of
+other files, which hold weights or a vendor's compiled code: these must be in the folder. No model is loaded.
+GGUF files and Hugging Face folders are converted in processes of their own, which give their memory back.
 
 Source of the field numbers of .onnx files: onnx.proto of ONNX 1.19.
 """
 
 import mmap
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from recollect import files
-from recollect.errors import UnsupportedModelError
+from recollect.errors import ConfigError, UnsupportedModelError
 from recollect.files import cached_sha256, combine
 from recollect.models import onnx_config
 from recollect.models.catalog import LocalModel
+from recollect.models.gguf import read_header
 from recollect.models.onnx_config import CONFIG_NAME, MOST_CONFIG_BYTES
 from recollect.models.openvino_folder import (
     as_ids,
@@ -30,11 +37,12 @@ from recollect.text.file_tokenizers import MOST_TOKENIZER_BYTES, TOKENIZER_NAME
 from recollect.types import Progress, no_progress
 
 _MOST_FIELDS: Final = 20_000_000
-"""Fields that are looked at, half a minute of work: a graph of 1,000 nodes has about 20,000."""
+"""Most fields of an .onnx file that are read, which takes half a minute. 1,000 nodes have about 20,000."""
 
 _VARINT, _LENGTH = 0, 2
+"""Wire types of protobuf: a number of variable length, and bytes after their length."""
 _FIXED: Final = {1: 8, 5: 4}
-"""Wire types of numbers with a fixed length, to that."""
+"""Wire types of protobuf for numbers of a fixed length, with their lengths in bytes."""
 
 _MODEL, _GRAPH, _FUNCTION, _NODE, _ATTRIBUTE, _TENSOR, _SPARSE, _ENTRY = range(8)
 _INNER: Final[dict[int, dict[int, int]]] = {
@@ -49,22 +57,26 @@ _INNER: Final[dict[int, dict[int, int]]] = {
     _SPARSE: {1: _TENSOR, 2: _TENSOR},
     _ENTRY: {},
 }  # fmt: skip
-"""Message to number of a field to the message in it; all other fields are skipped."""
+"""For each kind of message the numbers of fields that hold messages, and their kinds. Others are skipped."""
 
 _NAME, _INTEGER, _TEXT = 1, 3, 4
-"""Fields of an attribute; 1 and 2 are key and value of an entry."""
+"""Numbers of fields of an attribute."""
 _COMPILED: Final = b"EPContext"
-"""The operator that stands for what a vendor compiled: in the file itself, or in one that it names."""
+"""The operator for a vendor's compiled code, which an attribute holds or names the file of."""
 
 
 def require_own_files(path: Path, folder: Path) -> None:
     """
-    Check that what an .onnx file names lies in its folder.
+    Check that all files that an .onnx file names are in its folder.
 
-    ONNX Runtime looks too, in releases of 2026; vendors' builds are older.
+    ONNX Runtime checks that itself since 2026, but vendors' builds are older.
+
+    Args:
+        path: The .onnx file.
+        folder: The model's folder, which has the file directly or further below.
 
     Raises:
-        UnsupportedModelError: It names something else, or is damaged.
+        UnsupportedModelError: It names a file elsewhere, or is damaged.
     """
     try:
         with (
@@ -90,10 +102,9 @@ def require_own_files(path: Path, folder: Path) -> None:
 
 class _Walk:
     """
-    One walk over a file's bytes.
+    Searches the bytes of an .onnx file, which are protobuf messages inside each other.
 
-    Raises:
-        ValueError: It ends inside a field, or has too many.
+    Methods raise a `ValueError` if the file ends inside a field or has more than `_MOST_FIELDS`.
     """
 
     def __init__(self, data: memoryview) -> None:
@@ -101,11 +112,11 @@ class _Walk:
         self._fields = 0
 
     def names(self) -> Iterator[str]:
-        """Yield the names of other files."""
+        """Yield the names of all other files that the file names."""
         return self._inside(_MODEL, 0, len(self._data))
 
     def _inside(self, message: int, start: int, end: int) -> Iterator[str]:
-        """Yield the names in one message, whose bytes are `[start, end)`."""
+        """Yield the names in a message of that kind, whose bytes are `[start, end)`."""
         if message == _TENSOR:
             yield from self._external(start, end)
             return
@@ -124,7 +135,7 @@ class _Walk:
                     yield entry.get(2, b"").decode("utf-8", "surrogateescape")
 
     def _compiled(self, start: int, end: int) -> Iterator[str]:
-        """Yield the file that an operator of compiled code names, where it holds no code itself."""
+        """Yield the file with compiled code that a node names, if it is `_COMPILED` and does not embed it."""
         attributes, operator = [], b""
         for number, wire, at, after in self._each(start, end):
             if wire == _LENGTH and number == 4:
@@ -158,7 +169,11 @@ class _Walk:
         }
 
     def _each(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield number and wire type of each field, and its bytes `[at, after)`; a varint as `at`."""
+        """
+        Yield (number, wire type, at, after) of each field in `[start, end)`.
+
+        The field's bytes are `[at, after)`; for a varint both are its value.
+        """
         at = start
         while at < end:
             self._fields += 1
@@ -195,11 +210,11 @@ class _Walk:
 
 
 _MOST_FILES: Final = 10_000
-"""In a folder: it has ten or so, and AMD's have a few hundred compiled parts."""
+"""Most files of a folder. A folder has about ten, and AMD's have a few hundred compiled parts."""
 
 
 def is_onnx_folder(folder: Path) -> bool:
-    """Return whether *folder* holds a model for ONNX Runtime GenAI."""
+    """Return whether *folder* has a genai_config.json."""
     return (folder / CONFIG_NAME).is_file()
 
 
@@ -215,11 +230,15 @@ def open_onnx_folder(
     Return the model in *folder*.
 
     Args:
-        allow_native_code: As `onnx_config.check` takes it.
+        folder: A folder with a genai_config.json.
+        name: Name of the model, as the user gave it.
+        home: The data folder, in which the hashes of files are remembered.
+        allow_native_code: As for `onnx_config.check`.
+        progress: Called while files are hashed.
 
     Raises:
-        UnsupportedModelError: A file is missing, does not say what is needed, or asks for what no
-            model needs: native code that was not allowed, files elsewhere.
+        UnsupportedModelError: A file is missing or damaged, does not say what is needed, or names a file
+            elsewhere; or native code would be loaded that is not allowed.
     """
     path = folder / CONFIG_NAME
     whole = onnx_config.parse(read_text(path, most_bytes=MOST_CONFIG_BYTES), path)
@@ -262,8 +281,16 @@ def open_onnx_folder(
     )
 
 
+def onnx_context_length(folder: Path) -> int | None:
+    """Return how long the context of the model in *folder* is; None where it does not say so."""
+    path = folder / CONFIG_NAME
+    config = _table(onnx_config.parse(read_text(path, most_bytes=MOST_CONFIG_BYTES), path))
+    length = _table(config.get("model")).get("context_length")
+    return length if isinstance(length, int) and length > 0 else None
+
+
 def _fingerprint(folder: Path, home: Path, progress: Progress) -> str:
-    """Return a hash of all files: which of them a graph reads its weights from is its own business."""
+    """Return the hex sha256 of all files in the folder, since a graph may read its weights from any."""
     parts = ["onnx genai folder 1"]
     for path in sorted(_visible(folder)):
         file = folder / path
@@ -280,7 +307,7 @@ def _fingerprint(folder: Path, home: Path, progress: Progress) -> str:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """Return what is in the folder and below, relative to it, but for hidden names."""
+    """Return the paths in the folder and below, relative to it, without hidden ones."""
     found = []
     for number, file in enumerate(folder.rglob("*"), 1):
         if number > _MOST_FILES:
@@ -303,9 +330,160 @@ def _added_tokens(folder: Path) -> Iterator[tuple[int, str]]:
 
 
 def _first(ids: list[int], texts: Mapping[int, str]) -> str | None:
-    """Return the text of the first of the ids that has one."""
+    """Return the text of the first id that has one; None: none has."""
     return next((texts[number] for number in ids if number in texts), None)
 
 
 def _table(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+Precision = Literal["int8", "fp32"]
+"""
+Precision of the weights.
+
+Four bits are not offered, because a GGUF file's weights have been rounded to about four bits already.
+"""
+
+_LIBRARIES: Final = ("torch", "transformers", "accelerate", "onnx_ir", "onnxruntime_genai")
+_OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+_NO_CODE: Final = ("--extra_options", "hf_remote=false")
+"""Forbids the builder to run Python code from the source folder, whatever the default of its release is."""
+
+
+_WRITE_FLOATS: Final = f"from {__name__} import write_floats; write_floats()"
+"""The program that writes float weights, in a process of its own because they take much memory."""
+
+
+def convert_to_onnx(
+    source: Path,
+    folder: Path,
+    *,
+    precision: Precision = "int8",
+    progress: Progress = no_progress,
+) -> None:
+    """
+    Convert a model into a folder for ONNX Runtime GenAI on the CPU.
+
+    Args:
+        source: A GGUF file, or a folder that transformers' `save_pretrained` wrote.
+        folder: The folder to be made; it must be empty or not exist.
+        precision: Precision of the weights. Activations and KV are f32 in both.
+        progress: Called with the number of steps that are done.
+
+    Raises:
+        ConfigError: *folder* is not empty, or cannot be written.
+        UnsupportedModelError: A library is missing, or the model cannot be converted.
+    """
+    require_convertible(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
+            made = _convert(source, Path(scratch), precision, progress)
+            if folder.exists():
+                folder.rmdir()
+            made.rename(folder)
+    except OSError as cause:
+        raise ConfigError(
+            f"{folder} cannot be written ({cause.strerror or cause}): name another place, with room "
+            "for five times the model."
+        ) from cause
+    progress("writing ONNX", 2, 2)
+
+
+def require_convertible(folder: Path) -> None:
+    """
+    Check that `convert_to_onnx` can make a folder; called before a model is downloaded.
+
+    Raises:
+        ConfigError: *folder* is not empty, or a path above it is not a folder.
+        UnsupportedModelError: A library is missing.
+    """
+    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    if missing:
+        raise UnsupportedModelError(
+            f'Converting needs {", ".join(missing)}: pip install "recollect-llm[convert,genai]".'
+        )
+    above = next(way for way in folder.absolute().parents if way.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{folder} cannot be made, because {above} is no folder: name another.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there already: name a folder that is not, or remove it.")
+
+
+def _convert(source: Path, scratch: Path, precision: Precision, progress: Progress) -> Path:
+    """Convert *source* inside *scratch*, and return the finished folder."""
+    original = source
+    if source.is_file():
+        header = read_header(source)
+        progress("writing ONNX", 0, 2)
+        original = scratch / "original"
+        ids = [str(number) for number in sorted(header.eos_token_ids)]
+        _run(["-c", _WRITE_FLOATS, str(source), str(original), *ids], source)
+    elif not (source / "config.json").is_file() or is_onnx_folder(source):
+        raise UnsupportedModelError(
+            f"{source} is no Hugging Face folder with float weights: give one, or a .gguf file."
+        )
+    progress("writing ONNX", 1, 2)
+    made = scratch / "model"
+    builder = ["-m", "onnxruntime_genai.models.builder", "-i", str(original), "-o", str(made)]
+    options = ["-p", precision, "-e", "cpu", "-c", str(scratch / "cache")]
+    _run([*builder, *options, *_NO_CODE], source)
+    if not (made / CONFIG_NAME).is_file():
+        raise _failed(source, f"no {CONFIG_NAME} was written")
+    return made
+
+
+def _run(arguments: list[str], source: Path) -> None:
+    """Run Python with these arguments, and no use of the hub; an error quotes its last line on stderr."""
+    done = subprocess.run(  # noqa: S603 - our own interpreter
+        [sys.executable, "-P", *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        env={**os.environ, **_OFFLINE},
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+        raise _failed(source, lines[-1].strip().rstrip("."))
+
+
+def _failed(source: Path, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{source} could not be converted ({reason}): the model's architecture or tensor types may "
+        "be unknown to transformers or to ONNX Runtime GenAI's builder; try the original model."
+    )
+
+
+def write_floats() -> None:
+    """
+    Write a GGUF file as a Hugging Face folder with float weights.
+
+    The arguments are in `sys.argv`: the file, the folder, and then the ids of the tokens that end a reply.
+    """
+    import torch  # noqa: PLC0415 - takes seconds, and only this program needs it
+    import transformers  # noqa: PLC0415
+
+    gguf, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    eos_token_ids = [int(number) for number in sys.argv[3:]]
+    options = {"gguf_file": gguf.name, "dtype": torch.float32}
+    if hasattr(
+        transformers, "GgufConfig"
+    ):  # these releases keep the file's blocks unless told otherwise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+    # The weights are floats now. Settings that call them quantized would keep them from being saved.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.architectures = [type(model).__name__]
+    if (
+        eos_token_ids
+    ):  # transformers reads the one that the file names; a chat may end with others, too
+        model.generation_config.eos_token_id = eos_token_ids
+    model.save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.save_pretrained(folder)

@@ -1,14 +1,16 @@
 """
-Open a folder that holds an OpenVINO model: one that recollect converted, or an export.
+Folders with an OpenVINO model, which recollect converted or another tool exported: read and checked.
 
-Reads the small files beside the weights, among them `Manifest`, the note that a converted folder has
-with all that is needed to use it again. Loads no model and converts nothing.
+Reads the small files beside the weights. A converted folder has a `Manifest`, from which it can be opened
+without its GGUF file. Loads no model and converts nothing. The readers of settings and templates serve
+folders for ONNX Runtime GenAI as well.
 """
 
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Self
 from xml.etree import ElementTree
@@ -24,7 +26,7 @@ from recollect.types import Progress, no_progress
 _log: Final = logging.getLogger(__name__)
 
 MOST_TEXT_BYTES: Final = 16 * files.MIB
-"""Of a settings file. The largest known, with a vocabulary's added tokens, has 1.2 MB."""
+"""Most bytes of a settings file. The largest known one, which lists added tokens, has 1.2 MB."""
 
 
 def read_text(path: Path, *, most_bytes: int = MOST_TEXT_BYTES) -> str:
@@ -49,7 +51,7 @@ def read_text(path: Path, *, most_bytes: int = MOST_TEXT_BYTES) -> str:
 
 def read_json(path: Path, *, most_bytes: int = MOST_TEXT_BYTES) -> Mapping[str, Any]:
     """
-    Return the object in a JSON file; empty where there is no file, or no object in it.
+    Return the object in a JSON file; an empty one if there is no file, or no object in it.
 
     Raises:
         UnsupportedModelError: It cannot be read, or is not JSON.
@@ -58,13 +60,13 @@ def read_json(path: Path, *, most_bytes: int = MOST_TEXT_BYTES) -> Mapping[str, 
         return {}
     try:
         content: Any = json.loads(read_text(path, most_bytes=most_bytes))
-    except (ValueError, RecursionError) as cause:  # ValueError: also a number of 5,000 digits
+    except (ValueError, RecursionError) as cause:  # ValueError: also for a number of 5,000 digits
         raise UnsupportedModelError(f"{path} is not valid JSON: export the model again.") from cause
     return content if isinstance(content, dict) else {}
 
 
 def warn_of_writers(folder: Path, names: Iterable[str]) -> None:
-    """Say in one line who else may change the folder or one of its files, if anybody may."""
+    """Log one warning if other users can change the folder or one of its files."""
     for path in (folder, *(folder / name for name in names)):
         who = files.others_may_write(path) if path.exists() else None
         if who is not None:
@@ -78,7 +80,12 @@ def warn_of_writers(folder: Path, names: Iterable[str]) -> None:
 
 
 def chat_template(folder: Path) -> str | None:
-    """Return the chat template from whichever of three files holds it, or None."""
+    """
+    Return the folder's chat template, from the first of three files that has one; None: none has.
+
+    Raises:
+        UnsupportedModelError: A file cannot be read, or is not JSON.
+    """
     file = folder / "chat_template.jinja"
     if file.exists() or file.is_symlink():
         return read_text(file)
@@ -90,21 +97,22 @@ def chat_template(folder: Path) -> str | None:
 
 
 def special_token(tokenizer_config: Mapping[str, Any], name: str) -> str | None:
-    """Return the text of `bos_token` or `eos_token` in a tokenizer_config.json, or None."""
+    """Return the text of `bos_token` or `eos_token` in a tokenizer_config.json; None if it is not there."""
     found = tokenizer_config.get(name)
     if isinstance(found, dict):
         found = found.get("content")
     return found if isinstance(found, str) else None
 
 
-_MOST_IDS_TEXT: Final = 4096  # some hundred ids; models have up to ten ends
-_MOST_DIGITS: Final = 10  # of an id
+_MOST_IDS_TEXT: Final = 4096
+"""Most characters that are read of a list of ids, some hundred ids; models have up to ten end tokens."""
+_MOST_DIGITS: Final = 10
 MOST_ID: Final = 2**31 - 1
-"""Token ids are kept as int32."""
+"""Largest token id: ids are stored as int32."""
 
 
 def as_ids(value: object) -> list[int]:
-    """Return the ids in a number, a list, or the text of either, as runtime info has it."""
+    """Return the token ids in a number, a list, or the text of either; what is not an id is left out."""
     if isinstance(value, str):
         parts = value[:_MOST_IDS_TEXT].replace(",", " ").split()
         value = [int(part) for part in parts if is_id(part)]
@@ -113,12 +121,12 @@ def as_ids(value: object) -> list[int]:
 
 
 def is_id(text: str) -> bool:
-    """Return whether a text is a token id in digits."""
+    """Return whether a text is a token id in decimal digits."""
     return text.isdecimal() and len(text) <= _MOST_DIGITS and int(text) <= MOST_ID
 
 
 def _default_template(found: object) -> str | None:
-    """Return the template, or of several named ones the default."""
+    """Return a template that is a text, or the one named `default` in a list of named ones; else None."""
     if isinstance(found, list):
         found = next(
             (
@@ -135,21 +143,24 @@ MANIFEST_NAME: Final = "recollect.json"
 FORMAT_VERSION: Final = 3
 _INEXACT_VERSION: Final = 2
 """
-Of folders whose weights OpenVINO GenAI's reader rounded, and whose RoPE it left unscaled. Such a
-folder runs as it did where the file cannot be fetched again; its fields are the same.
+Version of folders whose weights were rounded by OpenVINO GenAI's reader, which also left RoPE unscaled.
+
+Such a folder is still used if its GGUF file cannot be downloaded again. It has the same fields.
 """
 _MOST_BYTES: Final = 4 * files.MIB
-"""A hundred times what is written; the chat template is most of it."""
+"""Most bytes of a manifest: a hundred times what is written, most of which is the chat template."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What was known of a model when it was converted."""
+    """What recollect.json in a converted folder says: all that is needed to open it without the GGUF file."""
 
     name: str
-    """What the model was called when it was converted."""
+    """Name of the model when it was converted."""
     source_sha256: str
+    """Hex sha256 of the GGUF file; of several parts, that of their sha256s."""
     source_bytes: int
+    """Size of the GGUF file, or of all parts."""
     architecture: str
     context_length: int
     chat_template: str | None
@@ -158,26 +169,27 @@ class Manifest:
     eos_token: str | None
     fingerprint: str
     library_versions: dict[str, str]
-    """Package to version, of those that wrote the folder."""
+    """Versions of the packages that wrote the folder, by name."""
     file_bytes: dict[str, int]
-    """File name to size: a quick look shows whether the folder is still whole."""
+    """Sizes of the folder's files by name, from which an incomplete folder is recognised."""
     window: int | None = None
-    """How many tokens its layers with a window see; None: it has none, or a version did not note it."""
+    """Tokens that layers with a sliding window attend to; None: there are none, or the version that wrote the
+    manifest did not note it."""
     format_version: int = FORMAT_VERSION
 
     @property
     def is_exact(self) -> bool:
-        """Return whether the folder's weights have the values of the file that they came from."""
+        """Return whether the weights have exactly the values of the GGUF file."""
         return self.format_version == FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
-        """Write the note into *folder*."""
+        """Write the manifest into *folder*."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
         (folder / MANIFEST_NAME).write_text(text + "\n", "utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """Return the note in *folder*, or None where there is none that can be understood."""
+        """Return the manifest in *folder*; None if there is none of a known version, or it is damaged."""
         try:
             path = files.inside(folder, MANIFEST_NAME)
             fields: Any = json.loads(files.read_text(path, most_bytes=_MOST_BYTES))
@@ -188,11 +200,11 @@ class Manifest:
             return None
         try:
             return cls(**fields) if _is_sound(fields) else None
-        except TypeError:  # a field too many or too few
+        except TypeError:  # an unknown field, or one that is missing
             return None
 
 
-_MOST_NUMBER: Final = 2**31 - 1  # positions and token ids are kept as int32
+_MOST_NUMBER: Final = 2**31 - 1  # positions and token ids are stored as int32
 _TEXTS: Final = ("name", "source_sha256", "architecture", "fingerprint")
 _NUMBERS: Final = ("source_bytes", "context_length")
 _TABLES: Final = ("library_versions", "file_bytes")
@@ -200,7 +212,7 @@ _OPTIONAL: Final = ("chat_template", "bos_token", "eos_token")
 
 
 def _is_sound(fields: dict[str, Any]) -> bool:
-    """Return whether the fields hold what their types say: the file can have been edited."""
+    """Return whether all fields have the right types and ranges; the file may have been edited."""
     ends = fields.get("eos_token_ids")
     return (
         all(isinstance(fields.get(name), str) for name in _TEXTS)
@@ -225,20 +237,59 @@ TEXT_HALF_FILES: Final = (
     "openvino_text_embeddings_model.xml",
     "openvino_text_embeddings_model.bin",
 )
-"""In place of those, where a model also takes images: the language model, and its embeddings apart."""
+"""The files of a model that also takes images: the language model, and the embedding as a second graph."""
 TOKENIZER_FILES: Final = (
     "openvino_tokenizer.xml",
     "openvino_tokenizer.bin",
     "openvino_detokenizer.xml",
     "openvino_detokenizer.bin",
 )
+CONVERTER: Final = "openvino-genai"
+"""The package whose release year must not change: it wrote the tokenizer, and OpenVINO of that year pages the
+graph."""
 MODELS_FOLDER: Final = "models"
-"""In the home: where folders lie that recollect made, one each."""
+"""Name of the folder, in the data folder, that has a folder for each converted model."""
 _MOST_GRAPH_BYTES: Final = 16 * files.MIB
-"""Of a tokenizer's graph; the largest known has 40 KB."""
+"""Most bytes of a tokenizer's graph; the largest known one has 40 KB."""
 _START_BYTES: Final = 256
 _MOST_CONTEXT: Final = 2**31 - 1
 _EXPORT: Final = "`optimum-cli export openvino --model ORG/NAME FOLDER`"
+
+
+def find_converted(folder: Path, sha256: str | None) -> Manifest | None:
+    """
+    Return the manifest of a folder that can be used, with the exact weights of its GGUF file; else None.
+
+    A folder cannot be used if it was converted from another file, if an earlier version rounded its weights,
+    if a release of OpenVINO of another year wrote it, or if a file does not have the size that it had.
+
+    Args:
+        folder: The converted folder; it may not exist.
+        sha256: The sha256 of the file that it must have been converted from; None: any.
+    """
+    manifest = find_inexact(folder, sha256)
+    return manifest if manifest is not None and manifest.is_exact else None
+
+
+def find_inexact(folder: Path, sha256: str | None) -> Manifest | None:
+    """Return the manifest of a folder that can be used, also if its weights are rounded; else None."""
+    manifest = Manifest.read(folder)
+    if manifest is None or (sha256 is not None and manifest.source_sha256 != sha256):
+        return None
+    made_with = manifest.library_versions.get(CONVERTER, "")
+    if _year(made_with) != _year(version(CONVERTER)):
+        return None
+    return manifest if manifest.file_bytes == converted_bytes(folder) else None
+
+
+def converted_bytes(folder: Path) -> dict[str, int]:
+    """Return the sizes in bytes, by name, of those files of a converted model that a folder has."""
+    paths = [folder / name for name in (*MODEL_FILES, *TOKENIZER_FILES)]
+    return {path.name: path.stat().st_size for path in paths if path.is_file()}
+
+
+def _year(release: str) -> str:
+    return release.partition(".")[0]
 
 
 def open_folder(
@@ -247,8 +298,14 @@ def open_folder(
     """
     Return the model in *folder*.
 
+    Args:
+        folder: A converted folder, or an export.
+        name: Name of the model, as the user gave it.
+        home: The data folder, in which the hashes of files are remembered.
+        progress: Called while files are hashed.
+
     Raises:
-        UnsupportedModelError: A file is missing, or does not say what is needed.
+        UnsupportedModelError: A file is missing or damaged, or does not say what is needed.
     """
     names = model_files(folder)
     _require_files(folder, names)
@@ -265,10 +322,21 @@ def open_folder(
     model = from_manifest(manifest, folder, name)
     if folder.resolve().is_relative_to((home / MODELS_FOLDER).resolve()):
         return model
-    # Whoever made the folder wrote the note in it: taken at its word it could name another model,
-    # and have its own KV taken for that one's.
+    # The manifest of a folder elsewhere may come from a stranger. With the fingerprint of another model in
+    # it, its KV would be taken for that model's. So the fingerprint is computed from the files.
     fingerprint = _fingerprint(folder, model.chat_template, home, progress)
     return replace(model, fingerprint=fingerprint)
+
+
+def openvino_context_length(folder: Path) -> int:
+    """
+    Return how long the context of the model in *folder* is, which need not be whole.
+
+    Raises:
+        UnsupportedModelError: It does not say so.
+    """
+    manifest = Manifest.read(folder)
+    return _Export(folder).context_length() if manifest is None else manifest.context_length
 
 
 def from_manifest(manifest: Manifest, folder: Path, name: str) -> LocalModel:
@@ -285,11 +353,12 @@ def from_manifest(manifest: Manifest, folder: Path, name: str) -> LocalModel:
         fingerprint=manifest.fingerprint,
         architecture=manifest.architecture,
         boundaries=() if manifest.window is None else (manifest.window,),
+        source_sha256=manifest.source_sha256,
     )
 
 
 def model_files(folder: Path) -> tuple[str, ...]:
-    """Return the names of the files with graph and weights, the graph first."""
+    """Return the names of the graph's file and the weights' file, in this order."""
     is_half = (folder / TEXT_HALF_FILES[0]).exists() and not (folder / MODEL_FILES[0]).exists()
     return TEXT_HALF_FILES if is_half else MODEL_FILES
 
@@ -313,7 +382,7 @@ def _require_files(folder: Path, model_names: Sequence[str]) -> None:
 
 
 def _require_sound(path: Path, name: str) -> None:
-    """Check what is read whole for its size, and graphs for being OpenVINO's own format."""
+    """Check the size of a file that is read completely, and that a graph has OpenVINO's own format."""
     is_graph = name.endswith(".xml")
     if name in TOKENIZER_FILES:
         most = _MOST_GRAPH_BYTES if is_graph else MOST_TOKENIZER_BYTES
@@ -325,15 +394,15 @@ def _require_sound(path: Path, name: str) -> None:
     if is_graph:
         with files.open_regular(path) as file:
             start = file.read(_START_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
-        # OpenVINO goes by the content, and reads formats that name other files.
+        # OpenVINO detects a format by the content, and some of its formats can name files elsewhere.
         if not start.startswith((b"<?xml", b"<net")):
             raise UnsupportedModelError(
-                f"{path} is no graph of OpenVINO: export the model again with {_EXPORT}."
+                f"{path} is not a graph of OpenVINO: export the model again with {_EXPORT}."
             )
 
 
 def _fingerprint(folder: Path, template: str | None, home: Path, progress: Progress) -> str:
-    """Return a hash of what the folder holds."""
+    """Return the hex sha256 of the folder's graph, weights, tokenizer and template."""
     parts = ["openvino folder 1"]
     for name in (*model_files(folder), *TOKENIZER_FILES):
         parts += [name, cached_sha256(folder / name, home=home, progress=progress)]
@@ -341,12 +410,12 @@ def _fingerprint(folder: Path, template: str | None, home: Path, progress: Progr
 
 
 class _Export:
-    """The facts in a folder that another tool wrote, wherever it may have put them."""
+    """A folder that another tool exported, whose facts are spread over several files."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         config = read_json(folder / "config.json")
-        nested = config.get("text_config")  # where models that also see keep what is about text
+        nested = config.get("text_config")  # models that take images describe their text part there
         self._config = {**config, **(nested if isinstance(nested, dict) else {})}
         self._generation = read_json(folder / "generation_config.json")
         self._tokenizer = read_json(folder / "tokenizer_config.json")
@@ -354,6 +423,7 @@ class _Export:
         self._source = self._read_source()
 
     def describe(self, name: str, home: Path, progress: Progress) -> LocalModel:
+        """Return the model; arguments and errors are those of `open_folder`."""
         if self._source is not None:
             _log.warning(
                 "%s runs with weights that OpenVINO GenAI rounded: name the .gguf file in it in place "
@@ -364,7 +434,7 @@ class _Export:
         longest, first = self._context_length(), self._first_context_length()
         fingerprint = _fingerprint(self._folder, template, home, progress)
         if first is not None:
-            # Before, the factors were chosen anew in each pass, so what was kept may be of either.
+            # Earlier versions chose LongRoPE's factors in each pass. Their stored KV may have either kind.
             fingerprint = combine([fingerprint, "longrope, first context"])
         return LocalModel(
             name=name,
@@ -383,6 +453,10 @@ class _Export:
             architecture=self._architecture(),
         )
 
+    def context_length(self) -> int:
+        """Return the length up to which the model has one kind of factors, that of `LocalModel`."""
+        return self._first_context_length() or self._context_length()
+
     def _architecture(self) -> str | None:
         if self._source is not None:
             return self._source.architecture
@@ -390,7 +464,7 @@ class _Export:
         return found if isinstance(found, str) else None
 
     def _read_source(self) -> GgufHeader | None:
-        """Return the header of the one GGUF file that OpenVINO GenAI saved this folder beside."""
+        """Return the header of the GGUF file in the folder, which OpenVINO GenAI has converted beside it."""
         files = [] if self._config else list(self._folder.glob("*.gguf"))
         return read_header(files[0]) if len(files) == 1 else None
 
@@ -408,9 +482,9 @@ class _Export:
 
     def _first_context_length(self) -> int | None:
         """
-        Return how long the context is that a model with LongRoPE was trained on first.
+        Return the length of the context that a model with LongRoPE was trained on first, in tokens.
 
-        Up to there it has other factors than beyond. None: it has one kind of them, for all lengths.
+        Up to this length it has other factors than beyond. None: it has no LongRoPE.
         """
         for name in ("rope_scaling", "rope_parameters"):  # as transformers 4 and 5 write it
             scaling = self._config.get(name)
@@ -430,7 +504,7 @@ class _Export:
         return tuple(sorted(found))
 
     def _length(self, key: str) -> int | None:
-        """Return a number of tokens that the configuration names."""
+        """Return a number of tokens in config.json; None if it is not there or out of range."""
         length = self._config.get(key)
         return length if type(length) is int and 0 < length <= _MOST_CONTEXT else None
 
@@ -438,7 +512,7 @@ class _Export:
         return chat_template(self._folder) or self._runtime.get("chat_template") or None
 
     def _eos_token_ids(self) -> frozenset[int]:
-        """Return the union: each file may know an end that the others lack."""
+        """Return the union of the end tokens in all files, since each may name one that the others lack."""
         ids = {
             *as_ids(self._generation.get("eos_token_id")),
             *as_ids(self._config.get("eos_token_id")),
@@ -469,7 +543,7 @@ class _Export:
 
 
 def _runtime_info(path: Path) -> Mapping[str, str]:
-    """Return what the tokenizer's own file says of template and special tokens."""
+    """Return the `rt_info` entries of a tokenizer's graph: template and special tokens."""
     try:
         root = ElementTree.parse(path).getroot()  # noqa: S314 - expat itself bounds entities
     except (OSError, ElementTree.ParseError) as cause:

@@ -3,8 +3,8 @@ Which models are on this disk, and how one that somebody asked for gets there.
 
 `prepare` says what is meant by a name, finds what is here already, and has the rest downloaded or
 converted. `installed` lists what is here, with what came of comparing a model with its file, which
-is noted in the home: one small JSON file for each model. `prune` deletes GGUF files that a model was
-converted from. Does not load a model.
+is noted in the home: one small JSON file for each model and profile. `prune` deletes GGUF files that
+a model was converted from. Does not load a model.
 """
 
 import contextlib
@@ -21,7 +21,14 @@ from typing import Any, Final, Self, assert_never
 
 from recollect import config, files
 from recollect.errors import ConfigError, FetchError, UnknownModelError, UnsupportedModelError
-from recollect.files import cached_sha256, combine, make_private, scratch_folder, sha256_file
+from recollect.files import (
+    cached_sha256,
+    combine,
+    make_private,
+    remembered_sha256,
+    scratch_folder,
+    sha256_file,
+)
 from recollect.models.catalog import (
     CATALOG,
     REFERENCE_NAME,
@@ -32,26 +39,29 @@ from recollect.models.catalog import (
     LocalModel,
     ReferenceModel,
     Source,
-    reference_model,
-    resolve,
-)
-from recollect.models.conversion import Conversion, convert, find_converted, find_inexact
-from recollect.models.fetch import (
     fetch_entry,
     fetch_hub_file,
+    reference_model,
     require_online,
+    resolve,
     source_path,
     sources_folder,
 )
+from recollect.models.gguf import read_header
+from recollect.models.gguf_decoder import Conversion, convert, require_buildable
 from recollect.models.gguf_weights import part_names, parts_of
-from recollect.models.onnx_folder import is_onnx_folder, open_onnx_folder
+from recollect.models.onnx_folder import is_onnx_folder, onnx_context_length, open_onnx_folder
 from recollect.models.openvino_folder import (
     MODELS_FOLDER,
     Manifest,
+    find_converted,
+    find_inexact,
     from_manifest,
+    model_files,
     open_folder,
+    openvino_context_length,
 )
-from recollect.types import Progress, no_progress
+from recollect.types import Profile, Progress, no_progress
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +77,7 @@ def prepare(
     progress: Progress = no_progress,
     catalog: Mapping[str, CatalogEntry] = CATALOG,
     offline: bool | None = None,
+    with_source: bool = False,
 ) -> LocalModel:
     """
     Return the model that *reference* names, downloading and converting it the first time.
@@ -79,6 +90,8 @@ def prepare(
         allow_native_code: As `onnx_config.check` takes it.
         catalog: The models that go by a name.
         offline: Whether what is not here is refused and not fetched; None: as RECOLLECT_OFFLINE says.
+        with_source: Whether the GGUF file is fetched again of a model that is converted and has lost
+            it, unless that is forbidden: what to compare it with.
 
     Raises:
         UnknownModelError: Nothing goes by it.
@@ -95,6 +108,7 @@ def prepare(
             allow_native_code,
             progress,
             offline=offline,
+            with_source=with_source and not offline,
         )
     except OSError as cause:
         raise ConfigError(
@@ -110,12 +124,13 @@ def _prepare(
     progress: Progress,
     *,
     offline: bool,
+    with_source: bool,
 ) -> LocalModel:
     match source:
         case ReferenceModel():
             return reference_model()
         case CatalogEntry():
-            return _prepare_entry(source, home, progress, offline=offline)
+            return _prepare_entry(source, home, progress, offline=offline, with_source=with_source)
         case GgufSource():
             return _prepare_gguf(source, home, progress)
         case FolderSource():
@@ -130,7 +145,9 @@ def _prepare(
                 )
             return open_folder(source.path, name=name, home=home, progress=progress)
         case HubFile():
-            return _prepare_hub_file(source, home, progress, offline=offline)
+            return _prepare_hub_file(
+                source, home, progress, offline=offline, with_source=with_source
+            )
         case _:
             assert_never(source)
 
@@ -168,6 +185,34 @@ def original_of(
             yield path
 
 
+def known_context_length(reference: str, home: Path) -> int | None:
+    """
+    Return how long a model's context is, in tokens, without loading or fetching it; None: nobody knows.
+
+    Raises:
+        UnknownModelError: Nothing goes by the name.
+    """
+    source = resolve(reference)
+    try:
+        match source:
+            case ReferenceModel():
+                return reference_model().context_length
+            case CatalogEntry():
+                return source.context_length
+            case GgufSource(path):
+                return read_header(path).context_length
+            case FolderSource(path):
+                ours = onnx_context_length if is_onnx_folder(path) else openvino_context_length
+                return ours(path)
+            case HubFile():
+                manifest = find_inexact(_hub_folder(source, home), None)
+                return None if manifest is None else manifest.context_length
+            case _:
+                assert_never(source)
+    except (UnsupportedModelError, OSError):
+        return None  # who loads it is told
+
+
 def models_folder(home: Path) -> Path:
     """Return where converted models lie, one folder each."""
     return home / MODELS_FOLDER
@@ -179,7 +224,7 @@ def kept_folder(folder: Path, home: Path) -> Path:
 
 
 def _prepare_entry(
-    entry: CatalogEntry, home: Path, progress: Progress, *, offline: bool
+    entry: CatalogEntry, home: Path, progress: Progress, *, offline: bool, with_source: bool
 ) -> LocalModel:
     folder = models_folder(home) / entry.name
     manifest = find_converted(folder, entry.sha256)
@@ -190,6 +235,8 @@ def _prepare_entry(
             manifest = _inexact(folder, entry.sha256, entry.name, error)
         else:
             manifest = _install(entry, gguf, folder, home, progress)
+    if with_source:
+        fetch_entry(entry, home=home, progress=progress)
     return _with_source(from_manifest(manifest, folder, entry.name), [source_path(entry, home)])
 
 
@@ -234,6 +281,9 @@ def _inexact(folder: Path, sha256: str | None, name: str, error: FetchError) -> 
 
 def _prepare_gguf(source: GgufSource, home: Path, progress: Progress) -> LocalModel:
     parts = parts_of(source.path)
+    if any(remembered_sha256(part, home=home) is None for part in parts):
+        # Before minutes of hashing, which are for nothing where the file is refused.
+        require_buildable(source.path)
     digests = [cached_sha256(part, home=home, progress=progress) for part in parts]
     sha256 = digests[0] if len(digests) == 1 else combine(digests)
     # Named by content: a file that was replaced under its old name is another model.
@@ -262,19 +312,26 @@ def _keep(parts: Iterable[Path], folder: Path, home: Path) -> None:
 
 
 def _prepare_hub_file(
-    file: HubFile, home: Path, progress: Progress, *, offline: bool
+    file: HubFile, home: Path, progress: Progress, *, offline: bool, with_source: bool
 ) -> LocalModel:
-    # A name loses some characters, so two files could get the same one; the digest sees them all.
-    digest = combine([file.repository, file.filename])
-    folder = models_folder(home) / f"{_as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
+    folder = _hub_folder(file, home)
     manifest = find_converted(folder, None)
     if manifest is None:
         try:
             manifest = _install_hub_file(file, folder, home, progress, offline=offline)
         except FetchError as error:
             manifest = _inexact(folder, None, str(file), error)
+    if with_source and not _kept_parts(file, folder, home):
+        with scratch_folder(home) as scratch:
+            _keep(_download(file, scratch, progress), folder, home)
     parts = _kept_parts(file, folder, home)
     return _with_source(from_manifest(manifest, folder, str(file)), parts)
+
+
+def _hub_folder(file: HubFile, home: Path) -> Path:
+    # A name loses some characters, so two files could get the same one; the digest sees them all.
+    digest = combine([file.repository, file.filename])
+    return models_folder(home) / f"{_as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
 
 
 def _install_hub_file(
@@ -285,6 +342,7 @@ def _install_hub_file(
         require_online(str(file), offline=offline)
     with scratch_folder(home) as scratch:
         parts = kept or _download(file, scratch, progress)
+        require_buildable(parts[0])
         digests = [sha256_file(part, progress=progress) for part in parts]
         sha256 = digests[0] if len(digests) == 1 else combine(digests)
         job = Conversion(str(file), parts[0], sha256)
@@ -313,45 +371,86 @@ def _as_name(text: str) -> str:
 _COMPARED_FOLDER: Final = "compared"
 _MOST_BYTES: Final = 1 << 16
 """A hundred times what is written."""
+_MOST_NOTES: Final = 256
+"""Three for each of 85 models; older ones are deleted, which costs a line in `recollect models`."""
 _NOT_IN_A_NOTE: Final = re.compile(r"[^0-9A-Za-z_.-]")
+_STRICTEST_FIRST: Final[tuple[Profile, ...]] = ("exact", "fast", "small")
+
+Stamps = dict[str, list[int]]
+"""By name of a file with graph or weights, its size in bytes and the nanosecond of its last change."""
+
+
+def stamps_of(folder: Path) -> Stamps:
+    """
+    Return what would show that a model's graph or weights are no longer the same bytes.
+
+    Bytes that change under the same size and time, as a failing disk does it, are not seen.
+    """
+    stats = {name: (folder / name).stat() for name in model_files(folder)}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """An outcome, and when it came."""
+    """What came of comparing a model with its file in one profile, and when."""
 
     outcome: str
-    """PASS, FAIL or NOT COMPARED."""
-    profile: str
-    largest: float
-    """Difference of a logit."""
+    """PASS or FAIL."""
+    profile: Profile
+    largest: float | None
+    """Difference of a logit; None: it was no finite number."""
+    files: Stamps
+    """Of the bytes that were loaded."""
     reason: str = ""
     at: str = ""
     """ISO 8601, UTC."""
 
     def write(self, home: Path, fingerprint: str) -> None:
-        """Note this for the model of that fingerprint, in place of what was noted before."""
-        make_private(home / _COMPARED_FOLDER, home)
+        """
+        Note this for the model of that fingerprint, in place of what was noted of it in this profile.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        folder = home / _COMPARED_FOLDER
+        make_private(folder, home)
         now = datetime.now(UTC).replace(microsecond=0).isoformat()
-        path = _path(home, fingerprint)
+        path = _note_path(home, fingerprint, self.profile)
         temporary = path.with_suffix(".new")
         temporary.write_text(json.dumps(asdict(self) | {"at": now}) + "\n", encoding="utf-8")
         temporary.replace(path)
+        notes = sorted(folder.iterdir(), key=lambda note: note.stat().st_mtime_ns, reverse=True)
+        for note in notes[_MOST_NOTES:]:
+            note.unlink(missing_ok=True)
 
     @classmethod
-    def read(cls, home: Path, fingerprint: str) -> Self | None:
-        """Return what was noted of a model; None where nothing was, or nothing that can be read."""
-        try:
-            fields: Any = json.loads(
-                files.read_text(_path(home, fingerprint), most_bytes=_MOST_BYTES)
-            )
-            return cls(**fields)
-        except (OSError, ValueError, TypeError):
-            return None
+    def read(cls, home: Path, fingerprint: str, folder: Path) -> Self | None:
+        """
+        Return the note of the strictest profile; None where there is none.
+
+        A note that cannot be understood, or is of other bytes than those in the model's *folder* now,
+        counts as none.
+        """
+        for profile in _STRICTEST_FIRST:
+            try:
+                path = _note_path(home, fingerprint, profile)
+                fields: Any = json.loads(files.read_text(path, most_bytes=_MOST_BYTES))
+                datetime.fromisoformat(fields["at"])
+                is_sound = (
+                    fields["profile"] == profile
+                    and fields["outcome"] in ("PASS", "FAIL")
+                    and isinstance(fields["reason"], str)
+                    and isinstance(fields["largest"], float | int | None)
+                )
+                if is_sound and fields["files"] == stamps_of(folder):
+                    return cls(**fields)
+            except (OSError, ValueError, TypeError, KeyError, RecursionError):
+                continue
+        return None
 
 
-def _path(home: Path, fingerprint: str) -> Path:
-    return home / _COMPARED_FOLDER / f"{_NOT_IN_A_NOTE.sub('-', fingerprint)}.json"
+def _note_path(home: Path, fingerprint: str, profile: Profile) -> Path:
+    return home / _COMPARED_FOLDER / f"{_NOT_IN_A_NOTE.sub('-', fingerprint)}-{profile}.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -376,7 +475,7 @@ class ModelStatus:
     path: Path | None
     """Its folder, or None where there is none."""
     compared: Compared | None = None
-    """What came of comparing it with its file; None: nobody has."""
+    """What came of comparing it with its file, in the strictest profile; None: nobody has."""
 
 
 def installed(home: Path, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> list[ModelStatus]:
@@ -455,7 +554,7 @@ def _entry_status(entry: CatalogEntry, home: Path) -> ModelStatus:
         disk_bytes=size_bytes(folder) + source_bytes,
         source_bytes=source_bytes,
         path=folder if folder.is_dir() else None,
-        compared=None if manifest is None else Compared.read(home, manifest.fingerprint),
+        compared=None if manifest is None else Compared.read(home, manifest.fingerprint, folder),
     )
 
 
@@ -474,7 +573,7 @@ def _folder_status(folder: Path, home: Path) -> ModelStatus | None:
         disk_bytes=size_bytes(folder) + source_bytes,
         source_bytes=source_bytes,
         path=folder,
-        compared=Compared.read(home, manifest.fingerprint),
+        compared=Compared.read(home, manifest.fingerprint, folder),
     )
 
 

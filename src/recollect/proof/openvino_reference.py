@@ -8,10 +8,11 @@ the modules that the export keeps; everything else in it is what is to be checke
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,7 +20,15 @@ import numpy.typing as npt
 
 from recollect.errors import UnsupportedModelError
 from recollect.proof import reference_model
-from recollect.proof.reference_model import Array, Description, NotCompared, Rope
+from recollect.proof.reference_model import (
+    Array,
+    Description,
+    NotCompared,
+    Rope,
+    Settings,
+    Tensors,
+    refusing_nonsense,
+)
 
 Numbers = npt.NDArray[Any]
 _Rows = slice | Sequence[int] | None
@@ -106,6 +115,13 @@ class _Graph:
             return True
         return node.kind in _THROUGH and all(map(self.is_weight, self.inputs[number]))
 
+    def size(self, number: str) -> int:
+        """Return how many numbers a weight has at least."""
+        node = self.nodes[number]
+        if node.kind == "Const":
+            return math.prod(self.shape(number))
+        return max(self.size(source) for source in self.inputs[number][:1])
+
     def rows(self, number: str) -> int:
         """Return the length of the first axis of a weight."""
         node = self.nodes[number]
@@ -150,14 +166,14 @@ class _Graph:
         return numbers.astype(np.float32)
 
 
-class OpenVinoTensors:
-    """The matrices, norms and biases of a graph; each is widened whenever it is asked for."""
+class OpenVinoTensors(Tensors):
+    """The matrices, norms and biases of a graph, found by the names of modules."""
 
     def __init__(
         self, graph: _Graph, layers: int, *, norms_after: bool, embeddings: _Graph | None = None
     ) -> None:
         """
-        Find everything by the names of modules.
+        Find everything.
 
         Args:
             graph: Of the language model.
@@ -165,91 +181,74 @@ class OpenVinoTensors:
             norms_after: As in `Description`.
             embeddings: Where they are apart, as in exports of multimodal models.
         """
+        super().__init__()
         self._graph = graph
         self._embeddings = embeddings
         self._places: dict[str, str] = {}
-        self._parts: dict[str, tuple[str, slice]] = {}
-        by_module = _by_module(graph)
+        modules = {"model.norm": "output_norm", "lm_head": "output"}
+        modules["model.embed_tokens"] = "token_embd"
         norms = _NORMS_AFTER if norms_after else _NORMS
         for layer in range(layers):
             for name, module in {**_LINEAR, **norms}.items():
-                self._note(by_module, f"blk.{layer}.{name}", f"model.layers.{layer}.{module}")
-        self._note(by_module, "output_norm", "model.norm")
-        self._note(by_module, "output", "lm_head")
-        self._note(by_module, "token_embd", "model.embed_tokens")
+                modules[f"model.layers.{layer}.{module}"] = f"blk.{layer}.{name}"
+        for module, numbers in _by_module(graph).items():
+            # Frequencies are computed from the configuration: those in the graph are to be checked.
+            is_rope = module.rpartition(".")[2].startswith("rotary_emb")
+            for number in () if is_rope else numbers:
+                # What has no name of its own keeps the module's, which no description expects.
+                self._note(modules.get(module, module), number)
         if embeddings is not None:
             self._places["token_embd"] = _table(embeddings)
-        for required in ("token_embd", "output_norm"):
-            if required not in self._places:
-                raise NotCompared(f"the graph does not name {required}")
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._places or name in self._parts
-
-    def split(self, whole: str, parts: Sequence[tuple[str, int]]) -> None:
-        """Give names to the rows of a matrix in which several lie below each other."""
-        start = 0
-        for name, rows in parts:
-            self._parts[name] = (whole, slice(start, start + rows))
-            start += rows
-
-    def matrix(self, name: str, rows: slice = slice(None)) -> Array:
-        """Return some rows of a matrix as f32."""
-        if name in self._parts:
-            whole, part = self._parts[name]
-            return self.matrix(whole)[part][rows]
-        wanted = range(*rows.indices(self.rows(name)))
-        parts = [
-            self._value(name, slice(start, min(start + step, wanted.stop)))
-            for step in [max(1, _STEP_NUMBERS // max(1, self._columns(name)))]
-            for start in range(wanted.start, wanted.stop, step)
-        ]
-        return np.concatenate(parts).reshape(len(wanted), -1).astype(np.float32, copy=False)
-
-    def gather(self, name: str, rows: Sequence[int]) -> Array:
-        """Return these rows of a matrix, in this order."""
-        return self._value(name, list(rows)).reshape(len(rows), -1)
-
-    def vector(self, name: str) -> Array:
-        """Return a norm or a bias as f32."""
-        return self._value(name).reshape(-1)
-
-    def rows(self, name: str) -> int:
-        """Return how many rows a matrix has."""
-        return self._of(name).rows(self._places[name])
+    def names(self) -> Collection[str]:
+        """Return the names of all weights, biases included; of unknown ones those of their modules."""
+        return self._places.keys()
 
     def types(self) -> dict[str, int]:
         """Return how many numbers of constants each type holds, the most first."""
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for number, node in self._graph.nodes.items():
-            if node.kind == "Const" and math.prod(self._graph.shape(number)) > 1024:
-                kind = node.data["element_type"]
-                counts[kind] = counts.get(kind, 0) + math.prod(self._graph.shape(number))
-        return dict(sorted(counts.items(), key=lambda one: -one[1]))
+            if node.kind == "Const" and (size := math.prod(self._graph.shape(number))) > 1024:
+                counts[node.data["element_type"]] += size
+        return dict(counts.most_common())
 
-    def _value(self, name: str, rows: _Rows = None) -> Numbers:
+    def _shape(self, name: str) -> tuple[int, int]:
+        return self._of(name).rows(self._places[name]), self._value(name, [0]).size
+
+    def _read(self, name: str, rows: slice | list[int]) -> Array:
+        count, columns = self._shape(name)
+        wanted = list(range(count)[rows]) if isinstance(rows, slice) else rows
+        step = max(1, _STEP_NUMBERS // max(1, columns))
+        wide = np.empty((len(wanted), columns), np.float32)
+        for start in range(0, len(wanted), step):
+            part = wanted[start : start + step]
+            is_run = isinstance(rows, slice)
+            chosen: _Rows = slice(part[0], part[-1] + 1) if is_run else part
+            wide[start : start + step] = self._value(name, chosen).reshape(len(part), columns)
+        return wide
+
+    def _value(self, name: str, rows: _Rows) -> Numbers:
         return self._of(name).value(self._places[name], rows)
 
     def _of(self, name: str) -> _Graph:
         """Return the graph that a weight is in."""
-        apart = name == "token_embd" and self._embeddings is not None
-        return self._embeddings if apart and self._embeddings is not None else self._graph
+        apart = self._embeddings if name == "token_embd" else None
+        return self._graph if apart is None else apart
 
-    def _columns(self, name: str) -> int:
-        return len(self.gather(name, [0])[0])
-
-    def _note(self, by_module: dict[str, list[str]], name: str, module: str) -> None:
-        """Find the weight and the bias of a module."""
-        for number in by_module.get(module, []):
-            kind, sources = self._graph.nodes[number].kind, self._graph.inputs[number]
-            weights = [source for source in sources if self._graph.is_weight(source)]
-            if kind in ("MatMul", "Gather") and weights:
-                self._places.setdefault(name, weights[0])
-            if kind == "MatMul":
-                self._note_bias(name, number)
-            is_norm = kind == "Multiply" and name.endswith("norm") and weights
-            if is_norm and self._graph.value(weights[0]).size > 1:
-                self._places[name] = weights[0]
+    def _note(self, name: str, number: str) -> None:
+        """Note the weight of an operation, and its bias, under the name of its module."""
+        graph = self._graph
+        kind = graph.nodes[number].kind
+        weights = [source for source in graph.inputs[number] if graph.is_weight(source)]
+        if not weights:
+            return
+        if kind in ("MatMul", "Gather") and graph.size(weights[0]) > 1:
+            self._places.setdefault(name, weights[0])
+        if kind == "MatMul":
+            self._note_bias(name, number)
+        # Norms are a product with a vector; other products are with one number, such as an epsilon.
+        if kind == "Multiply" and graph.size(weights[0]) > 1:
+            self._places[name] = weights[0]
 
     def _note_bias(self, name: str, product: str) -> None:
         for user in self._graph.users[product]:
@@ -281,9 +280,7 @@ def _by_module(graph: _Graph) -> dict[str, list[str]]:
     return found
 
 
-def open_openvino(
-    folder: Path, *, long_context: bool = False
-) -> tuple[Description, OpenVinoTensors]:
+def open_openvino(folder: Path, *, long_context: bool = False) -> tuple[Description, Tensors]:
     """
     Return how the model in a folder computes, and its tensors.
 
@@ -297,10 +294,12 @@ def open_openvino(
     """
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as cause:
+    except (OSError, ValueError, RecursionError) as cause:
         raise NotCompared(f"its config.json cannot be read ({cause})") from cause
-    config = {**config, **config.get("text_config", {})}
-    description = describe(config, long_context=long_context)
+    nested = config.get("text_config") if isinstance(config, dict) else None
+    settings = Settings({**config, **nested} if isinstance(nested, dict) else config, "")
+    with refusing_nonsense():
+        description = describe(settings, long_context=long_context)
     whole, text_half = folder / "openvino_model.xml", folder / "openvino_language_model.xml"
     is_half = not whole.exists()
     tensors = OpenVinoTensors(
@@ -309,112 +308,142 @@ def open_openvino(
         norms_after=description.norms_after,
         embeddings=_Graph(folder / "openvino_text_embeddings_model.xml") if is_half else None,
     )
-    size = description.head_size
-    for layer in range(description.layers):
-        block = f"blk.{layer}."
-        if f"{block}attn_qkv" in tensors:
-            rows = [size * count for count in (description.heads, *[description.kv_heads] * 2)]
-            names = [f"{block}attn_{part}" for part in "qkv"]
-            tensors.split(f"{block}attn_qkv", list(zip(names, rows, strict=True)))
-        if f"{block}ffn_gate_up" in tensors:
-            half = tensors.rows(f"{block}ffn_gate_up") // 2
-            tensors.split(
-                f"{block}ffn_gate_up", [(f"{block}ffn_gate", half), (f"{block}ffn_up", half)]
-            )
+    tensors.require_known(description)
     return description, tensors
 
 
 _KNOWN: Final = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
+_MUST_SAY: Final = {
+    "mistral": ("sliding_window",),
+    "gemma2": ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
+    "gemma3_text": ("sliding_window", "rope_theta", "rope_local_base_freq"),
+}
+"""Settings, null included, whose default in transformers is not what their absence means elsewhere."""
 
 
-def describe(config: dict[str, Any], *, long_context: bool = False) -> Description:
+_ACTIVATIONS: Final[dict[str, Literal["silu", "gelu"]]] = {
+    "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu",
+}  # fmt: skip
+"""Source: `ACT2FN` of transformers; plain `gelu` is another function."""
+
+
+def describe(config: Settings, *, long_context: bool = False) -> Description:
     """
     Return what a model computes, by its `config.json`.
 
     Raises:
-        NotCompared: It is of no family that the reference knows.
+        NotCompared: It is of no family that the reference knows, or a setting is missing whose
+            default differs between families.
     """
     kind = config.get("model_type", "")
     if kind not in _KNOWN:
         raise NotCompared(f"the reference does not know the architecture {kind}")
-    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    size = config.get("head_dim") or config["hidden_size"] // heads
-    local = _local_layers(config, layers)
-    window = config.get("sliding_window")
+    gemma = kind.startswith("gemma")
+    for name in _MUST_SAY.get(kind, ()):
+        if not config.has(name) and not (name.startswith("rope") and config.has("rope_parameters")):
+            raise NotCompared(f"its config.json does not say {name}")
+    for name in ("num_experts", "num_local_experts", "use_bidirectional_attention"):
+        config.require_default(name, 0, False)
+    layers, heads = (
+        config.count(name, most=10_000) for name in ("num_hidden_layers", "num_attention_heads")
+    )
+    width = config.count("hidden_size")
+    size = config.count("head_dim", max(1, width // heads))
+    local = _local_layers(kind, config, layers)
+    window = config.count("sliding_window", most=1 << 31) if any(local) else None
     everywhere = _rope(config, size, "full_attention", long_context=long_context)
     nearby = _rope(config, size, "sliding_attention", long_context=long_context)
-    gemma = kind.startswith("gemma")
+    usual = "gelu_pytorch_tanh" if gemma else "silu"
+    named = config.get("hidden_activation", config.get("hidden_act", usual))
+    if not isinstance(named, str) or named not in _ACTIVATIONS:
+        raise NotCompared(f"the reference does not know the activation {named!r}")
+    if kind != "gemma2":
+        config.require_default("attn_logit_softcapping", 0)
     return Description(
         architecture=kind,
         layers=layers,
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
+        kv_heads=config.count("num_key_value_heads", heads),
         head_size=size,
-        epsilon=config["rms_norm_eps"],
+        epsilon=config.number("rms_norm_eps"),
         ropes=tuple(nearby if is_local else everywhere for is_local in local),
         windows=tuple(window if is_local else None for is_local in local),
-        activation="gelu" if gemma else "silu",
-        attention_scale=config["query_pre_attn_scalar"] ** -0.5 if gemma else 0.0,
-        attention_cap=config.get("attn_logit_softcapping") if kind == "gemma2" else None,
-        logits_cap=config.get("final_logit_softcapping") if gemma else None,
-        embedding_scale=math.sqrt(config["hidden_size"]) if gemma else 1.0,
+        activation=_ACTIVATIONS[named],
+        attention_scale=config.number("query_pre_attn_scalar") ** -0.5 if gemma else 0.0,
+        attention_cap=config.optional("attn_logit_softcapping") if kind == "gemma2" else None,
+        logits_cap=config.optional("final_logit_softcapping") if gemma else None,
+        embedding_scale=math.sqrt(width) if gemma else 1.0,
         norms_after=gemma,
         has_qk_norm=kind in ("qwen3", "gemma3_text"),
     )
 
 
-def _local_layers(config: dict[str, Any], layers: int) -> list[bool]:
+def _local_layers(kind: str, config: Settings, layers: int) -> list[bool]:
     """Return which layers see a window only."""
-    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
+    is_chosen = config.get("use_sliding_window", kind not in ("qwen2", "qwen3", "llama"))
+    if not config.get("sliding_window") or not is_chosen:
         return [False] * layers
-    if "layer_types" in config:
-        return [kind == "sliding_attention" for kind in config["layer_types"]]
-    every = {"gemma2": 2, "gemma3_text": config.get("sliding_window_pattern", 6)}
-    step = every.get(config["model_type"])
-    if step is None:
-        return [config["model_type"] in ("mistral", "phi3")] * layers
-    return [(layer + 1) % step != 0 for layer in range(layers)]
+    types = config.get("layer_types")
+    if types is not None:
+        known = ("sliding_attention", "full_attention")
+        if not isinstance(types, list) or len(types) != layers or not set(types) <= set(known):
+            raise NotCompared(f"the reference does not know the layer_types {types!r}")
+        return [one == "sliding_attention" for one in types]
+    if kind in ("qwen2", "qwen3"):
+        first = config.get("max_window_layers", 28)  # as transformers has it where it is not said
+        return [layer >= first for layer in range(layers)]
+    every = {"gemma2": 2, "gemma3_text": config.count("sliding_window_pattern", 6)}.get(kind, 1)
+    return [every == 1 or (layer + 1) % every != 0 for layer in range(layers)]
 
 
-def _rope(config: dict[str, Any], size: int, layer_type: str, *, long_context: bool) -> Rope:
+def _rope(config: Settings, size: int, layer_type: str, *, long_context: bool) -> Rope:
     # transformers 5 has `rope_parameters`, by type of layer where they differ; before, they are apart.
-    parameters = config.get("rope_parameters") or {}
+    parameters = config.table("rope_parameters")
     parameters = parameters.get(layer_type, parameters)
-    scaling = dict(config.get("rope_scaling") or {}) | parameters
-    base = float(scaling.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    is_nearby = layer_type == "sliding_attention" and "rope_local_base_freq" in config
-    if is_nearby:
-        base, scaling = float(config["rope_local_base_freq"]), {}
-    share = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    scaling = Settings({**config.table("rope_scaling"), **parameters}, "rope_scaling.")
+    base = scaling.number("rope_theta", config.number("rope_theta", 10_000.0))
+    if layer_type == "sliding_attention" and config.get("rope_local_base_freq"):
+        base, scaling = config.number("rope_local_base_freq"), Settings({}, "")
+    share = scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     frequencies = reference_model.plain(int(size * share), base)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    original = float(
-        scaling.get("original_max_position_embeddings")
-        or config.get("original_max_position_embeddings")
-        or config["max_position_embeddings"]
-    )
+    scale = 1.0
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    longest = "max_position_embeddings"
+    first = f"original_{longest}"
+    original = scaling.number(first, config.get(first) or config.number(longest, 2048))
     match kind:
         case "default":
-            return Rope(frequencies, "halves")
+            pass
         case "linear":
-            return Rope(frequencies / scaling["factor"], "halves")
+            frequencies = frequencies / scaling.number("factor")
         case "llama3":
-            return Rope(reference_model.llama3(frequencies, scaling), "halves")
+            frequencies = reference_model.llama3(
+                frequencies,
+                factor=scaling.number("factor"),
+                original=original,
+                low=scaling.number("low_freq_factor"),
+                high=scaling.number("high_freq_factor"),
+            )
         case "yarn":
-            stretched, scale = reference_model.yarn(
+            frequencies, scale = reference_model.yarn(
                 frequencies,
                 base=base,
-                factor=scaling["factor"],
+                factor=scaling.number("factor"),
                 original=original,
-                fast=scaling.get("beta_fast") or 32.0,
-                slow=scaling.get("beta_slow") or 1.0,
+                fast=scaling.number("beta_fast", 32.0),
+                slow=scaling.number("beta_slow", 1.0),
             )
-            return Rope(stretched, "halves", scaling.get("attention_factor") or scale)
+            scale = scaling.number("attention_factor", scale)
         case "longrope" | "su":
-            factors = scaling["long_factor" if long_context else "short_factor"]
-            factor = scaling.get("factor") or config["max_position_embeddings"] / original
-            scale = scaling.get("attention_factor") or reference_model.longrope_scale(
-                factor, original
-            )
-            return Rope(frequencies / np.array(factors), "halves", scale)
-    raise NotCompared(f"the reference does not know RoPE scaled by {kind!r}")
+            short, long = scaling.get("short_factor"), scaling.get("long_factor")
+            factors = np.array(long if long_context else short, np.float64)
+            if factors.shape != frequencies.shape or not (factors > 0).all():
+                raise NotCompared(f"LongRoPE has not {len(frequencies)} factors above 0")
+            frequencies = frequencies / factors
+            factor = scaling.number("factor", config.number(longest) / original)
+            scale = reference_model.longrope_scale(factor, original)
+            scale = scaling.number("attention_factor", scale)
+        case _:
+            raise NotCompared(f"the reference does not know RoPE scaled by {kind!r}")
+    scaling.require_all_asked()
+    return Rope(frequencies, "halves", scale)

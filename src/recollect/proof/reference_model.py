@@ -1,24 +1,24 @@
 """
-A language model's forward pass in plain numpy: what a model's file says, computed a second way.
+A language model's forward pass in plain numpy: what a model's files say, computed a second way.
 
 The pass shares no code with what makes or runs our graphs, so that a mistake there cannot hide here.
 Each layer is read when it is needed and given up after it, so that memory holds one layer and not the
-model. Rotary embeddings follow the formulas of the papers, in radians a position and float64. A GGUF
-file is read with the `gguf` package alone, whose own functions dequantize each tensor.
+model. Rotary embeddings follow the formulas of the papers, in radians a position and float64. A setting
+or a weight that the pass does not know ends in `NotCompared`. Reads no files: `gguf_reference` and
+`openvino_reference` do.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader, ReaderTensor
-from gguf.quants import dequantize
 
-from recollect.errors import UnsupportedModelError
+from recollect.types import Profile
 
 Array = npt.NDArray[np.float32]
 Pairing = Literal["neighbours", "halves"]
@@ -29,6 +29,13 @@ Which two places of a head are rotated as one pair.
 `halves`: i and i + size / 2, as in GPT-NeoX and in Hugging Face's weights.
 """
 
+ROUNDING: Final = 2.0**-22
+"""
+The largest relative error that the second pass adds to each number after a layer: four times f32's own,
+because a layer has seven products, which round in an order of their own each.
+"""
+_NOISE_TOKENS: Final = 64
+"""How many tokens go through twice: enough for every script of the text, and a third of the work."""
 _VOCABULARY_STEP: Final = 8192
 """Rows of the output matrix that are f32 at once: 64 MB at 2,048 wide, and large enough for BLAS."""
 
@@ -75,24 +82,200 @@ class Description:
     """Whether what a layer adds is normed before it is added."""
     has_qk_norm: bool = False
 
+    def layer_shapes(self, width: int, inner: int) -> dict[str, tuple[int, ...]]:
+        """Return the weights of a layer; *inner* is the width of its feed-forward part."""
+        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
+        norms = ["attn_norm", "ffn_norm"]
+        norms += ["post_attention_norm", "post_ffw_norm"] if self.norms_after else []
+        heads = ["attn_q_norm", "attn_k_norm"] if self.has_qk_norm else []
+        return {
+            "attn_q": (queries, width),
+            "attn_k": (keys, width),
+            "attn_v": (keys, width),
+            "attn_output": (width, queries),
+            "ffn_gate": (inner, width),
+            "ffn_up": (inner, width),
+            "ffn_down": (width, inner),
+            **dict.fromkeys(norms, (width,)),
+            **dict.fromkeys(heads, (self.head_size,)),
+        }
 
-class Tensors(Protocol):
-    """The weights by the names that GGUF files give them, as f32."""
 
-    def __contains__(self, name: str, /) -> bool:
-        """Return whether there is a tensor of that name."""
+class Settings:
+    """What a model's files say of it, by name. Remembers which names were asked for."""
 
-    def matrix(self, name: str, rows: slice = ...) -> Array:
+    def __init__(self, values: Any, of: str) -> None:
+        """
+        Take what a file holds.
+
+        Args:
+            values: A mapping from names to values; anything else is refused.
+            of: What begins a name in messages, such as `llama.`.
+        """
+        if not isinstance(values, Mapping):
+            raise NotCompared(f"{of or 'its configuration'} holds {values!r}, which names nothing")
+        self._values, self._of, self._asked = values, of, set[str]()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a value as it is."""
+        self._asked.add(name)
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def has(self, name: str) -> bool:
+        """Return whether anything is said of it, null included."""
+        return name in self._values
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        """Return settings within a setting; none where it is absent."""
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise NotCompared(f"{self._of}{name} is {value!r}, where names and values are needed")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """Return a number above 0; of a list that says the same for each layer, that."""
+        value = self.get(name, default)
+        if isinstance(value, list | tuple) and value and all(one == value[0] for one in value):
+            value = value[0]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and 0 < value < math.inf):
+            raise NotCompared(f"{self._of}{name} is {value!r}, where a number above 0 is needed")
+        return float(value)
+
+    def count(self, name: str, default: float | None = None, *, most: int = 1 << 20) -> int:
+        """Return a whole number from 1 on."""
+        value = self.number(name, default)
+        if not (value <= most and value.is_integer()):
+            raise NotCompared(f"{self._of}{name} is {value:g}, where 1 to {most:,} are known")
+        return int(value)
+
+    def optional(self, name: str) -> float | None:
+        """Return a number above 0, or None where there is none or it is 0."""
+        return self.number(name) if self.get(name) else None
+
+    def require_default(self, name: str, *harmless: Any) -> None:
+        """Check that a setting is absent, or has a value with which it changes nothing."""
+        value = self.get(name)
+        if value is not None and value not in harmless:
+            raise NotCompared(f"the reference does not know {self._of}{name} = {value!r}")
+
+    def require_all_asked(self, ignored: Collection[str] = ()) -> None:
+        """Check that nothing else is said, but for names that change no number."""
+        others = {name for name, value in self._values.items() if value is not None}
+        for name in sorted(others.difference(self._asked, ignored)):
+            raise NotCompared(f"the reference does not know {self._of}{name}")
+
+
+@contextmanager
+def refusing_nonsense() -> Iterator[None]:
+    """Run what describes a model; where its numbers divide by 0 or do not fit, nothing is compared."""
+    try:
+        with np.errstate(over="raise", divide="raise", invalid="raise"):
+            yield
+    except (ArithmeticError, ValueError, TypeError) as cause:
+        raise NotCompared(f"what its files say cannot be computed ({cause})") from cause
+
+
+class Tensors(ABC):
+    """The weights by the names that GGUF files give them, as f32; each is read when it is asked for."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, tuple[str, slice]] = {}
+
+    @abstractmethod
+    def names(self) -> Collection[str]:
+        """Return the names of all tensors, biases included."""
+
+    @abstractmethod
+    def types(self) -> dict[str, int]:
+        """Return how many numbers each type of tensor holds, the most first."""
+
+    @abstractmethod
+    def _shape(self, name: str) -> tuple[int, int]:
+        """Return rows and columns; a tensor of one dimension may be either."""
+
+    @abstractmethod
+    def _read(self, name: str, rows: slice | list[int]) -> Array:
+        """Return these rows, shape `(rows, columns)`, or `(rows,)` of a tensor of one dimension."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts or name in self.names()
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Return how many rows and columns a matrix has."""
+        whole, part = self._parts.get(name, (name, slice(None)))
+        if whole not in self.names():
+            raise NotCompared(f"its files have no tensor {name}")
+        rows, columns = self._shape(whole)
+        return len(range(rows)[part]), columns
+
+    def matrix(self, name: str, rows: slice = slice(None)) -> Array:
         """Return some rows of a tensor, shape `(rows, columns)`: it maps columns to rows."""
+        whole, part = self._parts.get(name, (name, slice(None)))
+        chosen = range(self.shape(whole)[0])[part][rows]
+        return self._read(whole, slice(chosen.start, chosen.stop))
 
     def gather(self, name: str, rows: Sequence[int]) -> Array:
-        """Return these rows, in this order."""
+        """Return these rows of a tensor, in this order."""
+        return self._read(name, list(rows))
 
     def vector(self, name: str) -> Array:
         """Return a tensor of one dimension."""
+        return self.matrix(name).reshape(-1)
 
-    def rows(self, name: str) -> int:
-        """Return how many rows a matrix has."""
+    def require_known(self, model: Description, ignored: Collection[str] = ()) -> None:
+        """
+        Name the parts of fused matrices, and check that all weights are as a description has them.
+
+        Args:
+            model: What the family does.
+            ignored: Names of tensors that no pass reads, because the description has their values.
+
+        Raises:
+            NotCompared: A tensor is missing, has another shape, or is one that the pass does not read.
+        """
+        is_too_long = any(2 * len(rope.frequencies) > model.head_size for rope in model.ropes)
+        if is_too_long or model.heads % model.kv_heads:
+            raise NotCompared("RoPE turns more than a head has, or heads share keys unevenly")
+        width = self.shape("token_embd")[1]
+        needed: dict[str, tuple[int, ...]] = {"output_norm": (width,)}
+        for layer in range(model.layers):
+            block = f"blk.{layer}."
+            self._split(block, model)
+            inner = self.shape(f"{block}ffn_up")[0]
+            shapes = model.layer_shapes(width, inner)
+            needed |= {block + part: shape for part, shape in shapes.items()}
+        if "output" in self:
+            needed["output"] = (self.shape("output")[0], width)
+        biases = {f"{name}.bias" for name in (*needed, "output")} & set(self.names())
+        needed |= {bias: (self.shape(bias.removesuffix(".bias"))[0],) for bias in biases}
+        for name, shape in needed.items():
+            found = self.shape(name)
+            if math.prod(found) != math.prod(shape) or (len(shape) > 1 and found != shape):
+                raise NotCompared(f"{name} has the shape {found} where {shape} is expected")
+        fused = {whole for whole, _ in self._parts.values()}
+        others = set(self.names()).difference(needed, fused, ignored, ["token_embd"])
+        if others:
+            raise NotCompared(f"the reference does not know the tensor {min(others)}")
+
+    def _split(self, block: str, model: Description) -> None:
+        """Find query, key and value, and gate and up, where each are one matrix, as in phi3."""
+        if f"{block}attn_qkv" in self:
+            rows = [model.head_size * count for count in (model.heads, *[model.kv_heads] * 2)]
+            self._cut(block, "attn_qkv", ("attn_q", "attn_k", "attn_v"), rows)
+        if f"{block}ffn_gate" not in self:
+            fused = "ffn_gate_up" if f"{block}ffn_gate_up" in self else "ffn_up"
+            half = self.shape(block + fused)[0] // 2
+            self._cut(block, fused, ("ffn_gate", "ffn_up"), [half, half])
+
+    def _cut(self, block: str, fused: str, names: Sequence[str], rows: Sequence[int]) -> None:
+        if (found := self.shape(block + fused)[0]) != sum(rows) or f"{block}{fused}.bias" in self:
+            raise NotCompared(f"{block}{fused} has a bias, or {found} rows and not {sum(rows)}")
+        start = 0
+        for name, count in zip(names, rows, strict=True):
+            self._parts[block + name] = (block + fused, slice(start, start + count))
+            start += count
 
 
 def logits_at(
@@ -103,8 +286,23 @@ def logits_at(
     *,
     progress: Callable[[int, int], None] = lambda _done, _of: None,
 ) -> Array:
+    """Return the logits after some of the tokens; as `logits_and_noise`."""
+    return logits_and_noise(model, tensors, token_ids, places, progress=progress)[0]
+
+
+def logits_and_noise(
+    model: Description,
+    tensors: Tensors,
+    token_ids: Sequence[int],
+    places: Sequence[int],
+    *,
+    progress: Callable[[int, int], None] = lambda _done, _of: None,
+) -> tuple[Array, float]:
     """
-    Return the logits after some of the tokens, shape `(places, vocabulary)`.
+    Return the logits after some of the tokens, and how far rounding moves them.
+
+    The first tokens go through a second time, with a random error of the size of f32's own after each
+    layer. The largest difference between both is what this model makes of rounding.
 
     Args:
         model: What the family does.
@@ -112,20 +310,33 @@ def logits_at(
         token_ids: One sequence, shape `(tokens,)`, from position 0 on.
         places: Indices of tokens; the logits are those of the token after each.
         progress: Called after each layer with how many are done, and of how many.
+
+    Returns:
+        The logits, shape `(places, vocabulary)`, and a difference of logits.
     """
-    hidden = tensors.gather("token_embd", token_ids) * np.float32(model.embedding_scale)
-    for layer in range(model.layers):
-        hidden = _layer(model, tensors, layer, hidden)
-        progress(layer + 1, model.layers)
-    hidden = _norm(hidden[list(places)], tensors.vector("output_norm"), model.epsilon)
-    name = "output" if "output" in tensors else "token_embd"
-    logits = np.empty((len(places), tensors.rows(name)), np.float32)
-    for start in range(0, logits.shape[1], _VOCABULARY_STEP):
-        rows = slice(start, start + _VOCABULARY_STEP)
-        logits[:, rows] = hidden @ tensors.matrix(name, rows).T
-    if "output.bias" in tensors:
-        logits += tensors.vector("output.bias")
-    return _capped(logits, model.logits_cap)
+    tokens, again = len(token_ids), min(len(token_ids), _NOISE_TOKENS)
+    random = np.random.default_rng(0)
+    embedded = tensors.gather("token_embd", [*token_ids, *token_ids[:again]])
+    hidden = embedded * np.float32(model.embedding_scale)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        for layer in range(model.layers):
+            errors = random.uniform(-ROUNDING, ROUNDING, hidden[tokens:].shape)
+            hidden[tokens:] *= (1 + errors).astype(np.float32)
+            hidden = _layer(model, tensors, layer, hidden, (slice(tokens), slice(tokens, None)))
+            progress(layer + 1, model.layers)
+        twice = [row for row, place in enumerate(places) if place < again]
+        chosen = [*places, *(tokens + places[row] for row in twice)]
+        hidden = _norm(hidden[chosen], tensors.vector("output_norm"), model.epsilon)
+        name = "output" if "output" in tensors else "token_embd"
+        logits = np.empty((len(chosen), tensors.shape(name)[0]), np.float32)
+        for start in range(0, logits.shape[1], _VOCABULARY_STEP):
+            rows = slice(start, start + _VOCABULARY_STEP)
+            logits[:, rows] = hidden @ tensors.matrix(name, rows).T
+        if "output.bias" in tensors:
+            logits += tensors.vector("output.bias")
+        logits = _capped(logits, model.logits_cap)
+        noise = np.abs(logits[twice] - logits[len(places) :]).max(initial=0.0)
+    return logits[: len(places)], float(noise)
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -138,7 +349,127 @@ def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return log_probabilities
 
 
-def _layer(model: Description, tensors: Tensors, layer: int, hidden: Array) -> Array:
+Outcome = Literal["PASS", "FAIL", "NOT COMPARED"]
+
+LIMITS: Final[dict[Profile, float]] = {"exact": 1e-3, "fast": 2.0, "small": 2.5}
+"""
+The largest difference of any logit that passes, by profile, at logits with a standard deviation of 8.
+
+The types of the tensors change nothing in it: each type that we read is stored so that its values are
+the file's. `exact`: f32 products in another order. Twenty-eight layers, 1,536 wide, came out 1e-4 off;
+ten times that leaves room for larger models, and the smallest fault that was ever seen in use (groups
+without a scale, in one matrix of 196) moved a logit by 0.09. `fast`: KV in f16, and products of rounded
+activations on processors with bf16 or VNNI, which alone move the largest of millions of logits by up to
+1.0. `small`: KV in u8 besides. A fault that moves every logit by less is seen in `exact` only, which is
+why `verify` runs in it unless told otherwise.
+"""
+
+USUAL_DEVIATION: Final = 8.0
+"""
+The standard deviation of logits that the limits are for. f32 rounds relative to the size of a number, so
+the limits grow with logits that vary more: 8,000 came out 0.055 off. They do not shrink.
+"""
+ROUNDING_ALLOWANCE: Final = 8.0
+"""
+What `exact` allows at least, in units of what the reference says that rounding moves. Fifteen models
+came out 0.7 to 1.4 times that off, and one whose attention takes one token alone 4.2 times.
+"""
+MOST_ROUNDING: Final = 10.0
+"""
+What rounding may excuse at most, in units of the limit: 0.01 at the usual size, a ninth of the fault
+above. A model that rounding moves further cannot be judged within that, and is not passed beyond it.
+"""
+
+PERPLEXITY_LIMIT: Final[dict[Profile, float]] = {"exact": 1e-3, "fast": 0.03, "small": 0.05}
+"""
+How far the ratio of perplexities may be from 1; wrong zero points gave 0.07 and 0.24. It grows as the
+limit of logits does: a log probability moves by at most twice what the logits do.
+"""
+_MOST_EXPONENT: Final = 700.0
+"""Of a perplexity: e to the power of more is infinite in f64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What is to be said of the logits of a model beside those that its file gives."""
+
+    outcome: Outcome
+    reason: str = ""
+    """Why nothing was compared, or which limit was passed; empty where all is well."""
+    largest: float = 0.0
+    """Difference of a logit."""
+    limit: float = 0.0
+    noise: float = 0.0
+    """How far rounding alone moves a logit, by `logits_and_noise`."""
+    deviation: float = 0.0
+    """Standard deviation of the file's logits."""
+    agreement: float = 0.0
+    """Share of places at which both have the same likeliest token."""
+    perplexity: float = 0.0
+    """Of the text, as it runs here."""
+    reference_perplexity: float = 0.0
+    """Of the text, by the file's values."""
+
+
+def judge(
+    profile: Profile, ours: Array, theirs: Array, *, noise: float, following: Mapping[int, int]
+) -> Judgement:
+    """
+    Return what is to be said of logits.
+
+    Args:
+        profile: What the model computes in.
+        ours: As it runs, shape `(places, vocabulary)`.
+        theirs: By its file.
+        noise: Of `logits_and_noise`.
+        following: By row of the logits, the token that follows in the text.
+
+    Raises:
+        NotCompared: The file gives no finite numbers, or rounding moves this model so far that
+            they may be the same.
+    """
+    if not np.isfinite(theirs).all():
+        raise NotCompared("by its file, its logits are no finite numbers")
+    if ours.shape != theirs.shape:
+        reason = f"it has {ours.shape[1]:,} logits for a token, and its file {theirs.shape[1]:,}"
+        return Judgement(outcome="FAIL", reason=reason)
+    with np.errstate(invalid="ignore"):
+        largest = float(np.abs(ours - theirs).max())
+        rows, tokens = list(following), list(following.values())
+        mean, mean_by_file = (
+            float(log_softmax(logits[rows])[range(len(rows)), tokens].mean())
+            for logits in (ours, theirs)
+        )
+    deviation = float(theirs.std(dtype=np.float64))
+    usual = LIMITS[profile] * max(1.0, deviation / USUAL_DEVIATION)
+    excused = ROUNDING_ALLOWANCE * noise if profile == "exact" else 0.0
+    limit = max(usual, min(excused, MOST_ROUNDING * usual))
+    if limit < largest <= excused:
+        raise NotCompared(f"rounding alone moves its logits by {noise:.2g}, too far to judge them")
+    perplexity, by_file = (math.exp(min(-one, _MOST_EXPONENT)) for one in (mean, mean_by_file))
+    reasons = []
+    if not largest <= limit:  # so that NaN is a difference too
+        reasons.append(f"a logit is {largest:.2g} off, and {limit:.2g} is allowed")
+    if not abs(mean - mean_by_file) <= PERPLEXITY_LIMIT[profile] * limit / LIMITS[profile]:
+        reasons.append(f"perplexity is {perplexity:.4g}, and {by_file:.4g} by the file")
+    return Judgement(
+        outcome="FAIL" if reasons else "PASS",
+        reason="; ".join(reasons),
+        largest=largest,
+        limit=limit,
+        noise=noise,
+        deviation=deviation,
+        agreement=float(np.mean(ours.argmax(axis=1) == theirs.argmax(axis=1))),
+        perplexity=perplexity,
+        reference_perplexity=by_file,
+    )
+
+
+def _layer(
+    model: Description, tensors: Tensors, layer: int, hidden: Array, sequences: Sequence[slice]
+) -> Array:
+    """Return what a layer makes of several sequences, which lie one after the other."""
+
     def name(part: str) -> str:
         return f"blk.{layer}.{part}"
 
@@ -162,8 +493,13 @@ def _layer(model: Description, tensors: Tensors, layer: int, hidden: Array) -> A
     if model.has_qk_norm:
         query, key = normed(query, "attn_q_norm"), normed(key, "attn_k_norm")
     rope = model.ropes[layer]
-    mixed = _attention(model, layer, _rotated(query, rope), _rotated(key, rope), value)
-    added = linear(mixed, "attn_output")
+    mixed = [
+        _attention(
+            model, layer, _rotated(query[:, one], rope), _rotated(key[:, one], rope), value[:, one]
+        )
+        for one in sequences
+    ]
+    added = linear(np.concatenate(mixed), "attn_output")
     hidden = hidden + (normed(added, "post_attention_norm") if model.norms_after else added)
     before = normed(hidden, "ffn_norm")
     gate = linear(before, "ffn_gate")
@@ -280,14 +616,14 @@ def yarn_scale(factor: float) -> float:
     return 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
 
 
-def llama3(frequencies: Frequencies, scaling: dict[str, Any]) -> Frequencies:
+def llama3(
+    frequencies: Frequencies, *, factor: float, original: float, low: float, high: float
+) -> Frequencies:
     """
     Return the frequencies of Llama 3.1 and later: slow pairs are stretched, fast ones stay.
 
     Source: `apply_scaling` in the reference code that came with the model.
     """
-    factor, original = float(scaling["factor"]), scaling["original_max_position_embeddings"]
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     turns = original * frequencies / (2 * math.pi)  # within the original context
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
     scaled: Frequencies = (1 - kept) * frequencies / factor + kept * frequencies
@@ -297,243 +633,3 @@ def llama3(frequencies: Frequencies, scaling: dict[str, Any]) -> Frequencies:
 def longrope_scale(factor: float, original: float) -> float:
     """Return what cosine and sine are multiplied by. Source: LongRoPE (Ding et al. 2024), Phi-3's code."""
     return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-
-
-_SUFFIX: Final = ".weight"
-_STEP_NUMBERS: Final = 1 << 22
-"""Numbers that are dequantized at once: 16 MB of f32, several times that while gguf works on them."""
-
-
-class GgufTensors:
-    """The tensors of a file, mapped; each is dequantized anew whenever it is asked for."""
-
-    def __init__(self, readers: Sequence[GGUFReader]) -> None:
-        self._tensors: dict[str, ReaderTensor] = {}
-        for reader in readers:
-            for tensor in reader.tensors:
-                self._tensors[tensor.name.removesuffix(_SUFFIX)] = tensor
-        self._parts: dict[str, tuple[str, slice]] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors or name in self._parts
-
-    def split(self, whole: str, parts: Sequence[tuple[str, int]]) -> None:
-        """Give names to the rows of a tensor in which several matrices lie below each other."""
-        start = 0
-        for name, rows in parts:
-            self._parts[name] = (whole, slice(start, start + rows))
-            start += rows
-        if start != self.rows(whole):
-            raise NotCompared(f"{whole} has {self.rows(whole)} rows where {start} were expected")
-
-    def matrix(self, name: str, rows: slice = slice(None)) -> Array:
-        """Return some rows of a tensor as f32."""
-        if name in self._parts:
-            whole, part = self._parts[name]
-            return self._wide(whole, self._raw(whole)[part][rows])
-        return self._wide(name, self._raw(name)[rows])
-
-    def gather(self, name: str, rows: Sequence[int]) -> Array:
-        """Return these rows of a tensor, in this order."""
-        return self._wide(name, self._raw(name)[list(rows)])
-
-    def vector(self, name: str) -> Array:
-        """Return a tensor of one dimension."""
-        return self.matrix(name).reshape(-1)
-
-    def rows(self, name: str) -> int:
-        """Return how many rows a matrix has."""
-        return len(self._raw(name))
-
-    def types(self) -> dict[str, int]:
-        """Return how many numbers each type of tensor holds, the most first."""
-        counts: dict[str, int] = {}
-        for tensor in self._tensors.values():
-            kind = tensor.tensor_type.name
-            counts[kind] = counts.get(kind, 0) + int(tensor.n_elements)
-        return dict(sorted(counts.items(), key=lambda one: -one[1]))
-
-    def _raw(self, name: str) -> npt.NDArray[Any]:
-        """Return the bytes of a tensor by row, as the file has them."""
-        raw: npt.NDArray[Any] = self._tensors[name].data
-        return raw
-
-    def _wide(self, name: str, raw: npt.NDArray[Any]) -> Array:
-        kind = self._tensors[name].tensor_type
-        columns = int(self._tensors[name].shape[0])
-        if raw.ndim == 1:
-            return np.asarray(dequantize(raw, kind), np.float32)
-        wide = np.empty((len(raw), columns), np.float32)
-        step = max(1, _STEP_NUMBERS // columns)
-        for start in range(0, len(raw), step):
-            part = np.ascontiguousarray(raw[start : start + step])
-            # As one long row, because gguf goes through short ones in a Python loop.
-            wide[start : start + step] = dequantize(part.reshape(1, -1), kind).reshape(-1, columns)
-        return wide
-
-
-class _Fields:
-    """The metadata of an architecture."""
-
-    def __init__(self, reader: GGUFReader) -> None:
-        self._fields = reader.fields
-        self.architecture = str(self._fields["general.architecture"].contents())
-
-    def get(self, name: str, default: Any = None) -> Any:
-        entry = self._fields.get(f"{self.architecture}.{name}")
-        return default if entry is None else entry.contents()
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.get(name, default)
-        if not isinstance(value, int | float):
-            raise NotCompared(f"{self.architecture}.{name} is {value!r}, which is no number")
-        return value
-
-
-def open_gguf(path: Path) -> tuple[Description, GgufTensors]:
-    """
-    Return how the model in a file computes, and its tensors.
-
-    Raises:
-        NotCompared: The reference does not know this architecture, or something of it.
-        UnsupportedModelError: The file cannot be read.
-    """
-    first = _reader(path)
-    others = []
-    if "split.count" in first.fields:
-        count = int(first.fields["split.count"].contents())
-        # How llama.cpp's gguf-split names them. Source: its `llama_split_path`.
-        stem = path.name.removesuffix(f"-00001-of-{count:05}.gguf")
-        others = [
-            _reader(path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf"))
-            for number in range(2, count + 1)
-        ]
-    tensors = GgufTensors([first, *others])
-    return describe(_Fields(first), tensors), tensors
-
-
-def _reader(path: Path) -> GGUFReader:
-    try:
-        return GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as cause:
-        raise UnsupportedModelError(f"{path} cannot be read as GGUF ({cause}).") from cause
-
-
-_GATED: Final = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")
-
-
-def describe(fields: _Fields, tensors: GgufTensors) -> Description:
-    """
-    Return what an architecture does.
-
-    Raises:
-        NotCompared: It is none of those that the reference knows.
-    """
-    name = fields.architecture
-    if name not in _GATED:
-        raise NotCompared(f"the reference does not know the architecture {name}")
-    if fields.get("expert_count"):
-        raise NotCompared("the reference does not know mixtures of experts")
-    layers, heads = int(fields.number("block_count")), int(fields.number("attention.head_count"))
-    width = int(fields.number("embedding_length"))
-    head_size = int(fields.number("attention.key_length", width // heads))
-    kv_heads = int(fields.number("attention.head_count_kv", heads))
-    _split_fused(tensors, layers, head_size, heads, kv_heads)
-    ropes, windows = _ropes(fields, tensors, layers, head_size)
-    gemma = name.startswith("gemma")
-    return Description(
-        architecture=name,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=head_size,
-        epsilon=float(fields.number("attention.layer_norm_rms_epsilon")),
-        ropes=ropes,
-        windows=windows,
-        activation="gelu" if gemma else "silu",
-        attention_scale=_attention_scale(fields, width, heads, head_size),
-        attention_cap=fields.get("attn_logit_softcapping") if name == "gemma2" else None,
-        logits_cap=fields.get("final_logit_softcapping") if name == "gemma2" else None,
-        embedding_scale=math.sqrt(width) if gemma else 1.0,
-        norms_after=gemma,
-        has_qk_norm=name in ("qwen3", "gemma3"),
-    )
-
-
-def _split_fused(
-    tensors: GgufTensors, layers: int, head_size: int, heads: int, kv_heads: int
-) -> None:
-    """Find query, key and value, and gate and up, where a file has them as one matrix, as phi3's do."""
-    for layer in range(layers):
-        block = f"blk.{layer}."
-        if f"{block}attn_qkv" in tensors:
-            rows = (heads * head_size, kv_heads * head_size, kv_heads * head_size)
-            names = (f"{block}attn_q", f"{block}attn_k", f"{block}attn_v")
-            tensors.split(f"{block}attn_qkv", list(zip(names, rows, strict=True)))
-        if f"{block}ffn_gate" not in tensors and f"{block}ffn_up" in tensors:
-            half = tensors.rows(f"{block}ffn_up") // 2
-            tensors.split(f"{block}ffn_up", [(f"{block}ffn_gate", half), (f"{block}ffn_up", half)])
-
-
-def _attention_scale(fields: _Fields, width: int, heads: int, head_size: int) -> float:
-    # The files do not say it. Source: `query_pre_attn_scalar` of the 27B models' configurations,
-    # which alone differ from the head size; llama.cpp tells them by their number of layers too.
-    is_27b = (fields.architecture, fields.number("block_count")) in (("gemma2", 46), ("gemma3", 62))
-    return 1 / math.sqrt(width / heads if is_27b else head_size)
-
-
-def _ropes(
-    fields: _Fields, tensors: GgufTensors, layers: int, head_size: int
-) -> tuple[tuple[Rope, ...], tuple[int | None, ...]]:
-    """Return how each layer turns positions, and how far it sees."""
-    everywhere = _rope(fields, tensors, head_size)
-    window = fields.get("attention.sliding_window")
-    # Every n-th layer sees everything. Source: `layer_types` of Gemma's configurations.
-    every = {"gemma2": 2, "gemma3": 6}.get(fields.architecture)
-    if window is None or (every is None and fields.architecture != "phi3"):
-        return (everywhere,) * layers, (None,) * layers
-    if every is None:
-        return (everywhere,) * layers, (int(window),) * layers
-    is_local = [(layer + 1) % every != 0 for layer in range(layers)]
-    nearby = everywhere
-    if fields.architecture == "gemma3":
-        # Source: `rope_local_base_freq` of Gemma 3's configurations; never scaled.
-        base = fields.number("rope.freq_base_swa", 10_000.0)
-        nearby = Rope(plain(head_size, base), "halves")
-    return (
-        tuple(nearby if local else everywhere for local in is_local),
-        tuple(int(window) if local else None for local in is_local),
-    )
-
-
-def _rope(fields: _Fields, tensors: GgufTensors, head_size: int) -> Rope:
-    turned = int(fields.number("rope.dimension_count", head_size))
-    base = fields.number("rope.freq_base", 10_000.0)
-    frequencies = plain(turned, base)
-    pairing: Pairing = "neighbours" if fields.architecture == "llama" else "halves"
-    scale = fields.number("rope.scaling.attn_factor", 1.0)
-    if "rope_freqs" in tensors:
-        frequencies = frequencies / tensors.vector("rope_freqs")
-    if "rope_factors_short" in tensors:  # LongRoPE, within the context that it was trained on
-        return Rope(frequencies / tensors.vector("rope_factors_short"), pairing, scale)
-    kind = fields.get("rope.scaling.type", "none")
-    factor = fields.number("rope.scaling.factor", 1.0)
-    match kind:
-        case "none":
-            return Rope(frequencies, pairing)
-        case "linear":
-            return Rope(frequencies / factor, pairing)
-        case "yarn":
-            stretched, by_factor = yarn(
-                frequencies,
-                base=base,
-                factor=factor,
-                original=fields.number(
-                    "rope.scaling.original_context_length", fields.number("context_length")
-                ),
-                fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
-                slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
-            )
-            return Rope(stretched, pairing, scale * by_factor)
-        case _:
-            raise NotCompared(f"the reference does not know RoPE scaled by {kind!r}")

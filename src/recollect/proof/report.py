@@ -24,7 +24,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from recollect._version import __version__
+from recollect import __version__
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError
 from recollect.proof.bench import (

@@ -57,26 +57,65 @@ class Fact:
     recalled: bool
 
 
+_END: Final = re.compile(r"[!;?\n]|(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bMs)\.(?!\d)|[:—]")
+"""Where a statement ends; not at the dot of a title or within a number."""
+_DENIAL: Final = re.compile(
+    r"\b(?:not|never|no|nor|neither|cannot|unsure|unknown|whether)\b|\w+n['\u2019]t\b"
+    r"|\b(?:know|sure|certain|remember|say|tell)(?: me)? if\b",
+    re.IGNORECASE,
+)
+_TURN: Final = re.compile(r"\b(?:but|rather|instead|however|although|only)\b", re.IGNORECASE)
+"""After it, what was denied before holds no longer: "not in Munich but in Berlin"."""
+_FURTHER: Final = re.compile(r"\b(?:or|nor)\b", re.IGNORECASE)
+"""It carries a denial over commas: "not apples, bread, or eggs"."""
+
+
 def grade(reply: str, expected: Expectation) -> tuple[Fact, ...]:
     """
     Return a verdict for each expected fact, in order; bullets last.
 
     "Dr. Patel is a biologist" has the word that was asked for, and is no answer to what Alice works
-    in: so what a reply must not say counts as well.
+    in: so what a reply must not say counts as well. A fact that a reply denies, asks for or does not
+    know is not stated: "it is not 84", "is it 84?", "I don't know whether it is 84", "-84". Only words
+    are looked at, so irony and what a reply takes back later are not seen.
     """
-    says_wrong = any(_occurs(pattern, reply) for pattern in expected.wrong)
+    says_wrong = any(_places(pattern, reply) for pattern in expected.wrong)
     facts = [
-        Fact(pattern, _occurs(pattern, reply) and not says_wrong) for pattern in expected.patterns
+        Fact(pattern, _is_stated(pattern, reply) and not says_wrong)
+        for pattern in expected.patterns
     ]
     if expected.bullets is not None:
         facts.append(Fact(f"{expected.bullets} bullets", count_bullets(reply) == expected.bullets))
     return tuple(facts)
 
 
-def _occurs(pattern: str, text: str) -> bool:
-    """Return whether a pattern occurs, and not as a part of a longer word or number."""
-    whole = rf"(?<!\w)(?<!\d[,.])(?:{pattern})(?!\w|[,.]\d)"
-    return re.search(whole, text, re.IGNORECASE) is not None
+def _places(pattern: str, text: str) -> list[re.Match[str]]:
+    """Return where a pattern occurs, and not as a part of a longer word or number."""
+    whole = rf"(?<!\w)(?<!\d[,./])(?:{pattern})(?!\w|[,.]\d)"
+    return list(re.finditer(whole, text, re.IGNORECASE))
+
+
+def _is_stated(pattern: str, text: str) -> bool:
+    """Return whether a pattern occurs in a statement that does not deny it."""
+    return any(not _is_denied(place, text) for place in _places(pattern, text))
+
+
+def _is_denied(place: re.Match[str], text: str) -> bool:
+    ends = [end.end() for end in _END.finditer(text, 0, place.start())]
+    before = text[ends[-1] if ends else 0 : place.start()]
+    end = _END.search(text, place.end())
+    if end is not None and end.group() == "?":
+        return True
+    is_number = place.group()[0].isdecimal()
+    if is_number and re.search(r"(?:[-\u2212]|\b(?:minus|negative)\s+)$", before):
+        return True
+    denials = list(_DENIAL.finditer(before))
+    if not denials:
+        return False
+    between = before[denials[-1].end() :]
+    rest = text[place.start() : None if end is None else end.start()]
+    carried = _FURTHER.search(between) or _FURTHER.search(rest)
+    return not (_TURN.search(between) or ("," in between and not carried))
 
 
 def count_bullets(text: str) -> int:

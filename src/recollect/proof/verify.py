@@ -18,7 +18,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal
+from importlib import resources
+from typing import Any, Final
 
 import numpy as np
 
@@ -26,8 +27,16 @@ from recollect.conversation.model import Model
 from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence
 from recollect.errors import ConfigError
+from recollect.models.catalog import LocalModel
+from recollect.proof.gguf_reference import open_gguf
 from recollect.proof.openvino_reference import open_openvino
-from recollect.proof.reference_model import Array, NotCompared, log_softmax, logits_at, open_gguf
+from recollect.proof.reference_model import (
+    Array,
+    Judgement,
+    NotCompared,
+    judge,
+    logits_and_noise,
+)
 from recollect.runtime.base import Logits
 from recollect.types import Profile, SamplingParams
 
@@ -50,6 +59,8 @@ _COMPARISONS: Final = 4
 _NOISE_CONTROLS: Final = 4
 _LONGEST_TOKENS: Final = 400
 """Histories are kept below this: a fault shows at any length, and each check is a whole prefill."""
+_LEAST_TOKENS: Final = 48
+"""Of a context: four of the longest replies, or enough places to compare logits at."""
 _MOST_SEQUENCES: Final = 4
 _LONGEST_REPLY: Final = 12
 
@@ -228,11 +239,16 @@ def verify(
         progress: Called after each operation with (operations done, largest difference so far).
 
     Raises:
-        ConfigError: There is nothing to do.
+        ConfigError: There is nothing to do, or the model's context is below 48 tokens.
         OutOfBlocksError: The KV memory is too small for a handful of short conversations.
     """
     if operations < 1:
         raise ConfigError(f"{operations} operations prove nothing: give at least 1.")
+    if model.context_length < _LEAST_TOKENS:
+        raise ConfigError(
+            f"A context of {model.context_length} tokens is too short for conversations: "
+            f"{_LEAST_TOKENS} are needed to verify reuse."
+        )
     conversations = _Conversations(model, random.Random(seed))  # noqa: S311 - not for secrets
     fed_before, restored_before = model.engine.computed_tokens, _restored(model)
     counts: Counter[str] = Counter()
@@ -391,65 +407,29 @@ def _difference(first: Logits, second: Logits) -> float:
     return float(np.abs(first - second).max())
 
 
-Outcome = Literal["PASS", "FAIL", "NOT COMPARED"]
-
-LIMITS: Final[dict[Profile, float]] = {"exact": 1e-3, "fast": 2.0, "small": 2.5}
-"""
-The largest difference of any logit that passes, by profile, whatever the types of the tensors are:
-each type that we read is stored so that the values are the file's, so none may be further off.
-
-`exact`: f32 products in another order. Twenty-eight layers, 1,536 wide, at a standard deviation of 8,
-came out 1e-4 off; ten times that leaves room for larger models, and the smallest fault that was ever
-seen in use (groups without a scale, in one matrix of 196) was 90 times as large.
-`fast`: KV in f16, and products of rounded activations on processors with bf16 or VNNI, which alone
-move the largest of millions of logits by up to 1.0. `small`: KV in u8 besides. A fault that moves
-every logit by less is seen in `exact` only, which is why `verify` runs in it unless told otherwise.
-"""
-
-PERPLEXITY_LIMIT: Final[dict[Profile, float]] = {"exact": 1e-3, "fast": 0.03, "small": 0.05}
-"""How far the ratio of perplexities may be from 1; wrong zero points gave 0.07 and 0.24."""
-
-_TEXT: Final = (
-    "The old lighthouse stood at the end of the pier, and every evening its keeper climbed the 214 "
-    "steps to light the lamp. “Is anybody there?” she asked once, but only the sea answered.\n\n"
-    "def mean(values: list[float]) -> float:\n    return sum(values) / len(values)\n\n"
-    "Wie spät ist es? 図書館はどこですか。 If each of 120 trees bears 42 apples, 5,040 apples are to be "
-    "picked; at 60 an hour that takes one person 84 hours. She said that the answer is 84, and wrote "
-    "it into the book of the lighthouse, where all such answers were kept.\n"
-)
-"""Prose, code, digits and other scripts, because a fault in a part of the vocabulary shows only there."""
-
 _MOST_TOKENS: Final = 192
 """RoPE frequencies in f16 were 0.35 off at 150 tokens and are not seen at 10."""
-_LEAST_TOKENS: Final = 48
+_WIDEST_WINDOW: Final = 1024
+"""The widest window that is looked beyond: Gemma 3's. One of 4,096 would take twenty times as long."""
+_AROUND_WINDOW: Final = 16
+"""Tokens before and beyond a window after each of which logits are compared."""
 _SINGLE_TOKENS: Final = 24
 """Fed one at a time, which other kernels compute; the rest goes in chunks of a few sizes."""
 _CHUNKS: Final = (1, 2, 3, 5, 8, 13)
+_LONG_CHUNK: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FileReport:
+class FileReport(Judgement):
     """What came out of comparing a model with its file."""
 
-    outcome: Outcome
-    reason: str = ""
-    """Why nothing was compared, or which limit was passed; empty where all is well."""
     file: str = ""
     architecture: str = ""
     tensor_types: dict[str, int] | None = None
     """How many numbers each type holds."""
     tokens: int = 0
     places: int = 0
-    """At which logits were compared."""
-    largest: float = 0.0
-    """Difference of a logit."""
-    limit: float = 0.0
-    agreement: float = 0.0
-    """Share of places at which both have the same likeliest token."""
-    perplexity: float = 0.0
-    """Of the text, as it runs here."""
-    reference_perplexity: float = 0.0
-    """Of the text, by the file's values."""
+    """At how many places logits were compared; 0: nothing was."""
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -472,70 +452,84 @@ def compare_with_file(
     Raises:
         UnsupportedModelError: The file cannot be read.
     """
-    local, path = model.local, model.local.source
-    if path is None:
-        return FileReport(outcome="NOT COMPARED", reason=_why_not(model))
-    began = time.monotonic()
     try:
-        description, tensors = (
-            open_openvino(path, long_context=local.is_long) if path.is_dir() else open_gguf(path)
-        )
+        return _compare(model, progress)
     except NotCompared as unknown:
-        return FileReport(outcome="NOT COMPARED", reason=str(unknown), file=path.name)
+        file = "" if model.local.source is None else model.local.source.name
+        return FileReport(outcome="NOT COMPARED", reason=str(unknown), file=file)
+
+
+def _compare(model: Model, progress: Callable[[int, int], None]) -> FileReport:
+    """
+    Do what `compare_with_file` says.
+
+    Raises:
+        NotCompared: There is nothing to compare with, or the reference does not know all of it.
+    """
+    began, path = time.monotonic(), model.local.source
+    if path is None:
+        raise NotCompared(why_not_compared(model.local))
+    if path.is_dir():
+        opened = open_openvino(path, long_context=model.local.is_long)
+    else:
+        opened = open_gguf(path, sha256=model.local.source_sha256)
+    description, tensors = opened
     ids = _token_ids(model)
+    if max(ids) >= tensors.shape("token_embd")[0]:
+        raise NotCompared(f"its tokenizer makes the token {max(ids)}, which its file lacks")
     places = _places(len(ids))
     ours = _our_logits(model, ids, places)
-    theirs = logits_at(description, tensors, ids, places, progress=progress)
-    if ours.shape[1] > theirs.shape[1]:  # rows that were added to fill a tensor up are no tokens
-        ours = ours[:, : theirs.shape[1]]
-    largest = float(np.abs(ours - theirs[:, : ours.shape[1]]).max())
-    perplexity, by_file = (_perplexity(logits, ids, places) for logits in (ours, theirs))
-    limit = LIMITS[model.profile]
-    reasons = [
-        *([] if largest <= limit else [f"a logit is {largest:.2g} off, and {limit:g} is allowed"]),
-        *(
-            []
-            if abs(perplexity / by_file - 1) <= PERPLEXITY_LIMIT[model.profile]
-            else [f"perplexity is {perplexity:.2f}, and {by_file:.2f} by the file"]
-        ),
-    ]
+    theirs, noise = logits_and_noise(description, tensors, ids, places, progress=progress)
+    following = {row: ids[place + 1] for row, place in enumerate(places) if place + 1 < len(ids)}
     return FileReport(
-        outcome="FAIL" if reasons else "PASS",
-        reason="; ".join(reasons),
+        **asdict(judge(model.profile, ours, theirs, noise=noise, following=following)),
         file=path.name,
         architecture=description.architecture,
         tensor_types=tensors.types(),
         tokens=len(ids),
         places=len(places),
-        largest=largest,
-        limit=limit,
-        agreement=float(np.mean(ours.argmax(axis=1) == theirs.argmax(axis=1))),
-        perplexity=perplexity,
-        reference_perplexity=by_file,
         seconds=time.monotonic() - began,
     )
 
 
-def _why_not(model: Model) -> str:
-    if model.local.format == "openvino":
-        return f"its GGUF file is not here: `recollect pull {model.name}` fetches it"
-    return f"the reference does not read models of the format {model.local.format}"
+def why_not_compared(local: LocalModel) -> str:
+    """Return why a model without a source cannot be compared with its file, and what helps."""
+    if local.format != "openvino":
+        return f"the reference does not read models of the format {local.format}"
+    if str(local.folder) == local.name:
+        return "the folder does not say where its GGUF file is: name the model or the file"
+    return f"its GGUF file is not here: `recollect pull {local.name} --check` fetches it"
 
 
 def _token_ids(model: Model) -> list[int]:
-    """Return what is compared: the text, again and again where a vocabulary makes it short."""
-    ids = model.tokenizer.encode(_TEXT)
-    longest = min(_MOST_TOKENS, model.context_length - 1)
-    repeated = ids * (-(-_LEAST_TOKENS // max(1, len(ids))))
-    return repeated[:longest]
+    """Return what is compared: the text, again and again where a window is longer."""
+    within = [length for length in model.local.boundaries if length <= _WIDEST_WINDOW]
+    wanted = max([_LEAST_TOKENS, *(length + _AROUND_WINDOW for length in within)])
+    longest = min(max(wanted, _MOST_TOKENS), model.context_length - 1)
+    if longest < _LEAST_TOKENS:
+        raise NotCompared(
+            f"its context of {model.context_length} tokens is too short: {_LEAST_TOKENS} are compared"
+        )
+    ids = model.tokenizer.encode(_text())
+    if not ids:
+        raise NotCompared("its tokenizer makes no tokens of a text")
+    return (ids * -(-wanted // len(ids)))[:longest]
+
+
+def _text() -> str:
+    """Return prose, code, digits and scripts: a fault in a part of the vocabulary shows only there."""
+    return resources.files("recollect.proof").joinpath("data/compared.txt").read_text("utf-8")
 
 
 def _places(tokens: int) -> list[int]:
     """Return after which tokens logits are compared; where a forward pass of ours will end."""
     places = list(range(min(_SINGLE_TOKENS, tokens)))
     number = 0
-    while places[-1] + 1 < tokens:
-        places.append(min(places[-1] + _CHUNKS[number % len(_CHUNKS)], tokens - 1))
+    while (at := places[-1]) + 1 < tokens:
+        step = _CHUNKS[number % len(_CHUNKS)]
+        if at >= _MOST_TOKENS:  # far to the window, then one by one around it
+            step = max(1, min(_LONG_CHUNK, tokens - 2 * _AROUND_WINDOW - at))
+        places.append(min(at + step, tokens - 1))
         number += 1
     return places
 
@@ -545,20 +539,9 @@ def _our_logits(model: Model, ids: list[int], places: list[int]) -> Array:
     sequence = model.engine.new_sequence(namespace=None)
     logits = []
     try:
-        start = 0
-        for place in places:
+        for start, place in zip([0, *(place + 1 for place in places)], places, strict=False):
             sequence.append(ids[start : place + 1])
-            model.engine.compute([sequence])
-            assert sequence.logits is not None, "compute() leaves the logits known"
-            logits.append(np.array(sequence.logits, np.float32))
-            start = place + 1
+            logits.append(np.array(_computed(model, sequence), np.float32))
     finally:
         sequence.release()
     return np.stack(logits)
-
-
-def _perplexity(logits: Array, ids: list[int], places: list[int]) -> float:
-    """Return the perplexity of the tokens that follow the places."""
-    known = [(row, ids[place + 1]) for row, place in enumerate(places) if place + 1 < len(ids)]
-    rows, following = zip(*known, strict=True)
-    return float(np.exp(-log_softmax(logits[list(rows)])[range(len(rows)), following].mean()))

@@ -317,7 +317,7 @@ def too_large(limit: int) -> ApiError:
 
 CLIENT: Final = "recollect.client"
 """The key in an ASGI scope under which the client of a request is found."""
-_OPEN_PATHS: Final = frozenset({"/health"})
+_OPEN_PATHS: Final = frozenset({"/", "/health"})
 """What answers without a key: it says nothing that a port scan does not."""
 _JSON: Final = "application/json"
 

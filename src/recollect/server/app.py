@@ -25,7 +25,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as AnyHttpException
 
-from recollect._version import __version__
+from recollect import __version__
 from recollect.errors import RecollectError
 from recollect.server import (
     anthropic,
@@ -53,18 +53,27 @@ from recollect.server.usage import CONTENT_TYPE, Metrics
 router = APIRouter(tags=["Server"])
 
 
+@router.get("/")
+@router.head("/", include_in_schema=False)
+def root() -> dict[str, str]:
+    """Say that a server is here: clients ask that, without a key, before they begin."""
+    return {"name": "recollect", "version": __version__}
+
+
 @router.get("/v1/models")
 def list_models(request: Request) -> dict[str, Any]:
     """Return the models that a request may name."""
     services = services_of(request)
-    return {"object": "list", "data": [_model(services, name) for name in services.hub.names]}
+    names = (*services.hub.names, *services.hub.aliases)
+    return {"object": "list", "data": [_model(services, name) for name in names]}
 
 
 @router.get("/v1/models/{model_id:path}")
 def get_model(model_id: str, request: Request) -> dict[str, Any]:
     """Return one of them."""
     services = services_of(request)
-    return _model(services, services.hub.resolve(model_id))
+    services.hub.resolve(model_id)
+    return _model(services, model_id)
 
 
 @router.get("/health")
@@ -84,15 +93,20 @@ def metrics(request: Request) -> Response:
 
 
 def _model(services: Services, name: str) -> dict[str, Any]:
-    model = services.hub.loaded().get(name)
+    hub = services.hub
+    resolved = hub.resolve(name)
+    model = hub.loaded().get(resolved)
+    length = hub.context_length(resolved) if model is None else model.context_length
     return {
         "id": name,
         "object": "model",
         "created": services.started_at,
         "owned_by": "recollect",
+        "context_length": length,
         "recollect": {
+            "alias_of": None if name == resolved else resolved,
             "loaded": model is not None,
-            "context_length": None if model is None else model.context_length,
+            "context_length": length,
             "profile": None if model is None else model.profile,
         },
     }

@@ -2,20 +2,27 @@
 `POST /v1/completions`: text goes on, without a template and without a conversation.
 
 Every prompt is a sequence of its own; what any of them has in common with an earlier one is reused.
+Where the prompt is given back with its log probabilities, each of its tokens takes a pass of its own.
 """
 
+import math
 import secrets
-from collections.abc import Iterator, Sequence
-from time import time
+import threading
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter, time
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from recollect.conversation.model import Model
-from recollect.engine.reply import GeneratedReply, ReplyGeneration
-from recollect.engine.sampling import Generator
+from recollect.engine.reply import GeneratedReply, ReadAhead, ReplyGeneration
+from recollect.engine.sampling import Generator, score_tokens
+from recollect.engine.sequence import FeedPlan
+from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import ContextFullError, InvalidParameterError
 from recollect.server.chat_completions import StreamOptions
 from recollect.server.fields import (
@@ -26,19 +33,20 @@ from recollect.server.fields import (
     SamplingFields,
     check_count,
 )
-from recollect.server.refusals import ApiError, openai_body
+from recollect.server.refusals import ApiError, ClientGone, openai_body
 from recollect.server.services import (
     Call,
     Ended,
-    Job,
     Piece,
     Told,
     begin,
     client_of,
     services_of,
     sse,
+    with_model,
 )
-from recollect.types import SamplingParams, TokenLogprob
+from recollect.server.usage import Cost, cost
+from recollect.types import SamplingParams, TokenLogprob, Usage
 
 router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
@@ -54,7 +62,7 @@ class CompletionRequest(SamplingFields):
 
     model: str | None = None
     prompt: str | Prompts[str] | Prompts[TokenId] | Prompts[Items[TokenId]]
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0)] | None = 16
     n: Annotated[int, Field(ge=1)] | None = None
     echo: bool | None = False
     stream: bool | None = False
@@ -78,12 +86,37 @@ class CompletionRequest(SamplingFields):
 @router.post("/v1/completions")
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Go on with a text."""
-    settings, namespace = services_of(request).settings, client_of(request).namespace
+    services, namespace = services_of(request), client_of(request).namespace
+    settings = services.settings
     prompts = body.prompts()
     number = body.n or 1
     most = settings.limits.choices
     check_count("prompt", len(prompts), most)
     check_count("n", number * len(prompts), most)
+    gone = threading.Event()
+    given = _Given(body, namespace, gone)
+
+    if body.max_tokens == 0:
+
+        def read(model: Model) -> list[GeneratedReply]:
+            replies = [given.read(model, prompt) for prompt in prompts]
+            return [reply for reply in replies for _ in range(number)]
+
+        name = services.hub.resolve(body.model)
+        replies = await with_model(request, body.model, read, on_gone=gone.set)
+        speed = services.metrics.speed(name, namespace)
+
+        def spent(replies: Sequence[GeneratedReply]) -> Cost:
+            return cost([reply.usage for reply in replies], speed, per_prompt=number)
+
+        writer = _Completion(name, spent, body, given.echoes)
+        if not body.stream:
+            return JSONResponse(writer.whole(replies))
+        ends = [writer.write(Ended(choice, reply)) for choice, reply in enumerate(replies)]
+        return Response(
+            "".join([writer.begin(), *ends, writer.end()]), media_type="text/event-stream"
+        )
+
     params = [
         body.params(
             settings,
@@ -94,22 +127,124 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         for choice in range(number)
     ]
 
-    echoes: list[str] = []
-
     def prepare(model: Model) -> Iterator[ReplyGeneration]:
         ids = [_token_ids(model, prompt) for prompt in prompts]
-        if body.echo:
-            echoes.extend(model.tokenizer.decode(one) for one in ids for _ in params)
+        ahead = [given.echo(model, one) for one in ids]
         # All of them, so that nothing is begun where one prompt cannot be.
-        streams = [_reply_to(model, one, how, namespace) for one in ids for how in params]
+        streams = [
+            _reply_to(model, one, how, namespace, read)
+            for one, read in zip(ids, ahead, strict=True)
+            for how in params
+        ]
         for stream in streams:
             stream.start()
             yield stream
 
     job = await begin(
-        request, body.model, prepare, choices=number * len(prompts), per_prompt=number
+        request,
+        body.model,
+        prepare,
+        choices=number * len(prompts),
+        per_prompt=number,
+        on_gone=gone.set,
     )
-    return await job.answer(request, _Completion(job, body, echoes), stream=bool(body.stream))
+    writer = _Completion(job.model_name, job.cost, body, given.echoes)
+    return await job.answer(request, writer, stream=bool(body.stream))
+
+
+@dataclass(frozen=True, slots=True)
+class _Echo:
+    """A prompt as it is given back."""
+
+    text: str
+    tokens: tuple[TokenLogprob, ...] | None
+    """How likely they were, the first as NaN; None where nobody asked."""
+
+
+class _Given:
+    """The prompts of one request, where they are given back. Used by one thread."""
+
+    def __init__(self, body: CompletionRequest, namespace: str, gone: threading.Event) -> None:
+        self._body = body
+        self._namespace = namespace
+        self._gone = gone
+        self.echoes: list[_Echo] = []
+        """One for each choice; none where they are not asked for."""
+
+    def echo(self, model: Model, token_ids: list[int]) -> list[ReadAhead]:
+        """
+        Note a prompt that is to be given back, and return what was computed of it for that.
+
+        Raises:
+            ClientGone: Nobody waits for it any more.
+        """
+        if not self._body.echo:
+            return []
+        ahead, tokens = [], None
+        if self._body.logprobs is not None:
+            sequence = model.engine.new_sequence(self._namespace)
+            try:
+                tokens = self._scored(model, sequence, token_ids)
+            finally:
+                sequence.release()
+            ahead = [ReadAhead(sequence, [FeedPlan(0, len(token_ids) - 1)])]
+        echo = _Echo(model.tokenizer.decode(token_ids), tokens)
+        self.echoes += [echo] * (self._body.n or 1)
+        return ahead
+
+    def read(self, model: Model, prompt: str | list[int]) -> GeneratedReply:
+        """
+        Compute a prompt, and return a reply that says nothing.
+
+        Raises:
+            ClientGone: Nobody waits for it any more.
+        """
+        began = perf_counter()
+        ids = _token_ids(model, prompt)
+        ahead = self.echo(model, ids)
+        sequence = model.engine.new_sequence(self._namespace)
+        try:
+            sequence.append(ids)
+            model.engine.compute([sequence])
+            fed = sequence.fed_tokens
+        finally:
+            sequence.release()
+        computed = max(fed, len(ids) if ahead else 0)
+        usage = Usage(
+            prompt_tokens=len(ids),
+            reused_tokens=len(ids) - computed,
+            computed_tokens=computed,
+            generated_tokens=0,
+            ttft_s=perf_counter() - began,
+            prefill_tps=None,
+            decode_tps=None,
+        )
+        logprobs = None if self._body.logprobs is None else ()
+        return GeneratedReply(text="", finish_reason="length", usage=usage, logprobs=logprobs)
+
+    def _scored(
+        self, model: Model, sequence: TokenSequence, token_ids: list[int]
+    ) -> tuple[TokenLogprob, ...]:
+        vocabulary = model.tokenizer.vocabulary.token_bytes
+
+        def goes_on() -> None:
+            if self._gone.is_set():
+                raise ClientGone
+
+        def told(token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+            known = vocabulary[token] if token < len(vocabulary) else b""
+            return TokenLogprob(token, known, logprob, top)
+
+        likely = score_tokens(
+            model.engine, sequence, token_ids, self._body.logprobs or 0, goes_on=goes_on
+        )
+        return (
+            told(token_ids[0], math.nan),
+            *(
+                told(one.token_id, one.logprob, tuple(told(*other) for other in one.top))
+                for one in likely
+            ),
+        )
 
 
 def _token_ids(model: Model, prompt: str | list[int]) -> list[int]:
@@ -129,7 +264,11 @@ def _token_ids(model: Model, prompt: str | list[int]) -> list[int]:
 
 
 def _reply_to(
-    model: Model, prompt: list[int], params: SamplingParams, namespace: str
+    model: Model,
+    prompt: list[int],
+    params: SamplingParams,
+    namespace: str,
+    ahead: Sequence[ReadAhead],
 ) -> ReplyGeneration:
     """
     Return what follows a prompt, ready to begin; nothing is kept of it but its KV.
@@ -140,36 +279,48 @@ def _reply_to(
     sequence = model.engine.new_sequence(namespace)
     sequence.append(prompt)
     generator = Generator(model.engine, params, sequence=sequence, grammars=model.grammars)
-    return ReplyGeneration(model.engine, generator, model.tokenizer)
+    return ReplyGeneration(model.engine, generator, model.tokenizer, ahead=ahead)
 
 
 class _Completion:
     """What follows the prompts of one request, in OpenAI's words; a `Writer`."""
 
-    def __init__(self, job: Job, body: CompletionRequest, echoes: Sequence[str]) -> None:
-        self._job = job
+    def __init__(
+        self,
+        model_name: str,
+        spent: Callable[[Sequence[GeneratedReply]], Cost],
+        body: CompletionRequest,
+        echoes: Sequence[_Echo],
+    ) -> None:
+        self._spent = spent
         self._echoes = echoes
         self._include_usage = body.stream_options is not None and body.stream_options.include_usage
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time()),
-            "model": job.model_name,
+            "model": model_name,
         }
         self._replies: dict[int, GeneratedReply] = {}
+        self._offsets: dict[int, _Offsets] = {}
 
     def whole(self, replies: Sequence[GeneratedReply]) -> dict[str, Any]:
         """Return everything at once."""
-        echoes = self._echoes or [""] * len(replies)
-        choices = [
-            _choice(index, echo + reply.text, reply.finish_reason, reply.logprobs)
-            for index, (echo, reply) in enumerate(zip(echoes, replies, strict=True))
-        ]
-        return {**self._head, "choices": choices, "usage": self._job.cost(replies).chat()}
+        choices = []
+        for index, reply in enumerate(replies):
+            echo = self._echoes[index] if self._echoes else _Echo("", ())
+            tokens = reply.logprobs
+            if tokens is not None:
+                tokens = (*(echo.tokens or ()), *tokens)
+            choices.append(self._choice(index, echo.text + reply.text, reply.finish_reason, tokens))
+        return {**self._head, "choices": choices, "usage": self._spent(replies).chat()}
 
     def begin(self) -> str:
         """Return the prompts, where they are to be echoed."""
-        return "".join(map(self._piece, range(len(self._echoes)), self._echoes))
+        return "".join(
+            self._piece(index, echo.text, logprobs=echo.tokens)
+            for index, echo in enumerate(self._echoes)
+        )
 
     def write(self, event: Told) -> str:
         """Return the chunk of an event."""
@@ -191,7 +342,7 @@ class _Completion:
         usage = ""
         if self._include_usage:
             replies = [self._replies[choice] for choice in sorted(self._replies)]
-            usage = sse({**self._head, "choices": [], "usage": self._job.cost(replies).chat()})
+            usage = sse({**self._head, "choices": [], "usage": self._spent(replies).chat()})
         return usage + sse("[DONE]")
 
     def _piece(
@@ -201,28 +352,50 @@ class _Completion:
         finish_reason: str | None = None,
         logprobs: Sequence[TokenLogprob] | None = None,
     ) -> str:
-        return sse({**self._head, "choices": [_choice(index, text, finish_reason, logprobs)]})
+        return sse({**self._head, "choices": [self._choice(index, text, finish_reason, logprobs)]})
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        finish_reason: str | None,
+        logprobs: Sequence[TokenLogprob] | None = None,
+    ) -> dict[str, Any]:
+        offsets = self._offsets.setdefault(index, _Offsets())
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": None if logprobs is None else _logprobs(logprobs, offsets),
+            "finish_reason": finish_reason,
+        }
 
 
-def _choice(
-    index: int,
-    text: str,
-    finish_reason: str | None,
-    logprobs: Sequence[TokenLogprob] | None = None,
-) -> dict[str, Any]:
-    return {
-        "index": index,
-        "text": text,
-        "logprobs": None if logprobs is None else _logprobs(logprobs),
-        "finish_reason": finish_reason,
-    }
+class _Offsets:
+    """Where each token begins in a text, in characters; a part of one counts with its end."""
+
+    def __init__(self) -> None:
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._characters = 0
+
+    def next(self, token: TokenLogprob) -> int:
+        """Return where a token begins that comes after the one before."""
+        begin = self._characters
+        self._characters += len(self._decoder.decode(token.token_bytes))
+        return begin
 
 
-def _logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+def _logprobs(tokens: Sequence[TokenLogprob], offsets: _Offsets) -> dict[str, Any]:
     """Return how likely tokens were, in the older form that completions have."""
+    first_of_all = [math.isnan(token.logprob) for token in tokens]
     return {
         "tokens": [token.text for token in tokens],
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [{other.text: other.logprob for other in token.top} for token in tokens],
-        "text_offset": None,
+        "token_logprobs": [
+            None if unknown else token.logprob
+            for token, unknown in zip(tokens, first_of_all, strict=True)
+        ],
+        "top_logprobs": [
+            None if unknown else {other.text: other.logprob for other in token.top}
+            for token, unknown in zip(tokens, first_of_all, strict=True)
+        ],
+        "text_offset": [offsets.next(token) for token in tokens],
     }

@@ -18,7 +18,7 @@ from recollect.conversation.conversation import Conversation
 from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
 from recollect.conversation.session import ANSWERED
-from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message, to_node
+from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message
 from recollect.journal.journal import Journal
 from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, StoredConversation
 from recollect.server.hub import OpenConversations
@@ -107,7 +107,7 @@ class Places:
                 param="previous_response_id",
             )
         conversation = self._open(label.conversation_id, label.node_id)
-        node = conversation.kept_node(label.node_id)
+        node = conversation.saved_node(label.node_id)
         assert node is not None, "it was opened for this node"
         # The main tip goes along with a conversation that goes straight on, and not with a fork.
         goes_on = self._journal.tips(label.conversation_id).get(DEFAULT_TIP) == label.node_id
@@ -128,7 +128,7 @@ class Places:
             raise not_found(f"conversation {conversation_id!r}")
         node_id = tips.get(branch)
         conversation = self._open(label.conversation_id, node_id)
-        node = None if node_id is None else conversation.kept_node(node_id)
+        node = None if node_id is None else conversation.saved_node(node_id)
         if node is None:
             return Place(conversation, conversation.tree.root, tip=branch)
         has_instructions = self._has_instructions(label, conversation, node)
@@ -141,46 +141,59 @@ class Places:
         session.conversation.shares_tips = True
         return Place(session.conversation, session.tip, tip=DEFAULT_TIP)
 
-    def known(self, messages: Sequence[Message]) -> list[NewNode]:
-        """Return messages sent as text, with the token ids of those that were generated here."""
-        if not any(message["role"] == "assistant" for message in messages):
-            return [to_node(message) for message in messages]
-        session = self._model.session_from(messages, namespace=self._namespace)
-        return [node.to_new() for node in session.path()]
+    def grow(self, place: Place, instructions: str | None, messages: Sequence[Message]) -> Place:
+        """
+        Return the place after messages that were sent as text, under instructions.
+
+        Those that were generated here, after the same messages, have the token ids that they had then.
+
+        Raises:
+            StoreError: The journal cannot keep them.
+        """
+        first: list[Message] = []
+        if instructions is not None:
+            first.append({"role": "system", "content": instructions})
+        path = place.node.path()[place.has_instructions :]
+        before = [*first, *(node.message() for node in path)]
+        session = self._model.session_from([*before, *messages], namespace=self._namespace)
+        new = [node.to_new() for node in session.path()[len(before) :]]
+        node = grow(place.conversation, with_instructions(place, instructions), new)
+        place.conversation.take_tools(node, session.conversation, session.tip)
+        return replace(place, node=node, change=place.change or session.change)
 
     def _has_instructions(self, label: Label, conversation: Conversation, node: Node) -> bool:
         """Return whether the path to a node begins with the instructions of the response there."""
         copies = copies_of(label)
 
         def first(one: Node | None) -> int | None:
-            kept_id = None if one is None else conversation.kept_id(one)
-            return None if kept_id is None else copies.get(kept_id, kept_id)
+            saved_id = None if one is None else conversation.saved_id(one)
+            return None if saved_id is None else copies.get(saved_id, saved_id)
 
         said = first(node)
         notes = {one.node_id: one.note for one in self._journal.labels(label.conversation_id)}
-        response = None if said is None else conversation.kept_node(said)
+        response = None if said is None else conversation.saved_node(said)
         if response is None or not notes.get(said, {}).get(HAS_INSTRUCTIONS):
             return False
         # They are an item like others, which may have been deleted.
         return first(node.path()[0]) == first(response.path()[0])
 
-    def _open(self, kept_as: int, node_id: int | None) -> Conversation:
+    def _open(self, journal_id: int, node_id: int | None) -> Conversation:
         return self._kept.conversation(
-            self._model, kept_as, namespace=self._namespace, node_id=node_id
+            self._model, journal_id, namespace=self._namespace, node_id=node_id
         )
 
 
 def _change(copies: Mapping[int, int], conversation: Conversation, node: Node) -> Change | None:
     """Return where the path to a node leaves that on which its last reply was generated."""
     reply = next((one for one in reversed(node.path()) if one.role == "assistant"), None)
-    kept_id = None if reply is None else conversation.kept_id(reply)
-    first = None if kept_id is None else copies.get(kept_id)
-    before = None if first is None else conversation.kept_node(first)
+    saved_id = None if reply is None else conversation.saved_id(reply)
+    first = None if saved_id is None else copies.get(saved_id)
+    before = None if first is None else conversation.saved_node(first)
     if reply is None or before is None or _was_read(copies, conversation, reply):
         return None
     for number, (was, is_now) in enumerate(zip(before.path(), reply.path(), strict=False)):
         if (was.role, was.content) != (is_now.role, is_now.content):
-            return described(number, was, is_now.to_new())
+            return described(number, was, [one.to_new() for one in reply.path()[number:]])
     return None
 
 
@@ -189,8 +202,8 @@ def _was_read(copies: Mapping[int, int], conversation: Conversation, copy: Node)
     pending = list(copy.children)
     while pending:
         node = pending.pop()
-        kept_id = conversation.kept_id(node)
-        if node.token_ids is not None and kept_id not in copies:
+        saved_id = conversation.saved_id(node)
+        if node.token_ids is not None and saved_id not in copies:
             return True
         pending += node.children
     return False
@@ -231,7 +244,7 @@ def grow(conversation: Conversation, at: Node, messages: Sequence[NewNode]) -> N
     if generated:
         at = conversation.add(at, left[:generated], tip=None)
     for new in left[generated:]:
-        at = conversation.add_unkept(at, to_message(new.role, new.content, new.links))
+        at = conversation.add_unsaved(at, to_message(new.role, new.content, new.links))
     return at
 
 

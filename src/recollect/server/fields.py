@@ -174,9 +174,11 @@ class Body(BaseModel):
             return fields
         given = {name: value for name, value in fields.items() if value is not None}
         for name in given.keys() - cls._names:
-            if name in cls.refused and _asks_for_something(name, given[name]):
-                how = {"name": name, "why": cls.refused[name]}
-                raise PydanticCustomError("unsupported_parameter", "It cannot be done", how)
+            if name in cls.refused:
+                if _asks_for_something(name, given[name]):
+                    how = {"name": name, "why": cls.refused[name]}
+                    raise PydanticCustomError("unsupported_parameter", "It cannot be done", how)
+                continue
             meant = cls._meant(name, reading)
             if reading.is_strict or meant is not None:
                 how = {"name": name, "meant": meant or ""}

@@ -153,7 +153,7 @@ class ReasoningItem(Body):
 class ItemReference(Body):
     """Stands for an item that this server gave out."""
 
-    type: Literal["item_reference"]
+    type: Literal["item_reference"] = "item_reference"
     id: str
 
 
@@ -173,7 +173,8 @@ def _kind_of(item: Any) -> Any:
     """Return which kind of item something claims to be; a message need not say so."""
     if isinstance(item, dict):
         # A reference need not either, where it is nothing else.
-        kind = item.get("type") or (_REFERENCE if item.keys() == {"id"} else "message")
+        given = {name for name, value in item.items() if value is not None}
+        kind = item.get("type") or (_REFERENCE if given == {"id"} else "message")
     elif isinstance(item, Body):
         kind = getattr(item, "type", None)
     else:

@@ -29,8 +29,6 @@ from recollect.server.conversation_view import (
     Items,
     Place,
     Places,
-    grow,
-    with_instructions,
 )
 from recollect.server.fields import BodyRoute, check_count, check_last, logprob_entry
 from recollect.server.refusals import ApiError, not_found
@@ -242,15 +240,11 @@ class _Asked:
         tools = Tools.of(
             offered["tools"], offered["tool_choice"], parallel=offered["parallel_tool_calls"]
         )
-        node = grow(
-            place.conversation,
-            with_instructions(place, body.instructions),
-            places.known(said),
-        )
+        place = places.grow(place, body.instructions, said)
         return Session(
             model,
             place.conversation,
-            node,
+            place.node,
             body.sampling(self.services.settings),
             namespace=self.namespace,
             name=place.tip,
@@ -265,8 +259,8 @@ class _Asked:
         assert self.at is not None, "it was begun somewhere"
         assert isinstance(reply, Reply), "it was said in a session"
         model, place = self.at
-        kept_as = place.conversation.kept_as
-        if not self.body.keeps or kept_as is None:
+        journal_id = place.conversation.journal_id
+        if not self.body.keeps or journal_id is None:
             return
         services = self.services
         services.conversations.add(model, place.conversation)
@@ -276,8 +270,8 @@ class _Asked:
         }
         label = Label(
             name=self.id,
-            conversation_id=kept_as,
-            node_id=place.conversation.kept_id(reply.node),
+            conversation_id=journal_id,
+            node_id=place.conversation.saved_id(reply.node),
             note=note,
         )
         services.journal.set_label(label)

@@ -35,8 +35,7 @@ from recollect.encryption import KV_PURPOSE
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.maintenance import is_there, open_existing
+from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.server.access import CLIENT, Client
 from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
 from recollect.server.refusals import ApiError, ClientGone, api_error, stopping
@@ -499,6 +498,7 @@ async def begin(
     keeps: bool = False,
     keep: Callable[[GeneratedReply], None] | None = None,
     per_prompt: int | None = None,
+    on_gone: Callable[[], None] = lambda: None,
 ) -> Job:
     """
     Have replies to a request begun.
@@ -511,6 +511,7 @@ async def begin(
         keeps: Whether what is said goes to the journal. Where another program holds that, the request
             waits for it without a turn, which others can use.
         keep, per_prompt: See `Job`.
+        on_gone: Called where the client goes away before they have begun; may end what prepares them.
 
     Raises:
         ClientGone: The client went away.
@@ -541,6 +542,7 @@ async def begin(
         try:
             streams = await asyncio.shield(preparing)
         except asyncio.CancelledError:
+            on_gone()
             preparing.add_done_callback(abandon)  # the thread goes on; what it begins ends at once
             raise
         except BaseException:

@@ -2,9 +2,9 @@
 What the rest of recollect asks of a tokenizer, and what can be said of tokens without their files.
 
 In the order of the file: the bytes of each token (`Vocabulary`); the control tokens, which say where
-a turn begins and ends, found in texts (`ControlTokens`); the contract (`Tokenizer`); text as it
-arrives one token at a time (`Detokenizer`); and the tokenizer of the reference model, whose tokens
-are bytes (`ByteTokenizer`).
+a turn begins and ends, found in texts (`ControlTokens`, `Shown`); the contract (`Tokenizer`); text as it
+arrives one token at a time (`Detokenizer`), up to a stop string (`StopMatcher`); and the tokenizer of
+the reference model, whose tokens are bytes (`ByteTokenizer`).
 
 Nobody but a chat template may write a control token: what users, files and tools say is text,
 whatever it looks like. Pure: knows no files, no templates and no conversations. The tokenizers that
@@ -14,8 +14,11 @@ models come with are in `file_tokenizers`.
 import itertools
 import re
 import threading
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Final, Protocol
 
 _REPLACEMENT: Final = "\ufffd"
@@ -237,6 +240,50 @@ def _any_of(characters: Collection[str]) -> str:
     return f"[{re.escape(''.join(sorted(characters)))}]" if characters else "(?!)"
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A text in which a template, and nobody else, wrote control tokens."""
+
+    text: str
+    breaks: tuple[int, ...] = ()
+    """Places in the text, ascending: a control token that lies across one was said, not written."""
+
+    def name(self) -> bytes:
+        """Return a name that no other text, or the same with other places, has."""
+        text = self.text.encode("utf-8", "surrogatepass")
+        if not self.breaks:
+            return blake2b(text, digest_size=16).digest()
+        places = blake2b(array("q", self.breaks).tobytes(), digest_size=32).digest()
+        return blake2b(text, digest_size=16, key=places).digest()
+
+    def part(self, start: int, end: int | None = None) -> "Shown":
+        """Return what lies in `[start, end)`."""
+        stop = len(self.text) if end is None else end
+        if not self.breaks:
+            return Shown(self.text[start:stop])
+        first, last = bisect_right(self.breaks, start), bisect_right(self.breaks, stop - 1)
+        breaks = tuple(place - start for place in self.breaks[first:last])
+        return Shown(self.text[start:stop], breaks)
+
+    def has_break(self, start: int, end: int) -> bool:
+        """Return whether there is one inside `[start, end)`, its ends apart."""
+        place = bisect_right(self.breaks, start)
+        return place < len(self.breaks) and self.breaks[place] < end
+
+    def says(self, text: str, start: int, control: ControlTokens) -> bool:
+        """Return whether a text is shown from *start* on, and none of its control tokens written."""
+        begins = (start + place for place in control.begins(text))
+        return self.text.startswith(text, start) and all(
+            self.has_break(place, place + 2) for place in begins
+        )
+
+    def followed_by_said(self, text: str, control: ControlTokens) -> "Shown":
+        """Return this and a text that somebody says after it."""
+        start = len(self.text)
+        begins = (start + place + 1 for place in control.begins(text))
+        return Shown(self.text + text, (*self.breaks, start, *begins))
+
+
 class UnknownCharacters:
     """
     Characters that a vocabulary cannot spell, found out as they come.
@@ -410,6 +457,88 @@ class Detokenizer:
         """Forget all ids before the last piece, so that a long reply costs no more per token."""
         self._ids = self._ids[self._settled :]
         self._settled, self._shown = len(self._ids), None
+
+
+_ROOT: Final = 0
+
+
+class StopMatcher:
+    """
+    Pass text through up to the first stop string.
+
+    An automaton reads each character once, so that a piece costs the same however many stop strings
+    there are. Source: Aho and Corasick, Communications of the ACM 18(6), 1975.
+
+    Invariants:
+        1. What was let through never contains a stop string, and never has to be taken back.
+        2. What is held back is a proper prefix of a stop string.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        # A state stands for a beginning of a stop string: the longest that the text so far ends with.
+        self._next: list[dict[str, int]] = [{}]
+        self._shorter = [_ROOT]
+        """The state of the next shorter beginning that the same text ends with."""
+        self._lengths = [0]
+        """Of the beginning that a state stands for, in characters."""
+        self._found: list[str | None] = [None]
+        """The longest stop string that such a text ends with."""
+        for text in stop:
+            self._add(text)
+        self._link()
+        self._state = _ROOT
+        self._held = ""
+        self.matched: str | None = None
+        """The stop string that has come."""
+
+    def push(self, piece: str) -> str:
+        """Take more text and return what can be let through now; nothing once a stop string has come."""
+        if self.matched is not None:
+            return ""
+        text = self._held + piece
+        for place, character in enumerate(piece, len(self._held) + 1):
+            self._state = self._after(self._state, character)
+            self.matched = self._found[self._state]
+            if self.matched is not None:
+                self._held = ""
+                return text[: place - len(self.matched)]
+        keep = len(text) - self._lengths[self._state]
+        self._held = text[keep:]
+        return text[:keep]
+
+    def finish(self) -> str:
+        """Return what was held back, now that no more text comes."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _after(self, state: int, character: str) -> int:
+        while character not in self._next[state]:
+            if state == _ROOT:
+                return _ROOT
+            state = self._shorter[state]
+        return self._next[state][character]
+
+    def _add(self, text: str) -> None:
+        state = _ROOT
+        for length, character in enumerate(text, 1):
+            if character not in self._next[state]:
+                self._next[state][character] = len(self._next)
+                self._next.append({})
+                self._shorter.append(_ROOT)
+                self._lengths.append(length)
+                self._found.append(None)
+            state = self._next[state][character]
+        self._found[state] = text
+
+    def _link(self) -> None:
+        """Fill in what belongs to shorter beginnings, the shortest first."""
+        states = list(self._next[_ROOT].values())
+        for state in states:  # grows meanwhile
+            for character, following in self._next[state].items():
+                shorter = self._after(self._shorter[state], character)
+                self._shorter[following] = shorter
+                self._found[following] = self._found[following] or self._found[shorter]
+                states.append(following)
 
 
 END_OF_TURN: Final = "<|im_end|>"

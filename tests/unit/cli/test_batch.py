@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recollect.cli.chat import MOST_CHARACTERS, answer_all, open_prompts
-from recollect.cli.printing import printable
+from recollect.cli.display import printable
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError, ContextFullError
 from recollect.types import SamplingParams

@@ -14,10 +14,8 @@ from typer.testing import CliRunner, Result
 from recollect.cli.main import app
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError, StoreError
-from recollect.kv import maintenance
-from recollect.kv.blocks import chained_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Identity
+from recollect.kv.record import Identity, chained_key
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -148,7 +146,7 @@ def test_repair_puts_accounts_and_edges_right(kept: None, open_home_store: OpenS
         txn.put(b"bytes", (7).to_bytes(8, "little"), db=store.env.tables["info"])
         txn.put(b"p" * 32, b"c" * 32, db=store.env.tables["siblings"])
         txn.put(b"b" * 32, b"nobody knows it", db=store.env.tables["blocks"])
-    before = len(list(maintenance.problems(store)))
+    before = len(list(store.problems()))
     store.close()
     assert before == 3
     assert invoke("verify").exit_code == 1

@@ -62,11 +62,11 @@ def kept() -> list[str]:
 def test_what_is_exported_here_goes_on_there_without_being_read(at: At) -> None:
     say("one\ntwo\n", "--name", "poem")
     said = run("export", "poem", "poem.safetensors")
-    assert said.startswith("'poem' is in poem.safetensors, with the KV of ")
+    assert said.startswith("The conversation 'poem' was written to poem.safetensors, with the KV")
     at("second")
     said = run("import", "poem.safetensors", "--name", "mine")
     assert "'mine' was imported, with 2 turns." in said
-    tokens = int(said.partition("So was its KV: ")[2].split()[0])
+    tokens = int(said.partition("need not read ")[2].split()[0])
     (warm,) = say("three\n", "--resume", "mine")
     assert warm["usage"]["restored_tokens"] == tokens
     assert warm["usage"]["computed_tokens"] == warm["usage"]["prompt_tokens"] - tokens
@@ -78,14 +78,14 @@ def test_what_is_exported_here_goes_on_there_without_being_read(at: At) -> None:
 
 def test_another_branch_and_no_kv_are_options(at: At) -> None:
     say("one\n", "--name", "poem")
-    assert "no branch 'idea'" in fail(ConversationError, "export", "poem", "f", "--tip", "idea")
-    fail(ConfigError, "export", "poem", "f", "--tip", "main", "--no-kv")
+    assert "no branch 'idea'" in fail(ConversationError, "export", "poem", "f", "--branch", "idea")
+    fail(ConfigError, "export", "poem", "f", "--branch", "main", "--no-kv")
     assert not Path("f").exists()
     assert "without KV" in run("export", "poem", "f", "--no-kv")
     at("second")
     said = run("import", "f")
     assert "'poem' was imported, with 1 turn." in said
-    assert "Its KV was not: the file has none." in said
+    assert "Its KV was not imported: the file has none." in said
 
 
 def test_with_another_model_the_text_is_imported_and_it_says_so(at: At) -> None:
@@ -96,8 +96,8 @@ def test_with_another_model_the_text_is_imported_and_it_says_so(at: At) -> None:
         journal.append(chat, None, [asked, reply], tip="main")
     run("export", "old", "f", "--model", "reference")
     at("second")
-    assert "Its KV was not: bard is not here." in run("import", "f")
-    assert "So was its KV" in run("import", "f", "--name", "b", "--model", "reference")
+    assert "Its KV was not imported: bard is not here." in run("import", "f")
+    assert "Its KV was imported, too" in run("import", "f", "--name", "b", "--model", "reference")
     assert "(--kv-disk)" in run("import", "f", "--name", "c", "-m", "reference", "--kv-disk", "0")
     assert run("import", "f", "--name", "d", "--no-kv").count("\n") == 1
     assert sorted(kept()) == ["b", "c", "d", "old"]

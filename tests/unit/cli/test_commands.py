@@ -70,12 +70,25 @@ def test_rewind_to_the_start_keeps_the_instructions(make_chat: Callable[..., Cha
     assert chat.session.transcript() == [{"role": "system", "content": "be brief"}]
 
 
-@pytest.mark.parametrize("line", ["/rewind 4", "/rewind 99", "/undo 4", "/undo 0"])
-def test_a_turn_that_is_not_there_is_refused_and_changes_nothing(chat: Chat, line: str) -> None:
-    for text in ("one", "two", "three"):
-        handle_line(chat, text)
+@pytest.mark.parametrize(
+    ("turns", "line", "told"),
+    [
+        (3, "/rewind 4", "There is no turn 4: this branch has 3 turns"),
+        (1, "/rewind 99", "There is no turn 99: this branch has 1 turn;"),
+        (0, "/rewind 1", "There is no turn 1: nothing has been said on this branch yet"),
+        (3, "/undo 4", "has 3 turns, so 4 cannot be undone: undo between 1 and 3"),
+        (3, "/undo 0", "has 3 turns, so 0 cannot be undone: undo between 1 and 3"),
+        (1, "/undo 2", "has 1 turn, so 2 cannot be undone: undo that one"),
+        (0, "/undo", "There is nothing to undo: this branch has no turn yet"),
+    ],
+)
+def test_a_turn_that_is_not_there_is_refused_and_changes_nothing(
+    chat: Chat, turns: int, line: str, told: str
+) -> None:
+    for number in range(turns):
+        handle_line(chat, f"message {number}")
     tip = chat.session.tip
-    with pytest.raises(RewindError):
+    with pytest.raises(RewindError, match=told):
         run_command(chat, line)
     assert chat.session.tip is tip
 
@@ -133,14 +146,20 @@ def test_switch_without_a_name_lists_the_sessions(chat: Chat, screen: StringIO) 
     run_command(chat, "/fork idea")
     take(screen)
     run_command(chat, "/switch")
-    assert screen.getvalue() == "main: 0 turns\nidea: 0 turns  (here)\n"
+    assert take(screen) == "main: 0 turns\nidea: 0 turns  (here)\n"
+    handle_line(chat, "one")
+    take(screen)
+    run_command(chat, "/switch")
+    assert take(screen) == "main: 0 turns\nidea: 1 turn  (here)\n"
 
 
 def test_a_session_that_is_not_there_is_named(chat: Chat) -> None:
     with pytest.raises(ConversationError, match="nowhere"):
         run_command(chat, "/switch nowhere")
-    with pytest.raises(ConversationError, match="nowhere"):
+    with pytest.raises(ConversationError, match="no branch 'nowhere': its branches are main"):
         run_command(chat, "/close nowhere")
+    with pytest.raises(ConversationError, match="Give one of main"):
+        run_command(chat, "/close")
 
 
 def test_close_lets_blocks_go_that_were_pinned(chat: Chat) -> None:
@@ -172,7 +191,7 @@ def test_a_pin_can_be_taken_back(chat: Chat, screen: StringIO) -> None:
     run_command(chat, "/pin")
     warm, total = chat.session.warm_tokens()
     assert warm == total
-    assert f"{warm:,} tokens of main stay in memory" in take(screen)
+    assert f"The cache of main ({warm:,} tokens) is pinned in memory" in take(screen)
     run_command(chat, "/stats")
     assert f"{pinned_blocks(chat)} blocks pinned" in take(screen)
     run_command(chat, "/unpin")
@@ -184,7 +203,7 @@ def test_name_keeps_the_conversation_under_another_name(
 ) -> None:
     chat = make_chat(keep=True)
     run_command(chat, "/name")
-    assert "gets the date" in take(screen)
+    assert "gets the date as its name" in take(screen)
     handle_line(chat, "one")
     run_command(chat, "/name a poem")
     handle_line(chat, "two")
@@ -220,7 +239,7 @@ def test_a_name_that_is_taken_or_none_is_refused(make_chat: Callable[..., Chat])
 
 
 def test_what_is_not_kept_has_no_name(chat: Chat) -> None:
-    with pytest.raises(ConversationError, match="not kept"):
+    with pytest.raises(ConversationError, match="not saved"):
         run_command(chat, "/name poem")
 
 
@@ -237,6 +256,28 @@ def test_the_tree_says_what_is_in_memory_and_how_long_branches_are(
     assert lines[1].startswith("● 1 one → ")
     assert lines[2].startswith("● 2 two → ")
     assert lines[3].startswith("idea 2 turns (here) · main 1 turn   ● in memory")
+
+
+def test_close_says_how_to_go_on_with_what_was_closed(
+    make_chat: Callable[..., Chat], screen: StringIO
+) -> None:
+    for keep, other in (
+        (True, "recollect chat --resume poem"),
+        (False, "Nothing of it was saved."),
+    ):
+        chat = make_chat(keep=keep)
+        handle_line(chat, "one")
+        run_command(chat, "/fork idea")
+        run_command(chat, "/switch main")
+        if keep:
+            run_command(chat, "/name poem")
+        take(screen)
+        run_command(chat, "/close idea")
+        assert "/switch idea opens it again" in take(screen)
+        run_command(chat, "/system")  # what was main is another conversation now, main-1
+        take(screen)
+        run_command(chat, "/close main-1")
+        assert take(screen).rstrip().endswith(other)
 
 
 def test_the_tree_names_branches_that_were_closed(chat: Chat, screen: StringIO) -> None:
@@ -275,7 +316,7 @@ def test_save_and_load_go_away_and_come_back(
     chat = make_chat(keep=True, store=open_store())
     handle_line(chat, "one")
     run_command(chat, "/save first")
-    assert "are kept on disk as 'first'" in take(screen)
+    assert "Saved the checkpoint 'first', with " in take(screen)
     handle_line(chat, "two")
     run_command(chat, "/load first")
     assert "main is after turn 1." in take(screen)
@@ -295,9 +336,21 @@ def test_load_opens_another_conversation_beside(
     run_command(chat, "/load the first")
     assert chat.current == "the-first"
     assert said(chat) == ["one"]
-    assert "Now in the-first, a session of '20" in take(screen)
+    assert "Now in the conversation '20" in take(screen)
     run_command(chat, "/switch main")
     assert said(chat) == []
+
+
+def test_load_opens_another_conversation_under_a_name_that_is_not_open(
+    make_chat: Callable[..., Chat], open_store: Callable[..., DiskStore]
+) -> None:
+    chat = make_chat(keep=True, store=open_store())
+    handle_line(chat, "one")
+    run_command(chat, "/save main")
+    run_command(chat, "/system be brief")  # the conversation before is main-1 now
+    run_command(chat, "/load main")
+    assert chat.current == "main-2"
+    assert said(chat) == ["one"]
 
 
 def test_load_names_what_there_is_not(
@@ -315,7 +368,7 @@ def test_a_chat_that_is_not_kept_says_so_for_save(
 ) -> None:
     chat = make_chat(store=open_store())
     for line in ("/save", "/save here"):
-        with pytest.raises(ConversationError, match=r"not kept.* start one without --no-save"):
+        with pytest.raises(ConversationError, match=r"not saved.* start a chat without --no-save"):
             run_command(chat, line)
 
 
@@ -323,7 +376,7 @@ def test_save_says_that_no_place_is_kept(
     make_chat: Callable[..., Chat], open_store: Callable[..., DiskStore], screen: StringIO
 ) -> None:
     run_command(make_chat(keep=True, store=open_store()), "/save")
-    assert take(screen) == "There is no checkpoint yet: /save NAME makes one here.\n"
+    assert take(screen) == "There is no checkpoint yet: /save NAME saves one here.\n"
 
 
 def test_without_kv_on_disk_save_says_how_to_have_it(make_chat: Callable[..., Chat]) -> None:
@@ -456,10 +509,10 @@ def test_what_was_saved_is_only_said_once_a_long_prompt_was_timed(
 ) -> None:
     handle_line(chat, "one")
     run_command(chat, "/stats")
-    assert "saved             unknown" in take(screen)
+    assert "time saved        unknown" in take(screen)
     handle_line(chat, "a long message " * 20)
     run_command(chat, "/stats")
-    assert "saved             about" in take(screen)
+    assert "time saved        about" in take(screen)
 
 
 def test_help_names_every_command(chat: Chat, screen: StringIO) -> None:
@@ -476,7 +529,7 @@ def test_quit_leaves(chat: Chat) -> None:
 def test_an_unknown_command_names_the_near_one(chat: Chat) -> None:
     with pytest.raises(InvalidParameterError, match="did you mean /undo"):
         run_command(chat, "/unod")
-    with pytest.raises(InvalidParameterError, match="/help lists them"):
+    with pytest.raises(InvalidParameterError, match="/help lists the commands"):
         run_command(chat, "/xyzzy")
 
 
@@ -507,8 +560,8 @@ def test_an_error_is_one_line_and_the_chat_goes_on(
     ("line", "told"),
     [
         ("/goto", "Give the number of a reply, such as /goto #4; /tree shows them."),
-        ("/goto #99", "There is no reply #99: /tree shows those that there are."),
-        ("/goto #1", "#1 is a message, and no reply: give the number of one that /tree shows."),
+        ("/goto #99", "There is no reply #99: /tree shows the replies with their numbers."),
+        ("/goto #1", "#1 is not a reply: give the number of a reply; /tree shows them."),
         ("/rewind", "Give the turn to go back to, or 0 for the start."),
     ],
 )

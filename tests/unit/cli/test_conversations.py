@@ -141,7 +141,10 @@ def test_delete_needs_a_yes_where_nobody_can_be_asked(poem: Journal) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
-@pytest.mark.parametrize(("typed", "left"), [("n", 1), ("", 1), ("y", 0)])
+@pytest.mark.parametrize(
+    ("typed", "left"),
+    [("n", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("", 1), ("y", 0)))],
+)
 def test_delete_asks_at_a_terminal(
     poem: Journal, terminal: Callable[..., Any], typed: str, left: int
 ) -> None:
@@ -178,7 +181,7 @@ def test_what_is_exported_as_json_can_be_imported(poem: Journal, tmp_path: Path)
 
 def test_export_prints_markdown_unless_told_otherwise(poem: Journal) -> None:
     assert "## You\n\nAnother.\n\n## Assistant\n\nViolets are blue." in run("export", "poem").output
-    assert "The sea.\n" in run("export", "poem", "--tip", "sea").output
+    assert "The sea.\n" in run("export", "poem", "--branch", "sea").output
     assert json.loads(run("export", "poem", "--format", "json").output)["name"] == "poem"
 
 

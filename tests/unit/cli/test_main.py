@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from recollect import __version__
+from recollect.cli.display import format_bytes
 from recollect.cli.main import COMMANDS, load_command, run
-from recollect.cli.printing import format_bytes
 from recollect.conversation.loading import load
-from recollect.models import conversion
+from recollect.models import onnx_folder
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL
 from recollect.models.openvino_folder import Manifest
 
@@ -55,11 +55,16 @@ INTERFACES = {"fastapi", "prompt_toolkit", "recollect.proof", "recollect.cli.opt
     ("runs", "heavy"),
     [
         ([["--help"], ["--version"]], RUNTIMES | INTERFACES),
-        (
+        pytest.param(
             [["conversations"], ["checkpoints"], ["cache"], ["cache", "stats"], ["models"]],
             RUNTIMES | {"fastapi", "prompt_toolkit", "recollect.proof"},
+            marks=pytest.mark.slow,
         ),
-        ([[name, "--help"] for name in COMMANDS], RUNTIMES | {"fastapi", "prompt_toolkit"}),
+        pytest.param(
+            [[name, "--help"] for name in COMMANDS],
+            RUNTIMES | {"fastapi", "prompt_toolkit"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["help", "lists", "help of commands"],
 )
@@ -125,7 +130,7 @@ def test_offline_each_command_refuses_to_fetch(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("What is to be read once.")
-    monkeypatch.setattr(conversion, "_LIBRARIES", ())  # what converts need not be there
+    monkeypatch.setattr(onnx_folder, "_LIBRARIES", ())  # what converts need not be there
     if by == "option":
         arguments = [*arguments, "--offline"]
     else:
@@ -225,6 +230,15 @@ def test_what_is_here_can_be_pulled(
 ) -> None:
     assert status_of(monkeypatch, "pull", "reference") == 0
     assert capsys.readouterr().out == "reference is ready\n"
+
+
+def test_a_check_of_what_has_no_file_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(monkeypatch, "pull", "reference", "--check") == 0
+    ready, verdict = capsys.readouterr().out.strip().splitlines()[::2]
+    assert ready == "reference is ready"
+    assert verdict.startswith("Model against its file: NOT COMPARED: ")
 
 
 def test_the_default_model_is_that_of_the_library() -> None:

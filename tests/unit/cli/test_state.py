@@ -8,7 +8,7 @@ from io import StringIO
 
 import pytest
 
-from recollect.cli.printing import format_duration
+from recollect.cli.display import format_duration
 from recollect.cli.state import Chat, Totals, usage_line
 from recollect.conversation.tree import Tree
 from recollect.conversation.turn import Reply
@@ -148,7 +148,7 @@ def test_ctrl_c_before_the_first_token_leaves_the_conversation_as_it_was(
     tip = session.tip
     assert chat.say("hello") is None
     assert session.tip is tip
-    assert "Stopped before anything was said" in screen.getvalue()
+    assert "The reply was stopped before it began" in screen.getvalue()
 
 
 def test_ctrl_c_is_as_before_after_a_reply(chat: Chat) -> None:

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from recollect.cli.display import WordWrapper
-from recollect.cli.printing import printable
+from recollect.cli.display import WordWrapper, printable
 
 pieces_of_text = st.lists(st.text(alphabet="ab漢é \n", max_size=12))
 

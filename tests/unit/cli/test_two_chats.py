@@ -54,12 +54,12 @@ def test_the_second_chat_says_that_it_goes_on_as_a_branch(two: tuple[Chat, Chat]
     text = shown(second)
     told = [line for line in text.splitlines() if "main-2" in line]
     assert len(told) == 1
-    assert "'main' has gone on in another chat" in told[0]
-    assert "this one is a branch now, 'main-2'" in told[0]
-    assert "What the other one says: recollect chat --resume trains\n" in text
+    assert "Another program has moved the branch 'main'" in told[0]
+    assert "goes on in the new branch 'main-2'" in text.replace("\n", " ")
+    assert "To go on where the other program is: recollect chat --resume trains\n" in text
     assert second.current == "main-2"
     handle_line(second, "again")
-    assert "has gone on" not in shown(second)
+    assert "has moved" not in shown(second)
     handle_line(second, "/tree")
     assert "main-2 (here)" in shown(second)
     tips = second.model.journal.load("trains").tips
@@ -187,7 +187,7 @@ def test_a_reply_keeps_its_number_whatever_came_between(home: Path, model: Model
         assert asked.content == said
     shown(chat)
     handle_line(chat, "/goto #99")
-    assert "There is no reply #99: /tree shows those that there are." in shown(chat)
+    assert "There is no reply #99: /tree shows the replies with their numbers." in shown(chat)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")

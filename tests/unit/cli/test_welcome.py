@@ -6,7 +6,7 @@ from io import StringIO
 
 import pytest
 
-from recollect.cli.printing import count
+from recollect.cli.display import count
 from recollect.cli.state import Chat, farewell, welcome
 from recollect.journal.records import Entry, NewNode
 
@@ -27,7 +27,7 @@ def resumed(chat: Chat, screen: StringIO) -> str:
 
 def test_a_chat_that_is_not_kept_says_so(chat: Chat, screen: StringIO) -> None:
     welcome(chat)
-    assert screen.getvalue().splitlines()[1:] == ["Nothing of this chat is kept (--no-save)."]
+    assert screen.getvalue().splitlines()[1:] == ["Nothing of this chat is saved (--no-save)."]
 
 
 def test_a_new_chat_says_what_is_spoken_to(kept: Chat, screen: StringIO) -> None:
@@ -64,11 +64,13 @@ def test_a_conversation_of_another_model_says_so(kept: Chat, screen: StringIO) -
     reply = NewNode(role="assistant", content="uno", token_ids=[1], fingerprint="f00d")
     turn = [NewNode(role="user", content="one"), reply]
     last = journal.append(chat_id, None, turn, tip="main")[-1]
-    assert "1 reply of it came from bard: reference reads the text anew" in resumed(kept, screen)
+    assert "1 reply of this branch came from bard: reference reads the text" in resumed(
+        kept, screen
+    )
     again = [replace(turn[0], content="two"), replace(reply, content="due")]
     journal.append(chat_id, last, again, tip="main")
     journal.write(chat_id, Entry(nodes=(), model=("reference", "f00d")))
-    assert "2 replies of it came from another model" in resumed(kept, screen)
+    assert "2 replies of this branch came from another model" in resumed(kept, screen)
 
 
 def test_leaving_says_how_to_go_on(kept: Chat, screen: StringIO) -> None:
@@ -79,7 +81,7 @@ def test_leaving_says_how_to_go_on(kept: Chat, screen: StringIO) -> None:
     assert screen.getvalue() == ""
     kept.say("one")
     farewell(kept)
-    assert screen.getvalue().endswith("\nKept: recollect chat --resume 'a poem'\n")
+    assert screen.getvalue().endswith("\nSaved. To go on: recollect chat --resume 'a poem'\n")
 
 
 def test_what_is_not_kept_ends_without_a_word(chat: Chat, screen: StringIO) -> None:

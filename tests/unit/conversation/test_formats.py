@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from recollect.conversation.formats import FORMATS, load_runtime, load_tokenizer
+from recollect.conversation.model import FORMATS, load_runtime, load_tokenizer
 from recollect.models.catalog import Format, reference_model
 
 

@@ -103,9 +103,11 @@ def test_a_chat_of_a_thousand_messages_costs_the_same_each_turn_wherever_it_hang
 
 @pytest.mark.slow
 def test_an_edit_is_told_from_the_closest_of_twenty_thousand(model: Model) -> None:
+    again: Message = {"role": "user", "content": "And then?"}
     for number in range(0, 20_000, 2):
-        model.session_from(asked(number))
-    other = model.session_from([SYSTEM, {"role": "user", "content": "012345 is what letter?"}])
+        model.session_from(asked(number) if number != 12344 else [*asked(number), again])
+    said: Message = {"role": "user", "content": "012345 is what letter?"}
+    other = model.session_from([SYSTEM, said, again])
     usage = other.respond(None, params=SHORT).usage
     assert usage.reason == "message_changed"
     assert usage.difference == "Message 2: '4 is what number?' became '5 is what letter?'."

@@ -15,7 +15,7 @@ from recollect.errors import (
 )
 from recollect.journal.journal import Journal
 from recollect.models.catalog import reference_model
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import ReferenceRuntime
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=6)

@@ -9,7 +9,7 @@ import pytest
 
 import recollect
 from recollect import config
-from recollect.engine.engine import CONTEXTS_IN_POOL, pool_size
+from recollect.conversation.model import CONTEXTS_IN_POOL, pool_size
 from recollect.errors import ConfigError, ModelError
 from recollect.runtime.base import RuntimeInfo
 

@@ -3,14 +3,21 @@
 import gc
 import itertools
 import json
+import re
 import tracemalloc
+from array import array
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.conversation.prompt import MOST_REMEMBERED_BYTES, PromptEncoder, RememberedIds
+from recollect.conversation.prompt import (
+    MOST_REMEMBERED_BYTES,
+    PromptEncoder,
+    Remembered,
+    size_of_ids,
+)
 from recollect.conversation.tree import Node, Tree
 from recollect.errors import TemplateError
 from recollect.text.template import ChatTemplate
@@ -49,6 +56,26 @@ NO_REPLIES = (
 )
 BACKWARDS = "{% for m in messages | reverse %}[{{ m.role }}]{{ m.content }}\n{% endfor %}" + OPENING
 CONSTANT = "hello"
+OPENS = LOOP.replace("BODY", "m.content") + OPENING.replace("assistant\n", "assistant\n<think>\n")
+OPENS_AND_CLOSES = OPENS.replace("<think>\n", "<think>\n\n</think>\n\n")
+CLOSES_IN_HISTORY = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}" + OPENING
+)
+LEADS_WITH_SPACE = (
+    "{% for m in messages %}[{{ m.role }}]: {{ m.content | trim }}\n{% endfor %}[assistant]:"
+)
+NAMES_A_CHANNEL = CLOSES_IN_HISTORY.replace("<think></think>", "<|channel|>final<|message|>")
+KEEPS_LAST_REASONING = (
+    "{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 == ns.last %}<think>\n{{ m.content }}"
+    "{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 TEMPLATES = {
     "plain": PLAIN,
     "trims": TRIMS,
@@ -61,6 +88,12 @@ TEMPLATES = {
     "no_replies": NO_REPLIES,
     "backwards": BACKWARDS,
     "constant": CONSTANT,
+    "opens": OPENS,
+    "opens_and_closes": OPENS_AND_CLOSES,
+    "closes_in_history": CLOSES_IN_HISTORY,
+    "leads_with_space": LEADS_WITH_SPACE,
+    "names_a_channel": NAMES_A_CHANNEL,
+    "keeps_last_reasoning": KEEPS_LAST_REASONING,
 }
 
 Said = tuple[Role, str]
@@ -159,26 +192,35 @@ def test_a_reply_that_came_as_text_is_encoded() -> None:
 @pytest.mark.parametrize(
     ("name", "replies", "rewritten"),
     [
-        ("plain", ["one", "two"], None),
-        ("trims", ["one", "two"], None),
-        ("trims", [" one", "two"], 0),
-        ("trims", ["one", "two "], 1),
-        ("trims_replies", ["one\n", "two"], 0),
-        ("trims_replies", ["one", "two\n"], 1),
-        ("drops_reasoning", ["one", "two"], None),
-        ("drops_reasoning", ["<think>hm</think>one", "two"], 0),
-        ("drops_reasoning", ["one", "<think>hm</think>two"], 1),
-        ("upper", ["ONE", "two"], 0),  # what changes letters changes the marks: on the safe side
-        ("last_reply_only", ["one", "two"], 0),
-        ("last_reply_only", ["one"], None),
-        ("system_last", ["one", "two"], None),
-        ("no_replies", ["one"], 0),
-        ("backwards", ["one", "two"], 0),
-        ("constant", ["one"], 0),
+        ("plain", ["one", "two"], []),
+        ("trims", ["one", "two"], []),
+        ("trims", [" one", "two"], []),
+        ("trims", ["one", "two \n"], []),
+        ("trims_replies", ["one\n", " two"], []),
+        ("opens", ["one", "two"], []),
+        ("opens_and_closes", ["one", "two"], []),
+        ("closes_in_history", ["one", "two"], []),
+        ("leads_with_space", [" one", "two"], []),
+        ("names_a_channel", ["one", "two"], [0, 1]),
+        ("drops_reasoning", ["one", "two"], []),
+        ("drops_reasoning", ["<think>hm</think>one", "two"], [0]),
+        ("drops_reasoning", ["one", "<think>hm</think>two"], [1]),
+        ("keeps_last_reasoning", ["hm</think>one", "hm</think>two"], [0]),
+        (
+            "upper",
+            ["ONE", "two"],
+            [0, 1],
+        ),  # what changes letters changes the marks: on the safe side
+        ("last_reply_only", ["one", "two"], [0]),
+        ("last_reply_only", ["one"], [0]),  # it is called by another name in history
+        ("system_last", ["one", "two"], [0, 1]),
+        ("no_replies", ["one"], [0]),
+        ("backwards", ["one", "two"], [0]),
+        ("constant", ["one"], [0]),
     ],
 )
-def test_drift_is_reported_at_the_first_reply_that_is_shown_otherwise(
-    name: str, replies: list[str], rewritten: int | None
+def test_what_is_shown_otherwise_is_told_and_nothing_else(
+    name: str, replies: list[str], rewritten: list[int]
 ) -> None:
     prompts, template, _ = encoder(TEMPLATES[name])
     said: list[Said] = [("system", "Be brief.")]
@@ -186,17 +228,61 @@ def test_drift_is_reported_at_the_first_reply_that_is_shown_otherwise(
         said += [("user", "Hello"), ("assistant", reply)]
     path = conversation(said)
     prompt = prompts.encode(path, "Bye")
-    assert prompt.rewritten_reply == rewritten
-    kept = [node for node in path if node.role == "assistant"][:rewritten]
-    for node in kept:
+    assert [one.reply for one in prompt.rewritten] == rewritten
+    assert prompt.rewritten_reply == (rewritten[0] if rewritten else None)
+    generated = [node for node in path if node.role == "assistant"]
+    for number, node in enumerate(generated):
         assert node.token_ids is not None
-        assert contains(prompt.token_ids, node.token_ids)
+        assert number in rewritten or contains(prompt.token_ids, node.token_ids)
     text = template.render(
         [*[node.message() for node in path], {"role": "user", "content": "Bye"}],
         add_generation_prompt=True,
     )
-    marks = 2 * len(kept)
-    assert text_of(prompt.token_ids).count("<|im_start|>") == text.count("<|im_start|>") + marks
+    shown = text_of(prompt.token_ids)
+    for reply in replies:
+        shown = shown.replace(f"<|im_start|>{reply}<|im_start|>", reply)
+    assert says(shown) == says(text)
+
+
+def says(text: str) -> str:
+    """Return a text without space and marks of thinking."""
+    return re.sub(r"\s|</?think>", "", text)
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "trims", "opens", "opens_and_closes", "leads_with_space"]
+)
+def test_each_prompt_begins_with_the_one_before_and_its_reply(name: str) -> None:
+    """So nothing that was read or generated is read again."""
+    prompts, _, _ = encoder(TEMPLATES[name])
+    before: list[int] = []
+    for count in (2, 4, 6):
+        turns = [*TURNS[:2], ("assistant", " one\n"), ("user", "b"), ("assistant", "two")]
+        path = conversation([*turns, ("user", "c")][:count])
+        ids = prompts.encode(path).token_ids
+        for fresh in (prompts, encoder(TEMPLATES[name])[0]):  # also where nothing is remembered
+            assert fresh.encode(path).token_ids == ids
+        assert ids[: len(before)] == before
+        before = (
+            [*ids, *(conversation([("assistant", turns[count][1])])[0].token_ids or ())]
+            if (count < 5)
+            else ids
+        )
+
+
+def test_what_was_rewritten_is_read_once_and_later_replies_are_kept() -> None:
+    prompts, _, _ = encoder(DROPS_REASONING)
+    turns: list[Said] = [("user", "a"), ("assistant", "<think>hm</think>one"), ("user", "b")]
+    second = prompts.encode(conversation(turns))
+    (told,) = second.rewritten
+    first = prompts.encode(conversation(turns[:1]))
+    assert told.start >= len(first.token_ids)
+    assert text_of(second.token_ids[told.start : told.end]) == "one"
+    path = conversation([*turns, ("assistant", "two"), ("user", "c")])
+    third = prompts.encode(path)
+    assert third.token_ids[: len(second.token_ids)] == second.token_ids
+    assert path[3].token_ids is not None
+    assert contains(third.token_ids, path[3].token_ids)
 
 
 CONTENT = st.text("ab \n<>é/", max_size=8)
@@ -207,7 +293,7 @@ CONTENT = st.text("ab \n<>é/", max_size=8)
 def test_whatever_the_template_does_the_ids_say_what_it_says(
     name: str, replies: list[str], said: str
 ) -> None:
-    """With replies whose ids are those of their text, the prompt reads as the template's text."""
+    """With replies whose ids are those of their text, but for what says nothing."""
     prompts, template, _ = encoder(TEMPLATES[name])
     turns: list[Said] = [("system", "S")]
     for reply in replies:
@@ -222,7 +308,10 @@ def test_whatever_the_template_does_the_ids_say_what_it_says(
         [*[node.message() for node in node.path()], {"role": "user", "content": said}],
         add_generation_prompt=True,
     )
-    assert text_of(prompts.encode(node.path(), said).token_ids) == text
+    shown = text_of(prompts.encode(node.path(), said).token_ids)
+    assert says(shown) == says(text)
+    if name in ("plain", "upper", "twice", "system_last", "constant"):
+        assert shown == text
 
 
 def test_two_prompts_part_exactly_where_the_conversations_do() -> None:
@@ -406,7 +495,7 @@ def test_a_reply_of_this_model_is_not_touched() -> None:
 
 
 def test_a_reply_that_is_shown_otherwise_is_text_too() -> None:
-    prompts, _, _ = encoder(TRIMS)
+    prompts, _, _ = encoder(UPPER)
     path = conversation([("user", "a"), ("assistant", " b<|im_end|>c")])
     prompt = prompts.encode(path)
     assert prompt.rewritten_reply == 0
@@ -487,24 +576,24 @@ def test_thousands_of_long_prompts_stay_within_their_bytes() -> None:
 
 
 def test_what_was_used_longest_ago_is_forgotten_first() -> None:
-    remembered = RememberedIds(most_bytes=3_000)
+    remembered = Remembered(size_of_ids, 3_000)
     for name in (b"a", b"b"):
-        remembered.put(name, range(256))
-    assert remembered.get(b"a") == list(range(256))
-    remembered.put(b"c", range(256))
+        remembered.put(name, array("i", range(256)))
+    assert remembered.get(b"a") == array("i", range(256))
+    remembered.put(b"c", array("i", range(256)))
     remembered.check()
     assert [remembered.get(name) is None for name in (b"a", b"b", b"c")] == [False, True, False]
-    remembered.put(b"d", range(10_000))
+    remembered.put(b"d", array("i", range(10_000)))
     assert remembered.get(b"d") is None
     assert len(remembered) == 2
 
 
 def test_small_segments_are_counted_with_what_they_take_beside_their_ids() -> None:
-    remembered = RememberedIds(most_bytes=100_000)
+    remembered = Remembered(size_of_ids, 100_000)
     tracemalloc.start()
     try:
         for number in itertools.count():
-            remembered.put(number.to_bytes(16, "big"), (number,))
+            remembered.put(number.to_bytes(16, "big"), array("i", [number]))
             if len(remembered) <= number:
                 break
         held, _ = tracemalloc.get_traced_memory()

@@ -130,9 +130,9 @@ def test_references_inside_a_schema_and_words_that_nobody_knows_are_no_obstacle(
     [
         ([{"type": "function"}], "auto", "None"),
         (["clock"], "auto", "None"),
-        ([{"function": {"name": "f", "parameters": {"const": {1}}}}], "auto", "no JSON value"),
+        ([{"function": {"name": "f", "parameters": {"const": {1}}}}], "auto", "not a JSON value"),
         ([tool("a b")], "auto", "'a b'"),
-        ([CLOCK, CLOCK], "auto", "Two tools are called clock"),
+        ([CLOCK, CLOCK], "auto", "Two tools have the name 'clock'"),
         ([CLOCK], "weather", "none, auto, required, clock"),
         ([], "required", "none, auto"),
     ],
@@ -202,7 +202,7 @@ def test_a_wrong_schema_of_the_answer_is_told_as_that(model: Model) -> None:
     wrong = Grammar.json_schema({"type": "object", "properties": {"a": {"type": "nonsense"}}})
     session = model.session(tools=TOOLS)
     used = model.engine.pool.used_blocks
-    with pytest.raises(InvalidParameterError, match="JSON schema of the reply.*nonsense") as told:
+    with pytest.raises(InvalidParameterError, match=r"JSON schema of the reply.*nonsense") as told:
         session.stream("Hello", params=SamplingParams(grammar=wrong))
     assert model.engine.pool.used_blocks == used
     assert "lark" not in str(told.value)
@@ -244,7 +244,7 @@ def test_a_name_has_up_to_128_characters() -> None:
 @pytest.mark.parametrize("parameters", [5, [], "a", True])
 def test_parameters_that_are_no_object_are_refused(parameters: Any) -> None:
     tool = {"type": "function", "function": {"name": "get", "parameters": parameters}}
-    with pytest.raises(InvalidParameterError, match="'get' are no object"):
+    with pytest.raises(InvalidParameterError, match="'get' are not an object"):
         Tools.of([tool])
     for left_out in ({"name": "get"}, {"name": "get", "parameters": None}):
         assert Tools.of([{"type": "function", "function": left_out}]).grammar() is not None

@@ -6,7 +6,6 @@ import pytest
 
 from recollect.conversation.model import Model
 from recollect.errors import ContextFullError, ConversationError, NameTakenError, StoreError
-from recollect.kv import maintenance
 from recollect.kv.disk import DiskStore
 from recollect.types import SamplingParams
 
@@ -73,7 +72,7 @@ def test_what_was_lost_of_it_is_read_again(model: Model) -> None:
     store.remove([pin.tail])
     again = model.warm(TEXT, name="text")
     assert again.stored_bytes == made.stored_bytes
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
 
 
 def test_a_text_that_has_changed_takes_the_place_of_the_one_before(model: Model) -> None:

@@ -392,7 +392,7 @@ def test_a_stale_block_is_seen(
     """A rewind that forgets to lower `computed`: other tokens over the old KV."""
     sequence = appended(engine, ids_of(12))
     engine.compute([sequence])
-    monkeypatch.setattr(sequence, "crop", lambda _: None)
+    monkeypatch.setattr(sequence, "park", lambda _: None)
     sequence.rewind_to(3)
     sequence.append([40] * 9)
     monkeypatch.undo()

@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ from hypothesis import strategies as st
 
 from recollect.engine import grammar as grammar_module
 from recollect.engine.engine import Engine
-from recollect.engine.grammar import Grammars, GrammarState
+from recollect.engine.grammar import GrammarNotes, Grammars, GrammarState
 from recollect.engine.sampling import Generator
 from recollect.errors import ConfigError, InvalidParameterError
-from recollect.text.tokenizer import ByteTokenizer
+from recollect.text.tokenizer import ByteTokenizer, Vocabulary
 from recollect.types import Grammar, SamplingParams
 
 TOKENIZER = ByteTokenizer()
@@ -350,3 +351,87 @@ def test_large_grammars_are_kept_by_their_bytes(
         assert 0 < grammars.held_bytes <= 2 << 20
     grammars.start(Grammar.regex("a" * 20_000))  # too large to be kept, and used all the same
     assert grammars.held_bytes == 0
+
+
+class Counted(ByteTokenizer):
+    """Counts how often its bytes were found out."""
+
+    asked = 0
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        self.asked += 1
+        return super().vocabulary
+
+
+class Notes(GrammarNotes):
+    def __init__(self, text: str | None = None) -> None:
+        self.text = text
+
+    def read(self) -> str | None:
+        return self.text
+
+    def write(self, text: str) -> None:
+        self.text = text
+
+
+def test_what_was_used_last_is_compiled_before_it_is_asked_for() -> None:
+    notes = Notes()
+    first = Grammars(TOKENIZER, vocab_size=VOCAB_SIZE, notes=notes)
+    for grammar in (*GRAMMARS, GRAMMARS[0]):
+        first.start(grammar)
+    assert first.made == 1 + len(GRAMMARS)
+    second = Grammars(TOKENIZER, vocab_size=VOCAB_SIZE, notes=notes)
+    second.prepare_later()
+    second.join()
+    assert second.made == 1 + len(GRAMMARS)
+    for grammar in GRAMMARS:
+        state, same = second.start(grammar), first.start(grammar)
+        assert np.array_equal(state.allowed([]), same.allowed([]))
+    assert second.made == 1 + len(GRAMMARS), "nothing was made while somebody waited"
+    second.close()
+
+
+def test_few_grammars_are_noted_and_no_long_ones() -> None:
+    notes = Notes()
+    grammars = Grammars(TOKENIZER, vocab_size=VOCAB_SIZE, notes=notes)
+    for number in range(40):
+        grammars.start(Grammar.regex(f"a{number}"))
+    assert notes.text is not None
+    assert json.loads(notes.text) == [["regex", f"a{number}"] for number in range(24, 40)]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '[["regex"]]', '[["regex", "("]]', "null"])
+def test_a_note_that_is_none_is_left_out(text: str) -> None:
+    grammars = Grammars(TOKENIZER, vocab_size=VOCAB_SIZE, notes=Notes(text))
+    grammars.prepare()
+    assert grammars.made == 1
+
+
+def test_the_bytes_of_tokens_are_found_out_once_for_each_model(tmp_path: Path) -> None:
+    def prepared(fingerprint: str) -> tuple[int, GrammarState]:
+        tokenizer = Counted()
+        grammars = Grammars(
+            tokenizer, vocab_size=VOCAB_SIZE, home=tmp_path, fingerprint=fingerprint
+        )
+        grammars.prepare()
+        return tokenizer.asked, grammars.start(PERSON)
+
+    (asked, state), (again, same), (other, _) = map(prepared, "aab")
+    assert (asked, again, other) == (1, 0, 1)
+    assert np.array_equal(state.allowed([]), same.allowed([]))
+    file = tmp_path / "vocabularies" / "a.bin"
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:40], whole[:-1], whole[:60] + b"x" + whole[61:]):
+        file.write_bytes(damaged)
+        assert prepared("a")[0] == 1
+        assert file.read_bytes() == whole
+    for number in range(30):
+        prepared(f"{number}")
+    assert len(list(file.parent.iterdir())) == 16
+
+
+def test_bytes_that_cannot_be_kept_are_found_out_again(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("no folder")
+    grammars = Grammars(TOKENIZER, vocab_size=VOCAB_SIZE, home=tmp_path / "home", fingerprint="a")
+    assert after(grammars.start(Grammar.regex("ab")), "") == "a"

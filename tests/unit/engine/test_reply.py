@@ -15,8 +15,7 @@ from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import RuntimeFailure
-from recollect.runtime.base import Pace, PassResult, Row
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import Pace, PassResult, ReferenceRuntime, Row
 from recollect.text.tokenizer import ControlTokens, Vocabulary
 from recollect.types import SamplingParams
 
@@ -72,8 +71,8 @@ class Pieces:
 class Script(ReferenceRuntime):
     """A reference runtime whose logits after position `n` favour the n-th token of a script."""
 
-    def __init__(self, script: Sequence[int], prompt: int) -> None:
-        super().__init__(vocab_size=len(Pieces.PIECES), context_length=64, block_size=4)
+    def __init__(self, script: Sequence[int], prompt: int, *, context_length: int = 64) -> None:
+        super().__init__(vocab_size=len(Pieces.PIECES), context_length=context_length, block_size=4)
         self._script = list(script)
         self._prompt = prompt
 
@@ -468,3 +467,49 @@ def test_taking_back_what_was_not_given_out_decodes_nothing_again(stop: tuple[st
     reply.finish()
     assert decoded == []
     verify(engine, generator, reply)
+
+
+CYCLE = [0, 1, 2] * 500
+
+
+def repeating(params: SamplingParams | None = None) -> tuple[Engine, Generator]:
+    """Return an engine and a generator whose model says three tokens again and again, 1,500 of them."""
+    script = Script(CYCLE, len(PROMPT), context_length=2048)
+    engine = Engine(script, num_blocks=512, eos_token_ids=[END])
+    generator = Generator(engine, params)
+    generator.append_tokens(PROMPT)
+    return engine, generator
+
+
+def test_a_reply_that_only_repeats_itself_is_ended() -> None:
+    """It is cut like one that was too long, says why, and its text is what was generated."""
+    engine, generator = repeating()
+    with started(ReplyGeneration(engine, generator, Pieces())) as generation:
+        text = "".join(generation)
+    reply = generation.reply
+    assert reply is not None
+    assert (reply.finish_reason, reply.ran_away) == ("length", True)
+    assert 512 < reply.usage.generated_tokens < 700
+    assert text == reply.text == Pieces().decode(CYCLE[: reply.usage.generated_tokens])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(end_repetition=False), SamplingParams(ignore_eos=True, max_tokens=1500)],
+)
+def test_whoever_wants_repetition_gets_it(params: SamplingParams) -> None:
+    """A measurement of a fixed length goes on, and so does a reply that may repeat."""
+    engine, generator = repeating(params)
+    with started(ReplyGeneration(engine, generator, Pieces())) as generation:
+        for _ in generation:
+            pass
+    assert generation.generated_tokens >= 1500
+    assert not generation.ran_away
+
+
+def test_a_generator_goes_on_through_repetition() -> None:
+    """Its caller decides about each token."""
+    _, generator = repeating()
+    for _ in range(1400):
+        generator.generate_next_token()
+    assert not generator.is_done()

@@ -93,10 +93,11 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("draws", [600, pytest.param(6000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_draws_follow_the_plain_distribution(case: dict[str, Any]) -> None:
+def test_draws_follow_the_plain_distribution(case: dict[str, Any], draws: int) -> None:
     params = SamplingParams(**{"temperature": 1.0, **case})
-    history, reply_start, draws = [1, 2, 2, 5, 5, 5, 7], 3, 3000
+    history, reply_start = [1, 2, 2, 5, 5, 5, 7], 3
     expected = plain_distribution(some_logits(), params, history, reply_start)
     drawn = draw(some_logits(), params, history, reply_start, draws)
     assert set(drawn) <= set(expected)
@@ -310,7 +311,13 @@ def test_a_draw_falls_where_a_softmax_in_double_precision_has_it(
 
 @pytest.mark.parametrize(
     "case",
-    [{}, {"top_k": 500}, {"top_p": 0.9}, {"min_p": 1e-3}, {"presence_penalty": 2.0}],
+    [
+        {"top_p": 0.9},
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ({}, {"top_k": 500}, {"min_p": 1e-3}, {"presence_penalty": 2.0})
+        ),
+    ],
     ids=str,
 )
 def test_draws_from_a_large_vocabulary_pass_a_chi_square_test(case: dict[str, Any]) -> None:

@@ -12,12 +12,12 @@ import pytest
 
 from recollect.engine import engine as engine_module
 from recollect.engine.engine import Engine
+from recollect.engine.reply import Stream
 from recollect.engine.sampling import Generator
 from recollect.engine.scheduler import Scheduler, Task
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, OutOfBlocksError, RecollectError, RuntimeFailure
-from recollect.runtime.base import Pace, PassResult, Row
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import Pace, PassResult, ReferenceRuntime, Row
 from recollect.types import SamplingParams
 
 WAIT_S = 60  # for what takes milliseconds: a test that would hang fails instead
@@ -512,23 +512,27 @@ def test_a_callback_cannot_close_its_engine_and_is_told(engine: Engine) -> None:
     engine.close()
 
 
-def counting(engine: Engine, count: int) -> Task:
-    """Return a task whose results are the numbers below *count*."""
-    sequence, said = appended(engine, ids_of(9)), list[int]()
+def streaming(sequence: TokenSequence, on_logits: Callable[[], bool], stream: Stream) -> Task:
+    """Return a task that puts results into a stream."""
+    return Task(sequence, on_logits, hand_over=stream.hand_over, on_end=stream.close)
+
+
+def counting(engine: Engine, count: int) -> tuple[Task, Stream]:
+    """Return a task whose results are the numbers below *count*, and what they are read from."""
+    sequence, said, stream = appended(engine, ids_of(9)), list[int](), Stream()
 
     def on_logits() -> bool:
-        task.stream.put(len(said))
+        stream.put(len(said))
         said.append(len(said))
         sequence.append([1])
         return len(said) < count
 
-    task = Task(sequence, on_logits)
-    return task
+    return streaming(sequence, on_logits, stream), stream
 
 
-async def read(task: Task, most: int) -> list[int]:
+async def read(stream: Stream, most: int) -> list[int]:
     results: list[int] = []
-    async for result in task.stream:
+    async for result in stream:
         results.append(result)
         if len(results) == most:
             break
@@ -537,20 +541,20 @@ async def read(task: Task, most: int) -> list[int]:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_thread_reads_all_results_of_a_task_and_then_the_end(engine: Engine, late: bool) -> None:
-    task = counting(engine, 5)
+    task, stream = counting(engine, 5)
     engine.submit(task)
     if late:
         task.wait()
-    assert list(task.stream) == [0, 1, 2, 3, 4]
-    assert list(task.stream) == []
+    assert list(stream) == [0, 1, 2, 3, 4]
+    assert list(stream) == []
 
 
 def test_two_readers_share_the_results_and_both_come_to_the_end(engine: Engine) -> None:
-    task = counting(engine, 50)
+    task, stream = counting(engine, 50)
     read_by: list[list[int]] = [[], []]
 
     def read_into(results: list[int]) -> None:
-        results.extend(task.stream)
+        results.extend(stream)
 
     readers = [threading.Thread(target=read_into, args=[one], daemon=True) for one in read_by]
     for reader in readers:
@@ -564,43 +568,45 @@ def test_two_readers_share_the_results_and_both_come_to_the_end(engine: Engine) 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_an_event_loop_reads_what_a_thread_would(engine: Engine, late: bool) -> None:
-    tasks = [counting(engine, 5) for _ in range(3)]
+    counts = [counting(engine, 5) for _ in range(3)]
 
     async def read_all() -> list[list[int]]:
-        return await asyncio.wait_for(asyncio.gather(*(read(task, 9) for task in tasks)), WAIT_S)
+        return await asyncio.wait_for(
+            asyncio.gather(*(read(stream, 9) for _, stream in counts)), WAIT_S
+        )
 
-    for task in tasks:
+    for task, _ in counts:
         engine.submit(task)
         if late:
             task.wait()
     assert asyncio.run(read_all()) == [[0, 1, 2, 3, 4]] * 3
-    assert asyncio.run(read(tasks[0], 9)) == []
+    assert asyncio.run(read(counts[0][1], 9)) == []
 
 
 def test_a_reader_may_stop_and_another_one_goes_on(engine: Engine, gates: list[Gate]) -> None:
     gates.append(gate := Gate(engine))
-    task = counting(engine, 5)
+    task, stream = counting(engine, 5)
     engine.submit(task)
     gate.wait()
     for _ in range(2):
         gate.passes.release()
         gate.wait()
-    assert asyncio.run(read(task, 1)) == [0], "its loop is closed while the engine goes on"
+    assert asyncio.run(read(stream, 1)) == [0], "its loop is closed while the engine goes on"
     gate.let_all_through()
-    assert list(task.stream) == [1, 2, 3, 4]
+    assert list(stream) == [1, 2, 3, 4]
     task.wait()
     assert task.state == "done"
 
 
 def test_results_before_a_failure_are_read_and_the_failure_is_told(engine: Engine) -> None:
-    sequence = appended(engine, ids_of(9))
+    stream = Stream()
 
     def on_logits() -> bool:
-        task.stream.put("a")
+        stream.put("a")
         raise RuntimeFailure("planted")
 
-    task = Task(sequence, on_logits)
+    task = streaming(appended(engine, ids_of(9)), on_logits, stream)
     engine.submit(task)
-    assert list(task.stream) == ["a"]
+    assert list(stream) == ["a"]
     with pytest.raises(RuntimeFailure, match="planted"):
         task.wait()

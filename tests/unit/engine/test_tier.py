@@ -13,7 +13,6 @@ from recollect.engine.engine import Engine
 from recollect.engine.sampling import Generator
 from recollect.engine.tier import Rates, plan_restore
 from recollect.errors import RuntimeFailure, StoreCorruptError, StoreFullError
-from recollect.kv import maintenance
 from recollect.kv.disk import DiskStore, Found
 from recollect.kv.record import Entry, Identity, StoredReply
 from recollect.runtime.base import Logits
@@ -191,7 +190,7 @@ def test_flipped_bits_change_no_reply(
         assert sum(tier_of(engine).statistics().misses.values()) >= 1
         assert engine.computed_tokens > 1
         engine.close()  # writes what was computed anew
-        assert list(maintenance.problems(witness)) == []
+        assert list(witness.problems()) == []
     witness.close()
 
 
@@ -220,7 +219,7 @@ def test_truncated_and_swapped_values_are_misses(
             assert np.array_equal(logits_after(engine, warm_disk), expected), (table_name, kind)
             assert sum(tier_of(engine).statistics().misses.values()) >= 1, (table_name, kind)
             engine.close()
-            assert list(maintenance.problems(witness)) == [], (table_name, kind)
+            assert list(witness.problems()) == [], (table_name, kind)
     witness.close()
 
 
@@ -273,7 +272,7 @@ def test_branches_over_one_trunk_take_the_disk_of_the_trunk_once(
     for branch in range(20):
         logits_after(engine, [*PROMPT[:28], branch])
     tier_of(engine).flush()
-    holding = maintenance.holdings(tier_of(engine).store)[0]
+    holding = tier_of(engine).store.holdings()[0]
     assert holding.blocks == 7 + 20
     assert holding.tokens == 28 + 20
 
@@ -552,7 +551,7 @@ def test_a_conversation_of_64000_tokens_comes_back_from_disk_also_after_damage(
     assert np.array_equal(logits_after(second, prompt), expected)
     assert second.computed_tokens == 64_000 - 2 * 32
     second.close()
-    assert list(maintenance.problems(witness)) == []
+    assert list(witness.problems()) == []
     witness.close()
     third = make_engine(store=open_store(), **options)
     assert np.array_equal(logits_after(third, prompt), expected)

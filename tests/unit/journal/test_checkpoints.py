@@ -15,8 +15,7 @@ from recollect.errors import (
     UnknownCheckpointError,
     UnknownNodeError,
 )
-from recollect.journal.checkpoints import drop_of_conversation
-from recollect.kv import maintenance
+from recollect.journal.home import drop_of_conversation
 from recollect.kv.disk import DiskStore
 from recollect.types import SamplingParams
 
@@ -116,7 +115,7 @@ def test_what_is_no_name_is_refused(warm: Model, name: str) -> None:
 def test_a_conversation_that_is_not_kept_has_no_checkpoints(warm: Model) -> None:
     session = warm.session(params=SHORT)
     session.respond("one")
-    with pytest.raises(ConversationError, match="not kept"):
+    with pytest.raises(ConversationError, match="not saved"):
         session.checkpoint("here")
 
 
@@ -154,7 +153,7 @@ def test_it_survives_when_all_else_is_given_up(warm: Model) -> None:
     assert store.evict(1 << 40) > 0
     (left,) = warm.checkpoints()
     assert left == made
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
     warm.drop_checkpoint("here")
     assert warm.checkpoints() == []
     assert store.evict(1 << 40) == made.stored_bytes
@@ -175,7 +174,7 @@ def test_no_more_is_pinned_than_leaves_room_for_others(
 ) -> None:
     model = make_model(store=open_store(budget_bytes=1 << 20), context_length=4096)
     session = talk(model, "long " * 300)
-    with pytest.raises(StoreFullError, match="let one go"):
+    with pytest.raises(StoreFullError, match="unpin something"):
         session.checkpoint("here")
     assert model.checkpoints() == []
 

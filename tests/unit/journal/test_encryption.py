@@ -13,8 +13,7 @@ from recollect import config, encryption
 from recollect.encryption import Cipher
 from recollect.errors import ConfigError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.kv.disk import STORE_FOLDER
-from recollect.kv.maintenance import open_existing
+from recollect.kv.disk import STORE_FOLDER, open_existing
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=8, ignore_eos=True)

@@ -226,7 +226,7 @@ def test_a_turn_that_cannot_be_kept_as_a_whole_is_not_kept_in_part(journal: Jour
     before = journal.load(chat)
     with pytest.raises(ConversationError, match="half a character"):
         journal.append(chat, None, turn("fine", "half \ud83c"), tip="main")
-    with pytest.raises(ConversationError, match="name of a tip"):
+    with pytest.raises(ConversationError, match="name of a branch"):
         journal.append(chat, None, turn("fine", "too"), tip="no\nname")
     assert journal.load(chat) == before
 
@@ -485,7 +485,7 @@ def test_a_place_where_no_file_can_be_is_a_store_error(tmp_path: Path) -> None:
         ("UPDATE nodes SET token_ids = x'02000000' WHERE id = 4", "node 4 is not as it was"),
         ("UPDATE nodes SET usage = NULL WHERE id = 4", "node 4 is not as it was"),
         ("UPDATE nodes SET conversation_id = 9 WHERE id = 4", "node 4 is of no conversation"),
-        ("UPDATE tips SET node_id = 1", "tip 'main' stands at no node"),
+        ("UPDATE tips SET node_id = 1", "branch 'main' stands at no node"),
         ("UPDATE tips SET conversation_id = 9", "tip 'main' is of no conversation"),
     ],
 )

@@ -23,7 +23,6 @@ from recollect.encryption import Cipher
 from recollect.errors import ContextFullError, ConversationFileError, StoreError
 from recollect.journal.portable import FORMAT_VERSION, Branch, PortableFile, _head_checksum, write
 from recollect.journal.records import StoredConversation
-from recollect.kv import maintenance
 from recollect.kv.disk import DiskStore
 from recollect.types import SamplingParams
 
@@ -76,7 +75,7 @@ def test_elsewhere_only_what_is_new_is_computed_and_the_reply_is_the_cold_one(
     assert cold.usage.computed_tokens == cold.usage.prompt_tokens
     assert warm.text == cold.text
     assert here.engine.tier is not None
-    assert list(maintenance.problems(here.engine.tier.store)) == []
+    assert list(here.engine.tier.store.problems()) == []
 
 
 def test_an_encrypted_store_takes_it_under_names_of_its_own(
@@ -90,7 +89,7 @@ def test_an_encrypted_store_takes_it_under_names_of_its_own(
     here.journal.add(portable.conversation, "carried")
     warm = here.resume("carried", params=SHORT).respond("four")
     assert (warm.usage.restored_tokens, warm.usage.reused_tokens) == (carried, carried)
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
 
 
 def test_all_branches_of_the_text_come_back(

@@ -307,7 +307,7 @@ def _set_checksums(path: Path) -> None:
 @pytest.mark.parametrize(
     ("statements", "problem"),
     [
-        (["UPDATE tips SET node_id = 1"], "a tip of conversation 1 does not open with the key"),
+        (["UPDATE tips SET node_id = 1"], "a branch of conversation 1 does not open with the key"),
         (
             [
                 "UPDATE conversations SET name = x'00' WHERE id = 2",

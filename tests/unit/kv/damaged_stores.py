@@ -13,10 +13,8 @@ import sys
 from pathlib import Path
 
 from recollect.errors import StoreError
-from recollect.kv import maintenance
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Identity, StoredReply
+from recollect.kv.record import Identity, StoredReply, chained_key, namespace_key
 
 IDENTITY = Identity("weights", "runtime", "f32")
 ROOT = namespace_key("weights", "")
@@ -80,8 +78,8 @@ def use(folder: Path) -> None:
             ids = [token for block in chat(number) for token in block.token_ids]
             found = store.find(ROOT, ids, block_size=4, inside_block=True)
             store.read(IDENTITY, found.entries, lambda _, payload: None)
-        list(maintenance.problems(store))
-        maintenance.holdings(store)
+        list(store.problems())
+        store.holdings()
         store.write(IDENTITY, [block for number in range(100, 110) for block in chat(number)])
         store.remove(store.take_refused())
         store.evict(200_000)

@@ -6,10 +6,16 @@ from pathlib import Path
 import pytest
 
 from recollect.errors import StoreCorruptError, StoreFullError
-from recollect.kv import maintenance
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Buffer, Entry, Identity, Pin, unpack_entry
+from recollect.kv.record import (
+    Buffer,
+    Entry,
+    Identity,
+    Pin,
+    chained_key,
+    namespace_key,
+    unpack_entry,
+)
 from recollect.kv.tables import Savings
 
 IDENTITY = Identity("weights", "runtime", "f32")
@@ -77,7 +83,7 @@ def test_a_longer_block_replaces_the_part_that_it_begins_with(store: DiskStore) 
     store.write(IDENTITY, chain(A, C))
     assert found(store, *A, 9, 10) == ([A, C], 2)
     assert found(store, *A, 9, 11) == ([A, (9, 11)], 2), "that one begins otherwise, and stays"
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
 
 
 def test_a_part_that_is_pinned_is_not_replaced(store: DiskStore) -> None:
@@ -100,7 +106,7 @@ def test_what_is_there_already_is_not_written_again(store: DiskStore) -> None:
 def test_a_block_that_nothing_could_find_is_left_out(store: DiskStore) -> None:
     written = store.write(IDENTITY, chain(A, B)[1:])
     assert (written.stored, written.blocks) == (set(), 0)
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
 
 
 def test_with_a_block_go_those_that_follow_it(store: DiskStore) -> None:
@@ -108,7 +114,7 @@ def test_with_a_block_go_those_that_follow_it(store: DiskStore) -> None:
     assert store.remove([chain(A, B)[-1].key]) == 2
     assert found(store, *A, *B, *C) == ([A], 4)
     assert found(store, *A, *TAIL) == ([A, TAIL], 2)
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
 
 
 def test_everything_survives_closing(open_store: Callable[..., DiskStore]) -> None:
@@ -145,7 +151,7 @@ def test_tails_go_before_what_they_follow_and_the_oldest_first(tmp_path: Path) -
     store.evict(1)
     assert found(store, *A, *(40,) * 4, *C)[0] == [A, (40,) * 4]
     assert found(store, *A, *(20,) * 4, *C)[0] == [A, (20,) * 4, C]
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
 
 
 def test_the_budget_holds_and_the_file_stays_within_it(tmp_path: Path) -> None:
@@ -159,7 +165,7 @@ def test_the_budget_holds_and_the_file_stays_within_it(tmp_path: Path) -> None:
         assert found(store, *A, *tokens)[0] == [A, tokens], "the newest is there"
     assert store.evicted_blocks > 20
     assert store.env.file_bytes <= budget
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
 
 
 def test_what_is_pinned_is_never_given_up(tmp_path: Path) -> None:
@@ -193,7 +199,7 @@ def test_a_value_larger_than_the_budget_is_refused_and_nothing_is_lost(tmp_path:
     store.write(IDENTITY, chain(A))
     with pytest.raises(StoreFullError, match="--kv-disk"):
         store.write(IDENTITY, chain(A, B, payload_bytes=2 << 20))
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
 
 
 def test_a_file_that_is_no_store_is_put_aside(
@@ -222,7 +228,7 @@ def test_what_is_stored_is_told_by_model(store: DiskStore) -> None:
     with store.writing() as tables:
         tables.add_savings(other.digest(), Savings(100, 2.0, 0.5))
         tables.add_savings(other.digest(), Savings(20, 1.0, None))
-    by_identity = {holding.identity: holding for holding in maintenance.holdings(store)}
+    by_identity = {holding.identity: holding for holding in store.holdings()}
     assert (by_identity[IDENTITY].blocks, by_identity[IDENTITY].tokens) == (2, 8)
     assert (by_identity[other].blocks, by_identity[other].tokens) == (1, 4)
     assert by_identity[other].savings == Savings(120, 3.0, 0.5)
@@ -237,7 +243,7 @@ def test_the_audit_sees_what_is_not_as_it_was_written(store: DiskStore) -> None:
         value[-1] ^= 1
         txn.put(second, bytes(value), db=blocks)
         txn.delete(third, db=blocks)
-    wrong = dict(maintenance.problems(store))
+    wrong = dict(store.problems())
     assert set(wrong) == {second, third}
     assert first not in wrong
 

@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 
-from recollect.kv import maintenance
-from recollect.kv.blocks import Key, chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.environment import Environment
-from recollect.kv.maintenance import remove_wrong
-from recollect.kv.record import Buffer, Identity, Pin
+from recollect.kv.record import Buffer, Identity, Key, Pin, chained_key, namespace_key
 
 IDENTITY = Identity("weights", "runtime", "f32")
 ROOT = namespace_key("weights", "")
@@ -158,8 +155,8 @@ def test_damaged_entries_are_removed_in_one_pass_over_all(tmp_path: Path, cost: 
             for key in keys:
                 txn.put(key, b"damaged", db=store.env.tables["entries"])
         calls.append(cost(partial(store.remove, keys))["calls"])
-        assert list(maintenance.problems(store)) == []
-        assert maintenance.holdings(store)[0].blocks == 501 - damaged
+        assert list(store.problems()) == []
+        assert store.holdings()[0].blocks == 501 - damaged
         store.close()
     assert calls[1] <= calls[0] + 90 * 10
 
@@ -196,7 +193,7 @@ def test_a_bit_that_flips_early_in_64000_tokens_costs_what_follows_it_alone(
     assert store.take_refused() == {blocks[3].key}
     assert store.remove([blocks[3].key]) == LONG - 3
     assert found_blocks(store, other) == 2
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
     store.write(IDENTITY, blocks)
     assert found_blocks(store, blocks) == LONG
     store.close()
@@ -208,11 +205,11 @@ def test_a_long_chain_that_is_damaged_is_repaired(tmp_path: Path) -> None:
     blocks = long_chain()
     store.write(IDENTITY, blocks)
     _flip_a_bit(store, "blocks", blocks[1].key)
-    wrong = [key for key, _ in maintenance.problems(store)]
+    wrong = [key for key, _ in store.problems()]
     assert wrong == [blocks[1].key]
-    assert remove_wrong(store, wrong) == LONG - 1
+    assert store.remove_wrong(wrong) == LONG - 1
     assert found_blocks(store, blocks) == 1
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
     store.close()
 
 

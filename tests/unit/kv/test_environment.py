@@ -11,11 +11,8 @@ import pytest
 
 from recollect import config
 from recollect.errors import StoreBusyError, StoreCorruptError, StoreError
-from recollect.kv import maintenance
-from recollect.kv.blocks import chained_key, namespace_key
-from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.maintenance import open_existing
-from recollect.kv.record import Identity
+from recollect.kv.disk import DiskStore, NewBlock, open_existing
+from recollect.kv.record import Identity, chained_key, namespace_key
 
 IDENTITY = Identity("weights", "runtime", "f32")
 ROOT = namespace_key("weights", "")
@@ -71,6 +68,7 @@ def test_little_address_space_is_enough(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "kv")], check=True)  # noqa: S603
 
 
+@pytest.mark.slow
 def test_a_larger_store_of_another_process_needs_no_larger_map(
     tmp_path: Path, open_store: Open
 ) -> None:
@@ -81,7 +79,7 @@ def test_a_larger_store_of_another_process_needs_no_larger_map(
         "import sys\n"
         "from pathlib import Path\n"
         "from recollect.kv.disk import DiskStore, NewBlock\n"
-        "from recollect.kv.blocks import chained_key, namespace_key\n"
+        "from recollect.kv.record import chained_key, namespace_key\n"
         "from recollect.kv.record import Identity\n"
         "root = namespace_key('weights', '')\n"
         "store = DiskStore(Path(sys.argv[1]), budget_bytes=64 << 20)\n"
@@ -98,7 +96,7 @@ def test_a_larger_store_of_another_process_needs_no_larger_map(
         with small.env.reading() as newer:
             assert newer.stat(small.env.tables["entries"])["entries"] == 50
         assert txn.stat(small.env.tables["entries"])["entries"] == before == 1
-    assert maintenance.holdings(small)[0].blocks == 50
+    assert small.holdings()[0].blocks == 50
     small.close()
 
 
@@ -135,7 +133,7 @@ def test_only_a_file_that_is_damaged_is_put_aside_by_the_next_start(
             store.evict(1)
     store.close()
     store = open_store()
-    assert len(maintenance.holdings(store)) == (0 if is_damaged else 1)
+    assert len(store.holdings()) == (0 if is_damaged else 1)
     store.close()
 
 
@@ -159,8 +157,8 @@ def test_values_of_any_size_leave_the_file_near_its_budget(open_store: Open) -> 
     for number, size in enumerate(sizes):
         store.write(IDENTITY, [block(number, size)])
     assert store.env.file_bytes <= budget * 1.25
-    assert list(maintenance.problems(store)) == []
-    assert maintenance.holdings(store)[0].stored_bytes >= budget / 4
+    assert list(store.problems()) == []
+    assert store.holdings()[0].stored_bytes >= budget / 4
     store.close()
 
 

@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 
 from recollect.errors import StoreCorruptError
-from recollect.kv import maintenance
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.pages import DamagedPagesError, walk
-from recollect.kv.record import Identity
+from recollect.kv.record import Identity, chained_key, namespace_key
 
 PROGRAM = Path(__file__).with_name("damaged_stores.py")
 IDENTITY = Identity("weights", "runtime", "f32")
@@ -28,7 +26,7 @@ WRITER = """
 import itertools, sys
 from pathlib import Path
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.blocks import chained_key, namespace_key
+from recollect.kv.record import chained_key, namespace_key
 from recollect.kv.record import Identity
 root = namespace_key("weights", "")
 store = DiskStore(Path(sys.argv[1]), budget_bytes=4 << 20)
@@ -52,8 +50,11 @@ def fill(store: DiskStore, count: int, payload_bytes: int = 9000) -> None:
         store.write(IDENTITY, blocks)
 
 
-@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (40, 80))])
-def test_no_damage_takes_the_process_away(tmp_path: Path, first: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "count"),
+    [(0, 10), *(pytest.param(n, 40, marks=pytest.mark.slow) for n in (10, 40, 80))],
+)
+def test_no_damage_takes_the_process_away(tmp_path: Path, first: int, count: int) -> None:
     """Without a look at the pages, one damage in nine of these ended it with a signal."""
     program = (
         "import sys, runpy; "
@@ -62,7 +63,7 @@ def test_no_damage_takes_the_process_away(tmp_path: Path, first: int) -> None:
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)  # noqa: S603
     done = subprocess.run(  # noqa: S603 - our own code
-        [sys.executable, str(PROGRAM), str(tmp_path), str(first), str(first + 40)],
+        [sys.executable, str(PROGRAM), str(tmp_path), str(first), str(first + count)],
         capture_output=True,
         text=True,
         check=False,
@@ -83,7 +84,7 @@ def test_a_damaged_file_is_put_aside_with_one_warning(
         store = open_store()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     fill(store, 3)
-    assert maintenance.holdings(store)[0].blocks == 3
+    assert store.holdings()[0].blocks == 3
     store.close()
     (kept,) = store.folder.parent.glob("kv.damaged-*")
     assert (kept / "data.mdb").stat().st_size == len(content) // 2
@@ -105,14 +106,14 @@ def test_a_damaged_head_of_a_value_is_found_before_anything_is_written(
     content[heads[0] + 12] ^= 1
     data.write_bytes(content)
     store = open_store()
-    assert maintenance.holdings(store)[0].blocks == 20, "it can be read all the same"
+    assert store.holdings()[0].blocks == 20, "it can be read all the same"
     with pytest.raises(StoreCorruptError, match="damaged"):
         store.evict(1)
     store.close()
     with caplog.at_level(logging.WARNING, logger="recollect"):
         store = open_store()
     assert len(caplog.records) == 1
-    assert maintenance.holdings(store) == []
+    assert store.holdings() == []
     store.close()
 
 
@@ -146,7 +147,7 @@ def test_kill_9_at_any_time_leaves_a_sound_store(tmp_path: Path) -> None:
             time.sleep(0.01 * number)  # at another moment of a write each time
             writer.send_signal(signal.SIGKILL)
         store = DiskStore(folder, budget_bytes=4 << 20)
-        assert list(maintenance.problems(store)) == []
+        assert list(store.problems()) == []
         assert store.has_blocks(first), "what was reported as written is there"
         assert store.remove(first) == 1
         store.close()

@@ -2,8 +2,9 @@
 
 import pytest
 
-from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, chained_key, namespace_key
+from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock
 from recollect.kv.prefix import PrefixCache
+from recollect.kv.record import chained_key, namespace_key
 
 SIZE = 4
 

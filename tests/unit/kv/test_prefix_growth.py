@@ -85,7 +85,13 @@ def left(
 
 
 @pytest.mark.parametrize(
-    "tokens", [(5,) * SIZE, (*chat(42)[:20], *(99,) * 12), chat(77)], ids=["new", "part", "known"]
+    "tokens",
+    [
+        pytest.param((5,) * SIZE, marks=pytest.mark.slow),
+        (*chat(42)[:20], *(99,) * 12),
+        pytest.param(chat(77), marks=pytest.mark.slow),
+    ],
+    ids=["new", "part", "known"],
 )
 def test_a_prompt_is_compared_with_few_of_10000_chats(tokens: tuple[int, ...]) -> None:
     counted = tuple(Token(token) for token in tokens)

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from recollect.errors import FetchError
-from recollect.models.catalog import HubFile
-from recollect.models.fetch import download_from_hub, hub_is_installed
+from recollect.models.catalog import HubFile, download_from_hub, hub_is_installed
 from recollect.types import no_progress
 
 needs_hub = pytest.mark.skipif(not hub_is_installed(), reason="huggingface_hub is not installed")
@@ -22,7 +21,7 @@ PROGRAM = """
 import sys; from pathlib import Path
 from recollect.errors import FetchError
 from recollect.models.catalog import HubFile
-from recollect.models.fetch import download_from_hub
+from recollect.models.catalog import download_from_hub
 seen = []
 try:
     file = HubFile("org/repo", sys.argv[1])
@@ -95,6 +94,7 @@ def test_a_file_is_downloaded_with_progress(
 
 
 @needs_hub
+@pytest.mark.slow
 def test_a_file_that_the_hub_lacks_is_named(
     hub_address: str, download: Callable[[str, str], str]
 ) -> None:

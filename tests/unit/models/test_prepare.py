@@ -1,4 +1,6 @@
 import hashlib
+import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from recollect.conversation.formats import load_tokenizer
+from recollect.conversation.model import load_tokenizer
 from recollect.errors import (
     ConfigError,
     FetchError,
@@ -18,10 +20,10 @@ from recollect.errors import (
 )
 from recollect.models.catalog import CatalogEntry, HubFile, Part
 from recollect.models.openvino_folder import Manifest
-from recollect.models.prepare import installed, prepare, prune
+from recollect.models.prepare import Compared, installed, prepare, prune, stamps_of
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ByteTokenizer
-from recollect.types import Progress
+from recollect.types import Profile, Progress
 
 MakeGguf = Callable[..., Path]
 MakeWheel = Callable[[str, dict[str, bytes]], Path]
@@ -76,7 +78,6 @@ def test_a_named_model_is_downloaded_and_converted_once(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_what_is_kept_is_private_to_the_user(entry: CatalogEntry, tmp_path: Path) -> None:
     home = tmp_path / "home"
     prepare("tiny", home=home, catalog={"tiny": entry})
@@ -85,7 +86,6 @@ def test_what_is_kept_is_private_to_the_user(entry: CatalogEntry, tmp_path: Path
     assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_damaged_installation_is_made_anew(entry: CatalogEntry, tmp_path: Path) -> None:
     home, catalog = tmp_path / "home", {"tiny": entry}
@@ -96,7 +96,6 @@ def test_a_damaged_installation_is_made_anew(entry: CatalogEntry, tmp_path: Path
     assert load_tokenizer(first).encode("h")
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_what_is_installed_is_listed(
     entry: CatalogEntry, make_gguf: MakeGguf, tmp_path: Path
@@ -121,7 +120,6 @@ def test_what_is_installed_is_listed(
     assert (mine.name, mine.is_installed, mine.licence) == (own, True, None)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_kept_file_can_be_pruned_and_the_model_stays(
     entry: CatalogEntry, make_gguf: MakeGguf, tmp_path: Path
@@ -151,7 +149,6 @@ def test_a_users_file_is_kept_by_a_link(make_gguf: MakeGguf, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_model_with_rounded_weights_is_converted_anew(
     entry: CatalogEntry, tmp_path: Path
 ) -> None:
@@ -165,7 +162,6 @@ def test_a_model_with_rounded_weights_is_converted_anew(
     assert (listed.is_installed, listed.is_exact) == (True, True)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_model_with_rounded_weights_runs_where_its_file_cannot_be_had(
     entry: CatalogEntry, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -183,7 +179,6 @@ def test_a_model_with_rounded_weights_runs_where_its_file_cannot_be_had(
         prepare("tiny", home=home, catalog=catalog)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_folder_with_rounded_weights_that_is_named_by_its_path_says_so(
     make_gguf: MakeGguf, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -205,6 +200,7 @@ def make_inexact(folder: Path) -> None:
     replace(manifest, format_version=2, fingerprint="rounded").write(folder)
 
 
+@pytest.mark.slow
 def test_a_model_in_several_files_is_one_model(make_gguf: MakeGguf, tmp_path: Path) -> None:
     whole = prepare(str(make_gguf()), home=tmp_path / "home")
     parts = split(tmp_path / "tiny.gguf", "part")
@@ -223,7 +219,6 @@ def test_a_model_in_several_files_is_one_model(make_gguf: MakeGguf, tmp_path: Pa
         prepare(str(parts[0]), home=tmp_path / "home")
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_model_of_the_hub_is_fetched_once_in_all_its_parts(
     make_gguf: MakeGguf,
@@ -286,7 +281,6 @@ def split(path: Path, stem: str) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_gguf_file_that_changed_under_its_name_is_another_model(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -299,6 +293,7 @@ def test_a_gguf_file_that_changed_under_its_name_is_another_model(
     assert other.folder != first.folder
 
 
+@pytest.mark.slow
 def test_a_gguf_file_with_a_strange_name_is_prepared(make_gguf: MakeGguf, tmp_path: Path) -> None:
     path = make_gguf("my model (é) #1.gguf")
     model = prepare(str(path), home=tmp_path / "data é")
@@ -306,6 +301,7 @@ def test_a_gguf_file_with_a_strange_name_is_prepared(make_gguf: MakeGguf, tmp_pa
     assert load_tokenizer(model).encode("h")
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_converted_here_can_be_named_by_its_path(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -315,6 +311,7 @@ def test_a_folder_that_was_converted_here_can_be_named_by_its_path(
     assert by_folder.context_length == by_file.context_length
 
 
+@pytest.mark.slow
 def test_a_model_without_a_template_is_ready_and_says_so_when_it_chats(
     make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -338,3 +335,106 @@ def test_a_home_that_cannot_be_used_is_a_config_error(make_gguf: MakeGguf, tmp_p
     home.touch()
     with pytest.raises(ConfigError, match="RECOLLECT_HOME"):
         prepare(str(make_gguf()), home=home)
+
+
+def noted(folder: Path, outcome: str, profile: Profile) -> Compared:
+    return Compared(outcome=outcome, profile=profile, largest=1e-4, files=stamps_of(folder))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with graph and weights, of which only size and time count."""
+    made = tmp_path / "model"
+    made.mkdir()
+    for name in ("openvino_model.xml", "openvino_model.bin"):
+        (made / name).write_bytes(b"1234")
+    return made
+
+
+def test_each_profile_has_a_note_and_the_strictest_is_shown(folder: Path, tmp_path: Path) -> None:
+    """A FAIL in exact is not taken back by a PASS in a profile that sees less."""
+    assert Compared.read(tmp_path, "ab/cd", folder) is None
+    noted(folder, "PASS", "small").write(tmp_path, "ab/cd")
+    found = Compared.read(tmp_path, "ab/cd", folder)
+    assert found is not None
+    assert (found.outcome, found.profile, found.largest) == ("PASS", "small", 1e-4)
+    assert found.at.startswith("20")
+    noted(folder, "FAIL", "exact").write(tmp_path, "ab/cd")
+    noted(folder, "PASS", "fast").write(tmp_path, "ab/cd")
+    found = Compared.read(tmp_path, "ab/cd", folder)
+    assert found is not None
+    assert (found.outcome, found.profile) == ("FAIL", "exact")
+    assert Compared.read(tmp_path, "other", folder) is None
+
+
+@pytest.mark.parametrize("name", ["openvino_model.xml", "openvino_model.bin"])
+def test_a_note_is_of_the_bytes_that_were_compared(name: str, folder: Path, tmp_path: Path) -> None:
+    noted(folder, "PASS", "exact").write(tmp_path, "ab")
+    path = folder / name
+    stat = path.stat()
+    path.write_bytes(b"1235")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert Compared.read(tmp_path, "ab", folder) is None
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert Compared.read(tmp_path, "ab", folder) is not None, "or size and time are not what counts"
+    path.write_bytes(b"12345")
+    assert Compared.read(tmp_path, "ab", folder) is None
+    path.unlink()
+    assert Compared.read(tmp_path, "ab", folder) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"outcome": 3}, {"outcome": "GOOD"}, {"outcome": None}, {"profile": "small"}, {"profile": []},
+        {"at": 20}, {"at": None}, {"at": "yesterday"}, {"largest": "0"}, {"reason": 1},
+        {"files": None}, {"files": []}, {"more": 1}, {"at": "2026-01-01\x1b[2J"},
+    ],
+)  # fmt: skip
+def test_a_damaged_note_counts_as_none(
+    change: dict[str, object], folder: Path, tmp_path: Path
+) -> None:
+    noted(folder, "PASS", "exact").write(tmp_path, "ab")
+    (note,) = (tmp_path / "compared").iterdir()
+    note.write_text(json.dumps(json.loads(note.read_text()) | change))
+    assert Compared.read(tmp_path, "ab", folder) is None
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "null", "{}", "[" * 100_000, '"PASS"', "\xff"])
+def test_a_note_that_is_none_counts_as_none(text: str, folder: Path, tmp_path: Path) -> None:
+    noted(folder, "PASS", "exact").write(tmp_path, "ab")
+    (note,) = (tmp_path / "compared").iterdir()
+    note.write_text(text, encoding="latin-1")
+    assert Compared.read(tmp_path, "ab", folder) is None
+
+
+def test_notes_do_not_grow_without_end(folder: Path, tmp_path: Path) -> None:
+    for number in range(260):
+        noted(folder, "PASS", "exact").write(tmp_path, f"model {number}")
+    assert len(list((tmp_path / "compared").iterdir())) == 256
+    assert Compared.read(tmp_path, "model 259", folder) is not None
+
+
+def test_a_file_that_is_gone_is_fetched_again_where_it_is_asked_for(
+    entry: CatalogEntry, tmp_path: Path
+) -> None:
+    home, catalog = tmp_path / "home", {"tiny": entry}
+    model = prepare("tiny", home=home, catalog=catalog)
+    assert model.source is not None
+    assert model.source_sha256 == entry.sha256
+    prune("tiny", home, catalog=catalog)
+    assert prepare("tiny", home=home, catalog=catalog).source is None
+    without = prepare("tiny", home=home, catalog=catalog, offline=True, with_source=True)
+    assert without.source is None, "what is here runs without a network"
+    assert prepare("tiny", home=home, catalog=catalog, with_source=True) == model
+    assert model.source.is_file()
+
+
+def test_a_file_that_cannot_be_built_is_refused_before_it_is_hashed(
+    make_gguf: MakeGguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read = make_gguf("strange.gguf", architecture="mamba"), []
+    monkeypatch.setattr("recollect.files.sha256_file", lambda *_, **__: read.append(1))
+    with pytest.raises(UnsupportedModelError, match="mamba"):
+        prepare(str(path), home=tmp_path / "home")
+    assert read == []

@@ -1,17 +1,20 @@
-"""Claims about `proof/against_file.py`: what is right passes, and one wrong number in a file does not."""
+"""Claims about the first part of `proof/verify.py`: what is right passes, one wrong number does not."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import numpy as np
 import pytest
 
 import recollect
-from recollect.models.prepare import Compared
-from recollect.proof.reference_model import NotCompared, open_gguf
-from recollect.proof.verify import LIMITS, compare_with_file
+from recollect.files import sha256_file
+from recollect.proof.gguf_reference import open_gguf
+from recollect.proof.reference_model import LIMITS, logits_and_noise
+from recollect.proof.verify import FileReport, compare_with_file
 
 WIDTH, FEED_FORWARD, HEADS, LAYERS, VOCABULARY = 64, 128, 4, 2, 320
 KIND = gguf.GGMLQuantizationType.Q4_1
@@ -25,8 +28,8 @@ def letters() -> list[str]:
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]
 
 
-def matrices() -> dict[str, tuple[int, int]]:
-    shapes = {"token_embd": (VOCABULARY, WIDTH), "output": (VOCABULARY, WIDTH)}
+def matrices(vocabulary: int) -> dict[str, tuple[int, int]]:
+    shapes = {"token_embd": (vocabulary, WIDTH), "output": (vocabulary, WIDTH)}
     for layer in range(LAYERS):
         for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
             shapes[f"blk.{layer}.{part}"] = (WIDTH, WIDTH)
@@ -36,11 +39,33 @@ def matrices() -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def write_model(path: Path, *, architecture: str = "llama", experts: int | None = None) -> Path:
-    """Write a random model whose logits vary by about 8, as those of real models do."""
+def write_model(
+    path: Path,
+    *,
+    architecture: str = "llama",
+    context: int = 512,
+    vocabulary: int = VOCABULARY,
+    fields: Mapping[str, float | bool] = MappingProxyType({}),
+    tensors: Mapping[str, np.ndarray] = MappingProxyType({}),
+    without: Collection[str] = (),
+    sizes: Mapping[str, float] = MappingProxyType({}),
+) -> Path:
+    """
+    Write a random model whose logits vary by about 8, as those of real models do.
+
+    Args:
+        path: The file to write.
+        architecture: What it says that it is.
+        context: Tokens.
+        vocabulary: Tokens, too.
+        fields: More of the architecture's.
+        tensors: More of them, as f32.
+        without: Names of tensors that are left out.
+        sizes: What the numbers of a matrix are multiplied by.
+    """
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(512)
+    writer.add_context_length(context)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(FEED_FORWARD)
@@ -49,29 +74,35 @@ def write_model(path: Path, *, architecture: str = "llama", experts: int | None 
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(WIDTH // HEADS)
-    if experts is not None:
-        writer.add_expert_count(experts)
+    for name, value in fields.items():
+        add = writer.add_bool if isinstance(value, bool) else writer.add_uint32
+        (writer.add_float32 if isinstance(value, float) else add)(f"{architecture}.{name}", value)
     tokens = [*SPECIALS, *letters(), "he"]
-    tokens += [f"unused{number}" for number in range(VOCABULARY - len(tokens))]
-    writer.add_vocab_size(VOCABULARY)
+    tokens += [f"unused{number}" for number in range(vocabulary - len(tokens))]
+    writer.add_vocab_size(vocabulary)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(SPECIALS) + [1] * (VOCABULARY - len(SPECIALS)))
+    writer.add_token_types([3] * len(SPECIALS) + [1] * (vocabulary - len(SPECIALS)))
     writer.add_token_merges(["h e"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
-    for name, shape in matrices().items():
+    for name, shape in matrices(vocabulary).items():
         spread = 1.0 if name in ("token_embd", "output") else 1.4 / shape[1] ** 0.5
-        values = random.normal(0, spread, shape).astype(np.float32)
-        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, KIND), raw_dtype=KIND)
+        values = random.normal(0, spread, shape).astype(np.float32) * np.float32(sizes.get(name, 1))
+        if name not in without:
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, KIND), raw_dtype=KIND)
     norms = [f"blk.{layer}.{part}" for layer in range(LAYERS) for part in ("attn_norm", "ffn_norm")]
     for name in ("output_norm", *norms):
         values = random.uniform(0.75, 1.25, WIDTH).astype(np.float32)
-        writer.add_tensor(f"{name}.weight", values)
+        values *= np.float32(sizes.get(name, 1))
+        if name not in without:
+            writer.add_tensor(f"{name}.weight", values)
     factors = np.ones(WIDTH // HEADS // 2, np.float32)
     writer.add_tensor("rope_freqs.weight", factors)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -164,6 +195,15 @@ PLANTED = (
 )
 
 
+def against(
+    model: recollect.Model, path: Path, monkeypatch: pytest.MonkeyPatch, **changes: object
+) -> FileReport:
+    """Compare a model with a file as if it had been made of it."""
+    local = replace(model.local, source=path, source_sha256=sha256_file(path), **changes)
+    monkeypatch.setattr(model, "local", local)
+    return compare_with_file(model)
+
+
 @pytest.mark.parametrize("plant", PLANTED)
 def test_what_differs_from_the_file_fails(
     plant: Callable[[File], None],
@@ -175,11 +215,89 @@ def test_what_differs_from_the_file_fails(
     """The file is changed and not the model, which is the same to whoever compares them."""
     changed = File(original)
     plant(changed)
+    report = against(model, changed.save(tmp_path / "changed.gguf"), monkeypatch)
+    assert report.outcome == "FAIL"
+    assert "is allowed" in report.reason
+    assert report.largest > 2 * report.limit, "so that the limit could be twice as far"
+
+
+def test_a_source_that_changed_is_not_compared_with(
+    original: Path, model: recollect.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model would fail, which is right, and the file is what is wrong."""
+    changed = File(original)
+    one_number(changed)
     path = changed.save(tmp_path / "changed.gguf")
     monkeypatch.setattr(model, "local", replace(model.local, source=path))
     report = compare_with_file(model)
+    assert report.outcome == "NOT COMPARED"
+    assert "no longer the file" in report.reason
+
+
+def test_limits_follow_the_size_of_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is planted in a model with logits of thousands still fails."""
+    path = write_model(tmp_path / "loud.gguf", sizes={"output_norm": 1000.0})
+    with recollect.load(path, profile="exact", home=tmp_path, kv_disk=0) as loud:
+        report = compare_with_file(loud)
+        for plant in PLANTED:
+            changed = File(path)
+            plant(changed)
+            found = against(loud, changed.save(tmp_path / "changed.gguf"), monkeypatch)
+            assert found.outcome == "FAIL", plant
+    assert report.outcome == "PASS", report.reason
+    assert report.deviation > 1000
+    assert report.largest > LIMITS["exact"], "or this says nothing"
+    assert report.limit == pytest.approx(LIMITS["exact"] * report.deviation / 8, rel=1e-3)
+    assert math.isfinite(report.perplexity)
+
+
+def test_a_model_that_rounding_moves_far_is_allowed_more(tmp_path: Path) -> None:
+    """Attention that takes one token alone amplifies the last bit of its scores."""
+    path = write_model(tmp_path / "hard.gguf", sizes={"blk.0.attn_q": 600.0})
+    with recollect.load(path, profile="exact", home=tmp_path, kv_disk=0) as hard:
+        report = compare_with_file(hard)
+    assert report.outcome == "PASS", report.reason
+    assert LIMITS["exact"] < report.limit <= 11 * LIMITS["exact"]
+
+
+def test_noise_is_measured_and_not_a_constant(original: Path) -> None:
+    description, tensors = open_gguf(original)
+    ids, places = list(range(3, 70)), [5, 30, 60]
+    logits, noise = logits_and_noise(description, tensors, ids, places)
+    assert 1e-6 < noise < LIMITS["exact"] / 4
+    again, same = logits_and_noise(description, tensors, ids, places)
+    assert (logits == again).all()
+    assert noise == same, "a proof says the same twice"
+
+
+def test_a_model_that_lost_rows_of_its_vocabulary_fails(
+    model: recollect.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the logits that both have: those that it lacks are never the likeliest."""
+    path = write_model(tmp_path / "more.gguf", vocabulary=VOCABULARY + 20)
+    report = against(model, path, monkeypatch)
     assert report.outcome == "FAIL"
-    assert "is allowed" in report.reason
+    assert "320 logits for a token, and its file 340" in report.reason
+
+
+@pytest.mark.parametrize("context", [1, 2, 48])
+def test_a_context_below_48_tokens_is_not_compared(context: int, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "short.gguf", context=context)
+    with recollect.load(path, profile="exact", home=tmp_path, kv_disk=0) as short:
+        report = compare_with_file(short)
+    assert report.outcome == "NOT COMPARED"
+    assert "too short" in report.reason
+
+
+def test_a_narrow_window_is_looked_beyond(
+    model: recollect.Model, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compare_with_file(model).tokens == 192
+    report = against(model, original, monkeypatch, boundaries=(300,))
+    assert report.outcome == "PASS"
+    assert report.tokens == 316
+    wide = against(model, original, monkeypatch, boundaries=(4096,))
+    assert wide.tokens == 192
 
 
 def test_without_its_file_nothing_is_passed(
@@ -188,32 +306,9 @@ def test_without_its_file_nothing_is_passed(
     monkeypatch.setattr(model, "local", replace(model.local, source=None))
     report = compare_with_file(model)
     assert report.outcome == "NOT COMPARED"
-    assert "recollect pull" in report.reason
+    assert "--check" in report.reason, "a plain pull does not fetch it again"
 
 
 def test_the_reference_model_has_no_file(tmp_path: Path) -> None:
     with recollect.load("reference", profile="exact", home=tmp_path, kv_disk=0) as loaded:
         assert compare_with_file(loaded).outcome == "NOT COMPARED"
-
-
-@pytest.mark.parametrize(
-    ("options", "what"),
-    [({"architecture": "mamba"}, "architecture mamba"), ({"experts": 4}, "mixtures of experts")],
-)
-def test_what_the_reference_does_not_know_it_does_not_judge(
-    options: dict[str, object], what: str, tmp_path: Path
-) -> None:
-    path = write_model(tmp_path / "strange.gguf", **options)  # type: ignore[arg-type]  # of a test
-    with pytest.raises(NotCompared, match=what):
-        open_gguf(path)
-
-
-def test_an_outcome_is_noted_by_fingerprint(tmp_path: Path) -> None:
-    Compared(outcome="PASS", profile="exact", largest=1e-4).write(tmp_path, "ab/cd")
-    noted = Compared.read(tmp_path, "ab/cd")
-    assert noted is not None
-    assert (noted.outcome, noted.profile, noted.largest) == ("PASS", "exact", 1e-4)
-    assert noted.at.startswith("20")
-    assert Compared.read(tmp_path, "other") is None
-    next((tmp_path / "compared").iterdir()).write_text("[1]")
-    assert Compared.read(tmp_path, "ab/cd") is None

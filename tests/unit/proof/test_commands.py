@@ -1,6 +1,7 @@
 """The proofs as commands: what they print, write, and return."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from recollect.cli import prove
-from recollect.errors import ContextFullError, InvalidParameterError
+from recollect.errors import ContextFullError, InvalidParameterError, OutOfBlocksError
+from recollect.proof.reference_model import Outcome
 from recollect.proof.scenarios import ScenarioResult
+from recollect.proof.verify import FileReport
 
 Run = Callable[..., Result]
 
@@ -117,14 +120,101 @@ def test_verify_prints_what_it_did_and_passes(run: Run, tmp_path: Path) -> None:
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0] == "reference · against its file"
-    assert lines[1].startswith("NOT COMPARED: ")
+    assert lines[1].startswith("Model against its file: NOT COMPARED: ")
     assert lines[3] == "reference · exact · 40 operations · seed 0"
-    assert result.stdout.splitlines()[-1] == "PASS"
-    assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
+    assert lines[-2:] == [
+        "Reuse: PASS",
+        "PASS  (model against its file: NOT COMPARED; reuse: PASS)",
+    ]
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["passed"] is True
+    assert written["file"]["outcome"] == "NOT COMPARED"
+    assert written["reuse"]["passed"] is True
 
 
 def test_verify_fails_on_one_token_without_kv(run: Run, plant_hole: Callable[[], None]) -> None:
     plant_hole()
     result = run("verify", "--operations", "40")
     assert result.exit_code == 1
-    assert result.stdout.splitlines()[-1] == "FAIL"
+    assert "Reuse: FAIL" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("FAIL  (")
+
+
+def a_report(outcome: Outcome, largest: float = 0.5) -> FileReport:
+    return FileReport(
+        outcome=outcome,
+        reason="a logit is 0.5 off" if outcome == "FAIL" else "",
+        file="tiny.gguf",
+        architecture="llama",
+        tensor_types={"Q4_1": 4096},
+        tokens=192,
+        places=56,
+        largest=largest,
+        limit=1e-3,
+    )
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> Callable[[FileReport], None]:
+    """Have the comparison with the file come out like this."""
+    return lambda report: monkeypatch.setattr(prove, "compare", lambda _model: report)
+
+
+def test_a_model_that_fails_against_its_file_fails_as_a_whole(
+    run: Run, found: Callable[[FileReport], None], tmp_path: Path
+) -> None:
+    """Whatever reads the JSON or the last line sees it, and not the exit status alone."""
+    found(a_report("FAIL"))
+    result = run("verify", "-n", "5", "--json", str(tmp_path / "report.json"))
+    assert result.exit_code == 1
+    assert "Model against its file: FAIL: a logit is 0.5 off" in result.stdout
+    assert "Reuse: PASS" in result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert last == "FAIL  (model against its file: FAIL; reuse: PASS)"
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["passed"] is False
+    assert written["reuse"]["passed"] is True
+
+
+def test_numbers_that_are_none_are_null_in_json(
+    run: Run, found: Callable[[FileReport], None], tmp_path: Path
+) -> None:
+    found(a_report("FAIL", largest=math.nan))
+    assert run("verify", "-n", "1", "--json", str(tmp_path / "report.json")).exit_code == 1
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["file"]["largest"] is None
+
+
+def test_what_is_known_is_written_where_the_second_part_is_cut_off(
+    run: Run,
+    found: Callable[[FileReport], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found(a_report("PASS"))
+    refused = OutOfBlocksError(needed=2, free=1, total=3)
+    monkeypatch.setattr(prove.proof, "verify", lambda *_, **__: _raise(refused))
+    result = run("verify", "--json", str(tmp_path / "report.json"))
+    assert result.exception is refused
+    assert "Model against its file: PASS" in result.stdout
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert (written["passed"], written["reuse"]) == (False, None)
+    assert written["file"]["outcome"] == "PASS"
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_one_operation_is_one_and_no_difference_is_nowhere(run: Run) -> None:
+    result = run("verify", "-n", "1", "--no-model")
+    assert result.exit_code == 0
+    assert "reference · exact · 1 operation · seed 0" in result.stdout
+    assert "(nowhere any)" in result.stdout
+    assert result.stdout.splitlines()[-1] == "PASS  (model against its file: left out; reuse: PASS)"
+
+
+def test_help_says_how_long_it_takes_and_what_json_does(run: Run) -> None:
+    shown = " ".join(run("verify", "--help").stdout.replace("│", " ").split())
+    assert "minutes" in shown
+    assert "to FILE as JSON" in shown

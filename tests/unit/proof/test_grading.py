@@ -81,3 +81,62 @@ def test_an_answer_about_somebody_else_is_no_answer(reply: str, recalled: bool) 
 def test_whole_answers_are_graded(name: str, turn: int, reply: str, recalled: bool) -> None:
     (scenario,) = [one for one in load_scenarios() if one.name == name]
     assert grade(reply, scenario.expected[turn])[0].recalled is recalled
+
+
+@pytest.mark.parametrize(
+    ("reply", "recalled"),
+    [
+        ("It is 84.", True),
+        ("The answer is 84, not 48.", True),
+        ("It is not 48 but 84.", True),
+        ("It is not 48, it is 84.", True),
+        ("No, it is 84.", True),
+        ("It isn't 48. It's 84.", True),
+        ("I am not sure. It is 84", True),
+        ("I don't remember everything, but it is 84.", True),
+        ("Answer: 84", True),
+        ("- 84", True),
+        ("There are only 84 of them.", True),
+        ("It is not 84.", False),
+        ("It isn't 84.", False),
+        ("It isn\u2019t 84.", False),
+        ("It is NOT 84!", False),
+        ("It was never 84.", False),
+        ("It is neither 48 nor 84.", False),
+        ("It is not 48, 50, or 84.", False),
+        ("It is not 84, 50, or 48.", False),
+        ("It cannot be 84.", False),
+        ("-84", False),
+        ("It is -84.", False),
+        ("It is \u221284.", False),
+        ("It is minus 84.", False),
+        ("1/84", False),
+        ("Is it 84?", False),
+        ("I don't know whether it is 84.", False),
+        ("I don't know if it is 84.", False),
+        ("I do not know, whether it is 84 or 48.", False),
+        ("I am unsure whether 84 is right.", False),
+        ("It is not 84. It is 48.", False),
+        ("It is not 84. No: it is 84.", True),
+        ("If each tree bears two then there are 84.", True),
+        ("Please tell me if it is 84.", False),
+    ],
+)
+def test_what_is_denied_asked_or_unknown_is_not_stated(reply: str, recalled: bool) -> None:
+    assert grade(reply, Expectation(("84",)))[0].recalled is recalled
+
+
+@pytest.mark.parametrize(
+    ("reply", "pattern", "recalled"),
+    [
+        ("I don't know whether it is Paris.", "Paris", False),
+        ("She does not report to Dr. Patel.", "Patel", False),
+        ("She reports to Dr. Patel, and not to Martin.", "Patel", True),
+        ("You don't live in Munich, you live in Berlin.", "Berlin", True),
+        ("You live in Berlin and don't play the piano.", "Berlin", True),
+        ("You live in Berlin and don't play the piano.", "piano", False),
+        ("The AI-team.", "AI", True),
+    ],
+)
+def test_denials_reach_as_far_as_their_clause(reply: str, pattern: str, recalled: bool) -> None:
+    assert grade(reply, Expectation((pattern,)))[0].recalled is recalled

@@ -75,3 +75,21 @@ def test_it_leaves_no_sequence_behind(model: recollect.Model) -> None:
 def test_no_operations_prove_nothing(model: recollect.Model) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         verify(model, operations=0)
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 12, 25, 47])
+def test_a_context_that_is_too_short_is_refused_in_a_sentence(
+    context: int, model: recollect.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(model), "context_length", context)
+    with pytest.raises(ConfigError, match="too short"):
+        verify(model, operations=10)
+
+
+def test_a_context_of_48_tokens_is_long_enough(
+    model: recollect.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(model), "context_length", 48)
+    report = verify(model, operations=150, seed=1)
+    assert report.passed
+    assert report.largest.logits == 0

@@ -20,8 +20,7 @@ from recollect.engine.pinning import require_tier
 from recollect.engine.sampling import Generator
 from recollect.errors import RuntimeFailure, StoreError, UnsupportedModelError
 from recollect.runtime.base import Row
-from recollect.runtime.genai import GenAiRuntime
-from recollect.runtime.sequences import SequenceAdapter
+from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter
 from recollect.types import SamplingParams
 
 VOCAB, PAD, CONTEXT = 50, 7, 64
@@ -208,7 +207,7 @@ def test_slots_that_nothing_was_written_to_are_refused(
 def test_a_longrope_history_is_all_of_one_side(
     make_runtime: Callable[..., SequenceAdapter], library: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules["recollect.runtime.genai"].SHORT_ROPE_LENGTHS, "phi3", 8)
+    monkeypatch.setitem(sys.modules["recollect.runtime.sequences"].SHORT_ROPE_LENGTHS, "phi3", 8)
     library.short_rope_length = 8
     runtime = make_runtime(architecture="phi3")
     ids = list(range(10, 22))
@@ -247,7 +246,7 @@ def test_the_engine_counts_what_was_computed_anew(
 
 def test_kv_on_disk_is_refused_in_a_sentence(make_runtime: Callable[..., SequenceAdapter]) -> None:
     engine = Engine(make_runtime(), num_blocks=4)
-    with pytest.raises(StoreError, match="keeps its KV to itself"):
+    with pytest.raises(StoreError, match="does not give its KV out"):
         require_tier(engine)
     engine.close()
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from recollect.errors import MisuseError, RuntimeFailure
-from recollect.runtime.base import Row
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import ReferenceRuntime, Row
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import recollect.conversation.loading
 from recollect.cli.main import run
 from recollect.conversation.model import Model
 from recollect.models.catalog import reference_model
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import ReferenceRuntime
 from recollect.text.tokenizer import ByteTokenizer
 
 _CONTEXT_LENGTH = 8192

@@ -64,8 +64,9 @@ def test_a_conversation_that_is_sent_whole_is_computed_once(
 
 
 def test_what_was_changed_is_told(client: httpx.Client, chat: Callable[..., Json]) -> None:
-    chat(client, SYSTEM, ("user", "My name is Alex"))
-    own = chat(client, SYSTEM, ("user", "My name is Kim"))["usage"]["recollect"]
+    rest = ("assistant", "Hello."), ("user", "And mine?")
+    chat(client, SYSTEM, ("user", "My name is Alex"), *rest)
+    own = chat(client, SYSTEM, ("user", "My name is Kim"), *rest)["usage"]["recollect"]
     assert own["reason"] == "message_changed"
     assert "'Alex' became 'Kim'" in own["difference"]
 
@@ -73,7 +74,7 @@ def test_what_was_changed_is_told(client: httpx.Client, chat: Callable[..., Json
 def test_headers_say_the_same(client: httpx.Client) -> None:
     said = [{"role": "system", "content": SYSTEM[1]}, {"role": "user", "content": ""}]
     for content in ("Grüße\nund mehr", "Grüße\nund weniger 🎉"):
-        said[1]["content"] = content
+        said[1:] = [{"role": "user", "content": content}, {"role": "user", "content": "Ja?"}]
         response = client.post(PATH, json={"messages": said, "max_tokens": 4})
     own = response.json()["usage"]["recollect"]
     assert response.headers["x-recollect-computed-tokens"] == str(own["computed_tokens"])

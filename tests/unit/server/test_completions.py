@@ -56,3 +56,70 @@ def test_a_stream_says_the_same(
 )
 def test_what_cannot_be_done_is_refused(client: httpx.Client, fields: Json) -> None:
     assert client.post(PATH, json={"prompt": "a", **fields}).status_code == 400
+
+
+def test_a_prompt_is_given_back_with_its_log_probabilities(
+    client: httpx.Client, post: Callable[..., Json], events: Callable[..., list[Any]]
+) -> None:
+    """Each is what the reply's would be after the prompt up to there; the first has none."""
+    prompt = "Hé, you"
+    body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 3}
+    answer = post(client, PATH, body)
+    (choice,) = answer["choices"]
+    likely = choice["logprobs"]
+    data = prompt.encode()
+    assert len(likely["tokens"]) == len(data) + 3
+    assert likely["token_logprobs"][0] is likely["top_logprobs"][0] is None
+    assert likely["text_offset"][:5] == [0, 1, 1, 2, 3]
+    for place in (1, 3, len(data) - 1):
+        bias = {str(data[place]): 100}
+        before = {"prompt": list(data[:place]), "logprobs": 2, "max_tokens": 1, "logit_bias": bias}
+        (told,) = post(client, PATH, before)["choices"]
+        assert told["logprobs"]["token_logprobs"] == [likely["token_logprobs"][place]]
+        assert told["logprobs"]["top_logprobs"] == [likely["top_logprobs"][place]]
+    plain = post(client, PATH, {"prompt": prompt, "logprobs": 2, "max_tokens": 3})["choices"][0]
+    assert choice["text"] == prompt + plain["text"]
+    assert likely["token_logprobs"][len(data) :] == plain["logprobs"]["token_logprobs"]
+    own = answer["usage"]["recollect"]
+    assert (own["computed_tokens"], own["reused_tokens"]) == (len(data), 0), "for this request"
+    streamed = [
+        event["choices"][0]["logprobs"]
+        for event in events(client, PATH, {**body, "stream": True})
+        if not isinstance(event, str) and event["choices"][0]["logprobs"]
+    ]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert [value for part in streamed for value in part[name]] == likely[name]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_tokens_at_all_can_be_asked_for(
+    client: httpx.Client,
+    post: Callable[..., Json],
+    events: Callable[..., list[Any]],
+    stream: bool,
+) -> None:
+    """As tools do that measure how likely a text is."""
+    body = {"prompt": ["Hello", "You"], "echo": True, "logprobs": 1, "max_tokens": 0, "n": 2}
+    full = post(client, PATH, {**body, "max_tokens": 1})["choices"]
+    if stream:
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *found, last, _ = events(client, PATH, {**body, **options})
+        usage = last["usage"]
+        choices = [one for event in found for one in event["choices"]]
+        assert [one["text"] for one in choices] == ["Hello", "Hello", "You", "You", "", "", "", ""]
+        assert [one["finish_reason"] for one in choices[4:]] == ["length"] * 4
+        choices = choices[:4]
+    else:
+        answer = post(client, PATH, body)
+        usage, choices = answer["usage"], answer["choices"]
+        assert [one["text"] for one in choices] == ["Hello", "Hello", "You", "You"]
+        assert {one["finish_reason"] for one in choices} == {"length"}
+    for one, more in zip(choices, full, strict=True):
+        length = len(one["logprobs"]["tokens"])
+        assert length == len(one["text"])
+        assert one["logprobs"]["token_logprobs"] == more["logprobs"]["token_logprobs"][:length]
+    assert usage["completion_tokens"] == 0
+    assert usage["prompt_tokens"] == len("HelloYou")
+    nothing = post(client, PATH, {"prompt": "Hello", "max_tokens": 0})
+    assert nothing["choices"][0]["text"] == ""
+    assert client.post(PATH, json={"prompt": "", "max_tokens": 0}).status_code == 400

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from recollect import encryption
-from recollect.journal.encrypt import encrypt
+from recollect.journal.home import encrypt
 
 SAID: dict[str, Any] = {"input": "Hello", "max_output_tokens": 2}
 

@@ -16,8 +16,7 @@ from recollect.conversation.model import Model
 from recollect.engine.engine import Engine
 from recollect.engine.scheduler import Task
 from recollect.errors import RuntimeFailure
-from recollect.runtime.base import Pace, PassResult, Row
-from recollect.runtime.reference import ReferenceRuntime
+from recollect.runtime.base import Pace, PassResult, ReferenceRuntime, Row
 from recollect.server.access import namespace_of
 from recollect.server.settings import Limits
 
@@ -25,6 +24,7 @@ Json = dict[str, Any]
 Until = Callable[[Callable[[], bool]], None]
 WAIT_S = 60  # for what takes milliseconds: a test that would hang fails instead
 SHARED_CHUNK = Pace().shared_chunk
+SHORT, LONG = "short", "of three chunks " * (3 * SHARED_CHUNK // 16)
 LIMITS = Limits(concurrent=4, queue=16, shutdown_s=5)
 
 
@@ -93,8 +93,22 @@ def in_background(stack: ExitStack, work: Callable[[], object], count: int = 1) 
         stack.callback(thread.join, WAIT_S)
 
 
-@pytest.mark.parametrize("path", ["chat/completions", "completions", "prewarm"])
-@pytest.mark.parametrize("prompt", ["short", "of three chunks " * (3 * SHARED_CHUNK // 16)])
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        ("chat/completions", SHORT),
+        ("prewarm", LONG),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("completions", SHORT),
+                ("prewarm", SHORT),
+                ("chat/completions", LONG),
+                ("completions", LONG),
+            )
+        ),
+    ],
+)
 def test_two_hundred_requests_of_one_key_cost_another_one_running_pass_and_its_own_prompt(
     start: Callable[..., httpx.Client],
     make_model: Callable[..., Model],

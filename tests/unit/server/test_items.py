@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from recollect.journal.journal import JOURNAL_NAME, Journal
@@ -56,10 +55,13 @@ def test_the_others_stay_with_their_ids(
     assert delete(client, conversation, before[which]["id"]).status_code == 404
 
 
+@pytest.mark.slow
 def test_the_official_client_deletes_one_after_the_other(
     client: httpx.Client, conversation: str
 ) -> None:
     """By the ids of one list, as whoever trims a conversation does."""
+    import openai  # takes most of a second, which no other test should pay
+
     with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0) as official:
         listed = list(official.conversations.items.list(conversation, order="asc"))
         for item in listed[:4]:

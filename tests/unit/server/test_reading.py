@@ -19,7 +19,6 @@ from recollect.conversation.model import Model
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import Entry, NewNode
 from recollect.kv.disk import STORE_FOLDER, DiskStore
-from recollect.kv.maintenance import holdings
 from recollect.server.access import Keyring
 from recollect.server.app import create_app
 from recollect.server.hub import ModelHub
@@ -90,7 +89,7 @@ def test_no_get_changes_anything_in_the_home(
     }
     assert model.engine.tier is not None
     model.engine.tier.flush()
-    assert list(holdings(store)), "there is KV on disk"
+    assert list(store.holdings()), "there is KV on disk"
     before, kept = rows(journal_path), files(home)
     found = [path.format_map(known) for path in get_paths(home)]
     assert len(found) >= 10
@@ -366,11 +365,11 @@ def test_a_reply_that_waits_to_be_kept_has_given_its_turn_back(
     held, write = threading.Event(), Journal.write
     reached = threading.Event()
 
-    def wait(journal: Journal, kept_as: int, entry: Entry, **options: Any) -> Any:
+    def wait(journal: Journal, journal_id: int, entry: Entry, **options: Any) -> Any:
         if any(node.role == "assistant" for node in entry.nodes):
             reached.set()
             assert held.wait(60)
-        return write(journal, kept_as, entry, **options)
+        return write(journal, journal_id, entry, **options)
 
     monkeypatch.setattr(Journal, "write", wait)
     with ThreadPoolExecutor(1) as pool:

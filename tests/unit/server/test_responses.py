@@ -7,6 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
+from recollect.conversation.model import Model
+from recollect.kv.disk import DiskStore
+
 Json = dict[str, Any]
 PATH = "/v1/responses"
 LONG = "You are careful. " * 10
@@ -236,3 +239,56 @@ def test_what_cannot_be_done_is_refused(client: httpx.Client, fields: Json) -> N
     response = client.post(PATH, json={"input": "a", **fields})
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def said(role: str, text: str) -> Json:
+    return {"role": role, "content": text}
+
+
+def test_a_client_that_sends_the_whole_history_with_instructions_is_recognised(
+    start: Callable[..., httpx.Client], respond: Callable[..., Json], post: Callable[..., Json]
+) -> None:
+    client = start()
+    for stored in (True, False):
+        fields = {"instructions": f"{LONG}{stored}", "store": stored}
+        history = [said("user", "One")]
+        first = respond(client, history, **fields)
+        read = first["usage"]["input_tokens"] + 8
+        for text in ("Two", "Three", "Four"):
+            history += [said("assistant", f"{text_of(first)}\n"), said("user", text)]
+            first = respond(client, history, **fields)
+            assert first["usage"]["input_tokens"] - computed(first) >= read - 1
+            assert first["usage"]["recollect"]["reason"] == "new"
+            read = first["usage"]["input_tokens"] + 8
+
+
+def test_instructions_that_changed_are_told(
+    client: httpx.Client, respond: Callable[..., Json]
+) -> None:
+    for day in ("Monday", "Tuesday"):
+        first = respond(client, f"What is on {day}?", instructions=f"It is {day}.\n{LONG}")
+    own = first["usage"]["recollect"]
+    assert own["reason"] == "system_changed"
+    assert own["difference"].startswith("Message 1: 'Monday.")
+
+
+def test_the_whole_history_is_recognised_after_a_restart(
+    start: Callable[..., httpx.Client],
+    servers: ExitStack,
+    make_model: Callable[..., Model],
+    open_store: Callable[[], DiskStore],
+    respond: Callable[..., Json],
+) -> None:
+    def load(_: str) -> Model:
+        return make_model(store=open_store())
+
+    client = start(load=load)
+    history = [said("user", "One")]
+    first = respond(client, history, instructions=LONG)
+    servers.close()
+    client = start(load=load)
+    history += [said("assistant", text_of(first)), said("user", "Two")]
+    second = respond(client, history, instructions=LONG)
+    known = first["usage"]["input_tokens"] + 8
+    assert second["usage"]["input_tokens"] - computed(second) >= known - 1 - 8, "a block of eight"
+    assert second["usage"]["recollect"]["reason"] == "new"

@@ -81,7 +81,7 @@ def test_replies_that_share_a_prompt_cost_it_once() -> None:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/"), ("GET", "/v1"), ("POST", "/v1/embeddings"), ("GET", "/chat/completions")],
+    [("GET", "/v2"), ("GET", "/v1"), ("POST", "/v1/embeddings"), ("GET", "/chat/completions")],
 )
 def test_where_there_is_nothing_the_answer_says_where_to_look(
     client: httpx.Client, method: str, path: str

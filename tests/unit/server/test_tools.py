@@ -2,10 +2,14 @@
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
+
+from recollect.conversation.model import Model
+from recollect.kv.disk import DiskStore
 
 Json = dict[str, Any]
 CHAT = "/v1/chat/completions"
@@ -189,3 +193,44 @@ def test_completions_tell_log_probabilities(
     tops = choice["logprobs"]["top_logprobs"]
     # By their texts, of which bytes that are no character have the same.
     assert all(len(top) <= logprobs and bool(top) == bool(logprobs) for top in tops)
+
+
+def test_after_a_restart_a_client_with_tools_waits_for_no_more_than_one_without(
+    start: Callable[..., httpx.Client],
+    servers: ExitStack,
+    make_model: Callable[..., Model],
+    open_store: Callable[[], DiskStore],
+    post: Callable[..., Json],
+) -> None:
+    """No table and no grammar is made for its request, and no token computed but its new ones."""
+    models: list[Model] = []
+
+    def load(_: str) -> Model:
+        models.append(make_model(store=open_store(), context_length=16_384, num_blocks=4_096))
+        return models[-1]
+
+    def tool(number: int) -> Json:
+        fields = {"path": {"type": "string"}, "count": {"type": "integer"}}
+        parameters = {"type": "object", "properties": fields, "required": ["path"]}
+        return {"type": "function", "function": {"name": f"f{number}", "parameters": parameters}}
+
+    def ask(client: httpx.Client, text: str, **offered: Any) -> Json:
+        said = [{"role": "user", "content": f"With {[*offered]}: {text}"}]
+        answer = post(client, CHAT, {"messages": said, "max_tokens": 8, **offered})
+        own: Json = answer["usage"]["recollect"]
+        return own
+
+    offered = {"tools": [tool(number) for number in range(10)]}
+    client = start(load=load)
+    for fields in (offered, {}):
+        ask(client, "Hello", **fields)
+    servers.close()
+    client = start(load=load)
+    grammars = models[-1].grammars
+    grammars.join()
+    made = grammars.made
+    assert made == 2, "the table, and the grammar of the tools"
+    with_tools, without = ask(client, "Hi", **offered), ask(client, "Hi")
+    assert grammars.made == made
+    assert with_tools["computed_tokens"] <= without["computed_tokens"] + 8, "but for a block"
+    assert (with_tools["reason"], without["reason"]) == ("new", "new")

@@ -49,6 +49,7 @@ def rendered(source: str, process: TemplateProcesses, messages: list[Message] | 
 
 
 TOO_LONG, TOO_MUCH, TOO_LARGE = "takes longer", "takes more memory", "its text is larger"
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLED = "{% set ns = namespace(x=['x']) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
 
 
@@ -60,7 +61,7 @@ def _takes_long(source: str, bound: str | None) -> Any:
 @pytest.mark.parametrize(
     ("source", "bound"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", TOO_LONG),
+        _takes_long(ENDLESS, TOO_LONG),
         _takes_long("{{ 10 ** (10 ** 8) }}", TOO_LONG),
         _takes_long("{% set x = 10 ** 7 %}{{ (10 ** x) // 3 }}", TOO_LONG),
         ("{{ 'x' * 10 ** 10 }}", TOO_MUCH),
@@ -89,6 +90,14 @@ def test_what_goes_beyond_a_bound_is_refused(
         rendered(source, chosen)
     assert (bound or "") in str(refusal.value)
     assert rendered("{{ messages[0].content }}", chosen) == "Hi"
+
+
+def test_what_takes_too_long_is_refused() -> None:
+    """That the next one is rendered all the same is shown where there is time to start a process."""
+    processes = TemplateProcesses(replace(PATIENT, seconds=0.3))
+    with pytest.raises(TemplateError, match=f"{TOO_LONG} than 0.3 s"):
+        rendered(ENDLESS, processes)
+    processes.close()
 
 
 @pytest.mark.parametrize(
@@ -174,10 +183,7 @@ def test_a_slow_template_keeps_nobody_else_waiting() -> None:
     others = renderers()
     processes = TemplateProcesses(Bounds(seconds=600.0))
     quick = ChatTemplate("{{ messages[0].content }}", processes=processes)
-    slow = ChatTemplate(
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        processes=processes,
-    )
+    slow = ChatTemplate(ENDLESS, processes=processes)
     refusals: list[TemplateError] = []
 
     def ask() -> None:

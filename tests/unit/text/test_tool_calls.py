@@ -19,6 +19,7 @@ from recollect.text.tool_calls import (
 from recollect.types import ToolCall
 
 PARIS = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+BARE = '{"name": "f", "arguments": {"a": 1}}'
 FRAGMENTS = st.sampled_from(
     [
         "<tool_call>", "</tool_call>", "\n", " ", "Hi", "<", "<tool", '{"name": "f", "arguments": ',
@@ -117,11 +118,54 @@ def test_a_call_that_is_cut_does_not_end_and_is_none_of_the_replys() -> None:
     assert parse_reply(f"Well. {cut}").content == "Well."
 
 
+@pytest.mark.parametrize("length", range(len(PARIS)))
+def test_wherever_a_reply_is_cut_its_call_is_no_text(length: int) -> None:
+    """And the whole says what the events say, part of a call included."""
+    cut = f"Well. {PARIS[:length]}"
+    parser = ToolCallParser("id_")
+    told = [*parser.push(cut), *parser.finish(is_cut=True)]
+    text = "".join(event.text for event in told if isinstance(event, TextDelta))
+    begun = min(length, len("<tool"))
+    assert text in ("Well.", "Well. ", f"Well. {PARIS[:begun]}")
+    assert "<tool" not in text
+    parsed = parse_reply(cut, "id_", is_cut=True)
+    assert parsed.content == text
+    arguments = "".join(event.text for event in told if isinstance(event, ArgumentsDelta))
+    started = [event for event in told if isinstance(event, CallStarted)]
+    assert parsed.calls == tuple(ToolCall(one.id, one.name, arguments) for one in started)
+
+
+@pytest.mark.parametrize("length", range(len(BARE)))
+def test_the_same_for_a_call_without_marks(length: int) -> None:
+    parser = ToolCallParser("id_", ("f",))
+    told = [*parser.push(BARE[:length]), *parser.finish(is_cut=True)]
+    text = "".join(event.text for event in told if isinstance(event, TextDelta))
+    assert '"name"' not in text
+    parsed = parse_reply(BARE[:length], "id_", ("f",), is_cut=True)
+    assert parsed.content == text
+    assert len(parsed.calls) == sum(isinstance(event, CallStarted) for event in told)
+
+
+@given(st.lists(FRAGMENTS, max_size=8).map("".join))
+def test_a_cut_reply_is_told_alike_in_pieces_and_as_a_whole(text: str) -> None:
+    parser = ToolCallParser("id_")
+    told = [*parser.push(text), *parser.finish(is_cut=True)]
+    parsed = parse_reply(text, "id_", is_cut=True)
+    assert parsed.content == "".join(one.text for one in told if isinstance(one, TextDelta))
+    given_arguments = [
+        "".join(
+            one.text
+            for one in told
+            if isinstance(one, ArgumentsDelta) and one.index == started.index
+        )
+        for started in told
+        if isinstance(started, CallStarted)
+    ]
+    assert [call.arguments for call in parsed.calls] == given_arguments
+
+
 def test_only_the_closing_mark_may_be_missing() -> None:
     assert len(parse_reply(PARIS.removesuffix("</tool_call>")).calls) == 1
-
-
-BARE = '{"name": "f", "arguments": {"a": 1}}'
 
 
 @pytest.mark.parametrize(

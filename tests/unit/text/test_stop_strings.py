@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from recollect.engine.reply import StopMatcher
+from recollect.text.tokenizer import StopMatcher
 
 TEXT = st.text("ab.é", max_size=20)
 STOPS = st.lists(st.text("ab.é", min_size=1, max_size=4), max_size=4).map(tuple)

@@ -11,20 +11,19 @@ from typer.testing import CliRunner
 
 from recollect.cli.main import app
 from recollect.errors import ConfigError, UnsupportedModelError
-from recollect.models import conversion
-from recollect.models.conversion import convert_to_onnx
-from recollect.models.onnx_folder import is_onnx_folder
+from recollect.models import onnx_folder
+from recollect.models.onnx_folder import convert_to_onnx, is_onnx_folder
 
 
 @pytest.fixture
 def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "_LIBRARIES", ())
+    monkeypatch.setattr(onnx_folder, "_LIBRARIES", ())
 
 
 def test_a_missing_library_is_named_with_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(conversion, "_LIBRARIES", ("no_such_library",))
+    monkeypatch.setattr(onnx_folder, "_LIBRARIES", ("no_such_library",))
     with pytest.raises(UnsupportedModelError, match=r"no_such_library.*recollect-llm\[convert"):
         convert_to_onnx(tmp_path / "x.gguf", tmp_path / "out")
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from recollect.encryption import Cipher
-from recollect.kv.blocks import chained_key, disguised_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Identity, Pin
+from recollect.kv.record import Identity, Pin, chained_key, disguised_key
 
 IDENTITY = Identity("weights", "runtime-1", "f32")
 CIPHER, OTHER = Cipher(b"k" * 32), Cipher(b"o" * 32)

@@ -1,55 +1,330 @@
 """
-Continuous decoding in the words of ONNX Runtime GenAI: `GeneratorParams` and `Generator`.
+ONNX Runtime GenAI's Python API over every runtime of recollect.
 
-`GeneratorParams` holds the search options with the original's names, defaults and types, and refuses
-wrong ones in its words. `Generator` owns one of recollect's own generators and, as the original, is
-used from one thread at a time.
+    import recollect.og as og  # in place of: import onnxruntime_genai as og
+
+Scripts that hold one `Generator` and append, generate and rewind run with the import changed. Where
+the original is wrong this is right: docs/og.md lists each difference.
+Names, defaults, types and the words of errors are the original's; as there, a `Generator` is used from one
+thread at a time. `as_runtime_error` is the one place where recollect's exceptions become those that such
+scripts catch.
 """
 
+import json
 import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from recollect import config
+from recollect.conversation.loading import load
 from recollect.engine.sampling import Generator as OwnGenerator
-from recollect.og.model_and_tokenizer import Ids, Model, Tensor, as_runtime_error
-from recollect.types import SamplingParams
+from recollect.errors import RecollectError
+from recollect.models.catalog import LocalModel
+from recollect.models.openvino_folder import as_ids
+from recollect.models.prepare import prepare
+from recollect.text.template import ChatTemplate
+from recollect.text.tokenizer import Detokenizer
+from recollect.types import Profile, SamplingParams
+
+__all__ = [
+    "Checkpoint",
+    "Config",
+    "Generator",
+    "GeneratorParams",
+    "Model",
+    "Tensor",
+    "Tokenizer",
+    "TokenizerStream",
+]
+
+
+@contextmanager
+def as_runtime_error() -> Iterator[None]:
+    """Turn every exception of recollect's into a RuntimeError of the same words, the cause chained."""
+    try:
+        yield
+    except RecollectError as cause:
+        raise RuntimeError(str(cause)) from cause
+
+
+class Config:
+    """
+    What is to be loaded, and settings that replace those of its folder.
+
+    Execution providers are accepted and ignored: which device computes is the runtime's choice.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path: Final = str(path)
+        self.search: dict[str, Any] = {}
+
+    def overlay(self, settings: str) -> None:
+        """
+        Replace settings by those in a JSON text; of them, those under "search" have an effect.
+
+        Raises:
+            RuntimeError: It is not a JSON object.
+        """
+        content = _from_json("The overlay", settings)
+        search = content.get("search", {}) if isinstance(content, dict) else None
+        if not isinstance(search, dict):
+            raise RuntimeError("The overlay is no JSON object of settings.")  # noqa: TRY004 - as there
+        self.search |= search
+
+    def clear_providers(self) -> None:
+        """Do nothing."""
+
+    def append_provider(self, name: str) -> None:
+        """Do nothing."""
+
+    def set_provider_option(self, provider: str, name: str, value: str) -> None:
+        """Do nothing."""
+
+
+class Model:
+    """
+    A model that is loaded: a catalog name, a GGUF file, an OpenVINO folder, or an ONNX GenAI folder.
+
+    Any number of generators share its KV memory; one finds what another has read.
+
+    Args:
+        path: As `recollect.load` takes it, or a `Config`.
+        profile: `exact`, `fast` or `small`, as in `recollect.load`; not in the original.
+        kv_memory: Most bytes of KV; not in the original.
+        allow_native_code: As `recollect.load` takes it; not in the original, which runs any.
+
+    Attributes:
+        loaded: recollect's own model, which sessions can be held with; not in the original.
+        local: What the model is on disk; not in the original.
+        search_defaults: The search options that folder and `Config` set; not in the original.
+
+    Raises:
+        RuntimeError: It cannot be had or read.
+    """
+
+    def __init__(
+        self,
+        path: "str | Path | Config",
+        *,
+        profile: Profile = config.DEFAULT_PROFILE,
+        kv_memory: int | None = None,
+        allow_native_code: str | None = None,
+    ) -> None:
+        overlay = path if isinstance(path, Config) else Config(path)
+        with as_runtime_error():
+            self.local: Final = prepare(
+                overlay.path, home=config.home(), allow_native_code=allow_native_code
+            )
+            self.loaded: Final = load(
+                overlay.path,
+                profile=profile,
+                kv_memory=kv_memory,
+                allow_native_code=allow_native_code,
+            )
+        self.search_defaults: Final = {**self.local.search_defaults, **overlay.search}
+
+    @property
+    def type(self) -> str:
+        """Return the architecture, such as `llama`."""
+        return self.local.architecture or self.local.format
+
+    @property
+    def device_type(self) -> str:
+        """Return the kind of device that computes: `CPU`, unless the original's own build says another."""
+        return self.loaded.engine.info.device
+
+    def close(self) -> None:
+        """Give all memory back now; not in the original, which waits for the garbage collector."""
+        self.loaded.close()
+
+
+Ids = Sequence[int] | npt.NDArray[Any]
+
+
+class Tensor:
+    """A batch of ids, `(texts, longest)`, the shorter padded at their end."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self._array: Final = array
+
+    def as_numpy(self) -> npt.NDArray[Any]:
+        """Return the ids as an array."""
+        return self._array
+
+    def shape(self) -> list[int]:
+        """Return the shape as a list."""
+        return list(self._array.shape)
+
+
+class TokenizerStream:
+    """Turns tokens into text one by one; a character comes when its last token does."""
+
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self._detokenizer = detokenizer
+
+    def decode(self, token: int) -> str:
+        """Return the text that *token* completes, which may be empty."""
+        return self._detokenizer.push(int(token))
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template."""
+
+    def __init__(self, model: Model) -> None:
+        self._tokenizer = model.loaded.tokenizer
+        self._local = model.local
+        self._special = _special_ids(model.local)
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        """Return the ids of *text*, `(n,)`: nothing added, special tokens recognised."""
+        return np.array(self._tokenizer.encode(text), np.int32)
+
+    def decode(self, tokens: Ids) -> str:
+        """Return the text of ids, without special tokens."""
+        return self._tokenizer.decode(np.asarray(tokens, np.int64).reshape(-1).tolist())
+
+    def encode_batch(self, texts: Sequence[str]) -> Tensor:
+        """Return the ids of several texts, padded at their end to the longest."""
+        rows = [self._tokenizer.encode(text) for text in texts]
+        batch = np.full((len(rows), max(map(len, rows), default=0)), self.pad_token_id, np.int32)
+        for row, ids in zip(batch, rows, strict=True):
+            row[: len(ids)] = ids
+        return Tensor(batch)
+
+    def decode_batch(self, batch: Tensor | npt.NDArray[Any]) -> list[str]:
+        """Return the texts of several rows of ids."""
+        rows = batch.as_numpy() if isinstance(batch, Tensor) else batch
+        return [self.decode(row) for row in rows]
+
+    def apply_chat_template(
+        self,
+        messages: str,
+        *,
+        template_str: str | None = None,
+        tools: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """
+        Return a conversation as the text that the model was trained on.
+
+        Args:
+            messages: A JSON list of objects with "role" and "content".
+            template_str: Another template than the model's.
+            tools: A JSON list of descriptions.
+            add_generation_prompt: Whether the text ends with the opening of a reply.
+
+        Raises:
+            RuntimeError: That is no JSON, or the template refuses it.
+        """
+        with as_runtime_error():
+            template = ChatTemplate(
+                template_str or self._local.chat_template,
+                bos_token=self._local.bos_token,
+                eos_token=self._local.eos_token,
+                is_own=template_str is None and self._local.folder is None,
+            )
+            return template.render(
+                _parsed("messages", messages),
+                add_generation_prompt=add_generation_prompt,
+                tools=None if tools is None else _parsed("tools", tools),
+            )
+
+    def create_stream(self) -> TokenizerStream:
+        """Return what turns the tokens of one reply into text as they come."""
+        return TokenizerStream(Detokenizer(self._tokenizer))
+
+    def to_token_id(self, text: str) -> int:
+        """Return the one id that *text* encodes to; -1 where it takes none or several."""
+        number = self._tokenizer.token_id(text)
+        return -1 if number is None else number
+
+    @property
+    def eos_token_ids(self) -> npt.NDArray[np.int32]:
+        """Return the ids that end a reply."""
+        return np.array(sorted(self._local.eos_token_ids), np.int32)
+
+    @property
+    def bos_token_id(self) -> int:
+        """
+        Return the id that begins a text.
+
+        Raises:
+            RuntimeError: There is none.
+        """
+        return self._special_id("bos_token_id", self._local.bos_token)
+
+    @property
+    def pad_token_id(self) -> int:
+        """
+        Return the id that fills a batch: where the model names none, the one that ends a reply.
+
+        Raises:
+            RuntimeError: There is neither.
+        """
+        return self._special_id("pad_token_id", self._local.eos_token)
+
+    def _special_id(self, name: str, text: str | None) -> int:
+        number = self._special.get(name)
+        if number is None and text is not None:
+            number = self._tokenizer.token_id(text)
+        if number is None:
+            raise RuntimeError(f"{name} is not defined for this model")
+        return number
+
+
+def _special_ids(local: LocalModel) -> dict[str, int]:
+    """Return the ids that an ONNX GenAI folder names."""
+    named = {} if local.onnx_config is None else local.onnx_config["model"]
+    found = {name: as_ids(named.get(name)) for name in ("bos_token_id", "pad_token_id")}
+    return {name: ids[0] for name, ids in found.items() if ids}
+
+
+def _from_json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as cause:
+        raise RuntimeError(f"{name} is not JSON: {cause}") from cause
+
+
+def _parsed(name: str, text: str) -> Any:
+    if not isinstance(text, str):
+        raise TypeError(
+            f"{name} is {type(text).__name__}; it must be a JSON text, as json.dumps makes it"
+        )
+    content = _from_json(name, text)
+    if not isinstance(content, list):
+        raise RuntimeError(f"{name} is no JSON list.")  # noqa: TRY004 - as in the original
+    return content
+
 
 Option = float | bool
 
 _DEFAULTS: Final[dict[str, Option]] = {
-    "batch_size": 1.0,
-    "chunk_size": 0.0,
+    "batch_size": 1,
+    "chunk_size": 0,
     "diversity_penalty": 0.0,
     "do_sample": False,
     "early_stopping": True,
     "length_penalty": 1.0,
-    "max_length": 0.0,  # the context length, which a model tells
-    "min_length": 0.0,
-    "no_repeat_ngram_size": 0.0,
-    "num_beams": 1.0,
-    "num_return_sequences": 1.0,
+    "max_length": 0,  # the context length, which a model tells
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
     "past_present_share_buffer": True,
-    "random_seed": -1.0,
+    "random_seed": -1,
     "repetition_penalty": 1.0,
     "temperature": 1.0,
-    "top_k": 50.0,
+    "top_k": 50,
     "top_p": 1.0,
 }
-_INTEGERS: Final = {
-    "batch_size",
-    "chunk_size",
-    "max_length",
-    "min_length",
-    "no_repeat_ngram_size",
-    "num_beams",
-    "num_return_sequences",
-    "random_seed",
-    "top_k",
-}
-_ONE_SEQUENCE: Final = ("batch_size", "num_beams", "num_return_sequences")
+"""What each option is unless it is set. Those that are `int` here take whole numbers alone."""
 
 
 class GeneratorParams:
@@ -57,9 +332,9 @@ class GeneratorParams:
 
     def __init__(self, model: Model) -> None:
         self._context_length = model.loaded.context_length
-        self._options: dict[str, Option] = {**_DEFAULTS, "max_length": float(self._context_length)}
+        self._options: dict[str, Option] = {}
         known = {name: value for name, value in model.search_defaults.items() if name in _DEFAULTS}
-        self.set_search_options(**known)
+        self.set_search_options(**{**_DEFAULTS, "max_length": self._context_length, **known})
 
     def set_search_options(self, **options: Option) -> None:
         """
@@ -84,7 +359,7 @@ class GeneratorParams:
         Raises:
             RuntimeError: They ask for several sequences, or for one longer than the context.
         """
-        for name in _ONE_SEQUENCE:
+        for name in ("batch_size", "num_beams", "num_return_sequences"):
             if self._options[name] != 1:
                 raise RuntimeError(
                     f"{name} is {int(self._options[name])}, and a Generator here holds one sequence: "
@@ -154,7 +429,7 @@ def _checked(name: str, value: Any) -> Option:
     if wants_bool is not isinstance(value, bool):
         wanted, saw = ("bool", "number") if wants_bool else ("number", "bool")
         raise RuntimeError(f"{name} - Expected a {wanted} but saw a {saw}")
-    if name in _INTEGERS and value != int(value):
+    if type(_DEFAULTS[name]) is int and value != int(value):
         raise RuntimeError(f"Field '{name}' value {value} is not an integer")
     return value if wants_bool else float(value)
 
@@ -396,5 +671,4 @@ def _flat(tokens: Any) -> list[int]:
             f"These are {array.size // array.shape[-1]} rows of tokens, and a Generator here holds "
             "one sequence: make a Generator for each row."
         )
-    ids: list[int] = array.reshape(-1).tolist()
-    return ids
+    return [int(number) for number in array.reshape(-1)]

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from recollect.kv import maintenance
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.maintenance import shrink
-from recollect.kv.record import Identity
+from recollect.kv.environment import shrink
+from recollect.kv.record import Identity, chained_key, namespace_key
 
 IDENTITY = Identity("weights", "runtime", "f32")
 ROOT = namespace_key("weights", "")
@@ -66,10 +64,10 @@ def test_the_file_is_as_small_as_what_is_in_it(
     assert sorted(path.name for path in folder.iterdir()) == ["data.mdb", "lock.mdb"]
     assert (folder / "data.mdb").stat().st_mode & 0o077 == 0
     store = open_store()
-    assert list(maintenance.problems(store)) == []
-    assert maintenance.holdings(store)[0].blocks == 2
+    assert list(store.problems()) == []
+    assert store.holdings()[0].blocks == 2
     fill(store, 5)
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
     store.close()
 
 
@@ -103,6 +101,7 @@ def test_what_another_process_has_open_is_left_alone(
     assert (shrink(folder) or 0) > 0
 
 
+@pytest.mark.slow
 def test_whoever_opens_it_meanwhile_waits_and_finds_it_whole(
     folder: Path, monkeypatch: pytest.MonkeyPatch, open_store: Callable[..., DiskStore]
 ) -> None:
@@ -112,7 +111,7 @@ def test_whoever_opens_it_meanwhile_waits_and_finds_it_whole(
         'print("open", flush=True)',
         "from recollect.kv.record import Identity\n"
         "from recollect.kv.disk import NewBlock\n"
-        "from recollect.kv.blocks import chained_key, namespace_key\n"
+        "from recollect.kv.record import chained_key, namespace_key\n"
         "root = namespace_key('weights', '')\n"
         "key = chained_key(root, (9, 9))\n"
         "block = NewBlock(key, root, True, (9, 9), b'late')\n"
@@ -140,6 +139,6 @@ def test_whoever_opens_it_meanwhile_waits_and_finds_it_whole(
     assert child.stdout is not None
     child.stdout.close()
     store = open_store()
-    assert maintenance.holdings(store)[0].blocks == 3
-    assert list(maintenance.problems(store)) == []
+    assert store.holdings()[0].blocks == 3
+    assert list(store.problems()) == []
     store.close()

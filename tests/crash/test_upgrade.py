@@ -11,10 +11,8 @@ import lmdb
 import pytest
 
 from recollect.encryption import Cipher
-from recollect.kv import maintenance
-from recollect.kv.blocks import chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Buffer, Identity, Pin, StoredReply
+from recollect.kv.record import Buffer, Identity, Pin, StoredReply, chained_key, namespace_key
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a way to start quickly")
 
@@ -81,7 +79,7 @@ def check(folder: Path, blocks: list[NewBlock], former: set[bytes]) -> None:
     (pin,) = store.pins()
     assert store.size_of(pin).blocks == len(CHAIN)
     assert store.recall(store.reply_name("weights", "", b"place")) == SAID
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
     store.close()
     # A process killed right after the rename leaves a folder without the file, until the next one.
     kept = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock.mdb"]

@@ -14,10 +14,8 @@ import pytest
 
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.errors import StoreVersionError
-from recollect.kv import maintenance
-from recollect.kv.blocks import Key, chained_key, namespace_key
 from recollect.kv.disk import DiskStore, NewBlock
-from recollect.kv.record import Buffer, Identity
+from recollect.kv.record import Buffer, Identity, Key, chained_key, namespace_key
 
 IDENTITY = Identity("weights", "runtime", "f32")
 EARLIER = Path(__file__).parent / "data" / "format1"
@@ -65,11 +63,11 @@ def test_all_blocks_of_an_earlier_version_are_found_and_so_are_their_parts(
         tokens = tuple(range(first, first + 4))
         assert restored(store, *A, *tokens[:3], 99) == (7, [bytes(A) * 8, bytes(tokens) * 8])
     assert [pin.name for pin in store.pins()] == ["here"]
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
     assert sum(store.misses.values()) == 0
     store.close()
     store = open_store(sealer=sealer)
-    assert maintenance.holdings(store)[0].blocks == 24
+    assert store.holdings()[0].blocks == 24
     store.close()
 
 
@@ -83,8 +81,8 @@ def test_what_is_written_next_replaces_a_part_of_an_earlier_version(
     block = NewBlock(chained_key(parent, tokens, secret), parent, False, tokens, b"whole")
     store.write(IDENTITY, [block])
     assert restored(store, *A, *B, 9, 10, 99)[1][-1] == b"whole"
-    assert maintenance.holdings(store)[0].blocks == 24
-    assert list(maintenance.problems(store)) == []
+    assert store.holdings()[0].blocks == 24
+    assert list(store.problems()) == []
     store.close()
 
 
@@ -95,11 +93,11 @@ def test_without_the_key_blocks_can_be_removed_and_with_it_they_are_ordered(
     store = open_store()  # as what only gives room back may do
     first = chained_key(chained_key(root_of(CIPHER), A), (20, 21, 22, 23))
     assert store.remove([first]) == 1
-    assert maintenance.holdings(store)[0].blocks == 23
+    assert store.holdings()[0].blocks == 23
     store.close()
     store = open_store(sealer=CIPHER)
     assert restored(store, *A, 21, 22, 99) == (6, [bytes(A) * 8, bytes((21, 22, 23, 24)) * 8])
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
     store.close()
 
 
@@ -116,7 +114,7 @@ def test_an_earlier_version_refuses_what_this_one_wrote(
     ):
         earlier.open_db(b"children", dupsort=True)
     store = open_store(sealer=sealer)
-    assert list(maintenance.problems(store)) == []
+    assert list(store.problems()) == []
     store.close()
 
 
@@ -159,6 +157,6 @@ def test_a_store_that_cannot_be_written_is_read_as_it_is(
     store = open_store(sealer=sealer)
     assert store.env.is_read_only
     assert restored(store, *A, *B) == (8, [bytes(A) * 8, bytes(B) * 8])
-    assert maintenance.holdings(store)[0].blocks == 24
-    assert list(maintenance.problems(store)) == []
+    assert store.holdings()[0].blocks == 24
+    assert list(store.problems()) == []
     store.close()

@@ -3,7 +3,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -11,9 +11,15 @@ import pytest
 
 from recollect.errors import UnsupportedModelError
 from recollect.files import sha256_file
-from recollect.models.conversion import Conversion, convert, find_converted, find_inexact
 from recollect.models.gguf import describe, read_content
-from recollect.models.openvino_folder import MANIFEST_NAME, Manifest, from_manifest
+from recollect.models.gguf_decoder import Conversion, convert
+from recollect.models.openvino_folder import (
+    MANIFEST_NAME,
+    Manifest,
+    find_converted,
+    find_inexact,
+    from_manifest,
+)
 from recollect.types import no_progress
 
 MakeGguf = Callable[..., Path]
@@ -34,26 +40,47 @@ def converted(converted_once: Path, tmp_path: Path) -> Path:
     return shutil.copytree(converted_once, tmp_path / "home" / "models" / "tiny")
 
 
-def test_a_converted_folder_is_whole_and_found_again(make_gguf: MakeGguf, tmp_path: Path) -> None:
-    converted = tmp_path / "home" / "models" / "tiny"
-    made = run(make_gguf(), converted, tmp_path / "home")
-    manifest = find_converted(converted, sha256_file(tmp_path / "tiny.gguf"))
-    assert manifest == made
+@dataclass(frozen=True)
+class Observed:
+    """A conversion that several tests look at: it takes a second."""
+
+    source: Path
+    before: bytes
+    """What the user's file held."""
+    home: Path
+    folder: Path
+    made: Manifest
+    reports: list[tuple[str, int, int | None]]
+
+
+@pytest.fixture(scope="module")
+def observed(converted_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Observed:
+    (written,) = converted_once.parents[1].glob("*.gguf")
+    parent = tmp_path_factory.mktemp("observed")
+    source, home = Path(shutil.copy(written, parent)), parent / "home"
+    before, reports = source.read_bytes(), list[tuple[str, int, int | None]]()
+    job = Conversion("tiny", source, sha256_file(source))
+    folder = home / "models" / "tiny"
+    made = convert(job, folder, home=home, progress=lambda *report: reports.append(report))
+    return Observed(source, before, home, folder, made, reports)
+
+
+def test_a_converted_folder_is_whole_and_found_again(observed: Observed) -> None:
+    converted = observed.folder
+    manifest = find_converted(converted, sha256_file(observed.source))
+    assert manifest == observed.made
     assert manifest.name == "tiny"
     assert manifest.architecture == "llama"
     assert manifest.context_length == 512
     assert manifest.eos_token_ids == [0, 2]
-    assert manifest.source_bytes == (tmp_path / "tiny.gguf").stat().st_size
+    assert manifest.source_bytes == observed.source.stat().st_size
     assert set(manifest.file_bytes) | {MANIFEST_NAME} == names(converted)
-    assert list((tmp_path / "home" / "tmp").iterdir()) == []
+    assert list((observed.home / "tmp").iterdir()) == []
 
 
-def test_the_users_file_stays_as_it_was(make_gguf: MakeGguf, tmp_path: Path) -> None:
-    path = make_gguf()
-    before = path.read_bytes()
-    run(path, tmp_path / "home" / "m", tmp_path / "home")
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.glob("openvino*")] == []
+def test_the_users_file_stays_as_it_was(observed: Observed) -> None:
+    assert observed.source.read_bytes() == observed.before
+    assert [file.name for file in observed.source.parent.glob("openvino*")] == []
 
 
 def test_a_folder_of_another_source_is_not_found(converted: Path) -> None:
@@ -93,6 +120,7 @@ def test_a_folder_with_rounded_weights_is_inexact(converted: Path) -> None:
     assert not found.is_exact
 
 
+@pytest.mark.slow
 def test_a_folder_of_no_use_is_replaced(
     converted: Path, make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -103,7 +131,6 @@ def test_a_folder_of_no_use_is_replaced(
     assert not (converted / "stray").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_the_fingerprint_follows_weights_and_template(make_gguf: MakeGguf, tmp_path: Path) -> None:
     settings: list[dict[str, object]] = [{}, {}, {"seed": 1}, {"template": "other"}]
@@ -143,6 +170,7 @@ def test_what_the_converter_refuses_is_said_in_its_words_and_leaves_nothing(
     assert list((tmp_path / "home" / "tmp").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_cannot_be_made_is_named(make_gguf: MakeGguf, tmp_path: Path) -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"^tiny\.gguf has a tokenizer of the kind 'rwkv'"
@@ -165,7 +193,6 @@ def test_an_interrupt_leaves_nothing(make_gguf: MakeGguf, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("room", [-50_000, 100], ids=["while building", "while saving"])
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_leaves_nothing(
     room: int, make_gguf: MakeGguf, tmp_path: Path
 ) -> None:
@@ -184,19 +211,16 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(
     assert [file for file in home.rglob("*") if file.is_file()] == []
 
 
-def test_progress_counts_the_bytes_of_the_weights(make_gguf: MakeGguf, tmp_path: Path) -> None:
-    path, seen = make_gguf(), []
-    job = Conversion("tiny", path, sha256_file(path))
-    convert(job, tmp_path / "m", home=tmp_path, progress=lambda *report: seen.append(report))
+def test_progress_counts_the_bytes_of_the_weights(observed: Observed) -> None:
+    seen = observed.reports
     assert seen[0] == ("converting tiny", 0, None)
     assert seen[-1] == ("converting tiny", 1, 1)
-    total = sum(tensor.size_bytes for tensor in read_content(path).tensors.values())
+    total = sum(tensor.size_bytes for tensor in read_content(observed.source).tensors.values())
     counted = [(done, of) for _, done, of in seen[1:-1]]
     assert counted
     assert all(0 < done <= total == of for done, of in counted)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_two_processes_at_once_end_with_one_whole_folder(
     make_gguf: MakeGguf, tmp_path: Path
@@ -226,6 +250,7 @@ def test_the_manifest_is_plain_json(converted: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="modes of POSIX")
+@pytest.mark.slow
 def test_a_file_that_others_may_write_to_is_remarked_on(
     make_gguf: MakeGguf, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -236,15 +261,11 @@ def test_a_file_that_others_may_write_to_is_remarked_on(
     assert f"{path} can be changed by others (everybody" in message
 
 
-def test_the_window_is_noted_for_those_who_look_around_it(
-    make_gguf: MakeGguf, tmp_path: Path
-) -> None:
-    path = make_gguf()
-    manifest = run(path, tmp_path / "m", tmp_path)
-    assert manifest.window is None
-    assert from_manifest(manifest, tmp_path / "m", "tiny").boundaries == ()
-    windowed = replace(manifest, window=40)
-    assert from_manifest(windowed, tmp_path / "m", "tiny").boundaries == (40,)
-    content = read_content(path)
+def test_the_window_is_noted_for_those_who_look_around_it(observed: Observed) -> None:
+    assert observed.made.window is None
+    assert from_manifest(observed.made, observed.folder, "tiny").boundaries == ()
+    windowed = replace(observed.made, window=40)
+    assert from_manifest(windowed, observed.folder, "tiny").boundaries == (40,)
+    content = read_content(observed.source)
     content.fields["llama.attention.sliding_window"] = 40
-    assert describe(content, path).window == 40
+    assert describe(content, observed.source).window == 40

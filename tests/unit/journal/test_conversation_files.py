@@ -189,7 +189,7 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ("tips", [], "not an object"),
         ("tips.main", 77, "stands at a node that is missing"),
         ("tips.main", "5", "stands at a node that is missing"),
-        ("tips.a\nb", 5, "cannot be the name of a tip"),
+        ("tips.a\nb", 5, "cannot be the name of a branch"),
     ],
 )
 def test_a_file_that_is_not_sound_is_refused(path: str, value: object, problem: str) -> None:

@@ -38,12 +38,12 @@ TEXTS = [
     ("splitter", "rules"),
     [
         ("qwen2", QWEN_2),
-        ("llama-bpe", LLAMA_3),
-        ("smaug-bpe", LLAMA_3),
-        ("dbrx", LLAMA_3),
         ("smollm", SMOLLM),
-        ("refact", SMOLLM),
-        ("gpt-2", GPT_2),
+        pytest.param("llama-bpe", LLAMA_3, marks=pytest.mark.slow),
+        pytest.param("smaug-bpe", LLAMA_3, marks=pytest.mark.slow),
+        pytest.param("dbrx", LLAMA_3, marks=pytest.mark.slow),
+        pytest.param("refact", SMOLLM, marks=pytest.mark.slow),
+        pytest.param("gpt-2", GPT_2, marks=pytest.mark.slow),
     ],
 )
 def test_text_is_split_as_by_hugging_face(

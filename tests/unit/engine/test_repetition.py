@@ -1,0 +1,88 @@
+"""A reply that only repeats itself is noticed; a text that may repeat is not."""
+
+import json
+import random
+import re
+from itertools import count
+from pathlib import Path
+
+import pytest
+from tests.unit.engine.repeating_texts import TEXTS
+
+from recollect.engine.repetition import LENGTH, REMEMBERED, TIMES, WINDOW, Repetition
+
+RUNAWAYS = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "data" / "runaways.jsonl").read_text("utf-8").splitlines()
+]
+"""Greedy replies of SmolLM2-135M-Instruct and sampled ones, as text, cut after 1,400 tokens."""
+
+
+def split(text: str) -> list[int]:
+    """Return a number for each word, number, run of spaces and mark: about the tokens of a model."""
+    ids: dict[str, int] = {}
+    return [
+        ids.setdefault(piece.group(), len(ids))
+        for piece in re.finditer(r" ?[A-Za-z]+|\d|([^\w\s])\1*|\s+", text)
+    ]
+
+
+def end_of(token_ids: list[int]) -> int | None:
+    """Return after how many tokens a reply is taken to have run away."""
+    repetition = Repetition()
+    return next((n for n, token in enumerate(token_ids, 1) if repetition.push(token)), None)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_that_may_repeat_goes_on(name: str) -> None:
+    """Tables, code, refrains and lists, all of them longer than what is looked at, are let through."""
+    assert end_of(split(TEXTS[name]())) is None
+
+
+RUNS_ON = "Plan a week of vegetarian dinners."
+"""Its loop changes a word within each 48 tokens; no rule that lets statements of SQL through sees it."""
+
+
+@pytest.mark.parametrize(
+    "runaway",
+    [one for one in RUNAWAYS if one["prompt"] != RUNS_ON],
+    ids=lambda one: one["prompt"][:40],
+)
+def test_a_real_runaway_is_ended(runaway: dict[str, str]) -> None:
+    """What a small model really wrote without an end is noticed before 1,200 tokens."""
+    end = end_of(split(runaway["text"]))
+    assert end is not None
+    assert end <= 1200
+
+
+def test_what_is_not_noticed_is_known() -> None:
+    """One of the runaways is left to the limit on tokens: whoever tightens the rule hears of it."""
+    (runaway,) = [one for one in RUNAWAYS if one["prompt"] == RUNS_ON]
+    assert end_of(split(runaway["text"])) is None
+
+
+@pytest.mark.parametrize("period", [1, 2, 7, 31, 32, 33, 100, 128])
+def test_an_exact_cycle_is_ended(period: int) -> None:
+    """A cycle is noticed once it has come four times and fills the window."""
+    head = list(range(1000, 1100))
+    end = end_of(head + list(range(period)) * (2048 // period + 1))
+    assert end is not None
+    assert end <= len(head) + TIMES * max(period, LENGTH) + WINDOW
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_cycle_with_a_counter_is_ended(seed: int) -> None:
+    """A loop that counts is noticed where enough tokens in a row stay the same."""
+    chosen = random.Random(seed)  # noqa: S311 - tokens, no secrets
+    paragraph = [chosen.randrange(1000) for _ in range(120)]
+    counter = count(5000)
+    assert end_of([t for _ in range(20) for t in (next(counter), *paragraph)]) is not None
+
+
+def test_random_tokens_go_on() -> None:
+    """Text without repetition is never ended, however long it is, and what is held stays bounded."""
+    chosen = random.Random(0)  # noqa: S311 - tokens, no secrets
+    repetition = Repetition()
+    for _ in range(50_000):
+        assert not repetition.push(chosen.randrange(50_000))
+    assert len(repetition._counted) == len(repetition._last_end) == REMEMBERED
