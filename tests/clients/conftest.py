@@ -7,6 +7,7 @@ there is loopback alone: nothing reaches another machine, and every server has t
 docs/clients.md names.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import platformdirs
 import pytest
@@ -42,17 +43,29 @@ fcntl.ioctl(socket.socket(), flags, struct.pack("16sh", b"lo", up_and_running))
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 
+READ: Final = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1]).read().decode())"
+
 
 def cached(name: str, *sources: Path, fill: Callable[[Path], None]) -> Path:
     """Return a folder of the user's cache for these sources, filled the first time."""
     digest = sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     folder = platformdirs.user_cache_path("recollect") / "clients" / f"{name}-{digest}"
-    if not (folder / "complete").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        fill(folder)
-        (folder / "complete").touch()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # others may want it at the same time
+        if not (folder / "complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            fill(folder)
+            (folder / "complete").touch()
     return folder
+
+
+def cannot_run(why: str) -> NoReturn:
+    """End the test: it fails where all of them have to run."""
+    if "CI" in os.environ:
+        pytest.fail(why)
+    pytest.skip(why)
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> None:
@@ -67,8 +80,7 @@ def programs() -> Mapping[str, Path]:
     """Return where Node's modules and the two Python environments are."""
     for tool in ("node", "npm", "nsenter", "unshare", "git"):
         if shutil.which(tool) is None:
-            missing = f"{tool} is missing: apt-get install nodejs npm git util-linux"
-            pytest.fail(missing) if "CI" in os.environ else pytest.skip(missing)
+            cannot_run(f"{tool} is missing: apt-get install nodejs npm git util-linux")
 
     def modules(folder: Path) -> None:
         for name in ("package.json", "package-lock.json", ".npmrc"):
@@ -87,7 +99,8 @@ def programs() -> Mapping[str, Path]:
     found = {"node": cached("node", PACKAGES / "package-lock.json", fill=modules) / "node_modules"}
     for name in ("python", "aider"):
         requirements = PACKAGES / f"{name}.txt"
-        folder = cached(name, requirements, fill=environment(requirements))
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        folder = cached(f"{name}-{version}", requirements, fill=environment(requirements))
         found[name] = folder / "env" / "bin"
     return found
 
@@ -112,7 +125,15 @@ class Run:
     requests: list[dict[str, Any]]
     prompts: list[dict[str, Any]]
     fed_tokens: int
-    log: str = field(repr=False)
+    metrics: str = field(repr=False)
+    """What `/metrics` said last."""
+
+    def prompt_tokens(self, source: str) -> int:
+        """Return how many tokens of prompts came from there, by the metrics."""
+        found = re.findall(
+            rf'^recollect_prompt_tokens_total{{[^}}]*source="{source}"}} (\S+)$', self.metrics, re.M
+        )
+        return sum(int(float(value)) for value in found)
 
     def usages(self) -> list[dict[str, Any]]:
         """Return what the server told of each reply, from its body."""
@@ -147,14 +168,16 @@ class World:
             "TERM": "dumb",
             "NO_COLOR": "1",
         }
+        self._server: subprocess.Popen[bytes] | None = None
         self._holder = subprocess.Popen(  # noqa: S603 - holds the network
             [
                 *("unshare", "--map-root-user", "--net"),
                 *(sys.executable, "-I", "-c", LOOPBACK_UP, "sleep", "1800"),
             ]
         )
-        until(lambda: _name_of(self._holder.pid) == "sleep", 10)
-        self._server: subprocess.Popen[bytes] | None = None
+        until(lambda: self._holder.poll() is not None or _name_of(self._holder.pid) == "sleep", 10)
+        if self._holder.poll() is not None:
+            cannot_run("this machine makes no network namespaces: see `unshare --net`")
 
     def inside(self, *command: str | Path) -> list[str | Path]:
         """Return a command line that runs a command in the network."""
@@ -186,12 +209,13 @@ class World:
     def stop(self) -> Run:
         """Stop the server as a service manager does, and return what it did."""
         assert self._server is not None
+        metrics = self.call(sys.executable, "-c", READ, "http://127.0.0.1:8765/metrics")
         self._server.send_signal(signal.SIGTERM)
         status = self._server.wait(60)
         self._server = None
-        log = self._log.read_text()
-        assert status == 0, log
-        self.runs.append(Run(**json.loads(self._record.read_text("utf-8")), log=log))
+        assert status == 0, self.log()
+        done = json.loads(self._record.read_text("utf-8"))
+        self.runs.append(Run(**done, metrics=metrics))
         return self.runs[-1]
 
     def call(
