@@ -102,6 +102,8 @@ _IDS: Final = re.compile(
 )
 _DATES: Final = re.compile(r"\b20\d\d-\d\d-\d\d([T ][\d:.Z]+)?")
 _LONGEST_KEPT: Final = 48
+_BEGINNINGS: Final = ("x-anthropic-billing-header: ",)
+"""What the server goes by."""
 _TEXTS_OF_OTHERS: Final = {"description", "title", "instructions", "system"}
 
 
@@ -117,7 +119,8 @@ def shape(value: Any, ids: dict[str, int], name: str = "") -> Any:
     value = _DATES.sub("2026-01-01", value)
     is_ours = "MARKER-" in value and len(value) < 2 * _LONGEST_KEPT
     if value and not is_ours and (name in _TEXTS_OF_OTHERS or len(value) > _LONGEST_KEPT):
-        return f"{len(value)} characters"
+        kept = next((one for one in _BEGINNINGS if value.startswith(one)), "")
+        return f"{kept}{len(value)} characters"
     return value
 
 
@@ -134,7 +137,7 @@ def write_bodies(world: Any, folder: Path, client: str) -> None:
             chosen.append(
                 {
                     "path": path,
-                    "ignored": [] if ignored is None else ignored.split(", "),
+                    "ignored": [] if ignored is None else sorted(ignored.split(", ")),
                     "body": shape(
                         json.loads(bodies[one]["body"].replace(str(world.root), "")), ids
                     ),
