@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, Final, Protocol, Self
 
 from recollect.conversation.conversation import Asked, Conversation
@@ -247,6 +248,11 @@ class Session(Cursor):
     def namespace(self) -> str:
         """Return the namespace, within which KV is shared."""
         return self._namespace
+
+    @property
+    def model(self) -> ModelParts:
+        """Return what it talks to."""
+        return self._model
 
     def stream(self, text: str | None, *, params: SamplingParams | None = None) -> "ReplyStream":
         """
@@ -502,6 +508,7 @@ class Session(Cursor):
         self, at: Node | None, text: str | None, params: SamplingParams | None
     ) -> "ReplyStream":
         """Begin a turn after a node, or after the tip, and return its reply while it is generated."""
+        since_s = perf_counter()
         self._begin()
         before = self._tip
         try:
@@ -510,7 +517,8 @@ class Session(Cursor):
                 text, at = (None, before) if text == before.content else (text, before.parent)
                 assert at is not None, "a message has a parent"
                 self._tip = at
-            return self._turn(at or self._tip, text, params or self.params, before)
+            stream = self._turn(at or self._tip, text, params or self.params, before)
+            return stream.count_from(since_s)
         except BaseException:
             self._tip = before
             self._busy.release()
@@ -626,7 +634,7 @@ class Session(Cursor):
             self._tip, self._change = node, None
         self._idle.forget()
         self._start_idle_work()
-        return Reply.of(reply, node, turn.dropped_turns)
+        return Reply.of(reply, node, turn.dropped_turns, turn.expected.change)
 
     def _typed(self, text: str) -> TokenSequence:
         at = self._tip.parent if self._is_unanswered() else self._tip

@@ -32,7 +32,7 @@ _TIMED_TOKENS: Final = 32
 Result = Logits | Exception | None
 """What a pass gave a task: the logits after its history, why it failed, or None where more is to be fed."""
 
-_LINGER_S: Final = 2.0
+LINGER_S: Final = 2.0
 """The thread ends after so long without work; the next task starts another."""
 
 
@@ -102,6 +102,16 @@ class Engine:
         # waits for its task would wait for ever.
         self._at_exit = partial(_close_if_alive, weakref.ref(self))
         atexit.register(self._at_exit)
+
+    @property
+    def runtime(self) -> PagedRuntime:
+        """Return what computes; while there are tasks, only the engine's thread may use it."""
+        return self._runtime
+
+    def tasks(self) -> list[Task]:
+        """Return the tasks that run or wait."""
+        with self.lock:
+            return self._scheduler.tasks()
 
     @property
     def preemptions(self) -> int:
@@ -297,7 +307,7 @@ class Engine:
                 if self._closed:
                     return False
                 self._tell_tier(works=False)
-                if not self._work.wait(_LINGER_S) and not self._scheduler.tasks():
+                if not self._work.wait(LINGER_S) and not self._scheduler.tasks():
                     self._thread = None  # without a thread, an engine nobody uses can go
                     return False
             self._tell_tier(works=True)

@@ -256,6 +256,8 @@ def _not_kept(reason: str) -> dict[str, Any]:
 
 
 _PAGE: int = 20
+_Limit = Annotated[int, Query(ge=1, le=100)]
+_Order = Annotated[str, Query(pattern="^(asc|desc)$")]
 
 
 class NewConversation(Body):
@@ -316,8 +318,8 @@ def create_conversation(body: NewConversation, request: Request) -> dict[str, An
 @router.get("/v1/conversations")
 def list_conversations(
     request: Request,
-    limit: Annotated[int, Query(ge=1, le=100)] = _PAGE,
-    order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
+    limit: _Limit = _PAGE,
+    order: _Order = "desc",
     after: str | None = None,
 ) -> dict[str, Any]:
     """Return a page of the client's conversations, the one used last first."""
@@ -374,8 +376,8 @@ def delete_conversation(conversation_id: str, request: Request) -> dict[str, Any
 def list_items(
     conversation_id: str,
     request: Request,
-    limit: Annotated[int, Query(ge=1, le=100)] = _PAGE,
-    order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
+    limit: _Limit = _PAGE,
+    order: _Order = "desc",
     after: str | None = None,
 ) -> dict[str, Any]:
     """Return the messages of a conversation up to its tip."""

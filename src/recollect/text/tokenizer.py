@@ -223,6 +223,14 @@ class ControlTokens:
             short[-length:] in self._heads for length in range(1, len(short) + 1)
         )
 
+    def may_touch(self, text: str) -> bool:
+        """Return whether one is in a text, or could be made of it and of what is around it."""
+        return (
+            any(True for _ in self.begins(text))
+            or self.may_begin_before(text)
+            or self.may_end_after(text)
+        )
+
     def _is_inside(self, text: str) -> bool:
         return 0 < len(text) < self._longest and text in self._all
 

@@ -482,10 +482,10 @@ def test_a_template_that_knows_tools_shows_them_itself(make_model: Callable[...,
     assert "[tool]Sunny.[end]" in shown
 
 
-def test_a_real_file_of_version_1_becomes_a_current_one(model: Model) -> None:
+def test_a_real_file_of_version_1_becomes_a_current_one(model: Model, tmp_path: Path) -> None:
     """Written by the last commit before messages of tools could be kept."""
     source = Path(__file__).parents[1] / "journal" / "data" / "journal-version-1.sqlite3"
-    target = model._home / "conversations.sqlite3"
+    target = tmp_path / "home" / "conversations.sqlite3"
     target.parent.mkdir(parents=True)
     target.write_bytes(source.read_bytes())
     assert model.journal.check() == []
