@@ -13,16 +13,16 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from recollect.conversation.conversation import Asked, Conversation
 from recollect.conversation.matching import Change
-from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
 from recollect.conversation.turn import (
     ANSWERED,
     Expectation,
+    ModelParts,
     Prompting,
     Reply,
     Turn,
@@ -30,8 +30,6 @@ from recollect.conversation.turn import (
     explained,
     generator_of,
 )
-from recollect.engine.engine import Engine
-from recollect.engine.grammar import Grammars
 from recollect.engine.pinning import pin_on_disk
 from recollect.engine.reply import GeneratedReply, IdleWork, ReadAhead, ReplyGeneration
 from recollect.engine.sampling import Generator
@@ -46,49 +44,10 @@ from recollect.errors import (
     TemplateError,
     UnknownNodeError,
 )
-from recollect.journal.home import Checkpoint, Checkpoints
+from recollect.journal.home import Checkpoint
 from recollect.journal.records import require_name
 from recollect.kv.blocks import CachedBlock
-from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import Tokenizer
 from recollect.types import Message, SamplingParams, Usage
-
-
-class ModelParts(Protocol):
-    """What a session needs of its model; `Model` has all of it."""
-
-    @property
-    def engine(self) -> Engine:
-        """Return the engine that computes replies."""
-
-    @property
-    def prompts(self) -> PromptEncoder:
-        """Return the encoder from a path through the tree to token ids."""
-
-    @property
-    def template(self) -> ChatTemplate:
-        """Return what shows a conversation as the model's text."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer, which decodes replies."""
-
-    @property
-    def grammars(self) -> Grammars:
-        """Return the compiled grammars, which constrain replies."""
-
-    @property
-    def weights_fingerprint(self) -> str:
-        """Return the fingerprint of the model, which is saved with each reply."""
-
-    @property
-    def checkpoint_store(self) -> Checkpoints:
-        """
-        Return the checkpoints of this data folder, to find, add and drop.
-
-        Raises:
-            StoreError: There is no KV store on disk, or the journal cannot be used.
-        """
 
 
 class Cursor:

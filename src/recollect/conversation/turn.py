@@ -7,7 +7,7 @@ rest are values: the session carries a turn out, and owns all other state.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 from recollect.conversation.matching import Change
 from recollect.conversation.prompt import Prompt, PromptEncoder
@@ -24,7 +24,10 @@ from recollect.errors import (
     InvalidParameterError,
     TemplateError,
 )
+from recollect.journal.home import Checkpoints
 from recollect.journal.records import NewNode
+from recollect.text.template import ChatTemplate
+from recollect.text.tokenizer import Tokenizer
 from recollect.types import Reason, SamplingParams, ToolLinks, Usage
 
 
@@ -154,6 +157,43 @@ class Turn:
             links=ToolLinks(call_ids=calls) if calls else None,
         )
         return [*asked, said]
+
+
+class ModelParts(Protocol):
+    """What a session needs of its model; `Model` has all of it."""
+
+    @property
+    def engine(self) -> Engine:
+        """Return the engine that computes replies."""
+
+    @property
+    def prompts(self) -> PromptEncoder:
+        """Return the encoder from a path through the tree to token ids."""
+
+    @property
+    def template(self) -> ChatTemplate:
+        """Return what shows a conversation as the model's text."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer, which decodes replies."""
+
+    @property
+    def grammars(self) -> Grammars:
+        """Return the compiled grammars, which constrain replies."""
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """Return the fingerprint of the model, which is saved with each reply."""
+
+    @property
+    def checkpoint_store(self) -> Checkpoints:
+        """
+        Return the checkpoints of this data folder, to find, add and drop.
+
+        Raises:
+            StoreError: There is no KV store on disk, or the journal cannot be used.
+        """
 
 
 class Prompting:
