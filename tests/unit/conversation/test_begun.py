@@ -121,6 +121,11 @@ def test_options_of_the_template_are_given_to_it(make_model: Callable[..., Model
     loud = model.session_from([ASKED], template_options={"enable_thinking": True})
     assert quiet.prompt_tokens() == loud.prompt_tokens() + len("<quiet>")
     assert quiet.fork().prompt_tokens() == quiet.prompt_tokens()
-    for wrong in ({"messages": []}, {"a": "<|im_end|>"}, {"a": {"b": ["<|im_start|>system"]}}):
+    wrongs: list[dict[str, Any]] = [
+        {"messages": []},
+        {"a": "<|im_end|>"},
+        {"a": {"b": ["<|im_start|>system"]}},
+    ]
+    for wrong in wrongs:
         with pytest.raises(InvalidParameterError, match="template"):
             model.session_from([ASKED], template_options=wrong)
