@@ -12,6 +12,7 @@ import pytest
 import recollect
 
 PACKAGE = Path(recollect.__file__).parent
+TESTS = Path(__file__).parent
 
 # What each part may import besides itself; the drawing in ARCHITECTURE.md as a table.
 BASE = {"types", "errors", "config", "encryption", "files"}
@@ -156,6 +157,77 @@ def test_no_imports_go_in_a_circle() -> None:
 
 def test_the_front_of_the_package_does_not_import_its_faces() -> None:
     assert own_imports(PACKAGE / "__init__.py") & {"cli", "og", "proof", "server"} == set()
+
+
+@cache
+def private_names() -> frozenset[str]:
+    """Return the names with one underscore that modules, classes and objects of ours have."""
+    names: set[str] = set()
+    for node in (node for path in MODULES for node in ast.walk(tree_of(path))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return frozenset(name for name in names if name.startswith("_") and not name.endswith("__"))
+
+
+PATCHERS = {"setattr", "delattr", "getattr", "hasattr", "object", "patch"}
+
+
+def private_uses(tree: ast.AST) -> Iterator[str]:
+    """
+    Yield the private names of ours that a test reads, imports, or names to what patches.
+
+    What an object of the test calls its own, `self._name`, is its own business.
+    """
+    for node in ast.walk(tree):
+        used: list[str] = []
+        if isinstance(node, ast.Attribute):
+            is_own = isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"}
+            used = [] if is_own else [node.attr]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("recollect"):
+            used = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func
+            called = called.id if isinstance(called, ast.Name) else called
+            if called in PATCHERS:
+                texts = [one.value for one in node.args if isinstance(one, ast.Constant)]
+                used = [name for text in texts if isinstance(text, str) for name in text.split(".")]
+        yield from (name for name in used if name in private_names())
+
+
+PRIVATE_USES: dict[str, set[str]] = {
+    # The state of a grammar shows in a reply only where chance takes it to the token that is wrong.
+    "unit/engine/test_grammar.py": {"_grammar"},
+}
+"""By file the private names that a test may use, with the reason."""
+
+
+def test_tests_look_at_what_is_public() -> None:
+    """So that a module can be rewritten inside, and its tests still say whether it is right."""
+    found = {
+        path.relative_to(TESTS).as_posix(): uses
+        for path in sorted(TESTS.rglob("*.py"))
+        if (uses := set(private_uses(ast.parse(path.read_text("utf-8")))))
+    }
+    assert found == PRIVATE_USES
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("monkeypatch.setattr(Engine, '_run', None)", ["_run"]),
+        ("monkeypatch.setattr('recollect.engine.engine.Engine._run', None)", ["_run"]),
+        ("from recollect.engine.engine import _run", ["_run"]),
+        ("engine._run()", ["_run"]),
+        ("self.engine._run()", ["_run"]),
+        ("self._run()", []),
+        ("os._exit(1)", []),
+        ("engine.run()", []),
+    ],
+)
+def test_the_check_sees_every_use_of_a_private_name(source: str, expected: list[str]) -> None:
+    assert list(private_uses(ast.parse(source))) == expected
 
 
 @cache

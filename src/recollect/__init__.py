@@ -34,6 +34,7 @@ if typing.TYPE_CHECKING:
     from recollect.engine.sampling import Generator
     from recollect.engine.sequence import Sequence
     from recollect.journal.home import Checkpoint, encrypt
+    from recollect.journal.requests import explain
     from recollect.text.tool_calls import ToolCallParser
     from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, ToolCall, Usage
 
@@ -61,6 +62,7 @@ _MODULES: typing.Final = {
     "Usage": "recollect.types",
     "Warmed": "recollect.conversation.model",
     "encrypt": "recollect.journal.home",
+    "explain": "recollect.journal.requests",
     "load": "recollect.conversation.loading",
     "unlock": "recollect.encryption",
 }
@@ -93,6 +95,7 @@ __all__ = [
     "Warmed",
     "__version__",
     "encrypt",
+    "explain",
     "load",
     "unlock",
 ]

@@ -21,6 +21,8 @@ DEFAULT_PROFILE: Final[Profile] = "fast"
 
 HISTORY_NAME: Final = "history"
 """Name of the file in `home()` that holds the lines typed into chats."""
+REQUESTS_NAME: Final = "requests"
+"""Name of the file in `home()` that holds a line about each request to a server."""
 OFFLINE_VARIABLE: Final = "RECOLLECT_OFFLINE"
 LEAST_KV_DISK_BYTES: Final = 1 << 20
 """Smallest budget for KV on disk: LMDB needs this much for its own pages while it rewrites them."""

@@ -129,7 +129,7 @@ class OutOfBlocksError(MemoryLimitError):
     The KV memory budget is used up, and nothing can be evicted; nothing was changed.
 
     Attributes:
-        needed: Blocks that are missing.
+        needed: Blocks that were requested.
         free: Blocks that are free.
         total: Blocks of the pool.
     """

@@ -1,19 +1,22 @@
 """
-Values that every part shares: sampling parameters, usage, messages.
+Values that all parts share: messages, sampling parameters, grammars and usage.
 
 Pure: no runtime, no disk, no clock.
 """
 
 import json
 import math
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal, NotRequired, Self, TypedDict
+from typing import Any, Final, Generic, Literal, NotRequired, Self, TypedDict, TypeVar
 
 from recollect.errors import InvalidParameterError
 
 FinishReason = Literal["stop", "length", "cancelled"]
-"""`stop`: end of sequence or a stop string. `length`: the token or context limit. `cancelled`: the caller."""
+"""Why a reply ended. `stop`: at an end token or a stop string. `length`: at the limit of tokens or of the
+context. `cancelled`: by the caller."""
 
 Reason = Literal[
     "new",
@@ -27,9 +30,8 @@ Reason = Literal[
 """
 Why the tokens that were computed were not reused.
 
-`new`: nothing earlier had them. `evicted`: they were computed once, and their KV is gone since.
-`other_model`: the conversation was written with another model. The others: the prompt parts from an
-earlier one there.
+`new`: no earlier prompt had them. `evicted`: their KV was computed, and evicted since. `other_model`: another
+model generated the replies. The others name the first difference from an earlier prompt.
 """
 
 MissReason = Literal[
@@ -38,31 +40,31 @@ MissReason = Literal[
 """
 Why a stored block was not used.
 
-`checksum`, `truncated`, `format`: it is not what was written. `identity`: of another model, runtime
-or precision. `sealed`: encrypted with another key. `key`: its tokens do not give its name.
-`missing`: noted, and not there. `store`: the database failed.
+`checksum`, `truncated`, `format`: its bytes are not what was written. `identity`: it is of another model,
+runtime or precision. `sealed`: it is encrypted with another key. `key`: its tokens do not hash to its key.
+`missing`: its entry exists, but the block does not. `store`: the database failed.
 """
 
 Role = Literal["system", "user", "assistant", "tool"]
-"""`tool`: what a tool gave back."""
+"""Who a message is from. `tool`: a tool, with the result of a call."""
 
 Profile = Literal["exact", "fast", "small"]
-"""How numbers are computed: f32 throughout, f16 KV, or u8 KV."""
+"""Precision of computing and of KV: f32 throughout, f16 KV, or u8 KV; see ARCHITECTURE.md."""
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with (what is being done, units done, units in all or None when unknown)."""
+"""Called with what is being done, the units that are done, and their total; None: it is not known."""
 
 
 class FunctionCall(TypedDict):
-    """Which function is called, and with what."""
+    """The name and the arguments of a call, as in OpenAI's API."""
 
     name: str
     arguments: str
-    """JSON text."""
+    """A JSON object as text."""
 
 
 class MessageToolCall(TypedDict):
-    """A call of a tool in a message, as OpenAI's API has it."""
+    """A call of a tool in a message, as in OpenAI's API."""
 
     id: str
     type: Literal["function"]
@@ -70,50 +72,51 @@ class MessageToolCall(TypedDict):
 
 
 class Message(TypedDict):
-    """A message, as chat templates and OpenAI's API have it."""
+    """A message, as in OpenAI's API and as chat templates get it."""
 
     role: Role
     content: str | None
-    """None where an assistant's message has only calls."""
+    """The text; None in an assistant's message that has calls alone."""
     tool_calls: NotRequired[Sequence[MessageToolCall]]
-    """What the assistant calls."""
+    """The calls that an assistant's message makes."""
     tool_call_id: NotRequired[str]
-    """Which call a tool's message answers."""
+    """Id of the call that a tool's message answers."""
     name: NotRequired[str]
-    """Which tool that was."""
+    """Name of that tool."""
     reasoning_content: NotRequired[str | None]
     """What the assistant thought before; templates that show no thoughts do without."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A tool that the model calls, and with what."""
+    """A call of a tool that a reply makes."""
 
     id: str
     name: str
+    """Name of the tool."""
     arguments: str
-    """JSON text, as the model wrote it."""
+    """The arguments as JSON text, exactly as the model wrote them."""
 
     def to_dict(self) -> MessageToolCall:
-        """Return the call as a message has it."""
+        """Return the call in the form that messages have."""
         function: FunctionCall = {"name": self.name, "arguments": self.arguments}
         return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(frozen=True, slots=True)
 class ToolLinks:
-    """How a message hangs together with calls of tools."""
+    """The tool calls that a message makes or answers."""
 
     call_ids: tuple[str, ...] = ()
-    """The ids of the calls that the message makes, in their order; its text has the rest."""
+    """Ids of the calls that the message makes, in their order; names and arguments are in its text."""
     tool_call_id: str | None = None
-    """Which call the message answers."""
+    """Id of the call that the message answers."""
     name: str | None = None
-    """Which tool that was."""
+    """Name of the tool that was called."""
 
 
 def no_progress(_what: str, _done: int, _total: int | None) -> None:
-    """Ignore progress."""
+    """Do nothing: the default where a `Progress` can be given."""
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
@@ -124,27 +127,28 @@ def _require(holds: bool, name: str, value: object, allowed: str) -> None:
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """
-    What a reply must look like, made by `json_object`, `json_schema`, `regex` or `lark`.
+    What a reply must match, made by `json_object`, `json_schema`, `regex` or `lark`.
 
-    Needs the extra `recollect-llm[grammar]`. Whether it is valid is found out when a reply begins.
+    Needs the extra `recollect-llm[grammar]`. A grammar is compiled, and an invalid one refused, when a reply
+    begins.
     """
 
     kind: Literal["json_schema", "regex", "lark"]
     source: str
-    """A schema as JSON text, a regular expression, or a grammar."""
+    """A JSON schema as text, a regular expression, or a Lark grammar."""
 
     @classmethod
     def json_object(cls) -> Self:
-        """Return the grammar of any JSON object."""
+        """Return the grammar that accepts any JSON object."""
         return cls("json_schema", '{"type": "object"}')
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool) -> Self:
         """
-        Return the grammar of the JSON that a schema describes, its properties in the schema's order.
+        Return the grammar that accepts what a JSON schema describes, with properties in the schema's order.
 
         Raises:
-            InvalidParameterError: The schema is no JSON value.
+            InvalidParameterError: The schema is not a JSON value.
         """
         try:
             return cls("json_schema", json.dumps(schema, allow_nan=False))
@@ -155,47 +159,46 @@ class Grammar:
 
     @classmethod
     def regex(cls, pattern: str) -> Self:
-        """Return the grammar of what a regular expression matches as a whole, in Rust's syntax."""
+        """Return the grammar that accepts what a regular expression, in Rust's syntax, matches as a whole."""
         return cls("regex", pattern)
 
     @classmethod
     def lark(cls, grammar: str) -> Self:
-        """Return a context-free grammar in llguidance's dialect of Lark; it begins at `start`."""
+        """Return a context-free grammar in llguidance's dialect of Lark, whose start rule is `start`."""
         return cls("lark", grammar)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """
-    A token and how likely the model held it.
+    A token and its log probability.
 
-    The logarithm is natural, and of the model's own distribution: before grammar, bias, penalties
-    and temperature, as OpenAI's API has it.
+    The natural logarithm of the model's own probability, before grammar, bias, penalties and temperature, as
+    in OpenAI's API.
     """
 
     token_id: int
     token_bytes: bytes
-    """What the token adds to the text; a part of a character where several tokens make one."""
+    """The bytes that the token adds to the text, which may be a part of a character."""
     logprob: float
     top: "tuple[TokenLogprob, ...]" = ()
-    """The likeliest tokens at this place, the likeliest first; the chosen one need not be among them."""
+    """The most likely tokens at this place in descending order; the chosen one need not be among them."""
 
     @property
     def text(self) -> str:
-        """Return the bytes as text, with U+FFFD for what is none by itself."""
+        """Return the bytes as text, with U+FFFD for incomplete characters."""
         return self.token_bytes.decode("utf-8", "replace")
 
 
 MOST_LOGPROBS: Final = 20
-"""Most alternatives to a token that can be asked for. Source: OpenAI's API."""
+"""Most alternatives per token that can be requested. Source: OpenAI's API."""
 
 
 MOST_STOP_STRINGS: Final = 64
-"""Most stop strings of a reply. OpenAI's API takes 4, and what clients send is near that."""
+"""Most stop strings of a reply. OpenAI's API accepts 4, and clients send about as many."""
 
 MOST_STOP_CHARACTERS: Final = 8192
-"""Most characters in all stop strings of a reply together: what finds them takes some 400 bytes and a
-microsecond for each."""
+"""Most characters of all stop strings of a reply: searching takes about 400 bytes and 1 us for each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,24 +214,24 @@ class SamplingParams:
     """
 
     max_tokens: int | None = None
-    """Most tokens in one reply; None: as many as the context holds."""
+    """Most tokens of the reply; None: as many as fit into the context."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """0: greedy."""
     top_k: int = 0
-    """0 is off."""
+    """0: off."""
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Token id to a number added to its logit; -inf bans it."""
+    """Numbers that are added to the logits of token ids; -inf bans a token."""
     seed: int | None = None
-    """None draws a new one for each reply."""
+    """Seed of the random numbers; None: a new one for each reply."""
     stop: tuple[str, ...] = ()
-    """A reply ends before the first of these strings; at most 64, of 8,192 characters together."""
+    """The reply ends before the first of these strings. At most 64, with 8,192 characters in all."""
     ignore_eos: bool = False
-    """Go on at end of sequence, for benchmarks of a fixed length."""
+    """Whether end tokens do not end the reply, for benchmarks of a fixed length."""
     end_repetition: bool = True
     """
     End a reply that only repeats itself, by the rule of `engine.repetition`; never with `ignore_eos`.
@@ -236,9 +239,9 @@ class SamplingParams:
     Sessions and the server do; a `Generator` goes on, whose caller decides about each token.
     """
     grammar: Grammar | None = None
-    """What the reply must look like; it ends where the grammar says that it is complete."""
+    """What the reply must match. It ends when the grammar is complete."""
     logprobs: int | None = None
-    """How many alternatives to tell of each token, besides its own log probability; None: nothing."""
+    """Number of alternatives that are reported for each token, besides its log probability; None: neither."""
 
     def __post_init__(self) -> None:
         limit = self.max_tokens
@@ -281,7 +284,7 @@ class SamplingParams:
 
 
 def _require_few_enough(stop: Sequence[str]) -> None:
-    """Refuse stop strings by their number and length; they may be too many to be shown."""
+    """Check the number and the length of stop strings, without quoting them in the error."""
     if len(stop) > MOST_STOP_STRINGS:
         raise InvalidParameterError(
             f"stop has {len(stop):,} strings; give at most {MOST_STOP_STRINGS}."
@@ -299,58 +302,120 @@ class Usage:
     """
     What one reply cost.
 
-    `computed_tokens` is counted where the forward pass runs, `reused_tokens` where the plan is made;
-    that they add up to `prompt_tokens` is therefore evidence and not a definition.
+    `computed_tokens` is counted where forward passes run, `reused_tokens` where the cache is looked up. That
+    they add up to `prompt_tokens` is evidence, since neither is computed from the other.
     """
 
     prompt_tokens: int
-    """Tokens of the conversation before the reply."""
+    """Tokens of the prompt."""
     reused_tokens: int
-    """Of those, the ones whose KV was there already when the turn before had ended."""
+    """Tokens of the prompt whose KV existed when the turn before had ended."""
     restored_tokens: int = 0
-    """Of the reused, the ones whose KV came from disk."""
+    """Reused tokens whose KV was read from disk."""
     computed_tokens: int
-    """Of those, the ones fed to the model for this turn, before its first new token."""
+    """Tokens of the prompt that were computed for this turn, before its first new token."""
     read_ahead_tokens: int = 0
-    """Of the computed, the ones fed before the call: while it was typed, or nobody waited."""
+    """Computed tokens that were computed before the call, while the message was typed or nobody waited."""
     generated_tokens: int
     ttft_s: float
-    """From the call to the first new token, in seconds."""
+    """From the call, or on a server from the request, to the first new token, in seconds: all of a wait."""
     prefill_tps: float | None
     """
-    Tokens computed per second from the call to the first new token; None where none was computed.
+    Tokens computed per second from when the engine has the prompt to the first new token; None where none
+    was computed.
     """
     decode_tps: float | None
-    """Generated tokens per second after the first; None for a reply of fewer than two."""
+    """Generated tokens per second after the first one; None: there were fewer than two."""
     reason: Reason = "new"
+    """Why computed tokens were not reused."""
     difference: str | None = None
-    """What differs from the earlier prompt, in words, where `reason` says that something does."""
+    """A sentence about the first difference from an earlier prompt; None: `reason` names no difference."""
 
     @property
     def awaited_tokens(self) -> int:
-        """Return how many tokens were computed while somebody waited."""
+        """Return the number of tokens that were computed after the call, while somebody waited."""
         return self.computed_tokens - self.read_ahead_tokens
 
     def to_dict(self) -> dict[str, int | float | str | None]:
-        """Return the fields as plain JSON values."""
+        """Return the fields as a JSON object."""
         return asdict(self)
 
 
 def tokens_per_second(tokens: int, seconds: float) -> float | None:
-    """Return the rate, or None where nothing was done."""
+    """Return the rate; None if there were no tokens or no time was measured."""
     return tokens / seconds if tokens > 0 and seconds > 0 else None
 
 
 def running_average(known: float | None, newest: float) -> float:
-    """Return an average in which the newest measurement counts a quarter; the first counts whole."""
+    """Return a moving average: a quarter of *newest* and three quarters of *known*, if there is one."""
     return newest if known is None else known + 0.25 * (newest - known)
 
 
 def common_prefix_length(first: Iterable[object], second: Iterable[object]) -> int:
-    """Return how many leading items two token histories, or characters two texts, share."""
+    """Return how many leading items two sequences, such as token ids, have in common."""
     length = 0
     for a, b in zip(first, second, strict=False):
         if a != b:
             break
         length += 1
     return length
+
+
+_Value = TypeVar("_Value")
+
+
+class Remembered(Generic[_Value]):
+    """
+    Values by name that were made before, and take long to make. Safe from any thread.
+
+    Invariant: `held_bytes` is the sum over all values, and at most `most_bytes`.
+    """
+
+    def __init__(self, size: Callable[[_Value], int], most_bytes: int) -> None:
+        """
+        Hold nothing.
+
+        Args:
+            size: Returns how many bytes a value takes.
+            most_bytes: Of all; those used longest ago are forgotten.
+        """
+        self._size = size
+        self.most_bytes: Final = most_bytes
+        self.held_bytes = 0
+        self._values: OrderedDict[bytes, _Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Return how many values are remembered."""
+        return len(self._values)
+
+    def get(self, name: bytes) -> _Value | None:
+        """Return the value of that name; None where it is not known."""
+        with self._lock:
+            value = self._values.get(name)
+            if value is not None:
+                self._values.move_to_end(name)
+            return value
+
+    def put(self, name: bytes, value: _Value) -> None:
+        """Remember a value in place of another, and forget those that were used longest ago."""
+        if self._size(value) > self.most_bytes:
+            return
+        with self._lock:
+            if name in self._values:
+                self.held_bytes -= self._size(self._values.pop(name))
+            self._values[name] = value
+            self.held_bytes += self._size(value)
+            while self.held_bytes > self.most_bytes:
+                self.held_bytes -= self._size(self._values.popitem(last=False)[1])
+
+    def check(self) -> None:
+        """
+        Verify the invariant.
+
+        Raises:
+            AssertionError: It does not hold.
+        """
+        with self._lock:
+            held = sum(map(self._size, self._values.values()))
+            assert held == self.held_bytes <= self.most_bytes, "bytes are not counted right"

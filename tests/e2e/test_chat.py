@@ -77,7 +77,7 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(spawn: Spawn) -> None:
     child.expect("stopped · [0-9]+ new")
     child.expect_exact(PROMPT)
     enter(child, "/stats")
-    child.expect("1 turns in all branches")
+    child.expect("1 turn in all branches; open: main")
     child.expect(r"([\d,]+) of 8,192 tokens in main")
     assert int(child.match[1].replace(",", "")) < 8000
     child.expect_exact(PROMPT)
@@ -126,7 +126,7 @@ def test_fork_regenerate_and_edit_make_branches(spawn: Spawn) -> None:
     enter(child, "/fork idea")
     child.expect_exact("you (idea)>")
     enter(child, "/stats")
-    child.expect("3 turns in all branches, 2 sessions")
+    child.expect("3 turns in all branches; open: main, idea")
     child.expect_exact("you (idea)>")
     leave(child)
 

@@ -186,7 +186,8 @@ def test_a_pipe_without_a_name_keeps_what_its_help_says(
         env={**environment, "COLUMNS": "300"},
         check=True,
     )
-    assert "Without a name, a pipe saves no turns either, but KV and replies" in done.stdout
+    said = " ".join(done.stdout.replace("│", " ").split())
+    assert "Without --name, a pipe saves no conversation either, but it writes the cache" in said
 
 
 def test_who_asks_for_kv_on_disk_gets_it(environment: dict[str, str], folders: list[Path]) -> None:

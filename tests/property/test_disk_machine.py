@@ -1,9 +1,9 @@
 """The store against a set of prefixes, in any order of operations, by two who have it open."""
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from hypothesis import settings
@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 )
 
 from recollect.encryption import Cipher
-from recollect.kv.disk import DiskStore, NewBlock
+from recollect.kv.disk import DiskStore, Found, NewBlock
 from recollect.kv.record import Buffer, Identity, Key, Pin, chained_key, namespace_key
 from recollect.kv.tables import Tables
 from recollect.types import common_prefix_length
@@ -28,6 +28,7 @@ NAMES: Final = st.sampled_from(["a", "b"])
 IDS: Final = st.lists(st.integers(0, 1), min_size=1, max_size=10)
 WHICH: Final = st.integers(0, 40)
 Ids = tuple[int, ...]
+Replay = Callable[[type[RuleBasedStateMachine], str], None]
 
 
 def root_of(name: str, secret: bytes) -> Key:
@@ -251,30 +252,53 @@ def _looks_behind_alone(self: Tables, parent: Key, digests: bytes) -> list[bytes
     return [row for row in neighbours(self, parent, digests) if row[: len(digests)] >= digests]
 
 
+find = DiskStore.find
+
+
+def _finds_what_others_said(
+    self: DiskStore, after: Key, token_ids: Sequence[int], **options: Any
+) -> Found:
+    """A prefix that a namespace lacks is taken from the other one."""
+    found = find(self, after, token_ids, **options)
+    for name in "ab":
+        other = find(self, root_of(name, b""), token_ids, **options)
+        if not found.entries:
+            found = other
+    return found
+
+
 def _counts_nothing(*_: object) -> None:
     return None
 
 
-@pytest.mark.parametrize(
-    ("where", "name", "fault"),
-    [
-        (Tables, "with_followers", _forgets_followers),
-        (Tables, "neighbours", _takes_any_siblings),
-        (Tables, "neighbours", _looks_behind_alone),
-        (Tables, "add_bytes", _counts_nothing),
-        (Tables, "pinned_keys", lambda *_: set()),
-    ],
-    ids=["orphans", "wrong sibling", "no sibling before", "wrong account", "pins forgotten"],
-)
-def test_planted_faults_are_found(
-    monkeypatch: pytest.MonkeyPatch,
-    fault_search: Callable[[int], settings],
-    where: object,
-    name: str,
-    fault: object,
+FAULTS: dict[str, tuple[object, str, object]] = {
+    "orphans": (Tables, "with_followers", _forgets_followers),
+    "wrong sibling": (Tables, "neighbours", _takes_any_siblings),
+    "no sibling before": (Tables, "neighbours", _looks_behind_alone),
+    "wrong account": (Tables, "add_bytes", _counts_nothing),
+    "pins forgotten": (Tables, "pinned_keys", lambda *_: set()),
+    "another namespace's block": (DiskStore, "find", _finds_what_others_said),
+}
+EXPECTED = (AssertionError,)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_by_its_example(
+    fault: str, monkeypatch: pytest.MonkeyPatch, replay: Replay
 ) -> None:
-    monkeypatch.setattr(where, name, fault)
-    with pytest.raises(AssertionError):
+    replay(DiskMachine, fault)
+    monkeypatch.setattr(*FAULTS[fault])
+    with pytest.raises(EXPECTED):
+        replay(DiskMachine, fault)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(
+    fault: str, monkeypatch: pytest.MonkeyPatch, fault_search: Callable[[int], settings]
+) -> None:
+    monkeypatch.setattr(*FAULTS[fault])
+    with pytest.raises(EXPECTED):
         run_state_machine_as_test(
             DiskMachine, settings=settings(fault_search(1500), stateful_step_count=30)
         )

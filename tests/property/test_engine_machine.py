@@ -4,11 +4,11 @@ import contextlib
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pytest
@@ -47,6 +47,7 @@ MOST_PUBLISHED: Final = 2
 CHUNK: Final = 6
 BLOCK_BYTES: Final = SIZE * 4 * 8
 Ids = tuple[int, ...]
+Replay = Callable[[type[RuleBasedStateMachine], str], None]
 Take = Callable[[int, Buffer], None]
 TABLES = st.sampled_from(["blocks", "entries"])
 NAMESPACES = st.sampled_from(["", "other", None])
@@ -547,6 +548,26 @@ def _keep_logits_after_a_rewind(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TokenSequence, "rewind_to", stale)
 
 
+def _keep_a_stale_slot(patch: pytest.MonkeyPatch) -> None:
+    """A rewind that forgets to lower `computed`, for the slot that is written next."""
+    rewind, append = TokenSequence.rewind_to, TokenSequence.append
+    stale: dict[TokenSequence, int] = {}
+
+    def rewound(self: TokenSequence, length: int) -> None:
+        has_more = length < self.computed and length % SIZE > 0
+        rewind(self, length)
+        if has_more and self.computed == length:
+            stale[self] = length
+
+    def appended(self: TokenSequence, ids: Sequence[int]) -> None:
+        append(self, ids)
+        if stale.pop(self, None) == self.computed < len(self) - 1:
+            self.computed += 1
+
+    patch.setattr(TokenSequence, "rewind_to", rewound)
+    patch.setattr(TokenSequence, "append", appended)
+
+
 def _leak(patch: pytest.MonkeyPatch) -> None:
     def truncate(self: TokenSequence, length: int) -> None:
         del self.blocks[blocks_for(length, SIZE) :]
@@ -593,26 +614,12 @@ def _share_a_wrong_block(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrefixCache, "insert", careless)
 
 
-RARE = {
-    "a token without KV",
-    "sharing a wrong block",
-    "trusting the disk",
-    "keeping what a failed restore wrote",
-    "sharing across namespaces on disk",
-}
-"""Faults that are found after hundreds of examples."""
-
-
-def sampled(faults: Iterable[str]) -> list[Any]:
-    """Return the parameters for faults, of which the rare ones are slow to find."""
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name in RARE)) for name in faults]
-
-
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "a token without KV": _leave_a_token_without_kv,
     "writing into shared blocks": _write_into_shared_blocks,
     "skipping the copy": _skip_the_copy,
     "trusting KV after a failure": _trust_kv_after_a_failure,
+    "a stale slot": _keep_a_stale_slot,
     "stale logits": _keep_logits_after_a_rewind,
     "a leak": _leak,
     "sharing across namespaces": _share_across_namespaces,
@@ -623,12 +630,26 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
-@pytest.mark.parametrize("fault", sampled(FAULTS))
+EXPECTED = (AssertionError, ExceptionGroup, RuntimeFailure)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_by_its_example(
+    fault: str, monkeypatch: pytest.MonkeyPatch, replay: Replay
+) -> None:
+    replay(EngineMachine, fault)
+    FAULTS[fault](monkeypatch)
+    with pytest.raises(EXPECTED):
+        replay(EngineMachine, fault)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(
     fault: str, monkeypatch: pytest.MonkeyPatch, fault_search: Callable[[int], settings]
 ) -> None:
     FAULTS[fault](monkeypatch)
-    with pytest.raises((AssertionError, ExceptionGroup, RuntimeFailure)):
+    with pytest.raises(EXPECTED):
         run_state_machine_as_test(EngineMachine, settings=fault_search(1500))
 
 
@@ -673,12 +694,23 @@ DISK_FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
-@pytest.mark.parametrize("fault", sampled(DISK_FAULTS))
+@pytest.mark.parametrize("fault", DISK_FAULTS)
+def test_a_planted_fault_of_the_disk_is_found_by_its_example(
+    fault: str, monkeypatch: pytest.MonkeyPatch, replay: Replay
+) -> None:
+    replay(DiskMachine, fault)
+    DISK_FAULTS[fault](monkeypatch)
+    with pytest.raises(EXPECTED):
+        replay(DiskMachine, fault)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", DISK_FAULTS)
 def test_a_planted_fault_of_the_disk_is_found(
     fault: str, monkeypatch: pytest.MonkeyPatch, fault_search: Callable[[int], settings]
 ) -> None:
     DISK_FAULTS[fault](monkeypatch)
-    with pytest.raises((AssertionError, ExceptionGroup, RuntimeFailure)):
+    with pytest.raises(EXPECTED):
         run_state_machine_as_test(DiskMachine, settings=fault_search(1500))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from hypothesis import settings
@@ -20,9 +20,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from recollect.conversation.matching import MessageIndex
+from recollect.conversation.matching import KnownMessages, MessageIndex
 from recollect.conversation.model import Model
-from recollect.conversation.prompt import PromptEncoder
+from recollect.conversation.prompt import Prompt, PromptEncoder
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
 from recollect.engine.sequence import Sequence as TokenSequence
@@ -46,6 +46,7 @@ NUM_BLOCKS: Final = 60
 TOKENIZER: Final = ByteTokenizer()
 TEXTS = st.sampled_from(["", "a", "b", "ab", "abc", "a longer message", "é€"])
 LIMITS = st.integers(1, 7)
+Replay = Callable[[type[RuleBasedStateMachine], str], None]
 
 
 class FailingRuntime(ReferenceRuntime):
@@ -345,9 +346,10 @@ class SessionMachine(RuleBasedStateMachine):
     def _settle(self) -> None:
         """Wait until all work that nobody waits for is done."""
         engine = self.model.engine
-        with engine._work:
-            while engine._passing or engine._scheduler.tasks():
-                engine._work.wait(0.001)
+        while tasks := engine.tasks():
+            for task in tasks:
+                task.join()
+        engine.check()  # which waits for the pass under way
 
     def _never_twice(self, prompt: list[int], reused: int, fails: bool) -> None:
         """What was once said is never computed again, but for the last token, while it is in memory."""
@@ -425,14 +427,30 @@ def _match_a_token_too_many(patch: pytest.MonkeyPatch) -> None:
 
 
 def _find_messages_of_anybody(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Model, "_index", lambda self, _: MessageIndex(self.known))
+    init = MessageIndex.__init__
+
+    def everywhere(
+        self: MessageIndex, known: KnownMessages | None = None, namespace: str = ""
+    ) -> None:
+        init(self, known)
+
+    patch.setattr(MessageIndex, "__init__", everywhere)
 
 
 def _encode_replies_again(patch: pytest.MonkeyPatch) -> None:
     """The reply's text, decoded and encoded, in place of the ids: not the same for bytes that are no text."""
-    patch.setattr(
-        PromptEncoder, "_reply_ids", lambda self, reply: tuple(TOKENIZER.encode(reply.content))
-    )
+    encode = PromptEncoder.encode
+
+    def anew(self: PromptEncoder, path: Sequence[Node], *rest: Any) -> Prompt:
+        as_text = [
+            node
+            if node.token_ids is None
+            else replace(node, token_ids=tuple(TOKENIZER.encode(node.content)))
+            for node in path
+        ]
+        return encode(self, as_text, *rest)
+
+    patch.setattr(PromptEncoder, "encode", anew)
 
 
 def _compute_everything_each_time(patch: pytest.MonkeyPatch) -> None:
@@ -453,10 +471,24 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
+EXPECTED = (AssertionError,)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_by_its_example(
+    fault: str, monkeypatch: pytest.MonkeyPatch, replay: Replay
+) -> None:
+    replay(SessionMachine, fault)
+    FAULTS[fault](monkeypatch)
+    with pytest.raises(EXPECTED):
+        replay(SessionMachine, fault)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(
     fault: str, monkeypatch: pytest.MonkeyPatch, fault_search: Callable[[int], settings]
 ) -> None:
     FAULTS[fault](monkeypatch)
-    with pytest.raises(AssertionError):
+    with pytest.raises(EXPECTED):
         run_state_machine_as_test(SessionMachine, settings=fault_search(1500))

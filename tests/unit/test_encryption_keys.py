@@ -4,10 +4,11 @@ import hashlib
 import json
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import keyring
 import pytest
 from keyring.backend import KeyringBackend
 from keyring.backends import fail, null
@@ -40,9 +41,11 @@ def _no_passphrase(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def use_keyring(monkeypatch: pytest.MonkeyPatch) -> Callable[[KeyringBackend], None]:
+def use_keyring() -> Iterator[Callable[[KeyringBackend], None]]:
     """Return what makes a keyring the one of this system."""
-    return lambda ring: monkeypatch.setattr("keyring.core._keyring_backend", ring, raising=True)
+    before = keyring.get_keyring()
+    yield keyring.set_keyring
+    keyring.set_keyring(before)
 
 
 def encrypted(home: Path, passphrase: str = "open sesame") -> Cipher:

@@ -25,6 +25,7 @@ from recollect.cli.options import (
     EncryptOption,
     ModelOptions,
     TemperatureOption,
+    model_option,
     open_checkpoints,
     open_journal,
     read_text,
@@ -184,15 +185,7 @@ def _option(*names: str, about: str, metavar: str | None = None) -> Any:
 def chat(
     *,
     model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="NAME",
-            help="A name that `recollect models` lists, a .gguf file, an OpenVINO or ONNX folder, or "
-            "org/repo:file.",
-            show_default=f"{DEFAULT_MODEL}, or that of the conversation",
-        ),
+        str | None, model_option(default=f"{DEFAULT_MODEL}, or that of the conversation")
     ] = None,
     loading: ModelOptions = USUAL,
     prompts: Annotated[

@@ -177,7 +177,7 @@ def _way_back(chat: Chat, name: str, closed: Session) -> str:
     conversation = closed.conversation
     if name in chat.tips():
         return f"Its turns stay in the tree: /switch {name} opens it again."
-    if conversation.is_kept and conversation.name is not None:
+    if conversation.is_saved and conversation.name is not None:
         return f"To go on with it: recollect chat --resume {shlex.quote(conversation.name)}"
     return "Nothing of it was saved."
 
@@ -220,9 +220,9 @@ def name(chat: Chat, rest: str) -> None:
     if rest:
         conversation.rename(rest)
         chat.note(f"This conversation is named {rest!r} now.")
-    elif not conversation.is_kept:
+    elif not conversation.is_saved:
         chat.note("This conversation is not saved, so it has no name.")
-    elif conversation.kept_as is None and conversation.name is None:
+    elif conversation.journal_id is None and conversation.name is None:
         chat.note("With the first turn it gets the date as its name; /name NEW gives it another.")
     elif (called := conversation.current_name()) is None:
         chat.note("This conversation has been deleted: /system begins a new one.")
@@ -248,7 +248,7 @@ def unpin(chat: Chat, _rest: str) -> None:
 
 def save(chat: Chat, rest: str) -> None:
     """Save a checkpoint, or list the checkpoints."""
-    if not chat.session.conversation.is_kept:
+    if not chat.session.conversation.is_saved:
         raise ConversationError(
             "This conversation is not saved, so it can have no checkpoint: start a chat without "
             "--no-save."

@@ -36,6 +36,7 @@ from recollect.cli.options import (
     ModelOptions,
     YesOption,
     has_store,
+    model_option,
     open_checkpoints,
     open_journal,
     open_store,
@@ -72,13 +73,7 @@ NewNameOption = Annotated[
 ]
 _ModelOption = Annotated[
     str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="NAME",
-        help="Model that the cache belongs to.",
-        show_default="that of the conversation",
-    ),
+    model_option("Model that the cache belongs to.", default="that of the conversation"),
 ]
 _AS_THE_FILE: Final = ModelOptions(profile=None)
 _NoKvOption = Annotated[

@@ -184,16 +184,18 @@ def _has_terminal() -> bool:
     return True
 
 
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
+def model_option(about: str = "", *, default: bool | str = True) -> Any:
+    """Return the option that names one model; without *about*, its help lists what can be named."""
+    names = "A name that `recollect models` lists, a .gguf file, an OpenVINO or ONNX folder, or "
+    return typer.Option(
+        *("--model", "-m"),
         metavar="NAME",
-        help="A name that `recollect models` lists, a .gguf file, an OpenVINO or ONNX folder, or "
-        "org/repo:file.",
-    ),
-]
+        help=about or f"{names}org/repo:file.",
+        show_default=default,
+    )
+
+
+ModelOption = Annotated[str, model_option()]
 OfflineOption = Annotated[
     bool,
     typer.Option(

@@ -26,6 +26,7 @@ from recollect.cli.options import (
     unlock_home,
 )
 from recollect.errors import ConfigError, UnknownModelError
+from recollect.journal import requests
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
 from recollect.models.prepare import installed, known_context_length, size_bytes
 from recollect.server.settings import DEFAULT_MAX_TOKENS, Limits, Settings
@@ -158,6 +159,13 @@ def serve(
         int, _option("Limits", about="Most requests that wait.", metavar="N", min=0)
     ] = 64,
     encrypt: EncryptOption = False,
+    no_save: Annotated[
+        bool,
+        typer.Option(
+            "--no-save",
+            help="Keep no words of prompts for `recollect explain`, only counts and places.",
+        ),
+    ] = False,
 ) -> None:
     """
     Serve the APIs of OpenAI and Anthropic, for any client.
@@ -194,6 +202,7 @@ def serve(
         temperature=temperature,
         max_tokens=max_tokens or None,
         is_strict=strict,
+        keeps_words=not no_save,
         has_keys=len(keys) > 0,
         limits=Limits(concurrent=concurrent, queue=queue),
     )
@@ -223,6 +232,44 @@ def serve(
 @_keys.callback()
 def keys() -> None:
     """Manage the API keys of `recollect serve`."""
+
+
+@app.command()
+def explain(
+    client: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Only clients whose name has this in it."),
+    ] = None,
+    last: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Only the latest N requests of these clients."),
+    ] = None,
+) -> None:
+    """
+    Explain where prompts of a server's clients part from earlier ones.
+
+    Says what that costs, and what to change.
+
+    For example `recollect explain --client opencode --last 50`:
+
+    \b
+    opencode: 50 requests, 360,000 tokens of prompts, 91,200 computed
+      Line 3 of the instructions is a date or a time ('Thursday' became 'Friday'):
+      18,800 tokens computed in each of 4. Put what changes at the end of the
+      instructions, or into a message.
+    """
+    found = requests.explain(client, last, cipher=unlock_home())
+    if not found:
+        typer.echo("No request is known: `recollect serve` notes each that it answers.")
+    for one in found:
+        typer.echo(
+            f"{one.client}: {one.requests:,} requests, {one.prompt_tokens:,} tokens of prompts, "
+            f"{one.computed_tokens:,} computed"
+        )
+        for finding in one.findings:
+            typer.echo(f"  {finding}")
+        if not one.findings:
+            typer.echo("  Nothing that was read before was read again.")
 
 
 @_keys.command("add")

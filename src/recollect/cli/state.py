@@ -245,7 +245,7 @@ class Chat:
         fresh = self.model.session(
             system,
             params=self.params,
-            keep=former.conversation.is_kept,
+            keep=former.conversation.is_saved,
             overflow=former.overflow,
         )
         self.sessions[name] = fresh
@@ -328,7 +328,7 @@ def statistics(chat: Chat) -> list[tuple[str, str]]:
 
 def _saved_as(chat: Chat) -> str:
     conversation = chat.session.conversation
-    if not conversation.is_kept:
+    if not conversation.is_saved:
         return "not saved"
     return printable(conversation.name or "the date, from the first turn on")
 
@@ -396,7 +396,7 @@ def welcome(chat: Chat) -> None:
         f"{model.name} · {model.profile} · {model.context_length:,} tokens of context · "
         "/help lists commands, Ctrl-D leaves"
     )
-    if not chat.session.conversation.is_kept:
+    if not chat.session.conversation.is_saved:
         chat.note("Nothing of this chat is saved (--no-save).")
     if len(chat.session.tree) and chat.session.conversation.name is not None:
         _show_where_it_stands(chat)
@@ -406,7 +406,7 @@ def farewell(chat: Chat) -> None:
     """Say how to go on with the conversation, if it is saved."""
     conversation = chat.session.conversation
     has_turns = any(node.role == "assistant" for node in conversation.tree.nodes())
-    if not conversation.is_kept or conversation.kept_as is None or not has_turns:
+    if not conversation.is_saved or conversation.journal_id is None or not has_turns:
         return
     try:
         name = conversation.current_name()  # somebody may have renamed it since

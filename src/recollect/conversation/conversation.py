@@ -1,9 +1,9 @@
 """
-One conversation: its tree, its record in the journal, and how its messages are found again.
+One conversation: its tree, its branches, and its record in the journal.
 
-All sessions on a conversation share this object. It knows neither what tokens mean nor KV. People name
-messages by numbers, 1 for the first that was kept; the numbers follow the journal's order, so that a
-running chat, a list and another process all count alike.
+All sessions in a conversation share this object. It does not know what tokens mean, and knows no KV.
+People name messages by numbers, 1 for the first that was saved. The numbers follow the order of the
+journal, so a running chat, a listing and another process number a message alike.
 """
 
 import itertools
@@ -39,24 +39,24 @@ from recollect.types import Message
 
 
 def numbered(
-    node_ids: Iterable[int], kept: Mapping[int, int], journal_ids: Iterable[int]
+    node_ids: Iterable[int], saved: Mapping[int, int], journal_ids: Iterable[int]
 ) -> dict[int, int]:
     """
-    Return the number of each node of a tree, by its id there.
+    Return the number by which people name each node of a tree, by the node's id.
 
     Args:
-        node_ids: Of the tree, in its order.
-        kept: The ids in the journal of those that are kept.
-        journal_ids: All that the journal has of the conversation, in any order; others may have been
-            kept since, and those of *kept* count in any case.
+        node_ids: The ids of the tree's nodes, in the order of the tree.
+        saved: The ids in the journal of the nodes that are saved, by node id.
+        journal_ids: The ids of all messages that the journal has of the conversation, in any order.
+            Another process may have saved some of them; those of *saved* are added if they are missing.
     """
-    order = sorted({*journal_ids, *kept.values()})
-    places = {journal_id: number for number, journal_id in enumerate(order, start=1)}
+    order = sorted({*journal_ids, *saved.values()})
+    by_id = {journal_id: number for number, journal_id in enumerate(order, start=1)}
     numbers, last = dict[int, int](), len(order)
     for node_id in node_ids:
-        if node_id in kept:
-            numbers[node_id] = places[kept[node_id]]
-        else:  # it will be kept after all that is
+        if node_id in saved:
+            numbers[node_id] = by_id[saved[node_id]]
+        else:  # it will be saved after all others
             last += 1
             numbers[node_id] = last
     return numbers
@@ -64,32 +64,32 @@ def numbered(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Asked:
-    """What was kept of something that somebody said, and that has no reply yet."""
+    """A message that was saved and has no reply yet, so that it can be taken back."""
 
     ids: tuple[int, ...]
-    """In the journal, of all that was written; the last is what a reply follows."""
+    """The journal's ids of everything that was written; a reply follows the last one."""
     path: tuple[Node, ...]
-    """The nodes of the tree among it."""
+    """The nodes of the tree that were written with it, because they had not been saved before."""
     said_id: int | None
-    """Of the message that is not in the tree; None: there is none."""
+    """The journal's id of the message itself, which is not in the tree yet; None: it was in the tree."""
     tip: str | None
-    """Which moved there."""
+    """The branch whose tip moved to the message; None: none did."""
     back_to: int | None
-    """Where that tip stood before, by the journal's ids."""
+    """The journal's id of that branch's tip before."""
     began: bool
-    """Whether the conversation was begun with it."""
+    """Whether the journal's record of the conversation began with it."""
 
 
 class Conversation:
     """
-    A tree, and a record of it in the journal where the conversation has a name.
+    A tree of messages with its branches and, if the conversation is saved, a record in the journal.
 
-    Safe from any thread. What is said is in the journal before it is in the tree, so a turn that
-    anybody can see is kept.
+    Safe from any thread. A message is in the journal before it is in the tree, so every turn that a
+    caller can see is saved.
 
     Invariants:
-        1. With a record, every reply in the tree, and all before it, have an id in the journal.
-        2. Named tips are nodes of the tree.
+        1. With a record, every reply in the tree, and all messages before it, have an id in the journal.
+        2. The tips of branches are nodes of the tree.
     """
 
     def __init__(
@@ -103,79 +103,78 @@ class Conversation:
     ) -> None:
         self.tree = Tree()
         self.name: str | None = None
-        """Under which it is kept; None: it goes when the program does."""
+        """The name under which it is saved; None: it is not, or the journal will choose one."""
         self.other_model: str | None = None
-        """With which model it was held before; None: with this one, or nobody has said anything."""
+        """The model that wrote the saved replies, if it is another one than this; else None."""
         self._model = model
         self._fingerprint = fingerprint
         self._index = index
         self._remembered = remembered
         self._namespace = namespace
         self._journal: Journal | None = None
-        self._wanted: str | None = None  # the name that it begins with; None: the journal finds one
+        self._wanted: str | None = None  # the name asked for; None: the journal chooses one
         self._record: int | None = None
-        self._record_ids: dict[int, int] = {}  # node id to id in the journal
+        self._record_ids: dict[int, int] = {}  # by node id: the id in the journal
         self._tips: dict[str, Node] = {DEFAULT_TIP: self.tree.root}
-        self._tools: dict[int, Tools] = {}  # node id to what its reply could call
-        self._answers: dict[
-            int, tuple[Tools, ...]
-        ] = {}  # node id to what others' replies to it could
+        self._tools: dict[int, Tools] = {}  # by reply: what it could call
+        # By node: what the replies to the same message in other conversations could call.
+        self._answers: dict[int, tuple[Tools, ...]] = {}
         self.shares_tips = False
-        """Whether whoever moves a named tip last owns it, as clients of a server do. Else who finds one
-        moved by others goes on as a branch; see `tip_name`."""
+        """Whether the last writer moves a branch's tip, as with clients of a server. If not, and another
+        process has moved the tip, this conversation goes on in a new branch; see `tip_name`."""
         self._seen: dict[str, int | None] = {}
-        """Where the tips stood in the journal when it was last read or written here, by its ids."""
+        """The journal's ids of the tips, by branch, when the journal was last read or written here."""
         self._continued_as: dict[str, str] = {}
-        """Tips that others have moved, and which of ours goes on instead."""
+        """By branch whose tip another process has moved: the branch in which this one goes on."""
         self._unanswered: list[Asked] = []
-        self._given_up: deque[Asked] = deque()  # of these, what is to be taken back
+        self._given_up: deque[Asked] = deque()  # those of the unanswered that are to be taken back
         self._turn = threading.Lock()
-        """Held while the journal is written, which can take long; `_lock` never is."""
+        """Held while the journal is written, which can take long. `_lock` is held for moments only."""
         self._lock = threading.Lock()
 
     @property
     def tips(self) -> dict[str, Node]:
-        """Return where each named session stands."""
+        """Return the tip of each branch, by the branch's name."""
         return dict(self._tips)
 
     @property
-    def is_kept(self) -> bool:
-        """Return whether what is said goes to a journal."""
+    def is_saved(self) -> bool:
+        """Return whether messages are written to the journal."""
         return self._journal is not None
 
     @property
-    def kept_as(self) -> int | None:
-        """Return its id in the journal; None until there is something to keep."""
+    def journal_id(self) -> int | None:
+        """Return the conversation's id in the journal; None until the first message is saved."""
         return self._record
 
-    def kept_id(self, node: Node) -> int | None:
-        """Return the id of a node in the journal; None for the root and for what is not kept yet."""
+    def saved_id(self, node: Node) -> int | None:
+        """Return the id of a node in the journal; None for the root and for a node not saved yet."""
         return self._record_ids.get(node.id)
 
-    def kept_node(self, kept_id: int) -> Node | None:
-        """Return the node that has an id in the journal; None where it is not known here."""
+    def saved_node(self, saved_id: int) -> Node | None:
+        """Return the node that has an id in the journal; None: this tree has no such node."""
         with self._lock:
-            found = next((node for node, kept in self._record_ids.items() if kept == kept_id), None)
+            found = next((node for node, one in self._record_ids.items() if one == saved_id), None)
         return None if found is None else self.tree.node(found)
 
     def numbers(self) -> dict[int, int]:
         """
-        Return the number by which people name each node, by its id in the tree; see `numbering`.
+        Return the number by which people name each node, by the node's id; see `numbered`.
 
-        Asks the journal, because other processes may have kept messages of this conversation; where
-        it cannot be read the numbers are those of what is known here.
+        Reads the journal, because other processes may have saved messages in this conversation. If it
+        cannot be read, only the messages of this tree are counted.
         """
         there = list[int]()
         if self._journal is not None and self._record is not None:
             with suppress(StoreError):
                 there = self._journal.node_ids(self._record)
         with self._lock:
-            nodes, kept = [node.id for node in self.tree.nodes()], dict(self._record_ids)
-        return numbered(nodes, kept, there)
+            nodes, saved = [node.id for node in self.tree.nodes()], dict(self._record_ids)
+        return numbered(nodes, saved, there)
 
     def current_name(self) -> str | None:
         """
-        Return under which name it is kept now; None where it is not, or was deleted.
+        Return the name under which it is saved now; None if it is not saved, or was deleted.
 
         Raises:
             StoreError: The journal cannot be read.
@@ -190,21 +189,22 @@ class Conversation:
 
     def tip_name(self, name: str) -> str:
         """
-        Return which named tip goes on from what was the tip *name*.
+        Return the branch in which the sessions of the branch *name* go on.
 
-        Another one where somebody else has moved that: what was said here is a branch of its own then.
+        That is another one if another process has moved the tip of *name*.
         """
         return self._continued_as.get(name, name)
 
-    def keep_in(self, journal: Journal, name: str | None) -> None:
+    def save_in(self, journal: Journal, name: str | None) -> None:
         """
-        Keep what is said from the first turn on; an empty conversation leaves nothing behind.
+        Save the conversation from its first turn on. Without a turn, nothing is written.
 
         Args:
-            name: None: the journal finds one, when there is something to keep.
+            journal: Where it is saved.
+            name: None: the journal chooses one with the first turn.
 
         Raises:
-            NameTakenError: Another conversation has it.
+            NameTakenError: Another conversation has that name.
         """
         if name is not None and journal.find(name) is not None:
             raise NameTakenError(
@@ -214,11 +214,11 @@ class Conversation:
 
     def rename(self, name: str) -> None:
         """
-        Keep it under another name; before the first turn, under that name from then on.
+        Give the conversation another name; before the first turn, the name that it will get.
 
         Raises:
-            ConversationError: It is not kept, or that cannot be a name.
-            NameTakenError: Another conversation has it.
+            ConversationError: It is not saved, or the name cannot be one.
+            NameTakenError: Another conversation has that name.
             StoreError: The journal cannot be written.
                 In each case nothing was changed.
         """
@@ -228,14 +228,14 @@ class Conversation:
                     "This conversation is not saved, so it cannot be named: begin one that is."
                 )
             if self._record is None:
-                self.keep_in(self._journal, require_name(name))
+                self.save_in(self._journal, require_name(name))
             else:
                 self._journal.rename(self._record, name)
                 self.name = name
 
     def load(self, journal: Journal, stored: StoredConversation) -> None:
-        """Take over what the journal has; the conversation is empty before."""
-        assert not len(self.tree), "a conversation is loaded once, and before anything is said"
+        """Fill this conversation, which is empty, with what the journal has of it."""
+        assert not len(self.tree), "a conversation is loaded once, before its first message"
         self.tree, nodes = grown(stored.nodes)
         for record in stored.nodes:
             self._record_ids[nodes[record.id].id] = record.id
@@ -248,21 +248,21 @@ class Conversation:
 
     def ask(self, at: Node, said: str | None, *, tip: str | None) -> Asked | None:
         """
-        Keep what somebody says before it is answered, so that nothing that happens meanwhile loses it.
+        Save a user's message before it is answered, so that no crash loses it.
 
-        It is in the journal then and not in the tree, which grows with the reply: `add`, or
-        `take_back` where there is none.
+        Then the message is in the journal and not yet in the tree. `add` puts it into the tree
+        together with its reply; `take_back` removes it from the journal if there is no reply.
 
         Args:
-            at: What it follows.
-            said: The message; None: the path to *at* ends with it.
-            tip: The named tip that moves to it; None: none does.
+            at: The node that it follows.
+            said: The message; None: *at* is the message.
+            tip: The branch whose tip moves to it; None: none does.
 
         Returns:
-            None where there was nothing to keep.
+            What `add` and `take_back` need; None if nothing had to be written.
 
         Raises:
-            StoreError: The journal cannot keep it. Nothing was changed.
+            StoreError: The journal cannot be written. Nothing was changed.
         """
         if self._journal is None:
             return None
@@ -287,9 +287,9 @@ class Conversation:
 
     def take_back(self, asked: Asked | None) -> None:
         """
-        Let something go again that was asked and gets no reply; the journal is as it was before.
+        Remove a message that gets no reply; the journal is then as it was before `ask`.
 
-        Where it cannot be written now, that is done before the next thing is asked.
+        If the journal cannot be written now, the next `ask` removes it.
         """
         if asked is None:
             return
@@ -298,7 +298,7 @@ class Conversation:
             self._settle()
 
     def give_up(self, asked: Asked | None) -> None:
-        """Have something taken back before the next thing is asked; waits for nobody."""
+        """Have the next `ask` remove a message that gets no reply; does not wait for the journal."""
         if asked is not None:
             self._given_up.append(asked)
 
@@ -314,13 +314,13 @@ class Conversation:
         Add messages, each after the one before, and return the last one's node.
 
         Args:
-            parent: What the first follows.
-            messages: In order; kept all or none.
-            tip: The named tip that moves to the last one; None: none does.
-            asked: What `ask` has kept of them already.
+            parent: The node that the first one follows.
+            messages: In order; all of them are saved, or none.
+            tip: The branch whose tip moves to the last one; None: none does.
+            asked: What `ask` has returned, if it saved the first of them.
 
         Raises:
-            StoreError: The journal cannot keep them. Nothing was changed.
+            StoreError: The journal cannot be written. Nothing was changed.
         """
         with self._writing() as deadline:
             said_id = None if asked is None else asked.said_id
@@ -338,26 +338,26 @@ class Conversation:
                 for message, record_id in zip(messages, kept, strict=True):
                     node = self._grow(node, message, record_id)
                     added.append(node)
-                    if self._remembered is not None and (self.shares_tips or not self.is_kept):
+                    if self._remembered is not None and (self.shares_tips or not self.is_saved):
                         self._remembered.note(node)
                 self._find_later(added)
                 if tip is not None:
                     self._tips[self.tip_name(tip)] = node
                 return node
 
-    def add_unkept(self, parent: Node, *messages: Message) -> Node:
+    def add_unsaved(self, parent: Node, *messages: Message) -> Node:
         """
-        Add messages that are kept only when something is said after them; return the last one's node.
+        Add messages that the journal gets only together with the next turn; return the last one's node.
 
-        A reply that was generated here at another time gets the token ids that it had, unless the
-        conversation is kept, whose replies are in the journal.
+        If the conversation is not saved, a reply that this model generated earlier gets its token ids
+        back (`RememberedReplies`); those of a saved conversation are in the journal.
 
         Raises:
-            InvalidParameterError: One lacks something. Nothing was changed.
+            InvalidParameterError: A message lacks a part. Nothing was changed.
         """
         node, grown = parent, []
         new = [to_node(message) for message in messages]
-        remembered = None if self.is_kept else self._remembered
+        remembered = None if self.is_saved else self._remembered
         for one in new:
             message = one if remembered is None else remembered.recalled(node, one)
             with self._lock:
@@ -367,8 +367,8 @@ class Conversation:
         return node
 
     def take_over(self, found: Found) -> Node:
-        """Begin with messages that are known, and return the last one's node."""
-        assert not self.is_kept, "what comes as text is not kept"
+        """Begin with messages that the index has found, and return the last one's node."""
+        assert not self.is_saved, "a client's messages are not saved"
         node = reply = self.tree.root
         with self._lock:
             for key, message in found.path:
@@ -410,10 +410,10 @@ class Conversation:
 
     def set_tip(self, name: str, node: Node) -> None:
         """
-        Let a named tip stand at a node.
+        Move the tip of a branch to a node.
 
         Raises:
-            StoreError: The journal cannot keep that. Nothing was changed.
+            StoreError: The journal cannot be written. Nothing was changed.
         """
         with self._writing() as deadline:
             if self._journal is not None and self._record is not None:
@@ -422,11 +422,11 @@ class Conversation:
 
     def new_tip(self, name: str, node: Node) -> None:
         """
-        Let a new named tip stand at a node.
+        Begin a branch at a node.
 
         Raises:
-            ConversationError: There is one of that name.
-            StoreError: The journal cannot keep it.
+            ConversationError: There is a branch of that name.
+            StoreError: The journal cannot be written. Nothing was changed.
         """
         if name in self._tips:
             raise ConversationError(f"There is a branch {name!r} already: take another name.")
@@ -434,10 +434,10 @@ class Conversation:
 
     def spot(self, node: Node) -> Spot:
         """
-        Return where the journal has a node.
+        Return where the journal has a node, for a checkpoint.
 
         Raises:
-            ConversationError: It is not kept.
+            ConversationError: The conversation or the node is not saved.
         """
         record_id = self._record_ids.get(node.id)
         if self._journal is None:
@@ -461,26 +461,29 @@ class Conversation:
         self.tree.check()
         if self._record is not None:
             replies = (node for node in self.tree.nodes() if node.token_ids is not None)
-            unkept = {n.id for reply in replies for n in reply.path()} - set(self._record_ids)
-            assert not unkept, f"nodes {unkept} are not kept"
+            unsaved = {n.id for reply in replies for n in reply.path()} - set(self._record_ids)
+            assert not unsaved, f"nodes {unsaved} are not saved"
         for node in self._tips.values():
             self.tree.require(node)
 
     @contextmanager
     def _writing(self) -> Iterator[float]:
         """
-        Write to the journal in turn with others; yields until when to wait for it, all in all.
+        Hold the right to write this conversation to the journal.
 
-        The tree can be read and grow meanwhile: whoever keeps nothing does not wait for a journal.
+        The tree can be read, and can grow, meanwhile.
+
+        Yields:
+            The time (`time.monotonic`) until which to wait for the journal itself.
 
         Raises:
-            StoreBusyError: Others write for too long.
+            StoreBusyError: Another thread writes for longer than `BUSY_TIMEOUT_S`.
         """
         deadline = time.monotonic() + BUSY_TIMEOUT_S
         if not self._turn.acquire(timeout=BUSY_TIMEOUT_S):
             raise StoreBusyError(
-                "This conversation is being written by others, who wait for its file: close the "
-                "program that holds it, or try again."
+                "Another thread writes this conversation and waits for the journal's file: close the "
+                "program that holds the file, or try again."
             )
         try:
             yield deadline
@@ -497,25 +500,25 @@ class Conversation:
         moves: bool = False,
     ) -> Entry:
         """
-        Return what is to be written, with whatever of the path to *at* is not there yet.
+        Return what is to be written: the unsaved nodes of the path to *at*, and new messages.
 
         Args:
-            at: What the messages follow.
-            messages: What is new.
-            tip: The named tip that moves to the last of them.
-            said_id: In the journal, of a message between *at* and them that is not in the tree.
-            moves: Whether the tip alone moves, and nothing is written.
+            at: The node that the messages follow.
+            messages: The new messages.
+            tip: The branch whose tip moves to the last of them; None: none does.
+            said_id: The journal's id of a message between *at* and the new ones; see `Asked`.
+            moves: Whether only the tip moves, to *at*.
         """
         path = at.path()
-        unkept = [node for node in path if node.id not in self._record_ids]
-        kept = [self._record_ids[node.id] for node in path[: len(path) - len(unkept)]]
-        above = said_id if said_id is not None else next(reversed(kept), None)
+        unsaved = [node for node in path if node.id not in self._record_ids]
+        saved = [self._record_ids[node.id] for node in path[: len(path) - len(unsaved)]]
+        above = said_id if said_id is not None else next(reversed(saved), None)
         tip = None if tip is None else self.tip_name(tip)
-        # With a new conversation come the branches that were begun before anything was said in it.
+        # A new record gets all branches; some may have begun before the first turn.
         others = {} if self._record is not None else dict(self._tips)
-        numbers = {node.id: number for number, node in enumerate(unkept)}
+        numbers = {node.id: number for number, node in enumerate(unsaved)}
         return Entry(
-            nodes=() if moves else [*(node.to_new() for node in unkept), *messages],
+            nodes=() if moves else [*(node.to_new() for node in unsaved), *messages],
             parent_id=above,
             tip=tip,
             seen=None if tip is None else self._seen.get(tip),
@@ -524,9 +527,9 @@ class Conversation:
             model=None if self.other_model is None or moves else (self._model, self._fingerprint),
         )
 
-    def _write(self, entry: Entry, unkept: Sequence[Node], deadline: float) -> Written:
-        """Write an entry, whose first nodes are those of the tree in *unkept*, and note what came of it."""
-        assert self._journal is not None, "whoever writes is kept"
+    def _write(self, entry: Entry, unsaved: Sequence[Node], deadline: float) -> Written:
+        """Write an entry, which begins with the nodes in *unsaved*, and note their ids in the journal."""
+        assert self._journal is not None, "only a saved conversation is written"
         if self._record is None:
             written = self._journal.begin(
                 self._wanted,
@@ -543,7 +546,7 @@ class Conversation:
         if entry.nodes:
             self.other_model = None
         with self._lock:
-            for node, record_id in zip(unkept, written.ids, strict=False):
+            for node, record_id in zip(unsaved, written.ids, strict=False):
                 self._record_ids[node.id] = record_id
         if written.tip is not None:
             if entry.tip is not None and written.tip != entry.tip:
@@ -552,7 +555,7 @@ class Conversation:
         return written
 
     def _leave(self, tip: str, own: str) -> None:
-        """Go on as a branch: somebody else has moved the tip."""
+        """Go on in the branch *own*, because another process has moved the tip of *tip*."""
         names = [name for name, now in self._continued_as.items() if now == tip]
         self._continued_as |= dict.fromkeys([tip, *names], own)
         with self._lock:
@@ -561,7 +564,7 @@ class Conversation:
 
     def _settle(self) -> None:
         """
-        Take back what was asked and given up.
+        Remove the messages that got no reply from the journal.
 
         Raises:
             StoreError: The journal cannot be written.
@@ -574,13 +577,13 @@ class Conversation:
             self._given_up.popleft()
 
     def _remove(self, asked: Asked) -> None:
-        assert self._journal is not None, "it was kept"
-        assert self._record is not None, "it was kept"
+        assert self._journal is not None, "the message was saved"
+        assert self._record is not None, "the message was saved"
         try:
             came_of_it = self._journal.take_back(
                 self._record, asked.ids, tip=asked.tip, back_to=asked.back_to, began=asked.began
             )
-        except UnknownConversationError:  # deleted meanwhile
+        except UnknownConversationError:  # another process has deleted the conversation
             return
         if asked.tip is not None:
             self._seen[asked.tip] = asked.back_to

@@ -1,9 +1,9 @@
 """
-Load a model by its name, and carry KV between models and portable files.
+Load a model by its name, and move KV between models and portable files.
 
-`load` fetches and converts a model where that is needed, and opens its KV store. `collect` returns the KV
-of a branch for a portable file, `why_not` says why a model cannot use the KV in one, and `bring_in` puts
-it into a model's store. What of a file can be trusted is decided in `journal.portable`.
+`load` fetches and converts a model if that is needed, and opens its KV store. `collect` returns the KV of
+a branch for a portable file, `why_not` says why a model cannot use the KV of a file, and `bring_in` writes
+that KV to a model's store. `journal.portable` reads and checks the files themselves.
 """
 
 import logging
@@ -46,35 +46,36 @@ def load(
     offline: bool | None = None,
 ) -> Model:
     """
-    Return a model that is ready to talk, after fetching and converting it where that is needed.
+    Return a loaded model, after fetching and converting it if that is needed.
 
     Args:
         model: A name in the catalog, a `.gguf` file, an OpenVINO or ONNX GenAI folder,
-            `org/repo:file` on the hub, or `reference`, which needs no weights and talks nonsense.
+            `org/repo:file` on the hub, or `reference`, which has no weights and replies nonsense.
         profile: `exact`, `fast` or `small`; see ARCHITECTURE.md. An ONNX GenAI folder computes in
             the precision that it was converted with, whatever the profile.
-        kv_memory: Most bytes of KV; None: a quarter of the free memory, at most what
+        kv_memory: Most bytes of KV in memory; None: a quarter of the free memory, and at most what
             four full contexts need.
-        kv_disk: Most bytes of KV on disk, shared by all models of the home; 0: none is kept. None:
-            10 GB or a tenth of the free disk, whichever is smaller.
-        store: Where KV is kept on disk instead, open; closed with the model.
-        home: Where models are kept; None: `RECOLLECT_HOME` or the user's data folder.
-        cipher: Of an encrypted home; None: that of its keyring, or of `RECOLLECT_PASSPHRASE`.
-        allow_native_code: The one native library that an ONNX GenAI folder may load, which then can
+        kv_disk: Most bytes of KV on disk, shared by all models of the data folder; 0: no KV on disk.
+            None: 10 GB or a tenth of the free disk, whichever is smaller.
+        store: An open KV store to use instead of the data folder's; closed with the model.
+        home: The data folder, with models, journal and KV; None: `RECOLLECT_HOME` or the user's own.
+        cipher: The cipher of an encrypted data folder; None: the key comes from the keyring or from
+            `RECOLLECT_PASSPHRASE`.
+        allow_native_code: The one native library that an ONNX GenAI folder may load, which can then
             do anything that you can: the name of a file in the folder, or a path to one that
-            belongs to the vendor's software. None: such folders are refused.
-        long_context: Whether a model with LongRoPE (Phi-3 128k, Phi-3.5, Phi-4-mini) gets the factors
-            for its long context, which read short texts a little worse; without, it has the context
-            that it was trained on first.
-        progress: Called while fetching and converting.
-        offline: Whether a model that is not here is refused and not fetched; None: as
-            `RECOLLECT_OFFLINE` says, which is no where it is not set.
+            belongs to the vendor's software. None: folders that need one are refused.
+        long_context: Whether a model with LongRoPE (Phi-3 128k, Phi-3.5, Phi-4-mini) uses the factors
+            for its long context, with which it reads short texts a little worse. If not, it has the
+            context that it was trained on first.
+        progress: Called while the model is fetched and converted.
+        offline: Whether to refuse a model that is not on this disk, and not fetch it; None: as
+            `RECOLLECT_OFFLINE` says, and no if that is not set.
 
     Raises:
-        ModelError: It cannot be had or read; the subclass says which.
-        ConfigError: `kv_memory` or `kv_disk` holds no block, there is no such profile, the model has
-            no long context, or the home is encrypted with another key than that.
-        StoreError: KV cannot be kept on disk.
+        ModelError: The model cannot be fetched or read; the subclass says which.
+        ConfigError: `kv_memory` or `kv_disk` is less than a block, there is no such profile, the model
+            has no long context, or the data folder is encrypted with another key.
+        StoreError: The KV store cannot be opened.
     """
     config.parse_profile(profile)
     home = config.home() if home is None else config.require_folder(home)
@@ -147,27 +148,27 @@ def _store(
 
 
 _PADDING: Final = 0
-"""Every vocabulary has this token id."""
+"""The token id that pads the last block of a branch; every vocabulary has it."""
 _BATCH_BYTES: Final = 16 << 20
 
 
 def collect(model: Model, session: Session, *, progress: Progress = no_progress) -> Branch | None:
     """
-    Return the KV of a session's branch up to where it stands; what is missing is computed first.
+    Return the KV of a session's branch up to its tip; KV that is missing is computed first.
 
-    The last block is padded with a token: its free slots could otherwise hold KV of another conversation.
+    The last block is padded with tokens, because its free slots could hold KV of another conversation.
 
     Args:
-        model: The session's model, which keeps KV on disk.
-        session: At a named tip.
+        model: The session's model, which has a KV store on disk.
+        session: A session on a branch.
         progress: Called while tokens are computed.
 
     Returns:
-        None where there is less than a block, and a part of one cannot be carried.
+        None if the branch has less than one block, and the runtime cannot reuse a part of a block.
 
     Raises:
-        StoreError: The model keeps no KV on disk.
-        ContextFullError: The conversation does not fit the context.
+        StoreError: The model has no KV store on disk.
+        ContextFullError: The branch does not fit the context.
     """
     engine = model.engine
     tier, size = require_tier(engine), engine.block_size
@@ -186,7 +187,7 @@ def collect(model: Model, session: Session, *, progress: Progress = no_progress)
 
 
 def why_not(model: Model, file: PortableFile) -> str | None:
-    """Return why a model cannot use the KV in a file; None: it can."""
+    """Return the reason why a model cannot use the KV in a file; None: it can."""
     if file.head is None:
         return "the file has none"
     if not model.engine.info.reuse.as_bytes:
@@ -209,10 +210,10 @@ def bring_in(model: Model, file: PortableFile) -> int:
     """
     Write the KV in a file to the model's store; return the number of its tokens.
 
-    Blocks that are stored already are not written again. Only for a file where `why_not` is None.
+    Blocks that are stored already are not written again. `why_not` must have returned None.
 
     Raises:
-        StoreError: It cannot be written, or the store has no room for all of it.
+        StoreError: The store cannot be written, or has no room for all blocks.
         ConversationFileError: The file has changed since it was opened.
     """
     tier = require_tier(model.engine)

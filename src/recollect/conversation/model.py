@@ -1,13 +1,12 @@
 """
-A loaded model: the formats that it may have, its parts put together, and what its sessions share.
+A loaded model, the formats that it can have on disk, and warm texts.
 
-`FORMATS` is the one table of the formats of models on disk: which tokenizer reads one, and which runtime
-computes it. Whoever adds a format adds a row there, its name to `models.catalog.Format`, and what
-recognises it on disk to `models.prepare`, which fills in the `LocalModel`.
-`Model` holds a runtime, a tokenizer, an engine and a journal; `loading` finds them, and `pool_size`
-says how many blocks of KV a memory budget holds. A model also reads texts in advance (`warm`):
-the KV of a system prompt, or of the beginning of a first message, is computed once and pinned on disk,
-without the text.
+`FORMATS` is the one table of those formats: which tokenizer reads a model, and which runtime runs it. To
+add a format, add a row there, its name to `models.catalog.Format`, and to `models.prepare` what
+recognises it on disk and fills in the `LocalModel`.
+`Model` owns a runtime, a tokenizer, an engine and a journal, which its sessions share; `loading` makes
+one, and `pool_size` returns how many blocks of KV a memory budget holds. `warm` computes the KV of a
+system prompt, or of the beginning of a first message, and pins it on disk without the text.
 """
 
 import threading
@@ -48,7 +47,7 @@ from recollect.types import Message, Profile, Progress, SamplingParams, no_progr
 
 @dataclass(frozen=True, slots=True)
 class FormatParts:
-    """What makes the parts of a model of one format."""
+    """The functions that make the tokenizer and the runtime of a model of one format."""
 
     tokenizer: Callable[[LocalModel], Tokenizer]
     runtime: Callable[[LocalModel, Profile], PagedRuntime]
@@ -66,7 +65,7 @@ def load_tokenizer(model: LocalModel) -> Tokenizer:
 
 def load_runtime(model: LocalModel, profile: Profile) -> PagedRuntime:
     """
-    Return what runs a model, which has no memory for KV yet.
+    Return the runtime of a model, which has no memory for KV yet.
 
     Raises:
         UnsupportedModelError: The runtime is not installed, or cannot run this model.
@@ -135,17 +134,19 @@ KIND: Final = "warm"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Warmed:
-    """A text whose KV is kept on disk."""
+    """A warm text: its KV is pinned on disk."""
 
     name: str
     tokens: int
-    """With what the template puts before it."""
+    """Of the text, and of what the template puts before it."""
     computed_tokens: int
-    """Of these, the ones that had to be read; 0: it was warm before."""
+    """Those of `tokens` that had to be computed; 0: the text was warm before."""
     seconds: float
-    """That it took."""
+    """How long computing and writing took."""
     stored_bytes: int
+    """Size of its blocks on disk, those that it shares with others included."""
     since: datetime
+    """When it was pinned."""
 
 
 def warm(
@@ -158,10 +159,11 @@ def warm(
     progress: Progress = no_progress,
 ) -> Warmed:
     """
-    Read a text and keep its KV on disk until the name is dropped; see `Model.warm`.
+    Compute the KV of a text and pin it on disk until the name is unpinned; see `Model.warm`.
 
     Raises:
-        NameTakenError: Something else is kept under that name. Nothing was changed.
+        NameTakenError: A checkpoint, or a warm text of another model, has that name. Nothing was
+            changed.
     """
     ids = beginning(prompts, text, system=system)
     require_name(name, "warm text")
@@ -199,7 +201,7 @@ def beginning(prompts: PromptEncoder, text: str, *, system: str | None) -> list[
     Return the token ids that a conversation begins with: its instructions, then a message's text.
 
     Raises:
-        ConversationError: There is neither.
+        ConversationError: Both are empty.
     """
     if not text and system is None:
         raise ConversationError("There is nothing to read: give a text or instructions.")
@@ -209,7 +211,7 @@ def beginning(prompts: PromptEncoder, text: str, *, system: str | None) -> list[
 
 
 def _is_older(pin: Pin, engine: Engine) -> bool:
-    """Return whether a pin is an earlier state of a text: of this model, under the same name."""
+    """Return whether a pin is a warm text of this model, which a new text of its name replaces."""
     identity = require_tier(engine).identity.digest().hex()
     return pin.about.get("kind") == KIND and pin.identity == identity
 
@@ -276,10 +278,10 @@ class _Notes(GrammarNotes):
 
 class Model:
     """
-    A model that is ready to talk.
+    A loaded model, on which sessions begin.
 
-    Owns the engine and with it all KV memory, and what finds messages again. Sessions of one model
-    may be used from different threads; their forward passes are shared.
+    Owns the engine, and with it all memory for KV, the journal, and the index that finds known
+    messages. Sessions of one model may be used from different threads; forward passes batch them.
     """
 
     def __init__(
@@ -294,27 +296,27 @@ class Model:
         cipher: Cipher | None = None,
     ) -> None:
         """
-        Put together what was loaded; `load` is the usual way.
+        Make a model from its loaded parts; `load` is the usual way.
 
         Args:
-            local: What the model is on disk.
-            runtime: Runs it; owned by the model from now on.
-            profile: That the runtime was made for.
-            home: Where the journal is.
+            local: The model's files and what they say.
+            runtime: The runtime; the model owns it from now on.
+            profile: The profile that the runtime was made for.
+            home: The data folder, which has the journal.
             kv_memory: As in `load`.
-            store: Where KV is kept below memory, closed with the model; None: nowhere.
-            cipher: Of an encrypted home; None: it is not encrypted.
+            store: The KV store, closed with the model; None: KV is in memory only.
+            cipher: The cipher of an encrypted data folder; None: it is not encrypted.
         """
         self.name: Final = local.name
         self.local: Final = local
-        """What it is on this disk."""
+        """The model's files and what they say."""
         self._home = home
         self._cipher = cipher
         self._lock = threading.RLock()
-        self._opening = threading.Lock()  # of the journal, which others may hold
+        self._opening = threading.Lock()  # held while the journal is opened, which can take long
         self._journal: Journal | None = None
         self.known: Final = KnownMessages()
-        """What was said, for messages that come as text to be found again."""
+        """The index of known messages, in which messages that come as text are found."""
         self.profile: Final = profile
         self.tokenizer: Final[Tokenizer] = load_tokenizer(local)
         self.template: Final = ChatTemplate(
@@ -341,32 +343,32 @@ class Model:
             fingerprint=local.fingerprint,
             notes=None if self.engine.tier is None else _Notes(self.engine.tier, local.fingerprint),
         )
-        """Of which a `Generator` follows one, where its parameters name one."""
+        """Compiled grammars, for the `Generator`s whose parameters have one."""
         self.public: Final = PublicPrefixes(self.engine)
-        """What every namespace reuses; see `publish`."""
+        """Prefixes that every namespace reuses; see `publish`."""
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
         self.engine.start()
 
     @property
     def context_length(self) -> int:
-        """Return the most tokens that one conversation may have."""
+        """Return the most tokens that a prompt may have together with its reply."""
         return self.engine.info.context_length
 
     @property
     def journal(self) -> Journal:
-        """Return the journal that named conversations are kept in; opened when first needed."""
+        """Return the journal of saved conversations; opened when first needed."""
         with self._opening:
             if self._journal is None:
                 self._journal = Journal.open(self._home / JOURNAL_NAME, cipher=self._cipher)
             return self._journal
 
     @property
-    def places(self) -> Checkpoints:
+    def checkpoint_store(self) -> Checkpoints:
         """
-        Return what keeps checkpoints.
+        Return the checkpoints of this data folder, to find, add and drop.
 
         Raises:
-            StoreError: No KV is kept on disk here, or the journal cannot be used.
+            StoreError: There is no KV store on disk, or the journal cannot be used.
         """
         return Checkpoints(require_tier(self.engine).store, self.journal)
 
@@ -388,11 +390,11 @@ class Model:
         Begin a conversation.
 
         Args:
-            system: Instructions before the first message; None: what the template says without.
+            system: Instructions before the first message; None: those of the template, if it has any.
             params: How replies are sampled unless a call says otherwise; None: greedy.
-            namespace: KV is reused, and messages are found again, within it and never across.
-            keep: Whether turns are kept in the journal, from the first on.
-            name: Of the conversation in the journal, and then it is kept; None: the journal finds one.
+            namespace: KV is reused, and messages are found, within a namespace and never across.
+            keep: Whether the conversation is saved in the journal, from its first turn on.
+            name: The name under which it is saved; None: with *keep*, the journal chooses one.
             overflow: What happens when the context is full.
             tools: What replies may call, each as OpenAI's API describes one; needs the extra
                 `recollect-llm[grammar]`.
@@ -403,7 +405,7 @@ class Model:
                 as `{"enable_thinking": False}`.
 
         Raises:
-            InvalidParameterError: A tool cannot be one, or the choice is none.
+            InvalidParameterError: A description of a tool, or `tool_choice`, cannot be used.
             NameTakenError: There is a conversation of that name.
             StoreError: The journal cannot be used.
         """
@@ -412,10 +414,10 @@ class Model:
             self.grammars.prepare_later()  # while the first question is thought of
         conversation = self._conversation(namespace)
         if keep or name is not None:
-            conversation.keep_in(self.journal, None if name is None else require_name(name))
+            conversation.save_in(self.journal, None if name is None else require_name(name))
         tip = conversation.tree.root
         if system is not None:
-            tip = conversation.add_unkept(tip, {"role": "system", "content": system})
+            tip = conversation.add_unsaved(tip, {"role": "system", "content": system})
             conversation.set_tip(DEFAULT_TIP, tip)
         return Session(
             self,
@@ -442,7 +444,7 @@ class Model:
         template_options: Mapping[str, Any] | None = None,
     ) -> Session:
         """
-        Return a session at the end of messages that came as text.
+        Return a session whose tip is the last of messages that came as text.
 
         What of them is known from an earlier session of the namespace is taken over as it was
         generated; what is said after them is not kept in the journal. `respond(None)` answers the
@@ -455,8 +457,8 @@ class Model:
 
         Raises:
             ConversationError: There are no messages.
-            InvalidParameterError: A message lacks something, a tool cannot be one, or the choice is
-                none.
+            InvalidParameterError: A message lacks a part, or a description of a tool, or
+                `tool_choice`, cannot be used.
         """
         offered = NO_TOOLS
         if tools or tool_choice != "auto":
@@ -467,11 +469,11 @@ class Model:
         index = self._index(namespace)
         found = index.find(messages)
         change = index.change(messages, found)
-        # A conversation of its own, which goes when the session does: what is said in others stays
-        # apart, and what comes as text is no part of a conversation that is kept.
+        # A conversation of its own, which lasts as long as the session: a client may change any of
+        # these messages with its next request, and no saved conversation must change with them.
         conversation = self._conversation(namespace)
         tip = conversation.tree.root if found is None else conversation.take_over(found)
-        tip = conversation.add_unkept(tip, *messages[0 if found is None else found.messages :])
+        tip = conversation.add_unsaved(tip, *messages[0 if found is None else found.messages :])
         return Session(
             self,
             conversation,
@@ -486,7 +488,7 @@ class Model:
         )
 
     def sessions(self) -> list[ConversationInfo]:
-        """Return what is kept, the last used first."""
+        """Return the saved conversations, the one used last first."""
         return self.journal.conversations()
 
     def resume(
@@ -503,7 +505,7 @@ class Model:
         template_options: Mapping[str, Any] | None = None,
     ) -> Session:
         """
-        Go on with a conversation that is kept.
+        Return a session in a saved conversation.
 
         Args:
             name: None: that of the checkpoint, or the one used last.
@@ -513,22 +515,22 @@ class Model:
                 `session`.
 
         Raises:
-            InvalidParameterError: A tool cannot be one, or the choice is none.
+            InvalidParameterError: A description of a tool, or `tool_choice`, cannot be used.
             UnknownConversationError: There is none of that name, or none at all.
-            ConversationError: It has no such tip.
+            ConversationError: It has no branch of that name.
             UnknownCheckpointError: There is no checkpoint of that name.
-            UnknownNodeError: It is of another conversation than *name*.
+            UnknownNodeError: The checkpoint is in another conversation than *name*.
         """
         offered = Tools.of(tools, tool_choice, parallel=parallel_tool_calls)
         if name is None and checkpoint is not None:
-            name = self.places.find(checkpoint).conversation
+            name = self.checkpoint_store.find(checkpoint).conversation
         if name is None:
-            kept = self.journal.conversations(page=Page(limit=1))
-            if not kept:
+            last_used = self.journal.conversations(page=Page(limit=1))
+            if not last_used:
                 raise UnknownConversationError(
                     "No conversation is saved yet: begin one with a name."
                 )
-            name = kept[0].name
+            name = last_used[0].name
         conversation = self.conversation(name)
         if tip not in conversation.tips:
             raise ConversationError(
@@ -557,63 +559,64 @@ class Model:
         progress: Progress = no_progress,
     ) -> Warmed:
         """
-        Read a text once and keep its KV on disk, so that first messages which begin so start warm.
+        Compute the KV of a text and pin it on disk, for conversations that begin with the text.
 
         Args:
-            text: What they begin with; empty: only the instructions.
-            system: Instructions before it.
-            name: Of what is kept; a text that has changed takes the place of the one before.
-            progress: Called with tokens while they are read.
+            text: The beginning of a first message; empty: only the instructions.
+            system: The instructions before it; None: none.
+            name: The name of the warm text; another text of the same name is replaced.
+            progress: Called with the number of tokens while they are computed.
 
         Raises:
-            NameTakenError: Something else is kept under that name.
-            StoreError: No KV is kept on disk here, or there is no room for it.
-            ContextFullError: It does not fit the context.
+            NameTakenError: A checkpoint, or a warm text of another model, has that name.
+            StoreError: There is no KV store on disk, or it has no room for this.
+            ContextFullError: The text does not fit the context.
         """
         return warm(self.engine, self.prompts, text, system=system, name=name, progress=progress)
 
     def publish(self, system: str | None = None, text: str = "") -> Published:
         """
-        Read instructions, and what a first message begins with, for the sessions of all namespaces.
+        Make a prefix public: instructions, and the beginning of a first message, for all namespaces.
 
-        Whatever begins so starts warm, until `unpublish` or `close`; what follows stays apart. Only
-        for what everybody may know: who tries texts out can tell that this one is public.
+        Every conversation that begins with it reuses its KV, until `unpublish` or `close`. What
+        follows it stays within each namespace. Publish only what everybody may know: a client that
+        tries texts out can tell from the time that this one is public.
 
         Raises:
-            ConversationError: There is neither.
-            MemoryLimitError: It does not fit the context, or half of the memory for KV.
+            ConversationError: Both are empty.
+            MemoryLimitError: It does not fit the context, or takes over half of the memory for KV.
         """
         return self.public.publish(beginning(self.prompts, text, system=system))
 
     def unpublish(self, system: str | None = None, text: str = "") -> bool:
-        """Let no other namespace reuse what was published with these values; return whether it was."""
+        """Undo `publish` with the same values; return whether the prefix was public."""
         return self.public.unpublish(beginning(self.prompts, text, system=system))
 
     def checkpoints(self) -> list[Checkpoint]:
         """
-        Return the places that `Session.checkpoint` has kept, by name; also those of other models.
+        Return all checkpoints that `Session.checkpoint` has saved, sorted by name, of all models.
 
         Raises:
-            StoreError: No KV is kept on disk here, or it cannot be read.
+            StoreError: There is no KV store on disk, or it cannot be read.
         """
-        return self.places.all()
+        return self.checkpoint_store.all()
 
     def drop_checkpoint(self, name: str) -> None:
         """
-        Let the KV of a checkpoint be evicted; the conversation stays as it is.
+        Drop a checkpoint: its KV can be evicted, and its conversation stays as it is.
 
         Raises:
-            UnknownCheckpointError: There is none of that name.
-            StoreError: No KV is kept on disk here, or it cannot be written.
+            UnknownCheckpointError: There is no checkpoint of that name.
+            StoreError: There is no KV store on disk, or it cannot be written.
         """
-        self.places.drop(name)
+        self.checkpoint_store.drop(name)
 
     def conversation(self, name_or_id: str | int, *, namespace: str = "") -> Conversation:
         """
-        Return a conversation that is kept; its messages can be found again from now on.
+        Return a saved conversation, and add its messages to the index of known messages.
 
         Raises:
-            UnknownConversationError: There is none in that namespace.
+            UnknownConversationError: The namespace has none of that name or id.
         """
         conversation = self._conversation(namespace)
         stored = self.journal.load(name_or_id, namespace=namespace)
@@ -621,7 +624,7 @@ class Model:
         return conversation
 
     def close(self) -> None:
-        """Give all memory back; its sessions can still be read, not continued."""
+        """Free all memory. Its conversations can still be read; nothing more can be generated."""
         self.grammars.close()
         self.engine.close()
         with self._opening:

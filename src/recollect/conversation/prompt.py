@@ -21,23 +21,20 @@ import itertools
 import json
 import re
 import secrets
-import threading
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from sys import getsizeof
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, cast
 
 from recollect.conversation.matching import shared_characters
 from recollect.conversation.tree import ROOT_KEY, Node, message_key
 from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
-from recollect.types import Message, Role, common_prefix_length
+from recollect.types import Message, Remembered, Role, common_prefix_length
 
-Value = TypeVar("Value")
 ToolSchemas = Sequence[Mapping[str, Any]]
 Render = Callable[[list[Message], ToolSchemas], str]
 
@@ -252,63 +249,6 @@ class Opening:
     text: str
 
 
-class Remembered(Generic[Value]):
-    """
-    Values by name that were made before, and take long to make. Safe from any thread.
-
-    Invariant: `held_bytes` is the sum over all values, and at most `most_bytes`.
-    """
-
-    def __init__(self, size: Callable[[Value], int], most_bytes: int) -> None:
-        """
-        Hold nothing.
-
-        Args:
-            size: Returns how many bytes a value takes.
-            most_bytes: Of all; those used longest ago are forgotten.
-        """
-        self._size = size
-        self.most_bytes: Final = most_bytes
-        self.held_bytes = 0
-        self._values: OrderedDict[bytes, Value] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        """Return how many values are remembered."""
-        return len(self._values)
-
-    def get(self, name: bytes) -> Value | None:
-        """Return the value of that name; None where it is not known."""
-        with self._lock:
-            value = self._values.get(name)
-            if value is not None:
-                self._values.move_to_end(name)
-            return value
-
-    def put(self, name: bytes, value: Value) -> None:
-        """Remember a value unless it is known, and forget those that were used longest ago."""
-        if self._size(value) > self.most_bytes:
-            return
-        with self._lock:
-            if name in self._values:
-                return
-            self._values[name] = value
-            self.held_bytes += self._size(value)
-            while self.held_bytes > self.most_bytes:
-                self.held_bytes -= self._size(self._values.popitem(last=False)[1])
-
-    def check(self) -> None:
-        """
-        Verify the invariant.
-
-        Raises:
-            AssertionError: It does not hold.
-        """
-        with self._lock:
-            held = sum(map(self._size, self._values.values()))
-            assert held == self.held_bytes <= self.most_bytes, "bytes are not counted right"
-
-
 def size_of_ids(ids: "array[int]") -> int:
     """Return how many bytes a segment takes."""
     return ids.itemsize * len(ids) + _ENTRY_BYTES
@@ -334,8 +274,6 @@ class PromptEncoder:
         # Texts that nobody writes and that templates which strip or split leave whole.
         self._secret = secrets.token_hex(12)
         self._typed_mark = f"typed{self._secret}x"
-        self.options: Mapping[str, Any] = {}
-        """What the template is told besides the conversation."""
 
     def encode(
         self, path: Sequence[Node], said: str | None = None, tools: ToolSchemas = ()
@@ -355,13 +293,22 @@ class PromptEncoder:
         if said is not None:
             messages.append({"role": "user", "content": said})
 
-        encoding = _Encoding(self, path, messages, tools, self.asking)
+        return self._remembered(_Encoding(self, path, messages, tools, self.asking), said=said)
+
+    def _remembered(
+        self, encoding: "_Encoding", role: Role = "assistant", said: str | None = None
+    ) -> Prompt:
+        """Return the prompt, and remember what leads to the reply where it is a reply that follows."""
         prompt = encoding.prompt()
-        key = path[-1].key if path else ROOT_KEY
-        keys = [] if said is None else [message_key(key, "user", said)]
-        if (opening := encoding.opening()) is not None:
-            self.openings.put(encoding.name(len(path), keys), opening)
+        if role == "assistant" and (opening := encoding.opening()) is not None:
+            self.openings.put(encoding.name(len(encoding.path), said), opening)
         return prompt
+
+    def said_ids(self, reply: Node) -> list[int]:
+        """Return the ids of a reply by itself: those that were generated, or of its text."""
+        if reply.token_ids is not None and self.is_own(reply):
+            return [*reply.token_ids]
+        return self.ids(Shown("").followed_by_said(reply.content, self.control))
 
     def asking(self, messages: list[Message], tools: ToolSchemas) -> str:
         """Return what the template shows of messages and of the start of the reply to them."""
@@ -382,7 +329,6 @@ class PromptEncoder:
                 )
         other = copy.copy(self)
         other._template = self._template.with_options(options)
-        other.options = options
         return other
 
     def encode_typed(
@@ -414,7 +360,7 @@ class PromptEncoder:
             return before
 
         messages = [node.written_message() for node in path]
-        return _Encoding(self, path, messages, tools, render, typed).prompt()
+        return self._remembered(_Encoding(self, path, messages, tools, render, typed), role)
 
     def mark(self, reply: int) -> str:
         """Return the text that stands for a reply."""
@@ -428,14 +374,9 @@ class PromptEncoder:
         """
         first, *rest = re.split(rf"reply(\d+)y{self._secret}x", text)
         numbers = [int(number) for number in rest[::2]]
-        last = next(
-            (
-                place
-                for place, pair in enumerate(itertools.pairwise(numbers), 1)
-                if pair[0] >= pair[1]
-            ),
-            len(numbers),
-        )
+        last = 0
+        while last < len(numbers) and (not last or numbers[last - 1] < numbers[last]):
+            last += 1
         return numbers[:last], [first, *rest[1::2]][: last + 1]
 
     @property
@@ -475,7 +416,7 @@ class _Encoding:
         typed: str = "",
     ) -> None:
         self._encoder, self._control = encoder, encoder.control
-        self._path, self._messages, self._tools = path, messages, tools
+        self.path, self._messages, self._tools = path, messages, tools
         self._render = render
         self._whole, self._guard = shown(render, messages, tools, self._control)
         self._length = len(self._whole.text)
@@ -484,9 +425,8 @@ class _Encoding:
         self._places = [place for place, node in enumerate(path) if node.role == "assistant"]
         self._ids: list[int] = []
         self._done = self._end = 0
-        self._last: (
-            int | None
-        ) = -1  # the reply that ends at `_end`; None: nobody knows where it ends
+        # The reply that ends at `_end`, -1 before the first; None: nobody knows where it ends.
+        self._last: int | None = -1
         self._rewritten: list[Rewritten] = []
         self._reencoded = self._reencoded_length = self._generated_length = 0
 
@@ -514,12 +454,14 @@ class _Encoding:
             return None
         return Opening(self._last, self._whole.text[self._end :])
 
-    def name(self, messages: int, keys: Sequence[bytes] = ()) -> bytes:
-        """Return a name of the first messages, and of those that *keys* name, with the tools."""
-        seen = _json([*self._tools, self._encoder.options])
-        name = blake2b(seen.encode(), digest_size=16)
-        for key in itertools.chain((node.key for node in self._path[:messages]), keys):
+    def name(self, messages: int, said: str | None = None) -> bytes:
+        """Return a name of the first messages, and of a user's after those."""
+        name, key = blake2b(digest_size=16), ROOT_KEY
+        for node in self.path[:messages]:
+            key = node.key
             name.update(key)
+        if said is not None:
+            name.update(message_key(key, "user", said))
         return name.digest()
 
     def _marked(self, render: Render, count: int) -> tuple[list[int], list[str]]:
@@ -536,7 +478,7 @@ class _Encoding:
     def _asked(self, number: int) -> str | None:
         """Return what led to a reply of this model when it was generated; None where nobody knows."""
         place = self._places[number]
-        if not self._encoder.is_own(self._path[place]):
+        if not self._encoder.is_own(self.path[place]):
             return None
         name = self.name(place)
         opening = self._encoder.openings.get(name)
@@ -552,12 +494,12 @@ class _Encoding:
     def _drop(self, numbers: Iterable[int]) -> None:
         """Take note of replies that are not shown."""
         for number in numbers:
-            if self._encoder.is_own(self._path[self._places[number]]):
+            if self._encoder.is_own(self.path[self._places[number]]):
                 self._tell(number, self._asked(number), None)
 
     def _reply(self, number: int, opening: str, after: str, *, is_last: bool) -> None:
         """Take the next reply that is shown, between two texts of the template."""
-        reply, asked = self._path[self._places[number]], self._asked(number)
+        reply, asked = self.path[self._places[number]], self._asked(number)
         is_own = self._encoder.is_own(reply)
         place = self._shown(reply.content, asked, opening, after)
         if place is None:
@@ -630,7 +572,7 @@ class _Encoding:
 
     def _tell(self, number: int, asked: str | None, stop: int | None) -> None:
         """Take note that a reply is shown otherwise, up to *stop*; None: it is not, or nobody knows."""
-        ids, reply = self._encoder.ids, self._path[self._places[number]]
+        ids, reply = self._encoder.ids, self.path[self._places[number]]
         start, now = len(self._ids), ids(self._whole.part(self._done, stop))
         if asked is not None:
             before = self._whole.part(self._done, self._end)

@@ -1,17 +1,18 @@
 """
-A place in a conversation from which a person goes on: ask, undo, rewind, fork, regenerate, edit.
+A session: a person or a program in a conversation, who asks, undoes, rewinds, forks and edits.
 
-A `Place` is a node of the tree and how one moves there; a `Session` also asks, and a `ReplyStream` is
-the reply while it is generated. Joins the tree (what was said) and the prompt encoder (as which token
-ids). No KV is held between turns: each turn asks for the token ids that its place in the tree means,
-and finds in the engine's cache what any earlier work left of them. So no operation on the tree can
-leave the KV behind.
+A `Cursor` stands at a node of the tree and moves through it; a `Session` is a cursor that also asks
+the model, and a `ReplyStream` is a reply while it is generated. The session joins the tree (what was
+said) and the prompt encoder (its token ids). It holds no KV between turns: each turn encodes the path
+to its node, and the engine finds in its cache whatever KV any earlier work left for those token ids.
+So an operation on the tree cannot bring tree and KV out of step.
 """
 
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any, Protocol, Self
 
 from recollect.conversation.conversation import Asked, Conversation
@@ -54,15 +55,15 @@ from recollect.types import Message, SamplingParams, Usage
 
 
 class ModelParts(Protocol):
-    """What a session needs of the model that it talks to, which is a `Model`."""
+    """What a session needs of its model; `Model` has all of it."""
 
     @property
     def engine(self) -> Engine:
-        """Return what computes."""
+        """Return the engine that computes replies."""
 
     @property
     def prompts(self) -> PromptEncoder:
-        """Return what makes token ids of a path through the tree."""
+        """Return the encoder from a path through the tree to token ids."""
 
     @property
     def template(self) -> ChatTemplate:
@@ -70,32 +71,32 @@ class ModelParts(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Return what makes text of token ids."""
+        """Return the tokenizer, which decodes replies."""
 
     @property
     def grammars(self) -> Grammars:
-        """Return the compiled grammars that replies can be held to."""
+        """Return the compiled grammars, which constrain replies."""
 
     @property
     def weights_fingerprint(self) -> str:
-        """Return the fingerprint that replies are saved with."""
+        """Return the fingerprint of the model, which is saved with each reply."""
 
     @property
-    def places(self) -> Checkpoints:
+    def checkpoint_store(self) -> Checkpoints:
         """
-        Return what keeps checkpoints.
+        Return the checkpoints of this data folder, to find, add and drop.
 
         Raises:
-            StoreError: No KV is kept on disk here, or the journal cannot be used.
+            StoreError: There is no KV store on disk, or the journal cannot be used.
         """
 
 
-class Place:
+class Cursor:
     """
-    A node of a conversation's tree that one goes on from.
+    A node of a conversation's tree, the tip, which moves to other nodes.
 
-    Safe from several threads in that whatever moves it, or goes on from it, is refused while
-    something else does.
+    May be used from several threads: while one call moves the tip or adds to it, every other such
+    call raises `SessionBusyError`.
 
     Invariant: the tip is a node of the tree.
     """
@@ -116,7 +117,7 @@ class Place:
 
     @property
     def name(self) -> str | None:
-        """Return the conversation's named tip that moves with this place; None: none does."""
+        """Return the name of the branch whose tip moves with this one; None: none does."""
         return None if self._name is None else self.conversation.tip_name(self._name)
 
     @property
@@ -139,12 +140,12 @@ class Place:
         return self._tip.path()
 
     def transcript(self) -> list[Message]:
-        """Return the messages up to the tip as plain values, calls of tools beside the text."""
+        """Return the messages up to the tip, as clients send them: tool calls beside the text."""
         return [node.message() for node in self.path()]
 
     def last_user(self) -> Node:
         """
-        Return the message that the tip answers, a user's or a tool's, or the tip if it is one.
+        Return the last message on the path that is a user's or a tool's.
 
         Raises:
             ConversationError: Nobody has said anything yet.
@@ -156,11 +157,11 @@ class Place:
 
     def rewind(self, node: Node) -> None:
         """
-        Go to a node of the tree, in any branch; costs no forward pass.
+        Move the tip, and the branch with it, to any node of the tree. Costs no forward pass.
 
         Raises:
             UnknownNodeError: It is not a node of this conversation. Nothing was changed.
-            StoreError: The journal cannot keep it. Nothing was changed.
+            StoreError: The journal cannot save the new tip. Nothing was changed.
         """
         self.tree.require(node)
         with self._exclusively():
@@ -171,10 +172,10 @@ class Place:
 
     def undo(self, turns: int = 1) -> Node:
         """
-        Go back by that many turns and return the new tip; they stay in the tree.
+        Go back by that many turns and return the new tip. The turns stay in the tree.
 
         Raises:
-            RewindError: There are not as many. Nothing was changed.
+            RewindError: The path has fewer turns. Nothing was changed.
         """
         asked = [node for node in self.path() if node.role == "user"]
         if not 1 <= turns <= len(asked):
@@ -203,16 +204,16 @@ class Place:
             )
 
 
-class Session(Place):
+class Session(Cursor):
     """
-    A place in a conversation's tree.
+    A person or a program in a conversation, who asks the model and moves through the tree.
 
-    Safe from several threads in that a second reply, while one is being generated, is refused.
-    Forks share the conversation and nothing else.
+    May be used from several threads: while a reply is generated, a second one raises
+    `SessionBusyError`. A fork shares the conversation with its origin, and nothing else.
 
     Invariants:
-        1. All of `Place`.
-        2. Between turns the session holds no blocks, but for those that `pin` keeps.
+        1. All of `Cursor`.
+        2. Between turns the session holds no blocks, except those that `pin` holds.
     """
 
     def __init__(
@@ -242,20 +243,25 @@ class Session(Place):
         self.params = params
         self.overflow = overflow
         self.tools = tools
-        """What replies may call from now on; `dataclasses.replace` gives another choice."""
+        """What the next replies may call; `dataclasses.replace` makes a copy with another choice."""
 
     @property
     def namespace(self) -> str:
-        """Return within which KV is shared."""
+        """Return the namespace, within which KV is shared."""
         return self._namespace
+
+    @property
+    def model(self) -> ModelParts:
+        """Return what it talks to."""
+        return self._model
 
     def stream(self, text: str | None, *, params: SamplingParams | None = None) -> "ReplyStream":
         """
-        Say something, and return the reply as it is generated.
+        Add a user's message, and return the reply while it is generated.
 
-        A conversation that is kept has the message on disk before the reply begins. Where the program
-        ended before the reply did, the tip is that message: said again it is answered, and anything
-        else is said in its place.
+        In a saved conversation the message is in the journal before the reply begins. If the program
+        ended during an earlier reply, the tip is a message without a reply: the same text answers that
+        message, and another text replaces it.
 
         Args:
             text: The message; None to have the tip answered, which then is a user's message or
@@ -265,51 +271,51 @@ class Session(Place):
             params: How to sample this reply; None: as the session does.
 
         Raises:
-            ConversationError: There is nothing to answer, or a reply is being generated already.
+            ConversationError: There is no message to answer, or a reply is being generated.
             ConfigError: A parameter, a grammar or a tool cannot be used; the subclass says why.
             TemplateError: The template refuses the conversation.
-            ContextFullError: It does not fit the context.
-            OutOfBlocksError: It does not fit the KV memory; raised by the first piece.
+            ContextFullError: The prompt does not fit the context.
+            OutOfBlocksError: The prompt does not fit the KV memory; the first piece raises it.
                 In each case the conversation is as it was.
         """
         return self._stream(None, text, params)
 
     def respond(self, text: str | None, *, params: SamplingParams | None = None) -> Reply:
-        """Say something and return the whole reply; see `stream`."""
+        """Add a user's message and return the whole reply; see `stream`."""
         return self.stream(text, params=params).read()
 
     def add(self, message: Message) -> Node:
         """
-        Add a message that something else is said after, such as what a tool gave back.
+        Add a message without asking for a reply, such as the result of a tool.
 
         An assistant's message is the beginning of a reply: `respond(None)` goes on with it.
 
         It is kept as soon as that is asked for.
 
         Raises:
-            InvalidParameterError: It lacks something. The conversation is as it was.
+            InvalidParameterError: The message lacks a part. The conversation is as it was.
         """
         with self._exclusively():
             shown = self._model.template.with_thoughts([message])
-            self._tip = self.conversation.add_unkept(self._tip, *shown)
+            self._tip = self.conversation.add_unsaved(self._tip, *shown)
             if self._tip.role == "assistant":
                 self._begun = self._tip
             return self._tip
 
     def regenerate(self, *, params: SamplingParams | None = None) -> Reply:
         """
-        Have the last message answered again; the reply before stays in the tree.
+        Answer the last message again; the earlier reply stays in the tree.
 
-        A greedy session gives the same reply again: pass `params` with a temperature.
+        A greedy session generates the same reply again: pass `params` with a temperature.
 
         Raises:
-            ConversationError: There is no reply to replace.
+            ConversationError: There is no message to answer.
         """
         return self._stream(self.last_user(), None, params).read()
 
     def edit(self, node: Node, text: str, *, params: SamplingParams | None = None) -> Reply:
         """
-        Say something else in place of a user's message, and return the reply to that.
+        Add another text beside a user's message, and return the reply to it.
 
         Raises:
             ConversationError: *node* is not a user's message.
@@ -323,13 +329,14 @@ class Session(Place):
 
     def fork(self, node: Node | None = None, *, name: str | None = None) -> "Session":
         """
-        Return a second session at a node, or at the tip; costs no forward pass and no copy.
+        Return a second session at a node, or at the tip. Costs no forward pass and copies no KV.
 
-        With a name it is a branch: a tip that is kept with the conversation and moves with the fork.
+        With a name, a branch of that name begins at the node, is saved with the conversation, and moves
+        with the fork.
 
         Raises:
             UnknownNodeError: It is not a node of this conversation.
-            ConversationError: There is a tip of that name.
+            ConversationError: There is a branch of that name.
         """
         at = node or self._tip
         self.tree.require(at)
@@ -339,10 +346,10 @@ class Session(Place):
 
     def branch(self, name: str) -> "Session":
         """
-        Return a second session at a named tip of the conversation, which moves with it from now on.
+        Return a second session at the tip of a branch, which moves with it from now on.
 
         Raises:
-            ConversationError: There is no such tip.
+            ConversationError: There is no branch of that name.
         """
         tips = self.conversation.tips
         if name not in tips:
@@ -351,13 +358,13 @@ class Session(Place):
 
     def prewarm(self, text: str = "") -> int:
         """
-        Compute the KV of a message that is still being typed; return how many tokens that took.
+        Compute the KV of a message that is still being typed; return the number of tokens computed.
 
-        Nothing is said: if the text changes, only what changed is computed again. The next turn
-        tells what of it was used as `Usage.read_ahead_tokens`.
+        The message is not added. If its text changes, only the tokens behind the change are computed
+        again. `Usage.read_ahead_tokens` of the next turn counts the tokens that it could use.
 
         Raises:
-            As `stream` does; the conversation is as it was.
+            As `stream` does. The conversation is as it was.
         """
         with self._exclusively():
             sequence = self._typed(text)
@@ -372,7 +379,7 @@ class Session(Place):
             return fed
 
     def prewarm_later(self, text: str = "") -> None:
-        """Do what `prewarm` does at once, when the engine is idle; using the session ends it."""
+        """Have `prewarm` done when the engine is idle; the next use of the session cancels it."""
         if self._busy.acquire(blocking=False):
             try:
                 self._start_idle_work(text)
@@ -380,30 +387,30 @@ class Session(Place):
                 self._busy.release()
 
     def typed_ids(self, node: Node | None = None) -> list[int]:
-        """Return the token ids up to where a message after a node, or after the tip, begins."""
+        """Return the token ids that precede the next message after a node, or after the tip."""
         return self._prompting.typing(node or self._tip, "", self.tools)
 
     def warm_tokens(self, node: Node | None = None, *, on_disk: bool = False) -> tuple[int, int]:
         """
-        Return how many tokens up to a node, or to the tip, have KV, and how many there are.
+        Return how many of the tokens up to a node, or to the tip, have KV, and how many there are.
 
-        In memory, or with *on_disk* in memory or there.
+        Counts KV in memory; with *on_disk*, KV on disk too.
         """
         ids = self.typed_ids(node)
         return self._model.engine.warm_tokens(ids, self._namespace, on_disk=on_disk), len(ids)
 
     def checkpoint(self, name: str) -> Checkpoint:
         """
-        Keep the KV up to the tip on disk, whatever else needs room, for `return_to` to come back.
+        Save a checkpoint: a name for the tip, whose KV is pinned on disk; `return_to` comes back.
 
-        Computes what is not there. Until `Model.drop_checkpoint`, also in other processes.
+        Computes KV that is missing. The pin lasts until `Model.drop_checkpoint`, in every process.
 
         Raises:
-            NameTakenError: There is such a checkpoint, or something else is kept under that name.
-            ConversationError: The conversation is not kept, or is in a namespace, or that cannot be a
-                name.
-            StoreError: No KV is kept on disk, or there is no room for this.
-                In each case nothing is kept, and the conversation is as it was.
+            NameTakenError: A checkpoint or another pin has that name.
+            ConversationError: The conversation is not saved, or is in a namespace, or the name cannot
+                be one.
+            StoreError: There is no KV store on disk, or it has no room for this.
+                In each case nothing is pinned, and the conversation is as it was.
         """
         require_name(name, "checkpoint")
         if self._namespace:
@@ -412,23 +419,23 @@ class Session(Place):
                 "conversation is in a namespace: begin one without a namespace."
             )
         with self._exclusively():
-            engine, places = self._model.engine, self._model.places
-            facts = places.facts(self.conversation.spot(self._tip))
+            engine, checkpoints = self._model.engine, self._model.checkpoint_store
+            facts = checkpoints.facts(self.conversation.spot(self._tip))
             ids = self.typed_ids()
             pin_on_disk(engine, ids, self._namespace, name=name, about=facts)
-            return places.find(name)
+            return checkpoints.find(name)
 
     def return_to(self, name: str) -> None:
         """
         Go to a checkpoint of this conversation, as `rewind` does.
 
         Raises:
-            UnknownCheckpointError: There is none of that name.
-            UnknownNodeError: It is of another conversation. Nothing was changed.
+            UnknownCheckpointError: There is no checkpoint of that name.
+            UnknownNodeError: The checkpoint is in another conversation. Nothing was changed.
         """
-        found = self._model.places.find(name)
-        is_here = found.conversation_id == self.conversation.kept_as
-        node = self.conversation.kept_node(found.node_id) if is_here else None
+        found = self._model.checkpoint_store.find(name)
+        is_here = found.conversation_id == self.conversation.journal_id
+        node = self.conversation.saved_node(found.node_id) if is_here else None
         if node is None:
             raise UnknownNodeError(
                 f"The checkpoint {name!r} is in another conversation: resume that one there "
@@ -438,9 +445,9 @@ class Session(Place):
 
     def pin(self) -> None:
         """
-        Keep the KV of the conversation up to the tip in memory, whatever else needs room.
+        Pin the KV up to the tip in memory: it is not evicted until `unpin`, or another `pin`.
 
-        Computes what is not there. Until `unpin`, or another `pin`.
+        Computes KV that is missing.
         """
         self.prewarm()
         pinned = self._model.engine.pin(self.typed_ids(), self._namespace)
@@ -448,12 +455,12 @@ class Session(Place):
         self._pinned = pinned
 
     def unpin(self) -> None:
-        """Let the KV be evicted again."""
+        """Unpin the KV, so that it can be evicted."""
         self._model.engine.unpin(self._pinned)
         self._pinned = []
 
     def close(self) -> None:
-        """Stop what is done in the background and unpin. The session can still be used."""
+        """Stop computing ahead, and unpin. The session can still be used."""
         self._idle.stop()
         self.unpin()
 
@@ -499,25 +506,27 @@ class Session(Place):
     def _stream(
         self, at: Node | None, text: str | None, params: SamplingParams | None
     ) -> "ReplyStream":
-        """Say something at a node, at the tip without one, and return the reply as it is generated."""
+        """Begin a turn after a node, or after the tip, and return its reply while it is generated."""
+        since_s = perf_counter()
         self._begin()
         before = self._tip
         try:
             if at is None and text is not None and self._is_unanswered():
-                # Said again it is answered; what is said instead takes its place.
+                # The same text answers the message that has no reply; another text replaces it.
                 text, at = (None, before) if text == before.content else (text, before.parent)
                 assert at is not None, "a message has a parent"
                 self._tip = at
-            return self._turn(at or self._tip, text, params or self.params, before)
+            stream = self._turn(at or self._tip, text, params or self.params, before)
+            return stream.count_from(since_s)
         except BaseException:
             self._tip = before
             self._busy.release()
             raise
 
     def _is_unanswered(self) -> bool:
-        """Return whether the tip is a question whose reply was cut off, with the program or before."""
-        tip, is_kept = self._tip, self.conversation.kept_id(self._tip) is not None
-        return tip.role == "user" and not tip.children and is_kept
+        """Return whether the tip is a user's message that is saved and has no reply."""
+        tip, is_saved = self._tip, self.conversation.saved_id(self._tip) is not None
+        return tip.role == "user" and not tip.children and is_saved
 
     def _turn(
         self, at: Node, text: str | None, params: SamplingParams, before: Node
@@ -541,12 +550,12 @@ class Session(Place):
         return stream
 
     def _ask(self, turn: Turn) -> Asked | None:
-        """Keep what a turn says before it is answered."""
+        """Save the message of a turn before it is answered."""
         tip = self.name if turn.at is self._tip else None
         return self.conversation.ask(turn.at, turn.said, tip=tip)
 
     def _free(self, asked: Asked | None) -> None:
-        """Let others use the session; what was asked and not answered is taken back later."""
+        """Release the session; a message without a reply is taken back with the next write."""
         self.conversation.give_up(asked)
         self._busy.release()
 
@@ -554,10 +563,12 @@ class Session(Place):
         self, turn: Turn, reply: GeneratedReply, token_ids: list[int], asked: Asked | None
     ) -> Reply | None:
         """
-        Keep a reply that has ended, and go to it; an edit that was broken off is kept beside.
+        Save a reply that has ended, and move the tip to it.
+
+        The tip stays where it is if the reply to an edit was cancelled.
 
         Returns:
-            None where nothing was said; the conversation is then as it was.
+            None if the reply is empty and was cancelled; the conversation is then as it was.
         """
         is_whole = reply.finish_reason != "cancelled"
         if not reply.text and not is_whole:
@@ -573,7 +584,7 @@ class Session(Place):
             self._tip, self._change = node, None
         self._idle.forget()
         self._start_idle_work()
-        return Reply.of(reply, node, turn.asked.dropped_turns)
+        return Reply.of(reply, node, turn.asked.dropped_turns, turn.expected.change)
 
     def _typed(self, text: str) -> TokenSequence:
         at = self._tip.parent if self._is_unanswered() else self._tip
@@ -581,21 +592,21 @@ class Session(Place):
         return self._prompting.sequence(self._prompting.typing(at, text, self.tools))
 
     def _start_idle_work(self, text: str = "") -> None:
-        """Compute a message being typed, or what the template puts before it, while nobody waits."""
+        """Have a message being typed, or what precedes it, computed while the engine is idle."""
         try:
             sequence = self._typed(text)
         except (TemplateError, ContextFullError):
-            return  # the next turn says what is wrong; here nobody asked
+            return  # the next turn raises this to its caller; this work has no caller
         self._idle.start(sequence)
 
 
 class ReplyStream(ReplyGeneration):
     """
-    A session's reply as it is generated: iterate over it for pieces of text.
+    A session's reply while it is generated: iterate over it for pieces of text.
 
-    Leaving the loop early, `stop`, and the end of a `with` block all end the reply and keep what
-    was said as a turn. A reply that had not begun leaves the conversation as it was. On an event
-    loop, `async for` reads it, and `close`, which may wait for the journal, belongs on a thread.
+    Leaving the loop early, `stop`, and the end of a `with` block all end the reply and save its text
+    so far as a turn. A reply that had not begun leaves the conversation as it was. On an event loop,
+    read it with `async for`, and call `close` on a thread, because it may wait for the journal.
     """
 
     reply: Reply | None
@@ -620,7 +631,7 @@ class ReplyStream(ReplyGeneration):
         self._asked: Asked | None = None
 
     def start(self) -> None:
-        """Keep what is asked, and have the engine begin."""
+        """Save the message, and submit the reply to the engine."""
         session = self._session
         self._asked = asked = session._ask(self._turn)
         try:
@@ -628,11 +639,11 @@ class ReplyStream(ReplyGeneration):
         except BaseException:
             session.conversation.take_back(asked)
             raise
-        # Also where the stream is forgotten without ever having been read.
+        # Runs too if the stream is garbage-collected without having been read.
         self._free = weakref.finalize(self, _give_up, self._task, session, asked)
 
     def usage(self) -> Usage:
-        """Return what the reply has cost, and why not less."""
+        """Return what the reply has cost so far, and why tokens had to be computed again."""
         return explained(super().usage(), self._turn.expected)
 
     def __iter__(self) -> Iterator[str]:
@@ -646,7 +657,7 @@ class ReplyStream(ReplyGeneration):
         Read to the end and return the whole reply.
 
         Raises:
-            ConversationError: It was stopped before anything was said.
+            ConversationError: The reply was stopped before it began.
         """
         with self:
             for _ in self:
@@ -657,10 +668,10 @@ class ReplyStream(ReplyGeneration):
 
     def close(self) -> None:
         """
-        End the reply here and keep what was said. Calling it again does nothing.
+        End the reply and save its text so far. Calling it again does nothing.
 
         Raises:
-            StoreError: The journal cannot keep it. The conversation is as it was.
+            StoreError: The journal cannot save it. The conversation is as it was.
         """
         if self._closed:
             return

@@ -1,7 +1,7 @@
 """
-The tools that a session offers, and how replies may call them.
+The tools that a session offers, and the grammar that holds replies to them.
 
-Pure: descriptions in, a grammar out. Nothing is called here.
+Pure: descriptions in, a grammar out. No tool is called here.
 """
 
 import json
@@ -29,7 +29,7 @@ _LINE: Final = re.compile(r"at (\d+)\(\d+\)")
 _SOURCE_LINES: Final = re.compile(r"\s\d+ \| .*")
 """What llguidance adds to a reason: lines of a grammar that nobody sent."""
 _ARGUMENTS: Final = re.compile(r"(?:bare_)?arguments_(\d+):")
-"""What a line begins with that has the schema of a tool, and which tool that is."""
+"""The beginning of the rule for a tool's arguments, with the index of the tool."""
 
 _MOST_TRIED: Final = 4
 """Tools whose schemas cannot be held to and that are found one by one: each try makes the grammar anew."""
@@ -38,10 +38,10 @@ _MOST_TRIED: Final = 4
 # no reason to refuse the tool.
 _GUIDANCE: Final = {**JSON_STYLE, "lenient": True}
 _BARE_GUIDANCE: Final = {"whitespace_pattern": r"[\x20\x0A]{1,20}", "lenient": True}
-"""Calls without marks come over several lines. Bounded: small models fall into endless white space."""
+"""White space in calls without marks, which span lines. Bounded: small models repeat it endlessly."""
 
-# Text, and calls in it; or, from the beginning, calls without marks, as `models/tool_calls.py` has
-# them. A lazy rule wins over free text as soon as it matches.
+# A reply is text with calls in it, or it begins with calls without marks (`text/tool_calls.py`). A lazy
+# rule wins over free text as soon as it matches.
 _AUTO: Final = r"""
 tail: TEXT
 TEXT: /(?s:.*)/
@@ -76,9 +76,9 @@ is the name of a mode: `{"type": "function", "function": {"name": "auto"}}`."""
 @dataclass(frozen=True, slots=True)
 class Tools:
     """
-    What a model may call, and whether it has to.
+    The tools that a reply may call, and whether it has to call one.
 
-    Made by `Tools.of`. Two that offer the same make the same prompts, whatever their `choice`.
+    Made by `Tools.of`. The prompt depends on the schemas and not on the choice.
     """
 
     schemas: tuple[Mapping[str, Any], ...] = ()
@@ -99,7 +99,7 @@ class Tools:
         parallel: bool = True,
     ) -> Self:
         """
-        Return the tools of these descriptions.
+        Return the tools of these descriptions, after checking them.
 
         Raises:
             InvalidParameterError: A description is no JSON or has no name that can be one, its
@@ -111,7 +111,7 @@ class Tools:
         twice = next((name for name, count in Counter(names).items() if count > 1), None)
         if twice is not None:
             raise InvalidParameterError(
-                f"Two tools are called {twice}: give each a name of its own."
+                f"Two tools have the name {twice!r}: give each a name of its own."
             )
         parameters = [schema["function"].get("parameters") for schema in tools.schemas]
         too_large = [
@@ -133,12 +133,12 @@ class Tools:
 
     def grammar(self, answer: Grammar | None = None) -> Grammar | None:
         """
-        Return what a reply may look like; None: anything.
+        Return the grammar of replies; None: replies are free.
 
-        Calls are held to the schemas of their tools, and the end of a reply to the end of a call.
+        A call has to follow the schema of its tool, and a reply cannot end inside a call.
 
         Args:
-            answer: What a reply that calls nothing must look like.
+            answer: The grammar of replies without calls; None: those are free text.
 
         Raises:
             InvalidParameterError: *answer* is a Lark grammar, which cannot be joined with others.
@@ -217,7 +217,7 @@ class Tools:
         return [one for one in self.schemas if self.choice in (*_MODES, _name(one))]
 
     def difference(self, earlier: "Tools") -> str | None:
-        """Return how these differ from earlier ones, in words; None where they are the same."""
+        """Return in words how these differ from earlier tools; None: the schemas are the same."""
         if self.schemas == earlier.schemas:
             return None
         now = {_name(schema): schema for schema in self.schemas}
@@ -250,11 +250,13 @@ def _chosen(choice: Any) -> str | Chosen:
 
 
 def _copied(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a description that nobody can change, as JSON has it."""
+    """Return a copy of a description, as JSON values."""
     try:
         copied: Mapping[str, Any] = json.loads(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as cause:
-        raise InvalidParameterError(f"A tool is no JSON value ({cause}): correct it.") from cause
+        raise InvalidParameterError(
+            f"The description of a tool is not a JSON value ({cause}): correct it."
+        ) from cause
     return copied
 
 
@@ -278,7 +280,7 @@ def _is_small_enough(name: str, parameters: Any) -> bool:
     """
     if parameters is not None and not isinstance(parameters, Mapping):
         raise InvalidParameterError(
-            f"The parameters of the tool {name!r} are no object: give a JSON schema, such as "
+            f"The parameters of the tool {name!r} are not an object: give a JSON schema, such as "
             '{"type": "object"}, or leave them out.'
         )
     try:

@@ -1,10 +1,10 @@
 """
-A conversation as a tree of messages: nothing is ever changed or deleted, only added.
+A conversation as a tree of messages: messages are added, and never changed or deleted.
 
-Beside the tree: messages as clients send them and as they are kept (a reply is kept as the text that
-the model wrote, calls of tools included, and a client's calls become such a text again), and the
-window, which decides which turns a full context leaves out. The caller measures prompts. Pure
-bookkeeping: no runtime, no encoding.
+The module also converts messages between the form that clients send and the form in the tree, where
+a reply is the text that the model wrote with its tool calls in it. And it has the window, which
+decides which turns are left out when the context is full; the caller measures prompts.
+Pure: no runtime, no encoding, no journal.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from recollect.types import FinishReason, Message, Role, ToolLinks
 
 def to_node(message: Message) -> NewNode:
     """
-    Return a message as it is kept.
+    Return a client's message in the form of the tree.
 
     Raises:
-        InvalidParameterError: It has a role that is none, which a template would write as it is.
-            Or a call lacks something, a message that needs one has no content, or that is no text.
+        InvalidParameterError: The role is none of `ROLES`; a template would write it as it is. Or a
+            tool call lacks a part, or content is missing where it is needed, or is not a text.
     """
     _check_shape(message)
     role, content = message["role"], message.get("content")
@@ -45,7 +45,7 @@ def to_node(message: Message) -> NewNode:
 
 
 def to_message(role: Role, content: str, links: ToolLinks | None) -> Message:
-    """Return what is kept as a client sends and gets it, calls beside the text."""
+    """Return a message of the tree as clients send and get it, with tool calls beside the text."""
     if links is None or not links.call_ids:
         return as_written(role, content, links)
     parsed = parse_reply(content, links.call_ids, names=None, is_cut=True)
@@ -57,7 +57,7 @@ def to_message(role: Role, content: str, links: ToolLinks | None) -> Message:
 
 
 def as_written(role: Role, content: str, links: ToolLinks | None) -> Message:
-    """Return what is kept as templates get it, calls in the text."""
+    """Return a message of the tree as templates get it, with tool calls in the text."""
     message: Message = {"role": role, "content": content}
     if links is not None and links.tool_call_id is not None:
         message["tool_call_id"] = links.tool_call_id
@@ -105,7 +105,7 @@ def _number(text: str) -> float | int:
 
 
 def _check_shape(message: Any) -> None:
-    """Check what a type checker would, had it been asked: callers pass on what others sent."""
+    """Check the types of role and content: callers pass on what clients sent, unchecked."""
     role = message.get("role") if isinstance(message, Mapping) else None
     if role not in ROLES:
         raise InvalidParameterError(
@@ -147,7 +147,7 @@ ROOT_KEY: Final = b""
 
 
 def message_key(parent: bytes, role: Role, content: str, links: ToolLinks | None = None) -> bytes:
-    """Return the name of a message in its place: a hash of what came before and what it says."""
+    """Return the key of a message: a hash of its parent's key, its role and its canonical text."""
     text = canonical(role, content, links)
     head = f"{role}:{len(text)}:".encode()
     return hashlib.blake2b(
@@ -158,9 +158,9 @@ def message_key(parent: bytes, role: Role, content: str, links: ToolLinks | None
 @dataclass(eq=False, slots=True, frozen=True)
 class Node:
     """
-    A message in its place.
+    A message in a tree of messages.
 
-    The root has no message: its role is None. Two nodes are equal only where they are the same.
+    The root has no message: its role is None. Nodes are compared by identity.
     """
 
     id: int
@@ -168,16 +168,16 @@ class Node:
     role: Role | None
     content: str
     key: bytes = ROOT_KEY
-    """The same for the same text after the same messages, in whatever tree."""
+    """Equal for equal messages after equal messages, in any tree; see `message_key`."""
     token_ids: tuple[int, ...] | None = None
-    """What the model generated; None for what it did not write."""
+    """The token ids that the model generated; None for a message that it did not generate."""
     fingerprint: str | None = None
-    """The model that generated the tokens."""
+    """Of the model that generated the token ids."""
     finish_reason: FinishReason | None = None
     usage: Mapping[str, Any] | None = None
     """As `Usage.to_dict` gives it."""
     links: ToolLinks | None = None
-    """How the message hangs together with calls of tools; None where it does not."""
+    """The ids of the tool calls in it, or of the call that it answers; None: neither."""
     children: list["Node"] = field(default_factory=list)
 
     def path(self) -> list["Node"]:
@@ -204,7 +204,7 @@ class Node:
         return as_written(self.role, self.content, self.links)
 
     def to_new(self) -> NewNode:
-        """Return the message as it is to be kept, or added, somewhere else too."""
+        """Return the message as a value, to be saved or added to another tree."""
         assert self.role is not None, "the root is no message"
         return NewNode(
             role=self.role,
@@ -222,10 +222,10 @@ class Node:
 
 def grown(records: Iterable[NodeRecord]) -> "tuple[Tree, dict[int | None, Node]]":
     """
-    Return the tree of kept messages, parents first, and its nodes by their ids in the journal.
+    Return the tree of saved messages, given parents first, and its nodes by their ids in the journal.
 
-    The root is under None. The tree numbers messages from 1 in the order in which they were kept, which
-    is also how they are numbered for people; see `Conversation.numbers`.
+    The root is under None. Node ids count from 1 in the order in which the messages were saved, as
+    `Conversation.numbers` does for people.
     """
     tree = Tree()
     nodes: dict[int | None, Node] = {None: tree.root}
@@ -251,7 +251,7 @@ class Tree:
         1. Every node but the root is among the children of its parent, once.
         2. Ids are unique and grow from parent to child.
         3. Only replies have token ids, and those name the model that generated them.
-        4. A key is that of the parent, the role, the text and, of what a tool gave back, its call.
+        4. A node's key is `message_key` of its parent's key and its message.
     """
 
     def __init__(self) -> None:
@@ -308,7 +308,7 @@ class Tree:
         Add a message after *parent* and return its node.
 
         Args:
-            key: As `message_key` gives it; None: it is not known yet.
+            key: What `message_key` returns, if the caller has it; None computes it.
             parent, role, content, token_ids, fingerprint, finish_reason, usage, links: As in `Node`.
         """
         self.require(parent)
@@ -355,11 +355,11 @@ class Tree:
 
 
 Overflow = Literal["error", "drop_oldest"]
-"""What happens when the context is full: an error, or whole oldest turns are left out."""
+"""What happens when the context is full: an error, or the prompt leaves out the oldest turns."""
 
 
 def turn_starts(path: Sequence[Node]) -> list[int]:
-    """Return where the turns of a path begin: the user's messages that follow something else."""
+    """Return the indices at which turns begin: of a user's message that follows no other of a user."""
     return [
         index
         for index, node in enumerate(path)
@@ -369,16 +369,16 @@ def turn_starts(path: Sequence[Node]) -> list[int]:
 
 class Window:
     """
-    The turns of a session's path that its prompts are made of.
+    The turns of a session's path that are in its prompts.
 
-    Owned by the session. What is left out once stays out, so that the prompts after it begin alike.
+    Owned by the session. A turn that was left out stays out, so that later prompts share a prefix.
     """
 
     def __init__(self) -> None:
         self._first: Node | None = None  # the oldest turn that is shown; None: all are
 
     def shown(self, path: Sequence[Node]) -> list[Node]:
-        """Return the path without the turns that were left out before."""
+        """Return the path without the turns that earlier prompts left out."""
         if self._first is None or self._first not in path:
             return list(path)
         return [*path[: turn_starts(path)[0]], *path[path.index(self._first) :]]
@@ -390,7 +390,7 @@ class Window:
         measure: Callable[[Sequence[Node]], int],
         overflow: Overflow,
     ) -> list[Node]:
-        """Return what is shown of a path, fewer turns of it where *limit* tokens are too many."""
+        """Return the nodes of a path for a prompt; leaves turns out if it has *limit* tokens or more."""
         shown = self.shown(path)
         if overflow == "drop_oldest" and measure(shown) >= limit:
             return self.leave_out(shown, limit // 2, measure)
@@ -399,7 +399,7 @@ class Window:
     def leave_out(
         self, path: Sequence[Node], limit: int, measure: Callable[[Sequence[Node]], int]
     ) -> list[Node]:
-        """Leave out the oldest turns of a path, as `without_oldest` does, from now on."""
+        """Leave out the oldest turns of a path, in this prompt and in later ones."""
         shown = without_oldest(path, limit, measure)
         starts = turn_starts(shown)
         self._first = shown[starts[0]] if starts else None
@@ -410,14 +410,14 @@ def without_oldest(
     path: Sequence[Node], limit: int, measure: Callable[[Sequence[Node]], int]
 ) -> list[Node]:
     """
-    Return the path without its oldest turns, so that at most *limit* tokens are left.
+    Return the path without its oldest turns, so that the prompt has at most *limit* tokens.
 
-    The instructions before the first turn stay. So does the last turn, though it may be too long.
+    The instructions before the first turn stay, and so does the last turn, even if it is too long.
 
     Args:
         path: Messages from the first on.
-        limit: Tokens that the prompt may have.
-        measure: Returns the tokens of a prompt of these messages.
+        limit: Most tokens of the prompt.
+        measure: Returns the number of tokens of a prompt of these messages.
     """
     starts = turn_starts(path)
     instructions = path[: starts[0]] if starts else path

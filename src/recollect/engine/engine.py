@@ -7,13 +7,12 @@ disk tier. It does not know text: what is done with logits is a task's business.
 
 import atexit
 import threading
-import time
 import weakref
 from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 from contextlib import suppress
 from functools import partial
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Final
 
 from recollect.engine.scheduler import Chunks, Room, Scheduler, Task
@@ -32,7 +31,7 @@ _TIMED_TOKENS: Final = 32
 Result = Logits | Exception | None
 """What a pass gave a task: the logits after its history, why it failed, or None where more is to be fed."""
 
-_LINGER_S: Final = 2.0
+LINGER_S: Final = 2.0
 """The thread ends after so long without work; the next task starts another."""
 
 
@@ -102,6 +101,16 @@ class Engine:
         # waits for its task would wait for ever.
         self._at_exit = partial(_close_if_alive, weakref.ref(self))
         atexit.register(self._at_exit)
+
+    @property
+    def runtime(self) -> PagedRuntime:
+        """Return what computes; while there are tasks, only the engine's thread may use it."""
+        return self._runtime
+
+    def tasks(self) -> list[Task]:
+        """Return the tasks that run or wait."""
+        with self.lock:
+            return self._scheduler.tasks()
 
     @property
     def preemptions(self) -> int:
@@ -297,7 +306,7 @@ class Engine:
                 if self._closed:
                     return False
                 self._tell_tier(works=False)
-                if not self._work.wait(_LINGER_S) and not self._scheduler.tasks():
+                if not self._work.wait(LINGER_S) and not self._scheduler.tasks():
                     self._thread = None  # without a thread, an engine nobody uses can go
                     return False
             self._tell_tier(works=True)
@@ -310,7 +319,7 @@ class Engine:
             chunks, copies = self._room.prepare()
             tasks = self._scheduler.tasks()
         if [task for task in tasks if task.hand_over()]:
-            time.sleep(self.info.pace.first_token_pause_s)
+            sleep(self.info.pace.first_token_pause_s)
         self._pass(chunks, copies)
         return True
 

@@ -31,7 +31,7 @@ from recollect.kv.disk import stored_bytes
 from recollect.kv.record import Pin
 from recollect.types import Progress, no_progress
 
-_REFRESH_S: Final = 0.1
+REFRESH_S: Final = 0.1
 """Between two reports of progress."""
 _MOST_PINNED: Final = 3 / 4
 """Share of the store's budget: what is pinned is never evicted, and others need the rest."""
@@ -199,7 +199,7 @@ def compute_watched(
     task = Task(sequence, lambda: False, idle=idle)
     try:
         engine.submit(task)
-        while not task.join(_REFRESH_S):
+        while not task.join(REFRESH_S):
             progress("reading", sequence.computed, len(sequence))
         task.wait()
     finally:

@@ -352,6 +352,7 @@ class ReplyGeneration:
         self._start = len(self._sequence)
         self._generation = _Generation(generator)
         self._task = self._generation.task
+        self._since_s = self._generation.begun_s
         self._read = self._decoded_characters = 0
         # Where the text can be cut between two tokens: after how many characters, and tokens.
         self._boundaries = [(0, 0)]
@@ -408,6 +409,11 @@ class ReplyGeneration:
     def token_ids(self) -> list[int]:
         """Return the tokens of the reply in the history."""
         return self._sequence.tokens(self._start)
+
+    def count_from(self, since_s: float) -> Self:
+        """Let `Usage.ttft_s` begin at a time of `time.perf_counter`: when somebody began to wait."""
+        self._since_s = since_s
+        return self
 
     def start(self) -> None:
         """Have the engine begin."""
@@ -521,7 +527,7 @@ class ReplyGeneration:
         read_ahead = len(self._positions_read_ahead() - positions)
         reused = self._start - len(positions) - read_ahead
         first = generation.first_token_s
-        ttft_s = (generation.last_token_s if first is None else first) - generation.begun_s
+        first_s = generation.last_token_s if first is None else first
         decode_s = 0.0 if first is None else generation.last_token_s - first
         return Usage(
             prompt_tokens=self._start,
@@ -530,8 +536,8 @@ class ReplyGeneration:
             computed_tokens=computed + read_ahead,
             read_ahead_tokens=read_ahead,
             generated_tokens=generation.tokens,
-            ttft_s=ttft_s,
-            prefill_tps=tokens_per_second(computed, ttft_s),
+            ttft_s=first_s - self._since_s,
+            prefill_tps=tokens_per_second(computed, first_s - generation.begun_s),
             decode_tps=tokens_per_second(generation.tokens - 1, decode_s),
         )
 
@@ -579,7 +585,7 @@ class ReplyGeneration:
             # What was held back because more was to come belongs to the reply.
             piece = self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
             self._read_to_end = self._is_whole = True
-            cut = "length" if self._generation.ran_away else "cancelled"
+            cut: FinishReason = "length" if self._generation.ran_away else "cancelled"
             self._finish_reason = self._generator.finish_reason or cut
         if self.stop_string is not None:
             self._read_to_end, self._is_whole, self._finish_reason = True, False, "stop"

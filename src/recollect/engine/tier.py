@@ -29,9 +29,9 @@ from recollect.types import running_average
 
 _log: Final = logging.getLogger(__name__)
 
-_FIRST_BLOCKS: Final = 8
+FIRST_BLOCKS: Final = 8
 """Blocks that are read at once while nothing has been measured and others wait."""
-_MOST_RESTORE_S: Final = 0.05
+MOST_RESTORE_S: Final = 0.05
 """How long others wait at most while one is read from disk: less than for a chunk of its prefill."""
 _MOST_TOUCHED_BYTES: Final = 256 << 20
 """Memory that is made ready at most for what may be restored."""
@@ -91,7 +91,7 @@ def most_blocks(*, rates: Rates, room: int, most_s: float | None) -> int:
     if most_s is None:
         return room
     restore_s = rates.restore_s_per_block
-    return min(room, _FIRST_BLOCKS if restore_s is None else max(1, int(most_s / restore_s)))
+    return min(room, FIRST_BLOCKS if restore_s is None else max(1, int(most_s / restore_s)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ class DiskTier:
             compute_s_per_token: As measured; None where nothing was yet.
         """
         self._compute_s_per_token = compute_s_per_token or self._compute_s_per_token
-        most_s = _MOST_RESTORE_S if len(tasks) > 1 else None
+        most_s = MOST_RESTORE_S if len(tasks) > 1 else None
         for task in tasks:
             if task.restoring and task.sequence.logits is not None:
                 task.restoring = False
@@ -301,7 +301,7 @@ class DiskTier:
     def _write_chains(self, batch: list[CachedBlock]) -> list[CachedBlock]:
         """Write blocks with what they follow; return those whose prefix was gone from disk."""
         with self._lock:
-            alive = [cached for cached in batch if self._cache.holds(cached)]
+            alive = [cached for cached in batch if cached.in_tree]
             wanted = list(dict.fromkeys(block for one in alive for block in _unwritten(one)))
         most = self.writer.most_blocks()
         for start in range(0, len(wanted), most):
@@ -324,7 +324,7 @@ class DiskTier:
     def _leased(self, wanted: list[CachedBlock]) -> Iterator[list[CachedBlock]]:
         """Hold blocks that are still in the cache, so that nobody writes into them."""
         with self._lock:
-            held = [cached for cached in wanted if self._cache.holds(cached)]
+            held = [cached for cached in wanted if cached.in_tree]
             self.leased_blocks = [cached.block for cached in held]
             self._pool.retain(self.leased_blocks)
         try:

@@ -27,7 +27,7 @@ _SETTLE_S: Final = 0.2
 and replace the block that the reply ended in."""
 _OVERDUE_S: Final = 5.0
 """A block that has waited for so long is written even while the engine works."""
-_RETRY_S: Final = 60.0
+RETRY_S: Final = 60.0
 """How long to wait before a full store or disk is tried again: somebody may have made room."""
 _BATCH_BYTES: Final = 16 << 20
 _BATCH_SHARE: Final = 1 / 8
@@ -229,7 +229,7 @@ class WriteBehind:
         try:
             yield
         except (StoreFullError, StoreBusyError) as error:
-            if self._stop(error, monotonic() + _RETRY_S):
+            if self._stop(error, monotonic() + RETRY_S):
                 _log.warning("KV is not kept on disk for now. %s", error)
         except StoreError as error:
             if self._stop(error, inf):

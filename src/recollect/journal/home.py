@@ -307,7 +307,8 @@ def _remove_plain(home: Path) -> None:
 def _remove_leftovers(home: Path) -> None:
     """Delete what an encrypted folder must not hold: a history, and damaged stores that were put aside."""
     with _deleting():
-        remove_history(home / config.HISTORY_NAME)
+        for name in (config.HISTORY_NAME, config.REQUESTS_NAME):
+            remove_history(home / name)
         remove_damaged(home / STORE_FOLDER)
 
 

@@ -119,7 +119,7 @@ def write(path: Path, conversation: ConversationRecord, branch: Branch | None) -
         tensors["token_ids"] = np.asarray(branch.token_ids, np.int32)
         tensors["kv"] = np.ascontiguousarray(branch.blocks)
         tensors["kv_checksums"] = _checksums(branch)
-    metadata["checksum"] = _head_checksum(metadata, text)
+    metadata["checksum"] = head_checksum(metadata, text)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -155,7 +155,7 @@ class PortableFile:
         self._check_sizes()
         text = self._tensor(_TEXT, "U8", 1).tobytes()
         claimed = metadata.pop("checksum", "")
-        if claimed != _head_checksum(metadata, text):
+        if claimed != head_checksum(metadata, text):
             self._refuse("its text is not as it was written")
         self.conversation: Final = from_json(text.decode(errors="replace"))
         self.head: Final = self._branch_head(metadata)
@@ -321,7 +321,7 @@ def _checksum(key: Key, payload: npt.NDArray[np.uint8]) -> bytes:
     return state.digest()
 
 
-def _head_checksum(metadata: dict[str, str], text: bytes) -> str:
+def head_checksum(metadata: dict[str, str], text: bytes) -> str:
     """Return the checksum of metadata and conversation; KV and token ids are in the blocks' checksums."""
     state = xxhash.xxh3_128(json.dumps(metadata, sort_keys=True).encode())
     state.update(text)

@@ -506,7 +506,6 @@ def _describe(job: Conversion, header: GgufHeader, folder: Path) -> Manifest:
     return Manifest(
         name=job.name,
         source_sha256=job.sha256,
-        source_bytes=sum(part.stat().st_size for part in parts_of(job.gguf)),
         architecture=header.architecture,
         context_length=header.context_length,
         chat_template=header.chat_template,

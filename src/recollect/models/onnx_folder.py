@@ -345,7 +345,7 @@ Precision of the weights.
 Four bits are not offered, because a GGUF file's weights have been rounded to about four bits already.
 """
 
-_LIBRARIES: Final = ("torch", "transformers", "accelerate", "onnx_ir", "onnxruntime_genai")
+LIBRARIES: Final = ("torch", "transformers", "accelerate", "onnx_ir", "onnxruntime_genai")
 _OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 _NO_CODE: Final = ("--extra_options", "hf_remote=false")
@@ -400,7 +400,7 @@ def require_convertible(folder: Path) -> None:
         ConfigError: *folder* is not empty, or a path above it is not a folder.
         UnsupportedModelError: A library is missing.
     """
-    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         raise UnsupportedModelError(
             f'Converting needs {", ".join(missing)}: pip install "recollect-llm[convert,genai]".'

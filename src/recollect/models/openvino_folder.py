@@ -159,8 +159,6 @@ class Manifest:
     """Name of the model when it was converted."""
     source_sha256: str
     """Hex sha256 of the GGUF file; of several parts, that of their sha256s."""
-    source_bytes: int
-    """Size of the GGUF file, or of all parts."""
     architecture: str
     context_length: int
     chat_template: str | None
@@ -198,6 +196,7 @@ class Manifest:
         known = (FORMAT_VERSION, _INEXACT_VERSION)
         if not isinstance(fields, dict) or fields.get("format_version") not in known:
             return None
+        fields.pop("source_bytes", None)  # earlier versions wrote it, and nothing used it
         try:
             return cls(**fields) if _is_sound(fields) else None
         except TypeError:  # an unknown field, or one that is missing
@@ -206,7 +205,6 @@ class Manifest:
 
 _MOST_NUMBER: Final = 2**31 - 1  # positions and token ids are stored as int32
 _TEXTS: Final = ("name", "source_sha256", "architecture", "fingerprint")
-_NUMBERS: Final = ("source_bytes", "context_length")
 _TABLES: Final = ("library_versions", "file_bytes")
 _OPTIONAL: Final = ("chat_template", "bos_token", "eos_token")
 
@@ -216,7 +214,7 @@ def _is_sound(fields: dict[str, Any]) -> bool:
     ends = fields.get("eos_token_ids")
     return (
         all(isinstance(fields.get(name), str) for name in _TEXTS)
-        and all(_is_number(fields.get(name)) for name in _NUMBERS)
+        and _is_number(fields.get("context_length"))
         and 1 <= fields["context_length"] <= _MOST_NUMBER
         and all(isinstance(fields.get(name), str | None) for name in _OPTIONAL)
         and all(isinstance(fields.get(name), dict) for name in _TABLES)

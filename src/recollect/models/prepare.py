@@ -21,14 +21,6 @@ from typing import Any, Final, Self, assert_never
 
 from recollect import config, files
 from recollect.errors import ConfigError, FetchError, UnknownModelError, UnsupportedModelError
-from recollect.files import (
-    cached_sha256,
-    combine,
-    make_private,
-    remembered_sha256,
-    scratch_folder,
-    sha256_file,
-)
 from recollect.models.catalog import (
     CATALOG,
     REFERENCE_NAME,
@@ -179,7 +171,7 @@ def original_of(
             yield fetch_entry(entry, home=home, progress=progress, offline=offline)
         case HubFile() as file:
             require_online(str(file), offline=offline)
-            with scratch_folder(home) as scratch:
+            with files.scratch_folder(home) as scratch:
                 yield fetch_hub_file(file, scratch, progress)
         case GgufSource(path) | FolderSource(path):
             yield path
@@ -278,11 +270,11 @@ def _inexact(folder: Path, sha256: str | None, name: str, error: FetchError) -> 
 
 def _prepare_gguf(source: GgufSource, home: Path, progress: Progress) -> LocalModel:
     parts = parts_of(source.path)
-    if any(remembered_sha256(part, home=home) is None for part in parts):
+    if any(files.remembered_sha256(part, home=home) is None for part in parts):
         # Before minutes of hashing, which are for nothing where the file is refused.
         require_buildable(source.path)
-    digests = [cached_sha256(part, home=home, progress=progress) for part in parts]
-    sha256 = digests[0] if len(digests) == 1 else combine(digests)
+    digests = [files.cached_sha256(part, home=home, progress=progress) for part in parts]
+    sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
     # Named by content: a file that was replaced under its old name is another model.
     folder = models_folder(home) / f"{_as_name(source.path.stem)}-{sha256[:_DIGEST_LENGTH]}"
     manifest = find_converted(folder, sha256)
@@ -301,7 +293,7 @@ def _keep(parts: Iterable[Path], folder: Path, home: Path) -> None:
     copied; where there can be no link, the file has to stay where it is.
     """
     kept = kept_folder(folder, home)
-    make_private(kept.parent, home)
+    files.make_private(kept.parent, home)
     kept.mkdir(mode=0o700, exist_ok=True)
     for part in parts:
         with contextlib.suppress(OSError):
@@ -319,7 +311,7 @@ def _prepare_hub_file(
         except FetchError as error:
             manifest = _inexact(folder, None, str(file), error)
     if with_source and not _kept_parts(file, folder, home):
-        with scratch_folder(home) as scratch:
+        with files.scratch_folder(home) as scratch:
             _keep(_download(file, scratch, progress), folder, home)
     parts = _kept_parts(file, folder, home)
     return _with_source(from_manifest(manifest, folder, str(file)), parts)
@@ -327,7 +319,7 @@ def _prepare_hub_file(
 
 def _hub_folder(file: HubFile, home: Path) -> Path:
     """Return a folder's name with a digest: without, two files could get the same one."""
-    digest = combine([file.repository, file.filename])
+    digest = files.combine([file.repository, file.filename])
     return models_folder(home) / f"{_as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
 
 
@@ -337,11 +329,10 @@ def _install_hub_file(
     kept = _kept_parts(file, folder, home)
     if not kept:
         require_online(str(file), offline=offline)
-    with scratch_folder(home) as scratch:
+    with files.scratch_folder(home) as scratch:
         parts = kept or _download(file, scratch, progress)
-        require_buildable(parts[0])
-        digests = [sha256_file(part, progress=progress) for part in parts]
-        sha256 = digests[0] if len(digests) == 1 else combine(digests)
+        digests = [files.sha256_file(part, progress=progress) for part in parts]
+        sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
         job = Conversion(str(file), parts[0], sha256)
         manifest = convert(job, folder, home=home, progress=progress)
         _keep(parts, folder, home)
@@ -370,7 +361,6 @@ _MOST_BYTES: Final = 1 << 16
 """A hundred times what is written."""
 _MOST_NOTES: Final = 256
 """Three for each of 85 models; older ones are deleted, which costs a line in `recollect models`."""
-_NOT_IN_A_NOTE: Final = re.compile(r"[^0-9A-Za-z_.-]")
 _STRICTEST_FIRST: Final[tuple[Profile, ...]] = ("exact", "fast", "small")
 
 Stamps = dict[str, list[int]]
@@ -383,8 +373,8 @@ def stamps_of(folder: Path) -> Stamps:
 
     Bytes that change under the same size and time, as a failing disk does it, are not seen.
     """
-    stats = {name: (folder / name).stat() for name in model_files(folder)}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    stats = ((name, (folder / name).stat()) for name in model_files(folder))
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -410,14 +400,12 @@ class Compared:
             OSError: It cannot be written.
         """
         folder = home / _COMPARED_FOLDER
-        make_private(folder, home)
-        now = datetime.now(UTC).replace(microsecond=0).isoformat()
-        path = _note_path(home, fingerprint, self.profile)
-        temporary = path.with_suffix(".new")
+        files.make_private(folder, home)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        temporary = (path := _note_path(home, fingerprint, self.profile)).with_suffix(".new")
         temporary.write_text(json.dumps(asdict(self) | {"at": now}) + "\n", encoding="utf-8")
         temporary.replace(path)
-        notes = sorted(folder.iterdir(), key=lambda note: note.stat().st_mtime_ns, reverse=True)
-        for note in notes[_MOST_NOTES:]:
+        for note in sorted(folder.iterdir(), key=lambda one: one.stat().st_mtime_ns)[:-_MOST_NOTES]:
             note.unlink(missing_ok=True)
 
     @classmethod
@@ -430,24 +418,24 @@ class Compared:
         """
         for profile in _STRICTEST_FIRST:
             try:
-                path = _note_path(home, fingerprint, profile)
-                fields: Any = json.loads(files.read_text(path, most_bytes=_MOST_BYTES))
-                datetime.fromisoformat(fields["at"])
-                is_sound = (
-                    fields["profile"] == profile
-                    and fields["outcome"] in ("PASS", "FAIL")
-                    and isinstance(fields["reason"], str)
-                    and isinstance(fields["largest"], float | int | None)
+                text = files.read_text(
+                    _note_path(home, fingerprint, profile), most_bytes=_MOST_BYTES
                 )
-                if is_sound and fields["files"] == stamps_of(folder):
-                    return cls(**fields)
+                said: Any = json.loads(text)
+                datetime.fromisoformat(said["at"])
+                is_known = said["outcome"] in ("PASS", "FAIL") and said["profile"] == profile
+                is_plain = isinstance(said["reason"], str) and isinstance(
+                    said["largest"], float | None
+                )
+                if is_known and is_plain and said["files"] == stamps_of(folder):
+                    return cls(**said)
             except (OSError, ValueError, TypeError, KeyError, RecursionError):
                 continue
         return None
 
 
 def _note_path(home: Path, fingerprint: str, profile: Profile) -> Path:
-    return home / _COMPARED_FOLDER / f"{_NOT_IN_A_NOTE.sub('-', fingerprint)}-{profile}.json"
+    return home / _COMPARED_FOLDER / f"{_as_name(fingerprint)}-{profile}.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

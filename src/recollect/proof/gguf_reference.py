@@ -99,25 +99,17 @@ def open_gguf(path: Path, *, sha256: str | None = None) -> tuple[Description, Te
         NotCompared: It is another file, or the reference does not know something of it.
         UnsupportedModelError: The file cannot be read.
     """
+    parts = parts_of(path)
     if sha256 is not None:
-        digests = [sha256_file(part) for part in parts_of(path)]
+        digests = [sha256_file(part) for part in parts]
         if sha256 != (digests[0] if len(digests) == 1 else combine(digests)):
             raise NotCompared(
                 f"{path} is no longer the file that the model was made of: put the original there; "
                 "for a model with a name, `recollect models --prune NAME` and then "
                 "`recollect pull NAME --check` do so"
             )
-    first = _reader(path)
-    others = []
-    if "split.count" in first.fields:
-        count = int(first.fields["split.count"].contents())
-        # How llama.cpp's gguf-split names them. Source: its `llama_split_path`.
-        stem = path.name.removesuffix(f"-00001-of-{count:05}.gguf")
-        others = [
-            _reader(path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf"))
-            for number in range(2, count + 1)
-        ]
-    tensors = GgufTensors([first, *others])
+    readers = [_reader(part) for part in parts]
+    tensors, first = GgufTensors(readers), readers[0]
     name = first.fields.get("general.architecture")
     architecture = "" if name is None else str(name.contents())
     values = {

@@ -195,8 +195,9 @@ class OpenVinoTensors(Tensors):
             # Frequencies are computed from the configuration: those in the graph are to be checked.
             is_rope = module.rpartition(".")[2].startswith("rotary_emb")
             for number in () if is_rope else numbers:
-                # What has no name of its own keeps the module's, which no description expects.
-                self._note(modules.get(module, module), number)
+                if not graph.is_weight(number):  # unpacking a weight is no operation on it
+                    # What has no name of its own keeps the module's, which no description expects.
+                    self._note(modules.get(module, module), number, is_known=module in modules)
         if embeddings is not None:
             self._places["token_embd"] = _table(embeddings)
 
@@ -235,27 +236,24 @@ class OpenVinoTensors(Tensors):
         apart = self._embeddings if name == "token_embd" else None
         return self._graph if apart is None else apart
 
-    def _note(self, name: str, number: str) -> None:
+    def _note(self, name: str, number: str, *, is_known: bool) -> None:
         """Note the weight of an operation, and its bias, under the name of its module."""
         graph = self._graph
         kind = graph.nodes[number].kind
-        weights = [source for source in graph.inputs[number] if graph.is_weight(source)]
+        # One number alone is an epsilon or a scale of the family, not a weight.
+        weights = [
+            source
+            for source in graph.inputs[number]
+            if graph.is_weight(source) and graph.size(source) > 1
+        ]
         if not weights:
             return
-        if kind in ("MatMul", "Gather") and graph.size(weights[0]) > 1:
+        if kind in ("MatMul", "Gather"):
             self._places.setdefault(name, weights[0])
-        if kind == "MatMul":
-            self._note_bias(name, number)
-        # Norms are a product with a vector; other products are with one number, such as an epsilon.
-        if kind == "Multiply" and graph.size(weights[0]) > 1:
+        elif kind == "Multiply":  # a norm's
             self._places[name] = weights[0]
-
-    def _note_bias(self, name: str, product: str) -> None:
-        for user in self._graph.users[product]:
-            if self._graph.nodes[user].kind == "Add":
-                for source in self._graph.inputs[user]:
-                    if source != product and self._graph.is_weight(source):
-                        self._places[f"{name}.bias"] = source
+        elif kind == "Add" and is_known:
+            self._places[f"{name}.bias"] = weights[0]
 
 
 def _table(graph: _Graph) -> str:

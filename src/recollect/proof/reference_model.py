@@ -31,11 +31,11 @@ Which two places of a head are rotated as one pair.
 
 ROUNDING: Final = 2.0**-22
 """
-The largest relative error that the second pass adds to each number after a layer: four times f32's own,
-because a layer has seven products, which round in an order of their own each.
+The largest relative error that the second pass adds to each number before a layer: four times that of one
+rounding in f32, because a layer has seven products, and each rounds in an order of its own.
 """
 _NOISE_TOKENS: Final = 64
-"""How many tokens go through twice: enough for every script of the text, and a third of the work."""
+"""How many tokens go through twice: places enough for a largest difference, at a third more work."""
 _VOCABULARY_STEP: Final = 8192
 """Rows of the output matrix that are f32 at once: 64 MB at 2,048 wide, and large enough for BLAS."""
 
@@ -248,7 +248,8 @@ class Tensors(ABC):
             needed |= {block + part: shape for part, shape in shapes.items()}
         if "output" in self:
             needed["output"] = (self.shape("output")[0], width)
-        biases = {f"{name}.bias" for name in (*needed, "output")} & set(self.names())
+        matrices = [name for name, shape in needed.items() if len(shape) > 1]
+        biases = {f"{name}.bias" for name in (*matrices, "output")} & set(self.names())
         needed |= {bias: (self.shape(bias.removesuffix(".bias"))[0],) for bias in biases}
         for name, shape in needed.items():
             found = self.shape(name)
@@ -301,8 +302,8 @@ def logits_and_noise(
     """
     Return the logits after some of the tokens, and how far rounding moves them.
 
-    The first tokens go through a second time, with a random error of the size of f32's own after each
-    layer. The largest difference between both is what this model makes of rounding.
+    The first 64 tokens go through a second time, with a random error of a few f32 roundings before each
+    layer. The largest difference between the two passes is what this model makes of rounding.
 
     Args:
         model: What the family does.
@@ -371,8 +372,8 @@ the limits grow with logits that vary more: 8,000 came out 0.055 off. They do no
 """
 ROUNDING_ALLOWANCE: Final = 8.0
 """
-What `exact` allows at least, in units of what the reference says that rounding moves. Fifteen models
-came out 0.7 to 1.4 times that off, and one whose attention takes one token alone 4.2 times.
+What `exact` allows at least, in units of the noise of `logits_and_noise`. Fifteen models came out 0.7 to
+1.4 times that noise off, and one whose attention takes one token alone 4.2 times.
 """
 MOST_ROUNDING: Final = 10.0
 """
@@ -400,7 +401,7 @@ class Judgement:
     """Difference of a logit."""
     limit: float = 0.0
     noise: float = 0.0
-    """How far rounding alone moves a logit, by `logits_and_noise`."""
+    """How far rounding moves a logit by itself, as `logits_and_noise` has it."""
     deviation: float = 0.0
     """Standard deviation of the file's logits."""
     agreement: float = 0.0

@@ -498,7 +498,7 @@ def why_not_compared(local: LocalModel) -> str:
         return f"the reference does not read models of the format {local.format}"
     if str(local.folder) == local.name:
         return "the folder does not say where its GGUF file is: name the model or the file"
-    return f"its GGUF file is not here: `recollect pull {local.name} --check` fetches it"
+    return f"its GGUF file is not here: with a network, `recollect pull {local.name} --check` fetches it"
 
 
 def _token_ids(model: Model) -> list[int]:

@@ -20,10 +20,10 @@ import os
 import secrets
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import ClassVar, Final, Literal, Self
 
 from starlette.datastructures import Headers
@@ -54,6 +54,10 @@ class Client:
     """Under which everything of the client's is kept; empty on a server without keys."""
     is_operator: bool = False
     """Whether the client may read the metrics, which count what all do, and make prefixes public."""
+    agent: str = ""
+    """The program that it is, as the first word of its User-Agent says."""
+    since_s: float = 0.0
+    """When its request came, as `time.perf_counter` has it."""
 
 
 ANYBODY: Final = Client("local", "", is_operator=True)
@@ -315,6 +319,7 @@ def too_large(limit: int) -> ApiError:
     )
 
 
+_AGENT_CHARACTERS: Final = 40
 CLIENT: Final = "recollect.client"
 """The key in an ASGI scope under which the client of a request is found."""
 _OPEN_PATHS: Final = frozenset({"/", "/health"})
@@ -396,7 +401,12 @@ class Security:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        return client
+        if client is None:
+            return None
+        agent = (
+            headers.get("user-agent", "").split("/")[0].split(" (")[0].strip()[:_AGENT_CHARACTERS]
+        )
+        return replace(client, agent=agent, since_s=perf_counter())
 
 
 def _presented_key(headers: Mapping[str, str]) -> str | None:
@@ -489,7 +499,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Begin to wait for a first request."""
         self._awaited: Literal["header", "body"] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._pending_bytes = 0
+        self.pending_bytes = 0
         super().connection_made(transport)
         self._await("header")
 
@@ -504,11 +514,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self._await("header")
         start, most = 0, self.limits.header_bytes
         while start < len(data) and not self.transport.is_closing():
-            piece = data[start : start + most - self._pending_bytes]
+            piece = data[start : start + most - self.pending_bytes]
             start += len(piece)
-            self._pending_bytes += len(piece)
+            self.pending_bytes += len(piece)
             super().data_received(piece)
-            if self._pending_bytes >= most:
+            if self.pending_bytes >= most:
                 self._refuse(
                     ApiError(
                         f"The headers are larger than {most:,} bytes: send fewer, or shorter ones.",
@@ -525,18 +535,18 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Note that a body is awaited now, which may be empty."""
         self._await("body")
-        self._pending_bytes = 0
+        self.pending_bytes = 0
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Note that a piece of a body was understood."""
-        self._pending_bytes = 0
+        self.pending_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Note that a request is whole."""
         self._await(None)
-        self._pending_bytes = 0
+        self.pending_bytes = 0
         super().on_message_complete()
 
     def _await(self, part: Literal["header", "body"] | None) -> None:

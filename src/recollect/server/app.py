@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException as AnyHttpException
 
 from recollect import __version__
 from recollect.errors import RecollectError
+from recollect.journal.requests import RequestLog
 from recollect.server import (
     anthropic,
     chat_completions,
@@ -151,8 +152,12 @@ def create_app(
     """
     limits = settings.limits
     admission = Admission(concurrent=limits.concurrent, queue=limits.queue)
+    log = RequestLog(settings.home, settings.cipher, keeps_words=settings.keeps_words)
     metrics = Metrics(
-        loaded=hub.loaded, running=lambda: admission.running, waiting=lambda: admission.waiting
+        loaded=hub.loaded,
+        running=lambda: admission.running,
+        waiting=lambda: admission.waiting,
+        log=log,
     )
     bodies = Bodies(limits, is_strict=settings.is_strict)
     services = Services(settings, hub, admission, metrics)
@@ -166,6 +171,7 @@ def create_app(
             loading.cancel()
             await hub.close()
             services.close()
+            log.close()
             bodies.close()
 
     app = FastAPI(

@@ -192,7 +192,7 @@ class _KeptPlace:
         conversation = self.services.conversations.conversation(
             model, self.view.stored.id, namespace=self.namespace, node_id=tip
         )
-        node = None if tip is None else conversation.kept_node(tip)
+        node = None if tip is None else conversation.saved_node(tip)
         assert node is not None, "it was opened for this node"
         session = Session(
             model,
@@ -251,6 +251,8 @@ def _not_kept(reason: str) -> dict[str, Any]:
 
 
 _PAGE: int = 20
+_Limit = Annotated[int, Query(ge=1, le=100)]
+_Order = Annotated[str, Query(pattern="^(asc|desc)$")]
 
 
 class NewConversation(Body):
@@ -311,8 +313,8 @@ def create_conversation(body: NewConversation, request: Request) -> dict[str, An
 @router.get("/v1/conversations")
 def list_conversations(
     request: Request,
-    limit: Annotated[int, Query(ge=1, le=100)] = _PAGE,
-    order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
+    limit: _Limit = _PAGE,
+    order: _Order = "desc",
     after: str | None = None,
 ) -> dict[str, Any]:
     """Return a page of the client's conversations, the one used last first."""
@@ -358,10 +360,10 @@ def delete_conversation(conversation_id: str, request: Request) -> dict[str, Any
     head, services = head_of(request, conversation_id), services_of(request)
     if split_branch(conversation_id)[0] != conversation_id:
         raise ApiError("A branch goes with its conversation: delete that, or leave it.")
-    kept_as = head.label.conversation_id
-    services.journal.delete(kept_as, namespace=client_of(request).namespace)
-    services.conversations.forget(kept_as)
-    drop_all_kv(services, kept_as, head.created_at)
+    journal_id = head.label.conversation_id
+    services.journal.delete(journal_id, namespace=client_of(request).namespace)
+    services.conversations.forget(journal_id)
+    drop_all_kv(services, journal_id, head.created_at)
     return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
 
 
@@ -369,8 +371,8 @@ def delete_conversation(conversation_id: str, request: Request) -> dict[str, Any
 def list_items(
     conversation_id: str,
     request: Request,
-    limit: Annotated[int, Query(ge=1, le=100)] = _PAGE,
-    order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
+    limit: _Limit = _PAGE,
+    order: _Order = "desc",
     after: str | None = None,
 ) -> dict[str, Any]:
     """Return the messages of a conversation up to its tip."""
@@ -392,11 +394,11 @@ def add_items(conversation_id: str, body: NewItems, request: Request) -> dict[st
     _check_items(request, body.items)
     with services.items_lock:
         head = head_of(request, conversation_id)
-        kept_as, branch = head.label.conversation_id, head.branch
+        journal_id, branch = head.label.conversation_id, head.branch
         at = head.tips.get(branch)
         if branch not in head.tips:  # an import without a main tip
             at = view_of(request, conversation_id).tip
-        ids = set(services.journal.append(kept_as, at, _nodes(body.items), tip=branch))
+        ids = set(services.journal.append(journal_id, at, _nodes(body.items), tip=branch))
     view = view_of(request, conversation_id)
     return item_list(view.items([node for node in view.stored.nodes if node.id in ids]))
 

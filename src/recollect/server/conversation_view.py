@@ -107,7 +107,7 @@ class Places:
                 param="previous_response_id",
             )
         conversation = self._open(label.conversation_id, label.node_id)
-        node = conversation.kept_node(label.node_id)
+        node = conversation.saved_node(label.node_id)
         assert node is not None, "it was opened for this node"
         # The main tip goes along with a conversation that goes straight on, and not with a fork.
         goes_on = self._journal.tips(label.conversation_id).get(DEFAULT_TIP) == label.node_id
@@ -128,7 +128,7 @@ class Places:
             raise not_found(f"conversation {conversation_id!r}")
         node_id = tips.get(branch)
         conversation = self._open(label.conversation_id, node_id)
-        node = None if node_id is None else conversation.kept_node(node_id)
+        node = None if node_id is None else conversation.saved_node(node_id)
         if node is None:
             return Place(conversation, conversation.tree.root, tip=branch)
         has_instructions = self._has_instructions(label, conversation, node)
@@ -166,29 +166,29 @@ class Places:
         copies = copies_of(label)
 
         def first(one: Node | None) -> int | None:
-            kept_id = None if one is None else conversation.kept_id(one)
-            return None if kept_id is None else copies.get(kept_id, kept_id)
+            saved_id = None if one is None else conversation.saved_id(one)
+            return None if saved_id is None else copies.get(saved_id, saved_id)
 
         said = first(node)
         notes = {one.node_id: one.note for one in self._journal.labels(label.conversation_id)}
-        response = None if said is None else conversation.kept_node(said)
+        response = None if said is None else conversation.saved_node(said)
         if response is None or not notes.get(said, {}).get(HAS_INSTRUCTIONS):
             return False
         # They are an item like others, which may have been deleted.
         return first(node.path()[0]) == first(response.path()[0])
 
-    def _open(self, kept_as: int, node_id: int | None) -> Conversation:
+    def _open(self, journal_id: int, node_id: int | None) -> Conversation:
         return self._kept.conversation(
-            self._model, kept_as, namespace=self._namespace, node_id=node_id
+            self._model, journal_id, namespace=self._namespace, node_id=node_id
         )
 
 
 def _change(copies: Mapping[int, int], conversation: Conversation, node: Node) -> Change | None:
     """Return where the path to a node leaves that on which its last reply was generated."""
     reply = next((one for one in reversed(node.path()) if one.role == "assistant"), None)
-    kept_id = None if reply is None else conversation.kept_id(reply)
-    first = None if kept_id is None else copies.get(kept_id)
-    before = None if first is None else conversation.kept_node(first)
+    saved_id = None if reply is None else conversation.saved_id(reply)
+    first = None if saved_id is None else copies.get(saved_id)
+    before = None if first is None else conversation.saved_node(first)
     if reply is None or before is None or _was_read(copies, conversation, reply):
         return None
     for number, (was, is_now) in enumerate(zip(before.path(), reply.path(), strict=False)):
@@ -202,8 +202,8 @@ def _was_read(copies: Mapping[int, int], conversation: Conversation, copy: Node)
     pending = list(copy.children)
     while pending:
         node = pending.pop()
-        kept_id = conversation.kept_id(node)
-        if node.token_ids is not None and kept_id not in copies:
+        saved_id = conversation.saved_id(node)
+        if node.token_ids is not None and saved_id not in copies:
             return True
         pending += node.children
     return False
@@ -244,7 +244,7 @@ def grow(conversation: Conversation, at: Node, messages: Sequence[NewNode]) -> N
     if generated:
         at = conversation.add(at, left[:generated], tip=None)
     for new in left[generated:]:
-        at = conversation.add_unkept(at, to_message(new.role, new.content, new.links))
+        at = conversation.add_unsaved(at, to_message(new.role, new.content, new.links))
     return at
 
 

@@ -201,7 +201,9 @@ def _ignored_in(value: Any, place: str = "") -> Iterator[str]:
     elif isinstance(value, Body) and not value.is_foreign:
         for name in value.model_extra or ():
             yield f"{place}{_plain(name)}"
-        for name in value.model_fields_set & type(value).model_fields.keys():
+        for name in type(value).model_fields:
+            if name not in value.model_fields_set:
+                continue
             if name in value._without_effect:
                 yield f"{place}{name}"
             else:

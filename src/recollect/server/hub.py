@@ -456,14 +456,14 @@ class OpenConversations:
         self._lock = threading.Lock()
 
     def conversation(
-        self, model: Model, kept_as: int, *, namespace: str, node_id: int | None = None
+        self, model: Model, journal_id: int, *, namespace: str, node_id: int | None = None
     ) -> Conversation:
         """
         Return a conversation of the journal, open on a model.
 
         Args:
             model: Goes on with it.
-            kept_as: Its id in the journal.
+            journal_id: Its id in the journal.
             namespace: Whose it is.
             node_id: In the journal, of a node that it must have; another process may have added it.
 
@@ -473,45 +473,45 @@ class OpenConversations:
         while True:
             with self._lock:
                 conversations = self._open.setdefault(model, OrderedDict())
-                known = conversations.get(kept_as)
+                known = conversations.get(journal_id)
                 if known is not None and _has(known, node_id):
-                    self._remember(conversations, kept_as, known)
+                    self._remember(conversations, journal_id, known)
                     return known
             # Not under the lock: the journal may be held by others, and those who ask for what is
             # open need not wait for it.
-            loaded = model.conversation(kept_as, namespace=namespace)
+            loaded = model.conversation(journal_id, namespace=namespace)
             loaded.shares_tips = True
             with self._lock:
                 conversations = self._open.setdefault(model, OrderedDict())
-                if conversations.get(kept_as) is known:  # else another request was faster
-                    self._remember(conversations, kept_as, loaded)
+                if conversations.get(journal_id) is known:  # else another request was faster
+                    self._remember(conversations, journal_id, loaded)
                     return loaded
 
     def add(self, model: Model, conversation: Conversation) -> None:
         """Take over a new conversation, which is in the journal by now."""
-        assert conversation.kept_as is not None, "it is kept"
+        assert conversation.journal_id is not None, "it is kept"
         conversation.shares_tips = True
         with self._lock:
             conversations = self._open.setdefault(model, OrderedDict())
-            self._remember(conversations, conversation.kept_as, conversation)
+            self._remember(conversations, conversation.journal_id, conversation)
 
-    def forget(self, kept_as: int) -> None:
+    def forget(self, journal_id: int) -> None:
         """Close a conversation that was deleted."""
         with self._lock:
             for conversations in self._open.values():
-                conversations.pop(kept_as, None)
+                conversations.pop(journal_id, None)
 
     def _remember(
-        self, conversations: OrderedDict[int, Conversation], kept_as: int, known: Conversation
+        self, conversations: OrderedDict[int, Conversation], journal_id: int, known: Conversation
     ) -> None:
-        conversations[kept_as] = known
-        conversations.move_to_end(kept_as)
+        conversations[journal_id] = known
+        conversations.move_to_end(journal_id)
         while len(conversations) > _MOST_OPEN:
             conversations.popitem(last=False)
 
 
 def _has(conversation: Conversation, node_id: int | None) -> bool:
-    return node_id is None or conversation.kept_node(node_id) is not None
+    return node_id is None or conversation.saved_node(node_id) is not None
 
 
 def publish_later(model: Model, prompts: Sequence[str]) -> threading.Thread:

@@ -259,8 +259,8 @@ class _Asked:
         assert self.at is not None, "it was begun somewhere"
         assert isinstance(reply, Reply), "it was said in a session"
         model, place = self.at
-        kept_as = place.conversation.kept_as
-        if not self.body.keeps or kept_as is None:
+        journal_id = place.conversation.journal_id
+        if not self.body.keeps or journal_id is None:
             return
         services = self.services
         services.conversations.add(model, place.conversation)
@@ -270,8 +270,8 @@ class _Asked:
         }
         label = Label(
             name=self.id,
-            conversation_id=kept_as,
-            node_id=place.conversation.kept_id(reply.node),
+            conversation_id=journal_id,
+            node_id=place.conversation.saved_id(reply.node),
             note=note,
         )
         services.journal.set_label(label)

@@ -239,7 +239,7 @@ class Job:
     def __init__(
         self,
         services: Services,
-        namespace: str,
+        client: Client,
         turn: _Admitted,
         streams: Sequence[ReplyGeneration],
         *,
@@ -251,7 +251,7 @@ class Job:
 
         Args:
             services: Of the server.
-            namespace: Of the client.
+            client: Whose request they answer.
             turn: The job's, from now on.
             streams: What to read.
             keep: Called on a thread with each reply that has ended, before anybody is told.
@@ -260,10 +260,10 @@ class Job:
         self.model: Final = turn.lease.model
         self.model_name: Final = turn.lease.name
         self._services = services
-        self._namespace = namespace
-        self._speed = services.metrics.speed(self.model_name, namespace)
+        self._client = client
+        self._speed = services.metrics.speed(self.model_name, client.namespace)
         self._turn = turn
-        self._streams = tuple(streams)
+        self._streams = tuple(stream.count_from(client.since_s) for stream in streams)
         self._keep = keep
         self._per_prompt = per_prompt
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -432,7 +432,7 @@ class Job:
     ) -> Ended | Failed:
         """Return how a reply is over; one that `end` has cut short is told that error."""
         if error is None and reply is not None:
-            self._services.metrics.observe(self.model_name, self._namespace, reply.usage)
+            self._services.metrics.observe(self.model_name, self._client, reply)
             if self._ending is None or reply.finish_reason != "cancelled":
                 return Ended(choice, reply)
         stopped = RecollectError("The reply was stopped before it began.")
@@ -520,18 +520,18 @@ async def begin(
     """
     services = services_of(request)
     services.hub.resolve(model_name)  # a wrong name need not wait
-    namespace = client_of(request).namespace
+    client = client_of(request)
 
     async def start() -> Job:
         if keeps:
             loop = asyncio.get_running_loop()
             # The journal is opened on that thread too.
             await loop.run_in_executor(services.patient, lambda: services.journal.wait())  # noqa: PLW0108 - see above
-        turn = await _enter(services, namespace, model_name, choices)
+        turn = await _enter(services, client.namespace, model_name, choices)
         preparing = on_thread(lambda: _prepared(prepare, turn.lease.model))
 
         def job(streams: Sequence[ReplyGeneration]) -> Job:
-            return Job(services, namespace, turn, streams, keep=keep, per_prompt=per_prompt)
+            return Job(services, client, turn, streams, keep=keep, per_prompt=per_prompt)
 
         def abandon(_: object) -> None:
             if preparing.cancelled() or preparing.exception() is not None:

@@ -144,6 +144,8 @@ class Settings:
     """The same; None: as many as the context holds."""
     is_strict: bool = False
     """Whether a field is refused that is not known."""
+    keeps_words: bool = True
+    """Whether the first words at which prompts part from earlier ones are kept for `recollect explain`."""
     has_keys: bool = False
     limits: Limits = field(default_factory=Limits)
 

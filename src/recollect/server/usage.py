@@ -10,14 +10,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from recollect.conversation.model import Model
+from recollect.conversation.turn import Reply
+from recollect.engine.reply import GeneratedReply
 from recollect.errors import StoreError
+from recollect.journal.requests import RequestLog
 from recollect.types import Reason, Usage
 
 Tier = Literal["memory", "disk", "memory+disk"]
@@ -173,6 +176,18 @@ _FIRST_TOKEN_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 6
 _PER_TOKEN_S: Final = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1)
 
 
+class Asker(Protocol):
+    """Whose request it is."""
+
+    @property
+    def namespace(self) -> str:
+        """Return under which everything of the client's is kept."""
+
+    @property
+    def agent(self) -> str:
+        """Return what program the client is."""
+
+
 class Metrics:
     """The metrics of one server, in a registry of their own. Changed on the event loop alone."""
 
@@ -182,7 +197,9 @@ class Metrics:
         loaded: Callable[[], Mapping[str, Model]],
         running: Callable[[], int],
         waiting: Callable[[], int],
+        log: RequestLog | None = None,
     ) -> None:
+        self._log = log
         self._speeds = defaultdict[tuple[str, str], PrefillSpeed](PrefillSpeed)
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
@@ -232,9 +249,13 @@ class Metrics:
         """Return how fast a model has read the prompts of a namespace; nobody learns of others' prompts."""
         return self._speeds[model, namespace]
 
-    def observe(self, model: str, namespace: str, usage: Usage) -> None:
+    def observe(self, model: str, client: Asker, reply: GeneratedReply) -> None:
         """Take note of a reply that has ended."""
-        self.speed(model, namespace).learn(usage)
+        usage = reply.usage
+        self.speed(model, client.namespace).learn(usage)
+        if self._log is not None:
+            change = reply.change if isinstance(reply, Reply) else None
+            self._log.note(model, client.agent, usage, change)
         self._tokens.labels(model, "computed").inc(usage.computed_tokens)
         self._tokens.labels(model, "memory").inc(usage.reused_tokens - usage.restored_tokens)
         self._tokens.labels(model, "disk").inc(usage.restored_tokens)

@@ -156,7 +156,7 @@ def test_switch_without_a_name_lists_the_sessions(chat: Chat, screen: StringIO) 
 def test_a_session_that_is_not_there_is_named(chat: Chat) -> None:
     with pytest.raises(ConversationError, match="nowhere"):
         run_command(chat, "/switch nowhere")
-    with pytest.raises(ConversationError, match="no branch 'nowhere': its branches are main"):
+    with pytest.raises(ConversationError, match="no branch 'nowhere': give one of main"):
         run_command(chat, "/close nowhere")
     with pytest.raises(ConversationError, match="Give one of main"):
         run_command(chat, "/close")

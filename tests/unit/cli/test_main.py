@@ -130,7 +130,7 @@ def test_offline_each_command_refuses_to_fetch(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("What is to be read once.")
-    monkeypatch.setattr(onnx_folder, "_LIBRARIES", ())  # what converts need not be there
+    monkeypatch.setattr(onnx_folder, "LIBRARIES", ())  # what converts need not be there
     if by == "option":
         arguments = [*arguments, "--offline"]
     else:
@@ -200,7 +200,6 @@ def test_a_kept_gguf_file_is_listed_and_pruned(
     Manifest(
         name="mine",
         source_sha256="",
-        source_bytes=5_000,
         architecture="llama",
         context_length=512,
         chat_template=None,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,13 +87,13 @@ def test_a_turn_that_cannot_be_kept_leaves_the_conversation_as_it_was_and_the_se
 
 
 def test_a_conversation_of_another_model_is_encoded_anew_and_says_so(
-    make_model: Callable[..., Model],
+    make_model: Callable[..., Model], tmp_path: Path
 ) -> None:
     model = make_model()
     model.session("Be brief.", params=SHORT, name="trains").respond("one")
     local = replace(reference_model(), fingerprint="another")
     runtime = ReferenceRuntime(vocab_size=model.engine.info.vocab_size, context_length=8192)
-    with Model(local, runtime, profile="exact", home=model._home) as other:
+    with Model(local, runtime, profile="exact", home=tmp_path / "home") as other:
         chat = other.resume("trains", params=SHORT)
         said = chat.respond("two").usage
         assert said.reason == "other_model"
@@ -106,7 +107,7 @@ def test_an_edit_and_a_regeneration_that_fail_move_no_tip_on_disk(
 ) -> None:
     chat = model.session(params=SHORT, name="trains")
     tip = chat.respond("one").node
-    if (task := chat._idle._task) is not None:
+    for task in model.engine.tasks():
         task.wait()
     faults.forward_in = 2
     with pytest.raises(Exception, match="injected"):

@@ -26,7 +26,7 @@ def grow(index: MessageIndex, messages: list[Message]) -> tuple[Conversation, No
     conversation = Conversation(model="m", fingerprint="f", index=index)
     tip = conversation.tree.root
     for message in messages:
-        tip = conversation.add_unkept(tip, message)
+        tip = conversation.add_unsaved(tip, message)
     return conversation, tip
 
 

@@ -12,17 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.conversation.prompt import (
-    MOST_REMEMBERED_BYTES,
-    PromptEncoder,
-    Remembered,
-    size_of_ids,
-)
+from recollect.conversation.prompt import MOST_REMEMBERED_BYTES, PromptEncoder, size_of_ids
 from recollect.conversation.tree import Node, Tree
 from recollect.errors import TemplateError
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ByteTokenizer
-from recollect.types import Role, ToolLinks
+from recollect.types import Remembered, Role, ToolLinks
 
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ BODY }}<|im_end|>\n{% endfor %}"
 OPENING = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

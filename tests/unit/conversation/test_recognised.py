@@ -223,3 +223,27 @@ def test_a_trimmed_reply_is_known_after_a_restart(
     second = session.respond(None, params=says("Yes"))
     assert read_again(second, first) < model.engine.block_size
     assert second.usage.reason == "new"
+
+
+def test_other_options_of_a_template_are_told(make_model: Callable[..., Model]) -> None:
+    shows = "{% if brief %}Be brief. {% endif %}" + PLAIN
+    model = make_model(template=shows)
+    first = answer(model, [user("One")], "Yes.")
+    messages = [user("One"), assistant("Yes."), user("Two")]
+    options = {"template_options": {"brief": True}}
+    second = answer(model, messages, "No.", **options)
+    third = answer(model, [*messages, assistant("No."), user("Three")], "So.", **options)
+    assert second.usage.reused_tokens < first.usage.prompt_tokens
+    assert (second.usage.reason, third.usage.reason) == ("template_rewrote", "new")
+    assert read_again(third, second) == 0
+
+
+def test_a_reply_that_was_begun_for_the_model_is_recognised(
+    make_model: Callable[..., Model],
+) -> None:
+    model = make_model(template=TEMPLATES["opens"])
+    first = answer(model, [user("One"), assistant("Well, ")], "yes.")
+    whole = [user("One"), assistant("Well, yes."), user("Two")]
+    second = answer(model, whole, "No.")
+    known = first.usage.prompt_tokens + len("yes.") - 1
+    assert (second.usage.reused_tokens >= known, second.usage.reason) == (True, "new")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from recollect.conversation.model import Model
+from recollect.conversation.prompt import Prompt, PromptEncoder
 from recollect.conversation.session import ReplyStream, Session
 from recollect.conversation.tree import Tree
 from recollect.conversation.turn import Reply
@@ -46,7 +47,7 @@ def said(session: Session) -> list[str]:
 
 def fresh_reply(session: Session, text: str | None) -> tuple[str, list[int]]:
     """Return what a sequence that shares nothing and computes everything anew answers there."""
-    model = session._model
+    model = session.model
     prompt = model.prompts.encode(session.path(), text)
     generator = Generator(model.engine, session.params, namespace=None)
     generator.append_tokens(prompt.token_ids)
@@ -61,11 +62,11 @@ def fresh_reply(session: Session, text: str | None) -> tuple[str, list[int]]:
 
 
 def check_as_fresh(session: Session, text: str | None) -> Reply:
-    engine = session._model.engine
-    text_ids = session._model.prompts.encode(session.path(), text).token_ids
+    engine = session.model.engine
+    text_ids = session.model.prompts.encode(session.path(), text).token_ids
     expected = fresh_reply(session, text)
     settle(session)
-    known = engine.warm_tokens(text_ids, session._namespace)
+    known = engine.warm_tokens(text_ids, session.namespace)
     reply = session.respond(text)
     assert (reply.text, list(reply.node.token_ids or ())) == expected
     usage = reply.usage
@@ -78,8 +79,7 @@ def check_as_fresh(session: Session, text: str | None) -> Reply:
 
 def settle(session: Session) -> None:
     """Wait until the idle work after the last turn is done, so that what is warm is certain."""
-    task = session._idle._task
-    if task is not None:
+    for task in session.model.engine.tasks():
         task.wait()
 
 
@@ -141,9 +141,9 @@ def test_undo_goes_back_by_turns_and_the_next_reply_is_as_if_they_had_not_been(
         chat.respond(text)
         places.append(chat.tip)
     settle(chat)
-    fed = chat._model.engine.computed_tokens
+    fed = chat.model.engine.computed_tokens
     assert chat.undo(turns) is places[-1 - turns]
-    assert chat._model.engine.computed_tokens == fed
+    assert chat.model.engine.computed_tokens == fed
     assert len(said(chat)) == 1 + 2 * (3 - turns)
     check_as_fresh(chat, "other")
 
@@ -391,7 +391,7 @@ def test_a_stream_that_is_forgotten_does_not_block_the_session(chat: Session) ->
 def test_cancelling_during_the_prefill_keeps_what_was_computed_and_says_nothing(
     chat: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime: Any = chat._model.engine._runtime
+    runtime: Any = chat.model.engine.runtime
     forward, passes = runtime.forward, []
     long = "word " * 40
     begun = threading.Event()
@@ -596,7 +596,7 @@ def test_out_of_blocks_at_the_prompt_leaves_the_conversation_as_it_was(
     with pytest.raises(OutOfBlocksError):
         chat.respond("x" * 160)
     assert (chat.tip, len(chat.tree)) == before
-    chat._model.engine.check()
+    chat.model.engine.check()
     chat.respond("two")
 
 
@@ -707,7 +707,7 @@ def test_stop_strings_end_a_reply_and_the_next_turn_follows_the_cut(chat: Sessio
     assert reply.finish_reason == "stop"
     assert reply.text == whole[: whole.index(stop)]
     assert reply.node.token_ids is not None
-    assert chat._model.tokenizer.decode(reply.node.token_ids) == reply.text
+    assert chat.model.tokenizer.decode(reply.node.token_ids) == reply.text
     check_as_fresh(chat, "two")
 
 
@@ -741,7 +741,7 @@ def test_a_session_that_keeps_stale_kv_is_seen(
     expected = fresh_reply(chat, other)
 
     with monkeypatch.context() as planted:
-        planted.setattr(chat._model.engine._runtime, "copy_blocks", lambda _: None)
+        planted.setattr(chat.model.engine.runtime, "copy_blocks", lambda _: None)
         reply = chat.respond(other)
     assert (reply.text, list(reply.node.token_ids or ())) != expected
 
@@ -852,16 +852,16 @@ def test_two_threads_that_edit_and_say_are_refused_and_never_mixed(
             answers.append(None)
 
     threads: list[threading.Thread] = []
-    begin = Session._begin
+    encode = PromptEncoder.encode
 
-    def begin_slowly(self: Session) -> None:
-        begin(self)
+    def encode_slowly(self: PromptEncoder, *arguments: Any) -> Prompt:
         if len(threads) < 3:
             threads.append(thread := threading.Thread(target=say))
             thread.start()
             thread.join()
+        return encode(self, *arguments)
 
-    monkeypatch.setattr(Session, "_begin", begin_slowly)
+    monkeypatch.setattr(PromptEncoder, "encode", encode_slowly)
     chat.regenerate()
     assert answers
     assert set(map(str, answers)) == {"None"}

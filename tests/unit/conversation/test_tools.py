@@ -130,9 +130,9 @@ def test_references_inside_a_schema_and_words_that_nobody_knows_are_no_obstacle(
     [
         ([{"type": "function"}], "auto", "None"),
         (["clock"], "auto", "None"),
-        ([{"function": {"name": "f", "parameters": {"const": {1}}}}], "auto", "no JSON value"),
+        ([{"function": {"name": "f", "parameters": {"const": {1}}}}], "auto", "not a JSON value"),
         ([tool("a b")], "auto", "'a b'"),
-        ([CLOCK, CLOCK], "auto", "Two tools are called clock"),
+        ([CLOCK, CLOCK], "auto", "Two tools have the name 'clock'"),
         ([CLOCK], "weather", "none, auto, required, clock"),
         ([], "required", "none, auto"),
     ],
@@ -244,7 +244,7 @@ def test_a_name_has_up_to_128_characters() -> None:
 @pytest.mark.parametrize("parameters", [5, [], "a", True])
 def test_parameters_that_are_no_object_are_refused(parameters: Any) -> None:
     tool = {"type": "function", "function": {"name": "get", "parameters": parameters}}
-    with pytest.raises(InvalidParameterError, match="'get' are no object"):
+    with pytest.raises(InvalidParameterError, match="'get' are not an object"):
         Tools.of([tool])
     for left_out in ({"name": "get"}, {"name": "get", "parameters": None}):
         assert Tools.of([{"type": "function", "function": left_out}]).grammar() is not None
@@ -482,10 +482,10 @@ def test_a_template_that_knows_tools_shows_them_itself(make_model: Callable[...,
     assert "[tool]Sunny.[end]" in shown
 
 
-def test_a_real_file_of_version_1_becomes_a_current_one(model: Model) -> None:
+def test_a_real_file_of_version_1_becomes_a_current_one(model: Model, tmp_path: Path) -> None:
     """Written by the last commit before messages of tools could be kept."""
     source = Path(__file__).parents[1] / "journal" / "data" / "journal-version-1.sqlite3"
-    target = model._home / "conversations.sqlite3"
+    target = tmp_path / "home" / "conversations.sqlite3"
     target.parent.mkdir(parents=True)
     target.write_bytes(source.read_bytes())
     assert model.journal.check() == []

@@ -110,7 +110,7 @@ def test_what_cannot_be_kept_is_refused(model: Model, make_model: MakeModel) -> 
 
 
 def test_progress_is_told_in_tokens(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recollect.engine.pinning._REFRESH_S", 0.0)
+    monkeypatch.setattr("recollect.engine.pinning.REFRESH_S", 0.0)
     seen: list[tuple[int, int | None]] = []
     made = model.warm("long " * 300, name="text", progress=lambda _, *done: seen.append(done))
     assert seen

@@ -33,7 +33,7 @@ def ids_of(length: int, seed: int = 0) -> list[int]:
 def cancel_after(engine: Engine, sequence: Sequence, passes: int) -> None:
     """Have a sequence computed, and cancel that after some forward passes."""
     task = Task(sequence, lambda: False)
-    runtime: Any = engine._runtime
+    runtime: Any = engine.runtime
     forward, done = runtime.forward, []
 
     def forward_then_cancel(rows: Any) -> PassResult:
@@ -105,7 +105,7 @@ def test_between_chunks_everything_is_consistent_and_work_can_change_its_mind(
 def test_the_runtime_is_warmed_up_once_and_before_anything_else(
     engine: Engine, fresh_logits: Callable[..., Any]
 ) -> None:
-    runtime: Any = engine._runtime
+    runtime: Any = engine.runtime
     calls: list[str] = []
     forward = runtime.forward
     runtime.warm_up = lambda: calls.append("warm up")
@@ -376,7 +376,7 @@ def test_a_shared_block_written_without_a_copy_is_seen(
 def test_a_copy_that_is_skipped_is_seen(
     engine: Engine, fresh_logits: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine._runtime, "copy_blocks", lambda _: None)
+    monkeypatch.setattr(engine.runtime, "copy_blocks", lambda _: None)
     first = appended(engine, ids_of(6))
     engine.compute([first])
     second = first.fork()

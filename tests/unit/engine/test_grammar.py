@@ -264,9 +264,15 @@ def test_every_reply_fits_the_schema_however_wild_the_logits(
 def test_a_reply_ends_without_a_pass_where_nothing_may_follow(
     make_engine: Callable[..., Engine], grammars: Grammars
 ) -> None:
-    generator = made(make_engine, grammars, SamplingParams(grammar=Grammar.regex("abc")))
+    engines: list[Engine] = []
+
+    def make(**options: Any) -> Engine:
+        engines.append(make_engine(**options))
+        return engines[-1]
+
+    generator = made(make, grammars, SamplingParams(grammar=Grammar.regex("abc")))
     assert to_end(generator) == "abc"
-    assert generator._engine.forward_passes == 3
+    assert engines[0].forward_passes == 3
 
 
 def test_a_ban_on_all_that_is_allowed_is_the_callers_mistake(

@@ -73,7 +73,7 @@ class Script(ReferenceRuntime):
 
     def __init__(self, script: Sequence[int], prompt: int, *, context_length: int = 64) -> None:
         super().__init__(vocab_size=len(Pieces.PIECES), context_length=context_length, block_size=4)
-        self._script = list(script)
+        self.script = list(script)
         self._prompt = prompt
 
     def forward(self, rows: Sequence[Row]) -> PassResult:
@@ -81,7 +81,7 @@ class Script(ReferenceRuntime):
         logits = result.logits.copy()
         for place, row in enumerate(row for row in rows if row.wants_logits):
             said = row.past + len(row.token_ids) - self._prompt
-            logits[place, self._script[said] if 0 <= said < len(self._script) else END] = 1000
+            logits[place, self.script[said] if 0 <= said < len(self.script) else END] = 1000
         return replace(result, logits=logits)
 
 
@@ -115,7 +115,8 @@ def verify(engine: Engine, generator: Generator, reply: ReplyGeneration) -> None
     engine.check()
     probe: TokenSequence = generator.sequence.fork()
     engine.compute([probe])
-    fresh = Script(reply._generator._engine._runtime._script, len(PROMPT))  # type: ignore[attr-defined]
+    assert isinstance(engine.runtime, Script)
+    fresh = Script(engine.runtime.script, len(PROMPT))
     fresh.allocate(32)
     expected = fresh.forward([Row(probe.token_ids, 0, range(32))]).logits[0]
     assert probe.logits is not None
@@ -316,7 +317,7 @@ def test_a_long_prompt_can_be_cancelled_between_its_chunks(
     generator = Generator(engine)
     generator.append_tokens([1] * 100)
     reply = ReplyGeneration(engine, generator, tokenizer)
-    runtime: Any = engine._runtime
+    runtime: Any = engine.runtime
     forward, seen = runtime.forward, []
 
     def forward_then_stop(rows: Sequence[Row]) -> PassResult:
@@ -355,7 +356,8 @@ def test_leaving_takes_back_what_was_generated_and_not_given_out() -> None:
     engine, generator, reply = reply_to([0, 1, 2, 0, 1, 2])
     pieces = iter(reply)
     assert (next(pieces), next(pieces)) == ("a", "b")
-    reply._task.join()  # the engine is far ahead of the reader
+    for task in engine.tasks():
+        task.join()  # the engine is far ahead of the reader
     assert len(generator.sequence) == len(PROMPT) + 6
     reply.finish()
     assert (reply.token_ids, reply.text, reply.finish_reason) == ([0, 1], "ab", "cancelled")
@@ -365,7 +367,8 @@ def test_leaving_takes_back_what_was_generated_and_not_given_out() -> None:
 
 def test_a_reply_holds_no_blocks_once_it_has_ended_however_late_it_is_read() -> None:
     engine, generator, reply = reply_to([0, 1, 2])
-    reply._task.join()
+    for task in engine.tasks():
+        task.join()
     assert engine.cache.evictable_blocks == engine.pool.used_blocks == 3
     assert "".join(reply) == "abc"
     verify(engine, generator, reply)
@@ -423,7 +426,7 @@ def test_an_error_in_the_middle_keeps_text_and_tokens_in_step() -> None:
     generator = Generator(engine)
     generator.append_tokens(PROMPT)
     reply = ReplyGeneration(engine, generator, Pieces())
-    runtime: Any = engine._runtime
+    runtime: Any = engine.runtime
     forward, passes = runtime.forward, []
 
     def failing(rows: Sequence[Row]) -> PassResult:
@@ -462,7 +465,8 @@ def test_taking_back_what_was_not_given_out_decodes_nothing_again(stop: tuple[st
         list(reply)
     else:
         next(iter(reply))
-    reply._task.join()
+    for task in engine.tasks():
+        task.join()
     decoded.clear()
     reply.finish()
     assert decoded == []

@@ -40,7 +40,7 @@ def talk(sequence: TokenSequence, tokens: int, *, on_first: Callable[[], Any] = 
 def run_together(engine: Engine, tasks: Sequence[Task]) -> list[int]:
     """Submit tasks so that they may begin in one pass; return how many rows each pass had."""
     rows_of_passes: list[int] = []
-    runtime: Any = engine._runtime
+    runtime: Any = engine.runtime
     forward = runtime.forward
 
     def counting(rows: Sequence[Row]) -> PassResult:

@@ -60,7 +60,7 @@ class Gate:
         self.arrived, self.passes = threading.Semaphore(0), threading.Semaphore(0)
         self.rows: list[Sequence[Row]] = []
         self.open = False
-        runtime: Any = engine._runtime
+        runtime: Any = engine.runtime
         forward = runtime.forward
 
         def gated(rows: Sequence[Row]) -> PassResult:
@@ -194,7 +194,7 @@ def test_a_failing_pass_hurts_only_the_one_whose_row_fails(
     engine: Engine, gates: list[Gate], fresh_logits: Callable[..., Any]
 ) -> None:
     gates.append(gate := Gate(engine))
-    runtime: Any = engine._runtime
+    runtime: Any = engine.runtime
     gated = runtime.forward
 
     def poisoned(rows: Sequence[Row]) -> PassResult:
@@ -213,7 +213,7 @@ def test_a_failing_pass_hurts_only_the_one_whose_row_fails(
             engine.submit(task)
     gate.let_all_through()
     for task in tasks:
-        assert task._ended.wait(WAIT_S)
+        assert task.join(WAIT_S)
     assert [task.state for task in tasks] == ["done", "failed", "done"]
     with pytest.raises(RuntimeFailure, match="injected"):
         tasks[1].wait()
@@ -246,7 +246,7 @@ def test_an_exception_at_the_end_leaves_nobody_waiting(engine: Engine) -> None:
     sequence.append([1, 2, 3])
     bad = Task(sequence, lambda: False, on_end=fail)
     engine.submit(bad)
-    assert bad._ended.wait(WAIT_S)
+    assert bad.join(WAIT_S)
     with pytest.raises(ZeroDivisionError):
         bad.wait()
     assert len(Talk(engine, ids_of(9), 3).tokens()) == 3
@@ -293,10 +293,10 @@ def test_closing_ends_what_is_under_way_and_says_so(engine: Engine, gates: list[
     gate.wait()
     caller, closer = threading.Thread(target=wait), threading.Thread(target=engine.close)
     caller.start()
-    while waiting not in [task.sequence for task in engine._scheduler.tasks()]:
+    while waiting not in [task.sequence for task in engine.tasks()]:
         pass
     closer.start()
-    while not engine._closed:
+    while not all(task.cancelled for task in engine.tasks()):
         pass
     gate.let_all_through()
     for thread in (caller, closer):
@@ -307,26 +307,31 @@ def test_closing_ends_what_is_under_way_and_says_so(engine: Engine, gates: list[
     assert waiting.token_ids == [1, 2, 3]
 
 
+def working_threads() -> set[threading.Thread]:
+    """Return the threads of engines."""
+    return {thread for thread in threading.enumerate() if thread.name == "recollect"}
+
+
 def test_without_work_the_thread_ends_and_the_next_work_starts_another(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "_LINGER_S", 0.0)
+    monkeypatch.setattr(engine_module, "LINGER_S", 0.0)
+    before = working_threads()
     for _ in range(3):
         Talk(engine, ids_of(9), 3).tokens()
-        thread = engine._thread
-        if thread is not None:
+        for thread in working_threads() - before:
             thread.join(WAIT_S)
-        assert engine._thread is None
+        assert working_threads() <= before
     assert len(Talk(engine, ids_of(9), 3).tokens()) == 3
 
 
 def test_an_engine_that_is_dropped_goes_without_being_closed(
-    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    make_engine: Callable[..., Engine], faults: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "_LINGER_S", 0.0)
-    template = make_engine()
-    engine = Engine(type(template._runtime)(  # type: ignore[call-arg]
-        template._runtime._faults,  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine_module, "LINGER_S", 0.0)
+    before = working_threads()
+    engine = Engine(type(make_engine().runtime)(  # type: ignore[call-arg]
+        faults,
         vocab_size=50,
         context_length=64,
         block_size=4,
@@ -334,11 +339,10 @@ def test_an_engine_that_is_dropped_goes_without_being_closed(
     ), num_blocks=8)  # fmt: skip
     talk = Talk(engine, [1, 2, 3], 4)
     talk.tokens()
-    thread = engine._thread
-    if thread is not None:
+    for thread in working_threads() - before:
         thread.join(WAIT_S)
     gone = weakref.ref(engine)
-    del engine, talk, thread
+    del engine, talk
     gc.collect()
     assert gone() is None
 
@@ -348,8 +352,7 @@ def test_a_forgotten_sequence_is_not_kept_alive_by_the_thread(engine: Engine) ->
     engine.compute([sequence])
     gone = weakref.ref(sequence)
     del sequence
-    while engine._passing:
-        pass
+    engine.check()  # which waits for the pass under way
     gc.collect()
     assert gone() is None
 
@@ -372,7 +375,7 @@ def test_an_interrupt_in_a_waiting_caller_leaves_the_sequence_usable(
         planted.setattr(Task, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.compute([sequence])
-    assert engine._scheduler.tasks() == []
+    assert engine.tasks() == []
     engine.check()
     gate.let_all_through()
     sequence.append([1])

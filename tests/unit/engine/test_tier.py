@@ -281,8 +281,8 @@ def test_a_prompt_is_restored_between_the_tokens_of_another(
     make_engine: Make, open_store: Open, warm_disk: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long restore is cut into steps, and the other's tokens come between them."""
-    monkeypatch.setattr("recollect.engine.tier._FIRST_BLOCKS", 1)
-    monkeypatch.setattr("recollect.engine.tier._MOST_RESTORE_S", 0.0)
+    monkeypatch.setattr("recollect.engine.tier.FIRST_BLOCKS", 1)
+    monkeypatch.setattr("recollect.engine.tier.MOST_RESTORE_S", 0.0)
     engine = make_engine(store=open_store())
     one, two = engine.new_sequence(), engine.new_sequence()
     one.append([49, 48, 47])
@@ -405,7 +405,7 @@ def test_a_disk_that_has_room_again_is_written_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine = make_engine(store=open_store())
-    monkeypatch.setattr("recollect.engine.write_behind._RETRY_S", 0.0)
+    monkeypatch.setattr("recollect.engine.write_behind.RETRY_S", 0.0)
     with caplog.at_level(logging.WARNING, logger="recollect"):
         with monkeypatch.context() as full:
             full.setattr("recollect.kv.disk.RESERVED_BYTES", 1 << 60)

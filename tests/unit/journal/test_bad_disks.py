@@ -77,11 +77,11 @@ def everything(journal: Journal) -> list[Callable[[], Any]]:
         lambda: journal.find_label("resp_1"),
         lambda: journal.find("chat 1"),
     ]
-    for kept_as in range(1, 5):
+    for journal_id in range(1, 5):
         calls += [
-            partial(journal.load, kept_as),
-            partial(journal.labels, kept_as),
-            partial(journal.append, kept_as, None, more, tip="main"),
+            partial(journal.load, journal_id),
+            partial(journal.labels, journal_id),
+            partial(journal.append, journal_id, None, more, tip="main"),
         ]
     return [
         *calls,

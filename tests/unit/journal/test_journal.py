@@ -324,9 +324,18 @@ def test_only_the_owner_can_read_what_was_said(path: Path) -> None:
         os.umask(before)
 
 
-def test_each_commit_goes_to_the_disk(path: Path) -> None:
+def test_each_commit_goes_to_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `synchronous` is set to is seen in nothing else, short of cutting the power."""
-    with Journal.open(path) as journal, journal._database.reading() as connection:
+    opened: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+
+    def noting(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        opened.append(connect(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", noting)
+    with Journal.open(path):
+        connection = opened[-1]
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("PRAGMA foreign_keys").fetchone() == (1,)
@@ -539,7 +548,8 @@ def test_an_older_file_is_brought_to_the_newest_version(
     monkeypatch.setattr(schema, "MIGRATIONS", newer)
     monkeypatch.setattr(schema.migrate, "__defaults__", (newer,))
     for _ in range(2):  # the second time there is nothing to do
-        with Journal.open(path) as journal, journal._database.reading() as connection:
+        Journal.open(path).close()
+        with closing(sqlite3.connect(path)) as connection:
             assert schema.version(connection) == len(newer)
             assert connection.execute("SELECT notes FROM conversations").fetchall() == [("",)]
     with Journal.open(path) as journal:

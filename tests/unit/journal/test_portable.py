@@ -21,7 +21,7 @@ from recollect.conversation.loading import bring_in, collect, why_not
 from recollect.conversation.model import Model
 from recollect.encryption import Cipher
 from recollect.errors import ContextFullError, ConversationFileError, StoreError
-from recollect.journal.portable import FORMAT_VERSION, Branch, PortableFile, _head_checksum, write
+from recollect.journal.portable import FORMAT_VERSION, Branch, PortableFile, head_checksum, write
 from recollect.journal.records import StoredConversation
 from recollect.kv.disk import DiskStore
 from recollect.types import SamplingParams
@@ -283,7 +283,7 @@ def rewritten(
     metadata.pop("checksum")
     change(tensors, metadata)
     text = tensors.get("conversation", np.zeros(0, np.uint8)).tobytes()
-    metadata.setdefault("checksum", _head_checksum(metadata, text))
+    metadata.setdefault("checksum", head_checksum(metadata, text))
     safetensors.numpy.save_file(tensors, to, metadata)
 
 

@@ -1,5 +1,7 @@
 """What one sequence has read is found by all others, and evicted from the end."""
 
+from typing import Any
+
 import pytest
 
 from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock
@@ -14,29 +16,37 @@ def pool() -> BlockPool:
     return BlockPool(16, SIZE)
 
 
-@pytest.fixture
-def cache(pool: BlockPool) -> PrefixCache:
-    return PrefixCache(pool, "model")
+class Cache(PrefixCache):
+    """A cache that says which pool its blocks are of."""
+
+    def __init__(self, pool: BlockPool, fingerprint: str, **options: Any) -> None:
+        super().__init__(pool, fingerprint, **options)
+        self.pool = pool
 
 
 @pytest.fixture
-def of_whole_blocks() -> PrefixCache:
-    return PrefixCache(BlockPool(16, SIZE), "model", whole_blocks_only=True)
+def cache(pool: BlockPool) -> Cache:
+    return Cache(pool, "model")
 
 
-def left(cache: PrefixCache, ids: list[int], namespace: str = "") -> list[CachedBlock]:
+@pytest.fixture
+def of_whole_blocks() -> Cache:
+    return Cache(BlockPool(16, SIZE), "model", whole_blocks_only=True)
+
+
+def left(cache: Cache, ids: list[int], namespace: str = "") -> list[CachedBlock]:
     """Leave the blocks of a sequence behind that nobody else holds."""
     after, made = cache.root(namespace), []
     for start in range(0, len(ids), SIZE):
-        (block,) = cache._pool.allocate(1)
+        (block,) = cache.pool.allocate(1)
         after = cache.insert(after, ids[start : start + SIZE], block)
-        cache._pool.release([block])
+        cache.pool.release([block])
         made.append(after)
     cache.check()
     return made
 
 
-def found(cache: PrefixCache, ids: list[int], namespace: str = "") -> int:
+def found(cache: Cache, ids: list[int], namespace: str = "") -> int:
     return cache.match(cache.root(namespace), ids).tokens
 
 
@@ -54,7 +64,7 @@ def test_a_name_says_all_that_came_before() -> None:
 
 @pytest.mark.parametrize("length", range(11))
 def test_the_longest_known_prefix_is_found_also_inside_a_block(
-    cache: PrefixCache, of_whole_blocks: PrefixCache, length: int
+    cache: Cache, of_whole_blocks: Cache, length: int
 ) -> None:
     for one in (cache, of_whole_blocks):
         left(one, list(range(10)))
@@ -63,13 +73,13 @@ def test_the_longest_known_prefix_is_found_also_inside_a_block(
     assert found(of_whole_blocks, [*range(length), 40]) == min(length, 8) // SIZE * SIZE
 
 
-def test_nothing_is_found_in_another_namespace(cache: PrefixCache) -> None:
+def test_nothing_is_found_in_another_namespace(cache: Cache) -> None:
     left(cache, [1, 2, 3, 4, 5], "a")
     assert [found(cache, [1, 2, 3, 4, 5], name) for name in ("a", "b", "")] == [5, 0, 0]
 
 
 def test_the_second_to_compute_a_block_is_given_the_first_ones(
-    cache: PrefixCache, pool: BlockPool
+    cache: Cache, pool: BlockPool
 ) -> None:
     (first,) = left(cache, [1, 2, 3, 4])
     (block,) = pool.allocate(1)
@@ -77,7 +87,7 @@ def test_the_second_to_compute_a_block_is_given_the_first_ones(
     assert pool.references(block) == 1
 
 
-def test_a_longer_part_takes_the_place_of_a_shorter_one(cache: PrefixCache) -> None:
+def test_a_longer_part_takes_the_place_of_a_shorter_one(cache: Cache) -> None:
     left(cache, [1, 2])
     left(cache, [1, 2, 3])
     left(cache, [1])
@@ -89,7 +99,7 @@ def test_a_longer_part_takes_the_place_of_a_shorter_one(cache: PrefixCache) -> N
 
 
 def test_the_least_recently_used_goes_first_and_tails_before_their_prefixes(
-    cache: PrefixCache,
+    cache: Cache,
 ) -> None:
     left(cache, [1] * 8)
     left(cache, [2] * 8)
@@ -105,7 +115,7 @@ def test_the_least_recently_used_goes_first_and_tails_before_their_prefixes(
     assert cache.evicted_blocks == 4
 
 
-def test_what_a_table_holds_is_not_evicted(cache: PrefixCache, pool: BlockPool) -> None:
+def test_what_a_table_holds_is_not_evicted(cache: Cache, pool: BlockPool) -> None:
     first, second = left(cache, [1] * 8)
     pool.retain([first.block])
     assert cache.evictable_blocks == 1
@@ -117,7 +127,7 @@ def test_what_a_table_holds_is_not_evicted(cache: PrefixCache, pool: BlockPool) 
     assert second.block != first.block
 
 
-def test_what_is_pinned_is_not_evicted_nor_what_it_follows(cache: PrefixCache) -> None:
+def test_what_is_pinned_is_not_evicted_nor_what_it_follows(cache: Cache) -> None:
     _, middle, _ = left(cache, [1] * 12)
     cache.pin(middle)
     cache.pin(middle)
@@ -131,7 +141,7 @@ def test_what_is_pinned_is_not_evicted_nor_what_it_follows(cache: PrefixCache) -
 
 
 def test_a_pinned_part_goes_when_it_is_unpinned_and_a_longer_one_has_come(
-    cache: PrefixCache,
+    cache: Cache,
 ) -> None:
     (part,) = left(cache, [1, 2])
     cache.pin(part)
@@ -144,7 +154,7 @@ def test_a_pinned_part_goes_when_it_is_unpinned_and_a_longer_one_has_come(
 
 
 def test_a_block_can_be_taken_back_by_the_only_one_that_holds_it(
-    cache: PrefixCache, pool: BlockPool
+    cache: Cache, pool: BlockPool
 ) -> None:
     first, second = left(cache, [1] * 6)
     root = cache.root()
@@ -164,7 +174,7 @@ def test_a_block_can_be_taken_back_by_the_only_one_that_holds_it(
 
 
 def test_what_is_pinned_as_public_is_found_from_every_namespace(
-    cache: PrefixCache, of_whole_blocks: PrefixCache
+    cache: Cache, of_whole_blocks: Cache
 ) -> None:
     public = left(cache, [1, 2, 3, 4, 5, 6], PUBLIC)
     wanted = [1, 2, 3, 4, 5, 6, 7, 8]
@@ -180,7 +190,7 @@ def test_what_is_pinned_as_public_is_found_from_every_namespace(
 
 
 def test_what_follows_a_public_prefix_is_found_from_its_own_namespace_alone(
-    cache: PrefixCache,
+    cache: Cache,
 ) -> None:
     public = left(cache, [1, 2, 3, 4], PUBLIC)
     cache.pin(public[-1])
@@ -190,7 +200,7 @@ def test_what_follows_a_public_prefix_is_found_from_its_own_namespace_alone(
     assert [found(cache, [1, 2, 3, 4, 5, 6, 7, 8], name) for name in names] == [8, 4, 4, 4]
 
 
-def test_a_client_that_knew_the_beginning_finds_the_rest(cache: PrefixCache) -> None:
+def test_a_client_that_knew_the_beginning_finds_the_rest(cache: Cache) -> None:
     (own,) = left(cache, [1, 2, 3, 4], "a")
     public = left(cache, [1, 2, 3, 4, 5, 6, 7, 8], PUBLIC)
     cache.pin(public[-1])
@@ -199,7 +209,7 @@ def test_a_client_that_knew_the_beginning_finds_the_rest(cache: PrefixCache) -> 
     cache.check()
 
 
-def test_what_is_public_is_looked_up_from_a_root_and_no_further_on(cache: PrefixCache) -> None:
+def test_what_is_public_is_looked_up_from_a_root_and_no_further_on(cache: Cache) -> None:
     """A sequence that has begun goes on in its own namespace; the next one finds it."""
     (own,) = left(cache, [1, 2, 3, 4], "a")
     cache.pin(left(cache, [1, 2, 3, 4, 5, 6, 7, 8], PUBLIC)[-1])
@@ -210,7 +220,7 @@ def test_what_is_public_is_looked_up_from_a_root_and_no_further_on(cache: Prefix
 
 
 def test_a_block_with_two_places_is_free_when_both_are_given_up(
-    cache: PrefixCache, pool: BlockPool
+    cache: Cache, pool: BlockPool
 ) -> None:
     public = left(cache, [1] * 8, PUBLIC)
     cache.pin(public[-1])
@@ -228,7 +238,7 @@ def test_a_block_with_two_places_is_free_when_both_are_given_up(
 
 def test_a_second_place_is_not_written_by_itself(pool: BlockPool) -> None:
     new: list[CachedBlock] = []
-    cache = PrefixCache(pool, "model")
+    cache = Cache(pool, "model")
     cache.on_new = new.append
     public = left(cache, [1] * 4, PUBLIC)
     cache.pin(public[-1])
@@ -236,23 +246,21 @@ def test_a_second_place_is_not_written_by_itself(pool: BlockPool) -> None:
     assert new == public
 
 
-def test_check_finds_a_block_that_stands_for_two_prefixes(
-    cache: PrefixCache, pool: BlockPool
-) -> None:
+def test_check_finds_a_block_that_stands_for_two_prefixes(cache: Cache, pool: BlockPool) -> None:
     (ours,) = left(cache, [1] * 4, "a")
     cache.insert(cache.root("b"), [2] * 4, ours.block)
     with pytest.raises(AssertionError, match="two prefixes"):
         cache.check()
 
 
-def test_check_finds_a_block_that_is_there_twice(cache: PrefixCache) -> None:
+def test_check_finds_a_block_that_is_there_twice(cache: Cache) -> None:
     first, second = left(cache, [1] * 8)
     second.block = first.block
     with pytest.raises(AssertionError, match="twice"):
         cache.check()
 
 
-def test_check_finds_a_wrong_key_and_a_part_that_something_follows(cache: PrefixCache) -> None:
+def test_check_finds_a_wrong_key_and_a_part_that_something_follows(cache: Cache) -> None:
     first, _ = left(cache, [1] * 8)
     first.key = b"wrong"
     with pytest.raises(AssertionError, match="key"):

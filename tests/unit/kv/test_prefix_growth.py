@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import tracemalloc
 from collections.abc import Callable
 from types import FrameType
 
@@ -178,12 +179,17 @@ def test_what_is_gone_does_not_pile_up() -> None:
     """Parts of blocks that longer ones replace: the engine does that with every turn."""
     pool = BlockPool(4, SIZE)
     cache = PrefixCache(pool, "model")
-    for number in range(2000):
-        left(pool, cache, cache.root(), (number % 50, 1))
-        cache.evictable_blocks  # noqa: B018 - counted, and so put in order
-        left(pool, cache, cache.root(), (number % 50, 1, 2))
-        cache.evict(4)
-    assert sys.getsizeof(cache._order._heap) < 3000
+    held: list[int] = []
+    tracemalloc.start()
+    for rounds in (200, 1500):
+        for number in range(rounds):
+            left(pool, cache, cache.root(), (number % 50, 1))
+            cache.evictable_blocks  # noqa: B018 - counted, and so put in order
+            left(pool, cache, cache.root(), (number % 50, 1, 2))
+            cache.evict(4)
+        held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert held[1] < held[0] + 20_000
     cache.check()
 
 

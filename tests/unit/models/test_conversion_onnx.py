@@ -17,13 +17,13 @@ from recollect.models.onnx_folder import convert_to_onnx, is_onnx_folder
 
 @pytest.fixture
 def all_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_folder, "_LIBRARIES", ())
+    monkeypatch.setattr(onnx_folder, "LIBRARIES", ())
 
 
 def test_a_missing_library_is_named_with_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(onnx_folder, "_LIBRARIES", ("no_such_library",))
+    monkeypatch.setattr(onnx_folder, "LIBRARIES", ("no_such_library",))
     with pytest.raises(UnsupportedModelError, match=r"no_such_library.*recollect-llm\[convert"):
         convert_to_onnx(tmp_path / "x.gguf", tmp_path / "out")
 

@@ -220,7 +220,6 @@ def test_a_folder_from_elsewhere_is_not_taken_for_the_model_that_it_says_it_is(
         Manifest(
             name="tiny",
             source_sha256="c" * 64,
-            source_bytes=1,
             architecture="llama",
             context_length=512,
             chat_template=None,

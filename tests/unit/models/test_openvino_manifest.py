@@ -9,7 +9,6 @@ from recollect.models.openvino_folder import MANIFEST_NAME, Manifest
 MANIFEST = Manifest(
     name="tiny",
     source_sha256="ab" * 32,
-    source_bytes=10,
     architecture="llama",
     context_length=512,
     chat_template="é{{ x }}",
@@ -43,6 +42,13 @@ def test_a_field_that_is_missing_or_wrong_makes_it_unreadable(tmp_path: Path, fi
 def test_what_is_no_manifest_is_not_read(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MANIFEST_NAME).write_bytes(content)
     assert Manifest.read(tmp_path) is None
+
+
+def test_a_manifest_of_an_earlier_version_with_the_size_of_its_source_is_read(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(asdict(MANIFEST) | {"source_bytes": 10}))
+    assert Manifest.read(tmp_path) == MANIFEST
 
 
 def test_an_older_format_is_not_read(tmp_path: Path) -> None:

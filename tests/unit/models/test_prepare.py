@@ -246,6 +246,11 @@ def test_a_model_of_the_hub_is_fetched_once_in_all_its_parts(
     make_inexact(model.folder)
     assert prepare(name, home=home) == model  # made anew of what was kept
     assert prune(name, home) > 0
+    assert prepare(name, home=home).source is None
+    monkeypatch.setattr("recollect.models.prepare.fetch_hub_file", download)
+    assert prepare(name, home=home, with_source=True) == model, "fetched again, to compare with"
+    assert prune(name, home) > 0
+    monkeypatch.setattr("recollect.models.prepare.fetch_hub_file", fail)
     make_inexact(model.folder)
     assert prepare(name, home=home).fingerprint == "rounded"
     assert "runs with rounded weights" in caplog.text

@@ -196,10 +196,16 @@ PLANTED = (
 
 
 def against(
-    model: recollect.Model, path: Path, monkeypatch: pytest.MonkeyPatch, **changes: object
+    model: recollect.Model,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    boundaries: tuple[int, ...] = (),
 ) -> FileReport:
     """Compare a model with a file as if it had been made of it."""
-    local = replace(model.local, source=path, source_sha256=sha256_file(path), **changes)
+    local = replace(
+        model.local, source=path, source_sha256=sha256_file(path), boundaries=boundaries
+    )
     monkeypatch.setattr(model, "local", local)
     return compare_with_file(model)
 

@@ -193,7 +193,7 @@ def test_what_is_known_is_written_where_the_second_part_is_cut_off(
 ) -> None:
     found(a_report("PASS"))
     refused = OutOfBlocksError(needed=2, free=1, total=3)
-    monkeypatch.setattr(prove.proof, "verify", lambda *_, **__: _raise(refused))
+    monkeypatch.setattr("recollect.proof.verify.verify", lambda *_, **__: _raise(refused))
     result = run("verify", "--json", str(tmp_path / "report.json"))
     assert result.exception is refused
     assert "Model against its file: PASS" in result.stdout

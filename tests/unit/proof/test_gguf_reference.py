@@ -129,6 +129,7 @@ def test_the_factor_of_old_files_is_read(write: Write) -> None:
         ({"blk.0.post_ffw_norm.weight": np.ones(WIDTH)}, "post_ffw_norm"),
         ({"blk.1.attn_norm.weight": np.ones(WIDTH)}, "blk.1.attn_norm"),
         ({"blk.0.ffn_up.bias": np.ones((3, 3))}, "ffn_up.bias"),
+        ({"blk.0.attn_norm.bias": np.ones(WIDTH)}, "attn_norm.bias"),
         ({"output.weight": np.ones((VOCABULARY, 16))}, "output has the shape"),
     ],
 )

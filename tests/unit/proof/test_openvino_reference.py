@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -33,6 +34,17 @@ NORMS = ("model.norm", f"{LAYER}.input_layernorm", f"{LAYER}.post_attention_laye
 Write = Callable[..., Path]
 
 
+def as_bytes(values: np.ndarray, name: str) -> ov.Node:
+    """Return a matrix as u8 with zero points and scales by row, as exporters pack it."""
+    scales = (values.max(axis=1, keepdims=True) - values.min(axis=1, keepdims=True)) / 255
+    zeros = np.round(-values.min(axis=1, keepdims=True) / scales)
+    packed = np.clip(np.round(values / scales) + zeros, 0, 255).astype(np.uint8)
+    parts = [ops.convert(ops.constant(one.astype(np.uint8)), np.float32) for one in (packed, zeros)]
+    node = ops.multiply(ops.subtract(*parts), ops.constant(scales.astype(np.float32)))
+    node.friendly_name = name
+    return node
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     """Return a writer of folders whose graph has nothing but weights, named as exports name them."""
@@ -43,19 +55,29 @@ def write(tmp_path: Path) -> Write:
         without: str = "",
         linear: dict[str, tuple[int, int]] | None = None,
         norms: tuple[str, ...] = (),
+        biases: tuple[str, ...] = (),
+        packed: str = "",
         **settings: object,
     ) -> Path:
         random, results, inputs = np.random.default_rng(0), [], []
+        named: list[tuple[str, Any, tuple[int, ...]]]
         named = [(name, ops.matmul, shape) for name, shape in {**LINEAR, **(linear or {})}.items()]
         named += [(name, ops.multiply, (1, 1, WIDTH)) for name in (*NORMS, *norms)]
         for name, operation, shape in named:
             if name == without:
                 continue
             weight = ops.constant(random.normal(0, 0.2, shape).astype(np.float32))
+            if name == packed:
+                weight = as_bytes(weight.data, f"__module.{name}/weight")
             inputs.append(ops.parameter([1, 1, shape[-1]], np.float32))
             options = (False, True) if operation is ops.matmul else ()
             node = operation(inputs[-1], weight, *options)
             node.friendly_name = f"__module.{name}/aten::op"
+            if name in biases:
+                node = ops.add(
+                    node, ops.constant(np.ones((1, 1, shape[0 if options else -1]), np.float32))
+                )
+                node.friendly_name = f"__module.{name}/aten::bias"
             results.append(ops.result(node))
         table = ops.constant(random.normal(0, 0.2, (VOCABULARY, WIDTH)).astype(np.float32))
         inputs.append(ops.parameter([1], np.int32))
@@ -77,6 +99,21 @@ def test_what_is_known_is_read(write: Write) -> None:
     description, tensors = open_openvino(write())
     assert logits_at(description, tensors, [1, 2, 3], [2]).shape == (1, VOCABULARY)
     assert tensors.shape("blk.0.ffn_down") == (WIDTH, INNER)
+
+
+def test_a_weight_in_bytes_is_read_with_its_zero_points_and_scales(write: Write) -> None:
+    module = f"{LAYER}.mlp.down_proj"
+    plain = open_openvino(write())[1].matrix("blk.0.ffn_down")
+    packed = open_openvino(write(packed=module))[1]
+    assert np.abs(packed.matrix("blk.0.ffn_down") - plain).max() < 0.01
+    assert packed.types()["u8"] == WIDTH * INNER
+
+
+def test_a_bias_is_read_and_one_of_a_norm_is_named(write: Write) -> None:
+    tensors = open_openvino(write(biases=(f"{LAYER}.mlp.up_proj",)))[1]
+    assert (tensors.vector("blk.0.ffn_up.bias") == np.ones(INNER)).all()
+    with pytest.raises(NotCompared, match=r"output_norm\.bias"):
+        open_openvino(write(biases=("model.norm",)))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from pydantic import BeforeValidator, ValidationError
 
 from recollect.conversation.model import Model
+from recollect.kv.blocks import CachedBlock
+from recollect.kv.prefix import PrefixCache
 from recollect.server.anthropic import MessagesRequest
 from recollect.server.chat_completions import ChatRequest
 from recollect.server.completions import CompletionRequest
@@ -421,8 +423,18 @@ def bad_bodies() -> list[tuple[str, bytes]]:
 
 
 def test_mistakes_are_refused_by_their_place_and_leave_nothing(
-    start: Callable[..., httpx.Client], make_model: Callable[..., Model]
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    namespaces: set[str] = set()
+    root = PrefixCache.root
+
+    def noting(cache: PrefixCache, namespace: str = "") -> CachedBlock:
+        namespaces.add(namespace)
+        return root(cache, namespace)
+
+    monkeypatch.setattr(PrefixCache, "root", noting)
     model = make_model()
     client = start(load=lambda _: model, keys=["a", "b"], operators=["a"])
     client.post(CHAT, json={"messages": [USER], "max_tokens": 1})
@@ -431,7 +443,7 @@ def test_mistakes_are_refused_by_their_place_and_leave_nothing(
         kept = client.get("/v1/conversations").json()["data"]
         lines = client.get("/metrics").text.splitlines()
         now = [line for line in lines if line.startswith(("recollect_running", "recollect_queue"))]
-        return kept, now, sorted(model.engine.cache._roots)
+        return kept, now, sorted(namespaces)
 
     before = left()
     for path, body in bad_bodies():

@@ -5,14 +5,18 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from recollect.conversation.model import Model
+from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
+from recollect.engine.grammar import Grammars
 from recollect.errors import OutOfBlocksError
+from recollect.journal.requests import explain
 from recollect.kv.disk import DiskStore
 from recollect.server.settings import Limits
 from recollect.types import SamplingParams
@@ -238,7 +242,7 @@ class Slow:
         self.model = model
         self.passes = 0
         self.go = threading.Event()
-        runtime = model.engine._runtime
+        runtime = model.engine.runtime
         forward = runtime.forward
 
         def slow(rows: Any) -> Any:
@@ -291,7 +295,7 @@ def test_a_client_that_leaves_ends_its_reply_at_once(
             assert next(response.iter_lines()).startswith("data: ")
     else:
         post_and_leave(client, PATH, body, lambda: slow.passes > 10)
-    until(lambda: not engine._scheduler.tasks())
+    until(lambda: not engine.tasks())
     assert slow.passes < 1000
     engine.check()
     assert chat(client, ("user", "a"))["usage"]["prompt_tokens"] > 0
@@ -380,3 +384,61 @@ def test_a_choice_that_cannot_begin_leaves_no_other_running(
     time.sleep(0.1)
     assert model.engine.forward_passes <= passes + 1
     assert client.post(PATH, json={**body, "max_tokens": 2}).status_code == 200
+
+
+def test_the_first_token_counts_all_of_a_wait(
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+    post: Callable[..., Json],
+) -> None:
+    """Loading, templates and grammars too."""
+    late = threading.Event()  # never set
+
+    def load(_: str) -> Model:
+        late.wait(0.2)
+        return make_model()
+
+    def wait(name: str, owner: type) -> None:
+        works = getattr(owner, name)
+
+        def slow(*given: Any, **options: Any) -> Any:
+            late.wait(0.1)
+            return works(*given, **options)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    wait("encode", PromptEncoder)
+    wait("start", Grammars)
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+    client = start(load=load)
+    fields = {"response_format": {"type": "json_object"}}
+    ttft = post(client, PATH, {**body, **fields})["usage"]["recollect"]["ttft_s"]
+    assert ttft >= 0.2, "a template and a grammar"
+    again = post(client, PATH, body)["usage"]["recollect"]["ttft_s"]
+    assert again >= 0.1
+
+
+def test_requests_are_explained(
+    client: httpx.Client,
+    post: Callable[..., Json],
+    until: Callable[[Callable[[], bool]], None],
+    tmp_path: Path,
+) -> None:
+    rules = "\n".join(f"Rule {number}: be careful." for number in range(20))
+    for day in ("Monday", "Tuesday", "Friday"):
+        said = [
+            {"role": "system", "content": f"You help.\nIt is {day}.\n{rules}"},
+            {"role": "user", "content": f"{day}, hello"},
+        ]
+        body = {"messages": said, "max_tokens": 4}
+        post(client, PATH, body, headers={"User-Agent": "opencode/1.18 ai-sdk/5"})
+
+    until(lambda: sum(one.requests for one in explain(home=tmp_path / "home")) == 3)
+    (one,) = explain(home=tmp_path / "home")
+    (finding,) = one.findings
+    assert (one.client, one.requests, finding.times) == ("opencode", 3, 2)
+    assert finding.place == "Line 2 of the instructions is a date or a time"
+    assert finding.example is not None
+    assert finding.example.startswith("'Tuesday.")
+    assert finding.computed_tokens > 2 * len(rules)

@@ -75,7 +75,7 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def noted(self: BoundedProtocol, data: bytes) -> None:
         real(self, data)
-        sizes.append(self._pending_bytes)
+        sizes.append(self.pending_bytes)
 
     monkeypatch.setattr(BoundedProtocol, "data_received", noted)
     return sizes
@@ -212,13 +212,13 @@ def test_a_long_reply_is_not_cut_by_a_deadline(
     start: Callable[..., httpx.Client], make_model: Callable[..., Any], monkeypatch: Any
 ) -> None:
     model = make_model()
-    forward = model.engine._runtime.forward
+    forward = model.engine.runtime.forward
 
     def slow(rows: Any) -> Any:
         time.sleep(0.04)
         return forward(rows)
 
-    monkeypatch.setattr(model.engine._runtime, "forward", slow)
+    monkeypatch.setattr(model.engine.runtime, "forward", slow)
     client = start(load=lambda _: model, limits=QUITE_QUICK)
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 60}
     with connected(client) as one:

@@ -165,7 +165,7 @@ def test_a_model_that_goes_takes_the_work_with_it(
     make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, working: bool
 ) -> None:
     model = make_model()
-    forward = model.engine._runtime.forward
+    forward = model.engine.runtime.forward
     begun, goes_on = threading.Event(), threading.Event()
 
     def slow(rows: Any) -> Any:
@@ -173,7 +173,7 @@ def test_a_model_that_goes_takes_the_work_with_it(
         assert goes_on.wait(timeout=60)
         return forward(rows)
 
-    monkeypatch.setattr(model.engine._runtime, "forward", slow)
+    monkeypatch.setattr(model.engine.runtime, "forward", slow)
     closing = threading.Thread(target=model.close)
     if not working:
         goes_on.set()

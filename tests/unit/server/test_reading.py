@@ -365,11 +365,11 @@ def test_a_reply_that_waits_to_be_kept_has_given_its_turn_back(
     held, write = threading.Event(), Journal.write
     reached = threading.Event()
 
-    def wait(journal: Journal, kept_as: int, entry: Entry, **options: Any) -> Any:
+    def wait(journal: Journal, journal_id: int, entry: Entry, **options: Any) -> Any:
         if any(node.role == "assistant" for node in entry.nodes):
             reached.set()
             assert held.wait(60)
-        return write(journal, kept_as, entry, **options)
+        return write(journal, journal_id, entry, **options)
 
     monkeypatch.setattr(Journal, "write", wait)
     with ThreadPoolExecutor(1) as pool:

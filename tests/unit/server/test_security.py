@@ -57,13 +57,13 @@ def test_what_one_key_said_is_computed_again_for_another(
 ) -> None:
     """Neither the numbers nor the clock tell a client what others asked."""
     model = make_model(num_blocks=512)
-    forward = model.engine._runtime.forward
+    forward = model.engine.runtime.forward
 
     def costly(rows: Any) -> Any:
         time.sleep(sum(len(row.token_ids) for row in rows) * 5e-4)
         return forward(rows)
 
-    monkeypatch.setattr(model.engine._runtime, "forward", costly)
+    monkeypatch.setattr(model.engine.runtime, "forward", costly)
     client = start(load=lambda _: model, keys=["a", "b", "c"])
 
     def ask(key: str) -> tuple[int, float]:

@@ -1,0 +1,281 @@
+"""
+What a server notes about its requests, and what `recollect explain` tells from that.
+
+`RequestLog` keeps a line about each reply: counts, and where its prompt parts from earlier ones.
+`explain` groups the lines by client and by that place.
+"""
+
+import base64
+import json
+import os
+import re
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from recollect import config, encryption
+from recollect.encryption import Cipher
+from recollect.errors import InvalidParameterError, StoreCorruptError
+from recollect.files import read_bytes
+from recollect.types import Reason, Usage
+
+_PURPOSE: Final = "requests"
+_MOST_LOG_BYTES: Final = 4 << 20
+"""Of lines about requests, 300 bytes each: the last 6,000 to 13,000."""
+_WORDS: Final = ("was", "now", "difference")
+"""What of a line may hold words of a prompt."""
+
+
+class Parting(Protocol):
+    """Where messages leave an earlier conversation, which is a `Change`."""
+
+    @property
+    def message(self) -> int:
+        """Return which message, counted from 0."""
+
+    @property
+    def role(self) -> str:
+        """Return whose it is."""
+
+    @property
+    def line(self) -> int:
+        """Return which line of it, counted from 1."""
+
+    @property
+    def was(self) -> str:
+        """Return the earlier text from there on, shortened."""
+
+    @property
+    def is_now(self) -> str:
+        """Return the same of the new text."""
+
+
+class RequestLog:
+    """
+    A file with a line about each reply of a server: counts, and where its prompt parts from earlier ones.
+
+    Written behind, on a thread of its own; safe from any. In an encrypted folder each line is sealed.
+    """
+
+    def __init__(self, home: Path, cipher: Cipher | None, *, keeps_words: bool = True) -> None:
+        """
+        Write nothing yet.
+
+        Args:
+            home: The data folder.
+            cipher: Of an encrypted one.
+            keeps_words: Whether the first words that differ are kept; else only where they are.
+        """
+        self._path = home / config.REQUESTS_NAME
+        self._cipher = None if cipher is None else cipher.for_purpose(_PURPOSE)
+        self._keeps_words = keeps_words
+        self._lock = threading.Lock()
+        self._lines: list[bytes] = []
+        self._writer: threading.Thread | None = None
+
+    def note(self, model: str, client: str, usage: Usage, change: Parting | None) -> None:
+        """Take note of a reply; returns at once."""
+        line: dict[str, Any] = {
+            "at": int(time.time()),
+            "client": client,
+            "model": model,
+            "prompt": usage.prompt_tokens,
+            "computed": usage.computed_tokens,
+            "reason": usage.reason,
+            "difference": usage.difference,
+        }
+        if change is not None and usage.reason in ("system_changed", "message_changed"):
+            line |= {"message": change.message, "role": change.role, "line": change.line}
+            line |= {"was": change.was, "now": change.is_now}
+        if not self._keeps_words:
+            line = {name: value for name, value in line.items() if name not in _WORDS}
+        data = json.dumps(line).encode()
+        if self._cipher is not None:
+            data = base64.b64encode(self._cipher.seal(data, context=b"request"))
+        with self._lock:
+            self._lines.append(data)
+            if self._writer is None:
+                self._writer = threading.Thread(
+                    target=self._write, name="recollect-log", daemon=True
+                )
+                self._writer.start()
+
+    def close(self) -> None:
+        """Write what is left."""
+        with self._lock:
+            writer = self._writer
+        if writer is not None:
+            writer.join()
+
+    def _write(self) -> None:
+        while True:
+            with self._lock:
+                lines, self._lines = self._lines, []
+                if not lines:
+                    self._writer = None
+                    return
+            with suppress(OSError):  # a full disk is no reason to refuse requests
+                self._append(b"".join(line + b"\n" for line in lines))
+
+    def _append(self, data: bytes) -> None:
+        """Append to the file, and leave the older half of it out where it is full."""
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        with os.fdopen(os.open(self._path, flags, 0o600), "ab") as file:
+            file.write(data)
+            size = file.tell()
+        if size > _MOST_LOG_BYTES:
+            kept = read_bytes(self._path, most_bytes=4 * _MOST_LOG_BYTES)[-_MOST_LOG_BYTES // 2 :]
+            fresh = self._path.with_name(f"{self._path.name}.new-{uuid.uuid4().hex}")
+            with os.fdopen(os.open(fresh, flags | os.O_EXCL, 0o600), "wb") as file:
+                file.write(kept.partition(b"\n")[2])
+            fresh.replace(self._path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Why a client's prompts were read again, at one place."""
+
+    reason: Reason
+    place: str
+    """Where they part from earlier ones, in words; empty where the reason says it."""
+    times: int
+    computed_tokens: int
+    """In all of these requests, new tokens among them."""
+    example: str | None
+    """The first words that differ, of the last of these requests; None where they are not kept."""
+    advice: str
+
+    def __str__(self) -> str:
+        each = f"{self.computed_tokens // self.times:,} tokens computed in each of {self.times:,}"
+        where = self.place or self.reason.replace("_", " ")
+        example = "" if self.example is None else f" ({self.example})"
+        return f"{where}{example}: {each}. {self.advice}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What the requests of one client have cost, and why not less."""
+
+    client: str
+    requests: int
+    prompt_tokens: int
+    computed_tokens: int
+    findings: tuple[Finding, ...]
+    """The dearest first."""
+
+
+_ADVICE: Final[Mapping[str, str]] = {
+    "system_changed": "Put what changes at the end of the instructions, or into a message.",
+    "message_changed": "Leave what was said as it was, and say what is new at the end.",
+    "tools_changed": "Offer the same tools, in the same order and words.",
+    "template_rewrote": "The model's template shows its replies otherwise afterwards: nothing to change "
+    "in the client.",
+    "other_model": "Stay with one model in a conversation.",
+    "evicted": "Give more room: --kv-memory, or --kv-disk.",
+}
+_DATE: Final = re.compile(
+    r"\d{1,4}[-/.:]\d{1,2}|\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b|"
+    r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b",
+    re.IGNORECASE,
+)
+
+
+def explain(
+    client: str | None = None,
+    last: int | None = None,
+    *,
+    home: Path | None = None,
+    cipher: Cipher | None = None,
+) -> list[Explanation]:
+    """
+    Return for each client of `recollect serve` where its prompts part from earlier ones, and the cost.
+
+    Args:
+        client: Only of clients whose name has this in it, whatever its case; None: of all.
+        last: Only of so many requests, the latest; None: of all that are known.
+        home: The data folder; None: `RECOLLECT_HOME` or the user's.
+        cipher: Of an encrypted one; None: that of its keyring, or of `RECOLLECT_PASSPHRASE`.
+
+    Raises:
+        InvalidParameterError: *last* is below 1.
+        ConfigError: The folder is encrypted with another key, or cannot be read.
+    """
+    if last is not None and last < 1:
+        raise InvalidParameterError(f"last is {last}: give 1 or more.")
+    home = config.home() if home is None else config.require_folder(home)
+    cipher = encryption.unlock(home) if cipher is None else cipher
+    lines = [
+        line
+        for line in _read(home / config.REQUESTS_NAME, cipher)
+        if client is None or client.lower() in line["client"].lower()
+    ]
+    by_client = defaultdict[str, list[dict[str, Any]]](list)
+    for line in lines[-last:] if last is not None else lines:
+        by_client[line["client"] or "no name"].append(line)
+    found = [_explained(name, lines) for name, lines in by_client.items()]
+    return sorted(found, key=lambda one: -one.computed_tokens)
+
+
+def _read(path: Path, cipher: Cipher | None) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a log, the oldest first; what is none, or does not open, is left out."""
+    try:
+        data = read_bytes(path, most_bytes=4 * _MOST_LOG_BYTES)
+    except OSError:
+        return
+    sealer = None if cipher is None else cipher.for_purpose(_PURPOSE)
+    for sealed in data.splitlines():
+        with suppress(ValueError, StoreCorruptError):
+            plain = sealed
+            if sealer is not None:
+                plain = sealer.open(base64.b64decode(sealed), context=b"request")
+            line = json.loads(plain)
+            if isinstance(line, dict) and {"client", "prompt", "computed", "reason"} <= line.keys():
+                yield line
+
+
+def _explained(client: str, lines: Sequence[Mapping[str, Any]]) -> Explanation:
+    groups = defaultdict[tuple[Any, ...], list[Mapping[str, Any]]](list)
+    for line in lines:
+        if line["reason"] != "new":
+            place = line.get("role"), line.get("message"), line.get("line")
+            groups[
+                line["reason"], *(place if line["reason"] == "system_changed" else place[:1])
+            ].append(line)
+    findings = [_finding(group) for group in groups.values()]
+    return Explanation(
+        client=client,
+        requests=len(lines),
+        prompt_tokens=sum(line["prompt"] for line in lines),
+        computed_tokens=sum(line["computed"] for line in lines),
+        findings=tuple(sorted(findings, key=lambda one: -one.computed_tokens)),
+    )
+
+
+def _finding(lines: Sequence[Mapping[str, Any]]) -> Finding:
+    """Return what requests have in common that part from earlier ones for one reason at one place."""
+    line = lines[-1]
+    words = [line[name] for name in ("was", "now") if name in line]
+    place = ""
+    if line["reason"] == "system_changed":
+        is_date = len(words) == 2 and all(_DATE.search(text[:24]) for text in words)
+        place = f"Line {line.get('line', 1)} of the instructions " + (
+            "is a date or a time" if is_date else "changes"
+        )
+    elif line["reason"] == "message_changed":
+        place = f"A message of the {line.get('role', 'user')} changes, number {line.get('message', 0) + 1}"
+    example = f"{words[0][:30]!r} became {words[1][:30]!r}" if len(words) == 2 else None
+    return Finding(
+        reason=line["reason"],
+        place=place,
+        times=len(lines),
+        computed_tokens=sum(one["computed"] for one in lines),
+        example=example if place else line.get("difference"),
+        advice=_ADVICE.get(line["reason"], ""),
+    )
