@@ -26,7 +26,6 @@ from recollect.conversation.turn import (
     Prompting,
     Reply,
     Turn,
-    check_can_be_answered,
     explained,
     generator_of,
 )
@@ -458,9 +457,8 @@ class Session(Cursor):
         Raises:
             ConversationError, TemplateError: As `stream` does.
         """
-        check_can_be_answered(self._tip, self._begun)
-        answering = self._prompting.answering(self._tip, self._begun, self.tools, "error")
-        return len(answering.prompt.token_ids)
+        asked = self._prompting.asking(self._tip, None, self._begun, self.tools, "error")
+        return len(asked.prompt.token_ids)
 
     def _stream(
         self, at: Node | None, text: str | None, params: SamplingParams | None
@@ -492,11 +490,7 @@ class Session(Cursor):
     ) -> "ReplyStream":
         """Have a reply begun; the tree stays as it is, and the tip is *before* again if none comes."""
         tools, engine = self.tools, self._model.engine
-        if text is None:
-            check_can_be_answered(at, self._begun)
-            asked = self._prompting.answering(at, self._begun, tools, self.overflow)
-        else:
-            asked = self._prompting.asking(at, text, tools, self.overflow)
+        asked = self._prompting.asking(at, text, self._begun, tools, self.overflow)
         bare_names = tools.bare_names(params.grammar) if tools.schemas else None
         sequence = self._prompting.sequence(asked.prompt.token_ids)
         generator = generator_of(engine, sequence, params, tools, self._model.grammars)

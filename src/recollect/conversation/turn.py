@@ -205,17 +205,32 @@ class Prompting:
         self._namespace = namespace
         self._window = Window()
 
-    def asking(self, at: Node, said: str | None, tools: Tools, overflow: Overflow) -> Asking:
+    def asking(
+        self, at: Node, said: str | None, begun: Node | None, tools: Tools, overflow: Overflow
+    ) -> Asking:
         """
-        Return the prompt for a reply.
+        Return the prompt for a reply, or for the rest of one.
 
         Args:
             at: The messages up to here, all or those that still fit.
-            said: A user's message after those.
+            said: A user's message after those; None: the last of them is answered.
+            begun: A reply whose beginning was given: where it is the last, it goes on. None: none is.
             tools: What the reply may call.
             overflow: What happens when not all fit.
-        """
 
+        Raises:
+            ConversationError: The last message cannot be answered.
+            TemplateError: The template refuses the conversation.
+        """
+        if said is None:
+            _check_can_be_answered(at, begun)
+        return (
+            self._going_on(at, tools)
+            if said is None and at is begun
+            else self._new(at, said, tools, overflow)
+        )
+
+    def _new(self, at: Node, said: str | None, tools: Tools, overflow: Overflow) -> Asking:
         def encode(messages: Sequence[Node]) -> Prompt:
             return self._encoder.encode(messages, said, tools.schemas)
 
@@ -226,19 +241,7 @@ class Prompting:
         shown = self._window.fitting(path, self._engine.info.context_length, measure, overflow)
         return Asking(at, encode(shown), len(turn_starts(path)) - len(turn_starts(shown)))
 
-    def answering(self, at: Node, begun: Node | None, tools: Tools, overflow: Overflow) -> Asking:
-        """
-        Return the prompt for a reply to a message, or for its end where that is the beginning of one.
-
-        Args:
-            begun: The reply whose beginning was given; None: there is none.
-            at, tools, overflow: As in `asking`.
-
-        Raises:
-            TemplateError: The template refuses the conversation.
-        """
-        if at is not begun:
-            return self.asking(at, None, tools, overflow)
+    def _going_on(self, begun: Node, tools: Tools) -> Asking:
         assert begun.parent is not None, "a reply has a parent"
         path, encoder = self._window.shown(begun.parent.path()), self._encoder
         is_own = encoder.is_own(begun)
@@ -277,7 +280,7 @@ ANSWERED: Final = ("user", "tool")
 """Roles whose messages a reply can follow."""
 
 
-def check_can_be_answered(at: Node, begun: Node | None) -> None:
+def _check_can_be_answered(at: Node, begun: Node | None) -> None:
     """
     Check that a reply can follow a message, or go on where that is the beginning of one.
 

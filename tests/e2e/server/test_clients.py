@@ -186,7 +186,7 @@ def test_openai_conversations(client: openai.OpenAI) -> None:
 
 
 def test_openai_completions_and_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == [MODEL]
+    assert [model.id for model in client.models.list()] == [MODEL, "gpt-4o-mini"]
     assert client.models.retrieve(MODEL).id == MODEL
     completion = client.completions.create(model=MODEL, prompt="Rivers are", max_tokens=6)
     assert completion.choices[0].text
