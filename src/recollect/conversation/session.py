@@ -18,10 +18,10 @@ from typing import Any, Final, Protocol, Self
 
 from recollect.conversation.conversation import Asked, Conversation
 from recollect.conversation.matching import Change
-from recollect.conversation.prompt import PromptEncoder
+from recollect.conversation.prompt import PromptEncoder, Prompting
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
-from recollect.conversation.turn import Expectation, Prompting, Reply, Turn, explained
+from recollect.conversation.turn import Expectation, Reply, Turn, explained
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars
 from recollect.engine.pinning import pin_on_disk

@@ -10,13 +10,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 from recollect.conversation.matching import Change
-from recollect.conversation.prompt import Prompt, PromptEncoder
 from recollect.conversation.tools import Tools
-from recollect.conversation.tree import Node, Overflow, Window, turn_starts
-from recollect.engine.engine import Engine
+from recollect.conversation.tree import Node
 from recollect.engine.reply import GeneratedReply
-from recollect.engine.sequence import Sequence as TokenSequence
-from recollect.errors import ContextFullError
 from recollect.journal.records import NewNode
 from recollect.types import Reason, ToolLinks, Usage
 
@@ -39,6 +35,39 @@ class Reply(GeneratedReply):
         """Return a generated reply with the node that it has become."""
         values = {one.name: getattr(generated, one.name) for one in fields(GeneratedReply)}
         return cls(**values, node=node, dropped_turns=dropped_turns, change=change)
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A reply, or what leads to it, that is shown otherwise than when it was generated."""
+
+    reply: int
+    """Which, counted from 0."""
+    start: int
+    """Of the prompt's ids, the first that was another then."""
+    end: int
+    """Where in the prompt the reply ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation as token ids."""
+
+    token_ids: list[int]
+    rewritten: tuple[Rewritten, ...] = ()
+    """The replies of this model that are shown otherwise; there the ids are those of the template's text."""
+    reencoded_replies: int = 0
+    """Replies that another model wrote: their text is encoded, since its ids mean nothing here."""
+    reencoded_length: int = 0
+    """Leading ids up to the end of the last of these."""
+    generated_length: int = 0
+    """Leading ids up to the end of the last reply of this model. All but the last of them were read
+    before, unless something is shown otherwise."""
+
+    @property
+    def rewritten_reply(self) -> int | None:
+        """Return the first reply, counted from 0, that is shown otherwise; None where none is."""
+        return self.rewritten[0].reply if self.rewritten else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,62 +162,3 @@ class Turn:
             links=ToolLinks(call_ids=calls) if calls else None,
         )
         return [*asked, said]
-
-
-class Prompting:
-    """Prompts in one namespace. Owned by a session."""
-
-    def __init__(self, engine: Engine, encoder: PromptEncoder, namespace: str) -> None:
-        self._engine = engine
-        self._encoder = encoder
-        self._namespace = namespace
-        self._window = Window()
-
-    def asking(
-        self, at: Node, said: str | None, tools: Tools, overflow: Overflow
-    ) -> tuple[Prompt, int]:
-        """
-        Return the prompt for a reply, and how many turns were left out of it.
-
-        Args:
-            at: The messages up to here, all or those that still fit.
-            said: A user's message after those.
-            tools: What the reply may call.
-            overflow: What happens when not all fit.
-        """
-
-        def encode(messages: Sequence[Node]) -> Prompt:
-            return self._encoder.encode(messages, said, tools.schemas)
-
-        def measure(messages: Sequence[Node]) -> int:
-            return len(encode(messages).token_ids)
-
-        path = at.path()
-        shown = self._window.fitting(path, self._engine.info.context_length, measure, overflow)
-        return encode(shown), len(turn_starts(path)) - len(turn_starts(shown))
-
-    def continuing(self, reply: Node, tools: Tools) -> tuple[Prompt, list[int]]:
-        """Return the prompt for a reply that goes on after what it says, and the ids of that."""
-        assert reply.parent is not None, "a reply has a parent"
-        shown = self._window.shown(reply.parent.path())
-        return self._encoder.encode_begun(shown, reply, tools.schemas)
-
-    def typing(self, at: Node, text: str, tools: Tools) -> list[int]:
-        """Return the ids of what is shown up to a node, and of a message that is being typed."""
-        shown = self._window.shown(at.path())
-        return self._encoder.encode_typed(shown, text, tools.schemas).token_ids
-
-    def sequence(self, token_ids: list[int]) -> TokenSequence:
-        """
-        Return a sequence with this history.
-
-        Raises:
-            ContextFullError: It leaves no place for a reply.
-        """
-        limit = self._engine.info.context_length
-        needed = len(token_ids) + 1
-        if needed > limit:
-            raise ContextFullError(needed=needed, limit=limit)
-        sequence = self._engine.new_sequence(self._namespace)
-        sequence.append(token_ids)
-        return sequence

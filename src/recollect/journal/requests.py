@@ -26,7 +26,7 @@ from recollect.files import read_bytes
 from recollect.types import Reason, Usage
 
 _PURPOSE: Final = "requests"
-_MOST_LOG_BYTES: Final = 4 << 20
+MOST_LOG_BYTES: Final = 4 << 20
 """Of lines about requests, 300 bytes each: the last 6,000 to 13,000."""
 _WORDS: Final = ("was", "now", "difference")
 """What of a line may hold words of a prompt."""
@@ -130,8 +130,8 @@ class RequestLog:
         with os.fdopen(os.open(self._path, flags, 0o600), "ab") as file:
             file.write(data)
             size = file.tell()
-        if size > _MOST_LOG_BYTES:
-            kept = read_bytes(self._path, most_bytes=4 * _MOST_LOG_BYTES)[-_MOST_LOG_BYTES // 2 :]
+        if size > MOST_LOG_BYTES:
+            kept = read_bytes(self._path, most_bytes=4 * MOST_LOG_BYTES)[-MOST_LOG_BYTES // 2 :]
             fresh = self._path.with_name(f"{self._path.name}.new-{uuid.uuid4().hex}")
             with os.fdopen(os.open(fresh, flags | os.O_EXCL, 0o600), "wb") as file:
                 file.write(kept.partition(b"\n")[2])
@@ -226,7 +226,7 @@ def explain(
 def _read(path: Path, cipher: Cipher | None) -> Iterator[dict[str, Any]]:
     """Yield the lines of a log, the oldest first; what is none, or does not open, is left out."""
     try:
-        data = read_bytes(path, most_bytes=4 * _MOST_LOG_BYTES)
+        data = read_bytes(path, most_bytes=4 * MOST_LOG_BYTES)
     except OSError:
         return
     sealer = None if cipher is None else cipher.for_purpose(_PURPOSE)

@@ -41,6 +41,14 @@ The authors' tokenizers show them; one converted from GGUF counts them among the
 would leave them out.
 """
 
+_THINKING: Final = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
+SAYS_NOTHING: Final = re.compile(
+    rf"\s*(?:(?:<\|?{_THINKING}\|?>|\[THINK\]|<\|channel>thought)\s*"
+    rf"(?:(?:<\|?/{_THINKING}\|?>|\[/THINK\]|<channel\|>)\s*)?)?"
+)
+"""Space, a mark that opens thinking, or one that is closed around nothing: it says nothing. Source: the
+chat templates that llama.cpp keeps."""
+
 _BYTE_TOKEN: Final = re.compile(rb"<0x([0-9A-F]{2})>")
 _SPACE_MARK: Final = "\u2581".encode()
 """Stands for a space in vocabularies made by SentencePiece."""
@@ -284,6 +292,17 @@ class Shown:
         return self.text.startswith(text, start) and all(
             self.has_break(place, place + 2) for place in begins
         )
+
+    def written(self, control: ControlTokens) -> list[str]:
+        """Return the control tokens that lie across no break, in order."""
+        found, start = [], 0
+        while (span := control.find(self.text, start)) is not None:
+            if self.has_break(*span):
+                start = span[0] + 1
+            else:
+                found.append(self.text[slice(*span)])
+                start = span[1]
+        return found
 
     def followed_by_said(self, text: str, control: ControlTokens) -> "Shown":
         """Return this and a text that somebody says after it."""

@@ -94,7 +94,7 @@ def test_in_an_encrypted_folder_each_line_is_sealed(tmp_path: Path) -> None:
 def test_the_file_is_bounded_and_for_its_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests, "_MOST_LOG_BYTES", 20_000)
+    monkeypatch.setattr(requests, "MOST_LOG_BYTES", 20_000)
     log = RequestLog(tmp_path, None)
     for number in range(500):
         log.note("m", f"client {number}", usage(), None)
