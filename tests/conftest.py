@@ -70,7 +70,7 @@ settings.load_profile(
 
 
 HERE = Path(__file__).parent
-SLOW_FOLDERS = {"crash", "e2e", "exports", "homes", "real"}
+SLOW_FOLDERS = {"clients", "crash", "e2e", "exports", "homes", "real"}
 """Their tests start processes, kill them, take large models or whole homes; all of them are slow."""
 
 

@@ -234,7 +234,8 @@ class SamplingParams:
     """Whether end tokens do not end the reply, for benchmarks of a fixed length."""
     end_repetition: bool = True
     """
-    End a reply that only repeats itself, by the rule of `engine.repetition`; never with `ignore_eos`.
+    End a reply that only repeats itself, by the rule of `engine.sampling.Repetition`; not with
+    `ignore_eos`.
 
     Sessions and the server do; a `Generator` goes on, whose caller decides about each token.
     """

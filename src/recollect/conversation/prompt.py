@@ -13,7 +13,6 @@ spells, and at its ends where it could complete one; the marks travel through th
 control token may be where they come out. Nearly all texts get none. Only a template that removes
 letters from what is said, or changes their case, could still make a control token of it.
 
-`Prompting` makes the prompts of one session, and remembers what was once left out of a full context.
 Nothing here knows KV: what of a prompt is computed already is found out by its sequence.
 """
 
@@ -24,20 +23,16 @@ import re
 import secrets
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from sys import getsizeof
 from typing import Any, Final, cast
 
 from recollect.conversation.matching import shared_characters
-from recollect.conversation.tools import Tools
-from recollect.conversation.tree import ROOT_KEY, Node, Overflow, Window, message_key, turn_starts
-from recollect.conversation.turn import Prompt, Rewritten
-from recollect.engine.engine import Engine
-from recollect.engine.sequence import Sequence as TokenSequence
-from recollect.errors import ContextFullError, InvalidParameterError, TemplateError
+from recollect.conversation.tree import ROOT_KEY, Node, message_key
+from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import SAYS_NOTHING, ControlTokens, Shown, Tokenizer
+from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
 from recollect.types import Message, Remembered, Role, common_prefix_length
 
 ToolSchemas = Sequence[Mapping[str, Any]]
@@ -131,9 +126,21 @@ def shown(
         return marked, None
     # The template looks at what is said. Where that is about something else than control tokens,
     # its own answer counts; otherwise the one that it gives to a text without any.
-    if Shown(text).written(control) == marked.written(control):
+    if _written(Shown(text), control) == _written(marked, control):
         return Shown(text), None
     return marked, guard
+
+
+def _written(text: Shown, control: ControlTokens) -> list[str]:
+    """Return the control tokens that lie across no break, in order."""
+    found, start = [], 0
+    while (span := control.find(text.text, start)) is not None:
+        if text.has_break(*span):
+            start = span[0] + 1
+        else:
+            found.append(text.text[slice(*span)])
+            start = span[1]
+    return found
 
 
 def _new_mark(strings: Iterable[str]) -> str:
@@ -182,6 +189,48 @@ forgotten is encoded again, at 15 million characters in a second. Source: smollm
 _ENTRY_BYTES: Final = 250
 """What one segment takes beside its ids: its name, the array's head and its place in the table.
 Source: `sys.getsizeof` of these in CPython 3.12, rounded up."""
+
+
+_THINKING: Final = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
+_NOTHING: Final = re.compile(
+    rf"\s*(?:(?:<\|?{_THINKING}\|?>|\[THINK\]|<\|channel>thought)\s*"
+    rf"(?:(?:<\|?/{_THINKING}\|?>|\[/THINK\]|<channel\|>)\s*)?)?"
+)
+"""Space, a mark that opens thinking, or one that is closed around nothing: it says nothing. Source: the
+chat templates that llama.cpp keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A reply, or what leads to it, that is shown otherwise than when it was generated."""
+
+    reply: int
+    """Which, counted from 0."""
+    start: int
+    """Of the prompt's ids, the first that was another then."""
+    end: int
+    """Where in the prompt the reply ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation as token ids."""
+
+    token_ids: list[int]
+    rewritten: tuple[Rewritten, ...] = ()
+    """The replies of this model that are shown otherwise; there the ids are those of the template's text."""
+    reencoded_replies: int = 0
+    """Replies that another model wrote: their text is encoded, since its ids mean nothing here."""
+    reencoded_length: int = 0
+    """Leading ids up to the end of the last of these."""
+    generated_length: int = 0
+    """Leading ids up to the end of the last reply of this model. All but the last of them were read
+    before, unless something is shown otherwise."""
+
+    @property
+    def rewritten_reply(self) -> int | None:
+        """Return the first reply, counted from 0, that is shown otherwise; None where none is."""
+        return self.rewritten[0].reply if self.rewritten else None
 
 
 MOST_OPENING_BYTES: Final = 4 << 20
@@ -255,7 +304,7 @@ class PromptEncoder:
             self.openings.put(encoding.name(len(encoding.path), said), opening)
         return prompt
 
-    def _said_ids(self, reply: Node) -> list[int]:
+    def said_ids(self, reply: Node) -> list[int]:
         """Return the ids of a reply by itself: those that were generated, or of its text."""
         if reply.token_ids is not None and self.is_own(reply):
             return [*reply.token_ids]
@@ -273,8 +322,7 @@ class PromptEncoder:
             InvalidParameterError: One is no option, or a text in it could be a control token.
         """
         for name, value in options.items():
-            texts = [text.strip() for text in (name, *_strings(value))]
-            if any(self.control.may_touch(text) for text in texts if text):
+            if any(map(self.control.may_make, (name, *_strings(value)))):
                 raise InvalidParameterError(
                     f"The template option {name[:40]!r} has a text in which the model could read a "
                     "control token: leave that out."
@@ -282,24 +330,6 @@ class PromptEncoder:
         other = copy.copy(self)
         other._template = self._template.with_options(options)
         return other
-
-    def encode_begun(
-        self, path: Sequence[Node], reply: Node, tools: ToolSchemas = ()
-    ) -> tuple[Prompt, list[int]]:
-        """
-        Return the ids of messages and of a reply that is to go on after its text; and the latter's.
-
-        Raises:
-            TemplateError: The template refuses the conversation.
-        """
-        begun = list(self._said_ids(reply))
-        try:
-            prompt = self.encode_typed(path, "", tools, role="assistant")
-        except TemplateError:  # it refuses to end with a reply, or does not show one there
-            prompt = self.encode(path, tools=tools)
-        ids = prompt.token_ids + begun
-        known = len(ids) if self.is_own(reply) else prompt.generated_length
-        return replace(prompt, token_ids=ids, generated_length=known), begun
 
     def encode_typed(
         self, path: Sequence[Node], typed: str, tools: ToolSchemas = (), *, role: Role = "user"
@@ -364,33 +394,9 @@ class PromptEncoder:
         known = self.remembered.get(name)
         if known is not None:
             return known.tolist()
-        ids = self._encoded(part)
+        ids = encode_shown(self._tokenizer, part)
         self.remembered.put(name, array("i", ids))
         return ids
-
-    def _encoded(self, part: Shown) -> list[int]:
-        """
-        Return the ids of a part, control tokens only where the template wrote them.
-
-        Between two of those the text is encoded in one piece, as it always is. So all but the
-        pieces in which a control token was said have the ids that the whole text would have.
-        """
-        encode, find = self._tokenizer.encode, self._tokenizer.control_tokens.find
-        text, ids = part.text, []
-        done = piece = start = 0  # `[done, piece)` is encoded as always, once `[piece, …)` is not
-        is_plain = False
-        while part.breaks and (span := find(text, start)) is not None:
-            begin, end = span
-            if part.has_break(begin, end):
-                is_plain, start = True, begin + 1
-                continue
-            if is_plain:
-                ids += encode(text[done:piece]) + self._tokenizer.encode_text(text[piece:begin])
-                done, is_plain = begin, False
-            piece = start = end
-        if is_plain:
-            return ids + encode(text[done:piece]) + self._tokenizer.encode_text(text[piece:])
-        return ids + encode(text[done:])
 
 
 class _Encoding:
@@ -444,7 +450,9 @@ class _Encoding:
 
     def opening(self) -> Opening | None:
         """Return what is shown after the last reply; None where it is not known where that ends."""
-        return None if self._last is None else Opening(self._last, self._whole.text[self._end :])
+        if self._last is None:
+            return None
+        return Opening(self._last, self._whole.text[self._end :])
 
     def name(self, messages: int, said: str | None = None) -> bytes:
         """Return a name of the first messages, and of a user's after those."""
@@ -508,7 +516,7 @@ class _Encoding:
             now = self._whole.text[self._end : start]
             same = shared_characters(asked or now, now)
             if asked is not None and asked != now:
-                if SAYS_NOTHING.fullmatch(asked, same) and SAYS_NOTHING.fullmatch(now, same):
+                if _NOTHING.fullmatch(asked, same) and _NOTHING.fullmatch(now, same):
                     lead = self._whole.part(self._done, self._end + same)
                     lead = Shown(lead.text + asked[same:], lead.breaks)
                 else:
@@ -573,62 +581,3 @@ class _Encoding:
         end = max(start + 1, len(self._ids) + len(now)) if stop is not None else start + 1
         self._rewritten.append(Rewritten(number, start, end))
         self._generated_length = max(self._generated_length, end)
-
-
-class Prompting:
-    """Prompts in one namespace. Owned by a session."""
-
-    def __init__(self, engine: Engine, encoder: PromptEncoder, namespace: str) -> None:
-        self._engine = engine
-        self._encoder = encoder
-        self._namespace = namespace
-        self._window = Window()
-
-    def asking(
-        self, at: Node, said: str | None, tools: Tools, overflow: Overflow
-    ) -> tuple[Prompt, int]:
-        """
-        Return the prompt for a reply, and how many turns were left out of it.
-
-        Args:
-            at: The messages up to here, all or those that still fit.
-            said: A user's message after those.
-            tools: What the reply may call.
-            overflow: What happens when not all fit.
-        """
-
-        def encode(messages: Sequence[Node]) -> Prompt:
-            return self._encoder.encode(messages, said, tools.schemas)
-
-        def measure(messages: Sequence[Node]) -> int:
-            return len(encode(messages).token_ids)
-
-        path = at.path()
-        shown = self._window.fitting(path, self._engine.info.context_length, measure, overflow)
-        return encode(shown), len(turn_starts(path)) - len(turn_starts(shown))
-
-    def continuing(self, reply: Node, tools: Tools) -> tuple[Prompt, list[int]]:
-        """Return the prompt for a reply that goes on after what it says, and the ids of that."""
-        assert reply.parent is not None, "a reply has a parent"
-        shown = self._window.shown(reply.parent.path())
-        return self._encoder.encode_begun(shown, reply, tools.schemas)
-
-    def typing(self, at: Node, text: str, tools: Tools) -> list[int]:
-        """Return the ids of what is shown up to a node, and of a message that is being typed."""
-        shown = self._window.shown(at.path())
-        return self._encoder.encode_typed(shown, text, tools.schemas).token_ids
-
-    def sequence(self, token_ids: list[int]) -> TokenSequence:
-        """
-        Return a sequence with this history.
-
-        Raises:
-            ContextFullError: It leaves no place for a reply.
-        """
-        limit = self._engine.info.context_length
-        needed = len(token_ids) + 1
-        if needed > limit:
-            raise ContextFullError(needed=needed, limit=limit)
-        sequence = self._engine.new_sequence(self._namespace)
-        sequence.append(token_ids)
-        return sequence

@@ -18,8 +18,7 @@ from queue import SimpleQueue
 from typing import Any, Final, Self
 
 from recollect.engine.engine import Engine
-from recollect.engine.repetition import Repetition
-from recollect.engine.sampling import Generator, Likelihood
+from recollect.engine.sampling import Generator, Likelihood, Repetition
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
@@ -299,7 +298,7 @@ class GeneratedReply:
     stop_string: str | None = None
     """The stop string that has ended it; None where none has."""
     ran_away: bool = False
-    """It was ended, with `length` as the reason, because it only repeated itself: `engine.repetition`."""
+    """It was ended as too long, because it only repeated itself: `engine.sampling.Repetition`."""
 
     def __str__(self) -> str:
         return self.text

@@ -6,7 +6,8 @@ import pytest
 
 from recollect.conversation.matching import Change
 from recollect.conversation.model import Model
-from recollect.conversation.turn import Expectation, Prompt, Rewritten, explained
+from recollect.conversation.prompt import Prompt, Rewritten
+from recollect.conversation.turn import Expectation, explained
 from recollect.types import Message, SamplingParams, Usage
 
 SHORT = SamplingParams(max_tokens=6)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.unit.engine.repeating_texts import TEXTS
 
-from recollect.engine.repetition import LENGTH, REMEMBERED, TIMES, WINDOW, Repetition
+from recollect.engine.sampling import REPETITION_WINDOW, SAME_LENGTH, SAME_TIMES, Repetition
 
 RUNAWAYS = [
     json.loads(line)
@@ -67,7 +67,7 @@ def test_an_exact_cycle_is_ended(period: int) -> None:
     head = list(range(1000, 1100))
     end = end_of(head + list(range(period)) * (2048 // period + 1))
     assert end is not None
-    assert end <= len(head) + TIMES * max(period, LENGTH) + WINDOW
+    assert end <= len(head) + SAME_TIMES * max(period, SAME_LENGTH) + REPETITION_WINDOW
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -85,4 +85,4 @@ def test_random_tokens_go_on() -> None:
     repetition = Repetition()
     for _ in range(50_000):
         assert not repetition.push(chosen.randrange(50_000))
-    assert len(repetition._counted) == len(repetition._last_end) == REMEMBERED
+    repetition.check()
