@@ -27,7 +27,7 @@ def test_metrics_count_what_was_done(client: httpx.Client, chat: Callable[..., J
     assert metric(client, tokens + '"computed"}') == sum(computed)
     assert metric(client, tokens + '"memory"}') == reused > 100
     assert metric(client, "recollect_first_token_seconds_count") == 2
-    assert metric(client, 'recollect_replies_total{model="reference",reason="new"}') == 1
+    assert metric(client, 'recollect_replies_total{model="reference",reason="new"}') == 2
     requests = 'recollect_requests_total{endpoint="/v1/chat/completions",status="200"}'
     assert metric(client, requests) == 2
     assert metric(client, 'recollect_requests_total{endpoint="other",status="404"}') == 1
