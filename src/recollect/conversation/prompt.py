@@ -23,7 +23,7 @@ import re
 import secrets
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from sys import getsizeof
 from typing import Any, Final, cast
@@ -32,7 +32,7 @@ from recollect.conversation.matching import shared_characters
 from recollect.conversation.tree import ROOT_KEY, Node, message_key
 from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer
+from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
 from recollect.types import Message, Remembered, Role, common_prefix_length
 
 ToolSchemas = Sequence[Mapping[str, Any]]
@@ -304,7 +304,7 @@ class PromptEncoder:
             self.openings.put(encoding.name(len(encoding.path), said), opening)
         return prompt
 
-    def _said_ids(self, reply: Node) -> list[int]:
+    def said_ids(self, reply: Node) -> list[int]:
         """Return the ids of a reply by itself: those that were generated, or of its text."""
         if reply.token_ids is not None and self.is_own(reply):
             return [*reply.token_ids]
@@ -322,8 +322,7 @@ class PromptEncoder:
             InvalidParameterError: One is no option, or a text in it could be a control token.
         """
         for name, value in options.items():
-            texts = [text.strip() for text in (name, *_strings(value))]
-            if any(self.control.may_touch(text) for text in texts if text):
+            if any(map(self.control.may_make, (name, *_strings(value)))):
                 raise InvalidParameterError(
                     f"The template option {name[:40]!r} has a text in which the model could read a "
                     "control token: leave that out."
@@ -331,24 +330,6 @@ class PromptEncoder:
         other = copy.copy(self)
         other._template = self._template.with_options(options)
         return other
-
-    def encode_begun(
-        self, path: Sequence[Node], reply: Node, tools: ToolSchemas = ()
-    ) -> tuple[Prompt, list[int]]:
-        """
-        Return the ids of messages and of a reply that is to go on after its text; and the latter's.
-
-        Raises:
-            TemplateError: The template refuses the conversation.
-        """
-        begun = list(self._said_ids(reply))
-        try:
-            prompt = self.encode_typed(path, "", tools, role="assistant")
-        except TemplateError:  # it refuses to end with a reply, or does not show one there
-            prompt = self.encode(path, tools=tools)
-        ids = prompt.token_ids + begun
-        known = len(ids) if self.is_own(reply) else prompt.generated_length
-        return replace(prompt, token_ids=ids, generated_length=known), begun
 
     def encode_typed(
         self, path: Sequence[Node], typed: str, tools: ToolSchemas = (), *, role: Role = "user"
@@ -413,33 +394,9 @@ class PromptEncoder:
         known = self.remembered.get(name)
         if known is not None:
             return known.tolist()
-        ids = self._encoded(part)
+        ids = encode_shown(self._tokenizer, part)
         self.remembered.put(name, array("i", ids))
         return ids
-
-    def _encoded(self, part: Shown) -> list[int]:
-        """
-        Return the ids of a part, control tokens only where the template wrote them.
-
-        Between two of those the text is encoded in one piece, as it always is. So all but the
-        pieces in which a control token was said have the ids that the whole text would have.
-        """
-        encode, find = self._tokenizer.encode, self._tokenizer.control_tokens.find
-        text, ids = part.text, []
-        done = piece = start = 0  # `[done, piece)` is encoded as always, once `[piece, …)` is not
-        is_plain = False
-        while part.breaks and (span := find(text, start)) is not None:
-            begin, end = span
-            if part.has_break(begin, end):
-                is_plain, start = True, begin + 1
-                continue
-            if is_plain:
-                ids += encode(text[done:piece]) + self._tokenizer.encode_text(text[piece:begin])
-                done, is_plain = begin, False
-            piece = start = end
-        if is_plain:
-            return ids + encode(text[done:piece]) + self._tokenizer.encode_text(text[piece:])
-        return ids + encode(text[done:])
 
 
 class _Encoding:

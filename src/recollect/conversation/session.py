@@ -10,18 +10,26 @@ So an operation on the tree cannot bring tree and KV out of step.
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from time import perf_counter
-from typing import Any, Final, Protocol, Self
+from typing import Any, Protocol, Self
 
 from recollect.conversation.conversation import Asked, Conversation
 from recollect.conversation.matching import Change
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
-from recollect.conversation.turn import Expectation, Prompting, Reply, Turn, explained
+from recollect.conversation.turn import (
+    ANSWERED,
+    Expectation,
+    Prompting,
+    Reply,
+    Turn,
+    check_can_be_answered,
+    explained,
+    generator_of,
+)
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars
 from recollect.engine.pinning import pin_on_disk
@@ -33,7 +41,6 @@ from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (
     ContextFullError,
     ConversationError,
-    InvalidParameterError,
     RewindError,
     SessionBusyError,
     TemplateError,
@@ -82,10 +89,6 @@ class ModelParts(Protocol):
         Raises:
             StoreError: There is no KV store on disk, or the journal cannot be used.
         """
-
-
-ANSWERED: Final = ("user", "tool")
-"""Roles of the messages that a reply can follow."""
 
 
 class Cursor:
@@ -234,10 +237,8 @@ class Session(Cursor):
         self._namespace = namespace
         self._idle = IdleWork(model.engine)
         self._pinned: list[CachedBlock] = []
-        self._template_options = dict(template_options or {})
-        prompts = model.prompts
-        if self._template_options:
-            prompts = prompts.with_options(self._template_options)
+        options = self._template_options = dict(template_options or {})
+        prompts = model.prompts.with_options(options) if options else model.prompts
         self._prompting = Prompting(model.engine, prompts, namespace)
         self.params = params
         self.overflow = overflow
@@ -498,11 +499,9 @@ class Session(Cursor):
         Raises:
             ConversationError, TemplateError: As `stream` does.
         """
-        at = self._tip
-        self._check_can_be_answered(at)
-        if at is self._begun:
-            return len(self._prompting.continuing(at, self.tools)[0].token_ids)
-        return len(self._prompting.asking(at, None, self.tools, "error")[0].token_ids)
+        check_can_be_answered(self._tip, self._begun)
+        answering = self._prompting.answering(self._tip, self._begun, self.tools, "error")
+        return len(answering.prompt.token_ids)
 
     def _stream(
         self, at: Node | None, text: str | None, params: SamplingParams | None
@@ -533,71 +532,22 @@ class Session(Cursor):
         self, at: Node, text: str | None, params: SamplingParams, before: Node
     ) -> "ReplyStream":
         """Have a reply begun; the tree stays as it is, and the tip is *before* again if none comes."""
-        begun = at if text is None and at is self._begun else None
-        if text is None:
-            self._check_can_be_answered(at)
         tools, engine = self.tools, self._model.engine
-        begun_ids: Sequence[int] = ()
-        dropped = 0
-        if begun is None:
-            prompt, dropped = self._prompting.asking(at, text, tools, self.overflow)
+        if text is None:
+            check_can_be_answered(at, self._begun)
+            asked = self._prompting.answering(at, self._begun, tools, self.overflow)
         else:
-            prompt, begun_ids = self._prompting.continuing(begun, tools)
-            assert begun.parent is not None, "a reply has a parent"
-            at = begun.parent
+            asked = self._prompting.asking(at, text, tools, self.overflow)
         bare_names = tools.bare_names(params.grammar) if tools.schemas else None
-        generator = self._generator(self._prompting.sequence(prompt.token_ids), params)
-        expected = Expectation(
-            prompt,
-            engine.info.reuse.unit,
-            self._change if (begun or at) is self._tip else None,
-            self.conversation.tools_change(at, tools),
-        )
-        turn = Turn(at, text, before, tools, dropped, expected, begun, begun_ids)
+        sequence = self._prompting.sequence(asked.prompt.token_ids)
+        generator = generator_of(engine, sequence, params, tools, self._model.grammars)
+        change = self._change if at is self._tip else None
+        tools_change = self.conversation.tools_change(asked.at, tools)
+        expected = Expectation(asked.prompt, engine.info.reuse.unit, change, tools_change)
+        turn = Turn(asked, text, before, tools, expected)
         stream = ReplyStream(self, turn, generator, bare_names)
         stream.start()
         return stream
-
-    def _check_can_be_answered(self, at: Node) -> None:
-        """
-        Check that a reply can follow a message, or go on where that is the beginning of one.
-
-        Raises:
-            ConversationError: It cannot.
-        """
-        last = at
-        while last.role == "system" and last.parent is not None:
-            last = last.parent
-        if last.role in ANSWERED:
-            return
-        if at is not self._begun:
-            raise ConversationError(
-                "There is no message to answer: the last one, instructions apart, has to be a user's "
-                "or a tool's."
-            )
-        if at.links is not None and at.links.call_ids:
-            raise ConversationError(
-                "The last message calls tools: add what they gave back, as messages of the role tool."
-            )
-
-    def _generator(self, sequence: TokenSequence, params: SamplingParams) -> Generator:
-        """Return what continues a sequence, which is released where nothing can."""
-        model, tools = self._model, self.tools
-        try:
-            while True:
-                how = params
-                if tools.schemas:
-                    how = replace(params, grammar=tools.grammar(params.grammar))
-                try:
-                    return Generator(model.engine, how, sequence=sequence, grammars=model.grammars)
-                except InvalidParameterError as error:
-                    if how.grammar is None or not tools.schemas:
-                        raise
-                    # A tool whose schema cannot be held to is no reason to refuse the request.
-                    tools = tools.loosened(error, how.grammar)
-        except BaseException:
-            sequence.release()
-            raise
 
     def _ask(self, turn: Turn) -> Asked | None:
         """Save the message of a turn before it is answered."""
@@ -625,7 +575,7 @@ class Session(Cursor):
             self.conversation.take_back(asked)
             self._tip = turn.before
             return None
-        goes_there = (turn.begun or turn.at) is self._tip or is_whole
+        goes_there = (turn.asked.begun or turn.at) is self._tip or is_whole
         messages = turn.messages(reply, token_ids, self._model.weights_fingerprint)
         tip = self.name if goes_there else None
         node = self.conversation.add(turn.at, messages, tip=tip, asked=asked)
@@ -634,7 +584,7 @@ class Session(Cursor):
             self._tip, self._change = node, None
         self._idle.forget()
         self._start_idle_work()
-        return Reply.of(reply, node, turn.dropped_turns, turn.expected.change)
+        return Reply.of(reply, node, turn.asked.dropped_turns, turn.expected.change)
 
     def _typed(self, text: str) -> TokenSequence:
         at = self._tip.parent if self._is_unanswered() else self._tip

@@ -7,18 +7,25 @@ rest are values: the session carries a turn out, and owns all other state.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Final, Self
 
 from recollect.conversation.matching import Change
 from recollect.conversation.prompt import Prompt, PromptEncoder
 from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node, Overflow, Window, turn_starts
 from recollect.engine.engine import Engine
+from recollect.engine.grammar import Grammars
 from recollect.engine.reply import GeneratedReply
+from recollect.engine.sampling import Generator
 from recollect.engine.sequence import Sequence as TokenSequence
-from recollect.errors import ContextFullError
+from recollect.errors import (
+    ContextFullError,
+    ConversationError,
+    InvalidParameterError,
+    TemplateError,
+)
 from recollect.journal.records import NewNode
-from recollect.types import Reason, ToolLinks, Usage
+from recollect.types import Reason, SamplingParams, ToolLinks, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,22 +107,36 @@ def _reason(usage: Usage, expected: Expectation) -> tuple[Reason, str | None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """A message and the node that it follows, what its reply may call, and what it should reuse."""
+class Asking:
+    """What a reply is to follow, as token ids."""
 
     at: Node
-    """The node that the turn follows."""
-    said: str | None
-    """The user's message; None: the reply answers `at`."""
-    before: Node
-    """The session's tip before the turn, which is the tip again if there is no reply."""
-    tools: Tools
-    dropped_turns: int
-    expected: Expectation
+    """The last message before it."""
+    prompt: Prompt
+    dropped_turns: int = 0
+    """Oldest turns that were left out because the context was full."""
     begun: Node | None = None
     """The reply that goes on, in whose place the longer one comes; None: a new one begins."""
     begun_ids: Sequence[int] = ()
-    """What it was read as."""
+    """What it was read as: the end of the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What was said where, what the reply may call, and what it was expected to reuse."""
+
+    asked: Asking
+    said: str | None
+    """None: the last message is answered."""
+    before: Node
+    """The tip that the session goes back to where no reply comes."""
+    tools: Tools
+    expected: Expectation
+
+    @property
+    def at(self) -> Node:
+        """Return what the turn follows."""
+        return self.asked.at
 
     def messages(
         self, reply: GeneratedReply, token_ids: Sequence[int], fingerprint: str
@@ -125,8 +146,8 @@ class Turn:
         calls = tuple(call.id for call in reply.tool_calls)
         said = NewNode(
             role="assistant",
-            content=reply.text if self.begun is None else self.begun.content + reply.text,
-            token_ids=[*self.begun_ids, *token_ids],
+            content=("" if self.asked.begun is None else self.asked.begun.content) + reply.text,
+            token_ids=[*self.asked.begun_ids, *token_ids],
             fingerprint=fingerprint,
             finish_reason=reply.finish_reason,
             usage=reply.usage.to_dict(),
@@ -144,11 +165,9 @@ class Prompting:
         self._namespace = namespace
         self._window = Window()
 
-    def asking(
-        self, at: Node, said: str | None, tools: Tools, overflow: Overflow
-    ) -> tuple[Prompt, int]:
+    def asking(self, at: Node, said: str | None, tools: Tools, overflow: Overflow) -> Asking:
         """
-        Return the prompt for a reply, and how many turns were left out of it.
+        Return the prompt for a reply.
 
         Args:
             at: The messages up to here, all or those that still fit.
@@ -165,13 +184,33 @@ class Prompting:
 
         path = at.path()
         shown = self._window.fitting(path, self._engine.info.context_length, measure, overflow)
-        return encode(shown), len(turn_starts(path)) - len(turn_starts(shown))
+        return Asking(at, encode(shown), len(turn_starts(path)) - len(turn_starts(shown)))
 
-    def continuing(self, reply: Node, tools: Tools) -> tuple[Prompt, list[int]]:
-        """Return the prompt for a reply that goes on after what it says, and the ids of that."""
-        assert reply.parent is not None, "a reply has a parent"
-        shown = self._window.shown(reply.parent.path())
-        return self._encoder.encode_begun(shown, reply, tools.schemas)
+    def answering(self, at: Node, begun: Node | None, tools: Tools, overflow: Overflow) -> Asking:
+        """
+        Return the prompt for a reply to a message, or for its end where that is the beginning of one.
+
+        Args:
+            begun: The reply whose beginning was given; None: there is none.
+            at, tools, overflow: As in `asking`.
+
+        Raises:
+            TemplateError: The template refuses the conversation.
+        """
+        if at is not begun:
+            return self.asking(at, None, tools, overflow)
+        assert begun.parent is not None, "a reply has a parent"
+        path, encoder = self._window.shown(begun.parent.path()), self._encoder
+        is_own = encoder.is_own(begun)
+        begun_ids = encoder.said_ids(begun)
+        try:
+            prompt = encoder.encode_typed(path, "", tools.schemas, role="assistant")
+        except TemplateError:  # it refuses to end with a reply, or does not show one there
+            prompt = encoder.encode(path, tools=tools.schemas)
+        ids = prompt.token_ids + begun_ids
+        known = len(ids) if is_own else prompt.generated_length
+        prompt = replace(prompt, token_ids=ids, generated_length=known)
+        return Asking(begun.parent, prompt, begun=begun, begun_ids=begun_ids)
 
     def typing(self, at: Node, text: str, tools: Tools) -> list[int]:
         """Return the ids of what is shown up to a node, and of a message that is being typed."""
@@ -192,3 +231,65 @@ class Prompting:
         sequence = self._engine.new_sequence(self._namespace)
         sequence.append(token_ids)
         return sequence
+
+
+ANSWERED: Final = ("user", "tool")
+"""Roles whose messages a reply can follow."""
+
+
+def check_can_be_answered(at: Node, begun: Node | None) -> None:
+    """
+    Check that a reply can follow a message, or go on where that is the beginning of one.
+
+    Args:
+        at: The message.
+        begun: The reply whose beginning was given; None: there is none.
+
+    Raises:
+        ConversationError: It cannot.
+    """
+    last = at
+    while last.role == "system" and last.parent is not None:
+        last = last.parent
+    if last.role in ANSWERED:
+        return
+    if at is not begun:
+        raise ConversationError(
+            "There is no message to answer: the last one, instructions apart, has to be a user's or a "
+            "tool's."
+        )
+    if at.links is not None and at.links.call_ids:
+        raise ConversationError(
+            "The last message calls tools: add what they gave back, as messages of the role tool."
+        )
+
+
+def generator_of(
+    engine: Engine,
+    sequence: TokenSequence,
+    params: SamplingParams,
+    tools: Tools,
+    grammars: Grammars,
+) -> Generator:
+    """
+    Return what continues a sequence with a reply that may call tools.
+
+    A tool whose schema cannot be held to is no reason to refuse the request: its calls are not held to it.
+
+    Raises:
+        ConfigError: A parameter or a grammar cannot be used; the sequence is released.
+    """
+    try:
+        while True:
+            how = params
+            if tools.schemas:
+                how = replace(params, grammar=tools.grammar(params.grammar))
+            try:
+                return Generator(engine, how, sequence=sequence, grammars=grammars)
+            except InvalidParameterError as error:
+                if how.grammar is None or not tools.schemas:
+                    raise
+                tools = tools.loosened(error, how.grammar)
+    except BaseException:
+        sequence.release()
+        raise

@@ -7,13 +7,12 @@ disk tier. It does not know text: what is done with logits is a task's business.
 
 import atexit
 import threading
-import time
 import weakref
 from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 from contextlib import suppress
 from functools import partial
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Final
 
 from recollect.engine.scheduler import Chunks, Room, Scheduler, Task
@@ -320,7 +319,7 @@ class Engine:
             chunks, copies = self._room.prepare()
             tasks = self._scheduler.tasks()
         if [task for task in tasks if task.hand_over()]:
-            time.sleep(self.info.pace.first_token_pause_s)
+            sleep(self.info.pace.first_token_pause_s)
         self._pass(chunks, copies)
         return True
 

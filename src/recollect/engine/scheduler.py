@@ -91,13 +91,13 @@ class Task:
 
 
 MOST_SPARE: Final = 16
-"""Spare tasks that wait. On a server that is never idle each reply leaves one behind; the older ones are
-for conversations whose KV is evicted by the time that they could run."""
+"""How many spare tasks may wait. On a server that is never idle each reply leaves one behind, and the KV
+of the older ones' conversations is evicted by the time that they could run."""
 
 MOST_CREDIT: Final = 131_072
-"""Prompt tokens by which a namespace that was quiet may overtake others, until they take turns again. It
-is as much as a prompt that fills the context of most models: its first token then waits for no prompt of
-somebody who sends hundreds, and nobody waits for ever."""
+"""How many prompt tokens a namespace that was quiet may be fed before others take turns with it. That is
+a prompt that fills the context of most models: it overtakes all prompts of somebody who sends hundreds,
+and nobody waits for ever."""
 
 Chunks = dict[Task, FeedPlan]
 """What one forward pass feeds: a range of each task's history."""
@@ -200,9 +200,9 @@ class Scheduler:
         """
         Let waiting tasks run, those of the namespace with the fewest first, while there is room.
 
-        Where there is none for the first task of a namespace, the newest of the namespace with the most
-        waits again in its place: nobody waits for the end of what somebody else has a second of. Idle
-        tasks run when nothing else is there. One task always runs, whether it fits or not.
+        Where a namespace that has nothing running finds no room, the newest task of the namespace with
+        the most running is preempted for it: nobody waits while somebody else runs two. Idle tasks run
+        when nothing else is there. One task always runs, whether it fits or not.
         """
         if any(not task.idle for task in self.waiting):
             for idle in [task for task in self.running if task.idle]:

@@ -301,7 +301,7 @@ class DiskTier:
     def _write_chains(self, batch: list[CachedBlock]) -> list[CachedBlock]:
         """Write blocks with what they follow; return those whose prefix was gone from disk."""
         with self._lock:
-            alive = [cached for cached in batch if self._cache.holds(cached)]
+            alive = [cached for cached in batch if cached.in_tree]
             wanted = list(dict.fromkeys(block for one in alive for block in _unwritten(one)))
         most = self.writer.most_blocks()
         for start in range(0, len(wanted), most):
@@ -324,7 +324,7 @@ class DiskTier:
     def _leased(self, wanted: list[CachedBlock]) -> Iterator[list[CachedBlock]]:
         """Hold blocks that are still in the cache, so that nobody writes into them."""
         with self._lock:
-            held = [cached for cached in wanted if self._cache.holds(cached)]
+            held = [cached for cached in wanted if cached.in_tree]
             self.leased_blocks = [cached.block for cached in held]
             self._pool.retain(self.leased_blocks)
         try:

@@ -254,15 +254,15 @@ class CachedBlock:
 
 
 _FEW: Final = 64
-"""Entries of the heap that may stand for nothing: below that, cleaning up is not worth it."""
+"""The heap may hold this many stale entries: below that it is not worth cleaning."""
 
 
 class EvictionOrder:
     """
     The nodes of a tree in the order in which they are evicted: leaves first, the oldest of them first.
 
-    Owned by the prefix cache, which says what comes, goes, and is held. Each change costs a few steps,
-    and the next node to evict the logarithm of how many there are: nothing here walks the tree.
+    Owned by the prefix cache, which tells it what is inserted, removed and held. Nothing here walks the
+    tree: a change costs a few steps, and finding the next node to evict the logarithm of their number.
 
     Invariants:
         1. Each node knows how many of its children stay.
@@ -292,8 +292,8 @@ class EvictionOrder:
         """
         Take note of whether a node is held.
 
-        Goes up the tree as far as that changes what stays. Under a block table, which holds all blocks
-        of a prefix, that is not even one step.
+        Walks up the tree only while that changes whether the parent stays. Where a block table holds
+        the node, it holds the parent too, so the walk ends at once.
         """
         before = cached.stays
         cached.held = held
@@ -339,11 +339,12 @@ class EvictionOrder:
         for last_used, _, cached in self._heap:
             times[cached] = min(last_used, times.get(cached, last_used))
         for cached in nodes:
-            assert cached.held == (cached in held), "it is not known who holds a block"
-            assert cached.staying_children == children[cached], "what is below stays, or does not"
-            if _can_go(cached):
-                assert times.get(cached, cached.last_used + 1) <= cached.last_used, "it never goes"
-        assert self._staying == Counter(c.block for c in staying), "what stays is counted wrong"
+            assert cached.held == (cached in held), "nobody was told who holds a node"
+            assert cached.staying_children == children[cached], "wrong count of staying children"
+            is_offered = times.get(cached, cached.last_used + 1) <= cached.last_used
+            assert is_offered or not _can_go(cached), "an evictable leaf is not in the heap"
+        blocks = Counter(cached.block for cached in staying)
+        assert self._staying == blocks, "wrong count of staying blocks"
 
     def _count(self, block: int, *, stays: bool) -> None:
         self._staying[block] += 1 if stays else -1

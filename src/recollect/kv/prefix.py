@@ -100,10 +100,6 @@ class PrefixCache:
         """Return the blocks that the cache holds, as often as it does, for `BlockPool.check`."""
         return [cached.block for cached in self.blocks()]
 
-    def holds(self, cached: CachedBlock) -> bool:
-        """Return whether a block is still in the tree."""
-        return cached.in_tree
-
     @property
     def evictable_blocks(self) -> int:
         """Return how many blocks `evict` can free."""
@@ -249,7 +245,8 @@ class PrefixCache:
             full = len(cached.token_ids) == self._pool.block_size
             assert full or not cached.children, "something follows a block that is not full"
             assert cached.pins or not _is_covered(cached), "a part is there twice"
-            assert all(child.pins <= cached.pins for child in cached.children.values()), "pins"
+            most = max((child.pins for child in cached.children.values()), default=0)
+            assert most <= cached.pins, "a block has fewer pins than one that follows it"
             pinned = self._pinned.get(parent, Siblings()).get(cached.token_ids)
             assert (pinned is cached) == (cached.pins > 0), "what is pinned is noted wrong"
         for node in (*self._roots.values(), *nodes):
@@ -281,7 +278,7 @@ class PrefixCache:
         return cached.pins == 0 and self._pool.references(cached.block) == nodes
 
     def _settle(self) -> None:
-        """Take note of the blocks that tables took or released since this was last called."""
+        """Tell the eviction order which blocks tables took or released since this was last called."""
         for block in self._pool.take_changed():
             for cached in self._nodes.get(block, ()):
                 self._note_held(cached)

@@ -194,13 +194,10 @@ def known_context_length(reference: str, home: Path) -> int | None:
             case GgufSource(path):
                 return read_header(path).context_length
             case FolderSource(path):
-                ours = onnx_context_length if is_onnx_folder(path) else openvino_context_length
-                return ours(path)
+                is_onnx = is_onnx_folder(path)
+                return onnx_context_length(path) if is_onnx else openvino_context_length(path)
             case HubFile():
-                manifest = find_inexact(_hub_folder(source, home), None)
-                return None if manifest is None else manifest.context_length
-            case _:
-                assert_never(source)
+                return openvino_context_length(_hub_folder(source, home))
     except (UnsupportedModelError, OSError):
         return None  # who loads it is told
 
@@ -321,7 +318,7 @@ def _prepare_hub_file(
 
 
 def _hub_folder(file: HubFile, home: Path) -> Path:
-    # A name loses some characters, so two files could get the same one; the digest sees them all.
+    """Return a folder's name with a digest: without, two files could get the same one."""
     digest = files.combine([file.repository, file.filename])
     return models_folder(home) / f"{_as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
 

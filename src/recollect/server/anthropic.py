@@ -13,12 +13,11 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import from_json
 
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
-from recollect.conversation.tools import Chosen
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.server.fields import (
     MOST_TOOLS,
@@ -28,15 +27,18 @@ from recollect.server.fields import (
     Echoed,
     Ignored,
     Items,
-    Offer,
-    OtherTool,
     Text,
-    Thinking,
     check_count,
     kind_among,
+)
+from recollect.server.parts import (
+    AnyMessagesTool,
+    MessagesChoice,
+    MessagesTool,
+    Offer,
+    Thinking,
     offer,
     others_among,
-    tool_schema,
 )
 from recollect.server.refusals import ApiError, anthropic_body, quoted
 from recollect.server.services import (
@@ -160,48 +162,6 @@ def _call(block: ToolUseBlock) -> MessageToolCall:
     return ToolCall(block.id, block.name, arguments).to_dict()
 
 
-class Tool(Body):
-    """A tool, described as Anthropic's clients do."""
-
-    name: str
-    input_schema: dict[str, Any]
-    type: Literal["custom"] | None = None
-    description: str | None = None
-    cache_control: Ignored = None
-    strict: Echoed = None
-    eager_input_streaming: Ignored = None
-
-    def schema_of(self) -> dict[str, Any]:
-        """Return it as the engine has it."""
-        return tool_schema(self.name, self.description, self.input_schema)
-
-
-AnyTool = Annotated[
-    Annotated[Tool, Tag("custom")] | Annotated[OtherTool, Tag("other")],
-    Discriminator(kind_among("custom", usual="custom")),
-]
-
-
-class ToolChoice(Body):
-    """Whether a tool has to be called, and which."""
-
-    type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
-    disable_parallel_tool_use: bool = False
-
-    @model_validator(mode="after")
-    def _check(self) -> "ToolChoice":
-        if self.type == "tool" and self.name is None:
-            raise ValueError("a tool is called by its name: give one")
-        return self
-
-    def chosen(self) -> str | Chosen:
-        """Return what may be called."""
-        if self.type == "tool":
-            return Chosen((self.name or "",))
-        return "required" if self.type == "any" else self.type
-
-
 _BILLING: Final = "system[x-anthropic-billing-header]"
 """As which the block is told that is left out."""
 _VOLATILE: Final = "x-anthropic-billing-header:"
@@ -235,8 +195,8 @@ class CountRequest(Body):
     model: str | None = None
     messages: Annotated[Items[InputMessage], Field(min_length=1)]
     system: str | Items[TextBlock] | None = None
-    tools: Annotated[Items[AnyTool], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: ToolChoice | None = None
+    tools: Annotated[Items[AnyMessagesTool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: MessagesChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     output_format: JsonOutput | None = None
@@ -258,14 +218,14 @@ class CountRequest(Body):
 
     def offer(self) -> Offer:
         """Return what the reply may call."""
-        choice = self.tool_choice or ToolChoice(type="auto")
+        choice = self.tool_choice or MessagesChoice(type="auto")
         options: dict[str, Any] = {}
         if self.output_config is not None:
             options |= Thinking(effort=self.output_config.effort).options()
         if self.thinking is not None:
             options |= self.thinking.options()
         return offer(
-            [tool.schema_of() for tool in self.tools or () if isinstance(tool, Tool)],
+            [tool.schema_of() for tool in self.tools or () if isinstance(tool, MessagesTool)],
             choice.chosen(),
             not choice.disable_parallel_tool_use,
             options | (self.chat_template_kwargs or {}),

@@ -104,8 +104,8 @@ def _model(services: Services, name: str) -> dict[str, Any]:
         "created": services.started_at,
         "owned_by": "recollect",
         "context_length": length,
+        **({} if name == resolved else {"alias_of": resolved}),
         "recollect": {
-            "alias_of": None if name == resolved else resolved,
             "loaded": model is not None,
             "context_length": length,
             "profile": None if model is None else model.profile,

@@ -29,29 +29,30 @@ from recollect.server.fields import (
     MOST_CALLS,
     MOST_TOOLS,
     NOT_SUPPORTED,
-    AllowedTools,
     Body,
     BodyRoute,
-    ChatChoice,
-    ChatFormat,
-    ChatTool,
     Echoed,
-    FunctionTool,
     Ignored,
     Items,
     LogprobCount,
-    NamedTool,
-    Offer,
     SamplingFields,
     Text,
-    Thinking,
     check_count,
-    grammar_of,
     logprob_entry,
-    offer,
+    unsupported,
+)
+from recollect.server.parts import (
+    AllowedTools,
+    ChatChoice,
+    ChatFormat,
+    ChatTool,
+    FunctionTool,
+    NamedTool,
+    Offer,
+    Thinking,
+    grammar_of,
     others_among,
     split_thoughts,
-    unsupported,
 )
 from recollect.server.refusals import ApiError, ClientGone, openai_body, operators_only
 from recollect.server.services import (
@@ -115,7 +116,10 @@ class ChatMessage(Body):
         """Tell apart what an assistant said and what it thought."""
         if not isinstance(fields, dict) or fields.get("role") != "assistant":
             return fields
-        content, thoughts = split_thoughts(fields.get("content"))
+        content = fields.get("content")
+        if not isinstance(content, list):
+            return fields
+        content, thoughts = split_thoughts(content)
         return {**fields, "content": content, "reasoning": thoughts} if thoughts else fields
 
     def message(self) -> Message:
@@ -207,28 +211,34 @@ class ChatRequest(SamplingFields):
     def offered(self) -> Offer:
         """Return what the reply may call."""
         choice = self.tool_choice
-        return offer(
-            [tool.schema_of() for tool in self.tools or () if isinstance(tool, FunctionTool)],
-            choice.chosen() if isinstance(choice, NamedTool | AllowedTools) else choice,
-            self.parallel_tool_calls,
-            self.template_options(),
+        return Offer(
+            tools=[tool.schema_of() for tool in self.tools or () if isinstance(tool, FunctionTool)],
+            tool_choice=choice.chosen()
+            if isinstance(choice, NamedTool | AllowedTools)
+            else choice or "auto",
+            parallel_tool_calls=self.parallel_tool_calls is not False,
+            template_options=self.template_options(),
         )
 
     def template_options(self) -> dict[str, Any]:
         """Return what the template is told besides the conversation."""
-        found = Thinking(enabled=self.enable_thinking, effort=self.reasoning_effort).options()
-        for told in (self.thinking, self.reasoning):
+        found: dict[str, Any] = {}
+        effort, is_on = self.reasoning_effort, self.enable_thinking
+        plain = None
+        if effort is not None or is_on is not None:
+            plain = Thinking(enabled=is_on, effort=effort)
+        for told in (plain, self.thinking, self.reasoning):
             found |= {} if told is None else told.options()
         return found | (self.chat_template_kwargs or {})
 
     def left_out(self) -> Iterable[str]:
         """Return the tools that are no functions."""
-        return others_among(self.tools)
+        return others_among(self.tools) if self.tools else ()
 
     @cached_property
     def grammar(self) -> Grammar | None:
         """Return what the reply must look like; None: anything goes."""
-        return grammar_of(self.response_format)
+        return None if self.response_format is None else grammar_of(self.response_format)
 
     def prepare(self) -> None:
         """Work out `offered` and `grammar`."""

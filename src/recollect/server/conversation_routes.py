@@ -48,14 +48,9 @@ from recollect.server.fields import (
     PlaceName,
     check_count,
 )
+from recollect.server.parts import InputItem, kept_schemas, merged
 from recollect.server.refusals import ApiError, not_found
-from recollect.server.response_object import (
-    InputItem,
-    ResponseHead,
-    item_list,
-    kept_schemas,
-    merged,
-)
+from recollect.server.response_object import ResponseHead, item_list
 from recollect.server.services import Services, client_of, services_of, with_model
 from recollect.types import SamplingParams
 
@@ -238,7 +233,7 @@ class _KeptPlace:
 
     def _tools(self) -> Tools:
         """Return the tools of the last response: they are a part of the prompt, and so of its KV."""
-        return Tools.of(kept_schemas(self.head))
+        return Tools.of(kept_schemas([] if self.head is None else self.head.tools))
 
 
 def _last_head(services: Services, view: ConversationView) -> ResponseHead | None:

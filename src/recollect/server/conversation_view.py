@@ -17,8 +17,8 @@ from fastapi import Request
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
-from recollect.conversation.session import ANSWERED
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message
+from recollect.conversation.turn import ANSWERED
 from recollect.journal.journal import Journal
 from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, StoredConversation
 from recollect.server.hub import OpenConversations
@@ -446,7 +446,7 @@ class ConversationView:
         }
 
 
-class Items:
+class KnownItems:
     """The items of one client by the ids that it was given. Used by one request."""
 
     def __init__(self, journal: Journal, namespace: str) -> None:

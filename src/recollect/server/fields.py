@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Final, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -29,10 +29,8 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     PrivateAttr,
-    Tag,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -40,7 +38,6 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, from_json
 
-from recollect.conversation.tools import Chosen
 from recollect.errors import InvalidParameterError
 from recollect.server.refusals import (
     ApiError,
@@ -52,7 +49,7 @@ from recollect.server.refusals import (
     wrong_body,
 )
 from recollect.server.settings import Limits, Settings
-from recollect.types import Grammar, Message, SamplingParams, TokenLogprob
+from recollect.types import Message, SamplingParams, TokenLogprob
 
 _TEXT_FIELDS: Final = {
     "text": "text",
@@ -62,14 +59,6 @@ _TEXT_FIELDS: Final = {
     "tool_reference": "tool_name",
 }
 """Where the text is in each kind of content that is text."""
-_THOUGHTS: Final = {
-    "thinking": "thinking",
-    "redacted_thinking": "",
-    "reasoning": "text",
-    "reasoning_text": "text",
-    "summary_text": "text",
-}
-"""The same for what a model thought; what is encrypted nobody else can read."""
 _BANNED: Final = -100
 """OpenAI: at -100 a token is banned."""
 
@@ -250,20 +239,6 @@ def _text_of(number: int, part: Any) -> str:
     return text
 
 
-def split_thoughts(content: Any) -> tuple[Any, str]:
-    """Return the parts of a content that are no thoughts, and the thoughts as one text."""
-    if not isinstance(content, list):
-        return content, ""
-    kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
-    said = [part for part, kind in zip(content, kinds, strict=True) if kind not in _THOUGHTS]
-    thoughts = [
-        part.get(_THOUGHTS[kind])
-        for part, kind in zip(content, kinds, strict=True)
-        if kind in _THOUGHTS
-    ]
-    return said, "\n".join(text for text in thoughts if isinstance(text, str))
-
-
 Text = Annotated[str, BeforeValidator(_text_parts)]
 """A text, or a list of parts that are texts."""
 
@@ -433,49 +408,6 @@ def unsupported(param: str, why: str) -> ApiError:
 LogprobCount = Annotated[int, Field(ge=0, le=20)]
 
 
-class Thinking(Body):
-    """Whether the model thinks before it answers, and how much; for templates that can be told."""
-
-    type: str | None = None
-    enabled: bool | None = None
-    effort: str | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Return it as options of chat templates, by the names that these use."""
-        found: dict[str, Any] = {}
-        is_on = self.type != "disabled" if self.type is not None else self.enabled
-        effort = self.effort
-        if effort == "none":
-            is_on, effort = False, None
-        if is_on is not None:
-            found |= {"enable_thinking": is_on, "thinking": is_on}
-        if effort is not None:
-            found["reasoning_effort"] = _EFFORTS.get(effort, effort)
-        return found
-
-
-_EFFORTS: Final = {"minimal": "low", "xhigh": "high", "max": "high"}
-"""What APIs have beside the three efforts that models were trained with. Source: gpt-oss's template."""
-
-
-class Offer(TypedDict):
-    """What a reply may call, and what the template is told, as arguments of `Model.session_from`."""
-
-    tools: Sequence[dict[str, Any]]
-    tool_choice: str | Chosen
-    parallel_tool_calls: bool
-    template_options: Mapping[str, Any]
-
-
-def tool_schema(
-    name: str, description: str | None, parameters: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Return a tool as the engine has it."""
-    function = {"name": name, "description": description, "parameters": parameters}
-    given = {name: value for name, value in function.items() if value is not None}
-    return {"type": "function", "function": given}
-
-
 def kind_among(*known: str, usual: str | None = None) -> Callable[[Any], str | None]:
     """
     Return what tells of which kind a part of a body is, by its `type`.
@@ -495,184 +427,6 @@ def kind_among(*known: str, usual: str | None = None) -> Callable[[Any], str | N
         return given if isinstance(given, str) and given in known else "other"
 
     return kind
-
-
-class OtherTool(Body):
-    """A tool that is no function: this server has none, so it is not offered to the model."""
-
-    is_foreign: ClassVar[bool] = True
-
-    type: str
-
-
-def others_among(tools: Sequence[Body] | None) -> Iterator[str]:
-    """Yield the names of the tools that are left out, as they are told to a client."""
-    return (f"tools[{tool.type}]" for tool in tools or () if isinstance(tool, OtherTool))
-
-
-def _refuse_choice(choice: Any) -> Any:
-    kind = choice.get("type") if isinstance(choice, Mapping) else None
-    raise ValueError(f"a tool of type {quoted(kind)} cannot be called here, only functions")
-
-
-OtherChoice = Annotated[Any, BeforeValidator(_refuse_choice)]
-"""A tool that has to be called and is no function; it is refused."""
-
-
-class NamedFunction(Body):
-    """A function by its name."""
-
-    name: str
-
-
-class NamedTool(Body):
-    """The tool that has to be called."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-    def chosen(self) -> Chosen:
-        """Return what may be called."""
-        return Chosen((self.function.name,))
-
-
-class _AllowedFunctions(Body):
-    mode: Literal["auto", "required"]
-    tools: Items[NamedTool]
-
-
-class AllowedTools(Body):
-    """Tools of which alone the reply may call some."""
-
-    type: Literal["allowed_tools"]
-    allowed_tools: _AllowedFunctions
-
-    def chosen(self) -> Chosen:
-        """Return what may be called."""
-        allowed = self.allowed_tools
-        return some_of([tool.function.name for tool in allowed.tools], allowed.mode)
-
-
-def some_of(names: Iterable[str], mode: str) -> Chosen:
-    """Return the choice among several tools."""
-    return Chosen(tuple(names), is_required=mode == "required", is_single=False)
-
-
-class FunctionTool(Body):
-    """A tool, described as chat completions do."""
-
-    type: Literal["function"]
-    function: dict[str, Any]
-
-    def schema_of(self) -> dict[str, Any]:
-        """Return it as the engine has it."""
-        return {"type": "function", "function": self.function}
-
-
-ChatTool = Annotated[
-    Annotated[FunctionTool, Tag("function")] | Annotated[OtherTool, Tag("other")],
-    Discriminator(kind_among("function", usual="function")),
-]
-ToolMode = Literal["none", "auto", "required"]
-ChatChoice = (
-    ToolMode
-    | Annotated[
-        Annotated[NamedTool, Tag("function")]
-        | Annotated[AllowedTools, Tag("allowed_tools")]
-        | Annotated[OtherChoice, Tag("other")],
-        Discriminator(kind_among("function", "allowed_tools")),
-    ]
-)
-
-
-def offer(
-    schemas: Sequence[dict[str, Any]],
-    choice: str | Chosen | None,
-    parallel: bool | None,
-    options: Mapping[str, Any],
-) -> Offer:
-    """Return what a request offers; what it does not say is as OpenAI has it."""
-    return Offer(
-        tools=schemas,
-        tool_choice=choice or "auto",
-        parallel_tool_calls=parallel is not False,
-        template_options=options,
-    )
-
-
-class TextFormat(Body):
-    """Text as it comes."""
-
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Body):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
-
-
-class NamedSchema(Body):
-    """A JSON schema, with a name that nothing depends on."""
-
-    name: Echoed = None
-    description: Echoed = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-    strict: bool | None = None
-    """Whether a schema is refused that cannot be held to as a whole; else formats that are not known
-    are annotations."""
-
-    def grammar(self) -> Grammar:
-        """
-        Return what it means for the reply.
-
-        Raises:
-            InvalidParameterError: The schema is none.
-        """
-        schema = self.schema_ or {}
-        if not self.strict:
-            schema = {**schema, "x-guidance": {"lenient": True}}
-        return Grammar.json_schema(schema)
-
-
-class JsonSchemaFormat(Body):
-    """JSON that a schema describes."""
-
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
-
-
-class FlatSchemaFormat(NamedSchema):
-    """The same as the Responses API has it."""
-
-    type: Literal["json_schema"]
-
-
-Format = TextFormat | JsonObjectFormat | JsonSchemaFormat | FlatSchemaFormat
-ChatFormat = Annotated[
-    TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
-]
-ResponseFormat = Annotated[
-    TextFormat | JsonObjectFormat | FlatSchemaFormat, Field(discriminator="type")
-]
-
-
-def grammar_of(wanted: Format | None) -> Grammar | None:
-    """
-    Return what a format means for the reply; None: anything goes.
-
-    Raises:
-        InvalidParameterError: The schema is none.
-    """
-    match wanted:
-        case JsonObjectFormat():
-            return Grammar.json_object()
-        case JsonSchemaFormat():
-            return wanted.json_schema.grammar()
-        case FlatSchemaFormat():
-            return wanted.grammar()
-        case _:
-            return None
 
 
 def logprob_entry(token: TokenLogprob, *, with_top: bool = True) -> dict[str, Any]:

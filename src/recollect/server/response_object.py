@@ -4,22 +4,16 @@ The Responses API's JSON: the body of a request, a response, and its items.
 Pure: parses and translates, values in and JSON out; generates nothing.
 """
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import (
-    BeforeValidator,
-    Discriminator,
     Field,
-    Tag,
-    TypeAdapter,
     model_validator,
 )
 
-from recollect.conversation.tools import Chosen
 from recollect.conversation.tree import to_message
 from recollect.engine.reply import GeneratedReply
 from recollect.journal.records import NodeRecord
@@ -27,322 +21,47 @@ from recollect.server.fields import (
     MOST_TOOLS,
     NOT_SUPPORTED,
     Body,
-    Echoed,
     Ignored,
     Items,
     LogprobCount,
     Metadata,
-    Offer,
     OnlyOff,
-    OtherChoice,
-    OtherTool,
-    ResponseFormat,
     SamplingFields,
-    Text,
-    Thinking,
-    ToolMode,
-    grammar_of,
-    kind_among,
     logprob_entry,
-    offer,
-    others_among,
-    some_of,
-    split_thoughts,
-    tool_schema,
     unsupported,
 )
-from recollect.server.refusals import quoted
+from recollect.server.parts import (
+    AnyChoice,
+    AnyTool,
+    FlatAllowed,
+    FlatChoice,
+    FlatTool,
+    InputOrReference,
+    NamespaceTool,
+    Offer,
+    Resolve,
+    ResponseFormat,
+    Thinking,
+    flat_name,
+    grammar_of,
+    merged,
+    offer,
+    others_among,
+    schemas_of,
+)
 from recollect.server.settings import Settings
 from recollect.types import (
     FinishReason,
     Grammar,
     Message,
     MessageToolCall,
-    Role,
     SamplingParams,
     TokenLogprob,
-    ToolCall,
 )
 
 NO_NAMESPACES: Final[Mapping[str, Any]] = {}
 _LOGPROBS: Final = "message.output_text.logprobs"
 """What a client includes to be told how likely tokens were."""
-
-
-class InputMessage(Body):
-    """A message of the input, or of a conversation's items."""
-
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text
-    id: Echoed = None
-    status: Echoed = None
-    phase: Echoed = None
-
-    def message(self) -> Message:
-        """Return it as the engine has it."""
-        role: Role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content}
-
-
-class FunctionCallItem(Body):
-    """A call of a tool, as an earlier response had it."""
-
-    type: Literal["function_call"]
-    call_id: str
-    name: str
-    arguments: str
-    namespace: str | None = None
-    id: Echoed = None
-    status: Echoed = None
-
-    def call(self) -> MessageToolCall:
-        """Return it as the engine has it."""
-        return ToolCall(
-            self.call_id, flat_name(self.namespace, self.name), self.arguments
-        ).to_dict()
-
-
-class CustomCallItem(Body):
-    """A call of a tool that takes a text; an earlier response of another server had it."""
-
-    type: Literal["custom_tool_call"]
-    call_id: str
-    name: str
-    input: str
-    namespace: str | None = None
-    id: Echoed = None
-    status: Echoed = None
-
-    def call(self) -> MessageToolCall:
-        """Return it as the engine has it: as a function with one argument."""
-        arguments = json.dumps({"input": self.input}, ensure_ascii=False)
-        return ToolCall(self.call_id, flat_name(self.namespace, self.name), arguments).to_dict()
-
-
-class FunctionOutputItem(Body):
-    """What a tool gave back."""
-
-    type: Literal["function_call_output", "custom_tool_call_output"]
-    call_id: str
-    output: Text
-    id: Echoed = None
-    status: Echoed = None
-    name: Echoed = None
-
-    def message(self) -> Message:
-        """Return it as the engine has it."""
-        return {"role": "tool", "content": self.output, "tool_call_id": self.call_id}
-
-
-class ReasoningItem(Body):
-    """What was thought before a reply; encrypted, it can be read by its own server alone."""
-
-    type: Literal["reasoning"]
-    content: list[Any] | None = None
-    summary: list[Any] | None = None
-    id: Echoed = None
-    status: Echoed = None
-    encrypted_content: Echoed = None
-
-    def thoughts(self) -> str:
-        """Return it as one text."""
-        return split_thoughts(self.content)[1] or split_thoughts(self.summary)[1]
-
-
-class ItemReference(Body):
-    """Stands for an item that this server gave out."""
-
-    type: Literal["item_reference"] = "item_reference"
-    id: str
-
-
-_REFERENCE: Final = "item_reference"
-_ITEM_KINDS: Final = {
-    "message": "message",
-    "function_call": "function_call",
-    "function_call_output": "output",
-    "custom_tool_call": "custom_tool_call",
-    "custom_tool_call_output": "output",
-    "reasoning": "reasoning",
-    _REFERENCE: _REFERENCE,
-}
-
-
-def _kind_of(item: Any) -> Any:
-    """Return which kind of item something claims to be; a message need not say so."""
-    if isinstance(item, dict):
-        # A reference need not either, where it is nothing else.
-        given = {name for name, value in item.items() if value is not None}
-        kind = item.get("type") or (_REFERENCE if given == {"id"} else "message")
-    elif isinstance(item, Body):
-        kind = getattr(item, "type", None)
-    else:
-        return None
-    return _ITEM_KINDS.get(kind, "other") if isinstance(kind, str) else "other"
-
-
-def _refuse_item(item: Any) -> Any:
-    kind = item.get("type") if isinstance(item, Mapping) else None
-    raise ValueError(f"an item of type {quoted(kind)} cannot be read here: leave it out")
-
-
-_Said = (
-    Annotated[InputMessage, Tag("message")]
-    | Annotated[FunctionCallItem, Tag("function_call")]
-    | Annotated[CustomCallItem, Tag("custom_tool_call")]
-    | Annotated[FunctionOutputItem, Tag("output")]
-    | Annotated[ReasoningItem, Tag("reasoning")]
-    | Annotated[Annotated[Any, BeforeValidator(_refuse_item)], Tag("other")]
-)
-InputItem = Annotated[_Said, Discriminator(_kind_of)]
-"""What is said, as an item."""
-InputOrReference = Annotated[
-    _Said | Annotated[ItemReference, Tag(_REFERENCE)], Discriminator(_kind_of)
-]
-
-Resolve = Callable[[str], dict[str, Any]]
-"""Returns the item that an id stands for; raises `ApiError` where there is none."""
-
-
-def merged(items: Sequence[Any], resolve: Resolve | None = None) -> list[Message]:
-    """Return items as messages: what an assistant thinks, says and then calls is one message."""
-    messages: list[Message] = []
-    calls: list[MessageToolCall] = []  # of the last message
-    thoughts: list[str] = []  # before the next message
-    for item in items:
-        if isinstance(item, ItemReference):
-            assert resolve is not None, "only an input has references"
-            item = _ITEM.validate_python(resolve(item.id))  # noqa: PLW2901 - what it stands for
-        if isinstance(item, ReasoningItem):
-            thoughts += filter(None, [item.thoughts()])
-            continue
-        if not isinstance(item, FunctionCallItem | CustomCallItem):
-            message = item.message()
-            if message["role"] == "assistant" and thoughts:
-                message["reasoning_content"] = "\n".join(thoughts)
-            messages.append(message)
-            calls, thoughts = [], []
-            continue
-        if not messages or messages[-1]["role"] != "assistant":
-            messages.append({"role": "assistant", "content": None})
-            if thoughts:
-                messages[-1]["reasoning_content"] = "\n".join(thoughts)
-        thoughts = []
-        if not calls:
-            messages[-1]["tool_calls"] = calls
-        calls.append(item.call())
-    return messages
-
-
-_ITEM: Final[TypeAdapter[Any]] = TypeAdapter(InputItem)
-
-
-class FlatTool(Body):
-    """A tool, described as the Responses API does."""
-
-    type: Literal["function"]
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: Echoed = None
-
-    def schemas_of(self) -> list[dict[str, Any]]:
-        """Return it as the engine has it."""
-        return [tool_schema(self.name, self.description, self.parameters)]
-
-
-class NamespaceTool(Body):
-    """Several tools, whose names begin with that of their namespace for the model."""
-
-    type: Literal["namespace"]
-    name: str
-    description: Echoed = None
-    tools: Annotated[
-        Items[
-            Annotated[
-                Annotated[FlatTool, Tag("function")] | Annotated[OtherTool, Tag("other")],
-                Discriminator(kind_among("function")),
-            ]
-        ],
-        Field(max_length=MOST_TOOLS),
-    ]
-
-    def schemas_of(self) -> list[dict[str, Any]]:
-        """Return them as the engine has them."""
-        return [
-            tool_schema(flat_name(self.name, tool.name), tool.description, tool.parameters)
-            for tool in self.tools
-            if isinstance(tool, FlatTool)
-        ]
-
-    def left_out(self) -> Iterable[str]:
-        """Return the tools that are no functions."""
-        return others_among(self.tools)
-
-
-def flat_name(namespace: str | None, name: str) -> str:
-    """Return the one name that a model calls a tool of a namespace by."""
-    if namespace is None:
-        return name
-    return f"{namespace}{name}" if namespace.endswith("_") else f"{namespace}__{name}"
-
-
-AnyTool = Annotated[
-    Annotated[FlatTool, Tag("function")]
-    | Annotated[NamespaceTool, Tag("namespace")]
-    | Annotated[OtherTool, Tag("other")],
-    Discriminator(kind_among("function", "namespace")),
-]
-
-
-_TOOLS: Final[TypeAdapter[list[AnyTool]]] = TypeAdapter(list[AnyTool])
-
-
-def kept_schemas(head: "ResponseHead | None") -> list[dict[str, Any]]:
-    """Return the tools of a kept response as the engine has them."""
-    return schemas_of(_TOOLS.validate_python([] if head is None else head.tools))
-
-
-def schemas_of(tools: Iterable[Any]) -> list[dict[str, Any]]:
-    """Return the functions among tools as the engine has them."""
-    functions = [tool for tool in tools if not isinstance(tool, OtherTool)]
-    return [schema for tool in functions for schema in tool.schemas_of()]
-
-
-class FlatChoice(Body):
-    """The tool that has to be called."""
-
-    type: Literal["function"]
-    name: str
-    namespace: str | None = None
-
-    def chosen(self) -> Chosen:
-        """Return what may be called."""
-        return Chosen((flat_name(self.namespace, self.name),))
-
-
-class FlatAllowed(Body):
-    """Tools of which alone the reply may call some."""
-
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: Items[FlatChoice]
-
-    def chosen(self) -> Chosen:
-        """Return what may be called."""
-        return some_of([flat_name(tool.namespace, tool.name) for tool in self.tools], self.mode)
-
-
-AnyChoice = (
-    ToolMode
-    | Annotated[
-        Annotated[FlatChoice, Tag("function")]
-        | Annotated[FlatAllowed, Tag("allowed_tools")]
-        | Annotated[OtherChoice, Tag("other")],
-        Discriminator(kind_among("function", "allowed_tools")),
-    ]
-)
 
 
 class TextOptions(Body):

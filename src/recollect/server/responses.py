@@ -26,7 +26,7 @@ from recollect.journal.records import Label, NodeRecord
 from recollect.server.conversation_routes import drop_all_kv
 from recollect.server.conversation_view import (
     HAS_INSTRUCTIONS,
-    Items,
+    KnownItems,
     Place,
     Places,
 )
@@ -228,7 +228,7 @@ class _Asked:
         self.at = model, place
         overflow: Overflow = "drop_oldest" if body.truncation == "auto" else "error"
         offered = body.offer()
-        items = Items(self.services.journal, self.namespace)
+        items = KnownItems(self.services.journal, self.namespace)
         said = model.template.with_thoughts(body.messages(items.find))
         check_last(said, "input")
         if not body.keeps:

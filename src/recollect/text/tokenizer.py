@@ -214,6 +214,15 @@ class ControlTokens:
             short[:length] in self._tails for length in range(1, len(short) + 1)
         )
 
+    def may_make(self, text: str) -> bool:
+        """Return whether a control token could be read in a text, or where it meets another."""
+        core = text.strip()
+        return bool(core) and (
+            any(True for _ in self.begins(core))
+            or self.may_begin_before(core)
+            or self.may_end_after(core)
+        )
+
     def may_end_after(self, text: str) -> bool:
         """Return whether a text could be the beginning, or the middle, of one that ends after it."""
         short = text[-self._longest :] if self._longest else ""
@@ -221,14 +230,6 @@ class ControlTokens:
             return self._is_inside(text)
         return self._is_inside(text) or any(
             short[-length:] in self._heads for length in range(1, len(short) + 1)
-        )
-
-    def may_touch(self, text: str) -> bool:
-        """Return whether one is in a text, or could be made of it and of what is around it."""
-        return (
-            any(True for _ in self.begins(text))
-            or self.may_begin_before(text)
-            or self.may_end_after(text)
         )
 
     def _is_inside(self, text: str) -> bool:
@@ -611,3 +612,28 @@ class ByteTokenizer:
     def added_text(self, token_id: int) -> str | None:
         """Return the character that an id is by itself; None where it is a part of one, or a mark."""
         return chr(token_id) if 0 <= token_id < 128 else None
+
+
+def encode_shown(tokenizer: Tokenizer, part: Shown) -> list[int]:
+    """
+    Return the ids of a part of what a template shows, control tokens only where the template wrote them.
+
+    Between two of those the text is encoded in one piece, as it always is. So all but the pieces in
+    which a control token was said have the ids that the whole text would have.
+    """
+    encode, find = tokenizer.encode, tokenizer.control_tokens.find
+    text, ids = part.text, list[int]()
+    done = piece = start = 0  # `[done, piece)` is encoded as always, once `[piece, …)` is not
+    is_plain = False
+    while part.breaks and (span := find(text, start)) is not None:
+        begin, end = span
+        if part.has_break(begin, end):
+            is_plain, start = True, begin + 1
+            continue
+        if is_plain:
+            ids += encode(text[done:piece]) + tokenizer.encode_text(text[piece:begin])
+            done, is_plain = begin, False
+        piece = start = end
+    if is_plain:
+        return ids + encode(text[done:piece]) + tokenizer.encode_text(text[piece:])
+    return ids + encode(text[done:])
