@@ -143,8 +143,8 @@ def write_bodies(world: Any, folder: Path, client: str) -> None:
                     ),
                 }
             )
-    text = json.dumps(chosen, indent=1, ensure_ascii=False)
-    (folder / f"{client}.json").write_text(f"{text}\n", "utf-8")
+    lines = ",\n".join(json.dumps(one, ensure_ascii=False) for one in chosen)
+    (folder / f"{client}.json").write_text(f"[\n{lines}\n]\n", "utf-8")
 
 
 def check(world: Any, client: str, *, reasons: Collection[str] = ("new",)) -> None:
