@@ -96,6 +96,7 @@ class Script:
         rest = self._replies[key][sum(len(self._bytes[token]) for token in said) :]
         token = self._next(rest, len(said), allowed) if rest else self._end
         assert len(logits) > token, "the model knows the token"
+        assert allowed is None or allowed[token], "the grammar lets the reply end"
         if token != self._end:  # which is not part of a reply
             self._prompts[key]["reply"] += self._texts([token])
         return token
