@@ -455,7 +455,7 @@ class _Encoding:
         return Opening(self._last, self._whole.text[self._end :])
 
     def name(self, messages: int, said: str | None = None) -> bytes:
-        """Return a name of the first messages, and of a user's after those."""
+        """Return a hash of the first *messages* messages, and of the text *said* by a user after them."""
         name, key = blake2b(digest_size=16), ROOT_KEY
         for node in self.path[:messages]:
             key = node.key

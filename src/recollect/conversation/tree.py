@@ -68,7 +68,7 @@ def as_written(role: Role, content: str, links: ToolLinks | None) -> Message:
 
 def canonical(role: Role, content: str, links: ToolLinks | None) -> str:
     """
-    Return a text that is the same for what says the same.
+    Return a text that is equal for two messages which say the same.
 
     Of a reply, space at its ends says nothing, nor how the JSON of its calls is written: clients trim
     the one and write the other anew.

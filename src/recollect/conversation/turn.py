@@ -214,7 +214,8 @@ class Prompting:
         Args:
             at: The messages up to here, all or those that still fit.
             said: A user's message after those; None: the last of them is answered.
-            begun: A reply whose beginning was given: where it is the last, it goes on. None: none is.
+            begun: A reply whose beginning the client gave, which goes on if it is the last message; None:
+                there is no such reply.
             tools: What the reply may call.
             overflow: What happens when not all fit.
 

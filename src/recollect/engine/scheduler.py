@@ -4,7 +4,7 @@ Which tasks the next forward pass feeds, how many tokens of each, and whose bloc
 A `Task` is work on one sequence: bring it to its next logits, again and again; what is done with them is
 its callback's business. The `Scheduler` decides which tasks run and what they are fed, and knows no
 blocks. `Room` finds the blocks for that, from the cache and from other tasks. The engine carries out what
-they decide; all of it happens on the engine's thread.
+they decide. All of it happens on the engine's thread, but for `Scheduler.add`.
 """
 
 import threading
@@ -144,7 +144,7 @@ class Scheduler:
     """
     The tasks that wait and those that run.
 
-    Owned by the engine's thread.
+    Owned by the engine's thread; `add` is called from any thread, under the lock of `Memory`.
 
     Invariants:
         1. A task waits or runs, not both, and not twice.

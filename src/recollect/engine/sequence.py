@@ -162,8 +162,13 @@ class Sequence:
 
     @property
     def history(self) -> npt.NDArray[np.int64]:
-        """Return the history as an array of shape `(n,)`; a copy, because the buffer grows."""
-        return np.frombuffer(self._token_ids, np.int64).copy()
+        """
+        Return a copy of the history as an array of shape `(n,)`; from any thread.
+
+        The buffer itself is never exported: it could not grow meanwhile, and numpy lets other threads
+        run while it copies.
+        """
+        return np.frombuffer(self._token_ids[:], np.int64)
 
     @property
     def closed(self) -> bool:

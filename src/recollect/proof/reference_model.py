@@ -123,7 +123,7 @@ class Settings:
         return default if value is None else value
 
     def has(self, name: str) -> bool:
-        """Return whether anything is said of it, null included."""
+        """Return whether the file has a value of that name, null included."""
         return name in self._values
 
     def table(self, name: str) -> Mapping[str, Any]:

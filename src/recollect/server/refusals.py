@@ -221,10 +221,10 @@ Place = tuple[str | int, ...]
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """
-    Return the known name of which another is likely a mistyped form; None where it comes close to none.
+    Return the known name that was likely meant by *name*; None where no name is that close.
 
-    That is one within two edits, or within one where the known name has three or four letters: two
-    edits make any short word of any other.
+    A name is close within two edits; one of three or four letters within one edit, because two edits
+    make any short word of any other.
     """
     close = {one: _edits(name, one) for one in known if abs(len(one) - len(name)) <= _MOST_EDITS}
     close = {

@@ -158,7 +158,7 @@ class ControlTokens:
         return count
 
     def begins(self, text: str) -> Iterator[int]:
-        """Iterate over all places where one begins, also inside another."""
+        """Yield each place in a text where a control token begins, also inside another one."""
         if not self._may_have_one(text):
             return
         start = 0

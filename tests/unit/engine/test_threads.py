@@ -613,3 +613,33 @@ def test_results_before_a_failure_are_read_and_the_failure_is_told(engine: Engin
     assert list(stream) == ["a"]
     with pytest.raises(RuntimeFailure, match="planted"):
         task.wait()
+
+
+def test_a_history_can_be_read_while_the_engine_appends_to_it(
+    make_engine: Callable[..., Engine],
+) -> None:
+    """A server tells what a prompt has cost while the reply grows: reading must not stop appending."""
+    length, more = 100_000, 300
+    engine = make_engine(context_length=length + more)
+    growing, other = engine.new_sequence(), engine.new_sequence()
+    for one in (growing, other):
+        one.append([1] * length)
+    ended = threading.Event()
+    lengths: list[int] = []
+
+    def read() -> None:
+        while not ended.is_set():
+            lengths.append(growing.common_length(other))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        while not lengths and reader.is_alive():
+            ended.wait(0.001)
+        for _ in range(more):
+            growing.append([2])
+            ended.wait(0.0001)
+    finally:
+        ended.set()
+        reader.join()
+    assert set(lengths) == {length}
