@@ -339,11 +339,13 @@ def _look_around(model: Model, length: int, most_s: float, dice: random.Random) 
         ids = generator.get_sequence()
         fresh = _fresh_logits(model, ids)
         worst = _difference(_next_logits(model, generator.sequence), fresh)
-        for added in (ids[begin:][::-1], ids[begin:]):  # others first, whose KV must not stay
+        others = [[abs(token - 1)] for token in ids[begin:]]  # whose KV must not stay
+        for pieces in (others, [ids[begin:]]):
             generator.rewind_to(begin)
             worst = max(worst, _difference(_next_logits(model, generator.sequence), before))
-            generator.append_tokens(added)
-            model.engine.compute([generator.sequence])
+            for piece in pieces:
+                generator.append_tokens(piece)
+                model.engine.compute([generator.sequence])
         worst = max(worst, _difference(_next_logits(model, generator.sequence), fresh))
     finally:
         generator.close()

@@ -198,7 +198,7 @@ def test_a_hole_only_after_a_rewind_across_a_boundary_fails(
 
     def with_hole(length: int, computed: int, reuse: Reuse) -> sequence_module.FeedPlan:
         plan = plan_feed(length, computed, reuse)
-        is_there = 256 <= plan.start < 500 < plan.end
+        is_there = 490 <= plan.start < 500 < plan.end
         return replace(plan, start=plan.start + 1) if is_there else plan
 
     monkeypatch.setattr(sequence_module, "plan_feed", with_hole)
