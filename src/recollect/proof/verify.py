@@ -317,7 +317,7 @@ def _lengths(model: Model) -> list[int]:
 
 def _look_around(model: Model, length: int, most_s: float, dice: random.Random) -> Boundary:
     """
-    Generate across a length, then go back and read across it, and compare with one fresh prefill.
+    Read across a length and go back, several times, and compare with one fresh prefill.
 
     What is wrong at a boundary is wrong at each place beyond it, so one such place is enough.
     """
@@ -327,26 +327,27 @@ def _look_around(model: Model, length: int, most_s: float, dice: random.Random) 
     if needed > pool.num_blocks:
         size = needed * model.engine.info.bytes_per_block / 10**6
         return Boundary(length, None, f"left out, memory is short: add --kv-memory {size:.0f}MB")
-    ids, generator = _tokens(model, begin, dice), Generator(model.engine)
+    ids, generator = _tokens(model, end, dice), Generator(model.engine)
+    sequence, across = generator.sequence, ids[begin:]
     try:
-        generator.set_params(SamplingParams(ignore_eos=True))
-        if (needed_s := _read(model, generator, ids, most_s)) > most_s:
+        if (needed_s := _read(model, generator, ids[:begin], most_s)) > most_s:
             return Boundary(
                 length, None, f"left out, it would take {needed_s / 60:.0f} min: add --long"
             )
-        before = _next_logits(model, generator.sequence)
-        _generate_until(generator, end)
-        ids = generator.get_sequence()
-        fresh = _fresh_logits(model, ids)
-        worst = _difference(_next_logits(model, generator.sequence), fresh)
-        others = [[abs(token - 1)] for token in ids[begin:]]  # whose KV must not stay
-        for pieces in (others, [ids[begin:]]):
-            generator.rewind_to(begin)
-            worst = max(worst, _difference(_next_logits(model, generator.sequence), before))
+        before, beyond = _next_logits(model, sequence), _fresh_logits(model, ids)
+        worst = 0.0
+        for pieces in (
+            [[abs(token - 1)] for token in across],  # others, whose KV must not stay
+            [across],
+            [[token] for token in across],
+        ):
             for piece in pieces:
                 generator.append_tokens(piece)
-                model.engine.compute([generator.sequence])
-        worst = max(worst, _difference(_next_logits(model, generator.sequence), fresh))
+                model.engine.compute([sequence])
+            if generator.get_sequence() == ids:
+                worst = max(worst, _difference(_next_logits(model, sequence), beyond))
+            generator.rewind_to(begin)
+            worst = max(worst, _difference(_next_logits(model, sequence), before))
     finally:
         generator.close()
     return Boundary(length, worst)
@@ -370,11 +371,6 @@ def _read(model: Model, generator: Generator, ids: list[int], most_s: float) -> 
         if needed_s > most_s and passed_s > most_s / 20:  # one slow pass decides nothing
             break
     return needed_s
-
-
-def _generate_until(generator: Generator, length: int) -> None:
-    while len(generator.sequence) < length:
-        generator.generate_next_token()
 
 
 def _tokens(model: Model, count: int, dice: random.Random) -> list[int]:
