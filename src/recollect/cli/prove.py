@@ -117,19 +117,20 @@ def verify(
     for line in _lines(report):
         typer.echo(line)
     typer.echo(_verdict(compared, report))
-    if not _is_passed(compared, report):
+    if _passed(compared, report) is False:
         raise typer.Exit(1)
 
 
-def _is_passed(compared: FileReport | None, report: VerifyReport | None) -> bool:
-    """Return whether reuse is right, and the model not shown to be another than its file's."""
-    fails = compared is not None and compared.outcome == "FAIL"
-    return report is not None and report.passed and not fails
+def _passed(compared: FileReport | None, report: VerifyReport | None) -> bool | None:
+    """Return the verdict on both parts; None: nothing failed, and the model could not be compared."""
+    if report is None or not report.passed or (compared is not None and compared.outcome == "FAIL"):
+        return False
+    return None if compared is not None and compared.outcome == "NOT COMPARED" else True
 
 
 def _verdict(compared: FileReport | None, report: VerifyReport) -> str:
-    """Return the last line: one word for all, then that of each part."""
-    whole = "PASS" if _is_passed(compared, report) else "FAIL"
+    """Return the last line: the verdict on both parts, then that of each."""
+    whole = {True: "PASS", False: "FAIL", None: "NOT COMPARED"}[_passed(compared, report)]
     model = "left out" if compared is None else compared.outcome
     return f"{whole}  (model against its file: {model}; reuse: {_word(report)})"
 
@@ -147,7 +148,7 @@ def _write_verdict(
     result = {
         "model": model.name,
         "profile": model.profile,
-        "passed": _is_passed(compared, report),
+        "passed": _passed(compared, report),
         "file": None if compared is None else compared.to_dict(),
         "reuse": None if report is None else report.to_dict(),
     }

@@ -10,6 +10,7 @@ a model was converted from. Does not load a model.
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -424,9 +425,9 @@ class Compared:
                 said: Any = json.loads(text)
                 datetime.fromisoformat(said["at"])
                 is_known = said["outcome"] in ("PASS", "FAIL") and said["profile"] == profile
-                is_plain = isinstance(said["reason"], str) and isinstance(
-                    said["largest"], float | None
-                )
+                largest = said["largest"]
+                is_number = isinstance(largest, float) and math.isfinite(largest)
+                is_plain = isinstance(said["reason"], str) and (largest is None or is_number)
                 if is_known and is_plain and said["files"] == stamps_of(folder):
                     return cls(**said)
             except (OSError, ValueError, TypeError, KeyError, RecursionError):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -392,7 +393,7 @@ def test_a_note_is_of_the_bytes_that_were_compared(name: str, folder: Path, tmp_
     "change",
     [
         {"outcome": 3}, {"outcome": "GOOD"}, {"outcome": None}, {"profile": "small"}, {"profile": []},
-        {"at": 20}, {"at": None}, {"at": "yesterday"}, {"largest": "0"}, {"reason": 1},
+        {"at": 20}, {"at": None}, {"at": "yesterday"}, {"largest": "0"}, {"largest": math.nan}, {"reason": 1},
         {"files": None}, {"files": []}, {"more": 1}, {"at": "2026-01-01\x1b[2J"},
     ],
 )  # fmt: skip

@@ -14,7 +14,7 @@ import recollect
 from recollect.files import sha256_file
 from recollect.proof.gguf_reference import open_gguf
 from recollect.proof.reference_model import LIMITS, logits_and_noise
-from recollect.proof.verify import FileReport, compare_with_file
+from recollect.proof.verify import FileReport, compare_with_file, verify
 
 WIDTH, FEED_FORWARD, HEADS, LAYERS, VOCABULARY = 64, 128, 4, 2, 320
 KIND = gguf.GGMLQuantizationType.Q4_1
@@ -255,6 +255,19 @@ def test_limits_follow_the_size_of_logits(tmp_path: Path, monkeypatch: pytest.Mo
     assert report.largest > LIMITS["exact"], "or this says nothing"
     assert report.limit == pytest.approx(LIMITS["exact"] * report.deviation / 8, rel=1e-3)
     assert math.isfinite(report.perplexity)
+
+
+def test_the_limit_of_reuse_follows_the_size_of_logits(
+    tmp_path: Path, plant_hole: Callable[[], None]
+) -> None:
+    path = write_model(tmp_path / "loud.gguf", sizes={"output_norm": 1000.0})
+    with recollect.load(path, profile="exact", home=tmp_path, kv_disk=0) as loud:
+        right = verify(loud, operations=30)
+        plant_hole()
+        wrong = verify(loud, operations=30)
+    assert right.passed
+    assert right.largest.logits > LIMITS["exact"], "or this says nothing"
+    assert not wrong.passed
 
 
 def test_a_model_that_rounding_moves_far_is_allowed_more(tmp_path: Path) -> None:
