@@ -234,6 +234,10 @@ def keys() -> None:
     """Manage the API keys of `recollect serve`."""
 
 
+_MOST_CLIENTS: Final = 20
+"""That are explained at once, those first that have computed most."""
+
+
 @app.command()
 def explain(
     client: Annotated[
@@ -261,7 +265,7 @@ def explain(
     found = requests.explain(client, last, cipher=unlock_home())
     if not found:
         typer.echo("No request is known: `recollect serve` notes each that it answers.")
-    for one in found:
+    for one in found[:_MOST_CLIENTS]:
         typer.echo(
             f"{one.client}: {one.requests:,} requests, {one.prompt_tokens:,} tokens of prompts, "
             f"{one.computed_tokens:,} computed"
@@ -270,6 +274,11 @@ def explain(
             typer.echo(f"  {finding}")
         if not one.findings:
             typer.echo("  Nothing that was read before was read again.")
+    if len(found) > _MOST_CLIENTS:
+        typer.echo(
+            f"{len(found) - _MOST_CLIENTS:,} more clients have computed less: --client shows those "
+            "with a name."
+        )
 
 
 @_keys.command("add")

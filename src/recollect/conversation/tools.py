@@ -228,11 +228,21 @@ class Tools:
             "removed": [name for name in was if name not in now],
             "changed": [name for name in both if now[name] != was[name]],
         }
-        words = [f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names]
+        words = [f"{kind} {_few(names)}" for kind, names in kinds.items() if names]
         return f"Tools: {'; '.join(words) or 'in another order'}."
 
 
 NO_TOOLS: Final = Tools()
+
+
+_MOST_NAMED: Final = 8
+"""Names in a difference, which is told in a header: clients refuse headers of 8 KiB."""
+
+
+def _few(names: Sequence[str]) -> str:
+    """Return names in words, the first few of many."""
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _chosen(choice: Any) -> str | Chosen:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, get_args
 
 from recollect import config, encryption
 from recollect.encryption import Cipher
@@ -30,6 +30,11 @@ MOST_LOG_BYTES: Final = 4 << 20
 """Of lines about requests, 300 bytes each: the last 6,000 to 13,000."""
 _WORDS: Final = ("was", "now", "difference")
 """What of a line may hold words of a prompt."""
+_MOST_WAITING: Final = 10_000
+"""Lines that wait for a disk; what comes then is left out."""
+_REASONS: Final = tuple(get_args(Reason))
+_NO_COUNT: Final = 2**53
+"""More than any count, and still a number that all readers of JSON agree about."""
 
 
 class Parting(Protocol):
@@ -99,7 +104,8 @@ class RequestLog:
         if self._cipher is not None:
             data = base64.b64encode(self._cipher.seal(data, context=b"request"))
         with self._lock:
-            self._lines.append(data)
+            if len(self._lines) < _MOST_WAITING:
+                self._lines.append(data)
             if self._writer is None:
                 self._writer = threading.Thread(
                     target=self._write, name="recollect-log", daemon=True
@@ -218,7 +224,7 @@ def explain(
     ]
     by_client = defaultdict[str, list[dict[str, Any]]](list)
     for line in lines[-last:] if last is not None else lines:
-        by_client[line["client"] or "no name"].append(line)
+        by_client[_printable(line["client"]) or "no name"].append(line)
     found = [_explained(name, lines) for name, lines in by_client.items()]
     return sorted(found, key=lambda one: -one.computed_tokens)
 
@@ -231,13 +237,37 @@ def _read(path: Path, cipher: Cipher | None) -> Iterator[dict[str, Any]]:
         return
     sealer = None if cipher is None else cipher.for_purpose(_PURPOSE)
     for sealed in data.splitlines():
-        with suppress(ValueError, StoreCorruptError):
+        with suppress(ValueError, RecursionError, StoreCorruptError):
             plain = sealed
             if sealer is not None:
                 plain = sealer.open(base64.b64decode(sealed), context=b"request")
             line = json.loads(plain)
-            if isinstance(line, dict) and {"client", "prompt", "computed", "reason"} <= line.keys():
+            if _is_a_line(line):
                 yield line
+
+
+def _is_a_line(line: Any) -> bool:
+    """Return whether a value is what `RequestLog` writes."""
+    return (
+        isinstance(line, dict)
+        and isinstance(line.get("client"), str)
+        and line.get("reason") in _REASONS
+        and all(_is_count(line.get(name)) for name in ("prompt", "computed"))
+        and all(_is_count(line[name]) for name in ("message", "line") if name in line)
+        and all(isinstance(line[name], str) for name in ("role", "was", "now") if name in line)
+        and isinstance(line.get("difference"), str | None)
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _NO_COUNT
+
+
+def _printable(text: str) -> str:
+    """Return a client's text as a terminal can be given it: a terminal obeys control characters."""
+    return "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
 
 
 def _explained(client: str, lines: Sequence[Mapping[str, Any]]) -> Explanation:
@@ -269,13 +299,16 @@ def _finding(lines: Sequence[Mapping[str, Any]]) -> Finding:
             "is a date or a time" if is_date else "changes"
         )
     elif line["reason"] == "message_changed":
-        place = f"A message of the {line.get('role', 'user')} changes, number {line.get('message', 0) + 1}"
+        role, number = _printable(line.get("role", "user")), line.get("message", 0) + 1
+        place = f"A message of the {role} changes, number {number}"
     example = f"{words[0][:30]!r} became {words[1][:30]!r}" if len(words) == 2 else None
     return Finding(
         reason=line["reason"],
         place=place,
         times=len(lines),
         computed_tokens=sum(one["computed"] for one in lines),
-        example=example if place else line.get("difference"),
+        example=example
+        if place or line.get("difference") is None
+        else _printable(line["difference"]),
         advice=_ADVICE.get(line["reason"], ""),
     )

@@ -129,7 +129,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 
     def prepare(model: Model) -> Iterator[ReplyGeneration]:
         ids = [_token_ids(model, prompt) for prompt in prompts]
-        ahead = [given.echo(model, one) for one in ids]
+        ahead = [given.echo(model, *one) for one in zip(prompts, ids, strict=True)]
         # All of them, so that nothing is begun where one prompt cannot be.
         streams = [
             _reply_to(model, one, how, namespace, read)
@@ -171,7 +171,7 @@ class _Given:
         self.echoes: list[_Echo] = []
         """One for each choice; none where they are not asked for."""
 
-    def echo(self, model: Model, token_ids: list[int]) -> list[ReadAhead]:
+    def echo(self, model: Model, prompt: str | list[int], token_ids: list[int]) -> list[ReadAhead]:
         """
         Note a prompt that is to be given back, and return what was computed of it for that.
 
@@ -188,7 +188,10 @@ class _Given:
             finally:
                 sequence.release()
             ahead = [ReadAhead(sequence, [FeedPlan(0, len(token_ids) - 1)])]
-        echo = _Echo(model.tokenizer.decode(token_ids), tokens)
+        text = prompt
+        if not isinstance(text, str):
+            text = model.tokenizer.decode(token_ids, skip_special_tokens=False)
+        echo = _Echo(text, tokens)
         self.echoes += [echo] * (self._body.n or 1)
         return ahead
 
@@ -201,7 +204,7 @@ class _Given:
         """
         began = perf_counter()
         ids = _token_ids(model, prompt)
-        ahead = self.echo(model, ids)
+        ahead = self.echo(model, prompt, ids)
         sequence = model.engine.new_sequence(self._namespace)
         try:
             sequence.append(ids)

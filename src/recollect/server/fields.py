@@ -394,7 +394,8 @@ def check_last(messages: Sequence[Message], param: str) -> None:
     last = next((one["role"] for one in reversed(messages) if one["role"] != "system"), None)
     if last not in ("user", "tool"):
         raise ApiError(
-            f"{param}: the last one, instructions apart, has to be a user's or what a tool gave back.",
+            f"{param}: the last one, instructions apart, has to be a user's or what a tool gave back. "
+            "The beginning of a reply is continued by chat completions and messages.",
             code="invalid_messages",
             param=param,
         )

@@ -304,7 +304,9 @@ def _told(place: Place, errors: Sequence[Mapping[str, Any]], is_now: str) -> Api
         rest = " or ".join(text.removeprefix(_SHOULD_BE) for text in words)
         told = f"{_SHOULD_BE}{rest}; it is {is_now}."
     else:
-        told = f"{words[0]}."
+        # What kind of value it should be is said by each thing that it might have been; what is
+        # wrong with the value by the one that it is.
+        told = f"{next(text for text in words if not text.startswith(_SHOULD_BE))}."
     return ApiError(f"{where}{told}", code="invalid_value", param=param or "body")
 
 
@@ -340,7 +342,7 @@ def _place_of(error: Mapping[str, Any], body: Any) -> Place:
 
 
 def _lacks(value: Any, name: str | int) -> bool:
-    return isinstance(value, Mapping) and name not in value
+    return isinstance(value, Mapping) and value.get(name) is None  # null is "not given"
 
 
 def _farthest(parts: Sequence[str | int], body: Any, fits: Callable[[Any], bool]) -> Place | None:

@@ -500,3 +500,14 @@ def test_a_real_file_of_version_1_becomes_a_current_one(model: Model, tmp_path: 
     nodes = model.journal.load("branches").nodes
     assert [node.role for node in nodes][-4:] == ["user", "assistant", "tool", "assistant"]
     assert min(node.id for node in nodes[-4:]) == 12  # 10 and 11 had been given, and deleted
+
+
+def test_a_difference_of_many_tools_fits_a_header() -> None:
+    def offered(letter: str) -> Tools:
+        names = (f"{letter * 120}{number}" for number in range(512))
+        return Tools.of([{"type": "function", "function": {"name": name}} for name in names])
+
+    difference = offered("a").difference(offered("b"))
+    assert difference is not None
+    assert len(difference) < 4_096
+    assert "and 504 more" in difference

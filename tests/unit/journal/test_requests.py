@@ -1,5 +1,6 @@
 """What a server notes of its requests says where clients lose, and what that costs."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +109,20 @@ def test_the_file_is_bounded_and_for_its_owner(
     assert [*tmp_path.iterdir()] == [file]
 
 
-@pytest.mark.parametrize("line", [b"", b"{", b"[]", b"{}", b"\xff", b'{"client": 1}'])
+GOOD = {"client": "a", "prompt": 1, "computed": 1, "reason": "system_changed"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"", b"{", b"[]", b"{}", b"\xff", b'{"client": 1}', b"[" * 100_000),
+        *(
+            json.dumps({**GOOD, name: value}).encode()
+            for name in (*GOOD, "message", "line", "role", "was", "now", "difference")
+            for value in ([], {}, True, -1, 1.5, 10**400)
+        ),
+    ],
+)
 def test_a_line_that_is_none_is_left_out(tmp_path: Path, line: bytes) -> None:
     noted(tmp_path)
     file = tmp_path / "requests"
@@ -121,3 +135,12 @@ def test_a_folder_that_cannot_be_written_refuses_no_request(tmp_path: Path) -> N
     home.write_text("no folder")
     noted(home)
     assert home.read_text() == "no folder"
+
+
+def test_what_a_client_is_called_is_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
+    log = RequestLog(tmp_path, None)
+    log.note("m", "evil\x1b]0;title\x07\x9b2J\u202e", usage("tools_changed", 1, "\x1b[2J"), None)
+    log.close()
+    (one,) = explain(home=tmp_path)
+    assert one.client.startswith("evil")
+    assert all(text.isprintable() for text in (one.client, *map(str, one.findings)))

@@ -123,3 +123,17 @@ def test_no_tokens_at_all_can_be_asked_for(
     nothing = post(client, PATH, {"prompt": "Hello", "max_tokens": 0})
     assert nothing["choices"][0]["text"] == ""
     assert client.post(PATH, json={"prompt": "", "max_tokens": 0}).status_code == 400
+
+
+@pytest.mark.parametrize("prompt", ["<|user|>Hé", [65, 256, 66, 258, 67]])
+def test_a_prompt_is_given_back_whole_control_tokens_too(
+    client: httpx.Client, post: Callable[..., Json], prompt: Any
+) -> None:
+    """The offsets of tokens are places in the text."""
+    body = {"prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 0}
+    (choice,) = post(client, PATH, body)["choices"]
+    if isinstance(prompt, str):
+        assert choice["text"] == prompt
+    likely = choice["logprobs"]
+    for token, at in zip(likely["tokens"], likely["text_offset"], strict=True):
+        assert token.isascii() is False or choice["text"][at:].startswith(token)

@@ -63,6 +63,55 @@ def test_an_unknown_field_changes_nothing_and_is_named(
     assert len(logged) == 1, "each name once, however many requests have it"
 
 
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+USE = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
+OUTPUT = {"type": "function_call_output", "call_id": "a", "output": "x"}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "place"),
+    [
+        (CHAT, {"tools": [{"type": "function", "function": None}]}, "tools.0.function"),
+        (
+            CHAT,
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{**CALL, "id": None}]}]},
+            "messages.1.tool_calls.0.id",
+        ),
+        (
+            CHAT,
+            {
+                "messages": [
+                    USER,
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{**CALL, "function": {"name": "f", "arguments": None}}],
+                    },
+                ]
+            },
+            "messages.1.tool_calls.0.function.arguments",
+        ),
+        (RESPONSES, {"input": [USER, {**OUTPUT, "output": None}]}, "input.1.output"),
+        (
+            RESPONSES,
+            {"tools": [{"type": "namespace", "name": "a", "tools": None}]},
+            "tools.0.tools",
+        ),
+        (MESSAGES, {"tools": [{"name": "f", "input_schema": None}]}, "tools.0.input_schema"),
+        (
+            MESSAGES,
+            {"messages": [USER, {"role": "assistant", "content": [{**USE, "input": None}]}, USER]},
+            "messages.1.content.0.input",
+        ),
+    ],
+)
+def test_what_is_needed_and_null_is_told_at_its_place(
+    client: httpx.Client, path: str, fields: Json, place: str
+) -> None:
+    refused = client.post(path, json={**ASK[path], **fields})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == f"{place}: Field required."
+
+
 @EVERYWHERE
 def test_a_mistyped_field_is_refused_naming_the_one_that_is_meant(
     client: httpx.Client, path: str
@@ -421,6 +470,7 @@ def test_such_a_tool_chosen_by_name_is_refused(
     refused = client.post(path, json=body)
     assert refused.status_code == 400
     assert "tool_choice" in refused.json()["error"]["message"]
+    assert "Input should be" not in refused.text, "it is said that such a tool cannot be called"
 
 
 def calls_of(path: str, answer: Json) -> list[str]:
