@@ -59,7 +59,7 @@ def piped(
 def test_a_message_gets_a_reply_with_its_cost(spawn: Spawn) -> None:
     child = spawn(*REFERENCE, "-n", "20")
     enter(child, "hello")
-    child.expect(r"cut at the token limit · [\d,]+ new · .*first token .*tok/s")
+    child.expect(r"cut at the token limit, /continue goes on · [\d,]+ new · .*first token .*tok/s")
     child.expect_exact(PROMPT)
     enter(child, "again")
     child.expect(r"[\d,]+ new · (?:[\d,]+ read ahead · )?[\d,]+ reused \(memory\) · first token")

@@ -446,6 +446,7 @@ def _answer_as_json(session: Session, prompt: str, out: TextIO) -> None:
         "prompt": prompt,
         "reply": reply.text,
         "finish_reason": reply.finish_reason,
+        "ended": "repetition" if reply.ran_away else None,
         "usage": reply.usage.to_dict(),
     }
     # On a terminal all but ASCII is escaped: some of the rest would be obeyed and not shown.

@@ -36,7 +36,11 @@ REGENERATE_TEMPERATURE: Final = 0.7
 """Least temperature of /regenerate: a greedy model would say the same again."""
 LONG_PROMPT_TOKENS: Final = 128
 """Fewest computed tokens whose time says how fast prefill is: that of a few is mostly overhead."""
-_NOTES: Final = {"cancelled": "stopped", "length": "cut at the token limit", "stop": ""}
+_NOTES: Final = {
+    "cancelled": "stopped",
+    "length": "cut at the token limit, /continue goes on",
+    "stop": "",
+}
 
 
 @dataclass(slots=True)
@@ -149,6 +153,8 @@ class Chat:
             return None
         self.totals.add(reply.usage)
         self.note("  " + usage_line(reply))
+        if reply.ran_away:
+            self.note("The reply repeated itself and was ended: /continue goes on.")
         return reply
 
     def say_at(self, node: Node, text: str | None, params: SamplingParams | None = None) -> None:
@@ -274,7 +280,8 @@ class Chat:
 def usage_line(reply: Reply) -> str:
     """Return what a reply cost, as the line under it."""
     usage = reply.usage
-    parts = [_NOTES[reply.finish_reason], f"{usage.awaited_tokens:,} new"]
+    note = "" if reply.ran_away else _NOTES[reply.finish_reason]
+    parts = [note, f"{usage.awaited_tokens:,} new"]
     if usage.read_ahead_tokens:
         parts.append(f"{usage.read_ahead_tokens:,} read ahead")
     if usage.reused_tokens:

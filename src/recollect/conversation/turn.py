@@ -214,7 +214,8 @@ class Prompting:
         Args:
             at: The messages up to here, all or those that still fit.
             said: A user's message after those; None: the last of them is answered.
-            begun: A reply whose beginning was given: where it is the last, it goes on. None: none is.
+            begun: A reply whose beginning was given: where it is the last, it goes on, as one does
+                that was cut. None: none is.
             tools: What the reply may call.
             overflow: What happens when not all fit.
 
@@ -223,6 +224,7 @@ class Prompting:
             TemplateError: The template refuses the conversation.
         """
         if said is None:
+            begun = at if is_cut(at) else begun
             _check_can_be_answered(at, begun)
         return (
             self._going_on(at, tools)
@@ -274,6 +276,11 @@ class Prompting:
         sequence = self._engine.new_sequence(self._namespace)
         sequence.append(token_ids)
         return sequence
+
+
+def is_cut(node: Node) -> bool:
+    """Return whether a node is a reply that did not end by itself: `respond(None)` goes on with it."""
+    return node.role == "assistant" and node.finish_reason in ("length", "cancelled")
 
 
 ANSWERED: Final = ("user", "tool")

@@ -45,7 +45,7 @@ from recollect.server.services import (
     sse,
     with_model,
 )
-from recollect.server.usage import Cost, cost
+from recollect.server.usage import Cost, cost_of
 from recollect.types import SamplingParams, TokenLogprob, Usage
 
 router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
@@ -107,7 +107,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         speed = services.metrics.speed(name, namespace)
 
         def spent(replies: Sequence[GeneratedReply]) -> Cost:
-            return cost([reply.usage for reply in replies], speed, per_prompt=number)
+            return cost_of(replies, speed, per_prompt=number)
 
         writer = _Completion(name, spent, body, given.echoes)
         if not body.stream:

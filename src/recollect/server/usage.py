@@ -62,6 +62,8 @@ class Cost:
     time_saved_s: float | None
     reason: Reason
     difference: str | None
+    ended: Literal["repetition"] | None = None
+    """Why a reply was ended whose finish reason says more than one thing; None: nothing to add."""
 
     @property
     def cached_tokens(self) -> int:
@@ -120,6 +122,7 @@ class Cost:
             "ttft_s": round(self.ttft_s, 4),
             "reason": self.reason,
             "difference": self.difference,
+            "ended": self.ended,
         }
 
     def headers(self) -> dict[str, str]:
@@ -131,7 +134,22 @@ class Cost:
         }
 
 
-def cost(usages: Sequence[Usage], speed: PrefillSpeed, *, per_prompt: int | None = None) -> Cost:
+def cost_of(
+    replies: Sequence[GeneratedReply], speed: PrefillSpeed, *, per_prompt: int | None = None
+) -> Cost:
+    """Return what replies to one request cost that have ended; the arguments are those of `cost`."""
+    usages = [reply.usage for reply in replies]
+    ran_away = any(reply.ran_away for reply in replies)
+    return cost(usages, speed, per_prompt=per_prompt, ran_away=ran_away)
+
+
+def cost(
+    usages: Sequence[Usage],
+    speed: PrefillSpeed,
+    *,
+    per_prompt: int | None = None,
+    ran_away: bool = False,
+) -> Cost:
     """
     Return what the replies to one request cost.
 
@@ -139,6 +157,7 @@ def cost(usages: Sequence[Usage], speed: PrefillSpeed, *, per_prompt: int | None
         usages: Of the replies, in their order.
         speed: Of the model.
         per_prompt: How many of them in a row share a prompt; None: all do.
+        ran_away: Whether one of them was ended because it repeated itself.
     """
     size = per_prompt or len(usages)
     groups = [usages[start : start + size] for start in range(0, len(usages), size)]
@@ -157,6 +176,7 @@ def cost(usages: Sequence[Usage], speed: PrefillSpeed, *, per_prompt: int | None
         else None,
         reason=most[0].reason,
         difference=most[0].difference,
+        ended="repetition" if ran_away else None,
     )
 
 

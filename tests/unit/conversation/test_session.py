@@ -30,6 +30,7 @@ from recollect.errors import (
     UnknownNodeError,
 )
 from recollect.runtime.base import Pace
+from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=6)
@@ -278,7 +279,8 @@ def test_an_answer_needs_a_message(chat: Session) -> None:
     for _ in range(2):
         with pytest.raises(ConversationError, match="no message to answer"):
             chat.respond(None)
-    chat.respond("one")
+    end = min(ByteTokenizer.eos_token_ids)
+    chat.respond("one", params=SamplingParams(logit_bias={end: 100.0}))
     with pytest.raises(ConversationError):
         chat.respond(None)
     chat.respond("two")

@@ -86,6 +86,46 @@ def test_headers_say_the_same(client: httpx.Client) -> None:
     assert "became" in response.headers["x-recollect-difference"]
 
 
+@pytest.fixture
+def runaways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each reply repeat one byte for ever, as only some of the APIs can be asked to."""
+    usual = SamplingParams.__post_init__
+
+    def repeating(params: SamplingParams) -> None:
+        object.__setattr__(params, "logit_bias", {ord("a"): 100.0})
+        usual(params)
+
+    monkeypatch.setattr(SamplingParams, "__post_init__", repeating)
+
+
+@pytest.mark.usefixtures("runaways")
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}]}),
+        ("/v1/responses", {"input": "Hello"}),
+        ("/v1/completions", {"prompt": "Hello"}),
+    ],
+)
+def test_a_reply_that_repeated_itself_is_told(
+    client: httpx.Client, post: Callable[..., Json], path: str, said: Json
+) -> None:
+    limit = "max_output_tokens" if path.endswith("responses") else "max_tokens"
+    whole = post(client, path, {**said, limit: 1600})
+    assert whole["usage"]["recollect"]["ended"] == "repetition"
+    assert post(client, path, {**said, limit: 8})["usage"]["recollect"]["ended"] is None
+    more = {"stream_options": {"include_usage": True}} if path.endswith("completions") else {}
+    body = {**said, limit: 1600, "stream": True, **more}
+    with client.stream("POST", path, json=body) as response:
+        text = response.read().decode()
+    assert '"ended":"repetition"' in text.replace(": ", ":")
+    for reason in ("length", "max_tokens", "incomplete"):
+        if f'"{reason}"' in text:
+            return
+    raise AssertionError("it does not say that the reply was cut")
+
+
 @pytest.mark.parametrize(
     ("path", "said"),
     [
