@@ -323,6 +323,7 @@ def statistics(chat: Chat) -> list[tuple[str, str]]:
             f"{count(turns, 'turn')} in all branches; open: {', '.join(chat.sessions)}",
         ),
         ("context", f"{history:,} of {chat.model.context_length:,} tokens in {chat.current}"),
+        ("sampling", _sampling(chat)),
         ("computed", f"{computed:,} tokens in {passes:,} passes"),
         ("reused", f"{totals.reused_tokens:,} tokens in {totals.replies:,} replies"),
         ("time saved", _time_saved(chat)),
@@ -331,6 +332,17 @@ def statistics(chat: Chat) -> list[tuple[str, str]]:
         *_disk(engine),
         ("process memory", format_bytes(psutil.Process().memory_info().rss)),
     ]
+
+
+def _sampling(chat: Chat) -> str:
+    """Return how the last reply of the branch was sampled; where there is none, how the next will be."""
+    usage = chat.session.tip.usage
+    used = chat.params.told(chat.params.seed or 0) if usage is None else usage.get("sampling")
+    if not used:
+        return "greedy"
+    shown = [f"{name} {value}" for name, value in used.items() if name != "seed"]
+    seed = f"; --seed {used['seed']} gives the last reply again" if usage is not None else ""
+    return printable(", ".join(shown) + seed)
 
 
 def _saved_as(chat: Chat) -> str:

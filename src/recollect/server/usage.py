@@ -65,6 +65,9 @@ class Cost:
     ended: Literal["repetition"] | None = None
     """Why a reply was ended whose finish reason says more than one thing; None: nothing to add."""
 
+    sampling: Mapping[str, float] | None = None
+    """How tokens were chosen, as `Usage.sampling` has it; without a seed where the replies' differ."""
+
     @property
     def cached_tokens(self) -> int:
         """Return the tokens of the prompt that were not computed."""
@@ -123,6 +126,7 @@ class Cost:
             "reason": self.reason,
             "difference": self.difference,
             "ended": self.ended,
+            "sampling": self.sampling,
         }
 
     def headers(self) -> dict[str, str]:
@@ -130,7 +134,7 @@ class Cost:
         return {
             f"x-recollect-{name.replace('_', '-')}": _header_value(value)
             for name, value in {"prompt_tokens": self.prompt_tokens, **self.own()}.items()
-            if value is not None
+            if value is not None and name != "sampling"
         }
 
 
@@ -177,7 +181,20 @@ def cost(
         reason=most[0].reason,
         difference=most[0].difference,
         ended="repetition" if ran_away else None,
+        sampling=_shared(usages),
     )
+
+
+def _shared(usages: Sequence[Usage]) -> dict[str, float] | None:
+    """Return what is true of the sampling of all replies; only their seeds can differ."""
+    first = usages[0].sampling
+    if first is None:
+        return None
+    return {
+        name: value
+        for name, value in first.items()
+        if all((usage.sampling or {}).get(name) == value for usage in usages)
+    }
 
 
 def recorded(values: Mapping[str, Any]) -> Usage:

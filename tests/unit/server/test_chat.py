@@ -126,6 +126,61 @@ def test_a_reply_that_repeated_itself_is_told(
     raise AssertionError("it does not say that the reply was cut")
 
 
+MAKERS = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
+
+
+@pytest.mark.parametrize(
+    ("path", "said", "takes_seed"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}, True),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}]}, False),
+        ("/v1/responses", {"input": "Hello"}, True),
+        ("/v1/completions", {"prompt": "Hello"}, True),
+    ],
+)
+def test_a_model_is_sampled_as_its_makers_recommend(
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    post: Callable[..., Json],
+    path: str,
+    said: Json,
+    *,
+    takes_seed: bool,
+) -> None:
+    client = start(load=lambda _: make_model(sampling=MAKERS))
+    limit = "max_output_tokens" if path.endswith("responses") else "max_tokens"
+
+    def sampling(**fields: Any) -> Json | None:
+        answer = post(client, path, {**said, limit: 6, **fields})
+        told: Json | None = answer["usage"]["recollect"]["sampling"]
+        return told
+
+    used = sampling()
+    assert used is not None
+    seed = used.pop("seed")
+    assert used == MAKERS
+    assert 0 <= seed < 2**53, "exact in every reader of JSON"
+    warm = sampling(temperature=0.5)
+    assert warm is not None
+    assert warm["temperature"] == 0.5
+    assert warm["top_k"] == 20
+    assert sampling(temperature=0) is None
+    if takes_seed:
+        again = sampling(seed=seed)
+        assert again == {**MAKERS, "seed": seed}
+
+
+def test_the_operator_says_how_requests_are_sampled_that_do_not(
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    chat: Callable[..., Json],
+) -> None:
+    client = start(load=lambda _: make_model(sampling=MAKERS), temperature=0.0)
+    assert chat(client, ("user", "Hello"))["usage"]["recollect"]["sampling"] is None
+    told = chat(client, ("user", "Hello"), temperature=0.9)["usage"]["recollect"]["sampling"]
+    assert told["temperature"] == 0.9
+
+
 @pytest.mark.parametrize(
     ("path", "said"),
     [
