@@ -45,6 +45,9 @@ from recollect.types import SamplingParams
 
 app = typer.Typer()
 
+SOFT_LIMIT: Final = 2048
+"""Most tokens of a reply at a terminal where nothing else is asked for; /continue goes on."""
+
 LAST = ""
 """Stands for the name of the conversation that was used last."""
 
@@ -242,7 +245,7 @@ def chat(
             *("--max-tokens", "-n"),
             about="Most tokens in one reply.",
             metavar="N",
-            default="what the context holds",
+            default=f"{SOFT_LIMIT:,} at a terminal, or else what the context holds",
         ),
     ] = None,
     temperature: TemperatureOption = None,
@@ -326,6 +329,8 @@ def chat(
         **named,
     )
     by_hand = prompts is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty()
+    if by_hand and max_tokens is None:
+        params = replace(params, max_tokens=SOFT_LIMIT)
     if no_save and (name is not None or resume is not None or checkpoint is not None):
         raise ConfigError(
             "--no-save saves nothing: leave it out, or leave out --name, --resume and --checkpoint."
