@@ -341,8 +341,9 @@ def recommended(said: Mapping[str, object]) -> dict[str, float]:
         value = said.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        number: Any = int(value) if name == "top_k" and math.isfinite(value) else float(value)
-        with suppress(InvalidParameterError):
+        with suppress(InvalidParameterError, OverflowError, ValueError):
+            # Rounded, as 0.7 is 0.699999988 in a file that has it as f32.
+            number: Any = int(value) if name == "top_k" else float(f"{float(value):.6g}")
             SamplingParams(**{name: number})
             found[name] = number
     return {} if said.get("do_sample") is False or not found.get("temperature") else found

@@ -152,6 +152,9 @@ def test_what_is_wrong_is_told_without_words_of_python(wrong: dict[str, Any]) ->
         ({"temperature": 0.6, "top_k": 50.0, "min_p": "0.1"}, {"temperature": 0.6, "top_k": 50}),
         ({"temperature": 0.6, "top_p": 7, "top_k": -1, "min_p": True}, {"temperature": 0.6}),
         ({"temperature": float("nan"), "top_k": float("inf")}, {}),
+        ({"temperature": 10**400}, {}),
+        ({"temperature": 0.5, "top_k": float("inf"), "top_p": 10**400}, {"temperature": 0.5}),
+        ({"temperature": 0.699999988079071}, {"temperature": 0.7}),
     ],
 )
 def test_what_makers_recommend_is_taken_where_it_can_be(

@@ -338,10 +338,10 @@ def _sampling(chat: Chat) -> str:
     """Return how the last reply of the branch was sampled; where there is none, how the next will be."""
     usage = chat.session.tip.usage
     used = chat.params.told(chat.params.seed or 0) if usage is None else usage.get("sampling")
-    if not used:
+    if not isinstance(used, dict) or not used:  # a file that was imported may say anything
         return "greedy"
     shown = [f"{name} {value}" for name, value in used.items() if name != "seed"]
-    seed = f"; --seed {used['seed']} gives the last reply again" if usage is not None else ""
+    seed = f"; --seed {used.get('seed')} gives the last reply again" if usage is not None else ""
     return printable(", ".join(shown) + seed)
 
 
