@@ -414,8 +414,9 @@ def make_model(faults: Faults, pace: Pace, tmp_path: Path) -> Iterator[Callable[
         block_size: int = 8,
         whole_blocks_only: bool = False,
         store: DiskStore | None = None,
+        sampling: Mapping[str, float] | None = None,
     ) -> Model:
-        local = replace(reference_model(), context_length=context_length)
+        local = replace(reference_model(), context_length=context_length, sampling=sampling or {})
         if template is not None:
             local = replace(local, chat_template=template)
         runtime = FaultyRuntime(

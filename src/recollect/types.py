@@ -8,8 +8,9 @@ import json
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final, Generic, Literal, NotRequired, Self, TypedDict, TypeVar
 
 from recollect.errors import InvalidParameterError
@@ -283,6 +284,28 @@ class SamplingParams:
                 "ignore_eos cannot go with a grammar, which says where the reply ends: leave one out."
             )
 
+    def with_recommended(self, makers: Mapping[str, float], named: Collection[str]) -> Self:
+        """
+        Return these parameters, as a model's makers recommend where somebody named none.
+
+        Args:
+            makers: As `recommended` returns it.
+            named: The parameters that somebody asked for, which stay. Who asks for temperature 0 wants
+                greedy replies: nothing is changed then.
+        """
+        if "temperature" in named and not self.temperature:
+            return self
+        left: dict[str, Any] = {name: x for name, x in makers.items() if name not in named}
+        return replace(self, **left)
+
+    def told(self, seed: int) -> dict[str, float] | None:
+        """Return what `Usage.sampling` says of a reply with this seed."""
+        if not self.temperature:
+            return None
+        plain = {one.name: one.default for one in fields(self)}
+        changed = {name: getattr(self, name) for name in _TOLD}
+        return {name: x for name, x in changed.items() if x != plain[name]} | {"seed": seed}
+
 
 def _require_few_enough(stop: Sequence[str]) -> None:
     """Check the number and the length of stop strings, without quoting them in the error."""
@@ -296,6 +319,34 @@ def _require_few_enough(stop: Sequence[str]) -> None:
             f"The strings of stop have {characters:,} characters together; "
             f"give at most {MOST_STOP_CHARACTERS:,}."
         )
+
+
+SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""The parameters that makers of models recommend, by the names of generation_config.json."""
+
+
+_TOLD: Final = (*SAMPLING, "presence_penalty", "frequency_penalty")
+
+
+def recommended(said: Mapping[str, object]) -> dict[str, float]:
+    """
+    Return what a model's makers recommend of `SAMPLING`, without values that no sampling takes.
+
+    Args:
+        said: As generation_config.json has it. `do_sample: false` is greedy, whatever else it says;
+            `do_sample: true` without a temperature is temperature 1, as in Hugging Face.
+    """
+    found: dict[str, float] = {"temperature": 1.0} if said.get("do_sample") is True else {}
+    for name in SAMPLING:
+        value = said.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        with suppress(InvalidParameterError, OverflowError, ValueError):
+            # Rounded, as 0.7 is 0.699999988 in a file that has it as f32.
+            number: Any = int(value) if name == "top_k" else float(f"{float(value):.6g}")
+            SamplingParams(**{name: number})
+            found[name] = number
+    return {} if said.get("do_sample") is False or not found.get("temperature") else found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,13 +382,18 @@ class Usage:
     """Why computed tokens were not reused."""
     difference: str | None = None
     """A sentence about the first difference from an earlier prompt; None: `reason` names no difference."""
+    sampling: Mapping[str, float] | None = None
+    """
+    How tokens were chosen, by the names of `SamplingParams`, with the seed that gives the reply again;
+    None: greedily.
+    """
 
     @property
     def awaited_tokens(self) -> int:
         """Return the number of tokens that were computed after the call, while somebody waited."""
         return self.computed_tokens - self.read_ahead_tokens
 
-    def to_dict(self) -> dict[str, int | float | str | None]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON object."""
         return asdict(self)
 

@@ -59,7 +59,7 @@ def piped(
 def test_a_message_gets_a_reply_with_its_cost(spawn: Spawn) -> None:
     child = spawn(*REFERENCE, "-n", "20")
     enter(child, "hello")
-    child.expect(r"cut at the token limit · [\d,]+ new · .*first token .*tok/s")
+    child.expect(r"cut at the token limit, /continue goes on · [\d,]+ new · .*first token .*tok/s")
     child.expect_exact(PROMPT)
     enter(child, "again")
     child.expect(r"[\d,]+ new · (?:[\d,]+ read ahead · )?[\d,]+ reused \(memory\) · first token")
@@ -217,3 +217,21 @@ def test_a_real_model_reads_nothing_twice(environment: dict[str, str]) -> None:
     # The last token generated has no KV yet; all others have, and are not read again.
     assert second["reused_tokens"] >= known - 1
     assert second["reused_tokens"] + second["computed_tokens"] == second["prompt_tokens"]
+
+
+def test_a_reply_at_a_terminal_has_a_soft_limit(spawn: Spawn) -> None:
+    child = spawn(*REFERENCE)
+    enter(child, "hello")
+    child.expect("cut at the token limit, /continue goes on")
+    child.expect_exact(PROMPT)
+    enter(child, "/stats")
+    child.expect(r"context\s+2,\d\d\d of 8,192")
+    child.expect(r"sampling\s+greedy")
+    child.expect_exact(PROMPT)
+    enter(child, "/continue")
+    child.expect("cut at the token limit, /continue goes on")
+    child.expect_exact(PROMPT)
+    enter(child, "/stats")
+    child.expect(r"context\s+4,\d\d\d of 8,192")
+    child.expect_exact(PROMPT)
+    leave(child)

@@ -82,7 +82,7 @@ def test_log_probabilities_are_of_the_text(model: Model) -> None:
 
 
 def test_a_call_is_streamed_answered_and_found_again(model: Model) -> None:
-    chat = model.session(tools=[WEATHER], tool_choice="get_weather")
+    chat = model.session(tools=[WEATHER], tool_choice="get_weather", params=SamplingParams())
     stream = chat.stream("What is the weather in Paris, in celsius?")
     arguments = "".join(e.text for e in stream.events() if isinstance(e, ArgumentsDelta))
     assert stream.reply is not None

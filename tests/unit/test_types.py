@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recollect.errors import InvalidParameterError
-from recollect.types import Grammar, SamplingParams, Usage, common_prefix_length, tokens_per_second
+from recollect.types import (
+    Grammar,
+    SamplingParams,
+    Usage,
+    common_prefix_length,
+    recommended,
+    tokens_per_second,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -107,6 +114,7 @@ def test_usage_is_plain_json_values() -> None:
         "decode_tps": None,
         "reason": "evicted",
         "difference": "5 tokens",
+        "sampling": None,
     }
 
 
@@ -127,3 +135,49 @@ def test_what_is_wrong_is_told_without_words_of_python(wrong: dict[str, Any]) ->
     assert next(iter(wrong)) in str(refused.value)
     for word in ("None", "True", "False", "**", "('"):
         assert word not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "recommended_"),
+    [
+        ({}, {}),
+        ({"temperature": None, "top_p": None}, {}),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1},
+            {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1},
+        ),
+        ({"do_sample": False, "temperature": 0.7}, {}),
+        ({"do_sample": True, "top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
+        ({"top_p": 0.9, "repetition_penalty": 1.1}, {}),
+        ({"temperature": 0.6, "top_k": 50.0, "min_p": "0.1"}, {"temperature": 0.6, "top_k": 50}),
+        ({"temperature": 0.6, "top_p": 7, "top_k": -1, "min_p": True}, {"temperature": 0.6}),
+        ({"temperature": float("nan"), "top_k": float("inf")}, {}),
+        ({"temperature": 10**400}, {}),
+        ({"temperature": 0.5, "top_k": float("inf"), "top_p": 10**400}, {"temperature": 0.5}),
+        ({"temperature": 0.699999988079071}, {"temperature": 0.7}),
+    ],
+)
+def test_what_makers_recommend_is_taken_where_it_can_be(
+    said: dict[str, Any], recommended_: dict[str, float]
+) -> None:
+    assert recommended(said) == recommended_
+
+
+def test_what_somebody_asks_for_comes_before_what_makers_recommend() -> None:
+    makers = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
+    plain = SamplingParams()
+    assert plain.with_recommended(makers, ()) == SamplingParams(
+        temperature=0.7, top_k=20, repetition_penalty=1.1
+    )
+    assert plain.with_recommended(makers, {"temperature"}) == plain, "0 is greedy in all"
+    warm = SamplingParams(temperature=0.3, max_tokens=5)
+    assert warm.with_recommended(makers, {"temperature"}) == SamplingParams(
+        temperature=0.3, top_k=20, repetition_penalty=1.1, max_tokens=5
+    )
+    assert plain.with_recommended(makers, {"repetition_penalty"}).repetition_penalty == 1.0
+
+
+def test_what_is_told_of_the_sampling_gives_the_reply_again() -> None:
+    params = SamplingParams(temperature=0.5, top_p=0.9)
+    assert params.told(7) == {"temperature": 0.5, "top_p": 0.9, "seed": 7}
+    assert SamplingParams(top_p=0.9).told(7) is None

@@ -21,6 +21,7 @@ from typer.core import TyperCommand
 from recollect import encryption
 from recollect.cli.display import printable
 from recollect.cli.options import (
+    MAKERS,
     USUAL,
     EncryptOption,
     ModelOptions,
@@ -43,6 +44,9 @@ from recollect.models.catalog import DEFAULT_MODEL
 from recollect.types import SamplingParams
 
 app = typer.Typer()
+
+SOFT_LIMIT: Final = 2048
+"""Most tokens of a reply at a terminal where nothing else is asked for; /continue goes on."""
 
 LAST = ""
 """Stands for the name of the conversation that was used last."""
@@ -241,19 +245,28 @@ def chat(
             *("--max-tokens", "-n"),
             about="Most tokens in one reply.",
             metavar="N",
-            default="what the context holds",
+            default=f"{SOFT_LIMIT:,} at a terminal, or else what the context holds",
         ),
     ] = None,
-    temperature: TemperatureOption = 0.0,
+    temperature: TemperatureOption = None,
     top_k: Annotated[
-        int, sampling_option(about="Choose among the N likeliest tokens; 0: all.", metavar="N")
-    ] = 0,
+        int | None,
+        sampling_option(
+            about="Choose among the N likeliest tokens; 0: all.", metavar="N", default=MAKERS
+        ),
+    ] = None,
     top_p: Annotated[
-        float, sampling_option(about="Choose among the likeliest tokens that add up to X.")
-    ] = 1.0,
+        float | None,
+        sampling_option(
+            about="Choose among the likeliest tokens that add up to X.", default=MAKERS
+        ),
+    ] = None,
     min_p: Annotated[
-        float, sampling_option(about="Choose among tokens at least X times as likely as the best.")
-    ] = 0.0,
+        float | None,
+        sampling_option(
+            about="Choose among tokens at least X times as likely as the best.", default=MAKERS
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         sampling_option(
@@ -263,8 +276,11 @@ def chat(
         ),
     ] = None,
     repetition_penalty: Annotated[
-        float, sampling_option(about="Above 1: make tokens that occurred before less likely.")
-    ] = 1.0,
+        float | None,
+        sampling_option(
+            about="Above 1: make tokens that occurred before less likely.", default=MAKERS
+        ),
+    ] = None,
     presence_penalty: Annotated[
         float, sampling_option(about="Subtracted once for a token that the reply has already.")
     ] = 0.0,
@@ -295,20 +311,26 @@ def chat(
     lists them. The conversation is saved, and --resume goes on with it.
     From a pipe or a file, each line is a prompt, and replies are plain text.
     """
+    values: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    named = {option: value for option, value in values.items() if value is not None}
     params = SamplingParams(
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
         seed=seed,
-        repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
+        **named,
     )
     by_hand = prompts is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty()
+    if by_hand and max_tokens is None:
+        params = replace(params, max_tokens=SOFT_LIMIT)
     if no_save and (name is not None or resume is not None or checkpoint is not None):
         raise ConfigError(
             "--no-save saves nothing: leave it out, or leave out --name, --resume and --checkpoint."
@@ -339,12 +361,17 @@ def chat(
         from recollect.cli.repl import talk  # noqa: PLC0415
 
         with loading.load(reference) as loaded:
-            talk(loaded, opening.open(loaded, found, params), keep_history=opening.keep)
+            session = opening.open(
+                loaded, found, params.with_recommended(loaded.local.sampling, named)
+            )
+            talk(loaded, session, keep_history=opening.keep)
         return
     with (
         open_prompts(prompts) as lines,
         loading.load(reference) as loaded,
-        opening.open(loaded, found, params) as session,
+        opening.open(
+            loaded, found, params.with_recommended(loaded.local.sampling, named)
+        ) as session,
     ):
         answer_all(session, lines, as_json=as_json)
 
@@ -446,6 +473,7 @@ def _answer_as_json(session: Session, prompt: str, out: TextIO) -> None:
         "prompt": prompt,
         "reply": reply.text,
         "finish_reason": reply.finish_reason,
+        "ended": "repetition" if reply.ran_away else None,
         "usage": reply.usage.to_dict(),
     }
     # On a terminal all but ASCII is escaped: some of the rest would be obeyed and not shown.

@@ -17,6 +17,7 @@ from recollect.cli.display import MARKS, count, draw_tree, format_bytes, printab
 from recollect.cli.state import REGENERATE_TEMPERATURE, Chat, branches, statistics
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
+from recollect.conversation.turn import is_cut
 from recollect.errors import (
     ConversationError,
     InvalidParameterError,
@@ -187,6 +188,14 @@ def regenerate(chat: Chat, _rest: str) -> None:
     chat.say_at(chat.session.last_user(), None, chat.varied_params())
 
 
+def go_on(chat: Chat, _rest: str) -> None:
+    """Go on with a reply that was cut, or answer a message that has no reply."""
+    tip = chat.session.tip
+    if tip.role == "assistant" and not is_cut(tip):
+        raise ConversationError("The last reply has ended by itself: say something to go on.")
+    chat.say(None)
+
+
 def edit(chat: Chat, rest: str) -> None:
     """Say something else in place of an earlier message."""
     number, _, text = rest.partition(" ")
@@ -336,6 +345,7 @@ COMMANDS: Final[dict[str, Command]] = {
             f"generate another reply, at temperature {REGENERATE_TEMPERATURE} or more, with a new seed",
             regenerate,
         ),
+        Command("continue", "", "go on with a reply that was cut, where it stopped", go_on),
         Command("fork", "NAME", "begin a new branch here and go to it; costs nothing", fork),
         Command("switch", "[NAME]", "go to another branch or conversation, or list them", switch),
         Command(

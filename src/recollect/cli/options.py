@@ -383,6 +383,9 @@ def _as_parameters(defaults: ModelOptions) -> list[inspect.Parameter]:
     return parameters
 
 
+MAKERS: Final = "what the model's makers recommend"
+
+
 def sampling_option(
     *names: str, about: str, metavar: str | None = "X", default: bool | str = True
 ) -> Any:
@@ -393,9 +396,11 @@ def sampling_option(
 
 
 TemperatureOption = Annotated[
-    float,
+    float | None,
     sampling_option(
-        "--temperature", "-t", about="0 always takes the likeliest token; above 1 is more random."
+        *("--temperature", "-t"),
+        about="0 always takes the likeliest token; above 1 is more random.",
+        default=MAKERS,
     ),
 ]
 

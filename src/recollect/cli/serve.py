@@ -83,7 +83,7 @@ def serve(
             show_default="no limit",
         ),
     ] = None,
-    temperature: TemperatureOption = 0.0,
+    temperature: TemperatureOption = None,
     max_tokens: Annotated[
         int,
         typer.Option(
@@ -185,7 +185,7 @@ def serve(
     for reference in references.values():
         resolve(reference)
     loading.check()
-    SamplingParams(temperature=temperature)
+    SamplingParams(temperature=temperature or 0.0)
     keys = keyring(KeyFile.in_home(home), _given_keys(api_key))
     if encrypt and not encryption.is_encrypted(home):
         for reference in references.values():

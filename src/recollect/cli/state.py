@@ -36,7 +36,11 @@ REGENERATE_TEMPERATURE: Final = 0.7
 """Least temperature of /regenerate: a greedy model would say the same again."""
 LONG_PROMPT_TOKENS: Final = 128
 """Fewest computed tokens whose time says how fast prefill is: that of a few is mostly overhead."""
-_NOTES: Final = {"cancelled": "stopped", "length": "cut at the token limit", "stop": ""}
+_NOTES: Final = {
+    "cancelled": "stopped",
+    "length": "cut at the token limit, /continue goes on",
+    "stop": "",
+}
 
 
 @dataclass(slots=True)
@@ -149,6 +153,8 @@ class Chat:
             return None
         self.totals.add(reply.usage)
         self.note("  " + usage_line(reply))
+        if reply.ran_away:
+            self.note("The reply repeated itself and was ended: /continue goes on.")
         return reply
 
     def say_at(self, node: Node, text: str | None, params: SamplingParams | None = None) -> None:
@@ -274,7 +280,8 @@ class Chat:
 def usage_line(reply: Reply) -> str:
     """Return what a reply cost, as the line under it."""
     usage = reply.usage
-    parts = [_NOTES[reply.finish_reason], f"{usage.awaited_tokens:,} new"]
+    note = "" if reply.ran_away else _NOTES[reply.finish_reason]
+    parts = [note, f"{usage.awaited_tokens:,} new"]
     if usage.read_ahead_tokens:
         parts.append(f"{usage.read_ahead_tokens:,} read ahead")
     if usage.reused_tokens:
@@ -316,6 +323,7 @@ def statistics(chat: Chat) -> list[tuple[str, str]]:
             f"{count(turns, 'turn')} in all branches; open: {', '.join(chat.sessions)}",
         ),
         ("context", f"{history:,} of {chat.model.context_length:,} tokens in {chat.current}"),
+        ("sampling", _sampling(chat)),
         ("computed", f"{computed:,} tokens in {passes:,} passes"),
         ("reused", f"{totals.reused_tokens:,} tokens in {totals.replies:,} replies"),
         ("time saved", _time_saved(chat)),
@@ -324,6 +332,17 @@ def statistics(chat: Chat) -> list[tuple[str, str]]:
         *_disk(engine),
         ("process memory", format_bytes(psutil.Process().memory_info().rss)),
     ]
+
+
+def _sampling(chat: Chat) -> str:
+    """Return how the last reply of the branch was sampled; where there is none, how the next will be."""
+    usage = chat.session.tip.usage
+    used = chat.params.told(chat.params.seed or 0) if usage is None else usage.get("sampling")
+    if not isinstance(used, dict) or not used:  # a file that was imported may say anything
+        return "greedy"
+    shown = [f"{name} {value}" for name, value in used.items() if name != "seed"]
+    seed = f"; --seed {used.get('seed')} gives the last reply again" if usage is not None else ""
+    return printable(", ".join(shown) + seed)
 
 
 def _saved_as(chat: Chat) -> str:

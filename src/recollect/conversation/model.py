@@ -310,6 +310,8 @@ class Model:
         self.name: Final = local.name
         self.local: Final = local
         """The model's files and what they say."""
+        self.sampling: Final = SamplingParams().with_recommended(local.sampling, ())
+        """How replies are sampled unless somebody says otherwise: as the model's makers recommend."""
         self._home = home
         self._cipher = cipher
         self._lock = threading.RLock()
@@ -391,7 +393,8 @@ class Model:
 
         Args:
             system: Instructions before the first message; None: those of the template, if it has any.
-            params: How replies are sampled unless a call says otherwise; None: greedy.
+            params: How replies are sampled unless a call says otherwise; None: as the model's makers
+                recommend, and greedily where they say nothing.
             namespace: KV is reused, and messages are found, within a namespace and never across.
             keep: Whether the conversation is saved in the journal, from its first turn on.
             name: The name under which it is saved; None: with *keep*, the journal chooses one.
@@ -423,7 +426,7 @@ class Model:
             self,
             conversation,
             tip,
-            params or SamplingParams(),
+            params or self.sampling,
             namespace=namespace,
             name=DEFAULT_TIP,
             overflow=overflow,
@@ -478,7 +481,7 @@ class Model:
             self,
             conversation,
             tip,
-            params or SamplingParams(),
+            params or self.sampling,
             namespace=namespace,
             overflow=overflow,
             change=change,
@@ -540,7 +543,7 @@ class Model:
             self,
             conversation,
             conversation.tips[tip],
-            params or SamplingParams(),
+            params or self.sampling,
             name=tip,
             overflow=overflow,
             tools=offered,

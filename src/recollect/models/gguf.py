@@ -10,7 +10,7 @@ import math
 import mmap
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, TokenTyp
 
 from recollect import files
 from recollect.errors import UnsupportedModelError
+from recollect.types import recommended
 
 MOST_HEADER_BYTES: Final = 128 << 20
 """Most bytes of a header. The largest known one, with 262,144 tokens, has 16 MB."""
@@ -215,6 +216,8 @@ class GgufHeader:
     eos_token: str | None
     window: int | None = None
     """Tokens that layers with a sliding window attend to; None: there are no such layers."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """How its makers recommend to sample, as `types.recommended` has it."""
 
 
 def read_content(path: Path) -> GgufContent:
@@ -374,6 +377,20 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> Iterator[tuple[str,
         yield name, TensorInfo(tuple(reversed(shape)), kind, offset, size_bytes)
 
 
+_SAMPLING: Final = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+"""
+Names of `types.SAMPLING` by keys after `general.sampling.`.
+
+llama.cpp's converter fills them from generation_config.json.
+"""
+
+
 def describe(content: GgufContent, path: Path) -> GgufHeader:
     """
     Return what the fields of a file say about its model.
@@ -406,6 +423,7 @@ def describe(content: GgufContent, path: Path) -> GgufHeader:
     )
     template = fields.get("tokenizer.chat_template")
     window = fields.get(f"{architecture}.attention.sliding_window")
+    said = {name: fields.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
     return GgufHeader(
         architecture=architecture,
         context_length=context_length,
@@ -414,6 +432,7 @@ def describe(content: GgufContent, path: Path) -> GgufHeader:
         bos_token=_token(tokens, fields.get("tokenizer.ggml.bos_token_id")),
         eos_token=_token(tokens, fields.get("tokenizer.ggml.eos_token_id")),
         window=window if type(window) is int and 0 < window < context_length else None,
+        sampling=recommended(said),
     )
 
 

@@ -513,6 +513,7 @@ def _describe(job: Conversion, header: GgufHeader, folder: Path) -> Manifest:
         bos_token=header.bos_token,
         eos_token=header.eos_token,
         window=header.window,
+        sampling=dict(header.sampling),
         fingerprint=combine(
             ["gguf weights 1", job.sha256, versions[CONVERTER], header.chat_template or ""]
         ),

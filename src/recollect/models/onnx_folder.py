@@ -34,7 +34,7 @@ from recollect.models.openvino_folder import (
     warn_of_writers,
 )
 from recollect.text.file_tokenizers import MOST_TOKENIZER_BYTES, TOKENIZER_NAME
-from recollect.types import Progress, no_progress
+from recollect.types import Progress, no_progress, recommended
 
 _MOST_FIELDS: Final = 20_000_000
 """Most fields of an .onnx file that are read, which takes half a minute. 1,000 nodes have about 20,000."""
@@ -274,6 +274,7 @@ def open_onnx_folder(
         or _first(as_ids(config.get("bos_token_id")), added),
         eos_token=special_token(tokenizer_config, "eos_token") or _first(eos, added),
         fingerprint=_fingerprint(folder, home, progress),
+        sampling=recommended(read_json(folder / "generation_config.json")),
         search_defaults=_table(whole.get("search")),
         architecture=str(config.get("type", "")) or None,
         onnx_config=checked.content,

@@ -9,7 +9,7 @@ folders for ONNX Runtime GenAI as well.
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Self
@@ -21,7 +21,7 @@ from recollect.files import cached_sha256, combine
 from recollect.models.catalog import LocalModel
 from recollect.models.gguf import GgufHeader, read_header
 from recollect.text.file_tokenizers import MOST_TOKENIZER_BYTES
-from recollect.types import Progress, no_progress
+from recollect.types import Progress, no_progress, recommended
 
 _log: Final = logging.getLogger(__name__)
 
@@ -173,6 +173,8 @@ class Manifest:
     window: int | None = None
     """Tokens that layers with a sliding window attend to; None: there are none, or the version that wrote the
     manifest did not note it."""
+    sampling: dict[str, float] = field(default_factory=dict)
+    """How the GGUF file says that its makers recommend to sample; empty: it does not say."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -218,6 +220,7 @@ def _is_sound(fields: dict[str, Any]) -> bool:
         and 1 <= fields["context_length"] <= _MOST_NUMBER
         and all(isinstance(fields.get(name), str | None) for name in _OPTIONAL)
         and all(isinstance(fields.get(name), dict) for name in _TABLES)
+        and isinstance(fields.get("sampling", {}), dict)
         and (fields.get("window") is None or _is_number(fields["window"]))
         and isinstance(ends, list)
         and all(_is_number(token_id) and token_id <= _MOST_NUMBER for token_id in ends)
@@ -352,6 +355,7 @@ def from_manifest(manifest: Manifest, folder: Path, name: str) -> LocalModel:
         architecture=manifest.architecture,
         boundaries=() if manifest.window is None else (manifest.window,),
         source_sha256=manifest.source_sha256,
+        sampling=recommended(manifest.sampling),
     )
 
 
@@ -448,6 +452,7 @@ class _Export:
             bos_token=self._special_token("bos_token"),
             eos_token=self._special_token("eos_token"),
             fingerprint=fingerprint,
+            sampling=recommended(self._generation),
             architecture=self._architecture(),
         )
 

@@ -227,7 +227,9 @@ def _prepare_entry(
             manifest = _install(entry, gguf, folder, home, progress)
     if with_source:
         fetch_entry(entry, home=home, progress=progress)
-    return _with_source(from_manifest(manifest, folder, entry.name), [source_path(entry, home)])
+    model = from_manifest(manifest, folder, entry.name)
+    model = replace(model, sampling=model.sampling or entry.sampling)
+    return _with_source(model, [source_path(entry, home)])
 
 
 def _with_source(model: LocalModel, parts: Iterable[Path]) -> LocalModel:

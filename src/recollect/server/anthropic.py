@@ -30,6 +30,7 @@ from recollect.server.fields import (
     Text,
     check_count,
     kind_among,
+    named_sampling,
 )
 from recollect.server.parts import (
     AnyMessagesTool,
@@ -276,10 +277,13 @@ class MessagesRequest(CountRequest):
 
     def sampling(self, settings: Settings) -> SamplingParams:
         """Return how the reply is sampled."""
-        given: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
+        given: dict[str, Any] = {
+            "temperature": settings.temperature if self.temperature is None else self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
         return SamplingParams(
             max_tokens=self.max_tokens,
-            temperature=settings.temperature if self.temperature is None else self.temperature,
             grammar=self.grammar,
             stop=tuple(text for text in self.stop_sequences or () if text),
             **{name: value for name, value in given.items() if value is not None},
@@ -307,10 +311,11 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     """Answer the last message of a conversation."""
     settings, namespace = services_of(request).settings, client_of(request).namespace
     _check_messages(body, request)
-    params = body.sampling(settings)
+    params, named = body.sampling(settings), named_sampling(body, settings)
 
     def prepare(model: Model) -> Sequence[ReplyGeneration]:
-        return [_session(model, body, namespace).stream(None, params=params)]
+        how = params.with_recommended(model.local.sampling, named)
+        return [_session(model, body, namespace).stream(None, params=how)]
 
     job = await begin(request, body.model, prepare)
     return await job.answer(request, _Message(job), stream=bool(body.stream))

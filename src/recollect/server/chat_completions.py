@@ -39,6 +39,7 @@ from recollect.server.fields import (
     Text,
     check_count,
     logprob_entry,
+    named_sampling,
     unsupported,
 )
 from recollect.server.parts import (
@@ -269,8 +270,9 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     def prepare(model: Model) -> Iterator[ReplyGeneration]:
         session = model.session_from(body.conversation(), namespace=namespace, **body.offered)
         sessions = [session, *(session.fork() for _ in params[1:])]
+        named = named_sampling(body, settings)
         for one, how in zip(sessions, params, strict=True):
-            yield one.stream(None, params=how)
+            yield one.stream(None, params=how.with_recommended(model.local.sampling, named))
 
     job = await begin(request, body.model, prepare, choices=body.choices)
     return await job.answer(request, _Completion(job, body), stream=bool(body.stream))

@@ -32,6 +32,7 @@ from recollect.server.fields import (
     Items,
     SamplingFields,
     check_count,
+    named_sampling,
 )
 from recollect.server.refusals import ApiError, ClientGone, openai_body
 from recollect.server.services import (
@@ -45,7 +46,7 @@ from recollect.server.services import (
     sse,
     with_model,
 )
-from recollect.server.usage import Cost, cost
+from recollect.server.usage import Cost, cost_of
 from recollect.types import SamplingParams, TokenLogprob, Usage
 
 router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
@@ -107,7 +108,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         speed = services.metrics.speed(name, namespace)
 
         def spent(replies: Sequence[GeneratedReply]) -> Cost:
-            return cost([reply.usage for reply in replies], speed, per_prompt=number)
+            return cost_of(replies, speed, per_prompt=number)
 
         writer = _Completion(name, spent, body, given.echoes)
         if not body.stream:
@@ -127,12 +128,16 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         for choice in range(number)
     ]
 
+    named = named_sampling(body, settings)
+
     def prepare(model: Model) -> Iterator[ReplyGeneration]:
         ids = [_token_ids(model, prompt) for prompt in prompts]
         ahead = [given.echo(model, *one) for one in zip(prompts, ids, strict=True)]
         # All of them, so that nothing is begun where one prompt cannot be.
         streams = [
-            _reply_to(model, one, how, namespace, read)
+            _reply_to(
+                model, one, how.with_recommended(model.local.sampling, named), namespace, read
+            )
             for one, read in zip(ids, ahead, strict=True)
             for how in params
         ]

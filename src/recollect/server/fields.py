@@ -49,7 +49,7 @@ from recollect.server.refusals import (
     wrong_body,
 )
 from recollect.server.settings import Limits, Settings
-from recollect.types import Message, SamplingParams, TokenLogprob
+from recollect.types import SAMPLING, Message, SamplingParams, TokenLogprob
 
 _TEXT_FIELDS: Final = {
     "text": "text",
@@ -323,7 +323,7 @@ class SamplingFields(Body):
         Return how one reply is sampled.
 
         Args:
-            settings: Have the temperature of requests that name none.
+            settings: Have the temperature of requests that name none, if there is one.
             max_tokens: None: what the context holds.
             choice: Which of several replies to the request; each has a seed of its own.
             more: Further fields of `SamplingParams`.
@@ -349,6 +349,12 @@ class SamplingFields(Body):
             **{name: value for name, value in given.items() if value is not None},
             **more,
         )
+
+
+def named_sampling(body: Body, settings: Settings) -> frozenset[str]:
+    """Return the parameters of sampling that a request, or else the server's settings, ask for."""
+    named = {name for name in SAMPLING if getattr(body, name, None) is not None}
+    return frozenset(named if settings.temperature is None else {*named, "temperature"})
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:

@@ -30,7 +30,13 @@ from recollect.server.conversation_view import (
     Place,
     Places,
 )
-from recollect.server.fields import BodyRoute, check_count, check_last, logprob_entry
+from recollect.server.fields import (
+    BodyRoute,
+    check_count,
+    check_last,
+    logprob_entry,
+    named_sampling,
+)
 from recollect.server.refusals import ApiError, not_found
 from recollect.server.response_object import (
     ResponseHead,
@@ -184,10 +190,15 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     items = [] if isinstance(body.input, str) else body.input
     check_count("input", len(items), limits.messages)
     params = body.sampling(services.settings)
+    named = named_sampling(body, services.settings)
     asked = _Asked(services, namespace, body, f"resp_{secrets.token_hex(16)}", int(time()))
 
     def prepare(model: Model) -> Sequence[ReplyGeneration]:
-        return [asked.session(model).stream(None, params=params)]
+        return [
+            asked.session(model).stream(
+                None, params=params.with_recommended(model.local.sampling, named)
+            )
+        ]
 
     job = await begin(request, body.model, prepare, keeps=body.keeps, keep=asked.keep)
     writer = _Response(job, asked.head(job.model_name), body.instructions)

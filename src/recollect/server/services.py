@@ -40,7 +40,7 @@ from recollect.server.access import CLIENT, Client
 from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
 from recollect.server.refusals import ApiError, ClientGone, api_error, stopping
 from recollect.server.settings import Settings
-from recollect.server.usage import Cost, Metrics, cost
+from recollect.server.usage import Cost, Metrics, cost, cost_of
 from recollect.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted, TextDelta
 from recollect.types import TokenLogprob
 
@@ -292,8 +292,7 @@ class Job:
 
     def cost(self, replies: Sequence[GeneratedReply]) -> Cost:
         """Return what the replies cost together; see `usage.cost`."""
-        usages = [reply.usage for reply in replies]
-        return cost(usages, self._speed, per_prompt=self._per_prompt)
+        return cost_of(replies, self._speed, per_prompt=self._per_prompt)
 
     def cost_so_far(self) -> Cost | None:
         """Return what the prompts have cost; None where one of the replies has no token yet."""

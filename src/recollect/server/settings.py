@@ -138,8 +138,8 @@ class Settings:
     """Host names beside those of the loopback interface; kept as `host_name` returns them."""
     cors_origins: tuple[str, ...] = ()
     """Web pages that may call, as `https://host:port`; none by default. Kept as `web_origin` returns them."""
-    temperature: float = 0.0
-    """Of requests that name none."""
+    temperature: float | None = None
+    """Of requests that name none; None: as the makers of their model recommend."""
     max_tokens: int | None = DEFAULT_MAX_TOKENS
     """The same; None: as many as the context holds."""
     is_strict: bool = False

@@ -62,6 +62,11 @@ class Cost:
     time_saved_s: float | None
     reason: Reason
     difference: str | None
+    ended: Literal["repetition"] | None = None
+    """Why a reply was ended whose finish reason says more than one thing; None: nothing to add."""
+
+    sampling: Mapping[str, float] | None = None
+    """How tokens were chosen, as `Usage.sampling` has it; without a seed where the replies' differ."""
 
     @property
     def cached_tokens(self) -> int:
@@ -120,6 +125,8 @@ class Cost:
             "ttft_s": round(self.ttft_s, 4),
             "reason": self.reason,
             "difference": self.difference,
+            "ended": self.ended,
+            "sampling": self.sampling,
         }
 
     def headers(self) -> dict[str, str]:
@@ -127,11 +134,26 @@ class Cost:
         return {
             f"x-recollect-{name.replace('_', '-')}": _header_value(value)
             for name, value in {"prompt_tokens": self.prompt_tokens, **self.own()}.items()
-            if value is not None
+            if value is not None and name != "sampling"
         }
 
 
-def cost(usages: Sequence[Usage], speed: PrefillSpeed, *, per_prompt: int | None = None) -> Cost:
+def cost_of(
+    replies: Sequence[GeneratedReply], speed: PrefillSpeed, *, per_prompt: int | None = None
+) -> Cost:
+    """Return what replies to one request cost that have ended; the arguments are those of `cost`."""
+    usages = [reply.usage for reply in replies]
+    ran_away = any(reply.ran_away for reply in replies)
+    return cost(usages, speed, per_prompt=per_prompt, ran_away=ran_away)
+
+
+def cost(
+    usages: Sequence[Usage],
+    speed: PrefillSpeed,
+    *,
+    per_prompt: int | None = None,
+    ran_away: bool = False,
+) -> Cost:
     """
     Return what the replies to one request cost.
 
@@ -139,6 +161,7 @@ def cost(usages: Sequence[Usage], speed: PrefillSpeed, *, per_prompt: int | None
         usages: Of the replies, in their order.
         speed: Of the model.
         per_prompt: How many of them in a row share a prompt; None: all do.
+        ran_away: Whether one of them was ended because it repeated itself.
     """
     size = per_prompt or len(usages)
     groups = [usages[start : start + size] for start in range(0, len(usages), size)]
@@ -157,7 +180,21 @@ def cost(usages: Sequence[Usage], speed: PrefillSpeed, *, per_prompt: int | None
         else None,
         reason=most[0].reason,
         difference=most[0].difference,
+        ended="repetition" if ran_away else None,
+        sampling=_shared(usages),
     )
+
+
+def _shared(usages: Sequence[Usage]) -> dict[str, float] | None:
+    """Return what is true of the sampling of all replies; only their seeds can differ."""
+    first = usages[0].sampling
+    if first is None:
+        return None
+    return {
+        name: value
+        for name, value in first.items()
+        if all((usage.sampling or {}).get(name) == value for usage in usages)
+    }
 
 
 def recorded(values: Mapping[str, Any]) -> Usage:

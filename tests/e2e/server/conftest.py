@@ -74,7 +74,8 @@ def start_server(home: Path) -> Iterator[Callable[..., Server]]:
     with ExitStack() as stack:
 
         def start(*arguments: str) -> Server:
-            server = Server(home, "--model", "smollm2", "--profile", "exact", *arguments)
+            given = ("--model", "smollm2", "--profile", "exact", "--temperature", "0")
+            server = Server(home, *given, *arguments)
             stack.callback(server.stop)
             return server
 

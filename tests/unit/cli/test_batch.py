@@ -13,6 +13,8 @@ from recollect.errors import ConfigError, ContextFullError
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=6, ignore_eos=True)
+RUNAWAY = SamplingParams(logit_bias={ord("a"): 100.0})
+"""A reply that says `a` for ever."""
 
 
 def prompts_of(path: Path) -> list[str]:
@@ -55,10 +57,21 @@ def test_each_turn_is_one_json_object(model: Model, capsys: pytest.CaptureFixtur
     answer_all(session, ["one", "two"], as_json=True)
     turns = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [turn["prompt"] for turn in turns] == ["one", "two"]
-    assert all(set(turn) == {"prompt", "reply", "finish_reason", "usage"} for turn in turns)
+    assert all(
+        set(turn) == {"prompt", "reply", "finish_reason", "ended", "usage"} for turn in turns
+    )
     replies = [node for node in session.path() if node.role == "assistant"]
     assert [turn["reply"] for turn in turns] == [node.content for node in replies]
+    assert {turn["ended"] for turn in turns} == {None}
     assert [turn["usage"] for turn in turns] == [node.usage for node in replies]
+
+
+def test_a_turn_says_that_it_repeated_itself(
+    model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer_all(model.session(params=RUNAWAY), ["one"], as_json=True)
+    turn = json.loads(capsys.readouterr().out)
+    assert (turn["finish_reason"], turn["ended"]) == ("length", "repetition")
 
 
 def test_text_is_the_replies_and_nothing_else(

@@ -20,6 +20,8 @@ from recollect.errors import (
     UnknownCheckpointError,
 )
 from recollect.kv.disk import DiskStore
+from recollect.text.tokenizer import ByteTokenizer
+from recollect.types import SamplingParams
 
 
 def said(chat: Chat) -> list[str]:
@@ -572,3 +574,32 @@ def test_a_place_that_is_none_is_told_plainly(
     take(screen)
     handle_line(chat, line)
     assert take(screen) == f"recollect: {told}\n"
+
+
+def test_a_reply_that_was_cut_goes_on(chat: Chat, screen: StringIO) -> None:
+    handle_line(chat, "one")
+    assert "cut at the token limit, /continue goes on" in take(screen)
+    cut = chat.session.tip
+    handle_line(chat, "/continue")
+    assert said(chat) == ["one"]
+    assert chat.session.tip.content.startswith(cut.content)
+    assert len(chat.session.tip.content) > len(cut.content)
+
+
+def test_a_reply_that_repeated_itself_says_so_and_goes_on(chat: Chat, screen: StringIO) -> None:
+    chat.say("one", SamplingParams(logit_bias={ord("a"): 100.0}))
+    shown = take(screen)
+    assert "The reply repeated itself and was ended: /continue goes on." in shown
+    assert "token limit" not in shown
+    cut = chat.session.tip.content
+    handle_line(chat, "/continue")
+    assert len(chat.session.tip.content) > len(cut)
+
+
+def test_what_is_whole_does_not_go_on(chat: Chat, screen: StringIO) -> None:
+    end = min(ByteTokenizer.eos_token_ids)
+    handle_line(chat, "/continue")
+    assert "no message to answer" in take(screen)
+    chat.say("one", SamplingParams(logit_bias={end: 100.0}))
+    handle_line(chat, "/continue")
+    assert "ended by itself" in take(screen)

@@ -64,7 +64,8 @@ def test_the_line_says_nothing_of_what_was_not_reused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "begins"), [("cancelled", "stopped · "), ("length", "cut at the token limit · ")]
+    ("reason", "begins"),
+    [("cancelled", "stopped · "), ("length", "cut at the token limit, /continue goes on · ")],
 )
 def test_the_line_says_why_a_reply_is_not_whole(reason: FinishReason, begins: str) -> None:
     assert usage_line(reply(reason)).startswith(begins)

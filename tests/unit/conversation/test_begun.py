@@ -7,10 +7,14 @@ import pytest
 
 from recollect.conversation.model import Model
 from recollect.errors import ConversationError, InvalidParameterError
+from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import Message, SamplingParams
 
 ASKED: Message = {"role": "user", "content": "Tell me"}
 LONG = SamplingParams(max_tokens=24)
+END = min(ByteTokenizer.eos_token_ids)
+WHOLE = SamplingParams(logit_bias={END: 100.0})
+"""A reply that ends by itself, at once."""
 
 
 def begun(text: str) -> list[Message]:
@@ -39,7 +43,7 @@ def test_what_was_generated_goes_on_from_its_own_tokens(model: Model) -> None:
 
 def test_a_message_that_is_added_begins_a_reply(model: Model) -> None:
     session = model.session("Be brief.", params=LONG, keep=True)
-    session.respond("Hello")
+    session.respond("Hello", params=WHOLE)
     tip = session.tip
     with pytest.raises(ConversationError, match="no message to answer"):
         session.respond(None)
@@ -55,6 +59,33 @@ def test_a_message_that_is_added_begins_a_reply(model: Model) -> None:
     assert name is not None
     again = model.resume(name)
     assert [one["content"] for one in again.transcript()][-1] == reply.node.content
+
+
+def test_a_reply_that_was_cut_goes_on_where_it_stopped(make_model: Callable[..., Model]) -> None:
+    """By a limit or by its reader; also from the journal, after a restart, and it is as the whole."""
+    cut_short = SamplingParams(max_tokens=9, ignore_eos=True)
+    longer = SamplingParams(max_tokens=24, ignore_eos=True)
+    whole = make_model().session(params=longer).respond("Tell me").node.token_ids
+    model = make_model()
+    session = model.session(params=cut_short, keep=True)
+    cut = session.respond("Tell me")
+    assert cut.finish_reason == "length"
+    name = session.conversation.name
+    assert name is not None
+    later = model.resume(name, params=longer)
+    reply = later.respond(None)
+    assert reply.node.token_ids is not None
+    assert reply.node.token_ids[: len(whole or ())] == whole
+    assert reply.usage.computed_tokens == 1
+    assert later.tip.content == cut.text + reply.text
+    assert later.tip.parent is not None
+    assert len(later.tip.parent.children) == 2, "the shorter one stays in the tree"
+    with session.stream("And?", params=LONG) as stream:
+        for _ in stream:
+            stream.stop()
+    assert stream.reply is not None
+    assert stream.reply.finish_reason == "cancelled"
+    assert session.respond(None).node.content.startswith(stream.reply.text)
 
 
 def test_a_stopped_one_leaves_the_conversation_as_it_was(model: Model) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from recollect.errors import (
     UnknownNodeError,
 )
 from recollect.runtime.base import Pace
+from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=6)
@@ -278,7 +280,8 @@ def test_an_answer_needs_a_message(chat: Session) -> None:
     for _ in range(2):
         with pytest.raises(ConversationError, match="no message to answer"):
             chat.respond(None)
-    chat.respond("one")
+    end = min(ByteTokenizer.eos_token_ids)
+    chat.respond("one", params=SamplingParams(logit_bias={end: 100.0}))
     with pytest.raises(ConversationError):
         chat.respond(None)
     chat.respond("two")
@@ -893,3 +896,25 @@ def test_reading_a_stream_again_gives_nothing_and_waits_for_nobody(chat: Session
         break
     assert list(left) == []
     check_as_fresh(chat, "three")
+
+
+def test_a_session_samples_as_the_makers_recommend_and_tells_the_seed(
+    make_model: Callable[..., Model],
+) -> None:
+    makers = {"temperature": 1.5, "top_p": 0.95}
+    model = make_model(sampling=makers)
+    session = model.session(keep=True)
+    assert session.params == SamplingParams(temperature=1.5, top_p=0.95)
+    reply = session.respond("one", params=replace(session.params, max_tokens=12))
+    used = reply.usage.sampling
+    assert used is not None
+    assert {**used, "seed": 0} == {**makers, "seed": 0}
+    same = SamplingParams(max_tokens=12, temperature=1.5, top_p=0.95, seed=int(used["seed"]))
+    assert model.session(params=same).respond("one").text == reply.text
+    name = session.conversation.name
+    assert name is not None
+    kept = model.resume(name)
+    assert kept.params == session.params == model.session_from(kept.transcript()).params
+    assert kept.tip.usage is not None
+    assert kept.tip.usage["sampling"] == used
+    assert model.session(params=SamplingParams()).respond("one").usage.sampling is None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -31,6 +32,27 @@ def test_an_ordinary_token_that_reads_like_an_end_is_none(make_gguf: MakeGguf) -
     tokens = gguf.GGUFReader(path).fields["tokenizer.ggml.tokens"].contents()
     assert tokens[-1] == "</s>"
     assert len(tokens) - 1 not in read_header(path).eos_token_ids
+
+
+def test_what_its_makers_recommend_is_found(tmp_path: Path) -> None:
+    """By the names that the `gguf` package writes, which llama.cpp's converter uses."""
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_sampling_temp(0.5)
+    writer.add_sampling_top_k(20)
+    writer.add_sampling_top_p(0.75)
+    writer.add_sampling_penalty_repeat(1.125)
+    writer.add_tensor("token_embd.weight", np.zeros((2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert read_header(tmp_path / "tiny.gguf").sampling == {
+        "temperature": 0.5,
+        "top_k": 20,
+        "top_p": 0.75,
+        "repetition_penalty": 1.125,
+    }
 
 
 def test_a_template_can_be_missing(make_gguf: MakeGguf) -> None:

@@ -1,5 +1,6 @@
 """A folder for ONNX Runtime GenAI is read without loading it."""
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,6 +39,16 @@ def test_it_says_what_the_files_say(folder: Path, opened: Callable[[Path], Local
         "top_k": 20,
         "past_present_share_buffer": False,
     }
+
+
+def test_what_its_makers_recommend_is_found(
+    folder: Path, opened: Callable[[Path], LocalModel]
+) -> None:
+    said = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    assert opened(folder).sampling == {"temperature": 0.6, "top_p": 0.9}
+    (folder / "generation_config.json").unlink()
+    assert opened(folder).sampling == {}
 
 
 def test_its_tokenizer_cuts_nothing_and_adds_nothing(

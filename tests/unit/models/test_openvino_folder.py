@@ -76,6 +76,13 @@ def test_ends_of_all_files_count(export: Path, found: object) -> None:
     assert opened(export).eos_token_ids == expected
 
 
+def test_what_its_makers_recommend_is_found(export: Path) -> None:
+    assert opened(export).sampling == {}
+    said = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 7}
+    write(export, "generation_config.json", said)
+    assert opened(export).sampling == {"temperature": 0.7, "top_k": 20}
+
+
 def test_special_tokens_are_found_as_text_or_as_object(export: Path) -> None:
     tokenizer = {
         "bos_token": "<s>",

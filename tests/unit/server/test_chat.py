@@ -86,6 +86,101 @@ def test_headers_say_the_same(client: httpx.Client) -> None:
     assert "became" in response.headers["x-recollect-difference"]
 
 
+@pytest.fixture
+def runaways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each reply repeat one byte for ever, as only some of the APIs can be asked to."""
+    usual = SamplingParams.__post_init__
+
+    def repeating(params: SamplingParams) -> None:
+        object.__setattr__(params, "logit_bias", {ord("a"): 100.0})
+        usual(params)
+
+    monkeypatch.setattr(SamplingParams, "__post_init__", repeating)
+
+
+@pytest.mark.usefixtures("runaways")
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}]}),
+        ("/v1/responses", {"input": "Hello"}),
+        ("/v1/completions", {"prompt": "Hello"}),
+    ],
+)
+def test_a_reply_that_repeated_itself_is_told(
+    client: httpx.Client, post: Callable[..., Json], path: str, said: Json
+) -> None:
+    limit = "max_output_tokens" if path.endswith("responses") else "max_tokens"
+    whole = post(client, path, {**said, limit: 1600})
+    assert whole["usage"]["recollect"]["ended"] == "repetition"
+    assert post(client, path, {**said, limit: 8})["usage"]["recollect"]["ended"] is None
+    more = {"stream_options": {"include_usage": True}} if path.endswith("completions") else {}
+    body = {**said, limit: 1600, "stream": True, **more}
+    with client.stream("POST", path, json=body) as response:
+        text = response.read().decode()
+    assert '"ended":"repetition"' in text.replace(": ", ":")
+    for reason in ("length", "max_tokens", "incomplete"):
+        if f'"{reason}"' in text:
+            return
+    raise AssertionError("it does not say that the reply was cut")
+
+
+MAKERS = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
+
+
+@pytest.mark.parametrize(
+    ("path", "said", "takes_seed"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}, True),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}]}, False),
+        ("/v1/responses", {"input": "Hello"}, True),
+        ("/v1/completions", {"prompt": "Hello"}, True),
+    ],
+)
+def test_a_model_is_sampled_as_its_makers_recommend(
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    post: Callable[..., Json],
+    path: str,
+    said: Json,
+    *,
+    takes_seed: bool,
+) -> None:
+    client = start(load=lambda _: make_model(sampling=MAKERS))
+    limit = "max_output_tokens" if path.endswith("responses") else "max_tokens"
+
+    def sampling(**fields: Any) -> Json | None:
+        answer = post(client, path, {**said, limit: 6, **fields})
+        told: Json | None = answer["usage"]["recollect"]["sampling"]
+        return told
+
+    used = sampling()
+    assert used is not None
+    seed = used.pop("seed")
+    assert used == MAKERS
+    assert 0 <= seed < 2**53, "exact in every reader of JSON"
+    warm = sampling(temperature=0.5)
+    assert warm is not None
+    assert warm["temperature"] == 0.5
+    assert warm["top_k"] == 20
+    assert sampling(temperature=0) is None
+    if takes_seed:
+        again = sampling(seed=seed)
+        assert again == {**MAKERS, "seed": seed}
+
+
+def test_the_operator_says_how_requests_are_sampled_that_do_not(
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    chat: Callable[..., Json],
+) -> None:
+    client = start(load=lambda _: make_model(sampling=MAKERS), temperature=0.0)
+    assert chat(client, ("user", "Hello"))["usage"]["recollect"]["sampling"] is None
+    told = chat(client, ("user", "Hello"), temperature=0.9)["usage"]["recollect"]["sampling"]
+    assert told["temperature"] == 0.9
+
+
 @pytest.mark.parametrize(
     ("path", "said"),
     [
