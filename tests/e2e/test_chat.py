@@ -143,6 +143,21 @@ def test_an_error_is_one_line_and_the_chat_goes_on(spawn: Spawn) -> None:
     child.expect(pexpect.EOF)
 
 
+def test_a_lone_exit_asks(spawn: Spawn) -> None:
+    child = spawn(*REFERENCE, "-n", "5")
+    enter(child, "exit")
+    child.expect_exact("Leave the chat? [Y/n]")
+    enter(child, "n")
+    child.expect("To send it as a message")
+    child.expect_exact(PROMPT)
+    enter(child, "quit")
+    child.expect_exact("Leave the chat? [Y/n]")
+    enter(child, "")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
 def test_history_comes_back_in_the_next_chat(spawn: Spawn, environment: dict[str, str]) -> None:
     first = spawn(*REFERENCE, "-n", "5")
     enter(first, "remember this line")

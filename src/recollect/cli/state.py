@@ -149,6 +149,8 @@ class Chat:
             return None
         self.totals.add(reply.usage)
         self.note("  " + usage_line(reply))
+        if _is_full(self, reply):
+            self.note(f"The context is full. {ways_out(self)}")
         return reply
 
     def say_at(self, node: Node, text: str | None, params: SamplingParams | None = None) -> None:
@@ -269,6 +271,23 @@ class Chat:
         self, session: Session, text: str | None, params: SamplingParams | None
     ) -> Callable[[], ReplyStream]:
         return lambda: session.stream(text, params=params)
+
+
+def ways_out(chat: Chat) -> str:
+    """Return what can be done where the context is full."""
+    drop = "/set overflow drop-oldest leaves out the oldest turns, "
+    can_drop = chat.session.overflow == "error"
+    return (
+        f"Ways out: {drop if can_drop else ''}/undo and /rewind N go back, /edit N changes a message, "
+        "and /new begins a new conversation."
+    )
+
+
+def _is_full(chat: Chat, reply: Reply) -> bool:
+    """Return whether a reply has ended because the context was full, and the next cannot begin."""
+    tokens = reply.usage.prompt_tokens + reply.usage.generated_tokens
+    is_cut = reply.finish_reason == "length" and tokens >= chat.model.context_length
+    return is_cut and chat.session.overflow == "error"
 
 
 def usage_line(reply: Reply) -> str:
