@@ -158,6 +158,27 @@ def test_a_lone_exit_asks(spawn: Spawn) -> None:
     assert child.exitstatus == 0
 
 
+def test_a_chat_goes_on_with_another_model(spawn: Spawn) -> None:
+    child = spawn(*REFERENCE, "-n", "5")
+    enter(child, "hello")
+    child.expect("new · ")
+    child.expect_exact(PROMPT)
+    enter(child, "/model reference")  # loaded anew, in place of the former one
+    child.expect("replies from now on, with 8,192 tokens of context. It reads 1 turn once.")
+    child.expect_exact(PROMPT)
+    enter(child, "again")
+    child.expect("new · ")
+    child.expect_exact(PROMPT)
+    enter(child, "/tree")
+    child.expect("2 again")
+    child.expect_exact(PROMPT)
+    child.send(CTRL_D)
+    child.expect("Saved. To go on: recollect chat --resume")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
 def test_history_comes_back_in_the_next_chat(spawn: Spawn, environment: dict[str, str]) -> None:
     first = spawn(*REFERENCE, "-n", "5")
     enter(first, "remember this line")

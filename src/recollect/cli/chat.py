@@ -363,7 +363,8 @@ def chat(
         from recollect.cli.repl import talk  # noqa: PLC0415
 
         with loading.load(reference) as loaded:
-            talk(loaded, opening.open(loaded, found, params), keep_history=opening.keep)
+            session = opening.open(loaded, found, params)
+            talk(loaded, session, keep_history=opening.keep, load_model=loading.load)
         return
     with (
         open_prompts(prompts) if message is None else nullcontext([message]) as said,

@@ -1,7 +1,9 @@
 """
-What `/set` changes in a chat: how replies are sampled, and what happens when the context is full.
+What `/set` and `/model` change in a chat: how replies are sampled, what happens when the context is
+full, and which model replies.
 
-Reads values as they are typed, lists them, and gives them to the sessions that are open.
+Reads values as they are typed, lists them, and gives them to the sessions that are open. Another model
+gets the open sessions, with all that was said in them.
 """
 
 import shlex
@@ -10,8 +12,11 @@ from dataclasses import replace
 from typing import Any, Final, get_args
 
 from recollect.cli.state import Chat
-from recollect.conversation.tree import Overflow
-from recollect.errors import InvalidParameterError
+from recollect.conversation.conversation import Conversation
+from recollect.conversation.model import Model
+from recollect.conversation.session import Session
+from recollect.conversation.tree import Node, Overflow
+from recollect.errors import ConversationError, InvalidParameterError
 
 OVERFLOW: Final = "overflow"
 NONE: Final = "none"
@@ -113,3 +118,77 @@ def _shown(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return shlex.join(value) if isinstance(value, tuple) else str(value)
+
+
+def change_model(chat: Chat, name: str) -> None:
+    """
+    Load another model and go on with it in all open sessions; the former one is unloaded then.
+
+    For a moment both are in memory: if the new one cannot be had, the chat is as it was.
+
+    Raises:
+        ConversationError: This chat cannot load a model.
+        RecollectError: The model cannot be had, or a conversation cannot be opened.
+    """
+    if chat.load_model is None:
+        raise ConversationError("This chat was given its model: begin another one with --model.")
+    model = chat.load_model(name)
+    try:
+        sessions = _carried(chat, model)
+    except BaseException:
+        model.close()
+        raise
+    former = chat.model
+    chat.go_on_with(model, sessions)
+    former.close()
+
+
+def _carried(chat: Chat, model: Model) -> dict[str, Session]:
+    """Return a session of a model for each that is open, at the same place."""
+    opened: dict[int, tuple[Session, Callable[[Node], Node]]] = {}
+    carried = {}
+    for key, old in chat.sessions.items():
+        if id(old.conversation) not in opened:
+            opened[id(old.conversation)] = _opened(chat, old, model)
+        first, found = opened[id(old.conversation)]
+        tip, branch = found(old.tip), old.name or key
+        is_there = branch in first.conversation.tips
+        session = first.branch(branch) if is_there else first.fork(tip, name=branch)
+        if session.tip is not tip:
+            session.rewind(tip)
+        session.overflow = old.overflow
+        carried[key] = session
+    return carried
+
+
+def _opened(chat: Chat, old: Session, model: Model) -> tuple[Session, Callable[[Node], Node]]:
+    """Return a session in a conversation as a model has it, and what finds the same node there."""
+    before = old.conversation
+    name = before.current_name()
+    if before.journal_id is not None and name is not None:
+        session = model.resume(name, params=chat.params)
+        there = session.conversation
+
+        def found(node: Node) -> Node:
+            saved = before.saved_id(node)
+            same = None if saved is None else there.saved_node(saved)
+            return same or there.tree.root
+
+        return session, found
+    is_new = before.journal_id is None  # if not, somebody has deleted it: nothing more is saved
+    session = model.session(
+        params=chat.params, keep=is_new and before.is_saved, name=name if is_new else None
+    )
+    nodes = _copied(before, session.conversation)
+    for branch, tip in before.tips.items():
+        session.conversation.set_tip(branch, nodes[tip.id])
+    return session, lambda node: nodes[node.id]
+
+
+def _copied(before: Conversation, after: Conversation) -> dict[int, Node]:
+    """Copy the messages of a conversation that is not saved; return the new nodes by the old ids."""
+    nodes = {before.tree.root.id: after.tree.root}
+    for node in before.tree.nodes():
+        assert node.parent is not None, "the root is no message"
+        nodes[node.id] = after.add_unsaved(nodes[node.parent.id], node.message())
+    return nodes

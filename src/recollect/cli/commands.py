@@ -13,7 +13,7 @@ from typing import Final
 
 from rich.text import Text
 
-from recollect.cli.chat_settings import set_value, settings
+from recollect.cli.chat_settings import change_model, set_value, settings
 from recollect.cli.clipboard import copy_text
 from recollect.cli.display import MARKS, count, draw_tree, format_bytes, printable, warmth
 from recollect.cli.state import REGENERATE_TEMPERATURE, Chat, branches, statistics, ways_out
@@ -315,6 +315,21 @@ def new(chat: Chat, _rest: str) -> None:
     chat.note(f"A new conversation{same} begins here.{back}")
 
 
+def model(chat: Chat, rest: str) -> None:
+    """Go on with another model, or say which one replies."""
+    if not rest:
+        chat.note(f"{chat.model.name}, profile {chat.model.profile}; /model NAME changes it.")
+        return
+    change_model(chat, rest)
+    said = (
+        f" It reads {count(chat.session.tip.turns, 'turn')} once." if chat.session.tip.turns else ""
+    )
+    chat.note(
+        f"{chat.model.name} replies from now on, with {chat.model.context_length:,} tokens of "
+        f"context.{said}"
+    )
+
+
 def copy(chat: Chat, _rest: str) -> None:
     """Put the last reply on the clipboard."""
     path = chat.session.path()
@@ -403,6 +418,7 @@ COMMANDS: Final[dict[str, Command]] = {
             "change how replies are sampled, or overflow; or list",
             set_setting,
         ),
+        Command("model", "[NAME]", "go on with another model, or show which one replies", model),
         Command("copy", "", "put the last reply on the clipboard", copy),
         Command("help", "", "show this list", help_text),
         Command("quit", "", "end the chat; so do /exit and /bye", leave),

@@ -230,7 +230,13 @@ def _bindings() -> KeyBindings:
     return bindings
 
 
-def talk(model: Model, session: Session, *, keep_history: bool) -> None:
+def talk(
+    model: Model,
+    session: Session,
+    *,
+    keep_history: bool,
+    load_model: Callable[[str], Model] | None = None,
+) -> None:
     """
     Talk until the user leaves.
 
@@ -238,8 +244,17 @@ def talk(model: Model, session: Session, *, keep_history: bool) -> None:
         model: Speaks.
         session: Where to begin.
         keep_history: Whether what is typed can be called back in later chats, too.
+        load_model: Loads another model by its name, for `/model`; closed here.
     """
-    chat = Chat(model, Console(), session)
+    chat = Chat(model, Console(), session, load_model=load_model)
+    try:
+        _talk(chat, keep_history=keep_history)
+    finally:
+        if chat.model is not model:
+            chat.model.close()
+
+
+def _talk(chat: Chat, *, keep_history: bool) -> None:
     completer = WordsCompleter(
         [PREFIX + name for name in (*COMMANDS, *ALIASES)],
         names=chat.sessions.keys,

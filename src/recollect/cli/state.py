@@ -76,8 +76,17 @@ class Chat:
         1. `current` is a key of `sessions`.
     """
 
-    def __init__(self, model: Model, console: Console, session: Session) -> None:
-        self.model: Final = model
+    def __init__(
+        self,
+        model: Model,
+        console: Console,
+        session: Session,
+        *,
+        load_model: Callable[[str], Model] | None = None,
+    ) -> None:
+        self.model = model
+        self.load_model: Final = load_model
+        """Loads a model by its name, for `/model`; None: this chat stays with its model."""
         self.console: Final = console
         self.params = session.params
         self.current = session.name or FIRST_SESSION
@@ -235,6 +244,15 @@ class Chat:
             name = "-".join(checkpoint.split())
             name = self._numbered(name) if name in self.sessions else name
             self.add_session(name, lambda: self._resumed(checkpoint))
+
+    def go_on_with(self, model: Model, sessions: dict[str, Session]) -> None:
+        """Have another model reply, in sessions of its own under the names of those that are open."""
+        assert sessions.keys() == self.sessions.keys(), "each goes on"
+        former, self.model = self.sessions, model
+        self.sessions = sessions
+        self._names = {key: made.name for key, made in sessions.items()}
+        for session in former.values():
+            session.close()
 
     def start_anew(self, system: str | None) -> str | None:
         """
