@@ -7,7 +7,7 @@ read before a model is loaded, so that a mistake is told at once. What happens a
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from recollect.cli.options import (
     EncryptOption,
     ModelOptions,
     TemperatureOption,
+    conversation_names,
     model_option,
     open_checkpoints,
     open_journal,
@@ -172,9 +173,19 @@ def with_resume_value(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _option(*names: str, about: str, metavar: str | None = None) -> Any:
+def _option(
+    *names: str,
+    about: str,
+    metavar: str | None = None,
+    completed_by: Callable[[str], list[str]] | None = None,
+) -> Any:
     return typer.Option(
-        *names, metavar=metavar, help=about, rich_help_panel="Conversation", show_default=False
+        *names,
+        metavar=metavar,
+        help=about,
+        rich_help_panel="Conversation",
+        show_default=False,
+        autocompletion=completed_by,
     )
 
 
@@ -218,6 +229,7 @@ def chat(
             _RESUME,
             metavar="[NAME]",
             about="Go on with the conversation of that name, or with the last one.",
+            completed_by=conversation_names,
         ),
     ] = None,
     checkpoint: Annotated[

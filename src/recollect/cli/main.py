@@ -133,7 +133,6 @@ app = typer.Typer(
     cls=_LazyGroup,
     help="Conversations with local language models that never read a token twice, and prove it.",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,  # a bug shows Python's own traceback, which can be reported
 )
