@@ -143,6 +143,42 @@ def test_an_error_is_one_line_and_the_chat_goes_on(spawn: Spawn) -> None:
     child.expect(pexpect.EOF)
 
 
+def test_a_lone_exit_asks(spawn: Spawn) -> None:
+    child = spawn(*REFERENCE, "-n", "5")
+    enter(child, "exit")
+    child.expect_exact("Leave the chat? [Y/n]")
+    enter(child, "n")
+    child.expect("To send it as a message")
+    child.expect_exact(PROMPT)
+    enter(child, "quit")
+    child.expect_exact("Leave the chat? [Y/n]")
+    enter(child, "")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_a_chat_goes_on_with_another_model(spawn: Spawn) -> None:
+    child = spawn(*REFERENCE, "-n", "5")
+    enter(child, "hello")
+    child.expect("new · ")
+    child.expect_exact(PROMPT)
+    enter(child, "/model reference")  # loaded anew, in place of the former one
+    child.expect("replies from now on, with 8,192 tokens of context. It reads 1 turn once.")
+    child.expect_exact(PROMPT)
+    enter(child, "again")
+    child.expect("new · ")
+    child.expect_exact(PROMPT)
+    enter(child, "/tree")
+    child.expect("2 again")
+    child.expect_exact(PROMPT)
+    child.send(CTRL_D)
+    child.expect("Saved. To go on: recollect chat --resume")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
 def test_history_comes_back_in_the_next_chat(spawn: Spawn, environment: dict[str, str]) -> None:
     first = spawn(*REFERENCE, "-n", "5")
     enter(first, "remember this line")
@@ -170,10 +206,42 @@ def test_a_pipe_gets_replies_as_json(environment: dict[str, str]) -> None:
 
 def test_a_pipe_gets_replies_as_text_without_decoration(environment: dict[str, str]) -> None:
     as_json = piped(environment, "one\ntwo\n", *REFERENCE, "-n", "5", "--json")
-    as_text = piped(environment, "one\ntwo\n", *REFERENCE, "-n", "5")
+    as_text = piped(environment, "one\ntwo\n", *REFERENCE, "-n", "5", "--lines")
     replies = [json.loads(line)["reply"] for line in as_json.stdout.splitlines()]
     assert as_text.stdout == "".join(reply + "\n" for reply in replies)
     assert as_text.stderr == ""
+
+
+def test_a_question_is_answered_once_about_what_was_piped(environment: dict[str, str]) -> None:
+    log = "\n  first line\nthe build failed\n\n"
+    options = (*REFERENCE, "-n", "5", "--json")
+    asked = piped(environment, log, "What failed?", *options)
+    assert (asked.returncode, asked.stderr) == (0, "")
+    (turn,) = map(json.loads, asked.stdout.splitlines())
+    assert turn["prompt"] == "  first line\nthe build failed\n\nWhat failed?"
+    again = piped(environment, log, "Where did it fail?", *options)
+    assert json.loads(again.stdout)["usage"]["reused_tokens"] > 0  # the text comes first
+    alone = piped(environment, "", "What is this?", *options)
+    assert json.loads(alone.stdout)["prompt"] == "What is this?"
+    as_text = piped(environment, log, "What failed?", *REFERENCE, "-n", "5")
+    assert as_text.stdout == turn["reply"].replace("\r", "\n") + "\n"  # as the test reads it
+
+
+def test_a_pipe_alone_is_one_message(environment: dict[str, str]) -> None:
+    done = piped(environment, "one\n\ntwo\n", *REFERENCE, "-n", "5")
+    asked = piped(environment, "", "one\n\ntwo", *REFERENCE, "-n", "5")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == asked.stdout
+
+
+def test_a_question_at_a_terminal_waits_for_no_input(
+    environment: dict[str, str], terminal: Callable[..., Any]
+) -> None:
+    child = terminal(*CHAT, *REFERENCE, "-n", "5", "hello", env=environment)
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    assert PROMPT not in child.before
 
 
 def test_a_pipe_leaves_the_terminal_alone(

@@ -114,7 +114,7 @@ def test_a_chat_leaves_nothing(
     assert given_away(folders, before) == set()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--json"]])
+@pytest.mark.parametrize("arguments", [[], ["--lines"], ["--json"]])
 def test_a_pipe_leaves_nothing(
     arguments: list[str], environment: dict[str, str], folders: list[Path]
 ) -> None:
@@ -187,7 +187,11 @@ def test_a_pipe_without_a_name_keeps_what_its_help_says(
         check=True,
     )
     said = " ".join(done.stdout.replace("│", " ").split())
-    assert "Without --name, a pipe saves no conversation either, but it writes the cache" in said
+    assert (
+        "Without --name, a pipe and a QUESTION save no conversation either, but they write the"
+        in said
+    )
+    assert "write the cache" in said
 
 
 def test_who_asks_for_kv_on_disk_gets_it(environment: dict[str, str], folders: list[Path]) -> None:

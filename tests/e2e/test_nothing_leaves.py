@@ -248,6 +248,8 @@ def test_no_command_talks_or_writes_elsewhere(traced: Traced, gguf: Path) -> Non
         chat() {{ {RECOLLECT} chat --model {gguf} --ignore-eos -n 4 "$@"; }}
         {RECOLLECT} pull {gguf}
         {RECOLLECT} models
+        {RECOLLECT} doctor
+        {RECOLLECT} explain
         echo one | chat --name kept
         echo two | chat --resume kept --json
         echo three | chat --no-save

@@ -1,31 +1,30 @@
 """
-`recollect chat`: talk to a model, at a terminal or through a pipe.
+`recollect chat`: talk to a model at a terminal, ask it once, or have it answer a pipe.
 
-Decides which of the two it is, and in which conversation: a new one, or one in the journal. That is
+Decides which of these it is, and in which conversation: a new one, or one in the journal. That is
 read before a model is loaded, so that a mistake is told at once. What happens at a terminal is in
-`repl`; a pipe is answered here: each line is a prompt, and replies go to stdout.
+`repl`, what needs none in `batch`.
 """
 
-import io
-import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TextIO
+from typing import Annotated, Any, Final, Literal
 
 import typer
 from typer.core import TyperCommand
 
 from recollect import encryption
-from recollect.cli.display import printable
+from recollect.cli.batch import answer_all, one_message, open_prompts
 from recollect.cli.options import (
     MAKERS,
     USUAL,
     EncryptOption,
     ModelOptions,
     TemperatureOption,
+    conversation_names,
     model_option,
     open_checkpoints,
     open_journal,
@@ -178,9 +177,19 @@ def with_resume_value(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _option(*names: str, about: str, metavar: str | None = None) -> Any:
+def _option(
+    *names: str,
+    about: str,
+    metavar: str | None = None,
+    completed_by: Callable[[str], list[str]] | None = None,
+) -> Any:
     return typer.Option(
-        *names, metavar=metavar, help=about, rich_help_panel="Conversation", show_default=False
+        *names,
+        metavar=metavar,
+        help=about,
+        rich_help_panel="Conversation",
+        show_default=False,
+        autocompletion=completed_by,
     )
 
 
@@ -188,18 +197,35 @@ def _option(*names: str, about: str, metavar: str | None = None) -> Any:
 @takes_model_options
 def chat(
     *,
+    question: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[QUESTION]",
+            help="Answer this once and end. What comes through a pipe is sent before it, as the text "
+            "that it is about.",
+        ),
+    ] = None,
     model: Annotated[
         str | None, model_option(default=f"{DEFAULT_MODEL}, or that of the conversation")
     ] = None,
     loading: ModelOptions = USUAL,
-    prompts: Annotated[
-        Path | None,
+    lines: Annotated[
+        bool,
         typer.Option(
-            metavar="FILE", help="Send each line of a file as a message; blank lines are skipped."
+            "--lines",
+            help="Send each line of standard input as a message; blank lines are skipped.",
         ),
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same for each line of a file.")
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object for each turn, and nothing else.")
+        bool,
+        typer.Option(
+            "--json",
+            help="Print one JSON object for each turn, and nothing else; without QUESTION, each line "
+            "of standard input is a message.",
+        ),
     ] = False,
     resume: Annotated[
         str | None,
@@ -207,6 +233,7 @@ def chat(
             _RESUME,
             metavar="[NAME]",
             about="Go on with the conversation of that name, or with the last one.",
+            completed_by=conversation_names,
         ),
     ] = None,
     checkpoint: Annotated[
@@ -221,8 +248,8 @@ def chat(
         _option(
             "--no-save",
             about="Save nothing: no conversation, no history of typed lines, and no cache on disk "
-            "unless --kv-disk is given. Without --name, a pipe saves no conversation either, but it "
-            "writes the cache.",
+            "unless --kv-disk is given. Without --name, a pipe and a QUESTION save no conversation "
+            "either, but they write the cache.",
         ),
     ] = False,
     system: Annotated[
@@ -309,7 +336,9 @@ def chat(
 
     At a terminal there is line editing, a history, and commands such as /undo, /fork and /tree; /help
     lists them. The conversation is saved, and --resume goes on with it.
-    From a pipe or a file, each line is a prompt, and replies are plain text.
+    With a QUESTION it is answered once, about what comes through a pipe: cat log | recollect chat
+    "What failed?". A pipe alone is one message; with --lines, --json or --prompts each line is one.
+    Replies are plain text then.
     """
     values: dict[str, Any] = {
         "temperature": temperature,
@@ -328,9 +357,15 @@ def chat(
         ignore_eos=ignore_eos,
         **named,
     )
-    by_hand = prompts is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty()
+    by_lines = question is None and (lines or as_json or prompts is not None)
+    by_hand = question is None and not by_lines and sys.stdin.isatty() and sys.stdout.isatty()
     if by_hand and max_tokens is None:
         params = replace(params, max_tokens=SOFT_LIMIT)
+    if question is not None and (lines or prompts is not None):
+        raise ConfigError(
+            f"A question is answered once, and {'--lines' if lines else '--prompts'} sends one message "
+            "a line: leave one of them out."
+        )
     if no_save and (name is not None or resume is not None or checkpoint is not None):
         raise ConfigError(
             "--no-save saves nothing: leave it out, or leave out --name, --resume and --checkpoint."
@@ -351,6 +386,7 @@ def chat(
         system=system,
         overflow="drop_oldest" if overflow == "drop-oldest" else "error",
     )
+    message = None if by_hand or by_lines else one_message(question)
     if encrypt and not encryption.is_encrypted():
         _check_before_encrypting(opening, model, loading, prompts)
     unlock_home(encrypt=encrypt)
@@ -364,16 +400,16 @@ def chat(
             session = opening.open(
                 loaded, found, params.with_recommended(loaded.local.sampling, named)
             )
-            talk(loaded, session, keep_history=opening.keep)
+            talk(loaded, session, keep_history=opening.keep, load_model=loading.load)
         return
     with (
-        open_prompts(prompts) as lines,
+        open_prompts(prompts) if message is None else nullcontext([message]) as said,
         loading.load(reference) as loaded,
         opening.open(
             loaded, found, params.with_recommended(loaded.local.sampling, named)
         ) as session,
     ):
-        answer_all(session, lines, as_json=as_json)
+        answer_all(session, said, as_json=as_json)
 
 
 def _check_before_encrypting(
@@ -390,92 +426,3 @@ def _check_before_encrypting(
 def _reference(model: str | None, found: ConversationInfo | None) -> str:
     """Return the model to load: the one that was asked for, or that of the conversation."""
     return model or (DEFAULT_MODEL if found is None else found.model)
-
-
-MOST_CHARACTERS: Final = 16 * 2**20
-"""Most characters in a line: the server takes as many bytes in a request, and /dev/zero has no end."""
-
-
-@contextmanager
-def open_prompts(file: Path | None) -> Iterator[Iterator[str]]:
-    """
-    Open a file of prompts, one a line, or stdin where there is none.
-
-    Yields:
-        The prompts, as they come, without blank lines.
-
-    Raises:
-        ConfigError: It cannot be opened, or, from the iterator, is not UTF-8 text, or has a line
-            without an end.
-    """
-    if file is None:
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
-        yield _prompts(sys.stdin, "stdin")
-        return
-    try:
-        stream = file.open(encoding="utf-8-sig")
-    except OSError as cause:
-        raise ConfigError(f"{file} cannot be read ({cause.strerror}): check the path.") from cause
-    with stream:
-        yield _prompts(stream, str(file))
-
-
-def answer_all(session: Session, prompts: Iterable[str], *, as_json: bool) -> None:
-    """
-    Say each prompt in turn and print its reply: plain text, or one JSON object a line.
-
-    Raises:
-        RecollectError: A turn failed; what was printed of the turns before is complete.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper) and as_json:
-        sys.stdout.reconfigure(encoding="utf-8")  # what JSON is written in, whatever the locale
-    for prompt in prompts:
-        tip = session.name
-        if as_json:
-            _answer_as_json(session, prompt, sys.stdout)
-        else:
-            _answer_as_text(session, prompt, sys.stdout)
-        if session.name != tip:
-            print(
-                f"recollect: another program has moved the branch {tip!r}: this chat goes on in the "
-                f"new branch {session.name!r}.",
-                file=sys.stderr,
-            )
-
-
-def _prompts(stream: TextIO, source: str) -> Iterator[str]:
-    try:
-        while line := stream.readline(MOST_CHARACTERS):
-            if len(line) == MOST_CHARACTERS:
-                raise ConfigError(
-                    f"{source} has a line of {MOST_CHARACTERS:,} characters or more: each line is one "
-                    "prompt, so divide it."
-                )
-            if line.strip():
-                yield line.rstrip("\r\n")
-    except UnicodeDecodeError as cause:
-        raise ConfigError(f"{source} is not UTF-8 text: convert it first.") from cause
-
-
-def _answer_as_text(session: Session, prompt: str, out: TextIO) -> None:
-    with session.stream(prompt) as stream:
-        for piece in stream:
-            out.write(printable(piece) if out.isatty() else piece)
-            out.flush()
-    out.write("\n")
-    out.flush()
-
-
-def _answer_as_json(session: Session, prompt: str, out: TextIO) -> None:
-    reply = session.respond(prompt)
-    turn = {
-        "prompt": prompt,
-        "reply": reply.text,
-        "finish_reason": reply.finish_reason,
-        "ended": "repetition" if reply.ran_away else None,
-        "usage": reply.usage.to_dict(),
-    }
-    # On a terminal all but ASCII is escaped: some of the rest would be obeyed and not shown.
-    out.write(json.dumps(turn, ensure_ascii=out.isatty()) + "\n")
-    out.flush()

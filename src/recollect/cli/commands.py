@@ -13,12 +13,15 @@ from typing import Final
 
 from rich.text import Text
 
+from recollect.cli.chat_settings import change_model, set_value, settings
+from recollect.cli.clipboard import copy_text
 from recollect.cli.display import MARKS, count, draw_tree, format_bytes, printable, warmth
-from recollect.cli.state import REGENERATE_TEMPERATURE, Chat, branches, statistics
+from recollect.cli.state import REGENERATE_TEMPERATURE, Chat, branches, statistics, ways_out
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
 from recollect.conversation.turn import is_cut
 from recollect.errors import (
+    ContextFullError,
     ConversationError,
     InvalidParameterError,
     RecollectError,
@@ -27,6 +30,10 @@ from recollect.errors import (
 )
 
 PREFIX: Final = "/"
+HELP: Final = "?"
+"""Alone on a line, it is `/help`."""
+ALIASES: Final = {HELP: "help", "exit": "quit", "bye": "quit"}
+"""Other names of commands."""
 
 Action = Callable[[Chat, str], None]
 
@@ -44,8 +51,8 @@ class Command:
 
 
 def is_command(text: str) -> bool:
-    """Return whether a line is a command; a space before the slash makes it a message."""
-    return text.startswith(PREFIX)
+    """Return whether a line is a command; a space before it makes it a message."""
+    return text.startswith(PREFIX) or text.rstrip() == HELP
 
 
 def run_command(chat: Chat, line: str) -> None:
@@ -57,7 +64,7 @@ def run_command(chat: Chat, line: str) -> None:
     """
     words = line.removeprefix(PREFIX).split(maxsplit=1)
     name, rest = [*words, "", ""][:2]
-    command = COMMANDS.get(name.lower())
+    command = COMMANDS.get(ALIASES.get(name.lower(), name.lower()))
     if command is None:
         raise InvalidParameterError(_unknown(name))
     if rest and not command.arguments:
@@ -66,7 +73,7 @@ def run_command(chat: Chat, line: str) -> None:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
+    near = difflib.get_close_matches(name.lower(), [*COMMANDS, *ALIASES], n=1)
     hint = f"did you mean /{near[0]}?" if near else "/help lists the commands."
     return f"There is no command /{name}: {hint} To send it as a message, put a space before it."
 
@@ -307,6 +314,59 @@ def system(chat: Chat, rest: str) -> None:
     chat.note(f"A new conversation {how} begins here.{back}")
 
 
+def new(chat: Chat, _rest: str) -> None:
+    """Begin a new conversation with the same instructions."""
+    first = chat.session.path()[:1]
+    instructions = next((node.content for node in first if node.role == "system"), None)
+    former = chat.start_anew(instructions)
+    same = " with the same instructions" if instructions else ""
+    back = f" /switch {former} goes back to the one before." if former else ""
+    chat.note(f"A new conversation{same} begins here.{back}")
+
+
+def model(chat: Chat, rest: str) -> None:
+    """Go on with another model, or say which one replies."""
+    if not rest:
+        chat.note(f"{chat.model.name}, profile {chat.model.profile}; /model NAME changes it.")
+        return
+    change_model(chat, rest)
+    said = (
+        f" It reads {count(chat.session.tip.turns, 'turn')} once." if chat.session.tip.turns else ""
+    )
+    chat.note(
+        f"{chat.model.name} replies from now on, with {chat.model.context_length:,} tokens of "
+        f"context.{said}"
+    )
+
+
+def copy(chat: Chat, _rest: str) -> None:
+    """Put the last reply on the clipboard."""
+    path = chat.session.path()
+    reply = next((node.content for node in reversed(path) if node.role == "assistant"), None)
+    if not reply:
+        raise ConversationError("There is no reply to copy: say something first.")
+    taken_by = copy_text(reply, chat.console.file)
+    chat.note(f"Copied the last reply, {count(len(reply), 'character')}, by {taken_by}.")
+
+
+def set_setting(chat: Chat, rest: str) -> None:
+    """Change a setting, or list the settings."""
+    name, _, value = rest.partition(" ")
+    if value.strip():
+        shown = set_value(chat, name, value.strip())
+        chat.note(f"{name} is {shown} from the next reply on.")
+        return
+    if rest:
+        raise InvalidParameterError(
+            f"Give a value after /set {name}; /set alone lists the settings."
+        )
+    for setting, shown, about in settings(chat):
+        chat.console.print(
+            Text.assemble((f"  {setting:<20}", "bold"), f"{shown:<12} ", (about, "dim")),
+            highlight=False,
+        )
+
+
 def help_text(chat: Chat, _rest: str) -> None:
     """List the commands and keys."""
     for command in COMMANDS.values():
@@ -331,6 +391,7 @@ _KEYS: Final = (
     ('"""', "begins a message of several lines that ends with another"),
     ("Ctrl-C", "stops a reply, of which the text so far stays; at the prompt, clears the line"),
     ("Ctrl-D", "leaves; so does Ctrl-C twice"),
+    (HELP, "shows this list"),
 )
 
 COMMANDS: Final[dict[str, Command]] = {
@@ -360,8 +421,17 @@ COMMANDS: Final[dict[str, Command]] = {
         Command("load", "NAME", "go to a checkpoint", load),
         Command("stats", "", "show what was computed, reused and restored, and the memory", stats),
         Command("system", "[TEXT]", "begin a new conversation, with these instructions", system),
+        Command("new", "", "begin a new conversation, with the same instructions", new),
+        Command(
+            "set",
+            "[NAME VALUE]",
+            "change how replies are sampled, or overflow; or list",
+            set_setting,
+        ),
+        Command("model", "[NAME]", "go on with another model, or show which one replies", model),
+        Command("copy", "", "put the last reply on the clipboard", copy),
         Command("help", "", "show this list", help_text),
-        Command("quit", "", "end the chat", leave),
+        Command("quit", "", "end the chat; so do /exit and /bye", leave),
     )
 }
 
@@ -375,3 +445,5 @@ def do_safely(chat: Chat, action: Callable[[], object]) -> None:
         chat.note("Stopped.")
     except RecollectError as error:
         chat.console.print(Text(printable(f"recollect: {error}"), "red"), highlight=False)
+        if isinstance(error, ContextFullError):
+            chat.note(ways_out(chat))

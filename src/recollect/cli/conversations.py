@@ -35,6 +35,7 @@ from recollect.cli.options import (
     JsonOption,
     ModelOptions,
     YesOption,
+    conversation_names,
     has_store,
     model_option,
     open_checkpoints,
@@ -60,7 +61,12 @@ _conversations = typer.Typer(name="conversations")
 _checkpoints = typer.Typer(name="checkpoints")
 
 NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="A name that `recollect conversations` lists.")
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="A name that `recollect conversations` lists.",
+        autocompletion=conversation_names,
+    ),
 ]
 NewNameOption = Annotated[
     str | None,
@@ -119,7 +125,14 @@ def show(name: NameArgument) -> None:
 
 @_conversations.command()
 def rename(
-    old: Annotated[str, typer.Argument(metavar="OLD", help="The name that the conversation has.")],
+    old: Annotated[
+        str,
+        typer.Argument(
+            metavar="OLD",
+            help="The name that the conversation has.",
+            autocompletion=conversation_names,
+        ),
+    ],
     new: Annotated[str, typer.Argument(metavar="NEW", help="The name that it is to have.")],
 ) -> None:
     """Give a conversation another name."""

@@ -35,6 +35,7 @@ COMMANDS: Final = {
     "import": ("conversations", "Add a conversation from a file that `recollect export` wrote."),
     "models": ("models", "List the models that have a name, and those on this disk."),
     "pull": ("models", "Fetch a model and convert it, so that it loads without a network."),
+    "doctor": ("doctor", "Show what this machine has, what would be used of it, and why."),
     "convert": ("models", "Convert a model for another runtime."),
     "verify": ("prove", "Check a model against its file, and reused KV against computed KV."),
     "bench": ("prove", "Measure what reuse saves on this machine."),
@@ -132,7 +133,6 @@ app = typer.Typer(
     cls=_LazyGroup,
     help="Conversations with local language models that never read a token twice, and prove it.",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,  # a bug shows Python's own traceback, which can be reported
 )

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from recollect import config
 from recollect.cli.display import format_bytes, make_table, progress_bar
-from recollect.cli.options import JsonOption, OfflineOption
+from recollect.cli.options import JsonOption, OfflineOption, model_names
 from recollect.models.catalog import LocalModel
 from recollect.models.onnx_folder import convert_to_onnx, require_convertible
 from recollect.models.prepare import ModelStatus, installed, original_of, prepare
@@ -68,7 +68,12 @@ def list_models(
 @app.command()
 def pull(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A model as `recollect chat --model` takes it.")
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A model as `recollect chat --model` takes it.",
+            autocompletion=model_names,
+        ),
     ],
     offline: OfflineOption = False,
     check: Annotated[

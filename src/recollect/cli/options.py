@@ -5,13 +5,13 @@ What several commands share: the options for a model and for sampling, and the u
 The data folder is unlocked or encrypted, and its journal and KV store are opened; commands that load a model
 only unlock it, since the model opens the rest. The passphrase is asked for on the terminal, wherever stdin
 and stdout lead, and once for each process: a process is one command, which may open several files.
-Also the command `recollect encrypt`. Importing this loads no runtime.
+Also the command `recollect encrypt`, and the names that a shell completes. Importing this loads no runtime.
 """
 
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -27,12 +27,14 @@ from recollect.config import DEFAULT_PROFILE
 from recollect.conversation.loading import load
 from recollect.conversation.model import Model
 from recollect.encryption import KV_PURPOSE, Cipher
-from recollect.errors import ConfigError, StoreError
+from recollect.errors import ConfigError, RecollectError, StoreError
 from recollect.journal.home import Checkpoints
 from recollect.journal.home import encrypt as encrypt_home
 from recollect.journal.journal import JOURNAL_NAME, Journal
+from recollect.journal.records import Page
 from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
-from recollect.models.prepare import prepare
+from recollect.models.catalog import REFERENCE_NAME
+from recollect.models.prepare import installed, prepare
 from recollect.types import Profile
 
 NO_KV: Final = "There is no cache on this disk yet: `recollect chat` makes one."
@@ -184,6 +186,41 @@ def _has_terminal() -> bool:
     return True
 
 
+MOST_NAMES: Final = 1_000
+"""Most names that a shell is told: more than that nobody reads."""
+
+
+def model_names(incomplete: str) -> list[str]:
+    """Return the models that a shell can complete a name to; nothing where they cannot be read."""
+    try:
+        names = [status.name for status in installed(config.home())]
+    except (RecollectError, OSError):
+        return []
+    return _beginning([*names, REFERENCE_NAME], incomplete)
+
+
+def conversation_names(incomplete: str) -> list[str]:
+    """
+    Return the saved conversations that a shell can complete a name to, the one used last first.
+
+    Nothing where the folder is encrypted, since nobody can be asked for its passphrase, and where there
+    is no journal; none is made.
+    """
+    try:
+        home = config.home()
+        if encryption.is_encrypted(home) or not (home / JOURNAL_NAME).is_file():
+            return []
+        with Journal.open(home / JOURNAL_NAME) as journal:
+            found = journal.conversations(page=Page(limit=MOST_NAMES))
+    except (RecollectError, OSError):
+        return []
+    return _beginning([info.name for info in found], incomplete)
+
+
+def _beginning(names: Sequence[str], incomplete: str) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)][:MOST_NAMES]
+
+
 def model_option(about: str = "", *, default: bool | str = True) -> Any:
     """Return the option that names one model; without *about*, its help lists what can be named."""
     names = "A name that `recollect models` lists, a .gguf file, an OpenVINO or ONNX folder, or "
@@ -192,6 +229,7 @@ def model_option(about: str = "", *, default: bool | str = True) -> Any:
         metavar="NAME",
         help=about or f"{names}org/repo:file.",
         show_default=default,
+        autocompletion=model_names,
     )
 
 

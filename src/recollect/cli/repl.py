@@ -26,7 +26,15 @@ from prompt_toolkit.shortcuts import CompleteStyle
 from rich.console import Console
 
 from recollect import config, encryption
-from recollect.cli.commands import COMMANDS, PREFIX, do_safely, is_command, run_command
+from recollect.cli.chat_settings import NAMES
+from recollect.cli.commands import (
+    ALIASES,
+    COMMANDS,
+    PREFIX,
+    do_safely,
+    is_command,
+    run_command,
+)
 from recollect.cli.state import FIRST_SESSION, Chat, farewell, welcome
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
@@ -77,6 +85,9 @@ class TypedText:
         if self._timer is not None:
             self._timer.cancel()
 
+
+LEAVING_WORDS: Final = {"exit", "quit"}
+"""Alone on a line they are hardly meant for the model; a prompt elsewhere takes them as commands."""
 
 _MINE: Final = 0o600
 _MY_FOLDER: Final = 0o700
@@ -219,7 +230,13 @@ def _bindings() -> KeyBindings:
     return bindings
 
 
-def talk(model: Model, session: Session, *, keep_history: bool) -> None:
+def talk(
+    model: Model,
+    session: Session,
+    *,
+    keep_history: bool,
+    load_model: Callable[[str], Model] | None = None,
+) -> None:
     """
     Talk until the user leaves.
 
@@ -227,12 +244,21 @@ def talk(model: Model, session: Session, *, keep_history: bool) -> None:
         model: Speaks.
         session: Where to begin.
         keep_history: Whether what is typed can be called back in later chats, too.
+        load_model: Loads another model by its name, for `/model`; closed here.
     """
-    chat = Chat(model, Console(), session)
+    chat = Chat(model, Console(), session, load_model=load_model)
+    try:
+        _talk(chat, keep_history=keep_history)
+    finally:
+        if chat.model is not model:
+            chat.model.close()
+
+
+def _talk(chat: Chat, *, keep_history: bool) -> None:
     completer = WordsCompleter(
-        [PREFIX + name for name in COMMANDS],
+        [PREFIX + name for name in (*COMMANDS, *ALIASES)],
         names=chat.sessions.keys,
-        names_after={f"{PREFIX}load": chat.checkpoint_names},
+        names_after={f"{PREFIX}load": chat.checkpoint_names, f"{PREFIX}set": lambda: NAMES},
     )
     prompt = make_prompt(_history(keep=keep_history), completer)
 
@@ -250,9 +276,24 @@ def talk(model: Model, session: Session, *, keep_history: bool) -> None:
             typed.stop()
         if line is None:
             chat.leaving = True
+        elif line.strip().lower() in LEAVING_WORDS:
+            chat.leaving = confirms_leaving(prompt)
+            if not chat.leaving:
+                chat.note("To send it as a message, say it in a sentence; /quit leaves at once.")
         else:
             handle_line(chat, line)
     farewell(chat)
+
+
+def confirms_leaving(prompt: "PromptSession[str]") -> bool:
+    """Ask whether to leave, where `prompt` reads its keys; Enter and Ctrl-D mean yes."""
+    question: PromptSession[str] = PromptSession(input=prompt.input, output=prompt.output)
+    try:
+        return question.prompt("Leave the chat? [Y/n] ").strip().lower() in {"", "y", "yes"}
+    except EOFError:
+        return True
+    except KeyboardInterrupt:
+        return False
 
 
 def handle_line(chat: Chat, line: str) -> None:

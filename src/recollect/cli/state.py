@@ -80,8 +80,17 @@ class Chat:
         1. `current` is a key of `sessions`.
     """
 
-    def __init__(self, model: Model, console: Console, session: Session) -> None:
-        self.model: Final = model
+    def __init__(
+        self,
+        model: Model,
+        console: Console,
+        session: Session,
+        *,
+        load_model: Callable[[str], Model] | None = None,
+    ) -> None:
+        self.model = model
+        self.load_model: Final = load_model
+        """Loads a model by its name, for `/model`; None: this chat stays with its model."""
         self.console: Final = console
         self.params = session.params
         self.current = session.name or FIRST_SESSION
@@ -155,6 +164,8 @@ class Chat:
         self.note("  " + usage_line(reply))
         if reply.ran_away:
             self.note("The reply repeated itself and was ended: /continue goes on.")
+        if _is_full(self, reply):
+            self.note(f"The context is full. {ways_out(self)}")
         return reply
 
     def say_at(self, node: Node, text: str | None, params: SamplingParams | None = None) -> None:
@@ -240,6 +251,15 @@ class Chat:
             name = self._numbered(name) if name in self.sessions else name
             self.add_session(name, lambda: self._resumed(checkpoint))
 
+    def go_on_with(self, model: Model, sessions: dict[str, Session]) -> None:
+        """Have another model reply, in sessions of its own under the names of those that are open."""
+        assert sessions.keys() == self.sessions.keys(), "each goes on"
+        former, self.model = self.sessions, model
+        self.sessions = sessions
+        self._names = {key: made.name for key, made in sessions.items()}
+        for session in former.values():
+            session.close()
+
     def start_anew(self, system: str | None) -> str | None:
         """
         Begin another conversation under the current name.
@@ -275,6 +295,23 @@ class Chat:
         self, session: Session, text: str | None, params: SamplingParams | None
     ) -> Callable[[], ReplyStream]:
         return lambda: session.stream(text, params=params)
+
+
+def ways_out(chat: Chat) -> str:
+    """Return what can be done where the context is full."""
+    drop = "/set overflow drop-oldest leaves out the oldest turns, "
+    can_drop = chat.session.overflow == "error"
+    return (
+        f"Ways out: {drop if can_drop else ''}/undo and /rewind N go back, /edit N changes a message, "
+        "and /new begins a new conversation."
+    )
+
+
+def _is_full(chat: Chat, reply: Reply) -> bool:
+    """Return whether a reply has ended because the context was full, and the next cannot begin."""
+    tokens = reply.usage.prompt_tokens + reply.usage.generated_tokens
+    is_cut = reply.finish_reason == "length" and tokens >= chat.model.context_length
+    return is_cut and chat.session.overflow == "error"
 
 
 def usage_line(reply: Reply) -> str:

@@ -48,8 +48,8 @@ _INTERESTING_FLAGS: Final = ("avx2", "avx512f", "avx512_bf16", "avx_vnni", "amx_
 
 
 @dataclass(frozen=True, slots=True)
-class MachineCard:
-    """Where a measurement was taken."""
+class Machine:
+    """A machine, and what is installed on it."""
 
     cpu: str
     cpu_features: tuple[str, ...]
@@ -62,6 +62,12 @@ class MachineCard:
     system: str
     python: str
     versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class MachineCard(Machine):
+    """Where a measurement was taken."""
+
     model: str
     profile: str
     runtime: str
@@ -74,6 +80,19 @@ def machine_card(model: Model) -> MachineCard:
     """Return the card of this machine with that model on it."""
     info = model.engine.info
     return MachineCard(
+        **asdict(this_machine()),
+        model=Path(model.name).name,
+        profile=model.profile,
+        runtime=info.name,
+        kv_bytes_per_token=info.bytes_per_block // info.block_size,
+        kv_blocks=model.engine.pool.num_blocks,
+        context_length=model.context_length,
+    )
+
+
+def this_machine() -> Machine:
+    """Return what this machine is."""
+    return Machine(
         cpu=_cpu_name(),
         cpu_features=_cpu_features(),
         physical_cores=psutil.cpu_count(logical=False),
@@ -83,12 +102,6 @@ def machine_card(model: Model) -> MachineCard:
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         versions={"recollect": __version__, **_versions()},
-        model=Path(model.name).name,
-        profile=model.profile,
-        runtime=info.name,
-        kv_bytes_per_token=info.bytes_per_block // info.block_size,
-        kv_blocks=model.engine.pool.num_blocks,
-        context_length=model.context_length,
     )
 
 

@@ -237,6 +237,9 @@ def _compute_only_sampled_rows(model: ov.Model) -> None:
 BLOCK_SIZE: Final = 32
 """Token slots per block, fixed by OpenVINO's CPU plugin."""
 
+DEVICE: Final = "CPU"
+"""Where models run: its paged attention computes on KV that others can read and write."""
+
 LANGUAGE_FILE: Final = "openvino_language_model.xml"
 EMBEDDINGS_FILE: Final = "openvino_text_embeddings_model.xml"
 """Exports of multimodal models have these two files in place of one graph, besides those for images."""
@@ -279,7 +282,7 @@ class OpenVinoRuntime:
         make_paged(model, long_context=long_context)
         with mapped_errors("compiling the model"):
             settings = {"PERFORMANCE_HINT": "LATENCY", **SETTINGS[profile]}
-            compiled = core.compile_model(model, "CPU", settings)
+            compiled = core.compile_model(model, DEVICE, settings)
             self._request = compiled.create_infer_request()
         self._cache_ports = [port for port in compiled.inputs if "_cache." in port.any_name]
         self._caches: list[ov.Tensor] = []
@@ -417,6 +420,25 @@ def _core() -> ov.Core:
     process with a segmentation fault. Keeping the core costs nothing: models are freed without it.
     """
     return ov.Core()
+
+
+def devices() -> list[tuple[str, str, tuple[str, ...]]]:
+    """
+    Return of each device its name, what it is called in full, and what numbers it computes with.
+
+    Raises:
+        RuntimeFailure: OpenVINO cannot be asked.
+    """
+    core = _core()
+    with mapped_errors("looking for devices"):
+        return [
+            (
+                name,
+                str(core.get_property(name, "FULL_DEVICE_NAME")),
+                tuple(core.get_property(name, "OPTIMIZATION_CAPABILITIES")),
+            )
+            for name in core.available_devices
+        ]
 
 
 def _block_shape(port: ov.ConstOutput) -> list[int]:

@@ -1,4 +1,4 @@
-"""A chat by pipe, on the reference model."""
+"""A chat by question, pipe or file, on the reference model."""
 
 import io
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recollect.cli.chat import MOST_CHARACTERS, answer_all, open_prompts
+from recollect.cli.batch import MOST_CHARACTERS, answer_all, one_message, open_prompts
 from recollect.cli.display import printable
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError, ContextFullError
@@ -50,6 +50,45 @@ def test_a_line_without_an_end_is_not_waited_for(tmp_path: Path) -> None:
             next(prompts)
     path.write_text("x" * (MOST_CHARACTERS - 2) + "\ntwo")
     assert [len(line) for line in prompts_of(path)] == [MOST_CHARACTERS - 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("question", "piped", "expected"),
+    [
+        ("What failed?", "one\n  two\n\n", "one\n  two\n\nWhat failed?"),
+        ("What failed?", " \n", "What failed?"),
+        (None, "\n\n  indented\nlines  \n", "  indented\nlines"),
+    ],
+)
+def test_what_is_piped_stands_before_the_question(
+    question: str | None, piped: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped.encode())))
+    assert one_message(question) == expected
+
+
+@pytest.mark.parametrize(
+    ("question", "piped", "wrong"),
+    [
+        (None, b" \n\n", "has no text"),
+        ("  ", b"text", "question is empty"),
+        (None, b"\xff\xfe", "not UTF-8"),
+        ("What?", b"x" * MOST_CHARACTERS, "--lines"),
+    ],
+)
+def test_what_is_no_message_is_refused(
+    question: str | None, piped: bytes, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped)))
+    with pytest.raises(ConfigError, match=wrong):
+        one_message(question)
+
+
+def test_input_without_an_end_is_not_waited_for() -> None:
+    with Path("/dev/zero").open(encoding="utf-8") as endless, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", endless)
+        with pytest.raises(ConfigError, match="characters or more"):
+            one_message(None)
 
 
 def test_each_turn_is_one_json_object(model: Model, capsys: pytest.CaptureFixture[str]) -> None:

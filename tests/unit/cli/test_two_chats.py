@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from recollect.cli.chat import answer_all
+from recollect.cli.batch import answer_all
 from recollect.cli.main import app
 from recollect.cli.repl import handle_line
 from recollect.cli.state import Chat, farewell, welcome

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,6 +110,7 @@ def test_the_file_is_bounded_and_for_its_owner(
     assert [*tmp_path.iterdir()] == [file]
 
 
+BAD: list[Any] = [[], {}, True, -1, 1.5, 10**400]
 GOOD = {"client": "a", "prompt": 1, "computed": 1, "reason": "system_changed"}
 
 
@@ -119,7 +121,7 @@ GOOD = {"client": "a", "prompt": 1, "computed": 1, "reason": "system_changed"}
         *(
             json.dumps({**GOOD, name: value}).encode()
             for name in (*GOOD, "message", "line", "role", "was", "now", "difference")
-            for value in ([], {}, True, -1, 1.5, 10**400)
+            for value in BAD
         ),
     ],
 )

@@ -1,0 +1,148 @@
+"""
+What is said to a model without a terminal: one question, a pipe, or a message in each line.
+
+Reads the messages, within bounds, and prints the replies: plain text, or one JSON object a turn.
+"""
+
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, TextIO
+
+from recollect.cli.display import printable
+from recollect.conversation.session import Session
+from recollect.errors import ConfigError
+
+MOST_CHARACTERS: Final = 16 * 2**20
+"""Most characters in a message: the server takes as many bytes in a request, and /dev/zero has no end."""
+
+
+def one_message(question: str | None) -> str:
+    """
+    Return the one message of a question, of standard input, or of both.
+
+    What was piped stands before the question: the next question about the same text finds its KV.
+    A terminal is not read where there is a question.
+
+    Raises:
+        ConfigError: There is nothing to say, or what was piped is too long or not UTF-8 text.
+    """
+    if question is not None and not question.strip():
+        raise ConfigError('The question is empty: give one, as in recollect chat "What is KV?".')
+    piped = "" if question is not None and sys.stdin.isatty() else _read_stdin()
+    if question is not None:
+        return f"{piped}\n\n{question}" if piped else question
+    if not piped:
+        raise ConfigError(
+            "Standard input has no text: pipe a message in, or give a question: "
+            'recollect chat "What is KV?".'
+        )
+    return piped
+
+
+def _read_stdin() -> str:
+    """Return the whole text of standard input, without blank lines around it."""
+    _decode_stdin()
+    try:
+        text = sys.stdin.read(MOST_CHARACTERS)
+    except UnicodeDecodeError as cause:
+        raise ConfigError("Standard input is not UTF-8 text: convert it first.") from cause
+    if len(text) == MOST_CHARACTERS:
+        raise ConfigError(
+            f"Standard input has {MOST_CHARACTERS:,} characters or more, which is too long for one "
+            "message: shorten it, or send each line as a message with --lines."
+        )
+    return text.rstrip().lstrip("\r\n")
+
+
+def _decode_stdin() -> None:
+    """Read standard input as UTF-8, whatever the locale, and nothing that is not."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+
+
+@contextmanager
+def open_prompts(file: Path | None) -> Iterator[Iterator[str]]:
+    """
+    Open a file of prompts, one a line, or stdin where there is none.
+
+    Yields:
+        The prompts, as they come, without blank lines.
+
+    Raises:
+        ConfigError: It cannot be opened, or, from the iterator, is not UTF-8 text, or has a line
+            without an end.
+    """
+    if file is None:
+        _decode_stdin()
+        yield _prompts(sys.stdin, "Standard input")
+        return
+    try:
+        stream = file.open(encoding="utf-8-sig")
+    except OSError as cause:
+        raise ConfigError(f"{file} cannot be read ({cause.strerror}): check the path.") from cause
+    with stream:
+        yield _prompts(stream, str(file))
+
+
+def answer_all(session: Session, prompts: Iterable[str], *, as_json: bool) -> None:
+    """
+    Say each prompt in turn and print its reply: plain text, or one JSON object a line.
+
+    Raises:
+        RecollectError: A turn failed; what was printed of the turns before is complete.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and as_json:
+        sys.stdout.reconfigure(encoding="utf-8")  # what JSON is written in, whatever the locale
+    for prompt in prompts:
+        tip = session.name
+        if as_json:
+            _answer_as_json(session, prompt, sys.stdout)
+        else:
+            _answer_as_text(session, prompt, sys.stdout)
+        if session.name != tip:
+            print(
+                f"recollect: another program has moved the branch {tip!r}: this chat goes on in the "
+                f"new branch {session.name!r}.",
+                file=sys.stderr,
+            )
+
+
+def _prompts(stream: TextIO, source: str) -> Iterator[str]:
+    try:
+        while line := stream.readline(MOST_CHARACTERS):
+            if len(line) == MOST_CHARACTERS:
+                raise ConfigError(
+                    f"{source} has a line of {MOST_CHARACTERS:,} characters or more: each line is one "
+                    "prompt, so divide it."
+                )
+            if line.strip():
+                yield line.rstrip("\r\n")
+    except UnicodeDecodeError as cause:
+        raise ConfigError(f"{source} is not UTF-8 text: convert it first.") from cause
+
+
+def _answer_as_text(session: Session, prompt: str, out: TextIO) -> None:
+    with session.stream(prompt) as stream:
+        for piece in stream:
+            out.write(printable(piece) if out.isatty() else piece)
+            out.flush()
+    out.write("\n")
+    out.flush()
+
+
+def _answer_as_json(session: Session, prompt: str, out: TextIO) -> None:
+    reply = session.respond(prompt)
+    turn = {
+        "prompt": prompt,
+        "reply": reply.text,
+        "finish_reason": reply.finish_reason,
+        "ended": "repetition" if reply.ran_away else None,
+        "usage": reply.usage.to_dict(),
+    }
+    # On a terminal all but ASCII is escaped: some of the rest would be obeyed and not shown.
+    out.write(json.dumps(turn, ensure_ascii=out.isatty()) + "\n")
+    out.flush()
