@@ -270,7 +270,8 @@ def verify(
             counts[name] += 1
             ids = generator.get_sequence()
             fresh = _fresh_logits(model, ids)
-            deviation += float(fresh.std(dtype=np.float64)) / operations
+            with np.errstate(invalid="ignore"):  # where one is infinite, which is a difference
+                deviation += float(fresh.std(dtype=np.float64)) / operations
             difference = _difference(_next_logits(model, generator.sequence), fresh)
             is_largest = difference > largest.logits
             if is_largest:
@@ -326,8 +327,8 @@ def _look_around(model: Model, length: int, most_s: float, dice: random.Random) 
     pool = model.engine.pool
     needed = _PREFILLS * (blocks_for(end, pool.block_size) + 1)  # a fork takes one more
     if needed > pool.num_blocks:
-        size = needed * model.engine.info.bytes_per_block / 10**6
-        return Boundary(length, None, f"left out, memory is short: add --kv-memory {size:.0f}MB")
+        size = math.ceil(needed * model.engine.info.bytes_per_block / 10**6)
+        return Boundary(length, None, f"left out, memory is short: add --kv-memory {size}MB")
     ids, generator = _tokens(model, end, dice), Generator(model.engine)
     sequence, across = generator.sequence, ids[begin:]
     try:
