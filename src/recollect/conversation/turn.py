@@ -78,9 +78,11 @@ def _reason(usage: Usage, expected: Expectation) -> tuple[Reason, str | None]:
         # The last token that was generated has no KV yet when a reply ends, and is not missing.
         return max(0, length - 1) // expected.block_size * expected.block_size
 
+    there = usage.reused_tokens + usage.read_ahead_tokens
+    if there >= warm(usage.prompt_tokens):
+        return "new", None
     later = [shown.start for shown in prompt.rewritten if shown.start > usage.reused_tokens]
     known = warm(min([prompt.generated_length, *later]))
-    there = usage.reused_tokens + usage.read_ahead_tokens
     rewritten = next(
         (
             shown.reply

@@ -179,3 +179,20 @@ def test_what_was_evicted_is_named(make_model: Callable[..., Model]) -> None:
     said = chat.respond("two").usage
     assert said.reason == "evicted"
     assert said.reused_tokens + said.computed_tokens == said.prompt_tokens
+
+
+def test_other_tools_have_lost_nothing_where_the_whole_prompt_is_there(model: Model) -> None:
+    """Of the sets of tools that a message was answered with, only the last few are known."""
+
+    def asked(*names: str) -> Usage:
+        tools: list[dict[str, object]] = [
+            {"type": "function", "function": {"name": name}} for name in names
+        ]
+        return model.session_from(messages("one"), tools=tools).respond(None, params=SHORT).usage
+
+    asked()
+    for number in range(9):
+        asked(f"tool{number}")
+    said = asked()
+    assert said.computed_tokens <= 32
+    assert (said.reason, said.difference) == ("new", None)
