@@ -333,9 +333,8 @@ def _look_around(model: Model, length: int, most_s: float, dice: random.Random) 
     sequence, across = generator.sequence, ids[begin:]
     try:
         if (needed_s := _read(model, generator, ids[:begin], most_s)) > most_s:
-            return Boundary(
-                length, None, f"left out, it would take {needed_s / 60:.0f} min: add --long"
-            )
+            why = f"left out, it would take {needed_s / 60:.0f} min: add --long"
+            return Boundary(length, None, why)
         before, beyond = _next_logits(model, sequence), _fresh_logits(model, ids)
         worst = 0.0
         for pieces in (
