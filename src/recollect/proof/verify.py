@@ -55,8 +55,8 @@ NOISE_CAP: Final[dict[Profile, float]] = {"exact": EXACT_LIMIT, "fast": 2.0, "sm
 fault. Decode differs from prefill by up to 0.8 where activations are quantized, and by 1.0 in bf16."""
 
 BOUNDARY_S: Final = 300.0
-"""How long one boundary may take: two prefills of 8,192 tokens by a small model took four minutes on two
-cores that eight programs shared, and a third of that on idle ones."""
+"""How long one boundary may take: a prefill of 8,192 tokens by smollm2 took two minutes on two cores that
+eight programs shared, and there are two."""
 _BEFORE: Final = 4
 """Tokens before a boundary from which on it is looked at."""
 _BEYOND: Final = 2
@@ -333,9 +333,8 @@ def _look_around(model: Model, length: int, most_s: float, dice: random.Random) 
     sequence, across = generator.sequence, ids[begin:]
     try:
         if (needed_s := _read(model, generator, ids[:begin], most_s)) > most_s:
-            return Boundary(
-                length, None, f"left out, it would take {needed_s / 60:.0f} min: add --long"
-            )
+            why = f"left out, it would take {needed_s / 60:.0f} min: add --long"
+            return Boundary(length, None, why)
         before, beyond = _next_logits(model, sequence), _fresh_logits(model, ids)
         worst = 0.0
         for pieces in (
