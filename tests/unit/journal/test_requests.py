@@ -109,6 +109,7 @@ def test_the_file_is_bounded_and_for_its_owner(
     assert [*tmp_path.iterdir()] == [file]
 
 
+WRONG: tuple[object, ...] = ([], {}, True, -1, 1.5, 10**400)
 GOOD = {"client": "a", "prompt": 1, "computed": 1, "reason": "system_changed"}
 
 
@@ -119,7 +120,7 @@ GOOD = {"client": "a", "prompt": 1, "computed": 1, "reason": "system_changed"}
         *(
             json.dumps({**GOOD, name: value}).encode()
             for name in (*GOOD, "message", "line", "role", "was", "now", "difference")
-            for value in ([], {}, True, -1, 1.5, 10**400)
+            for value in WRONG
         ),
     ],
 )
