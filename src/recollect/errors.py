@@ -3,7 +3,8 @@ Every exception that recollect raises on purpose.
 
     RecollectError
     ├── ConfigError                 a setting cannot be used
-    │   └── InvalidParameterError   a sampling or request parameter is out of range
+    │   ├── InvalidParameterError   a sampling or request parameter is out of range
+    │   └── MissingPackageError     it takes a package that is not installed
     ├── ModelError                  a model cannot be found, downloaded or read
     │   ├── UnknownModelError       nothing goes by that name
     │   ├── FetchError              it cannot be downloaded
@@ -51,6 +52,10 @@ class ConfigError(RecollectError):
 
 class InvalidParameterError(ConfigError, ValueError):
     """A parameter is out of its range."""
+
+
+class MissingPackageError(ConfigError):
+    """What was asked for takes a package that is not installed; the message says how to install it."""
 
 
 class ModelError(RecollectError):

@@ -79,8 +79,6 @@ def _reason(usage: Usage, expected: Expectation) -> tuple[Reason, str | None]:
         return max(0, length - 1) // expected.block_size * expected.block_size
 
     there = usage.reused_tokens + usage.read_ahead_tokens
-    if there >= warm(usage.prompt_tokens):
-        return "new", None
     later = [shown.start for shown in prompt.rewritten if shown.start > usage.reused_tokens]
     known = warm(min([prompt.generated_length, *later]))
     rewritten = next(
@@ -91,7 +89,9 @@ def _reason(usage: Usage, expected: Expectation) -> tuple[Reason, str | None]:
         ),
         None,
     )
-    is_all_there = bool(prompt.generated_length) and there >= known and rewritten is None
+    is_all_there = there >= warm(usage.prompt_tokens) or (
+        bool(prompt.generated_length) and there >= known and rewritten is None
+    )
     if expected.tools_change is not None and not is_all_there:
         return "tools_changed", expected.tools_change
     if rewritten is not None:

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recollect import files
-from recollect.errors import ConfigError, InvalidParameterError
+from recollect.errors import InvalidParameterError, MissingPackageError
 from recollect.text.tokenizer import Tokenizer, Vocabulary
 from recollect.types import Grammar, common_prefix_length
 
@@ -234,7 +234,7 @@ class Grammars:
         """Make the table of tokens, and compile the grammars of last time, unless that was done."""
         try:
             library = _llguidance()
-        except ConfigError:
+        except MissingPackageError:
             return  # whoever uses a grammar is told
         with self._lock:
             if not self._is_closing:
@@ -261,7 +261,7 @@ class Grammars:
 
         Raises:
             InvalidParameterError: The grammar is not valid; the message says what is wrong.
-            ConfigError: llguidance is not installed.
+            MissingPackageError: llguidance is not installed.
         """
         with self._lock:
             is_new = grammar not in self._compiled
@@ -490,7 +490,7 @@ def _llguidance() -> ModuleType:
     try:
         return importlib.import_module("llguidance")
     except ImportError as cause:
-        raise ConfigError(
+        raise MissingPackageError(
             "Grammars, JSON schemas and tools need llguidance: "
             'install it with `python -m pip install "recollect-llm[grammar]"`.'
         ) from cause

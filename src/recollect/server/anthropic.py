@@ -34,12 +34,15 @@ from recollect.server.fields import (
 )
 from recollect.server.parts import (
     AnyMessagesTool,
+    Instructing,
     MessagesChoice,
     MessagesTool,
     Offer,
     Thinking,
+    lasting,
     offer,
     others_among,
+    volatile_in,
 )
 from recollect.server.refusals import ApiError, anthropic_body, quoted
 from recollect.server.services import (
@@ -130,7 +133,7 @@ Block = Annotated[
 ]
 
 
-class InputMessage(Body):
+class InputMessage(Instructing):
     """A message: a text, or blocks."""
 
     role: Literal["user", "assistant", "system"]
@@ -161,19 +164,6 @@ class InputMessage(Body):
 def _call(block: ToolUseBlock) -> MessageToolCall:
     arguments = json.dumps(block.input, ensure_ascii=False)
     return ToolCall(block.id, block.name, arguments).to_dict()
-
-
-_BILLING: Final = "system[x-anthropic-billing-header]"
-"""As which the block is told that is left out."""
-_VOLATILE: Final = "x-anthropic-billing-header:"
-"""
-What a block of instructions begins with that says how a request is paid for. It differs from request
-to request, and what comes after it could never be reused.
-"""
-
-
-def _is_volatile(text: str) -> bool:
-    return text.lstrip().startswith(_VOLATILE)
 
 
 class JsonOutput(Body):
@@ -208,10 +198,11 @@ class CountRequest(Body):
     def conversation(self) -> list[Message]:
         """Return the messages as the engine has them, the instructions first."""
         first: list[Message] = []
-        told = "".join(text for text in self._instructions() if not _is_volatile(text))
+        told = "".join(lasting(self._instructions()))
         if told:
             first = [{"role": "system", "content": told}]
-        return first + [message for one in self.messages for message in one.messages()]
+        said = (one for one in self.messages if not one.is_left_out)
+        return first + [message for one in said for message in one.messages()]
 
     def prepare(self) -> None:
         """Work out `conversation` and `grammar`."""
@@ -242,17 +233,12 @@ class CountRequest(Body):
 
     def left_out(self) -> Iterable[str]:
         """Return the tools that are no functions, and whether instructions had a volatile block."""
-        volatile = [_BILLING] if any(map(_is_volatile, self._instructions())) else []
-        return [*volatile, *others_among(self.tools)]
+        return [*volatile_in("system", self._instructions()), *others_among(self.tools)]
 
-    def _instructions(self) -> list[str]:
-        """Return the instructions block by block, the first line of a text as one."""
-        if isinstance(self.system, str) and _is_volatile(self.system):
-            first, _, rest = self.system.lstrip().partition("\n")
-            return [first, rest.lstrip()]
-        if isinstance(self.system, str):
-            return [self.system]
-        return [block.text for block in self.system or ()]
+    def _instructions(self) -> str | list[str]:
+        if self.system is None or isinstance(self.system, str):
+            return self.system or ""
+        return [block.text for block in self.system]
 
 
 class MessagesRequest(CountRequest):

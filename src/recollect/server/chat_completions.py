@@ -48,6 +48,7 @@ from recollect.server.parts import (
     ChatFormat,
     ChatTool,
     FunctionTool,
+    Instructing,
     NamedTool,
     Offer,
     Thinking,
@@ -94,7 +95,7 @@ class ToolCall(Body):
         return types.ToolCall(self.id, self.function.name, self.function.arguments).to_dict()
 
 
-class ChatMessage(Body):
+class ChatMessage(Instructing):
     """A message."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -206,7 +207,7 @@ class ChatRequest(SamplingFields):
 
     def conversation(self) -> list[Message]:
         """Return the messages as the engine has them."""
-        return [message.message() for message in self.messages]
+        return [message.message() for message in self.messages if not message.is_left_out]
 
     @cached_property
     def offered(self) -> Offer:
@@ -418,7 +419,8 @@ async def prewarm(body: PrewarmRequest, request: Request) -> dict[str, Any]:
     if body.public and not client.is_operator:
         raise operators_only("public")
     namespace = PUBLIC if body.public else client.namespace
-    messages = [one.message() for one in body.messages]
+    lasting = [one for one in body.messages if not one.is_left_out] or body.messages
+    messages = [one.message() for one in lasting]
     typed = (messages.pop()["content"] or "") if messages[-1]["role"] == "user" else ""
 
     reading = _Reading()

@@ -7,9 +7,18 @@ of chat templates, messages, a grammar. Tools that are no functions are taken an
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal, TypedDict
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypedDict
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    Tag,
+    TypeAdapter,
+    model_validator,
+)
 
 from recollect.conversation.tools import Chosen
 from recollect.server.fields import MOST_TOOLS, Body, Echoed, Ignored, Items, Text, kind_among
@@ -81,6 +90,64 @@ def tool_schema(
     function = {"name": name, "description": description, "parameters": parameters}
     given = {name: value for name, value in function.items() if value is not None}
     return {"type": "function", "function": given}
+
+
+VOLATILE: Final = "x-anthropic-billing-header:"
+"""
+What a block of instructions begins with that says how a request is paid for. It differs from request
+to request, and what comes after it could never be reused. Programs that turn Anthropic's requests into
+OpenAI's take it along.
+"""
+
+
+def _is_volatile(part: Any) -> bool:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    return isinstance(text, str) and text.lstrip()[: len(VOLATILE)].lower() == VOLATILE
+
+
+def lasting(content: Any) -> Any:
+    """Return instructions without their volatile blocks, or a text without such a first line."""
+    if isinstance(content, str):
+        return content.lstrip().partition("\n")[2].lstrip() if _is_volatile(content) else content
+    if isinstance(content, list):
+        return [part for part in content if not _is_volatile(part)]
+    return content
+
+
+def volatile_in(place: str, content: Any) -> list[str]:
+    """Return as what volatile instructions are told to a client that are left out; none where none are."""
+    is_there = any(map(_is_volatile, content if isinstance(content, list) else [content]))
+    return [f"{place}[{VOLATILE.removesuffix(':')}]"] if is_there else []
+
+
+class Instructing(Body):
+    """A message, which may be instructions; what of those is volatile is left out."""
+
+    _volatile: list[str] = PrivateAttr(default_factory=list)
+    _is_left_out: bool = PrivateAttr(default=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _leave_out(cls, fields: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(fields, dict) or fields.get("role") not in ("system", "developer"):
+            return handler(fields)
+        content = fields.get("content")
+        volatile = volatile_in("content", content)
+        if not volatile:
+            return handler(fields)
+        rest = lasting(content)
+        message = handler({**fields, "content": rest})
+        message._volatile, message._is_left_out = volatile, not rest
+        return message
+
+    @property
+    def is_left_out(self) -> bool:
+        """Return whether nothing of the message is left."""
+        return self._is_left_out
+
+    def left_out(self) -> Iterable[str]:
+        """Return what of the instructions is left out."""
+        return self._volatile
 
 
 class OtherTool(Body):
@@ -344,7 +411,7 @@ class MessagesChoice(Body):
 # --- items of the Responses API
 
 
-class InputMessage(Body):
+class InputMessage(Instructing):
     """A message of the input, or of a conversation's items."""
 
     type: Literal["message"] = "message"
@@ -489,6 +556,8 @@ def merged(items: Sequence[Any], resolve: Resolve | None = None) -> list[Message
         if isinstance(item, ItemReference):
             assert resolve is not None, "only an input has references"
             item = _ITEM.validate_python(resolve(item.id))  # noqa: PLW2901 - what it stands for
+        if isinstance(item, Instructing) and item.is_left_out:
+            continue
         if isinstance(item, ReasoningItem):
             thoughts += filter(None, [item.thoughts()])
             continue

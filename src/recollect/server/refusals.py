@@ -92,6 +92,8 @@ TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
     (errors.OutOfBlocksError, Answer(503, _OURS, "out_of_memory", retry_after_s=5)),
     (errors.MemoryLimitError, Answer(400, code="memory_limit")),
     (errors.InvalidParameterError, Answer(400, code="invalid_value")),
+    # Not a 500: agents would ask again, and it stays so until somebody installs it.
+    (errors.MissingPackageError, Answer(400, code="not_installed")),
     (errors.TokenIdError, Answer(400, code="invalid_value")),
     (errors.TooShortError, Answer(400, code="too_short")),
     (errors.TemplateError, Answer(400, code="invalid_messages")),

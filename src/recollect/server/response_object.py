@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import (
     Field,
+    PrivateAttr,
     model_validator,
 )
 
@@ -44,10 +45,12 @@ from recollect.server.parts import (
     Thinking,
     flat_name,
     grammar_of,
+    lasting,
     merged,
     offer,
     others_among,
     schemas_of,
+    volatile_in,
 )
 from recollect.server.settings import Settings
 from recollect.types import (
@@ -122,8 +125,13 @@ class ResponseRequest(SamplingFields):
     service_tier: Ignored = None
     user: Ignored = None
 
+    _volatile: list[str] = PrivateAttr(default_factory=list)
+
     @model_validator(mode="after")
     def _check(self) -> "ResponseRequest":
+        self._volatile = volatile_in("instructions", self.instructions)
+        if self._volatile:
+            self.instructions = lasting(self.instructions) or None
         if self.previous_response_id is not None and self.conversation is not None:
             raise unsupported("previous_response_id", "not together with conversation.")
         return self
@@ -162,8 +170,8 @@ class ResponseRequest(SamplingFields):
         )
 
     def left_out(self) -> Iterable[str]:
-        """Return the tools that are no functions."""
-        return others_among(self.tools)
+        """Return the tools that are no functions, and what of the instructions is volatile."""
+        return [*self._volatile, *others_among(self.tools)]
 
     @property
     def namespaces(self) -> dict[str, tuple[str, str]]:

@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -110,7 +109,7 @@ def test_the_file_is_bounded_and_for_its_owner(
     assert [*tmp_path.iterdir()] == [file]
 
 
-BAD: list[Any] = [[], {}, True, -1, 1.5, 10**400]
+WRONG: tuple[object, ...] = ([], {}, True, -1, 1.5, 10**400)
 GOOD = {"client": "a", "prompt": 1, "computed": 1, "reason": "system_changed"}
 
 
@@ -121,7 +120,7 @@ GOOD = {"client": "a", "prompt": 1, "computed": 1, "reason": "system_changed"}
         *(
             json.dumps({**GOOD, name: value}).encode()
             for name in (*GOOD, "message", "line", "role", "was", "now", "difference")
-            for value in BAD
+            for value in WRONG
         ),
     ],
 )

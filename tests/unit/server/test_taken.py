@@ -628,6 +628,76 @@ def test_the_volatile_billing_line_is_no_part_of_the_prompt(
     assert counted == post(client, f"{MESSAGES}/count_tokens", plain)
 
 
+def block(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
+@pytest.mark.parametrize(
+    ("path", "plain", "given", "named"),
+    [
+        (
+            CHAT,
+            [{"role": "system", "content": "Be brief."}],
+            [{"role": "system", "content": [block(BILLING), block("Be brief.")]}],
+            "messages.*.content",
+        ),
+        (
+            CHAT,
+            [{"role": "system", "content": "Be brief."}],
+            [
+                {"role": "system", "content": BILLING.title()},
+                {"role": "system", "content": "Be brief."},
+            ],
+            "messages.*.content",
+        ),
+        (
+            CHAT,
+            [{"role": "system", "content": "Be brief."}],
+            [{"role": "system", "content": f"{BILLING}\nBe brief."}],
+            "messages.*.content",
+        ),
+        (
+            RESPONSES,
+            [{"role": "developer", "content": "Be brief."}],
+            [{"role": "developer", "content": f"{BILLING}\nBe brief."}],
+            "input.*.content",
+        ),
+        (MESSAGES, [], [{"role": "system", "content": BILLING}], "messages.*.content"),
+    ],
+)
+def test_nor_is_it_where_a_program_in_between_has_put_it_elsewhere(
+    client: httpx.Client,
+    post: Callable[..., Json],
+    path: str,
+    plain: list[Json],
+    given: list[Json],
+    named: str,
+) -> None:
+    expected = post(client, path, with_history(path, *plain, USER))
+    answer = client.post(path, json=with_history(path, *given, USER))
+    assert answer.status_code == 200, answer.text
+    assert answer.headers[IGNORED] == f"{named}[x-anthropic-billing-header]"
+    assert said(path, answer.json()) == said(path, expected)
+    assert answer.json()["usage"]["recollect"]["computed_tokens"] == 1
+
+
+def test_nor_is_it_in_the_instructions_of_a_response(
+    client: httpx.Client, post: Callable[..., Json]
+) -> None:
+    post(client, RESPONSES, {**ASK[RESPONSES], "instructions": "Be brief."})
+    body = {**ASK[RESPONSES], "instructions": f"{BILLING}\nBe brief."}
+    answer = client.post(RESPONSES, json=body)
+    assert answer.headers[IGNORED] == "instructions[x-anthropic-billing-header]"
+    assert answer.json()["usage"]["recollect"]["computed_tokens"] == 1
+
+
+def test_a_message_that_says_so_is_left_whole(client: httpx.Client) -> None:
+    said_by_a_person = {"role": "user", "content": f"{BILLING}\nWhat is this?"}
+    answer = client.post(CHAT, json=with_history(CHAT, said_by_a_person))
+    assert answer.status_code == 200
+    assert IGNORED not in answer.headers
+
+
 @pytest.mark.parametrize("name", ["output_config", "output_format"])
 def test_a_format_of_messages_is_structured_output(
     client: httpx.Client, post: Callable[..., Json], name: str

@@ -1,6 +1,7 @@
 """Structured output, log probabilities and calls of tools, in each API's own words."""
 
 import json
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -33,6 +34,31 @@ TOOLS: Json = {
 def is_right(arguments: str) -> bool:
     value = json.loads(arguments)
     return set(value) == {"n"} and 0 <= value["n"] <= 99
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, TOOLS),
+        ("/v1/responses", {"input": "Hello", "tools": [{"type": "function", **FUNCTION}]}),
+        (
+            "/v1/messages",
+            {
+                "model": "reference",
+                "max_tokens": 9,
+                "messages": USER,
+                "tools": [{"name": "look_up", "input_schema": SCHEMA}],
+            },
+        ),
+    ],
+)
+def test_without_llguidance_the_client_is_told_what_to_install(
+    path: str, body: Json, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    answer = client.post(path, json=body)
+    assert answer.status_code == 400, "agents ask again for minutes where it is 500"
+    assert "recollect-llm[grammar]" in answer.json()["error"]["message"]
 
 
 def test_a_reply_has_the_form_that_is_asked_for(
