@@ -204,17 +204,23 @@ class Tensors(ABC):
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return how many rows and columns a matrix has."""
+        _, rows, columns = self._found(name)
+        return len(rows), columns
+
+    def matrix(self, name: str, rows: slice = slice(None)) -> Array:
+        """Return some rows of a tensor, shape `(rows, columns)`: it maps columns to rows."""
+        whole, there, _ = self._found(name)
+        chosen = there[rows]
+        return self._read(whole, slice(chosen.start, chosen.stop))
+
+    def _found(self, name: str) -> tuple[str, range, int]:
+        """Return the tensor of the file that holds a matrix, the rows there, and the columns."""
+        # Phi-3's files call gate and up together what other files call up: the whole has a part's name.
         whole, part = self._parts.get(name, (name, slice(None)))
         if whole not in self.names():
             raise NotCompared(f"its files have no tensor {name}")
         rows, columns = self._shape(whole)
-        return len(range(rows)[part]), columns
-
-    def matrix(self, name: str, rows: slice = slice(None)) -> Array:
-        """Return some rows of a tensor, shape `(rows, columns)`: it maps columns to rows."""
-        whole, part = self._parts.get(name, (name, slice(None)))
-        chosen = range(self.shape(whole)[0])[part][rows]
-        return self._read(whole, slice(chosen.start, chosen.stop))
+        return whole, range(rows)[part], columns
 
     def gather(self, name: str, rows: Sequence[int]) -> Array:
         """Return these rows of a tensor, in this order."""

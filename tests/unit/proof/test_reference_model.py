@@ -1,9 +1,20 @@
 """Claims about `proof/reference_model.py`: what two sets of logits are worth, whatever they come from."""
 
+from collections.abc import Collection
+
 import numpy as np
 import pytest
 
-from recollect.proof.reference_model import LIMITS, Array, Judgement, NotCompared, judge
+from recollect.proof.reference_model import (
+    LIMITS,
+    Array,
+    Description,
+    Judgement,
+    NotCompared,
+    Rope,
+    Tensors,
+    judge,
+)
 from recollect.types import Profile
 
 PLACES, VOCABULARY = 40, 500
@@ -86,3 +97,58 @@ def test_a_file_without_finite_logits_judges_nothing(value: float) -> None:
     theirs[3, 4] = value
     with pytest.raises(NotCompared, match="no finite numbers"):
         judge("exact", theirs, theirs, noise=0.0, following=FOLLOWING)
+
+
+class Fused(Tensors):
+    """A layer as Phi-3's files have it: what they call up is gate and up in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width, inner = 4, 6
+        shapes = {
+            "token_embd": (10, width),
+            "output_norm": (1, width),
+            "blk.0.attn_norm": (1, width),
+            "blk.0.attn_qkv": (3 * width, width),
+            "blk.0.attn_output": (width, width),
+            "blk.0.ffn_norm": (1, width),
+            "blk.0.ffn_up": (2 * inner, width),
+            "blk.0.ffn_down": (width, inner),
+        }
+        self.values = {
+            name: np.arange(rows * columns, dtype=np.float32).reshape(rows, columns)
+            for name, (rows, columns) in shapes.items()
+        }
+
+    def names(self) -> Collection[str]:
+        return self.values
+
+    def types(self) -> dict[str, int]:
+        return {"F32": sum(values.size for values in self.values.values())}
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        rows, columns = self.values[name].shape
+        return rows, columns
+
+    def _read(self, name: str, rows: slice | list[int]) -> Array:
+        return self.values[name][rows]
+
+
+def test_a_whole_may_have_the_name_of_one_of_its_parts() -> None:
+    model = Description(
+        architecture="phi3",
+        layers=1,
+        heads=2,
+        kv_heads=2,
+        head_size=2,
+        epsilon=1e-5,
+        ropes=(Rope(np.ones(1), "halves"),),
+        windows=(None,),
+    )
+    tensors = Fused()
+    tensors.require_known(model)
+    whole = tensors.values["blk.0.ffn_up"]
+    np.testing.assert_array_equal(tensors.matrix("blk.0.ffn_gate"), whole[:6])
+    np.testing.assert_array_equal(tensors.matrix("blk.0.ffn_up"), whole[6:])
+    np.testing.assert_array_equal(tensors.matrix("blk.0.ffn_up", slice(2, 4)), whole[8:10])
+    assert tensors.shape("blk.0.ffn_up") == (6, 4)
