@@ -33,7 +33,9 @@ def spawn(environment: dict[str, str], terminal: Callable[..., Any]) -> Callable
 
     def start(*arguments: str) -> Any:
         chat = [sys.executable, "-m", "recollect", "chat", *arguments]
-        child = terminal(*chat, env=environment, dimensions=(50, 100))
+        child = terminal(
+            *chat, env=environment, dimensions=(50, 140)
+        )  # the line under a reply fits
         child.expect_exact("you>")
         return child
 

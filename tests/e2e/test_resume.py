@@ -233,7 +233,7 @@ def test_a_pipe_keeps_what_has_a_name_and_nothing_else(
     assert run(environment, "chat", *SHORT, text="one\n").returncode == 0
     assert not path.exists()
     for arguments, text in ((["--name", "poem"], "one\ntwo\n"), (["--resume", "poem"], "three\n")):
-        assert run(environment, "chat", *SHORT, *arguments, text=text).returncode == 0
+        assert run(environment, "chat", *SHORT, "--lines", *arguments, text=text).returncode == 0
     (conversation,) = kept(path)
     assert said(conversation) == ["one", "two", "three"]
 
@@ -260,7 +260,7 @@ def test_what_cannot_be_is_one_line_and_status_2(
 def test_what_was_said_can_be_listed_shown_and_exported(
     environment: dict[str, str], path: Path
 ) -> None:
-    run(environment, "chat", *SHORT, "--name", "poem", text="one\ntwo\n")
+    run(environment, "chat", *SHORT, "--lines", "--name", "poem", text="one\ntwo\n")
     (listed,) = json.loads(run(environment, "conversations", "--json").stdout)
     assert (listed["name"], listed["turns"], listed["model"]) == ("poem", 2, "reference")
     assert "2 two → " in run(environment, "conversations", "show", "poem").stdout

@@ -29,11 +29,11 @@ from recollect.proof.report import Machine, this_machine
 app = typer.Typer()
 
 _EXTRAS: Final = {
-    "genai": ("onnxruntime_genai", "ONNX GenAI folders"),
-    "grammar": ("llguidance", "JSON schemas and tools"),
-    "hub": ("huggingface_hub", "models named org/repo:file"),
-    "encrypt": ("cryptography", "an encrypted data folder"),
-    "server": ("fastapi", "recollect serve"),
+    "recollect-llm[genai]": ("onnxruntime_genai", "ONNX GenAI folders"),
+    "recollect-llm[grammar]": ("llguidance", "JSON schemas and tools"),
+    "recollect-llm[hub]": ("huggingface_hub", "models named org/repo:file"),
+    "recollect-llm[encrypt]": ("cryptography", "an encrypted data folder"),
+    "recollect-llm[server]": ("fastapi", "recollect serve"),
 }
 """Of each extra the module that shows that it is installed, and what it is for."""
 _Found = TypeVar("_Found")
@@ -69,6 +69,7 @@ class Findings:
     kv_disk_bytes: int | None
     devices: tuple[Device, ...]
     extras: dict[str, bool]
+    """Of each requirement that adds something whether it is installed."""
     models: tuple[str, ...]
     """Those that can be loaded without fetching anything."""
     would_use: dict[str, str]
@@ -210,7 +211,7 @@ def _show(found: Findings, console: Console) -> None:
             for one in found.devices
         ),
         ("models here", ", ".join(found.models) or "none yet"),
-        *((f"extra {name}", _extra(name, there)) for name, there in found.extras.items()),
+        *((name, _extra(name, there)) for name, there in found.extras.items()),
     ]
     _print_rows(console, rows)
     console.print("\nA chat without options would use", style="bold")
@@ -224,7 +225,7 @@ def _extra(name: str, is_there: bool) -> str:
     return (
         f"for {purpose}: installed"
         if is_there
-        else f"for {purpose}: not installed; pip install 'recollect-llm[{name}]'"
+        else f"for {purpose}: not installed; pip install '{name}'"
     )
 
 

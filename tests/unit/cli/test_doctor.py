@@ -37,6 +37,7 @@ def test_it_says_what_the_machine_says(found: dict[str, Any], home: Path) -> Non
     assert found["machine"]["memory_bytes"] == psutil.virtual_memory().total
     assert found["machine"]["versions"]["recollect"] == __version__
     assert found["home"] == str(home)
+    assert found["extras"]["recollect-llm[server]"] is True
     assert found["problems"] == []
     assert found["is_encrypted"] is False
     free = psutil.disk_usage(str(home.parent)).free
