@@ -154,6 +154,8 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(session=sessions, limit=LIMITS, stop_after=st.none() | st.integers(0, 4))
     def answer(self, session: Session, limit: int, stop_after: int | None) -> None:
         tip = self.tips[session]
+        if session.tip.finish_reason in ("length", "cancelled"):
+            return  # a reply that was cut goes on: unit/conversation/test_begun.py
         if tip is None or tip.role != "user":
             with pytest.raises(ConversationError):
                 session.stream(None)

@@ -363,9 +363,6 @@ AnyChoice = (
 )
 
 
-# --- tools of Anthropic's
-
-
 class MessagesTool(Body):
     """A tool, described as Anthropic's clients do."""
 
@@ -406,9 +403,6 @@ class MessagesChoice(Body):
         if self.type == "tool":
             return Chosen((self.name or "",))
         return "required" if self.type == "any" else self.type
-
-
-# --- items of the Responses API
 
 
 class InputMessage(Instructing):
@@ -582,9 +576,6 @@ def merged(items: Sequence[Any], resolve: Resolve | None = None) -> list[Message
 _ITEM: Final[TypeAdapter[Any]] = TypeAdapter(InputItem)
 
 
-# --- what a reply looks like
-
-
 class TextFormat(Body):
     """Text as it comes."""
 
@@ -649,12 +640,7 @@ def grammar_of(wanted: Format | None) -> Grammar | None:
     Raises:
         InvalidParameterError: The schema is none.
     """
-    match wanted:
-        case JsonObjectFormat():
-            return Grammar.json_object()
-        case JsonSchemaFormat():
-            return wanted.json_schema.grammar()
-        case FlatSchemaFormat():
-            return wanted.grammar()
-        case _:
-            return None
+    if isinstance(wanted, JsonObjectFormat):
+        return Grammar.json_object()
+    schema = wanted.json_schema if isinstance(wanted, JsonSchemaFormat) else wanted
+    return schema.grammar() if isinstance(schema, NamedSchema) else None
