@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+LARGE = (50, 200)
+"""Rows and columns of a terminal in which the line under a reply fits."""
 _SIZES = {"COLUMNS", "LINES"}
 
 
@@ -33,9 +35,7 @@ def spawn(environment: dict[str, str], terminal: Callable[..., Any]) -> Callable
 
     def start(*arguments: str) -> Any:
         chat = [sys.executable, "-m", "recollect", "chat", *arguments]
-        child = terminal(
-            *chat, env=environment, dimensions=(50, 140)
-        )  # the line under a reply fits
+        child = terminal(*chat, env=environment, dimensions=LARGE)
         child.expect_exact("you>")
         return child
 

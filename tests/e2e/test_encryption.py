@@ -154,7 +154,9 @@ def test_a_chat_at_the_terminal_asks_for_the_passphrase_and_leaves_no_history(
     environment: dict[str, str], home: Path, terminal: Callable[..., Any]
 ) -> None:
     run(environment, "encrypt", passphrase="sesame")
-    child = terminal(sys.executable, "-m", "recollect", "chat", *SHORT, env=environment)
+    child = terminal(
+        sys.executable, "-m", "recollect", "chat", *SHORT, env=environment, dimensions=(50, 200)
+    )
     child.expect("Passphrase of")
     child.waitnoecho()
     child.sendline("sesame")
