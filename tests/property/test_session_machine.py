@@ -154,9 +154,11 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(session=sessions, limit=LIMITS, stop_after=st.none() | st.integers(0, 4))
     def answer(self, session: Session, limit: int, stop_after: int | None) -> None:
         tip = self.tips[session]
-        if session.tip.finish_reason in ("length", "cancelled"):
-            return  # a reply that was cut goes on: unit/conversation/test_begun.py
-        if tip is None or tip.role != "user":
+        is_cut = session.tip.finish_reason in ("length", "cancelled")
+        if tip is not None and tip.role == "assistant" and is_cut:
+            assert tip.before is not None, "a reply follows something"
+            self._turn(session, tip.before, None, limit, stop_after, begun=tip)
+        elif tip is None or tip.role != "user":
             with pytest.raises(ConversationError):
                 session.stream(None)
         else:
@@ -298,12 +300,21 @@ class SessionMachine(RuleBasedStateMachine):
             node, said = node.parent, said.before
 
     def _turn(
-        self, session: Session, user: Said, text: str | None, limit: int, stop_after: int | None
+        self,
+        session: Session,
+        user: Said,
+        text: str | None,
+        limit: int,
+        stop_after: int | None,
+        *,
+        begun: Said | None = None,
     ) -> None:
+        """Say something, or have the tip answered; *begun* is a reply that goes on."""
         before, nodes = self.tips[session], len(session.tree)
         self._settle()
         fails = self.runtime.fail_in is not None
-        prompt = prompt_of(user.chain())
+        begun_ids = () if begun is None else begun.ids or ()
+        prompt = [*prompt_of(user.chain()), *begun_ids]
         known = self.model.engine.warm_tokens(prompt)
         lost = self.model.engine.cache.evicted_blocks
         pieces: list[str] = []
@@ -330,8 +341,9 @@ class SessionMachine(RuleBasedStateMachine):
             assert len(session.tree) == nodes
             self._at(session, before)
             return
-        ids = reply.node.token_ids
-        assert ids is not None
+        assert reply.node.token_ids is not None
+        assert reply.node.token_ids[: len(begun_ids)] == begun_ids
+        ids = reply.node.token_ids[len(begun_ids) :]
         full = fresh_reply(tuple(prompt), limit)
         assert ids == full[: len(ids)]
         assert failed or stop_after is not None or ids == full
@@ -343,7 +355,8 @@ class SessionMachine(RuleBasedStateMachine):
         assert fails or lost or usage.awaited_tokens == max(1, len(prompt) - known)
         self._never_twice(prompt, len(prompt) - usage.awaited_tokens, fails)
         self._said(prompt, ids)
-        self._at(session, Said(user, "assistant", reply.text, ids))
+        content = ("" if begun is None else begun.content) + reply.text
+        self._at(session, Said(user, "assistant", content, (*begun_ids, *ids)))
 
     def _settle(self) -> None:
         """Wait until all work that nobody waits for is done."""

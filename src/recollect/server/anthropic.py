@@ -26,23 +26,23 @@ from recollect.server.fields import (
     BodyRoute,
     Echoed,
     Ignored,
+    Instructing,
     Items,
     Text,
     check_count,
-    kind_among,
+    lasting,
     named_sampling,
+    volatile_in,
 )
 from recollect.server.parts import (
     AnyMessagesTool,
-    Instructing,
     MessagesChoice,
     MessagesTool,
     Offer,
     Thinking,
-    lasting,
+    kind_among,
     offer,
     others_among,
-    volatile_in,
 )
 from recollect.server.refusals import ApiError, anthropic_body, quoted
 from recollect.server.services import (

@@ -39,16 +39,8 @@ from recollect.server.conversation_view import (
     split_branch,
     view_of,
 )
-from recollect.server.fields import (
-    Body,
-    BodyRoute,
-    Ignored,
-    Items,
-    Metadata,
-    PlaceName,
-    check_count,
-)
-from recollect.server.parts import InputItem, kept_schemas, merged
+from recollect.server.fields import Body, BodyRoute, Ignored, Items, PlaceName, check_count
+from recollect.server.parts import InputItem, Metadata, kept_schemas, merged
 from recollect.server.refusals import ApiError, not_found
 from recollect.server.response_object import ResponseHead, item_list
 from recollect.server.services import Services, client_of, services_of, with_model

@@ -9,27 +9,26 @@ done for a body is bounded by `Limits`, and large ones are read on a thread.
 would change the reply and cannot be done is refused, at its place; one that changes nothing here is
 ignored, and told in the header `x-recollect-ignored` and in the log; one that looks like a mistyped name
 is refused, naming the one that was meant. A strict server refuses every field that it does not know.
-Generates nothing.
+`Instructing` leaves out what of instructions changes with every request. Generates nothing.
 """
 
 import asyncio
-import json
 import logging
 import math
 import re
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Self, TypeVar
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     PrivateAttr,
     TypeAdapter,
     ValidationError,
@@ -49,7 +48,7 @@ from recollect.server.refusals import (
     wrong_body,
 )
 from recollect.server.settings import Limits, Settings
-from recollect.types import SAMPLING, Message, SamplingParams, TokenLogprob
+from recollect.types import SAMPLING, Message, SamplingParams
 
 _TEXT_FIELDS: Final = {
     "text": "text",
@@ -72,8 +71,6 @@ MOST_CALLS: Final = 512
 """Of tools, in one message: each of the most tools once."""
 _MOST_BIASES: Final = 4096
 """Tokens with a bias: each is added for each token of the reply, a fifth of a millisecond for so many."""
-_METADATA_BYTES: Final = 64 * 2**10
-"""Of metadata as JSON, which is kept and shown in lists. What OpenAI allows is a tenth of that."""
 
 _Item = TypeVar("_Item")
 
@@ -251,21 +248,6 @@ Ignored = Annotated[Any, Field(description="Accepted, and without effect."), _Ig
 Echoed = Annotated[Any, Field(description="Accepted as it was given out, and not needed.")]
 """A field that clients send back as they got it: nothing is asked by it, and nothing told of it."""
 
-OnlyOff = Annotated[
-    Literal[False] | None, Field(description="Not supported: may be left out or false.")
-]
-
-
-def _small(metadata: dict[str, Any]) -> dict[str, Any]:
-    size = len(json.dumps(metadata))
-    if size > _METADATA_BYTES:
-        raise ValueError(f"metadata of {size:,} bytes is too large: {_METADATA_BYTES:,} are kept")
-    return metadata
-
-
-Metadata = Annotated[dict[str, Any], AfterValidator(_small)]
-"""What a client notes about something, and gets back as it is."""
-
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _BIAS: Final = TypeAdapter[float](_Bias)
 
@@ -299,6 +281,64 @@ NOT_SUPPORTED: Final = {
 """Fields of other servers that would change the reply, and what to do instead."""
 _ONE_IS_NOTHING: Final = {"best_of", "min_tokens", "typical_p"}
 """Those of them that are sent as 1 by who does not want them; the others as zero, false or empty."""
+
+
+VOLATILE: Final = "x-anthropic-billing-header:"
+"""
+What a block of instructions begins with that says how a request is paid for. It differs from request
+to request, and what comes after it could never be reused. Programs that turn Anthropic's requests into
+OpenAI's take it along.
+"""
+
+
+def _is_volatile(part: Any) -> bool:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    return isinstance(text, str) and text.lstrip()[: len(VOLATILE)].lower() == VOLATILE
+
+
+def lasting(content: Any) -> Any:
+    """Return instructions without their volatile blocks, or a text without such a first line."""
+    if isinstance(content, str):
+        return content.lstrip().partition("\n")[2].lstrip() if _is_volatile(content) else content
+    if isinstance(content, list):
+        return [part for part in content if not _is_volatile(part)]
+    return content
+
+
+def volatile_in(place: str, content: Any) -> list[str]:
+    """Return as what volatile instructions are told to a client that are left out; none where none are."""
+    is_there = any(map(_is_volatile, content if isinstance(content, list) else [content]))
+    return [f"{place}[{VOLATILE.removesuffix(':')}]"] if is_there else []
+
+
+class Instructing(Body):
+    """A message, which may be instructions; what of those is volatile is left out."""
+
+    _volatile: list[str] = PrivateAttr(default_factory=list)
+    _is_left_out: bool = PrivateAttr(default=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _leave_out(cls, fields: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(fields, dict) or fields.get("role") not in ("system", "developer"):
+            return handler(fields)
+        content = fields.get("content")
+        volatile = volatile_in("content", content)
+        if not volatile:
+            return handler(fields)
+        rest = lasting(content)
+        message = handler({**fields, "content": rest})
+        message._volatile, message._is_left_out = volatile, not rest
+        return message
+
+    @property
+    def is_left_out(self) -> bool:
+        """Return whether nothing of the message is left."""
+        return self._is_left_out
+
+    def left_out(self) -> Iterable[str]:
+        """Return what of the instructions is left out."""
+        return self._volatile
 
 
 class SamplingFields(Body):
@@ -413,39 +453,6 @@ def unsupported(param: str, why: str) -> ApiError:
 
 
 LogprobCount = Annotated[int, Field(ge=0, le=20)]
-
-
-def kind_among(*known: str, usual: str | None = None) -> Callable[[Any], str | None]:
-    """
-    Return what tells of which kind a part of a body is, by its `type`.
-
-    Args:
-        known: The kinds that have a model of their own; all others are `other`.
-        usual: The kind of what does not say it.
-    """
-
-    def kind(value: Any) -> str | None:
-        if isinstance(value, dict):
-            given = value.get("type") or usual
-        elif isinstance(value, Body):
-            given = getattr(value, "type", None) or usual
-        else:
-            return None
-        return given if isinstance(given, str) and given in known else "other"
-
-    return kind
-
-
-def logprob_entry(token: TokenLogprob, *, with_top: bool = True) -> dict[str, Any]:
-    """Return how likely a token was, as OpenAI's clients read it."""
-    entry = {
-        "token": token.text,
-        "logprob": token.logprob,
-        "bytes": list(token.token_bytes),
-    }
-    if with_top:
-        entry["top_logprobs"] = [logprob_entry(other, with_top=False) for other in token.top]
-    return entry
 
 
 _SMALL_BYTES: Final = 64 * 2**10

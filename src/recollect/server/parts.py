@@ -1,5 +1,5 @@
 """
-Parts of requests in the words of each API: tools, thinking, items, and the form of a reply.
+Parts of requests in the words of each API: tools, thinking, items, metadata, and the form of a reply.
 
 Each becomes what the engine takes: descriptions of tools as OpenAI has them, a choice among them, options
 of chat templates, messages, a grammar. Tools that are no functions are taken and not offered. Values only.
@@ -7,23 +7,22 @@ of chat templates, messages, a grammar. Tools that are no functions are taken an
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypedDict
+from typing import Annotated, Any, ClassVar, Final, Literal, TypedDict
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Discriminator,
     Field,
-    ModelWrapValidatorHandler,
-    PrivateAttr,
     Tag,
     TypeAdapter,
     model_validator,
 )
 
 from recollect.conversation.tools import Chosen
-from recollect.server.fields import MOST_TOOLS, Body, Echoed, Ignored, Items, Text, kind_among
+from recollect.server.fields import MOST_TOOLS, Body, Echoed, Ignored, Instructing, Items, Text
 from recollect.server.refusals import quoted
-from recollect.types import Grammar, Message, MessageToolCall, Role, ToolCall
+from recollect.types import Grammar, Message, MessageToolCall, Role, TokenLogprob, ToolCall
 
 _THOUGHTS: Final = {
     "thinking": "thinking",
@@ -47,6 +46,59 @@ def split_thoughts(content: Any) -> tuple[Any, str]:
         if kind in _THOUGHTS
     ]
     return said, "\n".join(text for text in thoughts if isinstance(text, str))
+
+
+def kind_among(*known: str, usual: str | None = None) -> Callable[[Any], str | None]:
+    """
+    Return what tells of which kind a part of a body is, by its `type`.
+
+    Args:
+        known: The kinds that have a model of their own; all others are `other`.
+        usual: The kind of what does not say it.
+    """
+
+    def kind(value: Any) -> str | None:
+        if isinstance(value, dict):
+            given = value.get("type") or usual
+        elif isinstance(value, Body):
+            given = getattr(value, "type", None) or usual
+        else:
+            return None
+        return given if isinstance(given, str) and given in known else "other"
+
+    return kind
+
+
+def logprob_entry(token: TokenLogprob, *, with_top: bool = True) -> dict[str, Any]:
+    """Return how likely a token was, as OpenAI's clients read it."""
+    entry = {
+        "token": token.text,
+        "logprob": token.logprob,
+        "bytes": list(token.token_bytes),
+    }
+    if with_top:
+        entry["top_logprobs"] = [logprob_entry(other, with_top=False) for other in token.top]
+    return entry
+
+
+_METADATA_BYTES: Final = 64 * 2**10
+"""Of metadata as JSON, which is kept and shown in lists. What OpenAI allows is a tenth of that."""
+
+
+def _small(metadata: dict[str, Any]) -> dict[str, Any]:
+    size = len(json.dumps(metadata))
+    if size > _METADATA_BYTES:
+        raise ValueError(f"metadata of {size:,} bytes is too large: {_METADATA_BYTES:,} are kept")
+    return metadata
+
+
+Metadata = Annotated[dict[str, Any], AfterValidator(_small)]
+"""What a client notes about something, and gets back as it is."""
+
+
+OnlyOff = Annotated[
+    Literal[False] | None, Field(description="Not supported: may be left out or false.")
+]
 
 
 class Thinking(Body):
@@ -90,64 +142,6 @@ def tool_schema(
     function = {"name": name, "description": description, "parameters": parameters}
     given = {name: value for name, value in function.items() if value is not None}
     return {"type": "function", "function": given}
-
-
-VOLATILE: Final = "x-anthropic-billing-header:"
-"""
-What a block of instructions begins with that says how a request is paid for. It differs from request
-to request, and what comes after it could never be reused. Programs that turn Anthropic's requests into
-OpenAI's take it along.
-"""
-
-
-def _is_volatile(part: Any) -> bool:
-    text = part.get("text") if isinstance(part, Mapping) else part
-    return isinstance(text, str) and text.lstrip()[: len(VOLATILE)].lower() == VOLATILE
-
-
-def lasting(content: Any) -> Any:
-    """Return instructions without their volatile blocks, or a text without such a first line."""
-    if isinstance(content, str):
-        return content.lstrip().partition("\n")[2].lstrip() if _is_volatile(content) else content
-    if isinstance(content, list):
-        return [part for part in content if not _is_volatile(part)]
-    return content
-
-
-def volatile_in(place: str, content: Any) -> list[str]:
-    """Return as what volatile instructions are told to a client that are left out; none where none are."""
-    is_there = any(map(_is_volatile, content if isinstance(content, list) else [content]))
-    return [f"{place}[{VOLATILE.removesuffix(':')}]"] if is_there else []
-
-
-class Instructing(Body):
-    """A message, which may be instructions; what of those is volatile is left out."""
-
-    _volatile: list[str] = PrivateAttr(default_factory=list)
-    _is_left_out: bool = PrivateAttr(default=False)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _leave_out(cls, fields: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        if not isinstance(fields, dict) or fields.get("role") not in ("system", "developer"):
-            return handler(fields)
-        content = fields.get("content")
-        volatile = volatile_in("content", content)
-        if not volatile:
-            return handler(fields)
-        rest = lasting(content)
-        message = handler({**fields, "content": rest})
-        message._volatile, message._is_left_out = volatile, not rest
-        return message
-
-    @property
-    def is_left_out(self) -> bool:
-        """Return whether nothing of the message is left."""
-        return self._is_left_out
-
-    def left_out(self) -> Iterable[str]:
-        """Return what of the instructions is left out."""
-        return self._volatile
 
 
 class OtherTool(Body):

@@ -25,11 +25,10 @@ from recollect.server.fields import (
     Ignored,
     Items,
     LogprobCount,
-    Metadata,
-    OnlyOff,
     SamplingFields,
-    logprob_entry,
+    lasting,
     unsupported,
+    volatile_in,
 )
 from recollect.server.parts import (
     AnyChoice,
@@ -38,19 +37,20 @@ from recollect.server.parts import (
     FlatChoice,
     FlatTool,
     InputOrReference,
+    Metadata,
     NamespaceTool,
     Offer,
+    OnlyOff,
     Resolve,
     ResponseFormat,
     Thinking,
     flat_name,
     grammar_of,
-    lasting,
+    logprob_entry,
     merged,
     offer,
     others_among,
     schemas_of,
-    volatile_in,
 )
 from recollect.server.settings import Settings
 from recollect.types import (

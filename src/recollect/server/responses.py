@@ -30,13 +30,8 @@ from recollect.server.conversation_view import (
     Place,
     Places,
 )
-from recollect.server.fields import (
-    BodyRoute,
-    check_count,
-    check_last,
-    logprob_entry,
-    named_sampling,
-)
+from recollect.server.fields import BodyRoute, check_count, check_last, named_sampling
+from recollect.server.parts import logprob_entry
 from recollect.server.refusals import ApiError, not_found
 from recollect.server.response_object import (
     ResponseHead,

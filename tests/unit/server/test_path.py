@@ -64,6 +64,5 @@ def test_a_chat_request_enters_at_most_20_modules_on_its_way_to_the_engine(
     client.get("/health")  # what the server does after the last word is done by now
     trace.start()
     chat(client, *asked, ("assistant", said), ("user", "and then?"))
-    # What a body may hold are values, as the ones of `types` are.
-    modules = set(trace.entered) - {VALUES, "server/parts"}
+    modules = set(trace.entered) - {VALUES}
     assert len(modules) <= 20, " ".join(sorted(modules))
