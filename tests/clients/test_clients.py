@@ -126,6 +126,11 @@ def shape(value: Any, ids: dict[str, int], name: str = "") -> Any:
 
 def write_bodies(world: Any, folder: Path, client: str) -> None:
     """Write the first and the longest body that a client sent to each path."""
+
+    def placed(body: str) -> str:
+        """Return a body with the folders of a person in place of this run's."""
+        return body.replace(str(world.work), "/home/user").replace(str(world.root), "")
+
     chosen: list[dict[str, Any]] = []
     ids: dict[str, int] = {}
     sent = [one for run in world.runs for one in run.requests if one["body"]]
@@ -138,9 +143,7 @@ def write_bodies(world: Any, folder: Path, client: str) -> None:
                 {
                     "path": path,
                     "ignored": [] if ignored is None else sorted(ignored.split(", ")),
-                    "body": shape(
-                        json.loads(bodies[one]["body"].replace(str(world.root), "")), ids
-                    ),
+                    "body": shape(json.loads(placed(bodies[one]["body"])), ids),
                 }
             )
     lines = ",\n".join(json.dumps(one, ensure_ascii=False) for one in chosen)
