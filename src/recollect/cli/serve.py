@@ -262,12 +262,16 @@ def explain(
       18,800 tokens computed in each of 4. Put what changes at the end of the
       instructions, or into a message.
     """
-    found = requests.explain(client, last, cipher=unlock_home())
-    if not found:
+    cipher = unlock_home()
+    found = requests.explain(client, last, cipher=cipher)
+    if not found and client is not None and (known := requests.explain(cipher=cipher)):
+        names = ", ".join(one.client for one in known[:_MOST_CLIENTS])
+        typer.echo(f"No request of a client named {client!r} is known: there are those of {names}.")
+    elif not found:
         typer.echo("No request is known: `recollect serve` notes each that it answers.")
     for one in found[:_MOST_CLIENTS]:
         typer.echo(
-            f"{one.client}: {one.requests:,} requests, {one.prompt_tokens:,} tokens of prompts, "
+            f"{one.client}: {count(one.requests, 'request')}, {one.prompt_tokens:,} tokens of prompts, "
             f"{one.computed_tokens:,} computed"
         )
         for finding in one.findings:

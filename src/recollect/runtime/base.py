@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -305,6 +305,18 @@ def check_blocks(blocks: Sequence[int], num_blocks: int) -> None:
         raise RuntimeFailure(f"A block number is not in [0, {num_blocks}).")
 
 
+def copy_slots(slots: npt.NDArray[Any], pairs: Sequence[tuple[int, int]]) -> None:
+    """
+    Copy whole blocks of an array whose first dimension counts blocks, `(source, target)` each, in order.
+
+    Raises:
+        RuntimeFailure: A block number is outside the array; nothing was copied.
+    """
+    check_blocks([block for pair in pairs for block in pair], len(slots))
+    for source, target in pairs:
+        slots[target] = slots[source]
+
+
 _EMPTY = -1
 _FIELDS = 4  # token id, position, digest of the context, scale of the block
 _SCALE = 3
@@ -358,10 +370,7 @@ class ReferenceRuntime:
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, `(source, target)` each."""
-        slots = allocated(self._slots)
-        check_blocks([block for pair in pairs for block in pair], len(slots))
-        for source, target in pairs:
-            slots[target] = slots[source]
+        copy_slots(allocated(self._slots), pairs)
 
     def warm_up(self) -> None:
         """Do nothing: the first pass is as fast as any."""

@@ -35,8 +35,8 @@ from recollect.runtime.base import (
     RuntimeInfo,
     SequenceId,
     allocated,
-    check_blocks,
     check_rows,
+    copy_slots,
     mapped_errors,
 )
 
@@ -268,10 +268,7 @@ class SequenceAdapter:
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy what is known of whole blocks, `(source, target)` each."""
-        slots = allocated(self._slots)
-        check_blocks([block for pair in pairs for block in pair], len(slots))
-        for source, target in pairs:
-            slots[target] = slots[source]
+        copy_slots(allocated(self._slots), pairs)
 
     def warm_up(self) -> None:
         """Do nothing: such a library is ready when it is loaded."""
