@@ -100,7 +100,7 @@ _QWEN_SAMPLING: Final = {
     "top_p": 0.8,
     "repetition_penalty": 1.1,
 }
-"""Source: generation_config.json of the two models."""
+"""As in generation_config.json of the two models, which a GGUF file does not hold and no test compares."""
 
 _SMALL_QWEN_CODER: Final = CatalogEntry(
     name="qwen2.5-coder-0.5b",
