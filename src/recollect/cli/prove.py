@@ -6,6 +6,7 @@ Prints the verdicts and the numbers and writes them as JSON; the checks themselv
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -15,13 +16,9 @@ from rich.markup import escape
 
 from recollect import config
 from recollect.cli.display import count, progress_bar
-from recollect.cli.options import (
-    JsonFileOption,
-    ModelOption,
-    ModelOptions,
-    takes_model_options,
-)
+from recollect.cli.options import JsonFileOption, ModelOption, ModelOptions, takes_model_options
 from recollect.conversation.model import Model
+from recollect.errors import ConfigError
 from recollect.models.catalog import DEFAULT_MODEL, LocalModel
 from recollect.models.prepare import Compared, stamps_of
 from recollect.proof import report as output
@@ -101,22 +98,25 @@ def verify(
         compared = compare(loaded) if against_file else None
         for line in [] if compared is None else file_lines(loaded.name, loaded.profile, compared):
             typer.echo(line)
-        _write_verdict(json_file, loaded, compared, None)  # what is known if the rest is cut off
-        typer.echo(f"Checking reuse with {count(operations, 'operation')} ...", err=True)
-        with progress_bar("Checking reuse") as progress:
-            report = proof.verify(
-                loaded,
-                operations=operations,
-                seed=seed,
-                boundary_s=math.inf if long else proof.BOUNDARY_S,
-                progress=lambda done, worst: progress(
-                    f"largest difference {worst:.1e}", done, operations
-                ),
-            )
+        try:
+            typer.echo(f"Checking reuse with {count(operations, 'operation')} ...", err=True)
+            with progress_bar("Checking reuse") as progress:
+                report = proof.verify(
+                    loaded,
+                    operations=operations,
+                    seed=seed,
+                    boundary_s=math.inf if long else proof.BOUNDARY_S,
+                    progress=lambda done, worst: progress(
+                        f"largest difference {worst:.1e}", done, operations
+                    ),
+                )
+        except BaseException:
+            with suppress(ConfigError):  # why the rest was cut off matters more
+                _write_verdict(json_file, loaded, compared, None)
+            raise
+        for line in [*_lines(report), _verdict(compared, report)]:
+            typer.echo(line)
         _write_verdict(json_file, loaded, compared, report)
-    for line in _lines(report):
-        typer.echo(line)
-    typer.echo(_verdict(compared, report))
     if _passed(compared, report) is False:
         raise typer.Exit(1)
 
@@ -218,7 +218,7 @@ def _lines(report: VerifyReport) -> list[str]:
     return [
         f"{report.model} · {report.profile} · {count(report.operations, 'operation')} · seed {report.seed}",
         f"  {counts}",
-        f"  largest difference  {largest.logits:.1e}  ({where if largest.name else 'nowhere any'})",
+        f"  largest difference  {largest.logits:.1e}  ({where if largest.name else 'no operation differed'})",
         *(
             f"  around {found.tokens:>8,}     "
             + (f"{found.difference:.1e}" if found.difference is not None else found.left_out)

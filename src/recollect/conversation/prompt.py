@@ -233,10 +233,10 @@ class Prompt:
         return self.rewritten[0].reply if self.rewritten else None
 
 
-MOST_OPENING_BYTES: Final = 4 << 20
+MOST_OPENING_BYTES: Final = 2 << 20
 """
-Of what led to replies, for all sessions of a model together: hundreds of turns of agents. What is forgotten
-is rendered again.
+Of what led to replies, for all sessions of a model together: hundreds of turns of agents, or the first
+turns of dozens. What is forgotten is rendered again.
 """
 
 
