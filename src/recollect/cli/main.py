@@ -177,6 +177,11 @@ def run() -> None:
         _run()
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except RuntimeError as error:
+        # Before 3.12, what interrupts Python in `__set_name__`, while an import makes a class, becomes one.
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
+        sys.exit(EXIT_INTERRUPTED)
     finally:
         starting.end_on_interrupt()
 

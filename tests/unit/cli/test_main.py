@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from recollect import __version__
+from recollect.cli import models
 from recollect.cli.display import format_bytes
-from recollect.cli.main import COMMANDS, load_command, run
+from recollect.cli.main import COMMANDS, EXIT_INTERRUPTED, load_command, run
 from recollect.conversation.loading import load
 from recollect.models import onnx_folder
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL
@@ -267,3 +268,20 @@ def test_a_choice_that_there_is_not_is_told_without_words_of_python(
     told = capsys.readouterr().err
     assert "'tiny' is not" in told
     assert "Value error" not in told
+
+
+def test_an_interrupt_while_a_class_is_made_ends_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Imports make classes, and Python before 3.12 tells an interrupt there as another error."""
+
+    class Interrupted:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise KeyboardInterrupt
+
+    def installed(*_: object) -> None:
+        type("Made", (), {"attribute": Interrupted()})
+
+    monkeypatch.setattr(models, "installed", installed)
+    assert status_of(monkeypatch, "models") == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == ""
