@@ -88,7 +88,7 @@ def verify(
     random conversations are held, and each state is compared with a fresh prefill of the same tokens;
     with --kv-disk, KV is also evicted from memory and restored from disk.
 
-    Takes about five minutes with the default model on two cores, and longer with larger ones; -n 20
+    Takes about two minutes with the default model on two idle cores, and longer with larger ones; -n 20
     is a quick look. The exit status is 1 where either part fails. A model that the second program does not
     know is NOT COMPARED, which is no failure and no proof.
     """
