@@ -159,8 +159,13 @@ def _write_verdict(
 
 def compare(loaded: Model) -> FileReport:
     """Compare a loaded model with its file, and note the outcome for `recollect models`."""
-    folder = loaded.local.folder
-    stamps = {} if folder is None else stamps_of(folder)  # before: of what was loaded
+    local = loaded.local
+    is_converted = (
+        local.folder is not None and local.format != "gguf"
+    )  # that has the digest of its bytes
+    stamps = (
+        stamps_of(local.folder) if local.folder and is_converted else {}
+    )  # before: of what was loaded
     with progress_bar("Comparing with the file") as progress:
         report = compare_with_file(
             loaded, progress=lambda done, of: progress(f"layer {done} of {of}", done, of)

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -54,7 +54,7 @@ from recollect.models.openvino_folder import (
     open_folder,
     openvino_context_length,
 )
-from recollect.types import Profile, Progress, no_progress
+from recollect.types import Profile, Progress, RuntimeChoice, no_progress
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ def prepare(
     catalog: Mapping[str, CatalogEntry] = CATALOG,
     offline: bool | None = None,
     with_source: bool = False,
+    runtime: RuntimeChoice = "auto",
+    prefers_llama: Callable[[], bool] = lambda: False,
 ) -> LocalModel:
     """
     Return the model that *reference* names, downloading and converting it the first time.
@@ -85,6 +87,10 @@ def prepare(
         offline: Whether what is not here is refused and not fetched; None: as RECOLLECT_OFFLINE says.
         with_source: Whether the GGUF file is fetched again of a model that is converted and has lost
             it, unless that is forbidden: what to compare it with.
+        runtime: What is to run a GGUF file: OpenVINO, which it is converted for, or llama.cpp. `auto`:
+            OpenVINO if it can, unless llama.cpp is preferred.
+        prefers_llama: Returns whether llama.cpp is there and a file is to be given to it that OpenVINO could
+            run, too; asked only with `auto`.
 
     Raises:
         UnknownModelError: Nothing goes by it.
@@ -95,8 +101,17 @@ def prepare(
     """
     offline = config.is_offline() if offline is None else offline
     try:
+        source = resolve(reference, catalog=catalog)
+        if isinstance(source, GgufSource | CatalogEntry | HubFile):
+            if runtime == "llama" or (runtime == "auto" and prefers_llama()):
+                return _prepare_for_llama(source, home, progress, offline=offline)
+        elif runtime == "llama":
+            raise UnsupportedModelError(
+                f"{reference} is no GGUF file, which is what llama.cpp runs: leave --runtime out, or name "
+                "a .gguf file."
+            )
         return _prepare(
-            resolve(reference, catalog=catalog),
+            source,
             home,
             allow_native_code,
             progress,
@@ -230,6 +245,47 @@ def _prepare_entry(
     model = from_manifest(manifest, folder, entry.name)
     model = replace(model, sampling=model.sampling or entry.sampling)
     return _with_source(model, [source_path(entry, home)])
+
+
+def _prepare_for_llama(
+    source: GgufSource | CatalogEntry | HubFile, home: Path, progress: Progress, *, offline: bool
+) -> LocalModel:
+    """Return a GGUF file as it is."""
+    sampling: Mapping[str, float] = {}
+    match source:
+        case GgufSource():
+            parts, name = parts_of(source.path), str(source.path)
+        case CatalogEntry():
+            parts = [fetch_entry(source, home=home, progress=progress, offline=offline)]
+            name, sampling = source.name, source.sampling
+        case HubFile():
+            folder, name = _hub_folder(source, home), str(source)
+            parts = _kept_parts(source, folder, home)
+            if not parts:
+                require_online(name, offline=offline)
+                with files.scratch_folder(home) as scratch:
+                    _keep(_download(source, scratch, progress), folder, home)
+                parts = _kept_parts(source, folder, home)
+    header = read_header(parts[0])
+    digests = [files.cached_sha256(part, home=home, progress=progress) for part in parts]
+    sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
+    return LocalModel(
+        name=name,
+        format="gguf",
+        folder=parts[0].parent,
+        graph=parts[0].name,
+        context_length=header.context_length,
+        chat_template=header.chat_template,
+        eos_token_ids=header.eos_token_ids,
+        bos_token=header.bos_token,
+        eos_token=header.eos_token,
+        fingerprint=files.combine([sha256, "gguf"]),
+        architecture=header.architecture,
+        boundaries=() if header.window is None else (header.window,),
+        sampling=header.sampling or sampling,
+        source=parts[0],
+        source_sha256=sha256,
+    )
 
 
 def _with_source(model: LocalModel, parts: Iterable[Path]) -> LocalModel:
