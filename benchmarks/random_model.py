@@ -50,7 +50,8 @@ def write_random_model(path: Path, shape: Shape, *, vocabulary_of: Path | None =
     """
     Write a random decoder whose logits vary as those of real models do.
 
-    It has the vocabulary and the chat template of another file, or else none. Written tensor by tensor: a large model takes no more memory than its largest matrix.
+    It has the vocabulary and the chat template of another file, or else none. Written tensor by tensor: a
+    large model takes no more memory than its largest matrix.
     """
     writer = gguf.GGUFWriter(path, shape.architecture)
     writer.add_context_length(shape.context)

@@ -14,7 +14,8 @@ from typing import Final
 import numpy as np
 
 from recollect import config, encryption, files
-from recollect.conversation.model import Model, RunOptions, load_runtime
+from recollect.conversation.formats import RunOptions, load_runtime
+from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.engine.pinning import in_memory, require_tier

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import get_args
 
-from recollect.conversation.model import FORMATS, RunOptions, load_runtime, load_tokenizer
+from recollect.conversation.formats import FORMATS, RunOptions, load_runtime, load_tokenizer
 from recollect.models.catalog import Format, reference_model
 
 

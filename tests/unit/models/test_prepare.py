@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from recollect.conversation.model import load_tokenizer
+from recollect.conversation.formats import load_tokenizer
 from recollect.errors import (
     ConfigError,
     FetchError,
@@ -20,8 +20,9 @@ from recollect.errors import (
     UnsupportedModelError,
 )
 from recollect.models.catalog import CatalogEntry, HubFile, Part
+from recollect.models.compared import Compared, stamps_of
 from recollect.models.openvino_folder import Manifest
-from recollect.models.prepare import Compared, installed, prepare, prune, stamps_of
+from recollect.models.prepare import installed, prepare, prune
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import Profile, Progress
