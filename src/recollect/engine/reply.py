@@ -165,8 +165,9 @@ class _Generation:
     Does not know its reader, so that a reply that nobody holds any more is noticed and ends.
     """
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, tokenizer: Tokenizer) -> None:
         self._generator = generator
+        self._tokenizer = tokenizer
         self.stream = Stream()
         self.task = Task(
             generator.sequence,
@@ -193,7 +194,8 @@ class _Generation:
         if token is not None:
             self.tokens += 1
             self.stream.put((token, self._generator.likelihood))
-            self.ran_away = self._repetition is not None and self._repetition.push(token)
+            if self._repetition is not None:
+                self.ran_away = self._repetition.push(token, self._tokenizer.decode([token]))
         return not self.ran_away and not self._generator.is_done()
 
     def _end(self) -> None:
@@ -349,7 +351,7 @@ class ReplyGeneration:
         self._matcher = StopMatcher(generator.params.stop)
         self._sequence = generator.sequence
         self._start = len(self._sequence)
-        self._generation = _Generation(generator)
+        self._generation = _Generation(generator, tokenizer)
         self._task = self._generation.task
         self._since_s = self._generation.begun_s
         self._read = self._decoded_characters = 0
