@@ -382,6 +382,13 @@ class Usage:
     """Why computed tokens were not reused."""
     difference: str | None = None
     """A sentence about the first difference from an earlier prompt; None: `reason` names no difference."""
+    lost_tokens: int = 0
+    """
+    Computed tokens that had been computed before, or would have been but for the difference; 0: none.
+
+    Counted where they were evicted, shown otherwise, or written by another model. Where a message or a
+    tool has changed, in proportion to the characters that are the same as before.
+    """
     sampling: Mapping[str, float] | None = None
     """
     How tokens were chosen, by the names of `SamplingParams`, with the seed that gives the reply again;
@@ -392,6 +399,13 @@ class Usage:
     def awaited_tokens(self) -> int:
         """Return the number of tokens that were computed after the call, while somebody waited."""
         return self.computed_tokens - self.read_ahead_tokens
+
+    def evicted(self, tokens: int) -> "Usage":
+        """Return the same for a prompt of which so many tokens had been computed and were evicted."""
+        if tokens <= 0:
+            return self
+        told = f"{tokens} tokens had been computed, and are no longer in memory."
+        return replace(self, reason="evicted", difference=told, lost_tokens=tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON object."""

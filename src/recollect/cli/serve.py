@@ -235,7 +235,7 @@ def keys() -> None:
 
 
 _MOST_CLIENTS: Final = 20
-"""That are explained at once, those first that have computed most."""
+"""That are explained at once, those first that have read most again, then those that computed most."""
 
 
 @app.command()
@@ -257,10 +257,11 @@ def explain(
     For example `recollect explain --client opencode --last 50`:
 
     \b
-    opencode: 50 requests, 360,000 tokens of prompts, 91,200 computed
+    opencode: 50 requests, 360,000 tokens of prompts, 91,200 computed,
+      75,200 of these again
       Line 3 of the instructions is a date or a time ('Thursday' became 'Friday'):
-      18,800 tokens computed in each of 4. Put what changes at the end of the
-      instructions, or into a message.
+      18,800 tokens read again in each of 4 requests. Put what changes at the
+      end of the instructions, or into a message.
     """
     cipher = unlock_home()
     found = requests.explain(client, last, cipher=cipher)
@@ -273,6 +274,7 @@ def explain(
         typer.echo(
             f"{one.client}: {count(one.requests, 'request')}, {one.prompt_tokens:,} tokens of prompts, "
             f"{one.computed_tokens:,} computed"
+            + (f", {one.lost_tokens:,} of these again" if one.lost_tokens else "")
         )
         for finding in one.findings:
             typer.echo(f"  {finding}")
@@ -280,7 +282,7 @@ def explain(
             typer.echo("  Nothing that was read before was read again.")
     if len(found) > _MOST_CLIENTS:
         typer.echo(
-            f"{len(found) - _MOST_CLIENTS:,} more clients have computed less: --client shows those "
+            f"{len(found) - _MOST_CLIENTS:,} more clients have lost or computed less: --client shows those "
             "with a name."
         )
 

@@ -20,7 +20,7 @@ from typing import Any, Final, Self
 from recollect.engine.engine import Engine
 from recollect.engine.sampling import Generator, Likelihood, Repetition
 from recollect.engine.scheduler import Task
-from recollect.engine.sequence import FeedPlan
+from recollect.engine.sequence import FeedPlan, warm_tokens
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, RuntimeFailure
 from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer
@@ -351,6 +351,7 @@ class ReplyGeneration:
         self._matcher = StopMatcher(generator.params.stop)
         self._sequence = generator.sequence
         self._start = len(self._sequence)
+        self._computed_before = self._sequence.computed_before()
         self._generation = _Generation(generator, tokenizer)
         self._task = self._generation.task
         self._since_s = self._generation.begun_s
@@ -527,10 +528,11 @@ class ReplyGeneration:
         computed = sum(min(plan.end, self._start) - plan.start for plan in fed)
         read_ahead = len(self._positions_read_ahead() - positions)
         reused = self._start - len(positions) - read_ahead
+        whole = warm_tokens(self._computed_before, self._engine.info.reuse.unit)
         first = generation.first_token_s
         first_s = generation.last_token_s if first is None else first
         decode_s = 0.0 if first is None else generation.last_token_s - first
-        return Usage(
+        usage = Usage(
             prompt_tokens=self._start,
             reused_tokens=reused,
             restored_tokens=min(self._restored_tokens(), reused),
@@ -542,6 +544,7 @@ class ReplyGeneration:
             decode_tps=tokens_per_second(generation.tokens - 1, decode_s),
             sampling=self._generator.params.told(self._generator.seed),
         )
+        return usage.evicted(whole - reused - read_ahead)
 
     def _whole(self) -> GeneratedReply:
         """Return the reply, which has ended."""
