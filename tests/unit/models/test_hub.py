@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from recollect.errors import FetchError
-from recollect.models.catalog import HubFile, download_from_hub, hub_is_installed
+from recollect.models.catalog import HubFile
+from recollect.models.fetch import download_from_hub, hub_is_installed
 from recollect.types import no_progress
 
 needs_hub = pytest.mark.skipif(not hub_is_installed(), reason="huggingface_hub is not installed")
@@ -21,7 +22,7 @@ PROGRAM = """
 import sys; from pathlib import Path
 from recollect.errors import FetchError
 from recollect.models.catalog import HubFile
-from recollect.models.catalog import download_from_hub
+from recollect.models.fetch import download_from_hub
 seen = []
 try:
     file = HubFile("org/repo", sys.argv[1])

@@ -20,8 +20,9 @@ from recollect.errors import (
     UnsupportedModelError,
 )
 from recollect.models.catalog import CatalogEntry, HubFile, Part
+from recollect.models.listing import Compared, installed, prune, stamps_of
 from recollect.models.openvino_folder import Manifest
-from recollect.models.prepare import Compared, installed, prepare, prune, stamps_of
+from recollect.models.prepare import prepare
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import Profile, Progress
