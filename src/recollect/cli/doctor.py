@@ -31,7 +31,6 @@ app = typer.Typer()
 _EXTRAS: Final = {
     "recollect-llm[genai]": ("onnxruntime_genai", "ONNX GenAI folders"),
     "recollect-llm[grammar]": ("llguidance", "JSON schemas and tools"),
-    "recollect-llm[hub]": ("huggingface_hub", "models named org/repo:file"),
     "recollect-llm[encrypt]": ("cryptography", "an encrypted data folder"),
     "recollect-llm[server]": ("fastapi", "recollect serve"),
 }

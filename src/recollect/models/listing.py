@@ -17,9 +17,9 @@ from typing import Any, Final, Self
 from recollect import files
 from recollect.errors import ConfigError, UnknownModelError
 from recollect.models.catalog import CATALOG, REFERENCE_NAME, CatalogEntry, reference_model
-from recollect.models.fetch import source_path
+from recollect.models.fetch import as_name, source_path
 from recollect.models.openvino_folder import Manifest, find_inexact, model_files
-from recollect.models.prepare import as_name, kept_folder, models_folder
+from recollect.models.prepare import kept_folder, models_folder
 from recollect.types import Profile
 
 _COMPARED_FOLDER: Final = "compared"

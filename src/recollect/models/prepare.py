@@ -8,8 +8,7 @@ converted. Does not load a model.
 import contextlib
 import logging
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +29,10 @@ from recollect.models.catalog import (
     resolve,
 )
 from recollect.models.fetch import (
+    as_name,
     fetch_entry,
     fetch_hub_file,
+    forget_downloads,
     require_online,
     source_path,
     sources_folder,
@@ -53,7 +54,6 @@ from recollect.types import Progress, no_progress
 
 _log = logging.getLogger(__name__)
 
-_NOT_IN_A_NAME: Final = re.compile(r"[^\w.-]+")
 _DIGEST_LENGTH: Final = 12  # enough of a sha256 to tell files of the same name apart
 
 
@@ -167,8 +167,8 @@ def original_of(
             yield fetch_entry(entry, home=home, progress=progress, offline=offline)
         case HubFile() as file:
             require_online(str(file), offline=offline)
-            with files.scratch_folder(home) as scratch:
-                yield fetch_hub_file(file, scratch, progress)
+            yield _download(file, home, progress)[0]
+            forget_downloads(file, home)
         case GgufSource(path) | FolderSource(path):
             yield path
 
@@ -283,19 +283,31 @@ def _prepare_gguf(source: GgufSource, home: Path, progress: Progress) -> LocalMo
     return _with_source(from_manifest(manifest, folder, str(source.path)), parts)
 
 
-def _keep(parts: Iterable[Path], folder: Path, home: Path) -> None:
+def _keep(
+    parts: Iterable[Path],
+    folder: Path,
+    home: Path,
+    *,
+    take: Callable[[Path, Path], object] = os.link,
+) -> None:
     """
     Keep a model's files, so that a later recollect can convert it anew when they are gone.
 
     By links, where the files lie on the same disk: then they take no room. What the user has is not
     copied; where there can be no link, the file has to stay where it is.
+
+    Args:
+        parts: The files.
+        folder: Of the converted model.
+        home: The data folder.
+        take: What gives a file its new place; `os.replace` for files that are ours.
     """
     kept = kept_folder(folder, home)
     files.make_private(kept.parent, home)
     kept.mkdir(mode=0o700, exist_ok=True)
     for part in parts:
         with contextlib.suppress(OSError):
-            os.link(part, kept / part.name)
+            take(part, kept / part.name)
 
 
 def _prepare_hub_file(
@@ -309,8 +321,8 @@ def _prepare_hub_file(
         except FetchError as error:
             manifest = _inexact(folder, None, str(file), error)
     if with_source and not _kept_parts(file, folder, home):
-        with files.scratch_folder(home) as scratch:
-            _keep(_download(file, scratch, progress), folder, home)
+        _keep(_download(file, home, progress), folder, home, take=os.replace)
+        forget_downloads(file, home)
     parts = _kept_parts(file, folder, home)
     return _with_source(from_manifest(manifest, folder, str(file)), parts)
 
@@ -327,13 +339,18 @@ def _install_hub_file(
     kept = _kept_parts(file, folder, home)
     if not kept:
         require_online(str(file), offline=offline)
-    with files.scratch_folder(home) as scratch:
-        parts = kept or _download(file, scratch, progress)
-        digests = [files.sha256_file(part, progress=progress) for part in parts]
-        sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
-        job = Conversion(str(file), parts[0], sha256)
-        manifest = convert(job, folder, home=home, progress=progress)
-        _keep(parts, folder, home)
+    parts = kept or _download(file, home, progress)
+    digests = [files.sha256_file(part, progress=progress) for part in parts]
+    sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
+    try:
+        manifest = convert(
+            Conversion(str(file), parts[0], sha256), folder, home=home, progress=progress
+        )
+    except UnsupportedModelError:
+        forget_downloads(file, home)  # after any other interruption they need not be fetched again
+        raise
+    _keep(parts, folder, home, take=os.replace)
+    forget_downloads(file, home)
     return manifest
 
 
@@ -343,12 +360,7 @@ def _kept_parts(file: HubFile, folder: Path, home: Path) -> list[Path]:
     return kept if all(part.is_file() for part in kept) else []
 
 
-def _download(file: HubFile, scratch: Path, progress: Progress) -> list[Path]:
+def _download(file: HubFile, home: Path, progress: Progress) -> list[Path]:
     """Return the files of a model on the hub: one, or all parts where its name says how many."""
     files = [HubFile(file.repository, name) for name in part_names(file.filename)]
-    return [fetch_hub_file(part, scratch, progress) for part in files]
-
-
-def as_name(text: str) -> str:
-    """Return *text* as part of a folder's name."""
-    return _NOT_IN_A_NAME.sub("--", text)
+    return [fetch_hub_file(part, home, progress) for part in files]

