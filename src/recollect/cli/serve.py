@@ -25,7 +25,7 @@ from recollect.cli.options import (
     takes_model_options,
     unlock_home,
 )
-from recollect.errors import ConfigError, UnknownModelError
+from recollect.errors import ConfigError, MissingPackageError, UnknownModelError
 from recollect.journal import requests
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
 from recollect.models.listing import installed, size_bytes
@@ -331,7 +331,7 @@ def _require_packages() -> None:
         import prometheus_client  # noqa: F401, PLC0415
         import uvicorn  # noqa: F401, PLC0415
     except ImportError as cause:
-        raise ConfigError(
+        raise MissingPackageError(
             f"The server needs the package {cause.name}: `python -m pip install "
             '"recollect-llm[server]"`.'
         ) from cause
