@@ -72,10 +72,10 @@ class FetchError(ModelError):
 
 class ChecksumError(FetchError):
     """
-    A downloaded file has another checksum than the catalog says.
+    A downloaded file has another checksum than the catalog, or the hub, says.
 
     Attributes:
-        expected: The hex sha256 that the file should have.
+        expected: The hex sha256 that the file should have; of a small file on the hub, its git sha1.
         actual: The hex sha256 that it has.
         kept: Where the file was moved to.
     """

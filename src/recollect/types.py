@@ -300,11 +300,11 @@ class SamplingParams:
 
     def told(self, seed: int) -> dict[str, float] | None:
         """Return what `Usage.sampling` says of a reply with this seed."""
-        if not self.temperature:
-            return None
         plain = {one.name: one.default for one in fields(self)}
-        changed = {name: getattr(self, name) for name in _TOLD}
-        return {name: x for name, x in changed.items() if x != plain[name]} | {"seed": seed}
+        names = (*SAMPLING, *_PENALTIES) if self.temperature else _PENALTIES
+        changed = {name: getattr(self, name) for name in names}
+        told = {name: x for name, x in changed.items() if x != plain[name]}
+        return told | {"seed": seed} if self.temperature else told or None
 
 
 def _require_few_enough(stop: Sequence[str]) -> None:
@@ -325,7 +325,8 @@ SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty
 """The parameters that makers of models recommend, by the names of generation_config.json."""
 
 
-_TOLD: Final = (*SAMPLING, "presence_penalty", "frequency_penalty")
+_PENALTIES: Final = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+"""The parameters that change which token is the likeliest, so that they count in greedy replies too."""
 
 
 def recommended(said: Mapping[str, object]) -> dict[str, float]:
@@ -391,8 +392,8 @@ class Usage:
     """
     sampling: Mapping[str, float] | None = None
     """
-    How tokens were chosen, by the names of `SamplingParams`, with the seed that gives the reply again;
-    None: greedily.
+    How tokens were chosen, by the names of `SamplingParams`, with the seed that gives the reply again.
+    Without a seed: greedily, under penalties; None: greedily.
     """
 
     @property

@@ -182,3 +182,4 @@ def test_what_is_told_of_the_sampling_gives_the_reply_again() -> None:
     params = SamplingParams(temperature=0.5, top_p=0.9)
     assert params.told(7) == {"temperature": 0.5, "top_p": 0.9, "seed": 7}
     assert SamplingParams(top_p=0.9).told(7) is None
+    assert SamplingParams(frequency_penalty=0.5, top_k=3).told(7) == {"frequency_penalty": 0.5}

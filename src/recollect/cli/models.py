@@ -19,9 +19,10 @@ from recollect import config
 from recollect.cli.display import format_bytes, make_table, progress_bar
 from recollect.cli.options import JsonOption, OfflineOption, model_names
 from recollect.models.catalog import LocalModel
+from recollect.models.listing import ModelStatus, installed
+from recollect.models.listing import prune as prune_source
 from recollect.models.onnx_folder import convert_to_onnx, require_convertible
-from recollect.models.prepare import ModelStatus, installed, original_of, prepare
-from recollect.models.prepare import prune as prune_source
+from recollect.models.prepare import original_of, prepare
 
 app = typer.Typer()
 

@@ -34,7 +34,8 @@ from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import Page
 from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.models.catalog import REFERENCE_NAME
-from recollect.models.prepare import installed, prepare
+from recollect.models.listing import installed
+from recollect.models.prepare import prepare
 from recollect.types import Profile
 
 NO_KV: Final = "There is no cache on this disk yet: `recollect chat` makes one."

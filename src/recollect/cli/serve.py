@@ -28,7 +28,8 @@ from recollect.cli.options import (
 from recollect.errors import ConfigError, MissingPackageError, UnknownModelError
 from recollect.journal import requests
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
-from recollect.models.prepare import installed, known_context_length, size_bytes
+from recollect.models.listing import installed, size_bytes
+from recollect.models.prepare import known_context_length
 from recollect.server.settings import DEFAULT_MAX_TOKENS, Limits, Settings
 from recollect.types import SamplingParams
 

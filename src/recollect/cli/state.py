@@ -377,9 +377,11 @@ def _sampling(chat: Chat) -> str:
     used = chat.params.told(chat.params.seed or 0) if usage is None else usage.get("sampling")
     if not isinstance(used, dict) or not used:  # a file that was imported may say anything
         return "greedy"
-    shown = [f"{name} {value}" for name, value in used.items() if name != "seed"]
-    seed = f"; --seed {used.get('seed')} gives the last reply again" if usage is not None else ""
-    return printable(", ".join(shown) + seed)
+    shown = ", ".join(f"{name} {value}" for name, value in used.items() if name != "seed")
+    if "seed" not in used:
+        return printable(f"greedy, {shown}")
+    seed = f"; --seed {used['seed']} gives the last reply again" if usage is not None else ""
+    return printable(shown + seed)
 
 
 def _saved_as(chat: Chat) -> str:

@@ -256,6 +256,8 @@ class MessagesRequest(CountRequest):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """Not one of Anthropic's: what `usage` tells of a reply gives it again."""
     metadata: Ignored = None
     service_tier: Ignored = None
     context_management: Ignored = None
@@ -267,6 +269,7 @@ class MessagesRequest(CountRequest):
             "temperature": settings.temperature if self.temperature is None else self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
+            "seed": None if self.seed is None else self.seed % 2**64,
         }
         return SamplingParams(
             max_tokens=self.max_tokens,
