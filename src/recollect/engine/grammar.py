@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from hashlib import blake2b
 from pathlib import Path
+from sys import getsizeof
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,7 +31,7 @@ import numpy.typing as npt
 from recollect import files
 from recollect.errors import InvalidParameterError, MissingPackageError
 from recollect.text.tokenizer import Tokenizer, Vocabulary
-from recollect.types import Grammar, common_prefix_length
+from recollect.types import Grammar, Remembered, common_prefix_length
 
 if TYPE_CHECKING:
     import llguidance
@@ -148,6 +149,12 @@ _BYTES_PER_CHARACTER: Final = 120
 """What a compiled grammar takes, and more for each character of its source. Source: JSON schemas of
 10 to 1,000 fields took 0.17, 0.56 and 4.2 MB where their texts have 359, 3,374 and 34,424 characters."""
 
+MOST_REFUSED_BYTES: Final = 1 << 20
+"""Of what was wrong with grammars that cannot be used, a thousand at least: a client whose tool has such
+a schema sends it with every request, and to find that out can take seconds."""
+_MOST_TOLD: Final = 1000
+"""Characters of a reason: it quotes what a client sent."""
+
 JSON_STYLE: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """
 How JSON is written: on one line, as Python's `json` does.
@@ -216,7 +223,9 @@ class Grammars:
         self.held_bytes = 0
         """That the compiled grammars which are kept take, as estimated."""
         self.made = 0
-        """Tables and grammars that were made, ever."""
+        """Tables and grammars that were made, or tried in vain, ever."""
+        self.refused: Final = Remembered[str](getsizeof, MOST_REFUSED_BYTES)
+        """What was wrong with grammars, by a hash of each."""
         self._lock = threading.Lock()
         self._preparing: threading.Thread | None = None
         self._is_closing = False
@@ -274,8 +283,16 @@ class Grammars:
     def _matcher(self, grammar: Grammar) -> "llguidance.LLMatcher":
         matcher = self._compiled.get(grammar)
         if matcher is None:
-            matcher = self._compile(grammar)
+            source = f"{grammar.kind}:{grammar.source}".encode(errors="surrogatepass")
+            name = blake2b(source, digest_size=16).digest()
+            if (known := self.refused.get(name)) is not None:
+                raise InvalidParameterError(known)
             self.made += 1
+            try:
+                matcher = self._compile(grammar)
+            except InvalidParameterError as error:
+                self.refused.put(name, str(error)[:_MOST_TOLD])
+                raise
             self._compiled[grammar] = matcher
             self.held_bytes += _compiled_size(grammar)
         self._compiled.move_to_end(grammar)
