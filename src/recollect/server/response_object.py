@@ -40,7 +40,6 @@ from recollect.server.parts import (
     Metadata,
     NamespaceTool,
     Offer,
-    OnlyOff,
     Resolve,
     ResponseFormat,
     Thinking,
@@ -90,6 +89,8 @@ class ResponseRequest(SamplingFields):
     """The body of `POST /v1/responses`."""
 
     refused: ClassVar = {
+        "background": "replies are generated while the client waits, and none is begun to be asked for "
+        "later: leave it out, and stream the reply where it takes long.",
         "prompt": "prompts are not kept here: send their text as instructions.",
         "context_management": "history is not shortened here: send less, or truncation.",
         **NOT_SUPPORTED,
@@ -115,8 +116,6 @@ class ResponseRequest(SamplingFields):
 
     reasoning: Thinking | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-
-    background: OnlyOff = None
 
     max_tool_calls: Ignored = None
     prompt_cache_key: Ignored = None
