@@ -85,7 +85,7 @@ class Message(TypedDict):
     name: NotRequired[str]
     """Name of that tool."""
     reasoning_content: NotRequired[str | None]
-    """What the assistant thought before; templates that show no thoughts do without."""
+    """What the assistant thought before it said this; the chat template decides where it is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolLinks:
-    """The tool calls that a message makes or answers."""
+    """What belongs to a message beside its text: the calls it makes or answers, and its reasoning."""
 
     call_ids: tuple[str, ...] = ()
     """Ids of the calls that the message makes, in their order; names and arguments are in its text."""
@@ -114,6 +114,8 @@ class ToolLinks:
     """Id of the call that the message answers."""
     name: str | None = None
     """Name of the tool that was called."""
+    reasoning: str | None = None
+    """What the model thought before it said the text."""
 
 
 def no_progress(_what: str, _done: int, _total: int | None) -> None:
@@ -373,6 +375,8 @@ class Usage:
     read_ahead_tokens: int = 0
     """Computed tokens that were computed before the call, while the message was typed or nobody waited."""
     generated_tokens: int
+    reasoning_tokens: int = 0
+    """Generated tokens of reasoning, its marks included."""
     ttft_s: float
     """From the call, or on a server from the request, to the first new token, in seconds: all of a wait."""
     prefill_tps: float | None

@@ -34,8 +34,10 @@ def to_node(message: Message) -> NewNode:
         calls = message.get("tool_calls") or ()
         texts = [content] if content else []
         texts += [_call_text(call) for call in calls]
-        links = ToolLinks(call_ids=tuple(map(_call_id, calls))) if calls else None
-        return NewNode(role=role, content="\n".join(texts), links=links)
+        thought = (message.get("reasoning_content") or "").strip() or None
+        beside = ToolLinks(call_ids=tuple(map(_call_id, calls)), reasoning=thought)
+        text = "\n".join(texts)
+        return NewNode(role=role, content=text, links=beside if beside != ToolLinks() else None)
     if content is None:
         told = f"A message of role {role!r} has no content: give it a text."
         raise InvalidParameterError(told, param="messages")
@@ -50,11 +52,14 @@ def to_message(role: Role, content: str, links: ToolLinks | None) -> Message:
     if links is None or not links.call_ids:
         return as_written(role, content, links)
     parsed = parse_reply(content, links.call_ids, names=None, is_cut=True)
-    return {
+    message: Message = {
         "role": role,
         "content": parsed.content or None,
         "tool_calls": [call.to_dict() for call in parsed.calls],
     }
+    if links.reasoning is not None:
+        message["reasoning_content"] = links.reasoning
+    return message
 
 
 def as_written(role: Role, content: str, links: ToolLinks | None) -> Message:
@@ -64,6 +69,8 @@ def as_written(role: Role, content: str, links: ToolLinks | None) -> Message:
         message["tool_call_id"] = links.tool_call_id
     if links is not None and links.name is not None:
         message["name"] = links.name
+    if links is not None and links.reasoning is not None:
+        message["reasoning_content"] = links.reasoning
     return message
 
 
@@ -71,8 +78,8 @@ def canonical(role: Role, content: str, links: ToolLinks | None) -> str:
     """
     Return a text that is equal for two messages which say the same.
 
-    Of a reply, space at its ends says nothing, nor how the JSON of its calls is written: clients trim
-    the one and write the other anew.
+    Of a reply, space at its ends says nothing, nor how the JSON of its calls is written, nor what was
+    thought before: clients trim the first, write the second anew, and leave out the third.
     """
     if links is not None and links.call_ids:
         return _canonical_reply(parse_reply(content, names=None))
@@ -117,6 +124,11 @@ def _check_shape(message: Any) -> None:
         raise InvalidParameterError(
             f"A message of role {role!r} has content of type {type(content).__name__}: give it a text.",
             param="messages",
+        )
+    thought = message.get("reasoning_content")
+    if thought is not None and not isinstance(thought, str):
+        raise InvalidParameterError(
+            f"The reasoning_content of a message is {type(thought).__name__}: give it a text."
         )
 
 
@@ -182,7 +194,7 @@ class Node:
     usage: Mapping[str, Any] | None = None
     """As `Usage.to_dict` gives it."""
     links: ToolLinks | None = None
-    """The ids of the tool calls in it, or of the call that it answers; None: neither."""
+    """The ids of the tool calls in it, or of the call that it answers, and reasoning; None: nothing."""
     children: list["Node"] = field(default_factory=list)
 
     def path(self) -> list["Node"]:

@@ -27,6 +27,7 @@ from recollect.errors import (
 )
 from recollect.journal.home import Checkpoints
 from recollect.journal.records import NewNode
+from recollect.text.reasoning import NO_REASONING, Begun, ReasoningMarks
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
 from recollect.types import Reason, SamplingParams, ToolLinks, Usage
@@ -132,6 +133,16 @@ class Asking:
     begun_ids: Sequence[int] = ()
     """What it was read as: the end of the prompt."""
 
+    def reasoning(self, marks: ReasoningMarks | None) -> Begun:
+        """Return how reasoning stands where the reply begins."""
+        if marks is None:
+            return NO_REASONING
+        is_inside = marks.are_opened_by(self.prompt.ending)
+        if self.begun is not None:
+            thought = None if self.begun.links is None else self.begun.links.reasoning
+            is_inside = not self.begun.content and (is_inside or thought is not None)
+        return Begun(marks, is_inside)
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -155,15 +166,20 @@ class Turn:
     ) -> list[NewNode]:
         """Return what is saved of the turn: its message, and the reply as the model wrote it."""
         asked = [] if self.said is None else [NewNode(role="user", content=self.said)]
-        calls = tuple(call.id for call in reply.tool_calls)
+        begun = self.asked.begun
+        before = "" if begun is None or begun.links is None else begun.links.reasoning or ""
+        links = ToolLinks(
+            call_ids=tuple(call.id for call in reply.tool_calls),
+            reasoning=before + reply.reasoning or None,
+        )
         said = NewNode(
             role="assistant",
-            content=("" if self.asked.begun is None else self.asked.begun.content) + reply.text,
+            content=("" if begun is None else begun.content) + reply.said,
             token_ids=[*self.asked.begun_ids, *token_ids],
             fingerprint=fingerprint,
             finish_reason=reply.finish_reason,
             usage=reply.usage.to_dict(),
-            links=ToolLinks(call_ids=calls) if calls else None,
+            links=links if links != ToolLinks() else None,
         )
         return [*asked, said]
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 from queue import SimpleQueue
 from typing import Any, Final, Self
@@ -23,15 +24,8 @@ from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan, warm_tokens
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, RuntimeFailure
+from recollect.text.reasoning import NO_REASONING, Begun, Event, ReplyReader, ShowingTokenizer
 from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer
-from recollect.text.tool_calls import (
-    Event,
-    ParsedReply,
-    TextDelta,
-    ToolCallParser,
-    new_call_prefix,
-    parse_reply,
-)
 from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
 
 
@@ -285,7 +279,7 @@ class GeneratedReply:
     """A reply that has ended."""
 
     text: str
-    """All that the model wrote."""
+    """All that the model wrote, its reasoning with the marks around it included."""
     finish_reason: FinishReason
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] | None = None
@@ -296,7 +290,11 @@ class GeneratedReply:
     `length` or `cancelled`, or there is a stop string), the last call may be, too.
     """
     content: str = ""
-    """What is said beside the calls."""
+    """What is said beside the calls and the reasoning."""
+    reasoning: str = ""
+    """What the model thought before."""
+    said: str = ""
+    """The text behind the reasoning, as the model wrote it, calls included."""
     stop_string: str | None = None
     """The stop string that has ended it; None where none has."""
     ran_away: bool = False
@@ -325,6 +323,7 @@ class ReplyGeneration:
         *,
         ahead: Sequence[ReadAhead] = (),
         bare_names: Sequence[str] | None = None,
+        begun: Begun = NO_REASONING,
     ) -> None:
         """
         Have it ready to begin.
@@ -335,19 +334,13 @@ class ReplyGeneration:
             tokenizer: Of the model.
             ahead: What was computed of the prompt before.
             bare_names: Tools that it may call without marks; None: it is text, and calls nothing.
+            begun: How reasoning stands where it begins.
         """
         self._engine = engine
         self._ahead = tuple(ahead)
         self._generator = generator
         self._tokenizer = tokenizer
-        self._bare_names = bare_names
-        self._call_prefix = ""
-        """What the ids of its calls begin with."""
-        self._parser: ToolCallParser | None = None
-        if bare_names is not None:
-            self._call_prefix = new_call_prefix()
-            self._parser = ToolCallParser(self._call_prefix, bare_names)
-        self._detokenizer = Detokenizer(tokenizer)
+        self._begun, self._bare_names = begun, bare_names
         self._matcher = StopMatcher(generator.params.stop)
         self._sequence = generator.sequence
         self._start = len(self._sequence)
@@ -366,6 +359,14 @@ class ReplyGeneration:
         self._closed = False
         self.reply: GeneratedReply | None = None
         """The whole reply, once it is closed; None before, and where nothing came of it."""
+
+    @cached_property
+    def _reader(self) -> ReplyReader:
+        return ReplyReader(self._begun, self._bare_names)
+
+    @cached_property
+    def _detokenizer(self) -> Detokenizer:
+        return Detokenizer(ShowingTokenizer(self._tokenizer, self._begun.marks))
 
     @property
     def text(self) -> str:
@@ -448,20 +449,20 @@ class ReplyGeneration:
 
     def events(self) -> Iterator[Event]:
         """
-        Read the reply as text and calls of tools, both as they are generated.
+        Read the reply as text, reasoning and calls of tools, as they are generated.
 
-        The ids of the calls are those in the reply. Without tools there is text alone.
+        The ids of the calls are those in the reply. Without tools there are none.
         """
         for piece in self:
-            yield from self._events_of(piece)
-        yield from self._last_events()
+            yield from self._reader.push(piece)
+        yield from self._reader.finish(is_cut=self._is_cut())
 
     async def async_events(self) -> AsyncIterator[Event]:
         """Do the same on an event loop."""
         async for piece in self:
-            for event in self._events_of(piece):
+            for event in self._reader.push(piece):
                 yield event
-        for event in self._last_events():
+        for event in self._reader.finish(is_cut=self._is_cut()):
             yield event
 
     def stop(self) -> None:
@@ -539,6 +540,7 @@ class ReplyGeneration:
             computed_tokens=computed + read_ahead,
             read_ahead_tokens=read_ahead,
             generated_tokens=generation.tokens,
+            reasoning_tokens=self._reader.reasoning_tokens,
             ttft_s=first_s - self._since_s,
             prefill_tps=tokens_per_second(computed, first_s - generation.begun_s),
             decode_tps=tokens_per_second(generation.tokens - 1, decode_s),
@@ -550,11 +552,11 @@ class ReplyGeneration:
         """Return the reply, which has ended."""
         assert self._finish_reason is not None, "it has ended"
         text = self.text
-        parsed = ParsedReply(text, ())
-        if self._bare_names is not None:
-            parsed = parse_reply(text, self._call_prefix, self._bare_names, is_cut=self._is_cut())
+        parts, parsed = self._reader.whole(text, is_cut=self._is_cut())
         return GeneratedReply(
             text=text,
+            reasoning=parts.reasoning,
+            said=parts.said,
             finish_reason=self._finish_reason,
             usage=self.usage(),
             logprobs=self.logprobs,
@@ -601,12 +603,6 @@ class ReplyGeneration:
                 self._logprobs.give(len(piece))
         return piece
 
-    def _events_of(self, piece: str) -> Sequence[Event]:
-        return [TextDelta(piece)] if self._parser is None else list(self._parser.push(piece))
-
-    def _last_events(self) -> Sequence[Event]:
-        return [] if self._parser is None else list(self._parser.finish(is_cut=self._is_cut()))
-
     def _is_cut(self) -> bool:
         """Return whether the reply ended where the model would have gone on."""
         return self._finish_reason != "stop" or self.stop_string is not None
@@ -614,6 +610,7 @@ class ReplyGeneration:
     def _decoded(self, token_id: int, likelihood: Likelihood | None) -> str:
         """Return the text that a token completes."""
         piece = self._detokenizer.push(token_id)
+        self._reader.count(piece)
         self._read += 1
         self._decoded_characters += len(piece)
         if not self._detokenizer.holds_back:

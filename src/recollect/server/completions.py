@@ -25,6 +25,7 @@ from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import ContextFullError, InvalidParameterError
 from recollect.server.chat_completions import StreamOptions
+from recollect.server.events import Call, Ended, Piece, Thought, Told, sse
 from recollect.server.fields import (
     NOT_SUPPORTED,
     BodyRoute,
@@ -35,17 +36,7 @@ from recollect.server.fields import (
     named_sampling,
 )
 from recollect.server.refusals import ApiError, ClientGone, openai_body
-from recollect.server.services import (
-    Call,
-    Ended,
-    Piece,
-    Told,
-    begin,
-    client_of,
-    services_of,
-    sse,
-    with_model,
-)
+from recollect.server.services import begin, client_of, services_of, with_model
 from recollect.server.usage import Cost, cost_of
 from recollect.types import SamplingParams, TokenLogprob, Usage
 
@@ -336,7 +327,7 @@ class _Completion:
     def write(self, event: Told) -> str:
         """Return the chunk of an event."""
         match event:
-            case Piece():
+            case Piece() | Thought():  # without a template there are no thoughts
                 return self._piece(event.choice, event.text, logprobs=event.logprobs or None)
             case Ended():
                 self._replies[event.choice] = event.reply

@@ -18,7 +18,6 @@ from recollect.text.tool_calls import (
     ArgumentsDelta,
     CallEnded,
     CallStarted,
-    Event,
     TextDelta,
     call_text,
 )
@@ -313,7 +312,7 @@ def test_required_calls_keep_to_the_schemas_of_their_tools(model: Model) -> None
 
 def test_events_have_the_calls_of_the_reply(model: Model) -> None:
     stream = required(model).stream("What now?")
-    told: list[Event] = list(stream.events())
+    told = list(stream.events())
     assert stream.reply is not None
     calls = stream.reply.tool_calls
     assert [(e.id, e.name) for e in told if isinstance(e, CallStarted)] == [
