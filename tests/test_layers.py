@@ -42,12 +42,23 @@ ALLOWED: dict[str, set[str]] = {
 MAY_IMPORT_THE_PACKAGE = {"proof", "cli", "server", "__main__"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MOST_MODULES = 116
-"""
-105, and one each for what came since: reading GGUF for the proof, `explain`, the parts of requests,
-what is said without a terminal, what `/set` changes, the clipboard, `doctor`, downloads, the list
-of models, reasoning in replies, what is told of replies.
-"""
+SINCE = (
+    "reading GGUF for the proof",
+    "explain",
+    "the parts of requests",
+    "what is said without a terminal",
+    "what /set changes",
+    "the clipboard",
+    "doctor",
+    "downloads",
+    "the list of models",
+    "reasoning in replies",
+    "what is told of replies",
+    "which blocks Markdown has",
+    "what Markdown looks like",
+)
+"""What a module was added for each, since there were 105."""
+MOST_MODULES = 105 + len(SINCE)
 MOST_LINES = 400
 FEW_LINES = 60
 SHARED_FILE_NAMES = {"__init__.py", "base.py"}
