@@ -69,6 +69,10 @@ settings.load_profile(
 )
 
 
+# What other programs keep on this machine is no part of a test; `stores` has tests of its own.
+for _variable in ("OLLAMA_MODELS", "LLAMA_CACHE", "HF_HUB_CACHE"):
+    os.environ[_variable] = "/nonexistent"
+
 HERE = Path(__file__).parent
 SLOW_FOLDERS = {"clients", "crash", "e2e", "exports", "homes", "real"}
 """Their tests start processes, kill them, take large models or whole homes; all of them are slow."""

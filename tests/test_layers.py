@@ -59,6 +59,12 @@ SINCE = (
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)
+MOST_MODULES = 115
+"""
+105, and one each for what came since: reading GGUF for the proof, `explain`, the parts of requests,
+what is said without a terminal, what `/set` changes, the clipboard, `doctor`, downloads, the list
+of models, what other programs keep.
+"""
 MOST_LINES = 400
 FEW_LINES = 60
 SHARED_FILE_NAMES = {"__init__.py", "base.py"}
