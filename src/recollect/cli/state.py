@@ -464,7 +464,8 @@ def welcome(chat: Chat) -> None:
     )
     if not chat.session.conversation.is_saved:
         chat.note("Nothing of this chat is saved (--no-save).")
-    if len(chat.session.tree) and chat.session.conversation.name is not None:
+    was_said = any(node.role != "system" for node in chat.session.tree.nodes())
+    if was_said and chat.session.conversation.name is not None:
         _show_where_it_stands(chat)
 
 
