@@ -419,13 +419,14 @@ def make_model(faults: Faults, pace: Pace, tmp_path: Path) -> Iterator[Callable[
         whole_blocks_only: bool = False,
         store: DiskStore | None = None,
         sampling: Mapping[str, float] | None = None,
+        vocab_size: int = ByteTokenizer().vocab_size,
     ) -> Model:
         local = replace(reference_model(), context_length=context_length, sampling=sampling or {})
         if template is not None:
             local = replace(local, chat_template=template)
         runtime = FaultyRuntime(
             faults,
-            vocab_size=ByteTokenizer().vocab_size,
+            vocab_size=vocab_size,
             context_length=context_length,
             block_size=block_size,
             whole_blocks_only=whole_blocks_only,
