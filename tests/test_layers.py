@@ -11,6 +11,7 @@ import pytest
 
 import recollect
 
+pytestmark = pytest.mark.xdist_group("layers")  # one worker parses the modules, and not each
 PACKAGE = Path(recollect.__file__).parent
 TESTS = Path(__file__).parent
 

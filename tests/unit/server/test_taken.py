@@ -896,5 +896,7 @@ def test_a_call_that_is_cut_is_told_alike_in_a_stream_and_whole(
             for block in post(client, MESSAGES, said)["content"]
         ]
         assert streamed_messages(events(client, MESSAGES, {**said, "stream": True})) == blocks
+        if choice["finish_reason"] != "length":
+            break  # every longer limit asks for the same reply
     assert {(0, "length"), (1, "length")} & seen
     assert stop is not None or (1, "tool_calls") in seen
