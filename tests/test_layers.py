@@ -53,6 +53,7 @@ SINCE = (
     "doctor",
     "downloads",
     "the list of models",
+    "models that other programs keep",
     "reasoning in replies",
     "what is told of replies",
     "which blocks Markdown has",

@@ -40,7 +40,8 @@ def thinking(
 
     def choose(_: object, __: object, *, history: Any, reply_start: int, **___: Any) -> int:
         place: int = len(history) - reply_start
-        return [*TEXT.encode(), 257][place]
+        ids: list[int] = [*TEXT.encode(), 257]
+        return ids[place]
 
     monkeypatch.setattr("recollect.engine.sampling.choose_token", choose)
     return start(load=lambda _: make_model(template=TEMPLATE))
