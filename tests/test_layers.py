@@ -66,6 +66,11 @@ MOST_MODULES = 115
 105, and one each for what came since: reading GGUF for the proof, `explain`, the parts of requests,
 what is said without a terminal, what `/set` changes, the clipboard, `doctor`, downloads, the list
 of models, what other programs keep.
+MOST_MODULES = 116
+"""
+105, and one each for what came since: reading GGUF for the proof, `explain`, the parts of requests,
+what is said without a terminal, what `/set` changes, the clipboard, `doctor`;
+four for llama.cpp: its library, the arrangement of its states, a model of it, and the runtime.
 """
 MOST_LINES = 400
 FEW_LINES = 60
