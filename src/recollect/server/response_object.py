@@ -45,6 +45,7 @@ from recollect.server.parts import (
     Thinking,
     flat_name,
     grammar_of,
+    is_whole,
     logprob_entry,
     merged,
     offer,
@@ -372,10 +373,11 @@ def output_items(
     if said.content or not said.calls:
         part = output_text(said.content, said.logprobs)
         items.append(output_message(message_id, [part], status))
-    calls = enumerate(said.calls)
-    return items + [
-        function_call(message_id, number, call, namespaces=namespaces) for number, call in calls
-    ]
+    for number, call in enumerate(said.calls):
+        is_cut = number + 1 == len(said.calls) and not is_whole(call["function"]["arguments"])
+        whole = "incomplete" if is_cut else "completed"
+        items.append(function_call(message_id, number, call, whole, namespaces=namespaces))
+    return items
 
 
 def reasoning_item(message_id: str, content: list[dict[str, Any]], status: str) -> dict[str, Any]:
