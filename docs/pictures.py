@@ -3,7 +3,7 @@ Pictures of a chat at the terminal, from a real conversation: `python docs/pictu
 
 Starts `recollect chat` on a pseudo-terminal of 80 and of 120 columns, types what a person would, and draws
 what stands on the screen at the end: as SVG in `docs/pictures/`, on a dark and on a light background. The
-data folder is an empty one; the models are those of this machine. Needs `pip install pyte`, a screen in Python.
+data folder is an empty one; the models are those of this machine. Needs `pip install pyte`, a screen.
 Replies are greedy, so that the same model draws the same pictures.
 """
 

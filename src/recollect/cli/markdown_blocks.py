@@ -2,8 +2,8 @@
 What the blocks of a reply in Markdown look like on a terminal, while they are written.
 
 Paragraphs, code and tables become rows on a `Screen`. What is inside a line is parsed by markdown-it, and
-code is coloured by Pygments, both in pieces of bounded length. Code has no frame at its sides, so that what is
-selected on the screen is clean. HTML, images and reference links are shown as they are written, so that no
+code is coloured by Pygments, both in pieces of bounded length. Code has no frame at its sides, so that what
+is selected on the screen is clean. HTML, images and reference links are shown as they are written, so that no
 text is lost. Knows nothing of how the lines of Markdown make blocks.
 """
 
