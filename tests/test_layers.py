@@ -71,6 +71,11 @@ MOST_MODULES = 116
 105, and one each for what came since: reading GGUF for the proof, `explain`, the parts of requests,
 what is said without a terminal, what `/set` changes, the clipboard, `doctor`;
 four for llama.cpp: its library, the arrangement of its states, a model of it, and the runtime.
+MOST_MODULES = 115
+"""
+105, and one each for what came since: reading GGUF for the proof, `explain`, the parts of requests,
+what is said without a terminal, what `/set` changes, the clipboard, `doctor`; three for replies as
+Markdown: which blocks there are, what they look like, and rows that are drawn again.
 """
 MOST_LINES = 400
 FEW_LINES = 60

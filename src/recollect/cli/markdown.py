@@ -9,7 +9,7 @@ long the reply is.
 Tells blocks apart, line by line, as far as a line's beginning says what it is; where it does not, the line
 is held back. Differs from CommonMark where a chat does: a line end stays one, a nested list may be indented
 by two columns, a table begins with a pipe, and there are no headings by underlining. What blocks look like is
-in `markdown_rows`.
+in `markdown_blocks`.
 """
 
 import re
@@ -20,22 +20,17 @@ from typing import IO, Final
 from rich.console import Console
 
 from recollect.cli.display import PlainWriter, Writer, printable
-from recollect.cli.markdown_rows import (
+from recollect.cli.markdown_blocks import (
     DIM,
     HEADINGS,
     MARKER,
     PLAIN,
     RULE_WIDTH,
-    TAB,
     Code,
     Paragraph,
-    Row,
-    Screen,
     Table,
-    joined,
-    stripped,
-    width_of,
 )
+from recollect.cli.screen import TAB, Row, Screen, joined, stripped, width_of
 
 _MOST_UNDECIDED: Final = 200
 """Most characters at a line's start of which it is still open what they begin: `- - -`, spaces."""
