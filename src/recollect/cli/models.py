@@ -46,7 +46,7 @@ def list_models(
         ),
     ] = None,
 ) -> None:
-    """List the models that have a name, and those on this disk, of other programs too."""
+    """List the models that have a name, and those on this disk."""
 
     if prune is not None:
         size = prune_source(prune, config.home())
