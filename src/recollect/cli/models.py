@@ -46,7 +46,7 @@ def list_models(
         ),
     ] = None,
 ) -> None:
-    """List the models that have a name, and those on this disk, of other programs too."""
+    """List the models that have a name, and those on this disk."""
 
     if prune is not None:
         size = prune_source(prune, config.home())
@@ -67,7 +67,7 @@ def list_models(
     console = Console()
     console.print(models_table(found))
     if elsewhere:
-        console.print("\nKept by other programs, and run from where they lie", style="bold")
+        console.print("\nKept by other programs, and taken from where they lie", style="bold")
         console.print(kept_table(elsewhere[:_MOST_ROWS], converted))
     if len(elsewhere) > _MOST_ROWS:
         console.print(f"and {len(elsewhere) - _MOST_ROWS:,} more; --json lists all", style="dim")
