@@ -30,7 +30,7 @@ from recollect.server.conversation_view import (
     Place,
     Places,
 )
-from recollect.server.events import Call, CallEvent, Ended, Piece, Thought, Told, sse
+from recollect.server.events import Call, CallEvent, Ended, EventWriter, Piece, Thought, Told, sse
 from recollect.server.fields import BodyRoute, check_count, check_last, named_sampling
 from recollect.server.parts import logprob_entry
 from recollect.server.refusals import ApiError, not_found
@@ -53,7 +53,7 @@ from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import Message, ToolCall
 
 
-class _Response:
+class _Response(EventWriter):
     """
     One response and its numbered events; a `Writer`.
 
