@@ -15,6 +15,7 @@ from typing import Final, TextIO
 from recollect.cli.display import printable
 from recollect.conversation.session import Session
 from recollect.errors import ConfigError
+from recollect.text.tool_calls import TextDelta
 
 MOST_CHARACTERS: Final = 16 * 2**20
 """Most characters in a message: the server takes as many bytes in a request, and /dev/zero has no end."""
@@ -127,9 +128,10 @@ def _prompts(stream: TextIO, source: str) -> Iterator[str]:
 
 def _answer_as_text(session: Session, prompt: str, out: TextIO) -> None:
     with session.stream(prompt) as stream:
-        for piece in stream:
-            out.write(printable(piece) if out.isatty() else piece)
-            out.flush()
+        for event in stream.events():
+            if isinstance(event, TextDelta):
+                out.write(printable(event.text) if out.isatty() else event.text)
+                out.flush()
     out.write("\n")
     out.flush()
 
@@ -138,7 +140,8 @@ def _answer_as_json(session: Session, prompt: str, out: TextIO) -> None:
     reply = session.respond(prompt)
     turn = {
         "prompt": prompt,
-        "reply": reply.text,
+        "reply": reply.said,
+        **({"reasoning": reply.reasoning} if reply.reasoning else {}),
         "finish_reason": reply.finish_reason,
         "ended": "repetition" if reply.ran_away else None,
         "usage": reply.usage.to_dict(),

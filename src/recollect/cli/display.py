@@ -42,6 +42,8 @@ from recollect.conversation.session import ReplyStream
 from recollect.conversation.tree import Node, Tree
 from recollect.conversation.turn import Reply
 from recollect.errors import ConfigError
+from recollect.text.reasoning import Event, ReasoningDelta
+from recollect.text.tool_calls import TextDelta
 from recollect.types import Progress
 
 
@@ -280,7 +282,52 @@ def interrupt_handler() -> Iterator[Interrupt]:
         signal.signal(signal.SIGINT, previous)
 
 
-def show_reply(start: Callable[[], ReplyStream], console: Console) -> Reply | None:
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+class _ReplyText:
+    """What a reply says, and before it, dim, what the model thinks; or only that it does."""
+
+    def __init__(self, console: Console, *, shows_reasoning: bool) -> None:
+        self._out = console.file
+        self._wrapper = WordWrapper(console.width)
+        self._shows_reasoning = shows_reasoning
+        has_styles = console.color_system is not None and not console.legacy_windows
+        self._dim, self._plain = (_DIM, _PLAIN) if has_styles else ("", "")
+        self._is_thinking = False
+
+    def write(self, event: Event) -> None:
+        """Write what an event tells."""
+        if isinstance(event, ReasoningDelta):
+            if not self._is_thinking:
+                self._is_thinking = True
+                self._out.write(self._dim)
+                self._write("" if self._shows_reasoning else "thinking …")
+            self._write(event.text if self._shows_reasoning else "")
+        elif isinstance(event, TextDelta):
+            self._end_thought()
+            self._write(event.text)
+
+    def finish(self) -> None:
+        """Write what was held back; the cursor is at the start of a line."""
+        self._end_thought(gap="\n")
+        self._out.write(self._wrapper.finish() + ("\n" if self._wrapper.column else ""))
+        self._out.flush()
+
+    def _end_thought(self, gap: str = "\n\n") -> None:
+        if self._is_thinking:
+            self._is_thinking = False
+            self._write(gap)
+            self._out.write(self._plain)
+
+    def _write(self, text: str) -> None:
+        self._out.write(self._wrapper.push(printable(text)))
+        self._out.flush()
+
+
+def show_reply(
+    start: Callable[[], ReplyStream], console: Console, *, shows_reasoning: bool = True
+) -> Reply | None:
     """
     Print a reply as it is generated. Ctrl-C ends it, and what was said until then is kept.
 
@@ -290,19 +337,17 @@ def show_reply(start: Callable[[], ReplyStream], console: Console) -> Reply | No
     Raises:
         RecollectError: As *start* and the stream do; the cursor is at the start of a line.
     """
-    out = console.file
-    wrapper = WordWrapper(console.width)
+    text = _ReplyText(console, shows_reasoning=shows_reasoning)
     with no_echo(), interrupt_handler() as interrupt, start() as stream:
         interrupt.stops(stream.stop)
         meter = PrefillMeter(stream, console)
         try:
-            for piece in stream:
+            for event in stream.events():
                 meter.close()
-                out.write(wrapper.push(printable(piece)))
-                out.flush()
+                text.write(event)
         finally:
             meter.close()
-            out.write(wrapper.finish() + ("\n" if wrapper.column else ""))
+            text.finish()
     return stream.reply
 
 

@@ -103,6 +103,8 @@ class Chat:
         self.draft = ""
         """What the next prompt begins with, for the user to go on from."""
         self.leaving = False
+        self.shows_reasoning = True
+        """Whether what the model thinks is shown, and not only that it does."""
 
     @property
     def session(self) -> Session:
@@ -156,7 +158,8 @@ class Chat:
             RecollectError: As `Session.stream` does.
         """
         session = self.session
-        reply = show_reply(self._starter(session, text, params), self.console)
+        starter = self._starter(session, text, params)
+        reply = show_reply(starter, self.console, shows_reasoning=self.shows_reasoning)
         if reply is None:
             self.note("The reply was stopped before it began; the conversation is as it was.")
             return None
@@ -324,6 +327,8 @@ def usage_line(reply: Reply) -> str:
     if usage.reused_tokens:
         parts.append(f"{usage.reused_tokens:,} reused ({_whence(usage)})")
     parts.append(f"first token {format_duration(usage.ttft_s)}")
+    if usage.reasoning_tokens:
+        parts.append(f"{usage.reasoning_tokens:,} thought")
     if usage.decode_tps is not None:
         parts.append(f"{usage.decode_tps:,.0f} tok/s")
     if usage.difference is not None:

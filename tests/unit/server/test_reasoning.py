@@ -38,7 +38,7 @@ def thinking(
     """Return a client of a server whose model thinks before it says something, always the same."""
     monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
 
-    ids = [*TEXT.encode(), 257]
+    ids: list[int] = [*TEXT.encode(), 257]
 
     def choose(
         _: object, __: object, *, history: Sequence[int], reply_start: int, **___: Any
