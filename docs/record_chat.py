@@ -139,7 +139,7 @@ class Screen:
         return row
 
     def _control(self, kind: str, parameters: str) -> None:
-        number = int(parameters.split(";")[0] or 0)
+        number = int(parameters.split(";", maxsplit=1)[0] or 0)
         if kind == "m":
             self._style = self._styled_by(parameters)
         elif kind == "A":
