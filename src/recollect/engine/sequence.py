@@ -268,10 +268,11 @@ class Sequence:
 
     def computed_before(self) -> int:
         """Return how many leading tokens had KV once in the namespace, as far as that is remembered."""
-        if self.namespace is None or self._root is None:
-            return 0
+        cache = self.memory.cache
+        if self._root is None or not cache.evicted_blocks:
+            return 0  # all that was computed in the namespace is there
         with self.memory.lock:
-            return self.memory.cache.computed_tokens(self._root, self._token_ids)
+            return cache.computed_tokens(self._root, self._token_ids)
 
     def row(self, fed: FeedPlan) -> Row:
         """Return the sequence's share of a forward pass that feeds *fed*. For the engine."""

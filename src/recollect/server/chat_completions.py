@@ -25,7 +25,17 @@ from recollect.engine.pinning import compute_watched
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ContextFullError
 from recollect.kv.blocks import PUBLIC
-from recollect.server.events import Call, CallEvent, Ended, EventWriter, Piece, Thought, Told, sse
+from recollect.server.events import (
+    Call,
+    CallEvent,
+    Ended,
+    EventWriter,
+    Piece,
+    Thought,
+    Told,
+    calls_tools,
+    sse,
+)
 from recollect.server.fields import (
     MOST_CALLS,
     MOST_TOOLS,
@@ -52,7 +62,6 @@ from recollect.server.parts import (
     NamedTool,
     Offer,
     Thinking,
-    calls_tools,
     grammar_of,
     logprob_entry,
     others_among,

@@ -21,7 +21,6 @@ from pydantic import (
 from pydantic_core import from_json
 
 from recollect.conversation.tools import Chosen
-from recollect.engine.reply import GeneratedReply
 from recollect.server.fields import MOST_TOOLS, Body, Echoed, Ignored, Instructing, Items, Text
 from recollect.server.refusals import quoted
 from recollect.types import Grammar, Message, MessageToolCall, Role, TokenLogprob, ToolCall
@@ -129,20 +128,6 @@ class Thinking(Body):
 
 _EFFORTS: Final = {"minimal": "low", "xhigh": "high", "max": "high"}
 """What APIs have beside the three efforts that models were trained with. Source: gpt-oss's template."""
-
-
-def calls_tools(reply: GeneratedReply) -> bool:
-    """Return whether a reply ended with a call that is whole: by a stop string it may end inside one."""
-    calls = reply.tool_calls
-    return bool(calls) and reply.finish_reason == "stop" and is_whole(calls[-1].arguments)
-
-
-def is_whole(arguments: str) -> bool:
-    """Return whether the arguments of a call are all there; none at all are, too."""
-    try:
-        return not arguments.strip() or isinstance(from_json(arguments), dict)
-    except ValueError:
-        return False
 
 
 class Offer(TypedDict):

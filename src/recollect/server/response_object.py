@@ -45,7 +45,6 @@ from recollect.server.parts import (
     Thinking,
     flat_name,
     grammar_of,
-    is_whole,
     logprob_entry,
     merged,
     offer,
@@ -53,6 +52,7 @@ from recollect.server.parts import (
     schemas_of,
 )
 from recollect.server.settings import Settings
+from recollect.text.tool_calls import is_whole
 from recollect.types import (
     FinishReason,
     Grammar,
