@@ -57,7 +57,9 @@ def test_the_table_says_who_can_begin_in_time(model: recollect.Model) -> None:
         name: json.loads(json.dumps(one)) | {"start_s": start}
         for name, start in (("a", 30.0), ("b", 121.0))
     }
-    rows = {line.strip().partition("  ")[0]: line.split() for line in table(found, 5.0).splitlines()}
+    rows = {
+        line.strip().partition("  ")[0]: line.split() for line in table(found, 5.0).splitlines()
+    }
     assert rows["within 120 s"][-2:] == ["yes", "no"]
     assert rows["to fetch, MB"][-2:] == ["98", "98"]
     assert rows["peak memory, MB"][-2:] == ["1,000", "1,000"]
