@@ -114,6 +114,7 @@ def test_usage_is_plain_json_values() -> None:
         "decode_tps": None,
         "reason": "evicted",
         "difference": "5 tokens",
+        "lost_tokens": 0,
         "sampling": None,
     }
 

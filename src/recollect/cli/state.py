@@ -8,7 +8,7 @@ given, does not read input, and knows no commands.
 
 import itertools
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from recollect.cli.display import count, format_bytes, format_duration, printable, show_reply
+from recollect.cli.markdown import make_writer
 from recollect.conversation.model import Model
 from recollect.conversation.session import ReplyStream, Session
 from recollect.conversation.tree import Node
@@ -87,10 +88,16 @@ class Chat:
         session: Session,
         *,
         load_model: Callable[[str], Model] | None = None,
+        chosen: Collection[str] = (),
+        plain: bool = False,
     ) -> None:
         self.model = model
         self.load_model: Final = load_model
         """Loads a model by its name, for `/model`; None: this chat stays with its model."""
+        self.chosen = set(chosen)
+        """The sampling parameters that somebody asked for; the others are those of the model's makers."""
+        self.plain: Final = plain
+        """Whether replies are shown as the text that they are, and not as Markdown."""
         self.console: Final = console
         self.params = session.params
         self.current = session.name or FIRST_SESSION
@@ -103,6 +110,8 @@ class Chat:
         self.draft = ""
         """What the next prompt begins with, for the user to go on from."""
         self.leaving = False
+        self.shows_reasoning = True
+        """Whether what the model thinks is shown, and not only that it does."""
 
     @property
     def session(self) -> Session:
@@ -156,7 +165,13 @@ class Chat:
             RecollectError: As `Session.stream` does.
         """
         session = self.session
-        reply = show_reply(self._starter(session, text, params), self.console)
+        writer = make_writer(self.console, plain=self.plain)
+        reply = show_reply(
+            self._starter(session, text, params),
+            self.console,
+            writer,
+            shows_reasoning=self.shows_reasoning,
+        )
         if reply is None:
             self.note("The reply was stopped before it began; the conversation is as it was.")
             return None
@@ -324,6 +339,8 @@ def usage_line(reply: Reply) -> str:
     if usage.reused_tokens:
         parts.append(f"{usage.reused_tokens:,} reused ({_whence(usage)})")
     parts.append(f"first token {format_duration(usage.ttft_s)}")
+    if usage.reasoning_tokens:
+        parts.append(f"{usage.reasoning_tokens:,} thought")
     if usage.decode_tps is not None:
         parts.append(f"{usage.decode_tps:,.0f} tok/s")
     if usage.difference is not None:
@@ -456,7 +473,8 @@ def welcome(chat: Chat) -> None:
     )
     if not chat.session.conversation.is_saved:
         chat.note("Nothing of this chat is saved (--no-save).")
-    if len(chat.session.tree) and chat.session.conversation.name is not None:
+    was_said = any(node.role != "system" for node in chat.session.tree.nodes())
+    if was_said and chat.session.conversation.name is not None:
         _show_where_it_stands(chat)
 
 

@@ -579,6 +579,7 @@ class ReplyStream(ReplyGeneration):
             model.tokenizer,
             ahead=session._idle.ahead,
             bare_names=bare_names,
+            begun=turn.asked.reasoning(model.template.reasoning),
         )
         self._session = session
         self._turn = turn

@@ -25,6 +25,7 @@ from recollect.engine.pinning import compute_watched
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ContextFullError
 from recollect.kv.blocks import PUBLIC
+from recollect.server.events import Call, CallEvent, Ended, EventWriter, Piece, Thought, Told, sse
 from recollect.server.fields import (
     MOST_CALLS,
     MOST_TOOLS,
@@ -51,25 +52,14 @@ from recollect.server.parts import (
     NamedTool,
     Offer,
     Thinking,
+    calls_tools,
     grammar_of,
     logprob_entry,
     others_among,
     split_thoughts,
 )
 from recollect.server.refusals import ApiError, ClientGone, openai_body, operators_only
-from recollect.server.services import (
-    Call,
-    CallEvent,
-    Ended,
-    Job,
-    Piece,
-    Told,
-    begin,
-    client_of,
-    services_of,
-    sse,
-    with_model,
-)
+from recollect.server.services import Job, begin, client_of, services_of, with_model
 from recollect.server.settings import Settings
 from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import Grammar, Message, MessageToolCall, Role, SamplingParams, TokenLogprob
@@ -279,7 +269,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     return await job.answer(request, _Completion(job, body), stream=bool(body.stream))
 
 
-class _Completion:
+class _Completion(EventWriter):
     """The replies to one request, in OpenAI's words; a `Writer`."""
 
     def __init__(self, job: Job, body: ChatRequest) -> None:
@@ -318,6 +308,10 @@ class _Completion:
             case Piece():
                 likely = _logprobs(event.logprobs or None)
                 return role + self._chunk(event.choice, {"content": event.text}, logprobs=likely)
+            case Thought():
+                likely = _logprobs(event.logprobs or None)
+                thought = {"reasoning_content": event.text}
+                return role + self._chunk(event.choice, thought, logprobs=likely)
             case Call():
                 delta = _call_delta(event.event)
                 return role + (self._chunk(event.choice, {"tool_calls": [delta]}) if delta else "")
@@ -369,6 +363,8 @@ class _Completion:
 
 def _message(reply: GeneratedReply) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": None}
+    if reply.reasoning:
+        message["reasoning_content"] = reply.reasoning
     if reply.tool_calls:
         message["content"] = reply.content or None
         message["tool_calls"] = [call.to_dict() for call in reply.tool_calls]
@@ -376,7 +372,7 @@ def _message(reply: GeneratedReply) -> dict[str, Any]:
 
 
 def _finish_reason(reply: GeneratedReply) -> str:
-    if reply.tool_calls and reply.finish_reason == "stop":
+    if calls_tools(reply):
         return "tool_calls"
     return reply.finish_reason
 

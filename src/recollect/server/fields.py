@@ -279,7 +279,7 @@ NOT_SUPPORTED: Final = {
     **dict.fromkeys(("grammar", "json_schema", "mirostat", "lora"), _OTHER_ENGINE),
 }
 """Fields of other servers that would change the reply, and what to do instead."""
-_ONE_IS_NOTHING: Final = {"best_of", "min_tokens", "typical_p"}
+_ONE_IS_NOTHING: Final = {"best_of", "min_tokens", "typical_p", "tfs_z"}
 """Those of them that are sent as 1 by who does not want them; the others as zero, false or empty."""
 
 
@@ -409,7 +409,8 @@ def _biases(biases: Mapping[str, float]) -> dict[int, float]:
         # Python also reads underscores, signs and other scripts' digits as numbers.
         if not (token.isascii() and token.isdecimal()):
             raise InvalidParameterError(
-                f"logit_bias names {token!r}, which is no token id: give ids as numbers."
+                f"logit_bias names {token!r}, which is no token id: give ids as numbers.",
+                param="logit_bias",
             )
         ids[int(token[:12])] = -math.inf if bias <= _BANNED else bias
     return ids

@@ -58,6 +58,7 @@ class Cost:
     restored_tokens: int
     """Of those, the ones whose KV came from disk."""
     generated_tokens: int
+    reasoning_tokens: int = 0
     ttft_s: float
     time_saved_s: float | None
     reason: Reason
@@ -89,7 +90,10 @@ class Cost:
             "completion_tokens": self.generated_tokens,
             "total_tokens": self.prompt_tokens + self.generated_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "audio_tokens": 0},
-            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+            "completion_tokens_details": {
+                "reasoning_tokens": self.reasoning_tokens,
+                "audio_tokens": 0,
+            },
             "recollect": self.own(),
         }
 
@@ -99,7 +103,7 @@ class Cost:
             "input_tokens": self.prompt_tokens,
             "input_tokens_details": {"cached_tokens": self.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": self.generated_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
             "total_tokens": self.prompt_tokens + self.generated_tokens,
             "recollect": self.own(),
         }
@@ -174,6 +178,7 @@ def cost(
         reused_tokens=sum(usage.reused_tokens for usage in most),
         restored_tokens=sum(usage.restored_tokens for usage in most),
         generated_tokens=sum(usage.generated_tokens for usage in usages),
+        reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
         ttft_s=min(usage.ttft_s for usage in usages),
         time_saved_s=sum(seconds for seconds in saved if seconds is not None)
         if None not in saved
