@@ -51,7 +51,16 @@ class ConfigError(RecollectError):
 
 
 class InvalidParameterError(ConfigError, ValueError):
-    """A parameter is out of its range."""
+    """
+    A parameter is out of its range.
+
+    Attributes:
+        param: Which one, by its name in Python, such as `tools`; None: no single one, or it is said.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class MissingPackageError(ConfigError):

@@ -124,7 +124,8 @@ def no_progress(_what: str, _done: int, _total: int | None) -> None:
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
     if not holds:
-        raise InvalidParameterError(f"{name} is {value!r}; it must be {allowed}.")
+        told = f"{name} is {value!r}; it must be {allowed}."
+        raise InvalidParameterError(told, param=name.partition("[")[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ class Grammar:
             return cls("json_schema", json.dumps(schema, allow_nan=False))
         except (TypeError, ValueError, RecursionError) as cause:
             raise InvalidParameterError(
-                f"The JSON schema is no JSON value ({cause}): correct it."
+                f"The JSON schema is no JSON value ({cause}): correct it.", param="grammar"
             ) from cause
 
     @classmethod
@@ -272,7 +273,7 @@ class SamplingParams:
         _require_few_enough(self.stop)
         if not all(self.stop):
             raise InvalidParameterError(
-                "stop has an empty string: give strings of at least one character."
+                "stop has an empty string: give strings of at least one character.", param="stop"
             )
         told = self.logprobs
         _require(
@@ -283,7 +284,8 @@ class SamplingParams:
         )
         if self.grammar is not None and self.ignore_eos:
             raise InvalidParameterError(
-                "ignore_eos cannot go with a grammar, which says where the reply ends: leave one out."
+                "ignore_eos cannot go with a grammar, which says where the reply ends: leave one out.",
+                param="ignore_eos",
             )
 
     def with_recommended(self, makers: Mapping[str, float], named: Collection[str]) -> Self:
@@ -313,13 +315,14 @@ def _require_few_enough(stop: Sequence[str]) -> None:
     """Check the number and the length of stop strings, without quoting them in the error."""
     if len(stop) > MOST_STOP_STRINGS:
         raise InvalidParameterError(
-            f"stop has {len(stop):,} strings; give at most {MOST_STOP_STRINGS}."
+            f"stop has {len(stop):,} strings; give at most {MOST_STOP_STRINGS}.", param="stop"
         )
     characters = sum(map(len, stop))
     if characters > MOST_STOP_CHARACTERS:
         raise InvalidParameterError(
             f"The strings of stop have {characters:,} characters together; "
-            f"give at most {MOST_STOP_CHARACTERS:,}."
+            f"give at most {MOST_STOP_CHARACTERS:,}.",
+            param="stop",
         )
 
 

@@ -27,6 +27,7 @@ from recollect.cli.options import (
 )
 from recollect.errors import ConfigError, MissingPackageError, UnknownModelError
 from recollect.journal import requests
+from recollect.models import stores
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
 from recollect.models.listing import installed, size_bytes
 from recollect.models.prepare import known_context_length
@@ -428,6 +429,8 @@ def weight_bytes(reference: str, home: Path) -> int:
         return status.disk_bytes - status.source_bytes
     if path is not None:
         return size_bytes(path)
+    if (kept := stores.find(reference)) is not None:
+        return kept.size_bytes
     return 0 if status is None else status.download_bytes or 0
 
 

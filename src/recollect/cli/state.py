@@ -8,7 +8,7 @@ given, does not read input, and knows no commands.
 
 import itertools
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from recollect.cli.display import count, format_bytes, format_duration, printable, show_reply
+from recollect.cli.markdown import make_writer
 from recollect.conversation.model import Model
 from recollect.conversation.session import ReplyStream, Session
 from recollect.conversation.tree import Node
@@ -87,10 +88,16 @@ class Chat:
         session: Session,
         *,
         load_model: Callable[[str], Model] | None = None,
+        chosen: Collection[str] = (),
+        plain: bool = False,
     ) -> None:
         self.model = model
         self.load_model: Final = load_model
         """Loads a model by its name, for `/model`; None: this chat stays with its model."""
+        self.chosen = set(chosen)
+        """The sampling parameters that somebody asked for; the others are those of the model's makers."""
+        self.plain: Final = plain
+        """Whether replies are shown as the text that they are, and not as Markdown."""
         self.console: Final = console
         self.params = session.params
         self.current = session.name or FIRST_SESSION
@@ -156,7 +163,8 @@ class Chat:
             RecollectError: As `Session.stream` does.
         """
         session = self.session
-        reply = show_reply(self._starter(session, text, params), self.console)
+        writer = make_writer(self.console, plain=self.plain)
+        reply = show_reply(self._starter(session, text, params), self.console, writer)
         if reply is None:
             self.note("The reply was stopped before it began; the conversation is as it was.")
             return None

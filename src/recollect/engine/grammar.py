@@ -73,11 +73,13 @@ def check_schema(schema: Any, what: str) -> None:
             targets[value] = None
         if values > MOST_VALUES:
             raise InvalidParameterError(
-                f"{what} has more than {MOST_VALUES:,} names and values: make it smaller."
+                f"{what} has more than {MOST_VALUES:,} names and values: make it smaller.",
+                param="grammar",
             )
         if characters > MOST_CHARACTERS:
             raise InvalidParameterError(
-                f"{what} has more than {MOST_CHARACTERS:,} characters: make it smaller."
+                f"{what} has more than {MOST_CHARACTERS:,} characters: make it smaller.",
+                param="grammar",
             )
     steps = _depth(schema)
     for target in targets:
@@ -85,7 +87,8 @@ def check_schema(schema: Any, what: str) -> None:
         if steps > MOST_STEPS:
             raise InvalidParameterError(
                 f"{what} has more than {MOST_STEPS:,} levels, where what is referred to counts "
-                "with it: use fewer references."
+                "with it: use fewer references.",
+                param="grammar",
             )
 
 
@@ -286,7 +289,7 @@ class Grammars:
             source = f"{grammar.kind}:{grammar.source}".encode(errors="surrogatepass")
             name = blake2b(source, digest_size=16).digest()
             if (known := self.refused.get(name)) is not None:
-                raise InvalidParameterError(known)
+                raise InvalidParameterError(known, param="grammar")
             self.made += 1
             try:
                 matcher = self._compile(grammar)
@@ -459,7 +462,8 @@ class GrammarState:
 
     def _too_complex(self) -> InvalidParameterError:
         return InvalidParameterError(
-            f"The grammar cannot be followed here ({self._matcher.stop_reason()}): simplify it."
+            f"The grammar cannot be followed here ({self._matcher.stop_reason()}): simplify it.",
+            param="grammar",
         )
 
     def _follow(self, reply: list[int]) -> None:
@@ -486,7 +490,8 @@ def _unusable(grammar: Grammar, reason: str) -> InvalidParameterError:
         reason = "it has more parts than can be followed"
     # A reason may come over several lines, the last of which says what it is.
     why = " ".join(reason.split()).rstrip(".")
-    return InvalidParameterError(f"The {what} cannot be used as a grammar ({why}): correct it.")
+    told = f"The {what} cannot be used as a grammar ({why}): correct it."
+    return InvalidParameterError(told, param="grammar")
 
 
 class _Wrapped:

@@ -171,7 +171,8 @@ def _distinct(ids: TokenArray, vocab_size: int) -> TokenArray:
 def _nothing_to_choose(masked: Scores, allowed: Mask | None) -> RecollectError:
     if np.isfinite(masked[masked.argmax()]):
         what = "there is" if allowed is None else "the grammar allows"
-        return InvalidParameterError(f"logit_bias bans every token that {what}: lift a ban.")
+        told = f"logit_bias bans every token that {what}: lift a ban."
+        return InvalidParameterError(told, param="logit_bias")
     return RuntimeFailure("The model gave no finite logits: its weights or its KV are damaged.")
 
 
@@ -358,7 +359,8 @@ class Generator:
         for token in params.logit_bias:
             if not 0 <= token < self._engine.info.vocab_size:
                 raise InvalidParameterError(
-                    f"logit_bias names token {token}; ids go from 0 to {self._engine.info.vocab_size - 1}."
+                    f"logit_bias names token {token}; ids go from 0 to {self._engine.info.vocab_size - 1}.",
+                    param="logit_bias",
                 )
         self._grammar = self._state_of(params)
         self._params = params

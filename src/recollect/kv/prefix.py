@@ -158,8 +158,12 @@ class PrefixCache:
         while tokens + size <= len(token_ids):
             block = tuple(token_ids[tokens : tokens + size])
             node = None if node is None else node.children.get(block)
-            key = chained_key(key, block, self._chain_secret) if node is None else node.key
-            if node is None and key not in self._evicted:
+            if node is not None:
+                key = node.key
+            elif (
+                not self._evicted
+                or (key := chained_key(key, block, self._chain_secret)) not in self._evicted
+            ):
                 break
             tokens += size
         return tokens

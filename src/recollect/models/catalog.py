@@ -16,6 +16,8 @@ from typing import Any, Final, Literal
 
 from recollect.errors import ConfigError, UnknownModelError
 from recollect.files import combine
+from recollect.models import stores
+from recollect.models.stores import Stored
 from recollect.text.tokenizer import END_OF_TURN, SPECIAL_TOKENS, ByteTokenizer
 
 
@@ -240,14 +242,16 @@ class FolderSource:
     path: Path
 
 
-Source = ReferenceModel | CatalogEntry | GgufSource | FolderSource | HubFile
+Source = ReferenceModel | CatalogEntry | GgufSource | FolderSource | Stored | HubFile
 
 
 def resolve(reference: str, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> Source:
     """
-    Return what *reference* names: the reference model, an entry, a folder, a file, or a file on the hub.
+    Return what *reference* names: the reference model, an entry, a folder, a file, a model that another
+    program keeps, or a file on the hub.
 
-    A name of the catalog takes precedence over a file or folder of that name, which `./name` means.
+    A name of the catalog takes precedence over a file or folder of that name, which `./name` means; a file
+    of the hub that is in the Hugging Face cache over the one on the hub.
 
     Raises:
         UnknownModelError: It names nothing; the message suggests similar names.
@@ -261,10 +265,18 @@ def resolve(reference: str, *, catalog: Mapping[str, CatalogEntry] = CATALOG) ->
         return FolderSource(path.resolve())
     if path.is_file():
         return GgufSource(path.resolve())
-    hub = _HUB.fullmatch(reference)
-    if hub:
-        return HubFile(hub[1], hub[2])
+    hub, found = hub_file(reference), stores.find(reference)
+    if found is not None and (hub is None or found.fault is None):
+        return found
+    if hub is not None:
+        return hub
     raise UnknownModelError(_explain(reference, catalog))
+
+
+def hub_file(reference: str) -> HubFile | None:
+    """Return the file on the hub that a name is of; None: it is no such name."""
+    hub = _HUB.fullmatch(reference)
+    return HubFile(hub[1], hub[2]) if hub else None
 
 
 def _explain(reference: str, catalog: Mapping[str, CatalogEntry]) -> str:
@@ -273,7 +285,7 @@ def _explain(reference: str, catalog: Mapping[str, CatalogEntry]) -> str:
         return f"{start}: that file or folder does not exist; check the path."
     if _HUB_WITHOUT_FILE.fullmatch(reference):
         return f"{start}: name a file of the hub's repository as org/repo:file.gguf."
-    names = [*catalog, REFERENCE_NAME]
+    names = [*catalog, REFERENCE_NAME, *(one.name for one in stores.stored())]
     lowered = reference.lower()
     near = [name for name in names if lowered and (lowered in name or name in lowered)]
     near = near or difflib.get_close_matches(lowered, names, n=2, cutoff=0.5)

@@ -1,9 +1,9 @@
 """
 Which models are on this disk, and what came of comparing them with their files.
 
-`installed` lists what is here. What came of comparing a model with its file is noted in the home: one small
-JSON file for each model and profile. `prune` deletes GGUF files that a model was converted from. Fetches,
-converts and loads nothing.
+`installed` lists what is here, and `kept_elsewhere` what other programs keep, with what would run it. What
+came of comparing a model with its file is noted in the home: one small JSON file for each model and profile.
+`prune` deletes GGUF files that a model was converted from. Fetches, converts and loads nothing.
 """
 
 import json
@@ -11,15 +11,20 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Self
 
 from recollect import files
-from recollect.errors import ConfigError, UnknownModelError
+from recollect.errors import ConfigError, UnknownModelError, UnsupportedModelError
+from recollect.models import stores
 from recollect.models.catalog import CATALOG, REFERENCE_NAME, CatalogEntry, reference_model
 from recollect.models.fetch import as_name, source_path
-from recollect.models.openvino_folder import Manifest, find_inexact, model_files
+from recollect.models.gguf import glance
+from recollect.models.gguf_decoder import FAMILIES
+from recollect.models.openvino_folder import Manifest, find_inexact, model_files, read_json
 from recollect.models.prepare import kept_folder, models_folder
+from recollect.models.stores import Stored
 from recollect.types import Profile
 
 _COMPARED_FOLDER: Final = "compared"
@@ -138,9 +143,84 @@ def installed(home: Path, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> l
     return entries + [status for status in others if status is not None]
 
 
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """What would run a model."""
+
+    runtime: str | None
+    """None: nothing here."""
+    reason: str | None = None
+    """Why nothing would, or what it takes."""
+
+
+def what_runs(form: str, architecture: str | None) -> Runs:
+    """
+    Return what would run a model.
+
+    Args:
+        form: `gguf`, `openvino` or `onnx-genai`.
+        architecture: As the model names it; None: it is not known.
+    """
+    if form == "onnx-genai":
+        if find_spec("onnxruntime_genai") is None:
+            return Runs(None, "pip install 'recollect-llm[genai]' to run it")
+        return Runs("ONNX Runtime GenAI")
+    if form == "gguf" and architecture not in FAMILIES:
+        return Runs(None, f"recollect builds no {architecture} from GGUF")
+    return Runs("OpenVINO")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptElsewhere:
+    """A model that another program keeps, with what its first bytes or its settings say."""
+
+    stored: Stored
+    architecture: str | None
+    quantization: str | None
+    runs: Runs
+
+
+def kept_elsewhere() -> list[KeptElsewhere]:
+    """
+    Return the models that other programs keep on this machine, those that cannot be used with the reason.
+
+    At most `gguf.GLANCE_BYTES` are read of each.
+    """
+    return [_looked_into(one) for one in stores.stored()]
+
+
+def _looked_into(one: Stored) -> KeptElsewhere:
+    architecture, quantization, fault = None, one.quantization, one.fault
+    try:
+        if fault is None and one.format == "gguf":
+            seen = glance(one.path)
+            architecture, quantization = seen.architecture, quantization or seen.quantization
+        elif fault is None:
+            architecture = _architecture(one.path, one.format)
+    except UnsupportedModelError as error:
+        fault = str(error)
+    return KeptElsewhere(
+        stored=one,
+        architecture=architecture,
+        quantization=quantization,
+        runs=what_runs(one.format, architecture) if fault is None else Runs(None, fault),
+    )
+
+
+def _architecture(folder: Path, form: str) -> str | None:
+    """Return the architecture that a folder's settings name; None: they do not say."""
+    if form == "onnx-genai":
+        model = read_json(folder / "genai_config.json").get("model")
+        found = model.get("type") if isinstance(model, dict) else None
+    else:
+        found = read_json(folder / "config.json").get("model_type")
+    return found if isinstance(found, str) else None
+
+
 def is_here(reference: str, home: Path) -> bool:
     """Return whether a model can be loaded without fetching anything."""
     known = any(status.name == reference and status.is_installed for status in installed(home))
+    known = known or stores.find(reference) is not None
     return known or reference == REFERENCE_NAME or Path(reference).expanduser().exists()
 
 

@@ -8,7 +8,7 @@ converted. Does not load a model.
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from recollect.models.catalog import (
     LocalModel,
     ReferenceModel,
     Source,
+    hub_file,
     reference_model,
     resolve,
 )
@@ -37,7 +38,7 @@ from recollect.models.fetch import (
     source_path,
     sources_folder,
 )
-from recollect.models.gguf import read_header
+from recollect.models.gguf import glance
 from recollect.models.gguf_decoder import Conversion, convert, require_buildable
 from recollect.models.gguf_weights import part_names, parts_of
 from recollect.models.onnx_folder import is_onnx_folder, onnx_context_length, open_onnx_folder
@@ -50,6 +51,7 @@ from recollect.models.openvino_folder import (
     open_folder,
     openvino_context_length,
 )
+from recollect.models.stores import Stored
 from recollect.types import Progress, no_progress
 
 _log = logging.getLogger(__name__)
@@ -72,8 +74,8 @@ def prepare(
 
     Args:
         reference: A name of the catalog, the path of a .gguf file, of an OpenVINO or of an ONNX
-            GenAI folder, `org/repo:file.gguf` on the model hub, or "reference" for the model
-            without weights.
+            GenAI folder, a name of `stores`, `org/repo:file.gguf` on the model hub, or "reference"
+            for the model without weights.
         home: Where models are kept.
         allow_native_code: As `onnx_config.check` takes it.
         catalog: The models that go by a name.
@@ -90,19 +92,28 @@ def prepare(
     """
     offline = config.is_offline() if offline is None else offline
     try:
-        return _prepare(
-            resolve(reference, catalog=catalog),
+        model = _prepare(
+            _fetched_before(reference, home) or resolve(reference, catalog=catalog),
             home,
             allow_native_code,
             progress,
             offline=offline,
             with_source=with_source and not offline,
         )
+        return model if model.sampling else replace(model, sampling=_sampling_of_entry(model))
     except OSError as cause:
         raise ConfigError(
             f"{reference} could not be made ready ({cause.strerror or cause}): see that "
             f"{cause.filename or home} can be used and its disk has room, or set RECOLLECT_HOME."
         ) from cause
+
+
+def _fetched_before(reference: str, home: Path) -> HubFile | None:
+    """Return the file of the hub that was fetched and converted, also if it is in its cache since."""
+    file = hub_file(reference)
+    if file is None or find_inexact(_hub_folder(file, home), None) is None:
+        return None
+    return file
 
 
 def _prepare(
@@ -119,25 +130,48 @@ def _prepare(
             return reference_model()
         case CatalogEntry():
             return _prepare_entry(source, home, progress, offline=offline, with_source=with_source)
-        case GgufSource():
-            return _prepare_gguf(source, home, progress)
-        case FolderSource():
-            name = str(source.path)
-            if is_onnx_folder(source.path):
-                return open_onnx_folder(
-                    source.path,
-                    name=name,
-                    home=home,
-                    allow_native_code=allow_native_code,
-                    progress=progress,
-                )
-            return open_folder(source.path, name=name, home=home, progress=progress)
+        case GgufSource(path):
+            return _prepare_gguf(path, str(path), path.stem, home, progress)
+        case FolderSource(path):
+            return _prepare_folder(path, str(path), home, allow_native_code, progress)
+        case Stored():
+            return _prepare_stored(source, home, allow_native_code, progress)
         case HubFile():
             return _prepare_hub_file(
                 source, home, progress, offline=offline, with_source=with_source
             )
         case _:
             assert_never(source)
+
+
+def _prepare_stored(
+    source: Stored, home: Path, allow_native_code: str | None, progress: Progress
+) -> LocalModel:
+    if source.fault is not None:
+        raise UnsupportedModelError(
+            f"{source.name} cannot be used: {source.fault}; see to it with {source.program}, or name "
+            "another model that `recollect models` shows."
+        )
+    if source.format != "gguf":
+        return _prepare_folder(source.path, source.name, home, allow_native_code, progress)
+    model = _prepare_gguf(source.path, source.name, source.name, home, progress)
+    return replace(model, sampling=model.sampling or source.sampling)
+
+
+def _sampling_of_entry(model: LocalModel) -> Mapping[str, float]:
+    """Return what is recommended for the model of the catalog that has the same file; empty: none has."""
+    same = (one.sampling for one in CATALOG.values() if one.sha256 == model.source_sha256)
+    return next(same, {})
+
+
+def _prepare_folder(
+    path: Path, name: str, home: Path, allow_native_code: str | None, progress: Progress
+) -> LocalModel:
+    if not is_onnx_folder(path):
+        return open_folder(path, name=name, home=home, progress=progress)
+    return open_onnx_folder(
+        path, name=name, home=home, allow_native_code=allow_native_code, progress=progress
+    )
 
 
 @contextmanager
@@ -169,7 +203,7 @@ def original_of(
             require_online(str(file), offline=offline)
             yield _download(file, home, progress)[0]
             forget_downloads(file, home)
-        case GgufSource(path) | FolderSource(path):
+        case GgufSource(path) | FolderSource(path) | Stored(path=path):
             yield path
 
 
@@ -187,9 +221,9 @@ def known_context_length(reference: str, home: Path) -> int | None:
                 return reference_model().context_length
             case CatalogEntry():
                 return source.context_length
-            case GgufSource(path):
-                return read_header(path).context_length
-            case FolderSource(path):
+            case GgufSource(path) | Stored(path=path, format="gguf"):
+                return glance(path).context_length
+            case FolderSource(path) | Stored(path=path):
                 is_onnx = is_onnx_folder(path)
                 return onnx_context_length(path) if is_onnx else openvino_context_length(path)
             case HubFile():
@@ -222,15 +256,24 @@ def _prepare_entry(
             manifest = _install(entry, gguf, folder, home, progress)
     if with_source:
         fetch_entry(entry, home=home, progress=progress)
-    model = from_manifest(manifest, folder, entry.name)
-    model = replace(model, sampling=model.sampling or entry.sampling)
-    return _with_source(model, [source_path(entry, home)])
+    model = _opened(manifest, folder, entry.name, [source_path(entry, home)])
+    return replace(model, sampling=model.sampling or entry.sampling)
 
 
-def _with_source(model: LocalModel, parts: Iterable[Path]) -> LocalModel:
-    """Return the model with the file that it was made of, where all of it is still there."""
-    there = [part for part in parts if part.is_file()]
-    return replace(model, source=there[0]) if there and there == list(parts) else model
+def _opened(manifest: Manifest, folder: Path, name: str, parts: Sequence[Path]) -> LocalModel:
+    """
+    Return the model in a converted folder, with the file that it was made of where all of it is there.
+
+    What an earlier version did not note of the file is read from it again.
+    """
+    model = from_manifest(manifest, folder, name)
+    if not parts or not all(part.is_file() for part in parts):
+        return model
+    sampling = model.sampling
+    if manifest.sampling is None:
+        with contextlib.suppress(UnsupportedModelError):  # it is not the file that it was
+            sampling = glance(parts[0]).sampling
+    return replace(model, source=parts[0], sampling=sampling)
 
 
 def _install(
@@ -266,21 +309,21 @@ def _inexact(folder: Path, sha256: str | None, name: str, error: FetchError) -> 
     return manifest
 
 
-def _prepare_gguf(source: GgufSource, home: Path, progress: Progress) -> LocalModel:
-    parts = parts_of(source.path)
+def _prepare_gguf(path: Path, name: str, stem: str, home: Path, progress: Progress) -> LocalModel:
+    parts = parts_of(path)
     if any(files.remembered_sha256(part, home=home) is None for part in parts):
         # Before minutes of hashing, which are for nothing where the file is refused.
-        require_buildable(source.path)
+        require_buildable(path)
     digests = [files.cached_sha256(part, home=home, progress=progress) for part in parts]
     sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
     # Named by content: a file that was replaced under its old name is another model.
-    folder = models_folder(home) / f"{as_name(source.path.stem)}-{sha256[:_DIGEST_LENGTH]}"
+    folder = models_folder(home) / f"{as_name(stem)}-{sha256[:_DIGEST_LENGTH]}"
     manifest = find_converted(folder, sha256)
     if manifest is None:
-        job = Conversion(str(source.path), source.path, sha256)
+        job = Conversion(name, path, sha256)
         manifest = convert(job, folder, home=home, progress=progress)
         _keep(parts, folder, home)
-    return _with_source(from_manifest(manifest, folder, str(source.path)), parts)
+    return _opened(manifest, folder, name, parts)
 
 
 def _keep(
@@ -324,7 +367,7 @@ def _prepare_hub_file(
         _keep(_download(file, home, progress), folder, home, take=os.replace)
         forget_downloads(file, home)
     parts = _kept_parts(file, folder, home)
-    return _with_source(from_manifest(manifest, folder, str(file)), parts)
+    return _opened(manifest, folder, str(file), parts)
 
 
 def _hub_folder(file: HubFile, home: Path) -> Path:

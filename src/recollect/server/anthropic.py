@@ -41,6 +41,7 @@ from recollect.server.parts import (
     MessagesTool,
     Offer,
     Thinking,
+    calls_tools,
     kind_among,
     offer,
     others_among,
@@ -451,7 +452,7 @@ def _thinking(text: str, signature: str) -> dict[str, Any]:
 
 
 def _stop_reason(reply: GeneratedReply) -> str:
-    if reply.tool_calls and reply.finish_reason == "stop":
+    if calls_tools(reply):
         return "tool_use"
     if reply.stop_string is not None:
         return "stop_sequence"

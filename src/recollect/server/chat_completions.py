@@ -52,6 +52,7 @@ from recollect.server.parts import (
     NamedTool,
     Offer,
     Thinking,
+    calls_tools,
     grammar_of,
     logprob_entry,
     others_among,
@@ -371,7 +372,7 @@ def _message(reply: GeneratedReply) -> dict[str, Any]:
 
 
 def _finish_reason(reply: GeneratedReply) -> str:
-    if reply.tool_calls and reply.finish_reason == "stop":
+    if calls_tools(reply):
         return "tool_calls"
     return reply.finish_reason
 

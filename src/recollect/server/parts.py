@@ -18,8 +18,10 @@ from pydantic import (
     TypeAdapter,
     model_validator,
 )
+from pydantic_core import from_json
 
 from recollect.conversation.tools import Chosen
+from recollect.engine.reply import GeneratedReply
 from recollect.server.fields import MOST_TOOLS, Body, Echoed, Ignored, Instructing, Items, Text
 from recollect.server.refusals import quoted
 from recollect.types import Grammar, Message, MessageToolCall, Role, TokenLogprob, ToolCall
@@ -96,11 +98,6 @@ Metadata = Annotated[dict[str, Any], AfterValidator(_small)]
 """What a client notes about something, and gets back as it is."""
 
 
-OnlyOff = Annotated[
-    Literal[False] | None, Field(description="Not supported: may be left out or false.")
-]
-
-
 class Thinking(Body):
     """Whether the model thinks before it answers, and how much; for templates that can be told."""
 
@@ -124,6 +121,20 @@ class Thinking(Body):
 
 _EFFORTS: Final = {"minimal": "low", "xhigh": "high", "max": "high"}
 """What APIs have beside the three efforts that models were trained with. Source: gpt-oss's template."""
+
+
+def calls_tools(reply: GeneratedReply) -> bool:
+    """Return whether a reply ended with a call that is whole: by a stop string it may end inside one."""
+    calls = reply.tool_calls
+    return bool(calls) and reply.finish_reason == "stop" and is_whole(calls[-1].arguments)
+
+
+def is_whole(arguments: str) -> bool:
+    """Return whether the arguments of a call are all there; none at all are, too."""
+    try:
+        return not arguments.strip() or isinstance(from_json(arguments), dict)
+    except ValueError:
+        return False
 
 
 class Offer(TypedDict):

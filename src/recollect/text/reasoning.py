@@ -288,10 +288,11 @@ class ReplyReader:
         if counter is None or counter.state == "said":
             return
         was = counter.state
-        for _ in counter.push(piece):
-            pass  # only where it stands counts
+        has_said = any(isinstance(part, str) for part in counter.push(piece))
+        if has_said and was != "inside":
+            return
         self._undecided += 1
-        if counter.state in ("inside", "after") or was == "inside":
+        if {was, counter.state} & {"inside", "after"}:
             self.reasoning_tokens += self._undecided
             self._undecided = 0
 
