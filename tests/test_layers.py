@@ -58,25 +58,15 @@ SINCE = (
     "what is told of replies",
     "which blocks Markdown has",
     "what Markdown looks like",
+    "rows of Markdown that are drawn again",
+    "the library of llama.cpp",
+    "the arrangement of its states",
+    "a model of llama.cpp",
+    "the runtime of llama.cpp",
+    "Ollama's API",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)
-MOST_MODULES = 115
-"""
-105, and one each for what came since: reading GGUF for the proof, `explain`, the parts of requests,
-what is said without a terminal, what `/set` changes, the clipboard, `doctor`, downloads, the list
-of models, what other programs keep.
-MOST_MODULES = 116
-"""
-105, and one each for what came since: reading GGUF for the proof, `explain`, the parts of requests,
-what is said without a terminal, what `/set` changes, the clipboard, `doctor`;
-four for llama.cpp: its library, the arrangement of its states, a model of it, and the runtime.
-MOST_MODULES = 115
-"""
-105, and one each for what came since: reading GGUF for the proof, `explain`, the parts of requests,
-what is said without a terminal, what `/set` changes, the clipboard, `doctor`; three for replies as
-Markdown: which blocks there are, what they look like, and rows that are drawn again.
-"""
 MOST_LINES = 400
 FEW_LINES = 60
 SHARED_FILE_NAMES = {"__init__.py", "base.py"}

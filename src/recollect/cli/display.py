@@ -42,6 +42,8 @@ from recollect.conversation.session import ReplyStream
 from recollect.conversation.tree import Node, Tree
 from recollect.conversation.turn import Reply
 from recollect.errors import ConfigError
+from recollect.text.reasoning import ReasoningDelta
+from recollect.text.tool_calls import TextDelta
 from recollect.types import Progress
 
 
@@ -308,14 +310,51 @@ class PlainWriter:
         self._out.flush()
 
 
-def show_reply(start: Callable[[], ReplyStream], console: Console, writer: Writer) -> Reply | None:
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+class _Thoughts:
+    """Shows what a model thinks before it says something, dim; or only that it does."""
+
+    def __init__(self, console: Console, *, are_shown: bool) -> None:
+        self._out = console.file
+        self._writer = PlainWriter(console.file, console.width)
+        self._are_shown = are_shown
+        has_styles = console.color_system is not None and not console.legacy_windows
+        self._dim, self._plain = (_DIM, _PLAIN) if has_styles else ("", "")
+        self._is_thinking = False
+
+    def push(self, text: str) -> None:
+        """Show more of a thought."""
+        if not self._is_thinking:
+            self._is_thinking = True
+            self._out.write(self._dim)
+            self._writer.push("" if self._are_shown else "thinking …")
+        self._writer.push(text if self._are_shown else "")
+
+    def end(self, gap: str = "") -> None:
+        """Show what was held back of a thought, and a gap after it; the cursor is at the start of a line."""
+        if self._is_thinking:
+            self._is_thinking = False
+            self._writer.finish()
+            self._out.write(self._plain + gap)
+
+
+def show_reply(
+    start: Callable[[], ReplyStream],
+    console: Console,
+    writer: Writer,
+    *,
+    shows_reasoning: bool = True,
+) -> Reply | None:
     """
     Show a reply as it is generated. Ctrl-C ends it, and what was said until then is kept.
 
     Args:
         start: Starts it.
         console: Where the bar is drawn while its prompt is read.
-        writer: Shows it.
+        writer: Shows what it says.
+        shows_reasoning: Whether what the model thinks before it is shown, too.
 
     Returns:
         The reply; None where it was stopped before anything was said.
@@ -323,15 +362,21 @@ def show_reply(start: Callable[[], ReplyStream], console: Console, writer: Write
     Raises:
         RecollectError: As *start* and the stream do; the cursor is at the start of a line.
     """
+    thoughts = _Thoughts(console, are_shown=shows_reasoning)
     with no_echo(), interrupt_handler() as interrupt, start() as stream:
         interrupt.stops(stream.stop)
         meter = PrefillMeter(stream, console)
         try:
-            for piece in stream:
+            for event in stream.events():
                 meter.close()
-                writer.push(piece)
+                if isinstance(event, ReasoningDelta):
+                    thoughts.push(event.text)
+                elif isinstance(event, TextDelta):
+                    thoughts.end(gap="\n")
+                    writer.push(event.text)
         finally:
             meter.close()
+            thoughts.end()
             writer.finish()
     return stream.reply
 

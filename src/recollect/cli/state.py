@@ -110,6 +110,8 @@ class Chat:
         self.draft = ""
         """What the next prompt begins with, for the user to go on from."""
         self.leaving = False
+        self.shows_reasoning = True
+        """Whether what the model thinks is shown, and not only that it does."""
 
     @property
     def session(self) -> Session:
@@ -164,7 +166,12 @@ class Chat:
         """
         session = self.session
         writer = make_writer(self.console, plain=self.plain)
-        reply = show_reply(self._starter(session, text, params), self.console, writer)
+        reply = show_reply(
+            self._starter(session, text, params),
+            self.console,
+            writer,
+            shows_reasoning=self.shows_reasoning,
+        )
         if reply is None:
             self.note("The reply was stopped before it began; the conversation is as it was.")
             return None
@@ -332,6 +339,8 @@ def usage_line(reply: Reply) -> str:
     if usage.reused_tokens:
         parts.append(f"{usage.reused_tokens:,} reused ({_whence(usage)})")
     parts.append(f"first token {format_duration(usage.ttft_s)}")
+    if usage.reasoning_tokens:
+        parts.append(f"{usage.reasoning_tokens:,} thought")
     if usage.decode_tps is not None:
         parts.append(f"{usage.decode_tps:,.0f} tok/s")
     if usage.difference is not None:

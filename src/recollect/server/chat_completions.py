@@ -25,7 +25,7 @@ from recollect.engine.pinning import compute_watched
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ContextFullError
 from recollect.kv.blocks import PUBLIC
-from recollect.server.events import Call, CallEvent, Ended, Piece, Thought, Told, sse
+from recollect.server.events import Call, CallEvent, Ended, EventWriter, Piece, Thought, Told, sse
 from recollect.server.fields import (
     MOST_CALLS,
     MOST_TOOLS,
@@ -269,7 +269,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     return await job.answer(request, _Completion(job, body), stream=bool(body.stream))
 
 
-class _Completion:
+class _Completion(EventWriter):
     """The replies to one request, in OpenAI's words; a `Writer`."""
 
     def __init__(self, job: Job, body: ChatRequest) -> None:

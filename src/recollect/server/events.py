@@ -7,7 +7,7 @@ Values and a contract: generates nothing, and sends nothing.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from recollect.engine.reply import GeneratedReply
 from recollect.server.refusals import ApiError
@@ -75,11 +75,18 @@ Event = Told | Failed | Progress
 class Writer(Protocol):
     """Puts the replies to one request into the words of an API. A text may be empty."""
 
+    @property
+    def media_type(self) -> str:
+        """Return what a stream is."""
+
     def whole(self, replies: Sequence[GeneratedReply]) -> dict[str, Any]:
         """Return them all at once."""
 
     def begin(self) -> str:
         """Return what a stream begins with."""
+
+    def waiting(self, progress: Progress) -> str:
+        """Return what is sent where nothing is new."""
 
     def write(self, event: Told) -> str:
         """Return what is sent of an event."""
@@ -96,3 +103,13 @@ def sse(data: Mapping[str, Any] | str, event: str | None = None) -> str:
     text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
     name = "" if event is None else f"event: {event}\n"
     return f"{name}data: {text}\n\n"
+
+
+class EventWriter:
+    """A writer's part of server-sent events."""
+
+    media_type: ClassVar = "text/event-stream"
+
+    def waiting(self, progress: Progress) -> str:
+        """Return a comment, which clients skip: it tells a proxy, and whoever looks, that work goes on."""
+        return f": prefill {progress.done}/{progress.total}\n\n"

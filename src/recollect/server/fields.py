@@ -279,7 +279,7 @@ NOT_SUPPORTED: Final = {
     **dict.fromkeys(("grammar", "json_schema", "mirostat", "lora"), _OTHER_ENGINE),
 }
 """Fields of other servers that would change the reply, and what to do instead."""
-_ONE_IS_NOTHING: Final = {"best_of", "min_tokens", "typical_p"}
+_ONE_IS_NOTHING: Final = {"best_of", "min_tokens", "typical_p", "tfs_z"}
 """Those of them that are sent as 1 by who does not want them; the others as zero, false or empty."""
 
 

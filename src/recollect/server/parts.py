@@ -83,6 +83,14 @@ def logprob_entry(token: TokenLogprob, *, with_top: bool = True) -> dict[str, An
     return entry
 
 
+def call_input(call: ToolCall) -> Any:
+    """Return the arguments of a call as a value; where the reply was cut, those that there are."""
+    try:
+        return from_json(call.arguments, allow_partial=True)  # as clients read a stream's pieces
+    except ValueError:
+        return {}  # a bare model's: what cannot be read cannot be passed on as an object
+
+
 _METADATA_BYTES: Final = 64 * 2**10
 """Of metadata as JSON, which is kept and shown in lists. What OpenAI allows is a tenth of that."""
 

@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 INVALID: Final = "invalid_request_error"
 _MESSAGES_PATH: Final = "/v1/messages"
+_OLLAMA_PATH: Final = "/api/"
 
 
 _MOST_TOLD: Final = 1000
@@ -248,6 +249,8 @@ def error_response(path: str, error: ApiError) -> JSONResponse:
     """Return the response to a request that is refused, in the shape of the API it was made to."""
     is_anthropics = path.startswith(_MESSAGES_PATH)
     body = anthropic_body(error) if is_anthropics else openai_body(error, path)
+    if path.startswith(_OLLAMA_PATH):
+        body = {"error": error.message}
     return JSONResponse(body, error.status, error.sent_headers)
 
 

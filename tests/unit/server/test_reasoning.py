@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Final
 
@@ -38,10 +38,12 @@ def thinking(
     """Return a client of a server whose model thinks before it says something, always the same."""
     monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
 
-    def choose(_: object, __: object, *, history: Any, reply_start: int, **___: Any) -> int:
-        place: int = len(history) - reply_start
-        ids: list[int] = [*TEXT.encode(), 257]
-        return ids[place]
+    ids: list[int] = [*TEXT.encode(), 257]
+
+    def choose(
+        _: object, __: object, *, history: Sequence[int], reply_start: int, **___: Any
+    ) -> int:
+        return ids[len(history) - reply_start]
 
     monkeypatch.setattr("recollect.engine.sampling.choose_token", choose)
     return start(load=lambda _: make_model(template=TEMPLATE))
@@ -72,7 +74,8 @@ def read_again(usage: Json, before: Json) -> int:
     had = (
         before["prompt_tokens"] + before["completion_tokens"]
     )  # the pass that ended it fed the last
-    return int(had - usage["prompt_tokens_details"]["cached_tokens"])
+    cached: int = usage["prompt_tokens_details"]["cached_tokens"]
+    return int(had) - cached
 
 
 @pytest.mark.parametrize("sends_back", [True, False])
