@@ -21,9 +21,10 @@ from typer.core import TyperGroup
 
 import recollect
 from recollect.cli.commands import ALIASES, COMMANDS
+from recollect.cli.display import format_bytes
 from recollect.cli.main import COMMANDS as SUBCOMMANDS
 from recollect.cli.main import app
-from recollect.models.catalog import CATALOG
+from recollect.models.catalog import CATALOG, DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -248,6 +249,18 @@ def test_variables_of_the_environment_exist(name: str) -> None:
 def test_every_model_of_the_catalog_has_its_row() -> None:
     for name in CATALOG:
         assert f"| `{name}`" in text_of("docs/models.md")
+
+
+def test_what_the_readme_says_of_models_is_in_the_catalog() -> None:
+    page = text_of("README.md")
+    default, better = CATALOG[DEFAULT_MODEL], CATALOG["qwen2.5-coder-1.5b"]
+    name = default.parts[0].member.rpartition("/")[2].rpartition(".Q")[0]
+    assert f"the default model ({name}, {format_bytes(default.bytes)})" in page
+    assert f"`recollect chat --model {better.name}` fetches {format_bytes(better.bytes)}" in page
+
+
+def test_the_readme_is_read_in_a_minute_or_two() -> None:
+    assert len(text_of("README.md").splitlines()) <= 130
 
 
 # Code
