@@ -29,7 +29,7 @@ from recollect import config
 
 HERE: Final = Path(__file__).parent
 README: Final = HERE.parent / "README.md"
-MODEL: Final = "qwen2.5-coder-1.5b"
+MODEL: Final = "qwen2.5-coder-0.5b"
 COLUMNS: Final = 96
 ROWS: Final = 200
 """More than is ever written, so that nothing scrolls away."""

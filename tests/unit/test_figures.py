@@ -244,8 +244,8 @@ def test_the_numbers_of_the_readme_are_those_of_the_file() -> None:
         (line,) = [line for line in README.splitlines() if line.startswith(f"| {row}")]
         assert line.endswith(f"| {cells}")
     for trace in ("long chat", "regenerate and edit"):
-        ours, theirs = (tokens(measured(trace, name)[0]) for name in NAMES)
-        assert f"({ours} and {theirs})" in README
+        both = [tokens(measured(trace, name)[0]) for name in NAMES]
+        assert f"({' and '.join(both)})" in README
 
 
 def test_the_machine_of_the_readme_is_that_of_the_file() -> None:
