@@ -64,6 +64,7 @@ SINCE = (
     "a model of llama.cpp",
     "the runtime of llama.cpp",
     "Ollama's API",
+    "the audit of the heart",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

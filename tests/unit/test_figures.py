@@ -239,13 +239,13 @@ def test_what_else_is_said_of_the_two_servers_is_in_the_file() -> None:
 def test_the_numbers_of_the_readme_are_those_of_the_file() -> None:
     """Its three rows, and the two cases in which both cost the same."""
     for row, trace in list(TRACES.items())[:3]:
-        (ours, ours_s), (theirs, theirs_s) = (measured(trace, name) for name in NAMES)
+        (ours, ours_s), (theirs, theirs_s) = [measured(trace, name) for name in NAMES]
         cells = f"{tokens(ours)}, {seconds(ours_s)} | {tokens(theirs)}, {seconds(theirs_s)} |"
         (line,) = [line for line in README.splitlines() if line.startswith(f"| {row}")]
         assert line.endswith(f"| {cells}")
     for trace in ("long chat", "regenerate and edit"):
-        both = [tokens(measured(trace, name)[0]) for name in NAMES]
-        assert f"({' and '.join(both)})" in README
+        counts = [tokens(measured(trace, name)[0]) for name in NAMES]
+        assert f"({counts[0]} and {counts[1]})" in README
 
 
 def test_the_machine_of_the_readme_is_that_of_the_file() -> None:

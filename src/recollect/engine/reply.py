@@ -24,6 +24,7 @@ from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan, warm_tokens
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, RuntimeFailure
+from recollect.runtime.sequences import common_length
 from recollect.text.reasoning import NO_REASONING, Begun, Event, ReplyReader, ShowingTokenizer
 from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer
 from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
@@ -569,7 +570,10 @@ class ReplyGeneration:
     def _restored_tokens(self) -> int:
         """Return how many tokens of the prompt came from disk, for this turn or ahead of it."""
         return self._task.restored_tokens + sum(
-            min(one.task.restored_tokens, one.sequence.common_length(self._sequence))
+            min(
+                one.task.restored_tokens,
+                common_length(one.sequence.history, self._sequence.history),
+            )
             for one in self._ahead
             if one.task is not None and one.task.restored_tokens
         )
@@ -579,7 +583,9 @@ class ReplyGeneration:
         positions = set[int]()
         for ahead in self._ahead:
             if ahead.fed:
-                same = min(self._start, ahead.sequence.common_length(self._sequence))
+                same = min(
+                    self._start, common_length(ahead.sequence.history, self._sequence.history)
+                )
                 for plan in ahead.fed:
                     positions.update(range(plan.start, min(plan.end, same)))
         return positions

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import ContextFullError, MisuseError, RewindError, TokenIdError
+from recollect.errors import MisuseError, RewindError
 from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
 from recollect.kv.prefix import Match, PrefixCache
-from recollect.runtime.base import Logits, Reuse, Row, RuntimeInfo, SequenceId
+from recollect.runtime.base import Logits, Reuse, Row, RuntimeInfo, SequenceId, check_append
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,24 +97,6 @@ class Memory:
         """Return what the cache has of a text from its first token on. Counts as a use of it."""
         with self.lock:
             return self.cache.match(self.cache.root(namespace), token_ids)
-
-    def check(self, leased: Tokens[int]) -> None:
-        """
-        Verify the invariants, between two forward passes.
-
-        Args:
-            leased: Blocks that something besides tables and cache has a reference to.
-
-        Raises:
-            AssertionError: One does not hold.
-        """
-        with self.lock:
-            alive = [sequence for sequence in self.sequences if not sequence.closed]
-            tables = [sequence.blocks for sequence in alive]
-            self.pool.check([*tables, self.cache.held_blocks(), leased])
-            self.cache.check()
-            for sequence in alive:
-                sequence.check()
 
 
 class Sequence:
@@ -198,12 +180,6 @@ class Sequence:
             return False
         return self._token_ids[:length] == other._token_ids[:length]
 
-    def common_length(self, other: "Sequence") -> int:
-        """Return how many leading tokens the two histories have in common; also of released ones."""
-        length = min(len(self), len(other))
-        differs = self.history[:length] != other.history[:length]
-        return int(differs.argmax()) if differs.any() else length
-
     def append(self, token_ids: Tokens[int]) -> None:
         """
         Add tokens to the history; nothing is computed yet.
@@ -213,7 +189,7 @@ class Sequence:
             ContextFullError: They do not fit the context. Nothing was changed.
         """
         self._require_open()
-        self._check_append(token_ids)
+        check_append(token_ids, len(self), self.memory.info)
         self._token_ids += array("q", token_ids)  # made first: all of them or none
         self.logits = None
 
@@ -422,42 +398,10 @@ class Sequence:
         del self.chain[length // size :]
         self.computed = length
 
-    def check(self) -> None:
-        """
-        Verify the invariants.
-
-        Raises:
-            AssertionError: One does not hold.
-        """
-        assert 0 <= self.computed <= len(self), "more tokens have KV than there are"
-        size = self.memory.info.block_size
-        covered = blocks_for(self.computed, size)
-        assert len(self.blocks) == covered, "the table does not cover what has KV"
-        ours = self.blocks[: len(self.chain)]
-        assert [cached.block for cached in self.chain] == ours, "the chain is of other blocks"
-        cached = [token for block in self.chain for token in block.token_ids]
-        assert cached == self.tokens(0, len(cached)), "KV of another history"
-        full = self.computed // size
-        assert self._root is None or len(self.chain) == full, "a full block is not in the cache"
-
     def _hold(self, blocks: Tokens[int]) -> None:
         """Add blocks after the last, shared with whoever holds them."""
         self.memory.pool.retain(blocks)
         self.blocks += blocks
-
-    def _check_append(self, token_ids: Tokens[int]) -> None:
-        info = self.memory.info
-        if len(token_ids) == 0:
-            raise TokenIdError("There are no tokens to append: give at least one.")
-        for token in (min(token_ids), max(token_ids)):
-            if not 0 <= token < info.vocab_size:
-                raise TokenIdError(
-                    f"Token id {token} is outside the vocabulary: "
-                    f"ids go from 0 to {info.vocab_size - 1}."
-                )
-        needed = len(self) + len(token_ids)
-        if needed > info.context_length:
-            raise ContextFullError(needed=needed, limit=info.context_length)
 
     def _require_open(self) -> None:
         if self.closed:

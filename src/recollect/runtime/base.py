@@ -21,7 +21,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import MisuseError, RuntimeFailure
+from recollect.errors import (
+    ConfigError,
+    ContextFullError,
+    MisuseError,
+    RuntimeFailure,
+    TokenIdError,
+)
 
 Logits = npt.NDArray[np.float32]
 _Memory = TypeVar("_Memory")
@@ -255,6 +261,42 @@ def allocated(memory: _Memory | None) -> _Memory:
             "the runtime has no KV memory: allocate() comes first, and nothing after close()"
         )
     return memory
+
+
+def allocate(runtime: PagedRuntime, num_blocks: int) -> None:
+    """
+    Have a runtime make room for that many blocks.
+
+    Raises:
+        ConfigError: The system does not give as much memory.
+        RuntimeFailure: Nor does the device.
+    """
+    try:
+        runtime.allocate(num_blocks)
+    except MemoryError as cause:
+        raise ConfigError(
+            f"There is no memory for {num_blocks:,} blocks of KV: give KV less, or end other programs."
+        ) from cause
+
+
+def check_append(token_ids: Sequence[int], length: int, info: RuntimeInfo) -> None:
+    """
+    Refuse tokens that cannot go on a history of *length* tokens.
+
+    Raises:
+        TokenIdError: There are none, or one is outside the vocabulary.
+        ContextFullError: They do not fit the context.
+    """
+    if len(token_ids) == 0:
+        raise TokenIdError("There are no tokens to append: give at least one.")
+    for token in (min(token_ids), max(token_ids)):
+        if not 0 <= token < info.vocab_size:
+            raise TokenIdError(
+                f"Token id {token} is outside the vocabulary: ids go from 0 to {info.vocab_size - 1}."
+            )
+    needed = length + len(token_ids)
+    if needed > info.context_length:
+        raise ContextFullError(needed=needed, limit=info.context_length)
 
 
 def check_rows(rows: Sequence[Row], info: RuntimeInfo, num_blocks: int) -> None:
