@@ -3,8 +3,8 @@ Record the chat that the README shows: a real run on a pseudo-terminal, as text 
 
     python docs/record_chat.py [--model NAME] [--characters N] [--into FOLDER]
 
-Types the lines of `WALK` into `recollect chat`, in a data folder of its own to which the models of the
-user's are linked, and waits for each reply. Writes `chat.txt` (everything that was on the screen) and
+Types the lines of `WALK` into `recollect chat`, and waits for each reply. The data folder is a new one, with
+links to the models in the user's. Writes `chat.txt` (everything that was on the screen) and
 `chat.svg` (the first chat) into the folder, and without `--into` puts the second chat into the README.
 The replies have to be right: what `RIGHT` says of each has to be in it, unless the model has no weights.
 """
