@@ -223,6 +223,13 @@ def test_options_that_are_named_alone_exist(name: str) -> None:
         assert mention in known, mention
 
 
+def test_the_options_of_every_command_that_loads_a_model_are_listed() -> None:
+    takers = [options(find([name])[0]) for name in ("chat", "serve", "warm", "verify", "bench")]
+    shared = {name for name in set.intersection(*takers) if name.startswith("--")}
+    table = text_of("docs/chat.md").partition("## Options of every command")[2]
+    assert set(re.findall(r"^\| `(--[a-z-]+)", table, re.MULTILINE)) == shared - {"--help"}
+
+
 def test_options_of_benchmarks_exist() -> None:
     for mention in re.findall(
         r"`python (benchmarks/\w+\.py)([^`]*)`", text_of("benchmarks/README.md")
