@@ -46,6 +46,7 @@ from recollect.errors import (
 from recollect.journal.home import Checkpoint
 from recollect.journal.records import require_name
 from recollect.kv.blocks import CachedBlock
+from recollect.text.reasoning import Begun
 from recollect.types import Message, SamplingParams, Usage
 
 
@@ -494,12 +495,15 @@ class Session(Cursor):
         asked = self._prompting.asking(at, text, self._begun, tools, self.overflow)
         bare_names = tools.bare_names(params.grammar) if tools.schemas else None
         sequence = self._prompting.sequence(asked.prompt.token_ids)
-        generator = generator_of(engine, sequence, params, tools, self._model.grammars)
+        model = self._model
+        begun = asked.reasoning(model.template.reasoning)
+        reasoning = model.tokenizer, begun
+        generator = generator_of(engine, sequence, params, tools, model.grammars, reasoning)
         change = self._change if at is self._tip else None
         tools_change = self.conversation.tools_change(asked.at, tools)
         expected = Expectation(asked.prompt, engine.info.reuse.unit, change, tools_change)
         turn = Turn(asked, text, before, tools, expected)
-        stream = ReplyStream(self, turn, generator, bare_names)
+        stream = ReplyStream(self, turn, generator, bare_names, begun)
         stream.start()
         return stream
 
@@ -571,6 +575,7 @@ class ReplyStream(ReplyGeneration):
         turn: Turn,
         generator: Generator,
         bare_names: tuple[str, ...] | None,
+        begun: Begun,
     ) -> None:
         model = session._model
         super().__init__(
@@ -579,7 +584,7 @@ class ReplyStream(ReplyGeneration):
             model.tokenizer,
             ahead=session._idle.ahead,
             bare_names=bare_names,
-            begun=turn.asked.reasoning(model.template.reasoning),
+            begun=begun,
         )
         self._session = session
         self._turn = turn
