@@ -42,9 +42,7 @@ def plan_feed(length: int, computed: int, reuse: Reuse) -> FeedPlan:
         computed: Leading tokens that have KV, <= length.
         reuse: Where the runtime can cut a history.
     """
-    start = computed
-    if computed == length:
-        start = reuse.longest_cut(length - 1)
+    start = computed if computed < length else reuse.longest_cut(length - 1)
     return FeedPlan(start, length)
 
 
