@@ -265,7 +265,8 @@ class Prompting:
             return len(encode(messages).token_ids)
 
         path = at.path()
-        shown = self._window.fitting(path, self._engine.info.context_length, measure, overflow)
+        limit, has_more = self._engine.info.context_length, said is not None
+        shown = self._window.fitting(path, limit, measure, overflow, has_more=has_more)
         return Asking(at, encode(shown), len(turn_starts(path)) - len(turn_starts(shown)))
 
     def _going_on(self, begun: Node, tools: Tools) -> Asking:
