@@ -272,6 +272,7 @@ class MessagesRequest(CountRequest):
         }
         return SamplingParams(
             max_tokens=self.max_tokens,
+            reasoning_budget=None if self.thinking is None else self.thinking.budget,
             grammar=self.grammar,
             stop=tuple(text for text in self.stop_sequences or () if text),
             **{name: value for name, value in given.items() if value is not None},

@@ -111,6 +111,13 @@ class Thinking(Body):
     type: str | None = None
     enabled: bool | None = None
     effort: str | None = None
+    budget_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+
+    @property
+    def budget(self) -> int | None:
+        """Return how many tokens it may take; None: as many as the model wants."""
+        return self.max_tokens if self.budget_tokens is None else self.budget_tokens
 
     def options(self) -> dict[str, Any]:
         """Return it as options of chat templates, by the names that these use."""

@@ -200,6 +200,7 @@ class ResponseRequest(SamplingFields):
             settings,
             max_tokens=self.max_output_tokens or settings.max_tokens,
             grammar=self.grammar,
+            reasoning_budget=None if self.reasoning is None else self.reasoning.budget,
             logprobs=(self.top_logprobs or 0) if wants_logprobs else None,
         )
 
