@@ -103,6 +103,10 @@ def make_table(*headings: str, right: Collection[str] = (), whole: Collection[st
     return table
 
 
+_NAME_WIDTH: Final = 16
+"""Fewest columns of a name, so that lists below each other are in line."""
+
+
 def definitions(
     rows: Iterable[Sequence[str]], *, styles: Sequence[str] = ("bold", ""), indent: int = 2
 ) -> Padding:
@@ -116,7 +120,8 @@ def definitions(
     """
     grid = Table.grid(padding=(0, 2, 0, 0))
     for number, style in enumerate(styles):
-        grid.add_column(style=style, no_wrap=number < len(styles) - 1)
+        least = None if number else _NAME_WIDTH
+        grid.add_column(style=style, no_wrap=number < len(styles) - 1, min_width=least)
     for row in rows:
         grid.add_row(*map(Text, row))
     return Padding(grid, (0, 0, 0, indent), expand=False)

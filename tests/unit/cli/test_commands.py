@@ -506,7 +506,7 @@ def test_stats_count_what_the_engine_counts(chat: Chat, screen: StringIO) -> Non
     reused = sum(node.usage["reused_tokens"] for node in chat.session.path() if node.usage)
     assert reused > 0
     assert f"computed          {chat.model.engine.computed_tokens:,} tokens" in screen.getvalue()
-    assert f"reused          {reused:,} tokens in 2 replies" in screen.getvalue()
+    assert f"reused            {reused:,} tokens in 2 replies" in screen.getvalue()
 
 
 def test_what_was_saved_is_only_said_once_a_long_prompt_was_timed(
