@@ -12,6 +12,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+_DRAWN = (1 << 24) + 43
+"""A prime, so that no two rows of a matrix are the same."""
+
 
 @dataclass(kw_only=True)
 class Shape:
@@ -32,6 +35,8 @@ class Shape:
     """Norms of queries and keys, as in Qwen 3 and Gemma 3."""
     norms_on_both_sides: bool = False
     """Norms after attention and feed-forward part too, as in Gemma 3."""
+    biases: bool = False
+    """Of queries, keys and values, as in Qwen 2."""
     experts: int = 0
     """Experts in each layer, of which two compute a token; 0: there is one feed-forward part."""
     fields: dict[str, int | float] = field(default_factory=dict)
@@ -93,10 +98,12 @@ def _data(
     name: str, size: tuple[int, ...], kind: gguf.GGMLQuantizationType, random: np.random.Generator
 ) -> np.ndarray:
     if len(size) == 1:
-        return random.uniform(0.5, 1.5, size).astype(np.float32)
+        low, high = (-0.5, 0.5) if name.endswith("bias") else (0.5, 1.5)
+        return random.uniform(low, high, size).astype(np.float32)
     deviation = 0.5 if name.startswith(("token_embd", "output")) else 2.0 / np.sqrt(size[-1])
-    values = random.standard_normal(size, np.float32)
-    values *= np.float32(deviation)
+    # Drawing takes a minute for a billion numbers, so large matrices repeat some.
+    drawn = random.standard_normal(min(int(np.prod(size)), _DRAWN), np.float32)
+    values = np.resize(drawn * np.float32(deviation), size)
     if kind is gguf.GGMLQuantizationType.F32:
         return values
     if kind is gguf.GGMLQuantizationType.F16:
@@ -139,6 +146,12 @@ def _tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
             }
         if shape.head_norms:
             parts |= {"attn_q_norm": (shape.head_size,), "attn_k_norm": (shape.head_size,)}
+        if shape.biases:
+            tensors |= {
+                f"blk.{layer}.attn_q.bias": (all_heads,),
+                f"blk.{layer}.attn_k.bias": (kv_width,),
+                f"blk.{layer}.attn_v.bias": (kv_width,),
+            }
         if shape.norms_on_both_sides:
             parts |= {"post_attention_norm": (width,), "post_ffw_norm": (width,)}
         tensors |= {f"blk.{layer}.{name}.weight": size for name, size in parts.items()}

@@ -35,8 +35,8 @@ WALKS = {
         "/tree",
     ],
     "markdown": [
-        "Write a Python function that adds two numbers, and explain it in a short list with one word in "
-        "bold.",
+        "Compare Python lists and tuples: a list of two points with one word in bold, a table with three "
+        "rows, and a short example in Python.",
     ],
 }
 """What is typed, for each picture."""

@@ -245,6 +245,11 @@ class SamplingParams:
     """
     grammar: Grammar | None = None
     """What the reply must match. It ends when the grammar is complete."""
+    reasoning_budget: int | None = None
+    """
+    Most tokens of reasoning, after which it is ended and the answer begins; None: as many as the model
+    wants. Only where the model's template has marks of reasoning.
+    """
     logprobs: int | None = None
     """Number of alternatives that are reported for each token, besides its log probability; None: neither."""
 
@@ -275,6 +280,8 @@ class SamplingParams:
             raise InvalidParameterError(
                 "stop has an empty string: give strings of at least one character.", param="stop"
             )
+        budget = self.reasoning_budget
+        _require(budget is None or budget >= 0, "reasoning_budget", budget, "0 or more")
         told = self.logprobs
         _require(
             told is None or 0 <= told <= MOST_LOGPROBS,

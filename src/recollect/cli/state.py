@@ -181,6 +181,7 @@ class Chat:
             self.note("The reply repeated itself and was ended: /continue goes on.")
         if _is_full(self, reply):
             self.note(f"The context is full. {ways_out(self)}")
+        self.console.print()
         return reply
 
     def say_at(self, node: Node, text: str | None, params: SamplingParams | None = None) -> None:
@@ -467,10 +468,8 @@ _MOST_CHARACTERS: Final = 600
 def welcome(chat: Chat) -> None:
     """Say what is spoken to, and show the end of what was said before."""
     model = chat.model
-    chat.note(
-        f"{model.name} · {model.profile} · {model.context_length:,} tokens of context · "
-        "/help lists commands, Ctrl-D leaves"
-    )
+    chat.note(f"{model.name} · {model.profile} · {model.context_length:,} tokens of context")
+    chat.note("? lists commands and keys, Ctrl-D leaves")
     if not chat.session.conversation.is_saved:
         chat.note("Nothing of this chat is saved (--no-save).")
     was_said = any(node.role != "system" for node in chat.session.tree.nodes())

@@ -20,7 +20,7 @@ from recollect.engine.scheduler import Chunks, Room, Scheduler, Task
 from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.engine.tier import DiskTier
 from recollect.errors import MisuseError, RuntimeFailure
-from recollect.kv.blocks import BlockPool, CachedBlock
+from recollect.kv.blocks import BlockPool
 from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Identity, Names
@@ -54,7 +54,8 @@ class Engine:
         store: DiskStore | None = None,
     ) -> None:
         allocate(runtime, num_blocks)
-        self._runtime = runtime
+        self.runtime: Final = runtime
+        """What computes; while there are tasks, only the engine's thread may use it."""
         self.info = info = runtime.info
         self.block_size = info.block_size
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -90,11 +91,6 @@ class Engine:
         self._at_exit = partial(_close_if_alive, weakref.ref(self))
         atexit.register(self._at_exit)
 
-    @property
-    def runtime(self) -> PagedRuntime:
-        """Return what computes; while there are tasks, only the engine's thread may use it."""
-        return self._runtime
-
     def tasks(self) -> list[Task]:
         """Return the tasks that run or wait."""
         with self.lock:
@@ -126,20 +122,6 @@ class Engine:
         if on_disk and self.tier is not None:
             return self.tier.stored_tokens(match, root, token_ids)
         return match.tokens
-
-    def pin(self, token_ids: Tokens[int], namespace: str = "") -> list[CachedBlock]:
-        """Keep what the cache has of a prefix until `unpin`; return what that takes, which may be nothing."""
-        with self.lock:
-            last = self.memory.match(token_ids, namespace).blocks[-1:]
-            for cached in last:
-                self.cache.pin(cached)
-            return last
-
-    def unpin(self, pinned: Tokens[CachedBlock]) -> None:
-        """Take back one `pin`."""
-        with self.lock:
-            for cached in pinned:
-                self.cache.unpin(cached)
 
     def forget(self) -> int:
         """Evict all KV that no sequence holds and nobody pinned; return how many blocks."""
@@ -248,7 +230,7 @@ class Engine:
             thread.join()
         if self.tier is not None:
             self.tier.close()
-        self._runtime.close()
+        self.runtime.close()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -265,7 +247,7 @@ class Engine:
     def _warm_up(self) -> None:
         if not self._warm.is_set():
             with suppress(RuntimeFailure):  # the first pass fails too, and has somebody to tell
-                self._runtime.warm_up()
+                self.runtime.warm_up()
                 if self.tier is not None:
                     self.tier.warm_up(self.pool.num_blocks)
             self._warm.set()
@@ -352,7 +334,7 @@ class Engine:
         """
         try:
             if copies:
-                self._runtime.copy_blocks(copies)
+                self.runtime.copy_blocks(copies)
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for the tasks
             return dict.fromkeys(chunks, error)
         try:
@@ -375,7 +357,7 @@ class Engine:
             return {}
         rows = [task.sequence.row(fed) for task, fed in chunks.items()]
         begun = perf_counter()
-        result = self._runtime.forward(rows)
+        result = self.runtime.forward(rows)
         if self.tier is not None:
             self.tier.note_pass(rows, perf_counter() - begun)
         for task, start in zip(list(chunks), result.starts, strict=False):

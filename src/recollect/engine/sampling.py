@@ -28,6 +28,7 @@ from recollect.errors import (
     RuntimeFailure,
 )
 from recollect.runtime.base import Logits
+from recollect.text.reasoning import ReasoningWatch
 from recollect.types import FinishReason, SamplingParams
 
 Scores = npt.NDArray[np.float32]
@@ -306,9 +307,11 @@ class Generator:
         sequence: Sequence | None = None,
         namespace: str | None = "",
         grammars: Grammars | None = None,
+        reasoning: ReasoningWatch | None = None,
     ) -> None:
         self._engine = engine
         self._grammars = grammars
+        self._reasoning = reasoning
         self._sequence = engine.new_sequence(namespace) if sequence is None else sequence
         # As intervals of the history: where prompts end, replies begin.
         self._prompts = [(0, len(self._sequence))]
@@ -400,22 +403,24 @@ class Generator:
         self._engine.compute([self._sequence])
         logits = self._sequence.logits
         assert logits is not None, "compute() leaves the logits known"
-        token = choose_token(
-            logits,
-            self._params,
-            history=self._sequence.history,
-            reply_start=self.reply_start,
-            seed=self._seed,
-            allowed=None if self._grammar is None else self._grammar.allowed(self._reply()),
-            bias=self._bias,
-        )
+        token = None if self._reasoning is None else self._reasoning.forced(self._reply())
+        if token is None:
+            token = choose_token(
+                logits,
+                self._params,
+                history=self._sequence.history,
+                reply_start=self.reply_start,
+                seed=self._seed,
+                allowed=self._allowed(),
+                bias=self._bias,
+            )
         if token in self._engine.eos_token_ids and not self._params.ignore_eos:
             self._finish_reason = "stop"
             return None
         if self._params.logprobs is not None:
             self._likelihood = _describe(token, logits, self._params.logprobs)
         self._sequence.append([token])
-        if self._grammar is not None and self._grammar.is_finished(self._reply()):
+        if self._has_finished_grammar():
             self._finish_reason = "stop"  # end of sequence would follow: no pass is needed to know
         elif self._is_long_enough():
             self._finish_reason = "length"
@@ -445,7 +450,12 @@ class Generator:
 
     def fork(self) -> "Generator":
         """Return a second generator over the same history; costs no forward pass."""
-        other = Generator(self._engine, sequence=self._sequence.fork(), grammars=self._grammars)
+        other = Generator(
+            self._engine,
+            sequence=self._sequence.fork(),
+            grammars=self._grammars,
+            reasoning=None if self._reasoning is None else self._reasoning.copy(),
+        )
         other._params = self._params
         other._bias = self._bias
         other._grammar = None if self._grammar is None else self._grammar.copy()
@@ -461,6 +471,30 @@ class Generator:
 
     def _reply(self) -> list[int]:
         return self._sequence.tokens(self.reply_start)
+
+    def _allowed(self) -> Mask | None:
+        """Return which tokens the grammar allows next; None: all. No reply ends while it thinks."""
+        if self._grammar is None:
+            return None
+        reply, watch = self._reply(), self._reasoning
+        start = 0 if watch is None else watch.answer_start(reply)
+        if start is None:
+            mask = np.ones(self._engine.info.vocab_size, np.bool_)
+            mask[list(self._engine.eos_token_ids)] = False
+            return mask
+        mask = self._grammar.allowed(reply[start:])
+        if watch is not None and not reply and watch.opening is not None:
+            mask = mask.copy()
+            mask[watch.opening] = True
+        return mask
+
+    def _has_finished_grammar(self) -> bool:
+        """Return whether the reply is all that its grammar allows."""
+        if self._grammar is None:
+            return False
+        reply = self._reply()
+        start = 0 if self._reasoning is None else self._reasoning.answer_start(reply)
+        return start is not None and self._grammar.is_finished(reply[start:])
 
     def _state_of(self, params: SamplingParams) -> GrammarState | None:
         """Return where the grammar of some parameters begins; None where they have none."""

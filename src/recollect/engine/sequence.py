@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import MisuseError, RewindError
+from recollect.errors import ContextFullError, MisuseError, RewindError, TokenIdError
 from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
 from recollect.kv.prefix import Match, PrefixCache
-from recollect.runtime.base import Logits, Reuse, Row, RuntimeInfo, SequenceId, check_append
+from recollect.runtime.base import Logits, Reuse, Row, RuntimeInfo, SequenceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,7 @@ def plan_feed(length: int, computed: int, reuse: Reuse) -> FeedPlan:
         computed: Leading tokens that have KV, <= length.
         reuse: Where the runtime can cut a history.
     """
-    start = computed
-    if computed == length:
-        start = reuse.longest_cut(length - 1)
+    start = computed if computed < length else reuse.longest_cut(length - 1)
     return FeedPlan(start, length)
 
 
@@ -189,7 +187,7 @@ class Sequence:
             ContextFullError: They do not fit the context. Nothing was changed.
         """
         self._require_open()
-        check_append(token_ids, len(self), self.memory.info)
+        self._check_append(token_ids)
         self._token_ids += array("q", token_ids)  # made first: all of them or none
         self.logits = None
 
@@ -268,10 +266,11 @@ class Sequence:
 
     def computed_before(self) -> int:
         """Return how many leading tokens had KV once in the namespace, as far as that is remembered."""
-        if self.namespace is None or self._root is None:
-            return 0
+        cache = self.memory.cache
+        if self._root is None or not cache.evicted_blocks:
+            return 0  # all that was computed in the namespace is there
         with self.memory.lock:
-            return self.memory.cache.computed_tokens(self._root, self._token_ids)
+            return cache.computed_tokens(self._root, self._token_ids)
 
     def row(self, fed: FeedPlan) -> Row:
         """Return the sequence's share of a forward pass that feeds *fed*. For the engine."""
@@ -402,6 +401,20 @@ class Sequence:
         """Add blocks after the last, shared with whoever holds them."""
         self.memory.pool.retain(blocks)
         self.blocks += blocks
+
+    def _check_append(self, token_ids: Tokens[int]) -> None:
+        info = self.memory.info
+        if len(token_ids) == 0:
+            raise TokenIdError("There are no tokens to append: give at least one.")
+        for token in (min(token_ids), max(token_ids)):
+            if not 0 <= token < info.vocab_size:
+                raise TokenIdError(
+                    f"Token id {token} is outside the vocabulary: "
+                    f"ids go from 0 to {info.vocab_size - 1}."
+                )
+        needed = len(self) + len(token_ids)
+        if needed > info.context_length:
+            raise ContextFullError(needed=needed, limit=info.context_length)
 
     def _require_open(self) -> None:
         if self.closed:

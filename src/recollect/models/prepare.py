@@ -144,14 +144,18 @@ def _prepare(
             assert_never(source)
 
 
-def _prepare_stored(
-    source: Stored, home: Path, allow_native_code: str | None, progress: Progress
-) -> LocalModel:
+def _require_usable(source: Stored) -> None:
     if source.fault is not None:
         raise UnsupportedModelError(
             f"{source.name} cannot be used: {source.fault}; see to it with {source.program}, or name "
             "another model that `recollect models` shows."
         )
+
+
+def _prepare_stored(
+    source: Stored, home: Path, allow_native_code: str | None, progress: Progress
+) -> LocalModel:
+    _require_usable(source)
     if source.format != "gguf":
         return _prepare_folder(source.path, source.name, home, allow_native_code, progress)
     model = _prepare_gguf(source.path, source.name, source.name, home, progress)
@@ -189,7 +193,8 @@ def original_of(
         UnknownModelError: Nothing goes by it.
         OfflineError: It is not here, and may not be fetched; *offline* is as in `prepare`.
         FetchError: It cannot be downloaded.
-        UnsupportedModelError: It has no original: the model without weights.
+        UnsupportedModelError: It has no original: the model without weights; or another program keeps
+            it in a way that cannot be used.
     """
     offline = config.is_offline() if offline is None else offline
     match resolve(reference):
@@ -203,7 +208,10 @@ def original_of(
             require_online(str(file), offline=offline)
             yield _download(file, home, progress)[0]
             forget_downloads(file, home)
-        case GgufSource(path) | FolderSource(path) | Stored(path=path):
+        case Stored() as kept:
+            _require_usable(kept)
+            yield kept.path
+        case GgufSource(path) | FolderSource(path):
             yield path
 
 

@@ -10,6 +10,7 @@ on which device. Does not know which block belongs to which sequence.
 """
 
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from recollect.runtime.base import (
     PassResult,
     Row,
     RuntimeInfo,
+    SequenceId,
     check_block_bytes,
     check_blocks,
     check_rows,
@@ -50,6 +52,14 @@ class _Lane:
     marks: Marks = field(default_factory=lambda: np.empty(0, np.int64))
     """Of the tokens whose KV it holds, in order of position."""
     used: int = 0
+    """When, on the runtime's clock; 0: never."""
+    owner: "weakref.ref[SequenceId] | None" = None
+    """Which of the engine's sequences it computed last."""
+
+    def is_wanted(self, row: Row, keep: int) -> bool:
+        """Return whether another sequence goes on from more of it than *keep* tokens."""
+        owner = None if self.owner is None else self.owner()
+        return owner is not None and owner is not row.sequence and owner.kept > keep
 
 
 @dataclass(slots=True)
@@ -255,6 +265,8 @@ class LlamaCppRuntime:
         job.lane.marks = np.concatenate([job.lane.marks, marks])
         for index in range(job.at // BLOCK_SIZE, -(-end // BLOCK_SIZE)):
             self._dirty[int(job.blocks[index])] = (job.lane, index)
+        if job.row.sequence is not None:
+            job.row.sequence.computed_to(end)
         job.at = end
         if end % self._step == 0:  # what leaves the window now is in no state any more
             self._settle([block for block, (lane, _) in self._dirty.items() if lane is job.lane])
@@ -267,15 +279,10 @@ class LlamaCppRuntime:
         wanted = self._marks[blocks].reshape(-1)[:past]
         if past and wanted.min() == _NEVER_WRITTEN:
             raise RuntimeFailure("A row reads KV slots that nothing was ever written to.")
-        keeps = [_common(lane.marks, wanted) for lane in free]
-        # Of lanes that have equally much, the one that loses the least, then the one not used the longest.
-        best = max(
-            range(len(free)),
-            key=lambda one: (keeps[one], keeps[one] - len(free[one].marks), -free[one].used),
-        )
-        lane, keep = free[best], keeps[best]
+        lane, keep = _choose(row, free, wanted)
         self._clock += 1
         lane.used = self._clock
+        lane.owner = None if row.sequence is None else weakref.ref(row.sequence)
         if keep < past:
             self._load(lane, blocks, wanted)
         else:
@@ -345,6 +352,24 @@ def _common(first: Marks, second: Marks) -> int:
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])
     return int(different[0]) if len(different) else length
+
+
+def _choose(row: Row, free: Sequence[_Lane], wanted: Marks) -> tuple[_Lane, int]:
+    """
+    Return the lane that serves a row, and how much of its past the lane holds.
+
+    One that holds all of it is truncated, unless that would lose more than it keeps, or what another
+    sequence still goes on from. Otherwise the blocks are loaded into the lane that was used the longest ago.
+    """
+    keeps = {lane.number: _common(lane.marks, wanted) for lane in free}
+    eldest = min(free, key=lambda lane: (lane.is_wanted(row, keeps[lane.number]), lane.used))
+    holding = [lane for lane in free if keeps[lane.number] == row.past]
+    if row.past and holding:
+        least = min(holding, key=lambda lane: (len(lane.marks), lane.used))
+        lost = len(least.marks) - row.past
+        if lost <= row.past and not (lost and least.is_wanted(row, row.past)):
+            return least, row.past
+    return eldest, keeps[eldest.number]
 
 
 def _window_step(window: int) -> int:

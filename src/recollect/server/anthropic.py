@@ -18,7 +18,17 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
-from recollect.server.events import Call, CallEvent, Ended, EventWriter, Piece, Thought, Told, sse
+from recollect.server.events import (
+    Call,
+    CallEvent,
+    Ended,
+    EventWriter,
+    Piece,
+    Thought,
+    Told,
+    calls_tools,
+    sse,
+)
 from recollect.server.fields import (
     MOST_TOOLS,
     NOT_SUPPORTED,
@@ -41,7 +51,6 @@ from recollect.server.parts import (
     Offer,
     Thinking,
     call_input,
-    calls_tools,
     kind_among,
     offer,
     others_among,
@@ -263,6 +272,7 @@ class MessagesRequest(CountRequest):
         }
         return SamplingParams(
             max_tokens=self.max_tokens,
+            reasoning_budget=None if self.thinking is None else self.thinking.budget,
             grammar=self.grammar,
             stop=tuple(text for text in self.stop_sequences or () if text),
             **{name: value for name, value in given.items() if value is not None},

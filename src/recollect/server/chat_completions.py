@@ -25,7 +25,17 @@ from recollect.engine.pinning import compute_watched
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ContextFullError
 from recollect.kv.blocks import PUBLIC
-from recollect.server.events import Call, CallEvent, Ended, EventWriter, Piece, Thought, Told, sse
+from recollect.server.events import (
+    Call,
+    CallEvent,
+    Ended,
+    EventWriter,
+    Piece,
+    Thought,
+    Told,
+    calls_tools,
+    sse,
+)
 from recollect.server.fields import (
     MOST_CALLS,
     MOST_TOOLS,
@@ -52,7 +62,6 @@ from recollect.server.parts import (
     NamedTool,
     Offer,
     Thinking,
-    calls_tools,
     grammar_of,
     logprob_entry,
     others_among,
@@ -160,6 +169,7 @@ class ChatRequest(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     enable_thinking: bool | None = None
+    thinking_budget: Annotated[int, Field(ge=0)] | None = None
     thinking: Thinking | None = None
     reasoning: Thinking | None = None
     logprobs: bool | None = False
@@ -223,6 +233,13 @@ class ChatRequest(SamplingFields):
             found |= {} if told is None else told.options()
         return found | (self.chat_template_kwargs or {})
 
+    @property
+    def reasoning_budget(self) -> int | None:
+        """Return how many tokens of reasoning are asked for at most."""
+        told = (self.thinking, self.reasoning)
+        budgets = [self.thinking_budget, *(one.budget for one in told if one is not None)]
+        return min((one for one in budgets if one is not None), default=None)
+
     def left_out(self) -> Iterable[str]:
         """Return the tools that are no functions."""
         return others_among(self.tools) if self.tools else ()
@@ -243,6 +260,7 @@ class ChatRequest(SamplingFields):
             max_tokens=self.max_completion_tokens or self.max_tokens or settings.max_tokens,
             choice=choice,
             grammar=self.grammar,
+            reasoning_budget=self.reasoning_budget,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 

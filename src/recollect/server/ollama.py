@@ -20,6 +20,7 @@ from pydantic import Field
 from recollect import types
 from recollect.conversation.model import Model
 from recollect.conversation.prompt import shown
+from recollect.conversation.turn import watch_of
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.errors import ContextFullError, UnknownModelError
@@ -42,7 +43,7 @@ from recollect.server.parts import FunctionTool, Offer, Thinking, call_input, lo
 from recollect.server.refusals import ApiError
 from recollect.server.services import Job, Services, begin, client_of, services_of, with_model
 from recollect.server.settings import Settings
-from recollect.text.reasoning import Begun
+from recollect.text.reasoning import NO_REASONING, Begun
 from recollect.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted
 from recollect.types import Grammar, Message, MessageToolCall, Role, SamplingParams, TokenLogprob
 
@@ -278,7 +279,7 @@ class OllamaPrompt(ReplyRequest):
             ids, ending = prompt.token_ids, prompt.ending
         if len(ids) >= model.context_length:
             raise ContextFullError(needed=len(ids) + 1, limit=model.context_length)
-        return ids, Begun(marks, marks is not None and marks.are_opened_by(ending))
+        return ids, NO_REASONING if marks is None else marks.begun(ending)
 
 
 router = APIRouter(tags=["Ollama"], route_class=BodyRoute)
@@ -316,7 +317,13 @@ async def generate(body: OllamaPrompt, request: Request) -> Response:
         sequence = model.engine.new_sequence(namespace)
         try:
             sequence.append(ids)
-            generator = Generator(model.engine, params, sequence=sequence, grammars=model.grammars)
+            generator = Generator(
+                model.engine,
+                params,
+                sequence=sequence,
+                grammars=model.grammars,
+                reasoning=watch_of(model.tokenizer, begun, params),
+            )
         except BaseException:
             sequence.release()
             raise

@@ -21,7 +21,6 @@ from pydantic import (
 from pydantic_core import from_json
 
 from recollect.conversation.tools import Chosen
-from recollect.engine.reply import GeneratedReply
 from recollect.server.fields import MOST_TOOLS, Body, Echoed, Ignored, Instructing, Items, Text
 from recollect.server.refusals import quoted
 from recollect.types import Grammar, Message, MessageToolCall, Role, TokenLogprob, ToolCall
@@ -112,6 +111,13 @@ class Thinking(Body):
     type: str | None = None
     enabled: bool | None = None
     effort: str | None = None
+    budget_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+
+    @property
+    def budget(self) -> int | None:
+        """Return how many tokens it may take; None: as many as the model wants."""
+        return self.max_tokens if self.budget_tokens is None else self.budget_tokens
 
     def options(self) -> dict[str, Any]:
         """Return it as options of chat templates, by the names that these use."""
@@ -129,20 +135,6 @@ class Thinking(Body):
 
 _EFFORTS: Final = {"minimal": "low", "xhigh": "high", "max": "high"}
 """What APIs have beside the three efforts that models were trained with. Source: gpt-oss's template."""
-
-
-def calls_tools(reply: GeneratedReply) -> bool:
-    """Return whether a reply ended with a call that is whole: by a stop string it may end inside one."""
-    calls = reply.tool_calls
-    return bool(calls) and reply.finish_reason == "stop" and is_whole(calls[-1].arguments)
-
-
-def is_whole(arguments: str) -> bool:
-    """Return whether the arguments of a call are all there; none at all are, too."""
-    try:
-        return not arguments.strip() or isinstance(from_json(arguments), dict)
-    except ValueError:
-        return False
 
 
 class Offer(TypedDict):

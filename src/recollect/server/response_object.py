@@ -45,7 +45,6 @@ from recollect.server.parts import (
     Thinking,
     flat_name,
     grammar_of,
-    is_whole,
     logprob_entry,
     merged,
     offer,
@@ -53,6 +52,7 @@ from recollect.server.parts import (
     schemas_of,
 )
 from recollect.server.settings import Settings
+from recollect.text.tool_calls import is_whole
 from recollect.types import (
     FinishReason,
     Grammar,
@@ -200,6 +200,7 @@ class ResponseRequest(SamplingFields):
             settings,
             max_tokens=self.max_output_tokens or settings.max_tokens,
             grammar=self.grammar,
+            reasoning_budget=None if self.reasoning is None else self.reasoning.budget,
             logprobs=(self.top_logprobs or 0) if wants_logprobs else None,
         )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from huggingface_hub.utils import WeakFileLock
 
 from recollect.models.catalog import HubFile
 from recollect.models.fetch import downloads_folder
@@ -303,6 +304,16 @@ def test_without_a_network_one_sentence_says_so_soon(home: Path, fetch: Fetch) -
     assert "check the network" in error
     assert time.monotonic() - begun < 20
     assert left(home) == {}
+
+
+def test_two_processes_do_not_write_one_file(hub: Hub, home: Path, fetch: Fetch) -> None:
+    hub.files["a.gguf"] = SMALL
+    folder = downloads_folder(HubFile("org/repo", "a.gguf"), home)
+    folder.mkdir(parents=True)
+    with WeakFileLock(folder / "a.gguf.lock"):
+        (error,) = fetch("a.gguf")
+    assert "is being downloaded by another process: wait until it is done" in error
+    assert len(fetch("a.gguf")) == 2
 
 
 def test_what_nobody_went_on_with_is_deleted(hub: Hub, home: Path, fetch: Fetch) -> None:

@@ -211,3 +211,36 @@ def test_a_stream_numbers_its_items_as_the_response_does(thinking: httpx.Client)
     assert places == {"reasoning": 0, "message": 1}
     deltas = [event for event in events if event["type"] == "response.reasoning_text.delta"]
     assert "".join(event["delta"] for event in deltas) == THOUGHT
+
+
+@pytest.mark.parametrize(
+    ("path", "how"),
+    [
+        ("/v1/chat/completions", {"thinking_budget": 12}),
+        ("/v1/chat/completions", {"thinking": {"type": "enabled", "budget_tokens": 12}}),
+        ("/v1/chat/completions", {"reasoning": {"max_tokens": 12}}),
+        ("/v1/messages", {"max_tokens": 400, "thinking": {"type": "enabled", "budget_tokens": 12}}),
+        ("/v1/responses", {"reasoning": {"max_tokens": 12}}),
+    ],
+)
+def test_a_budget_ends_reasoning(
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    how: Json,
+) -> None:
+    def choose(_: object, __: object, *, history: Any, reply_start: int, **___: Any) -> int:
+        said = bytes(history[reply_start:].tolist()).decode()
+        rest = "Yes." if "</think>" in said else "<think>\n" + "Hmm. " * 50
+        place = len(said.rpartition("</think>\n\n")[2])
+        return [*rest.encode(), 257][place]
+
+    monkeypatch.setattr("recollect.engine.sampling.choose_token", choose)
+    client = start(load=lambda _: make_model(template=TEMPLATE))
+    body = {"input": "One?"} if path.endswith("responses") else {"messages": ASKED}
+    answer = client.post(path, json={**body, **how})
+    assert answer.status_code == 200, answer.text
+    assert "x-recollect-ignored" not in answer.headers
+    assert '"Hmm. Hmm. H"' in answer.text
+    assert '"Yes."' in answer.text

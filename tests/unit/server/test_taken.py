@@ -61,6 +61,7 @@ def test_an_unknown_field_changes_nothing_and_is_named(
     assert IGNORED not in plain.headers
     logged = [line for line in caplog.messages if "client_metadata" in line]
     assert len(logged) == 1, "each name once, however many requests have it"
+    assert f"requests to {path}: " in logged[0]
 
 
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
