@@ -18,7 +18,17 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
-from recollect.server.events import Call, CallEvent, Ended, EventWriter, Piece, Thought, Told, sse
+from recollect.server.events import (
+    Call,
+    CallEvent,
+    Ended,
+    EventWriter,
+    Piece,
+    Thought,
+    Told,
+    call_input,
+    sse,
+)
 from recollect.server.fields import (
     MOST_TOOLS,
     NOT_SUPPORTED,
@@ -40,7 +50,6 @@ from recollect.server.parts import (
     MessagesTool,
     Offer,
     Thinking,
-    call_input,
     kind_among,
     offer,
     others_among,

@@ -280,7 +280,7 @@ def told(watch: ReasoningWatch, chosen: str) -> tuple[str, int | None]:
         (True, 9, False, "ab</think>So.", "ab</think>So.", 10),
         (True, None, True, "ab</think>So.", "ab</think>\n\nSo.", 12),
         (False, 2, False, "So.", "So.", 0),
-        (False, 2, False, "<think>abcd", "<think>a</think>\n\nbcd", 0),
+        (False, 2, False, "<think>abcd", "<think>ab</think>\n\ncd", 0),
         (True, None, True, "ab", "ab", None),
     ],
 )
