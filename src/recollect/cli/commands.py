@@ -224,7 +224,9 @@ def tree(chat: Chat, _rest: str) -> None:
     width, numbers = chat.console.width, session.conversation.numbers()
     for line in draw_tree(session.tree, tips, chat.current, width, states, numbers):
         chat.console.print(line, highlight=False)
-    chat.note(f"{branches(chat)}   {_LEGEND}" if states else branches(chat))
+    chat.note(branches(chat))
+    if states:
+        chat.note(_LEGEND)
     elsewhere = [name for name in chat.sessions if name not in tips]
     if elsewhere:
         chat.note(f"Open in other conversations: {', '.join(elsewhere)}.")

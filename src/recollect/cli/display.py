@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from types import FrameType
-from typing import Final, Literal
+from typing import IO, Final, Literal, Protocol
 
 import typer
 from rich import box
@@ -42,7 +42,7 @@ from recollect.conversation.session import ReplyStream
 from recollect.conversation.tree import Node, Tree
 from recollect.conversation.turn import Reply
 from recollect.errors import ConfigError
-from recollect.text.reasoning import Event, ReasoningDelta
+from recollect.text.reasoning import ReasoningDelta
 from recollect.text.tool_calls import TextDelta
 from recollect.types import Progress
 
@@ -282,54 +282,79 @@ def interrupt_handler() -> Iterator[Interrupt]:
         signal.signal(signal.SIGINT, previous)
 
 
+class Writer(Protocol):
+    """Shows a reply that comes in pieces."""
+
+    def push(self, text: str) -> None:
+        """Show more of it."""
+
+    def finish(self) -> None:
+        """Show what was held back; the cursor is at the start of a line then."""
+
+
+class PlainWriter:
+    """Shows a reply as the text that it is, with line breaks between words."""
+
+    def __init__(self, out: IO[str], width: int) -> None:
+        self._out = out
+        self._wrapper = WordWrapper(width)
+
+    def push(self, text: str) -> None:
+        """Show more of it, up to the last whole word."""
+        self._out.write(self._wrapper.push(printable(text)))
+        self._out.flush()
+
+    def finish(self) -> None:
+        """Show the last word."""
+        self._out.write(self._wrapper.finish() + ("\n" if self._wrapper.column else ""))
+        self._out.flush()
+
+
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
-class _ReplyText:
-    """What a reply says, and before it, dim, what the model thinks; or only that it does."""
+class _Thoughts:
+    """Shows what a model thinks before it says something, dim; or only that it does."""
 
-    def __init__(self, console: Console, *, shows_reasoning: bool) -> None:
+    def __init__(self, console: Console, *, are_shown: bool) -> None:
         self._out = console.file
-        self._wrapper = WordWrapper(console.width)
-        self._shows_reasoning = shows_reasoning
+        self._writer = PlainWriter(console.file, console.width)
+        self._are_shown = are_shown
         has_styles = console.color_system is not None and not console.legacy_windows
         self._dim, self._plain = (_DIM, _PLAIN) if has_styles else ("", "")
         self._is_thinking = False
 
-    def write(self, event: Event) -> None:
-        """Write what an event tells."""
-        if isinstance(event, ReasoningDelta):
-            if not self._is_thinking:
-                self._is_thinking = True
-                self._out.write(self._dim)
-                self._write("" if self._shows_reasoning else "thinking …")
-            self._write(event.text if self._shows_reasoning else "")
-        elif isinstance(event, TextDelta):
-            self._end_thought()
-            self._write(event.text)
+    def push(self, text: str) -> None:
+        """Show more of a thought."""
+        if not self._is_thinking:
+            self._is_thinking = True
+            self._out.write(self._dim)
+            self._writer.push("" if self._are_shown else "thinking …")
+        self._writer.push(text if self._are_shown else "")
 
-    def finish(self) -> None:
-        """Write what was held back; the cursor is at the start of a line."""
-        self._end_thought(gap="\n")
-        self._out.write(self._wrapper.finish() + ("\n" if self._wrapper.column else ""))
-        self._out.flush()
-
-    def _end_thought(self, gap: str = "\n\n") -> None:
+    def end(self, gap: str = "") -> None:
+        """Show what was held back of a thought, and a gap after it; the cursor is at the start of a line."""
         if self._is_thinking:
             self._is_thinking = False
-            self._write(gap)
-            self._out.write(self._plain)
-
-    def _write(self, text: str) -> None:
-        self._out.write(self._wrapper.push(printable(text)))
-        self._out.flush()
+            self._writer.finish()
+            self._out.write(self._plain + gap)
 
 
 def show_reply(
-    start: Callable[[], ReplyStream], console: Console, *, shows_reasoning: bool = True
+    start: Callable[[], ReplyStream],
+    console: Console,
+    writer: Writer,
+    *,
+    shows_reasoning: bool = True,
 ) -> Reply | None:
     """
-    Print a reply as it is generated. Ctrl-C ends it, and what was said until then is kept.
+    Show a reply as it is generated. Ctrl-C ends it, and what was said until then is kept.
+
+    Args:
+        start: Starts it.
+        console: Where the bar is drawn while its prompt is read.
+        writer: Shows what it says.
+        shows_reasoning: Whether what the model thinks before it is shown, too.
 
     Returns:
         The reply; None where it was stopped before anything was said.
@@ -337,17 +362,22 @@ def show_reply(
     Raises:
         RecollectError: As *start* and the stream do; the cursor is at the start of a line.
     """
-    text = _ReplyText(console, shows_reasoning=shows_reasoning)
+    thoughts = _Thoughts(console, are_shown=shows_reasoning)
     with no_echo(), interrupt_handler() as interrupt, start() as stream:
         interrupt.stops(stream.stop)
         meter = PrefillMeter(stream, console)
         try:
             for event in stream.events():
                 meter.close()
-                text.write(event)
+                if isinstance(event, ReasoningDelta):
+                    thoughts.push(event.text)
+                elif isinstance(event, TextDelta):
+                    thoughts.end(gap="\n")
+                    writer.push(event.text)
         finally:
             meter.close()
-            text.finish()
+            thoughts.end()
+            writer.finish()
     return stream.reply
 
 

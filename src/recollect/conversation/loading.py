@@ -50,7 +50,9 @@ def load(
 
     Args:
         model: A name in the catalog, a `.gguf` file, an OpenVINO or ONNX GenAI folder,
-            `org/repo:file` on the hub, or `reference`, which has no weights and replies nonsense.
+            `org/repo:file` on the hub or in its cache, a model that another program keeps, such as
+            `ollama:llama3.2` (`recollect models` lists them), or `reference`, which has no weights
+            and replies nonsense.
         profile: `exact`, `fast` or `small`; see ARCHITECTURE.md. An ONNX GenAI folder computes in
             the precision that it was converted with, whatever the profile.
         kv_memory: Most bytes of KV in memory; None: a quarter of the free memory, and at most what

@@ -136,6 +136,8 @@ class Change:
     """Of the message, where the first difference is; counted from 1."""
     again: int = 0
     """Characters after the difference that the earlier conversation had too, and that are read again."""
+    after: int = 0
+    """Characters after the difference, up to the last message that was compared."""
 
     def __str__(self) -> str:
         line = f", line {self.line}" if self.line > 1 else ""
@@ -460,6 +462,7 @@ def _change(
         is_now=text[start : start + _SHOWN_CHARACTERS],
         line=text.count("\n", 0, start) + 1,
         again=again,
+        after=sum(max(1, len(one.content)) for one in new) - start,
     )
 
 
@@ -533,9 +536,7 @@ def _digest(text: str, place: bytes = b"") -> bytes:
 
 
 def _with_ids(key: bytes, message: NewNode, ids: "array[int] | None") -> tuple[bytes, NewNode]:
-    if ids is not None:
-        message = replace(message, token_ids=tuple(ids))
-    return key, message
+    return key, message if ids is None else replace(message, token_ids=tuple(ids))
 
 
 def shared_characters(first: str, second: str) -> int:

@@ -326,7 +326,8 @@ class PromptEncoder:
             if any(map(self.control.may_make, (name, *_strings(value)))):
                 raise InvalidParameterError(
                     f"The template option {name[:40]!r} has a text in which the model could read a "
-                    "control token: leave that out."
+                    "control token: leave that out.",
+                    param="template_options",
                 )
         other = copy.copy(self)
         other._template = self._template.with_options(options)

@@ -29,7 +29,7 @@ from recollect.conversation.turn import (
     explained,
     generator_of,
 )
-from recollect.engine.pinning import pin_on_disk
+from recollect.engine.pinning import pin, pin_on_disk, unpin
 from recollect.engine.reply import GeneratedReply, IdleWork, ReadAhead, ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.engine.scheduler import Task
@@ -410,13 +410,13 @@ class Session(Cursor):
         Computes KV that is missing.
         """
         self.prewarm()
-        pinned = self._model.engine.pin(self.typed_ids(), self._namespace)
+        pinned = pin(self._model.engine, self.typed_ids(), self._namespace)
         self.unpin()
         self._pinned = pinned
 
     def unpin(self) -> None:
         """Unpin the KV, so that it can be evicted."""
-        self._model.engine.unpin(self._pinned)
+        unpin(self._model.engine, self._pinned)
         self._pinned = []
 
     def close(self) -> None:

@@ -39,7 +39,8 @@ def to_node(message: Message) -> NewNode:
         text = "\n".join(texts)
         return NewNode(role=role, content=text, links=beside if beside != ToolLinks() else None)
     if content is None:
-        raise InvalidParameterError(f"A message of role {role!r} has no content: give it a text.")
+        told = f"A message of role {role!r} has no content: give it a text."
+        raise InvalidParameterError(told, param="messages")
     links = None
     if role == "tool":
         links = ToolLinks(tool_call_id=message.get("tool_call_id"), name=message.get("name"))
@@ -116,12 +117,13 @@ def _check_shape(message: Any) -> None:
     role = message.get("role") if isinstance(message, Mapping) else None
     if role not in ROLES:
         raise InvalidParameterError(
-            f"A message has the role {role!r}: take one of {', '.join(ROLES)}."
+            f"A message has the role {role!r}: take one of {', '.join(ROLES)}.", param="messages"
         )
     content = message.get("content")
     if content is not None and not isinstance(content, str):
         raise InvalidParameterError(
-            f"A message of role {role!r} has content of type {type(content).__name__}: give it a text."
+            f"A message of role {role!r} has content of type {type(content).__name__}: give it a text.",
+            param="messages",
         )
     thought = message.get("reasoning_content")
     if thought is not None and not isinstance(thought, str):
@@ -135,7 +137,8 @@ def _call_id(call: Any) -> str:
     if not isinstance(call_id, str):
         raise InvalidParameterError(
             f"A tool call has the id {call_id!r}: give it a text, and a function with name and "
-            "arguments."
+            "arguments.",
+            param="messages",
         )
     return call_id
 
@@ -145,12 +148,14 @@ def _call_text(call: Any) -> str:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
     except (KeyError, TypeError) as cause:
         raise InvalidParameterError(
-            f"A tool call lacks {cause}: give it an id, and a function with name and arguments."
+            f"A tool call lacks {cause}: give it an id, and a function with name and arguments.",
+            param="messages",
         ) from cause
     if not isinstance(name, str) or not isinstance(arguments, str):
         raise InvalidParameterError(
             f"A tool call has name {name!r} and arguments of type {type(arguments).__name__}: give "
-            "both as texts, the arguments as JSON."
+            "both as texts, the arguments as JSON.",
+            param="messages",
         )
     return call_text(name, arguments)
 
@@ -401,11 +406,20 @@ class Window:
         limit: int,
         measure: Callable[[Sequence[Node]], int],
         overflow: Overflow,
+        *,
+        has_more: bool = False,
     ) -> list[Node]:
-        """Return the nodes of a path for a prompt; leaves turns out if it has *limit* tokens or more."""
+        """
+        Return the nodes of a path for a prompt; leaves turns out if it has *limit* tokens or more.
+
+        The last turn of the path stays, unless a message follows it that is no node yet (*has_more*) and
+        only fits without it.
+        """
         shown = self.shown(path)
         if overflow == "drop_oldest" and measure(shown) >= limit:
-            return self.leave_out(shown, limit // 2, measure)
+            shown = self.leave_out(shown, limit // 2, measure)
+            if has_more and measure(shown) >= limit and (starts := turn_starts(shown)):
+                return shown[: starts[0]]
         return shown
 
     def leave_out(

@@ -21,9 +21,10 @@ from typing import Any, Final, Self
 from recollect.engine.engine import Engine
 from recollect.engine.sampling import Generator, Likelihood, Repetition
 from recollect.engine.scheduler import Task
-from recollect.engine.sequence import FeedPlan
+from recollect.engine.sequence import FeedPlan, warm_tokens
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, RuntimeFailure
+from recollect.runtime.sequences import common_length
 from recollect.text.reasoning import NO_REASONING, Begun, Event, ReplyReader, ShowingTokenizer
 from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer
 from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
@@ -159,8 +160,9 @@ class _Generation:
     Does not know its reader, so that a reply that nobody holds any more is noticed and ends.
     """
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, tokenizer: Tokenizer) -> None:
         self._generator = generator
+        self._tokenizer = tokenizer
         self.stream = Stream()
         self.task = Task(
             generator.sequence,
@@ -187,7 +189,8 @@ class _Generation:
         if token is not None:
             self.tokens += 1
             self.stream.put((token, self._generator.likelihood))
-            self.ran_away = self._repetition is not None and self._repetition.push(token)
+            if self._repetition is not None:
+                self.ran_away = self._repetition.push(token, self._tokenizer.decode([token]))
         return not self.ran_away and not self._generator.is_done()
 
     def _end(self) -> None:
@@ -342,7 +345,8 @@ class ReplyGeneration:
         self._matcher = StopMatcher(generator.params.stop)
         self._sequence = generator.sequence
         self._start = len(self._sequence)
-        self._generation = _Generation(generator)
+        self._computed_before = self._sequence.computed_before()
+        self._generation = _Generation(generator, tokenizer)
         self._task = self._generation.task
         self._since_s = self._generation.begun_s
         self._read = self._decoded_characters = 0
@@ -526,10 +530,11 @@ class ReplyGeneration:
         computed = sum(min(plan.end, self._start) - plan.start for plan in fed)
         read_ahead = len(self._positions_read_ahead() - positions)
         reused = self._start - len(positions) - read_ahead
+        whole = warm_tokens(self._computed_before, self._engine.info.reuse.unit)
         first = generation.first_token_s
         first_s = generation.last_token_s if first is None else first
         decode_s = 0.0 if first is None else generation.last_token_s - first
-        return Usage(
+        usage = Usage(
             prompt_tokens=self._start,
             reused_tokens=reused,
             restored_tokens=min(self._restored_tokens(), reused),
@@ -542,6 +547,7 @@ class ReplyGeneration:
             decode_tps=tokens_per_second(generation.tokens - 1, decode_s),
             sampling=self._generator.params.told(self._generator.seed),
         )
+        return usage.evicted(whole - reused - read_ahead)
 
     def _whole(self) -> GeneratedReply:
         """Return the reply, which has ended."""
@@ -564,7 +570,10 @@ class ReplyGeneration:
     def _restored_tokens(self) -> int:
         """Return how many tokens of the prompt came from disk, for this turn or ahead of it."""
         return self._task.restored_tokens + sum(
-            min(one.task.restored_tokens, one.sequence.common_length(self._sequence))
+            min(
+                one.task.restored_tokens,
+                common_length(one.sequence.history, self._sequence.history),
+            )
             for one in self._ahead
             if one.task is not None and one.task.restored_tokens
         )
@@ -574,7 +583,9 @@ class ReplyGeneration:
         positions = set[int]()
         for ahead in self._ahead:
             if ahead.fed:
-                same = min(self._start, ahead.sequence.common_length(self._sequence))
+                same = min(
+                    self._start, common_length(ahead.sequence.history, self._sequence.history)
+                )
                 for plan in ahead.fed:
                     positions.update(range(plan.start, min(plan.end, same)))
         return positions

@@ -27,6 +27,7 @@ from recollect.server.events import (
     Thought,
     Told,
     call_input,
+    calls_tools,
     sse,
 )
 from recollect.server.fields import (
@@ -254,6 +255,8 @@ class MessagesRequest(CountRequest):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """Not one of Anthropic's: what `usage` tells of a reply gives it again."""
     metadata: Ignored = None
     service_tier: Ignored = None
     context_management: Ignored = None
@@ -265,6 +268,7 @@ class MessagesRequest(CountRequest):
             "temperature": settings.temperature if self.temperature is None else self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
+            "seed": None if self.seed is None else self.seed % 2**64,
         }
         return SamplingParams(
             max_tokens=self.max_tokens,
@@ -458,7 +462,7 @@ def _thinking(text: str, signature: str) -> dict[str, Any]:
 
 
 def _stop_reason(reply: GeneratedReply) -> str:
-    if reply.tool_calls and reply.finish_reason == "stop":
+    if calls_tools(reply):
         return "tool_use"
     if reply.stop_string is not None:
         return "stop_sequence"

@@ -25,7 +25,17 @@ from recollect.engine.pinning import compute_watched
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ContextFullError
 from recollect.kv.blocks import PUBLIC
-from recollect.server.events import Call, CallEvent, Ended, EventWriter, Piece, Thought, Told, sse
+from recollect.server.events import (
+    Call,
+    CallEvent,
+    Ended,
+    EventWriter,
+    Piece,
+    Thought,
+    Told,
+    calls_tools,
+    sse,
+)
 from recollect.server.fields import (
     MOST_CALLS,
     MOST_TOOLS,
@@ -380,7 +390,7 @@ def _message(reply: GeneratedReply) -> dict[str, Any]:
 
 
 def _finish_reason(reply: GeneratedReply) -> str:
-    if reply.tool_calls and reply.finish_reason == "stop":
+    if calls_tools(reply):
         return "tool_calls"
     return reply.finish_reason
 

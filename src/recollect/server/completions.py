@@ -12,7 +12,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter, time
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -50,7 +50,10 @@ Prompts = Annotated[Items[_Item], Field(min_length=1)]
 class CompletionRequest(SamplingFields):
     """The body of `POST /v1/completions`."""
 
-    refused: ClassVar = NOT_SUPPORTED
+    refused: ClassVar = {
+        "suffix": "text cannot be filled in before another here: leave it out.",
+        **NOT_SUPPORTED,
+    }
 
     model: str | None = None
     prompt: str | Prompts[str] | Prompts[TokenId] | Prompts[Items[TokenId]]
@@ -59,9 +62,7 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    best_of: Literal[1] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    suffix: Literal[""] | None = None
     user: Ignored = None
 
     def prompts(self) -> list[str | list[int]]:
@@ -256,7 +257,9 @@ def _token_ids(model: Model, prompt: str | list[int]) -> list[int]:
     """
     ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     if not ids:
-        raise InvalidParameterError("The prompt is empty: give at least one token.")
+        raise InvalidParameterError(
+            "The prompt is empty: give at least one token.", param="messages"
+        )
     if len(ids) >= model.context_length:
         raise ContextFullError(needed=len(ids) + 1, limit=model.context_length)
     return ids

@@ -13,10 +13,16 @@ from pydantic_core import from_json
 
 from recollect.engine.reply import GeneratedReply
 from recollect.server.refusals import ApiError
-from recollect.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted
+from recollect.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted, is_whole
 from recollect.types import TokenLogprob, ToolCall
 
 CallEvent = CallStarted | ArgumentsDelta | CallEnded
+
+
+def calls_tools(reply: GeneratedReply) -> bool:
+    """Return whether a reply ended with a call that is whole: by a stop string it may end inside one."""
+    calls = reply.tool_calls
+    return bool(calls) and reply.finish_reason == "stop" and is_whole(calls[-1].arguments)
 
 
 @dataclass(frozen=True, slots=True)

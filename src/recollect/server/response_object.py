@@ -40,7 +40,6 @@ from recollect.server.parts import (
     Metadata,
     NamespaceTool,
     Offer,
-    OnlyOff,
     Resolve,
     ResponseFormat,
     Thinking,
@@ -53,6 +52,7 @@ from recollect.server.parts import (
     schemas_of,
 )
 from recollect.server.settings import Settings
+from recollect.text.tool_calls import is_whole
 from recollect.types import (
     FinishReason,
     Grammar,
@@ -90,6 +90,8 @@ class ResponseRequest(SamplingFields):
     """The body of `POST /v1/responses`."""
 
     refused: ClassVar = {
+        "background": "replies are generated while the client waits, and none is begun to be asked for "
+        "later: leave it out, and stream the reply where it takes long.",
         "prompt": "prompts are not kept here: send their text as instructions.",
         "context_management": "history is not shortened here: send less, or truncation.",
         **NOT_SUPPORTED,
@@ -115,8 +117,6 @@ class ResponseRequest(SamplingFields):
 
     reasoning: Thinking | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-
-    background: OnlyOff = None
 
     max_tool_calls: Ignored = None
     prompt_cache_key: Ignored = None
@@ -374,10 +374,11 @@ def output_items(
     if said.content or not said.calls:
         part = output_text(said.content, said.logprobs)
         items.append(output_message(message_id, [part], status))
-    calls = enumerate(said.calls)
-    return items + [
-        function_call(message_id, number, call, namespaces=namespaces) for number, call in calls
-    ]
+    for number, call in enumerate(said.calls):
+        is_cut = number + 1 == len(said.calls) and not is_whole(call["function"]["arguments"])
+        whole = "incomplete" if is_cut else "completed"
+        items.append(function_call(message_id, number, call, whole, namespaces=namespaces))
+    return items
 
 
 def reasoning_item(message_id: str, content: list[dict[str, Any]], status: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import time
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -51,6 +51,9 @@ from recollect.server.services import Job, Services, begin, client_of, services_
 from recollect.server.usage import cost, recorded
 from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import Message, ToolCall
+
+_RAN_AWAY: Final = "ran_away"
+"""Key in the note of a response: whether it was ended because it repeated itself."""
 
 
 class _Response(EventWriter):
@@ -277,6 +280,7 @@ class _Asked:
         note = {
             HAS_INSTRUCTIONS: self.body.instructions is not None,
             "head": self.head(services.hub.resolve(self.body.model)).kept(),
+            _RAN_AWAY: reply.ran_away,
         }
         label = Label(
             name=self.id,
@@ -296,7 +300,8 @@ def get_response(response_id: str, request: Request) -> JSONResponse:
     head = ResponseHead.from_kept(label.name, label.note["head"])
     usage = None if reply.usage is None else recorded(reply.usage)
     speed = services_of(request).metrics.speed(head.model, client_of(request).namespace)
-    spent = None if usage is None else cost([usage], speed)
+    ran_away = label.note.get(_RAN_AWAY) is True
+    spent = None if usage is None else cost([usage], speed, ran_away=ran_away)
     return JSONResponse(
         response_object(
             head, Said.kept(reply), None if spent is None else spent.responses(), instructions

@@ -375,7 +375,8 @@ class ChatTemplate:
         """
         if taken := sorted(_GIVEN & options.keys()):
             raise InvalidParameterError(
-                f"{taken[0]!r} is no option of a chat template, but what it shows: leave it out."
+                f"{taken[0]!r} is no option of a chat template, but what it shows: leave it out.",
+                param="template_options",
             )
         other = copy.copy(self)
         other._options = dict(options)

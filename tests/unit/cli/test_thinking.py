@@ -45,7 +45,7 @@ def test_it_is_dim_and_before_the_answer(model: Model) -> None:
     chat, screen = chat_in(model, terminal=True)
     chat.say("One?")
     shown = screen.getvalue()
-    assert re.search(r"\x1b\[2mHmm, one\?\n\n\x1b\[0mIt is one\.\n", shown)
+    assert re.search(r"\x1b\[2mHmm, one\?\n\x1b\[0m\nIt is one\.\n", shown)
     assert "<think>" not in shown
     assert "thought" in shown.rpartition("It is one.")[2]
 

@@ -172,6 +172,10 @@ def test_a_schema_that_cannot_be_held_to_costs_one_tool_its_grammar(
     reply = session.respond("Hello", params=SamplingParams(max_tokens=8, temperature=3, seed=1))
     assert reply.text
     assert "'second'" in caplog.text
+    tried = model.grammars.made
+    again = model.session(tools=tools, tool_choice=choice, params=WILD)
+    assert again.respond("Hello", params=SamplingParams(max_tokens=8, temperature=3, seed=1)).text
+    assert model.grammars.made == tried, "what cannot be held to is known by now"
     offered = Tools.of(tools, choice)
     if not offered.unheld:
         grammar = offered.grammar()
