@@ -409,7 +409,7 @@ class Generator:
                 history=self._sequence.history,
                 reply_start=self.reply_start,
                 seed=self._seed,
-                allowed=self._allowed(),
+                allowed=None if self._grammar is None else self._grammar.allowed(self._reply()),
                 bias=self._bias,
             )
         if token in self._engine.eos_token_ids and not self._params.ignore_eos:
@@ -418,7 +418,7 @@ class Generator:
         if self._params.logprobs is not None:
             self._likelihood = _describe(token, logits, self._params.logprobs)
         self._sequence.append([token])
-        if self._has_finished_grammar():
+        if self._grammar is not None and self._grammar.is_finished(self._reply()):
             self._finish_reason = "stop"  # end of sequence would follow: no pass is needed to know
         elif self._is_long_enough():
             self._finish_reason = "length"
@@ -470,30 +470,6 @@ class Generator:
     def _reply(self) -> list[int]:
         return self._sequence.tokens(self.reply_start)
 
-    def _allowed(self) -> Mask | None:
-        """Return which tokens the grammar allows next; None: all. No reply ends while it thinks."""
-        if self._grammar is None:
-            return None
-        reply, watch = self._reply(), self._reasoning
-        start = 0 if watch is None else watch.answer_start(reply)
-        if start is None:
-            mask = np.ones(self._engine.info.vocab_size, np.bool_)
-            mask[list(self._engine.eos_token_ids)] = False
-            return mask
-        mask = self._grammar.allowed(reply[start:])
-        if watch is not None and not reply and watch.opening is not None:
-            mask = mask.copy()
-            mask[watch.opening] = True
-        return mask
-
-    def _has_finished_grammar(self) -> bool:
-        """Return whether the reply is all that its grammar allows."""
-        if self._grammar is None:
-            return False
-        reply = self._reply()
-        start = 0 if self._reasoning is None else self._reasoning.answer_start(reply)
-        return start is not None and self._grammar.is_finished(reply[start:])
-
     def _state_of(self, params: SamplingParams) -> GrammarState | None:
         """Return where the grammar of some parameters begins; None where they have none."""
         if params.grammar is None:
@@ -502,7 +478,10 @@ class Generator:
             raise ConfigError(
                 "This generator was made without grammars: make it with `grammars=model.grammars`."
             )
-        return self._grammars.start(params.grammar)
+        state = self._grammars.start(params.grammar)
+        if self._reasoning is not None:
+            state.begin_behind(self._reasoning, self._engine.eos_token_ids)
+        return state
 
     def _is_long_enough(self) -> bool:
         limit = self._params.max_tokens
