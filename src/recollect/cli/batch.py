@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TextIO
 
-from recollect.cli.display import printable
+from rich.console import Console
+
 from recollect.conversation.session import Session
 from recollect.errors import ConfigError
+from recollect.text.tool_calls import TextDelta
 
 MOST_CHARACTERS: Final = 16 * 2**20
 """Most characters in a message: the server takes as many bytes in a request, and /dev/zero has no end."""
@@ -88,9 +90,13 @@ def open_prompts(file: Path | None) -> Iterator[Iterator[str]]:
         yield _prompts(stream, str(file))
 
 
-def answer_all(session: Session, prompts: Iterable[str], *, as_json: bool) -> None:
+def answer_all(
+    session: Session, prompts: Iterable[str], *, as_json: bool, plain: bool = False
+) -> None:
     """
-    Say each prompt in turn and print its reply: plain text, or one JSON object a line.
+    Say each prompt in turn and print its reply: text, or one JSON object a line.
+
+    Text that goes to a terminal is shown as Markdown, unless *plain* is set.
 
     Raises:
         RecollectError: A turn failed; what was printed of the turns before is complete.
@@ -102,7 +108,7 @@ def answer_all(session: Session, prompts: Iterable[str], *, as_json: bool) -> No
         if as_json:
             _answer_as_json(session, prompt, sys.stdout)
         else:
-            _answer_as_text(session, prompt, sys.stdout)
+            _answer_as_text(session, prompt, sys.stdout, plain=plain)
         if session.name != tip:
             print(
                 f"recollect: another program has moved the branch {tip!r}: this chat goes on in the "
@@ -125,11 +131,25 @@ def _prompts(stream: TextIO, source: str) -> Iterator[str]:
         raise ConfigError(f"{source} is not UTF-8 text: convert it first.") from cause
 
 
-def _answer_as_text(session: Session, prompt: str, out: TextIO) -> None:
+def _answer_as_text(session: Session, prompt: str, out: TextIO, *, plain: bool) -> None:
+    if out.isatty():
+        # Here and not above: a pipe need not wait for what shows Markdown.
+        from recollect.cli.markdown import make_writer  # noqa: PLC0415
+
+        writer = make_writer(Console(file=out), plain=plain)
+        with session.stream(prompt) as stream:
+            try:
+                for event in stream.events():
+                    if isinstance(event, TextDelta):
+                        writer.push(event.text)
+            finally:
+                writer.finish()
+        return
     with session.stream(prompt) as stream:
-        for piece in stream:
-            out.write(printable(piece) if out.isatty() else piece)
-            out.flush()
+        for event in stream.events():
+            if isinstance(event, TextDelta):
+                out.write(event.text)
+                out.flush()
     out.write("\n")
     out.flush()
 
@@ -138,7 +158,8 @@ def _answer_as_json(session: Session, prompt: str, out: TextIO) -> None:
     reply = session.respond(prompt)
     turn = {
         "prompt": prompt,
-        "reply": reply.text,
+        "reply": reply.said,
+        **({"reasoning": reply.reasoning} if reply.reasoning else {}),
         "finish_reason": reply.finish_reason,
         "ended": "repetition" if reply.ran_away else None,
         "usage": reply.usage.to_dict(),

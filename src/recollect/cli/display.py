@@ -12,17 +12,18 @@ import signal
 import sys
 import threading
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from types import FrameType
-from typing import Final, Literal
+from typing import IO, Final, Literal, Protocol
 
 import typer
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -42,6 +43,8 @@ from recollect.conversation.session import ReplyStream
 from recollect.conversation.tree import Node, Tree
 from recollect.conversation.turn import Reply
 from recollect.errors import ConfigError
+from recollect.text.reasoning import ReasoningDelta
+from recollect.text.tool_calls import TextDelta
 from recollect.types import Progress
 
 
@@ -100,6 +103,30 @@ def make_table(*headings: str, right: Collection[str] = (), whole: Collection[st
             overflow="fold",
         )
     return table
+
+
+_NAME_WIDTH: Final = 16
+"""Fewest columns of a name, so that lists below each other are in line."""
+
+
+def definitions(
+    rows: Iterable[Sequence[str]], *, styles: Sequence[str] = ("bold", ""), indent: int = 2
+) -> Padding:
+    """
+    Return names with what they mean, in columns: long texts go on below themselves.
+
+    Args:
+        rows: The name and the columns after it, each as many as there are styles.
+        styles: Of the columns.
+        indent: Columns before the names.
+    """
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for number, style in enumerate(styles):
+        least = None if number else _NAME_WIDTH
+        grid.add_column(style=style, no_wrap=number < len(styles) - 1, min_width=least)
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    return Padding(grid, (0, 0, 0, indent), expand=False)
 
 
 def confirm(question: str, *, yes: bool, to: str) -> bool:
@@ -280,9 +307,79 @@ def interrupt_handler() -> Iterator[Interrupt]:
         signal.signal(signal.SIGINT, previous)
 
 
-def show_reply(start: Callable[[], ReplyStream], console: Console) -> Reply | None:
+class Writer(Protocol):
+    """Shows a reply that comes in pieces."""
+
+    def push(self, text: str) -> None:
+        """Show more of it."""
+
+    def finish(self) -> None:
+        """Show what was held back; the cursor is at the start of a line then."""
+
+
+class PlainWriter:
+    """Shows a reply as the text that it is, with line breaks between words."""
+
+    def __init__(self, out: IO[str], width: int) -> None:
+        self._out = out
+        self._wrapper = WordWrapper(width)
+
+    def push(self, text: str) -> None:
+        """Show more of it, up to the last whole word."""
+        self._out.write(self._wrapper.push(printable(text)))
+        self._out.flush()
+
+    def finish(self) -> None:
+        """Show the last word."""
+        self._out.write(self._wrapper.finish() + ("\n" if self._wrapper.column else ""))
+        self._out.flush()
+
+
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+class _Thoughts:
+    """Shows what a model thinks before it says something, dim; or only that it does."""
+
+    def __init__(self, console: Console, *, are_shown: bool) -> None:
+        self._out = console.file
+        self._writer = PlainWriter(console.file, console.width)
+        self._are_shown = are_shown
+        has_styles = console.color_system is not None and not console.legacy_windows
+        self._dim, self._plain = (_DIM, _PLAIN) if has_styles else ("", "")
+        self._is_thinking = False
+
+    def push(self, text: str) -> None:
+        """Show more of a thought."""
+        if not self._is_thinking:
+            self._is_thinking = True
+            self._out.write(self._dim)
+            self._writer.push("" if self._are_shown else "thinking …")
+        self._writer.push(text if self._are_shown else "")
+
+    def end(self, gap: str = "") -> None:
+        """Show what was held back of a thought, and a gap after it; the cursor is at the start of a line."""
+        if self._is_thinking:
+            self._is_thinking = False
+            self._writer.finish()
+            self._out.write(self._plain + gap)
+
+
+def show_reply(
+    start: Callable[[], ReplyStream],
+    console: Console,
+    writer: Writer,
+    *,
+    shows_reasoning: bool = True,
+) -> Reply | None:
     """
-    Print a reply as it is generated. Ctrl-C ends it, and what was said until then is kept.
+    Show a reply as it is generated. Ctrl-C ends it, and what was said until then is kept.
+
+    Args:
+        start: Starts it.
+        console: Where the bar is drawn while its prompt is read.
+        writer: Shows what it says.
+        shows_reasoning: Whether what the model thinks before it is shown, too.
 
     Returns:
         The reply; None where it was stopped before anything was said.
@@ -290,19 +387,22 @@ def show_reply(start: Callable[[], ReplyStream], console: Console) -> Reply | No
     Raises:
         RecollectError: As *start* and the stream do; the cursor is at the start of a line.
     """
-    out = console.file
-    wrapper = WordWrapper(console.width)
+    thoughts = _Thoughts(console, are_shown=shows_reasoning)
     with no_echo(), interrupt_handler() as interrupt, start() as stream:
         interrupt.stops(stream.stop)
         meter = PrefillMeter(stream, console)
         try:
-            for piece in stream:
+            for event in stream.events():
                 meter.close()
-                out.write(wrapper.push(printable(piece)))
-                out.flush()
+                if isinstance(event, ReasoningDelta):
+                    thoughts.push(event.text)
+                elif isinstance(event, TextDelta):
+                    thoughts.end(gap="\n")
+                    writer.push(event.text)
         finally:
             meter.close()
-            out.write(wrapper.finish() + ("\n" if wrapper.column else ""))
+            thoughts.end()
+            writer.finish()
     return stream.reply
 
 

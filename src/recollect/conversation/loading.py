@@ -25,7 +25,7 @@ from recollect.kv.disk import STORE_FOLDER, DiskStore, NewBlock, is_there, open_
 from recollect.kv.environment import translated
 from recollect.kv.record import Key, chained_key
 from recollect.models.catalog import DEFAULT_MODEL
-from recollect.models.prepare import prepare
+from recollect.models.prepare import Llama, prepare
 from recollect.runtime.base import PagedRuntime
 from recollect.types import Profile, Progress, RuntimeChoice, no_progress
 
@@ -54,7 +54,9 @@ def load(
 
     Args:
         model: A name in the catalog, a `.gguf` file, an OpenVINO or ONNX GenAI folder,
-            `org/repo:file` on the hub, or `reference`, which has no weights and replies nonsense.
+            `org/repo:file` on the hub or in its cache, a model that another program keeps, such as
+            `ollama:llama3.2` (`recollect models` lists them), or `reference`, which has no weights
+            and replies nonsense.
         profile: `exact`, `fast` or `small`; see ARCHITECTURE.md. An ONNX GenAI folder computes in
             the precision that it was converted with, whatever the profile.
         kv_memory: Most bytes of KV in memory; None: a quarter of the free memory, and at most what
@@ -99,7 +101,7 @@ def load(
         progress=progress,
         offline=offline,
         runtime=runtime,
-        prefers_llama=prefers_llama,
+        llama=which_llama() if runtime == "auto" else "missing",
     )
     if long_context:
         local = local.for_long_context()
@@ -122,11 +124,14 @@ def load(
         raise
 
 
-def prefers_llama() -> bool:
-    """Return whether llama.cpp is here and computes on a graphics card, so that it is the quicker one."""
+def which_llama() -> Llama:
+    """Return whether llama.cpp is here, and whether it is the quicker one since it has a graphics card."""
     from recollect.runtime.llama_library import is_there, library  # noqa: PLC0415 - part of an extra
 
-    return is_there() and any(device.is_graphics for device in library().devices())
+    if not is_there():
+        return "missing"
+    is_quicker = any(device.is_graphics for device in library().devices())
+    return "quicker" if is_quicker else "there"
 
 
 def _warn_of_writers(home: Path) -> None:
