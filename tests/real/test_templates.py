@@ -187,8 +187,13 @@ def test_nothing_that_was_read_or_generated_is_read_again_but_what_is_told(
         known = 0
         try:
             for number in range(4):
-                params = says("Well, you.\n")
-                reply = model.session_from(messages).respond(None, params=params)
+                session = model.session_from(messages)
+                text = "Well, you.\n"
+                marks = model.template.reasoning
+                ending = model.prompts.encode(session.path()).ending
+                if marks is not None and marks.are_opened_by(ending):  # a model closes them first
+                    text = f"{marks.close}{marks.lead or marks.space}{text}"
+                reply = session.respond(None, params=says(text))
                 lost = known - reply.usage.reused_tokens
                 if lost > 0:
                     rewrote.add(name)
@@ -200,7 +205,7 @@ def test_nothing_that_was_read_or_generated_is_read_again_but_what_is_told(
                 assert ids is not None
                 known = reply.usage.prompt_tokens + len(ids) - 1
                 messages += [
-                    {"role": "assistant", "content": reply.text.strip()},
+                    {"role": "assistant", "content": reply.content.strip()},
                     {"role": "user", "content": f"And {number}?"},
                 ]
         except TemplateError:
@@ -277,3 +282,45 @@ def test_reasoning_that_a_template_keeps_is_read_once(
         if thinks and max(lost) <= 0:
             kept.add(name)
     assert kept == KEEPS
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Qwen-Qwen3-0.6B", "Qwen3.5-4B", "GLM-4.6", "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"],
+)
+def test_reasoning_between_calls_of_tools_is_read_once(
+    sources: dict[str, str],
+    make_model: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+    says: Says,
+    name: str,
+) -> None:
+    """Until a person speaks again these templates show what was thought before each call."""
+    monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
+    model = make_model(template=sources[name], context_length=60_000, num_blocks=8_000)
+    marks = model.template.reasoning
+    assert marks is not None
+    call = '<tool_call>\n{"name": "get", "arguments": {"a": "x"}}\n</tool_call>'
+    messages: list[Message] = [{"role": "user", "content": "One"}]
+    known = 0
+    for number in range(4):
+        session = model.session_from(messages, tools=TOOLS)
+        begun = marks.begun(model.prompts.encode(session.path(), tools=TOOLS).ending)
+        thought = f"Hmm: {number}.\n{marks.close}{marks.space}"
+        text = thought if begun.is_inside else f"{marks.open}\n{thought}"
+        text += call if number < 3 else "Done."
+        reply = session.respond(None, params=says(text))
+        assert (reply.reasoning, len(reply.tool_calls)) == (f"Hmm: {number}.", number < 3)
+        assert reply.usage.reused_tokens >= known
+        known = reply.usage.prompt_tokens + len(text)
+        messages.append(
+            {
+                "role": "assistant",
+                "content": reply.content or None,
+                "reasoning_content": reply.reasoning,
+                "tool_calls": [one.to_dict() for one in reply.tool_calls],
+            }
+        )
+        messages += [
+            {"role": "tool", "tool_call_id": one.id, "content": "42"} for one in reply.tool_calls
+        ]

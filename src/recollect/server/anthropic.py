@@ -26,6 +26,7 @@ from recollect.server.events import (
     Piece,
     Thought,
     Told,
+    call_input,
     calls_tools,
     sse,
 )
@@ -50,7 +51,6 @@ from recollect.server.parts import (
     MessagesTool,
     Offer,
     Thinking,
-    call_input,
     kind_among,
     offer,
     others_among,

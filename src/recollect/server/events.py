@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from pydantic_core import from_json
+
 from recollect.engine.reply import GeneratedReply
 from recollect.server.refusals import ApiError
 from recollect.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted, is_whole
-from recollect.types import TokenLogprob
+from recollect.types import TokenLogprob, ToolCall
 
 CallEvent = CallStarted | ArgumentsDelta | CallEnded
 
@@ -119,3 +121,11 @@ class EventWriter:
     def waiting(self, progress: Progress) -> str:
         """Return a comment, which clients skip: it tells a proxy, and whoever looks, that work goes on."""
         return f": prefill {progress.done}/{progress.total}\n\n"
+
+
+def call_input(call: ToolCall) -> Any:
+    """Return the arguments of a call as a value; where the reply was cut, those that there are."""
+    try:
+        return from_json(call.arguments, allow_partial=True)  # as clients read a stream's pieces
+    except ValueError:
+        return {}  # a bare model's: what cannot be read cannot be passed on as an object

@@ -24,7 +24,7 @@ from recollect.conversation.turn import watch_of
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.errors import ContextFullError, UnknownModelError
-from recollect.server.events import Call, Ended, Piece, Progress, Thought, Told
+from recollect.server.events import Call, Ended, Piece, Progress, Thought, Told, call_input
 from recollect.server.fields import (
     MOST_CALLS,
     MOST_TOOLS,
@@ -39,7 +39,7 @@ from recollect.server.fields import (
     check_count,
     named_sampling,
 )
-from recollect.server.parts import FunctionTool, Offer, Thinking, call_input, logprob_entry, offer
+from recollect.server.parts import FunctionTool, Offer, Thinking, logprob_entry, offer
 from recollect.server.refusals import ApiError
 from recollect.server.services import Job, Services, begin, client_of, services_of, with_model
 from recollect.server.settings import Settings

@@ -18,7 +18,6 @@ from pydantic import (
     TypeAdapter,
     model_validator,
 )
-from pydantic_core import from_json
 
 from recollect.conversation.tools import Chosen
 from recollect.server.fields import MOST_TOOLS, Body, Echoed, Ignored, Instructing, Items, Text
@@ -72,22 +71,10 @@ def kind_among(*known: str, usual: str | None = None) -> Callable[[Any], str | N
 
 def logprob_entry(token: TokenLogprob, *, with_top: bool = True) -> dict[str, Any]:
     """Return how likely a token was, as OpenAI's clients read it."""
-    entry = {
-        "token": token.text,
-        "logprob": token.logprob,
-        "bytes": list(token.token_bytes),
-    }
+    entry = {"token": token.text, "logprob": token.logprob, "bytes": list(token.token_bytes)}
     if with_top:
         entry["top_logprobs"] = [logprob_entry(other, with_top=False) for other in token.top]
     return entry
-
-
-def call_input(call: ToolCall) -> Any:
-    """Return the arguments of a call as a value; where the reply was cut, those that there are."""
-    try:
-        return from_json(call.arguments, allow_partial=True)  # as clients read a stream's pieces
-    except ValueError:
-        return {}  # a bare model's: what cannot be read cannot be passed on as an object
 
 
 _METADATA_BYTES: Final = 64 * 2**10

@@ -385,9 +385,9 @@ class ReasoningWatch:
             if not self._seen and token == self.opening:
                 self._answer_start = None
             self._seen.append(token)
+            self._thought += self._splitter.state == "inside"
             for _ in self._splitter.push(self._detokenizer.push(token)):
                 pass  # only where it stands counts
-            self._thought += self._splitter.state == "inside"
             self._look()
 
     def _look(self) -> None:
@@ -399,9 +399,11 @@ class ReasoningWatch:
         is_spent = budget is not None and self._thought >= budget
         if state == "inside" and is_spent and not self._splitter.may_close:
             self._forced, self._forced_from = self._end, here
+        elif self._answer_start is not None or state not in ("after", "said"):
+            return
         elif state == "after" and leads and self._lead and not self._forced:
             self._forced, self._forced_from = self._lead, here
-        elif state in ("after", "said") and self._answer_start is None:
+        else:
             self._answer_start = here
 
 

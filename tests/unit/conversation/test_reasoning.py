@@ -280,7 +280,7 @@ def told(watch: ReasoningWatch, chosen: str) -> tuple[str, int | None]:
         (True, 9, False, "ab</think>So.", "ab</think>So.", 10),
         (True, None, True, "ab</think>So.", "ab</think>\n\nSo.", 12),
         (False, 2, False, "So.", "So.", 0),
-        (False, 2, False, "<think>abcd", "<think>a</think>\n\nbcd", 0),
+        (False, 2, False, "<think>abcd", "<think>ab</think>\n\ncd", 0),
         (True, None, True, "ab", "ab", None),
     ],
 )
@@ -311,3 +311,22 @@ def test_a_grammar_begins_behind_the_reasoning(make_model: Callable[..., Model])
     assert reply.content in ("yes!", "no!")
     assert reply.finish_reason == "stop"
     assert len(reply.reasoning) > 0
+
+
+@pytest.mark.parametrize("whole_blocks_only", [False, True])
+def test_the_next_turn_starts_before_what_the_template_drops(
+    whole_blocks_only: bool, make_model: Callable[..., Model], says: Says
+) -> None:
+    """What it shows in place of it is read while nobody waits; what was said before is never read again."""
+    model = make_model(template=DROPS, whole_blocks_only=whole_blocks_only)
+    chat = model.session()
+    first = chat.respond("One?", params=says(WRITTEN["as the template has it"]))
+    ahead = chat.prewarm()
+    block = model.engine.info.reuse.unit
+    assert ahead <= len(f"It is 1.{END}<|im_start|>user\n") + block
+    reply = chat.respond("Two?", params=says("<think>So.</think>It is 2."))
+    assert reply.usage.reason == "template_rewrote"
+    assert reply.usage.read_ahead_tokens == ahead // block * block
+    question = model.tokenizer.encode(f"Two?{END}<|im_start|>assistant\n")
+    assert reply.usage.awaited_tokens <= len(question) + block
+    assert reply.usage.reused_tokens >= (first.usage.prompt_tokens - 1) // block * block

@@ -233,8 +233,8 @@ def test_a_budget_ends_reasoning(
     def choose(_: object, __: object, *, history: Any, reply_start: int, **___: Any) -> int:
         said = bytes(history[reply_start:].tolist()).decode()
         rest = "Yes." if "</think>" in said else "<think>\n" + "Hmm. " * 50
-        place = len(said.rpartition("</think>\n\n")[2])
-        return [*rest.encode(), 257][place]
+        ids: list[int] = [*rest.encode(), 257]
+        return ids[len(said.rpartition("</think>\n\n")[2])]
 
     monkeypatch.setattr("recollect.engine.sampling.choose_token", choose)
     client = start(load=lambda _: make_model(template=TEMPLATE))
