@@ -30,7 +30,7 @@ from recollect.proof.report import Machine, this_machine
 
 HERE: Final = Path(__file__).parent
 README: Final = HERE.parent / "README.md"
-MODEL: Final = "qwen2.5-coder-0.5b"
+MODEL: Final = "qwen2.5-coder-1.5b"
 COLUMNS: Final = 96
 ROWS: Final = 200
 """More than is ever written, so that nothing scrolls away."""
