@@ -65,6 +65,7 @@ SINCE = (
     "the runtime of llama.cpp",
     "Ollama's API",
     "the audit of the heart",
+    "replies that repeat themselves",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

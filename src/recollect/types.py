@@ -238,7 +238,7 @@ class SamplingParams:
     """Whether end tokens do not end the reply, for benchmarks of a fixed length."""
     end_repetition: bool = True
     """
-    End a reply that only repeats itself, by the rule of `engine.sampling.Repetition`; not with
+    End a reply that only repeats itself, by the rule of `engine.repetition.Repetition`; not with
     `ignore_eos`.
 
     Sessions and the server do; a `Generator` goes on, whose caller decides about each token.

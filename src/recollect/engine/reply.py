@@ -19,7 +19,8 @@ from queue import SimpleQueue
 from typing import Any, Final, Self
 
 from recollect.engine.engine import Engine
-from recollect.engine.sampling import Generator, Likelihood, Repetition
+from recollect.engine.repetition import Repetition
+from recollect.engine.sampling import Generator, Likelihood
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan, warm_tokens
 from recollect.engine.sequence import Sequence as TokenSequence
@@ -175,8 +176,8 @@ class _Generation:
         self.tokens = 0
         """Generated so far, those of a stop string included."""
         # Whoever wants a fixed length is measuring.
-        watches = generator.params.end_repetition and not generator.params.ignore_eos
-        self._repetition = Repetition() if watches else None
+        self._watches = generator.params.end_repetition and not generator.params.ignore_eos
+        self._repetition: Repetition | None = None
         self.ran_away = False
         """Whether it ended because it only repeated itself."""
 
@@ -189,7 +190,8 @@ class _Generation:
         if token is not None:
             self.tokens += 1
             self.stream.put((token, self._generator.likelihood))
-            if self._repetition is not None:
+            if self._watches:
+                self._repetition = self._repetition or Repetition()
                 self.ran_away = self._repetition.push(token, self._tokenizer.decode([token]))
         return not self.ran_away and not self._generator.is_done()
 
@@ -299,7 +301,7 @@ class GeneratedReply:
     stop_string: str | None = None
     """The stop string that has ended it; None where none has."""
     ran_away: bool = False
-    """It was ended as too long, because it only repeated itself: `engine.sampling.Repetition`."""
+    """It was ended as too long, because it only repeated itself: `engine.repetition.Repetition`."""
 
     def __str__(self) -> str:
         return self.text
