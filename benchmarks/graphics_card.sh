@@ -59,7 +59,7 @@ else
         exit 3
     }
     find "$libraries" -name '*.so.*.*.*' -exec strip --strip-unneeded {} +
-    tar -cJ -C "$libraries" . | split -b 15M - "$out/libraries.tar.xz." &
+    tar -c -C "$libraries" . | xz -T4 -4 | split -b 15M - "$out/libraries.tar.xz." &
     packing=$!
 fi
 echo "built after $((SECONDS - begun)) s"

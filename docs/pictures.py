@@ -3,8 +3,8 @@ Pictures of a chat at the terminal, from a real conversation: `python docs/pictu
 
 Starts `recollect chat` on a pseudo-terminal of 80 and of 120 columns, types what a person would, and draws
 what stands on the screen at the end: as SVG in `docs/pictures/`, on a dark and on a light background. The
-data folder is an empty one; the models are those of this machine. Needs `pip install pyte`, a screen.
-Replies are greedy, so that the same model draws the same pictures.
+data folder is an empty one; the models are those of this machine. Replies are greedy, so that the same model
+draws the same pictures.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import pyte
 from recollect import config
 
 HERE = Path(__file__).parent / "pictures"
-ROWS = 40
+ROWS = 60
 WIDTHS = (80, 120)
 WAIT_S = 300
 WALKS = {
@@ -35,8 +35,8 @@ WALKS = {
         "/tree",
     ],
     "markdown": [
-        "Compare Python lists and tuples: a list of two points with one word in bold, a table with three "
-        "rows, and a short example in Python.",
+        "Make a table of three planets with their diameters. Then show a short Python function that "
+        "returns the largest, and explain it in a list."
     ],
 }
 """What is typed, for each picture."""

@@ -66,6 +66,8 @@ COST: Final = re.compile(
 """The line under a reply."""
 KEY_S: Final = 0.15
 """Between two keys: a fast typist, with 80 words a minute. What is read meanwhile counts as read ahead."""
+_LONGEST_SEQUENCE: Final = 64
+"""Characters after which what looks like the beginning of a control sequence is none that is known."""
 _QUIET_S: Final = 0.5
 _PATIENCE_S: Final = 300.0
 
@@ -101,6 +103,8 @@ class Screen:
                 if found[3] and not found[1]:
                     self._control(found[3], found[2])
                 place = found.end()
+            elif len(text) - place > _LONGEST_SEQUENCE:
+                place += 1
             else:
                 self._pending = text[place:]
                 return
@@ -165,10 +169,9 @@ class Screen:
 
     def _styled_by(self, parameters: str) -> str:
         """Return the style after one more sequence: those since the last reset, together."""
-        parts = (parameters or "0").split(";")
-        if "0" in parts or "" in parts:
-            last = max(place for place, part in enumerate(parts) if part in {"0", ""})
-            return ";".join(parts[last + 1 :])
+        first, _, rest = parameters.partition(";")
+        if first in {"", "0"}:
+            return rest
         return ";".join(part for part in (self._style, parameters) if part)
 
 

@@ -83,6 +83,21 @@ def test_a_reply_after_the_restart_came_from_disk() -> None:
     assert int(reused.replace(",", "")) > 50 * int(new.replace(",", ""))
 
 
+def test_the_screen_is_what_a_terminal_shows(script: ModuleType) -> None:
+    screen = script.Screen(10)
+    for written in (
+        "one two\r\n",
+        "\x1b[1mthree\x1b[",
+        "0m\r\x1b[2Cr\x1b[K",
+        "\x1b[?25l\x1b[A\r\x1b[4CT\b",
+    ):
+        screen.feed(written)
+    assert screen.lines() == ["one Two", "thr"]
+    assert [span.style.bold for span in screen.styled()[1].spans] == [True, True]
+    screen.feed("\r\x1b[J12345678901\x1b]52;c;eA==\a")
+    assert screen.lines() == ["1234567890", "1"]
+
+
 def test_a_run_has_the_shape_of_the_recorded_one(script: ModuleType, tmp_path: Path) -> None:
     command = [
         sys.executable,

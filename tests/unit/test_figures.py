@@ -157,6 +157,16 @@ def test_every_figure_that_can_be_computed_is_shown() -> None:
     assert len(rows()) == len(FIGURES)
 
 
+def test_every_kept_result_is_on_the_page() -> None:
+    kept = {path.relative_to(ROOT) for path in (ROOT / "benchmarks/results").rglob("*.json")}
+    shown = {
+        Path(found) for found in re.findall(r"\(\.\./(benchmarks/results/[^)]+\.json)\)", PAGE)
+    }
+    assert kept - shown == set(), (
+        "give each a row in docs/benchmarks.md, and its figures in FIGURES"
+    )
+
+
 def test_the_lengths_of_the_traces_are_those_of_the_file() -> None:
     (what,) = [what for what, _, _ in rows() if what.startswith("five traces")]
     path = next(path for each, _, path in rows() if each == what)

@@ -456,14 +456,15 @@ def about_default_model() -> list[str]:
     """Return what a person who named no model should know of the one that replies, a line each."""
     entry = CATALOG[DEFAULT_MODEL]
     here = {status.name for status in installed(config.home()) if status.is_installed}
-    fetched = "" if entry.name in here else ", which is fetched once, now"
+    fetched = "" if entry.name in here else " It is fetched once, now."
     better = [
         f"{other.name} ({format_bytes(other.bytes)}: {other.description.partition(': ')[2]})"
         for other in CATALOG.values()
         if other.bytes > entry.bytes
     ]
     return [
-        f"This is {entry.name}, {entry.description}. It has {format_bytes(entry.bytes)}{fetched}.",
+        f"No model was named, so {entry.name} replies ({format_bytes(entry.bytes)}): "
+        f"{entry.description}.{fetched}",
         f"Better ones: {'; '.join(better)}. `recollect chat --model NAME` takes one, or /model NAME in "
         "the chat; `recollect models` lists all.",
     ]

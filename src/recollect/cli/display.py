@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,6 +23,7 @@ import typer
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -102,6 +103,30 @@ def make_table(*headings: str, right: Collection[str] = (), whole: Collection[st
             overflow="fold",
         )
     return table
+
+
+_NAME_WIDTH: Final = 16
+"""Fewest columns of a name, so that lists below each other are in line."""
+
+
+def definitions(
+    rows: Iterable[Sequence[str]], *, styles: Sequence[str] = ("bold", ""), indent: int = 2
+) -> Padding:
+    """
+    Return names with what they mean, in columns: long texts go on below themselves.
+
+    Args:
+        rows: The name and the columns after it, each as many as there are styles.
+        styles: Of the columns.
+        indent: Columns before the names.
+    """
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for number, style in enumerate(styles):
+        least = None if number else _NAME_WIDTH
+        grid.add_column(style=style, no_wrap=number < len(styles) - 1, min_width=least)
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    return Padding(grid, (0, 0, 0, indent), expand=False)
 
 
 def confirm(question: str, *, yes: bool, to: str) -> bool:

@@ -320,7 +320,7 @@ class MarkdownWriter:
 
     def _begin_fence(self, line: _Line, match: re.Match[str]) -> None:
         self._open(line)
-        self._code = Code(self._screen, self._prefix(), match[2].strip())
+        self._code = Code(self._screen, self._prefix(), " ".join(match[2].split()))
         self._fence = _Fence(match[1], line.indent, line.quotes)
 
     def _end_fence(self) -> None:

@@ -20,6 +20,7 @@ from pygments.lexers import get_lexer_by_name
 from pygments.lexers.special import TextLexer
 from pygments.token import Comment, Generic, Keyword, Name, Number, String
 from pygments.util import ClassNotFound
+from rich.cells import cell_len, set_cell_size
 from rich.style import Style
 
 from recollect.cli.display import printable
@@ -256,7 +257,8 @@ class Code:
             return
         self._screen.next_row()
         width = min(RULE_WIDTH, self._screen.width - width_of(self._margin))
-        self._screen.settle([[*self._margin, (label.ljust(width, "─")[:width], DIM)]])
+        label = set_cell_size(label, min(width, cell_len(label)))
+        self._screen.settle([[*self._margin, (label + "─" * (width - cell_len(label)), DIM)]])
 
     def _coloured(self, line: str) -> Row:
         before = self._before

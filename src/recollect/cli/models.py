@@ -19,7 +19,9 @@ from rich.text import Text
 from recollect import config
 from recollect.cli.display import format_bytes, make_table, printable, progress_bar
 from recollect.cli.options import JsonOption, OfflineOption, model_names
-from recollect.models.catalog import LocalModel
+from recollect.errors import UnknownModelError
+from recollect.models.catalog import LocalModel, is_repository
+from recollect.models.fetch import what_is_there
 from recollect.models.listing import KeptElsewhere, ModelStatus, installed, kept_elsewhere
 from recollect.models.listing import prune as prune_source
 from recollect.models.onnx_folder import convert_to_onnx, require_convertible
@@ -107,13 +109,22 @@ def pull(
 
     def fetch(*, with_source: bool) -> LocalModel:
         with progress_bar(f"Fetching {name}") as progress:
-            return prepare(
-                name,
-                home=config.home(),
-                progress=progress,
-                offline=offline or None,
-                with_source=with_source,
-            )
+            try:
+                return prepare(
+                    name,
+                    home=config.home(),
+                    progress=progress,
+                    offline=offline or None,
+                    with_source=with_source,
+                )
+            except UnknownModelError as error:
+                if offline or config.is_offline() or not is_repository(name):
+                    raise
+                repository = name.rstrip(":")
+                raise UnknownModelError(
+                    f"{repository} is to be named with a file, as {repository}:FILE: "
+                    f"{what_is_there(repository)}."
+                ) from error
 
     local = fetch(with_source=check is True)
     where = f" in {local.folder}" if local.folder else ""

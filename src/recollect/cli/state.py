@@ -14,6 +14,7 @@ from typing import Final
 
 import psutil
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 from recollect.cli.display import count, format_bytes, format_duration, printable, show_reply
@@ -176,7 +177,8 @@ class Chat:
             self.note("The reply was stopped before it began; the conversation is as it was.")
             return None
         self.totals.add(reply.usage)
-        self.note("  " + usage_line(reply))
+        cost = Text(printable(usage_line(reply)), "dim")
+        self.console.print(Padding(cost, (0, 0, 0, 2), expand=False), highlight=False)
         if reply.ran_away:
             self.note("The reply repeated itself and was ended: /continue goes on.")
         if _is_full(self, reply):
@@ -380,7 +382,10 @@ def statistics(chat: Chat) -> list[tuple[str, str]]:
         ("context", f"{history:,} of {chat.model.context_length:,} tokens in {chat.current}"),
         ("sampling", _sampling(chat)),
         ("computed", f"{computed:,} tokens in {passes:,} passes"),
-        ("reused", f"{totals.reused_tokens:,} tokens in {totals.replies:,} replies"),
+        (
+            "reused",
+            f"{totals.reused_tokens:,} tokens in {count(totals.replies, 'reply', 'replies')}",
+        ),
         ("time saved", _time_saved(chat)),
         ("KV memory", memory),
         ("KV pressure", pressure),

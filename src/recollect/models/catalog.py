@@ -279,11 +279,16 @@ def hub_file(reference: str) -> HubFile | None:
     return HubFile(hub[1], hub[2]) if hub else None
 
 
+def is_repository(reference: str) -> bool:
+    """Return whether a name could be a repository on the hub, without a file."""
+    return _HUB_WITHOUT_FILE.fullmatch(reference) is not None
+
+
 def _explain(reference: str, catalog: Mapping[str, CatalogEntry]) -> str:
     start = f"There is no model {reference!r}"
     if reference.lower().endswith((".gguf", ".xml")) or reference.startswith(("/", ".", "~")):
         return f"{start}: that file or folder does not exist; check the path."
-    if _HUB_WITHOUT_FILE.fullmatch(reference):
+    if is_repository(reference):
         return f"{start}: name a file of the hub's repository as org/repo:file.gguf."
     names = [*catalog, REFERENCE_NAME, *(one.name for one in stores.stored())]
     lowered = reference.lower()

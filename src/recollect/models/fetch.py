@@ -300,7 +300,8 @@ def _told_in_a_sentence(file: HubFile) -> Iterator[None]:
             "and log in with `hf auth login` if it is private."
         ) from cause
     except errors.EntryNotFoundError as cause:
-        raise FetchError(f"The model hub has no {file}: {_what_is_there(file)}.") from cause
+        there = what_is_there(file.repository)
+        raise FetchError(f"The model hub has no {file}: {there}.") from cause
     except (OSError, ValueError, errors.HTTPError) as cause:
         if isinstance(cause, OSError) and cause.errno is not None:
             raise  # the disk's, since those of the network come as the package's own
@@ -311,24 +312,21 @@ def _told_in_a_sentence(file: HubFile) -> Iterator[None]:
         ) from cause
 
 
-def _what_is_there(file: HubFile) -> str:
-    """Return which files of the repository could be named instead, as a clause."""
+def what_is_there(repository: str) -> str:
+    """Ask the hub which files of a repository could be named, and return that as a clause."""
     import huggingface_hub as hub  # noqa: PLC0415 - as in _from_hub
 
     try:
-        tree = hub.HfApi().list_repo_tree(file.repository, recursive=True)
+        tree = hub.HfApi().list_repo_tree(repository, recursive=True)
         paths = [entry.path for entry in itertools.islice(tree, _MOST_ENTRIES)]
     except (OSError, ValueError, hub.errors.HTTPError):
-        return (
-            f"see https://huggingface.co/{file.repository}/tree/main for the files that are there"
-        )
+        return f"see https://huggingface.co/{repository}/tree/main for the files that are there"
     names = sorted(path for path in paths if path.lower().endswith(".gguf"))
     if not names:
-        return f"{file.repository} holds no GGUF file; choose another repository"
+        return f"{repository} holds no GGUF file; choose another repository"
     more = len(names) - _MOST_NAMED
-    return f"name one of {', '.join(names[:_MOST_NAMED])}" + (
-        f", or {more} more" if more > 0 else ""
-    )
+    named = ", ".join(names[:_MOST_NAMED]) + (f", or {more} more" if more > 0 else "")
+    return f"name one of {named}"
 
 
 def _forget_old(parent: Path) -> None:

@@ -71,11 +71,7 @@ def kind_among(*known: str, usual: str | None = None) -> Callable[[Any], str | N
 
 def logprob_entry(token: TokenLogprob, *, with_top: bool = True) -> dict[str, Any]:
     """Return how likely a token was, as OpenAI's clients read it."""
-    entry = {
-        "token": token.text,
-        "logprob": token.logprob,
-        "bytes": list(token.token_bytes),
-    }
+    entry = {"token": token.text, "logprob": token.logprob, "bytes": list(token.token_bytes)}
     if with_top:
         entry["top_logprobs"] = [logprob_entry(other, with_top=False) for other in token.top]
     return entry

@@ -121,6 +121,7 @@ SAMPLES = {
         f"1. do\n   {'─' * 37}\n   x = [1]\n     y\n   {'─' * 37}\n   then\n2.\n   {'─' * 37}\n   z\n"
         f"   {'─' * 37}\n",
     ),
+    "a label": ("``` a\tb 漢", f"── a b 漢 {'─' * 30}\n{'─' * 40}\n"),
     "code that nothing closes": ("```\n# a\n", f"{'─' * 40}\n# a\n{'─' * 40}\n"),
     "table": (
         "| a | **b** |\n|---|--:|\n| `one` | 2 |\n| three | 10 |\nend",

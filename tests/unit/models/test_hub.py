@@ -352,3 +352,19 @@ def test_recollect_pull_goes_on_and_converts(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     again: Any = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     assert (again.returncode, again.stderr) == (0, ""), "what is here needs no network"
+
+
+def test_to_pull_a_repository_names_its_files(
+    hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files |= {"a-Q4_K_M.gguf": SMALL, "b.gguf": SMALL, "README.md": b""}
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    monkeypatch.setenv("RECOLLECT_HOME", str(home))
+    for more, said in (
+        ([], "org/repo:FILE: name one of a-Q4_K_M.gguf, b.gguf."),
+        (["--offline"], "name a file of the hub's repository as org/repo:file.gguf."),
+    ):
+        command = [sys.executable, "-m", "recollect", "pull", "org/repo", *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        assert done.returncode == 2
+        assert done.stderr.strip().endswith(said)
