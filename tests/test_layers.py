@@ -66,6 +66,7 @@ SINCE = (
     "Ollama's API",
     "the audit of the heart",
     "replies that repeat themselves",
+    "a reply on the terminal",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)
