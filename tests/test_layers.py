@@ -66,6 +66,7 @@ SINCE = (
     "Ollama's API",
     "the audit of the heart",
     "replies that repeat themselves",
+    "a reply on the terminal",
     "the tokenizer of llama.cpp",
     "the table of formats",
 )

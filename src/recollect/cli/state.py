@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from recollect.cli.display import count, format_bytes, format_duration, printable, show_reply
+from recollect.cli.display import count, format_bytes, format_duration, printable
+from recollect.cli.live_reply import show_reply
 from recollect.cli.markdown import make_writer
 from recollect.conversation.model import Model
 from recollect.conversation.session import ReplyStream, Session

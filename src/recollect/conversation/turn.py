@@ -363,7 +363,8 @@ def generator_of(
     Return what continues a sequence with a reply that may call tools.
 
     A tool whose schema cannot be held to is no reason to refuse the request: its calls are not held to it.
-    A grammar is about what is said: the model may think before.
+    A grammar is about what is said: the model may think before. Where calls have channels of their own, as
+    in harmony, the grammar of tools is about the whole reply, since it names these.
 
     Raises:
         ConfigError: A parameter or a grammar cannot be used; the sequence is released.
@@ -373,7 +374,9 @@ def generator_of(
             how = params
             if tools.schemas:
                 how = replace(params, grammar=tools.grammar(params.grammar))
-            watch = watch_of(*reasoning, how)
+            marks = reasoning[1].marks
+            has_channels = bool(tools.schemas) and marks is not None and bool(marks.lead)
+            watch = None if has_channels else watch_of(*reasoning, how)
             try:
                 return Generator(engine, how, sequence=sequence, grammars=grammars, reasoning=watch)
             except InvalidParameterError as error:
