@@ -32,8 +32,8 @@ SHAPES = {
 }
 CONTEXT = 320
 NUM_BLOCKS = 40
-LIMIT = 1e-3
-"""Of f32 arithmetic in another order; a wrong slot is off by more than 1."""
+LIMIT = 1e-2
+"""Six layers of random weights turn rounding into 1e-3; a wrong slot is off by more than 1."""
 TOKENS = st.lists(st.integers(5, 290), min_size=1, max_size=70)
 WHICH = st.integers(0, 99)
 

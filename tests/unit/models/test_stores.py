@@ -13,7 +13,7 @@ import pytest
 
 from recollect import files
 from recollect.errors import UnknownModelError, UnsupportedModelError
-from recollect.models import stores
+from recollect.models import listing, stores
 from recollect.models.catalog import HubFile, resolve
 from recollect.models.gguf import GLANCE_BYTES
 from recollect.models.listing import is_here, kept_elsewhere, what_runs
@@ -351,7 +351,7 @@ def test_what_is_foreign_or_damaged_is_listed_with_the_reason(
     assert "not a GGUF file" in str(reasons["a-html.gguf"])
     assert "not a GGUF file" in str(reasons["b-empty.gguf"])
     assert reasons["c-cut.gguf"] is not None
-    assert reasons["d-other.gguf"] == "recollect builds no mamba from GGUF"
+    assert reasons["d-other.gguf"] is None  # llama.cpp runs it
     assert reasons["e-types.gguf"] is not None
 
 
@@ -482,8 +482,8 @@ def test_no_more_is_looked_at_than_is_said(
     ("form", "architecture", "runtime"),
     [
         ("gguf", "llama", "OpenVINO"),
-        ("gguf", "gemma2", None),
-        ("gguf", None, None),
+        ("gguf", "gemma2", "llama.cpp"),
+        ("gguf", None, "llama.cpp"),
         ("openvino", None, "OpenVINO"),
         ("onnx-genai", "phi3", "ONNX Runtime GenAI"),
     ],
@@ -494,3 +494,12 @@ def test_one_function_says_what_would_run_a_model(
     found = what_runs(form, architecture)
     assert found.runtime == runtime
     assert (found.reason is None) == (runtime is not None)
+
+
+def test_without_llama_cpp_what_it_would_run_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(listing, "LLAMA_MODULES", ("no_such_module",))
+    found = what_runs("gguf", "gemma2")
+    assert found.runtime is None
+    assert found.reason == "pip install 'recollect-llm[llama]' to run gemma2"
