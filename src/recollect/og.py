@@ -27,10 +27,9 @@ from recollect.engine.sampling import Generator as OwnGenerator
 from recollect.errors import RecollectError
 from recollect.models.catalog import LocalModel
 from recollect.models.openvino_folder import as_ids
-from recollect.models.prepare import prepare
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Detokenizer
-from recollect.types import Profile, SamplingParams
+from recollect.types import Profile, RuntimeChoice, SamplingParams
 
 __all__ = [
     "Checkpoint",
@@ -98,6 +97,8 @@ class Model:
         profile: `exact`, `fast` or `small`, as in `recollect.load`; not in the original.
         kv_memory: Most bytes of KV; not in the original.
         allow_native_code: As `recollect.load` takes it; not in the original, which runs any.
+        runtime: What runs a GGUF file, as in `recollect.load`; not in the original.
+        gpu_layers: For llama.cpp, as in `recollect.load`; not in the original.
 
     Attributes:
         loaded: recollect's own model, which sessions can be held with; not in the original.
@@ -115,18 +116,20 @@ class Model:
         profile: Profile = config.DEFAULT_PROFILE,
         kv_memory: int | None = None,
         allow_native_code: str | None = None,
+        runtime: RuntimeChoice = "auto",
+        gpu_layers: int | None = None,
     ) -> None:
         overlay = path if isinstance(path, Config) else Config(path)
         with as_runtime_error():
-            self.local: Final = prepare(
-                overlay.path, home=config.home(), allow_native_code=allow_native_code
-            )
             self.loaded: Final = load(
                 overlay.path,
                 profile=profile,
                 kv_memory=kv_memory,
                 allow_native_code=allow_native_code,
+                runtime=runtime,
+                gpu_layers=gpu_layers,
             )
+        self.local: Final = self.loaded.local
         self.search_defaults: Final = {**self.local.search_defaults, **overlay.search}
 
     @property
