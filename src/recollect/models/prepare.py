@@ -8,6 +8,8 @@ converted. Does not load a model.
 import contextlib
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -209,6 +211,7 @@ def _prepare_for_llama(
     header = read_header(parts[0])
     digests = [files.cached_sha256(part, home=home, progress=progress) for part in parts]
     sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
+    _try_in_a_process(parts[0], sha256, home)
     return LocalModel(
         name=name,
         format="gguf",
@@ -226,6 +229,52 @@ def _prepare_for_llama(
         source=parts[0],
         source_sha256=sha256,
     )
+
+
+_TRIED_FOLDER: Final = "tried"
+TRIAL: Final = "recollect.runtime.llama_model"
+_TRIAL_S: Final = 900.0
+"""A model of 70 GB is read from a slow disk in that time."""
+
+
+def _try_in_a_process(path: Path, sha256: str, home: Path) -> None:
+    """
+    Have llama.cpp load a file that it has not loaded here before, in a process of its own.
+
+    Where its checks of a damaged or strange file fail, the library ends the process that it is in.
+
+    Raises:
+        UnsupportedModelError: It did, or it cannot load the file.
+    """
+    note = home / _TRIED_FOLDER / sha256
+    if note.exists():
+        return
+    command = [sys.executable, "-m", TRIAL, str(path)]
+    try:
+        ended = subprocess.run(  # noqa: S603 - ourselves
+            command, check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TRIAL_S
+        )
+    except subprocess.TimeoutExpired as cause:
+        raise UnsupportedModelError(
+            f"llama.cpp did not load {path.name} within {_TRIAL_S:.0f} s: try a smaller file of the model."
+        ) from cause
+    if ended.returncode == TRIAL_REFUSED:
+        raise UnsupportedModelError(ended.stderr.decode(errors="replace").strip().splitlines()[-1])
+    if ended.returncode:
+        raise UnsupportedModelError(
+            f"llama.cpp broke off while it loaded {path.name} (status {ended.returncode}): the file is "
+            "damaged, or there is not enough memory; download it again, or take a smaller one."
+        )
+    files.make_private(note.parent, home)
+    note.touch(mode=0o600)
+    for old in sorted(note.parent.iterdir(), key=lambda one: one.stat().st_mtime_ns)[:-_MOST_TRIED]:
+        old.unlink(missing_ok=True)
+
+
+_MOST_TRIED: Final = 256
+"""Notes of files that were loaded; an older one costs a second trial."""
+TRIAL_REFUSED: Final = 3
+"""Exit status of the trial if the file is refused. The last line on stderr is the error."""
 
 
 def _have_hub_file(file: HubFile, home: Path, progress: Progress, *, offline: bool) -> list[Path]:

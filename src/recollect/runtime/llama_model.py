@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import re
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -21,7 +22,13 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from recollect.errors import ConfigError, MisuseError, RuntimeFailure, UnsupportedModelError
+from recollect.errors import (
+    ConfigError,
+    MisuseError,
+    RecollectError,
+    RuntimeFailure,
+    UnsupportedModelError,
+)
 from recollect.runtime.base import Logits, Pace, Reuse, RuntimeInfo
 from recollect.runtime.llama_library import KV_TYPES, LlamaLibrary, library
 from recollect.runtime.llama_state import Layout
@@ -407,3 +414,18 @@ def _parts(path: Path) -> list[Path]:
     """Return the files of a model: one, or all parts of it that lie beside each other."""
     match = _PART.fullmatch(path.name)
     return [path] if match is None else sorted(path.parent.glob(f"{match[1]}-*-of-{match[2]}.gguf"))
+
+
+def main() -> int:
+    """Load the file that is named and compute a few tokens; see `models.prepare`."""
+    try:
+        model = LlamaModel(library(), Path(sys.argv[1]), LlamaOptions(gpu_layers=0, threads=1))
+        model.learn()
+    except RecollectError as error:
+        print(error, file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""GGUF files for llama.cpp: as they are, tried in a process first, and who gets a file."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from random_model import Shape, write_random_model
+from recollect.errors import UnsupportedModelError
+from recollect.models import prepare as module
+from recollect.models.prepare import prepare
+
+MakeGguf = Callable[..., Path]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_random_model(
+        tmp_path / "random.gguf", Shape(architecture="qwen3moe", experts=4, head_norms=True)
+    )
+
+
+def test_a_file_is_taken_as_it_is_and_tried_once(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    model = prepare(str(path), home=home, runtime="llama")
+    assert model.format == "gguf"
+    assert (model.folder, model.graph, model.source) == (path.parent, path.name, path)
+    assert model.context_length == 512
+    assert not (home / "models").exists()
+    monkeypatch.setattr(module.subprocess, "run", None)  # a second trial would fail
+    assert prepare(str(path), home=home, runtime="llama") == model
+
+
+def test_what_openvino_does_not_read_goes_to_llama_where_that_is_here(
+    path: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModelError):
+        prepare(str(path), home=tmp_path / "home")
+    with pytest.raises(UnsupportedModelError):
+        prepare(str(path), home=tmp_path / "home", runtime="openvino", llama="there")
+    assert prepare(str(path), home=tmp_path / "home", llama="there").format == "gguf"
+
+
+def test_a_file_that_both_read_goes_to_the_quicker_one(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    file, home = str(make_gguf()), tmp_path / "home"
+    assert prepare(file, home=home, llama="there").format == "openvino"
+    assert prepare(file, home=home, llama="quicker").format == "gguf"
+    assert prepare(file, home=home, llama="quicker", runtime="openvino").format == "openvino"
+
+
+def test_what_is_no_gguf_file_is_not_for_llama(tmp_path: Path) -> None:
+    for name in ("reference", str(tmp_path)):
+        with pytest.raises(UnsupportedModelError, match="no GGUF file, which is what"):
+            prepare(name, home=tmp_path / "home", runtime="llama")
+
+
+def test_a_file_that_the_library_refuses_is_one_sentence(path: Path, tmp_path: Path) -> None:
+    data = path.read_bytes()
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(data.replace(b"blk.0.attn_q.weight", b"blk.0.attn_x.weight"))
+    with pytest.raises(UnsupportedModelError, match=r"cannot load broken\.gguf"):
+        prepare(str(broken), home=tmp_path / "home", runtime="llama")
+
+
+def test_a_library_that_ends_the_process_is_one_sentence(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TRIAL", "faulthandler_does_not_exist")
+    with pytest.raises(UnsupportedModelError, match=r"broke off while it loaded random\.gguf"):
+        prepare(str(path), home=tmp_path / "home", runtime="llama")
+    assert not (tmp_path / "home" / "tried").exists()
