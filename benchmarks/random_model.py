@@ -6,6 +6,7 @@ Write GGUF files with random weights, for what does not depend on what a model s
 """
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Shape:
     """Of queries, keys and values, as in Qwen 2."""
     experts: int = 0
     """Experts in each layer, of which two compute a token; 0: there is one feed-forward part."""
-    fields: dict[str, int | float] = field(default_factory=dict)
+    fields: Mapping[str, int | float] = field(default_factory=dict)
     """Other fields, by their names after the architecture's."""
     seed: int = 0
 

@@ -144,7 +144,7 @@ def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[type[Lla
 
 
 def test_any_order_gives_fresh_logits(machine: type[LlamaMachine]) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call] # hypothesis has no types there
+    run_state_machine_as_test(
         machine, settings=settings(max_examples=8, stateful_step_count=15, deadline=None)
     )
 
@@ -158,4 +158,4 @@ def test_a_lane_that_serves_too_much_is_found(
     """As where lanes were matched by how long they are."""
     monkeypatch.setattr(llamacpp, "common_marks", lambda lane, wanted: min(len(lane), len(wanted)))
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(machine, settings=fault_search(60))  # type: ignore[no-untyped-call] # as above
+        run_state_machine_as_test(machine, settings=fault_search(60))

@@ -1,6 +1,7 @@
 """smollm2 on llama.cpp: its file's values, its tokenizer, and reuse that survives a restart."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,15 +59,15 @@ def test_reuse_equals_a_fresh_prefill(model: recollect.Model) -> None:
 
 
 def test_a_conversation_goes_on_from_the_disk(tmp_path: Path) -> None:
-    settings = {"runtime": "llama", "kv_disk": 1 << 30, "home": tmp_path}
+    load = partial(recollect.load, "smollm2", runtime="llama", kv_disk=1 << 30, home=tmp_path)
     params = SamplingParams(temperature=0, max_tokens=12)
     (tmp_path / "sources").symlink_to(config.home() / "sources")
-    with recollect.load("smollm2", **settings) as model:
+    with load() as model:
         session = model.session("You are brief.", name="kept", params=params)
         session.respond("Name a river.")
         before = len(session.typed_ids())
         expected = session.fork().respond("And another?")
-    with recollect.load("smollm2", **settings) as model:
+    with load() as model:
         again = model.resume("kept").respond("And another?")
     assert again.text == expected.text
     assert again.usage.reused_tokens >= before - 1

@@ -1,5 +1,6 @@
 """GGUF files for llama.cpp: as they are, tried in a process first, and who gets a file."""
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def test_a_file_is_taken_as_it_is_and_tried_once(
     assert (model.folder, model.graph, model.source) == (path.parent, path.name, path)
     assert model.context_length == 512
     assert not (home / "models").exists()
-    monkeypatch.setattr(module.subprocess, "run", None)  # a second trial would fail
+    monkeypatch.setattr(subprocess, "run", None)  # a second trial would fail
     assert prepare(str(path), home=home, runtime="llama") == model
 
 

@@ -14,7 +14,7 @@ from recollect.runtime import llama_library
 from recollect.runtime import llamacpp as module
 from recollect.runtime.base import Logits, PagedRuntime, Row, SequenceId
 from recollect.runtime.llama_library import VARIABLE, Found, LlamaLibrary, found_libraries, library
-from recollect.runtime.llama_model import LlamaOptions
+from recollect.runtime.llama_model import LlamaModel, LlamaOptions
 from recollect.runtime.llama_state import Layout
 from recollect.runtime.llamacpp import LlamaCppRuntime, load_llama
 from recollect.runtime.sequences import SequenceAdapter
@@ -57,7 +57,8 @@ def table(tokens: int, first: int = 0) -> list[int]:
 
 
 def run(runtime: PagedRuntime, ids: list[int], blocks: list[int], past: int = 0) -> Logits:
-    return runtime.forward([Row(ids[past:], past, blocks)]).logits[0]
+    logits: Logits = runtime.forward([Row(ids[past:], past, blocks)]).logits[0]
+    return logits
 
 
 def lose_all_lanes(runtime: LlamaCppRuntime) -> None:
@@ -288,14 +289,14 @@ def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
 def test_without_memory_for_all_lanes_there_are_fewer(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    opens = module.LlamaModel.open
+    opens = LlamaModel.open
 
     def open_few(self: Any, cells: int, lanes: int) -> None:
         if lanes > 2:
             raise RuntimeFailure("no memory")
         opens(self, cells, lanes)
 
-    monkeypatch.setattr(module.LlamaModel, "open", open_few)
+    monkeypatch.setattr(LlamaModel, "open", open_few)
     runtime = load_llama(path, context_length=512, options=EXACT)
     runtime.allocate(160)
     assert runtime.info.pace.most_rows == 2
