@@ -11,6 +11,7 @@ import pytest
 
 import recollect
 
+pytestmark = pytest.mark.xdist_group("layers")  # one worker parses the modules, and not each
 PACKAGE = Path(recollect.__file__).parent
 TESTS = Path(__file__).parent
 
@@ -42,12 +43,35 @@ ALLOWED: dict[str, set[str]] = {
 MAY_IMPORT_THE_PACKAGE = {"proof", "cli", "server", "__main__"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MOST_MODULES = 115
-"""
-105, and one each for what came since: reading GGUF for the proof, `explain`, the parts of requests,
-what is said without a terminal, what `/set` changes, the clipboard, `doctor`; three for replies as
-Markdown: which blocks there are, what they look like, and rows that are drawn again.
-"""
+SINCE = (
+    "reading GGUF for the proof",
+    "explain",
+    "the parts of requests",
+    "what is said without a terminal",
+    "what /set changes",
+    "the clipboard",
+    "doctor",
+    "downloads",
+    "the list of models",
+    "models that other programs keep",
+    "reasoning in replies",
+    "what is told of replies",
+    "which blocks Markdown has",
+    "what Markdown looks like",
+    "rows of Markdown that are drawn again",
+    "the library of llama.cpp",
+    "the arrangement of its states",
+    "a model of llama.cpp",
+    "the runtime of llama.cpp",
+    "Ollama's API",
+    "the audit of the heart",
+    "replies that repeat themselves",
+    "a reply on the terminal",
+    "the tokenizer of llama.cpp",
+    "the table of formats",
+)
+"""What a module was added for each, since there were 105."""
+MOST_MODULES = 105 + len(SINCE)
 MOST_LINES = 400
 FEW_LINES = 60
 SHARED_FILE_NAMES = {"__init__.py", "base.py"}

@@ -42,7 +42,7 @@ from recollect.errors import ConfigError, NameTakenError, StoreError, UnknownCon
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import ConversationInfo, Page
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL
-from recollect.models.prepare import installed
+from recollect.models.listing import installed
 from recollect.types import SamplingParams
 
 app = typer.Typer()

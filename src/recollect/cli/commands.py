@@ -399,6 +399,17 @@ _KEYS: Final = (
     (HELP, "shows this list"),
 )
 
+
+def thinking(chat: Chat, rest: str) -> None:
+    """Show or fold what the model thinks before it answers."""
+    if rest not in ("", "on", "off"):
+        raise InvalidParameterError(f"/thinking is on or off, not {rest!r}: give one.")
+    if rest:
+        chat.shows_reasoning = rest == "on"
+    is_shown = chat.shows_reasoning
+    chat.note(f"What the model thinks is {'shown' if is_shown else 'folded'}.")
+
+
 COMMANDS: Final[dict[str, Command]] = {
     command.name: command
     for command in (
@@ -434,6 +445,12 @@ COMMANDS: Final[dict[str, Command]] = {
             set_setting,
         ),
         Command("model", "[NAME]", "go on with another model, or show which one replies", model),
+        Command(
+            "thinking",
+            "[on|off]",
+            "show what the model thinks, dim, or only that it does",
+            thinking,
+        ),
         Command("copy", "", "put the last reply on the clipboard", copy),
         Command("help", "", "show this list", help_text),
         Command("quit", "", "end the chat; so do /exit and /bye", leave),

@@ -20,7 +20,7 @@ from recollect.cli.options import JsonFileOption, ModelOption, ModelOptions, tak
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError
 from recollect.models.catalog import DEFAULT_MODEL, LocalModel
-from recollect.models.prepare import Compared, stamps_of
+from recollect.models.listing import Compared, stamps_of
 from recollect.proof import report as output
 from recollect.proof import verify as proof
 from recollect.proof.bench import (
@@ -159,8 +159,9 @@ def _write_verdict(
 
 def compare(loaded: Model) -> FileReport:
     """Compare a loaded model with its file, and note the outcome for `recollect models`."""
-    folder = loaded.local.folder
-    stamps = {} if folder is None else stamps_of(folder)  # before: of what was loaded
+    # Before, of what was loaded; a GGUF file that runs as it is has the digest of its bytes.
+    folder = None if loaded.local.format == "gguf" else loaded.local.folder
+    stamps = {} if folder is None else stamps_of(folder)
     with progress_bar("Comparing with the file") as progress:
         report = compare_with_file(
             loaded, progress=lambda done, of: progress(f"layer {done} of {of}", done, of)

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from recollect.cli.display import count, format_bytes, format_duration, printable, show_reply
+from recollect.cli.display import count, format_bytes, format_duration, printable
+from recollect.cli.live_reply import show_reply
 from recollect.cli.markdown import make_writer
 from recollect.conversation.model import Model
 from recollect.conversation.session import ReplyStream, Session
@@ -111,6 +112,8 @@ class Chat:
         self.draft = ""
         """What the next prompt begins with, for the user to go on from."""
         self.leaving = False
+        self.shows_reasoning = True
+        """Whether what the model thinks is shown, and not only that it does."""
 
     @property
     def session(self) -> Session:
@@ -165,7 +168,12 @@ class Chat:
         """
         session = self.session
         writer = make_writer(self.console, plain=self.plain)
-        reply = show_reply(self._starter(session, text, params), self.console, writer)
+        reply = show_reply(
+            self._starter(session, text, params),
+            self.console,
+            writer,
+            shows_reasoning=self.shows_reasoning,
+        )
         if reply is None:
             self.note("The reply was stopped before it began; the conversation is as it was.")
             return None
@@ -335,6 +343,8 @@ def usage_line(reply: Reply) -> str:
     if usage.reused_tokens:
         parts.append(f"{usage.reused_tokens:,} reused ({_whence(usage)})")
     parts.append(f"first token {format_duration(usage.ttft_s)}")
+    if usage.reasoning_tokens:
+        parts.append(f"{usage.reasoning_tokens:,} thought")
     if usage.decode_tps is not None:
         parts.append(f"{usage.decode_tps:,.0f} tok/s")
     if usage.difference is not None:
@@ -391,9 +401,11 @@ def _sampling(chat: Chat) -> str:
     used = chat.params.told(chat.params.seed or 0) if usage is None else usage.get("sampling")
     if not isinstance(used, dict) or not used:  # a file that was imported may say anything
         return "greedy"
-    shown = [f"{name} {value}" for name, value in used.items() if name != "seed"]
-    seed = f"; --seed {used.get('seed')} gives the last reply again" if usage is not None else ""
-    return printable(", ".join(shown) + seed)
+    shown = ", ".join(f"{name} {value}" for name, value in used.items() if name != "seed")
+    if "seed" not in used:
+        return printable(f"greedy, {shown}")
+    seed = f"; --seed {used['seed']} gives the last reply again" if usage is not None else ""
+    return printable(shown + seed)
 
 
 def _saved_as(chat: Chat) -> str:
@@ -466,7 +478,8 @@ def welcome(chat: Chat) -> None:
     chat.note("? lists commands and keys, Ctrl-D leaves")
     if not chat.session.conversation.is_saved:
         chat.note("Nothing of this chat is saved (--no-save).")
-    if len(chat.session.tree) and chat.session.conversation.name is not None:
+    was_said = any(node.role != "system" for node in chat.session.tree.nodes())
+    if was_said and chat.session.conversation.name is not None:
         _show_where_it_stands(chat)
 
 

@@ -31,6 +31,7 @@ from typing import Any, Final, cast
 from recollect.conversation.matching import shared_characters
 from recollect.conversation.tree import ROOT_KEY, Node, message_key
 from recollect.errors import InvalidParameterError, TemplateError
+from recollect.text.reasoning import ShowingTokenizer, says_nothing, says_the_same
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
 from recollect.types import Message, Remembered, Role, common_prefix_length
@@ -191,15 +192,6 @@ _ENTRY_BYTES: Final = 250
 Source: `sys.getsizeof` of these in CPython 3.12, rounded up."""
 
 
-_THINKING: Final = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
-_NOTHING: Final = re.compile(
-    rf"\s*(?:(?:<\|?{_THINKING}\|?>|\[THINK\]|<\|channel>thought)\s*"
-    rf"(?:(?:<\|?/{_THINKING}\|?>|\[/THINK\]|<channel\|>)\s*)?)?"
-)
-"""Space, a mark that opens thinking, or one that is closed around nothing: it says nothing. Source: the
-chat templates that llama.cpp keeps."""
-
-
 @dataclass(frozen=True, slots=True)
 class Rewritten:
     """A reply, or what leads to it, that is shown otherwise than when it was generated."""
@@ -223,6 +215,8 @@ class Prompt:
     """Replies that another model wrote: their text is encoded, since its ids mean nothing here."""
     reencoded_length: int = 0
     """Leading ids up to the end of the last of these."""
+    ending: str = ""
+    """The last characters of the text, in which one sees whether the template has opened reasoning."""
     generated_length: int = 0
     """Leading ids up to the end of the last reply of this model. All but the last of them were read
     before, unless something is shown otherwise."""
@@ -254,6 +248,10 @@ def size_of_ids(ids: "array[int]") -> int:
     return ids.itemsize * len(ids) + _ENTRY_BYTES
 
 
+_ENDING_CHARACTERS: Final = 200
+"""Longer than any mark that opens reasoning."""
+
+
 class PromptEncoder:
     """
     Encodes conversations with one template and one tokenizer.
@@ -270,6 +268,9 @@ class PromptEncoder:
         self.remembered: Final = Remembered(size_of_ids, MOST_REMEMBERED_BYTES)
         self.openings: Final = Remembered[Opening](
             lambda one: getsizeof(one.text) + _ENTRY_BYTES, MOST_OPENING_BYTES
+        )
+        self._written = Remembered[str](
+            lambda one: getsizeof(one) + _ENTRY_BYTES, MOST_OPENING_BYTES
         )
         # Texts that nobody writes and that templates which strip or split leave whole.
         self._secret = secrets.token_hex(12)
@@ -325,7 +326,8 @@ class PromptEncoder:
             if any(map(self.control.may_make, (name, *_strings(value)))):
                 raise InvalidParameterError(
                     f"The template option {name[:40]!r} has a text in which the model could read a "
-                    "control token: leave that out."
+                    "control token: leave that out.",
+                    param="template_options",
                 )
         other = copy.copy(self)
         other._template = self._template.with_options(options)
@@ -363,8 +365,25 @@ class PromptEncoder:
         return self._remembered(_Encoding(self, path, messages, tools, render, typed), role)
 
     def mark(self, reply: int) -> str:
-        """Return the text that stands for a reply."""
+        """Return the text that stands for what a reply says."""
         return f"reply{reply}y{self._secret}x"
+
+    def thought_mark(self, reply: int) -> str:
+        """Return the text that stands for what was thought before a reply."""
+        return f"thought{reply}y{self._secret}x"
+
+    def before_said(self, reply: Node) -> str:
+        """Return what this model wrote before what a reply says: its reasoning, with the marks."""
+        marks = self._template.reasoning
+        if marks is None or reply.token_ids is None:
+            return ""
+        name = blake2b(array("i", reply.token_ids).tobytes(), digest_size=16).digest()
+        known = self._written.get(name)
+        if known is None:
+            text = ShowingTokenizer(self._tokenizer, marks).decode(reply.token_ids)
+            known = text.removesuffix(reply.content) if text.endswith(reply.content) else ""
+            self._written.put(name, known)
+        return known
 
     def unmarked(self, text: str) -> tuple[list[int], list[str]]:
         """
@@ -445,6 +464,7 @@ class _Encoding:
             rewritten=tuple(self._rewritten),
             reencoded_replies=self._reencoded,
             reencoded_length=self._reencoded_length,
+            ending=self._whole.text[-_ENDING_CHARACTERS:],
             generated_length=self._generated_length,
         )
 
@@ -469,11 +489,20 @@ class _Encoding:
         messages, tools, guard = self._messages[:count], self._tools, self._guard
         if guard is not None:
             messages, tools = guard.messages(messages), guard.tools(tools)
+        thoughts: dict[str, str] = {}
         for number, place in enumerate(self._places):
             if place < count:
+                thought = self._messages[place].get("reasoning_content")
                 messages[place] = {"role": "assistant", "content": self._encoder.mark(number)}
+                if thought:
+                    mark = self._encoder.thought_mark(number)
+                    messages[place]["reasoning_content"] = mark
+                    thoughts[mark] = thought
         text = render(messages, tools)
-        return self._encoder.unmarked(text if guard is None else guard.read(text).text)
+        numbers, around = self._encoder.unmarked(text if guard is None else guard.read(text).text)
+        for mark, thought in thoughts.items():
+            around = [one.replace(mark, thought) for one in around]
+        return numbers, around
 
     def _asked(self, number: int) -> str | None:
         """Return what led to a reply of this model when it was generated; None where nobody knows."""
@@ -501,7 +530,8 @@ class _Encoding:
         """Take the next reply that is shown, between two texts of the template."""
         reply, asked = self.path[self._places[number]], self._asked(number)
         is_own = self._encoder.is_own(reply)
-        place = self._shown(reply.content, asked, opening, after)
+        before = self._encoder.before_said(reply) if is_own else ""
+        place = self._shown(reply.content, None if before else asked, opening, after)
         if place is None:
             stop = self._found(opening, after, is_last=is_last)
             if is_own:
@@ -515,8 +545,15 @@ class _Encoding:
         if is_own:
             now = self._whole.text[self._end : start]
             same = shared_characters(asked or now, now)
-            if asked is not None and asked != now:
-                if _NOTHING.fullmatch(asked, same) and _NOTHING.fullmatch(now, same):
+            if before and (asked is None or not says_the_same(asked + before, now)):
+                self._tell(number, asked, stop)
+                self._last, self._end = number, stop
+                return
+            if before and asked is not None:
+                lead = self._whole.part(self._done, self._end + same)
+                lead = Shown(lead.text + asked[same:], lead.breaks)
+            elif asked is not None and asked != now:
+                if says_nothing(asked, same) and says_nothing(now, same):
                     lead = self._whole.part(self._done, self._end + same)
                     lead = Shown(lead.text + asked[same:], lead.breaks)
                 else:

@@ -17,10 +17,11 @@ import struct
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Tokens
 from hashlib import blake2b
 from pathlib import Path
+from sys import getsizeof
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,8 +30,9 @@ import numpy.typing as npt
 
 from recollect import files
 from recollect.errors import InvalidParameterError, MissingPackageError
+from recollect.text.reasoning import ReasoningWatch
 from recollect.text.tokenizer import Tokenizer, Vocabulary
-from recollect.types import Grammar, common_prefix_length
+from recollect.types import Grammar, Remembered, common_prefix_length
 
 if TYPE_CHECKING:
     import llguidance
@@ -72,11 +74,13 @@ def check_schema(schema: Any, what: str) -> None:
             targets[value] = None
         if values > MOST_VALUES:
             raise InvalidParameterError(
-                f"{what} has more than {MOST_VALUES:,} names and values: make it smaller."
+                f"{what} has more than {MOST_VALUES:,} names and values: make it smaller.",
+                param="grammar",
             )
         if characters > MOST_CHARACTERS:
             raise InvalidParameterError(
-                f"{what} has more than {MOST_CHARACTERS:,} characters: make it smaller."
+                f"{what} has more than {MOST_CHARACTERS:,} characters: make it smaller.",
+                param="grammar",
             )
     steps = _depth(schema)
     for target in targets:
@@ -84,7 +88,8 @@ def check_schema(schema: Any, what: str) -> None:
         if steps > MOST_STEPS:
             raise InvalidParameterError(
                 f"{what} has more than {MOST_STEPS:,} levels, where what is referred to counts "
-                "with it: use fewer references."
+                "with it: use fewer references.",
+                param="grammar",
             )
 
 
@@ -147,6 +152,12 @@ _GRAMMAR_BYTES: Final = 200 << 10
 _BYTES_PER_CHARACTER: Final = 120
 """What a compiled grammar takes, and more for each character of its source. Source: JSON schemas of
 10 to 1,000 fields took 0.17, 0.56 and 4.2 MB where their texts have 359, 3,374 and 34,424 characters."""
+
+MOST_REFUSED_BYTES: Final = 1 << 20
+"""Of what was wrong with grammars that cannot be used, a thousand at least: a client whose tool has such
+a schema sends it with every request, and to find that out can take seconds."""
+_MOST_TOLD: Final = 1000
+"""Characters of a reason: it quotes what a client sent."""
 
 JSON_STYLE: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """
@@ -216,7 +227,9 @@ class Grammars:
         self.held_bytes = 0
         """That the compiled grammars which are kept take, as estimated."""
         self.made = 0
-        """Tables and grammars that were made, ever."""
+        """Tables and grammars that were made, or tried in vain, ever."""
+        self.refused: Final = Remembered[str](getsizeof, MOST_REFUSED_BYTES)
+        """What was wrong with grammars, by a hash of each."""
         self._lock = threading.Lock()
         self._preparing: threading.Thread | None = None
         self._is_closing = False
@@ -274,8 +287,16 @@ class Grammars:
     def _matcher(self, grammar: Grammar) -> "llguidance.LLMatcher":
         matcher = self._compiled.get(grammar)
         if matcher is None:
-            matcher = self._compile(grammar)
+            source = f"{grammar.kind}:{grammar.source}".encode(errors="surrogatepass")
+            name = blake2b(source, digest_size=16).digest()
+            if (known := self.refused.get(name)) is not None:
+                raise InvalidParameterError(known, param="grammar")
             self.made += 1
+            try:
+                matcher = self._compile(grammar)
+            except InvalidParameterError as error:
+                self.refused.put(name, str(error)[:_MOST_TOLD])
+                raise
             self._compiled[grammar] = matcher
             self.held_bytes += _compiled_size(grammar)
         self._compiled.move_to_end(grammar)
@@ -414,6 +435,18 @@ class GrammarState:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._seen = list(seen)
+        self._reasoning: ReasoningWatch | None = None
+        self._ends: Collection[int] = ()
+
+    def begin_behind(self, reasoning: ReasoningWatch, ends: Collection[int]) -> None:
+        """
+        Let the grammar be about the answer alone, behind what the model thinks.
+
+        Args:
+            reasoning: Follows the same reply.
+            ends: The tokens that end a reply; none does while it thinks.
+        """
+        self._reasoning, self._ends = reasoning, ends
 
     def allowed(self, reply: list[int]) -> Mask:
         """
@@ -425,24 +458,43 @@ class GrammarState:
             InvalidParameterError: The reply is no beginning of one.
                 Or the grammar is too complex at this place, or allows nothing there.
         """
-        self._follow(reply)
+        start = self._start_in(reply)
+        if start is None:
+            thinking = np.ones(self._vocab_size, np.bool_)
+            thinking[list(self._ends)] = False
+            return thinking
+        self._follow(reply[start:])
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise self._too_complex()
-        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+        mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+        if not reply and self._reasoning is not None and self._reasoning.opening is not None:
+            mask[self._reasoning.opening] = True
+        return mask
 
     def is_finished(self, reply: list[int]) -> bool:
         """Return whether nothing but the end may follow the reply."""
-        self._follow(reply)
+        start = self._start_in(reply)
+        if start is None:
+            return False
+        self._follow(reply[start:])
         return self._matcher.is_stopped() and self._matcher.is_accepting()
 
     def copy(self) -> "GrammarState":
         """Return a second state at the same place; 10 microseconds, whatever the grammar."""
-        return GrammarState(self._matcher.deep_copy(), self._vocab_size, self._seen)
+        other = GrammarState(self._matcher.deep_copy(), self._vocab_size, self._seen)
+        if self._reasoning is not None:
+            other.begin_behind(self._reasoning.copy(), self._ends)
+        return other
+
+    def _start_in(self, reply: list[int]) -> int | None:
+        """Return where in the reply the grammar begins; None while the model thinks."""
+        return 0 if self._reasoning is None else self._reasoning.answer_start(reply)
 
     def _too_complex(self) -> InvalidParameterError:
         return InvalidParameterError(
-            f"The grammar cannot be followed here ({self._matcher.stop_reason()}): simplify it."
+            f"The grammar cannot be followed here ({self._matcher.stop_reason()}): simplify it.",
+            param="grammar",
         )
 
     def _follow(self, reply: list[int]) -> None:
@@ -469,7 +521,8 @@ def _unusable(grammar: Grammar, reason: str) -> InvalidParameterError:
         reason = "it has more parts than can be followed"
     # A reason may come over several lines, the last of which says what it is.
     why = " ".join(reason.split()).rstrip(".")
-    return InvalidParameterError(f"The {what} cannot be used as a grammar ({why}): correct it.")
+    told = f"The {what} cannot be used as a grammar ({why}): correct it."
+    return InvalidParameterError(told, param="grammar")
 
 
 class _Wrapped:

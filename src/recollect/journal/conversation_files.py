@@ -82,7 +82,9 @@ def to_markdown(conversation: ConversationRecord, *, tip: str | None = None) -> 
     created = conversation.created_at.astimezone().strftime("%Y-%m-%d %H:%M")
     parts = [f"# {conversation.name}", f"*{conversation.model}, begun {created}*"]
     for node in path:
-        parts += [f"## {_SPEAKERS[node.role]}", node.content.strip("\n")]
+        thought = None if node.links is None else node.links.reasoning
+        quoted = "" if thought is None else "> " + thought.replace("\n", "\n> ")
+        parts += [f"## {_SPEAKERS[node.role]}", quoted, node.content.strip("\n")]
         if node.finish_reason in _ENDINGS:
             parts.append(f"*({_ENDINGS[node.finish_reason]})*")
     branches = _other_branches(conversation, {node.id for node in path})
@@ -243,6 +245,7 @@ def _links(value: dict[str, Any], where: str) -> ToolLinks | None:
         call_ids=tuple(_text(texts, number, where) for number in texts),
         tool_call_id=_text(fields, "tool_call_id", where) if "tool_call_id" in fields else None,
         name=_text(fields, "name", where) if "name" in fields else None,
+        reasoning=_text(fields, "reasoning", where) if "reasoning" in fields else None,
     )
 
 

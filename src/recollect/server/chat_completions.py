@@ -25,6 +25,17 @@ from recollect.engine.pinning import compute_watched
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ContextFullError
 from recollect.kv.blocks import PUBLIC
+from recollect.server.events import (
+    Call,
+    CallEvent,
+    Ended,
+    EventWriter,
+    Piece,
+    Thought,
+    Told,
+    calls_tools,
+    sse,
+)
 from recollect.server.fields import (
     MOST_CALLS,
     MOST_TOOLS,
@@ -57,19 +68,7 @@ from recollect.server.parts import (
     split_thoughts,
 )
 from recollect.server.refusals import ApiError, ClientGone, openai_body, operators_only
-from recollect.server.services import (
-    Call,
-    CallEvent,
-    Ended,
-    Job,
-    Piece,
-    Told,
-    begin,
-    client_of,
-    services_of,
-    sse,
-    with_model,
-)
+from recollect.server.services import Job, begin, client_of, services_of, with_model
 from recollect.server.settings import Settings
 from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import Grammar, Message, MessageToolCall, Role, SamplingParams, TokenLogprob
@@ -170,6 +169,7 @@ class ChatRequest(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     enable_thinking: bool | None = None
+    thinking_budget: Annotated[int, Field(ge=0)] | None = None
     thinking: Thinking | None = None
     reasoning: Thinking | None = None
     logprobs: bool | None = False
@@ -233,6 +233,13 @@ class ChatRequest(SamplingFields):
             found |= {} if told is None else told.options()
         return found | (self.chat_template_kwargs or {})
 
+    @property
+    def reasoning_budget(self) -> int | None:
+        """Return how many tokens of reasoning are asked for at most."""
+        told = (self.thinking, self.reasoning)
+        budgets = [self.thinking_budget, *(one.budget for one in told if one is not None)]
+        return min((one for one in budgets if one is not None), default=None)
+
     def left_out(self) -> Iterable[str]:
         """Return the tools that are no functions."""
         return others_among(self.tools) if self.tools else ()
@@ -253,6 +260,7 @@ class ChatRequest(SamplingFields):
             max_tokens=self.max_completion_tokens or self.max_tokens or settings.max_tokens,
             choice=choice,
             grammar=self.grammar,
+            reasoning_budget=self.reasoning_budget,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
@@ -279,7 +287,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     return await job.answer(request, _Completion(job, body), stream=bool(body.stream))
 
 
-class _Completion:
+class _Completion(EventWriter):
     """The replies to one request, in OpenAI's words; a `Writer`."""
 
     def __init__(self, job: Job, body: ChatRequest) -> None:
@@ -318,6 +326,10 @@ class _Completion:
             case Piece():
                 likely = _logprobs(event.logprobs or None)
                 return role + self._chunk(event.choice, {"content": event.text}, logprobs=likely)
+            case Thought():
+                likely = _logprobs(event.logprobs or None)
+                thought = {"reasoning_content": event.text}
+                return role + self._chunk(event.choice, thought, logprobs=likely)
             case Call():
                 delta = _call_delta(event.event)
                 return role + (self._chunk(event.choice, {"tool_calls": [delta]}) if delta else "")
@@ -369,6 +381,8 @@ class _Completion:
 
 def _message(reply: GeneratedReply) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": None}
+    if reply.reasoning:
+        message["reasoning_content"] = reply.reasoning
     if reply.tool_calls:
         message["content"] = reply.content or None
         message["tool_calls"] = [call.to_dict() for call in reply.tool_calls]
@@ -376,7 +390,7 @@ def _message(reply: GeneratedReply) -> dict[str, Any]:
 
 
 def _finish_reason(reply: GeneratedReply) -> str:
-    if reply.tool_calls and reply.finish_reason == "stop":
+    if calls_tools(reply):
         return "tool_calls"
     return reply.finish_reason
 

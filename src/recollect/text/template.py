@@ -22,12 +22,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Final, Literal
+from typing import IO, Any, Final, Literal, cast
 
 import psutil
 
 from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text import template_engine
+from recollect.text.reasoning import ReasoningMarks, find_marks, parted
 from recollect.text.template_engine import (
     COMPILED,
     FAILURES,
@@ -329,10 +330,16 @@ class ChatTemplate:
             raise _broken(words(cause)) from cause
         self.knows_tools: Final = uses_tools and CALL_START in source
         """Whether it shows tools, and calls of them in the Hermes format, by itself."""
-        self.knows_thoughts: Final = _THOUGHT_END in source
-        """Whether it decides which thoughts of earlier replies are shown."""
         self._options: Mapping[str, Any] = {}
         self._takes: dict[_System, bool] = {}
+        self._marks: list[ReasoningMarks | None] = []
+
+    @property
+    def reasoning(self) -> ReasoningMarks | None:
+        """Return the marks of what the model thinks; None: it knows none. They are tried out once."""
+        if not self._marks:
+            self._marks.append(find_marks(self.source, self._tried))
+        return self._marks[0]
 
     def render(
         self,
@@ -355,7 +362,9 @@ class ChatTemplate:
         """
         if not self.knows_tools and (tools or any(one["role"] == "tool" for one in messages)):
             messages, tools = spelled_out(messages, tools or ()), None
-        return self._rendered(self._folded(messages), add_generation_prompt, tools)
+        return self._rendered(
+            self._with_reasoning(self._folded(messages)), add_generation_prompt, tools
+        )
 
     def with_options(self, options: Mapping[str, Any]) -> "ChatTemplate":
         """
@@ -366,7 +375,8 @@ class ChatTemplate:
         """
         if taken := sorted(_GIVEN & options.keys()):
             raise InvalidParameterError(
-                f"{taken[0]!r} is no option of a chat template, but what it shows: leave it out."
+                f"{taken[0]!r} is no option of a chat template, but what it shows: leave it out.",
+                param="template_options",
             )
         other = copy.copy(self)
         other._options = dict(options)
@@ -374,11 +384,47 @@ class ChatTemplate:
 
     def with_thoughts(self, messages: Sequence[Message]) -> list[Message]:
         """
-        Return messages with the thoughts of replies in their text, as a model writes them.
+        Return messages with the reasoning of replies apart from what they say.
 
         Without any, where the template knows none.
         """
-        return [_with_thoughts(one, shows=self.knows_thoughts) for one in messages]
+        return [self._apart(one) for one in messages]
+
+    def _apart(self, message: Any) -> Any:
+        # What is no message is refused later.
+        if not isinstance(message, dict) or message.get("role") != "assistant":
+            return message
+        said, marks = message.get("content"), self.reasoning
+        if marks is None:
+            return _without_reasoning(cast("Message", message))
+        is_apart = message.get("reasoning_content") or not isinstance(said, str)
+        if is_apart or not str(said).lstrip().startswith(marks.open):
+            return message
+        parts = parted(str(said), marks)
+        return {**message, "content": parts.said, "reasoning_content": parts.reasoning}
+
+    def _with_reasoning(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return messages with their reasoning where the template looks for it."""
+        if not any("reasoning_content" in one for one in messages):
+            return messages
+        marks = self.reasoning
+        if marks is None:
+            return [_without_reasoning(one) for one in messages]
+        return [cast("Message", marks.told(one)) for one in messages]
+
+    def _tried(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        options: Mapping[str, Any],
+    ) -> str | None:
+        """Return what the template shows of messages that are tried out; None: it refuses them."""
+        template = copy.copy(self)
+        template._options = options
+        try:
+            return template._rendered(messages, add_generation_prompt, None)
+        except TemplateError:
+            return None
 
     def _folded(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return messages with the instructions where the template takes them; see `folded`."""
@@ -412,7 +458,7 @@ class ChatTemplate:
 
     def _rendered(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> str:
@@ -469,19 +515,12 @@ _GIVEN: Final = {
 _TRIED_OUT: Final = ("recollect0question", "recollect0first", "recollect0second")
 """Texts of a trial conversation, which a template shows as they are or not at all."""
 
-_THOUGHT_START: Final = "<think>"
-_THOUGHT_END: Final = "</think>"
-"""Between which models write what they think. Source: the templates of Qwen3, DeepSeek R1 and GLM 4.5."""
 
-
-def _with_thoughts(message: Message, *, shows: bool) -> Message:
+def _without_reasoning(message: Message) -> Message:
     if "reasoning_content" not in message:
         return message
     plain = message.copy()
-    thoughts = plain.pop("reasoning_content")
-    if shows and thoughts and message["role"] == "assistant":
-        said = message["content"] or ""
-        plain["content"] = f"{_THOUGHT_START}\n{thoughts.strip()}\n{_THOUGHT_END}\n\n{said}"
+    del plain["reasoning_content"]
     return plain
 
 

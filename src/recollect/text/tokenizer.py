@@ -406,6 +406,16 @@ class Tokenizer(Protocol):
         """
 
 
+class Decoder(Protocol):
+    """What turns ids back into text."""
+
+    def decode(self, ids: Sequence[int], /) -> str:
+        """Return the text of *ids*, shape `(n,)`."""
+
+    def added_text(self, token_id: int, /) -> str | None:
+        """Return what an id adds to a text; see `Tokenizer.added_text`."""
+
+
 class Detokenizer:
     """
     Turns tokens into pieces of text as they come.
@@ -418,7 +428,7 @@ class Detokenizer:
         2. A piece is never taken back.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Decoder) -> None:
         self._tokenizer = tokenizer
         # The ids from which the next piece is decoded. The first `_settled` of them are context
         # (some vocabularies drop a space at the very start of a text); their text is out already.

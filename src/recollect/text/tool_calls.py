@@ -376,6 +376,14 @@ def parse_reply(
     return ParsedReply("".join(content), tuple(calls))
 
 
+def is_whole(arguments: str) -> bool:
+    """Return whether the arguments of a call are all there; none at all are, too."""
+    try:
+        return not arguments.strip() or isinstance(json.loads(arguments), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _as_call(body: str) -> tuple[str, str] | None:
     """Return the name and the arguments in an unusual call; None where it is none."""
     try:

@@ -1,6 +1,7 @@
 """What `recollect serve` is told before it listens."""
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,22 @@ import pytest
 from typer.testing import CliRunner
 
 from recollect.cli.main import app
+from recollect.cli.serve import public_names, weight_bytes
 from recollect.conversation.model import Model
-from recollect.errors import ConfigError, RecollectError
+from recollect.errors import ConfigError, MissingPackageError, RecollectError
 from recollect.server.hub import ModelHub
 
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECOLLECT_HOME", str(tmp_path / "home"))
+
+
+def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httptools", None)
+    result = CliRunner().invoke(app, ["serve", "-m", "reference"])
+    assert isinstance(result.exception, MissingPackageError)
+    assert "recollect-llm[server]" in str(result.exception)
 
 
 def test_a_public_file_that_cannot_be_read_is_told_at_the_start(tmp_path: Path) -> None:
@@ -148,3 +157,13 @@ def test_what_can_be_checked_is_checked_before_the_server_listens(
     assert isinstance(result.exception, RecollectError), result.output
     assert told in str(result.exception)
     assert started == []
+
+
+def test_a_model_of_another_program_is_served_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_CACHE", str(tmp_path))
+    (tmp_path / "org_repo_a.gguf").write_bytes(bytes(1000))
+    name = "llamacpp:org_repo_a.gguf"
+    assert public_names([name]) == {name: name}
+    assert weight_bytes(name, tmp_path / "home") == 1000
