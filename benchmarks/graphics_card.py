@@ -90,6 +90,11 @@ class Setting:
         )
 
     @property
+    def history(self) -> int:
+        """Return how long the conversation is that is gone on with after a restart."""
+        return 1000 if self.small else HISTORY
+
+    @property
     def layers(self) -> int:
         """Return how many layers there are to put on a card."""
         return self.shape.layers + 1
@@ -246,9 +251,9 @@ def speed(setting: Setting) -> dict[str, Any]:
         ("fast", None, "all"),
         ("small", None, "all"),
         ("exact", None, "all"),
-        ("fast", half, f"{half} of {setting.layers}"),
-        ("fast", 0, "none"),
     ]
+    if any(device.is_graphics for device in library().devices()):
+        cases += [("fast", half, f"{half} of {setting.layers}"), ("fast", 0, "none")]
     for profile, layers, name in cases:
         options = setting.options(profile, layers)
         slow = layers is not None
@@ -260,7 +265,7 @@ def speed(setting: Setting) -> dict[str, Any]:
 def speed_of(setting: Setting, runtime: LlamaCppRuntime, *, slow: bool) -> dict[str, Any]:
     shape, found = setting.shape, {"layers": runtime.info.kv_format}
     result: dict[str, Any] = dict(found)
-    for tokens in (512,) if slow else (512, 2048, HISTORY):
+    for tokens in (512,) if slow or setting.small else (512, 2048, HISTORY):
         ids = ids_of(tokens, shape)
         seconds = timed(lambda ids=ids: read(runtime, ids, table(len(ids))), 1 if slow else 3)
         result[f"prefill of {tokens}, tokens/s"] = tokens / seconds
@@ -289,7 +294,7 @@ def kv(setting: Setting) -> dict[str, Any]:
     for profile in ("fast", "small", "exact"):
         options = setting.options(profile)
         with opened(setting.large, options) as runtime:
-            for tokens in (256, 2048, HISTORY):
+            for tokens in (256, 1024) if setting.small else (256, 2048, HISTORY):
                 found[f"{profile}, {tokens} tokens"] = kv_of(setting, runtime, tokens)
     return found
 
@@ -335,7 +340,7 @@ def restart(setting: Setting) -> dict[str, Any]:
 
 def first_token(setting: Setting, way: str) -> dict[str, Any]:
     """Read a history, or find it; then time the token after its next turn."""
-    ids, asked = ids_of(HISTORY, setting.shape, 3), ids_of(20, setting.shape, 4)
+    ids, asked = ids_of(setting.history, setting.shape, 3), ids_of(20, setting.shape, 4)
     store = DiskStore(setting.folder / "kv", budget_bytes=8 << 30)
     runtime = load_llama(setting.large, context_length=CONTEXT, options=setting.options())
     engine = Engine(runtime, num_blocks=2 * CONTEXT // 32, fingerprint="random", store=store)
@@ -420,7 +425,16 @@ def verify(setting: Setting) -> dict[str, Any]:
     )
     write_random_model(path, shape, vocabulary_of=Path(vocabulary))
     for profile in ("exact", "fast"):
-        command = [sys.executable, "-m", "recollect", "verify", "--model", str(path)]
+        command = [
+            sys.executable,
+            "-m",
+            "recollect",
+            "verify",
+            "--model",
+            str(path),
+            "--operations",
+            "60",
+        ]
         command += ["--runtime", "llama", "--profile", profile]
         ended = subprocess.run(  # noqa: S603 - ourselves
             command, check=False, capture_output=True, text=True, timeout=120
@@ -437,8 +451,8 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "speed": speed,
     "kv": kv,
     "restart": restart,
-    "refusal": refusal,
     "verify": verify,
+    "refusal": refusal,
 }
 
 

@@ -6,11 +6,13 @@ Write GGUF files with random weights, for what does not depend on what a model s
 """
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gguf
 import numpy as np
+
+from recollect.models.gguf import read_content
 
 _DRAWN = (1 << 24) + 43
 """A prime, so that no two rows of a matrix are the same."""
@@ -44,11 +46,12 @@ class Shape:
     seed: int = 0
 
 
-def write_random_model(path: Path, shape: Shape) -> Path:
+def write_random_model(path: Path, shape: Shape, *, vocabulary_of: Path | None = None) -> Path:
     """
-    Write a random decoder without a vocabulary, whose logits vary as those of real models do.
+    Write a random decoder whose logits vary as those of real models do.
 
-    Written tensor by tensor: a large model takes no more memory than its largest matrix.
+    It has the vocabulary and the chat template of another file, or else none. Written tensor by tensor: a
+    large model takes no more memory than its largest matrix.
     """
     writer = gguf.GGUFWriter(path, shape.architecture)
     writer.add_context_length(shape.context)
@@ -62,8 +65,12 @@ def write_random_model(path: Path, shape: Shape) -> Path:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(shape.head_size)
     writer.add_rope_freq_base(10_000.0)
-    writer.add_vocab_size(shape.vocabulary)
-    writer.add_tokenizer_model("no_vocab")
+    if vocabulary_of is None:
+        writer.add_vocab_size(shape.vocabulary)
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        shape = replace(shape, vocabulary=_copy_vocabulary(vocabulary_of, writer))
+        writer.add_vocab_size(shape.vocabulary)
     if shape.experts:
         writer.add_expert_count(shape.experts)
         writer.add_expert_used_count(2)
@@ -88,6 +95,21 @@ def write_random_model(path: Path, shape: Shape) -> Path:
         writer.write_tensor_data(_data(name, size, kinds[name], random))
     writer.close()
     return path
+
+
+def _copy_vocabulary(path: Path, writer: gguf.GGUFWriter) -> int:
+    """Copy a file's fields about text; return how many tokens there are."""
+    fields = read_content(path).fields
+    for name, value in fields.items():
+        if not name.startswith("tokenizer."):
+            continue
+        if isinstance(value, list | tuple):
+            writer.add_array(name, list(value))
+        else:
+            kind = gguf.GGUFValueType.get_type(value)
+            is_whole = kind is gguf.GGUFValueType.INT32
+            writer.add_key_value(name, value, gguf.GGUFValueType.UINT32 if is_whole else kind)
+    return len(fields["tokenizer.ggml.tokens"])
 
 
 def _kind(shape: Shape, size: tuple[int, ...]) -> gguf.GGMLQuantizationType:

@@ -26,10 +26,11 @@ from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 from recollect import config
+from recollect.proof.report import Machine, this_machine
 
 HERE: Final = Path(__file__).parent
 README: Final = HERE.parent / "README.md"
-MODEL: Final = "qwen2.5-coder-0.5b"
+MODEL: Final = "qwen2.5-coder-1.5b"
 COLUMNS: Final = 96
 ROWS: Final = 200
 """More than is ever written, so that nothing scrolls away."""
@@ -309,10 +310,17 @@ def replies(lines: list[str]) -> dict[str, str]:
     return found
 
 
-def into_readme(lines: list[str]) -> None:
+def about(machine: Machine) -> str:
+    """Return the sentence that says where a chat was recorded, and how busy that machine was."""
+    cores, load = machine.physical_cores or machine.logical_cores or 1, machine.load_average or 0.0
+    busy = "" if load < cores else "; seconds are longer for that, tokens are not more"
+    return f"Recorded on {cores} cores ({machine.cpu}) at a load of {load:.0f}{busy}."
+
+
+def into_readme(lines: list[str], machine: Machine) -> None:
     """Put a transcript into the README in place of the one between its two marks."""
     text = README.read_text(encoding="utf-8")
-    block = "\n".join(["```console", *lines, "```"])
+    block = "\n".join(["```console", *lines, "```", "", about(machine)])
     text, changed = re.subn(
         r"(<!-- recorded by docs/record_chat.py -->\n).*?(?=\n<!-- end -->)",
         lambda found: found[1] + block,
@@ -333,6 +341,7 @@ def main() -> int:
     options.add_argument("--key-s", type=float, default=KEY_S, help="seconds from key to key")
     options.add_argument("--into", type=Path, help="a folder; the README stays as it is then")
     args = options.parse_args()
+    machine = this_machine()
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         for part in ("models", "sources", "hashes", "vocabularies"):
@@ -355,7 +364,7 @@ def main() -> int:
     (into / "chat.txt").write_text("\n".join(whole) + "\n", encoding="utf-8")
     (into / "chat.svg").write_text(picture(chats[0]), encoding="utf-8")
     if args.into is None:
-        into_readme(chats[1].lines())
+        into_readme(chats[1].lines(), machine)
     return 0
 
 

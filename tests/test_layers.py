@@ -67,6 +67,8 @@ SINCE = (
     "the audit of the heart",
     "replies that repeat themselves",
     "a reply on the terminal",
+    "the tokenizer of llama.cpp",
+    "the table of formats",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

@@ -50,6 +50,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 """Who a message is from. `tool`: a tool, with the result of a call."""
 
 Profile = Literal["exact", "fast", "small"]
+RuntimeChoice = Literal["auto", "openvino", "llama"]
 """Precision of computing and of KV: f32 throughout, f16 KV, or u8 KV; see ARCHITECTURE.md."""
 
 Progress = Callable[[str, int, int | None], None]

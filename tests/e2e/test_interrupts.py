@@ -140,3 +140,20 @@ def test_while_it_ends(
     require_quiet(after)
     assert status in {0, 128 + signal.SIGINT}
     assert asked(environment) == ["hello"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_in_the_one_reply_to_a_question(
+    seed: int, terminal: Callable[..., Any], environment: dict[str, str]
+) -> None:
+    moment = random.Random(seed).uniform(0, MOST_REPLY_S)  # noqa: S311 - the same every time
+    question = [*ARGUMENTS, "hello"]
+    child = terminal(sys.executable, "-c", STARTED, *question, env=environment)
+    child.expect_exact("\x1b[?25h")  # the bar that is drawn while it loads is gone
+    child.expect("(?s).{100}")  # of the reply
+    time.sleep(moment)
+    child.sendintr()
+    after, status = end_of(child)
+    require_quiet(after)
+    assert status in {0, 128 + signal.SIGINT}
+    assert asked(environment) == ["hello"]

@@ -44,7 +44,8 @@ def second_chat() -> int:
 
 def test_the_readme_shows_the_second_chat_as_it_was_recorded() -> None:
     (shown,) = re.findall(
-        r"<!-- recorded by docs/record_chat.py -->\n```console\n(.*?)\n```\n<!-- end -->",
+        r"<!-- recorded by docs/record_chat.py -->\n```console\n(.*?)\n```\n\n"
+        r"Recorded on \d+ cores \([^\n]+\) at a load of \d+[^\n]*\.\n<!-- end -->",
         README,
         re.DOTALL,
     )

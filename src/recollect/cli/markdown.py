@@ -43,6 +43,10 @@ _UNDECIDED: Final = re.compile(r"[-*_][-*_ \t]*|\+|\d{1,9}[.)]?|#{1,6}|`{1,2}|~{
 _DELIMITERS: Final = re.compile(r"\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*")
 _MOST_DELIMITERS: Final = 2000
 """Most characters of the line under a table's heading."""
+_MOST_COLUMNS: Final = 40
+"""Of a table; a screen has no room for more."""
+_MOST_QUOTES: Final = 8
+"""Most bars before a quotation; a deeper one has no more."""
 
 
 def _cells(line: str) -> list[str]:
@@ -331,8 +335,8 @@ class MarkdownWriter:
     def _begin_table(self, header: tuple[_Line, str], line: _Line) -> bool:
         """Return whether the line under a header makes a table of it, and begin the table then."""
         names, dashes = _cells(header[0].body), _cells(line.body)
-        is_short = len(line.body) <= _MOST_DELIMITERS
-        if not is_short or not _DELIMITERS.fullmatch(line.body) or len(names) != len(dashes):
+        is_small = len(line.body) <= _MOST_DELIMITERS and len(dashes) <= _MOST_COLUMNS
+        if not is_small or not _DELIMITERS.fullmatch(line.body) or len(names) != len(dashes):
             return False
         aligned = [
             {(True, True): "center", (False, True): "right"}.get(
@@ -381,11 +385,12 @@ class MarkdownWriter:
     def _prefix(self) -> Row:
         """Return what rows of the open quotation and list begin with."""
         indent = self._levels[-1].text if self._levels else 0
-        return joined([*_bars(self._quotes), (" " * indent, PLAIN)])
+        shown = min(indent, self._screen.width // 2)  # text needs room, however deep a list is
+        return joined([*_bars(self._quotes), (" " * shown, PLAIN)])
 
 
 def _bars(quotes: int) -> Row:
-    return [("│ " * quotes, DIM)] if quotes else []
+    return [("│ " * min(quotes, _MOST_QUOTES), DIM)] if quotes else []
 
 
 def make_writer(console: Console, *, plain: bool = False) -> Writer:

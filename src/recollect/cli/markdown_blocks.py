@@ -339,13 +339,14 @@ class Table:
     def _fitting(self) -> list[int]:
         """Return the widths of the columns: the widest are made narrower until all fit."""
         room = self._screen.width - width_of(self._indent) - 2 * (len(self._aligned) - 1)
-        widths = [
-            max(1, min(room, max(width_of(row[index]) for row in self._rows)))
+        natural = [
+            max(1, *(width_of(row[index]) for row in self._rows))
             for index in range(len(self._aligned))
         ]
-        while sum(widths) > room and max(widths) > 1:
-            widths[widths.index(max(widths))] -= 1
-        return widths
+        most = max(1, min(room, max(natural)))
+        while most > 1 and sum(min(width, most) for width in natural) > room:
+            most -= 1
+        return [min(width, most) for width in natural]
 
     def _laid_out(self, row: list[list[Span]], widths: list[int]) -> list[Row]:
         cells = [

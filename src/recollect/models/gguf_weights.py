@@ -375,6 +375,11 @@ def f32_bytes(path: Path) -> int:
     return sum(4 * math.prod(tensor.shape) for tensor in Shards(path).tensors.values())
 
 
+def is_f32(path: Path) -> bool:
+    """Return whether all tensors of a model are f32 already."""
+    return all(tensor.kind is Kind.F32 for tensor in Shards(path).tensors.values())
+
+
 def write_as_f32(path: Path, target: Path) -> None:
     """
     Write a model's file anew with the same values as f32, all parts in one.

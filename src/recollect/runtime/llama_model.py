@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -22,7 +23,7 @@ import psutil
 
 from recollect.errors import ConfigError, MisuseError, RuntimeFailure, UnsupportedModelError
 from recollect.runtime.base import Logits, Pace, Reuse, RuntimeInfo
-from recollect.runtime.llama_library import KV_TYPES, LlamaLibrary
+from recollect.runtime.llama_library import KV_TYPES, LlamaLibrary, library
 from recollect.runtime.llama_state import Layout
 from recollect.types import Profile
 
@@ -319,6 +320,79 @@ class LlamaModel:
         """Return the kind of device that computes, by its backend: `CPU`, `CUDA`, `Metal`."""
         cards = [one for one in self.lib.devices() if one.is_graphics]
         return cards[0].name.rstrip("0123456789") if cards and self.layers_on_card else "CPU"
+
+
+class LlamaVocabulary:
+    """
+    The vocabulary of a file, and how it cuts texts; loaded without the weights.
+
+    Safe to use from several threads: the library only reads.
+
+    Raises:
+        UnsupportedModelError: The library is missing, or cannot read it.
+    """
+
+    def __init__(self, path: Path, *, drops_first_space: bool) -> None:
+        self._lib = lib = library()
+        self.drops_first_space: Final = drops_first_space
+        params = lib.model_params()
+        params.vocab_only = True
+        self._model = lib.load_model(path, params)
+        if self._model is None:
+            raise UnsupportedModelError(
+                f"llama.cpp cannot read the vocabulary of {path.name} ({lib.why()}): choose another file of "
+                "the model."
+            )
+        self._free = weakref.finalize(self, lib.llama_model_free, self._model)
+        self._free.atexit = False
+        self._table = lib.llama_model_get_vocab(self._model)
+        self.count: Final[int] = lib.llama_vocab_n_tokens(self._table)
+        if not lib.llama_vocab_type(self._table):
+            raise UnsupportedModelError(
+                f"{path.name} has no vocabulary, and so no text can be read: choose another file."
+            )
+        self._attributes: Final = [
+            int(lib.llama_vocab_get_attr(self._table, token_id)) for token_id in range(self.count)
+        ]
+        self._pieces: dict[int, bytes] = {}
+
+    def piece(self, token_id: int) -> bytes:
+        """Return the bytes of an id; of a control token its name."""
+        if (known := self._pieces.get(token_id)) is not None:
+            return known
+        length = 64
+        while True:
+            buffer = ctypes.create_string_buffer(length)
+            written = self._lib.llama_token_to_piece(self._table, token_id, buffer, length, 0, True)
+            if written >= 0:
+                return self._pieces.setdefault(token_id, buffer.raw[:written])
+            length = -written
+
+    def is_control(self, token_id: int) -> bool:
+        """Return whether an id is no text: a control token, or one that stands for what is unknown."""
+        return bool(self._attributes[token_id] & _NO_TEXT)
+
+    def is_added(self, token_id: int) -> bool:
+        """Return whether an id's text is that token wherever it is."""
+        return bool(self._attributes[token_id] & _USER_DEFINED)
+
+    def cut(self, text: bytes, *, with_control: bool) -> list[int]:
+        """Return the ids of a text, nothing added, control tokens recognised or read as text."""
+        if len(text) > _MOST_TEXT:
+            raise RuntimeFailure(f"A text of {len(text):,} bytes is longer than llama.cpp reads.")
+        room = len(text) + 2  # a token is at least a byte, and a space may come before the first
+        ids = (ctypes.c_int32 * room)()
+        count = self._lib.llama_tokenize(
+            self._table, text, len(text), ids, room, False, with_control
+        )
+        if count < 0:
+            raise RuntimeFailure("llama.cpp failed while cutting a text into tokens.")
+        return ids[:count]
+
+
+_NO_TEXT: Final = (1 << 0) | (1 << 3)  # unknown, control: `enum llama_token_attr`
+_USER_DEFINED: Final = 1 << 4
+_MOST_TEXT: Final = 1 << 30
 
 
 def _threads() -> int:

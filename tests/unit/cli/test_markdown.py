@@ -276,6 +276,18 @@ def test_work_grows_with_the_length_of_a_reply_and_not_with_its_square(
     assert works[1] <= 5 * works[0]  # four times the length
 
 
+def test_depth_and_columns_have_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = "".join(f"{'  ' * depth}- {'> ' * depth}item\n" for depth in range(150))
+    quoted = "".join(f"{'>' * depth} text\n\n" for depth in range(150))
+    wide = "|a" * 1500 + "|\n" + "|-" * 900 + "|\n" + "|b" * 1500
+    fitting = "|a" * 40 + "|\n" + "|-" * 40 + "|\n" + ("|w" * 40 + "\n") * 20
+    for source in (deep, quoted, wide, fitting):
+        work, terminal = counted(monkeypatch, source)
+        assert work <= 2 * MOST_OPEN * len(source)
+        assert terminal.written <= 60 * len(source)
+        assert letters(terminal.text) == letters(source)
+
+
 def test_what_is_finished_is_not_drawn_again() -> None:
     """Of plain words nothing is, and of emphasis no more than the marks."""
     plain = shown(pieces_of("just words, and then some more of them\n\n" * 20, 2))

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from recollect.conversation.model import load_tokenizer
+from recollect.conversation.formats import load_tokenizer
 from recollect.errors import (
     ConfigError,
     FetchError,
