@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pytest
 
-from recollect.conversation import model as formats
+from recollect.conversation import formats
 from recollect.conversation.model import Model
 from recollect.conversation.turn import Reply
 from recollect.engine import sampling
