@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final, Literal, cast
 
@@ -338,7 +339,8 @@ class ChatTemplate:
     def reasoning(self) -> ReasoningMarks | None:
         """Return the marks of what the model thinks; None: it knows none. They are tried out once."""
         if not self._marks:
-            self._marks.append(find_marks(self.source, self._tried))
+            until = time.monotonic() + MOST_SECONDS  # all trials together, as one rendering
+            self._marks.append(find_marks(self.source, partial(self._tried, until)))
         return self._marks[0]
 
     def render(
@@ -391,7 +393,7 @@ class ChatTemplate:
         return [self._apart(one) for one in messages]
 
     def _apart(self, message: Any) -> Any:
-        # What is no message is refused later.
+        """Return a message with reasoning apart; what is none stays, and is refused later."""
         if not isinstance(message, dict) or message.get("role") != "assistant":
             return message
         said, marks = message.get("content"), self.reasoning
@@ -414,15 +416,16 @@ class ChatTemplate:
 
     def _tried(
         self,
+        until: float,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool,
+        opens: bool,
         options: Mapping[str, Any],
     ) -> str | None:
-        """Return what the template shows of messages that are tried out; None: it refuses them."""
+        """Return what the template shows of messages that are tried out; None: it refuses, or is slow."""
         template = copy.copy(self)
         template._options = options
         try:
-            return template._rendered(messages, add_generation_prompt, None)
+            return None if time.monotonic() > until else template._rendered(messages, opens, None)
         except TemplateError:
             return None
 

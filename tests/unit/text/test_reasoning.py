@@ -224,3 +224,13 @@ def test_leads_are_the_same_but_for_space_and_marks_around_nothing(
     first: str, second: str, same: bool
 ) -> None:
     assert says_the_same(first, second) is same
+
+
+def test_a_template_that_is_slow_is_not_tried_out_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moments = iter(range(0, 10_000, 20))  # each look at the clock is 20 s later
+    slow = ChatTemplate(template("{{ m.content }}{# think #}"), is_own=True)
+    monkeypatch.setattr("recollect.text.template.time.monotonic", lambda: next(moments))
+    assert slow.reasoning is None
+    assert next(moments) > 30
