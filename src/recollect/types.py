@@ -114,6 +114,11 @@ class ToolLinks:
     """Id of the call that the message answers."""
     name: str | None = None
     """Name of the tool that was called."""
+    format: str | None = None
+    """Name of the format in which the calls are in the text; None: that of Hermes."""
+    arguments: tuple[str, ...] = ()
+    """The arguments of the calls as JSON text, where the format does not tell texts from numbers, and the
+    tools' schemas did."""
 
 
 def no_progress(_what: str, _done: int, _total: int | None) -> None:

@@ -22,10 +22,19 @@ from sys import getsizeof
 from typing import Final
 
 from recollect.conversation.tools import NO_TOOLS, Tools
-from recollect.conversation.tree import ROOT_KEY, Node, canonical, message_key, to_node
+from recollect.conversation.tree import (
+    ROOT_KEY,
+    Node,
+    canonical,
+    canonical_reply,
+    message_key,
+    parsed_reply,
+    to_node,
+)
 from recollect.engine.tier import DiskTier
 from recollect.journal.records import NewNode
 from recollect.kv.record import StoredReply
+from recollect.text.tool_formats import HERMES, ToolFormat
 from recollect.types import Message, Role
 
 MOST_MESSAGES: Final = 20_000
@@ -596,10 +605,13 @@ class RememberedReplies:
     Holds no state but where to look; safe from any thread.
     """
 
-    def __init__(self, tier: DiskTier, fingerprint: str, namespace: str) -> None:
+    def __init__(
+        self, tier: DiskTier, fingerprint: str, namespace: str, format_: ToolFormat = HERMES
+    ) -> None:
         self._tier = tier
         self._fingerprint = fingerprint
         self._namespace = namespace
+        self._format = format_
 
     def note(self, reply: Node) -> None:
         """Remember a reply that was generated; nothing where it was not, or by another model."""
@@ -616,12 +628,22 @@ class RememberedReplies:
         found = self._tier.find_reply(self._name(key))
         if found is None:
             return message
-        return replace(
+        recalled = replace(
             message,
             content=found.text,
             token_ids=found.token_ids,
             fingerprint=self._fingerprint,
         )
+        if message.links is None or not message.links.call_ids:
+            return recalled
+        said = parsed_reply(message.content, message.links)
+        name = None if self._format is HERMES else self._format.name
+        given = tuple(call.arguments for call in said.calls)
+        for arguments in ((), given):
+            links = replace(message.links, format=name, arguments=arguments)
+            if canonical_reply(parsed_reply(found.text, links)) == canonical_reply(said):
+                return replace(recalled, links=links)
+        return message
 
     def _name(self, key: bytes) -> bytes:
         return self._tier.store.reply_name(self._fingerprint, self._namespace, key)

@@ -40,6 +40,7 @@ from recollect.models.catalog import Format, LocalModel
 from recollect.runtime.base import PagedRuntime, ReferenceRuntime, RuntimeInfo
 from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter
 from recollect.text.file_tokenizers import TOKENIZER_NAME, HfTokenizer, OpenVinoTokenizer
+from recollect.text import tool_formats
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ByteTokenizer, Tokenizer
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
@@ -294,6 +295,7 @@ class Model:
         kv_memory: int | None = None,
         store: DiskStore | None = None,
         cipher: Cipher | None = None,
+        tool_format: str | None = None,
     ) -> None:
         """
         Make a model from its loaded parts; `load` is the usual way.
@@ -306,6 +308,7 @@ class Model:
             kv_memory: As in `load`.
             store: The KV store, closed with the model; None: KV is in memory only.
             cipher: The cipher of an encrypted data folder; None: it is not encrypted.
+            tool_format: As in `load`.
         """
         self.name: Final = local.name
         self.local: Final = local
@@ -326,6 +329,7 @@ class Model:
             bos_token=local.bos_token,
             eos_token=local.eos_token,
             is_own=local.folder is None,
+            tool_format=None if tool_format is None else tool_formats.named(tool_format),
         )
         self.weights_fingerprint: Final = local.fingerprint
         self.prompts: Final = PromptEncoder(
@@ -641,7 +645,9 @@ class Model:
             model=self.name,
             fingerprint=fingerprint,
             index=self._index(namespace),
-            remembered=None if tier is None else RememberedReplies(tier, fingerprint, namespace),
+            remembered=None
+            if tier is None
+            else RememberedReplies(tier, fingerprint, namespace, self.template.tool_format),
             namespace=namespace,
         )
 

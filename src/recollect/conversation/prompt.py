@@ -29,11 +29,52 @@ from sys import getsizeof
 from typing import Any, Final, cast
 
 from recollect.conversation.matching import shared_characters
-from recollect.conversation.tree import ROOT_KEY, Node, message_key
+from recollect.conversation.tree import (
+    ROOT_KEY,
+    Node,
+    canonical_reply,
+    message_key,
+    parsed_reply,
+)
 from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
-from recollect.types import Message, Remembered, Role, common_prefix_length
+from recollect.text.tool_calls import ShownCalls, shown_calls
+from recollect.text.tool_formats import HERMES
+from recollect.types import (
+    Message,
+    Remembered,
+    Role,
+    ToolCall,
+    ToolLinks,
+    common_prefix_length,
+)
+
+
+def has_calls(node: Node) -> bool:
+    """Return whether a message calls tools."""
+    return node.links is not None and bool(node.links.call_ids)
+
+
+def calling(
+    content: str, calls: Sequence[ToolCall], arguments: Sequence[Mapping[str, Any]]
+) -> Message:
+    """Return a message with calls beside its text, as templates get it: with objects as arguments."""
+    each = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": given}}
+        for call, given in zip(calls, arguments, strict=True)
+    ]
+    return cast("Message", {"role": "assistant", "content": content, "tool_calls": each})
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """Return the object that a JSON text is; None where it is none."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
 
 ToolSchemas = Sequence[Mapping[str, Any]]
 Render = Callable[[list[Message], ToolSchemas], str]
@@ -186,6 +227,11 @@ Four bytes a token, so 8 million tokens: thousands of turns, or 270 prompts of 3
 forgotten is encoded again, at 15 million characters in a second. Source: smollm2 on two cores.
 """
 
+_MOST_MARKED: Final = 4096
+"""Characters of a call without arguments, and of what a template puts around it."""
+_MOST_SHOWN: Final = 8
+"""How many times as many characters a template may take for a reply with calls: it escapes some."""
+
 _ENTRY_BYTES: Final = 250
 """What one segment takes beside its ids: its name, the array's head and its place in the table.
 Source: `sys.getsizeof` of these in CPython 3.12, rounded up."""
@@ -289,7 +335,7 @@ class PromptEncoder:
         Raises:
             TemplateError: The template refuses the conversation.
         """
-        messages = [node.written_message() for node in path]
+        messages = self._messages(path)
         if said is not None:
             messages.append({"role": "user", "content": said})
 
@@ -359,8 +405,47 @@ class PromptEncoder:
                 raise TemplateError("The model's chat template does not show a reply at the end.")
             return before
 
-        messages = [node.written_message() for node in path]
+        messages = self._messages(path)
         return self._remembered(_Encoding(self, path, messages, tools, render, typed), role)
+
+    def _messages(self, path: Sequence[Node]) -> list[Message]:
+        """Return messages as the template takes them: with calls beside the text, or as it writes them."""
+        return [self._message(node) if has_calls(node) else node.written_message() for node in path]
+
+    def _message(self, node: Node) -> Message:
+        reply = parsed_reply(node.content, cast("ToolLinks", node.links), is_cut=True)
+        form = self._template.tool_format
+        given = [_object(call.arguments) for call in reply.calls]
+        if any(one is None for one in given):
+            return node.written_message()  # it was cut within a call
+        if not self._template.call_style.takes_calls:
+            if cast("ToolLinks", node.links).format == (None if form is HERMES else form.name):
+                return node.written_message()
+            calls = form.text_of([(call.name, call.arguments) for call in reply.calls])
+            return {"role": "assistant", "content": "\n".join(filter(None, (reply.content, calls)))}
+        return calling(reply.content, reply.calls, cast("list[dict[str, Any]]", given))
+
+    def shown_calls(
+        self, text: str, start: int, calls: Sequence[ToolCall], most: int
+    ) -> ShownCalls | None:
+        """Return the calls that are shown in a text from a place on; see `tool_calls.shown_calls`."""
+        return shown_calls(text, start, calls, self._template.tool_format, most=most)
+
+    def collapsed(self, text: str, marked: Mapping[int, Sequence[ToolCall]]) -> str:
+        """Return a text with the mark of a reply alone where it shows calls with that mark in them."""
+        parts, done = list[str](), 0
+        beginning = self._template.tool_format.beginning
+        for number, calls in marked.items():
+            mark = self.mark(number)
+            place = text.find(mark, done)
+            start = text.rfind(beginning, done, place) if place >= 0 else -1
+            if start < 0:
+                continue
+            found = self.shown_calls(text, start, calls, _MOST_MARKED * len(calls))
+            if found is not None and found.end > place:
+                parts += [text[done:start], mark]
+                done = found.end
+        return "".join([*parts, text[done:]])
 
     def mark(self, reply: int) -> str:
         """Return the text that stands for a reply."""
@@ -469,11 +554,24 @@ class _Encoding:
         messages, tools, guard = self._messages[:count], self._tools, self._guard
         if guard is not None:
             messages, tools = guard.messages(messages), guard.tools(tools)
+        marked: dict[int, Sequence[ToolCall]] = {}
         for number, place in enumerate(self._places):
-            if place < count:
-                messages[place] = {"role": "assistant", "content": self._encoder.mark(number)}
+            if place >= count:
+                continue
+            mark, calls = self._encoder.mark(number), self._messages[place].get("tool_calls")
+            messages[place] = {"role": "assistant", "content": mark}
+            if calls:
+                # The mark is in the first call: some templates show no text beside calls.
+                given: list[dict[str, Any]] = [{mark: ""}, *({} for _ in calls[1:])]
+                as_called = [
+                    ToolCall(call["id"], call["function"]["name"], json.dumps(one))
+                    for call, one in zip(calls, given, strict=True)
+                ]
+                messages[place] = calling("", as_called, given)
+                marked[number] = as_called
         text = render(messages, tools)
-        return self._encoder.unmarked(text if guard is None else guard.read(text).text)
+        text = text if guard is None else guard.read(text).text
+        return self._encoder.unmarked(self._encoder.collapsed(text, marked))
 
     def _asked(self, number: int) -> str | None:
         """Return what led to a reply of this model when it was generated; None where nobody knows."""
@@ -501,7 +599,10 @@ class _Encoding:
         """Take the next reply that is shown, between two texts of the template."""
         reply, asked = self.path[self._places[number]], self._asked(number)
         is_own = self._encoder.is_own(reply)
-        place = self._shown(reply.content, asked, opening, after)
+        if self._messages[self._places[number]].get("tool_calls"):
+            place = self._shown_calls(reply, asked, opening)
+        else:
+            place = self._shown(reply.content, asked, opening, after)
         if place is None:
             stop = self._found(opening, after, is_last=is_last)
             if is_own:
@@ -561,6 +662,25 @@ class _Encoding:
             most = max(follows, default=0)
             if ends and (most or not after):
                 return start, ends[follows.index(most)]
+        return None
+
+    def _shown_calls(self, reply: Node, asked: str | None, opening: str) -> tuple[int, int] | None:
+        """
+        Return from where to where a reply with calls is shown; None where it says or calls other things.
+
+        How the JSON of its calls is written, and space around them, is the template's: the ids are
+        those that the model generated all the same.
+        """
+        text = self._whole.text[: self._length]
+        said = parsed_reply(reply.content, cast("ToolLinks", reply.links), is_cut=True)
+        most = _MOST_SHOWN * len(reply.content) + _MOST_MARKED
+        for lead in dict.fromkeys((opening if asked is None else asked, opening)):
+            if not text.startswith(lead, self._end):
+                continue
+            start = self._end + len(lead)
+            found = self._encoder.shown_calls(text, start, said.calls, most)
+            if found is not None and canonical_reply(found.reply) == canonical_reply(said):
+                return start, found.end
         return None
 
     def _found(self, opening: str, after: str, *, is_last: bool) -> int | None:

@@ -46,6 +46,7 @@ from recollect.errors import (
 from recollect.journal.home import Checkpoint
 from recollect.journal.records import require_name
 from recollect.kv.blocks import CachedBlock
+from recollect.text.tool_calls import CallRules
 from recollect.types import Message, SamplingParams, Usage
 
 
@@ -492,14 +493,17 @@ class Session(Cursor):
         """Have a reply begun; the tree stays as it is, and the tip is *before* again if none comes."""
         tools, engine = self.tools, self._model.engine
         asked = self._prompting.asking(at, text, self._begun, tools, self.overflow)
-        bare_names = tools.bare_names(params.grammar) if tools.schemas else None
+        form = self._model.template.tool_format
+        rules = tools.rules(params.grammar, form) if tools.schemas else None
         sequence = self._prompting.sequence(asked.prompt.token_ids)
-        generator = generator_of(engine, sequence, params, tools, self._model.grammars)
+        control = self._model.tokenizer.control_tokens
+        grammars = self._model.grammars
+        generator = generator_of(engine, sequence, params, tools, grammars, form, control)
         change = self._change if at is self._tip else None
         tools_change = self.conversation.tools_change(asked.at, tools)
         expected = Expectation(asked.prompt, engine.info.reuse.unit, change, tools_change)
-        turn = Turn(asked, text, before, tools, expected)
-        stream = ReplyStream(self, turn, generator, bare_names)
+        turn = Turn(asked, text, before, tools, expected, form)
+        stream = ReplyStream(self, turn, generator, rules)
         stream.start()
         return stream
 
@@ -570,7 +574,7 @@ class ReplyStream(ReplyGeneration):
         session: Session,
         turn: Turn,
         generator: Generator,
-        bare_names: tuple[str, ...] | None,
+        rules: CallRules | None,
     ) -> None:
         model = session._model
         super().__init__(
@@ -578,7 +582,7 @@ class ReplyStream(ReplyGeneration):
             generator,
             model.tokenizer,
             ahead=session._idle.ahead,
-            bare_names=bare_names,
+            rules=rules,
         )
         self._session = session
         self._turn = turn

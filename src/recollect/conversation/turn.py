@@ -12,7 +12,7 @@ from typing import Final, Protocol, Self
 from recollect.conversation.matching import Change
 from recollect.conversation.prompt import Prompt, PromptEncoder
 from recollect.conversation.tools import Tools
-from recollect.conversation.tree import Node, Overflow, Window, turn_starts
+from recollect.conversation.tree import Node, Overflow, Window, links_of, turn_starts
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars
 from recollect.engine.reply import GeneratedReply
@@ -27,8 +27,9 @@ from recollect.errors import (
 from recollect.journal.home import Checkpoints
 from recollect.journal.records import NewNode
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import Tokenizer
-from recollect.types import Reason, SamplingParams, ToolLinks, Usage
+from recollect.text.tokenizer import ControlTokens, Tokenizer
+from recollect.text.tool_formats import HERMES, ToolFormat
+from recollect.types import Reason, SamplingParams, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +138,8 @@ class Turn:
     """The tip that the session goes back to where no reply comes."""
     tools: Tools
     expected: Expectation
+    format: ToolFormat = HERMES
+    """How the model writes calls."""
 
     @property
     def at(self) -> Node:
@@ -148,7 +151,6 @@ class Turn:
     ) -> list[NewNode]:
         """Return what is saved of the turn: its message, and the reply as the model wrote it."""
         asked = [] if self.said is None else [NewNode(role="user", content=self.said)]
-        calls = tuple(call.id for call in reply.tool_calls)
         said = NewNode(
             role="assistant",
             content=("" if self.asked.begun is None else self.asked.begun.content) + reply.text,
@@ -156,7 +158,7 @@ class Turn:
             fingerprint=fingerprint,
             finish_reason=reply.finish_reason,
             usage=reply.usage.to_dict(),
-            links=ToolLinks(call_ids=calls) if calls else None,
+            links=links_of(reply.text, reply.tool_calls, self.format),
         )
         return [*asked, said]
 
@@ -322,6 +324,8 @@ def generator_of(
     params: SamplingParams,
     tools: Tools,
     grammars: Grammars,
+    format_: ToolFormat,
+    control: ControlTokens,
 ) -> Generator:
     """
     Return what continues a sequence with a reply that may call tools.
@@ -335,7 +339,7 @@ def generator_of(
         while True:
             how = params
             if tools.schemas:
-                how = replace(params, grammar=tools.grammar(params.grammar))
+                how = replace(params, grammar=tools.grammar(params.grammar, format_, control))
             try:
                 return Generator(engine, how, sequence=sequence, grammars=grammars)
             except InvalidParameterError as error:

@@ -10,7 +10,7 @@ and a tokenizer; not what a conversation is, nor where a reply is kept.
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
@@ -23,8 +23,9 @@ from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, RuntimeFailure
-from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer
+from recollect.text.tokenizer import Detokenizer, ShowingMarks, StopMatcher, Tokenizer
 from recollect.text.tool_calls import (
+    CallRules,
     Event,
     ParsedReply,
     TextDelta,
@@ -322,7 +323,7 @@ class ReplyGeneration:
         tokenizer: Tokenizer,
         *,
         ahead: Sequence[ReadAhead] = (),
-        bare_names: Sequence[str] | None = None,
+        rules: CallRules | None = None,
     ) -> None:
         """
         Have it ready to begin.
@@ -332,20 +333,22 @@ class ReplyGeneration:
             generator: Its history is the prompt.
             tokenizer: Of the model.
             ahead: What was computed of the prompt before.
-            bare_names: Tools that it may call without marks; None: it is text, and calls nothing.
+            rules: What its calls of tools look like; None: it is text, and calls nothing.
         """
         self._engine = engine
         self._ahead = tuple(ahead)
         self._generator = generator
         self._tokenizer = tokenizer
-        self._bare_names = bare_names
+        self._rules = rules
         self._call_prefix = ""
         """What the ids of its calls begin with."""
         self._parser: ToolCallParser | None = None
-        if bare_names is not None:
+        shown: Mapping[int, str] = {}
+        if rules is not None:
             self._call_prefix = new_call_prefix()
-            self._parser = ToolCallParser(self._call_prefix, bare_names)
-        self._detokenizer = Detokenizer(tokenizer)
+            self._parser = ToolCallParser(self._call_prefix, rules)
+            shown = tokenizer.control_tokens.ids_in(rules.format.marks)
+        self._detokenizer = Detokenizer(ShowingMarks(tokenizer, shown) if shown else tokenizer)
         self._matcher = StopMatcher(generator.params.stop)
         self._sequence = generator.sequence
         self._start = len(self._sequence)
@@ -546,8 +549,8 @@ class ReplyGeneration:
         assert self._finish_reason is not None, "it has ended"
         text = self.text
         parsed = ParsedReply(text, ())
-        if self._bare_names is not None:
-            parsed = parse_reply(text, self._call_prefix, self._bare_names, is_cut=self._is_cut())
+        if self._rules is not None:
+            parsed = parse_reply(text, self._call_prefix, self._rules, is_cut=self._is_cut())
         return GeneratedReply(
             text=text,
             finish_reason=self._finish_reason,

@@ -324,6 +324,8 @@ def links_to_dict(links: ToolLinks) -> dict[str, Any]:
         "call_ids": list(links.call_ids) or None,
         "tool_call_id": links.tool_call_id,
         "name": links.name,
+        "format": links.format,
+        "arguments": list(links.arguments) or None,
     }
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -331,7 +333,11 @@ def links_to_dict(links: ToolLinks) -> dict[str, Any]:
 def links_from_dict(fields: Mapping[str, Any]) -> ToolLinks:
     """Return the links in a JSON object that `links_to_dict` made."""
     return ToolLinks(
-        tuple(fields.get("call_ids", ())), fields.get("tool_call_id"), fields.get("name")
+        tuple(fields.get("call_ids", ())),
+        fields.get("tool_call_id"),
+        fields.get("name"),
+        format=fields.get("format"),
+        arguments=tuple(fields.get("arguments", ())),
     )
 
 

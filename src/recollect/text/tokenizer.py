@@ -150,6 +150,16 @@ class ControlTokens:
                     return begin, begin + length
         return None
 
+    def ids_in(self, texts: Sequence[str]) -> dict[int, str]:
+        """Return the control tokens that are in texts: their texts by their ids."""
+        found: dict[int, str] = {}
+        for text in texts:
+            start = 0
+            while (span := self.find(text, start)) is not None:
+                name, start = text[slice(*span)], span[1]
+                found[self.ids[name]] = name
+        return found
+
     def count(self, text: str) -> int:
         """Return how many a tokenizer finds in a text."""
         count, start = 0, 0
@@ -406,6 +416,33 @@ class Tokenizer(Protocol):
         """
 
 
+class Decoder(Protocol):
+    """What turns ids back into text."""
+
+    def decode(self, ids: Sequence[int], /) -> str:
+        """Return the text of *ids*, shape `(n,)`."""
+
+    def added_text(self, token_id: int, /) -> str | None:
+        """Return what an id adds to a text; see `Tokenizer.added_text`."""
+
+
+class ShowingMarks:
+    """Decodes as another, and shows some control tokens as the text that they are written as."""
+
+    def __init__(self, decoder: Decoder, marks: Mapping[int, str]) -> None:
+        self._decoder = decoder
+        self._marks = marks
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of *ids*, shape `(n,)`, marks in it."""
+        return decode_with_marks(ids, self._marks, self._decoder.decode)
+
+    def added_text(self, token_id: int) -> str | None:
+        """Return what an id adds to a text; see `Tokenizer.added_text`."""
+        mark = self._marks.get(token_id)
+        return self._decoder.added_text(token_id) if mark is None else mark
+
+
 class Detokenizer:
     """
     Turns tokens into pieces of text as they come.
@@ -418,7 +455,7 @@ class Detokenizer:
         2. A piece is never taken back.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Decoder) -> None:
         self._tokenizer = tokenizer
         # The ids from which the next piece is decoded. The first `_settled` of them are context
         # (some vocabularies drop a space at the very start of a text); their text is out already.
