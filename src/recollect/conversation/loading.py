@@ -83,8 +83,7 @@ def load(
         StoreError: The KV store cannot be opened.
     """
     config.parse_profile(profile)
-    if tool_format is not None:
-        tool_formats.named(tool_format)
+    tool_formats.named(tool_format)
     home = config.home() if home is None else config.require_folder(home)
     if cipher is None:
         cipher = encryption.unlock(home)

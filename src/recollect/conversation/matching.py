@@ -26,9 +26,8 @@ from recollect.conversation.tree import (
     ROOT_KEY,
     Node,
     canonical,
-    canonical_reply,
+    links_as_generated,
     message_key,
-    parsed_reply,
     to_node,
 )
 from recollect.engine.tier import DiskTier
@@ -628,22 +627,14 @@ class RememberedReplies:
         found = self._tier.find_reply(self._name(key))
         if found is None:
             return message
-        recalled = replace(
+        links = links_as_generated(found.text, message, self._format)
+        return replace(
             message,
             content=found.text,
             token_ids=found.token_ids,
             fingerprint=self._fingerprint,
+            links=links,
         )
-        if message.links is None or not message.links.call_ids:
-            return recalled
-        said = parsed_reply(message.content, message.links)
-        name = None if self._format is HERMES else self._format.name
-        given = tuple(call.arguments for call in said.calls)
-        for arguments in ((), given):
-            links = replace(message.links, format=name, arguments=arguments)
-            if canonical_reply(parsed_reply(found.text, links)) == canonical_reply(said):
-                return replace(recalled, links=links)
-        return message
 
     def _name(self, key: bytes) -> bytes:
         return self._tier.store.reply_name(self._fingerprint, self._namespace, key)

@@ -39,8 +39,8 @@ from recollect.kv.record import Pin, StoredReply, chained_keys
 from recollect.models.catalog import Format, LocalModel
 from recollect.runtime.base import PagedRuntime, ReferenceRuntime, RuntimeInfo
 from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter
-from recollect.text.file_tokenizers import TOKENIZER_NAME, HfTokenizer, OpenVinoTokenizer
 from recollect.text import tool_formats
+from recollect.text.file_tokenizers import TOKENIZER_NAME, HfTokenizer, OpenVinoTokenizer
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ByteTokenizer, Tokenizer
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
@@ -329,7 +329,7 @@ class Model:
             bos_token=local.bos_token,
             eos_token=local.eos_token,
             is_own=local.folder is None,
-            tool_format=None if tool_format is None else tool_formats.named(tool_format),
+            tool_format=tool_formats.named(tool_format),
         )
         self.weights_fingerprint: Final = local.fingerprint
         self.prompts: Final = PromptEncoder(
@@ -641,13 +641,12 @@ class Model:
 
     def _conversation(self, namespace: str) -> Conversation:
         tier, fingerprint = self.engine.tier, self.weights_fingerprint
+        form = self.template.tool_format
         return Conversation(
             model=self.name,
             fingerprint=fingerprint,
             index=self._index(namespace),
-            remembered=None
-            if tier is None
-            else RememberedReplies(tier, fingerprint, namespace, self.template.tool_format),
+            remembered=tier and RememberedReplies(tier, fingerprint, namespace, form),
             namespace=namespace,
         )
 

@@ -119,6 +119,25 @@ def links_of(text: str, calls: Sequence[ToolCall], format_: ToolFormat) -> ToolL
     return replace(links, arguments=tuple(call.arguments for call in calls))
 
 
+def links_as_generated(text: str, message: NewNode, format_: ToolFormat) -> ToolLinks | None:
+    """
+    Return what is kept beside a reply that a client sent and that a model wrote, which says the same.
+
+    Args:
+        text: As the model wrote it.
+        message: As the client sent it.
+        format_: How the model writes calls.
+    """
+    links = message.links
+    if links is None or not links.call_ids or format_ is HERMES:
+        return links
+    said = parsed_reply(message.content, links)
+    as_written = replace(links, format=format_.name)
+    if canonical_reply(parsed_reply(text, as_written)) == canonical_reply(said):
+        return as_written
+    return replace(as_written, arguments=tuple(call.arguments for call in said.calls))
+
+
 def canonical_reply(reply: ParsedReply) -> str:
     """Return a text that is equal for two replies which say and call the same."""
     if not reply.calls:

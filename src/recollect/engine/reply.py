@@ -33,6 +33,7 @@ from recollect.text.tool_calls import (
     new_call_prefix,
     parse_reply,
 )
+from recollect.text.tool_formats import control_marks
 from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
 
 
@@ -347,7 +348,7 @@ class ReplyGeneration:
         if rules is not None:
             self._call_prefix = new_call_prefix()
             self._parser = ToolCallParser(self._call_prefix, rules)
-            shown = tokenizer.control_tokens.ids_in(rules.format.marks)
+            shown = control_marks(rules.format, tokenizer.control_tokens)
         self._detokenizer = Detokenizer(ShowingMarks(tokenizer, shown) if shown else tokenizer)
         self._matcher = StopMatcher(generator.params.stop)
         self._sequence = generator.sequence

@@ -9,7 +9,6 @@ Knows no tokens, and not which part of a conversation is new.
 
 import atexit
 import contextlib
-import base64
 import copy
 import hashlib
 import json
@@ -20,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Final, Literal
@@ -29,6 +28,7 @@ import psutil
 
 from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text import template_engine
+from recollect.text.call_style import TRIED_TOOLS, CallStyle, tried_style
 from recollect.text.template_engine import (
     COMPILED,
     FAILURES,
@@ -270,77 +270,6 @@ PROCESSES: Final = TemplateProcesses()
 atexit.register(PROCESSES.close)
 
 
-@dataclass(frozen=True, slots=True)
-class CallStyle:
-    """How a template takes the calls of tools that replies make, and their results."""
-
-    takes_calls: bool = False
-    """Whether it takes calls beside the text; else they are in it, as the model writes them."""
-    has_results: bool = False
-    """Whether it shows messages of tools; else their results are what the user says."""
-    as_texts: bool = False
-    """Whether it takes arguments as JSON text; else as objects."""
-    empty: str | None = None
-    """The content of a message with calls alone."""
-    has_short_ids: bool = False
-    """Whether ids have to have nine letters and digits, as those of Mistral."""
-    takes_several: bool = True
-    """Whether a message may have several calls."""
-
-    def applied(self, messages: Sequence[Message]) -> list[Message]:
-        """Return messages, whose calls have objects as arguments, as the template takes them."""
-        if not self.takes_calls:
-            return list(messages)
-        shown: list[Any] = []
-        for message in messages:
-            one: Any = message
-            if self.has_short_ids and "tool_call_id" in one:
-                one = {**one, "tool_call_id": _short_id(one["tool_call_id"])}
-            calls = one.get("tool_calls")
-            if not calls:
-                shown.append(one)
-                continue
-            styled = [self._call(call) for call in calls]
-            one = {**one, "content": one["content"] or self.empty, "tool_calls": styled}
-            if self.takes_several or len(styled) == 1:
-                shown.append(one)
-            else:
-                shown += [{**one, "tool_calls": [call]} for call in styled]
-        return shown if self.takes_several else _each_with_its_result(shown)
-
-    def _call(self, call: Any) -> Any:
-        function = call["function"]
-        if self.as_texts:
-            text = json.dumps(function["arguments"], ensure_ascii=False)
-            function = {**function, "arguments": text}
-        id_ = _short_id(call["id"]) if self.has_short_ids else call["id"]
-        return {**call, "id": id_, "function": function}
-
-
-def _short_id(id_: str) -> str:
-    """Return an id of nine letters and digits: the same, or one made of it."""
-    if len(id_) == 9 and id_.isascii() and id_.isalnum():
-        return id_
-    digest = hashlib.blake2b(id_.encode("utf-8", "surrogatepass"), digest_size=9).digest()
-    return base64.b32encode(digest).decode().lower()[:9]
-
-
-def _each_with_its_result(messages: Sequence[Any]) -> list[Any]:
-    """Return messages with each result after its call, where several calls follow each other."""
-    results = {one.get("tool_call_id"): one for one in messages if one["role"] == "tool"}
-    shown, placed = list[Any](), set[int]()
-    for message in messages:
-        if id(message) in placed:
-            continue
-        shown.append(message)
-        for call in message.get("tool_calls") or ():
-            result = results.get(call["id"])
-            if result is not None and id(result) not in placed:
-                placed.add(id(result))
-                shown.append(result)
-    return shown
-
-
 MOST_SOURCE: Final = 1 << 20
 """Characters of a template. The longest of 70 real ones has 17,000."""
 
@@ -441,44 +370,19 @@ class ChatTemplate:
         return self._rendered(self._folded(messages), add_generation_prompt, tools)
 
     @property
-    def call_style(self) -> "CallStyle":
+    def call_style(self) -> CallStyle:
         """Return how the template takes calls and results; it is tried out once."""
         if not self._calls:
-            self._calls.append(self._tried_style() if self._has_format else CallStyle())
+            found = tried_style(self._rendered_or_none) if self._has_format else CallStyle()
+            self._calls.append(found)
         return self._calls[0]
 
-    def _tried_style(self) -> "CallStyle":
-        for style in _STYLES:
-            asked, *answer = style.applied(_CALLING)
-            try:
-                text = self._rendered([asked, *answer], True, None)
-            except TemplateError:
-                continue
-            shown = [*_CALLED, *(_RESULT if style.has_results else ())]
-            if all(one in text for one in shown) and "None" not in text:
-                return replace(style, takes_several=self._takes_two_calls(style))
-        return CallStyle(has_results=self._shows_results())
-
-    def _takes_two_calls(self, style: "CallStyle") -> bool:
-        asked, calling, result = _CALLING
-        first = calling["tool_calls"][0]
-        function = {**first["function"], "arguments": {_TRIED_OUT[1]: _TRIED_OUT[2]}}
-        second = {**first, "id": f"{first['id']}1", "function": function}
-        answers = [result, {**result, "tool_call_id": second["id"]}]
-        both: list[Any] = [asked, {**calling, "tool_calls": [first, second]}, *answers]
+    def _rendered_or_none(self, messages: Sequence[Message]) -> str | None:
+        """Return what the template shows of messages that are tried out; None: it refuses them."""
         try:
-            text = self._rendered(style.applied(both), True, None)
+            return self._rendered(messages, True, TRIED_TOOLS if self.knows_tools else None)
         except TemplateError:
-            return False
-        return _TRIED_OUT[1] in text
-
-    def _shows_results(self) -> bool:
-        asked, _, result = _CALLING
-        answer: Message = {"role": "assistant", "content": _TRIED_OUT[1]}
-        try:
-            return _RESULT[0] in self._rendered([asked, answer, result], True, None)
-        except TemplateError:
-            return False
+            return None
 
     def with_options(self, options: Mapping[str, Any]) -> "ChatTemplate":
         """
@@ -588,36 +492,6 @@ _GIVEN: Final = {
     "eos_token",
 }
 """The variables that are a conversation; others are options."""
-
-_CALLED: Final = ("recollect0tool", "recollect0key", "recollect0value")
-_RESULT: Final = ("recollect0result",)
-_CALLING: Final[Any] = (
-    {"role": "user", "content": "recollect0question"},
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [
-            {
-                "id": "recollect0call",
-                "type": "function",
-                "function": {"name": _CALLED[0], "arguments": {_CALLED[1]: _CALLED[2]}},
-            }
-        ],
-    },
-    {
-        "role": "tool",
-        "tool_call_id": "recollect0call",
-        "name": _CALLED[0],
-        "content": _RESULT[0],
-    },
-)
-"""A trial conversation with a call and its result."""
-_STYLES: Final = tuple(
-    CallStyle(takes_calls=True, has_results=True, as_texts=texts, empty=empty, has_short_ids=short)
-    for texts in (False, True)
-    for short in (False, True)
-    for empty in (None, "")
-)
 
 _TRIED_OUT: Final = ("recollect0question", "recollect0first", "recollect0second")
 """Texts of a trial conversation, which a template shows as they are or not at all."""

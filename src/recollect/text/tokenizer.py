@@ -150,16 +150,6 @@ class ControlTokens:
                     return begin, begin + length
         return None
 
-    def ids_in(self, texts: Sequence[str]) -> dict[int, str]:
-        """Return the control tokens that are in texts: their texts by their ids."""
-        found: dict[int, str] = {}
-        for text in texts:
-            start = 0
-            while (span := self.find(text, start)) is not None:
-                name, start = text[slice(*span)], span[1]
-                found[self.ids[name]] = name
-        return found
-
     def count(self, text: str) -> int:
         """Return how many a tokenizer finds in a text."""
         count, start = 0, 0

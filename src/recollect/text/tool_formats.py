@@ -9,12 +9,15 @@ Source of the words: the families' own chat templates, and for those that leave 
 makers publish beside the weights.
 """
 
+# ruff: noqa: RUF001 - marks of calls have letters that look like others
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from recollect.errors import InvalidParameterError
+from recollect.text.tokenizer import ControlTokens
 
 Kind = Literal["object", "named", "elements", "python", "channels"]
 """
@@ -389,6 +392,18 @@ FORMATS: Final[Mapping[str, ToolFormat]] = {
 }
 """By the names that people give."""
 
+
+def control_marks(format_: ToolFormat, control: ControlTokens) -> dict[int, str]:
+    """Return the control tokens in which a model writes calls: their texts by their ids."""
+    found: dict[int, str] = {}
+    for text in format_.marks:
+        start = 0
+        while (span := control.find(text, start)) is not None:
+            name, start = text[slice(*span)], span[1]
+            found[control.ids[name]] = name
+    return found
+
+
 _TELLING: Final[Sequence[tuple[ToolFormat, tuple[str, ...], tuple[str, ...]]]] = (
     # What a template has in it, and what it has not. The first row that fits counts.
     (HARMONY, ("<|channel|>", "to=", "functions."), ()),
@@ -425,16 +440,15 @@ def of_template(source: str, *, knows_tools: bool) -> ToolFormat | None:
     return HERMES if is_hermes else None
 
 
-def named(name: str) -> ToolFormat:
+def named(name: str | None) -> ToolFormat | None:
     """
-    Return a format by its name.
+    Return a format by its name; None where none is named.
 
     Raises:
-        InvalidParameterError: There is none.
+        InvalidParameterError: There is none of that name.
     """
-    try:
-        return FORMATS[name]
-    except KeyError:
+    if name is not None and name not in FORMATS:
         raise InvalidParameterError(
             f"There is no tool format {name!r}: take one of {', '.join(FORMATS)}."
-        ) from None
+        )
+    return None if name is None else FORMATS[name]
