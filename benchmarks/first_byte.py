@@ -8,9 +8,10 @@ How long a client with tools waits for the first byte, beside the forward pass o
    `prepared` has made its table of tokens and the grammar of the tools, as a server does after loading;
    `at once` is asked before that. Each sample is the first reply of its model.
 2. An agent's turns on a prompt of that many tokens with ten tools, sent whole over HTTP, streamed:
-   the first after a restart of the server, and the two after it. The runtime is wrapped to note its
-   passes: `beyond` is the time from the request to the first piece of the reply, less the passes
-   that ended before it. The first piece of a call is its name, which takes some tokens.
+   the first after a restart of the server, and the two after it. Each round begins once the first
+   passes, which lay out the weights, are done, a second or two after loading. The runtime is wrapped to
+   note its passes: `beyond` is the time from the request to the first piece of the reply, less the
+   passes that ended before it. The first piece of a call is its name, which takes some tokens.
 """
 
 import http.client
@@ -189,6 +190,8 @@ def serving(args: Any, folder: Path) -> Iterator[tuple[str, TimedRuntime, recoll
     thread.start()
     while not server.started:
         sleep(0.05)
+    # The first passes of a process lay out the weights, which belongs to loading the model.
+    model.engine.wait_until_warm()
     try:
         yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", runtime, model
     finally:

@@ -11,6 +11,7 @@ import pytest
 
 import recollect
 
+pytestmark = pytest.mark.xdist_group("layers")  # one worker parses the modules, and not each
 PACKAGE = Path(recollect.__file__).parent
 TESTS = Path(__file__).parent
 
@@ -42,11 +43,30 @@ ALLOWED: dict[str, set[str]] = {
 MAY_IMPORT_THE_PACKAGE = {"proof", "cli", "server", "__main__"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MOST_MODULES = 112
-"""
-105, and one each for what came since: reading GGUF for the proof, `explain`, the parts of requests,
-what is said without a terminal, what `/set` changes, the clipboard, `doctor`.
-"""
+SINCE = (
+    "reading GGUF for the proof",
+    "explain",
+    "the parts of requests",
+    "what is said without a terminal",
+    "what /set changes",
+    "the clipboard",
+    "doctor",
+    "downloads",
+    "the list of models",
+    "reasoning in replies",
+    "what is told of replies",
+    "which blocks Markdown has",
+    "what Markdown looks like",
+    "what other programs keep",
+    "how each family of models writes calls",
+    "finding those calls",
+    "the parts of calls",
+    "how templates take calls",
+    "the grammar of calls",
+    "keeping control tokens to the template",
+)
+"""What a module was added for each, since there were 105."""
+MOST_MODULES = 105 + len(SINCE)
 MOST_LINES = 400
 FEW_LINES = 60
 SHARED_FILE_NAMES = {"__init__.py", "base.py"}

@@ -21,7 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from recollect import config, files
-from recollect.errors import ConfigError, StoreCorruptError, StoreError, StoreVersionError
+from recollect.errors import (
+    ConfigError,
+    MissingPackageError,
+    StoreCorruptError,
+    StoreError,
+    StoreVersionError,
+)
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -72,7 +78,7 @@ class Cipher:
             key: `KEY_BYTES` bytes that cannot be guessed: random, or derived by scrypt.
 
         Raises:
-            ConfigError: The library `cryptography` is not installed.
+            MissingPackageError: The library `cryptography` is not installed.
             ValueError: The key has another length.
         """
         if len(key) != KEY_BYTES:
@@ -140,12 +146,12 @@ def _library(name: str) -> Iterator[None]:
     Turn an ImportError in the block, which imports a library of the extra `encrypt`, into ours.
 
     Raises:
-        ConfigError: The library is not installed.
+        MissingPackageError: The library is not installed.
     """
     try:
         yield
     except ImportError:
-        raise ConfigError(
+        raise MissingPackageError(
             f"Encryption needs the library {name}, which is not installed: "
             'python -m pip install "recollect-llm[encrypt]".'
         ) from None

@@ -51,7 +51,16 @@ class ConfigError(RecollectError):
 
 
 class InvalidParameterError(ConfigError, ValueError):
-    """A parameter is out of its range."""
+    """
+    A parameter is out of its range.
+
+    Attributes:
+        param: Which one, by its name in Python, such as `tools`; None: no single one, or it is said.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class MissingPackageError(ConfigError):
@@ -72,10 +81,10 @@ class FetchError(ModelError):
 
 class ChecksumError(FetchError):
     """
-    A downloaded file has another checksum than the catalog says.
+    A downloaded file has another checksum than the catalog, or the hub, says.
 
     Attributes:
-        expected: The hex sha256 that the file should have.
+        expected: The hex sha256 that the file should have; of a small file on the hub, its git sha1.
         actual: The hex sha256 that it has.
         kept: Where the file was moved to.
     """

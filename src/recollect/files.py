@@ -159,11 +159,11 @@ def others_may_write(path: Path) -> str | None:
 def _roots(folder: Path) -> list[Path]:
     """Return the folders, without links, that files of *folder* may lie in or below."""
     real = folder.resolve(strict=True)
-    above = real.parent
-    blobs = above.parent / _HUB_BLOBS
-    # A `blobs` that is a link may have come with the folder, and lead anywhere.
-    if above.name == _HUB_SNAPSHOTS and blobs.is_dir() and not blobs.is_symlink():
-        return [real, blobs]
+    for above in real.parents:
+        blobs = above.parent / _HUB_BLOBS
+        # A `blobs` that is a link may have come with the folder, and lead anywhere.
+        if above.name == _HUB_SNAPSHOTS and blobs.is_dir() and not blobs.is_symlink():
+            return [real, blobs]
     return [real]
 
 

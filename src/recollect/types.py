@@ -85,7 +85,7 @@ class Message(TypedDict):
     name: NotRequired[str]
     """Name of that tool."""
     reasoning_content: NotRequired[str | None]
-    """What the assistant thought before; templates that show no thoughts do without."""
+    """What the assistant thought before it said this; the chat template decides where it is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolLinks:
-    """The tool calls that a message makes or answers."""
+    """What belongs to a message beside its text: the calls it makes or answers, and its reasoning."""
 
     call_ids: tuple[str, ...] = ()
     """Ids of the calls that the message makes, in their order; names and arguments are in its text."""
@@ -114,6 +114,8 @@ class ToolLinks:
     """Id of the call that the message answers."""
     name: str | None = None
     """Name of the tool that was called."""
+    reasoning: str | None = None
+    """What the model thought before it said the text."""
     format: str | None = None
     """Name of the format in which the calls are in the text; None: that of Hermes."""
     arguments: tuple[str, ...] = ()
@@ -127,7 +129,8 @@ def no_progress(_what: str, _done: int, _total: int | None) -> None:
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
     if not holds:
-        raise InvalidParameterError(f"{name} is {value!r}; it must be {allowed}.")
+        told = f"{name} is {value!r}; it must be {allowed}."
+        raise InvalidParameterError(told, param=name.partition("[")[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +163,7 @@ class Grammar:
             return cls("json_schema", json.dumps(schema, allow_nan=False))
         except (TypeError, ValueError, RecursionError) as cause:
             raise InvalidParameterError(
-                f"The JSON schema is no JSON value ({cause}): correct it."
+                f"The JSON schema is no JSON value ({cause}): correct it.", param="grammar"
             ) from cause
 
     @classmethod
@@ -275,7 +278,7 @@ class SamplingParams:
         _require_few_enough(self.stop)
         if not all(self.stop):
             raise InvalidParameterError(
-                "stop has an empty string: give strings of at least one character."
+                "stop has an empty string: give strings of at least one character.", param="stop"
             )
         told = self.logprobs
         _require(
@@ -286,7 +289,8 @@ class SamplingParams:
         )
         if self.grammar is not None and self.ignore_eos:
             raise InvalidParameterError(
-                "ignore_eos cannot go with a grammar, which says where the reply ends: leave one out."
+                "ignore_eos cannot go with a grammar, which says where the reply ends: leave one out.",
+                param="ignore_eos",
             )
 
     def with_recommended(self, makers: Mapping[str, float], named: Collection[str]) -> Self:
@@ -305,24 +309,25 @@ class SamplingParams:
 
     def told(self, seed: int) -> dict[str, float] | None:
         """Return what `Usage.sampling` says of a reply with this seed."""
-        if not self.temperature:
-            return None
         plain = {one.name: one.default for one in fields(self)}
-        changed = {name: getattr(self, name) for name in _TOLD}
-        return {name: x for name, x in changed.items() if x != plain[name]} | {"seed": seed}
+        names = (*SAMPLING, *_PENALTIES) if self.temperature else _PENALTIES
+        changed = {name: getattr(self, name) for name in names}
+        told = {name: x for name, x in changed.items() if x != plain[name]}
+        return told | {"seed": seed} if self.temperature else told or None
 
 
 def _require_few_enough(stop: Sequence[str]) -> None:
     """Check the number and the length of stop strings, without quoting them in the error."""
     if len(stop) > MOST_STOP_STRINGS:
         raise InvalidParameterError(
-            f"stop has {len(stop):,} strings; give at most {MOST_STOP_STRINGS}."
+            f"stop has {len(stop):,} strings; give at most {MOST_STOP_STRINGS}.", param="stop"
         )
     characters = sum(map(len, stop))
     if characters > MOST_STOP_CHARACTERS:
         raise InvalidParameterError(
             f"The strings of stop have {characters:,} characters together; "
-            f"give at most {MOST_STOP_CHARACTERS:,}."
+            f"give at most {MOST_STOP_CHARACTERS:,}.",
+            param="stop",
         )
 
 
@@ -330,7 +335,8 @@ SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty
 """The parameters that makers of models recommend, by the names of generation_config.json."""
 
 
-_TOLD: Final = (*SAMPLING, "presence_penalty", "frequency_penalty")
+_PENALTIES: Final = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+"""The parameters that change which token is the likeliest, so that they count in greedy replies too."""
 
 
 def recommended(said: Mapping[str, object]) -> dict[str, float]:
@@ -374,6 +380,8 @@ class Usage:
     read_ahead_tokens: int = 0
     """Computed tokens that were computed before the call, while the message was typed or nobody waited."""
     generated_tokens: int
+    reasoning_tokens: int = 0
+    """Generated tokens of reasoning, its marks included."""
     ttft_s: float
     """From the call, or on a server from the request, to the first new token, in seconds: all of a wait."""
     prefill_tps: float | None
@@ -387,16 +395,30 @@ class Usage:
     """Why computed tokens were not reused."""
     difference: str | None = None
     """A sentence about the first difference from an earlier prompt; None: `reason` names no difference."""
+    lost_tokens: int = 0
+    """
+    Computed tokens that had been computed before, or would have been but for the difference; 0: none.
+
+    Counted where they were evicted, shown otherwise, or written by another model. Where a message or a
+    tool has changed, in proportion to the characters that are the same as before.
+    """
     sampling: Mapping[str, float] | None = None
     """
-    How tokens were chosen, by the names of `SamplingParams`, with the seed that gives the reply again;
-    None: greedily.
+    How tokens were chosen, by the names of `SamplingParams`, with the seed that gives the reply again.
+    Without a seed: greedily, under penalties; None: greedily.
     """
 
     @property
     def awaited_tokens(self) -> int:
         """Return the number of tokens that were computed after the call, while somebody waited."""
         return self.computed_tokens - self.read_ahead_tokens
+
+    def evicted(self, tokens: int) -> "Usage":
+        """Return the same for a prompt of which so many tokens had been computed and were evicted."""
+        if tokens <= 0:
+            return self
+        told = f"{tokens} tokens had been computed, and are no longer in memory."
+        return replace(self, reason="evicted", difference=told, lost_tokens=tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a JSON object."""

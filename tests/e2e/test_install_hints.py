@@ -179,11 +179,6 @@ def fresh(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Fresh:
     return Fresh(tmp_path_factory.mktemp("fresh") / "venv", wheel)
 
 
-HUB = """
-from recollect.models.catalog import HubFile, download_from_hub
-
-download_from_hub(HubFile('a/b', 'c'), '.', print)
-"""
 GRAMMAR = (
     "import recollect as r; p = r.SamplingParams(grammar=r.Grammar.json_object(), max_tokens=3);"
     "m = r.load('reference'); m.session().respond('x', params=p); m.close()"
@@ -193,7 +188,6 @@ ASKS = {
     "server": ("-m", "recollect", "serve", "--model", "reference", "--port", "0", "--alias", "a=b"),
     "encrypt": ("-m", "recollect", "encrypt"),
     "grammar": ("-c", GRAMMAR),
-    "hub": ("-c", HUB),
     "plot": ("-m", "recollect", "bench", "--model", "reference", "--plot", "nowhere/x.png"),
     "genai": ("-m", "recollect", "chat", "--model", "onnx", "--prompts", os.devnull),
     "convert": ("-m", "recollect", "convert", "reference", "out"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recollect.encryption import OVERHEAD_BYTES, Cipher
-from recollect.errors import ConfigError, StoreCorruptError
+from recollect.errors import MissingPackageError, StoreCorruptError
 
 KEY = bytes(range(32))
 DERIVED = "f14c2a08f1866fc8d04e1f33931f10320c5a73181abd5a3e8a6f2bd69ab1c552"
@@ -89,5 +89,5 @@ def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     for name in list(sys.modules):
         if name.split(".")[0] == "cryptography":
             monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match=r"recollect-llm\[encrypt\]"):
+    with pytest.raises(MissingPackageError, match=r"recollect-llm\[encrypt\]"):
         Cipher(KEY)

@@ -15,7 +15,13 @@ from keyring.backends import fail, null
 
 from recollect import encryption
 from recollect.encryption import KEY_FILE, PASSPHRASE_VARIABLE, Cipher, Scrypt
-from recollect.errors import ConfigError, StoreCorruptError, StoreError, StoreVersionError
+from recollect.errors import (
+    ConfigError,
+    MissingPackageError,
+    StoreCorruptError,
+    StoreError,
+    StoreVersionError,
+)
 
 QUICK = Scrypt(n=2)
 
@@ -253,7 +259,7 @@ def test_without_the_libraries_it_says_what_to_install(
     for name in [*sys.modules, "keyring"]:
         if name.split(".")[0] in {"cryptography", "keyring"}:
             monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match=r"recollect-llm\[encrypt\]"):
+    with pytest.raises(MissingPackageError, match=r"recollect-llm\[encrypt\]"):
         encryption.new_key(source, passphrase="x", scrypt=QUICK)
 
 

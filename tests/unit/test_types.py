@@ -114,6 +114,7 @@ def test_usage_is_plain_json_values() -> None:
         "decode_tps": None,
         "reason": "evicted",
         "difference": "5 tokens",
+        "lost_tokens": 0,
         "sampling": None,
     }
 
@@ -181,3 +182,4 @@ def test_what_is_told_of_the_sampling_gives_the_reply_again() -> None:
     params = SamplingParams(temperature=0.5, top_p=0.9)
     assert params.told(7) == {"temperature": 0.5, "top_p": 0.9, "seed": 7}
     assert SamplingParams(top_p=0.9).told(7) is None
+    assert SamplingParams(frequency_penalty=0.5, top_k=3).told(7) == {"frequency_penalty": 0.5}

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TextIO
 
-from recollect.cli.display import printable
+from rich.console import Console
+
 from recollect.conversation.session import Session
 from recollect.errors import ConfigError
 
@@ -88,9 +89,13 @@ def open_prompts(file: Path | None) -> Iterator[Iterator[str]]:
         yield _prompts(stream, str(file))
 
 
-def answer_all(session: Session, prompts: Iterable[str], *, as_json: bool) -> None:
+def answer_all(
+    session: Session, prompts: Iterable[str], *, as_json: bool, plain: bool = False
+) -> None:
     """
-    Say each prompt in turn and print its reply: plain text, or one JSON object a line.
+    Say each prompt in turn and print its reply: text, or one JSON object a line.
+
+    Text that goes to a terminal is shown as Markdown, unless *plain* is set.
 
     Raises:
         RecollectError: A turn failed; what was printed of the turns before is complete.
@@ -102,7 +107,7 @@ def answer_all(session: Session, prompts: Iterable[str], *, as_json: bool) -> No
         if as_json:
             _answer_as_json(session, prompt, sys.stdout)
         else:
-            _answer_as_text(session, prompt, sys.stdout)
+            _answer_as_text(session, prompt, sys.stdout, plain=plain)
         if session.name != tip:
             print(
                 f"recollect: another program has moved the branch {tip!r}: this chat goes on in the "
@@ -125,10 +130,22 @@ def _prompts(stream: TextIO, source: str) -> Iterator[str]:
         raise ConfigError(f"{source} is not UTF-8 text: convert it first.") from cause
 
 
-def _answer_as_text(session: Session, prompt: str, out: TextIO) -> None:
+def _answer_as_text(session: Session, prompt: str, out: TextIO, *, plain: bool) -> None:
+    if out.isatty():
+        # Here and not above: a pipe need not wait for what shows Markdown.
+        from recollect.cli.markdown import make_writer  # noqa: PLC0415
+
+        writer = make_writer(Console(file=out), plain=plain)
+        with session.stream(prompt) as stream:
+            try:
+                for piece in stream:
+                    writer.push(piece)
+            finally:
+                writer.finish()
+        return
     with session.stream(prompt) as stream:
         for piece in stream:
-            out.write(printable(piece) if out.isatty() else piece)
+            out.write(piece)
             out.flush()
     out.write("\n")
     out.flush()

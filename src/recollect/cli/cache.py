@@ -46,7 +46,7 @@ from recollect.kv.environment import damaged_stores, discard, remove_damaged, sh
 from recollect.kv.record import Identity, Key, Pin
 from recollect.kv.tables import Holding
 from recollect.models.catalog import DEFAULT_MODEL
-from recollect.models.prepare import names_by_fingerprint
+from recollect.models.listing import names_by_fingerprint
 
 app = typer.Typer()
 _cache = typer.Typer(name="cache")

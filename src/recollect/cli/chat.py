@@ -227,6 +227,14 @@ def chat(
             "of standard input is a message.",
         ),
     ] = False,
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain",
+            help="Show replies as the text that they are. Without it a terminal that has colours shows "
+            "them as Markdown; NO_COLOR and TERM=dumb do the same.",
+        ),
+    ] = False,
     resume: Annotated[
         str | None,
         _option(
@@ -338,7 +346,7 @@ def chat(
     lists them. The conversation is saved, and --resume goes on with it.
     With a QUESTION it is answered once, about what comes through a pipe: cat log | recollect chat
     "What failed?". A pipe alone is one message; with --lines, --json or --prompts each line is one.
-    Replies are plain text then.
+    What does not go to a terminal is plain text.
     """
     values: dict[str, Any] = {
         "temperature": temperature,
@@ -400,7 +408,14 @@ def chat(
             session = opening.open(
                 loaded, found, params.with_recommended(loaded.local.sampling, named)
             )
-            talk(loaded, session, keep_history=opening.keep, load_model=loading.load)
+            talk(
+                loaded,
+                session,
+                keep_history=opening.keep,
+                load_model=loading.load,
+                chosen=named,
+                plain=plain,
+            )
         return
     with (
         open_prompts(prompts) if message is None else nullcontext([message]) as said,
@@ -409,7 +424,7 @@ def chat(
             loaded, found, params.with_recommended(loaded.local.sampling, named)
         ) as session,
     ):
-        answer_all(session, said, as_json=as_json)
+        answer_all(session, said, as_json=as_json, plain=plain)
 
 
 def _check_before_encrypting(

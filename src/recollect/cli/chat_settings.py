@@ -17,6 +17,7 @@ from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node, Overflow
 from recollect.errors import ConversationError, InvalidParameterError
+from recollect.types import SAMPLING, SamplingParams
 
 OVERFLOW: Final = "overflow"
 NONE: Final = "none"
@@ -100,6 +101,7 @@ def set_value(chat: Chat, name: str, typed: str) -> str:
     for session in chat.sessions.values():
         session.params = replace(session.params, **{name: value})
     chat.params = params
+    chat.chosen.add(name)
     return _shown(value)
 
 
@@ -140,7 +142,18 @@ def change_model(chat: Chat, name: str) -> None:
         raise
     former = chat.model
     chat.go_on_with(model, sessions)
+    _take_recommended(chat)
     former.close()
+
+
+def _take_recommended(chat: Chat) -> None:
+    """Sample as the makers of the model recommend, but for what somebody has asked for."""
+    usual = SamplingParams()
+    unasked = {name: getattr(usual, name) for name in SAMPLING if name not in chat.chosen}
+    makers = chat.model.local.sampling
+    chat.params = replace(chat.params, **unasked).with_recommended(makers, chat.chosen)
+    for session in chat.sessions.values():
+        session.params = chat.params
 
 
 def _carried(chat: Chat, model: Model) -> dict[str, Session]:

@@ -52,7 +52,7 @@ from recollect.journal.conversation_files import MOST_JSON_BYTES, from_json, to_
 from recollect.journal.home import Checkpoint, drop_of_conversation
 from recollect.journal.portable import PortableFile, require_new, write
 from recollect.journal.records import DEFAULT_TIP, ConversationInfo, StoredConversation
-from recollect.models.prepare import is_here
+from recollect.models.listing import is_here
 
 Format = Literal["markdown", "json"]
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from types import FrameType
-from typing import Final, Literal
+from typing import IO, Final, Literal, Protocol
 
 import typer
 from rich import box
@@ -280,9 +280,42 @@ def interrupt_handler() -> Iterator[Interrupt]:
         signal.signal(signal.SIGINT, previous)
 
 
-def show_reply(start: Callable[[], ReplyStream], console: Console) -> Reply | None:
+class Writer(Protocol):
+    """Shows a reply that comes in pieces."""
+
+    def push(self, text: str) -> None:
+        """Show more of it."""
+
+    def finish(self) -> None:
+        """Show what was held back; the cursor is at the start of a line then."""
+
+
+class PlainWriter:
+    """Shows a reply as the text that it is, with line breaks between words."""
+
+    def __init__(self, out: IO[str], width: int) -> None:
+        self._out = out
+        self._wrapper = WordWrapper(width)
+
+    def push(self, text: str) -> None:
+        """Show more of it, up to the last whole word."""
+        self._out.write(self._wrapper.push(printable(text)))
+        self._out.flush()
+
+    def finish(self) -> None:
+        """Show the last word."""
+        self._out.write(self._wrapper.finish() + ("\n" if self._wrapper.column else ""))
+        self._out.flush()
+
+
+def show_reply(start: Callable[[], ReplyStream], console: Console, writer: Writer) -> Reply | None:
     """
-    Print a reply as it is generated. Ctrl-C ends it, and what was said until then is kept.
+    Show a reply as it is generated. Ctrl-C ends it, and what was said until then is kept.
+
+    Args:
+        start: Starts it.
+        console: Where the bar is drawn while its prompt is read.
+        writer: Shows it.
 
     Returns:
         The reply; None where it was stopped before anything was said.
@@ -290,19 +323,16 @@ def show_reply(start: Callable[[], ReplyStream], console: Console) -> Reply | No
     Raises:
         RecollectError: As *start* and the stream do; the cursor is at the start of a line.
     """
-    out = console.file
-    wrapper = WordWrapper(console.width)
     with no_echo(), interrupt_handler() as interrupt, start() as stream:
         interrupt.stops(stream.stop)
         meter = PrefillMeter(stream, console)
         try:
             for piece in stream:
                 meter.close()
-                out.write(wrapper.push(printable(piece)))
-                out.flush()
+                writer.push(piece)
         finally:
             meter.close()
-            out.write(wrapper.finish() + ("\n" if wrapper.column else ""))
+            writer.finish()
     return stream.reply
 
 

@@ -23,7 +23,7 @@ from recollect.cli.display import format_bytes
 from recollect.cli.options import JsonOption, store_folder
 from recollect.errors import RecollectError
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL
-from recollect.models.prepare import installed
+from recollect.models.listing import installed
 from recollect.proof.report import Machine, this_machine
 
 app = typer.Typer()
@@ -31,7 +31,6 @@ app = typer.Typer()
 _EXTRAS: Final = {
     "recollect-llm[genai]": ("onnxruntime_genai", "ONNX GenAI folders"),
     "recollect-llm[grammar]": ("llguidance", "JSON schemas and tools"),
-    "recollect-llm[hub]": ("huggingface_hub", "models named org/repo:file"),
     "recollect-llm[encrypt]": ("cryptography", "an encrypted data folder"),
     "recollect-llm[server]": ("fastapi", "recollect serve"),
 }

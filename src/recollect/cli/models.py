@@ -6,6 +6,7 @@ Prints what `models/` knows and does; decides nothing about models.
 
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -16,15 +17,18 @@ from rich.table import Table
 from rich.text import Text
 
 from recollect import config
-from recollect.cli.display import format_bytes, make_table, progress_bar
+from recollect.cli.display import format_bytes, make_table, printable, progress_bar
 from recollect.cli.options import JsonOption, OfflineOption, model_names
 from recollect.models.catalog import LocalModel
+from recollect.models.listing import KeptElsewhere, ModelStatus, installed, kept_elsewhere
+from recollect.models.listing import prune as prune_source
 from recollect.models.onnx_folder import convert_to_onnx, require_convertible
-from recollect.models.prepare import ModelStatus, installed, original_of, prepare
-from recollect.models.prepare import prune as prune_source
+from recollect.models.prepare import original_of, prepare
 
 app = typer.Typer()
 
+_MOST_ROWS: Final = 200
+"""Most models of other programs that are shown to people."""
 _OUTCOMES: Final = {
     "PASS": "computes what its file says",
     "FAIL": "does not compute what its file says",
@@ -42,7 +46,7 @@ def list_models(
         ),
     ] = None,
 ) -> None:
-    """List the models that have a name, and those on this disk."""
+    """List the models that have a name, and those on this disk, of other programs too."""
 
     if prune is not None:
         size = prune_source(prune, config.home())
@@ -53,11 +57,20 @@ def list_models(
         )
         return
     found = installed(config.home())
+    elsewhere = kept_elsewhere()
+    converted = {status.name for status in found if status.is_installed}
     if as_json:
-        typer.echo(json.dumps([_as_dict(status) for status in found], ensure_ascii=False, indent=2))
+        rows = [_as_dict(status) for status in found]
+        rows += [_kept_as_dict(one, one.stored.name in converted) for one in elsewhere]
+        typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
         return
     console = Console()
     console.print(models_table(found))
+    if elsewhere:
+        console.print("\nKept by other programs, and run from where they lie", style="bold")
+        console.print(kept_table(elsewhere[:_MOST_ROWS], converted))
+    if len(elsewhere) > _MOST_ROWS:
+        console.print(f"and {len(elsewhere) - _MOST_ROWS:,} more; --json lists all", style="dim")
     console.print(
         "[dim]`recollect pull NAME` fetches a model ahead of time; `recollect chat --model NAME` "
         "does so the first time.\nThe path of a .gguf file or an OpenVINO folder is a name, too.[/]",
@@ -158,9 +171,51 @@ def models_table(found: list[ModelStatus]) -> Table:
     return table
 
 
+def kept_table(found: list[KeptElsewhere], converted: Collection[str]) -> Table:
+    """
+    Return the models of other programs as a table for people.
+
+    Args:
+        found: The models.
+        converted: The names of those that were converted already.
+    """
+    table = make_table(
+        "name", "architecture", "type", "size", "runs with", right=("size",), whole=("name",)
+    )
+    for one in found:
+        runs = Text(one.runs.reason or "", "yellow")
+        if one.runs.runtime is not None:
+            runs = Text(one.runs.runtime, "green")
+            runs.append(", converted" if one.stored.name in converted else "", "dim")
+        table.add_row(
+            Text(printable(one.stored.name)),
+            Text(printable(one.architecture or "")),
+            Text(printable(one.quantization or "")),
+            format_bytes(one.stored.size_bytes),
+            runs,
+        )
+    return table
+
+
+def _kept_as_dict(one: KeptElsewhere, is_converted: bool) -> dict[str, object]:
+    return {
+        "name": one.stored.name,
+        "program": one.stored.program,
+        "format": one.stored.format,
+        "architecture": one.architecture,
+        "type": one.quantization,
+        "installed": is_converted,
+        "disk_bytes": one.stored.size_bytes,
+        "path": str(one.stored.path),
+        "runs_with": one.runs.runtime,
+        "reason": one.runs.reason,
+    }
+
+
 def _as_dict(status: ModelStatus) -> dict[str, object]:
     return {
         "name": status.name,
+        "program": None,
         "description": status.description,
         "licence": status.licence,
         "installed": status.is_installed,

@@ -33,8 +33,10 @@ from recollect.journal.home import encrypt as encrypt_home
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import Page
 from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
+from recollect.models import stores
 from recollect.models.catalog import REFERENCE_NAME
-from recollect.models.prepare import installed, prepare
+from recollect.models.listing import installed
+from recollect.models.prepare import prepare
 from recollect.types import Profile
 
 NO_KV: Final = "There is no cache on this disk yet: `recollect chat` makes one."
@@ -196,7 +198,8 @@ def model_names(incomplete: str) -> list[str]:
         names = [status.name for status in installed(config.home())]
     except (RecollectError, OSError):
         return []
-    return _beginning([*names, REFERENCE_NAME], incomplete)
+    kept = [one.name for one in stores.stored() if one.fault is None]
+    return _beginning(list(dict.fromkeys([*names, REFERENCE_NAME, *kept])), incomplete)
 
 
 def conversation_names(incomplete: str) -> list[str]:

@@ -20,7 +20,7 @@ from recollect.cli.options import JsonFileOption, ModelOption, ModelOptions, tak
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError
 from recollect.models.catalog import DEFAULT_MODEL, LocalModel
-from recollect.models.prepare import Compared, stamps_of
+from recollect.models.listing import Compared, stamps_of
 from recollect.proof import report as output
 from recollect.proof import verify as proof
 from recollect.proof.bench import (

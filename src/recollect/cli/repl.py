@@ -7,7 +7,7 @@ which reads it ahead. What a line does is in `commands` and `state`.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Timer
@@ -236,6 +236,8 @@ def talk(
     *,
     keep_history: bool,
     load_model: Callable[[str], Model] | None = None,
+    chosen: Collection[str] = (),
+    plain: bool = False,
 ) -> None:
     """
     Talk until the user leaves.
@@ -245,8 +247,10 @@ def talk(
         session: Where to begin.
         keep_history: Whether what is typed can be called back in later chats, too.
         load_model: Loads another model by its name, for `/model`; closed here.
+        chosen: The sampling parameters that another model keeps, because somebody asked for them.
+        plain: Whether replies are shown as the text that they are, and not as Markdown.
     """
-    chat = Chat(model, Console(), session, load_model=load_model)
+    chat = Chat(model, Console(), session, load_model=load_model, chosen=chosen, plain=plain)
     try:
         _talk(chat, keep_history=keep_history)
     finally:

@@ -25,10 +25,12 @@ from recollect.cli.options import (
     takes_model_options,
     unlock_home,
 )
-from recollect.errors import ConfigError, UnknownModelError
+from recollect.errors import ConfigError, MissingPackageError, UnknownModelError
 from recollect.journal import requests
+from recollect.models import stores
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
-from recollect.models.prepare import installed, known_context_length, size_bytes
+from recollect.models.listing import installed, size_bytes
+from recollect.models.prepare import known_context_length
 from recollect.server.settings import DEFAULT_MAX_TOKENS, Limits, Settings
 from recollect.types import SamplingParams
 
@@ -235,7 +237,7 @@ def keys() -> None:
 
 
 _MOST_CLIENTS: Final = 20
-"""That are explained at once, those first that have computed most."""
+"""That are explained at once, those first that have read most again, then those that computed most."""
 
 
 @app.command()
@@ -257,10 +259,11 @@ def explain(
     For example `recollect explain --client opencode --last 50`:
 
     \b
-    opencode: 50 requests, 360,000 tokens of prompts, 91,200 computed
+    opencode: 50 requests, 360,000 tokens of prompts, 91,200 computed,
+      75,200 of these again
       Line 3 of the instructions is a date or a time ('Thursday' became 'Friday'):
-      18,800 tokens computed in each of 4. Put what changes at the end of the
-      instructions, or into a message.
+      18,800 tokens read again in each of 4 requests. Put what changes at the
+      end of the instructions, or into a message.
     """
     cipher = unlock_home()
     found = requests.explain(client, last, cipher=cipher)
@@ -273,6 +276,7 @@ def explain(
         typer.echo(
             f"{one.client}: {count(one.requests, 'request')}, {one.prompt_tokens:,} tokens of prompts, "
             f"{one.computed_tokens:,} computed"
+            + (f", {one.lost_tokens:,} of these again" if one.lost_tokens else "")
         )
         for finding in one.findings:
             typer.echo(f"  {finding}")
@@ -280,7 +284,7 @@ def explain(
             typer.echo("  Nothing that was read before was read again.")
     if len(found) > _MOST_CLIENTS:
         typer.echo(
-            f"{len(found) - _MOST_CLIENTS:,} more clients have computed less: --client shows those "
+            f"{len(found) - _MOST_CLIENTS:,} more clients have lost or computed less: --client shows those "
             "with a name."
         )
 
@@ -330,7 +334,7 @@ def _require_packages() -> None:
         import prometheus_client  # noqa: F401, PLC0415
         import uvicorn  # noqa: F401, PLC0415
     except ImportError as cause:
-        raise ConfigError(
+        raise MissingPackageError(
             f"The server needs the package {cause.name}: `python -m pip install "
             '"recollect-llm[server]"`.'
         ) from cause
@@ -425,6 +429,8 @@ def weight_bytes(reference: str, home: Path) -> int:
         return status.disk_bytes - status.source_bytes
     if path is not None:
         return size_bytes(path)
+    if (kept := stores.find(reference)) is not None:
+        return kept.size_bytes
     return 0 if status is None else status.download_bytes or 0
 
 

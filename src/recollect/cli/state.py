@@ -8,7 +8,7 @@ given, does not read input, and knows no commands.
 
 import itertools
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from recollect.cli.display import count, format_bytes, format_duration, printable, show_reply
+from recollect.cli.markdown import make_writer
 from recollect.conversation.model import Model
 from recollect.conversation.session import ReplyStream, Session
 from recollect.conversation.tree import Node
@@ -87,10 +88,16 @@ class Chat:
         session: Session,
         *,
         load_model: Callable[[str], Model] | None = None,
+        chosen: Collection[str] = (),
+        plain: bool = False,
     ) -> None:
         self.model = model
         self.load_model: Final = load_model
         """Loads a model by its name, for `/model`; None: this chat stays with its model."""
+        self.chosen = set(chosen)
+        """The sampling parameters that somebody asked for; the others are those of the model's makers."""
+        self.plain: Final = plain
+        """Whether replies are shown as the text that they are, and not as Markdown."""
         self.console: Final = console
         self.params = session.params
         self.current = session.name or FIRST_SESSION
@@ -156,7 +163,8 @@ class Chat:
             RecollectError: As `Session.stream` does.
         """
         session = self.session
-        reply = show_reply(self._starter(session, text, params), self.console)
+        writer = make_writer(self.console, plain=self.plain)
+        reply = show_reply(self._starter(session, text, params), self.console, writer)
         if reply is None:
             self.note("The reply was stopped before it began; the conversation is as it was.")
             return None
@@ -377,9 +385,11 @@ def _sampling(chat: Chat) -> str:
     used = chat.params.told(chat.params.seed or 0) if usage is None else usage.get("sampling")
     if not isinstance(used, dict) or not used:  # a file that was imported may say anything
         return "greedy"
-    shown = [f"{name} {value}" for name, value in used.items() if name != "seed"]
-    seed = f"; --seed {used.get('seed')} gives the last reply again" if usage is not None else ""
-    return printable(", ".join(shown) + seed)
+    shown = ", ".join(f"{name} {value}" for name, value in used.items() if name != "seed")
+    if "seed" not in used:
+        return printable(f"greedy, {shown}")
+    seed = f"; --seed {used['seed']} gives the last reply again" if usage is not None else ""
+    return printable(shown + seed)
 
 
 def _saved_as(chat: Chat) -> str:
@@ -454,7 +464,8 @@ def welcome(chat: Chat) -> None:
     )
     if not chat.session.conversation.is_saved:
         chat.note("Nothing of this chat is saved (--no-save).")
-    if len(chat.session.tree) and chat.session.conversation.name is not None:
+    was_said = any(node.role != "system" for node in chat.session.tree.nodes())
+    if was_said and chat.session.conversation.name is not None:
         _show_where_it_stands(chat)
 
 

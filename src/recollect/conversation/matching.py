@@ -9,7 +9,6 @@ after a restart, for conversations that are not in the journal. Knows no runtime
 """
 
 import heapq
-import json
 import re
 import threading
 from array import array
@@ -21,7 +20,7 @@ from hashlib import blake2b
 from sys import getsizeof
 from typing import Final
 
-from recollect.conversation.tools import NO_TOOLS, Tools
+from recollect.conversation.tools import NO_TOOLS, KnownTools, Tools
 from recollect.conversation.tree import (
     ROOT_KEY,
     Node,
@@ -34,7 +33,7 @@ from recollect.engine.tier import DiskTier
 from recollect.journal.records import NewNode
 from recollect.kv.record import StoredReply
 from recollect.text.tool_formats import HERMES, ToolFormat
-from recollect.types import Message, Role
+from recollect.types import Message, Role, ToolLinks
 
 MOST_MESSAGES: Final = 20_000
 """
@@ -145,60 +144,12 @@ class Change:
     """Of the message, where the first difference is; counted from 1."""
     again: int = 0
     """Characters after the difference that the earlier conversation had too, and that are read again."""
+    after: int = 0
+    """Characters after the difference, up to the last message that was compared."""
 
     def __str__(self) -> str:
         line = f", line {self.line}" if self.line > 1 else ""
         return f"Message {self.message + 1}{line}: {self.was!r} became {self.is_now!r}."
-
-
-MOST_TOOL_BYTES: Final = 8 << 20
-"""Of descriptions that are kept, for a whole model: 800 sets of twenty tools of 500 bytes."""
-
-
-class KnownTools:
-    """
-    Sets of tools by a short name: clients send the same descriptions with every request.
-
-    Owned by `KnownMessages`, under whose lock it is used.
-
-    Invariant: `held_bytes` is the sum over all sets, and at most `MOST_TOOL_BYTES`.
-    """
-
-    def __init__(self) -> None:
-        self.held_bytes = 0
-        self._sets: OrderedDict[bytes, bytes] = OrderedDict()
-
-    def note(self, tools: Tools) -> bytes:
-        """Return the name of a set, which is known from now on unless it is larger than the bound."""
-        if not tools.schemas:
-            return b""
-        text = json.dumps(tools.schemas).encode()
-        name = blake2b(text, digest_size=16).digest()
-        if name not in self._sets and len(text) <= MOST_TOOL_BYTES:
-            self._sets[name] = text
-            self.held_bytes += len(text)
-        if name in self._sets:
-            self._sets.move_to_end(name)
-        while self.held_bytes > MOST_TOOL_BYTES:
-            self.held_bytes -= len(self._sets.popitem(last=False)[1])
-        return name
-
-    def get(self, name: bytes) -> Tools | None:
-        """Return a set; None where it was forgotten."""
-        if not name:
-            return NO_TOOLS
-        text = self._sets.get(name)
-        return None if text is None else Tools(tuple(json.loads(text)))
-
-    def check(self) -> None:
-        """
-        Verify the invariant.
-
-        Raises:
-            AssertionError: It does not hold.
-        """
-        held = sum(map(len, self._sets.values()))
-        assert held == self.held_bytes <= MOST_TOOL_BYTES, "bytes are not counted right"
 
 
 class KnownMessages:
@@ -261,6 +212,10 @@ class KnownMessages:
             known.after_system = _digest(node.content)
             self._questions[namespace, known.after_system] = known
         return known
+
+    def tools_named(self, name: bytes) -> Tools | None:
+        """Return a set of tools; None where it was forgotten."""
+        return self.tools.get(name) if name else NO_TOOLS
 
     def touch(self, known: Known) -> None:
         """Note that a message was used; what comes before it is to be touched after it."""
@@ -407,9 +362,9 @@ class MessageIndex:
         keys = _keys(messages)
         with self._known.lock:
             path: list[Known] = []
-            for key in keys:
+            for key, message in zip(keys, messages, strict=True):
                 known = self._known.get(self._namespace, key)
-                if known is None:
+                if known is None or _thinks_otherwise(message, known.message):
                     break
                 path.append(known)
             if not path:
@@ -417,10 +372,10 @@ class MessageIndex:
             for one in reversed(path):
                 self._known.touch(one)
             tools = next((one.tools for one in reversed(path) if one.tools is not None), None)
-            answers = map(self._known.tools.get, path[-1].answers)
+            answers = map(self._known.tools_named, path[-1].answers)
             found = Found(
                 path=(),
-                tools=None if tools is None else self._known.tools.get(tools),
+                tools=None if tools is None else self._known.tools_named(tools),
                 answers=tuple(one for one in answers if one is not None),
             )
             # What nobody generated here is as the client says it, to the last space.
@@ -515,6 +470,7 @@ def _change(
         is_now=text[start : start + _SHOWN_CHARACTERS],
         line=text.count("\n", 0, start) + 1,
         again=again,
+        after=sum(max(1, len(one.content)) for one in new) - start,
     )
 
 
@@ -561,11 +517,19 @@ def _keys(messages: Sequence[Message]) -> list[bytes]:
     return keys
 
 
+def _thinks_otherwise(message: Message, known: NewNode) -> bool:
+    """Return whether a client has changed what was thought before a reply; it may leave that out."""
+    given = message.get("reasoning_content")
+    thought = None if known.links is None else known.links.reasoning
+    return bool(given) and str(given).strip() != (thought or "")
+
+
 def _size(message: NewNode, token_ids: "array[int] | None") -> int:
     ids = 0 if token_ids is None else token_ids.itemsize * len(token_ids)
     usage = 0 if message.usage is None else _USAGE_BYTES
     links = message.links
-    names = () if links is None else (*links.call_ids, links.tool_call_id or "", links.name or "")
+    beside = () if links is None else (links.tool_call_id, links.name, links.reasoning)
+    names = () if links is None else (*links.call_ids, *filter(None, beside))
     return _ENTRY_BYTES + getsizeof(message.content) + ids + usage + sum(map(getsizeof, names))
 
 
@@ -580,9 +544,7 @@ def _digest(text: str, place: bytes = b"") -> bytes:
 
 
 def _with_ids(key: bytes, message: NewNode, ids: "array[int] | None") -> tuple[bytes, NewNode]:
-    if ids is not None:
-        message = replace(message, token_ids=tuple(ids))
-    return key, message
+    return key, message if ids is None else replace(message, token_ids=tuple(ids))
 
 
 def shared_characters(first: str, second: str) -> int:
@@ -595,6 +557,10 @@ def shared_characters(first: str, second: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+_MARK: Final = "\ufdd1"
+"""Stands before what was thought, and between that and what was said: a noncharacter, which no text needs."""
 
 
 class RememberedReplies:
@@ -615,9 +581,9 @@ class RememberedReplies:
     def note(self, reply: Node) -> None:
         """Remember a reply that was generated; nothing where it was not, or by another model."""
         if reply.token_ids is not None and reply.fingerprint == self._fingerprint:
-            self._tier.writer.note_reply(
-                self._name(reply.key), StoredReply(reply.content, reply.token_ids)
-            )
+            thought = None if reply.links is None else reply.links.reasoning
+            text = reply.content if thought is None else _MARK.join(("", thought, reply.content))
+            self._tier.writer.note_reply(self._name(reply.key), StoredReply(text, reply.token_ids))
 
     def recalled(self, parent: Node, message: NewNode) -> NewNode:
         """Return a message as it was generated after *parent*, or as it is."""
@@ -627,13 +593,22 @@ class RememberedReplies:
         found = self._tier.find_reply(self._name(key))
         if found is None:
             return message
-        links = links_as_generated(found.text, message, self._format)
+        text, links = found.text, message.links or ToolLinks()
+        parts = text.split(_MARK, 2)
+        if len(parts) == 3 and not parts[0]:
+            _, thought, text = parts
+            if links.reasoning not in (None, thought):
+                return message  # the client has changed it
+            links = replace(links, reasoning=thought)
+        elif links.reasoning is not None:
+            return message
+        links = links_as_generated(text, replace(message, links=links), self._format)
         return replace(
             message,
-            content=found.text,
+            content=text,
             token_ids=found.token_ids,
             fingerprint=self._fingerprint,
-            links=links,
+            links=links if links != ToolLinks() else None,
         )
 
     def _name(self, key: bytes) -> bytes:

@@ -646,7 +646,7 @@ class Model:
             model=self.name,
             fingerprint=fingerprint,
             index=self._index(namespace),
-            remembered=tier and RememberedReplies(tier, fingerprint, namespace, form),
+            remembered=RememberedReplies(tier, fingerprint, namespace, form) if tier else None,
             namespace=namespace,
         )
 

@@ -33,10 +33,11 @@ from recollect.conversation.tree import (
     parsed_reply,
 )
 from recollect.errors import InvalidParameterError, TemplateError
+from recollect.text.reasoning import ShowingTokenizer, says_nothing, says_the_same
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
 from recollect.text.tool_calls import ShownCalls, shown_calls
-from recollect.text.tool_formats import HERMES
+from recollect.text.tool_formats import HERMES, control_marks
 from recollect.types import (
     Message,
     Remembered,
@@ -90,15 +91,6 @@ _ENTRY_BYTES: Final = 250
 Source: `sys.getsizeof` of these in CPython 3.12, rounded up."""
 
 
-_THINKING: Final = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
-_NOTHING: Final = re.compile(
-    rf"\s*(?:(?:<\|?{_THINKING}\|?>|\[THINK\]|<\|channel>thought)\s*"
-    rf"(?:(?:<\|?/{_THINKING}\|?>|\[/THINK\]|<channel\|>)\s*)?)?"
-)
-"""Space, a mark that opens thinking, or one that is closed around nothing: it says nothing. Source: the
-chat templates that llama.cpp keeps."""
-
-
 @dataclass(frozen=True, slots=True)
 class Rewritten:
     """A reply, or what leads to it, that is shown otherwise than when it was generated."""
@@ -122,6 +114,8 @@ class Prompt:
     """Replies that another model wrote: their text is encoded, since its ids mean nothing here."""
     reencoded_length: int = 0
     """Leading ids up to the end of the last of these."""
+    ending: str = ""
+    """The last characters of the text, in which one sees whether the template has opened reasoning."""
     generated_length: int = 0
     """Leading ids up to the end of the last reply of this model. All but the last of them were read
     before, unless something is shown otherwise."""
@@ -153,6 +147,10 @@ def size_of_ids(ids: "array[int]") -> int:
     return ids.itemsize * len(ids) + _ENTRY_BYTES
 
 
+_ENDING_CHARACTERS: Final = 200
+"""Longer than any mark that opens reasoning."""
+
+
 class PromptEncoder:
     """
     Encodes conversations with one template and one tokenizer.
@@ -169,6 +167,9 @@ class PromptEncoder:
         self.remembered: Final = Remembered(size_of_ids, MOST_REMEMBERED_BYTES)
         self.openings: Final = Remembered[Opening](
             lambda one: getsizeof(one.text) + _ENTRY_BYTES, MOST_OPENING_BYTES
+        )
+        self._written = Remembered[str](
+            lambda one: getsizeof(one) + _ENTRY_BYTES, MOST_OPENING_BYTES
         )
         # Texts that nobody writes and that templates which strip or split leave whole.
         self._secret = secrets.token_hex(12)
@@ -224,7 +225,8 @@ class PromptEncoder:
             if any(map(self.control.may_make, (name, *strings_in(value)))):
                 raise InvalidParameterError(
                     f"The template option {name[:40]!r} has a text in which the model could read a "
-                    "control token: leave that out."
+                    "control token: leave that out.",
+                    param="template_options",
                 )
         other = copy.copy(self)
         other._template = self._template.with_options(options)
@@ -271,12 +273,14 @@ class PromptEncoder:
         given = [_object(call.arguments) for call in reply.calls]
         if any(one is None for one in given):
             return node.written_message()  # it was cut within a call
-        if not self._template.call_style.takes_calls:
-            if cast("ToolLinks", node.links).format == (None if form is HERMES else form.name):
-                return node.written_message()
-            calls = form.text_of([(call.name, call.arguments) for call in reply.calls])
-            return {"role": "assistant", "content": "\n".join(filter(None, (reply.content, calls)))}
-        return calling(reply.content, reply.calls, cast("list[dict[str, Any]]", given))
+        message = node.written_message()
+        if self._template.call_style.takes_calls:
+            called = calling(reply.content, reply.calls, cast("list[dict[str, Any]]", given))
+            return {**message, **called}
+        if cast("ToolLinks", node.links).format == (None if form is HERMES else form.name):
+            return message
+        calls = form.text_of([(call.name, call.arguments) for call in reply.calls])
+        return {**message, "content": "\n".join(filter(None, (reply.content, calls)))}
 
     def shown_calls(
         self, text: str, start: int, calls: Sequence[ToolCall], most: int
@@ -301,8 +305,26 @@ class PromptEncoder:
         return "".join([*parts, text[done:]])
 
     def mark(self, reply: int) -> str:
-        """Return the text that stands for a reply."""
+        """Return the text that stands for what a reply says."""
         return f"reply{reply}y{self._secret}x"
+
+    def thought_mark(self, reply: int) -> str:
+        """Return the text that stands for what was thought before a reply."""
+        return f"thought{reply}y{self._secret}x"
+
+    def before_said(self, reply: Node) -> str:
+        """Return what this model wrote before what a reply says: its reasoning, with the marks."""
+        marks = self._template.reasoning
+        if marks is None or reply.token_ids is None:
+            return ""
+        name = blake2b(array("i", reply.token_ids).tobytes(), digest_size=16).digest()
+        known = self._written.get(name)
+        if known is None:
+            calls = control_marks(self._template.tool_format, self.control)
+            text = ShowingTokenizer(self._tokenizer, marks, calls).decode(reply.token_ids)
+            known = text.removesuffix(reply.content) if text.endswith(reply.content) else ""
+            self._written.put(name, known)
+        return known
 
     def unmarked(self, text: str) -> tuple[list[int], list[str]]:
         """
@@ -383,6 +405,7 @@ class _Encoding:
             rewritten=tuple(self._rewritten),
             reencoded_replies=self._reencoded,
             reencoded_length=self._reencoded_length,
+            ending=self._whole.text[-_ENDING_CHARACTERS:],
             generated_length=self._generated_length,
         )
 
@@ -408,12 +431,13 @@ class _Encoding:
         if guard is not None:
             messages, tools = guard.messages(messages), guard.tools(tools)
         marked: dict[int, Sequence[ToolCall]] = {}
+        thoughts: dict[str, str] = {}
         for number, place in enumerate(self._places):
             if place >= count:
                 continue
-            mark, calls = self._encoder.mark(number), self._messages[place].get("tool_calls")
+            mark, said = self._encoder.mark(number), self._messages[place]
             messages[place] = {"role": "assistant", "content": mark}
-            if calls:
+            if calls := said.get("tool_calls"):
                 # The mark is in the first call: some templates show no text beside calls.
                 given: list[dict[str, Any]] = [{mark: ""}, *({} for _ in calls[1:])]
                 as_called = [
@@ -422,9 +446,16 @@ class _Encoding:
                 ]
                 messages[place] = calling("", as_called, given)
                 marked[number] = as_called
+            if thought := said.get("reasoning_content"):
+                instead = self._encoder.thought_mark(number)
+                messages[place]["reasoning_content"] = instead
+                thoughts[instead] = thought
         text = render(messages, tools)
         text = text if guard is None else guard.read(text).text
-        return self._encoder.unmarked(self._encoder.collapsed(text, marked))
+        numbers, around = self._encoder.unmarked(self._encoder.collapsed(text, marked))
+        for instead, thought in thoughts.items():
+            around = [one.replace(instead, thought) for one in around]
+        return numbers, around
 
     def _asked(self, number: int) -> str | None:
         """Return what led to a reply of this model when it was generated; None where nobody knows."""
@@ -452,10 +483,12 @@ class _Encoding:
         """Take the next reply that is shown, between two texts of the template."""
         reply, asked = self.path[self._places[number]], self._asked(number)
         is_own = self._encoder.is_own(reply)
+        before = self._encoder.before_said(reply) if is_own else ""
+        led = None if before else asked
         if self._messages[self._places[number]].get("tool_calls"):
-            place = self._shown_calls(reply, asked, opening)
+            place = self._shown_calls(reply, led, opening)
         else:
-            place = self._shown(reply.content, asked, opening, after)
+            place = self._shown(reply.content, led, opening, after)
         if place is None:
             stop = self._found(opening, after, is_last=is_last)
             if is_own:
@@ -469,8 +502,15 @@ class _Encoding:
         if is_own:
             now = self._whole.text[self._end : start]
             same = shared_characters(asked or now, now)
-            if asked is not None and asked != now:
-                if _NOTHING.fullmatch(asked, same) and _NOTHING.fullmatch(now, same):
+            if before and (asked is None or not says_the_same(asked + before, now)):
+                self._tell(number, asked, stop)
+                self._last, self._end = number, stop
+                return
+            if before and asked is not None:
+                lead = self._whole.part(self._done, self._end + same)
+                lead = Shown(lead.text + asked[same:], lead.breaks)
+            elif asked is not None and asked != now:
+                if says_nothing(asked, same) and says_nothing(now, same):
                     lead = self._whole.part(self._done, self._end + same)
                     lead = Shown(lead.text + asked[same:], lead.breaks)
                 else:

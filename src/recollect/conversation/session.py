@@ -583,6 +583,7 @@ class ReplyStream(ReplyGeneration):
             model.tokenizer,
             ahead=session._idle.ahead,
             rules=rules,
+            begun=turn.asked.reasoning(model.template.reasoning),
         )
         self._session = session
         self._turn = turn

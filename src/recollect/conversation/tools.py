@@ -7,9 +7,10 @@ Pure: descriptions in, a grammar out. No tool is called here.
 import json
 import logging
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any, Final, Self
 
 from recollect.conversation.tool_grammar import CallGrammar, texts_of
@@ -93,7 +94,7 @@ class Tools:
         twice = next((name for name, count in Counter(names).items() if count > 1), None)
         if twice is not None:
             raise InvalidParameterError(
-                f"Two tools have the name {twice!r}: give each a name of its own."
+                f"Two tools have the name {twice!r}: give each a name of its own.", param="tools"
             )
         parameters = [schema["function"].get("parameters") for schema in tools.schemas]
         too_large = [
@@ -109,7 +110,8 @@ class Tools:
         if wrong:
             known = [*_MODES, *names] if names else _MODES[:2]
             raise InvalidParameterError(
-                f"tool_choice is {wrong[0]!r}; it must be one of {', '.join(known)}."
+                f"tool_choice is {wrong[0]!r}; it must be one of {', '.join(known)}.",
+                param="tool_choice",
             )
         return replace(tools, unheld=frozenset(too_large)) if too_large else tools
 
@@ -170,14 +172,16 @@ class Tools:
         why = why.partition("schema: ")[2] or why
         if line.startswith("answer:"):
             raise InvalidParameterError(
-                f"The JSON schema of the reply cannot be held to ({why}): correct it."
+                f"The JSON schema of the reply cannot be held to ({why}): correct it.",
+                param="grammar",
             ) from error
         rule = _ARGUMENTS.match(line)
         held = {_name(one) for one in self.schemas} - self.unheld
         name = None if rule is None else _name(self._callable()[int(rule[1])])
         if name not in held:
             raise InvalidParameterError(
-                f"The tools cannot be held to their schemas ({why}): offer fewer, or simpler ones."
+                f"The tools cannot be held to their schemas ({why}): offer fewer, or simpler ones.",
+                param="tools",
             ) from error
         is_one_more = len(self.unheld) < _MOST_TRIED
         _log.warning(
@@ -221,6 +225,56 @@ class Tools:
 NO_TOOLS: Final = Tools()
 
 
+MOST_TOOL_BYTES: Final = 8 << 20
+"""Of descriptions that are kept, for a whole model: 800 sets of twenty tools of 500 bytes."""
+
+
+class KnownTools:
+    """
+    Sets of tools by a short name: clients send the same descriptions with every request.
+
+    Owned by `matching.KnownMessages`, under whose lock it is used.
+
+    Invariant: `held_bytes` is the sum over all sets, and at most `MOST_TOOL_BYTES`.
+    """
+
+    def __init__(self) -> None:
+        self.held_bytes = 0
+        self._sets: OrderedDict[bytes, bytes] = OrderedDict()
+
+    def note(self, tools: Tools) -> bytes:
+        """Return the name of a set, which is known from now on unless it is larger than the bound."""
+        if not tools.schemas:
+            return b""
+        text = json.dumps(tools.schemas).encode()
+        name = blake2b(text, digest_size=16).digest()
+        if name not in self._sets and len(text) <= MOST_TOOL_BYTES:
+            self._sets[name] = text
+            self.held_bytes += len(text)
+        if name in self._sets:
+            self._sets.move_to_end(name)
+        while self.held_bytes > MOST_TOOL_BYTES:
+            self.held_bytes -= len(self._sets.popitem(last=False)[1])
+        return name
+
+    def get(self, name: bytes) -> Tools | None:
+        """Return a set; None where it was forgotten."""
+        if not name:
+            return NO_TOOLS
+        text = self._sets.get(name)
+        return None if text is None else Tools(tuple(json.loads(text)))
+
+    def check(self) -> None:
+        """
+        Verify the invariant.
+
+        Raises:
+            AssertionError: It does not hold.
+        """
+        held = sum(map(len, self._sets.values()))
+        assert held == self.held_bytes <= MOST_TOOL_BYTES, "bytes are not counted right"
+
+
 _MOST_NAMED: Final = 8
 """Names in a difference, which is told in a header: clients refuse headers of 8 KiB."""
 
@@ -240,7 +294,8 @@ def _chosen(choice: Any) -> str | Chosen:
     if not isinstance(name, str):
         raise InvalidParameterError(
             f"tool_choice is {choice!r}: give none, auto, required, the name of a tool, or "
-            '{"type": "function", "function": {"name": …}}.'
+            '{"type": "function", "function": {"name": …}}.',
+            param="tool_choice",
         )
     return Chosen((name,))
 
@@ -251,7 +306,7 @@ def _copied(schema: Mapping[str, Any]) -> Mapping[str, Any]:
         copied: Mapping[str, Any] = json.loads(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as cause:
         raise InvalidParameterError(
-            f"The description of a tool is not a JSON value ({cause}): correct it."
+            f"The description of a tool is not a JSON value ({cause}): correct it.", param="tools"
         ) from cause
     return copied
 
@@ -262,7 +317,8 @@ def _name(schema: Any) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidParameterError(
             f"A tool is called {name!r}: give it a function with a name of 1 to "
-            f"{MOST_NAME_CHARACTERS} letters, digits, dots, dashes or underscores."
+            f"{MOST_NAME_CHARACTERS} letters, digits, dots, dashes or underscores.",
+            param="tools",
         )
     return name
 
@@ -277,7 +333,8 @@ def _is_small_enough(name: str, parameters: Any) -> bool:
     if parameters is not None and not isinstance(parameters, Mapping):
         raise InvalidParameterError(
             f"The parameters of the tool {name!r} are not an object: give a JSON schema, such as "
-            '{"type": "object"}, or leave them out.'
+            '{"type": "object"}, or leave them out.',
+            param="tools",
         )
     try:
         check_schema(parameters, f"The schema of the parameters of the tool {name!r}")
@@ -299,5 +356,6 @@ def _answer(answer: Grammar) -> str:
         return f"answer: ANSWER\nANSWER: /{pattern}/"
     raise InvalidParameterError(
         "A Lark grammar cannot be joined with tools: use a JSON schema or a regular expression, or "
-        "write the calls into the grammar and offer no tools."
+        "write the calls into the grammar and offer no tools.",
+        param="grammar",
     )

@@ -35,10 +35,13 @@ def to_node(message: Message) -> NewNode:
         calls = message.get("tool_calls") or ()
         texts = [content] if content else []
         texts += [_call_text(call) for call in calls]
-        links = ToolLinks(call_ids=tuple(map(_call_id, calls))) if calls else None
-        return NewNode(role=role, content="\n".join(texts), links=links)
+        thought = (message.get("reasoning_content") or "").strip() or None
+        beside = ToolLinks(call_ids=tuple(map(_call_id, calls)), reasoning=thought)
+        text = "\n".join(texts)
+        return NewNode(role=role, content=text, links=beside if beside != ToolLinks() else None)
     if content is None:
-        raise InvalidParameterError(f"A message of role {role!r} has no content: give it a text.")
+        told = f"A message of role {role!r} has no content: give it a text."
+        raise InvalidParameterError(told, param="messages")
     links = None
     if role == "tool":
         links = ToolLinks(tool_call_id=message.get("tool_call_id"), name=message.get("name"))
@@ -50,11 +53,14 @@ def to_message(role: Role, content: str, links: ToolLinks | None) -> Message:
     if links is None or not links.call_ids:
         return as_written(role, content, links)
     parsed = parsed_reply(content, links, is_cut=True)
-    return {
+    message: Message = {
         "role": role,
         "content": parsed.content or None,
         "tool_calls": [call.to_dict() for call in parsed.calls],
     }
+    if links.reasoning is not None:
+        message["reasoning_content"] = links.reasoning
+    return message
 
 
 def as_written(role: Role, content: str, links: ToolLinks | None) -> Message:
@@ -64,6 +70,8 @@ def as_written(role: Role, content: str, links: ToolLinks | None) -> Message:
         message["tool_call_id"] = links.tool_call_id
     if links is not None and links.name is not None:
         message["name"] = links.name
+    if links is not None and links.reasoning is not None:
+        message["reasoning_content"] = links.reasoning
     return message
 
 
@@ -71,8 +79,8 @@ def canonical(role: Role, content: str, links: ToolLinks | None) -> str:
     """
     Return a text that is equal for two messages which say the same.
 
-    Of a reply, space at its ends says nothing, nor how the JSON of its calls is written: clients trim
-    the one and write the other anew.
+    Of a reply, space at its ends says nothing, nor how the JSON of its calls is written, nor what was
+    thought before: clients trim the first, write the second anew, and leave out the third.
     """
     if links is not None and links.call_ids:
         return canonical_reply(parsed_reply(content, links))
@@ -119,7 +127,7 @@ def links_of(text: str, calls: Sequence[ToolCall], format_: ToolFormat) -> ToolL
     return replace(links, arguments=tuple(call.arguments for call in calls))
 
 
-def links_as_generated(text: str, message: NewNode, format_: ToolFormat) -> ToolLinks | None:
+def links_as_generated(text: str, message: NewNode, format_: ToolFormat) -> ToolLinks:
     """
     Return what is kept beside a reply that a client sent and that a model wrote, which says the same.
 
@@ -128,8 +136,8 @@ def links_as_generated(text: str, message: NewNode, format_: ToolFormat) -> Tool
         message: As the client sent it.
         format_: How the model writes calls.
     """
-    links = message.links
-    if links is None or not links.call_ids or format_ is HERMES:
+    links = message.links or ToolLinks()
+    if not links.call_ids or format_ is HERMES:
         return links
     said = parsed_reply(message.content, links)
     as_written = replace(links, format=format_.name)
@@ -166,12 +174,18 @@ def _check_shape(message: Any) -> None:
     role = message.get("role") if isinstance(message, Mapping) else None
     if role not in ROLES:
         raise InvalidParameterError(
-            f"A message has the role {role!r}: take one of {', '.join(ROLES)}."
+            f"A message has the role {role!r}: take one of {', '.join(ROLES)}.", param="messages"
         )
     content = message.get("content")
     if content is not None and not isinstance(content, str):
         raise InvalidParameterError(
-            f"A message of role {role!r} has content of type {type(content).__name__}: give it a text."
+            f"A message of role {role!r} has content of type {type(content).__name__}: give it a text.",
+            param="messages",
+        )
+    thought = message.get("reasoning_content")
+    if thought is not None and not isinstance(thought, str):
+        raise InvalidParameterError(
+            f"The reasoning_content of a message is {type(thought).__name__}: give it a text."
         )
 
 
@@ -180,7 +194,8 @@ def _call_id(call: Any) -> str:
     if not isinstance(call_id, str):
         raise InvalidParameterError(
             f"A tool call has the id {call_id!r}: give it a text, and a function with name and "
-            "arguments."
+            "arguments.",
+            param="messages",
         )
     return call_id
 
@@ -190,12 +205,14 @@ def _call_text(call: Any) -> str:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
     except (KeyError, TypeError) as cause:
         raise InvalidParameterError(
-            f"A tool call lacks {cause}: give it an id, and a function with name and arguments."
+            f"A tool call lacks {cause}: give it an id, and a function with name and arguments.",
+            param="messages",
         ) from cause
     if not isinstance(name, str) or not isinstance(arguments, str):
         raise InvalidParameterError(
             f"A tool call has name {name!r} and arguments of type {type(arguments).__name__}: give "
-            "both as texts, the arguments as JSON."
+            "both as texts, the arguments as JSON.",
+            param="messages",
         )
     return call_text(name, arguments)
 
@@ -234,7 +251,7 @@ class Node:
     usage: Mapping[str, Any] | None = None
     """As `Usage.to_dict` gives it."""
     links: ToolLinks | None = None
-    """The ids of the tool calls in it, or of the call that it answers; None: neither."""
+    """The ids of the tool calls in it, or of the call that it answers, and reasoning; None: nothing."""
     children: list["Node"] = field(default_factory=list)
 
     def path(self) -> list["Node"]:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from hashlib import blake2b
 from pathlib import Path
+from sys import getsizeof
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,7 +31,7 @@ import numpy.typing as npt
 from recollect import files
 from recollect.errors import InvalidParameterError, MissingPackageError
 from recollect.text.tokenizer import Tokenizer, Vocabulary
-from recollect.types import Grammar, common_prefix_length
+from recollect.types import Grammar, Remembered, common_prefix_length
 
 if TYPE_CHECKING:
     import llguidance
@@ -72,11 +73,13 @@ def check_schema(schema: Any, what: str) -> None:
             targets[value] = None
         if values > MOST_VALUES:
             raise InvalidParameterError(
-                f"{what} has more than {MOST_VALUES:,} names and values: make it smaller."
+                f"{what} has more than {MOST_VALUES:,} names and values: make it smaller.",
+                param="grammar",
             )
         if characters > MOST_CHARACTERS:
             raise InvalidParameterError(
-                f"{what} has more than {MOST_CHARACTERS:,} characters: make it smaller."
+                f"{what} has more than {MOST_CHARACTERS:,} characters: make it smaller.",
+                param="grammar",
             )
     steps = _depth(schema)
     for target in targets:
@@ -84,7 +87,8 @@ def check_schema(schema: Any, what: str) -> None:
         if steps > MOST_STEPS:
             raise InvalidParameterError(
                 f"{what} has more than {MOST_STEPS:,} levels, where what is referred to counts "
-                "with it: use fewer references."
+                "with it: use fewer references.",
+                param="grammar",
             )
 
 
@@ -147,6 +151,12 @@ _GRAMMAR_BYTES: Final = 200 << 10
 _BYTES_PER_CHARACTER: Final = 120
 """What a compiled grammar takes, and more for each character of its source. Source: JSON schemas of
 10 to 1,000 fields took 0.17, 0.56 and 4.2 MB where their texts have 359, 3,374 and 34,424 characters."""
+
+MOST_REFUSED_BYTES: Final = 1 << 20
+"""Of what was wrong with grammars that cannot be used, a thousand at least: a client whose tool has such
+a schema sends it with every request, and to find that out can take seconds."""
+_MOST_TOLD: Final = 1000
+"""Characters of a reason: it quotes what a client sent."""
 
 JSON_STYLE: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """
@@ -216,7 +226,9 @@ class Grammars:
         self.held_bytes = 0
         """That the compiled grammars which are kept take, as estimated."""
         self.made = 0
-        """Tables and grammars that were made, ever."""
+        """Tables and grammars that were made, or tried in vain, ever."""
+        self.refused: Final = Remembered[str](getsizeof, MOST_REFUSED_BYTES)
+        """What was wrong with grammars, by a hash of each."""
         self._lock = threading.Lock()
         self._preparing: threading.Thread | None = None
         self._is_closing = False
@@ -274,8 +286,16 @@ class Grammars:
     def _matcher(self, grammar: Grammar) -> "llguidance.LLMatcher":
         matcher = self._compiled.get(grammar)
         if matcher is None:
-            matcher = self._compile(grammar)
+            source = f"{grammar.kind}:{grammar.source}".encode(errors="surrogatepass")
+            name = blake2b(source, digest_size=16).digest()
+            if (known := self.refused.get(name)) is not None:
+                raise InvalidParameterError(known, param="grammar")
             self.made += 1
+            try:
+                matcher = self._compile(grammar)
+            except InvalidParameterError as error:
+                self.refused.put(name, str(error)[:_MOST_TOLD])
+                raise
             self._compiled[grammar] = matcher
             self.held_bytes += _compiled_size(grammar)
         self._compiled.move_to_end(grammar)
@@ -442,7 +462,8 @@ class GrammarState:
 
     def _too_complex(self) -> InvalidParameterError:
         return InvalidParameterError(
-            f"The grammar cannot be followed here ({self._matcher.stop_reason()}): simplify it."
+            f"The grammar cannot be followed here ({self._matcher.stop_reason()}): simplify it.",
+            param="grammar",
         )
 
     def _follow(self, reply: list[int]) -> None:
@@ -469,7 +490,8 @@ def _unusable(grammar: Grammar, reason: str) -> InvalidParameterError:
         reason = "it has more parts than can be followed"
     # A reason may come over several lines, the last of which says what it is.
     why = " ".join(reason.split()).rstrip(".")
-    return InvalidParameterError(f"The {what} cannot be used as a grammar ({why}): correct it.")
+    told = f"The {what} cannot be used as a grammar ({why}): correct it."
+    return InvalidParameterError(told, param="grammar")
 
 
 class _Wrapped:

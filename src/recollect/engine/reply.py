@@ -10,9 +10,10 @@ and a tokenizer; not what a conversation is, nor where a reply is kept.
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 from queue import SimpleQueue
 from typing import Any, Final, Self
@@ -20,19 +21,12 @@ from typing import Any, Final, Self
 from recollect.engine.engine import Engine
 from recollect.engine.sampling import Generator, Likelihood, Repetition
 from recollect.engine.scheduler import Task
-from recollect.engine.sequence import FeedPlan
+from recollect.engine.sequence import FeedPlan, warm_tokens
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, RuntimeFailure
-from recollect.text.tokenizer import Detokenizer, ShowingMarks, StopMatcher, Tokenizer
-from recollect.text.tool_calls import (
-    CallRules,
-    Event,
-    ParsedReply,
-    TextDelta,
-    ToolCallParser,
-    new_call_prefix,
-    parse_reply,
-)
+from recollect.text.reasoning import NO_REASONING, Begun, Event, ReplyReader, ShowingTokenizer
+from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer
+from recollect.text.tool_calls import CallRules
 from recollect.text.tool_formats import control_marks
 from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
 
@@ -167,8 +161,9 @@ class _Generation:
     Does not know its reader, so that a reply that nobody holds any more is noticed and ends.
     """
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, tokenizer: Tokenizer) -> None:
         self._generator = generator
+        self._tokenizer = tokenizer
         self.stream = Stream()
         self.task = Task(
             generator.sequence,
@@ -195,7 +190,8 @@ class _Generation:
         if token is not None:
             self.tokens += 1
             self.stream.put((token, self._generator.likelihood))
-            self.ran_away = self._repetition is not None and self._repetition.push(token)
+            if self._repetition is not None:
+                self.ran_away = self._repetition.push(token, self._tokenizer.decode([token]))
         return not self.ran_away and not self._generator.is_done()
 
     def _end(self) -> None:
@@ -285,7 +281,7 @@ class GeneratedReply:
     """A reply that has ended."""
 
     text: str
-    """All that the model wrote."""
+    """All that the model wrote, its reasoning with the marks around it included."""
     finish_reason: FinishReason
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] | None = None
@@ -296,7 +292,11 @@ class GeneratedReply:
     `length` or `cancelled`, or there is a stop string), the last call may be, too.
     """
     content: str = ""
-    """What is said beside the calls."""
+    """What is said beside the calls and the reasoning."""
+    reasoning: str = ""
+    """What the model thought before."""
+    said: str = ""
+    """The text behind the reasoning, as the model wrote it, calls included."""
     stop_string: str | None = None
     """The stop string that has ended it; None where none has."""
     ran_away: bool = False
@@ -325,6 +325,7 @@ class ReplyGeneration:
         *,
         ahead: Sequence[ReadAhead] = (),
         rules: CallRules | None = None,
+        begun: Begun = NO_REASONING,
     ) -> None:
         """
         Have it ready to begin.
@@ -335,25 +336,18 @@ class ReplyGeneration:
             tokenizer: Of the model.
             ahead: What was computed of the prompt before.
             rules: What its calls of tools look like; None: it is text, and calls nothing.
+            begun: How reasoning stands where it begins.
         """
         self._engine = engine
         self._ahead = tuple(ahead)
         self._generator = generator
         self._tokenizer = tokenizer
-        self._rules = rules
-        self._call_prefix = ""
-        """What the ids of its calls begin with."""
-        self._parser: ToolCallParser | None = None
-        shown: Mapping[int, str] = {}
-        if rules is not None:
-            self._call_prefix = new_call_prefix()
-            self._parser = ToolCallParser(self._call_prefix, rules)
-            shown = control_marks(rules.format, tokenizer.control_tokens)
-        self._detokenizer = Detokenizer(ShowingMarks(tokenizer, shown) if shown else tokenizer)
+        self._begun, self._rules = begun, rules
         self._matcher = StopMatcher(generator.params.stop)
         self._sequence = generator.sequence
         self._start = len(self._sequence)
-        self._generation = _Generation(generator)
+        self._computed_before = self._sequence.computed_before()
+        self._generation = _Generation(generator, tokenizer)
         self._task = self._generation.task
         self._since_s = self._generation.begun_s
         self._read = self._decoded_characters = 0
@@ -367,6 +361,16 @@ class ReplyGeneration:
         self._closed = False
         self.reply: GeneratedReply | None = None
         """The whole reply, once it is closed; None before, and where nothing came of it."""
+
+    @cached_property
+    def _reader(self) -> ReplyReader:
+        return ReplyReader(self._begun, self._rules)
+
+    @cached_property
+    def _detokenizer(self) -> Detokenizer:
+        control, rules = self._tokenizer.control_tokens, self._rules
+        calls = {} if rules is None else control_marks(rules.format, control)
+        return Detokenizer(ShowingTokenizer(self._tokenizer, self._begun.marks, calls))
 
     @property
     def text(self) -> str:
@@ -449,20 +453,20 @@ class ReplyGeneration:
 
     def events(self) -> Iterator[Event]:
         """
-        Read the reply as text and calls of tools, both as they are generated.
+        Read the reply as text, reasoning and calls of tools, as they are generated.
 
-        The ids of the calls are those in the reply. Without tools there is text alone.
+        The ids of the calls are those in the reply. Without tools there are none.
         """
         for piece in self:
-            yield from self._events_of(piece)
-        yield from self._last_events()
+            yield from self._reader.push(piece)
+        yield from self._reader.finish(is_cut=self._is_cut())
 
     async def async_events(self) -> AsyncIterator[Event]:
         """Do the same on an event loop."""
         async for piece in self:
-            for event in self._events_of(piece):
+            for event in self._reader.push(piece):
                 yield event
-        for event in self._last_events():
+        for event in self._reader.finish(is_cut=self._is_cut()):
             yield event
 
     def stop(self) -> None:
@@ -529,31 +533,34 @@ class ReplyGeneration:
         computed = sum(min(plan.end, self._start) - plan.start for plan in fed)
         read_ahead = len(self._positions_read_ahead() - positions)
         reused = self._start - len(positions) - read_ahead
+        whole = warm_tokens(self._computed_before, self._engine.info.reuse.unit)
         first = generation.first_token_s
         first_s = generation.last_token_s if first is None else first
         decode_s = 0.0 if first is None else generation.last_token_s - first
-        return Usage(
+        usage = Usage(
             prompt_tokens=self._start,
             reused_tokens=reused,
             restored_tokens=min(self._restored_tokens(), reused),
             computed_tokens=computed + read_ahead,
             read_ahead_tokens=read_ahead,
             generated_tokens=generation.tokens,
+            reasoning_tokens=self._reader.reasoning_tokens,
             ttft_s=first_s - self._since_s,
             prefill_tps=tokens_per_second(computed, first_s - generation.begun_s),
             decode_tps=tokens_per_second(generation.tokens - 1, decode_s),
             sampling=self._generator.params.told(self._generator.seed),
         )
+        return usage.evicted(whole - reused - read_ahead)
 
     def _whole(self) -> GeneratedReply:
         """Return the reply, which has ended."""
         assert self._finish_reason is not None, "it has ended"
         text = self.text
-        parsed = ParsedReply(text, ())
-        if self._rules is not None:
-            parsed = parse_reply(text, self._call_prefix, self._rules, is_cut=self._is_cut())
+        parts, parsed = self._reader.whole(text, is_cut=self._is_cut())
         return GeneratedReply(
             text=text,
+            reasoning=parts.reasoning,
+            said=parts.said,
             finish_reason=self._finish_reason,
             usage=self.usage(),
             logprobs=self.logprobs,
@@ -600,12 +607,6 @@ class ReplyGeneration:
                 self._logprobs.give(len(piece))
         return piece
 
-    def _events_of(self, piece: str) -> Sequence[Event]:
-        return [TextDelta(piece)] if self._parser is None else list(self._parser.push(piece))
-
-    def _last_events(self) -> Sequence[Event]:
-        return [] if self._parser is None else list(self._parser.finish(is_cut=self._is_cut()))
-
     def _is_cut(self) -> bool:
         """Return whether the reply ended where the model would have gone on."""
         return self._finish_reason != "stop" or self.stop_string is not None
@@ -613,6 +614,7 @@ class ReplyGeneration:
     def _decoded(self, token_id: int, likelihood: Likelihood | None) -> str:
         """Return the text that a token completes."""
         piece = self._detokenizer.push(token_id)
+        self._reader.count(piece)
         self._read += 1
         self._decoded_characters += len(piece)
         if not self._detokenizer.holds_back:

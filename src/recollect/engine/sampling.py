@@ -171,7 +171,8 @@ def _distinct(ids: TokenArray, vocab_size: int) -> TokenArray:
 def _nothing_to_choose(masked: Scores, allowed: Mask | None) -> RecollectError:
     if np.isfinite(masked[masked.argmax()]):
         what = "there is" if allowed is None else "the grammar allows"
-        return InvalidParameterError(f"logit_bias bans every token that {what}: lift a ban.")
+        told = f"logit_bias bans every token that {what}: lift a ban."
+        return InvalidParameterError(told, param="logit_bias")
     return RuntimeFailure("The model gave no finite logits: its weights or its KV are damaged.")
 
 
@@ -358,7 +359,8 @@ class Generator:
         for token in params.logit_bias:
             if not 0 <= token < self._engine.info.vocab_size:
                 raise InvalidParameterError(
-                    f"logit_bias names token {token}; ids go from 0 to {self._engine.info.vocab_size - 1}."
+                    f"logit_bias names token {token}; ids go from 0 to {self._engine.info.vocab_size - 1}.",
+                    param="logit_bias",
                 )
         self._grammar = self._state_of(params)
         self._params = params
@@ -530,9 +532,43 @@ MOST_REPEATED: Final = REPETITION_WINDOW * 4 // 5
 REMEMBERED_TOKENS: Final = 4096
 """Tokens whose sequences are remembered: what one reply can hold is bounded by them."""
 
+SHORTEST_ITEM: Final = 5
+"""Tokens with letters that a list's item has if its number is left out when repetition is looked for."""
+
 _HASH_BASE: Final = 1_000_003
 _HASH_MODULUS: Final = (1 << 61) - 1
 _LEAVING: Final = pow(_HASH_BASE, SAME_LENGTH, _HASH_MODULUS)
+
+
+class _WithoutNumbers:
+    """
+    Leaves out of a reply the numbers of a list's items: "86" of "86. Colosseum", "**86)" and "86: ...".
+
+    A number counts as an item's where nothing but marks stands before it in its line, a full stop,
+    bracket or colon follows, and the item before had some length: lines that do nothing but count stay.
+    """
+
+    def __init__(self) -> None:
+        self._is_line_start = True
+        self._held: list[int] = []
+        """The digits of what may be the number of an item."""
+        self._since = 0
+        """Tokens with letters since the last such number."""
+
+    def push(self, token_id: int, text: str) -> list[int]:
+        """Return the tokens that are known to count, with the one that is given."""
+        if self._is_line_start and text.strip(" ").isdecimal():
+            self._held.append(token_id)
+            return []
+        held, self._held = self._held, []
+        if held and text.lstrip()[:1] in (".", ")", ":"):
+            held = held if self._since < SHORTEST_ITEM else []
+            self._since = 0
+        self._since += any(character.isalpha() for character in text)
+        _, line_break, after = text.rpartition("\n")
+        is_blank = not any(character.isalnum() for character in after)
+        self._is_line_start = is_blank and (bool(line_break) or (self._is_line_start and not held))
+        return [*held, token_id]
 
 
 class Repetition:
@@ -542,7 +578,8 @@ class Repetition:
     Small models fall into loops that no stop token ends. The rule: a reply has run away when four fifths
     of its last 512 tokens belong to sequences of 48 tokens that have each come at least four times within
     the last 4,096. An exact cycle is the plain case; a loop that counts, or changes a word now and then,
-    is found too, where 48 tokens in a row stay the same.
+    is found too, where 48 tokens in a row stay the same. Numbers of a list's items are left out, so that
+    a list whose items are all the same is a cycle.
 
     A token costs a few dictionary look-ups, whatever came before. Sequences are told apart by their
     rolling hash (Karp and Rabin, IBM Journal of Research and Development 31(2), 1987).
@@ -553,6 +590,7 @@ class Repetition:
     """
 
     def __init__(self) -> None:
+        self._numbers = _WithoutNumbers()
         self._tokens: deque[int] = deque(maxlen=SAME_LENGTH)
         self._name = 0
         """The hash of the last `SAME_LENGTH` tokens."""
@@ -565,8 +603,20 @@ class Repetition:
         self._window: deque[bool] = deque(maxlen=REPETITION_WINDOW)
         self._repeated = 0
 
-    def push(self, token_id: int) -> bool:
-        """Take the next token; return whether the reply has run away."""
+    def push(self, token_id: int, text: str) -> bool:
+        """
+        Take the next token; return whether the reply has run away.
+
+        Args:
+            token_id: Its id.
+            text: What it decodes to by itself.
+        """
+        is_over = False
+        for token in self._numbers.push(token_id, text):
+            is_over = self._push(token)
+        return is_over
+
+    def _push(self, token_id: int) -> bool:
         self._length += 1
         leaving = self._tokens[0] + 1 if len(self._tokens) == SAME_LENGTH else 0
         self._tokens.append(token_id)

@@ -60,6 +60,19 @@ class WritePlan:
     """The first new block takes over the content of the shared block that it replaces."""
 
 
+def warm_tokens(length: int, unit: int) -> int:
+    """
+    Return how many tokens of a prefix that was computed can be reused at the most.
+
+    Its last token has no KV where a reply ended with it, and is fed again where a prompt does.
+
+    Args:
+        length: Of the prefix.
+        unit: Tokens that can only be reused together.
+    """
+    return max(0, length - 1) // unit * unit
+
+
 class Memory:
     """
     The KV blocks of one runtime, and what is known of prefixes.
@@ -276,6 +289,13 @@ class Sequence:
         if self.namespace is None:
             return False
         return len(self) == self.memory.match(self._token_ids, self.namespace).tokens
+
+    def computed_before(self) -> int:
+        """Return how many leading tokens had KV once in the namespace, as far as that is remembered."""
+        if self.namespace is None or self._root is None:
+            return 0
+        with self.memory.lock:
+            return self.memory.cache.computed_tokens(self._root, self._token_ids)
 
     def row(self, fed: FeedPlan) -> Row:
         """Return the sequence's share of a forward pass that feeds *fed*. For the engine."""

@@ -45,7 +45,7 @@ class NewNode:
     fingerprint: str | None = None
     """Fingerprint of the model that generated the token ids, which mean other texts to other models."""
     links: ToolLinks | None = None
-    """The tool calls that the message makes or answers; None: none."""
+    """What belongs to it beside its text; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,6 +324,7 @@ def links_to_dict(links: ToolLinks) -> dict[str, Any]:
         "call_ids": list(links.call_ids) or None,
         "tool_call_id": links.tool_call_id,
         "name": links.name,
+        "reasoning": links.reasoning,
         "format": links.format,
         "arguments": list(links.arguments) or None,
     }
@@ -336,6 +337,7 @@ def links_from_dict(fields: Mapping[str, Any]) -> ToolLinks:
         tuple(fields.get("call_ids", ())),
         fields.get("tool_call_id"),
         fields.get("name"),
+        fields.get("reasoning"),
         format=fields.get("format"),
         arguments=tuple(fields.get("arguments", ())),
     )

@@ -30,7 +30,7 @@ MOST_LOG_BYTES: Final = 4 << 20
 """Of lines about requests, 300 bytes each: the last 6,000 to 13,000."""
 _WORDS: Final = ("was", "now", "difference")
 """What of a line may hold words of a prompt."""
-_MOST_WAITING: Final = 10_000
+MOST_WAITING: Final = 10_000
 """Lines that wait for a disk; what comes then is left out."""
 _REASONS: Final = tuple(get_args(Reason))
 _NO_COUNT: Final = 2**53
@@ -92,6 +92,7 @@ class RequestLog:
             "model": model,
             "prompt": usage.prompt_tokens,
             "computed": usage.computed_tokens,
+            "lost": usage.lost_tokens,
             "reason": usage.reason,
             "difference": usage.difference,
         }
@@ -104,7 +105,7 @@ class RequestLog:
         if self._cipher is not None:
             data = base64.b64encode(self._cipher.seal(data, context=b"request"))
         with self._lock:
-            if len(self._lines) < _MOST_WAITING:
+            if len(self._lines) < MOST_WAITING:
                 self._lines.append(data)
             if self._writer is None:
                 self._writer = threading.Thread(
@@ -154,15 +155,20 @@ class Finding:
     times: int
     computed_tokens: int
     """In all of these requests, new tokens among them."""
+    lost_tokens: int
+    """Of those, what the difference cost: tokens that had been read before, as `Usage.lost_tokens`."""
     example: str | None
     """The first words that differ, of the last of these requests; None where they are not kept."""
     advice: str
 
     def __str__(self) -> str:
-        each = f"{self.computed_tokens // self.times:,} tokens computed in each of {self.times:,}"
+        lost = f"{self.lost_tokens // self.times:,}"
+        cost = f"{lost} tokens read again in each of {self.times:,} requests"
+        if self.times == 1:
+            cost = f"{lost} tokens read again, once"
         where = self.place or self.reason.replace("_", " ")
         example = "" if self.example is None else f" ({self.example})"
-        return f"{where}{example}: {each}. {self.advice}"
+        return f"{where}{example}: {cost}. {self.advice}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +179,8 @@ class Explanation:
     requests: int
     prompt_tokens: int
     computed_tokens: int
+    lost_tokens: int
+    """Of those, what had been read before."""
     findings: tuple[Finding, ...]
     """The dearest first."""
 
@@ -226,7 +234,7 @@ def explain(
     for line in lines[-last:] if last is not None else lines:
         by_client[_printable(line["client"]) or "no name"].append(line)
     found = [_explained(name, lines) for name, lines in by_client.items()]
-    return sorted(found, key=lambda one: -one.computed_tokens)
+    return sorted(found, key=lambda one: (-one.lost_tokens, -one.computed_tokens))
 
 
 def _read(path: Path, cipher: Cipher | None) -> Iterator[dict[str, Any]]:
@@ -243,7 +251,8 @@ def _read(path: Path, cipher: Cipher | None) -> Iterator[dict[str, Any]]:
                 plain = sealer.open(base64.b64decode(sealed), context=b"request")
             line = json.loads(plain)
             if _is_a_line(line):
-                yield line
+                # Lines of earlier versions lack what was lost: all that was computed, at the most.
+                yield {"lost": 0 if line["reason"] == "new" else line["computed"], **line}
 
 
 def _is_a_line(line: Any) -> bool:
@@ -253,7 +262,7 @@ def _is_a_line(line: Any) -> bool:
         and isinstance(line.get("client"), str)
         and line.get("reason") in _REASONS
         and all(_is_count(line.get(name)) for name in ("prompt", "computed"))
-        and all(_is_count(line[name]) for name in ("message", "line") if name in line)
+        and all(_is_count(line[name]) for name in ("message", "line", "lost") if name in line)
         and all(isinstance(line[name], str) for name in ("role", "was", "now") if name in line)
         and isinstance(line.get("difference"), str | None)
     )
@@ -284,7 +293,8 @@ def _explained(client: str, lines: Sequence[Mapping[str, Any]]) -> Explanation:
         requests=len(lines),
         prompt_tokens=sum(line["prompt"] for line in lines),
         computed_tokens=sum(line["computed"] for line in lines),
-        findings=tuple(sorted(findings, key=lambda one: -one.computed_tokens)),
+        lost_tokens=sum(line["lost"] for line in lines),
+        findings=tuple(sorted(findings, key=lambda one: -one.lost_tokens)),
     )
 
 
@@ -307,6 +317,7 @@ def _finding(lines: Sequence[Mapping[str, Any]]) -> Finding:
         place=place,
         times=len(lines),
         computed_tokens=sum(one["computed"] for one in lines),
+        lost_tokens=sum(one["lost"] for one in lines),
         example=example
         if place or line.get("difference") is None
         else _printable(line["difference"]),

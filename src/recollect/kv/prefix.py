@@ -5,12 +5,17 @@ Which blocks hold the KV of which prefix: what one sequence has computed, all ot
 neither sequences nor runtime nor disk. Time is a count of uses.
 """
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, EvictionOrder, Siblings
-from recollect.kv.record import chained_key, namespace_key
+from recollect.kv.record import Key, chained_key, namespace_key
+
+MOST_EVICTED_NAMES: Final = 32_768
+"""Names of evicted blocks that are remembered, to say of a prompt what of it had been computed: a
+million tokens in blocks of 32, in 4 MB. Those that were evicted first are forgotten first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ class PrefixCache:
         self._nodes: dict[int, list[CachedBlock]] = {}  # of each block in the tree
         self._pinned: dict[CachedBlock, Siblings] = {}  # of each node's children, those with pins
         self._order = EvictionOrder()
+        self._evicted: OrderedDict[Key, None] = OrderedDict()
         self._uses = 0
 
     def root(self, namespace: str = "") -> CachedBlock:
@@ -137,6 +143,31 @@ class PrefixCache:
                 tokens += length
         return Match(blocks, tokens)
 
+    def computed_tokens(self, root: CachedBlock, token_ids: Sequence[int]) -> int:
+        """
+        Return how many leading tokens had KV once, in whole blocks, as far as that is remembered.
+
+        Counts as no use of them.
+
+        Args:
+            root: Of the namespace.
+            token_ids: A prompt, shape `(n,)`.
+        """
+        size, tokens, key = self._pool.block_size, 0, root.key
+        node: CachedBlock | None = root
+        while tokens + size <= len(token_ids):
+            block = tuple(token_ids[tokens : tokens + size])
+            node = None if node is None else node.children.get(block)
+            if node is not None:
+                key = node.key
+            elif (
+                not self._evicted
+                or (key := chained_key(key, block, self._chain_secret)) not in self._evicted
+            ):
+                break
+            tokens += size
+        return tokens
+
     def insert(
         self, after: CachedBlock, token_ids: Sequence[int], block: int, *, on_disk: bool = False
     ) -> CachedBlock:
@@ -178,7 +209,12 @@ class PrefixCache:
             # A prefix was in use when its tail was.
             parent.last_used = max(parent.last_used, cached.last_used)
             self._remove(cached)
+            if len(cached.token_ids) == self._pool.block_size:
+                self._evicted[cached.key] = None
+                self._evicted.move_to_end(cached.key)
             freed += cached.block not in self._nodes
+        while len(self._evicted) > MOST_EVICTED_NAMES:
+            self._evicted.popitem(last=False)
         self.evicted_blocks += freed
         return freed
 
@@ -251,6 +287,7 @@ class PrefixCache:
             assert (pinned is cached) == (cached.pins > 0), "what is pinned is noted wrong"
         for node in (*self._roots.values(), *nodes):
             node.children.check()
+        assert len(self._evicted) <= MOST_EVICTED_NAMES, "too many names are remembered"
         self._settle()
         self._order.check(nodes, {cached for cached in nodes if not self._is_evictable(cached)})
 

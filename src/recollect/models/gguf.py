@@ -6,15 +6,17 @@ vocabulary; only its constants are used here. A file may come from a stranger, a
 numbers. So files that hold no model, and numbers that no model has, are refused.
 """
 
+import contextlib
 import math
 import mmap
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, TokenType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType, TokenType
 
 from recollect import files
 from recollect.errors import UnsupportedModelError
@@ -256,14 +258,105 @@ def read_header(path: Path) -> GgufHeader:
     return describe(read_content(path), path)
 
 
+@dataclass(frozen=True, slots=True)
+class GgufGlance:
+    """What the first bytes of a GGUF file say about its model."""
+
+    architecture: str
+    quantization: str | None
+    """Its type in llama.cpp's words, such as `Q4_K_M`; None: the first bytes and the name do not say."""
+    context_length: int | None
+    sampling: Mapping[str, float]
+    """How its makers recommend to sample, as `types.recommended` has it."""
+
+
+GLANCE_BYTES: Final = (1 << 14, 1 << 18)
+"""
+How many bytes are read at first, and where the fields do not end or a vocabulary begins in them, at most.
+
+What is looked for comes before the vocabulary, in files of llama.cpp's converter after 1 to 3 kB; a licence
+that is written out makes that 20 kB.
+"""
+_TYPE_IN_A_NAME: Final = re.compile(
+    r"(?<![A-Z0-9])(I?Q[1-8]_(?:K_(?:XL|XS|S|M|L)|K|[01]|XXS|XS|NL|S|M)"
+    r"|TQ[12]_0|MXFP4|NVFP4|BF16|F16|F32)(?![A-Z0-9])"
+)
+
+
+def glance(path: Path) -> GgufGlance:
+    """
+    Return what the first bytes of a file say, without reading its vocabulary.
+
+    Raises:
+        UnsupportedModelError: It cannot be read, is no GGUF file, is damaged there, or holds no model.
+    """
+    try:
+        with files.open_regular(path) as file:
+            data, fields = b"", dict[str, Any]()
+            for most in GLANCE_BYTES:
+                data += file.read(most - len(data))
+                fields, is_enough = _first_fields(data, path)
+                if is_enough or len(data) < most:
+                    break
+    except _DamagedError as cause:
+        raise UnsupportedModelError(
+            f"{path} is cut short or damaged ({cause}): download it again."
+        ) from cause
+    except OSError as cause:
+        raise UnsupportedModelError(
+            f"{path} cannot be read ({cause.strerror or cause}): check the path and its permissions."
+        ) from cause
+    require_model(fields, 1, path.name)
+    architecture = fields.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise UnsupportedModelError(
+            f"{path.name} names no architecture: choose another file of the model."
+        )
+    length = fields.get(f"{architecture}.context_length")
+    return GgufGlance(
+        architecture=architecture,
+        quantization=_quantization(fields, path.name),
+        context_length=length if type(length) is int else None,
+        sampling=_sampling(fields),
+    )
+
+
+def _first_fields(data: bytes, path: Path) -> tuple[dict[str, Any], bool]:
+    """Return the fields that are whole in the first bytes of a file, and whether no more are needed."""
+    cursor = _Cursor(data)
+    _, field_count = _counts(cursor, path)
+    fields: dict[str, Any] = {}
+    with contextlib.suppress(_CutError):
+        while len(fields) < field_count:
+            key = cursor.text()
+            if key.startswith("tokenizer.") and len(fields) > 1:
+                return fields, True
+            fields[key] = cursor.value()
+        return fields, True
+    return fields, False
+
+
+def _quantization(fields: Mapping[str, Any], name: str) -> str | None:
+    """Return the type that a file's fields name, or else its name."""
+    with contextlib.suppress(ValueError):
+        name_of_type: str = LlamaFileType(fields.get("general.file_type")).name
+        return name_of_type.removeprefix("MOSTLY_").removeprefix("ALL_")
+    found = _TYPE_IN_A_NAME.search(name.upper())
+    return found[1] if found else None
+
+
 class _DamagedError(Exception):
     """The file ends too early, or its header is invalid; the text says why, as a clause."""
 
 
-class _Cursor:
-    """Reads values from the mapped bytes of a file, one after the other. They are little-endian."""
+class _CutError(_DamagedError):
+    """The bytes end inside a value."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+
+class _Cursor:
+    """Reads values from the bytes of a file, one after the other. They are little-endian."""
+
+    def __init__(self, data: mmap.mmap | bytes) -> None:
         self._data = data
         self._items = 0
         self.at = 0
@@ -271,11 +364,16 @@ class _Cursor:
     def skip(self, length: int) -> int:
         start = self.at
         if length > len(self._data) - start:
-            raise _DamagedError(f"it ends at byte {len(self._data):,}, inside its header")
+            raise _CutError(f"it ends at byte {len(self._data):,}, inside its header")
         self.at += length
         if self.at > MOST_HEADER_BYTES:
             raise _DamagedError(f"its header has more than {MOST_HEADER_BYTES:,} bytes")
         return start
+
+    def begins_with(self, magic: bytes) -> bool:
+        """Return whether these bytes are next, and skip them."""
+        start = self.skip(min(len(magic), len(self._data) - self.at))
+        return self._data[start : self.at] == magic
 
     def number(self, code: str) -> Any:
         start = self.skip(struct.calcsize(code))
@@ -313,11 +411,10 @@ class _Cursor:
         return self.number(code)
 
 
-def _parse(data: mmap.mmap, path: Path) -> GgufContent:
-    cursor = _Cursor(data)
-    if data[:4] != _MAGIC:
+def _counts(cursor: _Cursor, path: Path) -> tuple[int, int]:
+    """Return how many tensors and fields a file says that it has."""
+    if not cursor.begins_with(_MAGIC):
         raise _not_gguf(path)
-    cursor.skip(4)
     version = cursor.number("I")
     if version in _SWAPPED:
         raise UnsupportedModelError(
@@ -328,7 +425,12 @@ def _parse(data: mmap.mmap, path: Path) -> GgufContent:
             f"{path.name} is GGUF version {version}, and versions {_VERSIONS} can be read: "
             "get a newer file of the model."
         )
-    tensor_count, field_count = cursor.number("Q"), cursor.number("Q")
+    return cursor.number("Q"), cursor.number("Q")
+
+
+def _parse(data: mmap.mmap, path: Path) -> GgufContent:
+    cursor = _Cursor(data)
+    tensor_count, field_count = _counts(cursor, path)
     fields, places = {}, {}
     for _ in range(field_count):
         start = cursor.at
@@ -423,7 +525,6 @@ def describe(content: GgufContent, path: Path) -> GgufHeader:
     )
     template = fields.get("tokenizer.chat_template")
     window = fields.get(f"{architecture}.attention.sliding_window")
-    said = {name: fields.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
     return GgufHeader(
         architecture=architecture,
         context_length=context_length,
@@ -432,7 +533,13 @@ def describe(content: GgufContent, path: Path) -> GgufHeader:
         bos_token=_token(tokens, fields.get("tokenizer.ggml.bos_token_id")),
         eos_token=_token(tokens, fields.get("tokenizer.ggml.eos_token_id")),
         window=window if type(window) is int and 0 < window < context_length else None,
-        sampling=recommended(said),
+        sampling=_sampling(fields),
+    )
+
+
+def _sampling(fields: Mapping[str, Any]) -> dict[str, float]:
+    return recommended(
+        {name: fields.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
     )
 
 

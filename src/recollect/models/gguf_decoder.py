@@ -26,7 +26,7 @@ import numpy as np
 
 from recollect.errors import UnsupportedModelError
 from recollect.files import combine, scratch_folder
-from recollect.models.catalog import run_program
+from recollect.models.fetch import run_program
 from recollect.models.gguf import GgufHeader, read_header
 from recollect.models.gguf_weights import READABLE_KINDS, Shards, parts_of, values_of
 from recollect.models.openvino_folder import (

@@ -9,7 +9,7 @@ folders for ONNX Runtime GenAI as well.
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Self
@@ -173,8 +173,9 @@ class Manifest:
     window: int | None = None
     """Tokens that layers with a sliding window attend to; None: there are none, or the version that wrote the
     manifest did not note it."""
-    sampling: dict[str, float] = field(default_factory=dict)
-    """How the GGUF file says that its makers recommend to sample; empty: it does not say."""
+    sampling: dict[str, float] | None = None
+    """How the GGUF file says that its makers recommend to sample; empty: it does not say; None: the version
+    that wrote the manifest did not look."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -220,7 +221,7 @@ def _is_sound(fields: dict[str, Any]) -> bool:
         and 1 <= fields["context_length"] <= _MOST_NUMBER
         and all(isinstance(fields.get(name), str | None) for name in _OPTIONAL)
         and all(isinstance(fields.get(name), dict) for name in _TABLES)
-        and isinstance(fields.get("sampling", {}), dict)
+        and isinstance(fields.get("sampling") or {}, dict)
         and (fields.get("window") is None or _is_number(fields["window"]))
         and isinstance(ends, list)
         and all(_is_number(token_id) and token_id <= _MOST_NUMBER for token_id in ends)
@@ -355,7 +356,7 @@ def from_manifest(manifest: Manifest, folder: Path, name: str) -> LocalModel:
         architecture=manifest.architecture,
         boundaries=() if manifest.window is None else (manifest.window,),
         source_sha256=manifest.source_sha256,
-        sampling=recommended(manifest.sampling),
+        sampling=recommended(manifest.sampling or {}),
     )
 
 

@@ -1,30 +1,23 @@
 """
-Which models are on this disk, and how one that somebody asked for gets there.
+From a name to a model that can be loaded.
 
 `prepare` says what is meant by a name, finds what is here already, and has the rest downloaded or
-converted. `installed` lists what is here, with what came of comparing a model with its file, which
-is noted in the home: one small JSON file for each model and profile. `prune` deletes GGUF files that
-a model was converted from. Does not load a model.
+converted. Does not load a model.
 """
 
 import contextlib
-import json
 import logging
-import math
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Self, assert_never
+from typing import Final, assert_never
 
 from recollect import config, files
-from recollect.errors import ConfigError, FetchError, UnknownModelError, UnsupportedModelError
+from recollect.errors import ConfigError, FetchError, UnsupportedModelError
 from recollect.models.catalog import (
     CATALOG,
-    REFERENCE_NAME,
     CatalogEntry,
     FolderSource,
     GgufSource,
@@ -32,15 +25,20 @@ from recollect.models.catalog import (
     LocalModel,
     ReferenceModel,
     Source,
+    hub_file,
+    reference_model,
+    resolve,
+)
+from recollect.models.fetch import (
+    as_name,
     fetch_entry,
     fetch_hub_file,
-    reference_model,
+    forget_downloads,
     require_online,
-    resolve,
     source_path,
     sources_folder,
 )
-from recollect.models.gguf import read_header
+from recollect.models.gguf import glance
 from recollect.models.gguf_decoder import Conversion, convert, require_buildable
 from recollect.models.gguf_weights import part_names, parts_of
 from recollect.models.onnx_folder import is_onnx_folder, onnx_context_length, open_onnx_folder
@@ -50,15 +48,14 @@ from recollect.models.openvino_folder import (
     find_converted,
     find_inexact,
     from_manifest,
-    model_files,
     open_folder,
     openvino_context_length,
 )
-from recollect.types import Profile, Progress, no_progress
+from recollect.models.stores import Stored
+from recollect.types import Progress, no_progress
 
 _log = logging.getLogger(__name__)
 
-_NOT_IN_A_NAME: Final = re.compile(r"[^\w.-]+")
 _DIGEST_LENGTH: Final = 12  # enough of a sha256 to tell files of the same name apart
 
 
@@ -77,8 +74,8 @@ def prepare(
 
     Args:
         reference: A name of the catalog, the path of a .gguf file, of an OpenVINO or of an ONNX
-            GenAI folder, `org/repo:file.gguf` on the model hub, or "reference" for the model
-            without weights.
+            GenAI folder, a name of `stores`, `org/repo:file.gguf` on the model hub, or "reference"
+            for the model without weights.
         home: Where models are kept.
         allow_native_code: As `onnx_config.check` takes it.
         catalog: The models that go by a name.
@@ -95,19 +92,28 @@ def prepare(
     """
     offline = config.is_offline() if offline is None else offline
     try:
-        return _prepare(
-            resolve(reference, catalog=catalog),
+        model = _prepare(
+            _fetched_before(reference, home) or resolve(reference, catalog=catalog),
             home,
             allow_native_code,
             progress,
             offline=offline,
             with_source=with_source and not offline,
         )
+        return model if model.sampling else replace(model, sampling=_sampling_of_entry(model))
     except OSError as cause:
         raise ConfigError(
             f"{reference} could not be made ready ({cause.strerror or cause}): see that "
             f"{cause.filename or home} can be used and its disk has room, or set RECOLLECT_HOME."
         ) from cause
+
+
+def _fetched_before(reference: str, home: Path) -> HubFile | None:
+    """Return the file of the hub that was fetched and converted, also if it is in its cache since."""
+    file = hub_file(reference)
+    if file is None or find_inexact(_hub_folder(file, home), None) is None:
+        return None
+    return file
 
 
 def _prepare(
@@ -124,25 +130,48 @@ def _prepare(
             return reference_model()
         case CatalogEntry():
             return _prepare_entry(source, home, progress, offline=offline, with_source=with_source)
-        case GgufSource():
-            return _prepare_gguf(source, home, progress)
-        case FolderSource():
-            name = str(source.path)
-            if is_onnx_folder(source.path):
-                return open_onnx_folder(
-                    source.path,
-                    name=name,
-                    home=home,
-                    allow_native_code=allow_native_code,
-                    progress=progress,
-                )
-            return open_folder(source.path, name=name, home=home, progress=progress)
+        case GgufSource(path):
+            return _prepare_gguf(path, str(path), path.stem, home, progress)
+        case FolderSource(path):
+            return _prepare_folder(path, str(path), home, allow_native_code, progress)
+        case Stored():
+            return _prepare_stored(source, home, allow_native_code, progress)
         case HubFile():
             return _prepare_hub_file(
                 source, home, progress, offline=offline, with_source=with_source
             )
         case _:
             assert_never(source)
+
+
+def _prepare_stored(
+    source: Stored, home: Path, allow_native_code: str | None, progress: Progress
+) -> LocalModel:
+    if source.fault is not None:
+        raise UnsupportedModelError(
+            f"{source.name} cannot be used: {source.fault}; see to it with {source.program}, or name "
+            "another model that `recollect models` shows."
+        )
+    if source.format != "gguf":
+        return _prepare_folder(source.path, source.name, home, allow_native_code, progress)
+    model = _prepare_gguf(source.path, source.name, source.name, home, progress)
+    return replace(model, sampling=model.sampling or source.sampling)
+
+
+def _sampling_of_entry(model: LocalModel) -> Mapping[str, float]:
+    """Return what is recommended for the model of the catalog that has the same file; empty: none has."""
+    same = (one.sampling for one in CATALOG.values() if one.sha256 == model.source_sha256)
+    return next(same, {})
+
+
+def _prepare_folder(
+    path: Path, name: str, home: Path, allow_native_code: str | None, progress: Progress
+) -> LocalModel:
+    if not is_onnx_folder(path):
+        return open_folder(path, name=name, home=home, progress=progress)
+    return open_onnx_folder(
+        path, name=name, home=home, allow_native_code=allow_native_code, progress=progress
+    )
 
 
 @contextmanager
@@ -172,9 +201,9 @@ def original_of(
             yield fetch_entry(entry, home=home, progress=progress, offline=offline)
         case HubFile() as file:
             require_online(str(file), offline=offline)
-            with files.scratch_folder(home) as scratch:
-                yield fetch_hub_file(file, scratch, progress)
-        case GgufSource(path) | FolderSource(path):
+            yield _download(file, home, progress)[0]
+            forget_downloads(file, home)
+        case GgufSource(path) | FolderSource(path) | Stored(path=path):
             yield path
 
 
@@ -192,9 +221,9 @@ def known_context_length(reference: str, home: Path) -> int | None:
                 return reference_model().context_length
             case CatalogEntry():
                 return source.context_length
-            case GgufSource(path):
-                return read_header(path).context_length
-            case FolderSource(path):
+            case GgufSource(path) | Stored(path=path, format="gguf"):
+                return glance(path).context_length
+            case FolderSource(path) | Stored(path=path):
                 is_onnx = is_onnx_folder(path)
                 return onnx_context_length(path) if is_onnx else openvino_context_length(path)
             case HubFile():
@@ -227,15 +256,24 @@ def _prepare_entry(
             manifest = _install(entry, gguf, folder, home, progress)
     if with_source:
         fetch_entry(entry, home=home, progress=progress)
-    model = from_manifest(manifest, folder, entry.name)
-    model = replace(model, sampling=model.sampling or entry.sampling)
-    return _with_source(model, [source_path(entry, home)])
+    model = _opened(manifest, folder, entry.name, [source_path(entry, home)])
+    return replace(model, sampling=model.sampling or entry.sampling)
 
 
-def _with_source(model: LocalModel, parts: Iterable[Path]) -> LocalModel:
-    """Return the model with the file that it was made of, where all of it is still there."""
-    there = [part for part in parts if part.is_file()]
-    return replace(model, source=there[0]) if there and there == list(parts) else model
+def _opened(manifest: Manifest, folder: Path, name: str, parts: Sequence[Path]) -> LocalModel:
+    """
+    Return the model in a converted folder, with the file that it was made of where all of it is there.
+
+    What an earlier version did not note of the file is read from it again.
+    """
+    model = from_manifest(manifest, folder, name)
+    if not parts or not all(part.is_file() for part in parts):
+        return model
+    sampling = model.sampling
+    if manifest.sampling is None:
+        with contextlib.suppress(UnsupportedModelError):  # it is not the file that it was
+            sampling = glance(parts[0]).sampling
+    return replace(model, source=parts[0], sampling=sampling)
 
 
 def _install(
@@ -271,36 +309,48 @@ def _inexact(folder: Path, sha256: str | None, name: str, error: FetchError) -> 
     return manifest
 
 
-def _prepare_gguf(source: GgufSource, home: Path, progress: Progress) -> LocalModel:
-    parts = parts_of(source.path)
+def _prepare_gguf(path: Path, name: str, stem: str, home: Path, progress: Progress) -> LocalModel:
+    parts = parts_of(path)
     if any(files.remembered_sha256(part, home=home) is None for part in parts):
         # Before minutes of hashing, which are for nothing where the file is refused.
-        require_buildable(source.path)
+        require_buildable(path)
     digests = [files.cached_sha256(part, home=home, progress=progress) for part in parts]
     sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
     # Named by content: a file that was replaced under its old name is another model.
-    folder = models_folder(home) / f"{_as_name(source.path.stem)}-{sha256[:_DIGEST_LENGTH]}"
+    folder = models_folder(home) / f"{as_name(stem)}-{sha256[:_DIGEST_LENGTH]}"
     manifest = find_converted(folder, sha256)
     if manifest is None:
-        job = Conversion(str(source.path), source.path, sha256)
+        job = Conversion(name, path, sha256)
         manifest = convert(job, folder, home=home, progress=progress)
         _keep(parts, folder, home)
-    return _with_source(from_manifest(manifest, folder, str(source.path)), parts)
+    return _opened(manifest, folder, name, parts)
 
 
-def _keep(parts: Iterable[Path], folder: Path, home: Path) -> None:
+def _keep(
+    parts: Iterable[Path],
+    folder: Path,
+    home: Path,
+    *,
+    take: Callable[[Path, Path], object] = os.link,
+) -> None:
     """
     Keep a model's files, so that a later recollect can convert it anew when they are gone.
 
     By links, where the files lie on the same disk: then they take no room. What the user has is not
     copied; where there can be no link, the file has to stay where it is.
+
+    Args:
+        parts: The files.
+        folder: Of the converted model.
+        home: The data folder.
+        take: What gives a file its new place; `os.replace` for files that are ours.
     """
     kept = kept_folder(folder, home)
     files.make_private(kept.parent, home)
     kept.mkdir(mode=0o700, exist_ok=True)
     for part in parts:
         with contextlib.suppress(OSError):
-            os.link(part, kept / part.name)
+            take(part, kept / part.name)
 
 
 def _prepare_hub_file(
@@ -314,16 +364,16 @@ def _prepare_hub_file(
         except FetchError as error:
             manifest = _inexact(folder, None, str(file), error)
     if with_source and not _kept_parts(file, folder, home):
-        with files.scratch_folder(home) as scratch:
-            _keep(_download(file, scratch, progress), folder, home)
+        _keep(_download(file, home, progress), folder, home, take=os.replace)
+        forget_downloads(file, home)
     parts = _kept_parts(file, folder, home)
-    return _with_source(from_manifest(manifest, folder, str(file)), parts)
+    return _opened(manifest, folder, str(file), parts)
 
 
 def _hub_folder(file: HubFile, home: Path) -> Path:
     """Return a folder's name with a digest: without, two files could get the same one."""
     digest = files.combine([file.repository, file.filename])
-    return models_folder(home) / f"{_as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
+    return models_folder(home) / f"{as_name(str(file))}-{digest[:_DIGEST_LENGTH]}"
 
 
 def _install_hub_file(
@@ -332,13 +382,18 @@ def _install_hub_file(
     kept = _kept_parts(file, folder, home)
     if not kept:
         require_online(str(file), offline=offline)
-    with files.scratch_folder(home) as scratch:
-        parts = kept or _download(file, scratch, progress)
-        digests = [files.sha256_file(part, progress=progress) for part in parts]
-        sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
-        job = Conversion(str(file), parts[0], sha256)
-        manifest = convert(job, folder, home=home, progress=progress)
-        _keep(parts, folder, home)
+    parts = kept or _download(file, home, progress)
+    digests = [files.sha256_file(part, progress=progress) for part in parts]
+    sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
+    try:
+        manifest = convert(
+            Conversion(str(file), parts[0], sha256), folder, home=home, progress=progress
+        )
+    except UnsupportedModelError:
+        forget_downloads(file, home)  # after any other interruption they need not be fetched again
+        raise
+    _keep(parts, folder, home, take=os.replace)
+    forget_downloads(file, home)
     return manifest
 
 
@@ -348,230 +403,7 @@ def _kept_parts(file: HubFile, folder: Path, home: Path) -> list[Path]:
     return kept if all(part.is_file() for part in kept) else []
 
 
-def _download(file: HubFile, scratch: Path, progress: Progress) -> list[Path]:
+def _download(file: HubFile, home: Path, progress: Progress) -> list[Path]:
     """Return the files of a model on the hub: one, or all parts where its name says how many."""
     files = [HubFile(file.repository, name) for name in part_names(file.filename)]
-    return [fetch_hub_file(part, scratch, progress) for part in files]
-
-
-def _as_name(text: str) -> str:
-    """Return *text* as part of a folder's name."""
-    return _NOT_IN_A_NAME.sub("--", text)
-
-
-_COMPARED_FOLDER: Final = "compared"
-_MOST_BYTES: Final = 1 << 16
-"""A hundred times what is written."""
-_MOST_NOTES: Final = 256
-"""Three for each of 85 models; older ones are deleted, which costs a line in `recollect models`."""
-_STRICTEST_FIRST: Final[tuple[Profile, ...]] = ("exact", "fast", "small")
-
-Stamps = dict[str, list[int]]
-"""By name of a file with graph or weights, its size in bytes and the nanosecond of its last change."""
-
-
-def stamps_of(folder: Path) -> Stamps:
-    """
-    Return what would show that a model's graph or weights are no longer the same bytes.
-
-    Bytes that change under the same size and time, as a failing disk does it, are not seen.
-    """
-    stats = ((name, (folder / name).stat()) for name in model_files(folder))
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
-    """What came of comparing a model with its file in one profile, and when."""
-
-    outcome: str
-    """PASS or FAIL."""
-    profile: Profile
-    largest: float | None
-    """Difference of a logit; None: it was no finite number."""
-    files: Stamps
-    """Of the bytes that were loaded."""
-    reason: str = ""
-    at: str = ""
-    """ISO 8601, UTC."""
-
-    def write(self, home: Path, fingerprint: str) -> None:
-        """
-        Note this for the model of that fingerprint, in place of what was noted of it in this profile.
-
-        Raises:
-            OSError: It cannot be written.
-        """
-        folder = home / _COMPARED_FOLDER
-        files.make_private(folder, home)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        temporary = (path := _note_path(home, fingerprint, self.profile)).with_suffix(".new")
-        temporary.write_text(json.dumps(asdict(self) | {"at": now}) + "\n", encoding="utf-8")
-        temporary.replace(path)
-        for note in sorted(folder.iterdir(), key=lambda one: one.stat().st_mtime_ns)[:-_MOST_NOTES]:
-            note.unlink(missing_ok=True)
-
-    @classmethod
-    def read(cls, home: Path, fingerprint: str, folder: Path) -> Self | None:
-        """
-        Return the note of the strictest profile; None where there is none.
-
-        A note that cannot be understood, or is of other bytes than those in the model's *folder* now,
-        counts as none.
-        """
-        for profile in _STRICTEST_FIRST:
-            try:
-                text = files.read_text(
-                    _note_path(home, fingerprint, profile), most_bytes=_MOST_BYTES
-                )
-                said: Any = json.loads(text)
-                datetime.fromisoformat(said["at"])
-                is_known = said["outcome"] in ("PASS", "FAIL") and said["profile"] == profile
-                largest = said["largest"]
-                is_number = isinstance(largest, float) and math.isfinite(largest)
-                is_plain = isinstance(said["reason"], str) and (largest is None or is_number)
-                if is_known and is_plain and said["files"] == stamps_of(folder):
-                    return cls(**said)
-            except (OSError, ValueError, TypeError, KeyError, RecursionError):
-                continue
-        return None
-
-
-def _note_path(home: Path, fingerprint: str, profile: Profile) -> Path:
-    return home / _COMPARED_FOLDER / f"{_as_name(fingerprint)}-{profile}.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelStatus:
-    """One line of `recollect models`."""
-
-    name: str
-    """What `prepare` and `recollect.load` take."""
-    description: str
-    licence: str | None
-    """None where we do not know it: a file of the user's own."""
-    download_bytes: int | None
-    """None where there is nothing to download."""
-    is_installed: bool
-    """Whether it can be loaded now, without a network and without converting it."""
-    is_exact: bool
-    """Whether what is installed has the weights of its file: an earlier recollect rounded them."""
-    disk_bytes: int
-    """What it takes on this disk, the GGUF file included that was kept."""
-    source_bytes: int
-    """What of it is that GGUF file; 0 where it is only a link to a file that lies elsewhere, too."""
-    path: Path | None
-    """Its folder, or None where there is none."""
-    compared: Compared | None = None
-    """What came of comparing it with its file, in the strictest profile; None: nobody has."""
-
-
-def installed(home: Path, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> list[ModelStatus]:
-    """Return every model of the catalog, in its order, then the others that are on this disk."""
-    entries = [_entry_status(entry, home) for entry in catalog.values()]
-    folders = models_folder(home)
-    found = sorted(folders.iterdir()) if folders.is_dir() else []
-    others = [_folder_status(folder, home) for folder in found if folder.name not in catalog]
-    return entries + [status for status in others if status is not None]
-
-
-def is_here(reference: str, home: Path) -> bool:
-    """Return whether a model can be loaded without fetching anything."""
-    known = any(status.name == reference and status.is_installed for status in installed(home))
-    return known or reference == REFERENCE_NAME or Path(reference).expanduser().exists()
-
-
-def names_by_fingerprint(home: Path) -> dict[str, str]:
-    """Return what the models on this disk are called, by their fingerprints."""
-    folder = models_folder(home)
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    manifests = [manifest for path in found if (manifest := Manifest.read(path)) is not None]
-    reference = reference_model()
-    return {manifest.fingerprint: manifest.name for manifest in manifests} | {
-        reference.fingerprint: reference.name
-    }
-
-
-def prune(reference: str, home: Path, *, catalog: Mapping[str, CatalogEntry] = CATALOG) -> int:
-    """
-    Delete the GGUF file that an installed model was converted from; return how many bytes it had.
-
-    The model stays as it is. A later recollect that converts in another way fetches the file again.
-
-    Raises:
-        UnknownModelError: No model of that name is installed.
-        ConfigError: The file cannot be deleted.
-    """
-    for status in installed(home, catalog=catalog):
-        if status.name == reference and status.is_installed and status.path is not None:
-            files = _sources(status.path, home, catalog.get(reference))
-            size = sum(file.stat().st_size for file in files)
-            try:
-                for file in files:
-                    file.unlink()
-            except OSError as cause:
-                raise ConfigError(
-                    f"{cause.filename} cannot be deleted ({cause.strerror}): see to its permissions."
-                ) from cause
-            return size
-    raise UnknownModelError(
-        f"There is no model {reference!r} on this disk: `recollect models` lists what there is."
-    )
-
-
-def _sources(folder: Path, home: Path, entry: CatalogEntry | None) -> list[Path]:
-    """Return the GGUF files that are kept of a model."""
-    own = kept_folder(folder, home)
-    files = sorted(own.iterdir()) if own.is_dir() else []
-    if entry is not None and (fetched := source_path(entry, home)).is_file():
-        files.append(fetched)
-    return files
-
-
-def _entry_status(entry: CatalogEntry, home: Path) -> ModelStatus:
-    folder = models_folder(home) / entry.name
-    source_bytes = _own_bytes(_sources(folder, home, entry))
-    manifest = find_inexact(folder, entry.sha256)
-    return ModelStatus(
-        name=entry.name,
-        description=entry.description,
-        licence=entry.licence,
-        download_bytes=entry.bytes,
-        is_installed=manifest is not None,
-        is_exact=manifest is not None and manifest.is_exact,
-        disk_bytes=size_bytes(folder) + source_bytes,
-        source_bytes=source_bytes,
-        path=folder if folder.is_dir() else None,
-        compared=None if manifest is None else Compared.read(home, manifest.fingerprint, folder),
-    )
-
-
-def _folder_status(folder: Path, home: Path) -> ModelStatus | None:
-    manifest = Manifest.read(folder)
-    if manifest is None:
-        return None
-    source_bytes = _own_bytes(_sources(folder, home, None))
-    return ModelStatus(
-        name=manifest.name,
-        description=f"{manifest.architecture}, {manifest.context_length:,} tokens of context",
-        licence=None,
-        download_bytes=None,
-        is_installed=find_inexact(folder, None) is not None,
-        is_exact=manifest.is_exact,
-        disk_bytes=size_bytes(folder) + source_bytes,
-        source_bytes=source_bytes,
-        path=folder,
-        compared=Compared.read(home, manifest.fingerprint, folder),
-    )
-
-
-def _own_bytes(files: Iterable[Path]) -> int:
-    """Return the size of files that have no other name: what deleting them would free."""
-    stats = [file.stat() for file in files]
-    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
-
-
-def size_bytes(path: Path) -> int:
-    """Return the size of a file, or of all files in a folder; 0 where there is nothing."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return [fetch_hub_file(part, home, progress) for part in files]

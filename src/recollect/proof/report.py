@@ -26,7 +26,7 @@ from rich.text import Text
 
 from recollect import __version__
 from recollect.conversation.model import Model
-from recollect.errors import ConfigError
+from recollect.errors import ConfigError, MissingPackageError
 from recollect.proof.bench import (
     BenchSummary,
     GrowthTurn,
@@ -305,10 +305,11 @@ def require_plot(path: Path) -> None:
     Check that a plot can be drawn and written there.
 
     Raises:
-        ConfigError: matplotlib is not installed, there is no such format, or one may not write there.
+        MissingPackageError: matplotlib is not installed.
+        ConfigError: There is no such format, or one may not write there.
     """
     if find_spec("matplotlib") is None:
-        raise ConfigError(
+        raise MissingPackageError(
             "Plots need matplotlib, which is missing: python -m pip install 'recollect-llm[plot]'."
         )
     if path.suffix.lower() not in _FORMATS:

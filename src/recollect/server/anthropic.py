@@ -19,6 +19,7 @@ from pydantic_core import from_json
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
+from recollect.server.events import Call, CallEvent, Ended, Piece, Thought, Told, sse
 from recollect.server.fields import (
     MOST_TOOLS,
     NOT_SUPPORTED,
@@ -45,19 +46,7 @@ from recollect.server.parts import (
     others_among,
 )
 from recollect.server.refusals import ApiError, anthropic_body, quoted
-from recollect.server.services import (
-    Call,
-    CallEvent,
-    Ended,
-    Job,
-    Piece,
-    Told,
-    begin,
-    client_of,
-    services_of,
-    sse,
-    with_model,
-)
+from recollect.server.services import Job, begin, client_of, services_of, with_model
 from recollect.server.settings import Settings
 from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import (
@@ -256,6 +245,8 @@ class MessagesRequest(CountRequest):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """Not one of Anthropic's: what `usage` tells of a reply gives it again."""
     metadata: Ignored = None
     service_tier: Ignored = None
     context_management: Ignored = None
@@ -267,6 +258,7 @@ class MessagesRequest(CountRequest):
             "temperature": settings.temperature if self.temperature is None else self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
+            "seed": None if self.seed is None else self.seed % 2**64,
         }
         return SamplingParams(
             max_tokens=self.max_tokens,
@@ -340,14 +332,18 @@ class _Message:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._id = f"msg_{secrets.token_hex(12)}"
+        # Clients send it back, and look for one to be there; what is thought is known by its text.
+        self._signature = secrets.token_urlsafe(24)
         self._block = -1  # the last that was begun
-        self._open: Literal["text", "call"] | None = None
+        self._open: Literal["text", "call", "thought"] | None = None
         self._has_begun = False
 
     def whole(self, replies: Sequence[GeneratedReply]) -> dict[str, Any]:
         """Return the reply at once."""
         (reply,) = replies
         content: list[dict[str, Any]] = []
+        if reply.reasoning:
+            content.append(_thinking(reply.reasoning, self._signature))
         if reply.content or not reply.tool_calls:
             content.append({"type": "text", "text": reply.content})
         content += [
@@ -371,6 +367,8 @@ class _Message:
         match event:
             case Piece():
                 return self._start() + self._text(event.text)
+            case Thought():
+                return self._start() + self._thought(event.text)
             case Call():
                 return self._start() + self._call(event.event)
             case Ended():
@@ -396,6 +394,10 @@ class _Message:
         begun = "" if self._open == "text" else self._begin("text", {"type": "text", "text": ""})
         return begun + self._delta({"type": "text_delta", "text": text})
 
+    def _thought(self, text: str) -> str:
+        begun = "" if self._open == "thought" else self._begin("thought", _thinking("", ""))
+        return begun + self._delta({"type": "thinking_delta", "thinking": text})
+
     def _call(self, event: CallEvent) -> str:
         match event:
             case CallStarted():
@@ -406,7 +408,7 @@ class _Message:
             case _:
                 return self._close()
 
-    def _begin(self, kind: Literal["text", "call"], block: dict[str, Any]) -> str:
+    def _begin(self, kind: Literal["text", "call", "thought"], block: dict[str, Any]) -> str:
         closed = self._close()
         self._block, self._open = self._block + 1, kind
         return closed + _event("content_block_start", index=self._block, content_block=block)
@@ -415,8 +417,11 @@ class _Message:
         return _event("content_block_delta", index=self._block, delta=delta)
 
     def _close(self) -> str:
-        is_open, self._open = self._open is not None, None
-        return _event("content_block_stop", index=self._block) if is_open else ""
+        was, self._open = self._open, None
+        signed = ""
+        if was == "thought":
+            signed = self._delta({"type": "signature_delta", "signature": self._signature})
+        return signed + (_event("content_block_stop", index=self._block) if was else "")
 
     def _end(self, reply: GeneratedReply) -> str:
         nothing = self._text("") if self._block < 0 else ""
@@ -439,6 +444,10 @@ class _Message:
             "stop_reason": None,
             "stop_sequence": None,
         }
+
+
+def _thinking(text: str, signature: str) -> dict[str, Any]:
+    return {"type": "thinking", "thinking": text, "signature": signature}
 
 
 def _stop_reason(reply: GeneratedReply) -> str:

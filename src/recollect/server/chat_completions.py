@@ -25,6 +25,7 @@ from recollect.engine.pinning import compute_watched
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ContextFullError
 from recollect.kv.blocks import PUBLIC
+from recollect.server.events import Call, CallEvent, Ended, Piece, Thought, Told, sse
 from recollect.server.fields import (
     MOST_CALLS,
     MOST_TOOLS,
@@ -57,19 +58,7 @@ from recollect.server.parts import (
     split_thoughts,
 )
 from recollect.server.refusals import ApiError, ClientGone, openai_body, operators_only
-from recollect.server.services import (
-    Call,
-    CallEvent,
-    Ended,
-    Job,
-    Piece,
-    Told,
-    begin,
-    client_of,
-    services_of,
-    sse,
-    with_model,
-)
+from recollect.server.services import Job, begin, client_of, services_of, with_model
 from recollect.server.settings import Settings
 from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import Grammar, Message, MessageToolCall, Role, SamplingParams, TokenLogprob
@@ -318,6 +307,10 @@ class _Completion:
             case Piece():
                 likely = _logprobs(event.logprobs or None)
                 return role + self._chunk(event.choice, {"content": event.text}, logprobs=likely)
+            case Thought():
+                likely = _logprobs(event.logprobs or None)
+                thought = {"reasoning_content": event.text}
+                return role + self._chunk(event.choice, thought, logprobs=likely)
             case Call():
                 delta = _call_delta(event.event)
                 return role + (self._chunk(event.choice, {"tool_calls": [delta]}) if delta else "")
@@ -369,6 +362,8 @@ class _Completion:
 
 def _message(reply: GeneratedReply) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": None}
+    if reply.reasoning:
+        message["reasoning_content"] = reply.reasoning
     if reply.tool_calls:
         message["content"] = reply.content or None
         message["tool_calls"] = [call.to_dict() for call in reply.tool_calls]

@@ -12,7 +12,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter, time
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -25,6 +25,7 @@ from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import ContextFullError, InvalidParameterError
 from recollect.server.chat_completions import StreamOptions
+from recollect.server.events import Call, Ended, Piece, Thought, Told, sse
 from recollect.server.fields import (
     NOT_SUPPORTED,
     BodyRoute,
@@ -35,17 +36,7 @@ from recollect.server.fields import (
     named_sampling,
 )
 from recollect.server.refusals import ApiError, ClientGone, openai_body
-from recollect.server.services import (
-    Call,
-    Ended,
-    Piece,
-    Told,
-    begin,
-    client_of,
-    services_of,
-    sse,
-    with_model,
-)
+from recollect.server.services import begin, client_of, services_of, with_model
 from recollect.server.usage import Cost, cost_of
 from recollect.types import SamplingParams, TokenLogprob, Usage
 
@@ -59,7 +50,10 @@ Prompts = Annotated[Items[_Item], Field(min_length=1)]
 class CompletionRequest(SamplingFields):
     """The body of `POST /v1/completions`."""
 
-    refused: ClassVar = NOT_SUPPORTED
+    refused: ClassVar = {
+        "suffix": "text cannot be filled in before another here: leave it out.",
+        **NOT_SUPPORTED,
+    }
 
     model: str | None = None
     prompt: str | Prompts[str] | Prompts[TokenId] | Prompts[Items[TokenId]]
@@ -68,9 +62,7 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    best_of: Literal[1] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    suffix: Literal[""] | None = None
     user: Ignored = None
 
     def prompts(self) -> list[str | list[int]]:
@@ -265,7 +257,9 @@ def _token_ids(model: Model, prompt: str | list[int]) -> list[int]:
     """
     ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     if not ids:
-        raise InvalidParameterError("The prompt is empty: give at least one token.")
+        raise InvalidParameterError(
+            "The prompt is empty: give at least one token.", param="messages"
+        )
     if len(ids) >= model.context_length:
         raise ContextFullError(needed=len(ids) + 1, limit=model.context_length)
     return ids
@@ -333,7 +327,7 @@ class _Completion:
     def write(self, event: Told) -> str:
         """Return the chunk of an event."""
         match event:
-            case Piece():
+            case Piece() | Thought():  # without a template there are no thoughts
                 return self._piece(event.choice, event.text, logprobs=event.logprobs or None)
             case Ended():
                 self._replies[event.choice] = event.reply

@@ -409,7 +409,8 @@ def _biases(biases: Mapping[str, float]) -> dict[int, float]:
         # Python also reads underscores, signs and other scripts' digits as numbers.
         if not (token.isascii() and token.isdecimal()):
             raise InvalidParameterError(
-                f"logit_bias names {token!r}, which is no token id: give ids as numbers."
+                f"logit_bias names {token!r}, which is no token id: give ids as numbers.",
+                param="logit_bias",
             )
         ids[int(token[:12])] = -math.inf if bias <= _BANNED else bias
     return ids

@@ -96,11 +96,6 @@ Metadata = Annotated[dict[str, Any], AfterValidator(_small)]
 """What a client notes about something, and gets back as it is."""
 
 
-OnlyOff = Annotated[
-    Literal[False] | None, Field(description="Not supported: may be left out or false.")
-]
-
-
 class Thinking(Body):
     """Whether the model thinks before it answers, and how much; for templates that can be told."""
 

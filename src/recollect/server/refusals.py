@@ -16,7 +16,7 @@ from typing import Any, Final
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
-from recollect import errors
+from recollect import errors, types
 from recollect.errors import RecollectError
 
 _log = logging.getLogger(__name__)
@@ -49,8 +49,18 @@ class ApiError(HTTPException):
         kind: str = INVALID,
         code: str | None = None,
         param: str | None = None,
+        about: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        """
+        Refuse.
+
+        Args:
+            message: For the client.
+            status, kind, code, headers: Of the answer.
+            param: The place in the body.
+            about: Where nobody knows the body: the parameter, by its name in Python.
+        """
         message = shortened(message, _MOST_TOLD)
         self.sent_headers = dict(headers or {})
         super().__init__(status, message, self.sent_headers)
@@ -59,6 +69,7 @@ class ApiError(HTTPException):
         self.kind = kind
         self.code = code
         self.param = param
+        self.about = about
 
 
 class ClientGone(Exception):  # noqa: N818 - not an error: nobody is left to be told
@@ -77,8 +88,32 @@ class Answer:
     retry_after_s: int | None = None
     has_trace: bool = True
     """Whether the log shows where it came from: not where the error's own sentence says all."""
+    about: str | None = None
+    """Which parameter it is about, by its name in Python; None: the error knows, or nobody does."""
 
 
+_MESSAGES: Final = "messages"
+_ALIKE: Final = (
+    *("model", "messages", "tools", "tool_choice", "stop", "seed", "logit_bias", "ignore_eos"),
+    *(*types.SAMPLING, "presence_penalty", "frequency_penalty", "logprobs", "max_tokens"),
+)
+_PLACES: Final[Mapping[str, Mapping[str, str]]] = {
+    "/v1/chat/completions": {
+        **{name: name for name in _ALIKE},
+        "grammar": "response_format",
+        "template_options": "chat_template_kwargs",
+    },
+    "/v1/completions": {**{name: name for name in _ALIKE}, "messages": "prompt"},
+    "/v1/responses": {
+        **{name: name for name in _ALIKE},
+        "grammar": "text.format",
+        "template_options": "chat_template_kwargs",
+        "messages": "input",
+        "max_tokens": "max_output_tokens",
+        "logprobs": "top_logprobs",
+    },
+}
+"""Where the parameters of the engine are in the bodies of each API."""
 _BUSY: Final = "rate_limit_error"
 _OURS: Final = "server_error"
 _NO_ROOM: Final = "The server's disk is full: nothing was kept. What was kept before can be read."
@@ -88,21 +123,21 @@ _ENCRYPTED: Final = (
 _SEE_LOG: Final = "The server could not do this; its log says why."
 
 TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
-    (errors.ContextFullError, Answer(400, code="context_length_exceeded")),
+    (errors.ContextFullError, Answer(400, code="context_length_exceeded", about=_MESSAGES)),
     (errors.OutOfBlocksError, Answer(503, _OURS, "out_of_memory", retry_after_s=5)),
     (errors.MemoryLimitError, Answer(400, code="memory_limit")),
     (errors.InvalidParameterError, Answer(400, code="invalid_value")),
     # Not a 500: agents would ask again, and it stays so until somebody installs it.
     (errors.MissingPackageError, Answer(400, code="not_installed")),
-    (errors.TokenIdError, Answer(400, code="invalid_value")),
+    (errors.TokenIdError, Answer(400, code="invalid_value", about=_MESSAGES)),
     (errors.TooShortError, Answer(400, code="too_short")),
-    (errors.TemplateError, Answer(400, code="invalid_messages")),
-    (errors.UnknownModelError, Answer(404, code="model_not_found")),
+    (errors.TemplateError, Answer(400, code="invalid_messages", about=_MESSAGES)),
+    (errors.UnknownModelError, Answer(404, code="model_not_found", about="model")),
     (errors.UnknownConversationError, Answer(404, code="not_found", message="Not found.")),
     (errors.UnknownNodeError, Answer(404, code="not_found")),
     (errors.SessionBusyError, Answer(409, code="conversation_busy")),
     (errors.NameTakenError, Answer(409, code="name_taken")),
-    (errors.ConversationError, Answer(400, code="invalid_messages")),
+    (errors.ConversationError, Answer(400, code="invalid_messages", about=_MESSAGES)),
     (errors.StoreBusyError, Answer(503, _OURS, "store_busy", _SEE_LOG, retry_after_s=2)),
     (
         errors.StoreEncryptedError,
@@ -130,8 +165,14 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, errors.ContextFullError):
         # The words that clients look for, to shorten their history and ask again.
         message = f"This model's maximum context length is {error.limit} tokens. {message}"
+    about = error.param if isinstance(error, errors.InvalidParameterError) else answer.about
     return ApiError(
-        message, status=answer.status, kind=answer.kind, code=answer.code, headers=headers
+        message,
+        status=answer.status,
+        kind=answer.kind,
+        code=answer.code,
+        about=about,
+        headers=headers,
     )
 
 
@@ -173,13 +214,14 @@ def operators_only(param: str) -> ApiError:
     )
 
 
-def openai_body(error: ApiError) -> dict[str, Any]:
-    """Return an error as OpenAI's clients expect it."""
+def openai_body(error: ApiError, path: str = "") -> dict[str, Any]:
+    """Return an error as OpenAI's clients expect it, of a request to a path."""
+    there = _PLACES.get(path, {}).get(error.about or "")
     return {
         "error": {
             "message": error.message,
             "type": error.kind,
-            "param": error.param,
+            "param": error.param or there,
             "code": error.code,
         }
     }
@@ -204,7 +246,8 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
 
 def error_response(path: str, error: ApiError) -> JSONResponse:
     """Return the response to a request that is refused, in the shape of the API it was made to."""
-    body = anthropic_body(error) if path.startswith(_MESSAGES_PATH) else openai_body(error)
+    is_anthropics = path.startswith(_MESSAGES_PATH)
+    body = anthropic_body(error) if is_anthropics else openai_body(error, path)
     return JSONResponse(body, error.status, error.sent_headers)
 
 

@@ -40,7 +40,6 @@ from recollect.server.parts import (
     Metadata,
     NamespaceTool,
     Offer,
-    OnlyOff,
     Resolve,
     ResponseFormat,
     Thinking,
@@ -90,6 +89,8 @@ class ResponseRequest(SamplingFields):
     """The body of `POST /v1/responses`."""
 
     refused: ClassVar = {
+        "background": "replies are generated while the client waits, and none is begun to be asked for "
+        "later: leave it out, and stream the reply where it takes long.",
         "prompt": "prompts are not kept here: send their text as instructions.",
         "context_management": "history is not shortened here: send less, or truncation.",
         **NOT_SUPPORTED,
@@ -115,8 +116,6 @@ class ResponseRequest(SamplingFields):
 
     reasoning: Thinking | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-
-    background: OnlyOff = None
 
     max_tool_calls: Ignored = None
     prompt_cache_key: Ignored = None
@@ -284,6 +283,7 @@ class Said:
 
     content: str
     """What is said beside the calls."""
+    reasoning: str = ""
     calls: Sequence[MessageToolCall] = ()
     finish_reason: FinishReason | None = None
     logprobs: Sequence[TokenLogprob] = ()
@@ -293,6 +293,7 @@ class Said:
         """Return a reply that was generated just now."""
         return cls(
             content=reply.content,
+            reasoning=reply.reasoning,
             calls=[call.to_dict() for call in reply.tool_calls],
             finish_reason=reply.finish_reason,
             logprobs=reply.logprobs or (),
@@ -304,6 +305,7 @@ class Said:
         message = to_message(node.role, node.content, node.links)
         return cls(
             content=message["content"] or "",
+            reasoning=message.get("reasoning_content") or "",
             calls=message.get("tool_calls", ()),
             finish_reason=node.finish_reason,
         )
@@ -362,9 +364,11 @@ def response_object(
 def output_items(
     message_id: str, said: Said, namespaces: Mapping[str, Any] = NO_NAMESPACES
 ) -> list[dict[str, Any]]:
-    """Return a reply as items: what it says, unless it only calls, then its calls."""
+    """Return a reply as items: what was thought, what it says, unless it only calls, then its calls."""
     status = "incomplete" if said.status == "cancelled" else said.status
     items = []
+    if said.reasoning:
+        items.append(reasoning_item(message_id, [reasoning_text(said.reasoning)], status))
     if said.content or not said.calls:
         part = output_text(said.content, said.logprobs)
         items.append(output_message(message_id, [part], status))
@@ -372,6 +376,22 @@ def output_items(
     return items + [
         function_call(message_id, number, call, namespaces=namespaces) for number, call in calls
     ]
+
+
+def reasoning_item(message_id: str, content: list[dict[str, Any]], status: str) -> dict[str, Any]:
+    """Return what was thought before a message as an item."""
+    return {
+        "id": f"rs_{message_id.removeprefix('msg_')}",
+        "type": "reasoning",
+        "status": status,
+        "summary": [],
+        "content": content,
+    }
+
+
+def reasoning_text(text: str) -> dict[str, Any]:
+    """Return a text as a part of a reasoning item."""
+    return {"type": "reasoning_text", "text": text}
 
 
 def output_message(message_id: str, content: list[dict[str, Any]], status: str) -> dict[str, Any]:

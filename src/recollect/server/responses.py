@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import time
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -30,6 +30,7 @@ from recollect.server.conversation_view import (
     Place,
     Places,
 )
+from recollect.server.events import Call, CallEvent, Ended, Piece, Thought, Told, sse
 from recollect.server.fields import BodyRoute, check_count, check_last, named_sampling
 from recollect.server.parts import logprob_entry
 from recollect.server.refusals import ApiError, not_found
@@ -42,24 +43,17 @@ from recollect.server.response_object import (
     items_of,
     output_message,
     output_text,
+    reasoning_item,
+    reasoning_text,
     response_object,
 )
-from recollect.server.services import (
-    Call,
-    CallEvent,
-    Ended,
-    Job,
-    Piece,
-    Services,
-    Told,
-    begin,
-    client_of,
-    services_of,
-    sse,
-)
+from recollect.server.services import Job, Services, begin, client_of, services_of
 from recollect.server.usage import cost, recorded
 from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import Message, ToolCall
+
+_RAN_AWAY: Final = "ran_away"
+"""Key in the note of a response: whether it was ended because it repeated itself."""
 
 
 class _Response:
@@ -95,6 +89,8 @@ class _Response:
         match event:
             case Piece():
                 return "".join(self._text(event))
+            case Thought():
+                return "".join(self._thought(event))
             case Call():
                 return "".join(self._call(event.event))
             case Ended():
@@ -117,6 +113,13 @@ class _Response:
         yield from self._begin_message()
         likely = [logprob_entry(token) for token in piece.logprobs]
         yield self._part("output_text.delta", delta=piece.text, logprobs=likely)
+
+    def _thought(self, thought: Thought) -> Iterator[str]:
+        item = reasoning_item(self._head.message_id, [], "in_progress")
+        if item["id"] not in self._places:
+            yield self._begin_item(item)
+            yield self._part("content_part.added", item["id"], part=reasoning_text(""))
+        yield self._part("reasoning_text.delta", item["id"], delta=thought.text)
 
     def _begin_message(self) -> Iterator[str]:
         item_id = self._head.message_id
@@ -141,7 +144,11 @@ class _Response:
     def _end(self, reply: GeneratedReply) -> Iterator[str]:
         response = self.whole([reply])
         for item in response["output"]:
-            if item["type"] == "message":
+            if item["type"] == "reasoning":
+                (part,) = item["content"]
+                yield self._part("reasoning_text.done", item["id"], text=part["text"])
+                yield self._part("content_part.done", item["id"], part=part)
+            elif item["type"] == "message":
                 yield from self._begin_message()
                 (part,) = item["content"]
                 yield self._part("output_text.done", text=part["text"], logprobs=part["logprobs"])
@@ -159,9 +166,9 @@ class _Response:
         place = self._places.setdefault(item["id"], len(self._places))
         return self._event("response.output_item.added", output_index=place, item=item)
 
-    def _part(self, kind: str, **fields: Any) -> str:
-        """Return an event of the message, whose text is its only part."""
-        item_id = self._head.message_id
+    def _part(self, kind: str, item_id: str | None = None, **fields: Any) -> str:
+        """Return an event of an item, or of the message, whose text is its only part."""
+        item_id = item_id or self._head.message_id
         where = {"item_id": item_id, "output_index": self._places[item_id], "content_index": 0}
         return self._event(f"response.{kind}", **where, **fields)
 
@@ -273,6 +280,7 @@ class _Asked:
         note = {
             HAS_INSTRUCTIONS: self.body.instructions is not None,
             "head": self.head(services.hub.resolve(self.body.model)).kept(),
+            _RAN_AWAY: reply.ran_away,
         }
         label = Label(
             name=self.id,
@@ -292,7 +300,8 @@ def get_response(response_id: str, request: Request) -> JSONResponse:
     head = ResponseHead.from_kept(label.name, label.note["head"])
     usage = None if reply.usage is None else recorded(reply.usage)
     speed = services_of(request).metrics.speed(head.model, client_of(request).namespace)
-    spent = None if usage is None else cost([usage], speed)
+    ran_away = label.note.get(_RAN_AWAY) is True
+    spent = None if usage is None else cost([usage], speed, ran_away=ran_away)
     return JSONResponse(
         response_object(
             head, Said.kept(reply), None if spent is None else spent.responses(), instructions

@@ -8,7 +8,6 @@ may wait for the engine and for the journal.
 """
 
 import asyncio
-import json
 import threading
 from collections import deque
 from collections.abc import (
@@ -24,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from time import time
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -37,12 +36,22 @@ from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, S
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.server.access import CLIENT, Client
+from recollect.server.events import (
+    Call,
+    Ended,
+    Event,
+    Failed,
+    Piece,
+    Progress,
+    Thought,
+    Writer,
+)
 from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
-from recollect.server.refusals import ApiError, ClientGone, api_error, stopping
+from recollect.server.refusals import ClientGone, api_error, stopping
 from recollect.server.settings import Settings
 from recollect.server.usage import Cost, Metrics, cost, cost_of
-from recollect.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted, TextDelta
-from recollect.types import TokenLogprob
+from recollect.text.reasoning import ReasoningDelta
+from recollect.text.tool_calls import TextDelta
 
 _T = TypeVar("_T")
 
@@ -146,74 +155,6 @@ def client_of(request: Request) -> Client:
     client = getattr(request.state, CLIENT)
     assert isinstance(client, Client)
     return client
-
-
-CallEvent = CallStarted | ArgumentsDelta | CallEnded
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """More text of a reply."""
-
-    choice: int
-    text: str
-    logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the tokens whose text is out now, where they were asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """More of a call of a tool."""
-
-    choice: int
-    event: CallEvent
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A reply is whole, and kept where it is to be."""
-
-    choice: int
-    reply: GeneratedReply
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A reply ended without being whole: it is not told, whatever was kept of it."""
-
-    error: Exception
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Nothing new; this much of the prompts is read."""
-
-    done: int
-    total: int
-
-
-Told = Piece | Call | Ended
-"""What every API has words for."""
-Event = Told | Failed | Progress
-
-
-class Writer(Protocol):
-    """Puts the replies to one request into the words of an API. A text may be empty."""
-
-    def whole(self, replies: Sequence[GeneratedReply]) -> dict[str, Any]:
-        """Return them all at once."""
-
-    def begin(self) -> str:
-        """Return what a stream begins with."""
-
-    def write(self, event: Told) -> str:
-        """Return what is sent of an event."""
-
-    def fail(self, error: ApiError) -> str:
-        """Return what is sent last where a reply has failed."""
-
-    def end(self) -> str:
-        """Return what is sent last, after all replies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,12 +327,13 @@ class Job:
         sent, error = 0, None
         try:
             async for event in stream.async_events():
-                if isinstance(event, TextDelta):
-                    new = (stream.logprobs or ())[sent:]
-                    sent += len(new)
-                    self._events.put_nowait(Piece(choice, event.text, new))
-                else:
+                if not isinstance(event, TextDelta | ReasoningDelta):
                     self._events.put_nowait(Call(choice, event))
+                    continue
+                new = (stream.logprobs or ())[sent:]
+                sent += len(new)
+                kind = Piece if isinstance(event, TextDelta) else Thought
+                self._events.put_nowait(kind(choice, event.text, new))
         except Exception as failed:  # noqa: BLE001 - handed to whoever waits for the reply
             error = failed
         finally:
@@ -479,13 +421,6 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._job.stop()
-
-
-def sse(data: Mapping[str, Any] | str, event: str | None = None) -> str:
-    """Return a server-sent event."""
-    text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
-    name = "" if event is None else f"event: {event}\n"
-    return f"{name}data: {text}\n\n"
 
 
 async def begin(

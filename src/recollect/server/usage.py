@@ -58,6 +58,7 @@ class Cost:
     restored_tokens: int
     """Of those, the ones whose KV came from disk."""
     generated_tokens: int
+    reasoning_tokens: int = 0
     ttft_s: float
     time_saved_s: float | None
     reason: Reason
@@ -65,8 +66,8 @@ class Cost:
     ended: Literal["repetition"] | None = None
     """Why a reply was ended whose finish reason says more than one thing; None: nothing to add."""
 
-    sampling: Mapping[str, float] | None = None
-    """How tokens were chosen, as `Usage.sampling` has it; without a seed where the replies' differ."""
+    sampling: Mapping[str, Any] | None = None
+    """How tokens were chosen, as `Usage.sampling` has it; `seeds` where the replies have several."""
 
     @property
     def cached_tokens(self) -> int:
@@ -89,7 +90,10 @@ class Cost:
             "completion_tokens": self.generated_tokens,
             "total_tokens": self.prompt_tokens + self.generated_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "audio_tokens": 0},
-            "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+            "completion_tokens_details": {
+                "reasoning_tokens": self.reasoning_tokens,
+                "audio_tokens": 0,
+            },
             "recollect": self.own(),
         }
 
@@ -99,7 +103,7 @@ class Cost:
             "input_tokens": self.prompt_tokens,
             "input_tokens_details": {"cached_tokens": self.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": self.generated_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
             "total_tokens": self.prompt_tokens + self.generated_tokens,
             "recollect": self.own(),
         }
@@ -174,6 +178,7 @@ def cost(
         reused_tokens=sum(usage.reused_tokens for usage in most),
         restored_tokens=sum(usage.restored_tokens for usage in most),
         generated_tokens=sum(usage.generated_tokens for usage in usages),
+        reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
         ttft_s=min(usage.ttft_s for usage in usages),
         time_saved_s=sum(seconds for seconds in saved if seconds is not None)
         if None not in saved
@@ -185,16 +190,19 @@ def cost(
     )
 
 
-def _shared(usages: Sequence[Usage]) -> dict[str, float] | None:
-    """Return what is true of the sampling of all replies; only their seeds can differ."""
-    first = usages[0].sampling
-    if first is None:
-        return None
-    return {
-        name: value
-        for name, value in first.items()
-        if all((usage.sampling or {}).get(name) == value for usage in usages)
-    }
+def _shared(usages: Sequence[Usage]) -> dict[str, Any] | None:
+    """
+    Return how all replies to one request were sampled; only their seeds can differ.
+
+    A seed is as a request names it: negative where it stands for one above what an int64 holds.
+    """
+    told = usages[0].sampling
+    if told is None or "seed" not in told:
+        return None if told is None else dict(told)
+    seeds = [int((usage.sampling or told)["seed"]) for usage in usages]
+    seeds = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
+    rest = {name: value for name, value in told.items() if name != "seed"}
+    return rest | ({"seed": seeds[0]} if len(set(seeds)) == 1 else {"seeds": seeds})
 
 
 def recorded(values: Mapping[str, Any]) -> Usage:

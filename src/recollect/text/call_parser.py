@@ -318,15 +318,9 @@ class ToolCallParser:
     def _end_of_object(self, closing: str) -> Reader:
         """Pass over what is left of a call whose arguments are whole."""
         if closing:
-            _, is_there = yield from self._up_to(closing)
-            if not is_there and self._is_cut:
-                pass  # only the mark was missing
+            yield from self._up_to(closing)  # only the mark may be missing
         else:
-            outer = JsonObject(depth=1)
-            while not outer.closed:
-                self._take(outer.length_in(self._rest))
-                if not outer.closed and not (yield from self._more()):
-                    break
+            yield from self._whole_object(JsonObject(depth=1))
         yield self._end()
         return True
 
@@ -336,16 +330,11 @@ class ToolCallParser:
             body, is_there = yield from self._up_to(closing)
             self._trail.append(body + (closing if is_there else ""))
         else:
-            whole, parts = JsonObject(), list[str]()
             space = len(self._rest) - len(self._rest.lstrip(SPACE))
             self._trail.append(self._take(space))
             if not self._rest.startswith("{"):
                 return (yield from self._no_call())
-            while not whole.closed:
-                parts.append(self._take(whole.length_in(self._rest)))
-                if not whole.closed and not (yield from self._more()):
-                    break
-            body, is_there = "".join(parts), whole.closed
+            body, is_there = yield from self._whole_object(JsonObject())
             self._trail.append(body)
         call = as_call(body, self._format.keys) if is_there else None
         if call is None:
@@ -355,6 +344,14 @@ class ToolCallParser:
         yield from self._given(arguments)
         yield self._end()
         return True
+
+    def _whole_object(self, scan: JsonObject) -> Generator[Event | None, None, tuple[str, bool]]:
+        """Take a JSON object up to its end; return it, and whether the end came."""
+        parts = list[str]()
+        while True:
+            parts.append(self._take(scan.length_in(self._rest)))
+            if scan.closed or not (yield from self._more()):
+                return "".join(parts), scan.closed
 
     def _json(self) -> Reader:
         """Tell the arguments, a JSON object that begins here; False: it is not whole."""
@@ -496,10 +493,10 @@ class ToolCallParser:
         if name is None:
             return (yield from self._no_call())
         scan, parts = PythonArguments(), list[str]()
-        while not scan.closed:
+        while True:
             parts.append(scan.taken_from(self._rest))
             self._trail.append(self._take(scan.length))
-            if not scan.closed and not (yield from self._more()):
+            if scan.closed or not (yield from self._more()):
                 break
         arguments = python_arguments("".join(parts)) if scan.closed else None
         if scan.closed and arguments is None:

@@ -22,13 +22,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Final, Literal
+from typing import IO, Any, Final, Literal, cast
 
 import psutil
 
 from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text import template_engine
 from recollect.text.call_style import TRIED_TOOLS, CallStyle, tried_style
+from recollect.text.reasoning import ReasoningMarks, find_marks, parted
 from recollect.text.template_engine import (
     COMPILED,
     FAILURES,
@@ -337,11 +338,17 @@ class ChatTemplate:
         """How the model writes calls of tools."""
         self.knows_tools: Final = uses_tools and shown is self.tool_format
         """Whether it shows tools, and asks for calls of them in that format, by itself."""
-        self.knows_thoughts: Final = _THOUGHT_END in source
-        """Whether it decides which thoughts of earlier replies are shown."""
         self._options: Mapping[str, Any] = {}
         self._takes: dict[_System, bool] = {}
         self._calls: list[CallStyle] = []
+        self._marks: list[ReasoningMarks | None] = []
+
+    @property
+    def reasoning(self) -> ReasoningMarks | None:
+        """Return the marks of what the model thinks; None: it knows none. They are tried out once."""
+        if not self._marks:
+            self._marks.append(find_marks(self.source, self._tried))
+        return self._marks[0]
 
     def render(
         self,
@@ -366,8 +373,8 @@ class ChatTemplate:
             messages = with_results_spelled(messages)
         if tools and not self.knows_tools:
             messages, tools = with_tools_spelled(messages, tools, self.tool_format), None
-        messages = self.call_style.applied(messages)
-        return self._rendered(self._folded(messages), add_generation_prompt, tools)
+        messages = self._with_reasoning(self._folded(self.call_style.applied(messages)))
+        return self._rendered(messages, add_generation_prompt, tools)
 
     @property
     def call_style(self) -> CallStyle:
@@ -393,7 +400,8 @@ class ChatTemplate:
         """
         if taken := sorted(_GIVEN & options.keys()):
             raise InvalidParameterError(
-                f"{taken[0]!r} is no option of a chat template, but what it shows: leave it out."
+                f"{taken[0]!r} is no option of a chat template, but what it shows: leave it out.",
+                param="template_options",
             )
         other = copy.copy(self)
         other._options = dict(options)
@@ -401,11 +409,47 @@ class ChatTemplate:
 
     def with_thoughts(self, messages: Sequence[Message]) -> list[Message]:
         """
-        Return messages with the thoughts of replies in their text, as a model writes them.
+        Return messages with the reasoning of replies apart from what they say.
 
         Without any, where the template knows none.
         """
-        return [_with_thoughts(one, shows=self.knows_thoughts) for one in messages]
+        return [self._apart(one) for one in messages]
+
+    def _apart(self, message: Any) -> Any:
+        # What is no message is refused later.
+        if not isinstance(message, dict) or message.get("role") != "assistant":
+            return message
+        said, marks = message.get("content"), self.reasoning
+        if marks is None:
+            return _without_reasoning(cast("Message", message))
+        is_apart = message.get("reasoning_content") or not isinstance(said, str)
+        if is_apart or not str(said).lstrip().startswith(marks.open):
+            return message
+        parts = parted(str(said), marks)
+        return {**message, "content": parts.said, "reasoning_content": parts.reasoning}
+
+    def _with_reasoning(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return messages with their reasoning where the template looks for it."""
+        if not any("reasoning_content" in one for one in messages):
+            return messages
+        marks = self.reasoning
+        if marks is None:
+            return [_without_reasoning(one) for one in messages]
+        return [cast("Message", marks.told(one)) for one in messages]
+
+    def _tried(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        options: Mapping[str, Any],
+    ) -> str | None:
+        """Return what the template shows of messages that are tried out; None: it refuses them."""
+        template = copy.copy(self)
+        template._options = options
+        try:
+            return template._rendered(messages, add_generation_prompt, None)
+        except TemplateError:
+            return None
 
     def _folded(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return messages with the instructions where the template takes them; see `folded`."""
@@ -439,7 +483,7 @@ class ChatTemplate:
 
     def _rendered(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> str:
@@ -496,19 +540,12 @@ _GIVEN: Final = {
 _TRIED_OUT: Final = ("recollect0question", "recollect0first", "recollect0second")
 """Texts of a trial conversation, which a template shows as they are or not at all."""
 
-_THOUGHT_START: Final = "<think>"
-_THOUGHT_END: Final = "</think>"
-"""Between which models write what they think. Source: the templates of Qwen3, DeepSeek R1 and GLM 4.5."""
 
-
-def _with_thoughts(message: Message, *, shows: bool) -> Message:
+def _without_reasoning(message: Message) -> Message:
     if "reasoning_content" not in message:
         return message
     plain = message.copy()
-    thoughts = plain.pop("reasoning_content")
-    if shows and thoughts and message["role"] == "assistant":
-        said = message["content"] or ""
-        plain["content"] = f"{_THOUGHT_START}\n{thoughts.strip()}\n{_THOUGHT_END}\n\n{said}"
+    del plain["reasoning_content"]
     return plain
 
 

@@ -416,23 +416,6 @@ class Decoder(Protocol):
         """Return what an id adds to a text; see `Tokenizer.added_text`."""
 
 
-class ShowingMarks:
-    """Decodes as another, and shows some control tokens as the text that they are written as."""
-
-    def __init__(self, decoder: Decoder, marks: Mapping[int, str]) -> None:
-        self._decoder = decoder
-        self._marks = marks
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of *ids*, shape `(n,)`, marks in it."""
-        return decode_with_marks(ids, self._marks, self._decoder.decode)
-
-    def added_text(self, token_id: int) -> str | None:
-        """Return what an id adds to a text; see `Tokenizer.added_text`."""
-        mark = self._marks.get(token_id)
-        return self._decoder.added_text(token_id) if mark is None else mark
-
-
 class Detokenizer:
     """
     Turns tokens into pieces of text as they come.

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -124,16 +125,27 @@ def test_text_is_the_replies_and_nothing_else(
     assert out.getvalue() == "".join(reply + "\n" for reply in replies)
 
 
-@pytest.mark.parametrize("as_json", [True, False])
+OURS = re.compile(r"\r(?:\x1b\[\d+[AC])*\x1b\[J|\x1b\[[0-9;]+m")
+"""How text is drawn again, and styled."""
+
+
+@pytest.mark.parametrize(
+    "how", [{"as_json": True}, {"as_json": False}, {"as_json": False, "plain": True}]
+)
 def test_control_characters_of_the_model_do_not_reach_a_terminal(
-    model: Model, monkeypatch: pytest.MonkeyPatch, as_json: bool
+    model: Model, monkeypatch: pytest.MonkeyPatch, how: dict[str, bool]
 ) -> None:
     out = io.StringIO()
     monkeypatch.setattr(out, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setenv("TERM", "xterm")
     params = SamplingParams(max_tokens=400, ignore_eos=True)
-    answer_all(model.session(params=params), ["one"], as_json=as_json)
-    assert printable(out.getvalue()) == out.getvalue()
+    answer_all(model.session(params=params), ["one"], **how)
+    shown = out.getvalue()
+    if how == {"as_json": False}:
+        assert OURS.search(shown)
+        shown = OURS.sub("", shown)
+    assert printable(shown) == shown
 
 
 def test_the_turns_before_an_error_are_printed(

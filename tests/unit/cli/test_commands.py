@@ -1,5 +1,6 @@
 """The commands of a chat, on the reference model."""
 
+import re
 from collections.abc import Callable
 from io import StringIO
 from typing import Any
@@ -603,3 +604,28 @@ def test_what_is_whole_does_not_go_on(chat: Chat, screen: StringIO) -> None:
     chat.say("one", SamplingParams(logit_bias={end: 100.0}))
     handle_line(chat, "/continue")
     assert "ended by itself" in take(screen)
+
+
+def test_what_stats_say_of_the_sampling_gives_the_last_reply_again(
+    chat: Chat, screen: StringIO
+) -> None:
+    run_command(chat, "/set temperature 1")
+    handle_line(chat, "one")
+    said = chat.session.tip.content
+    take(screen)
+    run_command(chat, "/stats")
+    told = re.search(r"sampling +temperature 1.0; --seed (\d+) gives", take(screen))
+    assert told is not None
+    run_command(chat, "/undo")
+    handle_line(chat, "one")
+    assert chat.session.tip.content != said, "another seed is drawn"
+    run_command(chat, "/undo")
+    run_command(chat, f"/set seed {told[1]}")
+    handle_line(chat, "one")
+    assert chat.session.tip.content == said
+
+
+def test_penalties_of_a_greedy_chat_are_told(chat: Chat, screen: StringIO) -> None:
+    run_command(chat, "/set repetition-penalty 1.3")
+    run_command(chat, "/stats")
+    assert "greedy, repetition_penalty 1.3" in take(screen)

@@ -42,7 +42,7 @@ def test_the_clients_that_computed_most_come_first_and_the_others_are_counted(
     *lines, last = explained()
     named = [line.partition(":")[0] for line in lines if not line.startswith(" ")]
     assert named == clients[:20]
-    assert last == ("5 more clients have computed less: --client shows those with a name.")
+    assert last == ("5 more clients have lost or computed less: --client shows those with a name.")
 
 
 def test_one_client_is_chosen_by_its_name(clients: list[str]) -> None:

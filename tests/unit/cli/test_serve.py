@@ -1,6 +1,7 @@
 """What `recollect serve` is told before it listens."""
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,20 @@ from typer.testing import CliRunner
 
 from recollect.cli.main import app
 from recollect.conversation.model import Model
-from recollect.errors import ConfigError, RecollectError
+from recollect.errors import ConfigError, MissingPackageError, RecollectError
 from recollect.server.hub import ModelHub
 
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECOLLECT_HOME", str(tmp_path / "home"))
+
+
+def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httptools", None)
+    result = CliRunner().invoke(app, ["serve", "-m", "reference"])
+    assert isinstance(result.exception, MissingPackageError)
+    assert "recollect-llm[server]" in str(result.exception)
 
 
 def test_a_public_file_that_cannot_be_read_is_told_at_the_start(tmp_path: Path) -> None:

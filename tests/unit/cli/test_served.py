@@ -6,7 +6,7 @@ import pytest
 
 from recollect.cli.serve import default_references, public_names, weight_bytes
 from recollect.errors import ConfigError
-from recollect.models.prepare import ModelStatus
+from recollect.models.listing import ModelStatus
 
 
 def gguf(path: Path, size: int = 1) -> str:

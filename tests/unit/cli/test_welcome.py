@@ -36,6 +36,12 @@ def test_a_new_chat_says_what_is_spoken_to(kept: Chat, screen: StringIO) -> None
     assert screen.getvalue().count("\n") == 1
 
 
+def test_a_new_chat_with_instructions_is_not_a_resumed_one(kept: Chat, screen: StringIO) -> None:
+    begun = Chat(kept.model, kept.console, kept.model.session("Be brief.", keep=True, name="new"))
+    welcome(begun)
+    assert screen.getvalue().count("\n") == 1
+
+
 def test_a_resumed_chat_shows_its_branches_and_the_last_turns(kept: Chat, screen: StringIO) -> None:
     for text in ("one", "two", "three"):
         kept.say(text)

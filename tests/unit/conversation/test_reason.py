@@ -179,6 +179,30 @@ def test_what_was_evicted_is_named(make_model: Callable[..., Model]) -> None:
     said = chat.respond("two").usage
     assert said.reason == "evicted"
     assert said.reused_tokens + said.computed_tokens == said.prompt_tokens
+    assert 0 < said.lost_tokens < said.computed_tokens, "the new message was not lost"
+
+
+def test_instructions_that_were_evicted_are_named_before_any_reply(
+    make_model: Callable[..., Model],
+) -> None:
+    """Nothing in the second prompt was generated here; its beginning was read, and is gone."""
+    model = make_model(num_blocks=160)
+    system = "A system prompt. " * 12
+    model.session(system).respond("one", params=SHORT)
+    for number in range(24):
+        model.session(f"{number} " * 100).respond("one", params=SHORT)
+    said = model.session(system).respond("another", params=SHORT).usage
+    assert said.reason == "evicted"
+    assert len(system) - 32 <= said.lost_tokens <= said.computed_tokens
+    assert (
+        said.difference
+        == f"{said.lost_tokens} tokens had been computed, and are no longer in memory."
+    )
+    fresh = model.session("Another system prompt. " * 4).respond("one", params=SHORT).usage
+    assert (fresh.reason, fresh.lost_tokens) == ("new", 0)
+    other: list[dict[str, object]] = [{"type": "function", "function": {"name": "look"}}]
+    with_tools = model.session(system, tools=other).respond("more", params=SHORT).usage
+    assert (with_tools.reason, with_tools.lost_tokens) == ("new", 0), "never read under these tools"
 
 
 def test_other_tools_have_lost_nothing_where_the_whole_prompt_is_there(model: Model) -> None:

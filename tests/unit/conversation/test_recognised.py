@@ -108,6 +108,7 @@ def test_what_the_template_shows_otherwise_is_read_once_and_told(
         before.append(reply)
         messages += [assistant(text), user("And?")]
     reasons = [reply.usage.reason for reply in before]
+    assert [bool(reply.usage.lost_tokens) for reply in before] == [False, True, True, False]
     assert reasons == ["new", "template_rewrote", "template_rewrote", "new"]
     assert "reply 2" in str(before[2].usage.difference)
     for number, reply in enumerate(before[1:], 1):
@@ -156,6 +157,7 @@ def test_instructions_that_change_are_told_before_any_question(
         said = answer(model, [system(front + LONG), user(question)], "Yes").usage
     assert said.reason == "system_changed"
     assert said.computed_tokens > len(LONG)
+    assert len(LONG) - 9 <= said.lost_tokens < said.computed_tokens
     assert said.difference is not None
     assert said.difference.startswith("Message 1, line 3: 'Tuesday.")
     assert " became 'Friday." in said.difference
@@ -174,6 +176,7 @@ def test_a_summary_in_place_of_old_turns_is_told_once(make_model: Callable[..., 
     first = answer(model, compact, "Yes.")
     second = answer(model, [*compact, assistant("Yes. "), user("Five")], "No.")
     assert (whole.usage.reason, first.usage.reason) == ("new", "message_changed")
+    assert 0 < first.usage.lost_tokens < first.usage.computed_tokens - len("Summary: one")
     assert first.usage.reused_tokens >= len(LONG)
     assert (second.usage.reason, read_again(second, first)) == ("new", 0)
 

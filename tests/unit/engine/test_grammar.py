@@ -135,6 +135,29 @@ def test_a_schema_that_is_only_itself_is_refused_before_a_reply_begins(
     assert grammars.start(Grammar.json_schema(inside)).allowed([]).any()
 
 
+def test_what_is_wrong_with_a_grammar_is_found_out_once(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = Grammar.lark("start: missing")
+    told = []
+    for _ in range(3):
+        with pytest.raises(InvalidParameterError) as error:
+            grammars.start(wrong)
+        told.append((str(error.value), grammars.made))
+    assert told == told[:1] * 3
+    monkeypatch.setattr(grammars.refused, "most_bytes", 4_000)
+    before = grammars.made
+    for number in range(40):
+        with pytest.raises(InvalidParameterError):
+            grammars.start(Grammar.lark(f"start: missing{number}"))
+    grammars.refused.check()
+    assert 0 < len(grammars.refused) < 40
+    assert grammars.made == before + 40
+    with pytest.raises(InvalidParameterError, match="missing"):
+        grammars.start(wrong)
+    assert grammars.made == before + 41, "it was forgotten"
+
+
 def test_a_grammar_that_ends_up_nowhere_is_the_callers_mistake(grammars: Grammars) -> None:
     nowhere = {
         "$defs": {"a": {"$ref": "#/$defs/a"}},
@@ -411,7 +434,7 @@ def test_few_grammars_are_noted_and_no_long_ones() -> None:
 def test_a_note_that_is_none_is_left_out(text: str) -> None:
     grammars = Grammars(TOKENIZER, vocab_size=VOCAB_SIZE, notes=Notes(text))
     grammars.prepare()
-    assert grammars.made == 1
+    assert grammars.made == 1 + len(grammars.refused)
 
 
 def test_the_bytes_of_tokens_are_found_out_once_for_each_model(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
@@ -18,19 +19,24 @@ RUNAWAYS = [
 """Greedy replies of SmolLM2-135M-Instruct and sampled ones, as text, cut after 1,400 tokens."""
 
 
-def split(text: str) -> list[int]:
-    """Return a number for each word, number, run of spaces and mark: about the tokens of a model."""
+def split(text: str) -> list[tuple[int, str]]:
+    """Return each word, digit, run of spaces and mark with a number: about the tokens of a model."""
     ids: dict[str, int] = {}
     return [
-        ids.setdefault(piece.group(), len(ids))
+        (ids.setdefault(piece.group(), len(ids)), piece.group())
         for piece in re.finditer(r" ?[A-Za-z]+|\d|([^\w\s])\1*|\s+", text)
     ]
 
 
-def end_of(token_ids: list[int]) -> int | None:
+def words(token_ids: Iterable[int]) -> list[tuple[int, str]]:
+    """Return tokens of which each is a word."""
+    return [(token, " word") for token in token_ids]
+
+
+def end_of(tokens: Iterable[tuple[int, str]]) -> int | None:
     """Return after how many tokens a reply is taken to have run away."""
     repetition = Repetition()
-    return next((n for n, token in enumerate(token_ids, 1) if repetition.push(token)), None)
+    return next((n for n, token in enumerate(tokens, 1) if repetition.push(*token)), None)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -39,15 +45,7 @@ def test_a_text_that_may_repeat_goes_on(name: str) -> None:
     assert end_of(split(TEXTS[name]())) is None
 
 
-RUNS_ON = "Plan a week of vegetarian dinners."
-"""Its loop changes a word within each 48 tokens; no rule that lets statements of SQL through sees it."""
-
-
-@pytest.mark.parametrize(
-    "runaway",
-    [one for one in RUNAWAYS if one["prompt"] != RUNS_ON],
-    ids=lambda one: one["prompt"][:40],
-)
+@pytest.mark.parametrize("runaway", RUNAWAYS, ids=lambda one: one["prompt"][:40])
 def test_a_real_runaway_is_ended(runaway: dict[str, str]) -> None:
     """What a small model really wrote without an end is noticed before 1,200 tokens."""
     end = end_of(split(runaway["text"]))
@@ -55,17 +53,24 @@ def test_a_real_runaway_is_ended(runaway: dict[str, str]) -> None:
     assert end <= 1200
 
 
-def test_what_is_not_noticed_is_known() -> None:
-    """One of the runaways is left to the limit on tokens: whoever tightens the rule hears of it."""
-    (runaway,) = [one for one in RUNAWAYS if one["prompt"] == RUNS_ON]
-    assert end_of(split(runaway["text"])) is None
+@pytest.mark.parametrize("item", ["{}. ", "**{}:** ", "- {}) ", "## {}. "])
+def test_a_list_of_one_item_again_and_again_is_ended(item: str) -> None:
+    """Items that are the same but for their numbers are a loop, however the numbers are written."""
+    line = "Roman Colosseum: the largest amphitheater of Rome, with a massive dome.\n"
+    assert end_of(split("".join(item.format(n) + line for n in range(1, 90)))) is not None
+
+
+@pytest.mark.parametrize("line", ["{}.\n", "{}. \n\n", "{}: yes\n", "- {}) [ ]\n", "{} {}. "])
+def test_lines_that_do_nothing_but_count_go_on(line: str) -> None:
+    """Somebody may ask for numbered lines to fill in."""
+    assert end_of(split("".join(line.format(n, n) for n in range(1, 400)))) is None
 
 
 @pytest.mark.parametrize("period", [1, 2, 7, 31, 32, 33, 100, 128])
 def test_an_exact_cycle_is_ended(period: int) -> None:
     """A cycle is noticed once it has come four times and fills the window."""
     head = list(range(1000, 1100))
-    end = end_of(head + list(range(period)) * (2048 // period + 1))
+    end = end_of(words(head + list(range(period)) * (2048 // period + 1)))
     assert end is not None
     assert end <= len(head) + SAME_TIMES * max(period, SAME_LENGTH) + REPETITION_WINDOW
 
@@ -76,7 +81,8 @@ def test_a_cycle_with_a_counter_is_ended(seed: int) -> None:
     chosen = random.Random(seed)  # noqa: S311 - tokens, no secrets
     paragraph = [chosen.randrange(1000) for _ in range(120)]
     counter = count(5000)
-    assert end_of([t for _ in range(20) for t in (next(counter), *paragraph)]) is not None
+    tokens = [t for _ in range(20) for t in (next(counter), *paragraph)]
+    assert end_of(words(tokens)) is not None
 
 
 def test_random_tokens_go_on() -> None:
@@ -84,5 +90,5 @@ def test_random_tokens_go_on() -> None:
     chosen = random.Random(0)  # noqa: S311 - tokens, no secrets
     repetition = Repetition()
     for _ in range(50_000):
-        assert not repetition.push(chosen.randrange(50_000))
+        assert not repetition.push(chosen.randrange(50_000), " word")
     repetition.check()

@@ -1,6 +1,7 @@
 """What a server notes of its requests says where clients lose, and what that costs."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,9 @@ class Parts:
 
 
 def usage(reason: Reason = "new", computed: int = 100, difference: str | None = None) -> Usage:
+    """Return what a reply cost; of what was computed, 30 tokens are new."""
     return Usage(
+        lost_tokens=0 if reason == "new" else max(0, computed - 30),
         prompt_tokens=1_000,
         reused_tokens=1_000 - computed,
         computed_tokens=computed,
@@ -50,15 +53,44 @@ def test_a_date_in_the_instructions_is_named_with_its_line_and_its_cost(tmp_path
     first, second = explain(home=tmp_path)
     assert (first.client, first.requests, first.prompt_tokens) == ("opencode", 8, 8_000)
     assert first.computed_tokens == 4 * 800 + 4 * 100
+    assert first.lost_tokens == 4 * 770, "what is new is no cost of the difference"
     (finding,) = first.findings
-    assert (finding.reason, finding.times, finding.computed_tokens) == ("system_changed", 4, 3_200)
+    assert (finding.reason, finding.times) == ("system_changed", 4)
+    assert (finding.computed_tokens, finding.lost_tokens) == (3_200, 3_080)
     assert str(finding) == (
         "Line 3 of the instructions is a date or a time ('2026-11-26. Be brief.' became "
-        "'2026-11-27. Be brief.'): 800 tokens computed in each of 4. Put what changes at the end of "
-        "the instructions, or into a message."
+        "'2026-11-27. Be brief.'): 770 tokens read again in each of 4 requests. Put what changes at "
+        "the end of the instructions, or into a message."
     )
     assert [one.reason for one in second.findings] == ["tools_changed"]
     assert "secret" in str(second.findings[0])
+
+
+def test_a_line_without_what_was_lost_counts_what_was_computed(tmp_path: Path) -> None:
+    """As earlier versions wrote them."""
+    lines = [{**GOOD, "computed": 70}, {**GOOD, "computed": 9, "reason": "new"}]
+    (tmp_path / "requests").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (one,) = explain(home=tmp_path)
+    assert (one.computed_tokens, one.lost_tokens) == (79, 70)
+    assert "70 tokens read again, once." in str(one.findings[0])
+
+
+def test_lines_that_wait_for_a_slow_disk_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "MOST_WAITING", 5)
+    home = tmp_path / "home"
+    os.mkfifo(home_of := tmp_path / "fifo")
+    home.mkdir()
+    (home / "requests").symlink_to(home_of)
+    log = RequestLog(home, None)
+    for number in range(50):
+        log.note("m", f"client {number}", usage(), None)
+    with home_of.open("rb") as disk:  # by now the writer waits for a reader, with what it took
+        log.close()
+        os.set_blocking(disk.fileno(), False)
+        written = disk.read().splitlines()
+    assert 5 <= len(written) <= 10
 
 
 def test_clients_are_chosen_by_name_and_requests_by_age(tmp_path: Path) -> None:
@@ -79,7 +111,7 @@ def test_without_words_counts_and_places_are_left(tmp_path: Path) -> None:
     assert b"Be brief" not in file.read_bytes()
     assert b"secret" not in file.read_bytes()
     (finding,) = explain("opencode", home=tmp_path)[0].findings
-    assert str(finding).startswith("Line 3 of the instructions changes: 800 tokens")
+    assert str(finding).startswith("Line 3 of the instructions changes: 770 tokens")
 
 
 def test_in_an_encrypted_folder_each_line_is_sealed(tmp_path: Path) -> None:
@@ -119,7 +151,7 @@ GOOD = {"client": "a", "prompt": 1, "computed": 1, "reason": "system_changed"}
         *(b"", b"{", b"[]", b"{}", b"\xff", b'{"client": 1}', b"[" * 100_000),
         *(
             json.dumps({**GOOD, name: value}).encode()
-            for name in (*GOOD, "message", "line", "role", "was", "now", "difference")
+            for name in (*GOOD, "message", "line", "lost", "role", "was", "now", "difference")
             for value in WRONG
         ),
     ],

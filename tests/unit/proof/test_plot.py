@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from recollect.conversation.model import Model
-from recollect.errors import ConfigError
+from recollect.errors import ConfigError, MissingPackageError
 from recollect.proof import report
 from recollect.proof.bench import BenchConfig, run_growth, summarize_growth
 from recollect.proof.report import machine_card
@@ -16,7 +16,7 @@ def test_a_missing_matplotlib_is_said_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(report, "find_spec", lambda _name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'recollect-llm\[plot\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'recollect-llm\[plot\]'"):
         report.require_plot(tmp_path / "curve.png")
 
 

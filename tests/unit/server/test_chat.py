@@ -126,26 +126,37 @@ def test_a_reply_that_repeated_itself_is_told(
     raise AssertionError("it does not say that the reply was cut")
 
 
+@pytest.mark.usefixtures("runaways")
+def test_a_stored_response_says_so_too(client: httpx.Client, post: Callable[..., Json]) -> None:
+    for limit, ended in ((1600, "repetition"), (8, None)):
+        said = {"input": "Hello", "max_output_tokens": limit}
+        told = post(client, "/v1/responses", said)
+        stored = client.get(f"/v1/responses/{told['id']}").json()
+        assert stored["usage"]["recollect"]["ended"] == ended
+        assert stored["usage"]["recollect"]["sampling"] == told["usage"]["recollect"]["sampling"]
+
+
 MAKERS = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
 
 
-@pytest.mark.parametrize(
-    ("path", "said", "takes_seed"),
+EACH_API = pytest.mark.parametrize(
+    ("path", "said"),
     [
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}, True),
-        ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}]}, False),
-        ("/v1/responses", {"input": "Hello"}, True),
-        ("/v1/completions", {"prompt": "Hello"}, True),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hello"}]}),
+        ("/v1/responses", {"input": "Hello"}),
+        ("/v1/completions", {"prompt": "Hello"}),
     ],
 )
+
+
+@EACH_API
 def test_a_model_is_sampled_as_its_makers_recommend(
     start: Callable[..., httpx.Client],
     make_model: Callable[..., Model],
     post: Callable[..., Json],
     path: str,
     said: Json,
-    *,
-    takes_seed: bool,
 ) -> None:
     client = start(load=lambda _: make_model(sampling=MAKERS))
     limit = "max_output_tokens" if path.endswith("responses") else "max_tokens"
@@ -165,9 +176,57 @@ def test_a_model_is_sampled_as_its_makers_recommend(
     assert warm["temperature"] == 0.5
     assert warm["top_k"] == 20
     assert sampling(temperature=0) is None
-    if takes_seed:
-        again = sampling(seed=seed)
-        assert again == {**MAKERS, "seed": seed}
+    assert sampling(seed=seed) == {**MAKERS, "seed": seed}
+
+
+def said_in(answer: Json) -> Json:
+    """Return what a reply says, without ids, times and costs."""
+    if "output" in answer:
+        return {"said": answer["output"][0]["content"]}
+    return {"said": answer.get("content") or answer["choices"]}
+
+
+@EACH_API
+@pytest.mark.parametrize("seed", [None, 5, -1, 2**63 - 1, -(2**63)])
+def test_what_usage_says_of_the_sampling_gives_the_reply_again(
+    client: httpx.Client, post: Callable[..., Json], path: str, said: Json, seed: int | None
+) -> None:
+    limit = "max_output_tokens" if path.endswith("responses") else "max_tokens"
+    asked = {**said, limit: 12, "temperature": 1.0, "top_p": 0.95}
+    first = post(client, path, asked if seed is None else {**asked, "seed": seed})
+    told = first["usage"]["recollect"]["sampling"]
+    assert set(told) == {"temperature", "top_p", "seed"}
+    assert seed in (None, told["seed"])
+    assert said_in(post(client, path, {**said, limit: 12, **told})) == said_in(first)
+    other = {**said, limit: 12, **told, "seed": 12345}
+    assert said_in(post(client, path, other)) != said_in(first)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+        ("/v1/completions", {"prompt": "Hello"}),
+    ],
+)
+@pytest.mark.parametrize("seed", [None, -2, 2**63 - 2])
+def test_each_of_several_choices_has_a_seed_that_gives_it_again(
+    client: httpx.Client, post: Callable[..., Json], path: str, said: Json, seed: int | None
+) -> None:
+    asked = {**said, "max_tokens": 12, "temperature": 1.0}
+    several = post(client, path, {**asked, "n": 3} | ({} if seed is None else {"seed": seed}))
+    told = several["usage"]["recollect"]["sampling"]
+    assert (len(told["seeds"]), "seed" in told) == (3, False)
+    for choice, one in zip(several["choices"], told["seeds"], strict=True):
+        (again,) = post(client, path, {**asked, "seed": one})["choices"]
+        assert {**again, "index": 0} == {**choice, "index": 0}
+
+
+def test_penalties_of_a_greedy_reply_are_told(
+    client: httpx.Client, chat: Callable[..., Json]
+) -> None:
+    told = chat(client, ("user", "Hello"), temperature=0, repetition_penalty=1.3, top_p=0.5)
+    assert told["usage"]["recollect"]["sampling"] == {"repetition_penalty": 1.3}
 
 
 def test_the_operator_says_how_requests_are_sampled_that_do_not(

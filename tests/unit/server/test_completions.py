@@ -6,6 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
+from recollect.conversation.model import Model
+
 Json = dict[str, Any]
 PATH = "/v1/completions"
 
@@ -40,6 +42,19 @@ def test_a_stream_says_the_same(
     assert found.pop() == "data: [DONE]"
     text = "".join(event["choices"][0]["text"] for event in found)
     assert text == post(client, PATH, body)["choices"][0]["text"]
+
+
+def test_a_prompt_that_was_evicted_is_told(
+    start: Callable[..., httpx.Client], make_model: Callable[..., Model], post: Callable[..., Json]
+) -> None:
+    client = start(load=lambda _: make_model(num_blocks=40))
+    *others, last = (
+        post(client, PATH, {"prompt": letter * 300, "max_tokens": 4})["usage"]["recollect"]
+        for letter in "abcdea"
+    )
+    assert {one["reason"] for one in others} == {"new"}
+    assert last["reason"] == "evicted"
+    assert last["difference"].endswith("tokens had been computed, and are no longer in memory.")
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,14 @@ def test_without_the_key_nothing_answers_but_health(start: Callable[..., httpx.C
     assert client.post(CHAT, json=HELLO).status_code == 200
     assert client.post(CHAT, json=HELLO, headers={"x-api-key": "right"}).status_code == 200
     wrongs: list[dict[str, str]] = [{}, bearer("wrong"), bearer("a b"), {"x-api-key": ""}]
-    for wrong in wrongs:
-        for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/nowhere"):
-            refused = httpx.get(f"{client.base_url}{path}", headers=wrong, trust_env=False)
-            assert refused.status_code == 401
-            assert refused.json()["error"]["code"] == "invalid_api_key"
-        health = httpx.get(f"{client.base_url}/health", headers=wrong, trust_env=False)
-        assert health.status_code in {200, 503}
+    with httpx.Client(base_url=client.base_url, trust_env=False) as stranger:
+        for wrong in wrongs:
+            for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/nowhere"):
+                refused = stranger.get(path, headers=wrong)
+                assert refused.status_code == 401
+                assert refused.json()["error"]["code"] == "invalid_api_key"
+            health = stranger.get("/health", headers=wrong)
+            assert health.status_code in {200, 503}
 
 
 def test_what_one_key_said_is_computed_again_for_another(

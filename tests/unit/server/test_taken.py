@@ -201,6 +201,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
             "input.0.content",
         ),
         (RESPONSES, {"background": True}, "background"),
+        (COMPLETIONS, {"suffix": "b"}, "suffix"),
+        (COMPLETIONS, {"best_of": 3}, "best_of"),
         (RESPONSES, {"prompt": {"id": "a"}}, "prompt"),
         (RESPONSES, {"input": [{"type": "compaction", "encrypted_content": "x"}]}, "input.0"),
         (
@@ -220,6 +222,59 @@ def test_what_would_change_the_reply_and_cannot_be_done_is_refused_at_its_place(
     error = refused.json()["error"]
     assert error["message"].startswith(f"{place}: ")
     assert error.get("param", place) == place
+    assert "Input should be" not in error["message"] or path == CHAT, "what to do instead"
+
+
+TOOL = {"name": "f", "parameters": {"type": "object"}}
+CHAT_TOOL = {"type": "function", "function": TOOL}
+NO_SCHEMA = {"name": "a", "schema": {"type": "nonsense"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (CHAT, {"model": "nobody"}, "model"),
+        (COMPLETIONS, {"model": "nobody"}, "model"),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 9_000}]}, "messages"),
+        (RESPONSES, {"input": "x" * 9_000}, "input"),
+        (COMPLETIONS, {"prompt": "x" * 9_000}, "prompt"),
+        (COMPLETIONS, {"prompt": [1, 99_999]}, "prompt"),
+        (COMPLETIONS, {"prompt": ""}, "prompt"),
+        (CHAT, {"messages": [{"role": "system", "content": "x"}]}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages"),
+        (CHAT, {"tools": [CHAT_TOOL, CHAT_TOOL]}, "tools"),
+        (RESPONSES, {"tools": [{"type": "function", "name": "a b"}]}, "tools"),
+        (CHAT, {"tool_choice": "required"}, "tool_choice"),
+        (RESPONSES, {"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": NO_SCHEMA}},
+            "response_format",
+        ),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", **NO_SCHEMA}}}, "text.format"),
+        (
+            RESPONSES,
+            {
+                "text": {"format": {"type": "json_schema", **NO_SCHEMA}},
+                "tools": [{"type": "function", **TOOL}],
+            },
+            "text.format",
+        ),
+        (CHAT, {"logit_bias": {"9999999": 1}}, "logit_bias"),
+        (CHAT, {"logit_bias": {"a": 1}}, "logit_bias"),
+        (CHAT, {"stop": ["x"] * 100}, "stop"),
+        (CHAT, {"stop": ["x" * 9_000]}, "stop"),
+        (CHAT, {"ignore_eos": True, "response_format": {"type": "json_object"}}, "ignore_eos"),
+        (CHAT, {"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
+        (RESPONSES, {"chat_template_kwargs": {"a": "<|im_end|>"}}, "chat_template_kwargs"),
+    ],
+)
+def test_what_the_engine_refuses_is_told_at_its_place_too(
+    client: httpx.Client, path: str, fields: Json, param: str
+) -> None:
+    refused = client.post(path, json={**ASK[path], **fields})
+    assert refused.status_code in (400, 404)
+    assert refused.json()["error"]["param"] == param
 
 
 @pytest.mark.parametrize("fields", [{"min_tokens": 0}, {"typical_p": 1.0}, {"functions": []}])
@@ -841,5 +896,7 @@ def test_a_call_that_is_cut_is_told_alike_in_a_stream_and_whole(
             for block in post(client, MESSAGES, said)["content"]
         ]
         assert streamed_messages(events(client, MESSAGES, {**said, "stream": True})) == blocks
+        if choice["finish_reason"] != "length":
+            break  # every longer limit asks for the same reply
     assert {(0, "length"), (1, "length")} & seen
     assert stop is not None or (1, "tool_calls") in seen

@@ -1,0 +1,98 @@
+"""
+What is told of replies while they are generated, and what puts it into the words of an API.
+
+Values and a contract: generates nothing, and sends nothing.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from recollect.engine.reply import GeneratedReply
+from recollect.server.refusals import ApiError
+from recollect.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted
+from recollect.types import TokenLogprob
+
+CallEvent = CallStarted | ArgumentsDelta | CallEnded
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """More text of a reply."""
+
+    choice: int
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens whose text is out now, where they were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """More of what a model thinks before it answers; fields as in `Piece`."""
+
+    choice: int
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """More of a call of a tool."""
+
+    choice: int
+    event: CallEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A reply is whole, and kept where it is to be."""
+
+    choice: int
+    reply: GeneratedReply
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A reply ended without being whole: it is not told, whatever was kept of it."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Nothing new; this much of the prompts is read."""
+
+    done: int
+    total: int
+
+
+Told = Piece | Thought | Call | Ended
+"""What every API has words for."""
+Event = Told | Failed | Progress
+
+
+class Writer(Protocol):
+    """Puts the replies to one request into the words of an API. A text may be empty."""
+
+    def whole(self, replies: Sequence[GeneratedReply]) -> dict[str, Any]:
+        """Return them all at once."""
+
+    def begin(self) -> str:
+        """Return what a stream begins with."""
+
+    def write(self, event: Told) -> str:
+        """Return what is sent of an event."""
+
+    def fail(self, error: ApiError) -> str:
+        """Return what is sent last where a reply has failed."""
+
+    def end(self) -> str:
+        """Return what is sent last, after all replies."""
+
+
+def sse(data: Mapping[str, Any] | str, event: str | None = None) -> str:
+    """Return a server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
+    name = "" if event is None else f"event: {event}\n"
+    return f"{name}data: {text}\n\n"

@@ -1,0 +1,230 @@
+"""Reasoning of replies: kept, shown again as it was generated, and read again where it is dropped."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, Final
+
+import pytest
+
+from recollect.conversation import model as formats
+from recollect.conversation.model import Model
+from recollect.conversation.turn import Reply
+from recollect.engine import sampling
+from recollect.engine.reply import IdleWork
+from recollect.kv.disk import DiskStore
+from recollect.text.tokenizer import END_OF_TURN, ByteTokenizer, ControlTokens, Vocabulary
+from recollect.types import Grammar, Message, SamplingParams
+
+END: Final = "<|im_end|>\n"
+SHOWN: Final = "{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+THOUGHT: Final = "<think>\n{{ m.reasoning_content }}\n</think>\n\n"
+KEEPS: Final = (
+    "{% for m in messages %}<|im_start|>"
+    "{% if m.reasoning_content %}assistant\n" + THOUGHT + "{{ m.content }}<|im_end|>\n"
+    "{% else %}" + SHOWN + "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPENS: Final = KEEPS.replace(
+    "<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif"
+)
+DROPS: Final = KEEPS.replace("if m.reasoning_content", "if m.reasoning_content and loop.last")
+HARMONY: Final = (
+    "{% for m in messages %}<|start|>{{ m.role }}"
+    "{% if m.role == 'assistant' %}"
+    "{% if m.thinking %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|><|start|>assistant{% endif %}"
+    "<|channel|>final{% endif %}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+TEMPLATES: Final = {"keeps": KEEPS, "opens": OPENS}
+WRITTEN: Final = {
+    "as the template has it": "<think>\nHmm: 1?\n</think>\n\nIt is 1.",
+    "with other space": "<think>Hmm: 1?\n\n</think>\nIt is 1.",
+}
+(END_ID,) = ByteTokenizer().encode(END_OF_TURN)
+CHANNELS: Final = ("<|start|>", "<|end|>", "<|channel|>", "<|message|>")
+
+
+@pytest.fixture(autouse=True)
+def nothing_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what a turn reads again is not hidden by what was read while nobody waited."""
+    monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def says(text: str) -> SamplingParams:
+    return SamplingParams(max_tokens=400, grammar=Grammar.regex(re.escape(text)))
+
+
+def answer(model: Model, messages: Sequence[Message], text: str) -> Reply:
+    return model.session_from(messages).respond(None, params=says(text))
+
+
+def read_again(reply: Reply, last: Reply) -> int:
+    """Return how many tokens of a prompt were computed that the turn before had read or generated."""
+    known = last.usage.prompt_tokens + len(last.node.token_ids or ()) - 1  # it ends without KV
+    return known - reply.usage.reused_tokens
+
+
+@pytest.mark.parametrize("sends", ["all", "what was said"])
+@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_nothing_is_read_twice_where_the_template_keeps_reasoning(
+    name: str, written: str, sends: str, make_model: Callable[..., Model]
+) -> None:
+    model = make_model(template=TEMPLATES[name])
+    text = WRITTEN[written].removeprefix("<think>\n" if name == "opens" else "")
+    if name == "opens" and text.startswith("<think>"):
+        text = text.removeprefix("<think>")
+    messages, before = [user("One?")], list[Reply]()
+    for question in ("Two?", "Three?", "Four?"):
+        reply = answer(model, messages, text)
+        assert (reply.text, reply.reasoning, reply.content) == (text, "Hmm: 1?", "It is 1.")
+        assert (reply.node.content, reply.node.message().get("reasoning_content")) == (
+            "It is 1.",
+            "Hmm: 1?",
+        )
+        if before:
+            assert (read_again(reply, before[-1]), reply.usage.reason) == (0, "new")
+        before.append(reply)
+        said: Message = {"role": "assistant", "content": reply.content}
+        if sends == "all":
+            said["reasoning_content"] = reply.reasoning
+        messages += [said, user(question)]
+
+
+def test_only_what_a_template_drops_is_read_again_and_told(
+    make_model: Callable[..., Model],
+) -> None:
+    model = make_model(template=DROPS)
+    text = "<think>\nHmm: 1? Or 2, or 3, or 4, or 5?\n</think>\n\nIt is 1."
+    messages, before = [user("One?")], list[Reply]()
+    for _ in range(4):
+        reply = answer(model, messages, text)
+        if before:
+            assert reply.usage.reason == "template_rewrote"
+            assert f"reply {len(before)} " in str(reply.usage.difference)
+            new = f"It is 1.{END}<|im_start|>user\nTwo?{END}<|im_start|>assistant\n"
+            control = new.count("<|im")
+            marks = sum(len(mark) - 1 for mark in ("<|im_end|>",) * 2 + ("<|im_start|>",) * 2)
+            assert control == 4
+            assert reply.usage.computed_tokens <= len(new) - marks + 1  # all before is reused
+        before.append(reply)
+        messages += [
+            {"role": "assistant", "content": reply.content, "reasoning_content": reply.reasoning},
+            user("Two?"),
+        ]
+
+
+def test_a_client_that_changes_reasoning_is_read_as_it_says(
+    make_model: Callable[..., Model],
+) -> None:
+    model = make_model(template=KEEPS)
+    reply = answer(model, [user("One?")], WRITTEN["as the template has it"])
+    changed: Message = {"role": "assistant", "content": reply.content, "reasoning_content": "No."}
+    session = model.session_from([user("One?"), changed, user("Two?")])
+    assert session.path()[1].token_ids is None
+    assert session.transcript()[1].get("reasoning_content") == "No."
+    assert session.respond(None, params=says("Yes")).usage.reused_tokens > 0
+
+
+def test_reasoning_is_saved_and_found_after_a_restart(
+    make_model: Callable[..., Model], open_store: Callable[..., DiskStore]
+) -> None:
+    text = WRITTEN["with other space"]
+    first = make_model(template=KEEPS, store=open_store())
+    chat = first.session(keep=True, name="kept")
+    chat.respond("One?", params=says(text))
+    loose = answer(first, [user("Loose?")], text)
+    first.close()
+    second = make_model(template=KEEPS, store=open_store())
+    kept = second.resume("kept")
+    assert kept.transcript()[1].get("reasoning_content") == "Hmm: 1?"
+    said: Message = {"role": "assistant", "content": "It is 1."}
+    reply = answer(second, [user("Loose?"), said, user("Two?")], text)
+    assert reply.usage.reused_tokens >= loose.usage.prompt_tokens
+    assert reply.usage.reason == "new"
+    assert second.session_from([user("Loose?"), said, user("Two?")]).path()[1].token_ids
+
+
+def test_a_reply_that_was_cut_while_it_thought_goes_on_thinking(
+    make_model: Callable[..., Model],
+) -> None:
+    model = make_model(template=KEEPS)
+    chat = model.session()
+    cut = chat.respond("One?", params=replace(says("<think>\nHmm: 1?" + "." * 400), max_tokens=15))
+    assert (cut.finish_reason, cut.reasoning, cut.content) == ("length", "Hmm: 1?", "")
+    rest = chat.respond(None, params=says(" Yes.</think>It is 1."))
+    assert (rest.reasoning, rest.content) == ("Yes.", "It is 1.")
+    assert chat.tip.content == "It is 1."
+    reply = chat.respond("Two?", params=says("Yes"))
+    assert reply.usage.reason in ("new", "template_rewrote")
+
+
+class Channels(ByteTokenizer):
+    """Bytes, and harmony's marks as control tokens, which are no text."""
+
+    ids: Final = {text: ByteTokenizer().vocab_size + n for n, text in enumerate(CHANNELS)}
+    control_tokens = ControlTokens({**ByteTokenizer.control_tokens.ids, **ids})  # type: ignore[misc]
+
+    @property
+    def vocab_size(self) -> int:
+        return ByteTokenizer().vocab_size + len(CHANNELS)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        plain = super().vocabulary
+        return Vocabulary(
+            (*plain.token_bytes, *(text.encode() for text in CHANNELS)),
+            plain.special_token_ids | {*self.ids.values()},
+        )
+
+    def encode(self, text: str) -> list[int]:
+        parts = re.split("(" + "|".join(map(re.escape, CHANNELS)) + ")", text)
+        plain = super().encode
+        return [
+            one for part in parts for one in ([self.ids[part]] if part in self.ids else plain(part))
+        ]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return super().decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_id(self, text: str) -> int | None:
+        return self.ids.get(text)
+
+
+def test_channels_that_are_no_text_are_marks_all_the_same(
+    make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Channels()
+    parts = replace(formats.FORMATS["reference"], tokenizer=lambda _: tokenizer)
+    known = MappingProxyType({**formats.FORMATS, "reference": parts})
+    monkeypatch.setattr(formats, "FORMATS", known)
+    reply_ids = tokenizer.encode(
+        "<|channel|>analysis<|message|>Hmm: 1?<|end|><|start|>assistant"
+        "<|channel|>final<|message|>It is 1."
+    )
+
+    def choose(logits: Any, params: Any, *, history: Any, reply_start: int, **_: Any) -> int:
+        place = len(history) - reply_start
+        return [*reply_ids, END_ID][place]
+
+    monkeypatch.setattr(sampling, "choose_token", choose)
+    model = make_model(template=HARMONY, vocab_size=tokenizer.vocab_size)
+    messages, before = [user("One?")], list[Reply]()
+    for _ in range(3):
+        stream = model.session_from(messages).stream(None)
+        for _event in stream.events():
+            pass
+        reply = stream.reply
+        assert reply is not None
+        assert (reply.reasoning, reply.content) == ("Hmm: 1?", "It is 1.")
+        assert reply.usage.reasoning_tokens == len(reply_ids) - len("It is 1.")
+        if before:
+            assert (max(0, read_again(reply, before[-1])), reply.usage.reason) == (0, "new")
+        before.append(reply)
+        messages += [{"role": "assistant", "content": reply.content}, user("Two?")]
