@@ -641,11 +641,11 @@ class Model:
 
     def _conversation(self, namespace: str) -> Conversation:
         tier, fingerprint = self.engine.tier, self.weights_fingerprint
-        form = self.template.tool_format
+        known, form = self._index(namespace), self.template.tool_format
         return Conversation(
             model=self.name,
             fingerprint=fingerprint,
-            index=self._index(namespace),
+            index=known,
             remembered=RememberedReplies(tier, fingerprint, namespace, form) if tier else None,
             namespace=namespace,
         )

@@ -33,6 +33,7 @@ from recollect.conversation.tree import (
     parsed_reply,
 )
 from recollect.errors import InvalidParameterError, TemplateError
+from recollect.text.call_parts import object_of
 from recollect.text.reasoning import ShowingTokenizer, says_nothing, says_the_same
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
@@ -62,15 +63,6 @@ def calling(
         for call, given in zip(calls, arguments, strict=True)
     ]
     return cast("Message", {"role": "assistant", "content": content, "tool_calls": each})
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    """Return the object that a JSON text is; None where it is none."""
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 MOST_REMEMBERED_BYTES: Final = 32 << 20
@@ -270,7 +262,7 @@ class PromptEncoder:
     def _message(self, node: Node) -> Message:
         reply = parsed_reply(node.content, cast("ToolLinks", node.links), is_cut=True)
         form = self._template.tool_format
-        given = [_object(call.arguments) for call in reply.calls]
+        given = [object_of(call.arguments or "{}") for call in reply.calls]
         if any(one is None for one in given):
             return node.written_message()  # it was cut within a call
         message = node.written_message()

@@ -24,6 +24,7 @@ from recollect.text.call_parts import (
     CallStarted,
     Event,
     JsonObject,
+    PiecewiseReader,
     PythonArguments,
     Reader,
     TextDelta,
@@ -39,7 +40,7 @@ from recollect.text.call_parts import (
 from recollect.text.tool_formats import HERMES, ToolFormat
 
 
-class ToolCallParser:
+class ToolCallParser(PiecewiseReader):
     """
     Turns pieces of a reply into events.
 
@@ -63,17 +64,15 @@ class ToolCallParser:
         id_prefix: str | None = None,
         rules: CallRules | Iterable[str] = HERMES_CALLS,
     ) -> None:
+        super().__init__()
         self._prefix = new_call_prefix() if id_prefix is None else id_prefix
         rules = rules_of(rules)
         self._format, self._texts = rules.format, rules.texts
         known = rules.names or ()
         self._bare = Bare(self._format, known) if known and _may_be_bare(self._format) else None
         self._mark = self._format.mark
-        self._rest = ""  # not consumed yet: short, but for what came last
-        self._taken = 0
         self._space: list[str] = []  # white space before what comes
-        self._trail: list[str] = []  # of what may be a call and is not told yet
-        self._is_over = self._is_cut = False
+        self._is_cut = False
         self._calls = 0
         self._after_call = False  # nothing was said since the last one
         self._opening = object_opening(self._format)
@@ -122,18 +121,6 @@ class ToolCallParser:
                 self._in_calls = True
                 yield from self._section()
                 self._in_calls = False
-
-    def _more(self) -> Reader:
-        """Wait for more text; return whether there is any."""
-        if self._is_over:
-            return False
-        yield None
-        return True
-
-    def _take(self, length: int) -> str:
-        taken, self._rest = self._rest[:length], self._rest[length:]
-        self._taken += length
-        return taken
 
     def _text(self) -> Reader:
         """Tell text up to a mark or, where calls begin lines, to a line; False: it is over."""
@@ -206,53 +193,6 @@ class ToolCallParser:
     def _end(self) -> CallEnded:
         self._after_call, self.end_of_calls = True, self._taken
         return CallEnded(self._calls - 1)
-
-    # What stands between calls and their parts.
-
-    def _word(self, word: str) -> Reader:
-        """Take a word, and white space before it; nothing where another one is there."""
-        while True:
-            rest = self._rest.lstrip(SPACE)
-            if rest.startswith(word):
-                self._trail.append(self._take(len(self._rest) - len(rest) + len(word)))
-                return True
-            if not word.startswith(rest) or len(self._rest) > MOST_OPENING:
-                return False
-            if not (yield from self._more()):
-                return False
-
-    def _words(self, text: str) -> Reader:
-        """Take words in their order; False: one was not there."""
-        for word in text.split():
-            if not (yield from self._word(word)):
-                return False
-        return True
-
-    def _up_to(
-        self, mark: str, *, feed: bool = False, most: int | None = None
-    ) -> Generator[Event | None, None, tuple[str, bool]]:
-        """
-        Take text up to a mark and the mark; return the text, and whether the mark came.
-
-        Args:
-            mark: What it goes up to.
-            feed: Whether a line feed before the mark belongs to that.
-            most: How many characters are looked at; None: all.
-        """
-        parts: list[str] = []
-        while most is None or sum(map(len, parts)) < most:
-            place = self._rest.find(mark)
-            if place >= 0:
-                parts.append(self._take(place))
-                self._take(len(mark))
-                if feed and parts[-1].endswith("\n"):
-                    parts[-1] = parts[-1][:-1]
-                return "".join(parts), True
-            parts.append(self._take(len(self._rest) - held(self._rest, mark)))
-            if not (yield from self._more()):
-                parts.append(self._take(len(self._rest)))
-                break
-        return "".join(parts), False
 
     def _section(self) -> Reader:
         """Read what follows the mark of calls, up to where text goes on."""
@@ -344,14 +284,6 @@ class ToolCallParser:
         yield from self._given(arguments)
         yield self._end()
         return True
-
-    def _whole_object(self, scan: JsonObject) -> Generator[Event | None, None, tuple[str, bool]]:
-        """Take a JSON object up to its end; return it, and whether the end came."""
-        parts = list[str]()
-        while True:
-            parts.append(self._take(scan.length_in(self._rest)))
-            if scan.closed or not (yield from self._more()):
-                return "".join(parts), scan.closed
 
     def _json(self) -> Reader:
         """Tell the arguments, a JSON object that begins here; False: it is not whole."""

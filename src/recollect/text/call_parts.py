@@ -301,3 +301,82 @@ def as_call(body: str, keys: tuple[str, str]) -> tuple[str, str] | None:
         return None
     arguments = call.get(keys[1], {})
     return (call[keys[0]], json.dumps(arguments)) if isinstance(arguments, dict) else None
+
+
+class PiecewiseReader:
+    """
+    Takes words and values from text that arrives in pieces.
+
+    Its methods are generators, which wait where they need more text: see `Reader`.
+    """
+
+    def __init__(self) -> None:
+        self._rest = ""  # not taken yet: short, but for what came last
+        self._taken = 0
+        self._trail: list[str] = []  # what was taken, and may have to be told as text
+        self._is_over = False
+
+    def _more(self) -> Reader:
+        """Wait for more text; return whether there is any."""
+        if self._is_over:
+            return False
+        yield None
+        return True
+
+    def _take(self, length: int) -> str:
+        taken, self._rest = self._rest[:length], self._rest[length:]
+        self._taken += length
+        return taken
+
+    def _word(self, word: str) -> Reader:
+        """Take a word, and white space before it; nothing where another one is there."""
+        while True:
+            rest = self._rest.lstrip(SPACE)
+            if rest.startswith(word):
+                self._trail.append(self._take(len(self._rest) - len(rest) + len(word)))
+                return True
+            if not word.startswith(rest) or len(self._rest) > MOST_OPENING:
+                return False
+            if not (yield from self._more()):
+                return False
+
+    def _words(self, text: str) -> Reader:
+        """Take words in their order; False: one was not there."""
+        for word in text.split():
+            if not (yield from self._word(word)):
+                return False
+        return True
+
+    def _up_to(
+        self, mark: str, *, feed: bool = False, most: int | None = None
+    ) -> Generator[Event | None, None, tuple[str, bool]]:
+        """
+        Take text up to a mark and the mark; return the text, and whether the mark came.
+
+        Args:
+            mark: What it goes up to.
+            feed: Whether a line feed before the mark belongs to that.
+            most: How many characters are looked at; None: all.
+        """
+        parts: list[str] = []
+        while most is None or sum(map(len, parts)) < most:
+            place = self._rest.find(mark)
+            if place >= 0:
+                parts.append(self._take(place))
+                self._take(len(mark))
+                if feed and parts[-1].endswith("\n"):
+                    parts[-1] = parts[-1][:-1]
+                return "".join(parts), True
+            parts.append(self._take(len(self._rest) - held(self._rest, mark)))
+            if not (yield from self._more()):
+                parts.append(self._take(len(self._rest)))
+                break
+        return "".join(parts), False
+
+    def _whole_object(self, scan: JsonObject) -> Generator[Event | None, None, tuple[str, bool]]:
+        """Take a JSON object up to its end; return it, and whether the end came."""
+        parts = list[str]()
+        while True:
+            parts.append(self._take(scan.length_in(self._rest)))
+            if scan.closed or not (yield from self._more()):
+                return "".join(parts), scan.closed

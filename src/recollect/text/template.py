@@ -28,7 +28,6 @@ import psutil
 
 from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text import template_engine
-from recollect.text.call_style import TRIED_TOOLS, CallStyle, tried_style
 from recollect.text.reasoning import ReasoningMarks, find_marks, parted
 from recollect.text.template_engine import (
     COMPILED,
@@ -40,6 +39,7 @@ from recollect.text.template_engine import (
     UNKNOWN,
     words,
 )
+from recollect.text.template_style import TRIED_TOOLS, CallStyle, folded, tried_style
 from recollect.text.tool_calls import with_results_spelled, with_tools_spelled
 from recollect.text.tool_formats import HERMES, ToolFormat, of_template
 from recollect.types import Message
@@ -547,50 +547,6 @@ def _without_reasoning(message: Message) -> Message:
     plain = message.copy()
     del plain["reasoning_content"]
     return plain
-
-
-def folded(
-    messages: Sequence[Message], *, takes_one: bool, takes_two: bool, takes_later: bool
-) -> list[Message]:
-    """
-    Return messages whose instructions stand where a template shows them, as other engines have it.
-
-    Args:
-        messages: From the first on.
-        takes_one: Whether instructions may come first; else they begin the first message after them.
-        takes_two: Whether several may come first; else they become one.
-        takes_later: Whether some may come later; else they end the message before them.
-    """
-    shown: list[Message] = []
-    pending: list[str] = []  # for the next message
-    for message in messages:
-        before = shown[-1] if shown else None
-        text = message["content"] or ""
-        if message["role"] != "system":
-            if pending and message["role"] in ("user", "tool"):
-                message = Message({**message, "content": _joined(*pending, text)})  # noqa: PLW2901 - as it is shown
-                pending = []
-            shown.append(message)
-        elif all(one["role"] == "system" for one in shown):
-            if not takes_one:
-                pending.append(text)
-            elif before is None or takes_two:
-                shown.append(message)
-            else:
-                shown[-1] = {**before, "content": _joined(before["content"] or "", text)}
-        elif takes_later:
-            shown.append(message)
-        elif before is not None and before["role"] in ("user", "tool"):
-            shown[-1] = {**before, "content": _joined(before["content"] or "", text)}
-        else:
-            pending.append(text)
-    if pending:
-        shown.append({"role": "user", "content": _joined(*pending)})
-    return shown
-
-
-def _joined(*texts: str) -> str:
-    return "\n\n".join(text for text in texts if text)
 
 
 def _broken(why: str) -> TemplateError:

@@ -1,5 +1,5 @@
 """
-How chat templates take the calls of replies and the results of tools; each is tried out.
+What chat templates take: where instructions may stand, and how calls of tools and their results come.
 
 Templates do not say whether they take arguments as objects or as text, which ids they refuse, and
 whether a message may have several calls. So a short conversation with a call is rendered in one style
@@ -160,3 +160,47 @@ def _takes_two_calls(style: CallStyle, show: Show) -> bool:
     both: list[Any] = [asked, {**calling, "tool_calls": [first, second]}, *answers]
     text = show(style.applied(both))
     return text is not None and _SECOND[0] in text
+
+
+def folded(
+    messages: Sequence[Message], *, takes_one: bool, takes_two: bool, takes_later: bool
+) -> list[Message]:
+    """
+    Return messages whose instructions stand where a template shows them, as other engines have it.
+
+    Args:
+        messages: From the first on.
+        takes_one: Whether instructions may come first; else they begin the first message after them.
+        takes_two: Whether several may come first; else they become one.
+        takes_later: Whether some may come later; else they end the message before them.
+    """
+    shown: list[Message] = []
+    pending: list[str] = []  # for the next message
+    for message in messages:
+        before = shown[-1] if shown else None
+        text = message["content"] or ""
+        if message["role"] != "system":
+            if pending and message["role"] in ("user", "tool"):
+                message = Message({**message, "content": _joined(*pending, text)})  # noqa: PLW2901 - as it is shown
+                pending = []
+            shown.append(message)
+        elif all(one["role"] == "system" for one in shown):
+            if not takes_one:
+                pending.append(text)
+            elif before is None or takes_two:
+                shown.append(message)
+            else:
+                shown[-1] = {**before, "content": _joined(before["content"] or "", text)}
+        elif takes_later:
+            shown.append(message)
+        elif before is not None and before["role"] in ("user", "tool"):
+            shown[-1] = {**before, "content": _joined(before["content"] or "", text)}
+        else:
+            pending.append(text)
+    if pending:
+        shown.append({"role": "user", "content": _joined(*pending)})
+    return shown
+
+
+def _joined(*texts: str) -> str:
+    return "\n\n".join(text for text in texts if text)
