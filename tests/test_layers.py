@@ -63,7 +63,7 @@ SINCE = (
     "the parts of calls",
     "how templates take calls",
     "the grammar of calls",
-    "keeping control tokens to the template",
+    "replies with calls in prompts",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

@@ -473,7 +473,7 @@ class Model:
         if not messages:
             raise ConversationError("There are no messages: give at least one.")
         messages = self.template.with_thoughts(messages)
-        index = self._index(namespace)
+        index = MessageIndex(self.known, namespace)
         found = index.find(messages)
         change = index.change(messages, found)
         # A conversation of its own, which lasts as long as the session: a client may change any of
@@ -640,18 +640,14 @@ class Model:
                 self._journal = None
 
     def _conversation(self, namespace: str) -> Conversation:
-        tier, fingerprint = self.engine.tier, self.weights_fingerprint
-        known, form = self._index(namespace), self.template.tool_format
+        tier, own, form = self.engine.tier, self.weights_fingerprint, self.prompts.tool_format
         return Conversation(
             model=self.name,
-            fingerprint=fingerprint,
-            index=known,
-            remembered=RememberedReplies(tier, fingerprint, namespace, form) if tier else None,
+            fingerprint=own,
+            index=MessageIndex(self.known, namespace),
+            remembered=RememberedReplies(tier, own, namespace, form) if tier else None,
             namespace=namespace,
         )
-
-    def _index(self, namespace: str) -> MessageIndex:
-        return MessageIndex(self.known, namespace)
 
     def __enter__(self) -> Self:
         return self

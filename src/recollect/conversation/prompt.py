@@ -8,61 +8,161 @@ with one exception: where a reply is shown as it was generated, space at its end
 to it as it was then, space and marks of thinking around nothing apart, the ids are those that the model
 has read and generated. Whatever else the template shows otherwise is read again, and told.
 
-`guard` keeps control tokens to the template: what is said is text even where it spells one.
+`Guard` keeps control tokens to the template. What is said gets a mark inside each control token that it
+spells, and at its ends where it could complete one; the marks travel through the template, and no
+control token may be where they come out. Nearly all texts get none. Only a template that removes
+letters from what is said, or changes their case, could still make a control token of it.
+
 Nothing here knows KV: what of a prompt is computed already is found out by its sequence.
 """
 
 import copy
+import itertools
 import json
 import re
 import secrets
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from sys import getsizeof
-from typing import Any, Final, cast
+from typing import Any, Final
 
-from recollect.conversation.guard import Render, ToolSchemas, shown, strings_in
+from recollect.conversation import showing
 from recollect.conversation.matching import shared_characters
-from recollect.conversation.tree import (
-    ROOT_KEY,
-    Node,
-    canonical_reply,
-    message_key,
-    parsed_reply,
-)
+from recollect.conversation.showing import Opening, Prompt, Rewritten
+from recollect.conversation.tree import ROOT_KEY, Node, message_key
 from recollect.errors import InvalidParameterError, TemplateError
-from recollect.text.call_parts import object_of
 from recollect.text.reasoning import ShowingTokenizer, says_nothing, says_the_same
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
-from recollect.text.tool_calls import ShownCalls, shown_calls
-from recollect.text.tool_formats import HERMES, control_marks
-from recollect.types import (
-    Message,
-    Remembered,
-    Role,
-    ToolCall,
-    ToolLinks,
-    common_prefix_length,
+from recollect.text.tool_formats import control_marks
+from recollect.types import Message, Remembered, Role, ToolCall, common_prefix_length
+
+ToolSchemas = Sequence[Mapping[str, Any]]
+Render = Callable[[list[Message], ToolSchemas], str]
+
+_MARKS: Final = (range(0xFDD0, 0xFDF0), range(0xF0000, 0x10FFFE))
+"""
+Characters of which one marks: noncharacters, for which no text has a use, then those of private use.
+Nothing strips, splits, escapes them or changes their case. Source: The Unicode Standard, sections 23.5
+and 23.7.
+"""
+
+_SCHEMA_WORDS: Final = frozenset(
+    {"type", "function", "name", "description", "parameters", "properties", "required", "items"}
+    | {"enum", "default", "title", "object", "array", "string", "integer", "number", "boolean"}
 )
+"""Words that templates look up in the descriptions of tools: to mark them would hide them."""
 
 
-def has_calls(node: Node) -> bool:
-    """Return whether a message calls tools."""
-    return node.links is not None and bool(node.links.call_ids)
+class Guard:
+    """Marks what is said in one conversation. Immutable."""
+
+    def __init__(self, control: ControlTokens, messages: Sequence[Message], tools: ToolSchemas):
+        self._control = control
+        values = [value for one in messages for name, value in one.items() if name != "role"]
+        said = [text for value in values for text in _strings(value)]
+        suspicious: list[str] = []
+        if control.may_be_in(said):
+            suspicious += said
+        if tools and control.may_be_in_json(
+            json.dumps(list(tools), ensure_ascii=False), except_for=_SCHEMA_WORDS
+        ):
+            suspicious += _strings(tools)
+        self.is_needed: Final = any(map(self._cuts, suspicious))
+        """Whether anything that is said could make a control token."""
+        self._mark = _new_mark([*said, *_strings(tools)]) if self.is_needed else ""
+
+    def messages(self, messages: Sequence[Message]) -> list[Message]:
+        """Return messages with marks in them."""
+        # Roles are the template's words.
+        marked = [{**self._marked(one), "role": one["role"]} for one in messages]
+        return cast("list[Message]", marked)
+
+    def tools(self, tools: ToolSchemas) -> list[Mapping[str, Any]]:
+        """Return descriptions of tools with marks in them."""
+        return [self._marked(tool) for tool in tools]
+
+    def read(self, text: str) -> Shown:
+        """Return a text that a template made of what is marked."""
+        parts = text.split(self._mark)
+        breaks, end = [], 0
+        for part in parts[:-1]:
+            end += len(part)
+            breaks.append(end)
+        return Shown("".join(parts), tuple(breaks))
+
+    def _marked(self, value: Any) -> Any:
+        if isinstance(value, str):
+            ends = [0, *self._cuts(value), len(value)]
+            if len(ends) == 2:
+                return value
+            return self._mark.join(value[a:b] for a, b in itertools.pairwise(ends))
+        if isinstance(value, Mapping):
+            return {self._marked(key): self._marked(one) for key, one in value.items()}
+        return [self._marked(one) for one in value] if isinstance(value, list | tuple) else value
+
+    def _cuts(self, text: str) -> list[int]:
+        """Return where a text is to be marked."""
+        if text in _SCHEMA_WORDS:
+            return []
+        control, core = self._control, text.strip()
+        cuts = {place + 1 for place in control.begins(text)}
+        if core and control.may_begin_before(core):
+            cuts.add(len(text) - len(text.lstrip()))
+        if core and control.may_end_after(core):
+            cuts.add(len(text.rstrip()))
+        return sorted(cuts)
 
 
-def calling(
-    content: str, calls: Sequence[ToolCall], arguments: Sequence[Mapping[str, Any]]
-) -> Message:
-    """Return a message with calls beside its text, as templates get it: with objects as arguments."""
-    each = [
-        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": given}}
-        for call, given in zip(calls, arguments, strict=True)
-    ]
-    return cast("Message", {"role": "assistant", "content": content, "tool_calls": each})
+def shown(
+    render: Render, messages: list[Message], tools: ToolSchemas, control: ControlTokens
+) -> tuple[Shown, Guard | None]:
+    """
+    Return what a template shows of a conversation.
+
+    Beside it, the guard whose marks the template reacted to; None where it shows the same with them
+    as without.
+    """
+    guard = Guard(control, messages, tools)
+    text = render(messages, tools)
+    if not guard.is_needed:
+        return Shown(text), None
+    marked = guard.read(render(guard.messages(messages), guard.tools(tools)))
+    if marked.text == text:
+        return marked, None
+    # The template looks at what is said. Where that is about something else than control tokens,
+    # its own answer counts; otherwise the one that it gives to a text without any.
+    if Shown(text).written(control) == marked.written(control):
+        return Shown(text), None
+    return marked, guard
+
+
+def _new_mark(strings: Iterable[str]) -> str:
+    """
+    Return a character that is in none of the texts, so that no two of them can make it together.
+
+    Raises:
+        TemplateError: They have every one that could be taken.
+    """
+    used = set().union(*strings)
+    for place in itertools.chain(*_MARKS):
+        if chr(place) not in used:
+            return chr(place)
+    raise TemplateError(
+        "The messages hold every character of private use, which no text needs: take some out."
+    )
+
+
+def _strings(value: Any) -> Iterable[str]:
+    """Return the texts of a JSON value, keys among them."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for one in pair for text in _strings(one)]
+    if isinstance(value, list | tuple):
+        return [text for one in value for text in _strings(one)]
+    return ()
 
 
 MOST_REMEMBERED_BYTES: Final = 32 << 20
@@ -73,49 +173,9 @@ Four bytes a token, so 8 million tokens: thousands of turns, or 270 prompts of 3
 forgotten is encoded again, at 15 million characters in a second. Source: smollm2 on two cores.
 """
 
-_MOST_MARKED: Final = 4096
-"""Characters of a call without arguments, and of what a template puts around it."""
-_MOST_SHOWN: Final = 8
-"""How many times as many characters a template may take for a reply with calls: it escapes some."""
-
 _ENTRY_BYTES: Final = 250
 """What one segment takes beside its ids: its name, the array's head and its place in the table.
 Source: `sys.getsizeof` of these in CPython 3.12, rounded up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rewritten:
-    """A reply, or what leads to it, that is shown otherwise than when it was generated."""
-
-    reply: int
-    """Which, counted from 0."""
-    start: int
-    """Of the prompt's ids, the first that was another then."""
-    end: int
-    """Where in the prompt the reply ends."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A conversation as token ids."""
-
-    token_ids: list[int]
-    rewritten: tuple[Rewritten, ...] = ()
-    """The replies of this model that are shown otherwise; there the ids are those of the template's text."""
-    reencoded_replies: int = 0
-    """Replies that another model wrote: their text is encoded, since its ids mean nothing here."""
-    reencoded_length: int = 0
-    """Leading ids up to the end of the last of these."""
-    ending: str = ""
-    """The last characters of the text, in which one sees whether the template has opened reasoning."""
-    generated_length: int = 0
-    """Leading ids up to the end of the last reply of this model. All but the last of them were read
-    before, unless something is shown otherwise."""
-
-    @property
-    def rewritten_reply(self) -> int | None:
-        """Return the first reply, counted from 0, that is shown otherwise; None where none is."""
-        return self.rewritten[0].reply if self.rewritten else None
 
 
 MOST_OPENING_BYTES: Final = 2 << 20
@@ -123,15 +183,6 @@ MOST_OPENING_BYTES: Final = 2 << 20
 Of what led to replies, for all sessions of a model together: hundreds of turns of agents, or the first
 turns of dozens. What is forgotten is rendered again.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """What a template shows after a reply, or from the beginning on, up to where the next one begins."""
-
-    after: int
-    """Which reply that is, counted from 0; -1: from the beginning on."""
-    text: str
 
 
 def size_of_ids(ids: "array[int]") -> int:
@@ -154,7 +205,7 @@ class PromptEncoder:
         self, template: ChatTemplate, tokenizer: Tokenizer, *, fingerprint: str = ""
     ) -> None:
         self._fingerprint = fingerprint
-        self._template = template
+        self._template, self.tool_format = template, template.tool_format
         self._tokenizer = tokenizer
         self.remembered: Final = Remembered(size_of_ids, MOST_REMEMBERED_BYTES)
         self.openings: Final = Remembered[Opening](
@@ -214,7 +265,7 @@ class PromptEncoder:
             InvalidParameterError: One is no option, or a text in it could be a control token.
         """
         for name, value in options.items():
-            if any(map(self.control.may_make, (name, *strings_in(value)))):
+            if any(map(self.control.may_make, (name, *_strings(value)))):
                 raise InvalidParameterError(
                     f"The template option {name[:40]!r} has a text in which the model could read a "
                     "control token: leave that out.",
@@ -256,45 +307,12 @@ class PromptEncoder:
         return self._remembered(_Encoding(self, path, messages, tools, render, typed), role)
 
     def _messages(self, path: Sequence[Node]) -> list[Message]:
-        """Return messages as the template takes them: with calls beside the text, or as it writes them."""
-        return [self._message(node) if has_calls(node) else node.written_message() for node in path]
-
-    def _message(self, node: Node) -> Message:
-        reply = parsed_reply(node.content, cast("ToolLinks", node.links), is_cut=True)
-        form = self._template.tool_format
-        given = [object_of(call.arguments or "{}") for call in reply.calls]
-        if any(one is None for one in given):
-            return node.written_message()  # it was cut within a call
-        message = node.written_message()
-        if self._template.call_style.takes_calls:
-            called = calling(reply.content, reply.calls, cast("list[dict[str, Any]]", given))
-            return {**message, **called}
-        if cast("ToolLinks", node.links).format == (None if form is HERMES else form.name):
-            return message
-        calls = form.text_of([(call.name, call.arguments) for call in reply.calls])
-        return {**message, "content": "\n".join(filter(None, (reply.content, calls)))}
-
-    def shown_calls(
-        self, text: str, start: int, calls: Sequence[ToolCall], most: int
-    ) -> ShownCalls | None:
-        """Return the calls that are shown in a text from a place on; see `tool_calls.shown_calls`."""
-        return shown_calls(text, start, calls, self._template.tool_format, most=most)
-
-    def collapsed(self, text: str, marked: Mapping[int, Sequence[ToolCall]]) -> str:
-        """Return a text with the mark of a reply alone where it shows calls with that mark in them."""
-        parts, done = list[str](), 0
-        beginning = self._template.tool_format.beginning
-        for number, calls in marked.items():
-            mark = self.mark(number)
-            place = text.find(mark, done)
-            start = text.rfind(beginning, done, place) if place >= 0 else -1
-            if start < 0:
-                continue
-            found = self.shown_calls(text, start, calls, _MOST_MARKED * len(calls))
-            if found is not None and found.end > place:
-                parts += [text[done:start], mark]
-                done = found.end
-        return "".join([*parts, text[done:]])
+        """Return messages as the template takes them: with calls beside the text, or in it."""
+        template = self._template
+        return [
+            showing.message_of(one, template) if one.calls_tools else one.written_message()
+            for one in path
+        ]
 
     def mark(self, reply: int) -> str:
         """Return the text that stands for what a reply says."""
@@ -312,7 +330,7 @@ class PromptEncoder:
         name = blake2b(array("i", reply.token_ids).tobytes(), digest_size=16).digest()
         known = self._written.get(name)
         if known is None:
-            calls = control_marks(self._template.tool_format, self.control)
+            calls = control_marks(self.tool_format, self.control)
             text = ShowingTokenizer(self._tokenizer, marks, calls).decode(reply.token_ids)
             known = text.removesuffix(reply.content) if text.endswith(reply.content) else ""
             self._written.put(name, known)
@@ -422,7 +440,7 @@ class _Encoding:
         messages, tools, guard = self._messages[:count], self._tools, self._guard
         if guard is not None:
             messages, tools = guard.messages(messages), guard.tools(tools)
-        marked: dict[int, Sequence[ToolCall]] = {}
+        marked: dict[str, Sequence[ToolCall]] = {}
         thoughts: dict[str, str] = {}
         for number, place in enumerate(self._places):
             if place >= count:
@@ -430,21 +448,16 @@ class _Encoding:
             mark, said = self._encoder.mark(number), self._messages[place]
             messages[place] = {"role": "assistant", "content": mark}
             if calls := said.get("tool_calls"):
-                # The mark is in the first call: some templates show no text beside calls.
-                given: list[dict[str, Any]] = [{mark: ""}, *({} for _ in calls[1:])]
-                as_called = [
-                    ToolCall(call["id"], call["function"]["name"], json.dumps(one))
-                    for call, one in zip(calls, given, strict=True)
-                ]
-                messages[place] = calling("", as_called, given)
-                marked[number] = as_called
+                messages[place], marked[mark] = showing.marked(mark, calls)
             if thought := said.get("reasoning_content"):
                 instead = self._encoder.thought_mark(number)
                 messages[place]["reasoning_content"] = instead
                 thoughts[instead] = thought
         text = render(messages, tools)
         text = text if guard is None else guard.read(text).text
-        numbers, around = self._encoder.unmarked(self._encoder.collapsed(text, marked))
+        numbers, around = self._encoder.unmarked(
+            showing.collapsed(text, marked, self._encoder.tool_format) if marked else text
+        )
         for instead, thought in thoughts.items():
             around = [one.replace(instead, thought) for one in around]
         return numbers, around
@@ -478,7 +491,11 @@ class _Encoding:
         before = self._encoder.before_said(reply) if is_own else ""
         led = None if before else asked
         if self._messages[self._places[number]].get("tool_calls"):
-            place = self._shown_calls(reply, led, opening)
+            text, leads = (
+                self._whole.text[: self._length],
+                (opening if led is None else led, opening),
+            )
+            place = showing.place_of(reply, text, self._end, leads, self._encoder.tool_format)
         else:
             place = self._shown(reply.content, led, opening, after)
         if place is None:
@@ -547,25 +564,6 @@ class _Encoding:
             most = max(follows, default=0)
             if ends and (most or not after):
                 return start, ends[follows.index(most)]
-        return None
-
-    def _shown_calls(self, reply: Node, asked: str | None, opening: str) -> tuple[int, int] | None:
-        """
-        Return from where to where a reply with calls is shown; None where it says or calls other things.
-
-        How the JSON of its calls is written, and space around them, is the template's: the ids are
-        those that the model generated all the same.
-        """
-        text = self._whole.text[: self._length]
-        said = parsed_reply(reply.content, cast("ToolLinks", reply.links), is_cut=True)
-        most = _MOST_SHOWN * len(reply.content) + _MOST_MARKED
-        for lead in dict.fromkeys((opening if asked is None else asked, opening)):
-            if not text.startswith(lead, self._end):
-                continue
-            start = self._end + len(lead)
-            found = self._encoder.shown_calls(text, start, said.calls, most)
-            if found is not None and canonical_reply(found.reply) == canonical_reply(said):
-                return start, found.end
         return None
 
     def _found(self, opening: str, after: str, *, is_last: bool) -> int | None:

@@ -127,7 +127,7 @@ def links_of(text: str, calls: Sequence[ToolCall], format_: ToolFormat) -> ToolL
     return replace(links, arguments=tuple(call.arguments for call in calls))
 
 
-def links_as_generated(text: str, message: NewNode, format_: ToolFormat) -> ToolLinks:
+def relinked(text: str, message: NewNode, format_: ToolFormat) -> ToolLinks:
     """
     Return what is kept beside a reply that a client sent and that a model wrote, which says the same.
 
@@ -271,6 +271,11 @@ class Node:
         """Return the message as clients send it, with calls of tools beside the text."""
         assert self.role is not None, "the root is no message"
         return to_message(self.role, self.content, self.links)
+
+    @property
+    def calls_tools(self) -> bool:
+        """Return whether the message is a reply with calls."""
+        return self.links is not None and bool(self.links.call_ids)
 
     def written_message(self) -> Message:
         """Return the message as templates get it, with calls of tools as the model wrote them."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Final, Protocol, Self
 
 from recollect.conversation.matching import Change
-from recollect.conversation.prompt import Prompt, PromptEncoder
+from recollect.conversation.prompt import PromptEncoder
+from recollect.conversation.showing import Prompt
 from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node, Overflow, Window, links_of, turn_starts
 from recollect.engine.engine import Engine

@@ -369,11 +369,13 @@ class ChatTemplate:
         Raises:
             TemplateError: The template refuses this conversation; the message gives its words.
         """
-        if not self.call_style.has_results:
-            messages = with_results_spelled(messages)
+        if any(one["role"] == "tool" or one.get("tool_calls") for one in messages):
+            if not self.call_style.has_results:
+                messages = with_results_spelled(messages)
+            messages = self.call_style.applied(messages)
         if tools and not self.knows_tools:
             messages, tools = with_tools_spelled(messages, tools, self.tool_format), None
-        messages = self._with_reasoning(self._folded(self.call_style.applied(messages)))
+        messages = self._with_reasoning(self._folded(messages))
         return self._rendered(messages, add_generation_prompt, tools)
 
     @property
@@ -457,12 +459,14 @@ class ChatTemplate:
         if not systems:
             return messages
         in_front = next(n for n in range(len(messages) + 1) if n not in systems)
-        return folded(
-            messages,
-            takes_one=not in_front or self._does_take("one"),
-            takes_two=in_front < 2 or self._does_take("two"),
-            takes_later=in_front == len(systems) or self._does_take("later"),
+        takes = (
+            not in_front or self._does_take("one"),
+            in_front < 2 or self._does_take("two"),
+            in_front == len(systems) or self._does_take("later"),
         )
+        if all(takes):
+            return messages
+        return folded(messages, takes_one=takes[0], takes_two=takes[1], takes_later=takes[2])
 
     def _does_take(self, kind: "_System") -> bool:
         """Return whether instructions are shown that stand somewhere; it is tried out once."""
