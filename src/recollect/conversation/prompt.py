@@ -25,7 +25,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from sys import getsizeof
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from recollect.conversation import showing
 from recollect.conversation.matching import shared_characters

@@ -72,7 +72,6 @@ class ToolCallParser(PiecewiseReader):
         self._bare = Bare(self._format, known) if known and _may_be_bare(self._format) else None
         self._mark = self._format.mark
         self._space: list[str] = []  # white space before what comes
-        self._is_cut = False
         self._calls = 0
         self._after_call = False  # nothing was said since the last one
         self._opening = object_opening(self._format)
@@ -176,7 +175,9 @@ class ToolCallParser(PiecewiseReader):
         text = "".join((*self._space, *self._trail))
         self._space.clear()
         self._trail.clear()
-        if not (self._is_over and self._is_cut and not self._rest):
+        if self._is_cut and self._ran_out:
+            self._take(len(self._rest))  # the beginning of a call
+        else:
             yield from self._tell(text)
         return False
 
@@ -417,6 +418,7 @@ class ToolCallParser(PiecewiseReader):
                 kept += 1
             yield from self._given(escaped(self._take(len(self._rest) - kept)))
             if not (yield from self._more()):
+                self._take(len(self._rest))  # the beginning of the mark
                 return False
 
     def _python(self) -> Reader:

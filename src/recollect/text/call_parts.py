@@ -121,7 +121,7 @@ class Bare:
             self._beginnings = [f"{one}[{name}(" for name in names for one in leads]
             self._opening = re.compile(rf"\s*{lead}\[\s*(?=[\w.-]+\s*\()")
             self.after = re.compile("")
-            self._clear = "("
+            self._clear = "["
             return
         key, value = format_.keys
         kinds = ("", '"type":"function",') if self.is_anywhere else ("",)
@@ -157,7 +157,8 @@ class Bare:
 
     def is_clear(self, text: str) -> bool:
         """Return whether the beginning of a text that was cut is nothing else than a call."""
-        return self._clear in text and self.may_begin(text)
+        is_enough = len("".join(text.split())) >= CLEARLY_A_MARK and self._clear in text
+        return is_enough and self.may_begin(text)
 
 
 def held(text: str, mark: str) -> int:
@@ -314,11 +315,13 @@ class PiecewiseReader:
         self._rest = ""  # not taken yet: short, but for what came last
         self._taken = 0
         self._trail: list[str] = []  # what was taken, and may have to be told as text
-        self._is_over = False
+        self._is_over = self._is_cut = False
+        self._ran_out = False  # more was needed, and there was none
 
     def _more(self) -> Reader:
         """Wait for more text; return whether there is any."""
         if self._is_over:
+            self._ran_out = True
             return False
         yield None
         return True
@@ -338,6 +341,8 @@ class PiecewiseReader:
             if not word.startswith(rest) or len(self._rest) > MOST_OPENING:
                 return False
             if not (yield from self._more()):
+                if self._is_cut and rest:
+                    self._take(len(self._rest))  # the beginning of the word
                 return False
 
     def _words(self, text: str) -> Reader:
