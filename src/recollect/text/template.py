@@ -473,15 +473,18 @@ class ChatTemplate:
         if kind not in self._takes:
             said = [Message(role="system", content=text) for text in _TRIED_OUT[1:]]
             asked = Message(role="user", content=_TRIED_OUT[0])
+            # Later, after a turn, where roles may have to alternate; and not in place of the first.
+            turn = [asked, Message(role="assistant", content=_TRIED_OUT[0])]
+            first = said[:1] if kind == "later" and self._does_take("one") else []
             messages = {
                 "one": [said[0], asked],
                 "two": [*said, asked],
-                "later": [asked, said[0]],
+                "later": [*first, *turn, said[1], asked],
             }[kind]
-            try:
-                text = self._rendered(messages, add_generation_prompt=True, tools=None)
-            except TemplateError:
-                text = ""
+            # Some are broken without tools.
+            each = [self._tried(messages, True, self._options)]
+            each += [self._rendered_or_none(messages)] if each[0] is None else []
+            text = each[-1] or ""
             self._takes[kind] = all(str(one["content"]) in text for one in messages)
         return self._takes[kind]
 

@@ -369,6 +369,17 @@ GRANITE: Final = ToolFormat(
 )
 """Granite 3."""
 
+APRIEL: Final = ToolFormat(
+    name="apriel",
+    kind="object",
+    mark="<tool_calls>",
+    opening="[",
+    closing="]</tool_calls>",
+    between=", ",
+    preamble=_JSON_PREAMBLE
+    + 'To call functions: <tool_calls>[{{"name": "tool_name", "arguments": {{}}}}]</tool_calls>',
+)
+
 FORMATS: Final[Mapping[str, ToolFormat]] = {
     one.name: one
     for one in (
@@ -388,6 +399,7 @@ FORMATS: Final[Mapping[str, ToolFormat]] = {
         MINIMAX_M2,
         NEMOTRON,
         GRANITE,
+        APRIEL,
     )
 }
 """By the names that people give."""
@@ -419,6 +431,7 @@ _TELLING: Final[Sequence[tuple[ToolFormat, tuple[str, ...], tuple[str, ...]]]] =
     (LFM_2, ("<|tool_call_start|>",), ()),
     (LFM_2, ("List of tools: ",), ()),
     (NEMOTRON, ("<TOOLCALL>",), ()),
+    (APRIEL, ("<tool_calls>[",), ()),
     (GRANITE, ("<|tool_call|>", "JSON list of tools"), ()),
     (PYTHONIC, ("[func_name1(",), ("<tool_call>",)),
     (LLAMA_3, ('"parameters": ', "ipython"), ("<function=",)),
