@@ -218,7 +218,7 @@ MOVING: Final = {"mistralai-Mistral-Nemo-Instruct-2407"}
 
 
 CLOSING: Final = {"GLM-4.7-Flash": 6}
-"""Their templates open reasoning in a prompt and show it only closed in history: so many tokens are read again."""
+"""Their templates open reasoning in a prompt, and show it only closed in history: tokens that are read again."""
 
 
 @pytest.mark.parametrize("talk", [with_openai, with_anthropic])
