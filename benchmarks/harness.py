@@ -16,7 +16,7 @@ from time import perf_counter, process_time
 import psutil
 
 import recollect
-from recollect.proof.report import MachineCard, card_lines, machine_card
+from recollect.proof.report import Machine, card_lines, machine_card
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -61,17 +61,33 @@ def report(name: str, model: recollect.Model, result: dict[str, object], *, save
     """Print the machine card and exactly one JSON line; keep it under results/ if asked to."""
     card = machine_card(model)
     say("\n".join(card_lines(card)))
-    line = json.dumps({"benchmark": name, "date": _today(), "machine": asdict(card), **result})
-    print(line)
+    whole = {"benchmark": name, "date": _today(), "machine": asdict(card), **result}
+    print(json.dumps(whole))
     if save:
-        folder = RESULTS / slug(card)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{_today()}-{name}-{card.profile}.json"
-        path.write_text(json.dumps(json.loads(line), indent=1) + "\n", encoding="utf-8")
-        say(f"kept as {path.relative_to(RESULTS.parent)}")
+        keep(name, card.profile, card, whole)
 
 
-def slug(card: MachineCard) -> str:
+def report_models(
+    name: str, profile: str, machine: Machine, result: dict[str, object], *, save: bool
+) -> None:
+    """Do the same for a result of several models, each measured in a process of its own."""
+    say(f"\n{machine.cpu}, {machine.logical_cores} threads, profile {profile}")
+    whole = {"benchmark": name, "date": _today(), "machine": asdict(machine), **result}
+    print(json.dumps(whole))
+    if save:
+        keep(name, profile, machine, whole)
+
+
+def keep(name: str, profile: str, machine: Machine, result: dict[str, object]) -> None:
+    """Write a result below `RESULTS`."""
+    folder = RESULTS / slug(machine)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_today()}-{name}-{profile}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    say(f"kept as {path.relative_to(RESULTS.parent)}")
+
+
+def slug(card: Machine) -> str:
     """Return a folder name for the processor, such as `amd-epyc-2-cores`."""
     cores = card.physical_cores or card.logical_cores
     return re.sub(r"[^a-z0-9]+", "-", f"{card.cpu} {cores} cores".lower()).strip("-")

@@ -3,8 +3,8 @@ Record the chat that the README shows: a real run on a pseudo-terminal, as text 
 
     python docs/record_chat.py [--model NAME] [--characters N] [--into FOLDER]
 
-Types the lines of `WALK` into `recollect chat`, in a data folder of its own to which the models of the
-user's are linked, and waits for each reply. Writes `chat.txt` (everything that was on the screen) and
+Types the lines of `WALK` into `recollect chat`, and waits for each reply. The data folder is a new one, with
+links to the models in the user's. Writes `chat.txt` (everything that was on the screen) and
 `chat.svg` (the first chat) into the folder, and without `--into` puts the second chat into the README.
 The replies have to be right: what `RIGHT` says of each has to be in it, unless the model has no weights.
 """
@@ -16,21 +16,22 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, Final
 
 import pexpect
-from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 from recollect import config
+from recollect.proof.report import Machine, this_machine
 
 HERE: Final = Path(__file__).parent
 README: Final = HERE.parent / "README.md"
 MODEL: Final = "qwen2.5-coder-1.5b"
-COLUMNS: Final = 88
+COLUMNS: Final = 96
 ROWS: Final = 200
 """More than is ever written, so that nothing scrolls away."""
 
@@ -59,10 +60,15 @@ RIGHT: Final = {
 
 PROMPT: Final = re.compile(r"^you(?: \(\w+\))?>")
 COST: Final = re.compile(
-    r"^  (?:cut at the token limit, /continue goes on · )?(?:[\d,]+ new)?(?: · )?(?:[\d,]+ read ahead · )?"
-    r"(?:[\d,]+ reused \((?P<tier>memory|disk|memory and disk)\) · )?first token [\d.]+ m?s · [\d.]+ tok/s$"
+    r"^  (?:cut at the token limit, /continue goes on · )?"
+    r"(?:[\d,]+ new · )?(?:[\d,]+ read ahead · )?(?:[\d,]+ reused \((?P<tier>[a-z\d, ]+)\) · )?"
+    r"first token [\d.]+ (?:ms|s|min) · [\d,.]+ tok/s$"
 )
 """The line under a reply."""
+KEY_S: Final = 0.15
+"""Between two keys: a fast typist, with 80 words a minute. What is read meanwhile counts as read ahead."""
+_LONGEST_SEQUENCE: Final = 64
+"""Characters after which what looks like the beginning of a control sequence is none that is known."""
 _QUIET_S: Final = 0.5
 _PATIENCE_S: Final = 300.0
 
@@ -98,6 +104,8 @@ class Screen:
                 if found[3] and not found[1]:
                     self._control(found[3], found[2])
                 place = found.end()
+            elif len(text) - place > _LONGEST_SEQUENCE:
+                place += 1
             else:
                 self._pending = text[place:]
                 return
@@ -139,7 +147,7 @@ class Screen:
         return row
 
     def _control(self, kind: str, parameters: str) -> None:
-        number = int(parameters.split(";")[0] or 0)
+        number = int(parameters.split(";", maxsplit=1)[0] or 0)
         if kind == "m":
             self._style = self._styled_by(parameters)
         elif kind == "A":
@@ -162,10 +170,9 @@ class Screen:
 
     def _styled_by(self, parameters: str) -> str:
         """Return the style after one more sequence: those since the last reset, together."""
-        parts = (parameters or "0").split(";")
-        if "0" in parts or "" in parts:
-            last = max(place for place, part in enumerate(parts) if part in {"0", ""})
-            return ";".join(parts[last + 1 :])
+        first, _, rest = parameters.partition(";")
+        if first in {"", "0"}:
+            return rest
         return ";".join(part for part in (self._style, parameters) if part)
 
 
@@ -181,8 +188,16 @@ class Recorded:
         return [f"$ {self.command}", *self.screen.lines()]
 
 
-def record(command: str, typed: tuple[str, ...], home: Path) -> Recorded:
-    """Run one chat, type the lines as soon as its prompt is there, and return what was shown."""
+def record(command: str, typed: tuple[str, ...], home: Path, *, key_s: float) -> Recorded:
+    """
+    Run one chat, type the lines as soon as its prompt is there, and return what was shown.
+
+    Args:
+        command: How the chat is called.
+        typed: The lines.
+        home: The data folder, in which it runs.
+        key_s: Seconds from one key to the next.
+    """
     environment = {
         name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES"}
     }
@@ -204,11 +219,23 @@ def record(command: str, typed: tuple[str, ...], home: Path) -> Recorded:
     screen = Screen(COLUMNS)
     for line in typed:
         _read(child, screen, until_prompt=True)
-        child.send(line + "\r")
+        for key in line:
+            child.send(key)
+            screen.feed(_written(child, key_s))
+        child.send("\r")
     _read(child, screen, until_prompt=False)
     child.close()
     assert child.exitstatus == 0, "\n".join(screen.lines())
     return Recorded(command, screen)
+
+
+def _written(child: Any, seconds: float) -> str:
+    """Return what a program has written after some time."""
+    time.sleep(seconds)
+    try:
+        return str(child.read_nonblocking(4096, timeout=0))
+    except pexpect.TIMEOUT:
+        return ""
 
 
 def _read(child: Any, screen: Screen, *, until_prompt: bool) -> None:
@@ -229,15 +256,13 @@ def _read(child: Any, screen: Screen, *, until_prompt: bool) -> None:
 
 def picture(recorded: Recorded) -> str:
     """Return one chat as SVG. Its font is the reader's own: nothing is fetched to show it."""
-    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the console
+    console = Console(record=True, width=COLUMNS, file=StringIO())
     console.print(Text(f"$ {recorded.command}", style="bold"))
     for row in recorded.screen.styled():
         console.print(row)
-    plain = re.sub(r"\s*@font-face \{\{.*?\}\}\n", "\n", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
-    plain = plain.replace("Fira Code", "ui-monospace, Menlo, Consolas")
-    return console.export_svg(
-        title="recollect chat", theme=MONOKAI, code_format=plain, unique_id="chat"
-    )
+    drawn = console.export_svg(title="recollect chat", theme=MONOKAI, unique_id="chat")
+    drawn = re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
+    return drawn.replace("Fira Code", "ui-monospace, Menlo, Consolas")
 
 
 def shape(lines: list[str]) -> list[str]:
@@ -265,9 +290,9 @@ def shape(lines: list[str]) -> list[str]:
         elif said:
             found += ["REPLY"] if found[-1] != "REPLY" else []
         elif line:
-            line = re.sub(r"→ .*? (?=\s*#\d)", "→ REPLY ", line)
-            line = re.sub(r"^\S+ · (?:exact|fast|small) · ", "NAME · PROFILE · ", line)
-            found.append(re.sub(r"\d[\d,.]*", "N", line))
+            plain = re.sub(r"^[●◎◐○] (\d+) .*?→ .*?#", r"● \1 SAID → REPLY #", line)
+            plain = re.sub(r"^\S+ · (?:exact|fast|small) · ", "NAME · PROFILE · ", plain)
+            found.append(re.sub(r"\d[\d,.]*", "N", plain))
     return found
 
 
@@ -285,10 +310,17 @@ def replies(lines: list[str]) -> dict[str, str]:
     return found
 
 
-def into_readme(lines: list[str]) -> None:
+def about(machine: Machine) -> str:
+    """Return the sentence that says where a chat was recorded, and how busy that machine was."""
+    cores, load = machine.physical_cores or machine.logical_cores or 1, machine.load_average or 0.0
+    busy = "" if load < cores else "; seconds are longer for that, tokens are not more"
+    return f"Recorded on {cores} cores ({machine.cpu}) at a load of {load:.0f}{busy}."
+
+
+def into_readme(lines: list[str], machine: Machine) -> None:
     """Put a transcript into the README in place of the one between its two marks."""
     text = README.read_text(encoding="utf-8")
-    block = "\n".join(["```console", *lines, "```"])
+    block = "\n".join(["```console", *lines, "```", "", about(machine)])
     text, changed = re.subn(
         r"(<!-- recorded by docs/record_chat.py -->\n).*?(?=\n<!-- end -->)",
         lambda found: found[1] + block,
@@ -306,8 +338,10 @@ def main() -> int:
     options.add_argument(
         "--characters", type=int, help="of the licence, for models with little room"
     )
+    options.add_argument("--key-s", type=float, default=KEY_S, help="seconds from key to key")
     options.add_argument("--into", type=Path, help="a folder; the README stays as it is then")
     args = options.parse_args()
+    machine = this_machine()
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         for part in ("models", "sources", "hashes", "vocabularies"):
@@ -315,7 +349,10 @@ def main() -> int:
                 (home / part).symlink_to(config.home() / part)
         licence = (HERE.parent / "LICENSE").read_text(encoding="utf-8")
         (home / "LICENSE").write_text(licence[: args.characters], encoding="utf-8")
-        chats = [record(call.format(model=args.model), typed, home) for call, typed in WALK]
+        chats = [
+            record(call.format(model=args.model), typed, home, key_s=args.key_s)
+            for call, typed in WALK
+        ]
     whole = [line for chat in chats for line in chat.lines()]
     if args.model != "reference":
         for question, pattern in RIGHT.items():
@@ -327,7 +364,7 @@ def main() -> int:
     (into / "chat.txt").write_text("\n".join(whole) + "\n", encoding="utf-8")
     (into / "chat.svg").write_text(picture(chats[0]), encoding="utf-8")
     if args.into is None:
-        into_readme(chats[1].lines())
+        into_readme(chats[1].lines(), machine)
     return 0
 
 

@@ -50,6 +50,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 """Who a message is from. `tool`: a tool, with the result of a call."""
 
 Profile = Literal["exact", "fast", "small"]
+RuntimeChoice = Literal["auto", "openvino", "llama"]
 """Precision of computing and of KV: f32 throughout, f16 KV, or u8 KV; see ARCHITECTURE.md."""
 
 Progress = Callable[[str, int, int | None], None]
@@ -243,13 +244,18 @@ class SamplingParams:
     """Whether end tokens do not end the reply, for benchmarks of a fixed length."""
     end_repetition: bool = True
     """
-    End a reply that only repeats itself, by the rule of `engine.sampling.Repetition`; not with
+    End a reply that only repeats itself, by the rule of `engine.repetition.Repetition`; not with
     `ignore_eos`.
 
     Sessions and the server do; a `Generator` goes on, whose caller decides about each token.
     """
     grammar: Grammar | None = None
     """What the reply must match. It ends when the grammar is complete."""
+    reasoning_budget: int | None = None
+    """
+    Most tokens of reasoning, after which it is ended and the answer begins; None: as many as the model
+    wants. Only where the model's template has marks of reasoning.
+    """
     logprobs: int | None = None
     """Number of alternatives that are reported for each token, besides its log probability; None: neither."""
 
@@ -280,6 +286,8 @@ class SamplingParams:
             raise InvalidParameterError(
                 "stop has an empty string: give strings of at least one character.", param="stop"
             )
+        budget = self.reasoning_budget
+        _require(budget is None or budget >= 0, "reasoning_budget", budget, "0 or more")
         told = self.logprobs
         _require(
             told is None or 0 <= told <= MOST_LOGPROBS,

@@ -82,11 +82,14 @@ def programs() -> Mapping[str, Path]:
         if shutil.which(tool) is None:
             cannot_run(f"{tool} is missing: apt-get install nodejs npm git util-linux")
 
-    def modules(folder: Path) -> None:
-        for name in ("package.json", "package-lock.json", ".npmrc"):
-            shutil.copy(PACKAGES / name, folder)
-        # Not `ci`, which wants the packages of all other platforms to be in the lock, too.
-        run("npm", "install", "--ignore-scripts", cwd=folder)
+    def modules(source: Path) -> Callable[[Path], None]:
+        def fill(folder: Path) -> None:
+            for name in ("package.json", "package-lock.json", ".npmrc"):
+                shutil.copy(source / name, folder)
+            # Not `ci`, which wants the packages of all other platforms to be in the lock, too.
+            run("npm", "install", "--ignore-scripts", cwd=folder)
+
+        return fill
 
     def environment(requirements: Path) -> Callable[[Path], None]:
         def fill(folder: Path) -> None:
@@ -96,8 +99,11 @@ def programs() -> Mapping[str, Path]:
 
         return fill
 
-    found = {"node": cached("node", PACKAGES / "package-lock.json", fill=modules) / "node_modules"}
-    for name in ("python", "aider"):
+    found = {}
+    for name, source in (("node", PACKAGES), ("node-ollama", PACKAGES / "ollama")):
+        folder = cached(name, source / "package-lock.json", fill=modules(source))
+        found[name] = folder / "node_modules"
+    for name in ("python", "aider", "ollama"):
         requirements = PACKAGES / f"{name}.txt"
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         folder = cached(f"{name}-{version}", requirements, fill=environment(requirements))

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from recollect.cli import main
-from recollect.conversation import model as formats
+from recollect.conversation import formats
 from recollect.engine import sampling
 from recollect.models.catalog import LocalModel
 from recollect.runtime.base import PagedRuntime, PassResult, Row

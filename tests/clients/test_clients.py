@@ -257,6 +257,21 @@ def test_python_libraries(place: Any, block: Block, title: str, program: str) ->
     check(place, program.removeprefix("with_").removesuffix(".py").replace("_", "-"))
 
 
+def test_ollama_in_python(place: Any, block: Block) -> None:
+    (place.work / "block.py").write_text(block("Ollama's client for Python", "python"), "utf-8")
+    shutil.copy(PROGRAMS / "with_ollama.py", place.work)
+    talks(place, place.programs["ollama"] / "python", "with_ollama.py", call=NOTES_CALL)
+    check(place, "ollama-python")
+
+
+def test_ollama_in_javascript(place: Any, block: Block) -> None:
+    (place.work / "node_modules").symlink_to(place.programs["node-ollama"])
+    (place.work / "block.mjs").write_text(block("Ollama's client for JavaScript", "js"), "utf-8")
+    shutil.copy(PROGRAMS / "with_ollama.mjs", place.work)
+    talks(place, "node", "with_ollama.mjs", call=NOTES_CALL)
+    check(place, "ollama-javascript")
+
+
 def test_llm(place: Any, block: Block) -> None:
     user = {"LLM_USER_PATH": str(place.user / "llm"), **exports(block("llm", "sh"))}
     (place.user / "llm").mkdir()

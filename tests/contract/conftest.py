@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from random_model import Shape, write_random_model
 from recollect import config
 from recollect.models.onnx_folder import Precision
 from recollect.models.prepare import prepare
 from recollect.runtime.base import PagedRuntime, ReferenceRuntime
+from recollect.runtime.llama_model import LlamaOptions
+from recollect.runtime.llamacpp import load_llama
 from recollect.runtime.openvino import OpenVinoRuntime
 from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter, SequenceRuntime
 
@@ -52,10 +55,23 @@ RUNTIMES: dict[str, Maker] = {
     "documented": _documented,
     "openvino-exact": _openvino,
 }
+LLAMA_SHAPES = {
+    "llama-exact": Shape(),
+    "llama-window": Shape(
+        architecture="gemma3",
+        layers=6,
+        head_norms=True,
+        norms_on_both_sides=True,
+        fields={"attention.sliding_window": 64},
+    ),
+    "llama-experts": Shape(architecture="qwen3moe", head_norms=True, experts=4),
+}
+"""Random models for llama.cpp: one that is plain, one that forgets, one that chooses who computes."""
 WITHOUT_WEIGHTS = [
     "reference",
     "reference-whole-blocks",
     "documented",
+    *LLAMA_SHAPES,
     "sequences",
     "sequences-copied",
 ]
@@ -76,12 +92,18 @@ def maker(
     runtime_name: str,
     onnx_folder: Callable[[Precision], Path],
     make_sequences: Callable[..., SequenceRuntime],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Maker:
     """Return what makes one runtime of the kind under test."""
     if runtime_name.startswith("sequences"):
         copies = runtime_name == "sequences-copied"
         sizes = {"vocab_size": 300, "context_length": 512, "block_size": 32}
         return lambda: SequenceAdapter(make_sequences(copies=copies, **sizes))
+    if runtime_name in LLAMA_SHAPES:
+        path = tmp_path_factory.mktemp("llama") / "random.gguf"
+        write_random_model(path, LLAMA_SHAPES[runtime_name])
+        options = LlamaOptions(profile="exact", threads=1)
+        return lambda: load_llama(path, context_length=512, options=options)
     if runtime_name == "genai-fp32":
         folder = onnx_folder("fp32")
         local = prepare(str(folder), home=config.home())

@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -242,6 +243,26 @@ def test_a_question_at_a_terminal_waits_for_no_input(
     child.close()
     assert child.exitstatus == 0
     assert PROMPT not in child.before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables"),
+    [(["--plain"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"})],
+)
+def test_plain_replies_are_the_text_and_move_no_cursor(
+    arguments: list[str],
+    variables: dict[str, str],
+    environment: dict[str, str],
+    terminal: Callable[..., Any],
+) -> None:
+    asked = [*REFERENCE, "-n", "200", "hello", *arguments]
+    child = terminal(*CHAT, *asked, env=environment | variables, dimensions=(50, 200))
+    child.expect(pexpect.EOF)
+    child.close()
+    shown = child.before.rpartition("\x1b[?25h")[2]  # after the bar that is drawn while it loads
+    assert child.exitstatus == 0
+    assert "\x1b[J" not in shown
+    assert not re.search(r"\x1b\[[0-9;]*m", shown)
 
 
 def test_a_pipe_leaves_the_terminal_alone(

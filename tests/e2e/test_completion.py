@@ -1,5 +1,6 @@
 """What a real shell completes, with the script that `--install-completion` installs."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -76,6 +77,28 @@ def test_models_are_completed(complete: Callable[..., list[str]], home: Path) ->
     assert complete("pull", "smol") == ["smollm2"]
     assert complete("verify", "-m", "refer") == ["reference"]
     assert not home.exists()
+
+
+def test_models_of_other_programs_are_completed(
+    complete: Callable[..., list[str]], environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Bash splits words at colons, as `COMP_WORDBREAKS` says."""
+    manifests = tmp_path / "ollama" / "manifests" / "registry.ollama.ai" / "library"
+    digest = "0" * 64
+    layers = [{"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"}]
+    for model in ("llama3.2/latest", "llama3.2/1b", "qwen3/latest"):
+        (manifests / model).parent.mkdir(parents=True, exist_ok=True)
+        (manifests / model).write_text(json.dumps({"layers": layers}))
+    (tmp_path / "ollama" / "blobs").mkdir()
+    (tmp_path / "ollama" / "blobs" / f"sha256-{digest}").touch()
+    environment["OLLAMA_MODELS"] = str(tmp_path / "ollama")
+    names = ["ollama:llama3.2", "ollama:llama3.2:1b", "ollama:qwen3"]
+    assert complete("chat", "--model", "oll") == names
+    assert complete("chat", "--model", "ollama", ":") == ["llama3.2", "llama3.2:1b", "qwen3"]
+    assert complete("chat", "--model", "ollama", ":", "q") == ["qwen3"]
+    assert complete("chat", "--model", "ollama", ":", "llama3.2", ":") == ["1b"]
+    assert complete("verify", "-m", "ollama", ":", "qw") == ["qwen3"]
+    assert complete("chat", "--model", "ollama", ":", "qwen3", "--te") == ["--temperature"]
 
 
 @pytest.mark.usefixtures("conversations")

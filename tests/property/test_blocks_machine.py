@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from recollect.engine.audit import check_pool
 from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.errors import OutOfBlocksError
 from recollect.kv.blocks import BlockPool, blocks_for
 from recollect.kv.prefix import PrefixCache
+from recollect.kv.record import Names
 from recollect.runtime.base import RuntimeInfo
 
 NUM_BLOCKS, SIZE = 12, 3
@@ -31,7 +33,7 @@ class BlockMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS, SIZE)
         info = RuntimeInfo("simulated", SIZE, SIZE, vocab_size=1, context_length=1000)
-        self.shared = Memory(info, self.pool, PrefixCache(self.pool, "model"))
+        self.shared = Memory(info, self.pool, PrefixCache(self.pool, Names("model")))
         self.memory = [[0] * SIZE for _ in range(NUM_BLOCKS)]
         self.alive: dict[int, Dumb] = {}
         self.written = 0
@@ -86,7 +88,7 @@ class BlockMachine(RuleBasedStateMachine):
     @invariant()
     def the_bookkeeping_is_right(self) -> None:
         tables = [dumb.table.blocks for dumb in self.alive.values()]
-        self.pool.check(tables)
+        check_pool(self.pool, tables)
         held = {block for table in tables for block in table}
         assert self.pool.used_blocks == len(held)
         assert self.pool.free_blocks == NUM_BLOCKS - len(held)

@@ -31,11 +31,10 @@ from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MemoryLimitError, OutOfBlocksError, RuntimeFailure, StoreError
 from recollect.kv import disk as disk_module
-from recollect.kv import prefix as prefix_module
 from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
 from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import PrefixCache
-from recollect.kv.record import Buffer, Entry, Identity, chained_key
+from recollect.kv.record import Buffer, Entry, Identity, Names, chained_key
 from recollect.runtime.base import Pace, PassResult, ReferenceRuntime, Row
 from recollect.types import SamplingParams, common_prefix_length
 
@@ -676,14 +675,12 @@ def _keep_what_a_failed_restore_wrote(patch: pytest.MonkeyPatch) -> None:
 
 def _find_what_follows_something_else(patch: pytest.MonkeyPatch) -> None:
     """Blocks on disk are told apart by their tokens alone."""
-    for module in (disk_module, prefix_module):
-        patch.setattr(module, "chained_key", lambda _parent, ids, _secret: chained_key(b"", ids))
+    patch.setattr(disk_module, "chained_key", lambda _parent, ids, _secret: chained_key(b"", ids))
+    patch.setattr(Names, "after", lambda _self, _parent, ids: chained_key(b"", ids))
 
 
 def _share_across_namespaces_on_disk(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        prefix_module, "namespace_key", lambda fingerprint, _, secret: chained_key(secret, [])
-    )
+    patch.setattr(Names, "root", lambda self, _: chained_key(self.root_secret, []))
 
 
 DISK_FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

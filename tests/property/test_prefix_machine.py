@@ -19,10 +19,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from recollect.engine.audit import check_cache, check_pool, check_sequence
 from recollect.engine.sequence import FeedPlan, Memory
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, EvictionOrder, Siblings
 from recollect.kv.prefix import Match, PrefixCache
+from recollect.kv.record import Names
 from recollect.runtime.base import Reuse, RuntimeInfo
 from recollect.types import common_prefix_length
 
@@ -68,7 +70,9 @@ class PrefixMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS, SIZE)
-        self.cache = PrefixCache(self.pool, "fingerprint", whole_blocks_only=self.whole_blocks_only)
+        self.cache = PrefixCache(
+            self.pool, Names("fingerprint"), whole_blocks_only=self.whole_blocks_only
+        )
         reuse = Reuse(unit=SIZE if self.whole_blocks_only else 1)
         info = RuntimeInfo("simulated", SIZE, SIZE, VOCAB, CONTEXT, reuse=reuse)
         self.shared = Memory(info, self.pool, self.cache)
@@ -214,10 +218,13 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_bookkeeping_is_right(self) -> None:
-        self.pool.check([*(d.sequence.blocks for d in self.alive), self.cache.held_blocks()])
-        self.cache.check()
+        check_pool(
+            self.pool,
+            [*(d.sequence.blocks for d in self.alive), [one.block for one in self.cache.blocks()]],
+        )
+        check_cache(self.cache)
         for dumb in self.alive:
-            dumb.sequence.check()
+            check_sequence(dumb.sequence)
             assert dumb.sequence.computed <= len(dumb.ids)
 
     @invariant()
@@ -548,9 +555,9 @@ def _hold_a_second_place_without_a_reference(patch: pytest.MonkeyPatch) -> None:
     match = PrefixCache.match
 
     def unheld(self: PrefixCache, after: CachedBlock, ids: Sequence[int]) -> Match:
-        before = Counter(self.held_blocks())
+        before = Counter(one.block for one in self.blocks())
         found = match(self, after, ids)
-        pools[self].release((Counter(self.held_blocks()) - before).elements())
+        pools[self].release((Counter(one.block for one in self.blocks()) - before).elements())
         return found
 
     patch.setattr(PrefixCache, "match", unheld)

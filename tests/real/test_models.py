@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recollect import config
-from recollect.conversation.model import load_tokenizer
+from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.prompt import PromptEncoder
 from recollect.models.catalog import CATALOG, LocalModel
 from recollect.models.prepare import original_of, prepare

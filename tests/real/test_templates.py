@@ -7,10 +7,12 @@ from typing import Any, Final
 import pytest
 
 from recollect.conversation.model import Model
+from recollect.engine import sampling
 from recollect.engine.reply import IdleWork
 from recollect.errors import TemplateError
 from recollect.text.template import ChatTemplate
-from recollect.types import Grammar, Message, SamplingParams
+from recollect.text.tokenizer import END_OF_TURN, ByteTokenizer
+from recollect.types import Message, SamplingParams
 
 NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 SAID: Final[list[Message]] = [
@@ -50,7 +52,75 @@ REWRITE: Final = {
 """Those that show in history what leads to a reply otherwise, and not by space or an opened mark: it has
 the name of a channel there, or thinking is closed."""
 
+THINKING: Final = 40
+"""Templates with marks of reasoning."""
+MARKS: Final = {
+    "Qwen-Qwen3-0.6B": ("<think>", "</think>", "", "reasoning_content"),
+    "ByteDance-Seed-OSS": ("<seed:think>", "</seed:think>", "", "reasoning_content"),
+    "mistralai-Ministral-3-14B-Reasoning-2512": ("[THINK]", "[/THINK]", "", "parts"),
+    "openai-gpt-oss-120b": (
+        "<|channel|>analysis<|message|>",
+        "<|end|>",
+        "<|start|>assistant<|channel|>final<|message|>",
+        "thinking",
+    ),
+    "google-gemma-4-31B-it": ("<|channel>thought", "<channel|>", "", "reasoning_content"),
+    "MiniMax-M3": ("<mm:think>", "</mm:think>", "", "reasoning_content"),
+    "Cohere2MoE": (
+        "<|START_THINKING|>",
+        "<|END_THINKING|>",
+        "<|START_TEXT|>",
+        "reasoning_content",
+    ),
+    "upstage-Solar-Open-100B": (
+        "<|think|>",
+        "<|end|>",
+        "<|begin|>assistant<|content|>",
+        "reasoning",
+    ),
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": ("<think>", "</think>", "", "nowhere"),
+    "LFM2.5-8B-A1B": ("<think>", "</think>", "", "thinking"),
+    "HuggingFaceTB-SmolLM3-3B": ("<think>", "</think>", "", "text"),
+}
+"""Of some: what opens and closes reasoning, what leads to the answer, and where the template looks for it."""
+KEEPS: Final = {
+    "Bielik-11B-v3.0-Instruct",
+    "ByteDance-Seed-OSS",
+    "Cohere2MoE",
+    "HuggingFaceTB-SmolLM3-3B",
+    "Kimi-K3",
+    "MiniMax-M3",
+    "Spark2.5",
+    "ibm-granite-granite-3.3-2B-Instruct",
+    "inclusionai-ling-3.0-flash",
+    "mistralai-Ministral-3-14B-Reasoning-2512",
+    "muse-glimmer",
+    "poolside-Laguna-S-2.1",
+    "unsloth-Apriel-1.5",
+}
+"""Those that show reasoning in history: of these nothing is read again. The others drop it, all or all but
+the last, and that is told."""
+
 pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+
+Says = Callable[[str], SamplingParams]
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch) -> Says:
+    """Return what has the model say a text next."""
+    ids: list[int] = []
+
+    def choose(_: object, __: object, *, history: Any, reply_start: int, **___: Any) -> int:
+        return ids[len(history) - reply_start]
+
+    def say(text: str) -> SamplingParams:
+        ids[:] = [*text.encode(), *ByteTokenizer().encode(END_OF_TURN)]
+        return SamplingParams(max_tokens=400)
+
+    monkeypatch.setattr(sampling, "choose_token", choose)
+    return say
 
 
 def rendered(source: str, *, is_own: bool) -> list[str]:
@@ -83,6 +153,7 @@ def test_nothing_that_was_read_or_generated_is_read_again_but_what_is_told(
     sources: dict[str, str],
     make_model: Callable[..., Model],
     monkeypatch: pytest.MonkeyPatch,
+    says: Says,
 ) -> None:
     """Four turns of a client that trims replies; of each turn what was not reused is counted."""
     monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
@@ -93,10 +164,15 @@ def test_nothing_that_was_read_or_generated_is_read_again_but_what_is_told(
         known = 0
         try:
             for number in range(4):
-                params = SamplingParams(max_tokens=40, grammar=Grammar.regex("Well, you\\.\n"))
-                reply = model.session_from(messages).respond(None, params=params)
+                session = model.session_from(messages)
+                text = "Well, you.\n"
+                marks = model.template.reasoning
+                ending = model.prompts.encode(session.path()).ending
+                if marks is not None and marks.are_opened_by(ending):  # a model closes them first
+                    text = f"{marks.close}{marks.lead or marks.space}{text}"
+                reply = session.respond(None, params=says(text))
                 lost = known - reply.usage.reused_tokens
-                if lost:
+                if lost > 0:
                     rewrote.add(name)
                     assert (name, reply.usage.reason) == (name, "template_rewrote")
                     assert lost <= reply.usage.computed_tokens
@@ -106,7 +182,7 @@ def test_nothing_that_was_read_or_generated_is_read_again_but_what_is_told(
                 assert ids is not None
                 known = reply.usage.prompt_tokens + len(ids) - 1
                 messages += [
-                    {"role": "assistant", "content": reply.text.strip()},
+                    {"role": "assistant", "content": reply.content.strip()},
                     {"role": "user", "content": f"And {number}?"},
                 ]
         except TemplateError:
@@ -117,3 +193,111 @@ def test_nothing_that_was_read_or_generated_is_read_again_but_what_is_told(
             whole.add(name)
     assert len(whole) >= WHOLE, sorted(rewrote)
     assert rewrote <= REWRITE, sorted(rewrote - REWRITE)
+
+
+def test_marks_of_reasoning_are_found(sources: dict[str, str]) -> None:
+    found = {
+        name: ChatTemplate(source, eos_token="</s>").reasoning for name, source in sources.items()
+    }
+    assert sum(marks is not None for marks in found.values()) >= THINKING
+    told = {
+        name: None if marks is None else (marks.open, marks.close, marks.lead, marks.way)
+        for name, marks in found.items()
+        if name in MARKS
+    }
+    assert told == MARKS
+    for name in (
+        "Qwen3-Coder",
+        "meta-llama-Llama-3.1-8B-Instruct",
+        "microsoft-Phi-3.5-mini-instruct",
+    ):
+        assert found[name] is None, name
+
+
+@pytest.mark.parametrize("sends", ["all", "what was said"])
+def test_reasoning_that_a_template_keeps_is_read_once(
+    sources: dict[str, str],
+    make_model: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+    says: Says,
+    sends: str,
+) -> None:
+    """Three turns of a model that thinks, with clients that send reasoning back and others."""
+    monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
+    kept = set[str]()
+    for name, source in sources.items():
+        marks = ChatTemplate(source, eos_token="</s>").reasoning
+        if marks is None:
+            continue
+        model = make_model(template=source, context_length=60_000, num_blocks=8_000)
+        messages: list[Message] = [{"role": "user", "content": "One"}]
+        lost, known, thinks = list[int](), 0, True
+        try:
+            for number in range(3):
+                prompt = model.template.render(messages, add_generation_prompt=True)
+                begun = marks.begun(prompt)
+                thinks = thinks and not begun.is_closed
+                opening = "" if begun.is_inside or not thinks else f"{marks.open}\n"
+                thought = f"{opening}Hmm: {number}.\n{marks.close}{marks.lead or marks.space}"
+                text = (thought if thinks else "") + f"Well, {number}."
+                reply = model.session_from(messages).respond(None, params=says(text))
+                assert (name, reply.content) == (name, f"Well, {number}.")
+                assert (name, reply.reasoning) == (name, f"Hmm: {number}." if thinks else "")
+                if number:
+                    lost.append(known - reply.usage.reused_tokens)
+                    reason = "template_rewrote" if lost[-1] > 0 else "new"
+                    assert (name, reply.usage.reason) == (name, reason)
+                known = reply.usage.prompt_tokens + len(text)
+                said: Message = {"role": "assistant", "content": reply.content}
+                if sends == "all" and reply.reasoning:
+                    said["reasoning_content"] = reply.reasoning
+                messages += [said, {"role": "user", "content": f"And {number}?"}]
+        except TemplateError:
+            continue  # it refuses what others take
+        finally:
+            model.close()
+        if thinks and max(lost) <= 0:
+            kept.add(name)
+    assert kept == KEEPS
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Qwen-Qwen3-0.6B", "Qwen3.5-4B", "GLM-4.6", "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"],
+)
+def test_reasoning_between_calls_of_tools_is_read_once(
+    sources: dict[str, str],
+    make_model: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+    says: Says,
+    name: str,
+) -> None:
+    """Until a person speaks again these templates show what was thought before each call."""
+    monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
+    model = make_model(template=sources[name], context_length=60_000, num_blocks=8_000)
+    marks = model.template.reasoning
+    assert marks is not None
+    call = '<tool_call>\n{"name": "get", "arguments": {"a": "x"}}\n</tool_call>'
+    messages: list[Message] = [{"role": "user", "content": "One"}]
+    known = 0
+    for number in range(4):
+        session = model.session_from(messages, tools=TOOLS)
+        begun = marks.begun(model.prompts.encode(session.path(), tools=TOOLS).ending)
+        thought = f"Hmm: {number}.\n{marks.close}{marks.space}"
+        text = thought if begun.is_inside else f"{marks.open}\n{thought}"
+        text += call if number < 3 else "Done."
+        reply = session.respond(None, params=says(text))
+        assert (reply.reasoning, len(reply.tool_calls)) == (f"Hmm: {number}.", number < 3)
+        assert reply.usage.reused_tokens >= known
+        known = reply.usage.prompt_tokens + len(text)
+        messages.append(
+            {
+                "role": "assistant",
+                "content": reply.content or None,
+                "reasoning_content": reply.reasoning,
+                "tool_calls": [one.to_dict() for one in reply.tool_calls],
+            }
+        )
+        messages += [
+            {"role": "tool", "tool_call_id": one.id, "content": "42"} for one in reply.tool_calls
+        ]

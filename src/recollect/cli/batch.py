@@ -16,6 +16,7 @@ from rich.console import Console
 
 from recollect.conversation.session import Session
 from recollect.errors import ConfigError
+from recollect.text.tool_calls import TextDelta
 
 MOST_CHARACTERS: Final = 16 * 2**20
 """Most characters in a message: the server takes as many bytes in a request, and /dev/zero has no end."""
@@ -138,15 +139,17 @@ def _answer_as_text(session: Session, prompt: str, out: TextIO, *, plain: bool) 
         writer = make_writer(Console(file=out), plain=plain)
         with session.stream(prompt) as stream:
             try:
-                for piece in stream:
-                    writer.push(piece)
+                for event in stream.events():
+                    if isinstance(event, TextDelta):
+                        writer.push(event.text)
             finally:
                 writer.finish()
         return
     with session.stream(prompt) as stream:
-        for piece in stream:
-            out.write(piece)
-            out.flush()
+        for event in stream.events():
+            if isinstance(event, TextDelta):
+                out.write(event.text)
+                out.flush()
     out.write("\n")
     out.flush()
 
@@ -155,7 +158,8 @@ def _answer_as_json(session: Session, prompt: str, out: TextIO) -> None:
     reply = session.respond(prompt)
     turn = {
         "prompt": prompt,
-        "reply": reply.text,
+        "reply": reply.said,
+        **({"reasoning": reply.reasoning} if reply.reasoning else {}),
         "finish_reason": reply.finish_reason,
         "ended": "repetition" if reply.ran_away else None,
         "usage": reply.usage.to_dict(),

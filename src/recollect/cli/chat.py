@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
+from rich.console import Console
 from typer.core import TyperCommand
 
-from recollect import encryption
+from recollect import config, encryption
 from recollect.cli.batch import answer_all, one_message, open_prompts
+from recollect.cli.display import format_bytes
 from recollect.cli.options import (
     MAKERS,
     USUAL,
@@ -37,9 +39,10 @@ from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Overflow
 from recollect.errors import ConfigError, NameTakenError, StoreError, UnknownConversationError
-from recollect.journal.journal import Journal
+from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import ConversationInfo, Page
-from recollect.models.catalog import DEFAULT_MODEL
+from recollect.models.catalog import CATALOG, DEFAULT_MODEL
+from recollect.models.listing import installed
 from recollect.types import SamplingParams
 
 app = typer.Typer()
@@ -401,6 +404,9 @@ def chat(
     found = opening.find()
     reference = _reference(model, found)
     if by_hand:
+        if reference == DEFAULT_MODEL and model is None and _is_first_chat():
+            for line in about_default_model():
+                Console().print(line, style="dim", markup=False, highlight=False)
         # Here and not above: a pipe need not wait 0.2 s for the library that edits lines.
         from recollect.cli.repl import talk  # noqa: PLC0415
 
@@ -436,6 +442,32 @@ def _check_before_encrypting(
         with open_prompts(prompts):
             pass
     loading.prepare(_reference(model, found))
+
+
+def _is_first_chat() -> bool:
+    """Return whether no conversation was ever saved here; nothing is made to find that out."""
+    if not (config.home() / JOURNAL_NAME).is_file():
+        return True
+    with open_journal() as journal:
+        return _last(journal) is None
+
+
+def about_default_model() -> list[str]:
+    """Return what a person who named no model should know of the one that replies, a line each."""
+    entry = CATALOG[DEFAULT_MODEL]
+    here = {status.name for status in installed(config.home()) if status.is_installed}
+    fetched = "" if entry.name in here else " It is fetched once, now."
+    better = [
+        f"{other.name} ({format_bytes(other.bytes)}: {other.description.partition(': ')[2]})"
+        for other in CATALOG.values()
+        if other.bytes > entry.bytes
+    ]
+    return [
+        f"No model was named, so {entry.name} replies ({format_bytes(entry.bytes)}): "
+        f"{entry.description}.{fetched}",
+        f"Better ones: {'; '.join(better)}. `recollect chat --model NAME` takes one, or /model NAME in "
+        "the chat; `recollect models` lists all.",
+    ]
 
 
 def _reference(model: str | None, found: ConversationInfo | None) -> str:

@@ -57,6 +57,7 @@ _KINDS: Final[dict[str, tuple[Callable[[str], Any], str, str]]] = {
     "min_p": (float, "a number", "choose among tokens at least X times as likely as the best"),
     "seed": (_whole_or_none, f"a whole number, or {NONE}", "the same seed gives the same reply"),
     "max_tokens": (_whole_or_none, f"a whole number, or {NONE}", "most tokens in one reply"),
+    "reasoning_budget": (_whole_or_none, f"a whole number, or {NONE}", "most tokens of reasoning"),
     "repetition_penalty": (float, "a number", "above 1: tokens that occurred are less likely"),
     "presence_penalty": (float, "a number", "subtracted once for a token of the reply"),
     "frequency_penalty": (float, "a number", "subtracted each time the reply has a token"),

@@ -15,7 +15,15 @@ from rich.text import Text
 
 from recollect.cli.chat_settings import change_model, set_value, settings
 from recollect.cli.clipboard import copy_text
-from recollect.cli.display import MARKS, count, draw_tree, format_bytes, printable, warmth
+from recollect.cli.display import (
+    MARKS,
+    count,
+    definitions,
+    draw_tree,
+    format_bytes,
+    printable,
+    warmth,
+)
 from recollect.cli.state import REGENERATE_TEMPERATURE, Chat, branches, statistics, ways_out
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node
@@ -224,7 +232,9 @@ def tree(chat: Chat, _rest: str) -> None:
     width, numbers = chat.console.width, session.conversation.numbers()
     for line in draw_tree(session.tree, tips, chat.current, width, states, numbers):
         chat.console.print(line, highlight=False)
-    chat.note(f"{branches(chat)}   {_LEGEND}" if states else branches(chat))
+    chat.note(branches(chat))
+    if states:
+        chat.note(_LEGEND)
     elsewhere = [name for name in chat.sessions if name not in tips]
     if elsewhere:
         chat.note(f"Open in other conversations: {', '.join(elsewhere)}.")
@@ -302,8 +312,8 @@ def load(chat: Chat, rest: str) -> None:
 
 def stats(chat: Chat, _rest: str) -> None:
     """Show what was computed and what was not."""
-    for name, value in statistics(chat):
-        chat.console.print(Text.assemble((f"{name:<18}", "dim"), value), highlight=False)
+    rows = definitions(statistics(chat), styles=("dim", ""), indent=0)
+    chat.console.print(rows, highlight=False)
 
 
 def system(chat: Chat, rest: str) -> None:
@@ -360,21 +370,16 @@ def set_setting(chat: Chat, rest: str) -> None:
         raise InvalidParameterError(
             f"Give a value after /set {name}; /set alone lists the settings."
         )
-    for setting, shown, about in settings(chat):
-        chat.console.print(
-            Text.assemble((f"  {setting:<20}", "bold"), f"{shown:<12} ", (about, "dim")),
-            highlight=False,
-        )
+    chat.console.print(definitions(settings(chat), styles=("bold", "", "dim")), highlight=False)
 
 
 def help_text(chat: Chat, _rest: str) -> None:
     """List the commands and keys."""
-    for command in COMMANDS.values():
-        usage = f"/{command.name} {command.arguments}".rstrip()
-        chat.console.print(Text.assemble((f"  {usage:<18}", "bold"), command.help))
-    chat.console.print()
-    for key, meaning in _KEYS:
-        chat.console.print(Text.assemble((f"  {key:<18}", "bold"), meaning))
+    commands = [
+        (f"/{command.name} {command.arguments}".rstrip(), command.help)
+        for command in COMMANDS.values()
+    ]
+    chat.console.print(definitions([*commands, ("", ""), *_KEYS]), highlight=False)
 
 
 def leave(chat: Chat, _rest: str) -> None:
@@ -393,6 +398,17 @@ _KEYS: Final = (
     ("Ctrl-D", "leaves; so does Ctrl-C twice"),
     (HELP, "shows this list"),
 )
+
+
+def thinking(chat: Chat, rest: str) -> None:
+    """Show or fold what the model thinks before it answers."""
+    if rest not in ("", "on", "off"):
+        raise InvalidParameterError(f"/thinking is on or off, not {rest!r}: give one.")
+    if rest:
+        chat.shows_reasoning = rest == "on"
+    is_shown = chat.shows_reasoning
+    chat.note(f"What the model thinks is {'shown' if is_shown else 'folded'}.")
+
 
 COMMANDS: Final[dict[str, Command]] = {
     command.name: command
@@ -429,6 +445,12 @@ COMMANDS: Final[dict[str, Command]] = {
             set_setting,
         ),
         Command("model", "[NAME]", "go on with another model, or show which one replies", model),
+        Command(
+            "thinking",
+            "[on|off]",
+            "show what the model thinks, dim, or only that it does",
+            thinking,
+        ),
         Command("copy", "", "put the last reply on the clipboard", copy),
         Command("help", "", "show this list", help_text),
         Command("quit", "", "end the chat; so do /exit and /bye", leave),

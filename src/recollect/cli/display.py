@@ -1,28 +1,25 @@
 """
-What commands and chats show on the terminal: numbers, tables, progress, replies and the tree.
+What commands and chats show on the terminal: numbers, tables, progress, words and the tree.
 
 Progress is drawn on stderr and only on a terminal; it leaves nothing behind.
-A reply is printed by whole words while it is generated, without echo of what is typed meanwhile, with a bar
-while a long prompt is read; Ctrl-C stops it. The tree has one line for each turn, with a mark for where its
-KV is. Finding that out encodes everything up to a turn, so it is measured as seldom as possible.
-Knows no commands and no sessions; it is given what starts a reply and what measures.
+The tree has one line for each turn, with a mark for where its KV is. Finding that out encodes everything up
+to a turn, so it is measured as seldom as possible.
+Knows no commands and no sessions; it is given what measures.
 """
 
-import signal
 import sys
-import threading
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from types import FrameType
 from typing import IO, Final, Literal, Protocol
 
 import typer
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -38,9 +35,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from recollect.conversation.session import ReplyStream
 from recollect.conversation.tree import Node, Tree
-from recollect.conversation.turn import Reply
 from recollect.errors import ConfigError
 from recollect.types import Progress
 
@@ -100,6 +95,30 @@ def make_table(*headings: str, right: Collection[str] = (), whole: Collection[st
             overflow="fold",
         )
     return table
+
+
+_NAME_WIDTH: Final = 16
+"""Fewest columns of a name, so that lists below each other are in line."""
+
+
+def definitions(
+    rows: Iterable[Sequence[str]], *, styles: Sequence[str] = ("bold", ""), indent: int = 2
+) -> Padding:
+    """
+    Return names with what they mean, in columns: long texts go on below themselves.
+
+    Args:
+        rows: The name and the columns after it, each as many as there are styles.
+        styles: Of the columns.
+        indent: Columns before the names.
+    """
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for number, style in enumerate(styles):
+        least = None if number else _NAME_WIDTH
+        grid.add_column(style=style, no_wrap=number < len(styles) - 1, min_width=least)
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    return Padding(grid, (0, 0, 0, indent), expand=False)
 
 
 def confirm(question: str, *, yes: bool, to: str) -> bool:
@@ -223,63 +242,6 @@ class WordWrapper:
         return ""
 
 
-@contextmanager
-def no_echo() -> Iterator[None]:
-    """Keep what is typed meanwhile off the screen, for the next prompt; on Windows, do nothing."""
-    try:
-        import termios  # noqa: PLC0415 - there is none on Windows
-    except ImportError:
-        yield
-        return
-    if not sys.stdin.isatty():
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    quiet = list(before)
-    quiet[3] &= ~termios.ECHO  # the fourth field holds the local modes
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-
-PATIENCE_S: Final = 0.5
-"""How long a prompt is read without a word about it."""
-_REFRESH_S: Final = 0.1
-
-
-class Interrupt:
-    """Ctrl-C while a reply is under way: it asks the reply to stop, as soon as there is one."""
-
-    def __init__(self) -> None:
-        self.pressed = False
-        self._stop: Callable[[], None] | None = None
-
-    def press(self, _signal: int = signal.SIGINT, _frame: FrameType | None = None) -> None:
-        """Note it and stop what there is to stop. This is the signal handler."""
-        self.pressed = True
-        if self._stop is not None:
-            self._stop()
-
-    def stops(self, stop: Callable[[], None]) -> None:
-        """Have *stop* called by Ctrl-C, or at once where that came already."""
-        self._stop = stop
-        if self.pressed:
-            stop()
-
-
-@contextmanager
-def interrupt_handler() -> Iterator[Interrupt]:
-    """Take Ctrl-C over until the end of the block. In the main thread only."""
-    interrupt = Interrupt()
-    previous = signal.signal(signal.SIGINT, interrupt.press)
-    try:
-        yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 class Writer(Protocol):
     """Shows a reply that comes in pieces."""
 
@@ -306,75 +268,6 @@ class PlainWriter:
         """Show the last word."""
         self._out.write(self._wrapper.finish() + ("\n" if self._wrapper.column else ""))
         self._out.flush()
-
-
-def show_reply(start: Callable[[], ReplyStream], console: Console, writer: Writer) -> Reply | None:
-    """
-    Show a reply as it is generated. Ctrl-C ends it, and what was said until then is kept.
-
-    Args:
-        start: Starts it.
-        console: Where the bar is drawn while its prompt is read.
-        writer: Shows it.
-
-    Returns:
-        The reply; None where it was stopped before anything was said.
-
-    Raises:
-        RecollectError: As *start* and the stream do; the cursor is at the start of a line.
-    """
-    with no_echo(), interrupt_handler() as interrupt, start() as stream:
-        interrupt.stops(stream.stop)
-        meter = PrefillMeter(stream, console)
-        try:
-            for piece in stream:
-                meter.close()
-                writer.push(piece)
-        finally:
-            meter.close()
-            writer.finish()
-    return stream.reply
-
-
-class PrefillMeter:
-    """
-    A bar that appears when a prompt takes long to read, until it is closed.
-
-    Draws from a thread of its own, because the main thread waits for the first piece.
-    """
-
-    def __init__(self, stream: ReplyStream, console: Console) -> None:
-        self._stream = stream
-        self._console = console
-        self._closed = threading.Event()
-        self._thread: threading.Thread | None = None
-        if console.is_terminal:
-            self._thread = threading.Thread(target=self._draw, daemon=True)
-            self._thread.start()
-
-    def close(self) -> None:
-        """Take the bar away. Calling it again does nothing."""
-        if self._thread is not None:
-            self._closed.set()
-            self._thread.join()
-            self._thread = None
-
-    def _draw(self) -> None:
-        if self._closed.wait(PATIENCE_S):
-            return
-        bar = Bars(
-            TextColumn("[dim]reading"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("[dim]tokens"),
-            console=self._console,
-            transient=True,
-        )
-        with bar:
-            task = bar.add_task("", total=None)
-            while not self._closed.wait(_REFRESH_S):
-                done, total = self._stream.prefill_progress
-                bar.update(task, completed=done, total=total)
 
 
 Warmth = Literal["warm", "disk", "partly", "cold"]

@@ -7,8 +7,9 @@ Also repairs standard input, output and errors that are closed, full or without 
 
 import os
 import sys
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from importlib import import_module
+from io import StringIO
 from typing import Annotated, Any, Final, NoReturn, TextIO, cast
 
 import typer
@@ -44,6 +45,9 @@ COMMANDS: Final = {
 }
 """Of each command the module of this package that holds it, and its line in `recollect --help`."""
 
+COMPLETION_VARIABLE: Final = "_RECOLLECT_COMPLETE"
+COMPLETES_IN_BASH: Final = "complete_bash"
+"""The variable by which a shell asks for completions, and its value in bash. Source: Typer."""
 _READ, _WRITE = os.O_RDONLY, os.O_WRONLY
 # Opened the other way round: using a stream that was closed fails, as it would have. Nobody could
 # be told where errors cannot be written, so those are let go.
@@ -92,6 +96,44 @@ def complain(message: str) -> None:
 def _stream(number: int, mode: str) -> TextIO:
     stream = os.fdopen(number, mode, encoding="utf-8", errors="replace", closefd=False)
     return cast("TextIO", stream)  # a text mode
+
+
+def join_at_colons(words: str, current: int) -> tuple[str, int]:
+    """
+    Return the words of a line, and which of them is completed, as they were before bash split them at colons.
+
+    Source: `COMP_WORDBREAKS` has a colon. Names of models have colons too.
+
+    Args:
+        words: The words, one a line.
+        current: The number of the word that is completed.
+    """
+    joined: list[str] = []
+    number = at = 0
+    for number, word in enumerate(words.split("\n")):
+        if joined and (word == ":" or joined[-1].endswith(":")):
+            joined[-1] += word
+        else:
+            joined.append(word)
+        if number <= current:
+            at = len(joined) - 1
+    return "\n".join(joined), at if current <= number else at + 1
+
+
+def _complete_in_bash() -> None:
+    """Print how the word that is completed can go on, without what stands before its last colon."""
+    words, current = os.environ["COMP_WORDS"], os.environ["COMP_CWORD"]
+    words, at = join_at_colons(words, int(current))
+    os.environ |= {"COMP_WORDS": words, "COMP_CWORD": str(at)}
+    typed = words.split("\n")[at] if at <= words.count("\n") else ""
+    before = typed[: typed.rfind(":") + 1]
+    written = StringIO()
+    try:
+        with redirect_stdout(written):
+            app()
+    finally:
+        for line in written.getvalue().splitlines():
+            print(line.removeprefix(before))
 
 
 def load_command(name: str) -> Any:
@@ -191,9 +233,11 @@ def _run() -> None:
         # A terminal that cannot show a character shows a question mark and not a traceback.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    completes = os.environ.get(COMPLETION_VARIABLE) == COMPLETES_IN_BASH
+    run_command = _complete_in_bash if completes else app
     try:
         try:
-            app()
+            run_command()
         finally:
             sys.stdout.flush()
     except RecollectError as error:

@@ -9,7 +9,7 @@ long the reply is.
 Tells blocks apart, line by line, as far as a line's beginning says what it is; where it does not, the line
 is held back. Differs from CommonMark where a chat does: a line end stays one, a nested list may be indented
 by two columns, a table begins with a pipe, and there are no headings by underlining. What blocks look like is
-in `markdown_rows`.
+in `markdown_blocks`.
 """
 
 import re
@@ -20,22 +20,17 @@ from typing import IO, Final
 from rich.console import Console
 
 from recollect.cli.display import PlainWriter, Writer, printable
-from recollect.cli.markdown_rows import (
+from recollect.cli.markdown_blocks import (
     DIM,
     HEADINGS,
     MARKER,
     PLAIN,
     RULE_WIDTH,
-    TAB,
     Code,
     Paragraph,
-    Row,
-    Screen,
     Table,
-    joined,
-    stripped,
-    width_of,
 )
+from recollect.cli.screen import TAB, Row, Screen, joined, stripped, width_of
 
 _MOST_UNDECIDED: Final = 200
 """Most characters at a line's start of which it is still open what they begin: `- - -`, spaces."""
@@ -48,6 +43,10 @@ _UNDECIDED: Final = re.compile(r"[-*_][-*_ \t]*|\+|\d{1,9}[.)]?|#{1,6}|`{1,2}|~{
 _DELIMITERS: Final = re.compile(r"\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*")
 _MOST_DELIMITERS: Final = 2000
 """Most characters of the line under a table's heading."""
+_MOST_COLUMNS: Final = 40
+"""Of a table; a screen has no room for more."""
+_MOST_QUOTES: Final = 8
+"""Most bars before a quotation; a deeper one has no more."""
 
 
 def _cells(line: str) -> list[str]:
@@ -325,7 +324,7 @@ class MarkdownWriter:
 
     def _begin_fence(self, line: _Line, match: re.Match[str]) -> None:
         self._open(line)
-        self._code = Code(self._screen, self._prefix(), match[2].strip())
+        self._code = Code(self._screen, self._prefix(), " ".join(match[2].split()))
         self._fence = _Fence(match[1], line.indent, line.quotes)
 
     def _end_fence(self) -> None:
@@ -336,8 +335,8 @@ class MarkdownWriter:
     def _begin_table(self, header: tuple[_Line, str], line: _Line) -> bool:
         """Return whether the line under a header makes a table of it, and begin the table then."""
         names, dashes = _cells(header[0].body), _cells(line.body)
-        is_short = len(line.body) <= _MOST_DELIMITERS
-        if not is_short or not _DELIMITERS.fullmatch(line.body) or len(names) != len(dashes):
+        is_small = len(line.body) <= _MOST_DELIMITERS and len(dashes) <= _MOST_COLUMNS
+        if not is_small or not _DELIMITERS.fullmatch(line.body) or len(names) != len(dashes):
             return False
         aligned = [
             {(True, True): "center", (False, True): "right"}.get(
@@ -386,11 +385,12 @@ class MarkdownWriter:
     def _prefix(self) -> Row:
         """Return what rows of the open quotation and list begin with."""
         indent = self._levels[-1].text if self._levels else 0
-        return joined([*_bars(self._quotes), (" " * indent, PLAIN)])
+        shown = min(indent, self._screen.width // 2)  # text needs room, however deep a list is
+        return joined([*_bars(self._quotes), (" " * shown, PLAIN)])
 
 
 def _bars(quotes: int) -> Row:
-    return [("│ " * quotes, DIM)] if quotes else []
+    return [("│ " * min(quotes, _MOST_QUOTES), DIM)] if quotes else []
 
 
 def make_writer(console: Console, *, plain: bool = False) -> Writer:

@@ -19,7 +19,9 @@ from rich.text import Text
 from recollect import config
 from recollect.cli.display import format_bytes, make_table, printable, progress_bar
 from recollect.cli.options import JsonOption, OfflineOption, model_names
-from recollect.models.catalog import LocalModel
+from recollect.errors import UnknownModelError
+from recollect.models.catalog import LocalModel, is_repository
+from recollect.models.fetch import what_is_there
 from recollect.models.listing import KeptElsewhere, ModelStatus, installed, kept_elsewhere
 from recollect.models.listing import prune as prune_source
 from recollect.models.onnx_folder import convert_to_onnx, require_convertible
@@ -46,7 +48,7 @@ def list_models(
         ),
     ] = None,
 ) -> None:
-    """List the models that have a name, and those on this disk, of other programs too."""
+    """List the models that have a name, and those on this disk."""
 
     if prune is not None:
         size = prune_source(prune, config.home())
@@ -67,7 +69,7 @@ def list_models(
     console = Console()
     console.print(models_table(found))
     if elsewhere:
-        console.print("\nKept by other programs, and run from where they lie", style="bold")
+        console.print("\nKept by other programs, and taken from where they lie", style="bold")
         console.print(kept_table(elsewhere[:_MOST_ROWS], converted))
     if len(elsewhere) > _MOST_ROWS:
         console.print(f"and {len(elsewhere) - _MOST_ROWS:,} more; --json lists all", style="dim")
@@ -107,13 +109,22 @@ def pull(
 
     def fetch(*, with_source: bool) -> LocalModel:
         with progress_bar(f"Fetching {name}") as progress:
-            return prepare(
-                name,
-                home=config.home(),
-                progress=progress,
-                offline=offline or None,
-                with_source=with_source,
-            )
+            try:
+                return prepare(
+                    name,
+                    home=config.home(),
+                    progress=progress,
+                    offline=offline or None,
+                    with_source=with_source,
+                )
+            except UnknownModelError as error:
+                if offline or config.is_offline() or not is_repository(name):
+                    raise
+                repository = name.rstrip(":")
+                raise UnknownModelError(
+                    f"{repository} is to be named with a file, as {repository}:FILE: "
+                    f"{what_is_there(repository)}."
+                ) from error
 
     local = fetch(with_source=check is True)
     where = f" in {local.folder}" if local.folder else ""

@@ -24,7 +24,7 @@ import typer
 from recollect import config, encryption, files
 from recollect.cli.display import progress_bar
 from recollect.config import DEFAULT_PROFILE
-from recollect.conversation.loading import load
+from recollect.conversation.loading import load, which_llama
 from recollect.conversation.model import Model
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.errors import ConfigError, RecollectError, StoreError
@@ -38,7 +38,7 @@ from recollect.models.catalog import REFERENCE_NAME
 from recollect.models.listing import installed
 from recollect.models.prepare import prepare
 from recollect.text import tool_formats
-from recollect.types import Profile
+from recollect.types import Profile, RuntimeChoice
 
 NO_KV: Final = "There is no cache on this disk yet: `recollect chat` makes one."
 
@@ -322,6 +322,29 @@ class ModelOptions:
         ),
     ] = None
 
+    runtime: Annotated[
+        RuntimeChoice,
+        typer.Option(
+            help="What runs a GGUF file. auto: OpenVINO where it can, llama.cpp with a graphics card."
+        ),
+    ] = "auto"
+    gpu_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|N",
+            help="For llama.cpp: layers in the memory of the graphics card.",
+            show_default="auto, as many as fit",
+        ),
+    ] = None
+    kv_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="For llama.cpp: type of keys and values, f32, f16, bf16, q8_0 or q4_0.",
+            show_default="as the profile says",
+        ),
+    ] = None
+
     def check(self) -> None:
         """
         Raise what is wrong with the sizes, the format of calls and the setting for offline use.
@@ -350,6 +373,8 @@ class ModelOptions:
                 allow_native_code=self.allow_native_code,
                 progress=progress,
                 offline=self.offline or None,
+                runtime=self.runtime,
+                llama=which_llama() if self.runtime == "auto" else "missing",
             )
         if self.long_context:
             local.for_long_context()  # raises if there is none
@@ -375,10 +400,23 @@ class ModelOptions:
                 cipher=cipher,
                 allow_native_code=self.allow_native_code,
                 long_context=self.long_context,
+                runtime=self.runtime,
+                gpu_layers=self._layers(),
+                kv_type=self.kv_type,
                 tool_format=self.tool_format,
                 progress=progress,
                 offline=self.offline or None,
             )
+
+    def _layers(self) -> int | None:
+        """Return the layers on graphics cards; None: as many as fit."""
+        if self.gpu_layers is None or self.gpu_layers == "auto":
+            return None
+        if not self.gpu_layers.isdecimal() or len(self.gpu_layers) > 4:
+            raise ConfigError(
+                f"--gpu-layers is {self.gpu_layers!r}: give auto, or how many layers, such as 0 or 20."
+            )
+        return int(self.gpu_layers)
 
     def _sizes(self) -> tuple[int | None, int | None]:
         """Return the budgets in memory and on disk, in bytes; None: the default of `load`."""

@@ -159,8 +159,9 @@ def _write_verdict(
 
 def compare(loaded: Model) -> FileReport:
     """Compare a loaded model with its file, and note the outcome for `recollect models`."""
-    folder = loaded.local.folder
-    stamps = {} if folder is None else stamps_of(folder)  # before: of what was loaded
+    # Before, of what was loaded; a GGUF file that runs as it is has the digest of its bytes.
+    folder = None if loaded.local.format == "gguf" else loaded.local.folder
+    stamps = {} if folder is None else stamps_of(folder)
     with progress_bar("Comparing with the file") as progress:
         report = compare_with_file(
             loaded, progress=lambda done, of: progress(f"layer {done} of {of}", done, of)

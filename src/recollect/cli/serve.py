@@ -114,7 +114,7 @@ def serve(
         # Ports are numbers of 16 bits.
         _option(
             "Access",
-            about="The port to listen on; 0 takes a free one.",
+            about="The port to listen on; 0 takes a free one, 11434 is where clients of Ollama look.",
             metavar="P",
             min=0,
             max=65535,

@@ -14,9 +14,11 @@ from typing import Final
 
 import psutil
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
-from recollect.cli.display import count, format_bytes, format_duration, printable, show_reply
+from recollect.cli.display import count, format_bytes, format_duration, printable
+from recollect.cli.live_reply import show_reply
 from recollect.cli.markdown import make_writer
 from recollect.conversation.model import Model
 from recollect.conversation.session import ReplyStream, Session
@@ -110,6 +112,8 @@ class Chat:
         self.draft = ""
         """What the next prompt begins with, for the user to go on from."""
         self.leaving = False
+        self.shows_reasoning = True
+        """Whether what the model thinks is shown, and not only that it does."""
 
     @property
     def session(self) -> Session:
@@ -164,16 +168,23 @@ class Chat:
         """
         session = self.session
         writer = make_writer(self.console, plain=self.plain)
-        reply = show_reply(self._starter(session, text, params), self.console, writer)
+        reply = show_reply(
+            self._starter(session, text, params),
+            self.console,
+            writer,
+            shows_reasoning=self.shows_reasoning,
+        )
         if reply is None:
             self.note("The reply was stopped before it began; the conversation is as it was.")
             return None
         self.totals.add(reply.usage)
-        self.note("  " + usage_line(reply))
+        cost = Text(printable(usage_line(reply)), "dim")
+        self.console.print(Padding(cost, (0, 0, 0, 2), expand=False), highlight=False)
         if reply.ran_away:
             self.note("The reply repeated itself and was ended: /continue goes on.")
         if _is_full(self, reply):
             self.note(f"The context is full. {ways_out(self)}")
+        self.console.print()
         return reply
 
     def say_at(self, node: Node, text: str | None, params: SamplingParams | None = None) -> None:
@@ -332,6 +343,8 @@ def usage_line(reply: Reply) -> str:
     if usage.reused_tokens:
         parts.append(f"{usage.reused_tokens:,} reused ({_whence(usage)})")
     parts.append(f"first token {format_duration(usage.ttft_s)}")
+    if usage.reasoning_tokens:
+        parts.append(f"{usage.reasoning_tokens:,} thought")
     if usage.decode_tps is not None:
         parts.append(f"{usage.decode_tps:,.0f} tok/s")
     if usage.difference is not None:
@@ -370,7 +383,10 @@ def statistics(chat: Chat) -> list[tuple[str, str]]:
         ("context", f"{history:,} of {chat.model.context_length:,} tokens in {chat.current}"),
         ("sampling", _sampling(chat)),
         ("computed", f"{computed:,} tokens in {passes:,} passes"),
-        ("reused", f"{totals.reused_tokens:,} tokens in {totals.replies:,} replies"),
+        (
+            "reused",
+            f"{totals.reused_tokens:,} tokens in {count(totals.replies, 'reply', 'replies')}",
+        ),
         ("time saved", _time_saved(chat)),
         ("KV memory", memory),
         ("KV pressure", pressure),
@@ -458,10 +474,8 @@ _MOST_CHARACTERS: Final = 600
 def welcome(chat: Chat) -> None:
     """Say what is spoken to, and show the end of what was said before."""
     model = chat.model
-    chat.note(
-        f"{model.name} · {model.profile} · {model.context_length:,} tokens of context · "
-        "/help lists commands, Ctrl-D leaves"
-    )
+    chat.note(f"{model.name} · {model.profile} · {model.context_length:,} tokens of context")
+    chat.note("? lists commands and keys, Ctrl-D leaves")
     if not chat.session.conversation.is_saved:
         chat.note("Nothing of this chat is saved (--no-save).")
     was_said = any(node.role != "system" for node in chat.session.tree.nodes())

@@ -14,7 +14,8 @@ from typing import Final
 import numpy as np
 
 from recollect import config, encryption, files
-from recollect.conversation.model import Model, load_runtime
+from recollect.conversation.formats import RunOptions, load_runtime
+from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.engine.pinning import in_memory, require_tier
@@ -24,10 +25,10 @@ from recollect.kv.disk import STORE_FOLDER, DiskStore, NewBlock, is_there, open_
 from recollect.kv.environment import translated
 from recollect.kv.record import Key, chained_key
 from recollect.models.catalog import DEFAULT_MODEL
-from recollect.models.prepare import prepare
+from recollect.models.prepare import Llama, prepare
 from recollect.runtime.base import PagedRuntime
 from recollect.text import tool_formats
-from recollect.types import Profile, Progress, no_progress
+from recollect.types import Profile, Progress, RuntimeChoice, no_progress
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ def load(
     cipher: Cipher | None = None,
     allow_native_code: str | None = None,
     long_context: bool = False,
+    runtime: RuntimeChoice = "auto",
+    gpu_layers: int | None = None,
+    kv_type: str | None = None,
     progress: Progress = no_progress,
     offline: bool | None = None,
     tool_format: str | None = None,
@@ -52,7 +56,9 @@ def load(
 
     Args:
         model: A name in the catalog, a `.gguf` file, an OpenVINO or ONNX GenAI folder,
-            `org/repo:file` on the hub, or `reference`, which has no weights and replies nonsense.
+            `org/repo:file` on the hub or in its cache, a model that another program keeps, such as
+            `ollama:llama3.2` (`recollect models` lists them), or `reference`, which has no weights
+            and replies nonsense.
         profile: `exact`, `fast` or `small`; see ARCHITECTURE.md. An ONNX GenAI folder computes in
             the precision that it was converted with, whatever the profile.
         kv_memory: Most bytes of KV in memory; None: a quarter of the free memory, and at most what
@@ -69,6 +75,10 @@ def load(
         long_context: Whether a model with LongRoPE (Phi-3 128k, Phi-3.5, Phi-4-mini) uses the factors
             for its long context, with which it reads short texts a little worse. If not, it has the
             context that it was trained on first.
+        runtime: What runs a GGUF file: `openvino`, which it is converted for; `llama`, which is llama.cpp;
+            or `auto`: OpenVINO if it reads the file exactly, unless llama.cpp has a graphics card.
+        gpu_layers: For llama.cpp, layers in the memory of graphics cards; None: as many as fit.
+        kv_type: For llama.cpp, the type of keys and values; None: as the profile says.
         progress: Called while the model is fetched and converted.
         offline: Whether to refuse a model that is not on this disk, and not fetch it; None: as
             `RECOLLECT_OFFLINE` says, and no if that is not set.
@@ -96,15 +106,18 @@ def load(
         allow_native_code=allow_native_code,
         progress=progress,
         offline=offline,
+        runtime=runtime,
+        llama=which_llama() if runtime == "auto" else "missing",
     )
     if long_context:
         local = local.for_long_context()
-    runtime = load_runtime(local, profile)
-    store = store or _store(home, kv_disk, cipher, runtime)
+    options = RunOptions(profile=profile, home=home, gpu_layers=gpu_layers, kv_type=kv_type)
+    loaded = load_runtime(local, options)
+    store = store or _store(home, kv_disk, cipher, loaded)
     try:
         return Model(
             local,
-            runtime,
+            loaded,
             profile=profile,
             home=home,
             kv_memory=kv_memory,
@@ -116,6 +129,16 @@ def load(
         if store is not None:
             store.close()
         raise
+
+
+def which_llama() -> Llama:
+    """Return whether llama.cpp is here, and whether it is the quicker one since it has a graphics card."""
+    from recollect.runtime.llama_library import is_there, library  # noqa: PLC0415 - part of an extra
+
+    if not is_there():
+        return "missing"
+    is_quicker = any(device.is_graphics for device in library().devices())
+    return "quicker" if is_quicker else "there"
 
 
 def _warn_of_writers(home: Path) -> None:

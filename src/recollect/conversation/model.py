@@ -1,24 +1,21 @@
 """
-A loaded model, the formats that it can have on disk, and warm texts.
+A loaded model, and warm texts.
 
-`FORMATS` is the one table of those formats: which tokenizer reads a model, and which runtime runs it. To
-add a format, add a row there, its name to `models.catalog.Format`, and to `models.prepare` what
-recognises it on disk and fills in the `LocalModel`.
 `Model` owns a runtime, a tokenizer, an engine and a journal, which its sessions share; `loading` makes
 one, and `pool_size` returns how many blocks of KV a memory budget holds. `warm` computes the KV of a
 system prompt, or of the beginning of a first message, and pins it on disk without the text.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, Self
 
 from recollect import config
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.matching import KnownMessages, MessageIndex, RememberedReplies
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
@@ -36,99 +33,12 @@ from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Page, requi
 from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import DiskStore
 from recollect.kv.record import Pin, StoredReply, chained_keys
-from recollect.models.catalog import Format, LocalModel
-from recollect.runtime.base import PagedRuntime, ReferenceRuntime, RuntimeInfo
-from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter
+from recollect.models.catalog import LocalModel
+from recollect.runtime.base import PagedRuntime, RuntimeInfo
 from recollect.text import tool_formats
-from recollect.text.file_tokenizers import TOKENIZER_NAME, HfTokenizer, OpenVinoTokenizer
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import ByteTokenizer, Tokenizer
+from recollect.text.tokenizer import Tokenizer
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
-
-
-@dataclass(frozen=True, slots=True)
-class FormatParts:
-    """The functions that make the tokenizer and the runtime of a model of one format."""
-
-    tokenizer: Callable[[LocalModel], Tokenizer]
-    runtime: Callable[[LocalModel, Profile], PagedRuntime]
-
-
-def load_tokenizer(model: LocalModel) -> Tokenizer:
-    """
-    Return the tokenizer of a model.
-
-    Raises:
-        UnsupportedModelError: Its files cannot be read.
-    """
-    return FORMATS[model.format].tokenizer(model)
-
-
-def load_runtime(model: LocalModel, profile: Profile) -> PagedRuntime:
-    """
-    Return the runtime of a model, which has no memory for KV yet.
-
-    Raises:
-        UnsupportedModelError: The runtime is not installed, or cannot run this model.
-        RuntimeFailure: Its files cannot be read or compiled.
-    """
-    return FORMATS[model.format].runtime(model, profile)
-
-
-def _openvino_tokenizer(model: LocalModel) -> Tokenizer:
-    assert model.folder is not None, "only the reference model has none"
-    return OpenVinoTokenizer(model.folder, model.eos_token_ids, template=model.chat_template)
-
-
-def _hf_tokenizer(model: LocalModel) -> Tokenizer:
-    assert model.folder is not None, "only the reference model has none"
-    file = model.folder / TOKENIZER_NAME
-    return HfTokenizer(file, model.eos_token_ids, template=model.chat_template)
-
-
-def _openvino(model: LocalModel, profile: Profile) -> PagedRuntime:
-    # Not at the top: OpenVINO takes half a second, for which `recollect --help` need not wait.
-    from recollect.runtime.openvino import OpenVinoRuntime  # noqa: PLC0415 - as above
-
-    assert model.folder is not None, "only the reference model has none"
-    return OpenVinoRuntime(
-        model.folder / model.graph,
-        profile=profile,
-        context_length=model.context_length,
-        long_context=model.is_long,
-    )
-
-
-def _genai(model: LocalModel, _: Profile) -> PagedRuntime:
-    assert model.folder is not None, "only the reference model has none"
-    assert model.onnx_config is not None, "it was read with the folder"
-    return SequenceAdapter(
-        GenAiRuntime(
-            model.folder,
-            model.onnx_config,
-            context_length=model.context_length,
-            native_library=model.native_library,
-        )
-    )
-
-
-def _reference(model: LocalModel, _: Profile) -> PagedRuntime:
-    return ReferenceRuntime(
-        vocab_size=ByteTokenizer().vocab_size, context_length=model.context_length
-    )
-
-
-FORMATS: Final[Mapping[Format, FormatParts]] = MappingProxyType(
-    {
-        # A GGUF file or an export of optimum's; models/prepare, models/openvino_folder.
-        "openvino": FormatParts(tokenizer=_openvino_tokenizer, runtime=_openvino),
-        # A folder for ONNX Runtime GenAI; models/onnx_folder.
-        "onnx-genai": FormatParts(tokenizer=_hf_tokenizer, runtime=_genai),
-        # The model without weights; models/catalog.
-        "reference": FormatParts(tokenizer=lambda _: ByteTokenizer(), runtime=_reference),
-    }
-)
-
 
 KIND: Final = "warm"
 

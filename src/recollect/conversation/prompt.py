@@ -35,7 +35,7 @@ from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text.reasoning import ShowingTokenizer, says_nothing, says_the_same
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
-from recollect.text.tool_formats import control_marks
+from recollect.text.tool_calls import CallRules
 from recollect.types import Message, Remembered, Role, ToolCall, common_prefix_length
 
 ToolSchemas = Sequence[Mapping[str, Any]]
@@ -331,8 +331,8 @@ class PromptEncoder:
         name = blake2b(array("i", reply.token_ids).tobytes(), digest_size=16).digest()
         known = self._written.get(name)
         if known is None:
-            calls = control_marks(self.tool_format, self.control)
-            text = ShowingTokenizer(self._tokenizer, marks, calls).decode(reply.token_ids)
+            rules = CallRules(self.tool_format)
+            text = ShowingTokenizer(self._tokenizer, marks, rules).decode(reply.token_ids)
             known = text.removesuffix(reply.content) if text.endswith(reply.content) else ""
             self._written.put(name, known)
         return known

@@ -29,7 +29,7 @@ from recollect.conversation.turn import (
     explained,
     generator_of,
 )
-from recollect.engine.pinning import pin_on_disk
+from recollect.engine.pinning import pin, pin_on_disk, unpin
 from recollect.engine.reply import GeneratedReply, IdleWork, ReadAhead, ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.engine.scheduler import Task
@@ -46,6 +46,7 @@ from recollect.errors import (
 from recollect.journal.home import Checkpoint
 from recollect.journal.records import require_name
 from recollect.kv.blocks import CachedBlock
+from recollect.text.reasoning import Begun
 from recollect.text.tool_calls import CallRules
 from recollect.types import Message, SamplingParams, Usage
 
@@ -410,13 +411,13 @@ class Session(Cursor):
         Computes KV that is missing.
         """
         self.prewarm()
-        pinned = self._model.engine.pin(self.typed_ids(), self._namespace)
+        pinned = pin(self._model.engine, self.typed_ids(), self._namespace)
         self.unpin()
         self._pinned = pinned
 
     def unpin(self) -> None:
         """Unpin the KV, so that it can be evicted."""
-        self._model.engine.unpin(self._pinned)
+        unpin(self._model.engine, self._pinned)
         self._pinned = []
 
     def close(self) -> None:
@@ -496,14 +497,15 @@ class Session(Cursor):
         form = self._model.template.tool_format
         rules = tools.rules(params.grammar, form) if tools.schemas else None
         sequence = self._prompting.sequence(asked.prompt.token_ids)
-        control = self._model.tokenizer.control_tokens
-        grammars = self._model.grammars
-        generator = generator_of(engine, sequence, params, tools, grammars, form, control)
+        model = self._model
+        begun = asked.reasoning(model.template.reasoning)
+        reasoning = model.tokenizer, begun
+        generator = generator_of(engine, sequence, params, tools, model.grammars, reasoning, form)
         change = self._change if at is self._tip else None
         tools_change = self.conversation.tools_change(asked.at, tools)
         expected = Expectation(asked.prompt, engine.info.reuse.unit, change, tools_change)
         turn = Turn(asked, text, before, tools, expected, form)
-        stream = ReplyStream(self, turn, generator, rules)
+        stream = ReplyStream(self, turn, generator, rules, begun)
         stream.start()
         return stream
 
@@ -575,6 +577,7 @@ class ReplyStream(ReplyGeneration):
         turn: Turn,
         generator: Generator,
         rules: CallRules | None,
+        begun: Begun,
     ) -> None:
         model = session._model
         super().__init__(
@@ -583,7 +586,7 @@ class ReplyStream(ReplyGeneration):
             model.tokenizer,
             ahead=session._idle.ahead,
             rules=rules,
-            begun=turn.asked.reasoning(model.template.reasoning),
+            begun=begun,
         )
         self._session = session
         self._turn = turn

@@ -468,11 +468,20 @@ class Window:
         limit: int,
         measure: Callable[[Sequence[Node]], int],
         overflow: Overflow,
+        *,
+        has_more: bool = False,
     ) -> list[Node]:
-        """Return the nodes of a path for a prompt; leaves turns out if it has *limit* tokens or more."""
+        """
+        Return the nodes of a path for a prompt; leaves turns out if it has *limit* tokens or more.
+
+        The last turn of the path stays, unless a message follows it that is no node yet (*has_more*) and
+        only fits without it.
+        """
         shown = self.shown(path)
         if overflow == "drop_oldest" and measure(shown) >= limit:
-            return self.leave_out(shown, limit // 2, measure)
+            shown = self.leave_out(shown, limit // 2, measure)
+            if has_more and measure(shown) >= limit and (starts := turn_starts(shown)):
+                return shown[: starts[0]]
         return shown
 
     def leave_out(

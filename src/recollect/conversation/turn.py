@@ -28,9 +28,9 @@ from recollect.errors import (
 )
 from recollect.journal.home import Checkpoints
 from recollect.journal.records import NewNode
-from recollect.text.reasoning import NO_REASONING, Begun, ReasoningMarks
+from recollect.text.reasoning import NO_REASONING, Begun, ReasoningMarks, ReasoningWatch
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import ControlTokens, Tokenizer
+from recollect.text.tokenizer import Tokenizer
 from recollect.text.tool_formats import HERMES, ToolFormat
 from recollect.types import Reason, SamplingParams, ToolLinks, Usage
 
@@ -139,11 +139,12 @@ class Asking:
         """Return how reasoning stands where the reply begins."""
         if marks is None:
             return NO_REASONING
-        is_inside = marks.are_opened_by(self.prompt.ending)
-        if self.begun is not None:
-            thought = None if self.begun.links is None else self.begun.links.reasoning
-            is_inside = not self.begun.content and (is_inside or thought is not None)
-        return Begun(marks, is_inside)
+        begun = marks.begun(self.prompt.ending)
+        if self.begun is None:
+            return begun
+        thought = None if self.begun.links is None else self.begun.links.reasoning
+        is_inside = not self.begun.content and (begun.is_inside or thought is not None)
+        return Begun(marks, is_inside, is_closed=not is_inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +268,8 @@ class Prompting:
             return len(encode(messages).token_ids)
 
         path = at.path()
-        shown = self._window.fitting(path, self._engine.info.context_length, measure, overflow)
+        limit, has_more = self._engine.info.context_length, said is not None
+        shown = self._window.fitting(path, limit, measure, overflow, has_more=has_more)
         return Asking(at, encode(shown), len(turn_starts(path)) - len(turn_starts(shown)))
 
     def _going_on(self, begun: Node, tools: Tools) -> Asking:
@@ -341,19 +343,31 @@ def _check_can_be_answered(at: Node, begun: Node | None) -> None:
         )
 
 
+def watch_of(tokenizer: Tokenizer, begun: Begun, params: SamplingParams) -> ReasoningWatch | None:
+    """Return what follows the reasoning of a reply; None where nothing depends on it."""
+    has_grammar = params.grammar is not None
+    if begun.marks is None or not (has_grammar or params.reasoning_budget is not None):
+        return None
+    if begun.is_closed:
+        return None
+    return ReasoningWatch(tokenizer, begun, budget=params.reasoning_budget, leads=has_grammar)
+
+
 def generator_of(
     engine: Engine,
     sequence: TokenSequence,
     params: SamplingParams,
     tools: Tools,
     grammars: Grammars,
-    format_: ToolFormat,
-    control: ControlTokens,
+    reasoning: tuple[Tokenizer, Begun],
+    format_: ToolFormat = HERMES,
 ) -> Generator:
     """
     Return what continues a sequence with a reply that may call tools.
 
     A tool whose schema cannot be held to is no reason to refuse the request: its calls are not held to it.
+    A grammar is about what is said: the model may think before. Where calls have channels of their own, as
+    in harmony, the grammar of tools is about the whole reply, since it names these.
 
     Raises:
         ConfigError: A parameter or a grammar cannot be used; the sequence is released.
@@ -362,9 +376,13 @@ def generator_of(
         while True:
             how = params
             if tools.schemas:
+                control = reasoning[0].control_tokens
                 how = replace(params, grammar=tools.grammar(params.grammar, format_, control))
+            marks = reasoning[1].marks
+            has_channels = bool(tools.schemas) and marks is not None and bool(marks.lead)
+            watch = None if has_channels else watch_of(*reasoning, how)
             try:
-                return Generator(engine, how, sequence=sequence, grammars=grammars)
+                return Generator(engine, how, sequence=sequence, grammars=grammars, reasoning=watch)
             except InvalidParameterError as error:
                 if how.grammar is None or not tools.schemas:
                     raise

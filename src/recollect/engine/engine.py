@@ -15,19 +15,17 @@ from functools import partial
 from time import perf_counter, sleep
 from typing import Final
 
+from recollect.engine.audit import check_memory, check_scheduler
 from recollect.engine.scheduler import Chunks, Room, Scheduler, Task
 from recollect.engine.sequence import FeedPlan, Memory, Sequence
 from recollect.engine.tier import DiskTier
-from recollect.errors import ConfigError, MisuseError, RuntimeFailure
-from recollect.kv.blocks import BlockPool, CachedBlock
+from recollect.errors import MisuseError, RuntimeFailure
+from recollect.kv.blocks import BlockPool
 from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import PrefixCache
-from recollect.kv.record import Identity
-from recollect.runtime.base import Logits, PagedRuntime
-from recollect.types import running_average
+from recollect.kv.record import Identity, Names
+from recollect.runtime.base import Logits, PagedRuntime, allocate
 
-_TIMED_TOKENS: Final = 32
-"""Passes over fewer tokens are not timed: they say little about the cost of prefill."""
 Result = Logits | Exception | None
 """What a pass gave a task: the logits after its history, why it failed, or None where more is to be fed."""
 
@@ -55,25 +53,17 @@ class Engine:
         fingerprint: str = "",
         store: DiskStore | None = None,
     ) -> None:
-        self._runtime = runtime
-        try:
-            runtime.allocate(num_blocks)
-        except MemoryError as cause:
-            raise ConfigError(
-                f"There is no memory for {num_blocks:,} blocks of KV: give KV less, or end other programs."
-            ) from cause
+        allocate(runtime, num_blocks)
+        self.runtime: Final = runtime
+        """What computes; while there are tasks, only the engine's thread may use it."""
         self.info = info = runtime.info
         self.block_size = info.block_size
         self.eos_token_ids = frozenset(eos_token_ids)
         identity = Identity(fingerprint, info.name, info.kv_format)
         self.pool = BlockPool(num_blocks, info.block_size)
-        self.cache = PrefixCache(
-            self.pool,
-            identity.text(),
-            whole_blocks_only=not info.reuse.inside_blocks,
-            secret=b"" if store is None else store.root_secret,
-            chain_secret=b"" if store is None else store.chain_secret,
-        )
+        secrets = () if store is None else (store.root_secret, store.chain_secret)
+        names = Names(identity.text(), *secrets)
+        self.cache = PrefixCache(self.pool, names, whole_blocks_only=not info.reuse.inside_blocks)
         self.memory = Memory(info, self.pool, self.cache)
         self.lock = self.memory.lock
         """Held while block tables, pool and cache change."""
@@ -88,7 +78,6 @@ class Engine:
         """Tokens fed so far, counted at the forward pass."""
         self.forward_passes = 0
         """Forward passes so far, without those that failed."""
-        self._s_per_token: float | None = None  # a running average over prompts
         self._scheduler = Scheduler(info.block_size, info.pace)
         self._room = Room(self._scheduler, self.memory, has_disk=self.tier is not None)
         self._work = threading.Condition(self.lock)
@@ -101,11 +90,6 @@ class Engine:
         # waits for its task would wait for ever.
         self._at_exit = partial(_close_if_alive, weakref.ref(self))
         atexit.register(self._at_exit)
-
-    @property
-    def runtime(self) -> PagedRuntime:
-        """Return what computes; while there are tasks, only the engine's thread may use it."""
-        return self._runtime
 
     def tasks(self) -> list[Task]:
         """Return the tasks that run or wait."""
@@ -138,20 +122,6 @@ class Engine:
         if on_disk and self.tier is not None:
             return self.tier.stored_tokens(match, root, token_ids)
         return match.tokens
-
-    def pin(self, token_ids: Tokens[int], namespace: str = "") -> list[CachedBlock]:
-        """Keep what the cache has of a prefix until `unpin`; return what that takes, which may be nothing."""
-        with self.lock:
-            last = self.memory.match(token_ids, namespace).blocks[-1:]
-            for cached in last:
-                self.cache.pin(cached)
-            return last
-
-    def unpin(self, pinned: Tokens[CachedBlock]) -> None:
-        """Take back one `pin`."""
-        with self.lock:
-            for cached in pinned:
-                self.cache.unpin(cached)
 
     def forget(self) -> int:
         """Evict all KV that no sequence holds and nobody pinned; return how many blocks."""
@@ -235,8 +205,8 @@ class Engine:
         with self._work:
             while self._passing:
                 self._work.wait()
-            self.memory.check([] if self.tier is None else self.tier.leased_blocks)
-            self._scheduler.check()
+            check_memory(self.memory, [] if self.tier is None else self.tier.leased_blocks)
+            check_scheduler(self._scheduler)
 
     def close(self) -> None:
         """
@@ -259,8 +229,8 @@ class Engine:
         if thread is not None:
             thread.join()
         if self.tier is not None:
-            self.tier.close(compute_s_per_token=self._s_per_token)
-        self._runtime.close()
+            self.tier.close()
+        self.runtime.close()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -277,7 +247,7 @@ class Engine:
     def _warm_up(self) -> None:
         if not self._warm.is_set():
             with suppress(RuntimeFailure):  # the first pass fails too, and has somebody to tell
-                self._runtime.warm_up()
+                self.runtime.warm_up()
                 if self.tier is not None:
                     self.tier.warm_up(self.pool.num_blocks)
             self._warm.set()
@@ -314,7 +284,7 @@ class Engine:
             running = list(self._scheduler.running)
             self._passing = True
         if self.tier is not None:
-            self.tier.restore_for(running, compute_s_per_token=self._s_per_token)
+            self.tier.restore_for(running)
         with self._work:
             chunks, copies = self._room.prepare()
             tasks = self._scheduler.tasks()
@@ -364,7 +334,7 @@ class Engine:
         """
         try:
             if copies:
-                self._runtime.copy_blocks(copies)
+                self.runtime.copy_blocks(copies)
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for the tasks
             return dict.fromkeys(chunks, error)
         try:
@@ -386,12 +356,10 @@ class Engine:
         if not chunks:
             return {}
         rows = [task.sequence.row(fed) for task, fed in chunks.items()]
-        fed_tokens = sum(len(row.token_ids) for row in rows)
         begun = perf_counter()
-        result = self._runtime.forward(rows)
-        if fed_tokens >= _TIMED_TOKENS:
-            s_per_token = (perf_counter() - begun) / fed_tokens
-            self._s_per_token = running_average(self._s_per_token, s_per_token)
+        result = self.runtime.forward(rows)
+        if self.tier is not None:
+            self.tier.note_pass(rows, perf_counter() - begun)
         for task, start in zip(list(chunks), result.starts, strict=False):
             chunks[task] = FeedPlan(start, chunks[task].end)
         self.forward_passes += 1

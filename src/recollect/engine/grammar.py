@@ -17,7 +17,7 @@ import struct
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Tokens
 from hashlib import blake2b
 from pathlib import Path
@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from recollect import files
 from recollect.errors import InvalidParameterError, MissingPackageError
+from recollect.text.reasoning import ReasoningWatch
 from recollect.text.tokenizer import Tokenizer, Vocabulary
 from recollect.types import Grammar, Remembered, common_prefix_length
 
@@ -434,6 +435,18 @@ class GrammarState:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._seen = list(seen)
+        self._reasoning: ReasoningWatch | None = None
+        self._ends: Collection[int] = ()
+
+    def begin_behind(self, reasoning: ReasoningWatch, ends: Collection[int]) -> None:
+        """
+        Let the grammar be about the answer alone, behind what the model thinks.
+
+        Args:
+            reasoning: Follows the same reply.
+            ends: The tokens that end a reply; none does while it thinks.
+        """
+        self._reasoning, self._ends = reasoning, ends
 
     def allowed(self, reply: list[int]) -> Mask:
         """
@@ -445,20 +458,38 @@ class GrammarState:
             InvalidParameterError: The reply is no beginning of one.
                 Or the grammar is too complex at this place, or allows nothing there.
         """
-        self._follow(reply)
+        start = self._start_in(reply)
+        if start is None:
+            thinking = np.ones(self._vocab_size, np.bool_)
+            thinking[list(self._ends)] = False
+            return thinking
+        self._follow(reply[start:])
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise self._too_complex()
-        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+        mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+        if not reply and self._reasoning is not None and self._reasoning.opening is not None:
+            mask[self._reasoning.opening] = True
+        return mask
 
     def is_finished(self, reply: list[int]) -> bool:
         """Return whether nothing but the end may follow the reply."""
-        self._follow(reply)
+        start = self._start_in(reply)
+        if start is None:
+            return False
+        self._follow(reply[start:])
         return self._matcher.is_stopped() and self._matcher.is_accepting()
 
     def copy(self) -> "GrammarState":
         """Return a second state at the same place; 10 microseconds, whatever the grammar."""
-        return GrammarState(self._matcher.deep_copy(), self._vocab_size, self._seen)
+        other = GrammarState(self._matcher.deep_copy(), self._vocab_size, self._seen)
+        if self._reasoning is not None:
+            other.begin_behind(self._reasoning.copy(), self._ends)
+        return other
+
+    def _start_in(self, reply: list[int]) -> int | None:
+        """Return where in the reply the grammar begins; None while the model thinks."""
+        return 0 if self._reasoning is None else self._reasoning.answer_start(reply)
 
     def _too_complex(self) -> InvalidParameterError:
         return InvalidParameterError(

@@ -82,6 +82,22 @@ def require_tier(engine: Engine) -> DiskTier:
     return engine.tier
 
 
+def pin(engine: Engine, token_ids: Tokens[int], namespace: str = "") -> list[CachedBlock]:
+    """Keep what memory has of a prefix until `unpin`; return what that takes, which may be nothing."""
+    with engine.lock:
+        last = engine.memory.match(token_ids, namespace).blocks[-1:]
+        for cached in last:
+            engine.cache.pin(cached)
+        return last
+
+
+def unpin(engine: Engine, pinned: Tokens[CachedBlock]) -> None:
+    """Take back one `pin`."""
+    with engine.lock:
+        for cached in pinned:
+            engine.cache.unpin(cached)
+
+
 def pin_on_disk(
     engine: Engine,
     token_ids: Tokens[int],
@@ -112,12 +128,12 @@ def pin_on_disk(
     _require_room(engine, tier, len(token_ids))
     begun = time.perf_counter()
     with in_memory(engine, token_ids, namespace, progress=progress) as held:
-        pin = _pin(tier, held.blocks, len(token_ids), name, about)
+        made = _pin(tier, held.blocks, len(token_ids), name, about)
     return PinnedPrefix(
-        pin=pin,
+        pin=made,
         computed_tokens=held.computed_tokens,
         seconds=time.perf_counter() - begun,
-        stored_bytes=tier.store.size_of(pin).stored_bytes,
+        stored_bytes=tier.store.size_of(made).stored_bytes,
     )
 
 
@@ -154,17 +170,17 @@ def in_memory(
         sequence.append(token_ids)
         with engine.lock:  # without the lock it could be evicted between the two calls
             if sequence.is_warm():
-                held = engine.pin(token_ids, namespace)
+                held = pin(engine, token_ids, namespace)
         if not held:
             compute_watched(engine, sequence, idle=idle, progress=progress)
             with engine.lock:
                 sequence.park()
-                held = engine.pin(token_ids, namespace)
+                held = pin(engine, token_ids, namespace)
         if not held:
             raise TooShortError(tokens=len(token_ids), least=engine.info.reuse.unit)
         yield Held(held[-1].path(), sequence.fed_tokens)
     finally:
-        engine.unpin(held)
+        unpin(engine, held)
         sequence.release()
 
 
@@ -214,8 +230,8 @@ def _pin(
     """Pin a prefix, and write it afterwards, so that nothing of it is evicted or replaced meanwhile."""
     tail, stored = path[-1], sum(len(block.token_ids) for block in path)
     identity = tier.identity.digest().hex()
-    pin = Pin(name, tail.key, min(tokens, stored), identity, time.time(), dict(about))
-    if not tier.store.add_pin(pin):
+    made = Pin(name, tail.key, min(tokens, stored), identity, time.time(), dict(about))
+    if not tier.store.add_pin(made):
         raise NameTakenError(
             f"Something is pinned on disk as {name!r} already: take another name, or unpin that "
             "(`recollect cache unpin`)."
@@ -225,7 +241,7 @@ def _pin(
     except BaseException:
         tier.store.drop_pin(name)
         raise
-    return pin
+    return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,7 +311,7 @@ class PublicPrefixes:
         """
         with self._lock:
             pinned = self._pinned.pop(tuple(token_ids), [])
-            self._engine.unpin(pinned)
+            unpin(self._engine, pinned)
         return bool(pinned)
 
     def _require_room(self, ids: tuple[int, ...]) -> None:
@@ -312,4 +328,4 @@ class PublicPrefixes:
         """Pin a prefix that is in memory, unless it is pinned already."""
         with self._lock:
             if not self._pinned.get(ids):
-                self._pinned[ids] = self._engine.pin(ids, PUBLIC)
+                self._pinned[ids] = pin(self._engine, ids, PUBLIC)

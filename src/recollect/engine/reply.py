@@ -19,15 +19,16 @@ from queue import SimpleQueue
 from typing import Any, Final, Self
 
 from recollect.engine.engine import Engine
-from recollect.engine.sampling import Generator, Likelihood, Repetition
+from recollect.engine.repetition import Repetition
+from recollect.engine.sampling import Generator, Likelihood
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan, warm_tokens
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, RuntimeFailure
+from recollect.runtime.sequences import common_length
 from recollect.text.reasoning import NO_REASONING, Begun, Event, ReplyReader, ShowingTokenizer
 from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer
 from recollect.text.tool_calls import CallRules
-from recollect.text.tool_formats import control_marks
 from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
 
 
@@ -176,8 +177,8 @@ class _Generation:
         self.tokens = 0
         """Generated so far, those of a stop string included."""
         # Whoever wants a fixed length is measuring.
-        watches = generator.params.end_repetition and not generator.params.ignore_eos
-        self._repetition = Repetition() if watches else None
+        self._watches = generator.params.end_repetition and not generator.params.ignore_eos
+        self._repetition: Repetition | None = None
         self.ran_away = False
         """Whether it ended because it only repeated itself."""
 
@@ -190,7 +191,8 @@ class _Generation:
         if token is not None:
             self.tokens += 1
             self.stream.put((token, self._generator.likelihood))
-            if self._repetition is not None:
+            if self._watches:
+                self._repetition = self._repetition or Repetition()
                 self.ran_away = self._repetition.push(token, self._tokenizer.decode([token]))
         return not self.ran_away and not self._generator.is_done()
 
@@ -300,7 +302,7 @@ class GeneratedReply:
     stop_string: str | None = None
     """The stop string that has ended it; None where none has."""
     ran_away: bool = False
-    """It was ended as too long, because it only repeated itself: `engine.sampling.Repetition`."""
+    """It was ended as too long, because it only repeated itself: `engine.repetition.Repetition`."""
 
     def __str__(self) -> str:
         return self.text
@@ -368,9 +370,7 @@ class ReplyGeneration:
 
     @cached_property
     def _detokenizer(self) -> Detokenizer:
-        control, rules = self._tokenizer.control_tokens, self._rules
-        calls = {} if rules is None else control_marks(rules.format, control)
-        return Detokenizer(ShowingTokenizer(self._tokenizer, self._begun.marks, calls))
+        return Detokenizer(ShowingTokenizer(self._tokenizer, self._begun.marks, self._rules))
 
     @property
     def text(self) -> str:
@@ -573,7 +573,10 @@ class ReplyGeneration:
     def _restored_tokens(self) -> int:
         """Return how many tokens of the prompt came from disk, for this turn or ahead of it."""
         return self._task.restored_tokens + sum(
-            min(one.task.restored_tokens, one.sequence.common_length(self._sequence))
+            min(
+                one.task.restored_tokens,
+                common_length(one.sequence.history, self._sequence.history),
+            )
             for one in self._ahead
             if one.task is not None and one.task.restored_tokens
         )
@@ -583,7 +586,9 @@ class ReplyGeneration:
         positions = set[int]()
         for ahead in self._ahead:
             if ahead.fed:
-                same = min(self._start, ahead.sequence.common_length(self._sequence))
+                same = min(
+                    self._start, common_length(ahead.sequence.history, self._sequence.history)
+                )
                 for plan in ahead.fed:
                     positions.update(range(plan.start, min(plan.end, same)))
         return positions

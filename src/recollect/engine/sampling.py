@@ -3,12 +3,10 @@ Choose the next token from logits, and generate with that: append, rewind and fo
 
 Choosing is pure: everything that it depends on is in its arguments. The random number of a position
 comes from (seed, position) and penalties from the history, so a rewind takes all of it back without
-any state to restore. A `Generator` does so for one sequence. `Repetition` says when a reply does
-nothing but repeat itself. Knows no text; `engine/reply.py` does.
+any state to restore. A `Generator` does so for one sequence. Knows no text; `engine/reply.py` does.
 """
 
 import secrets
-from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from recollect.errors import (
     RuntimeFailure,
 )
 from recollect.runtime.base import Logits
+from recollect.text.reasoning import ReasoningWatch
 from recollect.types import FinishReason, SamplingParams
 
 Scores = npt.NDArray[np.float32]
@@ -306,9 +305,11 @@ class Generator:
         sequence: Sequence | None = None,
         namespace: str | None = "",
         grammars: Grammars | None = None,
+        reasoning: ReasoningWatch | None = None,
     ) -> None:
         self._engine = engine
         self._grammars = grammars
+        self._reasoning = reasoning
         self._sequence = engine.new_sequence(namespace) if sequence is None else sequence
         # As intervals of the history: where prompts end, replies begin.
         self._prompts = [(0, len(self._sequence))]
@@ -400,15 +401,17 @@ class Generator:
         self._engine.compute([self._sequence])
         logits = self._sequence.logits
         assert logits is not None, "compute() leaves the logits known"
-        token = choose_token(
-            logits,
-            self._params,
-            history=self._sequence.history,
-            reply_start=self.reply_start,
-            seed=self._seed,
-            allowed=None if self._grammar is None else self._grammar.allowed(self._reply()),
-            bias=self._bias,
-        )
+        token = None if self._reasoning is None else self._reasoning.forced(self._reply())
+        if token is None:
+            token = choose_token(
+                logits,
+                self._params,
+                history=self._sequence.history,
+                reply_start=self.reply_start,
+                seed=self._seed,
+                allowed=None if self._grammar is None else self._grammar.allowed(self._reply()),
+                bias=self._bias,
+            )
         if token in self._engine.eos_token_ids and not self._params.ignore_eos:
             self._finish_reason = "stop"
             return None
@@ -445,7 +448,12 @@ class Generator:
 
     def fork(self) -> "Generator":
         """Return a second generator over the same history; costs no forward pass."""
-        other = Generator(self._engine, sequence=self._sequence.fork(), grammars=self._grammars)
+        other = Generator(
+            self._engine,
+            sequence=self._sequence.fork(),
+            grammars=self._grammars,
+            reasoning=None if self._reasoning is None else self._reasoning.copy(),
+        )
         other._params = self._params
         other._bias = self._bias
         other._grammar = None if self._grammar is None else self._grammar.copy()
@@ -470,7 +478,10 @@ class Generator:
             raise ConfigError(
                 "This generator was made without grammars: make it with `grammars=model.grammars`."
             )
-        return self._grammars.start(params.grammar)
+        state = self._grammars.start(params.grammar)
+        if self._reasoning is not None:
+            state.begin_behind(self._reasoning, self._engine.eos_token_ids)
+        return state
 
     def _is_long_enough(self) -> bool:
         limit = self._params.max_tokens
@@ -517,147 +528,3 @@ def score_tokens(
             found.append(_describe(token, logits, alternatives))
         sequence.append([token])
     return found
-
-
-SAME_LENGTH: Final = 48
-"""
-Tokens of a sequence that counts as the same. Rows of a table, lines of code and list items that differ in
-one place have shorter stretches between those places; a refrain is longer, but has verses around it.
-"""
-SAME_TIMES: Final = 4
-"""How often a sequence must have come, without overlap, before its tokens count as repeated."""
-REPETITION_WINDOW: Final = 512
-"""Last tokens that are looked at: a hundred zeros, or a paragraph three times, are less."""
-MOST_REPEATED: Final = REPETITION_WINDOW * 4 // 5
-REMEMBERED_TOKENS: Final = 4096
-"""Tokens whose sequences are remembered: what one reply can hold is bounded by them."""
-
-SHORTEST_ITEM: Final = 5
-"""Tokens with letters that a list's item has if its number is left out when repetition is looked for."""
-
-_HASH_BASE: Final = 1_000_003
-_HASH_MODULUS: Final = (1 << 61) - 1
-_LEAVING: Final = pow(_HASH_BASE, SAME_LENGTH, _HASH_MODULUS)
-
-
-class _WithoutNumbers:
-    """
-    Leaves out of a reply the numbers of a list's items: "86" of "86. Colosseum", "**86)" and "86: ...".
-
-    A number counts as an item's where nothing but marks stands before it in its line, a full stop,
-    bracket or colon follows, and the item before had some length: lines that do nothing but count stay.
-    """
-
-    def __init__(self) -> None:
-        self._is_line_start = True
-        self._held: list[int] = []
-        """The digits of what may be the number of an item."""
-        self._since = 0
-        """Tokens with letters since the last such number."""
-
-    def push(self, token_id: int, text: str) -> list[int]:
-        """Return the tokens that are known to count, with the one that is given."""
-        if self._is_line_start and text.strip(" ").isdecimal():
-            self._held.append(token_id)
-            return []
-        held, self._held = self._held, []
-        if held and text.lstrip()[:1] in (".", ")", ":"):
-            held = held if self._since < SHORTEST_ITEM else []
-            self._since = 0
-        self._since += any(character.isalpha() for character in text)
-        _, line_break, after = text.rpartition("\n")
-        is_blank = not any(character.isalnum() for character in after)
-        self._is_line_start = is_blank and (bool(line_break) or (self._is_line_start and not held))
-        return [*held, token_id]
-
-
-class Repetition:
-    """
-    Takes the tokens of one reply, and says when it does nothing but repeat itself.
-
-    Small models fall into loops that no stop token ends. The rule: a reply has run away when four fifths
-    of its last 512 tokens belong to sequences of 48 tokens that have each come at least four times within
-    the last 4,096. An exact cycle is the plain case; a loop that counts, or changes a word now and then,
-    is found too, where 48 tokens in a row stay the same. Numbers of a list's items are left out, so that
-    a list whose items are all the same is a cycle.
-
-    A token costs a few dictionary look-ups, whatever came before. Sequences are told apart by their
-    rolling hash (Karp and Rabin, IBM Journal of Research and Development 31(2), 1987).
-
-    Invariants:
-        1. `_counted[name]` is how often a sequence ended, without overlap, among the remembered tokens.
-        2. `_repeated` is the number of true values in `_window`.
-    """
-
-    def __init__(self) -> None:
-        self._numbers = _WithoutNumbers()
-        self._tokens: deque[int] = deque(maxlen=SAME_LENGTH)
-        self._name = 0
-        """The hash of the last `SAME_LENGTH` tokens."""
-        self._length = 0
-        self._counted: defaultdict[int, int] = defaultdict(int)
-        self._last_end: dict[int, int] = {}
-        """Where the last counted one of each sequence ended."""
-        self._remembered: deque[int] = deque()
-        """The sequence that ends at each remembered token; -1 where it was not counted."""
-        self._window: deque[bool] = deque(maxlen=REPETITION_WINDOW)
-        self._repeated = 0
-
-    def push(self, token_id: int, text: str) -> bool:
-        """
-        Take the next token; return whether the reply has run away.
-
-        Args:
-            token_id: Its id.
-            text: What it decodes to by itself.
-        """
-        is_over = False
-        for token in self._numbers.push(token_id, text):
-            is_over = self._push(token)
-        return is_over
-
-    def _push(self, token_id: int) -> bool:
-        self._length += 1
-        leaving = self._tokens[0] + 1 if len(self._tokens) == SAME_LENGTH else 0
-        self._tokens.append(token_id)
-        self._name = (self._name * _HASH_BASE + token_id + 1 - leaving * _LEAVING) % _HASH_MODULUS
-        is_repeated = False
-        if self._length >= SAME_LENGTH:
-            is_repeated = self._count(self._name) >= SAME_TIMES
-        if len(self._window) == REPETITION_WINDOW:
-            self._repeated -= self._window[0]
-        self._window.append(False)
-        if is_repeated:
-            self._mark()
-        return len(self._window) == REPETITION_WINDOW and self._repeated > MOST_REPEATED
-
-    def check(self) -> None:
-        """Verify the invariants."""
-        counted = Counter(name for name in self._remembered if name != -1)
-        assert counted == dict(self._counted), "1: the counts are those of what is remembered"
-        assert self._last_end.keys() == counted.keys(), "1: nothing else is remembered"
-        assert len(self._remembered) <= REMEMBERED_TOKENS, "what is remembered is bounded"
-        assert self._repeated == sum(self._window), "2"
-
-    def _count(self, name: int) -> int:
-        """Count a sequence that ends here, and forget the oldest; return how often it has come."""
-        is_apart = self._length - self._last_end.get(name, -SAME_LENGTH) >= SAME_LENGTH
-        if is_apart:
-            self._counted[name] += 1
-            self._last_end[name] = self._length
-        self._remembered.append(name if is_apart else -1)
-        if len(self._remembered) > REMEMBERED_TOKENS:
-            oldest = self._remembered.popleft()
-            if oldest != -1:
-                self._counted[oldest] -= 1
-                if not self._counted[oldest]:
-                    del self._counted[oldest], self._last_end[oldest]
-        return self._counted[name]
-
-    def _mark(self) -> None:
-        """Let the last `SAME_LENGTH` tokens count as repeated."""
-        for place in range(len(self._window) - 1, max(len(self._window) - SAME_LENGTH, 0) - 1, -1):
-            if self._window[place]:
-                break  # the ones before were marked with it
-            self._window[place] = True
-            self._repeated += 1

@@ -129,16 +129,6 @@ class _Turns:
         least = self._most - MOST_CREDIT
         self._fed = {name: fed for name, fed in self._fed.items() if fed > least}
 
-    def check(self) -> None:
-        """
-        Verify the invariant.
-
-        Raises:
-            AssertionError: It does not hold.
-        """
-        for fed in self._fed.values():
-            assert self._most - MOST_CREDIT < fed <= self._most, "an account is out of range"
-
 
 class Scheduler:
     """
@@ -255,26 +245,10 @@ class Scheduler:
             if fed.end - fed.start > 1:
                 self._turns.feed(task.namespace, fed.end - fed.start, alone=alone)
 
-    def check(self) -> None:
-        """
-        Verify the invariants.
-
-        Raises:
-            AssertionError: One does not hold.
-        """
-        tasks = self.tasks()
-        assert len(tasks) == len(set(tasks)), "a task is there twice"
-        assert len(self.running) <= self.pace.most_rows, "too many run"
-        assert len(self.running) <= 1 or not any(task.idle for task in self.running), "idle work"
-        assert len(self._spare()) <= MOST_SPARE, "too much spare work waits"
-        self._turns.check()
-
     def _cancel_spare(self) -> None:
-        for oldest in self._spare()[:-MOST_SPARE]:
+        spare = [task for task in self.waiting if task.spare and not task.cancelled]
+        for oldest in spare[:-MOST_SPARE]:
             oldest.cancel()
-
-    def _spare(self) -> list[Task]:
-        return [task for task in self.waiting if task.spare and not task.cancelled]
 
     def _running_by_namespace(self) -> Counter[str]:
         return Counter(task.namespace for task in self.running)

@@ -42,9 +42,7 @@ def plan_feed(length: int, computed: int, reuse: Reuse) -> FeedPlan:
         computed: Leading tokens that have KV, <= length.
         reuse: Where the runtime can cut a history.
     """
-    start = computed
-    if computed == length:
-        start = reuse.longest_cut(length - 1)
+    start = computed if computed < length else reuse.longest_cut(length - 1)
     return FeedPlan(start, length)
 
 
@@ -97,24 +95,6 @@ class Memory:
         """Return what the cache has of a text from its first token on. Counts as a use of it."""
         with self.lock:
             return self.cache.match(self.cache.root(namespace), token_ids)
-
-    def check(self, leased: Tokens[int]) -> None:
-        """
-        Verify the invariants, between two forward passes.
-
-        Args:
-            leased: Blocks that something besides tables and cache has a reference to.
-
-        Raises:
-            AssertionError: One does not hold.
-        """
-        with self.lock:
-            alive = [sequence for sequence in self.sequences if not sequence.closed]
-            tables = [sequence.blocks for sequence in alive]
-            self.pool.check([*tables, self.cache.held_blocks(), leased])
-            self.cache.check()
-            for sequence in alive:
-                sequence.check()
 
 
 class Sequence:
@@ -197,12 +177,6 @@ class Sequence:
         if self._root is None or self._root is not other._root:
             return False
         return self._token_ids[:length] == other._token_ids[:length]
-
-    def common_length(self, other: "Sequence") -> int:
-        """Return how many leading tokens the two histories have in common; also of released ones."""
-        length = min(len(self), len(other))
-        differs = self.history[:length] != other.history[:length]
-        return int(differs.argmax()) if differs.any() else length
 
     def append(self, token_ids: Tokens[int]) -> None:
         """
@@ -292,10 +266,11 @@ class Sequence:
 
     def computed_before(self) -> int:
         """Return how many leading tokens had KV once in the namespace, as far as that is remembered."""
-        if self.namespace is None or self._root is None:
-            return 0
+        cache = self.memory.cache
+        if self._root is None or not cache.evicted_blocks:
+            return 0  # all that was computed in the namespace is there
         with self.memory.lock:
-            return self.memory.cache.computed_tokens(self._root, self._token_ids)
+            return cache.computed_tokens(self._root, self._token_ids)
 
     def row(self, fed: FeedPlan) -> Row:
         """Return the sequence's share of a forward pass that feeds *fed*. For the engine."""
@@ -421,24 +396,6 @@ class Sequence:
         del self.blocks[keep:]
         del self.chain[length // size :]
         self.computed = length
-
-    def check(self) -> None:
-        """
-        Verify the invariants.
-
-        Raises:
-            AssertionError: One does not hold.
-        """
-        assert 0 <= self.computed <= len(self), "more tokens have KV than there are"
-        size = self.memory.info.block_size
-        covered = blocks_for(self.computed, size)
-        assert len(self.blocks) == covered, "the table does not cover what has KV"
-        ours = self.blocks[: len(self.chain)]
-        assert [cached.block for cached in self.chain] == ours, "the chain is of other blocks"
-        cached = [token for block in self.chain for token in block.token_ids]
-        assert cached == self.tokens(0, len(cached)), "KV of another history"
-        full = self.computed // size
-        assert self._root is None or len(self.chain) == full, "a full block is not in the cache"
 
     def _hold(self, blocks: Tokens[int]) -> None:
         """Add blocks after the last, shared with whoever holds them."""

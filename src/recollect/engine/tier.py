@@ -24,7 +24,7 @@ from recollect.kv.disk import DiskStore, Found, NewBlock
 from recollect.kv.prefix import Match, PrefixCache
 from recollect.kv.record import Buffer, Entry, Identity, Key, StoredReply
 from recollect.kv.tables import Savings
-from recollect.runtime.base import PagedRuntime
+from recollect.runtime.base import PagedRuntime, Row
 from recollect.types import running_average
 
 _log: Final = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ FIRST_BLOCKS: Final = 8
 """Blocks that are read at once while nothing has been measured and others wait."""
 MOST_RESTORE_S: Final = 0.05
 """How long others wait at most while one is read from disk: less than for a chunk of its prefill."""
+_TIMED_TOKENS: Final = 32
+"""Passes over fewer tokens are not timed: they say little about the cost of prefill."""
 _MOST_TOUCHED_BYTES: Final = 256 << 20
 """Memory that is made ready at most for what may be restored."""
 
@@ -145,7 +147,8 @@ class DiskTier:
         self._restore_s = 0.0
         self._restore_s_per_block: float | None = None
         self._read_error: StoreError | None = None  # why nothing is read any more
-        self._compute_s_per_token = self._known_rate()
+        self._known_s_per_token = self._known_rate()  # of a run before
+        self._measured_s_per_token: float | None = None  # a running average over prompts
         self.writer: Final = WriteBehind(
             store, self._write, bytes_per_block=runtime.info.bytes_per_block
         )
@@ -177,7 +180,15 @@ class DiskTier:
         for block in range(min(stored, num_blocks, _MOST_TOUCHED_BYTES // size)):
             self._runtime.write_block(block, nothing)
 
-    def restore_for(self, tasks: Collection[Task], *, compute_s_per_token: float | None) -> None:
+    def note_pass(self, rows: Collection[Row], seconds: float) -> None:
+        """Take note of what computing costs, which reading is weighed against."""
+        tokens = sum(len(row.token_ids) for row in rows)
+        if tokens >= _TIMED_TOKENS:
+            self._measured_s_per_token = running_average(
+                self._measured_s_per_token, seconds / tokens
+            )
+
+    def restore_for(self, tasks: Collection[Task]) -> None:
         """
         Bring what the disk has of new tasks' histories, a little at a time where others wait.
 
@@ -185,9 +196,7 @@ class DiskTier:
 
         Args:
             tasks: Those that run; they belong to the calling thread, which is the engine's.
-            compute_s_per_token: As measured; None where nothing was yet.
         """
-        self._compute_s_per_token = compute_s_per_token or self._compute_s_per_token
         most_s = MOST_RESTORE_S if len(tasks) > 1 else None
         for task in tasks:
             if task.restoring and task.sequence.logits is not None:
@@ -238,7 +247,7 @@ class DiskTier:
             # The prompt's last token is always fed, and needs a block.
             room = self._pool.free_blocks + self._cache.evictable_blocks - 1
         assert after is not None, "a sequence with a namespace has a root"
-        rates = Rates(self._restore_s_per_block, self._compute_s_per_token)
+        rates = Rates(self._restore_s_per_block, self._compute_s_per_token())
         found = self.store.find(
             after.key,
             sequence.tokens(start),
@@ -418,20 +427,17 @@ class DiskTier:
             error=None if error is None else str(error),
         )
 
-    def close(self, *, compute_s_per_token: float | None = None) -> None:
-        """
-        Write what is left, note what was saved, and close the store.
-
-        Args:
-            compute_s_per_token: As measured last; None where nothing was.
-        """
-        self._compute_s_per_token = compute_s_per_token or self._compute_s_per_token
+    def close(self) -> None:
+        """Write what is left, note what was saved, and close the store."""
         try:
             self.writer.close()
             if self.writer.error is None:
                 self._note_savings()
         finally:
             self.store.close()
+
+    def _compute_s_per_token(self) -> float | None:
+        return self._measured_s_per_token or self._known_s_per_token
 
     def _known_rate(self) -> float | None:
         try:
@@ -441,7 +447,7 @@ class DiskTier:
             return None  # the first restore tells
 
     def _note_savings(self) -> None:
-        rate, tokens = self._compute_s_per_token, self._restored_tokens
+        rate, tokens = self._compute_s_per_token(), self._restored_tokens
         seconds = max(0.0, (rate or 0.0) * tokens - self._restore_s)
         try:
             with self.store.writing() as tables:

@@ -82,7 +82,9 @@ def to_markdown(conversation: ConversationRecord, *, tip: str | None = None) -> 
     created = conversation.created_at.astimezone().strftime("%Y-%m-%d %H:%M")
     parts = [f"# {conversation.name}", f"*{conversation.model}, begun {created}*"]
     for node in path:
-        parts += [f"## {_SPEAKERS[node.role]}", node.content.strip("\n")]
+        thought = None if node.links is None else node.links.reasoning
+        quoted = "" if thought is None else "> " + thought.replace("\n", "\n> ")
+        parts += [f"## {_SPEAKERS[node.role]}", quoted, node.content.strip("\n")]
         if node.finish_reason in _ENDINGS:
             parts.append(f"*({_ENDINGS[node.finish_reason]})*")
     branches = _other_branches(conversation, {node.id for node in path})

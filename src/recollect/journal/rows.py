@@ -331,6 +331,8 @@ def node_row(
         ConversationError: Its text holds a lone surrogate.
     """
     require_text(node.content)
+    if node.links is not None and node.links.reasoning is not None:
+        require_text(node.links.reasoning)
     usage = None if node.usage is None else json.dumps(dict(node.usage), allow_nan=False)
     token_ids = None if node.token_ids is None else pack_token_ids(node.token_ids)
     links = None if node.links is None else json.dumps(links_to_dict(node.links))

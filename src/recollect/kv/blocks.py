@@ -12,7 +12,7 @@ import heapq
 import itertools
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -110,27 +110,6 @@ class BlockPool:
         """Return whether the block is held more than once."""
         return self._references[block] > 1
 
-    def check(self, tables: Iterable[Sequence[int]]) -> None:
-        """
-        Derive all bookkeeping anew, and compare.
-
-        Args:
-            tables: The blocks that each table holds; the cache and leases count as tables.
-
-        Raises:
-            AssertionError: An invariant does not hold.
-        """
-        self._collect()
-        held = Counter(block for table in tables for block in table)
-        for block, references in enumerate(self._references):
-            assert references == held[block], (
-                f"block {block} counts {references} references and is held {held[block]} times"
-            )
-        free = sorted(self._free)
-        assert free == sorted(set(free)), "a block is on the free list twice"
-        expected = [block for block in range(self.num_blocks) if self._references[block] == 0]
-        assert free == expected, "the free list is not the set of blocks without references"
-
     def _collect(self) -> None:
         while self._dropped:
             self.release(self._dropped.popleft())
@@ -198,15 +177,6 @@ class Siblings(dict[tuple[int, ...], "CachedBlock"]):
         most = common_prefix_length(self._order[at - 1], token_ids) if at else 0
         return [self[part] for n in range(1, most + 1) if (part := token_ids[:n]) in self]
 
-    def check(self) -> None:
-        """
-        Verify the invariant.
-
-        Raises:
-            AssertionError: It does not hold.
-        """
-        assert sorted(self) == self._order, "siblings are out of order"
-
 
 @dataclass(eq=False, slots=True)
 class CachedBlock:
@@ -242,6 +212,11 @@ class CachedBlock:
     def in_tree(self) -> bool:
         """Return whether it was not removed from its parent; a root is in no tree."""
         return self.parent is not None and self.parent.children.get(self.token_ids) is self
+
+    @property
+    def can_go(self) -> bool:
+        """Return whether it can be evicted now: a leaf of the tree that nothing needs."""
+        return not self.children and not self.stays and self.in_tree
 
     def path(self) -> "list[CachedBlock]":
         """Return the blocks from the first of the prefix to this one, without the root."""
@@ -312,39 +287,11 @@ class EvictionOrder:
         """Return the node to evict next, which the caller removes; None where all stay."""
         while self._heap:
             last_used, _, cached = heapq.heappop(self._heap)
-            if _can_go(cached):
+            if cached.can_go:
                 if cached.last_used == last_used:
                     return cached
                 self._offer(cached)  # it was used since
         return None
-
-    def check(self, nodes: Sequence[CachedBlock], held: Collection[CachedBlock]) -> None:
-        """
-        Derive everything anew, and compare.
-
-        Args:
-            nodes: All of the tree, parents before children.
-            held: Those that are held.
-
-        Raises:
-            AssertionError: An invariant does not hold.
-        """
-        staying: set[CachedBlock] = set()
-        children: Counter[CachedBlock | None] = Counter()
-        for cached in reversed(nodes):
-            if cached in held or children[cached]:
-                staying.add(cached)
-                children[cached.parent] += 1
-        times: dict[CachedBlock, int] = {}
-        for last_used, _, cached in self._heap:
-            times[cached] = min(last_used, times.get(cached, last_used))
-        for cached in nodes:
-            assert cached.held == (cached in held), "nobody was told who holds a node"
-            assert cached.staying_children == children[cached], "wrong count of staying children"
-            is_offered = times.get(cached, cached.last_used + 1) <= cached.last_used
-            assert is_offered or not _can_go(cached), "an evictable leaf is not in the heap"
-        blocks = Counter(cached.block for cached in staying)
-        assert self._staying == blocks, "wrong count of staying blocks"
 
     def _count(self, block: int, *, stays: bool) -> None:
         self._staying[block] += 1 if stays else -1
@@ -353,15 +300,11 @@ class EvictionOrder:
 
     def _offer(self, cached: CachedBlock) -> None:
         """Put a node into the heap, where it can be evicted; it may be there already."""
-        if not _can_go(cached):
+        if not cached.can_go:
             return
         if len(self._heap) > self._most_entries:
-            waiting = {one for _, _, one in self._heap if _can_go(one)}
+            waiting = {one for _, _, one in self._heap if one.can_go}
             self._heap = [(one.last_used, next(self._numbers), one) for one in waiting]
             heapq.heapify(self._heap)
             self._most_entries = 2 * len(waiting) + _FEW
         heapq.heappush(self._heap, (cached.last_used, next(self._numbers), cached))
-
-
-def _can_go(cached: CachedBlock) -> bool:
-    return not cached.children and not cached.stays and cached.in_tree

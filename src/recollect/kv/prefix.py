@@ -5,13 +5,13 @@ Which blocks hold the KV of which prefix: what one sequence has computed, all ot
 neither sequences nor runtime nor disk. Time is a count of uses.
 """
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, EvictionOrder, Siblings
-from recollect.kv.record import Key, chained_key, namespace_key
+from recollect.kv.record import Key, Names
 
 MOST_EVICTED_NAMES: Final = 32_768
 """Names of evicted blocks that are remembered, to say of a prompt what of it had been computed: a
@@ -52,32 +52,20 @@ class PrefixCache:
            a reference to its block.
     """
 
-    def __init__(
-        self,
-        pool: BlockPool,
-        fingerprint: str,
-        *,
-        whole_blocks_only: bool = False,
-        secret: bytes = b"",
-        chain_secret: bytes = b"",
-    ) -> None:
+    def __init__(self, pool: BlockPool, names: Names, *, whole_blocks_only: bool = False) -> None:
         """
         Begin without any prefixes.
 
         Args:
             pool: Where the blocks are.
-            fingerprint: As `namespace_key` takes it.
+            names: How prefixes are named.
             whole_blocks_only: Whether KV inside a block cannot be cut, so that parts are never found.
-            secret: As `namespace_key` takes it.
-            chain_secret: As `chained_key` takes it.
         """
         self.whole_blocks_only = whole_blocks_only
         self.evicted_blocks = 0
         """Blocks evicted so far."""
         self._pool = pool
-        self._fingerprint = fingerprint
-        self._secret = secret
-        self._chain_secret = chain_secret
+        self._names = names
         self.on_new: Callable[[CachedBlock], None] = lambda _: None
         """Called with each block that is inserted, so that it is written to disk; must not use the cache."""
         self._roots: dict[str, CachedBlock] = {}
@@ -90,8 +78,7 @@ class PrefixCache:
     def root(self, namespace: str = "") -> CachedBlock:
         """Return the root of a namespace."""
         if namespace not in self._roots:
-            key = namespace_key(self._fingerprint, namespace, self._secret)
-            self._roots[namespace] = CachedBlock(key, None, (), -1)
+            self._roots[namespace] = CachedBlock(self._names.root(namespace), None, (), -1)
         return self._roots[namespace]
 
     def __len__(self) -> int:
@@ -100,16 +87,17 @@ class PrefixCache:
 
     def blocks(self) -> Iterator[CachedBlock]:
         """Iterate over all nodes but the roots, parents before children."""
-        return _below(self._roots.values())
-
-    def held_blocks(self) -> list[int]:
-        """Return the blocks that the cache holds, as often as it does, for `BlockPool.check`."""
-        return [cached.block for cached in self.blocks()]
+        pending = list(self._roots.values())
+        while pending:
+            cached = pending.pop()
+            if cached.parent is not None:
+                yield cached
+            pending.extend(cached.children.values())
 
     @property
     def evictable_blocks(self) -> int:
         """Return how many blocks `evict` can free."""
-        self._settle()
+        self.settle()
         return len(self._nodes) - self._order.staying_blocks
 
     def match(self, after: CachedBlock, token_ids: Sequence[int]) -> Match:
@@ -160,10 +148,7 @@ class PrefixCache:
             node = None if node is None else node.children.get(block)
             if node is not None:
                 key = node.key
-            elif (
-                not self._evicted
-                or (key := chained_key(key, block, self._chain_secret)) not in self._evicted
-            ):
+            elif not self._evicted or (key := self._names.after(key, block)) not in self._evicted:
                 break
             tokens += size
         return tokens
@@ -201,7 +186,7 @@ class PrefixCache:
         The least recently used first, and always tails before what they follow, so that what survives
         is the longest prefix. A block is free when its last node is gone.
         """
-        self._settle()
+        self.settle()
         freed = 0
         while freed < count and (cached := self._order.pop()) is not None:
             parent = cached.parent
@@ -253,44 +238,6 @@ class PrefixCache:
         if not cached.pins and _is_covered(cached):
             self._remove(cached)  # a longer one came meanwhile
 
-    def check(self) -> None:
-        """
-        Verify the invariants.
-
-        Raises:
-            AssertionError: One does not hold.
-        """
-        for root in self._roots.values():
-            held = [cached.block for cached in _below([root])]
-            assert len(held) == len(set(held)), "a block is below a root twice"
-        nodes = list(self.blocks())
-        counted = Counter(cached for all_of in self._nodes.values() for cached in all_of)
-        assert counted == Counter(nodes), "the nodes are not counted right"
-        prefixes: dict[int, list[tuple[int, ...]]] = {}
-        for cached in nodes:
-            parent = cached.parent
-            assert parent is not None
-            if len(self._nodes[cached.block]) > 1:
-                prefix = [block.token_ids for block in cached.path()]
-                same = prefixes.setdefault(cached.block, prefix) == prefix
-                assert same, "a block stands for two prefixes"
-            assert self._pool.references(cached.block) >= 1, "a free block is in the tree"
-            assert cached.in_tree, "a block is under other tokens"
-            key = chained_key(parent.key, cached.token_ids, self._chain_secret)
-            assert cached.key == key, "a key is wrong"
-            full = len(cached.token_ids) == self._pool.block_size
-            assert full or not cached.children, "something follows a block that is not full"
-            assert cached.pins or not _is_covered(cached), "a part is there twice"
-            most = max((child.pins for child in cached.children.values()), default=0)
-            assert most <= cached.pins, "a block has fewer pins than one that follows it"
-            pinned = self._pinned.get(parent, Siblings()).get(cached.token_ids)
-            assert (pinned is cached) == (cached.pins > 0), "what is pinned is noted wrong"
-        for node in (*self._roots.values(), *nodes):
-            node.children.check()
-        assert len(self._evicted) <= MOST_EVICTED_NAMES, "too many names are remembered"
-        self._settle()
-        self._order.check(nodes, {cached for cached in nodes if not self._is_evictable(cached)})
-
     def _adopt_public(self, root: CachedBlock, token_ids: Sequence[int]) -> None:
         """Give the public beginning of some tokens nodes below *root*, where it knows less of them."""
         size = self._pool.block_size
@@ -309,23 +256,23 @@ class PrefixCache:
                 return
             node, public = own, theirs
 
-    def _is_evictable(self, cached: CachedBlock) -> bool:
+    def is_evictable(self, cached: CachedBlock) -> bool:
         """Return whether nothing but the cache holds the block, and nobody pinned this node."""
         nodes = len(self._nodes[cached.block])
         return cached.pins == 0 and self._pool.references(cached.block) == nodes
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Tell the eviction order which blocks tables took or released since this was last called."""
         for block in self._pool.take_changed():
             for cached in self._nodes.get(block, ()):
                 self._note_held(cached)
 
     def _note_held(self, cached: CachedBlock) -> None:
-        self._order.hold(cached, held=not self._is_evictable(cached))
+        self._order.hold(cached, held=not self.is_evictable(cached))
 
     def _add(self, after: CachedBlock, tokens: tuple[int, ...], block: int) -> CachedBlock:
         """Put a node for a block into the tree, with a reference; it replaces parts of itself."""
-        key = chained_key(after.key, tokens, self._chain_secret)
+        key = self._names.after(after.key, tokens)
         cached = CachedBlock(key, after, tokens, block, self._uses)
         for shorter in after.children.parts_of(tokens):
             if not shorter.pins:
@@ -345,16 +292,6 @@ class PrefixCache:
         if not self._nodes[cached.block]:
             del self._nodes[cached.block]
         self._order.remove(cached)
-
-
-def _below(roots: Iterable[CachedBlock]) -> Iterator[CachedBlock]:
-    """Iterate over all nodes below some roots, parents before children."""
-    pending = list(roots)
-    while pending:
-        cached = pending.pop()
-        if cached.parent is not None:
-            yield cached
-        pending.extend(cached.children.values())
 
 
 def _is_covered(cached: CachedBlock) -> bool:

@@ -124,6 +124,26 @@ def namespace_key(fingerprint: str, namespace: str = "", secret: bytes = b"") ->
     return blake2b(content, digest_size=32, key=secret).digest()
 
 
+@dataclass(frozen=True, slots=True)
+class Names:
+    """How the prefixes of one engine are named, in memory as in its store."""
+
+    fingerprint: str
+    """Of model, runtime and precision."""
+    root_secret: bytes = b""
+    """As `namespace_key` takes it."""
+    chain_secret: bytes = b""
+    """As `chained_key` takes it."""
+
+    def root(self, namespace: str) -> Key:
+        """Return the name of a namespace."""
+        return namespace_key(self.fingerprint, namespace, self.root_secret)
+
+    def after(self, parent: Key, token_ids: Sequence[int]) -> Key:
+        """Return the name of the prefix that ends with these tokens in the block after *parent*."""
+        return chained_key(parent, token_ids, self.chain_secret)
+
+
 class Sealer(Protocol):
     """Encrypts what is stored; authenticates the context with it, so that two values cannot be swapped."""
 

@@ -119,7 +119,7 @@ CATALOG: Final[Mapping[str, CatalogEntry]] = MappingProxyType(
 )
 
 
-Format = Literal["openvino", "onnx-genai", "reference"]
+Format = Literal["openvino", "onnx-genai", "gguf", "reference"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,8 @@ class LocalModel:
     folder: Path | None
     """
     For OpenVINO it has the .xml and .bin files of openvino_model, openvino_tokenizer and
-    openvino_detokenizer; for ONNX GenAI a genai_config.json, the files that it names, and a tokenizer.json.
+    openvino_detokenizer; for ONNX GenAI a genai_config.json, the files that it names, and a tokenizer.json;
+    for llama.cpp the GGUF file named `graph`.
     None for the reference model.
     """
     context_length: int
@@ -156,7 +157,7 @@ class LocalModel:
     architecture: str | None = None
     """The architecture that the model's files name, such as `llama`; None if they name none."""
     graph: str = "openvino_model.xml"
-    """Name of the graph file in the folder; for OpenVINO only."""
+    """Name of the graph file in the folder, for OpenVINO, and of the GGUF file, for llama.cpp."""
     source: Path | None = None
     """Where `recollect verify` finds the weights' values: the GGUF file that the model was converted from
     (the first of several), or an export's own folder. None: it is not on this disk, or there is none."""
@@ -279,11 +280,16 @@ def hub_file(reference: str) -> HubFile | None:
     return HubFile(hub[1], hub[2]) if hub else None
 
 
+def is_repository(reference: str) -> bool:
+    """Return whether a name could be a repository on the hub, without a file."""
+    return _HUB_WITHOUT_FILE.fullmatch(reference) is not None
+
+
 def _explain(reference: str, catalog: Mapping[str, CatalogEntry]) -> str:
     start = f"There is no model {reference!r}"
     if reference.lower().endswith((".gguf", ".xml")) or reference.startswith(("/", ".", "~")):
         return f"{start}: that file or folder does not exist; check the path."
-    if _HUB_WITHOUT_FILE.fullmatch(reference):
+    if is_repository(reference):
         return f"{start}: name a file of the hub's repository as org/repo:file.gguf."
     names = [*catalog, REFERENCE_NAME, *(one.name for one in stores.stored())]
     lowered = reference.lower()

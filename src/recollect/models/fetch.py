@@ -10,7 +10,6 @@ Nothing here reads the content of a model's files.
 """
 
 import contextlib
-import errno
 import fnmatch
 import hashlib
 import importlib
@@ -155,9 +154,11 @@ def _last_error(complaints: str) -> str:
 _REACH_TIMEOUT_S: Final = 3.0
 """How long the hub may take to answer a first request. The download itself would retry for half a minute."""
 _LOCK_TIMEOUT_S: Final = 1.0
+"""How long a download waits for another process that downloads the same file: not until that is done."""
 _MOST_ENTRIES: Final = 10_000
 """Most entries of a repository that are read to say what is there."""
 _MOST_NAMED: Final = 12
+"""Most files that are named in an error: those of a usual repository, a type of tensor each."""
 _FORGOTTEN_AFTER_S: Final = 30 * 24 * 3600.0
 """Age in seconds from which what an interrupted download left is deleted."""
 
@@ -192,7 +193,7 @@ def fetch_hub_file(file: HubFile, home: Path, progress: Progress) -> Path:
 
 
 def _from_hub(file: HubFile, home: Path, progress: Progress) -> Path:
-    # Not at the top: it takes a tenth of a second, and most commands download nothing.
+    # Not at the top: it takes half a second, and most commands download nothing.
     import huggingface_hub as hub  # noqa: PLC0415
     from huggingface_hub.utils import WeakFileLock  # noqa: PLC0415
 
@@ -299,10 +300,11 @@ def _told_in_a_sentence(file: HubFile) -> Iterator[None]:
             "and log in with `hf auth login` if it is private."
         ) from cause
     except errors.EntryNotFoundError as cause:
-        raise FetchError(f"The model hub has no {file}: {_what_is_there(file)}.") from cause
+        there = what_is_there(file.repository)
+        raise FetchError(f"The model hub has no {file}: {there}.") from cause
     except (OSError, ValueError, errors.HTTPError) as cause:
-        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-            raise
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise  # the disk's, since those of the network come as the package's own
         raise FetchError(
             f"{file} could not be downloaded from the model hub ({_first_line(cause)}): check the "
             "network and try again, which goes on where it ended, or download the file by other means "
@@ -310,24 +312,21 @@ def _told_in_a_sentence(file: HubFile) -> Iterator[None]:
         ) from cause
 
 
-def _what_is_there(file: HubFile) -> str:
-    """Return which files of the repository could be named instead, as a clause."""
+def what_is_there(repository: str) -> str:
+    """Ask the hub which files of a repository could be named, and return that as a clause."""
     import huggingface_hub as hub  # noqa: PLC0415 - as in _from_hub
 
     try:
-        tree = hub.HfApi().list_repo_tree(file.repository, recursive=True)
+        tree = hub.HfApi().list_repo_tree(repository, recursive=True)
         paths = [entry.path for entry in itertools.islice(tree, _MOST_ENTRIES)]
     except (OSError, ValueError, hub.errors.HTTPError):
-        return (
-            f"see https://huggingface.co/{file.repository}/tree/main for the files that are there"
-        )
+        return f"see https://huggingface.co/{repository}/tree/main for the files that are there"
     names = sorted(path for path in paths if path.lower().endswith(".gguf"))
     if not names:
-        return f"{file.repository} holds no GGUF file; choose another repository"
+        return f"{repository} holds no GGUF file; choose another repository"
     more = len(names) - _MOST_NAMED
-    return f"name one of {', '.join(names[:_MOST_NAMED])}" + (
-        f", or {more} more" if more > 0 else ""
-    )
+    named = ", ".join(names[:_MOST_NAMED]) + (f", or {more} more" if more > 0 else "")
+    return f"name one of {named}"
 
 
 def _forget_old(parent: Path) -> None:

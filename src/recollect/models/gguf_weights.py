@@ -6,7 +6,9 @@ scale` is the value that llama.cpp computes with, within one unit in the last pl
 architectures nor graphs.
 """
 
+import math
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -361,3 +363,60 @@ def iterate_rows(rows: np.ndarray, most_bytes: int) -> Iterator[slice]:
     step = max(1, most_bytes // max(1, rows.shape[1]))
     for start in range(0, len(rows), step):
         yield slice(start, min(len(rows), start + step))
+
+
+_ALIGNMENT: Final = 32
+"""Of tensors in a file that is written here."""
+_SECTION_BYTES: Final = 64 << 20
+
+
+def f32_bytes(path: Path) -> int:
+    """Return how many bytes the tensors of a model have as f32; a file of several parts counts whole."""
+    return sum(4 * math.prod(tensor.shape) for tensor in Shards(path).tensors.values())
+
+
+def is_f32(path: Path) -> bool:
+    """Return whether all tensors of a model are f32 already."""
+    return all(tensor.kind is Kind.F32 for tensor in Shards(path).tensors.values())
+
+
+def write_as_f32(path: Path, target: Path) -> None:
+    """
+    Write a model's file anew with the same values as f32, all parts in one.
+
+    llama.cpp quantizes activations where weights are quantized, and not where they are f32.
+
+    Args:
+        path: The only file, or the first part.
+        target: Where the new file is written.
+
+    Raises:
+        UnsupportedModelError: The file is damaged, or has a tensor of a type that cannot be read.
+        OSError: It cannot be written.
+    """
+    shards, content = Shards(path), read_content(path)
+    kept = [name for name in content.fields if not name.startswith(("split.", "general.alignment"))]
+    head = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(shards.tensors), len(kept)))
+    with path.open("rb") as file:
+        for name in kept:
+            place = content.field_places[name]
+            file.seek(place.start)
+            head += file.read(place.stop - place.start)
+    at = 0
+    for name, tensor in shards.tensors.items():
+        text, shape = name.encode(), tuple(reversed(tensor.shape))
+        head += struct.pack("<Q", len(text)) + text + struct.pack("<I", len(shape))
+        head += struct.pack(f"<{len(shape)}QIQ", *shape, Kind.F32, at)
+        at += _padded(4 * math.prod(shape))
+    with target.open("wb") as out:
+        out.write(head + bytes(_padded(len(head)) - len(head)))
+        for name in shards.tensors:
+            blocks, written = shards.blocks(name), 0
+            for part in iterate_rows(blocks, _SECTION_BYTES):
+                values = values_of(blocks[part], shards.kind(name)).astype("<f4")
+                written += out.write(values.tobytes())
+            out.write(bytes(_padded(written) - written))
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, assert_never
+from typing import Final, Literal, assert_never
 
 from recollect import config, files
-from recollect.errors import ConfigError, FetchError, UnsupportedModelError
+from recollect.errors import ConfigError, FetchError, MisuseError, UnsupportedModelError
 from recollect.models.catalog import (
     CATALOG,
     CatalogEntry,
@@ -38,7 +38,7 @@ from recollect.models.fetch import (
     source_path,
     sources_folder,
 )
-from recollect.models.gguf import glance
+from recollect.models.gguf import glance, read_header
 from recollect.models.gguf_decoder import Conversion, convert, require_buildable
 from recollect.models.gguf_weights import part_names, parts_of
 from recollect.models.onnx_folder import is_onnx_folder, onnx_context_length, open_onnx_folder
@@ -52,9 +52,12 @@ from recollect.models.openvino_folder import (
     openvino_context_length,
 )
 from recollect.models.stores import Stored
-from recollect.types import Progress, no_progress
+from recollect.types import Progress, RuntimeChoice, no_progress
 
 _log = logging.getLogger(__name__)
+
+Llama = Literal["missing", "there", "quicker"]
+"""Whether llama.cpp can run a file here, and whether it has a graphics card, with which it is quicker."""
 
 _DIGEST_LENGTH: Final = 12  # enough of a sha256 to tell files of the same name apart
 
@@ -68,6 +71,8 @@ def prepare(
     catalog: Mapping[str, CatalogEntry] = CATALOG,
     offline: bool | None = None,
     with_source: bool = False,
+    runtime: RuntimeChoice = "auto",
+    llama: Llama = "missing",
 ) -> LocalModel:
     """
     Return the model that *reference* names, downloading and converting it the first time.
@@ -82,6 +87,9 @@ def prepare(
         offline: Whether what is not here is refused and not fetched; None: as RECOLLECT_OFFLINE says.
         with_source: Whether the GGUF file is fetched again of a model that is converted and has lost
             it, unless that is forbidden: what to compare it with.
+        runtime: What is to run a GGUF file: OpenVINO, which it is converted for, or llama.cpp, which takes
+            it as it is. `auto`: OpenVINO if it reads the file and llama.cpp is not quicker.
+        llama: Whether llama.cpp is here, as far as `auto` should care.
 
     Raises:
         UnknownModelError: Nothing goes by it.
@@ -92,14 +100,32 @@ def prepare(
     """
     offline = config.is_offline() if offline is None else offline
     try:
-        model = _prepare(
-            _fetched_before(reference, home) or resolve(reference, catalog=catalog),
-            home,
-            allow_native_code,
-            progress,
-            offline=offline,
-            with_source=with_source and not offline,
+        source = _fetched_before(reference, home) or resolve(reference, catalog=catalog)
+        is_gguf = isinstance(source, GgufSource | CatalogEntry | HubFile) or (
+            isinstance(source, Stored) and source.format == "gguf"
         )
+        if runtime == "llama" and not is_gguf:
+            raise UnsupportedModelError(
+                f"{reference} is no GGUF file, which is what llama.cpp runs: leave --runtime out, or name "
+                "a .gguf file."
+            )
+        try:
+            if is_gguf and (runtime == "llama" or (runtime == "auto" and llama == "quicker")):
+                model = _prepare_for_llama(source, home, progress, offline=offline)
+            else:
+                model = _prepare(
+                    source,
+                    home,
+                    allow_native_code,
+                    progress,
+                    offline=offline,
+                    with_source=with_source and not offline,
+                )
+        except UnsupportedModelError as error:
+            if not (is_gguf and runtime == "auto" and llama == "there"):
+                raise
+            _log.info("llama.cpp runs %s, because OpenVINO does not: %s", reference, error)
+            model = _prepare_for_llama(source, home, progress, offline=offline)
         return model if model.sampling else replace(model, sampling=_sampling_of_entry(model))
     except OSError as cause:
         raise ConfigError(
@@ -144,18 +170,72 @@ def _prepare(
             assert_never(source)
 
 
-def _prepare_stored(
-    source: Stored, home: Path, allow_native_code: str | None, progress: Progress
-) -> LocalModel:
+def _require_usable(source: Stored) -> None:
     if source.fault is not None:
         raise UnsupportedModelError(
             f"{source.name} cannot be used: {source.fault}; see to it with {source.program}, or name "
             "another model that `recollect models` shows."
         )
+
+
+def _prepare_stored(
+    source: Stored, home: Path, allow_native_code: str | None, progress: Progress
+) -> LocalModel:
+    _require_usable(source)
     if source.format != "gguf":
         return _prepare_folder(source.path, source.name, home, allow_native_code, progress)
     model = _prepare_gguf(source.path, source.name, source.name, home, progress)
     return replace(model, sampling=model.sampling or source.sampling)
+
+
+def _prepare_for_llama(
+    source: Source, home: Path, progress: Progress, *, offline: bool
+) -> LocalModel:
+    """Return a GGUF file as it is."""
+    sampling: Mapping[str, float] = {}
+    match source:
+        case GgufSource(path):
+            parts, name = parts_of(path), str(path)
+        case CatalogEntry():
+            parts = [fetch_entry(source, home=home, progress=progress, offline=offline)]
+            name, sampling = source.name, source.sampling
+        case Stored():
+            _require_usable(source)
+            parts, name, sampling = parts_of(source.path), source.name, source.sampling
+        case HubFile():
+            parts, name = _have_hub_file(source, home, progress, offline=offline), str(source)
+        case _:
+            raise MisuseError("only GGUF files run on llama.cpp")
+    header = read_header(parts[0])
+    digests = [files.cached_sha256(part, home=home, progress=progress) for part in parts]
+    sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
+    return LocalModel(
+        name=name,
+        format="gguf",
+        folder=parts[0].parent,
+        graph=parts[0].name,
+        context_length=header.context_length,
+        chat_template=header.chat_template,
+        eos_token_ids=header.eos_token_ids,
+        bos_token=header.bos_token,
+        eos_token=header.eos_token,
+        fingerprint=files.combine([sha256, "gguf"]),
+        architecture=header.architecture,
+        boundaries=() if header.window is None else (header.window,),
+        sampling=header.sampling or sampling,
+        source=parts[0],
+        source_sha256=sha256,
+    )
+
+
+def _have_hub_file(file: HubFile, home: Path, progress: Progress, *, offline: bool) -> list[Path]:
+    """Return the files of a model on the hub, fetched and kept where they are not here."""
+    folder = _hub_folder(file, home)
+    if not _kept_parts(file, folder, home):
+        require_online(str(file), offline=offline)
+        _keep(_download(file, home, progress), folder, home, take=os.replace)
+        forget_downloads(file, home)
+    return _kept_parts(file, folder, home)
 
 
 def _sampling_of_entry(model: LocalModel) -> Mapping[str, float]:
@@ -189,7 +269,8 @@ def original_of(
         UnknownModelError: Nothing goes by it.
         OfflineError: It is not here, and may not be fetched; *offline* is as in `prepare`.
         FetchError: It cannot be downloaded.
-        UnsupportedModelError: It has no original: the model without weights.
+        UnsupportedModelError: It has no original: the model without weights; or another program keeps
+            it in a way that cannot be used.
     """
     offline = config.is_offline() if offline is None else offline
     match resolve(reference):
@@ -203,7 +284,10 @@ def original_of(
             require_online(str(file), offline=offline)
             yield _download(file, home, progress)[0]
             forget_downloads(file, home)
-        case GgufSource(path) | FolderSource(path) | Stored(path=path):
+        case Stored() as kept:
+            _require_usable(kept)
+            yield kept.path
+        case GgufSource(path) | FolderSource(path):
             yield path
 
 

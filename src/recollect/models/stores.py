@@ -71,8 +71,12 @@ class Stored:
 
 
 def stored() -> list[Stored]:
-    """Return all models of other programs, in the order of their names; what is none is left out."""
-    found = {one.name: one for finder in _FINDERS for one in finder()}
+    """
+    Return all models of other programs, in the order of their names.
+
+    What is no model is left out, and so is a name that no terminal could show.
+    """
+    found = {one.name: one for finder in _FINDERS for one in finder() if one.name.isprintable()}
     return [found[name] for name in sorted(found)]
 
 

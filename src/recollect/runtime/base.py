@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from recollect.errors import MisuseError, RuntimeFailure
+from recollect.errors import ConfigError, MisuseError, RuntimeFailure
 
 Logits = npt.NDArray[np.float32]
 _Memory = TypeVar("_Memory")
@@ -255,6 +255,22 @@ def allocated(memory: _Memory | None) -> _Memory:
             "the runtime has no KV memory: allocate() comes first, and nothing after close()"
         )
     return memory
+
+
+def allocate(runtime: PagedRuntime, num_blocks: int) -> None:
+    """
+    Have a runtime make room for that many blocks.
+
+    Raises:
+        ConfigError: The system does not give as much memory.
+        RuntimeFailure: Nor does the device.
+    """
+    try:
+        runtime.allocate(num_blocks)
+    except MemoryError as cause:
+        raise ConfigError(
+            f"There is no memory for {num_blocks:,} blocks of KV: give KV less, or end other programs."
+        ) from cause
 
 
 def check_rows(rows: Sequence[Row], info: RuntimeInfo, num_blocks: int) -> None:

@@ -141,7 +141,7 @@ def uses_long_rope(length: int, short_rope_length: int | None) -> bool:
     return short_rope_length is not None and length > short_rope_length
 
 
-def common_length(first: TokenArray, second: TokenArray) -> int:
+def common_length(first: npt.NDArray[np.integer], second: npt.NDArray[np.integer]) -> int:
     """Return how many leading ids two histories share."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])

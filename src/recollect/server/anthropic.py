@@ -14,12 +14,22 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BeforeValidator, Discriminator, Field, Tag
-from pydantic_core import from_json
 
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
-from recollect.server.events import Call, CallEvent, Ended, Piece, Thought, Told, sse
+from recollect.server.events import (
+    Call,
+    CallEvent,
+    Ended,
+    EventWriter,
+    Piece,
+    Thought,
+    Told,
+    call_input,
+    calls_tools,
+    sse,
+)
 from recollect.server.fields import (
     MOST_TOOLS,
     NOT_SUPPORTED,
@@ -262,6 +272,7 @@ class MessagesRequest(CountRequest):
         }
         return SamplingParams(
             max_tokens=self.max_tokens,
+            reasoning_budget=None if self.thinking is None else self.thinking.budget,
             grammar=self.grammar,
             stop=tuple(text for text in self.stop_sequences or () if text),
             **{name: value for name, value in given.items() if value is not None},
@@ -326,7 +337,7 @@ def _session(model: Model, body: CountRequest, namespace: str) -> Session:
     return model.session_from(body.conversation, namespace=namespace, **body.offer())
 
 
-class _Message:
+class _Message(EventWriter):
     """The reply to one request, in Anthropic's words: a list of blocks. A `Writer`."""
 
     def __init__(self, job: Job) -> None:
@@ -347,7 +358,7 @@ class _Message:
         if reply.content or not reply.tool_calls:
             content.append({"type": "text", "text": reply.content})
         content += [
-            {"type": "tool_use", "id": call.id, "name": call.name, "input": _input(call)}
+            {"type": "tool_use", "id": call.id, "name": call.name, "input": call_input(call)}
             for call in reply.tool_calls
         ]
         return {
@@ -451,19 +462,11 @@ def _thinking(text: str, signature: str) -> dict[str, Any]:
 
 
 def _stop_reason(reply: GeneratedReply) -> str:
-    if reply.tool_calls and reply.finish_reason == "stop":
+    if calls_tools(reply):
         return "tool_use"
     if reply.stop_string is not None:
         return "stop_sequence"
     return _STOP_REASONS[reply.finish_reason]
-
-
-def _input(call: ToolCall) -> Any:
-    """Return the arguments of a call as a value; where the reply was cut, those that there are."""
-    try:
-        return from_json(call.arguments, allow_partial=True)  # as clients read a stream's pieces
-    except ValueError:
-        return {}  # a bare model's: what cannot be read cannot be passed on as an object
 
 
 def _event(kind: str, **fields: Any) -> str:

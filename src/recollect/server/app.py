@@ -1,10 +1,11 @@
 """
 Put a server together, and run it until it is told to stop.
 
-Here are the endpoints that say what a server is and how it is (`/v1/models`, `/health` and
-`/metrics`), how every error becomes a response, and how the process ends: after the first signal no
-request is taken, and replies may go on for a while. After it, or after a second signal, they end: what
-was said is in the journal, each client is told in a last event, and the models are closed.
+Here are the endpoints that say what a server is and how it is (`/v1/models`, `/health`, `/metrics`, and
+for Ollama's clients `/api/tags` and others), how every error becomes a response, and how the process
+ends: after the first signal no request is taken, and replies may go on for a while. After it, or after
+a second signal, they end: what was said is in the journal, each client is told in a last event, and the
+models are closed.
 """
 
 import asyncio
@@ -33,10 +34,11 @@ from recollect.server import (
     chat_completions,
     completions,
     conversation_routes,
+    ollama,
     responses,
 )
 from recollect.server.access import Counted, Keyring, Security, bounded_protocol
-from recollect.server.fields import Bodies
+from recollect.server.fields import Bodies, Body, BodyRoute, Ignored
 from recollect.server.hub import Admission, ModelHub
 from recollect.server.refusals import (
     ApiError,
@@ -113,6 +115,105 @@ def _model(services: Services, name: str) -> dict[str, Any]:
     }
 
 
+ollama_router = APIRouter(tags=["Ollama"], route_class=BodyRoute)
+
+_OLLAMA_VERSION: Final = "0.13.0"
+"""Of Ollama, whose API this is as far as it goes: clients ask for one that has what they use. Source:
+Copilot wants 0.6.4 at least."""
+_FAMILY: Final = "recollect"
+_FOREVER: Final = "2318-01-01T00:00:00Z"
+"""When a model is unloaded that stays loaded; Ollama, too, tells a time so far away."""
+
+
+class OllamaShow(Body):
+    """The body of `POST /api/show`."""
+
+    model: str = ""
+    name: str = ""
+    verbose: Ignored = None
+
+
+@ollama_router.get("/api/version")
+def ollama_version() -> dict[str, str]:
+    """Return which version of Ollama this answers like."""
+    return {"version": _OLLAMA_VERSION}
+
+
+@ollama_router.get("/api/tags")
+def ollama_tags(request: Request) -> dict[str, Any]:
+    """Return the models that a request may name."""
+    services = services_of(request)
+    names = (*services.hub.names, *services.hub.aliases)
+    return {"models": [_ollama_model(services, name) for name in names]}
+
+
+@ollama_router.get("/api/ps")
+def ollama_ps(request: Request) -> dict[str, Any]:
+    """Return the models that are loaded."""
+    services = services_of(request)
+    return {
+        "models": [
+            {
+                **_ollama_model(services, name),
+                "expires_at": _FOREVER,
+                "size_vram": 0,
+                "context_length": model.context_length,
+            }
+            for name, model in services.hub.loaded().items()
+        ]
+    }
+
+
+@ollama_router.post("/api/show")
+def ollama_show(body: OllamaShow, request: Request) -> dict[str, Any]:
+    """Return what is known of a model."""
+    services = services_of(request)
+    name = ollama.named(services, body.model or body.name)
+    resolved = services.hub.resolve(name)
+    model = services.hub.loaded().get(resolved)
+    length = services.hub.context_length(resolved) if model is None else model.context_length
+    thinks = model is not None and model.template.reasoning is not None
+    recommended = {} if model is None else model.local.sampling
+    return {
+        "modelfile": f"FROM {resolved}",
+        "parameters": "\n".join(f"{name} {value:g}" for name, value in recommended.items()),
+        "template": "" if model is None else model.template.source,
+        "details": _ollama_details(),
+        "model_info": {
+            "general.architecture": _FAMILY,
+            "general.basename": name,
+            **({} if length is None else {f"{_FAMILY}.context_length": length}),
+        },
+        "capabilities": ["completion", "tools", *(["thinking"] if thinks else [])],
+        "modified_at": ollama.moment(services.started_at),
+    }
+
+
+def _ollama_model(services: Services, name: str) -> dict[str, Any]:
+    hub = services.hub
+    resolved = hub.resolve(name)
+    model = hub.loaded().get(resolved)
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": ollama.moment(services.started_at),
+        "size": hub.weight_bytes(resolved),
+        "digest": "" if model is None else model.weights_fingerprint,
+        "details": _ollama_details(),
+    }
+
+
+def _ollama_details() -> dict[str, Any]:
+    return {
+        "parent_model": "",
+        "format": _FAMILY,
+        "family": _FAMILY,
+        "families": [_FAMILY],
+        "parameter_size": "",
+        "quantization_level": "",
+    }
+
+
 _CLIENT_GONE: Final = 499
 """Status of a request whose client went away, as nginx logs it; nobody receives it."""
 
@@ -129,6 +230,8 @@ _ROUTERS: Final = (
     responses.router,
     conversation_routes.router,
     anthropic.router,
+    ollama.router,
+    ollama_router,
     chat_completions.prewarm_router,
     router,
 )
@@ -182,7 +285,7 @@ def create_app(
         redoc_url=None,
         description=(
             "Conversations with local language models that never read a token twice. "
-            "The APIs of OpenAI and Anthropic, and rewind, fork, checkpoint and prewarm beside them."
+            "The APIs of OpenAI, Anthropic and Ollama, and rewind, fork, checkpoint and prewarm beside them."
         ),
         lifespan=lifespan,
     )

@@ -25,7 +25,17 @@ from recollect.engine.pinning import compute_watched
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ContextFullError
 from recollect.kv.blocks import PUBLIC
-from recollect.server.events import Call, CallEvent, Ended, Piece, Thought, Told, sse
+from recollect.server.events import (
+    Call,
+    CallEvent,
+    Ended,
+    EventWriter,
+    Piece,
+    Thought,
+    Told,
+    calls_tools,
+    sse,
+)
 from recollect.server.fields import (
     MOST_CALLS,
     MOST_TOOLS,
@@ -159,6 +169,7 @@ class ChatRequest(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     enable_thinking: bool | None = None
+    thinking_budget: Annotated[int, Field(ge=0)] | None = None
     thinking: Thinking | None = None
     reasoning: Thinking | None = None
     logprobs: bool | None = False
@@ -222,6 +233,13 @@ class ChatRequest(SamplingFields):
             found |= {} if told is None else told.options()
         return found | (self.chat_template_kwargs or {})
 
+    @property
+    def reasoning_budget(self) -> int | None:
+        """Return how many tokens of reasoning are asked for at most."""
+        told = (self.thinking, self.reasoning)
+        budgets = [self.thinking_budget, *(one.budget for one in told if one is not None)]
+        return min((one for one in budgets if one is not None), default=None)
+
     def left_out(self) -> Iterable[str]:
         """Return the tools that are no functions."""
         return others_among(self.tools) if self.tools else ()
@@ -242,6 +260,7 @@ class ChatRequest(SamplingFields):
             max_tokens=self.max_completion_tokens or self.max_tokens or settings.max_tokens,
             choice=choice,
             grammar=self.grammar,
+            reasoning_budget=self.reasoning_budget,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
@@ -268,7 +287,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     return await job.answer(request, _Completion(job, body), stream=bool(body.stream))
 
 
-class _Completion:
+class _Completion(EventWriter):
     """The replies to one request, in OpenAI's words; a `Writer`."""
 
     def __init__(self, job: Job, body: ChatRequest) -> None:
@@ -371,7 +390,7 @@ def _message(reply: GeneratedReply) -> dict[str, Any]:
 
 
 def _finish_reason(reply: GeneratedReply) -> str:
-    if reply.tool_calls and reply.finish_reason == "stop":
+    if calls_tools(reply):
         return "tool_calls"
     return reply.finish_reason
 

@@ -25,7 +25,7 @@ from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import ContextFullError, InvalidParameterError
 from recollect.server.chat_completions import StreamOptions
-from recollect.server.events import Call, Ended, Piece, Thought, Told, sse
+from recollect.server.events import Call, Ended, EventWriter, Piece, Thought, Told, sse
 from recollect.server.fields import (
     NOT_SUPPORTED,
     BodyRoute,
@@ -284,7 +284,7 @@ def _reply_to(
     return ReplyGeneration(model.engine, generator, model.tokenizer, ahead=ahead)
 
 
-class _Completion:
+class _Completion(EventWriter):
     """What follows the prompts of one request, in OpenAI's words; a `Writer`."""
 
     def __init__(

@@ -7,14 +7,22 @@ Values and a contract: generates nothing, and sends nothing.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
+
+from pydantic_core import from_json
 
 from recollect.engine.reply import GeneratedReply
 from recollect.server.refusals import ApiError
-from recollect.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted
-from recollect.types import TokenLogprob
+from recollect.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted, is_whole
+from recollect.types import TokenLogprob, ToolCall
 
 CallEvent = CallStarted | ArgumentsDelta | CallEnded
+
+
+def calls_tools(reply: GeneratedReply) -> bool:
+    """Return whether a reply ended with a call that is whole: by a stop string it may end inside one."""
+    calls = reply.tool_calls
+    return bool(calls) and reply.finish_reason == "stop" and is_whole(calls[-1].arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +83,18 @@ Event = Told | Failed | Progress
 class Writer(Protocol):
     """Puts the replies to one request into the words of an API. A text may be empty."""
 
+    @property
+    def media_type(self) -> str:
+        """Return what a stream is."""
+
     def whole(self, replies: Sequence[GeneratedReply]) -> dict[str, Any]:
         """Return them all at once."""
 
     def begin(self) -> str:
         """Return what a stream begins with."""
+
+    def waiting(self, progress: Progress) -> str:
+        """Return what is sent where nothing is new."""
 
     def write(self, event: Told) -> str:
         """Return what is sent of an event."""
@@ -96,3 +111,21 @@ def sse(data: Mapping[str, Any] | str, event: str | None = None) -> str:
     text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
     name = "" if event is None else f"event: {event}\n"
     return f"{name}data: {text}\n\n"
+
+
+class EventWriter:
+    """A writer's part of server-sent events."""
+
+    media_type: ClassVar = "text/event-stream"
+
+    def waiting(self, progress: Progress) -> str:
+        """Return a comment, which clients skip: it tells a proxy, and whoever looks, that work goes on."""
+        return f": prefill {progress.done}/{progress.total}\n\n"
+
+
+def call_input(call: ToolCall) -> Any:
+    """Return the arguments of a call as a value; where the reply was cut, those that there are."""
+    try:
+        return from_json(call.arguments, allow_partial=True)  # as clients read a stream's pieces
+    except ValueError:
+        return {}  # a bare model's: what cannot be read cannot be passed on as an object

@@ -279,7 +279,7 @@ NOT_SUPPORTED: Final = {
     **dict.fromkeys(("grammar", "json_schema", "mirostat", "lora"), _OTHER_ENGINE),
 }
 """Fields of other servers that would change the reply, and what to do instead."""
-_ONE_IS_NOTHING: Final = {"best_of", "min_tokens", "typical_p"}
+_ONE_IS_NOTHING: Final = {"best_of", "min_tokens", "typical_p", "tfs_z"}
 """Those of them that are sent as 1 by who does not want them; the others as zero, false or empty."""
 
 
@@ -526,7 +526,7 @@ class BodyRoute(APIRoute):
         assert issubclass(kind, Body), "a body is one model"
 
         async def handle(request: Request) -> Response:
-            reading = _ReadRequest(request, kind)
+            reading = _ReadRequest(request, kind, self.path)
             response = await answer(reading)
             if reading.ignored:
                 response.headers[IGNORED_HEADER] = ", ".join(reading.ignored)
@@ -538,9 +538,10 @@ class BodyRoute(APIRoute):
 class _ReadRequest(Request):
     """A request whose JSON is a model already, which FastAPI then takes as it is."""
 
-    def __init__(self, request: Request, kind: type[Body]) -> None:
+    def __init__(self, request: Request, kind: type[Body], path: str) -> None:
         super().__init__(request.scope, request.receive)
         self._kind = kind
+        self._path = path
         self.ignored: list[str] = []
 
     async def json(self) -> Body:
@@ -549,7 +550,7 @@ class _ReadRequest(Request):
         assert isinstance(bodies, Bodies)
         body = await bodies.read(await self.body(), self._kind)
         self.ignored = body.ignored
-        bodies.log_ignored(self._kind.__name__, self.ignored)
+        bodies.log_ignored(self._path, self.ignored)
         return body
 
 

@@ -71,11 +71,7 @@ def kind_among(*known: str, usual: str | None = None) -> Callable[[Any], str | N
 
 def logprob_entry(token: TokenLogprob, *, with_top: bool = True) -> dict[str, Any]:
     """Return how likely a token was, as OpenAI's clients read it."""
-    entry = {
-        "token": token.text,
-        "logprob": token.logprob,
-        "bytes": list(token.token_bytes),
-    }
+    entry = {"token": token.text, "logprob": token.logprob, "bytes": list(token.token_bytes)}
     if with_top:
         entry["top_logprobs"] = [logprob_entry(other, with_top=False) for other in token.top]
     return entry
@@ -102,6 +98,13 @@ class Thinking(Body):
     type: str | None = None
     enabled: bool | None = None
     effort: str | None = None
+    budget_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+
+    @property
+    def budget(self) -> int | None:
+        """Return how many tokens it may take; None: as many as the model wants."""
+        return self.max_tokens if self.budget_tokens is None else self.budget_tokens
 
     def options(self) -> dict[str, Any]:
         """Return it as options of chat templates, by the names that these use."""

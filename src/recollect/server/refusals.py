@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 INVALID: Final = "invalid_request_error"
 _MESSAGES_PATH: Final = "/v1/messages"
+_OLLAMA_PATH: Final = "/api/"
 
 
 _MOST_TOLD: Final = 1000
@@ -50,6 +51,7 @@ class ApiError(HTTPException):
         code: str | None = None,
         param: str | None = None,
         about: str | None = None,
+        anthropics: str = "",
         headers: Mapping[str, str] | None = None,
     ) -> None:
         """
@@ -60,6 +62,7 @@ class ApiError(HTTPException):
             status, kind, code, headers: Of the answer.
             param: The place in the body.
             about: Where nobody knows the body: the parameter, by its name in Python.
+            anthropics: What Anthropic's clients are told before it, because they look for these words.
         """
         message = shortened(message, _MOST_TOLD)
         self.sent_headers = dict(headers or {})
@@ -70,6 +73,7 @@ class ApiError(HTTPException):
         self.code = code
         self.param = param
         self.about = about
+        self.anthropics = anthropics
 
 
 class ClientGone(Exception):  # noqa: N818 - not an error: nobody is left to be told
@@ -161,10 +165,11 @@ def api_error(error: Exception) -> ApiError:
         trace = error if answer.has_trace else None
         _log.error("%s: %s", type(error).__name__, error, exc_info=trace)
     headers = {} if answer.retry_after_s is None else {"Retry-After": str(answer.retry_after_s)}
-    message = answer.message or str(error)
+    message, anthropics = answer.message or str(error), ""
     if isinstance(error, errors.ContextFullError):
         # The words that clients look for, to shorten their history and ask again.
         message = f"This model's maximum context length is {error.limit} tokens. {message}"
+        anthropics = f"prompt is too long: {error.needed} tokens > {error.limit} maximum. "
     about = error.param if isinstance(error, errors.InvalidParameterError) else answer.about
     return ApiError(
         message,
@@ -172,6 +177,7 @@ def api_error(error: Exception) -> ApiError:
         kind=answer.kind,
         code=answer.code,
         about=about,
+        anthropics=anthropics,
         headers=headers,
     )
 
@@ -241,13 +247,16 @@ _ANTHROPIC_KINDS: Final = {
 def anthropic_body(error: ApiError) -> dict[str, Any]:
     """Return an error as Anthropic's clients expect it."""
     kind = _ANTHROPIC_KINDS.get(error.status, INVALID if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    message = error.anthropics + error.message
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def error_response(path: str, error: ApiError) -> JSONResponse:
     """Return the response to a request that is refused, in the shape of the API it was made to."""
     is_anthropics = path.startswith(_MESSAGES_PATH)
     body = anthropic_body(error) if is_anthropics else openai_body(error, path)
+    if path.startswith(_OLLAMA_PATH):
+        body = {"error": error.message}
     return JSONResponse(body, error.status, error.sent_headers)
 
 

@@ -52,6 +52,7 @@ from recollect.server.parts import (
     schemas_of,
 )
 from recollect.server.settings import Settings
+from recollect.text.tool_calls import is_whole
 from recollect.types import (
     FinishReason,
     Grammar,
@@ -199,6 +200,7 @@ class ResponseRequest(SamplingFields):
             settings,
             max_tokens=self.max_output_tokens or settings.max_tokens,
             grammar=self.grammar,
+            reasoning_budget=None if self.reasoning is None else self.reasoning.budget,
             logprobs=(self.top_logprobs or 0) if wants_logprobs else None,
         )
 
@@ -372,10 +374,11 @@ def output_items(
     if said.content or not said.calls:
         part = output_text(said.content, said.logprobs)
         items.append(output_message(message_id, [part], status))
-    calls = enumerate(said.calls)
-    return items + [
-        function_call(message_id, number, call, namespaces=namespaces) for number, call in calls
-    ]
+    for number, call in enumerate(said.calls):
+        is_cut = number + 1 == len(said.calls) and not is_whole(call["function"]["arguments"])
+        whole = "incomplete" if is_cut else "completed"
+        items.append(function_call(message_id, number, call, whole, namespaces=namespaces))
+    return items
 
 
 def reasoning_item(message_id: str, content: list[dict[str, Any]], status: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from recollect.server.conversation_view import (
     Place,
     Places,
 )
-from recollect.server.events import Call, CallEvent, Ended, Piece, Thought, Told, sse
+from recollect.server.events import Call, CallEvent, Ended, EventWriter, Piece, Thought, Told, sse
 from recollect.server.fields import BodyRoute, check_count, check_last, named_sampling
 from recollect.server.parts import logprob_entry
 from recollect.server.refusals import ApiError, not_found
@@ -56,7 +56,7 @@ _RAN_AWAY: Final = "ran_away"
 """Key in the note of a response: whether it was ended because it repeated itself."""
 
 
-class _Response:
+class _Response(EventWriter):
     """
     One response and its numbered events; a `Writer`.
 

@@ -259,7 +259,7 @@ class Job:
                 await unless_disconnected(request, self._begun())
                 spent = self.cost_so_far()
                 headers = {} if spent is None else spent.headers()
-                return _EventStream(self, self._written(writer), headers)
+                return _EventStream(self, self._written(writer), writer.media_type, headers)
             replies = await unless_disconnected(request, self._replies())
         except BaseException:
             self.stop()
@@ -280,8 +280,7 @@ class Job:
             yield beginning
         async for event in self._told():
             if isinstance(event, Progress):
-                # A comment, which clients skip: it tells a proxy, and whoever looks, that work goes on.
-                yield f": prefill {event.done}/{event.total}\n\n"
+                yield writer.waiting(event)
             elif isinstance(event, Failed):
                 yield writer.fail(api_error(event.error))
                 return
@@ -407,12 +406,14 @@ async def _disconnected(request: Request) -> None:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events of a job, which is stopped when they end: the client may have gone away."""
+    """The events of a job, which is stopped when they end: the client may have gone away."""
 
-    def __init__(self, job: Job, events: AsyncIterator[str], headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, job: Job, events: AsyncIterator[str], media_type: str, headers: Mapping[str, str]
+    ) -> None:
         # Nginx holds responses back unless told otherwise.
         quick = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
-        super().__init__(events, media_type="text/event-stream", headers=quick)
+        super().__init__(events, media_type=media_type, headers=quick)
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

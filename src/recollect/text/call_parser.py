@@ -99,9 +99,7 @@ class ToolCallParser(PiecewiseReader):
                 no text.
         """
         self._is_over, self._is_cut = True, is_cut
-        for event in self._reader:
-            if event is not None:
-                yield event
+        yield from (event for event in self._reader if event is not None)
 
     _in_calls = False
 

@@ -47,8 +47,8 @@ MOST_TOKENIZER_BYTES: Final = 256 * files.MIB
 """Of a tokenizer.json. The largest known, of 262,144 tokens, has 33 MB."""
 
 
-class _FileTokenizer(ABC):
-    """What both tokenizers do in the same way."""
+class FileTokenizer(ABC):
+    """What all of them do in the same way."""
 
     control_tokens: ControlTokens
 
@@ -79,12 +79,12 @@ class _FileTokenizer(ABC):
         return ids[0] if len(ids) == 1 else None
 
 
-def _characters(text: str) -> str:
+def characters(text: str) -> str:
     """Return a text with U+003F in the place of half surrogate pairs, for which no token can be."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-class OpenVinoTokenizer(_FileTokenizer):
+class OpenVinoTokenizer(FileTokenizer):
     """The tokenizer that lies beside an OpenVINO model. Safe to use from several threads."""
 
     def __init__(
@@ -238,7 +238,7 @@ class OpenVinoTokenizer(_FileTokenizer):
 def _encode_openvino(tokenizer: "openvino_genai.Tokenizer", text: str) -> "NDArray[np.int64]":
     if not text:
         return np.empty(0, np.int64)
-    encoded = tokenizer.encode(_characters(text), add_special_tokens=False)
+    encoded = tokenizer.encode(characters(text), add_special_tokens=False)
     ids: NDArray[np.int64] = encoded.input_ids.data.reshape(-1).copy()
     return ids
 
@@ -459,7 +459,7 @@ _MOST_VOCAB: Final = 1 << 22
 """Sixteen times the largest vocabulary there is: a table of all ids is made."""
 
 
-class HfTokenizer(_FileTokenizer):
+class HfTokenizer(FileTokenizer):
     """
     A fast tokenizer. Safe to use from several threads.
 
@@ -539,7 +539,7 @@ class HfTokenizer(_FileTokenizer):
 
 
 def _encode_hf(tokenizer: "tokenizers.Tokenizer", text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(_characters(text), add_special_tokens=False).ids
+    ids: list[int] = tokenizer.encode(characters(text), add_special_tokens=False).ids
     return ids
 
 

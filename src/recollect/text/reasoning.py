@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from recollect.text.tokenizer import ControlTokens, Tokenizer, decode_with_marks
+from recollect.text.tokenizer import ControlTokens, Detokenizer, Tokenizer, decode_with_marks
 from recollect.text.tool_calls import (
     CallRules,
     ParsedReply,
@@ -22,6 +22,7 @@ from recollect.text.tool_calls import (
     parse_reply,
 )
 from recollect.text.tool_calls import Event as SaidEvent
+from recollect.text.tool_formats import control_marks
 
 Way = Literal["reasoning_content", "reasoning", "thinking", "parts", "text", "nowhere"]
 """Where a template looks for what was thought: in a field of the message by that name, in a part of its
@@ -72,6 +73,10 @@ class ReasoningMarks:
     def are_closed_by(self, prompt: str) -> bool:
         """Return whether a prompt ends with the closed mark, so that the reply thinks nothing."""
         return prompt.rstrip().endswith(self.close)
+
+    def begun(self, prompt: str) -> "Begun":
+        """Return how reasoning stands where the reply to a prompt begins."""
+        return Begun(self, self.are_opened_by(prompt), self.are_closed_by(prompt))
 
     def told(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Return a message in which what was thought stands where the template looks for it."""
@@ -133,6 +138,11 @@ class ReasoningSplitter:
     def state(self) -> _State:
         """Return where the text is now."""
         return self._state
+
+    @property
+    def may_close(self) -> bool:
+        """Return whether the text ends with what may become the mark that closes reasoning."""
+        return _without_beginning_of(self._rest, self._marks.close) != self._rest
 
     def push(self, piece: str) -> Iterator[ReasoningDelta | str]:
         """Take more text; yield what is thought, and as plain texts what is said."""
@@ -221,6 +231,8 @@ class Begun:
     """None: the model's template knows none."""
     is_inside: bool = False
     """Whether the prompt has opened it."""
+    is_closed: bool = False
+    """Whether the prompt has closed it, so that the answer begins at once."""
 
     def splitter(self) -> ReasoningSplitter | None:
         """Return what takes the reply apart; None where all of it is said."""
@@ -306,11 +318,101 @@ class ReplyReader:
                 yield TextDelta(part)
 
 
+class ReasoningWatch:
+    """
+    Follows the tokens of one reply, and says where its answer begins and what ends its reasoning.
+
+    Derived from the reply's tokens, which are given anew with each question, as for a grammar. Used
+    from one thread at a time.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, begun: Begun, *, budget: int | None = None, leads: bool = False
+    ) -> None:
+        """
+        Have seen nothing.
+
+        Args:
+            tokenizer: Of the model.
+            begun: How reasoning stands where the reply begins; it has marks.
+            budget: Most tokens of reasoning; None: as many as the model wants.
+            leads: Whether what stands between reasoning and answer is not left to the model, because
+                a grammar begins behind it.
+        """
+        assert begun.marks is not None, "without marks there is nothing to follow"
+        self._given = tokenizer, begun, budget, leads
+        marks = begun.marks
+        self._decoder = ShowingTokenizer(tokenizer, marks, None)
+        self._lead = tokenizer.encode(marks.lead or marks.space)
+        self._end = [*tokenizer.encode(marks.close), *self._lead]
+        opening = tokenizer.encode(marks.open)
+        self.opening: Final = opening[0] if len(opening) == 1 and not begun.is_inside else None
+        """The one token that opens reasoning at the beginning; None: it is open, or takes several."""
+        self._forget()
+
+    def copy(self) -> "ReasoningWatch":
+        """Return another that has seen nothing."""
+        tokenizer, begun, budget, leads = self._given
+        return ReasoningWatch(tokenizer, begun, budget=budget, leads=leads)
+
+    def forced(self, reply: Sequence[int]) -> int | None:
+        """Return the token that has to come next; None: the model chooses."""
+        self._follow(reply)
+        place = len(reply) - self._forced_from
+        return self._forced[place] if 0 <= place < len(self._forced) else None
+
+    def answer_start(self, reply: Sequence[int]) -> int | None:
+        """Return how many tokens come before the answer; None while it has not begun."""
+        self._follow(reply)
+        return self._answer_start
+
+    def _forget(self) -> None:
+        _, begun, _, _ = self._given
+        assert begun.marks is not None, "see above"
+        self._splitter = ReasoningSplitter(begun.marks, is_inside=begun.is_inside)
+        self._detokenizer = Detokenizer(self._decoder)
+        self._seen: list[int] = []
+        self._thought = 0
+        self._forced: list[int] = []
+        self._forced_from = 0
+        waits = begun.is_inside or bool(begun.marks.first)
+        self._answer_start: int | None = None if waits else 0
+        self._look()
+
+    def _follow(self, reply: Sequence[int]) -> None:
+        if list(reply[: len(self._seen)]) != self._seen:
+            self._forget()
+        for token in reply[len(self._seen) :]:
+            if not self._seen and token == self.opening:
+                self._answer_start = None
+            self._seen.append(token)
+            self._thought += self._splitter.state == "inside"
+            for _ in self._splitter.push(self._detokenizer.push(token)):
+                pass  # only where it stands counts
+            self._look()
+
+    def _look(self) -> None:
+        """Decide what comes next, now that all that is there was seen."""
+        state, here = self._splitter.state, len(self._seen)
+        _, _, budget, leads = self._given
+        if here < self._forced_from + len(self._forced):
+            return
+        is_spent = budget is not None and self._thought >= budget
+        if state == "inside" and is_spent and not self._splitter.may_close:
+            self._forced, self._forced_from = self._end, here
+        elif self._answer_start is not None or state not in ("after", "said"):
+            return
+        elif state == "after" and leads and self._lead and not self._forced:
+            self._forced, self._forced_from = self._lead, here
+        else:
+            self._answer_start = here
+
+
 class ShowingTokenizer:
     """Decodes replies with the control tokens that are marks of reasoning, which others leave out."""
 
     def __init__(
-        self, tokenizer: Tokenizer, marks: ReasoningMarks | None, calls: Mapping[int, str]
+        self, tokenizer: Tokenizer, marks: ReasoningMarks | None, rules: CallRules | None
     ) -> None:
         """
         Have what is shown found out.
@@ -318,11 +420,13 @@ class ShowingTokenizer:
         Args:
             tokenizer: Of the model.
             marks: Of reasoning; None: it knows none.
-            calls: The control tokens in which it writes calls of tools: their texts by their ids.
+            rules: What its calls of tools look like; None: it is not to call any.
         """
         written = "" if marks is None else marks.open + marks.close + marks.lead + marks.first
         self._tokenizer = tokenizer
-        self._marks = {**_written_in(written, tokenizer.control_tokens), **calls}
+        control = tokenizer.control_tokens
+        calls = {} if rules is None else control_marks(rules.format, control)
+        self._marks = {**_written_in(written, control), **calls}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of *ids*, shape `(n,)`."""

@@ -38,6 +38,7 @@ __all__ = [
     "TextDelta",
     "ToolCallParser",
     "call_text",
+    "is_whole",
     "new_call_prefix",
     "parse_reply",
     "shown_calls",
@@ -135,6 +136,11 @@ def parse_reply(
         for call, given in zip(started, arguments, strict=True)
     ][: None if is_cut else whole]
     return ParsedReply("".join(content), tuple(calls))
+
+
+def is_whole(arguments: str) -> bool:
+    """Return whether the arguments of a call are all there; none at all are, too."""
+    return not arguments.strip() or object_of(arguments) is not None
 
 
 @dataclass(frozen=True, slots=True)

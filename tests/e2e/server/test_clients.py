@@ -277,10 +277,23 @@ def test_anthropic_messages(url: str, keys: tuple[str, str]) -> None:
         ).messages.create(**asked)
 
 
-def test_litellm(url: str, keys: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def close_kept(clients: dict[str, Any]) -> None:
+    """Close what litellm keeps until the interpreter ends, which would then warn of open sockets."""
+    for client in clients.values():
+        if isinstance(client, openai.OpenAI):
+            client.close()
+
+
+def test_litellm(
+    url: str,
+    keys: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would ask the network
     import litellm
 
+    request.addfinalizer(lambda: close_kept(litellm.in_memory_llm_clients_cache.cache_dict))
     answer = litellm.completion(
         model=f"openai/{MODEL}",
         api_base=url,
@@ -303,16 +316,19 @@ def test_langchain(url: str, keys: tuple[str, str]) -> None:
     from pydantic import SecretStr
 
     for uses_responses in (False, True):
-        chat = ChatOpenAI(
-            model=MODEL,
-            base_url=url,
-            api_key=SecretStr(keys[0]),
-            max_completion_tokens=8,
-            use_responses_api=uses_responses,
-        )
-        answer = chat.invoke([("system", SYSTEM), ("user", QUESTION)])
-        assert answer.text
-        assert "".join(piece.text for piece in chat.stream(QUESTION))
+        # A client of our own: the one that it makes is kept until the interpreter ends.
+        with httpx.Client() as connections:
+            chat = ChatOpenAI(
+                model=MODEL,
+                base_url=url,
+                api_key=SecretStr(keys[0]),
+                max_completion_tokens=8,
+                use_responses_api=uses_responses,
+                http_client=connections,
+            )
+            answer = chat.invoke([("system", SYSTEM), ("user", QUESTION)])
+            assert answer.text
+            assert "".join(piece.text for piece in chat.stream(QUESTION))
 
 
 def test_the_llm_command(url: str, keys: tuple[str, str], tmp_path: Path) -> None:

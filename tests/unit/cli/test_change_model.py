@@ -109,3 +109,36 @@ def test_a_chat_without_a_loader_says_so(chat: Chat, screen: StringIO, tmp_path:
         run_command(chat, f"/model {tmp_path}")
     run_command(chat, "/model")
     assert "/model NAME changes it" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([], {"temperature": 0.7, "top_k": 20, "top_p": 1.0}),
+        (["/set top_p 0.5"], {"temperature": 0.7, "top_k": 20, "top_p": 0.5}),
+        (["/set temperature 0.4"], {"temperature": 0.4, "top_k": 20, "top_p": 1.0}),
+        (["/set temperature 0"], {"temperature": 0.0, "top_k": 0, "top_p": 1.0}),
+    ],
+)
+def test_another_model_samples_as_its_makers_say_but_for_what_was_asked_for(
+    make_model: Callable[..., Model],
+    screen: StringIO,
+    lines: list[str],
+    expected: dict[str, float],
+) -> None:
+    first = make_model(sampling={"temperature": 0.2, "top_p": 0.9})
+    params = SHORT.with_recommended(first.local.sampling, ())
+    chat = Chat(
+        first,
+        Console(file=screen, width=100),
+        first.session(params=params),
+        load_model=lambda _: make_model(sampling={"temperature": 0.7, "top_k": 20}),
+    )
+    for line in (*lines, "/fork idea", "/model another", "one"):
+        handle_line(chat, line)
+    for params in (chat.params, *(session.params for session in chat.sessions.values())):
+        assert {name: getattr(params, name) for name in expected} == expected
+        assert (params.max_tokens, params.seed) == (SHORT.max_tokens, SHORT.seed)
+    used = chat.session.tip.usage
+    assert used is not None
+    assert (used.get("sampling") or {}).get("temperature", 0.0) == expected["temperature"]

@@ -258,7 +258,10 @@ def test_the_tree_says_what_is_in_memory_and_how_long_branches_are(
     lines = take(screen).splitlines()
     assert lines[1].startswith("● 1 one → ")
     assert lines[2].startswith("● 2 two → ")
-    assert lines[3].startswith("idea 2 turns (here) · main 1 turn   ● in memory")
+    assert lines[3:] == [
+        "idea 2 turns (here) · main 1 turn",
+        "● in memory  ◎ on disk  ◐ in part  ○ not cached",
+    ]
 
 
 def test_close_says_how_to_go_on_with_what_was_closed(
@@ -310,7 +313,7 @@ def test_the_tree_says_what_is_on_disk_only(
     run_command(again, "/tree")
     lines = take(screen).splitlines()
     assert lines[1].startswith("◎ 1 one → ")
-    assert "◎ on disk" in lines[2]
+    assert "◎ on disk" in lines[3]
 
 
 def test_save_and_load_go_away_and_come_back(

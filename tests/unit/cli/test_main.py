@@ -13,7 +13,7 @@ import pytest
 from recollect import __version__
 from recollect.cli import models
 from recollect.cli.display import format_bytes
-from recollect.cli.main import COMMANDS, EXIT_INTERRUPTED, load_command, run
+from recollect.cli.main import COMMANDS, EXIT_INTERRUPTED, join_at_colons, load_command, run
 from recollect.conversation.loading import load
 from recollect.models import onnx_folder
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL
@@ -40,7 +40,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 PROBE = """
 import sys
-from recollect.cli.main import app
+from recollect.cli.main import join_at_colons, app
 for arguments in {runs!r}:
     try:
         app(arguments)
@@ -285,3 +285,21 @@ def test_an_interrupt_while_a_class_is_made_ends_quietly(
     monkeypatch.setattr(models, "installed", installed)
     assert status_of(monkeypatch, "models") == EXIT_INTERRUPTED
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "current", "joined", "at"),
+    [
+        ("recollect chat", 1, "recollect chat", 1),
+        ("recollect chat", 2, "recollect chat", 2),
+        ("r -m ollama : lla", 4, "r -m ollama:lla", 2),
+        ("r -m ollama :", 3, "r -m ollama:", 2),
+        ("r -m ollama : a : 1b --x", 7, "r -m ollama:a:1b --x", 3),
+        ("r -m ollama : a --x", 3, "r -m ollama:a --x", 2),
+    ],
+)
+def test_what_bash_splits_at_colons_is_joined(
+    typed: str, current: int, joined: str, at: int
+) -> None:
+    found = join_at_colons(typed.replace(" ", "\n"), current)
+    assert found == (joined.replace(" ", "\n"), at)

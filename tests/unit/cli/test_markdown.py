@@ -15,7 +15,7 @@ from rich.console import Console
 
 from recollect.cli.display import PlainWriter
 from recollect.cli.markdown import MarkdownWriter, make_writer
-from recollect.cli.markdown_rows import MOST_OPEN, MOST_TABLE_ROWS, WINDOW_CHARACTERS
+from recollect.cli.markdown_blocks import MOST_OPEN, MOST_TABLE_ROWS, MOST_WINDOW_CHARACTERS
 
 WIDTH, HEIGHT = 40, 12
 STEP = re.compile(r"\x1b\[(\d*)([A-Za-z])|\x1b\[([0-9;]*)m|(\n)|(\r)|([^\x1b\n\r])")
@@ -27,7 +27,8 @@ class Terminal(io.StringIO):
     def __init__(self, width: int = WIDTH, height: int = HEIGHT) -> None:
         super().__init__()
         self.width, self.height = width, height
-        self.rows = [""]
+        self.rows: list[list[str]] = [[]]
+        """The characters by columns; behind one that is two columns wide stands nothing."""
         self.row = self.column = 0
         self.erased = 0
         """Characters that were written and taken away again."""
@@ -65,20 +66,21 @@ class Terminal(io.StringIO):
             assert letter in {None, "m"}, letter
 
     def put(self, character: str) -> None:
-        if cell_len("".join(self.rows[self.row])) + cell_len(character) > self.width:
+        if self.column + cell_len(character) > self.width:
             self.down()
         assert self.column <= len(self.rows[self.row])
-        self.rows[self.row] = self.rows[self.row][: self.column] + character
-        self.column += 1
+        cells = [character, ""][: cell_len(character)]
+        self.rows[self.row] = self.rows[self.row][: self.column] + cells
+        self.column += len(cells)
 
     def down(self) -> None:
         self.row, self.column = self.row + 1, 0
         if self.row == len(self.rows):
-            self.rows.append("")
+            self.rows.append([])
 
     @property
     def text(self) -> str:
-        return "\n".join(row.rstrip() for row in self.rows)
+        return "\n".join("".join(row).rstrip() for row in self.rows)
 
 
 def pieces_of(text: str, seed: int) -> list[str]:
@@ -119,6 +121,7 @@ SAMPLES = {
         f"1. do\n   {'─' * 37}\n   x = [1]\n     y\n   {'─' * 37}\n   then\n2.\n   {'─' * 37}\n   z\n"
         f"   {'─' * 37}\n",
     ),
+    "a label": ("``` a\tb 漢", f"── a b 漢 {'─' * 30}\n{'─' * 40}\n"),
     "code that nothing closes": ("```\n# a\n", f"{'─' * 40}\n# a\n{'─' * 40}\n"),
     "table": (
         "| a | **b** |\n|---|--:|\n| `one` | 2 |\n| three | 10 |\nend",
@@ -262,7 +265,7 @@ def test_work_grows_with_the_length_of_a_reply_and_not_with_its_square(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     part = LONG[kind]
-    most = max(MOST_OPEN, WINDOW_CHARACTERS)
+    most = max(MOST_OPEN, MOST_WINDOW_CHARACTERS)
     works, sizes = [], (4_000, 16_000)
     for size in sizes:
         source = BEFORE.get(kind, "") + part * (size // len(part))
@@ -271,6 +274,18 @@ def test_work_grows_with_the_length_of_a_reply_and_not_with_its_square(
         assert terminal.written <= 12 * MOST_TABLE_ROWS * size
         works.append(work + terminal.written)
     assert works[1] <= 5 * works[0]  # four times the length
+
+
+def test_depth_and_columns_have_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = "".join(f"{'  ' * depth}- {'> ' * depth}item\n" for depth in range(150))
+    quoted = "".join(f"{'>' * depth} text\n\n" for depth in range(150))
+    wide = "|a" * 1500 + "|\n" + "|-" * 900 + "|\n" + "|b" * 1500
+    fitting = "|a" * 40 + "|\n" + "|-" * 40 + "|\n" + ("|w" * 40 + "\n") * 20
+    for source in (deep, quoted, wide, fitting):
+        work, terminal = counted(monkeypatch, source)
+        assert work <= 2 * MOST_OPEN * len(source)
+        assert terminal.written <= 60 * len(source)
+        assert letters(terminal.text) == letters(source)
 
 
 def test_what_is_finished_is_not_drawn_again() -> None:
@@ -283,7 +298,26 @@ def test_what_is_finished_is_not_drawn_again() -> None:
 
 def test_rows_have_no_spaces_at_their_end() -> None:
     source = "one **two**\n\n- a\n\n```\nx\n```\n\n| a | b |\n|--|--|\n| long cell | c |\n\n> q"
-    assert not any(row.endswith(" ") for row in shown([source]).rows)
+    assert not any(row.endswith(" ") for row in map("".join, shown([source]).rows))
+
+
+def styled(source: str, text: str) -> str:
+    """Return the escape sequence before a text on the screen."""
+    out = io.StringIO()
+    writer = MarkdownWriter(out, lambda: (WIDTH, HEIGHT))
+    for piece in pieces_of(source, 4):
+        writer.push(piece)
+    writer.finish()
+    styles: list[str] = re.findall(r"\x1b\[([0-9;]*)m" + re.escape(text), out.getvalue())
+    return styles[-1]
+
+
+def test_code_is_coloured_by_what_comes_before_it() -> None:
+    documented = '```python\ndef f():\n    """\n' + "    many words of a docstring\n" * 80
+    after = '    """\n    return 1\n'
+    assert styled(documented, "docstring") == "32"
+    assert styled(documented + after * 3 + "```", "return") == "35"
+    assert styled(documented + after + "# why\n" * 300, "why").startswith("2")
 
 
 def test_a_table_longer_than_the_screen_goes_on_with_its_columns() -> None:

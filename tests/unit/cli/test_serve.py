@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from recollect.cli.main import app
+from recollect.cli.serve import public_names, weight_bytes
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError, MissingPackageError, RecollectError
 from recollect.server.hub import ModelHub
@@ -156,3 +157,13 @@ def test_what_can_be_checked_is_checked_before_the_server_listens(
     assert isinstance(result.exception, RecollectError), result.output
     assert told in str(result.exception)
     assert started == []
+
+
+def test_a_model_of_another_program_is_served_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_CACHE", str(tmp_path))
+    (tmp_path / "org_repo_a.gguf").write_bytes(bytes(1000))
+    name = "llamacpp:org_repo_a.gguf"
+    assert public_names([name]) == {name: name}
+    assert weight_bytes(name, tmp_path / "home") == 1000

@@ -102,7 +102,7 @@ def test_control_characters_of_the_model_do_not_reach_the_terminal(
 def test_the_reply_is_on_the_screen_before_its_line(chat: Chat, screen: StringIO) -> None:
     given = chat.say("hello")
     assert given is not None
-    assert screen.getvalue().endswith(f"\n  {usage_line(given)}\n")
+    assert screen.getvalue().endswith(f"\n  {usage_line(given)}\n\n")
 
 
 def test_ctrl_c_in_the_middle_keeps_what_was_said(

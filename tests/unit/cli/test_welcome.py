@@ -27,19 +27,19 @@ def resumed(chat: Chat, screen: StringIO) -> str:
 
 def test_a_chat_that_is_not_kept_says_so(chat: Chat, screen: StringIO) -> None:
     welcome(chat)
-    assert screen.getvalue().splitlines()[1:] == ["Nothing of this chat is saved (--no-save)."]
+    assert screen.getvalue().splitlines()[2:] == ["Nothing of this chat is saved (--no-save)."]
 
 
 def test_a_new_chat_says_what_is_spoken_to(kept: Chat, screen: StringIO) -> None:
     welcome(kept)
-    assert screen.getvalue().startswith("reference · exact · 2,048 tokens of context · /help")
-    assert screen.getvalue().count("\n") == 1
+    assert screen.getvalue().startswith("reference · exact · 2,048 tokens of context\n? lists")
+    assert screen.getvalue().count("\n") == 2
 
 
 def test_a_new_chat_with_instructions_is_not_a_resumed_one(kept: Chat, screen: StringIO) -> None:
     begun = Chat(kept.model, kept.console, kept.model.session("Be brief.", keep=True, name="new"))
     welcome(begun)
-    assert screen.getvalue().count("\n") == 1
+    assert "Resumed" not in screen.getvalue()
 
 
 def test_a_resumed_chat_shows_its_branches_and_the_last_turns(kept: Chat, screen: StringIO) -> None:

@@ -79,3 +79,18 @@ def test_an_error_is_the_default_and_dropping_says_how_many(
     said = [f"message number {number}" for number in range(12)]
     with pytest.raises(ContextFullError):
         list(map(strict.respond, said))
+
+
+def test_a_message_that_only_fits_alone_is_answered_alone(
+    make_model: Callable[..., Model],
+) -> None:
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    model = make_model(context_length=400)
+    chat = model.session("Be brief.", params=params, overflow="drop_oldest")
+    chat.respond("x" * 200)
+    reply = chat.respond("y" * 250)
+    assert reply.dropped_turns == 1
+    assert 250 < reply.usage.prompt_tokens < 400
+    assert chat.respond("z" * 250).dropped_turns == 2
+    with pytest.raises(ContextFullError):
+        chat.respond("w" * 500)

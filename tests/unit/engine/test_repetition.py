@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.unit.engine.repeating_texts import TEXTS
 
-from recollect.engine.sampling import REPETITION_WINDOW, SAME_LENGTH, SAME_TIMES, Repetition
+from recollect.engine.repetition import REPETITION_WINDOW, SAME_LENGTH, SAME_TIMES, Repetition
 
 RUNAWAYS = [
     json.loads(line)

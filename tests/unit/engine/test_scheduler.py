@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from recollect.engine import scheduler as scheduler_module
+from recollect.engine.audit import check_scheduler
 from recollect.engine.engine import Engine
 from recollect.engine.scheduler import Scheduler, Task
 from recollect.engine.sequence import FeedPlan
@@ -39,14 +40,14 @@ def admitted(scheduler: Scheduler, *tasks: Task, fits: Any = lambda _: True) -> 
     for task in tasks:
         scheduler.add(task)
     scheduler.admit(fits)
-    scheduler.check()
+    check_scheduler(scheduler)
     return scheduler.running
 
 
 def fed(scheduler: Scheduler) -> dict[Task, FeedPlan]:
     chunks = scheduler.plan()
     scheduler.feed(chunks)
-    scheduler.check()
+    check_scheduler(scheduler)
     return chunks
 
 
@@ -178,7 +179,7 @@ def test_the_one_that_is_preempted_is_the_next_to_run(
     admitted(scheduler, first, second)
     scheduler.preempt(second)
     scheduler.add(third)
-    scheduler.check()
+    check_scheduler(scheduler)
     assert list(scheduler.waiting) == [second, third]
     assert scheduler.tasks() == [first, second, third]
 
@@ -199,7 +200,7 @@ def test_check_finds_a_task_that_is_there_twice(
     admitted(scheduler, task)
     scheduler.add(task)
     with pytest.raises(AssertionError, match="twice"):
-        scheduler.check()
+        check_scheduler(scheduler)
 
 
 def test_check_finds_idle_work_beside_other_work(
@@ -207,7 +208,7 @@ def test_check_finds_idle_work_beside_other_work(
 ) -> None:
     scheduler.running += [task_of([1]), task_of([2], idle=True)]
     with pytest.raises(AssertionError, match="idle"):
-        scheduler.check()
+        check_scheduler(scheduler)
 
 
 def test_whoever_has_nothing_running_gets_the_place_of_the_newest_of_whoever_has_the_most(

@@ -18,6 +18,7 @@ from recollect.engine.scheduler import Scheduler, Task
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, OutOfBlocksError, RecollectError, RuntimeFailure
 from recollect.runtime.base import Pace, PassResult, ReferenceRuntime, Row
+from recollect.runtime.sequences import common_length
 from recollect.types import SamplingParams
 
 WAIT_S = 60  # for what takes milliseconds: a test that would hang fails instead
@@ -629,7 +630,7 @@ def test_a_history_can_be_read_while_the_engine_appends_to_it(
 
     def read() -> None:
         while not ended.is_set():
-            lengths.append(growing.common_length(other))
+            lengths.append(common_length(growing.history, other.history))
 
     reader = threading.Thread(target=read)
     reader.start()

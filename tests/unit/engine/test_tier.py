@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from recollect.engine.engine import Engine
+from recollect.engine.pinning import pin, unpin
 from recollect.engine.sampling import Generator
 from recollect.engine.tier import Rates, plan_restore
 from recollect.errors import RuntimeFailure, StoreCorruptError, StoreFullError
@@ -296,7 +297,7 @@ def test_a_prompt_is_restored_between_the_tokens_of_another(
 def test_what_is_kept_on_purpose_is_there(make_engine: Make, open_store: Open) -> None:
     engine = make_engine(store=open_store())
     logits_after(engine, PROMPT)
-    match = engine.pin(PROMPT)
+    match = pin(engine, PROMPT)
     tier_of(engine).keep(match[-1])
     assert all(block.on_disk for block in match[-1].path())
 
@@ -417,9 +418,9 @@ def test_a_disk_that_has_room_again_is_written_again(
         tier_of(engine).flush()
     assert tier_of(engine).statistics().error is None
     assert len(caplog.records) == 1
-    match = engine.pin(PROMPT)
+    match = pin(engine, PROMPT)
     assert all(block.on_disk for block in match[-1].path()), "and what came before it, too"
-    engine.unpin(match)
+    unpin(engine, match)
 
 
 def test_what_is_kept_on_purpose_is_tried_although_the_disk_was_full(
@@ -430,7 +431,7 @@ def test_what_is_kept_on_purpose_is_tried_although_the_disk_was_full(
         full.setattr("recollect.kv.disk.RESERVED_BYTES", 1 << 60)
         logits_after(engine, PROMPT)
         tier_of(engine).flush()
-        match = engine.pin(PROMPT)
+        match = pin(engine, PROMPT)
         with pytest.raises(StoreFullError, match="make room"):
             tier_of(engine).keep(match[-1])
     tier_of(engine).keep(match[-1])

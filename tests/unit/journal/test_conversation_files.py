@@ -67,7 +67,11 @@ usages = st.dictionaries(
     texts, st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
 )
 links = st.builds(
-    ToolLinks, st.lists(texts, max_size=2).map(tuple), st.none() | texts, st.none() | texts
+    ToolLinks,
+    st.lists(texts, max_size=2).map(tuple),
+    st.none() | texts,
+    st.none() | texts,
+    st.none() | texts,
 )
 
 
@@ -274,6 +278,14 @@ def test_markdown_says_where_a_reply_was_cut() -> None:
     cut = replace(node(2, 1, "Roses", 5), finish_reason="length")
     text = to_markdown(conversation(node(1, None, "Write."), cut, main=2))
     assert text.endswith("## Assistant\n\nRoses\n\n*(cut at the token limit)*\n")
+
+
+def test_reasoning_is_quoted_before_the_reply_and_kept_in_the_file() -> None:
+    said = replace(node(2, 1, "It is 1."), links=ToolLinks(reasoning="Hmm.\nOne?"))
+    said = replace(said, role="assistant")
+    whole = conversation(node(1, None, "One?"), said, main=2)
+    assert "> Hmm.\n> One?\n\nIt is 1.\n" in to_markdown(whole)
+    assert from_json(to_json(whole)) == whole
 
 
 def test_markdown_shortens_what_stands_for_a_branch() -> None:

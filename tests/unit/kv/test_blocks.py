@@ -4,10 +4,12 @@ import threading
 
 import pytest
 
+from recollect.engine.audit import check_pool
 from recollect.engine.sequence import FeedPlan, Memory, Sequence, WritePlan
 from recollect.errors import OutOfBlocksError
 from recollect.kv.blocks import BlockPool, blocks_for
 from recollect.kv.prefix import PrefixCache
+from recollect.kv.record import Names
 from recollect.runtime.base import RuntimeInfo
 
 INFO = RuntimeInfo("none", block_size=4, bytes_per_block=4, vocab_size=1, context_length=100)
@@ -15,7 +17,7 @@ INFO = RuntimeInfo("none", block_size=4, bytes_per_block=4, vocab_size=1, contex
 
 def filled(pool: BlockPool, slots: int) -> Sequence:
     """Return a sequence whose slots `[0, slots)` were written."""
-    table = Sequence(Memory(INFO, pool, PrefixCache(pool, "model")), None)
+    table = Sequence(Memory(INFO, pool, PrefixCache(pool, Names("model"))), None)
     if slots:
         table.append([0] * slots)
         table.prepare_write(0, slots)
@@ -50,7 +52,7 @@ def test_allocate_takes_all_or_nothing() -> None:
         pool.allocate(2)
     assert (raised.value.needed, raised.value.free, raised.value.total) == (2, 1, 3)
     assert pool.free_blocks == 1
-    pool.check([held])
+    check_pool(pool, [held])
 
 
 def test_allocating_nothing_takes_nothing_even_of_an_empty_pool() -> None:
@@ -95,21 +97,21 @@ def test_blocks_dropped_from_other_threads_all_come_back() -> None:
     for thread in threads:
         thread.join()
     assert pool.free_blocks == 64
-    pool.check([])
+    check_pool(pool, [])
 
 
 def test_check_finds_a_block_that_is_held_and_not_counted() -> None:
     pool = BlockPool(3, 4)
     held = pool.allocate(1)
     with pytest.raises(AssertionError, match="held 2 times"):
-        pool.check([held, held])
+        check_pool(pool, [held, held])
 
 
 def test_check_finds_a_leak() -> None:
     pool = BlockPool(3, 4)
     pool.allocate(1)
     with pytest.raises(AssertionError, match="held 0 times"):
-        pool.check([])
+        check_pool(pool, [])
 
 
 # Blocks of 4 slots. `slots` of the table are written, of which a fork shares the first `shared`.
@@ -160,7 +162,7 @@ def test_after_a_write_is_prepared_no_other_table_holds_what_is_written(
     assert bool(copies) == expected.copy_first
     assert all((s, t) == (before[start // 4], table.blocks[start // 4]) for s, t in copies)
     assert len(table.blocks) == blocks_for(end, 4)
-    pool.check([table.blocks, fork.blocks])
+    check_pool(pool, [table.blocks, fork.blocks])
 
 
 def test_the_second_writer_of_a_shared_block_keeps_it() -> None:
@@ -182,7 +184,7 @@ def test_a_write_without_enough_blocks_changes_nothing() -> None:
         table.prepare_write(7, 9)
     assert table.blocks == before
     assert fork.blocks == before
-    pool.check([table.blocks, fork.blocks])
+    check_pool(pool, [table.blocks, fork.blocks])
 
 
 @pytest.mark.parametrize("length", range(10))
@@ -192,7 +194,7 @@ def test_truncating_keeps_the_blocks_of_the_first_slots(length: int) -> None:
     before = list(table.blocks)
     table.truncate(length)
     assert table.blocks == before[: blocks_for(length, 4)]
-    pool.check([table.blocks])
+    check_pool(pool, [table.blocks])
 
 
 def test_truncating_a_fork_leaves_the_other_its_blocks() -> None:
@@ -201,7 +203,7 @@ def test_truncating_a_fork_leaves_the_other_its_blocks() -> None:
     fork = fork_of(table, 9)
     fork.truncate(0)
     assert len(table.blocks) == 3
-    pool.check([table.blocks, fork.blocks])
+    check_pool(pool, [table.blocks, fork.blocks])
 
 
 def test_releasing_a_sequence_twice_releases_its_blocks_once() -> None:
@@ -210,4 +212,4 @@ def test_releasing_a_sequence_twice_releases_its_blocks_once() -> None:
     table.release()
     table.release()
     assert pool.free_blocks == 4
-    pool.check([])
+    check_pool(pool, [])

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
+from recollect.engine.audit import check_cache
 from recollect.kv import prefix
 from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock
 from recollect.kv.prefix import PrefixCache
-from recollect.kv.record import chained_key, namespace_key
+from recollect.kv.record import Names, chained_key, namespace_key
 
 SIZE = 4
 
@@ -20,19 +21,19 @@ def pool() -> BlockPool:
 class Cache(PrefixCache):
     """A cache that says which pool its blocks are of."""
 
-    def __init__(self, pool: BlockPool, fingerprint: str, **options: Any) -> None:
-        super().__init__(pool, fingerprint, **options)
+    def __init__(self, pool: BlockPool, names: Names, **options: Any) -> None:
+        super().__init__(pool, names, **options)
         self.pool = pool
 
 
 @pytest.fixture
 def cache(pool: BlockPool) -> Cache:
-    return Cache(pool, "model")
+    return Cache(pool, Names("model"))
 
 
 @pytest.fixture
 def of_whole_blocks() -> Cache:
-    return Cache(BlockPool(16, SIZE), "model", whole_blocks_only=True)
+    return Cache(BlockPool(16, SIZE), Names("model"), whole_blocks_only=True)
 
 
 def left(cache: Cache, ids: list[int], namespace: str = "") -> list[CachedBlock]:
@@ -43,7 +44,7 @@ def left(cache: Cache, ids: list[int], namespace: str = "") -> list[CachedBlock]
         after = cache.insert(after, ids[start : start + SIZE], block)
         cache.pool.release([block])
         made.append(after)
-    cache.check()
+    check_cache(cache)
     return made
 
 
@@ -135,7 +136,7 @@ def test_what_was_evicted_is_still_known_by_name(
     for number in range(100, 108):
         left(cache, [number] * SIZE)
         cache.evict(16)
-        cache.check()
+        check_cache(cache)
     assert computed(*range(12)) == 0, "forgotten"
     assert computed(*[107] * 4) == 4
 
@@ -173,7 +174,7 @@ def test_a_pinned_part_goes_when_it_is_unpinned_and_a_longer_one_has_come(
     left(cache, [1, 2, 3, 4])
     assert len(cache) == 2
     cache.unpin(part)
-    cache.check()
+    check_cache(cache)
     assert len(cache) == 1
     assert found(cache, [1, 2]) == 2
 
@@ -195,7 +196,7 @@ def test_a_block_can_be_taken_back_by_the_only_one_that_holds_it(
     pool.release([second.block])
     assert cache.forget(first, second.block)
     assert pool.references(second.block) == 1
-    cache.check()
+    check_cache(cache)
 
 
 def test_what_is_pinned_as_public_is_found_from_every_namespace(
@@ -209,7 +210,7 @@ def test_what_is_pinned_as_public_is_found_from_every_namespace(
     of_whole_blocks.pin(left(of_whole_blocks, [1, 2, 3, 4, 5, 6], PUBLIC)[-1])
     assert found(of_whole_blocks, wanted, "b") == 4
     assert len(cache) == 2, "there is no second copy"
-    cache.check()
+    check_cache(cache)
     cache.unpin(public[-1])
     assert [found(cache, wanted, name) for name in ("a", "c")] == [6, 0], "who has it keeps it"
 
@@ -231,7 +232,7 @@ def test_a_client_that_knew_the_beginning_finds_the_rest(cache: Cache) -> None:
     cache.pin(public[-1])
     match = cache.match(cache.root("a"), [1, 2, 3, 4, 5, 6, 7, 8])
     assert [one.block for one in match.blocks] == [own.block, public[1].block]
-    cache.check()
+    check_cache(cache)
 
 
 def test_what_is_public_is_looked_up_from_a_root_and_no_further_on(cache: Cache) -> None:
@@ -255,7 +256,7 @@ def test_a_block_with_two_places_is_free_when_both_are_given_up(
     pool.retain([public[0].block])  # as a table does
     cache.unpin(public[-1])
     assert (cache.evictable_blocks, cache.evict(9)) == (1, 1)
-    cache.check()
+    check_cache(cache)
     pool.release([public[0].block])
     assert (cache.evictable_blocks, cache.evict(9)) == (1, 1)
     assert pool.used_blocks == len(cache) == 0
@@ -263,7 +264,7 @@ def test_a_block_with_two_places_is_free_when_both_are_given_up(
 
 def test_a_second_place_is_not_written_by_itself(pool: BlockPool) -> None:
     new: list[CachedBlock] = []
-    cache = Cache(pool, "model")
+    cache = Cache(pool, Names("model"))
     cache.on_new = new.append
     public = left(cache, [1] * 4, PUBLIC)
     cache.pin(public[-1])
@@ -275,18 +276,18 @@ def test_check_finds_a_block_that_stands_for_two_prefixes(cache: Cache, pool: Bl
     (ours,) = left(cache, [1] * 4, "a")
     cache.insert(cache.root("b"), [2] * 4, ours.block)
     with pytest.raises(AssertionError, match="two prefixes"):
-        cache.check()
+        check_cache(cache)
 
 
 def test_check_finds_a_block_that_is_there_twice(cache: Cache) -> None:
     first, second = left(cache, [1] * 8)
     second.block = first.block
     with pytest.raises(AssertionError, match="twice"):
-        cache.check()
+        check_cache(cache)
 
 
 def test_check_finds_a_wrong_key_and_a_part_that_something_follows(cache: Cache) -> None:
     first, _ = left(cache, [1] * 8)
     first.key = b"wrong"
     with pytest.raises(AssertionError, match="key"):
-        cache.check()
+        check_cache(cache)

@@ -8,8 +8,10 @@ from types import FrameType
 
 import pytest
 
+from recollect.engine.audit import check_cache, check_siblings
 from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, Siblings
 from recollect.kv.prefix import PrefixCache
+from recollect.kv.record import Names
 
 SIZE = 32
 SYSTEM = tuple(range(SIZE))
@@ -68,7 +70,7 @@ def chat(number: int, length: int = SIZE) -> tuple[int, ...]:
 def with_chats(count: int, namespace: str = "") -> tuple[BlockPool, PrefixCache, CachedBlock]:
     """Return a cache with chats that nobody holds, of two blocks over one system prompt."""
     pool = BlockPool(3 * count + 10, SIZE)
-    cache = PrefixCache(pool, "model")
+    cache = PrefixCache(pool, Names("model"))
     system = left(pool, cache, cache.root(namespace), SYSTEM)
     for number in range(count):
         first = left(pool, cache, system, chat(number))
@@ -157,7 +159,7 @@ def test_a_table_over_a_long_prefix_is_taken_note_of_in_one_pass() -> None:
     per_block = []
     for length in (200, 2000):
         pool = BlockPool(length + 1, SIZE)
-        cache = PrefixCache(pool, "model")
+        cache = PrefixCache(pool, Names("model"))
         after, blocks = cache.root(), []
         for number in range(length):
             after = left(pool, cache, after, (number, *range(SIZE - 1)))
@@ -171,14 +173,14 @@ def test_a_table_over_a_long_prefix_is_taken_note_of_in_one_pass() -> None:
             assert cache.evictable_blocks == len(blocks)  # noqa: B023
 
         per_block.append(calls(hold) / length)
-        cache.check()
+        check_cache(cache)
     assert per_block[1] <= per_block[0] * 1.1
 
 
 def test_what_is_gone_does_not_pile_up() -> None:
     """Parts of blocks that longer ones replace: the engine does that with every turn."""
     pool = BlockPool(4, SIZE)
-    cache = PrefixCache(pool, "model")
+    cache = PrefixCache(pool, Names("model"))
     held: list[int] = []
     tracemalloc.start()
     for rounds in (200, 1500):
@@ -190,7 +192,7 @@ def test_what_is_gone_does_not_pile_up() -> None:
         held.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
     assert held[1] < held[0] + 20_000
-    cache.check()
+    check_cache(cache)
 
 
 @pytest.mark.slow
@@ -214,7 +216,7 @@ def test_the_end_of_a_long_prefix_is_matched_as_cheaply_where_something_is_publi
     found = []
     for length in (20, 2000):
         pool = BlockPool(length + 10, SIZE)
-        cache = PrefixCache(pool, "model")
+        cache = PrefixCache(pool, Names("model"))
         cache.pin(left(pool, cache, cache.root(PUBLIC), SYSTEM))
         after = cache.root("somebody")
         for number in range(length):
@@ -228,7 +230,7 @@ def test_siblings_are_found_in_any_order() -> None:
     made = {}
     for tokens in [(3, 1), (1,), (1, 2, 3), (2, 9), (1, 2)]:
         made[tokens] = siblings[tokens] = CachedBlock(b"", None, tokens, 0)
-    siblings.check()
+    check_siblings(siblings)
     assert siblings.nearest((1, 2, 4)) in [(made[1, 2, 3], 2), (made[1, 2], 2)]
     assert siblings.nearest((7,)) == (None, 0)
     assert siblings.beginning_with((1, 2)) is made[1, 2]
@@ -236,5 +238,5 @@ def test_siblings_are_found_in_any_order() -> None:
     assert siblings.longer_than((3, 1)) is None
     assert siblings.parts_of((1, 2, 3, 4)) == [made[1,], made[1, 2], made[1, 2, 3]]
     del siblings[1, 2]
-    siblings.check()
+    check_siblings(siblings)
     assert siblings.parts_of((1, 2)) == [made[1,]]

@@ -46,10 +46,13 @@ def write_gguf(
     splitter: str | None = "smollm",
     merges: Sequence[str] = (),
     seed: int = 0,
+    temperature: float | None = None,
 ) -> Path:
     """Write a model with one layer of random weights and one token per byte."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(context_length)
+    if temperature is not None:
+        writer.add_sampling_temp(temperature)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(FEED_FORWARD)

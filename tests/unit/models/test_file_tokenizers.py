@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.conversation.model import load_tokenizer
+from recollect.conversation.formats import load_tokenizer
 from recollect.errors import UnsupportedModelError
 from recollect.models.prepare import prepare
 from recollect.text.file_tokenizers import HfTokenizer, OpenVinoTokenizer

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from huggingface_hub.utils import WeakFileLock
 
 from recollect.models.catalog import HubFile
 from recollect.models.fetch import downloads_folder
@@ -305,6 +306,16 @@ def test_without_a_network_one_sentence_says_so_soon(home: Path, fetch: Fetch) -
     assert left(home) == {}
 
 
+def test_two_processes_do_not_write_one_file(hub: Hub, home: Path, fetch: Fetch) -> None:
+    hub.files["a.gguf"] = SMALL
+    folder = downloads_folder(HubFile("org/repo", "a.gguf"), home)
+    folder.mkdir(parents=True)
+    with WeakFileLock(folder / "a.gguf.lock"):
+        (error,) = fetch("a.gguf")
+    assert "is being downloaded by another process: wait until it is done" in error
+    assert len(fetch("a.gguf")) == 2
+
+
 def test_what_nobody_went_on_with_is_deleted(hub: Hub, home: Path, fetch: Fetch) -> None:
     hub.files["a.gguf"] = SMALL
     old, new = home / "downloads" / "old", home / "downloads" / "new"
@@ -341,3 +352,19 @@ def test_recollect_pull_goes_on_and_converts(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     again: Any = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     assert (again.returncode, again.stderr) == (0, ""), "what is here needs no network"
+
+
+def test_to_pull_a_repository_names_its_files(
+    hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files |= {"a-Q4_K_M.gguf": SMALL, "b.gguf": SMALL, "README.md": b""}
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    monkeypatch.setenv("RECOLLECT_HOME", str(home))
+    for more, said in (
+        ([], "org/repo:FILE: name one of a-Q4_K_M.gguf, b.gguf."),
+        (["--offline"], "name a file of the hub's repository as org/repo:file.gguf."),
+    ):
+        command = [sys.executable, "-m", "recollect", "pull", "org/repo", *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        assert done.returncode == 2
+        assert done.stderr.strip().endswith(said)

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from recollect.conversation.model import load_tokenizer
+from recollect.conversation.formats import load_tokenizer
 from recollect.errors import UnsupportedModelError
 from recollect.models.catalog import LocalModel
 from recollect.models.prepare import prepare

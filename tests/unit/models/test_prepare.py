@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from recollect.conversation.model import load_tokenizer
+from recollect.conversation.formats import load_tokenizer
 from recollect.errors import (
     ConfigError,
     FetchError,
@@ -19,7 +19,7 @@ from recollect.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
-from recollect.models.catalog import CatalogEntry, HubFile, Part
+from recollect.models.catalog import CATALOG, CatalogEntry, HubFile, Part
 from recollect.models.fetch import downloads_folder
 from recollect.models.listing import Compared, installed, prune, stamps_of
 from recollect.models.openvino_folder import Manifest
@@ -447,3 +447,38 @@ def test_a_file_that_cannot_be_built_is_refused_before_it_is_hashed(
     with pytest.raises(UnsupportedModelError, match="mamba"):
         prepare(str(path), home=tmp_path / "home")
     assert read == []
+
+
+def forget_sampling(folder: Path) -> None:
+    """Leave out of a manifest what versions did not write that knew no recommended sampling."""
+    path = folder / "recollect.json"
+    said = json.loads(path.read_text())
+    del said["sampling"]
+    path.write_text(json.dumps(said))
+
+
+def test_how_a_model_is_sampled_that_was_converted_before_is_read_from_its_file(
+    make_gguf: MakeGguf, tmp_path: Path
+) -> None:
+    home, path = tmp_path / "home", make_gguf(temperature=0.5)
+    first = prepare(str(path), home=home)
+    assert first.folder is not None
+    assert first.sampling == {"temperature": 0.5}
+    forget_sampling(first.folder)
+    assert prepare(str(path), home=home) == first
+
+
+def test_where_no_file_says_how_a_model_is_sampled_the_catalog_does(
+    make_gguf: MakeGguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also under another name: the file is known by its sha256."""
+    home, path = tmp_path / "home", make_gguf()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    same = replace(CATALOG["smollm2"], sha256=digest, sampling={"temperature": 0.3})
+    monkeypatch.setattr("recollect.models.prepare.CATALOG", {"same": same})
+    model = prepare(str(path), home=home)
+    assert model.folder is not None
+    assert model.sampling == {"temperature": 0.3}
+    assert prepare(str(model.folder), home=home).sampling == {"temperature": 0.3}
+    forget_sampling(model.folder)
+    assert prepare(str(path), home=home).sampling == {"temperature": 0.3}

@@ -364,6 +364,8 @@ def test_pipes_circles_and_links_to_nothing_are_left_out(
     os.mkfifo(place / "pipe.gguf")
     (place / "nothing.gguf").symlink_to("none")
     (place / "itself.gguf").symlink_to("itself.gguf")
+    (place / "\x1b[2J.gguf").touch()
+    (place / os.fsdecode(b"\xff.gguf")).touch()
     (place / "above").symlink_to(root)
     (root / "q").symlink_to(root / "p")
     (root / "r").mkdir()

@@ -1,9 +1,11 @@
 """Anthropic's API: the same replies and the same reuse, in its own words."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import httpx
+import pytest
 
 Json = dict[str, Any]
 PATH = "/v1/messages"
@@ -83,3 +85,22 @@ def test_errors_have_its_shape(client: httpx.Client) -> None:
         assert response.status_code == 400
         assert response.json()["type"] == "error"
         assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_over_the_context_is_told_in_the_words_that_claude_code_looks_for(
+    client: httpx.Client, stream: bool
+) -> None:
+    """The expression is Claude Code's own, of 2.1.197: with another answer it cannot compact."""
+    said = [{"role": "user", "content": "x" * 3000}]
+    body = {"messages": said, "max_tokens": 8, "stream": stream}
+    refused = client.post("/v1/messages", json=body)
+    message = refused.json()["error"]["message"]
+    found = re.search(
+        r"prompt is too long[^0-9]*(\d+)\s*tokens?\s*>\s*(\d+)", message, re.IGNORECASE
+    )
+    assert refused.status_code == 400
+    assert found is not None
+    assert int(found[1]) > 3000
+    assert int(found[2]) == 2048
+    assert "begin a new conversation" in message, "the remedy"

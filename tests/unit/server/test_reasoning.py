@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Final
 
@@ -38,9 +38,12 @@ def thinking(
     """Return a client of a server whose model thinks before it says something, always the same."""
     monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
 
-    def choose(_: object, __: object, *, history: Any, reply_start: int, **___: Any) -> int:
-        place: int = len(history) - reply_start
-        return [*TEXT.encode(), 257][place]
+    ids: list[int] = [*TEXT.encode(), 257]
+
+    def choose(
+        _: object, __: object, *, history: Sequence[int], reply_start: int, **___: Any
+    ) -> int:
+        return ids[len(history) - reply_start]
 
     monkeypatch.setattr("recollect.engine.sampling.choose_token", choose)
     return start(load=lambda _: make_model(template=TEMPLATE))
@@ -71,7 +74,8 @@ def read_again(usage: Json, before: Json) -> int:
     had = (
         before["prompt_tokens"] + before["completion_tokens"]
     )  # the pass that ended it fed the last
-    return int(had - usage["prompt_tokens_details"]["cached_tokens"])
+    cached: int = usage["prompt_tokens_details"]["cached_tokens"]
+    return int(had) - cached
 
 
 @pytest.mark.parametrize("sends_back", [True, False])
@@ -207,3 +211,36 @@ def test_a_stream_numbers_its_items_as_the_response_does(thinking: httpx.Client)
     assert places == {"reasoning": 0, "message": 1}
     deltas = [event for event in events if event["type"] == "response.reasoning_text.delta"]
     assert "".join(event["delta"] for event in deltas) == THOUGHT
+
+
+@pytest.mark.parametrize(
+    ("path", "how"),
+    [
+        ("/v1/chat/completions", {"thinking_budget": 12}),
+        ("/v1/chat/completions", {"thinking": {"type": "enabled", "budget_tokens": 12}}),
+        ("/v1/chat/completions", {"reasoning": {"max_tokens": 12}}),
+        ("/v1/messages", {"max_tokens": 400, "thinking": {"type": "enabled", "budget_tokens": 12}}),
+        ("/v1/responses", {"reasoning": {"max_tokens": 12}}),
+    ],
+)
+def test_a_budget_ends_reasoning(
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    how: Json,
+) -> None:
+    def choose(_: object, __: object, *, history: Any, reply_start: int, **___: Any) -> int:
+        said = bytes(history[reply_start:].tolist()).decode()
+        rest = "Yes." if "</think>" in said else "<think>\n" + "Hmm. " * 50
+        ids: list[int] = [*rest.encode(), 257]
+        return ids[len(said.rpartition("</think>\n\n")[2])]
+
+    monkeypatch.setattr("recollect.engine.sampling.choose_token", choose)
+    client = start(load=lambda _: make_model(template=TEMPLATE))
+    body = {"input": "One?"} if path.endswith("responses") else {"messages": ASKED}
+    answer = client.post(path, json={**body, **how})
+    assert answer.status_code == 200, answer.text
+    assert "x-recollect-ignored" not in answer.headers
+    assert '"Hmm. Hmm. H"' in answer.text
+    assert '"Yes."' in answer.text

@@ -61,6 +61,7 @@ def test_an_unknown_field_changes_nothing_and_is_named(
     assert IGNORED not in plain.headers
     logged = [line for line in caplog.messages if "client_metadata" in line]
     assert len(logged) == 1, "each name once, however many requests have it"
+    assert f"requests to {path}: " in logged[0]
 
 
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -888,6 +889,8 @@ def test_a_call_that_is_cut_is_told_alike_in_a_stream_and_whole(
         found = streamed_chat(events(client, CHAT, {**ask, "stream": True}))
         assert found == (message["content"] or "", calls, choice["finish_reason"])
         seen.add((len(calls), choice["finish_reason"]))
+        is_whole = all(given.endswith("}") for _, given in calls)
+        assert is_whole or choice["finish_reason"] != "tool_calls", "a client would call it"
         said: Json = {**ASK[MESSAGES], "max_tokens": length, "tools": [flat]}
         said["tool_choice"] = {"type": "any", "disable_parallel_tool_use": True}
         said |= {} if stop is None else {"stop_sequences": [stop]}
@@ -896,6 +899,18 @@ def test_a_call_that_is_cut_is_told_alike_in_a_stream_and_whole(
             for block in post(client, MESSAGES, said)["content"]
         ]
         assert streamed_messages(events(client, MESSAGES, {**said, "stream": True})) == blocks
+        if stop is None:
+            told = {**ASK[RESPONSES], "max_output_tokens": length, "tool_choice": "required"}
+            told |= {"parallel_tool_calls": False}
+            told |= {"tools": [{"type": "function", "name": "weather", "parameters": PARAMETERS}]}
+            output = post(client, RESPONSES, told)["output"]
+            streamed = events(client, RESPONSES, {**told, "stream": True})[-1]["response"]["output"]
+            for items in (output, streamed):
+                assert [
+                    (one["type"], one["status"] == "completed", one["arguments"])
+                    for one in items
+                    if one["type"] == "function_call"
+                ] == [("function_call", given.endswith("}"), given) for _, given in calls]
         if choice["finish_reason"] != "length":
             break  # every longer limit asks for the same reply
     assert {(0, "length"), (1, "length")} & seen

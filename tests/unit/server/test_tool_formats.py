@@ -16,7 +16,7 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from recollect.conversation import model as formats
+from recollect.conversation import formats
 from recollect.conversation.model import Model
 from recollect.engine import sampling
 from recollect.models.catalog import reference_model
@@ -218,7 +218,7 @@ MOVING: Final = {"mistralai-Mistral-Nemo-Instruct-2407"}
 
 
 CLOSING: Final = {"GLM-4.7-Flash": 6}
-"""Their templates open reasoning in a prompt, and show it only closed in history: tokens that are read again."""
+"""Their templates open reasoning in a prompt, and show it only closed in history: those are read again."""
 
 
 @pytest.mark.parametrize("talk", [with_openai, with_anthropic])

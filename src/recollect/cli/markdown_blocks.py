@@ -1,20 +1,17 @@
 """
 What the blocks of a reply in Markdown look like on a terminal, while they are written.
 
-Paragraphs, code and tables become rows of styled text, and a `Screen` writes them: what is settled once and
-for all, what is still open again and again, where it changes. What is inside a line is parsed by
-markdown-it, and code is highlighted by Pygments, both in pieces of bounded length. Knows nothing of how the
-lines of Markdown make blocks.
-
-Rows have no padding, and code has no frame at its sides, so that what is selected on the screen is clean. The
-sixteen colours of the terminal are used, which its owner has chosen to be readable on its background.
-HTML, images and reference links are shown as they are written, so that no text is lost.
+Paragraphs, code and tables become rows on a `Screen`. What is inside a line is parsed by markdown-it, and
+code is coloured by Pygments, both in pieces of bounded length. Code has no frame at its sides, so that what
+is selected on the screen is clean. HTML, images and reference links are shown as they are written, so that no
+text is lost. Knows nothing of how the lines of Markdown make blocks.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from functools import cache
-from typing import IO, Any, Final, NamedTuple
+from typing import Any, Final
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -23,24 +20,30 @@ from pygments.lexers import get_lexer_by_name
 from pygments.lexers.special import TextLexer
 from pygments.token import Comment, Generic, Keyword, Name, Number, String
 from pygments.util import ClassNotFound
-from rich.cells import cell_len
-from rich.color import ColorSystem
+from rich.cells import cell_len, set_cell_size
 from rich.style import Style
 
 from recollect.cli.display import printable
-
-Span = tuple[str, Style]
-Row = list[Span]
+from recollect.cli.screen import (
+    BREAKS,
+    WIDE,
+    Row,
+    Screen,
+    Span,
+    Start,
+    stripped,
+    width_of,
+    wrap,
+)
 
 MOST_OPEN: Final = 400
 """Most characters that wait for the end of an emphasis, a code span, a link or a word."""
 MOST_TABLE_ROWS: Final = 40
 """Most rows of a table that are drawn again for each new one; then its columns stay as they are."""
-WINDOW_LINES: Final = 20
 WINDOW_CHARACTERS: Final = 1200
-"""How much of the code before a line tells how the line is coloured; a longer string or comment loses its
-colour."""
-TAB: Final = 4
+"""How much of the code before a line tells how the line is coloured."""
+MOST_WINDOW_CHARACTERS: Final = 4 * WINDOW_CHARACTERS
+"""The same inside a string or a comment; one that is longer loses its colour."""
 RULE_WIDTH: Final = 60
 
 PLAIN: Final = Style()
@@ -116,203 +119,6 @@ def _open_delimiter(tokens: Sequence[Token]) -> str | None:
     return next((match[0] for match in found if match), None)
 
 
-class _Start(NamedTuple):
-    """Where the next word goes: the column, and the spaces that are written if it fits the row."""
-
-    column: int
-    spaces: tuple[Span, ...] = ()
-
-
-def wrap(spans: Sequence[Span], start: _Start, width: int, hang: Row) -> tuple[list[Row], _Start]:
-    """
-    Return rows of at most *width* columns, except where one word is wider, and where they end.
-
-    Args:
-        spans: The text; a line may break at spaces, and around characters that are two columns wide.
-        start: Where the first row goes on.
-        width: Columns of the screen.
-        hang: What the other rows begin with.
-    """
-    rows: list[Row] = [[]]
-    indent = width_of(hang)
-    column, spaces = start.column, list(start.spaces)
-    word: Row = []
-
-    def end_row() -> None:
-        nonlocal column
-        rows.append(list(hang))
-        column = indent
-        spaces.clear()
-
-    def end_word() -> None:
-        nonlocal column
-        if not word:
-            return
-        if column + width_of(spaces) + width_of(word) > width and column > indent:
-            end_row()
-        if column > indent:
-            word[:0] = spaces
-        rows[-1].extend(word)
-        column += width_of(word)
-        spaces.clear()
-        word.clear()
-
-    for text, style in spans:
-        for part in _PARTS.findall(text):
-            if part == "\n":
-                end_word()
-                end_row()
-            elif part.isspace():
-                end_word()
-                spaces.append((part.replace("\t", TAB * " "), style))
-            elif len(part) == 1 and cell_len(part) > 1:
-                end_word()
-                word.append((part, style))
-                end_word()
-            else:
-                word.append((part, style))
-    end_word()
-    return rows, _Start(column, tuple(spaces))
-
-
-_WIDE: Final = (
-    "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6"
-)
-"""The scripts that are written without spaces, two columns a character."""
-_PARTS: Final = re.compile(rf"\n|[^\S\n]+|[{_WIDE}]|[^\s{_WIDE}]+")
-_BREAKS: Final = re.compile(rf"[\s{_WIDE}]")
-
-
-class Screen:
-    """
-    Where rows are written: the last ones can be drawn again until they are settled.
-
-    Owns what stands between the last settled character and the cursor. Writes once for each `flush`.
-    """
-
-    def __init__(self, out: IO[str], size: Callable[[], tuple[int, int]]) -> None:
-        """
-        Write here.
-
-        Args:
-            out: The terminal; the cursor is at the start of an empty row.
-            size: Returns its columns and rows.
-        """
-        self._out = out
-        self._size = size
-        self._columns, self._rows = size()
-        self._written: list[str] = []
-        self._drawn: list[Row] = []
-        self._column = 0
-        """Where the settled text ends; what is drawn begins there."""
-        self._is_fresh = True
-        """Whether the cursor is at the start of a row that nothing was drawn on, not even nothing."""
-        self.is_empty = True
-        """Whether nothing at all was drawn."""
-
-    @property
-    def width(self) -> int:
-        """Return the columns of the screen."""
-        return max(1, self._columns)
-
-    def fits(self, rows: Sequence[Row]) -> bool:
-        """Return whether rows can be drawn again later: none of them scrolls off."""
-        return sum(self._height(row, index) for index, row in enumerate(rows)) < self._rows
-
-    def draw(self, rows: Sequence[Row]) -> None:
-        """Write rows in place of those that were drawn; what is the same stays untouched."""
-        new, old = [joined(row) for row in rows], self._drawn
-        self._is_fresh = self.is_empty = False
-        same = 0
-        while same < min(len(old), len(new)) and old[same] == new[same]:
-            same += 1
-        if same < len(old):
-            rest = _rest(old[same], new[same]) if len(new) > same == len(old) - 1 else None
-            if rest is None:  # something else stands there now
-                same = min(same, len(new) - 1)
-                self._back_to(same)
-                rest = new[same]
-            self._write(rest)
-            same += 1
-        for index in range(same, len(new)):
-            if index:
-                self._written.append("\n")
-            self._write(new[index])
-        self._drawn = new
-
-    def settle(self, rows: Sequence[Row] | None = None) -> None:
-        """Draw rows, or leave what is drawn, and never touch it again."""
-        if rows is not None:
-            self.draw(rows)
-        if self._drawn:
-            last = width_of(self._drawn[-1])
-            self._column = last if len(self._drawn) > 1 else self._column + last
-        self._drawn = []
-
-    def next_row(self) -> None:
-        """Go to the start of a row of its own, if the cursor is not there; what is drawn is settled."""
-        self.settle()
-        if not self._is_fresh:
-            self._written.append("\n")
-            self._column, self._is_fresh = 0, True
-
-    def flush(self) -> None:
-        """Show it."""
-        if self._written:
-            self._out.write("".join(self._written))
-            self._written.clear()
-        self._out.flush()
-        self._columns, self._rows = self._size()
-
-    def _write(self, row: Row) -> None:
-        self._written += [style.render(text, color_system=_COLOUR_SYSTEM) for text, style in row]
-
-    def _back_to(self, index: int) -> None:
-        """Move to where a drawn row begins, and erase from there on."""
-        up = sum(
-            self._height(row, number) for number, row in enumerate(self._drawn) if number >= index
-        )
-        start = self._column if index == 0 else 0
-        # From a row that wrapped by itself the first of its rows is the one to go to.
-        first = start // self.width
-        self._written.append("\r")
-        if up - 1 - first > 0:
-            self._written.append(f"\x1b[{up - 1 - first}A")
-        if start % self.width:
-            self._written.append(f"\x1b[{start % self.width}C")
-        self._written.append("\x1b[J")
-
-    def _height(self, row: Row, index: int) -> int:
-        cells = width_of(row) + (self._column if index == 0 else 0)
-        return max(1, -(-cells // self.width))
-
-
-_COLOUR_SYSTEM: Final = ColorSystem.STANDARD
-
-
-def joined(row: Sequence[Span]) -> Row:
-    """Return the row with neighbours of one style as one span."""
-    joined: Row = []
-    for text, style in row:
-        if joined and joined[-1][1] == style:
-            joined[-1] = (joined[-1][0] + text, style)
-        elif text:
-            joined.append((text, style))
-    return joined
-
-
-def _rest(old: Row, new: Row) -> Row | None:
-    """Return what of *new* follows *old*; None if it does not begin with it."""
-    if not old:
-        return new
-    last, (text, style) = len(old) - 1, old[-1]
-    if len(new) < len(old) or new[:last] != old[:last] or new[last][1] != style:
-        return None
-    if not new[last][0].startswith(text):
-        return None
-    return [(new[last][0][len(text) :], style), *new[last + 1 :]]
-
-
 class Paragraph:
     """Text that flows: a paragraph, a heading or an item of a list."""
 
@@ -324,12 +130,12 @@ class Paragraph:
         """What is not settled yet."""
         screen.next_row()
         screen.settle([first])
-        self._start = _Start(width_of(first))
+        self._start = Start(width_of(first))
 
     def push(self, text: str) -> None:
         """Show more of it, up to the last whole word."""
         self._source += text
-        ends = [match.end() for match in _BREAKS.finditer(self._source)]
+        ends = [match.end() for match in BREAKS.finditer(self._source)]
         if len(self._source) > MOST_OPEN:
             self._settle(len(self._source))
         elif ends:
@@ -350,7 +156,7 @@ class Paragraph:
         if delimiter is None:
             self._settle(end)
             return
-        before = [match.end() for match in _BREAKS.finditer(text, 0, special.start())]
+        before = [match.end() for match in BREAKS.finditer(text, 0, special.start())]
         if before:
             self._settle(before[-1])
             text = text[before[-1] :]
@@ -374,7 +180,7 @@ class Paragraph:
         )
         self._screen.settle(rows)
 
-    def _wrapped(self, tokens: Sequence[Token]) -> tuple[list[Row], _Start]:
+    def _wrapped(self, tokens: Sequence[Token]) -> tuple[list[Row], Start]:
         return wrap(_spans(tokens, self._base), self._start, self._screen.width, self._hang)
 
 
@@ -395,7 +201,10 @@ class Code:
         self._is_fenced = label is not None
         self._indent = indent
         self._lexer = _lexer((label or " ").split(" ")[0][:_MOST_LANGUAGE])
-        self._before: list[str] = []
+        self._before = ""
+        """The lines before, as far back as they tell how the next one is coloured."""
+        self._cuts = deque[int]()
+        """The ends of those lines that are in no string and no comment."""
         self._line = ""
         self._is_new = True
         self._margin = indent
@@ -416,9 +225,7 @@ class Code:
         """Settle the line."""
         self._begin()
         self._screen.settle([self._indent + self._coloured(self._line)])
-        self._before.append(self._line)
-        while len(self._before) > WINDOW_LINES or sum(map(len, self._before)) > WINDOW_CHARACTERS:
-            self._before.pop(0)
+        self._forget()
         self._line, self._is_new, self._indent = "", True, self._margin
 
     def finish(self) -> None:
@@ -426,6 +233,19 @@ class Code:
         if not self._is_new:
             self.end_line()
         self._rule("")
+
+    def _forget(self) -> None:
+        """Add the line to those before, and drop the oldest up to a line's end that begins anew."""
+        self._before += self._line + "\n"
+        *_, (last, _) = self._lexer.get_tokens(self._before)
+        if last not in String and last not in Comment:
+            self._cuts.append(len(self._before))
+        while len(self._before) > WINDOW_CHARACTERS and self._cuts:
+            cut = self._cuts.popleft()
+            self._before = self._before[cut:]
+            self._cuts = deque(place - cut for place in self._cuts)
+        if len(self._before) > MOST_WINDOW_CHARACTERS:
+            self._before = ""
 
     def _begin(self) -> None:
         if self._is_new:
@@ -437,10 +257,11 @@ class Code:
             return
         self._screen.next_row()
         width = min(RULE_WIDTH, self._screen.width - width_of(self._margin))
-        self._screen.settle([[*self._margin, (label.ljust(width, "─")[:width], DIM)]])
+        label = set_cell_size(label, min(width, cell_len(label)))
+        self._screen.settle([[*self._margin, (label + "─" * (width - cell_len(label)), DIM)]])
 
     def _coloured(self, line: str) -> Row:
-        before = "".join(line + "\n" for line in self._before)
+        before = self._before
         row: Row = []
         place = 0
         for kind, text in self._lexer.get_tokens(before + line):
@@ -518,17 +339,18 @@ class Table:
     def _fitting(self) -> list[int]:
         """Return the widths of the columns: the widest are made narrower until all fit."""
         room = self._screen.width - width_of(self._indent) - 2 * (len(self._aligned) - 1)
-        widths = [
-            max(1, min(room, max(width_of(row[index]) for row in self._rows)))
+        natural = [
+            max(1, *(width_of(row[index]) for row in self._rows))
             for index in range(len(self._aligned))
         ]
-        while sum(widths) > room and max(widths) > 1:
-            widths[widths.index(max(widths))] -= 1
-        return widths
+        most = max(1, min(room, max(natural)))
+        while most > 1 and sum(min(width, most) for width in natural) > room:
+            most -= 1
+        return [min(width, most) for width in natural]
 
     def _laid_out(self, row: list[list[Span]], widths: list[int]) -> list[Row]:
         cells = [
-            wrap(_chopped(spans, width), _Start(0), width, [])[0]
+            wrap(_chopped(spans, width), Start(0), width, [])[0]
             for spans, width in zip(row, widths, strict=True)
         ]
         lines = []
@@ -544,21 +366,8 @@ class Table:
         return lines
 
 
-def width_of(spans: Sequence[Span]) -> int:
-    """Return how many columns spans take."""
-    return sum(cell_len(text) for text, _ in spans)
-
-
 def _chopped(spans: Sequence[Span], width: int) -> list[Span]:
     """Return the spans with breaks in words that are too long for a cell."""
     return [
-        (re.sub(rf"([^\s{_WIDE}]{{{width}}})(?=\S)", "\\1\n", text), style) for text, style in spans
+        (re.sub(rf"([^\s{WIDE}]{{{width}}})(?=\S)", "\\1\n", text), style) for text, style in spans
     ]
-
-
-def stripped(row: Row) -> Row:
-    """Return the row without spaces at its end."""
-    row = joined(row)
-    while row and not row[-1][0].strip():
-        row.pop()
-    return [*row[:-1], (row[-1][0].rstrip(), row[-1][1])] if row else row

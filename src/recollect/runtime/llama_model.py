@@ -1,0 +1,408 @@
+"""
+A model of llama.cpp with a context: loading it onto what devices there are, computing, taking KV in and out.
+
+`LlamaModel` owns the library's two handles and is the only one that calls with them. Its sequences are called
+lanes here. Does not know blocks.
+"""
+
+import ctypes
+import logging
+import os
+import re
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from recollect.errors import ConfigError, MisuseError, RuntimeFailure, UnsupportedModelError
+from recollect.runtime.base import Logits, Pace, Reuse, RuntimeInfo
+from recollect.runtime.llama_library import KV_TYPES, LlamaLibrary, library
+from recollect.runtime.llama_state import Layout
+from recollect.types import Profile
+
+_log = logging.getLogger(__name__)
+
+BLOCK_SIZE: Final = 32
+"""Token slots per block: any number would do, and this is the other runtimes'."""
+MOST_LANES: Final = 4
+"""Sequences of the library: each has KV for a full context, besides what the blocks have."""
+MOST_FED: Final = 2048
+"""Most tokens in one call; more are several calls."""
+_CELL_STEP: Final = 256
+"""The library makes the cells of a sequence a multiple of that."""
+_LEARNED_CELLS: Final = 3
+_CARD_SHARE: Final = 0.85
+"""Of a card's free memory that weights may take; the rest is for KV and for what passes compute in."""
+_CARD_RESERVE: Final = 512 << 20
+"""Bytes on a card that kernels need in any case."""
+_PART: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaOptions:
+    """How a model is run; `None` leaves the choice to what is there."""
+
+    profile: Profile = "fast"
+    gpu_layers: int | None = None
+    """Layers in the memory of a graphics card; None: as many as fit."""
+    kv_type: str | None = None
+    """A name of `KV_TYPES`; None: as the profile says."""
+    lanes: int = MOST_LANES
+    """Most sequences that the library holds at once."""
+    threads: int | None = None
+    """None: one for each processor that this process may use, at most one for each core."""
+
+
+class LlamaModel:
+    """
+    A model and a context of the library.
+
+    Owned by a runtime. All calls that touch KV or compute are made under its lock.
+    """
+
+    def __init__(self, lib: LlamaLibrary, path: Path, options: LlamaOptions) -> None:
+        self.lib, self.path, self.options = lib, path, options
+        self.lock = threading.RLock()
+        self._model: int | None = None
+        self._context: int | None = None
+        self.layers_on_card = 0
+        self.num_layers = self._load(0, vocab_only=True)
+        self._load_what_fits()
+        self.vocab_size: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
+        self.window: int = max(0, lib.llama_model_n_swa(self._model))
+        self.is_recurrent = bool(
+            lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
+        )
+        if (
+            lib.llama_model_has_encoder(self._model)
+            or lib.llama_model_is_diffusion(self._model)
+            or not lib.llama_model_has_decoder(self._model)
+        ):
+            self.close()
+            raise UnsupportedModelError(
+                f"{path.name} does not write a text token by token, as a chat needs it: choose another model."
+            )
+
+    def _load_what_fits(self) -> None:
+        """Load the weights, as many layers of them into the memory of cards as there is room for."""
+        asked = self.options.gpu_layers
+        cards = [device for device in self.lib.devices() if device.is_graphics]
+        if asked and not cards:
+            raise ConfigError(
+                f"There is no graphics card that {self.lib.found.origin} can use, for {asked} layers: leave "
+                "--gpu-layers out, or install a build of llama-cpp-python for your card."
+            )
+        everything = self.num_layers + 1  # the output counts as a layer
+        if asked is not None or not cards:
+            self._load(min(asked or 0, everything))
+            return
+        free = sum(card.free_bytes for card in cards)
+        size = sum(part.stat().st_size for part in _parts(self.path))
+        share = (free * _CARD_SHARE - _CARD_RESERVE) / max(1, size)
+        self._load_or_less(everything if share >= 1 else max(0, int(share * everything)))
+
+    def _load_or_less(self, layers: int) -> None:
+        """Load with that many layers on cards, or with fewer where there is no memory for them."""
+        while True:
+            try:
+                self._load(layers)
+                break
+            except UnsupportedModelError:
+                if not layers:
+                    raise
+                layers = layers * 3 // 4
+        if layers <= self.num_layers:
+            _log.warning(
+                "The graphics card has memory for %d of %d layers of %s; the others run on the CPU.",
+                layers,
+                self.num_layers + 1,
+                self.path.name,
+            )
+
+    def _load(self, layers: int, *, vocab_only: bool = False) -> int:
+        """Load the model; return its number of layers."""
+        self.close()
+        params = self.lib.model_params()
+        params.n_gpu_layers, params.vocab_only = layers, vocab_only
+        self._model = self.lib.load_model(self.path, params)
+        if self._model is None:
+            raise UnsupportedModelError(self._why_not_loaded(layers))
+        self.layers_on_card = layers
+        return int(self.lib.llama_model_n_layer(self._model))
+
+    def _why_not_loaded(self, layers: int) -> str:
+        if layers:
+            size = sum(part.stat().st_size for part in _parts(self.path))
+            free = sum(device.free_bytes for device in self.lib.devices() if device.is_graphics)
+            return (
+                f"llama.cpp cannot load {self.path.name} with {layers} layers on the graphics card, of whose "
+                f"memory {free:,} bytes are free, and all weights take {size:,} ({self.lib.why()}): choose "
+                "fewer (--gpu-layers)."
+            )
+        return (
+            f"llama.cpp cannot load {self.path.name} ({self.lib.why()}): choose another file of the model, "
+            "or another build of llama.cpp."
+        )
+
+    def put_less_on_cards(self) -> bool:
+        """Load with fewer layers on cards; return whether that is possible and may be chosen."""
+        if self.options.gpu_layers is not None or not self.layers_on_card:
+            return False
+        self._load_or_less(self.layers_on_card * 3 // 4)
+        return True
+
+    @property
+    def flash_attention(self) -> bool:
+        """Return whether attention is computed in one kernel: on cards, and for quantized KV."""
+        if self.options.profile == "exact":
+            return False
+        return self.layers_on_card != 0 or self.kv_type in ("q8_0", "q4_0")
+
+    @property
+    def kv_type(self) -> str:
+        """Return the type of keys and values."""
+        if self.options.kv_type is not None:
+            return self.options.kv_type
+        return {"exact": "f32", "fast": "f16", "small": "q8_0"}[self.options.profile]
+
+    def open(self, cells: int, lanes: int) -> None:
+        """
+        Make the context: *lanes* sequences of *cells* tokens each.
+
+        Raises:
+            RuntimeFailure: There is no memory for it.
+        """
+        self.close_context()
+        if self._model is None:
+            raise MisuseError("the model was closed")
+        params = self.lib.context_params()
+        cells = -(-cells // _CELL_STEP) * _CELL_STEP
+        params.n_ctx, params.n_seq_max = cells * lanes, lanes
+        params.n_batch, params.n_ubatch = MOST_FED, min(512, MOST_FED)
+        params.kv_unified, params.swa_full = False, True
+        params.type_k = params.type_v = KV_TYPES[self.kv_type]
+        params.flash_attn_type = int(self.flash_attention)
+        params.n_threads = params.n_threads_batch = self.options.threads or _threads()
+        self._context = self.lib.new_context(self._model, params)
+        if self._context is None:
+            raise RuntimeFailure(
+                f"llama.cpp has no memory for {lanes} sequences of {cells:,} tokens ({self.lib.why()})."
+            )
+
+    def decode(self, parts: Sequence[tuple[int, int, Sequence[int], bool]]) -> list[Logits | None]:
+        """
+        Compute `(lane, position, token ids, wants logits)` each; return the logits after their last tokens.
+
+        The library lets go of the interpreter's lock meanwhile.
+
+        Raises:
+            RuntimeFailure: It failed. What these lanes hold from those positions on is undefined.
+        """
+        count = sum(len(ids) for _, _, ids, _ in parts)
+        batch = self.lib.llama_batch_init(count, 0, 1)
+        try:
+            at, wanted = 0, []
+            for lane, start, ids, wants in parts:
+                for place, token in enumerate(ids, start):
+                    batch.token[at], batch.pos[at] = token, place
+                    batch.n_seq_id[at], batch.seq_id[at][0] = 1, lane
+                    batch.logits[at] = False
+                    at += 1
+                batch.logits[at - 1] = wants
+                wanted.append(at - 1 if wants else None)
+            batch.n_tokens = count
+            self.lib.last_words.clear()
+            code = self.lib.llama_decode(self._context, batch)
+        finally:
+            self.lib.llama_batch_free(batch)
+        if code:
+            raise RuntimeFailure(
+                f"llama.cpp failed while running the model ({code}: {self.lib.why()})."
+            )
+        return [None if place is None else self._logits(place) for place in wanted]
+
+    def _logits(self, place: int) -> Logits:
+        address = self.lib.llama_get_logits_ith(self._context, place)
+        if not address:
+            raise RuntimeFailure("llama.cpp gave no logits for a token that wanted some.")
+        return np.frombuffer(ctypes.string_at(address, 4 * self.vocab_size), np.float32)
+
+    def state(self, lane: int) -> npt.NDArray[np.uint8]:
+        """Return the KV of a lane as the library writes it."""
+        size = self.lib.llama_state_seq_get_size(self._context, lane)
+        state = np.empty(size, np.uint8)
+        written = self.lib.llama_state_seq_get_data(
+            self._context, state.ctypes.data, state.size, lane
+        )
+        if not written:
+            raise RuntimeFailure(f"llama.cpp failed while taking KV out ({self.lib.why()}).")
+        return state[:written]
+
+    def set_state(self, lane: int, state: npt.NDArray[np.uint8]) -> None:
+        """Give an empty lane a state."""
+        read = self.lib.llama_state_seq_set_data(self._context, state.ctypes.data, state.size, lane)
+        if read != state.size:
+            self.truncate(lane, 0)
+            raise RuntimeFailure(f"llama.cpp failed while taking KV in ({self.lib.why()}).")
+
+    def truncate(self, lane: int, length: int) -> bool:
+        """Cut a lane to its first *length* tokens; return whether that was possible."""
+        memory = self.lib.llama_get_memory(self._context)
+        return bool(self.lib.llama_memory_seq_rm(memory, lane, length, -1))
+
+    def close_context(self) -> None:
+        """Free the context and its KV."""
+        with self.lock:
+            if self._context is not None:
+                self.lib.llama_free(self._context)
+            self._context = None
+
+    def close(self) -> None:
+        """Free everything. May be called again."""
+        with self.lock:
+            self.close_context()
+            if self._model is not None:
+                self.lib.llama_model_free(self._model)
+            self._model = None
+
+    def learn(self) -> Layout | None:
+        """Return how this model's states are arranged, learned from one; None: it is not understood."""
+        if self.is_recurrent:
+            return None
+        self.open(_CELL_STEP, 2)
+        ids = [min(number + 1, self.vocab_size - 1) for number in range(_LEARNED_CELLS)]
+        self.decode([(1, 0, ids, False)])
+        return Layout.learn(
+            self.state(1), sequence=1, streams=2, cells=_LEARNED_CELLS, block_size=BLOCK_SIZE
+        )
+
+    def require_layout(self) -> Layout:
+        """
+        Return what `learn` does.
+
+        Raises:
+            RuntimeFailure: It is not understood.
+        """
+        layout = self.learn()
+        if layout is None:
+            raise RuntimeFailure("llama.cpp writes KV in an arrangement that is not known here.")
+        return layout
+
+    def information(self, context_length: int, layout: Layout | None) -> RuntimeInfo:
+        """Return what the engine needs to know."""
+        arrangement = "" if layout is None else layout.text()
+        digest = blake2b(arrangement.encode(), digest_size=8).hexdigest()
+        device = self.device
+        return RuntimeInfo(
+            name=f"llama.cpp-{self.lib.build}-{self.options.profile}",
+            block_size=BLOCK_SIZE,
+            bytes_per_block=1 if layout is None else layout.bytes_per_block,
+            vocab_size=self.vocab_size,
+            context_length=context_length,
+            device=device,
+            kv_format=(
+                f"{self.kv_type},flash={int(self.flash_attention)},{device},"
+                f"layers={self.layers_on_card},{digest}"
+            ),
+            reuse=Reuse(as_bytes=layout is not None),
+            pace=Pace() if device == "CPU" else Pace(first_token_pause_s=0),
+        )
+
+    @property
+    def device(self) -> str:
+        """Return the kind of device that computes, by its backend: `CPU`, `CUDA`, `Metal`."""
+        cards = [one for one in self.lib.devices() if one.is_graphics]
+        return cards[0].name.rstrip("0123456789") if cards and self.layers_on_card else "CPU"
+
+
+class LlamaVocabulary:
+    """
+    The vocabulary of a file, and how it cuts texts; loaded without the weights.
+
+    Safe to use from several threads: the library only reads.
+
+    Raises:
+        UnsupportedModelError: The library is missing, or cannot read it.
+    """
+
+    def __init__(self, path: Path, *, drops_first_space: bool) -> None:
+        self._lib = lib = library()
+        self.drops_first_space: Final = drops_first_space
+        params = lib.model_params()
+        params.vocab_only = True
+        self._model = lib.load_model(path, params)
+        if self._model is None:
+            raise UnsupportedModelError(
+                f"llama.cpp cannot read the vocabulary of {path.name} ({lib.why()}): choose another file of "
+                "the model."
+            )
+        self._free = weakref.finalize(self, lib.llama_model_free, self._model)
+        self._free.atexit = False
+        self._table = lib.llama_model_get_vocab(self._model)
+        self.count: Final[int] = lib.llama_vocab_n_tokens(self._table)
+        if not lib.llama_vocab_type(self._table):
+            raise UnsupportedModelError(
+                f"{path.name} has no vocabulary, and so no text can be read: choose another file."
+            )
+        self._attributes: Final = [
+            int(lib.llama_vocab_get_attr(self._table, token_id)) for token_id in range(self.count)
+        ]
+        self._pieces: dict[int, bytes] = {}
+
+    def piece(self, token_id: int) -> bytes:
+        """Return the bytes of an id; of a control token its name."""
+        if (known := self._pieces.get(token_id)) is not None:
+            return known
+        length = 64
+        while True:
+            buffer = ctypes.create_string_buffer(length)
+            written = self._lib.llama_token_to_piece(self._table, token_id, buffer, length, 0, True)
+            if written >= 0:
+                return self._pieces.setdefault(token_id, buffer.raw[:written])
+            length = -written
+
+    def is_control(self, token_id: int) -> bool:
+        """Return whether an id is no text: a control token, or one that stands for what is unknown."""
+        return bool(self._attributes[token_id] & _NO_TEXT)
+
+    def is_added(self, token_id: int) -> bool:
+        """Return whether an id's text is that token wherever it is."""
+        return bool(self._attributes[token_id] & _USER_DEFINED)
+
+    def cut(self, text: bytes, *, with_control: bool) -> list[int]:
+        """Return the ids of a text, nothing added, control tokens recognised or read as text."""
+        if len(text) > _MOST_TEXT:
+            raise RuntimeFailure(f"A text of {len(text):,} bytes is longer than llama.cpp reads.")
+        room = len(text) + 2  # a token is at least a byte, and a space may come before the first
+        ids = (ctypes.c_int32 * room)()
+        count = self._lib.llama_tokenize(
+            self._table, text, len(text), ids, room, False, with_control
+        )
+        if count < 0:
+            raise RuntimeFailure("llama.cpp failed while cutting a text into tokens.")
+        return ids[:count]
+
+
+_NO_TEXT: Final = (1 << 0) | (1 << 3)  # unknown, control: `enum llama_token_attr`
+_USER_DEFINED: Final = 1 << 4
+_MOST_TEXT: Final = 1 << 30
+
+
+def _threads() -> int:
+    """Return how many threads compute: more than there are cores slow each other down."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    may_use = os.cpu_count() or 1 if affinity is None else len(affinity(0))
+    return max(1, min(may_use, psutil.cpu_count(logical=False) or may_use))
+
+
+def _parts(path: Path) -> list[Path]:
+    """Return the files of a model: one, or all parts of it that lie beside each other."""
+    match = _PART.fullmatch(path.name)
+    return [path] if match is None else sorted(path.parent.glob(f"{match[1]}-*-of-{match[2]}.gguf"))

@@ -1,0 +1,323 @@
+"""
+How llama.cpp writes the KV of a sequence, learned from a state that it wrote.
+
+`Layout.learn` finds the arrangement that explains such a state to its last byte, and `Layout.cut` and
+`Layout.join` go between a state and blocks: a state has a table of all cells for each layer's keys and
+values, and a block has the cells of 32 tokens of every table. The arrangement is llama.cpp's own and changes
+between releases, so nothing is taken for granted: what does not come back as the same bytes is not
+understood. Source: `llama_kv_cache::state_write` of llama.cpp.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Final, Self
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+MOST_CACHES: Final = 2
+"""Of one model: those of all layers, or one for the layers with a sliding window, and another one."""
+_PREFIXES: Final = (8, 4, 0)
+"""Bytes before the first cache: a magic number and the number of the sequence."""
+_EXTRAS: Final = (0, 8, 12, 16)
+"""Bytes of a cell besides its position and sequence: positions in an image, the token's id."""
+_ROTATIONS: Final = (8, 0)
+"""Bytes of a cache's head for the rotation of quantized KV."""
+_CELL_BYTES: Final = 12  # position, number of sequences, sequence
+_MOST_TABLES: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The keys or the values of one layer, in a state `(outer, cells, inner)` bytes."""
+
+    head: bytes
+    """What is written before them: their type and size."""
+    outer: int
+    """1; or where values are transposed, their number in a cell."""
+    inner: int
+    """Bytes that lie together: a whole cell's, or one value's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """One KV cache; its cells lie in order of position."""
+
+    head: bytes
+    """What is written between cells and tables."""
+    extra: int
+    tables: tuple[Table, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """
+    The arrangement of a state, and of a block's bytes made of it: table after table.
+
+    Immutable. A state written by a context has as many streams as that has sequences; all are empty but one.
+    """
+
+    prefix: bytes
+    """Of which the last four bytes are the number of the sequence, where there are eight."""
+    streams: int
+    caches: tuple[Cache, ...]
+    block_size: int
+
+    @classmethod
+    def learn(
+        cls, state: Bytes, *, sequence: int, streams: int, cells: int, block_size: int
+    ) -> Self | None:
+        """
+        Return the arrangement of a state; None where none that is known explains it.
+
+        Args:
+            state: What was written of that *sequence*, whose positions are `[0, cells)`, cells >= 2.
+            sequence: Its number.
+            streams: How many sequences the context has.
+            cells: Tokens that it holds.
+            block_size: Tokens of a block.
+        """
+        for prefix, extra, rotation, has_values, count in product(
+            _PREFIXES, _EXTRAS, _ROTATIONS, (True, False), range(1, MOST_CACHES + 1)
+        ):
+            reader = _Reader(state, prefix)
+            try:
+                caches = tuple(
+                    _read_cache(reader, sequence, streams, cells, (extra, rotation, has_values))
+                    for _ in range(count)
+                )
+            except (_UnlikeError, struct.error):
+                continue
+            if reader.at != len(state):
+                continue
+            layout = cls(bytes(state[:prefix]), streams, caches, block_size)
+            blocks = layout.cut(state, range(-(-cells // block_size)), cells)
+            if np.array_equal(layout.join(blocks, sequence, cells), state):
+                return layout
+        return None
+
+    def with_streams(self, streams: int) -> Self:
+        """Return the same of a context with another number of sequences."""
+        return replace(self, streams=streams)
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Return the size of a block."""
+        return sum(width for *_, width in self._places())
+
+    def text(self) -> str:
+        """Return what two arrangements have in common whose blocks can be exchanged."""
+        return ";".join(
+            f"{cache.extra}:"
+            + ",".join(f"{t.head.hex()}x{t.outer}x{t.inner}" for t in cache.tables)
+            for cache in self.caches
+        )
+
+    def cut(self, state: Bytes, indices: Sequence[int], length: int) -> Bytes:
+        """
+        Return blocks out of a state of *length* tokens, `(blocks, bytes_per_block)`.
+
+        Args:
+            state: Of a sequence that holds exactly the positions `[0, length)`. A cache with a sliding
+                window shows only its last cells; slots before them are zero.
+            indices: Which blocks, ascending and without gaps: block i has `[i * size, (i + 1) * size)`.
+            length: Tokens in the sequence. What a last block lacks is zero.
+
+        Raises:
+            ValueError: The state is not of this arrangement and length.
+        """
+        size, count = self.block_size, len(indices)
+        blocks = np.zeros((count, self.bytes_per_block), np.uint8)
+        start, stop = indices[0] * size, min((indices[-1] + 1) * size, length)
+        views = list(self._views(state, length))
+        for (cells, rows), (_, inner, at, width) in zip(views, self._places(), strict=True):
+            first = max(start, length - cells)  # of a window only the last ones are there
+            if first >= stop:
+                continue
+            shape = (count, rows.shape[0], size, rows.shape[2])
+            target = _units(blocks[:, at : at + width], inner).reshape(shape).transpose(1, 0, 2, 3)
+            source = rows[:, first - (length - cells) : stop - (length - cells)]
+            whole = np.zeros((rows.shape[0], count * size, rows.shape[2]), rows.dtype)
+            whole[:, first - start : stop - start] = source
+            target[...] = whole.reshape(target.shape)
+        return blocks
+
+    def join(self, blocks: Bytes, sequence: int, length: int) -> Bytes:
+        """
+        Return the state of a sequence of *length* tokens, made of the bytes of its blocks.
+
+        Args:
+            blocks: `(n, bytes_per_block)`, n = ceil(length / block_size).
+            sequence: Its number.
+            length: Tokens, >= 1.
+        """
+        size, count = self.block_size, len(blocks)
+        parts: list[bytes | memoryview] = [_numbered(self.prefix, sequence)]
+        places = self._places()
+        for cache in self.caches:
+            cells = np.zeros((length, _CELL_BYTES + cache.extra), np.uint8)
+            cells[:, :4] = np.arange(length, dtype="<i4").view(np.uint8).reshape(length, 4)
+            cells[:, 4] = 1
+            cells[:, -4:] = np.frombuffer(struct.pack("<i", sequence), np.uint8)
+            if cache.extra:
+                _, _, at, width = next(places)
+                own = blocks[:, at : at + width].reshape(count * size, cache.extra)
+                cells[:, 8:-4] = own[:length]
+            parts.append(struct.pack("<I", self.streams) + bytes(4 * sequence))
+            parts += [struct.pack("<I", length), cells.tobytes(), cache.head]
+            for table in cache.tables:
+                _, inner, at, width = next(places)
+                units = _units(blocks[:, at : at + width], inner)
+                rows = units.reshape(count, table.outer, size, -1).transpose(1, 0, 2, 3)
+                rows = rows.reshape(table.outer, count * size, -1)[:, :length]
+                parts += [table.head, np.ascontiguousarray(rows).view(np.uint8).data.cast("B")]
+            parts.append(bytes(4 * (self.streams - 1 - sequence)))
+        return np.frombuffer(b"".join(parts), np.uint8)
+
+    def _places(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yield of each table outer, inner, where it begins in a block, and its length; extras come first."""
+        at = 0
+        for cache in self.caches:
+            sizes = [(1, cache.extra)] if cache.extra else []
+            for outer, inner in [*sizes, *((table.outer, table.inner) for table in cache.tables)]:
+                width = outer * inner * self.block_size
+                yield outer, inner, at, width
+                at += width
+
+    def _views(self, state: Bytes, length: int) -> Iterator[tuple[int, npt.NDArray[np.generic]]]:
+        """Yield of each table how many cells a state has, and them, `(outer, cells, inner units)`."""
+        reader = _Reader(state, len(self.prefix))
+        for cache in self.caches:
+            if reader.number("<I") != self.streams:
+                raise ValueError("the state has another number of streams")
+            filled = 0
+            for _ in range(self.streams):
+                count = reader.number("<I")
+                if not count:
+                    continue
+                filled = count
+                if count > length:
+                    raise ValueError(f"the state has {count} cells, and not up to {length}")
+                cells = reader.take(count * (_CELL_BYTES + cache.extra)).reshape(count, -1)
+                places = cells[:, :4].copy().view("<i4")[:, 0]
+                if not np.array_equal(places, np.arange(length - count, length)):
+                    raise ValueError("the state's cells are not in order of position")
+                if cache.extra:
+                    extras = np.ascontiguousarray(cells[:, 8:-4])
+                    yield count, _units(extras, cache.extra).reshape(1, count, -1)
+                reader.expect(cache.head)
+                for table in cache.tables:
+                    reader.expect(table.head)
+                    rows = reader.take(table.outer * count * table.inner)
+                    units = _units(rows.reshape(-1, table.inner), table.inner)
+                    yield count, units.reshape(table.outer, count, -1)
+            if not filled:
+                raise ValueError("the state is empty")
+        if reader.at != len(state):
+            raise ValueError("the state is longer than it should be")
+
+
+class _UnlikeError(Exception):
+    """A state is not arranged in the way that was tried."""
+
+
+class _Reader:
+    """Reads a state from its beginning on."""
+
+    def __init__(self, state: Bytes, at: int) -> None:
+        self._state = state
+        self.at = at
+
+    def take(self, count: int) -> Bytes:
+        if count < 0 or self.at + count > len(self._state):
+            raise _UnlikeError
+        self.at += count
+        return self._state[self.at - count : self.at]
+
+    def number(self, form: str) -> int:
+        value: int = struct.unpack(form, self.take(struct.calcsize(form)).tobytes())[0]
+        return value
+
+    def expect(self, expected: bytes) -> None:
+        if self.take(len(expected)).tobytes() != expected:
+            raise ValueError("the state has another head than the one that was learned")
+
+
+def _read_cache(
+    reader: _Reader, sequence: int, streams: int, cells: int, way: tuple[int, int, bool]
+) -> Cache:
+    """Read one cache in the way to be tried."""
+    if reader.number("<I") != streams:
+        raise _UnlikeError
+    found: Cache | None = None
+    for stream in range(streams):
+        count = reader.number("<I")
+        if count != (cells if stream == sequence else 0):
+            raise _UnlikeError
+        if count:
+            found = _read_content(reader, sequence, cells, *way)
+    if found is None:
+        raise _UnlikeError
+    return found
+
+
+def _read_content(
+    reader: _Reader, sequence: int, cells: int, extra: int, rotation: int, has_values: bool
+) -> Cache:
+    meta = reader.take(cells * (_CELL_BYTES + extra)).reshape(cells, -1)
+    for place, cell in enumerate(meta):
+        if struct.unpack("<iI", cell[:8].tobytes()) != (place, 1):
+            raise _UnlikeError
+        if struct.unpack("<i", cell[-4:].tobytes()) != (sequence,):
+            raise _UnlikeError
+    start = reader.at
+    transposed, layers = reader.number("<I"), reader.number("<I")
+    reader.take(rotation)
+    head = _between(reader, start)
+    if transposed > 1 or not 0 < layers <= _MOST_TABLES:
+        raise _UnlikeError
+    tables = [_read_table(reader, cells, transposed=False) for _ in range(layers)]
+    for _ in range(layers if has_values else 0):  # some attend to one latent vector and have none
+        tables.append(_read_table(reader, cells, transposed=bool(transposed)))
+    return Cache(head, extra, tuple(tables))
+
+
+def _read_table(reader: _Reader, cells: int, *, transposed: bool) -> Table:
+    start = reader.at
+    reader.number("<i")
+    inner, outer = (
+        (reader.number("<I"), reader.number("<I"))
+        if transposed
+        else (
+            reader.number("<Q"),
+            1,
+        )
+    )
+    head = _between(reader, start)
+    if not 0 < inner < 1 << 24 or not 0 < outer < 1 << 24:
+        raise _UnlikeError
+    reader.take(outer * cells * inner)
+    return Table(head, outer, inner)
+
+
+def _between(reader: _Reader, start: int) -> bytes:
+    length, reader.at = reader.at - start, start
+    return reader.take(length).tobytes()
+
+
+def _numbered(prefix: bytes, sequence: int) -> bytes:
+    """Return a prefix with another sequence's number."""
+    return prefix if len(prefix) < 8 else prefix[:4] + struct.pack("<i", sequence)
+
+
+def _units(rows: Bytes, inner: int) -> npt.NDArray[np.generic]:
+    """Return rows of bytes as the largest numbers that *inner* bytes are whole ones of: they copy faster."""
+    kind = next((kind for kind in _NUMBERS if inner % np.dtype(kind).itemsize == 0), np.uint8)
+    return rows.view(kind)
+
+
+_NUMBERS: Final = (np.uint64, np.uint32, np.uint16)

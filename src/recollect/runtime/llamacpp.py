@@ -1,0 +1,459 @@
+"""
+llama.cpp: any GGUF file, on any device that the library computes on.
+
+Blocks in host memory are the truth. The library has a few sequences, here called lanes, each a cache of
+one row of a pass: what a row's lane lacks is joined from blocks into one state and given to the library;
+what a pass computes is newer in its lane until somebody wants the block (it is dirty), and is then cut out
+of the lane's state. `LlamaCppRuntime` does that. Where a state cannot be cut, as with recurrent models,
+`LlamaSequences` serves the contract for runtimes that own their KV. `load_llama` says which of the two, and
+on which device. Does not know which block belongs to which sequence.
+"""
+
+import logging
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from recollect.errors import ConfigError, MisuseError, RuntimeFailure
+from recollect.runtime.base import (
+    Logits,
+    PagedRuntime,
+    PassResult,
+    Row,
+    RuntimeInfo,
+    SequenceId,
+    check_block_bytes,
+    check_blocks,
+    check_rows,
+)
+from recollect.runtime.llama_library import KV_TYPES, library
+from recollect.runtime.llama_model import BLOCK_SIZE, MOST_FED, LlamaModel, LlamaOptions
+from recollect.runtime.llama_state import Layout
+from recollect.runtime.sequences import Feed, SequenceAdapter
+
+_log = logging.getLogger(__name__)
+
+_NEVER_WRITTEN: Final = 0
+
+Marks = npt.NDArray[np.int64]
+"""One number for each token whose KV was ever computed or brought in: equal marks are the same bytes."""
+
+
+@dataclass(eq=False, slots=True)
+class _Lane:
+    """One of the library's sequences."""
+
+    number: int
+    marks: Marks = field(default_factory=lambda: np.empty(0, np.int64))
+    """Of the tokens whose KV it holds, in order of position."""
+    used: int = 0
+    """When, on the runtime's clock; 0: never."""
+    owner: "weakref.ref[SequenceId] | None" = None
+    """Which of the engine's sequences it computed last."""
+
+    def is_wanted(self, row: Row, keep: int) -> bool:
+        """Return whether another sequence goes on from more of it than *keep* tokens."""
+        owner = None if self.owner is None else self.owner()
+        return owner is not None and owner is not row.sequence and owner.kept > keep
+
+
+@dataclass(slots=True)
+class _Job:
+    """A row's share of a pass, and how far it is."""
+
+    row: Row
+    lane: _Lane
+    blocks: npt.NDArray[np.int64]
+    at: int
+    """The position of the next token to be computed."""
+    logits: Logits | None = None
+
+    @property
+    def end(self) -> int:
+        return self.row.past + len(self.row.token_ids)
+
+
+class LlamaCppRuntime:
+    """
+    A model whose KV is kept in blocks, over the lanes of a context.
+
+    Owned by the engine; one thread at a time, but for `read_block`.
+
+    Invariants:
+        1. Every slot of a block has a mark. Two slots, or a slot and a place in a lane, with the same mark
+           hold the same bytes; so a lane serves a row exactly as far as their marks are equal.
+        2. A block in `_dirty` is held whole by that lane, at that index; its own bytes are older.
+    """
+
+    def __init__(self, model: LlamaModel, layout: Layout, *, context_length: int) -> None:
+        self._model, self._layout = model, layout
+        self._info = model.information(context_length, layout)
+        self._step = _window_step(model.window)
+        self._lanes: list[_Lane] = []
+        self._blocks: npt.NDArray[np.uint8] | None = None
+        self._marks = np.empty((0, BLOCK_SIZE), np.int64)
+        self._dirty: dict[int, tuple[_Lane, int]] = {}
+        self._last_mark = _NEVER_WRITTEN
+        self._clock = 0
+
+    @property
+    def info(self) -> RuntimeInfo:
+        """Return what this runtime is."""
+        return self._info
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make room for that many blocks, and for lanes in the device's memory."""
+        tokens, length = num_blocks * BLOCK_SIZE, self._info.context_length
+        lanes = max(1, min(self._model.options.lanes, tokens // length))
+        self._open(length, lanes)
+        self._blocks = np.zeros((num_blocks, self._layout.bytes_per_block), np.uint8)
+        self._marks = np.full((num_blocks, BLOCK_SIZE), _NEVER_WRITTEN, np.int64)
+        pace = replace(self._info.pace, most_rows=min(self._info.pace.most_rows, len(self._lanes)))
+        self._info = replace(self._info, pace=pace)
+
+    def forward(self, rows: Sequence[Row]) -> PassResult:
+        """Run one forward pass over the rows, or several where there are more than lanes."""
+        with self._model.lock:
+            check_rows(rows, self._info, len(self._memory()))
+            results: list[Logits] = []
+            for first in range(0, len(rows), len(self._lanes)):
+                results += self._pass(rows[first : first + len(self._lanes)])
+            none = np.empty((0, self._info.vocab_size), np.float32)
+            return PassResult(np.stack(results) if results else none)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, `(source, target)` each."""
+        with self._model.lock:
+            memory = self._memory()
+            check_blocks([block for pair in pairs for block in pair], len(memory))
+            for source, target in pairs:
+                self._settle([source])
+                self._dirty.pop(target, None)
+                memory[target] = memory[source]
+                self._marks[target] = self._marks[source]
+
+    def warm_up(self) -> None:
+        """Run a small prefill and a decode step, for which kernels are compiled and memory is touched."""
+        prompt = [0] * BLOCK_SIZE
+        if len(self._memory()) > 1 and self._info.context_length > len(prompt) + 1:
+            self.forward([Row(prompt, 0, [0, 1])])
+            self.forward([Row([0], len(prompt), [0, 1])])
+
+    def read_block(self, block: int, into: memoryview) -> None:
+        """Copy a block's bytes to *into*; where a lane has newer ones, after the pass that runs."""
+        memory = self._memory()
+        check_blocks([block], len(memory))
+        check_block_bytes(into, self._info)
+        with self._model.lock:
+            self._settle([block])
+            np.frombuffer(into, np.uint8)[:] = memory[block]
+
+    def write_block(self, block: int, content: memoryview) -> None:
+        """Make a block hold bytes that `read_block` gave."""
+        memory = self._memory()
+        check_blocks([block], len(memory))
+        check_block_bytes(content, self._info)
+        with self._model.lock:
+            self._dirty.pop(block, None)
+            memory[block] = np.frombuffer(content, np.uint8)
+            self._marks[block] = self._new_marks(BLOCK_SIZE)
+
+    def close(self) -> None:
+        """Free the model and all KV."""
+        with self._model.lock:
+            self._blocks = None
+            self._dirty.clear()
+            self._lanes.clear()
+            self._model.close()
+
+    def check(self) -> None:
+        """
+        Verify the invariants.
+
+        Raises:
+            AssertionError: One does not hold.
+        """
+        with self._model.lock:
+            for block, (lane, index) in self._dirty.items():
+                start = index * BLOCK_SIZE
+                marks = self._marks[block]
+                held = lane.marks[start : start + BLOCK_SIZE]
+                assert len(held), f"block {block} is dirty in a lane that does not reach it"
+                assert np.array_equal(held, marks[: len(held)]), f"block {block} is not in its lane"
+
+    def _memory(self) -> npt.NDArray[np.uint8]:
+        if self._blocks is None:
+            raise MisuseError(
+                "the runtime has no KV memory: allocate() comes first, and nothing after close()"
+            )
+        return self._blocks
+
+    def _open(self, length: int, lanes: int) -> None:
+        """Open the context with as many lanes as there is memory for."""
+        while True:
+            try:
+                self._model.open(length, lanes)
+                break
+            except RuntimeFailure:
+                if lanes > 1:
+                    lanes //= 2
+                    _log.warning("There is memory for %d sequences at once only.", lanes)
+                elif self._model.put_less_on_cards():
+                    self._layout = self._model.require_layout()
+                    self._info = self._model.information(length, self._layout)
+                else:
+                    raise
+        self._lanes = [_Lane(number) for number in range(lanes)]
+        self._layout = self._layout.with_streams(lanes)
+
+    def _new_marks(self, count: int) -> Marks:
+        self._last_mark += count
+        return np.arange(self._last_mark - count, self._last_mark, dtype=np.int64) + 1
+
+    def _pass(self, rows: Sequence[Row]) -> list[Logits]:
+        """Compute rows that have a lane each."""
+        jobs: list[_Job] = []
+        for row in rows:
+            used = [job.lane for job in jobs]
+            jobs.append(self._place(row, [lane for lane in self._lanes if lane not in used]))
+        # One row's slots are another row's past nowhere: so marks can be set for all of them first.
+        while todo := [job for job in jobs if job.at < job.end]:
+            self._advance(todo)
+        return [job.logits for job in jobs if job.logits is not None]
+
+    def _advance(self, jobs: Sequence[_Job]) -> None:
+        """Compute as much of the jobs as one call takes."""
+        room = MOST_FED
+        parts: list[tuple[_Job, int]] = []
+        # Ascending lanes that follow each other are computed together; others one after another.
+        for job in sorted(jobs, key=lambda one: one.lane.number):
+            end = min(job.end, job.at + room, (job.at // self._step + 1) * self._step)
+            if end > job.at:
+                parts.append((job, end))
+                room -= end - job.at
+        try:
+            logits = self._model.decode(
+                [
+                    (
+                        job.lane.number,
+                        job.at,
+                        job.row.token_ids[job.at - job.row.past : end - job.row.past],
+                        job.row.wants_logits and end == job.end,
+                    )
+                    for job, end in parts
+                ]
+            )
+        except BaseException:  # what the lanes held before is still there
+            for job, _ in parts:
+                self._truncate(job.lane, job.at)
+            raise
+        for (job, end), given in zip(parts, logits, strict=True):
+            job.logits = given
+            self._note(job, end)
+
+    def _note(self, job: _Job, end: int) -> None:
+        """Take note that a lane now has a job's tokens up to *end*."""
+        places = np.arange(job.at, end)
+        marks = self._new_marks(len(places))
+        blocks = job.blocks[places // BLOCK_SIZE]
+        self._marks[blocks, places % BLOCK_SIZE] = marks
+        job.lane.marks = np.concatenate([job.lane.marks, marks])
+        for index in range(job.at // BLOCK_SIZE, -(-end // BLOCK_SIZE)):
+            self._dirty[int(job.blocks[index])] = (job.lane, index)
+        if job.row.sequence is not None:
+            job.row.sequence.computed_to(end)
+        job.at = end
+        if end % self._step == 0:  # what leaves the window now is in no state any more
+            self._settle([block for block, (lane, _) in self._dirty.items() if lane is job.lane])
+
+    def _place(self, row: Row, free: Sequence[_Lane]) -> _Job:
+        """Return a job in a lane that holds the KV of exactly the row's past."""
+        size, past = BLOCK_SIZE, row.past
+        count = -(-(past + len(row.token_ids)) // size)
+        blocks = np.asarray(row.block_table[:count], np.int64)
+        wanted = self._marks[blocks].reshape(-1)[:past]
+        if past and wanted.min() == _NEVER_WRITTEN:
+            raise RuntimeFailure("A row reads KV slots that nothing was ever written to.")
+        lane, keep = _choose(row, free, wanted)
+        self._clock += 1
+        lane.used = self._clock
+        lane.owner = None if row.sequence is None else weakref.ref(row.sequence)
+        if keep < past:
+            self._load(lane, blocks, wanted)
+        else:
+            self._make_room(lane, past, blocks)
+        if past % size:
+            # Only this row writes that block now. What a lane had of its later slots is gone.
+            self._marks[blocks[past // size], past % size :] = _NEVER_WRITTEN
+        return _Job(row, lane, blocks, past)
+
+    def _load(self, lane: _Lane, blocks: npt.NDArray[np.int64], marks: Marks) -> None:
+        """Give a lane the KV of blocks."""
+        mine = blocks[: -(-len(marks) // BLOCK_SIZE)]
+        self._settle([int(block) for block in mine])
+        self._make_room(lane, 0, blocks[:0])
+        state = self._layout.join(self._memory()[mine], lane.number, len(marks))
+        self._model.set_state(lane.number, state)
+        lane.marks = marks.copy()
+
+    def _make_room(self, lane: _Lane, length: int, own: npt.NDArray[np.int64]) -> None:
+        """Truncate a lane; first take out what others may still want of its end."""
+        if length < len(lane.marks):
+            lost = [
+                block
+                for block, (owner, index) in self._dirty.items()
+                if owner is lane
+                and (index + 1) * BLOCK_SIZE > length
+                and not (index < len(own) and own[index] == block)
+            ]
+            self._settle(lost)
+        self._truncate(lane, length)
+
+    def _truncate(self, lane: _Lane, length: int) -> None:
+        if length >= len(lane.marks) and length:
+            # After a pass that failed it may hold more than is noted.
+            length = len(lane.marks)
+        if not self._model.truncate(lane.number, length):
+            self._model.truncate(lane.number, 0)
+            lane.marks = lane.marks[:0]
+            raise RuntimeFailure("llama.cpp could not truncate a sequence; it is read again.")
+        lane.marks = lane.marks[:length]
+        for block, (owner, index) in list(self._dirty.items()):
+            if owner is lane and index * BLOCK_SIZE >= length:
+                del self._dirty[block]
+
+    def _settle(self, blocks: Sequence[int]) -> None:
+        """Take what lanes have newer of these blocks, and of all others of these lanes, into the blocks."""
+        for lane in {
+            id(self._dirty[b][0]): self._dirty[b][0] for b in blocks if b in self._dirty
+        }.values():
+            indices = {
+                index: block for block, (owner, index) in self._dirty.items() if owner is lane
+            }
+            state = self._model.state(lane.number)
+            first, last = min(indices), max(indices)
+            try:
+                cut = self._layout.cut(state, range(first, last + 1), len(lane.marks))
+            except ValueError as cause:
+                raise RuntimeFailure(f"llama.cpp's state is not as it was: {cause}.") from cause
+            memory = self._memory()
+            for index, block in indices.items():
+                memory[block] = cut[index - first]
+                del self._dirty[block]
+
+
+def _common(first: Marks, second: Marks) -> int:
+    """Return how many leading marks are the same."""
+    length = min(len(first), len(second))
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if len(different) else length
+
+
+def _choose(row: Row, free: Sequence[_Lane], wanted: Marks) -> tuple[_Lane, int]:
+    """
+    Return the lane that serves a row, and how much of its past the lane holds.
+
+    One that holds all of it is truncated, unless that would lose more than it keeps, or what another
+    sequence still goes on from. Otherwise the blocks are loaded into the lane that was used the longest ago.
+    """
+    keeps = {lane.number: _common(lane.marks, wanted) for lane in free}
+    eldest = min(free, key=lambda lane: (lane.is_wanted(row, keeps[lane.number]), lane.used))
+    holding = [lane for lane in free if keeps[lane.number] == row.past]
+    if row.past and holding:
+        least = min(holding, key=lambda lane: (len(lane.marks), lane.used))
+        lost = len(least.marks) - row.past
+        if lost <= row.past and not (lost and least.is_wanted(row, row.past)):
+            return least, row.past
+    return eldest, keeps[eldest.number]
+
+
+def _window_step(window: int) -> int:
+    """Return after how many tokens a model with a sliding window has its KV taken out; 0 has none."""
+    if not window:
+        return 1 << 30
+    steps = [step for step in range(BLOCK_SIZE, window // 2 + 1, BLOCK_SIZE) if window % step == 0]
+    return max(steps, default=0)
+
+
+class LlamaSequences:
+    """
+    A model whose states cannot be cut into blocks: recurrent ones, hybrids, arrangements not understood.
+
+    A `SequenceRuntime`. Owned by its adapter.
+    """
+
+    def __init__(self, model: LlamaModel, *, context_length: int) -> None:
+        self._model = model
+        self._info = model.information(context_length, None)
+        self._lengths: dict[int, int] = {}
+
+    @property
+    def info(self) -> RuntimeInfo:
+        """Return what this runtime is."""
+        return self._info
+
+    def allocate(self, tokens: int) -> int:
+        """Make the context; return how many sequences it has."""
+        length = self._info.context_length
+        lanes = max(1, min(self._model.options.lanes, tokens // length))
+        self._model.open(length, lanes)
+        return lanes
+
+    def extend(self, feeds: Sequence[Feed]) -> Logits:
+        """Append tokens to sequences; see `SequenceRuntime.extend`."""
+        wanted: list[Logits] = []
+        with self._model.lock:
+            for feed in feeds:
+                for start in range(0, len(feed.token_ids), MOST_FED):
+                    ids = feed.token_ids[start : start + MOST_FED].tolist()
+                    is_last = start + len(ids) == len(feed.token_ids)
+                    wants = feed.wants_logits and is_last
+                    (logits,) = self._model.decode([(feed.sequence, feed.past + start, ids, wants)])
+                    if logits is not None:
+                        wanted.append(logits)
+        none = np.empty((0, self._info.vocab_size), np.float32)
+        return np.stack(wanted) if wanted else none
+
+    def truncate(self, sequence: int, length: int) -> bool:
+        """Cut a sequence, which a recurrent state cannot be."""
+        with self._model.lock:
+            return self._model.truncate(sequence, length)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Refuse: its streams are not copied one by one."""
+        raise MisuseError(f"sequence {source} cannot be copied to {target}, up to {length}")
+
+    def close(self) -> None:
+        """Free the model and its KV."""
+        self._model.close()
+
+
+def load_llama(path: Path, *, context_length: int, options: LlamaOptions) -> PagedRuntime:
+    """
+    Return the runtime of a GGUF file, which has no memory for KV yet.
+
+    Raises:
+        UnsupportedModelError: The library is missing, or cannot run this file.
+        ConfigError: There is no such KV type, or no graphics card for the layers that are asked for.
+        RuntimeFailure: There is no memory for it.
+    """
+    if options.kv_type is not None and options.kv_type not in KV_TYPES:
+        raise ConfigError(
+            f"There is no KV type {options.kv_type!r}: choose one of {', '.join(KV_TYPES)}."
+        )
+    lib = library()
+    model = LlamaModel(lib, path, options)
+    try:
+        layout = model.learn()
+        model.close_context()
+        if layout is not None and (not model.window or _window_step(model.window)):
+            return LlamaCppRuntime(model, layout, context_length=context_length)
+        return SequenceAdapter(LlamaSequences(model, context_length=context_length))
+    except BaseException:
+        model.close()
+        raise

@@ -1,0 +1,266 @@
+"""The figures in docs/benchmarks.md and in the README are those of the files that they name."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
+README = (ROOT / "README.md").read_text("utf-8")
+SERVER = json.loads(
+    (ROOT / "benchmarks/results/amd-epyc-2-cores/2026-11-25-server-fast.json").read_text("utf-8")
+)
+Result = dict[str, Any]
+_ROW = re.compile(
+    r"^\| (.+) \| \[[^]]+\]\(\.\./(benchmarks/results/[^)]+\.json)\) \|$", re.MULTILINE
+)
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e-\d+)?")
+
+
+def rows() -> list[tuple[str, str, Path]]:
+    """Return what each row of the page says: what was measured, the figure, and the file."""
+    found = []
+    for cells, file in _ROW.findall(PAGE):
+        what, figure = cells.rsplit(" | ", 1)
+        found.append((what, figure, ROOT / file))
+    return found
+
+
+def ms(seconds: float) -> float:
+    return seconds * 1e3
+
+
+def of_bench(of: Callable[[Result], list[float]]) -> Callable[[Result], list[float]]:
+    return lambda result: of(result["summary"])
+
+
+def speeds(result: Result) -> list[float]:
+    ratios = result["ratios_theirs_over_ours"]
+    return [ratios["prefill_PA"], ratios["decode_PA"]]
+
+
+def distances(name: str) -> Callable[[Result], list[float]]:
+    def found(result: Result) -> list[float]:
+        of = result["largest_difference_from_a_fresh_prefill"][name]
+        return [of["ours"], of["bare"]]
+
+    return found
+
+
+def first_tokens(*ways: str) -> Callable[[Result], list[float]]:
+    return lambda result: [result["ttft_s"][way]["median"] for way in ways]
+
+
+def total(result: Result, what: str) -> int:
+    return sum(trace[what] for trace in result["traces"])
+
+
+FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
+    ("bench-fast", "second turn"): of_bench(
+        lambda found: [found[way]["ttft_s"]["median"] for way in ("reuse_second", "without_second")]
+    ),
+    ("bench-fast", "the same, whole"): of_bench(
+        lambda found: [
+            *(found[way]["latency_s"]["median"] for way in ("reuse_second", "without_second")),
+            100 * found["share_of_ideal"],
+        ]
+    ),
+    ("fork-fast", "fork and rewind"): lambda result: [
+        result["result"]["fork_s"]["median"] * 1e6,
+        result["result"]["rewind_s"]["median"] * 1e6,
+        result["result"]["forward_passes"],
+    ],
+    ("fork-fast", "100 forks"): lambda result: [result["result"]["fork_blocks"]],
+    ("workloads-fast", "five traces"): lambda result: [
+        total(result, "computed_tokens"),
+        total(result, "recomputed_tokens"),
+    ],
+    ("batching-fast", "between the passes"): lambda result: [
+        result["overhead"]["between_passes_ms"]
+    ],
+    ("batching-fast", "4 chats at once"): lambda result: [
+        result["throughput"]["ratio"],
+        result["throughput"]["forward_ratio"],
+    ],
+    ("batching-fast", "longest wait"): lambda result: [result["gap"]["ratio"]],
+    ("runtime-fast", "prefill and decode"): speeds,
+    ("runtime-exact", "the same in `exact`"): speeds,
+    ("runtime-small", "the same in `small`"): speeds,
+    ("peers-fast", "two turns"): lambda result: [
+        result["figures"]["of_medians"]["genai_over_bare"]
+    ],
+    ("peers-fast", "prefill on OpenVINO"): lambda result: [
+        result["figures"]["of_medians"]["prefill_speedup"],
+        result["figures"]["of_medians"]["prefill_speedup_over_fp32"],
+    ],
+    ("peers-fast", "append after"): distances("append after a reply that was cut off"),
+    ("peers-fast", "rewind into"): distances("rewind into a reply"),
+    ("weights-fast", "a GGUF file's"): lambda result: [
+        result["speeds"][what] for what in ("decode 1", "decode 4", "decode 8", "prefill")
+    ],
+    ("sampling-exact", "choice of a token"): lambda result: [
+        result["milliseconds"][ids]["temperature 0.8"]["median"] for ids in ("49152", "151936")
+    ],
+    ("grammar-fast", "a grammar's mask"): lambda result: [
+        result["grammars"]["schema"]["mask_us"]["median"] / 1e3
+    ],
+    ("first-replies-fast", "forty first"): lambda result: [
+        result["long_replies"],
+        1200,
+        result["ran_away"],
+        result["median_tokens"],
+    ],
+    ("restart-smollm2-4000-fast", "next turn"): first_tokens("disk", "memory", "cold"),
+    ("restart-smollm2-4000-fast", "the same the moment"): first_tokens("at once"),
+    ("restart-smollm2-4000-fast", "20 branches"): lambda result: [
+        result["branches"]["extra_blocks"],
+        result["branches"]["before"]["blocks"],
+    ],
+    ("restart-smollm2-4000-fast", "`import recollect`"): lambda result: [
+        result["start_s"][kind]["median"] for kind in ("import", "version", "help")
+    ],
+    ("restart-qwen2.5-coder-1.5b-2000-fast", "next turn"): first_tokens("disk", "memory", "cold"),
+}  # fmt: skip
+"""Of each row, by the end of its file's name and its first words, how its numbers come out of the file."""
+
+
+def agrees(shown: str, value: float) -> bool:
+    """Return whether a number is a value rounded to the places that it shows."""
+    plain = shown.replace(",", "")
+    if "e" in plain:
+        return float(f"{value:.0e}") == float(plain)
+    places = len(plain.partition(".")[2])
+    return round(value, places) == float(plain) or f"{value:.{places}f}" == plain
+
+
+@pytest.mark.parametrize(("what", "figure", "path"), rows(), ids=lambda each: str(each)[:40])
+def test_a_figure_is_that_of_its_file(what: str, figure: str, path: Path) -> None:
+    result = json.loads(path.read_text("utf-8"))
+    (values,) = [
+        of(result)
+        for (name, words), of in FIGURES.items()
+        if re.fullmatch(rf"\d{{4}}-\d\d-\d\d-{re.escape(name)}", path.stem)
+        and what.startswith(words)
+    ]
+    shown = _NUMBER.findall(figure.replace("GenAI 0.18.0", "GenAI"))
+    assert len(shown) == len(values)
+    for number, value in zip(shown, values, strict=True):
+        assert agrees(number, value), (number, value)
+
+
+def test_every_figure_that_can_be_computed_is_shown() -> None:
+    assert len(rows()) == len(FIGURES)
+
+
+def test_every_kept_result_is_on_the_page() -> None:
+    kept = {path.relative_to(ROOT) for path in (ROOT / "benchmarks/results").rglob("*.json")}
+    shown = {
+        Path(found) for found in re.findall(r"\(\.\./(benchmarks/results/[^)]+\.json)\)", PAGE)
+    }
+    assert kept - shown == set(), (
+        "give each a row in docs/benchmarks.md, and its figures in FIGURES"
+    )
+
+
+def test_the_lengths_of_the_traces_are_those_of_the_file() -> None:
+    (what,) = [what for what, _, _ in rows() if what.startswith("five traces")]
+    path = next(path for each, _, path in rows() if each == what)
+    result = json.loads(path.read_text("utf-8"))
+    assert what == (
+        f"five traces, {total(result, 'requests')} requests, "
+        f"{total(result, 'prompt_tokens'):,} prompt tokens"
+    )
+
+
+NAMES = ("recollect", "llama-server")
+TRACES = {
+    "next turn after a restart": "after a restart",
+    "8 chats at once on one system prompt": "8 on one system prompt",
+    "an agent that forks 16 ways": "agent, 16 forks",
+    "a chat of 20 turns": "long chat",
+    "regenerate, edit and undo": "regenerate and edit",
+    "12 conversations in random order": "12 interleaved",
+    "all of these": None,
+}
+"""What a row is called, and what its trace is called in the file; None: all together."""
+
+
+def measured(trace: str | None, server: str) -> tuple[float, float]:
+    """Return the tokens computed and the seconds to all first tokens: the median of the rounds."""
+    of = [
+        found
+        for found in SERVER["traces"]
+        if found["server"] == server and trace in {None, found["trace"]}
+    ]
+    count = len(of) if trace else 2
+    assert count == 2
+    rounds = [of[: len(of) // 2], of[len(of) // 2 :]]
+    return (
+        median(sum(found["computed_tokens"] for found in each) for each in rounds),
+        median(sum(found["ttft_s"] for found in each) for each in rounds),
+    )
+
+
+def tokens(value: float) -> str:
+    return f"{value + 1e-9:,.0f}"
+
+
+def seconds(value: float) -> str:
+    return (
+        f"{value:.2f} s"
+        if value < 0.995
+        else f"{value:.1f} s"
+        if value < 9.95
+        else f"{value:.0f} s"
+    )
+
+
+@pytest.mark.parametrize(("row", "trace"), TRACES.items())
+def test_the_figures_beside_llama_servers_are_those_of_the_file(
+    row: str, trace: str | None
+) -> None:
+    both = [measured(trace, name) for name in NAMES]
+    (found,) = re.findall(
+        rf"^\| {row}[^|\n]*: tokens computed \| (.+) \| (.+) \|\n\| [^|\n]+ \| (.+) \| (.+) \|$",
+        PAGE,
+        re.MULTILINE,
+    )
+    assert found == (
+        tokens(both[0][0]),
+        tokens(both[1][0]),
+        seconds(both[0][1]),
+        seconds(both[1][1]),
+    )
+
+
+def test_what_else_is_said_of_the_two_servers_is_in_the_file() -> None:
+    speed = SERVER["tokens_per_second"]
+    ours, theirs = (f"{speed[name]:.0f}" for name in NAMES)
+    assert f"| 4 clients at once: tokens per second | {ours} | {theirs} |" in PAGE
+    added = ms(SERVER["first_text_s"]["added"])
+    assert f"| what HTTP adds to the first token | {added:.0f} ms | |" in PAGE
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_file() -> None:
+    """Its three rows, and the two cases in which both cost the same."""
+    for row, trace in list(TRACES.items())[:3]:
+        (ours, ours_s), (theirs, theirs_s) = [measured(trace, name) for name in NAMES]
+        cells = f"{tokens(ours)}, {seconds(ours_s)} | {tokens(theirs)}, {seconds(theirs_s)} |"
+        (line,) = [line for line in README.splitlines() if line.startswith(f"| {row}")]
+        assert line.endswith(f"| {cells}")
+    for trace in ("long chat", "regenerate and edit"):
+        counts = [tokens(measured(trace, name)[0]) for name in NAMES]
+        assert f"({counts[0]} and {counts[1]})" in README
+
+
+def test_the_machine_of_the_readme_is_that_of_the_file() -> None:
+    machine = SERVER["machine"]
+    assert f"{machine['physical_cores']} cores of an {machine['cpu']}" in README
+    assert (machine["model"], machine["profile"]) == ("smollm2", "fast")
+    assert machine["cpu_features"] == ["avx2"]
+    assert "with SmolLM2-135M" in README
