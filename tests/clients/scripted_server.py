@@ -28,7 +28,6 @@ from recollect.models.catalog import LocalModel
 from recollect.runtime.base import PagedRuntime, PassResult, Row
 from recollect.server import app as server
 from recollect.text.tokenizer import Tokenizer
-from recollect.types import Profile
 
 END: Final = "<|im_end|>"
 GENERATION_PROMPT: Final = "<|im_start|>assistant\n"
@@ -194,8 +193,8 @@ def put_in_place(script: Script, record: Record) -> None:
         script.use(made)
         return made
 
-    def runtime(model: LocalModel, profile: Profile) -> Any:
-        return CountingRuntime(parts.runtime(model, profile), record)
+    def runtime(model: LocalModel, options: formats.RunOptions) -> Any:
+        return CountingRuntime(parts.runtime(model, options), record)
 
     wrapped = replace(parts, tokenizer=tokenizer, runtime=runtime)
     formats.FORMATS = MappingProxyType({**formats.FORMATS, "openvino": wrapped})  # type: ignore[misc]

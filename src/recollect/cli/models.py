@@ -136,10 +136,11 @@ def pull(
     if not check:
         return
     # Here and not above: listing models need not wait 0.1 s for all that proves.
-    from recollect.cli.prove import EXACT, compare, file_lines, not_compared  # noqa: PLC0415
+    from recollect.cli.prove import EXACT, compare, file_lines  # noqa: PLC0415
+    from recollect.proof.verify import FileReport, why_not_compared  # noqa: PLC0415 - as above
 
     if local.source is None:
-        report = not_compared(local)
+        report = FileReport(outcome="NOT COMPARED", reason=why_not_compared(local))
     else:
         with replace(EXACT, offline=offline).load(name) as loaded:
             report = compare(loaded)

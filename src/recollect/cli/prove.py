@@ -19,7 +19,7 @@ from recollect.cli.display import count, progress_bar
 from recollect.cli.options import JsonFileOption, ModelOption, ModelOptions, takes_model_options
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError
-from recollect.models.catalog import DEFAULT_MODEL, LocalModel
+from recollect.models.catalog import DEFAULT_MODEL
 from recollect.models.listing import Compared, stamps_of
 from recollect.proof import report as output
 from recollect.proof import verify as proof
@@ -43,7 +43,7 @@ from recollect.proof.scenarios import (
     play_all,
     run_rewind_test,
 )
-from recollect.proof.verify import FileReport, VerifyReport, compare_with_file, why_not_compared
+from recollect.proof.verify import FileReport, VerifyReport, compare_with_file
 
 FAST: Final = ModelOptions(kv_disk="0")
 """Without a cache on disk, which would hide what is computed."""
@@ -160,8 +160,9 @@ def _write_verdict(
 def compare(loaded: Model) -> FileReport:
     """Compare a loaded model with its file, and note the outcome for `recollect models`."""
     # Before, of what was loaded; a GGUF file that runs as it is has the digest of its bytes.
-    folder = None if loaded.local.format == "gguf" else loaded.local.folder
-    stamps = {} if folder is None else stamps_of(folder)
+    local, stamps = loaded.local, {}
+    if local.folder is not None and local.format != "gguf":
+        stamps = stamps_of(local.folder)
     with progress_bar("Comparing with the file") as progress:
         report = compare_with_file(
             loaded, progress=lambda done, of: progress(f"layer {done} of {of}", done, of)
@@ -175,15 +176,10 @@ def compare(loaded: Model) -> FileReport:
             files=stamps,
         )
         try:
-            noted.write(config.home(), loaded.local.fingerprint)
+            noted.write(config.home(), local.fingerprint)
         except OSError as cause:
             typer.echo(f"The outcome could not be noted ({cause.strerror or cause}).", err=True)
     return report
-
-
-def not_compared(local: LocalModel) -> FileReport:
-    """Return the report on a model that has no file to compare with."""
-    return FileReport(outcome="NOT COMPARED", reason=why_not_compared(local))
 
 
 def file_lines(name: str, profile: str, report: FileReport) -> list[str]:
