@@ -16,7 +16,7 @@ from recollect.text.reasoning import (
     says_the_same,
 )
 from recollect.text.template import ChatTemplate
-from recollect.text.tool_calls import ArgumentsDelta, CallStarted, TextDelta
+from recollect.text.tool_calls import ArgumentsDelta, CallRules, CallStarted, TextDelta
 from recollect.types import Message
 
 ASSISTANT: Final = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -157,7 +157,7 @@ def test_what_is_told_does_not_depend_on_the_pieces(pieces: Sequence[str], is_in
 
 def test_calls_are_looked_for_in_what_is_said() -> None:
     call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
-    reader = ReplyReader(Begun(THINK), ("f",))
+    reader = ReplyReader(Begun(THINK), CallRules(names=("f",)))
     text = f"<think>Shall I {call}?</think>\n\nI look.\n{call}"
     told = [event for letter in text for event in reader.push(letter)]
     told += reader.finish(is_cut=False)
