@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -267,7 +268,7 @@ def speed_of(setting: Setting, runtime: LlamaCppRuntime, *, slow: bool) -> dict[
     result: dict[str, Any] = dict(found)
     for tokens in (512,) if slow or setting.small else (512, 2048, HISTORY):
         ids = ids_of(tokens, shape)
-        seconds = timed(lambda ids=ids: read(runtime, ids, table(len(ids))), 1 if slow else 3)
+        seconds = timed(partial(read, runtime, ids, table(tokens)), 1 if slow else 3)
         result[f"prefill of {tokens}, tokens/s"] = tokens / seconds
         decoded = 16 if slow else 64
 
@@ -501,9 +502,8 @@ def run_part(part: str, folder: Path, seconds: float, *, small: bool) -> dict[st
     if ended.returncode:
         return {"failed": ended.returncode, "said": ended.stderr[-3000:], **took}
     said = ended.stderr.strip()
-    return (
-        json.loads(ended.stdout.splitlines()[-1]) | took | ({"said": said[-1500:]} if said else {})
-    )
+    result: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return result | took | ({"said": said[-1500:]} if said else {})
 
 
 if __name__ == "__main__":

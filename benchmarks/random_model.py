@@ -59,7 +59,9 @@ def write_random_model(path: Path, shape: Shape, *, vocabulary_of: Path | None =
     writer.add_block_count(shape.layers)
     writer.add_feed_forward_length(shape.feed_forward)
     writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
+    is_hybrid = shape.architecture == "lfm2"  # every other layer has a convolution and no attention
+    kv_heads = [shape.kv_heads * (layer % 2) for layer in range(shape.layers)]
+    writer.add_head_count_kv(kv_heads if is_hybrid else shape.kv_heads)
     writer.add_key_length(shape.head_size)
     writer.add_value_length(shape.head_size)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -122,6 +124,8 @@ def _data(
     if len(size) == 1:
         low, high = (-0.5, 0.5) if name.endswith("bias") else (0.5, 1.5)
         return random.uniform(low, high, size).astype(np.float32)
+    if name.endswith("ssm_a"):  # minus what a state forgets at each step
+        return -random.uniform(0.1, 2.0, size).astype(np.float32)
     deviation = 0.5 if name.startswith(("token_embd", "output")) else 2.0 / np.sqrt(size[-1])
     # Drawing takes a minute for a billion numbers, so large matrices repeat some.
     drawn = random.standard_normal(min(int(np.prod(size)), _DRAWN), np.float32)
@@ -143,6 +147,10 @@ def _tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
         "output.weight": (shape.vocabulary, width),
         "output_norm.weight": (width,),
     }
+    if shape.architecture == "mamba":
+        return tensors | _mamba(shape)
+    if shape.architecture == "lfm2":
+        tensors["token_embd_norm.weight"] = tensors.pop("output_norm.weight")
     for layer in range(shape.layers):
         parts: dict[str, tuple[int, ...]] = {
             "attn_norm": (width,),
@@ -166,7 +174,16 @@ def _tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
                 "ffn_up": (inner, width),
                 "ffn_down": (width, inner),
             }
-        if shape.head_norms:
+        if shape.architecture == "lfm2" and layer % 2 == 0:
+            parts = {name: size for name, size in parts.items() if not name.startswith("attn_")}
+            kernel = int(shape.fields["shortconv.l_cache"])
+            parts |= {
+                "attn_norm": (width,),
+                "shortconv.conv": (width, kernel),
+                "shortconv.in_proj": (3 * width, width),
+                "shortconv.out_proj": (width, width),
+            }
+        elif shape.head_norms:
             parts |= {"attn_q_norm": (shape.head_size,), "attn_k_norm": (shape.head_size,)}
         if shape.biases:
             tensors |= {
@@ -178,6 +195,35 @@ def _tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
             parts |= {"post_attention_norm": (width,), "post_ffw_norm": (width,)}
         tensors |= {f"blk.{layer}.{name}.weight": size for name, size in parts.items()}
     return tensors
+
+
+def _mamba(shape: Shape) -> dict[str, tuple[int, ...]]:
+    width, inner, state, rank = shape.width, 2 * shape.width, 16, 4
+    tensors: dict[str, tuple[int, ...]] = {}
+    for layer in range(shape.layers):
+        parts: dict[str, tuple[int, ...]] = {
+            "attn_norm.weight": (width,),
+            "ssm_in.weight": (2 * inner, width),
+            "ssm_conv1d.weight": (inner, 4),
+            "ssm_conv1d.bias": (inner,),
+            "ssm_x.weight": (rank + 2 * state, inner),
+            "ssm_dt.weight": (inner, rank),
+            "ssm_dt.bias": (inner,),
+            "ssm_a": (inner, state),
+            "ssm_d": (inner,),
+            "ssm_out.weight": (width, inner),
+        }
+        tensors |= {f"blk.{layer}.{name}": size for name, size in parts.items()}
+    return tensors
+
+
+MAMBA = {
+    "ssm.conv_kernel": 4,
+    "ssm.inner_size": 128,
+    "ssm.state_size": 16,
+    "ssm.time_step_rank": 4,
+}
+"""Fields of a Mamba of the width 64."""
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from random_model import Shape, write_random_model
+from random_model import MAMBA, Shape, write_random_model
 from recollect import config
 from recollect.models.onnx_folder import Precision
 from recollect.models.prepare import prepare
@@ -63,6 +63,10 @@ LLAMA_SHAPES = {
         head_norms=True,
         norms_on_both_sides=True,
         fields={"attention.sliding_window": 64},
+    ),
+    "llama-recurrent": Shape(architecture="mamba", fields=MAMBA),
+    "llama-hybrid": Shape(
+        architecture="lfm2", layers=4, head_norms=True, fields={"shortconv.l_cache": 3}
     ),
     "llama-experts": Shape(architecture="qwen3moe", head_norms=True, experts=4),
 }

@@ -30,6 +30,7 @@ app = typer.Typer()
 
 _EXTRAS: Final = {
     "recollect-llm[genai]": ("onnxruntime_genai", "ONNX GenAI folders"),
+    "recollect-llm[llama]": ("xllamacpp", "GGUF files on llama.cpp"),
     "recollect-llm[grammar]": ("llguidance", "JSON schemas and tools"),
     "recollect-llm[encrypt]": ("cryptography", "an encrypted data folder"),
     "recollect-llm[server]": ("fastapi", "recollect serve"),
@@ -52,6 +53,19 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Llama:
+    """A library of llama.cpp on this machine."""
+
+    origin: str
+    """Who brought it: a variable, or a package with its release."""
+    path: str
+    refusal: str | None
+    """Why it is not used, as a clause; None: it can be."""
+    devices: tuple[str, ...] = ()
+    """What the one that is used computes on, each with its free memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
     """What `recollect doctor` found, as `--json` prints it; sizes in bytes."""
 
@@ -67,6 +81,8 @@ class Findings:
     """Of the disk with the data folder; None where that cannot be used."""
     kv_disk_bytes: int | None
     devices: tuple[Device, ...]
+    llama: tuple[Llama, ...]
+    """The libraries of llama.cpp, in the order in which they are tried."""
     extras: dict[str, bool]
     """Of each requirement that adds something whether it is installed."""
     models: tuple[str, ...]
@@ -98,6 +114,7 @@ def examine() -> Findings:
     problems: list[str] = []
     home = _tried(config.home, problems)
     devices = _tried(_devices, problems) or ()
+    llama = _tried(_llama, problems) or ()
     here: tuple[str, ...] = ()
     free = kv_disk = None
     is_encrypted = False
@@ -116,9 +133,10 @@ def examine() -> Findings:
         free_disk_bytes=free,
         kv_disk_bytes=kv_disk,
         devices=devices,
+        llama=llama,
         extras={name: find_spec(module) is not None for name, (module, _) in _EXTRAS.items()},
         models=here,
-        would_use=_would_use(devices, here, kv_memory, kv_disk),
+        would_use=_would_use(devices, llama, here, kv_memory, kv_disk),
         problems=tuple(dict.fromkeys(problems)),
     )
 
@@ -141,6 +159,28 @@ def _devices() -> tuple[Device, ...]:
     )
 
 
+def _llama() -> tuple[Llama, ...]:
+    from recollect.runtime.llama_library import (  # noqa: PLC0415 - as above
+        found_libraries,
+        library,
+        refusal_of,
+    )
+
+    found, used = [], False
+    for one in found_libraries():
+        refusal, devices = refusal_of(one), ()
+        if refusal is None and used:
+            refusal = "one before it is used"
+        elif refusal is None:
+            used = True
+            devices = tuple(
+                f"{device.name} ({device.description}), {format_bytes(device.free_bytes)} free"
+                for device in library().devices()
+            )
+        found.append(Llama(origin=one.origin, path=str(one.path), refusal=refusal, devices=devices))
+    return tuple(found)
+
+
 def _models(home: Path) -> tuple[str, ...]:
     return tuple(one.name for one in installed(home) if one.is_installed)
 
@@ -153,7 +193,11 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _would_use(
-    devices: tuple[Device, ...], here: tuple[str, ...], kv_memory: int, kv_disk: int | None
+    devices: tuple[Device, ...],
+    llama: tuple[Llama, ...],
+    here: tuple[str, ...],
+    kv_memory: int,
+    kv_disk: int | None,
 ) -> dict[str, str]:
     used = {
         "model": f"{DEFAULT_MODEL}, because it is the default, "
@@ -176,6 +220,13 @@ def _would_use(
         used["device"] = (
             f"OpenVINO's {device.name}, because paged attention gives its KV out there{unused}"
         )
+        card = next((d for one in llama for d in one.devices if not d.startswith("CPU")), None)
+        if card is not None:
+            used["GGUF files"] = f"llama.cpp on {card}, because a graphics card is quicker"
+        elif any(one.refusal is None for one in llama):
+            used["GGUF files"] = (
+                "OpenVINO where it reads them exactly, and llama.cpp for the others"
+            )
         used["arithmetic"] = f"profile {config.DEFAULT_PROFILE}: f16 KV, and {precision}"
     used["cache in memory"] = (
         f"at most {format_bytes(kv_memory)}, a quarter of what is free, and no more than four full "
@@ -209,6 +260,7 @@ def _show(found: Findings, console: Console) -> None:
             (f"device {one.name}", f"{one.called}: {', '.join(one.computes)}")
             for one in found.devices
         ),
+        *((f"llama.cpp {n}", _library(one)) for n, one in enumerate(found.llama, 1)),
         ("models here", ", ".join(found.models) or "none yet"),
         *((name, _extra(name, there)) for name, there in found.extras.items()),
     ]
@@ -217,6 +269,13 @@ def _show(found: Findings, console: Console) -> None:
     _print_rows(console, list(found.would_use.items()))
     for problem in found.problems:
         console.print(Text(f"Problem: {problem}", "red"), highlight=False)
+
+
+def _library(library: Llama) -> str:
+    state = (
+        "; ".join(library.devices) if library.refusal is None else f"not used: {library.refusal}"
+    )
+    return f"{library.origin}: {state}"
 
 
 def _extra(name: str, is_there: bool) -> str:

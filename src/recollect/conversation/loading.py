@@ -19,7 +19,7 @@ from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.engine.pinning import in_memory, require_tier
-from recollect.errors import StoreError
+from recollect.errors import StoreError, UnsupportedModelError
 from recollect.journal.portable import Branch, BranchHead, CarriedBlock, PortableFile
 from recollect.kv.disk import STORE_FOLDER, DiskStore, NewBlock, is_there, open_existing
 from recollect.kv.environment import translated
@@ -135,9 +135,13 @@ def which_llama() -> Llama:
     """Return whether llama.cpp is here, and whether it is the quicker one since it has a graphics card."""
     from recollect.runtime.llama_library import is_there, library  # noqa: PLC0415 - part of an extra
 
-    if not is_there():
+    try:
+        if not is_there():
+            return "missing"
+        is_quicker = any(device.is_graphics for device in library().devices())
+    except UnsupportedModelError as error:  # models that OpenVINO runs do without it
+        _log.warning("%s", error)
         return "missing"
-    is_quicker = any(device.is_graphics for device in library().devices())
     return "quicker" if is_quicker else "there"
 
 

@@ -27,6 +27,8 @@ from recollect.models.prepare import kept_folder, models_folder
 from recollect.models.stores import Stored
 from recollect.types import Profile
 
+LLAMA_MODULES: Final = ("xllamacpp", "llama_cpp")
+"""Packages that bring llama.cpp."""
 _COMPARED_FOLDER: Final = "compared"
 _MOST_BYTES: Final = 1 << 16
 """A hundred times what is written."""
@@ -166,7 +168,9 @@ def what_runs(form: str, architecture: str | None) -> Runs:
             return Runs(None, "pip install 'recollect-llm[genai]' to run it")
         return Runs("ONNX Runtime GenAI")
     if form == "gguf" and architecture not in FAMILIES:
-        return Runs(None, f"recollect builds no {architecture} from GGUF")
+        if not any(map(find_spec, LLAMA_MODULES)):
+            return Runs(None, f"pip install 'recollect-llm[llama]' to run {architecture}")
+        return Runs("llama.cpp")
     return Runs("OpenVINO")
 
 

@@ -193,7 +193,8 @@ class LlamaModel:
         self._context = self.lib.new_context(self._model, params)
         if self._context is None:
             raise RuntimeFailure(
-                f"llama.cpp has no memory for {lanes} sequences of {cells:,} tokens ({self.lib.why()})."
+                f"llama.cpp cannot hold {lanes} sequences of {cells:,} tokens with KV of {self.kv_type} "
+                f"({self.lib.why()}): take another --kv-type, fewer layers on the card, or a smaller model."
             )
 
     def decode(self, parts: Sequence[tuple[int, int, Sequence[int], bool]]) -> list[Logits | None]:

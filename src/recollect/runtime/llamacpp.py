@@ -91,7 +91,7 @@ class LlamaCppRuntime:
     """
 
     def __init__(self, model: LlamaModel, layout: Layout, *, context_length: int) -> None:
-        self._model, self._layout = model, layout
+        self.model, self.layout = model, layout
         self._info = model.information(context_length, layout)
         self._step = _window_step(model.window)
         self._lanes: list[_Lane] = []
@@ -106,19 +106,24 @@ class LlamaCppRuntime:
         """Return what this runtime is."""
         return self._info
 
+    @property
+    def lane_lengths(self) -> list[int]:
+        """Return how many tokens each lane holds KV of."""
+        return [len(lane.marks) for lane in self._lanes]
+
     def allocate(self, num_blocks: int) -> None:
         """Make room for that many blocks, and for lanes in the device's memory."""
         tokens, length = num_blocks * BLOCK_SIZE, self._info.context_length
-        lanes = max(1, min(self._model.options.lanes, tokens // length))
+        lanes = max(1, min(self.model.options.lanes, tokens // length))
         self._open(length, lanes)
-        self._blocks = np.zeros((num_blocks, self._layout.bytes_per_block), np.uint8)
+        self._blocks = np.zeros((num_blocks, self.layout.bytes_per_block), np.uint8)
         self._marks = np.full((num_blocks, BLOCK_SIZE), _NEVER_WRITTEN, np.int64)
         pace = replace(self._info.pace, most_rows=min(self._info.pace.most_rows, len(self._lanes)))
         self._info = replace(self._info, pace=pace)
 
     def forward(self, rows: Sequence[Row]) -> PassResult:
         """Run one forward pass over the rows, or several where there are more than lanes."""
-        with self._model.lock:
+        with self.model.lock:
             check_rows(rows, self._info, len(self._memory()))
             results: list[Logits] = []
             for first in range(0, len(rows), len(self._lanes)):
@@ -128,7 +133,7 @@ class LlamaCppRuntime:
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, `(source, target)` each."""
-        with self._model.lock:
+        with self.model.lock:
             memory = self._memory()
             check_blocks([block for pair in pairs for block in pair], len(memory))
             for source, target in pairs:
@@ -149,7 +154,7 @@ class LlamaCppRuntime:
         memory = self._memory()
         check_blocks([block], len(memory))
         check_block_bytes(into, self._info)
-        with self._model.lock:
+        with self.model.lock:
             self._settle([block])
             np.frombuffer(into, np.uint8)[:] = memory[block]
 
@@ -158,18 +163,18 @@ class LlamaCppRuntime:
         memory = self._memory()
         check_blocks([block], len(memory))
         check_block_bytes(content, self._info)
-        with self._model.lock:
+        with self.model.lock:
             self._dirty.pop(block, None)
             memory[block] = np.frombuffer(content, np.uint8)
             self._marks[block] = self._new_marks(BLOCK_SIZE)
 
     def close(self) -> None:
         """Free the model and all KV."""
-        with self._model.lock:
+        with self.model.lock:
             self._blocks = None
             self._dirty.clear()
             self._lanes.clear()
-            self._model.close()
+            self.model.close()
 
     def check(self) -> None:
         """
@@ -178,7 +183,7 @@ class LlamaCppRuntime:
         Raises:
             AssertionError: One does not hold.
         """
-        with self._model.lock:
+        with self.model.lock:
             for block, (lane, index) in self._dirty.items():
                 start = index * BLOCK_SIZE
                 marks = self._marks[block]
@@ -197,19 +202,19 @@ class LlamaCppRuntime:
         """Open the context with as many lanes as there is memory for."""
         while True:
             try:
-                self._model.open(length, lanes)
+                self.model.open(length, lanes)
                 break
             except RuntimeFailure:
                 if lanes > 1:
                     lanes //= 2
                     _log.warning("There is memory for %d sequences at once only.", lanes)
-                elif self._model.put_less_on_cards():
-                    self._layout = self._model.require_layout()
-                    self._info = self._model.information(length, self._layout)
+                elif self.model.put_less_on_cards():
+                    self.layout = self.model.require_layout()
+                    self._info = self.model.information(length, self.layout)
                 else:
                     raise
         self._lanes = [_Lane(number) for number in range(lanes)]
-        self._layout = self._layout.with_streams(lanes)
+        self.layout = self.layout.with_streams(lanes)
 
     def _new_marks(self, count: int) -> Marks:
         self._last_mark += count
@@ -237,7 +242,7 @@ class LlamaCppRuntime:
                 parts.append((job, end))
                 room -= end - job.at
         try:
-            logits = self._model.decode(
+            logits = self.model.decode(
                 [
                     (
                         job.lane.number,
@@ -297,8 +302,8 @@ class LlamaCppRuntime:
         mine = blocks[: -(-len(marks) // BLOCK_SIZE)]
         self._settle([int(block) for block in mine])
         self._make_room(lane, 0, blocks[:0])
-        state = self._layout.join(self._memory()[mine], lane.number, len(marks))
-        self._model.set_state(lane.number, state)
+        state = self.layout.join(self._memory()[mine], lane.number, len(marks))
+        self.model.set_state(lane.number, state)
         lane.marks = marks.copy()
 
     def _make_room(self, lane: _Lane, length: int, own: npt.NDArray[np.int64]) -> None:
@@ -318,8 +323,8 @@ class LlamaCppRuntime:
         if length >= len(lane.marks) and length:
             # After a pass that failed it may hold more than is noted.
             length = len(lane.marks)
-        if not self._model.truncate(lane.number, length):
-            self._model.truncate(lane.number, 0)
+        if not self.model.truncate(lane.number, length):
+            self.model.truncate(lane.number, 0)
             lane.marks = lane.marks[:0]
             raise RuntimeFailure("llama.cpp could not truncate a sequence; it is read again.")
         lane.marks = lane.marks[:length]
@@ -335,10 +340,10 @@ class LlamaCppRuntime:
             indices = {
                 index: block for block, (owner, index) in self._dirty.items() if owner is lane
             }
-            state = self._model.state(lane.number)
+            state = self.model.state(lane.number)
             first, last = min(indices), max(indices)
             try:
-                cut = self._layout.cut(state, range(first, last + 1), len(lane.marks))
+                cut = self.layout.cut(state, range(first, last + 1), len(lane.marks))
             except ValueError as cause:
                 raise RuntimeFailure(f"llama.cpp's state is not as it was: {cause}.") from cause
             memory = self._memory()
@@ -347,7 +352,7 @@ class LlamaCppRuntime:
                 del self._dirty[block]
 
 
-def _common(first: Marks, second: Marks) -> int:
+def common_marks(first: Marks, second: Marks) -> int:
     """Return how many leading marks are the same."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])
@@ -361,7 +366,7 @@ def _choose(row: Row, free: Sequence[_Lane], wanted: Marks) -> tuple[_Lane, int]
     One that holds all of it is truncated, unless that would lose more than it keeps, or what another
     sequence still goes on from. Otherwise the blocks are loaded into the lane that was used the longest ago.
     """
-    keeps = {lane.number: _common(lane.marks, wanted) for lane in free}
+    keeps = {lane.number: common_marks(lane.marks, wanted) for lane in free}
     eldest = min(free, key=lambda lane: (lane.is_wanted(row, keeps[lane.number]), lane.used))
     holding = [lane for lane in free if keeps[lane.number] == row.past]
     if row.past and holding:
@@ -388,7 +393,7 @@ class LlamaSequences:
     """
 
     def __init__(self, model: LlamaModel, *, context_length: int) -> None:
-        self._model = model
+        self.model = model
         self._info = model.information(context_length, None)
         self._lengths: dict[int, int] = {}
 
@@ -400,20 +405,20 @@ class LlamaSequences:
     def allocate(self, tokens: int) -> int:
         """Make the context; return how many sequences it has."""
         length = self._info.context_length
-        lanes = max(1, min(self._model.options.lanes, tokens // length))
-        self._model.open(length, lanes)
+        lanes = max(1, min(self.model.options.lanes, tokens // length))
+        self.model.open(length, lanes)
         return lanes
 
     def extend(self, feeds: Sequence[Feed]) -> Logits:
         """Append tokens to sequences; see `SequenceRuntime.extend`."""
         wanted: list[Logits] = []
-        with self._model.lock:
+        with self.model.lock:
             for feed in feeds:
                 for start in range(0, len(feed.token_ids), MOST_FED):
                     ids = feed.token_ids[start : start + MOST_FED].tolist()
                     is_last = start + len(ids) == len(feed.token_ids)
                     wants = feed.wants_logits and is_last
-                    (logits,) = self._model.decode([(feed.sequence, feed.past + start, ids, wants)])
+                    (logits,) = self.model.decode([(feed.sequence, feed.past + start, ids, wants)])
                     if logits is not None:
                         wanted.append(logits)
         none = np.empty((0, self._info.vocab_size), np.float32)
@@ -421,8 +426,8 @@ class LlamaSequences:
 
     def truncate(self, sequence: int, length: int) -> bool:
         """Cut a sequence, which a recurrent state cannot be."""
-        with self._model.lock:
-            return self._model.truncate(sequence, length)
+        with self.model.lock:
+            return self.model.truncate(sequence, length)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Refuse: its streams are not copied one by one."""
@@ -430,7 +435,7 @@ class LlamaSequences:
 
     def close(self) -> None:
         """Free the model and its KV."""
-        self._model.close()
+        self.model.close()
 
 
 def load_llama(path: Path, *, context_length: int, options: LlamaOptions) -> PagedRuntime:

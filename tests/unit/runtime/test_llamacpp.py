@@ -1,0 +1,304 @@
+"""llama.cpp's sequences as caches of blocks: right, and seen to be wrong where a fault is planted."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from random_model import Shape, write_random_model
+from recollect.errors import ConfigError, RuntimeFailure, UnsupportedModelError
+from recollect.runtime import llama_library
+from recollect.runtime import llamacpp as module
+from recollect.runtime.base import Logits, PagedRuntime, Row, SequenceId
+from recollect.runtime.llama_library import VARIABLE, Found, LlamaLibrary, found_libraries, library
+from recollect.runtime.llama_model import LlamaOptions
+from recollect.runtime.llama_state import Layout
+from recollect.runtime.llamacpp import LlamaCppRuntime, load_llama
+from recollect.runtime.sequences import SequenceAdapter
+
+SHAPE = Shape(head_size=32)
+EXACT = LlamaOptions(profile="exact", threads=1)
+ELSEWHERE = 1e-3
+"""Beyond rounding; a wrong slot is off by more than 1."""
+
+Open = Callable[..., LlamaCppRuntime]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_model(tmp_path_factory.mktemp("llama") / "random.gguf", SHAPE)
+
+
+@pytest.fixture
+def open_runtime(path: Path) -> Iterator[Open]:
+    made: list[PagedRuntime] = []
+
+    def make(options: LlamaOptions = EXACT, blocks: int = 160) -> LlamaCppRuntime:
+        runtime = load_llama(path, context_length=512, options=options)
+        made.append(runtime)
+        runtime.allocate(blocks)
+        assert isinstance(runtime, LlamaCppRuntime)
+        return runtime
+
+    yield make
+    for runtime in made:
+        runtime.close()
+
+
+def ids_of(length: int, seed: int = 0) -> list[int]:
+    return [int(one) for one in np.random.default_rng(seed).integers(10, 250, length)]
+
+
+def table(tokens: int, first: int = 0) -> list[int]:
+    return list(range(first, first + -(-tokens // 32)))
+
+
+def run(runtime: PagedRuntime, ids: list[int], blocks: list[int], past: int = 0) -> Logits:
+    return runtime.forward([Row(ids[past:], past, blocks)]).logits[0]
+
+
+def lose_all_lanes(runtime: LlamaCppRuntime) -> None:
+    for number in range(runtime.info.pace.most_rows):
+        run(runtime, ids_of(5, 50 + number), [140 + number])
+
+
+def differs(first: Logits, second: Logits) -> float:
+    return float(np.abs(first - second).max())
+
+
+def test_reuse_is_bitwise_for_the_same_passes(open_runtime: Open) -> None:
+    runtime = open_runtime(LlamaOptions(threads=1))
+    ids, more = ids_of(100), ids_of(20, 1)
+    expected = run(runtime, ids, table(100, 20))
+    expected = run(runtime, ids + more, table(120, 20), 100)
+    run(runtime, ids, table(120))
+    assert np.array_equal(run(runtime, ids + more, table(120), 100), expected)
+    lose_all_lanes(runtime)
+    assert np.array_equal(run(runtime, ids + more, table(120), 100), expected)
+    assert np.array_equal(run(runtime, ids + more, table(120), 100), expected)  # rewound
+    runtime.check()
+
+
+def test_more_rows_than_lanes_are_computed_in_groups(open_runtime: Open) -> None:
+    runtime = open_runtime()
+    assert runtime.info.pace.most_rows == 4
+    rows = [ids_of(10 + number, number) for number in range(11)]
+    alone = [run(runtime, ids, [20 + number]) for number, ids in enumerate(rows)]
+    together = runtime.forward([Row(ids, 0, [number]) for number, ids in enumerate(rows)]).logits
+    for one, other in zip(alone, together, strict=True):
+        assert differs(one, other) < ELSEWHERE
+    runtime.check()
+
+
+def test_a_lane_that_another_sequence_goes_on_from_is_not_taken(open_runtime: Open) -> None:
+    runtime = open_runtime()
+    ids, first, second = ids_of(64), SequenceId(), SequenceId()
+    runtime.forward([Row(ids + ids_of(10, 1), 0, table(96), sequence=first)])
+    lane = runtime.lane_lengths.index(74)
+    runtime.forward([Row(ids_of(3, 2), 64, [0, 1, 9], sequence=second)])
+    assert runtime.lane_lengths[lane] == 74
+    runtime.forward([Row([7], 74, table(96), sequence=first)])
+    assert runtime.lane_lengths[lane] == 75
+
+
+def test_a_foreign_block_is_seen(open_runtime: Open) -> None:
+    runtime = open_runtime()
+    ids, other = ids_of(96), ids_of(96, 9)
+    expected = run(runtime, ids, table(96))
+    run(runtime, other, table(96, 10))
+    assert differs(run(runtime, ids, [0, 1, 2], 95), expected) < ELSEWHERE
+    run(runtime, ids[:64], table(64, 30))
+    assert differs(run(runtime, ids, [30, 31, 3], 64), expected) < ELSEWHERE
+    assert differs(run(runtime, ids, [30, 11, 3], 64), expected) > 1
+
+
+def test_zeroed_bytes_are_seen_also_where_a_lane_has_the_right_ones(open_runtime: Open) -> None:
+    runtime = open_runtime()
+    ids = ids_of(96)
+    expected = run(runtime, ids, table(96))
+    content = bytearray(runtime.info.bytes_per_block)
+    runtime.write_block(0, memoryview(content))
+    assert differs(run(runtime, ids, table(96), 64), expected) > 1
+
+
+def test_a_lane_matched_by_ids_alone_would_be_found(
+    open_runtime: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KV of the same tokens that came from elsewhere is used, and not what a lane happens to have."""
+    runtime = open_runtime(replace(EXACT, lanes=1))
+    ids = ids_of(96)
+    expected = run(runtime, ids, table(96))
+    run(runtime, ids_of(64, 4), table(64, 10))
+    content = bytearray(runtime.info.bytes_per_block)
+    runtime.read_block(11, memoryview(content))
+
+    def brings_in_other_kv() -> float:
+        run(runtime, ids, table(96))
+        runtime.write_block(1, memoryview(content))
+        return differs(run(runtime, ids, table(96), 64), expected)
+
+    assert brings_in_other_kv() > 1
+    by_ids = lambda lane, wanted: min(len(lane), len(wanted))  # noqa: E731 - which are the same here
+    monkeypatch.setattr(module, "common_marks", by_ids)
+    with pytest.raises(AssertionError):
+        assert brings_in_other_kv() > 1
+
+
+def test_a_row_that_reads_what_was_never_written_is_refused(open_runtime: Open) -> None:
+    runtime = open_runtime()
+    run(runtime, ids_of(20), [0])
+    with pytest.raises(RuntimeFailure, match="nothing was ever"):
+        runtime.forward([Row([5], 21, [0])])
+    runtime.check()
+
+
+def test_a_pass_that_fails_leaves_what_was_there(
+    open_runtime: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = open_runtime()
+    ids = ids_of(80)
+    expected = run(runtime, ids, table(80))
+    run(runtime, ids[:70], table(80, 10))
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime.model.lib, "llama_decode", lambda *_: 2)
+        with pytest.raises(RuntimeFailure, match="running the model"):
+            run(runtime, ids, table(80, 10), 70)
+    runtime.check()
+    assert differs(run(runtime, ids, table(80, 10), 70), expected) < ELSEWHERE
+
+
+@pytest.mark.parametrize("profile", ["exact", "fast", "small"])
+def test_a_state_is_made_of_blocks_byte_by_byte(open_runtime: Open, profile: Any) -> None:
+    runtime = open_runtime(LlamaOptions(profile=profile, threads=1))
+    run(runtime, ids_of(77), table(77))
+    lane = runtime.lane_lengths.index(77)
+    state = runtime.model.state(lane)
+    layout = runtime.layout
+    blocks = layout.cut(state, range(3), 77)
+    assert np.array_equal(layout.join(blocks, lane, 77), state)
+    assert not np.array_equal(layout.join(blocks[::-1], lane, 77), state)
+    with pytest.raises(ValueError, match="state"):
+        layout.cut(state, range(3), 76)
+
+
+def test_an_arrangement_that_is_not_known_is_replayed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Layout, "learn", classmethod(lambda *_, **__: None))
+    runtime = load_llama(path, context_length=512, options=EXACT)
+    assert isinstance(runtime, SequenceAdapter)
+    assert not runtime.info.reuse.as_bytes
+    runtime.allocate(40)
+    ids = ids_of(70)
+    expected = run(runtime, ids, table(70))
+    run(runtime, ids[:40], table(70, 5))
+    assert differs(run(runtime, ids, table(70, 5), 40), expected) < ELSEWHERE
+    runtime.close()
+
+
+def test_states_with_bytes_that_nobody_explains_are_not_learned(open_runtime: Open) -> None:
+    runtime = open_runtime()
+    run(runtime, ids_of(3), [0])
+    lane = runtime.lane_lengths.index(3)
+    state = runtime.model.state(lane)
+    learn = {"sequence": lane, "streams": 4, "cells": 3, "block_size": 32}
+    assert Layout.learn(state, **learn) is not None
+    assert Layout.learn(np.concatenate([state, np.zeros(4, np.uint8)]), **learn) is None
+    assert Layout.learn(state[:-1], **learn) is None
+
+
+def test_the_window_is_left_behind_and_come_back_to(tmp_path: Path) -> None:
+    shape = Shape(
+        architecture="gemma3",
+        layers=6,
+        head_norms=True,
+        norms_on_both_sides=True,
+        fields={"attention.sliding_window": 64},
+    )
+    file = write_random_model(tmp_path / "window.gguf", shape)
+    runtime = load_llama(file, context_length=512, options=EXACT)
+    assert isinstance(runtime, LlamaCppRuntime)
+    runtime.allocate(160)
+    ids, more = ids_of(400), ids_of(9, 3)
+    run(runtime, ids, table(409))
+    for past in (30, 70, 200, 333):
+        expected = run(runtime, ids[:past] + more, table(409, 20))
+        blocks = [*table(past)[:-1], 100, 101]
+        runtime.copy_blocks([(table(past)[-1], 100)])
+        lose_all_lanes(runtime)
+        assert differs(run(runtime, ids[:past] + more, blocks, past), expected) < ELSEWHERE, past
+    runtime.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (LlamaOptions(kv_type="f12"), "choose one of f32"),
+        (LlamaOptions(gpu_layers=3), "There is no graphics card"),
+    ],
+)
+def test_options_that_cannot_be_are_one_sentence(
+    path: Path, options: LlamaOptions, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_llama(path, context_length=512, options=options)
+
+
+def test_a_file_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(UnsupportedModelError, match=r"cannot load broken\.gguf"):
+        load_llama(broken, context_length=512, options=EXACT)
+
+
+def test_a_library_that_is_named_and_missing_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "libllama.so"))
+    with pytest.raises(UnsupportedModelError, match="where no file is"):
+        found_libraries()
+
+
+def test_another_release_of_the_package_is_refused() -> None:
+    refusal = llama_library.refusal_of(Found(Path("x"), "xllamacpp-2026.9.11063", ""))
+    assert refusal == "it is 2026.9.11063, and 2026.10.11549 was tested"
+    for version, ok in (("0.3.36", True), ("0.3.9", False), ("0.4.0", False)):
+        found = Found(Path("x"), f"llama-cpp-python-{version}", "")
+        assert (llama_library.refusal_of(found) is None) is ok
+
+
+def test_a_build_with_other_structures_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a field was added: every default behind it is another's."""
+    changed = {**llama_library.CONTEXT_DEFAULTS, "n_batch": 1024}
+    monkeypatch.setattr(llama_library, "CONTEXT_DEFAULTS", changed)
+    with pytest.raises(UnsupportedModelError, match=r"not known here \(its default n_batch"):
+        LlamaLibrary(library().found)
+
+
+def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "libllama.so"
+    other.write_bytes(b"no library")
+    with pytest.raises(UnsupportedModelError, match=r"cannot be used as llama\.cpp's library"):
+        LlamaLibrary(Found(other, "x", "x"))
+
+
+def test_without_memory_for_all_lanes_there_are_fewer(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opens = module.LlamaModel.open
+
+    def open_few(self: Any, cells: int, lanes: int) -> None:
+        if lanes > 2:
+            raise RuntimeFailure("no memory")
+        opens(self, cells, lanes)
+
+    monkeypatch.setattr(module.LlamaModel, "open", open_few)
+    runtime = load_llama(path, context_length=512, options=EXACT)
+    runtime.allocate(160)
+    assert runtime.info.pace.most_rows == 2
+    assert "memory for 2 sequences" in caplog.text
+    assert len(runtime.forward([Row([5 + n], 0, [n]) for n in range(5)]).logits) == 5
+    runtime.close()
