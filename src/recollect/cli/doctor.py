@@ -168,7 +168,8 @@ def _llama() -> tuple[Llama, ...]:
 
     found, used = [], False
     for one in found_libraries():
-        refusal, devices = refusal_of(one), ()
+        refusal = refusal_of(one)
+        devices: tuple[str, ...] = ()
         if refusal is None and used:
             refusal = "one before it is used"
         elif refusal is None:

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 import os
 import queue
 import subprocess
@@ -485,7 +486,7 @@ class ChatTemplate:
                 "later": [*first, *turn, said[1], asked],
             }[kind]
             # Some are broken without tools.
-            each = [self._tried(messages, True, self._options)]
+            each = [self._tried(math.inf, messages, True, self._options)]
             each += [self._rendered_or_none(messages)] if each[0] is None else []
             text = each[-1] or ""
             self._takes[kind] = all(str(one["content"]) in text for one in messages)

@@ -57,7 +57,8 @@ def table(tokens: int, first: int = 0) -> list[int]:
 
 
 def run(runtime: PagedRuntime, ids: list[int], blocks: list[int], past: int = 0) -> Logits:
-    return runtime.forward([Row(ids[past:], past, blocks)]).logits[0]
+    logits: Logits = runtime.forward([Row(ids[past:], past, blocks)]).logits[0]
+    return logits
 
 
 def lose_all_lanes(runtime: LlamaCppRuntime) -> None:
