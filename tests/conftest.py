@@ -9,6 +9,8 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tarfile
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -616,3 +618,33 @@ def _onnx_folder(precision: Precision) -> Path:
 def onnx_folder() -> Callable[[Precision], Path]:
     """Return a maker of the default model's ONNX GenAI folder, int8 or fp32."""
     return _onnx_folder
+
+
+TEMPLATES = "llama-cpp-python==0.3.36"
+TEMPLATES_FOLDER = "/vendor/llama.cpp/models/templates/"
+
+
+@pytest.fixture(scope="session")
+def sources() -> dict[str, str]:
+    """
+    Return the real chat templates that llama.cpp keeps, by name; fetched once, and kept for later runs.
+
+    They are in its Python package's source, which takes a minute or two to fetch.
+    """
+    cache = platformdirs.user_cache_path("recollect") / "tests"
+    folder = cache / f"templates-{TEMPLATES.rpartition('=')[2]}"
+    if not (folder / "whole").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as fetched:
+            command = [sys.executable, "-m", "pip", "download", TEMPLATES, "--no-deps"]
+            kept = ["--no-binary", ":all:", "--quiet", "--dest", fetched]
+            subprocess.run([*command, *kept], check=True)  # noqa: S603 - pip
+            (archive,) = Path(fetched).glob("*.tar.gz")
+            with tarfile.open(archive) as package:
+                for member in package:
+                    if TEMPLATES_FOLDER in f"/{member.name}" and member.name.endswith(".jinja"):
+                        file = package.extractfile(member)
+                        assert file is not None
+                        (folder / Path(member.name).name).write_bytes(file.read())
+        (folder / "whole").touch()
+    return {file.stem: file.read_text("utf-8") for file in sorted(folder.glob("*.jinja"))}

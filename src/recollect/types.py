@@ -117,6 +117,11 @@ class ToolLinks:
     """Name of the tool that was called."""
     reasoning: str | None = None
     """What the model thought before it said the text."""
+    format: str | None = None
+    """Name of the format in which the calls are in the text; None: that of Hermes."""
+    arguments: tuple[str, ...] = ()
+    """The arguments of the calls as JSON text, where the format does not tell texts from numbers, and the
+    tools' schemas did."""
 
 
 def no_progress(_what: str, _done: int, _total: int | None) -> None:

@@ -22,8 +22,9 @@ from hypothesis.stateful import (
 
 from recollect.conversation.matching import KnownMessages, MessageIndex
 from recollect.conversation.model import Model
-from recollect.conversation.prompt import Prompt, PromptEncoder
+from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
+from recollect.conversation.showing import Prompt
 from recollect.conversation.tree import Node
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (

@@ -1,11 +1,7 @@
 """Real chat templates: those that llama.cpp keeps, from its Python package's source."""
 
-import subprocess
-import sys
-import tarfile
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -18,8 +14,6 @@ from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import END_OF_TURN, ByteTokenizer
 from recollect.types import Message, SamplingParams
 
-PACKAGE: Final = "llama-cpp-python==0.3.36"
-FOLDER: Final = "/vendor/llama.cpp/models/templates/"
 NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 SAID: Final[list[Message]] = [
     {"role": "system", "content": "Be naïve."},
@@ -108,23 +102,6 @@ KEEPS: Final = {
 the last, and that is told."""
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the templates by name; fetching their package takes a minute or two."""
-    folder = tmp_path_factory.mktemp("templates")
-    command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--dest", str(folder)]
-    subprocess.run([*command, "--no-binary", ":all:", "--quiet"], check=True)  # noqa: S603 - pip
-    (archive,) = folder.glob("*.tar.gz")
-    found = {}
-    with tarfile.open(archive) as package:
-        for member in package:
-            if FOLDER in f"/{member.name}" and member.name.endswith(".jinja"):
-                file = package.extractfile(member)
-                assert file is not None
-                found[Path(member.name).stem] = file.read().decode()
-    return found
 
 
 Says = Callable[[str], SamplingParams]

@@ -203,7 +203,7 @@ def chat(
     question: Annotated[
         str | None,
         typer.Argument(
-            metavar="[QUESTION]",
+            metavar="QUESTION",
             help="Answer this once and end. What comes through a pipe is sent before it, as the text "
             "that it is about.",
         ),

@@ -6,9 +6,11 @@ Also repairs standard input, output and errors that are closed, full or without 
 """
 
 import os
+import re
 import sys
 from contextlib import redirect_stdout, suppress
 from importlib import import_module
+from inspect import cleandoc
 from io import StringIO
 from typing import Annotated, Any, Final, NoReturn, TextIO, cast
 
@@ -143,7 +145,22 @@ def load_command(name: str) -> Any:
     Typer keeps the type of commands to itself.
     """
     module, _ = COMMANDS[name]
-    return get_group(import_module(f"recollect.cli.{module}").app).commands[name]
+    command = get_group(import_module(f"recollect.cli.{module}").app).commands[name]
+    for one in (command, *getattr(command, "commands", {}).values()):
+        one.help = flowing(one.help or "")
+    return command
+
+
+_INSIDE_SENTENCE: Final = re.compile(r"(?<=[^.:\n])\n(?=\S)")
+
+
+def flowing(text: str) -> str:
+    """Return a docstring without the line ends inside its sentences, for a terminal of any width."""
+    paragraphs = cleandoc(text).split("\n\n")
+    return "\n\n".join(
+        one if "\n " in one else _INSIDE_SENTENCE.sub(" ", one)  # an example stays as it is
+        for one in paragraphs
+    )
 
 
 class _LazyGroup(TyperGroup):

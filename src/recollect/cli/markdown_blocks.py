@@ -40,10 +40,10 @@ MOST_OPEN: Final = 400
 """Most characters that wait for the end of an emphasis, a code span, a link or a word."""
 MOST_TABLE_ROWS: Final = 40
 """Most rows of a table that are drawn again for each new one; then its columns stay as they are."""
-WINDOW_CHARACTERS: Final = 1200
+WINDOW_CHARACTERS: Final = 400
 """How much of the code before a line tells how the line is coloured."""
-MOST_WINDOW_CHARACTERS: Final = 4 * WINDOW_CHARACTERS
-"""The same inside a string or a comment; one that is longer loses its colour."""
+MOST_WINDOW_CHARACTERS: Final = 4800
+"""The same at the end of a line in a string or a comment; one that is longer loses its colour."""
 RULE_WIDTH: Final = 60
 
 PLAIN: Final = Style()
@@ -205,28 +205,44 @@ class Code:
         """The lines before, as far back as they tell how the next one is coloured."""
         self._cuts = deque[int]()
         """The ends of those lines that are in no string and no comment."""
+        self._inside = PLAIN
+        """How the last line ended."""
         self._line = ""
+        self._shown = ""
+        """What of the line was drawn last."""
         self._is_new = True
         self._margin = indent
         self._rule(f"── {label} " if label else "")
 
     def push(self, text: str) -> None:
-        """Show more of the line."""
+        """Show more of the line, up to the last whole word."""
         self._begin()
         self._line += text
-        rows = [self._indent + self._coloured(_UNFINISHED.sub("", self._line))]
-        if len(self._line) <= MOST_OPEN and self._screen.fits(rows):
+        if len(self._line) > MOST_OPEN:
+            self._go_on_behind()
+            return
+        shown = _UNFINISHED.sub("", self._line)
+        if shown == self._shown:
+            return
+        self._shown = shown
+        is_long = len(self._before) > WINDOW_CHARACTERS  # inside a string or a comment
+        rows = [self._indent + ([(shown, self._inside)] if is_long else self._coloured(shown)[0])]
+        if self._screen.fits(rows):
             self._screen.draw(rows)
-        else:  # the line is too long to be drawn again; the rest of it goes on behind
-            self._screen.settle([self._indent + self._coloured(self._line)])
-            self._indent, self._line = [], ""
+        else:
+            self._go_on_behind()
 
     def end_line(self) -> None:
         """Settle the line."""
         self._begin()
-        self._screen.settle([self._indent + self._coloured(self._line)])
+        row, last = self._coloured(self._line + "\n")
+        self._screen.settle([self._indent + row])
+        self._before += self._line + "\n"
+        self._inside = _colour(last)
+        if last not in String and last not in Comment:
+            self._cuts.append(len(self._before))
         self._forget()
-        self._line, self._is_new, self._indent = "", True, self._margin
+        self._line, self._shown, self._is_new, self._indent = "", "", True, self._margin
 
     def finish(self) -> None:
         """Close the block."""
@@ -234,12 +250,13 @@ class Code:
             self.end_line()
         self._rule("")
 
+    def _go_on_behind(self) -> None:
+        """Settle a line that is too long to be drawn again; the rest of it is written behind."""
+        self._screen.settle([self._indent + self._coloured(self._line)[0]])
+        self._indent, self._line, self._shown = [], "", ""
+
     def _forget(self) -> None:
-        """Add the line to those before, and drop the oldest up to a line's end that begins anew."""
-        self._before += self._line + "\n"
-        *_, (last, _) = self._lexer.get_tokens(self._before)
-        if last not in String and last not in Comment:
-            self._cuts.append(len(self._before))
+        """Drop the oldest lines before, up to the end of one that is in no string and no comment."""
         while len(self._before) > WINDOW_CHARACTERS and self._cuts:
             cut = self._cuts.popleft()
             self._before = self._before[cut:]
@@ -260,16 +277,17 @@ class Code:
         label = set_cell_size(label, min(width, cell_len(label)))
         self._screen.settle([[*self._margin, (label + "─" * (width - cell_len(label)), DIM)]])
 
-    def _coloured(self, line: str) -> Row:
+    def _coloured(self, line: str) -> tuple[Row, Any]:
+        """Return the line in colours, and the type of its last token."""
         before = self._before
         row: Row = []
-        place = 0
+        place, kind = 0, None
         for kind, text in self._lexer.get_tokens(before + line):
             shown = text[max(0, len(before) - place) :].rstrip("\n")
             place += len(text)
             if shown and place > len(before):
                 row.append((shown, _colour(kind)))
-        return row
+        return row, kind
 
 
 _MOST_LANGUAGE: Final = 32

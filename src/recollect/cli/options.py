@@ -37,6 +37,7 @@ from recollect.models import stores
 from recollect.models.catalog import REFERENCE_NAME
 from recollect.models.listing import installed
 from recollect.models.prepare import prepare
+from recollect.text import tool_formats
 from recollect.types import Profile, RuntimeChoice
 
 NO_KV: Final = "There is no cache on this disk yet: `recollect chat` makes one."
@@ -312,6 +313,14 @@ class ModelOptions:
             help="Use the whole context of a model with LongRoPE, such as Phi-3 128k.",
         ),
     ] = False
+    tool_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"How the model writes calls of tools: {', '.join(tool_formats.FORMATS)}.",
+            show_default="as its chat template shows",
+        ),
+    ] = None
 
     runtime: Annotated[
         RuntimeChoice,
@@ -338,12 +347,13 @@ class ModelOptions:
 
     def check(self) -> None:
         """
-        Raise what is wrong with the sizes and with the setting for offline use.
+        Raise what is wrong with the sizes, the format of calls and the setting for offline use.
 
         Raises:
             ConfigError: One of them has no meaning.
         """
         self._sizes()
+        tool_formats.named(self.tool_format)
         config.is_offline()
 
     def prepare(self, name: str) -> None:
@@ -393,6 +403,7 @@ class ModelOptions:
                 runtime=self.runtime,
                 gpu_layers=self._layers(),
                 kv_type=self.kv_type,
+                tool_format=self.tool_format,
                 progress=progress,
                 offline=self.offline or None,
             )

@@ -27,6 +27,7 @@ from recollect.kv.record import Key, chained_key
 from recollect.models.catalog import DEFAULT_MODEL
 from recollect.models.prepare import Llama, prepare
 from recollect.runtime.base import PagedRuntime
+from recollect.text import tool_formats
 from recollect.types import Profile, Progress, RuntimeChoice, no_progress
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def load(
     kv_type: str | None = None,
     progress: Progress = no_progress,
     offline: bool | None = None,
+    tool_format: str | None = None,
 ) -> Model:
     """
     Return a loaded model, after fetching and converting it if that is needed.
@@ -80,14 +82,18 @@ def load(
         progress: Called while the model is fetched and converted.
         offline: Whether to refuse a model that is not on this disk, and not fetch it; None: as
             `RECOLLECT_OFFLINE` says, and no if that is not set.
+        tool_format: The name of the format in which the model writes calls of tools, such as `hermes`;
+            see `docs/models.md`. None: the one that the model's chat template shows.
 
     Raises:
         ModelError: The model cannot be fetched or read; the subclass says which.
-        ConfigError: `kv_memory` or `kv_disk` is less than a block, there is no such profile, the model
+        ConfigError: `kv_memory` or `kv_disk` is less than a block, there is no such profile or format of
+            calls, the model
             has no long context, or the data folder is encrypted with another key.
         StoreError: The KV store cannot be opened.
     """
     config.parse_profile(profile)
+    tool_formats.named(tool_format)
     home = config.home() if home is None else config.require_folder(home)
     if cipher is None:
         cipher = encryption.unlock(home)
@@ -117,6 +123,7 @@ def load(
             kv_memory=kv_memory,
             store=store,
             cipher=cipher,
+            tool_format=tool_format,
         )
     except BaseException:
         if store is not None:

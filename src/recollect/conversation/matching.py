@@ -21,10 +21,11 @@ from sys import getsizeof
 from typing import Final
 
 from recollect.conversation.tools import NO_TOOLS, KnownTools, Tools
-from recollect.conversation.tree import ROOT_KEY, Node, canonical, message_key, to_node
+from recollect.conversation.tree import ROOT_KEY, Node, canonical, message_key, relinked, to_node
 from recollect.engine.tier import DiskTier
 from recollect.journal.records import NewNode
 from recollect.kv.record import StoredReply
+from recollect.text.tool_formats import ToolFormat
 from recollect.types import Message, Role, ToolLinks
 
 MOST_MESSAGES: Final = 20_000
@@ -562,10 +563,11 @@ class RememberedReplies:
     Holds no state but where to look; safe from any thread.
     """
 
-    def __init__(self, tier: DiskTier, fingerprint: str, namespace: str) -> None:
+    def __init__(self, tier: DiskTier, fingerprint: str, namespace: str, form: ToolFormat) -> None:
         self._tier = tier
         self._fingerprint = fingerprint
         self._namespace = namespace
+        self._format = form
 
     def note(self, reply: Node) -> None:
         """Remember a reply that was generated; nothing where it was not, or by another model."""
@@ -591,6 +593,7 @@ class RememberedReplies:
             links = replace(links, reasoning=thought)
         elif links.reasoning is not None:
             return message
+        links = relinked(text, replace(message, links=links), self._format)
         return replace(
             message,
             content=text,

@@ -35,6 +35,7 @@ from recollect.kv.disk import DiskStore
 from recollect.kv.record import Pin, StoredReply, chained_keys
 from recollect.models.catalog import LocalModel
 from recollect.runtime.base import PagedRuntime, RuntimeInfo
+from recollect.text import tool_formats
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
@@ -204,6 +205,7 @@ class Model:
         kv_memory: int | None = None,
         store: DiskStore | None = None,
         cipher: Cipher | None = None,
+        tool_format: str | None = None,
     ) -> None:
         """
         Make a model from its loaded parts; `load` is the usual way.
@@ -216,6 +218,7 @@ class Model:
             kv_memory: As in `load`.
             store: The KV store, closed with the model; None: KV is in memory only.
             cipher: The cipher of an encrypted data folder; None: it is not encrypted.
+            tool_format: As in `load`.
         """
         self.name: Final = local.name
         self.local: Final = local
@@ -236,6 +239,7 @@ class Model:
             bos_token=local.bos_token,
             eos_token=local.eos_token,
             is_own=local.folder is None,
+            tool_format=tool_formats.named(tool_format),
         )
         self.weights_fingerprint: Final = local.fingerprint
         self.prompts: Final = PromptEncoder(
@@ -379,7 +383,7 @@ class Model:
         if not messages:
             raise ConversationError("There are no messages: give at least one.")
         messages = self.template.with_thoughts(messages)
-        index = self._index(namespace)
+        index = MessageIndex(self.known, namespace)
         found = index.find(messages)
         change = index.change(messages, found)
         # A conversation of its own, which lasts as long as the session: a client may change any of
@@ -546,17 +550,14 @@ class Model:
                 self._journal = None
 
     def _conversation(self, namespace: str) -> Conversation:
-        tier, fingerprint = self.engine.tier, self.weights_fingerprint
+        tier, own, form = self.engine.tier, self.weights_fingerprint, self.prompts.tool_format
         return Conversation(
             model=self.name,
-            fingerprint=fingerprint,
-            index=self._index(namespace),
-            remembered=None if tier is None else RememberedReplies(tier, fingerprint, namespace),
+            fingerprint=own,
+            index=MessageIndex(self.known, namespace),
+            remembered=RememberedReplies(tier, own, namespace, form) if tier else None,
             namespace=namespace,
         )
-
-    def _index(self, namespace: str) -> MessageIndex:
-        return MessageIndex(self.known, namespace)
 
     def __enter__(self) -> Self:
         return self

@@ -23,18 +23,20 @@ import re
 import secrets
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from sys import getsizeof
 from typing import Any, Final, cast
 
+from recollect.conversation import showing
 from recollect.conversation.matching import shared_characters
+from recollect.conversation.showing import Opening, Prompt, Rewritten
 from recollect.conversation.tree import ROOT_KEY, Node, message_key
 from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text.reasoning import ShowingTokenizer, says_nothing, says_the_same
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
-from recollect.types import Message, Remembered, Role, common_prefix_length
+from recollect.text.tool_calls import CallRules
+from recollect.types import Message, Remembered, Role, ToolCall, common_prefix_length
 
 ToolSchemas = Sequence[Mapping[str, Any]]
 Render = Callable[[list[Message], ToolSchemas], str]
@@ -49,8 +51,9 @@ and 23.7.
 _SCHEMA_WORDS: Final = frozenset(
     {"type", "function", "name", "description", "parameters", "properties", "required", "items"}
     | {"enum", "default", "title", "object", "array", "string", "integer", "number", "boolean"}
+    | {"id", "arguments"}
 )
-"""Words that templates look up in the descriptions of tools: to mark them would hide them."""
+"""Words that templates look up in tools and their calls: to mark them would hide them."""
 
 
 class Guard:
@@ -63,7 +66,9 @@ class Guard:
         suspicious: list[str] = []
         if control.may_be_in(said):
             suspicious += said
-        if tools and control.may_be_in_json(_json(tools), except_for=_SCHEMA_WORDS):
+        if tools and control.may_be_in_json(
+            json.dumps(list(tools), ensure_ascii=False), except_for=_SCHEMA_WORDS
+        ):
             suspicious += _strings(tools)
         self.is_needed: Final = any(map(self._cuts, suspicious))
         """Whether anything that is said could make a control token."""
@@ -71,7 +76,9 @@ class Guard:
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
         """Return messages with marks in them."""
-        return [cast("Message", {**one, **self._marked(_said_in(one))}) for one in messages]
+        # Roles are the template's words.
+        marked = [{**self._marked(one), "role": one["role"]} for one in messages]
+        return cast("list[Message]", marked)
 
     def tools(self, tools: ToolSchemas) -> list[Mapping[str, Any]]:
         """Return descriptions of tools with marks in them."""
@@ -127,21 +134,9 @@ def shown(
         return marked, None
     # The template looks at what is said. Where that is about something else than control tokens,
     # its own answer counts; otherwise the one that it gives to a text without any.
-    if _written(Shown(text), control) == _written(marked, control):
+    if Shown(text).written(control) == marked.written(control):
         return Shown(text), None
     return marked, guard
-
-
-def _written(text: Shown, control: ControlTokens) -> list[str]:
-    """Return the control tokens that lie across no break, in order."""
-    found, start = [], 0
-    while (span := control.find(text.text, start)) is not None:
-        if text.has_break(*span):
-            start = span[0] + 1
-        else:
-            found.append(text.text[slice(*span)])
-            start = span[1]
-    return found
 
 
 def _new_mark(strings: Iterable[str]) -> str:
@@ -158,14 +153,6 @@ def _new_mark(strings: Iterable[str]) -> str:
     raise TemplateError(
         "The messages hold every character of private use, which no text needs: take some out."
     )
-
-
-def _json(tools: ToolSchemas) -> str:
-    return json.dumps(list(tools), ensure_ascii=False)
-
-
-def _said_in(message: Message) -> dict[str, Any]:
-    return {name: value for name, value in message.items() if name != "role"}
 
 
 def _strings(value: Any) -> Iterable[str]:
@@ -192,55 +179,11 @@ _ENTRY_BYTES: Final = 250
 Source: `sys.getsizeof` of these in CPython 3.12, rounded up."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rewritten:
-    """A reply, or what leads to it, that is shown otherwise than when it was generated."""
-
-    reply: int
-    """Which, counted from 0."""
-    start: int
-    """Of the prompt's ids, the first that was another then."""
-    end: int
-    """Where in the prompt the reply ends."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A conversation as token ids."""
-
-    token_ids: list[int]
-    rewritten: tuple[Rewritten, ...] = ()
-    """The replies of this model that are shown otherwise; there the ids are those of the template's text."""
-    reencoded_replies: int = 0
-    """Replies that another model wrote: their text is encoded, since its ids mean nothing here."""
-    reencoded_length: int = 0
-    """Leading ids up to the end of the last of these."""
-    ending: str = ""
-    """The last characters of the text, in which one sees whether the template has opened reasoning."""
-    generated_length: int = 0
-    """Leading ids up to the end of the last reply of this model. All but the last of them were read
-    before, unless something is shown otherwise."""
-
-    @property
-    def rewritten_reply(self) -> int | None:
-        """Return the first reply, counted from 0, that is shown otherwise; None where none is."""
-        return self.rewritten[0].reply if self.rewritten else None
-
-
 MOST_OPENING_BYTES: Final = 2 << 20
 """
 Of what led to replies, for all sessions of a model together: hundreds of turns of agents, or the first
 turns of dozens. What is forgotten is rendered again.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """What a template shows after a reply, or from the beginning on, up to where the next one begins."""
-
-    after: int
-    """Which reply that is, counted from 0; -1: from the beginning on."""
-    text: str
 
 
 def size_of_ids(ids: "array[int]") -> int:
@@ -263,7 +206,7 @@ class PromptEncoder:
         self, template: ChatTemplate, tokenizer: Tokenizer, *, fingerprint: str = ""
     ) -> None:
         self._fingerprint = fingerprint
-        self._template = template
+        self._template, self.tool_format = template, template.tool_format
         self._tokenizer = tokenizer
         self.remembered: Final = Remembered(size_of_ids, MOST_REMEMBERED_BYTES)
         self.openings: Final = Remembered[Opening](
@@ -290,7 +233,7 @@ class PromptEncoder:
         Raises:
             TemplateError: The template refuses the conversation.
         """
-        messages = [node.written_message() for node in path]
+        messages = self._messages(path)
         if said is not None:
             messages.append({"role": "user", "content": said})
 
@@ -361,8 +304,16 @@ class PromptEncoder:
                 raise TemplateError("The model's chat template does not show a reply at the end.")
             return before
 
-        messages = [node.written_message() for node in path]
+        messages = self._messages(path)
         return self._remembered(_Encoding(self, path, messages, tools, render, typed), role)
+
+    def _messages(self, path: Sequence[Node]) -> list[Message]:
+        """Return messages as the template takes them: with calls beside the text, or in it."""
+        template = self._template
+        return [
+            showing.message_of(one, template) if one.calls_tools else one.written_message()
+            for one in path
+        ]
 
     def mark(self, reply: int) -> str:
         """Return the text that stands for what a reply says."""
@@ -380,7 +331,8 @@ class PromptEncoder:
         name = blake2b(array("i", reply.token_ids).tobytes(), digest_size=16).digest()
         known = self._written.get(name)
         if known is None:
-            text = ShowingTokenizer(self._tokenizer, marks).decode(reply.token_ids)
+            rules = CallRules(self.tool_format)
+            text = ShowingTokenizer(self._tokenizer, marks, rules).decode(reply.token_ids)
             known = text.removesuffix(reply.content) if text.endswith(reply.content) else ""
             self._written.put(name, known)
         return known
@@ -489,19 +441,26 @@ class _Encoding:
         messages, tools, guard = self._messages[:count], self._tools, self._guard
         if guard is not None:
             messages, tools = guard.messages(messages), guard.tools(tools)
+        marked: dict[str, Sequence[ToolCall]] = {}
         thoughts: dict[str, str] = {}
         for number, place in enumerate(self._places):
-            if place < count:
-                thought = self._messages[place].get("reasoning_content")
-                messages[place] = {"role": "assistant", "content": self._encoder.mark(number)}
-                if thought:
-                    mark = self._encoder.thought_mark(number)
-                    messages[place]["reasoning_content"] = mark
-                    thoughts[mark] = thought
+            if place >= count:
+                continue
+            mark, said = self._encoder.mark(number), self._messages[place]
+            messages[place] = {"role": "assistant", "content": mark}
+            if calls := said.get("tool_calls"):
+                messages[place], marked[mark] = showing.marked(mark, calls)
+            if thought := said.get("reasoning_content"):
+                instead = self._encoder.thought_mark(number)
+                messages[place]["reasoning_content"] = instead
+                thoughts[instead] = thought
         text = render(messages, tools)
-        numbers, around = self._encoder.unmarked(text if guard is None else guard.read(text).text)
-        for mark, thought in thoughts.items():
-            around = [one.replace(mark, thought) for one in around]
+        text = text if guard is None else guard.read(text).text
+        numbers, around = self._encoder.unmarked(
+            showing.collapsed(text, marked, self._encoder.tool_format) if marked else text
+        )
+        for instead, thought in thoughts.items():
+            around = [one.replace(instead, thought) for one in around]
         return numbers, around
 
     def _asked(self, number: int) -> str | None:
@@ -531,7 +490,15 @@ class _Encoding:
         reply, asked = self.path[self._places[number]], self._asked(number)
         is_own = self._encoder.is_own(reply)
         before = self._encoder.before_said(reply) if is_own else ""
-        place = self._shown(reply.content, None if before else asked, opening, after)
+        led = None if before else asked
+        if self._messages[self._places[number]].get("tool_calls"):
+            text, leads = (
+                self._whole.text[: self._length],
+                (opening if led is None else led, opening),
+            )
+            place = showing.place_of(reply, text, self._end, leads, self._encoder.tool_format)
+        else:
+            place = self._shown(reply.content, led, opening, after)
         if place is None:
             stop = self._found(opening, after, is_last=is_last)
             if is_own:

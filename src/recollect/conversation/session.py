@@ -47,6 +47,7 @@ from recollect.journal.home import Checkpoint
 from recollect.journal.records import require_name
 from recollect.kv.blocks import CachedBlock
 from recollect.text.reasoning import Begun
+from recollect.text.tool_calls import CallRules
 from recollect.types import Message, SamplingParams, Usage
 
 
@@ -493,17 +494,18 @@ class Session(Cursor):
         """Have a reply begun; the tree stays as it is, and the tip is *before* again if none comes."""
         tools, engine = self.tools, self._model.engine
         asked = self._prompting.asking(at, text, self._begun, tools, self.overflow)
-        bare_names = tools.bare_names(params.grammar) if tools.schemas else None
+        form = self._model.template.tool_format
+        rules = tools.rules(params.grammar, form) if tools.schemas else None
         sequence = self._prompting.sequence(asked.prompt.token_ids)
         model = self._model
         begun = asked.reasoning(model.template.reasoning)
         reasoning = model.tokenizer, begun
-        generator = generator_of(engine, sequence, params, tools, model.grammars, reasoning)
+        generator = generator_of(engine, sequence, params, tools, model.grammars, reasoning, form)
         change = self._change if at is self._tip else None
         tools_change = self.conversation.tools_change(asked.at, tools)
         expected = Expectation(asked.prompt, engine.info.reuse.unit, change, tools_change)
-        turn = Turn(asked, text, before, tools, expected)
-        stream = ReplyStream(self, turn, generator, bare_names, begun)
+        turn = Turn(asked, text, before, tools, expected, form)
+        stream = ReplyStream(self, turn, generator, rules, begun)
         stream.start()
         return stream
 
@@ -574,7 +576,7 @@ class ReplyStream(ReplyGeneration):
         session: Session,
         turn: Turn,
         generator: Generator,
-        bare_names: tuple[str, ...] | None,
+        rules: CallRules | None,
         begun: Begun,
     ) -> None:
         model = session._model
@@ -583,7 +585,7 @@ class ReplyStream(ReplyGeneration):
             generator,
             model.tokenizer,
             ahead=session._idle.ahead,
-            bare_names=bare_names,
+            rules=rules,
             begun=begun,
         )
         self._session = session

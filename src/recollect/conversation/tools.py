@@ -13,9 +13,12 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Final, Self
 
+from recollect.conversation.tool_grammar import CallGrammar, texts_of
 from recollect.engine.grammar import JSON_STYLE, check_schema
 from recollect.errors import InvalidParameterError
-from recollect.text.tool_calls import CALL_CLOSING, CALL_START, call_opening
+from recollect.text.tokenizer import ControlTokens
+from recollect.text.tool_calls import CallRules
+from recollect.text.tool_formats import HERMES, ToolFormat
 from recollect.types import Grammar
 
 _log = logging.getLogger(__name__)
@@ -29,33 +32,12 @@ _LINE: Final = re.compile(r"at (\d+)\(\d+\)")
 """Where llguidance says that a Lark grammar is wrong: the line, from 1, and the column."""
 _SOURCE_LINES: Final = re.compile(r"\s\d+ \| .*")
 """What llguidance adds to a reason: lines of a grammar that nobody sent."""
-_ARGUMENTS: Final = re.compile(r"(?:bare_)?arguments_(\d+):")
+_NO_CONTROL: Final = ControlTokens({})
+_ARGUMENTS: Final = re.compile(r"(?:bare_)?arguments_(\d+)(?:_\w+)?:")
 """The beginning of the rule for a tool's arguments, with the index of the tool."""
 
 _MOST_TRIED: Final = 4
 """Tools whose schemas cannot be held to and that are found one by one: each try makes the grammar anew."""
-
-# Arguments are held to what of their schema they can be held to: a word in it that is not known is
-# no reason to refuse the tool.
-_GUIDANCE: Final = {**JSON_STYLE, "lenient": True}
-_BARE_GUIDANCE: Final = {"whitespace_pattern": r"[\x20\x0A]{1,20}", "lenient": True}
-"""White space in calls without marks, which span lines. Bounded: small models repeat it endlessly."""
-
-# A reply is text with calls in it, or it begins with calls without marks (`text/tool_calls.py`). A lazy
-# rule wins over free text as soon as it matches.
-_AUTO: Final = r"""
-tail: TEXT
-TEXT: /(?s:.*)/
-trigger[lazy]: TEXT "<tool_call>"
-call: trigger after_mark
-BARE_END: /[ \n]{0,20}\}?[ \n]{0,20}(```)?/
-SPACE: /[ \n]{1,20}/
-"""
-_BARE_HEAD: Final = (
-    r"/[ \n]{0,20}(```(json)?[ \n]{0,20})?\{\{?[ \n]{0,20}"
-    r'"name"[ \n]{0,20}:[ \n]{0,20}"NAME"[ \n]{0,20},[ \n]{0,20}"arguments"[ \n]{0,20}:/'
-)
-_NO_CALL: Final = "start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*)<tool_call>(?s:.*)/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +115,12 @@ class Tools:
             )
         return replace(tools, unheld=frozenset(too_large)) if too_large else tools
 
-    def grammar(self, answer: Grammar | None = None) -> Grammar | None:
+    def grammar(
+        self,
+        answer: Grammar | None = None,
+        format_: ToolFormat = HERMES,
+        control: ControlTokens = _NO_CONTROL,
+    ) -> Grammar | None:
         """
         Return the grammar of replies; None: replies are free.
 
@@ -141,6 +128,8 @@ class Tools:
 
         Args:
             answer: The grammar of replies without calls; None: those are free text.
+            format_: How the model writes calls.
+            control: The model's control tokens, of which marks of calls may be some.
 
         Raises:
             InvalidParameterError: *answer* is a Lark grammar, which cannot be joined with others.
@@ -148,25 +137,22 @@ class Tools:
         if not self.schemas:
             return answer
         mode, schemas = self._mode(), self._callable()
-        if mode == "none" or not schemas:
-            return answer or Grammar.lark(_NO_CALL)
         one_only = not self.parallel or self._is_single()
-        if mode == "auto" and answer is None:
-            many = "start: call | tail | bare" if one_only else "start: call* tail | bare+"
-            start = f"{many} BARE_END?"
-            return Grammar.lark(
-                f"{start}\n{_AUTO}{_bodies(schemas, self.unheld)}\n{_bare(schemas, self.unheld)}"
-            )
-        calls = "calls: one" if one_only else r'calls: one ("\n" one)*'
-        rules = [calls, f'one: "{CALL_START}" after_mark', _bodies(schemas, self.unheld)]
-        if mode == "auto" and answer is not None:
-            return Grammar.lark("\n".join(["start: calls | answer", _answer(answer), *rules]))
-        return Grammar.lark("\n".join(["start: calls", *rules]))
+        calls = CallGrammar(
+            format_, schemas or self.schemas, self.unheld, control, one_only=one_only
+        )
+        if mode == "none" or not schemas:
+            return answer or Grammar.lark(calls.none())
+        if mode == "auto":
+            return Grammar.lark(calls.auto() if answer is None else calls.required(_answer(answer)))
+        return Grammar.lark(calls.required())
 
-    def bare_names(self, answer: Grammar | None = None) -> tuple[str, ...]:
-        """Return the tools whose calls `grammar` allows without marks."""
-        is_free = self._mode() == "auto" and answer is None
-        return tuple(_name(schema) for schema in self._callable()) if is_free else ()
+    def rules(self, answer: Grammar | None = None, format_: ToolFormat = HERMES) -> CallRules:
+        """Return what the calls look like that `grammar` allows."""
+        mode = self._mode()
+        is_free = (mode == "auto" and answer is None) or (format_.is_bare and mode != "none")
+        names = tuple(_name(schema) for schema in self._callable()) if is_free else ()
+        return CallRules(format_, names, texts_of(self.schemas))
 
     def loosened(self, error: InvalidParameterError, grammar: Grammar) -> Self:
         """
@@ -356,40 +342,6 @@ def _is_small_enough(name: str, parameters: Any) -> bool:
         _log.warning("%s Its calls are not held to it.", error)
         return False
     return True
-
-
-def _bodies(schemas: Sequence[Mapping[str, Any]], unheld: frozenset[str]) -> str:
-    """Return the rules for what follows the mark of a call: one of the tools, and its arguments."""
-    rules = ["after_mark: " + " | ".join(f"call_{n}" for n in range(len(schemas)))]
-    for n, schema in enumerate(schemas):
-        opening = call_opening(_name(schema)).removeprefix(CALL_START)
-        rules.append(
-            f"call_{n}: {json.dumps(opening)} arguments_{n} {json.dumps(CALL_CLOSING)}\n"
-            f"arguments_{n}: {_arguments(schema, _GUIDANCE, unheld)}"
-        )
-    return "\n".join(rules)
-
-
-def _bare(schemas: Sequence[Mapping[str, Any]], unheld: frozenset[str]) -> str:
-    """Return the rules for calls without marks."""
-    rules = ["bare: " + " | ".join(f"bare_{n}" for n in range(len(schemas)))]
-    for n, schema in enumerate(schemas):
-        head = _BARE_HEAD.replace("NAME", re.escape(_name(schema)))
-        rules.append(
-            f"bare_head_{n}[lazy]: {head}\n"
-            f'bare_{n}: bare_head_{n} SPACE? bare_arguments_{n} SPACE? "}}"\n'
-            f"bare_arguments_{n}: {_arguments(schema, _BARE_GUIDANCE, unheld)}"
-        )
-    return "\n".join(rules)
-
-
-def _arguments(
-    schema: Mapping[str, Any], guidance: Mapping[str, Any], unheld: frozenset[str]
-) -> str:
-    parameters = schema["function"].get("parameters") or {"type": "object", "properties": {}}
-    if _name(schema) in unheld:
-        parameters = {"type": "object"}
-    return f"%json {json.dumps({**parameters, 'x-guidance': guidance})}"
 
 
 def _answer(answer: Grammar) -> str:

@@ -11,13 +11,14 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from recollect.errors import InvalidParameterError, UnknownNodeError
 from recollect.journal.records import ROLES, NewNode, NodeRecord
-from recollect.text.tool_calls import CALL_START, ParsedReply, call_text, parse_reply
-from recollect.types import FinishReason, Message, Role, ToolLinks
+from recollect.text.tool_calls import CALL_START, CallRules, ParsedReply, call_text, parse_reply
+from recollect.text.tool_formats import FORMATS, HERMES, ToolFormat
+from recollect.types import FinishReason, Message, Role, ToolCall, ToolLinks
 
 
 def to_node(message: Message) -> NewNode:
@@ -51,7 +52,7 @@ def to_message(role: Role, content: str, links: ToolLinks | None) -> Message:
     """Return a message of the tree as clients send and get it, with tool calls beside the text."""
     if links is None or not links.call_ids:
         return as_written(role, content, links)
-    parsed = parse_reply(content, links.call_ids, names=None, is_cut=True)
+    parsed = parsed_reply(content, links, is_cut=True)
     message: Message = {
         "role": role,
         "content": parsed.content or None,
@@ -82,15 +83,71 @@ def canonical(role: Role, content: str, links: ToolLinks | None) -> str:
     thought before: clients trim the first, write the second anew, and leave out the third.
     """
     if links is not None and links.call_ids:
-        return _canonical_reply(parse_reply(content, names=None))
+        return canonical_reply(parsed_reply(content, links))
     if role == "assistant" and CALL_START in content:
-        return _canonical_reply(parse_reply(content))
+        return canonical_reply(parse_reply(content))
     if role == "tool" and links is not None:
         return json.dumps([links.tool_call_id, links.name, content])
     return content.strip() if role == "assistant" else content
 
 
-def _canonical_reply(reply: ParsedReply) -> str:
+def parsed_reply(content: str, links: ToolLinks, *, is_cut: bool = False) -> ParsedReply:
+    """
+    Return a reply with calls, taken apart.
+
+    Args:
+        content: As the model wrote it.
+        links: The ids of its calls, and the format that they are in.
+        is_cut: As in `parse_reply`.
+    """
+    rules = CallRules(FORMATS.get(links.format or "", HERMES), None)
+    reply = parse_reply(content, links.call_ids, rules, is_cut=is_cut)
+    if not links.arguments:
+        return reply
+    given = zip(reply.calls, links.arguments, strict=False)
+    calls = tuple(ToolCall(call.id, call.name, arguments) for call, arguments in given)
+    return ParsedReply(reply.content, calls)
+
+
+def links_of(text: str, calls: Sequence[ToolCall], format_: ToolFormat) -> ToolLinks | None:
+    """
+    Return what is kept of the calls of a reply beside its text; None: it has none.
+
+    Args:
+        text: As the model wrote it.
+        calls: Those that were found in it, with the schemas of their tools known.
+        format_: How the model writes calls.
+    """
+    if not calls:
+        return None
+    name = None if format_ is HERMES else format_.name
+    links = ToolLinks(call_ids=tuple(call.id for call in calls), format=name)
+    if parsed_reply(text, links, is_cut=True).calls == tuple(calls):
+        return links
+    return replace(links, arguments=tuple(call.arguments for call in calls))
+
+
+def relinked(text: str, message: NewNode, format_: ToolFormat) -> ToolLinks:
+    """
+    Return what is kept beside a reply that a client sent and that a model wrote, which says the same.
+
+    Args:
+        text: As the model wrote it.
+        message: As the client sent it.
+        format_: How the model writes calls.
+    """
+    links = message.links or ToolLinks()
+    if not links.call_ids or format_ is HERMES:
+        return links
+    said = parsed_reply(message.content, links)
+    as_written = replace(links, format=format_.name)
+    if canonical_reply(parsed_reply(text, as_written)) == canonical_reply(said):
+        return as_written
+    return replace(as_written, arguments=tuple(call.arguments for call in said.calls))
+
+
+def canonical_reply(reply: ParsedReply) -> str:
+    """Return a text that is equal for two replies which say and call the same."""
     if not reply.calls:
         return reply.content.strip()
     calls = [[call.name, _canonical_json(call.arguments)] for call in reply.calls]
@@ -214,6 +271,11 @@ class Node:
         """Return the message as clients send it, with calls of tools beside the text."""
         assert self.role is not None, "the root is no message"
         return to_message(self.role, self.content, self.links)
+
+    @property
+    def calls_tools(self) -> bool:
+        """Return whether the message is a reply with calls."""
+        return self.links is not None and bool(self.links.call_ids)
 
     def written_message(self) -> Message:
         """Return the message as templates get it, with calls of tools as the model wrote them."""

@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Final, Protocol, Self
 
 from recollect.conversation.matching import Change
-from recollect.conversation.prompt import Prompt, PromptEncoder
+from recollect.conversation.prompt import PromptEncoder
+from recollect.conversation.showing import Prompt
 from recollect.conversation.tools import Tools
-from recollect.conversation.tree import Node, Overflow, Window, turn_starts
+from recollect.conversation.tree import Node, Overflow, Window, links_of, turn_starts
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars
 from recollect.engine.reply import GeneratedReply
@@ -30,6 +31,7 @@ from recollect.journal.records import NewNode
 from recollect.text.reasoning import NO_REASONING, Begun, ReasoningMarks, ReasoningWatch
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
+from recollect.text.tool_formats import HERMES, ToolFormat
 from recollect.types import Reason, SamplingParams, ToolLinks, Usage
 
 
@@ -156,6 +158,8 @@ class Turn:
     """The tip that the session goes back to where no reply comes."""
     tools: Tools
     expected: Expectation
+    format: ToolFormat = HERMES
+    """How the model writes calls."""
 
     @property
     def at(self) -> Node:
@@ -169,10 +173,8 @@ class Turn:
         asked = [] if self.said is None else [NewNode(role="user", content=self.said)]
         begun = self.asked.begun
         before = "" if begun is None or begun.links is None else begun.links.reasoning or ""
-        links = ToolLinks(
-            call_ids=tuple(call.id for call in reply.tool_calls),
-            reasoning=before + reply.reasoning or None,
-        )
+        calls = links_of(reply.said, reply.tool_calls, self.format) or ToolLinks()
+        links = replace(calls, reasoning=before + reply.reasoning or None)
         said = NewNode(
             role="assistant",
             content=("" if begun is None else begun.content) + reply.said,
@@ -358,6 +360,7 @@ def generator_of(
     tools: Tools,
     grammars: Grammars,
     reasoning: tuple[Tokenizer, Begun],
+    format_: ToolFormat = HERMES,
 ) -> Generator:
     """
     Return what continues a sequence with a reply that may call tools.
@@ -373,7 +376,8 @@ def generator_of(
         while True:
             how = params
             if tools.schemas:
-                how = replace(params, grammar=tools.grammar(params.grammar))
+                control = reasoning[0].control_tokens
+                how = replace(params, grammar=tools.grammar(params.grammar, format_, control))
             marks = reasoning[1].marks
             has_channels = bool(tools.schemas) and marks is not None and bool(marks.lead)
             watch = None if has_channels else watch_of(*reasoning, how)

@@ -28,6 +28,7 @@ from recollect.errors import MisuseError, RuntimeFailure
 from recollect.runtime.sequences import common_length
 from recollect.text.reasoning import NO_REASONING, Begun, Event, ReplyReader, ShowingTokenizer
 from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer
+from recollect.text.tool_calls import CallRules
 from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
 
 
@@ -325,7 +326,7 @@ class ReplyGeneration:
         tokenizer: Tokenizer,
         *,
         ahead: Sequence[ReadAhead] = (),
-        bare_names: Sequence[str] | None = None,
+        rules: CallRules | None = None,
         begun: Begun = NO_REASONING,
     ) -> None:
         """
@@ -336,14 +337,14 @@ class ReplyGeneration:
             generator: Its history is the prompt.
             tokenizer: Of the model.
             ahead: What was computed of the prompt before.
-            bare_names: Tools that it may call without marks; None: it is text, and calls nothing.
+            rules: What its calls of tools look like; None: it is text, and calls nothing.
             begun: How reasoning stands where it begins.
         """
         self._engine = engine
         self._ahead = tuple(ahead)
         self._generator = generator
         self._tokenizer = tokenizer
-        self._begun, self._bare_names = begun, bare_names
+        self._begun, self._rules = begun, rules
         self._matcher = StopMatcher(generator.params.stop)
         self._sequence = generator.sequence
         self._start = len(self._sequence)
@@ -365,11 +366,11 @@ class ReplyGeneration:
 
     @cached_property
     def _reader(self) -> ReplyReader:
-        return ReplyReader(self._begun, self._bare_names)
+        return ReplyReader(self._begun, self._rules)
 
     @cached_property
     def _detokenizer(self) -> Detokenizer:
-        return Detokenizer(ShowingTokenizer(self._tokenizer, self._begun.marks))
+        return Detokenizer(ShowingTokenizer(self._tokenizer, self._begun.marks, self._rules))
 
     @property
     def text(self) -> str:

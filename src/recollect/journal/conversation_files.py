@@ -241,11 +241,15 @@ def _links(value: dict[str, Any], where: str) -> ToolLinks | None:
         return None
     call_ids = _optional(fields, "call_ids", list, where) or []
     texts = {str(number): call_id for number, call_id in enumerate(call_ids)}
+    arguments = _optional(fields, "arguments", list, where) or []
+    given = {str(number): one for number, one in enumerate(arguments)}
     return ToolLinks(
         call_ids=tuple(_text(texts, number, where) for number in texts),
         tool_call_id=_text(fields, "tool_call_id", where) if "tool_call_id" in fields else None,
         name=_text(fields, "name", where) if "name" in fields else None,
         reasoning=_text(fields, "reasoning", where) if "reasoning" in fields else None,
+        format=_text(fields, "format", where) if "format" in fields else None,
+        arguments=tuple(_text(given, number, where) for number in given),
     )
 
 

@@ -325,6 +325,8 @@ def links_to_dict(links: ToolLinks) -> dict[str, Any]:
         "tool_call_id": links.tool_call_id,
         "name": links.name,
         "reasoning": links.reasoning,
+        "format": links.format,
+        "arguments": list(links.arguments) or None,
     }
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -336,6 +338,8 @@ def links_from_dict(fields: Mapping[str, Any]) -> ToolLinks:
         fields.get("tool_call_id"),
         fields.get("name"),
         fields.get("reasoning"),
+        format=fields.get("format"),
+        arguments=tuple(fields.get("arguments", ())),
     )
 
 

@@ -398,11 +398,16 @@ def _first_wrong(params: ctypes.Structure, expected: Mapping[str, Any]) -> str |
 
 
 def _loaded(path: Path) -> ctypes.CDLL:
-    """Load a library, and before it those beside it that it is linked with."""
+    """
+    Load a library, and before it those beside it that it is linked with.
+
+    Their symbols stay their own (RTLD_LOCAL): a backend for graphics cards may hold a C++ runtime of its
+    own, and where libllama's calls went into that, loading any model was a segmentation fault.
+    """
     for name in _BACKENDS if path.name.startswith(("libllama", "llama.")) else ():
         for beside in (path.with_name(f"lib{name}{path.suffix}"), path.with_name(f"{name}.dll")):
             if beside.is_file():
-                ctypes.CDLL(str(beside), mode=ctypes.RTLD_GLOBAL)
+                ctypes.CDLL(str(beside))
     return ctypes.CDLL(str(path))
 
 

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from recollect.text.tokenizer import ControlTokens, Detokenizer, Tokenizer, decode_with_marks
-from recollect.text.tool_calls import Event as SaidEvent
 from recollect.text.tool_calls import (
+    CallRules,
     ParsedReply,
     TextDelta,
     ToolCallParser,
     new_call_prefix,
     parse_reply,
 )
+from recollect.text.tool_calls import Event as SaidEvent
+from recollect.text.tool_formats import control_marks
 
 Way = Literal["reasoning_content", "reasoning", "thinking", "parts", "text", "nowhere"]
 """Where a template looks for what was thought: in a field of the message by that name, in a part of its
@@ -255,19 +257,19 @@ class ReplyReader:
     Owned by whoever reads the reply.
     """
 
-    def __init__(self, begun: Begun, bare_names: Sequence[str] | None) -> None:
+    def __init__(self, begun: Begun, rules: CallRules | None) -> None:
         """
         Have read nothing.
 
         Args:
             begun: How reasoning stands.
-            bare_names: Tools that it may call without marks; None: it is text, and calls nothing.
+            rules: What its calls of tools look like; None: it is text, and calls nothing.
         """
         self._begun = begun
-        self._bare_names = bare_names
-        self._call_prefix = "" if bare_names is None else new_call_prefix()
+        self._rules = rules
+        self._call_prefix = "" if rules is None else new_call_prefix()
         """What the ids of its calls begin with."""
-        self._calls = None if bare_names is None else ToolCallParser(self._call_prefix, bare_names)
+        self._calls = None if rules is None else ToolCallParser(self._call_prefix, rules)
         self._splitter, self._counter = begun.splitter(), begun.splitter()
         self._undecided = 0
         self.reasoning_tokens = 0
@@ -288,10 +290,9 @@ class ReplyReader:
     def whole(self, text: str, *, is_cut: bool) -> tuple[Parted, ParsedReply]:
         """Return the whole reply, taken apart: its reasoning and the rest, and the calls in that."""
         parts = self._begun.parted(text)
-        if self._bare_names is None:
+        if self._rules is None:
             return parts, ParsedReply(parts.said, ())
-        names = self._bare_names
-        return parts, parse_reply(parts.said, self._call_prefix, names, is_cut=is_cut)
+        return parts, parse_reply(parts.said, self._call_prefix, self._rules, is_cut=is_cut)
 
     def count(self, piece: str) -> None:
         """Count a token that completes a piece of text, unless what is said has begun."""
@@ -341,7 +342,7 @@ class ReasoningWatch:
         assert begun.marks is not None, "without marks there is nothing to follow"
         self._given = tokenizer, begun, budget, leads
         marks = begun.marks
-        self._decoder = ShowingTokenizer(tokenizer, marks)
+        self._decoder = ShowingTokenizer(tokenizer, marks, None)
         self._lead = tokenizer.encode(marks.lead or marks.space)
         self._end = [*tokenizer.encode(marks.close), *self._lead]
         opening = tokenizer.encode(marks.open)
@@ -410,10 +411,22 @@ class ReasoningWatch:
 class ShowingTokenizer:
     """Decodes replies with the control tokens that are marks of reasoning, which others leave out."""
 
-    def __init__(self, tokenizer: Tokenizer, marks: ReasoningMarks | None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, marks: ReasoningMarks | None, rules: CallRules | None
+    ) -> None:
+        """
+        Have what is shown found out.
+
+        Args:
+            tokenizer: Of the model.
+            marks: Of reasoning; None: it knows none.
+            rules: What its calls of tools look like; None: it is not to call any.
+        """
         written = "" if marks is None else marks.open + marks.close + marks.lead + marks.first
         self._tokenizer = tokenizer
-        self._marks = _written_in(written, tokenizer.control_tokens)
+        control = tokenizer.control_tokens
+        calls = {} if rules is None else control_marks(rules.format, control)
+        self._marks = {**_written_in(written, control), **calls}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of *ids*, shape `(n,)`."""

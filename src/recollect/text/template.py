@@ -12,6 +12,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 import os
 import queue
 import subprocess
@@ -21,6 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final, Literal, cast
 
@@ -39,7 +41,9 @@ from recollect.text.template_engine import (
     UNKNOWN,
     words,
 )
-from recollect.text.tool_calls import CALL_START, spelled_out
+from recollect.text.template_style import TRIED_TOOLS, CallStyle, folded, tried_style
+from recollect.text.tool_calls import with_results_spelled, with_tools_spelled
+from recollect.text.tool_formats import HERMES, ToolFormat, of_template
 from recollect.types import Message
 
 MOST_SECONDS: Final = 30.0
@@ -282,6 +286,7 @@ class ChatTemplate:
 
     Args:
         is_own: Whether it is part of recollect: such a one is rendered in this process.
+        tool_format: How the model writes calls of tools; None: as the template shows.
         processes: Render the others.
 
     Raises:
@@ -296,6 +301,7 @@ class ChatTemplate:
         eos_token: str | None = None,
         now: datetime | None = None,
         is_own: bool = False,
+        tool_format: ToolFormat | None = None,
         processes: TemplateProcesses = PROCESSES,
     ) -> None:
         if not source:
@@ -328,17 +334,23 @@ class ChatTemplate:
                 uses_tools = self._compile()
         except FAILURES as cause:
             raise _broken(words(cause)) from cause
-        self.knows_tools: Final = uses_tools and CALL_START in source
-        """Whether it shows tools, and calls of them in the Hermes format, by itself."""
+        shown = of_template(source, knows_tools=uses_tools)
+        self._has_format = (tool_format or shown) is not None
+        self.tool_format: Final = tool_format or shown or HERMES
+        """How the model writes calls of tools."""
+        self.knows_tools: Final = uses_tools and shown is self.tool_format
+        """Whether it shows tools, and asks for calls of them in that format, by itself."""
         self._options: Mapping[str, Any] = {}
         self._takes: dict[_System, bool] = {}
+        self._calls: list[CallStyle] = []
         self._marks: list[ReasoningMarks | None] = []
 
     @property
     def reasoning(self) -> ReasoningMarks | None:
         """Return the marks of what the model thinks; None: it knows none. They are tried out once."""
         if not self._marks:
-            self._marks.append(find_marks(self.source, self._tried))
+            until = time.monotonic() + MOST_SECONDS  # all trials together, as one rendering
+            self._marks.append(find_marks(self.source, partial(self._tried, until)))
         return self._marks[0]
 
     def render(
@@ -360,11 +372,29 @@ class ChatTemplate:
         Raises:
             TemplateError: The template refuses this conversation; the message gives its words.
         """
-        if not self.knows_tools and (tools or any(one["role"] == "tool" for one in messages)):
-            messages, tools = spelled_out(messages, tools or ()), None
-        return self._rendered(
-            self._with_reasoning(self._folded(messages)), add_generation_prompt, tools
-        )
+        if any(one["role"] == "tool" or one.get("tool_calls") for one in messages):
+            if not self.call_style.has_results:
+                messages = with_results_spelled(messages)
+            messages = self.call_style.applied(messages)
+        if tools and not self.knows_tools:
+            messages, tools = with_tools_spelled(messages, tools, self.tool_format), None
+        messages = self._with_reasoning(self._folded(messages))
+        return self._rendered(messages, add_generation_prompt, tools)
+
+    @property
+    def call_style(self) -> CallStyle:
+        """Return how the template takes calls and results; it is tried out once."""
+        if not self._calls:
+            found = tried_style(self._rendered_or_none) if self._has_format else CallStyle()
+            self._calls.append(found)
+        return self._calls[0]
+
+    def _rendered_or_none(self, messages: Sequence[Message]) -> str | None:
+        """Return what the template shows of messages that are tried out; None: it refuses them."""
+        try:
+            return self._rendered(messages, True, TRIED_TOOLS if self.knows_tools else None)
+        except TemplateError:
+            return None
 
     def with_options(self, options: Mapping[str, Any]) -> "ChatTemplate":
         """
@@ -391,7 +421,7 @@ class ChatTemplate:
         return [self._apart(one) for one in messages]
 
     def _apart(self, message: Any) -> Any:
-        # What is no message is refused later.
+        """Return a message with reasoning apart; what is none stays, and is refused later."""
         if not isinstance(message, dict) or message.get("role") != "assistant":
             return message
         said, marks = message.get("content"), self.reasoning
@@ -414,15 +444,16 @@ class ChatTemplate:
 
     def _tried(
         self,
+        until: float,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool,
+        opens: bool,
         options: Mapping[str, Any],
     ) -> str | None:
-        """Return what the template shows of messages that are tried out; None: it refuses them."""
+        """Return what the template shows of messages that are tried out; None: it refuses, or is slow."""
         template = copy.copy(self)
         template._options = options
         try:
-            return template._rendered(messages, add_generation_prompt, None)
+            return None if time.monotonic() > until else template._rendered(messages, opens, None)
         except TemplateError:
             return None
 
@@ -432,27 +463,32 @@ class ChatTemplate:
         if not systems:
             return messages
         in_front = next(n for n in range(len(messages) + 1) if n not in systems)
-        return folded(
-            messages,
-            takes_one=not in_front or self._does_take("one"),
-            takes_two=in_front < 2 or self._does_take("two"),
-            takes_later=in_front == len(systems) or self._does_take("later"),
+        takes = (
+            not in_front or self._does_take("one"),
+            in_front < 2 or self._does_take("two"),
+            in_front == len(systems) or self._does_take("later"),
         )
+        if all(takes):
+            return messages
+        return folded(messages, takes_one=takes[0], takes_two=takes[1], takes_later=takes[2])
 
     def _does_take(self, kind: "_System") -> bool:
         """Return whether instructions are shown that stand somewhere; it is tried out once."""
         if kind not in self._takes:
             said = [Message(role="system", content=text) for text in _TRIED_OUT[1:]]
             asked = Message(role="user", content=_TRIED_OUT[0])
+            # Later, after a turn, where roles may have to alternate; and not in place of the first.
+            turn = [asked, Message(role="assistant", content=_TRIED_OUT[0])]
+            first = said[:1] if kind == "later" and self._does_take("one") else []
             messages = {
                 "one": [said[0], asked],
                 "two": [*said, asked],
-                "later": [asked, said[0]],
+                "later": [*first, *turn, said[1], asked],
             }[kind]
-            try:
-                text = self._rendered(messages, add_generation_prompt=True, tools=None)
-            except TemplateError:
-                text = ""
+            # Some are broken without tools.
+            each = [self._tried(math.inf, messages, True, self._options)]
+            each += [self._rendered_or_none(messages)] if each[0] is None else []
+            text = each[-1] or ""
             self._takes[kind] = all(str(one["content"]) in text for one in messages)
         return self._takes[kind]
 
@@ -522,50 +558,6 @@ def _without_reasoning(message: Message) -> Message:
     plain = message.copy()
     del plain["reasoning_content"]
     return plain
-
-
-def folded(
-    messages: Sequence[Message], *, takes_one: bool, takes_two: bool, takes_later: bool
-) -> list[Message]:
-    """
-    Return messages whose instructions stand where a template shows them, as other engines have it.
-
-    Args:
-        messages: From the first on.
-        takes_one: Whether instructions may come first; else they begin the first message after them.
-        takes_two: Whether several may come first; else they become one.
-        takes_later: Whether some may come later; else they end the message before them.
-    """
-    shown: list[Message] = []
-    pending: list[str] = []  # for the next message
-    for message in messages:
-        before = shown[-1] if shown else None
-        text = message["content"] or ""
-        if message["role"] != "system":
-            if pending and message["role"] in ("user", "tool"):
-                message = Message({**message, "content": _joined(*pending, text)})  # noqa: PLW2901 - as it is shown
-                pending = []
-            shown.append(message)
-        elif all(one["role"] == "system" for one in shown):
-            if not takes_one:
-                pending.append(text)
-            elif before is None or takes_two:
-                shown.append(message)
-            else:
-                shown[-1] = {**before, "content": _joined(before["content"] or "", text)}
-        elif takes_later:
-            shown.append(message)
-        elif before is not None and before["role"] in ("user", "tool"):
-            shown[-1] = {**before, "content": _joined(before["content"] or "", text)}
-        else:
-            pending.append(text)
-    if pending:
-        shown.append({"role": "user", "content": _joined(*pending)})
-    return shown
-
-
-def _joined(*texts: str) -> str:
-    return "\n\n".join(text for text in texts if text)
 
 
 def _broken(why: str) -> TemplateError:

@@ -279,6 +279,17 @@ class Shown:
         place = bisect_right(self.breaks, start)
         return place < len(self.breaks) and self.breaks[place] < end
 
+    def written(self, control: ControlTokens) -> list[str]:
+        """Return the control tokens that lie across no break, in order."""
+        found, start = [], 0
+        while (span := control.find(self.text, start)) is not None:
+            if self.has_break(*span):
+                start = span[0] + 1
+            else:
+                found.append(self.text[slice(*span)])
+                start = span[1]
+        return found
+
     def says(self, text: str, start: int, control: ControlTokens) -> bool:
         """Return whether a text is shown from *start* on, and none of its control tokens written."""
         begins = (start + place for place in control.begins(text))

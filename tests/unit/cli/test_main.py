@@ -13,7 +13,14 @@ import pytest
 from recollect import __version__
 from recollect.cli import models
 from recollect.cli.display import format_bytes
-from recollect.cli.main import COMMANDS, EXIT_INTERRUPTED, join_at_colons, load_command, run
+from recollect.cli.main import (
+    COMMANDS,
+    EXIT_INTERRUPTED,
+    flowing,
+    join_at_colons,
+    load_command,
+    run,
+)
 from recollect.conversation.loading import load
 from recollect.models import onnx_folder
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL
@@ -285,6 +292,18 @@ def test_an_interrupt_while_a_class_is_made_ends_quietly(
     monkeypatch.setattr(models, "installed", installed)
     assert status_of(monkeypatch, "models") == EXIT_INTERRUPTED
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("One.\n\nTwo goes\non. Three\ntoo.\nFour.", "One.\n\nTwo goes on. Three too.\nFour."),
+        ("One.\n\n    two goes\n      on\n    here", "One.\n\ntwo goes\n  on\nhere"),
+        ("", ""),
+    ],
+)
+def test_help_is_as_wide_as_the_terminal(text: str, expected: str) -> None:
+    assert flowing(text) == expected
 
 
 @pytest.mark.parametrize(

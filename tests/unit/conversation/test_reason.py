@@ -6,7 +6,7 @@ import pytest
 
 from recollect.conversation.matching import Change
 from recollect.conversation.model import Model
-from recollect.conversation.prompt import Prompt, Rewritten
+from recollect.conversation.showing import Prompt, Rewritten
 from recollect.conversation.turn import Expectation, explained
 from recollect.types import Message, SamplingParams, Usage
 

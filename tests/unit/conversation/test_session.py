@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from recollect.conversation.model import Model
-from recollect.conversation.prompt import Prompt, PromptEncoder
+from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import ReplyStream, Session
+from recollect.conversation.showing import Prompt
 from recollect.conversation.tree import Tree
 from recollect.conversation.turn import Reply
 from recollect.engine.reply import IdleWork, ReplyGeneration

@@ -233,7 +233,7 @@ def test_some_of_the_tools_may_be_called_alone() -> None:
     assert fits(tools, f"{PARIS}\n{UTC}") == YES
     assert fits(tools, "Hi.") == YES
     assert fits(tools, call_text("third", '{"a": 1}')) == NO
-    assert tools.bare_names() == ("weather", "clock")
+    assert tools.rules().names == ("weather", "clock")
     with pytest.raises(InvalidParameterError, match="'fourth'"):
         Tools.of(TOOLS, Chosen(("clock", "fourth")))
 

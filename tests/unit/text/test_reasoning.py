@@ -16,7 +16,7 @@ from recollect.text.reasoning import (
     says_the_same,
 )
 from recollect.text.template import ChatTemplate
-from recollect.text.tool_calls import ArgumentsDelta, CallStarted, TextDelta
+from recollect.text.tool_calls import ArgumentsDelta, CallRules, CallStarted, TextDelta
 from recollect.types import Message
 
 ASSISTANT: Final = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -157,7 +157,7 @@ def test_what_is_told_does_not_depend_on_the_pieces(pieces: Sequence[str], is_in
 
 def test_calls_are_looked_for_in_what_is_said() -> None:
     call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
-    reader = ReplyReader(Begun(THINK), ("f",))
+    reader = ReplyReader(Begun(THINK), CallRules(names=("f",)))
     text = f"<think>Shall I {call}?</think>\n\nI look.\n{call}"
     told = [event for letter in text for event in reader.push(letter)]
     told += reader.finish(is_cut=False)
@@ -224,3 +224,13 @@ def test_leads_are_the_same_but_for_space_and_marks_around_nothing(
     first: str, second: str, same: bool
 ) -> None:
     assert says_the_same(first, second) is same
+
+
+def test_a_template_that_is_slow_is_not_tried_out_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moments = iter(range(0, 10_000, 20))  # each look at the clock is 20 s later
+    slow = ChatTemplate(template("{{ m.content }}{# think #}"), is_own=True)
+    monkeypatch.setattr("recollect.text.template.time.monotonic", lambda: next(moments))
+    assert slow.reasoning is None
+    assert next(moments) > 30

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from recollect.text.tool_calls import (
     ArgumentsDelta,
     CallEnded,
+    CallRules,
     CallStarted,
     Event,
     TextDelta,
@@ -184,9 +185,9 @@ def test_a_reply_that_is_nothing_but_a_call_needs_no_marks(text: str, calls: int
         told = events(text, cuts, names=("e", "f"))
         assert sum(isinstance(event, CallEnded) for event in told) == calls
         assert not any(isinstance(event, TextDelta) for event in told)
-    assert [json.loads(call.arguments) for call in parse_reply(text, names=None).calls] == [
-        {"a": 1}
-    ] * calls
+    assert [
+        json.loads(call.arguments) for call in parse_reply(text, rules=CallRules(names=None)).calls
+    ] == [{"a": 1}] * calls
 
 
 @pytest.mark.parametrize(

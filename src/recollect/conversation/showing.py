@@ -1,0 +1,159 @@
+"""
+What a prompt is, and replies with calls of tools in it: as templates take them, and where they are shown.
+
+A template writes the JSON of calls in its own way. So a reply is found again where what is shown calls
+the same tools with the same arguments and says the same beside them, however that is spelled: the ids
+stay those that the model generated.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+from recollect.conversation.tree import Node, canonical_reply, parsed_reply
+from recollect.text.call_parts import object_of
+from recollect.text.template import ChatTemplate
+from recollect.text.tool_calls import shown_calls
+from recollect.text.tool_formats import HERMES, ToolFormat
+from recollect.types import Message, MessageToolCall, ToolCall, ToolLinks
+
+_MOST_MARKED: Final = 4096
+"""Characters of a call without arguments, and of what a template puts around it."""
+_MOST_SHOWN: Final = 8
+"""How many times as many characters a template may take for a reply with calls: it escapes some."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A reply, or what leads to it, that is shown otherwise than when it was generated."""
+
+    reply: int
+    """Which, counted from 0."""
+    start: int
+    """Of the prompt's ids, the first that was another then."""
+    end: int
+    """Where in the prompt the reply ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation as token ids."""
+
+    token_ids: list[int]
+    rewritten: tuple[Rewritten, ...] = ()
+    """The replies of this model that are shown otherwise; there the ids are those of the template's text."""
+    reencoded_replies: int = 0
+    """Replies that another model wrote: their text is encoded, since its ids mean nothing here."""
+    reencoded_length: int = 0
+    """Leading ids up to the end of the last of these."""
+    ending: str = ""
+    """The last characters of the text, in which one sees whether the template has opened reasoning."""
+    generated_length: int = 0
+    """Leading ids up to the end of the last reply of this model. All but the last of them were read
+    before, unless something is shown otherwise."""
+
+    @property
+    def rewritten_reply(self) -> int | None:
+        """Return the first reply, counted from 0, that is shown otherwise; None where none is."""
+        return self.rewritten[0].reply if self.rewritten else None
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a template shows after a reply, or from the beginning on, up to where the next one begins."""
+
+    after: int
+    """Which reply that is, counted from 0; -1: from the beginning on."""
+    text: str
+
+
+def message_of(reply: Node, template: ChatTemplate) -> Message:
+    """Return a reply with calls as a template takes it: with calls beside the text, or in it."""
+    links, form, message = (
+        cast("ToolLinks", reply.links),
+        template.tool_format,
+        reply.written_message(),
+    )
+    parsed = parsed_reply(reply.content, links, is_cut=True)
+    given = [object_of(call.arguments or "{}") for call in parsed.calls]
+    if any(one is None for one in given):
+        return message  # it was cut within a call
+    if template.call_style.takes_calls:
+        calls = _calling(parsed.content, parsed.calls, cast("list[dict[str, Any]]", given))
+        return cast("Message", {**message, **calls})
+    if links.format == (None if form is HERMES else form.name):
+        return message
+    text = form.text_of([(call.name, call.arguments) for call in parsed.calls])
+    return {**message, "content": "\n".join(filter(None, (parsed.content, text)))}
+
+
+def marked(mark: str, calls: Sequence[MessageToolCall]) -> tuple[Message, Sequence[ToolCall]]:
+    """
+    Return a message whose calls have a mark in them, and those calls.
+
+    The mark is in the first call, since some templates show no text beside calls.
+    """
+    given: list[dict[str, Any]] = [{mark: ""}, *({} for _ in calls[1:])]
+    made = [
+        ToolCall(call["id"], call["function"]["name"], json.dumps(one))
+        for call, one in zip(calls, given, strict=True)
+    ]
+    return _calling("", made, given), made
+
+
+def collapsed(text: str, marked: Mapping[str, Sequence[ToolCall]], format_: ToolFormat) -> str:
+    """
+    Return a text with a mark alone where calls are shown that have it in them.
+
+    Args:
+        text: What a template shows.
+        marked: Calls by the marks that are in them, in their order in the text.
+        format_: How the template writes calls.
+    """
+    parts, done = list[str](), 0
+    for mark, calls in marked.items():
+        place = text.find(mark, done)
+        start = text.rfind(format_.beginning, done, place) if place >= 0 else -1
+        if start < 0:
+            continue
+        found = shown_calls(text, start, calls, format_, most=_MOST_MARKED * len(calls))
+        if found is not None and found.end > place:
+            parts += [text[done:start], mark]
+            done = found.end
+    return "".join([*parts, text[done:]])
+
+
+def place_of(
+    reply: Node, text: str, start: int, leads: Sequence[str], format_: ToolFormat
+) -> tuple[int, int] | None:
+    """
+    Return from where to where a reply is shown; None where it says or calls other things there.
+
+    Args:
+        reply: With calls.
+        text: What a template shows.
+        start: Where what leads to the reply begins.
+        leads: What that may be.
+        format_: How the template writes calls.
+    """
+    said = parsed_reply(reply.content, cast("ToolLinks", reply.links), is_cut=True)
+    most = _MOST_SHOWN * len(reply.content) + _MOST_MARKED
+    for lead in dict.fromkeys(leads):
+        if text.startswith(lead, start):
+            begin = start + len(lead)
+            found = shown_calls(text, begin, said.calls, format_, most=most)
+            if found is not None and canonical_reply(found.reply) == canonical_reply(said):
+                return begin, found.end
+    return None
+
+
+def _calling(
+    content: str, calls: Sequence[ToolCall], arguments: Sequence[Mapping[str, Any]]
+) -> Message:
+    """Return a message with calls beside its text, with objects as arguments."""
+    each = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": given}}
+        for call, given in zip(calls, arguments, strict=True)
+    ]
+    return cast("Message", {"role": "assistant", "content": content, "tool_calls": each})

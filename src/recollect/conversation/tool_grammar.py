@@ -1,0 +1,403 @@
+"""
+The grammar that holds calls of tools, made from a row of `text/tool_formats` and the tools' schemas.
+
+A reply is text with sections of calls in it, or calls alone. Marks that are control tokens of the model
+are tokens in the grammar too, and free text has none. Pure: descriptions in, a grammar in llguidance's
+dialect of Lark out.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from recollect.engine.grammar import JSON_STYLE
+from recollect.text.tokenizer import ControlTokens
+from recollect.text.tool_formats import HERMES, ToolFormat, python_literal
+
+# Arguments are held to what of their schema they can be held to: a word in it that is not known is
+# no reason to refuse the tool.
+_GUIDANCE: Final = {**JSON_STYLE, "lenient": True}
+_BARE_GUIDANCE: Final = {"whitespace_pattern": r"[\x20\x0A]{1,20}", "lenient": True}
+"""White space in calls without marks, which span lines. Bounded: small models repeat it endlessly."""
+
+# A lazy rule wins over free text as soon as it matches.
+_TEXT: Final = "TEXT: /(?s:.*)/\ntail: TEXT"
+_BARE_END: Final = "BARE_END: /[ \\n]{0,20}\\}?[ \\n]{0,20}(```)?/\nSPACE: /[ \\n]{1,20}/"
+_HERMES_HEAD: Final = (
+    r"/[ \n]{0,20}(```(json)?[ \n]{0,20})?\{\{?[ \n]{0,20}"
+    r'"name"[ \n]{0,20}:[ \n]{0,20}"NAME"[ \n]{0,20},[ \n]{0,20}"arguments"[ \n]{0,20}:/'
+)
+_OBJECT_HEAD: Final = (
+    r"/((?s:.*)\n)?[ \n]{0,20}\{[ \n]{0,20}"
+    r'"KEY"[ \n]{0,20}:[ \n]{0,20}"NAME"[ \n]{0,20},[ \n]{0,20}"VALUE"[ \n]{0,20}:/'
+)
+_LIST_HEAD: Final = r"/((?s:.*)\n)?\[NAME\(/"
+_PYTHON: Final = r"""
+PY_TEXT: /"([^"\\\n]|\\["'\\nrt]|\\u00[0-9a-f]{2})*"/ | /'([^'\\\n]|\\["'\\nrt]|\\u00[0-9a-f]{2})*'/
+py_any: PY_TEXT | "True" | "False" | "None" | py_json
+py_key: /[A-Za-z_][A-Za-z0-9_]{0,63}/
+"""
+_CONSTANTS: Final = {"boolean": '"True" | "False"', "null": '"None"', "string": "PY_TEXT"}
+
+
+def name_of(schema: Mapping[str, Any]) -> str:
+    """Return the name in a description that was checked."""
+    name: str = schema["function"]["name"]
+    return name
+
+
+def parameters_of(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the JSON schema of a tool's arguments."""
+    return schema["function"].get("parameters") or {"type": "object", "properties": {}}
+
+
+def texts_of(schemas: Sequence[Mapping[str, Any]]) -> Mapping[str, frozenset[str]]:
+    """Return which arguments of tools are texts whatever they look like, by the tools' names."""
+    found = {}
+    for schema in schemas:
+        parameters = parameters_of(schema)
+        each = parameters.get("properties")
+        pairs = each.items() if isinstance(each, Mapping) else ()
+        found[name_of(schema)] = frozenset(key for key, one in pairs if _is_text(one, parameters))
+    return found
+
+
+def _resolved(schema: Any, root: Mapping[str, Any]) -> Any:
+    """Return what a schema within another refers to, one step far."""
+    target = schema.get("$ref") if isinstance(schema, Mapping) else None
+    if not isinstance(target, str) or not target.startswith("#/"):
+        return schema
+    found: Any = root
+    for part in target[2:].split("/"):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else schema
+
+
+def _is_text(schema: Any, root: Mapping[str, Any]) -> bool:
+    schema = _resolved(schema, root)
+    if not isinstance(schema, Mapping):
+        return False
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if isinstance(values, list):
+        return bool(values) and all(isinstance(one, str) for one in values)
+    return schema.get("type") == "string"
+
+
+class CallGrammar:
+    """The rules for calls of some tools in one format. Used once, by `conversation.tools`."""
+
+    def __init__(
+        self,
+        format_: ToolFormat,
+        schemas: Sequence[Mapping[str, Any]],
+        unheld: frozenset[str],
+        control: ControlTokens,
+        *,
+        one_only: bool,
+    ) -> None:
+        """
+        Hold what the rules are made of.
+
+        Args:
+            format_: How calls are written.
+            schemas: Of the tools that may be called; not empty.
+            unheld: Names of tools whose arguments are held to no schema.
+            control: The model's control tokens.
+            one_only: Whether a reply has one call at most.
+        """
+        self._format = format_
+        self._schemas = schemas
+        self._unheld = unheld
+        self._control = control
+        self._one_only = one_only or format_.is_single
+
+    def auto(self) -> str:
+        """Return the grammar of replies that are text, calls or both."""
+        form = self._format
+        if form.kind == "channels":
+            return self._channels("final | channel_call", with_final=True)
+        rules = [_TEXT, self._calls()]
+        if form is HERMES:
+            rules += [_BARE_END, self._bare(_HERMES_HEAD)]
+        if not form.mark:
+            rules += [
+                _BARE_END,
+                self._bare_lists() if form.kind == "python" else self._bare_objects(),
+            ]
+            return "\n".join(["start: bare | tail", *rules])
+        rules.append(f"section: {self._trigger()} after_mark")
+        if form.mark not in self._control.ids:
+            rules.append(f"trigger[lazy]: TEXT {_quoted(form.mark)}")
+        bare = ("bare" if self._one_only else "bare+") if form is HERMES else ""
+        many = "section | tail" if self._one_only else "section* tail"
+        start = f"({many} | {bare}) BARE_END?" if bare else many
+        return "\n".join([f"start: {start}", *rules])
+
+    def required(self, answer: str | None = None) -> str:
+        """
+        Return the grammar of replies that are calls alone.
+
+        Args:
+            answer: Rules of what may come instead of calls, the first of them `answer`; None: nothing may.
+        """
+        form = self._format
+        if form.kind == "channels":
+            if answer is None:
+                return self._channels("channel_call")
+            return self._channels("answered | channel_call", answer)
+        sections = "calls: one_section"
+        if not self._one_only and form.between is None and form.mark:
+            after = f"{self._literal(form.after)} " if form.after else ""
+            sections = f"calls: one_section ({after}one_section)*"
+        begins = self._literal(form.mark) if form.mark else ""
+        start = "start: calls" if answer is None else f"start: calls | answer\n{answer}"
+        return "\n".join([start, sections, f"one_section: {begins} after_mark", self._calls()])
+
+    def none(self) -> str:
+        """Return the grammar of replies without calls."""
+        form = self._format
+        if form.kind == "channels":
+            return self._channels("final", with_final=True)
+        if not form.mark or form.mark in self._control.ids:
+            return f"start: tail\n{_TEXT}"
+        mark = re.escape(form.mark).replace("/", r"\/")
+        return f"start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*){mark}(?s:.*)/"
+
+    def _literal(self, text: str) -> str:
+        """Return what matches a text as it is, its control tokens as tokens."""
+        parts, start = list[str](), 0
+        while (span := self._control.find(text, start)) is not None:
+            if span[0] > start:
+                parts.append(_quoted(text[start : span[0]]))
+            parts.append(f"<[{self._control.ids[text[slice(*span)]]}]>")
+            start = span[1]
+        if start < len(text):
+            parts.append(_quoted(text[start:]))
+        return " ".join(parts)
+
+    def _trigger(self) -> str:
+        """Return what matches text and the mark after it."""
+        mark = self._format.mark
+        return f"TEXT {self._literal(mark)}" if mark in self._control.ids else "trigger"
+
+    def _calls(self) -> str:
+        """Return the rules for what follows the mark of calls."""
+        form = self._format
+        each = " | ".join(f"call_{n}" for n in range(len(self._schemas)))
+        more = ""
+        if form.between is not None and not self._one_only:
+            more = f"({self._literal(form.between)} one)*"
+        opening, closing = self._literal(form.opening), self._literal(form.closing)
+        rules = [
+            f"after_mark: {opening} one {more} {closing}",
+            f"one: {self._literal(form.head)} ({each}) {self._literal(form.tail)}",
+        ]
+        if form.kind == "python":
+            rules.append(_PYTHON + f"py_json: %json {json.dumps({'x-guidance': _GUIDANCE})}")
+        rules += [rule for n in range(len(self._schemas)) for rule in self._call(n)]
+        return "\n".join(rules)
+
+    def _call(self, n: int) -> Iterator[str]:
+        """Yield the rules of calls of one tool."""
+        form, schema = self._format, self._schemas[n]
+        name = name_of(schema)
+        if form.kind == "object":
+            key, value = form.keys
+            opening = f'{{"{key}": {json.dumps(name)}, "{value}": '
+            yield f'call_{n}: {_quoted(opening)} arguments_{n} "}}"'
+            yield f"arguments_{n}: {self._json(n)}"
+        elif form.kind == "named":
+            yield f"call_{n}: {self._literal(name + form.separator)} arguments_{n}"
+            yield f"arguments_{n}: {self._json(n)}"
+        elif form.kind == "python":
+            yield f'call_{n}: {_quoted(name + "(")} params_{n} ")"'
+            yield from self._keywords(n)
+        else:
+            yield f"call_{n}: {self._literal(name + form.separator)} params_{n}"
+            yield from self._elements(n)
+
+    def _json(self, n: int, guidance: Mapping[str, Any] = _GUIDANCE) -> str:
+        parameters = parameters_of(self._schemas[n])
+        if name_of(self._schemas[n]) in self._unheld:
+            parameters = {"type": "object"}
+        return f"%json {json.dumps({**parameters, 'x-guidance': guidance})}"
+
+    def _properties(self, n: int) -> list[tuple[str, Any, bool]] | None:
+        """Return each argument's name, schema, and whether it is required; None: any may be given."""
+        schema = self._schemas[n]
+        parameters = parameters_of(schema)
+        each = parameters.get("properties")
+        if name_of(schema) in self._unheld or not isinstance(each, Mapping):
+            return None
+        required = parameters.get("required")
+        needed = required if isinstance(required, list) else []
+        return [(key, one, key in needed) for key, one in each.items() if self._can_be_named(key)]
+
+    def _can_be_named(self, key: str) -> bool:
+        if self._format.kind == "python":
+            return key.isidentifier()
+        return bool(key.strip()) and not any(one in key for one in '<>"\n')
+
+    def _elements(self, n: int) -> Iterator[str]:
+        """Yield the rules of arguments that are elements."""
+        before, middle, end = self._format.parameter
+        mark = end.strip()
+        feed, rest = end.partition(mark)[::2]
+        properties = self._properties(n)
+        yield f"value_text_{n}[lazy]: /(?s:.*)/ {_quoted(mark)}"
+        close = self._literal(rest) if rest else ""
+        if properties is None:
+            key = r'/[^<>"\n]{1,64}/'
+            yield f"params_{n}: param_{n}*"
+            yield (
+                f"param_{n}: {self._literal(before)} {key} {self._literal(middle)} "
+                f"value_text_{n} {close}"
+            )
+            return
+        each = [
+            f"param_{n}_{k}{'' if needed else '?'}" for k, (_, _, needed) in enumerate(properties)
+        ]
+        yield f"params_{n}: {' '.join(each)}"
+        for k, (key, schema, _) in enumerate(properties):
+            yield f"param_{n}_{k}: {self._literal(before + key + middle)} value_{n}_{k}"
+            values = _choices(schema, parameters_of(self._schemas[n]))
+            if values is not None:
+                texts = (one if isinstance(one, str) else json.dumps(one) for one in values)
+                options = " | ".join(_quoted(one + end) for one in texts)
+                yield f"value_{n}_{k}: {options}"
+            elif _is_text(schema, parameters_of(self._schemas[n])):
+                yield f"value_{n}_{k}: value_text_{n} {close}"
+            else:
+                yield f"value_{n}_{k}: arguments_{n}_{k} {self._literal(feed + mark + rest)}"
+                yield f"arguments_{n}_{k}: {self._json_value(n, schema)}"
+
+    def _json_value(self, n: int, schema: Any) -> str:
+        """Return what matches the value of one argument as JSON."""
+        parameters = parameters_of(self._schemas[n])
+        shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+        plain = schema if isinstance(schema, Mapping) else {}
+        return f"%json {json.dumps({**shared, **plain, 'x-guidance': _GUIDANCE})}"
+
+    def _keywords(self, n: int) -> Iterator[str]:
+        """Yield the rules of arguments that are keywords in Python."""
+        properties = self._properties(n)
+        if properties is None:
+            yield f'params_{n}: (param_{n} (", " param_{n})*)?'
+            yield f'param_{n}: py_key "=" py_any'
+            return
+        starts = list[str]()
+        for k, (_, _, needed) in enumerate(properties):
+            starts.append(f"param_{n}_{k} rest_{n}_{k + 1}")
+            if needed:
+                break
+        else:
+            starts.append('""')
+        yield f"params_{n}: {' | '.join(starts)}"
+        for k, (key, schema, needed) in enumerate(properties):
+            yield f"param_{n}_{k}: {_quoted(key + '=')} value_{n}_{k}"
+            optional = "" if needed else "?"
+            yield f'rest_{n}_{k}: (", " param_{n}_{k}){optional} rest_{n}_{k + 1}'
+            yield from self._python_value(n, f"value_{n}_{k}", schema)
+        yield f'rest_{n}_{len(properties)}: ""'
+
+    def _python_value(self, n: int, rule: str, schema: Any) -> Iterator[str]:
+        """Yield the rules of one value as Python writes it."""
+        root = parameters_of(self._schemas[n])
+        schema = _resolved(schema, root)
+        values = _choices(schema, root)
+        if values is not None:
+            yield f"{rule}: {' | '.join(_quoted(python_literal(one)) for one in values)}"
+            return
+        kind = schema.get("type") if isinstance(schema, Mapping) else None
+        if isinstance(kind, str) and kind in _CONSTANTS:
+            yield f"{rule}: {_CONSTANTS[kind]}"
+        elif kind == "array" and isinstance(schema.get("items"), Mapping):
+            yield f'{rule}: "[" ({rule}_item (", " {rule}_item)*)? "]"'
+            yield from self._python_value(n, f"{rule}_item", schema["items"])
+        elif kind in ("integer", "number", "object"):
+            name = f"arguments_{n}_{rule.removeprefix(f'value_{n}_')}"
+            yield f"{rule}: {name}"
+            yield f"{name}: {self._json_value(n, schema)}"
+        else:
+            yield f"{rule}: py_any"
+
+    def _bare(self, head: str, more: str = "") -> str:
+        """Return the rules for calls that are objects without marks."""
+        rules = ["bare: " + " | ".join(f"bare_{n}" for n in range(len(self._schemas)))]
+        key, value = self._format.keys
+        for n, schema in enumerate(self._schemas):
+            this = head.replace("KEY", key).replace("VALUE", value)
+            this = this.replace("NAME", re.escape(name_of(schema)))
+            rules.append(
+                f"bare_head_{n}[lazy]: {this}\n"
+                f'bare_{n}: bare_head_{n} SPACE? bare_arguments_{n} SPACE? "}}"{more}\n'
+                f"bare_arguments_{n}: {self._json(n, _BARE_GUIDANCE)}"
+            )
+        return "\n".join(rules)
+
+    def _bare_objects(self) -> str:
+        return self._bare(_OBJECT_HEAD)
+
+    def _bare_lists(self) -> str:
+        """Return the rules for lists of calls in Python that stand without marks."""
+        more = "" if self._one_only else f"({_quoted(self._format.between or '')} one)*"
+        rules = ["bare: " + " | ".join(f"bare_{n}" for n in range(len(self._schemas)))]
+        for n, schema in enumerate(self._schemas):
+            head = _LIST_HEAD.replace("NAME", re.escape(name_of(schema)))
+            rules.append(
+                f"bare_head_{n}[lazy]: {head}\n"
+                f'bare_{n}: bare_head_{n} params_{n} ")" {more} {self._literal(self._format.closing)}'
+            )
+        return "\n".join(rules)
+
+    def _channels(self, ends: str, answer: str | None = None, *, with_final: bool = False) -> str:
+        """Return the grammar of replies in channels: thoughts, then what *ends* names."""
+        to = self._until("<|end|>", "said")
+        lit = self._literal
+        names = [
+            f"to_{n}: {lit(name_of(one))} to_json arguments_{n}"
+            for n, one in enumerate(self._schemas)
+        ]
+        role = [
+            f"as_{n}: {lit(name_of(one) + '<|channel|>commentary')} to_json arguments_{n}"
+            for n, one in enumerate(self._schemas)
+        ]
+        count = range(len(self._schemas))
+        rules = [
+            f"start: aside* ({ends})",
+            f'aside: {lit("<|channel|>")} ("analysis" | "commentary") {lit("<|message|>")} '
+            f"{to} {lit('<|start|>assistant')}",
+            f'channel_call: {lit("<|channel|>")} ("commentary" | "analysis") " to=functions." '
+            f"({' | '.join(f'to_{n}' for n in count)})"
+            f' | " to=functions." ({" | ".join(f"as_{n}" for n in count)})',
+            f'to_json: " " ({lit("<|constrain|>")})? "json" {lit("<|message|>")}',
+            *names,
+            *role,
+            *(f"arguments_{n}: {self._json(n)}" for n in count),
+            _TEXT,
+        ]
+        if "<|end|>" not in self._control.ids:
+            rules.append(f"said[lazy]: TEXT {_quoted('<|end|>')}")
+        head = lit("<|channel|>final<|message|>")
+        if with_final:
+            rules.append(f"final: {head} tail")
+        if answer is not None:
+            rules += [f"answered: {head} answer", answer]
+        return "\n".join(rules)
+
+    def _until(self, mark: str, rule: str) -> str:
+        return f"TEXT {self._literal(mark)}" if mark in self._control.ids else rule
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _choices(schema: Any, root: Mapping[str, Any]) -> list[Any] | None:
+    """Return the values that a schema lists; None where it lists none."""
+    schema = _resolved(schema, root)
+    if not isinstance(schema, Mapping):
+        return None
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    return values if isinstance(values, list) and values else None

@@ -1,0 +1,243 @@
+# ruff: noqa: RUF001 - marks of calls have letters that look like others
+"""
+Models of each family behind real clients: they call tools for three turns, and nothing is read twice.
+
+The templates are the families' own, the marks of their calls control tokens where they are theirs. Only
+the choice of a token is a script's, and the grammar has to allow it.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import httpx
+import pytest
+
+from recollect.conversation import formats
+from recollect.conversation.model import Model
+from recollect.engine import sampling
+from recollect.models.catalog import reference_model
+from recollect.runtime.base import ReferenceRuntime
+from recollect.text.file_tokenizers import HfTokenizer
+from recollect.text.tokenizer import Tokenizer
+from recollect.text.tool_formats import FORMATS
+
+anthropic = pytest.importorskip("anthropic")
+openai = pytest.importorskip("openai")
+tokenizers = pytest.importorskip("tokenizers")
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+END: Final = "<|end_of_text|>"
+CONTROL: Final = [
+    END, "[TOOL_CALLS]", "[ARGS]", "[INST]", "[/INST]", "<|tool_call_start|>", "<|tool_call_end|>",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>", "<｜User｜>", "<｜Assistant｜>", "<|channel|>", "<|message|>",
+    "<|constrain|>", "<|start|>", "<|end|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>",
+    "<|python_tag|>", "<|tool_call|>", "<|user|>", "<|assistant|>", "<|observation|>",
+]  # fmt: skip
+FAMILIES: Final[Mapping[str, str]] = {
+    "Qwen-Qwen2.5-7B-Instruct": "hermes",
+    "Qwen-Qwen3-0.6B": "hermes",
+    "meta-llama-Llama-3.1-8B-Instruct": "llama-3",
+    "mistralai-Mistral-Nemo-Instruct-2407": "mistral",
+    "mistralai-Ministral-3-14B-Reasoning-2512": "mistral-v11",
+    "unsloth-mistral-Devstral-Small-2507": "mistral-v11",
+    "Qwen3-Coder": "qwen3-coder",
+    "GLM-4.6": "glm-4.5",
+    "GLM-4.7-Flash": "glm-4.7",
+    "openai-gpt-oss-120b": "harmony",
+    "LFM2.5-8B-A1B": "lfm2",
+    "LFM2-8B-A1B": "lfm2",
+    "deepseek-ai-DeepSeek-V3.1": "deepseek-v3.1",
+    "ByteDance-Seed-OSS": "seed-oss",
+    "MiniMax-M2": "minimax-m2",
+    "NVIDIA-Nemotron-Nano-v2": "nemotron",
+    "ibm-granite-granite-3.3-2B-Instruct": "granite",
+    "unsloth-Apriel-1.5": "apriel",
+}
+TOOL: Final = {
+    "name": "weather",
+    "description": "The weather in a city",
+    "schema": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        "required": ["city"],
+    },
+}
+CITIES: Final = ("Paris", "Köln", "75001")
+
+
+class Script:
+    """Chooses tokens in the place of a model."""
+
+    def __init__(self, tokenizer: Tokenizer, replies: Iterator[str]) -> None:
+        self._tokenizer = tokenizer
+        self._replies = replies
+        self._rest: list[int] = []
+        self.lengths: list[int] = []
+        (self._end,) = tokenizer.encode(END)
+
+    def choose(
+        self, logits: Any, params: Any, *, history: Any, reply_start: int, allowed: Any = None,
+        **_: Any,
+    ) -> int:  # fmt: skip
+        if len(history) == reply_start:
+            self._rest = self._tokenizer.encode(next(self._replies))
+            self.lengths.append(len(self._rest))
+        token = self._rest.pop(0) if self._rest else self._end
+        text = self._tokenizer.decode(history[reply_start:].tolist(), skip_special_tokens=False)
+        assert allowed is None or allowed[token], f"the grammar refuses what follows {text!r}"
+        return token
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    """Return a tokenizer of bytes, and of marks of all families as control tokens."""
+    bytes_of = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {letter: number for number, letter in enumerate(sorted(bytes_of))}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(CONTROL)
+    made.save(str(tmp_path / "tokenizer.json"))
+    return HfTokenizer(
+        tmp_path / "tokenizer.json", frozenset({made.token_to_id(END)}), template=None
+    )
+
+
+THINKING: Final = {
+    "GLM-4.7-Flash",
+    "MiniMax-M2",
+    "NVIDIA-Nemotron-Nano-v2",
+}
+"""Their templates open reasoning, which the script ends at once."""
+
+
+def replies(name: str) -> Iterator[str]:
+    family = FAMILIES[name]
+    form, thought = FORMATS[family], "</think>" if name in THINKING else ""
+    final = "<|channel|>final<|message|>" if family == "harmony" else ""
+    for city in CITIES:
+        given = json.dumps({"city": city, "days": 2}, ensure_ascii=False)
+        yield thought + form.text_of([("weather", given)])
+        yield f"{thought}{final}Sunny in {city}."
+
+
+@pytest.fixture
+def scripted(
+    start: Callable[..., httpx.Client],
+    sources: Mapping[str, str],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[str], tuple[httpx.Client, Script]]:
+    """Return what serves a scripted model with a real template."""
+
+    def serve(name: str) -> tuple[httpx.Client, Script]:
+        script = Script(tokenizer, replies(name))
+        parts = replace(formats.FORMATS["reference"], tokenizer=lambda _: tokenizer)
+        changed = MappingProxyType({**formats.FORMATS, "reference": parts})
+        monkeypatch.setattr(formats, "FORMATS", changed)
+        monkeypatch.setattr(sampling, "choose_token", script.choose)
+        local = replace(
+            reference_model(),
+            chat_template=sources[name],
+            context_length=60_000,
+            eos_token_ids=tokenizer.eos_token_ids,
+            eos_token=END,
+        )
+        runtime = ReferenceRuntime(vocab_size=tokenizer.vocab_size, context_length=60_000)
+        model = Model(local, runtime, profile="exact", home=tmp_path / "home")
+        assert model.template.tool_format.name == FAMILIES[name]
+        return start(load=lambda _: model), script
+
+    return serve
+
+
+def with_openai(url: str, http: httpx.Client) -> Iterator[tuple[int, int]]:
+    """Have three turns; yield of each request how long its prompt was, and what of it was there."""
+    tools = [{"type": "function", "function": {**TOOL, "parameters": TOOL["schema"]}}]
+    del tools[0]["function"]["schema"]  # type: ignore[attr-defined]
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", http_client=http)
+    messages: list[Any] = []
+    for city in CITIES:
+        messages.append({"role": "user", "content": f"How is {city}?"})
+        for is_last in (False, True):
+            answer = client.chat.completions.create(
+                model="reference", messages=messages, tools=tools, max_tokens=300
+            )
+            said, usage = answer.choices[0].message, answer.usage
+            messages.append(said.model_dump(exclude_none=True))
+            if is_last:
+                assert (said.content, said.tool_calls) == (f"Sunny in {city}.", None)
+            else:
+                assert said.tool_calls, said
+                (call,) = said.tool_calls
+                assert (said.content or "", call.function.name) == ("", "weather")
+                assert json.loads(call.function.arguments) == {"city": city, "days": 2}
+                messages.append(
+                    {"role": "tool", "tool_call_id": call.id, "content": "It is sunny."}
+                )
+            yield usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
+
+
+def with_anthropic(url: str, _: httpx.Client) -> Iterator[tuple[int, int]]:
+    """The same, streamed."""
+    tool = {"name": "weather", "description": "It", "input_schema": TOOL["schema"]}
+    client = anthropic.Anthropic(base_url=url, api_key="none")
+    messages: list[Any] = []
+    for city in CITIES:
+        messages.append({"role": "user", "content": f"How is {city}?"})
+        for is_last in (False, True):
+            with client.messages.stream(
+                model="reference", messages=messages, tools=[tool], max_tokens=300
+            ) as stream:
+                answer = stream.get_final_message()
+            messages.append({"role": "assistant", "content": answer.content})
+            if is_last:
+                assert [one.text for one in answer.content] == [f"Sunny in {city}."]
+            else:
+                (call,) = answer.content
+                assert (call.name, call.input) == ("weather", {"city": city, "days": 2})
+                result = {"type": "tool_result", "tool_use_id": call.id, "content": "It is sunny."}
+                messages.append({"role": "user", "content": [result]})
+            usage = answer.usage
+            there = usage.cache_read_input_tokens or 0
+            yield usage.input_tokens + there + (usage.cache_creation_input_tokens or 0), there
+    client.close()
+
+
+MOVING: Final = {"mistralai-Mistral-Nemo-Instruct-2407"}
+"""Their templates show the tools before the last question, which is another in each turn."""
+
+
+CLOSING: Final = {"GLM-4.7-Flash": 6}
+"""Their templates open reasoning in a prompt, and show it only closed in history: those are read again."""
+
+
+@pytest.mark.parametrize("talk", [with_openai, with_anthropic])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tools_are_called_for_three_turns_and_no_token_is_computed_twice(
+    name: str,
+    talk: Callable[[str, httpx.Client], Iterator[tuple[int, int]]],
+    scripted: Callable[[str], tuple[httpx.Client, Script]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    client, script = scripted(name)
+    known, lost = 0, []
+    with httpx.Client(trust_env=False, timeout=60) as http:
+        told = [*talk(str(client.base_url).rstrip("/"), http)]
+    lengths = iter(script.lengths)
+    for number, (prompt, there) in enumerate(told):
+        is_other = number % 2 == 0 and name in MOVING
+        few = CLOSING.get(name, 0)
+        lost.append(0 if is_other else max(0, known - there - few))
+        known = prompt + next(lengths) - 1
+    assert lost == [0] * 2 * len(CITIES)
