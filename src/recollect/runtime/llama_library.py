@@ -210,8 +210,6 @@ _FUNCTIONS: Final[Mapping[str, tuple[Any, tuple[Any, ...]]]] = {
     "llama_state_seq_get_size": (c_size_t, (_POINTER, c_int32)),
     "llama_state_seq_get_data": (c_size_t, (_POINTER, _POINTER, c_size_t, c_int32)),
     "llama_state_seq_set_data": (c_size_t, (_POINTER, _POINTER, c_size_t, c_int32)),
-    "llama_batch_init": (Batch, (c_int32, c_int32, c_int32)),
-    "llama_batch_free": (None, (Batch,)),
     "llama_decode": (c_int32, (_POINTER, Batch)),
     "llama_get_logits_ith": (_POINTER, (_POINTER, c_int32)),
     "llama_synchronize": (None, (_POINTER,)),

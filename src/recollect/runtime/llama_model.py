@@ -30,7 +30,7 @@ from recollect.errors import (
     UnsupportedModelError,
 )
 from recollect.runtime.base import Logits, Pace, Reuse, RuntimeInfo
-from recollect.runtime.llama_library import KV_TYPES, LlamaLibrary, library
+from recollect.runtime.llama_library import KV_TYPES, Batch, LlamaLibrary, library
 from recollect.runtime.llama_state import Layout
 from recollect.types import Profile
 
@@ -213,28 +213,41 @@ class LlamaModel:
         Raises:
             RuntimeFailure: It failed. What these lanes hold from those positions on is undefined.
         """
-        count = sum(len(ids) for _, _, ids, _ in parts)
-        batch = self.lib.llama_batch_init(count, 0, 1)
-        try:
-            at, wanted = 0, []
-            for lane, start, ids, wants in parts:
-                for place, token in enumerate(ids, start):
-                    batch.token[at], batch.pos[at] = token, place
-                    batch.n_seq_id[at], batch.seq_id[at][0] = 1, lane
-                    batch.logits[at] = False
-                    at += 1
-                batch.logits[at - 1] = wants
-                wanted.append(at - 1 if wants else None)
-            batch.n_tokens = count
-            self.lib.last_words.clear()
-            code = self.lib.llama_decode(self._context, batch)
-        finally:
-            self.lib.llama_batch_free(batch)
+        # In arrays of our own: filling the library's token by token takes 3 ms for 512 of them.
+        lengths = [len(ids) for _, _, ids, _ in parts]
+        tokens = np.concatenate([np.asarray(ids, np.int32) for _, _, ids, _ in parts])
+        places = np.concatenate(
+            [
+                np.arange(start, start + n)
+                for (_, start, _, _), n in zip(parts, lengths, strict=True)
+            ]
+        ).astype(np.int32)
+        numbers = np.array([lane for lane, _, _, _ in parts], np.int32)
+        addresses = numbers.ctypes.data + numbers.itemsize * np.arange(len(parts), dtype=np.uintp)
+        owners = np.repeat(addresses, lengths)
+        ones = np.ones(len(tokens), np.int32)
+        outputs = np.zeros(len(tokens), np.int8)
+        last = np.cumsum(lengths) - 1
+        outputs[last] = [wants for _, _, _, wants in parts]
+        batch = Batch(
+            len(tokens),
+            tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            None,
+            places.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            ones.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            owners.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+            outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        self.lib.last_words.clear()
+        code = self.lib.llama_decode(self._context, batch)
         if code:
             raise RuntimeFailure(
                 f"llama.cpp failed while running the model ({code}: {self.lib.why()})."
             )
-        return [None if place is None else self._logits(place) for place in wanted]
+        return [
+            self._logits(int(place)) if wants else None
+            for place, (_, _, _, wants) in zip(last, parts, strict=True)
+        ]
 
     def _logits(self, place: int) -> Logits:
         address = self.lib.llama_get_logits_ith(self._context, place)
