@@ -49,6 +49,8 @@ _CARD_SHARE: Final = 0.85
 """Of a card's free memory that weights may take; the rest is for KV and for what passes compute in."""
 _CARD_RESERVE: Final = 512 << 20
 """Bytes on a card that kernels need in any case."""
+_CARD_PACE: Final = Pace(prefill_chunk=2048, shared_chunk=512, first_token_pause_s=0)
+"""A card computes a chunk in the time in which a processor computes a few tokens."""
 _PART: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 
@@ -193,6 +195,7 @@ class LlamaModel:
         cells = -(-cells // _CELL_STEP) * _CELL_STEP
         params.n_ctx, params.n_seq_max = cells * lanes, lanes
         params.n_batch, params.n_ubatch = MOST_FED, min(512, MOST_FED)
+        params.n_outputs_max = lanes  # one for each: by default there is memory for all tokens' logits
         params.kv_unified, params.swa_full = False, True
         params.type_k = params.type_v = KV_TYPES[self.kv_type]
         params.flash_attn_type = int(self.flash_attention)
@@ -333,7 +336,7 @@ class LlamaModel:
                 f"layers={self.layers_on_card},{digest}"
             ),
             reuse=Reuse(as_bytes=layout is not None),
-            pace=Pace() if device == "CPU" else Pace(first_token_pause_s=0),
+            pace=Pace() if device == "CPU" else _CARD_PACE,
         )
 
     @property
