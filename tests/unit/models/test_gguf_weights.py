@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -7,7 +8,16 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 
-from recollect.models.gguf_weights import LAYOUTS, READABLE_KINDS, take_apart, values_of
+from recollect.models.gguf_weights import (
+    LAYOUTS,
+    READABLE_KINDS,
+    Shards,
+    f32_bytes,
+    is_f32,
+    take_apart,
+    values_of,
+    write_as_f32,
+)
 
 MakeBlocks = Callable[..., np.ndarray]
 
@@ -75,3 +85,21 @@ def test_a_scale_that_is_no_number_is_refused(
     blocks[1, 0:2] = np.array([scale], np.uint16).view(np.uint8)
     with pytest.raises(ValueError, match="infinite or no number"):
         take_apart(blocks, kind)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "F16", "BF16"])
+def test_a_file_written_as_f32_has_the_same_values_and_fields(
+    make_decoder: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    file, unpacked = make_decoder(kind=kind), tmp_path / "unpacked.gguf"
+    assert not is_f32(file)
+    write_as_f32(file, unpacked)
+    assert is_f32(unpacked)
+    before, after = Shards(file), Shards(unpacked)
+    assert after.fields == before.fields
+    assert list(after.tensors) == list(before.tensors)
+    assert after.total_bytes == f32_bytes(file) == f32_bytes(unpacked)
+    for name, tensor in after.tensors.items():
+        assert tensor.shape == before.tensors[name].shape
+        expected = values_of(before.blocks(name), before.kind(name))
+        assert np.array_equal(values_of(after.blocks(name), Kind.F32), expected)
