@@ -392,7 +392,7 @@ class ModelOptions:
         cipher = unlock_home()  # before the bar is drawn: it may ask
         with progress_bar(f"Loading {name}") as progress:
             kv_memory, kv_disk = self._sizes()
-            return load(
+            model = load(
                 name,
                 profile=self.profile or DEFAULT_PROFILE,
                 kv_memory=kv_memory,
@@ -407,6 +407,11 @@ class ModelOptions:
                 progress=progress,
                 offline=self.offline or None,
             )
+        if self.runtime == "auto" and model.local.format == "gguf":
+            device = model.engine.info.device
+            why = "OpenVINO does not read it" if device == "CPU" else f"{device} is quicker"
+            typer.echo(f"{name} runs on llama.cpp ({device}), because {why}.", err=True)
+        return model
 
     def _layers(self) -> int | None:
         """Return the layers on graphics cards; None: as many as fit."""

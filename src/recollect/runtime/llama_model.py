@@ -195,7 +195,9 @@ class LlamaModel:
         cells = -(-cells // _CELL_STEP) * _CELL_STEP
         params.n_ctx, params.n_seq_max = cells * lanes, lanes
         params.n_batch, params.n_ubatch = MOST_FED, min(512, MOST_FED)
-        params.n_outputs_max = lanes  # one for each: by default there is memory for all tokens' logits
+        params.n_outputs_max = (
+            lanes  # one for each: by default there is memory for all tokens' logits
+        )
         params.kv_unified, params.swa_full = False, True
         params.type_k = params.type_v = KV_TYPES[self.kv_type]
         params.flash_attn_type = int(self.flash_attention)

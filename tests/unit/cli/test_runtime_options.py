@@ -1,0 +1,70 @@
+"""What runs a GGUF file: said where it was chosen, and refused where it cannot be."""
+
+from pathlib import Path
+
+import gguf
+import pytest
+
+from random_model import Shape, write_random_model
+from recollect.cli.options import ModelOptions
+from recollect.errors import ConfigError, UnsupportedModelError
+from recollect.models.prepare import prepare
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RECOLLECT_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def spoken(tmp_path: Path) -> Path:
+    """Return a mixture of experts whose tokens are single letters."""
+    letters = tmp_path / "letters.gguf"
+    writer = gguf.GGUFWriter(letters, "llama")
+    writer.add_context_length(512)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    tokens = [*map(chr, range(33, 127)), "\u0120", "<|end|>"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 1) + [3])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(len(tokens) - 1)
+    writer.add_chat_template("{% for one in messages %}{{ one.content }}<|end|>{% endfor %}")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    shape = Shape(architecture="qwen3moe", experts=4, head_norms=True)
+    return write_random_model(tmp_path / "experts.gguf", shape, vocabulary_of=letters)
+
+
+def test_llama_runs_what_openvino_does_not_and_one_line_says_so(
+    spoken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ModelOptions(kv_disk="0").load(str(spoken)) as model:
+        assert model.engine.info.name.startswith("llama.cpp-")
+    said = capsys.readouterr().err
+    assert said.count("runs on llama.cpp (CPU), because OpenVINO does not read it.") == 1
+
+
+def test_what_was_asked_for_is_not_said(spoken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ModelOptions(kv_disk="0", runtime="llama", kv_type="f32", gpu_layers="0")
+    with options.load(str(spoken)) as model:
+        assert model.engine.info.kv_format.startswith("f32,")
+    assert "runs on" not in capsys.readouterr().err
+
+
+def test_layers_that_are_no_number_are_refused(spoken: Path) -> None:
+    with pytest.raises(ConfigError, match="give auto, or how many layers"):
+        ModelOptions(gpu_layers="-3").load(str(spoken))
+
+
+def test_options_of_llama_are_refused_elsewhere() -> None:
+    with pytest.raises(ConfigError, match="does not run on llama"):
+        ModelOptions(gpu_layers="3").load("reference")
+
+
+def test_openvino_alone_refuses_what_it_does_not_read(spoken: Path, home: Path) -> None:
+    with pytest.raises(UnsupportedModelError):
+        ModelOptions(runtime="openvino").load(str(spoken))
+    assert prepare(str(spoken), home=home, llama="there").format == "gguf"
