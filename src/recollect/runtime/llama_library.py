@@ -215,7 +215,7 @@ _FUNCTIONS: Final[Mapping[str, tuple[Any, tuple[Any, ...]]]] = {
     "llama_synchronize": (None, (_POINTER,)),
     "llama_n_ctx_seq": (c_uint32, (_POINTER,)),
     "llama_model_get_vocab": (_POINTER, (_POINTER,)),
-    "llama_model_n_layer": (c_int32, (_POINTER,)),
+    "llama_model_meta_val_str": (c_int32, (_POINTER, c_char_p, c_char_p, c_size_t)),
     "llama_model_n_swa": (c_int32, (_POINTER,)),
     "llama_model_size": (ctypes.c_uint64, (_POINTER,)),
     "llama_model_is_recurrent": (c_bool, (_POINTER,)),

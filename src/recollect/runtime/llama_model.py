@@ -82,7 +82,8 @@ class LlamaModel:
         self._model: int | None = None
         self._context: int | None = None
         self.layers_on_card = 0
-        self.num_layers = self._load(0, vocab_only=True)
+        self._load(0, vocab_only=True)
+        self.num_layers = self._count_layers()
         self._load_what_fits()
         self.vocab_size: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
         self.window: int = max(0, lib.llama_model_n_swa(self._model))
@@ -135,8 +136,19 @@ class LlamaModel:
                 self.path.name,
             )
 
-    def _load(self, layers: int, *, vocab_only: bool = False) -> int:
-        """Load the model; return its number of layers."""
+    def _count_layers(self) -> int:
+        """Return how many layers the file says that there are; 0 where it does not."""
+        # Of a model without weights the library itself says 0.
+        architecture = self._said("general.architecture")
+        count = self._said(f"{architecture}.block_count")
+        return int(count) if count.isdecimal() else 0
+
+    def _said(self, field: str) -> str:
+        text = ctypes.create_string_buffer(256)
+        self.lib.llama_model_meta_val_str(self._model, field.encode(), text, len(text))
+        return text.value.decode(errors="replace")
+
+    def _load(self, layers: int, *, vocab_only: bool = False) -> None:
         self.close()
         params = self.lib.model_params()
         params.n_gpu_layers, params.vocab_only = layers, vocab_only

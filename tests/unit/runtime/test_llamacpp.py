@@ -13,7 +13,14 @@ from recollect.errors import ConfigError, RuntimeFailure, UnsupportedModelError
 from recollect.runtime import llama_library
 from recollect.runtime import llamacpp as module
 from recollect.runtime.base import Logits, PagedRuntime, Row, SequenceId
-from recollect.runtime.llama_library import VARIABLE, Found, LlamaLibrary, found_libraries, library
+from recollect.runtime.llama_library import (
+    VARIABLE,
+    Device,
+    Found,
+    LlamaLibrary,
+    found_libraries,
+    library,
+)
 from recollect.runtime.llama_model import LlamaModel, LlamaOptions
 from recollect.runtime.llama_state import Layout
 from recollect.runtime.llamacpp import LlamaCppRuntime, load_llama
@@ -303,3 +310,55 @@ def test_without_memory_for_all_lanes_there_are_fewer(
     assert "memory for 2 sequences" in caplog.text
     assert len(runtime.forward([Row([5 + n], 0, [n]) for n in range(5)]).logits) == 5
     runtime.close()
+
+
+def card(free_bytes: int) -> Device:
+    return Device("CUDA0", "a card", "GPU", free_bytes, 80 << 30)
+
+
+@pytest.mark.parametrize(("free", "layers"), [(8 << 30, 3), (1 << 29, 0)])
+def test_as_many_layers_go_to_a_card_as_fit(
+    path: Path, monkeypatch: pytest.MonkeyPatch, free: int, layers: int
+) -> None:
+    monkeypatch.setattr(LlamaLibrary, "devices", lambda _: [card(free)])
+    model = LlamaModel(library(), path, LlamaOptions(threads=1))
+    assert model.layers_on_card == layers
+    assert model.device == ("CUDA" if layers else "CPU")
+    assert model.flash_attention is bool(layers)
+    model.close()
+
+
+def test_half_a_model_on_a_card_is_said_and_another_format(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reserve = 512 << 20
+    half = int((reserve + path.stat().st_size * 0.5) / 0.85)
+    monkeypatch.setattr(LlamaLibrary, "devices", lambda _: [card(half)])
+    model = LlamaModel(library(), path, LlamaOptions(threads=1))
+    assert model.layers_on_card == 1
+    assert "memory for 1 of 3 layers" in caplog.text
+    formats = {model.information(512, None).kv_format}
+    assert model.put_less_on_cards()
+    assert model.layers_on_card == 0
+    formats.add(model.information(512, None).kv_format)
+    assert len(formats) == 2
+    assert not model.put_less_on_cards()
+    model.close()
+
+
+def test_layers_that_were_asked_for_and_do_not_fit_are_refused_with_both_sizes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaLibrary, "devices", lambda _: [card(1000)])
+    loads = LlamaLibrary.load_model
+
+    def load(self: LlamaLibrary, file: Path, params: Any) -> int | None:
+        return None if params.n_gpu_layers else loads(self, file, params)
+
+    monkeypatch.setattr(LlamaLibrary, "load_model", load)
+    size = f"{path.stat().st_size:,}"
+    with pytest.raises(UnsupportedModelError, match=f"1,000 bytes are free.*{size}.*gpu-layers"):
+        LlamaModel(library(), path, LlamaOptions(gpu_layers=2))
+    chosen = LlamaModel(library(), path, LlamaOptions())  # nobody asked: then fewer
+    assert chosen.layers_on_card == 0
+    chosen.close()
