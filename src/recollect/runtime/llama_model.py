@@ -51,6 +51,7 @@ _CARD_RESERVE: Final = 512 << 20
 """Bytes on a card that kernels need in any case."""
 _CARD_PACE: Final = Pace(prefill_chunk=2048, shared_chunk=512, first_token_pause_s=0)
 """A card computes a chunk in the time in which a processor computes a few tokens."""
+_MANY_LAYERS: Final = 1000
 _PART: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 
@@ -137,11 +138,11 @@ class LlamaModel:
             )
 
     def _count_layers(self) -> int:
-        """Return how many layers the file says that there are; 0 where it does not."""
+        """Return how many layers the file says that there are; a number above any where it does not."""
         # Of a model without weights the library itself says 0.
         architecture = self._said("general.architecture")
         count = self._said(f"{architecture}.block_count")
-        return int(count) if count.isdecimal() else 0
+        return int(count) if count.isdecimal() else _MANY_LAYERS
 
     def _said(self, field: str) -> str:
         text = ctypes.create_string_buffer(256)
@@ -156,7 +157,6 @@ class LlamaModel:
         if self._model is None:
             raise UnsupportedModelError(self._why_not_loaded(layers))
         self.layers_on_card = layers
-        return int(self.lib.llama_model_n_layer(self._model))
 
     def _why_not_loaded(self, layers: int) -> str:
         if layers:
