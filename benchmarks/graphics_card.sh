@@ -68,10 +68,17 @@ ls -la "$libraries"
 export RECOLLECT_LLAMA_LIBRARY=$libraries/libllama.so
 [ -f "$folder/vocabulary.gguf" ] && export RANDOM_MODEL_VOCABULARY=$folder/vocabulary.gguf
 [ "$kind" = cpu ] && small=--small
+# Where the compiler finds a static C++ runtime alone, each library has one of its own, whose locales do not go
+# together: loading a model is a segmentation fault, unless all of them use the one that is loaded first.
+if ! ldd "$libraries/libggml-base.so" | grep -q 'libstdc++'; then
+    runtime=$(ldconfig -p | grep -o '/.*libstdc++\.so\.6$' | head -n 1)
+    export LD_PRELOAD=$runtime
+fi
 left=$((${ALL_SECONDS:-570} - SECONDS + begun))
 python3 "$repository/benchmarks/graphics_card.py" --results "$out/results.json" --seconds "$left" ${small:-} |
     tee "$out/results.log"
 status=$?
+unset LD_PRELOAD
 [ -n "${packing:-}" ] && wait "$packing"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$out/card.txt" 2>&1
 rm -rf "$work"
