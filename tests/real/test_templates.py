@@ -277,7 +277,7 @@ def test_reasoning_between_calls_of_tools_is_read_once(
     model = make_model(template=sources[name], context_length=60_000, num_blocks=8_000)
     marks = model.template.reasoning
     assert marks is not None
-    call = '<tool_call>\n{"name": "get", "arguments": {"a": "x"}}\n</tool_call>'
+    call = model.template.tool_format.text_of([("get", '{"a": "x"}')])
     messages: list[Message] = [{"role": "user", "content": "One"}]
     known = 0
     for number in range(4):
