@@ -36,7 +36,14 @@ from recollect.text.reasoning import ShowingTokenizer, says_nothing, says_the_sa
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
 from recollect.text.tool_calls import CallRules
-from recollect.types import Message, Remembered, Role, ToolCall, common_prefix_length
+from recollect.types import (
+    Message,
+    MessageToolCall,
+    Remembered,
+    Role,
+    ToolCall,
+    common_prefix_length,
+)
 
 ToolSchemas = Sequence[Mapping[str, Any]]
 Render = Callable[[list[Message], ToolSchemas], str]
@@ -76,8 +83,10 @@ class Guard:
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
         """Return messages with marks in them."""
-        # Roles are the template's words.
-        marked = [{**self._marked(one), "role": one["role"]} for one in messages]
+        # Roles and the names of fields are the template's words.
+        marked = [
+            {name: self._in_field(name, value) for name, value in one.items()} for one in messages
+        ]
         return cast("list[Message]", marked)
 
     def tools(self, tools: ToolSchemas) -> list[Mapping[str, Any]]:
@@ -92,6 +101,22 @@ class Guard:
             end += len(part)
             breaks.append(end)
         return Shown("".join(parts), tuple(breaks))
+
+    def _in_field(self, name: str, value: Any) -> Any:
+        """Return the value of a field of a message with marks in it."""
+        if name == "role":
+            return value
+        if name != "tool_calls":
+            return self._marked(value)
+        calls: Sequence[MessageToolCall] = value
+        return [
+            {
+                **call,
+                "id": self._marked(call["id"]),
+                "function": {key: self._marked(one) for key, one in call["function"].items()},
+            }
+            for call in calls
+        ]
 
     def _marked(self, value: Any) -> Any:
         if isinstance(value, str):
