@@ -25,7 +25,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from sys import getsizeof
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from recollect.conversation import showing
 from recollect.conversation.matching import shared_characters
@@ -36,14 +36,7 @@ from recollect.text.reasoning import ShowingTokenizer, says_nothing, says_the_sa
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
 from recollect.text.tool_calls import CallRules
-from recollect.types import (
-    Message,
-    MessageToolCall,
-    Remembered,
-    Role,
-    ToolCall,
-    common_prefix_length,
-)
+from recollect.types import Message, Remembered, Role, ToolCall, common_prefix_length
 
 ToolSchemas = Sequence[Mapping[str, Any]]
 Render = Callable[[list[Message], ToolSchemas], str]
@@ -83,11 +76,7 @@ class Guard:
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
         """Return messages with marks in them."""
-        # Roles and the names of fields are the template's words.
-        marked = [
-            {name: self._in_field(name, value) for name, value in one.items()} for one in messages
-        ]
-        return cast("list[Message]", marked)
+        return [showing.changed(one, self._marked) for one in messages]
 
     def tools(self, tools: ToolSchemas) -> list[Mapping[str, Any]]:
         """Return descriptions of tools with marks in them."""
@@ -101,22 +90,6 @@ class Guard:
             end += len(part)
             breaks.append(end)
         return Shown("".join(parts), tuple(breaks))
-
-    def _in_field(self, name: str, value: Any) -> Any:
-        """Return the value of a field of a message with marks in it."""
-        if name == "role":
-            return value
-        if name != "tool_calls":
-            return self._marked(value)
-        calls: Sequence[MessageToolCall] = value
-        return [
-            {
-                **call,
-                "id": self._marked(call["id"]),
-                "function": {key: self._marked(one) for key, one in call["function"].items()},
-            }
-            for call in calls
-        ]
 
     def _marked(self, value: Any) -> Any:
         if isinstance(value, str):
