@@ -297,3 +297,22 @@ def test_what_is_thought_between_calls_is_kept(
             (call,) = message["tool_calls"]
             assert json.loads(call["function"]["arguments"]) == {"city": city}
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": "Sunny."})
+
+
+@pytest.mark.parametrize("name", ["Cohere2MoE", "muse-glimmer", "Kimi-K3", "Qwen-Qwen3-0.6B"])
+def test_a_budget_ends_reasoning_where_tools_are_offered(
+    name: str, scripted: Callable[..., tuple[httpx.Client, Script]], tokenizer: Tokenizer
+) -> None:
+    opening, ending = THINKERS[name][0].split("{}")
+    call = FORMATS["hermes"].text_of([("weather", '{"city": "Rome"}')])
+    most = 8
+    thought = "Hm" * 4 if not opening.endswith("\n") else "Hm" * 3 + "H"
+    endless = "x" * len(tokenizer.encode(ending.lstrip("\n")))
+    client, _ = scripted(name, iter([f"{opening}{thought}{endless}{call}"]))
+    tool = {"name": "weather", "parameters": TOOL["schema"]}
+    body = {"model": "reference", "messages": [{"role": "user", "content": "?"}], "max_tokens": 200}
+    tools = [{"type": "function", "function": tool}]
+    asked = {**body, "tools": tools, "thinking_budget": most}
+    message = client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]
+    assert message["reasoning_content"] == thought
+    assert message["tool_calls"][0]["function"]["name"] == "weather"
