@@ -25,7 +25,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from sys import getsizeof
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from recollect.conversation import showing
 from recollect.conversation.matching import shared_characters
@@ -76,9 +76,7 @@ class Guard:
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
         """Return messages with marks in them."""
-        # Roles are the template's words.
-        marked = [{**self._marked(one), "role": one["role"]} for one in messages]
-        return cast("list[Message]", marked)
+        return [showing.changed(one, self._marked) for one in messages]
 
     def tools(self, tools: ToolSchemas) -> list[Mapping[str, Any]]:
         """Return descriptions of tools with marks in them."""

@@ -7,7 +7,7 @@ stay those that the model generated.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -100,6 +100,24 @@ def marked(mark: str, calls: Sequence[MessageToolCall]) -> tuple[Message, Sequen
         for call, one in zip(calls, given, strict=True)
     ]
     return _calling("", made, given), made
+
+
+def changed(message: Message, change: Callable[[Any], Any]) -> Message:
+    """Return a message with other values; its role and the names of its fields are the template's words."""
+    fields: dict[str, Any] = {
+        name: value if name in ("role", "tool_calls") else change(value)
+        for name, value in message.items()
+    }
+    if calls := message.get("tool_calls"):
+        fields["tool_calls"] = [
+            {
+                **call,
+                "id": change(call["id"]),
+                "function": {name: change(value) for name, value in call["function"].items()},
+            }
+            for call in calls
+        ]
+    return cast("Message", fields)
 
 
 def collapsed(text: str, marked: Mapping[str, Sequence[ToolCall]], format_: ToolFormat) -> str:

@@ -378,8 +378,7 @@ def generator_of(
             if tools.schemas:
                 control = reasoning[0].control_tokens
                 how = replace(params, grammar=tools.grammar(params.grammar, format_, control))
-            marks = reasoning[1].marks
-            has_channels = bool(tools.schemas) and marks is not None and bool(marks.lead)
+            has_channels = bool(tools.schemas) and format_.kind == "channels"
             watch = None if has_channels else watch_of(*reasoning, how)
             try:
                 return Generator(engine, how, sequence=sequence, grammars=grammars, reasoning=watch)

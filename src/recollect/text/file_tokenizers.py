@@ -479,7 +479,7 @@ class HfTokenizer(FileTokenizer):
             template: The source of the chat template; it tells which tokens mark turns.
         """
         self.eos_token_ids: Final = eos_token_ids
-        self._tokenizer = _load_hf(file)
+        self._tokenizer = _with_text_marks(_load_hf(file))
         # A length limit that was saved with it would cut texts without a word, and padding add to them.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -536,6 +536,17 @@ class HfTokenizer(FileTokenizer):
     def added_text(self, token_id: int) -> str | None:  # noqa: ARG002 - the protocol's
         """Return None, not known: this tokenizer decodes fast enough for each token."""
         return None
+
+
+def _with_text_marks(tokenizer: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
+    """Return a tokenizer that shows `TEXT_MARKS`, which some call special and would leave out."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    if not any(one.special and one.content in TEXT_MARKS for one in added):
+        return tokenizer
+    settings = json.loads(tokenizer.to_str())
+    for one in settings["added_tokens"]:
+        one["special"] = one["special"] and one["content"] not in TEXT_MARKS
+    return type(tokenizer).from_str(json.dumps(settings))
 
 
 def _encode_hf(tokenizer: "tokenizers.Tokenizer", text: str) -> list[int]:

@@ -12,12 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.conversation.prompt import MOST_REMEMBERED_BYTES, PromptEncoder, size_of_ids
+from recollect.conversation.prompt import (
+    MOST_REMEMBERED_BYTES,
+    PromptEncoder,
+    shown,
+    size_of_ids,
+)
 from recollect.conversation.tree import Node, Tree
 from recollect.errors import TemplateError
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import ByteTokenizer
-from recollect.types import Remembered, Role, ToolLinks
+from recollect.text.tokenizer import ByteTokenizer, ControlTokens
+from recollect.types import Message, Remembered, Role, ToolLinks
 
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ BODY }}<|im_end|>\n{% endfor %}"
 OPENING = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -595,3 +600,28 @@ def test_small_segments_are_counted_with_what_they_take_beside_their_ids() -> No
     finally:
         tracemalloc.stop()
     assert held < 1.2 * 100_000
+
+
+def test_names_of_fields_stay_where_control_tokens_are_called_as_they_are() -> None:
+    """Solar Open has `<|content|>`; a template still finds what is said, and the calls."""
+    names = ("content", "tool_calls", "function", "name", "arguments", "id", "reasoning_content")
+    control = ControlTokens({f"<|{name}|>": number for number, name in enumerate(names)})
+    given = {"city": "<|content|>"}
+    call = {"id": "1", "type": "function", "function": {"name": "get", "arguments": given}}
+    said: list[Message] = [
+        {"role": "user", "content": "<|content|>?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},  # type: ignore[list-item]
+    ]
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{% for c in m.tool_calls %}{{ c.id }}{{ c.function.name }}{{ c.function.arguments.city }}"
+        "{% endfor %};{% endfor %}"
+    )
+
+    def render(messages: list[Message], _: object) -> str:
+        return template.render(messages, add_generation_prompt=False)
+
+    text, guard = shown(render, said, (), control)
+    assert guard is None
+    assert text.text == "user: <|content|>?;assistant: 1get<|content|>;"
+    assert text.written(control) == []

@@ -152,6 +152,22 @@ def test_marks_of_turns_that_are_not_special_are_text_too(
     assert marked.decode(marked.encode_text(text)) == text
 
 
+def test_marks_of_reasoning_and_calls_are_text_where_they_are_called_special(
+    fast_tokenizer: HfTokenizer, tmp_path: Path
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    file = tmp_path / "tokenizer.json"
+    fast = tokenizers.Tokenizer.from_file(str(file))
+    fast.add_special_tokens(["<think>", "</tool_call>", "<|eom|>"])
+    fast.save(str(file))
+    tokenizer = HfTokenizer(file, frozenset())
+    ids = tokenizer.encode("<think>a</tool_call><|eom|>")
+    assert len(ids) < len(fast_tokenizer.encode("<think>a</tool_call><|eom|>"))
+    assert tokenizer.decode(ids) == "<think>a</tool_call>"
+    assert {"<think>", "</tool_call>"}.isdisjoint(tokenizer.control_tokens.ids)
+    assert tokenizer.vocabulary.token_bytes[ids[0]] == b"<think>"
+
+
 @pytest.mark.parametrize("damage", [b"", b"not xml", b"<net/>", b"\xff"])
 def test_a_damaged_tokenizer_is_refused(
     converted_once: Path, tmp_path: Path, damage: bytes

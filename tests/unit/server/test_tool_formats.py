@@ -38,6 +38,9 @@ CONTROL: Final = [
     "<｜tool▁calls▁end｜>", "<｜User｜>", "<｜Assistant｜>", "<|channel|>", "<|message|>",
     "<|constrain|>", "<|start|>", "<|end|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>",
     "<|python_tag|>", "<|tool_call|>", "<|user|>", "<|assistant|>", "<|observation|>",
+    "<|eom|>", "<|eot|>", "<|think|>", "<|begin|>", "<|content|>", "<|open|>", "<|close|>", "<|sep|>",
+    "<|START_THINKING|>", "<|END_THINKING|>", "<|START_TEXT|>", "[THINK]", "[/THINK]",
+    "<think>", "</think>", "<tool_call>", "</tool_call>",
 ]  # fmt: skip
 FAMILIES: Final[Mapping[str, str]] = {
     "Qwen-Qwen2.5-7B-Instruct": "hermes",
@@ -88,7 +91,8 @@ class Script:
         if len(history) == reply_start:
             self._rest = self._tokenizer.encode(next(self._replies))
             self.lengths.append(len(self._rest))
-        token = self._rest.pop(0) if self._rest else self._end
+        place = len(history) - reply_start
+        token = self._rest[place] if place < len(self._rest) else self._end
         text = self._tokenizer.decode(history[reply_start:].tolist(), skip_special_tokens=False)
         assert allowed is None or allowed[token], f"the grammar refuses what follows {text!r}"
         return token
@@ -121,7 +125,7 @@ THINKING: Final = {
 
 def replies(name: str) -> Iterator[str]:
     family = FAMILIES[name]
-    form, thought = FORMATS[family], "</think>" if name in THINKING else ""
+    form, thought = FORMATS[family], "</think>\n\n" if name in THINKING else ""
     final = "<|channel|>final<|message|>" if family == "harmony" else ""
     for city in CITIES:
         given = json.dumps({"city": city, "days": 2}, ensure_ascii=False)
@@ -136,11 +140,11 @@ def scripted(
     tokenizer: Tokenizer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[str], tuple[httpx.Client, Script]]:
+) -> Callable[..., tuple[httpx.Client, Script]]:
     """Return what serves a scripted model with a real template."""
 
-    def serve(name: str) -> tuple[httpx.Client, Script]:
-        script = Script(tokenizer, replies(name))
+    def serve(name: str, said: Iterator[str] | None = None) -> tuple[httpx.Client, Script]:
+        script = Script(tokenizer, said or replies(name))
         parts = replace(formats.FORMATS["reference"], tokenizer=lambda _: tokenizer)
         changed = MappingProxyType({**formats.FORMATS, "reference": parts})
         monkeypatch.setattr(formats, "FORMATS", changed)
@@ -154,7 +158,7 @@ def scripted(
         )
         runtime = ReferenceRuntime(vocab_size=tokenizer.vocab_size, context_length=60_000)
         model = Model(local, runtime, profile="exact", home=tmp_path / "home")
-        assert model.template.tool_format.name == FAMILIES[name]
+        assert model.template.tool_format.name == FAMILIES.get(name, "hermes")
         return start(load=lambda _: model), script
 
     return serve
@@ -226,7 +230,7 @@ CLOSING: Final = {"GLM-4.7-Flash": 6}
 def test_tools_are_called_for_three_turns_and_no_token_is_computed_twice(
     name: str,
     talk: Callable[[str, httpx.Client], Iterator[tuple[int, int]]],
-    scripted: Callable[[str], tuple[httpx.Client, Script]],
+    scripted: Callable[..., tuple[httpx.Client, Script]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -241,3 +245,74 @@ def test_tools_are_called_for_three_turns_and_no_token_is_computed_twice(
         lost.append(0 if is_other else max(0, known - there - few))
         known = prompt + next(lengths) - 1
     assert lost == [0] * 2 * len(CITIES)
+
+
+THINKERS: Final[Mapping[str, tuple[str, str]]] = {
+    "Qwen-Qwen3-0.6B": ("<think>\n{}\n</think>\n\n", ""),
+    "GLM-4.6": ("<think>{}</think>\n", ""),
+    "MiniMax-M2": ("{}\n</think>\n\n", ""),
+    "LFM2.5-8B-A1B": ("<think>{}</think>", ""),
+    "mistralai-Ministral-3-14B-Reasoning-2512": ("[THINK]{}[/THINK]", ""),
+    "openai-gpt-oss-120b": (
+        "<|channel|>analysis<|message|>{}<|end|><|start|>assistant", "<|channel|>final<|message|>",
+    ),
+    "Cohere2MoE": ("{}<|END_THINKING|><|START_TEXT|>", ""),
+    "muse-glimmer": ("to=self<|message|>{}<|eom|><|start|>assistant to=user<|message|>", ""),
+    "Kimi-K3": ("{}<|close|>think<|sep|><|open|>response<|sep|>", ""),
+}  # fmt: skip
+"""How they think, and what leads to an answer besides. They keep what was thought between calls."""
+
+
+@pytest.mark.parametrize("sends", ["all", "what was said"])
+@pytest.mark.parametrize("name", THINKERS)
+def test_what_is_thought_between_calls_is_kept(
+    name: str, sends: str, scripted: Callable[..., tuple[httpx.Client, Script]]
+) -> None:
+    think, lead = THINKERS[name]
+    form = FORMATS[FAMILIES.get(name, "hermes")]
+    calls = [
+        form.text_of([("weather", json.dumps({"city": city}, ensure_ascii=False))])
+        for city in CITIES
+    ]
+    said = [f"{think.format('Look.')}{call}" for call in calls]
+    client, script = scripted(name, iter([*said, f"{think.format('So.')}{lead}Sunny."]))
+    tool = {**TOOL, "parameters": TOOL["schema"]}
+    del tool["schema"]
+    messages: list[Any] = [{"role": "user", "content": "How is it there?"}]
+    known = 0
+    for city in (*CITIES, None):
+        body = {"model": "reference", "messages": messages, "max_tokens": 400}
+        answer = client.post(
+            "/v1/chat/completions", json={**body, "tools": [{"type": "function", "function": tool}]}
+        ).json()
+        message, usage = answer["choices"][0]["message"], answer["usage"]
+        assert message["reasoning_content"] == ("Look." if city else "So.")
+        assert (message["content"] or "") == ("" if city else "Sunny.")
+        assert known - usage["prompt_tokens_details"]["cached_tokens"] <= 0
+        known = usage["prompt_tokens"] + script.lengths[-1] - 1
+        if sends != "all":
+            del message["reasoning_content"]
+        messages.append(message)
+        if city:
+            (call,) = message["tool_calls"]
+            assert json.loads(call["function"]["arguments"]) == {"city": city}
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": "Sunny."})
+
+
+@pytest.mark.parametrize("name", ["Cohere2MoE", "muse-glimmer", "Kimi-K3", "Qwen-Qwen3-0.6B"])
+def test_a_budget_ends_reasoning_where_tools_are_offered(
+    name: str, scripted: Callable[..., tuple[httpx.Client, Script]], tokenizer: Tokenizer
+) -> None:
+    opening, ending = THINKERS[name][0].split("{}")
+    call = FORMATS["hermes"].text_of([("weather", '{"city": "Rome"}')])
+    most = 8
+    thought = "Hm" * 4 if not opening.endswith("\n") else "Hm" * 3 + "H"
+    endless = "x" * len(tokenizer.encode(ending.lstrip("\n")))
+    client, _ = scripted(name, iter([f"{opening}{thought}{endless}{call}"]))
+    tool = {"name": "weather", "parameters": TOOL["schema"]}
+    body = {"model": "reference", "messages": [{"role": "user", "content": "?"}], "max_tokens": 200}
+    tools = [{"type": "function", "function": tool}]
+    asked = {**body, "tools": tools, "thinking_budget": most}
+    message = client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]
+    assert message["reasoning_content"] == thought
+    assert message["tool_calls"][0]["function"]["name"] == "weather"
