@@ -135,7 +135,11 @@ class Paragraph:
     def push(self, text: str) -> None:
         """Show more of it, up to the last whole word."""
         self._source += text
-        ends = [match.end() for match in BREAKS.finditer(self._source)]
+        ends = [
+            match.end()
+            for match in BREAKS.finditer(self._source)
+            if self._source[match.start() - 1 : match.end()] != "\\\n"  # is one if text follows
+        ]
         if len(self._source) > MOST_OPEN:
             self._settle(len(self._source))
         elif ends:

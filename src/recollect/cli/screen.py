@@ -152,8 +152,8 @@ class Screen:
         if rows is not None:
             self.draw(rows)
         if self._drawn:
-            last = width_of(self._drawn[-1])
-            self._column = last if len(self._drawn) > 1 else self._column + last
+            begin = self._column if len(self._drawn) == 1 else 0
+            self._column = _end_of(self._drawn[-1], begin, self.width)
         self._drawn = []
 
     def next_row(self) -> None:
@@ -190,8 +190,8 @@ class Screen:
         self._written.append("\x1b[J")
 
     def _height(self, row: Row, index: int) -> int:
-        cells = width_of(row) + (self._column if index == 0 else 0)
-        return max(1, -(-cells // self.width))
+        end = _end_of(row, self._column if index == 0 else 0, self.width)
+        return max(1, -(-end // self.width))
 
 
 _COLOUR_SYSTEM: Final = ColorSystem.STANDARD
@@ -223,6 +223,22 @@ def _rest(old: Row, new: Row) -> Row | None:
 def width_of(spans: Sequence[Span]) -> int:
     """Return how many columns spans take."""
     return sum(cell_len(text) for text, _ in spans)
+
+
+def _end_of(row: Row, column: int, width: int) -> int:
+    """
+    Return where a row ends that begins at a column, counted on through the rows that it wraps to.
+
+    A character of two columns that only one is left for goes to the next row, and leaves that one free.
+    """
+    for text, _ in row:
+        cells = cell_len(text)
+        if cells == len(text) or column % width + cells <= width:
+            column += cells
+            continue
+        for cells in map(cell_len, text):
+            column += (cells == 2 <= width and column % width == width - 1) + cells
+    return column
 
 
 def stripped(row: Row) -> Row:

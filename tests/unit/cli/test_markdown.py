@@ -163,6 +163,7 @@ INLINE = [
     "word ",
     "漢",
     "x",
+    "\\\n",
 ]
 STARTS = ["```", "- ", "1. ", "# ", "> ", " ", "    ", "---", "| a | b |\n", "|--|:-:|\n"]
 MARKS = st.sampled_from([*INLINE, *STARTS, "\n", "\n\n", "\t"])
@@ -175,6 +176,16 @@ def test_how_a_reply_is_cut_into_pieces_changes_nothing(
 ) -> None:
     whole = shown([source], width, height).text
     assert shown(pieces_of(source, seed), width, height).text == whole
+
+
+@pytest.mark.parametrize("width", [21, 40, 41])
+@pytest.mark.parametrize("count", range(1, 100, 7))
+def test_code_of_wide_characters_is_drawn_again_where_it_stands(width: int, count: int) -> None:
+    """A key is coloured as one when its colon comes, in rows that the terminal has wrapped itself."""
+    for indent in range(4):
+        source = f'a\n```json\n{indent * " "}"{count * "。。"}": 1\n```\n'
+        whole = shown([source], width, 30).text
+        assert shown(list(source), width, 30).text == whole
 
 
 def letters(text: str) -> str:

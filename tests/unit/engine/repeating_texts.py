@@ -171,6 +171,29 @@ def _styles() -> Iterator[str]:
         yield f".{name} {{\n  margin: 0;\n  padding: 0;\n  width: {n * 10}px;\n  color: #fff;\n}}\n\n"
 
 
+def _dated_inserts() -> Iterator[str]:
+    for n in range(1, 80):
+        times = "'2024-01-01 00:00:00', '2024-01-01 00:00:00', '2024-01-01 00:00:00'"
+        statement = "INSERT INTO users (id, name, at) VALUES"
+        yield f"{statement} ({n}, 'User{n}', {times}, TRUE);\n"
+
+
+def _things() -> Iterator[str]:
+    for n in range(1, 80):
+        yield (
+            f'  {{\n    "id": {n},\n    "price": 9.99,\n    "in_stock": true,\n    "tags": ["a", "b"],\n'
+            '    "size": {"width": 10, "height": 10, "depth": 10}\n  },\n'
+        )
+
+
+def _firewall() -> Iterator[str]:
+    for n in range(120):
+        yield (
+            f"Nov 27 10:{n // 60:02}:{n % 60:02} host kernel: [BLOCK] IN=eth0 OUT= "
+            "MAC=01:00:5e:00:00:fb:ac:9e:17:aa:bb:cc:08:00 SRC=192.0.2.1 DST=224.0.0.251 LEN=32\n"
+        )
+
+
 TEXTS: Final[dict[str, Callable[[], str]]] = {
     "99 bottles of beer": lambda: "".join(_bottles()),
     "the twelve days of Christmas": lambda: "".join(_christmas()),
@@ -188,6 +211,16 @@ TEXTS: Final[dict[str, Callable[[], str]]] = {
     "an identity matrix": lambda: "\n".join(
         "[" + ", ".join(str(int(a == b)) for b in range(12)) + "]," for a in range(12)
     ),
+    "a larger one": lambda: "\n".join(
+        "[" + ", ".join(str(int(a == b)) for b in range(30)) + "]," for a in range(30)
+    ),
+    "INSERT statements with times": lambda: "".join(_dated_inserts()),
+    "JSON with numbers": lambda: "".join(_things()),
+    "a log of a firewall": lambda: "".join(_firewall()),
+    "bytes that are zero": lambda: "".join(
+        f"{n * 16:08x}  {'00 ' * 16} |{'.' * 16}|\n" for n in range(48)
+    ),
+    "an empty board": lambda: ("+---" * 8 + "+\n" + "|   " * 8 + "|\n") * 12,
     "a hundred zeros": lambda: "[" + ", ".join("0" * 100) + "]",
     "a word a hundred times": lambda: "hello " * 100,
     "a paragraph three times": lambda: (_VERSES[0] + "\n\n") * 3,

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 from tests.unit.engine.repeating_texts import TEXTS
 
-from recollect.engine.repetition import REPETITION_WINDOW, SAME_LENGTH, SAME_TIMES, Repetition
+from recollect.engine.repetition import (
+    CYCLE_WINDOW,
+    REPETITION_WINDOW,
+    SAME_LENGTH,
+    SAME_TIMES,
+    Repetition,
+)
 
 RUNAWAYS = [
     json.loads(line)
@@ -48,9 +54,10 @@ def test_a_text_that_may_repeat_goes_on(name: str) -> None:
 @pytest.mark.parametrize("runaway", RUNAWAYS, ids=lambda one: one["prompt"][:40])
 def test_a_real_runaway_is_ended(runaway: dict[str, str]) -> None:
     """What a small model really wrote without an end is noticed before 1,200 tokens."""
-    end = end_of(split(runaway["text"]))
+    tokens = split(runaway["text"])
+    end = end_of(tokens)
     assert end is not None
-    assert end <= 1200
+    assert end / len(tokens) * 1400 <= 1200  # of the model's tokens, 1,400 of which the text was
 
 
 @pytest.mark.parametrize("item", ["{}. ", "**{}:** ", "- {}) ", "## {}. "])
@@ -83,6 +90,22 @@ def test_a_cycle_with_a_counter_is_ended(seed: int) -> None:
     counter = count(5000)
     tokens = [t for _ in range(20) for t in (next(counter), *paragraph)]
     assert end_of(words(tokens)) is not None
+
+
+@pytest.mark.parametrize("period", [1, 7, 60, 300])
+def test_a_cycle_of_marks_is_ended(period: int) -> None:
+    """Nothing in it is prose, and nothing changes."""
+    tokens = [(token, " .") for token in [*range(500, 600), *list(range(period)) * 2000]]
+    end = end_of(tokens)
+    assert end is not None
+    assert end <= 100 + period + CYCLE_WINDOW
+
+
+@pytest.mark.parametrize("period", [7, 60, 300])
+def test_a_cycle_of_marks_that_counts_goes_on(period: int) -> None:
+    """Records have the same marks and digits again and again, and each has a number of its own."""
+    tokens = [t for n in range(40) for t in ((1000 + n, "7"), *((t, " .") for t in range(period)))]
+    assert end_of(tokens) is None
 
 
 def test_random_tokens_go_on() -> None:
