@@ -63,7 +63,12 @@ def hints() -> Iterator[tuple[str, str]]:
 def known_names() -> set[str]:
     """Return the distributions that this one knows: itself and what it depends on."""
     groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
-    return {NAME, *(canonicalize_name(Requirement(one).name) for one in chain(*groups))}
+    # llama.cpp's binding, which people build for their graphics card, is no dependency of ours.
+    return {
+        NAME,
+        "llama-cpp-python",
+        *(canonicalize_name(Requirement(one).name) for one in chain(*groups)),
+    }
 
 
 def test_the_distribution_is_not_the_name_of_somebody_elses() -> None:

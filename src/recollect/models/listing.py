@@ -165,11 +165,11 @@ def what_runs(form: str, architecture: str | None) -> Runs:
     """
     if form == "onnx-genai":
         if find_spec("onnxruntime_genai") is None:
-            return Runs(None, "pip install 'recollect-llm[genai]' to run it")
+            return Runs(None, "to run it: pip install 'recollect-llm[genai]'")
         return Runs("ONNX Runtime GenAI")
     if form == "gguf" and architecture not in FAMILIES:
         if not any(map(find_spec, LLAMA_MODULES)):
-            return Runs(None, f"pip install 'recollect-llm[llama]' to run {architecture}")
+            return Runs(None, f"to run {architecture}: pip install 'recollect-llm[llama]'")
         return Runs("llama.cpp")
     return Runs("OpenVINO")
 

@@ -502,4 +502,4 @@ def test_without_llama_cpp_what_it_would_run_says_how_to_install_it(
     monkeypatch.setattr(listing, "LLAMA_MODULES", ("no_such_module",))
     found = what_runs("gguf", "gemma2")
     assert found.runtime is None
-    assert found.reason == "pip install 'recollect-llm[llama]' to run gemma2"
+    assert found.reason == "to run gemma2: pip install 'recollect-llm[llama]'"
