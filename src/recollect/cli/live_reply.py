@@ -100,8 +100,10 @@ class _Thoughts:
         if not self._is_thinking:
             self._is_thinking = True
             self._out.write(self._dim)
-            self._writer.push("" if self._are_shown else "thinking …")
-        self._writer.push(text if self._are_shown else "")
+            if not self._are_shown:
+                self._writer.push("thinking …")
+        if self._are_shown:
+            self._writer.push(text)
 
     def end(self, gap: str = "") -> None:
         """Show what was held back of a thought, and a gap after it; the cursor is at the start of a line."""

@@ -125,7 +125,7 @@ class MarkdownWriter:
         self._code: Code | None = None
         self._table: Table | None = None
         self._fence: _Fence | None = None
-        self._header: tuple[_Line, str] | None = None
+        self._header: _Line | None = None
         """A line that begins a table if the next one says so."""
         self._levels: list[_Level] = []
         self._quotes = 0
@@ -176,7 +176,7 @@ class MarkdownWriter:
 
     def _continue(self, text: str) -> None:
         if self._code is not None:
-            self._code.push(text.replace("\t", TAB * " "))
+            self._code.push(text)
         elif self._paragraph is not None:
             self._paragraph.push(text)
 
@@ -202,9 +202,7 @@ class MarkdownWriter:
 
     def _code_text(self, line: _Line, fence: _Fence) -> None:
         assert self._code is not None, "a fence has its block"
-        self._code.push(
-            " " * max(0, line.indent - fence.indent) + line.body.replace("\t", TAB * " ")
-        )
+        self._code.push(" " * max(0, line.indent - fence.indent) + line.body)
 
     def _end_line(self) -> None:
         held, self._held = "".join(self._held), []
@@ -217,7 +215,7 @@ class MarkdownWriter:
             if self._ends_with_line:
                 self._end_block()
         else:
-            self._take_whole(_Line.of(held), held)
+            self._take_whole(_Line.of(held))
 
     def _end_code_line(self, held: str, fence: _Fence, *, was_decided: bool) -> None:
         assert self._code is not None, "a fence has its block"
@@ -230,13 +228,12 @@ class MarkdownWriter:
                 self._code_text(line, fence)
         self._code.end_line()
 
-    def _take_whole(self, line: _Line, held: str) -> None:
+    def _take_whole(self, line: _Line) -> None:
         """Do what a whole line says of which the beginning did not tell."""
-        if self._header is not None:
-            header, self._header = self._header, None
-            if self._begin_table(header, line):
-                return
-            self._begin_text(header[0])
+        if self._header is not None and self._begin_table(self._header, line):
+            self._header = None
+            return
+        self._end_header()
         body = line.body
         fence = _FENCE.fullmatch(body)
         if not body:
@@ -252,13 +249,13 @@ class MarkdownWriter:
         elif self._table is not None and line.quotes == self._quotes:
             self._table.add(_cells(body))
         else:
-            self._header = line, held
+            self._header = line
 
     def _end_header(self) -> None:
         """Take a line for text that no table has followed."""
         if self._header is not None:
             header, self._header = self._header, None
-            self._begin_text(header[0])
+            self._begin_text(header)
 
     def _blank(self) -> None:
         self._end_block()
@@ -300,12 +297,8 @@ class MarkdownWriter:
         self._ends_with_line = True
 
     def _begin_item(self, line: _Line, item: re.Match[str]) -> None:
-        self._end_block()
-        self._leave_quotes(line)
-        while self._levels and line.indent < self._levels[-1].marker + 2:
-            self._levels.pop()
+        self._open(line)
         marker = f"{item[1]} " if item[1][0].isdigit() else "• "
-        self._space()
         outer = self._prefix()
         indent = self._levels[-1].text if self._levels else 0
         self._levels.append(_Level(line.indent, indent + len(marker)))
@@ -332,9 +325,9 @@ class MarkdownWriter:
         self._code.finish()
         self._code = self._fence = None
 
-    def _begin_table(self, header: tuple[_Line, str], line: _Line) -> bool:
+    def _begin_table(self, header: _Line, line: _Line) -> bool:
         """Return whether the line under a header makes a table of it, and begin the table then."""
-        names, dashes = _cells(header[0].body), _cells(line.body)
+        names, dashes = _cells(header.body), _cells(line.body)
         is_small = len(line.body) <= _MOST_DELIMITERS and len(dashes) <= _MOST_COLUMNS
         if not is_small or not _DELIMITERS.fullmatch(line.body) or len(names) != len(dashes):
             return False
@@ -344,7 +337,7 @@ class MarkdownWriter:
             )
             for dash in dashes
         ]
-        self._open(header[0])
+        self._open(header)
         self._table = Table(self._screen, self._prefix(), names, aligned)
         return True
 
@@ -352,21 +345,18 @@ class MarkdownWriter:
         if self._code is None:
             self._open(line)
             self._code = Code(self._screen, self._prefix(), None)
-        self._code.push(" " * line.indent + line.body.replace("\t", TAB * " "))
+        self._code.push(" " * line.indent + line.body)
 
     def _open(self, line: _Line) -> None:
         """End the block before, and go to the quotation and the list that a line belongs to."""
         self._end_block()
-        self._leave_quotes(line)
-        while self._levels and line.indent < self._levels[-1].marker + 2:
-            self._levels.pop()
-        self._space()
-
-    def _leave_quotes(self, line: _Line) -> None:
         if line.quotes != self._quotes:
             self._shared_quotes = min(self._shared_quotes, line.quotes)
             self._quotes = line.quotes
             self._levels.clear()
+        while self._levels and line.indent < self._levels[-1].marker + 2:
+            self._levels.pop()
+        self._space()
 
     def _space(self) -> None:
         """Leave the row free that a blank line asked for."""

@@ -26,6 +26,7 @@ from rich.style import Style
 from recollect.cli.display import printable
 from recollect.cli.screen import (
     BREAKS,
+    TAB,
     WIDE,
     Row,
     Screen,
@@ -221,7 +222,7 @@ class Code:
     def push(self, text: str) -> None:
         """Show more of the line, up to the last whole word."""
         self._begin()
-        self._line += text
+        self._line += text.replace("\t", TAB * " ")
         if len(self._line) > MOST_OPEN:
             self._go_on_behind()
             return
