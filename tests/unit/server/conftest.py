@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 
 from recollect.conversation.model import Model
+from recollect.engine.reply import IdleWork
 from recollect.server.access import Keyring, StoredKey, hash_key
 from recollect.server.app import create_app, uvicorn_config
 from recollect.server.hub import ModelHub
@@ -197,3 +198,62 @@ def events() -> Callable[..., list[Any]]:
         ]
 
     return events
+
+
+@pytest.fixture
+def openais(client: httpx.Client) -> Iterator[Any]:
+    """Return OpenAI's own client of the server."""
+    import openai  # takes most of a second, which only its tests should pay
+
+    http = openai.DefaultHttpxClient(trust_env=False)
+    with openai.OpenAI(
+        base_url=f"{client.base_url}/v1", api_key="none", http_client=http
+    ) as official:
+        yield official
+
+
+@pytest.fixture
+def anthropics(client: httpx.Client) -> Iterator[Any]:
+    """Return Anthropic's own client of the server."""
+    import anthropic
+
+    http = anthropic.DefaultHttpxClient(trust_env=False)
+    with anthropic.Anthropic(
+        base_url=str(client.base_url), api_key="none", http_client=http
+    ) as official:
+        yield official
+
+
+_THINKS = (
+    "{% for m in messages %}<|im_start|>"
+    "{% if m.reasoning_content %}assistant\n<think>\n{{ m.reasoning_content }}\n</think>\n\n"
+    "{{ m.content }}<|im_end|>\n"
+    "{% else %}{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""A chat template that keeps what was thought, and can be told that nothing is to be."""
+
+
+@pytest.fixture
+def choosing(
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., httpx.Client]:
+    """
+    Return what starts a server whose template knows reasoning, and whose tokens a function chooses.
+
+    It is given the reply's tokens so far, and where in the conversation the reply begins. Nothing is
+    read while nobody waits, so that this does not hide what a request reads.
+    """
+
+    def begin(next_token: Callable[[list[int], int], int]) -> httpx.Client:
+        def choose(_: object, __: object, *, history: Any, reply_start: int, **___: Any) -> int:
+            return next_token(history[reply_start:].tolist(), reply_start)
+
+        monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
+        monkeypatch.setattr("recollect.engine.sampling.choose_token", choose)
+        return start(load=lambda _: make_model(template=_THINKS, context_length=4096))
+
+    return begin

@@ -1,25 +1,14 @@
 """Ollama's API: what its clients send is answered as they read it, and nothing is read twice."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final
 
 import httpx
 import pytest
 
-from recollect.conversation.model import Model
-from recollect.engine.reply import IdleWork
-
 Json = dict[str, Any]
 
-TEMPLATE: Final = (
-    "{% for m in messages %}<|im_start|>"
-    "{% if m.reasoning_content %}assistant\n<think>\n{{ m.reasoning_content }}\n</think>\n\n"
-    "{{ m.content }}<|im_end|>\n"
-    "{% else %}{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
 CALL: Final = (
     '<tool_call>\n{"name": "light", "arguments": {"room": "hall", "on": true}}\n</tool_call>'
 )
@@ -40,27 +29,19 @@ HOME_ASSISTANT: Final[Json] = {"keep_alive": "-1s", "options": {"num_ctx": 8192}
 
 
 @pytest.fixture
-def scripted(
-    start: Callable[..., httpx.Client],
-    make_model: Callable[..., Model],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., httpx.Client]:
+def scripted(choosing: Callable[..., httpx.Client]) -> Callable[..., httpx.Client]:
     """Return what starts a server whose model says one text after the other."""
-    monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
 
     def begin(*texts: str) -> httpx.Client:
         left = [[*text.encode(), 257] for text in texts]
-        said: dict[int, Sequence[int]] = {}
+        replies: dict[int, list[int]] = {}
 
-        def choose(
-            _: object, __: object, *, history: Sequence[int], reply_start: int, **___: Any
-        ) -> int:
-            if reply_start not in said:
-                said[reply_start] = left.pop(0)
-            return said[reply_start][len(history) - reply_start]
+        def choose(said: list[int], reply_start: int) -> int:
+            if reply_start not in replies:
+                replies[reply_start] = left.pop(0)
+            return replies[reply_start][len(said)]
 
-        monkeypatch.setattr("recollect.engine.sampling.choose_token", choose)
-        return start(load=lambda _: make_model(template=TEMPLATE, context_length=4096))
+        return choosing(choose)
 
     return begin
 

@@ -2,71 +2,25 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Final
 
-import anthropic
 import httpx
-import openai
 import pytest
-
-from recollect.conversation.model import Model
-from recollect.engine.reply import IdleWork
 
 Json = dict[str, Any]
 
-TEMPLATE: Final = (
-    "{% for m in messages %}<|im_start|>"
-    "{% if m.reasoning_content %}assistant\n<think>\n{{ m.reasoning_content }}\n</think>\n\n"
-    "{{ m.content }}<|im_end|>\n"
-    "{% else %}{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
 TEXT: Final = "<think>\nHmm: 1?\n</think>\n\nIt is 1."
 THOUGHT, SAID = "Hmm: 1?", "It is 1."
 ASKED: Final[list[Json]] = [{"role": "user", "content": "One?"}]
 
 
 @pytest.fixture
-def thinking(
-    start: Callable[..., httpx.Client],
-    make_model: Callable[..., Model],
-    monkeypatch: pytest.MonkeyPatch,
-) -> httpx.Client:
+def client(choosing: Callable[..., httpx.Client]) -> httpx.Client:
     """Return a client of a server whose model thinks before it says something, always the same."""
-    monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
-
-    ids: list[int] = [*TEXT.encode(), 257]
-
-    def choose(
-        _: object, __: object, *, history: Sequence[int], reply_start: int, **___: Any
-    ) -> int:
-        return ids[len(history) - reply_start]
-
-    monkeypatch.setattr("recollect.engine.sampling.choose_token", choose)
-    return start(load=lambda _: make_model(template=TEMPLATE))
-
-
-@pytest.fixture
-def openais(thinking: httpx.Client) -> Any:
-    with openai.OpenAI(
-        base_url=f"{thinking.base_url}/v1",
-        api_key="none",
-        http_client=openai.DefaultHttpxClient(trust_env=False),
-    ) as sdk:
-        yield sdk
-
-
-@pytest.fixture
-def anthropics(thinking: httpx.Client) -> Any:
-    with anthropic.Anthropic(
-        base_url=str(thinking.base_url),
-        api_key="none",
-        http_client=anthropic.DefaultHttpxClient(trust_env=False),
-    ) as sdk:
-        yield sdk
+    ids = [*TEXT.encode(), 257]
+    return choosing(lambda said, _: ids[len(said)])
 
 
 def read_again(usage: Json, before: Json) -> int:
@@ -107,11 +61,11 @@ def test_chat_completions_stream_reasoning_before_the_text(openais: Any) -> None
 
 
 def test_a_template_that_is_told_not_to_think_closes_reasoning(
-    thinking: httpx.Client, post: Callable[..., Json]
+    client: httpx.Client, post: Callable[..., Json]
 ) -> None:
     prompts = [
         post(
-            thinking,
+            client,
             "/v1/chat/completions",
             {"messages": ASKED, **how},
         )["usage"]["prompt_tokens"]
@@ -178,7 +132,7 @@ def test_responses_have_a_reasoning_item_that_comes_back(openais: Any, streams: 
         assert after.input_tokens_details.cached_tokens == had
 
 
-def test_a_kept_response_has_its_reasoning(openais: Any, thinking: httpx.Client) -> None:
+def test_a_kept_response_has_its_reasoning(openais: Any, client: httpx.Client) -> None:
     first = openais.responses.create(model="reference", input="One?")
     kept = openais.responses.retrieve(first.id)
     assert [item.type for item in kept.output] == ["reasoning", "message"]
@@ -199,9 +153,9 @@ def test_a_kept_response_has_its_reasoning(openais: Any, thinking: httpx.Client)
     assert second.usage.input_tokens_details.cached_tokens >= had
 
 
-def test_a_stream_numbers_its_items_as_the_response_does(thinking: httpx.Client) -> None:
+def test_a_stream_numbers_its_items_as_the_response_does(client: httpx.Client) -> None:
     body = {"model": "reference", "input": "One?", "stream": True}
-    text = thinking.post("/v1/responses", json=body).text
+    text = client.post("/v1/responses", json=body).text
     events = [json.loads(line) for line in re.findall(r"^data: (\{.*)$", text, re.M)]
     places = {
         event["item"]["type"]: event["output_index"]
@@ -224,20 +178,15 @@ def test_a_stream_numbers_its_items_as_the_response_does(thinking: httpx.Client)
     ],
 )
 def test_a_budget_ends_reasoning(
-    start: Callable[..., httpx.Client],
-    make_model: Callable[..., Model],
-    monkeypatch: pytest.MonkeyPatch,
-    path: str,
-    how: Json,
+    choosing: Callable[..., httpx.Client], path: str, how: Json
 ) -> None:
-    def choose(_: object, __: object, *, history: Any, reply_start: int, **___: Any) -> int:
-        said = bytes(history[reply_start:].tolist()).decode()
+    def choose(ids_said: list[int], _: int) -> int:
+        said = bytes(ids_said).decode()
         rest = "Yes." if "</think>" in said else "<think>\n" + "Hmm. " * 50
         ids: list[int] = [*rest.encode(), 257]
         return ids[len(said.rpartition("</think>\n\n")[2])]
 
-    monkeypatch.setattr("recollect.engine.sampling.choose_token", choose)
-    client = start(load=lambda _: make_model(template=TEMPLATE))
+    client = choosing(choose)
     body = {"input": "One?"} if path.endswith("responses") else {"messages": ASKED}
     answer = client.post(path, json={**body, **how})
     assert answer.status_code == 200, answer.text

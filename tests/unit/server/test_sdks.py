@@ -3,7 +3,6 @@
 from typing import Any
 
 import anthropic
-import httpx
 import openai
 import pytest
 
@@ -14,26 +13,6 @@ PARAMETERS = {
     "required": ["city"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture
-def openais(client: httpx.Client) -> Any:
-    with openai.OpenAI(
-        base_url=f"{client.base_url}/v1",
-        api_key="none",
-        http_client=openai.DefaultHttpxClient(trust_env=False),
-    ) as sdk:
-        yield sdk
-
-
-@pytest.fixture
-def anthropics(client: httpx.Client) -> Any:
-    with anthropic.Anthropic(
-        base_url=str(client.base_url),
-        api_key="none",
-        http_client=anthropic.DefaultHttpxClient(trust_env=False),
-    ) as sdk:
-        yield sdk
 
 
 @pytest.mark.parametrize("length", [8, 30, 50, 200])
