@@ -32,8 +32,8 @@ runpy.run_module("recollect", run_name="__main__", alter_sys=True)
 """
 """`python -m recollect` from the moment on where Python itself is there."""
 ARGUMENTS = ["chat", "--model", "reference", "--ignore-eos", "-n", "3000", "--name", "poem"]
-READY = "\x1b[?2004h"
-"""What the line editor sends each time when it is ready for a line."""
+READY, TAKEN = "\x1b[?2004h", "\x1b[?2004l"
+"""What the line editor sends when it is ready for a line, and when it has taken one."""
 CTRL_D = "\x04"
 MOST_START_S, MOST_REPLY_S, MOST_END_S = 4.0, 1.0, 0.4
 """Until when the moments are: a start, a reply and an end take about so long, or less."""
@@ -45,12 +45,24 @@ def start(terminal: Callable[..., Any], environment: dict[str, str]) -> Any:
     return child
 
 
+def say(child: Any, line: str) -> str:
+    """Type a line as soon as the chat is ready for one, and return what was shown until then."""
+    child.expect_exact(READY)
+    shown: str = child.before
+    child.send(line)
+    child.expect_exact(TAKEN)
+    return shown
+
+
 def end_of(child: Any) -> tuple[str, int]:
     """Return what came last, and the exit status as a shell has it."""
     child.expect(pexpect.EOF)
+    return child.before, status_of(child)
+
+
+def status_of(child: Any) -> int:
     child.close()
-    status = child.exitstatus if child.signalstatus is None else 128 + child.signalstatus
-    return child.before, status
+    return int(child.exitstatus if child.signalstatus is None else 128 + child.signalstatus)
 
 
 def require_quiet(*shown: str) -> None:
@@ -86,10 +98,8 @@ def test_while_it_starts(
         require_quiet(before, after)
         assert status == 0
     else:
-        child.close()
         require_quiet(before)
-        status = child.exitstatus if child.signalstatus is None else 128 + child.signalstatus
-        assert status == 128 + signal.SIGINT
+        assert status_of(child) == 128 + signal.SIGINT
     assert asked(environment) == []
 
 
@@ -97,15 +107,10 @@ def test_while_it_starts(
 def test_in_a_reply(seed: int, terminal: Callable[..., Any], environment: dict[str, str]) -> None:
     moment = random.Random(seed).uniform(0, MOST_REPLY_S)  # noqa: S311 - the same every time
     child = start(terminal, environment)
-    child.expect_exact(READY)
-    child.send("hello\r")
-    child.expect_exact("\x1b[?2004l")  # the line is taken
+    say(child, "hello\r")
     time.sleep(moment)
     child.sendintr()
-    child.expect_exact(READY)
-    stopped = child.before
-    child.send("again\r")
-    child.expect_exact("\x1b[?2004l")
+    stopped = say(child, "again\r")
     child.sendintr()
     child.expect_exact(READY)
     child.send(CTRL_D)
@@ -126,14 +131,10 @@ def test_while_it_ends(
 ) -> None:
     moment = random.Random(seed).uniform(0, MOST_END_S)  # noqa: S311 - the same every time
     child = start(terminal, environment)
-    child.expect_exact(READY)
-    child.send("hello\r")
-    child.expect_exact("\x1b[?2004l")
+    say(child, "hello\r")
     time.sleep(0.3)
     child.sendintr()
-    child.expect_exact(READY)
-    child.send(CTRL_D)
-    child.expect_exact("\x1b[?2004l")
+    say(child, CTRL_D)
     time.sleep(moment)
     child.sendintr()
     after, status = end_of(child)

@@ -57,6 +57,12 @@ def type_in(child: Any, line: str) -> str:
     return SEQUENCE.sub("", child.before)
 
 
+def elsewhere(environment: dict[str, str], *arguments: str) -> None:
+    """Run a command while a chat goes on."""
+    command = [*RECOLLECT, *arguments]
+    subprocess.run(command, env=environment, check=True, timeout=60)  # noqa: S603 - our own command
+
+
 def end(child: Any) -> str:
     """Leave, see that it ends well, and return what is shown last."""
     child.send(CTRL_D)
@@ -123,8 +129,7 @@ def test_a_conversation_that_is_renamed_meanwhile_is_named_as_it_is_called(
 ) -> None:
     child = start("--name", "poem")
     type_in(child, "one")
-    rename = [*RECOLLECT, "conversations", "rename", "poem", "ode"]
-    subprocess.run(rename, env=environment, check=True, timeout=60)  # noqa: S603 - our own command
+    elsewhere(environment, "conversations", "rename", "poem", "ode")
     assert "named 'ode'" in type_in(child, "/name")
     type_in(child, "two")
     assert "To go on: recollect chat --resume ode" in end(child)
@@ -136,8 +141,7 @@ def test_a_conversation_that_is_deleted_meanwhile_is_not_said_to_be_saved(
 ) -> None:
     child = start("--name", "poem")
     type_in(child, "one")
-    delete = [*RECOLLECT, "conversations", "delete", "poem", "--yes"]
-    subprocess.run(delete, env=environment, check=True, timeout=60)  # noqa: S603 - our own command
+    elsewhere(environment, "conversations", "delete", "poem", "--yes")
     assert "has been deleted" in type_in(child, "/name")
     said = end(child)
     assert "Another program has deleted this conversation" in said
