@@ -239,17 +239,13 @@ def _links(value: dict[str, Any], where: str) -> ToolLinks | None:
     fields = _optional(value, "links", dict, where)
     if fields is None:
         return None
-    call_ids = _optional(fields, "call_ids", list, where) or []
-    texts = {str(number): call_id for number, call_id in enumerate(call_ids)}
-    arguments = _optional(fields, "arguments", list, where) or []
-    given = {str(number): one for number, one in enumerate(arguments)}
     return ToolLinks(
-        call_ids=tuple(_text(texts, number, where) for number in texts),
+        call_ids=_texts(fields, "call_ids", where),
         tool_call_id=_text(fields, "tool_call_id", where) if "tool_call_id" in fields else None,
         name=_text(fields, "name", where) if "name" in fields else None,
         reasoning=_text(fields, "reasoning", where) if "reasoning" in fields else None,
         format=_text(fields, "format", where) if "format" in fields else None,
-        arguments=tuple(_text(given, number, where) for number in given),
+        arguments=_texts(fields, "arguments", where),
     )
 
 
@@ -294,6 +290,12 @@ def _text(fields: dict[str, Any], key: str, where: str) -> str:
     except ConversationError:
         _refuse(f"{key!r} of {where} holds half a character")
     return text
+
+
+def _texts(fields: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
+    texts = _optional(fields, key, list, where) or []
+    numbered = {str(number): text for number, text in enumerate(texts)}
+    return tuple(_text(numbered, number, where) for number in numbered)
 
 
 def _moment(fields: dict[str, Any], key: str, where: str) -> datetime:
