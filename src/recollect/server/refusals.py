@@ -97,19 +97,22 @@ class Answer:
 
 
 _MESSAGES: Final = "messages"
-_ALIKE: Final = (
-    *("model", "messages", "tools", "tool_choice", "stop", "seed", "logit_bias", "ignore_eos"),
-    *(*types.SAMPLING, "presence_penalty", "frequency_penalty", "logprobs", "max_tokens"),
-)
+_ALIKE: Final = {
+    name: name
+    for name in (
+        *("model", "messages", "tools", "tool_choice", "stop", "seed", "logit_bias", "ignore_eos"),
+        *(*types.SAMPLING, "presence_penalty", "frequency_penalty", "logprobs", "max_tokens"),
+    )
+}
 _PLACES: Final[Mapping[str, Mapping[str, str]]] = {
     "/v1/chat/completions": {
-        **{name: name for name in _ALIKE},
+        **_ALIKE,
         "grammar": "response_format",
         "template_options": "chat_template_kwargs",
     },
-    "/v1/completions": {**{name: name for name in _ALIKE}, "messages": "prompt"},
+    "/v1/completions": {**_ALIKE, "messages": "prompt"},
     "/v1/responses": {
-        **{name: name for name in _ALIKE},
+        **_ALIKE,
         "grammar": "text.format",
         "template_options": "chat_template_kwargs",
         "messages": "input",
@@ -253,10 +256,12 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
 
 def error_response(path: str, error: ApiError) -> JSONResponse:
     """Return the response to a request that is refused, in the shape of the API it was made to."""
-    is_anthropics = path.startswith(_MESSAGES_PATH)
-    body = anthropic_body(error) if is_anthropics else openai_body(error, path)
-    if path.startswith(_OLLAMA_PATH):
+    if path.startswith(_MESSAGES_PATH):
+        body = anthropic_body(error)
+    elif path.startswith(_OLLAMA_PATH):
         body = {"error": error.message}
+    else:
+        body = openai_body(error, path)
     return JSONResponse(body, error.status, error.sent_headers)
 
 
