@@ -43,6 +43,7 @@ from recollect.server.fields import (
     check_count,
     lasting,
     named_sampling,
+    sampled,
     volatile_in,
 )
 from recollect.server.parts import (
@@ -264,18 +265,16 @@ class MessagesRequest(CountRequest):
 
     def sampling(self, settings: Settings) -> SamplingParams:
         """Return how the reply is sampled."""
-        given: dict[str, Any] = {
-            "temperature": settings.temperature if self.temperature is None else self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "seed": None if self.seed is None else self.seed % 2**64,
-        }
-        return SamplingParams(
+        return sampled(
+            settings,
+            temperature=self.temperature,
+            seed=self.seed,
+            stop=self.stop_sequences,
+            top_k=self.top_k,
+            top_p=self.top_p,
             max_tokens=self.max_tokens,
             reasoning_budget=None if self.thinking is None else self.thinking.budget,
             grammar=self.grammar,
-            stop=tuple(text for text in self.stop_sequences or () if text),
-            **{name: value for name, value in given.items() if value is not None},
         )
 
 

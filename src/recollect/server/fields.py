@@ -371,36 +371,51 @@ class SamplingFields(Body):
         Raises:
             InvalidParameterError: A value is out of its range.
         """
-        given: dict[str, Any] = {
-            "temperature": settings.temperature if self.temperature is None else self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-        }
-        return SamplingParams(
-            max_tokens=max_tokens,
+        return sampled(
+            settings,
+            seed=None if self.seed is None else self.seed + choice,
+            stop=self.stop,
             logit_bias=_biases(self.logit_bias or {}),
-            seed=None if self.seed is None else (self.seed + choice) % 2**64,
-            stop=_stops(self.stop),
-            ignore_eos=self.ignore_eos,
-            **{name: value for name, value in given.items() if value is not None},
+            max_tokens=max_tokens,
+            **{name: getattr(self, name) for name in _AS_NAMED},
             **more,
         )
+
+
+_AS_NAMED: Final = (*SAMPLING, "presence_penalty", "frequency_penalty", "ignore_eos")
+"""Fields of `SamplingFields` that are the engine's parameters of these names."""
+
+
+def sampled(
+    settings: Settings, *, seed: int | None, stop: str | list[str] | None, **given: Any
+) -> SamplingParams:
+    """
+    Return how a reply is sampled, from what a request says of it; None: it does not say.
+
+    Args:
+        settings: Have the temperature of requests that name none, if there is one.
+        seed: May be negative.
+        stop: Stop strings, or one; empty ones are left out.
+        given: Further fields of `SamplingParams`.
+
+    Raises:
+        InvalidParameterError: A value is out of its range.
+    """
+    values = {name: value for name, value in given.items() if value is not None}
+    if settings.temperature is not None:
+        values.setdefault("temperature", settings.temperature)
+    stops = [stop] if isinstance(stop, str) else stop or ()
+    return SamplingParams(
+        seed=None if seed is None else seed % 2**64,
+        stop=tuple(text for text in stops if text),
+        **values,
+    )
 
 
 def named_sampling(body: Body, settings: Settings) -> frozenset[str]:
     """Return the parameters of sampling that a request, or else the server's settings, ask for."""
     named = {name for name in SAMPLING if getattr(body, name, None) is not None}
     return frozenset(named if settings.temperature is None else {*named, "temperature"})
-
-
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    if isinstance(stop, str):
-        stop = [stop]
-    return tuple(text for text in stop or () if text)
 
 
 def _biases(biases: Mapping[str, float]) -> dict[int, float]:

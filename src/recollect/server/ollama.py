@@ -38,6 +38,7 @@ from recollect.server.fields import (
     Text,
     check_count,
     named_sampling,
+    sampled,
 )
 from recollect.server.parts import FunctionTool, Offer, Thinking, logprob_entry, offer
 from recollect.server.refusals import ApiError
@@ -56,10 +57,9 @@ _IMAGES: Final = "these models read text alone; leave it out."
 class OllamaOptions(Body):
     """How a reply is sampled, in Ollama's words."""
 
-    refused: ClassVar = {
-        **dict.fromkeys(("mirostat", "tfs_z"), "would change the reply, and cannot be done."),
-        "typical_p": "would change the reply, and cannot be done.",
-    }
+    refused: ClassVar = dict.fromkeys(
+        ("mirostat", "tfs_z", "typical_p"), "would change the reply, and cannot be done."
+    )
 
     num_predict: int | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
@@ -139,23 +139,20 @@ class ReplyRequest(Body):
         """Return how the reply is sampled, as the model's makers recommend where nobody says."""
         how = self.options or OllamaOptions()
         most = how.num_predict if how.num_predict and how.num_predict > 0 else None
-        given: dict[str, Any] = {
-            "temperature": settings.temperature if how.temperature is None else how.temperature,
-            "top_k": how.top_k,
-            "top_p": how.top_p or None,
-            "min_p": how.min_p,
-            "repetition_penalty": how.repeat_penalty,
-            "presence_penalty": how.presence_penalty,
-            "frequency_penalty": how.frequency_penalty,
-            "seed": None if how.seed is None else how.seed % 2**64,
-        }
-        stops = [how.stop] if isinstance(how.stop, str) else how.stop or []
-        params = SamplingParams(
+        params = sampled(
+            settings,
+            temperature=how.temperature,
+            seed=how.seed,
+            stop=how.stop,
+            top_k=how.top_k,
+            top_p=how.top_p or None,
+            min_p=how.min_p,
+            repetition_penalty=how.repetition_penalty,
+            presence_penalty=how.presence_penalty,
+            frequency_penalty=how.frequency_penalty,
             max_tokens=most or settings.max_tokens,
             grammar=self.grammar,
-            stop=tuple(text for text in stops if text),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            **{name: value for name, value in given.items() if value is not None},
         )
         return params.with_recommended(model.local.sampling, named_sampling(how, settings))
 
