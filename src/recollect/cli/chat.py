@@ -234,8 +234,8 @@ def chat(
         bool,
         typer.Option(
             "--plain",
-            help="Show replies as the text that they are. Without it a terminal that has colours shows "
-            "them as Markdown; NO_COLOR and TERM=dumb do the same.",
+            help="Show replies as plain text, and not as Markdown where a terminal has colours; NO_COLOR "
+            "and TERM=dumb do the same.",
         ),
     ] = False,
     resume: Annotated[
