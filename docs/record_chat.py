@@ -17,12 +17,13 @@ import tempfile
 import time
 from dataclasses import dataclass
 from io import StringIO
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
 import pexpect
 from rich.console import Console
-from rich.terminal_theme import MONOKAI
+from rich.terminal_theme import MONOKAI, TerminalTheme
 from rich.text import Text
 
 from recollect import config
@@ -86,7 +87,7 @@ class Screen:
     )
 
     def __init__(self, columns: int) -> None:
-        self._columns = columns
+        self.columns = columns
         self._rows: list[list[tuple[str, str]]] = [[]]
         self._row = self._column = 0
         self._style = ""
@@ -121,8 +122,9 @@ class Screen:
         """Return the rows with their colours."""
         rows = []
         for row in self._rows[: len(self.lines())]:
-            ansi = "".join(f"\x1b[0;{style}m{character}" for character, style in row)
-            rows.append(Text.from_ansi(ansi))
+            runs = groupby(row, key=lambda cell: cell[1])
+            shown = ((style, "".join(character for character, _ in run)) for style, run in runs)
+            rows.append(Text.from_ansi("".join(f"\x1b[0;{style}m{text}" for style, text in shown)))
         return rows
 
     def _put(self, character: str) -> None:
@@ -133,7 +135,7 @@ class Screen:
         elif character == "\b":
             self._column = max(0, self._column - 1)
         elif character >= " ":
-            if self._column >= self._columns:
+            if self._column >= self.columns:
                 self._row, self._column = self._row + 1, 0
             row = self._line()
             row[self._column : self._column + 1] = [(character, self._style)]
@@ -155,7 +157,7 @@ class Screen:
         elif kind == "B":
             self._row += max(1, number)
         elif kind == "C":
-            self._column = min(self._columns - 1, self._column + max(1, number))
+            self._column = min(self.columns - 1, self._column + max(1, number))
         elif kind == "D":
             self._column = max(0, self._column - max(1, number))
         elif kind == "G":
@@ -188,7 +190,9 @@ class Recorded:
         return [f"$ {self.command}", *self.screen.lines()]
 
 
-def record(command: str, typed: tuple[str, ...], home: Path, *, key_s: float) -> Recorded:
+def record(
+    command: str, typed: tuple[str, ...], home: Path, *, key_s: float, columns: int = COLUMNS
+) -> Recorded:
     """
     Run one chat, type the lines as soon as its prompt is there, and return what was shown.
 
@@ -197,15 +201,15 @@ def record(command: str, typed: tuple[str, ...], home: Path, *, key_s: float) ->
         typed: The lines.
         home: The data folder, in which it runs.
         key_s: Seconds from one key to the next.
+        columns: Of the terminal.
     """
-    environment = {
-        name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES"}
-    }
+    own = {"COLUMNS", "LINES", "NO_COLOR"}
+    environment = {name: value for name, value in os.environ.items() if name not in own}
     child = pexpect.spawn(
         sys.executable,
         ["-m", *command.split()],
         cwd=home,
-        dimensions=(ROWS, COLUMNS),
+        dimensions=(ROWS, columns),
         encoding="utf-8",
         codec_errors="replace",
         env={
@@ -216,7 +220,7 @@ def record(command: str, typed: tuple[str, ...], home: Path, *, key_s: float) ->
             "PYTHONUTF8": "1",
         },
     )
-    screen = Screen(COLUMNS)
+    screen = Screen(columns)
     for line in typed:
         _read(child, screen, until_prompt=True)
         for key in line:
@@ -227,6 +231,13 @@ def record(command: str, typed: tuple[str, ...], home: Path, *, key_s: float) ->
     child.close()
     assert child.exitstatus == 0, "\n".join(screen.lines())
     return Recorded(command, screen)
+
+
+def link_models(home: Path) -> None:
+    """Have a new data folder use the models of the user's."""
+    for part in ("models", "sources", "hashes", "vocabularies"):
+        if (config.home() / part).is_dir():
+            (home / part).symlink_to(config.home() / part)
 
 
 def _written(child: Any, seconds: float) -> str:
@@ -254,13 +265,13 @@ def _read(child: Any, screen: Screen, *, until_prompt: bool) -> None:
     raise TimeoutError("\n".join(screen.lines()))
 
 
-def picture(recorded: Recorded) -> str:
+def picture(recorded: Recorded, theme: TerminalTheme = MONOKAI) -> str:
     """Return one chat as SVG. Its font is the reader's own: nothing is fetched to show it."""
-    console = Console(record=True, width=COLUMNS, file=StringIO())
+    console = Console(record=True, width=recorded.screen.columns, file=StringIO())
     console.print(Text(f"$ {recorded.command}", style="bold"))
     for row in recorded.screen.styled():
         console.print(row)
-    drawn = console.export_svg(title="recollect chat", theme=MONOKAI, unique_id="chat")
+    drawn = console.export_svg(title="recollect chat", theme=theme, unique_id="chat")
     drawn = re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
     return drawn.replace("Fira Code", "ui-monospace, Menlo, Consolas")
 
@@ -344,9 +355,7 @@ def main() -> int:
     machine = this_machine()
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        for part in ("models", "sources", "hashes", "vocabularies"):
-            if (config.home() / part).is_dir():
-                (home / part).symlink_to(config.home() / part)
+        link_models(home)
         licence = (HERE.parent / "LICENSE").read_text(encoding="utf-8")
         (home / "LICENSE").write_text(licence[: args.characters], encoding="utf-8")
         chats = [

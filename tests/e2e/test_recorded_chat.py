@@ -94,7 +94,8 @@ def test_the_screen_is_what_a_terminal_shows(script: ModuleType) -> None:
     ):
         screen.feed(written)
     assert screen.lines() == ["one Two", "thr"]
-    assert [span.style.bold for span in screen.styled()[1].spans] == [True, True]
+    (bold,) = screen.styled()[1].spans
+    assert (bold.start, bold.end, bold.style.bold) == (0, 2, True)
     screen.feed("\r\x1b[J12345678901\x1b]52;c;eA==\a")
     assert screen.lines() == ["1234567890", "1"]
 
