@@ -152,9 +152,8 @@ def _llama(model: LocalModel, options: RunOptions) -> PagedRuntime:
             f"Profile exact computes with weights of 32 bits, which take {needed:,} bytes here, and "
             f"{free:,} are free: take --profile fast, or a smaller model."
         )
-    with scratch_folder(
-        options.home
-    ) as scratch:  # what is mapped stays until it is not used any more
+    with scratch_folder(options.home) as scratch:
+        # The library has the file mapped, so its content stays although its name is gone.
         unpacked = scratch / "f32.gguf"
         write_as_f32(file, unpacked)
         return load(unpacked)

@@ -74,7 +74,7 @@ def prepare(
     offline: bool | None = None,
     with_source: bool = False,
     runtime: RuntimeChoice = "auto",
-    llama: Llama = "missing",
+    llama: Callable[[], Llama] = lambda: "missing",
 ) -> LocalModel:
     """
     Return the model that *reference* names, downloading and converting it the first time.
@@ -91,7 +91,8 @@ def prepare(
             it, unless that is forbidden: what to compare it with.
         runtime: What is to run a GGUF file: OpenVINO, which it is converted for, or llama.cpp, which takes
             it as it is. `auto`: OpenVINO if it reads the file and llama.cpp is not quicker.
-        llama: Whether llama.cpp is here, as far as `auto` should care.
+        llama: Called for a GGUF file and `auto` alone, since loading the library, and waking the cards
+            that it finds, takes time.
 
     Raises:
         UnknownModelError: Nothing goes by it.
@@ -111,8 +112,9 @@ def prepare(
                 f"{reference} is no GGUF file, which is what llama.cpp runs: leave --runtime out, or name "
                 "a .gguf file."
             )
+        found = llama() if is_gguf and runtime == "auto" else "missing"
         try:
-            if is_gguf and (runtime == "llama" or (runtime == "auto" and llama == "quicker")):
+            if runtime == "llama" or found == "quicker":
                 model = _prepare_for_llama(source, home, progress, offline=offline)
             else:
                 model = _prepare(
@@ -124,7 +126,7 @@ def prepare(
                     with_source=with_source and not offline,
                 )
         except UnsupportedModelError as error:
-            if not (is_gguf and runtime == "auto" and llama == "there"):
+            if found != "there":
                 raise
             _log.info("llama.cpp runs %s, because OpenVINO does not: %s", reference, error)
             model = _prepare_for_llama(source, home, progress, offline=offline)

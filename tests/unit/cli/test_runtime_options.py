@@ -67,4 +67,4 @@ def test_options_of_llama_are_refused_elsewhere() -> None:
 def test_openvino_alone_refuses_what_it_does_not_read(spoken: Path, home: Path) -> None:
     with pytest.raises(UnsupportedModelError):
         ModelOptions(runtime="openvino").load(str(spoken))
-    assert prepare(str(spoken), home=home, llama="there").format == "gguf"
+    assert prepare(str(spoken), home=home, llama=lambda: "there").format == "gguf"
