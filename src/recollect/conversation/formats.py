@@ -17,7 +17,6 @@ import psutil
 from recollect.errors import ConfigError
 from recollect.files import scratch_folder
 from recollect.models.catalog import Format, LocalModel
-from recollect.models.gguf import read_content
 from recollect.models.gguf_weights import f32_bytes, is_f32, write_as_f32
 from recollect.runtime.base import PagedRuntime, ReferenceRuntime
 from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter
@@ -120,13 +119,7 @@ def _gguf_file(model: LocalModel) -> Path:
 def _llama_tokenizer(model: LocalModel) -> Tokenizer:
     from recollect.runtime.llama_model import LlamaVocabulary  # noqa: PLC0415 - part of an extra
 
-    file = _gguf_file(model)
-    fields = read_content(file).fields
-    # Vocabularies of SentencePiece: a text begins as a word does that has a space before it.
-    drops = fields.get("tokenizer.ggml.model") == "llama" and bool(
-        fields.get("tokenizer.ggml.add_space_prefix", True)
-    )
-    table = LlamaVocabulary(file, drops_first_space=drops)
+    table = LlamaVocabulary(_gguf_file(model))
     return LlamaTokenizer(table, model.eos_token_ids, template=model.chat_template)
 
 

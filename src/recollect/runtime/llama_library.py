@@ -336,6 +336,12 @@ class LlamaLibrary:
         handle: int | None = self._library.llama_init_from_model(model, params)
         return handle
 
+    def field(self, model: int | None, name: str) -> str:
+        """Return a field of a model's file as text, at most 255 bytes; empty: it has no such field."""
+        text = ctypes.create_string_buffer(256)
+        self.llama_model_meta_val_str(model, name.encode(), text, len(text))
+        return text.value.decode(errors="replace")
+
     def devices(self) -> list[Device]:
         """Return the devices that the library computes on."""
         found = []

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ from recollect.runtime.llama_library import (
     found_libraries,
     library,
 )
-from recollect.runtime.llama_model import LlamaModel, LlamaOptions
+from recollect.runtime.llama_model import LlamaModel, LlamaOptions, LlamaVocabulary
 from recollect.runtime.llama_state import Layout
 from recollect.runtime.llamacpp import LlamaCppRuntime, load_llama
 from recollect.runtime.sequences import SequenceAdapter
@@ -253,6 +254,28 @@ def test_options_that_cannot_be_are_one_sentence(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         load_llama(path, context_length=512, options=options)
+
+
+@pytest.mark.parametrize(("added", "drops"), [(None, True), (True, True), (False, False)])
+def test_a_sentencepiece_vocabulary_adds_a_space_unless_its_file_says_no(
+    tmp_path: Path, *, added: bool | None, drops: bool
+) -> None:
+    words, file = tmp_path / "words.gguf", tmp_path / "spoken.gguf"
+    writer = gguf.GGUFWriter(words, "llama")
+    bytes_of = [f"<0x{number:02X}>" for number in range(256)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *bytes_of, "a", "\u2581a"])
+    writer.add_token_scores([0.0] * 259 + [-1.0, -2.0])
+    writer.add_token_types([2, 3, 3, *[6] * 256, 1, 1])
+    if added is not None:
+        writer.add_add_space_prefix(added)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    table = LlamaVocabulary(write_random_model(file, SHAPE, vocabulary_of=words))
+    assert table.drops_first_space is drops
+    (token_id,) = table.cut(b"a", with_control=False)
+    assert table.piece(token_id) == (b" a" if drops else b"a")
 
 
 def test_a_file_that_is_none_is_one_sentence(tmp_path: Path) -> None:
