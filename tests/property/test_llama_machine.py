@@ -156,6 +156,6 @@ def test_a_lane_that_serves_too_much_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As where lanes were matched by how long they are."""
-    monkeypatch.setattr(llamacpp, "common_marks", lambda lane, wanted: min(len(lane), len(wanted)))
+    monkeypatch.setattr(llamacpp, "common_length", lambda lane, wanted: min(len(lane), len(wanted)))
     with pytest.raises(AssertionError):
         run_state_machine_as_test(machine, settings=fault_search(60))

@@ -151,7 +151,7 @@ def test_a_lane_matched_by_ids_alone_would_be_found(
 
     assert brings_in_other_kv() > 1
     by_ids = lambda lane, wanted: min(len(lane), len(wanted))  # noqa: E731 - which are the same here
-    monkeypatch.setattr(module, "common_marks", by_ids)
+    monkeypatch.setattr(module, "common_length", by_ids)
     with pytest.raises(AssertionError):
         assert brings_in_other_kv() > 1
 
