@@ -152,7 +152,7 @@ def table(tokens: int, first: int = 0) -> list[int]:
 def devices(_: Setting) -> dict[str, Any]:
     lib = library()
     return {
-        "build": lib.build,
+        "build": lib.found.build,
         "origin": lib.found.origin,
         "version": lib.llama_version().decode(),
         "devices": [

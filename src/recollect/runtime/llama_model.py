@@ -253,8 +253,7 @@ class LlamaModel:
             owners.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
             outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
-        self.lib.last_words.clear()
-        code = self.lib.llama_decode(self._context, batch)
+        code = self.lib.decode(self._context, batch)
         if code:
             raise RuntimeFailure(
                 f"llama.cpp failed while running the model ({code}: {self.lib.why()})."
@@ -337,7 +336,7 @@ class LlamaModel:
         digest = blake2b(arrangement.encode(), digest_size=8).hexdigest()
         device = self.device
         return RuntimeInfo(
-            name=f"llama.cpp-{self.lib.build}-{self.options.profile}",
+            name=f"llama.cpp-{self.lib.found.build}-{self.options.profile}",
             block_size=BLOCK_SIZE,
             bytes_per_block=1 if layout is None else layout.bytes_per_block,
             vocab_size=self.vocab_size,
