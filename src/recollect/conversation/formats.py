@@ -17,7 +17,7 @@ import psutil
 from recollect.errors import ConfigError
 from recollect.files import scratch_folder
 from recollect.models.catalog import Format, LocalModel
-from recollect.models.gguf_weights import f32_bytes, is_f32, write_as_f32
+from recollect.models.gguf_weights import Shards, f32_bytes, is_f32, write_as_f32
 from recollect.runtime.base import PagedRuntime, ReferenceRuntime
 from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter
 from recollect.text.file_tokenizers import TOKENIZER_NAME, HfTokenizer, OpenVinoTokenizer
@@ -137,9 +137,9 @@ def _llama(model: LocalModel, options: RunOptions) -> PagedRuntime:
         )
 
     file = _gguf_file(model)
-    if options.profile != "exact" or is_f32(file):
+    if options.profile != "exact" or is_f32(shards := Shards(file)):
         return load(file)
-    needed, free = f32_bytes(file), psutil.virtual_memory().available
+    needed, free = f32_bytes(shards), psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(
             f"Profile exact computes with weights of 32 bits, which take {needed:,} bytes here, and "
@@ -148,7 +148,7 @@ def _llama(model: LocalModel, options: RunOptions) -> PagedRuntime:
     with scratch_folder(options.home) as scratch:
         # The library has the file mapped, so its content stays although its name is gone.
         unpacked = scratch / "f32.gguf"
-        write_as_f32(file, unpacked)
+        write_as_f32(shards, unpacked)
         return load(unpacked)
 
 
