@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from random_model import Shape, write_random_model
+from random_model import WITH_EXPERTS, WITH_WINDOW, Shape, write_random_model
 from recollect.engine.engine import Engine
 from recollect.engine.sequence import Sequence
 from recollect.kv.disk import DiskStore
@@ -21,14 +21,8 @@ from recollect.runtime.llamacpp import LlamaCppRuntime, load_llama
 
 SHAPES = {
     "plain": Shape(),
-    "window": Shape(
-        architecture="gemma3",
-        layers=6,
-        head_norms=True,
-        norms_on_both_sides=True,
-        fields={"attention.sliding_window": 64},
-    ),
-    "experts": Shape(architecture="qwen3moe", head_norms=True, experts=4),
+    "window": WITH_WINDOW,
+    "experts": WITH_EXPERTS,
 }
 CONTEXT = 320
 NUM_BLOCKS = 40

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from random_model import Shape, write_random_model
+from random_model import WITH_EXPERTS, write_random_model
 from recollect.errors import UnsupportedModelError
 from recollect.models import prepare as module
 from recollect.models.prepare import Llama, prepare
@@ -16,9 +16,7 @@ MakeGguf = Callable[..., Path]
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return write_random_model(
-        tmp_path / "random.gguf", Shape(architecture="qwen3moe", experts=4, head_norms=True)
-    )
+    return write_random_model(tmp_path / "random.gguf", WITH_EXPERTS)
 
 
 def test_a_file_is_taken_as_it_is_and_tried_once(

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from random_model import Shape, write_random_model
+from random_model import WITH_WINDOW, Shape, write_random_model
 from recollect.errors import ConfigError, RuntimeFailure, UnsupportedModelError
 from recollect.runtime import llama_library
 from recollect.runtime import llamacpp as module
@@ -220,14 +220,7 @@ def test_states_with_bytes_that_nobody_explains_are_not_learned(open_runtime: Op
 
 
 def test_the_window_is_left_behind_and_come_back_to(tmp_path: Path) -> None:
-    shape = Shape(
-        architecture="gemma3",
-        layers=6,
-        head_norms=True,
-        norms_on_both_sides=True,
-        fields={"attention.sliding_window": 64},
-    )
-    file = write_random_model(tmp_path / "window.gguf", shape)
+    file = write_random_model(tmp_path / "window.gguf", WITH_WINDOW)
     runtime = load_llama(file, context_length=512, options=EXACT)
     assert isinstance(runtime, LlamaCppRuntime)
     runtime.allocate(160)
