@@ -173,7 +173,9 @@ class LlamaModel:
 
     def put_less_on_cards(self) -> bool:
         """Load with fewer layers on cards; return whether that is possible and may be chosen."""
-        if self.options.gpu_layers is not None or not self.layers_on_card:
+        # A file that was unpacked to be loaded, as in the profile `exact`, is gone by now.
+        is_there = self.path.is_file()
+        if self.options.gpu_layers is not None or not self.layers_on_card or not is_there:
             return False
         self._load_or_less(self.layers_on_card * 3 // 4)
         return True

@@ -1,5 +1,6 @@
 """llama.cpp's sequences as caches of blocks: right, and seen to be wrong where a fault is planted."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -360,6 +361,21 @@ def test_half_a_model_on_a_card_is_said_and_another_format(
     assert len(formats) == 2
     assert not model.put_less_on_cards()
     model.close()
+
+
+def test_a_file_that_was_unpacked_for_loading_alone_is_not_loaded_again(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in profile `exact`, on a card that has memory for the weights and none for KV."""
+    unpacked = tmp_path / "f32.gguf"
+    shutil.copyfile(path, unpacked)
+    monkeypatch.setattr(LlamaLibrary, "devices", lambda _: [card(8 << 30)])
+    runtime = load_llama(unpacked, context_length=512, options=EXACT)
+    unpacked.unlink()
+    monkeypatch.setattr(LlamaLibrary, "new_context", lambda *_: None)
+    with pytest.raises(RuntimeFailure, match="fewer layers on the card"):
+        runtime.allocate(160)
+    runtime.close()
 
 
 def test_layers_that_were_asked_for_and_do_not_fit_are_refused_with_both_sizes(
