@@ -13,11 +13,11 @@ import pytest
 
 from recollect import files
 from recollect.errors import UnknownModelError, UnsupportedModelError
-from recollect.models import listing, stores
+from recollect.models import stores
 from recollect.models.catalog import HubFile, resolve
 from recollect.models.gguf import GLANCE_BYTES
-from recollect.models.listing import is_here, kept_elsewhere, what_runs
-from recollect.models.prepare import known_context_length, prepare
+from recollect.models.listing import KeptElsewhere, is_here, look_into, what_runs
+from recollect.models.prepare import Llama, known_context_length, prepare
 from recollect.models.stores import find, stored
 
 MakeGguf = Callable[..., Path]
@@ -115,6 +115,11 @@ def link(folder: Path, name: str, data: bytes) -> Path:
 
 def names() -> list[str]:
     return [one.name for one in stored()]
+
+
+def kept_elsewhere() -> list[KeptElsewhere]:
+    """Return what is said of each model where llama.cpp is, without a graphics card."""
+    return [look_into(one, "there") for one in stored()]
 
 
 @pytest.mark.parametrize(
@@ -479,27 +484,26 @@ def test_no_more_is_looked_at_than_is_said(
 
 
 @pytest.mark.parametrize(
-    ("form", "architecture", "runtime"),
+    ("form", "architecture", "llama", "runtime"),
     [
-        ("gguf", "llama", "OpenVINO"),
-        ("gguf", "gemma2", "llama.cpp"),
-        ("gguf", None, "llama.cpp"),
-        ("openvino", None, "OpenVINO"),
-        ("onnx-genai", "phi3", "ONNX Runtime GenAI"),
+        ("gguf", "llama", "there", "OpenVINO"),
+        ("gguf", "llama", "quicker", "llama.cpp"),
+        ("gguf", "gemma2", "there", "llama.cpp"),
+        ("gguf", None, "there", "llama.cpp"),
+        ("openvino", None, "quicker", "OpenVINO"),
+        ("onnx-genai", "phi3", "quicker", "ONNX Runtime GenAI"),
     ],
 )
 def test_one_function_says_what_would_run_a_model(
-    form: str, architecture: str | None, runtime: str | None
+    form: str, architecture: str | None, llama: Llama, runtime: str | None
 ) -> None:
-    found = what_runs(form, architecture)
+    found = what_runs(form, architecture, llama)
     assert found.runtime == runtime
     assert (found.reason is None) == (runtime is not None)
 
 
-def test_without_llama_cpp_what_it_would_run_says_how_to_install_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(listing, "LLAMA_MODULES", ("no_such_module",))
-    found = what_runs("gguf", "gemma2")
+def test_without_llama_cpp_what_it_would_run_says_how_to_install_it() -> None:
+    assert what_runs("gguf", "llama", "missing").runtime == "OpenVINO"
+    found = what_runs("gguf", "gemma2", "missing")
     assert found.runtime is None
     assert found.reason == "to run gemma2: pip install 'recollect-llm[llama]'"
