@@ -507,3 +507,13 @@ def test_without_llama_cpp_what_it_would_run_says_how_to_install_it() -> None:
     found = what_runs("gguf", "gemma2", "missing")
     assert found.runtime is None
     assert found.reason == "to run gemma2: pip install 'recollect-llm[llama]'"
+
+
+def test_of_many_names_that_are_near_a_few_are_suggested(machine: Path) -> None:
+    place = machine / ".lmstudio" / "models" / "Publisher"
+    place.mkdir(parents=True)
+    for number in range(30):
+        (place / f"{number}.gguf").touch()
+    with pytest.raises(UnknownModelError, match="did you mean lmstudio:Publisher/0") as raised:
+        resolve("publisher")
+    assert str(raised.value).count("lmstudio:") == 4
