@@ -1,5 +1,6 @@
 """Stores as the programs lay them out, with real GGUF files in them."""
 
+import errno
 import hashlib
 import json
 import os
@@ -404,6 +405,22 @@ def test_no_name_leads_out_of_a_store(machine: Path, make_gguf: MakeGguf, name: 
     (machine / ".lmstudio" / "models").mkdir(parents=True)
     shutil.move(make_gguf(), machine / "secret.gguf")
     assert find(name) is None
+
+
+def test_a_folder_that_cannot_be_read_is_no_model(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link(snapshot(machine), "cpu/genai_config.json", b"{}")
+    assert find("org/repo:cpu") is not None
+    scandir = os.scandir
+
+    def refusing(path: Path) -> Any:
+        if path.name == "cpu":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert find("org/repo:cpu") is None
 
 
 def test_a_name_that_is_not_there_suggests_those_that_are(ollama: Path, weights: bytes) -> None:
