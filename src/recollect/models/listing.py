@@ -76,8 +76,7 @@ class Compared:
         temporary = (path := _note_path(home, fingerprint, self.profile)).with_suffix(".new")
         temporary.write_text(json.dumps(asdict(self) | {"at": now}) + "\n", encoding="utf-8")
         temporary.replace(path)
-        for note in sorted(folder.iterdir(), key=lambda one: one.stat().st_mtime_ns)[:-_MOST_NOTES]:
-            note.unlink(missing_ok=True)
+        files.keep_newest(folder, _MOST_NOTES)
 
     @classmethod
     def read(cls, home: Path, fingerprint: str, folder: Path) -> Self | None:

@@ -209,8 +209,7 @@ def _prepare_for_llama(
         case _:
             raise MisuseError("only GGUF files run on llama.cpp")
     header = read_header(parts[0])
-    digests = [files.cached_sha256(part, home=home, progress=progress) for part in parts]
-    sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
+    sha256 = _joined([files.cached_sha256(part, home=home, progress=progress) for part in parts])
     _try_in_a_process(parts[0], sha256, home)
     return LocalModel(
         name=name,
@@ -232,7 +231,11 @@ def _prepare_for_llama(
 
 
 _TRIED_FOLDER: Final = "tried"
+_MOST_TRIED: Final = 256
+"""Notes of files that were loaded; an older one costs a second trial."""
 TRIAL: Final = "recollect.runtime.llama_model"
+TRIAL_REFUSED: Final = 3
+"""Exit status of the trial if the file is refused. The last line on stderr is the error."""
 _TRIAL_S: Final = 900.0
 """A model of 70 GB is read from a slow disk in that time."""
 
@@ -267,14 +270,7 @@ def _try_in_a_process(path: Path, sha256: str, home: Path) -> None:
         )
     files.make_private(note.parent, home)
     note.touch(mode=0o600)
-    for old in sorted(note.parent.iterdir(), key=lambda one: one.stat().st_mtime_ns)[:-_MOST_TRIED]:
-        old.unlink(missing_ok=True)
-
-
-_MOST_TRIED: Final = 256
-"""Notes of files that were loaded; an older one costs a second trial."""
-TRIAL_REFUSED: Final = 3
-"""Exit status of the trial if the file is refused. The last line on stderr is the error."""
+    files.keep_newest(note.parent, _MOST_TRIED)
 
 
 def _have_hub_file(file: HubFile, home: Path, progress: Progress, *, offline: bool) -> list[Path]:
@@ -393,6 +389,11 @@ def _prepare_entry(
     return replace(model, sampling=model.sampling or entry.sampling)
 
 
+def _joined(digests: Sequence[str]) -> str:
+    """Return the sha256 of the only file of a model, or that of the sha256s of all of them."""
+    return digests[0] if len(digests) == 1 else files.combine(digests)
+
+
 def _opened(manifest: Manifest, folder: Path, name: str, parts: Sequence[Path]) -> LocalModel:
     """
     Return the model in a converted folder, with the file that it was made of where all of it is there.
@@ -447,8 +448,7 @@ def _prepare_gguf(path: Path, name: str, stem: str, home: Path, progress: Progre
     if any(files.remembered_sha256(part, home=home) is None for part in parts):
         # Before minutes of hashing, which are for nothing where the file is refused.
         require_buildable(path)
-    digests = [files.cached_sha256(part, home=home, progress=progress) for part in parts]
-    sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
+    sha256 = _joined([files.cached_sha256(part, home=home, progress=progress) for part in parts])
     # Named by content: a file that was replaced under its old name is another model.
     folder = models_folder(home) / f"{as_name(stem)}-{sha256[:_DIGEST_LENGTH]}"
     manifest = find_converted(folder, sha256)
@@ -496,11 +496,9 @@ def _prepare_hub_file(
             manifest = _install_hub_file(file, folder, home, progress, offline=offline)
         except FetchError as error:
             manifest = _inexact(folder, None, str(file), error)
-    if with_source and not _kept_parts(file, folder, home):
-        _keep(_download(file, home, progress), folder, home, take=os.replace)
-        forget_downloads(file, home)
-    parts = _kept_parts(file, folder, home)
-    return _opened(manifest, folder, str(file), parts)
+    if with_source:
+        _have_hub_file(file, home, progress, offline=False)
+    return _opened(manifest, folder, str(file), _kept_parts(file, folder, home))
 
 
 def _hub_folder(file: HubFile, home: Path) -> Path:
@@ -516,8 +514,7 @@ def _install_hub_file(
     if not kept:
         require_online(str(file), offline=offline)
     parts = kept or _download(file, home, progress)
-    digests = [files.sha256_file(part, progress=progress) for part in parts]
-    sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
+    sha256 = _joined([files.sha256_file(part, progress=progress) for part in parts])
     try:
         manifest = convert(
             Conversion(str(file), parts[0], sha256), folder, home=home, progress=progress
