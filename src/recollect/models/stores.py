@@ -2,8 +2,8 @@
 Models that other programs keep on this machine: Ollama, LM Studio, the Hugging Face cache, llama.cpp.
 
 `find` returns the model of a name, `stored` all that there are. Names of files and small files with settings
-are read here, and of a GGUF file nothing; `gguf.peek` says what is in one. How much is looked at is bounded,
-whatever lies there. Changes and downloads nothing.
+are read here, and of a GGUF file nothing; `gguf.glance` says what is in one. How much is looked at is
+bounded, whatever lies there. Changes and downloads nothing.
 
 Sources: the code of the four programs, as of 2026. Ollama's names are the paths of its manifests, whose
 layers name blobs by sha256; LM Studio has `publisher/model/file`; the Hugging Face cache has a folder for
