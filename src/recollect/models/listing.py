@@ -159,7 +159,7 @@ def what_runs(form: str, architecture: str | None, llama: Llama) -> Runs:
     Args:
         form: `gguf`, `openvino` or `onnx-genai`.
         architecture: As the model names it; None: it is not known.
-        llama: As `prepare` takes it.
+        llama: Whether llama.cpp is here, and whether it is the quicker one.
     """
     if form == "onnx-genai":
         if find_spec("onnxruntime_genai") is None:
@@ -190,7 +190,7 @@ def look_into(one: Stored, llama: Llama) -> KeptElsewhere:
 
     Args:
         one: The model.
-        llama: As `prepare` takes it.
+        llama: Whether llama.cpp is here, and whether it is the quicker one.
     """
     architecture, quantization, fault = None, one.quantization, one.fault
     try:
