@@ -14,6 +14,7 @@ from typing import Final
 from recollect.text.call_parts import (
     CLEARLY_A_MARK,
     HERMES_CALLS,
+    LOOKED_AT,
     MOST_OPENING,
     NAME,
     SPACE,
@@ -86,9 +87,10 @@ class ToolCallParser(PiecewiseReader):
 
     def push(self, piece: str) -> Iterator[Event]:
         """Take more text; yield what it tells."""
-        self._rest += piece
-        while (event := next(self._reader, None)) is not None:
-            yield event
+        for start in range(0, len(piece), LOOKED_AT):
+            self._rest += piece[start : start + LOOKED_AT]
+            while (event := next(self._reader, None)) is not None:
+                yield event
 
     def finish(self, *, is_cut: bool = False) -> Iterator[Event]:
         """

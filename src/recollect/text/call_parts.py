@@ -85,6 +85,8 @@ def new_call_prefix() -> str:
 _FENCE: Final = r"(?:```(?:json)?\s*)?"
 MOST_OPENING: Final = 2048
 """Characters in which the name of a call, and what is around it, has to come."""
+LOOKED_AT: Final = 4096
+"""Characters that are searched together: to take some of them copies those that follow."""
 NAME: Final = re.compile(r"[\w.-]{1,128}")
 _NAMES: Final = re.compile(r'"name"\s*:\s*"([^"]*)"|\[\s*([\w.-]{1,128})\s*\(')
 CLEARLY_A_MARK: Final = len("<tool")
@@ -145,8 +147,10 @@ class Bare:
 
     def may_begin(self, text: str) -> bool:
         """Return whether a text may become the beginning of a call."""
+        if len(text) >= MOST_OPENING:
+            return False
         written = "".join(text.split())
-        return len(text) < MOST_OPENING and any(one.startswith(written) for one in self._beginnings)
+        return any(one.startswith(written) for one in self._beginnings)
 
     def opening(self, text: str) -> "re.Match[str] | None":
         """Return the beginning of a call in a text."""

@@ -13,6 +13,7 @@ from typing import Any, Final
 from recollect.text.call_parser import ToolCallParser
 from recollect.text.call_parts import (
     HERMES_CALLS,
+    LOOKED_AT,
     ArgumentsDelta,
     CallEnded,
     CallRules,
@@ -152,10 +153,6 @@ class ShownCalls:
     """Where it ends in the text."""
 
 
-_LOOKED_AT: Final = 4096
-"""Characters that are given to a parser at once."""
-
-
 def shown_calls(
     text: str, start: int, calls: Sequence[ToolCall], format_: ToolFormat, *, most: int
 ) -> ShownCalls | None:
@@ -173,8 +170,8 @@ def shown_calls(
     parser = ToolCallParser("", CallRules(format_, tuple(names), texts_in(calls)))
     said, found = list[str](), list[list[str]]()
     started, ended = list[str](), 0
-    for place in range(start, min(len(text), start + most), _LOOKED_AT):
-        for event in parser.push(text[place : place + _LOOKED_AT]):
+    for place in range(start, min(len(text), start + most), LOOKED_AT):
+        for event in parser.push(text[place : place + LOOKED_AT]):
             match event:
                 case TextDelta(more):
                     if ended == len(calls):

@@ -233,23 +233,34 @@ def test_what_is_no_call_is_text_and_all_of_it(name: str, text: str) -> None:
     assert "".join(one.text for one in told if isinstance(one, TextDelta)) == text
 
 
+def seconds(form: ToolFormat, text: str, letters: int) -> float:
+    """Return how long it takes to find the calls in a text that comes in pieces of some letters."""
+    rules, best = Tools.of(TOOLS).rules(None, form), 1e9
+    for _ in range(3):
+        parser, begun = ToolCallParser("", rules), time.thread_time()
+        for place in range(0, len(text), letters):
+            for _event in parser.push(text[place : place + letters]):
+                pass
+        best = min(best, time.thread_time() - begun)
+    return best
+
+
 @ALL
 def test_finding_a_long_call_takes_time_in_line_with_its_length(name: str) -> None:
     form = FORMATS[name]
-
-    def letters(count: int) -> float:
-        text = written(form, {"city": "x y\n" * (count // 4)})
-        rules, best = Tools.of(TOOLS).rules(None, form), 1e9
-        for _ in range(3):
-            parser, begun = ToolCallParser("", rules), time.thread_time()
-            for place in range(0, len(text), 3):
-                for _event in parser.push(text[place : place + 3]):
-                    pass
-            best = min(best, time.thread_time() - begun)
-        return best
-
-    short, long = letters(20_000), letters(160_000)
+    short, long = (
+        seconds(form, written(form, {"city": "x y\n" * (count // 4)}), 3)
+        for count in (20_000, 160_000)
+    )
     assert long < 8 * short * 3, (short, long)
+
+
+@ALL
+def test_many_calls_in_one_piece_are_found_as_fast_as_in_many(name: str) -> None:
+    form = FORMATS[name]
+    text = written(form, *[{"city": "x y\n" * 250}] * 1_000)
+    whole, pieces = seconds(form, text, len(text)), seconds(form, text, 2_000)
+    assert whole < 3 * pieces, (whole, pieces)
 
 
 @pytest.mark.parametrize(
