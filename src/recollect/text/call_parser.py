@@ -217,15 +217,13 @@ class ToolCallParser(PiecewiseReader):
             yield from self._close()
         return True
 
-    def _close(self) -> Reader:
+    def _close(self) -> Generator[Event | None, None, None]:
         """Take what closes a section, where it is there."""
-        closing = self._format.closing
         if self._format.kind == "object" and self._format.between is None:
-            return True  # the call has taken it
-        if (yield from self._words(closing)):
+            return  # the call has taken it
+        if (yield from self._words(self._format.closing)):
             self.end_of_calls = self._taken
         self._trail.clear()
-        return True
 
     # Calls, each kind in its way.
 
@@ -464,16 +462,13 @@ class ToolCallParser(PiecewiseReader):
             return False
         if bare.is_python:
             self._trail = [self._take(opening.end())]
-            is_call = yield from self._python_list()
-            return is_call
+            return (yield from self._python_list())
         self._take(opening.end())
         yield self._start(opening["name"])
         if not (yield from self._json()):
             return False
-        if (yield from self._word("}")) or self._is_over:
-            yield self._end()
-            self._trail.clear()
-            return True
+        yield from self._word("}")
+        self._trail.clear()
         yield self._end()
         return True
 
