@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from recollect.conversation.tools import Tools
 from recollect.engine.grammar import Grammars
-from recollect.text.file_tokenizers import HfTokenizer
 from recollect.text.tokenizer import ByteTokenizer, Tokenizer
 from recollect.text.tool_calls import (
     ArgumentsDelta,
@@ -26,7 +25,7 @@ from recollect.text.tool_calls import (
 from recollect.text.tool_formats import FORMATS, HARMONY, ToolFormat, control_marks, named
 from recollect.types import ToolCall
 
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 pytest.importorskip("llguidance")
 
 ALL: Final = pytest.mark.parametrize("name", FORMATS)
@@ -70,19 +69,9 @@ ARGUMENTS: Final = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="module")
-def with_marks(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def with_marks(make_byte_tokenizer: Callable[[Sequence[str]], Tokenizer]) -> Tokenizer:
     """Return a tokenizer of bytes in which the marks of all families are control tokens."""
-    bytes_of = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    vocabulary = {letter: number for number, letter in enumerate(sorted(bytes_of))}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    )
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(CONTROL)
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    made.save(str(file))
-    return HfTokenizer(file, frozenset({made.token_to_id(CONTROL[0])}), template=None)
+    return make_byte_tokenizer(CONTROL)
 
 
 @pytest.fixture(scope="module", params=["control tokens", "text"])
