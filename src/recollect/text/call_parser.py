@@ -8,7 +8,7 @@ parser; `ToolFormat.mark` says where a call begins that stands in there. Pure: t
 
 import json
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from typing import Final
 
 from recollect.text.call_parts import (
@@ -33,10 +33,8 @@ from recollect.text.call_parts import (
     escaped,
     held,
     json_value,
-    new_call_prefix,
     object_opening,
     python_arguments,
-    rules_of,
 )
 from recollect.text.tool_formats import HERMES, ToolFormat
 
@@ -49,9 +47,9 @@ class ToolCallParser(PiecewiseReader):
     is text. Owned by whoever reads the reply.
 
     Args:
-        id_prefix: What the ids of the calls begin with; None: something new.
-        rules: What calls look like. Or the tools whose calls, in the format of Hermes, are calls without
-            the marks too, where the reply begins with them.
+        id_prefix: What the ids of the calls begin with.
+        rules: What calls look like. In the format of Hermes, calls of the tools that are named there
+            need no marks where the reply begins with them.
 
     Invariants:
         1. The events do not depend on how the text falls into pieces, but for how deltas do.
@@ -60,14 +58,9 @@ class ToolCallParser(PiecewiseReader):
         4. What `parse_reply` returns for the whole text of a reply that was cut is what the events tell.
     """
 
-    def __init__(
-        self,
-        id_prefix: str | None = None,
-        rules: CallRules | Iterable[str] = HERMES_CALLS,
-    ) -> None:
+    def __init__(self, id_prefix: str, rules: CallRules = HERMES_CALLS) -> None:
         super().__init__()
-        self._prefix = new_call_prefix() if id_prefix is None else id_prefix
-        rules = rules_of(rules)
+        self._prefix = id_prefix
         self._format, self._texts = rules.format, rules.texts
         known = rules.names or ()
         self._bare = Bare(self._format, known) if known and _may_be_bare(self._format) else None

@@ -9,7 +9,7 @@ import ast
 import json
 import re
 import secrets
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -62,19 +62,16 @@ class CallRules:
     """By tools, the arguments that are texts, where the format does not tell a text from a number; of a
     tool that is not there, what reads as JSON and is no text is JSON."""
 
+    def with_names_in(self, text: str) -> "CallRules":
+        """Return the same, and where any name will do, with those in a text."""
+        if self.names is not None:
+            return self
+        found = {one for pair in _NAMES.findall(text) for one in pair if one}
+        return replace(self, names=tuple(found))
+
 
 HERMES_CALLS: Final = CallRules()
 """As messages are kept: in the format of Hermes, with marks."""
-
-
-def rules_of(rules: CallRules | Iterable[str], text: str = "") -> CallRules:
-    """Return rules where names alone are given, and with the names in a text where any will do."""
-    found = rules if isinstance(rules, CallRules) else CallRules(names=tuple(rules))
-    if found.names is not None:
-        return found
-    return replace(
-        found, names=tuple({one for pair in _NAMES.findall(text) for one in pair if one})
-    )
 
 
 def new_call_prefix() -> str:

@@ -22,7 +22,6 @@ from recollect.text.call_parts import (
     TextDelta,
     new_call_prefix,
     object_of,
-    rules_of,
 )
 from recollect.text.tool_formats import HERMES, ToolFormat
 from recollect.types import Message, ToolCall
@@ -96,7 +95,7 @@ class ParsedReply:
 def parse_reply(
     text: str,
     ids: str | Iterable[str] = "",
-    rules: CallRules | Iterable[str] = HERMES_CALLS,
+    rules: CallRules = HERMES_CALLS,
     *,
     is_cut: bool = False,
 ) -> ParsedReply:
@@ -109,7 +108,7 @@ def parse_reply(
         rules: As `ToolCallParser` was told.
         is_cut: As in `ToolCallParser.finish`.
     """
-    rules = rules_of(rules, text)
+    rules = rules.with_names_in(text)
     mark = rules.format.mark
     if not (mark and mark in text) and not rules.names and not is_cut:
         return ParsedReply(text, ())
