@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -55,19 +56,17 @@ LARGE = Shape(
     biases=True,
 )
 """As Qwen 2.5 1.5B is built."""
-MIDDLE = Shape(
-    architecture="qwen2",
+MIDDLE = replace(
+    LARGE,
     layers=4,
     width=256,
     heads=4,
-    kv_heads=2,
     head_size=64,
     feed_forward=512,
     vocabulary=4096,
     context=8192,
-    kind="F16",
-    biases=True,
 )
+"""The same on a smaller scale, for processors."""
 SMALL = Shape(width=256, heads=4, kv_heads=2, head_size=64, feed_forward=512, context=2048)
 CONTEXT = 8192
 HISTORY = 4000
@@ -152,7 +151,7 @@ def table(tokens: int, first: int = 0) -> list[int]:
 def devices(_: Setting) -> dict[str, Any]:
     lib = library()
     return {
-        "build": lib.build,
+        "build": lib.found.build,
         "origin": lib.found.origin,
         "version": lib.llama_version().decode(),
         "devices": [
@@ -264,11 +263,11 @@ def speed(setting: Setting) -> dict[str, Any]:
 
 
 def speed_of(setting: Setting, runtime: LlamaCppRuntime, *, slow: bool) -> dict[str, Any]:
-    shape, found = setting.shape, {"layers": runtime.info.kv_format}
-    result: dict[str, Any] = dict(found)
+    shape, rounds = setting.shape, 1 if slow else 3
+    result: dict[str, Any] = {"layers": runtime.info.kv_format}
     for tokens in (512,) if slow or setting.small else (512, 2048, HISTORY):
         ids = ids_of(tokens, shape)
-        seconds = timed(partial(read, runtime, ids, table(tokens)), 1 if slow else 3)
+        seconds = timed(partial(read, runtime, ids, table(tokens)), rounds)
         result[f"prefill of {tokens}, tokens/s"] = tokens / seconds
         decoded = 16 if slow else 64
 
@@ -276,7 +275,7 @@ def speed_of(setting: Setting, runtime: LlamaCppRuntime, *, slow: bool) -> dict[
             for at in range(tokens, tokens + decoded):
                 runtime.forward([Row([at % 1000 + 5], at, table(tokens + decoded))])
 
-        result[f"decode after {tokens}, tokens/s"] = decoded / timed(decode, 1 if slow else 3)
+        result[f"decode after {tokens}, tokens/s"] = decoded / timed(decode, rounds)
     lanes = runtime.info.pace.most_rows
     tables = [table(600, 100 + 20 * lane) for lane in range(lanes)]
     for lane in range(lanes):
@@ -426,17 +425,8 @@ def verify(setting: Setting) -> dict[str, Any]:
     )
     write_random_model(path, shape, vocabulary_of=Path(vocabulary))
     for profile in ("exact", "fast"):
-        command = [
-            sys.executable,
-            "-m",
-            "recollect",
-            "verify",
-            "--model",
-            str(path),
-            "--operations",
-            "60",
-        ]
-        command += ["--runtime", "llama", "--profile", profile]
+        command = [sys.executable, "-m", "recollect", "verify", "--model", str(path)]
+        command += ["--runtime", "llama", "--profile", profile, "--operations", "60"]
         ended = subprocess.run(  # noqa: S603 - ourselves
             command, check=False, capture_output=True, text=True, timeout=120
         )

@@ -47,6 +47,18 @@ class Shape:
     seed: int = 0
 
 
+WITH_WINDOW = Shape(
+    architecture="gemma3",
+    layers=6,
+    head_norms=True,
+    norms_on_both_sides=True,
+    fields={"attention.sliding_window": 64},
+)
+"""Five of its six layers attend to the last 64 tokens alone."""
+WITH_EXPERTS = Shape(architecture="qwen3moe", head_norms=True, experts=4)
+"""OpenVINO does not run it, and llama.cpp does."""
+
+
 def write_random_model(path: Path, shape: Shape, *, vocabulary_of: Path | None = None) -> Path:
     """
     Write a random decoder whose logits vary as those of real models do.

@@ -56,7 +56,7 @@ from recollect.types import SamplingParams
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile(
-    "dev", max_examples=10, deadline=None, suppress_health_check=_SLOW_IS_FINE
+    "dev", max_examples=20, deadline=None, suppress_health_check=_SLOW_IS_FINE
 )
 # The same examples every time: a red build then is about the change. New ones are tried by `dev` at
 # every run, and by `nightly` at length.

@@ -50,8 +50,10 @@ Role = Literal["system", "user", "assistant", "tool"]
 """Who a message is from. `tool`: a tool, with the result of a call."""
 
 Profile = Literal["exact", "fast", "small"]
-RuntimeChoice = Literal["auto", "openvino", "llama"]
 """Precision of computing and of KV: f32 throughout, f16 KV, or u8 KV; see ARCHITECTURE.md."""
+
+RuntimeChoice = Literal["auto", "openvino", "llama"]
+"""What runs a GGUF file: OpenVINO, llama.cpp, or the one of the two that suits file and machine."""
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, the units that are done, and their total; None: it is not known."""
@@ -405,7 +407,7 @@ class Usage:
     """A sentence about the first difference from an earlier prompt; None: `reason` names no difference."""
     lost_tokens: int = 0
     """
-    Computed tokens that had been computed before, or would have been but for the difference; 0: none.
+    Computed tokens that an earlier prompt had too, and that were computed again; 0: none.
 
     Counted where they were evicted, shown otherwise, or written by another model. Where a message or a
     tool has changed, in proportion to the characters that are the same as before.

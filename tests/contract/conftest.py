@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from random_model import MAMBA, Shape, write_random_model
+from random_model import MAMBA, WITH_EXPERTS, WITH_WINDOW, Shape, write_random_model
 from recollect import config
 from recollect.models.onnx_folder import Precision
 from recollect.models.prepare import prepare
@@ -57,18 +57,12 @@ RUNTIMES: dict[str, Maker] = {
 }
 LLAMA_SHAPES = {
     "llama-exact": Shape(),
-    "llama-window": Shape(
-        architecture="gemma3",
-        layers=6,
-        head_norms=True,
-        norms_on_both_sides=True,
-        fields={"attention.sliding_window": 64},
-    ),
+    "llama-window": WITH_WINDOW,
     "llama-recurrent": Shape(architecture="mamba", fields=MAMBA),
     "llama-hybrid": Shape(
         architecture="lfm2", layers=4, head_norms=True, fields={"shortconv.l_cache": 3}
     ),
-    "llama-experts": Shape(architecture="qwen3moe", head_norms=True, experts=4),
+    "llama-experts": WITH_EXPERTS,
 }
 """Random models for llama.cpp: one that is plain, one that forgets, one that chooses who computes."""
 WITHOUT_WEIGHTS = [

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from random_model import Shape, write_random_model
+from random_model import WITH_EXPERTS, WITH_WINDOW, Shape, write_random_model
 from recollect.engine.engine import Engine
 from recollect.engine.sequence import Sequence
 from recollect.kv.disk import DiskStore
@@ -21,14 +21,8 @@ from recollect.runtime.llamacpp import LlamaCppRuntime, load_llama
 
 SHAPES = {
     "plain": Shape(),
-    "window": Shape(
-        architecture="gemma3",
-        layers=6,
-        head_norms=True,
-        norms_on_both_sides=True,
-        fields={"attention.sliding_window": 64},
-    ),
-    "experts": Shape(architecture="qwen3moe", head_norms=True, experts=4),
+    "window": WITH_WINDOW,
+    "experts": WITH_EXPERTS,
 }
 CONTEXT = 320
 NUM_BLOCKS = 40
@@ -156,6 +150,6 @@ def test_a_lane_that_serves_too_much_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As where lanes were matched by how long they are."""
-    monkeypatch.setattr(llamacpp, "common_marks", lambda lane, wanted: min(len(lane), len(wanted)))
+    monkeypatch.setattr(llamacpp, "common_length", lambda lane, wanted: min(len(lane), len(wanted)))
     with pytest.raises(AssertionError):
         run_state_machine_as_test(machine, settings=fault_search(60))

@@ -374,7 +374,7 @@ class ModelOptions:
                 progress=progress,
                 offline=self.offline or None,
                 runtime=self.runtime,
-                llama=which_llama() if self.runtime == "auto" else "missing",
+                llama=which_llama,
             )
         if self.long_context:
             local.for_long_context()  # raises if there is none

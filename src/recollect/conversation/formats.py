@@ -17,8 +17,7 @@ import psutil
 from recollect.errors import ConfigError
 from recollect.files import scratch_folder
 from recollect.models.catalog import Format, LocalModel
-from recollect.models.gguf import read_content
-from recollect.models.gguf_weights import f32_bytes, is_f32, write_as_f32
+from recollect.models.gguf_weights import Shards, f32_bytes, is_f32, write_as_f32
 from recollect.runtime.base import PagedRuntime, ReferenceRuntime
 from recollect.runtime.sequences import GenAiRuntime, SequenceAdapter
 from recollect.text.file_tokenizers import TOKENIZER_NAME, HfTokenizer, OpenVinoTokenizer
@@ -120,13 +119,7 @@ def _gguf_file(model: LocalModel) -> Path:
 def _llama_tokenizer(model: LocalModel) -> Tokenizer:
     from recollect.runtime.llama_model import LlamaVocabulary  # noqa: PLC0415 - part of an extra
 
-    file = _gguf_file(model)
-    fields = read_content(file).fields
-    # Vocabularies of SentencePiece: a text begins as a word does that has a space before it.
-    drops = fields.get("tokenizer.ggml.model") == "llama" and bool(
-        fields.get("tokenizer.ggml.add_space_prefix", True)
-    )
-    table = LlamaVocabulary(file, drops_first_space=drops)
+    table = LlamaVocabulary(_gguf_file(model))
     return LlamaTokenizer(table, model.eos_token_ids, template=model.chat_template)
 
 
@@ -144,19 +137,18 @@ def _llama(model: LocalModel, options: RunOptions) -> PagedRuntime:
         )
 
     file = _gguf_file(model)
-    if options.profile != "exact" or is_f32(file):
+    if options.profile != "exact" or is_f32(shards := Shards(file)):
         return load(file)
-    needed, free = f32_bytes(file), psutil.virtual_memory().available
+    needed, free = f32_bytes(shards), psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(
             f"Profile exact computes with weights of 32 bits, which take {needed:,} bytes here, and "
             f"{free:,} are free: take --profile fast, or a smaller model."
         )
-    with scratch_folder(
-        options.home
-    ) as scratch:  # what is mapped stays until it is not used any more
+    with scratch_folder(options.home) as scratch:
+        # The library has the file mapped, so its content stays although its name is gone.
         unpacked = scratch / "f32.gguf"
-        write_as_f32(file, unpacked)
+        write_as_f32(shards, unpacked)
         return load(unpacked)
 
 

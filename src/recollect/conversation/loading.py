@@ -88,8 +88,7 @@ def load(
     Raises:
         ModelError: The model cannot be fetched or read; the subclass says which.
         ConfigError: `kv_memory` or `kv_disk` is less than a block, there is no such profile or format of
-            calls, the model
-            has no long context, or the data folder is encrypted with another key.
+            calls, the model has no long context, or the data folder is encrypted with another key.
         StoreError: The KV store cannot be opened.
     """
     config.parse_profile(profile)
@@ -107,7 +106,7 @@ def load(
         progress=progress,
         offline=offline,
         runtime=runtime,
-        llama=which_llama() if runtime == "auto" else "missing",
+        llama=which_llama,
     )
     if long_context:
         local = local.for_long_context()

@@ -1,7 +1,7 @@
 """
-When a reply does nothing but repeat itself: a rule over the tokens that it has, and what they decode to.
+When a reply does nothing but repeat itself: a rule over its tokens and their texts.
 
-Depends on nothing; of a reply it knows the tokens that it is given.
+Depends on nothing; of a reply it knows what it is given.
 """
 
 from collections import Counter, defaultdict, deque
@@ -114,7 +114,7 @@ class Repetition:
 
         Args:
             token_id: Its id.
-            text: What it decodes to by itself.
+            text: What it adds to the reply's text.
         """
         is_over = False
         for token, has_letters in self._numbers.push(token_id, text):

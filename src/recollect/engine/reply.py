@@ -27,7 +27,7 @@ from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MisuseError, RuntimeFailure
 from recollect.runtime.sequences import common_length
 from recollect.text.reasoning import NO_REASONING, Begun, Event, ReplyReader, ShowingTokenizer
-from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer
+from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer, text_of
 from recollect.text.tool_calls import CallRules
 from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
 
@@ -193,7 +193,7 @@ class _Generation:
             self.stream.put((token, self._generator.likelihood))
             if self._watches:
                 self._repetition = self._repetition or Repetition()
-                self.ran_away = self._repetition.push(token, self._tokenizer.decode([token]))
+                self.ran_away = self._repetition.push(token, text_of(token, self._tokenizer))
         return not self.ran_away and not self._generator.is_done()
 
     def _end(self) -> None:

@@ -401,7 +401,9 @@ class Generator:
         self._engine.compute([self._sequence])
         logits = self._sequence.logits
         assert logits is not None, "compute() leaves the logits known"
-        token = None if self._reasoning is None else self._reasoning.forced(self._reply())
+        watched = self._grammar is not None or self._reasoning is not None
+        reply = self._reply() if watched else []
+        token = None if self._reasoning is None else self._reasoning.forced(reply)
         if token is None:
             token = choose_token(
                 logits,
@@ -409,7 +411,7 @@ class Generator:
                 history=self._sequence.history,
                 reply_start=self.reply_start,
                 seed=self._seed,
-                allowed=None if self._grammar is None else self._grammar.allowed(self._reply()),
+                allowed=None if self._grammar is None else self._grammar.allowed(reply),
                 bias=self._bias,
             )
         if token in self._engine.eos_token_ids and not self._params.ignore_eos:
@@ -418,7 +420,8 @@ class Generator:
         if self._params.logprobs is not None:
             self._likelihood = _describe(token, logits, self._params.logprobs)
         self._sequence.append([token])
-        if self._grammar is not None and self._grammar.is_finished(self._reply()):
+        reply.append(token)
+        if self._grammar is not None and self._grammar.is_finished(reply):
             self._finish_reason = "stop"  # end of sequence would follow: no pass is needed to know
         elif self._is_long_enough():
             self._finish_reason = "length"

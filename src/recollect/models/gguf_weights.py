@@ -370,34 +370,34 @@ _ALIGNMENT: Final = 32
 _SECTION_BYTES: Final = 64 << 20
 
 
-def f32_bytes(path: Path) -> int:
+def f32_bytes(shards: Shards) -> int:
     """Return how many bytes the tensors of a model have as f32; a file of several parts counts whole."""
-    return sum(4 * math.prod(tensor.shape) for tensor in Shards(path).tensors.values())
+    return sum(4 * math.prod(tensor.shape) for tensor in shards.tensors.values())
 
 
-def is_f32(path: Path) -> bool:
+def is_f32(shards: Shards) -> bool:
     """Return whether all tensors of a model are f32 already."""
-    return all(tensor.kind is Kind.F32 for tensor in Shards(path).tensors.values())
+    return all(tensor.kind is Kind.F32 for tensor in shards.tensors.values())
 
 
-def write_as_f32(path: Path, target: Path) -> None:
+def write_as_f32(shards: Shards, target: Path) -> None:
     """
     Write a model's file anew with the same values as f32, all parts in one.
 
     llama.cpp quantizes activations where weights are quantized, and not where they are f32.
 
     Args:
-        path: The only file, or the first part.
+        shards: The model, opened.
         target: Where the new file is written.
 
     Raises:
         UnsupportedModelError: The file is damaged, or has a tensor of a type that cannot be read.
         OSError: It cannot be written.
     """
-    shards, content = Shards(path), read_content(path)
+    content = read_content(shards.path)
     kept = [name for name in content.fields if not name.startswith(("split.", "general.alignment"))]
     head = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(shards.tensors), len(kept)))
-    with path.open("rb") as file:
+    with shards.path.open("rb") as file:
         for name in kept:
             place = content.field_places[name]
             file.seek(place.start)

@@ -74,7 +74,7 @@ def prepare(
     offline: bool | None = None,
     with_source: bool = False,
     runtime: RuntimeChoice = "auto",
-    llama: Llama = "missing",
+    llama: Callable[[], Llama] = lambda: "missing",
 ) -> LocalModel:
     """
     Return the model that *reference* names, downloading and converting it the first time.
@@ -91,7 +91,8 @@ def prepare(
             it, unless that is forbidden: what to compare it with.
         runtime: What is to run a GGUF file: OpenVINO, which it is converted for, or llama.cpp, which takes
             it as it is. `auto`: OpenVINO if it reads the file and llama.cpp is not quicker.
-        llama: Whether llama.cpp is here, as far as `auto` should care.
+        llama: Called for a GGUF file and `auto` alone, since loading the library, and waking the cards
+            that it finds, takes time.
 
     Raises:
         UnknownModelError: Nothing goes by it.
@@ -111,8 +112,9 @@ def prepare(
                 f"{reference} is no GGUF file, which is what llama.cpp runs: leave --runtime out, or name "
                 "a .gguf file."
             )
+        found = llama() if is_gguf and runtime == "auto" else "missing"
         try:
-            if is_gguf and (runtime == "llama" or (runtime == "auto" and llama == "quicker")):
+            if runtime == "llama" or found == "quicker":
                 model = _prepare_for_llama(source, home, progress, offline=offline)
             else:
                 model = _prepare(
@@ -124,7 +126,7 @@ def prepare(
                     with_source=with_source and not offline,
                 )
         except UnsupportedModelError as error:
-            if not (is_gguf and runtime == "auto" and llama == "there"):
+            if found != "there":
                 raise
             _log.info("llama.cpp runs %s, because OpenVINO does not: %s", reference, error)
             model = _prepare_for_llama(source, home, progress, offline=offline)
@@ -209,8 +211,7 @@ def _prepare_for_llama(
         case _:
             raise MisuseError("only GGUF files run on llama.cpp")
     header = read_header(parts[0])
-    digests = [files.cached_sha256(part, home=home, progress=progress) for part in parts]
-    sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
+    sha256 = _of_all(files.cached_sha256(part, home=home, progress=progress) for part in parts)
     _try_in_a_process(parts[0], sha256, home)
     return LocalModel(
         name=name,
@@ -447,8 +448,7 @@ def _prepare_gguf(path: Path, name: str, stem: str, home: Path, progress: Progre
     if any(files.remembered_sha256(part, home=home) is None for part in parts):
         # Before minutes of hashing, which are for nothing where the file is refused.
         require_buildable(path)
-    digests = [files.cached_sha256(part, home=home, progress=progress) for part in parts]
-    sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
+    sha256 = _of_all(files.cached_sha256(part, home=home, progress=progress) for part in parts)
     # Named by content: a file that was replaced under its old name is another model.
     folder = models_folder(home) / f"{as_name(stem)}-{sha256[:_DIGEST_LENGTH]}"
     manifest = find_converted(folder, sha256)
@@ -457,6 +457,12 @@ def _prepare_gguf(path: Path, name: str, stem: str, home: Path, progress: Progre
         manifest = convert(job, folder, home=home, progress=progress)
         _keep(parts, folder, home)
     return _opened(manifest, folder, name, parts)
+
+
+def _of_all(digests: Iterable[str]) -> str:
+    """Return the digest of a model, given those of its files: of a single file its own."""
+    one, *others = digests
+    return files.combine([one, *others]) if others else one
 
 
 def _keep(
@@ -496,10 +502,10 @@ def _prepare_hub_file(
             manifest = _install_hub_file(file, folder, home, progress, offline=offline)
         except FetchError as error:
             manifest = _inexact(folder, None, str(file), error)
-    if with_source and not _kept_parts(file, folder, home):
-        _keep(_download(file, home, progress), folder, home, take=os.replace)
-        forget_downloads(file, home)
-    parts = _kept_parts(file, folder, home)
+    if with_source:
+        parts = _have_hub_file(file, home, progress, offline=offline)
+    else:
+        parts = _kept_parts(file, folder, home)
     return _opened(manifest, folder, str(file), parts)
 
 
@@ -516,8 +522,7 @@ def _install_hub_file(
     if not kept:
         require_online(str(file), offline=offline)
     parts = kept or _download(file, home, progress)
-    digests = [files.sha256_file(part, progress=progress) for part in parts]
-    sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
+    sha256 = _of_all(files.sha256_file(part, progress=progress) for part in parts)
     try:
         manifest = convert(
             Conversion(str(file), parts[0], sha256), folder, home=home, progress=progress

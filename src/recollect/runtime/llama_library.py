@@ -200,24 +200,19 @@ CONTEXT_DEFAULTS: Final[Mapping[str, Any]] = {
 _FUNCTIONS: Final[Mapping[str, tuple[Any, tuple[Any, ...]]]] = {
     "llama_backend_init": (None, ()),
     "llama_version": (c_char_p, ()),
-    "llama_supports_gpu_offload": (c_bool, ()),
     "llama_log_set": (None, (_POINTER, _POINTER)),
     "llama_model_free": (None, (_POINTER,)),
     "llama_free": (None, (_POINTER,)),
     "llama_get_memory": (_POINTER, (_POINTER,)),
     "llama_memory_seq_rm": (c_bool, (_POINTER, c_int32, c_int32, c_int32)),
-    "llama_memory_seq_pos_max": (c_int32, (_POINTER, c_int32)),
     "llama_state_seq_get_size": (c_size_t, (_POINTER, c_int32)),
     "llama_state_seq_get_data": (c_size_t, (_POINTER, _POINTER, c_size_t, c_int32)),
     "llama_state_seq_set_data": (c_size_t, (_POINTER, _POINTER, c_size_t, c_int32)),
     "llama_decode": (c_int32, (_POINTER, Batch)),
     "llama_get_logits_ith": (_POINTER, (_POINTER, c_int32)),
-    "llama_synchronize": (None, (_POINTER,)),
-    "llama_n_ctx_seq": (c_uint32, (_POINTER,)),
     "llama_model_get_vocab": (_POINTER, (_POINTER,)),
     "llama_model_meta_val_str": (c_int32, (_POINTER, c_char_p, c_char_p, c_size_t)),
     "llama_model_n_swa": (c_int32, (_POINTER,)),
-    "llama_model_size": (ctypes.c_uint64, (_POINTER,)),
     "llama_model_is_recurrent": (c_bool, (_POINTER,)),
     "llama_model_is_hybrid": (c_bool, (_POINTER,)),
     "llama_model_is_diffusion": (c_bool, (_POINTER,)),
@@ -225,9 +220,7 @@ _FUNCTIONS: Final[Mapping[str, tuple[Any, tuple[Any, ...]]]] = {
     "llama_model_has_decoder": (c_bool, (_POINTER,)),
     "llama_vocab_n_tokens": (c_int32, (_POINTER,)),
     "llama_vocab_type": (c_int32, (_POINTER,)),
-    "llama_vocab_get_text": (c_char_p, (_POINTER, c_int32)),
     "llama_vocab_get_attr": (c_int32, (_POINTER, c_int32)),
-    "llama_vocab_is_eog": (c_bool, (_POINTER, c_int32)),
     "llama_tokenize": (
         c_int32,
         (_POINTER, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool),
@@ -295,7 +288,6 @@ class LlamaLibrary:
 
     def __init__(self, found: Found) -> None:
         self.found = found
-        self.build = found.build
         try:
             self._library = _loaded(found.path)
             for name, (result, arguments) in _FUNCTIONS.items():
@@ -306,9 +298,8 @@ class LlamaLibrary:
             raise UnsupportedModelError(
                 f"{found.path} cannot be used as llama.cpp's library ({cause}): {how_to_install()}"
             ) from cause
-        self._context_params = self._check()
-        self.last_words: list[str] = []
-        """The last errors that the library wrote to its log, at most ten."""
+        self._check()
+        self._last_error = ""
         self._on_log = _LOG_CALLBACK(self._note)
         self.llama_log_set(ctypes.cast(self._on_log, c_void_p), None)
         self.llama_backend_init()
@@ -326,15 +317,27 @@ class LlamaLibrary:
 
     def load_model(self, path: Path, params: Any) -> int | None:
         """Return a handle of the model in a file; None where it cannot be loaded."""
-        self.last_words.clear()
+        self._last_error = ""
         handle: int | None = self._library.llama_model_load_from_file(os.fsencode(path), params)
         return handle
 
     def new_context(self, model: int, params: Any) -> int | None:
         """Return a handle of a new context; None where there is no memory for it."""
-        self.last_words.clear()
+        self._last_error = ""
         handle: int | None = self._library.llama_init_from_model(model, params)
         return handle
+
+    def decode(self, context: int | None, batch: Batch) -> int:
+        """Compute a batch; return 0, or a number of the library's for what failed."""
+        self._last_error = ""
+        code: int = self.llama_decode(context, batch)
+        return code
+
+    def field(self, model: int | None, name: str) -> str:
+        """Return a field of a model's file as text, at most 255 bytes; empty: it has no such field."""
+        text = ctypes.create_string_buffer(256)
+        self.llama_model_meta_val_str(model, name.encode(), text, len(text))
+        return text.value.decode(errors="replace")
 
     def devices(self) -> list[Device]:
         """Return the devices that the library computes on."""
@@ -355,16 +358,16 @@ class LlamaLibrary:
         return found
 
     def why(self) -> str:
-        """Return what the library said last, as a clause."""
-        return self.last_words[-1] if self.last_words else "it does not say why"
+        """Return the last error that the library wrote to its log, as a clause."""
+        return self._last_error or "it does not say why"
 
     def _note(self, level: int, text: bytes | None, _: int | None) -> None:
         said = (text or b"").decode(errors="replace").strip()
         _log.debug("llama.cpp: %s", said)
         if level >= _ERROR_LEVEL and said:
-            self.last_words[:] = [*self.last_words[-9:], said]
+            self._last_error = said
 
-    def _check(self) -> type[ctypes.Structure]:
+    def _check(self) -> None:
         """Bind what takes structures, after finding the ones whose default values are right."""
         library = self._library
         library.llama_model_default_params.restype = ModelParams
@@ -379,7 +382,7 @@ class LlamaLibrary:
                 library.llama_model_load_from_file.argtypes = [c_char_p, ModelParams]
                 library.llama_init_from_model.restype = _POINTER
                 library.llama_init_from_model.argtypes = [_POINTER, layout]
-                return layout
+                return
         raise UnsupportedModelError(
             f"{self.found.path} is a build of llama.cpp that is not known here (its default "
             f"{wrong or unlike} is another): {how_to_install()}"
@@ -402,11 +405,17 @@ def _loaded(path: Path) -> ctypes.CDLL:
     Their symbols stay their own (RTLD_LOCAL): a backend for graphics cards may hold a C++ runtime of its
     own, and where libllama's calls went into that, loading any model was a segmentation fault.
     """
-    for name in _BACKENDS if path.name.startswith(("libllama", "llama.")) else ():
+    for beside in _beside(path) if path.name.startswith(("libllama", "llama.")) else ():
+        ctypes.CDLL(str(beside))
+    return ctypes.CDLL(str(path))
+
+
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield the libraries beside a libllama that it is linked with."""
+    for name in _BACKENDS:
         for beside in (path.with_name(f"lib{name}{path.suffix}"), path.with_name(f"{name}.dll")):
             if beside.is_file():
-                ctypes.CDLL(str(beside))
-    return ctypes.CDLL(str(path))
+                yield beside
 
 
 def how_to_install() -> str:
@@ -453,8 +462,8 @@ def _found() -> Iterator[Found]:
         except importlib.metadata.PackageNotFoundError:
             continue
         spec = importlib.util.find_spec(module)  # without importing it
-        places = () if spec is None or spec.submodule_search_locations is None else spec
-        for place in () if not places else spec.submodule_search_locations:  # type: ignore[union-attr]
+        places = None if spec is None else spec.submodule_search_locations
+        for place in places or ():
             for path in sorted(Path(place).glob(pattern)):
                 if path.suffix in (".so", ".dylib", ".dll") and "mtmd" not in path.name:
                     yield Found(path, f"{package}-{version}", f"{package} {version}")
@@ -477,11 +486,15 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
+@functools.lru_cache(maxsize=8)
 def _digest_of(path: Path) -> str:
-    """Return a short digest of a library and of those beside it that it is linked with."""
-    beside = (path.with_name(f"lib{name}{path.suffix}") for name in _BACKENDS)
+    """
+    Return a short digest of a library and of those beside it that it is linked with.
+
+    Read once by a process: those for graphics cards have hundreds of megabytes.
+    """
     digest = hashlib.sha256()
-    for file in (path, *(one for one in beside if one.is_file())):
+    for file in (path, *_beside(path)):
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:12]

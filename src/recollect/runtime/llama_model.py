@@ -83,8 +83,6 @@ class LlamaModel:
         self._model: int | None = None
         self._context: int | None = None
         self.layers_on_card = 0
-        self._load(0, vocab_only=True)
-        self.num_layers = self._count_layers()
         self._load_what_fits()
         self.vocab_size: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
         self.window: int = max(0, lib.llama_model_n_swa(self._model))
@@ -110,9 +108,15 @@ class LlamaModel:
                 f"There is no graphics card that {self.lib.found.origin} can use, for {asked} layers: leave "
                 "--gpu-layers out, or install a build of llama-cpp-python for your card."
             )
+        uses_cards = bool(cards) and asked != 0
+        # Cards need to know how many layers there are before; that takes half as long as a small model.
+        self._load(0, vocab_only=uses_cards)
+        self.num_layers = self._count_layers()
+        if not uses_cards:
+            return
         everything = self.num_layers + 1  # the output counts as a layer
-        if asked is not None or not cards:
-            self._load(min(asked or 0, everything))
+        if asked is not None:
+            self._load(min(asked, everything))
             return
         free = sum(card.free_bytes for card in cards)
         size = sum(part.stat().st_size for part in _parts(self.path))
@@ -140,14 +144,9 @@ class LlamaModel:
     def _count_layers(self) -> int:
         """Return how many layers the file says that there are; a number above any where it does not."""
         # Of a model without weights the library itself says 0.
-        architecture = self._said("general.architecture")
-        count = self._said(f"{architecture}.block_count")
+        architecture = self.lib.field(self._model, "general.architecture")
+        count = self.lib.field(self._model, f"{architecture}.block_count")
         return int(count) if count.isdecimal() else _MANY_LAYERS
-
-    def _said(self, field: str) -> str:
-        text = ctypes.create_string_buffer(256)
-        self.lib.llama_model_meta_val_str(self._model, field.encode(), text, len(text))
-        return text.value.decode(errors="replace")
 
     def _load(self, layers: int, *, vocab_only: bool = False) -> None:
         self.close()
@@ -174,7 +173,9 @@ class LlamaModel:
 
     def put_less_on_cards(self) -> bool:
         """Load with fewer layers on cards; return whether that is possible and may be chosen."""
-        if self.options.gpu_layers is not None or not self.layers_on_card:
+        # A file that was unpacked to be loaded, as in the profile `exact`, is gone by now.
+        is_there = self.path.is_file()
+        if self.options.gpu_layers is not None or not self.layers_on_card or not is_there:
             return False
         self._load_or_less(self.layers_on_card * 3 // 4)
         return True
@@ -207,9 +208,8 @@ class LlamaModel:
         cells = -(-cells // _CELL_STEP) * _CELL_STEP
         params.n_ctx, params.n_seq_max = cells * lanes, lanes
         params.n_batch, params.n_ubatch = MOST_FED, min(512, MOST_FED)
-        params.n_outputs_max = (
-            lanes  # one for each: by default there is memory for all tokens' logits
-        )
+        # One for each lane: by default there is memory for all tokens' logits.
+        params.n_outputs_max = lanes
         params.kv_unified, params.swa_full = False, True
         params.type_k = params.type_v = KV_TYPES[self.kv_type]
         params.flash_attn_type = int(self.flash_attention)
@@ -255,8 +255,7 @@ class LlamaModel:
             owners.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
             outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
-        self.lib.last_words.clear()
-        code = self.lib.llama_decode(self._context, batch)
+        code = self.lib.decode(self._context, batch)
         if code:
             raise RuntimeFailure(
                 f"llama.cpp failed while running the model ({code}: {self.lib.why()})."
@@ -339,7 +338,7 @@ class LlamaModel:
         digest = blake2b(arrangement.encode(), digest_size=8).hexdigest()
         device = self.device
         return RuntimeInfo(
-            name=f"llama.cpp-{self.lib.build}-{self.options.profile}",
+            name=f"llama.cpp-{self.lib.found.build}-{self.options.profile}",
             block_size=BLOCK_SIZE,
             bytes_per_block=1 if layout is None else layout.bytes_per_block,
             vocab_size=self.vocab_size,
@@ -370,9 +369,8 @@ class LlamaVocabulary:
         UnsupportedModelError: The library is missing, or cannot read it.
     """
 
-    def __init__(self, path: Path, *, drops_first_space: bool) -> None:
+    def __init__(self, path: Path) -> None:
         self._lib = lib = library()
-        self.drops_first_space: Final = drops_first_space
         params = lib.model_params()
         params.vocab_only = True
         self._model = lib.load_model(path, params)
@@ -389,6 +387,11 @@ class LlamaVocabulary:
             raise UnsupportedModelError(
                 f"{path.name} has no vocabulary, and so no text can be read: choose another file."
             )
+        # SentencePiece: a text begins as a word does that has a space before it, unless the file says no.
+        self.drops_first_space: Final = (
+            lib.field(self._model, "tokenizer.ggml.model") == "llama"
+            and lib.field(self._model, "tokenizer.ggml.add_space_prefix") != "false"
+        )
         self._attributes: Final = [
             int(lib.llama_vocab_get_attr(self._table, token_id)) for token_id in range(self.count)
         ]

@@ -289,14 +289,8 @@ def _read_content(
 def _read_table(reader: _Reader, cells: int, *, transposed: bool) -> Table:
     start = reader.at
     reader.number("<i")
-    inner, outer = (
-        (reader.number("<I"), reader.number("<I"))
-        if transposed
-        else (
-            reader.number("<Q"),
-            1,
-        )
-    )
+    inner = reader.number("<I" if transposed else "<Q")
+    outer = reader.number("<I") if transposed else 1
     head = _between(reader, start)
     if not 0 < inner < 1 << 24 or not 0 < outer < 1 << 24:
         raise _UnlikeError

@@ -27,6 +27,7 @@ from recollect.runtime.base import (
     Row,
     RuntimeInfo,
     SequenceId,
+    allocated,
     check_block_bytes,
     check_blocks,
     check_rows,
@@ -34,7 +35,7 @@ from recollect.runtime.base import (
 from recollect.runtime.llama_library import KV_TYPES, library
 from recollect.runtime.llama_model import BLOCK_SIZE, MOST_FED, LlamaModel, LlamaOptions
 from recollect.runtime.llama_state import Layout
-from recollect.runtime.sequences import Feed, SequenceAdapter
+from recollect.runtime.sequences import Feed, SequenceAdapter, common_length
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ class LlamaCppRuntime:
     def forward(self, rows: Sequence[Row]) -> PassResult:
         """Run one forward pass over the rows, or several where there are more than lanes."""
         with self.model.lock:
-            check_rows(rows, self._info, len(self._memory()))
+            check_rows(rows, self._info, len(allocated(self._blocks)))
             results: list[Logits] = []
             for first in range(0, len(rows), len(self._lanes)):
                 results += self._pass(rows[first : first + len(self._lanes)])
@@ -134,7 +135,7 @@ class LlamaCppRuntime:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, `(source, target)` each."""
         with self.model.lock:
-            memory = self._memory()
+            memory = allocated(self._blocks)
             check_blocks([block for pair in pairs for block in pair], len(memory))
             for source, target in pairs:
                 self._settle([source])
@@ -145,13 +146,13 @@ class LlamaCppRuntime:
     def warm_up(self) -> None:
         """Run a small prefill and a decode step, for which kernels are compiled and memory is touched."""
         prompt = [0] * BLOCK_SIZE
-        if len(self._memory()) > 1 and self._info.context_length > len(prompt) + 1:
+        if len(allocated(self._blocks)) > 1 and self._info.context_length > len(prompt) + 1:
             self.forward([Row(prompt, 0, [0, 1])])
             self.forward([Row([0], len(prompt), [0, 1])])
 
     def read_block(self, block: int, into: memoryview) -> None:
         """Copy a block's bytes to *into*; where a lane has newer ones, after the pass that runs."""
-        memory = self._memory()
+        memory = allocated(self._blocks)
         check_blocks([block], len(memory))
         check_block_bytes(into, self._info)
         with self.model.lock:
@@ -160,7 +161,7 @@ class LlamaCppRuntime:
 
     def write_block(self, block: int, content: memoryview) -> None:
         """Make a block hold bytes that `read_block` gave."""
-        memory = self._memory()
+        memory = allocated(self._blocks)
         check_blocks([block], len(memory))
         check_block_bytes(content, self._info)
         with self.model.lock:
@@ -190,13 +191,6 @@ class LlamaCppRuntime:
                 held = lane.marks[start : start + BLOCK_SIZE]
                 assert len(held), f"block {block} is dirty in a lane that does not reach it"
                 assert np.array_equal(held, marks[: len(held)]), f"block {block} is not in its lane"
-
-    def _memory(self) -> npt.NDArray[np.uint8]:
-        if self._blocks is None:
-            raise MisuseError(
-                "the runtime has no KV memory: allocate() comes first, and nothing after close()"
-            )
-        return self._blocks
 
     def _open(self, length: int, lanes: int) -> None:
         """Open the context with as many lanes as there is memory for."""
@@ -302,7 +296,7 @@ class LlamaCppRuntime:
         mine = blocks[: -(-len(marks) // BLOCK_SIZE)]
         self._settle([int(block) for block in mine])
         self._make_room(lane, 0, blocks[:0])
-        state = self.layout.join(self._memory()[mine], lane.number, len(marks))
+        state = self.layout.join(allocated(self._blocks)[mine], lane.number, len(marks))
         self.model.set_state(lane.number, state)
         lane.marks = marks.copy()
 
@@ -320,13 +314,16 @@ class LlamaCppRuntime:
         self._truncate(lane, length)
 
     def _truncate(self, lane: _Lane, length: int) -> None:
-        if length >= len(lane.marks) and length:
+        is_cut = length < len(lane.marks) or not length
+        if not is_cut:
             # After a pass that failed it may hold more than is noted.
             length = len(lane.marks)
         if not self.model.truncate(lane.number, length):
             self.model.truncate(lane.number, 0)
             lane.marks = lane.marks[:0]
             raise RuntimeFailure("llama.cpp could not truncate a sequence; it is read again.")
+        if not is_cut:  # nearly always, and there may be many dirty blocks
+            return
         lane.marks = lane.marks[:length]
         for block, (owner, index) in list(self._dirty.items()):
             if owner is lane and index * BLOCK_SIZE >= length:
@@ -334,9 +331,7 @@ class LlamaCppRuntime:
 
     def _settle(self, blocks: Sequence[int]) -> None:
         """Take what lanes have newer of these blocks, and of all others of these lanes, into the blocks."""
-        for lane in {
-            id(self._dirty[b][0]): self._dirty[b][0] for b in blocks if b in self._dirty
-        }.values():
+        for lane in {self._dirty[block][0] for block in blocks if block in self._dirty}:
             indices = {
                 index: block for block, (owner, index) in self._dirty.items() if owner is lane
             }
@@ -346,17 +341,10 @@ class LlamaCppRuntime:
                 cut = self.layout.cut(state, range(first, last + 1), len(lane.marks))
             except ValueError as cause:
                 raise RuntimeFailure(f"llama.cpp's state is not as it was: {cause}.") from cause
-            memory = self._memory()
+            memory = allocated(self._blocks)
             for index, block in indices.items():
                 memory[block] = cut[index - first]
                 del self._dirty[block]
-
-
-def common_marks(first: Marks, second: Marks) -> int:
-    """Return how many leading marks are the same."""
-    length = min(len(first), len(second))
-    different = np.flatnonzero(first[:length] != second[:length])
-    return int(different[0]) if len(different) else length
 
 
 def _choose(row: Row, free: Sequence[_Lane], wanted: Marks) -> tuple[_Lane, int]:
@@ -366,7 +354,7 @@ def _choose(row: Row, free: Sequence[_Lane], wanted: Marks) -> tuple[_Lane, int]
     One that holds all of it is truncated, unless that would lose more than it keeps, or what another
     sequence still goes on from. Otherwise the blocks are loaded into the lane that was used the longest ago.
     """
-    keeps = {lane.number: common_marks(lane.marks, wanted) for lane in free}
+    keeps = {lane.number: common_length(lane.marks, wanted) for lane in free}
     eldest = min(free, key=lambda lane: (lane.is_wanted(row, keeps[lane.number]), lane.used))
     holding = [lane for lane in free if keeps[lane.number] == row.past]
     if row.past and holding:

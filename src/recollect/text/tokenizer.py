@@ -431,6 +431,12 @@ class Decoder(Protocol):
         """Return what an id adds to a text; see `Tokenizer.added_text`."""
 
 
+def text_of(token_id: int, tokenizer: Decoder) -> str:
+    """Return the text of one id by itself; where what it adds is known, nothing is decoded."""
+    added = tokenizer.added_text(token_id)
+    return tokenizer.decode([token_id]) if added is None else added
+
+
 class Detokenizer:
     """
     Turns tokens into pieces of text as they come.

@@ -5,7 +5,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from random_model import Shape, write_random_model
+from random_model import WITH_EXPERTS, write_random_model
 from recollect.cli.options import ModelOptions
 from recollect.errors import ConfigError, UnsupportedModelError
 from recollect.models.prepare import prepare
@@ -34,8 +34,7 @@ def spoken(tmp_path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    shape = Shape(architecture="qwen3moe", experts=4, head_norms=True)
-    return write_random_model(tmp_path / "experts.gguf", shape, vocabulary_of=letters)
+    return write_random_model(tmp_path / "experts.gguf", WITH_EXPERTS, vocabulary_of=letters)
 
 
 def test_llama_runs_what_openvino_does_not_and_one_line_says_so(
@@ -67,4 +66,4 @@ def test_options_of_llama_are_refused_elsewhere() -> None:
 def test_openvino_alone_refuses_what_it_does_not_read(spoken: Path, home: Path) -> None:
     with pytest.raises(UnsupportedModelError):
         ModelOptions(runtime="openvino").load(str(spoken))
-    assert prepare(str(spoken), home=home, llama="there").format == "gguf"
+    assert prepare(str(spoken), home=home, llama=lambda: "there").format == "gguf"

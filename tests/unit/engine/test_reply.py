@@ -1,6 +1,7 @@
 """A reply's text, its tokens in the history and its usage say the same, wherever it ends."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -444,6 +445,23 @@ def test_an_error_in_the_middle_keeps_text_and_tokens_in_step() -> None:
     assert reply.finish_reason == "cancelled"
     assert reply.text == "ab\ufffd"
     verify(engine, generator, reply)
+
+
+def test_between_two_passes_no_token_is_decoded_whose_text_is_known() -> None:
+    """Other sequences wait meanwhile: texts of whole characters are asked for, not decoded."""
+    decoded: list[str] = []
+
+    class Counting(Pieces):
+        def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+            decoded.append(threading.current_thread().name)
+            return super().decode(ids, skip_special_tokens=skip_special_tokens)
+
+    engine = Engine(Script([0, 1, 2] * 10, len(PROMPT)), num_blocks=32, eos_token_ids=[END])
+    generator = Generator(engine)
+    generator.append_tokens(PROMPT)
+    assert "".join(started(ReplyGeneration(engine, generator, Counting()))) == "abc" * 10
+    assert "recollect" not in decoded
+    engine.close()
 
 
 @pytest.mark.parametrize("stop", [(), ("c",)])

@@ -92,13 +92,14 @@ def test_a_file_written_as_f32_has_the_same_values_and_fields(
     make_decoder: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:
     file, unpacked = make_decoder(kind=kind), tmp_path / "unpacked.gguf"
-    assert not is_f32(file)
-    write_as_f32(file, unpacked)
-    assert is_f32(unpacked)
-    before, after = Shards(file), Shards(unpacked)
+    before = Shards(file)
+    assert not is_f32(before)
+    write_as_f32(before, unpacked)
+    after = Shards(unpacked)
+    assert is_f32(after)
     assert after.fields == before.fields
     assert list(after.tensors) == list(before.tensors)
-    assert after.total_bytes == f32_bytes(file) == f32_bytes(unpacked)
+    assert after.total_bytes == f32_bytes(before) == f32_bytes(after)
     for name, tensor in after.tensors.items():
         assert tensor.shape == before.tensors[name].shape
         expected = values_of(before.blocks(name), before.kind(name))

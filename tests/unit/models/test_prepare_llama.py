@@ -6,19 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from random_model import Shape, write_random_model
+from random_model import WITH_EXPERTS, write_random_model
 from recollect.errors import UnsupportedModelError
 from recollect.models import prepare as module
-from recollect.models.prepare import prepare
+from recollect.models.prepare import Llama, prepare
 
 MakeGguf = Callable[..., Path]
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return write_random_model(
-        tmp_path / "random.gguf", Shape(architecture="qwen3moe", experts=4, head_norms=True)
-    )
+    return write_random_model(tmp_path / "random.gguf", WITH_EXPERTS)
 
 
 def test_a_file_is_taken_as_it_is_and_tried_once(
@@ -40,15 +38,34 @@ def test_what_openvino_does_not_read_goes_to_llama_where_that_is_here(
     with pytest.raises(UnsupportedModelError):
         prepare(str(path), home=tmp_path / "home")
     with pytest.raises(UnsupportedModelError):
-        prepare(str(path), home=tmp_path / "home", runtime="openvino", llama="there")
-    assert prepare(str(path), home=tmp_path / "home", llama="there").format == "gguf"
+        prepare(str(path), home=tmp_path / "home", runtime="openvino", llama=lambda: "there")
+    assert prepare(str(path), home=tmp_path / "home", llama=lambda: "there").format == "gguf"
 
 
 def test_a_file_that_both_read_goes_to_the_quicker_one(make_gguf: MakeGguf, tmp_path: Path) -> None:
     file, home = str(make_gguf()), tmp_path / "home"
-    assert prepare(file, home=home, llama="there").format == "openvino"
-    assert prepare(file, home=home, llama="quicker").format == "gguf"
-    assert prepare(file, home=home, llama="quicker", runtime="openvino").format == "openvino"
+    assert prepare(file, home=home, llama=lambda: "there").format == "openvino"
+    assert prepare(file, home=home, llama=lambda: "quicker").format == "gguf"
+    assert (
+        prepare(file, home=home, llama=lambda: "quicker", runtime="openvino").format == "openvino"
+    )
+
+
+def test_the_library_is_not_asked_for_where_it_does_not_matter(
+    make_gguf: MakeGguf, tmp_path: Path
+) -> None:
+    asked: list[None] = []
+
+    def llama() -> Llama:
+        asked.append(None)
+        return "there"
+
+    file, home = str(make_gguf()), tmp_path / "home"
+    prepare("reference", home=home, llama=llama)
+    prepare(file, home=home, runtime="openvino", llama=llama)
+    assert not asked
+    prepare(file, home=home, llama=llama)
+    assert len(asked) == 1
 
 
 def test_what_is_no_gguf_file_is_not_for_llama(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 """llama.cpp's sequences as caches of blocks: right, and seen to be wrong where a fault is planted."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
-from random_model import Shape, write_random_model
+from random_model import WITH_WINDOW, Shape, write_random_model
 from recollect.errors import ConfigError, RuntimeFailure, UnsupportedModelError
 from recollect.runtime import llama_library
 from recollect.runtime import llamacpp as module
@@ -21,7 +23,7 @@ from recollect.runtime.llama_library import (
     found_libraries,
     library,
 )
-from recollect.runtime.llama_model import LlamaModel, LlamaOptions
+from recollect.runtime.llama_model import LlamaModel, LlamaOptions, LlamaVocabulary
 from recollect.runtime.llama_state import Layout
 from recollect.runtime.llamacpp import LlamaCppRuntime, load_llama
 from recollect.runtime.sequences import SequenceAdapter
@@ -150,7 +152,7 @@ def test_a_lane_matched_by_ids_alone_would_be_found(
 
     assert brings_in_other_kv() > 1
     by_ids = lambda lane, wanted: min(len(lane), len(wanted))  # noqa: E731 - which are the same here
-    monkeypatch.setattr(module, "common_marks", by_ids)
+    monkeypatch.setattr(module, "common_length", by_ids)
     with pytest.raises(AssertionError):
         assert brings_in_other_kv() > 1
 
@@ -219,14 +221,7 @@ def test_states_with_bytes_that_nobody_explains_are_not_learned(open_runtime: Op
 
 
 def test_the_window_is_left_behind_and_come_back_to(tmp_path: Path) -> None:
-    shape = Shape(
-        architecture="gemma3",
-        layers=6,
-        head_norms=True,
-        norms_on_both_sides=True,
-        fields={"attention.sliding_window": 64},
-    )
-    file = write_random_model(tmp_path / "window.gguf", shape)
+    file = write_random_model(tmp_path / "window.gguf", WITH_WINDOW)
     runtime = load_llama(file, context_length=512, options=EXACT)
     assert isinstance(runtime, LlamaCppRuntime)
     runtime.allocate(160)
@@ -253,6 +248,28 @@ def test_options_that_cannot_be_are_one_sentence(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         load_llama(path, context_length=512, options=options)
+
+
+@pytest.mark.parametrize(("added", "drops"), [(None, True), (True, True), (False, False)])
+def test_a_sentencepiece_vocabulary_adds_a_space_unless_its_file_says_no(
+    tmp_path: Path, *, added: bool | None, drops: bool
+) -> None:
+    words, file = tmp_path / "words.gguf", tmp_path / "spoken.gguf"
+    writer = gguf.GGUFWriter(words, "llama")
+    bytes_of = [f"<0x{number:02X}>" for number in range(256)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *bytes_of, "a", "\u2581a"])
+    writer.add_token_scores([0.0] * 259 + [-1.0, -2.0])
+    writer.add_token_types([2, 3, 3, *[6] * 256, 1, 1])
+    if added is not None:
+        writer.add_add_space_prefix(added)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    table = LlamaVocabulary(write_random_model(file, SHAPE, vocabulary_of=words))
+    assert table.drops_first_space is drops
+    (token_id,) = table.cut(b"a", with_control=False)
+    assert table.piece(token_id) == (b" a" if drops else b"a")
 
 
 def test_a_file_that_is_none_is_one_sentence(tmp_path: Path) -> None:
@@ -344,6 +361,21 @@ def test_half_a_model_on_a_card_is_said_and_another_format(
     assert len(formats) == 2
     assert not model.put_less_on_cards()
     model.close()
+
+
+def test_a_file_that_was_unpacked_for_loading_alone_is_not_loaded_again(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in profile `exact`, on a card that has memory for the weights and none for KV."""
+    unpacked = tmp_path / "f32.gguf"
+    shutil.copyfile(path, unpacked)
+    monkeypatch.setattr(LlamaLibrary, "devices", lambda _: [card(8 << 30)])
+    runtime = load_llama(unpacked, context_length=512, options=EXACT)
+    unpacked.unlink()
+    monkeypatch.setattr(LlamaLibrary, "new_context", lambda *_: None)
+    with pytest.raises(RuntimeFailure, match="fewer layers on the card"):
+        runtime.allocate(160)
+    runtime.close()
 
 
 def test_layers_that_were_asked_for_and_do_not_fit_are_refused_with_both_sizes(
