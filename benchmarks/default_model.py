@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -40,7 +40,6 @@ from recollect.proof.report import this_machine
 from recollect.proof.scenarios import ScenarioResult, load_scenarios, play_all
 from recollect.types import no_progress
 
-MODELS: Final = ("smollm2", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
 MOST_START_S: Final = 120.0
 """Seconds from nothing to the first prompt after which nobody is left."""
 MOST_TOKENS: Final = 48
@@ -50,7 +49,7 @@ MOST_TOKENS: Final = 48
 def main() -> int:
     """Measure each model in a process of its own, and print a table and one JSON line."""
     options = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    options.add_argument("--model", nargs="+", default=list(MODELS), choices=list(CATALOG))
+    options.add_argument("--model", nargs="+", default=list(CATALOG), choices=list(CATALOG))
     options.add_argument("--profile", default="fast", choices=["exact", "fast", "small"])
     options.add_argument("--megabytes-per-s", type=float, default=5.0, help="10**6 bytes a second")
     options.add_argument(
@@ -167,38 +166,25 @@ def is_passed(played: ScenarioResult) -> bool:
 
 def table(found: dict[str, dict[str, Any]], megabytes_per_s: float) -> str:
     """Return the figures of all models as lines for people."""
-    rows = [
-        ("", *found),
-        ("to fetch, MB", *(f"{one['fetch_bytes'] / 1e6:,.0f}" for one in found.values())),
-        (
-            f"to the first prompt at {megabytes_per_s:g} MB/s, s",
-            *(f"{one['start_s']:.0f}" for one in found.values()),
+    shown: dict[str, Callable[[dict[str, Any]], str]] = {
+        "to fetch, MB": lambda one: _number(one["fetch_bytes"], 1e-6),
+        f"to the first prompt at {megabytes_per_s:g} MB/s, s": lambda one: _number(one["start_s"]),
+        "  of it after fetching, s": lambda one: f"{one['ready_s']:.1f}",
+        f"within {MOST_START_S:.0f} s": lambda one: (
+            "yes" if one["start_s"] <= MOST_START_S else "no"
         ),
-        ("  of it after fetching, s", *(f"{one['ready_s']:.1f}" for one in found.values())),
-        (
-            f"within {MOST_START_S:.0f} s",
-            *("yes" if one["start_s"] <= MOST_START_S else "no" for one in found.values()),
-        ),
-        ("first token, ms", *(_number(one["first_token_s"], 1000) for one in found.values())),
-        ("tokens/s", *(_number(one["tokens_per_s"]) for one in found.values())),
-        (
-            f"replies past {LONG:,} tokens",
-            *(f"{one['long_replies']} of {one['prompts']}" for one in found.values()),
-        ),
-        ("  ended as repetition", *(str(one["ran_away"]) for one in found.values())),
-        (
-            "scenarios passed",
-            *(f"{one['passed']} of {one['scenarios']}" for one in found.values()),
-        ),
-        ("  facts right", *(f"{one['facts_right']} of {one['facts']}" for one in found.values())),
-        ("peak memory, MB", *(f"{one['peak_bytes'] / 1e6:,.0f}" for one in found.values())),
-        (
-            "  while converting, MB",
-            *(f"{one['converting_peak_bytes'] / 1e6:,.0f}" for one in found.values()),
-        ),
-    ]
-    first = max(len(row[0]) for row in rows)
-    widths = [max(len(row[place]) for row in rows) for place in range(1, len(rows[0]))]
+        "first token, ms": lambda one: _number(one["first_token_s"], 1000),
+        "tokens/s": lambda one: _number(one["tokens_per_s"]),
+        f"replies past {LONG:,} tokens": lambda one: f"{one['long_replies']} of {one['prompts']}",
+        "  ended as repetition": lambda one: str(one["ran_away"]),
+        "scenarios passed": lambda one: f"{one['passed']} of {one['scenarios']}",
+        "  facts right": lambda one: f"{one['facts_right']} of {one['facts']}",
+        "peak memory, MB": lambda one: _number(one["peak_bytes"], 1e-6),
+        "  while converting, MB": lambda one: _number(one["converting_peak_bytes"], 1e-6),
+    }
+    rows = [("", *found)]
+    rows += [(label, *map(show, found.values())) for label, show in shown.items()]
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     return "\n".join(
         row[0].ljust(first)
         + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths, strict=True))

@@ -241,6 +241,21 @@ def make_private(folder: Path, home: Path) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
 
 
+def keep_newest(folder: Path, most: int) -> None:
+    """
+    Delete all files in *folder* but the *most* that were changed last; another process may do so, too.
+
+    Raises:
+        OSError: The folder cannot be read, or a file cannot be deleted.
+    """
+    changed: dict[Path, int] = {}
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            changed[path] = path.stat().st_mtime_ns
+    for path in sorted(changed, key=changed.__getitem__)[:-most]:
+        path.unlink(missing_ok=True)
+
+
 def _sweep(parent: Path) -> None:
     """Delete scratch folders that killed processes have left behind."""
     for folder in parent.iterdir():

@@ -108,3 +108,13 @@ def test_other_owners_and_groups_are_named(folder: Path) -> None:
     os.chown(file, os.geteuid(), pwd.getpwuid(os.geteuid()).pw_gid)
     assert stat.S_IMODE(file.stat().st_mode) & stat.S_IWGRP
     assert files.others_may_write(file) is None, "the user's own group"
+
+
+def test_of_files_beyond_a_number_those_that_were_changed_last_stay(tmp_path: Path) -> None:
+    for age, name in enumerate(["newest", "middle", "oldest"]):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    files.keep_newest(tmp_path, 3)
+    assert len(list(tmp_path.iterdir())) == 3
+    files.keep_newest(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"newest", "middle"}

@@ -19,10 +19,12 @@ from rich.text import Text
 from recollect import config
 from recollect.cli.display import format_bytes, make_table, printable, progress_bar
 from recollect.cli.options import JsonOption, OfflineOption, model_names
+from recollect.conversation.loading import which_llama
 from recollect.errors import UnknownModelError
+from recollect.models import stores
 from recollect.models.catalog import LocalModel, is_repository
 from recollect.models.fetch import what_is_there
-from recollect.models.listing import KeptElsewhere, ModelStatus, installed, kept_elsewhere
+from recollect.models.listing import KeptElsewhere, ModelStatus, installed, look_into
 from recollect.models.listing import prune as prune_source
 from recollect.models.onnx_folder import convert_to_onnx, require_convertible
 from recollect.models.prepare import original_of, prepare
@@ -59,7 +61,9 @@ def list_models(
         )
         return
     found = installed(config.home())
-    elsewhere = kept_elsewhere()
+    kept = stores.stored()
+    llama = which_llama() if kept else "missing"
+    elsewhere = [look_into(one, llama) for one in (kept if as_json else kept[:_MOST_ROWS])]
     converted = {status.name for status in found if status.is_installed}
     if as_json:
         rows = [_as_dict(status) for status in found]
@@ -70,9 +74,9 @@ def list_models(
     console.print(models_table(found))
     if elsewhere:
         console.print("\nKept by other programs, and taken from where they lie", style="bold")
-        console.print(kept_table(elsewhere[:_MOST_ROWS], converted))
-    if len(elsewhere) > _MOST_ROWS:
-        console.print(f"and {len(elsewhere) - _MOST_ROWS:,} more; --json lists all", style="dim")
+        console.print(kept_table(elsewhere, converted))
+    if len(kept) > _MOST_ROWS:
+        console.print(f"and {len(kept) - _MOST_ROWS:,} more; --json lists all", style="dim")
     console.print(
         "[dim]`recollect pull NAME` fetches a model ahead of time; `recollect chat --model NAME` "
         "does so the first time.\nThe path of a .gguf file or an OpenVINO folder is a name, too.[/]",

@@ -321,7 +321,6 @@ class ModelOptions:
             show_default="as its chat template shows",
         ),
     ] = None
-
     runtime: Annotated[
         RuntimeChoice,
         typer.Option(
@@ -347,12 +346,13 @@ class ModelOptions:
 
     def check(self) -> None:
         """
-        Raise what is wrong with the sizes, the format of calls and the setting for offline use.
+        Raise what is wrong with the sizes, the layers, the format of calls and the setting for offline use.
 
         Raises:
             ConfigError: One of them has no meaning.
         """
         self._sizes()
+        self._layers()
         tool_formats.named(self.tool_format)
         config.is_offline()
 
@@ -362,10 +362,10 @@ class ModelOptions:
 
         Raises:
             ModelError: It cannot be had or read.
-            ConfigError: The data folder cannot be written to, a size is none, or the model has no
-                long context.
+            ConfigError: As in `check`; or the data folder cannot be written to, or the model has no long
+                context.
         """
-        self._sizes()
+        self.check()
         with progress_bar(f"Preparing {name}") as progress:
             local = prepare(
                 name,

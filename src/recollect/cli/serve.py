@@ -170,7 +170,7 @@ def serve(
     ] = False,
 ) -> None:
     """
-    Serve the APIs of OpenAI and Anthropic, for any client.
+    Serve the APIs of OpenAI, Anthropic and Ollama, for any client.
 
     Conversations are read only once, also those of clients that send all of it each time.
     Point a client at http://127.0.0.1:8765/v1; /openapi.json there describes every request.

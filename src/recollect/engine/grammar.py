@@ -357,9 +357,7 @@ class Grammars:
             files.make_private(path.parent, self._home)
             temporary.write_bytes(_packed(vocabulary))
             temporary.replace(path)
-            there = sorted(path.parent.iterdir(), key=lambda one: one.stat().st_mtime)
-            for old in there[:-_MOST_VOCABULARIES]:
-                old.unlink()
+            files.keep_newest(path.parent, _MOST_VOCABULARIES)
         return vocabulary
 
 

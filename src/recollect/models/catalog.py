@@ -222,6 +222,8 @@ def reference_model() -> LocalModel:
 # org/repo:file; the file may be in a folder of the repository.
 _HUB: Final = re.compile(r"([\w.-]+/[\w.-]+):([^:\\]+\.gguf)", re.IGNORECASE)
 _HUB_WITHOUT_FILE: Final = re.compile(r"[\w-][\w.-]*/[\w.-]+:?")
+_MOST_NEAR: Final = 4
+"""Most names that an error suggests. Other programs may keep thousands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,9 +295,11 @@ def _explain(reference: str, catalog: Mapping[str, CatalogEntry]) -> str:
         return f"{start}: name a file of the hub's repository as org/repo:file.gguf."
     names = [*catalog, REFERENCE_NAME, *(one.name for one in stores.stored())]
     lowered = reference.lower()
-    near = [name for name in names if lowered and (lowered in name or name in lowered)]
+    near = [
+        name for name in names if lowered and (lowered in name.lower() or name.lower() in lowered)
+    ]
     near = near or difflib.get_close_matches(lowered, names, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    hint = f"did you mean {' or '.join(near[:_MOST_NEAR])}? " if near else ""
     return (
         f"{start}: {hint}`recollect models` lists the names; a path to a .gguf file or to an "
         "OpenVINO or ONNX GenAI folder works too."

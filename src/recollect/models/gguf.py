@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType, TokenType
 
@@ -231,16 +231,24 @@ def read_content(path: Path) -> GgufContent:
     """
     try:
         with (
-            files.open_regular(path) as file,
+            _opened(path) as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
             return _parse(data, path)
+    except ValueError as cause:  # an empty file cannot be mapped
+        raise _not_gguf(path) from cause
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file; what is wrong with it or its content is an `UnsupportedModelError`."""
+    try:
+        with files.open_regular(path) as file:
+            yield file
     except _DamagedError as cause:
         raise UnsupportedModelError(
             f"{path} is cut short or damaged ({cause}): download it again."
         ) from cause
-    except ValueError as cause:  # an empty file cannot be mapped
-        raise _not_gguf(path) from cause
     except OSError as cause:
         raise UnsupportedModelError(
             f"{path} cannot be read ({cause.strerror or cause}): check the path and its permissions."
@@ -290,22 +298,13 @@ def glance(path: Path) -> GgufGlance:
     Raises:
         UnsupportedModelError: It cannot be read, is no GGUF file, is damaged there, or holds no model.
     """
-    try:
-        with files.open_regular(path) as file:
-            data, fields = b"", dict[str, Any]()
-            for most in GLANCE_BYTES:
-                data += file.read(most - len(data))
-                fields, is_enough = _first_fields(data, path)
-                if is_enough or len(data) < most:
-                    break
-    except _DamagedError as cause:
-        raise UnsupportedModelError(
-            f"{path} is cut short or damaged ({cause}): download it again."
-        ) from cause
-    except OSError as cause:
-        raise UnsupportedModelError(
-            f"{path} cannot be read ({cause.strerror or cause}): check the path and its permissions."
-        ) from cause
+    data, fields = b"", dict[str, Any]()
+    with _opened(path) as file:
+        for most in GLANCE_BYTES:
+            data += file.read(most - len(data))
+            fields, is_enough = _first_fields(data, path)
+            if is_enough or len(data) < most:
+                break
     require_model(fields, 1, path.name)
     architecture = fields.get("general.architecture")
     if not isinstance(architecture, str):

@@ -1,8 +1,8 @@
 """
 Which models are on this disk, and what came of comparing them with their files.
 
-`installed` lists what is here, and `kept_elsewhere` what other programs keep, with what would run it. What
-came of comparing a model with its file is noted in the home: one small JSON file for each model and profile.
+`installed` lists what is here, and `look_into` says of what other programs keep what would run it. What came
+of comparing a model with its file is noted in the home: one small JSON file for each model and profile.
 `prune` deletes GGUF files that a model was converted from. Fetches, converts and loads nothing.
 """
 
@@ -23,12 +23,10 @@ from recollect.models.fetch import as_name, source_path
 from recollect.models.gguf import glance
 from recollect.models.gguf_decoder import FAMILIES
 from recollect.models.openvino_folder import Manifest, find_inexact, model_files, read_json
-from recollect.models.prepare import kept_folder, models_folder
+from recollect.models.prepare import Llama, kept_folder, models_folder
 from recollect.models.stores import Stored
 from recollect.types import Profile
 
-LLAMA_MODULES: Final = ("xllamacpp", "llama_cpp")
-"""Packages that bring llama.cpp."""
 _COMPARED_FOLDER: Final = "compared"
 _MOST_BYTES: Final = 1 << 16
 """A hundred times what is written."""
@@ -78,8 +76,7 @@ class Compared:
         temporary = (path := _note_path(home, fingerprint, self.profile)).with_suffix(".new")
         temporary.write_text(json.dumps(asdict(self) | {"at": now}) + "\n", encoding="utf-8")
         temporary.replace(path)
-        for note in sorted(folder.iterdir(), key=lambda one: one.stat().st_mtime_ns)[:-_MOST_NOTES]:
-            note.unlink(missing_ok=True)
+        files.keep_newest(folder, _MOST_NOTES)
 
     @classmethod
     def read(cls, home: Path, fingerprint: str, folder: Path) -> Self | None:
@@ -155,20 +152,21 @@ class Runs:
     """Why nothing would, or what it takes."""
 
 
-def what_runs(form: str, architecture: str | None) -> Runs:
+def what_runs(form: str, architecture: str | None, llama: Llama) -> Runs:
     """
     Return what would run a model.
 
     Args:
         form: `gguf`, `openvino` or `onnx-genai`.
         architecture: As the model names it; None: it is not known.
+        llama: Whether llama.cpp is here, and whether it is the quicker one.
     """
     if form == "onnx-genai":
         if find_spec("onnxruntime_genai") is None:
             return Runs(None, "to run it: pip install 'recollect-llm[genai]'")
         return Runs("ONNX Runtime GenAI")
-    if form == "gguf" and architecture not in FAMILIES:
-        if not any(map(find_spec, LLAMA_MODULES)):
+    if form == "gguf" and (architecture not in FAMILIES or llama == "quicker"):
+        if llama == "missing":
             return Runs(None, f"to run {architecture}: pip install 'recollect-llm[llama]'")
         return Runs("llama.cpp")
     return Runs("OpenVINO")
@@ -184,16 +182,16 @@ class KeptElsewhere:
     runs: Runs
 
 
-def kept_elsewhere() -> list[KeptElsewhere]:
+def look_into(one: Stored, llama: Llama) -> KeptElsewhere:
     """
-    Return the models that other programs keep on this machine, those that cannot be used with the reason.
+    Return what a model of another program says of itself; of one that cannot be used the reason.
 
-    At most `gguf.GLANCE_BYTES` are read of each.
+    At most `gguf.GLANCE_BYTES` are read of it.
+
+    Args:
+        one: The model.
+        llama: Whether llama.cpp is here, and whether it is the quicker one.
     """
-    return [_looked_into(one) for one in stores.stored()]
-
-
-def _looked_into(one: Stored) -> KeptElsewhere:
     architecture, quantization, fault = None, one.quantization, one.fault
     try:
         if fault is None and one.format == "gguf":
@@ -207,7 +205,7 @@ def _looked_into(one: Stored) -> KeptElsewhere:
         stored=one,
         architecture=architecture,
         quantization=quantization,
-        runs=what_runs(one.format, architecture) if fault is None else Runs(None, fault),
+        runs=what_runs(one.format, architecture, llama) if fault is None else Runs(None, fault),
     )
 
 

@@ -233,7 +233,11 @@ def _prepare_for_llama(
 
 
 _TRIED_FOLDER: Final = "tried"
+_MOST_TRIED: Final = 256
+"""Notes of files that were loaded; an older one costs a second trial."""
 TRIAL: Final = "recollect.runtime.llama_model"
+TRIAL_REFUSED: Final = 3
+"""Exit status of the trial if the file is refused. The last line on stderr is the error."""
 _TRIAL_S: Final = 900.0
 """A model of 70 GB is read from a slow disk in that time."""
 
@@ -268,14 +272,7 @@ def _try_in_a_process(path: Path, sha256: str, home: Path) -> None:
         )
     files.make_private(note.parent, home)
     note.touch(mode=0o600)
-    for old in sorted(note.parent.iterdir(), key=lambda one: one.stat().st_mtime_ns)[:-_MOST_TRIED]:
-        old.unlink(missing_ok=True)
-
-
-_MOST_TRIED: Final = 256
-"""Notes of files that were loaded; an older one costs a second trial."""
-TRIAL_REFUSED: Final = 3
-"""Exit status of the trial if the file is refused. The last line on stderr is the error."""
+    files.keep_newest(note.parent, _MOST_TRIED)
 
 
 def _have_hub_file(file: HubFile, home: Path, progress: Progress, *, offline: bool) -> list[Path]:

@@ -2,8 +2,8 @@
 Models that other programs keep on this machine: Ollama, LM Studio, the Hugging Face cache, llama.cpp.
 
 `find` returns the model of a name, `stored` all that there are. Names of files and small files with settings
-are read here, and of a GGUF file nothing; `gguf.peek` says what is in one. How much is looked at is bounded,
-whatever lies there. Changes and downloads nothing.
+are read here, and of a GGUF file nothing; `gguf.glance` says what is in one. How much is looked at is
+bounded, whatever lies there. Changes and downloads nothing.
 
 Sources: the code of the four programs, as of 2026. Ollama's names are the paths of its manifests, whose
 layers name blobs by sha256; LM Studio has `publisher/model/file`; the Hugging Face cache has a folder for
@@ -16,7 +16,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,7 @@ from recollect.models.gguf_weights import part_names
 from recollect.types import recommended
 
 Program = Literal["Ollama", "LM Studio", "Hugging Face", "llama.cpp"]
+FolderFormat = Literal["openvino", "onnx-genai"]
 
 MOST_ENTRIES: Final = 50_000
 """Most entries of folders that are looked at in a store: a hundred times what people have."""
@@ -43,7 +45,7 @@ _REPOSITORY: Final = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _HUB_NAME: Final = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:\\]+))?")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _LATER_PART: Final = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
-_FOLDERS: Final = {
+_FOLDERS: Final[Mapping[str, FolderFormat]] = {
     "genai_config.json": "onnx-genai",
     "openvino_model.xml": "openvino",
     "openvino_language_model.xml": "openvino",
@@ -58,7 +60,7 @@ class Stored:
     name: str
     """What `prepare` and `recollect.load` take."""
     program: Program
-    format: Literal["gguf", "openvino", "onnx-genai"]
+    format: Literal["gguf"] | FolderFormat
     path: Path
     """The GGUF file or its first part, or the folder."""
     size_bytes: int
@@ -128,9 +130,9 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
     Links are followed, each folder once; pipes, devices and what cannot be read are left out.
     """
-    ahead, seen, left = [(root, 0)], set[tuple[int, int]](), MOST_ENTRIES
+    ahead, seen, left = deque([(root, 0)]), set[tuple[int, int]](), MOST_ENTRIES
     while ahead:
-        folder, depth = ahead.pop(0)
+        folder, depth = ahead.popleft()
         names: list[str] = []
         try:
             stat = folder.stat()
@@ -252,7 +254,9 @@ def _ollama_name(host: str, namespace: str, model: str, tag: str) -> str:
 def _find_in_ollama(name: str) -> Stored | None:
     path, _, tag = name.removeprefix(_OLLAMA).partition(":")
     parts = path.split("/")
-    if len(parts) > 3 or any(one in ("", ".", "..") or "\\" in one for one in (*parts, tag or "x")):
+    if "/" in tag or len(parts) > 3:
+        return None
+    if any(one in ("", ".", "..") or "\\" in one for one in (*parts, tag or "latest")):
         return None
     hosts: Iterable[str] = parts[:1] if len(parts) == 3 else _OLLAMA_HOSTS
     model = ["library", *parts][-2:] if len(parts) < 3 else parts[1:]
@@ -261,7 +265,7 @@ def _find_in_ollama(name: str) -> Stored | None:
             for host in hosts:
                 manifest = root.joinpath(folder, host, *model, tag or "latest")
                 with contextlib.suppress(OSError, ValueError):
-                    if "/" not in tag and manifest.is_file():
+                    if manifest.is_file():
                         return _ollama_model(name, root, manifest)
     return None
 
@@ -342,20 +346,13 @@ def _hub_roots() -> list[Path]:
 
 def _in_hub_cache() -> Iterator[Stored]:
     for root in _hub_roots():
-        for folder in _repositories(root):
-            found = _REPOSITORY.fullmatch(folder.name)
-            snapshot = _snapshot(folder)
-            if found is not None and snapshot is not None:
-                yield from _in_snapshot(f"{found[1]}/{found[2]}", snapshot)
-
-
-def _repositories(root: Path) -> list[Path]:
-    try:
-        with os.scandir(root) as entries:
+        names: list[str] = []
+        with contextlib.suppress(OSError), os.scandir(root) as entries:
             names = [one.name for one in islice(entries, MOST_ENTRIES)]
-    except OSError:
-        return []
-    return [root / name for name in sorted(names) if _REPOSITORY.fullmatch(name)]
+        for found in filter(None, map(_REPOSITORY.fullmatch, sorted(names))):
+            snapshot = _snapshot(root / found[0])
+            if snapshot is not None:
+                yield from _in_snapshot(f"{found[1]}/{found[2]}", snapshot)
 
 
 def _snapshot(repository: Path) -> Path | None:
@@ -374,27 +371,32 @@ def _snapshot(repository: Path) -> Path | None:
 def _in_snapshot(repository: str, snapshot: Path) -> Iterator[Stored]:
     for folder, names in _walk(snapshot):
         relative = folder.relative_to(snapshot).as_posix()
-        kind = next((kind for file, kind in _FOLDERS.items() if file in names), None)
+        form = _format_of(names)
         # Parts of other models, such as image generators, lie in folders of their own.
-        if kind == "onnx-genai" or (kind == "openvino" and relative == "."):
-            yield _hub_folder(repository, relative, folder, names, kind)
+        if form == "onnx-genai" or (form == "openvino" and relative == "."):
+            yield _hub_folder(repository, relative, folder, names, form)
         for name in filter(_is_model_file, names):
             path = name if relative == "." else f"{relative}/{name}"
             yield _hub_gguf(f"{repository}:{path}", snapshot, path)
 
 
+def _format_of(names: Collection[str]) -> FolderFormat | None:
+    """Return the format of a folder with files of these names; None: it holds no model of its own."""
+    return next((form for name, form in _FOLDERS.items() if name in names), None)
+
+
 def _hub_folder(
-    repository: str, relative: str, folder: Path, names: Iterable[str], kind: str
+    repository: str, relative: str, folder: Path, names: Collection[str], form: FolderFormat
 ) -> Stored:
     sizes = []
     for name in names:
         with contextlib.suppress(OSError):
             sizes.append((folder / name).stat().st_size)
-    lacks = "openvino_tokenizer.xml" if kind == "openvino" else "tokenizer.json"
+    lacks = "openvino_tokenizer.xml" if form == "openvino" else "tokenizer.json"
     return Stored(
         name=repository if relative == "." else f"{repository}:{relative}",
         program="Hugging Face",
-        format="onnx-genai" if kind == "onnx-genai" else "openvino",
+        format=form,
         path=folder,
         size_bytes=sum(sizes),
         fault=None if lacks in names else f"{lacks} is not in the cache",
@@ -429,10 +431,10 @@ def _find_in_hub_cache(name: str) -> Stored | None:
             place = snapshot / path
             if _is_model_file(path.name) and place.is_file():
                 return _hub_gguf(name, snapshot, str(path))
-            names = next(names for _, names in _walk(place)) if place.is_dir() else []
-            kind = next((kind for file, kind in _FOLDERS.items() if file in names), None)
-            if kind is not None:
-                return _hub_folder(found[1], str(path), place, names, kind)
+            _, names = next(_walk(place), (place, []))
+            form = _format_of(names)
+            if form is not None:
+                return _hub_folder(found[1], str(path), place, names, form)
     return None
 
 

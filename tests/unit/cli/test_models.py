@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import pytest
 from typer.testing import CliRunner
 
+from recollect import files
 from recollect.cli.main import app
 from recollect.cli.options import model_names
+from recollect.runtime import llama_library
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +58,29 @@ def test_json_has_all_of_it(cache: Path) -> None:
     assert [row["runs_with"] for row in mine[1:]] == ["llama.cpp", None]
 
 
-def test_many_are_shown_in_part(cache: Path) -> None:
+def test_many_are_shown_in_part_and_only_those_are_opened(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    open_regular = files.open_regular
+
+    def counting(path: Path) -> BinaryIO:
+        opened.append(path)
+        return open_regular(path)
+
+    monkeypatch.setattr(files, "open_regular", counting)
     for number in range(250):
         (cache / f"many{number}.gguf").hardlink_to(cache / "b.gguf")
     text = CliRunner().invoke(app, ["models"], env={"COLUMNS": "140"}).output
     assert "and 53 more; --json lists all" in text
+    assert len(set(opened)) == 200
     assert len(model_names("llamacpp:many")) == 250
+
+
+def test_a_llama_cpp_that_is_refused_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is here, in a release that is not used."""
+    monkeypatch.setattr(llama_library, "refusal_of", lambda _: "it is another release")
+    rows = json.loads(CliRunner().invoke(app, ["models", "--json"]).output)
+    runs = {row["name"]: row["runs_with"] for row in rows if row["program"] is not None}
+    assert runs["llamacpp:a-Q4_K_M.gguf"] == "OpenVINO"
+    assert runs["llamacpp:b.gguf"] is None

@@ -58,6 +58,17 @@ def test_layers_that_are_no_number_are_refused(spoken: Path) -> None:
         ModelOptions(gpu_layers="-3").load(str(spoken))
 
 
+def test_what_is_wrong_is_said_before_a_model_is_looked_for(home: Path) -> None:
+    """So the server does not start, and the data folder is not encrypted."""
+    wrong = ModelOptions(gpu_layers="-3"), ModelOptions(tool_format="none")
+    for options in wrong:
+        with pytest.raises(ConfigError):
+            options.check()
+        with pytest.raises(ConfigError):
+            options.prepare("smollm2")
+    assert not home.exists()
+
+
 def test_options_of_llama_are_refused_elsewhere() -> None:
     with pytest.raises(ConfigError, match="does not run on llama"):
         ModelOptions(gpu_layers="3").load("reference")

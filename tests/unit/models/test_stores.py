@@ -1,5 +1,6 @@
 """Stores as the programs lay them out, with real GGUF files in them."""
 
+import errno
 import hashlib
 import json
 import os
@@ -13,11 +14,11 @@ import pytest
 
 from recollect import files
 from recollect.errors import UnknownModelError, UnsupportedModelError
-from recollect.models import listing, stores
+from recollect.models import stores
 from recollect.models.catalog import HubFile, resolve
 from recollect.models.gguf import GLANCE_BYTES
-from recollect.models.listing import is_here, kept_elsewhere, what_runs
-from recollect.models.prepare import known_context_length, prepare
+from recollect.models.listing import KeptElsewhere, is_here, look_into, what_runs
+from recollect.models.prepare import Llama, known_context_length, prepare
 from recollect.models.stores import find, stored
 
 MakeGguf = Callable[..., Path]
@@ -115,6 +116,11 @@ def link(folder: Path, name: str, data: bytes) -> Path:
 
 def names() -> list[str]:
     return [one.name for one in stored()]
+
+
+def kept_elsewhere() -> list[KeptElsewhere]:
+    """Return what is said of each model where llama.cpp is, without a graphics card."""
+    return [look_into(one, "there") for one in stored()]
 
 
 @pytest.mark.parametrize(
@@ -401,6 +407,22 @@ def test_no_name_leads_out_of_a_store(machine: Path, make_gguf: MakeGguf, name: 
     assert find(name) is None
 
 
+def test_a_folder_that_cannot_be_read_is_no_model(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link(snapshot(machine), "cpu/genai_config.json", b"{}")
+    assert find("org/repo:cpu") is not None
+    scandir = os.scandir
+
+    def refusing(path: Path) -> Any:
+        if path.name == "cpu":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert find("org/repo:cpu") is None
+
+
 def test_a_name_that_is_not_there_suggests_those_that_are(ollama: Path, weights: bytes) -> None:
     put(ollama, "registry.ollama.ai/library/llama3.2/latest", manifest(ollama, weights))
     with pytest.raises(UnknownModelError, match=r"did you mean ollama:llama3\.2\?"):
@@ -479,27 +501,36 @@ def test_no_more_is_looked_at_than_is_said(
 
 
 @pytest.mark.parametrize(
-    ("form", "architecture", "runtime"),
+    ("form", "architecture", "llama", "runtime"),
     [
-        ("gguf", "llama", "OpenVINO"),
-        ("gguf", "gemma2", "llama.cpp"),
-        ("gguf", None, "llama.cpp"),
-        ("openvino", None, "OpenVINO"),
-        ("onnx-genai", "phi3", "ONNX Runtime GenAI"),
+        ("gguf", "llama", "there", "OpenVINO"),
+        ("gguf", "llama", "quicker", "llama.cpp"),
+        ("gguf", "gemma2", "there", "llama.cpp"),
+        ("gguf", None, "there", "llama.cpp"),
+        ("openvino", None, "quicker", "OpenVINO"),
+        ("onnx-genai", "phi3", "quicker", "ONNX Runtime GenAI"),
     ],
 )
 def test_one_function_says_what_would_run_a_model(
-    form: str, architecture: str | None, runtime: str | None
+    form: str, architecture: str | None, llama: Llama, runtime: str | None
 ) -> None:
-    found = what_runs(form, architecture)
+    found = what_runs(form, architecture, llama)
     assert found.runtime == runtime
     assert (found.reason is None) == (runtime is not None)
 
 
-def test_without_llama_cpp_what_it_would_run_says_how_to_install_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(listing, "LLAMA_MODULES", ("no_such_module",))
-    found = what_runs("gguf", "gemma2")
+def test_without_llama_cpp_what_it_would_run_says_how_to_install_it() -> None:
+    assert what_runs("gguf", "llama", "missing").runtime == "OpenVINO"
+    found = what_runs("gguf", "gemma2", "missing")
     assert found.runtime is None
     assert found.reason == "to run gemma2: pip install 'recollect-llm[llama]'"
+
+
+def test_of_many_names_that_are_near_a_few_are_suggested(machine: Path) -> None:
+    place = machine / ".lmstudio" / "models" / "Publisher"
+    place.mkdir(parents=True)
+    for number in range(30):
+        (place / f"{number}.gguf").touch()
+    with pytest.raises(UnknownModelError, match="did you mean lmstudio:Publisher/0") as raised:
+        resolve("publisher")
+    assert str(raised.value).count("lmstudio:") == 4
