@@ -30,8 +30,10 @@ from hypothesis import HealthCheck, settings
 
 from recollect import config
 from recollect.conversation.model import Model
+from recollect.engine import sampling
 from recollect.engine import sequence as sequence_module
 from recollect.engine.engine import Engine
+from recollect.engine.reply import IdleWork
 from recollect.errors import RuntimeFailure
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.record import Identity, Pin, Sealer, StoredReply, chained_key, namespace_key
@@ -48,7 +50,9 @@ from recollect.runtime.base import (
     RuntimeInfo,
 )
 from recollect.runtime.sequences import Feed
-from recollect.text.tokenizer import ByteTokenizer
+from recollect.text.file_tokenizers import HfTokenizer
+from recollect.text.tokenizer import END_OF_TURN, ByteTokenizer
+from recollect.types import SamplingParams
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile(
@@ -648,3 +652,48 @@ def sources() -> dict[str, str]:
                         (folder / Path(member.name).name).write_bytes(file.read())
         (folder / "whole").touch()
     return {file.stem: file.read_text("utf-8") for file in sorted(folder.glob("*.jinja"))}
+
+
+@pytest.fixture
+def nothing_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what a turn reads again is not hidden by what was read while nobody waited."""
+    monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], SamplingParams]:
+    """Return what has a model with a byte per token say a text next, and how it is to be asked."""
+    ids: list[int] = []
+
+    def choose(_: object, __: object, *, history: Any, reply_start: int, **___: Any) -> int:
+        return ids[len(history) - reply_start]
+
+    def say(text: str) -> SamplingParams:
+        ids[:] = [*text.encode(), *ByteTokenizer().encode(END_OF_TURN)]
+        return SamplingParams(max_tokens=400)
+
+    monkeypatch.setattr(sampling, "choose_token", choose)
+    return say
+
+
+@pytest.fixture(scope="session")
+def make_byte_tokenizer(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Sequence[str]], HfTokenizer]:
+    """Return what makes a tokenizer of bytes and control tokens, the first of which ends a reply."""
+    tokenizers = pytest.importorskip("tokenizers")
+
+    def make(control: Sequence[str]) -> HfTokenizer:
+        bytes_of = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        vocabulary = {letter: number for number, letter in enumerate(sorted(bytes_of))}
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+            add_prefix_space=False, use_regex=False
+        )
+        made.decoder = tokenizers.decoders.ByteLevel()
+        made.add_special_tokens(list(control))
+        file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+        made.save(str(file))
+        return HfTokenizer(file, frozenset({made.token_to_id(control[0])}), template=None)
+
+    return make

@@ -7,11 +7,8 @@ from typing import Any, Final
 import pytest
 
 from recollect.conversation.model import Model
-from recollect.engine import sampling
-from recollect.engine.reply import IdleWork
 from recollect.errors import TemplateError
 from recollect.text.template import ChatTemplate
-from recollect.text.tokenizer import END_OF_TURN, ByteTokenizer
 from recollect.types import Message, SamplingParams
 
 NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
@@ -101,26 +98,13 @@ KEEPS: Final = {
 """Those that show reasoning in history: of these nothing is read again. The others drop it, all or all but
 the last, and that is told."""
 
-pytestmark = [pytest.mark.model, pytest.mark.slow]
-
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("nothing_read_ahead"),
+]
 
 Says = Callable[[str], SamplingParams]
-
-
-@pytest.fixture
-def says(monkeypatch: pytest.MonkeyPatch) -> Says:
-    """Return what has the model say a text next."""
-    ids: list[int] = []
-
-    def choose(_: object, __: object, *, history: Any, reply_start: int, **___: Any) -> int:
-        return ids[len(history) - reply_start]
-
-    def say(text: str) -> SamplingParams:
-        ids[:] = [*text.encode(), *ByteTokenizer().encode(END_OF_TURN)]
-        return SamplingParams(max_tokens=400)
-
-    monkeypatch.setattr(sampling, "choose_token", choose)
-    return say
 
 
 def rendered(source: str, *, is_own: bool) -> list[str]:
@@ -152,11 +136,9 @@ def test_each_is_rendered_in_its_process_as_it_is_here(sources: dict[str, str]) 
 def test_nothing_that_was_read_or_generated_is_read_again_but_what_is_told(
     sources: dict[str, str],
     make_model: Callable[..., Model],
-    monkeypatch: pytest.MonkeyPatch,
     says: Says,
 ) -> None:
     """Four turns of a client that trims replies; of each turn what was not reused is counted."""
-    monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
     rewrote, whole = set[str](), set[str]()
     for name, source in sources.items():
         model = make_model(template=source, context_length=60_000, num_blocks=8_000)
@@ -218,12 +200,10 @@ def test_marks_of_reasoning_are_found(sources: dict[str, str]) -> None:
 def test_reasoning_that_a_template_keeps_is_read_once(
     sources: dict[str, str],
     make_model: Callable[..., Model],
-    monkeypatch: pytest.MonkeyPatch,
     says: Says,
     sends: str,
 ) -> None:
     """Three turns of a model that thinks, with clients that send reasoning back and others."""
-    monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
     kept = set[str]()
     for name, source in sources.items():
         marks = ChatTemplate(source, eos_token="</s>").reasoning
@@ -268,12 +248,10 @@ def test_reasoning_that_a_template_keeps_is_read_once(
 def test_reasoning_between_calls_of_tools_is_read_once(
     sources: dict[str, str],
     make_model: Callable[..., Model],
-    monkeypatch: pytest.MonkeyPatch,
     says: Says,
     name: str,
 ) -> None:
     """Until a person speaks again these templates show what was thought before each call."""
-    monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
     model = make_model(template=sources[name], context_length=60_000, num_blocks=8_000)
     marks = model.template.reasoning
     assert marks is not None

@@ -335,12 +335,19 @@ class PromptEncoder:
             self._written.put(name, known)
         return known
 
-    def unmarked(self, text: str) -> tuple[list[int], list[str]]:
+    def unmarked(self, text: str, thoughts: Mapping[str, str]) -> tuple[list[int], list[str]]:
         """
         Return which replies a text shows, and what is around them: one text more.
 
         A reply that is shown again, or after a later one, and all that follows it, is left out.
+
+        Args:
+            text: With marks in it.
+            thoughts: What was thought, by the marks that stand for it.
         """
+        if thoughts:
+            mark = rf"thought\d+y{self._secret}x"
+            text = re.sub(mark, lambda found: thoughts[found[0]], text)
         first, *rest = re.split(rf"reply(\d+)y{self._secret}x", text)
         numbers = [int(number) for number in rest[::2]]
         last = 0
@@ -454,12 +461,8 @@ class _Encoding:
                 thoughts[instead] = thought
         text = render(messages, tools)
         text = text if guard is None else guard.read(text).text
-        numbers, around = self._encoder.unmarked(
-            showing.collapsed(text, marked, self._encoder.tool_format) if marked else text
-        )
-        for instead, thought in thoughts.items():
-            around = [one.replace(instead, thought) for one in around]
-        return numbers, around
+        text = showing.collapsed(text, marked, self._encoder.tool_format)
+        return self._encoder.unmarked(text, thoughts)
 
     def _asked(self, number: int) -> str | None:
         """Return what led to a reply of this model when it was generated; None where nobody knows."""
@@ -490,10 +493,8 @@ class _Encoding:
         before = self._encoder.before_said(reply) if is_own else ""
         led = None if before else asked
         if self._messages[self._places[number]].get("tool_calls"):
-            text, leads = (
-                self._whole.text[: self._length],
-                (opening if led is None else led, opening),
-            )
+            text = self._whole.text[: self._length]
+            leads = (opening if led is None else led, opening)
             place = showing.place_of(reply, text, self._end, leads, self._encoder.tool_format)
         else:
             place = self._shown(reply.content, led, opening, after)
@@ -514,11 +515,8 @@ class _Encoding:
                 self._tell(number, asked, stop)
                 self._last, self._end = number, stop
                 return
-            if before and asked is not None:
-                lead = self._whole.part(self._done, self._end + same)
-                lead = Shown(lead.text + asked[same:], lead.breaks)
-            elif asked is not None and asked != now:
-                if says_nothing(asked, same) and says_nothing(now, same):
+            if asked is not None and asked != now:
+                if before or (says_nothing(asked, same) and says_nothing(now, same)):
                     lead = self._whole.part(self._done, self._end + same)
                     lead = Shown(lead.text + asked[same:], lead.breaks)
                 else:

@@ -75,13 +75,10 @@ def _resolved(schema: Any, root: Mapping[str, Any]) -> Any:
 
 
 def _is_text(schema: Any, root: Mapping[str, Any]) -> bool:
-    schema = _resolved(schema, root)
-    if not isinstance(schema, Mapping):
-        return False
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if isinstance(values, list):
+    values, schema = _listed(schema, root), _resolved(schema, root)
+    if values is not None:
         return bool(values) and all(isinstance(one, str) for one in values)
-    return schema.get("type") == "string"
+    return isinstance(schema, Mapping) and schema.get("type") == "string"
 
 
 class CallGrammar:
@@ -123,10 +120,10 @@ class CallGrammar:
         if not form.mark:
             rules += [
                 _BARE_END,
-                self._bare_lists() if form.kind == "python" else self._bare_objects(),
+                self._bare_lists() if form.kind == "python" else self._bare(_OBJECT_HEAD),
             ]
             return "\n".join(["start: bare | tail", *rules])
-        rules.append(f"section: {self._trigger()} after_mark")
+        rules.append(f"section: {self._until(form.mark, 'trigger')} after_mark")
         if form.mark not in self._control.ids:
             rules.append(f"trigger[lazy]: TEXT {_quoted(form.mark)}")
         bare = ("bare" if self._one_only else "bare+") if form is HERMES else ""
@@ -167,36 +164,34 @@ class CallGrammar:
     def _literal(self, text: str) -> str:
         """Return what matches a text as it is, its control tokens as tokens."""
         parts, start = list[str](), 0
-        while (span := self._control.find(text, start)) is not None:
-            if span[0] > start:
-                parts.append(_quoted(text[start : span[0]]))
-            parts.append(f"<[{self._control.ids[text[slice(*span)]]}]>")
-            start = span[1]
+        for begin, end in self._control.spans(text):
+            if begin > start:
+                parts.append(_quoted(text[start:begin]))
+            parts.append(f"<[{self._control.ids[text[begin:end]]}]>")
+            start = end
         if start < len(text):
             parts.append(_quoted(text[start:]))
         return " ".join(parts)
 
-    def _trigger(self) -> str:
-        """Return what matches text and the mark after it."""
-        mark = self._format.mark
-        return f"TEXT {self._literal(mark)}" if mark in self._control.ids else "trigger"
-
     def _calls(self) -> str:
         """Return the rules for what follows the mark of calls."""
         form = self._format
-        each = " | ".join(f"call_{n}" for n in range(len(self._schemas)))
         more = ""
         if form.between is not None and not self._one_only:
             more = f"({self._literal(form.between)} one)*"
         opening, closing = self._literal(form.opening), self._literal(form.closing)
         rules = [
             f"after_mark: {opening} one {more} {closing}",
-            f"one: {self._literal(form.head)} ({each}) {self._literal(form.tail)}",
+            f"one: {self._literal(form.head)} ({self._any('call')}) {self._literal(form.tail)}",
         ]
         if form.kind == "python":
             rules.append(_PYTHON + f"py_json: %json {json.dumps({'x-guidance': _GUIDANCE})}")
         rules += [rule for n in range(len(self._schemas)) for rule in self._call(n)]
         return "\n".join(rules)
+
+    def _any(self, rule: str) -> str:
+        """Return what matches a rule of any of the tools."""
+        return " | ".join(f"{rule}_{n}" for n in range(len(self._schemas)))
 
     def _call(self, n: int) -> Iterator[str]:
         """Yield the rules of calls of one tool."""
@@ -243,7 +238,7 @@ class CallGrammar:
         """Yield the rules of arguments that are elements."""
         before, middle, end = self._format.parameter
         mark = end.strip()
-        feed, rest = end.partition(mark)[::2]
+        rest = end.partition(mark)[2]
         properties = self._properties(n)
         yield f"value_text_{n}[lazy]: /(?s:.*)/ {_quoted(mark)}"
         close = self._literal(rest) if rest else ""
@@ -261,15 +256,14 @@ class CallGrammar:
         yield f"params_{n}: {' '.join(each)}"
         for k, (key, schema, _) in enumerate(properties):
             yield f"param_{n}_{k}: {self._literal(before + key + middle)} value_{n}_{k}"
-            values = _choices(schema, parameters_of(self._schemas[n]))
-            if values is not None:
+            if values := _listed(schema, parameters_of(self._schemas[n])):
                 texts = (one if isinstance(one, str) else json.dumps(one) for one in values)
                 options = " | ".join(_quoted(one + end) for one in texts)
                 yield f"value_{n}_{k}: {options}"
             elif _is_text(schema, parameters_of(self._schemas[n])):
                 yield f"value_{n}_{k}: value_text_{n} {close}"
             else:
-                yield f"value_{n}_{k}: arguments_{n}_{k} {self._literal(feed + mark + rest)}"
+                yield f"value_{n}_{k}: arguments_{n}_{k} {self._literal(end)}"
                 yield f"arguments_{n}_{k}: {self._json_value(n, schema)}"
 
     def _json_value(self, n: int, schema: Any) -> str:
@@ -305,8 +299,7 @@ class CallGrammar:
         """Yield the rules of one value as Python writes it."""
         root = parameters_of(self._schemas[n])
         schema = _resolved(schema, root)
-        values = _choices(schema, root)
-        if values is not None:
+        if values := _listed(schema, root):
             yield f"{rule}: {' | '.join(_quoted(python_literal(one)) for one in values)}"
             return
         kind = schema.get("type") if isinstance(schema, Mapping) else None
@@ -322,27 +315,24 @@ class CallGrammar:
         else:
             yield f"{rule}: py_any"
 
-    def _bare(self, head: str, more: str = "") -> str:
+    def _bare(self, head: str) -> str:
         """Return the rules for calls that are objects without marks."""
-        rules = ["bare: " + " | ".join(f"bare_{n}" for n in range(len(self._schemas)))]
+        rules = [f"bare: {self._any('bare')}"]
         key, value = self._format.keys
         for n, schema in enumerate(self._schemas):
             this = head.replace("KEY", key).replace("VALUE", value)
             this = this.replace("NAME", re.escape(name_of(schema)))
             rules.append(
                 f"bare_head_{n}[lazy]: {this}\n"
-                f'bare_{n}: bare_head_{n} SPACE? bare_arguments_{n} SPACE? "}}"{more}\n'
+                f'bare_{n}: bare_head_{n} SPACE? bare_arguments_{n} SPACE? "}}"\n'
                 f"bare_arguments_{n}: {self._json(n, _BARE_GUIDANCE)}"
             )
         return "\n".join(rules)
 
-    def _bare_objects(self) -> str:
-        return self._bare(_OBJECT_HEAD)
-
     def _bare_lists(self) -> str:
         """Return the rules for lists of calls in Python that stand without marks."""
         more = "" if self._one_only else f"({_quoted(self._format.between or '')} one)*"
-        rules = ["bare: " + " | ".join(f"bare_{n}" for n in range(len(self._schemas)))]
+        rules = [f"bare: {self._any('bare')}"]
         for n, schema in enumerate(self._schemas):
             head = _LIST_HEAD.replace("NAME", re.escape(name_of(schema)))
             rules.append(
@@ -363,18 +353,17 @@ class CallGrammar:
             f"as_{n}: {lit(name_of(one) + '<|channel|>commentary')} to_json arguments_{n}"
             for n, one in enumerate(self._schemas)
         ]
-        count = range(len(self._schemas))
         rules = [
             f"start: aside* ({ends})",
             f'aside: {lit("<|channel|>")} ("analysis" | "commentary") {lit("<|message|>")} '
             f"{to} {lit('<|start|>assistant')}",
             f'channel_call: {lit("<|channel|>")} ("commentary" | "analysis") " to=functions." '
-            f"({' | '.join(f'to_{n}' for n in count)})"
-            f' | " to=functions." ({" | ".join(f"as_{n}" for n in count)})',
+            f"({self._any('to')})"
+            f' | " to=functions." ({self._any("as")})',
             f'to_json: " " ({lit("<|constrain|>")})? "json" {lit("<|message|>")}',
             *names,
             *role,
-            *(f"arguments_{n}: {self._json(n)}" for n in count),
+            *(f"arguments_{n}: {self._json(n)}" for n in range(len(self._schemas))),
             _TEXT,
         ]
         if "<|end|>" not in self._control.ids:
@@ -387,6 +376,7 @@ class CallGrammar:
         return "\n".join(rules)
 
     def _until(self, mark: str, rule: str) -> str:
+        """Return what matches text and the mark after it: tokens, or the rule for a mark that is text."""
         return f"TEXT {self._literal(mark)}" if mark in self._control.ids else rule
 
 
@@ -394,10 +384,10 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _choices(schema: Any, root: Mapping[str, Any]) -> list[Any] | None:
+def _listed(schema: Any, root: Mapping[str, Any]) -> list[Any] | None:
     """Return the values that a schema lists; None where it lists none."""
     schema = _resolved(schema, root)
     if not isinstance(schema, Mapping):
         return None
     values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    return values if isinstance(values, list) and values else None
+    return values if isinstance(values, list) else None

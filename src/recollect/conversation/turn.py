@@ -261,8 +261,13 @@ class Prompting:
         )
 
     def _new(self, at: Node, said: str | None, tools: Tools, overflow: Overflow) -> Asking:
+        last: list[tuple[Sequence[Node], Prompt]] = []
+
         def encode(messages: Sequence[Node]) -> Prompt:
-            return self._encoder.encode(messages, said, tools.schemas)
+            """Return the prompt; what was measured just before is not encoded again."""
+            if not last or last[0][0] is not messages:
+                last[:] = [(messages, self._encoder.encode(messages, said, tools.schemas))]
+            return last[0][1]
 
         def measure(messages: Sequence[Node]) -> int:
             return len(encode(messages).token_ids)

@@ -8,12 +8,13 @@ parser; `ToolFormat.mark` says where a call begins that stands in there. Pure: t
 
 import json
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from typing import Final
 
 from recollect.text.call_parts import (
     CLEARLY_A_MARK,
     HERMES_CALLS,
+    LOOKED_AT,
     MOST_OPENING,
     NAME,
     SPACE,
@@ -32,10 +33,8 @@ from recollect.text.call_parts import (
     escaped,
     held,
     json_value,
-    new_call_prefix,
     object_opening,
     python_arguments,
-    rules_of,
 )
 from recollect.text.tool_formats import HERMES, ToolFormat
 
@@ -48,9 +47,9 @@ class ToolCallParser(PiecewiseReader):
     is text. Owned by whoever reads the reply.
 
     Args:
-        id_prefix: What the ids of the calls begin with; None: something new.
-        rules: What calls look like. Or the tools whose calls, in the format of Hermes, are calls without
-            the marks too, where the reply begins with them.
+        id_prefix: What the ids of the calls begin with.
+        rules: What calls look like. In the format of Hermes, calls of the tools that are named there
+            need no marks where the reply begins with them.
 
     Invariants:
         1. The events do not depend on how the text falls into pieces, but for how deltas do.
@@ -59,14 +58,9 @@ class ToolCallParser(PiecewiseReader):
         4. What `parse_reply` returns for the whole text of a reply that was cut is what the events tell.
     """
 
-    def __init__(
-        self,
-        id_prefix: str | None = None,
-        rules: CallRules | Iterable[str] = HERMES_CALLS,
-    ) -> None:
+    def __init__(self, id_prefix: str, rules: CallRules = HERMES_CALLS) -> None:
         super().__init__()
-        self._prefix = new_call_prefix() if id_prefix is None else id_prefix
-        rules = rules_of(rules)
+        self._prefix = id_prefix
         self._format, self._texts = rules.format, rules.texts
         known = rules.names or ()
         self._bare = Bare(self._format, known) if known and _may_be_bare(self._format) else None
@@ -86,9 +80,10 @@ class ToolCallParser(PiecewiseReader):
 
     def push(self, piece: str) -> Iterator[Event]:
         """Take more text; yield what it tells."""
-        self._rest += piece
-        while (event := next(self._reader, None)) is not None:
-            yield event
+        for start in range(0, len(piece), LOOKED_AT):
+            self._rest += piece[start : start + LOOKED_AT]
+            while (event := next(self._reader, None)) is not None:
+                yield event
 
     def finish(self, *, is_cut: bool = False) -> Iterator[Event]:
         """
@@ -215,15 +210,13 @@ class ToolCallParser(PiecewiseReader):
             yield from self._close()
         return True
 
-    def _close(self) -> Reader:
+    def _close(self) -> Generator[Event | None, None, None]:
         """Take what closes a section, where it is there."""
-        closing = self._format.closing
         if self._format.kind == "object" and self._format.between is None:
-            return True  # the call has taken it
-        if (yield from self._words(closing)):
+            return  # the call has taken it
+        if (yield from self._words(self._format.closing)):
             self.end_of_calls = self._taken
         self._trail.clear()
-        return True
 
     # Calls, each kind in its way.
 
@@ -462,16 +455,13 @@ class ToolCallParser(PiecewiseReader):
             return False
         if bare.is_python:
             self._trail = [self._take(opening.end())]
-            is_call = yield from self._python_list()
-            return is_call
+            return (yield from self._python_list())
         self._take(opening.end())
         yield self._start(opening["name"])
         if not (yield from self._json()):
             return False
-        if (yield from self._word("}")) or self._is_over:
-            yield self._end()
-            self._trail.clear()
-            return True
+        yield from self._word("}")
+        self._trail.clear()
         yield self._end()
         return True
 

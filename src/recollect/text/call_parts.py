@@ -9,7 +9,7 @@ import ast
 import json
 import re
 import secrets
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -62,19 +62,16 @@ class CallRules:
     """By tools, the arguments that are texts, where the format does not tell a text from a number; of a
     tool that is not there, what reads as JSON and is no text is JSON."""
 
+    def with_names_in(self, text: str) -> "CallRules":
+        """Return the same, and where any name will do, with those in a text."""
+        if self.names is not None:
+            return self
+        found = {one for pair in _NAMES.findall(text) for one in pair if one}
+        return replace(self, names=tuple(found))
+
 
 HERMES_CALLS: Final = CallRules()
 """As messages are kept: in the format of Hermes, with marks."""
-
-
-def rules_of(rules: CallRules | Iterable[str], text: str = "") -> CallRules:
-    """Return rules where names alone are given, and with the names in a text where any will do."""
-    found = rules if isinstance(rules, CallRules) else CallRules(names=tuple(rules))
-    if found.names is not None:
-        return found
-    return replace(
-        found, names=tuple({one for pair in _NAMES.findall(text) for one in pair if one})
-    )
 
 
 def new_call_prefix() -> str:
@@ -85,6 +82,8 @@ def new_call_prefix() -> str:
 _FENCE: Final = r"(?:```(?:json)?\s*)?"
 MOST_OPENING: Final = 2048
 """Characters in which the name of a call, and what is around it, has to come."""
+LOOKED_AT: Final = 4096
+"""Characters that are searched together: to take some of them copies those that follow."""
 NAME: Final = re.compile(r"[\w.-]{1,128}")
 _NAMES: Final = re.compile(r'"name"\s*:\s*"([^"]*)"|\[\s*([\w.-]{1,128})\s*\(')
 CLEARLY_A_MARK: Final = len("<tool")
@@ -145,8 +144,10 @@ class Bare:
 
     def may_begin(self, text: str) -> bool:
         """Return whether a text may become the beginning of a call."""
+        if len(text) >= MOST_OPENING:
+            return False
         written = "".join(text.split())
-        return len(text) < MOST_OPENING and any(one.startswith(written) for one in self._beginnings)
+        return any(one.startswith(written) for one in self._beginnings)
 
     def opening(self, text: str) -> "re.Match[str] | None":
         """Return the beginning of a call in a text."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from recollect.text.call_parts import held
 from recollect.text.tokenizer import ControlTokens, Detokenizer, Tokenizer, decode_with_marks
 from recollect.text.tool_calls import (
     CallRules,
@@ -23,6 +24,7 @@ from recollect.text.tool_calls import (
 )
 from recollect.text.tool_calls import Event as SaidEvent
 from recollect.text.tool_formats import control_marks
+from recollect.types import common_prefix_length
 
 Way = Literal["reasoning_content", "reasoning", "thinking", "parts", "text", "nowhere"]
 """Where a template looks for what was thought: in a field of the message by that name, in a part of its
@@ -142,7 +144,7 @@ class ReasoningSplitter:
     @property
     def may_close(self) -> bool:
         """Return whether the text ends with what may become the mark that closes reasoning."""
-        return _without_beginning_of(self._rest, self._marks.close) != self._rest
+        return held(self._rest, self._marks.close) > 0
 
     def push(self, piece: str) -> Iterator[ReasoningDelta | str]:
         """Take more text; yield what is thought, and as plain texts what is said."""
@@ -205,10 +207,7 @@ class ReasoningSplitter:
 
 def _without_beginning_of(text: str, mark: str) -> str:
     """Return a text without what may become the mark at its end."""
-    for length in range(min(len(mark) - 1, len(text)), 0, -1):
-        if mark.startswith(text[-length:]):
-            return text[:-length]
-    return text
+    return text[: len(text) - held(text, mark)]
 
 
 def parted(text: str, marks: ReasoningMarks, *, is_inside: bool = False) -> Parted:
@@ -525,18 +524,9 @@ def _opening(before: str, prompts: Sequence[str]) -> str:
     if prompts[0].startswith(before) and (more := prompts[0][len(before) :].strip()):
         return more  # the prompt alone opens it, in words
     for prompt in prompts:
-        if opening := before[len(_common(prompt, before)) :].strip():
+        if opening := before[common_prefix_length(prompt, before) :].strip():
             return opening
     return ""
-
-
-def _common(first: str, second: str) -> str:
-    """Return what two texts begin with alike."""
-    length = next(
-        (place for place, pair in enumerate(zip(first, second, strict=False)) if len({*pair}) > 1),
-        min(len(first), len(second)),
-    )
-    return first[:length]
 
 
 def _in_source(source: str, render: Try) -> ReasoningMarks | None:
@@ -575,5 +565,5 @@ def says_the_same(first: str, second: str) -> bool:
     one, other = "".join(first.split()), "".join(second.split())
     if one == other:
         return True
-    same = len(_common(one, other))
+    same = common_prefix_length(one, other)
     return says_nothing(one, same) and says_nothing(other, same)

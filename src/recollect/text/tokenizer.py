@@ -150,12 +150,16 @@ class ControlTokens:
                     return begin, begin + length
         return None
 
+    def spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yield where each lies that a tokenizer finds in a text, as `[begin, end)`."""
+        start = 0
+        while (span := self.find(text, start)) is not None:
+            yield span
+            start = span[1]
+
     def count(self, text: str) -> int:
         """Return how many a tokenizer finds in a text."""
-        count, start = 0, 0
-        while (span := self.find(text, start)) is not None:
-            count, start = count + 1, span[1]
-        return count
+        return sum(1 for _ in self.spans(text))
 
     def begins(self, text: str) -> Iterator[int]:
         """Yield each place in a text where a control token begins, also inside another one."""

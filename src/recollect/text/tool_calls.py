@@ -13,6 +13,7 @@ from typing import Any, Final
 from recollect.text.call_parser import ToolCallParser
 from recollect.text.call_parts import (
     HERMES_CALLS,
+    LOOKED_AT,
     ArgumentsDelta,
     CallEnded,
     CallRules,
@@ -21,7 +22,6 @@ from recollect.text.call_parts import (
     TextDelta,
     new_call_prefix,
     object_of,
-    rules_of,
 )
 from recollect.text.tool_formats import HERMES, ToolFormat
 from recollect.types import Message, ToolCall
@@ -95,7 +95,7 @@ class ParsedReply:
 def parse_reply(
     text: str,
     ids: str | Iterable[str] = "",
-    rules: CallRules | Iterable[str] = HERMES_CALLS,
+    rules: CallRules = HERMES_CALLS,
     *,
     is_cut: bool = False,
 ) -> ParsedReply:
@@ -108,7 +108,7 @@ def parse_reply(
         rules: As `ToolCallParser` was told.
         is_cut: As in `ToolCallParser.finish`.
     """
-    rules = rules_of(rules, text)
+    rules = rules.with_names_in(text)
     mark = rules.format.mark
     if not (mark and mark in text) and not rules.names and not is_cut:
         return ParsedReply(text, ())
@@ -152,10 +152,6 @@ class ShownCalls:
     """Where it ends in the text."""
 
 
-_LOOKED_AT: Final = 4096
-"""Characters that are given to a parser at once."""
-
-
 def shown_calls(
     text: str, start: int, calls: Sequence[ToolCall], format_: ToolFormat, *, most: int
 ) -> ShownCalls | None:
@@ -173,8 +169,8 @@ def shown_calls(
     parser = ToolCallParser("", CallRules(format_, tuple(names), texts_in(calls)))
     said, found = list[str](), list[list[str]]()
     started, ended = list[str](), 0
-    for place in range(start, min(len(text), start + most), _LOOKED_AT):
-        for event in parser.push(text[place : place + _LOOKED_AT]):
+    for place in range(start, min(len(text), start + most), LOOKED_AT):
+        for event in parser.push(text[place : place + LOOKED_AT]):
             match event:
                 case TextDelta(more):
                     if ended == len(calls):

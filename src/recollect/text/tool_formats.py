@@ -407,13 +407,8 @@ FORMATS: Final[Mapping[str, ToolFormat]] = {
 
 def control_marks(format_: ToolFormat, control: ControlTokens) -> dict[int, str]:
     """Return the control tokens in which a model writes calls: their texts by their ids."""
-    found: dict[int, str] = {}
-    for text in format_.marks:
-        start = 0
-        while (span := control.find(text, start)) is not None:
-            name, start = text[slice(*span)], span[1]
-            found[control.ids[name]] = name
-    return found
+    names = (text[slice(*span)] for text in format_.marks for span in control.spans(text))
+    return {control.ids[name]: name for name in names}
 
 
 _TELLING: Final[Sequence[tuple[ToolFormat, tuple[str, ...], tuple[str, ...]]]] = (

@@ -13,7 +13,6 @@ from recollect.conversation import formats
 from recollect.conversation.model import Model
 from recollect.conversation.turn import Reply
 from recollect.engine import sampling
-from recollect.engine.reply import IdleWork
 from recollect.kv.disk import DiskStore
 from recollect.text.reasoning import Begun, ReasoningMarks, ReasoningWatch
 from recollect.text.tokenizer import END_OF_TURN, ByteTokenizer, ControlTokens, Vocabulary
@@ -48,33 +47,13 @@ WRITTEN: Final = {
 CHANNELS: Final = ("<|start|>", "<|end|>", "<|channel|>", "<|message|>")
 
 
-@pytest.fixture(autouse=True)
-def nothing_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that what a turn reads again is not hidden by what was read while nobody waited."""
-    monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
-
-
 def user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
 Says = Callable[[str], SamplingParams]
 
-
-@pytest.fixture
-def says(monkeypatch: pytest.MonkeyPatch) -> Says:
-    """Return what has the model say a text next."""
-    ids: list[int] = []
-
-    def choose(_: object, __: object, *, history: Any, reply_start: int, **___: Any) -> int:
-        return ids[len(history) - reply_start]
-
-    def say(text: str) -> SamplingParams:
-        ids[:] = [*text.encode(), END_ID]
-        return SamplingParams(max_tokens=400)
-
-    monkeypatch.setattr(sampling, "choose_token", choose)
-    return say
+pytestmark = pytest.mark.usefixtures("nothing_read_ahead")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 
 from recollect.conversation.model import Model
 from recollect.conversation.turn import Reply
-from recollect.engine.reply import IdleWork
 from recollect.kv.disk import DiskStore
 from recollect.text.template import ChatTemplate
 from recollect.types import Grammar, Message, SamplingParams
@@ -47,11 +46,7 @@ SENT: Final = {
 LONG: Final = "".join(f"Rule {number}: be careful with number {number}.\n" for number in range(12))
 Say = Callable[..., Reply]
 
-
-@pytest.fixture(autouse=True)
-def nothing_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that what a turn reads again is not hidden by what was read while nobody waited."""
-    monkeypatch.setattr(IdleWork, "start", lambda _, sequence: sequence.release())
+pytestmark = pytest.mark.usefixtures("nothing_read_ahead")
 
 
 def says(text: str) -> SamplingParams:

@@ -7,7 +7,7 @@ the choice of a token is a script's, and the grammar has to allow it.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,13 +21,12 @@ from recollect.conversation.model import Model
 from recollect.engine import sampling
 from recollect.models.catalog import reference_model
 from recollect.runtime.base import ReferenceRuntime
-from recollect.text.file_tokenizers import HfTokenizer
 from recollect.text.tokenizer import Tokenizer
 from recollect.text.tool_formats import FORMATS
 
 anthropic = pytest.importorskip("anthropic")
 openai = pytest.importorskip("openai")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -99,20 +98,9 @@ class Script:
 
 
 @pytest.fixture
-def tokenizer(tmp_path: Path) -> Tokenizer:
+def tokenizer(make_byte_tokenizer: Callable[[Sequence[str]], Tokenizer]) -> Tokenizer:
     """Return a tokenizer of bytes, and of marks of all families as control tokens."""
-    bytes_of = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    vocabulary = {letter: number for number, letter in enumerate(sorted(bytes_of))}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    )
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(CONTROL)
-    made.save(str(tmp_path / "tokenizer.json"))
-    return HfTokenizer(
-        tmp_path / "tokenizer.json", frozenset({made.token_to_id(END)}), template=None
-    )
+    return make_byte_tokenizer(CONTROL)
 
 
 THINKING: Final = {

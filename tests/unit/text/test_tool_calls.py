@@ -31,7 +31,7 @@ FRAGMENTS = st.sampled_from(
 
 
 def events(text: str, cuts: list[int] | None = None, names: tuple[str, ...] = ()) -> list[Event]:
-    parser = ToolCallParser("id_", names)
+    parser = ToolCallParser("id_", CallRules(names=names))
     told: list[Event] = []
     places = sorted({min(cut, len(text)) for cut in cuts or []})
     for start, end in zip([0, *places], [*places, len(text)], strict=True):
@@ -138,11 +138,12 @@ def test_wherever_a_reply_is_cut_its_call_is_no_text(length: int) -> None:
 
 @pytest.mark.parametrize("length", range(len(BARE)))
 def test_the_same_for_a_call_without_marks(length: int) -> None:
-    parser = ToolCallParser("id_", ("f",))
+    rules = CallRules(names=("f",))
+    parser = ToolCallParser("id_", rules)
     told = [*parser.push(BARE[:length]), *parser.finish(is_cut=True)]
     text = "".join(event.text for event in told if isinstance(event, TextDelta))
     assert '"name"' not in text
-    parsed = parse_reply(BARE[:length], "id_", ("f",), is_cut=True)
+    parsed = parse_reply(BARE[:length], "id_", rules, is_cut=True)
     assert parsed.content == text
     assert len(parsed.calls) == sum(isinstance(event, CallStarted) for event in told)
 
