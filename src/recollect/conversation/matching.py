@@ -20,7 +20,7 @@ from hashlib import blake2b
 from sys import getsizeof
 from typing import Final
 
-from recollect.conversation.tools import KnownTools, Tools
+from recollect.conversation.tools import NO_TOOLS, KnownTools, Tools
 from recollect.conversation.tree import ROOT_KEY, Node, canonical, message_key, relinked, to_node
 from recollect.engine.tier import DiskTier
 from recollect.journal.records import NewNode
@@ -206,6 +206,10 @@ class KnownMessages:
             self._questions[namespace, known.after_system] = known
         return known
 
+    def tools_named(self, name: bytes) -> Tools | None:
+        """Return a set of tools; None where it was forgotten."""
+        return self.tools.get(name) if name else NO_TOOLS
+
     def touch(self, known: Known) -> None:
         """Note that a message was used; what comes before it is to be touched after it."""
         self._all.move_to_end((known.namespace, known.key))
@@ -361,10 +365,10 @@ class MessageIndex:
             for one in reversed(path):
                 self._known.touch(one)
             tools = next((one.tools for one in reversed(path) if one.tools is not None), None)
-            answers = map(self._known.tools.get, path[-1].answers)
+            answers = map(self._known.tools_named, path[-1].answers)
             found = Found(
                 path=(),
-                tools=None if tools is None else self._known.tools.get(tools),
+                tools=None if tools is None else self._known.tools_named(tools),
                 answers=tuple(one for one in answers if one is not None),
             )
             # What nobody generated here is as the client says it, to the last space.
