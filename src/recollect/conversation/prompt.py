@@ -461,7 +461,8 @@ class _Encoding:
                 thoughts[instead] = thought
         text = render(messages, tools)
         text = text if guard is None else guard.read(text).text
-        text = showing.collapsed(text, marked, self._encoder.tool_format)
+        if marked:
+            text = showing.collapsed(text, marked, self._encoder.tool_format)
         return self._encoder.unmarked(text, thoughts)
 
     def _asked(self, number: int) -> str | None:
