@@ -235,7 +235,8 @@ def _would_use(
     )
     if kv_disk is not None:
         used["cache on disk"] = (
-            f"at most {format_bytes(kv_disk)}: a tenth of what is free, and no more than 10 GB; --kv-disk changes it"
+            f"at most {format_bytes(kv_disk)}: a tenth of what is free, or 10 GB if that is less; "
+            "--kv-disk changes it"
             if kv_disk
             else "none, because the disk has no room; --kv-disk changes it"
         )
