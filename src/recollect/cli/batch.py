@@ -15,6 +15,7 @@ from typing import Final, TextIO
 from rich.console import Console
 
 from recollect.conversation.session import Session
+from recollect.conversation.turn import Reply
 from recollect.errors import ConfigError
 from recollect.text.tool_calls import TextDelta
 
@@ -144,6 +145,7 @@ def _answer_as_text(session: Session, prompt: str, out: TextIO, *, plain: bool) 
                         writer.push(event.text)
             finally:
                 writer.finish()
+        _say_why_cut(stream.reply)
         return
     with session.stream(prompt) as stream:
         for event in stream.events():
@@ -152,6 +154,14 @@ def _answer_as_text(session: Session, prompt: str, out: TextIO, *, plain: bool) 
                 out.flush()
     out.write("\n")
     out.flush()
+    _say_why_cut(stream.reply)
+
+
+def _say_why_cut(reply: Reply | None) -> None:
+    """Say on stderr why a reply ends where it does, if the model did not end it."""
+    if reply is not None and reply.finish_reason == "length":
+        why = "repeated itself and was ended" if reply.ran_away else "was cut at the token limit"
+        print(f"recollect: The reply {why}.", file=sys.stderr)
 
 
 def _answer_as_json(session: Session, prompt: str, out: TextIO) -> None:

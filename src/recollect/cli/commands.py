@@ -407,7 +407,9 @@ def thinking(chat: Chat, rest: str) -> None:
     if rest:
         chat.shows_reasoning = rest == "on"
     is_shown = chat.shows_reasoning
-    chat.note(f"What the model thinks is {'shown' if is_shown else 'folded'}.")
+    chat.note(
+        f"What the model thinks is {'shown' if is_shown else 'not shown, only that it does'}."
+    )
 
 
 COMMANDS: Final[dict[str, Command]] = {
@@ -441,7 +443,7 @@ COMMANDS: Final[dict[str, Command]] = {
         Command(
             "set",
             "[NAME VALUE]",
-            "change how replies are sampled, or overflow; or list",
+            "list how replies are sampled, and what a full context does; or change one",
             set_setting,
         ),
         Command("model", "[NAME]", "go on with another model, or show which one replies", model),

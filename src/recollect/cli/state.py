@@ -382,7 +382,7 @@ def statistics(chat: Chat) -> list[tuple[str, str]]:
         ),
         ("context", f"{history:,} of {chat.model.context_length:,} tokens in {chat.current}"),
         ("sampling", _sampling(chat)),
-        ("computed", f"{computed:,} tokens in {passes:,} passes"),
+        ("computed", f"{count(computed, 'token')} in {count(passes, 'pass', 'passes')}"),
         (
             "reused",
             f"{totals.reused_tokens:,} tokens in {count(totals.replies, 'reply', 'replies')}",

@@ -125,6 +125,31 @@ def test_text_is_the_replies_and_nothing_else(
     assert out.getvalue() == "".join(reply + "\n" for reply in replies)
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize(
+    ("params", "why"),
+    [
+        (RUNAWAY, "recollect: The reply repeated itself and was ended.\n"),
+        (SHORT, "recollect: The reply was cut at the token limit.\n"),
+        (SamplingParams(logit_bias={ord("a"): 100.0}, stop=("aa",)), ""),
+    ],
+)
+def test_why_text_was_cut_is_told_beside_it(
+    params: SamplingParams,
+    why: str,
+    is_terminal: bool,
+    model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: is_terminal)
+    monkeypatch.setattr("sys.stdout", out)
+    answer_all(model.session(params=params), ["one"], as_json=False, plain=True)
+    assert capsys.readouterr().err == why
+    assert "recollect:" not in out.getvalue()
+
+
 OURS = re.compile(r"\r(?:\x1b\[\d+[AC])*\x1b\[J|\x1b\[[0-9;]+m")
 """How text is drawn again, and styled."""
 

@@ -53,6 +53,7 @@ def test_it_is_dim_and_before_the_answer(model: Model) -> None:
 def test_it_is_folded_where_that_is_wanted(model: Model) -> None:
     chat, screen = chat_in(model, terminal=False)
     run_command(chat, "/thinking off")
+    assert "What the model thinks is not shown, only that it does." in screen.getvalue()
     chat.say("One?")
     shown = screen.getvalue()
     assert "Hmm" not in shown
