@@ -451,12 +451,21 @@ def _prepare_gguf(path: Path, name: str, stem: str, home: Path, progress: Progre
     sha256 = digests[0] if len(digests) == 1 else files.combine(digests)
     # Named by content: a file that was replaced under its old name is another model.
     folder = models_folder(home) / f"{as_name(stem)}-{sha256[:_DIGEST_LENGTH]}"
-    manifest = find_converted(folder, sha256)
+    folder, manifest = _converted_before(sha256, folder, home)
     if manifest is None:
         job = Conversion(name, path, sha256)
         manifest = convert(job, folder, home=home, progress=progress)
         _keep(parts, folder, home)
     return _opened(manifest, folder, name, parts)
+
+
+def _converted_before(sha256: str, folder: Path, home: Path) -> tuple[Path, Manifest | None]:
+    """Return the folder that was made of the same file, *folder* or one under another name of the file."""
+    kept = models_folder(home)
+    for one in (folder, *(sorted(kept.iterdir()) if kept.is_dir() else ())):
+        if (manifest := find_converted(one, sha256)) is not None:
+            return one, manifest
+    return folder, None
 
 
 def _keep(
