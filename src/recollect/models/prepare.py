@@ -448,7 +448,7 @@ def _prepare_gguf(path: Path, name: str, stem: str, home: Path, progress: Progre
     sha256 = _of_all(files.cached_sha256(part, home=home, progress=progress) for part in parts)
     # Named by content: a file that was replaced under its old name is another model.
     folder = models_folder(home) / f"{as_name(stem)}-{sha256[:_DIGEST_LENGTH]}"
-    manifest = find_converted(folder, sha256)
+    folder, manifest = _converted_before(sha256, folder, home)
     if manifest is None:
         job = Conversion(name, path, sha256)
         manifest = convert(job, folder, home=home, progress=progress)
@@ -460,6 +460,15 @@ def _of_all(digests: Iterable[str]) -> str:
     """Return the digest of a model, given those of its files: of a single file its own."""
     one, *others = digests
     return files.combine([one, *others]) if others else one
+
+
+def _converted_before(sha256: str, folder: Path, home: Path) -> tuple[Path, Manifest | None]:
+    """Return the folder that was made of the same file, *folder* or one under another name of the file."""
+    kept = models_folder(home)
+    for one in (folder, *(sorted(kept.iterdir()) if kept.is_dir() else ())):
+        if (manifest := find_converted(one, sha256)) is not None:
+            return one, manifest
+    return folder, None
 
 
 def _keep(

@@ -303,6 +303,23 @@ def test_a_gguf_file_that_changed_under_its_name_is_another_model(
 
 
 @pytest.mark.slow
+def test_a_gguf_file_under_another_name_is_not_converted_again(
+    make_gguf: MakeGguf, entry: CatalogEntry, tmp_path: Path
+) -> None:
+    """Ollama calls a file by its sha256, and LM Studio by its name; the catalog has a third."""
+    home = tmp_path / "home"
+    named = prepare("tiny", home=home, catalog={"tiny": entry})
+    for name in ("source.gguf", "other.gguf", f"sha256-{entry.sha256}"):
+        copy = tmp_path / "elsewhere" / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(make_gguf("source.gguf"), copy)
+        model = prepare(str(copy), home=home)
+        assert (model.name, model.source) == (str(copy), copy)
+        assert (model.folder, model.fingerprint) == (named.folder, named.fingerprint)
+    assert [one.name for one in (home / "models").iterdir()] == ["tiny"]
+
+
+@pytest.mark.slow
 def test_a_gguf_file_with_a_strange_name_is_prepared(make_gguf: MakeGguf, tmp_path: Path) -> None:
     path = make_gguf("my model (é) #1.gguf")
     model = prepare(str(path), home=tmp_path / "data é")
