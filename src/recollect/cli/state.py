@@ -23,7 +23,7 @@ from recollect.cli.markdown import make_writer
 from recollect.conversation.model import Model
 from recollect.conversation.session import ReplyStream, Session
 from recollect.conversation.tree import Node
-from recollect.conversation.turn import Reply
+from recollect.conversation.turn import Reply, is_cut
 from recollect.engine.engine import Engine
 from recollect.errors import (
     ConversationError,
@@ -40,7 +40,7 @@ REGENERATE_TEMPERATURE: Final = 0.7
 LONG_PROMPT_TOKENS: Final = 128
 """Fewest computed tokens whose time says how fast prefill is: that of a few is mostly overhead."""
 _NOTES: Final = {
-    "cancelled": "stopped",
+    "cancelled": "stopped, /continue goes on",
     "length": "cut at the token limit, /continue goes on",
     "stop": "",
 }
@@ -503,8 +503,9 @@ def branches(chat: Chat) -> str:
     """Return the named tips of the conversation with their turns, for one line."""
     parts = []
     for name, tip in chat.tips().items():
-        here = " (here)" if name == chat.current else ""
-        parts.append(f"{name} {count(tip.turns, 'turn')}{here}")
+        is_open = name in chat.sessions
+        state = " (here)" if name == chat.current else "" if is_open else " (closed)"
+        parts.append(f"{name} {count(tip.turns, 'turn')}{state}")
     return " · ".join(parts)
 
 
@@ -541,6 +542,9 @@ def _show_last_turns(chat: Chat) -> None:
             "This message has no reply yet: /regenerate generates one, and another message "
             "replaces it."
         )
+    elif is_cut(path[-1]):
+        how = "stopped" if path[-1].finish_reason == "cancelled" else "cut"
+        chat.note(f"The last reply was {how}: /continue goes on with it.")
 
 
 def _shorten(text: str) -> str:
