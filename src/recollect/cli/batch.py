@@ -160,7 +160,11 @@ def _answer_as_text(session: Session, prompt: str, out: TextIO, *, plain: bool) 
 def _say_why_cut(reply: Reply | None) -> None:
     """Say on stderr why a reply ends where it does, if the model did not end it."""
     if reply is not None and reply.finish_reason == "length":
-        why = "repeated itself and was ended" if reply.ran_away else "was cut at the token limit"
+        why = (
+            "repeated itself and was ended"
+            if reply.ended == "repetition"
+            else "was cut at the token limit"
+        )
         _remark(f"The reply {why}.")
 
 
@@ -175,7 +179,7 @@ def _answer_as_json(session: Session, prompt: str, out: TextIO) -> None:
         "reply": reply.said,
         **({"reasoning": reply.reasoning} if reply.reasoning else {}),
         "finish_reason": reply.finish_reason,
-        "ended": "repetition" if reply.ran_away else None,
+        "ended": reply.ended,
         "usage": reply.usage.to_dict(),
     }
     # On a terminal all but ASCII is escaped: some of the rest would be obeyed and not shown.

@@ -180,7 +180,7 @@ class Chat:
         self.totals.add(reply.usage)
         cost = Text(printable(usage_line(reply)), "dim")
         self.console.print(Padding(cost, (0, 0, 0, 2), expand=False), highlight=False)
-        if reply.ran_away:
+        if reply.ended == "repetition":
             self.note("The reply repeated itself and was ended: /continue goes on.")
         if _is_full(self, reply):
             self.note(f"The context is full. {ways_out(self)}")
@@ -336,7 +336,7 @@ def _is_full(chat: Chat, reply: Reply) -> bool:
 def usage_line(reply: Reply) -> str:
     """Return what a reply cost, as the line under it."""
     usage = reply.usage
-    note = "" if reply.ran_away else _NOTES[reply.finish_reason]
+    note = "" if reply.ended == "repetition" else _NOTES[reply.finish_reason]
     parts = [note, f"{usage.awaited_tokens:,} new"]
     if usage.read_ahead_tokens:
         parts.append(f"{usage.read_ahead_tokens:,} read ahead")
