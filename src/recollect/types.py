@@ -18,6 +18,8 @@ from recollect.errors import InvalidParameterError
 FinishReason = Literal["stop", "length", "cancelled"]
 """Why a reply ended. `stop`: at an end token or a stop string. `length`: at the limit of tokens or of the
 context. `cancelled`: by the caller."""
+Ended = Literal["repetition", "call"]
+"""More of the end of a reply that would have gone on: it repeated itself; it was inside a call of a tool."""
 
 Reason = Literal[
     "new",

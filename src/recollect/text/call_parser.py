@@ -71,6 +71,8 @@ class ToolCallParser(PiecewiseReader):
         self._opening = object_opening(self._format)
         self.end_of_calls = 0
         """After how many characters the last call, and what closes it, ended."""
+        self.has_lost_an_opening = False
+        """Whether the reply was cut in a call before its name was whole: that is told as nothing."""
         self._reader = self._read()
 
     @property
@@ -134,7 +136,7 @@ class ToolCallParser(PiecewiseReader):
             if not (yield from self._more()):
                 is_mark = self._is_cut and kept >= CLEARLY_A_MARK
                 if is_mark:
-                    self._take(kept)
+                    self._lose(kept)
                     self._space.clear()
                 yield from self._say_rest()
                 return False
@@ -169,10 +171,15 @@ class ToolCallParser(PiecewiseReader):
         self._space.clear()
         self._trail.clear()
         if self._is_cut and self._ran_out:
-            self._take(len(self._rest))  # the beginning of a call
+            self._lose(len(self._rest))
         else:
             yield from self._tell(text)
         return False
+
+    def _lose(self, length: int) -> None:
+        """Take the beginning of a call of which no more comes."""
+        self._take(length)
+        self.has_lost_an_opening = True
 
     def _start(self, name: str) -> CallStarted:
         self._calls += 1
@@ -444,7 +451,7 @@ class ToolCallParser(PiecewiseReader):
                 break
             if not (yield from self._more()):
                 if self._is_cut and bare.is_clear(rest):
-                    self._take(len(self._rest))
+                    self._lose(len(self._rest))
                 elif lead is not None:
                     self._take(lead.end())
                 return False
