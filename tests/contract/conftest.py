@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from random_model import MAMBA, WITH_EXPERTS, WITH_WINDOW, Shape, write_random_model
 from recollect import config
+from recollect.conversation.formats import RunOptions, load_runtime
 from recollect.models.onnx_folder import Precision
 from recollect.models.prepare import prepare
 from recollect.runtime.base import PagedRuntime, ReferenceRuntime
@@ -63,8 +65,11 @@ LLAMA_SHAPES = {
         architecture="lfm2", layers=4, head_norms=True, fields={"shortconv.l_cache": 3}
     ),
     "llama-experts": WITH_EXPERTS,
+    "llama-qwen3": Shape(architecture="qwen3", head_norms=True),
 }
 """Random models for llama.cpp: one that is plain, one that forgets, one that chooses who computes."""
+LLAMA_FILES = {f"llama-{name}": name for name in ("smollm2", "gemma-3-270m", "qwen2.5-coder-0.5b")}
+"""Real ones, with weights unpacked to f32."""
 WITHOUT_WEIGHTS = [
     "reference",
     "reference-whole-blocks",
@@ -73,7 +78,7 @@ WITHOUT_WEIGHTS = [
     "sequences",
     "sequences-copied",
 ]
-WITH_WEIGHTS = ["openvino-exact", "genai-fp32"]
+WITH_WEIGHTS = ["openvino-exact", "genai-fp32", *LLAMA_FILES]
 PARAMS = [
     *WITHOUT_WEIGHTS,
     *(pytest.param(name, marks=pytest.mark.model) for name in WITH_WEIGHTS),
@@ -90,6 +95,7 @@ def maker(
     runtime_name: str,
     onnx_folder: Callable[[Precision], Path],
     make_sequences: Callable[..., SequenceRuntime],
+    real_gguf: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Maker:
     """Return what makes one runtime of the kind under test."""
@@ -102,6 +108,11 @@ def maker(
         write_random_model(path, LLAMA_SHAPES[runtime_name])
         options = LlamaOptions(profile="exact", threads=1)
         return lambda: load_llama(path, context_length=512, options=options)
+    if runtime_name in LLAMA_FILES:
+        home = config.home()
+        file = prepare(str(real_gguf(LLAMA_FILES[runtime_name])), home=home, runtime="llama")
+        short = replace(file, context_length=512)
+        return lambda: load_runtime(short, RunOptions(profile="exact", home=home))
     if runtime_name == "genai-fp32":
         folder = onnx_folder("fp32")
         local = prepare(str(folder), home=config.home())
