@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from random_model import MAMBA, WITH_EXPERTS, WITH_WINDOW, Shape, write_random_model
+from random_model import (
+    MAMBA,
+    WITH_CONVOLUTIONS,
+    WITH_EXPERTS,
+    WITH_WINDOW,
+    Shape,
+    write_random_model,
+)
 from recollect import config
 from recollect.conversation.formats import RunOptions, load_runtime
 from recollect.models.onnx_folder import Precision
@@ -61,9 +68,7 @@ LLAMA_SHAPES = {
     "llama-exact": Shape(),
     "llama-window": WITH_WINDOW,
     "llama-recurrent": Shape(architecture="mamba", fields=MAMBA),
-    "llama-hybrid": Shape(
-        architecture="lfm2", layers=4, head_norms=True, fields={"shortconv.l_cache": 3}
-    ),
+    "llama-hybrid": WITH_CONVOLUTIONS,
     "llama-experts": WITH_EXPERTS,
     "llama-qwen3": Shape(architecture="qwen3", head_norms=True),
 }
@@ -106,7 +111,7 @@ def maker(
     if runtime_name in LLAMA_SHAPES:
         path = tmp_path_factory.mktemp("llama") / "random.gguf"
         write_random_model(path, LLAMA_SHAPES[runtime_name])
-        options = LlamaOptions(profile="exact", threads=1)
+        options = LlamaOptions(profile="exact", threads=1, recurrent_block_size=32)
         return lambda: load_llama(path, context_length=512, options=options)
     if runtime_name in LLAMA_FILES:
         home = config.home()

@@ -12,7 +12,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from random_model import WITH_EXPERTS, WITH_WINDOW, Shape, write_random_model
+from random_model import (
+    MAMBA,
+    WITH_CONVOLUTIONS,
+    WITH_EXPERTS,
+    WITH_WINDOW,
+    Shape,
+    write_random_model,
+)
 from recollect import config
 from recollect.conversation.formats import RunOptions, load_runtime
 from recollect.engine.engine import Engine
@@ -28,6 +35,8 @@ SHAPES = {
     "plain": Shape(),
     "window": WITH_WINDOW,
     "experts": WITH_EXPERTS,
+    "recurrent": Shape(architecture="mamba", fields=MAMBA),
+    "hybrid": WITH_CONVOLUTIONS,
 }
 CONTEXT = 320
 NUM_BLOCKS = 40
@@ -39,7 +48,7 @@ WHICH = st.integers(0, 99)
 
 
 def opened(path: Path) -> LlamaCppRuntime:
-    options = LlamaOptions(profile="exact", threads=1, lanes=2)
+    options = LlamaOptions(profile="exact", threads=1, lanes=2, recurrent_block_size=32)
     runtime = load_llama(path, context_length=CONTEXT, options=options)
     assert isinstance(runtime, LlamaCppRuntime)
     return runtime

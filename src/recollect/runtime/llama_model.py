@@ -7,6 +7,7 @@ lanes here. Does not know blocks.
 
 import ctypes
 import logging
+import math
 import os
 import re
 import sys
@@ -38,6 +39,8 @@ _log = logging.getLogger(__name__)
 
 BLOCK_SIZE: Final = 32
 """Token slots per block: any number would do, and this is the other runtimes'."""
+RECURRENT_BLOCK_SIZE: Final = 256
+"""The same where each block also has a recurrent state, which may be as large as the KV of many tokens."""
 MOST_LANES: Final = 4
 """Sequences of the library: each has KV for a full context, besides what the blocks have."""
 MOST_FED: Final = 2048
@@ -66,6 +69,8 @@ class LlamaOptions:
     """A name of `KV_TYPES`; None: as the profile says."""
     lanes: int = MOST_LANES
     """Most sequences that the library holds at once."""
+    recurrent_block_size: int = RECURRENT_BLOCK_SIZE
+    """Token slots per block of recurrent models and hybrids."""
     threads: int | None = None
     """None: one for each processor that this process may use, at most one for each core."""
 
@@ -83,6 +88,8 @@ class LlamaModel:
         self._model: int | None = None
         self._context: int | None = None
         self.layers_on_card = 0
+        self.state_bytes = 0.0, 0.0
+        """Of a sequence's state, in any case and for each token; known once it was learned."""
         self._load_what_fits()
         self.vocab_size: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
         self.window: int = max(0, lib.llama_model_n_swa(self._model))
@@ -310,15 +317,25 @@ class LlamaModel:
             self._model = None
 
     def learn(self) -> Layout | None:
-        """Return how this model's states are arranged, learned from one; None: it is not understood."""
-        if self.is_recurrent:
-            return None
+        """Return how this model's states are arranged, learned from two; None: it is not understood."""
         self.open(_CELL_STEP, 2)
         ids = [min(number + 1, self.vocab_size - 1) for number in range(_LEARNED_CELLS)]
-        self.decode([(1, 0, ids, False)])
-        return Layout.learn(
-            self.state(1), sequence=1, streams=2, cells=_LEARNED_CELLS, block_size=BLOCK_SIZE
+        states = []
+        for past in (0, _LEARNED_CELLS):
+            self.decode([(1, past, ids, False)])
+            states.append(self.state(1))
+        per_token = (len(states[1]) - len(states[0])) / _LEARNED_CELLS
+        self.state_bytes = len(states[0]) - per_token * _LEARNED_CELLS, per_token
+        layout = Layout.learn(
+            states[0],
+            sequence=1,
+            streams=2,
+            cells=_LEARNED_CELLS,
+            block_size=self.options.recurrent_block_size if self.is_recurrent else BLOCK_SIZE,
+            is_recurrent=self.is_recurrent,
         )
+        is_right = layout is not None and layout.explains(states[1], 1, 2 * _LEARNED_CELLS)
+        return layout if is_right else None
 
     def require_layout(self) -> Layout:
         """
@@ -337,10 +354,14 @@ class LlamaModel:
         arrangement = "" if layout is None else layout.text()
         digest = blake2b(arrangement.encode(), digest_size=8).hexdigest()
         device = self.device
+        fixed, per_token = self.state_bytes
+        block_size = BLOCK_SIZE if layout is None else layout.block_size
+        # Without blocks, what a sequence of the library takes for as many tokens.
+        replayed = math.ceil(block_size * (per_token + fixed / context_length))
         return RuntimeInfo(
             name=f"llama.cpp-{self.lib.found.build}-{self.options.profile}",
-            block_size=BLOCK_SIZE,
-            bytes_per_block=1 if layout is None else layout.bytes_per_block,
+            block_size=block_size,
+            bytes_per_block=replayed if layout is None else layout.bytes_per_block,
             vocab_size=self.vocab_size,
             context_length=context_length,
             device=device,
@@ -348,7 +369,11 @@ class LlamaModel:
                 f"{self.kv_type},flash={int(self.flash_attention)},{device},"
                 f"layers={self.layers_on_card},{digest}"
             ),
-            reuse=Reuse(as_bytes=layout is not None),
+            reuse=(
+                Reuse(unit=block_size, whole_tails=True)
+                if layout is not None and layout.recurrent
+                else Reuse(as_bytes=layout is not None)
+            ),
             pace=Pace() if device == "CPU" else _CARD_PACE,
         )
 
