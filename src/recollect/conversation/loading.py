@@ -252,6 +252,7 @@ def bring_in(model: Model, file: PortableFile) -> int:
     tier = require_tier(model.engine)
     with model.engine.lock:
         root = model.engine.cache.root().key
+    keeps = model.engine.info.reuse.whole_tails
     keys: list[Key] = []
     batch: list[NewBlock] = []
     batch_bytes = 0
@@ -260,9 +261,9 @@ def bring_in(model: Model, file: PortableFile) -> int:
         batch.append(block)
         batch_bytes += file.bytes_per_block
         if batch_bytes >= _BATCH_BYTES:
-            tier.store.write(tier.identity, batch)
+            tier.store.write(tier.identity, batch, keep_parts=keeps)
             batch, batch_bytes = [], 0
-    tier.store.write(tier.identity, batch)
+    tier.store.write(tier.identity, batch, keep_parts=keeps)
     if not tier.store.has_blocks(keys):
         raise StoreError("There is no room for its KV on disk: give the cache more (--kv-disk).")
     return len(file.token_ids)
