@@ -64,7 +64,7 @@ def test_a_part_is_kept_and_found_whole_where_it_cannot_be_cut(of_whole_tails: C
     ]
     assert all(tail.in_tree for tail in tails), "no longer block stands for a shorter one"
     for length, expected in ((4, 4), (5, 5), (6, 5), (7, 7)):
-        assert found(cache, [0, 1, 2, 3, 4, 5, 6, 8][:length] + [40]) == expected
+        assert found(cache, [*[0, 1, 2, 3, 4, 5, 6, 8][:length], 40]) == expected
     assert found(cache, [0, 1, 2, 3, 4, 5]) == 5
     assert found(cache, [0, 1, 2, 3, 4, 5, 6, 8]) == 8
     assert found(cache, [0, 1]) == 0
