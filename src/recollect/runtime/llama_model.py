@@ -31,7 +31,7 @@ from recollect.errors import (
     UnsupportedModelError,
 )
 from recollect.runtime.base import Logits, Pace, Reuse, RuntimeInfo
-from recollect.runtime.llama_library import KV_TYPES, Batch, LlamaLibrary, library
+from recollect.runtime.llama_library import KV_TYPES, Batch, Device, LlamaLibrary, library
 from recollect.runtime.llama_state import Layout
 from recollect.types import Profile
 
@@ -65,6 +65,8 @@ class LlamaOptions:
     profile: Profile = "fast"
     gpu_layers: int | None = None
     """Layers in the memory of a graphics card; None: as many as fit."""
+    device: str | None = None
+    """`CPU`, `GPU`, a kind such as `CUDA`, or one device by the library's name for it; None: all cards."""
     kv_type: str | None = None
     """A name of `KV_TYPES`; None: as the profile says."""
     lanes: int = MOST_LANES
@@ -108,8 +110,7 @@ class LlamaModel:
 
     def _load_what_fits(self) -> None:
         """Load the weights, as many layers of them into the memory of cards as there is room for."""
-        asked = self.options.gpu_layers
-        cards = [device for device in self.lib.devices() if device.is_graphics]
+        asked, cards = self.options.gpu_layers, self._cards()
         if asked and not cards:
             raise ConfigError(
                 f"There is no graphics card that {self.lib.found.origin} can use, for {asked} layers: leave "
@@ -125,10 +126,34 @@ class LlamaModel:
         if asked is not None:
             self._load(min(asked, everything))
             return
-        free = sum(card.free_bytes for card in cards)
-        size = sum(part.stat().st_size for part in _parts(self.path))
+        size, free = self._sizes()
         share = (free * _CARD_SHARE - _CARD_RESERVE) / max(1, size)
         self._load_or_less(everything if share >= 1 else max(0, int(share * everything)))
+
+    def _cards(self) -> list[Device]:
+        """
+        Return the graphics cards that are used.
+
+        Raises:
+            ConfigError: There is no device of the name that was asked for.
+        """
+        devices, asked = self.lib.devices(), self.options.device
+        cards = [device for device in devices if device.is_graphics]
+        if asked is None or asked.upper() == "CPU":
+            return [] if asked else cards
+        kinds = [card for card in cards if asked.upper() in ("GPU", card.backend.upper())]
+        chosen = kinds or [card for card in cards if asked.upper() == card.name.upper()]
+        if not chosen:
+            raise ConfigError(
+                f"{self.lib.found.origin} has no device {asked!r} here: it has "
+                f"{', '.join(one.name for one in devices)}; give one of these, or leave --device out."
+            )
+        return chosen
+
+    def _sizes(self) -> tuple[int, int]:
+        """Return what the weights take, and what the cards have free, in bytes."""
+        size = sum(part.stat().st_size for part in _parts(self.path))
+        return size, sum(card.free_bytes for card in self._cards())
 
     def _load_or_less(self, layers: int) -> None:
         """Load with that many layers on cards, or with fewer where there is no memory for them."""
@@ -159,6 +184,10 @@ class LlamaModel:
         self.close()
         params = self.lib.model_params()
         params.n_gpu_layers, params.vocab_only = layers, vocab_only
+        handles = [card.handle for card in self._cards()] if layers else []
+        only = (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
+        if self.options.device is not None and handles:
+            params.devices = ctypes.addressof(only)
         self._model = self.lib.load_model(self.path, params)
         if self._model is None:
             raise UnsupportedModelError(self._why_not_loaded(layers))
@@ -166,8 +195,7 @@ class LlamaModel:
 
     def _why_not_loaded(self, layers: int) -> str:
         if layers:
-            size = sum(part.stat().st_size for part in _parts(self.path))
-            free = sum(device.free_bytes for device in self.lib.devices() if device.is_graphics)
+            size, free = self._sizes()
             return (
                 f"llama.cpp cannot load {self.path.name} with {layers} layers on the graphics card, of whose "
                 f"memory {free:,} bytes are free, and all weights take {size:,} ({self.lib.why()}): choose "
@@ -264,8 +292,14 @@ class LlamaModel:
         )
         code = self.lib.decode(self._context, batch)
         if code:
+            is_card = self.layers_on_card > 0
+            lost = (
+                f" If {self.device} was lost, load the model again, or run it with --device CPU: what was "
+                "said is kept, and so is the KV on disk."
+            )
             raise RuntimeFailure(
                 f"llama.cpp failed while running the model ({code}: {self.lib.why()})."
+                + (lost if is_card else "")
             )
         return [
             self._logits(int(place)) if wants else None
@@ -380,8 +414,8 @@ class LlamaModel:
     @property
     def device(self) -> str:
         """Return the kind of device that computes, by its backend: `CPU`, `CUDA`, `Metal`."""
-        cards = [one for one in self.lib.devices() if one.is_graphics]
-        return cards[0].name.rstrip("0123456789") if cards and self.layers_on_card else "CPU"
+        cards = self._cards() if self.layers_on_card else []
+        return cards[0].backend if cards else "CPU"
 
 
 class LlamaVocabulary:
