@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from getpass import getpass
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args
@@ -327,6 +328,14 @@ class ModelOptions:
             help="What runs a GGUF file. auto: OpenVINO where it can, llama.cpp with a graphics card."
         ),
     ] = "auto"
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What computes: CPU, GPU, or a name that `recollect doctor` shows.",
+            show_default="the runtime's choice",
+        ),
+    ] = None
     gpu_layers: Annotated[
         str | None,
         typer.Option(
@@ -374,7 +383,7 @@ class ModelOptions:
                 progress=progress,
                 offline=self.offline or None,
                 runtime=self.runtime,
-                llama=which_llama,
+                llama=partial(which_llama, self.device),
             )
         if self.long_context:
             local.for_long_context()  # raises if there is none
@@ -401,6 +410,7 @@ class ModelOptions:
                 allow_native_code=self.allow_native_code,
                 long_context=self.long_context,
                 runtime=self.runtime,
+                device=self.device,
                 gpu_layers=self._layers(),
                 kv_type=self.kv_type,
                 tool_format=self.tool_format,

@@ -8,6 +8,7 @@ that KV to a model's store. `journal.portable` reads and checks the files themse
 
 import logging
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -45,6 +46,7 @@ def load(
     allow_native_code: str | None = None,
     long_context: bool = False,
     runtime: RuntimeChoice = "auto",
+    device: str | None = None,
     gpu_layers: int | None = None,
     kv_type: str | None = None,
     progress: Progress = no_progress,
@@ -77,6 +79,8 @@ def load(
             context that it was trained on first.
         runtime: What runs a GGUF file: `openvino`, which it is converted for; `llama`, which is llama.cpp;
             or `auto`: OpenVINO if it reads the file exactly, unless llama.cpp has a graphics card.
+        device: What computes, such as `CPU` or `CUDA0`; `recollect doctor` lists what there is. None: the
+            runtime's choice, which is a graphics card for llama.cpp where there is one.
         gpu_layers: For llama.cpp, layers in the memory of graphics cards; None: as many as fit.
         kv_type: For llama.cpp, the type of keys and values; None: as the profile says.
         progress: Called while the model is fetched and converted.
@@ -106,11 +110,13 @@ def load(
         progress=progress,
         offline=offline,
         runtime=runtime,
-        llama=which_llama,
+        llama=partial(which_llama, device),
     )
     if long_context:
         local = local.for_long_context()
-    options = RunOptions(profile=profile, home=home, gpu_layers=gpu_layers, kv_type=kv_type)
+    options = RunOptions(
+        profile=profile, home=home, device=device, gpu_layers=gpu_layers, kv_type=kv_type
+    )
     loaded = load_runtime(local, options)
     store = store or _store(home, kv_disk, cipher, loaded)
     try:
@@ -130,14 +136,20 @@ def load(
         raise
 
 
-def which_llama() -> Llama:
-    """Return whether llama.cpp is here, and whether it is the quicker one since it has a graphics card."""
+def which_llama(device: str | None = None) -> Llama:
+    """
+    Return whether llama.cpp is here, and whether it is the quicker one since it has a graphics card.
+
+    Args:
+        device: The one that was asked for; with the processor no card counts.
+    """
     from recollect.runtime.llama_library import is_there, library  # noqa: PLC0415 - part of an extra
 
     try:
         if not is_there():
             return "missing"
-        is_quicker = any(device.is_graphics for device in library().devices())
+        uses_cards = device is None or device.upper() != "CPU"
+        is_quicker = uses_cards and any(one.is_graphics for one in library().devices())
     except UnsupportedModelError as error:  # models that OpenVINO runs do without it
         _log.warning("%s", error)
         return "missing"
@@ -252,6 +264,7 @@ def bring_in(model: Model, file: PortableFile) -> int:
     tier = require_tier(model.engine)
     with model.engine.lock:
         root = model.engine.cache.root().key
+    keeps = model.engine.info.reuse.whole_tails
     keys: list[Key] = []
     batch: list[NewBlock] = []
     batch_bytes = 0
@@ -260,9 +273,9 @@ def bring_in(model: Model, file: PortableFile) -> int:
         batch.append(block)
         batch_bytes += file.bytes_per_block
         if batch_bytes >= _BATCH_BYTES:
-            tier.store.write(tier.identity, batch)
+            tier.store.write(tier.identity, batch, keep_parts=keeps)
             batch, batch_bytes = [], 0
-    tier.store.write(tier.identity, batch)
+    tier.store.write(tier.identity, batch, keep_parts=keeps)
     if not tier.store.has_blocks(keys):
         raise StoreError("There is no room for its KV on disk: give the cache more (--kv-disk).")
     return len(file.token_ids)

@@ -384,7 +384,9 @@ class Sequence:
         """Let others find the last block, though it is not full; who writes on copies it then."""
         cache, after = self.memory.cache, self.last_full
         start = len(self.chain) * self.memory.info.block_size
-        if after is None or cache.whole_blocks_only or start >= self.computed:
+        if after is None or start >= self.computed:
+            return
+        if cache.whole_blocks_only and not cache.whole_tails:
             return
         cache.insert(after, self._token_ids[start : self.computed], self.blocks[len(self.chain)])
 
