@@ -75,6 +75,10 @@ SINCE = (
     "a reply on the terminal",
     "the tokenizer of llama.cpp",
     "the table of formats",
+    "how likely the tokens of a reply are",
+    "replies that are tried beside each other",
+    "what is tried, and what came of it",
+    "replies on an event loop",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)
