@@ -76,6 +76,8 @@ SINCE = (
     "the tokenizer of llama.cpp",
     "the table of formats",
     "searches in all conversations",
+    "searches over HTTP, and lists of what a conversation has",
+    "the commands for checkpoints",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)
