@@ -78,6 +78,7 @@ SINCE = (
     "searches in all conversations",
     "searches over HTTP, and lists of what a conversation has",
     "the commands for checkpoints",
+    "chats of clients that are kept",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)
