@@ -32,7 +32,7 @@ from starlette.types import Receive, Scope, Send
 
 from recollect.conversation.model import Model
 from recollect.encryption import KV_PURPOSE
-from recollect.engine.reply import GeneratedReply, ReplyGeneration
+from recollect.engine.reply import GeneratedReply, ReplyGeneration, on_thread
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
@@ -47,7 +47,7 @@ from recollect.server.events import (
     Thought,
     Writer,
 )
-from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
+from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket
 from recollect.server.kept_chats import KeptChats
 from recollect.server.refusals import ClientGone, api_error, stopping
 from recollect.server.settings import Settings
