@@ -111,11 +111,10 @@ class RecollectModel(llm.Model):
         if whole is None:
             return
         for call in whole.tool_calls:
-            response.add_tool_call(
-                llm.ToolCall(
-                    name=call.name, arguments=_arguments(call.arguments), tool_call_id=call.id
-                )
-            )
+            arguments = _arguments(call.arguments)
+            if arguments is not None:
+                made = llm.ToolCall(name=call.name, arguments=arguments, tool_call_id=call.id)
+                response.add_tool_call(made)
         usage = whole.usage
         response.set_usage(
             input=usage.prompt_tokens,
@@ -177,10 +176,10 @@ def _schema(tool: Any) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _arguments(text: str) -> dict[str, Any]:
-    """Return the arguments of a call; those of one that was cut, as far as they are JSON, are none."""
+def _arguments(text: str) -> dict[str, Any] | None:
+    """Return the arguments of a call; None of one that was cut, which is not to be made."""
     try:
         found = json.loads(text)
     except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None
+    return found if isinstance(found, dict) else None

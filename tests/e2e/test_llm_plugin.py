@@ -68,16 +68,26 @@ def test_a_tool_is_called_and_its_result_goes_back(model: Model, on: Callable[..
         asked.append(small)
         return "by the sea"
 
-    chat = on(model, tool_choice="required").conversation()
-    response = chat.prompt("Where does Alex live?", tools=[town], max_tokens=200)
+    tool = llm.Tool.function(town)
+    tool.input_schema["additionalProperties"] = False
+    chat = on(model, tool_choice="required", parallel_tool_calls=False).conversation()
+    response = chat.prompt("Where does Alex live?", tools=[tool], max_tokens=200)
     (call,) = response.tool_calls()
     assert call.name == "town"
     (result,) = response.execute_tool_calls()
     assert (asked, result.output) == ([call.arguments["small"]], "by the sea")
     on(model)
-    answer = chat.prompt(tool_results=[result], tools=[town], max_tokens=8)
+    answer = chat.prompt(tool_results=[result], tools=[tool], max_tokens=8)
     assert answer.text()
     assert answer.token_details["computed_tokens"] < answer.input_tokens / 2
+
+
+def test_a_call_that_was_cut_is_not_made(model: Model, on: Callable[..., Any]) -> None:
+    tool = llm.Tool(name="town", input_schema={"type": "object"}, implementation=lambda: "x")
+    response = on(model, tool_choice="required").prompt("Where?", tools=[tool], max_tokens=20)
+    assert response.text() == ""
+    assert response.output_tokens == 20
+    assert response.tool_calls() == []
 
 
 def test_what_cannot_be_done_is_said_in_a_sentence(

@@ -230,7 +230,7 @@ class Search:
         self, conversation_id: int, ids: Sequence[int]
     ) -> dict[int, tuple[str | None, int]]:
         """Return for nodes of a conversation a branch that each is in, and its number; reads no text."""
-        parents = dict(
+        parents: dict[int, int | None] = dict(
             self._rows(
                 "SELECT id, parent_id FROM nodes WHERE conversation_id = ? ORDER BY id",
                 conversation_id,
