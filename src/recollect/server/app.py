@@ -32,6 +32,7 @@ from recollect.errors import RecollectError
 from recollect.journal.requests import RequestLog
 from recollect.server import (
     anthropic,
+    browsing,
     chat_completions,
     completions,
     conversation_routes,
@@ -231,6 +232,7 @@ _ROUTERS: Final = (
     completions.router,
     responses.router,
     conversation_routes.router,
+    browsing.router,
     anthropic.router,
     ollama.router,
     ollama_router,
