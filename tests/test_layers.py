@@ -75,6 +75,11 @@ SINCE = (
     "a reply on the terminal",
     "the tokenizer of llama.cpp",
     "the table of formats",
+    "what has changed in the journal",
+    "events",
+    "the last of them",
+    "events on their way to clients",
+    "the endpoint of events",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

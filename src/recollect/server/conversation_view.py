@@ -19,6 +19,7 @@ from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message
 from recollect.conversation.turn import ANSWERED
+from recollect.journal.changes import item_name, response_item
 from recollect.journal.journal import Journal
 from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, StoredConversation
 from recollect.server.hub import OpenConversations
@@ -341,9 +342,10 @@ class ConversationView:
             for one in journal.labels(label.conversation_id)
             if one.node_id is not None
         }
-        prefix = f"msg_{label.name.removeprefix('conv_')}"
-        names = {node.id: f"{prefix}_{number}" for number, node in enumerate(stored.nodes, 1)}
-        names |= {node: f"msg_{one.removeprefix('resp_')}" for node, one in responses.items()}
+        names = {
+            node.id: item_name(label.name, number) for number, node in enumerate(stored.nodes, 1)
+        }
+        names |= {node: response_item(one) for node, one in responses.items()}
         copies = copies_of(label)
         return cls(conversation_id, stored, head.branch, label, responses, names, copies)
 
