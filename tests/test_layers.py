@@ -85,6 +85,11 @@ SINCE = (
     "replies that are tried beside each other",
     "what is tried, and what came of it",
     "replies on an event loop",
+    "what has changed in the journal",
+    "events",
+    "the last of them",
+    "events on their way to clients",
+    "the endpoint of events",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

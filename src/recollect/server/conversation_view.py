@@ -19,6 +19,7 @@ from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message
 from recollect.conversation.turn import ANSWERED
+from recollect.journal.changes import item_name, response_item
 from recollect.journal.journal import Journal
 from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, StoredConversation
 from recollect.server.hub import OpenConversations
@@ -524,9 +525,7 @@ def own_name(conversation: str, number: int, response: str | None) -> str:
         number: Which message of the conversation it is, in the order of writing; the first is 1.
         response: The id of the response that it is; None: it is none.
     """
-    if response is not None:
-        return f"msg_{response.removeprefix('resp_')}"
-    return f"msg_{conversation.removeprefix('conv_')}_{number}"
+    return item_name(conversation, number) if response is None else response_item(response)
 
 
 def conversation_body(
