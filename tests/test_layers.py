@@ -75,6 +75,8 @@ SINCE = (
     "a reply on the terminal",
     "the tokenizer of llama.cpp",
     "the table of formats",
+    "the page",
+    "conversations as files, and names of branches, over HTTP",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

@@ -284,8 +284,16 @@ class Fork(Body):
     """Where to fork, at the tip unless said otherwise, and what to call the branch."""
 
     at: str | None = None
+    before: str | None = None
+    """An item or a response: the branch begins where it was said, to say something else there."""
     name: PlaceName | None = None
     metadata: Ignored = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Fork":
+        if self.at is not None and self.before is not None:
+            raise ValueError("give at most one of at and before")
+        return self
 
 
 @router.post("/v1/conversations")
@@ -453,6 +461,8 @@ def fork(conversation_id: str, body: Fork, request: Request) -> dict[str, Any]:
             param="name",
         )
     at = view.tip if body.at is None else view.node_id(body.at)
+    if body.before is not None:
+        at = _node(view, view.node_id(body.before)).parent_id
     services_of(request).journal.set_tip(view.stored.id, name, at)
     return view.at(f"{split_branch(conversation_id)[0]}.{name}", name, at).standing()
 

@@ -25,6 +25,7 @@ from recollect.server.hub import OpenConversations
 from recollect.server.refusals import ApiError, not_found, quoted
 from recollect.server.response_object import items_of
 from recollect.server.services import client_of, services_of
+from recollect.server.usage import recorded
 from recollect.types import Message
 
 HAS_INSTRUCTIONS = "has_instructions"
@@ -428,6 +429,8 @@ class ConversationView:
                 "parent_id": None if node.parent_id is None else self.names[node.parent_id],
                 "response_id": self.responses.get(node.id),
                 "created_at": int(node.created_at.timestamp()),
+                "finish_reason": node.finish_reason,
+                "usage": None if node.usage is None else recorded(node.usage).to_dict(),
             }
             for node in self.stored.nodes
         ]
