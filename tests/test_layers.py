@@ -77,6 +77,12 @@ SINCE = (
     "the table of formats",
     "the page",
     "conversations as files, and names of branches, over HTTP",
+    "searches in all conversations",
+    "searches over HTTP, and lists of what a conversation has",
+    "the commands for checkpoints",
+    "chats of clients that are kept",
+    "how likely the tokens of a reply are",
+    "replies that are tried beside each other",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

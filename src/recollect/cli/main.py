@@ -28,9 +28,9 @@ COMMANDS: Final = {
     "keys": ("serve", "Manage the API keys of `recollect serve`."),
     "conversations": (
         "conversations",
-        "List, show, rename, delete, export and import conversations.",
+        "List, search, show, rename, delete, export and import conversations.",
     ),
-    "checkpoints": ("conversations", "List and delete the checkpoints that /save has made."),
+    "checkpoints": ("checkpoints", "List and delete the checkpoints that /save has made."),
     "cache": ("cache", "Show, check and clear the cache (KV) on disk."),
     "warm": ("cache", "Read a document or instructions once, and keep their KV on disk."),
     "encrypt": ("options", "Encrypt conversations and the cache on disk."),

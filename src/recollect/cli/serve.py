@@ -161,6 +161,13 @@ def serve(
         int, _option("Limits", about="Most requests that wait.", metavar="N", min=0)
     ] = 64,
     encrypt: EncryptOption = False,
+    keep_chats: Annotated[
+        bool,
+        typer.Option(
+            "--keep-chats",
+            help="Keep chats of clients that send all of it each time as conversations.",
+        ),
+    ] = False,
     no_save: Annotated[
         bool,
         typer.Option(
@@ -175,6 +182,11 @@ def serve(
     Conversations are read only once, also those of clients that send all of it each time.
     Point a client at http://127.0.0.1:8765/v1; /openapi.json there describes every request.
     """
+    if keep_chats and no_save:
+        raise ConfigError(
+            "--keep-chats keeps what clients say, and --no-save keeps none of their words: leave one of "
+            "them out."
+        )
     _require_packages()
     from recollect.server import app as server  # noqa: PLC0415 - its libraries are an extra
     from recollect.server import hub as hubs  # noqa: PLC0415
@@ -205,6 +217,7 @@ def serve(
         max_tokens=max_tokens or None,
         is_strict=strict,
         keeps_words=not no_save,
+        keeps_chats=keep_chats,
         has_keys=len(keys) > 0,
         limits=Limits(concurrent=concurrent, queue=queue),
     )

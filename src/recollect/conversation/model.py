@@ -29,7 +29,7 @@ from recollect.engine.tier import DiskTier
 from recollect.errors import ConfigError, ConversationError, UnknownConversationError
 from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Page, require_name
+from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Hit, Page, require_name
 from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import DiskStore
 from recollect.kv.record import Pin, StoredReply, chained_keys
@@ -404,9 +404,32 @@ class Model:
             begun=tip if tip.role == "assistant" else None,
         )
 
-    def sessions(self) -> list[ConversationInfo]:
-        """Return the saved conversations, the one used last first."""
-        return self.journal.conversations()
+    def sessions(
+        self, *, limit: int | None = None, after: int | None = None
+    ) -> list[ConversationInfo]:
+        """
+        Return the saved conversations, the one used last first.
+
+        Args:
+            limit: Most of them to return; None: all, read without their texts.
+            after: The `id` of the last one of the page before; None: this is the first page.
+
+        Raises:
+            UnknownConversationError: There is no conversation *after*.
+            StoreError: The journal cannot be read.
+        """
+        page = Page(limit=-1 if limit is None else limit, after=after)
+        return self.journal.conversations(page=page)
+
+    def search(self, words: str, *, limit: int = 20, after: int | None = None) -> list[Hit]:
+        """
+        Return the messages of saved conversations that have all of some words; see `Journal.search`.
+
+        Raises:
+            InvalidParameterError: There is no word in it, or it is too long.
+            StoreError: The journal cannot be read.
+        """
+        return self.journal.search(words, limit=limit, after=after)
 
     def resume(
         self,
@@ -509,14 +532,21 @@ class Model:
         """Undo `publish` with the same values; return whether the prefix was public."""
         return self.public.unpublish(beginning(self.prompts, text, system=system))
 
-    def checkpoints(self) -> list[Checkpoint]:
+    def checkpoints(
+        self, *, limit: int | None = None, after: str | None = None
+    ) -> list[Checkpoint]:
         """
-        Return all checkpoints that `Session.checkpoint` has saved, sorted by name, of all models.
+        Return the checkpoints that `Session.checkpoint` has saved, sorted by name, of all models.
+
+        Args:
+            limit: Most of them to return; None: all.
+            after: Only those whose names sort behind this one, such as the last of the page before.
 
         Raises:
             StoreError: There is no KV store on disk, or it cannot be read.
         """
-        return self.checkpoint_store.all()
+        found = self.checkpoint_store.all()
+        return [one for one in found if after is None or one.name > after][:limit]
 
     def drop_checkpoint(self, name: str) -> None:
         """

@@ -5,9 +5,10 @@ One turn of a session: its prompt, its reply, and the reason why tokens were com
 rest are values: the session carries a turn out, and owns all other state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
-from typing import Final, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 from recollect.conversation.matching import Change
 from recollect.conversation.prompt import PromptEncoder
@@ -31,6 +32,7 @@ from recollect.journal.records import NewNode
 from recollect.text.reasoning import NO_REASONING, Begun, ReasoningMarks, ReasoningWatch
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
+from recollect.text.tool_calls import CallRules
 from recollect.text.tool_formats import HERMES, ToolFormat
 from recollect.types import Reason, SamplingParams, ToolLinks, Usage
 
@@ -224,14 +226,71 @@ class ModelParts(Protocol):
         """
 
 
-class Prompting:
-    """Prompts in one namespace. Owned by a session."""
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A turn that the engine can begin, and what reads its reply."""
 
-    def __init__(self, engine: Engine, encoder: PromptEncoder, namespace: str) -> None:
-        self._engine = engine
-        self._encoder = encoder
+    turn: Turn
+    generator: Generator
+    """Has the prompt; nothing of it is computed yet."""
+    rules: CallRules | None
+    """What calls of tools look like; None: there are none."""
+    begun: Begun
+    """How reasoning stands where the reply begins."""
+
+
+class Prompting:
+    """Prompts in one namespace. Owned by a session, or by an exploration."""
+
+    def __init__(
+        self, model: ModelParts, namespace: str, options: Mapping[str, Any] | None = None
+    ) -> None:
+        self._model = model
+        self._engine = model.engine
+        self._encoder = model.prompts.with_options(options) if options else model.prompts
         self._namespace = namespace
         self._window = Window()
+
+    def beside(self, model: ModelParts, options: Mapping[str, Any]) -> "Prompting":
+        """Return one for another model, or for the same, that leaves out the turns that this one does."""
+        other = Prompting(model, self._namespace, options)
+        other._window = copy(self._window)
+        return other
+
+    def prepare(
+        self,
+        asked: Asking,
+        said: str | None,
+        params: SamplingParams,
+        tools: Tools,
+        *,
+        before: Node,
+        change: Change | None,
+        tools_change: str | None,
+    ) -> Prepared:
+        """
+        Return a turn that is ready to begin; nothing of it is computed or kept.
+
+        Args:
+            asked: As `asking` returns it.
+            said, tools, before: As in `Turn`.
+            params: How the reply is sampled.
+            change, tools_change: As in `Expectation`.
+
+        Raises:
+            ConfigError: A parameter, a grammar or a tool cannot be used.
+            ContextFullError: The prompt does not fit the context.
+        """
+        model, form = self._model, self._model.template.tool_format
+        rules = tools.rules(params.grammar, form) if tools.schemas else None
+        sequence = self.sequence(asked.prompt.token_ids)
+        begun = asked.reasoning(model.template.reasoning)
+        reasoning = model.tokenizer, begun
+        generator = generator_of(
+            self._engine, sequence, params, tools, model.grammars, reasoning, form
+        )
+        expected = Expectation(asked.prompt, self._engine.info.reuse.unit, change, tools_change)
+        return Prepared(Turn(asked, said, before, tools, expected, form), generator, rules, begun)
 
     def asking(
         self, at: Node, said: str | None, begun: Node | None, tools: Tools, overflow: Overflow

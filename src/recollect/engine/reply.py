@@ -7,18 +7,21 @@ what a reply will need before it is asked for, and the reply tells what of it wa
 and a tokenizer; not what a conversation is, nor where a reply is kept.
 """
 
+import threading
 import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from queue import SimpleQueue
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from recollect.engine.engine import Engine
+from recollect.engine.logprobs import AlignedLogprobs
 from recollect.engine.repetition import Repetition
 from recollect.engine.sampling import Generator, Likelihood
 from recollect.engine.scheduler import Task
@@ -31,64 +34,10 @@ from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer, text_o
 from recollect.text.tool_calls import CallRules
 from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
 
+if TYPE_CHECKING:
+    import asyncio  # imported where it is used: a program without an event loop does without it
 
-class AlignedLogprobs:
-    """
-    Log probabilities in step with the text, which stop strings and unfinished characters hold back.
-
-    Owned by the reader.
-
-    Invariants:
-        1. `given` only grows.
-        2. The text of the tokens in it has been given out.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._bytes = tokenizer.vocabulary.token_bytes
-        self._tokens: list[TokenLogprob] = []
-        self._ends: list[int] = []  # of the text of each token but the last few, in characters
-        self._decoded = self._shown = 0  # characters
-        self._given = 0
-
-    @property
-    def given(self) -> tuple[TokenLogprob, ...]:
-        """Return the tokens whose text has been given out."""
-        return tuple(self._tokens[: self._given])
-
-    def add(self, likelihood: Likelihood, piece: str, *, whole: bool) -> None:
-        """
-        Take a token.
-
-        Args:
-            likelihood: Of the token.
-            piece: The text that it completes.
-            whole: Whether no character is unfinished now. Until one is, and there is text, the
-                tokens wait for what completes theirs.
-        """
-        top = tuple(self._of(token_id, logprob) for token_id, logprob in likelihood.top)
-        self._tokens.append(self._of(likelihood.token_id, likelihood.logprob, top))
-        self._decoded += len(piece)
-        if piece and whole:
-            self._ends += [self._decoded] * (len(self._tokens) - len(self._ends))
-
-    def give(self, characters: int) -> None:
-        """Take note that more text was given out."""
-        self._shown += characters
-        while self._given < len(self._ends) and self._ends[self._given] <= self._shown:
-            self._given += 1
-
-    def finish(self, kept: int) -> None:
-        """Give the first *kept* tokens, which are those of the history."""
-        del self._tokens[kept:]
-        self._given = len(self._tokens)
-
-    def _of(
-        self, token_id: int, logprob: float, top: tuple[TokenLogprob, ...] = ()
-    ) -> TokenLogprob:
-        known = token_id < len(self._bytes)  # there can be logits for ids that stand for nothing
-        return TokenLogprob(token_id, self._bytes[token_id] if known else b"", logprob, top)
-
-
+_T = TypeVar("_T")
 _END: Final = object()
 
 
@@ -106,6 +55,10 @@ class Stream:
         self._queue: SimpleQueue[Any] = SimpleQueue()
         self._wake: Callable[[], object] = lambda: None
         self._has_begun = False
+
+    def listen(self, wake: Callable[[], object]) -> None:
+        """Have *wake* called on the engine's thread, whenever something is handed over."""
+        self._wake = wake
 
     def put(self, result: object) -> None:
         """Take a result; the reader gets it when it is next handed over."""
@@ -134,21 +87,51 @@ class Stream:
             yield result
         self._queue.put(_END)  # for whoever reads later, or at the same time
 
+    def ready(self) -> Iterator[Any]:
+        """Yield the results that nobody has to wait for, and then None if no others come."""
+        while not self._queue.empty():
+            if (result := self._queue.get()) is _END:
+                self._queue.put(_END)
+                yield None
+                return
+            yield result
+
     async def __aiter__(self) -> AsyncIterator[Any]:
         """Yield results on the running event loop, without a thread that waits for them."""
-        import asyncio  # noqa: PLC0415 - takes 30 ms, which a program without a loop does not need
+        import asyncio  # noqa: PLC0415 - takes 30 ms, see above
 
         more = asyncio.Event()
         loop = asyncio.get_running_loop()
-        self._wake = lambda: loop.call_soon_threadsafe(more.set)
+        self.listen(lambda: loop.call_soon_threadsafe(more.set))
         while True:
             more.clear()
-            while not self._queue.empty():
-                if (result := self._queue.get()) is _END:
-                    self._queue.put(_END)
+            for result in self.ready():
+                if result is None:
                     return
                 yield result
             await more.wait()
+
+
+def on_thread(work: Callable[[], _T]) -> "asyncio.Future[_T]":
+    """
+    Begin some work on a thread of its own for a coroutine; it goes on whether anybody waits or not.
+
+    The threads of `asyncio.to_thread` are few, so that long work could hold all of them, and a loop does
+    not close before they end. Whoever calls this bounds how many there are: a server by its admission.
+    """
+    import asyncio  # noqa: PLC0415 - likewise
+
+    result: Future[_T] = Future()
+    result.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="recollect-request", daemon=True).start()
+    return asyncio.wrap_future(result)
 
 
 _Generated = tuple[int, Likelihood | None]
@@ -393,6 +376,11 @@ class ReplyGeneration:
         return self._finish_reason
 
     @property
+    def has_ended(self) -> bool:
+        """Return whether all of its text has been read: nothing more comes."""
+        return self._read_to_end
+
+    @property
     def stop_string(self) -> str | None:
         """Return the stop string that has ended the reply; None where none has."""
         return self._matcher.matched
@@ -446,6 +434,25 @@ class ReplyGeneration:
         tokens = aiter(self._generation.stream)
         while not self._read_to_end:
             generated = await anext(tokens, None)
+            if piece := self._piece_of(generated):
+                yield piece
+            if generated is None:
+                self._task.wait()  # it has ended by now
+
+    def listen(self, wake: Callable[[], object]) -> None:
+        """Have *wake* called on the engine's thread whenever there is more for `ready`; before `start`."""
+        self._generation.stream.listen(wake)
+
+    def ready(self) -> Iterator[str]:
+        """
+        Yield the pieces of text that nobody has to wait for; `has_ended` says whether more can come.
+
+        Raises:
+            RecollectError: As iterating does.
+        """
+        for generated in self._generation.stream.ready():
+            if self._read_to_end:
+                return
             if piece := self._piece_of(generated):
                 yield piece
             if generated is None:

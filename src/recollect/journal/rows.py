@@ -403,6 +403,17 @@ def read_node(row: Row, sealing: Sealing) -> NodeRecord:
     )
 
 
+def read_content(row: Row, sealing: Sealing) -> str:
+    """
+    Return the text in a row of `NODE_COLUMNS` whose checksum is right; otherwise as `read_node`.
+
+    Raises:
+        StoreCorruptError: It was sealed for another cell, or with another key.
+    """
+    content = row[2 + _HEAD_LENGTH + _SEALED.index("content")]
+    return sealing.read_text(content, _node_cell("content", row), f"node {row[0]}")
+
+
 # Labels
 
 

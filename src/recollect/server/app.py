@@ -31,6 +31,7 @@ from recollect.errors import RecollectError
 from recollect.journal.requests import RequestLog
 from recollect.server import (
     anthropic,
+    browsing,
     chat_completions,
     completions,
     conversation_routes,
@@ -225,6 +226,7 @@ _ROUTERS: Final = (
     responses.router,
     file_routes.router,
     conversation_routes.router,
+    browsing.router,
     anthropic.router,
     ollama.router,
     ollama_router,

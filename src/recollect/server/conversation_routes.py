@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import islice
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request
@@ -244,6 +245,8 @@ def _not_kept(reason: str) -> dict[str, Any]:
 
 _PAGE: int = 20
 _Limit = Annotated[int, Query(ge=1, le=100)]
+_TREE: Final = 1_000
+_TreeLimit = Annotated[int, Query(ge=1, le=_TREE)]
 _Order = Annotated[str, Query(pattern="^(asc|desc)$")]
 
 
@@ -377,14 +380,13 @@ def list_items(
 ) -> dict[str, Any]:
     """Return the messages of a conversation up to its tip."""
     view = view_of(request, conversation_id)
-    items = view.items(view.path())
-    items = items[::-1] if order == "desc" else items
-    if after is not None:
-        ids = [item["id"] for item in items]
-        if after not in ids:
-            raise not_found(f"item {after!r} in this conversation")
-        items = items[ids.index(after) + 1 :]
-    return item_list(items[:limit], has_more=len(items) > limit)
+    newest_first = order == "desc"
+    path = view.path()[::-1] if newest_first else view.path()
+    items = (one for node in path for one in view.items([node])[:: -1 if newest_first else 1])
+    if after is not None and all(item["id"] != after for item in items):
+        raise not_found(f"item {after!r} in this conversation")
+    page = list(islice(items, limit + 1))
+    return item_list(page[:limit], has_more=len(page) > limit)
 
 
 @router.post("/v1/conversations/{conversation_id}/items")
@@ -468,9 +470,15 @@ def fork(conversation_id: str, body: Fork, request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/conversations/{conversation_id}/tree")
-def get_tree(conversation_id: str, request: Request) -> dict[str, Any]:
-    """Return everything that was said in a conversation, in all branches."""
-    return view_of(request, conversation_id).tree()
+def get_tree(
+    conversation_id: str, request: Request, limit: _TreeLimit = _TREE, after: str | None = None
+) -> dict[str, Any]:
+    """
+    Return what was said in a conversation, in all branches, parents first.
+
+    A page has the branches and checkpoints that stand at its nodes.
+    """
+    return view_of(request, conversation_id).tree(limit, after)
 
 
 def _check_items(request: Request, items: list[InputItem]) -> None:

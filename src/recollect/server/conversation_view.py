@@ -342,9 +342,10 @@ class ConversationView:
             for one in journal.labels(label.conversation_id)
             if one.node_id is not None
         }
-        prefix = f"msg_{label.name.removeprefix('conv_')}"
-        names = {node.id: f"{prefix}_{number}" for number, node in enumerate(stored.nodes, 1)}
-        names |= {node: f"msg_{one.removeprefix('resp_')}" for node, one in responses.items()}
+        names = {
+            node.id: own_name(label.name, number, responses.get(node.id))
+            for number, node in enumerate(stored.nodes, 1)
+        }
         copies = copies_of(label)
         return cls(conversation_id, stored, head.branch, label, responses, names, copies)
 
@@ -419,8 +420,25 @@ class ConversationView:
         """Return messages as items."""
         return [item for node in nodes for item in items_of(self.item_id(node.id), node)]
 
-    def tree(self) -> dict[str, Any]:
-        """Return all messages in all branches, parents first, and where branches and checkpoints are."""
+    def tree(self, limit: int, after: str | None = None) -> dict[str, Any]:
+        """
+        Return messages in all branches, parents first, and which branches and checkpoints stand at them.
+
+        Args:
+            limit: Most messages to return.
+            after: The id of the last node of the page before; None: this is the first page, which also
+                has what stands at the root.
+
+        Raises:
+            ApiError: There is no such node.
+        """
+        start = 0
+        if after is not None:
+            last = self.node_id(after)
+            start = 1 + next(n for n, node in enumerate(self.stored.nodes) if node.id == last)
+        shown = self.stored.nodes[start : start + limit]
+        here = {node.id for node in shown} | (set() if start else {None})
+        tips = {name: at for name, at in self.stored.tips.items() if at in here}
         nodes = [
             {
                 "id": self.names[node.id],
@@ -432,17 +450,20 @@ class ConversationView:
                 "finish_reason": node.finish_reason,
                 "usage": None if node.usage is None else recorded(node.usage).to_dict(),
             }
-            for node in self.stored.nodes
+            for node in shown
         ]
         return {
             "object": "conversation.tree",
             "id": self.id,
             "nodes": nodes,
-            "tips": self._named(branches(self.stored.tips)),
-            "checkpoints": self._named(checkpoints(self.stored.tips)),
+            "tips": self.named(branches(tips)),
+            "checkpoints": self.named(checkpoints(tips)),
+            "last_id": nodes[-1]["id"] if nodes else None,
+            "has_more": start + limit < len(self.stored.nodes),
         }
 
-    def _named(self, places: Mapping[str, int | None]) -> dict[str, str | None]:
+    def named(self, places: Mapping[str, int | None]) -> dict[str, str | None]:
+        """Return at which nodes branches or checkpoints stand, by the nodes' ids; None is the root."""
         return {
             name: None if node_id is None else self.names[node_id]
             for name, node_id in places.items()
@@ -495,6 +516,20 @@ class KnownItems:
         except ApiError:
             return {}
         return {item["id"]: item for item in view.items(view.stored.nodes)}
+
+
+def own_name(conversation: str, number: int, response: str | None) -> str:
+    """
+    Return the id of a message's node.
+
+    Args:
+        conversation: The label of its conversation.
+        number: Which message of the conversation it is, in the order of writing; the first is 1.
+        response: The id of the response that it is; None: it is none.
+    """
+    if response is not None:
+        return f"msg_{response.removeprefix('resp_')}"
+    return f"msg_{conversation.removeprefix('conv_')}_{number}"
 
 
 def conversation_body(

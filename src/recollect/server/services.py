@@ -22,6 +22,7 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from time import time
 from typing import Final, TypeVar
 
@@ -31,7 +32,7 @@ from starlette.types import Receive, Scope, Send
 
 from recollect.conversation.model import Model
 from recollect.encryption import KV_PURPOSE
-from recollect.engine.reply import GeneratedReply, ReplyGeneration
+from recollect.engine.reply import GeneratedReply, ReplyGeneration, on_thread
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
@@ -46,7 +47,8 @@ from recollect.server.events import (
     Thought,
     Writer,
 )
-from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
+from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket
+from recollect.server.kept_chats import KeptChats
 from recollect.server.refusals import ClientGone, api_error, stopping
 from recollect.server.settings import Settings
 from recollect.server.usage import Cost, Metrics, cost, cost_of
@@ -82,6 +84,8 @@ class Services:
         default_factory=lambda: ThreadPoolExecutor(_MOST_PATIENT, "recollect-waits")
     )
     """Threads that wait for the journal, so that those which begin replies do not."""
+    kept_chats: KeptChats | None = None
+    """What keeps the chats of clients that send all of it each time; None: they are not kept."""
     is_ending: bool = False
     """Whether nothing begins any more; belongs to the event loop, as does `jobs`."""
     jobs: "set[Job]" = field(default_factory=set)
@@ -126,6 +130,10 @@ class Services:
         sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
         with closing(open_existing(folder, sealer)) as store:
             yield store
+
+    def __post_init__(self) -> None:
+        if self.settings.keeps_chats:
+            self.kept_chats = KeptChats(lambda: self.journal)
 
     def end(self) -> None:
         """End what goes on, and refuse what waits: each client is told that the server stops."""
@@ -445,7 +453,8 @@ async def begin(
         choices: How many they are.
         keeps: Whether what is said goes to the journal. Where another program holds that, the request
             waits for it without a turn, which others can use.
-        keep, per_prompt: See `Job`.
+        keep: See `Job`; None: what keeps chats, where the server does.
+        per_prompt: See `Job`.
         on_gone: Called where the client goes away before they have begun; may end what prepares them.
 
     Raises:
@@ -466,7 +475,10 @@ async def begin(
         preparing = on_thread(lambda: _prepared(prepare, turn.lease.model))
 
         def job(streams: Sequence[ReplyGeneration]) -> Job:
-            return Job(services, client, turn, streams, keep=keep, per_prompt=per_prompt)
+            kept = keep
+            if kept is None and services.kept_chats is not None:
+                kept = partial(services.kept_chats.keep, turn.lease.model, client.namespace)
+            return Job(services, client, turn, streams, keep=kept, per_prompt=per_prompt)
 
         def abandon(_: object) -> None:
             if preparing.cancelled() or preparing.exception() is not None:

@@ -17,6 +17,7 @@ from recollect.cli.main import app
 from recollect.errors import (
     ConfigError,
     ConversationFileError,
+    InvalidParameterError,
     NameTakenError,
     RecollectError,
     UnknownConversationError,
@@ -241,3 +242,29 @@ def test_an_export_for_which_there_is_no_room_leaves_no_file(poem: Journal, tmp_
     assert done.returncode != 0
     assert "poem.json cannot be used (File too large)" in done.stderr
     assert not (tmp_path / "poem.json").exists()
+
+
+def test_words_are_found_in_all_conversations(poem: Journal) -> None:
+    other = poem.create("garden", model="smollm2", fingerprint="f00d").id
+    poem.append(other, None, turn("What is red?", "Many roses are."), tip="main")
+    found = json.loads(run("search", "ROSES", "red", "--json").output)
+    assert [(hit["conversation"], hit["branch"], hit["message"]) for hit in found] == [
+        ("poem", "main", 2)
+    ]
+    found = json.loads(run("search", "roses are", "--json").output)
+    assert [hit["conversation"] for hit in found] == ["garden", "poem"]
+    output = run("search", "roses", "--limit", "1").output
+    assert "Many roses are." in output
+    assert "Roses are red." not in output
+    assert "--limit shows more" in output
+    assert "No message" in run("search", "(", '"').output
+    assert "give at least one word" in fail(InvalidParameterError, "search", '"')
+
+
+def test_the_list_comes_in_pages(journal: Journal) -> None:
+    for number in range(5):
+        journal.create(f"chat-{number}", model="smollm2", fingerprint="f00d")
+    first = json.loads(run("list", "--limit", "3", "--json").output)
+    assert [one["name"] for one in first] == ["chat-4", "chat-3", "chat-2"]
+    rest = json.loads(run("--limit", "3", "--after", "chat-2", "--json").output)
+    assert [one["name"] for one in rest] == ["chat-1", "chat-0"]
