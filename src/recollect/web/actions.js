@@ -3,9 +3,9 @@
  */
 
 import { batch } from "@preact/signals";
-import { call, pages, stream } from "./api.js";
+import { call, stream } from "./api.js";
 import * as state from "./state.js";
-import { newestBelow, pathTo, readTree } from "./tree.js";
+import { newestBelow, readTree } from "./tree.js";
 
 /**
  * @typedef {import("./types").TreeNode} TreeNode
@@ -14,6 +14,8 @@ import { newestBelow, pathTo, readTree } from "./tree.js";
 
 const TITLE_CHARACTERS = 60;
 const NAME_CHARACTERS = 24;
+/** Messages of a tree that are read at once. */
+const TREE_PAGE = 1000;
 
 /** @param {string} id */
 const at = (id) => `/v1/conversations/${encodeURIComponent(id)}`;
@@ -61,10 +63,12 @@ export async function readConversations(more = false) {
 /** Read the open conversation's tree anew, and stay where one is, if that is still there. */
 export async function readTreeAgain() {
   const id = here();
-  const first = await call("GET", `${at(id)}/tree?limit=100`);
+  const first = await call("GET", `${at(id)}/tree?limit=${TREE_PAGE}`);
   for (let page = first; page.has_more && page.last_id; ) {
-    page = await call("GET", `${at(id)}/tree?limit=100&after=${encodeURIComponent(page.last_id)}`);
+    page = await call("GET", `${at(id)}/tree?limit=${TREE_PAGE}&after=${encodeURIComponent(page.last_id)}`);
     first.nodes.push(...page.nodes);
+    Object.assign(first.tips, page.tips);
+    Object.assign(first.checkpoints, page.checkpoints);
   }
   if (state.current.value !== id) return;
   const tree = readTree(first);
@@ -140,10 +144,22 @@ export async function deleteConversation(id) {
 }
 
 /**
+ * @param {string[]} texts
+ * @returns {string[]} A name for a branch for each, all of them different.
+ */
+export function namesFor(texts) {
+  /** @type {string[]} */
+  const names = [];
+  for (const text of texts) names.push(nameFor(text, names));
+  return names;
+}
+
+/**
  * @param {string} text
+ * @param {string[]} [more] Names that are taken besides those of branches.
  * @returns {string} A name for a branch: words of what is asked there.
  */
-export function nameFor(text) {
+export function nameFor(text, more = []) {
   let stem = "";
   for (const word of text.toLowerCase().normalize("NFKD").match(/[a-z0-9]+/g) ?? []) {
     if (stem && stem.length + word.length >= NAME_CHARACTERS) break;
@@ -153,7 +169,7 @@ export function nameFor(text) {
   const taken = state.tree.value.tips;
   for (let number = 1; ; number += 1) {
     const name = number === 1 ? stem : `${stem}-${number}`;
-    if (!(name in taken)) return name;
+    if (!(name in taken) && !more.includes(name)) return name;
   }
 }
 
@@ -328,6 +344,46 @@ export async function carryOn(reply) {
   await goOn(id, name, reply.id, [], { continues: true });
 }
 
+/**
+ * Try several ways on from what is shown, all at once, each on a branch of its own.
+ *
+ * @param {string} question Which all answer; empty: each has its own, or what stands there is answered.
+ * @param {{name: string, question: string | null, temperature?: number, seed?: number}[]} ways
+ * @param {AbortSignal} stop
+ * @param {(index: number, event: any) => void} onEvent
+ */
+export async function tryWays(question, ways, stop, onEvent) {
+  const conversation = here();
+  let from = state.selected.value;
+  if (question) {
+    // Said once, so that every way is a reply to the same message.
+    const first = await forkAt({ at: from }, ways[0].name);
+    const item = { type: "message", role: "user", content: question };
+    from = (await call("POST", `${at(first)}/items`, { items: [item] })).data[0].id;
+  }
+  /** @type {string[]} */
+  const ids = [];
+  for (const [index, { name }] of ways.entries()) {
+    ids.push(question && index === 0 ? idOf(name) : await forkAt({ at: from }, name));
+  }
+  state.branch.value = ways[0].name;
+  await Promise.all(
+    ways.map(async (way, index) => {
+      const { temperature, seed } = way;
+      const named = { ...(temperature === undefined ? {} : { temperature }), ...(seed === undefined ? {} : { seed }) };
+      const body = { ...wishes(), ...named, conversation: ids[index], input: way.question ?? [], stream: true };
+      try {
+        await stream("/v1/responses", body, (event) => onEvent(index, event), stop);
+        onEvent(index, { type: "done" });
+      } catch (error) {
+        onEvent(index, { type: "failed", message: error instanceof Error ? error.message : String(error) });
+      }
+      if (state.current.value === conversation) await attempt(readTreeAgain);
+    }),
+  );
+  if (state.current.value === conversation && from !== null) select(from);
+}
+
 /** Have the branch of what is shown stand there, so that it goes on from there. */
 export async function rewind() {
   await call("POST", `${at(idOf(state.branch.value))}/rewind`, { to: state.selected.value });
@@ -432,15 +488,3 @@ export async function importFile(file) {
 export async function search(query) {
   return (await call("GET", `/v1/search?limit=50&query=${encodeURIComponent(query)}`)).data;
 }
-
-/**
- * @param {string | null} id
- * @returns {string} The text of a path, for comparing.
- */
-export function pathText(id) {
-  return pathTo(state.tree.value, id)
-    .map((node) => node.text)
-    .join("\n\n");
-}
-
-export { pages };

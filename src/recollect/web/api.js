@@ -71,22 +71,6 @@ export async function call(method, path, body) {
 }
 
 /**
- * Read all pages of a list.
- *
- * @param {string} path
- * @returns {Promise<any[]>}
- */
-export async function pages(path) {
-  const found = [];
-  for (let after = ""; ; ) {
-    const page = await call("GET", `${path}${path.includes("?") ? "&" : "?"}limit=100${after}`);
-    found.push(...page.data);
-    if (!page.has_more || !page.last_id) return found;
-    after = `&after=${encodeURIComponent(page.last_id)}`;
-  }
-}
-
-/**
  * Call something that is streamed, and hand over each event until the last one.
  *
  * @param {string} path

@@ -6,7 +6,10 @@ import { effect } from "@preact/signals";
 import * as state from "./state.js";
 import * as actions from "./actions.js";
 import { needsKey } from "./api.js";
+import { Compare } from "./compare.js";
+import { Explore } from "./explore.js";
 import { live } from "./live.js";
+import { Memory } from "./memory.js";
 import { PathView } from "./path_view.js";
 import { KeyDialog, SettingsDialog } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
@@ -14,6 +17,13 @@ import { TreeView } from "./tree_view.js";
 import { Icon, IconButton, Prompt, html, counted } from "./widgets.js";
 
 const NOTICE_MS = 8000;
+
+/** @type {["explore" | "compare" | "memory", string][]} */
+const VIEWS = [
+  ["explore", "Explore"],
+  ["compare", "Compare"],
+  ["memory", "Memory"],
+];
 
 async function start() {
   await actions.attempt(async () => {
@@ -44,6 +54,11 @@ function Head() {
       html`<span class="hint">${counted(tree.nodes.size, "message")}, ${counted(Object.keys(tree.tips).length, "branch").replace("branchs", "branches")}</span>`}
     </div>
     <nav class="head-tools" aria-label="Views">
+      ${VIEWS.map(
+        ([name, label]) => html`<button type="button" key=${name} class="view-button" aria-pressed=${state.panel.value === name} disabled=${!id && name !== "memory"} onClick=${opens(name)} title=${label}>
+          <${Icon} name=${name} /><span>${label}</span>
+        </button>`,
+      )}
       <${IconButton} icon="down" label="Export" disabled=${!id} onClick=${() => actions.attempt(actions.exportFile)} />
       <label class="icon-button" title="Import a file"
         ><${Icon} name="up" /><input
@@ -126,6 +141,9 @@ function App() {
         <div class="panes">
           <${TreeView} />
           <${PathView} />
+          ${panel === "explore" && html`<${Explore} />`}
+          ${panel === "compare" && html`<${Compare} />`}
+          ${panel === "memory" && html`<${Memory} />`}
         </div>
       </main>
       <${Tabs} />

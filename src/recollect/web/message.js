@@ -126,7 +126,7 @@ export function Message({ node, isLast }) {
         <${Icon} name="go" /> Continue
       </button>`}
     </p>`}
-    ${node.usage && html`<${ReuseBar} usage=${node.usage} />`}
+    ${node.usage && html`<${ReuseBar} usage=${node.usage} speed=${state.readingSpeed.value} />`}
   </article>`;
 }
 

@@ -102,6 +102,16 @@ export const goingBranch = computed(() => {
   return at.includes(branch.value) ? branch.value : (at[0] ?? null);
 });
 
+/** Fewer tokens are read too soon for their speed to say anything. */
+const FEW_TOKENS = 24;
+
+/** How fast prompts of this conversation were read at best, in tokens a second; null: nothing says. */
+export const readingSpeed = computed(() => {
+  const usages = [...tree.value.nodes.values()].map((node) => node.usage);
+  const told = usages.filter((one) => one && one.computed_tokens - (one.read_ahead_tokens ?? 0) >= FEW_TOKENS);
+  return told.reduce((most, one) => Math.max(most, one?.prefill_tps ?? 0), 0) || null;
+});
+
 /** Replies to what is shown, while they are generated. */
 export const growing = computed(() =>
   [...pending.value.values()].filter(

@@ -113,9 +113,9 @@ export function Bar({ parts }) {
 /**
  * What of a prompt was reused, and from where; and what was read again, and why.
  *
- * @param {{usage: Usage}} props
+ * @param {{usage: Usage, speed: number | null}} props The speed of reading, in tokens a second.
  */
-export function ReuseBar({ usage }) {
+export function ReuseBar({ usage, speed }) {
   const ahead = usage.read_ahead_tokens ?? 0;
   const memory = usage.reused_tokens - usage.restored_tokens;
   /** @type {[string, number, string][]} */
@@ -126,7 +126,7 @@ export function ReuseBar({ usage }) {
     ["computed", usage.computed_tokens - ahead, "computed"],
   ];
   const words = parts.filter(([, tokens]) => tokens > 0);
-  const saved = usage.prefill_tps ? usage.reused_tokens / usage.prefill_tps : null;
+  const saved = speed ? usage.reused_tokens / speed : null;
   const isLost = usage.lost_tokens > 0 && usage.reason !== "new";
   return html`<div class="reuse">
     <${Bar} parts=${parts} />
