@@ -83,6 +83,11 @@ SINCE = (
     "chats of clients that are kept",
     "how likely the tokens of a reply are",
     "replies that are tried beside each other",
+    "what has changed in the journal",
+    "events",
+    "the last of them",
+    "events on their way to clients",
+    "the endpoint of events",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

@@ -7,7 +7,7 @@ system prompt, or of the beginning of a first message, and pins it on disk witho
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Final, Self
 
 from recollect import config
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.feed import Feed, Hook
 from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.matching import KnownMessages, MessageIndex, RememberedReplies
 from recollect.conversation.prompt import PromptEncoder
@@ -262,6 +263,10 @@ class Model:
         """Compiled grammars, for the `Generator`s whose parameters have one."""
         self.public: Final = PublicPrefixes(self.engine)
         """Prefixes that every namespace reuses; see `publish`."""
+        self._own_feed: Final = Feed(home, cipher)
+        self.feed = self._own_feed
+        """What tells of its replies; a server has one for all its models."""
+        self.feed.attach(self.name, self.engine)
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
         self.engine.start()
 
@@ -570,8 +575,19 @@ class Model:
         conversation.load(self.journal, stored)
         return conversation
 
+    def on_event(self, hook: Hook, *, namespace: str = "") -> Callable[[], None]:
+        """
+        Have a function called with each event of a namespace; return a function that ends that.
+
+        Events tell of conversations, whichever process changes them, of replies, and of KV: see
+        `conversation.feed.Event`. The function is called on a thread of the feed's, about 50 ms after
+        what it tells of; what it raises is logged and harms nothing.
+        """
+        return self.feed.on_event(hook, namespace)
+
     def close(self) -> None:
         """Free all memory. Its conversations can still be read; nothing more can be generated."""
+        self._own_feed.close()
         self.grammars.close()
         self.engine.close()
         with self._opening:

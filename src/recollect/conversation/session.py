@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from recollect.conversation.conversation import Asked, Conversation
 from recollect.conversation.explore import Exploration, Origin, Plan, Prompts, Score
+from recollect.conversation.feed import ToldReply
 from recollect.conversation.matching import Change
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
@@ -653,12 +654,20 @@ class ReplyStream(ReplyGeneration):
         except BaseException:
             session.conversation.take_back(asked)
             raise
+        told = self._told = session.model.feed.reply(
+            self, session, self._turn.at, asked, (self._begun, self._rules)
+        )
         # Runs too if the stream is garbage-collected without having been read.
-        self._free = weakref.finalize(self, _give_up, self._task, session, asked)
+        self._free = weakref.finalize(self, _give_up, self._task, session, asked, told)
 
     def usage(self) -> Usage:
         """Return what the reply has cost so far, and why tokens had to be computed again."""
         return explained(super().usage(), self._turn.expected)
+
+    def _piece_of(self, generated: Any) -> str:
+        if piece := super()._piece_of(generated):
+            self._told.piece(piece)
+        return piece
 
     def __iter__(self) -> Iterator[str]:
         try:
@@ -696,9 +705,11 @@ class ReplyStream(ReplyGeneration):
             said = self._whole(), self.token_ids
             self.reply = self._session._finish(self._turn, *said, self._asked)
         finally:
+            self._told.end(self.reply, None if self.reply is None else self.reply.node)
             self._free()
 
 
-def _give_up(task: Task, session: Session, asked: Asked | None) -> None:
+def _give_up(task: Task, session: Session, asked: Asked | None, told: ToldReply) -> None:
+    told.end(None, None)
     task.cancel()
     session._free(asked)

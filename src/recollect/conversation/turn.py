@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Protocol, Self
 
+from recollect.conversation.feed import Feed
 from recollect.conversation.matching import Change
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.showing import Prompt
@@ -215,6 +216,10 @@ class ModelParts(Protocol):
     @property
     def weights_fingerprint(self) -> str:
         """Return the fingerprint of the model, which is saved with each reply."""
+
+    @property
+    def feed(self) -> Feed:
+        """Return what tells of its replies."""
 
     @property
     def checkpoint_store(self) -> Checkpoints:

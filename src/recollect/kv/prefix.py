@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, EvictionOrder, Siblings
+from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, EvictionOrder, Siblings, Traffic
 from recollect.kv.record import Key, Names
 
 MOST_EVICTED_NAMES: Final = 32_768
@@ -48,7 +48,8 @@ class PrefixCache:
         3. A key is the chained hash of the parent's key and the block's tokens.
         4. No partial block's tokens begin a sibling's, unless it is pinned.
         5. Pins of a block >= pins of each child.
-        6. All of `EvictionOrder`. A node is held while it is pinned, or something besides the cache has
+        6. Each namespace's traffic counts the tokens of its nodes.
+        7. All of `EvictionOrder`. A node is held while it is pinned, or something besides the cache has
            a reference to its block.
     """
 
@@ -80,6 +81,11 @@ class PrefixCache:
         if namespace not in self._roots:
             self._roots[namespace] = CachedBlock(self._names.root(namespace), None, (), -1)
         return self._roots[namespace]
+
+    def traffic(self, namespace: str) -> Traffic:
+        """Return what came to the blocks of a namespace and went; may be called without the lock."""
+        root = self._roots.get(namespace)
+        return Traffic() if root is None else root.traffic
 
     def __len__(self) -> int:
         """Return how many blocks the cache holds, each counted once."""
@@ -194,6 +200,7 @@ class PrefixCache:
             # A prefix was in use when its tail was.
             parent.last_used = max(parent.last_used, cached.last_used)
             self._remove(cached)
+            cached.traffic.evicted_tokens += len(cached.token_ids)
             if len(cached.token_ids) == self._pool.block_size:
                 self._evicted[cached.key] = None
                 self._evicted.move_to_end(cached.key)
@@ -273,7 +280,10 @@ class PrefixCache:
     def _add(self, after: CachedBlock, tokens: tuple[int, ...], block: int) -> CachedBlock:
         """Put a node for a block into the tree, with a reference; it replaces parts of itself."""
         key = self._names.after(after.key, tokens)
-        cached = CachedBlock(key, after, tokens, block, self._uses)
+        traffic = after.traffic
+        cached = CachedBlock(key, after, tokens, block, self._uses, traffic=traffic)
+        traffic.tokens += len(tokens)
+        traffic.inserted_tokens += len(tokens)
         for shorter in after.children.parts_of(tokens):
             if not shorter.pins:
                 self._remove(shorter)
@@ -287,6 +297,7 @@ class PrefixCache:
         assert cached.parent is not None, "a root is never removed"
         assert not cached.children, "a block that others follow is never removed"
         del cached.parent.children[cached.token_ids]
+        cached.traffic.tokens -= len(cached.token_ids)
         self._pool.release([cached.block])
         self._nodes[cached.block].remove(cached)
         if not self._nodes[cached.block]:

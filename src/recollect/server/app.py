@@ -27,6 +27,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as AnyHttpException
 
 from recollect import __version__
+from recollect.conversation.feed import Feed
 from recollect.errors import RecollectError
 from recollect.journal.requests import RequestLog
 from recollect.server import (
@@ -39,6 +40,7 @@ from recollect.server import (
     ollama,
     page,
     responses,
+    watching,
 )
 from recollect.server.access import Counted, Keyring, Security, bounded_protocol
 from recollect.server.fields import Bodies, Body, BodyRoute, Ignored
@@ -54,6 +56,7 @@ from recollect.server.refusals import (
 )
 from recollect.server.services import Services, client_of, services_of
 from recollect.server.settings import Limits, Settings, bind
+from recollect.server.streaming import Watchers
 from recollect.server.usage import CONTENT_TYPE, Metrics
 
 router = APIRouter(tags=["Server"])
@@ -227,6 +230,7 @@ _ROUTERS: Final = (
     file_routes.router,
     conversation_routes.router,
     browsing.router,
+    watching.router,
     anthropic.router,
     ollama.router,
     ollama_router,
@@ -262,15 +266,19 @@ def create_app(
         log=log,
     )
     bodies = Bodies(limits, is_strict=settings.is_strict)
-    services = Services(settings, hub, admission, metrics)
+    feed, watchers = Feed(settings.home, settings.cipher), Watchers()
+    hub.feed = feed
+    services = Services(settings, hub, admission, metrics, feed, watchers)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        watchers.begin(asyncio.get_running_loop())
         loading = asyncio.create_task(_load_default(hub, on_failure))
         try:
             yield
         finally:
             loading.cancel()
+            watchers.end()
             await hub.close()
             services.close()
             log.close()
@@ -405,6 +413,7 @@ class _Server(uvicorn.Server):
             one.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
+        self._services.end_watching()
         admission, tasks = self._services.admission, self.server_state.tasks
         if self.failure is None:  # which is told by itself
             self._on_stopping(admission.running + admission.waiting)

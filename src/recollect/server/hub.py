@@ -18,6 +18,7 @@ from typing import Final
 from weakref import WeakKeyDictionary
 
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.feed import Feed
 from recollect.conversation.model import Model, beginning
 from recollect.engine.reply import on_thread
 from recollect.errors import MisuseError, RecollectError, UnknownModelError
@@ -99,6 +100,8 @@ class ModelHub:
         self.weight_bytes: Final = weight_bytes
         self.context_length: Final = context_length
         self._on_load = on_load
+        self.feed: Feed | None = None
+        """What tells of the replies of its models; None: each one's own."""
         self._loaded: Mapping[str, _Loaded] = {}  # replaced and never changed: threads look at it
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._one_at_a_time = asyncio.Lock()
@@ -191,6 +194,9 @@ class ModelHub:
             model = await on_thread(lambda: self._load_counted(name))
             taken = self.weight_bytes(name) + _kv_bytes(model)
             self._loaded = {**self._loaded, name: _Loaded(model, taken)}
+            if self.feed is not None:
+                model.feed = self.feed
+                self.feed.attach(name, model.engine)
             self._on_load(model)
             model.grammars.prepare_later()
             _log.info("loaded %s in %.1f s", name, monotonic() - begun)

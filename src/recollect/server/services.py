@@ -30,6 +30,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from recollect.conversation.feed import Feed
 from recollect.conversation.model import Model
 from recollect.encryption import KV_PURPOSE
 from recollect.engine.reply import GeneratedReply, ReplyGeneration, on_thread
@@ -51,6 +52,7 @@ from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, 
 from recollect.server.kept_chats import KeptChats
 from recollect.server.refusals import ClientGone, api_error, stopping
 from recollect.server.settings import Settings
+from recollect.server.streaming import Watchers
 from recollect.server.usage import Cost, Metrics, cost, cost_of
 from recollect.text.reasoning import ReasoningDelta
 from recollect.text.tool_calls import TextDelta
@@ -75,6 +77,8 @@ class Services:
     hub: ModelHub
     admission: Admission
     metrics: Metrics
+    feed: Feed
+    watchers: Watchers
     conversations: OpenConversations = field(default_factory=OpenConversations)
     started_at: int = field(default_factory=lambda: int(time()))
     """In seconds since 1970."""
@@ -135,6 +139,10 @@ class Services:
         if self.settings.keeps_chats:
             self.kept_chats = KeptChats(lambda: self.journal)
 
+    def end_watching(self) -> None:
+        """End the streams of events, for which nobody waits who ends a server."""
+        self.watchers.end()
+
     def end(self) -> None:
         """End what goes on, and refuse what waits: each client is told that the server stops."""
         self.is_ending = True
@@ -144,6 +152,7 @@ class Services:
 
     def close(self) -> None:
         """Close what is open; the hub closes itself."""
+        self.feed.close()
         self.patient.shutdown(wait=False)
         with self._opening:
             journal, self._journal = self._journal, None
