@@ -76,6 +76,7 @@ SINCE = (
     "the tokenizer of llama.cpp",
     "the table of formats",
     "the page",
+    "opening the page in a browser",
     "conversations as files, and names of branches, over HTTP",
     "searches in all conversations",
     "searches over HTTP, and lists of what a conversation has",
