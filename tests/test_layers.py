@@ -76,9 +76,10 @@ SINCE = (
     "the tokenizer of llama.cpp",
     "the table of formats",
     "how likely the tokens of a reply are",
-    "replies that are tried beside each other",
-    "what is tried, and what came of it",
     "replies on an event loop",
+    "what is tried beside each other, and what came of it",
+    "replies that are tried beside each other",
+    "those over HTTP",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

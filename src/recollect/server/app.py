@@ -34,6 +34,7 @@ from recollect.server import (
     chat_completions,
     completions,
     conversation_routes,
+    explore_routes,
     ollama,
     responses,
 )
@@ -229,6 +230,7 @@ _ROUTERS: Final = (
     completions.router,
     responses.router,
     conversation_routes.router,
+    explore_routes.router,
     anthropic.router,
     ollama.router,
     ollama_router,

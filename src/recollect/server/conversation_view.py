@@ -75,6 +75,11 @@ def copies_of(label: Label) -> dict[int, int]:
     return {int(copy): first for copy, first in label.note.get(COPIES, {}).items()}
 
 
+def item_name(label: Label, number: int) -> str:
+    """Return the id of a conversation's message: of the first that was kept, the second, and so on."""
+    return f"msg_{label.name.removeprefix('conv_')}_{number}"
+
+
 def checkpoint_tip(name: str) -> str:
     """Return the name of the tip that a checkpoint is."""
     return _CHECKPOINT + name
@@ -341,8 +346,7 @@ class ConversationView:
             for one in journal.labels(label.conversation_id)
             if one.node_id is not None
         }
-        prefix = f"msg_{label.name.removeprefix('conv_')}"
-        names = {node.id: f"{prefix}_{number}" for number, node in enumerate(stored.nodes, 1)}
+        names = {node.id: item_name(label, number) for number, node in enumerate(stored.nodes, 1)}
         names |= {node: f"msg_{one.removeprefix('resp_')}" for node, one in responses.items()}
         copies = copies_of(label)
         return cls(conversation_id, stored, head.branch, label, responses, names, copies)
