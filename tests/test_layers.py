@@ -83,12 +83,15 @@ SINCE = (
     "the commands for checkpoints",
     "chats of clients that are kept",
     "how likely the tokens of a reply are",
+    "replies on an event loop",
+    "what is tried beside each other, and what came of it",
     "replies that are tried beside each other",
     "what has changed in the journal",
     "events",
     "the last of them",
     "events on their way to clients",
     "the endpoint of events",
+    "those over HTTP",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

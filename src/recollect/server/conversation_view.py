@@ -76,6 +76,11 @@ def copies_of(label: Label) -> dict[int, int]:
     return {int(copy): first for copy, first in label.note.get(COPIES, {}).items()}
 
 
+def item_name(label: Label, number: int) -> str:
+    """Return the id of a conversation's message: of the first that was kept, the second, and so on."""
+    return f"msg_{label.name.removeprefix('conv_')}_{number}"
+
+
 def checkpoint_tip(name: str) -> str:
     """Return the name of the tip that a checkpoint is."""
     return _CHECKPOINT + name

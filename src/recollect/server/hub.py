@@ -11,18 +11,42 @@ import logging
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
 from time import monotonic
-from typing import Final
+from typing import Final, TypeVar
 from weakref import WeakKeyDictionary
 
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.feed import Feed
 from recollect.conversation.model import Model, beginning
-from recollect.engine.reply import on_thread
 from recollect.errors import MisuseError, RecollectError, UnknownModelError
 from recollect.server.refusals import ApiError, stopping, too_busy
+
+_T = TypeVar("_T")
+
+
+def on_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
+    """
+    Begin some work on a thread of its own, which ends it whether anybody waits or not.
+
+    The threads of `asyncio.to_thread` are few, so that one client's long work could hold all of
+    them, and the loop does not close before they end. Here admission bounds how many there are, and
+    the loop waits for none.
+    """
+    result: Future[_T] = Future()
+    result.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="recollect-request", daemon=True).start()
+    return asyncio.wrap_future(result)
+
 
 _log = logging.getLogger(__name__)
 
