@@ -24,6 +24,7 @@ from recollect.errors import RecollectError
 COMMANDS: Final = {
     "chat": ("chat", "Talk to a model."),
     "serve": ("serve", "Serve the APIs of OpenAI, Anthropic and Ollama, for any client."),
+    "web": ("web", "Look at conversations as trees, in a browser."),
     "explain": ("serve", "Explain where prompts of a server's clients part from earlier ones."),
     "keys": ("serve", "Manage the API keys of `recollect serve`."),
     "conversations": (

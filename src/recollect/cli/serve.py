@@ -7,6 +7,7 @@ Decides which models are offered, and under which names; the server itself is `r
 import logging
 import os
 import sys
+import webbrowser
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -169,6 +170,10 @@ def serve(
             help="Keep chats of clients that send all of it each time as conversations.",
         ),
     ] = False,
+    web: Annotated[
+        bool,
+        typer.Option("--web", help="Open the page of conversations in a browser."),
+    ] = False,
     no_save: Annotated[
         bool,
         typer.Option(
@@ -236,7 +241,7 @@ def serve(
         settings,
         hub,
         keys,
-        on_listening=lambda port: _say_where(settings, port),
+        on_listening=lambda port: _say_where(settings, port, opens=web),
         on_stopping=lambda replies: _say_stopping(settings, replies),
     )
     if hub.is_loading:
@@ -372,12 +377,14 @@ def _log_to_stderr() -> None:
     logging.getLogger("recollect").setLevel(logging.INFO)
 
 
-def _say_where(settings: Settings, port: int) -> None:
+def _say_where(settings: Settings, port: int, *, opens: bool) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     keys = "an API key" if settings.has_keys else "no API key"
-    print(
-        f"Listening on http://{host}:{port}/v1 ({keys}); Ctrl-C stops.", file=sys.stderr, flush=True
-    )
+    page = f"http://{host}:{port}/"
+    print(f"Listening on {page}v1 ({keys}); Ctrl-C stops.", file=sys.stderr)
+    print(f"Conversations as trees: {page}", file=sys.stderr, flush=True)
+    if opens:
+        webbrowser.open(page)
 
 
 def _say_stopping(settings: Settings, replies: int) -> None:

@@ -6,7 +6,7 @@ one of them with the way to it. Computes nothing, and keeps nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recollect.conversation.conversation import Conversation
 from recollect.conversation.tools import Tools
@@ -115,8 +115,8 @@ class Plan:
             raise wrong("prompts", f"{count} replies cannot be explored: ask for 1 or more.")
         if isinstance(self.prompts, str):
             raise wrong("prompts", 'One text is no list of prompts: give ["…"], or ["…"] * 8.')
-        if not callable(self.prompts):
-            self.tries(self.said(None))
+        if not callable(self.prompts) and not self.tries(self.said(None)):
+            raise wrong("prompts", "There are no prompts: give one or more.")
         if self.depth < 1:
             raise wrong("depth", f"depth is {self.depth}: give 1 or more.")
         if self.keep is not None and self.keep < 0:
@@ -164,8 +164,6 @@ class Plan:
         Raises:
             InvalidParameterError: Two replies would be the same, or the numbers differ.
         """
-        if not said and not callable(self.prompts):
-            raise wrong("prompts", "There are no prompts: give one or more.")
         given = self.params
         params = [given] * len(said) if isinstance(given, SamplingParams) else list(given)
         if len(params) != len(said):
@@ -177,12 +175,13 @@ class Plan:
                 "name", f"There are {len(said)} prompts and {len(self.name)} names: give as many."
             )
         seen = list[tuple[str | None, SamplingParams]]()
-        for pair in zip(said, params, strict=True):
-            if not pair[1].temperature and pair in seen:
+        for text, one in zip(said, params, strict=True):
+            pair = text, replace(one, seed=None)
+            if not one.temperature and pair in seen:
                 raise wrong(
                     "temperature",
-                    "Two replies to one prompt would be the same, since they are greedy: give params with a "
-                    "temperature, such as SamplingParams(temperature=0.8).",
+                    "Two replies to one prompt would be the same, since they are greedy: give a temperature, "
+                    "such as 0.8.",
                 )
             seen.append(pair)
         return params

@@ -19,6 +19,7 @@ from time import perf_counter
 from typing import Any, Final, Self
 
 from recollect.conversation.branches import Branch, Origin, Plan, Prompts, Score, wrong
+from recollect.conversation.conversation import Conversation
 from recollect.conversation.tree import DETACHED, Node, detached
 from recollect.conversation.turn import Asking, ModelParts, Prepared, Prompting, explained
 from recollect.engine.reply import (
@@ -117,6 +118,11 @@ class Exploration:
         """All that were begun so far, by their `index`."""
         self.kept: list[Branch] = []
         """Those that stay in the conversation's tree, the best first where there is a score."""
+
+    @property
+    def conversation(self) -> Conversation:
+        """Return the conversation in whose tree branches are kept."""
+        return self._origin.conversation
 
     @property
     def best(self) -> Branch:
@@ -231,7 +237,7 @@ class Exploration:
                 return branch.node
             if branch.leaf is None:
                 raise ConversationError("This branch has not come to its end: it cannot be kept.")
-            conversation = self._origin.conversation
+            conversation = self.conversation
             name = name or self._free_name()
             if name in conversation.tips:
                 raise ConversationError(f"There is a branch {name!r} already: take another name.")

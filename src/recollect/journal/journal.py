@@ -203,19 +203,22 @@ class Journal:
             conversation_id = sql.insert_conversation(empty, find_free=name is None)
             return sql.write_entry(conversation_id, entry)
 
-    def add(self, conversation: ConversationRecord, name: str | None = None) -> ConversationInfo:
+    def add(
+        self, conversation: ConversationRecord, name: str | None = None, *, find_free: bool = False
+    ) -> ConversationInfo:
         """
         Keep a whole conversation, as an import gives it; its nodes get ids of this journal.
 
         Args:
             conversation: Its order of nodes stays, so its branches stay in their order.
             name: None: its own.
+            find_free: Whether to add a number to a name that is taken.
 
         Raises:
             NameTakenError, ConversationError, StoreError: As `create` does.
         """
         with self._writing() as sql:
-            conversation_id = sql.insert_conversation(conversation, name)
+            conversation_id = sql.insert_conversation(conversation, name, find_free=find_free)
             ids: dict[int | None, int | None] = {None: None}
             for node in conversation.nodes:
                 parent_id = ids[node.parent_id]

@@ -1,7 +1,7 @@
 """
 Put a server together, and run it until it is told to stop.
 
-Here are the endpoints that say what a server is and how it is (`/v1/models`, `/health`, `/metrics`, and
+Here are the endpoints that say how a server is (`/v1/models`, `/health`, `/metrics`, and
 for Ollama's clients `/api/tags` and others), how every error becomes a response, and how the process
 ends: after the first signal no request is taken, and replies may go on for a while. After it, or after
 a second signal, they end: what was said is in the journal, each client is told in a last event, and the
@@ -37,7 +37,10 @@ from recollect.server import (
     chat_completions,
     completions,
     conversation_routes,
+    explore_routes,
+    file_routes,
     ollama,
+    page,
     responses,
     watching,
 )
@@ -60,13 +63,6 @@ from recollect.server.streaming import Watchers
 from recollect.server.usage import CONTENT_TYPE, Metrics
 
 router = APIRouter(tags=["Server"])
-
-
-@router.get("/")
-@router.head("/", include_in_schema=False)
-def root() -> dict[str, str]:
-    """Say that a server is here: clients ask that, without a key, before they begin."""
-    return {"name": "recollect", "version": __version__}
 
 
 @router.get("/v1/models")
@@ -234,13 +230,16 @@ _ROUTERS: Final = (
     chat_completions.router,
     completions.router,
     responses.router,
+    file_routes.router,
     conversation_routes.router,
     browsing.router,
     watching.router,
+    explore_routes.router,
     anthropic.router,
     ollama.router,
     ollama_router,
     chat_completions.prewarm_router,
+    page.router,
     router,
 )
 

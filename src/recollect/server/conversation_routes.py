@@ -143,10 +143,10 @@ async def _keep_kv(request: Request, view: ConversationView, name: str) -> dict[
     if view.tip is None:
         return _not_kept("nothing has been said yet")
     services, namespace = services_of(request), client_of(request).namespace
-    head = await asyncio.to_thread(_last_head, services, view)
+    head = await asyncio.to_thread(last_head, services, view)
     place = _KeptPlace(services, view, namespace, name, head)
     try:
-        kept = await with_model(request, place.model_name(), place.keep)
+        kept = await with_model(request, model_of(services, view, head), place.keep)
     except ApiError as refused:  # too many wait, or the models in use leave no memory
         return _not_kept(refused.message)
     except tuple(kind for kind, _ in _REASONS) as error:
@@ -166,14 +166,6 @@ class _KeptPlace:
     name: str
     head: ResponseHead | None
     """Of the last response on the way there."""
-
-    def model_name(self) -> str:
-        """Return which model goes on there: the last one, or the default where that is not served."""
-        hub = self.services.hub
-        last = None if self.head is None else self.head.model
-        return next(
-            (name for name in (last, self.view.stored.model) if name in hub.names), hub.default
-        )
 
     def keep(self, model: Model) -> dict[str, Any]:
         """Pin its KV, computing what is not there; called on a thread."""
@@ -229,7 +221,7 @@ class _KeptPlace:
         return Tools.of(kept_schemas([] if self.head is None else self.head.tools))
 
 
-def _last_head(services: Services, view: ConversationView) -> ResponseHead | None:
+def last_head(services: Services, view: ConversationView) -> ResponseHead | None:
     """Return what is known of the last response on the way to where a conversation stands."""
     notes = {label.node_id: label for label in services.journal.labels(view.stored.id)}
     for node in reversed(view.path()):
@@ -237,6 +229,20 @@ def _last_head(services: Services, view: ConversationView) -> ResponseHead | Non
         if label is not None and "head" in label.note:
             return ResponseHead.from_kept(label.name, label.note["head"])
     return None
+
+
+def model_of(services: Services, view: ConversationView, head: ResponseHead | None) -> str:
+    """
+    Return which model goes on where a conversation stands: the last one there, if it is served.
+
+    Args:
+        services: Of the server.
+        view: The conversation.
+        head: As `last_head` returns it.
+    """
+    last = None if head is None else head.model
+    hub = services.hub
+    return next((name for name in (last, view.stored.model) if name in hub.names), hub.default)
 
 
 def _not_kept(reason: str) -> dict[str, Any]:
@@ -287,8 +293,16 @@ class Fork(Body):
     """Where to fork, at the tip unless said otherwise, and what to call the branch."""
 
     at: str | None = None
+    before: str | None = None
+    """An item or a response: the branch begins where it was said, to say something else there."""
     name: PlaceName | None = None
     metadata: Ignored = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Fork":
+        if self.at is not None and self.before is not None:
+            raise ValueError("give at most one of at and before")
+        return self
 
 
 @router.post("/v1/conversations")
@@ -455,6 +469,8 @@ def fork(conversation_id: str, body: Fork, request: Request) -> dict[str, Any]:
             param="name",
         )
     at = view.tip if body.at is None else view.node_id(body.at)
+    if body.before is not None:
+        at = _node(view, view.node_id(body.before)).parent_id
     services_of(request).journal.set_tip(view.stored.id, name, at)
     return view.at(f"{split_branch(conversation_id)[0]}.{name}", name, at).standing()
 

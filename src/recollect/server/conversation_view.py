@@ -19,13 +19,13 @@ from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message
 from recollect.conversation.turn import ANSWERED
-from recollect.journal.changes import item_name, response_item
 from recollect.journal.journal import Journal
 from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, StoredConversation
 from recollect.server.hub import OpenConversations
 from recollect.server.refusals import ApiError, not_found, quoted
 from recollect.server.response_object import items_of
 from recollect.server.services import client_of, services_of
+from recollect.server.usage import recorded
 from recollect.types import Message
 
 HAS_INSTRUCTIONS = "has_instructions"
@@ -74,6 +74,11 @@ def checkpoints(tips: Mapping[str, int | None]) -> dict[str, int | None]:
 def copies_of(label: Label) -> dict[int, int]:
     """Return which messages of a conversation are the same as others, by their ids in the journal."""
     return {int(copy): first for copy, first in label.note.get(COPIES, {}).items()}
+
+
+def item_name(label: Label, number: int) -> str:
+    """Return the id of a conversation's message: of the first that was kept, the second, and so on."""
+    return f"msg_{label.name.removeprefix('conv_')}_{number}"
 
 
 def checkpoint_tip(name: str) -> str:
@@ -447,6 +452,8 @@ class ConversationView:
                 "parent_id": None if node.parent_id is None else self.names[node.parent_id],
                 "response_id": self.responses.get(node.id),
                 "created_at": int(node.created_at.timestamp()),
+                "finish_reason": node.finish_reason,
+                "usage": None if node.usage is None else recorded(node.usage).to_dict(),
             }
             for node in shown
         ]

@@ -245,7 +245,8 @@ class _Asked:
         offered = body.offer()
         items = KnownItems(self.services.journal, self.namespace)
         said = model.template.with_thoughts(body.messages(items.find))
-        check_last(said, "input")
+        if said:
+            check_last(said, "input")
         if not body.keeps:
             before = [node.message() for node in place.node.path()][place.has_instructions :]
             messages = [*_instructions(body), *before, *said]
