@@ -496,7 +496,7 @@ class Session(Cursor):
         asked = self._prompting.asking(at, text, self._begun, tools, self.overflow)
         form = self._model.template.tool_format
         rules = tools.rules(params.grammar, form) if tools.schemas else None
-        sequence = self._prompting.sequence(asked.prompt.token_ids)
+        sequence = self._prompting.sequence(asked.prompt.token_ids, asked.at, text)
         model = self._model
         begun = asked.reasoning(model.template.reasoning)
         reasoning = model.tokenizer, begun
@@ -549,7 +549,7 @@ class Session(Cursor):
     def _typed(self, text: str) -> TokenSequence:
         at = self._tip.parent if self._is_unanswered() else self._tip
         assert at is not None, "a message has a parent"
-        return self._prompting.sequence(self._prompting.typing(at, text, self.tools))
+        return self._prompting.sequence(self._prompting.typing(at, text, self.tools), at)
 
     def _start_idle_work(self, text: str = "") -> None:
         """Have a message being typed, or what precedes it, computed while the engine is idle."""
