@@ -11,10 +11,11 @@ import json
 import threading
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 
 from recollect.engine.decoder import Likelihood
-from recollect.errors import ConfigError, InvalidParameterError, RuntimeFailure
+from recollect.errors import ConfigError, InvalidParameterError
 from recollect.remote.wire import (
     EngineFacts,
     Link,
@@ -25,12 +26,15 @@ from recollect.remote.wire import (
     events,
     get_json,
     read_all,
+    whole,
 )
 from recollect.types import FinishReason, SamplingParams
 
 _ORDER: Final = ("penalties", "temperature", "top_k", "top_p", "min_p")
 """How a token is chosen, in the order of `engine.sampling`."""
 _MOST_SEED: Final = 2**32 - 1  # which means one at random
+_FEW: Final = 16
+"""Tokens in a request that is not streamed: those of a few characters."""
 _ENDS: Final[Mapping[str, FinishReason]] = {"eos": "stop", "word": "stop", "limit": "length"}
 
 
@@ -161,32 +165,83 @@ class LlamaServer:
         """Have an order carried out in a slot; see `Api.stream`."""
         number, may_reuse = self.slots.take(order.namespace, order.session)
         try:
-            yield from self._stream(self._body(order, number, may_reuse=may_reuse), told, link)
+            yield from self._generate(order, number, told, link, may_reuse=may_reuse)
         finally:
             self.slots.give_back(number)
+
+    def _generate(
+        self, order: Order, slot: int, told: Told, link: Link, *, may_reuse: bool
+    ) -> Generator[Token, None, None]:
+        """
+        Yield what is generated, in as many requests as it takes.
+
+        A stream tells only the last token of a character that takes several. Where it leaves some out, the
+        request is ended, and a short one that is not streamed tells all of them, from the same place on.
+        """
+        body = self._body(order, slot, may_reuse=may_reuse)
+        first, is_whole, left = told, False, order.most_tokens
+        while True:
+            here = Told()
+            part = self._whole(body, here, link) if is_whole else self._stream(body, here, link)
+            for token in islice(part, max(1, left)):
+                if first is told and here.reused_tokens is not None:
+                    told.prompt_tokens, told.reused_tokens = here.prompt_tokens, here.reused_tokens
+                    first = here
+                body["prompt"].append(token[0])
+                yield token
+            left = len(order.token_ids) + order.most_tokens - len(body["prompt"])
+            if told.reused_tokens is None:
+                told.prompt_tokens, told.reused_tokens = here.prompt_tokens, here.reused_tokens
+            if left <= 0 or here.finish == "stop":
+                told.finish = "length" if left <= 0 else "stop"
+                return
+            is_whole = here.finish is None
+            body |= {
+                "n_predict": min(left, _FEW) if is_whole else left,
+                "stream": not is_whole,
+                "seed": (order.seed + len(body["prompt"])) % _MOST_SEED,
+                "cache_prompt": True,  # of what this reply has computed itself
+            }
 
     def _stream(
         self, body: Mapping[str, Any], told: Told, link: Link
     ) -> Generator[Token, None, None]:
-        given = 0
+        """Yield tokens until one is left out, or the end; `told.finish` says which."""
+        given, finish = 0, None
         for event in events(link, "/completion", body):
-            if isinstance(timings := event.get("timings"), Mapping):
-                told.reused_tokens = timings.get("cache_n")
-                told.prompt_tokens = timings.get("cache_n", 0) + timings.get("prompt_n", 0)
+            _note(told, event)
             ids = event.get("tokens") or []
+            generated = event.get("tokens_predicted", given + len(ids))
             if event.get("stop"):
-                told.finish = _ENDS.get(str(event.get("stop_type")))
-            elif (given := given + len(ids)) != event.get("tokens_predicted", given):
-                # It tells only the last token of a character that takes several.
-                raise Lost("it left tokens out")
+                finish = _ENDS.get(str(event.get("stop_type")))
+                if finish is None:
+                    raise Lost(f"it ended the reply with {event.get('stop_type')!r}")
+                end = 1 if event.get("stop_type") == "eos" else 0  # which is not told
+                if generated <= given + len(ids) + end:
+                    told.finish = finish
+            elif generated != given + len(ids):
+                return
+            given += len(ids)
             yield from _tokens(ids, event.get("completion_probabilities"), body.get("n_probs"))
-        if told.finish is None:
+        if finish is None:
             raise Lost("it broke off")
+
+    def _whole(
+        self, body: Mapping[str, Any], told: Told, link: Link
+    ) -> Generator[Token, None, None]:
+        """Yield the tokens of a request that is not streamed."""
+        said = whole(link, "/completion", body)
+        _note(told, said)
+        told.finish = _ENDS.get(str(said.get("stop_type")))
+        ids, likely = said.get("tokens") or [], said.get("completion_probabilities")
+        if not ids and told.finish != "stop":
+            raise Lost("it generated nothing")
+        yield from _tokens(ids, likely, body.get("n_probs"))
 
     def _body(self, order: Order, slot: int, *, may_reuse: bool) -> dict[str, Any]:
         params = order.params
         body: dict[str, Any] = {
-            "prompt": order.token_ids,
+            "prompt": list(order.token_ids),
             "n_predict": order.most_tokens,
             "temperature": params.temperature,
             "seed": order.seed % _MOST_SEED,
@@ -194,7 +249,7 @@ class LlamaServer:
             "top_p": params.top_p,
             "min_p": params.min_p,
             "repeat_penalty": params.repetition_penalty,
-            "repeat_last_n": -1,
+            "repeat_last_n": len(order.token_ids) + order.most_tokens,
             "samplers": list(_ORDER),
             "ignore_eos": params.ignore_eos,
             "stream": True,
@@ -215,16 +270,33 @@ class LlamaServer:
         return body
 
 
+def _note(told: Told, event: Mapping[str, Any]) -> None:
+    if isinstance(timings := event.get("timings"), Mapping):
+        told.reused_tokens = timings.get("cache_n")
+        told.prompt_tokens = timings.get("cache_n", 0) + timings.get("prompt_n", 0)
+
+
 def _tokens(ids: list[int], said: Any, alternatives: int | None) -> list[Token]:
+    """
+    Return tokens with how likely they were, where that was asked for.
+
+    Raises:
+        InvalidParameterError: It is not told: of the tokens of an unfinished character nothing is.
+    """
     if alternatives is None:
         return [(token, None) for token in ids]
-    if not isinstance(said, list) or len(said) < len(ids):
-        if not ids:
-            return []
-        raise RuntimeFailure("llama-server did not tell how likely the tokens are.")
+    told = said if isinstance(said, list) else []
+    if len(told) < len(ids) or any(
+        one["id"] != token for token, one in zip(ids, told, strict=False)
+    ):
+        raise InvalidParameterError(
+            "llama-server does not tell how likely the tokens are that make one character together: leave "
+            "logprobs out, or take vLLM.",
+            param="logprobs",
+        )
     return [
         (token, _likelihood(token, one, alternatives))
-        for token, one in zip(ids, said[-len(ids) :] if ids else [], strict=True)
+        for token, one in zip(ids, told, strict=False)
     ]
 
 

@@ -19,7 +19,7 @@ from typing import Final
 
 from recollect.engine.decoder import Ask, Drawn
 from recollect.engine.engine import Engine
-from recollect.engine.scheduler import MOST_SPARE, Task
+from recollect.engine.scheduler import MOST_SPARE, Task, TaskState
 from recollect.engine.sequence import FeedPlan, Memory, plan_feed, warm_tokens
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import EngineUnavailableError, MisuseError, RuntimeFailure
@@ -300,8 +300,8 @@ class RemoteEngine(Engine):
                 self._spare.remove(task)
         if stream is not None:
             stream.close()
-        ended = "cancelled" if task.cancelled else "done"
-        task.end("failed" if error is not None else ended, error)
+        ended: TaskState = "cancelled" if task.cancelled else "done"
+        task.end(ended if error is None else "failed", error)
         with self._streams_lock:
             self._live.pop(task, None)
 
@@ -497,6 +497,10 @@ class _Stream:
             self._drain()
         self._take_note()
         fed = self._fed.end - self._fed.start
+        if self._told.reused_tokens is None and not self._given:
+            fed = 0  # it was ended before anything is known of it
+            if self._task is not None:
+                self._task.fed.remove(self._fed)
         self._engine.replicas.end(
             self._replica,
             reused=self._fed.start,

@@ -11,7 +11,7 @@ import json
 import os
 import ssl
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from socket import SHUT_RDWR
@@ -205,33 +205,55 @@ def events(
         Lost: As `Api.stream`.
         RuntimeFailure: It is refused.
     """
-    try:
-        sent = json.dumps(body).encode()
-        response = link.send("POST", path, sent, headers or {}, FIRST_S)
-        if response.status != 200:
-            said = response.read(_PIECE_BYTES).decode("utf-8", "replace")
-            raise _refusal(response.status, said)
+    with _failures_as_lost(link):
+        response = _posted(link, path, body, headers or {})
         for line in _lines(response):
             if not line.startswith(b"data:"):
                 continue
             data = line[5:].strip()
             if data == b"[DONE]":
                 return
-            event = json.loads(data)
-            if not isinstance(event, dict):
-                raise Lost("it sent an event that is no JSON object")
-            if (error := event.get("error")) is not None:
-                raise Lost(f"it broke off: {_quoted(str(error))}")
+            event = _object(data)
             link.wait_at_most(NEXT_S)
             yield event
+
+
+def whole(link: Link, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Post a request that is not streamed, and return its answer; raises as `events`."""
+    with _failures_as_lost(link):
+        return _object(_posted(link, path, body, {}).read(_MOST_LINE_BYTES))
+
+
+@contextmanager
+def _failures_as_lost(link: Link) -> Iterator[None]:
+    try:
+        yield
     except TimeoutError as cause:
         raise Lost("it said nothing for too long") from cause
     except (OSError, HTTPException, ValueError) as cause:
-        raise Lost(
-            f"the connection failed ({_quoted(str(cause) or type(cause).__name__)})"
-        ) from cause
+        reason = _quoted(str(cause) or type(cause).__name__)
+        raise Lost(f"the connection failed ({reason})") from cause
     finally:
         link.close()
+
+
+def _posted(
+    link: Link, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
+) -> HTTPResponse:
+    response = link.send("POST", path, json.dumps(body).encode(), headers, FIRST_S)
+    if response.status != 200:
+        said = response.read(_PIECE_BYTES).decode("utf-8", "replace")
+        raise _refusal(response.status, said)
+    return response
+
+
+def _object(data: bytes) -> Mapping[str, Any]:
+    said = json.loads(data)
+    if not isinstance(said, dict):
+        raise Lost("it sent something that is no JSON object")
+    if (error := said.get("error")) is not None:
+        raise Lost(f"it broke off: {_quoted(str(error))}")
+    return said
 
 
 def get_json(url: str, path: str) -> Any:
