@@ -353,6 +353,15 @@ class ModelOptions:
         ),
     ] = None
 
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND=URL",
+            help="An engine elsewhere that computes: vllm=URL, vllm=URL,URL or llama=URL.",
+            show_default="the model runs here",
+        ),
+    ] = None
+
     def check(self) -> None:
         """
         Raise what is wrong with the sizes, the layers, the format of calls and the setting for offline use.
@@ -363,6 +372,10 @@ class ModelOptions:
         self._sizes()
         self._layers()
         tool_formats.named(self.tool_format)
+        if self.engine is not None:
+            from recollect.remote.probe import parsed  # noqa: PLC0415 - loads HTTP, which few need
+
+            parsed(self.engine)
         config.is_offline()
 
     def prepare(self, name: str) -> None:
@@ -375,6 +388,8 @@ class ModelOptions:
                 context.
         """
         self.check()
+        if self.engine is not None:
+            return  # only a tokenizer is needed, which takes no time
         with progress_bar(f"Preparing {name}") as progress:
             local = prepare(
                 name,
@@ -416,8 +431,9 @@ class ModelOptions:
                 tool_format=self.tool_format,
                 progress=progress,
                 offline=self.offline or None,
+                engine=self.engine,
             )
-        if self.runtime == "auto" and model.local.format == "gguf":
+        if self.engine is None and self.runtime == "auto" and model.local.format == "gguf":
             device = model.engine.info.device
             why = "OpenVINO does not read it" if device == "CPU" else f"{device} is quicker"
             typer.echo(f"{name} runs on llama.cpp ({device}), because {why}.", err=True)

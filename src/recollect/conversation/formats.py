@@ -14,7 +14,7 @@ from typing import Final
 
 import psutil
 
-from recollect.errors import ConfigError
+from recollect.errors import ConfigError, UnsupportedModelError
 from recollect.files import scratch_folder
 from recollect.models.catalog import Format, LocalModel
 from recollect.models.gguf_weights import Shards, f32_bytes, is_f32, write_as_f32
@@ -163,6 +163,12 @@ def _llama(model: LocalModel, options: RunOptions) -> PagedRuntime:
         return load(unpacked)
 
 
+def _no_weights(model: LocalModel, _: RunOptions) -> PagedRuntime:
+    raise UnsupportedModelError(
+        f"{model.name} holds a tokenizer and no weights that run here: say which engine computes (--engine)."
+    )
+
+
 def _reference(model: LocalModel, _: RunOptions) -> PagedRuntime:
     return ReferenceRuntime(
         vocab_size=ByteTokenizer().vocab_size, context_length=model.context_length
@@ -177,6 +183,8 @@ FORMATS: Final[Mapping[Format, FormatParts]] = MappingProxyType(
         "onnx-genai": FormatParts(tokenizer=_hf_tokenizer, runtime=_genai),
         # A GGUF file as it is, for llama.cpp; models/prepare.
         "gguf": FormatParts(tokenizer=_llama_tokenizer, runtime=_llama),
+        # A Hugging Face folder, for engines elsewhere; models/tokenizer_folder.
+        "tokenizer": FormatParts(tokenizer=_hf_tokenizer, runtime=_no_weights),
         # The model without weights; models/catalog.
         "reference": FormatParts(tokenizer=lambda _: ByteTokenizer(), runtime=_reference),
     }

@@ -207,6 +207,8 @@ class Model:
         store: DiskStore | None = None,
         cipher: Cipher | None = None,
         tool_format: str | None = None,
+        tokenizer: Tokenizer | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """
         Make a model from its loaded parts; `load` is the usual way.
@@ -220,6 +222,8 @@ class Model:
             store: The KV store, closed with the model; None: KV is in memory only.
             cipher: The cipher of an encrypted data folder; None: it is not encrypted.
             tool_format: As in `load`.
+            tokenizer: Of the model, where it is loaded already.
+            engine: What computes, with *runtime*; the model owns it from now on. None: one is made.
         """
         self.name: Final = local.name
         self.local: Final = local
@@ -234,7 +238,7 @@ class Model:
         self.known: Final = KnownMessages()
         """The index of known messages, in which messages that come as text are found."""
         self.profile: Final = profile
-        self.tokenizer: Final[Tokenizer] = load_tokenizer(local)
+        self.tokenizer: Final[Tokenizer] = tokenizer or load_tokenizer(local)
         self.template: Final = ChatTemplate(
             local.chat_template,
             bos_token=local.bos_token,
@@ -246,7 +250,7 @@ class Model:
         self.prompts: Final = PromptEncoder(
             self.template, self.tokenizer, fingerprint=local.fingerprint
         )
-        self.engine: Final = Engine(
+        self.engine: Final = engine or Engine(
             runtime,
             num_blocks=pool_size(runtime.info, kv_memory),
             eos_token_ids=local.eos_token_ids,

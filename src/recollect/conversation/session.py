@@ -572,7 +572,7 @@ class Session(Cursor, Explorer, AsyncSpeaker):
     def _typed(self, text: str) -> TokenSequence:
         at = self._tip.parent if self._is_unanswered(self._tip) else self._tip
         assert at is not None, "a message has a parent"
-        return self._prompting.sequence(self._prompting.typing(at, text, self.tools))
+        return self._prompting.sequence(self._prompting.typing(at, text, self.tools), at)
 
     def _start_idle_work(self, text: str = "") -> None:
         """Have a message being typed, or what precedes it, computed while the engine is idle."""

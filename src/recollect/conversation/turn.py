@@ -8,6 +8,7 @@ rest are values: the session carries a turn out, and owns all other state.
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
 from typing import Any, Final, Protocol, Self
 
 from recollect.conversation.feed import Feed
@@ -15,7 +16,14 @@ from recollect.conversation.matching import Change
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.showing import Prompt
 from recollect.conversation.tools import Tools
-from recollect.conversation.tree import Node, Overflow, Window, links_of, turn_starts
+from recollect.conversation.tree import (
+    Node,
+    Overflow,
+    Window,
+    links_of,
+    message_key,
+    turn_starts,
+)
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars
 from recollect.engine.reply import GeneratedReply
@@ -288,7 +296,7 @@ class Prompting:
         """
         model, form = self._model, self._model.template.tool_format
         rules = tools.rules(params.grammar, form) if tools.schemas else None
-        sequence = self.sequence(asked.prompt.token_ids)
+        sequence = self.sequence(asked.prompt.token_ids, asked.at, said)
         begun = asked.reasoning(model.template.reasoning)
         reasoning = model.tokenizer, begun
         generator = generator_of(
@@ -360,9 +368,14 @@ class Prompting:
         shown = self._window.shown(at.path())
         return self._encoder.encode_typed(shown, text, tools.schemas).token_ids
 
-    def sequence(self, token_ids: list[int]) -> TokenSequence:
+    def sequence(self, token_ids: list[int], at: Node, said: str | None = None) -> TokenSequence:
         """
         Return a sequence with this history.
+
+        Args:
+            token_ids: The history.
+            at: The last message in it that is in the tree.
+            said: A user's message after that; None: there is none.
 
         Raises:
             ContextFullError: It leaves no place for a reply.
@@ -372,8 +385,20 @@ class Prompting:
         if needed > limit:
             raise ContextFullError(needed=needed, limit=limit)
         sequence = self._engine.new_sequence(self._namespace)
+        sequence.session = branches_key(self._namespace, at, said)
         sequence.append(token_ids)
         return sequence
+
+
+def branches_key(namespace: str, at: Node, said: str | None = None) -> str:
+    """
+    Return what is equal for all branches of a conversation, whoever sends it and however often: a hash of
+    what is said up to the first message of a user.
+    """
+    first = next((node for node in at.path() if node.role == "user"), None)
+    is_new = first is None and said is not None
+    key = message_key(at.key, "user", said or "") if is_new else (first or at).key
+    return blake2b(namespace.encode() + key, digest_size=16).hexdigest()
 
 
 def is_cut(node: Node) -> bool:

@@ -534,7 +534,7 @@ class ReplyGeneration:
             decode_tps=tokens_per_second(generation.tokens - 1, decode_s),
             sampling=self._generator.params.told(self._generator.seed),
         )
-        return usage.evicted(whole - reused - read_ahead)
+        return usage.evicted(whole - reused - read_ahead, moved=self._sequence.moved)
 
     def _whole(self) -> GeneratedReply:
         """Return the reply, which has ended."""

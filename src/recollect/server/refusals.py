@@ -127,6 +127,7 @@ _NO_ROOM: Final = "The server's disk is full: nothing was kept. What was kept be
 _ENCRYPTED: Final = (
     "What this server keeps was encrypted while it ran: restart the server, with the passphrase."
 )
+_NO_ENGINE: Final = "No engine answers at the moment; what was said is kept. Ask again."
 _SEE_LOG: Final = "The server could not do this; its log says why."
 
 TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
@@ -152,6 +153,10 @@ TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
     ),
     (errors.StoreFullError, Answer(507, _OURS, "insufficient_storage", _NO_ROOM)),
     (errors.StoreError, Answer(503, _OURS, "store_unavailable", _SEE_LOG, retry_after_s=10)),
+    (
+        errors.EngineUnavailableError,
+        Answer(503, _OURS, "engine_unavailable", _NO_ENGINE, retry_after_s=5, has_trace=False),
+    ),
     (errors.ModelError, Answer(503, _OURS, "model_unavailable", _SEE_LOG)),
     (RecollectError, Answer(500, _OURS, "internal_error", _SEE_LOG)),
 )
