@@ -275,7 +275,7 @@ def test_a_reply_that_is_cut_in_a_call_says_so_where_its_text_is_empty(
     streaming = {"stream": True, "stream_options": {"include_usage": True}}
     *_, last = events(client, CHAT, {**TOOLS, "max_tokens": tokens, **streaming})[:-1]
     assert last["usage"]["recollect"]["ended"] == "call"
-    body = {"tools": [{"type": "function", **FUNCTION}], "tool_choice": "required"}
+    body: Json = {"tools": [{"type": "function", **FUNCTION}], "tool_choice": "required"}
     body |= {"input": "Hello", "max_output_tokens": tokens, "temperature": 0.7, "seed": 5}
     response = post(client, "/v1/responses", body)
     assert response["usage"]["recollect"]["ended"] == "call"
