@@ -107,6 +107,7 @@ SINCE = (
     "trying them out",
     "tokenizers without weights",
     "proving reuse elsewhere",
+    "marks of reasoning, found from a template",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)
