@@ -15,6 +15,7 @@ from typing import Any, Final, Self
 from fastapi import Request
 
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.costs import GoingOn
 from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message
@@ -420,8 +421,32 @@ class ConversationView:
         """Return messages as items."""
         return [item for node in nodes for item in items_of(self.item_id(node.id), node)]
 
-    def tree(self) -> dict[str, Any]:
-        """Return all messages in all branches, parents first, and where branches and checkpoints are."""
+    def nodes_after(self, name: str | None, limit: int) -> Sequence[NodeRecord]:
+        """
+        Return a page of all messages, parents first.
+
+        Raises:
+            ApiError: There is no message of that name, after which the page begins.
+        """
+        start = 0
+        if name is not None:
+            places = {self.names[node.id]: at for at, node in enumerate(self.stored.nodes, 1)}
+            if name not in places:
+                raise not_found(f"item {name!r} in this conversation")
+            start = places[name]
+        return self.stored.nodes[start : start + limit]
+
+    def tree(
+        self, shown: Sequence[NodeRecord], costs: Mapping[int, GoingOn], model: str | None
+    ) -> dict[str, Any]:
+        """
+        Return messages in all branches, parents first, and where branches and checkpoints are.
+
+        Args:
+            shown: A page of them.
+            costs: What going on from them would cost, by their ids in the journal.
+            model: With which model; None: it is not loaded, so nobody knows.
+        """
         nodes = [
             {
                 "id": self.names[node.id],
@@ -430,13 +455,19 @@ class ConversationView:
                 "parent_id": None if node.parent_id is None else self.names[node.parent_id],
                 "response_id": self.responses.get(node.id),
                 "created_at": int(node.created_at.timestamp()),
+                "warmth": costs[node.id].warmth if node.id in costs else None,
+                "going_on": costs[node.id].to_dict() if node.id in costs else None,
             }
-            for node in self.stored.nodes
+            for node in shown
         ]
+        ends_at = shown[-1] if shown else None
         return {
             "object": "conversation.tree",
             "id": self.id,
+            "model": model,
             "nodes": nodes,
+            "has_more": ends_at is not None and ends_at is not self.stored.nodes[-1],
+            "last_id": nodes[-1]["id"] if nodes else None,
             "tips": self._named(branches(self.stored.tips)),
             "checkpoints": self._named(checkpoints(self.stored.tips)),
         }
