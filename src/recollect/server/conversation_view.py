@@ -15,10 +15,12 @@ from typing import Any, Final, Self
 from fastapi import Request
 
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.costs import GoingOn
 from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message
 from recollect.conversation.turn import ANSWERED
+from recollect.journal.changes import item_name, response_item
 from recollect.journal.journal import Journal
 from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, StoredConversation
 from recollect.server.hub import OpenConversations
@@ -74,11 +76,6 @@ def checkpoints(tips: Mapping[str, int | None]) -> dict[str, int | None]:
 def copies_of(label: Label) -> dict[int, int]:
     """Return which messages of a conversation are the same as others, by their ids in the journal."""
     return {int(copy): first for copy, first in label.note.get(COPIES, {}).items()}
-
-
-def item_name(label: Label, number: int) -> str:
-    """Return the id of a conversation's message: of the first that was kept, the second, and so on."""
-    return f"msg_{label.name.removeprefix('conv_')}_{number}"
 
 
 def checkpoint_tip(name: str) -> str:
@@ -425,24 +422,36 @@ class ConversationView:
         """Return messages as items."""
         return [item for node in nodes for item in items_of(self.item_id(node.id), node)]
 
-    def tree(self, limit: int, after: str | None = None) -> dict[str, Any]:
+    def nodes_after(self, name: str | None, limit: int) -> Sequence[NodeRecord]:
         """
-        Return messages in all branches, parents first, and which branches and checkpoints stand at them.
+        Return a page of all messages, parents first.
 
         Args:
+            name: The id of the last node of the page before; None: this is the first page.
             limit: Most messages to return.
-            after: The id of the last node of the page before; None: this is the first page, which also
-                has what stands at the root.
 
         Raises:
             ApiError: There is no such node.
         """
         start = 0
-        if after is not None:
-            last = self.node_id(after)
+        if name is not None:
+            last = self.node_id(name)
             start = 1 + next(n for n, node in enumerate(self.stored.nodes) if node.id == last)
-        shown = self.stored.nodes[start : start + limit]
-        here = {node.id for node in shown} | (set() if start else {None})
+        return self.stored.nodes[start : start + limit]
+
+    def tree(
+        self, shown: Sequence[NodeRecord], costs: Mapping[int, GoingOn], model: str | None
+    ) -> dict[str, Any]:
+        """
+        Return messages in all branches, parents first, and which branches and checkpoints stand at them.
+
+        Args:
+            shown: A page of them; the first also has what stands at the root.
+            costs: What going on from them would cost, by their ids in the journal.
+            model: With which model; None: it is not loaded, so nobody knows.
+        """
+        is_first = not shown or shown[0] is self.stored.nodes[0]
+        here = {node.id for node in shown} | ({None} if is_first else set())
         tips = {name: at for name, at in self.stored.tips.items() if at in here}
         nodes = [
             {
@@ -454,17 +463,21 @@ class ConversationView:
                 "created_at": int(node.created_at.timestamp()),
                 "finish_reason": node.finish_reason,
                 "usage": None if node.usage is None else recorded(node.usage).to_dict(),
+                "warmth": costs[node.id].warmth if node.id in costs else None,
+                "going_on": costs[node.id].to_dict() if node.id in costs else None,
             }
             for node in shown
         ]
+        ends_at = shown[-1] if shown else None
         return {
             "object": "conversation.tree",
             "id": self.id,
+            "model": model,
             "nodes": nodes,
             "tips": self.named(branches(tips)),
             "checkpoints": self.named(checkpoints(tips)),
             "last_id": nodes[-1]["id"] if nodes else None,
-            "has_more": start + limit < len(self.stored.nodes),
+            "has_more": ends_at is not None and ends_at is not self.stored.nodes[-1],
         }
 
     def named(self, places: Mapping[str, int | None]) -> dict[str, str | None]:
