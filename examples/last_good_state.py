@@ -3,8 +3,8 @@ An agent that goes back to the last good state when a step fails, and tries agai
 
     python examples/last_good_state.py [--model smollm2]
 
-Each step is checked by a rule. What fails is not left in the conversation to lead the model astray: the session is
-rewound to the last good message, which costs nothing, and the step is tried with another seed.
+Each step is checked by a rule. What fails is not left in the conversation to lead the model astray: the
+session is rewound to the last good message, which costs nothing, and the step is tried with another seed.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import recollect
 from recollect.types import SamplingParams
 
 SYSTEM = (
-    "You help to plan a journey through Europe by train. You answer each question with a few words, "
-    "and never with a list. You stay with what was decided before."
+    "You help to plan a journey by train. You answer each question with one short sentence, and never "
+    "with a list. You stay with what was decided before."
 )
 MOST_TRIES = 8
 CITIES = {"paris", "lyon", "marseille", "nice", "bordeaux", "lille", "toulouse", "nantes"}
@@ -39,15 +39,15 @@ def is_number(text: str) -> bool:
 
 
 STEPS = (
-    Step("Which city in France shall we begin in?", lambda said: named(said, CITIES) == 1),
+    Step("Name one large city in France to begin in.", lambda said: named(said, CITIES) == 1),
     Step(
-        "In which month do we go?",
+        "Name the month of the year in which we go.",
         lambda said: len(set(re.findall(MONTHS, said.lower()))) == 1,
     ),
-    Step("For how many days? Answer with a number.", is_number),
+    Step("How many days does the journey take? Say one number.", is_number),
     Step(
-        "What do we take along against the rain? Answer in one short sentence.",
-        lambda said: bool(re.search(r"umbrella|coat|jacket|poncho|boots", said.lower())),
+        "What do I hold over my head when it rains, or wear?",
+        lambda said: bool(re.search(r"umbrella|coat|jacket|poncho|hat|hood", said.lower())),
     ),
 )
 

@@ -3,8 +3,8 @@ A small tree search: a model proposes moves, a verifier keeps the best, and the 
 
     python examples/tree_search.py [--model smollm2] [--start 2] [--target 23] [--width 3]
 
-The puzzle: get from one number to another by moves that add 3 or double. The moves of a level are generated in one
-batch, and what leads to them is read once.
+The puzzle: get from one number to another by moves that add 3 or double. The moves of a level are generated
+in one batch, and what leads to them is read once.
 """
 
 import argparse
