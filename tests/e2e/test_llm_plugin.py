@@ -64,12 +64,12 @@ def test_a_tool_is_called_and_its_result_goes_back(model: Model, on: Callable[..
     asked: list[bool] = []
 
     def town(small: bool) -> str:
-        """Return where somebody lives."""
         asked.append(small)
         return "by the sea"
 
-    tool = llm.Tool.function(town)
-    tool.input_schema["additionalProperties"] = False
+    shape = {"properties": {"small": {"type": "boolean"}}, "required": ["small"]}
+    shape |= {"type": "object", "additionalProperties": False}
+    tool = llm.Tool("town", "Return where somebody lives.", shape, town)
     chat = on(model, tool_choice="required", parallel_tool_calls=False).conversation()
     response = chat.prompt("Where does Alex live?", tools=[tool], max_tokens=200)
     (call,) = response.tool_calls()
