@@ -97,7 +97,10 @@ class RecollectModel(llm.Model):
             tools=[_schema(tool) for tool in prompt.tools] or None,
         )
         told = {name: value for name, value in prompt.options if value is not None}
-        grammar = None if prompt.schema is None else Grammar.json_schema(prompt.schema)
+        grammar = None
+        if prompt.schema is not None:
+            assert isinstance(prompt.schema, dict), "a prompt makes a schema of a class"
+            grammar = Grammar.json_schema(prompt.schema)
         params = SamplingParams(
             **{"max_tokens": _DEFAULT_MAX_TOKENS, **told}, grammar=grammar
         ).with_recommended(model.local.sampling, told)

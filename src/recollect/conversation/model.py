@@ -28,10 +28,23 @@ from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
 from recollect.engine.tier import DiskTier
-from recollect.errors import ConfigError, ConversationError, UnknownConversationError
+from recollect.errors import (
+    ConfigError,
+    ConversationError,
+    ConversationFileError,
+    UnknownConversationError,
+)
+from recollect.journal.conversation_files import from_json
 from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Hit, Page, require_name
+from recollect.journal.records import (
+    DEFAULT_TIP,
+    ConversationInfo,
+    Hit,
+    NewNode,
+    Page,
+    require_name,
+)
 from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import DiskStore
 from recollect.kv.record import Pin, StoredReply, chained_keys
@@ -413,6 +426,69 @@ class Model:
             template_options=template_options,
             begun=tip if tip.role == "assistant" else None,
         )
+
+    def session_from_json(
+        self,
+        text: str,
+        *,
+        params: SamplingParams | None = None,
+        namespace: str = "",
+        keep: bool = False,
+        name: str | None = None,
+        overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Session:
+        """
+        Return a session in a conversation of its own, which begins with what `Session.to_json` returned.
+
+        Replies have the token ids that they were generated as, if by this model, and the KV of these is
+        found; another model reads their text. Nothing can tell whether token ids belong to the text:
+        take it only from whom you trust. Of a file with several branches, `main` is taken.
+
+        Args:
+            text: What `Session.to_json` returned, or a file that `recollect conversations export` wrote.
+            params, namespace, keep, name, overflow, tools: As in `session`. The name in the JSON is not
+                taken. With *keep*, the messages are saved at once.
+
+        Raises:
+            ConversationFileError: It is not such a text.
+            InvalidParameterError: A description of a tool cannot be used.
+            NameTakenError: There is a conversation of that name.
+            StoreError: The journal cannot be used.
+        """
+        record = from_json(text)
+        vocab_size = self.engine.info.vocab_size
+        for node in record.nodes:
+            is_own = node.fingerprint == self.weights_fingerprint
+            if is_own and max(node.token_ids or (), default=0) >= vocab_size:
+                raise ConversationFileError(
+                    f"Message {node.id} has token ids that {self.name} does not have: give what "
+                    "`to_json` returned."
+                )
+        path = [
+            NewNode(
+                role=node.role,
+                content=node.content,
+                token_ids=node.token_ids,
+                finish_reason=node.finish_reason,
+                usage=node.usage,
+                fingerprint=node.fingerprint,
+                links=node.links,
+            )
+            for node in record.path(record.default_tip())
+        ]
+        session = self.session(
+            params=params,
+            namespace=namespace,
+            keep=keep,
+            name=name,
+            overflow=overflow,
+            tools=tools,
+        )
+        if path:
+            conversation = session.conversation
+            session.rewind(conversation.add(conversation.tree.root, path, tip=DEFAULT_TIP))
+        return session
 
     def sessions(
         self, *, limit: int | None = None, after: int | None = None

@@ -183,11 +183,12 @@ class Search:
             row = tuple(columns_of_row)
             if whose != namespace:
                 continue
-            if not is_sound(row):
-                raise self._sealing.not_as_written(f"node {row[0]}")
             snippet = query.snippet(read_content(row, self._sealing))
-            if snippet is not None:
-                found.append((row, snippet))
+            if snippet is None:
+                continue
+            if not is_sound(row):  # what is read and is no hit is not checked, which takes longer
+                raise self._sealing.not_as_written(f"node {row[0]}")
+            found.append((row, snippet))
         return found, rows[-1][1] if len(rows) == most_rows else None
 
     def hits(self, found: Sequence[tuple[Row, str]]) -> list[Hit]:
