@@ -69,6 +69,7 @@ class LlamaMachine(RuleBasedStateMachine):
     fresh: ClassVar[LlamaCppRuntime]
     context: ClassVar[int] = CONTEXT
     num_blocks: ClassVar[int] = NUM_BLOCKS
+    limit: ClassVar[float] = LIMIT
     beginning: ClassVar[list[int]] = []
     """What every sequence begins with."""
     new_store: ClassVar[Callable[[], DiskStore]]
@@ -147,7 +148,7 @@ class LlamaMachine(RuleBasedStateMachine):
             row = Row(model, 0, range(self.num_blocks))
             expected = self.fresh.forward([row]).logits[0]
             assert sequence.logits is not None
-            assert float(np.abs(sequence.logits - expected).max()) < LIMIT
+            assert float(np.abs(sequence.logits - expected).max()) < self.limit
 
 
 @pytest.fixture(params=sorted(SHAPES))
@@ -190,6 +191,7 @@ def test_any_order_gives_fresh_logits_on_real_models(
         make = staticmethod(partial(opened_real, file, length, home))
         fresh = opened_real(file, length, home)
         context, num_blocks = length, 2 * length // 32
+        limit = 0.05  # ggml reads Gemma's GELU from a table of 16-bit numbers
         beginning: ClassVar = [10 + 7 * number % 5000 for number in range(begun)]
         new_store = staticmethod(
             lambda: DiskStore(tmp_path / f"kv{next(made) % 2}", budget_bytes=1 << 30)
