@@ -75,6 +75,7 @@ SINCE = (
     "a reply on the terminal",
     "the tokenizer of llama.cpp",
     "the table of formats",
+    "marks of reasoning, found from a template",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

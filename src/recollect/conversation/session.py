@@ -499,6 +499,8 @@ class Session(Cursor):
         sequence = self._prompting.sequence(asked.prompt.token_ids)
         model = self._model
         begun = asked.reasoning(model.template.reasoning)
+        if rules is not None and tools.choice != "none":
+            begun = begun.with_calls(form, model.tokenizer)
         reasoning = model.tokenizer, begun
         generator = generator_of(engine, sequence, params, tools, model.grammars, reasoning, form)
         change = self._change if at is self._tip else None

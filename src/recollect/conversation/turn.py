@@ -28,7 +28,8 @@ from recollect.errors import (
 )
 from recollect.journal.home import Checkpoints
 from recollect.journal.records import NewNode
-from recollect.text.reasoning import NO_REASONING, Begun, ReasoningMarks, ReasoningWatch
+from recollect.text.reasoning import Begun, ReasoningWatch
+from recollect.text.reasoning_marks import ReasoningMarks
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
 from recollect.text.tool_formats import HERMES, ToolFormat
@@ -137,10 +138,8 @@ class Asking:
 
     def reasoning(self, marks: ReasoningMarks | None) -> Begun:
         """Return how reasoning stands where the reply begins."""
-        if marks is None:
-            return NO_REASONING
-        begun = marks.begun(self.prompt.ending)
-        if self.begun is None:
+        begun = Begun.of(marks, self.prompt.ending)
+        if self.begun is None or marks is None:
             return begun
         thought = None if self.begun.links is None else self.begun.links.reasoning
         is_inside = not self.begun.content and (begun.is_inside or thought is not None)
@@ -348,14 +347,30 @@ def _check_can_be_answered(at: Node, begun: Node | None) -> None:
         )
 
 
-def watch_of(tokenizer: Tokenizer, begun: Begun, params: SamplingParams) -> ReasoningWatch | None:
-    """Return what follows the reasoning of a reply; None where nothing depends on it."""
-    has_grammar = params.grammar is not None
+def watch_of(
+    tokenizer: Tokenizer, begun: Begun, params: SamplingParams, *, has_channels: bool = False
+) -> ReasoningWatch | None:
+    """
+    Return what follows the reasoning of a reply; None where nothing depends on it.
+
+    Args:
+        tokenizer: Of the model.
+        begun: How reasoning stands where the reply begins.
+        params: How tokens are chosen.
+        has_channels: Whether the grammar is about the reasoning too.
+    """
+    has_grammar = params.grammar is not None and not has_channels
     if begun.marks is None or not (has_grammar or params.reasoning_budget is not None):
         return None
     if begun.is_closed:
         return None
-    return ReasoningWatch(tokenizer, begun, budget=params.reasoning_budget, leads=has_grammar)
+    return ReasoningWatch(
+        tokenizer,
+        begun,
+        budget=params.reasoning_budget,
+        leads=has_grammar,
+        is_within=has_channels,
+    )
 
 
 def generator_of(
@@ -372,7 +387,8 @@ def generator_of(
 
     A tool whose schema cannot be held to is no reason to refuse the request: its calls are not held to it.
     A grammar is about what is said: the model may think before. Where calls have channels of their own, as
-    in harmony, the grammar of tools is about the whole reply, since it names these.
+    in harmony, the grammar of tools is about the whole reply, since it names these; a budget then leaves
+    one stretch of reasoning.
 
     Raises:
         ConfigError: A parameter or a grammar cannot be used; the sequence is released.
@@ -382,9 +398,11 @@ def generator_of(
             how = params
             if tools.schemas:
                 control = reasoning[0].control_tokens
-                how = replace(params, grammar=tools.grammar(params.grammar, format_, control))
+                budget = params.reasoning_budget
+                grammar = tools.grammar(params.grammar, format_, control, budget)
+                how = replace(params, grammar=grammar)
             has_channels = bool(tools.schemas) and format_.kind == "channels"
-            watch = None if has_channels else watch_of(*reasoning, how)
+            watch = watch_of(*reasoning, how, has_channels=has_channels)
             try:
                 return Generator(engine, how, sequence=sequence, grammars=grammars, reasoning=watch)
             except InvalidParameterError as error:

@@ -75,7 +75,7 @@ def with_tools_spelled(
 ) -> list[Message]:
     """Return messages for a template that knows no tools: the instructions describe them."""
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    preamble = format_.preamble.format(tools=lines)
+    preamble = format_.offering(lines)
     if messages and messages[0]["role"] == "system":
         instructions = f"{messages[0]['content']}\n\n{preamble}"
         return [{"role": "system", "content": instructions}, *messages[1:]]

@@ -39,7 +39,11 @@ CONTROL: Final = [
     "<|python_tag|>", "<|tool_call|>", "<|user|>", "<|assistant|>", "<|observation|>",
     "<|eom|>", "<|eot|>", "<|think|>", "<|begin|>", "<|content|>", "<|open|>", "<|close|>", "<|sep|>",
     "<|START_THINKING|>", "<|END_THINKING|>", "<|START_TEXT|>", "[THINK]", "[/THINK]",
-    "<think>", "</think>", "<tool_call>", "</tool_call>",
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "｜DSML｜", "<｜end▁of▁sentence｜>",
+    "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|im_assistant|>", "<|im_middle|>",
+    "<|tool_call>", "<tool_call|>", '<|"|>', "<|turn>", "<turn|>", "<|channel>", "<channel|>",
+    "<|tool_response>", "<tool_response|>",
 ]  # fmt: skip
 FAMILIES: Final[Mapping[str, str]] = {
     "Qwen-Qwen2.5-7B-Instruct": "hermes",
@@ -55,6 +59,11 @@ FAMILIES: Final[Mapping[str, str]] = {
     "LFM2.5-8B-A1B": "lfm2",
     "LFM2-8B-A1B": "lfm2",
     "deepseek-ai-DeepSeek-V3.1": "deepseek-v3.1",
+    "deepseek-ai-DeepSeek-V3.2": "dsml-v3.2",
+    "deepseek-ai-DeepSeek-V4": "dsml",
+    "Kimi-K2-Instruct": "kimi",
+    "moonshotai-Kimi-K2": "kimi",
+    "google-gemma-4-31B-it": "gemma-4",
     "ByteDance-Seed-OSS": "seed-oss",
     "MiniMax-M2": "minimax-m2",
     "NVIDIA-Nemotron-Nano-v2": "nemotron",
@@ -287,20 +296,67 @@ def test_what_is_thought_between_calls_is_kept(
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": "Sunny."})
 
 
-@pytest.mark.parametrize("name", ["Cohere2MoE", "muse-glimmer", "Kimi-K3", "Qwen-Qwen3-0.6B"])
+@pytest.mark.parametrize(
+    "name",
+    ["Cohere2MoE", "muse-glimmer", "Kimi-K3", "Qwen-Qwen3-0.6B", "openai-gpt-oss-120b"],
+)
 def test_a_budget_ends_reasoning_where_tools_are_offered(
     name: str, scripted: Callable[..., tuple[httpx.Client, Script]], tokenizer: Tokenizer
 ) -> None:
     opening, ending = THINKERS[name][0].split("{}")
-    call = FORMATS["hermes"].text_of([("weather", '{"city": "Rome"}')])
+    form = FORMATS[FAMILIES.get(name, "hermes")]
+    call = form.text_of([("weather", '{"city": "Rome"}')])
     most = 8
     thought = "Hm" * 4 if not opening.endswith("\n") else "Hm" * 3 + "H"
     endless = "x" * len(tokenizer.encode(ending.lstrip("\n")))
     client, _ = scripted(name, iter([f"{opening}{thought}{endless}{call}"]))
-    tool = {"name": "weather", "parameters": TOOL["schema"]}
+    tool = {"name": "weather", "description": "It", "parameters": TOOL["schema"]}
     body = {"model": "reference", "messages": [{"role": "user", "content": "?"}], "max_tokens": 200}
     tools = [{"type": "function", "function": tool}]
     asked = {**body, "tools": tools, "thinking_budget": most}
-    message = client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]
+    answer = client.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    message = answer.json()["choices"][0]["message"]
     assert message["reasoning_content"] == thought
+    assert message["tool_calls"][0]["function"]["name"] == "weather"
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "GLM-4.6"])
+def test_a_call_that_a_model_makes_while_it_thinks_is_called(
+    name: str, choice: str, scripted: Callable[..., tuple[httpx.Client, Script]]
+) -> None:
+    """It closes its thoughts behind the call, or not at all; the grammar holds the call as elsewhere."""
+    call = FORMATS[FAMILIES.get(name, "hermes")].text_of([("weather", '{"city": "Rome"}')])
+    client, _ = scripted(name, iter([f"<think>\nLook.\n{call}"]))
+    tool = {"name": "weather", "description": "It", "parameters": TOOL["schema"]}
+    asked = {
+        "model": "reference", "messages": [{"role": "user", "content": "?"}], "max_tokens": 300,
+        "tools": [{"type": "function", "function": tool}], "tool_choice": choice,
+    }  # fmt: skip
+    answer = client.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    message = answer.json()["choices"][0]["message"]
+    assert message["reasoning_content"] == "Look."
+    (told,) = message["tool_calls"]
+    assert json.loads(told["function"]["arguments"]) == {"city": "Rome"}
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_a_model_of_harmony_calls_a_tool_on_the_smallest_budget(
+    most: int, scripted: Callable[..., tuple[httpx.Client, Script]], tokenizer: Tokenizer
+) -> None:
+    call = FORMATS["harmony"].text_of([("weather", '{"city": "Rome"}')])
+    ending = "x" * len(tokenizer.encode("<|end|><|start|>assistant"))
+    thought = f"<|channel|>analysis<|message|>H{ending}" if most else ""
+    client, _ = scripted("openai-gpt-oss-120b", iter([f"{thought}{call}"]))
+    tool = {"name": "weather", "description": "It", "parameters": TOOL["schema"]}
+    asked = {
+        "model": "reference", "messages": [{"role": "user", "content": "?"}], "max_tokens": 300,
+        "tools": [{"type": "function", "function": tool}], "thinking_budget": most,
+    }  # fmt: skip
+    answer = client.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    message = answer.json()["choices"][0]["message"]
+    assert (message.get("reasoning_content") or "") == "H" * most
     assert message["tool_calls"][0]["function"]["name"] == "weather"
