@@ -420,10 +420,14 @@ class Journal:
         query = Query.parse(words)
         found: list[Hit] = []
         before = after
+        rows_at_once = min(
+            2 * limit, _ROWS_AT_ONCE
+        )  # of a common word, most that are read are hits
         while len(found) < limit:
             with self._reading() as sql:
                 search = Search(sql)
-                rows, before = search.find(query, namespace, before, _ROWS_AT_ONCE)
+                rows, before = search.find(query, namespace, before, rows_at_once)
+                rows_at_once = _ROWS_AT_ONCE
                 found += search.hits(rows[: limit - len(found)])
             if before is None:
                 break
