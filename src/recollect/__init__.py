@@ -21,8 +21,9 @@ __version__ = "0.1.0"
 """The build reads it from this line (pyproject.toml)."""
 
 if typing.TYPE_CHECKING:
+    from recollect.conversation.branches import Branch
     from recollect.conversation.conversation import Conversation
-    from recollect.conversation.explore import Branch, Exploration
+    from recollect.conversation.explore import Exploration
     from recollect.conversation.loading import load
     from recollect.conversation.model import Model, Warmed
     from recollect.conversation.session import ReplyStream, Session
@@ -40,7 +41,7 @@ if typing.TYPE_CHECKING:
     from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, ToolCall, Usage
 
 _MODULES: typing.Final = {
-    "Branch": "recollect.conversation.explore",
+    "Branch": "recollect.conversation.branches",
     "Checkpoint": "recollect.journal.home",
     "Cipher": "recollect.encryption",
     "Conversation": "recollect.conversation.conversation",

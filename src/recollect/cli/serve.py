@@ -7,6 +7,7 @@ Decides which models are offered, and under which names; the server itself is `r
 import logging
 import os
 import sys
+import webbrowser
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ from recollect.errors import ConfigError, MissingPackageError, UnknownModelError
 from recollect.journal import requests
 from recollect.models import stores
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
+from recollect.models.gguf_weights import part_names
 from recollect.models.listing import installed, size_bytes
 from recollect.models.prepare import known_context_length
 from recollect.server.settings import DEFAULT_MAX_TOKENS, Limits, Settings
@@ -168,6 +170,10 @@ def serve(
             help="Keep chats of clients that send all of it each time as conversations.",
         ),
     ] = False,
+    web: Annotated[
+        bool,
+        typer.Option("--web", help="Open the page of conversations in a browser."),
+    ] = False,
     no_save: Annotated[
         bool,
         typer.Option(
@@ -235,7 +241,7 @@ def serve(
         settings,
         hub,
         keys,
-        on_listening=lambda port: _say_where(settings, port),
+        on_listening=lambda port: _say_where(settings, port, opens=web),
         on_stopping=lambda replies: _say_stopping(settings, replies),
     )
     if hub.is_loading:
@@ -371,12 +377,14 @@ def _log_to_stderr() -> None:
     logging.getLogger("recollect").setLevel(logging.INFO)
 
 
-def _say_where(settings: Settings, port: int) -> None:
+def _say_where(settings: Settings, port: int, *, opens: bool) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     keys = "an API key" if settings.has_keys else "no API key"
-    print(
-        f"Listening on http://{host}:{port}/v1 ({keys}); Ctrl-C stops.", file=sys.stderr, flush=True
-    )
+    page = f"http://{host}:{port}/"
+    print(f"Listening on {page}v1 ({keys}); Ctrl-C stops.", file=sys.stderr)
+    print(f"Conversations as trees: {page}", file=sys.stderr, flush=True)
+    if opens:
+        webbrowser.open(page)
 
 
 def _say_stopping(settings: Settings, replies: int) -> None:
@@ -440,8 +448,8 @@ def weight_bytes(reference: str, home: Path) -> int:
     status = next((one for one in installed(home) if one.name == name), None)
     if status is not None and status.is_installed:
         return status.disk_bytes - status.source_bytes
-    if path is not None:
-        return size_bytes(path)
+    if path is not None:  # of a GGUF file all parts
+        return sum(size_bytes(path.with_name(part)) for part in part_names(path.name))
     if (kept := stores.find(reference)) is not None:
         return kept.size_bytes
     return 0 if status is None else status.download_bytes or 0

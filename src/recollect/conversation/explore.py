@@ -12,207 +12,34 @@ import math
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from time import perf_counter
 from typing import Any, Final, Self
 
+from recollect.conversation.branches import Branch, Origin, Plan, Prompts, Score, wrong
 from recollect.conversation.conversation import Conversation
-from recollect.conversation.tools import Tools
-from recollect.conversation.tree import DETACHED, Node, Overflow, detached
-from recollect.conversation.turn import Asking, ModelParts, Prepared, Prompting, explained, is_cut
+from recollect.conversation.tree import DETACHED, Node, detached
+from recollect.conversation.turn import Asking, ModelParts, Prepared, Prompting, explained
 from recollect.engine.reply import (
-    GeneratedReply,
     ReadAhead,
     ReplyGeneration,
     Stream,
-    on_thread,
 )
 from recollect.errors import (
     ContextFullError,
     ConversationError,
-    InvalidParameterError,
     RecollectError,
 )
 from recollect.journal.records import NewNode
-from recollect.types import Message, SamplingParams, Usage, tokens_per_second
+from recollect.types import SamplingParams, Usage, tokens_per_second
 
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class Branch:
-    """
-    One of the replies of an exploration, and the way to it.
-
-    Changed by its exploration alone.
-    """
-
-    index: int
-    """In the order in which the replies were begun, from 0."""
-    level: int
-    """How many levels lead to it, itself counted: 1 for those that follow where the exploration began."""
-    parent: "Branch | None"
-    """What it goes on from; None: from where the exploration began."""
-    prompt: str | None
-    """What was said; None: the last message is answered, or a reply that was cut goes on."""
-    params: SamplingParams
-    model: ModelParts
-    reply: GeneratedReply | None = None
-    """What was generated, once it has ended; None before, and where it failed."""
-    error: Exception | None = None
-    """What it failed with."""
-    score: float | None = None
-    """What the scoring function says of it; None before, and where there is none."""
-    name: str | None = None
-    """The branch of the conversation that it is kept as; None: it is not kept."""
-    node: Node | None = None
-    """Where it is in the conversation's tree, once it is kept."""
-    _leaf: Node | None = None  # of its own path, which the tree does not have
-
-    @property
-    def text(self) -> str:
-        """
-        Return what the reply says, without its reasoning; where it goes on with one, from its beginning.
-
-        Raises:
-            Exception: What it failed with.
-        """
-        if self.error is not None:
-            raise self.error
-        return "" if self._leaf is None else self._leaf.content
-
-    @property
-    def is_whole(self) -> bool:
-        """Return whether it has ended, neither failed nor cancelled."""
-        return self._leaf is not None
-
-    def transcript(self) -> list[Message]:
-        """Return all messages from the first to this reply, as `Session.transcript` does."""
-        if self.error is not None:
-            raise self.error
-        return [] if self._leaf is None else [node.message() for node in self._leaf.path()]
-
-    def __str__(self) -> str:
-        return self.text
-
-
-Prompts = int | Sequence[str | None] | Callable[[Branch | None], Sequence[str | None]]
-Score = Callable[[Branch], float]
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where an exploration begins, and how a session asks there."""
-
-    conversation: Conversation
-    at: Node
-    place: Callable[[str | None], tuple[Node, str | None]]
-    """Returns which node a message follows there, and what of it is new."""
-    prompting: Callable[[ModelParts], Prompting]
-    tools: Tools
-    overflow: Overflow
-    begun: Node | None
-    ahead: tuple[ReadAhead, ...]
-    """What was computed there before it was asked for."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What is tried, and what stays of it. Its values are those of `Session.explore`."""
-
-    prompts: Prompts
-    params: SamplingParams | Sequence[SamplingParams]
-    depth: int = 1
-    keep: int | None = None
-    score: Score | None = None
-    name: str | Sequence[str] = "explore"
-
-    def __post_init__(self) -> None:
-        count = self.prompts if isinstance(self.prompts, int) else None
-        if count is not None and count < 1:
-            raise _wrong("prompts", f"{count} replies cannot be explored: ask for 1 or more.")
-        if isinstance(self.prompts, str):
-            raise _wrong("prompts", 'One text is no list of prompts: give ["…"], or ["…"] * 8.')
-        if not callable(self.prompts):
-            self.tries(self.said(None))
-        if self.depth < 1:
-            raise _wrong("depth", f"depth is {self.depth}: give 1 or more.")
-        if self.keep is not None and self.keep < 0:
-            raise _wrong("keep", f"keep is {self.keep}: give a number of branches, from 0 on.")
-        if self.score is None and type(self.keep) is int and self.keep:
-            raise _wrong("keep", "Nothing says which branches are the best: give a score too.")
-        if self.depth > 1 and (self.score is None or self.keep is True):
-            raise _wrong(
-                "depth",
-                "Without a limit each level would have several times the branches of the one before: give "
-                "a score, and in keep how many go on.",
-            )
-        if self.depth > 1 and not isinstance(self.name, str):
-            raise _wrong("name", "Several levels have one name, to which numbers are added.")
-
-    @property
-    def kept(self) -> int | None:
-        """Return how many branches stay in the tree; None: all."""
-        if self.keep is None:
-            return None if self.score is None else 1
-        return None if self.keep is True else int(self.keep)
-
-    @property
-    def width(self) -> int | None:
-        """Return how many branches of a level are gone on from; None: all."""
-        return None if self.kept is None else max(1, self.kept)
-
-    @property
-    def keeps_at_once(self) -> bool:
-        """Return whether each branch is kept as soon as it has ended, because none is pruned."""
-        return self.kept is None
-
-    def said(self, branch: Branch | None) -> list[str | None]:
-        """Return what is said after a branch, or after where the exploration began."""
-        if isinstance(self.prompts, int):
-            # A reply that came to its end does not go on.
-            goes_on = branch is None or (branch.reply is not None and _is_cut(branch))
-            return [None] * self.prompts if goes_on else []
-        return list(self.prompts(branch) if callable(self.prompts) else self.prompts)
-
-    def tries(self, said: Sequence[str | None]) -> list[SamplingParams]:
-        """
-        Return how the reply to each of the messages is sampled.
-
-        Raises:
-            InvalidParameterError: Two replies would be the same, or the numbers differ.
-        """
-        if not said and not callable(self.prompts):
-            raise _wrong("prompts", "There are no prompts: give one or more.")
-        one = isinstance(self.params, SamplingParams)
-        if not one and len(self.params) != len(said):
-            raise _wrong(
-                "params",
-                f"There are {len(said)} prompts and {len(self.params)} params: give as many.",
-            )
-        if not isinstance(self.name, str) and len(self.name) != len(said):
-            raise _wrong(
-                "name", f"There are {len(said)} prompts and {len(self.name)} names: give as many."
-            )
-        params = [self.params] * len(said) if one else list(self.params)
-        seen = list[tuple[str | None, SamplingParams]]()
-        for pair in zip(said, params, strict=True):
-            if not pair[1].temperature and pair in seen:
-                raise _wrong(
-                    "temperature",
-                    "Two replies to one prompt would be the same, since they are greedy: give params with a "
-                    "temperature, such as SamplingParams(temperature=0.8).",
-                )
-            seen.append(pair)
-        return params
-
-
-def _wrong(param: str, told: str) -> InvalidParameterError:
-    return InvalidParameterError(told, param=param)
-
-
-def _is_cut(branch: Branch) -> bool:
-    return branch._leaf is not None and is_cut(branch._leaf)
+_SUMMED: Final = (
+    *("prompt_tokens", "reused_tokens", "restored_tokens", "computed_tokens", "read_ahead_tokens"),
+    *("generated_tokens", "reasoning_tokens", "lost_tokens"),
+)
+"""What of `Usage` is a sum over all branches."""
 
 
 class BranchGeneration(ReplyGeneration):
@@ -269,7 +96,7 @@ class Exploration:
         self._plan = plan
         self._models = list(models)
         if len(self._models) > 1 and not isinstance(plan.name, str):
-            raise _wrong("name", "Several models have one name, to which numbers are added.")
+            raise wrong("name", "Several models have one name, to which numbers are added.")
         self._model: ModelParts | None = None
         self._prompting: Prompting | None = None
         self._parents: list[Branch | None] = []
@@ -291,6 +118,11 @@ class Exploration:
         """All that were begun so far, by their `index`."""
         self.kept: list[Branch] = []
         """Those that stay in the conversation's tree, the best first where there is a score."""
+
+    @property
+    def conversation(self) -> Conversation:
+        """Return the conversation in whose tree branches are kept."""
+        return self._origin.conversation
 
     @property
     def best(self) -> Branch:
@@ -319,19 +151,7 @@ class Exploration:
             raise ConversationError("No branch has come to its end: read the exploration first.")
         generated = sum(one.generated_tokens for one in usages)
         seconds = 0.0 if self._first_s is None else self._last_s - self._first_s
-        sums = {
-            name: sum(getattr(one, name) for one in usages)
-            for name in (
-                "prompt_tokens",
-                "reused_tokens",
-                "restored_tokens",
-                "computed_tokens",
-                "read_ahead_tokens",
-                "generated_tokens",
-                "reasoning_tokens",
-                "lost_tokens",
-            )
-        }
+        sums = {name: sum(getattr(one, name) for one in usages) for name in _SUMMED}
         return replace(
             usages[0],
             **sums,
@@ -415,13 +235,13 @@ class Exploration:
         with self._changing:
             if branch.node is not None:
                 return branch.node
-            if branch._leaf is None:
+            if branch.leaf is None:
                 raise ConversationError("This branch has not come to its end: it cannot be kept.")
-            conversation = self._origin.conversation
+            conversation = self.conversation
             name = name or self._free_name()
             if name in conversation.tips:
                 raise ConversationError(f"There is a branch {name!r} already: take another name.")
-            new, node = list[Node](), branch._leaf
+            new, node = list[Node](), branch.leaf
             while node.id == DETACHED and node not in self._real:
                 new.append(node)
                 assert node.parent is not None, "it hangs in the tree at last"
@@ -509,7 +329,7 @@ class Exploration:
         origin, prompting, model = self._origin, self._prompting, self._model
         assert prompting is not None, "there is a model"
         assert model is not None, "there is a model"
-        at, said = origin.place(text) if parent is None else (parent._leaf, text)
+        at, said = origin.place(text) if parent is None else (parent.leaf, text)
         assert at is not None, "only what has come to its end is gone on from"
         index, tools = len(self.branches), origin.tools
         if params.seed is not None and isinstance(self._plan.params, SamplingParams):
@@ -586,7 +406,7 @@ class Exploration:
         arrivals = Stream()
         arriving = aiter(arrivals)
         try:
-            while replies := await on_thread(partial(self.begin, partial(_arrived, arrivals))):
+            while replies := await asyncio.to_thread(self.begin, partial(_arrived, arrivals)):
                 left = set(replies)
                 async for reply in arriving:
                     if reply in left:
@@ -594,12 +414,12 @@ class Exploration:
                             yield piece
                         if reply.has_ended:
                             left.remove(reply)
-                            yield await on_thread(partial(self._finished, reply))
+                            yield await asyncio.to_thread(self._finished, reply)
                         if not left:
                             break
         finally:
             self.stop()  # at once, whatever the thread waits for
-            await asyncio.shield(on_thread(self.close))
+            await asyncio.shield(asyncio.to_thread(self.close))
 
     def _begin_reading(self) -> None:
         if self._begun:
@@ -641,7 +461,7 @@ class Exploration:
             leaf, own = reply.turn.at, branch.model.weights_fingerprint
             for message in reply.turn.messages(generated, reply.token_ids, own):
                 leaf = self._grown(leaf, message)
-            branch._leaf = leaf
+            branch.leaf = leaf
             if self._plan.score is not None:
                 branch.score = float(self._plan.score(branch))
                 if math.isnan(branch.score):
@@ -675,6 +495,71 @@ class Exploration:
             failed = (one.error for one in self.branches if one.error is not None)
             raise next(failed, ConversationError("The exploration was stopped before it began."))
         return self
+
+
+class Explorer:
+    """Who stands somewhere in a conversation and can try what to say there: a session."""
+
+    def origin(self) -> Origin:
+        """Return where that is, and how is asked there."""
+        raise NotImplementedError
+
+    def explore(
+        self,
+        prompts: Prompts,
+        *,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        depth: int = 1,
+        keep: int | None = None,
+        score: Score | None = None,
+        name: str | Sequence[str] = "explore",
+        models: Sequence[ModelParts] = (),
+    ) -> Exploration:
+        """
+        Return replies that are tried beside each other from the tip, in one batch over one prefix.
+
+        The session stays where it is. Iterate over what is returned for branches as they finish, or call
+        `read` for all. Only what is kept is in the conversation afterwards.
+
+        Args:
+            prompts: What is said, one reply to each: the same text as often as replies are wanted. A
+                number: so many replies to the message at the tip; at further levels, each reply
+                that was cut goes on so many ways. A function: returns what is said after a branch, with
+                None for the tip; nothing, where the branch does not go on.
+            params: How the replies are sampled, or each of them; None: as the session does. With one
+                seed, each branch adds its index, so that no two replies draw alike.
+            depth: How many levels of replies follow each other. More than one needs a score.
+            keep: How many of the best of each level go on, and in the end are kept as branches of the
+                conversation; True: all, False: none. None: the best where there is a score, else all.
+            score: How good a branch is, the higher the better; called when its reply has ended, on the
+                thread that reads.
+            name: Of the branches that are kept, to which numbers are added; or the name of each.
+            models: Each explores by itself, one after the other; empty: the session's model.
+
+        Raises:
+            InvalidParameterError: These values do not go together; `params` and `prompts` would give
+                the same reply twice. Reading raises what `stream` does.
+        """
+        origin = self.origin()
+        plan = Plan(
+            prompts=prompts,
+            params=params or origin.params,
+            depth=depth,
+            keep=keep,
+            score=score,
+            name=name,
+        )
+        return Exploration(origin, models or [origin.model], plan)
+
+    def explore_async(self, prompts: Prompts, **how: Any) -> Exploration:
+        """
+        Do the same on an event loop: `await` it for all branches, or `async for` branches as they finish.
+
+        Args:
+            prompts: As in `explore`.
+            how: The other arguments of `explore`.
+        """
+        return self.explore(prompts, **how)
 
 
 def _arrived(arrivals: Stream, reply: BranchGeneration) -> None:

@@ -7,7 +7,7 @@ system prompt, or of the beginning of a first message, and pins it on disk witho
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,12 +15,14 @@ from typing import Any, Final, Self
 
 from recollect import config
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.costs import Costs, GoingOn
+from recollect.conversation.feed import Feed, Hook
 from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.matching import KnownMessages, MessageIndex, RememberedReplies
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
 from recollect.conversation.tools import NO_TOOLS, ToolChoice, Tools
-from recollect.conversation.tree import Overflow, Tree
+from recollect.conversation.tree import Node, Overflow, Tree
 from recollect.encryption import Cipher
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarNotes, Grammars
@@ -219,6 +221,8 @@ class Model:
         store: DiskStore | None = None,
         cipher: Cipher | None = None,
         tool_format: str | None = None,
+        tokenizer: Tokenizer | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """
         Make a model from its loaded parts; `load` is the usual way.
@@ -232,6 +236,8 @@ class Model:
             store: The KV store, closed with the model; None: KV is in memory only.
             cipher: The cipher of an encrypted data folder; None: it is not encrypted.
             tool_format: As in `load`.
+            tokenizer: Of the model, where it is loaded already.
+            engine: What computes, with *runtime*; the model owns it from now on. None: one is made.
         """
         self.name: Final = local.name
         self.local: Final = local
@@ -246,7 +252,7 @@ class Model:
         self.known: Final = KnownMessages()
         """The index of known messages, in which messages that come as text are found."""
         self.profile: Final = profile
-        self.tokenizer: Final[Tokenizer] = load_tokenizer(local)
+        self.tokenizer: Final[Tokenizer] = tokenizer or load_tokenizer(local)
         self.template: Final = ChatTemplate(
             local.chat_template,
             bos_token=local.bos_token,
@@ -258,7 +264,7 @@ class Model:
         self.prompts: Final = PromptEncoder(
             self.template, self.tokenizer, fingerprint=local.fingerprint
         )
-        self.engine: Final = Engine(
+        self.engine: Final = engine or Engine(
             runtime,
             num_blocks=pool_size(runtime.info, kv_memory),
             eos_token_ids=local.eos_token_ids,
@@ -275,6 +281,10 @@ class Model:
         """Compiled grammars, for the `Generator`s whose parameters have one."""
         self.public: Final = PublicPrefixes(self.engine)
         """Prefixes that every namespace reuses; see `publish`."""
+        self._own_feed: Final = Feed(home, cipher)
+        self.feed = self._own_feed
+        """What tells of its replies; a server has one for all its models."""
+        self.feed.attach(self.name, self.engine)
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
         self.engine.start()
 
@@ -646,8 +656,33 @@ class Model:
         conversation.load(self.journal, stored)
         return conversation
 
+    def on_event(self, hook: Hook, *, namespace: str = "") -> Callable[[], None]:
+        """
+        Have a function called with each event of a namespace; return a function that ends that.
+
+        Events tell of conversations, whichever process changes them, of replies, and of KV: see
+        `conversation.feed.Event`. The function is called on a thread of the feed's, about 50 ms after
+        what it tells of; what it raises is logged and harms nothing.
+        """
+        return self.feed.on_event(hook, namespace)
+
+    def costs(self, session: Session, nodes: Sequence[Node] | None = None) -> dict[Node, GoingOn]:
+        """
+        Return what going on from nodes of a session's tree would cost, by this engine's measurements.
+
+        Nothing is computed. The template renders a few paths, however many nodes there are.
+
+        Args:
+            session: Its namespace and its tools count.
+            nodes: Of its tree; None: all of them.
+        """
+        wanted = list(session.tree.nodes()) if nodes is None else nodes
+        costs = Costs(self, namespace=session.namespace, tools=session.tools.schemas)
+        return costs.of(wanted, first=[session.tip, *session.conversation.tips.values()])
+
     def close(self) -> None:
         """Free all memory. Its conversations can still be read; nothing more can be generated."""
+        self._own_feed.close()
         self.grammars.close()
         self.engine.close()
         with self._opening:

@@ -10,13 +10,16 @@ So an operation on the tree cannot bring tree and KV out of step.
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, Self
 
+from recollect.conversation.async_reply import AsyncSpeaker
+from recollect.conversation.branches import Origin
 from recollect.conversation.conversation import Asked, Conversation
-from recollect.conversation.explore import Exploration, Origin, Plan, Prompts, Score
+from recollect.conversation.explore import Explorer
+from recollect.conversation.feed import ToldReply
 from recollect.conversation.matching import Change
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
@@ -170,7 +173,7 @@ class Cursor:
             )
 
 
-class Session(Cursor):
+class Session(Cursor, Explorer, AsyncSpeaker):
     """
     A person or a program in a conversation, who asks the model and moves through the tree.
 
@@ -268,62 +271,21 @@ class Session(Cursor):
                 self._begun = self._tip
             return self._tip
 
-    def explore(
-        self,
-        prompts: Prompts,
-        *,
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        depth: int = 1,
-        keep: int | None = None,
-        score: Score | None = None,
-        name: str | Sequence[str] = "explore",
-        models: Sequence[ModelParts] = (),
-    ) -> Exploration:
-        """
-        Return replies that are tried beside each other from the tip, in one batch over one prefix.
-
-        The session stays where it is. Iterate over what is returned for branches as they finish, or call
-        `read` for all. Only what is kept is in the conversation afterwards.
-
-        Args:
-            prompts: What is said, one reply to each: the same text as often as replies are wanted. A
-                number: so many replies to the message at the tip; at further levels, each reply
-                that was cut goes on so many ways. A function: returns what is said after a branch, with
-                None for the tip; nothing, where the branch does not go on.
-            params: How the replies are sampled, or each of them; None: as the session does. With one
-                seed, each branch adds its index, so that no two replies draw alike.
-            depth: How many levels of replies follow each other. More than one needs a score.
-            keep: How many of the best of each level go on, and in the end are kept as branches of the
-                conversation; True: all, False: none. None: the best where there is a score, else all.
-            score: How good a branch is, the higher the better; called when its reply has ended, on the
-                thread that reads.
-            name: Of the branches that are kept, to which numbers are added; or the name of each.
-            models: Each explores by itself, one after the other; empty: the session's model.
-
-        Raises:
-            InvalidParameterError: These values do not go together; `params` and `prompts` would give
-                the same reply twice. Reading raises what `stream` does.
-        """
+    def origin(self) -> Origin:
+        """Return the tip as a place to explore from; it stays that where the session goes on."""
         tip, options = self._tip, self._template_options
-        origin = Origin(
+        return Origin(
             self.conversation,
             tip,
             lambda text: self._place(tip, text),
             lambda model: self._prompting.beside(model, options),
+            self._model,
+            self.params,
             self.tools,
             self.overflow,
             self._begun,
             self._idle.ahead,
         )
-        plan = Plan(
-            prompts=prompts,
-            params=params or self.params,
-            depth=depth,
-            keep=keep,
-            score=score,
-            name=name,
-        )
-        return Exploration(origin, models or [self._model], plan)
 
     def regenerate(self, *, params: SamplingParams | None = None) -> Reply:
         """
@@ -494,6 +456,8 @@ class Session(Cursor):
         self.close()
 
     def _begin(self) -> None:
+        if self._ending is not None:
+            self._ending.join()
         super()._begin()
         try:
             self._idle.stop()
@@ -617,7 +581,7 @@ class Session(Cursor):
     def _typed(self, text: str) -> TokenSequence:
         at = self._tip.parent if self._is_unanswered(self._tip) else self._tip
         assert at is not None, "a message has a parent"
-        return self._prompting.sequence(self._prompting.typing(at, text, self.tools))
+        return self._prompting.sequence(self._prompting.typing(at, text, self.tools), at)
 
     def _start_idle_work(self, text: str = "") -> None:
         """Have a message being typed, or what precedes it, computed while the engine is idle."""
@@ -662,12 +626,20 @@ class ReplyStream(ReplyGeneration):
         except BaseException:
             session.conversation.take_back(asked)
             raise
+        told = self._told = session.model.feed.reply(
+            self, session, self._turn.at, asked, (self._begun, self._rules)
+        )
         # Runs too if the stream is garbage-collected without having been read.
-        self._free = weakref.finalize(self, _give_up, self._task, session, asked)
+        self._free = weakref.finalize(self, _give_up, self._task, session, asked, told)
 
     def usage(self) -> Usage:
         """Return what the reply has cost so far, and why tokens had to be computed again."""
         return explained(super().usage(), self._turn.expected)
+
+    def _piece_of(self, generated: Any) -> str:
+        if piece := super()._piece_of(generated):
+            self._told.piece(piece)
+        return piece
 
     def __iter__(self) -> Iterator[str]:
         try:
@@ -705,9 +677,11 @@ class ReplyStream(ReplyGeneration):
             said = self._whole(), self.token_ids
             self.reply = self._session._finish(self._turn, *said, self._asked)
         finally:
+            self._told.end(self.reply, None if self.reply is None else self.reply.node)
             self._free()
 
 
-def _give_up(task: Task, session: Session, asked: Asked | None) -> None:
+def _give_up(task: Task, session: Session, asked: Asked | None, told: ToldReply) -> None:
+    told.end(None, None)
     task.cancel()
     session._free(asked)

@@ -7,18 +7,16 @@ what a reply will need before it is asked for, and the reply tells what of it wa
 and a tokenizer; not what a conversation is, nor where a reply is kept.
 """
 
-import threading
 import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import Any, Final, Self
 
 from recollect.engine.engine import Engine
 from recollect.engine.logprobs import AlignedLogprobs
@@ -32,12 +30,8 @@ from recollect.runtime.sequences import common_length
 from recollect.text.reasoning import NO_REASONING, Begun, Event, ReplyReader, ShowingTokenizer
 from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer, text_of
 from recollect.text.tool_calls import CallRules
-from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
+from recollect.types import Ended, FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
 
-if TYPE_CHECKING:
-    import asyncio  # imported where it is used: a program without an event loop does without it
-
-_T = TypeVar("_T")
 _END: Final = object()
 
 
@@ -98,7 +92,7 @@ class Stream:
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         """Yield results on the running event loop, without a thread that waits for them."""
-        import asyncio  # noqa: PLC0415 - takes 30 ms, see above
+        import asyncio  # noqa: PLC0415 - takes 30 ms, which a program without a loop does not need
 
         more = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -110,28 +104,6 @@ class Stream:
                     return
                 yield result
             await more.wait()
-
-
-def on_thread(work: Callable[[], _T]) -> "asyncio.Future[_T]":
-    """
-    Begin some work on a thread of its own for a coroutine; it goes on whether anybody waits or not.
-
-    The threads of `asyncio.to_thread` are few, so that long work could hold all of them, and a loop does
-    not close before they end. Whoever calls this bounds how many there are: a server by its admission.
-    """
-    import asyncio  # noqa: PLC0415 - likewise
-
-    result: Future[_T] = Future()
-    result.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
-            result.set_exception(error)
-
-    threading.Thread(target=run, name="recollect-request", daemon=True).start()
-    return asyncio.wrap_future(result)
 
 
 _Generated = tuple[int, Likelihood | None]
@@ -284,8 +256,13 @@ class GeneratedReply:
     """The text behind the reasoning, as the model wrote it, calls included."""
     stop_string: str | None = None
     """The stop string that has ended it; None where none has."""
-    ran_away: bool = False
-    """It was ended as too long, because it only repeated itself: `engine.repetition.Repetition`."""
+    ended: Ended | None = None
+    """
+    What there is to say, beside `finish_reason`, of an end that the model did not choose; None: nothing.
+
+    Where it was cut in a call before that had its name, `content` and `tool_calls` have nothing of it; `text`
+    has.
+    """
 
     def __str__(self) -> str:
         return self.text
@@ -557,7 +534,7 @@ class ReplyGeneration:
             decode_tps=tokens_per_second(generation.tokens - 1, decode_s),
             sampling=self._generator.params.told(self._generator.seed),
         )
-        return usage.evicted(whole - reused - read_ahead)
+        return usage.evicted(whole - reused - read_ahead, moved=self._sequence.moved)
 
     def _whole(self) -> GeneratedReply:
         """Return the reply, which has ended."""
@@ -574,7 +551,7 @@ class ReplyGeneration:
             tool_calls=parsed.calls,
             content=parsed.content,
             stop_string=self.stop_string,
-            ran_away=self.ran_away,
+            ended="repetition" if self.ran_away else parsed.ended,
         )
 
     def _restored_tokens(self) -> int:

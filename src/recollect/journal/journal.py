@@ -9,7 +9,7 @@ format of prompt_toolkit's `FileHistory`: a line `# TIME`, then each line of an 
 
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Final, Self
 from recollect import config, files
 from recollect.encryption import Cipher
 from recollect.errors import ConfigError, StoreCorruptError, StoreError, UnknownConversationError
+from recollect.journal.changes import Changes, NamesOf, changes_after, last_change, names_of
 from recollect.journal.database import BUSY_TIMEOUT_S, Database
 from recollect.journal.records import (
     ConversationInfo,
@@ -202,19 +203,22 @@ class Journal:
             conversation_id = sql.insert_conversation(empty, find_free=name is None)
             return sql.write_entry(conversation_id, entry)
 
-    def add(self, conversation: ConversationRecord, name: str | None = None) -> ConversationInfo:
+    def add(
+        self, conversation: ConversationRecord, name: str | None = None, *, find_free: bool = False
+    ) -> ConversationInfo:
         """
         Keep a whole conversation, as an import gives it; its nodes get ids of this journal.
 
         Args:
             conversation: Its order of nodes stays, so its branches stay in their order.
             name: None: its own.
+            find_free: Whether to add a number to a name that is taken.
 
         Raises:
             NameTakenError, ConversationError, StoreError: As `create` does.
         """
         with self._writing() as sql:
-            conversation_id = sql.insert_conversation(conversation, name)
+            conversation_id = sql.insert_conversation(conversation, name, find_free=find_free)
             ids: dict[int | None, int | None] = {None: None}
             for node in conversation.nodes:
                 parent_id = ids[node.parent_id]
@@ -492,6 +496,46 @@ class Journal:
         """
         with self._writing() as sql:
             sql.delete_label(name)
+
+    def version(self) -> int:
+        """
+        Return a number that is another one after each change by anybody but this object.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with self._database.reading() as connection:
+            return int(connection.execute("PRAGMA data_version").fetchone()[0])
+
+    def last_change(self) -> int:
+        """
+        Return the number of the last change that was noted.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with self._reading() as sql:
+            return last_change(sql)
+
+    def changes(self, after: int, namespaces: Collection[str]) -> Changes:
+        """
+        Return what anybody has changed in some namespaces since a change of that number.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with self._reading() as sql:
+            return changes_after(sql, after, namespaces)
+
+    def names(self, conversation_id: int, node_ids: Sequence[int]) -> NamesOf:
+        """
+        Return by which ids a server's clients know a conversation and some of its messages.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with self._reading() as sql:
+            return names_of(sql, conversation_id, node_ids)
 
     def check(self) -> list[str]:
         """

@@ -286,6 +286,89 @@ def purge_index(connection: sqlite3.Connection, *, whole: bool = False) -> None:
         connection.execute(f"INSERT INTO {INDEX} ({INDEX}) VALUES (?)", (command,))  # noqa: S608 - no value
 
 
+_MOST_CHANGES: Final = 10_000
+"""Rows of what has changed; the oldest go first. About 1 MB, and hours of many conversations."""
+
+# What changes is noted by triggers, in the transaction that changes it: so whoever watches hears of each
+# change once, in order, whichever process made it. A value of `name` is sealed where that of `tips` is.
+_CHANGES: Final = (
+    """
+    CREATE TABLE changes (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        kind TEXT NOT NULL,
+        conversation_id INTEGER NOT NULL,
+        node_id INTEGER,
+        name,  -- of a branch, as in `tips`; of a deleted conversation its label
+        namespace TEXT  -- of a deleted conversation
+    )
+    """,
+    f"""
+    CREATE TRIGGER forget_changes AFTER INSERT ON changes BEGIN
+        DELETE FROM changes WHERE id <= NEW.id - {_MOST_CHANGES};
+    END
+    """,  # noqa: S608 - no value
+    """
+    CREATE TRIGGER change_new_conversation AFTER INSERT ON conversations BEGIN
+        INSERT INTO changes (kind, conversation_id) VALUES ('conversation.created', NEW.id);
+    END
+    """,
+    """
+    CREATE TRIGGER change_conversation AFTER UPDATE OF name, model ON conversations BEGIN
+        INSERT INTO changes (kind, conversation_id) VALUES ('conversation.updated', NEW.id);
+    END
+    """,
+    # The names of its branches go with it.
+    """
+    CREATE TRIGGER change_deleted_conversation AFTER DELETE ON conversations BEGIN
+        DELETE FROM changes WHERE conversation_id = OLD.id;
+        INSERT INTO changes (kind, conversation_id, name, namespace)
+        VALUES ('conversation.deleted', OLD.id, OLD.label, OLD.namespace);
+    END
+    """,
+    """
+    CREATE TRIGGER change_new_node AFTER INSERT ON nodes BEGIN
+        INSERT INTO changes (kind, conversation_id, node_id)
+        VALUES ('message.created', NEW.conversation_id, NEW.id);
+    END
+    """,
+    """
+    CREATE TRIGGER change_deleted_node AFTER DELETE ON nodes BEGIN
+        INSERT INTO changes (kind, conversation_id, node_id)
+        VALUES ('message.deleted', OLD.conversation_id, OLD.id);
+    END
+    """,
+    """
+    CREATE TRIGGER change_tip AFTER INSERT ON tips BEGIN
+        INSERT INTO changes (kind, conversation_id, node_id, name)
+        VALUES ('tip.set', NEW.conversation_id, NEW.node_id, NEW.name);
+    END
+    """,
+    """
+    CREATE TRIGGER change_dropped_tip AFTER DELETE ON tips BEGIN
+        INSERT INTO changes (kind, conversation_id, node_id, name)
+        VALUES ('tip.dropped', OLD.conversation_id, OLD.node_id, OLD.name);
+    END
+    """,
+    """
+    CREATE TRIGGER change_label AFTER INSERT ON labels BEGIN
+        INSERT INTO changes (kind, conversation_id, node_id)
+        VALUES ('label.set', NEW.conversation_id, NEW.node_id);
+    END
+    """,
+    """
+    CREATE TRIGGER change_dropped_label AFTER DELETE ON labels BEGIN
+        INSERT INTO changes (kind, conversation_id, node_id)
+        VALUES ('label.set', OLD.conversation_id, OLD.node_id);
+    END
+    """,
+)
+
+
+def _note_changes(connection: sqlite3.Connection) -> None:
+    for statement in _CHANGES:
+        connection.execute(statement)
+
+
 MIGRATIONS: Final[tuple[Migration, ...]] = (
     _create_tables,
     _let_tools_speak,
@@ -293,6 +376,7 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     _add_encryption,
     _add_what_lists_say,
     _add_search,
+    _note_changes,
 )
 """The n-th, counted from 0, brings a file from version n to n + 1. A released one is never changed."""
 

@@ -30,9 +30,10 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from recollect.conversation.feed import Feed
 from recollect.conversation.model import Model
 from recollect.encryption import KV_PURPOSE
-from recollect.engine.reply import GeneratedReply, ReplyGeneration, on_thread
+from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
@@ -47,10 +48,11 @@ from recollect.server.events import (
     Thought,
     Writer,
 )
-from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket
+from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
 from recollect.server.kept_chats import KeptChats
 from recollect.server.refusals import ClientGone, api_error, stopping
 from recollect.server.settings import Settings
+from recollect.server.streaming import Watchers
 from recollect.server.usage import Cost, Metrics, cost, cost_of
 from recollect.text.reasoning import ReasoningDelta
 from recollect.text.tool_calls import TextDelta
@@ -75,6 +77,8 @@ class Services:
     hub: ModelHub
     admission: Admission
     metrics: Metrics
+    feed: Feed
+    watchers: Watchers
     conversations: OpenConversations = field(default_factory=OpenConversations)
     started_at: int = field(default_factory=lambda: int(time()))
     """In seconds since 1970."""
@@ -135,6 +139,10 @@ class Services:
         if self.settings.keeps_chats:
             self.kept_chats = KeptChats(lambda: self.journal)
 
+    def end_watching(self) -> None:
+        """End the streams of events, for which nobody waits who ends a server."""
+        self.watchers.end()
+
     def end(self) -> None:
         """End what goes on, and refuse what waits: each client is told that the server stops."""
         self.is_ending = True
@@ -144,6 +152,7 @@ class Services:
 
     def close(self) -> None:
         """Close what is open; the hub closes itself."""
+        self.feed.close()
         self.patient.shutdown(wait=False)
         with self._opening:
             journal, self._journal = self._journal, None
@@ -251,12 +260,26 @@ class Job:
             return None
         return cost(usages, self._speed, per_prompt=self._per_prompt)
 
-    async def answer(self, request: Request, writer: Writer, *, stream: bool) -> Response:
+    async def answer(
+        self,
+        request: Request,
+        writer: Writer,
+        *,
+        stream: bool,
+        failed: Callable[[Failed], str] | None = None,
+    ) -> Response:
         """
         Return the replies at once, or as server-sent events; where the client goes away, they end.
 
         A stream begins when the first token is there, or after a second: so what fails at once is
         told with its own status, and headers tell what prompts cost that were read by then.
+
+        Args:
+            request: That is answered.
+            writer: Has its words.
+            stream: Whether it is events.
+            failed: Returns what is sent where one reply of a stream has failed and the others go on; None:
+                the first that fails ends them all.
 
         Raises:
             ClientGone: It went away.
@@ -264,10 +287,10 @@ class Job:
         """
         try:
             if stream:
-                await unless_disconnected(request, self._begun())
+                await unless_disconnected(request, self._begun(may_fail=failed is not None))
                 spent = self.cost_so_far()
                 headers = {} if spent is None else spent.headers()
-                return _EventStream(self, self._written(writer), writer.media_type, headers)
+                return _EventStream(self, self._written(writer, failed), writer.media_type, headers)
             replies = await unless_disconnected(request, self._replies())
         except BaseException:
             self.stop()
@@ -283,12 +306,37 @@ class Job:
                 ended[event.choice] = event.reply
         return [ended[choice] for choice in sorted(ended)]
 
-    async def _written(self, writer: Writer) -> AsyncIterator[str]:
+    async def outcomes(self, request: Request) -> list[Ended | Failed]:
+        """
+        Return how the replies have ended, in their order; where the client goes away, they end.
+
+        Raises:
+            ClientGone: It went away.
+            RecollectError: All have failed; this is what the first failed with.
+        """
+        try:
+            ended = await unless_disconnected(request, self._outcomes())
+        except BaseException:
+            self.stop()
+            raise
+        if isinstance(first := ended[0], Failed) and all(isinstance(one, Failed) for one in ended):
+            raise first.error
+        return ended
+
+    async def _outcomes(self) -> list[Ended | Failed]:
+        ended = [event async for event in self._told() if isinstance(event, Ended | Failed)]
+        return sorted(ended, key=lambda one: one.choice)
+
+    async def _written(
+        self, writer: Writer, failed: Callable[[Failed], str] | None
+    ) -> AsyncIterator[str]:
         if beginning := writer.begin():
             yield beginning
         async for event in self._told():
             if isinstance(event, Progress):
                 yield writer.waiting(event)
+            elif isinstance(event, Failed) and failed is not None:
+                yield failed(event)
             elif isinstance(event, Failed):
                 yield writer.fail(api_error(event.error))
                 return
@@ -296,19 +344,22 @@ class Job:
                 yield writer.write(event)
         yield writer.end()
 
-    async def _begun(self) -> None:
+    async def _begun(self, *, may_fail: bool) -> None:
         """
         Wait until all replies have begun, for a second at most; what comes by then is told later.
 
+        Args:
+            may_fail: Whether the others go on where one fails.
+
         Raises:
-            RecollectError: One has failed, and was the first of which anything came.
+            RecollectError: One has failed that may not, and was the first of which anything came.
         """
         deadline = self._loop.time() + PROGRESS_EVERY_S
         is_known = False
         while not is_known and self._loop.time() < deadline:
             self._seen.append(event := await self._next())
             is_known = isinstance(event, Progress | Failed) or self.cost_so_far() is not None
-        if isinstance(first := self._seen[0], Failed):
+        if isinstance(first := self._seen[0], Failed) and not may_fail:
             raise first.error
 
     async def _told(self) -> AsyncIterator[Event]:
@@ -326,8 +377,7 @@ class Job:
             async with asyncio.timeout(PROGRESS_EVERY_S):
                 return await self._events.get()
         except TimeoutError:
-            states = [stream.prefill_progress for stream in self._streams]
-            return Progress(sum(done for done, _ in states), sum(total for _, total in states))
+            return Progress(tuple(stream.prefill_progress for stream in self._streams))
 
     async def _read(self, choice: int, stream: ReplyGeneration) -> None:
         """Read one reply to its end, whether anybody listens or not."""
@@ -384,7 +434,7 @@ class Job:
             if self._ending is None or reply.finish_reason != "cancelled":
                 return Ended(choice, reply)
         stopped = RecollectError("The reply was stopped before it began.")
-        return Failed(error or self._ending or stopped)
+        return Failed(choice, error or self._ending or stopped)
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_T]) -> _T:
