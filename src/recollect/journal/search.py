@@ -134,10 +134,11 @@ def _is_alike(code: int) -> bool:
     """
     Return whether FTS5 takes a folded character for the same as `folded` does.
 
-    It knows the letters of Unicode 6.1: Latin, Greek and Cyrillic, but for U+03F3, whose capital is younger.
+    It knows the letters of Unicode 6.1: Latin, Greek and Cyrillic, but for U+03F3 and phonetic letters, some
+    of whose capitals are younger.
     The others are scripts without case: Hebrew to Burmese, Japanese and Chinese, Korean.
     """
-    is_letter = 0 < code < 0x528 and code != 0x3F3
+    is_letter = 0 < code < 0x528 and not 0x250 <= code < 0x2B0 and code != 0x3F3
     return is_letter or any(
         first <= code < end for first, end in ((0x590, 0x10A0), (0x3000, 0xA4D0), (0xAC00, 0xD7A4))
     )
