@@ -10,7 +10,8 @@ text. So an encrypted journal, which has no such index, finds the same.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -271,3 +272,36 @@ class Search:
 
     def _rows(self, sql: str, *values: object) -> list[Row]:
         return self._connection.execute(sql, values).fetchall()
+
+
+_ROWS_AT_ONCE: Final = 500
+"""Messages that a search reads before it lets others use the file, which takes some milliseconds."""
+
+
+def find_hits(
+    reading: Callable[[], AbstractContextManager[Statements]],
+    query: Query,
+    namespace: str,
+    limit: int,
+    after: int | None,
+) -> list[Hit]:
+    """
+    Return the hits of a query, in several transactions; see `Journal.search`.
+
+    Args:
+        reading: Begins a transaction that reads.
+        query, namespace, limit, after: As there.
+    """
+    found: list[Hit] = []
+    before = after
+    # Of a common word, most that are read are hits.
+    rows_at_once = min(2 * limit, _ROWS_AT_ONCE)
+    while len(found) < limit:
+        with reading() as sql:
+            search = Search(sql)
+            rows, before = search.find(query, namespace, before, rows_at_once)
+            found += search.hits(rows[: limit - len(found)])
+        rows_at_once = _ROWS_AT_ONCE
+        if before is None:
+            break
+    return found
