@@ -2,6 +2,7 @@
 
 import ctypes
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -470,7 +471,7 @@ def test_a_machine_without_the_library_is_told_how_to_get_it(
         match=r'not on this machine: install .*recollect-llm\[llama\]".*CMAKE_ARGS',
     ):
         library()
-    monkeypatch.setattr(llama_library.sys, "platform", "win32")
+    monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(UnsupportedModelError, match=r"pip install llama-cpp-python`, or set"):
         library()
     library.cache_clear()
