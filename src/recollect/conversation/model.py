@@ -7,7 +7,7 @@ system prompt, or of the beginning of a first message, and pins it on disk witho
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,21 +15,36 @@ from typing import Any, Final, Self
 
 from recollect import config
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.costs import Costs, GoingOn
+from recollect.conversation.feed import Feed, Hook
 from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.matching import KnownMessages, MessageIndex, RememberedReplies
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
 from recollect.conversation.tools import NO_TOOLS, ToolChoice, Tools
-from recollect.conversation.tree import Overflow, Tree
+from recollect.conversation.tree import Node, Overflow, Tree
 from recollect.encryption import Cipher
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
 from recollect.engine.tier import DiskTier
-from recollect.errors import ConfigError, ConversationError, UnknownConversationError
+from recollect.errors import (
+    ConfigError,
+    ConversationError,
+    ConversationFileError,
+    UnknownConversationError,
+)
+from recollect.journal.conversation_files import from_json
 from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Page, require_name
+from recollect.journal.records import (
+    DEFAULT_TIP,
+    ConversationInfo,
+    Hit,
+    NewNode,
+    Page,
+    require_name,
+)
 from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import DiskStore
 from recollect.kv.record import Pin, StoredReply, chained_keys
@@ -206,6 +221,8 @@ class Model:
         store: DiskStore | None = None,
         cipher: Cipher | None = None,
         tool_format: str | None = None,
+        tokenizer: Tokenizer | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """
         Make a model from its loaded parts; `load` is the usual way.
@@ -219,6 +236,8 @@ class Model:
             store: The KV store, closed with the model; None: KV is in memory only.
             cipher: The cipher of an encrypted data folder; None: it is not encrypted.
             tool_format: As in `load`.
+            tokenizer: Of the model, where it is loaded already.
+            engine: What computes, with *runtime*; the model owns it from now on. None: one is made.
         """
         self.name: Final = local.name
         self.local: Final = local
@@ -233,7 +252,7 @@ class Model:
         self.known: Final = KnownMessages()
         """The index of known messages, in which messages that come as text are found."""
         self.profile: Final = profile
-        self.tokenizer: Final[Tokenizer] = load_tokenizer(local)
+        self.tokenizer: Final[Tokenizer] = tokenizer or load_tokenizer(local)
         self.template: Final = ChatTemplate(
             local.chat_template,
             bos_token=local.bos_token,
@@ -245,7 +264,7 @@ class Model:
         self.prompts: Final = PromptEncoder(
             self.template, self.tokenizer, fingerprint=local.fingerprint
         )
-        self.engine: Final = Engine(
+        self.engine: Final = engine or Engine(
             runtime,
             num_blocks=pool_size(runtime.info, kv_memory),
             eos_token_ids=local.eos_token_ids,
@@ -262,6 +281,10 @@ class Model:
         """Compiled grammars, for the `Generator`s whose parameters have one."""
         self.public: Final = PublicPrefixes(self.engine)
         """Prefixes that every namespace reuses; see `publish`."""
+        self._own_feed: Final = Feed(home, cipher)
+        self.feed = self._own_feed
+        """What tells of its replies; a server has one for all its models."""
+        self.feed.attach(self.name, self.engine)
         self.fingerprint: Final = f"{local.fingerprint}/{runtime.info.name}"
         self.engine.start()
 
@@ -404,9 +427,95 @@ class Model:
             begun=tip if tip.role == "assistant" else None,
         )
 
-    def sessions(self) -> list[ConversationInfo]:
-        """Return the saved conversations, the one used last first."""
-        return self.journal.conversations()
+    def session_from_json(
+        self,
+        text: str,
+        *,
+        params: SamplingParams | None = None,
+        namespace: str = "",
+        keep: bool = False,
+        name: str | None = None,
+        overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Session:
+        """
+        Return a session in a conversation of its own, which begins with what `Session.to_json` returned.
+
+        Replies have the token ids that they were generated as, if by this model, and the KV of these is
+        found; another model reads their text. Nothing can tell whether token ids belong to the text:
+        take it only from whom you trust. Of a file with several branches, `main` is taken.
+
+        Args:
+            text: What `Session.to_json` returned, or a file that `recollect conversations export` wrote.
+            params, namespace, keep, name, overflow, tools: As in `session`. The name in the JSON is not
+                taken. With *keep*, the messages are saved at once.
+
+        Raises:
+            ConversationFileError: It is not such a text.
+            InvalidParameterError: A description of a tool cannot be used.
+            NameTakenError: There is a conversation of that name.
+            StoreError: The journal cannot be used.
+        """
+        record = from_json(text)
+        vocab_size = self.engine.info.vocab_size
+        for node in record.nodes:
+            is_own = node.fingerprint == self.weights_fingerprint
+            if is_own and max(node.token_ids or (), default=0) >= vocab_size:
+                raise ConversationFileError(
+                    f"Message {node.id} has token ids that {self.name} does not have: give what "
+                    "`to_json` returned."
+                )
+        path = [
+            NewNode(
+                role=node.role,
+                content=node.content,
+                token_ids=node.token_ids,
+                finish_reason=node.finish_reason,
+                usage=node.usage,
+                fingerprint=node.fingerprint,
+                links=node.links,
+            )
+            for node in record.path(record.default_tip())
+        ]
+        session = self.session(
+            params=params,
+            namespace=namespace,
+            keep=keep,
+            name=name,
+            overflow=overflow,
+            tools=tools,
+        )
+        if path:
+            conversation = session.conversation
+            session.rewind(conversation.add(conversation.tree.root, path, tip=DEFAULT_TIP))
+        return session
+
+    def sessions(
+        self, *, limit: int | None = None, after: int | None = None
+    ) -> list[ConversationInfo]:
+        """
+        Return the saved conversations, the one used last first.
+
+        Args:
+            limit: Most of them to return; None: all, read without their texts.
+            after: The `id` of the last one of the page before; None: this is the first page.
+
+        Raises:
+            UnknownConversationError: There is no conversation *after*.
+            StoreError: The journal cannot be read.
+        """
+        page = Page(limit=-1 if limit is None else limit, after=after)
+        return self.journal.conversations(page=page)
+
+    def search(self, words: str, *, limit: int = 20, after: int | None = None) -> list[Hit]:
+        """
+        Return the messages of saved conversations that have all of some words; see `Journal.search`.
+
+        Raises:
+            InvalidParameterError: There is no word in it, or it is too long.
+            StoreError: The journal cannot be read.
+        """
+        return self.journal.search(words, limit=limit, after=after)
 
     def resume(
         self,
@@ -509,14 +618,21 @@ class Model:
         """Undo `publish` with the same values; return whether the prefix was public."""
         return self.public.unpublish(beginning(self.prompts, text, system=system))
 
-    def checkpoints(self) -> list[Checkpoint]:
+    def checkpoints(
+        self, *, limit: int | None = None, after: str | None = None
+    ) -> list[Checkpoint]:
         """
-        Return all checkpoints that `Session.checkpoint` has saved, sorted by name, of all models.
+        Return the checkpoints that `Session.checkpoint` has saved, sorted by name, of all models.
+
+        Args:
+            limit: Most of them to return; None: all.
+            after: Only those whose names sort behind this one, such as the last of the page before.
 
         Raises:
             StoreError: There is no KV store on disk, or it cannot be read.
         """
-        return self.checkpoint_store.all()
+        found = self.checkpoint_store.all()
+        return [one for one in found if after is None or one.name > after][:limit]
 
     def drop_checkpoint(self, name: str) -> None:
         """
@@ -540,8 +656,33 @@ class Model:
         conversation.load(self.journal, stored)
         return conversation
 
+    def on_event(self, hook: Hook, *, namespace: str = "") -> Callable[[], None]:
+        """
+        Have a function called with each event of a namespace; return a function that ends that.
+
+        Events tell of conversations, whichever process changes them, of replies, and of KV: see
+        `conversation.feed.Event`. The function is called on a thread of the feed's, about 50 ms after
+        what it tells of; what it raises is logged and harms nothing.
+        """
+        return self.feed.on_event(hook, namespace)
+
+    def costs(self, session: Session, nodes: Sequence[Node] | None = None) -> dict[Node, GoingOn]:
+        """
+        Return what going on from nodes of a session's tree would cost, by this engine's measurements.
+
+        Nothing is computed. The template renders a few paths, however many nodes there are.
+
+        Args:
+            session: Its namespace and its tools count.
+            nodes: Of its tree; None: all of them.
+        """
+        wanted = list(session.tree.nodes()) if nodes is None else nodes
+        costs = Costs(self, namespace=session.namespace, tools=session.tools.schemas)
+        return costs.of(wanted, first=[session.tip, *session.conversation.tips.values()])
+
     def close(self) -> None:
         """Free all memory. Its conversations can still be read; nothing more can be generated."""
+        self._own_feed.close()
         self.grammars.close()
         self.engine.close()
         with self._opening:

@@ -19,6 +19,7 @@ from recollect.conversation.async_reply import AsyncSpeaker
 from recollect.conversation.branches import Origin
 from recollect.conversation.conversation import Asked, Conversation
 from recollect.conversation.explore import Explorer
+from recollect.conversation.feed import ToldReply
 from recollect.conversation.matching import Change
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
@@ -101,6 +102,15 @@ class Cursor:
     def transcript(self) -> list[Message]:
         """Return the messages up to the tip, as clients send them: tool calls beside the text."""
         return [node.message() for node in self.path()]
+
+    def to_json(self) -> str:
+        """
+        Return the messages up to the tip as JSON: token ids, calls, reasoning and usage included.
+
+        `Model.session_from_json` makes a session of it that goes on warm, and `recollect conversations
+        import` a saved conversation.
+        """
+        return self.conversation.path_json(self._tip)
 
     def last_user(self) -> Node:
         """
@@ -571,7 +581,7 @@ class Session(Cursor, Explorer, AsyncSpeaker):
     def _typed(self, text: str) -> TokenSequence:
         at = self._tip.parent if self._is_unanswered(self._tip) else self._tip
         assert at is not None, "a message has a parent"
-        return self._prompting.sequence(self._prompting.typing(at, text, self.tools))
+        return self._prompting.sequence(self._prompting.typing(at, text, self.tools), at)
 
     def _start_idle_work(self, text: str = "") -> None:
         """Have a message being typed, or what precedes it, computed while the engine is idle."""
@@ -616,12 +626,20 @@ class ReplyStream(ReplyGeneration):
         except BaseException:
             session.conversation.take_back(asked)
             raise
+        told = self._told = session.model.feed.reply(
+            self, session, self._turn.at, asked, (self._begun, self._rules)
+        )
         # Runs too if the stream is garbage-collected without having been read.
-        self._free = weakref.finalize(self, _give_up, self._task, session, asked)
+        self._free = weakref.finalize(self, _give_up, self._task, session, asked, told)
 
     def usage(self) -> Usage:
         """Return what the reply has cost so far, and why tokens had to be computed again."""
         return explained(super().usage(), self._turn.expected)
+
+    def _piece_of(self, generated: Any) -> str:
+        if piece := super()._piece_of(generated):
+            self._told.piece(piece)
+        return piece
 
     def __iter__(self) -> Iterator[str]:
         try:
@@ -659,9 +677,11 @@ class ReplyStream(ReplyGeneration):
             said = self._whole(), self.token_ids
             self.reply = self._session._finish(self._turn, *said, self._asked)
         finally:
+            self._told.end(self.reply, None if self.reply is None else self.reply.node)
             self._free()
 
 
-def _give_up(task: Task, session: Session, asked: Asked | None) -> None:
+def _give_up(task: Task, session: Session, asked: Asked | None, told: ToldReply) -> None:
+    told.end(None, None)
     task.cancel()
     session._free(asked)

@@ -556,6 +556,7 @@ class Statements:
                 raise self.sealing.not_as_written(f"node {node_id}")
             _, *sealed = sealed_node_row(row, self.sealing)
             self._run(f"UPDATE nodes SET {_NODE_SETTERS} WHERE id = ?", *sealed, node_id)  # noqa: S608
+        self._run("DELETE FROM changes")  # they have names of branches as these were
 
     def _next_id(self, table: str) -> int:
         """

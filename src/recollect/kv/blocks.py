@@ -178,6 +178,16 @@ class Siblings(dict[tuple[int, ...], "CachedBlock"]):
         return [self[part] for n in range(1, most + 1) if (part := token_ids[:n]) in self]
 
 
+@dataclass(slots=True)
+class Traffic:
+    """What came to the blocks of a namespace, and what went, in tokens; counted where it happens."""
+
+    tokens: int = 0
+    """That have KV in memory now."""
+    inserted_tokens: int = 0
+    evicted_tokens: int = 0
+
+
 @dataclass(eq=False, slots=True)
 class CachedBlock:
     """
@@ -202,6 +212,8 @@ class CachedBlock:
     """Whether it is pinned or a table holds its block, as far as `EvictionOrder` was told."""
     staying_children: int = 0
     """How many of its children stay."""
+    traffic: Traffic = field(default_factory=Traffic)
+    """Of its namespace; one for all nodes below a root."""
 
     @property
     def stays(self) -> bool:
@@ -292,6 +304,13 @@ class EvictionOrder:
                     return cached
                 self._offer(cached)  # it was used since
         return None
+
+    def coming(self, traffic: Traffic, most: int) -> list[CachedBlock]:
+        """Return the nodes of a namespace that are evicted next, as far as nothing else is used."""
+        waiting = {
+            cached for _, _, cached in self._heap if cached.traffic is traffic and cached.can_go
+        }
+        return heapq.nsmallest(most, waiting, key=lambda cached: cached.last_used)
 
     def _count(self, block: int, *, stays: bool) -> None:
         self._staying[block] += 1 if stays else -1

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, EvictionOrder, Siblings
+from recollect.kv.blocks import PUBLIC, BlockPool, CachedBlock, EvictionOrder, Siblings, Traffic
 from recollect.kv.record import Key, Names
 
 MOST_EVICTED_NAMES: Final = 32_768
@@ -46,13 +46,21 @@ class PrefixCache:
            The pool counts a reference for each.
         2. A block with children is full; its children are under their own tokens and know it.
         3. A key is the chained hash of the parent's key and the block's tokens.
-        4. No partial block's tokens begin a sibling's, unless it is pinned.
+        4. No partial block's tokens begin a sibling's, unless it is pinned, or tails are reused whole.
         5. Pins of a block >= pins of each child.
-        6. All of `EvictionOrder`. A node is held while it is pinned, or something besides the cache has
+        6. Each namespace's traffic counts the tokens of its nodes.
+        7. All of `EvictionOrder`. A node is held while it is pinned, or something besides the cache has
            a reference to its block.
     """
 
-    def __init__(self, pool: BlockPool, names: Names, *, whole_blocks_only: bool = False) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        names: Names,
+        *,
+        whole_blocks_only: bool = False,
+        whole_tails: bool = False,
+    ) -> None:
         """
         Begin without any prefixes.
 
@@ -60,8 +68,11 @@ class PrefixCache:
             pool: Where the blocks are.
             names: How prefixes are named.
             whole_blocks_only: Whether KV inside a block cannot be cut, so that parts are never found.
+            whole_tails: Whether with that a block that is not full is found by all of its tokens. No
+                longer block then stands for it.
         """
         self.whole_blocks_only = whole_blocks_only
+        self.whole_tails = whole_tails
         self.evicted_blocks = 0
         """Blocks evicted so far."""
         self._pool = pool
@@ -80,6 +91,20 @@ class PrefixCache:
         if namespace not in self._roots:
             self._roots[namespace] = CachedBlock(self._names.root(namespace), None, (), -1)
         return self._roots[namespace]
+
+    def next_evicted(self, namespace: str, most: int) -> list[CachedBlock]:
+        """Return the blocks of a namespace that are evicted next of all of its own."""
+        self.settle()
+        return self._order.coming(self.traffic(namespace), most)
+
+    def name_after(self, key: Key, token_ids: Sequence[int]) -> Key:
+        """Return the name of the prefix that ends with these tokens in the block after one of that name."""
+        return self._names.after(key, token_ids)
+
+    def traffic(self, namespace: str) -> Traffic:
+        """Return what came to the blocks of a namespace and went; may be called without the lock."""
+        root = self._roots.get(namespace)
+        return Traffic() if root is None else root.traffic
 
     def __len__(self) -> int:
         """Return how many blocks the cache holds, each counted once."""
@@ -123,13 +148,22 @@ class PrefixCache:
             blocks.append(child)
             node, tokens = child, tokens + size
         node.last_used = self._uses
-        if not self.whole_blocks_only:
-            part, length = node.children.nearest(tuple(token_ids[tokens : tokens + size]))
-            if part is not None:
-                part.last_used = self._uses
-                blocks.append(part)
-                tokens += length
+        part, length = self._part(node, tuple(token_ids[tokens : tokens + size]))
+        if part is not None:
+            part.last_used = self._uses
+            blocks.append(part)
+            tokens += length
         return Match(blocks, tokens)
+
+    def _part(self, node: CachedBlock, tokens: tuple[int, ...]) -> tuple[CachedBlock | None, int]:
+        """Return the block of which a part goes on with the most of these tokens, and how many."""
+        if not self.whole_blocks_only:
+            return node.children.nearest(tokens)
+        if not self.whole_tails:
+            return None, 0
+        exact = node.children.get(tokens)
+        whole = [exact] if exact is not None else node.children.parts_of(tokens)[-1:]
+        return (whole[0], len(whole[0].token_ids)) if whole else (None, 0)
 
     def computed_tokens(self, root: CachedBlock, token_ids: Sequence[int]) -> int:
         """
@@ -170,7 +204,8 @@ class PrefixCache:
         """
         self._uses += 1
         tokens = tuple(token_ids)
-        known = after.children.beginning_with(tokens)
+        siblings = after.children
+        known = siblings.get(tokens) if self.whole_tails else siblings.beginning_with(tokens)
         if known is not None:
             known.last_used = self._uses
             return known
@@ -194,6 +229,7 @@ class PrefixCache:
             # A prefix was in use when its tail was.
             parent.last_used = max(parent.last_used, cached.last_used)
             self._remove(cached)
+            cached.traffic.evicted_tokens += len(cached.token_ids)
             if len(cached.token_ids) == self._pool.block_size:
                 self._evicted[cached.key] = None
                 self._evicted.move_to_end(cached.key)
@@ -235,7 +271,7 @@ class PrefixCache:
                 if not self._pinned[block.parent]:
                     del self._pinned[block.parent]
                 self._note_held(block)
-        if not cached.pins and _is_covered(cached):
+        if not cached.pins and not self.whole_tails and _is_covered(cached):
             self._remove(cached)  # a longer one came meanwhile
 
     def _adopt_public(self, root: CachedBlock, token_ids: Sequence[int]) -> None:
@@ -273,9 +309,12 @@ class PrefixCache:
     def _add(self, after: CachedBlock, tokens: tuple[int, ...], block: int) -> CachedBlock:
         """Put a node for a block into the tree, with a reference; it replaces parts of itself."""
         key = self._names.after(after.key, tokens)
-        cached = CachedBlock(key, after, tokens, block, self._uses)
+        traffic = after.traffic
+        cached = CachedBlock(key, after, tokens, block, self._uses, traffic=traffic)
+        traffic.tokens += len(tokens)
+        traffic.inserted_tokens += len(tokens)
         for shorter in after.children.parts_of(tokens):
-            if not shorter.pins:
+            if not shorter.pins and not self.whole_tails:
                 self._remove(shorter)
         after.children[tokens] = cached
         self._pool.retain([block])
@@ -287,6 +326,7 @@ class PrefixCache:
         assert cached.parent is not None, "a root is never removed"
         assert not cached.children, "a block that others follow is never removed"
         del cached.parent.children[cached.token_ids]
+        cached.traffic.tokens -= len(cached.token_ids)
         self._pool.release([cached.block])
         self._nodes[cached.block].remove(cached)
         if not self._nodes[cached.block]:

@@ -13,16 +13,18 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import islice
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field, model_validator
 
 from recollect import errors
+from recollect.conversation.costs import Costs
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
-from recollect.conversation.tree import to_node
+from recollect.conversation.tree import grown, to_node
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import pin_on_disk
 from recollect.errors import RewindError
@@ -143,7 +145,7 @@ async def _keep_kv(request: Request, view: ConversationView, name: str) -> dict[
         return _not_kept("nothing has been said yet")
     services, namespace = services_of(request), client_of(request).namespace
     head = await asyncio.to_thread(last_head, services, view)
-    place = _KeptPlace(services, view, namespace, name, head)
+    place = KeptPlace(services, view, namespace, name, head)
     try:
         kept = await with_model(request, model_of(services, view, head), place.keep)
     except ApiError as refused:  # too many wait, or the models in use leave no memory
@@ -156,7 +158,7 @@ async def _keep_kv(request: Request, view: ConversationView, name: str) -> dict[
 
 
 @dataclass(frozen=True, slots=True)
-class _KeptPlace:
+class KeptPlace:
     """Where a conversation stands, as what the model last read there goes on from it."""
 
     services: Services
@@ -184,7 +186,7 @@ class _KeptPlace:
             node,
             SamplingParams(),
             namespace=self.namespace,
-            tools=self._tools(),
+            tools=self.tools(),
         )
         ids = session.typed_ids()
         if len(ids) < engine.info.reuse.unit:
@@ -215,7 +217,7 @@ class _KeptPlace:
         tier.store.drop_pin(name)
         return None
 
-    def _tools(self) -> Tools:
+    def tools(self) -> Tools:
         """Return the tools of the last response: they are a part of the prompt, and so of its KV."""
         return Tools.of(kept_schemas([] if self.head is None else self.head.tools))
 
@@ -250,6 +252,8 @@ def _not_kept(reason: str) -> dict[str, Any]:
 
 _PAGE: int = 20
 _Limit = Annotated[int, Query(ge=1, le=100)]
+_TREE_PAGE: Final = 1_000
+_TreeLimit = Annotated[int, Query(ge=1, le=2_000)]
 _Order = Annotated[str, Query(pattern="^(asc|desc)$")]
 
 
@@ -290,8 +294,16 @@ class Fork(Body):
     """Where to fork, at the tip unless said otherwise, and what to call the branch."""
 
     at: str | None = None
+    before: str | None = None
+    """An item or a response: the branch begins where it was said, to say something else there."""
     name: PlaceName | None = None
     metadata: Ignored = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Fork":
+        if self.at is not None and self.before is not None:
+            raise ValueError("give at most one of at and before")
+        return self
 
 
 @router.post("/v1/conversations")
@@ -375,14 +387,13 @@ def list_items(
 ) -> dict[str, Any]:
     """Return the messages of a conversation up to its tip."""
     view = view_of(request, conversation_id)
-    items = view.items(view.path())
-    items = items[::-1] if order == "desc" else items
-    if after is not None:
-        ids = [item["id"] for item in items]
-        if after not in ids:
-            raise not_found(f"item {after!r} in this conversation")
-        items = items[ids.index(after) + 1 :]
-    return item_list(items[:limit], has_more=len(items) > limit)
+    newest_first = order == "desc"
+    path = view.path()[::-1] if newest_first else view.path()
+    items = (one for node in path for one in view.items([node])[:: -1 if newest_first else 1])
+    if after is not None and all(item["id"] != after for item in items):
+        raise not_found(f"item {after!r} in this conversation")
+    page = list(islice(items, limit + 1))
+    return item_list(page[:limit], has_more=len(page) > limit)
 
 
 @router.post("/v1/conversations/{conversation_id}/items")
@@ -459,14 +470,59 @@ def fork(conversation_id: str, body: Fork, request: Request) -> dict[str, Any]:
             param="name",
         )
     at = view.tip if body.at is None else view.node_id(body.at)
+    if body.before is not None:
+        at = _node(view, view.node_id(body.before)).parent_id
     services_of(request).journal.set_tip(view.stored.id, name, at)
     return view.at(f"{split_branch(conversation_id)[0]}.{name}", name, at).standing()
 
 
 @router.get("/v1/conversations/{conversation_id}/tree")
-def get_tree(conversation_id: str, request: Request) -> dict[str, Any]:
-    """Return everything that was said in a conversation, in all branches."""
-    return view_of(request, conversation_id).tree()
+async def get_tree(
+    conversation_id: str,
+    request: Request,
+    limit: _TreeLimit = _TREE_PAGE,
+    after: str | None = None,
+) -> dict[str, Any]:
+    """
+    Return what was said in a conversation, in all branches, and what going on from each place would cost.
+
+    That is by the measurements of the model that spoke last, and null where it is not loaded.
+    """
+    services, namespace = services_of(request), client_of(request).namespace
+    view, place = await asyncio.to_thread(_place_of, request, conversation_id)
+    lease = services.hub.lease(model_of(services, view, place.head))
+    try:
+        return await asyncio.to_thread(
+            _tree, view, place, namespace, after, limit, None if lease is None else lease.model
+        )
+    finally:
+        if lease is not None:
+            lease.release()
+
+
+def _place_of(request: Request, conversation_id: str) -> tuple[ConversationView, KeptPlace]:
+    view, services = view_of(request, conversation_id), services_of(request)
+    head = last_head(services, view)
+    return view, KeptPlace(services, view, client_of(request).namespace, "", head)
+
+
+def _tree(
+    view: ConversationView,
+    place: KeptPlace,
+    namespace: str,
+    after: str | None,
+    limit: int,
+    model: Model | None,
+) -> dict[str, Any]:
+    shown = view.nodes_after(after, limit)
+    if model is None:
+        return view.tree(shown, {}, None)
+    _, nodes = grown(view.stored.nodes)
+    costs = Costs(model, namespace=namespace, tools=place.tools().schemas)
+    tips = [nodes[tip] for tip in (view.tip, *view.stored.tips.values())]
+    found = costs.of([nodes[one.id] for one in shown], first=tips)
+    by_id = {one.id: found[nodes[one.id]] for one in shown}
+    return view.tree(shown, by_id, model_of(place.services, view, place.head))
 
 
 def _check_items(request: Request, items: list[InputItem]) -> None:

@@ -15,16 +15,19 @@ from typing import Any, Final, Self
 from fastapi import Request
 
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.costs import GoingOn
 from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message
 from recollect.conversation.turn import ANSWERED
+from recollect.journal.changes import item_name, response_item
 from recollect.journal.journal import Journal
 from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, StoredConversation
 from recollect.server.hub import OpenConversations
 from recollect.server.refusals import ApiError, not_found, quoted
 from recollect.server.response_object import items_of
 from recollect.server.services import client_of, services_of
+from recollect.server.usage import recorded
 from recollect.types import Message
 
 HAS_INSTRUCTIONS = "has_instructions"
@@ -73,11 +76,6 @@ def checkpoints(tips: Mapping[str, int | None]) -> dict[str, int | None]:
 def copies_of(label: Label) -> dict[int, int]:
     """Return which messages of a conversation are the same as others, by their ids in the journal."""
     return {int(copy): first for copy, first in label.note.get(COPIES, {}).items()}
-
-
-def item_name(label: Label, number: int) -> str:
-    """Return the id of a conversation's message: of the first that was kept, the second, and so on."""
-    return f"msg_{label.name.removeprefix('conv_')}_{number}"
 
 
 def checkpoint_tip(name: str) -> str:
@@ -346,8 +344,10 @@ class ConversationView:
             for one in journal.labels(label.conversation_id)
             if one.node_id is not None
         }
-        names = {node.id: item_name(label, number) for number, node in enumerate(stored.nodes, 1)}
-        names |= {node: f"msg_{one.removeprefix('resp_')}" for node, one in responses.items()}
+        names = {
+            node.id: own_name(label.name, number, responses.get(node.id))
+            for number, node in enumerate(stored.nodes, 1)
+        }
         copies = copies_of(label)
         return cls(conversation_id, stored, head.branch, label, responses, names, copies)
 
@@ -422,8 +422,37 @@ class ConversationView:
         """Return messages as items."""
         return [item for node in nodes for item in items_of(self.item_id(node.id), node)]
 
-    def tree(self) -> dict[str, Any]:
-        """Return all messages in all branches, parents first, and where branches and checkpoints are."""
+    def nodes_after(self, name: str | None, limit: int) -> Sequence[NodeRecord]:
+        """
+        Return a page of all messages, parents first.
+
+        Args:
+            name: The id of the last node of the page before; None: this is the first page.
+            limit: Most messages to return.
+
+        Raises:
+            ApiError: There is no such node.
+        """
+        start = 0
+        if name is not None:
+            last = self.node_id(name)
+            start = 1 + next(n for n, node in enumerate(self.stored.nodes) if node.id == last)
+        return self.stored.nodes[start : start + limit]
+
+    def tree(
+        self, shown: Sequence[NodeRecord], costs: Mapping[int, GoingOn], model: str | None
+    ) -> dict[str, Any]:
+        """
+        Return messages in all branches, parents first, and which branches and checkpoints stand at them.
+
+        Args:
+            shown: A page of them; the first also has what stands at the root.
+            costs: What going on from them would cost, by their ids in the journal.
+            model: With which model; None: it is not loaded, so nobody knows.
+        """
+        is_first = not shown or shown[0] is self.stored.nodes[0]
+        here = {node.id for node in shown} | ({None} if is_first else set())
+        tips = {name: at for name, at in self.stored.tips.items() if at in here}
         nodes = [
             {
                 "id": self.names[node.id],
@@ -432,18 +461,27 @@ class ConversationView:
                 "parent_id": None if node.parent_id is None else self.names[node.parent_id],
                 "response_id": self.responses.get(node.id),
                 "created_at": int(node.created_at.timestamp()),
+                "finish_reason": node.finish_reason,
+                "usage": None if node.usage is None else recorded(node.usage).to_dict(),
+                "warmth": costs[node.id].warmth if node.id in costs else None,
+                "going_on": costs[node.id].to_dict() if node.id in costs else None,
             }
-            for node in self.stored.nodes
+            for node in shown
         ]
+        ends_at = shown[-1] if shown else None
         return {
             "object": "conversation.tree",
             "id": self.id,
+            "model": model,
             "nodes": nodes,
-            "tips": self._named(branches(self.stored.tips)),
-            "checkpoints": self._named(checkpoints(self.stored.tips)),
+            "tips": self.named(branches(tips)),
+            "checkpoints": self.named(checkpoints(tips)),
+            "last_id": nodes[-1]["id"] if nodes else None,
+            "has_more": ends_at is not None and ends_at is not self.stored.nodes[-1],
         }
 
-    def _named(self, places: Mapping[str, int | None]) -> dict[str, str | None]:
+    def named(self, places: Mapping[str, int | None]) -> dict[str, str | None]:
+        """Return at which nodes branches or checkpoints stand, by the nodes' ids; None is the root."""
         return {
             name: None if node_id is None else self.names[node_id]
             for name, node_id in places.items()
@@ -496,6 +534,18 @@ class KnownItems:
         except ApiError:
             return {}
         return {item["id"]: item for item in view.items(view.stored.nodes)}
+
+
+def own_name(conversation: str, number: int, response: str | None) -> str:
+    """
+    Return the id of a message's node.
+
+    Args:
+        conversation: The label of its conversation.
+        number: Which message of the conversation it is, in the order of writing; the first is 1.
+        response: The id of the response that it is; None: it is none.
+    """
+    return item_name(conversation, number) if response is None else response_item(response)
 
 
 def conversation_body(

@@ -19,6 +19,7 @@ from typing import Final, TypeVar
 from weakref import WeakKeyDictionary
 
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.feed import Feed
 from recollect.conversation.model import Model, beginning
 from recollect.errors import MisuseError, RecollectError, UnknownModelError
 from recollect.server.refusals import ApiError, stopping, too_busy
@@ -123,6 +124,8 @@ class ModelHub:
         self.weight_bytes: Final = weight_bytes
         self.context_length: Final = context_length
         self._on_load = on_load
+        self.feed: Feed | None = None
+        """What tells of the replies of its models; None: each one's own."""
         self._loaded: Mapping[str, _Loaded] = {}  # replaced and never changed: threads look at it
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._one_at_a_time = asyncio.Lock()
@@ -149,6 +152,11 @@ class ModelHub:
     def loaded(self) -> dict[str, Model]:
         """Return what is loaded now; may be called on any thread."""
         return {name: one.model for name, one in self._loaded.items()}
+
+    def lease(self, name: str) -> Lease | None:
+        """Return a model that is loaded now; None where it is not. Give the lease back."""
+        loaded = self._loaded.get(name)
+        return None if loaded is None else Lease(self, name, loaded)
 
     def resolve(self, name: str | None) -> str:
         """
@@ -215,6 +223,9 @@ class ModelHub:
             model = await on_thread(lambda: self._load_counted(name))
             taken = self.weight_bytes(name) + _kv_bytes(model)
             self._loaded = {**self._loaded, name: _Loaded(model, taken)}
+            if self.feed is not None:
+                model.feed = self.feed
+                self.feed.attach(name, model.engine)
             self._on_load(model)
             model.grammars.prepare_later()
             _log.info("loaded %s in %.1f s", name, monotonic() - begun)

@@ -22,6 +22,7 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from time import time
 from typing import Final, TypeVar
 
@@ -29,6 +30,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from recollect.conversation.feed import Feed
 from recollect.conversation.model import Model
 from recollect.encryption import KV_PURPOSE
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
@@ -47,8 +49,10 @@ from recollect.server.events import (
     Writer,
 )
 from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
+from recollect.server.kept_chats import KeptChats
 from recollect.server.refusals import ClientGone, api_error, stopping
 from recollect.server.settings import Settings
+from recollect.server.streaming import Watchers
 from recollect.server.usage import Cost, Metrics, cost, cost_of
 from recollect.text.reasoning import ReasoningDelta
 from recollect.text.tool_calls import TextDelta
@@ -73,6 +77,8 @@ class Services:
     hub: ModelHub
     admission: Admission
     metrics: Metrics
+    feed: Feed
+    watchers: Watchers
     conversations: OpenConversations = field(default_factory=OpenConversations)
     started_at: int = field(default_factory=lambda: int(time()))
     """In seconds since 1970."""
@@ -82,6 +88,8 @@ class Services:
         default_factory=lambda: ThreadPoolExecutor(_MOST_PATIENT, "recollect-waits")
     )
     """Threads that wait for the journal, so that those which begin replies do not."""
+    kept_chats: KeptChats | None = None
+    """What keeps the chats of clients that send all of it each time; None: they are not kept."""
     is_ending: bool = False
     """Whether nothing begins any more; belongs to the event loop, as does `jobs`."""
     jobs: "set[Job]" = field(default_factory=set)
@@ -127,6 +135,14 @@ class Services:
         with closing(open_existing(folder, sealer)) as store:
             yield store
 
+    def __post_init__(self) -> None:
+        if self.settings.keeps_chats:
+            self.kept_chats = KeptChats(lambda: self.journal)
+
+    def end_watching(self) -> None:
+        """End the streams of events, for which nobody waits who ends a server."""
+        self.watchers.end()
+
     def end(self) -> None:
         """End what goes on, and refuse what waits: each client is told that the server stops."""
         self.is_ending = True
@@ -136,6 +152,7 @@ class Services:
 
     def close(self) -> None:
         """Close what is open; the hub closes itself."""
+        self.feed.close()
         self.patient.shutdown(wait=False)
         with self._opening:
             journal, self._journal = self._journal, None
@@ -486,7 +503,8 @@ async def begin(
         choices: How many they are.
         keeps: Whether what is said goes to the journal. Where another program holds that, the request
             waits for it without a turn, which others can use.
-        keep, per_prompt: See `Job`.
+        keep: See `Job`; None: what keeps chats, where the server does.
+        per_prompt: See `Job`.
         on_gone: Called where the client goes away before they have begun; may end what prepares them.
 
     Raises:
@@ -507,7 +525,10 @@ async def begin(
         preparing = on_thread(lambda: _prepared(prepare, turn.lease.model))
 
         def job(streams: Sequence[ReplyGeneration]) -> Job:
-            return Job(services, client, turn, streams, keep=keep, per_prompt=per_prompt)
+            kept = keep
+            if kept is None and services.kept_chats is not None:
+                kept = partial(services.kept_chats.keep, turn.lease.model, client.namespace)
+            return Job(services, client, turn, streams, keep=kept, per_prompt=per_prompt)
 
         def abandon(_: object) -> None:
             if preparing.cancelled() or preparing.exception() is not None:

@@ -21,7 +21,7 @@ from recollect.conversation.turn import Reply
 from recollect.engine.reply import GeneratedReply
 from recollect.errors import StoreError
 from recollect.journal.requests import RequestLog
-from recollect.types import Reason, Usage
+from recollect.types import Ended, Reason, Usage
 
 Tier = Literal["memory", "disk", "memory+disk"]
 
@@ -47,6 +47,23 @@ class PrefillSpeed:
         return None if speed is None else usage.reused_tokens / speed
 
 
+@dataclass(slots=True)
+class Saved:
+    """What replies did not have to compute."""
+
+    tokens: int = 0
+    restored_tokens: int = 0
+    """Of those, the ones whose KV came from disk."""
+    seconds: float = 0.0
+    """That computing them would have taken, as far as it was known how fast the model reads."""
+
+    def add(self, usage: Usage, speed: PrefillSpeed) -> None:
+        """Count a reply."""
+        self.tokens += usage.reused_tokens
+        self.restored_tokens += usage.restored_tokens
+        self.seconds += speed.time_saved_s(usage) or 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """What the replies to one request cost together; they share the prompt."""
@@ -63,7 +80,7 @@ class Cost:
     time_saved_s: float | None
     reason: Reason
     difference: str | None
-    ended: Literal["repetition"] | None = None
+    ended: Ended | None = None
     """Why a reply was ended whose finish reason says more than one thing; None: nothing to add."""
 
     sampling: Mapping[str, Any] | None = None
@@ -147,8 +164,8 @@ def cost_of(
 ) -> Cost:
     """Return what replies to one request cost that have ended; the arguments are those of `cost`."""
     usages = [reply.usage for reply in replies]
-    ran_away = any(reply.ran_away for reply in replies)
-    return cost(usages, speed, per_prompt=per_prompt, ran_away=ran_away)
+    ended = next((reply.ended for reply in replies if reply.ended is not None), None)
+    return cost(usages, speed, per_prompt=per_prompt, ended=ended)
 
 
 def cost(
@@ -156,7 +173,7 @@ def cost(
     speed: PrefillSpeed,
     *,
     per_prompt: int | None = None,
-    ran_away: bool = False,
+    ended: Ended | None = None,
 ) -> Cost:
     """
     Return what the replies to one request cost.
@@ -165,7 +182,7 @@ def cost(
         usages: Of the replies, in their order.
         speed: Of the model.
         per_prompt: How many of them in a row share a prompt; None: all do.
-        ran_away: Whether one of them was ended because it repeated itself.
+        ended: What there is to say of the end of one of them: see `GeneratedReply.ended`.
     """
     size = per_prompt or len(usages)
     groups = [usages[start : start + size] for start in range(0, len(usages), size)]
@@ -185,7 +202,7 @@ def cost(
         else None,
         reason=most[0].reason,
         difference=most[0].difference,
-        ended="repetition" if ran_away else None,
+        ended=ended,
         sampling=_shared(usages),
     )
 
@@ -246,6 +263,7 @@ class Metrics:
     ) -> None:
         self._log = log
         self._speeds = defaultdict[tuple[str, str], PrefillSpeed](PrefillSpeed)
+        self._saved = defaultdict[str, Saved](Saved)
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "recollect_requests",
@@ -294,10 +312,16 @@ class Metrics:
         """Return how fast a model has read the prompts of a namespace; nobody learns of others' prompts."""
         return self._speeds[model, namespace]
 
+    def saved(self, namespace: str) -> "Saved":
+        """Return what a namespace did not have to compute since the server started."""
+        return self._saved[namespace]
+
     def observe(self, model: str, client: Asker, reply: GeneratedReply) -> None:
         """Take note of a reply that has ended."""
         usage = reply.usage
-        self.speed(model, client.namespace).learn(usage)
+        speed = self.speed(model, client.namespace)
+        speed.learn(usage)
+        self.saved(client.namespace).add(usage, speed)
         if self._log is not None:
             change = reply.change if isinstance(reply, Reply) else None
             self._log.note(model, client.agent, usage, change)

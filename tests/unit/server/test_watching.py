@@ -1,0 +1,283 @@
+"""Events over HTTP: what whoever watches is told, of whom, and where it goes on."""
+
+import json
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import pytest
+
+from recollect.conversation.model import Model
+
+Json = dict[str, Any]
+PATH = "/v1/conversations"
+
+
+class Watcher:
+    """A client of the events, which are read on a thread of its own."""
+
+    def __init__(self, client: httpx.Client, **options: Any) -> None:
+        self.events: list[Json] = []
+        self.ended = False
+        self.last_id = 0
+        self._opened = threading.Event()
+        self._came = threading.Condition()
+        self._client = httpx.Client(
+            base_url=client.base_url, headers=client.headers, timeout=60, trust_env=False
+        )
+        self._thread = threading.Thread(target=self._read, args=[options], daemon=True)
+        self._thread.start()
+        assert self._opened.wait(60)
+
+    def _read(self, options: Json) -> None:
+        try:
+            with self._client.stream("GET", "/v1/events", **options) as response:
+                assert response.status_code == 200, response.read()
+                assert response.headers["content-type"].startswith("text/event-stream")
+                number = kind = None
+                for line in response.iter_lines():
+                    name, _, value = line.partition(": ")
+                    if name == "id":
+                        number = int(value)
+                    elif name == "event":
+                        kind = value
+                    elif name == "data":
+                        event = json.loads(value)
+                        assert event["type"] == kind
+                        with self._came:
+                            self.events.append({**event, "id": number})
+                            self._came.notify_all()
+                    elif not line:
+                        self.last_id = number or 0
+                        self._opened.set()
+        finally:
+            self._client.close()
+            self.ended = True
+            with self._came:
+                self._came.notify_all()
+
+    def until(self, holds: Callable[[list[Json]], Any]) -> list[Json]:
+        """Return the events as soon as something holds of them."""
+        with self._came:
+            assert self._came.wait_for(lambda: holds(self.events), timeout=60), self.kinds()
+            return list(self.events)
+
+    def until_kind(self, kind: str) -> Json:
+        """Return the first event of a kind."""
+        events = self.until(lambda all_: any(one["type"] == kind for one in all_))
+        return next(one for one in events if one["type"] == kind)
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of what came."""
+        return [one["type"] for one in self.events]
+
+    def join(self) -> None:
+        """Wait for the end of the stream."""
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def watch() -> Callable[..., Watcher]:
+    """Return what begins to watch; the streams end with their server."""
+    return Watcher
+
+
+def test_what_is_said_is_told_in_the_order_in_which_it_happens(
+    client: httpx.Client, post: Callable[..., Json], watch: Callable[..., Watcher]
+) -> None:
+    watcher = watch(client)
+    conversation = post(client, PATH, {})["id"]
+    body = {"input": "Hello", "conversation": conversation, "max_output_tokens": 6}
+    said = post(client, "/v1/responses", body)
+    watcher.until_kind("reply.completed")
+    told = [one for one in watcher.events if one.get("conversation") == conversation]
+    kinds = [one["type"] for one in told]
+    assert kinds[0] == "conversation.created"
+    asked, reply = [one for one in told if one["type"] == "message.created"]
+    started = watcher.until_kind("reply.started")
+    completed = watcher.until_kind("reply.completed")
+    assert (
+        kinds.index("message.created") < kinds.index("reply.started") < kinds.index("reply.delta")
+    )
+    assert told.index(reply) < told.index(completed)
+    assert (asked["role"], asked["content"], asked["branch"]) == ("user", "Hello", "main")
+    assert (reply["role"], reply["parent"]) == ("assistant", asked["item"])
+    assert started["parent"] == asked["item"]
+    deltas = [one for one in told if one["type"] == "reply.delta"]
+    text = said["output"][0]["content"][0]["text"]
+    assert "".join(one["text"] for one in deltas) == text == reply["content"]
+    assert completed["usage"]["prompt_tokens"] == said["usage"]["input_tokens"]
+    assert completed["finish_reason"] == "length"
+
+
+def test_ids_in_events_are_those_of_the_tree(
+    client: httpx.Client, post: Callable[..., Json], watch: Callable[..., Watcher]
+) -> None:
+    watcher = watch(client)
+    conversation = post(client, PATH, {})["id"]
+    body = {"input": "Hello", "conversation": conversation, "max_output_tokens": 6}
+    post(client, "/v1/responses", body)
+    post(client, f"{PATH}/{conversation}/items", {"items": [{"role": "user", "content": "More"}]})
+
+    def last_names(events: list[Json]) -> dict[str, str]:
+        names: dict[str, str] = {}
+        for one in events:
+            if one["type"] == "message.created":
+                names[one["item"]] = one["item"]
+            if one["type"] == "message.renamed":
+                names = {
+                    old: one["item"] if new == one["was"] else new for old, new in names.items()
+                }
+        return names
+
+    tree = client.get(f"{PATH}/{conversation}/tree").json()
+    ids = [node["id"] for node in tree["nodes"]]
+    watcher.until(lambda events: sorted(last_names(events).values()) == sorted(ids))
+    moved = [one for one in watcher.events if one["type"] == "branch.moved"]
+    assert (moved[-1]["branch"], moved[-1]["item"]) == ("main", tree["tips"]["main"])
+
+
+def test_branches_checkpoints_and_deletions_are_told(
+    client: httpx.Client, post: Callable[..., Json], watch: Callable[..., Watcher]
+) -> None:
+    items = [{"role": "user", "content": text} for text in ("One", "Two")]
+    conversation = post(client, PATH, {"items": items})["id"]
+    first = client.get(f"{PATH}/{conversation}/tree").json()["nodes"][0]["id"]
+    watcher = watch(client)
+    post(client, f"{PATH}/{conversation}/fork", {"at": first, "name": "other"})
+    moved = watcher.until_kind("branch.moved")
+    assert (moved["branch"], moved["item"], moved["conversation"]) == ("other", first, conversation)
+    post(client, f"{PATH}/{conversation}/checkpoint", {"name": "safe"})
+    assert watcher.until_kind("checkpoint.created")["checkpoint"] == "safe"
+    client.delete(f"{PATH}/{conversation}/checkpoints/safe")
+    assert watcher.until_kind("checkpoint.deleted")["checkpoint"] == "safe"
+    post(client, f"{PATH}/{conversation}", {"metadata": {"topic": "new"}})
+    watcher.until_kind("conversation.updated")
+    client.delete(f"{PATH}/{conversation}")
+    assert watcher.until_kind("conversation.deleted")["conversation"] == conversation
+
+
+def test_a_watcher_goes_on_where_it_was(
+    client: httpx.Client, post: Callable[..., Json], watch: Callable[..., Watcher]
+) -> None:
+    watcher = watch(client)
+    post(client, PATH, {})
+    first = watcher.until_kind("conversation.created")
+    made = post(client, PATH, {})["id"]
+    watcher.until(lambda events: events[-1].get("conversation") == made)
+    for options in (
+        {"headers": {"Last-Event-ID": str(first["id"])}},
+        {"params": {"after": str(first["id"])}},
+    ):
+        again = watch(client, **options)
+        assert again.until(lambda events: events) == watcher.events[1:]
+
+
+@pytest.mark.parametrize("last", ["1", "99999999999999999"])
+def test_a_watcher_whose_place_is_not_known_is_told_so_and_hears_what_comes(
+    client: httpx.Client, post: Callable[..., Json], watch: Callable[..., Watcher], last: str
+) -> None:
+    watcher = watch(client, headers={"Last-Event-ID": last})
+    watcher.until(lambda events: [one["type"] for one in events] == ["events.lost"])
+    made = post(client, PATH, {})["id"]
+    assert watcher.until_kind("conversation.created")["conversation"] == made
+
+
+def test_after_a_restart_an_old_id_is_not_taken_for_a_new_one(
+    start: Callable[..., httpx.Client],
+    servers: ExitStack,
+    post: Callable[..., Json],
+    watch: Callable[..., Watcher],
+) -> None:
+    client = start()
+    watcher = watch(client)
+    post(client, PATH, {})
+    old = watcher.until_kind("conversation.created")["id"]
+    servers.close()
+    client = start()
+    watcher = watch(client, headers={"Last-Event-ID": str(old)})
+    watcher.until(lambda events: events)
+    assert watcher.kinds() == ["events.lost"]
+    assert watcher.events[0]["id"] > old
+
+
+@pytest.mark.parametrize("last", ["x", "-1", "1" * 19, "²"])
+def test_what_is_no_id_is_refused(client: httpx.Client, last: str) -> None:
+    with client.stream("GET", "/v1/events", headers={"Last-Event-ID": last.encode()}) as response:
+        assert response.status_code == 400
+        assert "Last-Event-ID" in response.read().decode()
+
+
+def test_a_watcher_of_one_conversation_hears_of_no_other(
+    client: httpx.Client, post: Callable[..., Json], watch: Callable[..., Watcher]
+) -> None:
+    one, other = post(client, PATH, {})["id"], post(client, PATH, {})["id"]
+    watcher = watch(client, params={"conversation": one})
+    item = {"items": [{"role": "user", "content": "Hello"}]}
+    for conversation in (other, one):
+        post(client, f"{PATH}/{conversation}/items", item)
+    watcher.until_kind("branch.moved")
+    assert {event["conversation"] for event in watcher.events} == {one}
+    assert client.get("/v1/events", params={"conversation": "conv_none"}).status_code == 404
+
+
+def test_a_key_hears_only_of_its_own(
+    start: Callable[..., httpx.Client], post: Callable[..., Json], watch: Callable[..., Watcher]
+) -> None:
+    client = start(keys=("one", "two"))
+    theirs = {"Authorization": "Bearer two"}
+    watcher, others = watch(client), watch(client, headers=theirs)
+    body = {"input": "Hello", "max_output_tokens": 6}
+    post(client, "/v1/responses", body, headers=theirs)
+    others.until_kind("reply.completed")
+    mine = post(client, PATH, {})["id"]
+    watcher.until_kind("conversation.created")
+    assert {event.get("conversation") for event in watcher.events} == {mine}
+    assert mine not in {event.get("conversation") for event in others.events}
+    assert client.get("/v1/events", headers={"Authorization": "Bearer no"}).status_code == 401
+
+
+def test_what_another_program_says_appears(
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    watch: Callable[..., Watcher],
+) -> None:
+    """With a journal of its own, as the terminal's chat has one; nothing but the file is shared."""
+    client = start()
+    watcher = watch(client)
+    with make_model() as model:
+        model.session(name="elsewhere").respond("Hello there")
+    told = watcher.until(
+        lambda events: sum(one["type"] == "message.created" for one in events) == 2
+    )
+    assert [one["role"] for one in told if one["type"] == "message.created"] == [
+        "user",
+        "assistant",
+    ]
+    assert watcher.until_kind("conversation.created")["name"] == "elsewhere"
+
+
+def test_a_server_that_stops_ends_the_streams(
+    start: Callable[..., httpx.Client], servers: ExitStack, watch: Callable[..., Watcher]
+) -> None:
+    watcher = watch(start())
+    servers.close()
+    watcher.join()
+
+
+def test_nothing_of_a_reply_that_never_came_stays(
+    client: httpx.Client, post: Callable[..., Json], watch: Callable[..., Watcher]
+) -> None:
+    """A message that was taken back, because nothing came of it, is told as gone."""
+    watcher = watch(client)
+    conversation = post(client, PATH, {})["id"]
+    body = {"input": "x" * 100_000, "conversation": conversation}
+    assert client.post("/v1/responses", json=body).status_code == 400
+    post(client, PATH, {})
+    watcher.until(lambda events: sum(one["type"] == "conversation.created" for one in events) == 2)
+    created = {one["item"] for one in watcher.events if one["type"] == "message.created"}
+    deleted = {one["item"] for one in watcher.events if one["type"] == "message.deleted"}
+    assert created == deleted
