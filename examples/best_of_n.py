@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import recollect
-from recollect.conversation.explore import Branch
+from recollect.conversation.branches import Branch
 from recollect.types import SamplingParams
 
 QUESTION = (

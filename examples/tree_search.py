@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 import recollect
-from recollect.conversation.explore import Branch
+from recollect.conversation.branches import Branch
 from recollect.types import Grammar, SamplingParams
 
 MOVES = {"add 3": lambda number: number + 3, "double": lambda number: number * 2}
