@@ -273,18 +273,15 @@ class Session(Cursor, Explorer, AsyncSpeaker):
 
     def origin(self) -> Origin:
         """Return the tip as a place to explore from; it stays that where the session goes on."""
-        tip, options = self._tip, self._template_options
+        tip, options, prompting = self._tip, self._template_options, self._prompting
+        asking = self.params, self.tools, self.overflow, self._begun, self._idle.ahead
         return Origin(
             self.conversation,
             tip,
             lambda text: self._place(tip, text),
-            lambda model: self._prompting.beside(model, options),
+            lambda model: prompting.beside(model, options),
             self._model,
-            self.params,
-            self.tools,
-            self.overflow,
-            self._begun,
-            self._idle.ahead,
+            *asking,
         )
 
     def regenerate(self, *, params: SamplingParams | None = None) -> Reply:
@@ -528,15 +525,10 @@ class Session(Cursor, Explorer, AsyncSpeaker):
     ) -> "ReplyStream":
         """Have a reply begun; the tree stays as it is, and the tip is *before* again if none comes."""
         asked = self._prompting.asking(at, text, self._begun, self.tools, self.overflow)
-        prepared = self._prompting.prepare(
-            asked,
-            text,
-            params,
-            self.tools,
-            before=before,
-            change=self._change if at is self._tip else None,
-            tools_change=self.conversation.tools_change(asked.at, self.tools),
-        )
+        change = self._change if at is self._tip else None
+        tools_change = self.conversation.tools_change(asked.at, self.tools)
+        differs = change, tools_change
+        prepared = self._prompting.prepare(asked, text, params, self.tools, before, differs)
         stream = ReplyStream(self, prepared)
         stream.start()
         return stream
