@@ -79,7 +79,8 @@ SINCE = (
     "events",
     "the last of them",
     "events on their way to clients",
-    "the endpoint of events",
+    "the endpoints that only watch",
+    "what going on would cost",
 )
 """What a module was added for each, since there were 105."""
 MOST_MODULES = 105 + len(SINCE)

@@ -32,6 +32,11 @@ MOST_RENDERED: Final = 24
 roles at the most."""
 MOST_EXACT: Final = 32
 """Nodes that are encoded one by one where the template does not show all messages alike."""
+MOST_COMPARED: Final = 64
+"""Messages of the path that is encoded as a whole, to see whether the template shows it as it is taken to:
+for each reply on it whose opening is not remembered, the encoder renders once more."""
+MOST_EXACT_PATH: Final = 400
+"""Messages of a path that is encoded as a whole because it is shown otherwise."""
 NEXT: Final = "user"
 """Whose message is taken to come next."""
 
@@ -254,9 +259,15 @@ class Costs:
         if self._is_as_shown(next(iter(order))):
             return found
         for count, node in enumerate(order):
-            exact = self._exact(node) if count < MOST_EXACT else None
+            is_short = count < MOST_EXACT and len(node.path()) <= MOST_EXACT_PATH
+            exact = self._exact(node) if is_short else None
             found[node] = _estimated(found[node]) if exact is None else exact
         return found
+
+    def blocks(self, node: Node) -> list[CachedBlock]:
+        """Return the blocks in memory up to a node that was asked for, its namespace's own."""
+        own = self._states[node].walk.own
+        return [] if own is None else own.path()
 
     def _state(self, node: Node) -> _State:
         if node.parent is None:
@@ -337,7 +348,9 @@ class Costs:
             text = after if found else text
 
     def _is_as_shown(self, node: Node) -> bool:
-        """Return whether the ids up to a node are those that a reply there would read."""
+        """Return whether the ids up to a node, or to one before it, are those that a reply would read."""
+        path = node.path()
+        node = path[:MOST_COMPARED][-1] if path else node
         ids = self._exact_ids(node)
         if ids is None:
             return True  # nobody can go on there
