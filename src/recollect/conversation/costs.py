@@ -100,6 +100,8 @@ class Walk:
     """That block in memory; None: it is not there."""
     public: CachedBlock | None
     """The same among public prefixes."""
+    last: CachedBlock | None = None
+    """The last block of the namespace's own in memory, whether anything follows or not."""
     in_memory: int = 0
     """Tokens, of a part of the next block too where nothing follows."""
     on_disk: int = 0
@@ -122,7 +124,8 @@ class Walks:
         self._work.encoded += len(token_ids)
         rest = (*walk.rest, *token_ids)
         key, own, public = walk.key, walk.own, walk.public
-        in_memory, on_disk, size, start = walk.in_memory, walk.on_disk, self._size, 0
+        last, in_memory, on_disk = walk.last, walk.in_memory, walk.on_disk
+        size, start = self._size, 0
         with self._engine.lock:
             while start + size <= len(rest) and (own is not None or public is not None):
                 block = rest[start : start + size]
@@ -134,6 +137,7 @@ class Walks:
                 if next_own is None and next_public is None:
                     break
                 own, public = next_own, next_public
+                last = own or last
                 assert key is not None, "what is in memory has a name"
                 key = own.key if own is not None else self._cache.name_after(key, block)
                 in_memory, start = in_memory + size, start + size
@@ -148,9 +152,8 @@ class Walks:
                 in_memory, on_disk = in_memory + memory, on_disk + disk
                 key = own = public = None
         start = len(rest) - len(rest) % size if key is None else start
-        return Walk(
-            walk.length + len(token_ids), rest[start:], key, own, public, in_memory, on_disk
-        )
+        length = walk.length + len(token_ids)
+        return Walk(length, rest[start:], key, own, public, last, in_memory, on_disk)
 
     def known(self, walk: Walk) -> tuple[int, int]:
         """Return how many tokens have KV in memory, and on disk beyond those; parts of blocks too."""
@@ -265,9 +268,9 @@ class Costs:
         return found
 
     def blocks(self, node: Node) -> list[CachedBlock]:
-        """Return the blocks in memory up to a node that was asked for, its namespace's own."""
-        own = self._states[node].walk.own
-        return [] if own is None else own.path()
+        """Return the namespace's own blocks in memory, up to where one goes on from a node."""
+        last = self._encoded(self._states[node], self._end_of(node)).last
+        return [] if last is None else last.path()
 
     def _state(self, node: Node) -> _State:
         if node.parent is None:
@@ -328,7 +331,7 @@ class Costs:
         self.work.rendered += 1
         prompts, answers = self._prompts, kinds[-1] == _REPLY
         messages: list[Message] = [
-            {**_plain(one.written_message()), "content": prompts.mark(number)}  # type: ignore[typeddict-item, misc] # as templates take it
+            {**_plain(one.written_message()), "content": prompts.mark(number)}  # type: ignore[typeddict-item] # as templates take it
             for number, one in enumerate(path)
         ]
         if not answers:

@@ -27,7 +27,7 @@ from recollect.engine.reply import GeneratedReply
 from recollect.errors import RecollectError
 from recollect.journal.changes import Change, NamesOf
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.kv.prefix import Traffic
+from recollect.kv.blocks import Traffic
 from recollect.text.reasoning import Begun, ReasoningDelta, ReplyReader
 from recollect.text.tool_calls import CallRules, TextDelta
 

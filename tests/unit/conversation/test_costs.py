@@ -12,7 +12,7 @@ from recollect.conversation.tree import Node, Tree
 from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import PrefixCache
 from recollect.text.template import ChatTemplate
-from recollect.types import SamplingParams
+from recollect.types import Role, SamplingParams
 
 SHORT = SamplingParams(max_tokens=12, ignore_eos=True)
 
@@ -136,7 +136,7 @@ def grow(tree: Tree, model: Model, count: int, branches: int) -> list[Node]:
     for number in range(count):
         if number > count // 4 and len(ends) < branches:
             ends.append(at := nodes[(number * 7) % (count // 4)])
-        role = "assistant" if at.role == "user" else "user"
+        role: Role = "assistant" if at.role == "user" else "user"
         own = role == "assistant"
         at = tree.add(
             at,
