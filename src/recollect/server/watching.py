@@ -14,8 +14,10 @@ from fastapi.responses import Response
 from recollect.conversation.costs import Costs, GoingOn
 from recollect.conversation.model import Model
 from recollect.conversation.tree import grown
+from recollect.errors import UnknownConversationError
 from recollect.journal.records import Page
 from recollect.kv.blocks import CachedBlock
+from recollect.server.conversation_routes import KeptPlace, standing_place
 from recollect.server.conversation_view import (
     ConversationView,
     branches,
@@ -111,16 +113,18 @@ def _kv(
     holders: dict[CachedBlock, dict[str, str]] = {}
     data = []
     for info in page[:limit]:
-        view = ConversationView.load(journal, info.label, namespace)
-        name = services.hub.aliases.get(info.model, info.model)
-        model = models.get(name) or models.get(services.hub.default)
-        held = {} if model is None else _held(view, model, namespace, holders)
+        try:
+            place = standing_place(request, ConversationView.load(journal, info.label, namespace))
+        except (ApiError, UnknownConversationError):  # deleted since
+            continue
+        name, tips = place.model_name(), place.view.stored.tips
         data.append(
             {
                 "id": info.label,
                 "name": info.name,
-                "branches": held,
-                "checkpoints": list(checkpoints(view.stored.tips)),
+                "model": name if name in models else None,
+                "branches": _held(place, models[name], holders) if name in models else {},
+                "checkpoints": list(checkpoints(tips)),
             }
         )
     saved = services.metrics.saved(namespace)
@@ -129,7 +133,7 @@ def _kv(
         "models": [_model_kv(name, model, namespace) for name, model in models.items()],
         "data": data,
         "has_more": len(page) > limit,
-        "last_id": data[-1]["id"] if data else None,
+        "last_id": page[:limit][-1].label if page else None,
         "evicted_next": [
             {"model": name, "tokens": len(block.token_ids), **_holder(block, holders)}
             for name, model in models.items()
@@ -144,15 +148,13 @@ def _kv(
 
 
 def _held(
-    view: ConversationView,
-    model: Model,
-    namespace: str,
-    holders: dict[CachedBlock, dict[str, str]],
+    place: KeptPlace, model: Model, holders: dict[CachedBlock, dict[str, str]]
 ) -> dict[str, dict[str, Any]]:
-    """Return what each branch has, and note whose the blocks are that it ends with."""
+    """Return what each branch has, and note whose the blocks are."""
+    view = place.view
     _, nodes = grown(view.stored.nodes)
     tips = {name: nodes[at] for name, at in branches(view.stored.tips).items()}
-    costs = Costs(model, namespace=namespace)
+    costs = Costs(model, namespace=place.namespace, tools=place.tools().schemas)
     found = costs.of(list(tips.values()))
     for name, tip in tips.items():
         for block in costs.blocks(tip):
