@@ -21,7 +21,9 @@ __version__ = "0.1.0"
 """The build reads it from this line (pyproject.toml)."""
 
 if typing.TYPE_CHECKING:
+    from recollect.conversation.branches import Branch
     from recollect.conversation.conversation import Conversation
+    from recollect.conversation.explore import Exploration
     from recollect.conversation.loading import load
     from recollect.conversation.model import Model, Warmed
     from recollect.conversation.session import ReplyStream, Session
@@ -39,10 +41,12 @@ if typing.TYPE_CHECKING:
     from recollect.types import Grammar, Message, SamplingParams, TokenLogprob, ToolCall, Usage
 
 _MODULES: typing.Final = {
+    "Branch": "recollect.conversation.branches",
     "Checkpoint": "recollect.journal.home",
     "Cipher": "recollect.encryption",
     "Conversation": "recollect.conversation.conversation",
     "Engine": "recollect.engine.engine",
+    "Exploration": "recollect.conversation.explore",
     "Generator": "recollect.engine.sampling",
     "Grammar": "recollect.types",
     "Message": "recollect.types",
@@ -69,10 +73,12 @@ _MODULES: typing.Final = {
 """Of each exported name that is loaded on first use, its module; the imports above are for types."""
 
 __all__ = [
+    "Branch",
     "Checkpoint",
     "Cipher",
     "Conversation",
     "Engine",
+    "Exploration",
     "Generator",
     "Grammar",
     "Message",

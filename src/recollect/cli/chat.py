@@ -35,6 +35,7 @@ from recollect.cli.options import (
     takes_model_options,
     unlock_home,
 )
+from recollect.cli.web import open_page
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Overflow
@@ -254,6 +255,10 @@ def chat(
         str | None,
         _option(metavar="NAME", about="Name of the new conversation; the date if there is none."),
     ] = None,
+    web: Annotated[
+        bool,
+        _option("--web", about="Chat in a browser, where conversations are shown as trees."),
+    ] = False,
     no_save: Annotated[
         bool,
         _option(
@@ -351,6 +356,9 @@ def chat(
     "What failed?". A pipe alone is one message; with --lines, --json or --prompts each line is one.
     What does not go to a terminal is plain text.
     """
+    if web:
+        open_page(None if model is None else [model], loading)
+        return
     values: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,

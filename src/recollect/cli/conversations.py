@@ -1,5 +1,5 @@
 """
-`recollect conversations`, `recollect checkpoints`, `recollect export` and `recollect import`.
+`recollect conversations`, `recollect export` and `recollect import`.
 
 All work on the journal and the KV store; only exporting and importing KV load a model.
 """
@@ -38,7 +38,6 @@ from recollect.cli.options import (
     conversation_names,
     has_store,
     model_option,
-    open_checkpoints,
     open_journal,
     open_store,
     takes_model_options,
@@ -49,16 +48,15 @@ from recollect.conversation.model import Model
 from recollect.conversation.tree import grown
 from recollect.errors import ConfigError, ConversationFileError, StoreError
 from recollect.journal.conversation_files import MOST_JSON_BYTES, from_json, to_json, to_markdown
-from recollect.journal.home import Checkpoint, drop_of_conversation
+from recollect.journal.home import drop_of_conversation
 from recollect.journal.portable import PortableFile, require_new, write
-from recollect.journal.records import DEFAULT_TIP, ConversationInfo, StoredConversation
+from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Hit, Page, StoredConversation
 from recollect.models.listing import is_here
 
 Format = Literal["markdown", "json"]
 
 app = typer.Typer()
 _conversations = typer.Typer(name="conversations")
-_checkpoints = typer.Typer(name="checkpoints")
 
 NameArgument = Annotated[
     str,
@@ -81,6 +79,16 @@ _ModelOption = Annotated[
     str | None,
     model_option("Model that the cache belongs to.", default="that of the conversation"),
 ]
+_LimitOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Most conversations to list.", show_default="all"),
+]
+_AfterOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="List those behind this one, as the next page.", show_default="none"
+    ),
+]
 _AS_THE_FILE: Final = ModelOptions(profile=None)
 _NoKvOption = Annotated[
     bool,
@@ -91,23 +99,88 @@ _NoKvOption = Annotated[
 
 
 @_conversations.callback(invoke_without_command=True)
-def conversations(context: typer.Context, as_json: JsonOption = False) -> None:
-    """List, show, rename, delete, export and import conversations."""
+def conversations(
+    context: typer.Context,
+    as_json: JsonOption = False,
+    limit: _LimitOption = None,
+    after: _AfterOption = None,
+) -> None:
+    """List, search, show, rename, delete, export and import conversations."""
     if context.invoked_subcommand is None:
-        list_all(as_json=as_json)
+        list_all(as_json=as_json, limit=limit, after=after)
 
 
 @_conversations.command("list")
-def list_all(as_json: JsonOption = False) -> None:
+def list_all(
+    as_json: JsonOption = False, limit: _LimitOption = None, after: _AfterOption = None
+) -> None:
     """List all conversations, the last used one first. This is what happens without a command."""
     with open_journal() as journal:
-        found = journal.conversations()
+        last = None if after is None else journal.load(after).id
+        page = Page(limit=-1 if limit is None else limit, after=last)
+        found = journal.conversations(page=page)
     if as_json:
         typer.echo(json.dumps([_as_dict(info) for info in found], ensure_ascii=False, indent=2))
     elif not found:
         typer.echo("There is no conversation yet: `recollect chat` begins one.")
     else:
         Console().print(conversations_table(found))
+
+
+@_conversations.command()
+def search(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="WORDS...",
+            help="What a message must have, whatever the case. Quote a phrase: 'two words'.",
+        ),
+    ],
+    as_json: JsonOption = False,
+    limit: Annotated[
+        int, typer.Option(min=1, max=1_000, metavar="N", help="Most messages to print.")
+    ] = 20,
+) -> None:
+    """Find the messages that have all words, in all conversations and branches, the newest first."""
+    with open_journal() as journal:
+        # What the shell was told to keep together is a phrase.
+        phrases = [f'"{word}"' if " " in word and '"' not in word else word for word in words]
+        found = journal.search(" ".join(phrases), limit=limit + 1)
+    shown = found[:limit]
+    if as_json:
+        typer.echo(json.dumps([_hit_as_dict(hit) for hit in shown], ensure_ascii=False, indent=2))
+        return
+    if not shown:
+        typer.echo("No message has all of these words.")
+        return
+    Console().print(hits_table(shown))
+    if len(found) > limit:
+        typer.echo(f"These are the newest {limit:,}; --limit shows more.")
+
+
+def hits_table(found: list[Hit]) -> Table:
+    """Return what a search has found as a table for people."""
+    table = make_table("conversation", "message", "when", "branch", "text", whole=("when",))
+    for hit in found:
+        table.add_row(
+            Text(hit.conversation),
+            f"{hit.number:,} {hit.role}",
+            format_time(hit.created_at),
+            Text(hit.branch or "", "dim"),
+            Text(printable(hit.snippet)),
+        )
+    return table
+
+
+def _hit_as_dict(hit: Hit) -> dict[str, object]:
+    return {
+        "conversation": hit.conversation,
+        "branch": hit.branch,
+        "message": hit.number,
+        "role": hit.role,
+        "snippet": hit.snippet,
+        "created_at": hit.created_at.isoformat(),
+    }
 
 
 @_conversations.command()
@@ -232,7 +305,7 @@ def conversations_table(found: list[ConversationInfo]) -> Table:
             format_time(info.updated_at),
             f"{info.turns:,}",
             format_bytes(info.size_bytes),
-            Text(info.model),
+            Text(printable(info.model)),
             Text(", ".join(info.tips), "dim"),
         )
     return table
@@ -297,78 +370,6 @@ def _as_dict(info: ConversationInfo) -> dict[str, object]:
         "turns": info.turns,
         "tips": list(info.tips),
         "size_bytes": info.size_bytes,
-    }
-
-
-@_checkpoints.callback(invoke_without_command=True)
-def checkpoints(context: typer.Context, as_json: JsonOption = False) -> None:
-    """List and delete the checkpoints that /save has made."""
-    if context.invoked_subcommand is None:
-        list_checkpoints(as_json=as_json)
-
-
-@_checkpoints.command("list")
-def list_checkpoints(as_json: JsonOption = False) -> None:
-    """List all checkpoints by name. This is what happens without a command."""
-    found, of_servers = [], 0
-    if has_store():
-        with open_checkpoints() as kept:
-            found, of_servers = kept.all(), kept.of_servers()
-    if as_json:
-        typer.echo(
-            json.dumps([_checkpoint_as_dict(made) for made in found], ensure_ascii=False, indent=2)
-        )
-    elif not found:
-        typer.echo("There is no checkpoint yet: /save NAME in a chat saves one.")
-    else:
-        Console().print(checkpoints_table(found))
-    if of_servers and not as_json:
-        typer.echo(
-            f"Clients of `recollect serve` have {of_servers:,} more; `recollect cache` lists them."
-        )
-
-
-@_checkpoints.command()
-def drop(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A name that `recollect checkpoints` lists.")
-    ],
-) -> None:
-    """Delete a checkpoint. Its conversation stays, and its KV stays until space runs out."""
-    with open_checkpoints() as kept:
-        kept.drop(name)
-    typer.echo(f"The checkpoint {name!r} was deleted; its conversation is unchanged.")
-
-
-def checkpoints_table(found: list[Checkpoint]) -> Table:
-    """Return the checkpoints as a table for people."""
-    table = make_table(
-        *("name", "conversation", "turns", "tokens", "size", "made"),
-        right=("turns", "tokens", "size"),
-        whole=("made",),
-    )
-    for made in found:
-        lost = made.tokens - made.stored_tokens
-        table.add_row(
-            Text(made.name),
-            Text("deleted", "red") if made.conversation is None else Text(made.conversation),
-            f"{made.turns:,}",
-            f"{made.tokens:,}" + (f" ({lost:,} lost)" if lost else ""),
-            format_bytes(made.stored_bytes),
-            format_time(made.created_at),
-        )
-    return table
-
-
-def _checkpoint_as_dict(made: Checkpoint) -> dict[str, object]:
-    return {
-        "name": made.name,
-        "conversation": made.conversation,
-        "turns": made.turns,
-        "tokens": made.tokens,
-        "stored_tokens": made.stored_tokens,
-        "stored_bytes": made.stored_bytes,
-        "created_at": made.created_at.isoformat(),
     }
 
 
@@ -472,4 +473,3 @@ def _bring_in(model: Model, portable: PortableFile) -> str | None:
 
 
 app.add_typer(_conversations)
-app.add_typer(_checkpoints)

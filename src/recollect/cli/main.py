@@ -24,13 +24,14 @@ from recollect.errors import RecollectError
 COMMANDS: Final = {
     "chat": ("chat", "Talk to a model."),
     "serve": ("serve", "Serve the APIs of OpenAI, Anthropic and Ollama, for any client."),
+    "web": ("web", "Look at conversations as trees, in a browser."),
     "explain": ("serve", "Explain where prompts of a server's clients part from earlier ones."),
     "keys": ("serve", "Manage the API keys of `recollect serve`."),
     "conversations": (
         "conversations",
-        "List, show, rename, delete, export and import conversations.",
+        "List, search, show, rename, delete, export and import conversations.",
     ),
-    "checkpoints": ("conversations", "List and delete the checkpoints that /save has made."),
+    "checkpoints": ("checkpoints", "List and delete the checkpoints that /save has made."),
     "cache": ("cache", "Show, check and clear the cache (KV) on disk."),
     "warm": ("cache", "Read a document or instructions once, and keep their KV on disk."),
     "encrypt": ("options", "Encrypt conversations and the cache on disk."),
@@ -88,8 +89,13 @@ def let_go(stream: TextIO) -> None:
 
 
 def complain(message: str) -> None:
-    """Write a line to stderr, where that can be done."""
+    """Write a sentence to stderr, where that can be done."""
     try:
+        if sys.stderr.isatty():
+            # Here and not above: `recollect --help` need not wait for what knows the width of characters.
+            from recollect.cli.display import fitted  # noqa: PLC0415
+
+            message = fitted(message, sys.stderr)
         print(message, file=sys.stderr, flush=True)
     except OSError:
         let_go(sys.stderr)

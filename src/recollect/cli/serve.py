@@ -7,6 +7,7 @@ Decides which models are offered, and under which names; the server itself is `r
 import logging
 import os
 import sys
+import webbrowser
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ from recollect.errors import ConfigError, MissingPackageError, UnknownModelError
 from recollect.journal import requests
 from recollect.models import stores
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
+from recollect.models.gguf_weights import part_names
 from recollect.models.listing import installed, size_bytes
 from recollect.models.prepare import known_context_length
 from recollect.server.settings import DEFAULT_MAX_TOKENS, Limits, Settings
@@ -161,6 +163,17 @@ def serve(
         int, _option("Limits", about="Most requests that wait.", metavar="N", min=0)
     ] = 64,
     encrypt: EncryptOption = False,
+    keep_chats: Annotated[
+        bool,
+        typer.Option(
+            "--keep-chats",
+            help="Keep chats of clients that send all of it each time as conversations.",
+        ),
+    ] = False,
+    web: Annotated[
+        bool,
+        typer.Option("--web", help="Open the page of conversations in a browser."),
+    ] = False,
     no_save: Annotated[
         bool,
         typer.Option(
@@ -175,6 +188,11 @@ def serve(
     Conversations are read only once, also those of clients that send all of it each time.
     Point a client at http://127.0.0.1:8765/v1; /openapi.json there describes every request.
     """
+    if keep_chats and no_save:
+        raise ConfigError(
+            "--keep-chats keeps what clients say, and --no-save keeps none of their words: leave one of "
+            "them out."
+        )
     _require_packages()
     from recollect.server import app as server  # noqa: PLC0415 - its libraries are an extra
     from recollect.server import hub as hubs  # noqa: PLC0415
@@ -205,6 +223,7 @@ def serve(
         max_tokens=max_tokens or None,
         is_strict=strict,
         keeps_words=not no_save,
+        keeps_chats=keep_chats,
         has_keys=len(keys) > 0,
         limits=Limits(concurrent=concurrent, queue=queue),
     )
@@ -222,7 +241,7 @@ def serve(
         settings,
         hub,
         keys,
-        on_listening=lambda port: _say_where(settings, port),
+        on_listening=lambda port: _say_where(settings, port, opens=web),
         on_stopping=lambda replies: _say_stopping(settings, replies),
     )
     if hub.is_loading:
@@ -358,12 +377,14 @@ def _log_to_stderr() -> None:
     logging.getLogger("recollect").setLevel(logging.INFO)
 
 
-def _say_where(settings: Settings, port: int) -> None:
+def _say_where(settings: Settings, port: int, *, opens: bool) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     keys = "an API key" if settings.has_keys else "no API key"
-    print(
-        f"Listening on http://{host}:{port}/v1 ({keys}); Ctrl-C stops.", file=sys.stderr, flush=True
-    )
+    page = f"http://{host}:{port}/"
+    print(f"Listening on {page}v1 ({keys}); Ctrl-C stops.", file=sys.stderr)
+    print(f"Conversations as trees: {page}", file=sys.stderr, flush=True)
+    if opens:
+        webbrowser.open(page)
 
 
 def _say_stopping(settings: Settings, replies: int) -> None:
@@ -427,8 +448,8 @@ def weight_bytes(reference: str, home: Path) -> int:
     status = next((one for one in installed(home) if one.name == name), None)
     if status is not None and status.is_installed:
         return status.disk_bytes - status.source_bytes
-    if path is not None:
-        return size_bytes(path)
+    if path is not None:  # of a GGUF file all parts
+        return sum(size_bytes(path.with_name(part)) for part in part_names(path.name))
     if (kept := stores.find(reference)) is not None:
         return kept.size_bytes
     return 0 if status is None else status.download_bytes or 0

@@ -28,10 +28,23 @@ from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
 from recollect.engine.tier import DiskTier
-from recollect.errors import ConfigError, ConversationError, UnknownConversationError
+from recollect.errors import (
+    ConfigError,
+    ConversationError,
+    ConversationFileError,
+    UnknownConversationError,
+)
+from recollect.journal.conversation_files import from_json
 from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Page, require_name
+from recollect.journal.records import (
+    DEFAULT_TIP,
+    ConversationInfo,
+    Hit,
+    NewNode,
+    Page,
+    require_name,
+)
 from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import DiskStore
 from recollect.kv.record import Pin, StoredReply, chained_keys
@@ -208,6 +221,8 @@ class Model:
         store: DiskStore | None = None,
         cipher: Cipher | None = None,
         tool_format: str | None = None,
+        tokenizer: Tokenizer | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """
         Make a model from its loaded parts; `load` is the usual way.
@@ -221,6 +236,8 @@ class Model:
             store: The KV store, closed with the model; None: KV is in memory only.
             cipher: The cipher of an encrypted data folder; None: it is not encrypted.
             tool_format: As in `load`.
+            tokenizer: Of the model, where it is loaded already.
+            engine: What computes, with *runtime*; the model owns it from now on. None: one is made.
         """
         self.name: Final = local.name
         self.local: Final = local
@@ -235,7 +252,7 @@ class Model:
         self.known: Final = KnownMessages()
         """The index of known messages, in which messages that come as text are found."""
         self.profile: Final = profile
-        self.tokenizer: Final[Tokenizer] = load_tokenizer(local)
+        self.tokenizer: Final[Tokenizer] = tokenizer or load_tokenizer(local)
         self.template: Final = ChatTemplate(
             local.chat_template,
             bos_token=local.bos_token,
@@ -247,7 +264,7 @@ class Model:
         self.prompts: Final = PromptEncoder(
             self.template, self.tokenizer, fingerprint=local.fingerprint
         )
-        self.engine: Final = Engine(
+        self.engine: Final = engine or Engine(
             runtime,
             num_blocks=pool_size(runtime.info, kv_memory),
             eos_token_ids=local.eos_token_ids,
@@ -410,9 +427,95 @@ class Model:
             begun=tip if tip.role == "assistant" else None,
         )
 
-    def sessions(self) -> list[ConversationInfo]:
-        """Return the saved conversations, the one used last first."""
-        return self.journal.conversations()
+    def session_from_json(
+        self,
+        text: str,
+        *,
+        params: SamplingParams | None = None,
+        namespace: str = "",
+        keep: bool = False,
+        name: str | None = None,
+        overflow: Overflow = "error",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Session:
+        """
+        Return a session in a conversation of its own, which begins with what `Session.to_json` returned.
+
+        Replies have the token ids that they were generated as, if by this model, and the KV of these is
+        found; another model reads their text. Nothing can tell whether token ids belong to the text:
+        take it only from whom you trust. Of a file with several branches, `main` is taken.
+
+        Args:
+            text: What `Session.to_json` returned, or a file that `recollect conversations export` wrote.
+            params, namespace, keep, name, overflow, tools: As in `session`. The name in the JSON is not
+                taken. With *keep*, the messages are saved at once.
+
+        Raises:
+            ConversationFileError: It is not such a text.
+            InvalidParameterError: A description of a tool cannot be used.
+            NameTakenError: There is a conversation of that name.
+            StoreError: The journal cannot be used.
+        """
+        record = from_json(text)
+        vocab_size = self.engine.info.vocab_size
+        for node in record.nodes:
+            is_own = node.fingerprint == self.weights_fingerprint
+            if is_own and max(node.token_ids or (), default=0) >= vocab_size:
+                raise ConversationFileError(
+                    f"Message {node.id} has token ids that {self.name} does not have: give what "
+                    "`to_json` returned."
+                )
+        path = [
+            NewNode(
+                role=node.role,
+                content=node.content,
+                token_ids=node.token_ids,
+                finish_reason=node.finish_reason,
+                usage=node.usage,
+                fingerprint=node.fingerprint,
+                links=node.links,
+            )
+            for node in record.path(record.default_tip())
+        ]
+        session = self.session(
+            params=params,
+            namespace=namespace,
+            keep=keep,
+            name=name,
+            overflow=overflow,
+            tools=tools,
+        )
+        if path:
+            conversation = session.conversation
+            session.rewind(conversation.add(conversation.tree.root, path, tip=DEFAULT_TIP))
+        return session
+
+    def sessions(
+        self, *, limit: int | None = None, after: int | None = None
+    ) -> list[ConversationInfo]:
+        """
+        Return the saved conversations, the one used last first.
+
+        Args:
+            limit: Most of them to return; None: all, read without their texts.
+            after: The `id` of the last one of the page before; None: this is the first page.
+
+        Raises:
+            UnknownConversationError: There is no conversation *after*.
+            StoreError: The journal cannot be read.
+        """
+        page = Page(limit=-1 if limit is None else limit, after=after)
+        return self.journal.conversations(page=page)
+
+    def search(self, words: str, *, limit: int = 20, after: int | None = None) -> list[Hit]:
+        """
+        Return the messages of saved conversations that have all of some words; see `Journal.search`.
+
+        Raises:
+            InvalidParameterError: There is no word in it, or it is too long.
+            StoreError: The journal cannot be read.
+        """
+        return self.journal.search(words, limit=limit, after=after)
 
     def resume(
         self,
@@ -515,14 +618,21 @@ class Model:
         """Undo `publish` with the same values; return whether the prefix was public."""
         return self.public.unpublish(beginning(self.prompts, text, system=system))
 
-    def checkpoints(self) -> list[Checkpoint]:
+    def checkpoints(
+        self, *, limit: int | None = None, after: str | None = None
+    ) -> list[Checkpoint]:
         """
-        Return all checkpoints that `Session.checkpoint` has saved, sorted by name, of all models.
+        Return the checkpoints that `Session.checkpoint` has saved, sorted by name, of all models.
+
+        Args:
+            limit: Most of them to return; None: all.
+            after: Only those whose names sort behind this one, such as the last of the page before.
 
         Raises:
             StoreError: There is no KV store on disk, or it cannot be read.
         """
-        return self.checkpoint_store.all()
+        found = self.checkpoint_store.all()
+        return [one for one in found if after is None or one.name > after][:limit]
 
     def drop_checkpoint(self, name: str) -> None:
         """

@@ -15,24 +15,25 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, Self
 
+from recollect.conversation.async_reply import AsyncSpeaker
+from recollect.conversation.branches import Origin
 from recollect.conversation.conversation import Asked, Conversation
+from recollect.conversation.explore import Explorer
 from recollect.conversation.feed import ToldReply
 from recollect.conversation.matching import Change
 from recollect.conversation.tools import NO_TOOLS, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
 from recollect.conversation.turn import (
     ANSWERED,
-    Expectation,
     ModelParts,
+    Prepared,
     Prompting,
     Reply,
     Turn,
     explained,
-    generator_of,
 )
 from recollect.engine.pinning import pin, pin_on_disk, unpin
 from recollect.engine.reply import GeneratedReply, IdleWork, ReadAhead, ReplyGeneration
-from recollect.engine.sampling import Generator
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import FeedPlan
 from recollect.engine.sequence import Sequence as TokenSequence
@@ -47,8 +48,6 @@ from recollect.errors import (
 from recollect.journal.home import Checkpoint
 from recollect.journal.records import require_name
 from recollect.kv.blocks import CachedBlock
-from recollect.text.reasoning import Begun
-from recollect.text.tool_calls import CallRules
 from recollect.types import Message, SamplingParams, Usage
 
 
@@ -103,6 +102,15 @@ class Cursor:
     def transcript(self) -> list[Message]:
         """Return the messages up to the tip, as clients send them: tool calls beside the text."""
         return [node.message() for node in self.path()]
+
+    def to_json(self) -> str:
+        """
+        Return the messages up to the tip as JSON: token ids, calls, reasoning and usage included.
+
+        `Model.session_from_json` makes a session of it that goes on warm, and `recollect conversations
+        import` a saved conversation.
+        """
+        return self.conversation.path_json(self._tip)
 
     def last_user(self) -> Node:
         """
@@ -165,7 +173,7 @@ class Cursor:
             )
 
 
-class Session(Cursor):
+class Session(Cursor, Explorer, AsyncSpeaker):
     """
     A person or a program in a conversation, who asks the model and moves through the tree.
 
@@ -199,8 +207,7 @@ class Session(Cursor):
         self._idle = IdleWork(model.engine)
         self._pinned: list[CachedBlock] = []
         options = self._template_options = dict(template_options or {})
-        prompts = model.prompts.with_options(options) if options else model.prompts
-        self._prompting = Prompting(model.engine, prompts, namespace)
+        self._prompting = Prompting(model, namespace, options)
         self.params = params
         self.overflow = overflow
         self.tools = tools
@@ -263,6 +270,22 @@ class Session(Cursor):
             if self._tip.role == "assistant":
                 self._begun = self._tip
             return self._tip
+
+    def origin(self) -> Origin:
+        """Return the tip as a place to explore from; it stays that where the session goes on."""
+        tip, options = self._tip, self._template_options
+        return Origin(
+            self.conversation,
+            tip,
+            lambda text: self._place(tip, text),
+            lambda model: self._prompting.beside(model, options),
+            self._model,
+            self.params,
+            self.tools,
+            self.overflow,
+            self._begun,
+            self._idle.ahead,
+        )
 
     def regenerate(self, *, params: SamplingParams | None = None) -> Reply:
         """
@@ -433,6 +456,8 @@ class Session(Cursor):
         self.close()
 
     def _begin(self) -> None:
+        if self._ending is not None:
+            self._ending.join()
         super()._begin()
         try:
             self._idle.stop()
@@ -472,41 +497,47 @@ class Session(Cursor):
         self._begin()
         before = self._tip
         try:
-            if at is None and text is not None and self._is_unanswered():
-                # The same text answers the message that has no reply; another text replaces it.
-                text, at = (None, before) if text == before.content else (text, before.parent)
-                assert at is not None, "a message has a parent"
+            if at is None:
+                at, text = self._place(before, text)
                 self._tip = at
-            stream = self._turn(at or self._tip, text, params or self.params, before)
+            stream = self._turn(at, text, params or self.params, before)
             return stream.count_from(since_s)
         except BaseException:
             self._tip = before
             self._busy.release()
             raise
 
-    def _is_unanswered(self) -> bool:
-        """Return whether the tip is a user's message that is saved and has no reply."""
-        tip, is_saved = self._tip, self.conversation.saved_id(self._tip) is not None
+    def _place(self, tip: Node, text: str | None) -> tuple[Node, str | None]:
+        """
+        Return where a message is said at *tip*, and what of it is new.
+
+        The same text answers a message that has no reply; another text replaces it.
+        """
+        if text is None or not self._is_unanswered(tip):
+            return tip, text
+        assert tip.parent is not None, "a message has a parent"
+        return (tip, None) if text == tip.content else (tip.parent, text)
+
+    def _is_unanswered(self, tip: Node) -> bool:
+        """Return whether a node is a user's message that is saved and has no reply."""
+        is_saved = self.conversation.saved_id(tip) is not None
         return tip.role == "user" and not tip.children and is_saved
 
     def _turn(
         self, at: Node, text: str | None, params: SamplingParams, before: Node
     ) -> "ReplyStream":
         """Have a reply begun; the tree stays as it is, and the tip is *before* again if none comes."""
-        tools, engine = self.tools, self._model.engine
-        asked = self._prompting.asking(at, text, self._begun, tools, self.overflow)
-        form = self._model.template.tool_format
-        rules = tools.rules(params.grammar, form) if tools.schemas else None
-        sequence = self._prompting.sequence(asked.prompt.token_ids)
-        model = self._model
-        begun = asked.reasoning(model.template.reasoning)
-        reasoning = model.tokenizer, begun
-        generator = generator_of(engine, sequence, params, tools, model.grammars, reasoning, form)
-        change = self._change if at is self._tip else None
-        tools_change = self.conversation.tools_change(asked.at, tools)
-        expected = Expectation(asked.prompt, engine.info.reuse.unit, change, tools_change)
-        turn = Turn(asked, text, before, tools, expected, form)
-        stream = ReplyStream(self, turn, generator, rules, begun)
+        asked = self._prompting.asking(at, text, self._begun, self.tools, self.overflow)
+        prepared = self._prompting.prepare(
+            asked,
+            text,
+            params,
+            self.tools,
+            before=before,
+            change=self._change if at is self._tip else None,
+            tools_change=self.conversation.tools_change(asked.at, self.tools),
+        )
+        stream = ReplyStream(self, prepared)
         stream.start()
         return stream
 
@@ -548,9 +579,9 @@ class Session(Cursor):
         return Reply.of(reply, node, turn.asked.dropped_turns, turn.expected.change)
 
     def _typed(self, text: str) -> TokenSequence:
-        at = self._tip.parent if self._is_unanswered() else self._tip
+        at = self._tip.parent if self._is_unanswered(self._tip) else self._tip
         assert at is not None, "a message has a parent"
-        return self._prompting.sequence(self._prompting.typing(at, text, self.tools))
+        return self._prompting.sequence(self._prompting.typing(at, text, self.tools), at)
 
     def _start_idle_work(self, text: str = "") -> None:
         """Have a message being typed, or what precedes it, computed while the engine is idle."""
@@ -572,25 +603,18 @@ class ReplyStream(ReplyGeneration):
 
     reply: Reply | None
 
-    def __init__(
-        self,
-        session: Session,
-        turn: Turn,
-        generator: Generator,
-        rules: CallRules | None,
-        begun: Begun,
-    ) -> None:
+    def __init__(self, session: Session, prepared: Prepared) -> None:
         model = session._model
         super().__init__(
             model.engine,
-            generator,
+            prepared.generator,
             model.tokenizer,
             ahead=session._idle.ahead,
-            rules=rules,
-            begun=begun,
+            rules=prepared.rules,
+            begun=prepared.begun,
         )
         self._session = session
-        self._turn = turn
+        self._turn = prepared.turn
         self._asked: Asked | None = None
 
     def start(self) -> None:

@@ -185,7 +185,8 @@ def _check_shape(message: Any) -> None:
     thought = message.get("reasoning_content")
     if thought is not None and not isinstance(thought, str):
         raise InvalidParameterError(
-            f"The reasoning_content of a message is {type(thought).__name__}: give it a text."
+            f"The reasoning_content of a message is {type(thought).__name__}: give it a text.",
+            param="messages",
         )
 
 
@@ -297,6 +298,26 @@ class Node:
 
     def __repr__(self) -> str:
         return f"Node({self.id}, {self.role}, {self.content[:30]!r})"
+
+
+DETACHED: Final = -1
+"""The id of all nodes that no tree has."""
+
+
+def detached(parent: Node, message: NewNode) -> Node:
+    """Return a node after *parent* that leads to it and that no tree has, so that nothing leads there."""
+    return Node(
+        id=DETACHED,
+        parent=parent,
+        role=message.role,
+        content=message.content,
+        key=message_key(parent.key, message.role, message.content, message.links),
+        token_ids=None if message.token_ids is None else tuple(message.token_ids),
+        fingerprint=message.fingerprint,
+        finish_reason=message.finish_reason,
+        usage=message.usage,
+        links=message.links,
+    )
 
 
 def grown(records: Iterable[NodeRecord]) -> "tuple[Tree, dict[int | None, Node]]":

@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Any, Final, Self
 
 from recollect.engine.engine import Engine
+from recollect.engine.logprobs import AlignedLogprobs
 from recollect.engine.repetition import Repetition
 from recollect.engine.sampling import Generator, Likelihood
 from recollect.engine.scheduler import Task
@@ -29,65 +30,7 @@ from recollect.runtime.sequences import common_length
 from recollect.text.reasoning import NO_REASONING, Begun, Event, ReplyReader, ShowingTokenizer
 from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer, text_of
 from recollect.text.tool_calls import CallRules
-from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
-
-
-class AlignedLogprobs:
-    """
-    Log probabilities in step with the text, which stop strings and unfinished characters hold back.
-
-    Owned by the reader.
-
-    Invariants:
-        1. `given` only grows.
-        2. The text of the tokens in it has been given out.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._bytes = tokenizer.vocabulary.token_bytes
-        self._tokens: list[TokenLogprob] = []
-        self._ends: list[int] = []  # of the text of each token but the last few, in characters
-        self._decoded = self._shown = 0  # characters
-        self._given = 0
-
-    @property
-    def given(self) -> tuple[TokenLogprob, ...]:
-        """Return the tokens whose text has been given out."""
-        return tuple(self._tokens[: self._given])
-
-    def add(self, likelihood: Likelihood, piece: str, *, whole: bool) -> None:
-        """
-        Take a token.
-
-        Args:
-            likelihood: Of the token.
-            piece: The text that it completes.
-            whole: Whether no character is unfinished now. Until one is, and there is text, the
-                tokens wait for what completes theirs.
-        """
-        top = tuple(self._of(token_id, logprob) for token_id, logprob in likelihood.top)
-        self._tokens.append(self._of(likelihood.token_id, likelihood.logprob, top))
-        self._decoded += len(piece)
-        if piece and whole:
-            self._ends += [self._decoded] * (len(self._tokens) - len(self._ends))
-
-    def give(self, characters: int) -> None:
-        """Take note that more text was given out."""
-        self._shown += characters
-        while self._given < len(self._ends) and self._ends[self._given] <= self._shown:
-            self._given += 1
-
-    def finish(self, kept: int) -> None:
-        """Give the first *kept* tokens, which are those of the history."""
-        del self._tokens[kept:]
-        self._given = len(self._tokens)
-
-    def _of(
-        self, token_id: int, logprob: float, top: tuple[TokenLogprob, ...] = ()
-    ) -> TokenLogprob:
-        known = token_id < len(self._bytes)  # there can be logits for ids that stand for nothing
-        return TokenLogprob(token_id, self._bytes[token_id] if known else b"", logprob, top)
-
+from recollect.types import Ended, FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
 
 _END: Final = object()
 
@@ -106,6 +49,10 @@ class Stream:
         self._queue: SimpleQueue[Any] = SimpleQueue()
         self._wake: Callable[[], object] = lambda: None
         self._has_begun = False
+
+    def listen(self, wake: Callable[[], object]) -> None:
+        """Have *wake* called on the engine's thread, whenever something is handed over."""
+        self._wake = wake
 
     def put(self, result: object) -> None:
         """Take a result; the reader gets it when it is next handed over."""
@@ -134,18 +81,26 @@ class Stream:
             yield result
         self._queue.put(_END)  # for whoever reads later, or at the same time
 
+    def ready(self) -> Iterator[Any]:
+        """Yield the results that nobody has to wait for, and then None if no others come."""
+        while not self._queue.empty():
+            if (result := self._queue.get()) is _END:
+                self._queue.put(_END)
+                yield None
+                return
+            yield result
+
     async def __aiter__(self) -> AsyncIterator[Any]:
         """Yield results on the running event loop, without a thread that waits for them."""
         import asyncio  # noqa: PLC0415 - takes 30 ms, which a program without a loop does not need
 
         more = asyncio.Event()
         loop = asyncio.get_running_loop()
-        self._wake = lambda: loop.call_soon_threadsafe(more.set)
+        self.listen(lambda: loop.call_soon_threadsafe(more.set))
         while True:
             more.clear()
-            while not self._queue.empty():
-                if (result := self._queue.get()) is _END:
-                    self._queue.put(_END)
+            for result in self.ready():
+                if result is None:
                     return
                 yield result
             await more.wait()
@@ -301,8 +256,13 @@ class GeneratedReply:
     """The text behind the reasoning, as the model wrote it, calls included."""
     stop_string: str | None = None
     """The stop string that has ended it; None where none has."""
-    ran_away: bool = False
-    """It was ended as too long, because it only repeated itself: `engine.repetition.Repetition`."""
+    ended: Ended | None = None
+    """
+    What there is to say, beside `finish_reason`, of an end that the model did not choose; None: nothing.
+
+    Where it was cut in a call before that had its name, `content` and `tool_calls` have nothing of it; `text`
+    has.
+    """
 
     def __str__(self) -> str:
         return self.text
@@ -393,6 +353,11 @@ class ReplyGeneration:
         return self._finish_reason
 
     @property
+    def has_ended(self) -> bool:
+        """Return whether all of its text has been read: nothing more comes."""
+        return self._read_to_end
+
+    @property
     def stop_string(self) -> str | None:
         """Return the stop string that has ended the reply; None where none has."""
         return self._matcher.matched
@@ -446,6 +411,25 @@ class ReplyGeneration:
         tokens = aiter(self._generation.stream)
         while not self._read_to_end:
             generated = await anext(tokens, None)
+            if piece := self._piece_of(generated):
+                yield piece
+            if generated is None:
+                self._task.wait()  # it has ended by now
+
+    def listen(self, wake: Callable[[], object]) -> None:
+        """Have *wake* called on the engine's thread whenever there is more for `ready`; before `start`."""
+        self._generation.stream.listen(wake)
+
+    def ready(self) -> Iterator[str]:
+        """
+        Yield the pieces of text that nobody has to wait for; `has_ended` says whether more can come.
+
+        Raises:
+            RecollectError: As iterating does.
+        """
+        for generated in self._generation.stream.ready():
+            if self._read_to_end:
+                return
             if piece := self._piece_of(generated):
                 yield piece
             if generated is None:
@@ -550,7 +534,7 @@ class ReplyGeneration:
             decode_tps=tokens_per_second(generation.tokens - 1, decode_s),
             sampling=self._generator.params.told(self._generator.seed),
         )
-        return usage.evicted(whole - reused - read_ahead)
+        return usage.evicted(whole - reused - read_ahead, moved=self._sequence.moved)
 
     def _whole(self) -> GeneratedReply:
         """Return the reply, which has ended."""
@@ -567,7 +551,7 @@ class ReplyGeneration:
             tool_calls=parsed.calls,
             content=parsed.content,
             stop_string=self.stop_string,
-            ran_away=self.ran_away,
+            ended="repetition" if self.ran_away else parsed.ended,
         )
 
     def _restored_tokens(self) -> int:

@@ -6,15 +6,18 @@ An imported file may come from a stranger, so each field is checked. Pure: no fi
 
 import json
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
 from recollect.errors import ConversationError, ConversationFileError
 from recollect.journal.records import (
+    DEFAULT_TIP,
     FINISH_REASONS,
     MAX_TOKEN_ID,
     ROLES,
     ConversationRecord,
+    NewNode,
     NodeRecord,
     links_to_dict,
     require_name,
@@ -59,6 +62,45 @@ def to_json(conversation: ConversationRecord) -> str:
     lines = ",\n    ".join(nodes)
     body = f"[\n    {lines}\n  ]" if nodes else "[]"
     return f'{head[:-2]},\n  "nodes": {body}\n}}\n'
+
+
+def path_to_json(path: Sequence[NewNode], *, name: str, model: str, fingerprint: str) -> str:
+    """
+    Return messages that follow each other as a conversation of one branch, in the form of `to_json`.
+
+    Args:
+        path: From the first message on.
+        name: Of the conversation.
+        model: Name of the model that it goes on with.
+        fingerprint: Of that model.
+    """
+    now = datetime.now(UTC)
+    nodes = tuple(
+        NodeRecord(
+            id=number,
+            parent_id=number - 1 or None,
+            role=node.role,
+            content=node.content,
+            token_ids=None if node.token_ids is None else tuple(node.token_ids),
+            finish_reason=node.finish_reason,
+            usage=None if node.usage is None else dict(node.usage),
+            created_at=now,
+            fingerprint=node.fingerprint,
+            links=node.links,
+        )
+        for number, node in enumerate(path, 1)
+    )
+    return to_json(
+        ConversationRecord(
+            name=name,
+            created_at=now,
+            updated_at=now,
+            model=model,
+            fingerprint=fingerprint,
+            nodes=nodes,
+            tips={DEFAULT_TIP: len(nodes) or None},
+        )
+    )
 
 
 def to_markdown(conversation: ConversationRecord, *, tip: str | None = None) -> str:

@@ -24,6 +24,7 @@ from recollect.journal.records import (
     ConversationInfo,
     ConversationRecord,
     Entry,
+    Hit,
     Label,
     NewNode,
     NodeRecord,
@@ -44,9 +45,13 @@ from recollect.journal.rows import (
     read_node,
     read_tip,
 )
+from recollect.journal.schema import purge_index
+from recollect.journal.search import Query, Search
 from recollect.journal.statements import Statements
 
 JOURNAL_NAME: Final = "conversations.sqlite3"
+_ROWS_AT_ONCE: Final = 500
+"""Messages that a search reads before it lets others use the file, which takes some milliseconds."""
 
 
 class Journal:
@@ -198,19 +203,22 @@ class Journal:
             conversation_id = sql.insert_conversation(empty, find_free=name is None)
             return sql.write_entry(conversation_id, entry)
 
-    def add(self, conversation: ConversationRecord, name: str | None = None) -> ConversationInfo:
+    def add(
+        self, conversation: ConversationRecord, name: str | None = None, *, find_free: bool = False
+    ) -> ConversationInfo:
         """
         Keep a whole conversation, as an import gives it; its nodes get ids of this journal.
 
         Args:
             conversation: Its order of nodes stays, so its branches stay in their order.
             name: None: its own.
+            find_free: Whether to add a number to a name that is taken.
 
         Raises:
             NameTakenError, ConversationError, StoreError: As `create` does.
         """
         with self._writing() as sql:
-            conversation_id = sql.insert_conversation(conversation, name)
+            conversation_id = sql.insert_conversation(conversation, name, find_free=find_free)
             ids: dict[int | None, int | None] = {None: None}
             for node in conversation.nodes:
                 parent_id = ids[node.parent_id]
@@ -354,6 +362,7 @@ class Journal:
             if not namespace:  # only the user of this machine types here
                 self._forget_typed(sql, conversation_id)
             sql.delete_conversation(conversation_id)
+            purge_index(sql.connection)
         # Until the log is cut, it still holds the pages as they were.
         self._database.empty_log()
 
@@ -390,6 +399,49 @@ class Journal:
         """
         with self._reading() as sql:
             return sql.tips(conversation_id)
+
+    def search(
+        self, words: str, *, namespace: str = "", limit: int = 20, after: int | None = None
+    ) -> list[Hit]:
+        """
+        Return the messages that have all of some words, in all conversations and branches, the newest first.
+
+        Words are found inside of others and whatever their case; a phrase is put in double quotation marks.
+        An index narrows down which messages are read. In an encrypted journal, and where all words have one
+        or two characters, each message is read until there are enough hits. Others can write meanwhile.
+
+        Args:
+            words: What is searched for; any text is valid that has a word in it.
+            namespace: Whose conversations are searched.
+            limit: Most hits to return, at least 1.
+            after: The `node_id` of the last hit of the page before; None: this is the first page.
+
+        Raises:
+            InvalidParameterError: There is no word, or more than `search.MOST_WORDS`.
+            StoreCorruptError: A message that was read is not what was written.
+            StoreError: The file cannot be read.
+        """
+        query = Query.parse(words)
+        found: list[Hit] = []
+        before = after
+        while len(found) < limit:
+            with self._reading() as sql:
+                search = Search(sql)
+                rows, before = search.find(query, namespace, before, _ROWS_AT_ONCE)
+                found += search.hits(rows[: limit - len(found)])
+            if before is None:
+                break
+        return found
+
+    def numbered_node(self, conversation_id: int, number: int) -> int | None:
+        """
+        Return the id of a conversation's message by its number, as `Hit.number`; None: there is none.
+
+        Raises:
+            StoreError: The file cannot be read.
+        """
+        with self._reading() as sql:
+            return Search(sql).numbered_node(conversation_id, number)
 
     def set_label(self, label: Label) -> None:
         """
@@ -566,6 +618,7 @@ def _match_key(database: Database, sealing: Sealing, *, convert: bool) -> None:
                         "comes from, `recollect encrypt` converts it; else move it away."
                     )
                 Statements(connection, sealing).seal_all(Sealing(database.path, None))
+                purge_index(connection, whole=True)
                 sealing.mark(connection)
     # Once more, outside of the transaction: freed pages and the log still hold the plain text.
     with database.reading() as connection:

@@ -186,10 +186,32 @@ class Page:
     """Which part of a list to read, that is ordered by when conversations were last used."""
 
     limit: int
-    """Most conversations on the page."""
+    """Most conversations on the page; -1: all that follow."""
     after: int | None = None
     """The id of the last conversation of the page before; None: this is the first page."""
     newest_first: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hit:
+    """A message that a search has found."""
+
+    conversation: str
+    """Name of its conversation."""
+    branch: str | None
+    """A branch that the message is in, `main` where that is one; None: what no branch leads to any more."""
+    role: Role
+    snippet: str
+    """The part of its text around the first word that was found, in one line."""
+    created_at: datetime
+    conversation_id: int
+    node_id: int
+    label: str
+    """The id by which a server's clients know the conversation."""
+    number: int
+    """Which message of its conversation it is, in the order of writing; the first is 1."""
+    node_label: str | None
+    """The id by which a server's clients know the reply, if it has one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from recollect import files
 from recollect.errors import ConfigError, StoreCorruptError, StoreError
+from recollect.server.page import PREFIX
 from recollect.server.refusals import ApiError, error_response, openai_body
 from recollect.server.settings import LOOPBACK_NAMES, Limits, Settings
 from recollect.server.usage import Metrics
@@ -323,7 +324,7 @@ _AGENT_CHARACTERS: Final = 40
 CLIENT: Final = "recollect.client"
 """The key in an ASGI scope under which the client of a request is found."""
 _OPEN_PATHS: Final = frozenset({"/", "/health"})
-"""What answers without a key: it says nothing that a port scan does not."""
+"""What answers without a key: it says nothing that a port scan does not. So do the files of the page."""
 _JSON: Final = "application/json"
 
 
@@ -394,7 +395,7 @@ class Security:
 
     def _client(self, path: str, headers: Headers) -> Client | None:
         client = self._keyring.client(_presented_key(headers))
-        if client is None and path not in _OPEN_PATHS:
+        if client is None and path not in _OPEN_PATHS and not path.startswith(PREFIX):
             raise ApiError(
                 "The API key is missing or wrong: send `Authorization: Bearer KEY`.",
                 status=401,

@@ -1,7 +1,7 @@
 """
 Put a server together, and run it until it is told to stop.
 
-Here are the endpoints that say what a server is and how it is (`/v1/models`, `/health`, `/metrics`, and
+Here are the endpoints that say how a server is (`/v1/models`, `/health`, `/metrics`, and
 for Ollama's clients `/api/tags` and others), how every error becomes a response, and how the process
 ends: after the first signal no request is taken, and replies may go on for a while. After it, or after
 a second signal, they end: what was said is in the journal, each client is told in a last event, and the
@@ -24,6 +24,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as AnyHttpException
 
 from recollect import __version__
@@ -32,10 +33,14 @@ from recollect.errors import RecollectError
 from recollect.journal.requests import RequestLog
 from recollect.server import (
     anthropic,
+    browsing,
     chat_completions,
     completions,
     conversation_routes,
+    explore_routes,
+    file_routes,
     ollama,
+    page,
     responses,
     watching,
 )
@@ -48,6 +53,7 @@ from recollect.server.refusals import (
     api_error,
     error_response,
     not_found,
+    nothing_at,
     quoted,
     wrong_request,
 )
@@ -57,13 +63,6 @@ from recollect.server.streaming import Watchers
 from recollect.server.usage import CONTENT_TYPE, Metrics
 
 router = APIRouter(tags=["Server"])
-
-
-@router.get("/")
-@router.head("/", include_in_schema=False)
-def root() -> dict[str, str]:
-    """Say that a server is here: clients ask that, without a key, before they begin."""
-    return {"name": "recollect", "version": __version__}
 
 
 @router.get("/v1/models")
@@ -231,14 +230,27 @@ _ROUTERS: Final = (
     chat_completions.router,
     completions.router,
     responses.router,
+    file_routes.router,
     conversation_routes.router,
+    browsing.router,
     watching.router,
+    explore_routes.router,
     anthropic.router,
     ollama.router,
     ollama_router,
     chat_completions.prewarm_router,
+    page.router,
     router,
 )
+
+
+_CALLS: Final = tuple(
+    route.path
+    for router in _ROUTERS
+    for route in router.routes
+    if isinstance(route, APIRoute) and "{" not in route.path
+)
+"""Paths of the calls, without those that have an id in them."""
 
 
 def create_app(
@@ -348,11 +360,7 @@ def _routed_nowhere(request: Request, error: AnyHttpException) -> ApiError:
     where, code = quoted(request.url.path), None
     message = str(error.detail)
     if error.status_code == HTTPStatus.NOT_FOUND:
-        code = "not_found"
-        message = (
-            f"There is nothing at {where}: the calls are under /v1, such as "
-            "/v1/chat/completions, and /openapi.json describes them all."
-        )
+        code, message = "not_found", nothing_at(request.url.path, _CALLS)
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         code = "method_not_allowed"
         message = f"{where} does not take {request.method}: /openapi.json describes what it takes."

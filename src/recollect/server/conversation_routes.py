@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import islice
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request
@@ -143,10 +144,10 @@ async def _keep_kv(request: Request, view: ConversationView, name: str) -> dict[
     if view.tip is None:
         return _not_kept("nothing has been said yet")
     services, namespace = services_of(request), client_of(request).namespace
-    head = await asyncio.to_thread(_last_head, services, view)
+    head = await asyncio.to_thread(last_head, services, view)
     place = KeptPlace(services, view, namespace, name, head)
     try:
-        kept = await with_model(request, place.model_name(), place.keep)
+        kept = await with_model(request, model_of(services, view, head), place.keep)
     except ApiError as refused:  # too many wait, or the models in use leave no memory
         return _not_kept(refused.message)
     except tuple(kind for kind, _ in _REASONS) as error:
@@ -166,14 +167,6 @@ class KeptPlace:
     name: str
     head: ResponseHead | None
     """Of the last response on the way there."""
-
-    def model_name(self) -> str:
-        """Return which model goes on there: the last one, or the default where that is not served."""
-        hub = self.services.hub
-        last = None if self.head is None else self.head.model
-        return next(
-            (name for name in (last, self.view.stored.model) if name in hub.names), hub.default
-        )
 
     def keep(self, model: Model) -> dict[str, Any]:
         """Pin its KV, computing what is not there; called on a thread."""
@@ -229,7 +222,7 @@ class KeptPlace:
         return Tools.of(kept_schemas([] if self.head is None else self.head.tools))
 
 
-def _last_head(services: Services, view: ConversationView) -> ResponseHead | None:
+def last_head(services: Services, view: ConversationView) -> ResponseHead | None:
     """Return what is known of the last response on the way to where a conversation stands."""
     notes = {label.node_id: label for label in services.journal.labels(view.stored.id)}
     for node in reversed(view.path()):
@@ -239,14 +232,28 @@ def _last_head(services: Services, view: ConversationView) -> ResponseHead | Non
     return None
 
 
+def model_of(services: Services, view: ConversationView, head: ResponseHead | None) -> str:
+    """
+    Return which model goes on where a conversation stands: the last one there, if it is served.
+
+    Args:
+        services: Of the server.
+        view: The conversation.
+        head: As `last_head` returns it.
+    """
+    last = None if head is None else head.model
+    hub = services.hub
+    return next((name for name in (last, view.stored.model) if name in hub.names), hub.default)
+
+
 def _not_kept(reason: str) -> dict[str, Any]:
     return {"kept": False, "reason": reason}
 
 
 _PAGE: int = 20
 _Limit = Annotated[int, Query(ge=1, le=100)]
-_TREE_PAGE: int = 1000
-_TreeLimit = Annotated[int, Query(ge=1, le=2000)]
+_TREE_PAGE: Final = 1_000
+_TreeLimit = Annotated[int, Query(ge=1, le=2_000)]
 _Order = Annotated[str, Query(pattern="^(asc|desc)$")]
 
 
@@ -287,8 +294,16 @@ class Fork(Body):
     """Where to fork, at the tip unless said otherwise, and what to call the branch."""
 
     at: str | None = None
+    before: str | None = None
+    """An item or a response: the branch begins where it was said, to say something else there."""
     name: PlaceName | None = None
     metadata: Ignored = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Fork":
+        if self.at is not None and self.before is not None:
+            raise ValueError("give at most one of at and before")
+        return self
 
 
 @router.post("/v1/conversations")
@@ -372,14 +387,13 @@ def list_items(
 ) -> dict[str, Any]:
     """Return the messages of a conversation up to its tip."""
     view = view_of(request, conversation_id)
-    items = view.items(view.path())
-    items = items[::-1] if order == "desc" else items
-    if after is not None:
-        ids = [item["id"] for item in items]
-        if after not in ids:
-            raise not_found(f"item {after!r} in this conversation")
-        items = items[ids.index(after) + 1 :]
-    return item_list(items[:limit], has_more=len(items) > limit)
+    newest_first = order == "desc"
+    path = view.path()[::-1] if newest_first else view.path()
+    items = (one for node in path for one in view.items([node])[:: -1 if newest_first else 1])
+    if after is not None and all(item["id"] != after for item in items):
+        raise not_found(f"item {after!r} in this conversation")
+    page = list(islice(items, limit + 1))
+    return item_list(page[:limit], has_more=len(page) > limit)
 
 
 @router.post("/v1/conversations/{conversation_id}/items")
@@ -456,6 +470,8 @@ def fork(conversation_id: str, body: Fork, request: Request) -> dict[str, Any]:
             param="name",
         )
     at = view.tip if body.at is None else view.node_id(body.at)
+    if body.before is not None:
+        at = _node(view, view.node_id(body.before)).parent_id
     services_of(request).journal.set_tip(view.stored.id, name, at)
     return view.at(f"{split_branch(conversation_id)[0]}.{name}", name, at).standing()
 
@@ -474,7 +490,7 @@ async def get_tree(
     """
     services = services_of(request)
     place = await asyncio.to_thread(_place_of, request, conversation_id)
-    lease = services.hub.lease(place.model_name())
+    lease = services.hub.lease(model_of(services, place.view, place.head))
     try:
         model = None if lease is None else lease.model
         return await asyncio.to_thread(_tree, place, after, limit, model)
@@ -490,7 +506,7 @@ def _place_of(request: Request, conversation_id: str) -> KeptPlace:
 def standing_place(request: Request, view: ConversationView) -> KeptPlace:
     """Return where a conversation stands, with the model and the tools of the last response there."""
     services = services_of(request)
-    head = _last_head(services, view)
+    head = last_head(services, view)
     return KeptPlace(services, view, client_of(request).namespace, "", head)
 
 
@@ -504,7 +520,7 @@ def _tree(place: KeptPlace, after: str | None, limit: int, model: Model | None) 
     tips = [nodes[tip] for tip in (view.tip, *view.stored.tips.values())]
     found = costs.of([nodes[one.id] for one in shown], first=tips)
     by_id = {one.id: found[nodes[one.id]] for one in shown}
-    return view.tree(shown, by_id, place.model_name())
+    return view.tree(shown, by_id, model_of(place.services, view, place.head))
 
 
 def _check_items(request: Request, items: list[InputItem]) -> None:

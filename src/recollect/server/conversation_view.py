@@ -27,6 +27,7 @@ from recollect.server.hub import OpenConversations
 from recollect.server.refusals import ApiError, not_found, quoted
 from recollect.server.response_object import items_of
 from recollect.server.services import client_of, services_of
+from recollect.server.usage import recorded
 from recollect.types import Message
 
 HAS_INSTRUCTIONS = "has_instructions"
@@ -344,9 +345,9 @@ class ConversationView:
             if one.node_id is not None
         }
         names = {
-            node.id: item_name(label.name, number) for number, node in enumerate(stored.nodes, 1)
+            node.id: own_name(label.name, number, responses.get(node.id))
+            for number, node in enumerate(stored.nodes, 1)
         }
-        names |= {node: response_item(one) for node, one in responses.items()}
         copies = copies_of(label)
         return cls(conversation_id, stored, head.branch, label, responses, names, copies)
 
@@ -425,28 +426,33 @@ class ConversationView:
         """
         Return a page of all messages, parents first.
 
+        Args:
+            name: The id of the last node of the page before; None: this is the first page.
+            limit: Most messages to return.
+
         Raises:
-            ApiError: There is no message of that name, after which the page begins.
+            ApiError: There is no such node.
         """
         start = 0
         if name is not None:
-            places = {self.names[node.id]: at for at, node in enumerate(self.stored.nodes, 1)}
-            if name not in places:
-                raise not_found(f"item {name!r} in this conversation")
-            start = places[name]
+            last = self.node_id(name)
+            start = 1 + next(n for n, node in enumerate(self.stored.nodes) if node.id == last)
         return self.stored.nodes[start : start + limit]
 
     def tree(
         self, shown: Sequence[NodeRecord], costs: Mapping[int, GoingOn], model: str | None
     ) -> dict[str, Any]:
         """
-        Return messages in all branches, parents first, and where branches and checkpoints are.
+        Return messages in all branches, parents first, and which branches and checkpoints stand at them.
 
         Args:
-            shown: A page of them.
+            shown: A page of them; the first also has what stands at the root.
             costs: What going on from them would cost, by their ids in the journal.
             model: With which model; None: it is not loaded, so nobody knows.
         """
+        is_first = not shown or shown[0] is self.stored.nodes[0]
+        here = {node.id for node in shown} | ({None} if is_first else set())
+        tips = {name: at for name, at in self.stored.tips.items() if at in here}
         nodes = [
             {
                 "id": self.names[node.id],
@@ -455,6 +461,8 @@ class ConversationView:
                 "parent_id": None if node.parent_id is None else self.names[node.parent_id],
                 "response_id": self.responses.get(node.id),
                 "created_at": int(node.created_at.timestamp()),
+                "finish_reason": node.finish_reason,
+                "usage": None if node.usage is None else recorded(node.usage).to_dict(),
                 "warmth": costs[node.id].warmth if node.id in costs else None,
                 "going_on": costs[node.id].to_dict() if node.id in costs else None,
             }
@@ -466,13 +474,14 @@ class ConversationView:
             "id": self.id,
             "model": model,
             "nodes": nodes,
-            "has_more": ends_at is not None and ends_at is not self.stored.nodes[-1],
+            "tips": self.named(branches(tips)),
+            "checkpoints": self.named(checkpoints(tips)),
             "last_id": nodes[-1]["id"] if nodes else None,
-            "tips": self._named(branches(self.stored.tips)),
-            "checkpoints": self._named(checkpoints(self.stored.tips)),
+            "has_more": ends_at is not None and ends_at is not self.stored.nodes[-1],
         }
 
-    def _named(self, places: Mapping[str, int | None]) -> dict[str, str | None]:
+    def named(self, places: Mapping[str, int | None]) -> dict[str, str | None]:
+        """Return at which nodes branches or checkpoints stand, by the nodes' ids; None is the root."""
         return {
             name: None if node_id is None else self.names[node_id]
             for name, node_id in places.items()
@@ -525,6 +534,18 @@ class KnownItems:
         except ApiError:
             return {}
         return {item["id"]: item for item in view.items(view.stored.nodes)}
+
+
+def own_name(conversation: str, number: int, response: str | None) -> str:
+    """
+    Return the id of a message's node.
+
+    Args:
+        conversation: The label of its conversation.
+        number: Which message of the conversation it is, in the order of writing; the first is 1.
+        response: The id of the response that it is; None: it is none.
+    """
+    return item_name(conversation, number) if response is None else response_item(response)
 
 
 def conversation_body(

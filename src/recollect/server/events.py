@@ -64,6 +64,7 @@ class Ended:
 class Failed:
     """A reply ended without being whole: it is not told, whatever was kept of it."""
 
+    choice: int
     error: Exception
 
 
@@ -71,8 +72,18 @@ class Failed:
 class Progress:
     """Nothing new; this much of the prompts is read."""
 
-    done: int
-    total: int
+    each: tuple[tuple[int, int], ...]
+    """Of each reply's prompt, how many tokens have KV, and how many there are."""
+
+    @property
+    def done(self) -> int:
+        """Return how many tokens of all prompts have KV."""
+        return sum(done for done, _ in self.each)
+
+    @property
+    def total(self) -> int:
+        """Return how many tokens all prompts have."""
+        return sum(total for _, total in self.each)
 
 
 Told = Piece | Thought | Call | Ended

@@ -98,7 +98,8 @@ class ResponseRequest(SamplingFields):
     }
 
     model: str | None = None
-    input: str | Annotated[Items[InputOrReference], Field(min_length=1)]
+    input: str | Items[InputOrReference]
+    """An empty list: what stands last is answered, or a reply that was cut goes on."""
     instructions: str | None = None
     previous_response_id: str | None = None
     conversation: str | ConversationId | None = None
@@ -134,6 +135,10 @@ class ResponseRequest(SamplingFields):
             self.instructions = lasting(self.instructions) or None
         if self.previous_response_id is not None and self.conversation is not None:
             raise unsupported("previous_response_id", "not together with conversation.")
+        if self.input == [] and self.previous_response_id is None and self.conversation is None:
+            raise ValueError(
+                "input: an empty list goes on with what there is: name a conversation or a response"
+            )
         return self
 
     @property

@@ -22,6 +22,7 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from secrets import token_hex
 from time import monotonic, time
 from typing import Final, TypeVar
@@ -49,6 +50,7 @@ from recollect.server.events import (
     Writer,
 )
 from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
+from recollect.server.kept_chats import KeptChats
 from recollect.server.refusals import ClientGone, api_error, stopping
 from recollect.server.settings import Settings
 from recollect.server.streaming import Watchers
@@ -87,6 +89,8 @@ class Services:
         default_factory=lambda: ThreadPoolExecutor(_MOST_PATIENT, "recollect-waits")
     )
     """Threads that wait for the journal, so that those which begin replies do not."""
+    kept_chats: KeptChats | None = None
+    """What keeps the chats of clients that send all of it each time; None: they are not kept."""
     is_ending: bool = False
     """Whether nothing begins any more; belongs to the event loop, as does `jobs`."""
     jobs: "set[Job]" = field(default_factory=set)
@@ -131,6 +135,10 @@ class Services:
         sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
         with closing(open_existing(folder, sealer)) as store:
             yield store
+
+    def __post_init__(self) -> None:
+        if self.settings.keeps_chats:
+            self.kept_chats = KeptChats(lambda: self.journal)
 
     def end_watching(self) -> None:
         """End the streams of events, for which nobody waits who ends a server."""
@@ -254,12 +262,26 @@ class Job:
             return None
         return cost(usages, self._speed, per_prompt=self._per_prompt)
 
-    async def answer(self, request: Request, writer: Writer, *, stream: bool) -> Response:
+    async def answer(
+        self,
+        request: Request,
+        writer: Writer,
+        *,
+        stream: bool,
+        failed: Callable[[Failed], str] | None = None,
+    ) -> Response:
         """
         Return the replies at once, or as server-sent events; where the client goes away, they end.
 
         A stream begins when the first token is there, or after a second: so what fails at once is
         told with its own status, and headers tell what prompts cost that were read by then.
+
+        Args:
+            request: That is answered.
+            writer: Has its words.
+            stream: Whether it is events.
+            failed: Returns what is sent where one reply of a stream has failed and the others go on; None:
+                the first that fails ends them all.
 
         Raises:
             ClientGone: It went away.
@@ -267,10 +289,10 @@ class Job:
         """
         try:
             if stream:
-                await unless_disconnected(request, self._begun())
+                await unless_disconnected(request, self._begun(may_fail=failed is not None))
                 spent = self.cost_so_far()
                 headers = {} if spent is None else spent.headers()
-                return _EventStream(self, self._written(writer), writer.media_type, headers)
+                return _EventStream(self, self._written(writer, failed), writer.media_type, headers)
             replies = await unless_disconnected(request, self._replies())
         except BaseException:
             self.stop()
@@ -286,12 +308,37 @@ class Job:
                 ended[event.choice] = event.reply
         return [ended[choice] for choice in sorted(ended)]
 
-    async def _written(self, writer: Writer) -> AsyncIterator[str]:
+    async def outcomes(self, request: Request) -> list[Ended | Failed]:
+        """
+        Return how the replies have ended, in their order; where the client goes away, they end.
+
+        Raises:
+            ClientGone: It went away.
+            RecollectError: All have failed; this is what the first failed with.
+        """
+        try:
+            ended = await unless_disconnected(request, self._outcomes())
+        except BaseException:
+            self.stop()
+            raise
+        if isinstance(first := ended[0], Failed) and all(isinstance(one, Failed) for one in ended):
+            raise first.error
+        return ended
+
+    async def _outcomes(self) -> list[Ended | Failed]:
+        ended = [event async for event in self._told() if isinstance(event, Ended | Failed)]
+        return sorted(ended, key=lambda one: one.choice)
+
+    async def _written(
+        self, writer: Writer, failed: Callable[[Failed], str] | None
+    ) -> AsyncIterator[str]:
         if beginning := writer.begin():
             yield beginning
         async for event in self._told():
             if isinstance(event, Progress):
                 yield writer.waiting(event)
+            elif isinstance(event, Failed) and failed is not None:
+                yield failed(event)
             elif isinstance(event, Failed):
                 yield writer.fail(api_error(event.error))
                 return
@@ -299,19 +346,22 @@ class Job:
                 yield writer.write(event)
         yield writer.end()
 
-    async def _begun(self) -> None:
+    async def _begun(self, *, may_fail: bool) -> None:
         """
         Wait until all replies have begun, for a second at most; what comes by then is told later.
 
+        Args:
+            may_fail: Whether the others go on where one fails.
+
         Raises:
-            RecollectError: One has failed, and was the first of which anything came.
+            RecollectError: One has failed that may not, and was the first of which anything came.
         """
         deadline = self._loop.time() + PROGRESS_EVERY_S
         is_known = False
         while not is_known and self._loop.time() < deadline:
             self._seen.append(event := await self._next())
             is_known = isinstance(event, Progress | Failed) or self.cost_so_far() is not None
-        if isinstance(first := self._seen[0], Failed):
+        if isinstance(first := self._seen[0], Failed) and not may_fail:
             raise first.error
 
     async def _told(self) -> AsyncIterator[Event]:
@@ -329,8 +379,7 @@ class Job:
             async with asyncio.timeout(PROGRESS_EVERY_S):
                 return await self._events.get()
         except TimeoutError:
-            states = [stream.prefill_progress for stream in self._streams]
-            return Progress(sum(done for done, _ in states), sum(total for _, total in states))
+            return Progress(tuple(stream.prefill_progress for stream in self._streams))
 
     async def _read(self, choice: int, stream: ReplyGeneration) -> None:
         """Read one reply to its end, whether anybody listens or not."""
@@ -388,7 +437,7 @@ class Job:
             if self._ending is None or reply.finish_reason != "cancelled":
                 return Ended(choice, reply)
         stopped = RecollectError("The reply was stopped before it began.")
-        return Failed(error or self._ending or stopped)
+        return Failed(choice, error or self._ending or stopped)
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_T]) -> _T:
@@ -457,7 +506,8 @@ async def begin(
         choices: How many they are.
         keeps: Whether what is said goes to the journal. Where another program holds that, the request
             waits for it without a turn, which others can use.
-        keep, per_prompt: See `Job`.
+        keep: See `Job`; None: what keeps chats, where the server does.
+        per_prompt: See `Job`.
         on_gone: Called where the client goes away before they have begun; may end what prepares them.
 
     Raises:
@@ -478,7 +528,10 @@ async def begin(
         preparing = on_thread(lambda: _prepared(prepare, turn.lease.model))
 
         def job(streams: Sequence[ReplyGeneration]) -> Job:
-            return Job(services, client, turn, streams, keep=keep, per_prompt=per_prompt)
+            kept = keep
+            if kept is None and services.kept_chats is not None:
+                kept = partial(services.kept_chats.keep, turn.lease.model, client.namespace)
+            return Job(services, client, turn, streams, keep=kept, per_prompt=per_prompt)
 
         def abandon(_: object) -> None:
             if preparing.cancelled() or preparing.exception() is not None:

@@ -146,6 +146,8 @@ class Settings:
     """Whether a field is refused that is not known."""
     keeps_words: bool = True
     """Whether the first words at which prompts part from earlier ones are kept for `recollect explain`."""
+    keeps_chats: bool = False
+    """Whether chats are kept whose clients send all of it each time, as if they had kept conversations."""
     has_keys: bool = False
     limits: Limits = field(default_factory=Limits)
 

@@ -17,6 +17,7 @@ from recollect.cli.main import app
 from recollect.errors import (
     ConfigError,
     ConversationFileError,
+    InvalidParameterError,
     NameTakenError,
     RecollectError,
     UnknownConversationError,
@@ -84,8 +85,14 @@ def test_the_list_is_what_comes_without_a_command(
 ) -> None:
     row = next(line for line in run(*arguments).output.splitlines() if "poem" in line)
     assert row.split()[:1] == ["poem"]
-    for cell in ("3", "0 kB", "smollm2", "main, sea"):
+    for cell in ("3", "72 B", "smollm2", "main, sea"):
         assert cell in row
+
+
+def test_the_name_of_a_strangers_model_moves_no_cursor(poem: Journal) -> None:
+    """A file that is imported may call the model anything."""
+    poem.create("other", model="bard\x1b[2J\u202edrab", fingerprint="f00d")
+    assert "bard[2Jdrab" in run().output
 
 
 def test_the_list_as_json_has_sizes_in_bytes_and_times_in_utc(poem: Journal) -> None:
@@ -241,3 +248,29 @@ def test_an_export_for_which_there_is_no_room_leaves_no_file(poem: Journal, tmp_
     assert done.returncode != 0
     assert "poem.json cannot be used (File too large)" in done.stderr
     assert not (tmp_path / "poem.json").exists()
+
+
+def test_words_are_found_in_all_conversations(poem: Journal) -> None:
+    other = poem.create("garden", model="smollm2", fingerprint="f00d").id
+    poem.append(other, None, turn("What is red?", "Many roses are."), tip="main")
+    found = json.loads(run("search", "ROSES", "red", "--json").output)
+    assert [(hit["conversation"], hit["branch"], hit["message"]) for hit in found] == [
+        ("poem", "main", 2)
+    ]
+    found = json.loads(run("search", "roses are", "--json").output)
+    assert [hit["conversation"] for hit in found] == ["garden", "poem"]
+    output = run("search", "roses", "--limit", "1").output
+    assert "Many roses are." in output
+    assert "Roses are red." not in output
+    assert "--limit shows more" in output
+    assert "No message" in run("search", "(", '"').output
+    assert "give at least one word" in fail(InvalidParameterError, "search", '"')
+
+
+def test_the_list_comes_in_pages(journal: Journal) -> None:
+    for number in range(5):
+        journal.create(f"chat-{number}", model="smollm2", fingerprint="f00d")
+    first = json.loads(run("list", "--limit", "3", "--json").output)
+    assert [one["name"] for one in first] == ["chat-4", "chat-3", "chat-2"]
+    rest = json.loads(run("--limit", "3", "--after", "chat-2", "--json").output)
+    assert [one["name"] for one in rest] == ["chat-1", "chat-0"]

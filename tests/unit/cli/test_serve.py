@@ -167,3 +167,8 @@ def test_a_model_of_another_program_is_served_by_its_name(
     name = "llamacpp:org_repo_a.gguf"
     assert public_names([name]) == {name: name}
     assert weight_bytes(name, tmp_path / "home") == 1000
+
+
+def test_keeping_chats_and_keeping_no_words_are_not_both_possible() -> None:
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        CliRunner().invoke(app, ["serve", "--keep-chats", "--no-save"], catch_exceptions=False)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.journal.records import NewNode
+from recollect.journal.records import Entry, NewNode
 
 Json = dict[str, Any]
 PATH = "/v1/conversations"
@@ -195,3 +195,110 @@ def test_an_input_whose_reply_was_cut_off_is_not_said_twice(
         post(start(), "/v1/responses", {"input": "Two", "max_output_tokens": 4, **where})
         said = [node.content for node in journal.load(stored.id).nodes if node.role == "user"]
     assert said == ["One", "Two"]
+
+
+def test_messages_are_found_in_all_conversations_of_a_key_alone(
+    start: Callable[..., httpx.Client], post: Callable[..., Json], say: Callable[..., Json]
+) -> None:
+    client = start(keys=["one", "two"])
+    first = post(client, PATH, {"items": [{"role": "user", "content": "The Oak of one"}]})["id"]
+    second = post(client, PATH, {})["id"]
+    reply = say(client, second, "where is the oak")
+    fork = post(client, f"{PATH}/{second}/fork", {"at": reply["id"], "name": "idea"})["id"]
+    say(client, fork, "another 橡树 by an oak")
+    post(client, f"{PATH}/{fork}/checkpoint", {"name": "a"})
+    found = client.get("/v1/search", params={"query": "oak user", "limit": 1}).json()
+    assert found["data"] == []
+    found = client.get("/v1/search", params={"query": "OAK"}).json()
+    asked = [hit for hit in found["data"] if hit["role"] == "user"]
+    assert [(hit["conversation"], hit["branch"], hit["snippet"]) for hit in asked] == [
+        (second, "idea", "another 橡树 by an oak"),
+        (second, "main", "where is the oak"),
+        (first, "main", "The Oak of one"),
+    ]
+    assert {hit["object"] for hit in asked} == {"search.hit"}
+    for hit in asked:
+        item = client.get(f"{PATH}/{hit['conversation']}/items/{hit['item']}").json()
+        assert item["content"][0]["text"] == hit["snippet"]
+    assert client.get("/v1/search", params={"query": "橡树"}).json()["data"] == asked[:1]
+    reply_text = reply["output"][0]["content"][0]["text"]
+    (hit,) = client.get("/v1/search", params={"query": f'"{reply_text.strip()}"'}).json()["data"]
+    assert (hit["role"], hit["item"]) == ("assistant", reply["output"][0]["id"])
+    after = client.get("/v1/search", params={"query": "oak", "after": hit["item"]}).json()["data"]
+    assert [one["snippet"] for one in after] == ["where is the oak", "The Oak of one"]
+    other = {"Authorization": "Bearer two"}
+    assert client.get("/v1/search", params={"query": "oak"}, headers=other).json()["data"] == []
+    lost = client.get("/v1/search", params={"query": "oak", "after": hit["item"]}, headers=other)
+    assert lost.status_code == 404
+
+
+@pytest.mark.parametrize("query", ['"', "AND OR (", "*", "a:b", "\x00", "NEAR(", "'", "a" * 1000])
+def test_no_search_is_an_error_of_the_server(client: httpx.Client, query: str) -> None:
+    found = client.get("/v1/search", params={"query": query})
+    assert found.status_code == (400 if query == '"' else 200)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"query": ""},
+        {"query": "a" * 1001},
+        {"query": "a", "limit": 101},
+        {"query": "a", "limit": 0},
+        {"query": "a", "after": "msg_1_1"},
+        {"query": "a", "after": "msg_" + "9" * 30},
+        {"query": "a", "after": "\x00"},
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(client: httpx.Client, params: Json) -> None:
+    found = client.get("/v1/search", params=params)
+    assert 400 <= found.status_code < 500
+    assert found.json()["error"]["message"]
+
+
+def pages(
+    client: httpx.Client, address: str, limit: int, key: str = "data", **more: Any
+) -> list[Json]:
+    """Return what all pages of a list have together."""
+    found: list[Json] = []
+    after: Json = {}
+    while True:
+        page = client.get(address, params={"limit": limit, **after, **more}).json()
+        assert len(page[key]) <= limit
+        found += page[key]
+        if not page["has_more"]:
+            return found
+        after = {"after": page["last_id"]}
+
+
+def test_every_list_of_ten_thousand_comes_in_pages(
+    client: httpx.Client, post: Callable[..., Json], tmp_path: Path
+) -> None:
+    conversation = post(client, PATH, {"items": [{"role": "user", "content": "needle"}]})["id"]
+    with Journal.open(tmp_path / "home" / JOURNAL_NAME) as journal:
+        label = journal.find_label(conversation)
+        assert label is not None
+        at = journal.tips(label.conversation_id)["main"]
+        nodes = [NewNode(role="user", content=f"message {n}") for n in range(10_000)]
+        tips = {f"branch-{number}": number for number in range(0, 10_000, 40)}
+        tips |= {f"checkpoint:{number}": number for number in range(0, 10_000, 40)}
+        entry = Entry(nodes=nodes, parent_id=at, tip="main", tips=tips)
+        journal.write(label.conversation_id, entry)
+    address = f"{PATH}/{conversation}"
+    tree = pages(client, f"{address}/tree", 1000, "nodes")
+    assert len({node["id"] for node in tree}) == len(tree) == 10_001
+    first = client.get(f"{address}/tree").json()
+    assert len(first["nodes"]) == 1000
+    assert 20 < len(first["tips"]) < 30
+    assert len(pages(client, f"{address}/branches", 100)) == 251
+    assert len({one["item"] for one in pages(client, f"{address}/checkpoints", 100)}) == 250
+    newest = client.get(f"{address}/items", params={"limit": 100}).json()
+    assert newest["has_more"]
+    oldest = client.get(
+        f"{address}/items", params={"order": "asc", "after": newest["last_id"], "limit": 100}
+    ).json()
+    assert len(oldest["data"]) == 99
+    assert not oldest["has_more"]
+    assert len(pages(client, "/v1/search", 100, query="needle")) == 1
+    assert len(pages(client, "/v1/search", 100, query='"message 77"')) == 111

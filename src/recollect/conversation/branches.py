@@ -1,0 +1,196 @@
+"""
+What is tried from one place of a conversation, and what comes of it: values alone.
+
+A `Plan` says which replies are asked for and which of them stay, an `Origin` where, and a `Branch` is
+one of them with the way to it. Computes nothing, and keeps nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from recollect.conversation.conversation import Conversation
+from recollect.conversation.tools import Tools
+from recollect.conversation.tree import Node, Overflow
+from recollect.conversation.turn import ModelParts, Prompting, is_cut
+from recollect.engine.reply import GeneratedReply, ReadAhead
+from recollect.errors import InvalidParameterError
+from recollect.types import Message, SamplingParams
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Branch:
+    """
+    One of the replies of an exploration, and the way to it.
+
+    Changed by its exploration alone.
+    """
+
+    index: int
+    """In the order in which the replies were begun, from 0."""
+    level: int
+    """How many levels lead to it, itself counted: 1 for those that follow where the exploration began."""
+    parent: "Branch | None"
+    """What it goes on from; None: from where the exploration began."""
+    prompt: str | None
+    """What was said; None: the last message is answered, or a reply that was cut goes on."""
+    params: SamplingParams
+    model: ModelParts
+    reply: GeneratedReply | None = None
+    """What was generated, once it has ended; None before, and where it failed."""
+    error: Exception | None = None
+    """What it failed with."""
+    score: float | None = None
+    """What the scoring function says of it; None before, and where there is none."""
+    name: str | None = None
+    """The branch of the conversation that it is kept as; None: it is not kept."""
+    node: Node | None = None
+    """Where it is in the conversation's tree, once it is kept."""
+    leaf: Node | None = None
+    """Its reply as a node that the tree does not have, on a path of its own; None until it has ended."""
+
+    @property
+    def text(self) -> str:
+        """
+        Return what the reply says, without its reasoning; where it goes on with one, from its beginning.
+
+        Raises:
+            Exception: What it failed with.
+        """
+        if self.error is not None:
+            raise self.error
+        return "" if self.leaf is None else self.leaf.content
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether it has ended, neither failed nor cancelled."""
+        return self.leaf is not None
+
+    def transcript(self) -> list[Message]:
+        """Return all messages from the first to this reply, as `Session.transcript` does."""
+        if self.error is not None:
+            raise self.error
+        return [] if self.leaf is None else [node.message() for node in self.leaf.path()]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Prompts = int | Sequence[str | None] | Callable[[Branch | None], Sequence[str | None]]
+Score = Callable[[Branch], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an exploration begins, and how a session asks there."""
+
+    conversation: Conversation
+    at: Node
+    place: Callable[[str | None], tuple[Node, str | None]]
+    """Returns which node a message follows there, and what of it is new."""
+    prompting: Callable[[ModelParts], Prompting]
+    model: ModelParts
+    """The session's."""
+    params: SamplingParams
+    tools: Tools
+    overflow: Overflow
+    begun: Node | None
+    ahead: tuple[ReadAhead, ...]
+    """What was computed there before it was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is tried, and what stays of it. Its values are those of `Session.explore`."""
+
+    prompts: Prompts
+    params: SamplingParams | Sequence[SamplingParams]
+    depth: int = 1
+    keep: int | None = None
+    score: Score | None = None
+    name: str | Sequence[str] = "explore"
+
+    def __post_init__(self) -> None:
+        count = self.prompts if isinstance(self.prompts, int) else None
+        if count is not None and count < 1:
+            raise wrong("prompts", f"{count} replies cannot be explored: ask for 1 or more.")
+        if isinstance(self.prompts, str):
+            raise wrong("prompts", 'One text is no list of prompts: give ["…"], or ["…"] * 8.')
+        if not callable(self.prompts) and not self.tries(self.said(None)):
+            raise wrong("prompts", "There are no prompts: give one or more.")
+        if self.depth < 1:
+            raise wrong("depth", f"depth is {self.depth}: give 1 or more.")
+        if self.keep is not None and self.keep < 0:
+            raise wrong("keep", f"keep is {self.keep}: give a number of branches, from 0 on.")
+        if self.score is None and type(self.keep) is int and self.keep:
+            raise wrong("keep", "Nothing says which branches are the best: give a score too.")
+        if self.depth > 1 and (self.score is None or self.keep is True):
+            raise wrong(
+                "depth",
+                "Without a limit each level would have several times the branches of the one before: give "
+                "a score, and in keep how many go on.",
+            )
+        if self.depth > 1 and not isinstance(self.name, str):
+            raise wrong("name", "Several levels have one name, to which numbers are added.")
+
+    @property
+    def kept(self) -> int | None:
+        """Return how many branches stay in the tree; None: all."""
+        if self.keep is None:
+            return None if self.score is None else 1
+        return None if self.keep is True else int(self.keep)
+
+    @property
+    def width(self) -> int | None:
+        """Return how many branches of a level are gone on from; None: all."""
+        return None if self.kept is None else max(1, self.kept)
+
+    @property
+    def keeps_at_once(self) -> bool:
+        """Return whether each branch is kept as soon as it has ended, because none is pruned."""
+        return self.kept is None
+
+    def said(self, branch: Branch | None) -> list[str | None]:
+        """Return what is said after a branch, or after where the exploration began."""
+        if isinstance(self.prompts, int):
+            # A reply that came to its end does not go on.
+            goes_on = branch is None or (branch.reply is not None and _is_cut(branch))
+            return [None] * self.prompts if goes_on else []
+        return list(self.prompts(branch) if callable(self.prompts) else self.prompts)
+
+    def tries(self, said: Sequence[str | None]) -> list[SamplingParams]:
+        """
+        Return how the reply to each of the messages is sampled.
+
+        Raises:
+            InvalidParameterError: Two replies would be the same, or the numbers differ.
+        """
+        given = self.params
+        params = [given] * len(said) if isinstance(given, SamplingParams) else list(given)
+        if len(params) != len(said):
+            raise wrong(
+                "params", f"There are {len(said)} prompts and {len(params)} params: give as many."
+            )
+        if not isinstance(self.name, str) and len(self.name) != len(said):
+            raise wrong(
+                "name", f"There are {len(said)} prompts and {len(self.name)} names: give as many."
+            )
+        seen = list[tuple[str | None, SamplingParams]]()
+        for text, one in zip(said, params, strict=True):
+            pair = text, replace(one, seed=None)
+            if not one.temperature and pair in seen:
+                raise wrong(
+                    "temperature",
+                    "Two replies to one prompt would be the same, since they are greedy: give a temperature, "
+                    "such as 0.8.",
+                )
+            seen.append(pair)
+        return params
+
+
+def wrong(param: str, told: str) -> InvalidParameterError:
+    """Return what is raised where a value cannot be used."""
+    return InvalidParameterError(told, param=param)
+
+
+def _is_cut(branch: Branch) -> bool:
+    return branch.leaf is not None and is_cut(branch.leaf)

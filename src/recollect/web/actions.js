@@ -1,0 +1,490 @@
+/**
+ * What a person can do, as calls of the API: each asks, then reads anew what has changed.
+ */
+
+import { batch } from "@preact/signals";
+import { call, stream } from "./api.js";
+import * as state from "./state.js";
+import { newestBelow, readTree } from "./tree.js";
+
+/**
+ * @typedef {import("./types").TreeNode} TreeNode
+ * @typedef {import("./types").Conversation} Conversation
+ */
+
+const TITLE_CHARACTERS = 60;
+const NAME_CHARACTERS = 24;
+/** Messages of a tree that are read at once. */
+const TREE_PAGE = 1000;
+
+/** @param {string} id */
+const at = (id) => `/v1/conversations/${encodeURIComponent(id)}`;
+
+/** @returns {string} The conversation that is open. */
+function here() {
+  if (state.current.value === null) throw new Error("No conversation is open.");
+  return state.current.value;
+}
+
+/** @param {string} name A branch, as the API addresses it. */
+const idOf = (name) => (name === "main" ? here() : `${here()}.${name}`);
+
+/**
+ * Do something, and tell the person where it fails.
+ *
+ * @template T
+ * @param {() => Promise<T>} action
+ * @returns {Promise<T | undefined>}
+ */
+export async function attempt(action) {
+  try {
+    return await action();
+  } catch (error) {
+    if (!(error instanceof DOMException && error.name === "AbortError")) state.tell(error);
+    return undefined;
+  }
+}
+
+export async function readModels() {
+  state.models.value = (await call("GET", "/v1/models")).data;
+}
+
+/** Read the newest conversations, or with `more` those before the last one in the list. */
+export async function readConversations(more = false) {
+  const known = more ? state.conversations.value : [];
+  const after = known.length ? `&after=${encodeURIComponent(known[known.length - 1].id)}` : "";
+  const page = await call("GET", `/v1/conversations?limit=50${after}`);
+  batch(() => {
+    state.conversations.value = [...known, ...page.data];
+    state.hasMore.value = page.has_more;
+  });
+}
+
+/** Read the open conversation's tree anew, and stay where one is, if that is still there. */
+export async function readTreeAgain() {
+  const id = here();
+  const first = await call("GET", `${at(id)}/tree?limit=${TREE_PAGE}`);
+  for (let page = first; page.has_more && page.last_id; ) {
+    page = await call("GET", `${at(id)}/tree?limit=${TREE_PAGE}&after=${encodeURIComponent(page.last_id)}`);
+    first.nodes.push(...page.nodes);
+    Object.assign(first.tips, page.tips);
+    Object.assign(first.checkpoints, page.checkpoints);
+  }
+  if (state.current.value !== id) return;
+  const tree = readTree(first);
+  batch(() => {
+    state.tree.value = tree;
+    if (state.selected.value !== null && !tree.nodes.has(state.selected.value)) {
+      state.selected.value = tree.tips[state.branch.value] ?? tree.tips.main ?? null;
+    }
+  });
+}
+
+/**
+ * Open a conversation where it stands, or at one of its messages.
+ *
+ * @param {string} id
+ * @param {string} [item]
+ */
+export async function open(id, item) {
+  batch(() => {
+    state.current.value = id;
+    state.selected.value = null;
+    state.branch.value = "main";
+    state.folded.value = new Set();
+    state.editing.value = null;
+    state.panel.value = "";
+    state.compared.value = [null, null];
+  });
+  if (location.hash.slice(1) !== id) history.replaceState(null, "", `#${id}`);
+  await readTreeAgain();
+  const tree = state.tree.value;
+  const newest = tree.roots.length ? newestBelow(tree, /** @type {string} */ (tree.roots.at(-1))) : null;
+  const holder = [...tree.nodes.values()].find((node) => node.id === item || node.items.includes(item ?? ""));
+  select(holder?.id ?? tree.tips.main ?? newest);
+}
+
+/** @param {string | null} id */
+export function select(id) {
+  batch(() => {
+    state.selected.value = id;
+    state.editing.value = null;
+    if (state.goingBranch.value !== null) state.branch.value = state.goingBranch.value;
+  });
+}
+
+/** Begin a conversation, with the system prompt of the settings where there is one. */
+export async function begin() {
+  const system = state.settings.value.system.trim();
+  const items = system ? [{ type: "message", role: "system", content: system }] : [];
+  const made = await call("POST", "/v1/conversations", { items, metadata: {} });
+  await Promise.all([readConversations(), open(made.id)]);
+  state.shown.value = "path";
+}
+
+/** @param {string} title */
+export async function rename(title) {
+  const known = state.conversations.value.find((one) => one.id === here());
+  await call("POST", at(here()), { metadata: { ...known?.metadata, title } });
+  await readConversations();
+}
+
+/** @param {string} id */
+export async function deleteConversation(id) {
+  await call("DELETE", at(id));
+  if (state.current.value === id) {
+    batch(() => {
+      state.current.value = null;
+      state.tree.value = { id: "", nodes: new Map(), roots: [], tips: {}, checkpoints: {} };
+      state.selected.value = null;
+    });
+    history.replaceState(null, "", "/");
+  }
+  await readConversations();
+}
+
+/**
+ * @param {string[]} texts
+ * @returns {string[]} A name for a branch for each, all of them different.
+ */
+export function namesFor(texts) {
+  /** @type {string[]} */
+  const names = [];
+  for (const text of texts) names.push(nameFor(text, names));
+  return names;
+}
+
+/**
+ * @param {string} text
+ * @param {string[]} [more] Names that are taken besides those of branches.
+ * @returns {string} A name for a branch: words of what is asked there.
+ */
+export function nameFor(text, more = []) {
+  let stem = "";
+  for (const word of text.toLowerCase().normalize("NFKD").match(/[a-z0-9]+/g) ?? []) {
+    if (stem && stem.length + word.length >= NAME_CHARACTERS) break;
+    stem = (stem ? `${stem}-${word}` : word).slice(0, NAME_CHARACTERS);
+  }
+  stem ||= "branch";
+  const taken = state.tree.value.tips;
+  for (let number = 1; ; number += 1) {
+    const name = number === 1 ? stem : `${stem}-${number}`;
+    if (!(name in taken) && !more.includes(name)) return name;
+  }
+}
+
+/**
+ * Begin a branch at a message, or before one.
+ *
+ * @param {{at?: string | null, before?: string}} where
+ * @param {string} name
+ * @returns {Promise<string>} The branch's id.
+ */
+async function forkAt(where, name) {
+  const body = where.before ? { before: where.before, name } : { at: where.at, name };
+  return (await call("POST", `${at(here())}/fork`, body)).id;
+}
+
+/** @param {string} name */
+export async function fork(name) {
+  await forkAt({ at: state.selected.value }, name);
+  state.branch.value = name;
+  await readTreeAgain();
+}
+
+/**
+ * @param {{continues?: boolean}} [how]
+ * @returns {Record<string, unknown>} What a request says of its reply.
+ */
+function wishes(how = {}) {
+  const { model, temperature, top_p, max_output_tokens, seed, tools } = state.settings.value;
+  /** @param {string} text */
+  const number = (text) => (text.trim() === "" ? undefined : Number(text));
+  return {
+    model: model || undefined,
+    temperature: number(temperature),
+    top_p: number(top_p),
+    max_output_tokens: number(max_output_tokens),
+    seed: how.continues ? undefined : number(seed),
+    tools: tools.trim() === "" ? undefined : JSON.parse(tools),
+  };
+}
+
+/**
+ * Have a branch go on, and show its reply while it is generated.
+ *
+ * @param {string} id The branch as the API addresses it.
+ * @param {string} name
+ * @param {string | null} parent What the question, or the reply, comes after.
+ * @param {unknown} input
+ * @param {{question?: string | null, continues?: boolean, more?: Record<string, unknown>}} [how]
+ */
+async function goOn(id, name, parent, input, { question = null, continues = false, more = {} } = {}) {
+  const conversation = here();
+  const control = new AbortController();
+  let reply = `own-${crypto.randomUUID()}`;
+  const follows = () => state.current.value === conversation && state.selected.value === parent;
+  state.setPending(reply, {
+    ...{ id: reply, conversation, parent, branch: name, question, text: "", reasoning: "" },
+    ...{ computed: 0, tokens: 0, isOwn: true, stop: () => control.abort() },
+  });
+  let failure = null;
+  const body = { ...wishes({ continues }), ...more, conversation: id, input, stream: true };
+  try {
+    await stream(
+      "/v1/responses",
+      body,
+      (event) => {
+        const known = state.pending.value.get(reply);
+        if (event.type === "response.created") {
+          // From here on it goes by the id that events of others name, too.
+          state.setPending(reply, null);
+          reply = event.response.id;
+          state.setPending(reply, { ...known, id: reply, isOwn: true });
+        } else if (event.type === "response.output_text.delta") {
+          state.setPending(reply, { text: (known?.text ?? "") + event.delta });
+        } else if (event.type === "response.reasoning_text.delta") {
+          state.setPending(reply, { reasoning: (known?.reasoning ?? "") + event.delta });
+        } else if (event.type === "response.failed") {
+          failure = new Error(event.response.error.message);
+        }
+      },
+      control.signal,
+    );
+  } finally {
+    const stays = follows();
+    if (state.current.value === conversation) await attempt(readTreeAgain);
+    batch(() => {
+      if (stays && state.current.value === conversation) select(state.tree.value.tips[name] ?? parent);
+      state.setPending(reply, null);
+    });
+    void attempt(readConversations);
+  }
+  if (failure) throw failure;
+}
+
+/**
+ * Ask where one stands: on the branch that ends there, or on a new one.
+ *
+ * @param {string} text
+ */
+export async function ask(text) {
+  if (state.current.value === null) await begin();
+  const parent = state.selected.value;
+  let name = state.goingBranch.value;
+  if (name === null && parent === null) name = "main";
+  const isFirst = state.path.value.every((node) => node.role === "system");
+  let id = name === null ? "" : idOf(name);
+  if (name === null) {
+    name = nameFor(text);
+    id = await forkAt({ at: parent }, name);
+    state.branch.value = name;
+  }
+  if (isFirst && !titleIsSet()) void attempt(() => rename(text.slice(0, TITLE_CHARACTERS)));
+  await goOn(id, name, parent, text, { question: text });
+}
+
+function titleIsSet() {
+  return Boolean(state.conversations.value.find((one) => one.id === here())?.metadata.title);
+}
+
+/**
+ * Ask another question in place of one; what was said after that one stays in its branch.
+ *
+ * @param {TreeNode} node
+ * @param {string} text
+ */
+export async function edit(node, text) {
+  const name = nameFor(text);
+  const id = await forkAt({ before: node.id }, name);
+  batch(() => {
+    state.editing.value = null;
+    state.branch.value = name;
+    state.selected.value = node.parent;
+  });
+  await goOn(id, name, node.parent, text, { question: text });
+}
+
+/**
+ * Have a reply generated once more, beside the one that is there.
+ *
+ * @param {TreeNode} reply
+ */
+export async function regenerate(reply) {
+  const asked = state.tree.value.nodes.get(reply.parent ?? "");
+  if (!asked) return;
+  const name = nameFor(`again ${asked.text}`);
+  const id = await forkAt({ at: asked.id }, name);
+  batch(() => {
+    state.branch.value = name;
+    state.selected.value = asked.id;
+  });
+  // Greedy decoding would say the same again.
+  const { temperature, seed } = state.settings.value;
+  const more = {
+    ...(temperature.trim() === "" ? { temperature: 0.8 } : {}),
+    ...(seed.trim() === "" ? { seed: crypto.getRandomValues(new Uint32Array(1))[0] } : {}),
+  };
+  await goOn(id, name, asked.id, [], { more });
+}
+
+/**
+ * Go on with a reply that was cut.
+ *
+ * @param {TreeNode} reply
+ */
+export async function carryOn(reply) {
+  let name = state.goingBranch.value;
+  let id = name === null ? "" : idOf(name);
+  if (name === null) {
+    name = nameFor("longer");
+    id = await forkAt({ at: reply.id }, name);
+    state.branch.value = name;
+  }
+  await goOn(id, name, reply.id, [], { continues: true });
+}
+
+/**
+ * Try several ways on from what is shown, all at once, each on a branch of its own.
+ *
+ * @param {string} question Which all answer; empty: each has its own, or what stands there is answered.
+ * @param {{name: string, question: string | null, temperature?: number, seed?: number}[]} ways
+ * @param {AbortSignal} stop
+ * @param {(index: number, event: any) => void} onEvent
+ */
+export async function tryWays(question, ways, stop, onEvent) {
+  const conversation = here();
+  let from = state.selected.value;
+  if (question) {
+    // Said once, so that every way is a reply to the same message.
+    const first = await forkAt({ at: from }, ways[0].name);
+    const item = { type: "message", role: "user", content: question };
+    from = (await call("POST", `${at(first)}/items`, { items: [item] })).data[0].id;
+  }
+  /** @type {string[]} */
+  const ids = [];
+  for (const [index, { name }] of ways.entries()) {
+    ids.push(question && index === 0 ? idOf(name) : await forkAt({ at: from }, name));
+  }
+  state.branch.value = ways[0].name;
+  await Promise.all(
+    ways.map(async (way, index) => {
+      const { temperature, seed } = way;
+      const named = { ...(temperature === undefined ? {} : { temperature }), ...(seed === undefined ? {} : { seed }) };
+      const body = { ...wishes(), ...named, conversation: ids[index], input: way.question ?? [], stream: true };
+      try {
+        await stream("/v1/responses", body, (event) => onEvent(index, event), stop);
+        onEvent(index, { type: "done" });
+      } catch (error) {
+        onEvent(index, { type: "failed", message: error instanceof Error ? error.message : String(error) });
+      }
+      if (state.current.value === conversation) await attempt(readTreeAgain);
+    }),
+  );
+  if (state.current.value === conversation && from !== null) select(from);
+}
+
+/** Have the branch of what is shown stand there, so that it goes on from there. */
+export async function rewind() {
+  await call("POST", `${at(idOf(state.branch.value))}/rewind`, { to: state.selected.value });
+  await readTreeAgain();
+}
+
+/**
+ * Have the branch stand at a checkpoint.
+ *
+ * @param {string} checkpoint
+ */
+export async function rewindTo(checkpoint) {
+  await call("POST", `${at(idOf(state.branch.value))}/rewind`, { checkpoint });
+  await readTreeAgain();
+  select(state.tree.value.checkpoints[checkpoint] ?? null);
+}
+
+/**
+ * Name the place that is shown, and keep its KV on disk.
+ *
+ * @param {string} name
+ */
+export async function checkpoint(name) {
+  const kept = await call("POST", `${at(await standing())}/checkpoint`, { name });
+  const { kv } = kept;
+  const told = kv.kept ? `${kv.tokens} tokens stay on disk.` : `Its cache is not kept: ${kv.reason}.`;
+  state.tell(`Checkpoint ${name}. ${told}`, "info");
+  await readTreeAgain();
+}
+
+/** @param {string} name */
+export async function deleteCheckpoint(name) {
+  await call("DELETE", `${at(here())}/checkpoints/${encodeURIComponent(name)}`);
+  await readTreeAgain();
+}
+
+/** @returns {Promise<string>} The id of a branch that stands at what is shown; one begins where none does. */
+async function standing() {
+  const name = state.goingBranch.value;
+  if (name !== null) return idOf(name);
+  const fresh = nameFor(state.path.value.at(-1)?.text ?? "branch");
+  state.branch.value = fresh;
+  return forkAt({ at: state.selected.value }, fresh);
+}
+
+/**
+ * Take a message out of the branch that is shown.
+ *
+ * @param {TreeNode} node
+ */
+export async function deleteItem(node) {
+  const id = await standing();
+  const name = id.split(".")[1] ?? "main";
+  await call("DELETE", `${at(id)}/items/${encodeURIComponent(node.items[0] ?? node.id)}`);
+  await readTreeAgain();
+  select(state.tree.value.tips[name] ?? null);
+}
+
+/**
+ * @param {string} from
+ * @param {string} to
+ */
+export async function renameBranch(from, to) {
+  await call("POST", `${at(here())}/branches/${encodeURIComponent(from)}`, { name: to });
+  if (state.branch.value === from) state.branch.value = to;
+  await readTreeAgain();
+}
+
+/** @param {string} name */
+export async function deleteBranch(name) {
+  await call("DELETE", `${at(here())}/branches/${encodeURIComponent(name)}`);
+  await readTreeAgain();
+}
+
+/** Save the open conversation as a file that `recollect conversations import` reads, too. */
+export async function exportFile() {
+  const content = await call("GET", `${at(here())}/export`);
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([JSON.stringify(content, null, 1)], { type: "application/json" }));
+  link.download = `${here()}.json`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+/** @param {File} file */
+export async function importFile(file) {
+  let content;
+  try {
+    content = JSON.parse(await file.text());
+  } catch {
+    throw new Error(`${file.name} is no exported conversation: it is not JSON.`);
+  }
+  const made = await call("POST", "/v1/conversations/import", { file: content });
+  await readConversations();
+  await open(made.id);
+}
+
+/**
+ * @param {string} query
+ * @returns {Promise<{conversation: string, item: string, role: string, snippet: string}[]>}
+ */
+export async function search(query) {
+  return (await call("GET", `/v1/search?limit=50&query=${encodeURIComponent(query)}`)).data;
+}

@@ -1,0 +1,103 @@
+/** Two branches beside each other: what they share, and the words in which they part. */
+
+import { useMemo } from "preact/hooks";
+import * as state from "./state.js";
+import * as actions from "./actions.js";
+import { differences } from "./differences.js";
+import { pathTo } from "./tree.js";
+import { firstWords, speaker } from "./tree_view.js";
+import { IconButton, counted, html } from "./widgets.js";
+
+/** @typedef {import("./types").TreeNode} TreeNode */
+
+/** What may be compared: the ends of branches, and all other ends. */
+function ends() {
+  const tree = state.tree.value;
+  const named = Object.entries(tree.tips).filter(([, id]) => id !== null);
+  const known = new Set(named.map(([, id]) => id));
+  const others = [...tree.nodes.values()].filter((node) => node.children.length === 0 && !known.has(node.id));
+  return [
+    ...named.map(([name, id]) => ({ id: /** @type {string} */ (id), label: name })),
+    ...others.map((node) => ({ id: node.id, label: firstWords(node).slice(0, 50) })),
+  ];
+}
+
+/** @param {{side: number, options: {id: string, label: string}[]}} props */
+function Choice({ side, options }) {
+  const id = state.compared.value[side];
+  return html`<select
+    aria-label=${side === 0 ? "The first branch" : "The second branch"}
+    value=${id ?? ""}
+    onChange=${(/** @type {any} */ event) => {
+      const next = [...state.compared.value];
+      next[side] = event.target.value || null;
+      state.compared.value = next;
+    }}
+  >
+    ${options.map((one) => html`<option key=${one.id} value=${one.id}>${one.label}</option>`)}
+  </select>`;
+}
+
+/** @param {{one: TreeNode | undefined, other: TreeNode | undefined, kind: "less" | "more"}} props */
+function Side({ one, other, kind }) {
+  const runs = useMemo(() => {
+    if (!one) return [];
+    const isAlike = other && other.role === one.role;
+    if (!isAlike) return [{ kind, text: one.text }];
+    const both = kind === "less" ? differences(one.text, other.text) : differences(other.text, one.text);
+    return both.filter((run) => run.kind === "same" || run.kind === kind);
+  }, [one, other]);
+  if (!one) return html`<div class="side none"></div>`;
+  return html`<div class="side">
+    <p class="who">${speaker(one)}</p>
+    <p class="side-text">
+      ${runs.map((run, number) =>
+        run.kind === "same" ? run.text : html`<mark key=${number} class=${run.kind}>${run.text}</mark>`,
+      )}
+    </p>
+  </div>`;
+}
+
+export function Compare() {
+  const options = ends();
+  const [one, two] = state.compared.value;
+  if (one === null || two === null) {
+    const at = one ?? state.selected.value ?? options[0]?.id ?? null;
+    const other = two ?? options.find((known) => known.id !== at)?.id ?? null;
+    if (at !== one || other !== two) queueMicrotask(() => (state.compared.value = [at, other]));
+  }
+  const [a, b] = [pathTo(state.tree.value, one), pathTo(state.tree.value, two)];
+  let shared = 0;
+  while (shared < a.length && shared < b.length && a[shared].id === b[shared].id) shared += 1;
+  const rows = Math.max(a.length, b.length) - shared;
+  return html`<section class="over compare" aria-label="Compare">
+    <header class="over-head">
+      <h2>Compare</h2>
+      <span class="grow"></span>
+      <${IconButton} icon="close" label="Close" onClick=${() => (state.panel.value = "")} />
+    </header>
+    <div class="sides heads">
+      <${Choice} side=${0} options=${options} />
+      <${Choice} side=${1} options=${options} />
+    </div>
+    <div class="sides-scroll" tabindex="0" aria-label="Both branches">
+      ${shared > 0 && html`<p class="shared">${counted(shared, "message")} in common</p>`}
+      ${[...Array(Math.max(0, rows))].map((_, row) => {
+        const [left, right] = [a[shared + row], b[shared + row]];
+        return html`<div class="sides" key=${`${left?.id} ${right?.id}`}>
+          <${Side} one=${left} other=${right} kind="less" />
+          <${Side} one=${right} other=${left} kind="more" />
+        </div>`;
+      })}
+      ${rows === 0 && html`<p class="shared">Nothing differs.</p>`}
+    </div>
+    <footer class="sides heads">
+      ${[one, two].map(
+        (id, side) => html`<button type="button" key=${side} disabled=${id === null} onClick=${() => {
+          actions.select(id);
+          state.panel.value = "";
+        }}>Go on with this one</button>`,
+      )}
+    </footer>
+  </section>`;
+}

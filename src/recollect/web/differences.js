@@ -1,0 +1,90 @@
+/**
+ * Which words of two texts differ, by Myers' algorithm. Pure.
+ *
+ * Source: E. W. Myers, An O(ND) Difference Algorithm and Its Variations, 1986.
+ */
+
+/** Beyond so many edits two texts have nothing to do with each other, and are not compared further. */
+const MOST_EDITS = 1500;
+
+/** @typedef {{kind: "same" | "less" | "more", text: string}} Run */
+
+/**
+ * @param {string} before
+ * @param {string} after
+ * @returns {Run[]} What is the same, what only the first has, and what only the second has, in order.
+ */
+export function differences(before, after) {
+  const a = before.match(/\s+|[\p{L}\p{N}_]+|[^\s\p{L}\p{N}_]/gu) ?? [];
+  const b = after.match(/\s+|[\p{L}\p{N}_]+|[^\s\p{L}\p{N}_]/gu) ?? [];
+  const steps = shortest(a, b);
+  if (steps === null) return joined([["less", before], ["more", after]]);
+  return joined(steps);
+}
+
+/**
+ * @param {string[]} a
+ * @param {string[]} b
+ * @returns {[Run["kind"], string][] | null} null: it takes too many edits.
+ */
+function shortest(a, b) {
+  /** How far each diagonal got, after each number of edits. @type {Map<number, number>[]} */
+  const trace = [];
+  /** @type {Map<number, number>} */
+  let reach = new Map([[1, 0]]);
+  for (let edits = 0; edits <= Math.min(a.length + b.length, MOST_EDITS); edits += 1) {
+    trace.push(reach);
+    const next = new Map(reach);
+    for (let k = -edits; k <= edits; k += 2) {
+      const down = k === -edits || (k !== edits && (reach.get(k - 1) ?? 0) < (reach.get(k + 1) ?? 0));
+      let x = down ? (reach.get(k + 1) ?? 0) : (reach.get(k - 1) ?? 0) + 1;
+      while (x < a.length && x - k < b.length && a[x] === b[x - k]) x += 1;
+      next.set(k, x);
+      if (x >= a.length && x - k >= b.length) return back(trace, a, b);
+    }
+    reach = next;
+  }
+  return null;
+}
+
+/**
+ * @param {Map<number, number>[]} trace
+ * @param {string[]} a
+ * @param {string[]} b
+ */
+function back(trace, a, b) {
+  /** @type {[Run["kind"], string][]} */
+  const steps = [];
+  let [x, y] = [a.length, b.length];
+  for (let edits = trace.length - 1; edits >= 0; edits -= 1) {
+    const reach = trace[edits];
+    const k = x - y;
+    const down = k === -edits || (k !== edits && (reach.get(k - 1) ?? 0) < (reach.get(k + 1) ?? 0));
+    const fromK = down ? k + 1 : k - 1;
+    const fromX = edits === 0 ? 0 : (reach.get(fromK) ?? 0);
+    const fromY = edits === 0 ? 0 : fromX - fromK;
+    while (x > fromX && y > fromY) {
+      steps.push(["same", a[x - 1]]);
+      [x, y] = [x - 1, y - 1];
+    }
+    if (edits === 0) break;
+    steps.push(down ? ["more", b[fromY]] : ["less", a[fromX]]);
+    [x, y] = [fromX, fromY];
+  }
+  return steps.reverse();
+}
+
+/**
+ * @param {[Run["kind"], string][]} steps
+ * @returns {Run[]}
+ */
+function joined(steps) {
+  /** @type {Run[]} */
+  const runs = [];
+  for (const [kind, text] of steps) {
+    const last = runs.at(-1);
+    if (last?.kind === kind) last.text += text;
+    else runs.push({ kind, text });
+  }
+  return runs;
+}

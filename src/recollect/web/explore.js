@@ -1,0 +1,177 @@
+/**
+ * From one message several ways on, beside each other: the same question with other seeds and temperatures,
+ * or several questions. What they share is computed once.
+ */
+
+import { batch, signal } from "@preact/signals";
+import { useState } from "preact/hooks";
+import * as state from "./state.js";
+import * as actions from "./actions.js";
+import { Markdown } from "./markdown.js";
+import { firstWords } from "./tree_view.js";
+import { GoingLine, Icon, IconButton, ReuseBar, html } from "./widgets.js";
+
+const MOST_WAYS = 8;
+
+/**
+ * @typedef {{name: string, question: string | null, temperature: number | undefined, seed: number | undefined}} Way
+ * @typedef {Way & {text: string, reasoning: string, isDone: boolean, error: string}} Tried
+ */
+
+/** What is tried now, or was last. @type {import("@preact/signals").Signal<Tried[]>} */
+const tried = signal([]);
+/** @type {AbortController | null} */
+let control = null;
+
+/** @param {number} index @param {Partial<Tried>} change */
+function put(index, change) {
+  tried.value = tried.value.map((one, number) => (number === index ? { ...one, ...change } : one));
+}
+
+/**
+ * Begin all ways together, and show them while they are generated.
+ *
+ * @param {string} question Where the ways share one; it is said once, and each way is a reply to it.
+ * @param {Way[]} ways
+ */
+async function begin(question, ways) {
+  control = new AbortController();
+  tried.value = ways.map((one) => ({ ...one, text: "", reasoning: "", isDone: false, error: "" }));
+  const stop = control.signal;
+  await actions.tryWays(question, ways, stop, (index, event) => {
+    const known = tried.value[index];
+    if (event.type === "response.output_text.delta") put(index, { text: known.text + event.delta });
+    else if (event.type === "response.reasoning_text.delta") put(index, { reasoning: known.reasoning + event.delta });
+    else if (event.type === "failed") put(index, { error: event.message, isDone: true });
+    else if (event.type === "done") put(index, { isDone: true });
+  });
+}
+
+/** @param {string} name The way that one goes on with; what else was tried is folded away. */
+function keep(name) {
+  const tree = state.tree.value;
+  const others = tried.value.filter((one) => one.name !== name).map((one) => tree.tips[one.name]);
+  batch(() => {
+    actions.select(tree.tips[name] ?? null);
+    state.branch.value = name;
+    state.folded.value = new Set([...state.folded.value, ...others.filter((id) => id !== null && id !== undefined)]);
+    state.panel.value = "";
+  });
+  // The names of the others are given up; what they said stays in the tree.
+  for (const one of tried.value) if (one.name !== name) void actions.attempt(() => actions.deleteBranch(one.name));
+}
+
+/** @param {{one: Tried, number: number, picked: Set<string>, pick: (name: string) => void}} props */
+function Column({ one, number, picked, pick }) {
+  const tip = state.tree.value.tips[one.name];
+  const node = state.tree.value.nodes.get(tip ?? "");
+  const how = [
+    one.temperature === undefined ? "" : `temperature ${one.temperature}`,
+    one.seed === undefined ? "" : `seed ${one.seed}`,
+  ].filter(Boolean);
+  return html`<article class="way" aria-label=${`Way ${number + 1}`}>
+    <header>
+      <b>${one.question ?? `Way ${number + 1}`}</b>
+      <span class="hint">${how.join(", ")}</span>
+    </header>
+    <div class="way-text" tabindex="0" aria-label="What is said">
+      ${one.error && html`<p class="lost">${one.error}</p>`}
+      ${!one.text && !one.isDone && html`<p class="reading"><span class="pulse"></span>Reading</p>`}
+      <${Markdown} text=${one.text} />
+    </div>
+    ${node?.usage && html`<${ReuseBar} usage=${node.usage} speed=${state.readingSpeed.value} />`}
+    ${one.isDone &&
+    !one.error &&
+    html`<footer class="row">
+      <button type="button" class="primary" onClick=${() => keep(one.name)}>Keep this</button>
+      <label class="row"><input type="checkbox" checked=${picked.has(one.name)} onChange=${() => pick(one.name)} /> Compare</label>
+    </footer>`}
+  </article>`;
+}
+
+export function Explore() {
+  const [kind, setKind] = useState("replies");
+  const [text, setText] = useState("");
+  const [ways, setWays] = useState("4");
+  const [heat, setHeat] = useState("0.8");
+  const [picked, setPicked] = useState(/** @type {Set<string>} */ (new Set()));
+  const node = state.tree.value.nodes.get(state.selected.value ?? "");
+  const isAsked = node?.role === "user" || node?.role === "tool";
+  const isBusy = tried.value.some((one) => !one.isDone);
+  /** @param {string} name */
+  const pick = (name) => {
+    const next = new Set(picked);
+    if (!next.delete(name)) next.add(name);
+    setPicked(next);
+  };
+
+  /** @param {Event} event */
+  function submit(event) {
+    event.preventDefault();
+    const lines = text.split("\n").filter((line) => line.trim()).slice(0, MOST_WAYS);
+    const number = Math.max(2, Math.min(MOST_WAYS, Number(ways) || 4));
+    const heats = heat.split(/[,;\s]+/).filter(Boolean).map(Number);
+    const begins = crypto.getRandomValues(new Uint16Array(1))[0];
+    const names = actions.namesFor(kind === "replies" ? [...Array(number)].map(() => text || "way") : lines);
+    /** @type {Way[]} */
+    const found = names.map((name, index) => ({
+      name,
+      question: kind === "replies" ? null : lines[index],
+      temperature: heats.length ? heats[index % heats.length] : undefined,
+      seed: kind === "replies" ? begins + index : undefined,
+    }));
+    if (found.length === 0) return;
+    setPicked(new Set());
+    void actions.attempt(() => begin(kind === "replies" ? text.trim() : "", found));
+  }
+
+  return html`<section class="over explore" aria-label="Explore">
+    <header class="over-head">
+      <h2>Explore</h2>
+      <span class="hint">from ${node ? `“${firstWords(node).slice(0, 60)}”` : "the beginning"}</span>
+      <span class="grow"></span>
+      <${IconButton} icon="close" label="Close" onClick=${() => (state.panel.value = "")} />
+    </header>
+    <form class="explore-form" onSubmit=${submit}>
+      <div class="choice" role="radiogroup" aria-label="What is tried">
+        ${[
+          ["replies", "Several replies to one question"],
+          ["questions", "Several questions, one a line"],
+        ].map(
+          ([value, label]) => html`<label key=${value}><input type="radio" name="kind" checked=${kind === value} onChange=${() => setKind(value)} /> ${label}</label>`,
+        )}
+      </div>
+      <textarea
+        rows=${kind === "replies" ? 1 : 3}
+        aria-label=${kind === "replies" ? "The question" : "The questions"}
+        placeholder=${kind === "replies" ? (isAsked ? "The question that stands here" : "One question") : "One question a line"}
+        required=${!(kind === "replies" && isAsked)}
+        value=${text}
+        onInput=${(/** @type {any} */ event) => setText(event.target.value)}
+      ></textarea>
+      <div class="row">
+        ${kind === "replies" && html`<label class="short">Ways <input type="number" min="2" max=${MOST_WAYS} value=${ways} onInput=${(/** @type {any} */ event) => setWays(event.target.value)} /></label>`}
+        <label class="short">Temperatures <input value=${heat} pattern="[0-9.,; ]*" title="Numbers from 0 to 2, with commas" onInput=${(/** @type {any} */ event) => setHeat(event.target.value)} /></label>
+        <span class="grow"></span>
+        ${isBusy
+          ? html`<button type="button" onClick=${() => control?.abort()}><${Icon} name="stop" /> Stop</button>`
+          : html`<button class="primary">Try them</button>`}
+        <button
+          type="button"
+          disabled=${picked.size !== 2}
+          onClick=${() => {
+            const [one, two] = [...picked].map((name) => state.tree.value.tips[name] ?? null);
+            state.compared.value = [one, two];
+            state.panel.value = "compare";
+          }}
+        >
+          Compare two
+        </button>
+      </div>
+      <${GoingLine} going=${node?.goingOn ?? null} label="Each goes on here:" />
+    </form>
+    <div class="ways">
+      ${tried.value.map((one, number) => html`<${Column} key=${one.name} one=${one} number=${number} picked=${picked} pick=${pick} />`)}
+    </div>
+  </section>`;
+}

@@ -1,0 +1,104 @@
+/**
+ * What happens elsewhere: another window, the terminal or an agent says something, and it appears here.
+ *
+ * Events say what has changed; what is shown is read anew, soon after, and once for many of them.
+ */
+
+import { listen } from "./api.js";
+import * as state from "./state.js";
+import { attempt, readConversations, readTreeAgain, select } from "./actions.js";
+
+/** Milliseconds in which events are gathered before what changed is read. */
+const GATHER = 200;
+
+/** @type {AbortController | null} */
+let control = null;
+/** @type {Map<string, ReturnType<typeof setTimeout>>} */
+const due = new Map();
+
+/**
+ * @param {string} what
+ * @param {() => Promise<unknown>} read
+ */
+function soon(what, read) {
+  if (due.has(what)) return;
+  due.set(
+    what,
+    setTimeout(() => {
+      due.delete(what);
+      void attempt(read);
+    }, GATHER),
+  );
+}
+
+function readOpen() {
+  if (state.current.value === null) return;
+  soon("tree", async () => {
+    // Who looks at the end of a branch goes along with it.
+    const before = state.tree.value.tips[state.branch.value];
+    const follows = before === state.selected.value && state.growing.value.every((one) => !one.isOwn);
+    await readTreeAgain();
+    const now = state.tree.value.tips[state.branch.value];
+    if (follows && now !== undefined && now !== before) select(now);
+  });
+}
+
+/** @param {any} event */
+function onEvent(event) {
+  const isHere = event.conversation === state.current.value;
+  const known = state.pending.value.get(event.reply);
+  switch (event.type) {
+    case "events.lost":
+      soon("list", readConversations);
+      readOpen();
+      break;
+    case "conversation.created":
+    case "conversation.updated":
+    case "conversation.deleted":
+      soon("list", readConversations);
+      break;
+    case "message.created":
+    case "branch.moved":
+    case "branch.deleted":
+    case "checkpoint.created":
+    case "checkpoint.deleted":
+    case "kv.warm":
+    case "kv.evicted":
+      if (isHere || event.conversation === undefined) readOpen();
+      break;
+    case "reply.started":
+      if (isHere && !known) {
+        state.setPending(event.reply, {
+          ...{ id: event.reply, conversation: event.conversation, parent: event.parent, branch: event.branch },
+          ...{ question: null, text: "", reasoning: "", computed: 0, tokens: 0, isOwn: false, stop: null },
+        });
+        readOpen();
+      }
+      break;
+    case "reply.progress":
+      state.setPending(event.reply, { computed: event.computed, tokens: event.tokens });
+      break;
+    case "reply.delta":
+      if (known && !known.isOwn) {
+        state.setPending(event.reply, {
+          text: known.text + (event.text ?? ""),
+          reasoning: known.reasoning + (event.reasoning ?? ""),
+        });
+      }
+      break;
+    case "reply.completed":
+      if (known && !known.isOwn) state.setPending(event.reply, null);
+      if (isHere) readOpen();
+      soon("list", readConversations);
+      break;
+  }
+}
+
+/** Listen until the page is closed; a server without events is shown as it is when one asks. */
+export function live() {
+  control?.abort();
+  control = new AbortController();
+  listen("/v1/events", onEvent, (isOpen) => (state.isLive.value = isOpen), control.signal).catch(() => {
+    state.isLive.value = null;
+  });
+}

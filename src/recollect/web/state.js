@@ -1,0 +1,150 @@
+/**
+ * What the page knows, as signals: a component that reads one is drawn again when it changes.
+ *
+ * Nothing here asks the server; `actions.js` and `live.js` do, and write here.
+ */
+
+import { computed, signal } from "@preact/signals";
+import { EMPTY, branchesAt, pathTo } from "./tree.js";
+
+/**
+ * @typedef {import("./types").Tree} Tree
+ * @typedef {import("./types").Conversation} Conversation
+ * @typedef {import("./types").Pending} Pending
+ * @typedef {import("./types").Settings} Settings
+ * @typedef {import("./types").Notice} Notice
+ */
+
+/** @type {import("@preact/signals").Signal<Conversation[]>} */
+export const conversations = signal([]);
+/** Whether there are older conversations than those in the list. */
+export const hasMore = signal(false);
+/** @type {import("@preact/signals").Signal<string | null>} */
+export const current = signal(null);
+/** @type {import("@preact/signals").Signal<Tree>} */
+export const tree = signal(EMPTY);
+/** The message whose path is shown. @type {import("@preact/signals").Signal<string | null>} */
+export const selected = signal(null);
+/** Which branch goes on where several stand at the same message. */
+export const branch = signal("main");
+/** Messages below which nothing is drawn. @type {import("@preact/signals").Signal<Set<string>>} */
+export const folded = signal(new Set());
+/** Replies that are being generated, by their ids. @type {import("@preact/signals").Signal<Map<string, Pending>>} */
+export const pending = signal(new Map());
+/** @type {import("@preact/signals").Signal<{id: string, context_length: number | null}[]>} */
+export const models = signal([]);
+/** @type {import("@preact/signals").Signal<Notice | null>} */
+export const notice = signal(null);
+/** Whether events arrive; null: this server has none. @type {import("@preact/signals").Signal<boolean | null>} */
+export const isLive = signal(null);
+/** Which view is in front of the conversation. @type {import("@preact/signals").Signal<"" | "explore" | "compare" | "memory" | "settings">} */
+export const panel = signal("");
+/** What a phone shows, which has room for one. @type {import("@preact/signals").Signal<"list" | "tree" | "path">} */
+export const shown = signal("path");
+/** What is in the question's field. */
+export const draft = signal("");
+/** Whose question is being edited. @type {import("@preact/signals").Signal<string | null>} */
+export const editing = signal(null);
+/** The two messages whose paths are compared. @type {import("@preact/signals").Signal<(string | null)[]>} */
+export const compared = signal([null, null]);
+
+const SETTINGS = "recollect-settings";
+
+/** @type {Settings} */
+const NOTHING_SET = {
+  model: "",
+  system: "",
+  temperature: "",
+  top_p: "",
+  max_output_tokens: "",
+  seed: "",
+  tools: "",
+};
+
+/** @returns {Settings} */
+function storedSettings() {
+  try {
+    return { ...NOTHING_SET, ...JSON.parse(localStorage.getItem(SETTINGS) ?? "{}") };
+  } catch {
+    return NOTHING_SET;
+  }
+}
+
+/** How replies are asked for. */
+export const settings = signal(storedSettings());
+
+/** @param {Partial<Settings>} change */
+export function set(change) {
+  settings.value = { ...settings.value, ...change };
+  localStorage.setItem(SETTINGS, JSON.stringify(settings.value));
+}
+
+const THEME = "recollect-theme";
+/** "light", "dark", or "" as the system has it. */
+export const theme = signal(localStorage.getItem(THEME) ?? "");
+
+const darkSystem = matchMedia("(prefers-color-scheme: dark)");
+const systemIsDark = signal(darkSystem.matches);
+darkSystem.addEventListener("change", () => (systemIsDark.value = darkSystem.matches));
+export const isDark = computed(() => (theme.value ? theme.value === "dark" : systemIsDark.value));
+
+/** @param {string} value */
+export function useTheme(value) {
+  theme.value = value;
+  localStorage.setItem(THEME, value);
+}
+
+export const path = computed(() => pathTo(tree.value, selected.value));
+
+/** The branch that goes on from the chosen message, or null where a new one has to begin. */
+export const goingBranch = computed(() => {
+  const at = branchesAt(tree.value, selected.value);
+  return at.includes(branch.value) ? branch.value : (at[0] ?? null);
+});
+
+/** Fewer tokens are read too soon for their speed to say anything. */
+const FEW_TOKENS = 24;
+
+/** How fast prompts of this conversation were read at best, in tokens a second; null: nothing says. */
+export const readingSpeed = computed(() => {
+  const usages = [...tree.value.nodes.values()].map((node) => node.usage);
+  const told = usages.filter((one) => one && one.computed_tokens - (one.read_ahead_tokens ?? 0) >= FEW_TOKENS);
+  return told.reduce((most, one) => Math.max(most, one?.prefill_tps ?? 0), 0) || null;
+});
+
+/** Replies to what is shown, while they are generated. */
+export const growing = computed(() =>
+  [...pending.value.values()].filter(
+    (one) => one.conversation === current.value && one.parent === selected.value,
+  ),
+);
+
+/**
+ * Change a reply that is being generated, or add it, or forget it (null).
+ *
+ * @param {string} id
+ * @param {Partial<Pending> | null} change
+ */
+export function setPending(id, change) {
+  const all = new Map(pending.value);
+  const before = all.get(id);
+  if (change === null) all.delete(id);
+  else if (before || change.conversation) all.set(id, /** @type {Pending} */ ({ ...before, ...change }));
+  pending.value = all;
+}
+
+/**
+ * @param {unknown} error
+ * @param {Notice["kind"]} [kind]
+ */
+export function tell(error, kind = "error") {
+  notice.value = { kind, text: error instanceof Error ? error.message : String(error) };
+}
+
+/**
+ * @param {Conversation} one
+ * @returns {string} What a conversation is called in the list.
+ */
+export function titleOf(one) {
+  return one.metadata.title || one.name || "New conversation";
+}

@@ -1,0 +1,250 @@
+/**
+ * The tree of a conversation as a value: read from the API, laid out, and cut to what is drawn.
+ *
+ * Pure: no element, no request.
+ */
+
+import { hierarchy, tree as tidy } from "d3-hierarchy";
+
+/**
+ * @typedef {import("./types").ApiTree} ApiTree
+ * @typedef {import("./types").ApiNode} ApiNode
+ * @typedef {import("./types").Tree} Tree
+ * @typedef {import("./types").TreeNode} TreeNode
+ * @typedef {import("./types").Place} Place
+ */
+
+/** The size of a card, and how far cards are from each other. */
+export const CARD = { width: 208, height: 74 };
+export const STEP = { x: 232, y: 122 };
+
+/** Most elements that are drawn of a tree at a time. */
+export const MOST_ELEMENTS = 300;
+/** Below this scale nobody can read a card, so that messages are dots. */
+export const DOTS_BELOW = 0.45;
+
+/** @type {Tree} */
+export const EMPTY = { id: "", nodes: new Map(), roots: [], tips: {}, checkpoints: {} };
+
+/**
+ * @param {ApiNode} node
+ * @returns {TreeNode}
+ */
+function readNode(node) {
+  /** @param {string} type */
+  const texts = (type) =>
+    node.items
+      .filter((item) => item.type === type)
+      .map((item) => (item.content ?? []).map((part) => part.text ?? "").join(""))
+      .join("\n");
+  const results = node.items.filter((item) => item.type === "function_call_output");
+  return {
+    id: node.id,
+    role: node.role,
+    parent: node.parent_id,
+    children: [],
+    depth: 0,
+    text: results.length ? results.map((item) => item.output ?? "").join("\n") : texts("message"),
+    reasoning: texts("reasoning"),
+    calls: node.items
+      .filter((item) => item.type === "function_call")
+      .map((item) => ({ id: item.call_id ?? "", name: item.name ?? "", arguments: item.arguments ?? "" })),
+    items: node.items.map((item) => item.id),
+    responseId: node.response_id,
+    createdAt: node.created_at,
+    usage: node.usage ?? null,
+    finishReason: node.finish_reason ?? null,
+    goingOn: node.going_on ?? null,
+    warmth: node.warmth ?? "none",
+  };
+}
+
+/**
+ * @param {ApiTree} body
+ * @returns {Tree}
+ */
+export function readTree(body) {
+  /** @type {Tree} */
+  const found = { id: body.id, nodes: new Map(), roots: [], tips: body.tips, checkpoints: body.checkpoints };
+  for (const one of body.nodes) {
+    const node = readNode(one);
+    const parent = node.parent === null ? undefined : found.nodes.get(node.parent);
+    node.depth = parent ? parent.depth + 1 : 0;
+    (parent ? parent.children : found.roots).push(node.id);
+    found.nodes.set(node.id, node);
+  }
+  return found;
+}
+
+/**
+ * @param {Tree} tree
+ * @param {string | null} id
+ * @returns {TreeNode[]} The messages from the first one to this one.
+ */
+export function pathTo(tree, id) {
+  const path = [];
+  for (let node = tree.nodes.get(id ?? ""); node; node = tree.nodes.get(node.parent ?? "")) path.push(node);
+  return path.reverse();
+}
+
+/**
+ * @param {Tree} tree
+ * @param {string | null} id
+ * @returns {string[]} The branches that stand at a node.
+ */
+export function branchesAt(tree, id) {
+  return Object.keys(tree.tips).filter((name) => tree.tips[name] === id);
+}
+
+/**
+ * @param {Tree} tree
+ * @param {string | null} id
+ * @returns {string[]} The checkpoints at a node.
+ */
+export function checkpointsAt(tree, id) {
+  return Object.keys(tree.checkpoints).filter((name) => tree.checkpoints[name] === id);
+}
+
+/**
+ * @param {Tree} tree
+ * @param {TreeNode} node
+ * @returns {string[]} The messages that were said after the same one, itself among them.
+ */
+export function siblings(tree, node) {
+  return node.parent === null ? tree.roots : (tree.nodes.get(node.parent)?.children ?? []);
+}
+
+/**
+ * @param {Tree} tree
+ * @param {string} id
+ * @returns {string} Where one arrives who always goes on with what was said last.
+ */
+export function newestBelow(tree, id) {
+  for (;;) {
+    const next = tree.nodes.get(id)?.children.at(-1);
+    if (next === undefined) return id;
+    id = next;
+  }
+}
+
+/**
+ * @param {Tree} tree
+ * @param {string} id
+ * @returns {number} How many messages are below one.
+ */
+export function countBelow(tree, id) {
+  let count = 0;
+  const ahead = [...(tree.nodes.get(id)?.children ?? [])];
+  for (let one = ahead.pop(); one !== undefined; one = ahead.pop()) {
+    count += 1;
+    ahead.push(...(tree.nodes.get(one)?.children ?? []));
+  }
+  return count;
+}
+
+/**
+ * Give every message that is not folded away a place: downward, replies under what they answer.
+ *
+ * @param {Tree} tree
+ * @param {Set<string>} folded Below these nothing is drawn.
+ * @returns {Map<string, Place>} Parents first.
+ */
+export function layout(tree, folded) {
+  /** @type {Map<string, Place>} */
+  const places = new Map();
+  if (tree.roots.length === 0) return places;
+  /** @type {TreeNode | null} */
+  const none = null;
+  const top = hierarchy(/** @type {TreeNode | null} */ (none), (node) => {
+    const below = node === null ? tree.roots : folded.has(node.id) ? [] : node.children;
+    return below.map((id) => /** @type {TreeNode} */ (tree.nodes.get(id)));
+  });
+  const placed = tidy().nodeSize([STEP.x, STEP.y]).separation(() => 1)(/** @type {any} */ (top));
+  placed.each((one) => {
+    const node = /** @type {TreeNode | null} */ (one.data);
+    if (node === null) return;
+    const hidden = folded.has(node.id) ? countBelow(tree, node.id) : 0;
+    places.set(node.id, { node, x: one.x, y: one.y - STEP.y, hidden });
+  });
+  return places;
+}
+
+/**
+ * @param {Iterable<Place>} places
+ * @returns {{left: number, top: number, right: number, bottom: number}} What they cover.
+ */
+export function extent(places) {
+  const box = { left: Infinity, top: Infinity, right: -Infinity, bottom: -Infinity };
+  for (const { x, y } of places) {
+    box.left = Math.min(box.left, x - CARD.width / 2);
+    box.right = Math.max(box.right, x + CARD.width / 2);
+    box.top = Math.min(box.top, y);
+    box.bottom = Math.max(box.bottom, y + CARD.height);
+  }
+  return box;
+}
+
+/**
+ * Return which messages are drawn as cards, and which as dots, in a part of the tree.
+ *
+ * @param {Map<string, Place>} places
+ * @param {{left: number, top: number, right: number, bottom: number}} box What is seen, in the tree's units.
+ * @param {number} scale
+ * @param {(place: Place) => number} costs How many elements a card takes.
+ * @param {Set<string>} first Which cards come before others where not all can be drawn.
+ * @returns {{cards: Place[], dots: Place[]}}
+ */
+export function seen(places, box, scale, costs, first) {
+  const inside = [];
+  for (const place of places.values()) {
+    const isInside =
+      place.x + CARD.width / 2 > box.left &&
+      place.x - CARD.width / 2 < box.right &&
+      place.y + STEP.y > box.top &&
+      place.y - STEP.y / 2 < box.bottom;
+    if (isInside) inside.push(place);
+  }
+  if (scale < DOTS_BELOW) return { cards: [], dots: inside };
+  const middle = { x: (box.left + box.right) / 2, y: (box.top + box.bottom) / 2 };
+  /** @param {Place} one */
+  const far = (one) =>
+    (first.has(one.node.id) ? 0 : 1e6) + Math.hypot(one.x - middle.x, one.y - middle.y);
+  const order = inside.map((one) => ({ one, far: far(one) })).sort((a, b) => a.far - b.far);
+  let left = MOST_ELEMENTS - OTHER_ELEMENTS;
+  /** @type {Place[]} */
+  const cards = [];
+  /** @type {Place[]} */
+  const dots = [];
+  for (const { one } of order) {
+    left -= costs(one);
+    (left >= 0 ? cards : dots).push(one);
+  }
+  return { cards, dots };
+}
+
+/** Of the drawing, besides cards: lines, dots of all kinds, and what they are in. */
+const OTHER_ELEMENTS = 16;
+
+/**
+ * Return the lines from messages to what follows them, as one path for all.
+ *
+ * @param {Map<string, Place>} places
+ * @param {Iterable<Place>} ends Their lines upward are drawn.
+ * @param {boolean} areDots
+ */
+export function lines(places, ends, areDots) {
+  const down = areDots ? 0 : CARD.height;
+  const parts = [];
+  for (const { node, x, y } of ends) {
+    const from = places.get(node.parent ?? "");
+    if (!from) continue;
+    const start = from.y + down;
+    const half = (start + y) / 2;
+    parts.push(
+      from.x === x
+        ? `M${x},${start}V${y}`
+        : `M${from.x},${start}C${from.x},${half} ${x},${half} ${x},${y}`,
+    );
+  }
+  return parts.join("");
+}

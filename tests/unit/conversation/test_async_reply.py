@@ -1,0 +1,127 @@
+"""A session's replies on an event loop: as on a thread, and a task that is cancelled ends them."""
+
+import asyncio
+import gc
+from dataclasses import replace
+
+import pytest
+
+from recollect.conversation.model import Model
+from recollect.conversation.session import Session
+from recollect.errors import ContextFullError, ConversationError, SessionBusyError
+from recollect.types import SamplingParams
+
+SHORT = SamplingParams(max_tokens=6, ignore_eos=True)
+LONG = replace(SHORT, max_tokens=1500)
+
+
+@pytest.fixture
+def chat(model: Model) -> Session:
+    return model.session("You are brief.", params=SHORT)
+
+
+def check(model: Model) -> None:
+    """Check that nobody but the cache holds a block, and that nothing is worked on."""
+    for task in model.engine.tasks():
+        task.join()
+    assert model.engine.pool.used_blocks == model.engine.cache.evictable_blocks
+    model.engine.check()
+
+
+def test_a_reply_has_the_same_ids_as_on_a_thread(chat: Session, model: Model) -> None:
+    other = model.session("You are brief.", params=SHORT, namespace="other")
+    expected = [other.respond("Hello"), other.respond("And?")]
+
+    async def ask() -> None:
+        first = await chat.respond_async("Hello")
+        assert first.node.token_ids == expected[0].node.token_ids
+        assert first.usage.prompt_tokens == expected[0].usage.prompt_tokens
+        stream = chat.stream_async("And?")
+        pieces = [piece async for piece in stream]
+        assert stream.reply is not None
+        assert "".join(pieces) == stream.reply.text == expected[1].text
+        assert stream.reply.node is chat.tip
+        assert stream.reply.node.token_ids == expected[1].node.token_ids
+        assert [piece async for piece in stream] == []
+
+    asyncio.run(ask())
+    assert chat.transcript() == other.transcript()
+    check(model)
+
+
+def test_leaving_the_loop_keeps_what_was_said_and_the_next_question_waits(
+    chat: Session, model: Model
+) -> None:
+    async def ask() -> None:
+        pieces: list[str] = []
+        async for piece in chat.stream_async("one", params=LONG):
+            pieces.append(piece)
+            if len(pieces) == 3:
+                break
+        reply = await chat.respond_async("two")
+        said = [node.content for node in reply.node.path()]
+        assert said[1:4] == ["one", "".join(pieces), "two"]
+
+    asyncio.run(ask())
+    check(model)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.001, 0.02, 0.1])
+def test_a_task_that_is_cancelled_ends_the_reply(
+    chat: Session, model: Model, seconds: float
+) -> None:
+    async def ask() -> None:
+        task = asyncio.create_task(chat.respond_async("one", params=LONG))
+        await asyncio.sleep(seconds)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not [task for task in model.engine.tasks() if not task.idle]
+        await chat.respond_async("two")  # the session is free
+
+    asyncio.run(ask())
+    chat.conversation.check()
+    check(model)
+
+
+def test_the_end_of_a_block_ends_the_reply(chat: Session, model: Model) -> None:
+    async def ask() -> None:
+        async with chat.stream_async("one", params=LONG) as stream:
+            first = await anext(stream)
+        assert stream.reply is not None
+        assert stream.reply.finish_reason == "cancelled"
+        assert stream.reply.text == first
+        async with chat.stream_async("two"):
+            pass  # never begun
+        assert chat.tip is stream.reply.node
+
+    asyncio.run(ask())
+    check(model)
+
+
+def test_one_that_nobody_reads_on_ends_with_its_last_reference(chat: Session, model: Model) -> None:
+    async def ask() -> None:
+        stream = chat.stream_async("one", params=LONG)
+        await anext(stream)
+        del stream
+        gc.collect()
+
+    asyncio.run(ask())
+    assert chat.respond("two").finish_reason == "length"
+    check(model)
+
+
+def test_errors_are_those_of_a_thread(chat: Session, model: Model) -> None:
+    async def ask() -> None:
+        with pytest.raises(ContextFullError):
+            await chat.respond_async("x" * 3000)
+        with pytest.raises(ConversationError, match="no message to answer"):
+            await chat.respond_async(None)
+        async with chat.stream_async("one", params=LONG) as stream:
+            await anext(stream)
+            with pytest.raises(SessionBusyError):
+                await chat.respond_async("two")
+        await chat.respond_async("three")
+
+    asyncio.run(ask())
+    check(model)
