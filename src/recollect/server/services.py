@@ -15,12 +15,11 @@ from collections.abc import (
     Awaitable,
     Callable,
     Iterable,
-    Iterator,
     Mapping,
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from secrets import token_hex
@@ -33,11 +32,9 @@ from starlette.types import Receive, Scope, Send
 
 from recollect.conversation.feed import Feed
 from recollect.conversation.model import Model
-from recollect.encryption import KV_PURPOSE
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.server.access import CLIENT, Client
 from recollect.server.events import (
     Call,
@@ -89,8 +86,8 @@ class Services:
         default_factory=lambda: ThreadPoolExecutor(_MOST_PATIENT, "recollect-waits")
     )
     """Threads that wait for the journal, so that those which begin replies do not."""
-    kept_chats: KeptChats | None = None
-    """What keeps the chats of clients that send all of it each time; None: they are not kept."""
+    kept_chats: KeptChats = field(default_factory=KeptChats)
+    """What keeps the chats of clients that send all of it each time, where the settings say so."""
     is_ending: bool = False
     """Whether nothing begins any more; belongs to the event loop, as does `jobs`."""
     jobs: "set[Job]" = field(default_factory=set)
@@ -119,26 +116,6 @@ class Services:
                         ) from cause
                     raise StoreError(str(cause)) from cause
             return self._journal
-
-    @contextmanager
-    def store(self) -> Iterator[DiskStore | None]:
-        """
-        Show the KV that is kept on disk, whatever models are loaded; None: none ever was.
-
-        Raises:
-            StoreError: It cannot be opened.
-        """
-        folder, cipher = self.settings.home / STORE_FOLDER, self.settings.cipher
-        if not is_there(folder):
-            yield None
-            return
-        sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
-        with closing(open_existing(folder, sealer)) as store:
-            yield store
-
-    def __post_init__(self) -> None:
-        if self.settings.keeps_chats:
-            self.kept_chats = KeptChats(lambda: self.journal)
 
     def end_watching(self) -> None:
         """End the streams of events, for which nobody waits who ends a server."""
@@ -528,9 +505,9 @@ async def begin(
         preparing = on_thread(lambda: _prepared(prepare, turn.lease.model))
 
         def job(streams: Sequence[ReplyGeneration]) -> Job:
-            kept = keep
-            if kept is None and services.kept_chats is not None:
-                kept = partial(services.kept_chats.keep, turn.lease.model, client.namespace)
+            if (kept := keep) is None and services.settings.keeps_chats:
+                keeps = services.kept_chats.keep
+                kept = partial(keeps, lambda: services.journal, turn.lease.model, client.namespace)
             return Job(services, client, turn, streams, keep=kept, per_prompt=per_prompt)
 
         def abandon(_: object) -> None:
