@@ -478,37 +478,35 @@ async def get_tree(
 
     That is by the measurements of the model that spoke last, and null where it is not loaded.
     """
-    services, namespace = services_of(request), client_of(request).namespace
-    view, place = await asyncio.to_thread(_place_of, request, conversation_id)
-    lease = services.hub.lease(model_of(services, view, place.head))
+    services = services_of(request)
+    place = await asyncio.to_thread(_place_of, request, conversation_id)
+    lease = services.hub.lease(model_of(services, place.view, place.head))
     try:
-        return await asyncio.to_thread(
-            _tree, view, place, namespace, after, limit, None if lease is None else lease.model
-        )
+        model = None if lease is None else lease.model
+        return await asyncio.to_thread(_tree, place, after, limit, model)
     finally:
         if lease is not None:
             lease.release()
 
 
-def _place_of(request: Request, conversation_id: str) -> tuple[ConversationView, KeptPlace]:
-    view, services = view_of(request, conversation_id), services_of(request)
+def _place_of(request: Request, conversation_id: str) -> KeptPlace:
+    return standing_place(request, view_of(request, conversation_id))
+
+
+def standing_place(request: Request, view: ConversationView) -> KeptPlace:
+    """Return where a conversation stands, with the model and the tools of the last response there."""
+    services = services_of(request)
     head = last_head(services, view)
-    return view, KeptPlace(services, view, client_of(request).namespace, "", head)
+    return KeptPlace(services, view, client_of(request).namespace, "", head)
 
 
-def _tree(
-    view: ConversationView,
-    place: KeptPlace,
-    namespace: str,
-    after: str | None,
-    limit: int,
-    model: Model | None,
-) -> dict[str, Any]:
+def _tree(place: KeptPlace, after: str | None, limit: int, model: Model | None) -> dict[str, Any]:
+    view = place.view
     shown = view.nodes_after(after, limit)
     if model is None:
         return view.tree(shown, {}, None)
     _, nodes = grown(view.stored.nodes)
-    costs = Costs(model, namespace=namespace, tools=place.tools().schemas)
+    costs = Costs(model, namespace=place.namespace, tools=place.tools().schemas)
     tips = [nodes[tip] for tip in (view.tip, *view.stored.tips.values())]
     found = costs.of([nodes[one.id] for one in shown], first=tips)
     by_id = {one.id: found[nodes[one.id]] for one in shown}
