@@ -284,7 +284,8 @@ class Model:
             return ()
         from recollect.remote.remote_engine import RemoteEngine  # noqa: PLC0415 - loads HTTP
 
-        return self.engine.replicas.all if isinstance(self.engine, RemoteEngine) else ()
+        assert isinstance(self.engine, RemoteEngine), "there is no other of its kind"
+        return self.engine.replicas.all
 
     @property
     def journal(self) -> Journal:

@@ -50,6 +50,8 @@ class Stub:
     tells_cached: bool = True
     respects_salt: bool = True
     tokenizes: bool = True
+    spoils_reuse: bool = False
+    """Whether what was reused changes what is generated."""
     slots: int = 2
     version: str = "0.32.0"
     asked: list[Mapping[str, Any]] = field(default_factory=list)
@@ -158,6 +160,8 @@ class Stub:
             cached += BLOCK
         bias = {int(token): value for token, value in (body.get("logit_bias") or {}).items()}
         seed = body["seed"] if body["temperature"] else None
+        if self.spoils_reuse and cached:
+            seed = cached
         ids = list(prompt)
         for number in range(1, body["max_tokens"] + 1):
             token = next_token(ids, bias, seed)
