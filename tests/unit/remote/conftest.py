@@ -268,8 +268,10 @@ def load(tmp_path: Path) -> Iterator[Callable[..., Model]]:
     loaded: list[Model] = []
 
     def make(engine: str | None = None) -> Model:
-        kv = {} if engine else {"kv_memory": 1 << 20, "kv_disk": 0}
-        loaded.append(recollect.load("reference", home=tmp_path, engine=engine, **kv))
+        kv = None if engine else 1 << 20
+        loaded.append(
+            recollect.load("reference", home=tmp_path, engine=engine, kv_memory=kv, kv_disk=0)
+        )
         return loaded[-1]
 
     yield make
