@@ -4,8 +4,8 @@ What recollect costs in front of engines elsewhere, and how a fleet of them woul
     python benchmarks/scale.py [--streams 50] [--tokens 200] [--save]
 
 1. The front's cost: processor time of `recollect serve` per token, while so many chats are answered at once
-   over HTTP, as streams, by an engine that speaks as vLLM does and says the same each time, in a process of its
-   own. Neither the engine's processor time is counted nor the clients'. The first round is a warm-up.
+   over HTTP, as streams, by an engine that speaks as vLLM does and gives each 50 tokens a second, in one
+   more process. Neither the engine's processor time is counted nor the clients'. The first round is a warm-up.
 2. A fleet, simulated: 10,000 conversations on 16 replicas that each hold the KV of a twelfth of what is said,
    evicting what was used longest ago. Which share of what could be reused is, and how uneven the load is, by
    policy: by conversation (rendezvous hashing, as `remote/replicas` and a sticky router do), to whoever has
@@ -43,7 +43,7 @@ HELD: Final = CONVERSATIONS * TURNS * TOKENS_OF_A_TURN // 12
 """Tokens whose KV one replica holds."""
 
 _SERVER: Final = r"""
-import json, socketserver
+import json, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from recollect.text.tokenizer import ByteTokenizer
 encode = ByteTokenizer().encode
@@ -71,6 +71,7 @@ class Handler(BaseHTTPRequestHandler):
             data = b"data: " + json.dumps(said).encode() + b"\n\n"
             self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data)); self.wfile.flush()
         for n in range(count):
+            time.sleep(0.02)
             finish = "length" if n == count - 1 else None
             write({"choices": [{"index": 0, "text": "a", "logprobs": None, "finish_reason": finish,
                                 "token_ids": [97 + n % 26]}]})
