@@ -4,8 +4,8 @@ What recollect costs in front of engines elsewhere, and how a fleet of them woul
     python benchmarks/scale.py [--streams 50] [--tokens 200] [--save]
 
 1. The front's cost: processor time of `recollect serve` per token, while so many chats are answered at once
-   over HTTP, as streams, by an engine that speaks as vLLM does and gives each 50 tokens a second, in one
-   more process. Neither the engine's processor time is counted nor the clients'. The first round is a warm-up.
+   over HTTP, as streams, by an engine that speaks as vLLM does and gives each 50 tokens a second. Engine and
+   clients are in other processes, whose time is not counted. The first round is a warm-up.
 2. A fleet, simulated: 10,000 conversations on 16 replicas that each hold the KV of a twelfth of what is said,
    evicting what was used longest ago. Which share of what could be reused is, and how uneven the load is, by
    policy: by conversation (rendezvous hashing, as `remote/replicas` and a sticky router do), to whoever has
