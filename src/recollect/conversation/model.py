@@ -15,13 +15,14 @@ from typing import Any, Final, Self
 
 from recollect import config
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.costs import Costs, GoingOn
 from recollect.conversation.feed import Feed, Hook
 from recollect.conversation.formats import load_tokenizer
 from recollect.conversation.matching import KnownMessages, MessageIndex, RememberedReplies
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.session import Session
 from recollect.conversation.tools import NO_TOOLS, ToolChoice, Tools
-from recollect.conversation.tree import Overflow, Tree
+from recollect.conversation.tree import Node, Overflow, Tree
 from recollect.encryption import Cipher
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarNotes, Grammars
@@ -584,6 +585,20 @@ class Model:
         what it tells of; what it raises is logged and harms nothing.
         """
         return self.feed.on_event(hook, namespace)
+
+    def costs(self, session: Session, nodes: Sequence[Node] | None = None) -> dict[Node, GoingOn]:
+        """
+        Return what going on from nodes of a session's tree would cost, by this engine's measurements.
+
+        Nothing is computed. The template renders a few paths, however many nodes there are.
+
+        Args:
+            session: Its namespace and its tools count.
+            nodes: Of its tree; None: all of them.
+        """
+        wanted = list(session.tree.nodes()) if nodes is None else nodes
+        costs = Costs(self, namespace=session.namespace, tools=session.tools.schemas)
+        return costs.of(wanted, first=[session.tip, *session.conversation.tips.values()])
 
     def close(self) -> None:
         """Free all memory. Its conversations can still be read; nothing more can be generated."""

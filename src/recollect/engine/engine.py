@@ -18,7 +18,7 @@ from typing import Final
 from recollect.engine.audit import check_memory, check_scheduler
 from recollect.engine.scheduler import Chunks, Room, Scheduler, Task
 from recollect.engine.sequence import FeedPlan, Memory, Sequence
-from recollect.engine.tier import DiskTier
+from recollect.engine.tier import ComputePace, DiskTier, Rates
 from recollect.errors import MisuseError, RuntimeFailure
 from recollect.kv.blocks import BlockPool
 from recollect.kv.disk import DiskStore
@@ -67,12 +67,15 @@ class Engine:
         self.memory = Memory(info, self.pool, self.cache)
         self.lock = self.memory.lock
         """Held while block tables, pool and cache change."""
+        self._pace = ComputePace()
         self.tier: DiskTier | None = None
         """The tier below memory; None: there is none."""
         if store is not None and not info.reuse.as_bytes:
             store.close()
         elif store is not None:
-            self.tier = DiskTier(store, identity, runtime, self.pool, self.cache, self.lock)
+            self.tier = DiskTier(
+                store, identity, runtime, self.pool, self.cache, self.lock, self._pace
+            )
             self.cache.on_new = self.tier.writer.note
         self.computed_tokens = 0
         """Tokens fed so far, counted at the forward pass."""
@@ -122,6 +125,10 @@ class Engine:
         if on_disk and self.tier is not None:
             return self.tier.stored_tokens(match, root, token_ids)
         return match.tokens
+
+    def rates(self) -> Rates:
+        """Return what computing a token and reading a block from disk cost, as measured here."""
+        return Rates(None, self._pace.s_per_token) if self.tier is None else self.tier.rates
 
     def forget(self) -> int:
         """Evict all KV that no sequence holds and nobody pinned; return how many blocks."""
@@ -358,8 +365,7 @@ class Engine:
         rows = [task.sequence.row(fed) for task, fed in chunks.items()]
         begun = perf_counter()
         result = self.runtime.forward(rows)
-        if self.tier is not None:
-            self.tier.note_pass(rows, perf_counter() - begun)
+        self._pace.note(rows, perf_counter() - begun)
         for task, start in zip(list(chunks), result.starts, strict=False):
             chunks[task] = FeedPlan(start, chunks[task].end)
         self.forward_passes += 1

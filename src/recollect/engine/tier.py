@@ -47,6 +47,28 @@ class Rates:
     compute_s_per_token: float | None = None
 
 
+class ComputePace:
+    """What computing a token of a prompt costs here: a running average over passes."""
+
+    def __init__(self) -> None:
+        self.known_s_per_token: float | None = None
+        """Of a run before; None: nobody knows."""
+        self._measured_s_per_token: float | None = None
+
+    def note(self, rows: Collection[Row], seconds: float) -> None:
+        """Take note of what a pass took."""
+        tokens = sum(len(row.token_ids) for row in rows)
+        if tokens >= _TIMED_TOKENS:
+            self._measured_s_per_token = running_average(
+                self._measured_s_per_token, seconds / tokens
+            )
+
+    @property
+    def s_per_token(self) -> float | None:
+        """Return what a token takes; None: nothing was measured yet."""
+        return self._measured_s_per_token or self.known_s_per_token
+
+
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
     """What to read."""
@@ -132,6 +154,7 @@ class DiskTier:
         pool: BlockPool,
         cache: PrefixCache,
         lock: threading.RLock,
+        pace: ComputePace,
     ) -> None:
         self.store: Final = store
         self.identity: Final = identity
@@ -147,8 +170,8 @@ class DiskTier:
         self._restore_s = 0.0
         self._restore_s_per_block: float | None = None
         self._read_error: StoreError | None = None  # why nothing is read any more
-        self._known_s_per_token = self._known_rate()  # of a run before
-        self._measured_s_per_token: float | None = None  # a running average over prompts
+        self._pace = pace
+        pace.known_s_per_token = self._known_rate()
         self.writer: Final = WriteBehind(
             store, self._write, bytes_per_block=runtime.info.bytes_per_block
         )
@@ -179,14 +202,6 @@ class DiskTier:
         nothing = memoryview(bytes(size))
         for block in range(min(stored, num_blocks, _MOST_TOUCHED_BYTES // size)):
             self._runtime.write_block(block, nothing)
-
-    def note_pass(self, rows: Collection[Row], seconds: float) -> None:
-        """Take note of what computing costs, which reading is weighed against."""
-        tokens = sum(len(row.token_ids) for row in rows)
-        if tokens >= _TIMED_TOKENS:
-            self._measured_s_per_token = running_average(
-                self._measured_s_per_token, seconds / tokens
-            )
 
     def restore_for(self, tasks: Collection[Task]) -> None:
         """
@@ -247,7 +262,7 @@ class DiskTier:
             # The prompt's last token is always fed, and needs a block.
             room = self._pool.free_blocks + self._cache.evictable_blocks - 1
         assert after is not None, "a sequence with a namespace has a root"
-        rates = Rates(self._restore_s_per_block, self._compute_s_per_token())
+        rates = self.rates
         found = self.store.find(
             after.key,
             sequence.tokens(start),
@@ -413,6 +428,11 @@ class DiskTier:
         on_disk = max(0, len(found.entries) - 1) * size + found.last_tokens
         return max(match.tokens, start + on_disk)
 
+    @property
+    def rates(self) -> Rates:
+        """Return what reading and computing cost, which are weighed against each other."""
+        return Rates(self._restore_s_per_block, self._pace.s_per_token)
+
     def statistics(self) -> TierStatistics:
         """Return what was done so far."""
         error = self.writer.error or self._read_error
@@ -436,9 +456,6 @@ class DiskTier:
         finally:
             self.store.close()
 
-    def _compute_s_per_token(self) -> float | None:
-        return self._measured_s_per_token or self._known_s_per_token
-
     def _known_rate(self) -> float | None:
         try:
             with self.store.reading() as tables:
@@ -447,7 +464,7 @@ class DiskTier:
             return None  # the first restore tells
 
     def _note_savings(self) -> None:
-        rate, tokens = self._compute_s_per_token(), self._restored_tokens
+        rate, tokens = self._pace.s_per_token, self._restored_tokens
         seconds = max(0.0, (rate or 0.0) * tokens - self._restore_s)
         try:
             with self.store.writing() as tables:

@@ -305,6 +305,13 @@ class EvictionOrder:
                 self._offer(cached)  # it was used since
         return None
 
+    def coming(self, traffic: Traffic, most: int) -> list[CachedBlock]:
+        """Return the nodes of a namespace that are evicted next, as far as nothing else is used."""
+        waiting = {
+            cached for _, _, cached in self._heap if cached.traffic is traffic and cached.can_go
+        }
+        return heapq.nsmallest(most, waiting, key=lambda cached: cached.last_used)
+
     def _count(self, block: int, *, stays: bool) -> None:
         self._staying[block] += 1 if stays else -1
         if not self._staying[block]:

@@ -82,6 +82,15 @@ class PrefixCache:
             self._roots[namespace] = CachedBlock(self._names.root(namespace), None, (), -1)
         return self._roots[namespace]
 
+    def next_evicted(self, namespace: str, most: int) -> list[CachedBlock]:
+        """Return the blocks of a namespace that are evicted next of all of its own."""
+        self.settle()
+        return self._order.coming(self.traffic(namespace), most)
+
+    def name_after(self, key: Key, token_ids: Sequence[int]) -> Key:
+        """Return the name of the prefix that ends with these tokens in the block after one of that name."""
+        return self._names.after(key, token_ids)
+
     def traffic(self, namespace: str) -> Traffic:
         """Return what came to the blocks of a namespace and went; may be called without the lock."""
         root = self._roots.get(namespace)

@@ -20,10 +20,11 @@ from fastapi import APIRouter, Query, Request
 from pydantic import Field, model_validator
 
 from recollect import errors
+from recollect.conversation.costs import Costs
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
-from recollect.conversation.tree import to_node
+from recollect.conversation.tree import grown, to_node
 from recollect.engine.engine import Engine
 from recollect.engine.pinning import pin_on_disk
 from recollect.errors import RewindError
@@ -143,8 +144,8 @@ async def _keep_kv(request: Request, view: ConversationView, name: str) -> dict[
     if view.tip is None:
         return _not_kept("nothing has been said yet")
     services, namespace = services_of(request), client_of(request).namespace
-    head = await asyncio.to_thread(last_head, services, view)
-    place = _KeptPlace(services, view, namespace, name, head)
+    head = await asyncio.to_thread(_last_head, services, view)
+    place = KeptPlace(services, view, namespace, name, head)
     try:
         kept = await with_model(request, model_of(services, view, head), place.keep)
     except ApiError as refused:  # too many wait, or the models in use leave no memory
@@ -157,7 +158,7 @@ async def _keep_kv(request: Request, view: ConversationView, name: str) -> dict[
 
 
 @dataclass(frozen=True, slots=True)
-class _KeptPlace:
+class KeptPlace:
     """Where a conversation stands, as what the model last read there goes on from it."""
 
     services: Services
@@ -185,7 +186,7 @@ class _KeptPlace:
             node,
             SamplingParams(),
             namespace=self.namespace,
-            tools=self._tools(),
+            tools=self.tools(),
         )
         ids = session.typed_ids()
         if len(ids) < engine.info.reuse.unit:
@@ -216,7 +217,7 @@ class _KeptPlace:
         tier.store.drop_pin(name)
         return None
 
-    def _tools(self) -> Tools:
+    def tools(self) -> Tools:
         """Return the tools of the last response: they are a part of the prompt, and so of its KV."""
         return Tools.of(kept_schemas([] if self.head is None else self.head.tools))
 
@@ -251,8 +252,8 @@ def _not_kept(reason: str) -> dict[str, Any]:
 
 _PAGE: int = 20
 _Limit = Annotated[int, Query(ge=1, le=100)]
-_TREE: Final = 1_000
-_TreeLimit = Annotated[int, Query(ge=1, le=_TREE)]
+_TREE_PAGE: int = 1000
+_TreeLimit = Annotated[int, Query(ge=1, le=2000)]
 _Order = Annotated[str, Query(pattern="^(asc|desc)$")]
 
 
@@ -476,15 +477,52 @@ def fork(conversation_id: str, body: Fork, request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/conversations/{conversation_id}/tree")
-def get_tree(
-    conversation_id: str, request: Request, limit: _TreeLimit = _TREE, after: str | None = None
+async def get_tree(
+    conversation_id: str,
+    request: Request,
+    limit: _TreeLimit = _TREE_PAGE,
+    after: str | None = None,
 ) -> dict[str, Any]:
     """
-    Return what was said in a conversation, in all branches, parents first.
+    Return what was said in a conversation, in all branches, and what going on from each place would cost.
 
-    A page has the branches and checkpoints that stand at its nodes.
+    That is by the measurements of the model that spoke last, and null where it is not loaded.
     """
-    return view_of(request, conversation_id).tree(limit, after)
+    services, namespace = services_of(request), client_of(request).namespace
+    view, place = await asyncio.to_thread(_place_of, request, conversation_id)
+    lease = services.hub.lease(model_of(place.services, view, place.head))
+    try:
+        return await asyncio.to_thread(
+            _tree, view, place, namespace, after, limit, None if lease is None else lease.model
+        )
+    finally:
+        if lease is not None:
+            lease.release()
+
+
+def _place_of(request: Request, conversation_id: str) -> tuple[ConversationView, KeptPlace]:
+    view, services = view_of(request, conversation_id), services_of(request)
+    head = last_head(services, view)
+    return view, KeptPlace(services, view, client_of(request).namespace, "", head)
+
+
+def _tree(
+    view: ConversationView,
+    place: KeptPlace,
+    namespace: str,
+    after: str | None,
+    limit: int,
+    model: Model | None,
+) -> dict[str, Any]:
+    shown = view.nodes_after(after, limit)
+    if model is None:
+        return view.tree(shown, {}, None)
+    _, nodes = grown(view.stored.nodes)
+    costs = Costs(model, namespace=namespace, tools=place.tools().schemas)
+    tips = [nodes[tip] for tip in (view.tip, *view.stored.tips.values())]
+    found = costs.of([nodes[one.id] for one in shown], first=tips)
+    by_id = {one.id: found[nodes[one.id]] for one in shown}
+    return view.tree(shown, by_id, model_of(place.services, view, place.head))
 
 
 def _check_items(request: Request, items: list[InputItem]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Final, Self
 from fastapi import Request
 
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.costs import GoingOn
 from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message
@@ -425,24 +426,34 @@ class ConversationView:
         """Return messages as items."""
         return [item for node in nodes for item in items_of(self.item_id(node.id), node)]
 
-    def tree(self, limit: int, after: str | None = None) -> dict[str, Any]:
+    def nodes_after(self, name: str | None, limit: int) -> Sequence[NodeRecord]:
+        """
+        Return a page of all messages, parents first.
+
+        Raises:
+            ApiError: There is no message of that name, after which the page begins.
+        """
+        start = 0
+        if name is not None:
+            places = {self.names[node.id]: at for at, node in enumerate(self.stored.nodes, 1)}
+            if name not in places:
+                raise not_found(f"item {name!r} in this conversation")
+            start = places[name]
+        return self.stored.nodes[start : start + limit]
+
+    def tree(
+        self, shown: Sequence[NodeRecord], costs: Mapping[int, GoingOn], model: str | None
+    ) -> dict[str, Any]:
         """
         Return messages in all branches, parents first, and which branches and checkpoints stand at them.
 
         Args:
-            limit: Most messages to return.
-            after: The id of the last node of the page before; None: this is the first page, which also
-                has what stands at the root.
-
-        Raises:
-            ApiError: There is no such node.
+            shown: A page of them; the first one also has what stands at the root.
+            costs: What going on from them would cost, by their ids in the journal.
+            model: With which model; None: it is not loaded, so nobody knows.
         """
-        start = 0
-        if after is not None:
-            last = self.node_id(after)
-            start = 1 + next(n for n, node in enumerate(self.stored.nodes) if node.id == last)
-        shown = self.stored.nodes[start : start + limit]
-        here = {node.id for node in shown} | (set() if start else {None})
+        is_first = not shown or shown[0] is self.stored.nodes[0]
+        here = {node.id for node in shown} | ({None} if is_first else set())
         tips = {name: at for name, at in self.stored.tips.items() if at in here}
         nodes = [
             {
@@ -454,17 +465,21 @@ class ConversationView:
                 "created_at": int(node.created_at.timestamp()),
                 "finish_reason": node.finish_reason,
                 "usage": None if node.usage is None else recorded(node.usage).to_dict(),
+                "warmth": costs[node.id].warmth if node.id in costs else None,
+                "going_on": costs[node.id].to_dict() if node.id in costs else None,
             }
             for node in shown
         ]
+        ends_at = shown[-1] if shown else None
         return {
             "object": "conversation.tree",
             "id": self.id,
+            "model": model,
             "nodes": nodes,
+            "has_more": ends_at is not None and ends_at is not self.stored.nodes[-1],
+            "last_id": nodes[-1]["id"] if nodes else None,
             "tips": self.named(branches(tips)),
             "checkpoints": self.named(checkpoints(tips)),
-            "last_id": nodes[-1]["id"] if nodes else None,
-            "has_more": start + limit < len(self.stored.nodes),
         }
 
     def named(self, places: Mapping[str, int | None]) -> dict[str, str | None]:

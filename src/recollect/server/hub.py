@@ -153,6 +153,11 @@ class ModelHub:
         """Return what is loaded now; may be called on any thread."""
         return {name: one.model for name, one in self._loaded.items()}
 
+    def lease(self, name: str) -> Lease | None:
+        """Return a model that is loaded now; None where it is not. Give the lease back."""
+        loaded = self._loaded.get(name)
+        return None if loaded is None else Lease(self, name, loaded)
+
     def resolve(self, name: str | None) -> str:
         """
         Return which model a client means.

@@ -47,6 +47,23 @@ class PrefillSpeed:
         return None if speed is None else usage.reused_tokens / speed
 
 
+@dataclass(slots=True)
+class Saved:
+    """What replies did not have to compute."""
+
+    tokens: int = 0
+    restored_tokens: int = 0
+    """Of those, the ones whose KV came from disk."""
+    seconds: float = 0.0
+    """That computing them would have taken, as far as it was known how fast the model reads."""
+
+    def add(self, usage: Usage, speed: PrefillSpeed) -> None:
+        """Count a reply."""
+        self.tokens += usage.reused_tokens
+        self.restored_tokens += usage.restored_tokens
+        self.seconds += speed.time_saved_s(usage) or 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """What the replies to one request cost together; they share the prompt."""
@@ -246,6 +263,7 @@ class Metrics:
     ) -> None:
         self._log = log
         self._speeds = defaultdict[tuple[str, str], PrefillSpeed](PrefillSpeed)
+        self._saved = defaultdict[str, Saved](Saved)
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "recollect_requests",
@@ -294,10 +312,16 @@ class Metrics:
         """Return how fast a model has read the prompts of a namespace; nobody learns of others' prompts."""
         return self._speeds[model, namespace]
 
+    def saved(self, namespace: str) -> "Saved":
+        """Return what a namespace did not have to compute since the server started."""
+        return self._saved[namespace]
+
     def observe(self, model: str, client: Asker, reply: GeneratedReply) -> None:
         """Take note of a reply that has ended."""
         usage = reply.usage
-        self.speed(model, client.namespace).learn(usage)
+        speed = self.speed(model, client.namespace)
+        speed.learn(usage)
+        self.saved(client.namespace).add(usage, speed)
         if self._log is not None:
             change = reply.change if isinstance(reply, Reply) else None
             self._log.note(model, client.agent, usage, change)
