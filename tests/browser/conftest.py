@@ -1,5 +1,5 @@
 """
-What it takes to look at the page: a browser, npm's packages at the versions in `packages/`, and a real server.
+What it takes to look at the page: a browser, npm's packages as `packages/` names them, and a real server.
 
 The packages are kept in the user's cache, so only the first run fetches them. The browser is the
 Chromium of the system, or the one that the variable CHROMIUM names.

@@ -5,6 +5,7 @@ import re
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -34,12 +35,20 @@ def tree_of(url: str, page: Any) -> Json:
     return api(url, f"/v1/conversations/{page.evaluate('location.hash.slice(1)')}/tree")
 
 
+def until(page: Any, holds: str) -> None:
+    """Wait until an expression is true; Playwright's own way needs what the page's policy refuses."""
+    end = monotonic() + 90
+    while not page.evaluate(holds):
+        assert monotonic() < end, holds
+        page.wait_for_timeout(50)
+
+
 def fresh(page: Any) -> None:
     """Begin a conversation."""
     before = page.evaluate("location.hash")
     page.get_by_label("New conversation").click()
-    page.wait_for_function("before => location.hash && location.hash !== before", arg=before)
-    page.wait_for_function("document.querySelectorAll('.message').length === 0")
+    until(page, f"location.hash && location.hash !== {json.dumps(before)}")
+    until(page, "document.querySelectorAll('.message').length === 0")
 
 
 def ask(page: Any, text: str) -> None:
@@ -127,7 +136,7 @@ def test_names_checkpoints_rewind_and_files(
     download.value.save_as(file)
     before = page.evaluate("location.hash")
     page.get_by_label("Import a file").set_input_files(file)
-    page.wait_for_function("before => location.hash !== before", arg=before)
+    until(page, f"location.hash !== {json.dumps(before)}")
     page.locator(".card").first.wait_for()
     assert len(tree_of(server.url, page)["nodes"]) == len(found["nodes"])
 
@@ -138,7 +147,7 @@ def test_names_checkpoints_rewind_and_files(
     page.locator(".message.assistant").first.wait_for(state="detached")
     page.get_by_label("Delete the conversation").click()
     page.get_by_role("button", name="Delete", exact=True).click()
-    page.wait_for_function("location.hash === ''")
+    until(page, "location.hash === ''")
 
 
 def test_four_ways_are_tried_compared_and_one_is_kept(
@@ -163,10 +172,8 @@ def test_four_ways_are_tried_compared_and_one_is_kept(
     assert page.locator("mark.more").count() > 0
     page.get_by_role("button", name="Explore").click()
     page.get_by_role("button", name="Keep this").nth(1).click()
-    page.wait_for_function("!document.querySelector('.explore')")
-    page.wait_for_function(
-        "document.querySelector('.head-title .hint').textContent.includes('2 branches')"
-    )
+    until(page, "!document.querySelector('.explore')")
+    until(page, "document.querySelector('.head-title .hint').textContent.includes('2 branches')")
 
 
 def test_two_windows_show_the_same_and_a_restart_goes_on_warm(
@@ -291,9 +298,15 @@ def test_a_large_tree_is_drawn_in_few_elements_and_moved_by_keys(
     ]
     moment = "2026-01-01T00:00:00+00:00"
     file = {
-        "format": "recollect-conversation", "version": 1, "name": "large", "model": "smollm2",
-        "created_at": moment, "updated_at": moment, "fingerprint": "",
-        "tips": {"main": 1}, "nodes": nodes,
+        "format": "recollect-conversation",
+        "version": 1,
+        "name": "large",
+        "model": "smollm2",
+        "created_at": moment,
+        "updated_at": moment,
+        "fingerprint": "",
+        "tips": {"main": 1},
+        "nodes": nodes,
     }
     made = api(server.url, "/v1/conversations/import", {"file": file})["id"]
     page = windows(f"{server.url}#{made}")
