@@ -90,7 +90,8 @@ SINCE = (
     "events",
     "the last of them",
     "events on their way to clients",
-    "the endpoint of events",
+    "the endpoints that only watch",
+    "what going on would cost",
     "those over HTTP",
 )
 """What a module was added for each, since there were 105."""

@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from time import time
+from secrets import token_hex
+from time import monotonic, time
 from typing import Final, TypeVar
 
 from fastapi import Request
@@ -230,6 +231,7 @@ class Job:
         self._ending: Exception | None = None
         self._loop = asyncio.get_running_loop()
         services.jobs.add(self)
+        self._tell_end = _tell_job(services, client, "reply", self.model_name)
         # The loop itself remembers no task that it runs.
         self._reading = [
             self._loop.create_task(self._read(choice, stream))
@@ -406,6 +408,7 @@ class Job:
         if not self._open:
             self._services.jobs.discard(self)
             self._turn.release()
+            self._tell_end()
 
     def _close(self, stream: ReplyGeneration) -> None:
         """End a reply and keep it, on a thread: both may wait."""
@@ -593,9 +596,11 @@ async def with_model(
 
     async def wait() -> _T:
         turn = await _enter(services, namespace, model_name, 1)
+        tell_end = _tell_job(services, client_of(request), "work", turn.lease.name)
 
         def ended(working: asyncio.Future[_T]) -> None:
             turn.release()
+            tell_end()
             if not working.cancelled():
                 working.exception()  # nobody else may be left to ask, and asyncio would log that
 
@@ -608,6 +613,18 @@ async def with_model(
             raise
 
     return await unless_disconnected(request, wait())
+
+
+def _tell_job(services: Services, client: Client, kind: str, model: str) -> Callable[[], None]:
+    """Tell whoever watches that a job has begun, and return what tells its end."""
+    begun_s, told = monotonic(), {"job": f"job_{token_hex(8)}", "kind": kind, "model": model}
+    services.feed.tell(client.namespace, "job.started", told)
+
+    def ended() -> None:
+        seconds = round(monotonic() - begun_s, 3)
+        services.feed.tell(client.namespace, "job.ended", {**told, "seconds": seconds})
+
+    return ended
 
 
 async def _enter(
