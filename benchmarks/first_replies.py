@@ -58,7 +58,7 @@ def ask(model: recollect.Model, number: int) -> dict[str, Any]:
         "reply": reply.text,
         "tokens": reply.usage.generated_tokens,
         "finish_reason": reply.finish_reason,
-        "ran_away": reply.ran_away,
+        "ran_away": reply.ended == "repetition",
     }
 
 

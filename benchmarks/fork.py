@@ -1,7 +1,7 @@
 """
 What forks and rewinds cost, in time, in forward passes and in blocks.
 
-    python benchmarks/fork.py [--model M] [--profile P] [--save]
+    python benchmarks/fork.py [--model M] [--profile P] [--runtime R] [--save]
 """
 
 import sys
@@ -17,8 +17,10 @@ TRUNK_BLOCKS = 2048 // 32
 
 def main() -> int:
     """Run, print, and return 1 where something costs more than it may."""
-    arguments = parser(__doc__ or "", profile="fast").parse_args()
-    with recollect.load(arguments.model, profile=arguments.profile, kv_disk=0) as model:
+    arguments = parser(__doc__ or "", profile="fast", runtimes=True).parse_args()
+    with recollect.load(
+        arguments.model, profile=arguments.profile, runtime=arguments.runtime, kv_disk=0
+    ) as model:
         say("prefilling 8,000 tokens ...")
         result = measure_forks(model, cut_to_length(model, bench_text(), 8000))
         report("fork", model, {"result": result.to_dict()}, save=arguments.save)

@@ -21,11 +21,13 @@ from recollect.proof.report import Machine, card_lines, machine_card
 RESULTS = Path(__file__).parent / "results"
 
 
-def parser(about: str, *, profile: str) -> argparse.ArgumentParser:
-    """Return a command line with the options of every script."""
+def parser(about: str, *, profile: str, runtimes: bool = False) -> argparse.ArgumentParser:
+    """Return a command line with the options of every script, and `--runtime` where it is asked for."""
     options = argparse.ArgumentParser(description=about)
     options.add_argument("--model", default="smollm2", help="as `recollect chat --model` takes it")
     options.add_argument("--profile", default=profile, choices=["exact", "fast", "small"])
+    if runtimes:
+        options.add_argument("--runtime", default="auto", choices=["auto", "openvino", "llama"])
     options.add_argument("--save", action="store_true", help="keep the result under results/")
     return options
 

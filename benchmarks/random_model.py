@@ -57,6 +57,10 @@ WITH_WINDOW = Shape(
 """Five of its six layers attend to the last 64 tokens alone."""
 WITH_EXPERTS = Shape(architecture="qwen3moe", head_norms=True, experts=4)
 """OpenVINO does not run it, and llama.cpp does."""
+WITH_CONVOLUTIONS = Shape(
+    architecture="lfm2", layers=4, head_norms=True, fields={"shortconv.l_cache": 3}
+)
+"""A hybrid: every other layer has a short convolution, which is a recurrent state, in place of attention."""
 
 
 def write_random_model(path: Path, shape: Shape, *, vocabulary_of: Path | None = None) -> Path:

@@ -1,7 +1,7 @@
 """
 What a start costs: the program's own, and a conversation's next turn cold, from memory, from disk.
 
-    python benchmarks/restart.py [--model M] [--profile P] [--tokens 4000] [--rounds 5] [--save]
+    python benchmarks/restart.py [--model M] [--profile P] [--runtime R] [--tokens 4000] [--rounds 5] [--save]
     python benchmarks/restart.py --only-start [--save]
 
 0. `import recollect`, `recollect --version` and `recollect --help`, over an empty Python program,
@@ -38,10 +38,11 @@ import numpy as np
 import recollect
 from harness import Load, parser, report, say
 from recollect import config
+from recollect.conversation.formats import RunOptions, load_runtime
+from recollect.conversation.loading import which_llama
 from recollect.kv.disk import STORE_FOLDER, DiskStore
 from recollect.models.prepare import prepare
 from recollect.proof.bench import bench_text, cut_to_length, summarize
-from recollect.runtime.openvino import OpenVinoRuntime
 from recollect.types import Profile, SamplingParams
 
 WAYS = (
@@ -74,7 +75,7 @@ MOST_START_S = {"import": 0.1, "version": 0.3, "help": 0.3}
 
 def main() -> int:
     """Run, print, and return 1 where something costs more than it may."""
-    options = parser(__doc__ or "", profile="fast")
+    options = parser(__doc__ or "", profile="fast", runtimes=True)
     options.add_argument("--tokens", type=int, default=4000, help="of the conversation")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--over-cold", type=float, default=LEAST_OVER_COLD, help="times faster")
@@ -183,7 +184,8 @@ def child(args: Namespace, way: str, folder: Path) -> dict[str, Any]:
 
 def run_child(args: Namespace, way: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--model", args.model, "--profile", args.profile]
-    command += ["--tokens", str(args.tokens), "--child", way, str(folder)]
+    command += ["--runtime", args.runtime, "--tokens", str(args.tokens)]
+    command += ["--child", way, str(folder)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - ourselves
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -191,12 +193,10 @@ def run_child(args: Namespace, way: str, folder: Path) -> dict[str, Any]:
 
 def open_model(args: Namespace, home: Path, *, on_disk: bool) -> recollect.Model:
     """Return the model, with journal and store in a folder of their own."""
-    local = prepare(args.model, home=config.home())
+    local = prepare(args.model, home=config.home(), runtime=args.runtime, llama=which_llama)
     assert local.folder is not None, "the reference model computes nothing worth restoring"
     profile: Profile = config.parse_profile(args.profile)
-    runtime = OpenVinoRuntime(
-        local.folder / "openvino_model.xml", profile=profile, context_length=local.context_length
-    )
+    runtime = load_runtime(local, RunOptions(profile=profile, home=config.home()))
     store = DiskStore(home / STORE_FOLDER, budget_bytes=BUDGET_BYTES) if on_disk else None
     return recollect.Model(local, runtime, profile=profile, home=home, store=store)
 

@@ -2,12 +2,14 @@
 The server against llama-server: the same weights, the same requests over HTTP, in turns.
 
     python benchmarks/server.py [--rival FILE.gguf] [--rounds 2] [--save]
+    python benchmarks/server.py --runtime llama --model FILE.gguf --rival FILE.gguf
 
 Traces are those of `benchmarks/workloads.py`, each conversation sent whole each time, as chat
 clients do; and one that goes on after a restart of both. First-token time is measured by the client,
 from the request to the first piece of text. Computed tokens are each server's own count. llama-server
 runs from the `xllamacpp` package, its prompt cache on, with as many slots as there are clients; without
-that package, or a file for it, ours alone is measured.
+that package, or a file for it, ours alone is measured. On llama.cpp both compute with the same library
+and the same file, so that what we add is seen; the script then returns 1 where that is too much.
 """
 
 import argparse
@@ -33,6 +35,7 @@ import httpx
 import recollect
 from harness import Load, parser, report, say
 from recollect import config
+from recollect.models.fetch import sources_folder
 from recollect.models.prepare import models_folder
 from traces import text_of
 
@@ -40,6 +43,16 @@ REPLY_TOKENS: Final = 24
 OVERHEAD_SAMPLES: Final = 150
 CLIENTS: Final = 4
 SPEED_REPEATS: Final = 3
+AFTER_RESTART: Final = "after a restart"
+
+LEAST_DECODE: Final = 0.95
+LEAST_CLIENTS: Final = 1.0
+"""Of llama-server's tokens per second, for one client and for several, with the same file and library."""
+MOST_BEYOND_NEW: Final = 32
+"""Tokens computed after a restart besides those that are new."""
+
+OURS: Final = "recollect"
+THEIRS: Final = "llama-server"
 
 Message = dict[str, str]
 
@@ -62,6 +75,8 @@ class Asked:
     ttft_s: float
     prompt_tokens: int
     computed_tokens: int
+    decode_s: float
+    """From the first piece of text to the last."""
 
 
 class Running:
@@ -115,6 +130,7 @@ async def ask(url: str, messages: Sequence[Message], *, max_tokens: int = REPLY_
     }
     text = ""
     first: float | None = None
+    last = 0.0
     usage: dict[str, Any] = {}
     timings: dict[str, Any] = {}
     async with aiohttp.ClientSession() as client:
@@ -128,12 +144,14 @@ async def ask(url: str, messages: Sequence[Message], *, max_tokens: int = REPLY_
             usage, timings = chunk.get("usage") or usage, chunk.get("timings") or timings
             for choice in chunk["choices"]:
                 if piece := choice["delta"].get("content"):
-                    first = first or perf_counter()
+                    last = perf_counter()
+                    first = first or last
                     text += piece
     details = usage.get("prompt_tokens_details") or {}
     cached = details.get("cached_tokens", 0)
     computed = timings.get("prompt_n", usage["prompt_tokens"] - cached)
-    return Asked(text, (first or perf_counter()) - begun, usage["prompt_tokens"], computed)
+    first = first or perf_counter()
+    return Asked(text, first - begun, usage["prompt_tokens"], computed, max(0.0, last - first))
 
 
 @dataclass
@@ -255,13 +273,24 @@ def after_restart(servers: Sequence[Running], seed: str) -> Iterator[dict[str, A
     for server in servers:
         dice = random.Random(seed)  # noqa: S311 - not for secrets
         chat = new(server.url, text_of(dice, 300))
-        for _ in range(4):
-            asyncio.run(chat.say(text_of(dice, 60)))
+        before = [asyncio.run(chat.say(text_of(dice, 60))) for _ in range(4)][-1]
         server.restart()
         asked = asyncio.run(chat.say(text_of(dice, 10)))
-        yield {"server": server.name, "trace": "after a restart", "requests": 1} | {
-            name: value for name, value in asdict(asked).items() if name != "text"
-        }
+        fresh = asked.prompt_tokens - before.prompt_tokens - REPLY_TOKENS
+        yield {
+            "server": server.name,
+            "trace": AFTER_RESTART,
+            "requests": 1,
+            "new_tokens": fresh,
+        } | {name: value for name, value in asdict(asked).items() if name != "text"}
+
+
+def decode_rate(server: Running, seed: str) -> float:
+    """Return the tokens per second of one client, from its first piece of text to its last."""
+    dice = random.Random(seed)  # noqa: S311 - not for secrets
+    message = {"role": "user", "content": text_of(dice, 200)}
+    asked = asyncio.run(ask(server.url, [message], max_tokens=128))
+    return 127 / asked.decode_s
 
 
 def throughput(server: Running, seed: str) -> float:
@@ -335,20 +364,21 @@ def free_port() -> int:
 def start_servers(args: argparse.Namespace, home: Path) -> list[Running]:
     port = free_port()
     ours = [sys.executable, "-m", "recollect", "serve", "--model", args.model]
-    ours += ["--profile", args.profile, "--port", str(port)]
-    servers = [Running("recollect", ours, f"http://127.0.0.1:{port}", home)]
+    ours += ["--profile", args.profile, "--runtime", args.runtime, "--port", str(port)]
+    servers = [Running(OURS, ours, f"http://127.0.0.1:{port}", home)]
     if args.rival is not None:
         port = free_port()
         # Its context is divided among its slots.
         theirs = [sys.executable, "-c", _LLAMA_SERVER, str(args.rival), str(port)]
         theirs += [str(8192 * CLIENTS), str(CLIENTS), str(os.cpu_count() or 1)]
-        servers.append(Running("llama-server", theirs, f"http://127.0.0.1:{port}", home))
+        servers.append(Running(THEIRS, theirs, f"http://127.0.0.1:{port}", home))
     return servers
 
 
 def measure(servers: Sequence[Running], rounds: int) -> dict[str, Any]:
     traces: list[dict[str, Any]] = []
     speeds: dict[str, list[float]] = {server.name: [] for server in servers}
+    decodes: dict[str, list[float]] = {server.name: [] for server in servers}
     for number in range(rounds):
         order = servers if number % 2 == 0 else servers[::-1]
         for name in TRACES:
@@ -363,17 +393,36 @@ def measure(servers: Sequence[Running], rounds: int) -> dict[str, Any]:
             for server in order:
                 speeds[server.name].append(throughput(server, f"speed {number} {repeat}"))
                 say(f"{server.name:14} {CLIENTS} clients {speeds[server.name][-1]:11.1f} tokens/s")
+                decodes[server.name].append(decode_rate(server, f"one {number} {repeat}"))
+                say(f"{server.name:14} 1 client {decodes[server.name][-1]:12.1f} tokens/s")
         for result in after_restart(order, f"restart {number}"):
             traces.append(result)
             say("{server:14} {trace:22} {computed_tokens:7} {ttft_s:8.2f} s".format(**result))
     return {
         "traces": traces,
         "tokens_per_second": {name: median(values) for name, values in speeds.items() if values},
+        "decode_per_second": {name: median(values) for name, values in decodes.items() if values},
     }
 
 
-def main() -> None:
-    options = parser("The server against llama-server, over HTTP.", profile="fast")
+def holds(result: dict[str, Any]) -> bool:
+    """Return whether we add no more to llama.cpp than we may, and compute little after a restart."""
+    checks = [
+        one["computed_tokens"] <= one["new_tokens"] + MOST_BEYOND_NEW
+        for one in result["traces"]
+        if one["trace"] == AFTER_RESTART and one["server"] == OURS
+    ]
+    for name, least in (("tokens_per_second", LEAST_CLIENTS), ("decode_per_second", LEAST_DECODE)):
+        if THEIRS in result[name]:
+            ratio = result[name][OURS] / result[name][THEIRS]
+            say(f"{name}: {ratio:.3f} of llama-server's")
+            checks.append(ratio >= least)
+    return all(checks)
+
+
+def main() -> int:
+    """Run and print; return 1 where, on llama.cpp, something is slower than it may be."""
+    options = parser("The server against llama-server, over HTTP.", profile="fast", runtimes=True)
     options.add_argument(
         "--rival", type=Path, help="a GGUF file for llama-server, Q8_0 for its fast path"
     )
@@ -385,18 +434,23 @@ def main() -> None:
         for one in (home, beside):
             one.mkdir()
             models_folder(one).symlink_to(models_folder(config.home()))
+            sources_folder(one).symlink_to(sources_folder(config.home()))
         servers = start_servers(args, home)
         try:
-            result: dict[str, object] = measure(servers, args.rounds)
-            with recollect.load(args.model, profile=args.profile, home=beside) as model:
+            result: dict[str, Any] = measure(servers, args.rounds)
+            with recollect.load(
+                args.model, profile=args.profile, runtime=args.runtime, home=beside
+            ) as model:
                 first = overhead(servers[0].url, model)
                 result |= {"first_text_s": first, "others_load": load.others()}
                 say(f"HTTP adds {first['added'] * 1000:.1f} ms to the first text")
-                report("server", model, result, save=args.save)
+                name = "server-llama" if args.runtime == "llama" else "server"
+                report(name, model, result, save=args.save)
         finally:
             for server in servers:
                 server.stop()
+    return 0 if args.runtime != "llama" or not args.rounds or holds(result) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,11 +15,13 @@ from traces import TRACES, run_trace
 
 
 def main() -> None:
-    options = parser("Seeded traces: computed, reused and recomputed tokens.", profile="fast")
+    options = parser(
+        "Seeded traces: computed, reused and recomputed tokens.", profile="fast", runtimes=True
+    )
     options.add_argument("--seed", type=int, default=0)
     args = options.parse_args()
     load = Load()
-    with recollect.load(args.model, profile=args.profile, kv_disk=0) as model:
+    with recollect.load(args.model, profile=args.profile, runtime=args.runtime, kv_disk=0) as model:
         say(
             f"{'trace':24} {'requests':>8} {'prompts':>8} {'computed':>8} {'twice':>6} {'ttft s':>8}"
         )

@@ -35,9 +35,11 @@ from recollect.engine import sequence as sequence_module
 from recollect.engine.engine import Engine
 from recollect.engine.reply import IdleWork
 from recollect.errors import RuntimeFailure
+from recollect.files import cached_sha256
 from recollect.kv.disk import DiskStore, NewBlock
 from recollect.kv.record import Identity, Pin, Sealer, StoredReply, chained_key, namespace_key
 from recollect.models.catalog import CATALOG, reference_model
+from recollect.models.fetch import sources_folder
 from recollect.models.onnx_folder import Precision, convert_to_onnx, is_onnx_folder
 from recollect.models.prepare import original_of
 from recollect.runtime.base import (
@@ -626,6 +628,28 @@ def onnx_folder() -> Callable[[Precision], Path]:
 
 TEMPLATES = "llama-cpp-python==0.3.36"
 TEMPLATES_FOLDER = "/vendor/llama.cpp/models/templates/"
+
+
+REAL_FILES = {
+    "smollm2": CATALOG["smollm2"].sha256,
+    "qwen2.5-coder-0.5b": CATALOG["qwen2.5-coder-0.5b"].sha256,
+    "gemma-3-270m": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+}
+"""Digests of GGUF files that tests run where they are kept in the data folder."""
+
+
+@pytest.fixture(scope="session")
+def real_gguf() -> Callable[[str], Path]:
+    """Return what finds a real model's file by its name; the test is skipped where it is not here."""
+
+    def find(name: str) -> Path:
+        home = config.home()
+        for path in sorted(sources_folder(home).rglob("*.gguf")):
+            if cached_sha256(path, home=home) == REAL_FILES[name]:
+                return path
+        pytest.skip(f"needs the file of {name} in the data folder")
+
+    return find
 
 
 @pytest.fixture(scope="session")

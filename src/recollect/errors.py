@@ -13,7 +13,8 @@ Every exception that recollect raises on purpose.
     │   ├── UnsupportedModelError   it exists, but cannot be converted or run
     │   └── TemplateError           its chat template is missing or broken, or refuses the conversation
     ├── RuntimeFailure              the forward pass failed
-    │   └── TokenIdError            a token id is outside the vocabulary, or no token was given
+    │   ├── TokenIdError            a token id is outside the vocabulary, or no token was given
+    │   └── EngineUnavailableError  no engine elsewhere answers, or it broke off
     ├── MemoryLimitError            something does not fit
     │   ├── ContextFullError        tokens do not fit into the model's context
     │   └── OutOfBlocksError        KV does not fit into its memory budget
@@ -114,6 +115,10 @@ class RuntimeFailure(RecollectError):  # noqa: N818 - RuntimeError is a built-in
 
 class TokenIdError(RuntimeFailure, ValueError):
     """A token id is outside the vocabulary, or no token was given."""
+
+
+class EngineUnavailableError(RuntimeFailure):
+    """No engine on another machine answers, or it broke off; what was said and generated is kept."""
 
 
 class MemoryLimitError(RecollectError):

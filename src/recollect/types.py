@@ -18,6 +18,8 @@ from recollect.errors import InvalidParameterError
 FinishReason = Literal["stop", "length", "cancelled"]
 """Why a reply ended. `stop`: at an end token or a stop string. `length`: at the limit of tokens or of the
 context. `cancelled`: by the caller."""
+Ended = Literal["repetition", "call"]
+"""More of the end of a reply that would have gone on: it repeated itself; it was inside a call of a tool."""
 
 Reason = Literal[
     "new",
@@ -26,13 +28,15 @@ Reason = Literal[
     "message_changed",
     "template_rewrote",
     "evicted",
+    "moved",
     "other_model",
 ]
 """
 Why the tokens that were computed were not reused.
 
-`new`: no earlier prompt had them. `evicted`: their KV was computed, and evicted since. `other_model`: another
-model generated the replies. The others name the first difference from an earlier prompt.
+`new`: no earlier prompt had them. `evicted`: their KV was computed, and evicted since. `moved`: another
+replica has it. `other_model`: another model generated the replies. The others name the first difference
+from an earlier prompt.
 """
 
 MissReason = Literal[
@@ -423,10 +427,19 @@ class Usage:
         """Return the number of tokens that were computed after the call, while somebody waited."""
         return self.computed_tokens - self.read_ahead_tokens
 
-    def evicted(self, tokens: int) -> "Usage":
-        """Return the same for a prompt of which so many tokens had been computed and were evicted."""
+    def evicted(self, tokens: int, *, moved: bool = False) -> "Usage":
+        """
+        Return the same for a prompt of which so many tokens had been computed, and are not there now.
+
+        Args:
+            tokens: How many.
+            moved: Whether another replica has them, as far as is known; once told, it stays.
+        """
         if tokens <= 0:
             return self
+        if moved or self.reason == "moved":
+            told = f"{tokens} tokens had been computed by another replica of the engine."
+            return replace(self, reason="moved", difference=told, lost_tokens=tokens)
         told = f"{tokens} tokens had been computed, and are no longer in memory."
         return replace(self, reason="evicted", difference=told, lost_tokens=tokens)
 

@@ -3,13 +3,22 @@
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from random_model import MAMBA, WITH_EXPERTS, WITH_WINDOW, Shape, write_random_model
+from random_model import (
+    MAMBA,
+    WITH_CONVOLUTIONS,
+    WITH_EXPERTS,
+    WITH_WINDOW,
+    Shape,
+    write_random_model,
+)
 from recollect import config
+from recollect.conversation.formats import RunOptions, load_runtime
 from recollect.models.onnx_folder import Precision
 from recollect.models.prepare import prepare
 from recollect.runtime.base import PagedRuntime, ReferenceRuntime
@@ -59,12 +68,13 @@ LLAMA_SHAPES = {
     "llama-exact": Shape(),
     "llama-window": WITH_WINDOW,
     "llama-recurrent": Shape(architecture="mamba", fields=MAMBA),
-    "llama-hybrid": Shape(
-        architecture="lfm2", layers=4, head_norms=True, fields={"shortconv.l_cache": 3}
-    ),
+    "llama-hybrid": WITH_CONVOLUTIONS,
     "llama-experts": WITH_EXPERTS,
+    "llama-qwen3": Shape(architecture="qwen3", head_norms=True),
 }
 """Random models for llama.cpp: one that is plain, one that forgets, one that chooses who computes."""
+LLAMA_FILES = {f"llama-{name}": name for name in ("smollm2", "gemma-3-270m", "qwen2.5-coder-0.5b")}
+"""Real ones, with weights unpacked to f32."""
 WITHOUT_WEIGHTS = [
     "reference",
     "reference-whole-blocks",
@@ -73,7 +83,7 @@ WITHOUT_WEIGHTS = [
     "sequences",
     "sequences-copied",
 ]
-WITH_WEIGHTS = ["openvino-exact", "genai-fp32"]
+WITH_WEIGHTS = ["openvino-exact", "genai-fp32", *LLAMA_FILES]
 PARAMS = [
     *WITHOUT_WEIGHTS,
     *(pytest.param(name, marks=pytest.mark.model) for name in WITH_WEIGHTS),
@@ -90,6 +100,7 @@ def maker(
     runtime_name: str,
     onnx_folder: Callable[[Precision], Path],
     make_sequences: Callable[..., SequenceRuntime],
+    real_gguf: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Maker:
     """Return what makes one runtime of the kind under test."""
@@ -100,8 +111,13 @@ def maker(
     if runtime_name in LLAMA_SHAPES:
         path = tmp_path_factory.mktemp("llama") / "random.gguf"
         write_random_model(path, LLAMA_SHAPES[runtime_name])
-        options = LlamaOptions(profile="exact", threads=1)
+        options = LlamaOptions(profile="exact", threads=1, recurrent_block_size=32)
         return lambda: load_llama(path, context_length=512, options=options)
+    if runtime_name in LLAMA_FILES:
+        home = config.home()
+        file = prepare(str(real_gguf(LLAMA_FILES[runtime_name])), home=home, runtime="llama")
+        short = replace(file, context_length=512)
+        return lambda: load_runtime(short, RunOptions(profile="exact", home=home))
     if runtime_name == "genai-fp32":
         folder = onnx_folder("fp32")
         local = prepare(str(folder), home=config.home())

@@ -14,6 +14,14 @@ from recollect.runtime.base import Logits, PagedRuntime, Row
 
 TOLERANCE = 1e-3
 """Between passes cut or mixed differently, in the exact profile. A wrong slot is off by more than 1."""
+TOLERANCES = {"llama-gemma-3-270m": 0.05}
+"""ggml reads GELU from a table of 16-bit numbers, so that rounding jumps; at logits that vary by 4."""
+allowed = [TOLERANCE]
+
+
+@pytest.fixture(autouse=True)
+def tolerance(runtime_name: str) -> None:
+    allowed[0] = TOLERANCES.get(runtime_name, TOLERANCE)
 
 
 def ids_of(length: int, seed: int = 0) -> list[int]:
@@ -32,7 +40,7 @@ def run(
 
 
 def same(first: Logits, second: Logits) -> bool:
-    return bool(np.abs(first - second).max() <= TOLERANCE)
+    return bool(np.abs(first - second).max() <= allowed[0])
 
 
 def test_the_info_is_usable(runtime: PagedRuntime) -> None:

@@ -75,7 +75,7 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(spawn: Spawn) -> None:
     child.expect_exact("hello")
     child.expect(r"(?s).{300}")
     child.sendintr()
-    child.expect("stopped · [0-9]+ new")
+    child.expect("stopped, /continue goes on · [0-9]+ new")
     child.expect_exact(PROMPT)
     enter(child, "/stats")
     child.expect("1 turn in all branches; open: main")

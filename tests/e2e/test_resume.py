@@ -148,7 +148,7 @@ def test_a_chat_that_is_killed_in_a_reply_has_all_finished_turns_and_the_questio
         child.send(f"finished {number}\r")
         child.expect("(?s).{300}")
         child.sendintr()
-        child.expect("stopped · ")
+        child.expect("stopped, /continue goes on · ")
         child.expect_exact(PROMPT)
         finished.append(f"finished {number}")
         child.send(f"killed {number}\r")

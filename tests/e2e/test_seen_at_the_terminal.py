@@ -248,3 +248,18 @@ def test_a_full_context_names_the_ways_out_and_one_is_to_drop_the_oldest(start: 
     assert "overflow is drop-oldest" in type_in(child, "/set overflow drop-oldest")
     assert "the oldest turn is left out" in type_in(child, long)
     end(child)
+
+
+def test_an_error_breaks_between_words_where_the_terminal_is_narrow(
+    terminal: Callable[..., Any], environment: dict[str, str]
+) -> None:
+    command = [*RECOLLECT, "chat", "--resume", "a conversation that was never begun"]
+    child = terminal(*command, env=environment, dimensions=(24, 40))
+    child.expect(pexpect.EOF)
+    lines = [line for line in SEQUENCE.sub("", child.before).splitlines() if line]
+    assert " ".join(map(str.strip, lines)) == (
+        "recollect: There is no conversation 'a conversation that was never begun'; "
+        "`recollect conversations` lists those that exist."
+    )
+    assert len(lines) > 2
+    assert all(len(line) <= 40 for line in lines)

@@ -31,7 +31,7 @@ from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import MemoryLimitError, OutOfBlocksError, RuntimeFailure, StoreError
 from recollect.kv import disk as disk_module
-from recollect.kv.blocks import BlockPool, CachedBlock, blocks_for
+from recollect.kv.blocks import BlockPool, CachedBlock, Siblings, blocks_for
 from recollect.kv.disk import DiskStore
 from recollect.kv.prefix import PrefixCache
 from recollect.kv.record import Buffer, Entry, Identity, Names, chained_key
@@ -113,6 +113,7 @@ class EngineMachine(RuleBasedStateMachine):
     """
 
     whole_blocks_only = False
+    whole_tails = False
     generators = Bundle("generators")
 
     def __init__(self) -> None:
@@ -122,6 +123,7 @@ class EngineMachine(RuleBasedStateMachine):
             context_length=CONTEXT,
             block_size=SIZE,
             whole_blocks_only=self.whole_blocks_only,
+            whole_tails=self.whole_tails,
             pace=Pace(prefill_chunk=CHUNK, shared_chunk=SIZE, most_rows=3),
         )
         self.engine = self._make_engine()
@@ -394,6 +396,12 @@ class EngineMachine(RuleBasedStateMachine):
         return 0 if at_the_end else max(1, least), most or again
 
     def _longest(self, known: set[Ids], ids: list[int]) -> int:
+        if self.whole_tails and (ends := [one for one in known if tuple(ids[: len(one)]) == one]):
+            longest = max(len(one) for one in ends)
+            return max(longest, self._longest_cut(known, ids))
+        return self._longest_cut(known, ids)
+
+    def _longest_cut(self, known: set[Ids], ids: list[int]) -> int:
         longest = max((common_prefix_length(ids, one) for one in known), default=0)
         return longest // SIZE * SIZE if self.whole_blocks_only else longest
 
@@ -428,6 +436,12 @@ class WholeBlocksMachine(EngineMachine):
     """The same where only whole blocks can be kept."""
 
     whole_blocks_only = True
+
+
+class WholeTailsMachine(WholeBlocksMachine):
+    """The same where, besides, one can go on from the end of a prompt or a turn, and nowhere before it."""
+
+    whole_tails = True
 
 
 class DiskMachine(EngineMachine):
@@ -495,6 +509,10 @@ class DiskMachine(EngineMachine):
         self.disturbed = True
 
 
+class WholeTailsDiskMachine(DiskMachine, WholeTailsMachine):
+    """Whole tails over a disk."""
+
+
 def tolerated() -> contextlib.suppress:
     """Return a context in which what was planned may go wrong does so in silence."""
     return contextlib.suppress(OutOfBlocksError, RuntimeFailure)
@@ -503,6 +521,8 @@ def tolerated() -> contextlib.suppress:
 TestEngine = EngineMachine.TestCase
 TestEngineWithWholeBlocksOnly = WholeBlocksMachine.TestCase
 TestEngineWithADisk = DiskMachine.TestCase
+TestEngineWithWholeTails = WholeTailsMachine.TestCase
+TestEngineWithWholeTailsOnADisk = WholeTailsDiskMachine.TestCase
 
 
 # The machines must be able to fail: each of these faults is planted, and has to be found.
@@ -681,6 +701,18 @@ def _find_what_follows_something_else(patch: pytest.MonkeyPatch) -> None:
 
 def _share_across_namespaces_on_disk(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Names, "root", lambda self, _: chained_key(self.root_secret, []))
+
+
+def test_a_tail_that_is_reused_in_part_is_found(
+    monkeypatch: pytest.MonkeyPatch, fault_search: Callable[[int], settings]
+) -> None:
+    def careless(self: Siblings, ids: Ids) -> list[CachedBlock]:
+        best, _ = self.nearest(ids)
+        return [] if best is None else [best]
+
+    monkeypatch.setattr(Siblings, "parts_of", careless)
+    with pytest.raises(EXPECTED):
+        run_state_machine_as_test(WholeTailsMachine, settings=fault_search(300))
 
 
 DISK_FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

@@ -21,11 +21,14 @@ from gguf.quants import dequantize
 
 from recollect.models.gguf_decoder import read_decoder
 from recollect.models.gguf_graph import Constants, GraphBuilder
-from recollect.models.gguf_weights import Shards
+from recollect.models.gguf_weights import Shards, write_as_f32
 from recollect.proof.gguf_reference import open_gguf
 from recollect.proof.reference_model import NotCompared, logits_at
-from recollect.runtime.base import Row
+from recollect.runtime.base import PagedRuntime, Row
+from recollect.runtime.llama_model import LlamaOptions
+from recollect.runtime.llamacpp import load_llama
 from recollect.runtime.openvino import OpenVinoRuntime
+from recollect.types import Profile
 
 pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch")
@@ -239,6 +242,8 @@ class Written:
             kind = gguf.GGUFValueType.get_type(value)
             writer.add_key_value(f"{name}.{key}", value, kind)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_tokenizer_model("no_vocab")
         for tensor, (values, weight) in self._tensors(case).items():
             if values.ndim == 1:
                 # Gemma's norms multiply by one more than their weights, which files have added.
@@ -333,7 +338,7 @@ def built(path: Path) -> OpenVinoRuntime:
     return runtime
 
 
-def differences(runtime: OpenVinoRuntime, ids: list[int], expected: np.ndarray) -> Iterator[float]:
+def differences(runtime: PagedRuntime, ids: list[int], expected: np.ndarray) -> Iterator[float]:
     """Yield how far logits are off: prefills, single tokens behind a prefill, and a batch."""
     table = list(range(5))
     for length in (5, 33, 64, 65, 100, LENGTH):
@@ -370,6 +375,42 @@ def test_every_architecture_and_rope_computes_what_transformers_does(
     name: str, tmp_path: Path, ggml: ctypes.CDLL
 ) -> None:
     require_same(CASES[name], tmp_path / "model.gguf", ggml)
+
+
+COMPARED = {
+    "llama, Q4_K": Case(kind="Q4_K"),
+    "llama, Q5_0": Case(kind="Q5_0"),
+    "llama, bf16 and Llama 3.1's RoPE": Case(kind="BF16", config={"rope_parameters": LLAMA3}),
+    "qwen3, Q8_0": CASES["qwen3"],
+}
+"""The files of the table in docs/models.md, which this prints with `-s`."""
+MOST_OFF: dict[Profile, float] = {"exact": CLOSE, "fast": 1.5, "small": 2.0}
+"""At logits that vary by 8; activations are quantized, too, outside `exact`."""
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_both_runtimes_compute_what_transformers_does_in_every_profile(
+    name: str, tmp_path: Path, ggml: ctypes.CDLL
+) -> None:
+    path, unpacked = tmp_path / "model.gguf", tmp_path / "f32.gguf"
+    written = Written(COMPARED[name], path, ggml)
+    expected, ids = written.logits(), written.ids.tolist()
+    built(path).close()
+    write_as_f32(Shards(path), unpacked)
+    found: list[str] = []
+    for profile, most in MOST_OFF.items():
+        xml = path.with_suffix(".xml")
+        openvino = OpenVinoRuntime(xml, profile=profile, context_length=LENGTH + 1)
+        file = unpacked if profile == "exact" else path
+        options = LlamaOptions(profile=profile, threads=1)
+        llama = load_llama(file, context_length=LENGTH + 1, options=options)
+        for runtime in (openvino, llama):
+            runtime.allocate(16)
+            off = max(differences(runtime, ids, expected))
+            found.append(f"{off:.1g}" if off < 0.01 else f"{off:.2f}")
+            runtime.close()
+            assert off < most, (runtime.info.name, off)
+    print(f"| {name} | {' | '.join(found[0::2] + found[1::2])} |")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ import pytest
 
 from recollect.conversation.model import Model
 from recollect.errors import TemplateError
+from recollect.text.reasoning import Begun
 from recollect.text.template import ChatTemplate
 from recollect.types import Message, SamplingParams
 
@@ -215,7 +216,7 @@ def test_reasoning_that_a_template_keeps_is_read_once(
         try:
             for number in range(3):
                 prompt = model.template.render(messages, add_generation_prompt=True)
-                begun = marks.begun(prompt)
+                begun = Begun.of(marks, prompt)
                 thinks = thinks and not begun.is_closed
                 opening = "" if begun.is_inside or not thinks else f"{marks.open}\n"
                 thought = f"{opening}Hmm: {number}.\n{marks.close}{marks.lead or marks.space}"
@@ -260,7 +261,7 @@ def test_reasoning_between_calls_of_tools_is_read_once(
     known = 0
     for number in range(4):
         session = model.session_from(messages, tools=TOOLS)
-        begun = marks.begun(model.prompts.encode(session.path(), tools=TOOLS).ending)
+        begun = Begun.of(marks, model.prompts.encode(session.path(), tools=TOOLS).ending)
         thought = f"Hmm: {number}.\n{marks.close}{marks.space}"
         text = thought if begun.is_inside else f"{marks.open}\n{thought}"
         text += call if number < 3 else "Done."

@@ -56,6 +56,14 @@ def first_tokens(*ways: str) -> Callable[[Result], list[float]]:
     return lambda result: [result["ttft_s"][way]["median"] for way in ways]
 
 
+def of_models(result: Result, what: str) -> list[float]:
+    return [model[what] for model in result["models"].values()]
+
+
+def beyond_passes(*turns: str) -> Callable[[Result], list[float]]:
+    return lambda result: [result["agent"]["turns"][turn]["beyond_s"]["median"] for turn in turns]
+
+
 def total(result: Result, what: str) -> int:
     return sum(trace[what] for trace in result["traces"])
 
@@ -115,6 +123,25 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
         result["ran_away"],
         result["median_tokens"],
     ],
+    ("default-model-fast", "the same beside"): lambda result: [
+        *of_models(result, "long_replies"),
+        *of_models(result, "ran_away"),
+    ],
+    ("default-model-fast", "six scenarios"): lambda result: of_models(result, "passed"),
+    ("default-model-fast", "from nothing"): lambda result: [
+        sum(pair)
+        for pair in zip(of_models(result, "fetch_s"), of_models(result, "ready_s"), strict=True)
+    ],
+    ("default-model-fast", "tokens per second"): lambda result: of_models(result, "tokens_per_s"),
+    ("starting-smollm2-fast", "`recollect --help`"): lambda result: [
+        result["help"]["s"]["median"]
+    ],
+    ("starting-smollm2-fast", "`recollect chat`"): lambda result: [
+        result[prompt]["s"]["median"] for prompt in ("prompt, first", "prompt, later")
+    ],
+    ("first-byte-fast", "an agent's turn"): beyond_passes("after a restart"),
+    ("first-byte-fast", "the two turns"): beyond_passes("second", "third"),
+    ("first-byte-fast", "what ten tools"): lambda result: [result["tools"]["added_s"]],
     ("restart-smollm2-4000-fast", "next turn"): first_tokens("disk", "memory", "cold"),
     ("restart-smollm2-4000-fast", "the same the moment"): first_tokens("at once"),
     ("restart-smollm2-4000-fast", "20 branches"): lambda result: [

@@ -14,6 +14,7 @@ from typing import Final, TextIO
 
 from rich.console import Console
 
+from recollect.cli.display import fitted
 from recollect.conversation.session import Session
 from recollect.conversation.turn import Reply
 from recollect.errors import ConfigError
@@ -111,10 +112,9 @@ def answer_all(
         else:
             _answer_as_text(session, prompt, sys.stdout, plain=plain)
         if session.name != tip:
-            print(
-                f"recollect: another program has moved the branch {tip!r}: this chat goes on in the "
-                f"new branch {session.name!r}.",
-                file=sys.stderr,
+            _remark(
+                f"another program has moved the branch {tip!r}: this chat goes on in the new branch "
+                f"{session.name!r}."
             )
 
 
@@ -160,8 +160,16 @@ def _answer_as_text(session: Session, prompt: str, out: TextIO, *, plain: bool) 
 def _say_why_cut(reply: Reply | None) -> None:
     """Say on stderr why a reply ends where it does, if the model did not end it."""
     if reply is not None and reply.finish_reason == "length":
-        why = "repeated itself and was ended" if reply.ran_away else "was cut at the token limit"
-        print(f"recollect: The reply {why}.", file=sys.stderr)
+        why = (
+            "repeated itself and was ended"
+            if reply.ended == "repetition"
+            else "was cut at the token limit"
+        )
+        _remark(f"The reply {why}.")
+
+
+def _remark(text: str) -> None:
+    print(fitted(f"recollect: {text}", sys.stderr), file=sys.stderr)
 
 
 def _answer_as_json(session: Session, prompt: str, out: TextIO) -> None:
@@ -171,7 +179,7 @@ def _answer_as_json(session: Session, prompt: str, out: TextIO) -> None:
         "reply": reply.said,
         **({"reasoning": reply.reasoning} if reply.reasoning else {}),
         "finish_reason": reply.finish_reason,
-        "ended": "repetition" if reply.ran_away else None,
+        "ended": reply.ended,
         "usage": reply.usage.to_dict(),
     }
     # On a terminal all but ASCII is escaped: some of the rest would be obeyed and not shown.

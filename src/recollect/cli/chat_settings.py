@@ -26,6 +26,7 @@ NONE: Final = "none"
 _OVERFLOWS: Final[dict[str, Overflow]] = {
     value.replace("_", "-"): value for value in get_args(Overflow)
 }
+_EITHER_OVERFLOW: Final = " or ".join(_OVERFLOWS)
 _WORDS: Final = {"on": True, "true": True, "off": False, "false": False}
 
 
@@ -51,14 +52,38 @@ def _switch(text: str) -> bool:
 
 
 _KINDS: Final[dict[str, tuple[Callable[[str], Any], str, str]]] = {
-    "temperature": (float, "a number", "0 always takes the likeliest token"),
-    "top_k": (_whole, "a whole number", "choose among the N likeliest tokens; 0: all"),
-    "top_p": (float, "a number", "choose among the likeliest tokens that add up to X"),
-    "min_p": (float, "a number", "choose among tokens at least X times as likely as the best"),
-    "seed": (_whole_or_none, f"a whole number, or {NONE}", "the same seed gives the same reply"),
-    "max_tokens": (_whole_or_none, f"a whole number, or {NONE}", "most tokens in one reply"),
-    "reasoning_budget": (_whole_or_none, f"a whole number, or {NONE}", "most tokens of reasoning"),
-    "repetition_penalty": (float, "a number", "above 1: tokens that occurred are less likely"),
+    "temperature": (float, "a number from 0 on", "0 always takes the likeliest token"),
+    "top_k": (_whole, "a whole number from 0 on", "choose among the N likeliest tokens; 0: all"),
+    "top_p": (
+        float,
+        "a number above 0 and up to 1",
+        "choose among the likeliest tokens that add up to X",
+    ),
+    "min_p": (
+        float,
+        "a number from 0 to 1",
+        "choose among tokens at least X times as likely as the best",
+    ),
+    "seed": (
+        _whole_or_none,
+        f"a whole number from 0 on, or {NONE}",
+        "the same seed gives the same reply",
+    ),
+    "max_tokens": (
+        _whole_or_none,
+        f"a whole number from 1 on, or {NONE}",
+        "most tokens in one reply",
+    ),
+    "reasoning_budget": (
+        _whole_or_none,
+        f"a whole number from 0 on, or {NONE}",
+        "most tokens of reasoning",
+    ),
+    "repetition_penalty": (
+        float,
+        "a number above 0",
+        "above 1: tokens that occurred are less likely",
+    ),
     "presence_penalty": (float, "a number", "subtracted once for a token of the reply"),
     "frequency_penalty": (float, "a number", "subtracted each time the reply has a token"),
     "stop": (_texts, f'texts in quotes, or {NONE}, as in /set stop "END"', "end before these"),
@@ -76,7 +101,7 @@ def set_value(chat: Chat, name: str, typed: str) -> str:
     Args:
         chat: Its open sessions, and those that it opens later, have the value from then on.
         name: One of `NAMES`; a hyphen may stand for an underscore.
-        typed: The value.
+        typed: The value; empty where none was typed.
 
     Raises:
         InvalidParameterError: There is no such setting, or it cannot have that value.
@@ -85,7 +110,7 @@ def set_value(chat: Chat, name: str, typed: str) -> str:
     if name == OVERFLOW:
         overflow = _OVERFLOWS.get(typed.lower().replace("_", "-"))
         if overflow is None:
-            raise InvalidParameterError(f"overflow is one of {', '.join(_OVERFLOWS)}: give one.")
+            raise _unfit(name, _EITHER_OVERFLOW, typed)
         for session in chat.sessions.values():
             session.overflow = overflow
         return overflow.replace("_", "-")
@@ -94,10 +119,12 @@ def set_value(chat: Chat, name: str, typed: str) -> str:
             f"There is no setting {name!r}: give one of {', '.join(NAMES)}."
         )
     read, kind, _ = _KINDS[name]
+    if not typed:
+        raise _unfit(name, kind, typed)
     try:
         value = read(typed if name == "stop" else typed.lower())
     except ValueError as cause:
-        raise InvalidParameterError(f"{name} is {kind}, not {typed!r}: give one.") from cause
+        raise _unfit(name, kind, typed) from cause
     params = replace(chat.params, **{name: value})
     for session in chat.sessions.values():
         session.params = replace(session.params, **{name: value})
@@ -106,13 +133,19 @@ def set_value(chat: Chat, name: str, typed: str) -> str:
     return _shown(value)
 
 
+def _unfit(name: str, kind: str, typed: str) -> InvalidParameterError:
+    """Return the error for a value that is missing or of the wrong kind, which says what it may be."""
+    instead = f", not {typed!r}" if typed else ""
+    return InvalidParameterError(f"{name} is {kind}{instead}: give one.")
+
+
 def settings(chat: Chat) -> list[tuple[str, str, str]]:
     """Return name, value and meaning of each setting."""
     listed = [
         (name, _shown(getattr(chat.params, name)), about) for name, (_, _, about) in _KINDS.items()
     ]
     overflow = chat.session.overflow.replace("_", "-")
-    return [*listed, (OVERFLOW, overflow, f"when the context is full: {' or '.join(_OVERFLOWS)}")]
+    return [*listed, (OVERFLOW, overflow, f"when the context is full: {_EITHER_OVERFLOW}")]
 
 
 def _shown(value: object) -> str:

@@ -230,7 +230,8 @@ def tree(chat: Chat, _rest: str) -> None:
     slack = engine.info.reuse.unit + 1
     states = warmth(session.tree, session.warm_tokens, stored=on_disk, slack=slack)
     width, numbers = chat.console.width, session.conversation.numbers()
-    for line in draw_tree(session.tree, tips, chat.current, width, states, numbers):
+    closed = tips.keys() - chat.sessions.keys()
+    for line in draw_tree(session.tree, tips, chat.current, width, states, numbers, closed):
         chat.console.print(line, highlight=False)
     chat.note(branches(chat))
     if states:
@@ -362,14 +363,10 @@ def copy(chat: Chat, _rest: str) -> None:
 def set_setting(chat: Chat, rest: str) -> None:
     """Change a setting, or list the settings."""
     name, _, value = rest.partition(" ")
-    if value.strip():
+    if rest:
         shown = set_value(chat, name, value.strip())
         chat.note(f"{name} is {shown} from the next reply on.")
         return
-    if rest:
-        raise InvalidParameterError(
-            f"Give a value after /set {name}; /set alone lists the settings."
-        )
     chat.console.print(definitions(settings(chat), styles=("bold", "", "dim")), highlight=False)
 
 

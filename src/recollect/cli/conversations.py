@@ -305,7 +305,7 @@ def conversations_table(found: list[ConversationInfo]) -> Table:
             format_time(info.updated_at),
             f"{info.turns:,}",
             format_bytes(info.size_bytes),
-            Text(info.model),
+            Text(printable(info.model)),
             Text(", ".join(info.tips), "dim"),
         )
     return table

@@ -7,8 +7,8 @@ to a turn, so it is measured as seldom as possible.
 Knows no commands and no sessions; it is given what measures.
 """
 
+import os
 import sys
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,25 +39,37 @@ from recollect.conversation.tree import Node, Tree
 from recollect.errors import ConfigError
 from recollect.types import Progress
 
+_CONTROLS: Final = (*range(0x20), *range(0x7F, 0xA0))
+_DIRECTIONS: Final = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+"""Embeddings, overrides and isolates: they reorder what is shown. Source: "Trojan Source", CVE-2021-42574."""
+_HIDDEN: Final = (*range(0x206A, 0x2070), *range(0xFFF9, 0xFFFC), *range(0xE0000, 0xE0080))
+"""Deprecated format characters, annotations and tags, by which text is there and not seen."""
+_UNPRINTABLE: Final[Mapping[int, str | None]] = {
+    **dict.fromkeys((*_CONTROLS, *_DIRECTIONS, *_HIDDEN)),
+    ord("\n"): "\n",
+    ord("\t"): "\t",
+    **dict.fromkeys((0x2028, 0x2029), "\n"),  # the separators of lines and paragraphs
+}
+
 
 def printable(text: str) -> str:
     """
-    Return *text* without control characters other than newline and tab.
+    Return *text* without control characters other than newline and tab, and without hidden text.
 
-    What a model writes must not move the cursor, or set the title, of the terminal it is shown on.
+    What a model writes must not move the cursor, or set the title, of the terminal it is shown on, nor be
+    read there in another order than it is written in. Joiners and marks of direction, which the spelling of
+    Persian, Hindi, Hebrew and others needs, stay.
     """
-    return "".join(
-        character
-        for character in text
-        if character in "\n\t" or unicodedata.category(character) != "Cc"
-    )
+    return text.translate(_UNPRINTABLE)
 
 
 def format_bytes(size: int) -> str:
     """Return a size for people, in powers of ten as disks are sold and `--kv-memory` reads them."""
-    if size < 10**6:
+    if size < 1000:
+        return f"{size} B"
+    if round(size, -3) < 10**6:
         return f"{size / 10**3:.0f} kB"
-    return f"{size / 10**6:.0f} MB" if size < 10**9 else f"{size / 10**9:.1f} GB"
+    return f"{size / 10**6:.0f} MB" if round(size, -6) < 10**9 else f"{size / 10**9:.1f} GB"
 
 
 def format_duration(seconds: float) -> str:
@@ -188,6 +200,10 @@ def progress_bar(waiting: str, *, tokens: bool = False) -> Iterator[Progress]:
         yield report
 
 
+_USUAL_WIDTH: Final = 80
+"""Columns of a terminal that does not say how many it has."""
+
+
 class WordWrapper:
     """
     Text that arrives in pieces, with line breaks between words.
@@ -240,6 +256,23 @@ class WordWrapper:
             return out + self.finish()
         self._word += character
         return ""
+
+
+def fitted(text: str, out: IO[str]) -> str:
+    """
+    Return a sentence of ours as *out* shows it best.
+
+    A terminal breaks lines anywhere and obeys what stands in the name of a file; so for one the lines are
+    broken between words here, and only what is printable is left. For anything else it is the text as it is.
+    """
+    if not out.isatty():
+        return text
+    try:
+        width = os.get_terminal_size(out.fileno()).columns
+    except OSError:
+        width = 0
+    wrapper = WordWrapper(width or _USUAL_WIDTH)
+    return wrapper.push(printable(text)) + wrapper.finish()
 
 
 class Writer(Protocol):
@@ -394,6 +427,7 @@ def draw_tree(
     width: int,
     warmth: Mapping[int, Warmth] | None = None,
     numbers: Mapping[int, int] | None = None,
+    closed: Collection[str] = (),
 ) -> list[Text]:
     """
     Return the tree as lines of at most *width* columns.
@@ -402,25 +436,26 @@ def draw_tree(
     indented, so long ones keep room for text.
 
     Args:
-        sessions: Names and tips of the sessions in this tree.
+        sessions: Names and tips of the branches in this tree.
         current: The one that is spoken to.
         width: Columns of the terminal.
         warmth: Of the replies, by their ids; they get a mark.
         numbers: By which people name the nodes, by their ids; None: their ids.
+        closed: The branches that are not open; it is said beside their names.
     """
     here = sessions.get(current)
     on_path = set() if here is None else {node.id for node in [tree.root, *here.path()]}
     marks = {node_id: MARKS[state] for node_id, state in (warmth or {}).items()}
     names = {} if numbers is None else numbers
-    lines = [_line(_Line(tree.root, 0, "", ""), sessions, current, width, on_path, "", 0)]
+    shown = {name: f"{name} (closed)" for name in closed} | {current: f"{current} (here)"}
+    tips = [(name, shown.get(name, name), tip) for name, tip in sessions.items()]
+    lines = [_line(_Line(tree.root, 0, "", ""), tips, current, width, on_path, "", 0)]
     pending = _turns_after(_Line(tree.root, 0, "", ""))
     while pending:
         turn = pending.pop()
         mark = marks.get(turn.node.id, "")
         lines.append(
-            _line(
-                turn, sessions, current, width, on_path, mark, names.get(turn.node.id, turn.node.id)
-            )
+            _line(turn, tips, current, width, on_path, mark, names.get(turn.node.id, turn.node.id))
         )
         pending += _turns_after(turn)
     return lines
@@ -452,20 +487,20 @@ def _next_nodes(node: Node) -> Iterator[Node]:
 
 def _line(
     line: _Line,
-    sessions: Mapping[str, Node],
+    tips: Sequence[tuple[str, str, Node]],
     current: str,
     width: int,
     on_path: set[int],
     mark: str,
     name: int,
 ) -> Text:
-    names = [session for session, tip in sessions.items() if _stands_at(tip, line.node)]
-    here = ", ".join(f"{one} (here)" if one == current else one for one in names)
+    standing = [(name, shown) for name, shown, tip in tips if _stands_at(tip, line.node)]
+    here = ", ".join(shown for _, shown in standing)
     suffix = f"  ← {printable(here)}" if here else ""
     label = _label(line, width - cell_len(suffix), mark, name)
     style = "" if line.node.id in on_path else "dim"
     text = Text(label, style, no_wrap=True, overflow="ellipsis")
-    return text.append(suffix, "bold" if current in names else "not dim")
+    return text.append(suffix, "bold" if current in dict(standing) else "not dim")
 
 
 def _stands_at(tip: Node, node: Node) -> bool:

@@ -89,8 +89,13 @@ def let_go(stream: TextIO) -> None:
 
 
 def complain(message: str) -> None:
-    """Write a line to stderr, where that can be done."""
+    """Write a sentence to stderr, where that can be done."""
     try:
+        if sys.stderr.isatty():
+            # Here and not above: `recollect --help` need not wait for what knows the width of characters.
+            from recollect.cli.display import fitted  # noqa: PLC0415
+
+            message = fitted(message, sys.stderr)
         print(message, file=sys.stderr, flush=True)
     except OSError:
         let_go(sys.stderr)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from getpass import getpass
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args
@@ -327,6 +328,14 @@ class ModelOptions:
             help="What runs a GGUF file. auto: OpenVINO where it can, llama.cpp with a graphics card."
         ),
     ] = "auto"
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What computes: CPU, GPU, or a name that `recollect doctor` shows.",
+            show_default="the runtime's choice",
+        ),
+    ] = None
     gpu_layers: Annotated[
         str | None,
         typer.Option(
@@ -344,6 +353,15 @@ class ModelOptions:
         ),
     ] = None
 
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND=URL",
+            help="An engine elsewhere that computes: vllm=URL, vllm=URL,URL or llama=URL.",
+            show_default="the model runs here",
+        ),
+    ] = None
+
     def check(self) -> None:
         """
         Raise what is wrong with the sizes, the layers, the format of calls and the setting for offline use.
@@ -354,6 +372,10 @@ class ModelOptions:
         self._sizes()
         self._layers()
         tool_formats.named(self.tool_format)
+        if self.engine is not None:
+            from recollect.remote.probe import parsed  # noqa: PLC0415 - loads HTTP, which few need
+
+            parsed(self.engine)
         config.is_offline()
 
     def prepare(self, name: str) -> None:
@@ -366,6 +388,8 @@ class ModelOptions:
                 context.
         """
         self.check()
+        if self.engine is not None:
+            return  # only a tokenizer is needed, which takes no time
         with progress_bar(f"Preparing {name}") as progress:
             local = prepare(
                 name,
@@ -374,7 +398,7 @@ class ModelOptions:
                 progress=progress,
                 offline=self.offline or None,
                 runtime=self.runtime,
-                llama=which_llama,
+                llama=partial(which_llama, self.device),
             )
         if self.long_context:
             local.for_long_context()  # raises if there is none
@@ -401,13 +425,15 @@ class ModelOptions:
                 allow_native_code=self.allow_native_code,
                 long_context=self.long_context,
                 runtime=self.runtime,
+                device=self.device,
                 gpu_layers=self._layers(),
                 kv_type=self.kv_type,
                 tool_format=self.tool_format,
                 progress=progress,
                 offline=self.offline or None,
+                engine=self.engine,
             )
-        if self.runtime == "auto" and model.local.format == "gguf":
+        if self.engine is None and self.runtime == "auto" and model.local.format == "gguf":
             device = model.engine.info.device
             why = "OpenVINO does not read it" if device == "CPU" else f"{device} is quicker"
             typer.echo(f"{name} runs on llama.cpp ({device}), because {why}.", err=True)

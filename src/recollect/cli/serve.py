@@ -30,6 +30,7 @@ from recollect.errors import ConfigError, MissingPackageError, UnknownModelError
 from recollect.journal import requests
 from recollect.models import stores
 from recollect.models.catalog import CATALOG, DEFAULT_MODEL, REFERENCE_NAME, resolve
+from recollect.models.gguf_weights import part_names
 from recollect.models.listing import installed, size_bytes
 from recollect.models.prepare import known_context_length
 from recollect.server.settings import DEFAULT_MAX_TOKENS, Limits, Settings
@@ -447,8 +448,8 @@ def weight_bytes(reference: str, home: Path) -> int:
     status = next((one for one in installed(home) if one.name == name), None)
     if status is not None and status.is_installed:
         return status.disk_bytes - status.source_bytes
-    if path is not None:
-        return size_bytes(path)
+    if path is not None:  # of a GGUF file all parts
+        return sum(size_bytes(path.with_name(part)) for part in part_names(path.name))
     if (kept := stores.find(reference)) is not None:
         return kept.size_bytes
     return 0 if status is None else status.download_bytes or 0

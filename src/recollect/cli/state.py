@@ -23,7 +23,7 @@ from recollect.cli.markdown import make_writer
 from recollect.conversation.model import Model
 from recollect.conversation.session import ReplyStream, Session
 from recollect.conversation.tree import Node
-from recollect.conversation.turn import Reply
+from recollect.conversation.turn import Reply, is_cut
 from recollect.engine.engine import Engine
 from recollect.errors import (
     ConversationError,
@@ -40,7 +40,7 @@ REGENERATE_TEMPERATURE: Final = 0.7
 LONG_PROMPT_TOKENS: Final = 128
 """Fewest computed tokens whose time says how fast prefill is: that of a few is mostly overhead."""
 _NOTES: Final = {
-    "cancelled": "stopped",
+    "cancelled": "stopped, /continue goes on",
     "length": "cut at the token limit, /continue goes on",
     "stop": "",
 }
@@ -180,7 +180,7 @@ class Chat:
         self.totals.add(reply.usage)
         cost = Text(printable(usage_line(reply)), "dim")
         self.console.print(Padding(cost, (0, 0, 0, 2), expand=False), highlight=False)
-        if reply.ran_away:
+        if reply.ended == "repetition":
             self.note("The reply repeated itself and was ended: /continue goes on.")
         if _is_full(self, reply):
             self.note(f"The context is full. {ways_out(self)}")
@@ -336,7 +336,7 @@ def _is_full(chat: Chat, reply: Reply) -> bool:
 def usage_line(reply: Reply) -> str:
     """Return what a reply cost, as the line under it."""
     usage = reply.usage
-    note = "" if reply.ran_away else _NOTES[reply.finish_reason]
+    note = "" if reply.ended == "repetition" else _NOTES[reply.finish_reason]
     parts = [note, f"{usage.awaited_tokens:,} new"]
     if usage.read_ahead_tokens:
         parts.append(f"{usage.read_ahead_tokens:,} read ahead")
@@ -503,8 +503,9 @@ def branches(chat: Chat) -> str:
     """Return the named tips of the conversation with their turns, for one line."""
     parts = []
     for name, tip in chat.tips().items():
-        here = " (here)" if name == chat.current else ""
-        parts.append(f"{name} {count(tip.turns, 'turn')}{here}")
+        is_open = name in chat.sessions
+        state = " (here)" if name == chat.current else "" if is_open else " (closed)"
+        parts.append(f"{name} {count(tip.turns, 'turn')}{state}")
     return " · ".join(parts)
 
 
@@ -541,6 +542,9 @@ def _show_last_turns(chat: Chat) -> None:
             "This message has no reply yet: /regenerate generates one, and another message "
             "replaces it."
         )
+    elif is_cut(path[-1]):
+        how = "stopped" if path[-1].finish_reason == "cancelled" else "cut"
+        chat.note(f"The last reply was {how}: /continue goes on with it.")
 
 
 def _shorten(text: str) -> str:

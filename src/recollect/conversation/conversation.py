@@ -24,6 +24,7 @@ from recollect.errors import (
     StoreError,
     UnknownConversationError,
 )
+from recollect.journal.conversation_files import path_to_json
 from recollect.journal.database import BUSY_TIMEOUT_S
 from recollect.journal.home import Spot
 from recollect.journal.journal import Journal
@@ -131,6 +132,15 @@ class Conversation:
         self._turn = threading.Lock()
         """Held while the journal is written, which can take long. `_lock` is held for moments only."""
         self._lock = threading.Lock()
+
+    def path_json(self, tip: Node) -> str:
+        """Return the messages up to a node as JSON, with token ids; see `Session.to_json`."""
+        return path_to_json(
+            [node.to_new() for node in tip.path()],
+            name=self.name or "conversation",
+            model=self._model,
+            fingerprint=self._fingerprint,
+        )
 
     @property
     def tips(self) -> dict[str, Node]:

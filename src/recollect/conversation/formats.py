@@ -14,7 +14,7 @@ from typing import Final
 
 import psutil
 
-from recollect.errors import ConfigError
+from recollect.errors import ConfigError, UnsupportedModelError
 from recollect.files import scratch_folder
 from recollect.models.catalog import Format, LocalModel
 from recollect.models.gguf_weights import Shards, f32_bytes, is_f32, write_as_f32
@@ -35,6 +35,8 @@ class RunOptions:
     """The data folder, in which weights are unpacked for the time that they are used."""
     gpu_layers: int | None = None
     """Layers in the memory of graphics cards; None: as many as fit. Of llama.cpp alone."""
+    device: str | None = None
+    """What computes, such as `CPU` or `CUDA0`; None: the runtime's own choice. Not of ONNX Runtime GenAI."""
     kv_type: str | None = None
     """The type of keys and values, such as `q8_0`; None: as the profile says. Of llama.cpp alone."""
 
@@ -71,6 +73,11 @@ def load_runtime(model: LocalModel, options: RunOptions) -> PagedRuntime:
             f"{model.name} does not run on llama.cpp here, which --gpu-layers and --kv-type are for: leave "
             "them out, or add --runtime llama."
         )
+    if options.device is not None and model.format not in ("gguf", "openvino"):
+        raise ConfigError(
+            f"{model.name} runs where its folder says, and --device is for OpenVINO and llama.cpp: leave it "
+            "out."
+        )
     return FORMATS[model.format].runtime(model, options)
 
 
@@ -95,6 +102,7 @@ def _openvino(model: LocalModel, options: RunOptions) -> PagedRuntime:
         profile=options.profile,
         context_length=model.context_length,
         long_context=model.is_long,
+        device=options.device,
     )
 
 
@@ -132,7 +140,10 @@ def _llama(model: LocalModel, options: RunOptions) -> PagedRuntime:
             file,
             context_length=model.context_length,
             options=LlamaOptions(
-                profile=options.profile, gpu_layers=options.gpu_layers, kv_type=options.kv_type
+                profile=options.profile,
+                gpu_layers=options.gpu_layers,
+                device=options.device,
+                kv_type=options.kv_type,
             ),
         )
 
@@ -152,6 +163,12 @@ def _llama(model: LocalModel, options: RunOptions) -> PagedRuntime:
         return load(unpacked)
 
 
+def _no_weights(model: LocalModel, _: RunOptions) -> PagedRuntime:
+    raise UnsupportedModelError(
+        f"{model.name} holds a tokenizer and no weights that run here: say which engine computes (--engine)."
+    )
+
+
 def _reference(model: LocalModel, _: RunOptions) -> PagedRuntime:
     return ReferenceRuntime(
         vocab_size=ByteTokenizer().vocab_size, context_length=model.context_length
@@ -166,6 +183,8 @@ FORMATS: Final[Mapping[Format, FormatParts]] = MappingProxyType(
         "onnx-genai": FormatParts(tokenizer=_hf_tokenizer, runtime=_genai),
         # A GGUF file as it is, for llama.cpp; models/prepare.
         "gguf": FormatParts(tokenizer=_llama_tokenizer, runtime=_llama),
+        # A Hugging Face folder, for engines elsewhere; models/tokenizer_folder.
+        "tokenizer": FormatParts(tokenizer=_hf_tokenizer, runtime=_no_weights),
         # The model without weights; models/catalog.
         "reference": FormatParts(tokenizer=lambda _: ByteTokenizer(), runtime=_reference),
     }

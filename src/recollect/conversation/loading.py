@@ -7,25 +7,27 @@ that KV to a model's store. `journal.portable` reads and checks the files themse
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from recollect import config, encryption, files
-from recollect.conversation.formats import RunOptions, load_runtime
+from recollect.conversation.formats import RunOptions, load_runtime, load_tokenizer
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.engine.pinning import in_memory, require_tier
-from recollect.errors import StoreError, UnsupportedModelError
+from recollect.errors import ConfigError, StoreError, UnsupportedModelError
 from recollect.journal.portable import Branch, BranchHead, CarriedBlock, PortableFile
 from recollect.kv.disk import STORE_FOLDER, DiskStore, NewBlock, is_there, open_existing
 from recollect.kv.environment import translated
 from recollect.kv.record import Key, chained_key
 from recollect.models.catalog import DEFAULT_MODEL
 from recollect.models.prepare import Llama, prepare
+from recollect.models.tokenizer_folder import prepare_tokenizer
 from recollect.runtime.base import PagedRuntime
 from recollect.text import tool_formats
 from recollect.types import Profile, Progress, RuntimeChoice, no_progress
@@ -45,11 +47,13 @@ def load(
     allow_native_code: str | None = None,
     long_context: bool = False,
     runtime: RuntimeChoice = "auto",
+    device: str | None = None,
     gpu_layers: int | None = None,
     kv_type: str | None = None,
     progress: Progress = no_progress,
     offline: bool | None = None,
     tool_format: str | None = None,
+    engine: str | None = None,
 ) -> Model:
     """
     Return a loaded model, after fetching and converting it if that is needed.
@@ -77,6 +81,8 @@ def load(
             context that it was trained on first.
         runtime: What runs a GGUF file: `openvino`, which it is converted for; `llama`, which is llama.cpp;
             or `auto`: OpenVINO if it reads the file exactly, unless llama.cpp has a graphics card.
+        device: What computes, such as `CPU` or `CUDA0`; `recollect doctor` lists what there is. None: the
+            runtime's choice, which is a graphics card for llama.cpp where there is one.
         gpu_layers: For llama.cpp, layers in the memory of graphics cards; None: as many as fit.
         kv_type: For llama.cpp, the type of keys and values; None: as the profile says.
         progress: Called while the model is fetched and converted.
@@ -84,8 +90,13 @@ def load(
             `RECOLLECT_OFFLINE` says, and no if that is not set.
         tool_format: The name of the format in which the model writes calls of tools, such as `hermes`;
             see `docs/models.md`. None: the one that the model's chat template shows.
+        engine: An engine elsewhere that computes, as `vllm=URL[,URL...]` or `llama=URL`; see
+            `docs/scale.md`. *model* then gives the tokenizer and the chat template, and may be a Hugging
+            Face folder; no weights are loaded, and what is about KV here cannot be given. None: the model
+            runs here.
 
     Raises:
+        EngineUnavailableError: No engine answers.
         ModelError: The model cannot be fetched or read; the subclass says which.
         ConfigError: `kv_memory` or `kv_disk` is less than a block, there is no such profile or format of
             calls, the model has no long context, or the data folder is encrypted with another key.
@@ -99,6 +110,21 @@ def load(
     else:
         encryption.require(home, cipher)
     _warn_of_writers(home)
+    if engine is not None:
+        given = {
+            "kv_memory": kv_memory,
+            "kv_disk": kv_disk,
+            "device": device,
+            "gpu_layers": gpu_layers,
+            "kv_type": kv_type,
+            "allow_native_code": allow_native_code,
+            "long_context": long_context or None,
+            "store": store,
+        }
+        _require_none_of(given)
+        return _with_engine(
+            engine, str(model), home, profile, cipher, tool_format, progress, offline=offline
+        )
     local = prepare(
         str(model),
         home=home,
@@ -106,11 +132,13 @@ def load(
         progress=progress,
         offline=offline,
         runtime=runtime,
-        llama=which_llama,
+        llama=partial(which_llama, device),
     )
     if long_context:
         local = local.for_long_context()
-    options = RunOptions(profile=profile, home=home, gpu_layers=gpu_layers, kv_type=kv_type)
+    options = RunOptions(
+        profile=profile, home=home, device=device, gpu_layers=gpu_layers, kv_type=kv_type
+    )
     loaded = load_runtime(local, options)
     store = store or _store(home, kv_disk, cipher, loaded)
     try:
@@ -130,14 +158,71 @@ def load(
         raise
 
 
-def which_llama() -> Llama:
-    """Return whether llama.cpp is here, and whether it is the quicker one since it has a graphics card."""
+def _require_none_of(given: Mapping[str, object]) -> None:
+    """
+    Check that nothing was said about KV or computing here.
+
+    Raises:
+        ConfigError: Something was. No KV on disk, 0, is what an engine elsewhere has.
+    """
+    said = [name for name, value in given.items() if value not in (None, 0)]
+    if said:
+        raise ConfigError(
+            f"{', '.join(said)} cannot go with an engine elsewhere, which has the KV and the weights: leave "
+            "it out, and tell the engine."
+        )
+
+
+def _with_engine(
+    said: str,
+    name: str,
+    home: Path,
+    profile: Profile,
+    cipher: Cipher | None,
+    tool_format: str | None,
+    progress: Progress,
+    *,
+    offline: bool | None,
+) -> Model:
+    """Return a model that an engine elsewhere computes."""
+    from recollect.remote.probe import connect, parsed  # noqa: PLC0415 - loads HTTP, which few need
+
+    parsed(said)  # before anything is fetched
+    local = prepare_tokenizer(
+        name,
+        home=home,
+        has_llama=lambda: which_llama() != "missing",
+        progress=progress,
+        offline=offline,
+    )
+    tokenizer = load_tokenizer(local)
+    engine = connect(said, local, tokenizer, home)
+    return Model(
+        local,
+        engine.runtime,
+        profile=profile,
+        home=home,
+        cipher=cipher,
+        tool_format=tool_format,
+        tokenizer=tokenizer,
+        engine=engine,
+    )
+
+
+def which_llama(device: str | None = None) -> Llama:
+    """
+    Return whether llama.cpp is here, and whether it is the quicker one since it has a graphics card.
+
+    Args:
+        device: The one that was asked for; with the processor no card counts.
+    """
     from recollect.runtime.llama_library import is_there, library  # noqa: PLC0415 - part of an extra
 
     try:
         if not is_there():
             return "missing"
-        is_quicker = any(device.is_graphics for device in library().devices())
+        uses_cards = device is None or device.upper() != "CPU"
+        is_quicker = uses_cards and any(one.is_graphics for one in library().devices())
     except UnsupportedModelError as error:  # models that OpenVINO runs do without it
         _log.warning("%s", error)
         return "missing"
@@ -252,6 +337,7 @@ def bring_in(model: Model, file: PortableFile) -> int:
     tier = require_tier(model.engine)
     with model.engine.lock:
         root = model.engine.cache.root().key
+    keeps = model.engine.info.reuse.whole_tails
     keys: list[Key] = []
     batch: list[NewBlock] = []
     batch_bytes = 0
@@ -260,9 +346,9 @@ def bring_in(model: Model, file: PortableFile) -> int:
         batch.append(block)
         batch_bytes += file.bytes_per_block
         if batch_bytes >= _BATCH_BYTES:
-            tier.store.write(tier.identity, batch)
+            tier.store.write(tier.identity, batch, keep_parts=keeps)
             batch, batch_bytes = [], 0
-    tier.store.write(tier.identity, batch)
+    tier.store.write(tier.identity, batch, keep_parts=keeps)
     if not tier.store.has_blocks(keys):
         raise StoreError("There is no room for its KV on disk: give the cache more (--kv-disk).")
     return len(file.token_ids)

@@ -28,10 +28,21 @@ from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
 from recollect.engine.tier import DiskTier
-from recollect.errors import ConfigError, ConversationError, UnknownConversationError
+from recollect.errors import (
+    ConfigError,
+    ConversationError,
+    UnknownConversationError,
+)
+from recollect.journal.conversation_files import path_from_json
 from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Hit, Page, require_name
+from recollect.journal.records import (
+    DEFAULT_TIP,
+    ConversationInfo,
+    Hit,
+    Page,
+    require_name,
+)
 from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import DiskStore
 from recollect.kv.record import Pin, StoredReply, chained_keys
@@ -208,6 +219,8 @@ class Model:
         store: DiskStore | None = None,
         cipher: Cipher | None = None,
         tool_format: str | None = None,
+        tokenizer: Tokenizer | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """
         Make a model from its loaded parts; `load` is the usual way.
@@ -221,6 +234,8 @@ class Model:
             store: The KV store, closed with the model; None: KV is in memory only.
             cipher: The cipher of an encrypted data folder; None: it is not encrypted.
             tool_format: As in `load`.
+            tokenizer: Of the model, where it is loaded already.
+            engine: What computes, with *runtime*; the model owns it from now on. None: one is made.
         """
         self.name: Final = local.name
         self.local: Final = local
@@ -235,7 +250,7 @@ class Model:
         self.known: Final = KnownMessages()
         """The index of known messages, in which messages that come as text are found."""
         self.profile: Final = profile
-        self.tokenizer: Final[Tokenizer] = load_tokenizer(local)
+        self.tokenizer: Final[Tokenizer] = tokenizer or load_tokenizer(local)
         self.template: Final = ChatTemplate(
             local.chat_template,
             bos_token=local.bos_token,
@@ -247,7 +262,7 @@ class Model:
         self.prompts: Final = PromptEncoder(
             self.template, self.tokenizer, fingerprint=local.fingerprint
         )
-        self.engine: Final = Engine(
+        self.engine: Final = engine or Engine(
             runtime,
             num_blocks=pool_size(runtime.info, kv_memory),
             eos_token_ids=local.eos_token_ids,
@@ -409,6 +424,36 @@ class Model:
             template_options=template_options,
             begun=tip if tip.role == "assistant" else None,
         )
+
+    def session_from_json(
+        self,
+        text: str,
+        **more: Any,
+    ) -> Session:
+        """
+        Return a session in a conversation of its own, which begins with what `Session.to_json` returned.
+
+        Replies have the token ids that they were generated as, if by this model, and the KV of these is
+        found; another model reads their text. Nothing can tell whether token ids belong to the text:
+        take it only from whom you trust. Of a file with several branches, `main` is taken.
+
+        Args:
+            text: What `Session.to_json` returned, or a file that `recollect conversations export` wrote.
+            more: The arguments of `session` but for *system*. Where it is kept, the messages are saved
+                at once; the name in the JSON is not taken.
+
+        Raises:
+            ConversationFileError: It is not such a text.
+            InvalidParameterError: A description of a tool cannot be used.
+            NameTakenError: There is a conversation of that name.
+            StoreError: The journal cannot be used.
+        """
+        path = path_from_json(text, self.weights_fingerprint, self.engine.info.vocab_size)
+        session = self.session(None, **more)
+        if path:
+            conversation = session.conversation
+            session.rewind(conversation.add(conversation.tree.root, path, tip=DEFAULT_TIP))
+        return session
 
     def sessions(
         self, *, limit: int | None = None, after: int | None = None

@@ -29,10 +29,11 @@ from typing import Any, Final
 
 from recollect.conversation import showing
 from recollect.conversation.matching import shared_characters
-from recollect.conversation.showing import Opening, Prompt, Rewritten
+from recollect.conversation.showing import Leads, Opening, Prompt, Rewritten
 from recollect.conversation.tree import ROOT_KEY, Node, message_key
 from recollect.errors import InvalidParameterError, TemplateError
-from recollect.text.reasoning import ShowingTokenizer, says_nothing, says_the_same
+from recollect.text.reasoning import ShowingTokenizer
+from recollect.text.reasoning_marks import says_nothing, says_the_same
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import ControlTokens, Shown, Tokenizer, encode_shown
 from recollect.text.tool_calls import CallRules
@@ -398,11 +399,13 @@ class _Encoding:
         self._length = len(self._whole.text)
         if typed:
             self._whole = self._whole.followed_by_said(typed, self._control)
+        self._name, self._named = blake2b(digest_size=16), 0
         self._places = [place for place, node in enumerate(path) if node.role == "assistant"]
         self._ids: list[int] = []
         self._done = self._end = 0
         # The reply that ends at `_end`, -1 before the first; None: nobody knows where it ends.
         self._last: int | None = -1
+        self._leads = Leads(len(self._places))
         self._rewritten: list[Rewritten] = []
         self._reencoded = self._reencoded_length = self._generated_length = 0
 
@@ -433,10 +436,12 @@ class _Encoding:
 
     def name(self, messages: int, said: str | None = None) -> bytes:
         """Return a hash of the first *messages* messages, and of the text *said* by a user after them."""
-        name, key = blake2b(digest_size=16), ROOT_KEY
-        for node in self.path[:messages]:
-            key = node.key
-            name.update(key)
+        if messages < self._named:
+            self._name, self._named = blake2b(digest_size=16), 0
+        for node in self.path[self._named : messages]:
+            self._name.update(node.key)
+        self._named, name = messages, self._name.copy()
+        key = self.path[messages - 1].key if messages else ROOT_KEY
         if said is not None:
             name.update(message_key(key, "user", said))
         return name.digest()
@@ -465,13 +470,22 @@ class _Encoding:
             text = showing.collapsed(text, marked, self._encoder.tool_format)
         return self._encoder.unmarked(text, thoughts)
 
-    def _asked(self, number: int) -> str | None:
-        """Return what led to a reply of this model when it was generated; None where nobody knows."""
+    def _asked(self, number: int, now: str | None = None) -> str | None:
+        """
+        Return what led to a reply of this model when it was generated; None where nobody knows.
+
+        Args:
+            number: Of the reply.
+            now: What is shown there now; None: nothing is.
+        """
         place = self._places[number]
         if not self._encoder.is_own(self.path[place]):
             return None
         name = self.name(place)
         opening = self._encoder.openings.get(name)
+        guess = None if now is None or opening else self._leads.guess(number, now)
+        if guess is not None:
+            return guess if self._last == number - 1 else None
         if opening is None:
             try:
                 numbers, around = self._marked(self._encoder.asking, place)
@@ -479,7 +493,11 @@ class _Encoding:
                 return None
             opening = Opening(numbers[-1] if numbers else -1, around[-1])
             self._encoder.openings.put(name, opening)
-        return opening.text if opening.after == self._last else None
+        if opening.after != self._last:
+            return None
+        if now is not None:
+            self._leads.learn(now, opening.text)
+        return opening.text
 
     def _drop(self, numbers: Iterable[int]) -> None:
         """Take note of replies that are not shown."""
@@ -489,7 +507,7 @@ class _Encoding:
 
     def _reply(self, number: int, opening: str, after: str, *, is_last: bool) -> None:
         """Take the next reply that is shown, between two texts of the template."""
-        reply, asked = self.path[self._places[number]], self._asked(number)
+        reply, asked = self.path[self._places[number]], self._asked(number, opening)
         is_own = self._encoder.is_own(reply)
         before = self._encoder.before_said(reply) if is_own else ""
         led = None if before else asked

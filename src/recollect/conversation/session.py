@@ -103,6 +103,15 @@ class Cursor:
         """Return the messages up to the tip, as clients send them: tool calls beside the text."""
         return [node.message() for node in self.path()]
 
+    def to_json(self) -> str:
+        """
+        Return the messages up to the tip as JSON: token ids, calls, reasoning and usage included.
+
+        `Model.session_from_json` makes a session of it that goes on warm, and `recollect conversations
+        import` a saved conversation.
+        """
+        return self.conversation.path_json(self._tip)
+
     def last_user(self) -> Node:
         """
         Return the last message on the path that is a user's or a tool's.
@@ -572,7 +581,7 @@ class Session(Cursor, Explorer, AsyncSpeaker):
     def _typed(self, text: str) -> TokenSequence:
         at = self._tip.parent if self._is_unanswered(self._tip) else self._tip
         assert at is not None, "a message has a parent"
-        return self._prompting.sequence(self._prompting.typing(at, text, self.tools))
+        return self._prompting.sequence(self._prompting.typing(at, text, self.tools), at)
 
     def _start_idle_work(self, text: str = "") -> None:
         """Have a message being typed, or what precedes it, computed while the engine is idle."""

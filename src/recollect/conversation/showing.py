@@ -7,10 +7,12 @@ stay those that the model generated.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
+from recollect.conversation.matching import shared_characters
 from recollect.conversation.tree import Node, canonical_reply, parsed_reply
 from recollect.text.call_parts import object_of
 from recollect.text.template import ChatTemplate
@@ -66,6 +68,68 @@ class Opening:
     after: int
     """Which reply that is, counted from 0; -1: from the beginning on."""
     text: str
+
+
+_FIRST, _PROBES, _LAST = 4, 16, 16
+"""Replies at the beginning, spread over all, and at the end, of which what led to them is rendered."""
+_MOST_ENDING: Final = 200
+"""Characters of what a template shows to begin a reply; longer than that of any."""
+_LEAST_ENDING: Final = 8
+"""Of which so few may stand anywhere."""
+_MOST_PLACES: Final = 16
+"""In what is shown before a reply, that are looked at."""
+
+
+class Leads:
+    """
+    What led to the replies of one long conversation when they were generated, rendered for some of them.
+
+    To render for each of a thousand replies what was said before it takes a thousand times as long as all
+    of it. But a template begins every reply alike: how, is learned from some and tried on others, and where
+    it is once another, nothing is guessed any more. A wrong guess would cost tokens that are read again,
+    and no more: where it says other things than what is shown, it does not count.
+    Used for one prompt, by one thread.
+    """
+
+    def __init__(self, replies: int) -> None:
+        self._replies = replies
+        self._may_guess = True
+        self._ending: str | None = None
+        """With what all texts ended that were rendered: it begins a reply."""
+
+    def guess(self, reply: int, opening: str) -> str | None:
+        """
+        Return what led to a reply; None: it has to be rendered.
+
+        Args:
+            reply: Which, counted from 0.
+            opening: What is shown now between the reply before and this one.
+        """
+        step = max(1, self._replies // _PROBES)
+        is_probe = reply < _FIRST or reply >= self._replies - _LAST or reply % step == 0
+        return None if is_probe else self._guessed(opening)
+
+    def learn(self, opening: str, asked: str) -> None:
+        """Take note of what led to a reply, and of what is shown there now."""
+        if self._ending is None:
+            self._ending = asked[-_MOST_ENDING:]
+            return
+        known = self._ending
+        same = shared_characters(known[::-1], asked[-_MOST_ENDING:][::-1])
+        self._ending = known[len(known) - same :]
+        guessed = self._guessed(opening)
+        self._may_guess &= guessed is None or guessed == asked
+
+    def _guessed(self, opening: str) -> str | None:
+        ending = self._ending
+        if not self._may_guess or ending is None or len(ending) < _LEAST_ENDING:
+            return None
+        # Where most of it stands, and of such places the last.
+        start = re.escape(ending[:_LEAST_ENDING])
+        places = [found.start() for found in re.finditer(start, opening)][-_MOST_PLACES:]
+        lengths = [shared_characters(ending, opening[place:]) for place in places]
+        _, place = max(zip(lengths, places, strict=True), default=(0, -1))
+        return None if place < 0 else opening[:place] + ending
 
 
 def message_of(reply: Node, template: ChatTemplate) -> Message:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from recollect.engine.grammar import JSON_STYLE
 from recollect.text.tokenizer import ControlTokens
-from recollect.text.tool_formats import HERMES, ToolFormat, python_literal
+from recollect.text.tool_formats import HERMES, ToolFormat, braced, python_literal
 
 # Arguments are held to what of their schema they can be held to: a word in it that is not known is
 # no reason to refuse the tool.
@@ -38,7 +38,28 @@ PY_TEXT: /"([^"\\\n]|\\["'\\nrt]|\\u00[0-9a-f]{2})*"/ | /'([^'\\\n]|\\["'\\nrt]|
 py_any: PY_TEXT | "True" | "False" | "None" | py_json
 py_key: /[A-Za-z_][A-Za-z0-9_]{0,63}/
 """
-_CONSTANTS: Final = {"boolean": '"True" | "False"', "null": '"None"', "string": "PY_TEXT"}
+_BRACES: Final = r"""
+br_any: br_text | "true" | "false" | "null" | BR_NUMBER | br_list | br_object
+br_list: "[" (br_any ("," br_any)*)? "]"
+br_object: "{" (br_key ":" br_any ("," br_key ":" br_any)*)? "}"
+br_key: /[\w.-]{1,64}/
+BR_NUMBER: /-?(0|[1-9][0-9]{0,20})(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?/
+BR_WHOLE: /-?(0|[1-9][0-9]{0,20})/
+"""
+_KEY: Final = r'/[^<>"\n]{1,64}/'
+"""Of an argument that no schema names."""
+_VALUES: Final[Mapping[str, Mapping[str, str]]] = {
+    "python": {
+        "boolean": '"True" | "False"', "null": '"None"', "string": "PY_TEXT", "any": "py_any",
+        "key": 'py_key "="', "comma": '", "',
+    },
+    "braces": {
+        "boolean": '"true" | "false"', "null": '"null"', "string": "br_text", "any": "br_any",
+        "key": 'br_key ":"', "comma": '","', "number": "BR_NUMBER", "integer": "BR_WHOLE",
+        "object": "br_object",
+    },
+}  # fmt: skip
+"""What values are, by the types of schemas, and what is around them."""
 
 
 def name_of(schema: Mapping[str, Any]) -> str:
@@ -92,6 +113,7 @@ class CallGrammar:
         control: ControlTokens,
         *,
         one_only: bool,
+        budget: int | None = None,
     ) -> None:
         """
         Hold what the rules are made of.
@@ -102,7 +124,10 @@ class CallGrammar:
             unheld: Names of tools whose arguments are held to no schema.
             control: The model's control tokens.
             one_only: Whether a reply has one call at most.
+            budget: Most tokens of reasoning, where the grammar is about that too; None: as many as the
+                model wants.
         """
+        self._budget = budget
         self._format = format_
         self._schemas = schemas
         self._unheld = unheld
@@ -125,7 +150,7 @@ class CallGrammar:
             return "\n".join(["start: bare | tail", *rules])
         rules.append(f"section: {self._until(form.mark, 'trigger')} after_mark")
         if form.mark not in self._control.ids:
-            rules.append(f"trigger[lazy]: TEXT {_quoted(form.mark)}")
+            rules.append(self._up_to("trigger", form.mark))
         bare = ("bare" if self._one_only else "bare+") if form is HERMES else ""
         many = "section | tail" if self._one_only else "section* tail"
         start = f"({many} | {bare}) BARE_END?" if bare else many
@@ -156,7 +181,7 @@ class CallGrammar:
         form = self._format
         if form.kind == "channels":
             return self._channels("final", with_final=True)
-        if not form.mark or form.mark in self._control.ids:
+        if not form.mark or self._control.count(form.mark):  # which text has none of
             return f"start: tail\n{_TEXT}"
         mark = re.escape(form.mark).replace("/", r"\/")
         return f"start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*){mark}(?s:.*)/"
@@ -186,6 +211,9 @@ class CallGrammar:
         ]
         if form.kind == "python":
             rules.append(_PYTHON + f"py_json: %json {json.dumps({'x-guidance': _GUIDANCE})}")
+        if form.kind == "braces":
+            said = self._up_to("br_said", form.quote)
+            rules.append(f"br_text: {self._literal(form.quote)} br_said\n{said}\n{_BRACES}")
         rules += [rule for n in range(len(self._schemas)) for rule in self._call(n)]
         return "\n".join(rules)
 
@@ -203,8 +231,13 @@ class CallGrammar:
             yield f'call_{n}: {_quoted(opening)} arguments_{n} "}}"'
             yield f"arguments_{n}: {self._json(n)}"
         elif form.kind == "named":
-            yield f"call_{n}: {self._literal(name + form.separator)} arguments_{n}"
+            number = "/:[0-9]{1,4}/ " if form.is_numbered else ""
+            parts = f"{self._literal(name)} {number}{self._literal(form.separator)}"
+            yield f"call_{n}: {parts} arguments_{n}"
             yield f"arguments_{n}: {self._json(n)}"
+        elif form.kind == "braces":
+            yield f'call_{n}: {_quoted(name)} "{{" params_{n} "}}"'
+            yield from self._keywords(n)
         elif form.kind == "python":
             yield f'call_{n}: {_quoted(name + "(")} params_{n} ")"'
             yield from self._keywords(n)
@@ -232,35 +265,41 @@ class CallGrammar:
     def _can_be_named(self, key: str) -> bool:
         if self._format.kind == "python":
             return key.isidentifier()
+        if self._format.kind == "braces":
+            return re.fullmatch(r"[\w.-]{1,64}", key) is not None
         return bool(key.strip()) and not any(one in key for one in '<>"\n')
 
     def _elements(self, n: int) -> Iterator[str]:
         """Yield the rules of arguments that are elements."""
-        before, middle, end = self._format.parameter
+        before, _, end = self._format.parameter
+        as_text = self._format.between_name_and(is_text=True)
+        as_json = self._format.between_name_and(is_text=False)
         mark = end.strip()
         rest = end.partition(mark)[2]
         properties = self._properties(n)
-        yield f"value_text_{n}[lazy]: /(?s:.*)/ {_quoted(mark)}"
+        yield self._up_to(f"value_text_{n}", mark)
         close = self._literal(rest) if rest else ""
         if properties is None:
-            key = r'/[^<>"\n]{1,64}/'
+            values = [f"{self._literal(as_text)} value_text_{n} {close}"]
+            if as_json != as_text:
+                values.append(f"{self._literal(as_json)} arguments_{n} {self._literal(end)}")
+                yield f"arguments_{n}: %json {json.dumps({'x-guidance': _GUIDANCE})}"
             yield f"params_{n}: param_{n}*"
-            yield (
-                f"param_{n}: {self._literal(before)} {key} {self._literal(middle)} "
-                f"value_text_{n} {close}"
-            )
+            yield f"param_{n}: {self._literal(before)} {_KEY} ({' | '.join(values)})"
             return
         each = [
             f"param_{n}_{k}{'' if needed else '?'}" for k, (_, _, needed) in enumerate(properties)
         ]
         yield f"params_{n}: {' '.join(each)}"
         for k, (key, schema, _) in enumerate(properties):
-            yield f"param_{n}_{k}: {self._literal(before + key + middle)} value_{n}_{k}"
-            if values := _listed(schema, parameters_of(self._schemas[n])):
-                texts = (one if isinstance(one, str) else json.dumps(one) for one in values)
-                options = " | ".join(_quoted(one + end) for one in texts)
-                yield f"value_{n}_{k}: {options}"
-            elif _is_text(schema, parameters_of(self._schemas[n])):
+            is_text = _is_text(schema, parameters_of(self._schemas[n]))
+            head = before + key + (as_text if is_text else as_json)
+            yield f"param_{n}_{k}: {self._literal(head)} value_{n}_{k}"
+            if listed := _listed(schema, parameters_of(self._schemas[n])):
+                is_plain = is_text or as_text == as_json
+                each = [_plain(one) if is_plain else json.dumps(one) for one in listed]
+                yield f"value_{n}_{k}: ({' | '.join(map(_quoted, each))}) {self._literal(end)}"
+            elif is_text:
                 yield f"value_{n}_{k}: value_text_{n} {close}"
             else:
                 yield f"value_{n}_{k}: arguments_{n}_{k} {self._literal(end)}"
@@ -274,12 +313,14 @@ class CallGrammar:
         return f"%json {json.dumps({**shared, **plain, 'x-guidance': _GUIDANCE})}"
 
     def _keywords(self, n: int) -> Iterator[str]:
-        """Yield the rules of arguments that are keywords in Python."""
-        properties = self._properties(n)
+        """Yield the rules of arguments that are keywords in Python, or keys in braces."""
+        properties, words = self._properties(n), _VALUES[self._format.kind]
+        comma = words["comma"]
         if properties is None:
-            yield f'params_{n}: (param_{n} (", " param_{n})*)?'
-            yield f'param_{n}: py_key "=" py_any'
+            yield f"params_{n}: (param_{n} ({comma} param_{n})*)?"
+            yield f"param_{n}: {words['key']} {words['any']}"
             return
+        middle = words["key"].split('"')[1]
         starts = list[str]()
         for k, (_, _, needed) in enumerate(properties):
             starts.append(f"param_{n}_{k} rest_{n}_{k + 1}")
@@ -289,31 +330,38 @@ class CallGrammar:
             starts.append('""')
         yield f"params_{n}: {' | '.join(starts)}"
         for k, (key, schema, needed) in enumerate(properties):
-            yield f"param_{n}_{k}: {_quoted(key + '=')} value_{n}_{k}"
+            yield f"param_{n}_{k}: {_quoted(key + middle)} value_{n}_{k}"
             optional = "" if needed else "?"
-            yield f'rest_{n}_{k}: (", " param_{n}_{k}){optional} rest_{n}_{k + 1}'
-            yield from self._python_value(n, f"value_{n}_{k}", schema)
+            yield f"rest_{n}_{k}: ({comma} param_{n}_{k}){optional} rest_{n}_{k + 1}"
+            yield from self._keyword_value(n, f"value_{n}_{k}", schema)
         yield f'rest_{n}_{len(properties)}: ""'
 
-    def _python_value(self, n: int, rule: str, schema: Any) -> Iterator[str]:
-        """Yield the rules of one value as Python writes it."""
+    def _keyword_value(self, n: int, rule: str, schema: Any) -> Iterator[str]:
+        """Yield the rules of one value as the format writes it."""
+        words = _VALUES[self._format.kind]
         root = parameters_of(self._schemas[n])
         schema = _resolved(schema, root)
         if values := _listed(schema, root):
-            yield f"{rule}: {' | '.join(_quoted(python_literal(one)) for one in values)}"
+            yield f"{rule}: {' | '.join(map(self._constant, values))}"
             return
         kind = schema.get("type") if isinstance(schema, Mapping) else None
-        if isinstance(kind, str) and kind in _CONSTANTS:
-            yield f"{rule}: {_CONSTANTS[kind]}"
+        if isinstance(kind, str) and kind in words:
+            yield f"{rule}: {words[kind]}"
         elif kind == "array" and isinstance(schema.get("items"), Mapping):
-            yield f'{rule}: "[" ({rule}_item (", " {rule}_item)*)? "]"'
-            yield from self._python_value(n, f"{rule}_item", schema["items"])
+            yield f'{rule}: "[" ({rule}_item ({words["comma"]} {rule}_item)*)? "]"'
+            yield from self._keyword_value(n, f"{rule}_item", schema["items"])
         elif kind in ("integer", "number", "object"):
             name = f"arguments_{n}_{rule.removeprefix(f'value_{n}_')}"
             yield f"{rule}: {name}"
             yield f"{name}: {self._json_value(n, schema)}"
         else:
-            yield f"{rule}: py_any"
+            yield f"{rule}: {words['any']}"
+
+    def _constant(self, value: Any) -> str:
+        """Return what matches one value as the format writes it."""
+        if self._format.kind == "python":
+            return _quoted(python_literal(value))
+        return self._literal(braced(value, self._format.quote))
 
     def _bare(self, head: str) -> str:
         """Return the rules for calls that are objects without marks."""
@@ -353,10 +401,15 @@ class CallGrammar:
             f"as_{n}: {lit(name_of(one) + '<|channel|>commentary')} to_json arguments_{n}"
             for n, one in enumerate(self._schemas)
         ]
+        head, end = lit("<|channel|>"), f"{lit('<|message|>')} {to} {lit('<|start|>assistant')}"
+        # Whoever ends the reasoning for the budget's sake must not see it begin again.
+        before = {None: "(thought | aside)*", 0: "aside*"}.get(
+            self._budget, "aside* (thought aside*)?"
+        )
         rules = [
-            f"start: aside* ({ends})",
-            f'aside: {lit("<|channel|>")} ("analysis" | "commentary") {lit("<|message|>")} '
-            f"{to} {lit('<|start|>assistant')}",
+            f"start: {before} ({ends})",
+            f'aside: {head} "commentary" {end}',
+            *([] if self._budget == 0 else [f'thought: {head} "analysis" {end}']),
             f'channel_call: {lit("<|channel|>")} ("commentary" | "analysis") " to=functions." '
             f"({self._any('to')})"
             f' | " to=functions." ({self._any("as")})',
@@ -375,6 +428,16 @@ class CallGrammar:
             rules += [f"answered: {head} answer", answer]
         return "\n".join(rules)
 
+    def _up_to(self, rule: str, mark: str) -> str:
+        """Return the rule for text up to a mark and the mark, of which control tokens may be a part."""
+        spans = list(self._control.spans(mark))
+        if not spans:
+            return f"{rule}[lazy]: /(?s:.*)/ {_quoted(mark)}"
+        start = spans[0][0]
+        before = re.escape(mark[:start]).replace("/", r"\/")
+        text = rule.upper()
+        return f"{rule}: {text} {self._literal(mark[start:])}\n{text}: /(?s:.*){before}/"
+
     def _until(self, mark: str, rule: str) -> str:
         """Return what matches text and the mark after it: tokens, or the rule for a mark that is text."""
         return f"TEXT {self._literal(mark)}" if mark in self._control.ids else rule
@@ -382,6 +445,10 @@ class CallGrammar:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _listed(schema: Any, root: Mapping[str, Any]) -> list[Any] | None:

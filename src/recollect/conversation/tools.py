@@ -120,6 +120,7 @@ class Tools:
         answer: Grammar | None = None,
         format_: ToolFormat = HERMES,
         control: ControlTokens = _NO_CONTROL,
+        budget: int | None = None,
     ) -> Grammar | None:
         """
         Return the grammar of replies; None: replies are free.
@@ -130,6 +131,7 @@ class Tools:
             answer: The grammar of replies without calls; None: those are free text.
             format_: How the model writes calls.
             control: The model's control tokens, of which marks of calls may be some.
+            budget: Most tokens of reasoning; None: as many as the model wants.
 
         Raises:
             InvalidParameterError: *answer* is a Lark grammar, which cannot be joined with others.
@@ -139,7 +141,12 @@ class Tools:
         mode, schemas = self._mode(), self._callable()
         one_only = not self.parallel or self._is_single()
         calls = CallGrammar(
-            format_, schemas or self.schemas, self.unheld, control, one_only=one_only
+            format_,
+            schemas or self.schemas,
+            self.unheld,
+            control,
+            one_only=one_only,
+            budget=budget,
         )
         if mode == "none" or not schemas:
             return answer or Grammar.lark(calls.none())

@@ -185,7 +185,8 @@ def _check_shape(message: Any) -> None:
     thought = message.get("reasoning_content")
     if thought is not None and not isinstance(thought, str):
         raise InvalidParameterError(
-            f"The reasoning_content of a message is {type(thought).__name__}: give it a text."
+            f"The reasoning_content of a message is {type(thought).__name__}: give it a text.",
+            param="messages",
         )
 
 

@@ -8,6 +8,7 @@ rest are values: the session carries a turn out, and owns all other state.
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
 from typing import Any, Final, Protocol, Self
 
 from recollect.conversation.feed import Feed
@@ -15,7 +16,14 @@ from recollect.conversation.matching import Change
 from recollect.conversation.prompt import PromptEncoder
 from recollect.conversation.showing import Prompt
 from recollect.conversation.tools import Tools
-from recollect.conversation.tree import Node, Overflow, Window, links_of, turn_starts
+from recollect.conversation.tree import (
+    Node,
+    Overflow,
+    Window,
+    links_of,
+    message_key,
+    turn_starts,
+)
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars
 from recollect.engine.reply import GeneratedReply
@@ -30,7 +38,8 @@ from recollect.errors import (
 )
 from recollect.journal.home import Checkpoints
 from recollect.journal.records import NewNode
-from recollect.text.reasoning import NO_REASONING, Begun, ReasoningMarks, ReasoningWatch
+from recollect.text.reasoning import Begun, ReasoningWatch
+from recollect.text.reasoning_marks import ReasoningMarks
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
 from recollect.text.tool_calls import CallRules
@@ -140,10 +149,8 @@ class Asking:
 
     def reasoning(self, marks: ReasoningMarks | None) -> Begun:
         """Return how reasoning stands where the reply begins."""
-        if marks is None:
-            return NO_REASONING
-        begun = marks.begun(self.prompt.ending)
-        if self.begun is None:
+        begun = Begun.of(marks, self.prompt.ending)
+        if self.begun is None or marks is None:
             return begun
         thought = None if self.begun.links is None else self.begun.links.reasoning
         is_inside = not self.begun.content and (begun.is_inside or thought is not None)
@@ -288,8 +295,10 @@ class Prompting:
         """
         model, form = self._model, self._model.template.tool_format
         rules = tools.rules(params.grammar, form) if tools.schemas else None
-        sequence = self.sequence(asked.prompt.token_ids)
+        sequence = self.sequence(asked.prompt.token_ids, asked.at, said)
         begun = asked.reasoning(model.template.reasoning)
+        if rules is not None and tools.choice != "none":
+            begun = begun.with_calls(form, model.tokenizer)
         reasoning = model.tokenizer, begun
         generator = generator_of(
             self._engine, sequence, params, tools, model.grammars, reasoning, form
@@ -360,9 +369,14 @@ class Prompting:
         shown = self._window.shown(at.path())
         return self._encoder.encode_typed(shown, text, tools.schemas).token_ids
 
-    def sequence(self, token_ids: list[int]) -> TokenSequence:
+    def sequence(self, token_ids: list[int], at: Node, said: str | None = None) -> TokenSequence:
         """
         Return a sequence with this history.
+
+        Args:
+            token_ids: The history.
+            at: The last message in it that is in the tree.
+            said: A user's message after that; None: there is none.
 
         Raises:
             ContextFullError: It leaves no place for a reply.
@@ -372,8 +386,20 @@ class Prompting:
         if needed > limit:
             raise ContextFullError(needed=needed, limit=limit)
         sequence = self._engine.new_sequence(self._namespace)
+        sequence.session = branches_key(self._namespace, at, said)
         sequence.append(token_ids)
         return sequence
+
+
+def branches_key(namespace: str, at: Node, said: str | None = None) -> str:
+    """
+    Return what is equal for all branches of a conversation, whoever sends it and however often: a hash of
+    what is said up to the first message of a user.
+    """
+    first = next((node for node in at.path() if node.role == "user"), None)
+    is_new = first is None and said is not None
+    key = message_key(at.key, "user", said or "") if is_new else (first or at).key
+    return blake2b(namespace.encode() + key, digest_size=16).hexdigest()
 
 
 def is_cut(node: Node) -> bool:
@@ -412,14 +438,30 @@ def _check_can_be_answered(at: Node, begun: Node | None) -> None:
         )
 
 
-def watch_of(tokenizer: Tokenizer, begun: Begun, params: SamplingParams) -> ReasoningWatch | None:
-    """Return what follows the reasoning of a reply; None where nothing depends on it."""
-    has_grammar = params.grammar is not None
+def watch_of(
+    tokenizer: Tokenizer, begun: Begun, params: SamplingParams, *, has_channels: bool = False
+) -> ReasoningWatch | None:
+    """
+    Return what follows the reasoning of a reply; None where nothing depends on it.
+
+    Args:
+        tokenizer: Of the model.
+        begun: How reasoning stands where the reply begins.
+        params: How tokens are chosen.
+        has_channels: Whether the grammar is about the reasoning too.
+    """
+    has_grammar = params.grammar is not None and not has_channels
     if begun.marks is None or not (has_grammar or params.reasoning_budget is not None):
         return None
     if begun.is_closed:
         return None
-    return ReasoningWatch(tokenizer, begun, budget=params.reasoning_budget, leads=has_grammar)
+    return ReasoningWatch(
+        tokenizer,
+        begun,
+        budget=params.reasoning_budget,
+        leads=has_grammar,
+        is_within=has_channels,
+    )
 
 
 def generator_of(
@@ -436,7 +478,8 @@ def generator_of(
 
     A tool whose schema cannot be held to is no reason to refuse the request: its calls are not held to it.
     A grammar is about what is said: the model may think before. Where calls have channels of their own, as
-    in harmony, the grammar of tools is about the whole reply, since it names these.
+    in harmony, the grammar of tools is about the whole reply, since it names these; a budget then leaves
+    one stretch of reasoning.
 
     Raises:
         ConfigError: A parameter or a grammar cannot be used; the sequence is released.
@@ -446,9 +489,11 @@ def generator_of(
             how = params
             if tools.schemas:
                 control = reasoning[0].control_tokens
-                how = replace(params, grammar=tools.grammar(params.grammar, format_, control))
+                budget = params.reasoning_budget
+                grammar = tools.grammar(params.grammar, format_, control, budget)
+                how = replace(params, grammar=grammar)
             has_channels = bool(tools.schemas) and format_.kind == "channels"
-            watch = None if has_channels else watch_of(*reasoning, how)
+            watch = watch_of(*reasoning, how, has_channels=has_channels)
             try:
                 return Generator(engine, how, sequence=sequence, grammars=grammars, reasoning=watch)
             except InvalidParameterError as error:

@@ -63,7 +63,12 @@ class Engine:
         self.pool = BlockPool(num_blocks, info.block_size)
         secrets = () if store is None else (store.root_secret, store.chain_secret)
         names = Names(identity.text(), *secrets)
-        self.cache = PrefixCache(self.pool, names, whole_blocks_only=not info.reuse.inside_blocks)
+        self.cache = PrefixCache(
+            self.pool,
+            names,
+            whole_blocks_only=not info.reuse.inside_blocks,
+            whole_tails=info.reuse.whole_tails,
+        )
         self.memory = Memory(info, self.pool, self.cache)
         self.lock = self.memory.lock
         """Held while block tables, pool and cache change."""

@@ -456,7 +456,7 @@ class GrammarState:
             InvalidParameterError: The reply is no beginning of one.
                 Or the grammar is too complex at this place, or allows nothing there.
         """
-        start = self._start_in(reply)
+        start = self.start_in(reply)
         if start is None:
             thinking = np.ones(self._vocab_size, np.bool_)
             thinking[list(self._ends)] = False
@@ -472,7 +472,7 @@ class GrammarState:
 
     def is_finished(self, reply: list[int]) -> bool:
         """Return whether nothing but the end may follow the reply."""
-        start = self._start_in(reply)
+        start = self.start_in(reply)
         if start is None:
             return False
         self._follow(reply[start:])
@@ -485,7 +485,7 @@ class GrammarState:
             other.begin_behind(self._reasoning.copy(), self._ends)
         return other
 
-    def _start_in(self, reply: list[int]) -> int | None:
+    def start_in(self, reply: list[int]) -> int | None:
         """Return where in the reply the grammar begins; None while the model thinks."""
         return 0 if self._reasoning is None else self._reasoning.answer_start(reply)
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+from recollect.engine.decoder import Decoder
 from recollect.engine.engine import Engine
 from recollect.engine.scheduler import Task
 from recollect.engine.sequence import Sequence
@@ -69,6 +70,7 @@ def require_tier(engine: Engine) -> DiskTier:
     Raises:
         StoreError: There is none, or it was turned off.
     """
+    require_own_kv(engine)
     if not engine.info.reuse.as_bytes:
         raise StoreError(
             "This model's runtime does not give its KV out, so none can be pinned on disk: run the "
@@ -82,8 +84,28 @@ def require_tier(engine: Engine) -> DiskTier:
     return engine.tier
 
 
+def require_own_kv(engine: Engine) -> None:
+    """
+    Check that KV is here, where it can be pinned, published and kept.
+
+    Raises:
+        StoreError: It is with an engine elsewhere.
+    """
+    if isinstance(engine, Decoder):
+        raise StoreError(
+            "The KV is with an engine elsewhere, which pins, publishes and keeps nothing for us: leave this "
+            "out, or load the model here, without --engine."
+        )
+
+
 def pin(engine: Engine, token_ids: Tokens[int], namespace: str = "") -> list[CachedBlock]:
-    """Keep what memory has of a prefix until `unpin`; return what that takes, which may be nothing."""
+    """
+    Keep what memory has of a prefix until `unpin`; return what that takes, which may be nothing.
+
+    Raises:
+        StoreError: The KV is with an engine elsewhere.
+    """
+    require_own_kv(engine)
     with engine.lock:
         last = engine.memory.match(token_ids, namespace).blocks[-1:]
         for cached in last:
@@ -286,8 +308,10 @@ class PublicPrefixes:
             MemoryLimitError: It does not fit the context, or what may be public.
             TooShortError: It fills no block of KV, and nothing less can be shared.
             MisuseError: The engine is closed, or was meanwhile.
+            StoreError: The KV is with an engine elsewhere.
                 In each case what was public still is, and nothing else.
         """
+        require_own_kv(self._engine)
         ids, begun = tuple(token_ids), time.perf_counter()
         with self._lock:
             self._require_room(ids)

@@ -24,6 +24,11 @@ REPETITION_WINDOW: Final = 512
 MOST_REPEATED: Final = REPETITION_WINDOW * 4 // 5
 CYCLE_WINDOW: Final = 700
 """Last tokens that are the same as one period before, where they are no prose: a drawn board is less."""
+PROSE_CYCLE_WINDOW: Final = 288
+"""Last tokens that are the same as one period before, where all of them are prose: a sentence of ten tokens
+thirty times is ended, and two dozen times, as somebody may ask for it, not."""
+PROSE_CYCLE_TIMES: Final = 6
+"""How many periods these have to be: a page with the same filler text in each of six boxes has fewer."""
 REMEMBERED_TOKENS: Final = 4096
 """Tokens whose sequences are remembered: what one reply can hold is bounded by them."""
 
@@ -74,9 +79,9 @@ class Repetition:
     Small models fall into loops that no stop token ends. The rule: a reply has run away when four fifths
     of its last 512 tokens belong to sequences of 48 tokens, at least 28 with letters, that have each
     come at least four times within the last 4,096; or when its last 700 tokens are an exact cycle, whatever
-    they are. A loop that counts, or changes a word now and then, is found where it is prose and 48 tokens in
-    a row stay the same. Numbers of a list's items are left out, so that a list whose items are all the same
-    is a cycle.
+    they are; or, where they are prose, its last 288, if these are at least six periods. A loop that counts,
+    or changes a word now and then, is found where it is prose and 48 tokens in a row stay the same. Numbers
+    of a list's items are left out, so that a list whose items are all the same is a cycle.
 
     A token costs a few dictionary look-ups, whatever came before. Sequences are told apart by their
     rolling hash (Karp and Rabin, IBM Journal of Research and Development 31(2), 1987).
@@ -105,6 +110,8 @@ class Repetition:
         """How long ago the sequence that ends here ended before; 0: it did not."""
         self._in_cycle = 0
         """How many tokens the period has been the same."""
+        self._in_prose_cycle = 0
+        """The same for those after which the last `SAME_LENGTH` tokens were prose."""
         self._window: deque[bool] = deque(maxlen=REPETITION_WINDOW)
         self._repeated = 0
 
@@ -131,15 +138,18 @@ class Repetition:
         self._name = (self._name * _HASH_BASE + token_id + 1 - leaving) % _HASH_MODULUS
         is_repeated = False
         if self._length >= SAME_LENGTH:
-            self._measure_cycle(self._name)
-            is_repeated = self._count(self._name) >= SAME_TIMES and self._words >= SAME_WORDS
+            is_prose = self._words >= SAME_WORDS
+            self._measure_cycle(self._name, is_prose=is_prose)
+            is_repeated = self._count(self._name) >= SAME_TIMES and is_prose
         if len(self._window) == REPETITION_WINDOW:
             self._repeated -= self._window[0]
         self._window.append(False)
         if is_repeated:
             self._mark()
         is_full = len(self._window) == REPETITION_WINDOW
-        is_cycle = self._in_cycle + SAME_LENGTH >= CYCLE_WINDOW
+        enough = max(PROSE_CYCLE_WINDOW, PROSE_CYCLE_TIMES * self._period)
+        is_prose_cycle = self._in_prose_cycle + SAME_LENGTH >= enough
+        is_cycle = self._in_cycle + SAME_LENGTH >= CYCLE_WINDOW or is_prose_cycle
         return is_cycle or (is_full and self._repeated > MOST_REPEATED)
 
     def check(self) -> None:
@@ -151,9 +161,10 @@ class Repetition:
         assert self._repeated == sum(self._window), "2"
         assert self._end.keys() == {name for name, _ in self._remembered}, "3"
 
-    def _measure_cycle(self, name: int) -> None:
+    def _measure_cycle(self, name: int, *, is_prose: bool) -> None:
         period = self._length - self._end.get(name, self._length)
         self._in_cycle = self._in_cycle + 1 if period and period == self._period else 0
+        self._in_prose_cycle = min(self._in_prose_cycle + 1, self._in_cycle) if is_prose else 0
         self._period = period
         self._end[name] = self._length
 

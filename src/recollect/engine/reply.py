@@ -30,7 +30,7 @@ from recollect.runtime.sequences import common_length
 from recollect.text.reasoning import NO_REASONING, Begun, Event, ReplyReader, ShowingTokenizer
 from recollect.text.tokenizer import Detokenizer, StopMatcher, Tokenizer, text_of
 from recollect.text.tool_calls import CallRules
-from recollect.types import FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
+from recollect.types import Ended, FinishReason, TokenLogprob, ToolCall, Usage, tokens_per_second
 
 _END: Final = object()
 
@@ -256,8 +256,13 @@ class GeneratedReply:
     """The text behind the reasoning, as the model wrote it, calls included."""
     stop_string: str | None = None
     """The stop string that has ended it; None where none has."""
-    ran_away: bool = False
-    """It was ended as too long, because it only repeated itself: `engine.repetition.Repetition`."""
+    ended: Ended | None = None
+    """
+    What there is to say, beside `finish_reason`, of an end that the model did not choose; None: nothing.
+
+    Where it was cut in a call before that had its name, `content` and `tool_calls` have nothing of it; `text`
+    has.
+    """
 
     def __str__(self) -> str:
         return self.text
@@ -529,7 +534,7 @@ class ReplyGeneration:
             decode_tps=tokens_per_second(generation.tokens - 1, decode_s),
             sampling=self._generator.params.told(self._generator.seed),
         )
-        return usage.evicted(whole - reused - read_ahead)
+        return usage.evicted(whole - reused - read_ahead, moved=self._sequence.moved)
 
     def _whole(self) -> GeneratedReply:
         """Return the reply, which has ended."""
@@ -546,7 +551,7 @@ class ReplyGeneration:
             tool_calls=parsed.calls,
             content=parsed.content,
             stop_string=self.stop_string,
-            ran_away=self.ran_away,
+            ended="repetition" if self.ran_away else parsed.ended,
         )
 
     def _restored_tokens(self) -> int:

@@ -15,6 +15,8 @@ from typing import Final, Self
 import numpy as np
 import numpy.typing as npt
 
+from recollect.engine.decoder import Ask, Decoder, Drawn
+from recollect.engine.decoder import Likelihood as Likelihood  # noqa: PLC0414 - replies have it from here
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import Grammars, GrammarState
 from recollect.engine.sequence import Sequence
@@ -269,14 +271,45 @@ def _highest(scores: Scores, number: int) -> np.float32:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Likelihood:
-    """How likely the model held a token and its alternatives, before anything changed the logits."""
+class LogitsDecoder:
+    """Chooses among the logits that the engine of this process computes; a `Decoder`."""
 
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-    """Ids and logarithms of the likeliest tokens, the likeliest first."""
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._bias: tuple[SamplingParams, Bias] | None = None
+
+    def require(self, params: SamplingParams) -> None:
+        """Accept all parameters, and have their biases at hand: there can be many."""
+        self._bias = params, Bias.of(params)
+
+    def next_token(self, ask: Ask) -> Drawn:
+        """Have the logits after the history computed, and choose; the last token of a grammar ends it."""
+        self._engine.compute([ask.sequence])
+        logits = ask.sequence.logits
+        assert logits is not None, "compute() leaves the logits known"
+        params, token, reply = ask.params, ask.forced, list(ask.reply)
+        if token is None:
+            token = choose_token(
+                logits,
+                params,
+                history=ask.sequence.history,
+                reply_start=ask.reply_start,
+                seed=ask.seed,
+                allowed=None if ask.grammar is None else ask.grammar.allowed(reply),
+                bias=self._bias_of(params),
+            )
+        if token in self._engine.eos_token_ids and not params.ignore_eos:
+            return Drawn(token)
+        likelihood = None if params.logprobs is None else _describe(token, logits, params.logprobs)
+        # End of sequence would follow: no pass is needed to know.
+        is_last = ask.grammar is not None and ask.grammar.is_finished([*reply, token])
+        return Drawn(token, likelihood, "stop" if is_last else None)
+
+    def _bias_of(self, params: SamplingParams) -> Bias:
+        if self._bias is None or self._bias[0] is not params:
+            self.require(params)
+        assert self._bias is not None, "just made"
+        return self._bias[1]
 
 
 _DRAWN_BITS: Final = 53
@@ -308,6 +341,7 @@ class Generator:
         reasoning: ReasoningWatch | None = None,
     ) -> None:
         self._engine = engine
+        self._decoder: Decoder = engine if isinstance(engine, Decoder) else LogitsDecoder(engine)
         self._grammars = grammars
         self._reasoning = reasoning
         self._sequence = engine.new_sequence(namespace) if sequence is None else sequence
@@ -363,9 +397,9 @@ class Generator:
                     f"logit_bias names token {token}; ids go from 0 to {self._engine.info.vocab_size - 1}.",
                     param="logit_bias",
                 )
+        self._decoder.require(params)
         self._grammar = self._state_of(params)
         self._params = params
-        self._bias = Bias.of(params)
         self._seed = secrets.randbits(_DRAWN_BITS) if params.seed is None else params.seed
 
     def append_tokens(self, token_ids: Tokens[int]) -> None:
@@ -398,31 +432,16 @@ class Generator:
         if len(self._sequence) == self._engine.info.context_length or self._is_long_enough():
             self._finish_reason = "length"
             return None
-        self._engine.compute([self._sequence])
-        logits = self._sequence.logits
-        assert logits is not None, "compute() leaves the logits known"
-        watched = self._grammar is not None or self._reasoning is not None
-        reply = self._reply() if watched else []
-        token = None if self._reasoning is None else self._reasoning.forced(reply)
-        if token is None:
-            token = choose_token(
-                logits,
-                self._params,
-                history=self._sequence.history,
-                reply_start=self.reply_start,
-                seed=self._seed,
-                allowed=None if self._grammar is None else self._grammar.allowed(reply),
-                bias=self._bias,
-            )
-        if token in self._engine.eos_token_ids and not self._params.ignore_eos:
-            self._finish_reason = "stop"
+        drawn = self._decoder.next_token(self._ask())
+        token = drawn.token_id
+        if token is None or (token in self._engine.eos_token_ids and not self._params.ignore_eos):
+            self._finish_reason = drawn.finish or "stop"
             return None
         if self._params.logprobs is not None:
-            self._likelihood = _describe(token, logits, self._params.logprobs)
+            self._likelihood = drawn.likelihood
         self._sequence.append([token])
-        reply.append(token)
-        if self._grammar is not None and self._grammar.is_finished(reply):
-            self._finish_reason = "stop"  # end of sequence would follow: no pass is needed to know
+        if drawn.finish is not None:
+            self._finish_reason = drawn.finish
         elif self._is_long_enough():
             self._finish_reason = "length"
         return token
@@ -457,8 +476,8 @@ class Generator:
             grammars=self._grammars,
             reasoning=None if self._reasoning is None else self._reasoning.copy(),
         )
+        other._decoder = self._decoder
         other._params = self._params
-        other._bias = self._bias
         other._grammar = None if self._grammar is None else self._grammar.copy()
         other._likelihood = self._likelihood
         other._prompts = self._prompts[:]
@@ -470,8 +489,19 @@ class Generator:
         """Give the blocks back."""
         self._sequence.release()
 
-    def _reply(self) -> list[int]:
-        return self._sequence.tokens(self.reply_start)
+    def _ask(self) -> Ask:
+        watched = self._grammar is not None or self._reasoning is not None
+        reply = self._sequence.tokens(self.reply_start) if watched else []
+        return Ask(
+            sequence=self._sequence,
+            params=self._params,
+            seed=self._seed,
+            reply_start=self.reply_start,
+            most_tokens=self._room(),
+            reply=reply,
+            grammar=self._grammar,
+            forced=None if self._reasoning is None else self._reasoning.forced(reply),
+        )
 
     def _state_of(self, params: SamplingParams) -> GrammarState | None:
         """Return where the grammar of some parameters begins; None where they have none."""
@@ -485,6 +515,12 @@ class Generator:
         if self._reasoning is not None:
             state.begin_behind(self._reasoning, self._engine.eos_token_ids)
         return state
+
+    def _room(self) -> int:
+        """Return how many more tokens the reply may have."""
+        length, limit = len(self._sequence), self._params.max_tokens
+        room = self._engine.info.context_length - length
+        return room if limit is None else min(room, self.reply_start + limit - length)
 
     def _is_long_enough(self) -> bool:
         limit = self._params.max_tokens
@@ -518,9 +554,16 @@ def score_tokens(
         goes_on: Called before each pass; may raise to end it.
 
     Raises:
+        InvalidParameterError: The engine is elsewhere, and tells no logits.
         TokenIdError: One is outside the vocabulary. The sequence has those before it.
         OutOfBlocksError: There is no KV memory for them. Likewise.
     """
+    if isinstance(engine, Decoder):
+        raise InvalidParameterError(
+            "An engine elsewhere does not tell how likely the tokens of a prompt are: leave echo or logprobs "
+            "out.",
+            param="logprobs",
+        )
     found: list[Likelihood] = []
     for place, token in enumerate(token_ids):
         goes_on()

@@ -136,6 +136,10 @@ class Sequence:
         """Tokens of this sequence that went through a forward pass, counted there."""
         self.logits: Logits | None = None
         """The logits after the last token, `(vocab_size,)`, not to be changed; None: unknown."""
+        self.session = ""
+        """Which conversation it is of: engines elsewhere keep those with equal ones together."""
+        self.moved = False
+        """Whether another replica of an engine elsewhere has KV of it that this one lacked."""
         self._token_ids = array("q")
         self._id = SequenceId()
         self._finalizer = weakref.finalize(self, memory.pool.drop, self.blocks)
@@ -219,7 +223,8 @@ class Sequence:
         """Return a second sequence over the same history and blocks; costs no forward pass."""
         self._require_open()
         with self.memory.lock:
-            other = Sequence(self.memory, self.namespace)
+            other = type(self)(self.memory, self.namespace)
+            other.session = self.session
             other._token_ids += self._token_ids
             other._hold(self.blocks)
             other.chain += self.chain
@@ -384,7 +389,9 @@ class Sequence:
         """Let others find the last block, though it is not full; who writes on copies it then."""
         cache, after = self.memory.cache, self.last_full
         start = len(self.chain) * self.memory.info.block_size
-        if after is None or cache.whole_blocks_only or start >= self.computed:
+        if after is None or start >= self.computed:
+            return
+        if cache.whole_blocks_only and not cache.whole_tails:
             return
         cache.insert(after, self._token_ids[start : self.computed], self.blocks[len(self.chain)])
 

@@ -163,6 +163,7 @@ class DiskTier:
         self._cache = cache
         self._lock = lock
         self._inside_blocks = runtime.info.reuse.inside_blocks
+        self._whole_tails = runtime.info.reuse.whole_tails
         self.leased_blocks: list[int] = []
         self._written_bytes = 0
         self._written_blocks = 0
@@ -268,6 +269,7 @@ class DiskTier:
             sequence.tokens(start),
             block_size=size,
             inside_block=self._inside_blocks,
+            whole_tails=self._whole_tails,
             most=max(1, most_blocks(rates=rates, room=room, most_s=most_s)),
         )
         return plan_restore(
@@ -337,7 +339,7 @@ class DiskTier:
             blocks = [self._as_new(cached) for cached in leased]
         if not blocks:
             return
-        written = self.store.write(self.identity, blocks)
+        written = self.store.write(self.identity, blocks, keep_parts=self._whole_tails)
         self._written_bytes += written.stored_bytes
         self._written_blocks += written.blocks
         with self._lock:
@@ -421,7 +423,11 @@ class DiskTier:
         after = match.blocks[full - 1] if full else root
         try:
             found = self.store.find(
-                after.key, token_ids[start:], block_size=size, inside_block=self._inside_blocks
+                after.key,
+                token_ids[start:],
+                block_size=size,
+                inside_block=self._inside_blocks,
+                whole_tails=self._whole_tails,
             )
         except StoreError:
             return match.tokens  # the next restore tells what is wrong

@@ -6,15 +6,18 @@ An imported file may come from a stranger, so each field is checked. Pure: no fi
 
 import json
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
 from recollect.errors import ConversationError, ConversationFileError
 from recollect.journal.records import (
+    DEFAULT_TIP,
     FINISH_REASONS,
     MAX_TOKEN_ID,
     ROLES,
     ConversationRecord,
+    NewNode,
     NodeRecord,
     links_to_dict,
     require_name,
@@ -59,6 +62,77 @@ def to_json(conversation: ConversationRecord) -> str:
     lines = ",\n    ".join(nodes)
     body = f"[\n    {lines}\n  ]" if nodes else "[]"
     return f'{head[:-2]},\n  "nodes": {body}\n}}\n'
+
+
+def path_to_json(path: Sequence[NewNode], *, name: str, model: str, fingerprint: str) -> str:
+    """
+    Return messages that follow each other as a conversation of one branch, in the form of `to_json`.
+
+    Args:
+        path: From the first message on.
+        name: Of the conversation.
+        model: Name of the model that it goes on with.
+        fingerprint: Of that model.
+    """
+    now = datetime.now(UTC)
+    nodes = tuple(
+        NodeRecord(
+            id=number,
+            parent_id=number - 1 or None,
+            role=node.role,
+            content=node.content,
+            token_ids=None if node.token_ids is None else tuple(node.token_ids),
+            finish_reason=node.finish_reason,
+            usage=None if node.usage is None else dict(node.usage),
+            created_at=now,
+            fingerprint=node.fingerprint,
+            links=node.links,
+        )
+        for number, node in enumerate(path, 1)
+    )
+    return to_json(
+        ConversationRecord(
+            name=name,
+            created_at=now,
+            updated_at=now,
+            model=model,
+            fingerprint=fingerprint,
+            nodes=nodes,
+            tips={DEFAULT_TIP: len(nodes) or None},
+        )
+    )
+
+
+def path_from_json(text: str, fingerprint: str, vocab_size: int) -> list[NewNode]:
+    """
+    Return the messages of the branch `main` in what `to_json` returned.
+
+    Args:
+        text: The JSON.
+        fingerprint: Of the model that is to go on with it.
+        vocab_size: How many token ids that model has.
+
+    Raises:
+        ConversationFileError: It is not such a text, or a reply of that model has other token ids.
+    """
+    record = from_json(text)
+    path = record.path(record.default_tip())
+    for node in path:
+        is_own = node.fingerprint == fingerprint
+        if is_own and max(node.token_ids or (), default=0) >= vocab_size:
+            _refuse(f"node {node.id} has a token id that its model does not have")
+    return [
+        NewNode(
+            role=node.role,
+            content=node.content,
+            token_ids=node.token_ids,
+            finish_reason=node.finish_reason,
+            usage=node.usage,
+            fingerprint=node.fingerprint,
+            links=node.links,
+        )
+        for node in path
+    ]
 
 
 def to_markdown(conversation: ConversationRecord, *, tip: str | None = None) -> str:

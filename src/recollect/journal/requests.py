@@ -193,6 +193,7 @@ _ADVICE: Final[Mapping[str, str]] = {
     "in the client.",
     "other_model": "Stay with one model in a conversation.",
     "evicted": "Give more room: --kv-memory, or --kv-disk.",
+    "moved": "Route by x-session-id, and add replicas while few conversations are open.",
 }
 _DATE: Final = re.compile(
     r"\d{1,4}[-/.:]\d{1,2}|\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b|"

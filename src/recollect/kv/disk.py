@@ -195,6 +195,7 @@ class DiskStore:
         *,
         block_size: int,
         inside_block: bool,
+        whole_tails: bool = False,
         most: int | None = None,
     ) -> Found:
         """
@@ -205,6 +206,8 @@ class DiskStore:
             token_ids: What follows it, shape `(n,)`.
             block_size: Tokens in a whole block.
             inside_block: Whether a part of a block may be reused.
+            whole_tails: Whether, where that is not so, a block that is not full may be reused with all of
+                its tokens.
             most: How many blocks to look for; None: as many as there are.
         """
         entries: list[Entry] = []
@@ -221,6 +224,8 @@ class DiskStore:
                 after, start = key, start + block_size
             rest = token_ids[start : start + block_size]
             best, longest = self._best_child(tables, after, rest) if inside_block else (None, 0)
+            if whole_tails:
+                best, longest = self._longest_part(tables, after, rest)
         if best is not None:
             return Found([*entries, best], longest)
         return Found(entries, block_size if entries else 0)
@@ -254,11 +259,14 @@ class DiskStore:
                 take(number, payload)
         return len(entries)
 
-    def write(self, identity: Identity, blocks: Sequence[NewBlock]) -> Written:
+    def write(
+        self, identity: Identity, blocks: Sequence[NewBlock], *, keep_parts: bool = False
+    ) -> Written:
         """
         Store blocks that are not there yet, parents first; then keep to the budget.
 
-        A block whose parent is not stored is left out: nothing could find it.
+        A block whose parent is not stored is left out: nothing could find it. A block takes the place of
+        those that hold a part of its tokens, unless *keep_parts*.
 
         Raises:
             StoreFullError: There is no room, or the disk has none. Nothing was changed.
@@ -272,7 +280,7 @@ class DiskStore:
         if needed:
             # In a transaction of its own: LMDB uses the pages of what is evicted only in later ones.
             self._make_room(needed, {block.parent for block in new})
-        return self._write(identity, blocks, packed)
+        return self._write(identity, blocks, packed, keep_parts=keep_parts)
 
     def reply_name(self, fingerprint: str, namespace: str, message_key: bytes) -> Key:
         """
@@ -450,7 +458,12 @@ class DiskStore:
         return pack_block(block.key, identity.digest(), count, block.payload, self.sealer)
 
     def _write(
-        self, identity: Identity, blocks: Sequence[NewBlock], packed: dict[Key, bytearray]
+        self,
+        identity: Identity,
+        blocks: Sequence[NewBlock],
+        packed: dict[Key, bytearray],
+        *,
+        keep_parts: bool,
     ) -> Written:
         stored: set[Key] = set()
         sizes: list[int] = []
@@ -463,7 +476,16 @@ class DiskStore:
                 elif block.key not in packed:
                     continue  # another process has evicted it meanwhile
                 elif block.follows_root or tables.has_block(block.parent):
-                    sizes.append(self._put(tables, identity, block, packed[block.key], pinned))
+                    sizes.append(
+                        self._put(
+                            tables,
+                            identity,
+                            block,
+                            packed[block.key],
+                            pinned,
+                            keep_parts=keep_parts,
+                        )
+                    )
                     stored.add(block.key)
             excess = tables.total_bytes() - self._most_bytes()
             if excess > 0:  # another process wrote meanwhile
@@ -512,10 +534,13 @@ class DiskStore:
         block: NewBlock,
         packed: bytearray,
         pinned: Callable[[], set[Key]],
+        *,
+        keep_parts: bool,
     ) -> int:
         """Store a block in the place of those that hold a part of its tokens; return the bytes it takes."""
         digests = tables.digests(block.parent, block.token_ids)
-        for part in self._parts(tables, block, digests):
+        parts = [] if keep_parts else self._parts(tables, block.parent, block.token_ids, digests)
+        for part in parts:
             if part not in pinned():
                 tables.remove(part)
         size = stored_bytes(len(packed)) + entry_size(len(block.token_ids))
@@ -568,18 +593,35 @@ class DiskStore:
                 best, longest = entry, length
         return best, longest
 
-    def _parts(self, tables: Tables, block: NewBlock, digests: bytes) -> list[Key]:
+    def _longest_part(
+        self, tables: Tables, parent: Key, token_ids: Sequence[int]
+    ) -> tuple[Entry | None, int]:
+        """Return the longest block after *parent* all of whose tokens begin these, and how many they are."""
+        if not token_ids or "siblings" not in tables:
+            return None, 0
+        exact = chained_key(parent, token_ids, self.chain_secret)
+        digests = tables.digests(parent, token_ids)
+        keys = [*self._parts(tables, parent, token_ids, digests), exact]
+        for key in reversed(keys):
+            entry = self._entry(tables, key)
+            if entry is not None:
+                return entry, len(entry.token_ids)
+        return None, 0
+
+    def _parts(
+        self, tables: Tables, parent: Key, token_ids: Sequence[int], digests: bytes
+    ) -> list[Key]:
         """
-        Return the stored blocks whose tokens begin a new one's, and are fewer.
+        Return the stored blocks whose tokens begin these, and are fewer, the shortest first.
 
         What lies in order between a part and the block begins with the part, too: so a part is no
         longer than what the block has in common with one of its neighbours.
         """
-        rows = tables.neighbours(block.parent, digests)
+        rows = tables.neighbours(parent, digests)
         shared = max((common_prefix_length(row, digests) for row in rows), default=0)
-        most = min(len(block.token_ids) - 1, shared // DIGEST_BYTES)
-        parts = (block.token_ids[:count] for count in range(1, most + 1))
-        keys = [chained_key(block.parent, part, self.chain_secret) for part in parts]
+        most = min(len(token_ids) - 1, shared // DIGEST_BYTES)
+        parts = (token_ids[:count] for count in range(1, most + 1))
+        keys = [chained_key(parent, part, self.chain_secret) for part in parts]
         return [key for key in keys if tables.has_block(key)]
 
     def _evict(self, tables: Tables, wanted_bytes: int, *, keep: Iterable[Key] = ()) -> int:

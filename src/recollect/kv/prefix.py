@@ -46,14 +46,21 @@ class PrefixCache:
            The pool counts a reference for each.
         2. A block with children is full; its children are under their own tokens and know it.
         3. A key is the chained hash of the parent's key and the block's tokens.
-        4. No partial block's tokens begin a sibling's, unless it is pinned.
+        4. No partial block's tokens begin a sibling's, unless it is pinned, or tails are reused whole.
         5. Pins of a block >= pins of each child.
         6. Each namespace's traffic counts the tokens of its nodes.
         7. All of `EvictionOrder`. A node is held while it is pinned, or something besides the cache has
            a reference to its block.
     """
 
-    def __init__(self, pool: BlockPool, names: Names, *, whole_blocks_only: bool = False) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        names: Names,
+        *,
+        whole_blocks_only: bool = False,
+        whole_tails: bool = False,
+    ) -> None:
         """
         Begin without any prefixes.
 
@@ -61,8 +68,11 @@ class PrefixCache:
             pool: Where the blocks are.
             names: How prefixes are named.
             whole_blocks_only: Whether KV inside a block cannot be cut, so that parts are never found.
+            whole_tails: Whether with that a block that is not full is found by all of its tokens. No
+                longer block then stands for it.
         """
         self.whole_blocks_only = whole_blocks_only
+        self.whole_tails = whole_tails
         self.evicted_blocks = 0
         """Blocks evicted so far."""
         self._pool = pool
@@ -138,13 +148,22 @@ class PrefixCache:
             blocks.append(child)
             node, tokens = child, tokens + size
         node.last_used = self._uses
-        if not self.whole_blocks_only:
-            part, length = node.children.nearest(tuple(token_ids[tokens : tokens + size]))
-            if part is not None:
-                part.last_used = self._uses
-                blocks.append(part)
-                tokens += length
+        part, length = self._part(node, tuple(token_ids[tokens : tokens + size]))
+        if part is not None:
+            part.last_used = self._uses
+            blocks.append(part)
+            tokens += length
         return Match(blocks, tokens)
+
+    def _part(self, node: CachedBlock, tokens: tuple[int, ...]) -> tuple[CachedBlock | None, int]:
+        """Return the block of which a part goes on with the most of these tokens, and how many."""
+        if not self.whole_blocks_only:
+            return node.children.nearest(tokens)
+        if not self.whole_tails:
+            return None, 0
+        exact = node.children.get(tokens)
+        whole = [exact] if exact is not None else node.children.parts_of(tokens)[-1:]
+        return (whole[0], len(whole[0].token_ids)) if whole else (None, 0)
 
     def computed_tokens(self, root: CachedBlock, token_ids: Sequence[int]) -> int:
         """
@@ -185,7 +204,8 @@ class PrefixCache:
         """
         self._uses += 1
         tokens = tuple(token_ids)
-        known = after.children.beginning_with(tokens)
+        siblings = after.children
+        known = siblings.get(tokens) if self.whole_tails else siblings.beginning_with(tokens)
         if known is not None:
             known.last_used = self._uses
             return known
@@ -251,7 +271,7 @@ class PrefixCache:
                 if not self._pinned[block.parent]:
                     del self._pinned[block.parent]
                 self._note_held(block)
-        if not cached.pins and _is_covered(cached):
+        if not cached.pins and not self.whole_tails and _is_covered(cached):
             self._remove(cached)  # a longer one came meanwhile
 
     def _adopt_public(self, root: CachedBlock, token_ids: Sequence[int]) -> None:
@@ -294,7 +314,7 @@ class PrefixCache:
         traffic.tokens += len(tokens)
         traffic.inserted_tokens += len(tokens)
         for shorter in after.children.parts_of(tokens):
-            if not shorter.pins:
+            if not shorter.pins and not self.whole_tails:
                 self._remove(shorter)
         after.children[tokens] = cached
         self._pool.retain([block])

@@ -119,7 +119,8 @@ CATALOG: Final[Mapping[str, CatalogEntry]] = MappingProxyType(
 )
 
 
-Format = Literal["openvino", "onnx-genai", "gguf", "reference"]
+Format = Literal["openvino", "onnx-genai", "gguf", "tokenizer", "reference"]
+"""`tokenizer`: a tokenizer without weights, for engines elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)

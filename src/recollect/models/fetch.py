@@ -26,7 +26,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, cast
 
 from recollect.errors import ChecksumError, FetchError, OfflineError
 from recollect.files import combine, make_private, scratch_folder, sha256_file
@@ -210,6 +210,7 @@ def _from_hub(file: HubFile, home: Path, progress: Progress) -> Path:
             f"The model hub names no checksum of {file}, so that it cannot be checked: download it by "
             "other means, and give its path."
         )
+    size = found.size if found.size is not None and found.size >= 0 else None  # a header says it
     folder.mkdir(mode=0o700, exist_ok=True)
     target = folder / PurePosixPath(file.filename).name
     part = target.with_name(f"{target.name}.{found.etag[:16]}.part")
@@ -217,9 +218,9 @@ def _from_hub(file: HubFile, home: Path, progress: Progress) -> Path:
         with WeakFileLock(target.with_name(f"{target.name}.lock"), timeout=_LOCK_TIMEOUT_S):
             if target.is_file() and _has_etag(target, found.etag, progress):
                 return target
-            _download(file, url, part, found.size, progress)
+            _download(file, url, part, size, progress)
             if not _has_etag(part, found.etag, progress):
-                raise _set_aside(str(file), part, home, expected=found.etag, size=found.size)
+                raise _set_aside(str(file), part, home, expected=found.etag, size=size)
             part.replace(target)
     except TimeoutError as cause:
         raise FetchError(
@@ -269,17 +270,48 @@ def _download(file: HubFile, url: str, part: Path, size: int | None, progress: P
     if have == size:
         return
     part.touch(mode=0o600)
-    with part.open("r+b") as target, _told_in_a_sentence(file):
+    with part.open("r+b", buffering=0) as target, _told_in_a_sentence(file):
         target.seek(have)
         http_get(
             url,
-            target,
+            cast("BinaryIO", _Bounded(target, size, file)),
             resume_size=have,
             headers=build_hf_headers(),
             expected_size=size,
             displayed_filename=file.filename,
             tqdm_class=_reporter(file, progress),
         )
+
+
+class _Bounded:
+    """
+    A file that takes no more bytes than the hub has named: what sends more does not fill the disk.
+
+    Has of a file what the hub's package uses.
+    """
+
+    def __init__(self, target: io.FileIO, most_bytes: int | None, file: HubFile) -> None:
+        self._target = target
+        self._most_bytes = most_bytes
+        self._file = file
+        self.tell, self.seek, self.truncate = target.tell, target.seek, target.truncate
+
+    def write(self, data: bytes) -> int:
+        """
+        Append bytes.
+
+        Raises:
+            FetchError: They are more than there were to be. Nothing of them is written.
+        """
+        if self._most_bytes is not None and self._target.tell() + len(data) > self._most_bytes:
+            raise FetchError(
+                f"The model hub sends more of {self._file} than the {self._most_bytes:,} bytes that it "
+                "names: try again later, or download the file by other means and give its path."
+            )
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._target.write(rest) :]
+        return len(data)
 
 
 @contextlib.contextmanager

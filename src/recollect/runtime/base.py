@@ -93,6 +93,11 @@ class Reuse:
     A sequence can be cut to a multiple of that many tokens: to any length (1), or to whole blocks
     (the block size), where the KV in a block depends on the block's later tokens through a scale.
     """
+    whole_tails: bool = False
+    """
+    Whether a sequence can also go on from a block that is not full, but only after all of its tokens: a
+    recurrent state is that after the last of them, and a scale over a block that of all of them.
+    """
     as_bytes: bool = True
     """Whether blocks can be read and written as bytes, and so be kept on disk."""
     copies: bool = False
@@ -352,6 +357,7 @@ class ReferenceRuntime:
         context_length: int = 4096,
         block_size: int = 32,
         whole_blocks_only: bool = False,
+        whole_tails: bool = False,
         pace: Pace = Pace(),
     ) -> None:
         self._info = RuntimeInfo(
@@ -361,7 +367,7 @@ class ReferenceRuntime:
             vocab_size=vocab_size,
             context_length=context_length,
             pace=pace,
-            reuse=Reuse(unit=block_size if whole_blocks_only else 1),
+            reuse=Reuse(unit=block_size if whole_blocks_only else 1, whole_tails=whole_tails),
             kv_format=f"i8x{block_size}x{_FIELDS}",
         )
         self._slots: npt.NDArray[np.int64] | None = None

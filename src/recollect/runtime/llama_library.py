@@ -258,6 +258,13 @@ class Device:
     """`CPU`, `GPU`, `iGPU` or `accelerator`."""
     free_bytes: int
     total_bytes: int
+    handle: int = 0
+    """The library's own."""
+
+    @property
+    def backend(self) -> str:
+        """Return what it is one of, such as `CUDA`."""
+        return self.name.rstrip("0123456789")
 
     @property
     def is_graphics(self) -> bool:
@@ -353,6 +360,7 @@ class LlamaLibrary:
                     _DEVICE_KINDS.get(self.ggml_backend_dev_type(device), "other"),
                     free.value,
                     total.value,
+                    device,
                 )
             )
         return found

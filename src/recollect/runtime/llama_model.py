@@ -7,6 +7,7 @@ lanes here. Does not know blocks.
 
 import ctypes
 import logging
+import math
 import os
 import re
 import sys
@@ -30,7 +31,7 @@ from recollect.errors import (
     UnsupportedModelError,
 )
 from recollect.runtime.base import Logits, Pace, Reuse, RuntimeInfo
-from recollect.runtime.llama_library import KV_TYPES, Batch, LlamaLibrary, library
+from recollect.runtime.llama_library import KV_TYPES, Batch, Device, LlamaLibrary, library
 from recollect.runtime.llama_state import Layout
 from recollect.types import Profile
 
@@ -38,6 +39,8 @@ _log = logging.getLogger(__name__)
 
 BLOCK_SIZE: Final = 32
 """Token slots per block: any number would do, and this is the other runtimes'."""
+RECURRENT_BLOCK_SIZE: Final = 256
+"""The same where each block also has a recurrent state, which may be as large as the KV of many tokens."""
 MOST_LANES: Final = 4
 """Sequences of the library: each has KV for a full context, besides what the blocks have."""
 MOST_FED: Final = 2048
@@ -62,10 +65,14 @@ class LlamaOptions:
     profile: Profile = "fast"
     gpu_layers: int | None = None
     """Layers in the memory of a graphics card; None: as many as fit."""
+    device: str | None = None
+    """`CPU`, `GPU`, a kind such as `CUDA`, or one device by the library's name for it; None: all cards."""
     kv_type: str | None = None
     """A name of `KV_TYPES`; None: as the profile says."""
     lanes: int = MOST_LANES
     """Most sequences that the library holds at once."""
+    recurrent_block_size: int = RECURRENT_BLOCK_SIZE
+    """Token slots per block of recurrent models and hybrids."""
     threads: int | None = None
     """None: one for each processor that this process may use, at most one for each core."""
 
@@ -83,6 +90,8 @@ class LlamaModel:
         self._model: int | None = None
         self._context: int | None = None
         self.layers_on_card = 0
+        self.state_bytes = 0.0, 0.0
+        """Of a sequence's state, in any case and for each token; known once it was learned."""
         self._load_what_fits()
         self.vocab_size: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
         self.window: int = max(0, lib.llama_model_n_swa(self._model))
@@ -101,8 +110,7 @@ class LlamaModel:
 
     def _load_what_fits(self) -> None:
         """Load the weights, as many layers of them into the memory of cards as there is room for."""
-        asked = self.options.gpu_layers
-        cards = [device for device in self.lib.devices() if device.is_graphics]
+        asked, cards = self.options.gpu_layers, self._cards()
         if asked and not cards:
             raise ConfigError(
                 f"There is no graphics card that {self.lib.found.origin} can use, for {asked} layers: leave "
@@ -118,10 +126,34 @@ class LlamaModel:
         if asked is not None:
             self._load(min(asked, everything))
             return
-        free = sum(card.free_bytes for card in cards)
-        size = sum(part.stat().st_size for part in _parts(self.path))
+        size, free = self._sizes()
         share = (free * _CARD_SHARE - _CARD_RESERVE) / max(1, size)
         self._load_or_less(everything if share >= 1 else max(0, int(share * everything)))
+
+    def _cards(self) -> list[Device]:
+        """
+        Return the graphics cards that are used.
+
+        Raises:
+            ConfigError: There is no device of the name that was asked for.
+        """
+        devices, asked = self.lib.devices(), self.options.device
+        cards = [device for device in devices if device.is_graphics]
+        if asked is None or asked.upper() == "CPU":
+            return [] if asked else cards
+        kinds = [card for card in cards if asked.upper() in ("GPU", card.backend.upper())]
+        chosen = kinds or [card for card in cards if asked.upper() == card.name.upper()]
+        if not chosen:
+            raise ConfigError(
+                f"{self.lib.found.origin} has no device {asked!r} here: it has "
+                f"{', '.join(one.name for one in devices)}; give one of these, or leave --device out."
+            )
+        return chosen
+
+    def _sizes(self) -> tuple[int, int]:
+        """Return what the weights take, and what the cards have free, in bytes."""
+        size = sum(part.stat().st_size for part in _parts(self.path))
+        return size, sum(card.free_bytes for card in self._cards())
 
     def _load_or_less(self, layers: int) -> None:
         """Load with that many layers on cards, or with fewer where there is no memory for them."""
@@ -152,6 +184,10 @@ class LlamaModel:
         self.close()
         params = self.lib.model_params()
         params.n_gpu_layers, params.vocab_only = layers, vocab_only
+        handles = [card.handle for card in self._cards()] if layers else []
+        only = (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
+        if self.options.device is not None and handles:
+            params.devices = ctypes.addressof(only)
         self._model = self.lib.load_model(self.path, params)
         if self._model is None:
             raise UnsupportedModelError(self._why_not_loaded(layers))
@@ -159,8 +195,7 @@ class LlamaModel:
 
     def _why_not_loaded(self, layers: int) -> str:
         if layers:
-            size = sum(part.stat().st_size for part in _parts(self.path))
-            free = sum(device.free_bytes for device in self.lib.devices() if device.is_graphics)
+            size, free = self._sizes()
             return (
                 f"llama.cpp cannot load {self.path.name} with {layers} layers on the graphics card, of whose "
                 f"memory {free:,} bytes are free, and all weights take {size:,} ({self.lib.why()}): choose "
@@ -257,8 +292,14 @@ class LlamaModel:
         )
         code = self.lib.decode(self._context, batch)
         if code:
+            is_card = self.layers_on_card > 0
+            lost = (
+                f" If {self.device} was lost, load the model again, or run it with --device CPU: what was "
+                "said is kept, and so is the KV on disk."
+            )
             raise RuntimeFailure(
                 f"llama.cpp failed while running the model ({code}: {self.lib.why()})."
+                + (lost if is_card else "")
             )
         return [
             self._logits(int(place)) if wants else None
@@ -310,15 +351,25 @@ class LlamaModel:
             self._model = None
 
     def learn(self) -> Layout | None:
-        """Return how this model's states are arranged, learned from one; None: it is not understood."""
-        if self.is_recurrent:
-            return None
+        """Return how this model's states are arranged, learned from two; None: it is not understood."""
         self.open(_CELL_STEP, 2)
         ids = [min(number + 1, self.vocab_size - 1) for number in range(_LEARNED_CELLS)]
-        self.decode([(1, 0, ids, False)])
-        return Layout.learn(
-            self.state(1), sequence=1, streams=2, cells=_LEARNED_CELLS, block_size=BLOCK_SIZE
+        states = []
+        for past in (0, _LEARNED_CELLS):
+            self.decode([(1, past, ids, False)])
+            states.append(self.state(1))
+        per_token = (len(states[1]) - len(states[0])) / _LEARNED_CELLS
+        self.state_bytes = len(states[0]) - per_token * _LEARNED_CELLS, per_token
+        layout = Layout.learn(
+            states[0],
+            sequence=1,
+            streams=2,
+            cells=_LEARNED_CELLS,
+            block_size=self.options.recurrent_block_size if self.is_recurrent else BLOCK_SIZE,
+            is_recurrent=self.is_recurrent,
         )
+        is_right = layout is not None and layout.explains(states[1], 1, 2 * _LEARNED_CELLS)
+        return layout if is_right else None
 
     def require_layout(self) -> Layout:
         """
@@ -337,10 +388,14 @@ class LlamaModel:
         arrangement = "" if layout is None else layout.text()
         digest = blake2b(arrangement.encode(), digest_size=8).hexdigest()
         device = self.device
+        fixed, per_token = self.state_bytes
+        block_size = BLOCK_SIZE if layout is None else layout.block_size
+        # Without blocks, what a sequence of the library takes for as many tokens.
+        replayed = math.ceil(block_size * (per_token + fixed / context_length))
         return RuntimeInfo(
             name=f"llama.cpp-{self.lib.found.build}-{self.options.profile}",
-            block_size=BLOCK_SIZE,
-            bytes_per_block=1 if layout is None else layout.bytes_per_block,
+            block_size=block_size,
+            bytes_per_block=replayed if layout is None else layout.bytes_per_block,
             vocab_size=self.vocab_size,
             context_length=context_length,
             device=device,
@@ -348,15 +403,19 @@ class LlamaModel:
                 f"{self.kv_type},flash={int(self.flash_attention)},{device},"
                 f"layers={self.layers_on_card},{digest}"
             ),
-            reuse=Reuse(as_bytes=layout is not None),
+            reuse=(
+                Reuse(unit=block_size, whole_tails=True)
+                if layout is not None and layout.recurrent
+                else Reuse(as_bytes=layout is not None)
+            ),
             pace=Pace() if device == "CPU" else _CARD_PACE,
         )
 
     @property
     def device(self) -> str:
         """Return the kind of device that computes, by its backend: `CPU`, `CUDA`, `Metal`."""
-        cards = [one for one in self.lib.devices() if one.is_graphics]
-        return cards[0].name.rstrip("0123456789") if cards and self.layers_on_card else "CPU"
+        cards = self._cards() if self.layers_on_card else []
+        return cards[0].backend if cards else "CPU"
 
 
 class LlamaVocabulary:

@@ -3,9 +3,10 @@ How llama.cpp writes the KV of a sequence, learned from a state that it wrote.
 
 `Layout.learn` finds the arrangement that explains such a state to its last byte, and `Layout.cut` and
 `Layout.join` go between a state and blocks: a state has a table of all cells for each layer's keys and
-values, and a block has the cells of 32 tokens of every table. The arrangement is llama.cpp's own and changes
-between releases, so nothing is taken for granted: what does not come back as the same bytes is not
-understood. Source: `llama_kv_cache::state_write` of llama.cpp.
+values, and a block has the cells of its tokens of every table. Of recurrent models and hybrids it also has
+the recurrent state after the last of its tokens, which cannot be cut. The arrangement is llama.cpp's own
+and changes between releases, so nothing is taken for granted: what does not come back as the same bytes is
+not understood. Source: `llama_kv_cache::state_write` and `llama_memory_recurrent::state_write` of llama.cpp.
 """
 
 import struct
@@ -29,6 +30,9 @@ _ROTATIONS: Final = (8, 0)
 """Bytes of a cache's head for the rotation of quantized KV."""
 _CELL_BYTES: Final = 12  # position, number of sequences, sequence
 _MOST_TABLES: Final = 4096
+_COUNT_BYTES: Final = 4
+_AT_POSITION: Final = slice(4, 8)
+"""Where a recurrent state has the position of its last token, behind the number of cells, which is 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +70,19 @@ class Layout:
     streams: int
     caches: tuple[Cache, ...]
     block_size: int
+    recurrent: int = 0
+    """Bytes of the recurrent state, which come last; 0: the model has none."""
 
     @classmethod
     def learn(
-        cls, state: Bytes, *, sequence: int, streams: int, cells: int, block_size: int
+        cls,
+        state: Bytes,
+        *,
+        sequence: int,
+        streams: int,
+        cells: int,
+        block_size: int,
+        is_recurrent: bool = False,
     ) -> Self | None:
         """
         Return the arrangement of a state; None where none that is known explains it.
@@ -80,9 +93,15 @@ class Layout:
             streams: How many sequences the context has.
             cells: Tokens that it holds.
             block_size: Tokens of a block.
+            is_recurrent: Whether a recurrent state comes behind the caches, of which there may be none.
+                One state does not show where it begins: what is returned has to be tried on another.
         """
         for prefix, extra, rotation, has_values, count in product(
-            _PREFIXES, _EXTRAS, _ROTATIONS, (True, False), range(1, MOST_CACHES + 1)
+            _PREFIXES,
+            _EXTRAS,
+            _ROTATIONS,
+            (True, False),
+            range(MOST_CACHES, -1, -1) if is_recurrent else range(1, MOST_CACHES + 1),
         ):
             reader = _Reader(state, prefix)
             try:
@@ -92,13 +111,21 @@ class Layout:
                 )
             except (_UnlikeError, struct.error):
                 continue
-            if reader.at != len(state):
+            recurrent = len(state) - reader.at
+            if (recurrent > 0) is not is_recurrent:
                 continue
-            layout = cls(bytes(state[:prefix]), streams, caches, block_size)
-            blocks = layout.cut(state, range(-(-cells // block_size)), cells)
-            if np.array_equal(layout.join(blocks, sequence, cells), state):
+            layout = cls(bytes(state[:prefix]), streams, caches, block_size, recurrent)
+            if layout.explains(state, sequence, cells):
                 return layout
         return None
+
+    def explains(self, state: Bytes, sequence: int, length: int) -> bool:
+        """Return whether a state of a sequence comes back as the same bytes from its blocks."""
+        try:
+            blocks = self.cut(state, range(-(-length // self.block_size)), length)
+        except (ValueError, _UnlikeError):
+            return False
+        return np.array_equal(self.join(blocks, sequence, length), state)
 
     def with_streams(self, streams: int) -> Self:
         """Return the same of a context with another number of sequences."""
@@ -107,6 +134,10 @@ class Layout:
     @property
     def bytes_per_block(self) -> int:
         """Return the size of a block."""
+        return self._table_bytes + (self.recurrent + _COUNT_BYTES if self.recurrent else 0)
+
+    @property
+    def _table_bytes(self) -> int:
         return sum(width for *_, width in self._places())
 
     def text(self) -> str:
@@ -115,7 +146,11 @@ class Layout:
             f"{cache.extra}:"
             + ",".join(f"{t.head.hex()}x{t.outer}x{t.inner}" for t in cache.tables)
             for cache in self.caches
-        )
+        ) + (f";recurrent={self.recurrent}" if self.recurrent else "")
+
+    def state_tokens(self, block: Bytes) -> int:
+        """Return after how many of a block's tokens its recurrent state is; 0: it has none."""
+        return int(block[-_COUNT_BYTES:].view("<i4")[0])
 
     def cut(self, state: Bytes, indices: Sequence[int], length: int) -> Bytes:
         """
@@ -125,7 +160,8 @@ class Layout:
             state: Of a sequence that holds exactly the positions `[0, length)`. A cache with a sliding
                 window shows only its last cells; slots before them are zero.
             indices: Which blocks, ascending and without gaps: block i has `[i * size, (i + 1) * size)`.
-            length: Tokens in the sequence. What a last block lacks is zero.
+            length: Tokens in the sequence. What a last block lacks is zero, and so is the recurrent state
+                of all others.
 
         Raises:
             ValueError: The state is not of this arrangement and length.
@@ -144,6 +180,12 @@ class Layout:
             whole = np.zeros((rows.shape[0], count * size, rows.shape[2]), rows.dtype)
             whole[:, first - start : stop - start] = source
             target[...] = whole.reshape(target.shape)
+        if self.recurrent and (length - 1) // size == indices[-1]:
+            own = state[-self.recurrent :]
+            if int(own[_AT_POSITION].view("<i4")[0]) != length - 1:
+                raise ValueError("the recurrent state is of another length")
+            blocks[-1, self._table_bytes : -_COUNT_BYTES] = own
+            blocks[-1, -_COUNT_BYTES:] = np.array([(length - 1) % size + 1], "<i4").view(np.uint8)
         return blocks
 
     def join(self, blocks: Bytes, sequence: int, length: int) -> Bytes:
@@ -176,6 +218,10 @@ class Layout:
                 rows = rows.reshape(table.outer, count * size, -1)[:, :length]
                 parts += [table.head, np.ascontiguousarray(rows).view(np.uint8).data.cast("B")]
             parts.append(bytes(4 * (self.streams - 1 - sequence)))
+        if self.recurrent:
+            own = blocks[-1, self._table_bytes : -_COUNT_BYTES].copy()
+            own[_AT_POSITION] = np.array([length - 1], "<i4").view(np.uint8)
+            parts.append(own.data)
         return np.frombuffer(b"".join(parts), np.uint8)
 
     def _places(self) -> Iterator[tuple[int, int, int, int]]:
@@ -217,7 +263,7 @@ class Layout:
                     yield count, units.reshape(table.outer, count, -1)
             if not filled:
                 raise ValueError("the state is empty")
-        if reader.at != len(state):
+        if reader.at != len(state) - self.recurrent:
             raise ValueError("the state is longer than it should be")
 
 

@@ -4,8 +4,9 @@ llama.cpp: any GGUF file, on any device that the library computes on.
 Blocks in host memory are the truth. The library has a few sequences, here called lanes, each a cache of
 one row of a pass: what a row's lane lacks is joined from blocks into one state and given to the library;
 what a pass computes is newer in its lane until somebody wants the block (it is dirty), and is then cut out
-of the lane's state. `LlamaCppRuntime` does that. Where a state cannot be cut, as with recurrent models,
-`LlamaSequences` serves the contract for runtimes that own their KV. `load_llama` says which of the two, and
+of the lane's state. `LlamaCppRuntime` does that. A recurrent state cannot be cut: each block has that after
+the last of its tokens. Where the arrangement of states is not understood, `LlamaSequences` serves the
+contract for runtimes that own their KV. `load_llama` says which of the two, and
 on which device. Does not know which block belongs to which sequence.
 """
 
@@ -33,7 +34,7 @@ from recollect.runtime.base import (
     check_rows,
 )
 from recollect.runtime.llama_library import KV_TYPES, library
-from recollect.runtime.llama_model import BLOCK_SIZE, MOST_FED, LlamaModel, LlamaOptions
+from recollect.runtime.llama_model import MOST_FED, LlamaModel, LlamaOptions
 from recollect.runtime.llama_state import Layout
 from recollect.runtime.sequences import Feed, SequenceAdapter, common_length
 
@@ -89,15 +90,19 @@ class LlamaCppRuntime:
         1. Every slot of a block has a mark. Two slots, or a slot and a place in a lane, with the same mark
            hold the same bytes; so a lane serves a row exactly as far as their marks are equal.
         2. A block in `_dirty` is held whole by that lane, at that index; its own bytes are older.
+        3. With a recurrent state: a block's bytes have that after the token with the mark in `_states`, and
+           a lane that after its last token. So a lane serves a row only where it ends with the row's past.
     """
 
     def __init__(self, model: LlamaModel, layout: Layout, *, context_length: int) -> None:
         self.model, self.layout = model, layout
         self._info = model.information(context_length, layout)
-        self._step = _window_step(model.window)
+        self._size = layout.block_size
+        self._step = _step(model, layout)
         self._lanes: list[_Lane] = []
         self._blocks: npt.NDArray[np.uint8] | None = None
-        self._marks = np.empty((0, BLOCK_SIZE), np.int64)
+        self._marks = np.empty((0, self._size), np.int64)
+        self._states = np.empty(0, np.int64)
         self._dirty: dict[int, tuple[_Lane, int]] = {}
         self._last_mark = _NEVER_WRITTEN
         self._clock = 0
@@ -114,11 +119,12 @@ class LlamaCppRuntime:
 
     def allocate(self, num_blocks: int) -> None:
         """Make room for that many blocks, and for lanes in the device's memory."""
-        tokens, length = num_blocks * BLOCK_SIZE, self._info.context_length
+        tokens, length = num_blocks * self._size, self._info.context_length
         lanes = max(1, min(self.model.options.lanes, tokens // length))
         self._open(length, lanes)
         self._blocks = np.zeros((num_blocks, self.layout.bytes_per_block), np.uint8)
-        self._marks = np.full((num_blocks, BLOCK_SIZE), _NEVER_WRITTEN, np.int64)
+        self._marks = np.full((num_blocks, self._size), _NEVER_WRITTEN, np.int64)
+        self._states = np.full(num_blocks, _NEVER_WRITTEN, np.int64)
         pace = replace(self._info.pace, most_rows=min(self._info.pace.most_rows, len(self._lanes)))
         self._info = replace(self._info, pace=pace)
 
@@ -142,10 +148,11 @@ class LlamaCppRuntime:
                 self._dirty.pop(target, None)
                 memory[target] = memory[source]
                 self._marks[target] = self._marks[source]
+                self._states[target] = self._states[source]
 
     def warm_up(self) -> None:
         """Run a small prefill and a decode step, for which kernels are compiled and memory is touched."""
-        prompt = [0] * BLOCK_SIZE
+        prompt = [0] * self._size
         if len(allocated(self._blocks)) > 1 and self._info.context_length > len(prompt) + 1:
             self.forward([Row(prompt, 0, [0, 1])])
             self.forward([Row([0], len(prompt), [0, 1])])
@@ -167,7 +174,11 @@ class LlamaCppRuntime:
         with self.model.lock:
             self._dirty.pop(block, None)
             memory[block] = np.frombuffer(content, np.uint8)
-            self._marks[block] = self._new_marks(BLOCK_SIZE)
+            self._marks[block] = self._new_marks(self._size)
+            if self.layout.recurrent:
+                count = self.layout.state_tokens(memory[block])
+                is_there = 0 < count <= self._size
+                self._states[block] = self._marks[block, count - 1] if is_there else _NEVER_WRITTEN
 
     def close(self) -> None:
         """Free the model and all KV."""
@@ -186,9 +197,9 @@ class LlamaCppRuntime:
         """
         with self.model.lock:
             for block, (lane, index) in self._dirty.items():
-                start = index * BLOCK_SIZE
+                start = index * self._size
                 marks = self._marks[block]
-                held = lane.marks[start : start + BLOCK_SIZE]
+                held = lane.marks[start : start + self._size]
                 assert len(held), f"block {block} is dirty in a lane that does not reach it"
                 assert np.array_equal(held, marks[: len(held)]), f"block {block} is not in its lane"
 
@@ -247,9 +258,12 @@ class LlamaCppRuntime:
                     for job, end in parts
                 ]
             )
-        except BaseException:  # what the lanes held before is still there
+        except BaseException:
             for job, _ in parts:
-                self._truncate(job.lane, job.at)
+                if self.layout.recurrent:
+                    self._lose(job.lane)
+                else:  # what the lanes held before is still there
+                    self._truncate(job.lane, job.at)
             raise
         for (job, end), given in zip(parts, logits, strict=True):
             job.logits = given
@@ -259,31 +273,40 @@ class LlamaCppRuntime:
         """Take note that a lane now has a job's tokens up to *end*."""
         places = np.arange(job.at, end)
         marks = self._new_marks(len(places))
-        blocks = job.blocks[places // BLOCK_SIZE]
-        self._marks[blocks, places % BLOCK_SIZE] = marks
+        blocks = job.blocks[places // self._size]
+        self._marks[blocks, places % self._size] = marks
         job.lane.marks = np.concatenate([job.lane.marks, marks])
-        for index in range(job.at // BLOCK_SIZE, -(-end // BLOCK_SIZE)):
+        for index in range(job.at // self._size, -(-end // self._size)):
             self._dirty[int(job.blocks[index])] = (job.lane, index)
         if job.row.sequence is not None:
             job.row.sequence.computed_to(end)
         job.at = end
-        if end % self._step == 0:  # what leaves the window now is in no state any more
+        if (
+            end % self._step == 0
+        ):  # what leaves the window now, or this state, is in no lane any more
             self._settle([block for block, (lane, _) in self._dirty.items() if lane is job.lane])
 
     def _place(self, row: Row, free: Sequence[_Lane]) -> _Job:
         """Return a job in a lane that holds the KV of exactly the row's past."""
-        size, past = BLOCK_SIZE, row.past
+        size, past = self._size, row.past
         count = -(-(past + len(row.token_ids)) // size)
         blocks = np.asarray(row.block_table[:count], np.int64)
         wanted = self._marks[blocks].reshape(-1)[:past]
         if past and wanted.min() == _NEVER_WRITTEN:
             raise RuntimeFailure("A row reads KV slots that nothing was ever written to.")
-        lane, keep = _choose(row, free, wanted)
+        lane, keep = _choose(row, free, wanted, in_full=self.layout.recurrent > 0)
         self._clock += 1
         lane.used = self._clock
         lane.owner = None if row.sequence is None else weakref.ref(row.sequence)
         if keep < past:
             self._load(lane, blocks, wanted)
+        elif past and self.layout.recurrent:
+            of_others = [
+                block
+                for block, (owner, index) in self._dirty.items()
+                if owner is lane and blocks[index] != block
+            ]
+            self._settle(of_others)  # this state is gone when the lane goes on
         else:
             self._make_room(lane, past, blocks)
         if past % size:
@@ -293,8 +316,10 @@ class LlamaCppRuntime:
 
     def _load(self, lane: _Lane, blocks: npt.NDArray[np.int64], marks: Marks) -> None:
         """Give a lane the KV of blocks."""
-        mine = blocks[: -(-len(marks) // BLOCK_SIZE)]
+        mine = blocks[: -(-len(marks) // self._size)]
         self._settle([int(block) for block in mine])
+        if self.layout.recurrent and self._states[mine[-1]] != marks[-1]:
+            raise RuntimeFailure("A row goes on from where no recurrent state was kept.")
         self._make_room(lane, 0, blocks[:0])
         state = self.layout.join(allocated(self._blocks)[mine], lane.number, len(marks))
         self.model.set_state(lane.number, state)
@@ -307,7 +332,7 @@ class LlamaCppRuntime:
                 block
                 for block, (owner, index) in self._dirty.items()
                 if owner is lane
-                and (index + 1) * BLOCK_SIZE > length
+                and (index + 1) * self._size > length
                 and not (index < len(own) and own[index] == block)
             ]
             self._settle(lost)
@@ -326,8 +351,17 @@ class LlamaCppRuntime:
             return
         lane.marks = lane.marks[:length]
         for block, (owner, index) in list(self._dirty.items()):
-            if owner is lane and index * BLOCK_SIZE >= length:
+            if owner is lane and index * self._size >= length:
                 del self._dirty[block]
+
+    def _lose(self, lane: _Lane) -> None:
+        """Give up a lane whose recurrent state is undefined, and with it what only that lane has."""
+        for block, (owner, _) in list(self._dirty.items()):
+            if owner is lane:
+                self._marks[block] = _NEVER_WRITTEN
+                del self._dirty[block]
+        lane.marks = lane.marks[:0]
+        self.model.truncate(lane.number, 0)
 
     def _settle(self, blocks: Sequence[int]) -> None:
         """Take what lanes have newer of these blocks, and of all others of these lanes, into the blocks."""
@@ -345,16 +379,23 @@ class LlamaCppRuntime:
             for index, block in indices.items():
                 memory[block] = cut[index - first]
                 del self._dirty[block]
+            self._states[indices[last]] = lane.marks[-1]
 
 
-def _choose(row: Row, free: Sequence[_Lane], wanted: Marks) -> tuple[_Lane, int]:
+def _choose(row: Row, free: Sequence[_Lane], wanted: Marks, *, in_full: bool) -> tuple[_Lane, int]:
     """
     Return the lane that serves a row, and how much of its past the lane holds.
 
     One that holds all of it is truncated, unless that would lose more than it keeps, or what another
     sequence still goes on from. Otherwise the blocks are loaded into the lane that was used the longest ago.
+    A lane that cannot be truncated serves *in_full* or not at all.
     """
-    keeps = {lane.number: common_length(lane.marks, wanted) for lane in free}
+    keeps = {
+        lane.number: 0
+        if in_full and len(lane.marks) > row.past
+        else common_length(lane.marks, wanted)
+        for lane in free
+    }
     eldest = min(free, key=lambda lane: (lane.is_wanted(row, keeps[lane.number]), lane.used))
     holding = [lane for lane in free if keeps[lane.number] == row.past]
     if row.past and holding:
@@ -365,17 +406,23 @@ def _choose(row: Row, free: Sequence[_Lane], wanted: Marks) -> tuple[_Lane, int]
     return eldest, keeps[eldest.number]
 
 
-def _window_step(window: int) -> int:
-    """Return after how many tokens a model with a sliding window has its KV taken out; 0 has none."""
+def _step(model: LlamaModel, layout: Layout) -> int:
+    """
+    Return after how many tokens KV is taken out before it is gone: of a sliding window, or a state.
+
+    Returns:
+        0 if no number of whole blocks will do.
+    """
+    size, window = layout.block_size, model.window
     if not window:
-        return 1 << 30
-    steps = [step for step in range(BLOCK_SIZE, window // 2 + 1, BLOCK_SIZE) if window % step == 0]
-    return max(steps, default=0)
+        return size if layout.recurrent else 1 << 30
+    steps = [step for step in range(size, window // 2 + 1, size) if window % step == 0]
+    return max((one for one in steps if one == size or not layout.recurrent), default=0)
 
 
 class LlamaSequences:
     """
-    A model whose states cannot be cut into blocks: recurrent ones, hybrids, arrangements not understood.
+    A model whose states are arranged in a way that is not understood: what a sequence lacks is replayed.
 
     A `SequenceRuntime`. Owned by its adapter.
     """
@@ -413,7 +460,7 @@ class LlamaSequences:
         return np.stack(wanted) if wanted else none
 
     def truncate(self, sequence: int, length: int) -> bool:
-        """Cut a sequence, which a recurrent state cannot be."""
+        """Cut a sequence, if its state can be cut."""
         with self.model.lock:
             return self.model.truncate(sequence, length)
 
@@ -444,7 +491,7 @@ def load_llama(path: Path, *, context_length: int, options: LlamaOptions) -> Pag
     try:
         layout = model.learn()
         model.close_context()
-        if layout is not None and (not model.window or _window_step(model.window)):
+        if layout is not None and _step(model, layout):
             return LlamaCppRuntime(model, layout, context_length=context_length)
         return SequenceAdapter(LlamaSequences(model, context_length=context_length))
     except BaseException:

@@ -18,7 +18,7 @@ import openvino as ov
 from openvino import opset13 as ops
 from openvino._offline_transformations import paged_attention_transformation
 
-from recollect.errors import UnsupportedModelError
+from recollect.errors import ConfigError, UnsupportedModelError
 from recollect.runtime.base import (
     PassResult,
     Reuse,
@@ -268,12 +268,20 @@ class OpenVinoRuntime:
     Raises:
         UnsupportedModelError: The model cannot be made paged.
         RuntimeFailure: It cannot be read or compiled.
+        ConfigError: The device is none, or gives no KV out.
     """
 
     def __init__(
-        self, xml: Path, *, profile: Profile, context_length: int, long_context: bool = False
+        self,
+        xml: Path,
+        *,
+        profile: Profile,
+        context_length: int,
+        long_context: bool = False,
+        device: str | None = None,
     ) -> None:
         core = _core()
+        _require_device(core, device)
         with mapped_errors(f"reading {xml.name}"):
             model = core.read_model(xml)
             embeddings = xml.with_name(EMBEDDINGS_FILE)
@@ -420,6 +428,22 @@ def _core() -> ov.Core:
     process with a segmentation fault. Keeping the core costs nothing: models are freed without it.
     """
     return ov.Core()
+
+
+def _require_device(core: ov.Core, device: str | None) -> None:
+    """Refuse a device that is not there, or on which KV cannot be reached: the plugins keep it there."""
+    if device is None or device.upper() == DEVICE:
+        return
+    here = core.available_devices
+    if device.upper() not in (name.upper() for name in here):
+        raise ConfigError(
+            f"OpenVINO has no device {device!r} here: it has {', '.join(here)}; give one of these, or leave "
+            "--device out."
+        )
+    raise ConfigError(
+        f"On {device} OpenVINO does not give KV out, so nothing could be kept: leave --device out, or run a "
+        "GGUF file on a graphics card with --runtime llama."
+    )
 
 
 def devices() -> list[tuple[str, str, tuple[str, ...]]]:

@@ -157,7 +157,7 @@ class InputMessage(Instructing):
         if calls:
             said = {"role": self.role, "content": text or None, "tool_calls": calls}
         if thoughts:
-            said["reasoning_content"] = "\n".join(thoughts)
+            said["reasoning_content"] = "\n\n".join(text.strip() for text in thoughts)
         return [*results, said]
 
 
@@ -405,7 +405,9 @@ class _Message(EventWriter):
         return begun + self._delta({"type": "text_delta", "text": text})
 
     def _thought(self, text: str) -> str:
-        begun = "" if self._open == "thought" else self._begin("thought", _thinking("", ""))
+        begun = ""
+        if self._open != "thought":  # what sets it apart from thoughts before it is the block
+            begun, text = self._begin("thought", _thinking("", "")), text.lstrip()
         return begun + self._delta({"type": "thinking_delta", "thinking": text})
 
     def _call(self, event: CallEvent) -> str:

@@ -24,6 +24,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException as AnyHttpException
 
 from recollect import __version__
@@ -52,6 +53,7 @@ from recollect.server.refusals import (
     api_error,
     error_response,
     not_found,
+    nothing_at,
     quoted,
     wrong_request,
 )
@@ -242,6 +244,15 @@ _ROUTERS: Final = (
 )
 
 
+_CALLS: Final = tuple(
+    route.path
+    for router in _ROUTERS
+    for route in router.routes
+    if isinstance(route, APIRoute) and "{" not in route.path
+)
+"""Paths of the calls, without those that have an id in them."""
+
+
 def create_app(
     settings: Settings,
     hub: ModelHub,
@@ -349,11 +360,7 @@ def _routed_nowhere(request: Request, error: AnyHttpException) -> ApiError:
     where, code = quoted(request.url.path), None
     message = str(error.detail)
     if error.status_code == HTTPStatus.NOT_FOUND:
-        code = "not_found"
-        message = (
-            f"There is nothing at {where}: the calls are under /v1, such as "
-            "/v1/chat/completions, and /openapi.json describes them all."
-        )
+        code, message = "not_found", nothing_at(request.url.path, _CALLS)
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         code = "method_not_allowed"
         message = f"{where} does not take {request.method}: /openapi.json describes what it takes."

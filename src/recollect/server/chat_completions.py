@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from time import time
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -268,7 +268,10 @@ class ChatRequest(SamplingFields):
 router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
 
-@router.post("/v1/chat/completions")
+_PATH: Final = "/v1/chat/completions"
+
+
+@router.post(_PATH)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer the last message of a conversation."""
     settings, namespace = services_of(request).settings, client_of(request).namespace
@@ -341,7 +344,7 @@ class _Completion(EventWriter):
 
     def fail(self, error: ApiError) -> str:
         """Return an error as OpenAI's clients expect it."""
-        return sse(openai_body(error))
+        return sse(openai_body(error, _PATH))
 
     def end(self) -> str:
         """Return the usage, where it is asked for, and the mark of the end."""

@@ -12,7 +12,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter, time
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -76,7 +76,10 @@ class CompletionRequest(SamplingFields):
                 return list(prompts)  # type: ignore[arg-type] # as above, of texts or of lists
 
 
-@router.post("/v1/completions")
+_PATH: Final = "/v1/completions"
+
+
+@router.post(_PATH)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Go on with a text."""
     services, namespace = services_of(request), client_of(request).namespace
@@ -337,7 +340,7 @@ class _Completion(EventWriter):
 
     def fail(self, error: ApiError) -> str:
         """Return an error as OpenAI's clients expect it."""
-        return sse(openai_body(error))
+        return sse(openai_body(error, _PATH))
 
     def end(self) -> str:
         """Return the usage, where it is asked for, and the mark of the end."""

@@ -20,6 +20,7 @@ from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message
 from recollect.conversation.turn import ANSWERED
+from recollect.journal.changes import item_name, response_item
 from recollect.journal.journal import Journal
 from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, StoredConversation
 from recollect.server.hub import OpenConversations
@@ -75,11 +76,6 @@ def checkpoints(tips: Mapping[str, int | None]) -> dict[str, int | None]:
 def copies_of(label: Label) -> dict[int, int]:
     """Return which messages of a conversation are the same as others, by their ids in the journal."""
     return {int(copy): first for copy, first in label.note.get(COPIES, {}).items()}
-
-
-def item_name(label: Label, number: int) -> str:
-    """Return the id of a conversation's message: of the first that was kept, the second, and so on."""
-    return f"msg_{label.name.removeprefix('conv_')}_{number}"
 
 
 def checkpoint_tip(name: str) -> str:
@@ -430,15 +426,17 @@ class ConversationView:
         """
         Return a page of all messages, parents first.
 
+        Args:
+            name: The id of the last node of the page before; None: this is the first page.
+            limit: Most messages to return.
+
         Raises:
-            ApiError: There is no message of that name, after which the page begins.
+            ApiError: There is no such node.
         """
         start = 0
         if name is not None:
-            places = {self.names[node.id]: at for at, node in enumerate(self.stored.nodes, 1)}
-            if name not in places:
-                raise not_found(f"item {name!r} in this conversation")
-            start = places[name]
+            last = self.node_id(name)
+            start = 1 + next(n for n, node in enumerate(self.stored.nodes) if node.id == last)
         return self.stored.nodes[start : start + limit]
 
     def tree(
@@ -547,9 +545,7 @@ def own_name(conversation: str, number: int, response: str | None) -> str:
         number: Which message of the conversation it is, in the order of writing; the first is 1.
         response: The id of the response that it is; None: it is none.
     """
-    if response is not None:
-        return f"msg_{response.removeprefix('resp_')}"
-    return f"msg_{conversation.removeprefix('conv_')}_{number}"
+    return item_name(conversation, number) if response is None else response_item(response)
 
 
 def conversation_body(

@@ -21,10 +21,10 @@ from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
+from recollect.journal.changes import item_name
 from recollect.server.conversation_routes import last_head, model_of
 from recollect.server.conversation_view import (
     ConversationView,
-    item_name,
     split_branch,
     view_of,
 )
@@ -206,7 +206,9 @@ class _Trial:
                 saved = self.exploration.conversation.saved_id(branch.node)
                 kept = self.services.journal.node_ids(self.view.stored.id)
                 if saved in kept:  # else the conversation was deleted meanwhile
-                    self.items[branch.index] = item_name(self.view.label, kept.index(saved) + 1)
+                    self.items[branch.index] = item_name(
+                        self.view.label.name, kept.index(saved) + 1
+                    )
 
 
 class _Told(EventWriter):

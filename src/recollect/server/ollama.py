@@ -44,7 +44,7 @@ from recollect.server.parts import FunctionTool, Offer, Thinking, logprob_entry,
 from recollect.server.refusals import ApiError
 from recollect.server.services import Job, Services, begin, client_of, services_of, with_model
 from recollect.server.settings import Settings
-from recollect.text.reasoning import NO_REASONING, Begun
+from recollect.text.reasoning import Begun
 from recollect.text.tool_calls import ArgumentsDelta, CallEnded, CallStarted
 from recollect.types import Grammar, Message, MessageToolCall, Role, SamplingParams, TokenLogprob
 
@@ -246,6 +246,20 @@ class OllamaPrompt(ReplyRequest):
     context: Items[Annotated[int, Field(ge=0)]] | None = None
     raw: bool | None = False
 
+    def check(self) -> None:
+        """
+        Check what goes together, as Ollama does.
+
+        Raises:
+            ApiError: A prompt without the template has what the template would show.
+        """
+        name = "system" if self.system else "context" if self.context else None
+        if self.raw and name is not None:
+            raise ApiError(
+                f"{name}: a raw prompt is all that the model reads; leave it out, or raw.",
+                param=name,
+            )
+
     def token_ids(self, model: Model, namespace: str) -> tuple[list[int], Begun]:
         """
         Return the prompt, and how reasoning stands where the reply begins.
@@ -255,28 +269,28 @@ class OllamaPrompt(ReplyRequest):
             TemplateError: The template refuses it.
         """
         marks, ending = model.template.reasoning, ""
+        said = [Message(role="user", content=self.prompt)]
+        if self.system:
+            said.insert(0, Message(role="system", content=self.system))
         if self.raw:
-            ids = [*(self.context or ()), *model.tokenizer.encode(self.prompt)]
+            ids = model.tokenizer.encode(self.prompt)
         elif self.context:
             encoder = model.prompts.with_options(self.thinking)
-            after = [
+            before = [
                 Message(role="user", content="?"),
                 Message(role="assistant", content=encoder.mark(0)),
-                Message(role="user", content=self.prompt),
             ]
+            after = [*before, *said]
             whole, _ = shown(encoder.asking, after, (), encoder.control)
             start = whole.text.index(encoder.mark(0)) + len(encoder.mark(0))
             ids, ending = [*self.context, *encoder.ids(whole.part(start))], whole.text[-200:]
         else:
-            said = [Message(role="user", content=self.prompt)]
-            if self.system:
-                said.insert(0, Message(role="system", content=self.system))
             path = model.session_from(said, namespace=namespace).path()
             prompt = model.prompts.with_options(self.thinking).encode(path)
             ids, ending = prompt.token_ids, prompt.ending
         if len(ids) >= model.context_length:
             raise ContextFullError(needed=len(ids) + 1, limit=model.context_length)
-        return ids, NO_REASONING if marks is None else marks.begun(ending)
+        return ids, Begun.of(marks, ending)
 
 
 router = APIRouter(tags=["Ollama"], route_class=BodyRoute)
@@ -304,6 +318,7 @@ async def generate(body: OllamaPrompt, request: Request) -> Response:
     """Answer a prompt, after the tokens of an earlier answer where there are some."""
     services, client = services_of(request), client_of(request)
     namespace, name = client.namespace, named(services, body.model)
+    body.check()
     if not body.prompt:
         return await _loaded(request, name, {"response": ""})
     context: list[int] = []

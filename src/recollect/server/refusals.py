@@ -127,6 +127,7 @@ _NO_ROOM: Final = "The server's disk is full: nothing was kept. What was kept be
 _ENCRYPTED: Final = (
     "What this server keeps was encrypted while it ran: restart the server, with the passphrase."
 )
+_NO_ENGINE: Final = "No engine answers at the moment; what was said is kept. Ask again."
 _SEE_LOG: Final = "The server could not do this; its log says why."
 
 TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
@@ -152,6 +153,10 @@ TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
     ),
     (errors.StoreFullError, Answer(507, _OURS, "insufficient_storage", _NO_ROOM)),
     (errors.StoreError, Answer(503, _OURS, "store_unavailable", _SEE_LOG, retry_after_s=10)),
+    (
+        errors.EngineUnavailableError,
+        Answer(503, _OURS, "engine_unavailable", _NO_ENGINE, retry_after_s=5, has_trace=False),
+    ),
     (errors.ModelError, Answer(503, _OURS, "model_unavailable", _SEE_LOG)),
     (RecollectError, Answer(500, _OURS, "internal_error", _SEE_LOG)),
 )
@@ -210,6 +215,61 @@ def stopping() -> ApiError:
 def not_found(what: str) -> ApiError:
     """Return what a client is told of an id that is nobody's, or another client's."""
     return ApiError(f"There is no {what}.", status=404, code="not_found")
+
+
+_ABSENT: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
+    (
+        ("embed", "embeddings", "rerank", "reranking"),
+        "these models write text and make no embeddings; let the client take those from another server",
+    ),
+    (
+        ("audio", "images", "videos", "realtime"),
+        "these models read and write text alone; take another server for the rest",
+    ),
+    (
+        ("api/pull", "api/push", "api/create", "api/copy", "api/delete", "api/blobs"),
+        "models are fetched on the server's own machine, by `recollect pull NAME`; /v1/models and "
+        "/api/tags list those that are there",
+    ),
+    (
+        ("batches", "files", "uploads", "assistants", "threads", "vector_stores", "moderations"),
+        "of OpenAI's and Anthropic's APIs there are chat completions, completions, responses, "
+        "conversations, messages and models",
+    ),
+)
+"""What clients look for and is not here: parts of the path, and what they are told."""
+_STEMS: Final = {
+    "/v1": ("/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/models"),
+    "/api": ("/api/chat", "/api/generate", "/api/tags", "/api/show"),
+}
+"""What the paths of each API begin with, and the calls that are asked for most."""
+
+
+def nothing_at(path: str, calls: Iterable[str]) -> str:
+    """
+    Return what a client is told that has called a path where there is nothing.
+
+    Args:
+        path: The path.
+        calls: The paths where there is something.
+    """
+    bare = path.rstrip("/")
+    meant = [
+        one for one in calls if bare and one != "/" and (bare.endswith(one) or one.endswith(bare))
+    ]
+    absent = (told for parts, told in _ABSENT if any(f"/{part}/" in f"{bare}/" for part in parts))
+    stem = next((one for one in _STEMS if bare.endswith(one)), None)
+    if meant:
+        told = (
+            f"the call is {min(meant, key=len)} here, so correct the client's base URL (it ends in /v1 "
+            "for OpenAI's clients, and has no path for Anthropic's and Ollama's)"
+        )
+    elif stem is not None:
+        told = f"the calls below it are {', '.join(_STEMS[stem])} and others"
+    else:
+        usual = (one for calls_below in _STEMS.values() for one in calls_below[:3])
+        told = next(absent, f"the usual calls are {', '.join(usual)}")
+    return f"There is nothing at {quoted(path)}: {told}; /openapi.json describes all calls."
 
 
 def operators_only(param: str) -> ApiError:

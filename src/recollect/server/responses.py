@@ -52,7 +52,9 @@ from recollect.server.usage import cost, recorded
 from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import Message, ToolCall
 
+_ENDED: Final = "ended"
 _RAN_AWAY: Final = "ran_away"
+"""What earlier versions noted of a reply that repeated itself."""
 """Key in the note of a response: whether it was ended because it repeated itself."""
 
 
@@ -281,7 +283,7 @@ class _Asked:
         note = {
             HAS_INSTRUCTIONS: self.body.instructions is not None,
             "head": self.head(services.hub.resolve(self.body.model)).kept(),
-            _RAN_AWAY: reply.ran_away,
+            _ENDED: reply.ended,
         }
         label = Label(
             name=self.id,
@@ -301,8 +303,8 @@ def get_response(response_id: str, request: Request) -> JSONResponse:
     head = ResponseHead.from_kept(label.name, label.note["head"])
     usage = None if reply.usage is None else recorded(reply.usage)
     speed = services_of(request).metrics.speed(head.model, client_of(request).namespace)
-    ran_away = label.note.get(_RAN_AWAY) is True
-    spent = None if usage is None else cost([usage], speed, ran_away=ran_away)
+    ended = "repetition" if label.note.get(_RAN_AWAY) is True else label.note.get(_ENDED)
+    spent = None if usage is None else cost([usage], speed, ended=ended)
     return JSONResponse(
         response_object(
             head, Said.kept(reply), None if spent is None else spent.responses(), instructions

@@ -21,7 +21,7 @@ from recollect.conversation.turn import Reply
 from recollect.engine.reply import GeneratedReply
 from recollect.errors import StoreError
 from recollect.journal.requests import RequestLog
-from recollect.types import Reason, Usage
+from recollect.types import Ended, Reason, Usage
 
 Tier = Literal["memory", "disk", "memory+disk"]
 
@@ -80,7 +80,7 @@ class Cost:
     time_saved_s: float | None
     reason: Reason
     difference: str | None
-    ended: Literal["repetition"] | None = None
+    ended: Ended | None = None
     """Why a reply was ended whose finish reason says more than one thing; None: nothing to add."""
 
     sampling: Mapping[str, Any] | None = None
@@ -164,8 +164,8 @@ def cost_of(
 ) -> Cost:
     """Return what replies to one request cost that have ended; the arguments are those of `cost`."""
     usages = [reply.usage for reply in replies]
-    ran_away = any(reply.ran_away for reply in replies)
-    return cost(usages, speed, per_prompt=per_prompt, ran_away=ran_away)
+    ended = next((reply.ended for reply in replies if reply.ended is not None), None)
+    return cost(usages, speed, per_prompt=per_prompt, ended=ended)
 
 
 def cost(
@@ -173,7 +173,7 @@ def cost(
     speed: PrefillSpeed,
     *,
     per_prompt: int | None = None,
-    ran_away: bool = False,
+    ended: Ended | None = None,
 ) -> Cost:
     """
     Return what the replies to one request cost.
@@ -182,7 +182,7 @@ def cost(
         usages: Of the replies, in their order.
         speed: Of the model.
         per_prompt: How many of them in a row share a prompt; None: all do.
-        ran_away: Whether one of them was ended because it repeated itself.
+        ended: What there is to say of the end of one of them: see `GeneratedReply.ended`.
     """
     size = per_prompt or len(usages)
     groups = [usages[start : start + size] for start in range(0, len(usages), size)]
@@ -202,7 +202,7 @@ def cost(
         else None,
         reason=most[0].reason,
         difference=most[0].difference,
-        ended="repetition" if ran_away else None,
+        ended=ended,
         sampling=_shared(usages),
     )
 

@@ -7,19 +7,22 @@ parser; `ToolFormat.mark` says where a call begins that stands in there. Pure: t
 """
 
 import json
-import re
 from collections.abc import Generator, Iterator
-from typing import Final
 
 from recollect.text.call_parts import (
+    CHANNEL_MARKS,
     CLEARLY_A_MARK,
     HERMES_CALLS,
     LOOKED_AT,
     MOST_OPENING,
     NAME,
+    PLAIN_CHANNEL,
+    RECIPIENT,
+    SILENT,
     SPACE,
     ArgumentsDelta,
     Bare,
+    BracedArguments,
     CallEnded,
     CallRules,
     CallStarted,
@@ -30,6 +33,7 @@ from recollect.text.call_parts import (
     Reader,
     TextDelta,
     as_call,
+    braced_arguments,
     escaped,
     held,
     json_value,
@@ -71,6 +75,8 @@ class ToolCallParser(PiecewiseReader):
         self._opening = object_opening(self._format)
         self.end_of_calls = 0
         """After how many characters the last call, and what closes it, ended."""
+        self.has_lost_an_opening = False
+        """Whether the reply was cut in a call before its name was whole: that is told as nothing."""
         self._reader = self._read()
 
     @property
@@ -117,7 +123,7 @@ class ToolCallParser(PiecewiseReader):
     def _text(self) -> Reader:
         """Tell text up to a mark or, where calls begin lines, to a line; False: it is over."""
         marks = [one for one in (self._mark, "\n" if self._is_anywhere() else "") if one]
-        marks += _CHANNEL_MARKS if self._format.kind == "channels" else ()
+        marks += CHANNEL_MARKS if self._format.kind == "channels" else ()
         while True:
             places = [(self._rest.find(one), one) for one in marks]
             place, mark = min((one for one in places if one[0] >= 0), default=(-1, ""))
@@ -126,7 +132,7 @@ class ToolCallParser(PiecewiseReader):
                 self._take(len(mark))
                 if mark == "\n":
                     self._space.append(mark)
-                elif mark not in _SILENT:
+                elif mark not in SILENT:
                     self._trail = [mark]
                 return True
             kept = max((held(self._rest, one) for one in marks), default=0)
@@ -134,7 +140,7 @@ class ToolCallParser(PiecewiseReader):
             if not (yield from self._more()):
                 is_mark = self._is_cut and kept >= CLEARLY_A_MARK
                 if is_mark:
-                    self._take(kept)
+                    self._lose(kept)
                     self._space.clear()
                 yield from self._say_rest()
                 return False
@@ -169,10 +175,15 @@ class ToolCallParser(PiecewiseReader):
         self._space.clear()
         self._trail.clear()
         if self._is_cut and self._ran_out:
-            self._take(len(self._rest))  # the beginning of a call
+            self._lose(len(self._rest))
         else:
             yield from self._tell(text)
         return False
+
+    def _lose(self, length: int) -> None:
+        """Take the beginning of a call of which no more comes."""
+        self._take(length)
+        self.has_lost_an_opening = True
 
     def _start(self, name: str) -> CallStarted:
         self._calls += 1
@@ -223,15 +234,11 @@ class ToolCallParser(PiecewiseReader):
     def _call(self) -> Reader:
         """Read one call; False: there is none, or it is not whole."""
         kind = self._format.kind
-        if kind == "object":
-            return (yield from self._object())
-        if kind == "python":
-            return (yield from self._python())
-        if kind == "elements":
-            return (yield from self._elements())
-        if kind == "channels":
-            return (yield from self._channel())
-        return (yield from self._named())
+        if kind in ("object", "named"):
+            return (yield from (self._object() if kind == "object" else self._named()))
+        if kind in ("elements", "channels"):
+            return (yield from (self._elements() if kind == "elements" else self._channel()))
+        return (yield from self._scanned())
 
     def _object(self) -> Reader:
         """Read a call that is a JSON object."""
@@ -311,7 +318,8 @@ class ToolCallParser(PiecewiseReader):
         name = yield from self._name("")
         if name is None:
             return (yield from self._no_call())
-        if (yield from self._word("[CALL_ID]")):
+        mark = ":" if self._format.is_numbered else "[CALL_ID]"
+        if (yield from self._word(mark)):
             yield from self._name("")
         if not (yield from self._words(separator)):
             return (yield from self._no_call())
@@ -337,10 +345,10 @@ class ToolCallParser(PiecewiseReader):
     def _channel(self) -> Reader:
         """Read the head of a message in a channel: a call, or text whose head is no text."""
         head, is_there = yield from self._up_to("<|message|>", most=MOST_OPENING)
-        to = _RECIPIENT.search(self._trail[0] + head)
+        to = RECIPIENT.search(self._trail[0] + head)
         self._trail.append(head + ("<|message|>" if is_there else ""))
         if not is_there or to is None:
-            if is_there and _PLAIN_CHANNEL.fullmatch(head.strip()):
+            if is_there and PLAIN_CHANNEL.fullmatch(head.strip()):
                 self._trail.clear()
                 return False
             return (yield from self._no_call())
@@ -349,7 +357,7 @@ class ToolCallParser(PiecewiseReader):
     def _elements(self) -> Reader:
         """Read a name, and an element for each argument."""
         form = self._format
-        before, middle, end = (part.strip() for part in form.parameter)
+        before = form.parameter[0].strip()
         name = yield from self._name(form.separator)
         if name is None:
             return (yield from self._no_call())
@@ -362,15 +370,9 @@ class ToolCallParser(PiecewiseReader):
         yield self._start(name)
         yield from self._given("{")
         while has_one:
-            key, is_there = yield from self._up_to(middle.split()[0])
-            if not is_there or not (yield from self._words(" ".join(middle.split()[1:]))):
+            if not (yield from self._element(texts, count)):
                 return False
-            yield from self._given(
-                f"{', ' if count else ''}{json.dumps(key, ensure_ascii=False)}: "
-            )
             count += 1
-            if not (yield from self._value(end, None if texts is None else key in texts)):
-                return False
             has_one = yield from self._word(before)
             if not has_one and not (yield from self._word(closing)) and self._is_over:
                 return False
@@ -381,6 +383,22 @@ class ToolCallParser(PiecewiseReader):
                 self.end_of_calls = self._taken
         self._trail.clear()
         return True
+
+    def _element(self, texts: frozenset[str] | None, count: int) -> Reader:
+        """Tell an argument, of which there were *count* before; False: it is not whole."""
+        form = self._format
+        middle, _, behind = form.parameter[1].strip().partition("{}")
+        key, is_there = yield from self._up_to(middle.split()[0])
+        if not is_there or not (yield from self._words(" ".join(middle.split()[1:]))):
+            return False
+        is_text = None if texts is None else key in texts
+        if form.kinds[0]:
+            is_text = yield from self._word(form.kinds[0])
+            is_known = is_text or (yield from self._word(form.kinds[1]))
+            if not (is_known and (yield from self._words(behind))):
+                return False
+        yield from self._given(f"{', ' if count else ''}{json.dumps(key, ensure_ascii=False)}: ")
+        return (yield from self._value(form.parameter[2].strip(), is_text))
 
     def _value(self, end: str, is_text: bool | None) -> Reader:
         """Tell the value of an argument as JSON; False: it is not whole."""
@@ -412,18 +430,22 @@ class ToolCallParser(PiecewiseReader):
                 self._take(len(self._rest))  # the beginning of the mark
                 return False
 
-    def _python(self) -> Reader:
-        """Read a call as Python has it."""
-        name = yield from self._name("(")
+    def _scanned(self) -> Reader:
+        """Read a call whose arguments are known when they are whole: as Python has it, or in braces."""
+        quote = self._format.quote
+        name = yield from self._name("{" if quote else "(")
         if name is None:
             return (yield from self._no_call())
-        scan, parts = PythonArguments(), list[str]()
+        scan = BracedArguments(quote) if quote else PythonArguments()
+        parts = list[str]()
         while True:
             parts.append(scan.taken_from(self._rest))
             self._trail.append(self._take(scan.length))
             if scan.closed or not (yield from self._more()):
                 break
-        arguments = python_arguments("".join(parts)) if scan.closed else None
+        text = "".join(parts)
+        read = braced_arguments(text, quote) if quote else python_arguments(text)
+        arguments = read if scan.closed else None
         if scan.closed and arguments is None:
             return (yield from self._no_call())
         if arguments is None and not self._is_cut:
@@ -444,7 +466,7 @@ class ToolCallParser(PiecewiseReader):
                 break
             if not (yield from self._more()):
                 if self._is_cut and bare.is_clear(rest):
-                    self._take(len(self._rest))
+                    self._lose(len(self._rest))
                 elif lead is not None:
                     self._take(lead.end())
                 return False
@@ -467,18 +489,11 @@ class ToolCallParser(PiecewiseReader):
 
     def _python_list(self) -> Reader:
         """Read the calls of a list that stands without marks."""
-        while (yield from self._python()):
+        while (yield from self._scanned()):
             if not (yield from self._word(",")):
                 yield from self._close()
                 return True
         return False
-
-
-_CHANNEL_MARKS: Final = (" to=functions.", "<|start|>assistant", "<|end|>")
-_SILENT: Final = ("<|start|>assistant", "<|end|>")
-"""Marks of messages in channels, which are no text."""
-_RECIPIENT: Final = re.compile(r"\bto=functions\.(?P<name>[\w.-]{1,128})")
-_PLAIN_CHANNEL: Final = re.compile(r"(?:final|commentary)(?:\s*<\|constrain\|>\s*\w+)?")
 
 
 def _may_be_bare(format_: ToolFormat) -> bool:

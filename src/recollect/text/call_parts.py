@@ -88,6 +88,13 @@ NAME: Final = re.compile(r"[\w.-]{1,128}")
 _NAMES: Final = re.compile(r'"name"\s*:\s*"([^"]*)"|\[\s*([\w.-]{1,128})\s*\(')
 CLEARLY_A_MARK: Final = len("<tool")
 """Letters of a mark after which it is nothing else: `<t` may begin a table."""
+CHANNEL_MARKS: Final = (" to=functions.", "<|start|>assistant", "<|end|>")
+"""What begins or ends a message in a channel."""
+SILENT: Final = ("<|start|>assistant", "<|end|>")
+"""Those of them that are no text."""
+RECIPIENT: Final = re.compile(r"\bto=functions\.(?P<name>[\w.-]{1,128})")
+PLAIN_CHANNEL: Final = re.compile(r"(?:final|commentary)(?:\s*<\|constrain\|>\s*\w+)?")
+"""What the head of a message says that calls nothing."""
 SPACE: Final = " \t\n\r\f\v"
 
 Reader = Generator[Event | None, None, bool]
@@ -242,6 +249,50 @@ class PythonArguments:
             taken.append(letter)
         self.length = len(taken)
         return "".join(taken)
+
+
+class BracedArguments:
+    """Finds the brace that closes an object whose texts have a mark around them, in pieces of text."""
+
+    def __init__(self, quote: str) -> None:
+        self._quote = quote
+        self._words = re.compile(rf"{re.escape(quote)}|[{{}}\[\]]")
+        self._depth = 1
+        self._in_text = False
+        self.closed = False
+        self.length = 0
+        """Of what was taken from the text that came last."""
+
+    def taken_from(self, text: str) -> str:
+        """Return what of more text is in the object, the brace at its end apart."""
+        place = 0
+        while found := self._words.search(text, place):
+            place = found.end()
+            if found[0] == self._quote:
+                self._in_text = not self._in_text
+            elif not self._in_text:
+                self._depth += 1 if found[0] in "{[" else -1
+                if self._depth == 0:
+                    self.closed, self.length = True, place
+                    return text[: place - 1]
+        self.length = max(place, len(text) - held(text, self._quote))
+        return text[: self.length]
+
+
+_BARE_KEY: Final = re.compile(r"(?P<before>[{,]\s*)(?P<key>[\w.-]+)(?=\s*:)")
+
+
+def braced_arguments(text: str, quote: str) -> str | None:
+    """Return an object whose keys are bare, and whose texts stand between *quote*, as JSON."""
+    parts = f"{{{text}}}".split(quote)
+    # Outside of texts a key has no quotation marks; where it has the mark around it, it is a text.
+    parts[::2] = [
+        _BARE_KEY.sub(lambda found: f"{found['before']}{json.dumps(found['key'])}", one)
+        for one in parts[::2]
+    ]
+    parts[1::2] = [json.dumps(one, ensure_ascii=False) for one in parts[1::2]]
+    given = object_of("".join(parts)) if len(parts) % 2 else None
+    return None if given is None else json.dumps(given, ensure_ascii=False)
 
 
 _CONSTANTS: Final = {"true": True, "false": False, "null": None}

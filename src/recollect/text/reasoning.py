@@ -1,18 +1,17 @@
 """
 Find what a model thinks before it answers in what it writes, by the marks of its chat template.
 
-`find_marks` tries out where a template shows what an assistant thought, and how: the text around it is
-the marks, whatever they look like, `<think>`, `[THINK]` or the channels of harmony. `ReasoningSplitter`
-takes a reply apart as it comes; what it calls said is where calls of tools are looked for.
-Pure: renders by a function that it is given, and knows no tokens.
+`ReasoningSplitter` takes a reply apart as it comes; what it calls said is where calls of tools are looked
+for. `ReasoningWatch` does the same with tokens, and ends reasoning where its budget is spent.
+Pure: what the marks are is found out in `reasoning_marks`.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal, Self
 
 from recollect.text.call_parts import held
+from recollect.text.reasoning_marks import ReasoningMarks
 from recollect.text.tokenizer import ControlTokens, Detokenizer, Tokenizer, decode_with_marks
 from recollect.text.tool_calls import (
     CallRules,
@@ -23,76 +22,7 @@ from recollect.text.tool_calls import (
     parse_reply,
 )
 from recollect.text.tool_calls import Event as SaidEvent
-from recollect.text.tool_formats import control_marks
-from recollect.types import common_prefix_length
-
-Way = Literal["reasoning_content", "reasoning", "thinking", "parts", "text", "nowhere"]
-"""Where a template looks for what was thought: in a field of the message by that name, in a part of its
-content, in its text between the marks; or it shows none."""
-
-Try = Callable[[Sequence[Mapping[str, Any]], bool, Mapping[str, Any]], str | None]
-"""Renders messages, with the opening of a reply or without, and with options; None: they are refused."""
-
-_WORD: Final = r"(?:\w+:)?(?:think|thinking|thought|reasoning)(?::\w+)?"
-_OPEN: Final = re.compile(
-    rf"<\|?{_WORD}\|?>|<\|START_THINKING\|>|\[THINK\]|<\|channel>thought", re.IGNORECASE
-)
-_OPEN_AT_END: Final = re.compile(rf"(?:{_OPEN.pattern})\s*\Z", re.IGNORECASE)
-_CLOSE: Final = re.compile(rf"</({_WORD})>")
-_TAG: Final = re.compile(r"<[^<>\s]+>|\[[^\[\]\n]+\]")
-"""Marks by their looks. Source: the chat templates that llama.cpp keeps."""
-_HINT: Final = re.compile("think|thought|reason", re.IGNORECASE)
-_ON: Final = {"enable_thinking": True, "thinking": True}
-_OFF: Final = {"enable_thinking": False, "thinking": False}
-_ASKED, _THOUGHT, _SAID = "recollect0asked", "recollect0thought", "recollect0said"
-_QUOTES: Final = ("'", '"')
-
-
-@dataclass(frozen=True, slots=True)
-class ReasoningMarks:
-    """Between which marks a model writes what it thinks, and how its template is told of it."""
-
-    open: str
-    close: str
-    lead: str = ""
-    """What stands between the end of the reasoning and what is said, such as the name of a channel."""
-    first: str = ""
-    """What leads to what is said where nothing was thought; known of templates with a `lead`."""
-    space: str = "\n\n"
-    """The space that the template has around `lead`."""
-    way: Way = "text"
-
-    @property
-    def again(self) -> str:
-        """Return what opens further reasoning after some that was closed."""
-        is_known = bool(self.first) and self.lead.endswith(self.first)
-        return (self.lead.removesuffix(self.first) if is_known else "") + self.open
-
-    def are_opened_by(self, prompt: str) -> bool:
-        """Return whether a prompt ends with the opened mark, so that the reply begins inside."""
-        return prompt.rstrip().endswith(self.open)
-
-    def are_closed_by(self, prompt: str) -> bool:
-        """Return whether a prompt ends with the closed mark, so that the reply thinks nothing."""
-        return prompt.rstrip().endswith(self.close)
-
-    def begun(self, prompt: str) -> "Begun":
-        """Return how reasoning stands where the reply to a prompt begins."""
-        return Begun(self, self.are_opened_by(prompt), self.are_closed_by(prompt))
-
-    def told(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a message in which what was thought stands where the template looks for it."""
-        plain = dict(message)
-        thought = plain.pop("reasoning_content", None)
-        if not thought or self.way == "nowhere":
-            return plain
-        said = plain.get("content") or ""
-        if self.way == "text":
-            return plain | {"content": f"{self.open}\n{thought}\n{self.close}\n\n{said}"}
-        if self.way == "parts":
-            parts = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": said}]
-            return plain | {"content": parts if said else parts[:1]}
-        return plain | {self.way: thought}
+from recollect.text.tool_formats import ToolFormat, control_marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +50,10 @@ class ReasoningSplitter:
     Tells what is thought from what is said, in text that comes in pieces.
 
     Owned by whoever reads the reply. Reasoning stands at the beginning of a reply; marks in what is
-    said are text.
+    said are text, but for those that begin another message, as in harmony.
+
+    A call of a tool ends reasoning too, where models are known not to close it first: a call that stands
+    at the beginning of a line, or whose mark is a control token. What closes reasoning behind it is no text.
 
     Invariants:
         1. What is given out does not depend on how the text falls into pieces, but for how it is cut.
@@ -128,8 +61,27 @@ class ReasoningSplitter:
         3. What is said ends as the text ends.
     """
 
-    def __init__(self, marks: ReasoningMarks, *, is_inside: bool = False) -> None:
+    def __init__(
+        self,
+        marks: ReasoningMarks,
+        *,
+        is_inside: bool = False,
+        call: str = "",
+        is_token: bool = False,
+    ) -> None:
+        """
+        Have read nothing.
+
+        Args:
+            marks: Of reasoning.
+            is_inside: Whether the text begins within it.
+            call: The mark of a call that ends it, too; empty: none does.
+            is_token: Whether that is a control token.
+        """
         self._marks = marks
+        self._call, self._is_token = call, is_token
+        self.ended_by_call = False
+        """Whether a call has ended reasoning that nothing has closed."""
         self._state: _State = "inside" if is_inside else "start"
         self._rest = ""
         self._apart = ""
@@ -142,6 +94,12 @@ class ReasoningSplitter:
         return self._state
 
     @property
+    def is_over(self) -> bool:
+        """Return whether all that comes is said."""
+        is_last = not (self._marks.may_come_again or self.ended_by_call)
+        return self._state == "said" and is_last
+
+    @property
     def may_close(self) -> bool:
         """Return whether the text ends with what may become the mark that closes reasoning."""
         return held(self._rest, self._marks.close) > 0
@@ -152,8 +110,7 @@ class ReasoningSplitter:
         while self._rest:
             state, length = self._state, len(self._rest)
             if state == "said":
-                said, self._rest = self._rest, ""
-                yield said
+                yield from self._in_said()
             elif state == "inside":
                 yield from self._in_reasoning()
             else:
@@ -166,18 +123,49 @@ class ReasoningSplitter:
         rest, self._rest = self._rest, ""
         if self._state == "inside":
             yield from self._thought(_without_beginning_of(rest, self._marks.close).rstrip())
-        elif self._state == "start" or rest.strip():
+        elif rest and (self._state in ("start", "said") or rest.strip()):
             yield rest
 
+    def _in_said(self) -> Iterator[str]:
+        marks = [self._marks.again] if self._marks.may_come_again else []
+        marks += [self._marks.close] if self.ended_by_call else []
+        places = [(self._rest.find(one), one) for one in marks]
+        place, mark = min((one for one in places if one[0] >= 0), default=(-1, ""))
+        kept = max((held(self._rest, one) for one in marks), default=0)
+        said = self._rest[: place if mark else len(self._rest) - kept]
+        self._rest = self._rest[len(said) + len(mark) :]
+        if said:
+            yield said
+        if mark == self._marks.again and mark:
+            self._state = "inside"
+        elif mark:
+            self._state, self.ended_by_call = "after", False
+
+    def _ending(self) -> tuple[int, str]:
+        """Return where reasoning ends in what is there, and by which mark; an empty one: it goes on."""
+        close, call = self._rest.find(self._marks.close), -1
+        if self._call:
+            call = self._rest.find(self._call)
+            while call >= 0 and not self._may_call(self._rest[:call]):
+                call = self._rest.find(self._call, call + 1)
+        if call >= 0 and not 0 <= close < call:
+            return call, self._call
+        return close, self._marks.close if close >= 0 else ""
+
+    def _may_call(self, before: str) -> bool:
+        line = before.rstrip(" \t")
+        return self._is_token or line.endswith("\n") or not (line or self._has_begun)
+
     def _in_reasoning(self) -> Iterator[ReasoningDelta]:
-        thought, mark, after = self._rest.partition(self._marks.close)
+        place, mark = self._ending()
         if not mark:
-            thought = _without_beginning_of(self._rest, self._marks.close)
-        thought = thought.rstrip()
-        self._rest = after if mark else self._rest[len(thought) :]
+            kept = max(held(self._rest, self._marks.close), held(self._rest, self._call))
+            place = len(self._rest) - kept
+        thought, is_call = self._rest[:place].rstrip(), bool(mark) and mark == self._call
+        self._rest = self._rest[place + len(mark) * (not is_call) if mark else len(thought) :]
         yield from self._thought(thought)
         if mark:
-            self._state = "after"
+            self._state, self.ended_by_call = "said" if is_call else "after", is_call
             self._apart, self._has_begun = "\n\n" if self._has_begun else self._apart, False
 
     def _thought(self, text: str) -> Iterator[ReasoningDelta]:
@@ -212,7 +200,10 @@ def _without_beginning_of(text: str, mark: str) -> str:
 
 def parted(text: str, marks: ReasoningMarks, *, is_inside: bool = False) -> Parted:
     """Return a whole reply as what was thought and what was said."""
-    splitter = ReasoningSplitter(marks, is_inside=is_inside)
+    return _parted(text, ReasoningSplitter(marks, is_inside=is_inside))
+
+
+def _parted(text: str, splitter: ReasoningSplitter) -> Parted:
     parts = [*splitter.push(text), *splitter.finish()]
     thought = "".join(one.text for one in parts if isinstance(one, ReasoningDelta))
     return Parted(thought.strip(), "".join(one for one in parts if isinstance(one, str)))
@@ -233,17 +224,38 @@ class Begun:
     is_closed: bool = False
     """Whether the prompt has closed it, so that the answer begins at once."""
 
+    calls: ToolFormat | None = None
+    """How calls are written that end reasoning, too; None: only its own mark does."""
+    has_token: bool = False
+    """Whether the mark of such calls is a control token."""
+
+    @classmethod
+    def of(cls, marks: ReasoningMarks | None, prompt: str) -> Self:
+        """Return how reasoning stands where the reply to a prompt begins."""
+        if marks is None:
+            return cls()
+        return cls(marks, marks.are_opened_by(prompt), marks.are_closed_by(prompt))
+
+    def with_calls(self, format_: ToolFormat, tokenizer: Tokenizer) -> Self:
+        """Return the same where tools may be called; a call ends reasoning if its mark is one token."""
+        mark = format_.mark
+        if not mark or len(tokenizer.encode(mark)) != 1 or format_.kind == "channels":
+            return self
+        return replace(self, calls=format_, has_token=mark in tokenizer.control_tokens.ids)
+
     def splitter(self) -> ReasoningSplitter | None:
         """Return what takes the reply apart; None where all of it is said."""
         if self.marks is None:
             return None
-        return ReasoningSplitter(self.marks, is_inside=self.is_inside)
+        call = "" if self.calls is None else self.calls.mark
+        return ReasoningSplitter(
+            self.marks, is_inside=self.is_inside, call=call, is_token=self.has_token
+        )
 
     def parted(self, text: str) -> Parted:
         """Return the whole reply as what was thought and what was said."""
-        if self.marks is None:
-            return Parted("", text)
-        return parted(text, self.marks, is_inside=self.is_inside)
+        splitter = self.splitter()
+        return Parted("", text) if splitter is None else _parted(text, splitter)
 
 
 NO_REASONING: Final = Begun()
@@ -296,11 +308,12 @@ class ReplyReader:
     def count(self, piece: str) -> None:
         """Count a token that completes a piece of text, unless what is said has begun."""
         counter = self._counter
-        if counter is None or counter.state == "said":
+        if counter is None or counter.is_over:
             return
         was = counter.state
         has_said = any(isinstance(part, str) for part in counter.push(piece))
-        if has_said and was != "inside":
+        if has_said and (was != "inside" or counter.ended_by_call):
+            self._undecided = 0
             return
         self._undecided += 1
         if {was, counter.state} & {"inside", "after"}:
@@ -326,7 +339,13 @@ class ReasoningWatch:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, begun: Begun, *, budget: int | None = None, leads: bool = False
+        self,
+        tokenizer: Tokenizer,
+        begun: Begun,
+        *,
+        budget: int | None = None,
+        leads: bool = False,
+        is_within: bool = False,
     ) -> None:
         """
         Have seen nothing.
@@ -337,22 +356,27 @@ class ReasoningWatch:
             budget: Most tokens of reasoning; None: as many as the model wants.
             leads: Whether what stands between reasoning and answer is not left to the model, because
                 a grammar begins behind it.
+            is_within: Whether a grammar is about the reasoning too, so that the answer begins with the
+                reply, and what follows reasoning is the model's choice.
         """
         assert begun.marks is not None, "without marks there is nothing to follow"
-        self._given = tokenizer, begun, budget, leads
+        self._given = tokenizer, begun, budget, leads, is_within
         marks = begun.marks
-        self._decoder = ShowingTokenizer(tokenizer, marks, None)
-        self._lead = tokenizer.encode(marks.lead or marks.space)
+        rules = None if begun.calls is None else CallRules(begun.calls)
+        self._decoder = ShowingTokenizer(tokenizer, marks, rules)
+        lead = marks.again.removesuffix(marks.open) if is_within else marks.lead or marks.space
+        self._lead = tokenizer.encode(lead)
         self._end = [*tokenizer.encode(marks.close), *self._lead]
         opening = tokenizer.encode(marks.open)
-        self.opening: Final = opening[0] if len(opening) == 1 and not begun.is_inside else None
+        is_one = len(opening) == 1 and not begun.is_inside and not is_within
+        self.opening: Final = opening[0] if is_one else None
         """The one token that opens reasoning at the beginning; None: it is open, or takes several."""
         self._forget()
 
     def copy(self) -> "ReasoningWatch":
         """Return another that has seen nothing."""
-        tokenizer, begun, budget, leads = self._given
-        return ReasoningWatch(tokenizer, begun, budget=budget, leads=leads)
+        tokenizer, begun, budget, leads, is_within = self._given
+        return ReasoningWatch(tokenizer, begun, budget=budget, leads=leads, is_within=is_within)
 
     def forced(self, reply: Sequence[int]) -> int | None:
         """Return the token that has to come next; None: the model chooses."""
@@ -366,16 +390,18 @@ class ReasoningWatch:
         return self._answer_start
 
     def _forget(self) -> None:
-        _, begun, _, _ = self._given
+        _, begun, _, _, is_within = self._given
         assert begun.marks is not None, "see above"
-        self._splitter = ReasoningSplitter(begun.marks, is_inside=begun.is_inside)
+        splitter = begun.splitter()
+        assert splitter is not None, "it has marks"
+        self._splitter = splitter
         self._detokenizer = Detokenizer(self._decoder)
         self._seen: list[int] = []
         self._thought = 0
         self._forced: list[int] = []
         self._forced_from = 0
         waits = begun.is_inside or bool(begun.marks.first)
-        self._answer_start: int | None = None if waits else 0
+        self._answer_start: int | None = None if waits and not is_within else 0
         self._look()
 
     def _follow(self, reply: Sequence[int]) -> None:
@@ -393,7 +419,7 @@ class ReasoningWatch:
     def _look(self) -> None:
         """Decide what comes next, now that all that is there was seen."""
         state, here = self._splitter.state, len(self._seen)
-        _, _, budget, leads = self._given
+        _, _, budget, leads, _ = self._given
         if here < self._forced_from + len(self._forced):
             return
         is_spent = budget is not None and self._thought >= budget
@@ -404,7 +430,8 @@ class ReasoningWatch:
         elif state == "after" and leads and self._lead and not self._forced:
             self._forced, self._forced_from = self._lead, here
         else:
-            self._answer_start = here
+            # The mark of a call that ends reasoning is the first token of the answer.
+            self._answer_start = here - self._splitter.ended_by_call
 
 
 class ShowingTokenizer:
@@ -440,130 +467,3 @@ def _written_in(text: str, control: ControlTokens) -> dict[int, str]:
     return (
         {token_id: name for name, token_id in control.ids.items() if name in text} if text else {}
     )
-
-
-def find_marks(source: str, render: Try) -> ReasoningMarks | None:
-    """
-    Return the marks of a template; None where it knows none.
-
-    Args:
-        source: Of the template.
-        render: Of the template, without anything added.
-    """
-    if not _HINT.search(source):
-        return None
-    ways: tuple[Way, ...] = ("reasoning_content", "reasoning", "thinking", "parts")
-    for way in ways:
-        for options in ({}, _ON):
-            for replied in _replies(way):
-                shown = render([_said("user", _ASKED), *replied], False, options)
-                if shown is None or shown.count(_THOUGHT) != 1:
-                    continue
-                found = _around(shown, way, options, render, is_plain=len(replied) == 1)
-                if found is not None:
-                    return found
-    return _in_source(source, render)
-
-
-def _said(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": text}
-
-
-def _replies(way: Way) -> Iterator[list[dict[str, Any]]]:
-    """Yield what may follow a question: a reply that thinks, says, and perhaps calls a tool."""
-    plain = ReasoningMarks("", "", way=way).told(
-        _said("assistant", _SAID) | {"reasoning_content": _THOUGHT}
-    )
-    yield [plain]
-    for arguments in ({"a": 1}, '{"a": 1}'):
-        function = {"name": "get", "arguments": arguments}
-        call = {"id": "123456789", "type": "function", "function": function}
-        result = _said("tool", "2") | {"tool_call_id": "123456789", "name": "get"}
-        yield [plain | {"tool_calls": [call]}, result]
-
-
-def _around(
-    shown: str, way: Way, options: Mapping[str, Any], render: Try, *, is_plain: bool
-) -> ReasoningMarks | None:
-    """
-    Return the marks around a thought that is shown; None where these are none.
-
-    Args:
-        shown: A question, and a reply that thinks.
-        way: How the template was told what was thought.
-        options: It was told besides.
-        render: Of the template.
-        is_plain: Whether nothing but the text of the reply follows the thought.
-    """
-    before, _, after = shown.rpartition(_ASKED)[2].partition(_THOUGHT)
-    between, has_said, _ = after.partition(_SAID)
-    if before.endswith(_QUOTES) or between.startswith(_QUOTES):
-        return None  # the message is shown as JSON
-    asked = [_said("user", _ASKED)]
-    prompts = [(render(asked, True, how) or "").rpartition(_ASKED)[2] for how in (options, _OFF)]
-    opening = _opening(before, prompts)
-    closing = _TAG.match(between.lstrip())
-    close = closing.group() if closing else between.strip()
-    if not opening or not close:
-        return None
-    if not (is_plain and has_said):
-        return ReasoningMarks(opening, close, way=way)
-    follows = between.lstrip()[len(close) :]
-    if not (lead := follows.strip()):
-        return ReasoningMarks(opening, close, space=follows, way=way)
-    plain = render([*asked, _said("assistant", _SAID)], False, options) or ""
-    plain = plain.rpartition(_ASKED)[2].partition(_SAID)[0]
-    first = plain.removeprefix(prompts[0]).strip() if plain.startswith(prompts[0]) else ""
-    return ReasoningMarks(opening, close, lead, first, "", way)
-
-
-def _opening(before: str, prompts: Sequence[str]) -> str:
-    """Return the mark at the end of what is before a thought; prompts lead to replies, with it or without."""
-    if tag := _OPEN_AT_END.search(before):
-        return tag.group().strip()
-    if prompts[0].startswith(before) and (more := prompts[0][len(before) :].strip()):
-        return more  # the prompt alone opens it, in words
-    for prompt in prompts:
-        if opening := before[common_prefix_length(prompt, before) :].strip():
-            return opening
-    return ""
-
-
-def _in_source(source: str, render: Try) -> ReasoningMarks | None:
-    """Return marks that a template names, and that it shows nothing between, or what a text has there."""
-    closes = {f"<{word}>": f"</{word}>" for word in _CLOSE.findall(source)}
-    closes |= {"[THINK]": "[/THINK]", "<|channel>thought": "<channel|>"}
-    closes["<|START_THINKING|>"] = "<|END_THINKING|>"
-    for opening, close in closes.items():
-        if close not in source:
-            continue
-        if "reasoning_content" in source:  # it decides where it shows that
-            return ReasoningMarks(opening, close, way="reasoning_content")
-        marks = ReasoningMarks(opening, close)
-        said = marks.told(_said("assistant", _SAID) | {"reasoning_content": _THOUGHT})
-        shown = render([_said("user", _ASKED), said], False, {})
-        is_shown = shown is not None and _THOUGHT in shown
-        return ReasoningMarks(opening, close, way="text" if is_shown else "nowhere")
-    return None
-
-
-_NOTHING: Final = re.compile(
-    rf"\s*(?:(?:<\|?{_WORD}\|?>|\[THINK\]|<\|channel>thought)\s*"
-    rf"(?:(?:<\|?/{_WORD}\|?>|\[/THINK\]|<channel\|>)\s*)?)?"
-)
-"""Space, a mark that opens thinking, or one that is closed around nothing: it says nothing. Source: the
-chat templates that llama.cpp keeps."""
-
-
-def says_nothing(text: str, start: int) -> bool:
-    """Return whether a text from *start* on is space, or marks around no thought."""
-    return _NOTHING.fullmatch(text, start) is not None
-
-
-def says_the_same(first: str, second: str) -> bool:
-    """Return whether two leads to what is said differ only in space, or in marks around no thought."""
-    one, other = "".join(first.split()), "".join(second.split())
-    if one == other:
-        return True
-    same = common_prefix_length(one, other)
-    return says_nothing(one, same) and says_nothing(other, same)

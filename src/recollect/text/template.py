@@ -30,7 +30,8 @@ import psutil
 
 from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text import template_engine
-from recollect.text.reasoning import ReasoningMarks, find_marks, parted
+from recollect.text.reasoning import parted
+from recollect.text.reasoning_marks import ReasoningMarks, find_marks
 from recollect.text.template_engine import (
     COMPILED,
     FAILURES,

@@ -24,7 +24,7 @@ from recollect.text.call_parts import (
     object_of,
 )
 from recollect.text.tool_formats import HERMES, ToolFormat
-from recollect.types import Message, ToolCall
+from recollect.types import Ended, Message, ToolCall
 
 __all__ = [
     "CALL_START",
@@ -75,7 +75,7 @@ def with_tools_spelled(
 ) -> list[Message]:
     """Return messages for a template that knows no tools: the instructions describe them."""
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    preamble = format_.preamble.format(tools=lines)
+    preamble = format_.offering(lines)
     if messages and messages[0]["role"] == "system":
         instructions = f"{messages[0]['content']}\n\n{preamble}"
         return [{"role": "system", "content": instructions}, *messages[1:]]
@@ -90,6 +90,8 @@ class ParsedReply:
     """What is said beside the calls."""
     calls: tuple[ToolCall, ...]
     """Those that are whole; where the reply was cut, the last may have only a part of its arguments."""
+    ended: Ended | None = None
+    """`call`: it was cut inside a call; of one without a whole name nothing is told beside this."""
 
 
 def parse_reply(
@@ -135,7 +137,8 @@ def parse_reply(
         )
         for call, given in zip(started, arguments, strict=True)
     ][: None if is_cut else whole]
-    return ParsedReply("".join(content), tuple(calls))
+    is_inside = is_cut and (whole < len(started) or parser.has_lost_an_opening)
+    return ParsedReply("".join(content), tuple(calls), "call" if is_inside else None)
 
 
 def is_whole(arguments: str) -> bool:

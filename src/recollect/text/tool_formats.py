@@ -13,18 +13,19 @@ makers publish beside the weights.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from recollect.errors import InvalidParameterError
 from recollect.text.tokenizer import ControlTokens
 
-Kind = Literal["object", "named", "elements", "python", "channels"]
+Kind = Literal["object", "named", "elements", "python", "braces", "channels"]
 """
 How a call is written.
 
 `object`: as a JSON object with name and arguments. `named`: the name, then the arguments as JSON.
 `elements`: the name, then an element for each argument. `python`: as a call in Python with keywords.
+`braces`: the name, then an object whose keys have no quotation marks, and whose texts have `quote`.
 `channels`: as a message to the tool in a channel, the arguments as JSON.
 """
 
@@ -55,7 +56,14 @@ class ToolFormat:
     separator: str = ""
     """What follows the name where that is no part of an object."""
     parameter: tuple[str, str, str] = ("", "", "")
-    """Before an argument's name, between it and the value, and after the value."""
+    """Before an argument's name, between it and the value, and after the value. A `{}` in between stands
+    for the one or the other of `kinds`."""
+    kinds: tuple[str, str] = ("", "")
+    """What an element has that is a text, and what one that is other JSON; empty: nothing tells them."""
+    is_numbered: bool = False
+    """Whether a colon and the number of the call follow the name."""
+    quote: str = ""
+    """What texts in `braces` stand between."""
     is_bare: bool = False
     """Whether calls come without marks, at the beginning of a line."""
     lead: str = ""
@@ -63,7 +71,8 @@ class ToolFormat:
     is_single: bool = False
     """Whether a reply has one call at most: the models know no more."""
     preamble: str = ""
-    """How tools are offered where a template does not know them; `{tools}` are their descriptions."""
+    """How tools are offered where a template does not know them; `{tools}` are their descriptions.
+    Empty: as elsewhere, with a call as an example."""
 
     @property
     def beginning(self) -> str:
@@ -72,12 +81,26 @@ class ToolFormat:
             return "<|start|>assistant"
         return self.mark or (self.opening if self.kind == "python" else f'{{"{self.keys[0]}"')
 
+    def between_name_and(self, *, is_text: bool) -> str:
+        """Return what stands between an argument's name and its value."""
+        return self.parameter[1].replace("{}", self.kinds[0 if is_text else 1])
+
     @property
     def marks(self) -> tuple[str, ...]:
         """Return the texts in which the marks of calls are, which may be control tokens."""
         channels = ("<|start|>", "<|end|>", "<|message|>") if self.kind == "channels" else ()
         texts = (self.lead, self.mark, self.opening, self.head, self.separator, self.tail)
-        return (*texts, self.between or "", self.closing, "[CALL_ID]", *channels)
+        others = (self.between or "", self.closing, self.quote, *self.parameter)
+        return (*texts, *others, "[CALL_ID]", *channels)
+
+    def offering(self, tools: str) -> str:
+        """Return the instructions that offer tools, of which these are the descriptions."""
+        if self.preamble:
+            return self.preamble.format(tools=tools)
+        example = self.text_of([("example_tool", '{"example_parameter": "a value"}')])
+        return (
+            f"{_JSON_PREAMBLE.format(tools=tools)}To call tools, reply in this format:\n{example}"
+        )
 
     def text_of(self, calls: Sequence[tuple[str, str]]) -> str:
         """
@@ -86,29 +109,50 @@ class ToolFormat:
         Args:
             calls: Names and arguments, these as JSON text of an object.
         """
-        written = [f"{self.head}{self._call(name, given)}{self.tail}" for name, given in calls]
+        numbers = [f":{n}" if self.is_numbered else "" for n in range(len(calls))]
+        written = [
+            f"{self.head}{self._call(name, given, number)}{self.tail}"
+            for (name, given), number in zip(calls, numbers, strict=True)
+        ]
         start = self.mark + self.opening
         if self.between is None:
             return self.after.join(f"{start}{one}{self.closing}" for one in written)
         return f"{start}{self.between.join(written)}{self.closing}"
 
-    def _call(self, name: str, arguments: str) -> str:
+    def _call(self, name: str, arguments: str, number: str) -> str:
         if self.kind == "object":
             key, value = self.keys
             return f'{{"{key}": {json.dumps(name)}, "{value}": {arguments}}}'
         if self.kind in ("named", "channels"):
-            return f"{name}{self.separator}{arguments}"
+            return f"{name}{number}{self.separator}{arguments}"
         given: dict[str, Any] = json.loads(arguments)
         if self.kind == "python":
             pairs = ", ".join(f"{key}={python_literal(one)}" for key, one in given.items())
             return f"{name}({pairs})"
-        before, middle, end = self.parameter
-        pairs = "".join(f"{before}{key}{middle}{_plain(one)}{end}" for key, one in given.items())
+        if self.kind == "braces":
+            return f"{name}{braced(given, self.quote)}"
+        before, _, end = self.parameter
+        pairs = "".join(
+            f"{before}{key}{self.between_name_and(is_text=isinstance(one, str))}{_plain(one)}{end}"
+            for key, one in given.items()
+        )
         return f"{name}{self.separator}{pairs}"
 
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def braced(value: Any, quote: str) -> str:
+    """Return a JSON value with keys as they are, and texts between *quote*."""
+    if isinstance(value, str):
+        return f"{quote}{value}{quote}"
+    if isinstance(value, dict):
+        pairs = (f"{key}:{braced(one, quote)}" for key, one in value.items())
+        return "{" + ",".join(pairs) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(braced(one, quote) for one in value) + "]"
+    return json.dumps(value)
 
 
 def python_literal(value: Any) -> str:
@@ -220,12 +264,6 @@ SEED_OSS: Final = ToolFormat(
     separator=">\n",
     parameter=("<parameter=", ">", "</parameter>\n"),
     closing="</function>\n</seed:tool_call>",
-    preamble=_XML_PREAMBLE
-    + """<seed:tool_call>
-<function=example_function_name>
-<parameter=example_parameter_1>value_1</parameter>
-</function>
-</seed:tool_call>""",
 )
 MINIMAX_M2: Final = ToolFormat(
     name="minimax-m2",
@@ -238,12 +276,6 @@ MINIMAX_M2: Final = ToolFormat(
     tail="</invoke>\n",
     between="",
     closing="</minimax:tool_call>",
-    preamble=_XML_PREAMBLE
-    + """<minimax:tool_call>
-<invoke name="tool-name-1">
-<parameter name="param-key-1">param-value-1</parameter>
-</invoke>
-</minimax:tool_call>""",
 )
 GLM_4_5: Final = ToolFormat(
     name="glm-4.5",
@@ -335,6 +367,48 @@ Where:
 - `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema
 - For multiple tool calls, chain them directly without separators or spaces""",
 )
+DSML: Final = ToolFormat(
+    name="dsml",
+    kind="elements",
+    mark="<｜DSML｜tool_calls>",
+    opening="\n",
+    head='<｜DSML｜invoke name="',
+    separator='">\n',
+    parameter=('<｜DSML｜parameter name="', '" string="{}">', "</｜DSML｜parameter>\n"),
+    kinds=("true", "false"),
+    tail="</｜DSML｜invoke>\n",
+    between="",
+    closing="</｜DSML｜tool_calls>",
+)
+"""DeepSeek V4."""
+DSML_V3_2: Final = replace(
+    DSML,
+    name="dsml-v3.2",
+    mark="<｜DSML｜function_calls>",
+    closing="</｜DSML｜function_calls>",
+)
+"""DeepSeek V3.2."""
+KIMI: Final = ToolFormat(
+    name="kimi",
+    kind="named",
+    mark="<|tool_calls_section_begin|>",
+    head="<|tool_call_begin|>functions.",
+    is_numbered=True,
+    separator="<|tool_call_argument_begin|>",
+    tail="<|tool_call_end|>",
+    between="",
+    closing="<|tool_calls_section_end|>",
+)
+"""Kimi K2."""
+GEMMA_4: Final = ToolFormat(
+    name="gemma-4",
+    kind="braces",
+    mark="<|tool_call>",
+    opening="call:",
+    closing="<tool_call|>",
+    quote='<|"|>',
+    after="",
+)
 HARMONY: Final = ToolFormat(
     name="harmony",
     kind="channels",
@@ -380,30 +454,6 @@ APRIEL: Final = ToolFormat(
     + 'To call functions: <tool_calls>[{{"name": "tool_name", "arguments": {{}}}}]</tool_calls>',
 )
 
-FORMATS: Final[Mapping[str, ToolFormat]] = {
-    one.name: one
-    for one in (
-        HERMES,
-        LLAMA_3,
-        MISTRAL,
-        MISTRAL_V11,
-        QWEN_3_CODER,
-        GLM_4_5,
-        GLM_4_7,
-        HARMONY,
-        LFM_2,
-        PYTHONIC,
-        DEEPSEEK,
-        DEEPSEEK_V3_1,
-        SEED_OSS,
-        MINIMAX_M2,
-        NEMOTRON,
-        GRANITE,
-        APRIEL,
-    )
-}
-"""By the names that people give."""
-
 
 def control_marks(format_: ToolFormat, control: ControlTokens) -> dict[int, str]:
     """Return the control tokens in which a model writes calls: their texts by their ids."""
@@ -414,6 +464,10 @@ def control_marks(format_: ToolFormat, control: ControlTokens) -> dict[int, str]
 _TELLING: Final[Sequence[tuple[ToolFormat, tuple[str, ...], tuple[str, ...]]]] = (
     # What a template has in it, and what it has not. The first row that fits counts.
     (HARMONY, ("<|channel|>", "to=", "functions."), ()),
+    (DSML_V3_2, ("｜DSML｜", "function_calls>"), ()),
+    (DSML, ("｜DSML｜", "tool_calls>"), ()),
+    (KIMI, (KIMI.mark, "<|tool_call_argument_begin|>"), ()),
+    (GEMMA_4, ("<|tool_call>call:", "<tool_call|>"), ()),
     (DEEPSEEK, ("<｜tool▁calls▁begin｜>", "```json"), ()),
     (DEEPSEEK_V3_1, ("<｜tool▁calls▁begin｜>",), ()),
     (SEED_OSS, ("<seed:tool_call>", "<function="), ()),
@@ -431,6 +485,10 @@ _TELLING: Final[Sequence[tuple[ToolFormat, tuple[str, ...], tuple[str, ...]]]] =
     (PYTHONIC, ("[func_name1(",), ("<tool_call>",)),
     (LLAMA_3, ('"parameters": ', "ipython"), ("<function=",)),
 )
+FORMATS: Final[Mapping[str, ToolFormat]] = {
+    one.name: one for one in (HERMES, *(row[0] for row in _TELLING))
+}
+"""By the names that people give."""
 
 
 def of_template(source: str, *, knows_tools: bool) -> ToolFormat | None:

@@ -291,7 +291,13 @@ def test_the_tree_names_branches_that_were_closed(chat: Chat, screen: StringIO) 
     run_command(chat, "/fork idea")
     for line in ("/switch main", "/close idea", "/tree"):
         run_command(chat, line)
-    assert "main (here), idea" in take(screen)
+    shown = take(screen)
+    assert "main (here), idea (closed)" in shown
+    assert "main 1 turn (here) · idea 1 turn (closed)" in shown
+    run_command(chat, "/switch idea")
+    take(screen)
+    run_command(chat, "/tree")
+    assert "closed" not in take(screen)
 
 
 def test_the_session_one_is_in_cannot_be_closed(chat: Chat) -> None:

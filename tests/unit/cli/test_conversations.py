@@ -85,8 +85,14 @@ def test_the_list_is_what_comes_without_a_command(
 ) -> None:
     row = next(line for line in run(*arguments).output.splitlines() if "poem" in line)
     assert row.split()[:1] == ["poem"]
-    for cell in ("3", "0 kB", "smollm2", "main, sea"):
+    for cell in ("3", "72 B", "smollm2", "main, sea"):
         assert cell in row
+
+
+def test_the_name_of_a_strangers_model_moves_no_cursor(poem: Journal) -> None:
+    """A file that is imported may call the model anything."""
+    poem.create("other", model="bard\x1b[2J\u202edrab", fingerprint="f00d")
+    assert "bard[2Jdrab" in run().output
 
 
 def test_the_list_as_json_has_sizes_in_bytes_and_times_in_utc(poem: Journal) -> None:

@@ -254,7 +254,18 @@ def test_the_default_model_is_that_of_the_library() -> None:
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(4_000, "4 kB"), (98_362_432, "98 MB"), (1_117_320_768, "1.1 GB"), (10**9, "1.0 GB")],
+    [
+        (0, "0 B"),
+        (72, "72 B"),
+        (999, "999 B"),
+        (1_000, "1 kB"),
+        (4_000, "4 kB"),
+        (999_600, "1 MB"),
+        (999_600_000, "1.0 GB"),
+        (98_362_432, "98 MB"),
+        (1_117_320_768, "1.1 GB"),
+        (10**9, "1.0 GB"),
+    ],
 )
 def test_sizes_have_a_unit_that_fits(size: int, text: str) -> None:
     assert text == format_bytes(size)

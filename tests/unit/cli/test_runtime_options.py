@@ -3,12 +3,16 @@
 from pathlib import Path
 
 import gguf
+import openvino as ov
 import pytest
 
 from random_model import WITH_EXPERTS, write_random_model
 from recollect.cli.options import ModelOptions
-from recollect.errors import ConfigError, UnsupportedModelError
+from recollect.conversation.loading import which_llama
+from recollect.errors import ConfigError, RuntimeFailure, UnsupportedModelError
 from recollect.models.prepare import prepare
+from recollect.runtime.llama_library import Device, LlamaLibrary
+from recollect.runtime.openvino import OpenVinoRuntime
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +76,36 @@ def test_what_is_wrong_is_said_before_a_model_is_looked_for(home: Path) -> None:
 def test_options_of_llama_are_refused_elsewhere() -> None:
     with pytest.raises(ConfigError, match="does not run on llama"):
         ModelOptions(gpu_layers="3").load("reference")
+
+
+def test_a_device_is_refused_where_nothing_can_run_on_it(spoken: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no device 'Metal' here: it has CPU"):
+        ModelOptions(device="Metal").load(str(spoken))
+    with pytest.raises(ConfigError, match="runs where its folder says"):
+        ModelOptions(device="CPU").load("reference")
+    with ModelOptions(device="cpu", kv_disk="0").load(str(spoken)) as model:
+        assert model.engine.info.device == "CPU"
+
+
+def test_openvino_computes_where_its_kv_can_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_on(device: str) -> None:
+        OpenVinoRuntime(tmp_path / "none.xml", profile="fast", context_length=64, device=device)
+
+    with pytest.raises(ConfigError, match="OpenVINO has no device 'NPU' here: it has CPU"):
+        run_on("NPU")
+    monkeypatch.setattr(ov.Core, "available_devices", ["CPU", "GPU"])
+    with pytest.raises(ConfigError, match=r"On GPU OpenVINO does not give KV out.*--runtime llama"):
+        run_on("GPU")
+    with pytest.raises(RuntimeFailure, match=r"reading none\.xml"):
+        run_on("cpu")
+
+
+def test_no_card_counts_where_the_processor_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Device("CUDA0", "a card", "GPU", 8 << 30, 8 << 30)
+    monkeypatch.setattr(LlamaLibrary, "devices", lambda _: [card])
+    assert [which_llama(one) for one in (None, "CUDA0", "CPU")] == ["quicker", "quicker", "there"]
 
 
 def test_openvino_alone_refuses_what_it_does_not_read(spoken: Path, home: Path) -> None:

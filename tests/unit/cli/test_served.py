@@ -47,6 +47,9 @@ def test_a_model_given_by_its_path_has_a_weight(tmp_path: Path) -> None:
     gguf(folder / "openvino_model.bin", 1000)
     gguf(folder / "deeper/openvino_model.xml", 24)
     assert weight_bytes(gguf(tmp_path / "m.gguf", 500), tmp_path / "home") == 500
+    for number in (1, 2, 3):
+        gguf(tmp_path / f"large-{number:05}-of-00003.gguf", 100 * number)
+    assert weight_bytes(str(tmp_path / "large-00001-of-00003.gguf"), tmp_path / "home") == 600
     assert weight_bytes(str(folder), tmp_path / "home") == 1024
     assert weight_bytes("reference", tmp_path / "home") == 0
     assert weight_bytes("smollm2", tmp_path / "home") > 50_000_000  # what will be fetched

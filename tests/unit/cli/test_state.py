@@ -65,7 +65,10 @@ def test_the_line_says_nothing_of_what_was_not_reused() -> None:
 
 @pytest.mark.parametrize(
     ("reason", "begins"),
-    [("cancelled", "stopped · "), ("length", "cut at the token limit, /continue goes on · ")],
+    [
+        ("cancelled", "stopped, /continue goes on · "),
+        ("length", "cut at the token limit, /continue goes on · "),
+    ],
 )
 def test_the_line_says_why_a_reply_is_not_whole(reason: FinishReason, begins: str) -> None:
     assert usage_line(reply(reason)).startswith(begins)
@@ -127,7 +130,7 @@ def test_ctrl_c_in_the_middle_keeps_what_was_said(
     assert given.finish_reason == "cancelled"
     assert 1 <= given.usage.generated_tokens < 500
     assert chat.session.tip is given.node
-    assert "stopped · " in screen.getvalue()
+    assert "stopped, /continue goes on · " in screen.getvalue()
 
 
 def test_ctrl_c_before_the_first_token_leaves_the_conversation_as_it_was(

@@ -28,6 +28,29 @@ def test_an_escape_sequence_is_made_harmless() -> None:
     assert printable("a\x1b]0;title\x07b\x9b1mc\r") == "a]0;titleb1mc"
 
 
+def test_what_is_written_cannot_change_the_order_in_which_it_is_read() -> None:
+    """Source: "Trojan Source", CVE-2021-42574, and the characters that Unicode deprecates or hides."""
+    turned = "".join(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x2070)]))
+    hidden = "\ufff9\ufffa\ufffb\U000e0041\U000e007f"
+    assert printable(f"rm {turned}-rf{hidden} x") == "rm -rf x"
+    assert printable("one\u2028two\u2029three") == "one\ntwo\nthree"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\u0915\u094d\u200d\u0937",
+        "\U0001f469\u200d\U0001f52c",
+        "\u05e9\u05dc\u05d5\u05dd\u200f!",
+        "\u0600\u0661\u0662",
+    ],
+)
+def test_format_characters_that_letters_need_stay(text: str) -> None:
+    """Joiners, marks of direction and signs before numbers belong to how a text is spelled."""
+    assert text == printable(text)
+
+
 @given(pieces_of_text)
 def test_a_wrapper_changes_nothing_but_spaces_into_breaks(pieces: list[str]) -> None:
     expected = "".join(pieces).split()

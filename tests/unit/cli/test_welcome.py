@@ -9,6 +9,7 @@ import pytest
 from recollect.cli.display import count
 from recollect.cli.state import Chat, farewell, welcome
 from recollect.journal.records import Entry, NewNode
+from recollect.types import FinishReason
 
 
 @pytest.fixture
@@ -51,6 +52,33 @@ def test_a_resumed_chat_shows_its_branches_and_the_last_turns(kept: Chat, screen
     assert "…\nyou: two\n" in shown
     assert "you: three\n" in shown
     assert "one" not in shown
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "told"),
+    [
+        ("cancelled", "The last reply was stopped: /continue goes on with it."),
+        ("length", "The last reply was cut: /continue goes on with it."),
+    ],
+)
+def test_a_resumed_chat_says_that_the_last_reply_was_cut(
+    kept: Chat, screen: StringIO, finish_reason: FinishReason, told: str
+) -> None:
+    messages = [
+        NewNode(role="user", content="one"),
+        NewNode(role="assistant", content="beg", finish_reason=finish_reason),
+    ]
+    kept.session.conversation.add(kept.session.tip, messages, tip="main")
+    assert resumed(kept, screen).splitlines()[-1] == told
+
+
+def test_a_resumed_chat_says_nothing_of_a_reply_that_is_whole(kept: Chat, screen: StringIO) -> None:
+    messages = [
+        NewNode(role="user", content="one"),
+        NewNode(role="assistant", content="whole", finish_reason="stop"),
+    ]
+    kept.session.conversation.add(kept.session.tip, messages, tip="main")
+    assert resumed(kept, screen).splitlines()[-1] == "whole"
 
 
 def test_long_messages_are_shortened_and_move_no_cursor(kept: Chat, screen: StringIO) -> None:

@@ -7,6 +7,7 @@ import re
 import tracemalloc
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -626,3 +627,43 @@ def test_names_of_fields_stay_where_control_tokens_are_called_as_they_are() -> N
     assert guard is None
     assert text.text == "user: <|content|>?;assistant: 1get<|content|>;"
     assert text.written(control) == []
+
+
+class CountingTemplate(ChatTemplate):
+    """Counts the messages that it was asked to render."""
+
+    rendered = 0
+
+    def render(self, messages: Sequence[Message], **how: Any) -> str:
+        self.rendered += len(messages)
+        return super().render(messages, **how)
+
+
+def long_history(replies: int) -> list[Node]:
+    said = list[Said]()
+    for number in range(replies):
+        thought = f"<think>\nHm {number}.\n</think>\n\n" * (number % 3 > 0)
+        said.append(("user", f"Say {number} and {'x' * (number % 7)}."))
+        said.append(("assistant", f"{thought}Well, {number}."))
+    return conversation([*said, ("user", "More?")])
+
+
+@pytest.mark.parametrize("name", sorted({*TEMPLATES} - {"upper", "twice"}))  # which show no reply
+def test_a_long_history_is_the_same_prompt_after_a_restart_as_before(name: str) -> None:
+    """What led to each reply is known before, and told from a few of them afterwards."""
+    path = long_history(60)
+    template = ChatTemplate(TEMPLATES[name], is_own=True)
+    warm = PromptEncoder(template, ByteTokenizer())
+    for length in range(1, len(path), 2):
+        warm.encode(path[:length])
+    assert PromptEncoder(template, ByteTokenizer()).encode(path) == warm.encode(path)
+
+
+@pytest.mark.parametrize("name", ["plain", "opens", "opens_and_closes", "keeps_last_reasoning"])
+def test_a_long_history_is_rendered_in_time_in_line_with_its_length(name: str) -> None:
+    rendered = []
+    for replies in (100, 400):
+        template = CountingTemplate(TEMPLATES[name], is_own=True)
+        PromptEncoder(template, ByteTokenizer()).encode(long_history(replies))
+        rendered.append(template.rendered)
+    assert rendered[1] < 6 * rendered[0], rendered

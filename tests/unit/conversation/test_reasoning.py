@@ -14,7 +14,8 @@ from recollect.conversation.model import Model
 from recollect.conversation.turn import Reply
 from recollect.engine import sampling
 from recollect.kv.disk import DiskStore
-from recollect.text.reasoning import Begun, ReasoningMarks, ReasoningWatch
+from recollect.text.reasoning import Begun, ReasoningWatch
+from recollect.text.reasoning_marks import ReasoningMarks
 from recollect.text.tokenizer import END_OF_TURN, ByteTokenizer, ControlTokens, Vocabulary
 from recollect.types import Grammar, Message, SamplingParams
 

@@ -34,7 +34,9 @@ CONTROL: Final = [
     "<|tool_call_start|>", "<|tool_call_end|>", "<|python_tag|>", "<|python_start|>",
     "<|python_end|>", "<|tool_call|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>",
     "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<|channel|>",
-    "<|message|>", "<|constrain|>", "<|start|>", "<|end|>",
+    "<|message|>", "<|constrain|>", "<|start|>", "<|end|>", "｜DSML｜",
+    "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|tool_call>", "<tool_call|>", '<|"|>',
 ]  # fmt: skip
 SCHEMA: Final = {
     "type": "object",

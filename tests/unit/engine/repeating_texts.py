@@ -194,6 +194,14 @@ def _firewall() -> Iterator[str]:
         )
 
 
+_FILLER: Final = (
+    "Lorem ipsum dolor sit amet, consectetur adipiscing elit, sed do eiusmod tempor incididunt ut labore "
+    "et dolore magna aliqua. Ut enim ad minim veniam, quis nostrud exercitation ullamco laboris nisi ut "
+    "aliquip ex ea commodo consequat."
+)
+_BOX: Final = f'  <div class="card">\n    <h2>Title</h2>\n    <p>{_FILLER}</p>\n  </div>\n'
+
+
 TEXTS: Final[dict[str, Callable[[], str]]] = {
     "99 bottles of beer": lambda: "".join(_bottles()),
     "the twelve days of Christmas": lambda: "".join(_christmas()),
@@ -223,6 +231,9 @@ TEXTS: Final[dict[str, Callable[[], str]]] = {
     "an empty board": lambda: ("+---" * 8 + "+\n" + "|   " * 8 + "|\n") * 12,
     "a hundred zeros": lambda: "[" + ", ".join("0" * 100) + "]",
     "a word a hundred times": lambda: "hello " * 100,
+    "a sentence two dozen times": lambda: "I will not talk in class again.\n" * 24,
+    "a page with filler text in six boxes": lambda: "<main>\n" + _BOX * 6 + "</main>\n",
+    "six paragraphs of filler text": lambda: (_FILLER + "\n\n") * 6,
     "a paragraph three times": lambda: (_VERSES[0] + "\n\n") * 3,
     "rules between sections": lambda: "".join(
         f"{'-' * 80}\nSection {n}: {name}\n{'-' * 80}\n\nAbout {name}.\n\n"

@@ -12,6 +12,8 @@ from tests.unit.engine.repeating_texts import TEXTS
 
 from recollect.engine.repetition import (
     CYCLE_WINDOW,
+    PROSE_CYCLE_TIMES,
+    PROSE_CYCLE_WINDOW,
     REPETITION_WINDOW,
     SAME_LENGTH,
     SAME_TIMES,
@@ -80,6 +82,20 @@ def test_an_exact_cycle_is_ended(period: int) -> None:
     end = end_of(words(head + list(range(period)) * (2048 // period + 1)))
     assert end is not None
     assert end <= len(head) + SAME_TIMES * max(period, SAME_LENGTH) + REPETITION_WINDOW
+
+
+@pytest.mark.parametrize("period", [1, 2, 7, 31, 48, 100])
+def test_prose_that_is_an_exact_cycle_is_ended_soon(period: int) -> None:
+    """The loop that a small model falls into most: a sentence or a paragraph, word for word."""
+    head = list(range(1000, 1100))
+    end = end_of(words(head + list(range(period)) * (1000 // period + 1)))
+    assert end is not None
+    assert end <= len(head) + period + max(PROSE_CYCLE_WINDOW, PROSE_CYCLE_TIMES * period)
+
+
+def test_most_real_runaways_are_ended_within_a_few_hundred_tokens() -> None:
+    ends = [end_of(split(runaway["text"])) or 1400 for runaway in RUNAWAYS]
+    assert sorted(ends)[len(ends) // 2] < 500
 
 
 @pytest.mark.parametrize("seed", range(5))

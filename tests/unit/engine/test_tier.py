@@ -501,10 +501,10 @@ def test_flushes_wait_and_do_not_wake_each_other(
     may_write, is_writing = threading.Event(), threading.Event()
     write = DiskStore.write
 
-    def slow(self: DiskStore, *given: Any) -> Any:
+    def slow(self: DiskStore, *given: Any, **options: Any) -> Any:
         is_writing.set()
         assert may_write.wait(30)
-        return write(self, *given)
+        return write(self, *given, **options)
 
     waits: list[str] = []
     wait = threading.Condition.wait

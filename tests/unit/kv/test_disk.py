@@ -86,6 +86,22 @@ def test_a_longer_block_replaces_the_part_that_it_begins_with(store: DiskStore) 
     assert list(store.problems()) == []
 
 
+def test_a_part_is_kept_and_found_whole_where_it_cannot_be_cut(store: DiskStore) -> None:
+    def whole(*token_ids: int) -> tuple[list[tuple[int, ...]], int]:
+        result = store.find(ROOT, token_ids, block_size=SIZE, inside_block=False, whole_tails=True)
+        return [entry.token_ids for entry in result.entries], result.last_tokens
+
+    for tail in (TAIL, (9, 10, 11), (9, 11), C):
+        store.write(IDENTITY, chain(A, tail), keep_parts=True)
+    assert whole(*A, *C) == ([A, C], 4)
+    assert whole(*A, 9, 10, 11, 99) == ([A, (9, 10, 11)], 3), "the longest of those"
+    assert whole(*A, 9, 10, 99) == ([A, TAIL], 2)
+    assert whole(*A, 9, 10) == ([A, TAIL], 2)
+    assert whole(*A, 9, 99) == ([A], 4), "no part of a part"
+    assert whole(9, 10) == ([], 0), "they are known after A only"
+    assert list(store.problems()) == []
+
+
 def test_a_part_that_is_pinned_is_not_replaced(store: DiskStore) -> None:
     store.write(IDENTITY, chain(A, TAIL))
     tail = chain(A, TAIL)[-1].key

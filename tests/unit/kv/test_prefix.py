@@ -52,6 +52,24 @@ def found(cache: Cache, ids: list[int], namespace: str = "") -> int:
     return cache.match(cache.root(namespace), ids).tokens
 
 
+@pytest.fixture
+def of_whole_tails() -> Cache:
+    return Cache(BlockPool(16, SIZE), Names("model"), whole_blocks_only=True, whole_tails=True)
+
+
+def test_a_part_is_kept_and_found_whole_where_it_cannot_be_cut(of_whole_tails: Cache) -> None:
+    cache = of_whole_tails
+    tails = [
+        left(cache, [0, 1, 2, 3, *tail])[-1] for tail in ([4], [4, 5, 6], [4, 7], [4, 5, 6, 8])
+    ]
+    assert all(tail.in_tree for tail in tails), "no longer block stands for a shorter one"
+    for length, expected in ((4, 4), (5, 5), (6, 5), (7, 7)):
+        assert found(cache, [*[0, 1, 2, 3, 4, 5, 6, 8][:length], 40]) == expected
+    assert found(cache, [0, 1, 2, 3, 4, 5]) == 5
+    assert found(cache, [0, 1, 2, 3, 4, 5, 6, 8]) == 8
+    assert found(cache, [0, 1]) == 0
+
+
 def test_a_name_says_all_that_came_before() -> None:
     names = {
         chained_key(chained_key(namespace_key(model, space), first), second)

@@ -60,6 +60,10 @@ class Hub:
     cut_at: int | None = None
     """Of the next body so many bytes are sent, and the connection is closed."""
     takes_ranges: bool = True
+    more: bytes = b""
+    """What bodies have behind the file."""
+    size: int | None = None
+    """What is said in place of a file's own size."""
     gets: list[str] = field(default_factory=list)
     """The ranges that bodies were asked for."""
     address: str = ""
@@ -110,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._say(200, commit | {"ETag": f'"{oid}"', "Content-Length": str(len(data))})
         linked = {
             "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"',
-            "X-Linked-Size": str(len(data)),
+            "X-Linked-Size": str(len(data) if hub.size is None else hub.size),
             # Another host, as the hub's files lie on one.
             "Location": f"{hub.address.replace('127.0.0.1', 'localhost')}/cdn/{name}",
         }
@@ -123,6 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         if with_body:
             hub.gets.append(self.headers.get("Range", "all"))
         self.send_response(206 if start else 200)
+        data += hub.more
         self.send_header("Content-Length", str(len(data) - start))
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
@@ -235,6 +240,37 @@ def test_a_server_that_knows_no_ranges_sends_all_again(hub: Hub, home: Path, fet
     assert fetch("a.gguf", "interrupt") == ["interrupted"]
     path, _ = fetch("a.gguf")
     assert Path(path).read_bytes() == LARGE
+
+
+def test_a_server_that_sends_more_than_it_says_does_not_fill_the_disk(
+    hub: Hub, home: Path, fetch: Fetch
+) -> None:
+    hub.files["a.gguf"], hub.more = LARGE, LARGE
+    (error,) = fetch("a.gguf")
+    assert f"sends more of org/repo:a.gguf than the {len(LARGE):,} bytes that it names" in error
+    assert sum(left(home).values()) <= len(LARGE)
+    hub.more = b""
+    path, _ = fetch("a.gguf")
+    assert Path(path).read_bytes() == LARGE
+
+
+@pytest.mark.parametrize("off", [-1000, 1000])
+def test_a_server_that_says_a_wrong_size_is_told_in_a_sentence(
+    hub: Hub, home: Path, fetch: Fetch, off: int
+) -> None:
+    hub.files["a.gguf"], hub.size = LARGE, len(LARGE) + off
+    (error,) = fetch("a.gguf")
+    assert error.startswith("FetchError: ")
+    assert f"{len(LARGE) + off:,}" in error or f"{len(LARGE) + off}" in error
+    hub.size = None
+    path, _ = fetch("a.gguf")
+    assert Path(path).read_bytes() == LARGE
+
+
+def test_a_size_that_is_none_is_left_out(hub: Hub, fetch: Fetch) -> None:
+    hub.files["a.gguf"], hub.size = SMALL, -5
+    path, _ = fetch("a.gguf")
+    assert Path(path).read_bytes() == SMALL
 
 
 def test_another_file_under_the_name_is_not_gone_on_with(

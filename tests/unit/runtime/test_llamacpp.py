@@ -1,8 +1,10 @@
 """llama.cpp's sequences as caches of blocks: right, and seen to be wrong where a fault is planted."""
 
+import ctypes
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import numpy as np
 import pytest
 
 from random_model import WITH_WINDOW, Shape, write_random_model
+from recollect.engine.engine import Engine
+from recollect.engine.sequence import Sequence
 from recollect.errors import ConfigError, RuntimeFailure, UnsupportedModelError
+from recollect.kv.disk import DiskStore
 from recollect.runtime import llama_library
 from recollect.runtime import llamacpp as module
 from recollect.runtime.base import Logits, PagedRuntime, Row, SequenceId
@@ -214,7 +219,7 @@ def test_states_with_bytes_that_nobody_explains_are_not_learned(open_runtime: Op
     run(runtime, ids_of(3), [0])
     lane = runtime.lane_lengths.index(3)
     state = runtime.model.state(lane)
-    learn = {"sequence": lane, "streams": 4, "cells": 3, "block_size": 32}
+    learn: dict[str, Any] = {"sequence": lane, "streams": 4, "cells": 3, "block_size": 32}
     assert Layout.learn(state, **learn) is not None
     assert Layout.learn(np.concatenate([state, np.zeros(4, np.uint8)]), **learn) is None
     assert Layout.learn(state[:-1], **learn) is None
@@ -241,6 +246,8 @@ def test_the_window_is_left_behind_and_come_back_to(tmp_path: Path) -> None:
     [
         (LlamaOptions(kv_type="f12"), "choose one of f32"),
         (LlamaOptions(gpu_layers=3), "There is no graphics card"),
+        (LlamaOptions(device="CUDA0"), "has no device 'CUDA0' here: it has CPU; give one"),
+        (LlamaOptions(device="GPU"), "has no device 'GPU' here"),
     ],
 )
 def test_options_that_cannot_be_are_one_sentence(
@@ -343,6 +350,78 @@ def test_as_many_layers_go_to_a_card_as_fit(
     assert model.device == ("CUDA" if layers else "CPU")
     assert model.flash_attention is bool(layers)
     model.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "handles"),
+    [
+        (None, []),  # all there are, in the library's own order
+        ("CPU", None),
+        ("gpu", [11, 12, 13]),
+        ("cuda", [11, 12]),
+        ("CUDA1", [12]),
+        ("Vulkan0", [13]),
+    ],
+)
+def test_the_device_that_was_asked_for_computes(
+    path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, handles: list[int] | None
+) -> None:
+    names = {"CUDA0": 11, "CUDA1": 12, "Vulkan0": 13}
+    cards = [Device(name, name, "GPU", 8 << 30, 8 << 30, one) for name, one in names.items()]
+    cpu = Device("CPU", "a processor", "CPU", 8 << 30, 8 << 30, 10)
+    monkeypatch.setattr(LlamaLibrary, "devices", lambda _: [cpu, *cards])
+    loads, given = LlamaLibrary.load_model, []
+
+    def load(self: LlamaLibrary, file: Path, params: Any) -> int | None:
+        chosen = []
+        if params.devices:
+            array = ctypes.cast(params.devices, ctypes.POINTER(ctypes.c_void_p))
+            chosen = list(iter(iter(array).__next__, None))
+        given.append(chosen if params.n_gpu_layers else None)
+        params.devices, params.n_gpu_layers = None, 0
+        return loads(self, file, params)
+
+    monkeypatch.setattr(LlamaLibrary, "load_model", load)
+    model = LlamaModel(library(), path, LlamaOptions(device=asked, threads=1))
+    assert given[-1] == handles
+    assert model.device == ("CPU" if handles is None else "Vulkan" if handles == [13] else "CUDA")
+    model.close()
+
+
+def test_a_device_that_is_lost_is_one_sentence_and_loses_nothing(
+    open_runtime: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every call fails from then on, as those of CUDA do; what was written before is on the disk."""
+    ids = ids_of(100)
+    store = partial(DiskStore, tmp_path / "kv", budget_bytes=64 << 20)
+
+    def begun(runtime: LlamaCppRuntime) -> tuple[Engine, Sequence]:
+        engine = Engine(runtime, num_blocks=160, fingerprint="random", store=store())
+        sequence = engine.new_sequence()
+        sequence.append(ids)
+        engine.compute([sequence])
+        return engine, sequence
+
+    runtime = open_runtime()
+    engine, sequence = begun(runtime)
+    assert engine.tier is not None
+    engine.tier.flush()
+    with monkeypatch.context() as lost:
+        runtime.model.layers_on_card = 1
+        lost.setattr(LlamaLibrary, "devices", lambda _: [card(0)])
+        lost.setattr(runtime.model.lib, "llama_decode", lambda *_: -3)
+        lost.setattr(runtime.model.lib, "llama_state_seq_get_data", lambda *_: 0)
+        for _ in range(2):
+            sequence.append([7])
+            with pytest.raises(RuntimeFailure, match=r"If CUDA was lost, load .* --device CPU"):
+                engine.compute([sequence])
+        assert sequence.token_ids == [*ids, 7, 7]  # the caller has all that was said
+        sequence.release()
+        engine.check()
+        engine.close()
+    engine, sequence = begun(open_runtime())
+    assert engine.computed_tokens == 1
+    engine.close()
 
 
 def test_half_a_model_on_a_card_is_said_and_another_format(

@@ -24,8 +24,31 @@ TOOL: Final[Json] = {
         },
     },
 }
-HOME_ASSISTANT: Final[Json] = {"keep_alive": "-1s", "options": {"num_ctx": 8192}, "think": False}
-"""What its integration sends with every chat. Source: homeassistant/components/ollama/entity.py."""
+HOME_ASSISTANT: Final[Json] = {
+    "keep_alive": -1, "options": {"num_ctx": 8192.0}, "think": False, "format": None,
+}  # fmt: skip
+"""What its integration sends with every chat, as `ollama`'s client writes it. Source:
+homeassistant/components/ollama/entity.py."""
+AI_TASK: Final[Json] = {
+    **HOME_ASSISTANT,
+    "stream": True,
+    "tools": None,
+    "messages": [
+        {"role": "system", "content": "You are a Home Assistant expert."},
+        {"role": "user", "content": "How warm is it, and is it too warm?"},
+    ],
+    "format": {
+        "type": "object",
+        "properties": {
+            "warmth": {"type": "number", "description": "In degrees"},
+            "is_too_warm": {"type": "boolean"},
+            "room": {"type": "string", "enum": ["hall", "attic"], "nullable": True},
+        },
+        "required": ["warmth", "is_too_warm"],
+    },
+}
+"""What it sends where an automation wants data: a structure as OpenAPI has it. Source:
+homeassistant/components/ollama/ai_task.py."""
 
 
 @pytest.fixture
@@ -144,6 +167,42 @@ def test_generate_goes_on_from_the_context_that_it_gave(
     assert (third["response"], third["prompt_eval_count"]) == ("So.", 1)
 
 
+def test_instructions_beside_a_context_stand_before_the_question(
+    scripted: Callable[..., httpx.Client],
+) -> None:
+    """As in Ollama: what the template shows of them follows the tokens of the context."""
+    client = scripted("Yes.", "No.", "So.")
+    first = whole(client, "/api/generate", {"prompt": "One?"})
+    context = first["context"]
+    asked: Json = {"prompt": "Two?", "context": context}
+    second = whole(client, "/api/generate", {**asked, "system": "Be brief."})
+    read = bytes(one for one in second["context"] if one < 256).decode()
+    assert read.index("Yes.") < read.index("Be brief.") < read.index("Two?")
+    assert second["recollect"]["reused_tokens"] == len(context)
+
+
+def test_a_context_is_gone_on_from_again_after_a_rewind(
+    scripted: Callable[..., httpx.Client],
+) -> None:
+    """A client that takes a question back sends an older context: nothing of it is read again."""
+    client = scripted("Yes.", "No.", "So.", "Hm.")
+    contexts: list[list[int]] = [whole(client, "/api/generate", {"prompt": "1?"})["context"]]
+    for prompt in ("2?", "3?"):
+        asked = {"prompt": prompt, "context": contexts[-1]}
+        contexts.append(whole(client, "/api/generate", asked)["context"])
+    again = whole(client, "/api/generate", {"prompt": "Or 2?", "context": contexts[0]})
+    assert again["response"] == "Hm."
+    assert again["context"][: len(contexts[0])] == contexts[0]
+    assert again["recollect"]["reused_tokens"] >= len(contexts[0])
+
+
+def test_a_context_of_other_tokens_is_refused(client: httpx.Client) -> None:
+    body = {"model": "reference", "prompt": "x", "context": [1, 10**9]}
+    response = client.post("/api/generate", json=body)
+    assert response.status_code == 400
+    assert "10" in response.json()["error"]
+
+
 def test_format_holds_a_reply_to_a_schema(client: httpx.Client) -> None:
     pytest.importorskip("llguidance")
     schema = {
@@ -161,6 +220,40 @@ def test_format_holds_a_reply_to_a_schema(client: httpx.Client) -> None:
     assert whole(
         client, "/api/generate", {"prompt": "x", "format": "", "options": {"num_predict": 3}}
     )["done_reason"] in ("stop", "length")
+
+
+def test_what_home_assistant_asks_for_as_data_is_data(
+    scripted: Callable[..., httpx.Client],
+) -> None:
+    pytest.importorskip("llguidance")
+    data = '{"warmth": 21.5, "is_too_warm": false}'
+    client = scripted(data)
+    told = lines(client, "/api/chat", AI_TASK)
+    assert "".join(one["message"]["content"] for one in told) == data
+    assert told[-1]["done_reason"] == "stop"
+
+
+def test_copilot_finds_a_model_and_chats_with_it(scripted: Callable[..., httpx.Client]) -> None:
+    """Source: ollamaProvider.ts of microsoft/vscode-copilot-chat, and what it does with the answers."""
+    client = scripted("Yes.")
+    assert client.get("/api/version").json()["version"].replace(".", "").isdecimal()
+    (listed,) = client.get("/api/tags").json()["models"]
+    shown = client.post("/api/show", json={"model": listed["model"]}).json()
+    info = shown["model_info"]
+    assert info[f"{info['general.architecture']}.context_length"] == 4096
+    assert isinstance(info["general.basename"], str)
+    assert {"completion", "tools"} <= set(shown["capabilities"])
+    # It chats by OpenAI's API on the same port.
+    body = {
+        "model": listed["model"], "messages": [{"role": "user", "content": "One?"}], "stream": True,
+        "max_tokens": 1024, "temperature": 0.1, "top_p": 1, "n": 1, "stream_options": {"include_usage": True},
+        "tools": [TOOL], "tool_choice": "auto",
+    }  # fmt: skip
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200
+    told = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    text = "".join(c["delta"].get("content") or "" for one in told for c in one["choices"])
+    assert text == "Yes."
 
 
 def test_options_reach_the_engine_and_others_are_named(client: httpx.Client) -> None:
@@ -189,6 +282,18 @@ def test_options_reach_the_engine_and_others_are_named(client: httpx.Client) -> 
             "messages.0.images: these models read text alone",
         ),
         ("/api/generate", {"model": "reference", "prompt": "x", "suffix": "y"}, 400, "suffix: "),
+        (
+            "/api/generate",
+            {"model": "reference", "prompt": "x", "raw": True, "system": "y"},
+            400,
+            "system: a raw prompt is all that the model reads",
+        ),
+        (
+            "/api/generate",
+            {"model": "reference", "prompt": "x", "raw": True, "context": [1]},
+            400,
+            "context: a raw prompt",
+        ),
         (
             "/api/generate",
             {"model": "reference", "prompt": "x", "options": {"mirostat": 2}},

@@ -79,21 +79,6 @@ def test_replies_that_share_a_prompt_cost_it_once() -> None:
     assert (each.prompt_tokens, each.computed_tokens, each.reused_tokens) == (150, 101, 49)
 
 
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [("GET", "/v2"), ("GET", "/v1"), ("POST", "/v1/embeddings"), ("GET", "/chat/completions")],
-)
-def test_where_there_is_nothing_the_answer_says_where_to_look(
-    client: httpx.Client, method: str, path: str
-) -> None:
-    body = {"input": "a"} if method == "POST" else None
-    answer = client.request(method, path, json=body)
-    error = answer.json()["error"]
-    assert (answer.status_code, error["code"]) == (404, "not_found")
-    assert error["type"] == "invalid_request_error"
-    assert all(text in error["message"] for text in (repr(path), "/v1", "/openapi.json"))
-
-
 def test_a_call_by_another_method_is_told_which_there_is(client: httpx.Client) -> None:
     answer = client.get("/v1/chat/completions")
     error = answer.json()["error"]
@@ -101,3 +86,42 @@ def test_a_call_by_another_method_is_told_which_there_is(client: httpx.Client) -
     assert answer.headers["allow"] == "POST"
     assert "GET" in error["message"]
     assert "/openapi.json" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/v1", "the calls below it are /v1/chat/completions, /v1/responses, "),
+        ("/api", "the calls below it are /api/chat, "),
+        (
+            "/chat/completions",
+            "the call is /v1/chat/completions here, so correct the client's base URL",
+        ),
+        ("/v1/v1/messages", "the call is /v1/messages here, so correct the client's base URL"),
+        ("/v1/api/tags", "the call is /api/tags here, so correct the client's base URL"),
+        ("/models", "the call is /v1/models here, so correct the client's base URL"),
+        ("/v1/embeddings", "these models write text and make no embeddings"),
+        ("/api/embed", "these models write text and make no embeddings"),
+        ("/api/embeddings", "these models write text and make no embeddings"),
+        ("/v1/audio/speech", "these models read and write text alone"),
+        ("/api/pull", "models are fetched on the server's own machine, by `recollect pull NAME`"),
+        (
+            "/v1/files",
+            "of OpenAI's and Anthropic's APIs there are chat completions, completions, responses",
+        ),
+        ("/v2", "the usual calls are /v1/chat/completions, "),
+        ("/v1/nowhere", "the usual calls are /v1/chat/completions, "),
+        ("//", "the usual calls are /v1/chat/completions, "),
+    ],
+)
+def test_a_path_where_nothing_is_leads_to_what_is_there(
+    client: httpx.Client, path: str, told: str
+) -> None:
+    answer = client.get(str(client.base_url).rstrip("/") + path)
+    assert answer.status_code == 404
+    error = answer.json()["error"]
+    message = error if isinstance(error, str) else error["message"]
+    assert message.startswith(f"There is nothing at {path!r}: {told}")
+    assert message.endswith("; /openapi.json describes all calls.")
+    if not isinstance(error, str):
+        assert (error["code"], error["type"]) == ("not_found", "invalid_request_error")

@@ -39,7 +39,11 @@ CONTROL: Final = [
     "<|python_tag|>", "<|tool_call|>", "<|user|>", "<|assistant|>", "<|observation|>",
     "<|eom|>", "<|eot|>", "<|think|>", "<|begin|>", "<|content|>", "<|open|>", "<|close|>", "<|sep|>",
     "<|START_THINKING|>", "<|END_THINKING|>", "<|START_TEXT|>", "[THINK]", "[/THINK]",
-    "<think>", "</think>", "<tool_call>", "</tool_call>",
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "｜DSML｜", "<｜end▁of▁sentence｜>",
+    "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|im_assistant|>", "<|im_middle|>",
+    "<|tool_call>", "<tool_call|>", '<|"|>', "<|turn>", "<turn|>", "<|channel>", "<channel|>",
+    "<|tool_response>", "<tool_response|>",
 ]  # fmt: skip
 FAMILIES: Final[Mapping[str, str]] = {
     "Qwen-Qwen2.5-7B-Instruct": "hermes",
@@ -55,6 +59,11 @@ FAMILIES: Final[Mapping[str, str]] = {
     "LFM2.5-8B-A1B": "lfm2",
     "LFM2-8B-A1B": "lfm2",
     "deepseek-ai-DeepSeek-V3.1": "deepseek-v3.1",
+    "deepseek-ai-DeepSeek-V3.2": "dsml-v3.2",
+    "deepseek-ai-DeepSeek-V4": "dsml",
+    "Kimi-K2-Instruct": "kimi",
+    "moonshotai-Kimi-K2": "kimi",
+    "google-gemma-4-31B-it": "gemma-4",
     "ByteDance-Seed-OSS": "seed-oss",
     "MiniMax-M2": "minimax-m2",
     "NVIDIA-Nemotron-Nano-v2": "nemotron",
@@ -287,12 +296,16 @@ def test_what_is_thought_between_calls_is_kept(
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": "Sunny."})
 
 
-@pytest.mark.parametrize("name", ["Cohere2MoE", "muse-glimmer", "Kimi-K3", "Qwen-Qwen3-0.6B"])
+@pytest.mark.parametrize(
+    "name",
+    ["Cohere2MoE", "muse-glimmer", "Kimi-K3", "Qwen-Qwen3-0.6B", "openai-gpt-oss-120b"],
+)
 def test_a_budget_ends_reasoning_where_tools_are_offered(
     name: str, scripted: Callable[..., tuple[httpx.Client, Script]], tokenizer: Tokenizer
 ) -> None:
     opening, ending = THINKERS[name][0].split("{}")
-    call = FORMATS["hermes"].text_of([("weather", '{"city": "Rome"}')])
+    form = FORMATS[FAMILIES.get(name, "hermes")]
+    call = form.text_of([("weather", '{"city": "Rome"}')])
     most = 8
     thought = "Hm" * 4 if not opening.endswith("\n") else "Hm" * 3 + "H"
     endless = "x" * len(tokenizer.encode(ending.lstrip("\n")))

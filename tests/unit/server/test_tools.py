@@ -260,3 +260,26 @@ def test_after_a_restart_a_client_with_tools_waits_for_no_more_than_one_without(
     assert grammars.made == made
     assert with_tools["computed_tokens"] <= without["computed_tokens"] + 8, "but for a block"
     assert (with_tools["reason"], without["reason"]) == ("new", "new")
+
+
+@pytest.mark.parametrize("tokens", [8, 20, 50])
+def test_a_reply_that_is_cut_in_a_call_says_so_where_its_text_is_empty(
+    tokens: int, client: httpx.Client, post: Callable[..., Json], events: Callable[..., list[Any]]
+) -> None:
+    """Before a call has its name there is nothing to tell of it, and an empty text alone puzzles."""
+    answer = post(client, CHAT, {**TOOLS, "max_tokens": tokens})
+    choice = answer["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert not choice["message"]["content"]
+    assert answer["usage"]["recollect"]["ended"] == "call"
+    streaming = {"stream": True, "stream_options": {"include_usage": True}}
+    *_, last = events(client, CHAT, {**TOOLS, "max_tokens": tokens, **streaming})[:-1]
+    assert last["usage"]["recollect"]["ended"] == "call"
+    body: Json = {"tools": [{"type": "function", **FUNCTION}], "tool_choice": "required"}
+    body |= {"input": "Hello", "max_output_tokens": tokens, "temperature": 0.7, "seed": 5}
+    response = post(client, "/v1/responses", body)
+    assert response["usage"]["recollect"]["ended"] == "call"
+    kept = client.get(f"/v1/responses/{response['id']}").json()
+    assert kept["usage"]["recollect"]["ended"] == "call"
+    whole = post(client, CHAT, {**TOOLS, "max_tokens": 500})
+    assert whole["usage"]["recollect"]["ended"] is None

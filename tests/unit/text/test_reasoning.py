@@ -7,16 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.text.reasoning import (
-    Begun,
-    ReasoningDelta,
-    ReasoningMarks,
-    ReasoningSplitter,
-    ReplyReader,
-    says_the_same,
-)
+from recollect.text.reasoning import Begun, ReasoningDelta, ReasoningSplitter, ReplyReader
+from recollect.text.reasoning_marks import ReasoningMarks, says_the_same
 from recollect.text.template import ChatTemplate
 from recollect.text.tool_calls import ArgumentsDelta, CallRules, CallStarted, TextDelta
+from recollect.text.tool_formats import HERMES
 from recollect.types import Message
 
 ASSISTANT: Final = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -129,6 +124,16 @@ SPLIT: Final[list[tuple[ReasoningMarks, bool, str, str, str]]] = [
         "A\n\nB",
         "<|start|>assistant<|channel|>commentary to=f<|message|>{}",
     ),
+    (
+        HARMONY_MARKS,
+        False,
+        "<|channel|>analysis<|message|>A<|end|><|start|>assistant<|channel|>commentary<|message|>I look."
+        "<|end|><|start|>assistant<|channel|>analysis<|message|>B<|end|><|start|>assistant<|channel|>final"
+        "<|message|>So.",
+        "A\n\nB",
+        "<|start|>assistant<|channel|>commentary<|message|>I look.<|end|>So.",
+    ),
+    (HARMONY_MARKS, False, "<|channel|>final<|message|>So <|start|>a", "", "So <|start|>a"),
 ]
 
 
@@ -168,6 +173,60 @@ def test_calls_are_looked_for_in_what_is_said() -> None:
     assert [event.name for event in told if isinstance(event, CallStarted)] == ["f"]
     parts, parsed = reader.whole(text, is_cut=False)
     assert (parts.reasoning, parsed.content, len(parsed.calls)) == (thought, said, 1)
+
+
+CALL: Final = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "has_token", "thought", "said"),
+    [
+        (f"<think>Look.\n{CALL}", False, "Look.", ""),
+        (f"<think>\n{CALL}", False, "", ""),
+        (f"<think>Look.\n{CALL}\n</think>\n\nSo.", False, "Look.", "So."),
+        (f"<think>Look.\n{CALL}\n</think>\n<think>Hm.</think>", False, "Look.\n\nHm.", ""),
+        (f"<think>A {CALL}? No.</think>{CALL}", False, f"A {CALL}? No.", ""),
+        (f"<think>Look.{CALL}", True, "Look.", ""),
+        (f"So: </think>{CALL}", True, "", "So: </think>"),
+    ],
+)
+def test_a_call_ends_reasoning_that_nothing_closes(
+    text: str, has_token: bool, thought: str, said: str
+) -> None:
+    """Models that call while they think; a call in the middle of a line is only thought of."""
+    for pieces in ([text], [*text]):
+        reader = ReplyReader(
+            Begun(THINK, calls=HERMES, has_token=has_token), CallRules(names=("f",))
+        )
+        told = [event for piece in pieces for event in reader.push(piece)]
+        told += reader.finish(is_cut=False)
+        parts = [event.text for event in told if isinstance(event, ReasoningDelta)]
+        assert "".join(parts) == thought
+        texts = [event.text for event in told if isinstance(event, TextDelta)]
+        assert "".join(texts).strip() == said
+        given_ = [event.text for event in told if isinstance(event, ArgumentsDelta)]
+        assert "".join(given_) == '{"a": 1}'
+        whole, parsed = reader.whole(text, is_cut=False)
+        assert (whole.reasoning, parsed.content.strip(), len(parsed.calls)) == (thought, said, 1)
+
+
+def test_tokens_before_a_call_that_ends_reasoning_are_counted() -> None:
+    reader = ReplyReader(Begun(THINK, True, calls=HERMES), CallRules(names=("f",)))
+    for piece in ("Look", ".", "\n", "<tool_call>", "\n{", '"name"', ": "):
+        reader.count(piece)
+    assert reader.reasoning_tokens == 3
+
+
+def test_tokens_of_each_stretch_of_reasoning_are_counted() -> None:
+    reader = ReplyReader(Begun(HARMONY_MARKS), None)
+    again = ["<|start|>", "assistant", "<|channel|>"]
+    thought = ["<|channel|>", "analysis", "<|message|>", "A", "<|end|>"]
+    said = [*again, "commentary", "<|message|>", "I", " look", "<|end|>"]
+    for piece in (*thought, *said, *again, *thought[1:], *again, "final", "<|message|>", "So"):
+        reader.count(piece)
+    # With the marks; what leads to the next message counts with what it belongs to.
+    assert len(thought) + len(again) + len(thought[1:]) <= reader.reasoning_tokens
+    assert reader.reasoning_tokens <= len(thought) + 2 * len(again) + len(thought) + len(again) + 2
 
 
 def test_tokens_of_reasoning_are_counted_with_its_marks() -> None:

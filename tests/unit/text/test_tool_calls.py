@@ -134,6 +134,9 @@ def test_wherever_a_reply_is_cut_its_call_is_no_text(length: int) -> None:
     arguments = "".join(event.text for event in told if isinstance(event, ArgumentsDelta))
     started = [event for event in told if isinstance(event, CallStarted)]
     assert parsed.calls == tuple(ToolCall(one.id, one.name, arguments) for one in started)
+    is_inside = len("<tool") <= length < PARIS.index("}\n</tool_call>")
+    assert parsed.ended == ("call" if is_inside else None)
+    assert parse_reply(cut, "id_").ended is None, "it has ended by itself"
 
 
 @pytest.mark.parametrize("length", range(len(BARE)))
@@ -146,6 +149,8 @@ def test_the_same_for_a_call_without_marks(length: int) -> None:
     parsed = parse_reply(BARE[:length], "id_", rules, is_cut=True)
     assert parsed.content == text
     assert len(parsed.calls) == sum(isinstance(event, CallStarted) for event in told)
+    is_inside = length < len(BARE) - 1 and text != BARE[:length].rstrip()
+    assert parsed.ended == ("call" if is_inside else None)
 
 
 @given(st.lists(FRAGMENTS, max_size=8).map("".join))

@@ -1,0 +1,1 @@
+"""Engines on other machines, which own their KV: vLLM, llama-server."""

@@ -1,0 +1,149 @@
+"""
+Which replica of an engine serves which conversation, and what each has computed, as far as we know.
+
+Conversations are spread by rendezvous hashing: when a replica is lost, only its own conversations move, and
+they come back with it. `Ledger` remembers what was computed where, by chained hashes of whole blocks; it
+knows nothing of what an engine has evicted since, and is only used to say why tokens were computed again.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Final
+
+from recollect.remote.wire import Api
+
+PAUSE_S: Final = 5.0
+"""How long a replica that was lost is asked last."""
+MOST_REMEMBERED: Final = 1 << 17
+"""Blocks in the ledger: of 32 tokens, those of 500 conversations of 8,000; about 20 MB."""
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One engine, and what was asked of it."""
+
+    api: Api
+    asked: int = 0
+    """Requests, those that were lost among them."""
+    lost: int = 0
+    """Requests that it did not answer, or broke off."""
+    running: int = 0
+    reused_tokens: int = 0
+    """Of prompts."""
+    computed_tokens: int = 0
+    """Of prompts."""
+    generated_tokens: int = 0
+    lost_until_s: float = field(default=0.0, repr=False)
+
+    @property
+    def url(self) -> str:
+        """Return where it is."""
+        return self.api.url
+
+    @property
+    def is_up(self) -> bool:
+        """Return whether it answered when it was last asked, or that is a while ago."""
+        return time.monotonic() >= self.lost_until_s
+
+
+class Replicas:
+    """All replicas of one engine. Safe from any thread."""
+
+    def __init__(self, apis: Sequence[Api]) -> None:
+        assert apis, "there is an engine"
+        self.all: Final = tuple(map(Replica, apis))
+        self._lock = threading.Lock()
+
+    def begin(self, session: str, without: Collection[Replica] = ()) -> Replica:
+        """
+        Return the replica for a request of a conversation, which is to be ended.
+
+        Args:
+            session: Of the conversation.
+            without: Those that have failed at this request; they are taken where there is no other.
+        """
+        with self._lock:
+            chosen = max(
+                self.all,
+                key=lambda one: (one not in without, one.is_up, _weight(one.url, session)),
+            )
+            chosen.asked += 1
+            chosen.running += 1
+            return chosen
+
+    def end(
+        self,
+        replica: Replica,
+        *,
+        reused: int = 0,
+        computed: int = 0,
+        generated: int = 0,
+        lost: bool = False,
+    ) -> None:
+        """Take note of what a request came to."""
+        with self._lock:
+            replica.running -= 1
+            replica.reused_tokens += reused
+            replica.computed_tokens += computed
+            replica.generated_tokens += generated
+            replica.lost += lost
+            replica.lost_until_s = time.monotonic() + PAUSE_S if lost else 0.0
+
+
+def _weight(url: str, session: str) -> bytes:
+    return blake2b(f"{url}\0{session}".encode(), digest_size=16).digest()
+
+
+class Ledger:
+    """
+    What was computed, and by which replica: the newest blocks. Safe from any thread.
+
+    Invariant: there are at most `MOST_REMEMBERED` blocks.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._size = block_size
+        self._blocks: OrderedDict[bytes, str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Return how many blocks are remembered."""
+        return len(self._blocks)
+
+    def note(self, namespace: str | None, token_ids: Sequence[int], replica: str) -> None:
+        """Remember that a replica has computed these tokens."""
+        if namespace is None:
+            return
+        names = self._names(namespace, token_ids)
+        with self._lock:
+            for name in names:
+                self._blocks[name] = replica
+                self._blocks.move_to_end(name)
+            while len(self._blocks) > MOST_REMEMBERED:
+                self._blocks.popitem(last=False)
+
+    def known(self, namespace: str | None, token_ids: Sequence[int]) -> tuple[int, str | None]:
+        """Return how many leading tokens were computed before, and by whom the last of them."""
+        if namespace is None:
+            return 0, None
+        found, replica = 0, None
+        names = self._names(namespace, token_ids)
+        with self._lock:
+            for name in names:
+                if (here := self._blocks.get(name)) is None:
+                    break
+                found, replica = found + self._size, here
+        return found, replica
+
+    def _names(self, namespace: str, token_ids: Sequence[int]) -> list[bytes]:
+        root = namespace.encode("utf-8", "surrogatepass")
+        names, parent = [], blake2b(root, digest_size=16).digest()
+        for start in range(0, len(token_ids) // self._size * self._size, self._size):
+            ids = ",".join(map(str, token_ids[start : start + self._size]))
+            parent = blake2b(ids.encode(), key=parent, digest_size=16).digest()
+            names.append(parent)
+        return names
