@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from recollect import config
 from recollect.conversation.conversation import Conversation
@@ -24,6 +24,7 @@ from recollect.conversation.session import Session
 from recollect.conversation.tools import NO_TOOLS, ToolChoice, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
 from recollect.encryption import Cipher
+from recollect.engine.decoder import Decoder
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
@@ -52,6 +53,9 @@ from recollect.text import tool_formats
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
+
+if TYPE_CHECKING:
+    from recollect.remote.replicas import Replica  # loads HTTP, which few need
 
 KIND: Final = "warm"
 
@@ -290,6 +294,15 @@ class Model:
     def context_length(self) -> int:
         """Return the most tokens that a prompt may have together with its reply."""
         return self.engine.info.context_length
+
+    def replicas(self) -> "Sequence[Replica]":
+        """Return the replicas of the engine elsewhere that computes; none where the model runs here."""
+        if not isinstance(self.engine, Decoder):
+            return ()
+        from recollect.remote.remote_engine import RemoteEngine  # noqa: PLC0415 - loads HTTP
+
+        assert isinstance(self.engine, RemoteEngine), "there is no other of its kind"
+        return self.engine.replicas.all
 
     @property
     def journal(self) -> Journal:

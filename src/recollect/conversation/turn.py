@@ -275,10 +275,8 @@ class Prompting:
         said: str | None,
         params: SamplingParams,
         tools: Tools,
-        *,
         before: Node,
-        change: Change | None,
-        tools_change: str | None,
+        differs: tuple[Change | None, str | None],
     ) -> Prepared:
         """
         Return a turn that is ready to begin; nothing of it is computed or kept.
@@ -287,7 +285,7 @@ class Prompting:
             asked: As `asking` returns it.
             said, tools, before: As in `Turn`.
             params: How the reply is sampled.
-            change, tools_change: As in `Expectation`.
+            differs: `change` and `tools_change`, as in `Expectation`.
 
         Raises:
             ConfigError: A parameter, a grammar or a tool cannot be used.
@@ -303,7 +301,7 @@ class Prompting:
         generator = generator_of(
             self._engine, sequence, params, tools, model.grammars, reasoning, form
         )
-        expected = Expectation(asked.prompt, self._engine.info.reuse.unit, change, tools_change)
+        expected = Expectation(asked.prompt, self._engine.info.reuse.unit, *differs)
         return Prepared(Turn(asked, said, before, tools, expected, form), generator, rules, begun)
 
     def asking(

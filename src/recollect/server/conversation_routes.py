@@ -137,7 +137,7 @@ async def _keep_kv(request: Request, view: ConversationView, name: str) -> dict[
     head = await asyncio.to_thread(last_head, services, view)
     place = KeptPlace(services, view, namespace, name, head)
     try:
-        kept = await with_model(request, model_of(services, view, head), place.keep)
+        kept = await with_model(request, place.model_name(), place.keep)
     except ApiError as refused:  # too many wait, or the models in use leave no memory
         return _not_kept(refused.message)
     except tuple(kind for kind, _ in _REASONS) as error:
@@ -207,6 +207,10 @@ class KeptPlace:
         tier.store.drop_pin(name)
         return None
 
+    def model_name(self) -> str:
+        """Return which model goes on there."""
+        return model_of(self.services, self.view, self.head)
+
     def tools(self) -> Tools:
         """Return the tools of the last response: they are a part of the prompt, and so of its KV."""
         return Tools.of(kept_schemas([] if self.head is None else self.head.tools))
@@ -242,8 +246,8 @@ def _not_kept(reason: str) -> dict[str, Any]:
 
 _PAGE: int = 20
 _Limit = Annotated[int, Query(ge=1, le=100)]
-_TREE_PAGE: Final = 1_000
-_TreeLimit = Annotated[int, Query(ge=1, le=2_000)]
+_TREE_PAGE: int = 1000
+_TreeLimit = Annotated[int, Query(ge=1, le=2000)]
 _Order = Annotated[str, Query(pattern="^(asc|desc)$")]
 
 
@@ -478,37 +482,35 @@ async def get_tree(
 
     That is by the measurements of the model that spoke last, and null where it is not loaded.
     """
-    services, namespace = services_of(request), client_of(request).namespace
-    view, place = await asyncio.to_thread(_place_of, request, conversation_id)
-    lease = services.hub.lease(model_of(services, view, place.head))
+    services = services_of(request)
+    place = await asyncio.to_thread(_place_of, request, conversation_id)
+    lease = services.hub.lease(model_of(services, place.view, place.head))
     try:
-        return await asyncio.to_thread(
-            _tree, view, place, namespace, after, limit, None if lease is None else lease.model
-        )
+        model = None if lease is None else lease.model
+        return await asyncio.to_thread(_tree, place, after, limit, model)
     finally:
         if lease is not None:
             lease.release()
 
 
-def _place_of(request: Request, conversation_id: str) -> tuple[ConversationView, KeptPlace]:
-    view, services = view_of(request, conversation_id), services_of(request)
+def _place_of(request: Request, conversation_id: str) -> KeptPlace:
+    return standing_place(request, view_of(request, conversation_id))
+
+
+def standing_place(request: Request, view: ConversationView) -> KeptPlace:
+    """Return where a conversation stands, with the model and the tools of the last response there."""
+    services = services_of(request)
     head = last_head(services, view)
-    return view, KeptPlace(services, view, client_of(request).namespace, "", head)
+    return KeptPlace(services, view, client_of(request).namespace, "", head)
 
 
-def _tree(
-    view: ConversationView,
-    place: KeptPlace,
-    namespace: str,
-    after: str | None,
-    limit: int,
-    model: Model | None,
-) -> dict[str, Any]:
+def _tree(place: KeptPlace, after: str | None, limit: int, model: Model | None) -> dict[str, Any]:
+    view = place.view
     shown = view.nodes_after(after, limit)
     if model is None:
         return view.tree(shown, {}, None)
     _, nodes = grown(view.stored.nodes)
-    costs = Costs(model, namespace=namespace, tools=place.tools().schemas)
+    costs = Costs(model, namespace=place.namespace, tools=place.tools().schemas)
     tips = [nodes[tip] for tip in (view.tip, *view.stored.tips.values())]
     found = costs.of([nodes[one.id] for one in shown], first=tips)
     by_id = {one.id: found[nodes[one.id]] for one in shown}

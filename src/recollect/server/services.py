@@ -22,7 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from time import time
+from secrets import token_hex
+from time import monotonic, time
 from typing import Final, TypeVar
 
 from fastapi import Request
@@ -35,16 +36,7 @@ from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.server.access import CLIENT, Client
-from recollect.server.events import (
-    Call,
-    Ended,
-    Event,
-    Failed,
-    Piece,
-    Progress,
-    Thought,
-    Writer,
-)
+from recollect.server.events import Call, Ended, Event, Failed, Piece, Progress, Thought, Writer
 from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
 from recollect.server.kept_chats import KeptChats
 from recollect.server.refusals import ClientGone, api_error, stopping
@@ -207,6 +199,7 @@ class Job:
         self._ending: Exception | None = None
         self._loop = asyncio.get_running_loop()
         services.jobs.add(self)
+        self._tell_end = _tell_job(services, client, "reply", self.model_name)
         # The loop itself remembers no task that it runs.
         self._reading = [
             self._loop.create_task(self._read(choice, stream))
@@ -276,40 +269,19 @@ class Job:
 
     async def _replies(self) -> list[GeneratedReply]:
         ended: dict[int, GeneratedReply] = {}
-        async for event in self._told():
+        async for event in self.told():
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Ended):
                 ended[event.choice] = event.reply
         return [ended[choice] for choice in sorted(ended)]
 
-    async def outcomes(self, request: Request) -> list[Ended | Failed]:
-        """
-        Return how the replies have ended, in their order; where the client goes away, they end.
-
-        Raises:
-            ClientGone: It went away.
-            RecollectError: All have failed; this is what the first failed with.
-        """
-        try:
-            ended = await unless_disconnected(request, self._outcomes())
-        except BaseException:
-            self.stop()
-            raise
-        if isinstance(first := ended[0], Failed) and all(isinstance(one, Failed) for one in ended):
-            raise first.error
-        return ended
-
-    async def _outcomes(self) -> list[Ended | Failed]:
-        ended = [event async for event in self._told() if isinstance(event, Ended | Failed)]
-        return sorted(ended, key=lambda one: one.choice)
-
     async def _written(
         self, writer: Writer, failed: Callable[[Failed], str] | None
     ) -> AsyncIterator[str]:
         if beginning := writer.begin():
             yield beginning
-        async for event in self._told():
+        async for event in self.told():
             if isinstance(event, Progress):
                 yield writer.waiting(event)
             elif isinstance(event, Failed) and failed is not None:
@@ -339,8 +311,8 @@ class Job:
         if isinstance(first := self._seen[0], Failed) and not may_fail:
             raise first.error
 
-    async def _told(self) -> AsyncIterator[Event]:
-        """Yield what happens until the last reply is over."""
+    async def told(self) -> AsyncIterator[Event]:
+        """Yield what happens until the last reply is over; for one reader."""
         left = len(self._streams)
         while left:
             event = self._seen.popleft() if self._seen else await self._next()
@@ -383,6 +355,7 @@ class Job:
         if not self._open:
             self._services.jobs.discard(self)
             self._turn.release()
+            self._tell_end()
 
     def _close(self, stream: ReplyGeneration) -> None:
         """End a reply and keep it, on a thread: both may wait."""
@@ -570,9 +543,11 @@ async def with_model(
 
     async def wait() -> _T:
         turn = await _enter(services, namespace, model_name, 1)
+        tell_end = _tell_job(services, client_of(request), "work", turn.lease.name)
 
         def ended(working: asyncio.Future[_T]) -> None:
             turn.release()
+            tell_end()
             if not working.cancelled():
                 working.exception()  # nobody else may be left to ask, and asyncio would log that
 
@@ -585,6 +560,18 @@ async def with_model(
             raise
 
     return await unless_disconnected(request, wait())
+
+
+def _tell_job(services: Services, client: Client, kind: str, model: str) -> Callable[[], None]:
+    """Tell whoever watches that a job has begun, and return what tells its end."""
+    begun_s, told = monotonic(), {"job": f"job_{token_hex(8)}", "kind": kind, "model": model}
+    services.feed.tell(client.namespace, "job.started", told)
+
+    def ended() -> None:
+        seconds = round(monotonic() - begun_s, 3)
+        services.feed.tell(client.namespace, "job.ended", {**told, "seconds": seconds})
+
+    return ended
 
 
 async def _enter(
