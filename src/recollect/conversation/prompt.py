@@ -481,9 +481,8 @@ class _Encoding:
         place = self._places[number]
         if not self._encoder.is_own(self.path[place]):
             return None
-        name = self.name(place)
+        name, leads = self.name(place), self._leads
         opening = self._encoder.openings.get(name)
-        leads = self._leads
         guess = None if leads is None or now is None or opening else leads.guess(number, now)
         if guess is not None:
             return guess if self._last == number - 1 else None

@@ -64,11 +64,10 @@ class ToolCallParser(PiecewiseReader):
 
     def __init__(self, id_prefix: str, rules: CallRules = HERMES_CALLS) -> None:
         super().__init__()
-        self._prefix = id_prefix
-        self._format, self._texts = rules.format, rules.texts
-        may_be_bare = bool(rules.names) and (self._format is HERMES or self._format.is_bare)
-        self._bare = Bare(self._format, rules.names or ()) if may_be_bare else None
-        self._mark = self._format.mark
+        self._prefix, self._mark = id_prefix, rules.format.mark
+        self._format, self._texts, known = rules.format, rules.texts, rules.names or ()
+        may_be_bare = known and (self._format is HERMES or self._format.is_bare)
+        self._bare = Bare(self._format, known) if may_be_bare else None
         self._space: list[str] = []  # white space before what comes
         self._calls = 0
         self._after_call = False  # nothing was said since the last one
