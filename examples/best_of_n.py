@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 import recollect
-from recollect.conversation.branches import Branch
 from recollect.types import SamplingParams
 
 QUESTION = (
@@ -79,7 +78,7 @@ def main() -> None:
     chosen = parser.parse_args()
     params = SamplingParams(max_tokens=chosen.max_tokens, temperature=0.8, seed=1)
 
-    def score(branch: Branch) -> float:
+    def score(branch: recollect.Branch) -> float:
         return passed(code_of(branch.text))
 
     with recollect.load(chosen.model) as model:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 
 import recollect
-from recollect.conversation.branches import Branch
 from recollect.types import Grammar, SamplingParams
 
 MOVES = {"add 3": lambda number: number + 3, "double": lambda number: number * 2}
@@ -33,7 +32,7 @@ def numbers(start: int, moves: Sequence[str]) -> list[int]:
     return found
 
 
-def moves_of(branch: Branch | None) -> list[str]:
+def moves_of(branch: recollect.Branch | None) -> list[str]:
     """Return the moves on the way to a branch."""
     if branch is None:
         return []
@@ -53,11 +52,11 @@ def main() -> None:
         max_tokens=8, temperature=1.0, seed=1, grammar=Grammar.regex("add 3|double")
     )
 
-    def ask(branch: Branch | None) -> list[str]:
+    def ask(branch: recollect.Branch | None) -> list[str]:
         at = numbers(chosen.start, moves_of(branch))[-1]
         return [] if at >= chosen.target else [f"We have {at}. Which move?"] * TRIES
 
-    def score(branch: Branch) -> float:
+    def score(branch: recollect.Branch) -> float:
         """Verify: the nearer to the target the better, and beyond it is no way."""
         at = numbers(chosen.start, moves_of(branch))[-1]
         # Two branches at one number are no better than one: what varies is kept by a hair.

@@ -67,7 +67,7 @@ def test_a_tool_is_called_and_its_result_goes_back(model: Model, on: Callable[..
         asked.append(small)
         return "by the sea"
 
-    shape = {"properties": {"small": {"type": "boolean"}}, "required": ["small"]}
+    shape: dict[str, Any] = {"properties": {"small": {"type": "boolean"}}, "required": ["small"]}
     shape |= {"type": "object", "additionalProperties": False}
     tool = llm.Tool("town", "Return where somebody lives.", shape, town)
     chat = on(model, tool_choice="required", parallel_tool_calls=False).conversation()

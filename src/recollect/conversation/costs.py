@@ -32,6 +32,11 @@ MOST_RENDERED: Final = 24
 roles at the most."""
 MOST_EXACT: Final = 32
 """Nodes that are encoded one by one where the template does not show all messages alike."""
+MOST_COMPARED: Final = 64
+"""Messages of the path that is encoded as a whole, to see whether the template shows it as it is taken to:
+for each reply on it whose opening is not remembered, the encoder renders once more."""
+MOST_EXACT_PATH: Final = 400
+"""Messages of a path that is encoded as a whole because it is shown otherwise."""
 NEXT: Final = "user"
 """Whose message is taken to come next."""
 
@@ -95,6 +100,8 @@ class Walk:
     """That block in memory; None: it is not there."""
     public: CachedBlock | None
     """The same among public prefixes."""
+    last: CachedBlock | None = None
+    """The last block of the namespace's own in memory, whether anything follows or not."""
     in_memory: int = 0
     """Tokens, of a part of the next block too where nothing follows."""
     on_disk: int = 0
@@ -117,7 +124,8 @@ class Walks:
         self._work.encoded += len(token_ids)
         rest = (*walk.rest, *token_ids)
         key, own, public = walk.key, walk.own, walk.public
-        in_memory, on_disk, size, start = walk.in_memory, walk.on_disk, self._size, 0
+        last, in_memory, on_disk = walk.last, walk.in_memory, walk.on_disk
+        size, start = self._size, 0
         with self._engine.lock:
             while start + size <= len(rest) and (own is not None or public is not None):
                 block = rest[start : start + size]
@@ -129,6 +137,7 @@ class Walks:
                 if next_own is None and next_public is None:
                     break
                 own, public = next_own, next_public
+                last = own or last
                 assert key is not None, "what is in memory has a name"
                 key = own.key if own is not None else self._cache.name_after(key, block)
                 in_memory, start = in_memory + size, start + size
@@ -143,9 +152,8 @@ class Walks:
                 in_memory, on_disk = in_memory + memory, on_disk + disk
                 key = own = public = None
         start = len(rest) - len(rest) % size if key is None else start
-        return Walk(
-            walk.length + len(token_ids), rest[start:], key, own, public, in_memory, on_disk
-        )
+        length = walk.length + len(token_ids)
+        return Walk(length, rest[start:], key, own, public, last, in_memory, on_disk)
 
     def known(self, walk: Walk) -> tuple[int, int]:
         """Return how many tokens have KV in memory, and on disk beyond those; parts of blocks too."""
@@ -254,9 +262,15 @@ class Costs:
         if self._is_as_shown(next(iter(order))):
             return found
         for count, node in enumerate(order):
-            exact = self._exact(node) if count < MOST_EXACT else None
+            is_short = count < MOST_EXACT and len(node.path()) <= MOST_EXACT_PATH
+            exact = self._exact(node) if is_short else None
             found[node] = _estimated(found[node]) if exact is None else exact
         return found
+
+    def blocks(self, node: Node) -> list[CachedBlock]:
+        """Return the namespace's own blocks in memory, up to where one goes on from a node."""
+        last = self._encoded(self._states[node], self._end_of(node)).last
+        return [] if last is None else last.path()
 
     def _state(self, node: Node) -> _State:
         if node.parent is None:
@@ -317,7 +331,7 @@ class Costs:
         self.work.rendered += 1
         prompts, answers = self._prompts, kinds[-1] == _REPLY
         messages: list[Message] = [
-            {**_plain(one.written_message()), "content": prompts.mark(number)}  # type: ignore[typeddict-item, misc] # as templates take it
+            {**_plain(one.written_message()), "content": prompts.mark(number)}  # type: ignore[typeddict-item] # as templates take it
             for number, one in enumerate(path)
         ]
         if not answers:
@@ -337,7 +351,9 @@ class Costs:
             text = after if found else text
 
     def _is_as_shown(self, node: Node) -> bool:
-        """Return whether the ids up to a node are those that a reply there would read."""
+        """Return whether the ids up to a node, or to one before it, are those that a reply would read."""
+        path = node.path()
+        node = path[:MOST_COMPARED][-1] if path else node
         ids = self._exact_ids(node)
         if ids is None:
             return True  # nobody can go on there

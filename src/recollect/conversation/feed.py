@@ -11,7 +11,7 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from recollect.engine.reply import GeneratedReply
 from recollect.errors import RecollectError
 from recollect.journal.changes import Change, NamesOf
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.kv.prefix import Traffic
+from recollect.kv.blocks import Traffic
 from recollect.text.reasoning import Begun, ReasoningDelta, ReplyReader
 from recollect.text.tool_calls import CallRules, TextDelta
 
@@ -228,7 +228,7 @@ class Feed:
                 if self._thread is None:
                     self._find_end()
                 log = self._logs[namespace] = EventLog()
-                self._look_at_kv(is_first=True)
+                self._look_at_kv({namespace}, is_first=True)
             watch = Watch(log, namespace, after=after, wake=wake, leave=self.leave)
             self._left_s.pop(namespace, None)
             self._watches.append(watch)
@@ -344,6 +344,8 @@ class Feed:
             for namespace, since_s in list(self._left_s.items()):
                 if now - since_s >= LINGER_S:
                     del self._left_s[namespace], self._logs[namespace]
+                    for name in self._engines:
+                        self._seen.pop((name, namespace), None)
             if self._logs:
                 return False
             self._end()
@@ -377,7 +379,7 @@ class Feed:
             for reply in list(self._replies.values()):
                 if (progress := reply.progress()) is not None:
                     reply.tell("reply.progress", computed=progress[0], tokens=progress[1])
-            self._look_at_kv(is_first=False)
+            self._look_at_kv(list(self._logs), is_first=False)
 
     def _add(self, told: _Told) -> None:
         log = self._logs.get(told.namespace)
@@ -455,18 +457,18 @@ class Feed:
             self._journal.close()
             self._journal = None
 
-    def _look_at_kv(self, *, is_first: bool) -> None:
-        """Tell what became warm and what was evicted since the last look."""
+    def _look_at_kv(self, namespaces: Collection[str], *, is_first: bool) -> None:
+        """Tell what became warm and what was evicted since the last look at some namespaces."""
         for name, ref in list(self._engines.items()):
             if (engine := ref()) is None:
                 self._engines.pop(name, None)
                 continue
-            for namespace, log in list(self._logs.items()):
+            for namespace in namespaces:
                 traffic = engine.cache.traffic(namespace)
                 now = traffic.inserted_tokens, traffic.evicted_tokens
                 before = self._seen.get((name, namespace), (0, 0))
                 self._seen[name, namespace] = now
-                if not is_first:
+                if not is_first and (log := self._logs.get(namespace)) is not None:
                     _tell_kv(log, name, traffic, now[0] - before[0], now[1] - before[1])
 
 

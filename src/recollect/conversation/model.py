@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from recollect import config
 from recollect.conversation.conversation import Conversation
@@ -24,6 +24,7 @@ from recollect.conversation.session import Session
 from recollect.conversation.tools import NO_TOOLS, ToolChoice, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
 from recollect.encryption import Cipher
+from recollect.engine.decoder import Decoder
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
@@ -31,17 +32,15 @@ from recollect.engine.tier import DiskTier
 from recollect.errors import (
     ConfigError,
     ConversationError,
-    ConversationFileError,
     UnknownConversationError,
 )
-from recollect.journal.conversation_files import from_json
+from recollect.journal.conversation_files import path_from_json
 from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.journal.records import (
     DEFAULT_TIP,
     ConversationInfo,
     Hit,
-    NewNode,
     Page,
     require_name,
 )
@@ -54,6 +53,9 @@ from recollect.text import tool_formats
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
+
+if TYPE_CHECKING:
+    from recollect.remote.replicas import Replica  # loads HTTP, which few need
 
 KIND: Final = "warm"
 
@@ -293,6 +295,15 @@ class Model:
         """Return the most tokens that a prompt may have together with its reply."""
         return self.engine.info.context_length
 
+    def replicas(self) -> "Sequence[Replica]":
+        """Return the replicas of the engine elsewhere that computes; none where the model runs here."""
+        if not isinstance(self.engine, Decoder):
+            return ()
+        from recollect.remote.remote_engine import RemoteEngine  # noqa: PLC0415 - loads HTTP
+
+        assert isinstance(self.engine, RemoteEngine), "there is no other of its kind"
+        return self.engine.replicas.all
+
     @property
     def journal(self) -> Journal:
         """Return the journal of saved conversations; opened when first needed."""
@@ -430,13 +441,7 @@ class Model:
     def session_from_json(
         self,
         text: str,
-        *,
-        params: SamplingParams | None = None,
-        namespace: str = "",
-        keep: bool = False,
-        name: str | None = None,
-        overflow: Overflow = "error",
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        **more: Any,
     ) -> Session:
         """
         Return a session in a conversation of its own, which begins with what `Session.to_json` returned.
@@ -447,8 +452,8 @@ class Model:
 
         Args:
             text: What `Session.to_json` returned, or a file that `recollect conversations export` wrote.
-            params, namespace, keep, name, overflow, tools: As in `session`. The name in the JSON is not
-                taken. With *keep*, the messages are saved at once.
+            more: The arguments of `session` but for *system*. Where it is kept, the messages are saved
+                at once; the name in the JSON is not taken.
 
         Raises:
             ConversationFileError: It is not such a text.
@@ -456,35 +461,8 @@ class Model:
             NameTakenError: There is a conversation of that name.
             StoreError: The journal cannot be used.
         """
-        record = from_json(text)
-        vocab_size = self.engine.info.vocab_size
-        for node in record.nodes:
-            is_own = node.fingerprint == self.weights_fingerprint
-            if is_own and max(node.token_ids or (), default=0) >= vocab_size:
-                raise ConversationFileError(
-                    f"Message {node.id} has token ids that {self.name} does not have: give what "
-                    "`to_json` returned."
-                )
-        path = [
-            NewNode(
-                role=node.role,
-                content=node.content,
-                token_ids=node.token_ids,
-                finish_reason=node.finish_reason,
-                usage=node.usage,
-                fingerprint=node.fingerprint,
-                links=node.links,
-            )
-            for node in record.path(record.default_tip())
-        ]
-        session = self.session(
-            params=params,
-            namespace=namespace,
-            keep=keep,
-            name=name,
-            overflow=overflow,
-            tools=tools,
-        )
+        path = path_from_json(text, self.weights_fingerprint, self.engine.info.vocab_size)
+        session = self.session(None, **more)
         if path:
             conversation = session.conversation
             session.rewind(conversation.add(conversation.tree.root, path, tip=DEFAULT_TIP))

@@ -40,13 +40,14 @@ from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (
     ContextFullError,
     ConversationError,
+    EngineUnavailableError,
     RewindError,
     SessionBusyError,
     TemplateError,
     UnknownNodeError,
 )
 from recollect.journal.home import Checkpoint
-from recollect.journal.records import require_name
+from recollect.journal.records import NewNode, require_name
 from recollect.kv.blocks import CachedBlock
 from recollect.types import Message, SamplingParams, Usage
 
@@ -544,7 +545,13 @@ class Session(Cursor, Explorer, AsyncSpeaker):
         self._busy.release()
 
     def _finish(
-        self, turn: Turn, reply: GeneratedReply, token_ids: list[int], asked: Asked | None
+        self,
+        turn: Turn,
+        reply: GeneratedReply,
+        token_ids: list[int],
+        asked: Asked | None,
+        *,
+        is_lost: bool,
     ) -> Reply | None:
         """
         Save a reply that has ended, and move the tip to it.
@@ -552,12 +559,17 @@ class Session(Cursor, Explorer, AsyncSpeaker):
         The tip stays where it is if the reply to an edit was cancelled.
 
         Returns:
-            None if the reply is empty and was cancelled; the conversation is then as it was.
+            None if the reply is empty and was cancelled; the conversation is then as it was, but for a saved
+            message that no engine elsewhere was there to answer: it stays, as after a crash.
         """
         is_whole = reply.finish_reason != "cancelled"
         if not reply.text and not is_whole:
-            self.conversation.take_back(asked)
             self._tip = turn.before
+            if is_lost and asked is not None and turn.said is not None:
+                said, tip = NewNode(role="user", content=turn.said), self.name
+                self._tip = self.conversation.add(turn.at, [said], tip=tip, asked=asked)
+            else:
+                self.conversation.take_back(asked)
             return None
         goes_there = (turn.asked.begun or turn.at) is self._tip or is_whole
         messages = turn.messages(reply, token_ids, self._model.weights_fingerprint)
@@ -667,7 +679,8 @@ class ReplyStream(ReplyGeneration):
             self.finish()
             self.release()
             said = self._whole(), self.token_ids
-            self.reply = self._session._finish(self._turn, *said, self._asked)
+            is_lost = isinstance(self._task.error, EngineUnavailableError)
+            self.reply = self._session._finish(self._turn, *said, self._asked, is_lost=is_lost)
         finally:
             self._told.end(self.reply, None if self.reply is None else self.reply.node)
             self._free()

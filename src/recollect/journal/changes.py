@@ -174,7 +174,9 @@ class _Reading:
         if kind == "label.set" and conversation_id in self._begun:
             return None  # a note of what is new
         name = read_name(sealed, conversation_id, self._sql.sealing)
-        told = "conversation.updated" if kind == "label.set" else kind
+        told: ChangeKind = (
+            "conversation.created" if kind == "conversation.created" else "conversation.updated"
+        )
         return Change(kind=told, namespace=namespace, conversation=label, name=name)
 
     def _about_message(self, number: int, row: Row) -> Change | None:

@@ -103,6 +103,38 @@ def path_to_json(path: Sequence[NewNode], *, name: str, model: str, fingerprint:
     )
 
 
+def path_from_json(text: str, fingerprint: str, vocab_size: int) -> list[NewNode]:
+    """
+    Return the messages of the branch `main` in what `to_json` returned.
+
+    Args:
+        text: The JSON.
+        fingerprint: Of the model that is to go on with it.
+        vocab_size: How many token ids that model has.
+
+    Raises:
+        ConversationFileError: It is not such a text, or a reply of that model has other token ids.
+    """
+    record = from_json(text)
+    path = record.path(record.default_tip())
+    for node in path:
+        is_own = node.fingerprint == fingerprint
+        if is_own and max(node.token_ids or (), default=0) >= vocab_size:
+            _refuse(f"node {node.id} has a token id that its model does not have")
+    return [
+        NewNode(
+            role=node.role,
+            content=node.content,
+            token_ids=node.token_ids,
+            finish_reason=node.finish_reason,
+            usage=node.usage,
+            fingerprint=node.fingerprint,
+            links=node.links,
+        )
+        for node in path
+    ]
+
+
 def to_markdown(conversation: ConversationRecord, *, tip: str | None = None) -> str:
     """
     Return one path through a conversation as Markdown, and a list of the other branches.

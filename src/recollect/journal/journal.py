@@ -46,12 +46,10 @@ from recollect.journal.rows import (
     read_tip,
 )
 from recollect.journal.schema import purge_index
-from recollect.journal.search import Query, Search
+from recollect.journal.search import Query, Search, find_hits
 from recollect.journal.statements import Statements
 
 JOURNAL_NAME: Final = "conversations.sqlite3"
-_ROWS_AT_ONCE: Final = 500
-"""Messages that a search reads before it lets others use the file, which takes some milliseconds."""
 
 
 class Journal:
@@ -421,17 +419,7 @@ class Journal:
             StoreCorruptError: A message that was read is not what was written.
             StoreError: The file cannot be read.
         """
-        query = Query.parse(words)
-        found: list[Hit] = []
-        before = after
-        while len(found) < limit:
-            with self._reading() as sql:
-                search = Search(sql)
-                rows, before = search.find(query, namespace, before, _ROWS_AT_ONCE)
-                found += search.hits(rows[: limit - len(found)])
-            if before is None:
-                break
-        return found
+        return find_hits(self._reading, Query.parse(words), namespace, limit, after)
 
     def numbered_node(self, conversation_id: int, number: int) -> int | None:
         """

@@ -10,7 +10,7 @@ guess.
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
@@ -30,7 +30,6 @@ from recollect.engine.pinning import pin_on_disk
 from recollect.errors import RewindError
 from recollect.journal.home import drop_of_conversation, server_facts
 from recollect.journal.records import DEFAULT_TIP, Entry, NewNode, NodeRecord, Page
-from recollect.kv.disk import DiskStore
 from recollect.server.conversation_view import (
     COPIES,
     ConversationView,
@@ -38,6 +37,7 @@ from recollect.server.conversation_view import (
     checkpoints,
     conversation_body,
     head_of,
+    let_go,
     split_branch,
     view_of,
 )
@@ -89,7 +89,7 @@ def delete_checkpoint(conversation_id: str, name: PlaceName, request: Request) -
     view, services = view_of(request, conversation_id), services_of(request)
     view.checkpoint(name)
     services.journal.drop_tip(view.stored.id, checkpoint_tip(name))
-    _let_go(services, lambda store: store.drop_pin(_pin_name(view, name)))
+    let_go(services.settings, lambda store: store.drop_pin(_pin_name(view, name)))
     return {
         "id": view.id,
         "object": "conversation.checkpoint.deleted",
@@ -100,17 +100,7 @@ def delete_checkpoint(conversation_id: str, name: PlaceName, request: Request) -
 
 def drop_all_kv(services: Services, conversation_id: int, begun: datetime) -> None:
     """Let the KV of all checkpoints of a conversation go that has been deleted."""
-    _let_go(services, lambda store: drop_of_conversation(store, conversation_id, begun))
-
-
-def _let_go(services: Services, drop: Callable[[DiskStore], object]) -> None:
-    try:
-        with services.store() as store:
-            if store is not None:
-                drop(store)
-    except errors.StoreError as error:
-        # The names are gone from the journal, so the rest takes room and means nothing to anybody.
-        _log.warning("what was kept of a deleted checkpoint still takes room on disk: %s", error)
+    let_go(services.settings, lambda store: drop_of_conversation(store, conversation_id, begun))
 
 
 def _pin_name(view: ConversationView, name: str) -> str:
@@ -147,7 +137,7 @@ async def _keep_kv(request: Request, view: ConversationView, name: str) -> dict[
     head = await asyncio.to_thread(last_head, services, view)
     place = KeptPlace(services, view, namespace, name, head)
     try:
-        kept = await with_model(request, model_of(services, view, head), place.keep)
+        kept = await with_model(request, place.model_name(), place.keep)
     except ApiError as refused:  # too many wait, or the models in use leave no memory
         return _not_kept(refused.message)
     except tuple(kind for kind, _ in _REASONS) as error:
@@ -217,6 +207,10 @@ class KeptPlace:
         tier.store.drop_pin(name)
         return None
 
+    def model_name(self) -> str:
+        """Return which model goes on there."""
+        return model_of(self.services, self.view, self.head)
+
     def tools(self) -> Tools:
         """Return the tools of the last response: they are a part of the prompt, and so of its KV."""
         return Tools.of(kept_schemas([] if self.head is None else self.head.tools))
@@ -252,8 +246,8 @@ def _not_kept(reason: str) -> dict[str, Any]:
 
 _PAGE: int = 20
 _Limit = Annotated[int, Query(ge=1, le=100)]
-_TREE_PAGE: Final = 1_000
-_TreeLimit = Annotated[int, Query(ge=1, le=2_000)]
+_TREE_PAGE: int = 1000
+_TreeLimit = Annotated[int, Query(ge=1, le=2000)]
 _Order = Annotated[str, Query(pattern="^(asc|desc)$")]
 
 
@@ -488,37 +482,35 @@ async def get_tree(
 
     That is by the measurements of the model that spoke last, and null where it is not loaded.
     """
-    services, namespace = services_of(request), client_of(request).namespace
-    view, place = await asyncio.to_thread(_place_of, request, conversation_id)
-    lease = services.hub.lease(model_of(services, view, place.head))
+    services = services_of(request)
+    place = await asyncio.to_thread(_place_of, request, conversation_id)
+    lease = services.hub.lease(model_of(services, place.view, place.head))
     try:
-        return await asyncio.to_thread(
-            _tree, view, place, namespace, after, limit, None if lease is None else lease.model
-        )
+        model = None if lease is None else lease.model
+        return await asyncio.to_thread(_tree, place, after, limit, model)
     finally:
         if lease is not None:
             lease.release()
 
 
-def _place_of(request: Request, conversation_id: str) -> tuple[ConversationView, KeptPlace]:
-    view, services = view_of(request, conversation_id), services_of(request)
+def _place_of(request: Request, conversation_id: str) -> KeptPlace:
+    return standing_place(request, view_of(request, conversation_id))
+
+
+def standing_place(request: Request, view: ConversationView) -> KeptPlace:
+    """Return where a conversation stands, with the model and the tools of the last response there."""
+    services = services_of(request)
     head = last_head(services, view)
-    return view, KeptPlace(services, view, client_of(request).namespace, "", head)
+    return KeptPlace(services, view, client_of(request).namespace, "", head)
 
 
-def _tree(
-    view: ConversationView,
-    place: KeptPlace,
-    namespace: str,
-    after: str | None,
-    limit: int,
-    model: Model | None,
-) -> dict[str, Any]:
+def _tree(place: KeptPlace, after: str | None, limit: int, model: Model | None) -> dict[str, Any]:
+    view = place.view
     shown = view.nodes_after(after, limit)
     if model is None:
         return view.tree(shown, {}, None)
     _, nodes = grown(view.stored.nodes)
-    costs = Costs(model, namespace=namespace, tools=place.tools().schemas)
+    costs = Costs(model, namespace=place.namespace, tools=place.tools().schemas)
     tips = [nodes[tip] for tip in (view.tip, *view.stored.tips.values())]
     found = costs.of([nodes[one.id] for one in shown], first=tips)
     by_id = {one.id: found[nodes[one.id]] for one in shown}

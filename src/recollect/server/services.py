@@ -15,15 +15,15 @@ from collections.abc import (
     Awaitable,
     Callable,
     Iterable,
-    Iterator,
     Mapping,
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from time import time
+from secrets import token_hex
+from time import monotonic, time
 from typing import Final, TypeVar
 
 from fastapi import Request
@@ -32,11 +32,9 @@ from starlette.types import Receive, Scope, Send
 
 from recollect.conversation.feed import Feed
 from recollect.conversation.model import Model
-from recollect.encryption import KV_PURPOSE
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.server.access import CLIENT, Client
 from recollect.server.events import Call, Ended, Event, Failed, Piece, Progress, Thought, Writer
 from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
@@ -79,8 +77,8 @@ class Services:
         default_factory=lambda: ThreadPoolExecutor(_MOST_PATIENT, "recollect-waits")
     )
     """Threads that wait for the journal, so that those which begin replies do not."""
-    kept_chats: KeptChats | None = None
-    """What keeps the chats of clients that send all of it each time; None: they are not kept."""
+    kept_chats: KeptChats = field(default_factory=KeptChats)
+    """What keeps the chats of clients that send all of it each time, where the settings say so."""
     is_ending: bool = False
     """Whether nothing begins any more; belongs to the event loop, as does `jobs`."""
     jobs: "set[Job]" = field(default_factory=set)
@@ -109,26 +107,6 @@ class Services:
                         ) from cause
                     raise StoreError(str(cause)) from cause
             return self._journal
-
-    @contextmanager
-    def store(self) -> Iterator[DiskStore | None]:
-        """
-        Show the KV that is kept on disk, whatever models are loaded; None: none ever was.
-
-        Raises:
-            StoreError: It cannot be opened.
-        """
-        folder, cipher = self.settings.home / STORE_FOLDER, self.settings.cipher
-        if not is_there(folder):
-            yield None
-            return
-        sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
-        with closing(open_existing(folder, sealer)) as store:
-            yield store
-
-    def __post_init__(self) -> None:
-        if self.settings.keeps_chats:
-            self.kept_chats = KeptChats(lambda: self.journal)
 
     def end_watching(self) -> None:
         """End the streams of events, for which nobody waits who ends a server."""
@@ -221,6 +199,7 @@ class Job:
         self._ending: Exception | None = None
         self._loop = asyncio.get_running_loop()
         services.jobs.add(self)
+        self._tell_end = _tell_job(services, client, "reply", self.model_name)
         # The loop itself remembers no task that it runs.
         self._reading = [
             self._loop.create_task(self._read(choice, stream))
@@ -376,6 +355,7 @@ class Job:
         if not self._open:
             self._services.jobs.discard(self)
             self._turn.release()
+            self._tell_end()
 
     def _close(self, stream: ReplyGeneration) -> None:
         """End a reply and keep it, on a thread: both may wait."""
@@ -495,9 +475,9 @@ async def begin(
         preparing = on_thread(lambda: _prepared(prepare, turn.lease.model))
 
         def job(streams: Sequence[ReplyGeneration]) -> Job:
-            kept = keep
-            if kept is None and services.kept_chats is not None:
-                kept = partial(services.kept_chats.keep, turn.lease.model, client.namespace)
+            if (kept := keep) is None and services.settings.keeps_chats:
+                keeps = services.kept_chats.keep
+                kept = partial(keeps, lambda: services.journal, turn.lease.model, client.namespace)
             return Job(services, client, turn, streams, keep=kept, per_prompt=per_prompt)
 
         def abandon(_: object) -> None:
@@ -563,9 +543,11 @@ async def with_model(
 
     async def wait() -> _T:
         turn = await _enter(services, namespace, model_name, 1)
+        tell_end = _tell_job(services, client_of(request), "work", turn.lease.name)
 
         def ended(working: asyncio.Future[_T]) -> None:
             turn.release()
+            tell_end()
             if not working.cancelled():
                 working.exception()  # nobody else may be left to ask, and asyncio would log that
 
@@ -578,6 +560,18 @@ async def with_model(
             raise
 
     return await unless_disconnected(request, wait())
+
+
+def _tell_job(services: Services, client: Client, kind: str, model: str) -> Callable[[], None]:
+    """Tell whoever watches that a job has begun, and return what tells its end."""
+    begun_s, told = monotonic(), {"job": f"job_{token_hex(8)}", "kind": kind, "model": model}
+    services.feed.tell(client.namespace, "job.started", told)
+
+    def ended() -> None:
+        seconds = round(monotonic() - begun_s, 3)
+        services.feed.tell(client.namespace, "job.ended", {**told, "seconds": seconds})
+
+    return ended
 
 
 async def _enter(

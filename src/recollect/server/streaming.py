@@ -1,7 +1,7 @@
 """
 Events on their way to those who watch: one task each, woken together by the feed's thread.
 
-On its own because the services hold it, and the endpoint (`watching`) is made of services.
+On its own because the services hold it, and `watching` is made of services.
 """
 
 import asyncio

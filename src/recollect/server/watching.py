@@ -1,16 +1,30 @@
 """
-`/v1/events`: what happens in a client's conversations, as it happens, in whatever program.
+`/v1/events` and `/v1/kv`: what happens in a client's conversations, as it happens; where their KV is.
 
-On its own because it is one API, as the others are.
 Nothing is computed for it, and the engine's thread does not know of it: see `conversation/feed`.
 """
 
-from typing import Annotated, Final
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from recollect.server.conversation_view import head_of, split_branch
+from recollect.conversation.costs import Costs, GoingOn
+from recollect.conversation.model import Model
+from recollect.conversation.tree import grown
+from recollect.errors import UnknownConversationError
+from recollect.journal.records import Page
+from recollect.kv.blocks import CachedBlock
+from recollect.server.conversation_routes import KeptPlace, model_of, standing_place
+from recollect.server.conversation_view import (
+    ConversationView,
+    branches,
+    checkpoints,
+    head_of,
+    split_branch,
+)
 from recollect.server.refusals import ApiError
 from recollect.server.services import client_of, services_of
 from recollect.server.streaming import WatchStream, of_conversation
@@ -61,3 +75,128 @@ def _after(request: Request, given: str | None) -> int | None:
             param="Last-Event-ID",
         )
     return int(last)
+
+
+_PAGE: Final = 20
+_Limit = Annotated[int, Query(ge=1, le=100)]
+_NEXT: Final = 10
+"""Blocks that are told to be evicted next."""
+
+
+@router.get("/v1/kv")
+async def get_kv(
+    request: Request, limit: _Limit = _PAGE, after: str | None = None
+) -> dict[str, Any]:
+    """
+    Return where the KV of the client's conversations is, branch by branch, and what it has saved.
+
+    Conversations come in pages, the one used last first. Branches share the tokens that they begin with.
+    """
+    services = services_of(request)
+    names = list(services.hub.loaded())
+    leases = [lease for name in names if (lease := services.hub.lease(name)) is not None]
+    try:
+        models = {lease.name: lease.model for lease in leases}
+        return await asyncio.to_thread(_kv, request, models, limit, after)
+    finally:
+        for lease in leases:
+            lease.release()
+
+
+def _kv(
+    request: Request, models: Mapping[str, Model], limit: int, after: str | None
+) -> dict[str, Any]:
+    services, namespace = services_of(request), client_of(request).namespace
+    journal = services.journal
+    last = None if after is None else head_of(request, after).label.conversation_id
+    page = journal.conversations(namespace, page=Page(limit=limit + 1, after=last))
+    holders: dict[CachedBlock, dict[str, str]] = {}
+    data = []
+    for info in page[:limit]:
+        try:
+            place = standing_place(request, ConversationView.load(journal, info.label, namespace))
+        except (ApiError, UnknownConversationError):  # deleted since
+            continue
+        name = model_of(services, place.view, place.head)
+        tips = place.view.stored.tips
+        data.append(
+            {
+                "id": info.label,
+                "name": info.name,
+                "model": name if name in models else None,
+                "branches": _held(place, models[name], holders) if name in models else {},
+                "checkpoints": list(checkpoints(tips)),
+            }
+        )
+    saved = services.metrics.saved(namespace)
+    return {
+        "object": "kv",
+        "models": [_model_kv(name, model, namespace) for name, model in models.items()],
+        "data": data,
+        "has_more": len(page) > limit,
+        "last_id": page[:limit][-1].label if page else None,
+        "evicted_next": [
+            {"model": name, "tokens": len(block.token_ids), **_holder(block, holders)}
+            for name, model in models.items()
+            for block in _next_evicted(model, namespace)
+        ],
+        "saved": {
+            "tokens": saved.tokens,
+            "restored_tokens": saved.restored_tokens,
+            "seconds": round(saved.seconds, 3),
+        },
+    }
+
+
+def _held(
+    place: KeptPlace, model: Model, holders: dict[CachedBlock, dict[str, str]]
+) -> dict[str, dict[str, Any]]:
+    """Return what each branch has, and note whose the blocks are."""
+    view = place.view
+    _, nodes = grown(view.stored.nodes)
+    tips = {name: nodes[at] for name, at in branches(view.stored.tips).items()}
+    costs = Costs(model, namespace=place.namespace, tools=place.tools().schemas)
+    found = costs.of(list(tips.values()))
+    for name, tip in tips.items():
+        for block in costs.blocks(tip):
+            holders.setdefault(block, {"conversation": view.label.name, "branch": name})
+    return {name: _branch(found[tip], costs.blocks(tip), model) for name, tip in tips.items()}
+
+
+def _branch(cost: GoingOn, blocks: Sequence[CachedBlock], model: Model) -> dict[str, Any]:
+    size = model.engine.block_size
+    return {
+        "tokens": cost.tokens,
+        "in_memory": cost.in_memory,
+        "on_disk": cost.on_disk,
+        "blocks_in_memory": -(-cost.in_memory // size),
+        "blocks_on_disk": -(-cost.on_disk // size),
+        "pinned": sum(len(block.token_ids) for block in blocks if block.pins),
+    }
+
+
+def _model_kv(name: str, model: Model, namespace: str) -> dict[str, Any]:
+    """Return what a model holds of a namespace, and how much there is room for."""
+    engine = model.engine
+    rates, traffic = engine.rates(), engine.cache.traffic(namespace)
+    return {
+        "model": name,
+        "block_tokens": engine.block_size,
+        "block_bytes": engine.info.bytes_per_block,
+        "blocks": engine.pool.num_blocks,
+        "tokens_in_memory": traffic.tokens,
+        "evicted_tokens": traffic.evicted_tokens,
+        "compute_s_per_token": rates.compute_s_per_token,
+        "restore_s_per_block": rates.restore_s_per_block,
+    }
+
+
+def _next_evicted(model: Model, namespace: str) -> list[CachedBlock]:
+    with model.engine.lock:
+        return model.engine.cache.next_evicted(namespace, _NEXT)
+
+
+def _holder(block: CachedBlock, holders: Mapping[CachedBlock, dict[str, str]]) -> dict[str, Any]:
+    """Return which conversation a block is of; a part of a block is of that of the block before."""
+    found = holders.get(block) or (holders.get(block.parent) if block.parent else None)
+    return dict(found) if found else {"conversation": None, "branch": None}

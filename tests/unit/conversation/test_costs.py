@@ -1,6 +1,7 @@
 """What going on from a node would cost: as the engine counts it, and found with little work."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -8,9 +9,10 @@ from recollect.conversation.costs import Costs, GoingOn, Work
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Node, Tree
-from recollect.engine.engine import Engine
 from recollect.kv.disk import DiskStore
-from recollect.types import SamplingParams
+from recollect.kv.prefix import PrefixCache
+from recollect.text.template import ChatTemplate
+from recollect.types import Role, SamplingParams
 
 SHORT = SamplingParams(max_tokens=12, ignore_eos=True)
 
@@ -34,10 +36,8 @@ def branching(model: Model) -> Session:
 
 def exact(model: Model, session: Session, node: Node, *, on_disk: bool = False) -> tuple[int, int]:
     """Return what the engine says of a prompt that is encoded as a whole: warm tokens, and all."""
-    if node.role == "user":
-        ids = model.prompts.encode(node.path()).token_ids
-    else:
-        ids = session.typed_ids(node)
+    asked = node.role == "user"
+    ids = model.prompts.encode(node.path()).token_ids if asked else session.typed_ids(node)
     return model.engine.warm_tokens(ids, session.namespace, on_disk=on_disk), len(ids)
 
 
@@ -136,7 +136,7 @@ def grow(tree: Tree, model: Model, count: int, branches: int) -> list[Node]:
     for number in range(count):
         if number > count // 4 and len(ends) < branches:
             ends.append(at := nodes[(number * 7) % (count // 4)])
-        role = "assistant" if at.role == "user" else "user"
+        role: Role = "assistant" if at.role == "user" else "user"
         own = role == "assistant"
         at = tree.add(
             at,
@@ -155,30 +155,52 @@ def work_of(model: Model, count: int, branches: int) -> tuple[Work, dict[Node, G
     return costs.work, found
 
 
+class Counted:
+    """How often something was called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that counts its calls."""
+
+        def counted(*args: Any, **options: Any) -> Any:
+            self.calls += 1
+            return function(*args, **options)
+
+        return counted
+
+
 @pytest.fixture
-def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Return how many tokens the engine was asked to match from a root on, call by call."""
-    asked: list[int] = []
-    match = Engine.warm_tokens
+def renderings(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    """Return how often a chat template renders."""
+    counted = Counted()
+    monkeypatch.setattr(ChatTemplate, "render", counted.of(ChatTemplate.render))
+    return counted
 
-    def counted(self: Engine, token_ids: list[int], *args: object, **options: bool) -> int:
-        asked.append(len(token_ids))
-        return match(self, token_ids, *args, **options)  # type: ignore[arg-type] # passed on
 
-    monkeypatch.setattr(Engine, "warm_tokens", counted)
-    yield asked
+@pytest.fixture
+def hashes(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    """Return how often the name of a prefix is made out of that before."""
+    counted = Counted()
+    monkeypatch.setattr(PrefixCache, "name_after", counted.of(PrefixCache.name_after))
+    return counted
 
 
 @pytest.mark.parametrize("branches", [0, 400])
 def test_a_large_tree_costs_a_few_renderings_and_each_token_once(
-    make_model: Callable[..., Model], counting: list[int], branches: int
+    make_model: Callable[..., Model], renderings: Counted, hashes: Counted, branches: int
 ) -> None:
     """Not a rendering or a path for each node: with five times the nodes, five times the work."""
     model = make_model(context_length=8192)
+    renderings.calls = 0
     small, _ = work_of(model, 2_000, branches)
+    rendered = renderings.calls
+    assert rendered <= 48  # most of them for the one path that is compared
     large, found = work_of(model, 10_000, branches)
     assert len(found) == 10_000
-    assert counting == []
+    assert renderings.calls <= 2 * rendered
+    assert hashes.calls <= 2 * len(found)
     assert small.rendered == large.rendered <= 8
     # What a node adds, what follows it, and once more where a path is compared.
     own = sum(len(node.content) + 30 for node in found)

@@ -158,6 +158,18 @@ def test_folding_keeps_each_character_and_agrees_with_the_index() -> None:
     assert differing == []
 
 
+def test_folding_does_not_depend_on_what_stands_beside() -> None:
+    """A text is folded as fast as its letters allow, and a query by itself: both ways are one."""
+    chance = random.Random(7)  # noqa: S311
+    codes = (
+        "61 5a df 1e9e 130 131 17f 212a c5 3a3 3c2 1c80 432 412 a64a ff21 ff41 10400 6771 10a0 2d00"
+    )
+    letters = "".join(chr(int(code, 16)) for code in codes.split())
+    for _ in range(500):
+        one, other = ("".join(chance.choices(letters, k=3)) for _ in range(2))
+        assert folded(one + other) == folded(one) + folded(other)
+
+
 def test_a_hit_says_where_it_is(journal: Journal) -> None:
     first = say(journal, "the first question", "an answer", "another question")
     second = journal.create("other", model="smollm2", fingerprint="f00d")

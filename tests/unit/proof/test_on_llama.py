@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import recollect
+from forking import measure_forks
 from random_model import WITH_CONVOLUTIONS, WITH_EXPERTS, write_random_model
 from recollect import og
 from recollect.conversation.loading import bring_in, collect, why_not
@@ -52,7 +53,7 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    shape = replace(SHAPES[request.param], context=2048, width=128, head_size=32)
+    shape = replace(SHAPES[request.param], context=4096, width=128, head_size=32)
     return write_random_model(folder / f"{request.param}.gguf", shape, vocabulary_of=letters)
 
 
@@ -110,6 +111,15 @@ def test_bench_and_scenarios_run(model: recollect.Model) -> None:
         assert iteration.reuse.second.reused_tokens == 300 + 8 - 1
     turns = play(model, Scenario("short", ("One?", "Two?"), {})).turns
     assert [turn.changed_by_reuse for turn in turns] == [(), ()]
+
+
+def test_branches_share_their_trunk_and_forks_compute_nothing(load: Load) -> None:
+    ids = [10 + number % 200 for number in range(2100)]
+    with load(kv_memory=256 << 20) as model:
+        result = measure_forks(model, ids)
+        assert result.forward_passes == 0
+        assert result.fork_blocks == 2048 // model.engine.block_size + 100
+        model.engine.check()
 
 
 def test_a_rewind_is_an_exact_one(model: recollect.Model) -> None:

@@ -170,3 +170,18 @@ def test_a_request_that_waits_for_the_model_is_answered(start: Callable[..., Ser
     assert "Stopping: waiting up to 10 s for 1 reply; Ctrl-C again ends it now." in said
     assert "Traceback" not in said
     assert [answer.status_code for answer in answers] == [503]
+
+
+def test_who_watches_events_is_not_waited_for(start: Callable[..., Server]) -> None:
+    """Streams of events have no end of their own, and nobody loses a word by theirs."""
+    server = start()
+    with server.client.stream("GET", "/v1/events") as watched:
+        lines = watched.iter_lines()
+        assert next(lines).startswith(":")
+        begun = time.monotonic()
+        server.interrupt()
+        assert all(not line.startswith("data") for line in lines)
+        said = server.end()
+    assert server.process.returncode == 0
+    assert "Traceback" not in said
+    assert time.monotonic() - begun < 8  # replies would be waited for up to 10 s

@@ -111,6 +111,8 @@ def test_what_is_said_is_told_in_the_order_in_which_it_happens(
     assert "".join(one["text"] for one in deltas) == text == reply["content"]
     assert completed["usage"]["prompt_tokens"] == said["usage"]["input_tokens"]
     assert completed["finish_reason"] == "length"
+    began, ended = watcher.until_kind("job.started"), watcher.until_kind("job.ended")
+    assert (began["job"], began["kind"], began["model"]) == (ended["job"], "reply", "reference")
 
 
 def test_ids_in_events_are_those_of_the_tree(
@@ -206,7 +208,9 @@ def test_after_a_restart_an_old_id_is_not_taken_for_a_new_one(
 
 @pytest.mark.parametrize("last", ["x", "-1", "1" * 19, "²"])
 def test_what_is_no_id_is_refused(client: httpx.Client, last: str) -> None:
-    with client.stream("GET", "/v1/events", headers={"Last-Event-ID": last.encode()}) as response:
+    with client.stream(
+        "GET", "/v1/events", headers=[(b"Last-Event-ID", last.encode())]
+    ) as response:
         assert response.status_code == 400
         assert "Last-Event-ID" in response.read().decode()
 
@@ -281,3 +285,93 @@ def test_nothing_of_a_reply_that_never_came_stays(
     created = {one["item"] for one in watcher.events if one["type"] == "message.created"}
     deleted = {one["item"] for one in watcher.events if one["type"] == "message.deleted"}
     assert created == deleted
+
+
+def test_the_tree_says_what_going_on_would_cost_page_by_page(
+    client: httpx.Client, post: Callable[..., Json]
+) -> None:
+    conversation = post(client, PATH, {})["id"]
+    for text in ("Hello", "And then?"):
+        said = {"input": text, "conversation": conversation, "max_output_tokens": 6}
+        last = post(client, "/v1/responses", said)
+    tree = client.get(f"{PATH}/{conversation}/tree").json()
+    assert [node["warmth"] for node in tree["nodes"]] == ["memory"] * 4
+    cost = tree["nodes"][-1]["going_on"]
+    assert cost["tokens"] == cost["in_memory"] + cost["on_disk"] + cost["to_compute"]
+    assert cost["tokens"] > last["usage"]["input_tokens"]
+    assert tree["model"] == "reference"
+    assert not tree["has_more"]
+    pages: list[Json] = []
+    while not pages or pages[-1]["has_more"]:
+        after = {"after": pages[-1]["last_id"]} if pages else {}
+        shown = client.get(f"{PATH}/{conversation}/tree", params={"limit": 3, **after})
+        pages.append(shown.json())
+    assert [len(page["nodes"]) for page in pages] == [3, 1]
+    assert [node["id"] for page in pages for node in page["nodes"]] == [
+        node["id"] for node in tree["nodes"]
+    ]
+    assert client.get(f"{PATH}/{conversation}/tree", params={"after": "msg_no"}).status_code == 404
+
+
+def test_a_tree_whose_model_is_not_loaded_is_told_without_costs(
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    post: Callable[..., Json],
+    until: Callable[..., None],
+) -> None:
+    goes_on = threading.Event()
+
+    def load(_: str) -> Model:
+        assert goes_on.wait(60)
+        return make_model()
+
+    client = start(load=load)
+    items = [{"role": "user", "content": "Hello"}]
+    conversation = post(client, PATH, {"items": items})["id"]
+    tree = client.get(f"{PATH}/{conversation}/tree").json()
+    assert (tree["model"], tree["nodes"][0]["going_on"]) == (None, None)
+    goes_on.set()
+    until(lambda: client.get("/health").status_code == 200)
+    tree = client.get(f"{PATH}/{conversation}/tree").json()
+    assert tree["nodes"][0]["warmth"] == "none"
+
+
+def test_kv_is_told_by_conversation_and_branch_and_to_its_key_alone(
+    start: Callable[..., httpx.Client], post: Callable[..., Json]
+) -> None:
+    client = start(keys=("one", "two"))
+    conversation = post(client, PATH, {})["id"]
+    for text in ("Hello there, this is a long question", "And then?"):
+        said = {"input": text, "conversation": conversation, "max_output_tokens": 6}
+        post(client, "/v1/responses", said)
+    post(client, f"{PATH}/{conversation}/fork", {"name": "other"})
+    held = client.get("/v1/kv").json()
+    (one,) = held["data"]
+    assert (one["id"], set(one["branches"])) == (conversation, {"main", "other"})
+    main = one["branches"]["main"]
+    assert main["in_memory"] > 0
+    assert main["blocks_in_memory"] == -(-main["in_memory"] // held["models"][0]["block_tokens"])
+    assert held["models"][0]["tokens_in_memory"] >= main["in_memory"]
+    assert held["saved"]["tokens"] > 0
+    assert {block["conversation"] for block in held["evicted_next"]} == {conversation}
+    theirs = client.get("/v1/kv", headers={"Authorization": "Bearer two"}).json()
+    assert (theirs["data"], theirs["evicted_next"]) == ([], [])
+    assert theirs["models"][0]["tokens_in_memory"] == theirs["saved"]["tokens"] == 0
+
+
+def test_what_became_warm_and_what_was_evicted_is_told(
+    start: Callable[..., httpx.Client],
+    make_model: Callable[..., Model],
+    post: Callable[..., Json],
+    watch: Callable[..., Watcher],
+) -> None:
+    model = make_model()
+    client = start(load=lambda _: model)
+    watcher = watch(client)
+    post(client, "/v1/responses", {"input": "Hello there", "max_output_tokens": 6})
+    warm = watcher.until_kind("kv.warm")
+    assert warm["tokens"] > 0
+    assert warm["in_memory"] > 0
+    blocks = model.engine.forget()
+    assert blocks
+    assert watcher.until_kind("kv.evicted")["in_memory"] == 0
