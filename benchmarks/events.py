@@ -125,7 +125,7 @@ def _served(model: recollect.Model, home: str) -> Iterator[int]:
     try:
         yield sockets[0].getsockname()[1]
     finally:
-        app.state.services.end_watching()
+        app.state.services.watchers.end()
         server.should_exit = True
         thread.join(30)
 
