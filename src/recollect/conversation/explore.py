@@ -338,15 +338,8 @@ class Exploration:
         if asked is None:
             asked = prompting.asking(at, said, origin.begun, tools, origin.overflow)
             self._asked[at, said] = asked
-        prepared = prompting.prepare(
-            asked,
-            said,
-            params,
-            tools,
-            before=origin.at,
-            change=None,
-            tools_change=origin.conversation.tools_change(asked.at, tools),
-        )
+        differs = None, origin.conversation.tools_change(asked.at, tools)
+        prepared = prompting.prepare(asked, said, params, tools, origin.at, differs)
         branch = Branch(
             index=index,
             level=self._level + 1,

@@ -137,7 +137,7 @@ async def _keep_kv(request: Request, view: ConversationView, name: str) -> dict[
     head = await asyncio.to_thread(last_head, services, view)
     place = KeptPlace(services, view, namespace, name, head)
     try:
-        kept = await with_model(request, model_of(services, view, head), place.keep)
+        kept = await with_model(request, place.model_name(), place.keep)
     except ApiError as refused:  # too many wait, or the models in use leave no memory
         return _not_kept(refused.message)
     except tuple(kind for kind, _ in _REASONS) as error:
@@ -207,6 +207,10 @@ class KeptPlace:
         tier.store.drop_pin(name)
         return None
 
+    def model_name(self) -> str:
+        """Return which model goes on there."""
+        return model_of(self.services, self.view, self.head)
+
     def tools(self) -> Tools:
         """Return the tools of the last response: they are a part of the prompt, and so of its KV."""
         return Tools.of(kept_schemas([] if self.head is None else self.head.tools))
@@ -242,8 +246,8 @@ def _not_kept(reason: str) -> dict[str, Any]:
 
 _PAGE: int = 20
 _Limit = Annotated[int, Query(ge=1, le=100)]
-_TREE_PAGE: Final = 1_000
-_TreeLimit = Annotated[int, Query(ge=1, le=2_000)]
+_TREE_PAGE: int = 1000
+_TreeLimit = Annotated[int, Query(ge=1, le=2000)]
 _Order = Annotated[str, Query(pattern="^(asc|desc)$")]
 
 

@@ -454,7 +454,7 @@ class ConversationView:
         Return messages in all branches, parents first, and which branches and checkpoints stand at them.
 
         Args:
-            shown: A page of them; the first also has what stands at the root.
+            shown: A page of them; the first one also has what stands at the root.
             costs: What going on from them would cost, by their ids in the journal.
             model: With which model; None: it is not loaded, so nobody knows.
         """
@@ -482,10 +482,10 @@ class ConversationView:
             "id": self.id,
             "model": model,
             "nodes": nodes,
+            "has_more": ends_at is not None and ends_at is not self.stored.nodes[-1],
+            "last_id": nodes[-1]["id"] if nodes else None,
             "tips": self.named(branches(tips)),
             "checkpoints": self.named(checkpoints(tips)),
-            "last_id": nodes[-1]["id"] if nodes else None,
-            "has_more": ends_at is not None and ends_at is not self.stored.nodes[-1],
         }
 
     def named(self, places: Mapping[str, int | None]) -> dict[str, str | None]:

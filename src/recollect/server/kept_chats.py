@@ -18,8 +18,8 @@ from recollect.conversation.tree import Node, grown
 from recollect.conversation.turn import ANSWERED, Reply
 from recollect.engine.reply import GeneratedReply
 from recollect.errors import (
+    RecollectError,
     StoreCorruptError,
-    StoreError,
     UnknownConversationError,
     UnknownNodeError,
 )
@@ -66,7 +66,7 @@ class KeptChats:
         """
         Keep a reply and what of its chat was not kept yet.
 
-        A reply to a prompt as text, without messages, is not kept. Where the journal cannot be written, the
+        A reply to a prompt as text, without messages, is not kept. Where that cannot be done, the
         log says so: the client has its reply all the same, and the next one brings what is missing.
 
         Args:
@@ -84,7 +84,7 @@ class KeptChats:
                 if known is None:
                     known = self._known[namespace] = self._read(journal, namespace)
                 self._write(journal, model, namespace, known, reply.node.path())
-        except StoreError as error:
+        except RecollectError as error:
             _log.warning("a chat is not kept: %s", error)
 
     def _write(
@@ -104,7 +104,9 @@ class KeptChats:
             conversation_id, node_id = place
             try:
                 tips = journal.tips(conversation_id)
-                tip = next((tip for tip, at in tips.items() if at == node_id), None)
+                # A checkpoint stays where it is; its name has a colon, which no branch of a client has.
+                here = (tip for tip, at in tips.items() if at == node_id and ":" not in tip)
+                tip = next(here, None)
                 if tip is not None or len(tips) < MOST_BRANCHES:
                     entry = Entry(
                         nodes=new,

@@ -35,16 +35,7 @@ from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal
 from recollect.server.access import CLIENT, Client
-from recollect.server.events import (
-    Call,
-    Ended,
-    Event,
-    Failed,
-    Piece,
-    Progress,
-    Thought,
-    Writer,
-)
+from recollect.server.events import Call, Ended, Event, Failed, Piece, Progress, Thought, Writer
 from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
 from recollect.server.kept_chats import KeptChats
 from recollect.server.refusals import ClientGone, api_error, stopping
@@ -273,40 +264,19 @@ class Job:
 
     async def _replies(self) -> list[GeneratedReply]:
         ended: dict[int, GeneratedReply] = {}
-        async for event in self._told():
+        async for event in self.told():
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Ended):
                 ended[event.choice] = event.reply
         return [ended[choice] for choice in sorted(ended)]
 
-    async def outcomes(self, request: Request) -> list[Ended | Failed]:
-        """
-        Return how the replies have ended, in their order; where the client goes away, they end.
-
-        Raises:
-            ClientGone: It went away.
-            RecollectError: All have failed; this is what the first failed with.
-        """
-        try:
-            ended = await unless_disconnected(request, self._outcomes())
-        except BaseException:
-            self.stop()
-            raise
-        if isinstance(first := ended[0], Failed) and all(isinstance(one, Failed) for one in ended):
-            raise first.error
-        return ended
-
-    async def _outcomes(self) -> list[Ended | Failed]:
-        ended = [event async for event in self._told() if isinstance(event, Ended | Failed)]
-        return sorted(ended, key=lambda one: one.choice)
-
     async def _written(
         self, writer: Writer, failed: Callable[[Failed], str] | None
     ) -> AsyncIterator[str]:
         if beginning := writer.begin():
             yield beginning
-        async for event in self._told():
+        async for event in self.told():
             if isinstance(event, Progress):
                 yield writer.waiting(event)
             elif isinstance(event, Failed) and failed is not None:
@@ -336,8 +306,8 @@ class Job:
         if isinstance(first := self._seen[0], Failed) and not may_fail:
             raise first.error
 
-    async def _told(self) -> AsyncIterator[Event]:
-        """Yield what happens until the last reply is over."""
+    async def told(self) -> AsyncIterator[Event]:
+        """Yield what happens until the last reply is over; for one reader."""
         left = len(self._streams)
         while left:
             event = self._seen.popleft() if self._seen else await self._next()

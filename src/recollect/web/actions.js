@@ -222,7 +222,7 @@ function wishes(how = {}) {
 async function goOn(id, name, parent, input, { question = null, continues = false, more = {} } = {}) {
   const conversation = here();
   const control = new AbortController();
-  let reply = `own-${crypto.randomUUID()}`;
+  const reply = `own-${crypto.randomUUID()}`;
   const follows = () => state.current.value === conversation && state.selected.value === parent;
   state.setPending(reply, {
     ...{ id: reply, conversation, parent, branch: name, question, text: "", reasoning: "" },
@@ -236,12 +236,7 @@ async function goOn(id, name, parent, input, { question = null, continues = fals
       body,
       (event) => {
         const known = state.pending.value.get(reply);
-        if (event.type === "response.created") {
-          // From here on it goes by the id that events of others name, too.
-          state.setPending(reply, null);
-          reply = event.response.id;
-          state.setPending(reply, { ...known, id: reply, isOwn: true });
-        } else if (event.type === "response.output_text.delta") {
+        if (event.type === "response.output_text.delta") {
           state.setPending(reply, { text: (known?.text ?? "") + event.delta });
         } else if (event.type === "response.reasoning_text.delta") {
           state.setPending(reply, { reasoning: (known?.reasoning ?? "") + event.delta });
@@ -345,43 +340,26 @@ export async function carryOn(reply) {
 }
 
 /**
- * Try several ways on from what is shown, all at once, each on a branch of its own.
+ * Try several ways on from what is shown, all in one batch, each on a branch of its own.
  *
- * @param {string} question Which all answer; empty: each has its own, or what stands there is answered.
- * @param {{name: string, question: string | null, temperature?: number, seed?: number}[]} ways
+ * @param {{name: string, prompt?: string, temperature?: number, seed?: number}[]} ways
  * @param {AbortSignal} stop
- * @param {(index: number, event: any) => void} onEvent
+ * @param {(event: any) => void} onEvent
  */
-export async function tryWays(question, ways, stop, onEvent) {
+export async function tryWays(ways, stop, onEvent) {
+  if (state.current.value === null) await begin();
   const conversation = here();
-  let from = state.selected.value;
-  if (question) {
-    // Said once, so that every way is a reply to the same message.
-    const first = await forkAt({ at: from }, ways[0].name);
-    const item = { type: "message", role: "user", content: question };
-    from = (await call("POST", `${at(first)}/items`, { items: [item] })).data[0].id;
+  const from = state.selected.value;
+  const { tools: _, ...how } = wishes();
+  const body = { ...how, item: from ?? undefined, branches: ways, stream: true };
+  try {
+    await stream(`${at(conversation)}/explore`, body, onEvent, stop);
+  } finally {
+    if (state.current.value === conversation) {
+      await attempt(readTreeAgain);
+      state.branch.value = ways[0].name;
+    }
   }
-  /** @type {string[]} */
-  const ids = [];
-  for (const [index, { name }] of ways.entries()) {
-    ids.push(question && index === 0 ? idOf(name) : await forkAt({ at: from }, name));
-  }
-  state.branch.value = ways[0].name;
-  await Promise.all(
-    ways.map(async (way, index) => {
-      const { temperature, seed } = way;
-      const named = { ...(temperature === undefined ? {} : { temperature }), ...(seed === undefined ? {} : { seed }) };
-      const body = { ...wishes(), ...named, conversation: ids[index], input: way.question ?? [], stream: true };
-      try {
-        await stream("/v1/responses", body, (event) => onEvent(index, event), stop);
-        onEvent(index, { type: "done" });
-      } catch (error) {
-        onEvent(index, { type: "failed", message: error instanceof Error ? error.message : String(error) });
-      }
-      if (state.current.value === conversation) await attempt(readTreeAgain);
-    }),
-  );
-  if (state.current.value === conversation && from !== null) select(from);
 }
 
 /** Have the branch of what is shown stand there, so that it goes on from there. */

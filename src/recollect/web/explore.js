@@ -8,18 +8,21 @@ import { useState } from "preact/hooks";
 import * as state from "./state.js";
 import * as actions from "./actions.js";
 import { Markdown } from "./markdown.js";
+import { Reading } from "./message.js";
 import { firstWords } from "./tree_view.js";
 import { GoingLine, Icon, IconButton, ReuseBar, html } from "./widgets.js";
 
 const MOST_WAYS = 8;
 
 /**
- * @typedef {{name: string, question: string | null, temperature: number | undefined, seed: number | undefined}} Way
- * @typedef {Way & {text: string, reasoning: string, isDone: boolean, error: string}} Tried
+ * @typedef {{name: string, prompt?: string, temperature?: number, seed?: number}} Way
+ * @typedef {Way & {text: string, reasoning: string, computed: number, tokens: number, isDone: boolean, error: string}} Tried
  */
 
 /** What is tried now, or was last. @type {import("@preact/signals").Signal<Tried[]>} */
 const tried = signal([]);
+/** Whether all ways answer the same question. */
+const isAlike = signal(true);
 /** @type {AbortController | null} */
 let control = null;
 
@@ -31,20 +34,32 @@ function put(index, change) {
 /**
  * Begin all ways together, and show them while they are generated.
  *
- * @param {string} question Where the ways share one; it is said once, and each way is a reply to it.
  * @param {Way[]} ways
  */
-async function begin(question, ways) {
+async function begin(ways) {
   control = new AbortController();
-  tried.value = ways.map((one) => ({ ...one, text: "", reasoning: "", isDone: false, error: "" }));
-  const stop = control.signal;
-  await actions.tryWays(question, ways, stop, (index, event) => {
-    const known = tried.value[index];
-    if (event.type === "response.output_text.delta") put(index, { text: known.text + event.delta });
-    else if (event.type === "response.reasoning_text.delta") put(index, { reasoning: known.reasoning + event.delta });
-    else if (event.type === "failed") put(index, { error: event.message, isDone: true });
-    else if (event.type === "done") put(index, { isDone: true });
-  });
+  const nothing = { text: "", reasoning: "", computed: 0, tokens: 0, isDone: false, error: "" };
+  tried.value = ways.map((one) => ({ ...one, ...nothing }));
+  try {
+    await actions.tryWays(ways, control.signal, onEvent);
+  } finally {
+    tried.value = tried.value.map((one) => (one.isDone ? one : { ...one, isDone: true, error: "Stopped." }));
+  }
+}
+
+/** @param {any} event */
+function onEvent(event) {
+  const { index } = event;
+  const known = tried.value[index];
+  if (event.type === "explore.progress") put(index, { computed: event.computed, tokens: event.tokens });
+  else if (event.type === "explore.delta") {
+    put(index, { text: known.text + (event.text ?? ""), reasoning: known.reasoning + (event.reasoning ?? "") });
+  } else if (event.type === "explore.branch_completed") put(index, { isDone: true });
+  else if (event.type === "explore.failed") {
+    const told = { isDone: true, error: event.error.message };
+    if (typeof index === "number") put(index, told);
+    else tried.value = tried.value.map((one) => (one.isDone ? one : { ...one, ...told }));
+  }
 }
 
 /** @param {string} name The way that one goes on with; what else was tried is folded away. */
@@ -71,12 +86,13 @@ function Column({ one, number, picked, pick }) {
   ].filter(Boolean);
   return html`<article class="way" aria-label=${`Way ${number + 1}`}>
     <header>
-      <b>${one.question ?? `Way ${number + 1}`}</b>
+      <b>${isAlike.value ? `Way ${number + 1}` : one.prompt}</b>
       <span class="hint">${how.join(", ")}</span>
     </header>
     <div class="way-text" tabindex="0" aria-label="What is said">
       ${one.error && html`<p class="lost">${one.error}</p>`}
-      ${!one.text && !one.isDone && html`<p class="reading"><span class="pulse"></span>Reading</p>`}
+      ${!one.text && !one.isDone && html`<${Reading} reply=${one} />`}
+      ${one.reasoning && !one.text && html`<p class="hint">Thinking</p>`}
       <${Markdown} text=${one.text} />
     </div>
     ${node?.usage && html`<${ReuseBar} usage=${node.usage} speed=${state.readingSpeed.value} />`}
@@ -116,13 +132,14 @@ export function Explore() {
     /** @type {Way[]} */
     const found = names.map((name, index) => ({
       name,
-      question: kind === "replies" ? null : lines[index],
+      prompt: kind === "replies" ? text.trim() || undefined : lines[index],
       temperature: heats.length ? heats[index % heats.length] : undefined,
       seed: kind === "replies" ? begins + index : undefined,
     }));
     if (found.length === 0) return;
     setPicked(new Set());
-    void actions.attempt(() => begin(kind === "replies" ? text.trim() : "", found));
+    isAlike.value = kind === "replies";
+    void actions.attempt(() => begin(found));
   }
 
   return html`<section class="over explore" aria-label="Explore">

@@ -10,6 +10,11 @@ import { attempt, readConversations, readTreeAgain, select } from "./actions.js"
 
 /** Milliseconds in which events are gathered before what changed is read. */
 const GATHER = 200;
+/** The same for where KV is, which changes with every pass. */
+const GATHER_KV = 3000;
+
+/** Which reply asked for here an event's reply is: this page knows its own by the ids of responses. @type {Map<string, string>} */
+const own = new Map();
 
 /** @type {AbortController | null} */
 let control = null;
@@ -19,15 +24,16 @@ const due = new Map();
 /**
  * @param {string} what
  * @param {() => Promise<unknown>} read
+ * @param {number} [wait]
  */
-function soon(what, read) {
+function soon(what, read, wait = GATHER) {
   if (due.has(what)) return;
   due.set(
     what,
     setTimeout(() => {
       due.delete(what);
       void attempt(read);
-    }, GATHER),
+    }, wait),
   );
 }
 
@@ -43,12 +49,43 @@ function readOpen() {
   });
 }
 
+/**
+ * @param {any} event Says that a reply begins.
+ * @returns {string | undefined} The reply that was asked for here, if it is that one.
+ */
+function askedHere(event) {
+  for (const one of state.pending.value.values()) {
+    const isIt = one.isOwn && one.conversation === event.conversation && one.branch === event.branch;
+    if (isIt && ![...own.values()].includes(one.id)) return one.id;
+  }
+  return undefined;
+}
+
+/** @param {any} event */
+function begin(event) {
+  const mine = askedHere(event);
+  if (mine !== undefined) {
+    own.set(event.reply, mine);
+    return;
+  }
+  state.setPending(event.reply, {
+    ...{ id: event.reply, conversation: event.conversation, parent: event.parent, branch: event.branch },
+    ...{ question: null, text: "", reasoning: "", computed: 0, tokens: 0, isOwn: false, stop: null },
+  });
+}
+
+/** Forget replies of others, of which nobody will be told that they have ended. */
+function forget() {
+  for (const one of state.pending.value.values()) if (!one.isOwn) state.setPending(one.id, null);
+}
+
 /** @param {any} event */
 function onEvent(event) {
   const isHere = event.conversation === state.current.value;
   const known = state.pending.value.get(event.reply);
   switch (event.type) {
     case "events.lost":
+      forget();
       soon("list", readConversations);
       readOpen();
       break;
@@ -62,24 +99,20 @@ function onEvent(event) {
     case "branch.deleted":
     case "checkpoint.created":
     case "checkpoint.deleted":
+      if (isHere) readOpen();
+      break;
     case "kv.warm":
     case "kv.evicted":
-      if (isHere || event.conversation === undefined) readOpen();
+      if (state.pending.value.size === 0 && state.current.value !== null) soon("kv", readTreeAgain, GATHER_KV);
       break;
     case "reply.started":
-      if (isHere && !known) {
-        state.setPending(event.reply, {
-          ...{ id: event.reply, conversation: event.conversation, parent: event.parent, branch: event.branch },
-          ...{ question: null, text: "", reasoning: "", computed: 0, tokens: 0, isOwn: false, stop: null },
-        });
-        readOpen();
-      }
+      if (isHere) begin(event);
       break;
     case "reply.progress":
-      state.setPending(event.reply, { computed: event.computed, tokens: event.tokens });
+      state.setPending(own.get(event.reply) ?? event.reply, { computed: event.computed, tokens: event.tokens });
       break;
     case "reply.delta":
-      if (known && !known.isOwn) {
+      if (known) {
         state.setPending(event.reply, {
           text: known.text + (event.text ?? ""),
           reasoning: known.reasoning + (event.reasoning ?? ""),
@@ -87,7 +120,8 @@ function onEvent(event) {
       }
       break;
     case "reply.completed":
-      if (known && !known.isOwn) state.setPending(event.reply, null);
+      own.delete(event.reply);
+      if (known) state.setPending(event.reply, null);
       if (isHere) readOpen();
       soon("list", readConversations);
       break;
@@ -98,7 +132,10 @@ function onEvent(event) {
 export function live() {
   control?.abort();
   control = new AbortController();
-  listen("/v1/events", onEvent, (isOpen) => (state.isLive.value = isOpen), control.signal).catch(() => {
+  listen("/v1/events", onEvent, (isOpen) => {
+    state.isLive.value = isOpen;
+    if (!isOpen) forget();
+  }, control.signal).catch(() => {
     state.isLive.value = null;
   });
 }

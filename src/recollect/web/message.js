@@ -152,8 +152,8 @@ export function Growing({ reply }) {
   </div>`;
 }
 
-/** How much of the prompt has been read. @param {{reply: Pending}} props */
-function Reading({ reply }) {
+/** How much of the prompt has been read. @param {{reply: {computed: number, tokens: number}}} props */
+export function Reading({ reply }) {
   if (!reply.tokens) return html`<p class="reading"><span class="pulse"></span>Reading</p>`;
   return html`<p class="reading">
     <progress max=${reply.tokens} value=${reply.computed} aria-label="Tokens read"></progress>

@@ -517,6 +517,12 @@ SEEDS: dict[str, Json] = {
     "/v1/conversations/{id}/rewind": {"turns": 1},
     "/v1/conversations/{id}/fork": {"name": "a", "at": None},
     "/v1/conversations/{id}/checkpoint": {"name": "a"},
+    "/v1/conversations/{id}/explore": {
+        "branches": [{"prompt": "a", "name": "b", "temperature": 1, "max_output_tokens": 1}],
+        "max_output_tokens": 1,
+        "reasoning": {"effort": "low"},
+        "keep": False,
+    },
 }
 
 NASTY = st.sampled_from(

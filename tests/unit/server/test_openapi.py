@@ -29,6 +29,7 @@ PATHS = {
     "/v1/conversations/{conversation_id}/export",
     "/v1/conversations/import",
     "/v1/conversations/{conversation_id}/checkpoints/{name}",
+    "/v1/conversations/{conversation_id}/explore",
     "/v1/conversations/{conversation_id}/fork",
     "/v1/conversations/{conversation_id}/items",
     "/v1/conversations/{conversation_id}/items/{item_id}",
@@ -44,6 +45,10 @@ PATHS = {
     "/v1/responses",
     "/v1/responses/{response_id}",
     "/v1/responses/{response_id}/input_items",
+    "/v1/search",
+    "/v1/events",
+    "/v1/conversations/{conversation_id}/branches",
+    "/v1/conversations/{conversation_id}/checkpoints",
 }
 
 

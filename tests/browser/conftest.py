@@ -1,0 +1,167 @@
+"""
+What it takes to look at the page: a browser, npm's packages as `packages/` names them, and a real server.
+
+The packages are kept in the user's cache, so only the first run fetches them. The browser is the
+Chromium of the system, or the one that the variable CHROMIUM names.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import platformdirs
+import pytest
+
+from recollect import config
+from recollect.models.prepare import models_folder, prepare
+
+HERE: Final = Path(__file__).parent
+PACKAGES: Final = HERE / "packages"
+SETTINGS: Final = (
+    "if (!localStorage.getItem('recollect-settings'))"
+    "localStorage.setItem('recollect-settings', JSON.stringify({max_output_tokens: '24', temperature: '0'}))"
+)
+"""Short replies, which are the same each time."""
+
+
+def cannot_run(why: str) -> NoReturn:
+    """End the test: it fails where all of them have to run."""
+    if "CI" in os.environ:
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def modules() -> Path:
+    """Return npm's packages, fetched the first time."""
+    if shutil.which("npm") is None:
+        cannot_run("npm is missing: apt-get install nodejs npm")
+    digest = sha256((PACKAGES / "package-lock.json").read_bytes()).hexdigest()[:12]
+    folder = platformdirs.user_cache_path("recollect") / "browser" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    with Path(f"{folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            for name in ("package.json", "package-lock.json", ".npmrc"):
+                shutil.copy(PACKAGES / name, folder)
+            # Not `ci`, which wants the packages of all other platforms to be in the lock, too.
+            done = subprocess.run(
+                ["npm", "install", "--ignore-scripts"],  # noqa: S607 - the system's npm
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            (folder / "complete").touch()
+    return folder / "node_modules"
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Return a Chromium without a window."""
+    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if program is None:
+        cannot_run("Chromium is missing: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as tools:
+        chromium = tools.chromium.launch(executable_path=program)
+        yield chromium
+        chromium.close()
+
+
+class Server:
+    """A server in a process of its own, as a user starts it."""
+
+    def __init__(self, home: Path, *arguments: str) -> None:
+        self._home = home
+        self._arguments = arguments
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        """Start it, on the port that it had."""
+        environment = {**os.environ, "RECOLLECT_HOME": str(self._home), "PYTHONUTF8": "1"}
+        command = [sys.executable, "-m", "recollect", "serve", "--port", str(self.port)]
+        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and package
+            [*command, *self._arguments], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        assert self._process.stderr is not None
+        told = ""
+        for line in self._process.stderr:
+            told += line
+            if found := re.search(r"trees: (http://127\.0\.0\.1:(\d+)/)", line):
+                self.url, self.port = found[1], int(found[2])
+                return
+        raise AssertionError(told)
+
+    def stop(self) -> None:
+        """Stop it as a service manager does."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            self._process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Return what starts a server with smollm2 and a home of its own."""
+    prepare("smollm2", home=config.home())
+    with ExitStack() as stack:
+
+        def start(*arguments: str) -> Server:
+            home = tmp_path_factory.mktemp("home")
+            models_folder(home).symlink_to(models_folder(config.home()))
+            server = Server(home, "--model", "smollm2", *arguments)
+            stack.callback(server.stop)
+            return server
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def server(start_server: Callable[..., Server]) -> Server:
+    """Return a server without keys."""
+    return start_server()
+
+
+@pytest.fixture
+def windows(browser: Any) -> Iterator[Callable[..., Any]]:
+    """
+    Return what opens a window of a person of its own, at a page.
+
+    Whatever the page complains of fails the test: errors, refused scripts, files that are not there.
+    """
+    complaints: list[str] = []
+    with ExitStack() as stack:
+
+        def begin(url: str, **how: Any) -> Any:
+            how = {"viewport": {"width": 1360, "height": 860}, "reduced_motion": "reduce", **how}
+            context = browser.new_context(**how)
+            stack.callback(context.close)
+            context.add_init_script(SETTINGS)
+            context.set_default_timeout(90_000)
+            page = context.new_page()
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.on(
+                "console",
+                lambda told: complaints.append(told.text) if told.type == "error" else None,
+            )
+            page.goto(url)
+            return page
+
+        yield begin
+    expected = (
+        "401",
+        "ERR_",
+        "TrustedHTML",
+    )  # a wrong key, a server that is stopped, a test's own try
+    assert [one for one in complaints if not any(what in one for what in expected)] == []
