@@ -431,7 +431,7 @@ class _Server(uvicorn.Server):
             one.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
-        self._services.end_watching()
+        self._services.watchers.end()
         admission, tasks = self._services.admission, self.server_state.tasks
         if self.failure is None:  # which is told by itself
             self._on_stopping(admission.running + admission.waiting)

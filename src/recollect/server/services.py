@@ -22,8 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from secrets import token_hex
-from time import monotonic, time
+from time import time
 from typing import Final, TypeVar
 
 from fastapi import Request
@@ -107,10 +106,6 @@ class Services:
                         ) from cause
                     raise StoreError(str(cause)) from cause
             return self._journal
-
-    def end_watching(self) -> None:
-        """End the streams of events, for which nobody waits who ends a server."""
-        self.watchers.end()
 
     def end(self) -> None:
         """End what goes on, and refuse what waits: each client is told that the server stops."""
@@ -199,7 +194,7 @@ class Job:
         self._ending: Exception | None = None
         self._loop = asyncio.get_running_loop()
         services.jobs.add(self)
-        self._tell_end = _tell_job(services, client, "reply", self.model_name)
+        self._tell_end = services.feed.job(client.namespace, "reply", self.model_name)
         # The loop itself remembers no task that it runs.
         self._reading = [
             self._loop.create_task(self._read(choice, stream))
@@ -543,7 +538,7 @@ async def with_model(
 
     async def wait() -> _T:
         turn = await _enter(services, namespace, model_name, 1)
-        tell_end = _tell_job(services, client_of(request), "work", turn.lease.name)
+        tell_end = services.feed.job(namespace, "work", turn.lease.name)
 
         def ended(working: asyncio.Future[_T]) -> None:
             turn.release()
@@ -560,18 +555,6 @@ async def with_model(
             raise
 
     return await unless_disconnected(request, wait())
-
-
-def _tell_job(services: Services, client: Client, kind: str, model: str) -> Callable[[], None]:
-    """Tell whoever watches that a job has begun, and return what tells its end."""
-    begun_s, told = monotonic(), {"job": f"job_{token_hex(8)}", "kind": kind, "model": model}
-    services.feed.tell(client.namespace, "job.started", told)
-
-    def ended() -> None:
-        seconds = round(monotonic() - begun_s, 3)
-        services.feed.tell(client.namespace, "job.ended", {**told, "seconds": seconds})
-
-    return ended
 
 
 async def _enter(
