@@ -159,4 +159,9 @@ def windows(browser: Any) -> Iterator[Callable[..., Any]]:
             return page
 
         yield begin
-    assert [one for one in complaints if "401" not in one and "ERR_" not in one] == []
+    expected = (
+        "401",
+        "ERR_",
+        "TrustedHTML",
+    )  # a wrong key, a server that is stopped, a test's own try
+    assert [one for one in complaints if not any(what in one for what in expected)] == []

@@ -29,21 +29,11 @@ from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
 from recollect.engine.tier import DiskTier
-from recollect.errors import (
-    ConfigError,
-    ConversationError,
-    UnknownConversationError,
-)
+from recollect.errors import ConfigError, ConversationError, UnknownConversationError
 from recollect.journal.conversation_files import path_from_json
 from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.journal.records import (
-    DEFAULT_TIP,
-    ConversationInfo,
-    Hit,
-    Page,
-    require_name,
-)
+from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Hit, Page, require_name
 from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import DiskStore
 from recollect.kv.record import Pin, StoredReply, chained_keys

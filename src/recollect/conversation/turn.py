@@ -38,7 +38,7 @@ from recollect.errors import (
 )
 from recollect.journal.home import Checkpoints
 from recollect.journal.records import NewNode
-from recollect.text.reasoning import Begun, ReasoningWatch
+from recollect.text.reasoning import NO_REASONING, Begun, ReasoningWatch
 from recollect.text.reasoning_marks import ReasoningMarks
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
@@ -149,8 +149,10 @@ class Asking:
 
     def reasoning(self, marks: ReasoningMarks | None) -> Begun:
         """Return how reasoning stands where the reply begins."""
+        if marks is None:
+            return NO_REASONING
         begun = Begun.of(marks, self.prompt.ending)
-        if self.begun is None or marks is None:
+        if self.begun is None:
             return begun
         thought = None if self.begun.links is None else self.begun.links.reasoning
         is_inside = not self.begun.content and (begun.is_inside or thought is not None)

@@ -40,7 +40,7 @@ from recollect.text.call_parts import (
     object_opening,
     python_arguments,
 )
-from recollect.text.tool_formats import HERMES, ToolFormat
+from recollect.text.tool_formats import HERMES
 
 
 class ToolCallParser(PiecewiseReader):
@@ -66,8 +66,8 @@ class ToolCallParser(PiecewiseReader):
         super().__init__()
         self._prefix = id_prefix
         self._format, self._texts = rules.format, rules.texts
-        known = rules.names or ()
-        self._bare = Bare(self._format, known) if known and _may_be_bare(self._format) else None
+        may_be_bare = bool(rules.names) and (self._format is HERMES or self._format.is_bare)
+        self._bare = Bare(self._format, rules.names or ()) if may_be_bare else None
         self._mark = self._format.mark
         self._space: list[str] = []  # white space before what comes
         self._calls = 0
@@ -494,7 +494,3 @@ class ToolCallParser(PiecewiseReader):
                 yield from self._close()
                 return True
         return False
-
-
-def _may_be_bare(format_: ToolFormat) -> bool:
-    return format_ is HERMES or format_.is_bare

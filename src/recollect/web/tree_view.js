@@ -73,7 +73,6 @@ function Card({ place, isChosen, isOnPath }) {
     aria-level=${node.depth + 1}
     aria-selected=${isChosen}
     aria-expanded=${node.children.length ? hidden === 0 : undefined}
-    aria-label=${`${speaker(node)}: ${firstWords(node)}${title ? `. ${title}` : ""}`}
     title=${title}
     style=${{ transform: `translate(${x - CARD.width / 2}px, ${y}px)` }}
     onClick=${() => {
@@ -195,7 +194,7 @@ export function TreeView() {
   // Until a person moves it, the view follows: the whole tree where it can be read so, and else what is chosen.
   const opened = useRef("");
   useEffect(() => {
-    if (!tree.id || room.width === 0 || places.size === 0) return;
+    if (!tree.id || room.width === 0 || places.size === 0 || chosen === null) return;
     const isNew = opened.current !== tree.id;
     if (isNew) isMoved.current = false;
     opened.current = tree.id;
@@ -205,7 +204,7 @@ export function TreeView() {
     const place = places.get(chosen ?? "");
     if (fits >= 0.6 || !place) fit(isNew ? 0 : 300);
     else lookAt({ x: place.x, y: place.y + CARD.height / 2 }, 0.85, isNew ? 0 : 300);
-  }, [tree.id, room, places]);
+  }, [tree.id, room, places, chosen === null]);
 
   // What is chosen comes into sight.
   useEffect(() => {
