@@ -428,11 +428,7 @@ class Model:
             begun=tip if tip.role == "assistant" else None,
         )
 
-    def session_from_json(
-        self,
-        text: str,
-        **more: Any,
-    ) -> Session:
+    def session_from_json(self, text: str, **more: Any) -> Session:
         """
         Return a session in a conversation of its own, which begins with what `Session.to_json` returned.
 
