@@ -227,7 +227,7 @@ def main() -> None:
     fleet = {name: simulate(policy) for name, policy in POLICIES.items()}
     for name, found in fleet.items():
         say(f"fleet, {name:16} reused {found['reused_share']:.1%}  busiest {found['busiest']:.2f}")
-    result = {"front": front, "fleet": fleet}
+    result: dict[str, object] = {"front": front, "fleet": fleet}
     say(json.dumps(result, indent=1))
     report("scale", model, result, save=chosen.save)
     model.close()

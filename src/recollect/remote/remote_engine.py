@@ -391,8 +391,9 @@ class _Stream:
             token = self._next()
             if token is not None:
                 self._ids.append(token[0])
-                if token[0] in self._engine.eos_token_ids:
-                    self._finish()  # what is told comes with it
+                has_all = len(self._ids) - self._begun >= self._most
+                if has_all or token[0] in self._engine.eos_token_ids:
+                    self._finish()  # what is told comes with the last token
                 return Drawn(*token)
             if self._is_done:
                 return Drawn(None, finish=self._told.finish)
