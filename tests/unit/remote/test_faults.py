@@ -241,3 +241,14 @@ def test_what_cannot_be_measured_elsewhere_is_refused(make_stub: MakeStub, load:
     config = BenchConfig(input_tokens=64, output_tokens=8, iterations=2, growth_turns=1)
     with pytest.raises(ConfigError, match="--engine"):
         check_room(load(f"vllm={make_stub()[1]}"), config)
+
+
+def test_end_tokens_that_are_ignored_end_nothing(make_stub: MakeStub, load: Load) -> None:
+    model = load(f"vllm={make_stub()[1]}")
+    end = min(model.engine.eos_token_ids)
+    generator = Generator(
+        model.engine, SamplingParams(max_tokens=5, ignore_eos=True, logit_bias={end: 100.0})
+    )
+    generator.append_tokens([97])
+    assert [generator.generate_next_token() for _ in range(5)] == [end] * 5
+    assert generator.finish_reason == "length"
