@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from recollect.conversation.model import Model
+from recollect.engine.sampling import Generator
 from recollect.errors import ConfigError, EngineUnavailableError, InvalidParameterError, StoreError
+from recollect.proof.bench import BenchConfig, check_room
+from recollect.proof.scenarios import run_rewind_test
 from recollect.remote import wire
 from recollect.types import SamplingParams
 
@@ -211,3 +214,41 @@ def test_kv_that_is_elsewhere_is_not_pinned_here(make_stub: MakeStub, load: Load
         model.publish("text")
     with pytest.raises(StoreError, match="engine elsewhere"):
         model.session("text").pin()
+
+
+def test_what_a_generator_was_fed_is_told_with_its_last_token(
+    kind: str, make_stub: MakeStub, load: Load
+) -> None:
+    """Nobody may take for reused what only was not counted yet."""
+    model = load(f"{kind}={make_stub(kind)[1]}")
+    generator = Generator(model.engine, SHORT)
+    generator.append_tokens(model.tokenizer.encode("once upon a time"))
+    while generator.generate_next_token() is not None and not generator.is_done():
+        pass
+    assert generator.sequence.fed_tokens == model.engine.computed_tokens == 16
+
+
+def test_a_rewound_conversation_is_proven_elsewhere_too(
+    kind: str, make_stub: MakeStub, load: Load
+) -> None:
+    result = run_rewind_test(load(f"{kind}={make_stub(kind, slots=4)[1]}"))
+    assert result.rewind_differs_at is None
+    assert result.fresh_differs_at is None
+    assert result.again_computed_tokens > 0
+
+
+def test_what_cannot_be_measured_elsewhere_is_refused(make_stub: MakeStub, load: Load) -> None:
+    config = BenchConfig(input_tokens=64, output_tokens=8, iterations=2, growth_turns=1)
+    with pytest.raises(ConfigError, match="--engine"):
+        check_room(load(f"vllm={make_stub()[1]}"), config)
+
+
+def test_end_tokens_that_are_ignored_end_nothing(make_stub: MakeStub, load: Load) -> None:
+    model = load(f"vllm={make_stub()[1]}")
+    end = min(model.engine.eos_token_ids)
+    generator = Generator(
+        model.engine, SamplingParams(max_tokens=5, ignore_eos=True, logit_bias={end: 100.0})
+    )
+    generator.append_tokens([97])
+    assert [generator.generate_next_token() for _ in range(5)] == [end] * 5
+    assert generator.finish_reason == "length"
