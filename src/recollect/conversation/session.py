@@ -11,9 +11,9 @@ So an operation on the tree cannot bring tree and KV out of step.
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import perf_counter
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from recollect.conversation.async_reply import AsyncSpeaker
 from recollect.conversation.branches import Origin
@@ -31,6 +31,8 @@ from recollect.conversation.turn import (
     Reply,
     Turn,
     explained,
+    is_unanswered,
+    place_of,
 )
 from recollect.engine.pinning import pin, pin_on_disk, unpin
 from recollect.engine.reply import GeneratedReply, IdleWork, ReadAhead, ReplyGeneration
@@ -202,9 +204,11 @@ class Session(Cursor, Explorer, AsyncSpeaker):
         begun: Node | None = None,
     ) -> None:
         super().__init__(conversation, tip, name=name, change=change)
-        self._model = model
+        self.model: Final = model
+        """What it talks to."""
         self._begun = begun  # a reply that somebody gave the beginning of
-        self._namespace = namespace
+        self.namespace: Final = namespace
+        """KV is shared within it."""
         self._idle = IdleWork(model.engine)
         self._pinned: list[CachedBlock] = []
         options = self._template_options = dict(template_options or {})
@@ -213,16 +217,6 @@ class Session(Cursor, Explorer, AsyncSpeaker):
         self.overflow = overflow
         self.tools = tools
         """What the next replies may call; `dataclasses.replace` makes a copy with another choice."""
-
-    @property
-    def namespace(self) -> str:
-        """Return the namespace, within which KV is shared."""
-        return self._namespace
-
-    @property
-    def model(self) -> ModelParts:
-        """Return what it talks to."""
-        return self._model
 
     def stream(self, text: str | None, *, params: SamplingParams | None = None) -> "ReplyStream":
         """
@@ -266,7 +260,7 @@ class Session(Cursor, Explorer, AsyncSpeaker):
             InvalidParameterError: The message lacks a part. The conversation is as it was.
         """
         with self._exclusively():
-            shown = self._model.template.with_thoughts([message])
+            shown = self.model.template.with_thoughts([message])
             self._tip = self.conversation.add_unsaved(self._tip, *shown)
             if self._tip.role == "assistant":
                 self._begun = self._tip
@@ -279,9 +273,9 @@ class Session(Cursor, Explorer, AsyncSpeaker):
         return Origin(
             self.conversation,
             tip,
-            lambda text: self._place(tip, text),
+            lambda text: place_of(tip, text, self.conversation),
             lambda model: prompting.beside(model, options),
-            self._model,
+            self.model,
             *asking,
         )
 
@@ -353,7 +347,7 @@ class Session(Cursor, Explorer, AsyncSpeaker):
             sequence = self._typed(text)
             try:
                 if not sequence.is_warm():
-                    self._model.engine.compute([sequence])
+                    self.model.engine.compute([sequence])
             finally:
                 sequence.release()
             fed, end = sequence.fed_tokens, len(sequence)
@@ -380,7 +374,7 @@ class Session(Cursor, Explorer, AsyncSpeaker):
         Counts KV in memory; with *on_disk*, KV on disk too.
         """
         ids = self.typed_ids(node)
-        return self._model.engine.warm_tokens(ids, self._namespace, on_disk=on_disk), len(ids)
+        return self.model.engine.warm_tokens(ids, self.namespace, on_disk=on_disk), len(ids)
 
     def checkpoint(self, name: str) -> Checkpoint:
         """
@@ -396,16 +390,16 @@ class Session(Cursor, Explorer, AsyncSpeaker):
                 In each case nothing is pinned, and the conversation is as it was.
         """
         require_name(name, "checkpoint")
-        if self._namespace:
+        if self.namespace:
             raise ConversationError(
                 "Everybody who uses this data folder sees the names of checkpoints, and this "
                 "conversation is in a namespace: begin one without a namespace."
             )
         with self._exclusively():
-            engine, checkpoints = self._model.engine, self._model.checkpoint_store
+            engine, checkpoints = self.model.engine, self.model.checkpoint_store
             facts = checkpoints.facts(self.conversation.spot(self._tip))
             ids = self.typed_ids()
-            pin_on_disk(engine, ids, self._namespace, name=name, about=facts)
+            pin_on_disk(engine, ids, self.namespace, name=name, about=facts)
             return checkpoints.find(name)
 
     def return_to(self, name: str) -> None:
@@ -416,7 +410,7 @@ class Session(Cursor, Explorer, AsyncSpeaker):
             UnknownCheckpointError: There is no checkpoint of that name.
             UnknownNodeError: The checkpoint is in another conversation. Nothing was changed.
         """
-        found = self._model.checkpoint_store.find(name)
+        found = self.model.checkpoint_store.find(name)
         is_here = found.conversation_id == self.conversation.journal_id
         node = self.conversation.saved_node(found.node_id) if is_here else None
         if node is None:
@@ -433,13 +427,13 @@ class Session(Cursor, Explorer, AsyncSpeaker):
         Computes KV that is missing.
         """
         self.prewarm()
-        pinned = pin(self._model.engine, self.typed_ids(), self._namespace)
+        pinned = pin(self.model.engine, self.typed_ids(), self.namespace)
         self.unpin()
         self._pinned = pinned
 
     def unpin(self) -> None:
         """Unpin the KV, so that it can be evicted."""
-        unpin(self._model.engine, self._pinned)
+        unpin(self.model.engine, self._pinned)
         self._pinned = []
 
     def close(self) -> None:
@@ -465,11 +459,11 @@ class Session(Cursor, Explorer, AsyncSpeaker):
 
     def _beside(self, at: Node, name: str | None) -> "Session":
         return Session(
-            self._model,
+            self.model,
             self.conversation,
             at,
             self.params,
-            namespace=self._namespace,
+            namespace=self.namespace,
             name=name,
             overflow=self.overflow,
             tools=self.tools,
@@ -496,7 +490,7 @@ class Session(Cursor, Explorer, AsyncSpeaker):
         before = self._tip
         try:
             if at is None:
-                at, text = self._place(before, text)
+                at, text = place_of(before, text, self.conversation)
                 self._tip = at
             stream = self._turn(at, text, params or self.params, before)
             return stream.count_from(since_s)
@@ -504,22 +498,6 @@ class Session(Cursor, Explorer, AsyncSpeaker):
             self._tip = before
             self._busy.release()
             raise
-
-    def _place(self, tip: Node, text: str | None) -> tuple[Node, str | None]:
-        """
-        Return where a message is said at *tip*, and what of it is new.
-
-        The same text answers a message that has no reply; another text replaces it.
-        """
-        if text is None or not self._is_unanswered(tip):
-            return tip, text
-        assert tip.parent is not None, "a message has a parent"
-        return (tip, None) if text == tip.content else (tip.parent, text)
-
-    def _is_unanswered(self, tip: Node) -> bool:
-        """Return whether a node is a user's message that is saved and has no reply."""
-        is_saved = self.conversation.saved_id(tip) is not None
-        return tip.role == "user" and not tip.children and is_saved
 
     def _turn(
         self, at: Node, text: str | None, params: SamplingParams, before: Node
@@ -572,7 +550,7 @@ class Session(Cursor, Explorer, AsyncSpeaker):
                 self.conversation.take_back(asked)
             return None
         goes_there = (turn.asked.begun or turn.at) is self._tip or is_whole
-        messages = turn.messages(reply, token_ids, self._model.weights_fingerprint)
+        messages = turn.messages(reply, token_ids, self.model.weights_fingerprint)
         tip = self.name if goes_there else None
         node = self.conversation.add(turn.at, messages, tip=tip, asked=asked)
         self.conversation.note_tools(node, turn.tools)
@@ -583,17 +561,15 @@ class Session(Cursor, Explorer, AsyncSpeaker):
         return Reply.of(reply, node, turn.asked.dropped_turns, turn.expected.change)
 
     def _typed(self, text: str) -> TokenSequence:
-        at = self._tip.parent if self._is_unanswered(self._tip) else self._tip
+        at = self._tip.parent if is_unanswered(self._tip, self.conversation) else self._tip
         assert at is not None, "a message has a parent"
         return self._prompting.sequence(self._prompting.typing(at, text, self.tools), at)
 
     def _start_idle_work(self, text: str = "") -> None:
         """Have a message being typed, or what precedes it, computed while the engine is idle."""
-        try:
-            sequence = self._typed(text)
-        except (TemplateError, ContextFullError):
-            return  # the next turn raises this to its caller; this work has no caller
-        self._idle.start(sequence)
+        # The next turn raises what is wrong to its caller; this work has no caller.
+        with suppress(TemplateError, ContextFullError):
+            self._idle.start(self._typed(text))
 
 
 class ReplyStream(ReplyGeneration):
@@ -608,7 +584,7 @@ class ReplyStream(ReplyGeneration):
     reply: Reply | None
 
     def __init__(self, session: Session, prepared: Prepared) -> None:
-        model = session._model
+        model = session.model
         super().__init__(
             model.engine,
             prepared.generator,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
 from typing import Any, Final, Protocol, Self
 
+from recollect.conversation.conversation import Conversation
 from recollect.conversation.feed import Feed
 from recollect.conversation.matching import Change
 from recollect.conversation.prompt import PromptEncoder
@@ -400,6 +401,23 @@ def branches_key(namespace: str, at: Node, said: str | None = None) -> str:
     is_new = first is None and said is not None
     key = message_key(at.key, "user", said or "") if is_new else (first or at).key
     return blake2b(namespace.encode() + key, digest_size=16).hexdigest()
+
+
+def is_unanswered(tip: Node, conversation: Conversation) -> bool:
+    """Return whether a node is a user's message that is saved and has no reply."""
+    return tip.role == "user" and not tip.children and conversation.saved_id(tip) is not None
+
+
+def place_of(tip: Node, text: str | None, conversation: Conversation) -> tuple[Node, str | None]:
+    """
+    Return where a message is said at *tip*, and what of it is new.
+
+    The same text answers a message that has no reply; another text replaces it.
+    """
+    if text is None or not is_unanswered(tip, conversation):
+        return tip, text
+    assert tip.parent is not None, "a message has a parent"
+    return (tip, None) if text == tip.content else (tip.parent, text)
 
 
 def is_cut(node: Node) -> bool:
