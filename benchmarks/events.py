@@ -13,6 +13,7 @@ calls of Python functions that it makes for each token are the same, whoever wat
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ import uvicorn
 
 import recollect
 from harness import Load, parser, report, say
-from recollect import config
 from recollect.server.access import Keyring
 from recollect.server.app import create_app, uvicorn_config
 from recollect.server.hub import ModelHub
@@ -65,7 +65,11 @@ def main() -> int:
     options.add_argument("--rounds", type=int, default=3)
     args = options.parse_args()
     others = Load()
-    with recollect.load(args.model, profile=args.profile) as model, _served(model) as port:
+    with (
+        tempfile.TemporaryDirectory() as home,  # with a journal of its own
+        recollect.load(args.model, profile=args.profile) as model,
+        _served(model, home) as port,
+    ):
         calls = _CountedCalls(model)
         _reply(port, 16)  # the first passes lay out the weights
         alone, watched = [], []
@@ -108,9 +112,9 @@ class _CountedCalls:
 
 
 @contextmanager
-def _served(model: recollect.Model) -> Iterator[int]:
+def _served(model: recollect.Model, home: str) -> Iterator[int]:
     hub = ModelHub(lambda _: model, [model.name])
-    settings = Settings(home=config.home(), models=(model.name,))
+    settings = Settings(home=Path(home), models=(model.name,))
     app = create_app(settings, hub, Keyring())
     server = uvicorn.Server(uvicorn_config(app, settings.limits))
     sockets = bind("127.0.0.1", 0)
@@ -121,7 +125,7 @@ def _served(model: recollect.Model) -> Iterator[int]:
     try:
         yield sockets[0].getsockname()[1]
     finally:
-        app.state.services.end_watching()
+        app.state.services.watchers.end()
         server.should_exit = True
         thread.join(30)
 

@@ -142,7 +142,7 @@ def ratio(times: dict[str, list[Timed]], name: str) -> float:
         statistics.median(getattr(one, name) for one in times[way])
         for way in ("together", "in_a_row")
     )
-    return together / in_a_row
+    return float(together / in_a_row)
 
 
 if __name__ == "__main__":

@@ -368,9 +368,11 @@ def start_servers(args: argparse.Namespace, home: Path) -> list[Running]:
     servers = [Running(OURS, ours, f"http://127.0.0.1:{port}", home)]
     if args.rival is not None:
         port = free_port()
+        affinity = getattr(os, "sched_getaffinity", None)
+        threads = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
         # Its context is divided among its slots.
         theirs = [sys.executable, "-c", _LLAMA_SERVER, str(args.rival), str(port)]
-        theirs += [str(8192 * CLIENTS), str(CLIENTS), str(os.cpu_count() or 1)]
+        theirs += [str(8192 * CLIENTS), str(CLIENTS), str(threads)]
         servers.append(Running(THEIRS, theirs, f"http://127.0.0.1:{port}", home))
     return servers
 

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"text", "kv", "runtime", "models", "engine", "journal", "remote", "conversation"},
     "cli": BASE
     | {"starting", "text", "kv", "runtime", "models", "engine", "journal", "conversation"}
-    | {"proof", "server"},
+    | {"proof", "server", "remote"},
     "__main__": BASE | {"cli"},
 }
 # The package itself may be imported where a user's view is shown: it stands above `conversation`.

@@ -240,6 +240,8 @@ class Written:
         }
         for key, value in (fields | case.fields).items():
             kind = gguf.GGUFValueType.get_type(value)
+            is_whole = kind is gguf.GGUFValueType.INT32  # which llama.cpp does not take here
+            kind = gguf.GGUFValueType.UINT32 if is_whole else kind
             writer.add_key_value(f"{name}.{key}", value, kind)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_vocab_size(config.vocab_size)
@@ -384,8 +386,8 @@ COMPARED = {
     "qwen3, Q8_0": CASES["qwen3"],
 }
 """The files of the table in docs/models.md, which this prints with `-s`."""
-MOST_OFF: dict[Profile, float] = {"exact": CLOSE, "fast": 1.5, "small": 2.0}
-"""At logits that vary by 8; activations are quantized, too, outside `exact`."""
+MOST_OFF: dict[Profile, float] = {"exact": CLOSE, "fast": DEVIATION / 2, "small": DEVIATION / 2}
+"""Outside `exact` activations are rounded, too: to 16 bits where a processor has AMX, to 8 by llama.cpp."""
 
 
 @pytest.mark.parametrize("name", COMPARED)

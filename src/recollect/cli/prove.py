@@ -34,6 +34,7 @@ from recollect.proof.bench import (
     summarize_growth,
     summarize_iterations,
 )
+from recollect.proof.elsewhere import ElsewhereReport, verify_elsewhere
 from recollect.proof.scenarios import (
     GradedReply,
     RewindResult,
@@ -89,12 +90,16 @@ def verify(
     with --kv-disk, KV is also evicted from memory and restored from disk.
 
     Takes about two minutes with the default model on two idle cores, and longer with larger ones; -n 20
-    is a quick look. The exit status is 1 where either part fails. A model that the second program does not
+    is a quick look. With --engine, replies of the engine with reuse are compared with replies without it. The
+    exit status is 1 where either part fails. A model that the second program does not
     know is NOT COMPARED, which is no failure and no proof.
     """
     if json_file is not None:
         output.require_writable(json_file)
     with loading.load(model) as loaded:
+        if loading.engine is not None:
+            _verify_elsewhere(loaded, operations, seed, json_file)
+            return
         compared = compare(loaded) if against_file else None
         for line in [] if compared is None else file_lines(loaded.name, loaded.profile, compared):
             typer.echo(line)
@@ -119,6 +124,41 @@ def verify(
         _write_verdict(json_file, loaded, compared, report)
     if _passed(compared, report) is False:
         raise typer.Exit(1)
+
+
+def _verify_elsewhere(model: Model, operations: int, seed: int, json_file: Path | None) -> None:
+    """Check the reuse of an engine elsewhere, print what was found, and exit with 1 where it fails."""
+    with progress_bar("Checking reuse") as progress:
+        report = verify_elsewhere(
+            model,
+            operations=operations,
+            seed=seed,
+            progress=lambda done, worst: progress(
+                f"largest difference {worst:.1e}", done, operations
+            ),
+        )
+    for line in elsewhere_lines(report):
+        typer.echo(line)
+    if json_file is not None:
+        with output.written_to(json_file):
+            json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def elsewhere_lines(report: ElsewhereReport) -> list[str]:
+    """Return what a person reads of an engine's reuse, its verdict last."""
+    left = f"  left out            {count(report.left_out, 'operation')} (likelihoods not told)"
+    return [
+        f"{report.model} · {report.engine} · {count(report.operations, 'operation')} · seed {report.seed}",
+        f"  prompts             {report.reused_tokens:,} tokens reused, {report.computed_tokens:,} computed",
+        f"  other replies       {report.different_replies}",
+        f"  largest difference  {report.largest:.1e}  (log probabilities of the 20 likeliest tokens)",
+        f"  noise control       {report.noise:.1e}  (computed anew twice)",
+        f"  limit               {report.limit:.1e}",
+        *([left] if report.left_out else []),
+        f"Reuse: {'PASS' if report.passed else 'FAIL'}",
+    ]
 
 
 def _passed(compared: FileReport | None, report: VerifyReport | None) -> bool | None:

@@ -77,6 +77,6 @@ def is_served(page: str) -> bool:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(page, timeout=_WAIT_S) as answer:
-            return json.load(answer).get("name") == "recollect"
+            return bool(json.load(answer).get("name") == "recollect")
     except (OSError, ValueError, AttributeError):
         return False

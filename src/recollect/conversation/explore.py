@@ -95,8 +95,12 @@ class Exploration:
         self._origin = origin
         self._plan = plan
         self._models = list(models)
-        if len(self._models) > 1 and not isinstance(plan.name, str):
-            raise wrong("name", "Several models have one name, to which numbers are added.")
+        if not isinstance(plan.name, str):
+            if len(self._models) > 1:
+                raise wrong("name", "Several models have one name, to which numbers are added.")
+            tips = origin.conversation.tips
+            if len({*plan.name, *tips}) < len(plan.name) + len(tips):
+                raise wrong("name", "There is a branch of one of these names: take others.")
         self._model: ModelParts | None = None
         self._prompting: Prompting | None = None
         self._parents: list[Branch | None] = []
@@ -105,9 +109,7 @@ class Exploration:
         self._ready: list[Branch] = []  # of this level, and those that have ended earlier
         self._finalists: list[Branch] = []
         self._asked: dict[tuple[Node, str | None], Asking] = {}  # of this level
-        self._real: dict[
-            Node, Node
-        ] = {}  # by a node that the tree does not have: the same in the tree
+        self._real: dict[Node, Node] = {}  # of detached nodes that are kept: those in the tree
         self._messages: dict[tuple[Node, str], Node] = {}
         self._begun = False
         self._stopped = False
@@ -303,7 +305,7 @@ class Exploration:
     def _prepared(self) -> list[BranchGeneration]:
         """Return the replies of the next level, ready to begin; what does not go on stays in the race."""
         self._ready, self._asked = [], {}
-        replies = list[BranchGeneration]()
+        replies, known = list[BranchGeneration](), len(self.branches)
         try:
             for parent in self._parents:
                 said = self._plan.said(parent)
@@ -319,6 +321,7 @@ class Exploration:
         except BaseException:
             for reply in replies:
                 reply.release()
+            del self.branches[known:]
             raise
         return replies
 
@@ -338,15 +341,8 @@ class Exploration:
         if asked is None:
             asked = prompting.asking(at, said, origin.begun, tools, origin.overflow)
             self._asked[at, said] = asked
-        prepared = prompting.prepare(
-            asked,
-            said,
-            params,
-            tools,
-            before=origin.at,
-            change=None,
-            tools_change=origin.conversation.tools_change(asked.at, tools),
-        )
+        differs = None, origin.conversation.tools_change(asked.at, tools)
+        prepared = prompting.prepare(asked, said, params, tools, origin.at, differs)
         branch = Branch(
             index=index,
             level=self._level + 1,

@@ -310,6 +310,16 @@ class Feed:
         told.tell("reply.started", parent=parent, branch=session.name)
         return told
 
+    def job(self, namespace: str, kind: str, model: str) -> Callable[[], None]:
+        """Tell that a job of a model has begun, and return what tells its end."""
+        begun_s, told = monotonic(), {"job": f"job_{time_ns():x}", "kind": kind, "model": model}
+        self.tell(namespace, "job.started", told)
+
+        def ended() -> None:
+            self.tell(namespace, "job.ended", {**told, "seconds": round(monotonic() - begun_s, 3)})
+
+        return ended
+
     def forget_reply(self, told: ToldReply) -> None:
         """Look no more at the progress of a reply. May be called while anything else here runs."""
         self._replies.pop(id(told), None)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from recollect import config
 from recollect.conversation.conversation import Conversation
@@ -24,25 +24,16 @@ from recollect.conversation.session import Session
 from recollect.conversation.tools import NO_TOOLS, ToolChoice, Tools
 from recollect.conversation.tree import Node, Overflow, Tree
 from recollect.encryption import Cipher
+from recollect.engine.decoder import Decoder
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarNotes, Grammars
 from recollect.engine.pinning import PublicPrefixes, Published, pin_on_disk, require_tier
 from recollect.engine.tier import DiskTier
-from recollect.errors import (
-    ConfigError,
-    ConversationError,
-    UnknownConversationError,
-)
+from recollect.errors import ConfigError, ConversationError, UnknownConversationError
 from recollect.journal.conversation_files import path_from_json
 from recollect.journal.home import Checkpoint, Checkpoints
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.journal.records import (
-    DEFAULT_TIP,
-    ConversationInfo,
-    Hit,
-    Page,
-    require_name,
-)
+from recollect.journal.records import DEFAULT_TIP, ConversationInfo, Hit, Page, require_name
 from recollect.kv.blocks import blocks_for
 from recollect.kv.disk import DiskStore
 from recollect.kv.record import Pin, StoredReply, chained_keys
@@ -52,6 +43,9 @@ from recollect.text import tool_formats
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
 from recollect.types import Message, Profile, Progress, SamplingParams, no_progress
+
+if TYPE_CHECKING:
+    from recollect.remote.replicas import Replica  # loads HTTP, which few need
 
 KIND: Final = "warm"
 
@@ -291,6 +285,15 @@ class Model:
         """Return the most tokens that a prompt may have together with its reply."""
         return self.engine.info.context_length
 
+    def replicas(self) -> "Sequence[Replica]":
+        """Return the replicas of the engine elsewhere that computes; none where the model runs here."""
+        if not isinstance(self.engine, Decoder):
+            return ()
+        from recollect.remote.remote_engine import RemoteEngine  # noqa: PLC0415 - loads HTTP
+
+        assert isinstance(self.engine, RemoteEngine), "there is no other of its kind"
+        return self.engine.replicas.all
+
     @property
     def journal(self) -> Journal:
         """Return the journal of saved conversations; opened when first needed."""
@@ -425,11 +428,7 @@ class Model:
             begun=tip if tip.role == "assistant" else None,
         )
 
-    def session_from_json(
-        self,
-        text: str,
-        **more: Any,
-    ) -> Session:
+    def session_from_json(self, text: str, **more: Any) -> Session:
         """
         Return a session in a conversation of its own, which begins with what `Session.to_json` returned.
 

@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from recollect.conversation import showing
 from recollect.conversation.matching import shared_characters
-from recollect.conversation.showing import Leads, Opening, Prompt, Rewritten
+from recollect.conversation.showing import FEW_REPLIES, Leads, Opening, Prompt, Rewritten
 from recollect.conversation.tree import ROOT_KEY, Node, message_key
 from recollect.errors import InvalidParameterError, TemplateError
 from recollect.text.reasoning import ShowingTokenizer
@@ -405,7 +405,7 @@ class _Encoding:
         self._done = self._end = 0
         # The reply that ends at `_end`, -1 before the first; None: nobody knows where it ends.
         self._last: int | None = -1
-        self._leads = Leads(len(self._places))
+        self._leads = Leads(len(self._places)) if len(self._places) > FEW_REPLIES else None
         self._rewritten: list[Rewritten] = []
         self._reencoded = self._reencoded_length = self._generated_length = 0
 
@@ -481,9 +481,9 @@ class _Encoding:
         place = self._places[number]
         if not self._encoder.is_own(self.path[place]):
             return None
-        name = self.name(place)
+        name, leads = self.name(place), self._leads
         opening = self._encoder.openings.get(name)
-        guess = None if now is None or opening else self._leads.guess(number, now)
+        guess = None if leads is None or now is None or opening else leads.guess(number, now)
         if guess is not None:
             return guess if self._last == number - 1 else None
         if opening is None:
@@ -495,8 +495,8 @@ class _Encoding:
             self._encoder.openings.put(name, opening)
         if opening.after != self._last:
             return None
-        if now is not None:
-            self._leads.learn(now, opening.text)
+        if leads is not None and now is not None:
+            leads.learn(now, opening.text)
         return opening.text
 
     def _drop(self, numbers: Iterable[int]) -> None:

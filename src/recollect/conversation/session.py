@@ -40,13 +40,14 @@ from recollect.engine.sequence import Sequence as TokenSequence
 from recollect.errors import (
     ContextFullError,
     ConversationError,
+    EngineUnavailableError,
     RewindError,
     SessionBusyError,
     TemplateError,
     UnknownNodeError,
 )
 from recollect.journal.home import Checkpoint
-from recollect.journal.records import require_name
+from recollect.journal.records import NewNode, require_name
 from recollect.kv.blocks import CachedBlock
 from recollect.types import Message, SamplingParams, Usage
 
@@ -273,18 +274,15 @@ class Session(Cursor, Explorer, AsyncSpeaker):
 
     def origin(self) -> Origin:
         """Return the tip as a place to explore from; it stays that where the session goes on."""
-        tip, options = self._tip, self._template_options
+        tip, options, prompting = self._tip, self._template_options, self._prompting
+        asking = self.params, self.tools, self.overflow, self._begun, self._idle.ahead
         return Origin(
             self.conversation,
             tip,
             lambda text: self._place(tip, text),
-            lambda model: self._prompting.beside(model, options),
+            lambda model: prompting.beside(model, options),
             self._model,
-            self.params,
-            self.tools,
-            self.overflow,
-            self._begun,
-            self._idle.ahead,
+            *asking,
         )
 
     def regenerate(self, *, params: SamplingParams | None = None) -> Reply:
@@ -528,15 +526,10 @@ class Session(Cursor, Explorer, AsyncSpeaker):
     ) -> "ReplyStream":
         """Have a reply begun; the tree stays as it is, and the tip is *before* again if none comes."""
         asked = self._prompting.asking(at, text, self._begun, self.tools, self.overflow)
-        prepared = self._prompting.prepare(
-            asked,
-            text,
-            params,
-            self.tools,
-            before=before,
-            change=self._change if at is self._tip else None,
-            tools_change=self.conversation.tools_change(asked.at, self.tools),
-        )
+        change = self._change if at is self._tip else None
+        tools_change = self.conversation.tools_change(asked.at, self.tools)
+        differs = change, tools_change
+        prepared = self._prompting.prepare(asked, text, params, self.tools, before, differs)
         stream = ReplyStream(self, prepared)
         stream.start()
         return stream
@@ -552,7 +545,13 @@ class Session(Cursor, Explorer, AsyncSpeaker):
         self._busy.release()
 
     def _finish(
-        self, turn: Turn, reply: GeneratedReply, token_ids: list[int], asked: Asked | None
+        self,
+        turn: Turn,
+        reply: GeneratedReply,
+        token_ids: list[int],
+        asked: Asked | None,
+        *,
+        is_lost: bool,
     ) -> Reply | None:
         """
         Save a reply that has ended, and move the tip to it.
@@ -560,12 +559,17 @@ class Session(Cursor, Explorer, AsyncSpeaker):
         The tip stays where it is if the reply to an edit was cancelled.
 
         Returns:
-            None if the reply is empty and was cancelled; the conversation is then as it was.
+            None if the reply is empty and was cancelled; the conversation is then as it was, but for a saved
+            message that no engine elsewhere was there to answer: it stays, as after a crash.
         """
         is_whole = reply.finish_reason != "cancelled"
         if not reply.text and not is_whole:
-            self.conversation.take_back(asked)
             self._tip = turn.before
+            if is_lost and asked is not None and turn.said is not None:
+                said, tip = NewNode(role="user", content=turn.said), self.name
+                self._tip = self.conversation.add(turn.at, [said], tip=tip, asked=asked)
+            else:
+                self.conversation.take_back(asked)
             return None
         goes_there = (turn.asked.begun or turn.at) is self._tip or is_whole
         messages = turn.messages(reply, token_ids, self._model.weights_fingerprint)
@@ -675,7 +679,8 @@ class ReplyStream(ReplyGeneration):
             self.finish()
             self.release()
             said = self._whole(), self.token_ids
-            self.reply = self._session._finish(self._turn, *said, self._asked)
+            is_lost = isinstance(self._task.error, EngineUnavailableError)
+            self.reply = self._session._finish(self._turn, *said, self._asked, is_lost=is_lost)
         finally:
             self._told.end(self.reply, None if self.reply is None else self.reply.node)
             self._free()

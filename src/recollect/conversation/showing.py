@@ -72,6 +72,8 @@ class Opening:
 
 _FIRST, _PROBES, _LAST = 4, 16, 16
 """Replies at the beginning, spread over all, and at the end, of which what led to them is rendered."""
+FEW_REPLIES: Final = _FIRST + _LAST
+"""Of a conversation with so few, what led to each is rendered."""
 _MOST_ENDING: Final = 200
 """Characters of what a template shows to begin a reply; longer than that of any."""
 _LEAST_ENDING: Final = 8

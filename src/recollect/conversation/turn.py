@@ -38,7 +38,7 @@ from recollect.errors import (
 )
 from recollect.journal.home import Checkpoints
 from recollect.journal.records import NewNode
-from recollect.text.reasoning import Begun, ReasoningWatch
+from recollect.text.reasoning import NO_REASONING, Begun, ReasoningWatch
 from recollect.text.reasoning_marks import ReasoningMarks
 from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
@@ -149,8 +149,10 @@ class Asking:
 
     def reasoning(self, marks: ReasoningMarks | None) -> Begun:
         """Return how reasoning stands where the reply begins."""
+        if marks is None:
+            return NO_REASONING
         begun = Begun.of(marks, self.prompt.ending)
-        if self.begun is None or marks is None:
+        if self.begun is None:
             return begun
         thought = None if self.begun.links is None else self.begun.links.reasoning
         is_inside = not self.begun.content and (begun.is_inside or thought is not None)
@@ -275,10 +277,8 @@ class Prompting:
         said: str | None,
         params: SamplingParams,
         tools: Tools,
-        *,
         before: Node,
-        change: Change | None,
-        tools_change: str | None,
+        differs: tuple[Change | None, str | None],
     ) -> Prepared:
         """
         Return a turn that is ready to begin; nothing of it is computed or kept.
@@ -287,7 +287,7 @@ class Prompting:
             asked: As `asking` returns it.
             said, tools, before: As in `Turn`.
             params: How the reply is sampled.
-            change, tools_change: As in `Expectation`.
+            differs: `change` and `tools_change`, as in `Expectation`.
 
         Raises:
             ConfigError: A parameter, a grammar or a tool cannot be used.
@@ -303,7 +303,7 @@ class Prompting:
         generator = generator_of(
             self._engine, sequence, params, tools, model.grammars, reasoning, form
         )
-        expected = Expectation(asked.prompt, self._engine.info.reuse.unit, change, tools_change)
+        expected = Expectation(asked.prompt, self._engine.info.reuse.unit, *differs)
         return Prepared(Turn(asked, said, before, tools, expected, form), generator, rules, begun)
 
     def asking(

@@ -21,7 +21,6 @@ from recollect import config
 from recollect.errors import StoreFullError
 from recollect.kv.environment import DATA, Environment, translated
 from recollect.kv.record import (
-    DIGEST_BYTES,
     Buffer,
     Entry,
     Identity,
@@ -223,9 +222,10 @@ class DiskStore:
                 entries.append(entry)
                 after, start = key, start + block_size
             rest = token_ids[start : start + block_size]
-            best, longest = self._best_child(tables, after, rest) if inside_block else (None, 0)
-            if whole_tails:
-                best, longest = self._longest_part(tables, after, rest)
+            best, longest = None, 0
+            if inside_block or whole_tails:
+                search = self._best_child if inside_block else self._longest_part
+                best, longest = search(tables, after, rest)
         if best is not None:
             return Found([*entries, best], longest)
         return Found(entries, block_size if entries else 0)
@@ -280,7 +280,7 @@ class DiskStore:
         if needed:
             # In a transaction of its own: LMDB uses the pages of what is evicted only in later ones.
             self._make_room(needed, {block.parent for block in new})
-        return self._write(identity, blocks, packed, keep_parts=keep_parts)
+        return self._write(identity, blocks, packed, keep_parts)
 
     def reply_name(self, fingerprint: str, namespace: str, message_key: bytes) -> Key:
         """
@@ -462,7 +462,6 @@ class DiskStore:
         identity: Identity,
         blocks: Sequence[NewBlock],
         packed: dict[Key, bytearray],
-        *,
         keep_parts: bool,
     ) -> Written:
         stored: set[Key] = set()
@@ -476,16 +475,8 @@ class DiskStore:
                 elif block.key not in packed:
                     continue  # another process has evicted it meanwhile
                 elif block.follows_root or tables.has_block(block.parent):
-                    sizes.append(
-                        self._put(
-                            tables,
-                            identity,
-                            block,
-                            packed[block.key],
-                            pinned,
-                            keep_parts=keep_parts,
-                        )
-                    )
+                    content = packed[block.key]
+                    sizes.append(self._put(tables, identity, block, content, pinned, keep_parts))
                     stored.add(block.key)
             excess = tables.total_bytes() - self._most_bytes()
             if excess > 0:  # another process wrote meanwhile
@@ -534,15 +525,13 @@ class DiskStore:
         block: NewBlock,
         packed: bytearray,
         pinned: Callable[[], set[Key]],
-        *,
         keep_parts: bool,
     ) -> int:
         """Store a block in the place of those that hold a part of its tokens; return the bytes it takes."""
-        digests = tables.digests(block.parent, block.token_ids)
-        parts = [] if keep_parts else self._parts(tables, block.parent, block.token_ids, digests)
-        for part in parts:
-            if part not in pinned():
-                tables.remove(part)
+        if not keep_parts:
+            for part in tables.parts(block.parent, block.token_ids, self.chain_secret):
+                if part not in pinned():
+                    tables.remove(part)
         size = stored_bytes(len(packed)) + entry_size(len(block.token_ids))
         entry = Entry(
             key=block.key,
@@ -551,7 +540,7 @@ class DiskStore:
             token_ids=block.token_ids,
             last_used=self.clock(),
             stored_bytes=size,
-            digests=digests,
+            digests=tables.digests(block.parent, block.token_ids),
         )
         tables.put_block(entry, packed)
         return size
@@ -600,29 +589,11 @@ class DiskStore:
         if not token_ids or "siblings" not in tables:
             return None, 0
         exact = chained_key(parent, token_ids, self.chain_secret)
-        digests = tables.digests(parent, token_ids)
-        keys = [*self._parts(tables, parent, token_ids, digests), exact]
-        for key in reversed(keys):
+        for key in (exact, *reversed(tables.parts(parent, token_ids, self.chain_secret))):
             entry = self._entry(tables, key)
             if entry is not None:
                 return entry, len(entry.token_ids)
         return None, 0
-
-    def _parts(
-        self, tables: Tables, parent: Key, token_ids: Sequence[int], digests: bytes
-    ) -> list[Key]:
-        """
-        Return the stored blocks whose tokens begin these, and are fewer, the shortest first.
-
-        What lies in order between a part and the block begins with the part, too: so a part is no
-        longer than what the block has in common with one of its neighbours.
-        """
-        rows = tables.neighbours(parent, digests)
-        shared = max((common_prefix_length(row, digests) for row in rows), default=0)
-        most = min(len(token_ids) - 1, shared // DIGEST_BYTES)
-        parts = (token_ids[:count] for count in range(1, most + 1))
-        keys = [chained_key(parent, part, self.chain_secret) for part in parts]
-        return [key for key in keys if tables.has_block(key)]
 
     def _evict(self, tables: Tables, wanted_bytes: int, *, keep: Iterable[Key] = ()) -> int:
         freed = 0

@@ -7,12 +7,13 @@ neither budgets nor what to read or write when.
 
 import heapq
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, TypeVar
 
 from recollect.kv.environment import Transaction
 from recollect.kv.record import (
+    DIGEST_BYTES,
     KEY_BYTES,
     Entry,
     EntryHead,
@@ -33,6 +34,7 @@ from recollect.kv.record import (
     unpack_entry,
     unpack_pin,
 )
+from recollect.types import common_prefix_length
 
 TABLES: Final = ("blocks", "entries", "siblings", "pins", "identities", "info", "replies")
 FORMAT: Final = 3
@@ -246,6 +248,21 @@ class Tables:
         elif cursor.set_key(parent) and cursor.last_dup():
             rows.append(bytes(cursor.value()))
         return rows
+
+    def parts(self, parent: Key, token_ids: Sequence[int], chain_secret: bytes) -> list[Key]:
+        """
+        Return the stored blocks after *parent* whose tokens begin these, and are fewer, the shortest first.
+
+        What lies in order between a part and the block begins with the part, too: so a part is no
+        longer than what the block has in common with one of its neighbours.
+        """
+        digests = self.digests(parent, token_ids)
+        rows = self.neighbours(parent, digests)
+        shared = max((common_prefix_length(row, digests) for row in rows), default=0)
+        most = min(len(token_ids) - 1, shared // DIGEST_BYTES)
+        parts = (token_ids[:count] for count in range(1, most + 1))
+        keys = [chained_key(parent, part, chain_secret) for part in parts]
+        return [key for key in keys if self.has_block(key)]
 
     def follows(self, entry: Entry) -> bool:
         """Return whether the block before an entry's own has it among what follows it."""

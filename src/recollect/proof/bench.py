@@ -26,6 +26,7 @@ from typing import Final
 
 from recollect import files
 from recollect.conversation.model import Model
+from recollect.engine.decoder import Decoder
 from recollect.engine.sampling import Generator
 from recollect.errors import ConfigError, ContextFullError, InvalidParameterError, OutOfBlocksError
 from recollect.kv.blocks import blocks_for
@@ -319,9 +320,15 @@ def check_room(model: Model, config: BenchConfig) -> None:
     Check that the benchmark can run to its end.
 
     Raises:
+        ConfigError: An engine elsewhere computes.
         ContextFullError: The context is too small for the lengths.
         OutOfBlocksError: The KV memory is, for two sequences of that length.
     """
+    if isinstance(model.engine, Decoder):
+        raise ConfigError(
+            "bench compares with KV that nothing shares, which engines elsewhere do not keep apart: leave "
+            "--engine out, or measure the engine with its own tools."
+        )
     needed = config.tokens_needed
     if needed > model.context_length:
         raise ContextFullError(needed=needed, limit=model.context_length)

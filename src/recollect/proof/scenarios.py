@@ -22,6 +22,7 @@ from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tree import Tree
 from recollect.conversation.turn import Reply
+from recollect.engine.decoder import Decoder
 from recollect.engine.reply import ReplyGeneration
 from recollect.engine.sampling import Generator
 from recollect.types import (
@@ -353,6 +354,10 @@ def run_rewind_test(model: Model) -> RewindResult:
         first = _next(generator)
         again_computed = engine.computed_tokens - computed - rewind_computed
         after_rewind = first + _rest(generator)
+        if isinstance(
+            engine, Decoder
+        ):  # which tells the cost of a prompt with the last token of the reply
+            again_computed = engine.computed_tokens - computed - rewind_computed
     finally:
         conversation.generator.close()
     params = SamplingParams(max_tokens=MAX_ANSWER_TOKENS)

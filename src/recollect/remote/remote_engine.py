@@ -391,8 +391,9 @@ class _Stream:
             token = self._next()
             if token is not None:
                 self._ids.append(token[0])
-                if token[0] in self._engine.eos_token_ids:
-                    self._finish()  # what is told comes with it
+                ends = token[0] in self._engine.eos_token_ids and not self._params.ignore_eos
+                if ends or len(self._ids) - self._begun >= self._most:
+                    self._finish()  # what is told comes with the last token
                 return Drawn(*token)
             if self._is_done:
                 return Drawn(None, finish=self._told.finish)
@@ -445,6 +446,9 @@ class _Stream:
             self._finish(lost=not self._link.was_cut)
             self._move(lost)
             return None
+        except BaseException:
+            self._finish()
+            raise
         self._take_note()
         if token is None:
             self._finish()

@@ -306,7 +306,7 @@ class LlamaLibrary:
                 f"{found.path} cannot be used as llama.cpp's library ({cause}): {how_to_install()}"
             ) from cause
         self._check()
-        self._last_error = ""
+        self._error = ""
         self._on_log = _LOG_CALLBACK(self._note)
         self.llama_log_set(ctypes.cast(self._on_log, c_void_p), None)
         self.llama_backend_init()
@@ -324,19 +324,19 @@ class LlamaLibrary:
 
     def load_model(self, path: Path, params: Any) -> int | None:
         """Return a handle of the model in a file; None where it cannot be loaded."""
-        self._last_error = ""
+        self._error = ""
         handle: int | None = self._library.llama_model_load_from_file(os.fsencode(path), params)
         return handle
 
     def new_context(self, model: int, params: Any) -> int | None:
         """Return a handle of a new context; None where there is no memory for it."""
-        self._last_error = ""
+        self._error = ""
         handle: int | None = self._library.llama_init_from_model(model, params)
         return handle
 
     def decode(self, context: int | None, batch: Batch) -> int:
         """Compute a batch; return 0, or a number of the library's for what failed."""
-        self._last_error = ""
+        self._error = ""
         code: int = self.llama_decode(context, batch)
         return code
 
@@ -366,14 +366,14 @@ class LlamaLibrary:
         return found
 
     def why(self) -> str:
-        """Return the last error that the library wrote to its log, as a clause."""
-        return self._last_error or "it does not say why"
+        """Return the first error of the last call, from which others follow, as a clause."""
+        return self._error or "it does not say why"
 
     def _note(self, level: int, text: bytes | None, _: int | None) -> None:
         said = (text or b"").decode(errors="replace").strip()
         _log.debug("llama.cpp: %s", said)
-        if level >= _ERROR_LEVEL and said:
-            self._last_error = said
+        if level >= _ERROR_LEVEL and said and not self._error:
+            self._error = said
 
     def _check(self) -> None:
         """Bind what takes structures, after finding the ones whose default values are right."""

@@ -126,7 +126,7 @@ class LlamaModel:
         if asked is not None:
             self._load(min(asked, everything))
             return
-        size, free = self._sizes()
+        size, free = self._weight_bytes(), self._free_on_cards()
         share = (free * _CARD_SHARE - _CARD_RESERVE) / max(1, size)
         self._load_or_less(everything if share >= 1 else max(0, int(share * everything)))
 
@@ -150,10 +150,11 @@ class LlamaModel:
             )
         return chosen
 
-    def _sizes(self) -> tuple[int, int]:
-        """Return what the weights take, and what the cards have free, in bytes."""
-        size = sum(part.stat().st_size for part in _parts(self.path))
-        return size, sum(card.free_bytes for card in self._cards())
+    def _weight_bytes(self) -> int:
+        return sum(part.stat().st_size for part in _parts(self.path))
+
+    def _free_on_cards(self) -> int:
+        return sum(card.free_bytes for card in self._cards())
 
     def _load_or_less(self, layers: int) -> None:
         """Load with that many layers on cards, or with fewer where there is no memory for them."""
@@ -195,7 +196,7 @@ class LlamaModel:
 
     def _why_not_loaded(self, layers: int) -> str:
         if layers:
-            size, free = self._sizes()
+            size, free = self._weight_bytes(), self._free_on_cards()
             return (
                 f"llama.cpp cannot load {self.path.name} with {layers} layers on the graphics card, of whose "
                 f"memory {free:,} bytes are free, and all weights take {size:,} ({self.lib.why()}): choose "
@@ -251,9 +252,14 @@ class LlamaModel:
         params.n_threads = params.n_threads_batch = self.options.threads or _threads()
         self._context = self.lib.new_context(self._model, params)
         if self._context is None:
+            fixed, per_token = self.state_bytes
+            needed = math.ceil(lanes * (fixed + cells * per_token))
+            host = psutil.virtual_memory().available
+            there = self._free_on_cards() if self.layers_on_card else host
             raise RuntimeFailure(
-                f"llama.cpp cannot hold {lanes} sequences of {cells:,} tokens with KV of {self.kv_type} "
-                f"({self.lib.why()}): take another --kv-type, fewer layers on the card, or a smaller model."
+                f"llama.cpp cannot hold {lanes} sequences of {cells:,} tokens with KV of {self.kv_type}, "
+                f"which take {needed:,} bytes where {there:,} are free ({self.lib.why()}): take another "
+                "--kv-type, fewer layers on the card, or a smaller model."
             )
 
     def decode(self, parts: Sequence[tuple[int, int, Sequence[int], bool]]) -> list[Logits | None]:

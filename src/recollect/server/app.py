@@ -83,10 +83,19 @@ def get_model(model_id: str, request: Request) -> dict[str, Any]:
 
 @router.get("/health")
 def health(request: Request) -> JSONResponse:
-    """Return 200 where requests are answered, and 503 while the model is loading or cannot be loaded."""
+    """
+    Return 200 where requests are answered, and 503 while the model is loading or cannot be loaded, or no
+    engine elsewhere answers that models have.
+    """
     hub = services_of(request).hub
     state = "ok" if hub.is_ready else "loading" if hub.failure is None else "failed"
-    return JSONResponse({"status": state, "version": __version__}, 200 if state == "ok" else 503)
+    replicas = [one for model in hub.loaded().values() for one in model.replicas()]
+    up = sum(one.is_up for one in replicas)
+    if replicas and not up:
+        state = "no engine"
+    engines = {"engines": {"up": up, "all": len(replicas)}} if replicas else {}
+    told = {"status": state, "version": __version__, **engines}
+    return JSONResponse(told, 200 if state == "ok" else 503)
 
 
 @router.get("/metrics")
@@ -422,7 +431,7 @@ class _Server(uvicorn.Server):
             one.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
-        self._services.end_watching()
+        self._services.watchers.end()
         admission, tasks = self._services.admission, self.server_state.tasks
         if self.failure is None:  # which is told by itself
             self._on_stopping(admission.running + admission.waiting)

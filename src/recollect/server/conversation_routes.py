@@ -10,7 +10,7 @@ guess.
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
@@ -30,7 +30,6 @@ from recollect.engine.pinning import pin_on_disk
 from recollect.errors import RewindError
 from recollect.journal.home import drop_of_conversation, server_facts
 from recollect.journal.records import DEFAULT_TIP, Entry, NewNode, NodeRecord, Page
-from recollect.kv.disk import DiskStore
 from recollect.server.conversation_view import (
     COPIES,
     ConversationView,
@@ -38,6 +37,7 @@ from recollect.server.conversation_view import (
     checkpoints,
     conversation_body,
     head_of,
+    let_go,
     split_branch,
     view_of,
 )
@@ -89,7 +89,7 @@ def delete_checkpoint(conversation_id: str, name: PlaceName, request: Request) -
     view, services = view_of(request, conversation_id), services_of(request)
     view.checkpoint(name)
     services.journal.drop_tip(view.stored.id, checkpoint_tip(name))
-    _let_go(services, lambda store: store.drop_pin(_pin_name(view, name)))
+    let_go(services.settings, lambda store: store.drop_pin(_pin_name(view, name)))
     return {
         "id": view.id,
         "object": "conversation.checkpoint.deleted",
@@ -100,17 +100,7 @@ def delete_checkpoint(conversation_id: str, name: PlaceName, request: Request) -
 
 def drop_all_kv(services: Services, conversation_id: int, begun: datetime) -> None:
     """Let the KV of all checkpoints of a conversation go that has been deleted."""
-    _let_go(services, lambda store: drop_of_conversation(store, conversation_id, begun))
-
-
-def _let_go(services: Services, drop: Callable[[DiskStore], object]) -> None:
-    try:
-        with services.store() as store:
-            if store is not None:
-                drop(store)
-    except errors.StoreError as error:
-        # The names are gone from the journal, so the rest takes room and means nothing to anybody.
-        _log.warning("what was kept of a deleted checkpoint still takes room on disk: %s", error)
+    let_go(services.settings, lambda store: drop_of_conversation(store, conversation_id, begun))
 
 
 def _pin_name(view: ConversationView, name: str) -> str:
@@ -494,7 +484,7 @@ async def get_tree(
     """
     services = services_of(request)
     place = await asyncio.to_thread(_place_of, request, conversation_id)
-    lease = services.hub.lease(place.model_name())
+    lease = services.hub.lease(model_of(services, place.view, place.head))
     try:
         model = None if lease is None else lease.model
         return await asyncio.to_thread(_tree, place, after, limit, model)

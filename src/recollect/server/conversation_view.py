@@ -7,7 +7,9 @@ and nothing of any other. A `Place` is the node that a response follows: an earl
 node, so going on from any of them is a fork, whose shared part is found by its token ids.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final, Self
@@ -20,15 +22,21 @@ from recollect.conversation.matching import Change, described
 from recollect.conversation.model import Model
 from recollect.conversation.tree import ROOT_KEY, Node, message_key, to_message
 from recollect.conversation.turn import ANSWERED
+from recollect.encryption import KV_PURPOSE
+from recollect.errors import StoreError
 from recollect.journal.changes import item_name, response_item
 from recollect.journal.journal import Journal
 from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, StoredConversation
+from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.server.hub import OpenConversations
 from recollect.server.refusals import ApiError, not_found, quoted
 from recollect.server.response_object import items_of
 from recollect.server.services import client_of, services_of
+from recollect.server.settings import Settings
 from recollect.server.usage import recorded
 from recollect.types import Message
+
+_log = logging.getLogger(__name__)
 
 HAS_INSTRUCTIONS = "has_instructions"
 """In the note of a response: whether its first message is the instructions of the request, which
@@ -534,6 +542,26 @@ class KnownItems:
         except ApiError:
             return {}
         return {item["id"]: item for item in view.items(view.stored.nodes)}
+
+
+def let_go(settings: Settings, drop: Callable[[DiskStore], object]) -> None:
+    """
+    Have KV on disk forgotten that nobody can name any more, whatever models are loaded.
+
+    Args:
+        settings: Say where it is.
+        drop: Called with the store, where there is one.
+    """
+    folder, cipher = settings.home / STORE_FOLDER, settings.cipher
+    if not is_there(folder):
+        return
+    sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
+    try:
+        with closing(open_existing(folder, sealer)) as store:
+            drop(store)
+    except StoreError as error:
+        # The names are gone from the journal, so the rest takes room and means nothing to anybody.
+        _log.warning("what was kept of a deleted checkpoint still takes room on disk: %s", error)
 
 
 def own_name(conversation: str, number: int, response: str | None) -> str:

@@ -40,7 +40,14 @@ from recollect.server.fields import (
 from recollect.server.parts import Thinking, kept_schemas
 from recollect.server.refusals import ApiError, api_error
 from recollect.server.response_object import ResponseHead
-from recollect.server.services import Job, Services, begin, client_of, services_of
+from recollect.server.services import (
+    Job,
+    Services,
+    begin,
+    client_of,
+    services_of,
+    unless_disconnected,
+)
 from recollect.server.settings import Settings
 from recollect.text.tool_calls import ArgumentsDelta, CallStarted
 from recollect.types import SamplingParams
@@ -118,7 +125,26 @@ async def explore(conversation_id: str, body: Explore, request: Request) -> Resp
     writer = _Told(job, trial)
     if body.stream:
         return await job.answer(request, writer, stream=True, failed=writer.failed)
-    return JSONResponse(writer.all(await job.outcomes(request)))
+    try:
+        ended = await unless_disconnected(request, _ended(job))
+    except BaseException:
+        job.stop()
+        raise
+    return JSONResponse(writer.all(ended))
+
+
+async def _ended(job: Job) -> list[Ended | Failed]:
+    """
+    Return how all replies have ended, in their order.
+
+    Raises:
+        RecollectError: All have failed; this is what the first failed with.
+    """
+    told = [event async for event in job.told() if isinstance(event, Ended | Failed)]
+    told.sort(key=lambda event: event.choice)
+    if isinstance(first := told[0], Failed) and all(isinstance(one, Failed) for one in told):
+        raise first.error
+    return told
 
 
 def _standing(

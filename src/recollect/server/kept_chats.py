@@ -18,8 +18,8 @@ from recollect.conversation.tree import Node, grown
 from recollect.conversation.turn import ANSWERED, Reply
 from recollect.engine.reply import GeneratedReply
 from recollect.errors import (
+    RecollectError,
     StoreCorruptError,
-    StoreError,
     UnknownConversationError,
     UnknownNodeError,
 )
@@ -51,37 +51,49 @@ class KeptChats:
     Invariant: at most `MOST_MESSAGES` messages of a namespace are known.
     """
 
-    def __init__(self, journal: Callable[[], Journal]) -> None:
-        """
-        Begin with nothing known; what was kept before is read when a namespace first asks.
-
-        Args:
-            journal: Returns the open journal.
-        """
-        self._journal = journal
+    def __init__(self) -> None:
+        """Begin with nothing known; what was kept before is read when a namespace first asks."""
         self._known: dict[str, OrderedDict[bytes, _Place]] = {}
         self._lock = threading.Lock()
 
-    def keep(self, model: Model, namespace: str, reply: GeneratedReply) -> None:
+    def keep(
+        self,
+        opened: Callable[[], Journal],
+        model: Model,
+        namespace: str,
+        reply: GeneratedReply,
+    ) -> None:
         """
         Keep a reply and what of its chat was not kept yet.
 
-        A reply to a prompt as text, without messages, is not kept. Where the journal cannot be written, the
+        A reply to a prompt as text, without messages, is not kept. Where that cannot be done, the
         log says so: the client has its reply all the same, and the next one brings what is missing.
+
+        Args:
+            opened: Returns the open journal.
+            model: Has generated the reply.
+            namespace: Of the client.
+            reply: With its node, whose path is kept.
         """
         if not isinstance(reply, Reply):
             return
         try:
+            journal = opened()
             with self._lock:
                 known = self._known.get(namespace)
                 if known is None:
-                    known = self._known[namespace] = self._read(namespace)
-                self._write(model, namespace, known, reply.node.path())
-        except StoreError as error:
+                    known = self._known[namespace] = self._read(journal, namespace)
+                self._write(journal, model, namespace, known, reply.node.path())
+        except RecollectError as error:
             _log.warning("a chat is not kept: %s", error)
 
     def _write(
-        self, model: Model, namespace: str, known: OrderedDict[bytes, _Place], path: Sequence[Node]
+        self,
+        journal: Journal,
+        model: Model,
+        namespace: str,
+        known: OrderedDict[bytes, _Place],
+        path: Sequence[Node],
     ) -> None:
         place, rest = self._found(known, path)
         if not rest:
@@ -91,8 +103,10 @@ class KeptChats:
         if place is not None:
             conversation_id, node_id = place
             try:
-                tips = self._journal().tips(conversation_id)
-                tip = next((tip for tip, at in tips.items() if at == node_id), None)
+                tips = journal.tips(conversation_id)
+                # A checkpoint stays where it is; its name has a colon, which no branch of a client has.
+                here = (tip for tip, at in tips.items() if at == node_id and ":" not in tip)
+                tip = next(here, None)
                 if tip is not None or len(tips) < MOST_BRANCHES:
                     entry = Entry(
                         nodes=new,
@@ -102,7 +116,7 @@ class KeptChats:
                         leaves_others=True,
                         model=about,
                     )
-                    written = self._journal().write(conversation_id, entry)
+                    written = journal.write(conversation_id, entry)
                     self._learn(known, rest, conversation_id, written.ids)
                     return
             except (UnknownConversationError, UnknownNodeError):  # deleted meanwhile
@@ -111,7 +125,7 @@ class KeptChats:
         note: Mapping[str, object] = {"metadata": {}, KEPT_CHAT: True}
         entry = Entry(nodes=[node.to_new() for node in path], tip=DEFAULT_TIP, note=lambda _: note)
         model_name, fingerprint = about
-        written = self._journal().begin(
+        written = journal.begin(
             None, entry, model=model_name, fingerprint=fingerprint, namespace=namespace
         )
         self._learn(known, path, written.conversation_id, written.ids)
@@ -145,9 +159,8 @@ class KeptChats:
         while len(known) > MOST_MESSAGES:
             known.popitem(last=False)
 
-    def _read(self, namespace: str) -> OrderedDict[bytes, _Place]:
+    def _read(self, journal: Journal, namespace: str) -> OrderedDict[bytes, _Place]:
         """Return where the messages of the chats are that were used last, before a restart."""
-        journal = self._journal()
         infos = journal.conversations(namespace, page=Page(limit=_READ_AGAIN))
         notes = journal.notes([info.id for info in infos])
         known: OrderedDict[bytes, _Place] = OrderedDict()

@@ -8,7 +8,7 @@ OpenAI's clients expect while it is generated, then the calls.
 
 import itertools
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import time
 from typing import Any, Final
@@ -16,6 +16,7 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from recollect import types
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.conversation.tools import Tools
@@ -294,6 +295,13 @@ class _Asked:
         services.journal.set_label(label)
 
 
+def _ended(note: Mapping[str, Any]) -> types.Ended | None:
+    noted = note.get(_ENDED)
+    if noted == "repetition" or note.get(_RAN_AWAY) is True:
+        return "repetition"
+    return "call" if noted == "call" else None
+
+
 @router.get("/v1/responses/{response_id}")
 def get_response(response_id: str, request: Request) -> JSONResponse:
     """Return a response that was kept."""
@@ -303,7 +311,7 @@ def get_response(response_id: str, request: Request) -> JSONResponse:
     head = ResponseHead.from_kept(label.name, label.note["head"])
     usage = None if reply.usage is None else recorded(reply.usage)
     speed = services_of(request).metrics.speed(head.model, client_of(request).namespace)
-    ended = "repetition" if label.note.get(_RAN_AWAY) is True else label.note.get(_ENDED)
+    ended = _ended(label.note)
     spent = None if usage is None else cost([usage], speed, ended=ended)
     return JSONResponse(
         response_object(

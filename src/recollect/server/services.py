@@ -15,16 +15,14 @@ from collections.abc import (
     Awaitable,
     Callable,
     Iterable,
-    Iterator,
     Mapping,
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from secrets import token_hex
-from time import monotonic, time
+from time import time
 from typing import Final, TypeVar
 
 from fastapi import Request
@@ -33,22 +31,11 @@ from starlette.types import Receive, Scope, Send
 
 from recollect.conversation.feed import Feed
 from recollect.conversation.model import Model
-from recollect.encryption import KV_PURPOSE
 from recollect.engine.reply import GeneratedReply, ReplyGeneration
 from recollect.errors import ConfigError, RecollectError, StoreEncryptedError, StoreError
 from recollect.journal.journal import JOURNAL_NAME, Journal
-from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.server.access import CLIENT, Client
-from recollect.server.events import (
-    Call,
-    Ended,
-    Event,
-    Failed,
-    Piece,
-    Progress,
-    Thought,
-    Writer,
-)
+from recollect.server.events import Call, Ended, Event, Failed, Piece, Progress, Thought, Writer
 from recollect.server.hub import Admission, Lease, ModelHub, OpenConversations, Ticket, on_thread
 from recollect.server.kept_chats import KeptChats
 from recollect.server.refusals import ClientGone, api_error, stopping
@@ -89,8 +76,8 @@ class Services:
         default_factory=lambda: ThreadPoolExecutor(_MOST_PATIENT, "recollect-waits")
     )
     """Threads that wait for the journal, so that those which begin replies do not."""
-    kept_chats: KeptChats | None = None
-    """What keeps the chats of clients that send all of it each time; None: they are not kept."""
+    kept_chats: KeptChats = field(default_factory=KeptChats)
+    """What keeps the chats of clients that send all of it each time, where the settings say so."""
     is_ending: bool = False
     """Whether nothing begins any more; belongs to the event loop, as does `jobs`."""
     jobs: "set[Job]" = field(default_factory=set)
@@ -119,30 +106,6 @@ class Services:
                         ) from cause
                     raise StoreError(str(cause)) from cause
             return self._journal
-
-    @contextmanager
-    def store(self) -> Iterator[DiskStore | None]:
-        """
-        Show the KV that is kept on disk, whatever models are loaded; None: none ever was.
-
-        Raises:
-            StoreError: It cannot be opened.
-        """
-        folder, cipher = self.settings.home / STORE_FOLDER, self.settings.cipher
-        if not is_there(folder):
-            yield None
-            return
-        sealer = None if cipher is None else cipher.for_purpose(KV_PURPOSE)
-        with closing(open_existing(folder, sealer)) as store:
-            yield store
-
-    def __post_init__(self) -> None:
-        if self.settings.keeps_chats:
-            self.kept_chats = KeptChats(lambda: self.journal)
-
-    def end_watching(self) -> None:
-        """End the streams of events, for which nobody waits who ends a server."""
-        self.watchers.end()
 
     def end(self) -> None:
         """End what goes on, and refuse what waits: each client is told that the server stops."""
@@ -231,7 +194,7 @@ class Job:
         self._ending: Exception | None = None
         self._loop = asyncio.get_running_loop()
         services.jobs.add(self)
-        self._tell_end = _tell_job(services, client, "reply", self.model_name)
+        self._tell_end = services.feed.job(client.namespace, "reply", self.model_name)
         # The loop itself remembers no task that it runs.
         self._reading = [
             self._loop.create_task(self._read(choice, stream))
@@ -301,40 +264,19 @@ class Job:
 
     async def _replies(self) -> list[GeneratedReply]:
         ended: dict[int, GeneratedReply] = {}
-        async for event in self._told():
+        async for event in self.told():
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Ended):
                 ended[event.choice] = event.reply
         return [ended[choice] for choice in sorted(ended)]
 
-    async def outcomes(self, request: Request) -> list[Ended | Failed]:
-        """
-        Return how the replies have ended, in their order; where the client goes away, they end.
-
-        Raises:
-            ClientGone: It went away.
-            RecollectError: All have failed; this is what the first failed with.
-        """
-        try:
-            ended = await unless_disconnected(request, self._outcomes())
-        except BaseException:
-            self.stop()
-            raise
-        if isinstance(first := ended[0], Failed) and all(isinstance(one, Failed) for one in ended):
-            raise first.error
-        return ended
-
-    async def _outcomes(self) -> list[Ended | Failed]:
-        ended = [event async for event in self._told() if isinstance(event, Ended | Failed)]
-        return sorted(ended, key=lambda one: one.choice)
-
     async def _written(
         self, writer: Writer, failed: Callable[[Failed], str] | None
     ) -> AsyncIterator[str]:
         if beginning := writer.begin():
             yield beginning
-        async for event in self._told():
+        async for event in self.told():
             if isinstance(event, Progress):
                 yield writer.waiting(event)
             elif isinstance(event, Failed) and failed is not None:
@@ -364,8 +306,8 @@ class Job:
         if isinstance(first := self._seen[0], Failed) and not may_fail:
             raise first.error
 
-    async def _told(self) -> AsyncIterator[Event]:
-        """Yield what happens until the last reply is over."""
+    async def told(self) -> AsyncIterator[Event]:
+        """Yield what happens until the last reply is over; for one reader."""
         left = len(self._streams)
         while left:
             event = self._seen.popleft() if self._seen else await self._next()
@@ -528,9 +470,9 @@ async def begin(
         preparing = on_thread(lambda: _prepared(prepare, turn.lease.model))
 
         def job(streams: Sequence[ReplyGeneration]) -> Job:
-            kept = keep
-            if kept is None and services.kept_chats is not None:
-                kept = partial(services.kept_chats.keep, turn.lease.model, client.namespace)
+            if (kept := keep) is None and services.settings.keeps_chats:
+                keeps = services.kept_chats.keep
+                kept = partial(keeps, lambda: services.journal, turn.lease.model, client.namespace)
             return Job(services, client, turn, streams, keep=kept, per_prompt=per_prompt)
 
         def abandon(_: object) -> None:
@@ -596,7 +538,7 @@ async def with_model(
 
     async def wait() -> _T:
         turn = await _enter(services, namespace, model_name, 1)
-        tell_end = _tell_job(services, client_of(request), "work", turn.lease.name)
+        tell_end = services.feed.job(namespace, "work", turn.lease.name)
 
         def ended(working: asyncio.Future[_T]) -> None:
             turn.release()
@@ -613,18 +555,6 @@ async def with_model(
             raise
 
     return await unless_disconnected(request, wait())
-
-
-def _tell_job(services: Services, client: Client, kind: str, model: str) -> Callable[[], None]:
-    """Tell whoever watches that a job has begun, and return what tells its end."""
-    begun_s, told = monotonic(), {"job": f"job_{token_hex(8)}", "kind": kind, "model": model}
-    services.feed.tell(client.namespace, "job.started", told)
-
-    def ended() -> None:
-        seconds = round(monotonic() - begun_s, 3)
-        services.feed.tell(client.namespace, "job.ended", {**told, "seconds": seconds})
-
-    return ended
 
 
 async def _enter(

@@ -362,10 +362,11 @@ class _Engines(Collector):
         preempted = CounterMetricFamily(
             "recollect_preemptions", "Replies that made way for others.", labels=["model"]
         )
-        disk = _Disk()
+        disk, elsewhere = _Disk(), _Elsewhere()
         for name, model in self._loaded().items():
             engine = model.engine
             disk.add(name, model)
+            elsewhere.add(name, model)
             with engine.lock:
                 free, evictable = engine.pool.free_blocks, engine.cache.evictable_blocks
                 total = engine.pool.num_blocks
@@ -378,7 +379,55 @@ class _Engines(Collector):
             evicted.add_metric([name], engine.cache.evicted_blocks)
             computed.add_metric([name], engine.computed_tokens)
             preempted.add_metric([name], engine.preemptions)
-        yield from (blocks, evicted, computed, preempted, *disk.families)
+        yield from (blocks, evicted, computed, preempted, *disk.families, *elsewhere.families)
+
+
+class _Elsewhere:
+    """What was asked of the replicas of engines elsewhere; nothing where there are none."""
+
+    def __init__(self) -> None:
+        self._up = GaugeMetricFamily(
+            "recollect_replica_up",
+            "Whether a replica answered when it was last asked.",
+            labels=["model", "replica"],
+        )
+        self._running = GaugeMetricFamily(
+            "recollect_replica_running", "Requests under way.", labels=["model", "replica"]
+        )
+        self._requests = CounterMetricFamily(
+            "recollect_replica_requests",
+            "Requests, by outcome.",
+            labels=["model", "replica", "outcome"],
+        )
+        self._tokens = CounterMetricFamily(
+            "recollect_replica_tokens",
+            "Tokens of prompts by what became of them, and generated ones.",
+            labels=["model", "replica", "kind"],
+        )
+
+    @property
+    def families(self) -> tuple[Metric, ...]:
+        """Return the metrics; those of no engine are left out."""
+        families = (self._up, self._running, self._requests, self._tokens)
+        return tuple(one for one in families if one.samples)
+
+    def add(self, name: str, model: Model) -> None:
+        """Ask a model's engine."""
+        for one in model.replicas():
+            where = [name, one.url]
+            self._up.add_metric(where, one.is_up)
+            self._running.add_metric(where, one.running)
+            for outcome, count in (
+                ("lost", one.lost),
+                ("done", one.asked - one.running - one.lost),
+            ):
+                self._requests.add_metric([*where, outcome], count)
+            for kind, tokens in (
+                ("reused", one.reused_tokens),
+                ("computed", one.computed_tokens),
+                ("generated", one.generated_tokens),
+            ):
+                self._tokens.add_metric([*where, kind], tokens)
 
 
 class _Disk:

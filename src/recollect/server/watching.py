@@ -17,7 +17,7 @@ from recollect.conversation.tree import grown
 from recollect.errors import UnknownConversationError
 from recollect.journal.records import Page
 from recollect.kv.blocks import CachedBlock
-from recollect.server.conversation_routes import KeptPlace, standing_place
+from recollect.server.conversation_routes import KeptPlace, model_of, standing_place
 from recollect.server.conversation_view import (
     ConversationView,
     branches,
@@ -117,7 +117,8 @@ def _kv(
             place = standing_place(request, ConversationView.load(journal, info.label, namespace))
         except (ApiError, UnknownConversationError):  # deleted since
             continue
-        name, tips = place.model_name(), place.view.stored.tips
+        name = model_of(services, place.view, place.head)
+        tips = place.view.stored.tips
         data.append(
             {
                 "id": info.label,

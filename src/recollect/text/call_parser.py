@@ -40,7 +40,7 @@ from recollect.text.call_parts import (
     object_opening,
     python_arguments,
 )
-from recollect.text.tool_formats import HERMES, ToolFormat
+from recollect.text.tool_formats import HERMES
 
 
 class ToolCallParser(PiecewiseReader):
@@ -64,11 +64,10 @@ class ToolCallParser(PiecewiseReader):
 
     def __init__(self, id_prefix: str, rules: CallRules = HERMES_CALLS) -> None:
         super().__init__()
-        self._prefix = id_prefix
-        self._format, self._texts = rules.format, rules.texts
-        known = rules.names or ()
-        self._bare = Bare(self._format, known) if known and _may_be_bare(self._format) else None
-        self._mark = self._format.mark
+        self._prefix, self._mark = id_prefix, rules.format.mark
+        self._format, self._texts, known = rules.format, rules.texts, rules.names or ()
+        may_be_bare = known and (self._format is HERMES or self._format.is_bare)
+        self._bare = Bare(self._format, known) if may_be_bare else None
         self._space: list[str] = []  # white space before what comes
         self._calls = 0
         self._after_call = False  # nothing was said since the last one
@@ -494,7 +493,3 @@ class ToolCallParser(PiecewiseReader):
                 yield from self._close()
                 return True
         return False
-
-
-def _may_be_bare(format_: ToolFormat) -> bool:
-    return format_ is HERMES or format_.is_bare

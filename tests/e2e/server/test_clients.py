@@ -294,6 +294,12 @@ def test_litellm(
     import litellm
 
     request.addfinalizer(lambda: close_kept(litellm.in_memory_llm_clients_cache.cache_dict))
+    # Its log of services (`_service_logger._sync_dispatch_loop`) takes the thread's event loop, and where
+    # there is none asyncio makes one, which nobody would close.
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    request.addfinalizer(loop.close)
+    request.addfinalizer(lambda: asyncio.set_event_loop(None))
     answer = litellm.completion(
         model=f"openai/{MODEL}",
         api_base=url,

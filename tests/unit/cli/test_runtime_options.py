@@ -1,13 +1,17 @@
 """What runs a GGUF file: said where it was chosen, and refused where it cannot be."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import openvino as ov
+import psutil
 import pytest
 
 from random_model import WITH_EXPERTS, write_random_model
 from recollect.cli.options import ModelOptions
+from recollect.conversation.formats import RunOptions, load_runtime
 from recollect.conversation.loading import which_llama
 from recollect.errors import ConfigError, RuntimeFailure, UnsupportedModelError
 from recollect.models.prepare import prepare
@@ -106,6 +110,19 @@ def test_no_card_counts_where_the_processor_was_asked_for(monkeypatch: pytest.Mo
     card = Device("CUDA0", "a card", "GPU", 8 << 30, 8 << 30)
     monkeypatch.setattr(LlamaLibrary, "devices", lambda _: [card])
     assert [which_llama(one) for one in (None, "CUDA0", "CPU")] == ["quicker", "quicker", "there"]
+
+
+def test_weights_that_do_not_fit_unpacked_are_refused_with_both_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_random_model(tmp_path / "half.gguf", replace(WITH_EXPERTS, kind="F16"))
+    local = prepare(str(file), home=tmp_path / "home", runtime="llama")
+    free = SimpleNamespace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(
+        ConfigError, match=r"take [\d,]{7,} bytes here, and 1,000 are free: take --profile"
+    ):
+        load_runtime(local, RunOptions(profile="exact", home=tmp_path / "home"))
 
 
 def test_openvino_alone_refuses_what_it_does_not_read(spoken: Path, home: Path) -> None:

@@ -22,6 +22,7 @@ def chat(model: Model) -> Session:
 
 def check(model: Model) -> None:
     """Check that nobody but the cache holds a block, and that nothing is worked on."""
+    assert [task for task in model.engine.tasks() if not task.idle] == []
     for task in model.engine.tasks():
         task.join()
     assert model.engine.pool.used_blocks == model.engine.cache.evictable_blocks

@@ -46,6 +46,7 @@ def ids(branches: list[Branch]) -> list[list[int]]:
 
 def check(model: Model) -> None:
     """Check that nobody but the cache holds a block, and that nothing is worked on."""
+    assert [task for task in model.engine.tasks() if not task.idle] == []
     for task in model.engine.tasks():
         task.join()
     assert model.engine.tasks() == []
@@ -274,6 +275,8 @@ def test_several_models_have_a_trunk_each(
         ({"prompts": ["a", "b"], "keep": 1}, "a score too"),
         ({"prompts": ["a"], "params": [HOT, HOT]}, "1 prompts and 2 params"),
         ({"prompts": ["a"], "name": ["x", "y"]}, "1 prompts and 2 names"),
+        ({"prompts": ["a"], "name": ["main"]}, "one of these names"),
+        ({"prompts": ["a", "b"], "name": ["x", "x"]}, "one of these names"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(
@@ -284,8 +287,10 @@ def test_values_that_do_not_go_together_are_refused(
 
 
 def test_a_prompt_that_does_not_fit_ends_all_before_they_begin(chat: Session, model: Model) -> None:
+    found = chat.explore(["short", "x" * 3000])
     with pytest.raises(ContextFullError):
-        chat.explore(["short", "x" * 3000]).read()
+        found.read()
+    assert found.branches == []
     assert model.engine.computed_tokens == 0
     check(model)
 

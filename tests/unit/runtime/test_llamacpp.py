@@ -2,6 +2,7 @@
 
 import ctypes
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -452,9 +453,37 @@ def test_a_file_that_was_unpacked_for_loading_alone_is_not_loaded_again(
     runtime = load_llama(unpacked, context_length=512, options=EXACT)
     unpacked.unlink()
     monkeypatch.setattr(LlamaLibrary, "new_context", lambda *_: None)
-    with pytest.raises(RuntimeFailure, match="fewer layers on the card"):
+    with pytest.raises(
+        RuntimeFailure,
+        match=rf"take 530,516 bytes where {8 << 30:,} .*fewer layers on the card",
+    ):
         runtime.allocate(160)
     runtime.close()
+
+
+def test_a_machine_without_the_library_is_told_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(llama_library, "found_libraries", list)
+    library.cache_clear()
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r'not on this machine: install .*recollect-llm\[llama\]".*CMAKE_ARGS',
+    ):
+        library()
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(UnsupportedModelError, match=r"pip install llama-cpp-python`, or set"):
+        library()
+    library.cache_clear()
+
+
+def test_an_architecture_that_the_library_does_not_know_is_named(tmp_path: Path) -> None:
+    unknown = write_random_model(tmp_path / "new.gguf", replace(SHAPE, architecture="brandnew"))
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"cannot load new\.gguf \(.*unknown model architecture: 'brandnew'",
+    ):
+        load_llama(unknown, context_length=512, options=EXACT)
 
 
 def test_layers_that_were_asked_for_and_do_not_fit_are_refused_with_both_sizes(

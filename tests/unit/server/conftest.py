@@ -41,7 +41,7 @@ class QuickServer(uvicorn.Server):
             one.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
-        self.config.app.state.services.end_watching()  # type: ignore[union-attr] # it is ours
+        self.config.app.state.services.watchers.end()  # type: ignore[union-attr] # it is ours
         async with asyncio.timeout(self.config.timeout_graceful_shutdown):
             while self.server_state.connections or self.server_state.tasks:
                 await asyncio.sleep(0.005)

@@ -77,6 +77,19 @@ def test_edits_and_retries_are_branches(start: Callable[..., httpx.Client], go_o
     assert said(client, f"{made['id']}.main-2")[3] == "Two, edited"
 
 
+def test_a_checkpoint_stays_where_it_is_when_the_chat_goes_on(
+    start: Callable[..., httpx.Client], go_on: Chat, post: Callable[..., Json]
+) -> None:
+    client = start(keeps_chats=True)
+    messages = go_on(client, user("One"))
+    (made,) = conversations(client)
+    post(client, f"/v1/conversations/{made['id']}/checkpoint", {"name": "a"})
+    go_on(client, *messages, user("Two"))
+    assert len(said(client, made["id"])) == 4
+    post(client, f"/v1/conversations/{made['id']}/rewind", {"checkpoint": "a"})
+    assert len(said(client, made["id"])) == 2
+
+
 def test_chats_that_only_share_instructions_are_two(
     start: Callable[..., httpx.Client], go_on: Chat
 ) -> None:

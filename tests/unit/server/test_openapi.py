@@ -35,6 +35,8 @@ PATHS = {
     "/v1/conversations/{conversation_id}/items/{item_id}",
     "/v1/conversations/{conversation_id}/rewind",
     "/v1/conversations/{conversation_id}/tree",
+    "/v1/events",
+    "/v1/kv",
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/v1/models",
@@ -43,6 +45,11 @@ PATHS = {
     "/v1/responses",
     "/v1/responses/{response_id}",
     "/v1/responses/{response_id}/input_items",
+    "/v1/search",
+    "/v1/kv",
+    "/v1/events",
+    "/v1/conversations/{conversation_id}/branches",
+    "/v1/conversations/{conversation_id}/checkpoints",
 }
 
 

@@ -310,10 +310,53 @@ def test_a_budget_ends_reasoning_where_tools_are_offered(
     thought = "Hm" * 4 if not opening.endswith("\n") else "Hm" * 3 + "H"
     endless = "x" * len(tokenizer.encode(ending.lstrip("\n")))
     client, _ = scripted(name, iter([f"{opening}{thought}{endless}{call}"]))
-    tool = {"name": "weather", "parameters": TOOL["schema"]}
+    tool = {"name": "weather", "description": "It", "parameters": TOOL["schema"]}
     body = {"model": "reference", "messages": [{"role": "user", "content": "?"}], "max_tokens": 200}
     tools = [{"type": "function", "function": tool}]
     asked = {**body, "tools": tools, "thinking_budget": most}
-    message = client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]
+    answer = client.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    message = answer.json()["choices"][0]["message"]
     assert message["reasoning_content"] == thought
+    assert message["tool_calls"][0]["function"]["name"] == "weather"
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "GLM-4.6"])
+def test_a_call_that_a_model_makes_while_it_thinks_is_called(
+    name: str, choice: str, scripted: Callable[..., tuple[httpx.Client, Script]]
+) -> None:
+    """It closes its thoughts behind the call, or not at all; the grammar holds the call as elsewhere."""
+    call = FORMATS[FAMILIES.get(name, "hermes")].text_of([("weather", '{"city": "Rome"}')])
+    client, _ = scripted(name, iter([f"<think>\nLook.\n{call}"]))
+    tool = {"name": "weather", "description": "It", "parameters": TOOL["schema"]}
+    asked = {
+        "model": "reference", "messages": [{"role": "user", "content": "?"}], "max_tokens": 300,
+        "tools": [{"type": "function", "function": tool}], "tool_choice": choice,
+    }  # fmt: skip
+    answer = client.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    message = answer.json()["choices"][0]["message"]
+    assert message["reasoning_content"] == "Look."
+    (told,) = message["tool_calls"]
+    assert json.loads(told["function"]["arguments"]) == {"city": "Rome"}
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_a_model_of_harmony_calls_a_tool_on_the_smallest_budget(
+    most: int, scripted: Callable[..., tuple[httpx.Client, Script]], tokenizer: Tokenizer
+) -> None:
+    call = FORMATS["harmony"].text_of([("weather", '{"city": "Rome"}')])
+    ending = "x" * len(tokenizer.encode("<|end|><|start|>assistant"))
+    thought = f"<|channel|>analysis<|message|>H{ending}" if most else ""
+    client, _ = scripted("openai-gpt-oss-120b", iter([f"{thought}{call}"]))
+    tool = {"name": "weather", "description": "It", "parameters": TOOL["schema"]}
+    asked = {
+        "model": "reference", "messages": [{"role": "user", "content": "?"}], "max_tokens": 300,
+        "tools": [{"type": "function", "function": tool}], "thinking_budget": most,
+    }  # fmt: skip
+    answer = client.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    message = answer.json()["choices"][0]["message"]
+    assert (message.get("reasoning_content") or "") == "H" * most
     assert message["tool_calls"][0]["function"]["name"] == "weather"

@@ -175,7 +175,8 @@ def test_a_watcher_goes_on_where_it_was(
         {"params": {"after": str(first["id"])}},
     ):
         again = watch(client, **options)
-        assert again.until(lambda events: events) == watcher.events[1:]
+        rest = watcher.events[1:]
+        assert again.until(lambda events: len(events) >= len(rest))[: len(rest)] == rest  # noqa: B023
 
 
 @pytest.mark.parametrize("last", ["1", "99999999999999999"])

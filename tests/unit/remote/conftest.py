@@ -1,0 +1,279 @@
+"""
+A server that speaks as vLLM or as llama-server does, over a model that is a hash, and misbehaves on demand.
+
+The next token is a hash of all ids before it, so that a lost, repeated or reordered id changes the rest. KV
+is a set of prefixes: in blocks and by salt as vLLM's, or by slot as llama-server's.
+"""
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import pytest
+
+import recollect
+from recollect.conversation.model import Model
+from recollect.text.tokenizer import ByteTokenizer
+
+Kind = Literal["vllm", "llama"]
+Fault = Literal["refuse", "cut", "cut after 3", "error after 3", "silent", "silent after 3", "slow"]
+BLOCK: Final = 16
+ENDS_EVERY: Final = 97
+_TOKENIZER: Final = ByteTokenizer()
+_END: Final = min(_TOKENIZER.eos_token_ids)
+
+
+def next_token(ids: list[int], bias: Mapping[int, float], seed: int | None) -> int:
+    """Return what follows: a letter, or the end."""
+    if bias:
+        return max(bias, key=lambda token: bias[token])
+    said = f"{ids}{seed}".encode()
+    number = int.from_bytes(blake2b(said, digest_size=8).digest(), "little")
+    return _END if number % ENDS_EVERY == 0 else 97 + number % 26
+
+
+@dataclass
+class Stub:
+    """One engine, and what was asked of it."""
+
+    kind: Kind
+    faults: deque[Fault] = field(default_factory=deque)
+    """What the next requests for tokens meet; when there is none, nothing goes wrong."""
+    tells_cached: bool = True
+    respects_salt: bool = True
+    tokenizes: bool = True
+    spoils_reuse: bool = False
+    """Whether what was reused changes what is generated."""
+    slots: int = 2
+    version: str = "0.32.0"
+    asked: list[Mapping[str, Any]] = field(default_factory=list)
+    headers: list[Mapping[str, str]] = field(default_factory=list)
+    aborted: threading.Event = field(default_factory=threading.Event)
+    """Whether a request was ended by the client."""
+    known: dict[str, set[tuple[int, ...]]] = field(default_factory=dict)
+    held: dict[int, list[int]] = field(default_factory=dict)
+
+    def start(self) -> str:
+        """Begin to serve, and return the address."""
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name there
+                """Say nothing."""
+
+            def do_GET(self) -> None:
+                stub.get(self)
+
+            def do_POST(self) -> None:
+                stub.post(self)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def stop(self) -> None:
+        """End."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def get(self, to: BaseHTTPRequestHandler) -> None:
+        answers: dict[str, Any] = {
+            "/version": {"version": self.version},
+            "/v1/models": {"data": [{"id": "stub", "max_model_len": 2048}]},
+        }
+        if self.kind == "llama":
+            context = {"n_ctx": 2048}
+            answers = {
+                "/props": {
+                    "total_slots": self.slots,
+                    "default_generation_settings": context,
+                    "build_info": "b1",
+                }
+            }
+        _answer(to, answers.get(to.path))
+
+    def post(self, to: BaseHTTPRequestHandler) -> None:
+        body = json.loads(to.rfile.read(int(to.headers["Content-Length"])))
+        if to.path == "/tokenize":
+            text = body.get("prompt", body.get("content"))
+            _answer(to, {"tokens": _TOKENIZER.encode(text)} if self.tokenizes else {"tokens": [1]})
+            return
+        self.asked.append(body)
+        self.headers.append(dict(to.headers))
+        fault = self.faults.popleft() if self.faults else None
+        if fault == "refuse":
+            _answer(to, {"error": "out of order"}, status=500)
+            return
+        if fault == "cut":
+            to.close_connection = True
+            return
+        if fault == "silent":
+            time.sleep(3)
+            to.close_connection = True
+            return
+        to.send_response(200)
+        to.send_header("Content-Type", "text/event-stream")
+        to.send_header("Transfer-Encoding", "chunked")
+        to.end_headers()
+        given = 0
+        try:
+            for event in self._events(body):
+                if fault and given == 3 and fault.endswith("after 3"):
+                    if fault == "error after 3":
+                        _send(to, {"error": {"message": "out of memory"}})
+                    elif fault == "silent after 3":
+                        time.sleep(3)
+                    to.close_connection = True
+                    return
+                if fault == "slow":
+                    time.sleep(0.2)
+                _send(to, event)
+                given += 1
+            _write(to, b"data: [DONE]\n\n")
+            _write(to, b"")
+        except (BrokenPipeError, ConnectionResetError):
+            self.aborted.set()
+            to.close_connection = True
+
+    def _events(self, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        return self._vllm(body) if self.kind == "vllm" else self._llama(body)
+
+    def _vllm(self, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        prompt = list(body["prompt"])
+        salt = body["cache_salt"] if self.respects_salt else ""
+        known = self.known.setdefault(salt, set())
+        cached = 0
+        while (
+            cached + BLOCK < len(prompt) and tuple(prompt[: cached + BLOCK]) in known
+        ):  # never all of it
+            cached += BLOCK
+        bias = {int(token): value for token, value in (body.get("logit_bias") or {}).items()}
+        seed = body["seed"] if body["temperature"] else None
+        if self.spoils_reuse and cached:
+            seed = cached
+        ids = list(prompt)
+        for number in range(1, body["max_tokens"] + 1):
+            token = next_token(ids, bias, seed)
+            ids.append(token)
+            ends = token == _END and not body["ignore_eos"]
+            said = _TOKENIZER.decode(ids[len(prompt) :])
+            stops = any(one in said for one in body.get("stop") or ())
+            is_last = ends or stops or number == body["max_tokens"]
+            choice: dict[str, Any] = {"token_ids": [token], "finish_reason": None}
+            if is_last:
+                choice["finish_reason"] = "stop" if ends or stops else "length"
+            if "logprobs" in body:
+                tops = {f"token_id:{token + n}": -0.5 - n for n in range(body["logprobs"])}
+                choice["logprobs"] = {
+                    "tokens": [f"token_id:{token}"],
+                    "token_logprobs": [-0.5],
+                    "top_logprobs": [tops or None],
+                }
+            for end in range(BLOCK, len(ids), BLOCK):
+                known.add(tuple(ids[:end]))
+            yield {"choices": [choice]}
+            if is_last:
+                break
+        usage: dict[str, Any] = {"prompt_tokens": len(prompt)}
+        if self.tells_cached:
+            usage["prompt_tokens_details"] = {"cached_tokens": cached}
+        yield {"choices": [], "usage": usage}
+
+    def _llama(self, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        prompt, slot = list(body["prompt"]), body["id_slot"]
+        held = self.held.get(slot, []) if body["cache_prompt"] else []
+        cached = 0
+        while cached < min(len(held), len(prompt) - 1) and held[cached] == prompt[cached]:
+            cached += 1
+        bias = {int(token): value for token, value in body.get("logit_bias") or ()}
+        seed = body["seed"] if body["temperature"] else None
+        ids, number = list(prompt), 0
+        timings = {"cache_n": cached, "prompt_n": len(prompt) - cached}
+        how = "limit"
+        for number in range(1, body["n_predict"] + 1):
+            token = next_token(ids, bias, seed)
+            if token == _END:
+                how = "eos"
+                break
+            ids.append(token)
+            self.held[slot] = ids[:-1]
+            event: dict[str, Any] = {"tokens": [token], "stop": False, "tokens_predicted": number}
+            if "n_probs" in body:
+                tops = [{"id": token + n, "logprob": -0.5 - n} for n in range(body["n_probs"])]
+                event["completion_probabilities"] = [
+                    {"id": token, "logprob": -0.5, "top_logprobs": tops}
+                ]
+            yield {**event, "timings": timings}
+        self.held[slot] = ids[:-1] if number else ids
+        yield {
+            "tokens": [],
+            "stop": True,
+            "stop_type": how,
+            "tokens_predicted": number,
+            "timings": timings,
+        }
+
+
+def _answer(to: BaseHTTPRequestHandler, said: Any, *, status: int = 200) -> None:
+    data = json.dumps(said).encode()
+    to.send_response(404 if said is None else status)
+    to.send_header("Content-Length", str(len(data)))
+    to.end_headers()
+    with suppress(OSError):
+        to.wfile.write(data)
+
+
+def _send(to: BaseHTTPRequestHandler, event: Mapping[str, Any]) -> None:
+    _write(to, b"data: " + json.dumps(event).encode() + b"\n\n")
+
+
+def _write(to: BaseHTTPRequestHandler, data: bytes) -> None:
+    to.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+    to.wfile.flush()
+
+
+MakeStub = Callable[..., tuple[Stub, str]]
+
+
+@pytest.fixture
+def make_stub() -> Iterator[MakeStub]:
+    """Return a function that starts a stub of a kind, and returns it and its address."""
+    started: list[Stub] = []
+
+    def make(kind: Kind = "vllm", **how: Any) -> tuple[Stub, str]:
+        stub = Stub(kind, **how)
+        url = stub.start()
+        started.append(stub)
+        return stub, url
+
+    yield make
+    for stub in started:
+        stub.stop()
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Iterator[Callable[..., Model]]:
+    """Return a function that loads the reference model's tokenizer, with an engine elsewhere or none."""
+    loaded: list[Model] = []
+
+    def make(engine: str | None = None) -> Model:
+        kv = None if engine else 1 << 20
+        loaded.append(
+            recollect.load("reference", home=tmp_path, engine=engine, kv_memory=kv, kv_disk=0)
+        )
+        return loaded[-1]
+
+    yield make
+    for model in loaded:
+        model.close()

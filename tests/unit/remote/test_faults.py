@@ -1,0 +1,254 @@
+"""Engines elsewhere that misbehave: nothing said is lost, nothing is claimed that was not told."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from recollect.conversation.model import Model
+from recollect.engine.sampling import Generator
+from recollect.errors import ConfigError, EngineUnavailableError, InvalidParameterError, StoreError
+from recollect.proof.bench import BenchConfig, check_room
+from recollect.proof.scenarios import run_rewind_test
+from recollect.remote import wire
+from recollect.types import SamplingParams
+
+SHORT = SamplingParams(max_tokens=12, ignore_eos=True)
+MakeStub = Callable[..., tuple[Any, str]]
+Load = Callable[..., Model]
+
+
+@pytest.fixture(params=["vllm", "llama"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "FIRST_S", 0.5)
+    monkeypatch.setattr(wire, "NEXT_S", 0.5)
+
+
+@pytest.mark.parametrize(
+    "fault", ["refuse", "cut", "cut after 3", "error after 3", "silent", "silent after 3", "slow"]
+)
+def test_one_fault_does_not_show_in_the_reply(
+    kind: str, fault: str, make_stub: MakeStub, load: Load
+) -> None:
+    stub, url = make_stub(kind)
+    model = load(f"{kind}={url}")
+    with model.session(namespace="one") as session:  # at its end nothing is computed ahead any more
+        expected = session.respond("hello", params=SHORT)
+    stub.faults.append(fault)
+    reply = model.session(namespace="two").respond("hello", params=SHORT)
+    assert (reply.text, reply.finish_reason) == (expected.text, "length")
+    assert model.engine.replicas.all[0].lost == (fault != "slow")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("fault", ["refuse", "cut", "silent"])
+def test_two_faults_before_the_first_token_are_told_and_what_was_said_is_kept(
+    kind: str, fault: str, make_stub: MakeStub, load: Load
+) -> None:
+    stub, url = make_stub(kind)
+    model = load(f"{kind}={url}")
+    session = model.session(keep=True, name="kept")
+    stub.faults += [fault, fault]
+    with pytest.raises(EngineUnavailableError, match="Ask again"):
+        session.respond("hello", params=SHORT)
+    asked = model.resume("kept")
+    assert [node.content for node in asked.path()] == ["hello"]
+    assert session.respond("hello", params=SHORT).finish_reason == "length"
+
+
+def test_what_was_generated_before_the_engine_was_lost_is_kept(
+    make_stub: MakeStub, load: Load
+) -> None:
+    stub, url = make_stub()
+    model = load(f"vllm={url}")
+    session = model.session(keep=True, name="kept")
+    stub.faults += ["cut after 3"] * 8
+    with pytest.raises(EngineUnavailableError):
+        session.respond("hello", params=SamplingParams(max_tokens=100, ignore_eos=True))
+    said = model.resume("kept").path()[-1]
+    assert said.role == "assistant"
+    assert said.finish_reason == "cancelled"
+    assert len(said.token_ids or ()) == 3 * 4, "it went on three times"
+
+
+def test_a_reply_under_penalties_of_its_own_tokens_does_not_go_on_elsewhere(
+    make_stub: MakeStub, load: Load
+) -> None:
+    stub, url = make_stub()
+    model = load(f"vllm={url}")
+    stub.faults.append("cut after 3")
+    params = SamplingParams(max_tokens=12, presence_penalty=0.5, ignore_eos=True)
+    with pytest.raises(EngineUnavailableError):
+        model.session().respond("hello", params=params)
+
+
+def test_a_replica_that_dies_costs_its_conversations_one_prompt(
+    make_stub: MakeStub, load: Load
+) -> None:
+    stubs = [make_stub() for _ in range(2)]
+    model = load(f"vllm={','.join(url for _, url in stubs)}")
+    session = model.session("Be careful. " * 20)
+    session.respond("hello", params=SHORT)
+    session.close()
+    asked = [len(stub.asked) for stub, _ in stubs]
+    before = session.respond("more", params=SHORT)
+    assert before.usage.reused_tokens > 0
+    session.close()  # so that nothing is computed ahead
+    (serving,) = (
+        stub for (stub, _), count in zip(stubs, asked, strict=True) if len(stub.asked) > count
+    )
+    serving.faults.extend(["refuse"] * 4)
+    after = session.respond("and more", params=SHORT)
+    assert after.finish_reason == "length"
+    assert after.usage.reason == "moved"
+    assert after.usage.lost_tokens > 0
+    assert "another replica" in (after.usage.difference or "")
+
+
+def test_reuse_that_is_not_told_is_not_claimed(make_stub: MakeStub, load: Load) -> None:
+    stub, url = make_stub()
+    model = load(f"vllm={url}")
+    session = model.session("Be careful. " * 20)
+    session.respond("hello", params=SHORT)
+    stub.tells_cached = False
+    usage = session.respond("more", params=SHORT).usage
+    assert (usage.reused_tokens, usage.computed_tokens) == (0, usage.prompt_tokens)
+
+
+def test_an_engine_stops_when_the_reader_leaves(kind: str, make_stub: MakeStub, load: Load) -> None:
+    stub, url = make_stub(kind)
+    model = load(f"{kind}={url}")
+    stub.faults.append("slow")
+    stream = model.session().stream("hello", params=SamplingParams(max_tokens=500, ignore_eos=True))
+    next(iter(stream))
+    began = time.monotonic()
+    stream.close()
+    assert stub.aborted.wait(2)
+    assert time.monotonic() - began < 2
+
+
+def test_the_conversation_is_named_to_routers_and_the_namespace_is_not(
+    make_stub: MakeStub, load: Load
+) -> None:
+    stub, url = make_stub()
+    model = load(f"vllm={url}")
+    session = model.session("Be careful.", namespace="alice")
+    session.respond("hello", params=SHORT)
+    session.respond("more", params=SHORT)
+    model.session("Be careful.", namespace="alice").respond("good day", params=SHORT)
+    model.session("Be careful.", namespace="bob").respond("hello", params=SHORT)
+    said = [
+        (headers["x-session-id"], body["cache_salt"])
+        for headers, body in zip(stub.headers, stub.asked, strict=True)
+        if body["max_tokens"] == 12
+    ]
+    first, second, third, bobs = said
+    assert first == second
+    assert first[0] != third[0]
+    assert first[1] == third[1] != bobs[1]
+    assert "alice" not in str(stub.headers) + str([body["cache_salt"] for body in stub.asked])
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"tells_cached": False}, "--enable-prompt-tokens-details"),
+        ({"respects_salt": False}, "another salt"),
+        ({"tokenizes": False}, "another tokenizer"),
+        ({"version": "0.9.1"}, "update it"),
+    ],
+)
+def test_an_engine_that_cannot_be_used_is_refused_with_what_to_change(
+    how: dict[str, Any], told: str, make_stub: MakeStub, load: Load
+) -> None:
+    _, url = make_stub(**how)
+    with pytest.raises(ConfigError, match=told):
+        load(f"vllm={url}")
+
+
+def test_another_kind_of_server_is_refused(make_stub: MakeStub, load: Load) -> None:
+    with pytest.raises(ConfigError, match="no llama-server"):
+        load(f"llama={make_stub('vllm')[1]}")
+    with pytest.raises(ConfigError, match="offers no model"):
+        load(f"vllm={make_stub('llama')[1]}")
+
+
+def test_nobody_there_is_told(load: Load) -> None:
+    with pytest.raises(EngineUnavailableError, match="No engine answers at"):
+        load("vllm=http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    "said", ["", "vllm", "vllm=", "ollama=http://127.0.0.1:1", "vllm=ftp://a", "vllm=http://a:b"]
+)
+def test_what_names_no_engine_is_refused(said: str, load: Load) -> None:
+    with pytest.raises(ConfigError):
+        load(said or "=")
+
+
+def test_each_key_needs_a_slot_of_llama_server(make_stub: MakeStub, load: Load) -> None:
+    _, url = make_stub("llama", slots=2)
+    model = load(f"llama={url}")
+    for namespace in ("alice", "bob"):
+        model.session(namespace=namespace).respond("hello", params=SHORT)
+    with pytest.raises(ConfigError, match="--parallel"):
+        model.session(namespace="carol").respond("hello", params=SHORT)
+
+
+def test_what_llama_server_means_otherwise_is_refused(make_stub: MakeStub, load: Load) -> None:
+    model = load(f"llama={make_stub('llama')[1]}")
+    with pytest.raises(InvalidParameterError, match="presence_penalty"):
+        model.session().respond("hello", params=SamplingParams(presence_penalty=1.0))
+
+
+def test_kv_that_is_elsewhere_is_not_pinned_here(make_stub: MakeStub, load: Load) -> None:
+    model = load(f"vllm={make_stub()[1]}")
+    with pytest.raises(StoreError, match="engine elsewhere"):
+        model.warm("text", name="text")
+    with pytest.raises(StoreError, match="engine elsewhere"):
+        model.publish("text")
+    with pytest.raises(StoreError, match="engine elsewhere"):
+        model.session("text").pin()
+
+
+def test_what_a_generator_was_fed_is_told_with_its_last_token(
+    kind: str, make_stub: MakeStub, load: Load
+) -> None:
+    """Nobody may take for reused what only was not counted yet."""
+    model = load(f"{kind}={make_stub(kind)[1]}")
+    generator = Generator(model.engine, SHORT)
+    generator.append_tokens(model.tokenizer.encode("once upon a time"))
+    while generator.generate_next_token() is not None and not generator.is_done():
+        pass
+    assert generator.sequence.fed_tokens == model.engine.computed_tokens == 16
+
+
+def test_a_rewound_conversation_is_proven_elsewhere_too(
+    kind: str, make_stub: MakeStub, load: Load
+) -> None:
+    result = run_rewind_test(load(f"{kind}={make_stub(kind, slots=4)[1]}"))
+    assert result.rewind_differs_at is None
+    assert result.fresh_differs_at is None
+    assert result.again_computed_tokens > 0
+
+
+def test_what_cannot_be_measured_elsewhere_is_refused(make_stub: MakeStub, load: Load) -> None:
+    config = BenchConfig(input_tokens=64, output_tokens=8, iterations=2, growth_turns=1)
+    with pytest.raises(ConfigError, match="--engine"):
+        check_room(load(f"vllm={make_stub()[1]}"), config)
+
+
+def test_end_tokens_that_are_ignored_end_nothing(make_stub: MakeStub, load: Load) -> None:
+    model = load(f"vllm={make_stub()[1]}")
+    end = min(model.engine.eos_token_ids)
+    generator = Generator(
+        model.engine, SamplingParams(max_tokens=5, ignore_eos=True, logit_bias={end: 100.0})
+    )
+    generator.append_tokens([97])
+    assert [generator.generate_next_token() for _ in range(5)] == [end] * 5
+    assert generator.finish_reason == "length"
