@@ -134,9 +134,8 @@ def _verdict(compared: FileReport | None, report: VerifyReport) -> str:
     """Return the last line: the verdict on both parts, then that of each."""
     whole = {True: "PASS", False: "FAIL", None: "NOT COMPARED"}[_passed(compared, report)]
     model = "left out" if compared is None else compared.outcome
-    return (
-        f"{whole}  (model against its file: {model}; reuse: {'PASS' if report.passed else 'FAIL'})"
-    )
+    reuse = "PASS" if report.passed else "FAIL"
+    return f"{whole}  (model against its file: {model}; reuse: {reuse})"
 
 
 def _write_verdict(
