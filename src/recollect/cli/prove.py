@@ -244,8 +244,7 @@ def rewind_test(
         f"({result.rewind_computed_tokens} computed), asked again "
         f"({result.again_computed_tokens} computed), {len(result.answer)} tokens of answer"
     )
-    for line in differences(result):
-        typer.echo(line)
+    typer.echo("".join(f"{line}\n" for line in differences(result)), nl=False)
     if result.rewind_differs_at is None and (
         result.fresh_differs_at is None or loading.profile != "exact"
     ):
