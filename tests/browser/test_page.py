@@ -88,6 +88,7 @@ def test_asking_forking_and_editing_grow_a_tree(server: Any, windows: Callable[.
     page.get_by_label("Edit the question").first.click()
     page.get_by_label("The question, edited").fill("Name a desert.")
     page.get_by_role("button", name="Ask on a new branch").click()
+    page.locator(".card.user", has_text="Name a desert.").wait_for()
     settled(page)
     found = tree_of(server.url, page)
     assert sum(node["parent_id"] is None for node in found["nodes"]) == 2
@@ -98,6 +99,7 @@ def test_asking_forking_and_editing_grow_a_tree(server: Any, windows: Callable[.
     if cut.count():
         before = page.locator(".message.assistant .markdown").last.inner_text()
         cut.click()
+        page.locator(".growing").first.wait_for()
         settled(page)
         longer = page.locator(".message.assistant .markdown").last.inner_text()
         assert len(longer) > len(before)
@@ -232,7 +234,7 @@ def test_hostile_text_does_nothing(server: Any, windows: Callable[..., Any]) -> 
     made = api(server.url, "/v1/conversations", {"items": [*said, said[1], call, result]})["id"]
     api(server.url, f"/v1/conversations/{made}", {"metadata": {"title": HOSTILE}})
     page = windows(f"{server.url}#{made}")
-    page.locator(".card").nth(5).wait_for()
+    page.locator(".card").nth(2).wait_for()
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     for one in page.locator(".message a").all():

@@ -212,6 +212,15 @@ ALL_OPTIONS = set().union(*(options(find([name])[0]) for name in SUBCOMMANDS)) |
 FOREIGN_OPTIONS = {
     "docs/clients.md": {"--map-tokens"},  # Aider's
     "docs/platforms.md": {"--platform", "--dry-run"},  # pip's
+    "docs/scale.md": {
+        *("--parallel", "--no-cache-prompt"),  # llama-server's
+        *(
+            "--enable-prompt-tokens-details",
+            "--enable-prefix-caching",
+            "--scheduling-policy",
+        ),  # vLLM's
+        *("--policy", "--kv-transfer-config"),  # its router's, and its tiers'
+    },
 }
 
 

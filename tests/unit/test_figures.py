@@ -142,6 +142,19 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
     ("first-byte-fast", "an agent's turn"): beyond_passes("after a restart"),
     ("first-byte-fast", "the two turns"): beyond_passes("second", "third"),
     ("first-byte-fast", "what ten tools"): lambda result: [result["tools"]["added_s"]],
+    ("scale-fast", "the front's own"): lambda result: [result["front"]["cpu_ms_per_token"]],
+    ("scale-fast", "10,000 conversations"): lambda result: [
+        100 * result["fleet"][policy]["reused_share"]
+        for policy in ("by conversation", "least loaded", "in turn")
+    ],
+    ("vllm-exact", "reuse on vLLM"): lambda result: [
+        result["verify"]["largest"],
+        result["verify"]["different_replies"],
+    ],
+    ("vllm-exact", "a second key"): lambda result: [
+        result["reused_by_key"]["bob"][0],
+        result["reused_by_key"]["alice"][1],
+    ],
     ("restart-smollm2-4000-fast", "next turn"): first_tokens("disk", "memory", "cold"),
     ("restart-smollm2-4000-fast", "the same the moment"): first_tokens("at once"),
     ("restart-smollm2-4000-fast", "20 branches"): lambda result: [

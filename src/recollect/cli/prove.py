@@ -17,6 +17,7 @@ from rich.markup import escape
 from recollect import config
 from recollect.cli.display import count, progress_bar
 from recollect.cli.options import JsonFileOption, ModelOption, ModelOptions, takes_model_options
+from recollect.cli.prove_elsewhere import prove_elsewhere
 from recollect.conversation.model import Model
 from recollect.errors import ConfigError
 from recollect.models.catalog import DEFAULT_MODEL
@@ -34,7 +35,6 @@ from recollect.proof.bench import (
     summarize_growth,
     summarize_iterations,
 )
-from recollect.proof.elsewhere import ElsewhereReport, verify_elsewhere
 from recollect.proof.scenarios import (
     GradedReply,
     RewindResult,
@@ -71,8 +71,7 @@ def verify(
     long: Annotated[
         bool,
         typer.Option(
-            "--long",
-            help="Check windows and the end of the context even if that takes long.",
+            "--long", help="Check windows and the end of the context even if that takes long."
         ),
     ] = False,
     against_file: Annotated[
@@ -98,8 +97,7 @@ def verify(
         output.require_writable(json_file)
     with loading.load(model) as loaded:
         if loading.engine is not None:
-            _verify_elsewhere(loaded, operations, seed, json_file)
-            return
+            prove_elsewhere(loaded, operations, seed, json_file)
         compared = compare(loaded) if against_file else None
         for line in [] if compared is None else file_lines(loaded.name, loaded.profile, compared):
             typer.echo(line)
@@ -119,46 +117,10 @@ def verify(
             with suppress(ConfigError):  # why the rest was cut off matters more
                 _write_verdict(json_file, loaded, compared, None)
             raise
-        for line in [*_lines(report), _verdict(compared, report)]:
-            typer.echo(line)
+        typer.echo("\n".join([*_lines(report), _verdict(compared, report)]))
         _write_verdict(json_file, loaded, compared, report)
     if _passed(compared, report) is False:
         raise typer.Exit(1)
-
-
-def _verify_elsewhere(model: Model, operations: int, seed: int, json_file: Path | None) -> None:
-    """Check the reuse of an engine elsewhere, print what was found, and exit with 1 where it fails."""
-    with progress_bar("Checking reuse") as progress:
-        report = verify_elsewhere(
-            model,
-            operations=operations,
-            seed=seed,
-            progress=lambda done, worst: progress(
-                f"largest difference {worst:.1e}", done, operations
-            ),
-        )
-    for line in elsewhere_lines(report):
-        typer.echo(line)
-    if json_file is not None:
-        with output.written_to(json_file):
-            json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    if not report.passed:
-        raise typer.Exit(1)
-
-
-def elsewhere_lines(report: ElsewhereReport) -> list[str]:
-    """Return what a person reads of an engine's reuse, its verdict last."""
-    left = f"  left out            {count(report.left_out, 'operation')} (likelihoods not told)"
-    return [
-        f"{report.model} · {report.engine} · {count(report.operations, 'operation')} · seed {report.seed}",
-        f"  prompts             {report.reused_tokens:,} tokens reused, {report.computed_tokens:,} computed",
-        f"  other replies       {report.different_replies}",
-        f"  largest difference  {report.largest:.1e}  (log probabilities of the 20 likeliest tokens)",
-        f"  noise control       {report.noise:.1e}  (computed anew twice)",
-        f"  limit               {report.limit:.1e}",
-        *([left] if report.left_out else []),
-        f"Reuse: {'PASS' if report.passed else 'FAIL'}",
-    ]
 
 
 def _passed(compared: FileReport | None, report: VerifyReport | None) -> bool | None:
@@ -172,11 +134,8 @@ def _verdict(compared: FileReport | None, report: VerifyReport) -> str:
     """Return the last line: the verdict on both parts, then that of each."""
     whole = {True: "PASS", False: "FAIL", None: "NOT COMPARED"}[_passed(compared, report)]
     model = "left out" if compared is None else compared.outcome
-    return f"{whole}  (model against its file: {model}; reuse: {_word(report)})"
-
-
-def _word(report: VerifyReport) -> str:
-    return "PASS" if report.passed else "FAIL"
+    reuse = "PASS" if report.passed else "FAIL"
+    return f"{whole}  (model against its file: {model}; reuse: {reuse})"
 
 
 def _write_verdict(
@@ -263,7 +222,7 @@ def _lines(report: VerifyReport) -> list[str]:
         ),
         f"  noise control       {report.noise:.1e}  (token by token against one prefill)",
         f"  limit               {report.limit:.1e}",
-        f"Reuse: {_word(report)}",
+        f"Reuse: {'PASS' if report.passed else 'FAIL'}",
     ]
 
 
@@ -285,8 +244,7 @@ def rewind_test(
         f"({result.rewind_computed_tokens} computed), asked again "
         f"({result.again_computed_tokens} computed), {len(result.answer)} tokens of answer"
     )
-    for line in differences(result):
-        typer.echo(line)
+    typer.echo("".join(f"{line}\n" for line in differences(result)), nl=False)
     if result.rewind_differs_at is None and (
         result.fresh_differs_at is None or loading.profile != "exact"
     ):

@@ -528,7 +528,6 @@ class Session(Cursor, Explorer, AsyncSpeaker):
         reply: GeneratedReply,
         token_ids: list[int],
         asked: Asked | None,
-        *,
         is_lost: bool,
     ) -> Reply | None:
         """
@@ -544,8 +543,8 @@ class Session(Cursor, Explorer, AsyncSpeaker):
         if not reply.text and not is_whole:
             self._tip = turn.before
             if is_lost and asked is not None and turn.said is not None:
-                said, tip = NewNode(role="user", content=turn.said), self.name
-                self._tip = self.conversation.add(turn.at, [said], tip=tip, asked=asked)
+                said = [NewNode(role="user", content=turn.said)]
+                self._tip = self.conversation.add(turn.at, said, tip=self.name, asked=asked)
             else:
                 self.conversation.take_back(asked)
             return None
@@ -654,9 +653,9 @@ class ReplyStream(ReplyGeneration):
         try:
             self.finish()
             self.release()
-            said = self._whole(), self.token_ids
+            said = self._whole(), self.token_ids, self._asked
             is_lost = isinstance(self._task.error, EngineUnavailableError)
-            self.reply = self._session._finish(self._turn, *said, self._asked, is_lost=is_lost)
+            self.reply = self._session._finish(self._turn, *said, is_lost)
         finally:
             self._told.end(self.reply, None if self.reply is None else self.reply.node)
             self._free()

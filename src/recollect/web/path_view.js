@@ -127,7 +127,8 @@ export function PathView() {
   // One sees the end of the path, and what is generated, unless one has scrolled away from it.
   useEffect(() => {
     const element = scroller.current;
-    if (element) element.scrollTop = element.scrollHeight;
+    // After the messages have become elements, which they do once they are there.
+    requestAnimationFrame(() => element && (element.scrollTop = element.scrollHeight));
   }, [id, growing.length]);
   useEffect(() => {
     const element = scroller.current;

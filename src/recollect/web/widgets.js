@@ -77,7 +77,8 @@ export function size(bytes) {
 
 /** @param {GoingOn} going */
 export function goingText(going) {
-  const time = going.seconds === null ? "" : `, about ${duration(going.seconds)}`;
+  const about = going.seconds !== null && going.seconds >= 0.01 ? "about " : "";
+  const time = going.seconds === null ? "" : `, ${about}${duration(going.seconds)}`;
   return `${counted(going.to_compute, "token")} to compute${time}`;
 }
 

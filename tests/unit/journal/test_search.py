@@ -136,6 +136,7 @@ def test_a_search_has_bounds() -> None:
         Query.parse(" ".join(map(str, range(MOST_WORDS + 1))))
 
 
+@pytest.mark.slow
 def test_folding_keeps_each_character_and_agrees_with_the_index() -> None:
     """A letter that the index folds otherwise would hide messages from a search."""
     every = [chr(code) for code in range(1, 0x110000) if not 0xD800 <= code < 0xE000]
