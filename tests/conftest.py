@@ -154,6 +154,7 @@ class FaultyRuntime(ReferenceRuntime):
         context_length: int,
         block_size: int,
         whole_blocks_only: bool,
+        whole_tails: bool = False,
         pace: Pace = Pace(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(
@@ -161,6 +162,7 @@ class FaultyRuntime(ReferenceRuntime):
             context_length=context_length,
             block_size=block_size,
             whole_blocks_only=whole_blocks_only,
+            whole_tails=whole_tails,
             pace=pace,
         )
         self._faults = faults
@@ -428,6 +430,7 @@ def make_model(faults: Faults, pace: Pace, tmp_path: Path) -> Iterator[Callable[
         num_blocks: int = 512,
         block_size: int = 8,
         whole_blocks_only: bool = False,
+        whole_tails: bool = False,
         store: DiskStore | None = None,
         sampling: Mapping[str, float] | None = None,
         vocab_size: int = ByteTokenizer().vocab_size,
@@ -441,6 +444,7 @@ def make_model(faults: Faults, pace: Pace, tmp_path: Path) -> Iterator[Callable[
             context_length=context_length,
             block_size=block_size,
             whole_blocks_only=whole_blocks_only,
+            whole_tails=whole_tails,
             pace=pace,
         )
         kv_memory = num_blocks * runtime.info.bytes_per_block

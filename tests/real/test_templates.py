@@ -10,7 +10,7 @@ from recollect.conversation.model import Model
 from recollect.errors import TemplateError
 from recollect.text.reasoning import Begun
 from recollect.text.template import ChatTemplate
-from recollect.types import Message, SamplingParams
+from recollect.types import Message, SamplingParams, common_prefix_length
 
 NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 SAID: Final[list[Message]] = [
@@ -240,6 +240,73 @@ def test_reasoning_that_a_template_keeps_is_read_once(
         if thinks and max(lost) <= 0:
             kept.add(name)
     assert kept == KEEPS
+
+
+FEW: Final = {
+    "Qwen-Qwen3-0.6B", "Qwen3.5-4B", "deepseek-ai-DeepSeek-V3.1", "deepseek-ai-DeepSeek-V3.2",
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",
+    "Qwen-QwQ-32B", "Reka-Edge", "NVIDIA-Nemotron-Nano-v2", "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+    "google-gemma-4-31B-it", "Apriel-1.6-15b-Thinker-fixed", "upstage-Solar-Open-100B",
+    "openai-gpt-oss-120b", "GLM-4.6", "GLM-4.7-Flash", "MiniMax-M2", "LFM2.5-8B-A1B",
+}  # fmt: skip
+"""Some that drop reasoning from history."""
+
+
+@pytest.mark.parametrize("cuts", [True, False])
+def test_only_what_is_shown_otherwise_is_read_again_of_reasoning_that_is_dropped(
+    sources: dict[str, str], make_model: Callable[..., Model], says: Says, cuts: bool
+) -> None:
+    """
+    What is reused ends where the prompt leaves what was read, and no token before.
+
+    Where KV cannot be cut too, as with a recurrent state: it is kept there.
+    """
+    dropped = set[str]()
+    for name, source in sources.items():
+        options = {"enable_thinking": True, "thinking": True}
+        marks = ChatTemplate(source, eos_token="</s>").reasoning
+        if marks is None:
+            continue
+        how = {} if cuts else {"block_size": 256, "whole_blocks_only": True, "whole_tails": True}
+        blocks = 8_000 if cuts else 250
+        model = make_model(template=source, context_length=60_000, num_blocks=blocks, **how)
+        messages: list[Message] = [{"role": "user", "content": "One"}]
+        read, asked = list[int](), 0
+        try:
+            for number in range(4):
+                session = model.session_from(messages, template_options=options)
+                prompt = model.prompts.with_options(options).encode(session.path())
+                begun = Begun.of(marks, prompt.ending)
+                opening = "" if begun.is_inside else f"{marks.open}\n"
+                thought = f"{opening}Hmm: {number}.\n{marks.close}{marks.lead or marks.space}"
+                text = ("" if begun.is_closed else thought) + f"Well, {number}."
+                reply = session.respond(None, params=says(text))
+                same = common_prefix_length(read, prompt.token_ids)
+                is_rewritten = same < len(read)
+                if is_rewritten:
+                    dropped.add(name)
+                reason = "template_rewrote" if is_rewritten else "new"
+                # Where KV cannot be cut, the first letters of a mark that a reply began with are not
+                # found alone, though what is shown instead begins with them too.
+                if is_rewritten and not cuts:
+                    same = max(min(same, asked), same // 256 * 256)
+                assert (name, reply.usage.reused_tokens) == (name, same)
+                assert (name, reply.usage.reason) == (name, reason)
+                asked = len(prompt.token_ids)
+                assert reply.node.token_ids is not None
+                read = [
+                    *prompt.token_ids,
+                    *reply.node.token_ids,
+                ]  # the pass that ended it fed the last
+                messages += [
+                    {"role": "assistant", "content": reply.content},
+                    {"role": "user", "content": f"And {number}?"},
+                ]
+        except TemplateError:
+            continue  # it refuses what others take
+        finally:
+            model.close()
+    assert dropped >= FEW, FEW - dropped
 
 
 @pytest.mark.parametrize(

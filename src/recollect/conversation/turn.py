@@ -20,6 +20,7 @@ from recollect.conversation.tools import Tools
 from recollect.conversation.tree import (
     Node,
     Overflow,
+    Tree,
     Window,
     links_of,
     message_key,
@@ -45,7 +46,14 @@ from recollect.text.template import ChatTemplate
 from recollect.text.tokenizer import Tokenizer
 from recollect.text.tool_calls import CallRules
 from recollect.text.tool_formats import HERMES, ToolFormat
-from recollect.types import Reason, SamplingParams, ToolLinks, Usage
+from recollect.types import (
+    Reason,
+    Role,
+    SamplingParams,
+    ToolLinks,
+    Usage,
+    common_prefix_length,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,7 +304,11 @@ class Prompting:
         """
         model, form = self._model, self._model.template.tool_format
         rules = tools.rules(params.grammar, form) if tools.schemas else None
+        branch_point = 0
+        if self._engine.info.reuse.whole_tails and asked.begun is None:
+            branch_point = self._branch_point(asked, said, tools)
         sequence = self.sequence(asked.prompt.token_ids, asked.at, said)
+        sequence.branch_point = branch_point
         begun = asked.reasoning(model.template.reasoning)
         if rules is not None and tools.choice != "none":
             begun = begun.with_calls(form, model.tokenizer)
@@ -306,6 +318,23 @@ class Prompting:
         )
         expected = Expectation(asked.prompt, self._engine.info.reuse.unit, *differs)
         return Prepared(Turn(asked, said, before, tools, expected, form), generator, rules, begun)
+
+    def _branch_point(self, asked: Asking, said: str | None, tools: Tools) -> int:
+        """
+        Return up to which length the next question's prompt has the ids of this one.
+
+        Fewer than all where the template opens reasoning that it does not show later.
+        """
+        tree = Tree()
+        texts: list[tuple[Role, str]] = [] if said is None else [("user", said)]
+        later = [tree.add(tree.root, role, text) for role, text in (*texts, ("assistant", "A"))]
+        path = [*self._window.shown(asked.at.path()), *later]
+        ids = asked.prompt.token_ids
+        try:
+            then = self._encoder.encode(path, "Q", tools.schemas).token_ids
+        except TemplateError:
+            return len(ids)
+        return common_prefix_length(ids, then)
 
     def asking(
         self, at: Node, said: str | None, begun: Node | None, tools: Tools, overflow: Overflow

@@ -138,6 +138,11 @@ class Sequence:
         """The logits after the last token, `(vocab_size,)`, not to be changed; None: unknown."""
         self.session = ""
         """Which conversation it is of: engines elsewhere keep those with equal ones together."""
+        self.branch_point = 0
+        """
+        A length at which the next turn is known to leave this history. Where KV cannot be cut, it is kept
+        there too, for which a pass ends there. 0: nowhere.
+        """
         self.moved = False
         """Whether another replica of an engine elsewhere has KV of it that this one lacked."""
         self._token_ids = array("q")
@@ -216,6 +221,8 @@ class Sequence:
         if length < self.computed:
             self.park(self.memory.info.reuse.longest_cut(length))
         del self._token_ids[length:]
+        if length < self.branch_point:
+            self.branch_point = 0
         self._id.rewind_to(length)
         self.logits = None
 
@@ -224,7 +231,7 @@ class Sequence:
         self._require_open()
         with self.memory.lock:
             other = type(self)(self.memory, self.namespace)
-            other.session = self.session
+            other.session, other.branch_point = self.session, self.branch_point
             other._token_ids += self._token_ids
             other._hold(self.blocks)
             other.chain += self.chain
@@ -253,13 +260,16 @@ class Sequence:
         self._finalizer()
 
     def plan(self) -> FeedPlan | None:
-        """Return what to feed for the logits to be known; None where they are."""
+        """Return what to feed for the logits to be known, or up to a branch point; None where they are."""
         self._require_open()
         if self.logits is not None:
             return None
         if not len(self):
             raise MisuseError("an empty sequence has no next token: append something first")
-        return plan_feed(len(self), self.computed, self.memory.info.reuse)
+        plan = plan_feed(len(self), self.computed, self.memory.info.reuse)
+        if self.memory.info.reuse.whole_tails and plan.start < self.branch_point < plan.end:
+            return FeedPlan(plan.start, self.branch_point)
+        return plan
 
     def is_warm(self) -> bool:
         """Return whether all of the history has KV, here or in the cache."""
@@ -382,8 +392,9 @@ class Sequence:
             pool.release([self.blocks[index]])
             self.blocks[index] = cached.block
             self.chain.append(cached)
-        if logits is not None and fed.end - fed.start > 1:
-            self.leave_tail()  # others may send the same prompt
+        is_prompt = logits is not None and fed.end - fed.start > 1
+        if is_prompt or fed.end == self.branch_point:
+            self.leave_tail()  # others may send the same prompt, or the next turn may begin here
 
     def leave_tail(self) -> None:
         """Let others find the last block, though it is not full; who writes on copies it then."""

@@ -41,6 +41,7 @@ def exact(model: Model, session: Session, node: Node, *, on_disk: bool = False) 
     return model.engine.warm_tokens(ids, session.namespace, on_disk=on_disk), len(ids)
 
 
+@pytest.mark.usefixtures("nothing_read_ahead")  # which would go on between the two
 def test_costs_are_what_the_engine_says_of_whole_prompts(make_model: Callable[..., Model]) -> None:
     model = make_model()
     session = branching(model)

@@ -126,6 +126,31 @@ def test_only_what_a_template_drops_is_read_again_and_told(
         ]
 
 
+OPENS_AND_DROPS: Final = DROPS.replace(
+    "<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif"
+)
+
+
+@pytest.mark.parametrize("template", [DROPS, OPENS_AND_DROPS])
+def test_a_next_turn_begins_before_what_is_dropped_where_kv_cannot_be_cut(
+    template: str, make_model: Callable[..., Model], answer: Answer
+) -> None:
+    """As with a recurrent state, which is kept at ends of blocks and where it is known to be needed."""
+    whole = make_model(template=template)
+    model = make_model(
+        template=template, block_size=256, whole_blocks_only=True, whole_tails=True, num_blocks=64
+    )
+    opening = "" if template is OPENS_AND_DROPS else "<think>\n"
+    text = f"{opening}Hmm: 1? Or 2, or 3, or 4, or 5?\n</think>\n\nIt is 1."
+    messages = [user("One?")]
+    for number in range(4):
+        reply, cut = (answer(one, messages, text) for one in (model, whole))
+        assert reply.usage.reused_tokens == cut.usage.reused_tokens
+        if number:
+            assert reply.usage.reason == cut.usage.reason == "template_rewrote"
+        messages += [{"role": "assistant", "content": reply.content}, user("Two?")]
+
+
 def test_a_client_that_changes_reasoning_is_read_as_it_says(
     make_model: Callable[..., Model], says: Says, answer: Answer
 ) -> None:

@@ -342,6 +342,45 @@ def test_a_call_that_a_model_makes_while_it_thinks_is_called(
     assert json.loads(told["function"]["arguments"]) == {"city": "Rome"}
 
 
+@pytest.mark.usefixtures("nothing_read_ahead")
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("Qwen-Qwen3-0.6B", "<think>\nLook.\n"), ("GLM-4.6", "")],  # a line feed comes first there
+)
+def test_reasoning_that_a_call_ended_is_closed_in_the_next_turn_which_reads_the_call_again(
+    name: str,
+    shown: str,
+    scripted: Callable[..., tuple[httpx.Client, Script]],
+    tokenizer: Tokenizer,
+) -> None:
+    """All before what the template puts there is reused, and the turn after that reads nothing again."""
+    call = FORMATS[FAMILIES[name]].text_of([("weather", '{"city": "Rome"}')])
+    think, _ = THINKERS[name]
+    said = [f"<think>\nLook.\n{call}", think.format("So.") + call, think.format("So.") + "Sunny."]
+    client, script = scripted(name, iter(said))
+    tool = {"name": "weather", "description": "It", "parameters": TOOL["schema"]}
+    messages: list[Any] = [{"role": "user", "content": "?"}]
+    told = list[tuple[int, int, str]]()
+    for _ in said:
+        asked = {
+            "model": "reference", "messages": messages, "max_tokens": 300,
+            "tools": [{"type": "function", "function": tool}],
+        }  # fmt: skip
+        answer = client.post("/v1/chat/completions", json=asked).json()
+        message, usage = answer["choices"][0]["message"], answer["usage"]
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        told.append((usage["prompt_tokens"], cached, usage["recollect"]["reason"]))
+        messages.append(message)
+        messages += [
+            {"role": "tool", "tool_call_id": one["id"], "content": "Sunny."}
+            for one in message.get("tool_calls", ())
+        ]
+    first, second, third = told
+    assert first[1:] == (0, "new")
+    assert second[1:] == (first[0] + len(tokenizer.encode(shown)), "template_rewrote")
+    assert third[1:] == (second[0] + script.lengths[1], "new")
+
+
 @pytest.mark.parametrize("most", [0, 1])
 def test_a_model_of_harmony_calls_a_tool_on_the_smallest_budget(
     most: int, scripted: Callable[..., tuple[httpx.Client, Script]], tokenizer: Tokenizer
