@@ -178,7 +178,7 @@ export function forgetConversation(id) {
   state.conversations.value = state.conversations.value.filter((one) => one.id !== id);
   if (state.current.value !== id) return;
   close();
-  state.tell("The conversation has been deleted.", "info");
+  state.tell("This conversation is no longer there.", "info");
 }
 
 /** Show no conversation. */
@@ -336,9 +336,21 @@ async function goOn(id, name, parent, input, { question = null, continues = fals
 /**
  * Ask where one stands: on the branch that ends there, or on a new one.
  *
- * @param {string} text
+ * @param {string} text Stays in the field where the server did not take it.
  */
 export async function ask(text) {
+  state.draft.value = "";
+  try {
+    await askHere(text);
+  } catch (error) {
+    const isKept = [...state.tree.value.nodes.values()].at(-1)?.text === text;
+    if (!isKept && !state.draft.value) state.draft.value = text;
+    throw error;
+  }
+}
+
+/** @param {string} text */
+async function askHere(text) {
   if (state.current.value === null) await begin();
   const parent = state.selected.value;
   let name = state.goingBranch.value;
@@ -350,8 +362,16 @@ export async function ask(text) {
     id = await forkAt({ at: parent }, name);
     state.branch.value = name;
   }
-  if (isFirst && !titleIsSet()) void attempt(() => rename(text.slice(0, TITLE_CHARACTERS)));
+  if (isFirst && !titleIsSet()) void attempt(() => rename(titleFor(text)));
   await goOn(id, name, parent, text, { question: text });
+}
+
+/** @param {string} text @returns {string} Its first words. */
+function titleFor(text) {
+  const line = text.trim().replace(/\s+/g, " ");
+  if (line.length <= TITLE_CHARACTERS) return line;
+  const cut = line.slice(0, TITLE_CHARACTERS);
+  return `${cut.slice(0, cut.lastIndexOf(" ") > 0 ? cut.lastIndexOf(" ") : undefined)}…`;
 }
 
 function titleIsSet() {

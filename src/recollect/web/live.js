@@ -129,6 +129,7 @@ function onEvent(event) {
 
 /** The id of the last event that came. */
 let last = "";
+let hasListened = false;
 
 /**
  * Listen while the page can be seen; a server without events is shown as it is when one asks.
@@ -148,6 +149,12 @@ export function live() {
   }, (isOpen) => {
     state.isLive.value = isOpen;
     if (!isOpen) forget();
+    else if (hasListened && !last) {
+      // No event has come yet, behind which it could go on.
+      soon("list", readConversations);
+      readOpen();
+    }
+    hasListened ||= isOpen;
   }, control.signal).catch(() => {
     state.isLive.value = null;
   });

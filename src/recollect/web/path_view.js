@@ -94,7 +94,6 @@ function Composer() {
     event.preventDefault();
     const said = text.trim();
     if (!said || isBusy) return;
-    state.draft.value = "";
     void actions.attempt(() => actions.ask(said));
   };
   return html`<form class="composer" onSubmit=${submit}>
