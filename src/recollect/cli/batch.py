@@ -8,7 +8,7 @@ import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -169,7 +169,8 @@ def _say_why_cut(reply: Reply | None) -> None:
 
 
 def _remark(text: str) -> None:
-    print(fitted(f"recollect: {text}", sys.stderr), file=sys.stderr)
+    with suppress(OSError):  # the reply was written, and the status is that of the reply
+        print(fitted(f"recollect: {text}", sys.stderr), file=sys.stderr, flush=True)
 
 
 def _answer_as_json(session: Session, prompt: str, out: TextIO) -> None:
