@@ -18,6 +18,7 @@ from recollect.conversation.tree import Node
 from recollect.conversation.turn import Reply
 from recollect.types import SamplingParams
 
+REPLIES: Final = SamplingParams(max_tokens=24, ignore_eos=True)
 _SENTENCE: Final = (
     "the river bends behind an old mill where two children count boats and argue about which "
     "of them is fastest while their uncle repairs a lantern and hums a song nobody else knows"
@@ -34,6 +35,8 @@ class TraceResult:
     """Of all requests: what is computed where nothing is reused."""
     reused_tokens: int
     """Of those, there when the request came; also what was read ahead, while nobody waited."""
+    read_ahead_tokens: int
+    """Of those, read ahead."""
     computed_tokens: int
     """Of the prompts, while a request waited for them, counted at the forward pass."""
     recomputed_tokens: int
@@ -99,7 +102,9 @@ class Trace:
     run: Callable[[Model, random.Random, SamplingParams], Iterator[list[Reply]]]
 
 
-def run_trace(model: Model, trace: Trace, *, seed: int = 0, reply_tokens: int = 24) -> TraceResult:
+def run_trace(
+    model: Model, trace: Trace, *, seed: int = 0, params: SamplingParams = REPLIES
+) -> TraceResult:
     """
     Run a trace and count.
 
@@ -107,10 +112,9 @@ def run_trace(model: Model, trace: Trace, *, seed: int = 0, reply_tokens: int = 
         model: Nothing else runs on it meanwhile.
         trace: What to run.
         seed: The same seed gives the same texts.
-        reply_tokens: The length of each reply.
+        params: Of all replies.
     """
     dice = random.Random(f"{trace.name} {seed}")  # noqa: S311 - not for secrets
-    params = SamplingParams(max_tokens=reply_tokens, ignore_eos=True)
     audit, fed_before, begun = _Audit(), model.engine.computed_tokens, perf_counter()
     for replies in trace.run(model, dice, params):
         audit.add(model, replies)
@@ -121,6 +125,7 @@ def run_trace(model: Model, trace: Trace, *, seed: int = 0, reply_tokens: int = 
         requests=len(usages),
         prompt_tokens=sum(usage.prompt_tokens for usage in usages),
         reused_tokens=sum(usage.reused_tokens + usage.read_ahead_tokens for usage in usages),
+        read_ahead_tokens=sum(usage.read_ahead_tokens for usage in usages),
         computed_tokens=sum(usage.awaited_tokens for usage in usages),
         recomputed_tokens=audit.recomputed_tokens,
         generated_tokens=sum(usage.generated_tokens for usage in usages),
@@ -206,7 +211,7 @@ TRACES: Final = (
 
 def _at_once(sessions: Sequence[Session], texts: Sequence[str]) -> list[Reply]:
     with ThreadPoolExecutor(len(sessions)) as threads:
-        return list(threads.map(Session.respond, sessions, texts))
+        return list(threads.map(lambda session, text: session.respond(text), sessions, texts))
 
 
 def _edited(dice: random.Random, node: Node) -> str:

@@ -3,7 +3,8 @@ Make the pictures of the page: a real server with smollm2, in the system's Chrom
 
     python docs/page_pictures.py [FOLDER]
 
-What is said is generated; only the questions are written here. Needs `playwright` and Chromium.
+What is said is generated; only the questions are written here. Each picture has 256 colours, which keeps
+it small. Needs `playwright`, Chromium and Pillow, which matplotlib brings.
 """
 
 import os
@@ -15,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from recollect import config
@@ -69,6 +71,16 @@ def converse(page: Any) -> None:
     page.get_by_role("button", name="Keep this").nth(2).wait_for()
 
 
+def take(page: Any, path: Path) -> None:
+    """Take a picture of what is seen."""
+    page.screenshot(path=path)
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(
+            256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+        )
+    small.save(path, optimize=True)
+
+
 def main() -> None:
     """Make all pictures."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else PICTURES
@@ -84,7 +96,7 @@ def main() -> None:
             page.goto(url)
             converse(page)
             page.wait_for_timeout(800)
-            page.screenshot(path=folder / "page-explore-light.png")
+            take(page, folder / "page-explore-light.png")
             page.get_by_label("Close").click()
             address = page.url
             for width, theme in SIZES:
@@ -98,7 +110,7 @@ def main() -> None:
                 if width == SIZES[0][0]:  # in others not all cards are in sight
                     page.locator(".card.assistant").nth(2).click()
                 page.wait_for_timeout(4500)
-                page.screenshot(path=folder / f"page-{width}-{theme}.png")
+                take(page, folder / f"page-{width}-{theme}.png")
         finally:
             browser.close()
             process.terminate()

@@ -1,7 +1,7 @@
 """
 Best of n on a coding question: n programs are written in one batch, tests run them, and the best is kept.
 
-    python examples/best_of_n.py [--model qwen2.5-coder-1.5b] [--n 6]
+    python examples/best_of_n.py [--model qwen2.5-coder-1.5b] [--n 4]
 
 What a model writes is run here, in a process of its own with limits of time and memory and without this
 program's variables, but with your rights: have the example run where a wrong program can do no harm.
@@ -73,7 +73,7 @@ def main() -> None:
     """Ask n times, keep the best, and say what sharing has saved."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0].strip())
     parser.add_argument("--model", default="qwen2.5-coder-1.5b", help="what recollect loads")
-    parser.add_argument("--n", type=int, default=6)
+    parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=220)
     chosen = parser.parse_args()
     params = SamplingParams(max_tokens=chosen.max_tokens, temperature=0.8, seed=1)
@@ -83,10 +83,12 @@ def main() -> None:
 
     with recollect.load(chosen.model) as model:
         session = model.session("You are a careful Python programmer.", params=params)
-        found = session.explore([QUESTION] * chosen.n, score=score).read()
+        print(f"{chosen.n} programs are being written ...", flush=True)
+        found = session.explore([QUESTION] * chosen.n, score=score)
+        for branch in found:  # as they end
+            passes = f"{branch.score or 0:.0f} of {len(TESTS)} tests"
+            print(f"program {branch.index + 1}: {passes}", flush=True)
         usage, best = found.usage, found.best
-    for branch in found.branches:
-        print(f"program {branch.index + 1}: {branch.score or 0:.0f} of {len(TESTS)} tests")
     print(f"\nThe best one:\n{code_of(best.text).strip()}\n")
     saved = usage.prompt_tokens - usage.computed_tokens
     print(

@@ -46,8 +46,10 @@ STEPS = (
     ),
     Step("How many days does the journey take? Say one number.", is_number),
     Step(
-        "What do I hold over my head when it rains, or wear?",
-        lambda said: bool(re.search(r"umbrella|coat|jacket|poncho|hat|hood", said.lower())),
+        "What do I take with me against the rain?",
+        lambda said: bool(
+            re.search(r"\b(umbrella|(rain)?coat|jacket|poncho|hat|hood)\b", said.lower())
+        ),
     ),
 )
 

@@ -6,13 +6,14 @@ Chromium of the system, or the one that the variable CHROMIUM names.
 """
 
 import fcntl
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
@@ -26,10 +27,7 @@ from recollect.models.prepare import models_folder, prepare
 
 HERE: Final = Path(__file__).parent
 PACKAGES: Final = HERE / "packages"
-SETTINGS: Final = (
-    "if (!localStorage.getItem('recollect-settings'))"
-    "localStorage.setItem('recollect-settings', JSON.stringify({max_output_tokens: '24', temperature: '0'}))"
-)
+SETTINGS: Final = {"max_output_tokens": "24", "temperature": "0"}
 """Short replies, which are the same each time."""
 
 
@@ -88,8 +86,9 @@ class Server:
         self.port = 0
         self.start()
 
-    def start(self) -> None:
-        """Start it, on the port that it had."""
+    def start(self, *arguments: str) -> None:
+        """Start it, on the port that it had; with other arguments, where there are any."""
+        self._arguments = arguments or self._arguments
         environment = {**os.environ, "RECOLLECT_HOME": str(self._home), "PYTHONUTF8": "1"}
         command = [sys.executable, "-m", "recollect", "serve", "--port", str(self.port)]
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and package
@@ -106,8 +105,15 @@ class Server:
 
     def stop(self) -> None:
         """Stop it as a service manager does."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it in the middle of whatever it does."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, how: signal.Signals) -> None:
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+            self._process.send_signal(how)
             self._process.communicate(timeout=60)
 
 
@@ -138,30 +144,37 @@ def windows(browser: Any) -> Iterator[Callable[..., Any]]:
     """
     Return what opens a window of a person of its own, at a page.
 
-    Whatever the page complains of fails the test: errors, refused scripts, files that are not there.
+    With its settings, and a script that changes the browser before the page is there. Whatever the page
+    complains of fails the test: errors, refused scripts, files that are not there.
     """
     complaints: list[str] = []
     with ExitStack() as stack:
 
-        def begin(url: str, **how: Any) -> Any:
+        def begin(
+            url: str, *, settings: Mapping[str, str] = SETTINGS, script: str = "", **how: Any
+        ) -> Any:
             how = {"viewport": {"width": 1360, "height": 860}, "reduced_motion": "reduce", **how}
             context = browser.new_context(**how)
             stack.callback(context.close)
-            context.add_init_script(SETTINGS)
+            name, text = "recollect-settings", json.dumps(json.dumps(settings))
+            context.add_init_script(
+                f"if (!localStorage.getItem('{name}')) localStorage.setItem('{name}', {text});{script}"
+            )
             context.set_default_timeout(90_000)
             page = context.new_page()
             page.on("pageerror", lambda error: complaints.append(str(error)))
             page.on(
                 "console",
-                lambda told: complaints.append(told.text) if told.type == "error" else None,
+                lambda told: (
+                    complaints.append(f"{told.text} {told.location['url']}")
+                    if told.type == "error"
+                    else None
+                ),
             )
             page.goto(url)
             return page
 
         yield begin
-    expected = (
-        "401",
-        "ERR_",
-        "TrustedHTML",
-    )  # a wrong key, a server that is stopped, a test's own try
+    # A wrong key, a server that is stopped, a test's own try, a conversation that has been deleted.
+    expected = ("401", "ERR_", "TrustedHTML", "/v1/conversations/")
     assert [one for one in complaints if not any(what in one for what in expected)] == []

@@ -20,11 +20,11 @@ HOSTILE = (
 )
 
 
-def api(url: str, path: str, body: Json | None = None) -> Json:
+def api(url: str, path: str, body: Json | None = None, *, method: str | None = None) -> Json:
     """Do what another client does."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(  # noqa: S310 - this machine
-        url.rstrip("/") + path, data, {"Content-Type": "application/json"}
+        url.rstrip("/") + path, data, {"Content-Type": "application/json"}, method=method
     )
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     found: Json = json.load(direct.open(request, timeout=120))
@@ -94,15 +94,260 @@ def test_asking_forking_and_editing_grow_a_tree(server: Any, windows: Callable[.
     assert sum(node["parent_id"] is None for node in found["nodes"]) == 2
     assert len(found["tips"]) == 4
 
-    # What was cut goes on, and the longer reply is in its place.
-    cut = page.get_by_role("button", name="Continue")
-    if cut.count():
-        before = page.locator(".message.assistant .markdown").last.inner_text()
-        cut.click()
-        page.locator(".growing").first.wait_for()
-        settled(page)
-        longer = page.locator(".message.assistant .markdown").last.inner_text()
-        assert len(longer) > len(before)
+
+NUMBERS = "\n".join(str(number) for number in range(1, 61))
+"""What the model says again where it stands already: a long reply, whatever the machine."""
+
+
+def message(role: str, text: str) -> Json:
+    return {"type": "message", "role": role, "content": text}
+
+
+def counting(url: str) -> str:
+    """Return a conversation in which the next reply is long."""
+    items = [message("user", "Count to 60."), message("assistant", NUMBERS)]
+    made: str = api(url, "/v1/conversations", {"items": items})["id"]
+    return made
+
+
+def last_reply(page: Any) -> str:
+    text: str = page.locator(".message.assistant .markdown").last.inner_text()
+    return " ".join(text.split())
+
+
+def test_what_is_stopped_or_cut_is_kept_and_goes_on(
+    server: Any, windows: Callable[..., Any]
+) -> None:
+    made = counting(server.url)
+    settings = {"max_output_tokens": "400", "temperature": "0"}
+    page = windows(f"{server.url}#{made}", settings=settings)
+    page.locator(".message.assistant").wait_for()
+    page.get_by_label("Question", exact=True).fill("Count to 60.")
+    page.keyboard.press("Enter")
+    page.locator(".growing .assistant .markdown", has_text="3").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.locator(".growing").first.wait_for(state="detached")
+    assert page.locator(".message").count() == 4
+    assert "stopped" in page.locator(".cut").inner_text()
+    stopped = last_reply(page)
+    assert stopped.startswith("1 2 3")
+    assert len(stopped) < len(" ".join(NUMBERS.split()))
+    node = api(server.url, f"/v1/conversations/{made}/tree")["nodes"][-1]
+    assert node["finish_reason"] == "cancelled"
+
+    short = json.dumps({**settings, "max_output_tokens": "6"})
+    page.evaluate(f"localStorage.setItem('recollect-settings', {json.dumps(short)})")
+    page.reload()
+    page.get_by_role("button", name="Continue").click()
+    page.locator(".cut", has_text="token limit").wait_for()
+    settled(page)
+    longer = last_reply(page)
+    assert longer.startswith(stopped)
+    assert len(longer) > len(stopped)
+    page.get_by_role("button", name="Continue").click()
+    page.locator(".growing").first.wait_for()
+    settled(page)
+    assert last_reply(page).startswith(longer)
+    assert len(last_reply(page)) > len(longer)
+    assert page.locator(".message").count() == 4
+
+
+def test_a_reply_that_breaks_off_is_told_and_its_question_is_not_lost(
+    start_server: Callable[..., Any], windows: Callable[..., Any]
+) -> None:
+    fragile = start_server()
+    made = counting(fragile.url)
+    page = windows(
+        f"{fragile.url}#{made}", settings={"max_output_tokens": "400", "temperature": "0"}
+    )
+    page.locator(".message.assistant").wait_for()
+    page.get_by_label("Question", exact=True).fill("Count to 60.")
+    page.keyboard.press("Enter")
+    page.locator(".growing .assistant .markdown", has_text="3").wait_for()
+    fragile.kill()
+    page.locator(".notice.error").wait_for()
+    page.locator(".growing").first.wait_for(state="detached")
+    field = page.get_by_label("Question", exact=True)
+    kept = (
+        page.locator(".message.user").count() == 2
+    )  # the server may have kept the question already
+    assert field.input_value() == ("" if kept else "Count to 60.")
+    field.fill("Say one.")
+    page.keyboard.press("Enter")
+    page.locator(".notice.error", has_text="cannot be reached").wait_for()
+    assert field.input_value() == "Say one."
+    fragile.start()
+    page.locator(".live.on").wait_for()
+    field.press("Enter")
+    page.locator(".message.user", has_text="Say one.").wait_for()
+    fragile.kill()
+
+
+def test_an_agent_is_watched_as_it_branches(
+    start_server: Callable[..., Any], windows: Callable[..., Any]
+) -> None:
+    """It knows nothing of the page, and sends the whole chat each time."""
+    keeping = start_server("--keep-chats")
+    page = windows(keeping.url)
+    page.locator(".live.on").wait_for()
+
+    def agent(*messages: tuple[str, str]) -> str:
+        body = {"messages": [{"role": role, "content": text} for role, text in messages]}
+        reply = api(
+            keeping.url, "/v1/chat/completions", {**body, "max_tokens": 8, "temperature": 0}
+        )
+        said: str = reply["choices"][0]["message"]["content"]
+        return said
+
+    first = [("system", "You work with files."), ("user", "Which files are there?")]
+    first.append(("assistant", agent(*first)))
+    page.locator(".entry").first.click()
+    page.locator(".card").nth(2).wait_for()
+    agent(*first, ("user", "Read the first one."))
+    page.locator(".message.user", has_text="Read the first one.").wait_for()
+    page.locator(".card").nth(4).wait_for()
+    # The same beginning, another question: a branch, while one looks.
+    agent(*first, ("user", "Delete the last one."))
+    page.locator(".card.user", has_text="Delete the last one.").wait_for()
+    page.locator(".card").nth(6).wait_for()
+    assert page.locator(".entry").count() == 1
+    assert "2 branches" in page.locator(".head-title").inner_text()
+    keeping.stop()
+
+
+def test_a_conversation_that_another_window_deletes_is_closed(
+    server: Any, windows: Callable[..., Any]
+) -> None:
+    made = counting(server.url)
+    one, two = windows(f"{server.url}#{made}"), windows(f"{server.url}#{made}")
+    two.locator(".live.on").wait_for()
+    two.locator(".message.assistant").wait_for()
+    two.get_by_role("button", name="Memory").click()
+    one.get_by_label("Delete the conversation").click()
+    one.get_by_role("button", name="Delete", exact=True).click()
+    two.locator(".notice", has_text="no longer there").wait_for()
+    two.locator(".welcome").wait_for()
+    assert two.locator(".card").count() == 0
+    assert two.evaluate("location.hash") == ""
+    # Nor is one that is named by an address only, and what is open is not taken for it.
+    two.goto(f"{server.url}#{counting(server.url)}")
+    two.locator(".message.assistant").wait_for()
+    two.evaluate(f"location.hash = '{made}'")
+    two.locator(".welcome").wait_for()
+    assert two.locator(".card").count() == 0
+
+
+def test_older_conversations_stay_in_the_list(server: Any, windows: Callable[..., Any]) -> None:
+    for _ in range(51):
+        api(server.url, "/v1/conversations", {})
+    page = windows(server.url)
+    page.locator(".live.on").wait_for()
+    page.get_by_role("button", name="Older ones").click()
+    until(page, "document.querySelectorAll('.entry').length > 50")
+    before = page.locator(".entry").count()
+    made = api(server.url, "/v1/conversations", {"metadata": {"title": "The newest"}})["id"]
+    page.locator(".entry", has_text="The newest").wait_for()
+    assert page.locator(".entry").count() == before + 1
+    api(server.url, f"/v1/conversations/{made}", method="DELETE")
+    until(page, f"document.querySelectorAll('.entry').length === {before}")
+
+
+def test_a_page_from_another_machine_over_plain_http_asks_and_copies(
+    server: Any, windows: Callable[..., Any]
+) -> None:
+    """There a browser has neither random names nor a clipboard for scripts."""
+    page = windows(
+        server.url,
+        script="delete Crypto.prototype.randomUUID;"
+        "Object.defineProperty(Navigator.prototype, 'clipboard', {value: undefined});",
+    )
+    fresh(page)
+    ask(page, "Name a fish.")
+    page.locator(".message.user").hover()
+    page.locator(".message.user").get_by_label("Copy").click()
+    page.get_by_label("Question", exact=True).focus()
+    page.keyboard.press("Control+V")
+    assert page.get_by_label("Question", exact=True).input_value() == "Name a fish."
+
+
+def test_a_page_that_nobody_sees_holds_no_connection(
+    server: Any, windows: Callable[..., Any]
+) -> None:
+    """A browser has six for all its windows, so that the seventh would wait for ever."""
+    page = windows(
+        f"{server.url}#{counting(server.url)}",
+        script="window.isHidden = false;"
+        "Object.defineProperty(document, 'hidden', {get: () => window.isHidden});"
+        "window.show = (is) => { isHidden = !is; document.dispatchEvent(new Event('visibilitychange')) };",
+    )
+    page.locator(".live.on").wait_for()
+    opened: list[str] = []
+    page.on("request", lambda one: opened.append(one.url) if "events" in one.url else None)
+    ended = []
+    page.on("requestfailed", lambda one: ended.append(one.url) if "events" in one.url else None)
+    page.evaluate("show(false)")
+    page.wait_for_timeout(300)
+    assert (len(opened), len(ended)) == (0, 1)
+    conversation = page.evaluate("location.hash.slice(1)")
+    body = {"conversation": conversation, "input": "Said meanwhile", "max_output_tokens": 4}
+    api(server.url, "/v1/responses", body)
+    page.wait_for_timeout(500)
+    assert page.locator(".message.user", has_text="Said meanwhile").count() == 0
+    page.evaluate("show(true)")
+    page.locator(".message.user", has_text="Said meanwhile").wait_for()
+    assert (len(opened), len(ended)) == (1, 1)
+
+
+def test_a_reply_that_grows_is_drawn_seldom_and_the_messages_before_it_not_at_all(
+    server: Any, windows: Callable[..., Any]
+) -> None:
+    """Measured in elements that are made anew, which does not depend on the machine."""
+    page = windows(
+        f"{server.url}#{counting(server.url)}",
+        settings={"max_output_tokens": "120", "temperature": "0"},
+    )
+    page.locator(".message.assistant .markdown p").wait_for()
+    page.evaluate(
+        """() => {
+          window.drawn = {growing: 0, others: 0};
+          new MutationObserver((all) => {
+            for (const one of all)
+              if (one.target.matches?.('.markdown'))
+                window.drawn[one.target.closest('.growing') ? 'growing' : 'others'] += 1;
+          }).observe(document.querySelector('.messages'), {childList: true, subtree: true});
+        }"""
+    )
+    begun = monotonic()
+    page.get_by_label("Question", exact=True).fill("Count to 60.")
+    page.keyboard.press("Enter")
+    page.locator(".growing .assistant .markdown").wait_for()
+    settled(page)
+    took, drawn = monotonic() - begun, page.evaluate("drawn")
+    assert 3 <= drawn["growing"] <= 22 * took
+    assert drawn["others"] <= 4  # the question and the reply, once they are in the tree
+
+
+def test_what_is_opened_leaves_nothing_behind(server: Any, windows: Callable[..., Any]) -> None:
+    """Listeners and elements after a hundred conversations are those after four."""
+    lonely = api(server.url, "/v1/conversations", {"items": [message("user", "Hello")]})["id"]
+    made = [counting(server.url), lonely]  # of two messages, and of one
+    page = windows(f"{server.url}#{made[0]}")
+    page.locator(".message.assistant").wait_for()
+    tools = page.context.new_cdp_session(page)
+    tools.send("Performance.enable")
+    tools.send("HeapProfiler.enable")
+
+    def kept(openings: int) -> dict[str, float]:
+        for number in range(openings):
+            page.evaluate(f"location.hash = '{made[(number + 1) % 2]}'")
+            until(page, f"document.querySelectorAll('.message').length === {1 + number % 2}")
+        tools.send("HeapProfiler.collectGarbage")
+        found = tools.send("Performance.getMetrics")["metrics"]
+        return {one["name"]: one["value"] for one in found}
+
+    before, after = kept(4), kept(100)
+    assert after["JSEventListeners"] <= before["JSEventListeners"] + 20
+    assert after["Nodes"] <= before["Nodes"] + 200
 
 
 def test_names_checkpoints_rewind_and_files(
@@ -216,6 +461,17 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(
     assert page.evaluate("localStorage.getItem('recollect-key')") is None
     other = windows(keyed.url)
     other.get_by_label("Key").wait_for()
+
+    # A key that is taken away while the page is open is asked for anew, and another is another's.
+    page.get_by_label("Question", exact=True).fill("Not yet asked")
+    keyed.stop()
+    keyed.start("--model", "smollm2", "--api-key", "rk-other")
+    page.get_by_text("does not take that key").wait_for()
+    page.get_by_label("Key").fill("rk-other")
+    page.get_by_role("button", name="Go on").click()
+    page.locator(".welcome").wait_for()
+    assert page.locator(".entry").count() == 0
+    assert page.get_by_label("Question", exact=True).input_value() == "Not yet asked"
     keyed.stop()
 
 

@@ -16,7 +16,7 @@ VENDOR = HERE.parents[1] / "src" / "recollect" / "web" / "vendor"
 
 LANGUAGES = (
     *("bash", "cpp", "diff", "go", "java", "javascript", "json", "markdown"),
-    *("python", "rust", "sql", "xml", "yaml"),
+    *("python", "rust", "xml", "yaml"),
 )
 D3 = (
     *("color", "dispatch", "drag", "ease", "hierarchy"),

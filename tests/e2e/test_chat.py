@@ -21,6 +21,7 @@ import pexpect
 
 CHAT = [sys.executable, "-m", "recollect", "chat"]
 REFERENCE = ["--model", "reference", "--ignore-eos"]
+CUT = "recollect: The reply was cut at the token limit.\n"
 PROMPT = "you>"  # and a space, which may come as a movement of the cursor
 TIMEOUT_S = 60
 CTRL_D = "\x04"
@@ -210,7 +211,7 @@ def test_a_pipe_gets_replies_as_text_without_decoration(environment: dict[str, s
     as_text = piped(environment, "one\ntwo\n", *REFERENCE, "-n", "5", "--lines")
     replies = [json.loads(line)["reply"] for line in as_json.stdout.splitlines()]
     assert as_text.stdout == "".join(reply + "\n" for reply in replies)
-    assert as_text.stderr == ""
+    assert (as_json.stderr, as_text.stderr) == ("", 2 * CUT)
 
 
 def test_a_question_is_answered_once_about_what_was_piped(environment: dict[str, str]) -> None:
@@ -231,7 +232,7 @@ def test_a_question_is_answered_once_about_what_was_piped(environment: dict[str,
 def test_a_pipe_alone_is_one_message(environment: dict[str, str]) -> None:
     done = piped(environment, "one\n\ntwo\n", *REFERENCE, "-n", "5")
     asked = piped(environment, "", "one\n\ntwo", *REFERENCE, "-n", "5")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, CUT)
     assert done.stdout == asked.stdout
 
 

@@ -23,6 +23,7 @@ from recollect.config import HISTORY_NAME
 from recollect.encryption import KEY_FILE, PASSPHRASE_VARIABLE
 from recollect.journal.journal import JOURNAL_NAME
 
+CUT = "recollect: The reply was cut at the token limit.\n"
 SHORT = ["--model", "reference", "--ignore-eos", "-n", "5"]
 PHRASE = "the treasure lies below the oak"
 TIMEOUT_S = 60
@@ -66,12 +67,12 @@ def test_a_chat_is_encrypted_and_resumed_through_pipes(
         text=f"{PHRASE}\n",
         passphrase="sesame",
     )
-    assert (said.returncode, said.stderr) == (0, "")
+    assert (said.returncode, said.stderr) == (0, CUT)
     assert in_the_files(home) == []
     again = run(
         environment, "chat", *SHORT, "--resume", "map", text="and now?\n", passphrase="sesame"
     )
-    assert (again.returncode, again.stderr) == (0, "")
+    assert (again.returncode, again.stderr) == (0, CUT)
     exported = run(
         environment, "conversations", "export", "map", "--format", "json", passphrase="sesame"
     )

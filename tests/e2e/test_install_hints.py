@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 import venv
+import zipfile
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from itertools import chain
@@ -212,6 +213,22 @@ def test_the_wheel_is_what_the_hints_name(wheel: Path, fresh: Fresh) -> None:
     fresh.require(done)
     assert "does not provide the extra" not in done.stderr
     assert f"Would install {NAME}" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_has_every_file_of_the_page(wheel: Path) -> None:
+    """Licences of the libraries and the types among them, byte by byte."""
+    source = ROOT / "src"
+    here = {
+        path.relative_to(source).as_posix(): path.read_bytes()
+        for path in (source / "recollect" / "web").rglob("*")
+        if path.is_file()
+    }
+    with zipfile.ZipFile(wheel) as files:
+        names = {name for name in files.namelist() if name.startswith("recollect/web/")}
+        assert {name: files.read(name) for name in names} == here
+    assert "recollect/web/index.html" in here
+    assert "recollect/web/vendor/licences/marked.txt" in here
 
 
 @pytest.mark.slow

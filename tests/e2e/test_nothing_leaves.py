@@ -257,6 +257,7 @@ def test_no_command_talks_or_writes_elsewhere(traced: Traced, gguf: Path) -> Non
         {RECOLLECT} conversations export kept kept.json
         {RECOLLECT} conversations import kept.json --name again
         {RECOLLECT} conversations show again
+        {RECOLLECT} conversations search one
         {RECOLLECT} conversations rename again once
         {RECOLLECT} conversations delete once --yes
         {RECOLLECT} export kept kept.safetensors
@@ -311,6 +312,8 @@ def test_the_server_talks_to_its_clients_alone(traced: Traced, gguf: Path) -> No
         {RECOLLECT} serve --model {gguf} --port 0 2>log &
         until grep -q Listening log; do sleep 0.1; done
         {sys.executable} client.py "$(sed -n 's/.*Listening on \\([^ ]*\\).*/\\1/p' log)"
+        port=$(sed -n 's/.*Listening on [^ ]*:\\([0-9]*\\).*/\\1/p' log)
+        BROWSER=true {RECOLLECT} web --port $port
         kill -TERM $!
         wait $!
     """)

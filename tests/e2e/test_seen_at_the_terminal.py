@@ -74,14 +74,15 @@ def end(child: Any) -> str:
 
 
 def refused(child: Any) -> str:
-    """Return the one line by which a command is refused."""
+    """Return the one sentence by which a command is refused; a terminal breaks it between words."""
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 2
-    lines = [line for line in SEQUENCE.sub("", child.before).splitlines() if line.strip()]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("recollect: ")
-    return lines[0]
+    said = " ".join(SEQUENCE.sub("", child.before).split())
+    assert said.startswith("recollect: ")
+    assert said.count("recollect: ") == 1
+    assert "Traceback" not in said
+    return said
 
 
 def files_of(home: Path) -> set[str]:

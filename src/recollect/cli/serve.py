@@ -377,11 +377,15 @@ def _log_to_stderr() -> None:
     logging.getLogger("recollect").setLevel(logging.INFO)
 
 
+_OWN_ADDRESSES: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - a name, not bound
+"""Where a browser on this machine finds a server that listens on all addresses; not all open those."""
+
+
 def _say_where(settings: Settings, port: int, *, opens: bool) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     keys = "an API key" if settings.has_keys else "no API key"
-    page = f"http://{host}:{port}/"
-    print(f"Listening on {page}v1 ({keys}); Ctrl-C stops.", file=sys.stderr)
+    print(f"Listening on http://{host}:{port}/v1 ({keys}); Ctrl-C stops.", file=sys.stderr)
+    page = f"http://{_OWN_ADDRESSES.get(host, host)}:{port}/"
     print(f"Conversations as trees: {page}", file=sys.stderr, flush=True)
     if opens:
         webbrowser.open(page)

@@ -3,9 +3,10 @@ The contract between a `Generator` and what chooses its next tokens, here or on 
 
 A decoder is asked to go on with a history, and tells one token after the other. The engine of this process
 computes logits, and chooses among them (`engine.sampling.LogitsDecoder`). An engine elsewhere owns its KV
-and chooses by itself (`remote.engine.RemoteEngine`): ids go out, ids come in, and neither KV nor logits
-cross the wire. What of the prompt was reused is told where it is told of local passes, in `Task.fed` and
-`Sequence.fed_tokens`; so replies, tools, stop strings, the journal and the tree know one kind of generator.
+and chooses by itself (`remote.remote_engine.RemoteEngine`): ids go out, ids come in, and neither KV nor
+logits cross the wire. What of the prompt was reused is told where it is told of local passes, in
+`Task.fed` and `Sequence.fed_tokens`; so replies, tools, stop strings, the journal and the tree know one
+kind of generator.
 """
 
 from collections.abc import Sequence as Tokens

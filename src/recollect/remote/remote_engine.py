@@ -306,17 +306,25 @@ class RemoteEngine(Engine):
             self._live.pop(task, None)
 
     def _prefill(self, sequence: TokenSequence, task: Task | None) -> None:
-        """Have the KV of a history computed, at a priority below that of replies where nobody waits."""
+        """
+        Have the KV of a history computed, at a priority below that of replies where nobody waits.
+
+        Where nobody waits, that is of the part alone that can be found again: the rest of a block would be
+        computed twice.
+        """
         if len(sequence) >= self.info.context_length:
             return  # a reply that has no room asks for nothing
+        unit, length = self.info.reuse.unit, len(sequence)
+        if task is not None and task.idle and unit > 1:
+            length = warm_tokens(length, unit)
         ask = Ask(
             sequence=sequence,
             params=SamplingParams(),
             seed=0,
-            reply_start=len(sequence),
+            reply_start=length,
             most_tokens=0,
         )
-        stream = _Stream(self, ask, task)
+        stream = _Stream(self, ask, task, length)
         with self._streams_lock:
             self._streams[sequence] = stream
         try:
@@ -348,9 +356,20 @@ class _Stream:
     reply's own tokens.
     """
 
-    def __init__(self, engine: RemoteEngine, ask: Ask, task: Task | None) -> None:
+    def __init__(
+        self, engine: RemoteEngine, ask: Ask, task: Task | None, length: int | None = None
+    ) -> None:
+        """
+        Have a request made.
+
+        Args:
+            engine: Owns it.
+            ask: What is asked for first.
+            task: Whose tokens they are; None: nobody's, and nobody can cancel it.
+            length: How many tokens of the history count; None: all.
+        """
         self._engine = engine
-        self._ids = ask.sequence.token_ids
+        self._ids = ask.sequence.token_ids[:length]
         self._namespace = ask.sequence.namespace
         self._session = ask.sequence.session or _session_of(self._ids)
         self._sequence = weakref.ref(ask.sequence)  # of which the engine holds this stream
@@ -519,8 +538,9 @@ class _Stream:
             has_less = self._fed.start < warm_tokens(self._known, self._engine.info.reuse.unit)
             sequence.moved = has_less and self._had not in (None, self._replica.url)
         if not lost and (self._given or self._told.finish is not None):
-            ledger = self._engine.memory.ledger
-            ledger.note(self._namespace, self._ids[: max(0, len(self._ids) - 1)], self._replica.url)
+            # All of a prompt has KV, and of a reply all but the last token.
+            computed = self._ids[: max(self._begun, len(self._ids) - 1)]
+            self._engine.memory.ledger.note(self._namespace, computed, self._replica.url)
 
     def _drain(self) -> None:
         """Read what comes behind an end token: what is told of the request."""

@@ -421,7 +421,7 @@ class Tokenizer(Protocol):
         """
 
 
-class Decoder(Protocol):
+class IdsToText(Protocol):
     """What turns ids back into text."""
 
     def decode(self, ids: Sequence[int], /) -> str:
@@ -431,7 +431,7 @@ class Decoder(Protocol):
         """Return what an id adds to a text; see `Tokenizer.added_text`."""
 
 
-def text_of(token_id: int, tokenizer: Decoder) -> str:
+def text_of(token_id: int, tokenizer: IdsToText) -> str:
     """Return the text of one id by itself; where what it adds is known, nothing is decoded."""
     added = tokenizer.added_text(token_id)
     return tokenizer.decode([token_id]) if added is None else added
@@ -449,7 +449,7 @@ class Detokenizer:
         2. A piece is never taken back.
     """
 
-    def __init__(self, tokenizer: Decoder) -> None:
+    def __init__(self, tokenizer: IdsToText) -> None:
         self._tokenizer = tokenizer
         # The ids from which the next piece is decoded. The first `_settled` of them are context
         # (some vocabularies drop a space at the very start of a text); their text is out already.

@@ -3,9 +3,9 @@
  */
 
 import { batch } from "@preact/signals";
-import { call, stream } from "./api.js";
+import { ApiError, call, stream } from "./api.js";
 import * as state from "./state.js";
-import { newestBelow, readTree } from "./tree.js";
+import { EMPTY, newestBelow, readTree } from "./tree.js";
 
 /**
  * @typedef {import("./types").TreeNode} TreeNode
@@ -49,13 +49,26 @@ export async function readModels() {
   state.models.value = (await call("GET", "/v1/models")).data;
 }
 
-/** Read the newest conversations, or with `more` those before the last one in the list. */
-export async function readConversations(more = false) {
-  const known = more ? state.conversations.value : [];
-  const after = known.length ? `&after=${encodeURIComponent(known[known.length - 1].id)}` : "";
-  const page = await call("GET", `/v1/conversations?limit=50${after}`);
+/** Read the newest conversations anew; older ones stay in the list as they were. */
+export async function readConversations() {
+  const page = await call("GET", "/v1/conversations?limit=50");
+  const known = state.conversations.value;
+  const last = known.findIndex((one) => one.id === page.data.at(-1)?.id);
+  const older = page.has_more && last >= 0 ? known.slice(last + 1) : [];
   batch(() => {
-    state.conversations.value = [...known, ...page.data];
+    state.conversations.value = [...page.data, ...older];
+    if (older.length === 0) state.hasMore.value = page.has_more;
+  });
+}
+
+/** Read conversations that are older than the last one in the list. */
+export async function readOlderConversations() {
+  const last = state.conversations.value.at(-1)?.id ?? "";
+  const page = await call("GET", `/v1/conversations?limit=50&after=${encodeURIComponent(last)}`);
+  batch(() => {
+    const known = new Set(state.conversations.value.map((one) => one.id));
+    const more = page.data.filter((/** @type {Conversation} */ one) => !known.has(one.id));
+    state.conversations.value = [...state.conversations.value, ...more];
     state.hasMore.value = page.has_more;
   });
 }
@@ -63,6 +76,26 @@ export async function readConversations(more = false) {
 /** Read the open conversation's tree anew, and stay where one is, if that is still there. */
 export async function readTreeAgain() {
   const id = here();
+  let body;
+  try {
+    body = await wholeTree(id);
+  } catch (error) {
+    if (!(error instanceof ApiError && error.status === 404)) throw error;
+    forgetConversation(id);
+    return;
+  }
+  if (state.current.value !== id) return;
+  const tree = readTree(body);
+  batch(() => {
+    state.tree.value = tree;
+    if (state.selected.value !== null && !tree.nodes.has(state.selected.value)) {
+      state.selected.value = tree.tips[state.branch.value] ?? tree.tips.main ?? null;
+    }
+  });
+}
+
+/** @param {string} id @returns {Promise<import("./types").ApiTree>} All pages of it. */
+async function wholeTree(id) {
   const first = await call("GET", `${at(id)}/tree?limit=${TREE_PAGE}`);
   for (let page = first; page.has_more && page.last_id; ) {
     page = await call("GET", `${at(id)}/tree?limit=${TREE_PAGE}&after=${encodeURIComponent(page.last_id)}`);
@@ -70,14 +103,7 @@ export async function readTreeAgain() {
     Object.assign(first.tips, page.tips);
     Object.assign(first.checkpoints, page.checkpoints);
   }
-  if (state.current.value !== id) return;
-  const tree = readTree(first);
-  batch(() => {
-    state.tree.value = tree;
-    if (state.selected.value !== null && !tree.nodes.has(state.selected.value)) {
-      state.selected.value = tree.tips[state.branch.value] ?? tree.tips.main ?? null;
-    }
-  });
+  return first;
 }
 
 /**
@@ -89,6 +115,7 @@ export async function readTreeAgain() {
 export async function open(id, item) {
   batch(() => {
     state.current.value = id;
+    state.tree.value = EMPTY;
     state.selected.value = null;
     state.branch.value = "main";
     state.folded.value = new Set();
@@ -97,7 +124,13 @@ export async function open(id, item) {
     state.compared.value = [null, null];
   });
   if (location.hash.slice(1) !== id) history.replaceState(null, "", `#${id}`);
-  await readTreeAgain();
+  try {
+    await readTreeAgain();
+  } catch (error) {
+    if (state.current.value === id) close();
+    throw error;
+  }
+  if (state.current.value !== id) return; // another one was opened since, or this one is no more
   const tree = state.tree.value;
   const newest = tree.roots.length ? newestBelow(tree, /** @type {string} */ (tree.roots.at(-1))) : null;
   const holder = [...tree.nodes.values()].find((node) => node.id === item || node.items.includes(item ?? ""));
@@ -132,15 +165,31 @@ export async function rename(title) {
 /** @param {string} id */
 export async function deleteConversation(id) {
   await call("DELETE", at(id));
-  if (state.current.value === id) {
-    batch(() => {
-      state.current.value = null;
-      state.tree.value = { id: "", nodes: new Map(), roots: [], tips: {}, checkpoints: {} };
-      state.selected.value = null;
-    });
-    history.replaceState(null, "", "/");
-  }
+  forgetConversation(id);
   await readConversations();
+}
+
+/**
+ * Forget a conversation that is no more, whoever deleted it.
+ *
+ * @param {string} id
+ */
+export function forgetConversation(id) {
+  state.conversations.value = state.conversations.value.filter((one) => one.id !== id);
+  if (state.current.value !== id) return;
+  close();
+  state.tell("This conversation is no longer there.", "info");
+}
+
+/** Show no conversation. */
+function close() {
+  batch(() => {
+    state.current.value = null;
+    state.tree.value = EMPTY;
+    state.selected.value = null;
+    state.panel.value = "";
+  });
+  history.replaceState(null, "", "/");
 }
 
 /**
@@ -210,6 +259,29 @@ function wishes(how = {}) {
   };
 }
 
+/** How many replies were asked for here. */
+let made = 0;
+
+/** How often, and after how many milliseconds, a stopped reply is looked for in the tree. */
+const LOOKS = 12;
+const LOOK_MS = 200;
+
+/**
+ * Wait until a reply that was stopped is kept, which the server does once it sees that nobody listens.
+ *
+ * @param {string} conversation
+ * @param {string} name The branch.
+ * @param {string | null} parent What it comes after.
+ */
+async function stoppedReply(conversation, name, parent) {
+  for (let look = 0; look < LOOKS && state.current.value === conversation; look += 1) {
+    await readTreeAgain();
+    const tip = state.tree.value.tips[name] ?? null;
+    if (tip !== parent && state.tree.value.nodes.get(tip ?? "")?.role !== "user") return;
+    await new Promise((done) => setTimeout(done, LOOK_MS));
+  }
+}
+
 /**
  * Have a branch go on, and show its reply while it is generated.
  *
@@ -222,11 +294,16 @@ function wishes(how = {}) {
 async function goOn(id, name, parent, input, { question = null, continues = false, more = {} } = {}) {
   const conversation = here();
   const control = new AbortController();
-  const reply = `own-${crypto.randomUUID()}`;
+  made += 1;
+  const reply = `own-${made}`;
   const follows = () => state.current.value === conversation && state.selected.value === parent;
   state.setPending(reply, {
     ...{ id: reply, conversation, parent, branch: name, question, text: "", reasoning: "" },
-    ...{ computed: 0, tokens: 0, isOwn: true, stop: () => control.abort() },
+    ...{ computed: 0, tokens: 0, isOwn: true },
+    stop: () => {
+      state.setPending(reply, { stop: null });
+      control.abort();
+    },
   });
   let failure = null;
   const body = { ...wishes({ continues }), ...more, conversation: id, input, stream: true };
@@ -235,22 +312,20 @@ async function goOn(id, name, parent, input, { question = null, continues = fals
       "/v1/responses",
       body,
       (event) => {
-        const known = state.pending.value.get(reply);
-        if (event.type === "response.output_text.delta") {
-          state.setPending(reply, { text: (known?.text ?? "") + event.delta });
-        } else if (event.type === "response.reasoning_text.delta") {
-          state.setPending(reply, { reasoning: (known?.reasoning ?? "") + event.delta });
-        } else if (event.type === "response.failed") {
+        if (event.type === "response.output_text.delta") state.grown.add(reply, event.delta);
+        else if (event.type === "response.reasoning_text.delta") state.grown.add(reply, "", event.delta);
+        else if (event.type === "response.failed") {
           failure = new Error(event.response.error.message);
         }
       },
       control.signal,
     );
   } finally {
-    const stays = follows();
-    if (state.current.value === conversation) await attempt(readTreeAgain);
+    if (state.current.value === conversation) {
+      await attempt(() => (control.signal.aborted ? stoppedReply(conversation, name, parent) : readTreeAgain()));
+    }
     batch(() => {
-      if (stays && state.current.value === conversation) select(state.tree.value.tips[name] ?? parent);
+      if (follows() && state.current.value === conversation) select(state.tree.value.tips[name] ?? parent);
       state.setPending(reply, null);
     });
     void attempt(readConversations);
@@ -261,9 +336,21 @@ async function goOn(id, name, parent, input, { question = null, continues = fals
 /**
  * Ask where one stands: on the branch that ends there, or on a new one.
  *
- * @param {string} text
+ * @param {string} text Stays in the field where the server did not take it.
  */
 export async function ask(text) {
+  state.draft.value = "";
+  try {
+    await askHere(text);
+  } catch (error) {
+    const isKept = [...state.tree.value.nodes.values()].at(-1)?.text === text;
+    if (!isKept && !state.draft.value) state.draft.value = text;
+    throw error;
+  }
+}
+
+/** @param {string} text */
+async function askHere(text) {
   if (state.current.value === null) await begin();
   const parent = state.selected.value;
   let name = state.goingBranch.value;
@@ -275,8 +362,16 @@ export async function ask(text) {
     id = await forkAt({ at: parent }, name);
     state.branch.value = name;
   }
-  if (isFirst && !titleIsSet()) void attempt(() => rename(text.slice(0, TITLE_CHARACTERS)));
+  if (isFirst && !titleIsSet()) void attempt(() => rename(titleFor(text)));
   await goOn(id, name, parent, text, { question: text });
+}
+
+/** @param {string} text @returns {string} Its first words. */
+function titleFor(text) {
+  const line = text.trim().replace(/\s+/g, " ");
+  if (line.length <= TITLE_CHARACTERS) return line;
+  const cut = line.slice(0, TITLE_CHARACTERS);
+  return `${cut.slice(0, cut.lastIndexOf(" ") > 0 ? cut.lastIndexOf(" ") : undefined)}…`;
 }
 
 function titleIsSet() {

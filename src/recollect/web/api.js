@@ -104,14 +104,15 @@ export async function stream(path, body, onEvent, stop) {
  * Listen to what happens, over lost connections, until `stop`.
  *
  * @param {string} path
- * @param {(event: any) => void} onEvent
+ * @param {string} after The id of an event, behind which it goes on; empty: from now on.
+ * @param {(event: any, id: string) => void} onEvent
  * @param {(isOpen: boolean) => void} onState
  * @param {AbortSignal} stop
  */
-export async function listen(path, onEvent, onState, stop) {
+export async function listen(path, after, onEvent, onState, stop) {
   let waits = 500;
   await fetchEventSource(path, {
-    headers: headers(),
+    headers: after ? { ...headers(), "last-event-id": after } : headers(),
     signal: stop,
     openWhenHidden: true,
     async onopen(answer) {
@@ -120,7 +121,7 @@ export async function listen(path, onEvent, onState, stop) {
       onState(true);
     },
     onmessage(message) {
-      if (message.data) onEvent(JSON.parse(message.data));
+      if (message.data) onEvent(JSON.parse(message.data), message.id);
     },
     onclose() {
       throw new Error("closed"); // it is asked again, after the last event that was seen

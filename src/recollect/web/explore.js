@@ -23,6 +23,11 @@ const MOST_WAYS = 8;
 const tried = signal([]);
 /** Whether all ways answer the same question. */
 const isAlike = signal(true);
+/** What came of the ways since they were drawn. @type {ReturnType<typeof state.gathered<number>>} */
+const grown = state.gathered((index, text, reasoning) => {
+  const known = tried.value[index];
+  put(index, { text: known.text + text, reasoning: known.reasoning + reasoning });
+});
 /** @type {AbortController | null} */
 let control = null;
 
@@ -43,6 +48,7 @@ async function begin(ways) {
   try {
     await actions.tryWays(ways, control.signal, onEvent);
   } finally {
+    grown.flush();
     tried.value = tried.value.map((one) => (one.isDone ? one : { ...one, isDone: true, error: "Stopped." }));
   }
 }
@@ -50,10 +56,9 @@ async function begin(ways) {
 /** @param {any} event */
 function onEvent(event) {
   const { index } = event;
-  const known = tried.value[index];
   if (event.type === "explore.progress") put(index, { computed: event.computed, tokens: event.tokens });
   else if (event.type === "explore.delta") {
-    put(index, { text: known.text + (event.text ?? ""), reasoning: known.reasoning + (event.reasoning ?? "") });
+    grown.add(index, event.text ?? "", event.reasoning ?? "");
   } else if (event.type === "explore.branch_completed") put(index, { isDone: true });
   else if (event.type === "explore.failed") {
     const told = { isDone: true, error: event.error.message };

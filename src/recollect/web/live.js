@@ -6,7 +6,7 @@
 
 import { listen } from "./api.js";
 import * as state from "./state.js";
-import { attempt, readConversations, readTreeAgain, select } from "./actions.js";
+import { attempt, forgetConversation, readConversations, readTreeAgain, select } from "./actions.js";
 
 /** Milliseconds in which events are gathered before what changed is read. */
 const GATHER = 200;
@@ -76,6 +76,7 @@ function begin(event) {
 
 /** Forget replies of others, of which nobody will be told that they have ended. */
 function forget() {
+  own.clear();
   for (const one of state.pending.value.values()) if (!one.isOwn) state.setPending(one.id, null);
 }
 
@@ -89,9 +90,12 @@ function onEvent(event) {
       soon("list", readConversations);
       readOpen();
       break;
+    case "conversation.deleted":
+      forgetConversation(event.conversation);
+      soon("list", readConversations);
+      break;
     case "conversation.created":
     case "conversation.updated":
-    case "conversation.deleted":
       soon("list", readConversations);
       break;
     case "message.created":
@@ -112,12 +116,7 @@ function onEvent(event) {
       state.setPending(own.get(event.reply) ?? event.reply, { computed: event.computed, tokens: event.tokens });
       break;
     case "reply.delta":
-      if (known) {
-        state.setPending(event.reply, {
-          text: known.text + (event.text ?? ""),
-          reasoning: known.reasoning + (event.reasoning ?? ""),
-        });
-      }
+      if (known) state.grown.add(event.reply, event.text ?? "", event.reasoning ?? "");
       break;
     case "reply.completed":
       own.delete(event.reply);
@@ -128,13 +127,34 @@ function onEvent(event) {
   }
 }
 
-/** Listen until the page is closed; a server without events is shown as it is when one asks. */
+/** The id of the last event that came. */
+let last = "";
+let hasListened = false;
+
+/**
+ * Listen while the page can be seen; a server without events is shown as it is when one asks.
+ *
+ * A browser has six connections to a server, for all its windows: one that nobody sees takes none, and
+ * goes on behind the last event that it was told once it is looked at.
+ */
 export function live() {
   control?.abort();
+  control = null;
+  document.addEventListener("visibilitychange", live);
+  if (document.hidden) return;
   control = new AbortController();
-  listen("/v1/events", onEvent, (isOpen) => {
+  listen("/v1/events", last, (event, id) => {
+    last = id || last;
+    onEvent(event);
+  }, (isOpen) => {
     state.isLive.value = isOpen;
     if (!isOpen) forget();
+    else if (hasListened && !last) {
+      // No event has come yet, behind which it could go on.
+      soon("list", readConversations);
+      readOpen();
+    }
+    hasListened ||= isOpen;
   }, control.signal).catch(() => {
     state.isLive.value = null;
   });

@@ -157,6 +157,11 @@ effect(() => {
   document.documentElement.dataset.theme = state.isDark.value ? "dark" : "light";
 });
 
+effect(() => {
+  const one = state.conversations.value.find((known) => known.id === state.current.value);
+  document.title = one ? `${state.titleOf(one)} · recollect` : "recollect";
+});
+
 addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("drop", (event) => {
   event.preventDefault();

@@ -5,7 +5,8 @@
  * without which this page's security policy lets nothing become an element.
  */
 
-import { html } from "./widgets.js";
+import { copyText, html } from "./widgets.js";
+import { tell } from "./state.js";
 import { memo } from "./memo.js";
 import { useEffect, useRef } from "preact/hooks";
 import { signal } from "@preact/signals";
@@ -22,8 +23,8 @@ const NAMES = /** @type {Record<string, string>} */ ({
   ...{ html: "xml", svg: "xml", md: "markdown", c: "cpp", "c++": "cpp", h: "cpp", golang: "go", patch: "diff" },
 });
 const LANGUAGES = new Set([
-  ...["bash", "cpp", "diff", "go", "java", "javascript", "json", "markdown", "python", "rust", "sql"],
-  ...["xml", "yaml"],
+  ...["bash", "cpp", "diff", "go", "java", "javascript", "json", "markdown", "python", "rust", "xml"],
+  "yaml",
 ]);
 /** Counts languages that have been loaded: what was shown without colours is drawn again. */
 const loaded = signal(0);
@@ -82,9 +83,24 @@ purifier.addHook("afterSanitizeAttributes", (node) => {
   node.setAttribute("rel", "noopener noreferrer");
 });
 
+/** Longer texts are shown as they are: a browser would take seconds for their elements. */
+const MOST_CHARACTERS = 200_000;
+
+/** @param {string} text @returns {string} HTML, not yet sanitized. */
+function parsed(text) {
+  if (text.length <= MOST_CHARACTERS) {
+    try {
+      return /** @type {string} */ (parser.parse(text));
+    } catch {
+      // What is nested thousands of levels deep is too much for the parser's stack.
+    }
+  }
+  return `<pre tabindex="0">${escape(text)}</pre>`;
+}
+
 /** @param {string} text */
 export function render(text) {
-  return purifier.sanitize(/** @type {string} */ (parser.parse(text)), {
+  return purifier.sanitize(parsed(text), {
     RETURN_TRUSTED_TYPE: true,
     ALLOWED_TAGS: [
       ...["p", "br", "hr", "a", "strong", "em", "del", "code", "pre", "blockquote", "span", "div", "button"],
@@ -100,20 +116,37 @@ function onClick(event) {
   const button = /** @type {Element} */ (event.target).closest("button.copy");
   if (!button) return;
   const code = button.closest(".code")?.querySelector("code")?.textContent ?? "";
-  void navigator.clipboard.writeText(code).then(() => {
-    button.textContent = "Copied";
-    setTimeout(() => (button.textContent = "Copy"), 1500);
-  });
+  void copyText(code).then(
+    () => {
+      button.textContent = "Copied";
+      setTimeout(() => (button.textContent = "Copy"), 1500);
+    },
+    tell,
+  );
 }
+
+/** Of the time for which a text that grows is not drawn, how many times as long drawing it took. */
+const REST = 5;
 
 /** A text as Markdown. @type {(props: {text: string}) => any} */
 export const Markdown = memo(
   /** @param {{text: string}} props */
   ({ text }) => {
     const ref = useRef(/** @type {HTMLElement | null} */ (null));
+    const drawn = useRef({ at: -Infinity, took: 0 });
     const version = loaded.value;
     useEffect(() => {
-      if (ref.current) ref.current.innerHTML = render(text);
+      const draw = () => {
+        if (!ref.current) return;
+        const at = performance.now();
+        ref.current.innerHTML = render(text);
+        drawn.current = { at, took: performance.now() - at };
+      };
+      // A text that grows is drawn anew as a whole: the longer that takes, the more seldom.
+      const wait = drawn.current.at + REST * drawn.current.took - performance.now();
+      if (wait <= 0) return void draw();
+      const timer = setTimeout(draw, wait);
+      return () => clearTimeout(timer);
     }, [text, version]);
     return html`<div class="markdown" ref=${ref} onClick=${onClick}></div>`;
   },

@@ -41,7 +41,7 @@ export function Memory() {
     html`<div class="memory-body">
       <div class="figures">
         <p class="figure"><b>${count(kv.saved.tokens)}</b><span>tokens not read again so far</span></p>
-        <p class="figure"><b>${duration(kv.saved.seconds)}</b><span>saved so far</span></p>
+        <p class="figure"><b>${kv.saved.seconds ? duration(kv.saved.seconds) : "—"}</b><span>${kv.saved.seconds || !kv.saved.tokens ? "saved so far" : "saved: too little was read to know the speed"}</span></p>
         ${kv.models.map((one) => html`<${Room} key=${one.model} one=${one} />`)}
       </div>
       <${Table} kept=${kv.data} />

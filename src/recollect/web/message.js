@@ -4,9 +4,10 @@ import { useState } from "preact/hooks";
 import * as state from "./state.js";
 import * as actions from "./actions.js";
 import { Markdown } from "./markdown.js";
+import { memo } from "./memo.js";
 import { newestBelow, siblings } from "./tree.js";
 import { speaker } from "./tree_view.js";
-import { Icon, IconButton, ReuseBar, html, count } from "./widgets.js";
+import { Icon, IconButton, ReuseBar, copyText, html, count } from "./widgets.js";
 
 /**
  * @typedef {import("./types").TreeNode} TreeNode
@@ -89,7 +90,7 @@ function Tools({ node, isLast }) {
   const isReply = node.role === "assistant";
   return html`<div class="message-tools">
     <${Pager} node=${node} />
-    <${IconButton} icon="copy" label="Copy" onClick=${() => navigator.clipboard.writeText(node.text)} />
+    <${IconButton} icon="copy" label="Copy" onClick=${() => copyText(node.text).catch(state.tell)} />
     ${node.role === "user" &&
     html`<${IconButton} icon="edit" label="Edit the question" onClick=${() => (state.editing.value = node.id)} />`}
     ${isReply &&
@@ -100,7 +101,7 @@ function Tools({ node, isLast }) {
 }
 
 /** @param {{node: TreeNode, isLast: boolean}} props */
-export function Message({ node, isLast }) {
+function WholeMessage({ node, isLast }) {
   const isEdited = state.editing.value === node.id;
   const cut = CUT[node.finishReason ?? ""];
   return html`<article class=${`message ${node.role}`} aria-label=${speaker(node)}>
@@ -129,6 +130,9 @@ export function Message({ node, isLast }) {
     ${node.usage && html`<${ReuseBar} usage=${node.usage} speed=${state.readingSpeed.value} />`}
   </article>`;
 }
+
+/** Not drawn again for what happens to other messages, such as a reply that grows. */
+export const Message = memo(WholeMessage);
 
 /** A reply while it is generated. @param {{reply: Pending}} props */
 export function Growing({ reply }) {

@@ -6,10 +6,11 @@ import * as actions from "./actions.js";
 import { Growing, Message } from "./message.js";
 import { branchesAt, checkpointsAt, newestBelow } from "./tree.js";
 import { firstWords } from "./tree_view.js";
-import { GoingLine, Icon, IconButton, NAME_HINT, NAME_PATTERN, Prompt, html } from "./widgets.js";
+import { GoingLine, Icon, IconButton, NAME_HINT, NAME_PATTERN, Prompt, count, html } from "./widgets.js";
 
-/** Messages of a path that are drawn at first; the rest when asked for. */
+/** Messages of a path that are drawn at first, and how many more each time one asks for them. */
 const MOST_SHOWN = 60;
+const MORE_SHOWN = 200;
 
 /** What was said after the chosen message, in other branches. */
 function Continuations() {
@@ -93,7 +94,6 @@ function Composer() {
     event.preventDefault();
     const said = text.trim();
     if (!said || isBusy) return;
-    state.draft.value = "";
     void actions.attempt(() => actions.ask(said));
   };
   return html`<form class="composer" onSubmit=${submit}>
@@ -119,11 +119,11 @@ function Composer() {
 
 export function PathView() {
   const scroller = useRef(/** @type {HTMLElement | null} */ (null));
-  const [all, setAll] = useState(false);
+  const [most, setMost] = useState(MOST_SHOWN);
   const path = state.path.value;
   const growing = state.growing.value;
   const id = state.selected.value;
-  useEffect(() => setAll(false), [state.current.value]);
+  useEffect(() => setMost(MOST_SHOWN), [state.current.value]);
   // One sees the end of the path, and what is generated, unless one has scrolled away from it.
   useEffect(() => {
     const element = scroller.current;
@@ -135,13 +135,14 @@ export function PathView() {
     if (!element || growing.length === 0) return;
     if (element.scrollHeight - element.scrollTop - element.clientHeight < 140) element.scrollTop = element.scrollHeight;
   });
-  const shown = all ? path : path.slice(-MOST_SHOWN);
+  const shown = path.slice(-most);
+  const earlier = path.length - shown.length;
   return html`<section class="path" aria-label="Conversation">
     <div class="messages" ref=${scroller} tabindex="0" aria-label="Messages">
-      ${path.length === 0 && growing.length === 0 && html`<${Welcome} />`}
-      ${shown.length < path.length &&
-      html`<button type="button" class="earlier" onClick=${() => setAll(true)}>
-        Show ${path.length - shown.length} earlier messages
+      ${path.length === 0 && growing.length === 0 && !state.isOpening.value && html`<${Welcome} />`}
+      ${earlier > 0 &&
+      html`<button type="button" class="earlier" onClick=${() => setMost(most + MORE_SHOWN)}>
+        Show ${Math.min(MORE_SHOWN, earlier)} earlier messages${earlier > MORE_SHOWN && ` of ${count(earlier)}`}
       </button>`}
       ${shown.map((node) => html`<${Message} key=${node.id} node=${node} isLast=${node.id === id} />`)}
       ${growing.map((reply) => html`<${Growing} key=${reply.id} reply=${reply} />`)}

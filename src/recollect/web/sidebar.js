@@ -64,7 +64,7 @@ function List() {
       </li>`,
     )}
     ${state.hasMore.value &&
-    html`<li><button type="button" class="earlier" onClick=${() => actions.attempt(() => actions.readConversations(true))}>Older ones</button></li>`}
+    html`<li><button type="button" class="earlier" onClick=${() => actions.attempt(actions.readOlderConversations)}>Older ones</button></li>`}
   </ul>`;
 }
 

@@ -4,7 +4,7 @@
  * Nothing here asks the server; `actions.js` and `live.js` do, and write here.
  */
 
-import { computed, signal } from "@preact/signals";
+import { batch, computed, signal } from "@preact/signals";
 import { EMPTY, branchesAt, pathTo } from "./tree.js";
 
 /**
@@ -94,6 +94,9 @@ export function useTheme(value) {
   localStorage.setItem(THEME, value);
 }
 
+/** Whether the open conversation is still being read. */
+export const isOpening = computed(() => current.value !== null && tree.value === EMPTY);
+
 export const path = computed(() => pathTo(tree.value, selected.value));
 
 /** The branch that goes on from the chosen message, or null where a new one has to begin. */
@@ -119,6 +122,46 @@ export const growing = computed(() =>
   ),
 );
 
+/** Milliseconds in which what comes of replies is gathered before it is drawn. */
+const DRAW_MS = 50;
+
+/**
+ * Gather text that comes token by token, and hand it over at most once in `DRAW_MS`.
+ *
+ * @template K
+ * @param {(key: K, text: string, reasoning: string) => void} put
+ */
+export function gathered(put) {
+  /** @type {Map<K, [string, string]>} */
+  const pieces = new Map();
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  let timer;
+  const flush = () => {
+    clearTimeout(timer);
+    timer = undefined;
+    const all = [...pieces];
+    pieces.clear();
+    batch(() => all.forEach(([key, [text, reasoning]]) => put(key, text, reasoning)));
+  };
+  return {
+    /** @param {K} key @param {string} text @param {string} [reasoning] */
+    add(key, text, reasoning = "") {
+      const [before, thought] = pieces.get(key) ?? ["", ""];
+      pieces.set(key, [before + text, thought + reasoning]);
+      timer ??= setTimeout(flush, DRAW_MS);
+    },
+    /** @param {K} key */
+    drop: (key) => pieces.delete(key),
+    flush,
+  };
+}
+
+/** What came of replies since they were drawn. @type {ReturnType<typeof gathered<string>>} */
+export const grown = gathered((id, text, reasoning) => {
+  const known = pending.value.get(id);
+  if (known) setPending(id, { text: known.text + text, reasoning: known.reasoning + reasoning });
+});
+
 /**
  * Change a reply that is being generated, or add it, or forget it (null).
  *
@@ -128,8 +171,10 @@ export const growing = computed(() =>
 export function setPending(id, change) {
   const all = new Map(pending.value);
   const before = all.get(id);
-  if (change === null) all.delete(id);
-  else if (before || change.conversation) all.set(id, /** @type {Pending} */ ({ ...before, ...change }));
+  if (change === null) {
+    all.delete(id);
+    grown.drop(id);
+  } else if (before || change.conversation) all.set(id, /** @type {Pending} */ ({ ...before, ...change }));
   pending.value = all;
 }
 

@@ -296,7 +296,7 @@ export function TreeView() {
         )}
       </div>
     </div>
-    ${tree.nodes.size === 0 && html`<p class="empty">Ask something, and the tree begins to grow.</p>`}
+    ${tree.nodes.size === 0 && !state.isOpening.value && html`<p class="empty">Ask something, and the tree begins to grow.</p>`}
     <div class="tree-tools">
       <${IconButton} icon="plus" label="Zoom in" onClick=${() => zoomBy(1.3)} />
       <button type="button" class="icon-button" aria-label="Zoom out" title="Zoom out" onClick=${() => zoomBy(1 / 1.3)}>−</button>

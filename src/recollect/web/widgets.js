@@ -52,6 +52,25 @@ export function IconButton({ icon, label, onClick, ...more }) {
   </button>`;
 }
 
+/**
+ * Put a text on the clipboard; a page that came over plain HTTP from another machine has the old way alone.
+ *
+ * @param {string} text
+ */
+export async function copyText(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const field = document.createElement("textarea");
+  field.value = text;
+  field.className = "away";
+  const before = document.activeElement;
+  document.body.append(field);
+  field.select();
+  const isDone = document.execCommand("copy");
+  field.remove();
+  if (before instanceof HTMLElement) before.focus();
+  if (!isDone) throw new Error("This browser lets the page copy nothing: select the text, and copy it by keys.");
+}
+
 /** @param {number} value */
 export const count = (value) => value.toLocaleString("en");
 

@@ -172,3 +172,23 @@ def test_a_model_of_another_program_is_served_by_its_name(
 def test_keeping_chats_and_keeping_no_words_are_not_both_possible() -> None:
     with pytest.raises(ConfigError, match="leave one of them out"):
         CliRunner().invoke(app, ["serve", "--keep-chats", "--no-save"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("host", "page"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:80/"),  # noqa: S104 - which nothing listens on here
+        ("::", "http://[::1]:80/"),
+        ("::1", "http://[::1]:80/"),
+        ("localhost", "http://localhost:80/"),
+    ],
+)
+def test_the_address_of_the_page_is_one_that_a_browser_opens(
+    monkeypatch: pytest.MonkeyPatch, host: str, page: str
+) -> None:
+    def run(_settings: Any, _hub: ModelHub, _keys: Any, **options: Any) -> None:
+        options["on_listening"](80)
+
+    monkeypatch.setattr("recollect.server.app.serve", run)
+    result = CliRunner().invoke(app, ["serve", "-m", "reference", "--host", host, "--api-key", "k"])
+    assert f"Conversations as trees: {page}\n" in result.output

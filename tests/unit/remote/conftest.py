@@ -31,13 +31,36 @@ _TOKENIZER: Final = ByteTokenizer()
 _END: Final = min(_TOKENIZER.eos_token_ids)
 
 
-def next_token(ids: list[int], bias: Mapping[int, float], seed: int | None) -> int:
-    """Return what follows: a letter, or the end."""
+_HALF: Final = 0xC3
+"""The first byte of a character of two: by itself it is shown as U+FFFD, which is written otherwise."""
+
+
+def next_token(
+    ids: list[int], bias: Mapping[int, float], seed: int | None, *, halves: bool = False
+) -> int:
+    """Return what follows: a letter, or the end; *halves*: now and then a half of a character."""
     if bias:
         return max(bias, key=lambda token: bias[token])
     said = f"{ids}{seed}".encode()
     number = int.from_bytes(blake2b(said, digest_size=8).digest(), "little")
+    if halves and number % 16 == 1:
+        return _HALF
     return _END if number % ENDS_EVERY == 0 else 97 + number % 26
+
+
+def rendered(messages: list[Mapping[str, str]]) -> str:
+    """Return messages as the template of the reference model shows them."""
+    said = "".join(f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in messages)
+    return f"{said}<|im_start|>assistant\n"
+
+
+def block_names(ids: list[int]) -> list[int]:
+    """Return a name for each whole block of ids, in which all before it is contained."""
+    names, parent = [], 0
+    for end in range(BLOCK, len(ids) + 1, BLOCK):
+        parent = hash((parent, *ids[end - BLOCK : end]))
+        names.append(parent)
+    return names
 
 
 @dataclass
@@ -52,13 +75,19 @@ class Stub:
     tokenizes: bool = True
     spoils_reuse: bool = False
     """Whether what was reused changes what is generated."""
+    says_halves: bool = False
+    """Whether it generates tokens that no text gives again."""
     slots: int = 2
+    context: int = 2048
     version: str = "0.32.0"
     asked: list[Mapping[str, Any]] = field(default_factory=list)
     headers: list[Mapping[str, str]] = field(default_factory=list)
     aborted: threading.Event = field(default_factory=threading.Event)
     """Whether a request was ended by the client."""
-    known: dict[str, set[tuple[int, ...]]] = field(default_factory=dict)
+    computed: int = 0
+    """Tokens of prompts that were not reused, ever."""
+    known: dict[str, set[int]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
     held: dict[int, list[int]] = field(default_factory=dict)
 
     def start(self) -> str:
@@ -77,8 +106,11 @@ class Stub:
             def do_POST(self) -> None:
                 stub.post(self)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -90,10 +122,10 @@ class Stub:
     def get(self, to: BaseHTTPRequestHandler) -> None:
         answers: dict[str, Any] = {
             "/version": {"version": self.version},
-            "/v1/models": {"data": [{"id": "stub", "max_model_len": 2048}]},
+            "/v1/models": {"data": [{"id": "stub", "max_model_len": self.context}]},
         }
         if self.kind == "llama":
-            context = {"n_ctx": 2048}
+            context = {"n_ctx": self.context}
             answers = {
                 "/props": {
                     "total_slots": self.slots,
@@ -127,8 +159,9 @@ class Stub:
         to.send_header("Transfer-Encoding", "chunked")
         to.end_headers()
         given = 0
+        events = self._chat if to.path == "/v1/chat/completions" else self._events
         try:
-            for event in self._events(body):
+            for event in events(body):
                 if fault and given == 3 and fault.endswith("after 3"):
                     if fault == "error after 3":
                         _send(to, {"error": {"message": "out of memory"}})
@@ -149,22 +182,38 @@ class Stub:
     def _events(self, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         return self._vllm(body) if self.kind == "vllm" else self._llama(body)
 
+    def _chat(self, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """Answer messages as `_vllm` answers their ids; what is said comes in one piece."""
+        asked = {"cache_salt": "", "prompt": _TOKENIZER.encode(rendered(body["messages"]))}
+        ids: list[int] = []
+        for event in self._vllm({**body, **asked}):
+            if event["choices"]:
+                ids += event["choices"][0]["token_ids"]
+            else:
+                text = _TOKENIZER.decode(ids)
+                yield {"choices": [{"delta": {"content": text}, "finish_reason": "stop"}]}
+                yield event
+
     def _vllm(self, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         prompt = list(body["prompt"])
         salt = body["cache_salt"] if self.respects_salt else ""
-        known = self.known.setdefault(salt, set())
         cached = 0
-        while (
-            cached + BLOCK < len(prompt) and tuple(prompt[: cached + BLOCK]) in known
-        ):  # never all of it
-            cached += BLOCK
+        with self.lock:
+            known = self.known.setdefault(salt, set())
+            names = block_names(prompt)
+            for name in names[: (len(prompt) - 1) // BLOCK]:  # never all of it
+                if name not in known:
+                    break
+                cached += BLOCK
+            known.update(names)  # as vLLM does when it schedules a prompt
+            self.computed += len(prompt) - cached
         bias = {int(token): value for token, value in (body.get("logit_bias") or {}).items()}
         seed = body["seed"] if body["temperature"] else None
         if self.spoils_reuse and cached:
             seed = cached
         ids = list(prompt)
         for number in range(1, body["max_tokens"] + 1):
-            token = next_token(ids, bias, seed)
+            token = next_token(ids, bias, seed, halves=self.says_halves)
             ids.append(token)
             ends = token == _END and not body["ignore_eos"]
             said = _TOKENIZER.decode(ids[len(prompt) :])
@@ -180,8 +229,9 @@ class Stub:
                     "token_logprobs": [-0.5],
                     "top_logprobs": [tops or None],
                 }
-            for end in range(BLOCK, len(ids), BLOCK):
-                known.add(tuple(ids[:end]))
+            if len(ids) % BLOCK == 1:  # the last token has no KV before something follows it
+                with self.lock:
+                    known.update(block_names(ids))
             yield {"choices": [choice]}
             if is_last:
                 break
