@@ -3,11 +3,12 @@
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from recollect.conversation.tree import Node, Tree
-from recollect.errors import UnknownNodeError
+from recollect.conversation.tree import Node, Tree, to_node
+from recollect.errors import InvalidParameterError, UnknownNodeError
 
 
 @pytest.fixture
@@ -115,3 +116,40 @@ def test_check_finds_a_node_that_is_not_reached() -> None:
     tree.root.children.clear()
     with pytest.raises(AssertionError, match="cannot be reached"):
         tree.check()
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "robot", "content": "x"}, "has the role 'robot'"),
+        ("x", "has the role None"),
+        ({"role": "user"}, "has no content"),
+        ({"role": "user", "content": 1}, "content of type int"),
+        ({"role": "assistant", "content": "x", "reasoning_content": 1}, "reasoning_content"),
+        ({"role": "assistant", "tool_calls": [{"id": 1}]}, "lacks 'function'"),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f"}}]},
+            "lacks 'arguments'",
+        ),
+        (
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": {}}}],
+            },
+            "arguments of type dict",
+        ),
+        (
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": 1, "function": {"name": "f", "arguments": "{}"}}],
+            },
+            "has the id 1",
+        ),
+    ],
+)
+def test_a_message_that_is_none_is_refused_as_a_part_of_the_messages(
+    message: Any, words: str
+) -> None:
+    with pytest.raises(InvalidParameterError, match=words) as refused:
+        to_node(message)
+    assert refused.value.param == "messages"
