@@ -46,8 +46,6 @@ PATHS = {
     "/v1/responses/{response_id}",
     "/v1/responses/{response_id}/input_items",
     "/v1/search",
-    "/v1/kv",
-    "/v1/events",
     "/v1/conversations/{conversation_id}/branches",
     "/v1/conversations/{conversation_id}/checkpoints",
 }
