@@ -222,7 +222,11 @@ class _Trial:
             name=self.names,
         )
         self.exploration = Exploration(session.origin(), [model], plan)
-        return self.exploration.begin()
+        try:
+            return self.exploration.begin()
+        except BaseException:
+            self.exploration.close()
+            raise
 
     def note_item(self, reply: GeneratedReply) -> None:
         """Find the id of a reply that was kept; called on a thread."""
