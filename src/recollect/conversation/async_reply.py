@@ -30,6 +30,37 @@ class Streaming(Protocol):
         """End it and save its text so far; may wait."""
 
 
+class _Beginning:
+    """
+    How a reply begins, on a thread, and whether anybody still reads it.
+
+    On its own, because a thread of a pool may hold what it has called for a while, and the reader is
+    noticed to be gone by its last reference.
+    """
+
+    def __init__(self, begin: Callable[[], Streaming]) -> None:
+        self.stream: Streaming | None = None
+        self.is_left = False
+        self._begin = begin
+        self._leaving = threading.Lock()
+
+    def begin(self) -> None:
+        """Have the engine begin; where it was left meanwhile, end it at once."""
+        stream = self._begin()
+        with self._leaving:
+            self.stream = stream
+            is_left = self.is_left
+        if is_left:
+            stream.stop()
+            stream.close()
+
+    def leave(self) -> Streaming | None:
+        """Return what has to be ended; None: nothing has begun, and what begins later ends at once."""
+        with self._leaving:
+            self.is_left = True
+            return self.stream
+
+
 class AsyncReply:
     """
     A reply on an event loop: `async for` for pieces of its text, or `read` for all of it.
@@ -49,17 +80,15 @@ class AsyncReply:
             begin: Has the engine begin it; called on a thread.
             end_later: Called where nobody reads on, and nobody waits for the end.
         """
-        self._begin = begin
+        self._beginning = _Beginning(begin)
         self._end_later = end_later
-        self._stream: Streaming | None = None
         self._pieces: AsyncIterator[str] | None = None
-        self._leaving = threading.Lock()
-        self._is_left = False
 
     @property
     def reply(self) -> Reply | None:
         """Return the whole reply, once it has ended; None before, and where nothing came of it."""
-        return None if self._stream is None else self._stream.reply
+        stream = self._beginning.stream
+        return None if stream is None else stream.reply
 
     async def read(self) -> Reply:
         """
@@ -106,7 +135,7 @@ class AsyncReply:
         """
         import asyncio  # noqa: PLC0415 - takes 30 ms, which a program without a loop does not need
 
-        stream = self._leave()
+        stream = self._beginning.leave()
         if stream is not None:
             stream.stop()
             await asyncio.shield(asyncio.to_thread(stream.close))
@@ -119,39 +148,26 @@ class AsyncReply:
 
     def __del__(self) -> None:
         """End a reply whose reader has gone, which may be the loop's own thread: it must not wait."""
-        if not self._is_left and (stream := self._leave()) is not None:
+        beginning = self._beginning
+        if not beginning.is_left and (stream := beginning.leave()) is not None:
             stream.stop()
             self._end_later(stream)
 
     async def _begun(self) -> Streaming:
         import asyncio  # noqa: PLC0415 - likewise
 
-        if self._is_left:
+        begun = self._beginning
+        if begun.is_left:
             raise StopAsyncIteration
-        beginning = asyncio.ensure_future(asyncio.to_thread(self._begin_on_thread))
+        beginning = asyncio.ensure_future(asyncio.to_thread(begun.begin))
         try:
             await asyncio.shield(beginning)
         except asyncio.CancelledError:
-            self._leave()
+            begun.leave()
             await asyncio.wait([beginning])  # the thread ends what it has begun
             raise
-        assert self._stream is not None, "it has begun"
-        return self._stream
-
-    def _begin_on_thread(self) -> None:
-        stream = self._begin()
-        with self._leaving:
-            self._stream = stream
-            is_left = self._is_left
-        if is_left:
-            stream.stop()
-            stream.close()
-
-    def _leave(self) -> Streaming | None:
-        """Return what has to be ended; None: nothing has begun, and what begins later ends at once."""
-        with self._leaving:
-            self._is_left = True
-            return self._stream
+        assert begun.stream is not None, "it has begun"
+        return begun.stream
 
 
 class AsyncSpeaker:

@@ -1,20 +1,27 @@
 """
-What is tried from one place of a conversation, and what comes of it: values alone.
+What is tried from one place of a conversation, and what comes of it.
 
 A `Plan` says which replies are asked for and which of them stay, an `Origin` where, and a `Branch` is
-one of them with the way to it. Computes nothing, and keeps nothing.
+one of them with the way to it: values, which compute and keep nothing. A `BranchGeneration` is its reply
+while it is generated.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from inspect import iscoroutine, iscoroutinefunction
+from math import isnan
+from typing import Any, Final
 
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.feed import AskedBy, ToldReply
 from recollect.conversation.tools import Tools
 from recollect.conversation.tree import Node, Overflow
-from recollect.conversation.turn import ModelParts, Prompting, is_cut
-from recollect.engine.reply import GeneratedReply, ReadAhead
-from recollect.errors import InvalidParameterError
-from recollect.types import Message, SamplingParams
+from recollect.conversation.turn import ModelParts, Prepared, Prompting, explained, is_cut
+from recollect.engine.reply import GeneratedReply, ReadAhead, ReplyGeneration
+from recollect.errors import ConversationError, InvalidParameterError
+from recollect.journal.records import require_name, require_text
+from recollect.types import Message, SamplingParams, Usage
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -75,6 +82,68 @@ class Branch:
         return self.text
 
 
+class BranchGeneration(ReplyGeneration):
+    """A branch's reply while it is generated; `close` lets the exploration have what came of it."""
+
+    def __init__(
+        self,
+        branch: Branch,
+        prepared: Prepared,
+        ahead: tuple[ReadAhead, ...],
+        asker: AskedBy,
+        end: Callable[["BranchGeneration"], None],
+    ) -> None:
+        super().__init__(
+            branch.model.engine,
+            prepared.generator,
+            branch.model.tokenizer,
+            ahead=ahead,
+            rules=prepared.rules,
+            begun=prepared.begun,
+        )
+        self.branch: Final = branch
+        self.turn: Final = prepared.turn
+        self._asker = asker
+        self._told: ToldReply | None = None
+        self._end_branch = end
+
+    def start(self) -> None:
+        """Have the engine begin, and tell so."""
+        super().start()
+        said = (self._begun, self._rules)
+        feed, at = self.branch.model.feed, self.turn.at
+        self._told = told = feed.reply(self, self._asker, at, None, said)
+        weakref.finalize(self, told.end, None, None)  # where nobody closes it
+
+    def _piece_of(self, generated: Any) -> str:
+        if (piece := super()._piece_of(generated)) and self._told is not None:
+            self._told.piece(piece)
+        return piece
+
+    def usage(self) -> Usage:
+        """Return what the reply has cost so far, and why tokens had to be computed again."""
+        return explained(super().usage(), self.turn.expected)
+
+    def close(self) -> None:
+        """
+        End the reply; the exploration keeps it, where it is to be. Calling it again does nothing.
+
+        Raises:
+            StoreError: The journal cannot keep it.
+        """
+        if self._closed:
+            return
+        try:
+            super().close()
+            self._end_branch(self)
+        finally:
+            if self._told is not None:
+                self._told.end(self.reply, self.branch.node)
+
+
+MOST_TRIED: Final = 1_024
+"""Replies of a level that follow one place; each has a sequence and its text in memory at once."""
+
 Prompts = int | Sequence[str | None] | Callable[[Branch | None], Sequence[str | None]]
 Score = Callable[[Branch], float]
 
@@ -94,6 +163,7 @@ class Origin:
     tools: Tools
     overflow: Overflow
     begun: Node | None
+    namespace: str
     ahead: tuple[ReadAhead, ...]
     """What was computed there before it was asked for."""
 
@@ -111,10 +181,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         count = self.prompts if isinstance(self.prompts, int) else None
-        if count is not None and count < 1:
-            raise wrong("prompts", f"{count} replies cannot be explored: ask for 1 or more.")
-        if isinstance(self.prompts, str):
-            raise wrong("prompts", 'One text is no list of prompts: give ["…"], or ["…"] * 8.')
+        if count is not None and not 1 <= count <= MOST_TRIED:
+            raise wrong(
+                "prompts", f"{count:,} replies cannot be tried: ask for 1 to {MOST_TRIED:,}."
+            )
+        if self.score is not None and (not callable(self.score) or iscoroutinefunction(self.score)):
+            raise wrong("score", _SCORES)
+        self._check_names()
         if not callable(self.prompts) and not self.tries(self.said(None)):
             raise wrong("prompts", "There are no prompts: give one or more.")
         if self.depth < 1:
@@ -155,7 +228,41 @@ class Plan:
             # A reply that came to its end does not go on.
             goes_on = branch is None or (branch.reply is not None and _is_cut(branch))
             return [None] * self.prompts if goes_on else []
-        return list(self.prompts(branch) if callable(self.prompts) else self.prompts)
+        return _texts(self.prompts(branch) if callable(self.prompts) else self.prompts)
+
+    def scored(self, branch: Branch) -> float | None:
+        """
+        Return the score of a branch; None where nothing scores.
+
+        Raises:
+            Exception: What the scoring function raised.
+            ConversationError: It is no number.
+        """
+        if self.score is None:
+            return None
+        found: object = self.score(branch)
+        if iscoroutine(found):
+            found.close()
+        try:
+            score = float(found)  # type: ignore[arg-type] # what is no number is refused here
+        except (TypeError, ValueError):
+            raise ConversationError(_SCORES) from None
+        if isnan(score):
+            raise ConversationError("The score of a branch is no number: return one.")
+        return score
+
+    def _check_names(self) -> None:
+        if isinstance(self.name, str):
+            require_name(f"{self.name}-1", "branch")
+        elif not isinstance(self.name, list | tuple) or not all(
+            isinstance(one, str) for one in self.name
+        ):
+            raise wrong(
+                "name", "The names of branches are texts: give one text, or a list of them."
+            )
+        else:
+            for one in self.name:
+                require_name(one, "branch")
 
     def tries(self, said: Sequence[str | None]) -> list[SamplingParams]:
         """
@@ -165,6 +272,11 @@ class Plan:
             InvalidParameterError: Two replies would be the same, or the numbers differ.
         """
         given = self.params
+        if not isinstance(given, SamplingParams) and not (
+            isinstance(given, list | tuple)
+            and all(isinstance(one, SamplingParams) for one in given)
+        ):
+            raise wrong("params", "Give SamplingParams, or a list with as many of them as prompts.")
         params = [given] * len(said) if isinstance(given, SamplingParams) else list(given)
         if len(params) != len(said):
             raise wrong(
@@ -185,6 +297,36 @@ class Plan:
                 )
             seen.append(pair)
         return params
+
+
+_SCORES: Final = (
+    "A score is a function that returns a number, and not one that is awaited: it is called on a thread of "
+    "its own where an event loop reads."
+)
+
+
+def _texts(given: object) -> list[str | None]:
+    """
+    Return prompts as they were given.
+
+    Raises:
+        InvalidParameterError: They are no list of texts.
+        ConversationError: A text has half a character.
+    """
+    if isinstance(given, str):
+        raise wrong("prompts", 'One text is no list of prompts: give ["…"], or ["…"] * 8.')
+    if not isinstance(given, Sequence) or not all(
+        one is None or isinstance(one, str) for one in given
+    ):
+        raise wrong(
+            "prompts", "Prompts are a list of texts, a number, or a function: give one of these."
+        )
+    if len(given) > MOST_TRIED:
+        raise wrong("prompts", f"{len(given):,} prompts are too many: give {MOST_TRIED:,} at most.")
+    for one in given:
+        if one is not None:
+            require_text(one)
+    return list(given)
 
 
 def wrong(param: str, told: str) -> InvalidParameterError:

@@ -10,13 +10,13 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recollect.conversation.matching import Found, MessageIndex, RememberedReplies
 from recollect.conversation.tools import Tools
-from recollect.conversation.tree import Node, Tree, grown, to_node
+from recollect.conversation.tree import Node, Tree, grown, numbered, to_node
 from recollect.errors import (
     ConversationError,
     NameTakenError,
@@ -37,30 +37,6 @@ from recollect.journal.records import (
     require_name,
 )
 from recollect.types import Message
-
-
-def numbered(
-    node_ids: Iterable[int], saved: Mapping[int, int], journal_ids: Iterable[int]
-) -> dict[int, int]:
-    """
-    Return the number by which people name each node of a tree, by the node's id.
-
-    Args:
-        node_ids: The ids of the tree's nodes, in the order of the tree.
-        saved: The ids in the journal of the nodes that are saved, by node id.
-        journal_ids: The ids of all messages that the journal has of the conversation, in any order.
-            Another process may have saved some of them; those of *saved* are added if they are missing.
-    """
-    order = sorted({*journal_ids, *saved.values()})
-    by_id = {journal_id: number for number, journal_id in enumerate(order, start=1)}
-    numbers, last = dict[int, int](), len(order)
-    for node_id in node_ids:
-        if node_id in saved:
-            numbers[node_id] = by_id[saved[node_id]]
-        else:  # it will be saved after all others
-            last += 1
-            numbers[node_id] = last
-    return numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -319,6 +295,7 @@ class Conversation:
         *,
         tip: str | None,
         asked: Asked | None = None,
+        begins: bool = False,
     ) -> Node:
         """
         Add messages, each after the one before, and return the last one's node.
@@ -328,17 +305,25 @@ class Conversation:
             messages: In order; all of them are saved, or none.
             tip: The branch whose tip moves to the last one; None: none does.
             asked: What `ask` has returned, if it saved the first of them.
+            begins: Whether the branch is a new one; see `begin_branch`.
 
         Raises:
             StoreError: The journal cannot be written. Nothing was changed.
         """
         with self._writing() as deadline:
+            if begins:
+                taken = {*self._tips, *self._continued_as}
+                names = itertools.chain([tip], (f"{tip}-{number}" for number in itertools.count(2)))
+                tip = next(name for name in names if name not in taken)
             said_id = None if asked is None else asked.said_id
             kept: list[int | None] = [None] * len(messages)
-            if self._journal is not None:
+            if self._journal is not None and (messages or self._record is not None):
                 rest = messages if said_id is None else messages[1:]
-                entry = self._entry(parent, rest, tip, said_id)
-                path = [node for node in parent.path() if node.id not in self._record_ids]
+                entry = self._entry(parent, rest, tip, said_id, moves=not messages)
+                if begins:  # no branch stands at the node -1, so one of that name keeps its tip
+                    entry = replace(entry, seen=-1, leaves_others=True)
+                above = parent.path() if messages else []
+                path = [node for node in above if node.id not in self._record_ids]
                 ids = self._write(entry, path, deadline).ids[len(path) :]
                 kept = [*ids] if said_id is None else [said_id, *ids]
             if asked is not None:
@@ -354,6 +339,22 @@ class Conversation:
                 if tip is not None:
                     self._tips[self.tip_name(tip)] = node
                 return node
+
+    def begin_branch(
+        self, name: str, at: Node, messages: Sequence[NewNode] = ()
+    ) -> tuple[str, Node]:
+        """
+        Begin a branch with messages after a node, and return the branch's name and its tip.
+
+        Where there is a branch of that name, whoever began it and whenever, a number is added to the name.
+
+        Raises:
+            ConversationError: It cannot be the name of a branch.
+            StoreError: The journal cannot be written.
+                In each case nothing was changed.
+        """
+        node = self.add(at, messages, tip=name, begins=True)
+        return next(one for one, tip in reversed(self.tips.items()) if tip is node), node
 
     def add_unsaved(self, parent: Node, *messages: Message) -> Node:
         """

@@ -8,7 +8,6 @@ and no journal; its KV is in the cache, as that of any prompt, until it is evict
 event loops read the same stream of what arrives.
 """
 
-import math
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import aclosing, suppress
@@ -18,20 +17,21 @@ from itertools import count
 from time import perf_counter
 from typing import Any, Final, Self
 
-from recollect.conversation.branches import Branch, Origin, Plan, Prompts, Score, wrong
+from recollect.conversation.branches import (
+    Branch,
+    BranchGeneration,
+    Origin,
+    Plan,
+    Prompts,
+    Score,
+    wrong,
+)
 from recollect.conversation.conversation import Conversation
+from recollect.conversation.feed import AskedBy
 from recollect.conversation.tree import DETACHED, Node, detached
-from recollect.conversation.turn import Asking, ModelParts, Prepared, Prompting, explained
-from recollect.engine.reply import (
-    ReadAhead,
-    ReplyGeneration,
-    Stream,
-)
-from recollect.errors import (
-    ContextFullError,
-    ConversationError,
-    RecollectError,
-)
+from recollect.conversation.turn import Asking, ModelParts, Prompting
+from recollect.engine.reply import Stream
+from recollect.errors import ContextFullError, ConversationError, RecollectError
 from recollect.journal.records import NewNode
 from recollect.types import SamplingParams, Usage, tokens_per_second
 
@@ -40,44 +40,6 @@ _SUMMED: Final = (
     *("generated_tokens", "reasoning_tokens", "lost_tokens"),
 )
 """What of `Usage` is a sum over all branches."""
-
-
-class BranchGeneration(ReplyGeneration):
-    """A branch's reply while it is generated; `close` lets the exploration have what came of it."""
-
-    def __init__(
-        self,
-        branch: Branch,
-        prepared: Prepared,
-        ahead: tuple[ReadAhead, ...],
-        end: Callable[["BranchGeneration"], None],
-    ) -> None:
-        super().__init__(
-            branch.model.engine,
-            prepared.generator,
-            branch.model.tokenizer,
-            ahead=ahead,
-            rules=prepared.rules,
-            begun=prepared.begun,
-        )
-        self.branch: Final = branch
-        self.turn: Final = prepared.turn
-        self._end_branch = end
-
-    def usage(self) -> Usage:
-        """Return what the reply has cost so far, and why tokens had to be computed again."""
-        return explained(super().usage(), self.turn.expected)
-
-    def close(self) -> None:
-        """
-        End the reply; the exploration keeps it, where it is to be. Calling it again does nothing.
-
-        Raises:
-            StoreError: The journal cannot keep it.
-        """
-        if not self._closed:
-            super().close()
-            self._end_branch(self)
 
 
 class Exploration:
@@ -240,22 +202,26 @@ class Exploration:
             if branch.leaf is None:
                 raise ConversationError("This branch has not come to its end: it cannot be kept.")
             conversation = self.conversation
-            name = name or self._free_name()
-            if name in conversation.tips:
+            if name is not None and name in conversation.tips:
                 raise ConversationError(f"There is a branch {name!r} already: take another name.")
+            return self._keep(branch, name or self._free_name())
+
+    def _keep(self, branch: Branch, name: str) -> Node:
+        """Keep a branch under a name, or where somebody has taken that by now, under one like it."""
+        with self._changing:
+            assert branch.leaf is not None, "it has come to its end"
+            conversation = self.conversation
             new, node = list[Node](), branch.leaf
             while node.id == DETACHED and node not in self._real:
                 new.append(node)
                 assert node.parent is not None, "it hangs in the tree at last"
                 node = node.parent
             leaf = self._real.get(node, node)  # shared with a branch that is kept, or in the tree
+            said = [one.to_new() for one in reversed(new)]
+            name, leaf = conversation.begin_branch(name, leaf, said)
             if new:
-                said = [one.to_new() for one in reversed(new)]
-                leaf = conversation.add(leaf, said, tip=name)
                 conversation.note_tools(leaf, self._origin.tools)
                 self._real |= dict(zip(new, reversed(leaf.path()), strict=False))
-            else:
-                conversation.new_tip(name, leaf)
             branch.name, branch.node = name, leaf
             self.kept.append(branch)
             return leaf
@@ -296,7 +262,8 @@ class Exploration:
         if not self._models:
             if not self._plan.keeps_at_once:
                 for branch in _ranked(self._finalists)[: self._plan.kept]:
-                    self.keep(branch)
+                    if branch.node is None:
+                        self._keep(branch, self._free_name())
             return False
         self._model, self._parents, self._level, self._ready = self._models.pop(0), [None], 0, []
         self._prompting = self._origin.prompting(self._model)
@@ -352,8 +319,12 @@ class Exploration:
             model=model,
         )
         self.branches.append(branch)
+        name = self._plan.name
+        is_named = self._plan.keeps_at_once and not isinstance(name, str)
+        asker = AskedBy(origin.conversation, origin.namespace, name[index] if is_named else None)
         # What was read ahead counts once: the other branches reuse it.
-        return BranchGeneration(branch, prepared, () if index else origin.ahead, self._ended)
+        ahead = () if index else origin.ahead
+        return BranchGeneration(branch, prepared, ahead, asker, self._ended)
 
     def _start(
         self,
@@ -401,6 +372,7 @@ class Exploration:
         self._begin_reading()
         arrivals = Stream()
         arriving = aiter(arrivals)
+        left_behind = _LeftBehind(self.stop)
         try:
             while replies := await asyncio.to_thread(self.begin, partial(_arrived, arrivals)):
                 left = set(replies)
@@ -414,6 +386,7 @@ class Exploration:
                         if not left:
                             break
         finally:
+            left_behind.is_seen_to = True
             self.stop()  # at once, whatever the thread waits for
             await asyncio.shield(asyncio.to_thread(self.close))
 
@@ -458,14 +431,12 @@ class Exploration:
             for message in reply.turn.messages(generated, reply.token_ids, own):
                 leaf = self._grown(leaf, message)
             branch.leaf = leaf
-            if self._plan.score is not None:
-                branch.score = float(self._plan.score(branch))
-                if math.isnan(branch.score):
-                    raise ConversationError("The score of a branch is no number: return one.")
+            branch.score = self._plan.scored(branch)
             self._ready.append(branch)
             if self._plan.keeps_at_once:
                 name = self._plan.name
-                self.keep(branch, None if isinstance(name, str) else name[branch.index])
+                own = self._free_name() if isinstance(name, str) else name[branch.index]
+                self._keep(branch, own)
 
     def _grown(self, at: Node, message: NewNode) -> Node:
         """Return a message's node, which the tree does not have; one for all replies to a prompt."""
@@ -539,7 +510,7 @@ class Explorer:
         origin = self.origin()
         plan = Plan(
             prompts=prompts,
-            params=params or origin.params,
+            params=origin.params if params is None else params,
             depth=depth,
             keep=keep,
             score=score,
@@ -558,6 +529,18 @@ class Explorer:
         return self.explore(prompts, **how)
 
 
+class _LeftBehind:
+    """Ends what nobody can read on: its loop was closed, and with it whatever would end the generator."""
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        self.is_seen_to = False
+        self._end = end
+
+    def __del__(self) -> None:
+        if not self.is_seen_to:
+            self._end()
+
+
 def _arrived(arrivals: Stream, reply: BranchGeneration) -> None:
     """Take note, on the engine's thread, that there is more of a reply."""
     arrivals.put(reply)
@@ -565,5 +548,5 @@ def _arrived(arrivals: Stream, reply: BranchGeneration) -> None:
 
 
 def _ranked(branches: Sequence[Branch]) -> list[Branch]:
-    """Return branches, those with the highest scores first; without scores, in their order."""
-    return sorted(branches, key=lambda one: (-(one.score or 0.0), one.index))
+    """Return branches, those with the highest scores first; without scores, in their order and last."""
+    return sorted(branches, key=lambda one: (one.score is None, -(one.score or 0.0), one.index))

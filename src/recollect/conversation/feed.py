@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 
 from recollect.conversation.conversation import Asked, Conversation
 from recollect.conversation.event_log import Event, EventLog, Watch
-from recollect.conversation.tree import Node
+from recollect.conversation.tree import DETACHED, Node
 from recollect.encryption import Cipher
 from recollect.engine.engine import Engine
 from recollect.engine.reply import GeneratedReply
@@ -77,6 +77,15 @@ class Asker(Protocol):
     @property
     def name(self) -> str | None:
         """Return the branch that moves; None: none does."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskedBy:
+    """Who asked for a reply, as a value."""
+
+    conversation: Conversation
+    namespace: str
+    name: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +315,8 @@ class Feed:
         make = partial(ReplyReader, *begun)
         told = ToldReply(self, session.namespace, conversation, read, make)
         self._replies[id(told)] = told
-        parent = conversation.saved_id(at) if asked is None else asked.ids[-1]
+        place = next((one for one in reversed(at.path()) if one.id != DETACHED), at)
+        parent = conversation.saved_id(place) if asked is None else asked.ids[-1]
         told.tell("reply.started", parent=parent, branch=session.name)
         return told
 

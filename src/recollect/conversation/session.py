@@ -269,7 +269,7 @@ class Session(Cursor, Explorer, AsyncSpeaker):
     def origin(self) -> Origin:
         """Return the tip as a place to explore from; it stays that where the session goes on."""
         tip, options, prompting = self._tip, self._template_options, self._prompting
-        asking = self.params, self.tools, self.overflow, self._begun, self._idle.ahead
+        asking = self.params, self.tools, self.overflow, self._begun
         return Origin(
             self.conversation,
             tip,
@@ -277,6 +277,8 @@ class Session(Cursor, Explorer, AsyncSpeaker):
             lambda model: prompting.beside(model, options),
             self.model,
             *asking,
+            self.namespace,
+            self._idle.ahead,
         )
 
     def regenerate(self, *, params: SamplingParams | None = None) -> Reply:

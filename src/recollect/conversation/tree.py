@@ -300,6 +300,30 @@ class Node:
         return f"Node({self.id}, {self.role}, {self.content[:30]!r})"
 
 
+def numbered(
+    node_ids: Iterable[int], saved: Mapping[int, int], journal_ids: Iterable[int]
+) -> dict[int, int]:
+    """
+    Return the number by which people name each node of a tree, by the node's id.
+
+    Args:
+        node_ids: The ids of the tree's nodes, in the order of the tree.
+        saved: The ids in the journal of the nodes that are saved, by node id.
+        journal_ids: The ids of all messages that the journal has of the conversation, in any order.
+            Another process may have saved some of them; those of *saved* are added if they are missing.
+    """
+    order = sorted({*journal_ids, *saved.values()})
+    by_id = {journal_id: number for number, journal_id in enumerate(order, start=1)}
+    numbers, last = dict[int, int](), len(order)
+    for node_id in node_ids:
+        if node_id in saved:
+            numbers[node_id] = by_id[saved[node_id]]
+        else:  # it will be saved after all others
+            last += 1
+            numbers[node_id] = last
+    return numbers
+
+
 DETACHED: Final = -1
 """The id of all nodes that no tree has."""
 

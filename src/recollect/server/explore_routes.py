@@ -158,7 +158,11 @@ def _standing(
     """
     view = view_of(request, conversation_id)
     if body.item is not None:
-        view = view.at(view.id, view.branch, view.node_id(body.item))
+        try:
+            view = view.at(view.id, view.branch, view.node_id(body.item))
+        except ApiError as error:
+            error.param = "item"
+            raise
     return view, last_head(services_of(request), view)
 
 
@@ -171,14 +175,14 @@ def _names(view: ConversationView, tried: Sequence[TriedBranch]) -> list[str]:
     """
     prefix = f"explore-{secrets.token_hex(3)}"
     names = [one.name or f"{prefix}-{number}" for number, one in enumerate(tried, 1)]
-    for name in names:
+    for number, name in enumerate(names):
         if name in view.stored.tips or names.count(name) > 1:
             raise ApiError(
                 f"There is {name!r} in this conversation already, or twice in the request: take another "
                 "name.",
                 status=409,
                 code="name_taken",
-                param="branches",
+                param=f"branches.{number}.name",
             )
     return names
 
@@ -222,7 +226,11 @@ class _Trial:
             name=self.names,
         )
         self.exploration = Exploration(session.origin(), [model], plan)
-        return self.exploration.begin()
+        try:
+            return self.exploration.begin()
+        except BaseException:
+            self.exploration.close()
+            raise
 
     def note_item(self, reply: GeneratedReply) -> None:
         """Find the id of a reply that was kept; called on a thread."""

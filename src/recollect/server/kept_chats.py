@@ -96,13 +96,16 @@ class KeptChats:
         path: Sequence[Node],
     ) -> None:
         place, rest = self._found(known, path)
-        if not rest:
-            return
         new = [node.to_new() for node in rest]
         about = (model.name, model.weights_fingerprint)
         if place is not None:
             conversation_id, node_id = place
             try:
+                journal.info(
+                    conversation_id
+                )  # it may have been deleted, and all of it is said again
+                if not rest:
+                    return
                 tips = journal.tips(conversation_id)
                 # A checkpoint stays where it is; its name has a colon, which no branch of a client has.
                 here = (tip for tip, at in tips.items() if at == node_id and ":" not in tip)

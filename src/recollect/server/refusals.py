@@ -119,8 +119,10 @@ _PLACES: Final[Mapping[str, Mapping[str, str]]] = {
         "max_tokens": "max_output_tokens",
         "logprobs": "top_logprobs",
     },
+    "/explore": {**_ALIKE, "max_tokens": "max_output_tokens"},
+    "/search": {"query": "query"},
 }
-"""Where the parameters of the engine are in the bodies of each API."""
+"""Where the parameters of the engine are in the bodies of each API, by its path or the end of that."""
 _BUSY: Final = "rate_limit_error"
 _OURS: Final = "server_error"
 _NO_ROOM: Final = "The server's disk is full: nothing was kept. What was kept before can be read."
@@ -285,7 +287,8 @@ def operators_only(param: str) -> ApiError:
 
 def openai_body(error: ApiError, path: str = "") -> dict[str, Any]:
     """Return an error as OpenAI's clients expect it, of a request to a path."""
-    there = _PLACES.get(path, {}).get(error.about or "")
+    places = _PLACES.get(path) or _PLACES.get(path[path.rfind("/") :], {})
+    there = places.get(error.about or "")
     return {
         "error": {
             "message": error.message,

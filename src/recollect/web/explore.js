@@ -45,10 +45,12 @@ async function begin(ways) {
   control = new AbortController();
   const nothing = { text: "", reasoning: "", computed: 0, tokens: 0, isDone: false, error: "" };
   tried.value = ways.map((one) => ({ ...one, ...nothing }));
+  for (const one of ways) state.trying.add(one.name);
   try {
     await actions.tryWays(ways, control.signal, onEvent);
   } finally {
     grown.flush();
+    state.trying.clear();
     tried.value = tried.value.map((one) => (one.isDone ? one : { ...one, isDone: true, error: "Stopped." }));
   }
 }

@@ -63,6 +63,7 @@ function askedHere(event) {
 
 /** @param {any} event */
 function begin(event) {
+  if (state.trying.has(event.branch)) return;
   const mine = askedHere(event);
   if (mine !== undefined) {
     own.set(event.reply, mine);

@@ -115,6 +115,9 @@ export const readingSpeed = computed(() => {
   return told.reduce((most, one) => Math.max(most, one?.prefill_tps ?? 0), 0) || null;
 });
 
+/** The branches that are being tried in this window, which shows them by itself. @type {Set<string>} */
+export const trying = new Set();
+
 /** Replies to what is shown, while they are generated. */
 export const growing = computed(() =>
   [...pending.value.values()].filter(

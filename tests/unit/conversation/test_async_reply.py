@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,28 @@ def test_leaving_the_loop_keeps_what_was_said_and_the_next_question_waits(
         assert said[1:4] == ["one", "".join(pieces), "two"]
 
     asyncio.run(ask())
+    check(model)
+
+
+def test_the_next_question_waits_though_a_thread_still_knows_what_it_began(
+    chat: Session, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of a pool lets go of its work some time after its result was handed over."""
+    held, to_thread = list[Any](), asyncio.to_thread
+
+    def holding(work: Any, *arguments: Any) -> Any:
+        held.append(work)
+        return to_thread(work, *arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", holding)
+
+    async def leave_and_ask() -> None:
+        async for _ in chat.stream_async("Hello"):
+            break
+        await chat.respond_async("And then?")
+
+    asyncio.run(leave_and_ask())
+    assert held
     check(model)
 
 

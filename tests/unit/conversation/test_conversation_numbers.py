@@ -1,6 +1,6 @@
 """Messages are named by the order in which they were kept."""
 
-from recollect.conversation.conversation import numbered
+from recollect.conversation.tree import numbered
 
 
 def test_what_is_kept_is_numbered_in_the_order_of_the_journal() -> None:

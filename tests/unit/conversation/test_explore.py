@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from recollect.conversation.branches import Branch
+from recollect.conversation.event_log import Event
+from recollect.conversation.explore import Exploration
 from recollect.conversation.model import Model
 from recollect.conversation.session import Session
 from recollect.engine.sampling import Generator
@@ -339,6 +341,105 @@ def test_what_a_score_raises_ends_all(kept: Session, model: Model) -> None:
     assert rows(model) == before
 
 
+def test_a_score_that_is_no_number_is_refused_in_a_sentence(kept: Session, model: Model) -> None:
+    before, given = rows(model), list[Any]()
+
+    async def awaited(_: Branch) -> float:
+        return 1.0
+
+    def returns_awaited(branch: Branch) -> Any:
+        given.append(awaited(branch))
+        return given[0]
+
+    with pytest.raises(InvalidParameterError, match="returns a number"):
+        kept.explore(["a"], score=awaited)  # type: ignore[arg-type] # that is what is wrong
+    for score in (lambda _: None, lambda _: "much", returns_awaited):
+        with pytest.raises(ConversationError, match="returns a number"):
+            kept.explore(["a", "b"], score=score).read()
+        check(model)
+    assert rows(model) == before
+
+
+def test_what_has_no_score_is_never_the_best(kept: Session) -> None:
+    """The loop was left before they were scored, and the one that was has less than nothing."""
+    found = kept.explore(["a"] * 3, score=lambda _: -5.0)
+    for branch in found:
+        assert found.best is branch
+        break
+    assert found.best.score == -5.0
+
+
+def test_a_name_that_somebody_takes_meanwhile_gets_a_number(kept: Session, model: Model) -> None:
+    found = kept.explore(["a", "b"], name=["x", "y"])
+    for number, _ in enumerate(found.pieces()):
+        if not number:
+            kept.fork(name="x")
+    assert [one.name for one in found.branches] == ["x-2", "y"]
+    assert kept.branch("x-2").tip is found.branches[0].node
+    assert kept.branch("x").tip is kept.tip
+    check(model)
+    kept.conversation.check()
+
+
+def test_two_programs_explore_one_conversation(kept: Session, model: Model) -> None:
+    """Neither sees what the other keeps; both have all, under names that say where it is."""
+    other = model.resume("kept", params=HOT)
+    ours, theirs = kept.explore(["a"] * 2).read(), other.explore(["b"] * 2).read()
+    assert [one.name for one in ours.kept] == ["explore-1", "explore-2"]
+    assert [one.name for one in theirs.kept] == ["explore-1-2", "explore-1-3"]
+    stored = model.journal.load("kept")
+    for session, found in ((kept, ours), (other, theirs)):
+        for branch in found.kept:
+            assert branch.name is not None
+            assert branch.node is not None
+            assert session.branch(branch.name).tip is branch.node
+            assert stored.tips[branch.name] == session.conversation.saved_id(branch.node)
+    again = other.explore(["c"] * 2).read()
+    assert len({one.name for one in (*theirs.kept, *again.kept)}) == 4
+    other.conversation.check()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "how", "about"),
+    [
+        (1.5, {}, "prompts"),
+        (None, {}, "prompts"),
+        ([1, 2], {}, "prompts"),
+        (b"ab", {}, "prompts"),
+        ({"a": 1}, {}, "prompts"),
+        (lambda _: None, {}, "prompts"),
+        (lambda _: "abc", {}, "prompts"),
+        (10**9, {}, "prompts"),
+        (["a"] * 1025, {}, "prompts"),
+        (["a"], {"params": []}, "params"),
+        (["a"], {"params": "hot"}, "params"),
+        (["a"], {"params": [None]}, "params"),
+        (["a"], {"score": 5}, "score"),
+        (["a"], {"name": None}, "name"),
+        (["a"], {"name": [5]}, "name"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_by_name(
+    chat: Session, prompts: Any, how: dict[str, Any], about: str
+) -> None:
+    with pytest.raises(InvalidParameterError) as refused:
+        chat.explore(prompts, **how).read()
+    assert refused.value.param == about
+
+
+@pytest.mark.parametrize(
+    ("prompts", "name"), [(["a", "half \ud800"], "x"), (["a"], "a\nb"), (["a"], ""), (["a"], [""])]
+)
+def test_what_cannot_be_saved_is_refused_before_anything_is_computed(
+    kept: Session, model: Model, prompts: list[str], name: Any
+) -> None:
+    check(model)
+    before = model.engine.computed_tokens
+    with pytest.raises(ConversationError):
+        kept.explore(prompts, name=name).read()
+    assert model.engine.computed_tokens == before
+
+
 def test_leaving_the_loop_ends_the_rest(chat: Session, model: Model) -> None:
     params = [HOT, *[replace(HOT, max_tokens=1500, seed=number) for number in range(3)]]
     for branch in chat.explore(["a", "b", "c", "d"], params=params):
@@ -430,6 +531,70 @@ def test_a_task_that_is_cancelled_ends_the_engines_work(kept: Session, model: Mo
     for milliseconds in (0, 1, 5, 20):
         asyncio.run(cancelled(milliseconds / 1000))
     assert rows(model) == before
+
+
+def test_a_loop_that_is_closed_early_ends_the_engines_work(kept: Session, model: Model) -> None:
+    """Nothing runs on that loop any more, so nobody could close what is read on it."""
+    before, loop = rows(model), asyncio.new_event_loop()
+    endless = replace(HOT, max_tokens=1500)
+    for task in model.engine.tasks():
+        task.join()
+    computed = model.engine.computed_tokens
+    for read in (Exploration.pieces_async, Exploration.__aiter__):
+        reading = read(kept.explore_async(["a", "b"], params=[replace(HOT, max_tokens=2), endless]))
+
+        async def first(reading: Any = reading) -> None:
+            await anext(reading)
+
+        loop.run_until_complete(first())
+        if read is Exploration.__aiter__:
+            loop.close()
+        else:
+            loop.run_until_complete(reading.aclose())
+        del reading, first
+    gc.collect()
+    for task in model.engine.tasks():
+        task.join()
+    assert model.engine.computed_tokens - computed < 1500
+    check(model)
+    assert rows(model)[0] == before[0] + 2  # the first branch of the second had come to its end
+
+
+def test_what_is_tried_is_told(kept: Session, model: Model) -> None:
+    """As any reply: begun, piece by piece, over; each is told to be kept as what, or as nothing."""
+    heard: list[Event] = []
+    over = threading.Semaphore(0)
+
+    def hear(event: Event) -> None:
+        heard.append(event)
+        if event.kind == "reply.completed":
+            over.release()
+
+    stop = model.on_event(hear)
+    tip = kept.conversation.saved_id(kept.tip)
+    found = kept.explore(["One?", "Two?"], name=["one", "two"]).read()
+    pruned = kept.explore(["One?"] * 2, score=lambda one: one.index, depth=2, keep=1).read()
+    ended = [one for one in pruned.branches if one.is_whole]
+    assert all(over.acquire(timeout=60) for _ in range(2 + len(ended)))
+    stop()
+    _, names = model.journal.names(kept.conversation.journal_id or 0, [tip or 0])
+    by_reply: dict[str, list[Event]] = {}
+    for event in heard:
+        if event.kind.startswith("reply."):
+            by_reply.setdefault(event.data["reply"], []).append(event)
+    told = list(by_reply.values())
+    assert [each[0].data["branch"] for each in told] == ["one", "two", *[None] * len(ended)]
+    assert {each[0].data["parent"] for each in told} == {names[tip or 0]}
+    for each, branch in zip(told, [*found.branches, *ended], strict=True):
+        assert [each[0].kind, each[-1].kind] == ["reply.started", "reply.completed"]
+        text = "".join(one.data["text"] for one in each if one.kind == "reply.delta")
+        assert text == branch.text
+        assert branch.reply is not None
+        assert each[-1].data["usage"] == branch.reply.usage.to_dict()
+        assert each[-1].data["finish_reason"] == "length"
+    kept_as = [each[-1].data["item"] for each in told]
+    assert None not in kept_as[:2]
+    assert kept_as[2:] == [None] * len(ended)
 
 
 @pytest.mark.slow

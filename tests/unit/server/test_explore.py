@@ -1,6 +1,7 @@
 """Several replies from one place of a kept conversation, over HTTP."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -220,3 +221,46 @@ def test_one_branch_that_fails_is_told_and_the_others_go_on(
     assert len(tips(client, conversation)) == 3
     whole = client.post(path, json={"branches": branches, **HOT}).json()
     assert ["error" in one for one in whole["branches"]] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"n": 2}, "temperature"),
+        ({"prompts": ["a", "a"], "temperature": 0}, "temperature"),
+        ({"prompts": ["a"], "item": "msg_x"}, "item"),
+        ({"prompts": ["a"], "model": "no"}, "model"),
+        ({"branches": [{"prompt": "a"}, {"prompt": "b", "name": "main"}]}, "branches.1.name"),
+        ({"branches": [{"prompt": "a", "max_output_tokens": 0}]}, "branches.0.max_output_tokens"),
+    ],
+)
+def test_what_is_refused_is_named(
+    client: httpx.Client, conversation: str, body: Json, param: str
+) -> None:
+    answer = client.post(f"{PATH}/{conversation}/explore", json=body)
+    assert answer.status_code in (400, 404, 409)
+    assert answer.json()["error"]["param"] == param
+
+
+def test_a_search_for_nothing_is_refused_by_name(client: httpx.Client) -> None:
+    answer = client.get("/v1/search", params={"query": '""'})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "query"
+
+
+def test_two_that_want_one_name_both_keep_their_replies(
+    client: httpx.Client, conversation: str
+) -> None:
+    """Neither request sees the other's branch before its own replies have ended."""
+    body = {"branches": [{"prompt": "A?", "name": "same"}], **HOT, "max_output_tokens": 200}
+    path = f"{PATH}/{conversation}/explore"
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: client.post(path, json=body).json(), range(4)))
+    told = [each["branches"][0] for each in answers if "branches" in each]
+    names = [one["branch"] for one in told]
+    assert len(set(names)) == len(names)
+    assert "same" in names
+    tree = client.get(f"{PATH}/{conversation}/tree").json()
+    assert {name: tree["tips"][name] for name in names} == {
+        one["branch"]: one["item"] for one in told
+    }

@@ -173,6 +173,20 @@ def test_a_chat_goes_on_after_a_restart_and_after_it_was_deleted(
     assert said(client, again["id"]) == [one["content"] for one in messages]
 
 
+def test_the_same_chat_is_kept_again_after_it_was_deleted(
+    start: Callable[..., httpx.Client], go_on: Chat
+) -> None:
+    client = start(keeps_chats=True)
+    messages = go_on(client, user("One"))
+    (made,) = conversations(client)
+    client.delete(f"/v1/conversations/{made['id']}")
+    for _ in range(2):
+        assert go_on(client, user("One")) == messages
+        (again,) = conversations(client)
+        assert again["id"] != made["id"]
+        assert said(client, again["id"]) == [one["content"] for one in messages]
+
+
 def test_what_is_known_has_a_bound(
     start: Callable[..., httpx.Client], go_on: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
