@@ -123,10 +123,10 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     prepare("smollm2", home=config.home())
     with ExitStack() as stack:
 
-        def start(*arguments: str) -> Server:
+        def start(*arguments: str, model: str = "smollm2") -> Server:
             home = tmp_path_factory.mktemp("home")
             models_folder(home).symlink_to(models_folder(config.home()))
-            server = Server(home, "--model", "smollm2", *arguments)
+            server = Server(home, "--model", model, *arguments)
             stack.callback(server.stop)
             return server
 
@@ -137,6 +137,12 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 def server(start_server: Callable[..., Server]) -> Server:
     """Return a server without keys."""
     return start_server()
+
+
+@pytest.fixture(scope="module")
+def quick(start_server: Callable[..., Server]) -> Server:
+    """Return a server whose model takes no time, for what does not depend on what is said."""
+    return start_server(model="reference")
 
 
 @pytest.fixture

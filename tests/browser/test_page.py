@@ -187,7 +187,7 @@ def test_an_agent_is_watched_as_it_branches(
     start_server: Callable[..., Any], windows: Callable[..., Any]
 ) -> None:
     """It knows nothing of the page, and sends the whole chat each time."""
-    keeping = start_server("--keep-chats")
+    keeping = start_server("--keep-chats", model="reference")
     page = windows(keeping.url)
     page.locator(".live.on").wait_for()
 
@@ -216,10 +216,10 @@ def test_an_agent_is_watched_as_it_branches(
 
 
 def test_a_conversation_that_another_window_deletes_is_closed(
-    server: Any, windows: Callable[..., Any]
+    quick: Any, windows: Callable[..., Any]
 ) -> None:
-    made = counting(server.url)
-    one, two = windows(f"{server.url}#{made}"), windows(f"{server.url}#{made}")
+    made = counting(quick.url)
+    one, two = windows(f"{quick.url}#{made}"), windows(f"{quick.url}#{made}")
     two.locator(".live.on").wait_for()
     two.locator(".message.assistant").wait_for()
     two.get_by_role("button", name="Memory").click()
@@ -230,34 +230,34 @@ def test_a_conversation_that_another_window_deletes_is_closed(
     assert two.locator(".card").count() == 0
     assert two.evaluate("location.hash") == ""
     # Nor is one that is named by an address only, and what is open is not taken for it.
-    two.goto(f"{server.url}#{counting(server.url)}")
+    two.goto(f"{quick.url}#{counting(quick.url)}")
     two.locator(".message.assistant").wait_for()
     two.evaluate(f"location.hash = '{made}'")
     two.locator(".welcome").wait_for()
     assert two.locator(".card").count() == 0
 
 
-def test_older_conversations_stay_in_the_list(server: Any, windows: Callable[..., Any]) -> None:
+def test_older_conversations_stay_in_the_list(quick: Any, windows: Callable[..., Any]) -> None:
     for _ in range(51):
-        api(server.url, "/v1/conversations", {})
-    page = windows(server.url)
+        api(quick.url, "/v1/conversations", {})
+    page = windows(quick.url)
     page.locator(".live.on").wait_for()
     page.get_by_role("button", name="Older ones").click()
     until(page, "document.querySelectorAll('.entry').length > 50")
     before = page.locator(".entry").count()
-    made = api(server.url, "/v1/conversations", {"metadata": {"title": "The newest"}})["id"]
+    made = api(quick.url, "/v1/conversations", {"metadata": {"title": "The newest"}})["id"]
     page.locator(".entry", has_text="The newest").wait_for()
     assert page.locator(".entry").count() == before + 1
-    api(server.url, f"/v1/conversations/{made}", method="DELETE")
+    api(quick.url, f"/v1/conversations/{made}", method="DELETE")
     until(page, f"document.querySelectorAll('.entry').length === {before}")
 
 
 def test_a_page_from_another_machine_over_plain_http_asks_and_copies(
-    server: Any, windows: Callable[..., Any]
+    quick: Any, windows: Callable[..., Any]
 ) -> None:
     """There a browser has neither random names nor a clipboard for scripts."""
     page = windows(
-        server.url,
+        quick.url,
         script="delete Crypto.prototype.randomUUID;"
         "Object.defineProperty(Navigator.prototype, 'clipboard', {value: undefined});",
     )
@@ -271,11 +271,11 @@ def test_a_page_from_another_machine_over_plain_http_asks_and_copies(
 
 
 def test_a_page_that_nobody_sees_holds_no_connection(
-    server: Any, windows: Callable[..., Any]
+    quick: Any, windows: Callable[..., Any]
 ) -> None:
     """A browser has six for all its windows, so that the seventh would wait for ever."""
     page = windows(
-        f"{server.url}#{counting(server.url)}",
+        f"{quick.url}#{counting(quick.url)}",
         script="window.isHidden = false;"
         "Object.defineProperty(document, 'hidden', {get: () => window.isHidden});"
         "window.show = (is) => { isHidden = !is; document.dispatchEvent(new Event('visibilitychange')) };",
@@ -290,7 +290,7 @@ def test_a_page_that_nobody_sees_holds_no_connection(
     assert (len(opened), len(ended)) == (0, 1)
     conversation = page.evaluate("location.hash.slice(1)")
     body = {"conversation": conversation, "input": "Said meanwhile", "max_output_tokens": 4}
-    api(server.url, "/v1/responses", body)
+    api(quick.url, "/v1/responses", body)
     page.wait_for_timeout(500)
     assert page.locator(".message.user", has_text="Said meanwhile").count() == 0
     page.evaluate("show(true)")
@@ -327,11 +327,11 @@ def test_a_reply_that_grows_is_drawn_seldom_and_the_messages_before_it_not_at_al
     assert drawn["others"] <= 4  # the question and the reply, once they are in the tree
 
 
-def test_what_is_opened_leaves_nothing_behind(server: Any, windows: Callable[..., Any]) -> None:
+def test_what_is_opened_leaves_nothing_behind(quick: Any, windows: Callable[..., Any]) -> None:
     """Listeners and elements after a hundred conversations are those after four."""
-    lonely = api(server.url, "/v1/conversations", {"items": [message("user", "Hello")]})["id"]
-    made = [counting(server.url), lonely]  # of two messages, and of one
-    page = windows(f"{server.url}#{made[0]}")
+    lonely = api(quick.url, "/v1/conversations", {"items": [message("user", "Hello")]})["id"]
+    made = [counting(quick.url), lonely]  # of two messages, and of one
+    page = windows(f"{quick.url}#{made[0]}")
     page.locator(".message.assistant").wait_for()
     tools = page.context.new_cdp_session(page)
     tools.send("Performance.enable")
@@ -538,7 +538,7 @@ def test_nothing_keeps_people_from_using_it(
 
 
 def test_a_large_tree_is_drawn_in_few_elements_and_moved_by_keys(
-    server: Any, windows: Callable[..., Any]
+    quick: Any, windows: Callable[..., Any]
 ) -> None:
     nodes = [
         {
@@ -559,15 +559,15 @@ def test_a_large_tree_is_drawn_in_few_elements_and_moved_by_keys(
         "format": "recollect-conversation",
         "version": 1,
         "name": "large",
-        "model": "smollm2",
+        "model": "reference",
         "created_at": moment,
         "updated_at": moment,
         "fingerprint": "",
         "tips": {"main": 1},
         "nodes": nodes,
     }
-    made = api(server.url, "/v1/conversations/import", {"file": file})["id"]
-    page = windows(f"{server.url}#{made}")
+    made = api(quick.url, "/v1/conversations/import", {"file": file})["id"]
+    page = windows(f"{quick.url}#{made}")
     page.locator(".card").first.wait_for()
     frame = page.get_by_role("tree")
     counts = []

@@ -38,23 +38,33 @@ function Choice({ side, options }) {
   </select>`;
 }
 
-/** @param {{one: TreeNode | undefined, other: TreeNode | undefined, kind: "less" | "more"}} props */
-function Side({ one, other, kind }) {
-  const runs = useMemo(() => {
-    if (!one) return [];
-    const isAlike = other && other.role === one.role;
-    if (!isAlike) return [{ kind, text: one.text }];
-    const both = kind === "less" ? differences(one.text, other.text) : differences(other.text, one.text);
-    return both.filter((run) => run.kind === "same" || run.kind === kind);
-  }, [one, other]);
-  if (!one) return html`<div class="side none"></div>`;
+/** @typedef {import("./differences.js").Run} Run */
+
+/** @param {{node: TreeNode | undefined, runs: Run[]}} props */
+function Side({ node, runs }) {
+  if (!node) return html`<div class="side none"></div>`;
   return html`<div class="side">
-    <p class="who">${speaker(one)}</p>
+    <p class="who">${speaker(node)}</p>
     <p class="side-text">
       ${runs.map((run, number) =>
         run.kind === "same" ? run.text : html`<mark key=${number} class=${run.kind}>${run.text}</mark>`,
       )}
     </p>
+  </div>`;
+}
+
+/** Two messages that stand at the same place. @param {{left: TreeNode | undefined, right: TreeNode | undefined}} props */
+function Row({ left, right }) {
+  const runs = useMemo(() => {
+    if (left && right && left.role === right.role) return differences(left.text, right.text);
+    return /** @type {Run[]} */ ([
+      { kind: "less", text: left?.text ?? "" },
+      { kind: "more", text: right?.text ?? "" },
+    ]);
+  }, [left?.text, right?.text, left?.role, right?.role]);
+  return html`<div class="sides">
+    <${Side} node=${left} runs=${runs.filter((run) => run.kind !== "more")} />
+    <${Side} node=${right} runs=${runs.filter((run) => run.kind !== "less")} />
   </div>`;
 }
 
@@ -84,10 +94,7 @@ export function Compare() {
       ${shared > 0 && html`<p class="shared">${counted(shared, "message")} in common</p>`}
       ${[...Array(Math.max(0, rows))].map((_, row) => {
         const [left, right] = [a[shared + row], b[shared + row]];
-        return html`<div class="sides" key=${`${left?.id} ${right?.id}`}>
-          <${Side} one=${left} other=${right} kind="less" />
-          <${Side} one=${right} other=${left} kind="more" />
-        </div>`;
+        return html`<${Row} key=${`${left?.id} ${right?.id}`} left=${left} right=${right} />`;
       })}
       ${rows === 0 && html`<p class="shared">Nothing differs.</p>`}
     </div>

@@ -28,27 +28,28 @@ export function differences(before, after) {
  * @returns {[Run["kind"], string][] | null} null: it takes too many edits.
  */
 function shortest(a, b) {
-  /** How far each diagonal got, after each number of edits. @type {Map<number, number>[]} */
+  const most = Math.min(a.length + b.length, MOST_EDITS);
+  /** How far each diagonal got; diagonal k is at `middle + k`. */
+  const reach = new Int32Array(2 * most + 3);
+  const middle = most + 1;
+  /** Of the diagonals from -edits - 1 to edits + 1, as they were before each edit. @type {Int32Array[]} */
   const trace = [];
-  /** @type {Map<number, number>} */
-  let reach = new Map([[1, 0]]);
-  for (let edits = 0; edits <= Math.min(a.length + b.length, MOST_EDITS); edits += 1) {
-    trace.push(reach);
-    const next = new Map(reach);
+  for (let edits = 0; edits <= most; edits += 1) {
+    trace.push(reach.slice(middle - edits - 1, middle + edits + 2));
     for (let k = -edits; k <= edits; k += 2) {
-      const down = k === -edits || (k !== edits && (reach.get(k - 1) ?? 0) < (reach.get(k + 1) ?? 0));
-      let x = down ? (reach.get(k + 1) ?? 0) : (reach.get(k - 1) ?? 0) + 1;
+      const at = middle + k;
+      const down = k === -edits || (k !== edits && reach[at - 1] < reach[at + 1]);
+      let x = down ? reach[at + 1] : reach[at - 1] + 1;
       while (x < a.length && x - k < b.length && a[x] === b[x - k]) x += 1;
-      next.set(k, x);
+      reach[at] = x;
       if (x >= a.length && x - k >= b.length) return back(trace, a, b);
     }
-    reach = next;
   }
   return null;
 }
 
 /**
- * @param {Map<number, number>[]} trace
+ * @param {Int32Array[]} trace
  * @param {string[]} a
  * @param {string[]} b
  */
@@ -59,9 +60,10 @@ function back(trace, a, b) {
   for (let edits = trace.length - 1; edits >= 0; edits -= 1) {
     const reach = trace[edits];
     const k = x - y;
-    const down = k === -edits || (k !== edits && (reach.get(k - 1) ?? 0) < (reach.get(k + 1) ?? 0));
+    const at = k + edits + 1;
+    const down = k === -edits || (k !== edits && reach[at - 1] < reach[at + 1]);
     const fromK = down ? k + 1 : k - 1;
-    const fromX = edits === 0 ? 0 : (reach.get(fromK) ?? 0);
+    const fromX = edits === 0 ? 0 : reach[down ? at + 1 : at - 1];
     const fromY = edits === 0 ? 0 : fromX - fromK;
     while (x > fromX && y > fromY) {
       steps.push(["same", a[x - 1]]);

@@ -119,7 +119,7 @@ function Tabs() {
 function Notice() {
   const notice = state.notice.value;
   useEffect(() => {
-    if (!notice) return undefined;
+    if (notice?.kind !== "info") return undefined; // what has failed stays until it is read
     const timer = setTimeout(() => (state.notice.value = null), NOTICE_MS);
     return () => clearTimeout(timer);
   }, [notice]);

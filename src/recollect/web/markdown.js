@@ -84,7 +84,7 @@ purifier.addHook("afterSanitizeAttributes", (node) => {
 });
 
 /** Longer texts are shown as they are: a browser would take seconds for their elements. */
-const MOST_CHARACTERS = 200_000;
+const MOST_CHARACTERS = 60_000;
 
 /** @param {string} text @returns {string} HTML, not yet sanitized. */
 function parsed(text) {
