@@ -23,13 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from recollect.errors import (
-    ConfigError,
-    MisuseError,
-    RecollectError,
-    RuntimeFailure,
-    UnsupportedModelError,
-)
+from recollect.errors import ConfigError, MisuseError, RuntimeFailure, UnsupportedModelError
 from recollect.runtime.base import Lanes, Logits, Pace, Reuse, RuntimeInfo
 from recollect.runtime.llama_library import KV_TYPES, Batch, Device, LlamaLibrary, library
 from recollect.runtime.llama_state import Layout
@@ -306,14 +300,13 @@ class LlamaModel:
         )
         code = self.lib.decode(self._context, batch)
         if code:
-            is_card = self.layers_on_card > 0
             lost = (
                 f" If {self.device} was lost, load the model again, or run it with --device CPU: what was "
                 "said is kept, and so is the KV on disk."
             )
             raise RuntimeFailure(
                 f"llama.cpp failed while running the model ({code}: {self.lib.why()})."
-                + (lost if is_card else "")
+                + (lost if self.layers_on_card else "")
             )
         return [
             self._logits(int(place)) if wants else None
@@ -533,9 +526,8 @@ def _parts(path: Path) -> list[Path]:
 def main() -> int:
     """Load the file that is named and compute a few tokens; see `models.prepare`."""
     try:
-        model = LlamaModel(library(), Path(sys.argv[1]), LlamaOptions(gpu_layers=0, threads=1))
-        model.learn()
-    except RecollectError as error:
+        LlamaModel(library(), Path(sys.argv[1]), LlamaOptions(gpu_layers=0, threads=1)).learn()
+    except (ConfigError, RuntimeFailure, UnsupportedModelError) as error:
         print(error, file=sys.stderr)
         return 3
     return 0
