@@ -63,6 +63,33 @@ WITH_CONVOLUTIONS = Shape(
 """A hybrid: every other layer has a short convolution, which is a recurrent state, in place of attention."""
 
 
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for one in messages %}{{ one.role }}: {{ one.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def write_bytes_as_vocabulary(path: Path) -> Path:
+    """Write a file that has no weights, a token for each byte, one that ends a turn, and a chat template."""
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    # The letters that stand for bytes in GPT-2's vocabulary.
+    letters = [chr(byte if byte in own else next(others)) for byte in range(256)]
+    writer.add_token_list([*letters, "<|end|>"])
+    writer.add_token_types([1] * 256 + [3])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(256)
+    writer.add_chat_template(TEMPLATE)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
 def write_random_model(path: Path, shape: Shape, *, vocabulary_of: Path | None = None) -> Path:
     """
     Write a random decoder whose logits vary as those of real models do.

@@ -98,7 +98,7 @@ class Model:
         kv_memory: Most bytes of KV; not in the original.
         allow_native_code: As `recollect.load` takes it; not in the original, which runs any.
         runtime: What runs a GGUF file, as in `recollect.load`; not in the original.
-        gpu_layers: For llama.cpp, as in `recollect.load`; not in the original.
+        device, gpu_layers, kv_type: As in `recollect.load`; not in the original.
 
     Attributes:
         loaded: recollect's own model, which sessions can be held with; not in the original.
@@ -117,7 +117,9 @@ class Model:
         kv_memory: int | None = None,
         allow_native_code: str | None = None,
         runtime: RuntimeChoice = "auto",
+        device: str | None = None,
         gpu_layers: int | None = None,
+        kv_type: str | None = None,
     ) -> None:
         overlay = path if isinstance(path, Config) else Config(path)
         with as_runtime_error():
@@ -127,7 +129,9 @@ class Model:
                 kv_memory=kv_memory,
                 allow_native_code=allow_native_code,
                 runtime=runtime,
+                device=device,
                 gpu_layers=gpu_layers,
+                kv_type=kv_type,
             )
         self.local: Final = self.loaded.local
         self.search_defaults: Final = {**self.local.search_defaults, **overlay.search}
@@ -610,11 +614,10 @@ class Generator:
         Raises:
             RuntimeError: It is set to something else.
         """
-        if key != "terminate_session":
-            return
-        if value not in {"0", "1"}:
-            raise RuntimeError(f"terminate_session key value unexpected: {value}")
-        self._terminated = value == "1"
+        if key == "terminate_session":
+            if value not in {"0", "1"}:
+                raise RuntimeError(f"terminate_session key value unexpected: {value}")
+            self._terminated = value == "1"
 
     def fork(self) -> "Generator":
         """Return a second generator over the same sequence; costs no forward pass."""
@@ -631,8 +634,7 @@ class Generator:
         """Come back to a checkpoint of a generator of the same model; it can be come back to again."""
         self._own.close()
         self._own = checkpoint._generator.fork()
-        self._ended_by = checkpoint._ended_by
-        self._is_full = False
+        self._ended_by, self._is_full = checkpoint._ended_by, False
 
     def _compute(self) -> npt.NDArray[np.float32]:
         sequence = self._own.sequence
@@ -645,8 +647,7 @@ class Generator:
         banned: set[int] = set()
         if self.token_count() < self._params.min_length:
             banned |= self._model.loaded.engine.eos_token_ids
-        size = self._params.no_repeat_ngram_size
-        if size:
+        if size := self._params.no_repeat_ngram_size:
             banned |= _completions(self._own.sequence.token_ids, size)
         return dict.fromkeys(banned, -np.inf)
 

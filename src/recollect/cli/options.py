@@ -25,7 +25,7 @@ import typer
 from recollect import config, encryption, files
 from recollect.cli.display import progress_bar
 from recollect.config import DEFAULT_PROFILE
-from recollect.conversation.loading import load, which_llama
+from recollect.conversation.loading import llama_build, load, which_llama
 from recollect.conversation.model import Model
 from recollect.encryption import KV_PURPOSE, Cipher
 from recollect.errors import ConfigError, RecollectError, StoreError
@@ -286,7 +286,7 @@ class ModelOptions:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Most memory for the cache, such as 2GB or 512MiB.",
+            help="Most memory for KV, such as 2GB or 512MiB.",
             show_default="a quarter of what is free",
         ),
     ] = None
@@ -399,6 +399,7 @@ class ModelOptions:
                 offline=self.offline or None,
                 runtime=self.runtime,
                 llama=partial(which_llama, self.device),
+                llama_build=llama_build,
             )
         if self.long_context:
             local.for_long_context()  # raises if there is none

@@ -133,6 +133,7 @@ def load(
         offline=offline,
         runtime=runtime,
         llama=partial(which_llama, device),
+        llama_build=llama_build,
     )
     if long_context:
         local = local.for_long_context()
@@ -227,6 +228,14 @@ def which_llama(device: str | None = None) -> Llama:
         _log.warning("%s", error)
         return "missing"
     return "quicker" if is_quicker else "there"
+
+
+def llama_build() -> str:
+    """Return which build of llama.cpp runs models here; empty: there is none."""
+    from recollect.runtime.llama_library import chosen  # noqa: PLC0415 - part of an extra
+
+    found = chosen()
+    return "" if found is None else found.build
 
 
 def _warn_of_writers(home: Path) -> None:

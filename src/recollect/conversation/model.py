@@ -7,6 +7,7 @@ system prompt, or of the beginning of a first message, and pins it on disk witho
 """
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -156,25 +157,31 @@ def pool_size(info: RuntimeInfo, kv_memory: int | None) -> int:
     """
     Return how many blocks a memory budget in bytes holds.
 
+    What a runtime takes besides the blocks counts too.
+
     Raises:
         ConfigError: The budget holds not even one, or is more than the machine has.
     """
     if kv_memory is None:
         blocks_of_contexts = CONTEXTS_IN_POOL * blocks_for(info.context_length, info.block_size)
-        budget = config.default_kv_memory_bytes()
-        return max(1, min(budget // info.bytes_per_block, blocks_of_contexts))
+        return max(1, _blocks_within(config.default_kv_memory_bytes(), info, blocks_of_contexts))
     machine = config.machine_memory_bytes()
     if kv_memory > machine:
         raise ConfigError(
             f"{kv_memory:,} bytes for KV are more than the {machine:,} bytes of memory that this machine "
             "has: give less."
         )
-    blocks = kv_memory // info.bytes_per_block
+    blocks = _blocks_within(kv_memory, info, kv_memory // info.bytes_per_block)
     if blocks < 1:
+        besides = "" if info.lanes is None else " and what computes on it"
         raise ConfigError(
-            f"{kv_memory:,} bytes hold no KV block: give at least {info.bytes_per_block:,}."
+            f"{kv_memory:,} bytes hold no KV block{besides}: give at least {info.kv_bytes(1):,}."
         )
     return blocks
+
+
+def _blocks_within(budget: int, info: RuntimeInfo, most: int) -> int:
+    return bisect_right(range(1, most + 1), budget, key=info.kv_bytes)
 
 
 class _Notes(GrammarNotes):

@@ -75,6 +75,7 @@ def prepare(
     with_source: bool = False,
     runtime: RuntimeChoice = "auto",
     llama: Callable[[], Llama] = lambda: "missing",
+    llama_build: Callable[[], str] = lambda: "",
 ) -> LocalModel:
     """
     Return the model that *reference* names, downloading and converting it the first time.
@@ -93,6 +94,8 @@ def prepare(
             it as it is. `auto`: OpenVINO if it reads the file and llama.cpp is not quicker.
         llama: Called for a GGUF file and `auto` alone, since loading the library, and waking the cards
             that it finds, takes time.
+        llama_build: Called for a file that llama.cpp is to run: which build of it that is. A file is tried
+            once with each.
 
     Raises:
         UnknownModelError: Nothing goes by it.
@@ -115,7 +118,7 @@ def prepare(
         found = llama() if is_gguf and runtime == "auto" else "missing"
         try:
             if runtime == "llama" or found == "quicker":
-                model = _prepare_for_llama(source, home, progress, offline=offline)
+                model = _prepare_for_llama(source, home, progress, llama_build, offline=offline)
             else:
                 model = _prepare(
                     source,
@@ -129,7 +132,7 @@ def prepare(
             if found != "there":
                 raise
             _log.info("llama.cpp runs %s, because OpenVINO does not: %s", reference, error)
-            model = _prepare_for_llama(source, home, progress, offline=offline)
+            model = _prepare_for_llama(source, home, progress, llama_build, offline=offline)
         return model if model.sampling else replace(model, sampling=_sampling_of_entry(model))
     except OSError as cause:
         raise ConfigError(
@@ -193,7 +196,7 @@ def _prepare_stored(
 
 
 def _prepare_for_llama(
-    source: Source, home: Path, progress: Progress, *, offline: bool
+    source: Source, home: Path, progress: Progress, build: Callable[[], str], *, offline: bool
 ) -> LocalModel:
     """Return a GGUF file as it is."""
     sampling: Mapping[str, float] = {}
@@ -212,7 +215,7 @@ def _prepare_for_llama(
             raise MisuseError("only GGUF files run on llama.cpp")
     header = read_header(parts[0])
     sha256 = _of_all(files.cached_sha256(part, home=home, progress=progress) for part in parts)
-    _try_in_a_process(parts[0], sha256, home)
+    _try_in_a_process(parts[0], files.combine([sha256, build()]), home)
     return LocalModel(
         name=name,
         format="gguf",
@@ -242,16 +245,16 @@ _TRIAL_S: Final = 900.0
 """A model of 70 GB is read from a slow disk in that time."""
 
 
-def _try_in_a_process(path: Path, sha256: str, home: Path) -> None:
+def _try_in_a_process(path: Path, note_name: str, home: Path) -> None:
     """
-    Have llama.cpp load a file that it has not loaded here before, in a process of its own.
+    Have llama.cpp load a file that this build of it has not loaded here before, in a process of its own.
 
     Where its checks of a damaged or strange file fail, the library ends the process that it is in.
 
     Raises:
         UnsupportedModelError: It did, or it cannot load the file.
     """
-    note = home / _TRIED_FOLDER / sha256
+    note = home / _TRIED_FOLDER / note_name
     if note.exists():
         return
     command = [sys.executable, "-m", TRIAL, str(path)]

@@ -12,6 +12,7 @@ a block of another history gives other logits, as with a model, but always and a
 """
 
 import hashlib
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -143,6 +144,24 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True)
+class Lanes:
+    """Sequences of a library that hold KV of their own, besides the blocks that it comes from."""
+
+    most: int
+    fixed_bytes: float
+    """Of the machine's memory that one takes in any case; what is on a graphics card does not count."""
+    token_bytes: float
+    """The same for each token that it has room for."""
+    step: int = 1
+    """The library makes that room a multiple of so many tokens."""
+
+    def of_pool(self, tokens: int, context_length: int) -> tuple[int, int]:
+        """Return how many there are beside blocks for *tokens*, and how many tokens each has room for."""
+        count = max(1, min(self.most, tokens // context_length))
+        return count, -(-min(tokens, context_length) // self.step) * self.step
+
+
+@dataclass(frozen=True, slots=True)
 class RuntimeInfo:
     """What the engine needs to know of a runtime; constant after `allocate`."""
 
@@ -161,6 +180,16 @@ class RuntimeInfo:
     """Element types and shapes of a block's bytes: blocks of equal formats can be exchanged."""
     reuse: Reuse = Reuse()
     pace: Pace = Pace()
+    lanes: Lanes | None = None
+    """What is taken besides the blocks; None: nothing."""
+
+    def kv_bytes(self, num_blocks: int) -> int:
+        """Return how much of the machine's memory a pool of that many blocks takes, with its lanes."""
+        blocks = num_blocks * self.bytes_per_block
+        if self.lanes is None:
+            return blocks
+        count, room = self.lanes.of_pool(num_blocks * self.block_size, self.context_length)
+        return blocks + math.ceil(count * (self.lanes.fixed_bytes + room * self.lanes.token_bytes))
 
 
 @dataclass(frozen=True, slots=True)

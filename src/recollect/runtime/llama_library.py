@@ -295,6 +295,8 @@ class LlamaLibrary:
 
     def __init__(self, found: Found) -> None:
         self.found = found
+        if not _WAITING & os.environ.keys():
+            os.environ["GOMP_SPINCOUNT"] = _SPINS
         try:
             self._library = _loaded(found.path)
             for name, (result, arguments) in _FUNCTIONS.items():
@@ -397,6 +399,13 @@ class LlamaLibrary:
         )
 
 
+_WAITING: Final = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+"""What somebody may have said of waiting; libgomp reads them when it is loaded."""
+_SPINS: Final = "1000"
+"""
+How often a thread looks, before it sleeps, whether the others are done: for about 50 us, and not for up to
+14 ms as by default, in which other work on the same cores holds up all threads. Source: LOG.md, 2026-11-27.
+"""
 _ERROR_LEVEL: Final = 4
 """Of `enum ggml_log_level`; 5 continues the line before."""
 
@@ -516,16 +525,18 @@ def library() -> LlamaLibrary:
     Raises:
         UnsupportedModelError: There is none, or none that can be used; the message says how to get one.
     """
-    refusals = []
-    for found in found_libraries():
-        refusal = refusal_of(found)
-        if refusal is None:
-            return LlamaLibrary(found)
-        refusals.append(f"{found.origin}: {refusal}")
+    if (found := chosen()) is not None:
+        return LlamaLibrary(found)
+    refusals = [f"{found.origin}: {refusal_of(found)}" for found in found_libraries()]
     reason = f" ({'; '.join(refusals)})" if refusals else ""
     raise UnsupportedModelError(f"llama.cpp is not on this machine{reason}: {how_to_install()}")
 
 
+def chosen() -> Found | None:
+    """Return the library that is used, which may not be loaded yet; None: there is none that may be."""
+    return next((found for found in found_libraries() if refusal_of(found) is None), None)
+
+
 def is_there() -> bool:
     """Return whether a library that may be used is on this machine; loads nothing."""
-    return any(refusal_of(found) is None for found in found_libraries())
+    return chosen() is not None

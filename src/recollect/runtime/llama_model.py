@@ -23,14 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from recollect.errors import (
-    ConfigError,
-    MisuseError,
-    RecollectError,
-    RuntimeFailure,
-    UnsupportedModelError,
-)
-from recollect.runtime.base import Logits, Pace, Reuse, RuntimeInfo
+from recollect.errors import ConfigError, MisuseError, RuntimeFailure, UnsupportedModelError
+from recollect.runtime.base import Lanes, Logits, Pace, Reuse, RuntimeInfo
 from recollect.runtime.llama_library import KV_TYPES, Batch, Device, LlamaLibrary, library
 from recollect.runtime.llama_state import Layout
 from recollect.types import Profile
@@ -252,15 +246,23 @@ class LlamaModel:
         params.n_threads = params.n_threads_batch = self.options.threads or _threads()
         self._context = self.lib.new_context(self._model, params)
         if self._context is None:
-            fixed, per_token = self.state_bytes
-            needed = math.ceil(lanes * (fixed + cells * per_token))
-            host = psutil.virtual_memory().available
-            there = self._free_on_cards() if self.layers_on_card else host
             raise RuntimeFailure(
                 f"llama.cpp cannot hold {lanes} sequences of {cells:,} tokens with KV of {self.kv_type}, "
-                f"which take {needed:,} bytes where {there:,} are free ({self.lib.why()}): take another "
+                f"which take {self._needed_and_there(lanes, cells)} ({self.lib.why()}): take another "
                 "--kv-type, fewer layers on the card, or a smaller model."
             )
+
+    def _needed_and_there(self, lanes: int, cells: int) -> str:
+        """Return how much memory lanes take and how much is free, on cards and elsewhere, as a clause."""
+        (fixed, per_token), share = self.state_bytes, self._share_on_cards()
+        card = math.ceil(share * lanes * (fixed + cells * per_token))
+        host = math.ceil((1 - share) * lanes * (fixed + cells * per_token))
+        there = f"{host:,} bytes of memory, of which {psutil.virtual_memory().available:,} are free"
+        if not card:
+            return there
+        return (
+            f"{card:,} bytes on the card, of which {self._free_on_cards():,} are free, and {there}"
+        )
 
     def decode(self, parts: Sequence[tuple[int, int, Sequence[int], bool]]) -> list[Logits | None]:
         """
@@ -298,14 +300,13 @@ class LlamaModel:
         )
         code = self.lib.decode(self._context, batch)
         if code:
-            is_card = self.layers_on_card > 0
             lost = (
                 f" If {self.device} was lost, load the model again, or run it with --device CPU: what was "
                 "said is kept, and so is the KV on disk."
             )
             raise RuntimeFailure(
                 f"llama.cpp failed while running the model ({code}: {self.lib.why()})."
-                + (lost if is_card else "")
+                + (lost if self.layers_on_card else "")
             )
         return [
             self._logits(int(place)) if wants else None
@@ -398,6 +399,8 @@ class LlamaModel:
         block_size = BLOCK_SIZE if layout is None else layout.block_size
         # Without blocks, what a sequence of the library takes for as many tokens.
         replayed = math.ceil(block_size * (per_token + fixed / context_length))
+        host = 1 - self._share_on_cards()
+        lanes = Lanes(self.options.lanes, host * fixed, host * per_token, step=_CELL_STEP)
         return RuntimeInfo(
             name=f"llama.cpp-{self.lib.found.build}-{self.options.profile}",
             block_size=block_size,
@@ -415,7 +418,13 @@ class LlamaModel:
                 else Reuse(as_bytes=layout is not None)
             ),
             pace=Pace() if device == "CPU" else _CARD_PACE,
+            lanes=None if layout is None else lanes,
         )
+
+    def _share_on_cards(self) -> float:
+        """Return which part of all layers, and so of their KV, is in the memory of cards."""
+        # The output is the layer that goes there first.
+        return max(0, min(self.layers_on_card - 1, self.num_layers)) / max(1, self.num_layers)
 
     @property
     def device(self) -> str:
@@ -517,9 +526,8 @@ def _parts(path: Path) -> list[Path]:
 def main() -> int:
     """Load the file that is named and compute a few tokens; see `models.prepare`."""
     try:
-        model = LlamaModel(library(), Path(sys.argv[1]), LlamaOptions(gpu_layers=0, threads=1))
-        model.learn()
-    except RecollectError as error:
+        LlamaModel(library(), Path(sys.argv[1]), LlamaOptions(gpu_layers=0, threads=1)).learn()
+    except (ConfigError, RuntimeFailure, UnsupportedModelError) as error:
         print(error, file=sys.stderr)
         return 3
     return 0

@@ -119,14 +119,16 @@ class LlamaCppRuntime:
 
     def allocate(self, num_blocks: int) -> None:
         """Make room for that many blocks, and for lanes in the device's memory."""
-        tokens, length = num_blocks * self._size, self._info.context_length
-        lanes = max(1, min(self.model.options.lanes, tokens // length))
-        self._open(length, lanes)
+        assert self._info.lanes is not None, "it has a layout"
+        # No row is longer than all blocks, so lanes need not be.
+        lanes, room = self._info.lanes.of_pool(num_blocks * self._size, self._info.context_length)
+        self._open(room, lanes)
         self._blocks = np.zeros((num_blocks, self.layout.bytes_per_block), np.uint8)
         self._marks = np.full((num_blocks, self._size), _NEVER_WRITTEN, np.int64)
         self._states = np.full(num_blocks, _NEVER_WRITTEN, np.int64)
         pace = replace(self._info.pace, most_rows=min(self._info.pace.most_rows, len(self._lanes)))
-        self._info = replace(self._info, pace=pace)
+        held = replace(self._info.lanes, most=len(self._lanes))
+        self._info = replace(self._info, pace=pace, lanes=held)
 
     def forward(self, rows: Sequence[Row]) -> PassResult:
         """Run one forward pass over the rows, or several where there are more than lanes."""
@@ -203,11 +205,11 @@ class LlamaCppRuntime:
                 assert len(held), f"block {block} is dirty in a lane that does not reach it"
                 assert np.array_equal(held, marks[: len(held)]), f"block {block} is not in its lane"
 
-    def _open(self, length: int, lanes: int) -> None:
-        """Open the context with as many lanes as there is memory for."""
+    def _open(self, room: int, lanes: int) -> None:
+        """Open the context with as many lanes, for *room* tokens each, as there is memory for."""
         while True:
             try:
-                self.model.open(length, lanes)
+                self.model.open(room, lanes)
                 break
             except RuntimeFailure:
                 if lanes > 1:
@@ -215,7 +217,7 @@ class LlamaCppRuntime:
                     _log.warning("There is memory for %d sequences at once only.", lanes)
                 elif self.model.put_less_on_cards():
                     self.layout = self.model.require_layout()
-                    self._info = self.model.information(length, self.layout)
+                    self._info = self.model.information(self._info.context_length, self.layout)
                 else:
                     raise
         self._lanes = [_Lane(number) for number in range(lanes)]
@@ -441,7 +443,7 @@ class LlamaSequences:
         """Make the context; return how many sequences it has."""
         length = self._info.context_length
         lanes = max(1, min(self.model.options.lanes, tokens // length))
-        self.model.open(length, lanes)
+        self.model.open(min(length, tokens), lanes)
         return lanes
 
     def extend(self, feeds: Sequence[Feed]) -> Logits:

@@ -287,7 +287,7 @@ class ModelHub:
 
 def _kv_bytes(model: Model) -> int:
     engine = model.engine
-    return engine.pool.num_blocks * engine.info.bytes_per_block
+    return engine.info.kv_bytes(engine.pool.num_blocks)
 
 
 _WEIGHT_OF_THE_LAST: Final = 0.2

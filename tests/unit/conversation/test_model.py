@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import recollect
 from recollect import config
 from recollect.conversation.model import CONTEXTS_IN_POOL, pool_size
 from recollect.errors import ConfigError, ModelError
-from recollect.runtime.base import RuntimeInfo
+from recollect.runtime.base import Lanes, RuntimeInfo
 
 INFO = RuntimeInfo("x", block_size=32, bytes_per_block=1000, vocab_size=10, context_length=100)
 
@@ -31,6 +32,33 @@ def test_memory_for_no_block_is_refused(memory: int) -> None:
 def test_more_memory_than_the_machine_has_is_refused(memory: int) -> None:
     with pytest.raises(ConfigError, match="memory that this machine has: give less"):
         pool_size(INFO, memory)
+
+
+LANES = Lanes(most=4, fixed_bytes=100, token_bytes=10, step=8)
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [
+        (1000 + 100 + 32 * 10, 1),
+        (2000 + 100 + 64 * 10, 2),  # no row is longer than the blocks, and so is no lane
+        (2000 + 100 + 64 * 10 - 1, 1),
+        (4000 + 1140, 4),  # one lane for a context of 100 tokens, which are 104 there
+        (7000 + 2 * 1140 - 1, 6),  # a second lane with the 200th token
+        (7000 + 2 * 1140, 7),
+        (100_000, (100_000 - 4 * 1140) // 1000),
+    ],
+)
+def test_lanes_count_as_memory_too(memory: int, expected: int) -> None:
+    info = replace(INFO, lanes=LANES)
+    assert pool_size(info, memory) == expected
+    assert info.kv_bytes(expected) <= memory < info.kv_bytes(expected + 1)
+
+
+def test_memory_for_blocks_without_a_lane_is_refused() -> None:
+    info = replace(INFO, lanes=LANES)
+    with pytest.raises(ConfigError, match=r"1,419 bytes hold no KV block and .*: give at .* 1,420"):
+        pool_size(info, 1419)
 
 
 def test_memory_that_the_system_does_not_give_is_said(tmp_path: Path) -> None:

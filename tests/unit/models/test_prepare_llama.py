@@ -3,6 +3,7 @@
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,23 @@ def test_a_file_is_taken_as_it_is_and_tried_once(
     assert not (home / "models").exists()
     monkeypatch.setattr(subprocess, "run", None)  # a second trial would fail
     assert prepare(str(path), home=home, runtime="llama") == model
+
+
+def test_another_build_tries_the_file_again(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one release loads can be what the next one breaks off at."""
+    begun: list[object] = []
+    runs = subprocess.run
+
+    def run(command: list[str], **options: Any) -> object:
+        begun.append(command)
+        return runs(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for build, trials in (("a-1", 1), ("a-1", 1), ("a-2", 2), ("a-1", 2)):
+        prepare(str(path), home=tmp_path / "home", runtime="llama", llama_build=lambda b=build: b)
+        assert len(begun) == trials, build
 
 
 def test_what_openvino_does_not_read_goes_to_llama_where_that_is_here(

@@ -6,13 +6,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import gguf
 import numpy as np
+import psutil
 import pytest
 
 import recollect
 from forking import measure_forks
-from random_model import WITH_CONVOLUTIONS, WITH_EXPERTS, write_random_model
+from random_model import (
+    WITH_CONVOLUTIONS,
+    WITH_EXPERTS,
+    write_bytes_as_vocabulary,
+    write_random_model,
+)
 from recollect import og
 from recollect.conversation.loading import bring_in, collect, why_not
 from recollect.errors import RuntimeFailure
@@ -31,34 +36,18 @@ SHORT = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 Load = Callable[..., recollect.Model]
 
 
-def _bytes_as_letters() -> list[str]:
-    """Return the letter that stands for each byte in GPT-2's vocabulary."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte if byte in own else next(others)) for byte in range(256)]
-
-
 @pytest.fixture(scope="module", params=sorted(SHAPES))
 def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
-    letters = folder / "letters.gguf"
-    writer = gguf.GGUFWriter(letters, "llama")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    tokens = [*_bytes_as_letters(), "<|end|>"]
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3])
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(256)
-    writer.add_chat_template(
-        "{% for one in messages %}{{ one.role }}: {{ one.content }}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    letters = write_bytes_as_vocabulary(folder / "letters.gguf")
     shape = replace(SHAPES[request.param], context=4096, width=128, head_size=32)
     return write_random_model(folder / f"{request.param}.gguf", shape, vocabulary_of=letters)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have llama.cpp compute on one: several wait for each other while other tests have their cores."""
+    monkeypatch.setattr(psutil, "cpu_count", lambda **_: 1)
 
 
 @pytest.fixture
@@ -123,6 +112,23 @@ def test_branches_share_their_trunk_and_forks_compute_nothing(load: Load) -> Non
         result = measure_forks(model, ids)
         assert result.forward_passes == 0
         assert result.fork_blocks == 2048 // model.engine.block_size + 100
+        model.engine.check()
+
+
+def test_eight_branches_are_tried_beside_each_other_on_four_lanes(load: Load) -> None:
+    with load() as model:
+        assert model.engine.info.pace.most_rows == 4
+        session = model.session("be brief", params=SHORT)
+        session.respond("one" * 150)
+        prompts = [f"ask {number}" for number in range(8)]
+        alone = [session.fork().respond(prompt).text for prompt in prompts]
+        model.engine.forget()
+        explored = session.explore(prompts, keep=0, params=SHORT).read()
+        assert [one.text for one in explored.branches] == alone
+        first = explored.usage.prompt_tokens // 8
+        # What leads to them is read once, and each branch reads what is its own.
+        size = model.engine.info.reuse.unit
+        assert explored.usage.computed_tokens <= first + 8 * (size + 20)
         model.engine.check()
 
 

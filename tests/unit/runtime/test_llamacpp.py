@@ -1,8 +1,12 @@
 """llama.cpp's sequences as caches of blocks: right, and seen to be wrong where a fault is planted."""
 
 import ctypes
+import os
+import re
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -337,6 +341,60 @@ def test_without_memory_for_all_lanes_there_are_fewer(
     runtime.close()
 
 
+@pytest.mark.parametrize("blocks", [3, 16, 40, 160])
+def test_lanes_take_what_is_counted_for_them(
+    path: Path, blocks: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the library itself says how large its KV is."""
+    caplog.set_level("DEBUG", llama_library.__name__)
+    runtime = load_llama(path, context_length=512, options=EXACT)
+    caplog.clear()
+    runtime.allocate(blocks)
+    sizes = [re.search(r"CPU KV buffer size =\s+([\d.]+) MiB", one) for one in caplog.messages]
+    (held,) = [float(found[1]) * 2**20 for found in sizes if found]
+    info = runtime.info
+    counted = info.kv_bytes(blocks) - blocks * info.bytes_per_block
+    assert held <= counted <= 1.2 * held + 100
+    with monkeypatch.context() as patched:
+        patched.setattr(module.LlamaModel, "decode", lambda *_: pytest.fail("was too long"))
+        with pytest.raises(RuntimeFailure):
+            run(runtime, ids_of(blocks * 32 + 1), list(range(blocks)))
+    assert len(run(runtime, ids_of(min(512, blocks * 32)), list(range(blocks))))
+    runtime.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp waits, and on Linux alone")
+def test_threads_that_wait_leave_the_cores_to_others(path: Path) -> None:
+    """Spinning as libgomp does by itself, two threads took 60 times the processor time of one."""
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(2 * (os.cpu_count() or 1))
+    ]
+    took: dict[int, list[float]] = {1: [], 2: []}
+    try:
+        made = {
+            count: load_llama(path, context_length=512, options=replace(EXACT, threads=count))
+            for count in took
+        }
+        for runtime in made.values():
+            runtime.allocate(16)
+        for _ in range(5):
+            for count, runtime in made.items():
+                before = time.process_time()
+                run(runtime, ids_of(64), table(64))
+                for token in range(64, 80):
+                    run(runtime, ids_of(80)[: token + 1], table(80), token)
+                took[count].append(time.process_time() - before)
+        for runtime in made.values():
+            runtime.close()
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert min(took[2]) < 10 * min(took[1]) + 0.01
+
+
 def card(free_bytes: int) -> Device:
     return Device("CUDA0", "a card", "GPU", free_bytes, 80 << 30)
 
@@ -455,7 +513,7 @@ def test_a_file_that_was_unpacked_for_loading_alone_is_not_loaded_again(
     monkeypatch.setattr(LlamaLibrary, "new_context", lambda *_: None)
     with pytest.raises(
         RuntimeFailure,
-        match=rf"take 530,516 bytes where {8 << 30:,} .*fewer layers on the card",
+        match=rf"take 530,516 bytes on the .*, of which {8 << 30:,} .*fewer layers on the card",
     ):
         runtime.allocate(160)
     runtime.close()
