@@ -6,25 +6,19 @@ What recollect costs in front of engines elsewhere, and how a fleet of them woul
 1. The front's cost: processor time of `recollect serve` per token, while so many chats are answered at once
    over HTTP, as streams, by an engine that speaks as vLLM does and gives each 50 tokens a second. Engine and
    clients are in other processes, whose time is not counted. The first round is a warm-up.
-2. A fleet, simulated: 10,000 conversations on 16 replicas that each hold the KV of a twelfth of what is said,
-   evicting what was used longest ago. Which share of what could be reused is, and how uneven the load is, by
-   policy: by conversation (rendezvous hashing, as `remote/replicas` and a sticky router do), to whoever has
-   the least to do, and by turns. A replica's cache is a model; nothing is computed.
+2. A fleet, simulated (`fleet`): 10,000 conversations on 16 replicas, of which nothing is computed.
+   `elsewhere.py` holds the same model against two real replicas.
 """
 
 import json
 import os
-import random
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from hashlib import blake2b
 from http.client import HTTPConnection
 from pathlib import Path
 from time import perf_counter, sleep
@@ -33,14 +27,10 @@ from typing import Any, Final
 import psutil
 
 import recollect
+from fleet import POLICIES, Fleet, simulate
 from harness import Load, parser, report, say
 
-CONVERSATIONS: Final = 10_000
-REPLICAS: Final = 16
-TURNS: Final = 6
-TOKENS_OF_A_TURN: Final = 400
-HELD: Final = CONVERSATIONS * TURNS * TOKENS_OF_A_TURN // 12
-"""Tokens whose KV one replica holds."""
+FLEET: Final = Fleet(conversations=10_000, replicas=16, turns=6, tokens=400, held=125_000, unit=16)
 
 _SERVER: Final = r"""
 import json, time
@@ -162,58 +152,6 @@ def _chat(port: int, number: int, tokens: int) -> int:
     return int(json.loads(last[6:])["usage"]["completion_tokens"])
 
 
-Policy = Callable[[int, int, Sequence[int]], int]
-"""Takes a conversation, the number of the request and each replica's load; returns a replica."""
-
-
-def _by_conversation(conversation: int, _number: int, _load: Sequence[int]) -> int:
-    def weight(replica: int) -> bytes:
-        return blake2b(f"{replica}/{conversation}".encode(), digest_size=8).digest()
-
-    return max(range(REPLICAS), key=weight)
-
-
-def _least_loaded(_conversation: int, _number: int, load: Sequence[int]) -> int:
-    return min(range(REPLICAS), key=load.__getitem__)
-
-
-def _in_turn(_conversation: int, number: int, _load: Sequence[int]) -> int:
-    return number % REPLICAS
-
-
-POLICIES: Final[dict[str, Policy]] = {
-    "by conversation": _by_conversation,
-    "least loaded": _least_loaded,
-    "in turn": _in_turn,
-}
-
-
-def simulate(policy: Policy, *, seed: int = 0) -> dict[str, float]:
-    """Return the share of reusable tokens that were, and the load of the busiest over the mean."""
-    dice = random.Random(seed)  # noqa: S311 - not for secrets
-    caches: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(REPLICAS)]
-    held, load = [0] * REPLICAS, [0] * REPLICAS
-    turns = [n for n in range(CONVERSATIONS) for _ in range(TURNS)]
-    # Conversations overlap: each of their turns is near the others, among those of a thousand more.
-    turns.sort(key=lambda n: n + dice.random() * 1000)
-    lengths: Counter[int] = Counter()
-    reusable = reused = 0
-    for number, conversation in enumerate(turns):
-        replica = policy(conversation, number, load)
-        cache, before = caches[replica], lengths[conversation]
-        found = min(cache.pop(conversation, 0), before)
-        held[replica] -= found
-        reusable += before
-        reused += found
-        lengths[conversation] += TOKENS_OF_A_TURN
-        load[replica] += lengths[conversation] - found
-        cache[conversation] = lengths[conversation]
-        held[replica] += lengths[conversation]
-        while held[replica] > HELD // REPLICAS:
-            held[replica] -= cache.popitem(last=False)[1]
-    return {"reused_share": reused / reusable, "busiest": max(load) / statistics.mean(load)}
-
-
 def main() -> None:
     options = parser("What recollect costs in front of engines elsewhere.", profile="fast")
     options.add_argument("--streams", type=int, default=50)
@@ -224,7 +162,7 @@ def main() -> None:
         f"front: {front['cpu_ms_per_token']:.3f} ms of processor time a token with {chosen.streams} streams, "
         f"{front['tokens_per_core_second']:,.0f} tokens a second of one core"
     )
-    fleet = {name: simulate(policy) for name, policy in POLICIES.items()}
+    fleet = {name: simulate(FLEET, policy) for name, policy in POLICIES.items()}
     for name, found in fleet.items():
         say(f"fleet, {name:16} reused {found['reused_share']:.1%}  busiest {found['busiest']:.2f}")
     result: dict[str, object] = {"front": front, "fleet": fleet}

@@ -466,9 +466,13 @@ class GrammarState:
         if self._matcher.is_error():
             raise self._too_complex()
         mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
-        if not reply and self._reasoning is not None and self._reasoning.opening is not None:
-            mask[self._reasoning.opening] = True
+        if (opening := self.opening(reply)) is not None:
+            mask[opening] = True
         return mask
+
+    def opening(self, reply: Tokens[int]) -> int | None:
+        """Return the token that opens reasoning where the grammar would begin; None: none may."""
+        return None if reply or self._reasoning is None else self._reasoning.opening
 
     def is_finished(self, reply: list[int]) -> bool:
         """Return whether nothing but the end may follow the reply."""

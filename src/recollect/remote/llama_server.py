@@ -35,6 +35,8 @@ _ORDER: Final = ("penalties", "temperature", "top_k", "top_p", "min_p")
 _MOST_SEED: Final = 2**32 - 1  # which means one at random
 _FEW: Final = 16
 """Tokens in a request that is not streamed: those of a few characters."""
+_ALLOWED_BIAS: Final = 1e4
+"""What lifts a token above all that have none: logits stay far below."""
 _ENDS: Final[Mapping[str, FinishReason]] = {"eos": "stop", "word": "stop", "limit": "length"}
 
 
@@ -258,10 +260,12 @@ class LlamaServer:
             "cache_prompt": may_reuse,
             "id_slot": slot,
         }
-        if params.logit_bias:
+        biases = dict(params.logit_bias)
+        if order.allowed is not None:  # llama-server has no other way to say so
+            biases |= {token: biases.get(token, 0.0) + _ALLOWED_BIAS for token in order.allowed}
+        if biases:
             body["logit_bias"] = [
-                [token, False if bias == -float("inf") else bias]
-                for token, bias in params.logit_bias.items()
+                [token, False if bias == -float("inf") else bias] for token, bias in biases.items()
             ]
         if params.logprobs is not None:
             body["n_probs"] = max(1, params.logprobs)

@@ -13,12 +13,14 @@ import weakref
 from collections import deque
 from collections.abc import Collection, Generator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import blake2b
 from time import sleep
 from typing import Final
 
 from recollect.engine.decoder import Ask, Drawn
 from recollect.engine.engine import Engine
+from recollect.engine.grammar import GrammarState
 from recollect.engine.scheduler import MOST_SPARE, Task, TaskState
 from recollect.engine.sequence import FeedPlan, Memory, plan_feed, warm_tokens
 from recollect.engine.sequence import Sequence as TokenSequence
@@ -30,6 +32,8 @@ from recollect.types import Grammar, SamplingParams
 
 LEDGER_BLOCK: Final = 32
 """Tokens in a block of the ledger, where the engine itself reuses any number."""
+MOST_ALLOWED: Final = 4096
+"""Ids in a request for a first token: JSON begins with some dozens, free text with nearly all."""
 MOST_MOVES: Final = 3
 """How often a reply goes on at another replica before it is given up."""
 _WATCH_S: Final = 0.05
@@ -206,14 +210,41 @@ class RemoteEngine(Engine):
         """Return the next token of a stream, which is opened where none goes on with this history."""
         if ask.forced is not None:
             return Drawn(ask.forced)
+        if ask.grammar is not None and (first := self._opening(ask, ask.grammar)) is not None:
+            return first
         with self._streams_lock:
             stream = self._streams.get(ask.sequence)
             if stream is None or not stream.goes_on_with(ask):
-                if stream is not None:
-                    stream.close()
-                task = next((one for one in self._live if one.sequence is ask.sequence), None)
-                stream = self._streams[ask.sequence] = _Stream(self, ask, task)
+                stream = self._begin(ask)
         return stream.next_token(ask)
+
+    def _opening(self, ask: Ask, grammar: GrammarState) -> Drawn | None:
+        """
+        Return the token that opens reasoning, where the model chooses that over an answer; else None.
+
+        The choice is among what the grammar allows first and that token, as here; where that is too much to
+        say, among all tokens. An answer is then begun anew, under the grammar.
+        """
+        reply = list(ask.reply)
+        opening = grammar.opening(reply)
+        if opening is None:
+            return None
+        allowed = tuple(grammar.allowed(reply).nonzero()[0].tolist())
+        with self._streams_lock:
+            stream = self._begin(
+                replace(ask, grammar=None, most_tokens=1),
+                allowed if len(allowed) <= MOST_ALLOWED else None,
+            )
+        drawn = stream.next_token(ask)
+        return drawn if drawn.token_id == opening else None
+
+    def _begin(self, ask: Ask, allowed: tuple[int, ...] | None = None) -> "_Stream":
+        """Open a stream in the place of the one that the sequence has; `_streams_lock` is held."""
+        if (before := self._streams.get(ask.sequence)) is not None:
+            before.close()
+        task = next((one for one in self._live if one.sequence is ask.sequence), None)
+        stream = self._streams[ask.sequence] = _Stream(self, ask, task, allowed=allowed)
+        return stream
 
     def submit(self, task: Task) -> None:
         """
@@ -357,7 +388,13 @@ class _Stream:
     """
 
     def __init__(
-        self, engine: RemoteEngine, ask: Ask, task: Task | None, length: int | None = None
+        self,
+        engine: RemoteEngine,
+        ask: Ask,
+        task: Task | None,
+        length: int | None = None,
+        *,
+        allowed: tuple[int, ...] | None = None,
     ) -> None:
         """
         Have a request made.
@@ -367,6 +404,7 @@ class _Stream:
             ask: What is asked for first.
             task: Whose tokens they are; None: nobody's, and nobody can cancel it.
             length: How many tokens of the history count; None: all.
+            allowed: What may be generated; None: anything.
         """
         self._engine = engine
         self._ids = ask.sequence.token_ids[:length]
@@ -378,7 +416,7 @@ class _Stream:
         self._most = ask.most_tokens
         self._task = task
         self._begun = len(self._ids)
-        self._grammar = _grammar_of(ask)
+        self._grammar, self._allowed = _grammar_of(ask), allowed
         self._known, self._had = engine.memory.ledger.known(self._namespace, self._ids)
         self._failed: list[Replica] = []
         self._moves = 0
@@ -395,6 +433,7 @@ class _Stream:
             and ask.params is self._params
             and ask.seed == self._seed
             and (self._grammar is not None) == (_grammar_of(ask) is not None)
+            and known - self._begun < self._most
         )
 
     def next_token(self, ask: Ask) -> Drawn:
@@ -402,8 +441,7 @@ class _Stream:
         Return the next token, or that the reply has ended.
 
         Raises:
-            EngineUnavailableError: No replica goes on with it.
-            RuntimeFailure: It is refused.
+            EngineUnavailableError: No replica goes on with it, or one refuses it.
         """
         _remote(ask.sequence).go_on_from(len(self._ids))
         while True:
@@ -436,6 +474,8 @@ class _Stream:
     def _open(self) -> None:
         self._told, self._given = Told(), 0
         self._replica = self._engine.replicas.begin(self._session, self._failed)
+        self._dropped = weakref.finalize(self, self._engine.replicas.drop, self._replica)
+        self._dropped.atexit = False
         self._link = Link(self._replica.url)
         self._is_open = True
         params, prefix = self._params, len(self._ids)
@@ -447,6 +487,7 @@ class _Stream:
             namespace=self._namespace,
             session=self._session,
             grammar=self._grammar,
+            allowed=self._allowed,
             is_idle=self._task is not None and self._task.idle,
         )
         # Until it is told, all counts as computed: reuse is never claimed without evidence.
@@ -516,6 +557,7 @@ class _Stream:
         if not self._is_open:
             return
         self._is_open = False
+        self._dropped.detach()
         if not lost and not self._link.was_cut:
             self._drain()
         self._take_note()

@@ -8,7 +8,7 @@ knows nothing of what an engine has evicted since, and is only used to say why t
 
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -32,6 +32,7 @@ class Replica:
     lost: int = 0
     """Requests that it did not answer, or broke off."""
     running: int = 0
+    """Requests that have not ended."""
     reused_tokens: int = 0
     """Of prompts."""
     computed_tokens: int = 0
@@ -55,8 +56,17 @@ class Replicas:
 
     def __init__(self, apis: Sequence[Api]) -> None:
         assert apis, "there is an engine"
-        self.all: Final = tuple(map(Replica, apis))
+        self._all: Final = tuple(map(Replica, apis))
+        self._dropped: deque[Replica] = deque()
         self._lock = threading.Lock()
+
+    @property
+    def all(self) -> tuple[Replica, ...]:
+        """Return them, in the order in which they were named."""
+        with self._lock:
+            while self._dropped:
+                self._dropped.popleft().running -= 1
+        return self._all
 
     def begin(self, session: str, without: Collection[Replica] = ()) -> Replica:
         """
@@ -68,7 +78,7 @@ class Replicas:
         """
         with self._lock:
             chosen = max(
-                self.all,
+                self._all,
                 key=lambda one: (one not in without, one.is_up, _weight(one.url, session)),
             )
             chosen.asked += 1
@@ -92,6 +102,10 @@ class Replicas:
             replica.generated_tokens += generated
             replica.lost += lost
             replica.lost_until_s = time.monotonic() + PAUSE_S if lost else 0.0
+
+    def drop(self, replica: Replica) -> None:
+        """Take note that nobody reads a request any more. May be called by a finalizer: takes no lock."""
+        self._dropped.append(replica)
 
 
 def _weight(url: str, session: str) -> bytes:

@@ -20,6 +20,7 @@ from recollect.remote.wire import (
     Link,
     Lost,
     Order,
+    RefusedError,
     Token,
     Told,
     events,
@@ -34,6 +35,12 @@ _IDLE_PRIORITY: Final = 1
 """vLLM takes lower numbers first; 0 is usual."""
 _UNITS: Final = {496: 16, 480: 32, 448: 64, 384: 128, 256: 256, 504: 8, 511: 1}
 """How many of 511 tokens are found again, and the block size that tells."""
+_DIALECT: Final = "%llguidance {}\n"
+"""
+Begins a grammar that llguidance is to follow, as here. vLLM asks xgrammar first, which takes most grammars of
+forced calls, and means them otherwise: it does not know how JSON is to be written in them.
+Source: vllm/sampling_params.py of 0.32 with xgrammar 0.2.8 and llguidance 1.7.6.
+"""
 _STRONGEST_BIAS: Final = 100.0
 """vLLM takes no stronger one; with -100 a token is as good as banned."""
 
@@ -106,7 +113,24 @@ class Vllm:
             )
 
     def stream(self, order: Order, told: Told, link: Link) -> Generator[Token, None, None]:
-        """Have an order carried out; see `Api.stream`."""
+        """
+        Have an order carried out; see `Api.stream`.
+
+        Raises:
+            InvalidParameterError: It is refused, and has a grammar: others do not fail there.
+        """
+        try:
+            yield from self._stream(order, told, link)
+        except RefusedError as refusal:
+            if order.grammar is None:
+                raise
+            raise InvalidParameterError(
+                f"{refusal} Its grammar may be what vLLM cannot follow: make that simpler, leave it out, or "
+                "start vLLM with --structured-outputs-config.backend=guidance.",
+                param="grammar",
+            ) from refusal
+
+    def _stream(self, order: Order, told: Told, link: Link) -> Generator[Token, None, None]:
         headers = {"x-session-id": order.session} if order.session else {}
         held: list[Token] = []  # those of the last event, until all is told
         for event in events(link, "/v1/completions", self.body(order), headers):
@@ -162,6 +186,8 @@ class Vllm:
             body["logprobs"] = params.logprobs
         if order.grammar is not None:
             body["structured_outputs"] = _structured(order.grammar)
+        if order.allowed is not None:
+            body["allowed_token_ids"] = list(order.allowed)
         if order.is_idle and self._takes_priority:
             body["priority"] = _IDLE_PRIORITY
         return body
@@ -217,7 +243,10 @@ def _name(release: tuple[int, int]) -> str:
 def _structured(grammar: Grammar) -> dict[str, Any]:
     if grammar.kind == "json_schema":
         return {"json": json.loads(grammar.source), "disable_any_whitespace": True}
-    return {"regex" if grammar.kind == "regex" else "grammar": grammar.source}
+    if grammar.kind == "regex":
+        return {"regex": grammar.source}
+    is_named = grammar.source.lstrip().startswith(_DIALECT.split()[0])
+    return {"grammar": grammar.source if is_named else _DIALECT + grammar.source}
 
 
 def _tokens(choice: Mapping[str, Any], alternatives: int | None) -> list[Token]:

@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 from urllib.parse import SplitResult, urlsplit
 
 from recollect.engine.decoder import Likelihood
-from recollect.errors import ConfigError, EngineUnavailableError, RuntimeFailure
+from recollect.errors import ConfigError, EngineUnavailableError
 from recollect.types import FinishReason, Grammar, SamplingParams
 
 KEY_VARIABLE: Final = "RECOLLECT_ENGINE_KEY"
@@ -36,6 +36,10 @@ _MOST_LINE_BYTES: Final = 4 << 20
 """Of one event: 20 alternatives for each of the tokens that came since the last are a few kilobytes."""
 _MOST_QUOTED: Final = 300
 """Characters of what an engine answers, in an error."""
+
+
+class RefusedError(EngineUnavailableError):
+    """An engine refuses a request, and would again: it may be another one than was tried out."""
 
 
 class Lost(Exception):  # noqa: N818 - always caught, and told as `EngineUnavailableError`
@@ -58,6 +62,8 @@ class Order:
     """Equal for the branches of a conversation."""
     grammar: Grammar | None = None
     """What is generated has to match it, from the first token on."""
+    allowed: tuple[int, ...] | None = None
+    """What is generated is among these; None: any token may be."""
     is_idle: bool = False
     """Whether it may wait until the engine has nothing else to do."""
 
@@ -171,7 +177,7 @@ class Api(Protocol):
 
         Raises:
             Lost: It does not answer, broke off, or said nothing for too long.
-            RuntimeFailure: It refuses the order.
+            RefusedError: It does not take the order.
         """
 
 
@@ -203,7 +209,7 @@ def events(
 
     Raises:
         Lost: As `Api.stream`.
-        RuntimeFailure: It is refused.
+        RefusedError: As there.
     """
     with _failures_as_lost(link):
         response = _posted(link, path, body, headers or {})
@@ -281,6 +287,11 @@ def _answer(url: str, method: str, path: str, body: bytes | None) -> Any:
         raise unavailable(url, _quoted(str(cause) or type(cause).__name__)) from cause
     finally:
         link.close()
+    if 300 <= response.status < 400:
+        to = _quoted(response.headers.get("Location") or "another address")
+        raise ConfigError(
+            f"{url} sends requests on to {to}: give the address of the engine itself."
+        )
     if response.status in (401, 403):
         raise ConfigError(f"{url} asks for a key: set {KEY_VARIABLE} to it.")
     if response.status >= 500:
@@ -324,7 +335,7 @@ def _lines(response: HTTPResponse) -> Iterator[bytes]:
 def _refusal(status: int, said: str) -> Exception:
     if status >= 500 or status in (408, 429):
         return Lost(f"it answered {status}: {_quoted(said)}")
-    return RuntimeFailure(f"The engine refused the request with {status}: {_quoted(said)}")
+    return RefusedError(f"The engine refused the request with {status}: {_quoted(said)}")
 
 
 def _quoted(text: str) -> str:

@@ -6,6 +6,7 @@ is a set of prefixes: in blocks and by salt as vLLM's, or by slot as llama-serve
 """
 
 import json
+import ssl
 import threading
 import time
 from collections import deque
@@ -24,7 +25,17 @@ from recollect.conversation.model import Model
 from recollect.text.tokenizer import ByteTokenizer
 
 Kind = Literal["vllm", "llama"]
-Fault = Literal["refuse", "cut", "cut after 3", "error after 3", "silent", "silent after 3", "slow"]
+Fault = Literal[
+    "refuse",
+    "bad request",
+    "gone",
+    "cut",
+    "cut after 3",
+    "error after 3",
+    "silent",
+    "silent after 3",
+    "slow",
+]
 BLOCK: Final = 16
 ENDS_EVERY: Final = 97
 _TOKENIZER: Final = ByteTokenizer()
@@ -75,6 +86,8 @@ class Stub:
     tokenizes: bool = True
     spoils_reuse: bool = False
     """Whether what was reused changes what is generated."""
+    says: deque[str] = field(default_factory=deque)
+    """What the next requests generate, each to its end; when there is none, the hash says it."""
     says_halves: bool = False
     """Whether it generates tokens that no text gives again."""
     slots: int = 2
@@ -90,7 +103,10 @@ class Stub:
     lock: threading.Lock = field(default_factory=threading.Lock)
     held: dict[int, list[int]] = field(default_factory=dict)
 
-    def start(self) -> str:
+    redirects_to: str | None = None
+    """Where all questions without a body are sent on to."""
+
+    def start(self, port: int = 0, *, tls: ssl.SSLContext | None = None) -> str:
         """Begin to serve, and return the address."""
         stub = self
 
@@ -110,9 +126,12 @@ class Stub:
             daemon_threads = True
             request_queue_size = 128
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", port), Handler)
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        scheme = "http" if tls is None else "https"
+        return f"{scheme}://127.0.0.1:{self._server.server_address[1]}"
 
     def stop(self) -> None:
         """End."""
@@ -120,6 +139,12 @@ class Stub:
         self._server.server_close()
 
     def get(self, to: BaseHTTPRequestHandler) -> None:
+        if self.redirects_to is not None:
+            to.send_response(307)
+            to.send_header("Location", self.redirects_to + to.path)
+            to.send_header("Content-Length", "0")
+            to.end_headers()
+            return
         answers: dict[str, Any] = {
             "/version": {"version": self.version},
             "/v1/models": {"data": [{"id": "stub", "max_model_len": self.context}]},
@@ -146,6 +171,9 @@ class Stub:
         fault = self.faults.popleft() if self.faults else None
         if fault == "refuse":
             _answer(to, {"error": "out of order"}, status=500)
+            return
+        if fault in ("bad request", "gone"):
+            _answer(to, {"error": "refused"}, status=400 if fault == "bad request" else 404)
             return
         if fault == "cut":
             to.close_connection = True
@@ -212,8 +240,10 @@ class Stub:
         if self.spoils_reuse and cached:
             seed = cached
         ids = list(prompt)
+        said_ids = [*_TOKENIZER.encode(self.says.popleft()), _END] if self.says else []
         for number in range(1, body["max_tokens"] + 1):
-            token = next_token(ids, bias, seed, halves=self.says_halves)
+            made = next_token(ids, bias, seed, halves=self.says_halves)
+            token = said_ids.pop(0) if said_ids else made
             ids.append(token)
             ends = token == _END and not body["ignore_eos"]
             said = _TOKENIZER.decode(ids[len(prompt) :])
@@ -251,8 +281,9 @@ class Stub:
         ids, number = list(prompt), 0
         timings = {"cache_n": cached, "prompt_n": len(prompt) - cached}
         how = "limit"
+        said_ids = [*_TOKENIZER.encode(self.says.popleft()), _END] if self.says else []
         for number in range(1, body["n_predict"] + 1):
-            token = next_token(ids, bias, seed)
+            token = said_ids.pop(0) if said_ids else next_token(ids, bias, seed)
             if token == _END:
                 how = "eos"
                 break

@@ -1,14 +1,24 @@
 """Engines elsewhere that misbehave: nothing said is lost, nothing is claimed that was not told."""
 
+import shutil
+import ssl
+import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recollect.conversation.model import Model
 from recollect.engine.sampling import Generator
-from recollect.errors import ConfigError, EngineUnavailableError, InvalidParameterError, StoreError
+from recollect.errors import (
+    ConfigError,
+    EngineUnavailableError,
+    InvalidParameterError,
+    StoreError,
+)
 from recollect.proof.bench import BenchConfig, check_room
 from recollect.proof.scenarios import run_rewind_test
 from recollect.remote import wire
@@ -181,6 +191,120 @@ def test_another_kind_of_server_is_refused(make_stub: MakeStub, load: Load) -> N
 def test_nobody_there_is_told(load: Load) -> None:
     with pytest.raises(EngineUnavailableError, match="No engine answers at"):
         load("vllm=http://127.0.0.1:9")
+
+
+def test_an_address_that_sends_on_is_refused_with_where_to(
+    kind: str, make_stub: MakeStub, load: Load
+) -> None:
+    _, url = make_stub(kind, redirects_to="https://engine.example")
+    with pytest.raises(ConfigError, match=r"sends requests on to https://engine\.example"):
+        load(f"{kind}={url}")
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(
+    kind: str, make_stub: MakeStub, load: Load, tmp_path: Path
+) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs openssl, which makes a certificate")
+    names = ["-keyout", "key.pem", "-out", "own.pem", "-subj", "/CN=127.0.0.1"]
+    subprocess.run(  # noqa: S603 - a fixed command
+        [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "own.pem", tmp_path / "key.pem")
+    stub, plain = make_stub(kind)
+    stub.stop()
+    port = int(plain.rpartition(":")[2])
+    with pytest.raises(EngineUnavailableError, match="CERTIFICATE_VERIFY_FAILED"):
+        load(f"{kind}={stub.start(port, tls=context)}")
+
+
+def test_an_engine_that_dies_between_two_turns_loses_nothing_that_was_said(
+    kind: str, make_stub: MakeStub, load: Load
+) -> None:
+    stub, url = make_stub(kind)
+    model = load(f"{kind}={url}")
+    session = model.session("Be careful.", keep=True, name="kept")
+    first = session.respond("hello", params=SHORT)
+    stub.stop()
+    with pytest.raises(EngineUnavailableError):
+        session.respond("and then?", params=SHORT)
+    session.close()
+    said = [node.content for node in model.resume("kept").path()]
+    assert said == ["Be careful.", "hello", first.text, "and then?"]
+    stub.known.clear()
+    stub.held.clear()
+    stub.start(int(url.rpartition(":")[2]))
+    reply = model.resume("kept").respond(None, params=SHORT)
+    assert reply.finish_reason == "length"
+    assert reply.usage.reused_tokens == 0
+
+
+@pytest.mark.parametrize("status", ["bad request", "gone"])
+def test_an_engine_that_is_another_one_now_refuses_and_nothing_is_lost(
+    kind: str, status: str, make_stub: MakeStub, load: Load
+) -> None:
+    """Restarted with a shorter context or another model, it answers 400 or 404, with its words."""
+    stub, url = make_stub(kind)
+    model = load(f"{kind}={url}")
+    session = model.session(keep=True, name="kept")
+    session.respond("hello", params=SHORT)
+    session.close()
+    stub.faults.append(status)
+    with pytest.raises(EngineUnavailableError, match="The engine refused the request with 4"):
+        session.respond("and then?", params=SHORT)
+    assert [node.content for node in model.resume("kept").path()][2:] == ["and then?"]
+    assert [one.running for one in model.replicas()] == [0]
+    assert session.respond("and then?", params=SHORT).finish_reason == "length"
+
+
+def test_half_of_many_readers_leave_and_the_others_are_answered(
+    kind: str, make_stub: MakeStub, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "FIRST_S", 60.0)  # fifty at once take a while on a busy machine
+    monkeypatch.setattr(wire, "NEXT_S", 60.0)
+    stub, url = make_stub(kind, slots=64)
+    model = load(f"{kind}={url}")
+    expected = [
+        model.session(namespace="alone").respond(f"hello {number}", params=SHORT).text
+        for number in range(3)
+    ]
+
+    def read(number: int) -> str | None:
+        stream = model.session().stream(f"hello {number % 3}", params=SHORT)
+        if number % 2:
+            for _ in zip(range(2), stream, strict=False):
+                pass
+            stream.close()
+            return None
+        return "".join(stream)
+
+    stub.faults.extend(["slow"] * 10)
+    with ThreadPoolExecutor(50) as pool:
+        texts = list(pool.map(read, range(50)))
+    assert texts[::2] == [expected[number % 3] for number in range(0, 50, 2)]
+    model.engine.abort(model.engine.tasks())
+    assert [one.running for one in model.replicas()] == [0]
+    assert [one.lost for one in model.replicas()] == [0]
+
+
+def test_a_reader_that_does_not_wait_for_the_first_token_is_let_go_at_once(
+    kind: str, make_stub: MakeStub, load: Load
+) -> None:
+    stub, url = make_stub(kind)
+    model = load(f"{kind}={url}")
+    session = model.session(keep=True, name="kept")
+    stub.faults.append("silent")
+    stream = session.stream("hello", params=SHORT)
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 0.4
+    assert session.respond("hello", params=SHORT).finish_reason == "length"
+    assert next(node.content for node in model.resume("kept").path()) == "hello"
 
 
 @pytest.mark.parametrize(
