@@ -142,6 +142,19 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
     ("first-byte-fast", "an agent's turn"): beyond_passes("after a restart"),
     ("first-byte-fast", "the two turns"): beyond_passes("second", "third"),
     ("first-byte-fast", "what ten tools"): lambda result: [result["tools"]["added_s"]],
+    ("explore-fast", "8 branches"): lambda result: [
+        result["decode_ratio"],
+        result["whole_ratio"],
+    ],
+    ("explore-fast", "the same from"): lambda result: [
+        result["counts"]["computed_tokens"],
+        result["counts"]["most_blocks"],
+    ],
+    ("events-fast", "50 streams"): lambda result: [
+        100 * result["share"],
+        result["engine_calls_per_token_watched"],
+        result["engine_calls_per_token_alone"],
+    ],
     ("scale-fast", "the front's own"): lambda result: [result["front"]["cpu_ms_per_token"]],
     ("scale-fast", "10,000 conversations"): lambda result: [
         100 * result["fleet"][policy]["reused_share"]
