@@ -185,7 +185,8 @@ class Plan:
             raise wrong(
                 "prompts", f"{count:,} replies cannot be tried: ask for 1 to {MOST_TRIED:,}."
             )
-        if self.score is not None and (not callable(self.score) or iscoroutinefunction(self.score)):
+        score: object = self.score
+        if score is not None and (not callable(score) or iscoroutinefunction(score)):
             raise wrong("score", _SCORES)
         self._check_names()
         if not callable(self.prompts) and not self.tries(self.said(None)):

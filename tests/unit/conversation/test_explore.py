@@ -353,7 +353,8 @@ def test_a_score_that_is_no_number_is_refused_in_a_sentence(kept: Session, model
 
     with pytest.raises(InvalidParameterError, match="returns a number"):
         kept.explore(["a"], score=awaited)  # type: ignore[arg-type] # that is what is wrong
-    for score in (lambda _: None, lambda _: "much", returns_awaited):
+    wrong: list[Any] = [lambda _: None, lambda _: "much", returns_awaited]
+    for score in wrong:
         with pytest.raises(ConversationError, match="returns a number"):
             kept.explore(["a", "b"], score=score).read()
         check(model)
@@ -540,7 +541,8 @@ def test_a_loop_that_is_closed_early_ends_the_engines_work(kept: Session, model:
     for task in model.engine.tasks():
         task.join()
     computed = model.engine.computed_tokens
-    for read in (Exploration.pieces_async, Exploration.__aiter__):
+    readings: list[Any] = [Exploration.pieces_async, Exploration.__aiter__]
+    for read in readings:
         reading = read(kept.explore_async(["a", "b"], params=[replace(HOT, max_tokens=2), endless]))
 
         async def first(reading: Any = reading) -> None:
