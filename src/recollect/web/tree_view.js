@@ -141,6 +141,7 @@ function keyTarget(event) {
 export function TreeView() {
   const frame = useRef(/** @type {HTMLElement | null} */ (null));
   const [at, setAt] = useState(zoomIdentity);
+  const sight = useRef(zoomIdentity); // at once, where `at` follows with the next drawing
   const [room, setRoom] = useState({ width: 0, height: 0 });
   const isMoved = useRef(false);
   const behaviour = useMemo(() => zoom().scaleExtent([0.01, 1.6]), []);
@@ -154,6 +155,7 @@ export function TreeView() {
     const element = /** @type {HTMLElement} */ (frame.current);
     const moved = (/** @type {any} */ event) => {
       if (event.sourceEvent) isMoved.current = true;
+      sight.current = event.transform;
       setAt(event.transform);
     };
     behaviour.on("zoom", moved).filter((event) => !event.button && event.type !== "dblclick");
@@ -177,6 +179,23 @@ export function TreeView() {
     const chosenFrame = selectElement(/** @type {HTMLElement} */ (frame.current));
     if (still) chosenFrame.call(/** @type {any} */ (behaviour.transform), target);
     else chosenFrame.transition().duration(time).call(/** @type {any} */ (behaviour.transform), target);
+  }
+
+  /**
+   * Move a middle so that the view shows the tree, where there is more of it, and not what is empty beside it.
+   *
+   * @param {{x: number, y: number}} middle
+   * @param {ReturnType<typeof extent>} box
+   * @param {number} scale
+   */
+  function inside(middle, box, scale) {
+    /** @type {(at: number, low: number, high: number) => number} */
+    const between = (at, low, high) => (low > high ? (low + high) / 2 : Math.min(Math.max(at, low), high));
+    const [x, y] = [room.width / 2 / scale - MARGIN, room.height / 2 / scale - MARGIN];
+    return {
+      x: between(middle.x, box.left + x, box.right - x),
+      y: between(middle.y, box.top + y, box.bottom - y),
+    };
   }
 
   /** @param {number} time */
@@ -203,17 +222,19 @@ export function TreeView() {
     const fits = Math.min(room.width / (box.right - box.left + 80), room.height / (box.bottom - box.top + 80));
     const place = places.get(chosen ?? "");
     if (fits >= 0.6 || !place) fit(isNew ? 0 : 300);
-    else lookAt({ x: place.x, y: place.y + CARD.height / 2 }, 0.85, isNew ? 0 : 300);
+    else lookAt(inside({ x: place.x, y: place.y + CARD.height / 2 }, box, 0.85), 0.85, isNew ? 0 : 300);
   }, [tree.id, room, places, chosen === null]);
 
   // What is chosen comes into sight.
   useEffect(() => {
     const place = places.get(chosen ?? "");
     if (!place || room.width === 0 || opened.current !== tree.id) return;
-    const [x, y] = at.apply([place.x, place.y]);
-    const half = (CARD.width / 2) * at.k;
-    const isSeen = x - half > 0 && x + half < room.width && y > 0 && y + CARD.height * at.k + 20 < room.height;
-    if (!isSeen) lookAt({ x: place.x, y: place.y + CARD.height / 2 }, Math.max(at.k, 0.6));
+    const now = sight.current;
+    const [x, y] = now.apply([place.x, place.y]);
+    const half = (CARD.width / 2) * now.k;
+    const isSeen = x - half > 0 && x + half < room.width && y > 0 && y + CARD.height * now.k + 20 < room.height;
+    const scale = Math.max(now.k, 0.6);
+    if (!isSeen) lookAt(inside({ x: place.x, y: place.y + CARD.height / 2 }, extent(places.values()), scale), scale);
   }, [chosen]);
 
   const box = {
