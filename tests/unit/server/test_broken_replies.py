@@ -298,7 +298,7 @@ def test_levels_of_thinking_reach_the_template_over_ollamas_api(
 ) -> None:
     client = start(load=lambda _: make_model(template=LEVELS))
     asked: Json = {"messages": ASKED} if path.endswith("chat") else {"prompt": "Light!"}
-    sizes = {}
+    sizes = dict[str | bool | None, int]()
     for level in (None, False, True, "low", "medium", "high"):
         body = {
             "model": "reference", **asked, "think": level, "stream": False,
@@ -309,12 +309,10 @@ def test_levels_of_thinking_reach_the_template_over_ollamas_api(
         sizes[level] = answer.json()["prompt_eval_count"]
     added = {level: size - sizes[None] for level, size in sizes.items()}
     on = len("on=True\n")
-    assert added == {
-        None: 0,
-        False: len("on=False\n"),
-        True: on,
-        **{level: on + len(f"effort={level}\n") for level in ("low", "medium", "high")},
-    }
+    expected: dict[str | bool | None, int] = {None: 0, False: len("on=False\n"), True: on}
+    for level in ("low", "medium", "high"):
+        expected[level] = on + len(f"effort={level}\n")
+    assert added == expected
     refused = client.post(path, json={"model": "reference", **asked, "think": "sometimes"})
     assert refused.status_code == 400
     assert "think" in refused.json()["error"]
