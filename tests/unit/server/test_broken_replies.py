@@ -300,7 +300,7 @@ def test_levels_of_thinking_reach_the_template_over_ollamas_api(
     asked: Json = {"messages": ASKED} if path.endswith("chat") else {"prompt": "Light!"}
     sizes = dict[str | bool | None, int]()
     for level in (None, False, True, "low", "medium", "high"):
-        body = {
+        body: Json = {
             "model": "reference", **asked, "think": level, "stream": False,
             "options": {"num_predict": 1},
         }  # fmt: skip
