@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_another_build_tries_the_file_again(
 
     monkeypatch.setattr(subprocess, "run", run)
     for build, trials in (("a-1", 1), ("a-1", 1), ("a-2", 2), ("a-1", 2)):
-        prepare(str(path), home=tmp_path / "home", runtime="llama", llama_build=lambda b=build: b)
+        prepare(str(path), home=tmp_path / "home", runtime="llama", llama_build=partial(str, build))
         assert len(begun) == trials, build
 
 

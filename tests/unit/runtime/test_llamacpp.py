@@ -356,7 +356,7 @@ def test_lanes_take_what_is_counted_for_them(
     counted = info.kv_bytes(blocks) - blocks * info.bytes_per_block
     assert held <= counted <= 1.2 * held + 100
     with monkeypatch.context() as patched:
-        patched.setattr(module.LlamaModel, "decode", lambda *_: pytest.fail("was too long"))
+        patched.setattr(LlamaModel, "decode", lambda *_: pytest.fail("was too long"))
         with pytest.raises(RuntimeFailure):
             run(runtime, ids_of(blocks * 32 + 1), list(range(blocks)))
     assert len(run(runtime, ids_of(min(512, blocks * 32)), list(range(blocks))))
