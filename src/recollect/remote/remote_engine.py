@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Collection, Generator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from hashlib import blake2b
 from time import sleep
 from typing import Final
 
@@ -22,12 +21,20 @@ from recollect.engine.decoder import Ask, Drawn
 from recollect.engine.engine import Engine
 from recollect.engine.grammar import GrammarState
 from recollect.engine.scheduler import MOST_SPARE, Task, TaskState
-from recollect.engine.sequence import FeedPlan, Memory, plan_feed, warm_tokens
+from recollect.engine.sequence import FeedPlan, plan_feed, warm_tokens
 from recollect.engine.sequence import Sequence as TokenSequence
-from recollect.errors import EngineUnavailableError, MisuseError, RuntimeFailure
-from recollect.remote.replicas import Ledger, Replica, Replicas
+from recollect.errors import EngineUnavailableError, MisuseError
+from recollect.remote.replicas import (
+    Ledger,
+    RemoteMemory,
+    RemoteRuntime,
+    RemoteSequence,
+    Replica,
+    Replicas,
+    session_of,
+)
 from recollect.remote.wire import Api, EngineFacts, Link, Lost, Order, Token, Told
-from recollect.runtime.base import PassResult, Reuse, Row, RuntimeInfo
+from recollect.runtime.base import Reuse, RuntimeInfo
 from recollect.types import Grammar, SamplingParams
 
 LEDGER_BLOCK: Final = 32
@@ -40,81 +47,6 @@ _WATCH_S: Final = 0.05
 """How long a cancelled reply may go on."""
 _LINGER: Final = 40
 """Looks without a task after which the thread that looks ends."""
-
-
-class RemoteRuntime:
-    """The `PagedRuntime` of an engine elsewhere: it says what that is, and computes nothing here."""
-
-    def __init__(self, info: RuntimeInfo) -> None:
-        self._info = info
-
-    @property
-    def info(self) -> RuntimeInfo:
-        """Return what this runtime is."""
-        return self._info
-
-    def allocate(self, num_blocks: int) -> None:
-        """Do nothing: there is no KV here."""
-
-    def forward(self, rows: Sequence[Row]) -> PassResult:
-        """Refuse: a pass here would be a mistake."""
-        raise _not_here(f"run a forward pass of {len(rows)} rows")
-
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Refuse where there is anything to copy."""
-        if pairs:
-            raise _not_here("copy KV")
-
-    def warm_up(self) -> None:
-        """Do nothing: the engine is warm, or not, by itself."""
-
-    def read_block(self, block: int, into: memoryview) -> None:
-        """Refuse."""
-        raise _not_here(f"read {into.nbytes} bytes of the KV in block {block}")
-
-    def write_block(self, block: int, content: memoryview) -> None:
-        """Refuse."""
-        raise _not_here(f"write {content.nbytes} bytes of KV into block {block}")
-
-    def close(self) -> None:
-        """Do nothing: each request has its own connection."""
-
-
-def _not_here(what: str) -> RuntimeFailure:
-    return RuntimeFailure(f"The KV is with an engine elsewhere: recollect cannot {what} here.")
-
-
-class RemoteMemory(Memory):
-    """What sequences share whose KV is elsewhere: no blocks, and a ledger of what was computed."""
-
-    def __init__(self, memory: Memory, ledger: Ledger) -> None:
-        super().__init__(memory.info, memory.pool, memory.cache)
-        self.ledger: Final = ledger
-
-
-class RemoteSequence(TokenSequence):
-    """A history whose KV is elsewhere. Invariants: those of `Sequence`, and it has no blocks."""
-
-    memory: RemoteMemory
-
-    @property
-    def kept(self) -> int:
-        """Return how many leading tokens are those that a stream was last told to go on with."""
-        return self._id.kept
-
-    def go_on_from(self, length: int) -> None:
-        """Take note that a stream goes on with the first *length* tokens."""
-        self._id.computed_to(length)
-
-    def is_warm(self) -> bool:
-        """Return whether all of it was computed before that could be found again, as far as is known."""
-        known, _ = self.memory.ledger.known(self.namespace, self.token_ids)
-        return warm_tokens(len(self), self.memory.info.reuse.unit) <= known
-
-    def computed_before(self) -> int:
-        """Return how many leading tokens were computed before, as far as is remembered."""
-        known, _ = self.memory.ledger.known(self.namespace, self.token_ids)
-        return known
 
 
 class RemoteEngine(Engine):
@@ -409,7 +341,7 @@ class _Stream:
         self._engine = engine
         self._ids = ask.sequence.token_ids[:length]
         self._namespace = ask.sequence.namespace
-        self._session = ask.sequence.session or _session_of(self._ids)
+        self._session = ask.sequence.session or session_of(self._ids)
         self._sequence = weakref.ref(ask.sequence)  # of which the engine holds this stream
         _remote(ask.sequence).go_on_from(len(self._ids))
         self._params, self._seed = ask.params, ask.seed
@@ -601,15 +533,6 @@ def _grammar_of(ask: Ask) -> Grammar | None:
 def _seed_at(seed: int, position: int) -> int:
     """Return the seed of a request: the same prompt with the same seed gives the same reply."""
     return (seed * 0x9E3779B97F4A7C15 + position) % 2**63
-
-
-_BEGINNING: Final = 256
-
-
-def _session_of(token_ids: Sequence[int]) -> str:
-    """Return what keeps prompts with the same beginning together, where nobody knows a conversation."""
-    beginning = ",".join(map(str, token_ids[:_BEGINNING]))
-    return blake2b(beginning.encode(), digest_size=16).hexdigest()
 
 
 def _remote(sequence: TokenSequence) -> RemoteSequence:

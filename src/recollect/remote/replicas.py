@@ -4,6 +4,7 @@ Which replica of an engine serves which conversation, and what each has computed
 Conversations are spread by rendezvous hashing: when a replica is lost, only its own conversations move, and
 they come back with it. `Ledger` remembers what was computed where, by chained hashes of whole blocks; it
 knows nothing of what an engine has evicted since, and is only used to say why tokens were computed again.
+Sequences whose KV is elsewhere share it, as others share blocks.
 """
 
 import threading
@@ -14,7 +15,11 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final
 
+from recollect.engine.sequence import Memory, warm_tokens
+from recollect.engine.sequence import Sequence as TokenSequence
+from recollect.errors import RuntimeFailure
 from recollect.remote.wire import Api
+from recollect.runtime.base import PassResult, Row, RuntimeInfo
 
 PAUSE_S: Final = 5.0
 """How long a replica that was lost is asked last."""
@@ -161,3 +166,87 @@ class Ledger:
             parent = blake2b(ids.encode(), key=parent, digest_size=16).digest()
             names.append(parent)
         return names
+
+
+class RemoteMemory(Memory):
+    """What sequences share whose KV is elsewhere: no blocks, and a ledger of what was computed."""
+
+    def __init__(self, memory: Memory, ledger: Ledger) -> None:
+        super().__init__(memory.info, memory.pool, memory.cache)
+        self.ledger: Final = ledger
+
+
+class RemoteSequence(TokenSequence):
+    """A history whose KV is elsewhere. Invariants: those of `Sequence`, and it has no blocks."""
+
+    memory: RemoteMemory
+
+    @property
+    def kept(self) -> int:
+        """Return how many leading tokens are those that a stream was last told to go on with."""
+        return self._id.kept
+
+    def go_on_from(self, length: int) -> None:
+        """Take note that a stream goes on with the first *length* tokens."""
+        self._id.computed_to(length)
+
+    def is_warm(self) -> bool:
+        """Return whether all of it was computed before that could be found again, as far as is known."""
+        known, _ = self.memory.ledger.known(self.namespace, self.token_ids)
+        return warm_tokens(len(self), self.memory.info.reuse.unit) <= known
+
+    def computed_before(self) -> int:
+        """Return how many leading tokens were computed before, as far as is remembered."""
+        known, _ = self.memory.ledger.known(self.namespace, self.token_ids)
+        return known
+
+
+_BEGINNING: Final = 256
+
+
+def session_of(token_ids: Sequence[int]) -> str:
+    """Return what keeps prompts with the same beginning together, where nobody knows a conversation."""
+    beginning = ",".join(map(str, token_ids[:_BEGINNING]))
+    return blake2b(beginning.encode(), digest_size=16).hexdigest()
+
+
+class RemoteRuntime:
+    """The `PagedRuntime` of an engine elsewhere: it says what that is, and computes nothing here."""
+
+    def __init__(self, info: RuntimeInfo) -> None:
+        self._info = info
+
+    @property
+    def info(self) -> RuntimeInfo:
+        """Return what this runtime is."""
+        return self._info
+
+    def allocate(self, num_blocks: int) -> None:
+        """Do nothing: there is no KV here."""
+
+    def forward(self, rows: Sequence[Row]) -> PassResult:
+        """Refuse: a pass here would be a mistake."""
+        raise _not_here(f"run a forward pass of {len(rows)} rows")
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Refuse where there is anything to copy."""
+        if pairs:
+            raise _not_here("copy KV")
+
+    def warm_up(self) -> None:
+        """Do nothing: the engine is warm, or not, by itself."""
+
+    def read_block(self, block: int, into: memoryview) -> None:
+        """Refuse."""
+        raise _not_here(f"read {into.nbytes} bytes of the KV in block {block}")
+
+    def write_block(self, block: int, content: memoryview) -> None:
+        """Refuse."""
+        raise _not_here(f"write {content.nbytes} bytes of KV into block {block}")
+
+    def close(self) -> None:
+        """Do nothing: each request has its own connection."""
+
+
+def _not_here(what: str) -> RuntimeFailure:
+    return RuntimeFailure(f"The KV is with an engine elsewhere: recollect cannot {what} here.")
