@@ -218,6 +218,7 @@ FOREIGN_OPTIONS = {
             "--enable-prompt-tokens-details",
             "--enable-prefix-caching",
             "--scheduling-policy",
+            "--structured-outputs-config",
         ),  # vLLM's
         *("--policy", "--kv-transfer-config"),  # its router's, and its tiers'
     },

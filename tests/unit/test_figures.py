@@ -160,6 +160,15 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
         100 * result["fleet"][policy]["reused_share"]
         for policy in ("by conversation", "least loaded", "in turn")
     ],
+    ("elsewhere-exact", "a conversation with"): lambda result: [
+        result["trace"]["front_awaited_tokens"],
+        result["trace"]["alone_computed_tokens"],
+    ],
+    ("elsewhere-exact", "the fleet's model"): lambda result: [
+        100 * result["fleet"]["reused_share"][policy][kind]
+        for policy in ("by conversation", "in turn")
+        for kind in ("simulated", "real")
+    ],
     ("vllm-exact", "reuse on vLLM"): lambda result: [
         result["verify"]["largest"],
         result["verify"]["different_replies"],
