@@ -142,6 +142,11 @@ FIGURES: dict[tuple[str, str], Callable[[Result], list[float]]] = {
     ("first-byte-fast", "an agent's turn"): beyond_passes("after a restart"),
     ("first-byte-fast", "the two turns"): beyond_passes("second", "third"),
     ("first-byte-fast", "what ten tools"): lambda result: [result["tools"]["added_s"]],
+    ("scale-fast", "in front of"): lambda result: [result["front"]["cpu_ms_per_token"]],
+    ("elsewhere-exact", "two replicas"): lambda result: [
+        100 * share for share in result["fleet"]["reused_share"]["in turn"].values()
+    ],
+    ("vllm-exact", "vLLM through"): lambda result: [result["verify"]["largest"]],
     ("restart-smollm2-4000-fast", "next turn"): first_tokens("disk", "memory", "cold"),
     ("restart-smollm2-4000-fast", "the same the moment"): first_tokens("at once"),
     ("restart-smollm2-4000-fast", "20 branches"): lambda result: [
