@@ -480,7 +480,8 @@ async def get_tree(
     """
     Return what was said in a conversation, in all branches, and what going on from each place would cost.
 
-    That is by the measurements of the model that spoke last, and null where it is not loaded.
+    That is by the measurements of the model that spoke last. Where it is not loaded, or an engine
+    elsewhere has its KV, nobody here knows, and it is null.
     """
     services = services_of(request)
     place = await asyncio.to_thread(_place_of, request, conversation_id)
@@ -507,7 +508,7 @@ def standing_place(request: Request, view: ConversationView) -> KeptPlace:
 def _tree(place: KeptPlace, after: str | None, limit: int, model: Model | None) -> dict[str, Any]:
     view = place.view
     shown = view.nodes_after(after, limit)
-    if model is None:
+    if model is None or model.replicas:
         return view.tree(shown, {}, None)
     _, nodes = grown(view.stored.nodes)
     costs = Costs(model, namespace=place.namespace, tools=place.tools().schemas)

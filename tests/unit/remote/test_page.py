@@ -69,6 +69,8 @@ def test_the_page_and_the_tree_come(client: httpx.Client, conversation: str) -> 
     assert "<html" in page.text
     tree = client.get(f"{PATH}/{conversation}/tree").json()
     assert [one["role"] for one in tree["nodes"]] == ["system", "user", "assistant"]
+    # The engine elsewhere has the KV: nobody here knows what going on costs.
+    assert {(one["warmth"], one["going_on"]) for one in tree["nodes"]} == {(None, None)}
     memory = client.get("/v1/kv").json()
     assert [one["id"] for one in memory["data"]] == [conversation]
 
