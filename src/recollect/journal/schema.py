@@ -220,6 +220,9 @@ _FORGET: Final = (
 _LEARN: Final = f"INSERT INTO {INDEX} (rowid, content) VALUES (NEW.id, NEW.content)"  # noqa: S608 - no value
 _IS_PLAIN: Final = "typeof({row}.content) = 'text'"
 """Encrypted values are BLOBs, and nothing of them goes into the index."""
+# FTS5 reads a text up to its first NUL. So messages with one are found by this index, whatever the words.
+HAS_NUL: Final = "typeof(content) = 'text' AND instr(content, char(0)) > 0"
+_NUL_INDEX: Final = f"CREATE INDEX nodes_with_nul ON nodes (id) WHERE {HAS_NUL}"
 _INDEX_TRIGGERS: Final = (
     f"""
     CREATE TRIGGER index_new_nodes AFTER INSERT ON nodes WHEN {_IS_PLAIN.format(row="NEW")} BEGIN
@@ -254,7 +257,7 @@ def _add_search(connection: sqlite3.Connection) -> None:
         f"INSERT INTO {INDEX} (rowid, content) "  # noqa: S608 - no value
         f"SELECT id, content FROM nodes WHERE {_IS_PLAIN.format(row='nodes')}"
     )
-    for statement in _INDEX_TRIGGERS:
+    for statement in (_NUL_INDEX, *_INDEX_TRIGGERS):
         connection.execute(statement)
 
 

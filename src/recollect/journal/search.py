@@ -172,21 +172,7 @@ class Search:
         Raises:
             StoreCorruptError: A row is not what was written.
         """
-        narrowed = None if self._sealing.is_on else query.for_index()
-        if narrowed is not None and schema.can_index() and schema.has_index(self._connection):
-            # CROSS JOIN: the index is walked first, as it narrows most. It can walk backwards.
-            source = f"{schema.INDEX} s CROSS JOIN nodes n ON n.id = s.rowid"
-            which, values = f"s.{schema.INDEX} MATCH ? AND s.rowid < ? ORDER BY s.rowid", [narrowed]
-        else:
-            source, which, values = "nodes n", "n.id < ? ORDER BY n.id", []
-        columns = ", ".join(f"n.{name}" for name in NODE_COLUMNS.split(", "))
-        rows = self._rows(
-            f"SELECT c.namespace, {columns} FROM {source} "  # noqa: S608
-            f"CROSS JOIN conversations c ON c.id = n.conversation_id WHERE {which} DESC LIMIT ?",
-            *values,
-            _MAX_ID if before is None else before,
-            most_rows,
-        )
+        rows = self._candidates(query, _MAX_ID if before is None else before, most_rows)
         found = []
         for whose, *columns_of_row in rows:
             row = tuple(columns_of_row)
@@ -199,6 +185,32 @@ class Search:
                 raise self._sealing.not_as_written(f"node {row[0]}")
             found.append((row, snippet))
         return found, rows[-1][1] if len(rows) == most_rows else None
+
+    def _candidates(self, query: Query, before: int, most_rows: int) -> list[Row]:
+        """Return messages that may be hits, the newest first: namespaces, and rows of `NODE_COLUMNS`."""
+        columns = ", ".join(f"n.{name}" for name in NODE_COLUMNS.split(", "))
+
+        def read(source: str, which: str, *values: object) -> list[Row]:
+            return self._rows(
+                f"SELECT c.namespace, {columns} FROM {source} "  # noqa: S608 - names of ours
+                f"CROSS JOIN conversations c ON c.id = n.conversation_id WHERE {which} DESC LIMIT ?",
+                *values,
+                most_rows,
+            )
+
+        narrowed = None if self._sealing.is_on else query.for_index()
+        if narrowed is None or not (schema.can_index() and schema.has_index(self._connection)):
+            return read("nodes n", "n.id < ? ORDER BY n.id", before)
+        # CROSS JOIN: the index is walked first, as it narrows most. It can walk backwards.
+        by_words = read(
+            f"{schema.INDEX} s CROSS JOIN nodes n ON n.id = s.rowid",
+            f"s.{schema.INDEX} MATCH ? AND s.rowid < ? ORDER BY s.rowid",
+            narrowed,
+            before,
+        )
+        with_nul = read("nodes n", f"{schema.HAS_NUL} AND n.id < ? ORDER BY n.id", before)
+        rows = {row[1]: row for row in (*by_words, *with_nul)}
+        return [rows[node_id] for node_id in sorted(rows, reverse=True)][:most_rows]
 
     def hits(self, found: Sequence[tuple[Row, str]]) -> list[Hit]:
         """

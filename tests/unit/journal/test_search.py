@@ -70,6 +70,8 @@ def ids(hits: list[Hit]) -> list[int]:
         ("北京", [1]),
         ("火车去上海", [1]),
         ("京", [1, 2]),
+        ("newline", [8]),  # behind a NUL, which ends a text for the index
+        ("nul tab", [8]),
         ("天気", [2]),
         ("カタカナも", [2]),
         ("부산까지", [3]),
