@@ -508,7 +508,7 @@ def standing_place(request: Request, view: ConversationView) -> KeptPlace:
 def _tree(place: KeptPlace, after: str | None, limit: int, model: Model | None) -> dict[str, Any]:
     view = place.view
     shown = view.nodes_after(after, limit)
-    if model is None or model.replicas:
+    if model is None or model.replicas():
         return view.tree(shown, {}, None)
     _, nodes = grown(view.stored.nodes)
     costs = Costs(model, namespace=place.namespace, tools=place.tools().schemas)

@@ -57,6 +57,7 @@ def test_costs_are_what_the_engine_says_of_whole_prompts(make_model: Callable[..
     assert all(cost.tokens == cost.in_memory + cost.to_compute for cost in costs.values())
 
 
+@pytest.mark.usefixtures("nothing_read_ahead")  # likewise
 def test_what_was_evicted_has_to_be_computed(make_model: Callable[..., Model]) -> None:
     model = make_model()
     session = branching(model)
@@ -69,6 +70,7 @@ def test_what_was_evicted_has_to_be_computed(make_model: Callable[..., Model]) -
     assert after.seconds > (before.seconds or 0)
 
 
+@pytest.mark.usefixtures("nothing_read_ahead")  # which would be in memory again
 @pytest.mark.parametrize("whole_blocks_only", [False, True])
 def test_what_is_on_disk_is_told_apart(
     make_model: Callable[..., Model],
@@ -87,6 +89,7 @@ def test_what_is_on_disk_is_told_apart(
     assert (costs[session.tip].warmth, costs[session.tip].in_memory) == ("disk", 0)
 
 
+@pytest.mark.usefixtures("nothing_read_ahead")  # which counts as one
 def test_to_look_counts_as_no_use(make_model: Callable[..., Model]) -> None:
     model = make_model()
     session = branching(model)
