@@ -19,6 +19,7 @@ from recollect.journal.records import (
     ConversationRecord,
     NewNode,
     NodeRecord,
+    briefly,
     links_to_dict,
     require_name,
     require_text,
@@ -245,7 +246,7 @@ def from_json(text: str) -> ConversationRecord:
     version = fields.get("version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ConversationFileError(
-            f"This file has version {version!r} and 1 to {FORMAT_VERSION} are known: update "
+            f"This file has version {briefly(version)} and 1 to {FORMAT_VERSION} are known: update "
             "recollect, or export the conversation again with the one installed here."
         )
     nodes = _nodes(_field(fields, "nodes", list, "the file"))
@@ -269,12 +270,12 @@ def _nodes(values: list[Any]) -> tuple[NodeRecord, ...]:
             _refuse(f"{where} is no object")
         node = _node_of(value, where)
         if node.id in nodes:
-            _refuse(f"{where} has the id {node.id}, which another one has")
+            _refuse(f"{where} has the id {briefly(node.id)}, which another one has")
         if node.parent_id is not None and node.parent_id not in nodes:
             known = (
                 "comes after it or is part of a circle" if node.parent_id in ids else "is missing"
             )
-            _refuse(f"the parent {node.parent_id} of {where} {known}")
+            _refuse(f"the parent {briefly(node.parent_id)} of {where} {known}")
         if node.parent_id is not None and node.parent_id > node.id:
             _refuse(f"{where} has a smaller id than its parent")
         nodes[node.id] = node
@@ -289,9 +290,9 @@ def _node_of(value: dict[str, Any], where: str) -> NodeRecord:
     role = _field(value, "role", str, where)
     finish_reason = _optional(value, "finish_reason", str, where)
     if role not in ROLES:
-        _refuse(f"{where} has the role {role!r}, which is none of {', '.join(ROLES)}")
+        _refuse(f"{where} has the role {briefly(role)}, which is none of {', '.join(ROLES)}")
     if finish_reason is not None and finish_reason not in FINISH_REASONS:
-        _refuse(f"{where} has the finish reason {finish_reason!r}")
+        _refuse(f"{where} has the finish reason {briefly(finish_reason)}")
     fingerprint = value.get("fingerprint")
     return NodeRecord(
         id=_id(value.get("id"), f"the id of {where}"),
@@ -339,14 +340,14 @@ def _tips(values: dict[str, Any], node_ids: set[int]) -> dict[str, int | None]:
     tips: dict[str, int | None] = {}
     for name, node_id in values.items():
         if node_id is not None and (type(node_id) is not int or node_id not in node_ids):
-            _refuse(f"the branch {name!r} stands at a node that is missing")
+            _refuse(f"the branch {briefly(name)} stands at a node that is missing")
         tips[_name(name, "branch")] = node_id
     return tips
 
 
 def _id(value: object, where: str) -> int:
     if type(value) is not int or value < 1:
-        _refuse(f"{where} is {value!r} and not a whole number above 0")
+        _refuse(f"{where} is {briefly(value)} and not a whole number above 0")
     return value
 
 
@@ -378,9 +379,9 @@ def _moment(fields: dict[str, Any], key: str, where: str) -> datetime:
         moment = datetime.fromisoformat(text)
         moment_utc = moment.astimezone(UTC)
     except (ValueError, OverflowError):
-        _refuse(f"{key!r} of {where} is {text!r} and no time")
+        _refuse(f"{key!r} of {where} is {briefly(text)} and no time")
     if moment.tzinfo is None:
-        _refuse(f"{key!r} of {where} is {text!r}, without an offset from UTC")
+        _refuse(f"{key!r} of {where} is {briefly(text)}, without an offset from UTC")
     return moment_utc
 
 

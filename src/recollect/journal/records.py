@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from reprlib import Repr
 from typing import Any, Final, Literal
 
 from recollect.errors import ConversationError
@@ -303,6 +304,18 @@ def is_whole(text: str) -> bool:
     return True
 
 
+def briefly(value: object) -> str:
+    """Return a value as an error quotes it: a file has texts of megabytes, and an error is a sentence."""
+    short = Repr()
+    short.maxstring = short.maxlong = short.maxother = _MOST_QUOTED
+    short.maxlist = short.maxdict = 1
+    return short.repr(value)
+
+
+_MOST_QUOTED: Final = 120
+"""Characters: as long as a name may be, with its quotation marks."""
+
+
 def require_name(name: str, what: str = "conversation") -> str:
     """
     Return *name* if a conversation, a branch or a pin can have it.
@@ -318,7 +331,7 @@ def require_name(name: str, what: str = "conversation") -> str:
     sound = 0 < len(name) <= MAX_NAME and name.isprintable() and name == name.strip()
     if not sound or name.startswith("-"):
         raise ConversationError(
-            f"{name!r} cannot be the name of a {what}: take 1 to {MAX_NAME} printable characters "
+            f"{briefly(name)} cannot be the name of a {what}: take 1 to {MAX_NAME} printable characters "
             "without spaces at the ends or a minus sign before them."
         )
     return name

@@ -19,7 +19,7 @@ from recollect.server.conversation_view import (
     view_of,
 )
 from recollect.server.fields import BodyRoute
-from recollect.server.refusals import not_found
+from recollect.server.refusals import naming, not_found
 from recollect.server.response_object import item_list
 from recollect.server.services import client_of, services_of
 
@@ -78,7 +78,8 @@ def search(
     A phrase is put in double quotation marks. `after` is the id of the last hit of the page before.
     """
     journal, namespace = services_of(request).journal, client_of(request).namespace
-    last = None if after is None else _node_of_item(request, after)
+    with naming("after"):
+        last = None if after is None else _node_of_item(request, after)
     hits = journal.search(query, namespace=namespace, limit=limit + 1, after=last)
     data = [_hit_body(hit) for hit in hits[:limit]]
     return item_list(data, has_more=len(hits) > limit)

@@ -43,7 +43,7 @@ from recollect.server.conversation_view import (
 )
 from recollect.server.fields import Body, BodyRoute, Ignored, Items, PlaceName, check_count
 from recollect.server.parts import InputItem, Metadata, kept_schemas, merged
-from recollect.server.refusals import ApiError, not_found
+from recollect.server.refusals import ApiError, naming, not_found
 from recollect.server.response_object import ResponseHead, item_list
 from recollect.server.services import Services, client_of, services_of, with_model
 from recollect.types import SamplingParams
@@ -280,7 +280,7 @@ class Rewind(Body):
     @model_validator(mode="after")
     def _check(self) -> "Rewind":
         if sum(value is not None for value in (self.to, self.turns, self.checkpoint)) != 1:
-            raise ValueError("give exactly one of to, turns and checkpoint")
+            raise ValueError("Give exactly one of to, turns and checkpoint")
         return self
 
 
@@ -296,7 +296,7 @@ class Fork(Body):
     @model_validator(mode="after")
     def _check(self) -> "Fork":
         if self.at is not None and self.before is not None:
-            raise ValueError("give at most one of at and before")
+            raise ValueError("Give at most one of at and before")
         return self
 
 
@@ -323,7 +323,8 @@ def list_conversations(
 ) -> dict[str, Any]:
     """Return a page of the client's conversations, the one used last first."""
     journal, namespace = services_of(request).journal, client_of(request).namespace
-    last = None if after is None else head_of(request, after).label.conversation_id
+    with naming("after"):
+        last = None if after is None else head_of(request, after).label.conversation_id
     page = Page(limit=limit + 1, after=last, newest_first=order == "desc")
     found = journal.conversations(namespace, page=page)
     shown = found[:limit]
@@ -385,7 +386,8 @@ def list_items(
     path = view.path()[::-1] if newest_first else view.path()
     items = (one for node in path for one in view.items([node])[:: -1 if newest_first else 1])
     if after is not None and all(item["id"] != after for item in items):
-        raise not_found(f"item {after!r} in this conversation")
+        with naming("after"):
+            raise not_found(f"item {after!r} in this conversation")
     page = list(islice(items, limit + 1))
     return item_list(page[:limit], has_more=len(page) > limit)
 
@@ -463,9 +465,13 @@ def fork(conversation_id: str, body: Fork, request: Request) -> dict[str, Any]:
             code="name_taken",
             param="name",
         )
-    at = view.tip if body.at is None else view.node_id(body.at)
+    at = view.tip
+    if body.at is not None:
+        with naming("at"):
+            at = view.node_id(body.at)
     if body.before is not None:
-        at = _node(view, view.node_id(body.before)).parent_id
+        with naming("before"):
+            at = _node(view, view.node_id(body.before)).parent_id
     services_of(request).journal.set_tip(view.stored.id, name, at)
     return view.at(f"{split_branch(conversation_id)[0]}.{name}", name, at).standing()
 
@@ -507,7 +513,8 @@ def standing_place(request: Request, view: ConversationView) -> KeptPlace:
 
 def _tree(place: KeptPlace, after: str | None, limit: int, model: Model | None) -> dict[str, Any]:
     view = place.view
-    shown = view.nodes_after(after, limit)
+    with naming("after"):
+        shown = view.nodes_after(after, limit)
     if model is None or model.replicas():
         return view.tree(shown, {}, None)
     _, nodes = grown(view.stored.nodes)
@@ -551,9 +558,11 @@ def _require_whole(view: ConversationView, node: NodeRecord, item_id: str) -> No
 def _target(view: ConversationView, where: Rewind) -> int | None:
     """Return the node to go to; None is the root."""
     if where.to is not None:
-        return view.node_id(where.to)
+        with naming("to"):
+            return view.node_id(where.to)
     if where.checkpoint is not None:
-        return view.checkpoint(where.checkpoint)
+        with naming("checkpoint"):
+            return view.checkpoint(where.checkpoint)
     asked = [node for node in view.path() if node.role == "user"]
     assert where.turns is not None, "one of the three is given"
     if where.turns > len(asked):

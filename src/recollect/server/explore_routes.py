@@ -38,7 +38,7 @@ from recollect.server.fields import (
     named_sampling,
 )
 from recollect.server.parts import Thinking, kept_schemas
-from recollect.server.refusals import ApiError, api_error
+from recollect.server.refusals import ApiError, api_error, naming
 from recollect.server.response_object import ResponseHead
 from recollect.server.services import (
     Job,
@@ -79,7 +79,7 @@ class Explore(SamplingFields):
     @model_validator(mode="after")
     def _check(self) -> "Explore":
         if sum(value is not None for value in (self.n, self.prompts, self.branches)) != 1:
-            raise ValueError("give exactly one of n, prompts and branches")
+            raise ValueError("Give exactly one of n, prompts and branches")
         return self
 
     def tried(self) -> list[TriedBranch]:
@@ -158,11 +158,8 @@ def _standing(
     """
     view = view_of(request, conversation_id)
     if body.item is not None:
-        try:
+        with naming("item"):
             view = view.at(view.id, view.branch, view.node_id(body.item))
-        except ApiError as error:
-            error.param = "item"
-            raise
     return view, last_head(services_of(request), view)
 
 

@@ -156,7 +156,7 @@ class Body(BaseModel):
         reading = info.context if isinstance(info.context, _Reading) else _Reading()
         if cls.is_foreign:
             if reading.is_strict:
-                raise PydanticCustomError("unsupported", "this server cannot do that")
+                raise PydanticCustomError("unsupported", "This server cannot do that")
             return fields
         given = {name: value for name, value in fields.items() if value is not None}
         for name in given.keys() - cls._names:

@@ -81,7 +81,12 @@ def delete_branch(conversation_id: str, branch: PlaceName, request: Request) -> 
     """Forget the name of a branch; what was said in it stays in the tree."""
     view = _branch(request, conversation_id, branch)
     services_of(request).journal.drop_tip(view.stored.id, branch)
-    return {"id": conversation_id, "object": "conversation.branch.deleted", "branch": branch}
+    return {
+        "id": conversation_id,
+        "object": "conversation.branch.deleted",
+        "branch": branch,
+        "deleted": True,
+    }
 
 
 def _branch(request: Request, conversation_id: str, name: str) -> ConversationView:

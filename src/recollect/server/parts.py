@@ -387,7 +387,7 @@ class MessagesChoice(Body):
     @model_validator(mode="after")
     def _check(self) -> "MessagesChoice":
         if self.type == "tool" and self.name is None:
-            raise ValueError("a tool is called by its name: give one")
+            raise ValueError("A tool is called by its name: give one")
         return self
 
     def chosen(self) -> str | Chosen:

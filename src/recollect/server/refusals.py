@@ -8,7 +8,8 @@ be, and what it is. Values only, but for the log: an error of ours is logged whe
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
@@ -129,6 +130,8 @@ _NO_ROOM: Final = "The server's disk is full: nothing was kept. What was kept be
 _ENCRYPTED: Final = (
     "What this server keeps was encrypted while it ran: restart the server, with the passphrase."
 )
+_DELETED: Final = "This conversation has been deleted meanwhile: begin a new one."
+"""What is not there when a request comes is refused by its id; this is of what was there then."""
 _NO_ENGINE: Final = "No engine answers at the moment; what was said is kept. Ask again."
 _SEE_LOG: Final = "The server could not do this; its log says why."
 
@@ -143,7 +146,7 @@ TABLE: Final[tuple[tuple[type[Exception], Answer], ...]] = (
     (errors.TooShortError, Answer(400, code="too_short")),
     (errors.TemplateError, Answer(400, code="invalid_messages", about=_MESSAGES)),
     (errors.UnknownModelError, Answer(404, code="model_not_found", about="model")),
-    (errors.UnknownConversationError, Answer(404, code="not_found", message="Not found.")),
+    (errors.UnknownConversationError, Answer(404, code="not_found", message=_DELETED)),
     (errors.UnknownNodeError, Answer(404, code="not_found")),
     (errors.SessionBusyError, Answer(409, code="conversation_busy")),
     (errors.NameTakenError, Answer(409, code="name_taken")),
@@ -217,6 +220,16 @@ def stopping() -> ApiError:
 def not_found(what: str) -> ApiError:
     """Return what a client is told of an id that is nobody's, or another client's."""
     return ApiError(f"There is no {what}.", status=404, code="not_found")
+
+
+@contextmanager
+def naming(param: str) -> Iterator[None]:
+    """Have what is refused in it name a parameter, where an id came from."""
+    try:
+        yield
+    except ApiError as error:
+        error.param = param
+        raise
 
 
 _ABSENT: Final[tuple[tuple[tuple[str, ...], str], ...]] = (

@@ -25,7 +25,7 @@ from recollect.server.conversation_view import (
     head_of,
     split_branch,
 )
-from recollect.server.refusals import ApiError
+from recollect.server.refusals import ApiError, naming
 from recollect.server.services import client_of, services_of
 from recollect.server.streaming import WatchStream, of_conversation
 
@@ -108,7 +108,8 @@ def _kv(
 ) -> dict[str, Any]:
     services, namespace = services_of(request), client_of(request).namespace
     journal = services.journal
-    last = None if after is None else head_of(request, after).label.conversation_id
+    with naming("after"):
+        last = None if after is None else head_of(request, after).label.conversation_id
     page = journal.conversations(namespace, page=Page(limit=limit + 1, after=last))
     holders: dict[CachedBlock, dict[str, str]] = {}
     data = []

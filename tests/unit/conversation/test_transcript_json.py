@@ -84,6 +84,31 @@ def test_what_is_no_session_is_refused(model: Model, text: str) -> None:
         model.session_from_json(text)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    ["x" * 100_000, 10**4000, ["x" * 1000] * 1000, {"x": "x" * 9999}],
+    ids=["text", "number", "list", "object"],
+)
+def test_whatever_is_wrong_is_told_in_one_sentence_and_nothing_is_begun(
+    model: Model, wrong: object
+) -> None:
+    """Each value of a transcript in turn is replaced by something long."""
+    session = model.session("Be brief.", params=SHORT)
+    session.respond("One")
+    record, told = json.loads(session.to_json()), list[str]()
+    for at in (record, record["tips"], *record["nodes"]):
+        for key in list(at):
+            right, at[key] = at[key], wrong
+            try:
+                model.session_from_json(json.dumps(record))
+            except ConversationFileError as error:
+                told.append(str(error))
+            at[key] = right
+    assert len(told) > 10
+    assert max(len(one) for one in told) < 500
+    assert model.sessions() == []
+
+
 def test_token_ids_that_the_model_does_not_have_are_refused_in_a_sentence(model: Model) -> None:
     session = model.session(params=SHORT)
     session.respond("One")

@@ -100,7 +100,12 @@ def test_a_branch_that_is_forgotten_leaves_what_was_said(
 ) -> None:
     conversation, before = told
     post(client, f"{PATH}/{conversation}/fork", {"name": "a"})
-    assert client.delete(f"{PATH}/{conversation}/branches/a").status_code == 200
+    assert client.delete(f"{PATH}/{conversation}/branches/a").json() == {
+        "id": conversation,
+        "object": "conversation.branch.deleted",
+        "branch": "a",
+        "deleted": True,
+    }
     assert client.delete(f"{PATH}/{conversation}/branches/a").status_code == 404
     assert client.delete(f"{PATH}/{conversation}/branches/main").status_code == 400
     assert tree(client, conversation)["nodes"] == before["nodes"]

@@ -1,5 +1,7 @@
 """Several replies from one place of a kept conversation, over HTTP."""
 
+import json
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -129,8 +131,8 @@ def test_nothing_is_kept_that_is_not_to_be(
 @pytest.mark.parametrize(
     ("body", "status", "told"),
     [
-        ({}, 400, "exactly one of n, prompts and branches"),
-        ({"n": 2, "prompts": ["a"]}, 400, "exactly one of n, prompts and branches"),
+        ({}, 400, "Give exactly one of n, prompts and branches"),
+        ({"n": 2, "prompts": ["a"]}, 400, "Give exactly one of n, prompts and branches"),
         ({"n": 0}, 400, "n"),
         ({"n": 9}, 400, "n: 9 are too many"),
         ({"prompts": ["a"] * 9}, 400, "prompts: 9 are too many"),
@@ -246,6 +248,57 @@ def test_a_search_for_nothing_is_refused_by_name(client: httpx.Client) -> None:
     answer = client.get("/v1/search", params={"query": '""'})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "query"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/search?query=Hello&after=msg_x", None, "after"),
+        (f"{PATH}?after=conv_x", None, "after"),
+        ("/v1/kv?after=conv_x", None, "after"),
+        (PATH + "/{}/items?after=msg_x", None, "after"),
+        (PATH + "/{}/tree?after=msg_x", None, "after"),
+        (PATH + "/{}/fork", {"at": "msg_x"}, "at"),
+        (PATH + "/{}/fork", {"before": "msg_x"}, "before"),
+        (PATH + "/{}/rewind", {"to": "msg_x"}, "to"),
+        (PATH + "/{}/rewind", {"checkpoint": "x"}, "checkpoint"),
+    ],
+)
+def test_an_id_that_is_nowhere_is_refused_by_the_name_of_its_parameter(
+    client: httpx.Client, conversation: str, path: str, body: Json | None, param: str
+) -> None:
+    method = "GET" if body is None else "POST"
+    answer = client.request(method, path.format(conversation), json=body)
+    assert answer.status_code == 404
+    assert answer.json()["error"]["param"] == param
+
+
+def test_a_conversation_that_is_deleted_meanwhile_is_told_to_be(
+    client: httpx.Client, conversation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing can be kept of it, and each branch says why."""
+    choose, deleted = Generator.generate_next_token, threading.Event()
+
+    def after_a_while(self: Generator) -> int | None:
+        deleted.wait(0.05)  # each token takes so long until then
+        return choose(self)
+
+    monkeypatch.setattr(Generator, "generate_next_token", after_a_while)
+    body = {"prompts": ["A?", "B?"], **HOT, "max_output_tokens": 200, "ignore_eos": True}
+    told = list[Json]()
+    path = f"{PATH}/{conversation}/explore"
+    with client.stream("POST", path, json={**body, "stream": True}) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: {"):
+                told.append(json.loads(line.removeprefix("data: ")))
+                if told[-1]["type"] == "explore.started":
+                    assert client.delete(f"{PATH}/{conversation}").status_code == 200
+                    deleted.set()
+    failed = of_kind(told, "failed")
+    assert {one["index"] for one in failed} == {0, 1}
+    for one in failed:
+        assert one["error"]["code"] == "not_found"
+        assert "has been deleted meanwhile" in one["error"]["message"]
 
 
 def test_two_that_want_one_name_both_keep_their_replies(
