@@ -238,6 +238,26 @@ def test_a_conversation_that_another_window_deletes_is_closed(
     assert two.locator(".card").count() == 0
 
 
+def test_a_name_that_another_window_has_taken_is_not_in_the_way(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    made = counting(quick.url)
+    page = windows(
+        f"{quick.url}#{made}",
+        script="const before = window.fetch; window.fetch = (path, ...more) =>"
+        " path === '/v1/events' ? new Promise(() => {}) : before(path, ...more);",
+    )
+    page.locator(".message.assistant").wait_for()
+    api(quick.url, f"/v1/conversations/{made}/fork", {"name": "name-a-desert"})
+    page.locator(".message.user").hover()
+    page.get_by_label("Edit the question").click()
+    page.get_by_label("The question, edited").fill("Name a desert.")
+    page.get_by_role("button", name="Ask on a new branch").click()
+    page.locator(".where .tag", has_text="name-a-desert-2").wait_for()
+    settled(page)
+    assert page.locator(".notice").count() == 0
+
+
 def test_older_conversations_stay_in_the_list(quick: Any, windows: Callable[..., Any]) -> None:
     for _ in range(51):
         api(quick.url, "/v1/conversations", {})
@@ -251,6 +271,26 @@ def test_older_conversations_stay_in_the_list(quick: Any, windows: Callable[...,
     assert page.locator(".entry").count() == before + 1
     api(quick.url, f"/v1/conversations/{made}", method="DELETE")
     until(page, f"document.querySelectorAll('.entry').length === {before}")
+
+
+def test_what_is_found_too_late_does_not_cover_the_list(
+    quick: Any, windows: Callable[..., Any]
+) -> None:
+    made = counting(quick.url)
+    page = windows(f"{quick.url}#{made}")
+    page.locator(".entry").first.wait_for()
+    waiting: list[Any] = []
+    page.route(re.compile("search"), lambda route: waiting.append(route))  # noqa: PLW0108 - Playwright marks what it calls, which a method refuses
+    field = page.get_by_label("Search what was said")
+    field.fill("99")
+    while not waiting:
+        page.wait_for_timeout(50)
+    field.fill("")
+    with page.expect_response(re.compile("search")):
+        waiting.pop().continue_()
+    page.wait_for_timeout(300)
+    assert page.locator(".entry").count() > 0
+    assert page.locator(".hit").count() == 0
 
 
 def test_a_page_from_another_machine_over_plain_http_asks_and_copies(
@@ -520,6 +560,7 @@ def test_nothing_keeps_people_from_using_it(
     how = {"color_scheme": theme, "bypass_csp": True}
     page = windows(f"{server.url}#{kept}", viewport={"width": width, "height": 860}, **how)
     page.locator(".message").first.wait_for()
+    assert page.locator(".head-title").bounding_box()["width"] >= 180  # some words of it are seen
     page.add_script_tag(path=modules / "axe-core" / "axe.min.js")
     views = ["Explore", "Compare", "Memory", "Settings"]
     if width < 760:

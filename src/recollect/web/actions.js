@@ -234,6 +234,24 @@ async function forkAt(where, name) {
   return (await call("POST", `${at(here())}/fork`, body)).id;
 }
 
+/**
+ * Begin a branch with a name of words; another window may have taken the first one since the tree was read.
+ *
+ * @param {{at?: string | null, before?: string}} where
+ * @param {string} text
+ */
+async function branchOff(where, text) {
+  let name = nameFor(text);
+  try {
+    return { name, id: await forkAt(where, name) };
+  } catch (error) {
+    if (!(error instanceof ApiError && error.status === 409)) throw error;
+  }
+  await readTreeAgain();
+  name = nameFor(text);
+  return { name, id: await forkAt(where, name) };
+}
+
 /** @param {string} name */
 export async function fork(name) {
   await forkAt({ at: state.selected.value }, name);
@@ -358,8 +376,7 @@ async function askHere(text) {
   const isFirst = state.path.value.every((node) => node.role === "system");
   let id = name === null ? "" : idOf(name);
   if (name === null) {
-    name = nameFor(text);
-    id = await forkAt({ at: parent }, name);
+    ({ name, id } = await branchOff({ at: parent }, text));
     state.branch.value = name;
   }
   if (isFirst && !titleIsSet()) void attempt(() => rename(titleFor(text)));
@@ -385,8 +402,7 @@ function titleIsSet() {
  * @param {string} text
  */
 export async function edit(node, text) {
-  const name = nameFor(text);
-  const id = await forkAt({ before: node.id }, name);
+  const { name, id } = await branchOff({ before: node.id }, text);
   batch(() => {
     state.editing.value = null;
     state.branch.value = name;
@@ -403,8 +419,7 @@ export async function edit(node, text) {
 export async function regenerate(reply) {
   const asked = state.tree.value.nodes.get(reply.parent ?? "");
   if (!asked) return;
-  const name = nameFor(`again ${asked.text}`);
-  const id = await forkAt({ at: asked.id }, name);
+  const { name, id } = await branchOff({ at: asked.id }, `again ${asked.text}`);
   batch(() => {
     state.branch.value = name;
     state.selected.value = asked.id;
@@ -427,8 +442,7 @@ export async function carryOn(reply) {
   let name = state.goingBranch.value;
   let id = name === null ? "" : idOf(name);
   if (name === null) {
-    name = nameFor("longer");
-    id = await forkAt({ at: reply.id }, name);
+    ({ name, id } = await branchOff({ at: reply.id }, "longer"));
     state.branch.value = name;
   }
   await goOn(id, name, reply.id, [], { continues: true });
@@ -464,17 +478,6 @@ export async function rewind() {
 }
 
 /**
- * Have the branch stand at a checkpoint.
- *
- * @param {string} checkpoint
- */
-export async function rewindTo(checkpoint) {
-  await call("POST", `${at(idOf(state.branch.value))}/rewind`, { checkpoint });
-  await readTreeAgain();
-  select(state.tree.value.checkpoints[checkpoint] ?? null);
-}
-
-/**
  * Name the place that is shown, and keep its KV on disk.
  *
  * @param {string} name
@@ -497,9 +500,9 @@ export async function deleteCheckpoint(name) {
 async function standing() {
   const name = state.goingBranch.value;
   if (name !== null) return idOf(name);
-  const fresh = nameFor(state.path.value.at(-1)?.text ?? "branch");
-  state.branch.value = fresh;
-  return forkAt({ at: state.selected.value }, fresh);
+  const fresh = await branchOff({ at: state.selected.value }, state.path.value.at(-1)?.text ?? "branch");
+  state.branch.value = fresh.name;
+  return fresh.id;
 }
 
 /**

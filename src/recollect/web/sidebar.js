@@ -28,8 +28,15 @@ export function Sidebar() {
   const [hits, setHits] = useState(/** @type {any[] | null} */ (null));
   useEffect(() => {
     if (!query.trim()) return setHits(null);
-    const timer = setTimeout(async () => setHits((await actions.attempt(() => actions.search(query))) ?? []), PAUSE);
-    return () => clearTimeout(timer);
+    let isAsked = true;
+    const timer = setTimeout(async () => {
+      const found = (await actions.attempt(() => actions.search(query))) ?? [];
+      if (isAsked) setHits(found);
+    }, PAUSE);
+    return () => {
+      isAsked = false;
+      clearTimeout(timer);
+    };
   }, [query]);
   return html`<aside class="sidebar" aria-label="Conversations">
     <div class="brand">
