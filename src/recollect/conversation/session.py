@@ -642,16 +642,8 @@ class ReplyStream(ReplyGeneration):
             raise ConversationError("The reply was stopped before it began: ask again.")
         return self.reply
 
-    def close(self) -> None:
-        """
-        End the reply and save its text so far. Calling it again does nothing.
-
-        Raises:
-            StoreError: The journal cannot save it. The conversation is as it was.
-        """
-        if self._closed:
-            return
-        self._closed = True
+    def _close(self) -> None:
+        """End the reply and save its text so far; where that fails, the conversation is as it was."""
         try:
             self.finish()
             self.release()
