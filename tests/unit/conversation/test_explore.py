@@ -463,8 +463,12 @@ def test_close_waits_for_a_reply_that_another_thread_ends(
 
     monkeypatch.setattr(Generator, "close", held)
     found, seen = kept.explore(["a"]), list[int]()
-    reader = threading.Thread(target=lambda: list(found))
-    closer = threading.Thread(target=lambda: (found.close(), seen.append(len(found.kept))))
+
+    def end() -> None:
+        found.close()
+        seen.append(len(found.kept))
+
+    reader, closer = threading.Thread(target=lambda: list(found)), threading.Thread(target=end)
     reader.start()
     assert is_ending.wait(60)
     closer.start()
