@@ -121,7 +121,7 @@ class _Names:
         first, last = sorted((before, node_id))
         query = "SELECT count(*) FROM nodes WHERE conversation_id = ? AND id > ? AND id <= ?"
         (count,) = self._sql.connection.execute(query, (conversation_id, first, last)).fetchone()
-        number += count if node_id > before else -count
+        number += int(count) if node_id > before else -int(count)
         self._counted[conversation_id] = node_id, number
         return number
 
