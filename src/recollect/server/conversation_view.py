@@ -30,7 +30,7 @@ from recollect.journal.records import DEFAULT_TIP, Label, NewNode, NodeRecord, S
 from recollect.kv.disk import STORE_FOLDER, DiskStore, is_there, open_existing
 from recollect.server.hub import OpenConversations
 from recollect.server.refusals import ApiError, not_found, quoted
-from recollect.server.response_object import items_of
+from recollect.server.response_object import ResponseHead, items_of
 from recollect.server.services import client_of, services_of
 from recollect.server.settings import Settings
 from recollect.server.usage import recorded
@@ -329,8 +329,8 @@ class ConversationView:
     stored: StoredConversation
     branch: str
     label: Label
-    responses: dict[int, str]
-    """Response ids, by node."""
+    responses: dict[int, Label]
+    """The labels of those nodes that are responses, by node."""
     names: dict[int, str]
     """Of all nodes, each its own."""
     copies: dict[int, int]
@@ -348,12 +348,13 @@ class ConversationView:
         label = head.label
         stored = journal.load(label.conversation_id, namespace=namespace)
         responses = {
-            one.node_id: one.name
+            one.node_id: one
             for one in journal.labels(label.conversation_id)
             if one.node_id is not None
         }
+        response_ids = {node_id: one.name for node_id, one in responses.items()}
         names = {
-            node.id: own_name(label.name, number, responses.get(node.id))
+            node.id: own_name(label.name, number, response_ids.get(node.id))
             for number, node in enumerate(stored.nodes, 1)
         }
         copies = copies_of(label)
@@ -388,6 +389,14 @@ class ConversationView:
         """Return the messages up to the tip."""
         return self.stored.path(self.tip)
 
+    def last_head(self) -> ResponseHead | None:
+        """Return what is known of the last response on the way to where the conversation stands."""
+        for node in reversed(self.path()):
+            label = self.responses.get(self.first(node.id))
+            if label is not None and "head" in label.note:
+                return ResponseHead.from_kept(label.name, label.note["head"])
+        return None
+
     def first(self, node_id: int) -> int:
         """Return the node where a message was said first; most are themselves."""
         return self.copies.get(node_id, node_id)
@@ -403,7 +412,7 @@ class ConversationView:
         Raises:
             ApiError: It is not of this conversation.
         """
-        by_name = {response: node for node, response in self.responses.items()}
+        by_name = {one.name: node_id for node_id, one in self.responses.items()}
         for node in self.stored.nodes:
             own = self.names[node.id]
             by_name |= {item["id"]: node.id for item in items_of(own, node)} | {own: node.id}
@@ -467,7 +476,7 @@ class ConversationView:
                 "role": node.role,
                 "items": self.items([node]),
                 "parent_id": None if node.parent_id is None else self.names[node.parent_id],
-                "response_id": self.responses.get(node.id),
+                "response_id": self.responses[node.id].name if node.id in self.responses else None,
                 "created_at": int(node.created_at.timestamp()),
                 "finish_reason": node.finish_reason,
                 "usage": None if node.usage is None else recorded(node.usage).to_dict(),

@@ -17,7 +17,7 @@ from recollect.conversation.tree import grown
 from recollect.errors import UnknownConversationError
 from recollect.journal.records import Page
 from recollect.kv.blocks import CachedBlock
-from recollect.server.conversation_routes import KeptPlace, model_of, standing_place
+from recollect.server.conversation_routes import StandingPlace
 from recollect.server.conversation_view import (
     ConversationView,
     branches,
@@ -115,18 +115,17 @@ def _kv(
     data = []
     for info in page[:limit]:
         try:
-            place = standing_place(request, ConversationView.load(journal, info.label, namespace))
+            place = StandingPlace.of(request, ConversationView.load(journal, info.label, namespace))
         except (ApiError, UnknownConversationError):  # deleted since
             continue
-        name = model_of(services, place.view, place.head)
-        tips = place.view.stored.tips
+        name = place.model_name()
         data.append(
             {
                 "id": info.label,
                 "name": info.name,
                 "model": name if name in models else None,
                 "branches": _held(place, models[name], holders) if name in models else {},
-                "checkpoints": list(checkpoints(tips)),
+                "checkpoints": list(checkpoints(place.view.stored.tips)),
             }
         )
     saved = services.metrics.saved(namespace)
@@ -150,7 +149,7 @@ def _kv(
 
 
 def _held(
-    place: KeptPlace, model: Model, holders: dict[CachedBlock, dict[str, str]]
+    place: StandingPlace, model: Model, holders: dict[CachedBlock, dict[str, str]]
 ) -> dict[str, dict[str, Any]]:
     """Return what each branch has, and note whose the blocks are."""
     view = place.view
